@@ -1,4 +1,4 @@
-"""Runs the attempts (starts) of a run for the local and the Ray launcher, reports why each ended, and restarts the run."""
+"""Runs the attempts (starts) of a run for the local and the Ray launcher, reports why they ended, and restarts the run."""
 
 import contextlib
 import signal
@@ -21,8 +21,8 @@ RunAttempt = Callable[[int, str], tuple[Outcome, Sequence[int]]]
 
 
 def inspect_folder(folder: RunFolder, config: Config, *, overwrite: bool) -> Start:
-    """Returns what a start of the run would do: begin it, resume it, or nothing because it is finished. Prints the summary
-    of a finished run. With `overwrite`, renames the folder of an old run first."""
+    """Returns the action of a start: begin the run, resume the run, or nothing because the run is finished. Prints the
+    summary of a finished run. With `overwrite`, first renames the folder of an old run."""
     if overwrite and (old := folder.move_aside()) is not None:
         print(f"{folder.path} moved to {old}", file=sys.stderr)
     start = folder.inspect(config)
@@ -64,7 +64,7 @@ def begin_logs(folder: RunFolder, num_ranks: int, attempt_id: str) -> list[int]:
     offsets = []
     for rank in range(num_ranks):
         with folder.log_of(rank).open("ab", buffering=0) as log:
-            with contextlib.suppress(OSError):  # a full disk: the ranks report it themselves
+            with contextlib.suppress(OSError):  # the ranks themselves report a full disk
                 log.write(f"--- attempt {attempt_id}, {time.strftime('%F %T %z')}\n".encode())
             offsets.append(log.tell())
     return offsets
@@ -78,9 +78,9 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
     reason = record.reason if record is not None else ""
     cause = outcome.first_failed
     if cause is not None and verdict == STOPPED and outcome.stop is None:
-        verdict = None  # a rank took the SIGTERM that the launcher sent after another rank failed for a request to stop
+        verdict = None  # the launcher sent SIGTERM after another rank failed, and a rank took it for a request to stop
     if cause is not None and not outcome.silent and verdict and record is not None and record.rank is not None:
-        cause = record.rank  # it recorded its error first, but a peer that failed because of it may have ended first
+        cause = record.rank  # this rank recorded its error first, although a rank that failed because of it may end first
     if verdict == EXIT_DONE:
         if cause is not None:  # rank `cause` failed after the last save, for example while it closed its metrics
             print(f"rank {cause} failed after the run was done: {_describe_end(outcome, cause)}", file=sys.stderr)
@@ -96,14 +96,14 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
         if outcome.silent or verdict is None:
             detail = _last_problem(last_output(folder.log_of(cause), offsets[cause])) if not outcome.silent else ""
             if cause in outcome.frozen:
-                detail = reason  # from a peer that waited for the frozen rank: the collective that timed out, and its time
+                detail = reason  # of a rank that waited for the frozen rank: the collective that timed out, and its time
             end = _describe_end(outcome, cause) + (f"; {detail}" if detail else "")
             reason = f"rank {cause}{_where(outcome, cause)}: {end}"
             # A rank that fails before it opens the run folder exits with its verdict but cannot record it.
             verdict = outcome.exit_code if not outcome.silent and is_final(outcome.exit_code) else EXIT_FAILED
             if record is not None:
                 last_step = max(record.last_step, committed_step(folder.checkpoints))
-                # A killed rank 0 still holds the lease: `amend_status` waits until the lease is free to take over.
+                # Because a killed rank 0 still holds the lease, `amend_status` waits until the lease can be taken over.
                 wait = WAIT_SECONDS if outcome.codes[0] < 0 else 0.0
                 end = {"verdict": verdict, "reason": reason, "rank": cause, "last_step": last_step}
                 with contextlib.suppress(OSError):  # on a full disk the exit code alone reports the failure
@@ -119,7 +119,7 @@ def last_output(log: Path, offset: int, *, most_lines: int = 200) -> str:
         stream.seek(offset)
         lines = stream.read().decode(errors="replace").splitlines()
     begins = [index for index, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-    first = begins.pop() if begins else max(0, len(lines) - 20)  # the last traceback is the one that ended the rank
+    first = begins.pop() if begins else max(0, len(lines) - 20)  # the last traceback ended the rank
     chained = ("The above exception was the direct cause", "During handling of the above exception")
     while begins and any(line.startswith(chained) for line in lines[max(0, first - 2) : first]):
         first = begins.pop()
@@ -133,8 +133,8 @@ def _last_problem(output: str) -> str:
 
 
 def _other_writer(folder: RunFolder, attempt_id: str) -> str | None:
-    """Describes another live attempt that holds the run's lease (the right to write to its folder). A restart would only
-    wait for its end. Returns None if no other attempt is alive."""
+    """Describes another live attempt that holds the run's lease (the right to write to its folder), because a restart would
+    only wait for the end of this attempt. Returns None if no other attempt is alive."""
     holder = read_holder(folder.lease_json)
     if holder is None or holder.attempt_id == attempt_id or holder.is_dead():  # a restart takes over an abandoned lease
         return None

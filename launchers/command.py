@@ -18,7 +18,7 @@ from moe_dist.runtime.place import PLACE, RunPlace
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 TRAIN: tuple[str, ...] = ("-m", "moe_dist.train")
-ReadRun = Callable[[Path, Sequence[str]], PlannedLayout]  # `check_file`; in a dry run `layout_of_file`, which needs no data
+ReadRun = Callable[[Path, Sequence[str]], PlannedLayout]  # `check_file`, or in a dry run `layout_of_file` (without data)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class NodePlan:
         ranks: Ranks on this node, ordered by local rank; their numbers need not be consecutive.
         feature, labels: The Slurm feature and the Ray labels that the node must have.
         groups: Names of the expert groups whose experts are on this node.
-        own: The node is reserved for these groups, so no other group and no other job may use it.
+        own: True if the node is reserved for these groups, so that no other group and no other job may use the node.
     """
 
     index: int
@@ -42,7 +42,7 @@ class NodePlan:
 
     @property
     def ray_labels(self) -> Mapping[str, str]:
-        """`labels`; if there are none, the Slurm feature as a label called `feature`."""
+        """Returns `labels`, or if there are none, the Slurm feature as a label called `feature`."""
         return self.labels or ({"feature": self.feature} if self.feature is not None else {})
 
 
@@ -68,7 +68,7 @@ class JobPlan:
 
     @property
     def ranks_per_node(self) -> int:
-        """Largest number of ranks on one node."""
+        """Returns the largest number of ranks on one node."""
         return max(len(node.ranks) for node in self.nodes)
 
     def node_of(self, rank: int) -> NodePlan:
@@ -198,7 +198,7 @@ class LaunchPlan:
         rendezvous: Environment variables for torch's rendezvous: PUBLISHED_RENDEZVOUS or the result of `file_rendezvous`.
         attempt: Number of restarts before this attempt.
         grace_seconds: Time from a stop signal until a rank that has not ended is killed.
-        loopback: All ranks are on this machine, so gloo binds to the loopback interface.
+        loopback: True if all ranks are on this machine; gloo then binds to the loopback interface.
         threads: OMP_NUM_THREADS of each rank; None lets each rank take its share of the cores (`environment.share_cores`).
         program: Arguments of the interpreter before the configuration.
         hosts: Host names ordered by node index; empty if the launcher does not know them.
@@ -218,7 +218,7 @@ class LaunchPlan:
     hosts: tuple[str, ...] = ()
 
 
-# Rank 0 listens at a free port, and writes its address into the shared run folder, readable by the run's user only.
+# Rank 0 listens at a free port, and writes its address into the shared run folder, where only the run's user can read it.
 PUBLISHED_RENDEZVOUS: Mapping[str, str] = {"MOE_DIST_INIT_METHOD": PUBLISHED}
 
 
@@ -235,8 +235,8 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
         "MOE_DIST_ATTEMPT": str(plan.attempt),
         "MOE_DIST_ATTEMPT_ID": plan.attempt_id,
         "MOE_DIST_GRACE_SECONDS": f"{plan.grace_seconds:g}",
-        "PYTHONUNBUFFERED": "1",  # the log keeps the last output of a rank that is killed
-        "PYTHONFAULTHANDLER": "1",  # a traceback on SIGSEGV and the like
+        "PYTHONUNBUFFERED": "1",  # so that the log has the last output of a killed rank
+        "PYTHONFAULTHANDLER": "1",  # prints a traceback on SIGSEGV and similar signals
     }
     if plan.loopback:
         shared["GLOO_SOCKET_IFNAME"] = "lo"  # so that other machines cannot connect
@@ -261,27 +261,27 @@ def commands_text(commands: Sequence[RankCommand]) -> str:
 
 
 def paths_of(config: Config) -> dict[str, str]:
-    """Returns the paths of a run by their keys, without those that are null."""
+    """Returns the paths of a run by their keys; omits keys with null."""
     paths = {"run.root": config.run.root, "data.path": config.data.path, "run.init_from": config.run.init_from}
     return {key: path for key, path in paths.items() if path is not None}
 
 
 def absolute_paths(config: Config, base: Path) -> tuple[str, ...]:
-    """Returns overrides that make a run's paths absolute, so that they hold in every working directory. Relative paths
+    """Returns overrides that make a run's paths absolute, so that they are valid in every working directory. Relative paths
     start at `base`."""
     return tuple(f"{key}={os.path.normpath(base / path)}" for key, path in paths_of(config).items())
 
 
 def relative_paths(config: Config) -> list[str]:
-    """Returns an error message for each relative path of the configuration, because nodes with different working
-    directories would find different folders at such a path."""
+    """Returns an error message for each relative path of the configuration, because such a path would lead to different
+    folders on nodes with different working directories."""
     relative = [(key, path) for key, path in paths_of(config).items() if not Path(path).is_absolute()]
     return [f"{key}={path!r}: must be absolute on a cluster, and the same folder on all nodes" for key, path in relative]
 
 
 def fit_world_size(config: Config, num_ranks: int | None) -> tuple[str, ...]:
-    """Returns the override of parallel.edp with which the run has `num_ranks` ranks. Returns no override if the run has
-    this number already or `num_ranks` is None. Raises ConfigError if the number is no multiple of parallel.ep."""
+    """Returns the override of parallel.edp with which the run has `num_ranks` ranks; no override if the run has this number
+    already or `num_ranks` is None. Raises ConfigError if `num_ranks` is no multiple of parallel.ep."""
     ep, edp = config.parallel.ep, config.parallel.edp
     if num_ranks is None or num_ranks == ep * edp:
         return ()

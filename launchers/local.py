@@ -27,9 +27,9 @@ from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_co
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
 
-KILL_AFTER_GRACE_SECONDS = 10.0  # a rank that has not ended this long after the grace period is killed
+KILL_AFTER_GRACE_SECONDS = 10.0  # a rank is killed if it still runs this many seconds after the grace period
 STORE_PREFIX = "moe_dist_store_"  # names the folder of a rendezvous in the system's temporary folder
-NEW_STORE_SECONDS = 60.0  # age from which an unlocked folder is deleted; the launcher of a newer one may lock it yet
+NEW_STORE_SECONDS = 60.0  # age from which an unlocked folder is deleted; the launcher of a newer folder may lock it later
 
 
 def launch(
@@ -115,7 +115,7 @@ def store_folder() -> Iterator[str]:
 
 def _run(plan: LaunchPlan, folder: RunFolder, signals: StopSignals) -> tuple[Outcome, list[int]]:
     """Runs one attempt; returns its outcome and, for each log, the offset at which the attempt begins."""
-    folder.prepare()  # again for each attempt: the folder may have been deleted since the last one
+    folder.prepare()  # for each attempt, because the folder may have been deleted since the last attempt
     commands = rank_commands(plan)
     offsets = begin_logs(folder, len(commands), plan.attempt_id)
     with contextlib.ExitStack() as stack:
@@ -123,7 +123,7 @@ def _run(plan: LaunchPlan, folder: RunFolder, signals: StopSignals) -> tuple[Out
         ranks = Ranks(commands, logs, timeouts=ShutdownTimeouts(stop=plan.grace_seconds + KILL_AFTER_GRACE_SECONDS))
         outcome = ranks.supervise(signals)  # blocks until all ranks have ended
     if sys.stdout.isatty():
-        sys.stdout.write("\x1b[?25h")  # shows the cursor again: a killed progress bar leaves it hidden
+        sys.stdout.write("\x1b[?25h")  # shows the cursor, which a killed progress bar leaves hidden
         sys.stdout.flush()
     return outcome, offsets
 

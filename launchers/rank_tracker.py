@@ -1,4 +1,5 @@
-"""Tracks how the ranks of an attempt (a start of the run) end, and which failed first. Callers pass events and the time."""
+"""Tracks how the ranks of an attempt (a start of the run) end, and which rank failed first. Callers pass events and
+times."""
 
 import signal
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from moe_dist.runtime.signals import StopSignals
 
 CLEAN = (EXIT_DONE, StoppedError.exit_code)
 ABORTED = 128 + signal.SIGINT
-# A rank killed by one of these signals cannot log a reason. A peer's failure causes none of them, but may cause SIGABRT.
+# A rank killed by one of these signals cannot log a reason. Another rank's failure does not cause them, unlike SIGABRT.
 SUDDEN = tuple(-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
 LINGER_SECONDS = 300.0  # from the first success of a rank until ranks that still run are killed
 
@@ -21,7 +22,7 @@ class ShutdownTimeouts:
     Attributes:
         stop: From a stop signal until ranks that still run are killed.
         peers: From the first failure until the other ranks get SIGTERM; they log their own errors in this time.
-        kill: From that SIGTERM until ranks that still run are killed.
+        kill: From the SIGTERM of `peers` until ranks that still run are killed.
     """
 
     stop: float
@@ -31,15 +32,15 @@ class ShutdownTimeouts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the ranks ended.
+    """The ends of the ranks.
 
     Attributes:
-        codes: Exit code of each rank; a negative one is the signal that killed it.
+        codes: Exit code of each rank; a negative code is the signal that killed the rank.
         first_failed: The rank that caused the failure; None if no rank failed by itself.
         stop: The first stop signal that the launcher got.
         aborted: A second Ctrl-C killed the ranks.
         frozen: Ranks that were suspended by SIGSTOP when the first rank failed; the first of these caused the failure.
-        lost: A description for each rank that died with its node or its Ray worker; its code is that of SIGKILL.
+        lost: A description for each rank that died with its node or its Ray worker; the code of such a rank is SIGKILL's.
         hosts: Address of each rank's node; empty if all ranks are on this machine.
     """
 
@@ -53,14 +54,14 @@ class Outcome:
 
     @property
     def silent(self) -> bool:
-        """True if the rank that failed first was killed or frozen, so that status.json has only a peer's follow-up
+        """True if the rank that failed first was killed or frozen; status.json then has only another rank's follow-up
         error."""
         cause = self.first_failed
         return cause is not None and (self.codes[cause] in SUDDEN or cause in self.frozen)
 
     @property
     def exit_code(self) -> int:
-        """Shell exit code of the rank that failed first; without a failure, the largest exit code of all ranks."""
+        """Returns the shell exit code of the rank that failed first; without a failure, the largest code of all ranks."""
         if self.aborted:
             return ABORTED
         shell_codes = [128 - code if code < 0 else code for code in self.codes]
@@ -68,7 +69,7 @@ class Outcome:
 
 
 class RankTracker:
-    """Decides which signals the ranks of an attempt get and when, and which rank caused the failure.
+    """Decides which signals the ranks of an attempt get at which times, and which rank caused a failure.
 
     The caller reports each event with its time (seconds of a monotonic clock), and sends the signals itself.
 
@@ -79,7 +80,7 @@ class RankTracker:
     def __init__(self, num_ranks: int, timeouts: ShutdownTimeouts, say: Callable[[str], None]) -> None:
         self.codes: dict[int, int] = {}
         self._num_ranks, self._timeouts, self._say = num_ranks, timeouts, say
-        self._failed: list[int] = []  # ranks in the order of failure, without those that the launcher killed
+        self._failed: list[int] = []  # ranks in the order of failure, except ranks that the launcher killed
         self._frozen: tuple[int, ...] = ()
         self._lost: dict[int, str] = {}
         self._terminate_at = self._kill_at = float("inf")

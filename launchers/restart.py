@@ -1,4 +1,4 @@
-"""Decides whether an attempt that ended is restarted from the last checkpoint, by one rule for local, Slurm and Ray. Pure
+"""Decides whether a run is restarted from the last checkpoint after an attempt, by one rule for local, Slurm and Ray. Pure
 functions of the earlier attempts."""
 
 import re
@@ -30,8 +30,8 @@ class AttemptEnd:
 
     @property
     def fruitless(self) -> bool:
-        """True if the attempt committed no later checkpoint, or only that of its first step, in which a stop came: the time
-        limit is then too short."""
+        """True if the attempt committed no later checkpoint, or only the checkpoint of its first step, in which a stop came
+        because the time limit is too short."""
         return self.end <= self.begin + (self.code == STOPPED)  # a stop saves the step that it interrupts
 
 
@@ -45,7 +45,7 @@ def committed_step(checkpoints: Path) -> int:
 
 
 def is_final(code: int) -> bool:
-    """True for an exit code that rules out a restart: success, stopped on request, or an error that would repeat."""
+    """Returns whether an exit code rules out a restart: success, stopped on request, or an error that would repeat."""
     return code in FINAL
 
 

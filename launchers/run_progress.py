@@ -20,7 +20,7 @@ from moe_dist.runtime.status import AttemptRecord, measured_save_seconds
 
 RATE_STEPS = 20  # the shown throughput is the median over this many last steps
 RECORDS_READ = 8 << 20  # bytes read from the end of metrics.jsonl
-SILENT_SECONDS = 90.0  # age of a lease that counts as not renewed; far above the renewal's 5 s, since clocks differ
+SILENT_SECONDS = 90.0  # age of a lease that counts as not renewed; far above the renewal's 5 s, because clocks differ
 _STEP_LINE = b'"kind":"step"'
 
 
@@ -65,7 +65,7 @@ class RunProgress:
     """A run at one moment.
 
     Attributes:
-        why: Why the latest attempt ended, or the error in reading the run folder.
+        why: Reason for the end of the latest attempt, or the error in reading the run folder.
         step, total_steps: Last recorded step, and train.steps (None if the configuration cannot be read).
         tokens_per_second, step_seconds: Medians over the last steps; None before the first step.
         record_age, beat_age, checkpoint_age: Seconds since the last record, lease renewal and checkpoint commit.
@@ -95,7 +95,8 @@ class RunProgress:
 
     @property
     def remaining_seconds(self) -> float | None:
-        """Seconds to the last step at the current throughput; None if the run is not running or has no throughput yet."""
+        """Returns the seconds to the last step at the current throughput; None if the run is not running or has no
+        throughput yet."""
         if self.state is not RunState.RUNNING or self.total_steps is None or self.step_seconds is None:
             return None
         return max(0, self.total_steps - self.step) * self.step_seconds
@@ -139,7 +140,7 @@ def read_progress(path: Path, *, now: float | None = None) -> RunProgress:
 
 
 def is_run(path: Path) -> bool:
-    """True if a folder is a run folder."""
+    """Returns whether a folder is a run folder."""
     return (path / "config.yaml").is_file() or (path / "status.json").is_file()
 
 

@@ -1,5 +1,5 @@
-"""Copies a job's code, configuration and cluster file at its submission. Every attempt of the job runs this copy, so later
-changes of the clone do not affect a waiting job.
+"""Copies a job's code, configuration and cluster file at its submission. Every attempt of the job runs this copy, so that
+later changes of the clone do not affect a waiting job.
 
     <folder>/code/          tracked files with their uncommitted changes, and untracked source files
     <folder>/config.yaml    resolved, with absolute paths
@@ -95,14 +95,14 @@ def code_folder() -> Path:
     root = source_root()
     if (root / "moe_dist").is_dir():
         return root
-    # RECORD lists the hash of every installed file, so another installation gets another folder.
+    # RECORD lists the hash of every installed file, so that another installation gets another folder.
     record = importlib.metadata.distribution("moe_dist").read_text("RECORD") or ""
     folder = Path.cwd() / ".moe_dist" / f"code-{hashlib.sha256(record.encode()).hexdigest()[:12]}"
     if not folder.is_dir():
         new = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}")
         shutil.copytree(root, new, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(root.parent, new / "moe_dist", ignore=shutil.ignore_patterns("__pycache__", root.name))
-        with contextlib.suppress(OSError):  # another command made it first
+        with contextlib.suppress(OSError):  # raised if another command made the folder first
             new.rename(folder)
         shutil.rmtree(new, ignore_errors=True)
     return folder

@@ -54,8 +54,8 @@ def main(
 
 def find_runs(names: Sequence[str], root: Path) -> list[Path]:
     """Returns the folders of the named runs, or of all runs below `root`, most recently written first. The folder of a run
-    is <root>/<name>; the folder of an array task is <root>/<name>/<task>. Raises ConfigError if there is no run, or no run
-    of a name."""
+    is <root>/<name>; the folder of an array task is <root>/<name>/<task>. Raises ConfigError without runs, or without a run
+    of a given name."""
     if not names:
         folders = [path for path in root.glob("*") if path.is_dir()] if root.is_dir() else []
         found = [run for path in folders for run in ([path] if is_run(path) else path.glob("*")) if is_run(run)]
@@ -75,8 +75,8 @@ def find_runs(names: Sequence[str], root: Path) -> list[Path]:
 
 
 def many_runs(runs: Sequence[RunProgress], *, width: int = WIDTH) -> RenderableType:
-    """Returns a table of `width` characters with one line per run. The last column, the reason, gets what the others
-    leave."""
+    """Returns a table of `width` characters with one line per run. The last column, the reason, gets the remaining
+    width."""
     names = ("run", "state", "step", "tokens/s", "left", "checkpoint", "starts")
     rows = [[_plain(cell) for cell in _row(run)] for run in runs]
     widths = [max(len(name), *(row[column].cell_len for row in rows)) for column, name in enumerate(names)]
@@ -161,7 +161,7 @@ def _facts(run: RunProgress) -> list[tuple[str, str]]:
 
 
 def _attempts(run: RunProgress) -> Table:
-    """Returns a table of the last attempts in order: when each one began, how long it lasted, and how and why it ended."""
+    """Returns a table of the last attempts in order: their beginnings, durations, exit codes and reasons."""
     table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
     for column in ("start", "on", "began", "lasted", "to step"):
         table.add_column(column, no_wrap=True, justify="right" if column in ("start", "lasted", "to step") else "left")

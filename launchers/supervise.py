@@ -18,7 +18,7 @@ from launchers.rank_tracker import Outcome, RankTracker, ShutdownTimeouts
 from moe_dist.runtime.signals import StopSignals, child_of
 
 TICK_SECONDS = 0.1
-# Delay in showing rank 0's standard error: if another rank fails meanwhile, rank 0's follow-up errors are not shown.
+# Delay with which rank 0's standard error is shown, to hide rank 0's follow-up errors if another rank fails meanwhile.
 HELD_SECONDS = 0.5
 
 
@@ -47,7 +47,7 @@ class DelayedStderr:
 
     def finish(self, *, show: bool) -> None:
         """Reads the rest of the pipe after the rank has ended. Shows the delayed output if `show`, else drops it."""
-        self._thread.join(2.0)  # not without a timeout, because a grandchild may keep the pipe open
+        self._thread.join(2.0)  # with a timeout, because a grandchild may keep the pipe open
         if show:
             self.show(at_least=0.0)
         self._held.clear()
@@ -55,7 +55,7 @@ class DelayedStderr:
     def _copy(self) -> None:
         while chunk := os.read(self._source.fileno(), 1 << 16):
             self._held.append((time.monotonic(), chunk))
-            with contextlib.suppress(OSError):  # a full disk must not end the loop: a full pipe would block the rank
+            with contextlib.suppress(OSError):  # goes on despite a full disk, because a full pipe would block the rank
                 self._log.write(chunk)
 
 
@@ -86,7 +86,7 @@ class Ranks:
         except BaseException:
             self.kill()
             raise
-        # Threads start only after all forks: preexec_fn is not safe in a process with threads.
+        # Threads start only after all forks, because preexec_fn is not safe in a process with threads.
         stderr = self._ranks[0].stderr
         assert stderr is not None
         self._stderr = DelayedStderr(stderr, logs[0], terminal or sys.stderr.buffer)
@@ -120,7 +120,7 @@ class Ranks:
             process.wait()
 
     def _wait_for(self, rank: int, pid: int) -> None:
-        # WNOWAIT leaves the zombie for the main thread, which sends the signals: no signal can hit a reused pid.
+        # WNOWAIT leaves the zombie for the main thread, which sends the signals, so that no signal can hit a reused pid.
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         self._ends.put(rank)
@@ -150,12 +150,12 @@ def _start(
         stdin=subprocess.DEVNULL,  # ranks must not read the terminal
         stdout=None if first else log,  # None inherits the terminal
         stderr=subprocess.PIPE if first else log,
-        preexec_fn=prepare,  # PDEATHSIG: the kernel kills the rank when the launcher dies
+        preexec_fn=prepare,  # sets PDEATHSIG: the kernel kills the rank when the launcher dies
     )
 
 
 def is_stopped(pid: int) -> bool:
-    """True if SIGSTOP has suspended a process; False if /proc does not show the process."""
+    """Returns whether SIGSTOP has suspended a process; False if /proc does not show the process."""
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     return False

@@ -1,4 +1,4 @@
-"""The command `moe-dist`, also `python -m moe_dist`. A subcommand is imported only when it runs, so help needs no torch."""
+"""The command `moe-dist`, also `python -m moe_dist`. Help needs no torch, because only a running subcommand is imported."""
 
 import importlib
 import os
@@ -17,7 +17,7 @@ from moe_dist.config.bundled import source_root
 from moe_dist.runtime.command_line import command_app, print_version
 from moe_dist.runtime.renamed import RENAMED
 
-# Each entry: a subcommand, its function, and its line in the help text. Options are defined only at the function.
+# Each entry has a subcommand, its function, and its line in the help text. Options are defined only at the function.
 COMMANDS = (
     ("launch local", "launchers.local:main", "Run on this machine, with one process per rank."),
     ("launch slurm", "launchers.slurm.__main__:main", "Submit a run to a Slurm cluster."),
@@ -62,8 +62,8 @@ class LazyGroup(TyperGroup):
 
 
 def _words_of(name: str) -> str | None:
-    """Returns the subcommand that runs the module `name`, such as 'launch local'; None if no subcommand runs it. The name
-    may be present or former, with or without its package."""
+    """Returns the subcommand that runs the module `name`, such as 'launch local'; None if no subcommand runs it. `name` may
+    be the module's present or former name, with or without its package."""
     name = name.replace("-", "_")
     found = {target.partition(":")[0].removesuffix(".__main__"): words for words, target, _ in COMMANDS}
     module = RENAMED.get(name) or RENAMED.get(f"tools.{name}") or name

@@ -14,7 +14,7 @@ class MoeDistError(Exception):
     """The base class of all errors that a user can cause and fix.
 
     Args:
-        problems: One problem, or all problems found. Each names the field, its value, the rule and the fix.
+        problems: One problem, or all problems found. Each problem names the field, its value, the rule and the fix.
         see: Page of the docs that explains the problems.
     """
 
@@ -36,7 +36,7 @@ class ConfigError(MoeDistError):
 
 
 class ResourceError(MoeDistError):
-    """The run needs more ranks, nodes or memory than there are."""
+    """The run needs more ranks, nodes or memory than are available."""
 
     exit_code = 69
     retry = False
@@ -75,4 +75,4 @@ class StorageError(MoeDistError):
 
 
 class IntegrityError(MoeDistError):
-    """A rank received other data than its peer sent to it. `parallel.check_exchanges` finds such errors."""
+    """A rank received other data than another rank sent. `parallel.check_exchanges` finds such errors."""

@@ -19,7 +19,7 @@ from moe_dist.runtime.files import make_writable, write_atomically
 from moe_dist.runtime.signals import child_of
 from tools.bench.ranks import RANK_ENV
 
-QUIET = 0.25  # quantile of the repeats' seconds that is taken, since other load of the machine only makes repeats slower
+QUIET = 0.25  # quantile of the repeats' seconds that is used, because other load of the machine only slows repeats
 ROWS, EXPERTS = (16, 64, 256, 1024, 4096), 8
 LAUNCHED = 64  # operations of a chain whose forward and backward are timed
 EXCHANGED = (1 << 12, 1 << 18, 1 << 22)  # bytes that a rank sends to each other rank
@@ -155,18 +155,18 @@ def exchange(ranks: int, device: str, least: float) -> LinkSection:
 
 
 def fitted_link(ranks: int, sent: Sequence[float], seconds: Sequence[float]) -> LinkSection:
-    """Fits seconds = latency + bytes / rate, where a rank sends so many bytes in an exchange; minimises relative errors."""
+    """Fits seconds = latency + bytes sent by a rank / rate; minimises relative errors."""
     weight = 1 / np.array(seconds)
     design = np.stack([np.ones(len(sent)), np.array(sent, float)], axis=1) * weight[:, None]
     latency, each = np.linalg.lstsq(design, np.ones(len(sent)), rcond=None)[0].tolist()
-    if latency < 0.0 or each <= 0.0:  # noise: the largest exchange alone gives the rate
+    if latency < 0.0 or each <= 0.0:  # because of noise; only the largest exchange then gives the rate
         latency, each = 0.0, seconds[-1] / sent[-1]
     return LinkSection(ranks=ranks, latency=latency, bytes_per_second=1 / each)
 
 
 def _rank(rank: int, ranks: int, device: str, folder: str, least: float, parent: int) -> None:
-    """Exchanges each size for `least` seconds, at least six times. Rank 0 writes the quantile `QUIET` of the seconds
-    without those of the first exchange."""
+    """Exchanges each size for `least` seconds, at least six times. Rank 0 writes the quantile `QUIET` of the seconds of all
+    exchanges but the first."""
     child_of(parent, ignore_stop=False)()
     import torch
     import torch.distributed as dist

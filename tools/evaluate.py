@@ -93,7 +93,7 @@ def main(options: EvaluateOptions) -> None:
 
 
 def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
-    """Returns the tasks. Raises ConfigError if no task is given, a task is unknown, or the harness cannot run here."""
+    """Returns the tasks. Raises ConfigError if no task is given, a task is unknown, or the harness cannot run."""
     if not options.tasks and not options.harness:
         raise ConfigError("nothing to evaluate: give --tasks or --harness", see="docs/evaluation.md")
     if options.harness and importlib.util.find_spec("lm_eval") is None:
@@ -112,7 +112,7 @@ def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
     if named:
         from lm_eval.tasks import TaskManager
 
-        known = TaskManager()  # reads the index of all tasks, which takes seconds
+        known = TaskManager()  # takes seconds to read the index of all tasks
         if unknown := [name for name in named if name not in known.all_tasks]:
             near = get_close_matches(unknown[0], known.all_tasks, 1)
             guess = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists them"
@@ -156,7 +156,7 @@ def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
 
 
 def _keep(folder: Path, step: int, record: dict[str, Any]) -> Path:
-    """Writes the results to a new numbered file beside earlier ones."""
+    """Writes the results to a new numbered file beside earlier files."""
     number = 1
     while True:
         path = folder / f"step_{step}_{number}.json"

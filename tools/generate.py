@@ -74,7 +74,7 @@ def main(options: GenerateOptions) -> None:
     vocabulary = trained.vocabulary()
     task, labels = _task(options, vocabulary)
     check_lengths(task.prompts, task.request.max_new_tokens, model.max_seq_len)
-    grammar = vocabulary.grammar  # read before the weights, which take long: it raises if the data set is unfit
+    grammar = vocabulary.grammar  # raises for an unfit data set, before the weights are loaded, which takes long
     generator = Generator(
         trained.load(device), grammar, group_of_modality=trained.group_of_modality, max_seq_len=model.max_seq_len
     )
@@ -130,7 +130,7 @@ def _show(options: GenerateOptions, label: str, sample: GeneratedSample, number:
 
 
 def _first_number(folder: Path) -> int:
-    """Returns the first number after those of existing pictures, so that existing pictures are kept."""
+    """Returns the first number after the numbers of existing pictures, so that existing pictures are kept."""
     numbers = (path.name.split("_")[1] for path in folder.glob("sample_*_*.png"))
     return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
@@ -138,7 +138,7 @@ def _first_number(folder: Path) -> int:
 def _write_sheet(
     options: GenerateOptions, path: Path, labels: list[str], samples: list[GeneratedSample], vocabulary: Vocabulary
 ) -> None:
-    """Writes a sheet with a row for each caption: if wanted the decoded held-out picture, then the drawings."""
+    """Writes a sheet with a row for each caption: the decoded held-out picture, if requested, then the drawings."""
     each, rows = options.samples, []
     originals = {found.caption: found.codes for found in reversed(vocabulary.heldout())} if options.originals else {}
     for first in range(0, len(samples), each):

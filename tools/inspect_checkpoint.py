@@ -1,5 +1,5 @@
-"""Shows the content of a checkpoint: step, layers x groups x experts, bytes, placement, versions. The tool loads no tensor
-and needs no GPU."""
+"""Shows the content of a checkpoint: step, layers x groups x experts, bytes, placement, versions. Loads no tensor and needs
+no GPU."""
 
 import sys
 from pathlib import Path

@@ -127,7 +127,7 @@ def _launch(config: Config, path: Path, ranks_per_node: int) -> str:
 
 
 def refuse_unused(options: PlanOptions, engine: str) -> None:
-    """Refuses options for step times, which are not simulated for this engine, and engines whose layouts are unknown."""
+    """Refuses options about step times if they are not simulated for this engine, and engines whose layouts are unknown."""
     values = {"--trace": options.trace, "--capacity": options.capacity, "--price": options.price}
     given = [name for name, value in values.items() if value is not None] + ["--nulls real"] * (options.nulls == "real")
     if given:
@@ -145,12 +145,12 @@ def refuse_unused(options: PlanOptions, engine: str) -> None:
 
 
 def most_memory(options: PlanOptions, rates: Rates) -> float:
-    """Returns the bytes of memory of a GPU: those of `--memory`, else those of the card."""
+    """Returns the bytes of memory of a GPU: the number of `--memory`, else the card's number."""
     return options.memory * 1e9 if options.memory is not None else rates.memory
 
 
 def write_plan(config: Config, path: Path) -> None:
-    """Writes the configuration of a layout, and checks that it reads back as the same."""
+    """Writes the configuration of a layout, and checks that the file reads back as the same configuration."""
     write_atomically(path, resolved_yaml(config).encode())
     assert load_config(path) == config
 
@@ -163,7 +163,7 @@ def problems_of(each: Estimate) -> list[str]:
 def left_out(
     config: Config, counts: Sequence[int], every: Sequence[Estimate], fitting: Sequence[Estimate]
 ) -> Iterator[str]:
-    """Yields sentences that say which numbers of GPUs are not ranked, and why."""
+    """Yields sentences about numbers of GPUs that are not ranked, with the reasons."""
     batch, listed, ranked = config.train.global_batch, {each.gpus for each in every}, {each.gpus for each in fitting}
     if odd := [count for count in counts if count not in listed]:
         numbers = ", ".join(map(str, odd))
@@ -188,8 +188,8 @@ def gpu_range(text: str) -> tuple[int, int]:
 
 
 def rates_of(options: PlanOptions, gpus: int) -> Rates:
-    """Returns the rates of `--rates`, or published ones of the cluster's card: of `--cluster`, else $MOE_DIST_CLUSTER, else
-    H100 nodes."""
+    """Returns the rates of `--rates`, or else the published rates of the card of the cluster `--cluster`, else
+    $MOE_DIST_CLUSTER, else H100 nodes."""
     if options.rates is not None:
         rates = read_rates(options.rates)
         if rates.machine != options.machine:
@@ -252,8 +252,8 @@ def changed(routing: Routing, options: PlanOptions, micro_batch: int) -> Routing
 
 
 def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> None:
-    """Prints, for each EP size, the rows and bytes that the traced choices send under its placement, and the seconds of its
-    best layout."""
+    """Prints, for each EP size, the rows and bytes that the traced choices send under the size's placement, and the seconds
+    of the size's best layout."""
     tokens = routing.tokens
     assert tokens is not None
     table = Table(title=f"Replay of {routing.name}: {len(tokens.token_T):,} tokens", title_justify="left")
@@ -302,12 +302,12 @@ def solved_slots(load_LE: np.ndarray, ep: int) -> tuple[tuple[int, ...], ...]:
 
 
 def cost(each: Estimate, price: float | None) -> float:
-    """Returns the value that the ranking minimises: GPU seconds per token if a price is given, else seconds per token."""
+    """Returns the value that the ranking minimises: GPU seconds per token with a price, else seconds per token."""
     return (each.gpus if price is not None else 1) / each.tokens_per_second
 
 
 def best_of_each(ranked: Sequence[Estimate], counts: Sequence[int]) -> list[Estimate]:
-    """Returns the best layout of each number of GPUs that has one."""
+    """Returns the best layout of each number of GPUs that has a layout."""
     found = (next((each for each in ranked if each.gpus == count), None) for count in counts)
     return [each for each in found if each is not None]
 
@@ -372,7 +372,7 @@ def print_plan(ranked: Sequence[Estimate], best: Estimate, count: int, rates: Ra
     console = Console(width=None if Console().is_terminal else 200, highlight=False)
     columns, widest = dict(COLUMNS), None
     if console.width < WIDE:
-        widest = len("GB of memory,")  # where its head is wrapped; the layouts get the rest
+        widest = len("GB of memory,")  # width at which the head of this column wraps; the layouts get the remaining width
         columns = {head: cell for head, cell in columns.items() if head not in WIDE_ONLY}
         table.caption += f" A terminal of {WIDE} columns also shows {', '.join(WIDE_ONLY)}."
     if options.price is not None:

@@ -26,7 +26,7 @@ from moe_dist.runtime.command_line import reports_errors, run_command
 from tools.bench.layout_steps import MeasuredLayout, measure, visits
 
 CONFIG = "adamoe_moma_tiny_cpu"
-MEDIAN, WORST, TAU, MEMORY = 0.10, 0.20, 0.9, 0.05  # pass rule: largest errors, least rank correlation, error of memory
+MEDIAN, WORST, TAU, MEMORY = 0.10, 0.20, 0.9, 0.05  # pass rule: largest errors, smallest rank correlation, memory error
 RECOMPUTE = ("none", "experts", "block")
 Clock = Literal["cpu", "wall"]
 _DISPATCH, _MIX = "parallel.dispatch", "data.weights={{openmoji: {}, python: {}}}"
@@ -44,8 +44,8 @@ def _choices(top_k: int, num_null: int) -> tuple[str, ...]:
     )
 
 
-# Neighbours differ in one factor, so that both halves (even and odd places) have every factor. The workload W4 is left out,
-# because its ranks have different numbers of tokens, and those of a training step have equally many.
+# Neighbours differ in one factor, so that the layouts at even and at odd places both have every factor. The workload W4 is
+# left out, because its ranks have different numbers of tokens, unlike the ranks of a training step.
 LAYOUTS: tuple[MeasuredLayout, ...] = (
     *(_layout(f"parallel.ep={n}", f"parallel.recompute={each}") for n in (1, 2, 4) for each in RECOMPUTE),
     *(_layout(f"parallel.ep={ep}", *_choices(4, number)) for number in (0, 8, 72) for ep in (2, 4)),
@@ -66,13 +66,13 @@ LAYOUTS: tuple[MeasuredLayout, ...] = (
 
 @dataclass(frozen=True)
 class Observed:
-    """One layout.
+    """The measurements of one layout.
 
     Attributes:
         seconds: Seconds of a step, by clock. `cpu`: CPU seconds, mean over ranks, lower quartile over steps. `wall`: the
-        shortest step, since other load of the machine only makes steps longer.
+            shortest step, because other load of the machine only makes steps longer.
         spread: By clock, the relative difference between the median over steps and `seconds`.
-        sent, replayed: Bytes that the traced step sent, and those that `replay` counts for its choices.
+        sent, replayed: Bytes that the traced step sent, and bytes that `replay` counts for its choices.
         memory: Bytes of all tensors of the fullest rank, at their peak in the traced step.
     """
 
@@ -105,7 +105,7 @@ def main(
 
 
 def observed(folder: Path) -> list[Observed]:
-    """Reads what `measure` stored, in the order of `LAYOUTS`."""
+    """Reads the measurements that `measure` stored, in the order of `LAYOUTS`."""
     of_layout: dict[int, list[dict]] = {}
     for visit in visits(folder / "visits.jsonl"):
         of_layout.setdefault(visit["layout"], []).append(visit)
@@ -165,12 +165,13 @@ class Predicted:
 
 
 def seconds_of(estimates: Sequence[Estimate], clock: Clock) -> np.ndarray:
-    """Predicted seconds of a step; for the clock `cpu` only the time in which the mean rank computes, exchanges or sums."""
+    """Returns predicted seconds of a step; for the clock `cpu` only time in which the mean rank computes, exchanges or
+    sums."""
     return np.array([e.seconds if clock == "wall" else e.busy + e.wire + e.tail for e in estimates])
 
 
 def peak_of(estimate: Estimate) -> float:
-    """Predicted bytes of tensors, without the assumed shares of allocator and libraries."""
+    """Returns the predicted bytes of tensors, without the assumed bytes of allocator and libraries."""
     return (estimate.memory[0] - LIBRARIES) / (1 + SLACK)
 
 
@@ -199,7 +200,7 @@ def fitted(rates: Rates, seconds: Callable[[Rates], np.ndarray], measured: np.nd
 
 
 def kendall(one: np.ndarray, other: np.ndarray) -> float:
-    """Kendall's rank correlation: concordant minus discordant pairs over all pairs."""
+    """Returns Kendall's rank correlation: (concordant - discordant pairs) / all pairs."""
     upper = np.triu_indices(len(one), 1)
     signs = np.sign(one[:, None] - one)[upper] * np.sign(other[:, None] - other)[upper]
     return float(signs.mean())
@@ -210,8 +211,8 @@ def judged(
     rates: Rates,
     predict: Callable[[Sequence[Observed], Rates], Callable[[Rates], Sequence[Estimate]]] = Predicted,
 ) -> tuple[bool, list[str]]:
-    """For each clock, fits on the runs at even places and predicts those at odd places. Returns whether all rules hold, and
-    the lines to print, with failures first."""
+    """Fits, for each clock, on the runs at even places, and predicts the runs at odd places. Returns whether all rules
+    hold, and the lines to print, with failures first."""
     if len(runs) < 4:
         raise DataError(f"{len(runs)} layouts: a fit and its test need at least four; run the command without --judge")
     learnt, held = predict(runs[::2], rates), predict(runs[1::2], rates)

@@ -1,10 +1,10 @@
 """Lists layouts of a run with engine.kind=megatron: parameters, memory and FLOPs of a rank. See docs/planning.md.
 
-Step times are not simulated. engine.cp stays as configured, since it follows from the length of sequences. With m
-micro-batches a pipeline stage has nothing to compute in (pp - 1) / vpp / (m + (pp - 1) / vpp) of a step (arXiv 2104.04473,
-section 2.2). Layouts are sorted by GPUs, the fewest first. Those with more idle time than IDLE come last among the same
-number; the others are sorted by tp, whose ranks exchange activations in every layer, then by idle time. The configured
-placement policy comes before another, and small EP groups before large ones.
+Step times are not simulated. engine.cp stays as configured, because it follows from the length of sequences. With m
+micro-batches a pipeline stage is idle for the fraction (pp - 1) / vpp / (m + (pp - 1) / vpp) of a step (arXiv 2104.04473,
+section 2.2). Layouts are sorted by GPUs, the fewest first. Among layouts with the same number of GPUs, layouts with more
+idle time than IDLE come last; the others are sorted by tp, whose ranks exchange activations in every layer, then by idle
+time. The configured placement policy comes before other policies, and small EP groups before large groups.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,22 +37,22 @@ class PipelineLayout:
 
     config: Config
     parameters: float  # parameters of the fullest rank
-    memory: float  # bytes
+    memory: float  # bytes of memory of the fullest rank
     flops: float  # FLOPs of a rank in a step, recomputation included
-    idle: float  # share of a step
+    idle: float  # fraction of a step in which a stage is idle
 
     @property
     def gpus(self) -> int:
-        """Number of ranks."""
+        """Returns the number of ranks."""
         return self.config.parallel.ep * self.config.parallel.edp
 
     @property
     def needed(self) -> float:
-        """Bytes of memory, including what the allocator loses and what libraries need."""
+        """Returns the bytes of memory, including the allocator's losses and the libraries' memory."""
         return (1 + SLACK) * self.memory + LIBRARIES
 
     def order(self, policy: str) -> tuple[int, bool, int, float, bool, int]:
-        """The key by which layouts are sorted; see the top of this file. `policy` is the configured placement."""
+        """Returns the key by which layouts are sorted; see the top of this file. `policy` is the configured placement."""
         engine: Any = self.config.engine
         other = self.config.placement.policy != policy
         return self.gpus, self.idle > IDLE, engine.tp, self.idle, other, self.config.parallel.ep
@@ -64,10 +64,10 @@ def plan_layouts(
     """Prints the first layouts on `counts` GPUs that fit into `most` bytes of memory, and returns the first of them.
 
     Args:
-        node: Ranks of a node, the most that `engine.tp` takes.
+        node: Number of ranks of a node, which is the largest `engine.tp`.
 
     Raises:
-        ConfigError: no layout keeps the rules of the configuration, or none fits.
+        ConfigError: no layout keeps the rules of the configuration, or no layout fits into memory.
     """
     every = [each for count in counts for each in _layouts(config, count, token_mix, node=node)]
     if not every:

@@ -18,7 +18,7 @@ from moe_dist.runtime.progress import shown_progress
 
 DEFAULT_OUT = Path(".cache/data")
 NO_HELD_OUT = "nothing is held out, so runs cannot be evaluated on it: give more documents, or raise --val-fraction"
-SHOWN = 5  # files left out that the command names
+SHOWN = 5  # largest number of omitted files that the command names
 
 
 @reports_errors("prepare_data")
@@ -63,7 +63,7 @@ def main(
     strict: Annotated[bool, typer.Option("--strict", help="End at a file that cannot be read; else leave it out.")] = False,
 ) -> None:
     """Prepare a data set. The default takes a minute: OpenMoji pictures with their names, and Python sources."""
-    # Numeric libraries read these variables when `prepare` imports them. More threads would only slow the start down.
+    # Numeric libraries read these variables when `prepare` imports them. More threads would only delay the start.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ.setdefault(name, str(min(4, os.cpu_count() or 1)))
     began = time.monotonic()

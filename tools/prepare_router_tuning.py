@@ -70,7 +70,7 @@ def main(options: PrepareOptions) -> None:
         embedded_text(question, listed=options.rotations)  # raises if a question has no text to embed
     prompts = Prompts(vocabulary, listed=options.rotations)
     written = write(questions, prompts, rotations=options.rotations, max_seq_len=model.max_seq_len)
-    # A damaged embedder fails here and not after the scoring. This check is on the CPU, as no rank has chosen a device yet.
+    # A damaged embedder thus fails before the scoring. The check uses the CPU, because no rank has chosen a device yet.
     Embedder(options.embedder, "cpu")(["a text"])
     with one_group(env, device) as (mesh, device):
         likelihood = trained.likelihood(device, mesh)

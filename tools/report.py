@@ -91,7 +91,7 @@ def main(options: ReportOptions) -> None:
 
 def page_of(subject: Subject) -> bytes:
     """Renders the report. A page of more than MOST_BYTES is rendered again, with one range of steps in place of twelve. If
-    that page is still too large, a third one also leaves out the co-activation matrices, and is returned whatever its
+    the second page is still too large, a third page also omits the co-activation matrices, and is returned whatever its
     size."""
     page = b""
     for fewer in ({}, {"slides": 1}, {"slides": 1, "matrix_cells": 0}):
@@ -115,7 +115,7 @@ def _read_placement(path: Path, groups: tuple[ExpertGroup, ...]) -> ExpertPlacem
 
 
 def _sizes(option: str, text: str) -> tuple[int, ...]:
-    """The whole numbers in an option, each once."""
+    """Returns the whole numbers in an option, each once."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     if wrong := [word for word in words if not word.isdecimal() or not 0 < int(word) <= MOST_RANKS]:
         raise ConfigError(f"{option} {text}: {wrong[0]!r} is no whole number from 1 to {MOST_RANKS}; write them as 2,4,8")
@@ -127,7 +127,7 @@ def open_routing(path: Path, data: Path | None = None, experts: int = 0) -> Rout
 
     Args:
         data: Folder of the data set, if it has moved since the training.
-        experts: Experts of a layer if `path` is the trace of another system; 0 otherwise.
+        experts: Number of experts of a layer if `path` is the trace of another system; 0 otherwise.
 
     Raises:
         ConfigError: `path` is neither a run nor a trace.
@@ -211,7 +211,7 @@ def _open_trace(path: Path, *, counted: bool = False) -> tuple[Trace, Manifest]:
     """Returns a trace, and the manifest of its last attempt.
 
     Args:
-        counted: If true, the counts of choices come from metrics.jsonl, so the trace may have no step.
+        counted: If true, counts of choices come from metrics.jsonl, and the trace may have no step.
 
     Raises:
         DataError: the trace has no step, or attempts have different models.
@@ -241,7 +241,7 @@ def _placement(path: Path, manifest: Manifest) -> ExpertPlacement:
 
 
 def _placement_of_run(path: Path, groups: tuple[ExpertGroup, ...], ep: int) -> ExpertPlacement:
-    """The placement of a run without trace: from its last checkpoint."""
+    """Returns the placement of a run without trace, from its last checkpoint."""
     directory = CheckpointDirectory(RunFolder(path).checkpoints)
     steps = directory.steps()
     if not steps:
@@ -253,7 +253,8 @@ def _placement_of_run(path: Path, groups: tuple[ExpertGroup, ...], ep: int) -> E
 
 
 def _layouts(routing: Routing, sizes: Sequence[int]) -> Iterator[Layout]:
-    """Yields the run's own placement, and the possible pinned and interleaved ones at EP sizes 2, 4, ... and `sizes`."""
+    """Yields the run's own placement, and the possible pinned and interleaved placements at EP sizes 2, 4, ... and
+    `sizes`."""
     own, tokens = routing.placement, routing.tokens
     known = {1, *(2**i for i in range(1, 20) if 2**i <= min(own.num_experts, LARGEST_EP))}
     counts = np.zeros(0) if tokens is None else tokens.modality_T
@@ -296,7 +297,7 @@ def _names(configuration: Any, data: Path | None, tokenizer_json: str | None = N
         codes = None
         if manifest.image is not None and manifest.image.codebook is not None:
             codes = load_codebook(folder / manifest.image.codebook)
-    except (MoeDistError, OSError, KeyError, TypeError) as error:  # another system names no data; a report needs no names
+    except (MoeDistError, OSError, KeyError, TypeError) as error:  # another system has no data; names are optional
         if data is not None:
             raise ConfigError(f"--data {data}: {error}") from error
         return {}

@@ -1,5 +1,5 @@
 """Writes a teacher's most likely next tokens at all positions of a run's sequences. A run with
-`loss.distillation.top_logits` reads them instead of running the teacher. See docs/adapt.md."""
+`loss.distillation.top_logits` reads these tokens instead of running the teacher. See docs/adapt.md."""
 
 from collections.abc import Iterator
 from pathlib import Path

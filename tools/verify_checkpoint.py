@@ -45,7 +45,7 @@ def main(
 
 
 def _look_at_base(state: StateFile | None, folder: Path) -> Path | None:
-    """Finds the checkpoint with the frozen weights of an adapter checkpoint; returns None for any other checkpoint."""
+    """Finds the base of a checkpoint of adapters, which has the frozen weights; returns None for other checkpoints."""
     from moe_dist.checkpoint.base import KEY, Base, find_base
 
     if state is None or KEY not in state.values:

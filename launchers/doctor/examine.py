@@ -21,7 +21,7 @@ from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 from moe_dist.runtime.status import measured_save_seconds
 
-# Checks the scheduler and its nodes. The argument is how many seconds a save of the run takes; None before the first save.
+# Checks the scheduler and its nodes. The argument is the seconds that a save of the run takes; None before the first save.
 CheckScheduler = Callable[[float | None], list[CheckResult]]
 
 
@@ -40,8 +40,8 @@ def examine(
     Args:
         on: 'local', 'slurm' or 'ray'.
         cluster: Name or path of the cluster file.
-        probe: Start a job of at most two minutes that checks each node.
-        fabric: Measure the network between every pair of nodes.
+        probe: Whether to start a job of at most two minutes that checks each node.
+        fabric: Whether to measure the network between every pair of nodes.
     """
     try:
         site_file = load_cluster(cluster, env)
@@ -99,8 +99,8 @@ def _plan_text(plan: JobPlan) -> str:
 def _connected(
     on: str, config: Config, plan: JobPlan, cluster: Cluster, env: Mapping[str, str]
 ) -> Iterator[tuple[CheckScheduler, RunOnNodes]]:
-    """Connects to the scheduler. Yields a function that checks it, and one that runs a module on the planned nodes. Raises
-    ResourceError if there is no cluster."""
+    """Connects to the scheduler. Yields a function that checks the scheduler, and a function that runs a module on the
+    planned nodes. Raises ResourceError if there is no cluster."""
     if on == "slurm":
         visible = [str(nearest(Path(config.run.root))), str(Path(config.data.path).absolute())]
 

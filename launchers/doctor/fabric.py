@@ -25,12 +25,12 @@ TIMEOUT_SECONDS = 120.0
 def judge(
     measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], *, payload_bytes: int
 ) -> list[CheckResult]:
-    """Finds the causes of slow pairs: a node that is slow with every other node, or one pair alone. Returns a result for
+    """Finds the causes of slow pairs: a node that is slow with every other node, or a single pair. Returns a result for
     each cause.
 
     Args:
         measured: For each pair of nodes, the shortest measured time of each collective.
-        slow: Pairs that were slow in the first measurement, and in a second one without other traffic.
+        slow: Pairs that were slow in the first measurement, and again in a second measurement without other traffic.
         nodes: Node names by index.
         payload_bytes: Bytes that each node of a pair sends in an all-to-all.
     """
@@ -43,7 +43,7 @@ def judge(
     results, left = [], list(slow)
     for node, name in enumerate(nodes):
         own = [pair for pair in left if node in pair]
-        if len(own) == len(nodes) - 1 and len(nodes) > 2:  # with two nodes either of them could be the cause
+        if len(own) == len(nodes) - 1 and len(nodes) > 2:  # of only two nodes either could be the cause
             worst = max(measured[pair].all_to_all for pair in own)
             left = [pair for pair in left if node not in pair]
             text = f"{name} is slow with every other node: down to {_rate(payload_bytes, worst)}, other pairs {rate}"
@@ -84,7 +84,7 @@ def measure(folder: Path, device_type: str) -> None:
     """Joins the process group through the shared folder, measures every pair of nodes, and prints the result on rank 0."""
     start = {"MOE_DIST_INIT_METHOD": PUBLISHED, "MOE_DIST_ATTEMPT_ID": folder.name.lstrip(".")}
     env = RankEnv.from_environment({**os.environ, **start})
-    import torch  # takes seconds, and only the measuring tasks need it
+    import torch  # imported late, because it takes seconds and only the measuring tasks need it
 
     from moe_dist.parallel.mesh import destroy_world, init_world, own_gpu
     from moe_dist.parallel.pair_bandwidth import NodeRanks, measure_pairs, names_of_nodes

@@ -43,7 +43,7 @@ class Want:
 
     @property
     def who(self) -> str:
-        """The subject and verb of a message, such as 'ranks 0-3 need'."""
+        """Returns the subject and verb of a message, such as 'ranks 0-3 need'."""
         return f"ranks {self.ranks} need" if {",", "-"} & set(self.ranks) else f"rank {self.ranks} needs"
 
     def has_traits(self, offer: Offer) -> bool:
@@ -54,8 +54,8 @@ class Want:
 
 
 def check_fit(wants: Sequence[Want], offers: Sequence[Offer], *, trait_word: str, where: str) -> CheckResult:
-    """Reports the first problem: no node has the traits of a planned node, none with these traits has the resources, or too
-    few such nodes are `up`. Reports OK if there is no problem.
+    """Reports the first problem: no node has the traits of a planned node, no node with these traits has the resources, or
+    too few such nodes are `up`. Reports OK if there is no problem.
 
     Args:
         trait_word: The scheduler's word for a trait: 'feature' or 'label'.

@@ -34,8 +34,8 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Reachability:
-    """The connection test of one node: the resolver's error for each name that does not resolve, and the error of the
-    node's connection to rank 0's node ('' without an error)."""
+    """The result of one node's connection test: the resolver's error for each name that does not resolve, and the error of
+    the connection to rank 0's node ('' without an error)."""
 
     unresolved: Mapping[str, str]
     unreachable: str = ""
@@ -48,15 +48,15 @@ def visit(questions: Questions, *, first: bool, env: Mapping[str, str] = os.envi
         path = Path(questions.meeting)
         seen = listen(path, questions.num_nodes, env) if first else connect(path)
         facts = replace(facts, unresolved={**facts.unresolved, **seen.unresolved}, unreachable=seen.unreachable)
-    return replace(facts, clock=time.time())  # read last: the receiver compares it with the arrival time
+    return replace(facts, clock=time.time())  # read last, because the receiver compares the clock with the arrival time
 
 
 def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ) -> Reachability:
-    """Runs on rank 0's node: writes the node's address to `path`, and waits until the other nodes have connected."""
+    """Writes the address of rank 0's node to `path`, and waits until the other nodes have connected."""
     name = variables.get(HOST_VARIABLE) or node_name(variables)
     try:
         address = node_address(variables)
-        listener = socket.create_server((address, 0), backlog=num_nodes)  # port 0: the kernel chooses a free one
+        listener = socket.create_server((address, 0), backlog=num_nodes)  # with port 0 the kernel chooses a free port
     except (ConfigError, OSError) as error:
         _publish(path, name, "", 0)  # port 0 tells the other nodes to resolve the name and not to connect
         return Reachability({name: str(error)})
@@ -72,11 +72,11 @@ def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ
 
 
 def connect(path: Path) -> Reachability:
-    """Runs on the other nodes: resolves the name of rank 0's node and connects to that node. If `path` never appears, the
-    folder is not shared; another check reports that."""
+    """Resolves, on the other nodes, the name of rank 0's node and connects to that node. If `path` never appears, the
+    folder is not shared, which another check reports."""
     deadline = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, ValueError):  # no file yet, or a network file system shows an old state
+        with contextlib.suppress(OSError, ValueError):  # raised without a file yet, or for an old state of it
             host, address, port = json.loads(path.read_text())
             return Reachability(unresolved([host]), unreachable(address, port) if address else "")
         time.sleep(POLL_SECONDS)

@@ -26,7 +26,7 @@ RunOnNodes = Callable[[str, str, int, int], Iterator[tuple[float, str]]]
 
 
 def needs_of(config: Config, plan: JobPlan) -> Needs:
-    """Returns what the run requires of its nodes."""
+    """Returns the run's requirements on its nodes."""
     return Needs(
         world_size=plan.world_size,
         ranks_per_node=plan.ranks_per_node,
@@ -63,13 +63,13 @@ def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFac
         text = f"{len(heard)} of {len(plan.nodes)} nodes answered within {PROBE_MINUTES} minutes"
         fix = "check that the others see this clone and its environment (cluster file: prelude, python, container)"
         found.append(error("probe", text, fix))
-    answers = [heard[node] for node in sorted(heard, key=lambda name: (len(name), name))]  # by number: node2 before node10
+    answers = [heard[node] for node in sorted(heard, key=lambda name: (len(name), name))]  # node2 before node10
     nodes, when = [facts for _, facts in answers], [when for when, _ in answers]
     return [*found, *check_nodes(nodes, needs_of(config, plan), when, here=here)]
 
 
 def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[CheckResult]:
-    """Measures all-reduce and all-to-all between every pair of nodes, with one task per GPU, or one per node on CPUs."""
+    """Measures all-reduce and all-to-all between every pair of nodes, with one task per GPU, or per node on CPUs."""
     if len(plan.nodes) < 2:
         return fabric.judge({}, [], ["here"], payload_bytes=0)
     tasks = plan.gpus_per_node or 1
@@ -104,4 +104,4 @@ def _token_folder(config: Config) -> Iterator[tuple[tuple[str, str] | None, Path
     try:
         yield (str(folder / "token"), token), folder / "meeting"
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # also if the job failed
+        shutil.rmtree(folder, ignore_errors=True)  # even if the job failed

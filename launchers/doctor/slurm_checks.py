@@ -12,7 +12,7 @@ from moe_dist.errors import ConfigError
 
 # States of nodes in which jobs run, now or after other jobs end
 UP = frozenset(("idle", "mixed", "allocated", "completing", "planned", "reserved"))
-Ask = Callable[..., str]  # the words of a Slurm command -> its output
+Ask = Callable[..., str]  # words of a Slurm command -> output of the command
 
 
 def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, ask: Ask = ask) -> list[CheckResult]:

@@ -13,7 +13,7 @@ from launchers.snapshot import code_folder
 from moe_dist.config.cluster import Cluster
 from moe_dist.errors import ResourceError
 
-START_SECONDS = 300.0  # how long the job may wait in the queue
+START_SECONDS = 300.0  # seconds that the job may wait in the queue
 
 
 def run_on_nodes(command: Sequence[str], *, minutes: int) -> Iterator[tuple[float, str]]:
@@ -57,8 +57,8 @@ def srun_command(
     minutes: int,
     visible: Sequence[str] = (),
 ) -> list[str]:
-    """Returns an srun command that requests the plan's resources, GPUs included, so that Slurm chooses nodes as it would
-    for the run. Each kind of node is one component of the job, as in the run's job. Task 0 runs on node 0 of the plan.
+    """Returns an srun command that requests the plan's resources, GPUs included, so that Slurm chooses nodes as for the
+    run. Each kind of node is one component of the job, as in the run's job. Task 0 runs on node 0 of the plan.
 
     Args:
         module, argument: A task runs `python -m MODULE ARGUMENT` with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
@@ -67,7 +67,7 @@ def srun_command(
     """
     visible = list(dict.fromkeys([str(code_folder()), *visible]))
     task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node, visible)]
-    # This short job has its own time limit, and needs no stop signal before it.
+    # This short job has its own time limit, and needs no stop signal before this limit.
     site = [option for option in site_options(cluster) if not option.startswith(("--time", "--signal"))]
     common = [*site, f"--time={minutes}", "--job-name=moe_dist-doctor", "--input=none", "--kill-on-bad-exit=0", "--quiet"]
     common += [*cluster.srun_options, *pyxis_options(cluster, visible)]

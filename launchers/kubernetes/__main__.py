@@ -51,7 +51,7 @@ def manifests(config_path: Path, overrides: Sequence[str], *, cluster: str | Non
     """Plans a run and returns its Kubernetes objects. Needs neither data nor a cluster.
 
     Raises:
-        ConfigError: configuration or cluster file are invalid, or the pods could not reach a folder of the run.
+        ConfigError: configuration or cluster file is invalid, or the pods could not reach a folder of the run.
     """
     site = load_cluster(cluster, os.environ)
     layout = layout_of_file(config_path, overrides)

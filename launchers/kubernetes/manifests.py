@@ -1,7 +1,7 @@
 """The Kubernetes objects of a run: a RayJob of KubeRay, or one indexed Job for each kind of node. Pure functions.
 
-The nodes come from the same plan as for the other launchers. A pod is one planned node, and requests all its GPUs.
-The objects are of batch/v1 and ray.io/v1. The latter needs KubeRay 1.5 or later, for the labels of worker groups.
+The nodes come from the same plan as for the other launchers. A pod is one planned node, and requests all its GPUs. The
+objects are of batch/v1 and ray.io/v1, which needs KubeRay 1.5 or later for the labels of worker groups.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from moe_dist.errors import EXIT_DONE
 Manifest = dict[str, Any]
 FILES = "/etc/moe_dist"  # folder of the configuration and the cluster file in every pod
 RUN, PART, SET = "moe-dist/run", "moe-dist/part", "moe-dist/domain"  # labels of pods
-_MOST_NAME = 40  # most characters of a run's name in an object's name; the number of a pod follows it
+_MOST_NAME = 40  # largest number of characters of a run's name in an object's name, before the number of a pod
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,10 @@ class Part:
     """Planned nodes whose pods are equal.
 
     Attributes:
-        name: Name within the run.
-        nodes: Ordered by index.
+        name: Name of the part, unique in the run.
+        nodes: The nodes, ordered by index.
         labels: Labels that the nodes must have.
-        domain: Number of the interconnect domain that the nodes share with all other nodes of this number; None if the
-            nodes may be anywhere.
+        domain: Number of the set of nodes that must share an interconnect domain; None if the nodes may be anywhere.
     """
 
     name: str
@@ -43,10 +42,10 @@ class Part:
 
 
 def parts_of(plan: JobPlan, *, ep: int, domains: bool) -> tuple[Part, ...]:
-    """Partitions the planned nodes into sets with equal pods. `domains`: each EP group must stay in one domain."""
+    """Partitions the planned nodes into sets with equal pods. With `domains`, each EP group must stay in one domain."""
     domain_of: dict[int, int] = {}
     for number, indexes in enumerate(nodes_sharing_ep_groups(plan, ep) if domains else []):
-        if len(indexes) > 1:  # a node by itself is in its own domain anyway
+        if len(indexes) > 1:  # a single node is in one domain anyway
             domain_of |= dict.fromkeys(indexes, number)
     found: dict[tuple[tuple[tuple[str, str], ...], int | None, int], list[NodePlan]] = {}
     for node in plan.nodes:
@@ -59,8 +58,8 @@ def parts_of(plan: JobPlan, *, ep: int, domains: bool) -> tuple[Part, ...]:
 
 
 def object_name(run: str) -> str:
-    """Returns a name for the Kubernetes objects of a run. It has lower-case letters, digits and dashes, and begins with a
-    letter, because names of Services must. A name that is cut ends with a hash of the whole name."""
+    """Returns a name for the Kubernetes objects of a run, with lower-case letters, digits and dashes. The name begins with
+    a letter, as names of Services must. A cut name ends with a hash of the whole name."""
     name = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
     name = name if name[:1].isalpha() else f"run-{name}".rstrip("-")
     if len(name) <= _MOST_NAME:
@@ -88,13 +87,13 @@ class Manifests:
     def jobs(self) -> list[Manifest]:
         """Returns a ConfigMap, a Service that gives the pods host names, and a Job for each part.
 
-        A rank that fails ends its pod; the other ranks then lose their connections to it, so all pods end. Kubernetes
-        replaces them, and the ranks resume from the last checkpoint, at most `max_restarts` times. The exit code of an
-        error that would repeat ends the Job at once.
+        A rank that fails ends its pod; the other ranks then lose their connections to this rank, and all pods end.
+        Kubernetes replaces the pods, and the ranks resume from the last checkpoint, at most `max_restarts` times. The exit
+        code of an error that would repeat ends the Job at once.
         """
         name, first = object_name(self.run), next(part for part in self.parts if part.nodes[0].index == 0)
         service = self._object("v1", "Service", name)
-        # The ranks meet before their pods count as ready, so their addresses are published at once.
+        # Addresses are published at once, because the ranks meet before their pods count as ready.
         service["spec"] = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {RUN: name}}
         rank0 = f"{name}-{first.name}-0.{name}"  # host name of the first pod of an indexed Job
         meeting = {"MASTER_ADDR": rank0, "MASTER_PORT": str(self.cluster.kubernetes.port)}
@@ -141,7 +140,7 @@ class Manifests:
         words = [self._python, "-m", "launchers.kubernetes.pod", "--nodes", nodes, *self.arguments]
         template = self._pod("ranks", labels=self._selector(part), resources=self._resources(part), part=part)
         (container,) = template["spec"]["containers"]
-        # `exec` replaces the shell that runs the site's lines, so the starter gets the signals of Kubernetes in any case.
+        # `exec` replaces the shell that runs the site's lines, so that the starter gets the signals of Kubernetes.
         lines = [*self.cluster.prelude, f"exec {shlex.join(words)}"]
         container["command"] = ["bash", "-c", "\n".join(lines)] if self.cluster.prelude else words
         container["env"] += [{"name": key, "value": value} for key, value in meeting.items()]
@@ -152,7 +151,7 @@ class Manifests:
             "completionMode": "Indexed",
             "completions": len(part.nodes),
             "parallelism": len(part.nodes),
-            "backoffLimit": self.cluster.max_restarts * len(part.nodes),  # counts pods, and a failed run ends all of them
+            "backoffLimit": self.cluster.max_restarts * len(part.nodes),  # counts pods, because a failed run ends all pods
             "podFailurePolicy": {
                 "rules": [
                     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},  # drained
@@ -222,6 +221,6 @@ class Manifests:
 
 
 def uncovered(paths: Mapping[str, str], claims: Sequence[str]) -> dict[str, str]:
-    """Returns those of `paths` (by configuration key) that lie on none of the mounted folders `claims`."""
+    """Returns the `paths` (by configuration key) outside all mounted folders `claims`."""
     folders = [claim.rstrip("/") + "/" for claim in claims]
     return {key: path for key, path in paths.items() if not any(f"{path}/".startswith(folder) for folder in folders)}

@@ -23,14 +23,14 @@ from moe_dist.plan.preflight import layout_of_file
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.signals import StopSignals, child_of
 
-INDEX = "JOB_COMPLETION_INDEX"  # Kubernetes sets it in the pods of an indexed Job
+INDEX = "JOB_COMPLETION_INDEX"  # variable that Kubernetes sets in the pods of an indexed Job
 TICK_SECONDS = 0.1
-PEER_SECONDS = 60.0  # from a rank's failure until the pod's other ranks get SIGTERM; meanwhile they log their errors
-END_SECONDS = 5.0  # part of the grace period in which this process ends after its ranks
+PEER_SECONDS = 60.0  # from a rank's failure until the pod's other ranks, which log their errors, get SIGTERM
+END_SECONDS = 5.0  # last seconds of the grace period, in which this process ends after its ranks
 
 
 def node_of_pod(plan: JobPlan, nodes: str, index: str | None) -> int:
-    """Returns the planned node of this pod. Raises ConfigError if index or list of nodes are invalid."""
+    """Returns the planned node of this pod. Raises ConfigError if the index or the list of nodes is invalid."""
     listed = nodes.split(",")
     planned = {str(node.index) for node in plan.nodes}
     if not listed or not planned.issuperset(listed):

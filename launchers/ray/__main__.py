@@ -40,7 +40,7 @@ def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> 
     with StopSignals() as signals:  # also handles signals that come before the first attempt
         if (job := check_job(config_path, overrides, **options)) is None:
             return EXIT_DONE
-        from launchers.ray.driver import drive  # imports Ray, which takes seconds; the run is checked first
+        from launchers.ray.driver import drive  # after the check of the run, because the import of Ray takes seconds
 
         return drive(job, signals)
 
@@ -68,7 +68,7 @@ def _print_dry_run(config: Path, overrides: Sequence[str], cluster: str | None) 
     commands = [replace(command, env={**job.cluster.network_variables, **command.env}) for command in commands]
     lines = commands_text(commands).replace(
         " '' -m ", " python -m "
-    )  # `python` stands for the interpreter of the rank's node, which is not known here
+    )  # `python` stands for the unknown interpreter of the rank's node
     print(f"resources of a rank: {bundle_of_rank(job.plan, job.cluster.cpus_per_rank)}\n{lines}")
 
 

@@ -31,7 +31,7 @@ from moe_dist.runtime.status import measured_save_seconds
 
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job API in the driver's environment
 CONNECT_SECONDS = 10.0  # timeout of the connection to Ray's head node
-STOP_WAIT_DEFAULT = 3.0  # seconds; Ray's own default
+STOP_WAIT_DEFAULT = 3.0  # seconds, Ray's own default
 MARGIN = 0.1  # fraction of Ray's grace period reserved for the driver; the ranks get the rest
 SETTLE_SECONDS = 5.0  # time limit for missing nodes before the first attempt
 LAST_LINES_SECONDS = 1.0  # seconds within which Ray forwards rank 0's last output
@@ -93,7 +93,7 @@ def _attempt(
         faulty.update(() if outcome.first_failed is None else (gang.node(outcome.first_failed).node_id,))
         return outcome, offsets
     finally:
-        gang.close()  # kills the actors, also after an error
+        gang.close()  # kills the actors, even after an error
 
 
 def worker_variables(plan: JobPlan, workers: Sequence[WorkerInfo]) -> list[dict[str, str]]:
@@ -136,9 +136,9 @@ def connected(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
     address = env.get("RAY_ADDRESS", "auto")
     host, _, port = address.rpartition(":")
     try:
-        if port.isdecimal():  # test the connection first: ray.init retries for minutes
+        if port.isdecimal():  # tests the connection first, because ray.init retries for minutes
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-        # The address makes Ray join a running cluster; without one it would start a cluster here.
+        # The address makes Ray join a running cluster; without an address Ray would start a cluster on this machine.
         context = ray.init(address=address, runtime_env=shipped, logging_level=logging.WARNING)
     except OSError as error:
         raise ResourceError(
@@ -154,7 +154,8 @@ def connected(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
 
 
 def stop_grace(env: Mapping[str, str]) -> float | None:
-    """Returns the seconds from `ray job stop` until Ray kills the driver; None outside a job, where Ray never kills it."""
+    """Returns the seconds from `ray job stop` until Ray kills the driver; None outside a job, where Ray does not kill
+    it."""
     if IN_A_JOB not in env:
         return None
     try:

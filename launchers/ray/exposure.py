@@ -1,4 +1,4 @@
-"""Finds out whether other machines can reach Ray without a token: Ray runs any code that a client sends."""
+"""Finds out whether other machines can reach Ray without a token, because Ray runs any code that a client sends."""
 
 import ipaddress
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ import psutil
 
 def listening(parts: Mapping[str, str]) -> dict[str, list[str]]:
     """Returns the addresses at which parts of Ray listen; `parts` maps the name of each part to its announced host:port. A
-    part on this machine may listen at more addresses than it announces, so its addresses are read from the list of sockets.
-    For a part on another machine only the announced address is known."""
+    part on this machine may listen at more addresses than it announces. Its addresses are therefore read from the list of
+    sockets. For a part on another machine only the announced address is known."""
     found: dict[str, list[str]] = {}
     connections = psutil.net_connections("tcp")  # scans /proc
     sockets = [each.laddr for each in connections if each.status == psutil.CONN_LISTEN and each.laddr]
@@ -34,7 +34,7 @@ def exposure_text(addresses: Mapping[str, Sequence[str]], *, token: bool) -> str
 
 
 def asks_for_token() -> bool:
-    """True if the connected Ray requires a token."""
+    """Returns whether the connected Ray requires a token."""
     try:
         from ray._raylet import AuthenticationMode, get_authentication_mode  # pyright: ignore
     except ImportError:  # an older Ray without tokens

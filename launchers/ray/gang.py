@@ -1,4 +1,4 @@
-"""The actors of one attempt: makes a placement group with one bundle and one actor per rank, and waits for the ranks."""
+"""Makes a placement group with one bundle and one actor per rank for an attempt, and waits for the ranks."""
 
 import contextlib
 import re
@@ -24,7 +24,7 @@ from launchers.ray.rank import RankActor, WorkerInfo
 from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.runtime.signals import StopSignals
 
-ANSWER_SECONDS = 300.0  # time for an actor to start and answer; takes seconds, or minutes if its files are on a slow disk
+ANSWER_SECONDS = 300.0  # time limit for an actor's start and answer, which can take minutes with files on a slow disk
 READY_SECONDS = 15.0  # timeout for a placement group on nodes that were free a moment ago
 CONNECT_SECONDS = 2.0  # connection timeout to a node
 LOOK_SECONDS = 2.0  # timeout for an actor to report whether its rank is suspended
@@ -32,7 +32,7 @@ TICK_SECONDS = 0.2
 PATIENT_SECONDS = 5.0  # a shorter wait is not reported, because Ray may still be freeing resources of ended actors
 HEAD = "node:__internal_head__"  # a resource that only the head node has
 RETRY_SECONDS = 1.0
-START_TRIES = 3  # failed starts of actors after which a node is left out; once the wait for nodes is over, one is enough
+START_TRIES = 3  # failed starts of actors after which a node is left out; only one after the wait for nodes is over
 WAIT = "wait"  # concurrency group of `RankActor.wait`, which blocks until the rank has ended
 _CONNECTIONS = 32
 
@@ -41,7 +41,7 @@ class LostError(Exception):
     """An actor or a node was lost before the attempt began.
 
     Args:
-        faults: Why the actors of a node did not start, by Ray's id of the node.
+        faults: Reasons why the actors of a node did not start, by Ray's id of the node.
     """
 
     def __init__(self, text: str, faults: Mapping[str, str] | None = None) -> None:
@@ -50,8 +50,8 @@ class LostError(Exception):
 
 
 class Gang:
-    """The actors of one attempt. Each attempt makes a new placement group: after a node has died, Ray for many seconds
-    still reports the old group on that node as ready.
+    """The actors of one attempt. Each attempt makes a new placement group, because after a node has died, Ray still reports
+    the old group on that node as ready for many seconds.
 
     Args:
         nodes: The Ray node of each planned node.
@@ -68,7 +68,7 @@ class Gang:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Host names in the order of the plan."""
+        """Returns the host names in the order of the plan."""
         return tuple(node.host for node in self._nodes)
 
     def gather(self, paths: Sequence[str], signals: StopSignals) -> None:
@@ -79,7 +79,7 @@ class Gang:
             ConfigError: one of the `paths` does not exist on a node.
             StoppedError: a stop signal came before all actors had answered.
         """
-        if not self._group.wait(READY_SECONDS):  # another job may have taken the nodes since they were chosen
+        if not self._group.wait(READY_SECONDS):  # another job may have taken the chosen nodes
             raise LostError("another job has taken the chosen nodes")
         actor: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={WAIT: 1})(RankActor)  # pyright: ignore
         size = {"num_cpus": self._bundle["CPU"], "num_gpus": self._bundle.get("GPU", 0)}
@@ -170,7 +170,7 @@ class Gang:
         return tuple(sorted(frozen))
 
     def _end_the_rest(self, tracker: RankTracker, running: dict[Any, int]) -> None:
-        """Kills the actors of all running ranks. A rank whose node does not answer counts as lost, and so as the
+        """Kills the actors of all running ranks. A rank whose node does not answer counts as lost, and therefore as the
         cause of the failure."""
         for rank in running.values():
             ray.kill(self._actors[rank])
@@ -202,8 +202,8 @@ def _refuse_stop(signals: StopSignals) -> None:
 
 def request_nodes(job: JobPlan, bundle: Mapping[str, float]) -> PlacementGroup:
     """Makes a placement group of the planned nodes. While the group is pending, an autoscaler starts the missing nodes.
-    Ray removes the group when the driver ends. `request_resources` of Ray is not used, because its request would outlast
-    the driver, and cannot ask for separate nodes."""
+    Ray removes the group when the driver ends. Ray's `request_resources` is not used, because its request would outlast the
+    driver and cannot ask for separate nodes."""
     sizes = [{name: len(node.ranks) * amount for name, amount in bundle.items()} for node in job.nodes]
     labels = [dict(node.ray_labels) for node in job.nodes]
     return placement_group(sizes, strategy="STRICT_SPREAD", bundle_label_selector=labels)
@@ -221,8 +221,8 @@ def gather_gang(
     signals: StopSignals,
     say: Callable[[str], None],
 ) -> Gang:
-    """Chooses nodes and starts an actor for each rank; repeats this until all actors have answered. Meanwhile it asks an
-    autoscaler for the planned nodes.
+    """Chooses nodes and starts an actor for each rank, again and again until all actors have answered. Meanwhile requests
+    the planned nodes from an autoscaler.
 
     Args:
         paths: Files and folders that must exist on every node.
@@ -255,7 +255,7 @@ def gather_gang(
             tries = {node.node_id: len(faults.get(node.node_id, ())) for node in live}
             nodes = [node for node in live if tries[node.node_id] < (1 if over else START_TRIES)]
             nodes.sort(key=lambda node: (node.node_id in avoid, tries[node.node_id]))
-            # During the wait no node gets more ranks than the cluster file says. After it, more ranks on a node are
+            # During the wait no node gets more ranks than the cluster file says. After the wait, more ranks on a node are
             # better than an error.
             most = None if over else job.ranks_per_node
             assignment = assign(job, nodes, bundle, together, most=most)
@@ -300,7 +300,7 @@ def _start_problems(faults: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def live_nodes(exclude: Collection[str] = ()) -> list[RayNode]:
-    """Returns the nodes that accept a connection now, the head last, without those whose host name or address is in
+    """Returns the nodes that accept a connection now, the head last, except nodes whose host name or address is in
     `exclude`. Tests the connections, because Ray itself notices a lost node late."""
     free = ray._private.state.available_resources_per_node()  # pyright: ignore  # Ray has no public function for this
     nodes = [
@@ -316,7 +316,7 @@ def live_nodes(exclude: Collection[str] = ()) -> list[RayNode]:
         for node in ray.nodes()
         if node["Alive"] and not {node["NodeManagerHostname"], node["NodeManagerAddress"]} & {*exclude}
     ]
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:  # in parallel: each lost node costs the full timeout
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:  # in parallel, because each lost node costs the full timeout
         answers = list(pool.map(takes_connections, nodes))
     alive = [node for node, answer in zip(nodes, answers, strict=True) if answer]
     return sorted(alive, key=lambda node: (HEAD in node.total, node.address, node.node_id))
@@ -331,7 +331,7 @@ def last_line(error: RayError) -> str:
 
 
 def takes_connections(node: RayNode) -> bool:
-    """True if the raylet of a node accepts a connection."""
+    """Returns whether the raylet of a node accepts a connection."""
     with contextlib.suppress(OSError):
         socket.create_connection((node.address, node.port), CONNECT_SECONDS).close()
         return True

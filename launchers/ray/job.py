@@ -65,7 +65,7 @@ class RayJob:
             attempt_id=attempt_id,
             grace_seconds=grace_seconds,
             threads=self.cluster.cpus_per_rank,
-            python=self.cluster.python or "",  # empty: the interpreter of the rank's actor
+            python=self.cluster.python or "",  # empty for the interpreter of the rank's actor
             program=self.program,
             hosts=hosts,
         )

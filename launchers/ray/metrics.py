@@ -25,6 +25,6 @@ def _serve(receiver: socket.socket) -> None:
     gauges: dict[str, Gauge] = {}
     while True:
         for name, meaning, labels, value in json.loads(receiver.recv(LARGEST)):
-            if name not in gauges:  # one gauge for a name, because Ray rejects a second one of that name with other labels
+            if name not in gauges:  # only one gauge per name, because Ray rejects a second gauge with other labels
                 gauges[name] = Gauge(name, description=meaning, tag_keys=tuple(labels))
             gauges[name].set(value, tags=labels)

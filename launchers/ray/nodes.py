@@ -1,4 +1,4 @@
-"""Assigns each planned node to a node of a Ray cluster, anew for each attempt. Pure functions; does not import Ray.
+"""Assigns each planned node to a node of a Ray cluster, again for each attempt. Pure functions; does not import Ray.
 
 The driver pins each bundle (Ray resources of a rank) to a node, because no strategy of Ray keeps a node's ranks together.
 """
@@ -10,7 +10,7 @@ from launchers.command import JobPlan, NodePlan
 from moe_dist.plan.matching import match
 
 NODE_ID = "ray.io/node-id"  # label that Ray sets on every node
-DOMAIN = "ray.io/gpu-domain"  # label of nodes with a common fast interconnect, as an NVLink rack
+DOMAIN = "ray.io/gpu-domain"  # label of nodes with a common fast interconnect, such as an NVLink rack
 _SHOWN = 8
 
 
@@ -20,8 +20,8 @@ class RayNode:
 
     Attributes:
         node_id: Ray's id of the node.
-        address, port: Address and port of its raylet.
-        labels: All labels, including those that Ray sets.
+        address, port: Address and port of the node's raylet.
+        labels: All labels, including labels that Ray sets.
         total: Amount of each resource.
         free: Amount of each resource that is not in use.
     """
@@ -47,7 +47,7 @@ class Assignment:
     """The result of `assign`. Exactly one of `nodes`, `problems` and `waits_for` is not empty.
 
     Attributes:
-        job: The plan. If the Ray nodes differ in size, `assign` may have distributed the ranks anew by the room on each.
+        job: The plan. If the Ray nodes differ in size, `assign` may have distributed the ranks again by each node's size.
         nodes: A free Ray node for each planned node.
         problems: Requirements that no node of this cluster meets, even when idle.
         waits_for: Planned nodes whose Ray nodes other jobs are using.
@@ -86,13 +86,13 @@ def assign(
     most: int | None = None,
 ) -> Assignment:
     """Chooses for each planned node a Ray node with its labels and enough resources for all its ranks. If the Ray nodes are
-    too small or too few for these planned nodes, but have room for all ranks, the ranks are distributed anew.
+    too small or too few for the planned nodes, but have resources for all ranks, distributes the ranks again.
 
     Args:
-        nodes: Live nodes; earlier ones are preferred.
+        nodes: Live nodes; earlier nodes are preferred.
         bundle: Resources of one rank.
         together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain. Empty without domains.
-        most: Limit for the ranks of a node if the ranks are distributed anew; None for no limit.
+        most: Largest number of ranks of a node if the ranks are distributed again; None for no limit.
     """
 
     def chosen(resources: str) -> list[int | None]:
@@ -101,18 +101,18 @@ def assign(
         ]
         return _match_domains(possible, nodes, together) if any(len(each) > 1 for each in together) else match(possible)
 
-    found = chosen("total")  # resources in use count as available: what is missing even then, no wait can supply
+    found = chosen("total")  # counts resources in use as available, because a wait can free them
     if None in found:
         missing = [each for each, node in zip(job.nodes, found, strict=True) if node is None]
         alone = match([[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes])
-        if None not in alone:  # there are enough nodes, but not in one domain
+        if None not in alone:  # enough nodes exist, but not in one domain
             return Assignment(job, problems=(_domain_problem(missing, nodes),))
         if not together and not any(each.own for each in job.nodes):
             rooms = ([_room(getattr(node, resources), bundle, most) for node in nodes] for resources in ("free", "total"))
             if uneven := next(filter(None, (_fill(job, nodes, room) for room in rooms)), None):
                 return assign(uneven, nodes, bundle)
         return Assignment(job, problems=tuple(_node_problem(each, job, nodes, bundle) for each in missing))
-    found = chosen("free")  # now without the resources that other jobs use
+    found = chosen("free")  # without the resources that other jobs use
     if None in found:
         return Assignment(job, waits_for=tuple(each for each, node in zip(job.nodes, found, strict=True) if node is None))
     return Assignment(job, nodes=tuple(nodes[node] for node in found if node is not None))
@@ -129,8 +129,8 @@ def _room(resources: Mapping[str, float], bundle: Mapping[str, float], most: int
 
 
 def _fill(job: JobPlan, nodes: Sequence[RayNode], rooms: Sequence[int]) -> JobPlan | None:
-    """Distributes the ranks anew: each node, the largest first, gets as many ranks as it has room for. All ranks of a node
-    have equal requirements. Returns None if there is no room for all ranks."""
+    """Distributes the ranks again: each node, the largest first, gets as many ranks as it has resources for. All ranks of a
+    node have equal requirements. Returns None if the nodes lack resources for all ranks."""
     ranks_of: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for each in job.nodes:
         ranks_of.setdefault(tuple(sorted(each.ray_labels.items())), []).extend(each.ranks)
@@ -157,9 +157,8 @@ def _fill(job: JobPlan, nodes: Sequence[RayNode], rooms: Sequence[int]) -> JobPl
 def _match_domains(
     possible: Sequence[Sequence[int]], nodes: Sequence[RayNode], together: Sequence[tuple[int, ...]]
 ) -> list[int | None]:
-    """Matches planned nodes to Ray nodes like `match`, but keeps each set of `together` inside one domain. Greedy: the
-    largest set is first, and each set gets the smallest domain that fits. A node without the label DOMAIN is a domain by
-    itself."""
+    """Matches planned nodes to Ray nodes like `match`, but keeps each set of `together` inside one domain. Greedily gives
+    each set, the largest first, the smallest domain that fits. A node without the label DOMAIN is a domain by itself."""
     found: list[int | None] = [None] * len(possible)
     left = set(range(len(nodes)))
     for group in sorted(together, key=len, reverse=True):
@@ -172,7 +171,7 @@ def _match_domains(
             if None not in matched:
                 for which, node in zip(group, matched, strict=True):
                     found[which] = node
-                left -= set(matched)  # pyright: ignore[reportArgumentType]  # none of them is None
+                left -= set(matched)  # pyright: ignore[reportArgumentType]  # no element is None
                 break
     return found
 
@@ -191,7 +190,7 @@ def _domain_problem(missing: Sequence[NodePlan], nodes: Sequence[RayNode]) -> st
 
 
 def _node_problem(each: NodePlan, job: JobPlan, nodes: Sequence[RayNode], bundle: Mapping[str, float]) -> str:
-    """Says why no Ray node fits this planned node: no node has its labels, none is large enough, or there are too few."""
+    """Returns why no Ray node fits this planned node: no node has its labels, all are too small, or there are too few."""
     labels = each.ray_labels
     experts = f" (experts of {', '.join(each.groups)})" if each.groups else ""
     who = f"{_ranks(each.ranks)}{experts}"

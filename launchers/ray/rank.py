@@ -1,6 +1,6 @@
 """The actor of one rank, on a node of Ray: starts the rank through `rank_supervisor`, and returns the rank's exit code.
 
-The rank does not run in the actor's process. Thus the rank gets signals in its main thread, can exit at any time, and
+The rank runs in another process than the actor. It therefore gets signals in its main thread, can exit at any time, and
 shares no interpreter with Ray's threads.
 """
 
@@ -61,7 +61,7 @@ class RankActor:
 
     def worker(self, paths: Sequence[str]) -> WorkerInfo:
         """Returns the node and GPUs of this actor; the answer proves that the actor runs. Waits up to SEEN_SECONDS for
-        `paths`, the files and folders that must exist here."""
+        `paths`, the files and folders that must exist on the node."""
         deadline = time.monotonic() + SEEN_SECONDS
         while (missing := [path for path in paths if not Path(path).exists()]) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)  # an NFS client refreshes its cache only after some time
@@ -87,7 +87,7 @@ class RankActor:
         if shown:
             self._socket_folder = tempfile.TemporaryDirectory(prefix="moe_dist_")
             path = Path(self._socket_folder.name) / "metrics"
-            serve_metrics(path)  # here, because only the actor can use Ray's API
+            serve_metrics(path)  # in the actor, because only the actor can use Ray's API
             variables[RAY_METRICS] = str(path)
         self._supervisor = subprocess.Popen(
             [sys.executable, "-m", "launchers.ray.rank_supervisor"],
@@ -103,7 +103,7 @@ class RankActor:
 
     def wait(self) -> int:
         """Waits for the end of the rank; returns its exit code. A negative code is the signal that killed the rank."""
-        code = self._hear().get("code", -signal.SIGKILL)  # no answer: the supervisor was killed, and with it the rank
+        code = self._hear().get("code", -signal.SIGKILL)  # no answer if supervisor and rank were killed
         self._pid = None
         assert self._supervisor is not None
         self._supervisor.wait()  # the supervisor exits after the last process that the rank has started
@@ -114,7 +114,7 @@ class RankActor:
         self._tell(f"{number.name}\n".encode())
 
     def frozen(self) -> bool:
-        """True if SIGSTOP has suspended the rank."""
+        """Returns whether SIGSTOP has suspended the rank."""
         return self._pid is not None and is_stopped(self._pid)
 
     def _tell(self, line: bytes) -> None:

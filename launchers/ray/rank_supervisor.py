@@ -1,4 +1,4 @@
-"""A process between a Ray actor and its rank: starts the rank, forwards signals, and kills all processes of the rank.
+"""The process between a Ray actor and its rank, which starts the rank, forwards signals, and kills the rank's processes.
 
     python -m launchers.ray.rank_supervisor <started by launchers/ray/rank.py>
 
@@ -53,7 +53,7 @@ class Order:
 
 
 class RankSupervisor:
-    """Runs one rank, until the last process that it has started is gone."""
+    """Runs one rank, until the last process that the rank has started is gone."""
 
     def __init__(self, order: Order) -> None:
         self._code: int | None = None
@@ -66,7 +66,7 @@ class RankSupervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=2 if order.shown else log,  # standard output (1) carries the messages to the actor
                 stderr=subprocess.PIPE if order.shown else log,
-                preexec_fn=child_of(os.getpid(), ignore_stop=False),  # PDEATHSIG, in case the supervisor itself is killed
+                preexec_fn=child_of(os.getpid(), ignore_stop=False),  # PDEATHSIG, in case the supervisor is killed
             )
         if self._rank.stderr is not None:
             self._inputs.append(self._rank.stderr.fileno())
@@ -100,7 +100,7 @@ class RankSupervisor:
 
     def _pass_on(self, names: Sequence[str]) -> None:
         for name in names:
-            if self._code is None:  # the rank still runs: the pid of an ended rank may belong to another process
+            if self._code is None:  # only if the rank still runs, because another process may reuse an ended rank's pid
                 os.kill(self._rank.pid, signal.Signals[name])  # the rank's main thread handles the signal
 
     def _show(self, text: bytes) -> None:
@@ -114,7 +114,7 @@ class RankSupervisor:
         """Reaps all ended children; returns True if some still run."""
         with contextlib.suppress(ChildProcessError):
             while True:
-                pid, status = os.waitpid(-1, os.WNOHANG)  # any child, adopted orphans included
+                pid, status = os.waitpid(-1, os.WNOHANG)  # any child, also adopted orphans
                 if pid == 0:
                     return True
                 if pid == self._rank.pid:
@@ -147,7 +147,7 @@ def _report(**values: Any) -> None:
 
 
 def main() -> None:
-    # Ray kills the direct children of an ended worker, but not grandchildren: so the work is done in a grandchild.
+    # The supervisor is a grandchild of the worker, because Ray kills the direct children of an ended worker.
     child = os.fork()
     if child:
         os.waitpid(child, 0)
@@ -157,7 +157,7 @@ def main() -> None:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, because the rank would inherit it
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     line = b""
-    while not line.endswith(b"\n"):  # byte by byte: `select` would not see input that a buffer has read ahead
+    while not line.endswith(b"\n"):  # byte by byte, because `select` would not see input in a buffer
         byte = os.read(0, 1)
         if not byte:
             return

@@ -64,7 +64,7 @@ def submit(address: str, line: str, *, grace_seconds: int, config: Config, forwa
             if_refused.callback(path.unlink, missing_ok=True)
             line += f" --env-file={shlex.quote(str(path))}"
         job_id = client.submit_job(entrypoint=line, runtime_env=runtime_env)
-        if_refused.pop_all()  # the job was accepted, and its driver deletes the file
+        if_refused.pop_all()  # keeps the file: the job was accepted, and its driver deletes the file
     again = f"moe-dist launch ray --stop {job_id} --submit {address}"
     print(f"job {job_id}: {line}\nto stop it and wait for its save: {again}", file=sys.stderr, flush=True)
     try:
@@ -75,8 +75,8 @@ def submit(address: str, line: str, *, grace_seconds: int, config: Config, forwa
 
 
 def hand_over(names: Sequence[str], folder: RunFolder) -> Path:
-    """Writes environment variables for the driver into a file of mode 0600 in the run folder, and returns its path. In a
-    job's runtime environment Ray would show them in the job list and in logs that every user can read."""
+    """Writes environment variables for the driver into a file of mode 0600 in the run folder, and returns its path. The
+    job's runtime environment is not used, because Ray shows it in the job list and in logs that every user can read."""
     folder.prepare()
     path = folder.path.absolute() / f".env_{secrets.token_hex(8)}"
     write_atomically(path, json.dumps({name: os.environ[name] for name in names}), mode=0o600)
@@ -100,7 +100,8 @@ def take_over(path: Path) -> tuple[str, ...]:
 
 
 def stop(address: str, job_id: str) -> int:
-    """Stops a job, waits until it has saved and ended, and returns its verdict. Raises ConfigError if it does not exist."""
+    """Stops a job, waits until the job has saved and ended, and returns its verdict. Raises ConfigError without such a
+    job."""
     client = connect(address)
     try:
         running = client.stop_job(job_id)

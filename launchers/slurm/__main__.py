@@ -1,6 +1,6 @@
 """Submits a run to Slurm: python -m launchers.slurm CONFIG [key=value ...] [--cluster SITE] [--dry-run] [--array SWEEP]
 
-It plans the nodes, writes the batch script, copies code and configuration into the run folder, and calls sbatch.
+The command plans the nodes, writes the batch script, copies code and configuration into the run folder, and calls sbatch.
 """
 
 import os
@@ -30,7 +30,7 @@ from moe_dist.plan.preflight import check_file, layout_of_file
 from moe_dist.runtime.command_line import RUN_FOLDER_FIX, print_done, reports_errors, run_command
 from moe_dist.runtime.run_folder import RunFolder, Start
 
-# Errors of sbatch about missing nodes. Its other errors concern account, partition or limits.
+# Errors of sbatch about missing nodes. Other errors of sbatch concern account, partition or limits.
 _NO_SUCH_NODES = (
     "Invalid feature specification",
     "Requested node configuration is not available",
@@ -158,7 +158,8 @@ def _tasks(
 
 
 def _refusal(job: Submission, words: str) -> MoeDistError:
-    """Returns the exception for an error of sbatch. About missing nodes it names the ranks, expert groups and feature."""
+    """Returns the exception for an error of sbatch. For missing nodes, the message names ranks, expert groups and
+    feature."""
     if not any(each in words for each in _NO_SUCH_NODES):
         return ConfigError(
             f"{words}; account, partition, QOS, time and GPUs come from the cluster file, dependencies from --dependency"

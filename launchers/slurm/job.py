@@ -1,7 +1,7 @@
 """Runs one attempt of a Slurm job; slurm/train.sbatch calls this module on the node of the batch script.
 
-Plans the run, checks the allocation, starts one task per rank with srun, and records the verdict. It requeues the job
-after a stop that has saved (exit code 75), and after each failure for which the other launchers would restart the run
+Plans the run, checks the allocation, starts one task per rank with srun, and records the verdict. Requeues the job after a
+stop that has saved (exit code 75), and after each failure for which the other launchers would restart the run
 (launchers/restart.py). After a node failure Slurm itself requeues the job.
 """
 
@@ -79,7 +79,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     snapshot = snapshot or _take_snapshot(job, config, cluster, plan=plan, env=env)
     path, begin = snapshot.folder / f"job_{job.id}.json", committed_step(folder.checkpoints)
     ends = _begin(job, folder, path, begin)
-    if ends and (reason := why_not_restarted(ends, cluster.max_restarts)):  # Slurm itself requeued the job regardless
+    if ends and (reason := why_not_restarted(ends, cluster.max_restarts)):  # Slurm itself requeued the job all the same
         print(f"job {job.id} is not continued: {reason}", file=sys.stderr)
         return ends[-1].code or EXIT_FAILED
     if warning := cluster.limit_warning(_limit_seconds(env)):
@@ -190,7 +190,7 @@ def visible_folders(config: Config, snapshot: CodeSnapshot) -> list[str]:
     """Returns the folders of the node that the ranks use. A container must mount each folder at the path that it has on
     the node."""
     weights = config.run.init_from
-    begin = [weights] if weights is not None and Path(weights).exists() else []  # later attempts do without this folder
+    begin = [weights] if weights is not None and Path(weights).exists() else []  # only the first attempt needs this folder
     return list(dict.fromkeys([str(RunFolder.of(config).path), str(snapshot.folder), config.data.path, *begin]))
 
 

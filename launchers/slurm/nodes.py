@@ -17,8 +17,8 @@ from moe_dist.runtime.signals import child_of
 _SECONDS = 60.0  # timeout of a Slurm command; a busy slurmctld answers late
 # Variables by which Slurm's commands find slurmctld.
 _CLIENT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK", "SLURM_WORKING_CLUSTER")
-# Variables that Slurm sets in a batch script with the options --nodes, --ntasks and --ntasks-per-node, as all our scripts
-# have.
+# Variables that Slurm sets in a batch script with the options --nodes, --ntasks and --ntasks-per-node, which all scripts of
+# moe_dist have.
 _OF_EVERY_JOB = re.compile(
     r"SLURM_(?:JOB_\w+|JOBID|NODELIST|NNODES|NPROCS|NTASKS|NTASKS_PER_NODE|TASKS_PER_NODE|CPUS_ON_NODE|GPUS_ON_NODE|"
     r"CLUSTER_NAME|SUBMIT_\w+)(?:_HET_GROUP_\d+)?"
@@ -61,7 +61,8 @@ class Allocation:
     @classmethod
     def read(cls, env: Mapping[str, str]) -> "Allocation":
         """Reads the job's environment, and queries host names and features from Slurm."""
-        # Two queries per component, only in the batch script: queries from every rank would overload slurmctld.
+        # Makes two queries per component, and only in the batch script, because queries of every rank would overload
+        # slurmctld.
         size = int(env.get("SLURM_HET_SIZE", "0"))
         suffixes = [f"_HET_GROUP_{index}" for index in range(size)] if size else [""]
         given, features = [], {}
@@ -73,29 +74,29 @@ class Allocation:
             gpus = env.get("SLURM_GPUS_ON_NODE", "0") if not suffix or suffix.endswith("_0") else ""
             given.append(GivenPart(hosts, tasks, int(gpus) if gpus.isdecimal() else -1))
             nodes = ask("scontrol", "--oneliner", "show", "node", listed)
-            # ActiveFeatures, because Slurm may change the features of a node at boot
+            # ActiveFeatures is read, because Slurm may change the features of a node at boot.
             features |= dict(re.findall(r"NodeName=(\S+) .*?\bActiveFeatures=(\S*)", nodes))
         return cls(tuple(given), {host: "" if has == "(null)" else has for host, has in features.items()})
 
 
 def outside_jobs(env: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment with which a job is submitted. Inside another job, that job's variables are left out, because
-    sbatch would pass them on and Slurm does not overwrite all of them."""
+    """Returns the environment with which a job is submitted. Omits the variables of a surrounding job, because sbatch would
+    pass them on and Slurm does not overwrite all of them."""
     of_slurm = ("SLURM", "SRUN_")
     own = {name: value for name, value in env.items() if not name.startswith(of_slurm) or name.startswith(_CLIENT)}
     return own if "SLURM_JOB_ID" in env else dict(env)
 
 
 def inside_job(env: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of a batch script without the variables of an outer job. A job that a plain sbatch submitted
-    inside another job inherits the variables that Slurm does not set anew for it: most of them are options of srun. Thus
-    only `_OF_EVERY_JOB` are kept, and the variables of array task, restarts, components and CPUs of a task if slurmctld's
-    record confirms them."""
+    """Returns the environment of a batch script without the variables of an outer job. If a plain sbatch inside another job
+    submitted this job, it inherits the outer job's variables that Slurm does not set again, most of which are options of
+    srun. Therefore keeps only `_OF_EVERY_JOB`, and the variables of array task, restarts, components and CPUs of a task if
+    slurmctld's record confirms them."""
     if "SLURM_JOB_ID" not in env:
         return dict(env)
     record = _record(env["SLURM_JOB_ID"])
     found = dict(re.findall(r"\b(ArrayJobId|ArrayTaskId|HetJobId|Restarts)=(\d+)", record))
-    # A job has 1 CPU per task unless it asks for more; Slurm 23.11 and newer also say whether it asked for 1.
+    # A job has 1 CPU per task unless it requests more; Slurm 23.11 and newer also tell whether it requested 1.
     cpus = re.search(r"\bTresPerTask=\S*?cpu[:=](\d+)|\bCPUs/Task=(?!1\b)(\d+)", record)
     believed = {
         "SLURM_ARRAY_JOB_ID": found.get("ArrayJobId"),
@@ -136,7 +137,7 @@ def _record(job_id: str) -> str:
 
 
 def lost_among(hosts: Sequence[str]) -> list[str]:
-    """Returns those of a job's hosts that are down now; none if Slurm does not answer."""
+    """Returns the hosts of a job that are down now; none if Slurm does not answer."""
     with contextlib.suppress(SlurmError):
         shown = ask("scontrol", "--oneliner", "show", "node", ",".join(hosts))
         states = dict(re.findall(r"NodeName=(\S+) .*?\bState=(\S+)", shown))
@@ -145,8 +146,8 @@ def lost_among(hosts: Sequence[str]) -> list[str]:
 
 
 def leave_out(job_id: str, hosts: Sequence[str], script: Path) -> str:
-    """Excludes hosts from the next attempt of a requeued job, unless too few nodes would be left. Returns what was done, as
-    a line for the user."""
+    """Excludes hosts from the next attempt of a requeued job, unless too few nodes would be left. Returns a line for the
+    user, which tells whether the hosts were excluded."""
     names = ", ".join(dict.fromkeys(hosts))
     try:
         record = _record(job_id)
@@ -154,7 +155,7 @@ def leave_out(job_id: str, hosts: Sequence[str], script: Path) -> str:
             return f"nodes at fault: {names}"
         before = re.search(r"\bExcNodeList=([^\s(]+)", record)
         excluded = ",".join(dict.fromkeys([*([before[1]] if before else []), *hosts]))
-        # Tested with sbatch first, because scontrol would accept an exclusion that leaves too few nodes.
+        # sbatch tests the exclusion first, because scontrol would accept an exclusion that leaves too few nodes.
         ask("sbatch", "--test-only", f"--exclude={excluded}", str(script), env=outside_jobs(os.environ))
         ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={excluded}")
     except SlurmError as error:
@@ -187,7 +188,8 @@ def differences(job: JobPlan, allocation: Allocation, spare: int = 0) -> list[st
 
 
 def hosts_of(job: JobPlan, allocation: Allocation, faulty: Sequence[str] = ()) -> tuple[str, ...]:
-    """Returns the host name of each planned node. The allocation must match the plan. Spare hosts replace `faulty` ones."""
+    """Returns the host name of each planned node. The allocation must match the plan. Spare hosts replace `faulty`
+    hosts."""
     host_of = {
         node.index: host
         for part, have in zip(parts(job), allocation.parts, strict=True)
@@ -197,7 +199,7 @@ def hosts_of(job: JobPlan, allocation: Allocation, faulty: Sequence[str] = ()) -
 
 
 def ranks_by_task(job: JobPlan, hosts: Sequence[str], allocated: Sequence[str]) -> dict[str, dict[int, int]]:
-    """Returns the tasks of each host, with the rank of each task: Slurm numbers the tasks of a component node by node.
+    """Returns the tasks of each host, with the rank of each task. Slurm numbers the tasks of a component node by node.
 
     Args:
         hosts: Host of each planned node.

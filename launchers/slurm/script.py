@@ -14,8 +14,8 @@ from moe_dist.runtime.place import FEATURES
 
 TRAIN_SBATCH = source_root() / "slurm" / "train.sbatch"
 PROGRAM = "MOE_DIST_PROGRAM"  # arguments of the ranks' interpreter, instead of the training
-STOP_SIGNAL = "USR2"  # NCCL may use USR1
-LINGER_SECONDS = 60  # from the end of the first rank until srun kills the others, which log their own errors meanwhile
+STOP_SIGNAL = "USR2"  # not USR1, which NCCL may use
+LINGER_SECONDS = 60  # from the end of the first rank until srun kills the other ranks, which log their errors meanwhile
 # Blocked signals stay pending until the process has its handlers (moe_dist/runtime/signals.py unblocks them).
 HOLD_SIGNALS = ("env", "--block-signal=TERM,USR2,INT")
 
@@ -41,7 +41,7 @@ def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
     kinds: dict[tuple[str | None, int, bool], list[NodePlan]] = {}
     for node in job.nodes:
         kinds.setdefault((node.feature, len(node.ranks), node.own), []).append(node)
-    return tuple(ScriptPart(tuple(nodes)) for nodes in kinds.values())  # dicts keep the order, so rank 0 stays first
+    return tuple(ScriptPart(tuple(nodes)) for nodes in kinds.values())  # dicts keep the order, with rank 0 first
 
 
 def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
@@ -91,7 +91,7 @@ def script(job: JobPlan, cluster: Cluster, *, name: str, output: str, exports: M
     """
     first = [f"--job-name={name}", "--requeue", "--open-mode=append", f"--output={output}"]
     heads = [[*part_options(part, job, cluster), *site_options(cluster)] for part in parts(job)]
-    heads = [[*first, *heads[0]], *heads[1:]]  # options of the whole job go into the first component
+    heads = [[*first, *heads[0]], *heads[1:]]  # the first component gets the options of the whole job
     headers = ["\n".join(f"#SBATCH {shlex.quote(option)}" for option in head) for head in heads]
     body = [line for line in TRAIN_SBATCH.read_text().splitlines() if not line.startswith(("#!", "#SBATCH"))]
     return "\n".join(["#!/bin/bash", "\n#SBATCH hetjob\n".join(headers), _export(exports), *body, ""])
@@ -115,8 +115,8 @@ def srun_command(
     """Returns the srun command that starts one task per rank.
 
     Args:
-        hosts: Host names of the planned nodes; srun gets them if the job has spare nodes.
-        hold: Command prefix that blocks the stop signals, or empty.
+        hosts: Host names of the planned nodes; passed to srun if the job has spare nodes.
+        hold: Command prefix that blocks the stop signals; empty for no prefix.
         table: File with the text of `rank_table`.
         node_env: slurm/node_env.sh in the snapshot.
         visible: Folders to mount in a container under the same path.
@@ -146,8 +146,8 @@ def rank_table(
     visible: Sequence[str],
 ) -> str:
     """Returns shell text that slurm/node_env.sh sources in every task. The text maps host and SLURM_LOCALID to the
-    variables of a rank. SLURM_PROCID need not be the rank: ranks on a node need not be consecutive, and Slurm numbers the
-    components of a heterogeneous job one after the other.
+    variables of a rank. SLURM_PROCID may differ from the rank, because ranks on a node need not be consecutive, and Slurm
+    numbers the components of a heterogeneous job one after the other.
 
     Args:
         hosts: Host names in the order of the plan.
@@ -175,7 +175,8 @@ def rank_table(
 
 
 def interpreter(cluster: Cluster) -> str:
-    """Returns the Python that runs the ranks: the cluster file's, else this interpreter (in a container `python3`)."""
+    """Returns the Python that runs the ranks: the cluster file's Python, else this interpreter (`python3` in a
+    container)."""
     return cluster.python or (sys.executable if cluster.container.kind == "none" else "python3")
 
 

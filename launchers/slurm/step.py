@@ -1,4 +1,4 @@
-"""Runs the srun step of a Slurm job, determines its verdict (the exit code on record), and requeues the job."""
+"""Runs the srun step of a Slurm job, determines its verdict (the recorded exit code), and requeues the job."""
 
 import contextlib
 import os
@@ -25,9 +25,9 @@ from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError
 from moe_dist.runtime.lease import WAIT_SECONDS
 from moe_dist.runtime.run_folder import RunFolder
 
-# KillWait (30 s by default) after a node failure, Slurm kills this process, and srun may take longer than that to end.
+# Slurm kills this process KillWait (30 s by default) after a node failure, and srun may need longer than KillWait to end.
 NODE_SECONDS = 5.0  # from the node failure until this process kills srun, in time to record the cause
-LEASE_SECONDS = 5.0  # wait for rank 0 to release the run folder's lease; only then can the cause be recorded
+LEASE_SECONDS = 5.0  # wait until rank 0 releases the run folder's lease, because then the cause can be recorded
 _ENDED = re.compile(
     r"srun: error: (?:Node failure on (?P<lost>\S+)|"
     r"(?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>Exited with exit code (?P<code>\d+)|.+?)(?: \(core dumped\))?\s*$)"
@@ -77,8 +77,8 @@ class SlurmJob:
 
     @property
     def name(self) -> str:
-        """The name of this job alone for Slurm's commands: the id of an array's last task is also the id of the whole
-        array."""
+        """The name of this job alone for Slurm's commands. The id of an array's last task is no such name, because it is
+        also the id of the whole array."""
         return self.id if self.array is None else f"{self.array}_{self.task}"
 
     @property
@@ -100,15 +100,15 @@ def hold_signals_prefix(cluster: Cluster) -> tuple[str, ...]:
     """Returns the command prefix that blocks the stop signals; empty if this node's `env` lacks --block-signal (coreutils
     before 8.31, for example on RHEL 8). Without the prefix, a stop signal kills a rank that has not yet installed its
     handlers, and nothing is saved."""
-    if isinstance(cluster.container, PyxisContainer):  # the image's `env` cannot be tested here
+    if isinstance(cluster.container, PyxisContainer):  # the image's `env` cannot be tested outside the container
         return HOLD_SIGNALS
     supported = subprocess.run([*HOLD_SIGNALS, "true"], capture_output=True, check=False).returncode == 0
     return HOLD_SIGNALS if supported else ()
 
 
 def run_step(command: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[int, list[str]]:
-    """Runs srun to its end. Returns its exit code, and its error lines about failed tasks, in order. `conclude` prints the
-    error lines after the failed rank's own output. Standard output goes to the job's file."""
+    """Runs srun to its end. Returns srun's exit code, and its error lines about failed tasks, in order. `conclude` prints
+    the error lines after the failed rank's own output. Standard output goes to the job's file."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", env=env
     )
@@ -131,22 +131,22 @@ def run_step(command: Sequence[str], env: Mapping[str, str] | None = None) -> tu
 def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], *, stopped: bool, places: Places) -> int:
     """Returns the verdict of this attempt, and prints its reason on standard error. A verdict in status.json takes
     precedence over srun's exit code, which is different if srun has killed tasks; an exit code that is no verdict of
-    moe_dist counts as 1. Writes the verdict into status.json if the ranks recorded none, or only the follow-up error of a
-    peer.
+    moe_dist counts as 1. Writes the verdict into status.json if the ranks recorded no verdict, or only a rank's follow-up
+    error.
 
     Args:
         code, ended: Results of `run_step`.
-        stopped: The batch script got a stop signal.
+        stopped: True if the batch script got a stop signal.
         places: The tasks of each host, with the rank of each task.
     """
     record = folder.read_status().of(job.attempt_id)
     ends = [match for line in ended if (match := _ENDED.match(line))]
-    # A rank that was killed, or lost with its node, recorded no reason: status.json holds a peer's follow-up error.
+    # A rank that was killed, or lost with its node, recorded no reason. status.json has another rank's follow-up error.
     silent = _first_death(ended)
     verdict = EXIT_FAILED if silent else next((int(match["code"]) for match in ends if match["code"]), code)
     requested = stopped and not (silent and silent["lost"])  # Slurm also sends stop signals after a node failure
     if record is not None and record.verdict == STOPPED != verdict and ends and not requested:
-        record = replace(record, verdict=None)  # Slurm ended all tasks after a failure; a rank took this for a stop request
+        record = replace(record, verdict=None)  # a rank took Slurm's end of all tasks after a failure for a stop request
     if record is not None and record.verdict is not None and not (silent and record.verdict == EXIT_FAILED):
         if record.verdict not in (EXIT_DONE, STOPPED):
             _show_cause(folder, job, [] if record.rank is None else [record.rank], ended, places)
@@ -177,11 +177,11 @@ def host_at_fault(folder: RunFolder, job: SlurmJob, ended: Sequence[str], places
 
 
 def name_unconcluded(folder: RunFolder, attempt_id: str, ranks_of: Mapping[str, Sequence[int]]) -> int:
-    """Records the verdict of an attempt whose batch script Slurm killed before it called `conclude`; returns it. The reason
-    names the nodes of that attempt that are down now.
+    """Records and returns the verdict of an attempt whose batch script Slurm killed before `conclude`. The reason names the
+    nodes of this attempt that are down now.
 
     Args:
-        ranks_of: The ranks on each host of that attempt; the first host ran the batch script.
+        ranks_of: The ranks on each host of the attempt; the first host ran the batch script.
     """
     record = folder.read_status().of(attempt_id)
     if record is None:
@@ -205,12 +205,12 @@ def name_unconcluded(folder: RunFolder, attempt_id: str, ranks_of: Mapping[str, 
 
 
 def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: str | None) -> None:
-    """Makes the job continue, unless `limit` says why it must not, or the job was cancelled. Slurm itself requeues a job
-    after a node failure and after a preemption with PreemptMode=REQUEUE. After a preemption with PreemptMode=CANCEL, this
-    function submits the job again.
+    """Makes the job continue, unless `limit` has a reason against a restart, or the job was cancelled. Slurm itself
+    requeues a job after a node failure and after a preemption with PreemptMode=REQUEUE. After a preemption with
+    PreemptMode=CANCEL, this function submits the job again.
 
     Args:
-        attempts: File with the job's attempts. A new submission takes over this file, and that of the nodes at fault.
+        attempts: File with the job's attempts. A new submission takes over this file, and the file of the nodes at fault.
     """
     array = [] if job.task is None else [f"--array={job.task}"]
     again = ["sbatch", *array, str(snapshot.script)]
@@ -225,10 +225,10 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
         elif state == "RUNNING":
             ask("scontrol", "requeue", job.name)
             _say("requeued: the next attempt resumes from the last checkpoint")
-        elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # preempted since this attempt began
+        elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # preempted after this attempt began
             after = [again[0], "--parsable", f"--dependency=afterany:{job.name}", *again[1:]]
             number = ask(*after, env=outside_jobs(os.environ)).strip().partition(";")[0]
-            for name in ("job_{}.json", "job_{}_faults"):  # in time, because the new job starts after this one ends
+            for name in ("job_{}.json", "job_{}_faults"):  # in time, because the new job starts after the end of this job
                 if (kept := attempts.with_name(name.format(job.id))).is_file():
                     shutil.copy(kept, attempts.with_name(name.format(number)))
             _say(f"Slurm preempted the job and does not requeue it (PreemptMode=CANCEL); submitted again as job {number}")
@@ -245,7 +245,7 @@ def _first_death(ended: Sequence[str]) -> re.Match[str] | None:
     if lost := next((match for match in matches if match and match["lost"]), None):
         return lost
     for match in matches:
-        if match is None or (match["code"] and is_final(int(match["code"]))):  # no match: srun kills the later tasks
+        if match is None or (match["code"] and is_final(int(match["code"]))):  # without a match srun kills the later tasks
             break
         if match["how"] in _SIGNALS:
             return match
@@ -253,8 +253,7 @@ def _first_death(ended: Sequence[str]) -> re.Match[str] | None:
 
 
 def _describe(match: re.Match[str], places: Places) -> tuple[str, list[int]]:
-    """Rewrites srun's line in terms of ranks; also returns these ranks. A line about tasks without a planned rank stays as
-    it is."""
+    """Rewrites srun's line in terms of ranks; also returns these ranks. Keeps a line about tasks without a planned rank."""
     node = match["node"] or match["lost"]
     on_node = places.get(node, {})
     bounds = [part.split("-") for part in (match["tasks"] or "").split(",") if part]
@@ -280,8 +279,7 @@ def _record(
     last_step: int,
     wait_seconds: float = LEASE_SECONDS,
 ) -> None:
-    """Writes how the run ended into status.json. If another rank has already written an error that followed from this one,
-    it is replaced."""
+    """Writes the end of the run into status.json. Replaces a follow-up error that another rank has already written."""
     ended = {"verdict": verdict, "reason": reason, "rank": rank, "attempt_id": attempt_id}
     last = max(last_step, committed_step(folder.checkpoints))
     with contextlib.suppress(OSError, MoeDistError):  # on a full disk the exit code alone reports the failure

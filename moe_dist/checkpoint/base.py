@@ -66,7 +66,7 @@ class Base:
             DataError: the content hash of `contents` is not `content`.
         """
         found = content_hash(contents.index)
-        if found != self.content:  # checked, because the folder at `path` may hold another model by now
+        if found != self.content:  # the folder at `path` may hold another model by now
             raise DataError(
                 f"{contents.folder}: its content hash is {found}, but the adapters of {adapters} were trained on a base "
                 f"with {self.content}; restore that base at {self.path} (or a link to it), or train adapters on this one",

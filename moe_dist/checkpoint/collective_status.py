@@ -54,13 +54,13 @@ class CollectiveStatus:
         except (OSError, SafetensorError) as cause:
             error = kind(f"checkpoint in {self._place}: cannot {name} on rank {self.rank}: {cause}")
             error.__cause__ = cause  # keeps the traceback of the file system error
-        # Every error must reach the all-reduce below: a rank that raised here would leave its peers waiting.
+        # Every error must reach the all-reduce below, because a rank that raised at once would leave other ranks waiting.
         except Exception as cause:
             error = cause
-        reports = [0] * self.world_size  # this rank sets only its own entry, so the sum has every rank's status
+        reports = [0] * self.world_size  # a rank sets only its own entry; the sum has every rank's status
         if error is not None:
             reports[self.rank] = _report(error)
-        codes = self.add(reports, f"checkpoint vote to {name}")  # the phase's only collective, with or without an error
+        codes = self.add(reports, f"checkpoint vote to {name}")  # the only collective of a phase, also after an error
         if error is not None:
             raise error
         if any(codes):
@@ -75,8 +75,8 @@ def _report(error: Exception) -> int:
 
 
 def _remote_error(what: str, codes: list[int]) -> MoeDistError:
-    """Returns the error that a rank without a failure raises. Its class is that of the lowest failed rank's
-    error if that is in the table below, else MoeDistError."""
+    """Returns the error that a rank without a failure raises. Its class is the error class of the lowest failed rank if the
+    table below has that class, else MoeDistError."""
     ranks = [rank for rank, code in enumerate(codes) if code]
     message = f"{what}: it failed on ranks {ranks}; see the log of rank {ranks[0]} for the reason"
     code = codes[ranks[0]]

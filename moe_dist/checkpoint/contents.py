@@ -1,8 +1,8 @@
 """Reads and checks index, state and shard headers of a checkpoint; reads no tensor and does not import torch.
 
 Every file of a checkpoint but SHA256SUMS can be checked. SHA256SUMS (a file for `sha256sum -c`) has the digests of
-index.json and state.json, index.json has those of the shards' headers (ShardEntry), and each header has a fingerprint of
-each part of a tensor in its file.
+index.json and state.json, index.json has the digests of the shards' headers (ShardEntry), and each header has a fingerprint
+of each tensor part in its file.
 """
 
 import hashlib
@@ -153,7 +153,7 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
     ids = {INDEX_FILE: examined.index and examined.index.save_id, STATE_FILE: examined.state and examined.state.save_id}
     ids[CHECKSUMS_FILE] = checksums and checksums[0]
     said = {name: save_id for name, save_id in ids.items() if save_id}
-    if len(set(said.values())) > 1:  # then no digest is checked: those of another save's files would differ too
+    if len(set(said.values())) > 1:  # files of several saves: their digests would differ too, and are not checked
         common, count = Counter(said.values()).most_common(1)[0]
         odd = {name for name, save_id in said.items() if save_id != common} if count > 1 else set(said)
         text = ", ".join(f"{name} of save {save_id}" for name, save_id in said.items())

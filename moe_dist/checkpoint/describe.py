@@ -16,17 +16,17 @@ _MOMENT = re.compile(r"optimizer\.(?P<moment>\w+?)\.(?P<parameter>.+)")
 
 @dataclass(frozen=True)
 class Family:
-    """Number and size of a checkpoint's tensors of one kind."""
+    """Number and size of a checkpoint's tensors of one family, such as the routers."""
 
     name: str  # `dense`, `routers`, `adapters` or `experts of GROUP`; `MOMENT of` such a name for moments
     tensors: int
     numbers: int  # total elements of these tensors
     nbytes: int
-    detail: str  # for experts a text such as `4 layers x 8 experts x down, gate, up`; empty for other kinds
+    detail: str  # for experts a text such as `4 layers x 8 experts x down, gate, up`; otherwise empty
 
 
 def families(index: Index) -> list[Family]:
-    """Counts and sizes a checkpoint's tensors by kind: first the kinds of parameters, then those of moments."""
+    """Returns number and size of a checkpoint's tensors by family: first families of parameters, then of moments."""
     members: dict[str, list[str]] = defaultdict(list)
     for name in index.tensors:
         moment = _MOMENT.fullmatch(name)

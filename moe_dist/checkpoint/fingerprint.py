@@ -56,11 +56,11 @@ def hexadecimal(value: int) -> str:
 
 
 def _runs(box: tuple[int, ...], offsets: tuple[int, ...], whole: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """Yields a triple for each run of elements that are contiguous in the box and in the whole tensor: the index of the
-    run's first element in the box, its index in the whole tensor, and the run's number of elements."""
+    """Yields a triple for each range of elements that is contiguous in the box and in the whole tensor: index of the first
+    element in the box, index of that element in the whole tensor, and number of elements."""
     if not math.prod(box):
         return
-    cut = max((d for d in range(len(whole)) if box[d] != whole[d]), default=0)  # last dim where the box is not whole
+    cut = max((d for d in range(len(whole)) if box[d] != whole[d]), default=0)  # last dim that the box does not fill
     inner = math.prod(box[cut:])
     strides = [math.prod(whole[d + 1 :]) for d in range(len(whole))]
     base = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))

@@ -1,4 +1,5 @@
-"""Compares a checkpoint's tensors with a model's: checks that all can be loaded, or selects and reports those that can."""
+"""Compares a checkpoint's tensors with a model's: checks that all can be loaded, or selects and reports loadable
+tensors."""
 
 import math
 import re
@@ -34,7 +35,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def misfit(entry: Entry, spec: TensorSpec, source: str = "the checkpoint") -> str:
-    """Returns why a stored tensor cannot be loaded into a tensor of the model; the empty text if it can.
+    """Returns why a stored tensor cannot be loaded into a tensor of the model; an empty text if the tensor fits.
 
     Args:
         source: Name of the stored tensor in the returned text.
@@ -85,8 +86,8 @@ def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, i
 
 
 def check_complete(index: Index, specs: Mapping[str, TensorSpec]) -> None:
-    """Asserts, before a checkpoint is committed, that its index contains every element of every tensor of the model once. A
-    failure is a bug of moe_dist."""
+    """Asserts, before a checkpoint is committed, that its index contains every element of every tensor of the model exactly
+    once. A failure is a bug of moe_dist."""
     problems = index_problems(index) + _lines(differences(index, specs))  # also finds elements that no shard contains
     if problems:
         raise AssertionError(listed("the written shards are incomplete", problems))
@@ -111,7 +112,7 @@ def sizes(shapes: Mapping[str, Iterable[int]]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Taken:
-    """The parameters of a checkpoint that were loaded, and those that were not.
+    """The parameters of a checkpoint that were loaded, and the parameters that were not loaded.
 
     Attributes:
         folder: Folder of the checkpoint.

@@ -16,7 +16,7 @@ from moe_dist.errors import DataError
 INDEX_FILE, STATE_FILE = "index.json", "state.json"
 FORMAT = 2  # version of the checkpoint format; version 1 had no fingerprints
 MAX_FAULTS = 20  # a message lists at most this many problems
-MAX_JSON_BYTES = 1 << 28  # bytes; far more than needed: the index of 64 layers x 128 experts has 16 MB
+MAX_JSON_BYTES = 1 << 28  # bytes; the index of 64 layers x 128 experts has only 16 MB
 
 # Bytes per element of each dtype that a checkpoint can contain, by the dtype's name in safetensors files.
 ITEMSIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
@@ -38,7 +38,7 @@ class Chunk(StoredModel):
 
 
 class Entry(StoredModel):
-    """One logical tensor; shape and fingerprint are those of the whole tensor."""
+    """One logical tensor, with the shape and the fingerprint of the whole tensor."""
 
     dtype: str  # a key of ITEMSIZE
     shape: tuple[NonNegativeInt, ...]
@@ -61,7 +61,7 @@ class Cut:
 
     def of(self, entry: Entry) -> Entry:
         """Returns the part as a tensor of its own: one chunk for each chunk of `entry`, in the same order, some of them
-        empty. The fingerprint stays that of the whole tensor."""
+        empty. Keeps the fingerprint of the whole tensor."""
         dim, chunks = self.dim, []
         for chunk in entry.chunks:
             first = max(0, chunk.offsets[dim] - self.start)
@@ -78,7 +78,7 @@ class Cut:
         return Entry(dtype=entry.dtype, shape=shape, fingerprint=entry.fingerprint, chunks=tuple(chunks))
 
 
-Source = str | Cut  # of a tensor that is loaded: the name of a stored tensor, or a part of one
+Source = str | Cut  # the stored tensor (by name), or the part of a stored tensor, that is loaded into a tensor
 
 
 def stored_name(source: Source) -> str:
@@ -129,7 +129,7 @@ class StateFile(StoredModel):
 
 
 def shard_file(number: int) -> str:
-    """Returns the name of shard file `number`. An index has numbers, not names, so it cannot name a file elsewhere."""
+    """Returns the name of shard file `number`. Because an index has numbers, not names, it cannot name a file elsewhere."""
     return f"shard_{number:05d}.safetensors"
 
 
@@ -181,7 +181,8 @@ def index_problems(index: Index) -> list[str]:
 
 
 def _filled_once(entry: Entry) -> bool:
-    """True if the parts contain each element exactly once. False if two dims are divided, which no layout does."""
+    """Returns whether the parts contain each element exactly once. Returns False for parts that divide two dims, because no
+    layout does that."""
     if 0 in entry.shape:  # a tensor without elements is not stored
         return not entry.chunks
     rank = len(entry.shape)
@@ -202,7 +203,7 @@ def _filled_once(entry: Entry) -> bool:
 
 
 def listed(head: str, problems: Sequence[str]) -> str:
-    """Returns a text: the line `head`, then the first MAX_FAULTS problems, one per line."""
+    """Returns the line `head`, followed by the first MAX_FAULTS problems, one per line."""
     shown = list(problems[:MAX_FAULTS])
     more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
     return "\n  - ".join([head + ":", *shown, *more])
@@ -231,7 +232,7 @@ class CheckpointProblem:
 
 
 class DamagedError(DataError):
-    """Raised if a checkpoint differs from what was saved. `file_problems` lists the differences."""
+    """Raised if a checkpoint differs from the saved one. `file_problems` lists the differences."""
 
     def __init__(self, head: str, problems: Sequence[CheckpointProblem], *, fix: str = "") -> None:
         self.head, self.file_problems = head, tuple(problems)

@@ -75,7 +75,7 @@ class CheckpointManager:
     `save`, `write`, `clear`, `latest`, `load` and `load_fitting` are collective over `process_group`: every rank calls
     these methods in the same order and gets the same result. The methods use small all-reduces on the host: one before
     writing, and one after each phase, which tells all ranks of an error on any rank. `write` may run in a thread during
-    training, if nothing else uses `process_group` meanwhile.
+    training, if no other thread uses `process_group` meanwhile.
 
     Args:
         folder: Folder of the run's checkpoints, on a file system that all ranks share.
@@ -83,8 +83,8 @@ class CheckpointManager:
         lease_check: Function that rank 0 calls before anything is written, and before each rename. It raises if this
             process has lost the run's lease, the right to write to the run.
         process_group: Gloo group of all ranks; None for a single rank.
-        tracker: The watchdog's tracker of collectives. The collectives of `write` are not tracked, because a thread may
-            run `write`: they then alternate with those of the training in another order on each rank.
+        tracker: The watchdog's tracker of collectives. The collectives of `write` are not tracked, because a thread may run
+            `write`, and then the order of its collectives among the training's collectives differs between ranks.
     """
 
     def __init__(
@@ -119,10 +119,10 @@ class CheckpointManager:
                 files of this save are deleted, so that a later save may succeed.
             MoeDistError: the lease check failed on rank 0, which raises that error; the others raise a MoeDistError.
         """
-        self._check_layout(snapshot.layout)  # with a wrong layout, tensors would be written twice or not at all
+        self._check_layout(snapshot.layout)  # a wrong layout would write tensors twice or not at all
         target = self._directory.path_of(snapshot.step)
         needed, save_id, committed = self._announce(snapshot)
-        if committed:  # a resumed run without a step left saves the step that it has loaded
+        if committed:  # a resumed run without remaining steps saves the step that it has loaded
             return target
         temporary = self._folder / f"{target.name}.{save_id}.tmp"
         status = self._untracked
@@ -140,8 +140,8 @@ class CheckpointManager:
         return target
 
     def clear(self) -> None:
-        """Deletes temporary files that crashed or suspended processes left. A new holder of the run's lease does this
-        before it loads anything: a suspended process that wakes up later cannot commit, because its folder is gone.
+        """Deletes temporary files that crashed or suspended processes left. A new holder of the run's lease must call this
+        method before it loads anything. A suspended process that wakes up later then cannot commit its deleted folder.
 
         Raises:
             CheckpointError: a file cannot be deleted.
@@ -165,15 +165,16 @@ class CheckpointManager:
         return None if step < 0 else self._directory.path_of(step)
 
     def agree(self, what: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T | None:
-        """Runs `action` on rank 0. If it fails, all ranks raise; an OSError becomes a `kind`. Costs one all-reduce.
+        """Runs `action` on rank 0. If it fails, all ranks raise; an OSError becomes an error of class `kind`. Costs one
+        all-reduce.
 
         Returns the result on rank 0, None on the other ranks.
         """
         return self._status.first(what, action, kind=kind)
 
     def on_each(self, what: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T:
-        """Runs `action` on every rank and returns its result. If it fails on one, all ranks raise; an OSError becomes a
-        `kind`. Costs one all-reduce."""
+        """Runs `action` on every rank and returns its result. If `action` fails on any rank, all ranks raise; an OSError
+        becomes an error of class `kind`. Costs one all-reduce."""
         return self._status.phase(what, action, kind=kind)
 
     def broadcast(self, what: str, action: Callable[[], int]) -> int:
@@ -182,10 +183,10 @@ class CheckpointManager:
         return number
 
     def load(self, folder: Path, state: CheckpointState) -> Restored:
-        """Loads a checkpoint from any layout of ranks into the tensors of `state` and the step count of its optimizer.
+        """Loads a checkpoint from any layout of ranks into the tensors of `state`, and sets its optimizer's step count.
 
         Then compares the tensors in memory with the saved fingerprints, which detects damage on disk and wrongly assembled
-        tensors. Without an optimizer in `state` no moments are loaded. After an error some tensors may be overwritten.
+        tensors. Without an optimizer in `state` loads no moments. After an error some tensors may be overwritten.
 
         Raises:
             ConfigError: the checkpoint is of another model. The error lists the differences in names, shapes and dtypes.
@@ -248,7 +249,7 @@ class CheckpointManager:
         """Returns the bytes that all ranks write in total, the save's id, and whether the step is committed already. Costs
         one all-reduce."""
         first = self._status.rank == 0
-        # For the save's id and the flag all ranks but rank 0 add zeros, so both sums are rank 0's values.
+        # For the save's id and the flag all ranks but rank 0 add 0, so that both sums are rank 0's values.
         mine = [snapshot.nbytes, secrets.randbits(48) if first else 0, int(first and self._is_latest(snapshot.step))]
         total, save_id, committed = self._untracked.add(mine)
         return total, f"{save_id:012x}", bool(committed)
@@ -264,7 +265,8 @@ class CheckpointManager:
                 "checkpoint.keep"
             )
         if not (self._folder / LATEST_FILE).exists() and not self._directory.steps():
-            # Else a crash between the two renames of the first commit would leave a checkpoint without the file `latest`.
+            # Without this file, a crash between the two renames of the first commit would leave a checkpoint but no
+            # `latest`.
             self._point(NONE_YET)
         temporary.mkdir()  # raises if the folder exists
 
@@ -301,7 +303,8 @@ class CheckpointManager:
         sync(self._folder)
 
     def _tidy(self, step: int) -> None:
-        """Deletes old checkpoints. Checks the lease first: files of another process's save have the names of leftovers."""
+        """Deletes old checkpoints and leftovers. Checks the lease first, because files that another process is saving look
+        like leftovers."""
         try:
             self._lease_check()
         except CheckpointError:  # the last metrics are not on disk yet; the next save deletes the old checkpoints
@@ -309,7 +312,7 @@ class CheckpointManager:
         self._directory.remove_beyond(self._keep, step)
 
     def _is_latest(self, step: int) -> bool:
-        """True if `latest` names the checkpoint of this step, and the checkpoint's index has this step too."""
+        """Returns whether `latest` names the checkpoint of this step, and the checkpoint's index has this step too."""
         try:
             return self._directory.latest_step() == step == read_index(self._directory.path_of(step)).step
         except (OSError, DataError):  # `latest` names no readable checkpoint; the commit will replace it
@@ -335,9 +338,9 @@ class CheckpointManager:
 
     def _check_loaded(self, contents: Contents, state: CheckpointState, sources: Mapping[str, Source]) -> None:
         """Compares the loaded tensors with the saved fingerprints: a whole tensor on each rank that has it, a sharded
-        tensor by the sum of its shards' fingerprints over the ranks, the parts of a stored tensor by their sum. `sources`
-        maps each loaded tensor to its source in the checkpoint. Costs two all-reduces: one of a number per tensor, one
-        that tells all ranks of an error."""
+        tensor by the sum of its shards' fingerprints over the ranks, and the parts of a stored tensor by the sum of their
+        fingerprints. `sources` maps each loaded tensor to its source in the checkpoint. Costs two all-reduces: the first
+        sums a number per tensor, the second tells all ranks of an error."""
         entries = {name: contents.index.tensors[stored_name(there)] for name, there in sources.items()}
         written = state.written().keys()
         # The parts of a stored tensor that one expert group loads are added up under the name of the first of them.
@@ -352,7 +355,7 @@ class CheckpointManager:
                 start = source.offsets(len(shape))
                 piece = Piece(piece.tensor, tuple(map(sum, zip(piece.offsets, start, strict=True))), shape)
             found = piece.fingerprint()
-            if name in written:  # of the ranks with this piece only one adds its fingerprint
+            if name in written:  # only one of the ranks with this piece adds its fingerprint
                 sums[whole[name]] = signed((sums[whole[name]] + found) % (1 << 64))
             if tuple(piece.tensor.shape) == shape and hexadecimal(found) != entries[name].fingerprint:
                 wrong.append(name)

@@ -1,9 +1,9 @@
-"""Asynchronous saves: the training copies the state between two steps, and continues while a thread writes the copy.
+"""Saves asynchronously: the training copies the state between two steps, and continues while a thread writes the copy.
 
 - The thread's collectives use a Gloo process group of their own. Gloo matches the calls of different ranks by their order
-  in the group, so on a shared group a call of the thread could be matched with a call of the training. All ranks run the
-  same phases of a save, and exchange a status after each, so no rank waits for a failed rank.
-- At most one save runs at a time; the next save waits for its end.
+  in the group; on a shared group a call of the thread could therefore match a call of the training. All ranks run the same
+  phases of a save, and exchange a status after each phase, so that no rank waits for a failed rank.
+- At most one save runs at a time; the next save waits until the previous one has ended.
 - A failed save is logged and leaves the file `latest` unchanged; the training saves again after the usual number of steps.
   Before a run ends or stops, it waits for its last save.
 - If the process dies during a save, the next start of the run deletes the unfinished folder.
@@ -28,7 +28,7 @@ _HOST = torch.device("cpu")
 
 
 class CheckpointWriter:
-    """Saves the states of this rank, one after the other. All methods except `poll` are collective.
+    """Saves this rank's states, one at a time. All methods except `poll` are collective.
 
     Args:
         checkpoints: Manager of the run's checkpoints; nothing else may use its process group.
@@ -74,7 +74,7 @@ class CheckpointWriter:
             self._in_flight = threading.Thread(
                 target=self._write_snapshot, args=(snapshot, began), name=f"checkpoint-{step}", daemon=True
             )
-            blocked = time.perf_counter() - began  # seconds in which the training waited for the previous save and the copy
+            blocked = time.perf_counter() - began  # seconds that the training waited for the previous save and the copy
             self._in_flight.start()
             if self._checkpoints.rank == 0:
                 logger.info("checkpoint step_%d: training went on after %.3f s", step, blocked)

@@ -41,9 +41,9 @@ class ShardHeader:
 
     save_id: str
     step: int
-    parts: dict[str, tuple[str, Chunk]]  # dtype (a key of ITEMSIZE) of the part in this file, its box in the tensor
+    parts: dict[str, tuple[str, Chunk]]  # dtype (a key of ITEMSIZE) of the part in this file, and its box in the tensor
     fingerprints: dict[str, int]
-    ends: dict[str, int]  # offset in the file of the byte after the part
+    ends: dict[str, int]  # offset, in the file, of the byte after the part
     rank_values: dict[str, JsonValue]  # the values of the rank that wrote the file
     size: int  # bytes of the file according to its header
     sha256: str  # digest of the header
@@ -99,7 +99,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
         lost = [name for name, end in shard.ends.items() if end > size]
         named = f"; lost: {', '.join(lost[:3])}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else "") if lost else ""
         raise problem("truncated", f"{size:,} bytes of {shard.size:,}{named}")
-    if size > shard.size:  # checked here, because safetensors does not notice bytes after the last tensor
+    if size > shard.size:  # because safetensors does not notice bytes after the last tensor
         raise problem("damaged", f"{size:,} bytes, but its header announces {shard.size:,}")
     return shard
 
@@ -112,7 +112,7 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
     sums = _SUMS.validate_json(metadata["fingerprints"])
     end = 0
     for name, part in sorted(parts.items(), key=lambda item: item[1].data_offsets):
-        # No gap between parts is allowed, because no fingerprint would cover the bytes of a gap.
+        # A gap between parts is refused, because no fingerprint would cover its bytes.
         if part.data_offsets != (end, end + math.prod(part.shape) * ITEMSIZE[part.dtype]):
             raise ValueError(f"{name}: its byte range {part.data_offsets} does not match {part.dtype} {part.shape}")
         end = part.data_offsets[1]
@@ -133,7 +133,7 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
 
 
 def _unreadable(raw: bytes, error: Exception) -> tuple[str, str]:
-    """Returns kind and detail of the problem with an invalid header: damaged if moe_dist wrote the file, else foreign."""
+    """Returns kind (damaged if moe_dist wrote the file, else foreign) and detail of the problem of an invalid header."""
     detail = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else repr(error)
     if b'"save_id"' in raw or b'"fingerprints"' in raw:
         return "damaged", f"its header is invalid: {detail}"

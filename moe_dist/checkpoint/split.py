@@ -1,8 +1,8 @@
 """Splits a dense FFN into fine-grained experts (MoEfication, Zhang et al., arXiv 2110.01786, section 3.1, with consecutive
-neurons): the FFN's hidden values are divided into n equal parts, and expert j has the j-th part: the rows of gate and up
-and the columns of down that belong to these hidden values. The sum of all experts' outputs is the output of the FFN.
+neurons). The FFN's hidden values are divided into n equal parts. Expert j has the j-th part: the rows of gate and up and
+the columns of down that belong to these hidden values. The sum of all experts' outputs is the output of the FFN.
 
-The FFN is the one that upcycling would copy (`upcycle.py`). The router starts with rows of 0, see `config/split_rule.py`.
+Splits the same FFN that upcycling would copy (`upcycle.py`). Router rows start as 0, see `config/split_rule.py`.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from moe_dist.checkpoint.upcycle import experts_by_layer, norms, nothing, source
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import EXPERT_NAME
 
-HIDDEN_DIM = {"gate": 0, "up": 0, "down": 1}  # the dim of each weight whose index is that of a hidden value
+HIDDEN_DIM = {"gate": 0, "up": 0, "down": 1}  # the dim of each weight that runs over the hidden values
 
 
 def fitting_or_split(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, Source]:
-    """Maps each parameter to load to its name in the checkpoint, or to its part of a dense FFN there; equal on all ranks.
+    """Maps each parameter to load to its name in the checkpoint, or to a part of the checkpoint's FFN; equal on all ranks.
 
     Raises:
         ConfigError: a layer has no FFN to split, or the experts' widths do not add up to its width.

@@ -1,6 +1,6 @@
-"""Splits each expert of a trained mixture into m finer experts, as `split.py` splits a dense FFN: the hidden values of the
-checkpoint's expert e are divided into m equal parts, and expert m e + i has the i-th part. Its router row is that of e, see
-`config/split_experts_rule.py`."""
+"""Splits each expert of a trained mixture into m finer experts, as `split.py` splits a dense FFN. The hidden values of the
+checkpoint's expert e are divided into m equal parts, and expert m e + i of the model has the i-th part. Its router row is a
+copy of expert e's row, see `config/split_experts_rule.py`."""
 
 from collections.abc import Mapping
 
@@ -20,10 +20,10 @@ from moe_dist.placement.roles import EXPERT_NAME
 
 
 def fitting_or_split_experts(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, Source]:
-    """Maps each parameter to load to its name in the checkpoint, or to its part of an expert there; equal on all ranks.
+    """Maps each parameter to load to its name in the checkpoint, or to a part of a stored expert; equal on all ranks.
 
     Raises:
-        ConfigError: the checkpoint has no such experts, or the widths of the parts do not add up to that of an expert.
+        ConfigError: the checkpoint has no such experts, or the widths of the parts do not add up to an expert's width.
     """
     index = contents.index
     there, here = experts_by_layer(index.tensors), experts_by_layer(specs)
@@ -55,7 +55,7 @@ def fitting_or_split_experts(contents: Contents, specs: Mapping[str, TensorSpec]
 
 
 def stored_tensors(contents: Contents, names: list[str]) -> dict[str, Tensor]:
-    """Returns whole tensors of a checkpoint, by name; those that it lacks are left out.
+    """Returns whole tensors of a checkpoint, by name. Omits names that the checkpoint lacks.
 
     Raises:
         DataError: a file or a tensor is damaged.

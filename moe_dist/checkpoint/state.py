@@ -1,10 +1,10 @@
-"""The part of a run's state that this rank has: JSON values, and tensors by logical names that no layout of ranks changes.
+"""The part of a run's state that this rank has: JSON values, and tensors by logical names, which all layouts share.
 
     embedding.weight                                    dense and router parameters: the name in the model
     layers.{i}.moe.experts.{group}.{index}.{tensor}     each expert's own tensors; index of the expert in its group
     optimizer.{exp_avg,exp_avg_sq}.{any of the above}   AdamW's moments; of Muon's matrices only exp_avg
 
-Every tensor shares the memory of its parameter or moment, so a load into the tensors changes the model and the optimizer.
+Because every tensor shares the memory of its parameter or moment, a load into the tensors changes model and optimizer.
 """
 
 import zlib
@@ -53,17 +53,17 @@ class LocalShard:
     """A logical tensor on this rank, whole or as a shard."""
 
     tensor: Tensor  # a DTensor if it is sharded, else a plain tensor
-    copies: int  # number of ranks with the same data as this rank, this rank included
-    position: int  # this rank's index among those ranks
+    copies: int  # number of ranks with the same data, this rank included
+    position: int  # this rank's index among the ranks with the same data
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """The state that a checkpoint saves and loads, as one rank has it.
+    """One rank's part of the state that a checkpoint saves and loads.
 
     Attributes:
         held: This rank's tensors by logical name.
-        specs: Shape and dtype of every logical tensor of the model and optimizer, on whatever rank; equal on all ranks.
+        specs: Shape and dtype of every logical tensor of the model and optimizer on any rank; equal on all ranks.
         optimizer: The optimizer whose moments `held` contains; None if it contains no moments.
         values: JSON values, equal on all ranks: progress, resolved configuration, controllers.
         rank_values: JSON values of this rank, such as RNG states; restored only if the number of ranks is the same.
@@ -81,8 +81,8 @@ class CheckpointState:
         return {name: held.tensor for name, held in self.held.items()}
 
     def written(self) -> dict[str, Tensor]:
-        """Returns the tensors that this rank writes. Of the ranks with the same data, a hash of the tensor's name chooses
-        the writer, so that all ranks write about equally many bytes."""
+        """Returns the tensors that this rank writes. A hash of the tensor's name chooses the writer among the ranks with
+        the same data, so that all ranks write about equally many bytes."""
         return {
             name: held.tensor
             for name, held in self.held.items()
@@ -99,8 +99,8 @@ def capture(
     values: Mapping[str, JsonValue] | None = None,
     rank_values: Mapping[str, JsonValue] | None = None,
 ) -> CheckpointState:
-    """Returns the state of this rank's model and optimizer, whose memory it shares. Calls no collective. Creates AdamW's
-    moments if they do not exist yet.
+    """Returns the state of this rank's model and optimizer. The state shares their memory. Calls no collective. Creates
+    AdamW's moments if they do not exist yet.
 
     Args:
         model: Not wrapped in DDP. With FSDP2, parameters are DTensors on a mesh over all ranks, and experts on a mesh over
@@ -116,9 +116,9 @@ def capture(
         tensors = {name: tensor for name, tensor in tensors.items() if (name in frozen) == (part == "frozen")}
     held, specs = _logical(tensors, tensors, layout, stacks)
     if optimizer is not None:
-        materialise_moments(optimizer)  # creates moments of zeros before the first step, so that any state has all moments
+        materialise_moments(optimizer)  # creates zero moments before the first step, so that any state has all moments
         parameters = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
-        # A parameter without elements on this rank has no moments here, but may have some on other ranks.
+        # A parameter without elements on this rank has no moments on this rank, but may have moments on other ranks.
         trained = {name: p for name, p in parameters.items() if p in optimizer.state or is_empty_here(p)}
         for moment, named in _by_moment(model, orthogonal=getattr(optimizer, "orthogonal", False)).items():
             like = {name: p for name, p in trained.items() if name in named}
@@ -134,7 +134,7 @@ def moment_specs(
     model: nn.Module, layout: RankLayout, *, orthogonal: bool, dtype: torch.dtype | None = None
 ) -> dict[str, TensorSpec]:
     """Returns shape and dtype of the optimizer's moments of all parameters that are not frozen, by logical name.
-    `orthogonal` as in `moments_of`, `dtype` as `moment_dtype` returns it."""
+    `orthogonal` is an argument of `moments_of`, `dtype` a result of `moment_dtype`."""
     parameters = {n: t for n, t in _distinct_tensors(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
     found: dict[str, TensorSpec] = {}
     for moment, named in _by_moment(model, orthogonal=orthogonal).items():
@@ -173,8 +173,8 @@ def _logical(
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, LocalShard], dict[str, TensorSpec]]:
     """Returns this rank's part of each logical tensor of `tensors`, and shape and dtype of every whole logical tensor of
-    `like`. `tensors` lacks the names of `like` whose tensors this rank does not hold. `dtype` is that of all tensors; None:
-    those of `like`."""
+    `like`. `tensors` lacks the names of `like` whose tensors this rank does not hold. `dtype` is the dtype of all tensors;
+    None for the dtypes of `like`."""
     held: dict[str, LocalShard] = {}
     specs: dict[str, TensorSpec] = {}
     for name, parameter in like.items():

@@ -53,7 +53,7 @@ class Piece:
     shape: tuple[int, ...]  # shape of the whole tensor
 
     def fingerprint(self) -> int:
-        """Returns what this piece adds to the whole tensor's fingerprint, which is a sum over all pieces."""
+        """Returns this piece's share of the whole tensor's fingerprint, which is the sum over all pieces."""
         return fingerprint(self.tensor, offsets=self.offsets, shape=self.shape)
 
 
@@ -115,12 +115,12 @@ class HostBuffers:
         devices: set[torch.device] = set()
         for name, piece in pieces.items():
             buffer = self._buffer(name, piece.tensor)
-            buffer.copy_(piece.tensor, non_blocking=True)  # on CUDA asynchronous, because buffers are pinned; sync below
+            buffer.copy_(piece.tensor, non_blocking=True)  # asynchronous on CUDA, because buffers are pinned; synced below
             devices.add(piece.tensor.device)
             copies[name] = Piece(buffer, piece.offsets, piece.shape)
         for device in devices:
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # the copies are complete, so the training may now change the tensors
+                torch.cuda.synchronize(device)  # waits for the copies, so that the training may then change the tensors
         return copies
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def take_snapshot(step: int, state: CheckpointState, buffers: HostBuffers | None
     """Takes a snapshot of `state`. Costs a device-to-host sync, which reads the optimizer's step count.
 
     Args:
-        buffers: Memory to copy the tensors to. None: they are not copied, so the training must wait for the save.
+        buffers: Memory for copies of the tensors. None makes no copies, and the training must wait for the save.
     """
     pieces = pieces_of(state.written())
     return Snapshot(
@@ -156,7 +156,7 @@ def write_shard(
 
     Pieces on a GPU are first copied to the host, which takes as much host memory as the file has bytes.
     """
-    data = {name: piece.tensor.cpu().contiguous() for name, piece in pieces.items()}  # as safetensors requires
+    data = {name: piece.tensor.cpu().contiguous() for name, piece in pieces.items()}  # as safetensors needs
     metadata = metadata_of(
         {name: list(piece.offsets) for name, piece in pieces.items()},
         {name: hexadecimal(piece.fingerprint()) for name, piece in pieces.items()},
@@ -171,7 +171,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Writes a safetensors file with the permissions that the umask leaves, and syncs it to disk."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata=metadata)  # which makes a file that only its owner can read
+    save_file(tensors, path, metadata=metadata)  # makes a file that only its owner can read
     path.chmod(stat.S_IMODE(mode))
     sync(path)
 
@@ -202,7 +202,7 @@ def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, sav
     dtypes: dict[str, str] = {}
     shards = []
     for number in range(num_shards):
-        # From the disk: in a save rank 0 calls this function, and the other ranks then need not send it their headers.
+        # The header is read from the disk, because in a save rank 0 calls this function without the other ranks' headers.
         header = read_shard_header(folder, number)
         if header.save_id != save_id:
             raise DataError(f"checkpoint file {folder / shard_file(number)}: of save {header.save_id}, not of {save_id}")
@@ -225,8 +225,8 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
 
     Args:
         contents: A checkpoint whose index matches the tensors (`check_fits`).
-        sources: Maps each tensor that has another name in the checkpoint, or is a part of a tensor there, to its source.
-            Several may map to one source.
+        sources: Maps each tensor that has another name in the checkpoint, or is a part of a stored tensor, to its source.
+            Several tensors may have the same source.
 
     Raises:
         DataError: a file is missing, truncated, damaged, foreign or of another save.

@@ -1,7 +1,7 @@
 """Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): initialises the experts of a model as copies of a checkpoint's
 dense FFNs or, as in MoMa (arXiv 2407.21770), of the only experts of its groups (one per modality).
 
-In each layer all experts of a group become copies of one FFN of the checkpoint, the first of these that exists:
+In each layer all experts of a group become copies of one FFN of the checkpoint, the first existing one of this list:
 
 1. the only expert in the checkpoint's group of the same name,
 2. the layer's dense FFN (its norm becomes the norm of the MoE layer),
@@ -32,14 +32,14 @@ def fitting_or_upcycled(contents: Contents, specs: Mapping[str, TensorSpec]) -> 
 
 
 def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Maps each parameter that is a copy of a checkpoint's tensor of another name to that name; equal on all ranks.
+    """Maps each parameter that copies a checkpoint's tensor of another name to that name; equal on all ranks.
 
     Args:
         folder: Folder of the checkpoint, named in error messages.
         specs: The tensors of the model.
 
     Raises:
-        ConfigError: there is nothing to copy for an expert or for the whole model, or shape or dtype differ.
+        ConfigError: the checkpoint has nothing to copy for an expert or for the whole model, or a shape or dtype differs.
     """
     there, here = experts_by_layer(index.tensors), experts_by_layer(specs)
     sources = norms(index, specs)
@@ -89,7 +89,7 @@ def experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[str
 
 def source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str]], experts: set[str]) -> str | None:
     """Returns the name of the checkpoint's tensor to load into an expert's tensor; None if there is none. `groups` has the
-    checkpoint's experts in that layer, `experts` the model's experts in that group."""
+    checkpoint's experts in the expert's layer, `experts` the model's experts in the expert's group."""
     layer, group, tensor = expert["layer"], expert["group"], expert["tensor"]
     if group in groups:
         if groups[group] == experts:
@@ -105,7 +105,7 @@ def source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str]
 
 def nothing(wanted: int, group: str, groups: Mapping[str, set[str]]) -> str:
     """Returns why the checkpoint has nothing to copy into the `wanted` experts of a group in a layer. `groups` has the
-    checkpoint's experts in that layer."""
+    checkpoint's experts in the same layer."""
     if group in groups:
         return f"{wanted} experts in the model, {len(groups[group])} in the checkpoint; only a single expert can be copied"
     if groups:

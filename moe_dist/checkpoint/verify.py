@@ -18,13 +18,13 @@ from moe_dist.errors import DataError
 from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.placement.roles import EXPERT_NAME
 
-# These functions make a CheckpointProblem of a tensor in index.json, from the detail and the name of the tensor.
+# These functions make a CheckpointProblem of a tensor in index.json from a detail text and the tensor's name.
 _incomplete = partial(CheckpointProblem, "incomplete", INDEX_FILE)
 _foreign = partial(CheckpointProblem, "foreign", INDEX_FILE)
 
 
 def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple[Examined, list[CheckpointProblem]]:
-    """Returns what can be read of a checkpoint, and all its problems. Reads every byte, one tensor at a time.
+    """Returns the readable parts of a checkpoint, and all its problems. Reads every byte, one tensor at a time.
 
     Args:
         specs: The tensors that the checkpoint must have. If None, only experts (by the placement in state.json) and moments
@@ -44,7 +44,8 @@ def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple
         problems += _check_shard(folder, examined, number, sums)
     for name, entry in index.tensors.items():
         files = {shard_file(chunk.shard) for chunk in entry.chunks}
-        # Each part agrees with its shard's header (`_check_shard`). Here the sum of the parts is compared with the index.
+        # `_check_shard` compares each part with its shard's header. This check compares the sum of the parts with the
+        # index.
         if files & unread or any(problem.tensor == name for problem in problems):
             continue
         if hexadecimal(sums[name]) != entry.fingerprint:
@@ -73,7 +74,7 @@ def _check_shard(folder: Path, examined: Examined, number: int, sums: dict[str, 
 
 
 def _missing(index: Index, specs: Mapping[str, TensorSpec]) -> list[CheckpointProblem]:
-    """Finds tensors of `specs` that are missing or do not fit, and tensors of the index that `specs` lacks."""
+    """Finds tensors of `specs` that the index lacks or that do not fit, and tensors of the index that `specs` lacks."""
     problems = []
     for name, spec in specs.items():
         entry = index.tensors.get(name)

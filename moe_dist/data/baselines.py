@@ -1,8 +1,8 @@
-"""Baselines for held-out loss: unigram and bigram models counted on the training tokens.
+"""Computes baselines for held-out loss from unigram and bigram models counted on the training tokens.
 
-As in the loader, every token is a label except the first of a document and those of a prompt. The modality of a label
-follows from its id. The unigram and bigram models are given the label's modality, which a language model must predict too.
-This lowers their loss slightly, so a language model with a lower loss than theirs is better than they are.
+As in the loader, every token is a label except the first token of a document and the tokens of a prompt. The modality of a
+label follows from its id. The unigram and bigram models know the label's modality, which a language model must predict too.
+This lowers the loss of unigram and bigram slightly. A language model with a lower loss is therefore better than they are.
 
     unigram      p(x)     = (c(x) + 1) / (sum_x' c(x') + ids of the modality)
     left_bigram  p(x | a) = (c(a, x) + k p(x)) / (c(a) + k),  a the token before x, p(x) the unigram, k = BIGRAM_PRIOR
@@ -18,11 +18,11 @@ import numpy as np
 from moe_dist.config.manifest import Manifest, SplitSection
 from moe_dist.data.indexed import IndexedSplit
 
-BIGRAM_PRIOR = 200.0  # gives nearly the lowest held-out loss, for text and for image codes of the default corpus
+BIGRAM_PRIOR = 200.0  # gives nearly the lowest held-out loss for text and image codes of the default corpus
 
 
 class _Labels:
-    """All labels of several splits, the token before each, and whether each is filler (a picture's cell of background)."""
+    """All labels of several splits, the token before each label, and whether each label is filler (a background cell)."""
 
     def __init__(self, folder: str | Path, splits: list[SplitSection]) -> None:
         parts = [self._read(IndexedSplit(folder, split)) for split in splits]
@@ -39,11 +39,11 @@ class _Labels:
 
 
 def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
-    """Mean held-out nats per label of the unigram and the bigram model, counted on the training tokens of all sources.
+    """Returns mean held-out nats per label of unigram and bigram models, counted on the training tokens of all sources.
 
     Keys: '<modality>/unigram' and '<modality>/left_bigram' for the held-out labels of all sources.
-    '<modality>_no_filler/...' leaves out picture cells of only background, if there are any. '<source>/<modality>/...' is
-    for the labels of one source, if there are several sources. Reads all tokens into memory, about 60 bytes per token.
+    '<modality>_no_filler/...' leaves out picture cells of only background, if there are any. '<source>/<modality>/...' has
+    only the labels of one source, if there are several. Reads all tokens into memory, about 60 bytes per token.
 
     Raises:
         DataError: files are damaged or disagree with the manifest.
@@ -66,7 +66,7 @@ def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
 def _score(
     model: "_Unigram | _LeftBigram", heldout: Mapping[str, _Labels], masks: Mapping[str, np.ndarray], key: str
 ) -> dict[str, float]:
-    """Mean nats per label that `masks` selects: over all sources together, and in each source if there are several."""
+    """Returns mean nats of the labels in `masks`: over all sources together, and in each source if there are several."""
     nats = {name: model.nats(labels.label[masks[name]], labels.left[masks[name]]) for name, labels in heldout.items()}
     parts = {f"{name}/{key}": part for name, part in nats.items()} if len(nats) > 1 else {}
     whole = {key: np.concatenate(list(nats.values()))} if nats else {}
@@ -92,7 +92,7 @@ class _LeftBigram:
         self._unigram = _Unigram(train, ranges)
         self._left_counts = np.bincount(train.left[chosen], minlength=vocab_size)
         pairs, counts = np.unique(self._pair(train.label[chosen], train.left[chosen]), return_counts=True)
-        # The added pair -1 equals no pair, so a search that ends there finds the count 0.
+        # The added pair -1 equals no pair. A search beyond the last real pair finds it, and thus the count 0.
         self._pairs, self._pair_counts = np.append(pairs, -1), np.append(counts, 0)
 
     def _pair(self, label: np.ndarray, left: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 
 from moe_dist.errors import DataError
 
-IGNORED = -100  # label of a position that adds no loss: the default ignore_index of torch's cross_entropy
+IGNORED = -100  # label of a position without loss; the default ignore_index of torch's cross_entropy
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,16 @@ class Batch:
     documents_BS: torch.Tensor
     modality_BS: torch.Tensor  # int64, modality of the input token: index into tuple(manifest.modalities)
     label_modality_BS: torch.Tensor  # int64, modality of the label; 0 if there is no label
-    filler_BS: torch.Tensor  # bool, true if the next token is filler, a picture's cell that shows only background
+    filler_BS: torch.Tensor  # bool, true if the next token is filler (a picture's cell that shows only background)
     padding_BS: torch.Tensor  # bool, true if the position holds padding
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Returns a copy of this batch on another device. For CUDA all tensors are one asynchronous copy from pinned
+        """Returns a copy of this batch on another device. For CUDA, makes one asynchronous copy of all tensors from pinned
         memory."""
         tensors = {field.name: getattr(self, field.name) for field in fields(Batch)}
         if torch.device(device).type != "cuda":
             return Batch(**{name: each.to(device) for name, each in tensors.items()})
-        # Wide elements come first, so that each tensor begins at a multiple of its element's size.
+        # Tensors with wide elements come first, so that each tensor begins at a multiple of its element's size.
         order = sorted(tensors, key=lambda name: -tensors[name].element_size())
         flat = [tensors[name].reshape(-1).view(torch.uint8) for name in order]
         packed = torch.cat(flat).pin_memory().to(device, non_blocking=True).split([len(each) for each in flat])
@@ -46,7 +46,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens that are not padding. Call it before the batch moves to a GPU: there it costs a host sync."""
+        """Returns the number of tokens that are not padding. On a GPU this costs a host sync."""
         return int((~self.padding_BS).sum())
 
 
@@ -54,10 +54,10 @@ class Batch:
 class Segment:
     """A piece of a document, as read from disk."""
 
-    tokens: np.ndarray  # int64 [length], or [length + 1] if the document continues: the last token is then only a label
+    tokens: np.ndarray  # int64 [length]; or [length + 1] with a last token that is only a label, if the document goes on
     filler: np.ndarray  # bool per token, true for filler, a picture's cell that shows only background
     length: int  # number of input tokens
-    prompt: np.ndarray | None = None  # bool per token, true for an input that is no label; None if all tokens are labels
+    prompt: np.ndarray | None = None  # bool per token, true for a token that is no label; None if all tokens are labels
 
 
 class BatchMaker:
@@ -103,12 +103,12 @@ class BatchMaker:
         self._check(tokens, labels)
         label_modality = np.where(labels == IGNORED, 0, self._modality_of_id[np.maximum(labels, 0)])
         arrays = (tokens, labels, positions, documents, self._modality_of_id[tokens], label_modality, filler, padding)
-        return Batch(*(torch.from_numpy(array) for array in arrays))  # the tensors share the arrays' memory
+        return Batch(*(torch.from_numpy(array) for array in arrays))  # shares the arrays' memory
 
     def count(self, segments: Sequence[Segment]) -> tuple[list[int], np.ndarray]:
         """Returns the length of each segment, and the number of input tokens of each modality, int64 [M]."""
         inputs = np.concatenate([each.tokens[: each.length] for each in segments])
-        inputs = inputs.clip(0, len(self._modality_of_id) - 1)  # `make` refuses ids outside
+        inputs = inputs.clip(0, len(self._modality_of_id) - 1)  # `make` refuses ids outside the vocabulary
         modalities = int(self._modality_of_id.max()) + 1
         return [each.length for each in segments], np.bincount(self._modality_of_id[inputs], minlength=modalities)
 

@@ -1,10 +1,10 @@
-"""Documents of conversations and texts, encoded by the tokenizer of a Hugging Face folder.
+"""Encodes conversations and texts as documents, by the tokenizer of a Hugging Face folder.
 
-Token ids and labels of a conversation are those of transformers' `apply_chat_template(..., return_dict=True,
-return_assistant_tokens_mask=True)`. Chat templates run in jinja's sandbox, as transformers runs them, and in a process with
-a time limit, which the sandbox lacks. The mask of labels comes from the template's {% generation %} blocks. For a template
-without these blocks, the labels are the text that each assistant turn adds to the conversation before the turn, without
-the generation prompt (`_by_turns`).
+Token ids and labels of a conversation equal transformers' `apply_chat_template(..., return_dict=True,
+return_assistant_tokens_mask=True)`. Chat templates run in jinja's sandbox, as in transformers, and in a process with a time
+limit, which the sandbox lacks. The template's {% generation %} blocks mark the labels. For a template without these blocks,
+the labels are the text that each assistant turn adds to the conversation before the turn, without the generation prompt
+(`_by_turns`).
 """
 
 import json
@@ -30,11 +30,11 @@ class HubTokenizer:
     """The tokenizer of a Hugging Face folder. Runs no code of the folder, and downloads nothing.
 
     Args:
-        folder: Has the tokenizer's files; if it has a config.json too, the tokenizer must fit that model.
-        template: File with the chat template to use; None for the tokenizer's own.
+        folder: Folder with the tokenizer's files. If it also has a config.json, the tokenizer must fit that model.
+        template: File with the chat template to use; None for the tokenizer's own template.
 
     Attributes:
-        size: Largest token id plus 1.
+        size: Largest token id + 1.
         pad_id, eos_id: Ids of padding, and of the end of a text.
 
     Raises:
@@ -50,7 +50,7 @@ class HubTokenizer:
             raise ConfigError(f"{self._named}: needs the package transformers; install moe_dist[hf]") from error
         try:
             found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers and tokenizers raise many kinds, bare Exception among them
+        except Exception as error:  # transformers and tokenizers raise many classes, also bare Exception
             problem = f"{self._named}: transformers cannot read it: {error}; copy or download the tokenizer's files again"
             raise DataError(problem) from error
         if not found.is_fast:
@@ -74,14 +74,14 @@ class HubTokenizer:
         self._encoded = TimedCalls(self._encode, TEMPLATE_SECONDS)
 
     def text(self, text: str) -> Document:
-        """The document of a text: its tokens with those that the tokenizer puts around a text, then the end token. Names of
-        special tokens in the text are encoded as plain text."""
+        """Returns the document of a text: its tokens, with the special tokens that the tokenizer puts around a text, then
+        the end token. Names of special tokens in the text are encoded as plain text."""
         ids = self._tokenizer(text, split_special_tokens=True)["input_ids"]
         ids += [self.eos_id] * (ids[-1:] != [self.eos_id])
         return Document(np.array(ids, np.int64), np.zeros(len(ids), bool))
 
     def conversation(self, row: dict[str, Any], where: str) -> Document:
-        """The document of a conversation. The tokens that assistants write are its labels; all other tokens are prompt.
+        """Returns the document of a conversation. Tokens of assistants are labels; all other tokens are prompt.
 
         Args:
             row: `messages`, a list of objects with a `role`, and optionally `tools`, a list of JSON schemas or its JSON
@@ -89,8 +89,8 @@ class HubTokenizer:
             where: Place of the row, for error texts.
 
         Raises:
-            ConfigError: there is no chat template, or it is invalid, leaves jinja's sandbox or does not come to an end.
-            DataError: the conversation is malformed, has nothing of an assistant, or the template fails on it.
+            ConfigError: the chat template is missing or invalid, leaves jinja's sandbox, or does not end in time.
+            DataError: the conversation is malformed, has no text of an assistant, or the template fails on it.
         """
         try:
             return self._encoded({key: row[key] for key in ("messages", "tools") if key in row}, where)
@@ -148,9 +148,9 @@ class HubTokenizer:
         return found["input_ids"], found["assistant_masks"]
 
     def _by_turns(self, messages: list[Any], tools: Any, where: str) -> tuple[Sequence[int], Sequence[bool]]:
-        """Ids and labels without {% generation %} blocks. Labels are the tokens of the text that an assistant's turn adds
-        to the conversation before the turn, which ends with the generation prompt. White space after the turn's last
-        special token belongs to the template. Renders the conversation twice for each turn of an assistant."""
+        """Returns ids and labels for a template without {% generation %} blocks. Labels are the tokens of the text that an
+        assistant's turn adds to the conversation before the turn, which ends with the generation prompt. White space after
+        the turn's last special token belongs to the template. Renders the conversation twice for each assistant turn."""
         whole, spans = self._rendered(messages, tools), []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
@@ -205,7 +205,7 @@ def _checked_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """Returns row["messages"].
 
     Raises:
-        DataError: it is no list of objects with a role, or a content has parts that are not text.
+        DataError: row["messages"] is no list of objects with a role, or a content has parts that are not text.
     """
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -226,7 +226,7 @@ def _checked_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _checked_tools(row: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
-    """Returns row["tools"], or None. A column of a table has one type for all rows, so tools are often stored as text."""
+    """Returns row["tools"], or None. Parses tools stored as text, because a table's column has one type for all rows."""
     tools = row.get("tools")
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools

@@ -20,7 +20,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.progress import Report
 
 MESSAGES = "messages"  # name of the source of conversations
-_Found = Iterable[tuple[str, Document]]  # (family, document); of a family all documents are held out, or none
+_Found = Iterable[tuple[str, Document]]  # (family, document); either all or no documents of a family are held out
 
 
 def build_chat(
@@ -38,15 +38,15 @@ def build_chat(
     """Writes a whole data set into `folder`, its manifest last.
 
     Args:
-        messages: JSONL file, parquet file or datasets folder of conversations; None for none.
-        texts: By name of the source, a file or folder as for `messages`, or a folder of texts.
+        messages: JSONL file, parquet file or datasets folder of conversations; None for no conversations.
+        texts: Maps the name of a source to a file or folder as for `messages`, or to a folder of texts.
         tokenizer: The Hugging Face folder.
 
     Returns:
-        The manifest, and no figures.
+        The manifest, and an empty mapping of figures.
 
     Raises:
-        ConfigError, DataError: as `HubTokenizer`, `table_rows` and `text_files`; or a file has no row.
+        ConfigError, DataError: from `HubTokenizer`, `table_rows` and `text_files`; or a file has no row.
     """
     hub = HubTokenizer(tokenizer, recipe.chat_template)
     modalities = {"text": ((0, hub.size),)}
@@ -89,7 +89,8 @@ def _divided(pairs: _Found, recipe: Recipe) -> dict[str, list[Document]]:
 
 
 def _conversations(hub: HubTokenizer, path: Path) -> _Found:
-    """Conversations with equal tools and equal messages up to the first one of a user are one family."""
+    """Yields conversations. Conversations with equal tools, and equal messages up to the first user message, are one
+    family."""
     where = None
     for where, row in table_rows("--messages", path):
         document = hub.conversation(row, where)

@@ -1,6 +1,6 @@
-"""Encodes pictures: a picture is a grid of patches, and the code of a patch is the index of the nearest codebook entry.
+"""Encodes pictures. A picture is a grid of patches, and the code of a patch is the index of the nearest codebook entry.
 
-Patches and entries are uint8, so every distance is an integer below 2^24, which float32 holds exactly. The codes of a
+Because patches and entries are uint8, every distance is an integer below 2^24, which float32 holds exactly. The codes of a
 picture therefore do not depend on the machine, its BLAS or the number of threads.
 
 Shape letters: N pictures, P patches, K codebook entries, V values of a patch (patch * patch * 3).
@@ -25,7 +25,7 @@ def to_patches(pictures: np.ndarray) -> np.ndarray:
 
 
 def encode(patches_PV: np.ndarray, codebook_KV: np.ndarray) -> np.ndarray:
-    """Returns the index of the codebook entry nearest to each patch; of equally near entries, the lowest index.
+    """Returns the index of the codebook entry nearest to each patch; the lowest index if several are equally near.
 
     Args:
         codebook_KV: uint8, [K, V] or [K, PATCH, PATCH, 3].
@@ -63,13 +63,13 @@ def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> n
         raise DataError(f"--codes {codes}: the pictures have only {most} distinct patches; give --codes {most} or less")
     rng = np.random.default_rng(seed)
     entries_KV = distinct_PV[rng.choice(len(distinct_PV), codes, replace=False)]
-    # K-means weights each distinct patch by its number of occurrences. So for a very frequent patch, such as a plain
-    # background, there is usually an entry equal to it.
+    # K-means weights each distinct patch by its number of occurrences. A very frequent patch, such as a plain background,
+    # therefore usually equals an entry.
     weighted_VP = np.ascontiguousarray(distinct_PV.T) * counts_P
     for _ in range(rounds):
         nearest_P = encode(distinct_PV, entries_KV)
         weight_K = np.bincount(nearest_P, weights=counts_P, minlength=codes)
-        # The sums are integers below 2^53, so bincount's float64 sums are exact.
+        # bincount's float64 sums are exact, because they are integers below 2^53.
         sums_VK = np.stack([np.bincount(nearest_P, weights=values_P, minlength=codes) for values_P in weighted_VP])
         entries_KV = np.rint(sums_VK / np.maximum(weight_K, 1)).T.astype(np.uint8)
         unused = np.flatnonzero(weight_K == 0)

@@ -9,13 +9,13 @@ from typing import Generic, TypeVar
 
 from moe_dist.errors import DataError
 
-Skip = Callable[[DataError], None]  # called with the reason where an input cannot be read; returns to leave the input out
-VARIATIONS = ("place", "flip", "background")  # what may differ between copies of a picture; place means scale and shift
+Skip = Callable[[DataError], None]  # called with the reason if an input cannot be read; leaves the input out if it returns
+VARIATIONS = ("place", "flip", "background")  # possible differences between copies of a picture; place is scale and shift
 Item = TypeVar("Item")
 
 
 def refuse(error: DataError) -> None:
-    """A `Skip` that leaves nothing out."""
+    """A `Skip` that raises the error, and leaves no input out."""
     raise error
 
 
@@ -32,9 +32,9 @@ class Picture:
     """A picture with captions."""
 
     key: str  # unique in the source; seeds the random augmentation of the picture
-    family: str  # pictures of a family are all training or all held out, unless single variants are held out
+    family: str  # the pictures of a family are all training or all held out, unless single variants are held out
     path: Path  # SVG, or any file that Pillow reads
-    captions: tuple[str, ...]  # such as the picture's name in several languages; may be empty
+    captions: tuple[str, ...]  # captions, such as the picture's name in several languages; may be empty
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,18 @@ class Recipe:
     seed: int = 0  # seed of the split, the augmentation and the codebook
     renders: int = 10  # augmented copies of each training picture; each copy is a document
     heldout_renders: int = 5  # augmented copies of each held-out picture
-    val_fraction: float = 0.1  # held-out share of the pictures, and of each text source's characters
+    val_fraction: float = 0.1  # held-out fraction of the pictures, and of each text source's characters
     vocab_size: int = 4096  # number of tokens of the BPE, special tokens included
     codes: int = 512  # entries of the codebook
-    # path of a tokenizer.json of `fit_tokenizer`, or of a Hugging Face folder; None fits a tokenizer
+    # path of a tokenizer.json from `fit_tokenizer`, or of a Hugging Face folder; None fits a tokenizer
     tokenizer: str | None = None
-    chat_template: str | None = None  # path of a chat template to use; None takes the one of the Hugging Face folder
+    chat_template: str | None = None  # path of a chat template to use; None uses the Hugging Face folder's template
     codebook: str | None = None  # path of a codebook.npy to use; None fits a codebook
     hold_out: HoldOut = HoldOut.FAMILIES
     vary: tuple[str, ...] = VARIATIONS  # properties in which the augmented copies of a picture differ
-    caption_first: float = 0.5  # share of a picture's documents in which the caption is before the picture
+    caption_first: float = 0.5  # fraction of a picture's documents in which the caption is before the picture
 
 
 def content_family(content: bytes) -> str:
-    """Returns the family of an item of which only the bytes are known: items of equal bytes are one family."""
+    """Returns the family of an item of which only the bytes are known; items with equal bytes are one family."""
     return hashlib.sha256(content).hexdigest()

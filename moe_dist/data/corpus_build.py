@@ -26,7 +26,7 @@ from moe_dist.runtime.progress import Report
 
 TOKENIZER_FILE = "tokenizer.json"
 CODEBOOK_FILE = "codebook.npy"
-_FIT_CHARACTERS = 4_000_000  # characters per source on which the BPE is fitted: takes seconds, not minutes
+_FIT_CHARACTERS = 4_000_000  # characters per source on which the BPE is fitted, within seconds
 _OF_PICTURES = ("hold_out", "vary", "caption_first")  # recipe fields that apply to pictures only
 _TEXT_CHUNK = 64  # number of texts encoded between two progress reports
 _NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # picture tokens and filler flags of an instruction without a picture
@@ -41,7 +41,7 @@ def build(
 
     Returns:
         The manifest, and figures for display: the number of pictures and of families on each side of the split, and the
-        PSNR of decoded pictures in dB. With HoldOut.VARIANTS, sets of near-equal pictures are counted, not families.
+        PSNR of decoded pictures in dB. With HoldOut.VARIANTS, sets of near-equal pictures are counted instead of families.
 
     Raises:
         ConfigError: the recipe has picture options, and the data set has no pictures.
@@ -89,11 +89,11 @@ def _shown_texts(texts: Sequence[Text], held_out: np.ndarray) -> list[str]:
 
 
 def _held_out_instructions(sources: Sequence[Source[Instruction]], recipe: Recipe) -> dict[str, np.ndarray]:
-    """For each source a mask of its instructions, true if held out. A family is on the same side of the split in all
-    sources: the side that a line of the family names, else a side drawn at random.
+    """Returns for each source a mask of its instructions, true if held out. A family is on the same side of the split in
+    all sources: the side that a line of the family names, else a side drawn at random.
 
     Raises:
-        DataError: lines of one family name both sides, or a source has nothing to train on.
+        DataError: lines of one family name both sides, or a source has no training instruction.
     """
     every = [each for source in sources for each in source.items]
     if not every:
@@ -282,5 +282,5 @@ def write_split(
 
 def _section(source: Source[Any], splits: dict[str, SplitSection | None]) -> SourceSection:
     train = splits["train"]
-    assert train is not None  # `hold_out` keeps training data; instructions that are all held out were refused before
+    assert train is not None  # `hold_out` keeps training data, and sources whose instructions are all held out are refused
     return SourceSection(train=train, valid=splits["valid"], licence=source.licence, attribution=source.attribution)

@@ -1,4 +1,4 @@
-"""Sources from a user's own files: a folder or JSONL of texts, a folder of pictures, a JSONL of instructions."""
+"""Makes sources from a user's own files: a folder or JSONL of texts, a folder of pictures, a JSONL of instructions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +13,11 @@ INSTRUCTION_KEYS = ("prompt", "answer", "image", "family", "side")
 
 
 def text_files(name: str, path: Path, licence: str, skip: Skip = refuse) -> Source[Text]:
-    """Texts from a JSONL file or a table of `table_rows` (each row an object with a "text"), or from all UTF-8 files under
-    a folder.
+    """Reads texts from a JSONL file or a table of `table_rows` (each row an object with a "text"), or from all UTF-8 files
+    under a folder.
 
-    Names that begin with a dot, pictures and their captions (a .txt beside a picture of the same name) are no texts. Each
-    file or line is a document; equal documents are one family.
+    Skips files whose name begins with a dot, pictures, and captions (a .txt beside a picture of the same name). Each file
+    or line is a document; equal documents are one family.
 
     Raises:
         ConfigError: `path` does not exist or holds no text.
@@ -38,7 +38,7 @@ def text_files(name: str, path: Path, licence: str, skip: Skip = refuse) -> Sour
 
 
 def picture_files(name: str, folder: Path, licence: str, skip: Skip = refuse) -> Source[Picture]:
-    """PNG and JPEG files under a folder; a .txt file of the same name is the caption. Equal files are one family.
+    """Reads PNG and JPEG files under a folder; a .txt file of the same name is the caption. Equal files are one family.
 
     Raises:
         ConfigError: the folder does not exist or holds no picture.
@@ -59,9 +59,9 @@ def picture_files(name: str, folder: Path, licence: str, skip: Skip = refuse) ->
 
 
 def instruction_files(name: str, path: Path, licence: str) -> Source[Instruction]:
-    """Instructions from a JSONL file, one object per line. Required: `prompt` and `answer`. Optional: `image`, a picture
-    file relative to the JSONL; `family`, a name shared by lines that must stay on one side of the split (default: lines
-    with equal prompt and image); `side`, train or valid, on every line or on none.
+    """Reads instructions from a JSONL file, one object per line. Required: `prompt` and `answer`. Optional: `image`, a
+    picture file relative to the JSONL; `family`, a name shared by lines that must stay on one side of the split (default:
+    lines with equal prompt and image); `side`, train or valid, on every line or on none.
 
     Raises:
         ConfigError: the file does not exist or is empty.

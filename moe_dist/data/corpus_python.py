@@ -1,4 +1,4 @@
-"""The source files of the Python standard library on this machine."""
+"""Reads the source files of the Python standard library on this machine."""
 
 import os
 import platform
@@ -10,13 +10,13 @@ from moe_dist.data.corpus import Source, Text, content_family
 from moe_dist.errors import DataError
 
 _LEFT_OUT = frozenset({"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-# In these folders all files follow one template. The files of a folder are one family, because otherwise held-out files
-# would have near copies in training.
+# Folders whose files all follow one template. The files of such a folder are one family, so that held-out files have no
+# near copies in training.
 _TEMPLATED = frozenset({"encodings"})
 
 
 def python_library() -> Source[Text]:
-    """One document for each source file. Another Python version gives other texts.
+    """Returns one document for each source file. The texts depend on the Python version.
 
     Raises:
         DataError: this Python has no readable library sources (a zipped or stripped installation).

@@ -1,7 +1,7 @@
-"""Deals the sequences of a step to the ranks so that the ranks' expected costs are equal. The deal depends on the batch
-alone, so every rank computes the same deal without an exchange, and so does a resumed run. Shape letters: Q sequences of a
-step, I micro-batches, W ranks, B sequences in a micro-batch of a rank, P parts, N items of a part, S tokens of a sequence,
-M modalities.
+"""Deals the sequences of a step to the ranks so that the ranks' expected costs are nearly equal. Because the deal depends
+only on the batch, every rank, also of a resumed run, computes the same deal without an exchange. Shape letters: Q sequences
+of a step, I micro-batches, W ranks, B sequences in a micro-batch of a rank, P parts, N items of a part, S tokens of a
+sequence, M modalities.
 """
 
 import heapq
@@ -17,28 +17,28 @@ class SequenceCosts:
     """The expected cost of sequences, in FLOPs of forward.
 
     Attributes:
-        document_S: float64 [S + 1], by a document's length its cost without experts: the cost of its tokens, and of its
-        attention, which grows with the square of the length. Padding counts as a document.
-        expert_M: float64, by modality the cost of the true experts that a token takes on average. More null choices make
-        it lower.
+        document_S: float64 [S + 1], maps a document's length to its cost without experts: the cost of its tokens, and of
+            its attention, which without a window grows with the square of the length. Padding counts as a document.
+        expert_M: float64, maps a modality to the mean cost of the true experts that a token takes, which null choices
+            lower.
     """
 
     document_S: np.ndarray
     expert_M: np.ndarray
 
     def of(self, lengths: Sequence[int], tokens_M: np.ndarray) -> tuple[float, float]:
-        """Returns the cost of a sequence without experts, which its own rank computes, and the cost of its experts.
+        """Returns the cost of a sequence without experts, which the sequence's rank computes, and the cost of its experts.
 
         Args:
-            lengths: Tokens of each document of the sequence.
-            tokens_M: Number of its tokens of each modality, without padding.
+            lengths: Number of tokens of each document of the sequence.
+            tokens_M: Number of the sequence's tokens of each modality, without padding.
         """
         padding = len(self.document_S) - 1 - sum(lengths)
         return float(self.document_S[[*lengths, padding]].sum()), float(tokens_M @ self.expert_M)
 
 
 class Dealing(NamedTuple):
-    """How the sequences of a run are dealt; `ep` and `mix` as in `deal`."""
+    """The settings by which a run's sequences are dealt; `ep` and `mix` are arguments of `deal`."""
 
     costs: SequenceCosts
     ep: int
@@ -49,9 +49,9 @@ class Deal(NamedTuple):
     """The sequences of a step by rank.
 
     Attributes:
-        place_IWB: int64, for each micro-batch and rank the sequences, as places in the step.
-        undealt, dealt: Costs of the busiest rank of each micro-batch over those of the mean rank, both summed over the
-        micro-batches: in the order of the stream, and as dealt. In each micro-batch all ranks wait for the busiest one.
+        place_IWB: int64, indices, in the step, of the sequences of each micro-batch and rank.
+        undealt, dealt: Cost of the busiest rank / cost of the mean rank, both summed over micro-batches, because in each
+            micro-batch all ranks wait for the busiest rank: in the order of the stream, and as dealt.
     """
 
     place_IWB: np.ndarray
@@ -60,13 +60,13 @@ class Deal(NamedTuple):
 
 
 def deal(cost_Q2: np.ndarray, *, micro_batches: int, ranks: int, ep: int, mix: bool) -> Deal:
-    """Deals the sequences of a step to the ranks. No rank's number of sequences changes. If dealing gains nothing, the
-    order stays.
+    """Deals the sequences of a step to the ranks. Every rank keeps its number of sequences. If a deal gains nothing, keeps
+    the order of the stream.
 
     Args:
-        cost_Q2: Result of `SequenceCosts.of` of each sequence, in the order of the stream.
-        ep: Ranks of an EP group, which are consecutive. They share the cost of the experts of all their sequences.
-        mix: Whether a sequence may move to another micro-batch, which lets sequences of similar cost share one.
+        cost_Q2: Result of `SequenceCosts.of` for each sequence, in the order of the stream.
+        ep: Number of consecutive ranks of an EP group, which share the expert cost of all their sequences.
+        mix: Whether a sequence may move to another micro-batch, so that sequences of similar cost share a micro-batch.
     """
     place_IK = np.arange(len(cost_Q2)).reshape(micro_batches, -1)
     place_IWB = place_IK.reshape(micro_batches, ranks, -1)
@@ -79,17 +79,17 @@ def deal(cost_Q2: np.ndarray, *, micro_batches: int, ranks: int, ep: int, mix: b
 
 
 def equal_parts(cost_X: np.ndarray, parts: int) -> np.ndarray:
-    """Divides items into `parts` parts of equally many items and nearly equal cost; returns the items of each, int64
+    """Divides items into `parts` parts of equally many items and nearly equal cost; returns the items of each part, int64
     [P, N].
 
-    The balanced largest differencing method (Yakir 1996): the sorted items are cut into rows of one item for each part. The
-    two rows that differ most become one, in which the part with the largest sum in one row joins the part with the smallest
-    sum in the other, and so on.
+    Uses the balanced largest differencing method (Yakir 1996): the sorted items are cut into rows with one item for each
+    part. Then the two rows with the largest differences are joined, repeatedly: the part with the largest sum in one row
+    joins the part with the smallest sum in the other row, and so on.
     """
     rows = []
     for number, item_P in enumerate(np.argsort(-cost_X, kind="stable").reshape(-1, parts)):
         rows.append((cost_X[item_P[-1]] - cost_X[item_P[0]], number, cost_X[item_P], item_P[:, None]))
-    heapq.heapify(rows)  # first comes the row with the largest difference; of equal ones the row with the lowest number
+    heapq.heapify(rows)  # first the row with the largest difference, of equal rows the row with the lowest number
     while len(rows) > 1:
         _, number, cost_P, item_PN = heapq.heappop(rows)
         _, _, other_P, other_PN = heapq.heappop(rows)
@@ -101,21 +101,21 @@ def equal_parts(cost_X: np.ndarray, parts: int) -> np.ndarray:
 
 
 def _alone(cost_Q2: np.ndarray, ep: int) -> np.ndarray:
-    """Returns the cost of each sequence that its own rank computes. With ep=1 this includes the experts."""
+    """Returns the cost of each sequence that only its rank computes, which includes the experts if ep=1."""
     return cost_Q2.sum(1) if ep == 1 else cost_Q2[:, 0]
 
 
 def _alike(cost_Q: np.ndarray, micro_batches: int, ranks: int) -> np.ndarray:
-    """Returns the sequences of each micro-batch, [I, W B]: B runs of W sequences of similar cost, one sequence for each
-    rank. Each micro-batch gets expensive and cheap runs."""
+    """Returns the sequences of each micro-batch, [I, W B]: B sets of W sequences of similar cost, with one sequence for
+    each rank. Each micro-batch gets expensive and cheap sets."""
     runs = np.argsort(-cost_Q, kind="stable").reshape(-1, micro_batches, ranks)
-    runs[1::2] = runs[1::2, ::-1].copy()  # reversed every second turn, so that no micro-batch gets all expensive runs
+    runs[1::2] = runs[1::2, ::-1].copy()  # reversed in every second turn, so that no micro-batch gets all expensive sets
     return runs.transpose(1, 0, 2).reshape(micro_batches, -1)
 
 
 def _among_ranks(cost_Q2: np.ndarray, place_K: np.ndarray, ranks: int, ep: int) -> np.ndarray:
-    """Deals the sequences of a micro-batch, first to EP groups by their whole cost, then to the ranks of a group by what a
-    rank computes alone. Returns them by rank, [W, B], sorted within a rank."""
+    """Deals the sequences of a micro-batch, first to EP groups by their whole cost, then to the ranks of a group by the
+    cost that a rank computes alone. Returns the sequences by rank, [W, B], sorted within a rank."""
     found = []
     for group_N in equal_parts(cost_Q2[place_K].sum(1), ranks // ep):
         group_N = place_K[group_N]

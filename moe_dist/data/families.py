@@ -1,9 +1,9 @@
-"""Joins near copies among pictures into families, and splits families into training and held-out ones.
+"""Joins near copies of pictures into families, and splits families into training and held-out families.
 
-If a held-out picture has a near copy in training, memorising looks like learning. Pictures are therefore first joined into
-families: an emoji in all skin tones, genders and directions, and pictures whose grids of codes are equal or nearly so. A
-family is on one side of the split, with all captions and augmented copies of its pictures. With `HoldOut.VARIANTS` single
-pictures are held out: their family is in training, but no training picture is near-equal to them.
+If a held-out picture had a near copy in training, memorising would look like learning. Pictures are therefore first joined
+into families: an emoji in all skin tones, genders and directions, and pictures whose grids of codes are equal or nearly
+equal. A family is on one side of the split, with all captions and augmented copies of its pictures. With
+`HoldOut.VARIANTS` single pictures are held out: their family is in training, but no training picture is near-equal to them.
 
 Shape letters: N pictures or documents, C cells of a grid of codes.
 """
@@ -18,7 +18,7 @@ JOINER = 0x200D
 GENDER_SIGNS = frozenset({0x2640, 0x2642})
 FACING_RIGHT = 0x27A1  # after a joiner, this marks the mirror image of the preceding emoji
 
-# Male and female emoji are one family: their code points are replaced by these gender-neutral ones.
+# Male and female emoji are one family, because their code points are replaced by these gender-neutral code points.
 _PERSON, _CHILD, _ELDER, _ROYAL, _CLAUS, _HEART, _KISS = 0x1F9D1, 0x1F9D2, 0x1F9D3, 0x1FAC5, 0x1F384, 0x2764, 0x1F48B
 _HOLDING_HANDS = (_PERSON, JOINER, 0x1F91D, JOINER, _PERSON)
 NEUTRAL_FORM: dict[int, tuple[int, ...]] = {
@@ -34,9 +34,9 @@ NEUTRAL_FORM: dict[int, tuple[int, ...]] = {
 
 
 def emoji_family(code_points: Sequence[int]) -> tuple[int, ...]:
-    """The code points that an emoji shares with its variants in skin tone, gender and direction.
+    """Returns the code points that an emoji shares with its variants in skin tone, gender and direction.
 
-    A gender sign or arrow marks a variant only after a joiner; without a joiner, the sign or arrow is a picture of its own.
+    A gender sign or arrow marks a variant only after a joiner; otherwise the sign or arrow is a picture of its own.
     """
     bare = [point for point in code_points if point != VARIATION_SELECTOR and point not in SKIN_TONES]
     family: list[int] = []
@@ -49,7 +49,7 @@ def emoji_family(code_points: Sequence[int]) -> tuple[int, ...]:
 
 
 def near_pairs(grids_NC: np.ndarray, others_NC: np.ndarray, *, most: int) -> list[tuple[int, int]]:
-    """Pairs (i, j) for which grids_NC[i] and others_NC[j] differ in at most `most` cells.
+    """Returns the pairs (i, j) for which grids_NC[i] and others_NC[j] differ in at most `most` cells.
 
     Compares every pair of grids: N^2 C byte operations. 4,000 pictures of 64 cells take a second, 40,000 take minutes.
     """
@@ -88,8 +88,8 @@ def join(keys: Sequence[object], pairs: Iterable[tuple[int, int]] = ()) -> np.nd
 
 
 def variants(families: Sequence[object], components_N: np.ndarray) -> np.ndarray:
-    """Mask of the pictures that may be held out, bool [N]. A component (from `join`) that contains the first picture of a
-    family stays in training, so that each family has a picture there."""
+    """Returns the mask of the pictures that may be held out, bool [N]. A component (from `join`) that contains the first
+    picture of a family stays in training, so that each family has a training picture."""
     firsts = np.unique(join(families))
     return ~np.isin(components_N, components_N[firsts])
 

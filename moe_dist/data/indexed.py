@@ -1,9 +1,9 @@
 """Reads and writes Megatron's indexed data sets. Megatron's builder writes them; training reads them without Megatron.
 
 Megatron's readers do not detect damage: its memory map ends the process with SIGBUS if the file is truncated or the disk
-fails, and its plain reader returns undefined memory. Importing Megatron takes each rank 3 s. The reader here calls `pread`
-on an open descriptor: a file that is replaced by a rename stays readable, and each short or failed read raises an error
-that names the file. Tests compare the results with Megatron's.
+fails, and its plain reader returns undefined memory. Importing Megatron takes each rank 3 s. This file's reader calls
+`pread` on an open descriptor: a file that is replaced by a rename stays readable, and each short or failed read raises an
+error that names the file. Tests compare the results with Megatron's.
 """
 
 import os
@@ -95,7 +95,8 @@ class IndexedSplit:
     """Random access to the tokens of one split.
 
     Attributes:
-        starts_D, lengths_D: int64, index in the file of each document's first token, and the document's number of tokens.
+        starts_D, lengths_D: int64, index, in the file, of each document's first token, and each document's number of
+        tokens.
 
     Raises:
         DataError: the files are damaged or disagree with the manifest.
@@ -120,7 +121,7 @@ class IndexedSplit:
         self._bit_bytes = -(-split.tokens // 8)
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """The `count` token ids from token `start` of the file on, int64.
+        """Returns the `count` token ids from token `start` of the file on, int64.
 
         Raises:
             DataError: the file was truncated after it was opened.
@@ -130,12 +131,12 @@ class IndexedSplit:
         return np.frombuffer(self._tokens.read(start * size, count * size), self.header.dtype).astype(np.int64)
 
     def filler(self, start: int, count: int) -> np.ndarray:
-        """Whether each token is filler, a picture's cell that shows only background: bool, all False without a filler file.
-        Raises like `tokens`."""
+        """Returns whether each token is filler (a picture's cell that shows only background), bool; all False without a
+        filler file. Raises like `tokens`."""
         return self._read_bits("filler", start, count)
 
     def prompt(self, start: int, count: int) -> np.ndarray:
-        """Whether each token belongs to a prompt, bool; all False without a prompt file. Raises like `tokens`."""
+        """Returns whether each token belongs to a prompt, bool; all False without a prompt file. Raises like `tokens`."""
         return self._read_bits("prompt", start, count)
 
     def _read_bits(self, bits: Bits, start: int, count: int) -> np.ndarray:
@@ -160,6 +161,6 @@ class IndexedSplit:
 
 def _megatron() -> ModuleType:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron warns if Transformer Engine or Apex is missing; neither is used here
+        warnings.simplefilter("ignore")  # Megatron warns of missing packages, which the builder does not use
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset

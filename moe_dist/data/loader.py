@@ -1,8 +1,7 @@
-"""Batches of training and held-out sequences from a prepared data set.
+"""Makes batches of training and held-out sequences from a prepared data set.
 
-The training stream is a pure function of (data, seed, position). Sequence q of the stream is the same for any number of
-ranks and any micro-batch size, so a checkpoint saves only the number of sequences drawn so far.
-"""
+The training stream is a pure function of (data, seed, position). Because sequence q of the stream is the same for any
+number of ranks and any micro-batch size, a checkpoint saves only the number of sequences drawn so far."""
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,21 +22,21 @@ _HELDOUT_WINDOW = 512
 
 
 class TrainLoader:
-    """Training batches of one rank.
+    """Makes the training batches of one rank.
 
     The documents of a source are shuffled and packed into sequences once, by (seed, source). Each epoch of a source has the
-    same sequences in a new order, so it has each document once. A resumed run reads no sequence before its position.
+    same sequences, and thus each document once, in a new order. A resumed run reads no sequence before its position.
     Packing a million documents takes about 3 s and keeps 32 bytes per piece in memory.
 
     Args:
         folder: Folder of the data set.
-        weights: Share of sequences from each source; sources that it lacks are not used. Empty: in proportion to tokens.
+        weights: Fraction of sequences from each source; other sources are not used. If empty, in proportion to tokens.
         pack_window: Number of pieces of documents that are packed together.
         seed: Seeds all shuffles.
         global_batch: Sequences per step over all ranks; a multiple of world_size x micro_batch.
         micro_batch: Sequences of a micro-batch of a rank.
-        dealing: How the sequences of a step are dealt to ranks; None for the order of the stream. Every rank then reads the
-            whole step, to know the costs of its sequences.
+        dealing: Deals the sequences of a step to ranks; None for the order of the stream. With a dealing, every rank reads
+            the whole step, to know the costs of its sequences.
 
     Raises:
         ConfigError: weights name an unknown source.
@@ -60,7 +59,7 @@ class TrainLoader:
         dealing: Dealing | None = None,
     ) -> None:
         self._dealing = dealing
-        self._dealt: dict[int, Deal] = {}  # position -> deal, for the last steps
+        self._dealt: dict[int, Deal] = {}  # position -> deal, of the last steps
         self._share = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world_size": world_size}
         self._mixture = Mixture(source_shares(manifest, weights))
         self._streams = {
@@ -74,11 +73,11 @@ class TrainLoader:
 
     @property
     def sequences_per_epoch(self) -> dict[str, int]:
-        """Number of sequences in an epoch of each source."""
+        """Returns the number of sequences in an epoch of each source."""
         return {name: len(stream) for name, stream in self._streams.items()}
 
     def batches(self, position: int) -> list[Batch]:
-        """This rank's micro-batches of the step that starts at sequence `position` of the global stream.
+        """Returns this rank's micro-batches of the step that starts at sequence `position` of the global stream.
 
         Raises:
             DataError: an id in the data lies outside the vocabulary.
@@ -86,14 +85,14 @@ class TrainLoader:
         return [self._maker.make([self.sequence(at) for at in each]) for each in self.numbers(position)]
 
     def numbers(self, position: int) -> Sequence[Sequence[int]]:
-        """The numbers of the sequences in `batches(position)`."""
+        """Returns the numbers of the sequences in `batches(position)`."""
         if self._dealing is None:
             return micro_batches(position, **self._share)
         return (position + self.dealt(position).place_IWB[:, self._share["rank"]]).tolist()
 
     def dealt(self, position: int) -> Deal:
-        """How the step that starts at `position` is dealt. The deals of the last steps are kept: a trace calls this while
-        a thread reads the next step, and must not read data itself then."""
+        """Returns the deal of the step that starts at `position`. Keeps the deals of the last steps, because a trace asks
+        for them while a thread reads the next step, when the trace must not read data."""
         if position not in self._dealt:
             assert self._dealing is not None, "the loader deals nothing"
             costs, ep, mix = self._dealing
@@ -106,13 +105,13 @@ class TrainLoader:
         return self._dealt[position]
 
     def sequence(self, number: int) -> list[Segment]:
-        """The pieces of documents in sequence `number` of the global stream."""
+        """Returns the pieces of documents in sequence `number` of the global stream."""
         source, index = self._mixture.place(number)
         return self._streams[source].sequence(index)
 
     def epochs(self, position: int) -> dict[str, float]:
-        """Returns by modality how often the first `position` sequences of the stream have drawn a training token, mean over
-        tokens; 0 if the sources in use have no token of the modality."""
+        """Maps each modality to the number of times that the first `position` sequences of the stream have drawn a training
+        token, mean over tokens; 0 if the sources in use have no token of the modality."""
         drawn = self._mixture.drawn(position)
         modalities = next(iter(self._tokens.values()))
         epochs = {}
@@ -126,7 +125,7 @@ class TrainLoader:
 class ReadAhead:
     """Reads the batches of the next step in a thread, while the current step computes.
 
-    No two threads may read from a loader at once, so call `settle` before anything else reads batches from it.
+    Two threads must not read from a loader at once. Therefore call `settle` before other code reads batches from it.
 
     Args:
         read: Method of a loader. Returns the batches of the step that starts at a position of the global stream.
@@ -138,10 +137,10 @@ class ReadAhead:
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
     def batches(self, position: int, *, following: int | None) -> list[Batch]:
-        """Returns the batches at `position`, and begins to read those at `following` (None: there is no next step).
+        """Returns the batches at `position`, and begins to read the batches at `following` (None without a next step).
 
         Raises:
-            Any error of `read` at this position; an error at `following` waits until that step.
+            Any error of `read` at this position; an error at `following` is raised when its batches are requested.
         """
         self.settle()
         ahead, self._ahead = self._ahead, None
@@ -151,9 +150,9 @@ class ReadAhead:
         return batches
 
     def settle(self) -> None:
-        """Waits until the thread reads nothing."""
+        """Waits until the thread has finished reading."""
         if self._ahead is not None:
-            self._ahead[1].exception()  # waits; an error is raised where its batches are wanted
+            self._ahead[1].exception()  # waits, but raises no error: `batches` does
 
 
 def heldout_batches(
@@ -167,10 +166,11 @@ def heldout_batches(
     rank: int,
     world_size: int,
 ) -> list[Batch]:
-    """This rank's batches of at most `sequences` held-out sequences of a source, evenly spaced in its held-out split.
+    """Returns this rank's batches of at most `sequences` held-out sequences of a source, evenly spaced in its held-out
+    split.
 
-    Every rank gets the same number of batches; if sequences are too few, the last batches have rows of padding. A source
-    without a held-out split gives no batch. The choice of sequences does not depend on world_size or micro_batch.
+    Every rank gets the same number of batches; if there are too few sequences, the last batches have rows of padding. A
+    source without a held-out split gives no batch. The chosen sequences do not depend on world_size or micro_batch.
 
     Raises:
         ConfigError: the source is unknown.
@@ -197,7 +197,7 @@ def heldout_batches(
 
 
 def source_shares(manifest: Manifest, weights: Mapping[str, float]) -> dict[str, float]:
-    """Share of the sequences that come from each source in use, in the manifest's order; the shares sum to 1.
+    """Returns the fraction of the sequences from each source in use, in the manifest's order; the fractions sum to 1.
 
     Raises:
         ConfigError: weights name an unknown source.

@@ -2,8 +2,8 @@
 
 `cut` and `pack` put documents into sequences of a fixed length; a document longer than a sequence is cut into pieces.
 `Mixture` gives the source of each sequence of the stream, by a fixed pattern. `ShuffledEpochs` gives the sequences of a
-source in a new order in each epoch. `micro_batches` gives each rank its part of the sequences of a step. Attention and
-positions restart at each piece, so the other pieces of a sequence have no influence on a piece.
+source in a new order in each epoch. `micro_batches` gives each rank its part of the sequences of a step. Because attention
+and positions restart at each piece, the other pieces of a sequence have no influence on a piece.
 
 Shape letters: D documents, P pieces, Q sequences, S sources.
 """
@@ -28,7 +28,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Packing:
-    """The pieces in each sequence: those of sequence q are piece_P[first_Q[q] : first_Q[q + 1]], in this order."""
+    """The pieces in each sequence: sequence q has the pieces piece_P[first_Q[q] : first_Q[q + 1]], in this order."""
 
     piece_P: np.ndarray  # int64, indices of the pieces, each exactly once
     first_Q: np.ndarray  # int64 [Q + 1]
@@ -37,7 +37,7 @@ class Packing:
         return len(self.first_Q) - 1
 
     def pieces_of(self, sequence: int) -> list[int]:
-        """Indices of the pieces in a sequence."""
+        """Returns the indices of the pieces in a sequence."""
         return self.piece_P[self.first_Q[sequence] : self.first_Q[sequence + 1]].tolist()
 
 
@@ -51,7 +51,7 @@ def cut(starts_D: np.ndarray, lengths_D: np.ndarray, *, seq_len: int) -> Pieces:
 
 
 def pack(lengths_P: np.ndarray, *, seq_len: int, window: int) -> Packing:
-    """Packs each `window` consecutive pieces into sequences, by best fit, longest first. Padding fills the rest.
+    """Packs each `window` consecutive pieces into sequences, by best fit, longest first. Padding fills the sequences.
 
     Pieces in a sequence are sorted from long to short. `lengths_P` are int64 from 1 to seq_len. 100,000 pieces take about a
     quarter of a second.
@@ -103,19 +103,19 @@ class Mixture:
         np.cumsum(self._pattern[:, None] == np.arange(len(self.names)), axis=0, out=self._before[1:])
 
     def place(self, sequence: int) -> tuple[str, int]:
-        """Source of a sequence of the global stream, and the number of the sequence in the source's own stream."""
+        """Returns the source of a sequence of the global stream, and the sequence's number in the source's own stream."""
         block, slot = divmod(sequence, SLOTS)
         source = int(self._pattern[slot])
         return self.names[source], block * int(self._slots_S[source]) + int(self._before[slot, source])
 
     def drawn(self, position: int) -> dict[str, int]:
-        """Number of sequences of each source among the first `position` sequences of the global stream."""
+        """Returns the number of sequences of each source among the first `position` sequences of the global stream."""
         block, slot = divmod(position, SLOTS)
         return dict(zip(self.names, (block * self._slots_S + self._before[slot]).tolist(), strict=True))
 
 
 def _slots(shares_S: np.ndarray) -> np.ndarray:
-    """Number of slots of each source, by largest remainder, at least 1; their sum is SLOTS."""
+    """Returns each source's number of slots, by largest remainder, at least 1; the numbers sum to SLOTS."""
     wanted_S = np.maximum(shares_S / shares_S.sum() * SLOTS, 1)
     slots_S = np.floor(wanted_S).astype(np.int64)
     while slots_S.sum() != SLOTS:
@@ -127,7 +127,7 @@ def _slots(shares_S: np.ndarray) -> np.ndarray:
 
 
 def _pattern(slots_S: np.ndarray) -> np.ndarray:
-    """The source of each slot of the pattern: always the source that is furthest behind its share so far."""
+    """Returns the source of each slot of the pattern: always the source that is furthest behind its share so far."""
     given_S = np.zeros_like(slots_S)
     pattern = np.empty(SLOTS, np.int64)
     for slot in range(SLOTS):
@@ -145,7 +145,7 @@ class ShuffledEpochs:
         self._orders: dict[int, np.ndarray] = {}
 
     def at(self, position: int) -> int:
-        """Index of the item at a position in the sequence of all epochs."""
+        """Returns the index of the item at a position in the sequence of all epochs."""
         epoch, within = divmod(position, self._count)
         if epoch not in self._orders:
             # The orders of neighbouring epochs are kept, because a step may straddle two epochs.
@@ -155,7 +155,7 @@ class ShuffledEpochs:
 
 
 def micro_batches(position: int, *, global_batch: int, micro_batch: int, rank: int, world_size: int) -> list[range]:
-    """For each micro-batch of a rank the positions of its sequences in the global stream; the step starts at `position`.
+    """Returns for each micro-batch of a rank its sequences' positions in the global stream; the step starts at `position`.
 
     The i-th micro-batches of all ranks cover the i-th block of world_size x micro_batch consecutive positions. Rank r takes
     the r-th part of the block. The positions of a whole step therefore do not depend on the number of ranks.

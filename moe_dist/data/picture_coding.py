@@ -2,10 +2,10 @@
 
 Pictures are near-equal if their grids of codes differ in few cells. Near-equal pictures must be on one side of the split,
 but the codebook that gives the codes must be fitted on training pictures only. Therefore two codebooks are fitted. The
-provisional codebook is fitted on all pictures: pictures that are near-equal by its codes join one family, the families are
-split, and this codebook is discarded. The final codebook is fitted on augmented training pictures: a held-out family that
-is near-equal to a training picture by its codes moves to training. No held-out picture is then near-equal to a training
-picture under either codebook. With `HoldOut.VARIANTS`, single pictures are split and moved instead of families.
+provisional codebook is fitted on all pictures. Pictures that are near-equal by its codes join one family, the families are
+split, and this codebook is discarded. The final codebook is fitted on augmented training pictures. A held-out family that
+is near-equal to a training picture by the final codes moves to training. No held-out picture is then near-equal to a
+training picture under either codebook. With `HoldOut.VARIANTS`, single pictures are split and moved instead of families.
 
 Shape letters: N pictures, C cells of a grid of codes.
 """
@@ -24,7 +24,7 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.runtime.progress import Report
 
 NEAR_CELLS = 8  # grids that differ in at most this many of their 64 cells are near-equal
-_FIT_RENDERS = 4000  # augmented training pictures on which the codebook is fitted: 256,000 patches, 3 s
+_FIT_RENDERS = 4000  # augmented training pictures on which the codebook is fitted (256,000 patches) in 3 s
 _CHUNK = 64  # number of pictures encoded at once
 
 
@@ -50,10 +50,10 @@ class Document:
 def rasterise_all(
     pictures: Sequence[Picture], report: Report, skip: Skip = refuse
 ) -> tuple[tuple[Picture, ...], np.ndarray]:
-    """Rasterises pictures. Returns those that can be read, and their rasters, uint8 RGBA [N, RASTER, RASTER, 4].
+    """Rasterises pictures. Returns the readable pictures, and their rasters, uint8 RGBA [N, RASTER, RASTER, 4].
 
     Raises:
-        DataError: no picture can be read, or `skip` refuses one that cannot.
+        DataError: no picture can be read, or `skip` refuses an unreadable picture.
     """
     found: list[tuple[Picture, np.ndarray]] = []
     damaged: list[DataError] = []
@@ -74,7 +74,7 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
     """Splits pictures by family and near-equality, and fits or loads the codebook (see the module docstring).
 
     Raises:
-        ConfigError: single pictures are to be held out, but each is alone in its family or near-equal to a training
+        ConfigError: single pictures are to be held out, but each picture is alone in its family or near-equal to a training
             picture.
     """
     report("split families", 0, 2)
@@ -82,7 +82,8 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
     mirrored_patches = to_patches(np.stack([plain(raster, mirrored=True).pixels for raster in rasters]))
 
     def joined(keys: Sequence[object], codebook: np.ndarray) -> np.ndarray:
-        # Augmentation flips pictures at random, so a picture near-equal to a mirror image counts as near-equal.
+        # Because augmentation flips pictures at random, a picture that is near-equal to a mirror image counts as
+        # near-equal.
         grids_NC = encode(plain_patches, codebook).reshape(-1, GRID * GRID)
         mirrored_NC = encode(mirrored_patches, codebook).reshape(-1, GRID * GRID)
         near = near_pairs(grids_NC, grids_NC, most=NEAR_CELLS) + near_pairs(grids_NC, mirrored_NC, most=NEAR_CELLS)
@@ -107,8 +108,8 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
 
 
 def _drawn(families: Sequence[str], component_N: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Mask of the pictures that are held out before the comparison by the final codebook, bool [N]: `val_fraction` of all
-    pictures, or fewer if fewer may be held out."""
+    """Returns the mask of the pictures that are held out before the comparison by the final codebook, bool [N]:
+    `val_fraction` of all pictures, or fewer if fewer may be held out."""
     may_N = np.ones(len(families), bool) if recipe.hold_out == HoldOut.FAMILIES else variants(families, component_N)
     held_out_N = np.zeros(len(families), bool)
     if may_N.any():
@@ -118,7 +119,7 @@ def _drawn(families: Sequence[str], component_N: np.ndarray, recipe: Recipe) -> 
 
 
 def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Fits a codebook on augmented copies of the chosen pictures: on at most _FIT_RENDERS, evenly spaced among all."""
+    """Fits a codebook on augmented copies of the chosen pictures: on at most _FIT_RENDERS copies, evenly spaced."""
     every = [(number, index) for number in np.flatnonzero(chosen_N).tolist() for index in range(recipe.renders)]
     sample = every[:: -(-len(every) // _FIT_RENDERS)]
     renders = [
@@ -129,9 +130,9 @@ def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarr
 
 
 class PictureCoder:
-    """Makes documents from pictures: each is an augmented copy of a picture, with one of its captions before or after it.
+    """Makes documents from pictures. A document is an augmented copy of a picture, with a caption before or after the copy.
 
-    The copies of a picture take its captions in turn. The caption is first in a share `recipe.caption_first` of the
+    The copies of a picture take its captions in turn. The caption is first in the fraction `recipe.caption_first` of the
     documents. The numbers of the picture and of the copy determine caption and order, without random draws.
 
     Args:
@@ -172,13 +173,13 @@ class PictureCoder:
             report(stage, start + len(chunk), len(pictures))
 
     def image(self, raster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes a picture without augmentation: token ids from begin to end token, and whether each is filler."""
+        """Encodes a picture without augmentation; returns token ids from begin to end token, and whether each is filler."""
         render = plain(raster)
         return self._image(render, self._code(render.pixels[None])[0])
 
     @property
     def psnr(self) -> float:
-        """Peak signal-to-noise ratio of all pictures encoded so far, in dB."""
+        """Returns the peak signal-to-noise ratio of all pictures encoded so far, in dB."""
         return float(10 * np.log10(255**2 * self._values / max(self._squared_error, 1e-9)))
 
     def _code(self, pixels: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ class Render:
 
 
 def rasterise(path: str | Path) -> np.ndarray:
-    """Rasterises a picture file (SVG, or a format of Pillow); a picture that is not square gets transparent margins.
+    """Rasterises a picture file (SVG, or a format of Pillow). A picture that is not square gets transparent margins.
 
     Raises:
         DataError: the file is damaged or of an unknown kind.
@@ -42,7 +42,7 @@ def rasterise(path: str | Path) -> np.ndarray:
     path = Path(path)
     try:
         if path.suffix.lower() == ".svg":
-            import resvg_py  # imported here, because only the default corpus needs it
+            import resvg_py  # imported late, because only SVG files need it
 
             png = resvg_py.svg_to_bytes(svg_path=str(path), width=RASTER, height=RASTER, skip_system_fonts=True)
             image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
@@ -66,11 +66,11 @@ def plain(raster: np.ndarray, *, mirrored: bool = False) -> Render:
 
 
 def augmented(raster: np.ndarray, *, seed: int, key: str, index: int, vary: Collection[str] = VARIATIONS) -> Render:
-    """Makes the augmented copy `index` of picture `key`. Scale, shift, flip and background are drawn at random from (seed,
-    key, index) alone. Properties that `vary` does not name are as in `plain`."""
+    """Makes the augmented copy `index` of picture `key`. Only (seed, key, index) seed the random draws of scale, shift,
+    flip and background. Properties that `vary` does not name are as in `plain`."""
     rng = np.random.default_rng((seed, zlib.crc32(key.encode()), index))
     side = round(SIDE * rng.uniform(*SCALES))
-    room = SIDE - side  # negative if the picture is larger than the frame and gets cropped
+    room = SIDE - side  # pixels of margin; negative if the picture is larger than the frame and gets cropped
     x, y = rng.integers(min(room, 0), max(room, 0), size=2, endpoint=True).tolist()
     background, mirrored = BACKGROUNDS[rng.integers(len(BACKGROUNDS))], bool(rng.integers(2))
     if "place" not in vary:

@@ -26,7 +26,7 @@ RECIPE_FILE = "recipe.json"
 
 @dataclass(frozen=True)
 class Inputs:
-    """Sources of the data set. If it has none of text, images and instructions, the default corpus is made."""
+    """Sources of the data set. Without text, images and instructions the default corpus is made."""
 
     text: str | None = None  # folder or JSONL of the user's texts
     images: str | None = None  # folder of the user's pictures
@@ -60,12 +60,12 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Ski
 
 
 def _prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip) -> tuple[Manifest, bool]:
-    out = out.resolve()  # if `out` is a link, the rename must replace the folder behind it
+    out = out.resolve()  # if `out` is a link, the rename must replace its target
     asked = _as_json(inputs, recipe)
     if done := _finished(out, asked, skip):
         return done, False
     out.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out.parent).close()  # fails at once without write access, where the lock would wait forever
+    tempfile.TemporaryFile(dir=out.parent).close()  # fails at once without write access; the lock would wait forever
     lock = FileLock(out.parent / f".{out.name}.lock")
     try:
         held = lock.acquire(timeout=0)
@@ -103,7 +103,7 @@ def _finished(out: Path, asked: dict, skip: Skip) -> Manifest | None:
     if not (out / MANIFEST_FILE).is_file() or not (out / RECIPE_FILE).is_file():
         raise ConfigError(f"--out {out}: holds files that prepare-data did not write; name an empty or new folder")
     written = json.loads((out / RECIPE_FILE).read_text())
-    # An option that recipe.json lacks did not exist when the folder was made: its default applied.
+    # An option that recipe.json lacks did not exist when the folder was made; its default then applied.
     made = {section: values | written[section] for section, values in _as_json(Inputs(), Recipe()).items()}
     differ = [
         f"{section}.{key} is {made[section][key]!r}, asked for {value!r}"
@@ -145,7 +145,7 @@ def renamed_when_complete(out: Path) -> Iterator[Path]:
 def _build(
     folder: Path, name: str, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip
 ) -> tuple[Manifest, dict[str, float]]:
-    from moe_dist.data.corpus_build import build  # imported late: takes seconds, and a finished folder does not need it
+    from moe_dist.data.corpus_build import build  # imported late, because a finished folder does not need it
 
     for option, value in (("--messages", inputs.messages), ("--chat-template", recipe.chat_template)):
         if value is not None:

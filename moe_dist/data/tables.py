@@ -1,4 +1,4 @@
-"""Rows of a user's tables: JSONL files, parquet files, and folders that Hugging Face datasets saved."""
+"""Reads a user's tables: JSONL files, parquet files, and folders that Hugging Face datasets saved."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ JSON_SUFFIXES, DATASET_SUFFIXES = (".jsonl", ".json"), (".parquet", ".arrow")
 
 
 def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSONL file with their line numbers.
+    """Yields the line number and the object of each line of a JSONL file.
 
     Raises:
         DataError: a line is not a JSON object in UTF-8.
@@ -31,7 +31,7 @@ def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def holds_table(path: Path) -> bool:
-    """True if `path` is a parquet file, or a folder with parquet or arrow files below it."""
+    """Returns whether `path` is a parquet file, or a folder with parquet or arrow files below it."""
     if path.is_file():
         return path.suffix == ".parquet"
     return any(file.suffix in DATASET_SUFFIXES for file in path.rglob("*"))
@@ -39,7 +39,7 @@ def holds_table(path: Path) -> bool:
 
 def table_rows(option: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the rows of a JSONL file, of a parquet file, of a folder of one split's parquet files, or of a folder that
-    `Dataset.save_to_disk` wrote; before each row its place, for error texts.
+    `Dataset.save_to_disk` wrote, each as (place of the row for error texts, row).
 
     A struct column of a parquet or arrow file has every key in every row. Keys without a value are left out of the yielded
     rows.
@@ -72,7 +72,7 @@ def table_rows(option: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             table: Any = datasets.load_from_disk(str(path))
         else:
             files = [str(path)] if path.is_file() else _parquet_files(option, path)
-            # Streaming copies nothing into a cache.
+            # With streaming, datasets copies nothing into a cache.
             table = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
         for number, row in enumerate(table, 1):
             yield f"{path}, row {number}", _without_nulls(row, table.features)
@@ -81,7 +81,7 @@ def table_rows(option: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parquet_files(option: str, folder: Path) -> list[str]:
-    """Parquet files below a folder. The hub's names are SPLIT-00000-of-00002.parquet."""
+    """Returns the parquet files below a folder. The hub's file names are SPLIT-00000-of-00002.parquet."""
     files = sorted(file for file in folder.rglob("*.parquet"))
     splits = sorted({file.stem.partition("-")[0] for file in files})
     if len(splits) != 1:

@@ -1,4 +1,4 @@
-"""Calls of a function in a child process, which ends itself if a call takes too long."""
+"""Calls a function in a child process, which ends itself if a call takes too long."""
 
 import multiprocessing
 import signal
@@ -8,12 +8,12 @@ from typing import Any
 
 
 class TimedCalls:
-    """Calls a function in one child process, forked from this one at the first call.
+    """Calls a function in one child process, which the first call forks.
 
-    The child sets an alarm before each call. The alarm ends the child even inside C code, and even if this process is gone.
+    The child sets an alarm before each call. The alarm ends the child even inside C code, and even if the parent is gone.
 
     Args:
-        function: Takes and returns what can be pickled.
+        function: Function whose arguments and result can be pickled.
         seconds: Time limit of a call.
     """
 
@@ -26,7 +26,7 @@ class TimedCalls:
 
         Raises:
             TimeoutError: the call took longer than the limit.
-            ChildProcessError: the child was ended by something else, such as a lack of memory.
+            ChildProcessError: the child ended for another reason, such as a lack of memory.
         """
         if self._child is None:
             fork = multiprocessing.get_context("fork")
@@ -48,7 +48,7 @@ class TimedCalls:
         raise value
 
     def _serve(self, calls: Connection, others: Connection) -> None:
-        others.close()  # the parent's end of the pipe: while a copy is open here, `recv` cannot see that the parent is gone
+        others.close()  # the child's copy of the parent's end of the pipe, which would hide the parent's end from `recv`
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, whose end of the pipe then closes
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         while True:
@@ -59,7 +59,7 @@ class TimedCalls:
             signal.alarm(self._seconds)
             try:
                 answer = True, self._function(*arguments)
-            except Exception as error:  # raised again in the other process
+            except Exception as error:  # raised again in the parent
                 answer = False, error
             signal.alarm(0)
             calls.send(answer)

@@ -1,4 +1,4 @@
-"""Byte-level BPE with `tokenizers`: every text can be encoded, and its token ids decode to the same text."""
+"""Fits and reads byte-level BPE tokenizers, which encode every text and decode its token ids to the same text."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -60,16 +60,17 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Token ids of each text, int64, without special tokens around it."""
+    """Returns the token ids of each text, int64, without special tokens around the text."""
     return [np.array(found.ids, np.int64) for found in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Id of each special token; `fit_tokenizer` and `load_tokenizer` guarantee that all exist."""
+    """Returns the id of each special token; `fit_tokenizer` and `load_tokenizer` guarantee that all exist."""
     return {token: found for token in SPECIALS if (found := tokenizer.token_to_id(token)) is not None}
 
 
 def _plain_specials(tokenizer: Tokenizer) -> Tokenizer:
-    # A literal "<eos>" in a text must not end the document, so it is encoded as plain text. tokenizer.json has no such key.
+    # A literal "<eos>" in a text is encoded as plain text, so that it does not end the document. tokenizer.json has no such
+    # key.
     tokenizer.encode_special_tokens = True
     return tokenizer

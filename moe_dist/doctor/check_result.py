@@ -22,7 +22,7 @@ class CheckResult:
 
     Attributes:
         check: Name of the check, such as 'shared folder'.
-        text: The observed state; the text of a problem names the field, its value and the rule.
+        text: The observed state. The text of a problem names the field, its value and the rule.
         fix: How to fix a warning or an error.
         verdict: Exit code with which an error would end the run.
     """

@@ -10,7 +10,8 @@ from moe_dist.errors import ConfigError
 
 CLOCK_SECONDS = 5.0
 SHM_BYTES_PER_RANK = 64 << 20  # for NCCL's buffers in /dev/shm; many containers have only 64 MiB in all
-# Open files of a rank: two connections to each peer in each process group (world, EP, edp, checkpoint), and Python's own.
+# Open files of a rank: two connections to each other rank in each of four process groups (world, EP, edp, checkpoint), and
+# OWN_FILES for Python.
 FILES_PER_PEER, OWN_FILES = 8, 256
 PACKAGES = ("python", "torch", "nccl", "moe_dist")
 
@@ -41,7 +42,7 @@ def check_nodes(
     """Runs all checks; returns one result per check, over all nodes.
 
     Args:
-        heard: When each node answered, in Unix seconds of this host's clock; None skips the check of clocks.
+        heard: Time at which each node answered, in Unix seconds of this host's clock; None skips the check of clocks.
         here: Facts of the node that submits the job; only its folders are checked.
     """
     if not nodes:
@@ -106,7 +107,7 @@ def _room(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     if not known:
         return note("room", f"run.root={needs.folder!r}: the free space is unknown")
     least = min(known, key=lambda n: n.free_bytes or 0)
-    free = least.free_bytes or 0  # all nodes see one file system; the smallest value promises least
+    free = least.free_bytes or 0  # the smallest value, although all nodes see one file system
     if free >= needs.folder_bytes:
         return ok("room", f"{_bytes(free)} free in run.root; the checkpoints need {_bytes(needs.folder_bytes)}")
     need = _bytes(needs.folder_bytes)
@@ -124,8 +125,8 @@ def _data(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 
 def answered_at(clock: float, *, asked: float, seen: float) -> float:
-    """Estimates when a node answered, by this host's clock: the node's own time, clamped to the interval from the request
-    to the arrival of the answer. So a slow answer is no clock error, but a clock error below the delay goes unnoticed."""
+    """Estimates the time at which a node answered, by this host's clock: the node's own time, clamped to the interval from
+    request to arrival. A slow answer is therefore no clock error, but a clock error below the delay goes unnoticed."""
     return min(max(clock, asked), seen)
 
 

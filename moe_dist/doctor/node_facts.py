@@ -192,7 +192,7 @@ def from_line(line: str) -> NodeFacts | None:
 
 
 def questions_from(text: str) -> Questions:
-    """Reads what `json.dumps(asdict(questions))` has written; pydantic turns JSON's lists back into tuples."""
+    """Reads a text that `json.dumps(asdict(questions))` wrote; pydantic turns JSON's lists back into tuples."""
     return TypeAdapter(Questions).validate_json(text)
 
 
@@ -213,7 +213,7 @@ def nvml() -> tuple[int | None, str]:
             return pynvml.nvmlDeviceGetCount(), str(pynvml.nvmlSystemGetDriverVersion())
         finally:
             pynvml.nvmlShutdown()
-    except Exception as error:  # package or driver is missing: NVML's errors share no base with ImportError
+    except Exception as error:  # missing package or driver; NVML's errors share no base class with ImportError
         return None, str(error)
 
 

@@ -26,7 +26,7 @@ from moe_dist.runtime.place import RunPlace
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 20.0  # how long rank 0 waits for the facts of other nodes; their ranks have already met rank 0
+WAIT_SECONDS = 20.0  # time that rank 0 waits for the facts of other nodes, whose ranks have already met rank 0
 POLL_SECONDS = 0.1
 
 
@@ -38,8 +38,9 @@ def check_at_start(
     variables: Mapping[str, str] = os.environ,
     wait_seconds: float = WAIT_SECONDS,
 ) -> list[CheckResult]:
-    """Rank 0 checks all nodes, and the first rank of each other node checks its own node; returns the results. All other
-    ranks return an empty list. Call it on every rank after rank 0 has opened the run folder. Only rank 0 logs warnings.
+    """Checks all nodes on rank 0, and its own node on the first rank of each other node; returns the results. Other ranks
+    return an empty list. Call this function on every rank after rank 0 has opened the run folder. Only rank 0 logs
+    warnings.
 
     Args:
         wait_seconds: How long rank 0 waits for the facts of the other nodes; later facts are not compared.
@@ -88,8 +89,8 @@ def _needs(config: Config, env: RankEnv, variables: Mapping[str, str]) -> Needs:
 
 
 def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, tuple[float, NodeFacts]]:
-    """Waits for the facts of the other nodes, until the nodes cover all ranks, or for `wait_seconds`. Returns first rank of
-    a node -> (time at which its facts arrived by this host's clock, its facts)."""
+    """Waits until the facts of nodes with all ranks have come, but at most `wait_seconds`. Maps the first rank of a node to
+    (time at which the node's facts arrived by this host's clock, facts)."""
     deadline, found, ranks = time.monotonic() + wait_seconds, {}, env.local_world_size
     while ranks < env.world_size and time.monotonic() < deadline:
         for path in folder.glob("*.json") if folder.is_dir() else ():

@@ -1,16 +1,16 @@
-"""Writes a checkpoint of adapters in PEFT's form: `adapter_config.json` and `adapter_model.safetensors`.
+"""Writes a checkpoint of adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT joins the adapters of the n experts of a layer, with A_e [r, I] and B_e [O, r], in two matrices:
+PEFT joins the adapters A_e [r, I] and B_e [O, r] of the n experts e of a layer in two matrices:
 
     lora_A [n r, I]   A_e in the rows e r to (e + 1) r
     lora_B [O, r n]   column j of B_e in the column j n + e
 
 The experts' matrices are [n, O, I] in most families, and transposed, [n, I, O], in gpt-oss; lora_A and lora_B have the same
-shapes for both. But the outputs of gate and up, which are rows of lora_B, have the family's order: in gpt-oss they
-alternate, gate 0, up 0, gate 1, up 1, ...
+shapes in both cases. The rows of lora_B for the outputs of gate and up have the family's order: in gpt-oss they alternate,
+gate 0, up 0, gate 1, up 1, ...
 
-PEFT wraps the parameters of a module one after the other, so the wrapper of `down_proj` holds the wrapper of `gate_up_proj`
-as its `base_layer`. An adapter that all experts share is written once for each expert.
+PEFT wraps the parameters of a module one after the other. The wrapper of `down_proj` therefore holds the wrapper of
+`gate_up_proj` as its `base_layer`. An adapter that all experts share is written once for each expert.
 
 Shape letters: n experts, r rank, I inputs and O outputs of a matrix.
 """
@@ -49,12 +49,12 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
 
     Args:
         checkpoint: Folder of a checkpoint of adapters, or of its run.
-        base_name: Name or folder of the base in Hugging Face's form, for `base_model_name_or_path`. None: the folder that
+        base_name: Name or folder of the base as a Hugging Face model, for `base_model_name_or_path`. None: the folder that
             was imported, if the import did not change the model.
 
     Raises:
-        ConfigError: `out` exists, or the adapters have no form in PEFT, or the base none in transformers; gives the reason.
-        DataError: the checkpoint is damaged, or its base is missing or is not the one that it was trained on.
+        ConfigError: `out` exists, or PEFT cannot express the adapters, or transformers the base; gives the reason.
+        DataError: the checkpoint is damaged, or its base is missing or has another content hash.
         CheckpointError: `out` cannot be written.
     """
     contents = open_checkpoint(find_checkpoint(checkpoint))
@@ -76,8 +76,8 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
 
 
 def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
-    """Returns the fields of adapter_config.json. If experts and attention differ in rank or alpha, those of the attention
-    are in rank_pattern and alpha_pattern."""
+    """Returns the fields of adapter_config.json. If experts and attention differ in rank or alpha, rank_pattern and
+    alpha_pattern have the attention's values."""
     experts, attention = model.moe.experts, model.attention_lora
     adapted = isinstance(experts, AdaptedFFNExpertsSection)
     main: Any = experts if adapted else attention
@@ -100,8 +100,8 @@ def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
 
 
 def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yields PEFT's name and value of each matrix. `read` returns a tensor of the checkpoint by its logical name. It may
-    return another tensor of that shape, such as the gradient, because the values are only moved."""
+    """Yields PEFT's name and value of each matrix. `read` returns a tensor of the checkpoint by its logical name, or
+    another tensor of the same shape, such as the gradient, because values are only moved."""
     attention = model.attention_lora
     experts: Any = model.moe.experts
     for layer in range(model.num_layers):
@@ -152,7 +152,8 @@ def _problems(model: ModelSection) -> list[str]:
 
 
 def _form_of_base(base: Contents) -> tuple[Form, str | None]:
-    """Returns the base's form, and the folder from which it was imported; None if its family has changed since."""
+    """Returns the base's export form, and the folder from which the base was imported; None for the folder if the family
+    has changed since the import."""
     noted, _ = imported_values(base.state.values)
     form = choose_form(checked_config(base).model, tensor_reader(base), noted, must=False)
     said = base.state.values.get(HUGGINGFACE)
@@ -173,7 +174,7 @@ def _problems_of_base(model: ModelSection, base: Contents, form: Form) -> list[s
 
 
 def _readme(base_name: str | None, base: Contents) -> bytes:
-    """Returns README.md of a folder of adapters: how to run them."""
+    """Returns README.md of a folder of adapters, which tells how to run the adapters."""
     name = base_name or "BASE"
     told = ["LoRA adapters in PEFT's form, exported by moe_dist."]
     if base_name is None:

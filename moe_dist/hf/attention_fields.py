@@ -14,16 +14,16 @@ from moe_dist.config.rope.yarn import YarnRopeSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.fields import Fields
 
-# By `rope_type`. transformers' `default` is a model without `rope_scaling`.
+# `rope_type` -> section. The type `default` of transformers is a model without `rope_scaling`.
 ROPE_SCALINGS: Mapping[str, type[RopeScalingSection]] = {
     section.model_fields["kind"].default: section
     for section in (LinearRopeSection, DynamicRopeSection, YarnRopeSection, Llama3RopeSection)
 }
 _LENGTH = "original_max_position_embeddings"
 
-# How the config.json of a family says which layers have a sliding window. none: there is no window. always: all layers if
-# `sliding_window` has a value. flag: all layers if `use_sliding_window` is true. layers: those that `layer_types` names.
-# alternate: as layers, without a flag; if `layer_types` is absent, every other layer from the first on.
+# Rule by which a family's config.json says which layers have a sliding window. none: no layer. always: all layers if
+# `sliding_window` has a value. flag: all layers if `use_sliding_window` is true. layers: the layers that `layer_types`
+# names. alternate: as `layers`, without a flag; if `layer_types` is absent, every other layer from the first on.
 Windows = Literal["none", "always", "flag", "layers", "alternate"]
 DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS = 4096, 28  # defaults of Qwen2-MoE and Qwen3-MoE
 DEFAULT_ALTERNATE = 128  # default window of gpt-oss
@@ -38,12 +38,12 @@ def read_rope(
     max_seq_len: int,
     default: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Returns the values of `model.rope_base`, `model.rope_dim` and `model.rope_scaling`. `default_share`
-    stands in for an absent partial_rotary_factor; it is None for a family whose rotary positions turn whole heads.
-    `default` stands in for absent rope_parameters.
+    """Returns the values of `model.rope_base`, `model.rope_dim` and `model.rope_scaling`. `default_share` replaces an
+    absent partial_rotary_factor; it is None for a family whose rotary positions turn whole heads. `default` replaces absent
+    rope_parameters.
 
-    transformers takes `rope_scaling` (version 4) instead of `rope_parameters` (version 5) if both are there. A field in
-    them overrides the field of the same name outside of them, except the original length.
+    transformers reads `rope_scaling` (version 4) instead of `rope_parameters` (version 5) if both exist. A field inside one
+    of these two overrides the outer field of the same name, except the original length.
     """
     scaling, parameters = read.mapping("rope_scaling"), read.mapping("rope_parameters")
     if default is not None and read.get("rope_parameters", None, null=None) is None:
@@ -72,13 +72,13 @@ def read_rope(
             raise ConfigError(f"config.json: {name}.{_LENGTH}: {kind} takes max_position_embeddings instead; remove it")
         values[_LENGTH] = max_seq_len
     elif _LENGTH in scaled.model_fields:
-        values[_LENGTH] = read.get(_LENGTH, values.get(_LENGTH, max_seq_len))  # the outer field overrides that of `values`
+        values[_LENGTH] = read.get(_LENGTH, values.get(_LENGTH, max_seq_len))  # the outer field overrides the inner one
     given = {key: value for key, value in values.items() if value is not None or key not in scaled.null_is_default}
     return section | {"rope_scaling": {"kind": kind, **given}}
 
 
 def _rope_dim(name: str, share: Any, head_dim: int, *, partial: bool) -> int | None:
-    """Returns the number of values of a head that rotate; None for all."""
+    """Returns the number of values of a head that rotate; None if all rotate."""
     if share == 1:
         return None
     rope_dim = int(head_dim * share) if type(share) in (int, float) and 0 < share < 1 else 0
@@ -125,7 +125,7 @@ def read_windows(read: Fields, windows: Windows, num_layers: int) -> dict[str, A
         default = {"null": None} if windows == "flag" else {}  # Qwen2-MoE cannot be built with null
         window = read.whole("sliding_window", DEFAULT_WINDOW, **default)
     else:
-        read.get("sliding_window", None, null=None)  # marks the field as read: it has no effect without the flag
+        read.get("sliding_window", None, null=None)  # marks the field as read; without the flag it has no effect
     if window is not None:
         types = [_SLIDING] * num_layers
         if windows == "layers":
@@ -156,7 +156,7 @@ def _alternate(read: Fields, num_layers: int) -> dict[str, Any]:
 
 
 def sliding_layers(types: Sequence[str]) -> dict[str, tuple[int, ...] | None]:
-    """Returns the value of `model.sliding_layers` from that of `layer_types`."""
+    """Converts the value of `layer_types` to the value of `model.sliding_layers`."""
     sliding = tuple(layer for layer, kind in enumerate(types) if kind == _SLIDING)
     return {"sliding_layers": sliding if 0 < len(sliding) < len(types) else None}
 

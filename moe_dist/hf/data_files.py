@@ -1,4 +1,4 @@
-"""Facts about a model that come from the data set of its run: the modality of each token id, the end mark, and the
+"""Reads facts about a model from the data set of its run: the modality of each token id, the end mark, and the
 tokenizer."""
 
 import json
@@ -23,7 +23,7 @@ class DataFiles:
 
     @property
     def marks(self) -> dict[str, int]:
-        """Fields of config.json."""
+        """Returns fields of config.json."""
         return {"eos_token_id": self.manifest.eos_id, "pad_token_id": self.manifest.pad_id}
 
     def tokenizer_files(self) -> dict[str, bytes]:
@@ -49,8 +49,8 @@ def find_data(values: Mapping[str, Any], trained_on: str, asked: Path | None) ->
         asked: Folder where the data set is now; None for `trained_on`.
 
     Raises:
-        ConfigError: there is no manifest in the folder, or the checkpoint is of no run.
-        DataError: these are not the data on which the run was trained.
+        ConfigError: the folder has no manifest, or the checkpoint belongs to no run.
+        DataError: the run was trained on other data.
     """
     saved, folder = values.get("data"), asked or Path(trained_on)
     if not isinstance(saved, dict) and asked is None:
@@ -64,7 +64,7 @@ def find_data(values: Mapping[str, Any], trained_on: str, asked: Path | None) ->
 
 
 def readme(family: str, *, brings_code: bool, tokenizer: bool, in_transformers: bool) -> bytes:
-    """Returns README.md of an exported folder: how to run the model."""
+    """Returns README.md of an exported folder, which tells how to run the model."""
     told, folder = [f"A language model of the type `{family}`, exported by moe_dist."], "."
     if brings_code:
         told[0] += " Its code is in this folder, needs transformers 5.4 or later, and nothing of moe_dist."
@@ -84,7 +84,7 @@ def readme(family: str, *, brings_code: bool, tokenizer: bool, in_transformers: 
 
 
 def run_lines(model: str, *, tokenizer: str | None) -> list[str]:
-    """Returns lines of Python that run the model of an expression, with the tokenizer of a folder or on token ids."""
+    """Returns lines of Python that run the model given by an expression, with a folder's tokenizer or on token ids."""
     if tokenizer is None:
         return [
             "import torch",
@@ -92,7 +92,7 @@ def run_lines(model: str, *, tokenizer: str | None) -> list[str]:
             f"model = {model}",
             "print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=20))",
         ]
-    # Else transformers asks whether to run the model's code when it looks for the class of the tokenizer.
+    # Without this argument transformers asks whether to run the model's code when it looks for the class of the tokenizer.
     trust = ", trust_remote_code=True" if "trust_remote_code" in model else ""
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -17,7 +17,8 @@ FAMILY = replace(
     layers=glm4_moe.DenseFirst(first=3),
     heads=LatentHeads(),
     rope_pairs={"adjacent": {"rope_interleave": True}, "halves": {"rope_interleave": False}},
-    # transformers does not read the last three, nor those of training; the code that DeepSeek published does.
+    # transformers ignores the last three of these fields and the fields of `training`; DeepSeek's published code reads
+    # them.
     must_be={
         "attention_bias": ((False,), "the projections of latent attention have no biases"),
         "scoring_func": (("sigmoid",), "transformers' DeepSeek-V3 has sigmoid scores whatever the field says"),

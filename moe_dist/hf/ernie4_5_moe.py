@@ -12,7 +12,7 @@ from moe_dist.hf.head_fields import GroupedHeads
 
 @dataclass(frozen=True)
 class _Layers:
-    """Of the layers from a first one to a last one, every n-th counted from layer 0 has experts."""
+    """Every n-th layer of the model has experts, if it lies between a first and a last layer."""
 
     names: Sequence[str] = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
 

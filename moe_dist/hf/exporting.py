@@ -57,7 +57,7 @@ class Exported:
     folded: int  # number of null experts per layer that were left out
     like: Path | None  # folder from which tokenizer files and fields of config.json were copied
     merged: bool = False  # LoRA adapters were merged into their base
-    reasons: Sequence[str] = ()  # why no plain family was written; empty if one was, or if the form was asked for
+    reasons: Sequence[str] = ()  # why no plain family was written; empty if one was, or if the user chose the form
 
 
 def export_model(
@@ -78,14 +78,14 @@ def export_model(
         dtype: Dtype of all tensors, a key of `source.DTYPES`. None: the dtypes before the import, else the checkpoint's.
         family: `model_type` to write. None: the family before the import, else the first plain family that fits the model,
             else `moe_dist`, with its modelling code beside the weights.
-        like: Folder with a config.json and tokenizer files to take over. None: the folder `huggingface` of the import that
-            the checkpoint is in, or of `run.init_from`, if it exists.
+        like: Folder whose config.json and tokenizer files are used. None: the folder `huggingface`, if it exists, of the
+            import that contains the checkpoint, or of `run.init_from`.
         data: Folder of the run's data set, which gives the token ids of each modality; needed for several expert groups.
             None: `data.path` of the run.
 
     Raises:
         ConfigError: `out` exists, no form fits the model, or the data set is missing; gives the reasons.
-        DataError: the checkpoint is damaged or incomplete, or has numbers that are not finite or too large for `dtype`.
+        DataError: the checkpoint is damaged or incomplete, or has weights that are not finite or too large for `dtype`.
         CheckpointError: `out` cannot be written.
     """
     if os.path.lexists(out):
@@ -97,7 +97,7 @@ def export_model(
         read = tensor_reader(contents)
     config = checked_config(contents)
     noted, dtypes = imported_values(contents.state.values)
-    dtypes = {} if merged else dtypes  # not the dtypes before the import: a merged matrix needs more bits than its base
+    dtypes = {} if merged else dtypes  # a merged matrix needs more bits than the imported base
     form = choose_form(config.model, read, family or noted, must=family is not None)
     found = _account(contents, config.model, form.section, form.family)
     like = like or _like(contents.folder, config)
@@ -151,10 +151,10 @@ def checked_config(contents: Contents) -> Config:
 
 
 def _account(contents: Contents, model: ModelSection, section: ModelSection, family: ModelFamily) -> list[Slot]:
-    """Returns the tensors to write. Checks that they are all parameters of the checkpoint that have an effect.
+    """Returns the tensors to write. Checks that they include all parameters of the checkpoint that have an effect.
 
     Raises:
-        DataError: the checkpoint lacks a tensor, or has one of another shape or one for which the family has no place.
+        DataError: the checkpoint lacks a tensor, or has a tensor with another shape or without a place in the family.
     """
     needed = slots(section, family)
     there = {name for name in contents.index.tensors if not name.startswith(OPTIMIZER_PREFIX)}
@@ -187,7 +187,7 @@ def _like(folder: Path, config: Config) -> Path | None:
 
 
 def _data(contents: Contents, config: Config, asked: Path | None, *, must: bool) -> DataFiles | MoeDistError:
-    """Returns the run's data set, or the reason why it is not there. Raises the reason with `must`."""
+    """Returns the run's data set, or the error if it is missing. With `must`, raises the error."""
     try:
         return find_data(contents.state.values, config.data.path, asked)
     except (ConfigError, DataError) as error:
@@ -202,7 +202,7 @@ def _said_fields(
     """Returns the fields of config.json that follow from the model.
 
     Raises:
-        ConfigError: the model has several groups, and neither `like` nor the data set gives the ids of their tokens.
+        ConfigError: the model has several groups, and neither `like` nor the data set gives their token ids.
     """
     marks = data.marks if isinstance(data, DataFiles) and like is None else {}
     if family is not SERVED:
@@ -223,14 +223,14 @@ def _said_fields(
 def _fields(
     section: ModelSection, family: ModelFamily, said: Mapping[str, Any], like: Path | None, dtypes: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns the fields of config.json: those of `like` if they describe the model; else the fields that follow from the
-    section, and all other fields of `like`."""
+    """Returns the fields of config.json: the fields of `like` if they describe the model; else the fields that follow from
+    the section, and other fields of `like`."""
     base = read_json(like / CONFIG_FILE, "model") if like else {}
     inert = {name: value for name, value in base.items() if name in INERT}
     dtype = str(DTYPES[max(DTYPES, key=dtypes.count)]).removeprefix("torch.")
     of_family = base if base.get("model_type") == family.name else inert
     for fields in (base, {**of_family, **said}, {**inert, **said}):
-        # The ids of the tokens of a group are not part of the section.
+        # A group's token ids are not part of the section.
         if _says(fields, section, family) and fields.get("expert_groups") == said.get("expert_groups"):
             keys = [key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype", "dtype"]
             return {**fields, **dict.fromkeys(keys, dtype)}
@@ -246,7 +246,7 @@ def _says(fields: Mapping[str, Any], section: ModelSection, family: ModelFamily)
 
 
 def _canonical(section: ModelSection) -> dict[str, Any]:
-    """Returns the values of a section that determine what the model computes, in one form for all equivalent sections."""
+    """Returns the values of a section that determine the model's function, equal for all equivalent sections."""
     dense, experts = len(section.moe_layers) < section.num_layers, section.moe.experts
     plain = section.model_dump(exclude={"moe", "init_std", "head_dim", "dense_ffn_dim"})
     return {
@@ -295,7 +295,8 @@ def tensor_reader(contents: Contents) -> Read:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor to write, and the logical tensors of which it has rows: (name, rows, place). Without any it is zero."""
+    """One tensor to write, and the logical tensors whose rows it contains: (name, rows, place). Without parts it is
+    zero."""
 
     name: str
     shape: tuple[int, ...]
@@ -314,7 +315,7 @@ class StoredTensor:
                 whole.as_strided(part.shape, place.strides, place.begin).copy_(part)
             else:
                 whole.view(-1)[place.begin : place.begin + part.numel()] = part.flatten()
-        # In pieces, because `isfinite` makes tensors of its argument's size.
+        # Checked in pieces, because `isfinite` makes tensors of its argument's size.
         if not all(torch.isfinite(piece).all() for piece in whole.view(-1).split(1 << 16)):
             raise DataError(self._not_finite(read, whole))
         return whole
@@ -331,7 +332,8 @@ class StoredTensor:
 
 
 def _stored_tensors(found: Sequence[Slot], dtypes: Mapping[str, str]) -> list[StoredTensor]:
-    """Lists the tensors to write. If the parts of a tensor have several dtypes, it gets one that represents all of them."""
+    """Lists the tensors to write. A tensor whose parts have several dtypes gets a dtype that represents all their
+    values."""
     stored: dict[str, StoredTensor] = {}
     for slot in found:
         for place, rows in slot.pieces():
@@ -343,7 +345,7 @@ def _stored_tensors(found: Sequence[Slot], dtypes: Mapping[str, str]) -> list[St
 
 
 def _write(folder: Path, read: Read, stored: Sequence[StoredTensor], shard_bytes: int, report: Report) -> int:
-    """Writes the safetensors files, and an index if there are several; returns the number of files."""
+    """Writes the safetensors files, and an index if there are several files; returns the number of files."""
     parts = list(shards(((each, each.nbytes) for each in stored), shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
     names = [WEIGHTS_FILE] if len(parts) == 1 else names

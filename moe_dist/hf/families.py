@@ -1,4 +1,4 @@
-"""The supported Hugging Face model families: which field of config.json gives which key of the section `model`.
+"""The supported Hugging Face model families. Maps fields of config.json to keys of the section `model`.
 
 moe_dist computes the same function as these models. An import refuses a config.json with a feature that moe_dist lacks. A
 dense model becomes a model with one expert per layer, whose routing weight is always 1.
@@ -56,7 +56,7 @@ FAMILIES: Mapping[str, ModelFamily] = {
         gpt_oss.FAMILY,
     )
 }  # fmt: skip
-KNOWN = {**FAMILIES, qwen_moe.PLUS_PLUS.name: qwen_moe.PLUS_PLUS}  # transformers has no class for the last
+KNOWN = {**FAMILIES, qwen_moe.PLUS_PLUS.name: qwen_moe.PLUS_PLUS}  # transformers has no class for Qwen3-MoE++
 
 _MLA = "its attention (MLA, model.attention.kind=latent)"
 REFUSED = {
@@ -156,7 +156,7 @@ def _check_plain(family: ModelFamily, read: Fields) -> None:
 
 
 def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, int, bool]:
-    """Returns the index of the first MoE layer, the distance between MoE layers, and True if there are dense layers."""
+    """Returns the index of the first MoE layer, the distance between MoE layers, and whether dense layers exist."""
     sparse = family.layers.sparse(read, layers)
     every = sparse[1] - sparse[0] if len(sparse) > 1 else layers
     if not sparse or sparse != list(range(sparse[0], layers, every)):
@@ -169,7 +169,7 @@ def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, in
 
 
 def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
-    """Returns the settings of a model with one group that a family does not support, null experts apart."""
+    """Returns the settings, except null experts, of a model with one group that a family does not support."""
     group, moe, zeros = next(iter(section.moe.groups.values())), section.moe, family.zero_computation
     held = {
         f"qk_norm={section.qk_norm}": section.qk_norm in family.qk_norm,

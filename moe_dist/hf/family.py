@@ -1,6 +1,6 @@
-"""The parts of a Hugging Face model family. A family is a file with one `ModelFamily`, and one line in `families`. The
-parts of a family read the fields of its config.json as values of the section `model`, write them, and tell whether
-config.json can express the values of a section.
+"""The parts of a Hugging Face model family. A family has a file with one `ModelFamily`, and one line in `families`. Its
+parts convert fields of config.json to values of the section `model` and back, and tell whether config.json can express the
+values of a section.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,7 +18,7 @@ from moe_dist.hf.head_fields import GroupedHeads, HeadFields
 
 NORM = {"none": {"norm_topk_prob": False}, "true_chosen": {"norm_topk_prob": True}}
 SILENT: Choices = {"none": {}}  # the family has no such field and no such feature
-# Where the tensors of MoE layers are (`moe_dist.hf.names`).
+# Layout of the tensors of MoE layers (`moe_dist.hf.names`).
 Layout = Literal["plain", "identity", "interleaved", "zero_computation", "moe_dist"]
 
 
@@ -32,13 +32,13 @@ class RouterFields(Protocol):
     def write(self, router: RouterSection) -> dict[str, Any]: ...
 
     def held(self, router: RouterSection, num_experts: int) -> Mapping[str, bool]:
-        """Maps each setting, such as 'kind=top_k', to whether config.json can express it. If the family lacks the kind of
-        router, the kind is the only setting."""
+        """Maps each setting, such as 'kind=top_k', to whether config.json can express the setting. If the family lacks the
+        router's kind, the kind is the only setting."""
         ...
 
 
 class LayerFields(Protocol):
-    """The fields that say which layers have experts."""
+    """The fields that tell which layers have experts."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -55,7 +55,7 @@ class LayerFields(Protocol):
 
 
 class ExpertFields(Protocol):
-    """The fields with the form of the experts."""
+    """The fields about the kind of experts."""
 
     def read(self, read: Fields) -> dict[str, Any]:
         """Returns the values of `model.moe.experts`."""
@@ -76,7 +76,7 @@ class ZeroComputationFields(Protocol):
     def write(self, group: GroupSection) -> dict[str, Any]: ...
 
     def fits(self, group: GroupSection) -> bool:
-        """Whether the family can say a group's numbers of identity and constant experts."""
+        """Returns whether config.json can express a group's numbers of identity and constant experts."""
         ...
 
 
@@ -87,7 +87,7 @@ class SoftmaxRouter:
     normalise: Choices  # fields by value of `router.normalise`; the first is the default
     selection_bias: bool = False
     logit_bias: bool = False
-    scale: float | None = None  # default of routed_scaling_factor; None: the family has no such field
+    scale: float | None = None  # default of routed_scaling_factor; None if the family has no such field
 
     def read(self, read: Fields) -> dict[str, Any]:
         scale = {} if self.scale is None else {"scale": read.positive("routed_scaling_factor", self.scale)}
@@ -147,7 +147,7 @@ class SharedExpert:
     field: str  # name of the field with its width
     module: str  # name of its module
     gated: bool = False  # a sigmoid gate multiplies its output
-    counted: bool = False  # the field has the width of the shared expert as a multiple of that of a routed one
+    counted: bool = False  # the field has the shared expert's width as a multiple of a routed expert's width
     least: int = 1  # smallest value of the field
 
     def read(self, read: Fields, ffn_dim: int) -> dict[str, Any]:
@@ -173,11 +173,11 @@ class ModelFamily:
     experts: tuple[str, ...]  # possible names of the field with the number of experts; empty if dense
     ffn: str  # name of the field with the FFN width of an expert
     form: ExpertFields = SwiGLUs()
-    top_k: tuple[str, ...] = ("num_experts_per_tok",)  # possible names of the field with the choices of a token
+    top_k: tuple[str, ...] = ("num_experts_per_tok",)  # possible names of the field with the choices per token
     qk_norm: Choices = field(default_factory=lambda: SILENT)  # fields by value of `model.qk_norm`
     biases: Choices = field(default_factory=lambda: SILENT)  # fields by value of `model.attention_bias`
     num_layers: str = "num_hidden_layers"  # name of the field with the number of layers
-    layers_each: int = 1  # number of our layers in one of theirs
+    layers_each: int = 1  # number of moe_dist's layers in one layer of the family
     layers: LayerFields = AllLayers()
     shortcut: bool = False  # value of `model.moe.shortcut`
     dense_ffn: str = "intermediate_size"  # name of the field with the FFN width of a dense layer
@@ -191,17 +191,17 @@ class ModelFamily:
     rope_pairs: Choices = field(default_factory=lambda: {"halves": {}})  # fields by value of `model.rope_pairs`
     windows: Windows = "none"  # how config.json expresses sliding windows
     tied: bool = False  # default of tie_word_embeddings
-    must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # by field: allowed values, reason
-    training: tuple[str, ...] = ()  # fields that act in training alone
-    # Names of tensors of a layer. An export writes the first of several. `part` is gate, up or down; `old` is w1, w3 or w2.
+    must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # field -> allowed values, reason
+    training: tuple[str, ...] = ()  # fields that only training uses
+    # Names of a layer's tensors; an export uses a tuple's first name. `part` is gate, up or down; `old` is w1, w3 or w2.
     gates: tuple[str, ...] = ("mlp.gate.weight",)
     expert: str = "mlp.experts.{expert}.{part}_proj.weight"
     selection_bias: tuple[str, ...] = ()
-    selection_bias_dims: int = 1  # number of its dimensions; all but the last have one entry
-    # From the fields and the names of all tensors: the beginnings of names of multi-token prediction, which is left out.
+    selection_bias_dims: int = 1  # number of dims of the selection bias; all but the last have one entry
+    # Returns, from the fields and all tensors' names, the prefixes of multi-token prediction's tensors, which are left out.
     multi_token: Callable[[Fields, Collection[str]], list[str]] = lambda read, names: []
 
     def place(self, layer: int) -> tuple[str, str]:
-        """Returns how the names of a layer's tensors begin, and how those of its norms and attention end."""
+        """Returns the prefix of the names of a layer's tensors, and the suffix of its norms' and attention's names."""
         theirs, part = divmod(layer, self.layers_each)
         return f"model.layers.{theirs}", "" if self.layers_each == 1 else f".{part}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_dist.errors import ConfigError, DataError
 
-Choices = Mapping[str, Mapping[str, bool]]  # names and values of fields, by the value of a key; the first is the default
+Choices = Mapping[str, Mapping[str, bool]]  # value of a key (the first is the default) -> names and values of fields
 
 MAX_JSON_BYTES = 1 << 28
 _MISSING: Any = object()
@@ -27,7 +27,7 @@ INERT = frozenset(
 
 
 def setting(name: str, value: object) -> str:
-    """Returns a setting as a configuration file has it."""
+    """Returns a setting in the syntax of a configuration file."""
     return f"{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
@@ -51,7 +51,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 class Fields:
-    """The fields of a config.json. An error message has the field's name, its value and what is allowed."""
+    """The fields of a config.json. Error messages contain the field's name, its value and the allowed values."""
 
     def __init__(self, values: Mapping[str, Any], family: str) -> None:
         self._values, self.family = values, family
@@ -61,7 +61,7 @@ class Fields:
         """Returns a field's value, `default` if the field is absent, or `null` if it is null.
 
         Raises:
-            ConfigError: the field is absent and there is no `default`, or it is null and there is no `null`.
+            ConfigError: the field is absent without `default`, or null without `null`.
         """
         self._read.add(name)
         value = self._values.get(name, default)
@@ -97,20 +97,20 @@ class Fields:
         return self._fitting(name, default, null, "a list", lambda value: isinstance(value, list))
 
     def mapping(self, name: str) -> dict[str, Any]:
-        """Returns the value of a field that must be an object; an empty one if it is absent or null."""
+        """Returns the value of a field that must be an object; an empty object if the field is absent or null."""
         return self._fitting(name, None, None, "an object", lambda value: isinstance(value, dict)) or {}
 
     def flag(self, name: str, default: bool) -> bool:
         return self._fitting(name, default, _MISSING, "true or false", lambda value: isinstance(value, bool))
 
     def choice(self, choices: Choices) -> str:
-        """Returns the key of `choices` whose fields are those of config.json."""
+        """Returns the key of `choices` whose fields equal the fields of config.json."""
         first = next(iter(choices.values()))
         values = {name: self.flag(name, default) for name, default in first.items()}
         return next(choice for choice, fields in choices.items() if fields == values)
 
     def _fitting(self, name: str, default: Any, null: Any, rule: str, fits: Callable[[Any], bool]) -> Any:
-        """Returns the value of a field, which must satisfy `fits`; `default` and `null` as in `get`. `rule` says `fits` in
+        """Returns the value of a field, which must satisfy `fits`; `default` and `null` as in `get`. `rule` is `fits` in
         words."""
         value = self.get(name, default, null=null)
         if self._values.get(name) is not None and not fits(value):
@@ -118,7 +118,7 @@ class Fields:
         return value
 
     def must_be(self, name: str, allowed: Collection[Any], why: str) -> None:
-        """Raises ConfigError if a field is there with a value that is not in `allowed`; `why` tells what moe_dist does
+        """Raises ConfigError if a field exists and its value is not in `allowed`. `why` tells what moe_dist does
         instead."""
         self._read.add(name)
         if name in self._values and self._values[name] not in allowed:

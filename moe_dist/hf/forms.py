@@ -1,9 +1,9 @@
 """The forms of an export: plain families of transformers, Qwen3-MoE++, and a form with its own code.
 
 Plain families have no null experts. An export can leave out null experts only if the router rows of the null experts are
-bit-equal to rows of true (not null) experts, as `moe_dist.moe.routers.copy_init` made them: the model then computes the
+bit-equal to rows of true (not null) experts, as `moe_dist.moe.routers.copy_init` made them. The model then computes the
 same as a model without null experts and with a smaller top_k. If training has changed these rows, the number of true
-experts differs between tokens, and no plain family can compute that.
+experts differs between tokens, which no plain family can compute.
 """
 
 import json
@@ -34,7 +34,7 @@ class Form:
 
     Attributes:
         section: Section of the exported model, which computes the same as the trained model.
-        reasons: Why no plain family can express the model; empty if one can, or if the form was asked for.
+        reasons: Why no plain family can express the model; empty if a family can, or if the user chose the form.
     """
 
     family: ModelFamily
@@ -57,7 +57,7 @@ def choose_form(model: ModelSection, read: Read, name: str | None, *, must: bool
 
     Args:
         name: `model_type` of a form.
-        must: If true, no other form is tried.
+        must: If true, tries only the form `name`.
 
     Raises:
         ConfigError: no form can express the model; gives the reasons.
@@ -88,7 +88,7 @@ def _served(model: ModelSection) -> Form:
 
 
 def _plus_plus(model: ModelSection) -> Form:
-    """Qwen3-MoE++: weights are a softmax over all columns, or over all chosen columns, null experts included."""
+    """Returns the form Qwen3-MoE++, whose weights are a softmax over all, or over all chosen, columns with null experts."""
     _, group = _only_group(model)
     problems, router = _depth_problems(model), model.moe.router
     if group.num_null and router.single_null_row:
@@ -122,7 +122,7 @@ def _plain_section(model: ModelSection, read: Read) -> ModelSection:
     if problems := _depth_problems(model):
         raise ConfigError(problems, see=GUIDE)
     top_k = _folded(model, read) if group.num_null else group.top_k
-    same = {"true_all": "none", "all_chosen": "true_chosen"}  # names of the same weights once there are no null experts
+    same = {"true_all": "none", "all_chosen": "true_chosen"}  # names of the same weights without null experts
     if group.num_experts == 1:
         same = {"true_all": "true_chosen", "all_chosen": "true_chosen", "none": "true_chosen"}
     plain = {name: group.model_copy(update={"num_null": 0, "top_k": top_k})}
@@ -154,7 +154,7 @@ def _folded(model: ModelSection, read: Read) -> int:
     """Returns the top_k with which the router without null rows chooses the same true experts with the same weights.
 
     Raises:
-        ConfigError: there is none; names the layer or the option that prevents it.
+        ConfigError: no such top_k exists; names the layer or the option that prevents it.
     """
     name, group = _only_group(model)
     key = f"model.moe.groups.{name}.num_null={group.num_null}"

@@ -15,8 +15,8 @@ from moe_dist.hf.head_fields import GroupedHeads
 
 @dataclass(frozen=True)
 class SigmoidRouter:
-    """The top k of sigmoids plus bias, inside the best groups of experts (`router.kind=group_limited`). The attributes are
-    the defaults of fields."""
+    """Chooses the top k of sigmoids plus bias, inside the best groups of experts (`router.kind=group_limited`). The
+    attributes are defaults of fields."""
 
     n_group: int = 1
     topk_group: int = 1
@@ -45,9 +45,9 @@ class SigmoidRouter:
 
 @dataclass(frozen=True)
 class DenseFirst:
-    """The first layers are dense."""
+    """The first layers are dense, all others have experts."""
 
-    first: int = 1  # default of the field with their number
+    first: int = 1  # default of the field with the number of dense layers
     names: Sequence[str] = ("first_k_dense_replace",)
 
     def sparse(self, read: Fields, num_layers: int) -> list[int]:
@@ -61,7 +61,7 @@ class DenseFirst:
 
 
 def _multi_token(read: Fields, names: Collection[str]) -> list[str]:
-    """Names of the layers after the last one of the model, if they have the projection of two joined hidden states."""
+    """Returns the names of layers beyond the model's last layer that have the projection of two joined hidden states."""
     layers, extra = read.whole("num_hidden_layers"), read.count("num_nextn_predict_layers", read.count("num_mtp_layers", 1))
     behind = [f"model.layers.{layer}." for layer in range(layers, layers + extra)]
     return [prefix for prefix in behind if f"{prefix}eh_proj.weight" in names]

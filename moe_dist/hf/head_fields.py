@@ -15,12 +15,12 @@ class HeadFields(Protocol):
 
     @property
     def kv_heads(self) -> int | None:
-        """Default of num_key_value_heads; None: num_attention_heads, also if the field is null."""
+        """Default of num_key_value_heads; None if an absent or null field means num_attention_heads."""
         ...
 
     @property
     def rope_share(self) -> float | None:
-        """Default of partial_rotary_factor; None: the family has no such field."""
+        """Default of partial_rotary_factor; None if the family has no such field."""
         ...
 
     def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
@@ -30,16 +30,16 @@ class HeadFields(Protocol):
     def write(self, section: ModelSection) -> dict[str, Any]: ...
 
     def held(self, section: ModelSection) -> Mapping[str, bool]:
-        """Returns, by key and value, whether config.json can express a setting."""
+        """Maps each setting (key and value) to whether config.json can express the setting."""
         ...
 
 
 @dataclass(frozen=True)
 class GroupedHeads:
-    """Heads of grouped-query attention, of a `kind` that computes with the same widths."""
+    """Heads of grouped-query attention, or of another `kind` with the same widths."""
 
     kind: str = "grouped_query"  # `model.attention.kind`
-    width: int | None = None  # default of head_dim; None: hidden_size / num_attention_heads
+    width: int | None = None  # default of head_dim; None for hidden_size / num_attention_heads
     field: bool = True  # config.json has the field head_dim
     null: bool = False  # head_dim may be null, which means hidden_size / num_attention_heads
     kv_heads: int | None = None
@@ -77,7 +77,7 @@ class LatentHeads:
 
     kv_heads: int | None = 128
     rope_share: float | None = None
-    head_dim: int | None = None  # default of head_dim; None: qk_rope_head_dim
+    head_dim: int | None = None  # default of head_dim; None for qk_rope_head_dim
     plain_queries: bool = True  # q_lora_rank may be null, which means queries without a latent
     scaled: bool = False
 

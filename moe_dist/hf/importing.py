@@ -57,7 +57,7 @@ class Imported:
     kept: int  # number of shards that a killed import had already written
     unread: Sequence[str]  # fields of config.json that were not read
     ignored: Sequence[str]  # pickle files, which are never opened
-    left_out: Sequence[str]  # tensors that are not part of the model's function, as of multi-token prediction
+    left_out: Sequence[str]  # tensors that do not affect the logits, as in multi-token prediction
     converted: Mapping[str, int]  # number of tensors by dtype in the Hugging Face folder; all become fp32
 
 
@@ -185,7 +185,7 @@ def _workplace(out: Path) -> Iterator[Path]:
 
 
 def _begin(place: Path, source: Source, plan: ImportPlan, options: ImportOptions) -> str:
-    """Returns the save id of the checkpoint: a new one, or the one of a killed import with the same source and options.
+    """Returns the save id of the checkpoint: a new id, or the id of a killed import with the same source and options.
 
     Raises:
         ConfigError: the killed import had another source or other options.

@@ -1,10 +1,10 @@
-"""LongCat-Flash: a layer has two attentions, two FFNs, and experts, of which some are the identity.
+"""LongCat-Flash: each layer has two attentions, two FFNs, and experts, some of which are identity experts.
 
     a = x + attention_0(norm(x)),  h = norm(a),  b = a + ffn_0(h)
     c = b + attention_1(norm(b)),  y = c + ffn_1(norm(c)) + experts(h)
 
-These are two layers of moe_dist: the first has the experts with a shortcut, and ffn_0 as shared expert; the second is
-dense.
+Such a layer becomes two layers of moe_dist: the first has the experts with a shortcut, and ffn_0 as shared expert; the
+second is dense.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from moe_dist.hf.family import ModelFamily, SharedExpert, SoftmaxRouter
 from moe_dist.hf.fields import Fields
 from moe_dist.hf.head_fields import LatentHeads
 
-# Other names of fields. If config.json has both, transformers may use either value, so the two must be equal.
+# Second names of fields. If config.json has both names, transformers may use either value; both must therefore be equal.
 _ALIASES = {
     "num_local_experts": "n_routed_experts",
     "num_experts_per_tok": "moe_topk",
@@ -27,7 +27,7 @@ _ALIASES = {
 
 @dataclass(frozen=True)
 class _Layers:
-    """The first of each two layers has experts."""
+    """The first of every two layers of moe_dist has experts."""
 
     names: Sequence[str] = ("num_layers",)
 
@@ -46,7 +46,7 @@ class _Layers:
 
 
 class _IdentityExperts:
-    """The number of identity experts."""
+    """The field with the number of identity experts."""
 
     def read(self, read: Fields) -> dict[str, int]:
         return {"num_identity": read.count("zero_expert_num", 256)}

@@ -1,14 +1,14 @@
 """Merges LoRA adapters into the matrices of their base for export: W becomes W + (alpha / r) B A.
 
-All tokens that a matrix multiplies must use the same adapters with the same weights. For attention and for the experts of
-an MoE base they do. For LoRA experts on an FFN this requires
+A merge requires that all tokens that a matrix multiplies use the same adapters with the same weights. For attention and for
+the experts of an MoE base this is always so. LoRA experts on an FFN must have
 
 - one expert group, because tokens of another group use other adapters,
 - no null experts, because a token that chooses a null expert uses the FFN without an adapter, and
 - one expert, whose weight is then exactly 1; or several experts that every token chooses (top_k = num_experts) with a
   weight of exactly 1 (straight_through, published), whose products B A are then summed.
 
-Without one of these conditions the export is refused.
+Otherwise the export is refused.
 """
 
 import re
@@ -60,8 +60,8 @@ def check_mergeable(model: ModelSection) -> None:
 
 
 def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: Index, model: ModelSection) -> Read:
-    """Makes a function that reads a tensor of the base and merges its adapters into it, in fp32. A tensor that the
-    checkpoint of adapters contains in whole, such as a router of an MoE base, is read from there.
+    """Makes a function that reads a tensor of the base and merges its adapters into it, in fp32. Tensors that the
+    checkpoint of adapters contains whole, such as routers of an MoE base, are read from this checkpoint.
 
     Args:
         model: Model section of the adapters' run, which `check_mergeable` has accepted.
@@ -75,7 +75,7 @@ def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: 
         for a, b, scale in _pairs(name, ffn_names, model):
             if a in adapter_index.tensors:
                 rows = adapters(b)
-                if rows.shape[-2] == 2 * len(whole):  # the adapter is one of gate and up together
+                if rows.shape[-2] == 2 * len(whole):  # one adapter of gate and up together
                     rows = rows.chunk(2, dim=-2)[name.endswith(".up")]
                 whole = whole + scale * _product(rows, adapters(a)).to(whole.dtype)
         return whole
@@ -104,6 +104,6 @@ def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list
 
 
 def _product(b: Tensor, a: Tensor) -> Tensor:
-    """Returns B A in float64, summed over the experts of a stack; in float64, so that only the caller rounds."""
+    """Returns B A, summed over the experts of a stack, in float64, so that only the caller rounds."""
     product = b.double() @ a.double()
     return product.sum(0) if product.ndim == 3 else product

@@ -2,9 +2,9 @@
 
 By default transformers writes one tensor per expert and matrix. With `save_original_format=False` it writes one tensor for
 the n experts of a layer, of hidden width D and FFN width F: gate_up_proj [n, 2 F, D] with the gate in the first F rows, and
-down_proj [n, D, F]. In both layouts a logical tensor is contiguous, so the place is a name and a first element. gpt-oss has
-gate_up_proj [n, D, 2 F] in which columns of gate and up alternate, and down_proj [n, F, D]; there the place also has
-strides.
+down_proj [n, D, F]. In both layouts a logical tensor is contiguous, and its place is a name and a first element. gpt-oss
+has gate_up_proj [n, D, 2 F], in which columns of gate and up alternate, and down_proj [n, F, D]; a place in these tensors
+also has strides.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,12 +38,12 @@ def shards(items: Iterable[tuple[Item, int]], most: int) -> Iterator[list[Item]]
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """The place of a logical tensor: elements of one of the family's tensors."""
+    """The place of a logical tensor: the elements of a family's tensor that have its values."""
 
     name: str
     shape: tuple[int, ...]  # shape of the family's whole tensor
     begin: int = 0  # index of the first of these elements in the family's tensor, in row-major order
-    strides: tuple[int, ...] = ()  # distances of the elements along each dim; empty: they follow each other
+    strides: tuple[int, ...] = ()  # distances of the elements along each dim; empty if they are contiguous
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Slot:
     next_rows: tuple[TensorPlace, ...] = ()  # places of the second and later rows if each row is a tensor of its own
 
     def pieces(self) -> list[tuple[TensorPlace, slice]]:
-        """Returns the places to which an export writes, each with the rows of the tensor that it gets."""
+        """Returns the places to which an export writes, each with the rows of the logical tensor that it gets."""
         if not self.next_rows:
             return [(place, slice(None)) for place in self.places[:1]]
         return [(place, slice(row, row + 1)) for row, place in enumerate((self.places[0], *self.next_rows))]
@@ -88,8 +88,8 @@ def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
 
 
 def idle_places(section: ModelSection, family: ModelFamily) -> Iterator[tuple[TensorPlace, str]]:
-    """Yields the tensors that transformers needs and never uses, each with the logical tensor whose dtype it gets: gate and
-    up of LongCat-Flash's identity experts."""
+    """Yields the tensors that transformers needs but never uses (gate and up of LongCat-Flash's identity experts), each
+    with the logical tensor whose dtype it gets."""
     for layer in section.moe_layers if family.layout == "identity" else ():
         ((name, group),) = section.moe.groups.items()
         for expert in range(group.num_experts, group.num_experts + group.num_identity):
@@ -183,7 +183,7 @@ def _experts(section: ModelSection, group: GroupSection, family: ModelFamily, ou
 
 
 def _router_rows(section: ModelSection, group: GroupSection, ours: str, theirs: str) -> Iterator[Slot]:
-    """Yields the rows of each kind of column, which follow each other in the tensor `theirs`."""
+    """Yields the router rows of true, null, identity and constant experts, in their order in the tensor `theirs`."""
     nulls = min(group.num_null, 1) if section.moe.router.single_null_row else group.num_null
     kinds = {"true": group.num_experts, "null": nulls, "identity": group.num_identity, "constant": group.num_constant}
     dim, begin = section.hidden_dim, 0
@@ -195,7 +195,7 @@ def _router_rows(section: ModelSection, group: GroupSection, ours: str, theirs: 
 
 
 def _zero_computation(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
-    """Qwen3-MoE++: the zero-computation experts come after the others, in the router and in the list of experts."""
+    """Yields the tensors of Qwen3-MoE++. In router and list of experts, zero-computation experts follow all others."""
     ((name, group),) = section.moe.groups.items()
     dim = section.hidden_dim
     yield from _router_rows(section, group, f"{ours}.moe.router.{name}", f"{theirs}.mlp.gate.weight")
@@ -207,7 +207,7 @@ def _zero_computation(section: ModelSection, family: ModelFamily, ours: str, the
 
 
 def _identity(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
-    """LongCat-Flash: the rows and biases of identity experts come after those of the others."""
+    """Yields the tensors of LongCat-Flash. Router rows and biases of identity experts follow all others."""
     ((name, group),) = section.moe.groups.items()
     router, (gate,), (bias,) = f"{ours}.moe.router.{name}", family.gates, family.selection_bias
     yield from _router_rows(section, group, router, f"{theirs}.{gate}")
@@ -216,7 +216,7 @@ def _identity(section: ModelSection, family: ModelFamily, ours: str, theirs: str
 
 
 def _interleaved(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
-    """gpt-oss: the matrices of experts are transposed, gate and up take turns, and everything has a bias."""
+    """Yields the tensors of gpt-oss: transposed expert matrices, in which gate and up alternate, and biases."""
     ((name, group),) = section.moe.groups.items()
     dim, num, ffn = section.hidden_dim, group.num_experts, group.ffn_dim
     (gate,), router = family.gates, f"{ours}.moe.router.{name}"
@@ -236,7 +236,7 @@ def _interleaved(section: ModelSection, family: ModelFamily, ours: str, theirs: 
 
 
 def _served(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
-    """Yields the tensors of `modeling_moe_dist.py`: every part of every group."""
+    """Yields the tensors of `modeling_moe_dist.py`, for every group."""
     dim, router = section.hidden_dim, section.moe.router
     for index, (name, group) in enumerate(section.moe.groups.items()):
         to = f"{theirs}.mlp.groups.{index}"
@@ -283,7 +283,7 @@ def _expert_places(
 ) -> Iterator[TensorPlace]:
     old = {"gate": "w1", "up": "w3", "down": "w2"}[part]
     yield TensorPlace(f"{theirs}.{family.expert.format(expert=expert, part=part, old=old)}", shape)
-    if not family.experts:  # a dense FFN, of which an import makes copies, or the form `moe_dist`
+    if not family.experts:  # a dense FFN, which an import copies, or the form `moe_dist`
         return
     rows, columns = shape
     if part == "down":

@@ -1,6 +1,6 @@
-"""Plans an import: where the values of each logical tensor come from, and which shard of limited size stores them.
+"""Plans an import: the source of each logical tensor's values, and the shard of limited size that stores them.
 
-A plan depends only on the headers of the files and on the options, so a killed import continues with the same plan.
+A plan depends only on the headers of the files and on the options. A killed import therefore continues with the same plan.
 """
 
 import math
@@ -35,8 +35,8 @@ _TOGETHER = "take config.json and weights of one model"
 class ImportOptions:
     """Options of an import that change the model or add experts to it."""
 
-    null_experts: int = 0  # number of null experts; their router rows are copies of those of the true (not null) experts
-    top_k: int | None = None  # choices per token if there are null experts
+    null_experts: int = 0  # number of null experts, whose router rows are copies of the true (not null) experts' rows
+    top_k: int | None = None  # choices per token with null experts
     experts: int = 1  # number of experts per layer that are copies of the dense FFN
     experts_top_k: int = 1  # choices per token among these copies
     seed: int = 0  # seed of the random router rows of these copies
@@ -47,18 +47,18 @@ class ImportOptions:
 class TensorPart:
     """Some rows of a logical tensor, and the origin of their values (`kind`): elements of the stored tensor `source` from
     `begin` on, the rows of `source` repeated (tiled), zeros, or normal draws whose seed includes the name. With `others`
-    each row is a stored tensor of its own, and `source` is the first one."""
+    each row is a stored tensor of its own, and `source` is the first row."""
 
     name: str
     shape: tuple[int, ...]  # shape of the whole logical tensor
-    row: int  # index of the part's first row (of a vector: first element)
+    row: int  # index of the part's first row, or of its first element in a vector
     rows: int
     kind: Literal["stored", "tiled", "zeros", "normal"]
     source: str = ""
     begin: int = 0
     std: float = 0.0
     others: tuple[str, ...] = ()
-    strides: tuple[int, ...] = ()  # distances of the stored elements along each dim; empty: they follow each other
+    strides: tuple[int, ...] = ()  # distances of the stored elements along each dim; empty if they are contiguous
 
     @property
     def box(self) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ class TensorPart:
         return math.prod(self.box) * ITEMSIZE
 
     def make(self, source: Source, *, seed: int) -> Piece:
-        """Reads or draws the values of the part. They are fp32, which represents each supported dtype exactly.
+        """Reads or draws the values of the part, in fp32, which represents each supported dtype exactly.
 
         Raises:
             DataError: a value is NaN or infinite.
@@ -102,8 +102,8 @@ class ImportPlan:
 
     section: ModelSection  # section `model` of the imported model
     shards: Sequence[Sequence[TensorPart]]  # parts of each shard, in the order of the shards
-    dtypes: Mapping[str, str]  # dtype in the Hugging Face folder of each logical tensor that is read from it
-    copies: Mapping[str, str]  # stored tensors that are not imported, by the stored tensor to which each must be equal
+    dtypes: Mapping[str, str]  # logical tensor -> its dtype in the Hugging Face folder
+    copies: Mapping[str, str]  # stored tensor that is not imported -> stored tensor to which it must be equal
     left_out: Sequence[str] = ()  # stored tensors that are not part of the model's function
 
     @property
@@ -116,7 +116,7 @@ class ImportPlan:
 
 
 def changed_section(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> ModelSection:
-    """Returns the section `model` of the imported model: that of config.json, with the changes of `options`.
+    """Returns the section `model` of the imported model: the section of config.json, with the changes of `options`.
 
     Raises:
         ConfigError: an option does not fit the model; gives the reason and valid values.
@@ -138,7 +138,7 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
                 "that copies of router rows would change its choices; import it without null experts"
             )
         group |= _with_nulls(group, options)
-        if router["normalise"] == "none":  # with m null columns, a softmax over all columns would give true ones less
+        if router["normalise"] == "none":  # a softmax over all columns would give null columns some weight
             router["normalise"] = "true_all"
     elif options.top_k is not None:
         raise ConfigError(f"--top-k={options.top_k} says how many choices there are with --null-experts; set that as well")
@@ -151,8 +151,8 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
 
 
 def _unchanged_section(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> ModelSection:
-    """Returns the section of a model that is imported as it is, such as one with zero-computation experts: options that add
-    experts are refused."""
+    """Returns the section of a model that is imported without changes, such as a model with zero-computation experts.
+    Refuses options that add experts."""
     if replace(options, seed=0, modalities=()) != ImportOptions(modalities=()):
         raise ConfigError(
             f"--null-experts={options.null_experts}, --top-k={options.top_k}, --experts={options.experts}: a {family.name} "
@@ -169,7 +169,8 @@ def _unchanged_section(section: Mapping[str, Any], family: ModelFamily, options:
 
 
 def refused(what: str, error: ValidationError) -> ConfigError:
-    """Turns pydantic's errors about values of options or config.json into a ConfigError; `what` begins its message."""
+    """Turns pydantic's errors about values of options or config.json into a ConfigError, whose message begins with
+    `what`."""
     problems = []
     for each in error.errors(include_url=False):
         where, rule = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
@@ -198,10 +199,10 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
 
     Args:
         section: Result of `changed_section`.
-        shard_bytes: Most bytes of a shard; a larger tensor is divided by rows.
+        shard_bytes: Largest number of bytes of a shard; a larger tensor is divided by rows.
 
     Raises:
-        DataError: tensors are missing in the source, have another shape, or have no place in the model; names all.
+        DataError: tensors are missing in the source, have another shape, or have no place in the model; names all of them.
     """
     problems: list[str] = []
     parts: list[TensorPart] = []
@@ -244,7 +245,7 @@ def check_copies(source: Source, plan: ImportPlan, *, shard_bytes: int) -> None:
     """Compares the two copies of tensors that the folder stores twice, in parts of at most `shard_bytes`.
 
     Raises:
-        DataError: the copies differ, so the model has two tensors where it has one according to config.json.
+        DataError: the copies differ, although the model has only one tensor according to config.json.
     """
     for copy, original in plan.copies.items():
         shape, expected = source.tensors[copy].shape, source.tensors[original].shape
@@ -261,7 +262,7 @@ def check_copies(source: Source, plan: ImportPlan, *, shard_bytes: int) -> None:
 
 
 def _drawn(slot: Slot, section: ModelSection) -> TensorPart:
-    """Returns initial router rows for a dense model, which has none."""
+    """Returns initial router rows for a dense model, which has no router."""
     kind = "zeros" if slot.shape[0] == 1 else "normal"  # with one expert the router's row has no effect on the output
     return TensorPart(slot.name, slot.shape, 0, slot.shape[0], kind, std=section.init_std)
 

@@ -1,4 +1,4 @@
-"""Qwen2-MoE (its shared expert has a gate), Qwen3-MoE, and Qwen3-MoE++, which has zero-computation experts, too."""
+"""Qwen2-MoE, whose shared expert has a gate; Qwen3-MoE; and Qwen3-MoE++, which also has zero-computation experts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from moe_dist.hf.head_fields import GroupedHeads
 
 @dataclass(frozen=True)
 class _Layers:
-    """Every n-th layer has experts, except those that a list names."""
+    """Every n-th layer has experts, except the layers in a list."""
 
     names: Sequence[str] = ("mlp_only_layers", "decoder_sparse_step")
 

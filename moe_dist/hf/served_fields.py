@@ -1,7 +1,7 @@
-"""The config.json of `served/modeling_moe_dist.py`: the form of models that no family of transformers can express.
+"""Reads and writes the config.json of `served/modeling_moe_dist.py`, for models that no family of transformers can express.
 
 Its numbers have the names that are usual in transformers. Expert groups, router and mixture of depths are the sections of
-`model.moe.groups`, `model.moe.router` and `model.mixture_of_depths`; a group also has its name and the ids of its tokens.
+`model.moe.groups`, `model.moe.router` and `model.mixture_of_depths`; a group also has its name and its token ids.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ CODE = Path(__file__).parent / "served"
 CODE_FILES = ("configuration_moe_dist.py", "modeling_moe_dist.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_moe_dist.MoeDistConfig",
-    "AutoModel": "modeling_moe_dist.MoeDistModel",  # vLLM builds only the decoder, and has its own output layer
+    "AutoModel": "modeling_moe_dist.MoeDistModel",  # for vLLM, which builds only the decoder and has its own output layer
     "AutoModelForCausalLM": "modeling_moe_dist.MoeDistForCausalLM",
 }
-OLD_AUTO_MAP = {name: each for name, each in AUTO_MAP.items() if name != "AutoModel"}  # of older exports
+OLD_AUTO_MAP = {name: each for name, each in AUTO_MAP.items() if name != "AutoModel"}  # `auto_map` of older exports
 
-_FIELDS = {  # by key of the section `model`
+_FIELDS = {  # key of the section `model` -> field
     "hidden_dim": "hidden_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
@@ -47,7 +47,7 @@ _FIELDS = {  # by key of the section `model`
     "sliding_window": "sliding_window",
     "mixture_of_depths": "mixture_of_depths",
 }
-_MOE_FIELDS = {  # by key of the section `model.moe`
+_MOE_FIELDS = {  # key of the section `model.moe` -> field
     "first": "first_moe_layer",
     "every": "moe_layer_step",
     "shared_ffn_dim": "shared_expert_intermediate_size",
@@ -63,8 +63,8 @@ ROUTERS = frozenset(
 
 
 def served_problems(section: ModelSection) -> list[str]:
-    """Returns the reasons why `modeling_moe_dist.py` cannot compute a model; none if it has the router, and the router's
-    rule of evaluation sees one token alone."""
+    """Returns the reasons why `modeling_moe_dist.py` cannot compute a model: it lacks the router, or the router's rule of
+    evaluation needs other tokens."""
     router = section.moe.router
     if problem := router.not_causal():
         return [problem]
@@ -80,10 +80,10 @@ TokenIds = list[list[int]]  # ranges [first, last + 1]
 
 
 def token_ids(section: ModelSection, manifest: Manifest) -> dict[str, TokenIds]:
-    """Returns the ids of the tokens of each group.
+    """Returns the token ids of each group.
 
     Raises:
-        ConfigError: the model has several groups, and their modalities are not those of the data set.
+        ConfigError: the model has several groups, and their modalities differ from the data set's modalities.
     """
     routed = {name: group.modalities or (name,) for name, group in section.moe.groups.items()}
     known = {modality for modalities in routed.values() for modality in modalities}
@@ -137,7 +137,7 @@ def read_served(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any],
     read.must_be("architectures", ([SERVED.architecture],), "it must be a language model")
     section = {ours: read.get(theirs, null=None) for ours, theirs in _FIELDS.items()}
     moe = {ours: read.get(theirs) for ours, theirs in _MOE_FIELDS.items()}
-    moe["shortcut"] = read.get("moe_shortcut", False)  # absent in older exports, as the next one
+    moe["shortcut"] = read.get("moe_shortcut", False)  # older exports lack this field and the next one
     moe["experts"] = read.get("experts", {"kind": "ffn"})
     groups = read.many("expert_groups")
     if not all(isinstance(group, dict) and "name" in group for group in groups):

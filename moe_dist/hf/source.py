@@ -1,6 +1,6 @@
 """Opens a Hugging Face folder for an import. Reads only config.json and safetensors files in the folder, and runs no code.
 
-Tensors are read by plain reads and not memory-mapped, because a whole mapped file would count against a memory limit of the
+Tensors are read by plain reads and are not memory-mapped, because a mapped file would count against a memory limit of the
 process.
 """
 
@@ -35,7 +35,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 AGAIN = "copy or download it again"  # the advice for a damaged file, in error messages
 
-_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # unread: a buffer in old Llama checkpoints
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer in old Llama checkpoints, which is not read
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")  # a file name, not a path to another folder
 
 
@@ -71,7 +71,7 @@ class Source:
 
     def read(self, name: str, begin: int, shape: Sequence[int], strides: Sequence[int] = ()) -> Tensor:
         """Reads elements of the tensor `name`, from the element `begin` (in row-major order), as a tensor of shape `shape`.
-        With `strides` they are so many elements apart along each dim, and those between them are read and dropped.
+        `strides` are the elements' distances along each dim; elements between them are read and dropped.
 
         Raises:
             DataError: the file cannot be read, or is shorter than when its header was read.
@@ -99,8 +99,8 @@ def open_source(folder: Path) -> Source:
     """Opens a folder, and reads config.json and the header of every safetensors file.
 
     Raises:
-        DataError: there are no safetensors files, a file is missing, truncated or outside the folder, a tensor is not in
-            the file that the index names, or has a dtype that is not in DTYPES. Lists all such problems.
+        DataError: there are no safetensors files, a file is missing, truncated or outside the folder, or a tensor is not in
+            the file that the index names or has a dtype that is not in DTYPES. Lists all such problems.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE} in it")

@@ -13,7 +13,7 @@ from moe_dist.inference.sampling import Sampling, UniformDraws, draw, guided, pr
 from moe_dist.model.cache import KeyValueCache
 from moe_dist.model.transformer import Transformer
 
-_BATCH = 64  # sequences per batch; with guidance a batch also has a copy of each without its caption
+_BATCH = 64  # sequences per batch; guidance adds a copy of each sequence without its caption
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Request:
 
     max_new_tokens: int  # per prompt; no picture starts whose tokens would exceed this number
     sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0  # sequence b draws from a random stream of its own, with the seed (seed, b)
+    seed: int = 0  # sequence b has its own random stream, with the seed (seed, b)
     one_picture: bool = False  # if true, stops after the end mark of a picture
     text_only: bool = False  # if true, starts no picture
-    guidance: float = 1.0  # strength of classifier-free guidance, see `guided`; only 1 needs no `plain` prompts
+    guidance: float = 1.0  # strength of classifier-free guidance (`guided`); a value other than 1 needs `plain` prompts
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> None:
@@ -118,8 +118,8 @@ class Generator:
         return logits[torch.arange(len(prompts), device=self._device), last_B]
 
     def _step(self, tokens: list[int], going: list[bool], positions_B: Tensor, copies: int, cache: KeyValueCache) -> Tensor:
-        """Appends one token to each sequence and to its copy without caption. Returns the logits after the token. A
-        finished sequence gets padding, so that the batch keeps its shape."""
+        """Appends one token to each sequence and to its copy without caption. Returns the logits after the token. Finished
+        sequences get padding, so that the batch keeps its shape."""
         tokens_B = torch.tensor(tokens * copies, device=self._device)
         group_B = torch.where(torch.tensor(going * copies, device=self._device), self._group_of_id[tokens_B], -1)
         return self.model.forward_cached(tokens_B[:, None], positions_B[:, None], group_B[:, None], cache)[:, 0]

@@ -1,4 +1,5 @@
-"""Decides which token may come next. A picture is a start mark, a fixed number of codes and an end mark; all else is text.
+"""Decides which token may come next. A picture is a start mark, a fixed number of codes and an end mark; all other tokens
+are text.
 
 The training data have this form (`moe_dist/data/picture_coding.py`). Generated tokens must have this form too, because a
 picture with a missing code cannot be decoded.
@@ -17,17 +18,17 @@ IMAGE = "image"
 
 
 class GrammarState(IntEnum):
-    """What may come next in a sequence. CODE: a code of a picture. END_OF_PICTURE: the end mark of a picture."""
+    """The tokens that may come next in a sequence. CODE: a code of a picture. END_OF_PICTURE: a picture's end mark."""
 
     TEXT = 0  # text, the end of the document, or the start mark of a picture
-    TEXT_ONLY = 1  # text or the end of the document: no picture fits into the tokens that are left
+    TEXT_ONLY = 1  # text or the end of the document, because a picture would need too many tokens
     CODE = 2
     END_OF_PICTURE = 3
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """The rules for a data set's token ids: which are text, codes and marks, and which may come next."""
+    """The rules for a data set's token ids: which ids are text, codes or marks, and which ids may come next."""
 
     modality_of_id: np.ndarray  # int64 [V], each token id's modality, as an index into `modalities`; -1 for none
     modalities: tuple[str, ...]  # names of the modalities, in the order of the manifest
@@ -45,7 +46,7 @@ class Grammar:
                 return GrammarState.CODE
             if since == self.cells:
                 return GrammarState.END_OF_PICTURE
-        return GrammarState.TEXT if self.cells and room >= self.cells + 2 else GrammarState.TEXT_ONLY  # 2: its marks
+        return GrammarState.TEXT if self.cells and room >= self.cells + 2 else GrammarState.TEXT_ONLY  # 2 marks
 
     def pictures(self, tokens: Sequence[int]) -> list[np.ndarray]:
         """Returns the codes of each complete picture in `tokens`, int64 [cells], as indices into the codebook."""
@@ -58,7 +59,7 @@ class Grammar:
         return found
 
     def text(self, tokens: Sequence[int]) -> list[int]:
-        """Returns the text tokens in `tokens`. Codes and marks of pictures, and the document's end mark, are left out."""
+        """Returns the text tokens in `tokens`, without codes and marks of pictures and the document's end mark."""
         return [t for t in tokens if self.allowed_SV[GrammarState.TEXT_ONLY][t] and t != self.eos_id]
 
 
@@ -84,7 +85,7 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     is_code = modality_of_id == (modalities.index(IMAGE) if image is not None else -2)
     text = (modality_of_id >= 0) & ~is_code
     text[[manifest.pad_id, *never]] = False
-    text[manifest.eos_id] = True  # also in data whose pad_id is the same id
+    text[manifest.eos_id] = True  # even if pad_id is the same id
     allowed = np.zeros((len(GrammarState), vocab_size), bool)
     if image is not None:
         text[[image.begin_id, image.end_id]] = False

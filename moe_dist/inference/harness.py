@@ -35,7 +35,8 @@ class HarnessModel(LM):
         self._max_seq_len, self._seed = max_seq_len, seed
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Returns for each (context, continuation) the continuation's log-likelihood, and if greedy decoding gives it."""
+        """Returns for each (context, continuation) the continuation's log-likelihood, and whether greedy decoding gives the
+        continuation."""
         continuations = [self._pair(*request.args) for request in requests]
         scores = [(score.nats, score.greedy) for score in self._likelihood(continuations)]
         for request, score in zip(requests, scores, strict=True):
@@ -99,8 +100,8 @@ class HarnessModel(LM):
         return Continuation(self._cut(prompt, self._max_seq_len + 1 - len(tokens)), tokens)
 
     def _windows(self, text: str) -> list[Continuation]:
-        """Returns windows that together score each token of a text once, with as much context as fits. No text: no
-        window."""
+        """Returns windows that together score each token of a text once, with as much context as fits; no window for an
+        empty text."""
         bos, *tokens = self._vocabulary.text_prompt(text)
         windows = []
         for first in range(0, len(tokens), self._max_seq_len):

@@ -24,7 +24,7 @@ from moe_dist.train.router_tuning.samples import TuningSample
 
 
 class Continuation(NamedTuple):
-    """Token ids of a context, and of the continuation to score (`tokens`). Each has at least one token."""
+    """Token ids of a context, and of the continuation to score (`tokens`). Both have at least one token."""
 
     context: Sequence[int]
     tokens: Sequence[int]
@@ -41,8 +41,8 @@ class Likelihood:
     """Scores continuations with one model; each rank scores a part of the continuations.
 
     Args:
-        model: The model with this rank's experts. It is put into evaluation mode, in which routing has no capacity limit,
-            no noise, and no dependence on later tokens.
+        model: The model with this rank's experts. The constructor puts it into evaluation mode, in which routing has no
+            capacity limit, no noise, and no dependence on later tokens.
         group_of_modality: Index of the expert group of each modality.
         max_seq_len: Longest sequence that the model supports.
         mesh: All ranks; None for a single rank.
@@ -66,11 +66,11 @@ class Likelihood:
 
     @torch.no_grad()
     def __call__(self, continuations: Sequence[Continuation]) -> list[Score]:
-        """Returns the scores in the order of the continuations. Every rank calls it with the same continuations, and gets
-        all scores.
+        """Returns the scores in the order of the continuations. Every rank must pass the same continuations, and gets all
+        scores.
 
         Raises:
-            ConfigError: see `check_lengths`. Nothing has been computed yet.
+            ConfigError: see `check_lengths`. Raised before any computation.
         """
         check_lengths(continuations, self._max_seq_len)
         lengths, vocab_size = [len(each.context) + len(each.tokens) for each in continuations], self.model.args.vocab_size
@@ -84,7 +84,7 @@ class Likelihood:
         """Returns the fields of each continuation's `Score`, float64 [B, 2]; `greedy` is 1 or 0."""
         samples = [TuningSample(np.array(context, np.int64), np.array(tokens, np.int64)) for context, tokens in batch]
         made = self._maker.make(samples).to(self._device)
-        logits_BSV, _ = forward(self.model, made, self._group_of_modality)  # issues collectives: padding runs too
+        logits_BSV, _ = forward(self.model, made, self._group_of_modality)  # issues collectives, even for padding
         nats_B = -token_losses(logits_BSV, made.labels_BS).to(torch.float64).sum(1)  # 0 where the label is IGNORED
         greedy_B = ((logits_BSV.argmax(-1) == made.labels_BS) | (made.labels_BS == IGNORED)).all(1)
         return torch.stack([nats_B, greedy_B.to(torch.float64)], dim=1)[: len(batch)]

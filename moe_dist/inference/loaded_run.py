@@ -53,7 +53,7 @@ class CheckpointReader:
             DataError: the checkpoint is damaged, or the base model of its adapters is missing.
         """
         restored = self._manager.load(folder, self.state)
-        if not self._has_base:  # once, because all checkpoints of a run have the same base
+        if not self._has_base:  # the base is loaded once, because all checkpoints of a run have the same base
             load_base(restored.values, folder, self._manager, self.model, self._layout)
             self._has_base = True
         return self.model
@@ -71,7 +71,7 @@ def trained_placement(folder: Path, groups: tuple[ExpertGroup, ...]) -> ExpertPl
     """Returns the placement of the ranks that saved the checkpoint in `folder`.
 
     Raises:
-        DataError: state.json places other experts than those of `groups`.
+        DataError: state.json places other experts than the experts of `groups`.
     """
     slots = open_checkpoint(folder).state.placement.get("slots")
     try:
@@ -161,7 +161,7 @@ def find_trained(
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})})
     manifest = load_manifest(config.data.path)
-    if "data" not in state.values:  # an imported model was trained elsewhere, so any data set that fits will do
+    if "data" not in state.values:  # an imported model can use any data set that fits
         unfit = manifest_violations(config, expert_groups(config.model.moe), manifest)
         if problems := [violation.problem for violation in unfit]:
             raise ConfigError([f"{config.data.path}: these data do not fit {folder}", *problems])

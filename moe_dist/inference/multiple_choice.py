@@ -3,10 +3,10 @@
 The measure `plain` is the choice's log-likelihood, which favours short choices. The default measure `normalised` is the
 log-likelihood divided by the choice's number of tokens.
 
-Without rotations the text of a question does not list the choices, so their order matters only if two choices have the same
-measure: then the first one is taken. With rotations the text lists the choices, and the question is asked once for each
-choice, with that choice first. The question counts as right only if every answer is right, so a model that always takes the
-second choice gets none right.
+Without rotations the text of a question does not list the choices. Their order then matters only if two choices have the
+same measure, because the first of them is taken. With rotations the text lists the choices, and the question is asked once
+for each choice, with that choice first. The question counts as right only if every answer is right. A model that always
+takes the second choice therefore gets no question right.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class Answered:
     taken: dict[Measure, tuple[int, ...]]
 
     def right(self, measure: Measure) -> bool:
-        """True if the model took the right choice in every rotation."""
+        """Returns whether the model took the right choice in every rotation."""
         return all(choice == self.question.answer for choice in self.taken[measure])
 
 
@@ -79,7 +79,7 @@ class Prompts:
 
     def _choice(self, question: Question, choice: Part) -> list[int]:
         if isinstance(choice, Codes):
-            return self._tokens(choice)[1:-1]  # without marks: the start mark ends the context, and the end mark is certain
+            return self._tokens(choice)[1:-1]  # without marks: the context has the start mark, the end mark is certain
         return self._tokens(choice if isinstance(question.asked, Codes) else f" {choice}")
 
     def _tokens(self, part: Part) -> list[int]:
@@ -92,7 +92,7 @@ Written = list[list[list[Continuation]]]  # indices: question, rotation, choice
 
 
 def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, max_seq_len: int) -> Written:
-    """Returns the questions as token ids; if `rotations`, in every rotation.
+    """Returns the questions as token ids; with `rotations`, each question in every rotation.
 
     Raises:
         ConfigError: a question is longer than the model supports.
@@ -100,7 +100,7 @@ def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, m
     written = [
         [prompts(question.rotated(by)) for by in range(len(question.choices) if rotations else 1)] for question in questions
     ]
-    check_lengths(flat(written), max_seq_len)  # here, because the model is not loaded yet, and loading takes long
+    check_lengths(flat(written), max_seq_len)  # before the model is loaded, which takes long
     return written
 
 
@@ -110,7 +110,7 @@ def flat(written: Written) -> list[Continuation]:
 
 
 def ask(questions: Sequence[Question], written: Written, likelihood: Likelihood) -> list[Answered]:
-    """Returns the model's answers. All ranks call it, because it scores by collectives."""
+    """Returns the model's answers. Collective over all ranks."""
     scores = iter(likelihood(flat(written)))
     answered = []
     for question, of_question in zip(questions, written, strict=True):
@@ -124,7 +124,7 @@ def ask(questions: Sequence[Question], written: Written, likelihood: Likelihood)
 
 
 def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure: Measure) -> int:
-    """Returns the index of the choice with the highest measure; of equal choices, the first."""
+    """Returns the index of the choice with the highest measure; if several are equal, of the first."""
     values = [
         score.nats / len(choice.tokens) if measure == "normalised" else score.nats
         for score, choice in zip(scores, choices, strict=True)
@@ -156,7 +156,7 @@ def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:
 
 def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Returns Wilson's two-sided score interval (Wilson 1927) of the proportion `right` / `total` of independent questions.
-    It stays within [0, 1], and is accurate even for few questions."""
+    The interval stays within [0, 1], and is accurate even for few questions."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = right / total
     centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)

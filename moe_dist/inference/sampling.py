@@ -18,8 +18,8 @@ class Sampling:
 
     Attributes:
         temperature: Number by which logits are divided; with 0 the most likely token is always taken.
-        top_p: Only the most likely tokens are drawn: as few as have probabilities, after the temperature, that sum to at
-            least `top_p` (the nucleus; Holtzman et al., arXiv 1904.09751, section 3.1). 1 allows all tokens.
+        top_p: Only tokens of the nucleus are drawn: the fewest most likely tokens whose probabilities, after the
+            temperature, sum to at least `top_p` (Holtzman et al., arXiv 1904.09751, section 3.1). 1 allows all tokens.
 
     Raises:
         ConfigError: a value is out of range.
@@ -38,15 +38,15 @@ class Sampling:
 
 
 def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Returns the probability with which each token is drawn, float64 [B, V]: 0 if it is not allowed or not in the nucleus.
+    """Returns the probability with which each token is drawn, float64 [B, V]: 0 for tokens outside `allowed_BV` or nucleus.
 
-    Every row of `allowed_BV` must allow a token. Of equally likely tokens the lower id is preferred.
+    Every row of `allowed_BV` must allow a token. Among equally likely tokens the lower id is preferred.
     """
     scores_BV = logits_BV.to(torch.float64).masked_fill(~allowed_BV, float("-inf"))
-    order_BV = scores_BV.argsort(dim=-1, descending=True, stable=True)  # stable: for equal scores the lower id first
+    order_BV = scores_BV.argsort(dim=-1, descending=True, stable=True)  # stable: lower id first
     if sampling.temperature == 0.0:
         return torch.zeros_like(scores_BV).scatter_(1, order_BV[:, :1], 1.0)
-    # Subtracts the maximum first, because a division by a small temperature could overflow.
+    # The maximum is subtracted before the division, because a small temperature could make scores overflow.
     scores_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)) / sampling.temperature
     sorted_BV = scores_BV.softmax(-1).gather(1, order_BV)
     before_BV = sorted_BV.cumsum(-1) - sorted_BV
@@ -71,7 +71,7 @@ def guided(logits_BV: Tensor, plain_BV: Tensor, guidance: float) -> Tensor:
     is equation 6 of Ho and Salimans, arXiv 2207.12598, with w = guidance - 1.
 
     Args:
-        plain_BV: Logits of the same sequences without captions; `logits_BV` are those with captions.
+        plain_BV: Logits of the same sequences without captions; `logits_BV` has the logits with captions.
     """
     conditional, plain = logits_BV.to(torch.float64).log_softmax(-1), plain_BV.to(torch.float64).log_softmax(-1)
     return plain + guidance * (conditional - plain)

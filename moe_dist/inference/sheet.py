@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 _SIDE, _GAP, _LINE, _LINES = 96, 12, 13, 3  # pixels, except _LINES: most lines of a caption
-_WIDTH = 16  # a caption's line has this many characters for each picture of the entry
+_WIDTH = 16  # characters in a caption's line per picture of the entry
 
 
 def make_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, columns: int) -> bytes:
@@ -30,6 +30,6 @@ def make_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, columns: in
         wrapped = textwrap.wrap(caption, _WIDTH * each, max_lines=_LINES, placeholder=" ...")
         pen.text((x, y + _SIDE + 2), "\n".join(wrapped), fill="black", font=font, spacing=1)
     buffer = io.BytesIO()
-    # 256 colours make the file small, and the difference is not visible.
+    # 256 colours make the file small, without a visible difference.
     canvas.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

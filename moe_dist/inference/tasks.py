@@ -14,7 +14,7 @@ from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, picture_of
 
 @dataclass(frozen=True)
 class Task:
-    """Arguments of `Generator`: prompts, settings, and, for guidance, the prompts without captions (`plain`)."""
+    """Arguments of a `Generator` call: prompts, settings, and, for guidance, the prompts without captions (`plain`)."""
 
     prompts: list[list[int]]
     request: Request
@@ -61,7 +61,7 @@ def draw_captions(
 def describe_picture(
     vocabulary: Vocabulary, codes: np.ndarray, beginning: str, *, samples: int, tokens: int, sampling: Sampling, seed: int
 ) -> Task:
-    """Makes the task of writing `samples` captions of a picture, which begin with `beginning`. Raises: see
+    """Makes the task of writing `samples` captions of a picture, which begin with `beginning`. Raises the errors of
     `draw_captions`."""
     request = Request(tokens, sampling, seed, text_only=True)
     return Task([vocabulary.caption_prompt(codes, beginning)] * samples, request)

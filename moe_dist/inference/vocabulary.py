@@ -1,4 +1,4 @@
-"""Makes prompts from texts and pictures, and texts and pictures from tokens, with a data set's tokenizer and codebook."""
+"""Encodes texts and pictures as prompts, and decodes tokens, with a data set's tokenizer and codebook."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -31,14 +31,14 @@ class HeldoutPicture:
 
 
 class Vocabulary:
-    """Encodes and decodes texts and pictures as one data set does. `vocab_size` is the model's number of token ids."""
+    """Encodes and decodes texts and pictures of one data set. `vocab_size` is the model's number of token ids."""
 
     def __init__(self, folder: str | Path, manifest: Manifest, *, vocab_size: int) -> None:
         self._folder, self._manifest, self._vocab_size = Path(folder), manifest, vocab_size
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises ConfigError if the data set has no tokenizer, and DataError if the tokenizer is damaged."""
+        """Returns the tokenizer. Raises ConfigError if the data set has none, and DataError if it is damaged."""
         if self._manifest.tokenizer is None:
             raise ConfigError(
                 f"data set {self._folder}: its manifest names no tokenizer, so that text can neither be read nor written; "
@@ -68,7 +68,7 @@ class Vocabulary:
 
     @property
     def has_codebook(self) -> bool:
-        """True if the data set has a codebook, which encoding and decoding pictures needs."""
+        """Returns whether the data set has a codebook, which encoding and decoding pictures needs."""
         return self._manifest.image is not None and self._manifest.image.codebook is not None
 
     @cached_property

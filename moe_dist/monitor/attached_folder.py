@@ -1,4 +1,4 @@
-"""The folder of a model that another trainer trains: metrics.jsonl, tensorboard/ and trace/, as a run of moe_dist has them.
+"""Opens the folder for a model that another trainer trains: metrics.jsonl, tensorboard/ and trace/, as in a run folder.
 
 Shape letters as in `attached_routers.py`; T' tokens without padding.
 """
@@ -45,13 +45,13 @@ class HintSink(Sink):
 
 
 def _tensorboard(folder: Path, subject: Subject, step: int) -> Sink:
-    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # here, because the import takes seconds
+    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # imported late, because the import takes seconds
 
     modalities = subject.groups[0].modalities
     return TensorBoardSink(folder=folder / "tensorboard", subject=subject, modalities=modalities, resume_step=step)
 
 
-# Name of a sink -> function that makes it, from the folder, the subject of its pictures, and the last step before.
+# Name of a sink -> function that makes the sink from the folder, the subject of its pictures, and the last earlier step.
 SINKS: dict[str, Callable[[Path, Subject, int], Sink]] = {
     "hints": lambda folder, subject, step: HintSink(subject),
     "jsonl": lambda folder, subject, step: JsonlSink(path=folder / METRICS, resume_step=step),
@@ -73,11 +73,11 @@ def open_together(
     group: Any,
     device: torch.device,
 ) -> tuple["ChoiceWriter | None", Sink | None]:
-    """Opens the sinks on rank 0, and on each rank the files of the trace. With a group, all ranks make two small
+    """Opens the sinks on rank 0, and the files of the trace on each rank. With a group, all ranks make two small
     all-reduces, and all raise an error if one rank fails.
 
     Returns:
-        The writer of this rank's trace, if `manifest` has one, and on rank 0 the sinks.
+        The writer of this rank's trace, or None if `manifest` traces no steps; and the sinks, or None except on rank 0.
 
     Raises:
         ConfigError: see `Attached`.
@@ -120,7 +120,7 @@ def _agree(folder: Path, failed: ConfigError | None, values: Sequence[int], grou
     """Returns the largest of each value over the ranks.
 
     Raises:
-        ConfigError: `failed`, or another rank has failed.
+        ConfigError: `failed` is not None on this rank or on another rank.
     """
     told = torch.tensor([failed is not None, *values], dtype=torch.int64, device=device)
     if group is not None:
@@ -142,7 +142,7 @@ def _place(folder: Path, from_step: int, attempt: int) -> Path:
 
 
 def _take_attempt(folder: Path, manifest: Manifest) -> int:
-    """Writes the manifest of the next attempt, whose number it returns.
+    """Writes the manifest of the next attempt, and returns the attempt's number.
 
     Raises:
         ConfigError: see `_next_attempt`; or another group took the attempt at the same time.
@@ -165,10 +165,10 @@ def _take_attempt(folder: Path, manifest: Manifest) -> int:
 
 
 def _next_attempt(folder: Path, manifest: Manifest) -> int:
-    """Number of the attempt that begins after step `from_step`; makes the folder.
+    """Makes the folder, and returns the number of the attempt that begins after step `from_step`.
 
     Raises:
-        ConfigError: the folder cannot be made, has records of another run, or those of another model.
+        ConfigError: the folder cannot be made, or has records of another run or another model.
     """
     path, step, earlier = folder / METRICS, manifest.from_step, ()
     try:
@@ -222,24 +222,24 @@ class ChoiceWriter:
 
     Args:
         place: Folder of the attempt.
-        sequence_first: Whether the routers order their tokens [S, B], and not [B, S].
+        sequence_first: True if the routers order tokens [S, B], False for [B, S].
 
     Raises:
         OSError: the files cannot be opened.
     """
 
     def __init__(self, place: Path, rank: int, manifest: Manifest, *, sequence_first: bool) -> None:
-        place.mkdir(parents=True, exist_ok=True)  # rank 0 has made it, but perhaps on another node's disk
+        place.mkdir(parents=True, exist_ok=True)  # rank 0 may have made the folder on another node's disk
         self._writer = TraceWriter(place, rank, weights=True)
         self._rank, self._manifest, self._sequence_first = rank, manifest, sequence_first
         self._sequences = 0  # number of sequences in this rank's traced steps
 
     def due(self, step: int) -> bool:
-        """Whether `step` (from 1) is traced."""
+        """Returns whether `step` (counted from 1) is traced."""
         return (step - 1) % self._manifest.every == 0
 
     def write(self, step: int, parts: Sequence[Sequence[Traced]]) -> None:
-        """Writes the forwards of each layer. Copies the choices of each forward to the host, which waits for the device."""
+        """Writes the choices of each layer's forwards. Copies them to the host, with one device sync for each forward."""
         if len({tuple(len(each.ids_TK) for each in forwards) for forwards in parts}) > 1:
             logger.error("step %d is not traced, because the routers saw different tokens", step)
             return
@@ -260,7 +260,7 @@ class ChoiceWriter:
         self._writer.close()
 
     def _tokens(self, forward: Traced) -> tuple[np.ndarray, np.ndarray]:
-        """`TOKEN` [T] in the order of the router, and the indices of those that are no padding."""
+        """Returns the router's tokens in its order, `TOKEN` [T], and the indices of the tokens that are no padding."""
         ids_BS, mask_BS = (
             None if each is None or each.numel() != len(forward.ids_TK) else _host(each) for each in forward.batch
         )

@@ -1,4 +1,4 @@
-"""Finds the routers of other systems' models, and counts what they return. `ROUTERS` has a line for each class.
+"""Finds the routers of other systems' models, and counts their choices. `ROUTERS` has a line for each router class.
 
 Shape letters: B sequences, S positions, T = B x S tokens, D hidden size, L MoE layers, E experts, K choices of a token.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_dist.errors import ConfigError
 
 GUIDE = "docs/monitoring.md"
-EXTRA = 2  # further numbers after the E counts of a layer: its tokens and entropy
+EXTRA = 2  # numbers after a layer's E expert counts: number of tokens, and sum of the tokens' entropies
 
 
 class Choices(NamedTuple):
@@ -29,10 +29,10 @@ class RouterKind(NamedTuple):
     """Describes how to read the routers of one system.
 
     Attributes:
-        shape: Gives the numbers of experts and choices, and of the ranks that share the experts.
-        read: Gives the choices from the router, its input and its output.
-        sequence_first: Whether tokens are ordered [S, B], and not [B, S].
-        fault: Returns why a router's choices cannot be read from its output; "" if they can.
+        shape: Returns the numbers of experts, of choices per token, and of ranks that share the experts.
+        read: Returns the choices, given the router, its input and its output.
+        sequence_first: True if tokens are ordered [S, B], False for [B, S].
+        fault: Returns why a router's choices cannot be read from its output; "" if they can be read.
     """
 
     shape: Callable[[Any], tuple[int, int, int]]
@@ -42,7 +42,7 @@ class RouterKind(NamedTuple):
 
 
 def _of_transformers(router: Any, hidden: Tensor, output: Any) -> Choices:
-    # The logits are computed anew, because the router returns logits or probabilities, depending on transformers' version.
+    # The logits are computed again, because some versions of transformers return probabilities instead of logits.
     _, weights_TK, ids_TK = output
     return Choices(ids_TK, weights_TK, F.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight))
 
@@ -70,7 +70,7 @@ MEGATRON = RouterKind(
     sequence_first=True,
     fault=_megatron_fault,
 )
-# Class of the router -> how it is read.
+# Class of a router -> functions that read its choices.
 ROUTERS: dict[str, RouterKind] = {
     "transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter": TRANSFORMERS,
     "transformers.models.olmoe.modeling_olmoe.OlmoeTopKRouter": TRANSFORMERS,
@@ -81,7 +81,8 @@ ROUTERS: dict[str, RouterKind] = {
 
 
 class Routers(NamedTuple):
-    """The routers of a model, all of one shape: modules and layer indices (L), and the numbers of `RouterKind.shape`."""
+    """The routers of a model, which all have one shape: modules, layer indices (L), and the numbers of
+    `RouterKind.shape`."""
 
     modules: tuple[nn.Module, ...]
     layers: tuple[int, ...]
@@ -100,8 +101,8 @@ def find_routers(model: nn.Module) -> Routers:
     """Finds the routers of a model.
 
     Raises:
-        ConfigError: there is none of a known class, their shapes or kinds differ, one is watched already, or the choices
-            cannot be read from its output.
+        ConfigError: the model has no router of a known class, the routers' shapes or classes differ, or a router is watched
+            already or has an output from which choices cannot be read.
     """
     found = {name: (module, kind) for name, module in model.named_modules() if (kind := _kind_of(module)) is not None}
     if not found:
@@ -135,7 +136,8 @@ def _kind_of(module: nn.Module) -> RouterKind | None:
 
 
 def _layers(found: dict[str, Any]) -> tuple[int, ...]:
-    """Layer indices from Megatron's `layer_number`, or from names such as model.layers.3.mlp.gate; else 0, 1, ..."""
+    """Returns layer indices: Megatron's `layer_number` - 1, else the number in names such as model.layers.3.mlp.gate, else
+    0, 1, ..."""
     layers = []
     for name, (module, _) in found.items():
         number, digits = getattr(module, "layer_number", None), re.search(r"\d+", name)
@@ -144,14 +146,14 @@ def _layers(found: dict[str, Any]) -> tuple[int, ...]:
 
 
 class MicroBatch(NamedTuple):
-    """Arguments of the model's forward: token ids and attention mask (0 is padding) [B, S]; None if it has none."""
+    """Arguments of the model's forward: token ids and attention mask (0 is padding), each [B, S], or None if not given."""
 
     tokens_BS: Tensor | None
     mask_BS: Tensor | None
 
 
 class Traced(NamedTuple):
-    """A forward of one router: ids int16 and weights float16 [T, K], and the micro-batch."""
+    """One router's forward: ids of the chosen experts, int16, and weights, float16, both [T, K], and the micro-batch."""
 
     ids_TK: Tensor
     weights_TK: Tensor
@@ -162,9 +164,9 @@ class Counts:
     """Sums over the forwards of a step, on the routers' devices.
 
     Attributes:
-        keep: Whether single choices are kept for a trace: (2 + 2) x K bytes a token and layer.
+        keep: Whether single choices are kept for a trace: (2 + 2) x K bytes per token and layer.
 
-    A copied or pickled model has hooks without effect, because the copy is another model.
+    In a copied or pickled model the hooks do nothing, because the copy is another model.
     """
 
     def __init__(self, routers: Routers) -> None:
@@ -172,16 +174,16 @@ class Counts:
         self._start()
 
     def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Stores the arguments of a forward of the model, before it runs."""
+        """Stores the arguments of the model's forward before the forward runs."""
         found = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
         self._batch = MicroBatch(*(each if isinstance(each, Tensor) and each.ndim == 2 else None for each in found))
 
     def forget(self, *_: Any) -> None:
-        """Drops the arguments, after the forward of the model."""
+        """Drops the stored arguments after the model's forward."""
         self._batch = MicroBatch(None, None)
 
     def add(self, layer: int, choices: Choices) -> None:
-        """Adds the choices of one forward of a layer (by its place in L). Nothing here waits for the device."""
+        """Adds the choices of one forward of a layer (index in L), without a device sync."""
         ids_TK, batch = choices.ids_TK, self._batch
         real_T = self._real(batch.mask_BS, ids_TK)
         entropy_T = torch.special.entr(choices.logits_TE.float().softmax(-1)).sum(-1)
@@ -205,7 +207,7 @@ class Counts:
         self._parts: list[list[Traced]] = [[] for _ in devices]
 
     def _real(self, mask_BS: Tensor | None, ids_TK: Tensor) -> Tensor:
-        """Which tokens are no padding, bool [T]. A mask of another size is ignored."""
+        """Returns which tokens are no padding, bool [T]. Ignores a mask of another size."""
         if mask_BS is None or mask_BS.numel() != len(ids_TK):
             return torch.ones(len(ids_TK), dtype=torch.bool, device=ids_TK.device)
         ordered = mask_BS.T if self._routers.kind.sequence_first else mask_BS
@@ -216,14 +218,14 @@ class Counts:
 
 
 class RouterHook:
-    """The forward hook of one router. It counts in training mode only, and not when backward recomputes a forward."""
+    """The forward hook of one router. Counts only in training mode, and not if backward recomputes the forward."""
 
     def __init__(self, counts: Counts, kind: RouterKind, layer: int) -> None:
         self._counts, self._kind, self._layer = counts, kind, layer
 
     @torch.no_grad()
     def __call__(self, router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        recomputed = torch._C._current_graph_task_id() != -1  # a backward runs in this thread
+        recomputed = torch._C._current_graph_task_id() != -1  # True if a backward runs in this thread
         if router.training and not recomputed:
             self._counts.add(self._layer, self._kind.read(router, inputs[0], output))
 

@@ -1,9 +1,9 @@
-"""Peak rates of GPUs in bf16, by the name that the driver gives a card, for perf/mfu."""
+"""The table of GPUs' peak rates in bf16, by the name that the driver reports, from which perf/mfu is computed."""
 
 import re
 
-# Dense TFLOP/s (without sparsity) in bf16 with fp32 sums, from NVIDIA's data sheets. The first key whose words are all in
-# the card's name counts, so a key with more words stands before one with fewer.
+# Dense TFLOP/s (without sparsity) in bf16 with fp32 sums, from NVIDIA's data sheets. A card gets the first key whose words
+# are all in the card's name; therefore a longer key stands before a shorter key with the same words.
 PEAK_BF16_TFLOPS: dict[str, float] = {
     "GB200": 2500.0,
     "B200": 2250.0,
@@ -26,12 +26,12 @@ PEAK_BF16_TFLOPS: dict[str, float] = {
     "L40": 181.0,
     "L40S": 362.0,
 }
-PARTIAL = "MIG"  # in the name of a part of a card, which does not have the card's rate
+PARTIAL = "MIG"  # in the name of a MIG part of a card, whose rate is lower than the card's
 
 
 def peak_tflops(card: str) -> float | None:
-    """Returns the dense peak rate of one GPU in bf16, in TFLOP/s; None for a part of a card, or if the table
-    lacks the card.
+    """Returns the dense peak rate of one GPU in bf16, in TFLOP/s; None for a MIG part of a card, or if the table lacks the
+    card.
 
     Args:
         card: Name of the GPU as `torch.cuda.get_device_name` gives it, for example "NVIDIA H100 80GB HBM3".

@@ -1,4 +1,4 @@
-"""Compares the records of two runs and finds the first reproducible line that differs. Needs no torch."""
+"""Compares the records of two runs, without times, and finds the first line that differs. Needs no torch."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_dist.monitor.tags import reproducible_part
 
-# Records of earlier versions lack these keys, which is no difference.
+# Records of earlier versions lack these keys, and a comparison ignores that.
 ADDED = frozenset({"ledger.rows_bound", "ledger.rows_padding"})
 
 
@@ -17,7 +17,7 @@ class Difference:
 
     Attributes:
         step, kind: Step and kind of the first run's line.
-        keys: (dotted key, value in the first line, value in the second); None stands for a missing key.
+        keys: (dotted key, value in the first line, value in the second line); None stands for a missing key.
         same: Number of equal lines before the first difference.
     """
 
@@ -35,7 +35,7 @@ def first_difference(
 
     Args:
         first, second: Lines of two metrics.jsonl in order.
-        rtol: Numbers, also those in lists, may differ by this share of the larger number; 0 compares exactly.
+        rtol: Numbers, also those in lists, may differ by this fraction of the larger number; 0 compares exactly.
         only: Dotted prefixes of the keys to compare, such as `losses` or `scalars.loss/total`; empty compares all keys.
     """
     same = 0

@@ -1,4 +1,4 @@
-"""Shows a `ComputeMap`: as a picture (uint8 [height, width, 3]), and as text for the console."""
+"""Shows a `ComputeMap` as a picture (uint8 [height, width, 3]), and as text for the console."""
 
 from collections.abc import Iterator, Sequence
 
@@ -25,9 +25,9 @@ from moe_dist.monitor.heatmaps import (
 from moe_dist.monitor.statistics import ComputeMap, MappedPicture
 
 HEAD, LABEL, GAP = 74, 22, 14  # heights in pixels: title, line of words, space between pictures
-SIDE = 112  # pixels of the longer side of a picture, at most
+SIDE = 112  # largest length in pixels of the longer side of a picture
 LINE = 22  # pixels from a line of text to the next
-SHADES = " .:-=+*#%@"  # characters for consoles: from no expert to the largest possible number of experts
+SHADES = " .:-=+*#%@"  # console characters, from no expert to the largest possible number of experts
 SHOWN, SHOWN_LINES = 3, 3  # pictures and lines of text on a console
 
 
@@ -37,7 +37,7 @@ def loads_text(found: ComputeMap) -> str:
 
 
 def draw_map(found: ComputeMap, *, title: str) -> np.ndarray:
-    """Draws pictures with the map of their cells below, then lines of text on the colours of their tokens."""
+    """Draws pictures, each above the map of its cells, then lines of text, each token on the colour of its experts."""
     caption = f"held-out, mean over layers: {loads_text(found)}"
     scale = linear_scale("", float(found.most))
     across = max(1, (CANVAS - 2 * MARGIN) // (SIDE + GAP))
@@ -68,7 +68,7 @@ def draw_map(found: ComputeMap, *, title: str) -> np.ndarray:
 def _picture(
     image: Image.Image, canvas: ImageDraw.ImageDraw, at: tuple[int, int], picture: MappedPicture, scale: Scale
 ) -> None:
-    """Pastes a picture, and below it its map with the mean in words. Without pixels its drawn cells are dark."""
+    """Pastes a picture, and below the picture the mean in words and the map. Without pixels, drawn cells are grey."""
     x, y = at
     factor = SIDE / max(picture.experts.shape)
     height, width = (max(1, round(cells * factor)) for cells in picture.experts.shape)
@@ -92,14 +92,14 @@ def _line(canvas: ImageDraw.ImageDraw, at: tuple[float, int], line: Sequence[tup
 
 
 def console_text(found: ComputeMap, width: int) -> list[Text]:
-    """Rows of as many pictures as `width` columns hold, beside their maps, then lines of text above the numbers of their
-    tokens' experts. A line that is too long is cut.
+    """Returns rows with as many pictures as fit into `width` columns, each beside its map, then lines of text above the
+    numbers of their tokens' experts. Cuts lines that are too long.
 
-    Characters with more ink mean more experts, so that a log without colours shows the map, too.
+    Characters with more ink mean more experts, so that a log without colours also shows the map.
     """
     scale = linear_scale("", float(found.most))
     texts = [Text(f"Compute map of held-out tokens: {loads_text(found)}", style="bold")]
-    of_one = 4 * found.pictures[0].experts.shape[1] + 4 if found.pictures else 1  # characters of a picture and its map
+    of_one = 4 * found.pictures[0].experts.shape[1] + 4 if found.pictures else 1  # columns of a picture and its map
     some = found.pictures[: min(SHOWN, max(1, (width - 2) // of_one))]
     if some:
         shades = f"'{SHADES[0]}' 0 to '{SHADES[-1]}' {found.most}"
@@ -120,7 +120,7 @@ def console_text(found: ComputeMap, width: int) -> list[Text]:
 
 
 def _row(picture: MappedPicture, row: int, most: int, scale: Scale) -> Iterator[tuple[str, str]]:
-    """Yields text and style of the cells of a picture's row, and of its map's row."""
+    """Yields text and style of each cell in one row of a picture, then in the same row of its map."""
     for column, is_empty in enumerate(picture.empty[row]):
         fill = _cell_colour(picture.pixels, picture.experts.shape, row, column)
         yield "  " if is_empty else "[]", _style(fill)
@@ -145,5 +145,5 @@ def _colour_of(load: float, scale: Scale) -> Colour:
 
 
 def _style(fill: Colour) -> str:
-    """A rich style: the colour as background, with readable characters on it."""
+    """Returns a rich style with the colour as background and readable characters."""
     return f"{'black' if ink_on(fill) == INK else 'white'} on rgb({fill[0]},{fill[1]},{fill[2]})"

@@ -1,5 +1,5 @@
-"""Compares the rows and bytes that a step sends with those of other placements and methods for the same choices. Pure
-functions."""
+"""Compares the rows and bytes that a step sends with the rows and bytes that other placements and dispatch methods would
+send for the same choices. Pure functions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class Cost:
-    """The traffic of a method in a step, over all ranks and layers: rows of dispatch in forward, and payload bytes of
-    forward and backward. Both are None if the method cannot handle these choices."""
+    """The traffic of a dispatch method in a step, over all ranks and layers: rows of dispatch in forward, and payload bytes
+    of forward and backward. Both are None if the method cannot handle these choices."""
 
     method: str
     row_per: str  # text of the column "one row per"
@@ -25,11 +25,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class CostTable:
-    """The costs of the last steps, mean over `steps`; the first line is the run's own.
+    """The mean costs of the last `steps` steps; the first line is the run's own.
 
     Attributes:
         tokens: Tokens of a step.
-        untimed: Why the run has no seconds; empty if it has.
+        untimed: Why the run has no seconds; empty if it has seconds.
     """
 
     costs: Sequence[Cost]
@@ -48,17 +48,17 @@ def cost_table(
 ) -> CostTable:
     """Compares methods on the choices of the steps `results`.
 
-    A method's bytes are its rows times the bytes of a row of this run (forward, backward and what is recomputed). All
-    numbers of rows are from the ledger (`moe_dist.moe.dispatch.ledger`), except those of other placements. Megatron-Core's
-    all-to-all dispatcher sends one row for each pair with an expert on another rank, and needs equally many experts on
-    each rank. For docs/benchmarks.md the rows were counted at its collectives; the numbers are equal.
+    A method's bytes are its rows times the bytes of a row of this run (forward, backward and recomputation). All numbers of
+    rows come from the ledger (`moe_dist.moe.dispatch.ledger`), except for other placements. Megatron-Core's all-to-all
+    dispatcher sends one row for each (token, expert) pair with an expert on another rank, and needs equally many experts on
+    each rank. The rows counted at Megatron-Core's collectives for docs/benchmarks.md equal the ledger's number.
 
     Args:
         policy: Placement policy of the run.
-        by_placement: Rows of the same steps under this and other placements, by policy (`moe_dist.train.placement_rows`).
-            They count one row per token and rank; if this run counts otherwise (dispatch `hierarchical`), the others are
-            left out.
-        untimed: Why seconds mean nothing here; empty if they do.
+        by_placement: Rows of the same steps under this and other placements, by policy (`moe_dist.train.placement_rows`),
+            one row per token and rank. Other placements are left out if this run counts rows in another way (dispatch
+            `hierarchical`).
+        untimed: Why seconds mean nothing in this run; empty if they mean something.
     """
     steps = len(results)
     ledger = {key: sum(each.ledger[key] for each in results) / steps for key in results[0].ledger}
@@ -86,7 +86,7 @@ HEADERS = ("method", "one row per", "rows", "MB", "x this run", "seconds")
 
 
 def render_costs(found: CostTable) -> Table:
-    """The table for console and summary."""
+    """Returns the table for console and summary."""
     table = Table(title="What a step sends", caption=_caption(found), title_justify="left", caption_justify="left")
     for number, name in enumerate(HEADERS):
         table.add_column(name, justify="left" if number < 2 else "right")
@@ -96,7 +96,7 @@ def render_costs(found: CostTable) -> Table:
 
 
 def costs_markdown(found: CostTable) -> str:
-    """The table for TensorBoard."""
+    """Returns the table for TensorBoard."""
     lines = [HEADERS, ("---", "---", *["---:"] * 4), *_cells(found)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{_caption(found)}"
 

@@ -21,14 +21,14 @@ class DeviceMonitor:
 
     Attributes:
         latest: Latest readings. device/utilisation (percent), device/power (watts) and gpu_used_mib (by all processes) are
-            None if unreadable; without a GPU the host's CPU utilisation is device/utilisation. cpu_percent (all cores) and
+            None if unreadable. Without a GPU, device/utilisation is the host's CPU utilisation. cpu_percent (all cores) and
             resident_mib (this process) describe the host.
     """
 
     def __init__(self, *, seconds: float, gpu: str | int | None = None) -> None:
         self._seconds = seconds
         self._process = psutil.Process()
-        psutil.cpu_percent()  # the next call returns the mean since this one
+        psutil.cpu_percent()  # the next call returns the mean since this call
         self._gpu = _Gpu(gpu) if gpu is not None else None
         self.latest: Mapping[str, float | None] = self._take()
         self._stopped = threading.Event()
@@ -93,7 +93,7 @@ class _Gpu:
             return None
         try:
             return get(self._nvml, self._handle)
-        except Exception as error:  # one class of pynvml for 'not supported' (power on some cards) and for 'GPU is lost'
+        except Exception as error:  # pynvml has one class for 'not supported' (power of some cards) and 'GPU is lost'
             self._say(name, f"no reading of the GPU's {name} (NVML: {error})")
             return None
 

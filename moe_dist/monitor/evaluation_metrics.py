@@ -8,10 +8,10 @@ from moe_dist.monitor.tags import tag_plan
 
 
 def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_groups: int) -> dict[str, float | None]:
-    """Scalars of a held-out evaluation: eval/..., the balance efficiencies that were measured, and
+    """Returns the scalars of a held-out evaluation: eval/..., the measured balance efficiencies, and
     mixture_of_depths/load_over_target, which is a mean over the mixture-of-depths layers.
 
-    With too many modalities for one scalar each, eval/mean is the mean loss over the tokens of all modalities.
+    If there are too many modalities for one scalar each, eval/mean is the mean loss over the tokens of all modalities.
     """
     scalars: dict[str, float | None]
     depths = result.mixture_of_depths

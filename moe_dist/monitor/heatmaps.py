@@ -1,4 +1,4 @@
-"""Draws heat maps and curves: arrays of numbers in, uint8 [height, width, 3] out. Uses only numpy and Pillow.
+"""Draws arrays of numbers as heat maps and curves, uint8 [height, width, 3]. Uses only numpy and Pillow.
 
 The more cells a heat map has, the smaller they are: from 44 pixels, with the value written inside, to 7 pixels.
 """
@@ -19,7 +19,7 @@ WIDTH, HEIGHT, TOP, LEFT, FOOT = 900, 360, 74, 62, 46  # pixels: size and margin
 
 Colour = tuple[int, int, int]
 
-# ColorBrewer RdBu, reversed, and matplotlib's viridis: even steps in lightness, safe for colour-blind eyes.
+# ColorBrewer's RdBu, reversed, and matplotlib's viridis. Both have even steps in lightness and suit colour-blind readers.
 DIVERGING: tuple[Colour, ...] = (
     (33, 102, 172), (67, 147, 195), (146, 197, 222), (209, 229, 240), (247, 247, 247),
     (253, 219, 199), (244, 165, 130), (214, 96, 77), (178, 24, 43),
@@ -40,8 +40,8 @@ class Scale:
         to_unit: Maps numbers to [0, 1].
         ticks: Numbers that are written beside the colour bar.
         write: Formats a number as a short text.
-        caption: A line under the title that says what the numbers are.
-        zero: Colour of exact zeros; None: as for any other number.
+        caption: A line under the title that explains the numbers.
+        zero: Colour of exact zeros; None for no special colour.
     """
 
     colours: tuple[Colour, ...]
@@ -54,7 +54,8 @@ class Scale:
 
 @dataclass(frozen=True)
 class Axis:
-    """The rows or the columns of a heat map: a name, and a label for each. Optional sublabels stand below the labels."""
+    """The name of the rows or the columns of a heat map, and a label for each row or column. Optional sublabels stand below
+    the labels."""
 
     name: str
     labels: Sequence[str]
@@ -62,7 +63,7 @@ class Axis:
 
 
 def ratio_scale(caption: str) -> Scale:
-    """Scale for a load over the mean load: white is 1, full red 4 or more, full blue a quarter or less, black exactly 0."""
+    """Returns the scale for load / mean load: white is 1, full red 4 or more, full blue 1/4 or less, black exactly 0."""
 
     def to_unit(values: np.ndarray) -> np.ndarray:
         return np.clip(np.log2(np.maximum(values, 2.0**-9)) / 4 + 0.5, 0.0, 1.0)
@@ -71,7 +72,7 @@ def ratio_scale(caption: str) -> Scale:
 
 
 def linear_scale(caption: str, top: float) -> Scale:
-    """Scale for numbers from 0 to `top`."""
+    """Returns the scale for numbers from 0 to `top`."""
     top = top if top > 0 else 1.0
     return Scale(SEQUENTIAL, lambda values: np.clip(values / top, 0.0, 1.0), tuple(np.linspace(0, top, 5)), _short, caption)
 
@@ -83,7 +84,7 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
     bar_space = BAR_WIDTH + 74
     width_cell = _cell_size(CANVAS - row_gutter - bar_space, num_columns)
     label_width = max(_widest(columns.labels, 13), _widest(columns.sublabels, 11)) + 8
-    if num_columns * label_width <= CANVAS // 2:  # few columns: all names are shown, even long ones
+    if num_columns * label_width <= CANVAS // 2:  # few columns, so that even long names are shown
         width_cell = max(width_cell, label_width)
     height_cell = _cell_size(CANVAS, num_rows, top=min(MAX_CELL, max(width_cell, 22)))
     head = 88
@@ -114,8 +115,8 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
 
 
 def extremes(values: np.ndarray, rows: Axis, columns: Axis, scale: Scale) -> str:
-    """Names the largest value and its cell, and the number of cells that are exactly 0 if the scale marks them. For
-    heat maps whose cells show no numbers. `values` must not be nan everywhere."""
+    """Returns a text with the largest value and its cell, and the number of cells that are exactly 0 if the scale marks
+    zeros. Used for heat maps whose cells show no numbers. `values` must not be nan everywhere."""
     row, column = divmod(int(np.nanargmax(values)), values.shape[1])
     row_name, column_name = (axis.name.split(",")[0] for axis in (rows, columns))
     largest = f"largest {scale.write(float(values[row, column]))}: {row_name} {rows.labels[row]}, "
@@ -137,7 +138,7 @@ def colour(values: np.ndarray, scale: Scale) -> np.ndarray:
 
 
 def ink_on(fill: Colour) -> Colour:
-    """The colour of text that is readable on `fill`."""
+    """Returns a colour of text that is readable on `fill`."""
     return INK if 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 140 else PAPER
 
 
@@ -182,7 +183,7 @@ def _cell_size(space: int, count: int, top: int = MAX_CELL) -> int:
 
 
 def labelled(count: int, cell: int, needed: int) -> range:
-    """Indices of the rows or columns that get a label: all, or every 2nd, 4th, 8th ... if space is short."""
+    """Returns the indices of the rows or columns that get a label: all, or every 2nd, 4th, 8th ... if space is short."""
     stride = 1
     while stride * cell < needed:
         stride *= 2
@@ -203,7 +204,7 @@ def _short(value: float) -> str:
 
 @lru_cache(maxsize=8)  # cached, because a picture writes thousands of labels in a few sizes
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)  # Pillow contains this font, so no font file of the system is needed
+    return ImageFont.load_default(size)  # Pillow's own font, which needs no font file of the system
 
 
 def page(width: int, height: int, title: str, caption: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -218,7 +219,7 @@ def draw_against_targets(
     steps: Sequence[int], values: Mapping[str, Sequence[float]], targets: Mapping[str, float], *, title: str, caption: str
 ) -> np.ndarray:
     """Draws for each name of `targets` its values over `steps` as a curve, and its target as a dashed line. A nan leaves a
-    gap. `steps` are at least one, in rising order."""
+    gap. `steps` has at least one step, and rises."""
     image, canvas = page(WIDTH, TOP + HEIGHT + FOOT, title, caption)
     known = np.array([*targets.values(), *(v for each in values.values() for v in each)], dtype=np.float64)
     low, high = float(np.nanmin(known)), float(np.nanmax(known))

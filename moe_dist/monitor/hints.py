@@ -1,6 +1,7 @@
-"""Warns during a run by hints. A hint names the number, its expected value, the place to look and the key to try.
+"""Makes hints, which warn during a run. A hint names the odd number, the expected number, the place to look and the key to
+try.
 
-Most hints are judged over a window of steps, because a single odd batch proves nothing.
+Most hints consider a window of steps, because a single odd batch proves nothing.
 """
 
 import math
@@ -14,13 +15,13 @@ from moe_dist.monitor.metrics import Record, slowest_rank
 from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
 from moe_dist.placement.placement import ExpertGroup
 
-BUSY_RANK = 1.5  # a hint warns if each layer's busiest rank has, over all layers, this many times the mean rank's work
-LOSS_RISE = 1.05  # the loss has risen if its mean is above this many times that of the previous window
-LOSS_FALL = 0.99  # the loss has fallen if its mean is below this many times that of the first window
+BUSY_RANK = 1.5  # a hint warns if the layers' busiest ranks together have this many times the mean rank's work
+LOSS_RISE = 1.05  # the loss has risen if its mean / mean in the previous window is above this
+LOSS_FALL = 0.99  # the loss has fallen if its mean / mean in the first window is below this
 SLOW_RANK = 1.5  # a rank is slow if its seconds are at least this many times the median of the other ranks
-SLOW_SECONDS = 0.005  # and if they are longer by at least so much: smaller differences are noise
+SLOW_SECONDS = 0.005  # a rank is slow only if its seconds exceed that median by this: smaller differences are noise
 SPEED_DROP = 0.6  # the speed has dropped if it is below this many times the median of the previous steps
-RECENT = 10  # steps whose median is the current speed
+RECENT = 10  # number of last steps whose median is the current speed
 
 
 class HintWatch:
@@ -65,7 +66,7 @@ class HintWatch:
         yield from full_memory([past.memory_W3 for past in self._records if past.memory_W3.size])
         if len(self._records) < self._window:
             return
-        # Only the run's first window counts: a later attempt begins with a low loss, which falls slowly anyway.
+        # Only the run's first window counts, because a later attempt begins with a low loss, which falls slowly anyway.
         if self._first_loss is None and len(self._losses) >= self._window and record.step <= 2 * self._window:
             self._first_loss = fmean(tuple(self._losses)[: self._window])
         yield from loss_trend(tuple(self._losses), self._first_loss, self._window)
@@ -79,7 +80,7 @@ class HintWatch:
 
 
 def unread_modality(records: Sequence[Record]) -> Iterator[Hint]:
-    """Warns about a modality of which no data were read while the data of another modality were read."""
+    """Warns about a modality without read data, if the data of another modality were read."""
     first, last = records[0].epochs, records[-1].epochs
     stopped = [name for name, epochs in last.items() if epochs == first[name] and not any(r.labels[name] for r in records)]
     if len(records) < 2 or len(stopped) == len(last):
@@ -109,7 +110,7 @@ def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
 
 
 def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
-    """Warns about a rank that works much longer than the other ranks. Time spent waiting for peers is not counted."""
+    """Warns about a rank that computes much longer than the other ranks. Waits for other ranks do not count."""
     known = [each for each in busy_seconds if each.size > 1]
     if len(known) < RECENT:
         return
@@ -125,7 +126,7 @@ def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
 
 
 def full_memory(memory: Sequence[np.ndarray]) -> Iterator[Hint]:
-    """Warns about a rank whose allocator found no free memory and emptied its cache since the first of the records."""
+    """Warns about a rank whose allocator found no free memory and emptied its cache since the first record."""
     more_W = memory[-1][:, 2] - memory[0][:, 2] if memory else np.zeros(1)
     rank = int(more_W.argmax())
     if more_W[rank] > 0:
@@ -139,8 +140,8 @@ def full_memory(memory: Sequence[np.ndarray]) -> Iterator[Hint]:
 
 
 def loss_trend(losses: Sequence[float], first: float | None, window: int) -> Iterator[Hint]:
-    """Warns if the loss rose over the last two windows, or never fell. `first` is the mean loss in the run's first
-    window."""
+    """Warns if the loss rose from the window before the last to the last window, or never fell. `first` is the mean loss in
+    the run's first window."""
     if len(losses) < 2 * window or first is None:
         return
     before, now = fmean(losses[:window]), fmean(losses[window:])

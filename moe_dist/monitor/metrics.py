@@ -33,7 +33,7 @@ class Record:
             (tokens without expert).
         ledger: Counts of bytes and rows in dispatch and combine (`StepResult.ledger`).
         host: CPU and memory readings of rank 0's machine, seconds of work of the slowest and the other ranks, the largest
-            memory of any rank, and the peak rate of which perf/mfu is the share.
+            memory of any rank, and the peak rate by which perf/mfu divides.
         busy_seconds_W: Seconds that each rank worked in the previous step, without waits; empty in the first step.
         memory_W3: MiB allocated, MiB reserved and retries of each rank's allocator (`train.step.largest_memory`); empty in
             the first step.
@@ -78,7 +78,7 @@ def build_record(
         readings: Latest readings of `devices.DeviceMonitor`. Names that begin with device/ become scalars; all other
             readings go to `Record.host`.
         peak_flops: Peak FLOPs per second of all devices together; without it perf/mfu is None.
-        peak_source: The card or configuration key that `peak_flops` comes from.
+        peak_source: The card or configuration key from which `peak_flops` comes.
 
     Raises:
         ValueError: A modality has the name of a loss term.
@@ -167,11 +167,11 @@ def active_against_target(
 
 
 def depth_metrics(depths: DepthStatistics) -> dict[str, np.ndarray]:
-    """Metrics of each mixture-of-depths layer, float64 [L]; nan for a layer without tokens.
+    """Returns metrics of each mixture-of-depths layer, float64 [L]; nan for a layer without tokens.
 
-    `computed` is the share of all tokens that the layer computes, `computed_by_group` [L, G] the share of each group's
-    tokens. Training adds `agreement`, the share of tokens for which the causal decision equals the top-k selection of
-    training, and `gate_weight`, the mean gate weight of computed tokens.
+    `computed` is the fraction of all tokens that the layer computes, `computed_by_group` [L, G] the fraction of each
+    group's tokens. Training adds `agreement`, the fraction of tokens for which the causal decision equals the top-k
+    selection of training, and `gate_weight`, the mean gate weight of computed tokens.
     """
     tokens_L, taken_L = depths.tokens_LG.sum(1), depths.taken_LG.sum(1)
     metrics = {
@@ -186,7 +186,7 @@ def depth_metrics(depths: DepthStatistics) -> dict[str, np.ndarray]:
 
 
 def depth_line(depths: DepthStatistics) -> dict[str, Any]:
-    """The value of `mixture_of_depths` in a line of metrics.jsonl: `depth_metrics` as lists over the `layers`."""
+    """Returns the value of `mixture_of_depths` in a line of metrics.jsonl: `depth_metrics` as lists over the `layers`."""
     metrics = depth_metrics(depths)
     by_group_LG = metrics.pop("computed_by_group")
     return {
@@ -198,8 +198,8 @@ def depth_line(depths: DepthStatistics) -> dict[str, Any]:
 
 
 def depth_scalars(depths: DepthStatistics, *, split: bool) -> dict[str, float | None]:
-    """Scalars of the mixture-of-depths layers. Each share is a sum over layers divided by a sum over layers. Without
-    `split`, mixture_of_depths/computed/mean is the mean over the groups that had tokens."""
+    """Returns the scalars of the mixture-of-depths layers. Each fraction is a sum over layers divided by a sum over layers.
+    Without `split`, mixture_of_depths/computed/mean is the mean over the groups that had tokens."""
     taken_G, tokens_G = depths.taken_LG.sum(0), depths.tokens_LG.sum(0)
     shares = {name: ratio(taken_G[g], tokens_G[g]) for g, name in enumerate(depths.groups)}
     if not split:
@@ -213,7 +213,7 @@ def depth_scalars(depths: DepthStatistics, *, split: bool) -> dict[str, float | 
 
 
 def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
-    """The rank that worked longest, its seconds, and the median seconds of the other ranks; empty with a single rank."""
+    """Returns the rank that computed longest, its seconds, and the other ranks' median seconds; empty for a single rank."""
     if busy_seconds_W.size < 2:
         return {}
     rank = int(busy_seconds_W.argmax())
@@ -225,8 +225,8 @@ def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
 
 
 def memory_of_ranks(memory_W3: np.ndarray) -> dict[str, float]:
-    """Returns the largest of each column of `Record.memory_W3`, the largest difference of reserved and allocated MiB, and
-    the rank of each. Empty in the first step."""
+    """Returns the largest value of each column of `Record.memory_W3`, the largest difference of reserved and allocated MiB,
+    and the rank with each of these. Empty in the first step."""
     if not memory_W3.size:
         return {}
     allocated_W, reserved_W, retries_W = memory_W3.T
@@ -237,7 +237,7 @@ def memory_of_ranks(memory_W3: np.ndarray) -> dict[str, float]:
 
 
 def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, split: bool) -> dict[str, float | None]:
-    """Each term of the loss, and loss/total = nats / labels (of all modalities) + balance + z + auxiliary.
+    """Returns each term of the loss, and loss/total = nats / labels (of all modalities) + balance + z + auxiliary.
 
     Raises:
         ValueError: A modality has the name of a loss term.
@@ -247,14 +247,15 @@ def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, spli
         raise ValueError(f"modalities: {taken} are names of loss terms; rename them in the manifest")
     nats = ratio(sum(result.nll_M.tolist()), sum(result.labels_M.tolist()))
     total = None if nats is None else nats + result.balance + result.z + result.auxiliary
-    # Auxiliary routers and router tuning have no z-loss: loss/auxiliary takes the place of loss/z in the 40 scalars.
+    # Runs with auxiliary routers or router tuning have no z-loss, so that loss/auxiliary can replace loss/z in the 40
+    # scalars.
     third = {"loss/auxiliary": result.auxiliary} if result.auxiliary else {"loss/z": result.z}
     by_modality = {f"loss/{name}": value for name, value in losses.items()} if split else {}
     return {"loss/total": total, **by_modality, "loss/balance": result.balance, **third}
 
 
 class GroupChoices(NamedTuple):
-    """The columns of `choices_LC` of one group, by kind: true, null, identity and constant experts."""
+    """One group's columns of `choices_LC`, divided into true, null, identity and constant experts."""
 
     true_Ln: np.ndarray
     null_Lm: np.ndarray
@@ -263,12 +264,12 @@ class GroupChoices(NamedTuple):
 
     @property
     def total(self) -> np.ndarray:
-        """Number of the group's choices in each layer, [L]."""
+        """Returns the number of the group's choices in each layer, [L]."""
         return np.sum([part.sum(1) for part in self], axis=0)
 
 
 def group_choices(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> list[GroupChoices]:
-    """Splits `choices_LC` by group; the column order is that of `moe_dist.moe.routing.group_columns`."""
+    """Splits `choices_LC`, with columns in the order of `moe_dist.moe.routing.group_columns`, by group."""
     counts = [(g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in groups]
     by_kind = [count for kind in zip(*counts, strict=True) for count in kind]
     parts = np.split(choices_LC, np.cumsum(by_kind)[:-1], axis=1)
@@ -281,8 +282,9 @@ def group_metrics(
     """Computes each of `tags.GROUP_FAMILIES`, float64 [L, G]; nan where no token was routed.
 
     experts_per_token counts true experts after a capacity dropped pairs; the other families count all choices.
-    capacity_used is the busiest expert's load over an even share, which is the load that a capacity factor of 1 allows:
-    k T / (columns of the group) if tokens choose, c T if experts choose.
+    capacity_used is the busiest expert's load divided by an even share, the load that a capacity factor of 1 allows. For T
+    tokens an even share is k T / (columns of the group) if tokens choose k experts, and c T if experts choose with capacity
+    c.
     """
     metrics = {name: np.full(tokens_LG.shape, np.nan) for name in GROUP_FAMILIES}
     dropped_LG = np.zeros_like(tokens_LG) if dropped_LG is None else dropped_LG
@@ -304,7 +306,8 @@ def group_scalars(
     split: Sequence[str],
     dropped_LG: np.ndarray,
 ) -> dict[str, float | None]:
-    """moe/<family>/<group> for each family in `split`; moe/<family>/mean over the groups with tokens for other families."""
+    """Returns moe/<family>/<group> for each family in `split`, and for other families moe/<family>/mean, the mean over the
+    groups with tokens."""
     over_layers = [counts.sum(0, keepdims=True) for counts in (choices_LC, tokens_LG, dropped_LG)]
     summed = group_metrics(over_layers[0], over_layers[1], groups, dropped_LG=over_layers[2])
     layers = group_metrics(choices_LC, tokens_LG, groups)
@@ -326,12 +329,12 @@ def group_scalars(
 
 def rows_by_rank(pairs_LC: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
     """Sums the true experts' columns of `pairs_LC` by the EP rank that holds the expert, [L, R]. If `pairs_LC` counts the
-    pairs that a capacity kept, the result is the pairs that each EP rank computes, summed over all EP groups."""
+    pairs that a capacity kept, the result is the number of pairs that each EP rank computes, summed over all EP groups."""
     return placement.by_rank(pairs_LC[:, : placement.num_experts])
 
 
 def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """Work of each EP rank, float64 [L, R]: the pairs that it computes times their mean FFN width."""
+    """Returns the work of each EP rank, float64 [L, R]: its computed pairs times their mean FFN width."""
     width_E = np.array(placement.width_of_expert, dtype=np.float64)
     choices_LE = choices_LC[:, : placement.num_experts]  # counted before a capacity drops pairs
     width_LR = divide(rows_by_rank(choices_LE * width_E, placement), rows_by_rank(choices_LE, placement))
@@ -339,7 +342,7 @@ def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: Expert
 
 
 def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float | None]:
-    """Scalars of the step's communication. Metadata bytes are not included.
+    """Returns the scalars of the step's communication, without metadata bytes.
 
     The bytes of other methods are estimated as their rows times this step's bytes per row (padding rows included).
     """
@@ -347,7 +350,7 @@ def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float |
     row_bytes = ratio(ledger["payload_bytes"], ours)  # forward, backward and recomputation
 
     def saved(rows: int) -> float | None:
-        if row_bytes is None:  # no row was sent, so the bytes per row are unknown
+        if row_bytes is None:  # without sent rows the bytes per row are unknown
             return None if rows else 0.0
         return (rows - ours) * row_bytes
 
@@ -361,14 +364,14 @@ def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float |
 
 
 def perf_scalars(stats: StepStatistics, peak_flops: float | None) -> dict[str, float | None]:
-    """Throughput. mfu = FLOPs per token x tokens per second / `peak_flops` (Chowdhery et al. 2022, appendix B)."""
+    """Returns throughput. mfu = FLOPs per token x tokens per second / `peak_flops` (Chowdhery et al. 2022, appendix B)."""
     rate = ratio(stats.result.tokens, stats.step_seconds)
     mfu = rate * stats.flops_per_token / peak_flops if rate and stats.flops_per_token and peak_flops else None
     return {"perf/tokens_per_second": rate, "perf/step_seconds": stats.step_seconds, "perf/mfu": mfu}
 
 
 def busiest_over_mean(load_LX: np.ndarray) -> np.ndarray:
-    """For each layer its largest load divided by its mean load, float64 [L]; nan for a layer without load."""
+    """Returns each layer's largest load divided by its mean load, float64 [L]; nan for a layer without load."""
     return divide(load_LX.max(1), load_LX.mean(1))
 
 
@@ -384,7 +387,7 @@ def ratio(over: float, under: float) -> float | None:
 
 
 def divide(over: np.ndarray, under: np.ndarray) -> np.ndarray:
-    """`over` / `under` as float64; nan where `under` is zero."""
+    """Returns `over` / `under` as float64; nan where `under` is zero."""
     result = np.full(np.broadcast(over, under).shape, np.nan)
     np.divide(over, under, out=result, where=np.asarray(under) != 0)  # `where` avoids numpy's warnings
     return result

@@ -22,9 +22,9 @@ class Subject:
     Attributes:
         groups: Expert groups, in the order of the columns of `Record.arrays`.
         moe_layers: Layer index of each MoE layer.
-        num_modalities: Number of modalities of the data. It decides which scalars are split by group.
+        num_modalities: Number of modalities of the data, which decides which scalars are split by group.
         active_target: True experts per token that a load controller aims at, by group.
-        mixture_of_depths: True if some layers compute only a share of the tokens.
+        mixture_of_depths: True if some layers compute only a fraction of the tokens.
     """
 
     groups: tuple[ExpertGroup, ...]
@@ -44,7 +44,7 @@ class Subject:
 def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (tag, picture) of every heat map. Rows are layers; columns are experts, ranks or groups.
 
-    No tag may equal a scalar's tag, because TensorBoard shows only the first kind of value that it reads under a tag.
+    No tag may equal a scalar's tag, because TensorBoard shows only one type of value under a tag.
     """
     groups = subject.groups
     layers = Axis("layer", [str(layer) for layer in subject.moe_layers])
@@ -75,8 +75,8 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
 
 
 def change_map(choices_LC: np.ndarray, subject: Subject, after: ExpertPlacement, steps: str) -> np.ndarray:
-    """Draws what a lever of `rank_balance` changes: the load of each rank over the mean rank's for the same choices, with
-    the placement of `subject` and with that of `after`."""
+    """Draws the change by a lever of `rank_balance`: each rank's load / mean rank's load for the same choices, with the
+    placement of `subject` and with the placement `after`."""
     load_LE = choices_LC[:, : after.num_experts] * np.array(after.width_of_expert)
     values = np.concatenate([over_mean(each.by_rank(load_LE)) for each in (subject.placement, after)], axis=1)
     ranks, layers = [str(rank) for rank in range(after.num_ranks)], [str(layer) for layer in subject.moe_layers]
@@ -87,19 +87,20 @@ def change_map(choices_LC: np.ndarray, subject: Subject, after: ExpertPlacement,
 
 
 def loads(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[tuple[ExpertGroup, np.ndarray]]:
-    """Yields each group, and its true experts' choices over the mean of the group's experts in a layer, float64 [L, n]."""
+    """Yields each group, and its true experts' choices divided by the mean over the group's experts, float64 [L, n]."""
     for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
         yield group, over_mean(true_Ln)
 
 
 def zero_computation_fraction(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
-    """Share of each group's choices that went to identity and constant experts, float64 [L, G]; nan without choices."""
+    """Returns the fraction of each group's choices that are identity or constant experts, float64 [L, G]; nan without
+    choices."""
     split = group_choices(choices_LC, groups)
     return np.stack([divide(c.identity_Li.sum(1) + c.constant_Lc.sum(1), c.total) for c in split], axis=1)
 
 
 def relative_entropy(entropy_sum_LG: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
-    """Mean entropy of a token divided by the largest possible entropy, float64 [L, G]; nan without tokens."""
+    """Returns the tokens' mean router entropy / largest possible entropy, float64 [L, G]; nan without tokens."""
     largest_G = np.array([math.log(max(group.num_columns, 2)) for group in groups])  # log 1 = 0 cannot be a divisor
     return divide(entropy_sum_LG, tokens_LG) / largest_G
 
@@ -138,5 +139,5 @@ def _per_group_maps(sums: Mapping[str, np.ndarray], subject: Subject) -> Iterato
 
 
 def over_mean(load_LX: np.ndarray) -> np.ndarray:
-    """The load of each column over the mean of its layer, float64 [L, X]; nan for a layer without load."""
+    """Returns each column's load divided by the mean of the layer, float64 [L, X]; nan for a layer without load."""
     return divide(load_LX, load_LX.mean(1, keepdims=True))

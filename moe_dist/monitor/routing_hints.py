@@ -1,8 +1,8 @@
 """Hints about the routing counts of a window of steps. Each rule is relative to the loads that are possible.
 
-A token takes an expert at most once, so an expert's load is at most the number of the group's tokens; of k choices at most
-min(k, m) are null. Layers and experts with fewer than `ENOUGH` expected choices are not judged. Shape letters as in
-`metrics.py`.
+A token takes an expert at most once. Therefore an expert's load is at most the number of the group's tokens, and at most
+min(k, m) of a token's k choices are the m null experts. Layers and experts with fewer than `ENOUGH` expected choices are
+not judged. Shape letters as in `metrics.py`.
 """
 
 import re
@@ -16,26 +16,26 @@ from moe_dist.monitor.metrics import GroupChoices, divide, group_choices
 from moe_dist.placement.placement import ExpertGroup
 
 BUSY_EXPERT = 3.0  # an expert is busy if its load is at least this many times the even load
-BUSY_SPAN = 0.8  # an expert is also busy if its load has this share of the way from the even to the largest possible load
+BUSY_SPAN = 0.8  # or if its load lies at this fraction of the way from the even to the largest possible load
 BUSY_ROOM = 1.5  # experts are judged as busy only if the largest possible load is at least this many times the even load
 DROPPED = 0.1  # a hint warns, and few_drops fails, if a capacity drops at least this share of a layer's pairs
-NULL_EDGE = 0.02  # a hint warns if the null fraction is nearer than this to its least or largest possible value
+NULL_EDGE = 0.02  # a hint warns if the null fraction is nearer than this to its smallest or largest possible value
 IDLE = 0.02  # a layer is dead if its tokens take less than this many times the even number of experts
 STARVED = 0.1  # a group is starved if its tokens take less than this many times the even number of experts
-ENOUGH = 20.0  # with fewer expected choices than this, chance could explain a number
+ENOUGH = 20.0  # with fewer expected choices than this, chance could explain an odd number
 NAMED = 4  # largest number of experts or layers that a hint names
 
 
 @dataclass(frozen=True)
 class Hint:
-    """One warning. Two hints of the same `kind` are repeats."""
+    """One warning. A hint of the same `kind` as an earlier hint is a repeat."""
 
     kind: str
     text: str
 
 
 class WindowSums(NamedTuple):
-    """Sums over the records of a window: int64 arrays of `Record.arrays`, and what the texts of the hints name."""
+    """Sums over the records of a window: int64 arrays of `Record.arrays`, and numbers for the texts of the hints."""
 
     choices_LC: np.ndarray
     tokens_LG: np.ndarray
@@ -46,7 +46,7 @@ class WindowSums(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupWindow:
-    """The part of `WindowSums` of one group."""
+    """One group's part of `WindowSums`."""
 
     group: ExpertGroup
     choices: GroupChoices
@@ -58,28 +58,29 @@ class GroupWindow:
 
     @property
     def kept(self) -> np.ndarray:
-        """Number of (token, true expert) pairs of each layer that no capacity dropped, int64 [L]."""
+        """Returns the number of (token, true expert) pairs of each layer that no capacity dropped, int64 [L]."""
         return self.choices.true_Ln.sum(1) - self.dropped_L
 
     @property
     def even(self) -> np.ndarray:
-        """Number of (token, true expert) pairs of each layer if all columns are chosen equally often, float64 [L]."""
+        """Returns each layer's number of (token, true expert) pairs if all columns are chosen equally often, float64
+        [L]."""
         return self.tokens_L * self.group.expected_experts_per_token
 
     @property
     def saturated(self) -> float:
-        """Largest possible share of null choices."""
+        """Returns the largest possible fraction of null choices."""
         return min(self.group.top_k, self.group.num_null) / self.group.top_k
 
     @property
     def null_share(self) -> float | None:
-        """Share of null choices, over all layers; None without choices or without null experts."""
+        """Returns the fraction of null choices over all layers; None without choices or without null experts."""
         total = float(self.choices.total.sum())
         return float(self.choices.null_Lm.sum()) / total if total and self.group.num_null else None
 
 
 def for_another_trainer(text: str) -> str:
-    """The text of a hint for a model that another trainer trains, whose settings have other names."""
+    """Returns the text of a hint for a model that another trainer trains, whose settings have other names."""
     coefficient = r"( first)? coefficient in loss\.balance\.schedule( \(now \S+\))?"
     text = re.sub(coefficient, " weight of the load-balancing loss (router_aux_loss_coef, moe_aux_loss_coeff)", text)
     text = re.sub("try placement.policy=.*", "spread the experts over the ranks", text)
@@ -121,7 +122,7 @@ def busy_expert(window: GroupWindow) -> Iterator[Hint]:
 def busy_text(
     group: ExpertGroup, true_Ln: np.ndarray, tokens_L: np.ndarray, moe_layers: Sequence[int], layer: int, expert: int
 ) -> str:
-    """The load of an expert as hints and reports give it; its quotient is the expert's cell in the heat map moe/load."""
+    """Returns an expert's load as a text for hints and reports. The quotient in it is also in the heat map moe/load."""
     load, mean = true_Ln[layer, expert], true_Ln[layer].mean()
     return (
         f"{group.name} expert {expert} takes {load / tokens_L[layer]:.0%} of its group's tokens in layer "
@@ -130,7 +131,7 @@ def busy_text(
 
 
 def dead_experts(window: GroupWindow) -> Iterator[Hint]:
-    """Warns about the experts that no token chose, in layers whose other experts were chosen (else `dead_layers` warns)."""
+    """Warns about experts that no token chose in layers whose other experts were chosen (otherwise `dead_layers` warns)."""
     true_Ln = window.choices.true_Ln
     dead = np.argwhere((true_Ln == 0) & (true_Ln.mean(1, keepdims=True) >= ENOUGH))
     if not len(dead):
@@ -145,8 +146,8 @@ def dead_experts(window: GroupWindow) -> Iterator[Hint]:
 
 
 def dead_layers(window: GroupWindow) -> Iterator[Hint]:
-    """Warns about layers that compute hardly any pair of the group, while other layers do."""
-    # A layer without tokens of the group is judged by the tokens of the mean layer.
+    """Warns about layers that compute hardly any (token, expert) pair of the group, while other layers compute pairs."""
+    # A layer without tokens of the group is judged as if it had the mean layer's tokens.
     even_L = np.maximum(window.even, window.even.mean() * (window.tokens_L == 0))
     dead_L = (window.kept < IDLE * even_L) & (even_L >= ENOUGH)
     dead = np.flatnonzero(dead_L).tolist()
@@ -164,13 +165,13 @@ def dead_layers(window: GroupWindow) -> Iterator[Hint]:
 
 
 def dropped_pairs(window: GroupWindow) -> Iterator[Hint]:
-    """Warns if a capacity drops many pairs of a layer."""
+    """Warns if a capacity drops many (token, expert) pairs of a layer."""
     true_Ln, dropped_L = window.choices.true_Ln, window.dropped_L
     share_L = np.where(true_Ln.sum(1) >= ENOUGH, np.nan_to_num(divide(dropped_L, true_Ln.sum(1))), 0.0)
     layer = int(share_L.argmax())
     if share_L[layer] < DROPPED:
         return
-    used_L = np.nan_to_num(divide(true_Ln.max(1), window.even / window.group.num_experts))  # as moe/capacity_used
+    used_L = np.nan_to_num(divide(true_Ln.max(1), window.even / window.group.num_experts))  # equals moe/capacity_used
     fullest = int(used_L.argmax())
     yield Hint(
         f"dropped/{window.group.name}",
@@ -206,7 +207,7 @@ def few_experts(window: GroupWindow) -> Iterator[Hint]:
     """Warns if a group's tokens get hardly any true expert over all layers, after null choices and drops."""
     share, group = window.null_share, window.group
     per_token, even = float(window.kept.sum() / window.tokens_L.sum()), group.expected_experts_per_token
-    saturated = share is not None and share > 1 - NULL_EDGE  # null_limits warns
+    saturated = share is not None and share > 1 - NULL_EDGE  # `null_limits` warns instead
     if saturated or per_token >= STARVED * even or window.even.sum() < ENOUGH:
         return
     yield Hint(
@@ -218,7 +219,7 @@ def few_experts(window: GroupWindow) -> Iterator[Hint]:
 
 
 def no_tokens(window: GroupWindow) -> Hint:
-    """The warning about a group none of whose tokens was routed."""
+    """Returns the warning about a group whose tokens were not routed."""
     name = window.group.name
     return Hint(
         f"starved/{name}",

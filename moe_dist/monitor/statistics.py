@@ -1,7 +1,7 @@
 """The input of monitoring: global sums of a step or an evaluation, as plain numbers and numpy arrays.
 
-Pure functions (`metrics.py`) compute all scalars and pictures from these sums, and sinks never touch the model. Shape
-letters: L = MoE layers, G = expert groups, M = modalities in the order of the data set's manifest, W = ranks of the world.
+Pure functions (`metrics.py`) compute all scalars and pictures from these sums, so that sinks never touch the model. Shape
+letters: L MoE layers, G expert groups, M modalities in the order of the data set's manifest, W ranks of the world.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class DepthStatistics:
-    """Sums over a step or a held-out evaluation, for each mixture-of-depths layer. L counts only these layers here.
+    """Sums over a step or a held-out evaluation, for each mixture-of-depths layer. L counts only mixture-of-depths layers.
 
     Attributes:
         layers: Index of each mixture-of-depths layer in the model.
-        capacity: Share of the tokens that each layer should compute.
+        capacity: Fraction of the tokens that each layer should compute.
         groups: Names of the columns G.
-        tokens_LG, taken_LG: int64, number of tokens, and of computed tokens, of each group.
+        tokens_LG, taken_LG: int64, numbers of tokens, and of computed tokens, of each group.
         agreed_L: int64, number of tokens for which the causal decision equals the top-k selection of training; None in
             evaluation, which makes only causal decisions.
         weight_L: float64, sum of the gate weights of the computed tokens; None in evaluation.
@@ -49,8 +49,8 @@ class StepResult:
         skipped: True if no rank took the step, because the loss or a gradient was not finite.
         tokens: Input tokens without padding.
         ledger: Counts of bytes and rows in dispatch and combine, with the keys `moe_dist.moe.dispatch.ledger.LEDGER_KEYS`.
-        comm_seconds: Time inside dispatch and combine collectives, mean over ranks.
-        busy_seconds_W: Seconds that each rank computed and read data in the previous step, without waiting for peers;
+        comm_seconds: Seconds inside dispatch and combine collectives, mean over ranks.
+        busy_seconds_W: Seconds that each rank computed and read data in the previous step, without waits for other ranks;
             empty in the first step.
         memory_W3: `train.step.largest_memory` of each rank at the end of the previous step; empty in the first step.
         stop_requested: True if a rank got a stop signal.
@@ -79,10 +79,10 @@ class LeverDecision(NamedTuple):
 
     Attributes:
         taken: False if the change was refused.
-        before, after: Load of the busiest rank over that of the mean rank, without and with the change; 1 is even.
-        cost_steps: Time that the change takes, in units of the time of a step: once, or until the lever's next decision.
+        before, after: Load of the busiest rank / load of the mean rank, without and with the change; 1 is even.
+        cost_steps: Time that the change takes, in steps: for a move once, for replicas until the lever's next decision.
         why: The reason.
-        placement: Where the experts are after this step, if the lever moved any or changed their replicas.
+        placement: Placement after this step, if the lever moved experts or changed replicas; else None.
     """
 
     lever: str
@@ -95,7 +95,7 @@ class LeverDecision(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """Returns the share of the busiest rank's load that the change saves in each step."""
+        """Returns the fraction of the busiest rank's load that the change saves in each step."""
         return 1.0 - self.after / self.before if self.before else 0.0
 
     @property
@@ -116,7 +116,7 @@ class LeverDecision(NamedTuple):
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """The result of a step, with values that only the training loop knows.
+    """The result of a step, and values that only the training loop knows.
 
     Attributes:
         step: Number of the step; the first step of a run is 1.
@@ -165,7 +165,7 @@ class ComputeMap:
     Attributes:
         mean: Mean over all mapped tokens by kind of token, such as 'text' or 'background'.
         most: Largest possible number of true experts per token.
-        lines: Lines of text: the text and the true experts of each token.
+        lines: Lines of text, each with the text and the true experts of each token.
     """
 
     mean: Mapping[str, float]
@@ -180,13 +180,13 @@ class EvaluationResult:
 
     Attributes:
         step: Number of steps taken before the evaluation.
-        loss: Nats per token by modality; also 'image_no_filler' if the data marks filler cells.
-        tokens: Number of labels of each loss.
+        loss: Nats per token by modality; also 'image_no_filler' if the data mark filler cells.
+        tokens: Number of labels over which each loss is a mean.
         ablated_loss: The held-out losses with the experts' output set to zero.
         balance_efficiency: Throughput with the real routing divided by throughput with evenly spread routing; None if not
             measured.
         balance_efficiency_by_count: Mean / maximum work of the ranks (pairs x FFN width): the balance_efficiency if time
-        were proportional to work.
+            were proportional to work.
         balance_note: How balance_efficiency was measured, or why not.
         choice_loss: With expert choice, the losses under the selection of training, which sees later tokens.
         experts_per_token: True experts per token in this evaluation, by group.

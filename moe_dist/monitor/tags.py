@@ -1,7 +1,7 @@
 """The tags of the scalars, their meaning, and their maximum number.
 
-Each step has at most `MAX_SCALARS` scalars, evaluation included, for any number of layers, experts, groups and modalities,
-because nobody reads pages with thousands of curves. Heat maps and the JSONL record show all other values.
+Each step has at most `MAX_SCALARS` scalars, with its evaluation, for any number of layers, experts, groups and modalities,
+because nobody reads pages with thousands of curves. Heat maps and metrics.jsonl have all other values.
 """
 
 from collections.abc import Mapping
@@ -13,15 +13,15 @@ from moe_dist.config.manifest import RESERVED_MODALITIES
 
 MAX_SCALARS = 40
 
-# Tags of times and device readings. All other tags are bit-equal in two runs with one seed.
+# Prefixes of the tags of times and device readings. All other scalars are bit-equal in two runs with the same seed.
 TIMING_TAGS: tuple[str, ...] = ("perf/", "device/", "comm/seconds")
 TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note")
 
 GROUP_FAMILIES: tuple[str, ...] = ("experts_per_token", "null_fraction", "load_imbalance", "capacity_used")
 RENAMED_KEYS = {"depths": "mixture_of_depths"}  # former -> present first part of a key or tag
-DEPTH_FAMILY = "computed"  # its full tag is mixture_of_depths/computed
+DEPTH_FAMILY = "computed"  # the full tag is mixture_of_depths/computed
 
-# Tag family -> meaning; a family with a label, such as a group, ends in {label}. Prometheus shows these texts.
+# Tag family -> meaning, which Prometheus shows. A family with a label, such as a group, ends in {label}.
 MEANING: dict[str, str] = {
     "loss/{term}": "Training loss of the step: nats per label of each modality; 'balance', 'z' and 'auxiliary' (auxiliary "
     "routers, or router tuning) as added to the loss; 'total' is nats per label of all modalities plus the added terms.",
@@ -57,7 +57,7 @@ MEANING: dict[str, str] = {
     "device/power": "GPU power of rank 0 in watts.",
 }
 
-# Further tags of models with mixture-of-depths layers; these models split fewer families by group.
+# Further tags of models with mixture-of-depths layers, which split fewer families by group.
 DEPTH_MEANING: dict[str, str] = {
     "mixture_of_depths/computed/{group}": "Share of the tokens that mixture-of-depths layers compute in training.",
     "mixture_of_depths/agreement": "Share of tokens whose causal decision equals the selection of training.",
@@ -65,7 +65,7 @@ DEPTH_MEANING: dict[str, str] = {
     "mixture_of_depths/load_over_target": "Computed share of the held-out tokens over the target share; 1 is on target.",
 }
 
-# Pictures and histograms -> meaning. Maps of layers x groups that take the place of scalars have the scalars' texts.
+# Picture or histogram -> meaning. Maps of layers x groups that replace scalars have the scalars' texts.
 PICTURE_MEANING: dict[str, str] = {
     "moe/load": "Choices of an expert over the mean expert's, by layer and expert, with the rank that holds the expert.",
     "moe/load_histogram": "Choices of an expert over the mean expert's, of all layers: one narrow peak at 1 is even load.",
@@ -100,10 +100,10 @@ DEPTH_SCALARS = 3  # mixture_of_depths/{agreement,gate_weight,load_over_target}
 
 @dataclass(frozen=True)
 class TagPlan:
-    """Which tag families have one scalar per group or modality; other families have a single scalar.
+    """The tag families that have one scalar per group or modality; other families have a single scalar.
 
     Attributes:
-        by_group: Those of `GROUP_FAMILIES` and `DEPTH_FAMILY` that have one scalar per group.
+        by_group: The families of `GROUP_FAMILIES` and `DEPTH_FAMILY` that have one scalar per group.
     """
 
     by_group: tuple[str, ...]
@@ -113,7 +113,8 @@ class TagPlan:
 
 @cache  # cached, because each record calls it
 def tag_plan(num_groups: int, num_modalities: int, *, mixture_of_depths: bool = False) -> TagPlan:
-    """Splits as many tag families as `MAX_SCALARS` scalars allow: losses first, then those by group, then epochs.
+    """Splits as many tag families as `MAX_SCALARS` scalars allow: first losses by modality, then families by group, then
+    epochs by modality.
 
     With mixture-of-depths layers, which add scalars, as many group families are split as fit, in order. Without such layers
     either all group families are split or none.
@@ -147,10 +148,10 @@ def split_tag(tag: str) -> tuple[str, str | None, str | None]:
 
 @cache  # cached, because each record calls it for each scalar
 def curve_of(tag: str) -> tuple[str, str]:
-    """The place of a scalar in TensorBoard: the name of a sub-run, or '', and the tag in it.
+    """Returns the place of a scalar in TensorBoard: the name of a sub-run ('' for the main run), and the tag in this run.
 
     TensorBoard gives each run a colour. A sub-run for each group, modality and part of the evaluation therefore gives each
-    curve of a chart a colour of its own: 'moe/null_fraction/text' is the tag 'moe/null_fraction' of the sub-run 'text'.
+    curve of a chart its own colour. Example: 'moe/null_fraction/text' is the tag 'moe/null_fraction' of the sub-run 'text'.
     Terms of the loss, and values over all groups or modalities, are in the main run.
     """
     family, label, value = split_tag(tag)
@@ -161,7 +162,7 @@ def curve_of(tag: str) -> tuple[str, str]:
 
 @cache
 def meaning(tag: str) -> str:
-    """The text of `MEANING` or `DEPTH_MEANING` for a tag.
+    """Returns the text of `MEANING` or `DEPTH_MEANING` for a tag.
 
     Raises:
         KeyError: The tag does not exist.
@@ -171,7 +172,7 @@ def meaning(tag: str) -> str:
 
 
 def picture_meaning(tag: str) -> str:
-    """The text of `PICTURE_MEANING` for the tag of a picture or histogram.
+    """Returns the text of `PICTURE_MEANING`, or else of `MEANING`, for the tag of a picture or histogram.
 
     Raises:
         KeyError: The tag does not exist.
@@ -194,7 +195,7 @@ def in_todays_names(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def reproducible_part(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl without times and device readings: this part is bit-equal in two runs with one seed."""
+    """Returns a line of metrics.jsonl without times and device readings, which is bit-equal in two runs with one seed."""
     part = {key: value for key, value in line.items() if key not in TIMING_FIELDS}
     part["scalars"] = {tag: value for tag, value in line["scalars"].items() if not tag.startswith(TIMING_TAGS)}
     return part

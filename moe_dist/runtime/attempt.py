@@ -1,4 +1,4 @@
-"""Runs one attempt (one start of a run) on one rank. It always ends with a verdict: an exit code, recorded in status.json.
+"""Runs one attempt (one start of a run) on one rank. Every attempt ends with a verdict, an exit code in status.json.
 
 with Attempt(env) as attempt:
     attempt.open(config)                      # rank 0: lease, configuration, status
@@ -26,7 +26,7 @@ from moe_dist.runtime.lease import WAIT_SECONDS, Lease
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.secrets import without_secrets
 
-CAUSE_SECONDS = 1.5  # seconds that a rank waits for a peer that failed first to record the reason
+CAUSE_SECONDS = 1.5  # seconds that a rank waits until another rank, which failed first, records the reason
 STORAGE_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 )
@@ -55,7 +55,7 @@ class Attempt:
     """A context manager that turns the end of its body into a verdict.
 
     An exception of the body is printed (a `MoeDistError` as its message, any other with a traceback), and the process ends
-    with `os._exit` inside `__exit__`: it must issue no further collective, because its peers may be gone. The peers notice
+    with `os._exit` inside `__exit__`, because a further collective could wait for ranks that are gone. Other ranks notice
     the closed connections.
 
     Attributes:
@@ -105,7 +105,7 @@ class Attempt:
 
     @property
     def attempt_id(self) -> str:
-        """Name of the attempt; after `join` the same on all ranks."""
+        """Name of the attempt, which is equal on all ranks after `join`."""
         return self._env.attempt_id
 
     def join(self, attempt_id: str) -> RankEnv:
@@ -129,7 +129,7 @@ class Attempt:
             CheckpointError: from the function that `require` set.
         """
         if self._lease is not None:
-            self._lease.check()  # first: a run that lost its lease must end with LeaseError, not with a failed save
+            self._lease.check()  # first, because a run that lost its lease must end with LeaseError, not with a failed save
         self._commit_check()
 
     def finish(self) -> None:
@@ -144,7 +144,7 @@ class Attempt:
         self._leave(EXIT_FAILED, "did not stop within the grace period after a stop signal; the last checkpoint is intact")
 
     def give_up(self, reason: str) -> NoReturn:
-        """Records the verdict of a run whose main thread hangs, and ends the process; the watchdog's thread calls it."""
+        """Records the verdict of a run whose main thread hangs, and ends the process. The watchdog's thread calls this."""
         with contextlib.suppress(Exception):  # the process must end even if the record cannot be written
             self._leave(EXIT_FAILED, reason)
         _say(reason)
@@ -163,7 +163,7 @@ class Attempt:
         with contextlib.suppress(OSError):
             if self._lease is not None:
                 self._lease.release()  # after the record, which only the holder may write
-        self._end(self.exit_code)  # also after success: an exit handler could wait for a sink that did not close in time
+        self._end(self.exit_code)  # even after success, because an exit handler could wait for an unclosed sink
 
     def _report(self, error: BaseException) -> None:
         """Prints an error, and records it unless the run is done."""
@@ -183,11 +183,11 @@ class Attempt:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)  # an atexit handler may wait for peers or for threads in a collective
+        os._exit(code)  # runs no atexit handler, because it may wait for other ranks or for threads in a collective
 
     def _wait_for_cause(self, error: BaseException) -> None:
-        """If this rank failed only because a peer failed, waits until the peer has recorded the verdict: both may learn of
-        the error at the same moment, and the first record counts."""
+        """If this rank failed only because another rank failed, waits until that rank has recorded the verdict, because the
+        first record counts and both ranks may learn of the error at the same moment."""
         if self._folder is None or not (isinstance(error, MoeDistError) and error.consequence):
             return
         deadline = time.monotonic() + CAUSE_SECONDS

@@ -26,14 +26,14 @@ def reports_errors(name: str = "", *, storage: str = "") -> Iterator[None]:
 
     Args:
         name: Name of the command, with which the message begins.
-        storage: How to fix an OSError; without it an OSError keeps its traceback.
+        storage: How to fix an OSError; if empty, an OSError keeps its traceback.
     """
     try:
         yield
     except MoeDistError as error:
         print(f"{name}: {error}" if name else error, file=sys.stderr)
         raise typer.Exit(error.exit_code) from error
-    except BrokenPipeError:  # of standard output, not of the run folder; typer ends the command with 1
+    except BrokenPipeError:  # standard output was closed; typer ends the command with 1
         raise
     except OSError as error:
         if not storage:
@@ -50,7 +50,7 @@ def print_version(asked: bool) -> None:
 
 
 def print_done(text: str) -> None:
-    """Prints what a command has done. If the reader of standard output has ended, as in `| head`, the text is lost, but the
+    """Prints a command's result. If the reader of standard output has ended, as in `| head`, the text is lost, but the
     command still succeeds."""
     try:
         print(text, flush=True)

@@ -12,10 +12,10 @@ from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 PUBLISHED = "published"  # rank 0 writes its address into the run folder (runtime/rendezvous.py)
 RAY_METRICS = "MOE_DIST_RAY_METRICS"  # under Ray: rank 0 sends its metrics to this socket (monitor/sinks/prometheus.py)
-ALONE = "tcp://127.0.0.1:0"  # init method of a single process: any free port
+ALONE = "tcp://127.0.0.1:0"  # init method of a single process, with any free port
 THREADS = "OMP_NUM_THREADS"
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_OTHER_NAMES = (  # mpirun may itself run in tasks of srun, so srun comes last
+_OTHER_NAMES = (  # srun comes last, because mpirun may itself run in tasks of srun
     tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),  # Open MPI
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_GTIDS"),  # SLURM_GTIDS lists the ranks of the node
@@ -29,11 +29,11 @@ class RankEnv:
     Attributes:
         rank, world_size: Global rank, and number of ranks on all nodes.
         local_rank, local_world_size: Rank and number of ranks on this node; local_rank is also the index of the GPU.
-        init_method: How the ranks meet: PUBLISHED, or torch's env://, tcp://HOST:PORT or file:///PATH.
+        init_method: Way in which the ranks meet: PUBLISHED, or torch's env://, tcp://HOST:PORT or file:///PATH.
         attempt: Number of restarts by the launcher; 0 for the first attempt. torchrun's agents may count differently.
-        attempt_id: Unique name of this attempt. If the launcher gives none, each process makes its own name, until the
-            ranks have met and taken rank 0's (parallel/rendezvous.py).
-        launched: True if a launcher of moe_dist started the process; standard error then goes into the rank's log already.
+        attempt_id: Unique name of this attempt. If the launcher gives no name, each process makes its own; after the ranks
+            have met, all take rank 0's name (parallel/rendezvous.py).
+        launched: True if a launcher of moe_dist started the process and sends its standard error to the rank's log.
         grace_seconds: Time from a stop signal until the process ends itself.
     """
 
@@ -72,7 +72,7 @@ class RankEnv:
         one_per_node = world_size == 1 or not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} & env.keys()  # as in pods of Kubernetes
         local_rank = number("LOCAL_RANK", 0 if one_per_node else None)
         local_world_size = number("LOCAL_WORLD_SIZE", 1 if one_per_node else None)
-        attempt = number("MOE_DIST_ATTEMPT", number("TORCHELASTIC_RESTART_COUNT", 0))  # the second one comes from torchrun
+        attempt = number("MOE_DIST_ATTEMPT", number("TORCHELASTIC_RESTART_COUNT", 0))  # torchrun sets the second variable
         if not problems:
             for name, value, size in (("RANK", rank, world_size), ("LOCAL_RANK", local_rank, local_world_size)):
                 if value >= size:
@@ -101,21 +101,21 @@ def limit_fragmentation(variables: MutableMapping[str, str]) -> None:
     """Makes torch's CUDA allocator grow its segments, unless the user has configured the allocator. Call it before torch is
     imported.
 
-    Each layer of each micro-batch receives another number of rows, and so allocates buffers of other sizes. Without growing
-    segments the free memory is cut into pieces of the wrong sizes, and a run ends without memory although much is free.
+    Each layer of each micro-batch receives another number of rows, and therefore allocates buffers of other sizes. Without
+    growing segments, free memory is cut into pieces of unsuitable sizes, and a run can fail although much memory is free.
     """
     if not any(name in variables for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def share_cores(local_world_size: int, env: MutableMapping[str, str]) -> bool:
-    """Sets OMP_NUM_THREADS to this rank's share of the node's cores, at least 1, unless it is set already. Returns whether
-    it set the variable. Call it before the import of torch, which reads the variable."""
+    """Sets OMP_NUM_THREADS to this rank's share of the node's cores, at least 1, unless the variable is set already.
+    Returns whether it set the variable. Call this function before the import of torch, which reads the variable."""
     if env.get(THREADS):
         return False
-    usable = len(os.sched_getaffinity(0))  # fewer than the node's if a container or the scheduler binds the process
+    usable = len(os.sched_getaffinity(0))  # fewer cores than the node has if a container or the scheduler binds the process
     share = usable // local_world_size
-    if (cpus := env.get("SLURM_CPUS_ON_NODE", "")).isdecimal():  # Slurm may have bound each task to its share
+    if (cpus := env.get("SLURM_CPUS_ON_NODE", "")).isdecimal():  # Slurm may bind each task to its share
         share = min(usable, int(cpus) // local_world_size)
     env[THREADS] = str(max(1, share))
     return True
@@ -131,16 +131,16 @@ def _with_our_names(env: Mapping[str, str]) -> tuple[Mapping[str, str], str]:
     if names[0] != "SLURM_PROCID":
         return {**env, **ours}, ""
     ours["LOCAL_WORLD_SIZE"] = str(1 + ours["LOCAL_WORLD_SIZE"].count(","))
-    ours["MOE_DIST_ATTEMPT"] = restarts = env.get("SLURM_RESTART_COUNT", "0")  # of the Slurm job
+    ours["MOE_DIST_ATTEMPT"] = restarts = env.get("SLURM_RESTART_COUNT", "0")  # restarts of the Slurm job
     return {**env, **ours}, f"srun-{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}-{restarts}"
 
 
 def _init_method(env: Mapping[str, str], world_size: int) -> str:
-    """Returns the init method; empty if there are several ranks and no variable gives one."""
+    """Returns the init method; empty if there are several ranks and no variable gives an init method."""
     if env.get("MOE_DIST_INIT_METHOD"):
         return env["MOE_DIST_INIT_METHOD"]
     if env.get("MASTER_ADDR") and env.get("MASTER_PORT"):
-        return "env://"  # not tcp://, because under torchrun the agent already serves the store
+        return "env://"  # with tcp:// rank 0 would open a second store beside torchrun's store
     return ALONE if world_size == 1 else ""
 
 

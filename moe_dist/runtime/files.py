@@ -19,16 +19,16 @@ def write_atomically(
 
     Args:
         before_rename: Called right before the rename, to check a lease; if it raises, the old file stays.
-        mode: Permissions of the file; the umask removes some.
+        mode: Permissions of the file, from which the umask removes some.
     """
-    # A random name with O_EXCL and O_NOFOLLOW: another user cannot have placed a link there to redirect the write.
+    # The random name with O_EXCL and O_NOFOLLOW prevents that another user's link redirects the write.
     new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:
         with open(descriptor, "wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
-            os.fsync(stream.fileno())  # before the rename: otherwise a crash can leave an empty file under the final name
+            os.fsync(stream.fileno())  # before the rename, so that a crash leaves no empty file under the final name
         if before_rename is not None:
             before_rename()
         os.replace(new, path)  # atomic: readers see the old or the new file

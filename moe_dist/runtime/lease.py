@@ -36,7 +36,7 @@ class Holder:
     Attributes:
         attempt_id: Name of the attempt, equal on all its ranks.
         host, pid, since: Host, process id, and Unix seconds of the acquisition by that host's clock; used in messages.
-        machine: Identity of the kernel and pid namespace; pids can be compared only if it is equal.
+        machine: Identity of the kernel and pid namespace; pids can be compared only between equal identities.
         born: Start time of the process in clock ticks; a later process with the same pid has another start time.
         token: Unique for each acquisition.
     """
@@ -106,7 +106,7 @@ class Lease:
         while not self._try_create():  # O_EXCL: one of several processes succeeds
             now = time.monotonic()
             if (current := _read(self.path)) != seen:
-                seen, since = current, now  # the holder sent a heartbeat, or changed
+                seen, since = current, now  # the holder has sent a heartbeat, or another process holds the lease
             holder = current[0]
             dead = holder is not None and holder.is_dead()
             # Staleness is measured with this host's clock alone, because the clocks of hosts differ.
@@ -125,7 +125,7 @@ class Lease:
                     f"{self.path.parent}: {writer}; waiting up to {wait_seconds:g} s for it to end, or for "
                     f"{self._stale_seconds:g} s without a heartbeat"
                 )
-                on_wait = None  # once
+                on_wait = None  # called only once
             time.sleep(min(0.2, self._stale_seconds / 6))
         threading.Thread(target=self._keep_warm, name="lease", daemon=True).start()  # the main thread may block for minutes
         return self
@@ -133,14 +133,14 @@ class Lease:
     def renew(self) -> None:
         """Writes the next heartbeat into this process's file, even if another process has replaced that file since."""
         self._beats += 1
-        # Errors are ignored: `check` reports a lost file, and on a full disk the same bytes can still be overwritten.
+        # Errors are ignored, because `check` reports a lost file, and a full disk still lets the same bytes be overwritten.
         with self._closing, contextlib.suppress(OSError):
-            beat = f"{self._beats:0{_BEAT_DIGITS}d}"  # fixed width, so a reader never sees a mix of two heartbeats
+            beat = f"{self._beats:0{_BEAT_DIGITS}d}"  # fixed width, so that a reader never sees a mix of two heartbeats
             os.pwrite(self._fd, beat.encode(), 0)
 
     def check(self) -> None:
-        """Raises LeaseError if another attempt has taken over, because this attempt must then write no more. Call it right
-        before each commit."""
+        """Raises LeaseError if another attempt has taken over, because this attempt must then write no more. Call this
+        method right before each commit."""
         try:
             holder = read_holder(self.path)  # costs one read of a small file
         except IrregularFileError:  # somebody put a link or a device in the file's place
@@ -189,14 +189,14 @@ class Lease:
             fd = os.open(claim, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             self._remove_if_dead(claim)
-            return False  # another process is taking over, or died while doing so
+            return False  # another process is taking over the lease, or died before its rename
         if _read(self.path) != stale:  # the holder has sent a heartbeat in the meantime
             os.close(fd)
             claim.unlink()
             return False
         os.pwrite(fd, self._content(), 0)
         try:
-            os.replace(claim, self.path)  # atomic; the old holder writes on into the unlinked file
+            os.replace(claim, self.path)  # atomic; a suspended old holder later writes into the unlinked file
         except FileNotFoundError:  # another process deleted the claim, believing that this process is dead
             os.close(fd)
             return False

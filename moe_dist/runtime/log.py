@@ -1,6 +1,6 @@
-"""Log lines of a rank, which begin with rank and step; and messages about a slow start.
+"""Writes the log lines of a rank, which begin with rank and step, and messages about a slow start.
 
-The launchers of moe_dist send the standard error of a rank that they launch into log/rank_R.log. Log lines therefore go to:
+The launchers of moe_dist send a rank's standard error to the file log/rank_R.log. Log lines therefore go to:
 
     launched, rank 0     warnings to standard error (terminal and file), the rest to the file
     launched, others     everything to standard error, which is the file
@@ -30,7 +30,7 @@ class WithoutSecrets(logging.Formatter):
 
 
 class StepPrefix(logging.Filter):
-    """Adds `place` to each record: '3 @120' for rank 3 in step 120, and '3' before `follow` was called."""
+    """Adds the field `place` to each record: '3 @120' for rank 3 in step 120, or '3' before `follow` is called."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO)
     """Configures the root logger, and replaces the handlers of an earlier call. Call the result's `follow` to show steps.
 
     Args:
-        level: Lowest level for moe_dist; for libraries it is WARNING.
+        level: Lowest level of moe_dist's log lines; the lowest level of libraries is WARNING.
     """
     root, prefix = logging.getLogger(), StepPrefix(env.rank)
     for handler in list(root.handlers):
@@ -76,8 +76,8 @@ def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO)
 
 
 class Startup:
-    """Prints every `quiet_seconds`, from a thread, what a starting run is doing: importing torch or reading data can take
-    minutes. If it printed lines, `done` prints that the start is over. Only rank 0 enables it."""
+    """Prints the current action of a starting run every `quiet_seconds` from a thread, because importing torch or reading
+    data can take minutes. If lines were printed, `done` prints that the start is over. Only rank 0 enables the output."""
 
     def __init__(self, *, enabled: bool, quiet_seconds: float = QUIET_SECONDS, stream: TextIO | None = None) -> None:
         self._quiet_seconds, self._stream = quiet_seconds, stream or sys.stderr
@@ -87,7 +87,7 @@ class Startup:
             threading.Thread(target=self._tell, name="startup", daemon=True).start()
 
     def now(self, doing: str) -> None:
-        """Sets what the main thread does now, such as 'importing torch'."""
+        """Sets the current action of the main thread, such as 'importing torch'."""
         self._doing = doing
 
     def done(self) -> None:

@@ -16,8 +16,8 @@ def bind_near_gpu(
     not cross the node's sockets. Call it before torch is imported, because only threads that start later inherit the
     binding.
 
-    Changes nothing without NVML or a GPU, if the kernel refuses, if someone has bound the process already, or if the cgroup
-    of the process lacks one of these CPUs: the rest could be too few.
+    Changes nothing without NVML or a GPU, if the kernel refuses, if the process is bound already, or if the cgroup of the
+    process lacks one of these CPUs, because the remaining CPUs could be too few.
 
     Args:
         variables: The environment. CUDA_VISIBLE_DEVICES tells which GPUs the rank sees.
@@ -34,7 +34,7 @@ def bind_near_gpu(
         allowed = os.sched_getaffinity(0)
         free = bound == allowed and near <= allowed
         os.sched_setaffinity(0, near if free else bound)
-    except OSError:  # a sandbox may forbid the call: training needs no binding
+    except OSError:  # a sandbox may forbid the call; training also works without binding
         return
     if free and lower_threads:
         share = max(1, len(near) // sum(bool(near & other) for other in near_R))
@@ -43,8 +43,8 @@ def bind_near_gpu(
 
 def _near_cpus(local_world_size: int, variables: Mapping[str, str]) -> list[set[int]]:
     """Returns for each rank of the node the CPUs near the GPU that `parallel.mesh.own_gpu` will take. Returns only one set
-    if this rank sees its own GPU alone, and none if NVML does not tell. NVML counts GPUs by their place on the bus, as CUDA
-    does among equal cards."""
+    if this rank sees only its own GPU, and none if NVML fails. NVML numbers GPUs by their place on the bus, as CUDA numbers
+    equal cards."""
     try:
         import pynvml
     except ImportError:
@@ -63,5 +63,5 @@ def _near_cpus(local_world_size: int, variables: Mapping[str, str]) -> list[set[
             return found
         finally:
             pynvml.nvmlShutdown()
-    except (pynvml.NVMLError, OSError):  # no driver, or no such GPU: training needs no binding
+    except (pynvml.NVMLError, OSError):  # no driver, or no such GPU; training also works without binding
         return []

@@ -1,7 +1,7 @@
-"""Checks the owner of a run folder: only the owner writes a run; a Unix group may share the files.
+"""Checks the owner of a run folder, because only the owner may write a run. A Unix group may share the files.
 
-The check prevents accidents, not attacks: a user with write permission on the folder can do what its owner can
-(docs/security.md).
+The check prevents accidents, not attacks, because a user with write permission on the folder has the same power as its
+owner (docs/security.md).
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def other_owner(folder: Path) -> str | None:
     """Returns the folder's owner if that is another user; None if this user owns the folder, or if it is missing.
 
     Some file systems show one owner for all files (root over NFS, mounts in a container). If the owner differs, a temporary
-    file is created: if it gets that owner too, the folder counts as this user's.
+    file is created. If the file gets the same owner, the folder counts as this user's.
     """
     try:
         owner = folder.stat().st_uid
@@ -57,7 +57,7 @@ def refuse_planted_files(folder: Path) -> None:
     events = folder / "tensorboard"
     for place in (folder, folder / "log", folder / "checkpoints", events, *events.glob("*")):
         for entry in list(os.scandir(place)) if place.is_dir() else ():
-            # The folder's listing usually has these types, so the thousands of logs cost no further requests.
+            # The folder's listing usually has these types, so that thousands of logs cost no further requests.
             if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
                 continue
             try:

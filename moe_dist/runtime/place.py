@@ -56,7 +56,7 @@ class RunPlace:
 
 @dataclass(frozen=True)
 class Found:
-    """The actual place of a rank; None means unknown. `features` and `labels` are those of the node."""
+    """The actual place of a rank; None means unknown. `features` and `labels` belong to the node."""
 
     host: str | None = None
     local_rank: int | None = None

@@ -47,7 +47,7 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
             "untracked": untracked,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "threads": os.environ.get(THREADS),  # of rank 0; bit-equal results need the same number on every rank
+            "threads": os.environ.get(THREADS),  # rank 0's number; bit-equal results need it on every rank
             "packages": {each.name: each.version for each in found},
         }
     )
@@ -93,7 +93,7 @@ def _git(folder: Path, *arguments: str) -> bytes | None:
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"},  # never blocks the user's own git
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=_GIT_SECONDS,  # a slow file system must not delay the start for long
+            timeout=_GIT_SECONDS,  # so that a slow file system does not delay the start for long
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):

@@ -14,7 +14,7 @@ RENAMED = {
 
 
 class RenamedFinder:
-    """A module finder that Python asks last, if no file has the name. It raises an error that names the new module."""
+    """A module finder that Python asks last, if no file has the name. Raises an error that names the new module."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:

@@ -1,11 +1,11 @@
-"""Lets the ranks find rank 0 and compare their settings at a start, before there is a process group. Imports no torch.
+"""Lets the ranks find rank 0 and compare their settings at a start, before a process group exists. Imports no torch.
 
     <run folder>/rendezvous.json    mode 0600, owned by the ranks' user: attempt_id, host, port, secret
     <run folder>/.shared_<key>      shows that a rank sees the same folder as rank 0; `key` is new for each start
 
 Rank 0 publishes its address, and the other ranks accept only an address of their own attempt. The secret is a prefix of
-every key in torch's store: it separates jobs, but does not stop an attacker, because the store has no authentication
-(docs/security.md).
+every key in torch's store. The prefix separates jobs, but does not stop an attacker, because the store has no
+authentication (docs/security.md).
 """
 
 import json
@@ -31,12 +31,12 @@ from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 logger = logging.getLogger(__name__)
 
 HOST_VARIABLE = "MOE_DIST_RENDEZVOUS_HOST"
-SHARED_SECONDS = 60.0  # time in which a rank must see rank 0's file; an NFS client may see a new file late
+SHARED_SECONDS = 60.0  # time in which a rank must see rank 0's file, which an NFS client may see late
 MOST_BYTES = 1 << 12  # largest size of the file with the address
 POLL_SECONDS = 0.1
 SAY_SECONDS = 30.0
 TELL_SECONDS = 15.0  # longest time that a rank with a stop signal waits for rank 0, which makes all ranks stop
-_SHOWN = 8  # ranks in one line
+_SHOWN = 8  # largest number of ranks in one line
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Address:
     """The published address of rank 0.
 
     Attributes:
-        attempt_id: The attempt that this address is for.
+        attempt_id: Name of the attempt to which the address belongs.
         host, port: An IPv4 address of rank 0's node, and the port.
         secret: Prefix of all keys in torch's store.
     """
@@ -114,7 +114,7 @@ class StartWait:
 
 @dataclass(frozen=True)
 class Greeting:
-    """The message of rank 0 to each rank that comes.
+    """The message of rank 0 to each rank that connects.
 
     Attributes:
         attempt_id: The attempt's name for all ranks.
@@ -135,8 +135,8 @@ class Greeting:
 
     def difference(self, env: RankEnv, run_folder: Path) -> str:
         """Returns the reason why this rank cannot start with rank 0; empty if it can. On several nodes waits up to
-        SHARED_SECONDS for the file `probe`: if each node had its own local folder, a checkpoint would be scattered over the
-        nodes and could not be loaded."""
+        SHARED_SECONDS for the file `probe`, because with a local folder on each node a checkpoint would be scattered over
+        the nodes and could not be loaded."""
         here = f"rank {env.rank} on {socket.gethostname()}"
         if env.world_size != self.world_size:
             return f"WORLD_SIZE={env.world_size} for {here}, {self.world_size} for rank 0 on {self.host}; start all alike"
@@ -197,15 +197,15 @@ def node_address(variables: Mapping[str, str]) -> str:
 
 
 def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket]:
-    """Runs on rank 0: listens at a free port of `host`, writes the address to `path`, and returns the address and the
-    socket. Only this user can read the file.
+    """Listens on rank 0 at a free port of `host`, writes the address to `path`, and returns the address and the socket.
+    Only this user can read the file.
 
     Raises:
         ResourceError: `host` is not an address of this node.
         OSError: the file cannot be written.
     """
     try:
-        # The kernel chooses the port, and the socket stays open: no other process can take the port.
+        # The kernel chooses the port, and the socket stays open, so that no other process can take the port.
         listener = socket.create_server((host, 0))
     except OSError as error:
         raise ResourceError(
@@ -222,8 +222,8 @@ def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket
 
 
 def find(path: Path, env: RankEnv, wait: StartWait) -> Address:
-    """Runs on the other ranks: waits for the address of this attempt. Raises the errors of `wait`, and ConfigError if the
-    file belongs to another user or other users can access it."""
+    """Waits, on the other ranks, for the address of this attempt. Raises the errors of `wait`, and ConfigError if the file
+    belongs to another user or other users can access it."""
     while True:
         address = _read(path)
         if address is not None and address.attempt_id == env.attempt_id:
@@ -234,8 +234,8 @@ def find(path: Path, env: RankEnv, wait: StartWait) -> Address:
 
 
 def withdraw(path: Path, address: Address) -> None:
-    """Deletes the file with the address; rank 0 calls it after all ranks have connected."""
-    if _read(path) == address:  # a later attempt may have replaced it
+    """Deletes the file with the address. Rank 0 calls this function after all ranks have connected."""
+    if _read(path) == address:  # a later attempt may have replaced the file
         path.unlink(missing_ok=True)
 
 
@@ -248,7 +248,7 @@ def _read(path: Path) -> Address | None:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; it must be a regular file of this user; delete it") from error
     with stream:
-        found = os.fstat(stream.fileno())  # of the open file, which cannot be exchanged any more
+        found = os.fstat(stream.fileno())  # the owner of the open file, which nobody can replace
         ours = found.st_uid in (os.geteuid(), path.parent.stat().st_uid)  # the folder's owner was checked at the start
         if not ours or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise ConfigError(
@@ -257,7 +257,7 @@ def _read(path: Path) -> Address | None:
             )
         try:
             return Address(**json.loads(stream.read(MOST_BYTES)))
-        except (ValueError, TypeError, RecursionError):  # no JSON, or other fields: a file of another version
+        except (ValueError, TypeError, RecursionError):  # no JSON, or fields of another version
             return None
 
 

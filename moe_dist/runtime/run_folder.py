@@ -73,7 +73,7 @@ class RunFolder:
         return self.logs / f"rank_{rank}.log"
 
     def inspect(self, config: Config) -> Start:
-        """Returns what a start with `config` would do. Only reads files, so every rank may call it.
+        """Returns the action of a start with `config`. Only reads files, so that every rank may call it.
 
         Raises:
             ConfigError: the folder holds a run with another configuration, or is no run folder; or it belongs to another
@@ -84,7 +84,7 @@ class RunFolder:
         with in_words(self.path):
             owner = other_owner(self.path)
             if owner is None:
-                refuse_planted_files(self.path)  # before any of them is read
+                refuse_planted_files(self.path)  # before any file is read
                 return self._inspect(config)
             with contextlib.suppress(OSError, MoeDistError):
                 if self._inspect(config) is Start.FINISHED:  # reading a summary needs no ownership
@@ -115,8 +115,8 @@ class RunFolder:
         return Start.FINISHED if self.finished(config) else Start.RESUME
 
     def start(self, config: Config, env: RankEnv, *, overwrite: bool = False) -> Start:
-        """Returns what a start will do, before the process group exists; all ranks get the same result. With `overwrite`
-        rank 0 renames the folder of the old run first. Raises the errors of `inspect` and `move_aside`."""
+        """Returns the action of a start before the process group exists; all ranks get the same result. With `overwrite`
+        rank 0 first renames the folder of the old run. Raises the errors of `inspect` and `move_aside`."""
         if not overwrite or env.attempt > 0:  # a restart must not move its own run aside
             return self.inspect(config)
         if env.rank == 0:
@@ -156,7 +156,7 @@ class RunFolder:
             if owner := other_owner(self.path):
                 raise ConfigError(f"--overwrite: {self.path} belongs to {owner}; choose another run.name or run.root")
             lease = Lease(self.lease_json, f"overwrite-{uuid.uuid4().hex[:8]}").acquire(wait_seconds=0.0)
-            try:  # the lease was free, so no attempt is writing
+            try:  # no attempt is writing, because the lease was free
                 taken = {entry.name for entry in self.path.parent.iterdir()}
                 name = next(n for k in itertools.count(1) if (n := f"{self.path.name}.old-{k}") not in taken)
                 old = self.path.rename(self.path.with_name(name))  # atomic; nothing is copied or deleted
@@ -206,9 +206,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lease = Lease(self.lease_json, env.attempt_id).acquire(wait_seconds, on_wait=on_wait, stopped=stopped)
         try:
-            self.inspect(config)  # again: the attempt we waited for may have changed the folder
+            self.inspect(config)  # again, because an attempt that held the lease may have changed the folder
             with in_words(self.path):
-                # Written first: without config.yaml another rank's `inspect` would say that the folder is no run folder.
+                # Written first, because without config.yaml another rank's `inspect` would find no run folder.
                 write_atomically(self.config_yaml, resolved_yaml(config))
             self.prepare()
             with in_words(self.path):
@@ -243,9 +243,9 @@ class RunFolder:
     def write_status(
         self, *, verdict: int, reason: str, last_step: int, attempt_id: str, rank: int = 0, rank_host: str = ""
     ) -> bool:
-        """Records how an attempt ended. Every rank may call it, and the first call counts: a failed rank records its
-        verdict before its exit can make a peer fail. Returns False, and writes nothing, if the attempt already
-        has a verdict or has lost the lease."""
+        """Records the end of an attempt. Every rank may call this method, and the first call counts, because a failed rank
+        records its verdict before its exit can make another rank fail. Returns False, and writes nothing, if the attempt
+        already has a verdict or has lost the lease."""
         holder = read_holder(self.lease_json)
         if holder is None or holder.attempt_id != attempt_id:
             return False
@@ -275,10 +275,10 @@ class RunFolder:
     def amend_status(
         self, attempt_id: str, *, verdict: int, reason: str, rank: int | None, last_step: int, wait_seconds: float = 0.0
     ) -> bool:
-        """Replaces the recorded verdict; a launcher calls it after all ranks have ended. The peer of a killed or frozen
-        rank has recorded only a follow-up error, and if all ranks were killed there is no verdict. Waits up to
+        """Replaces the recorded verdict; a launcher calls it after all ranks have ended. If a rank was killed or froze, the
+        other ranks have recorded only a follow-up error; if all ranks were killed, there is no verdict. Waits up to
         `wait_seconds` until rank 0 releases the lease, or the lease is stale. Returns False, and writes nothing, if the
-        attempt never began or another one writes to the run."""
+        attempt never began or another attempt writes to the run."""
         try:
             lease = Lease(self.lease_json, attempt_id).acquire(wait_seconds)
         except LeaseError:
@@ -287,7 +287,7 @@ class RunFolder:
             record = self.read_status().of(attempt_id)
             if record is None:
                 return False
-            ended = record.ended or time.time()  # keeps the time at which a rank recorded its end
+            ended = record.ended or time.time()  # keeps the end that a rank has recorded
             step = max(last_step, self._recorded_step())  # a killed attempt recorded no last step
             amended = replace(record, verdict=verdict, reason=reason, last_step=step, ended=ended)
             amended = replace(amended, rank=rank, rank_host="")
@@ -301,7 +301,7 @@ class RunFolder:
         write_atomically(self.summary_txt, text)
 
     def read_summary(self) -> str:
-        """Returns the summary of a finished run; without a summary, a line with the run's last step."""
+        """Returns the summary of a finished run; without a stored summary, a line with the run's last step."""
         if self.summary_txt.is_file():
             return read_regular(self.summary_txt, most_bytes=1 << 20, links=False).decode(errors="replace")
         latest = self.read_status().latest

@@ -8,14 +8,15 @@ texts.
 import re
 from collections.abc import Mapping
 
-# Words in names of secret variables: WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY; not TOKENIZERS_PARALLELISM, KEYBOARD.
+# Words in names of secret variables, such as WANDB_API_KEY, HF_TOKEN and AWS_SECRET_ACCESS_KEY. The names
+# TOKENIZERS_PARALLELISM and KEYBOARD must not match.
 _NAMES = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)(_|$)", re.IGNORECASE)
 SHORTEST = 8  # characters; a shorter value would match ordinary text
 
 
 def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the secret values of the environment, each mapped to its variable. The variable's name tells that a value is
-    secret; a path is never secret."""
+    """Maps each secret value of the environment to its variable. A value is secret if the variable's name says so and the
+    value is no path."""
     return {
         value: name
         for name, value in environment.items()

@@ -59,9 +59,10 @@ class StopSignals:
 
 
 class StopRequest(StopSignals):
-    """Tells whether a signal has asked this rank to stop; repeated signals count once. Enter it first, in the main thread.
+    """Tells whether a signal has asked this rank to stop; repeated signals count once. Enter this context manager first, in
+    the main thread.
 
-    Ranks get the signal at different steps, so the loop must agree on `requested` over all ranks before it stops.
+    Because ranks get the signal at different steps, the loop must agree on `requested` over all ranks before it stops.
 
     Args:
         grace_seconds: Time from the first signal until the process is killed.
@@ -102,7 +103,7 @@ class StopRequest(StopSignals):
                 if timer is None and number in STOP_SIGNALS:
                     self.first = self.first or signal.Signals(number)
                     timer = threading.Timer(self.grace_seconds, self._expire)
-                    timer.daemon = True  # must not keep the process alive after a normal end
+                    timer.daemon = True  # so that the timer does not keep the process alive after a normal end
                     timer.start()
                     if self._told:
                         name = signal.Signals(number).name
@@ -123,29 +124,29 @@ class StopRequest(StopSignals):
             if self.on_expire is not None:
                 self.on_expire()
         finally:
-            os._exit(EXIT_FAILED)  # sys.exit would not work: the main thread may hang in a collective
+            os._exit(EXIT_FAILED)  # sys.exit would not end a main thread that hangs in a collective
 
 
 def child_of(parent_pid: int, *, ignore_stop: bool) -> Callable[[], None]:
-    """Returns a function that a child process calls first, as `preexec_fn` or at the start of a worker: the kernel then
-    kills the child when the thread that started it ends. Start children in the main thread.
+    """Returns a function that a child process calls first, as `preexec_fn` or at the start of a worker. The kernel then
+    kills the child when the thread that started the child ends. Start children in the main thread.
 
     Args:
-        parent_pid: Process id of the parent; a child that finds another parent is already orphaned, and exits.
+        parent_pid: Process id of the parent. A child that finds another parent is already orphaned, and exits.
         ignore_stop: True if the child ignores stop signals (workers of a rank do; ranks do not).
     """
     prctl = None
-    if sys.platform.startswith("linux"):  # loaded in the parent: between fork and exec only system calls are safe
+    if sys.platform.startswith("linux"):  # loaded in the parent, because only system calls are safe between fork and exec
         prctl = ctypes.CDLL(None, use_errno=True).prctl
         prctl.argtypes = (ctypes.c_int, ctypes.c_ulong)
 
     def prepare() -> None:
         if prctl is not None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # cleared by fork, so each child sets it itself
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # each child sets this, because fork clears it
         if os.getppid() != parent_pid:  # the parent died between fork and prctl
             os._exit(EXIT_FAILED)
         if ignore_stop:
             for number in STOP_SIGNALS:
-                signal.signal(number, signal.SIG_IGN)  # a Ctrl-C goes to the whole process group
+                signal.signal(number, signal.SIG_IGN)  # because a Ctrl-C goes to the whole process group
 
     return prepare

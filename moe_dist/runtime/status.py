@@ -63,7 +63,7 @@ class Status:
 def read_status(path: Path) -> Status:
     """Returns all attempts; empty without a file. Raises DataError if the file is damaged."""
     try:
-        text = read_regular(path, most_bytes=MAX_STATUS_BYTES, links=False)  # in one read: writers replace the file
+        text = read_regular(path, most_bytes=MAX_STATUS_BYTES, links=False)  # in one read, because writers replace the file
     except FileNotFoundError:
         return Status()
     try:
@@ -99,7 +99,8 @@ def record_save_seconds(logs: Path, seconds: float) -> None:
 
 
 def measured_save_seconds(logs: Path) -> float | None:
-    """Returns the longest of the last few saves in seconds; None before the first save. A grace period must be longer."""
+    """Returns the seconds of the longest of the last few saves; None before the first save. A grace period must be
+    longer."""
     return max(_saves(logs), default=None)
 
 

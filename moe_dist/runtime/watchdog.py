@@ -23,9 +23,9 @@ from moe_dist.comm.tracker import CollectiveTracker, Position
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.rendezvous import ranks_text
 
-POLLS = 20  # polls per time limit; so a hang ends after at most 1.2 times the limit
+POLLS = 20  # polls per time limit, so that a hang ends after at most 1.2 times the limit
 LONGEST_POLL_SECONDS = 5.0
-SETTLE_POLLS = 3  # poll intervals during which peers write their reports
+SETTLE_POLLS = 3  # poll intervals during which other ranks write their reports
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Report:
 
     @property
     def place(self) -> str:
-        """The collective, for a message."""
+        """Returns a text that names the collective."""
         if self.collective is None:
             return "no collective"
         return f"'{self.collective}'" + (f" of {self.layer}" if self.layer else "")
@@ -105,8 +105,8 @@ def judge(reports: Sequence[Report], world_size: int, seconds: float) -> Hang:
     """Finds the ranks that the others wait for.
 
     The culprits are the ranks without a report; else the ranks outside any collective; else the ranks that have entered
-    fewer collectives than others (all ranks issue the same collectives in the same order). Of the waiting ranks, the one
-    with the fewest entered collectives waits for the culprits directly.
+    fewer collectives than others (all ranks issue the same collectives in the same order). Among the waiting ranks, the
+    rank that has entered the fewest collectives waits directly for the culprits.
 
     Args:
         reports: At least one report must come from a rank inside a collective.
@@ -174,7 +174,7 @@ class Watchdog:
     def _run(self) -> None:
         while not self._leave.wait(self._poll):
             try:
-                due = self._late() or self._folder.exists()  # costs one stat; the folder exists once a peer has reported
+                due = self._late() or self._folder.exists()  # costs one stat; the folder exists after a rank's report
             except Exception as error:  # a transient file system error must not end the watchdog
                 logger.warning("watchdog: %s", error)
                 continue
@@ -199,11 +199,11 @@ class Watchdog:
         logger.error("%s", own.line())
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # Atomic, because peers may read it at the same time.
+            # Atomic, because other ranks may read the file at the same time.
             write_atomically(self._folder / f"rank_{self._rank}.json", json.dumps(asdict(own)) + "\n")
-            time.sleep(self._poll * SETTLE_POLLS)  # until the peers have written their reports
+            time.sleep(self._poll * SETTLE_POLLS)  # until the other ranks have written their reports
             reports = read_reports(self._folder)
-        except OSError as error:  # names no culprit: the peers' writes may have failed for the same reason
+        except OSError as error:  # names no culprit, because other ranks' reports may be missing for the same reason
             return f"{own.line()}; it cannot exchange reports with its peers: {error}"
         if not any(each.collective for each in reports):
             return "the watchdog of a peer ended the run; the peer's log names the collective"

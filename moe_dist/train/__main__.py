@@ -49,12 +49,12 @@ def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
     env = RankEnv.from_environment(os.environ)
     shared = share_cores(env.local_world_size, os.environ)
     attempt = Attempt(env)
-    # From here on stop signals are caught, also while torch is imported, which takes seconds.
+    # Stop signals are caught from this line on, also during the import of torch, which takes seconds.
     with StopRequest(env.grace_seconds, attempt.expire, told=env.rank == 0) as stop, attempt:
         plan = check_file(config, overrides, world_size=env.world_size)
         start = RunFolder.of(plan.config).start(plan.config, env, overwrite=overwrite)
         if start is not Start.FINISHED:
-            if not plan.config.parallel.dispatch.needs_modules:  # their libraries share memory, which must not grow
+            if not plan.config.parallel.dispatch.needs_modules:  # DeepEP and HybridEP share memory that must not grow
                 limit_fragmentation(os.environ)
             if plan.config.parallel.device != "cpu":
                 bind_near_gpu(env.local_rank, env.local_world_size, os.environ, lower_threads=shared)
@@ -86,14 +86,14 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
 
     config, manifest, placement = plan.config, plan.manifest, plan.placement
     if config.parallel.deterministic:
-        make_deterministic()  # before the first CUDA call, because that call reads the environment variables set here
+        make_deterministic()  # before the first CUDA call, which reads the variables that this function sets
     folder = attempt.open(config, stopped=lambda: stop.requested)  # rank 0 waits until it holds the run's lease
     log = setup_logging(env, folder)
     startup.now("waiting for the other ranks")
     mesh = session.join_world(config, env, folder, attempt, stopped=lambda: stop.requested)
     watchdog = session.start_watchdog(config, env, folder, mesh.tracker, attempt)
     startup.now("building the model")
-    stack = contextlib.ExitStack()  # a rank that fails ends its process, so nothing needs to be closed then
+    stack = contextlib.ExitStack()  # not closed after an error, because a failed rank ends its process
     training = stack.enter_context(started_engine(config))(config, manifest, placement, mesh)
     startup.now("reading data")
     reader, readers = training.parallel.reader
@@ -148,7 +148,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
             placement_rows=placement_rows,
         )
         finished = trainer.fit()
-        watchdog.stop()  # otherwise it would end the ranks that wait until rank 0 has closed its sinks
+        watchdog.stop()  # a running watchdog would end the ranks that wait until rank 0 has closed its sinks
         beside = beside_fixed_top_k(config, manifest, finished.evaluation) if sinks else ""
         costs = "" if finished.costs is None else costs_markdown(finished.costs)
         for sink in sinks:
@@ -156,7 +156,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
                 if text:
                     sink.text(title, text)
         attempt.finish()
-    # All ranks wait for rank 0 here, because a launcher kills ranks that still run after a peer has ended.
+    # All ranks wait for rank 0's summary, because a launcher kills the ranks that still run after another rank has ended.
     checkpoints.agree("write the summary", lambda: session.conclude(finished, folder, plan, beside=beside))
     if env.rank == 0 and stop.first is not None:
         with contextlib.suppress(OSError, ValueError):  # a closed terminal must not fail a finished run

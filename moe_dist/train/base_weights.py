@@ -1,11 +1,11 @@
 """Loads the base: the frozen model to which LoRA adapters are added. A new run loads the base from `run.init_from` (with
 `run.init_rules: [adapt]`). A resumed run loads it from the folder that the run's checkpoint names, and refuses a base whose
-content hash differs from the one in the checkpoint.
+content hash differs from the hash in the checkpoint.
 
 An adapter adds the product of two matrices A and B to a weight, and B starts as 0. Before the first step the model
-therefore computes the same function as the base. The logits of both are bit-equal only in batches without padding: a base
-with one expert per layer leaves padding out of its matrix products, a model with adapters does not, and the rounding of a
-matrix product depends on its number of rows.
+therefore computes the same function as the base. The logits of both are bit-equal only in batches without padding. A base
+with one expert per layer leaves padding out of its matrix products, but a model with adapters does not, and the rounding
+of a matrix product depends on its number of rows.
 """
 
 import json
@@ -25,7 +25,7 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import ADAPTERS, Role, role_of_name
 
-# Keys of `model` that must equal the base's, so that the function is the same. `base_sources` compares the shapes.
+# Keys of `model` that must have the base's values, so that both compute the same function. `base_sources` compares shapes.
 _FUNCTION = (
     "resolved_head_dim",
     "num_heads",
@@ -45,10 +45,10 @@ _FUNCTION = (
 
 
 def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Module, layout: RankLayout) -> tuple[Base, str]:
-    """Loads the base from `run.init_from` into a model with new adapters; returns base and report to print. Collective.
+    """Loads the base from `run.init_from` into a model with new adapters; returns the base and a report. Collective.
 
     Raises:
-        ConfigError: there is no checkpoint, or it does not fit the model; lists every reason.
+        ConfigError: there is no checkpoint, or the checkpoint does not fit the model. The error lists every reason.
         DataError: the checkpoint is damaged.
     """
     assert config.run.init_from is not None
@@ -94,8 +94,8 @@ def load_base(
 
 
 def base_problems(model: ModelSection, contents: Contents) -> list[str]:
-    """Returns the reasons, from a checkpoint's configuration, why the checkpoint cannot be the base of `model`. The
-    function `base_sources` checks its tensors."""
+    """Compares a checkpoint's configuration with `model`; returns the reasons why the checkpoint cannot be the base. The
+    function `base_sources` checks the checkpoint's tensors."""
     values = contents.state.values
     if KEY in values:
         return ["it holds adapters and not the model under them; export it (tools.export_hf) and import that as the base"]
@@ -147,6 +147,6 @@ def _not_dense(base: ModelSection) -> list[str]:
 
 
 def _of_base(name: str, model: ModelSection) -> bool:
-    """Returns True if a parameter is loaded from the base. Only adapters, and the routers of LoRA experts, are not."""
+    """Returns True if a parameter is loaded from the base: all except adapters and the routers of LoRA experts."""
     role = role_of_name(name)
     return role not in ADAPTERS and not (model.moe.experts.over_frozen_ffn and role is Role.ROUTER)

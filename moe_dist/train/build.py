@@ -144,8 +144,8 @@ def build_model(
 def build_for_inference(
     config: Config, placement: ExpertPlacement, device: torch.device, mesh: Mesh | None = None
 ) -> Transformer:
-    """Makes the model in evaluation mode, without values: the caller must load every tensor. Ignores how the training run
-    was laid out over ranks. The EP groups of `mesh` share the experts; without `mesh` this rank has all."""
+    """Makes the model in evaluation mode, with uninitialised tensors, which the caller must load. Ignores how the training
+    run was laid out over ranks. The ranks of an EP group of `mesh` share the experts; without `mesh` this rank has all."""
     ep, ep_rank, ep_group = (1, 0, None) if mesh is None else (mesh.ep_size, mesh.ep_rank, mesh.ep)
     alone = {"ep": ep, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": AllToAllDispatchSection()}
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
@@ -198,7 +198,7 @@ class Training:
     parallel: ParallelModel
     optimizer: Optimizer
     step: TrainingStep
-    dispatch: DispatchParts | None = None  # from which another dispatcher is made if experts move
+    dispatch: DispatchParts | None = None  # to make another dispatcher if experts move
     balance: BiasController | None = None
     tuning: RouterTuning | None = None
     load: StepLoad | None = None
@@ -208,7 +208,7 @@ class Training:
         return capture(self.parallel.model, self.optimizer, layout, **options)
 
     def loaded(self, state: CheckpointState) -> None:
-        """Called after a load into the tensors of `state`, which `capture` returned."""
+        """Must be called after a checkpoint is loaded into the tensors of `state`, which `capture` returned."""
 
     def controllers(self) -> dict[str, BiasController | RouterTuning | StepLoad]:
         """Returns the controllers whose state a checkpoint saves, by name."""
@@ -242,7 +242,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     freeze(model, config)  # before sharding, so that FSDP2 reduces no gradients of frozen parameters
     if config.parallel.compile:
         compile_dense(model)
-    elif kernels is not TORCH:  # torch fuses compiled parts itself
+    elif kernels is not TORCH:  # torch.compile fuses these operations itself
         use_triton(model, config.parallel.kernels.kind, device=mesh.device, dtype=model.args.compute_dtype)
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
@@ -250,7 +250,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     parallel = ParallelModel(model, mesh, config.parallel.data, fsdp_gather=config.parallel.fsdp_gather)
     optimizer = build_optimizer(config, model)
     groups = group_of_modality(manifest, placement)
-    whole = config.train.only is None  # if False, routers keep the thresholds of the model that the run starts from
+    whole = config.train.only is None  # if False, routers keep the thresholds of the loaded model
     tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
     layers = model.moe_modules()
     balance = build_balance(config.model.moe, [layer.router for layer in layers], placement.groups, mesh.device)
@@ -281,7 +281,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
 
 
 def build_distillation(config: Config, manifest: Manifest, device: torch.device) -> Distillation:
-    """Makes the term of distillation, and loads its teacher onto this rank."""
+    """Makes the distillation term of the loss, and loads the teacher, or opens its stored output, on this rank."""
     section = config.loss.distillation
     assert section is not None, "the caller checks the section"
     if section.top_logits is not None:
@@ -305,10 +305,10 @@ def build_optimizer(config: Config, model: Transformer) -> Optimizer:
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:
-    """Raises ConfigError if the run needs the grouped product, but this device has none for these experts."""
+    """Raises ConfigError if the run needs a grouped matrix product that this device lacks for these experts."""
     dtype, kind = COMPUTE_DTYPES[config.parallel.precision], config.parallel.expert_gemm
     if config.parallel.dispatch.kind == "static" and device.type == "cuda":
-        kind = "grouped"  # a loop over experts needs their numbers of rows on the host
+        kind = "grouped"  # a loop over experts would need each expert's number of rows on the host
     for group in config.model.moe.groups.values():
         widths = (config.model.hidden_dim, group.ffn_dim)
         try:
@@ -318,10 +318,10 @@ def check_expert_gemm(config: Config, device: torch.device) -> None:
 
 
 def row_kernels(config: Config, device: torch.device) -> RowKernels:
-    """Returns the kernels of `parallel.kernels`. If `auto` cannot take Triton's on CUDA, the log says why.
+    """Returns the kernels of `parallel.kernels`. If `auto` cannot use the Triton kernels on CUDA, the log says why.
 
     Raises:
-        ConfigError: the kind is triton, which cannot be used here.
+        ConfigError: `parallel.kernels` is triton, but this device cannot use Triton kernels.
     """
     dtype = COMPUTE_DTYPES[config.parallel.precision]
     try:
@@ -397,7 +397,7 @@ class TrainingPlan:
             name to the mean number of true (not null) experts per token, and to the group's fraction of all tokens.
         active_target: By group: the number of true experts per token that a controller aims at.
         even_active: By group: the expected number of true experts per token. Has only the groups in which a controller or a
-            null weight of the balance loss sets this number; in the other groups it is top_k x true experts / all experts.
+            null weight of the balance loss sets this number. Other groups expect top_k x true experts / all experts.
     """
 
     placement: ExpertPlacement
@@ -410,7 +410,7 @@ class TrainingPlan:
     aux: Callable[[int], AuxSettings]  # coefficients of the auxiliary terms in a step (0-based)
     evaluate_every: int  # steps between two evaluations
     save_every: int  # steps between two checkpoints
-    max_skipped_in_a_row: int  # the run ends with an error after so many skipped steps in a row
+    max_skipped_in_a_row: int  # the run ends with an error after this many skipped steps in a row
     flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
     peak_flops: float | None  # peak FLOPs per second, summed over all devices; None if unknown
     peak_source: str  # the configuration key, or the name of the card, that `peak_flops` comes from

@@ -11,7 +11,7 @@ from moe_dist.plan.policies import expert_groups
 
 
 def build_dealing(config: Config, modalities: Sequence[str]) -> Dealing | None:
-    """Returns how sequences are dealt, or None without `rank_balance.dealing`. `modalities` are those of the manifest."""
+    """Makes the `Dealing`; returns None without `rank_balance.dealing`. `modalities` has the manifest's modality names."""
     if not config.rank_balance.dealing:
         return None
     balance = config.loss.balance
@@ -22,8 +22,8 @@ def build_dealing(config: Config, modalities: Sequence[str]) -> Dealing | None:
 def sequence_costs(config: Config, modalities: Sequence[str]) -> SequenceCosts:
     """Returns the costs of this run's sequences.
 
-    A token takes as many true experts as a load controller or the weight of the null experts sets, else as many as
-    under uniform routing.
+    The number of true experts per token is the number that a load controller or the weight of null experts sets, or else
+    the expected number under uniform routing.
     """
     model, groups = config.model, expert_groups(config.model.moe)
     taken = {each.name: config.even_active.get(each.name, each.expected_experts_per_token) for each in groups}
@@ -36,7 +36,7 @@ def sequence_costs(config: Config, modalities: Sequence[str]) -> SequenceCosts:
     length_S = np.arange(config.data.seq_len + 1, dtype=np.float64)
     keys_S = np.sum([np.minimum(length_S, window or np.inf) for window in model.windows], axis=0)
     each_key = 2 * model.attention.score_width(model)
-    token = flops(none) - each_key * model.num_layers  # without attention to the one position of seq_len=1
+    token = flops(none) - each_key * model.num_layers  # without the attention to one key that seq_len=1 counts
     return SequenceCosts(
         length_S * (token + each_key * keys_S), np.array([with_experts[name] - flops(none) for name in modalities])
     )

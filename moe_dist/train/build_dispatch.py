@@ -54,7 +54,7 @@ class DispatchParts:
     hidden_dim: int
     node_groups: NodeGroups = (None, None)
     kernels: RowKernels = TORCH
-    tokens: int = 0  # of a rank in a micro-batch
+    tokens: int = 0  # tokens of a rank's micro-batch
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class DispatchParts:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keywords of the dispatchers that exchange rows by all-to-alls."""
+        """Keyword arguments of the dispatchers that exchange rows by all-to-alls."""
         return {"max_receive_rows": self.parallel.max_receive_rows, "kernels": self.kernels}
 
 
@@ -72,9 +72,9 @@ def build_dispatcher(parts: DispatchParts) -> Dispatcher[Any]:
 
 
 def _all_to_all(parts: DispatchParts) -> Dispatcher[Any]:
-    """Makes the dispatcher of half batches or the pipelined dispatcher if an option asks for it. Otherwise makes the
-    dispatcher with known counts if each sent row serves only one (token, expert) pair, or the plain dispatcher if a row may
-    serve several pairs."""
+    """Makes the dispatcher for halves of a micro-batch or the pipelined dispatcher if an option selects it. Otherwise makes
+    the dispatcher with known counts if each sent row serves only one (token, expert) pair, or the plain dispatcher if a row
+    may serve several pairs."""
     if parts.parallel.two_batch_overlap:
         return TwoBatchDispatcher(parts.placement, parts.all_to_all, **parts.options)
     if parts.fields != {"overlap": False, "chunks": 1}:
@@ -115,8 +115,8 @@ def _static(parts: DispatchParts) -> StaticDispatcher:
 
 
 def room_for(placement: ExpertPlacement, tokens: int, *, room: float) -> StaticRoom:
-    """Returns the numbers of rows and pairs for which exchanges have room: `room` times the numbers expected for `tokens`
-    tokens of each rank, but at most the largest possible numbers."""
+    """Returns the fixed sizes of exchange buffers, in rows and (token, expert) pairs: `room` times the numbers expected for
+    `tokens` tokens of each rank, but at most the largest possible numbers."""
     groups, ep = placement.groups, placement.num_ranks
     rows, pairs, computed = [], [], []
     for rank in range(ep):

@@ -47,7 +47,7 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
     become keywords of the class `experts`."""
     config, groups, all_to_all = parts.config, parts.placement.groups, parts.all_to_all
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
-    # In a dry run the placement has many ranks, but there is no process group: the layers are made and never run.
+    # A dry run makes layers for a placement on many ranks without a process group, because it never runs the layers.
     dispatcher = build_dispatcher(  # one for all layers, because a dispatcher may allocate large buffers
         DispatchParts(
             config.parallel,

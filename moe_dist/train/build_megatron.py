@@ -1,4 +1,4 @@
-"""Makes model, optimizer and training step of the engine of Megatron-Core (engine.kind=megatron)."""
+"""Makes model, optimizer and training step of the Megatron-Core engine (engine.kind=megatron)."""
 
 import warnings
 from collections.abc import Iterator
@@ -28,13 +28,13 @@ from moe_dist.train.build_routing import build_balance, build_router, build_thre
 
 @dataclass(frozen=True)
 class MegatronTraining(Training):
-    """Model and optimizer of Megatron-Core. Checkpoints have their state under the logical names that all engines use."""
+    """Model and optimizer of Megatron-Core. Checkpoints store both under the logical names that all engines use."""
 
     state: Any = None  # a `GptState`
     config: Config | None = None
 
     def capture(self, layout: RankLayout, **options: Any) -> CheckpointState:
-        """Returns the state of this rank, see `Training.capture`. Collective with engine.distributed_optimizer."""
+        """Returns this rank's state, as `Training.capture` does. Collective with engine.distributed_optimizer."""
         assert self.config is not None
         mesh = self.parallel.mesh
         layout = RankLayout(layout.placement, mesh.rank, mesh.world_size, mesh.ep_rank)
@@ -56,7 +56,7 @@ def megatron_world(config: Config) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module="megatron")  # warnings about missing optional packages
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # about its collectives
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # about torch's collectives
         if engine.cpu_trial:
             stack.enter_context(megatron_on_cpu())
         degrees = {"tp": engine.tp, "pp": engine.pp, "vpp": engine.vpp, "cp": engine.cp}
@@ -136,8 +136,8 @@ def build_megatron_training(config: Config, manifest: Manifest, placement: Exper
 
 
 def _selection_scope(config: Config, mesh: Mesh, comm_stats: CommStats) -> SelectionScope:
-    """Returns the ranks whose tokens compete for an expert where experts choose. The tensor and context-parallel ranks that
-    share sequences count as one. Scope `ep_group` needs tp = cp = 1, see the rules of the engine's section."""
+    """Returns the ranks whose tokens compete for an expert in expert choice. The tensor and context-parallel ranks that
+    share sequences count as one rank. Scope `ep_group` needs tp = cp = 1, see the rules of the engine's section."""
     groups = process_groups()
     kind, reader, readers = config.model.moe.router.selection_scope, groups.dp.rank(), groups.dp.size()
     first = reader - mesh.ep_rank

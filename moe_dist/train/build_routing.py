@@ -53,8 +53,8 @@ def build_router(section: RouterSection, hidden_dim: int, groups: Sequence[Exper
 
     Args:
         known: Further values by name: `capacity` (for routers where tokens choose), `seed`, `layer`, `place` (index among
-            the MoE layers), `selection_scope`, `known_counts`, `kernels`. The constructor gets those for which it has a
-            parameter.
+            the MoE layers), `selection_scope`, `known_counts`, `kernels`. The router's constructor gets the values for
+            which it has a parameter.
     """
     router = ROUTERS[section.kind]
     named = signature(router).parameters
@@ -84,7 +84,7 @@ def build_balance(
 
 @dataclass
 class _Elsewhere:
-    """Stands for a gate on another pipeline stage, so that rules see all layers and have the same state on every rank."""
+    """Replaces a gate of another pipeline stage, so that rules see all layers and have the same state on every rank."""
 
     bias: Tensor
 
@@ -92,8 +92,8 @@ class _Elsewhere:
 def build_thresholds(
     section: MoESection, routers: Sequence[nn.Module | None], groups: Sequence[ExpertGroup], device: torch.device
 ) -> ThresholdUpdater | None:
-    """Makes the controller of the thresholds of experts that choose tokens; returns None if tokens choose. See
-    `build_balance` for `routers`."""
+    """Makes the controller of the thresholds of experts that choose tokens; returns None if tokens choose experts.
+    `build_balance` describes `routers`."""
     if not section.router.experts_choose:
         return None
     gates_LG: list[Any] = [
@@ -108,7 +108,7 @@ def build_thresholds(
 
 @dataclass
 class _ElsewhereChosen:
-    """As `_Elsewhere`, for experts that choose."""
+    """Replaces a gate of another pipeline stage if experts choose tokens."""
 
     buffers_3n: Tensor
 

@@ -34,7 +34,7 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
     chosen = Chosen(
         layers,
         places=tuple(config.model.moe_layers.index(layer) for layer in layers),
-        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # other layers need a refresh
+        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # others need a refresh
     )
     reader = RoutingReader(
         parallel.model,
@@ -69,7 +69,7 @@ def build_neighbours(section: RouterTuningSection, samples: Samples, *, seed: in
 
 
 class Savings(NamedTuple):
-    """Counts on one rank. The first number of a field is of the trained parameters, the second of all parameters."""
+    """Counts on one rank: in each field first for the trained parameters, then for all parameters."""
 
     parameters: tuple[int, int]
     optimizer: tuple[int, int]  # bytes of AdamW's moments
@@ -81,8 +81,8 @@ class Savings(NamedTuple):
 
 
 def savings(parallel: ParallelModel, moment_bytes: int | None = None) -> Savings:
-    """Counts parameters, optimizer state and reduced gradients on this rank, with router tuning and without it. An element
-    of a moment has `moment_bytes`; None: as many as its parameter's."""
+    """Counts parameters, optimizer state and reduced gradients on this rank, with router tuning and without it.
+    `moment_bytes` is the size of a moment's element; None for the size of the parameter's element."""
     sums = [[0, 0], [0, 0], [0, 0]]
     for info in parallel.parameters:
         parameter, itemsize = info.parameter, info.parameter.element_size()

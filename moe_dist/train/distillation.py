@@ -1,9 +1,9 @@
-"""The term of distillation in a training step, and the teacher whose distribution it follows.
+"""The distillation term of a training step, and the teacher.
 
     loss = (1 - weight) cross entropy + weight KL(teacher || model)       means over the labels of the step
 
-Every rank holds the whole teacher, frozen and in evaluation mode, and runs it on its own tokens, or reads the teacher's
-output from a file (`top_logits.py`); neither needs a collective.
+Every rank holds the whole teacher, frozen and in evaluation mode, and runs the teacher on the rank's own tokens, or reads
+the teacher's output from a file (`top_logits.py`). Both ways need no collective.
 """
 
 import json
@@ -29,32 +29,32 @@ from moe_dist.train.loss import MicroLoss, forward
 
 
 class Distillation:
-    """Adds the term of distillation to the loss of micro-batches.
+    """Adds the distillation term to the loss of micro-batches.
 
     Args:
         outputs: Returns the teacher's output for a micro-batch: a `Teacher`, or `TopLogits` from a file.
-        weight: Share of the KL in the loss.
+        weight: Weight of the KL divergence in the loss; cross entropy has weight 1 - `weight`.
     """
 
     def __init__(self, outputs: Callable[[Batch], TeacherOutput], *, weight: float) -> None:
         self.outputs, self._weight = outputs, weight
 
     def add(self, loss: MicroLoss, losses_BS: Tensor, kl_BS: Tensor, labels_in_step: Tensor) -> MicroLoss:
-        """Returns the loss of a micro-batch with `weight` of its cross entropy replaced by the KL."""
+        """Returns the micro-batch's loss, in which the KL divergence replaces the fraction `weight` of cross entropy."""
         term = self._weight * kl_BS.sum() / labels_in_step
         total = loss.total + term - self._weight * losses_BS.sum() / labels_in_step
         return loss._replace(total=total, auxiliary=loss.auxiliary + term.detach().to(torch.float64))
 
 
 class Teacher:
-    """A frozen model, whole on this rank. `group_of_modality` has the index of its expert group for each modality."""
+    """A frozen model, whole on this rank. `group_of_modality` maps each modality to the index of the model's group."""
 
     def __init__(self, model: nn.Module, group_of_modality: Tensor) -> None:
         self._model, self._group_of_modality = model, group_of_modality
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutput:
-        """Runs the teacher on a micro-batch, which must be on its device."""
+        """Runs the teacher on a micro-batch, which must be on the teacher's device."""
         logits_BSV, _ = forward(self._model, batch, self._group_of_modality)
         return TeacherOutput(logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32)).log_softmax(-1))
 
@@ -68,7 +68,7 @@ def teacher_section(path: str, student: ModelSection, manifest: Manifest, *, seq
         manifest: Manifest of the data set on which the student learns.
 
     Raises:
-        ConfigError: there is no checkpoint, or its model cannot be the teacher; lists every reason.
+        ConfigError: there is no checkpoint, or its model cannot be the teacher. The error lists every reason.
         DataError: the checkpoint is damaged.
     """
     key = f"loss.distillation.teacher={path!r}"

@@ -1,7 +1,7 @@
 """Estimates the parameters, FLOPs, memory, checkpoint size, tokens and hours of a run. Needs no GPU and no data.
 
-Builds the model on the meta device to check the computed number of parameters. FLOPs, memory and traffic are expected
-values for a router that chooses all experts of a group, null experts included, with equal probability.
+A dry run builds the model on the meta device to check the computed number of parameters. FLOPs, memory and traffic are
+expected values for a router that chooses all experts of a group, null experts included, with equal probability.
 """
 
 from collections import Counter
@@ -48,7 +48,7 @@ def dry_run(config: Config, *, tokens_per_second: float | None = None, console: 
         tokens_per_second: Throughput of all ranks together, from which the hours are computed; None for no hours.
 
     Raises:
-        ConfigError, DataError: the run is not possible; lists every problem that can be found without the data.
+        ConfigError, DataError: the run is not possible. The error lists every problem that can be found without the data.
     """
     result = estimate(config)
     console = console or Console()
@@ -137,10 +137,10 @@ def _times(config: Config) -> str:
 
 
 def _agree_with_model(config: Config, layout: PlannedLayout, parts: flops.Parts) -> None:
-    """Checks that `parts` sum to the number of parameters, over all EP ranks, of the model that the run would build."""
+    """Checks that the sum of `parts` equals the number of parameters, over all EP ranks, of the model of the run."""
     placement, total = layout.placement, 0
     held_R = [tuple(len(placement.local_experts(rank, g)) for g in layout.groups) for rank in range(placement.num_ranks)]
-    for held, ranks in Counter(held_R).items():  # ranks with the same numbers of experts share a model
+    for held, ranks in Counter(held_R).items():  # one model serves all ranks with the same numbers of experts
         with torch.device("meta"):
             model = build_model(config, placement, ep_rank=held_R.index(held), ep_group=None)
         experts = _numel([each.parameter for each in named_parameters(model) if each.role in EXPERTS])

@@ -1,7 +1,7 @@
 """Moves experts between the ranks of an EP group: their weights and moments, bit for bit.
 
-A move keeps each rank's number of experts of each group. So parameters and moments keep their shapes and their memory, and
-only contents change. Nothing on disk changes: after a crash the run resumes from its last checkpoint.
+A move keeps each rank's number of experts of each group. Parameters and moments therefore keep their shapes and memory, and
+only their values change. Nothing on disk changes: after a crash the run resumes from its last checkpoint.
 """
 
 from collections.abc import Iterator
@@ -28,9 +28,9 @@ class Route:
     """The move of one group's experts, for one rank.
 
     Attributes:
-        send: Slots in the group's stack of the experts that leave, in the order of their new ranks.
-        splits: Numbers of experts to and from each rank.
-        take: For each new slot the place of its expert among the old slots and then the experts that arrive.
+        send: Indices, in this rank's stack of the group's experts, of the experts that leave, ordered by their new ranks.
+        splits: Numbers of experts sent to and received from each rank.
+        take: For each expert of the new stack its index in the list of the old stack followed by the received experts.
     """
 
     send: list[int]
@@ -39,7 +39,7 @@ class Route:
 
     @classmethod
     def of(cls, old: ExpertPlacement, new: ExpertPlacement, group: ExpertGroup, rank: int) -> "Route":
-        """Makes the route of rank `rank`. Both sides of an exchange list its experts in the order of logical ids."""
+        """Makes the route of rank `rank`. Sender and receiver both list exchanged experts in the order of logical ids."""
         others = [each for each in range(old.num_ranks) if each != rank]
         before, after = old.local_experts(rank, group), new.local_experts(rank, group)
         leave = {to: [each for each in new.local_experts(to, group) if each in before] for to in others}
@@ -53,7 +53,7 @@ class Route:
 
 
 def same_shapes(one: ExpertPlacement, other: ExpertPlacement) -> bool:
-    """Whether all ranks have as many experts of each group in both placements, so that one can become the other."""
+    """Returns whether each rank has as many experts of each group in one placement as in the other, as a move needs."""
     if one.groups != other.groups or one.num_ranks != other.num_ranks:
         return False
     ranks = range(one.num_ranks)
@@ -62,8 +62,8 @@ def same_shapes(one: ExpertPlacement, other: ExpertPlacement) -> bool:
 
 @torch.no_grad()
 def move_experts(parallel: ParallelModel, optimizer: Optimizer, old: ExpertPlacement, new: ExpertPlacement) -> None:
-    """Puts weights and moments of all experts where `new` has them. Collective over the EP groups. Takes memory for one
-    stack of experts at a time, whole even if FSDP2 shards it over edp."""
+    """Moves weights and moments of all experts to the ranks of `new`. Collective over the EP groups. Takes memory for one
+    stack of experts at a time, and for the whole stack even if FSDP2 shards it over edp."""
     assert same_shapes(old, new), f"{old.slots} cannot become {new.slots}"
     mesh = parallel.mesh
     wire = AllToAll(mesh.ep, CommStats(), mesh.tracker)
@@ -85,7 +85,7 @@ def move_experts(parallel: ParallelModel, optimizer: Optimizer, old: ExpertPlace
 
 
 def _tensors(named: NamedParameter, optimizer: Optimizer) -> Iterator[Tensor]:
-    """Yields a stack of experts and its moments. An empty stack has no moments, but takes part in their exchange."""
+    """Yields a stack of experts and its moments. A rank with an empty stack yields empty tensors in place of moments."""
     yield named.parameter.detach()
     state = optimizer.state.get(named.parameter, {})
     if named.parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""Gives experts replicas on other ranks of their EP group. It sends nothing: each forward brings the weights of replicas
+"""Gives experts replicas on other ranks of their EP group. Sends no weights: each forward sends the weights of replicas
 (`moe/replicas.py`)."""
 
 from moe_dist.comm.all_to_all import AllToAll
@@ -10,9 +10,10 @@ from moe_dist.train.build_dispatch import DispatchParts
 
 
 def give_replicas(parallel: ParallelModel, parts: DispatchParts, placement: PlacementWithReplicas) -> None:
-    """Lets all MoE layers use the replicas of `placement` instead of those until now. All ranks call it between steps."""
+    """Gives all MoE layers the replicas of `placement` instead of their present replicas. All ranks call the function
+    between two steps."""
     mesh, layers = parallel.mesh, parallel.model.moe_modules()
-    # not `parts.all_to_all`, which may check rows by checksums, for which an expert is too long
+    # `parts.all_to_all` is not used, because its checksums of rows may be switched on, and an expert is too long for them.
     wire = AllToAll(mesh.ep, parts.all_to_all.comm_stats, mesh.tracker)
     names = [str(layer.name) for layer in layers]
     dispatcher = ReplicaDispatcher(placement, parts.all_to_all, layers=names, device=mesh.device, **parts.options)

@@ -1,4 +1,4 @@
-"""Levers that keep the ranks equally busy during a run (section `rank_balance`), behind one interface. Each is off by
+"""The interface of levers, which keep the ranks equally busy during a run (section `rank_balance`). All levers are off by
 default."""
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ from moe_dist.train.router_tuning.loader import SampleLoader
 
 
 class Lever(Protocol):
-    """Moves work between ranks, without changing the loss beyond rounding. All ranks decide alike."""
+    """Moves computation between ranks; changes the loss only by rounding. All ranks make the same decisions."""
 
     def after_step(self, result: StepResult, *, step: int, position: int) -> LeverDecision | None:
-        """Is called after each step. May issue collectives. Returns a decision if there is one to show.
+        """Is called after each step. May issue collectives. Returns a decision to show, or None.
 
         Args:
             step: Number of the step; the first step of a run is 1.

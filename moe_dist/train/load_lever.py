@@ -1,4 +1,4 @@
-"""The base of levers that decide by the loads of a window of steps.
+"""The base of levers that decide by the experts' loads in a window of steps.
 
 Shape letters: S steps, L MoE layers, E true experts.
 """
@@ -19,16 +19,16 @@ class LoadLever(Generic[P]):
 
     Args:
         placement: Where the experts are now.
-        every: Steps of a window, at whose end the lever decides.
+        every: Number of steps of a window; the lever decides after its last step.
     """
 
     def __init__(self, placement: P, every: int) -> None:
         self.placement, self._every = placement, every
         self._width_E = np.array(placement.width_of_expert)
-        self._pairs_SLE: list[np.ndarray] = []  # computed pairs in the steps since the last decision
+        self._pairs_SLE: list[np.ndarray] = []  # computed (token, expert) pairs since the last decision
 
     def after_step(self, result: StepResult, *, step: int, position: int) -> LeverDecision | None:
-        """See `Lever`. Decides in every `every`-th step. A load that needs no change shows nothing."""
+        """See `Lever`. Decides in every `every`-th step. Returns None if the loads need no change."""
         counts = result.counts
         self._pairs_SLE.append(counts.choices_LC[:, : len(self._width_E)] - counts.dropped_LE)
         if step % self._every:
@@ -40,11 +40,11 @@ class LoadLever(Generic[P]):
         return decision
 
     def _decide(self, load_SLE: np.ndarray) -> LeverDecision | None:
-        """Decides by the loads, pairs x FFN width, of at least two steps."""
+        """Decides by the loads, (token, expert) pairs x FFN width, of at least two steps."""
         raise NotImplementedError
 
     def _place(self, placement: P) -> None:
-        """Puts experts where `placement` has them."""
+        """Moves or replicates experts as `placement` says."""
         raise NotImplementedError
 
     def _stored_pairs(self) -> JsonValue:

@@ -36,11 +36,11 @@ def aux_at(step: int, *, schedule: Sequence[tuple[int, float]], **settings: Any)
 class MicroLoss(NamedTuple):
     """The losses of one micro-batch on this rank. Only `total` has a gradient; the other losses are float64."""
 
-    total: Tensor  # what this micro-batch and rank add to the step's loss
+    total: Tensor  # share of this micro-batch and rank in the step's loss
     nll_M: Tensor  # sum of token losses by the label's modality, in nats
     balance: Tensor  # balance term in `total`
     z: Tensor  # z term in `total`
-    auxiliary: Tensor  # loss of auxiliary routers, or term of router tuning or of distillation, in `total`
+    auxiliary: Tensor  # in `total`: loss of auxiliary routers, router tuning term, or distillation term
     counts: StepCounts[Tensor]  # routing counts of the micro-batch over all ranks
 
 
@@ -51,7 +51,7 @@ def sums_by_modality(values_BS: Tensor, labels_BS: Tensor, modality_BS: Tensor, 
 
 
 def labels_by_modality(labels_BS: Tensor, modality_BS: Tensor, num_modalities: int) -> Tensor:
-    """Returns the number of labels of each modality, without those that are IGNORED: float64 [M]."""
+    """Returns the number of labels of each modality, without IGNORED labels: float64 [M]."""
     return _labels_of_modalities(labels_BS, modality_BS, num_modalities).sum(0, dtype=torch.float64)
 
 
@@ -71,8 +71,8 @@ def forward(
     losses: bool = False,
     teacher: TeacherOutput | None = None,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
-    """Runs a transformer or its data-parallel wrapper; returns logits [B, S, V], or with `losses` the cross entropy of each
-    label [B, S], or with a `teacher` as well both losses [2, B, S], and one report per MoE layer."""
+    """Runs a transformer or its data-parallel wrapper. Returns logits [B, S, V], or with `losses` each label's cross
+    entropy [B, S], or with `losses` and a `teacher` both losses [2, B, S]; and one report per MoE layer."""
     group_BS = group_of_modality[batch.modality_BS].masked_fill(batch.padding_BS, -1)
     labels_BS = batch.labels_BS if losses else None
     inputs = (batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request, labels_BS)
@@ -144,12 +144,12 @@ def depth_statistics(
 
 
 def on_host(counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
-    """Copies counts to the host. They become int64, except those in FRACTIONAL."""
+    """Copies counts to the host. All fields become int64, except the fields in FRACTIONAL."""
     return counts_from(torch.cat([part.flatten() for part in counts]).cpu().numpy(), counts)  # one sync for all fields
 
 
 def counts_from(flat: np.ndarray, counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
-    """The counts whose fields, flattened and joined, are `flat`, with the shapes of `counts`."""
+    """Cuts `flat`, the flattened and joined fields of counts, into fields with the shapes of `counts`."""
     arrays, end = {}, 0
     for name, part in zip(counts._fields, counts, strict=True):
         start, end = end, end + part.numel()
@@ -158,8 +158,9 @@ def counts_from(flat: np.ndarray, counts: StepCounts[Tensor]) -> StepCounts[np.n
 
 
 def auxiliary_terms(reports: Sequence[LayerReport], tokens_LG: Tensor, tables: ColumnTables) -> Tensor:
-    """Returns what this rank adds to the auxiliary routers' loss, [L, G] ([0, G] without them). For each layer and group
-    the loss is the mean binary cross entropy over the group's tokens and experts (MoMa, arXiv 2407.21770, section 2.4).
+    """Returns this rank's share of the auxiliary routers' loss, [L, G] ([0, G] without auxiliary routers). For each layer
+    and group the loss is the mean binary cross entropy over the group's tokens and experts (MoMa, arXiv 2407.21770, section
+    2.4).
 
     Args:
         tokens_LG: Number of tokens over all ranks; the loss of a group without tokens is 0.
@@ -171,8 +172,8 @@ def auxiliary_terms(reports: Sequence[LayerReport], tokens_LG: Tensor, tables: C
 
 
 def depth_auxiliary(reports: Sequence[LayerReport], tokens_P: Tensor) -> Tensor:
-    """Returns what this rank adds to the loss of auxiliary mixture-of-depths routers: the mean binary cross entropy over
-    the tokens of all ranks, summed over the layers. Only the auxiliary routers get gradients from this loss."""
+    """Returns this rank's share of the loss of auxiliary mixture-of-depths routers: the mean binary cross entropy over the
+    tokens of all ranks, summed over the layers. Only the auxiliary routers get gradients from this loss."""
     mixture_of_depths = [report.depth for report in reports if report.depth is not None]
     terms = [depth.auxiliary / tokens for depth, tokens in zip(mixture_of_depths, tokens_P.clamp_min(1.0), strict=True)
              if depth.auxiliary is not None]  # fmt: skip
@@ -194,7 +195,7 @@ def micro_loss(
     share_G: Tensor | None = None,
     load: StepLoad | None = None,
 ) -> MicroLoss:
-    """Returns what one micro-batch on this rank adds to the step's loss:
+    """Returns the share of one micro-batch on this rank in the step's loss:
 
         sum of token losses / labels in the step  +  share * (c_b sum_layers,groups balance + c_z sum_layers z
                                                               + sum_layers,groups auxiliary)
@@ -205,7 +206,7 @@ def micro_loss(
         share: Weight of the micro-batch in the step. The auxiliary terms are means over its tokens on all ranks.
         counts: Routing counts of the micro-batch over all ranks (`global_counts`).
         share_G: Weight of each group's terms; None for `share`.
-        load: Loads of the balance loss; None for those of the micro-batch.
+        load: Expert loads for the balance loss; None for the loads in the micro-batch.
     """
 
     def weighted(coefficient: float, terms_LG: Tensor) -> Tensor:

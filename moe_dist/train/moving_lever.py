@@ -1,8 +1,10 @@
-"""Decides when experts change ranks, from the routing counts alone: so all ranks and all runs with one seed decide alike.
+"""Decides when experts change ranks. The decision depends only on routing counts, and is therefore equal on all ranks and
+in all runs with the same seed.
 
-A window of steps is cut in two. The loads of its first half find swaps of experts, by the placement solver; those of its
-second half judge them. So a placement that fits only the noise of the steps by which it was found has no gain. A load is
-the sum over steps and layers of the busiest rank's load, so the experts of a rotating hot spot are spread, too.
+A window of steps is cut in two halves. From the loads of the first half the placement solver finds swaps of experts; the
+loads of the second half judge the swaps. A placement that only fits the noise of the first half therefore shows no gain. A
+placement's load is the busiest rank's load, summed over steps and layers, which also spreads the experts of a rotating hot
+spot.
 
 Shape letters: S steps, L MoE layers, E true experts, R ranks of an EP group.
 """
@@ -20,8 +22,8 @@ from moe_dist.train.expert_moves import same_shapes
 from moe_dist.train.load_lever import LoadLever
 
 LEAST_GAIN = 0.02  # fraction of the busiest rank's load; smaller gains are noise
-# An expert of n parameters moves at most 12 n bytes: weight and two moments in fp32. Muon's one moment and moments in bf16
-# are less, so a move then pays back earlier. Forward and backward of a row take 6 n FLOPs.
+# A move of an expert with n parameters sends at most 12 n bytes: weight and two moments in fp32. Muon's single moment or
+# bf16 moments make a move cheaper than computed. Forward and backward of a row of the expert take 6 n FLOPs.
 BYTES_OVER_FLOPS = 12 / 6
 
 
@@ -30,8 +32,8 @@ class MovingLever(LoadLever[ExpertPlacement]):
 
     Args:
         placement: Where the experts are now.
-        move: Puts the experts where another placement has them. Collective.
-        edp: Number of EP groups, which share the load of a step.
+        move: Moves the experts from the first placement to the second one. Collective.
+        edp: Number of EP groups, which share the tokens of a step.
         every, payback_steps, flops_per_byte: See `config.rank_balance_schema.MovingSection`.
     """
 
@@ -59,7 +61,7 @@ class MovingLever(LoadLever[ExpertPlacement]):
             return None
         mean = max(1.0, rank_loads(second, rank_E, ranks).mean(1).sum())
         before, after = (max(1.0, pace(second, each, ranks)) for each in (rank_E, new_E))
-        gain, step = 1 - after / before, before / self._edp / (len(load_SLE) - half)  # one EP group's busiest rank
+        gain, step = 1 - after / before, before / self._edp / (len(load_SLE) - half)  # load of one EP group's busiest rank
         cost, moved = self._cost(rank_E, new_E, load_SLE.shape[1]) / step, int((rank_E != new_E).sum())
         payback = cost / gain if gain > 0 else np.inf
         taken = gain >= LEAST_GAIN and payback <= self._payback_steps
@@ -72,7 +74,7 @@ class MovingLever(LoadLever[ExpertPlacement]):
         return LeverDecision("moving", taken, before / mean, after / mean, cost_steps=cost, why=why, placement=placement)
 
     def _cost(self, rank_E: np.ndarray, new_E: np.ndarray, layers: int) -> float:
-        """Returns the rows x FFN width that the rank with the most experts to send or receive could compute meanwhile."""
+        """Returns a move's cost, as the rows x FFN width that the busiest sender or receiver could compute meanwhile."""
         moved_E = rank_E != new_E
         sent, received = (np.bincount(each[moved_E], self._width_E[moved_E]) for each in (rank_E, new_E))
         most = max(sent.max(initial=0.0), received.max(initial=0.0))
@@ -83,14 +85,14 @@ class MovingLever(LoadLever[ExpertPlacement]):
         self.placement = placement
 
     def state(self) -> JsonValue:
-        """Returns where the experts are, where the configuration has them, and the counts since the last decision."""
+        """Returns the current and the configured placement of the experts, and the counts since the last decision."""
         slots: list[JsonValue] = [[*each] for each in self.placement.slots]
         configured: list[JsonValue] = [[*each] for each in self._configured]
         return {"slots": slots, "configured": configured, "pairs": self._stored_pairs()}
 
     def restore(self, state: JsonValue) -> None:
-        """Moves the experts to where they were. Collective. If the ranks cannot hold the experts in this way, or the
-        configuration has another placement now, they stay where the configuration has them.
+        """Moves the experts to the saved placement. Collective. Leaves them in the configured placement if the ranks cannot
+        hold the saved one, or if the configuration has another placement now.
 
         Raises:
             DataError: the state was not made by `state`.

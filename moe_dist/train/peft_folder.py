@@ -1,4 +1,4 @@
-"""The adapters of a finished run in PEFT's form: `adapters/step_N` in the folder of the run."""
+"""Writes the adapters of a finished run in PEFT's format to `adapters/step_N` in the folder of the run."""
 
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
@@ -6,9 +6,9 @@ from moe_dist.runtime.run_folder import RunFolder
 
 
 def write_adapters(config: Config, folder: RunFolder, step: int) -> str:
-    """Writes the folder, unless it exists, from the newest checkpoint, which is that of `step`.
+    """Writes the folder, unless it exists, from the newest checkpoint, which must be the checkpoint of step `step`.
 
-    Returns a line for the summary: the folder, or why PEFT has no such adapters; "" if the run trains none.
+    Returns a line for the summary: the folder, or why PEFT has no such adapters; "" if the run trains no adapters.
 
     Raises:
         DataError: the base of the adapters is missing or has another content hash.
@@ -16,7 +16,7 @@ def write_adapters(config: Config, folder: RunFolder, step: int) -> str:
     """
     if config.train.only != "adapters":
         return ""
-    from moe_dist.hf.adapters import export_adapters  # here, because few runs need it
+    from moe_dist.hf.adapters import export_adapters  # imported here, because few runs need PEFT
 
     out = folder.path / "adapters" / f"step_{step}"
     try:

@@ -1,7 +1,7 @@
-"""The state of a model and optimizer of Megatron-Core as a checkpoint of this project, by logical names.
+"""Converts the state of Megatron-Core's model and optimizer to and from tensors with this project's logical names.
 
-So a checkpoint loads at other degrees of TP, PP, EP and CP, at another placement, and in this project's own engine. Weights
-are the fp32 ones that the optimizer updates.
+With these names a checkpoint loads at other degrees of TP, PP, EP and CP, at another placement, and in this project's own
+engine. The saved weights are the fp32 weights that the optimizer updates.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,19 +36,19 @@ class _Slice:
 
 
 class GptState:
-    """Reads and sets weights and moments of one rank."""
+    """Reads and sets the weights and moments of one rank."""
 
     def __init__(self, gpt: Gpt, optimizer: Any) -> None:
         self._gpt, self._optimizers = gpt, plain_optimizers(optimizer)
 
     @property
     def counted(self) -> Optimizer:
-        """The optimizer of the dense parameters. Every rank has some, so this optimizer's step count is the run's."""
+        """The optimizer of the dense parameters, whose step count is the run's, because every rank has dense parameters."""
         return self._optimizers[0].optimizer
 
     def held(self) -> dict[str, LocalShard]:
-        """Returns this rank's tensors by logical name. Creates moments that do not exist yet. Values that a load writes
-        into them count only after `loaded`. Collective with a distributed optimizer: its tensors are gathered one by one
+        """Returns this rank's tensors by logical name. Creates moments that do not exist yet. A load into these tensors
+        takes effect only after `loaded`. Collective with a distributed optimizer, whose tensors are gathered one by one
         into host memory, which is freed with the result."""
         for each in self._optimizers:
             for group in getattr(each.optimizer, "param_groups", ()):
@@ -81,13 +81,14 @@ class GptState:
             set_step_count(each.optimizer, count)
 
     def _parameters(self) -> Iterator[tuple[int, str, str, nn.Parameter]]:
-        """Yields the part of the model, Megatron's name, "" or the moment, and the parameter, for weights and moments."""
+        """Yields for each weight and moment: number of the model chunk, Megatron's parameter name, name of the moment (""
+        for the weight), and parameter."""
         for chunk, name, parameter in self._gpt.parameters():
             for kind in ("", *MOMENTS):
                 yield chunk, name, kind, parameter
 
     def _buffers(self) -> Iterator[tuple[str, LocalShard]]:
-        """Yields the selection biases, which a load writes into directly: all ranks of a stage have them."""
+        """Yields the selection biases. A load writes directly into these tensors, which all ranks of a stage have."""
         same = self._gpt.groups.tp_dp_cp
         for layer, router in self._gpt.routers.items():
             for name, tensor in router.state_dict(keep_vars=True).items():
@@ -101,7 +102,7 @@ class GptState:
             yield prefix + piece.name, piece
 
     def _whole(self, kind: str, parameter: nn.Parameter) -> Tensor:
-        """The whole local weight (kind "") or moment: the optimizer's own tensor, or one gathered from its shards."""
+        """Returns the whole local weight (kind "") or moment: the optimizer's own tensor, or one gathered from shards."""
         place = self._slice(parameter)
         if not place.sharded:
             return _updated(place, kind)
@@ -110,7 +111,7 @@ class GptState:
             shard = _updated(place, kind)
             flat[place.begin : place.begin + shard.numel()] = shard.flatten()
         expert = not getattr(parameter, "allreduce", True)
-        # Summed as integers, to which the other ranks add 0, every bit stays; as floats, -0.0 + 0.0 would be 0.0.
+        # The sum is over integers, to which all ranks but one add 0, so that every bit stays: as floats, -0.0 + 0.0 is 0.0.
         dist.all_reduce(flat.view(torch.int32), group=self._gpt.groups.expt_dp if expert else self._gpt.groups.dp_cp)
         return flat.view(parameter.shape).to(_HOST)
 
@@ -140,6 +141,6 @@ class GptState:
 
 
 def _updated(place: _Slice, kind: str) -> Tensor:
-    """The optimizer's own tensor: the weight (kind "") or a moment."""
+    """Returns the optimizer's own tensor: the weight (kind "") or a moment."""
     assert place.main is not None
     return place.main.detach() if not kind else place.optimizer.optimizer.state[place.main][kind]

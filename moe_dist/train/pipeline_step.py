@@ -1,5 +1,5 @@
-"""A training step on tensor, pipeline and context-parallel ranks (engine.kind=megatron), behind the interface of
-`TrainingStep`, and the same model in evaluation, behind that of `Transformer`."""
+"""The training step on tensor, pipeline and context-parallel ranks (engine.kind=megatron), with the interface of
+`TrainingStep`; and the evaluation of the same model, with the interface of `Transformer`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from moe_dist.train.tracing import StepWatcher
 
 
 class PipelineModel:
-    """The model over all pipeline stages. It is called as `Transformer`, and returns losses and reports."""
+    """The model over all pipeline stages. A call has the arguments of `Transformer`, and returns losses and reports."""
 
     def __init__(self, gpt: Gpt, pipeline: Pipeline, watch: LayerWatch) -> None:
         self.gpt, self.pipeline, self.watch = gpt, pipeline, watch
@@ -51,8 +51,8 @@ class PipelineModel:
         return losses_BS, reports
 
     def with_choices(self, reports: Sequence[LayerReport], number: int, tokens_BS: Tensor) -> list[LayerReport]:
-        """Returns one report per MoE layer of the model with the choices of all tokens of a micro-batch, which its ranks
-        (TP x CP x PP) have in parts. Collective over them: sums of 12 bytes a token, layer and choice."""
+        """Returns one report per MoE layer of the model with the choices of all tokens of a micro-batch, of which each TP,
+        CP and PP rank has a part. Collective over these ranks: sums of 12 bytes per token, layer and choice."""
         groups, layers = self.gpt.groups, self.gpt.config.model.moe_layers
         choices = max(group.top_k for group in self.gpt.place.placement.groups)
         column_TLK = torch.zeros((tokens_BS.numel(), len(layers), choices), dtype=torch.int64, device=tokens_BS.device)
@@ -60,7 +60,7 @@ class PipelineModel:
         for layer, (token_T, chosen) in self.watch.chosen[number].items():
             column_TLK[token_T, layers.index(layer)] = chosen.column_TK.to(column_TLK.dtype)
             weight_TLK[token_T, layers.index(layer)] = chosen.weight_TK.to(weight_TLK.dtype)
-        for tensor in (column_TLK, weight_TLK):  # each token and layer is on one rank, so every bit stays
+        for tensor in (column_TLK, weight_TLK):  # every bit stays, because only one rank adds a value other than 0
             for group in (groups.tp, groups.cp, groups.pp):
                 sum_over(tensor, group if group.size() > 1 else None, name=TRACED_CHOICES, tracker=self.watch.tracker)
         parts = zip(column_TLK.to(torch.int16).unbind(1), weight_TLK.to(torch.float16).unbind(1), strict=True)
@@ -73,7 +73,7 @@ class PipelineModel:
         return [each._replace(chosen=chosen) for each, chosen in zip(reports, found, strict=True)]
 
     def _whole(self, losses_Bs: Tensor) -> Tensor:
-        """Gathers the positions of all context-parallel ranks."""
+        """Gathers the losses at the positions of all context-parallel ranks; returns [B, S]."""
         group, size = self.gpt.groups.cp, self.pipeline.cp_size
         parts = [torch.empty_like(losses_Bs) for _ in range(size)]
         dist.all_gather(parts, losses_Bs.contiguous(), group=group)
@@ -90,7 +90,7 @@ class PipelineModel:
         return self
 
     def moe_modules(self) -> list[MoELayer]:
-        """Those of this rank's layers."""
+        """Returns the MoE modules of this rank's layers."""
         return [module for chunk in self.gpt.chunks for module in chunk.modules() if isinstance(module, MoELayer)]
 
     def depth_routers(self) -> list[Any]:
@@ -99,13 +99,13 @@ class PipelineModel:
 
 @dataclass(frozen=True)
 class PipelineParallel:
-    """The model on Megatron's ranks, with those attributes of `ParallelModel` that do not depend on the engine.
+    """The model on Megatron's ranks, with the attributes of `ParallelModel` that do not depend on the engine.
 
     Attributes:
         reader: This rank's position among the ranks that read different sequences, and their number.
-        counts_tokens: True on one rank of all those with the same sequences.
-        counts_losses: True on the ranks whose losses are summed: each position of each sequence once.
-        layer_ranks: The ranks with the same layers as this one.
+        counts_tokens: True on one of the ranks with the same sequences.
+        counts_losses: True on the ranks whose losses are summed; together they have each position of each sequence once.
+        layer_ranks: The ranks with the same layers as this rank.
     """
 
     model: PipelineModel
@@ -162,8 +162,9 @@ class PipelineStep(TrainingStep):
         return [MicroLoss(nll_M.sum(), nll_M, balance, z, torch.zeros_like(z), counts)]
 
     def _show(self, number: int, batch: Batch, reports: Sequence[LayerReport], watchers: Sequence[StepWatcher]) -> None:
-        """Shows the choices of a micro-batch to the watchers: to those of own tokens what this rank routes, to all others
-        the choices in all layers, on one rank of those with the same sequences; the others show an empty batch."""
+        """Shows the choices of a micro-batch to the watchers. A watcher of own tokens gets this rank's choices. Other
+        watchers get the choices in all layers on one of the ranks with the same sequences, and on the other ranks a batch
+        of padding."""
         model = self.parallel.model
         own = [watcher for watcher in watchers if watcher.own_tokens]
         for watcher in own:
@@ -177,11 +178,10 @@ class PipelineStep(TrainingStep):
                 watcher.add(shown, whole)
 
     def _norm_squared(self) -> Tensor:
-        """Returns the squared norm on rank 0, and 0 on all others, because Megatron's norm is that of the whole model.
+        """Returns the squared norm on rank 0, and 0 on all other ranks, because Megatron computes the whole model's norm.
 
-        Costs a pass over all gradients, and an all-reduce with a host sync for dense parameters and one for experts.
-        Megatron's `step` takes no norm and so computes it again; the ranks must know before `step` whether the norm is
-        finite.
+        Costs a pass over all gradients, and an all-reduce with a host sync for dense parameters and one for experts. The
+        ranks must know before Megatron's `step` whether the norm is finite; `step` then computes the norm again.
         """
         self.optimizer.prepare_grads()  # pyright: ignore[reportAttributeAccessIssue]
         norm = float(self.optimizer.get_grad_norm())  # pyright: ignore[reportAttributeAccessIssue]
@@ -189,7 +189,7 @@ class PipelineStep(TrainingStep):
         return torch.tensor(share, dtype=torch.float64, device=self.parallel.mesh.device)
 
     def _apply(self, norm: Tensor, lr: float) -> None:
-        """Lets Megatron clip and update."""
+        """Lets Megatron clip the gradients and update the weights."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self.parallel.mesh.tracker.among("the optimizer's step"):

@@ -21,10 +21,10 @@ from moe_dist.plan.preflight import Preflight
 
 
 class PlacementRows:
-    """Counts the steps from number `first` (0-based) on: one row for each distinct (token, other rank), in forward.
+    """Counts from step number `first` (0-based) on: one row for each rank to which a forward sends a token.
 
     Args:
-        placements: Placement by name; all have the same groups.
+        placements: Maps a name to each placement; all placements have the same groups.
         ep_rank: Position of this rank in its EP group.
     """
 
@@ -40,7 +40,7 @@ class PlacementRows:
         self._rows_P = torch.zeros(len(tables), dtype=torch.int64, device=device)
 
     def due(self, number: int) -> bool:
-        """Whether step `number` (0-based) is counted."""
+        """Returns whether step `number` (0-based) is counted."""
         return number >= self._first
 
     def add(self, batch: Batch, reports: Sequence[LayerReport]) -> None:
@@ -50,13 +50,13 @@ class PlacementRows:
                 self._rows_P += remote_rows(report.chosen.column_TK, self._rank_PE, self._ranks, self._ep_rank)
 
     def finish(self, number: int) -> None:
-        """Nothing is left to do at the end of a step."""
+        """Does nothing: `add` has counted the step."""
 
     def flush(self) -> None:
-        """Nothing is kept on disk."""
+        """Does nothing: the counts are in memory."""
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
-        """Keeps counting the same placements. After a move `monitor.cost_table` shows no other policy."""
+        """Does nothing: the counted placements stay the same. After a move `monitor.cost_table` shows no other policy."""
 
     def total(self, world: dist.ProcessGroup | None, tracker: CollectiveTracker | None) -> dict[str, int]:
         """Returns the rows of all ranks by placement. Collective."""
@@ -77,12 +77,12 @@ def build_placement_rows(config: Config, plan: Preflight, mesh: Mesh, *, last: i
 
 
 def remote_rows(column_TK: Tensor, rank_PE: Tensor, num_ranks: int, ep_rank: int) -> Tensor:
-    """Returns the number of distinct (token, other rank) under each placement, int64 [P]. Columns from E on (null experts)
-    and negative ones (no choice, dropped pairs) send nothing."""
+    """Returns the number of distinct (token, other rank) pairs under each placement, int64 [P]. Columns from E on (null
+    experts) and negative columns (no choice, dropped pairs) send nothing."""
     column_TK = column_TK.to(torch.int64)
     taken_TK = (column_TK >= 0) & (column_TK < rank_PE.shape[1])
     rank_PTK = rank_PE[:, torch.where(taken_TK, column_TK, 0)]
-    rank_PTK = torch.where(taken_TK, rank_PTK, ep_rank)  # as if on the token's own rank
+    rank_PTK = torch.where(taken_TK, rank_PTK, ep_rank)  # the token's own rank, which receives no row
     reached_PTR = torch.zeros(*rank_PTK.shape[:2], num_ranks, dtype=torch.bool, device=column_TK.device)
     reached_PTR.scatter_(2, rank_PTK, True)
     reached_PTR[:, :, ep_rank] = False

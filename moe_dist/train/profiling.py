@@ -1,6 +1,6 @@
-"""Profiles some steps of a run: a torch trace whose ranges are named by layer and phase, and a memory snapshot.
+"""Profiles some steps of a run: writes a torch trace, whose ranges are named by layer and phase, and a memory snapshot.
 
-The ranges of layers exist only while steps are profiled, so other steps cost nothing.
+The ranges of layers exist only while steps are profiled, so that other steps have no overhead.
 """
 
 import json
@@ -20,8 +20,8 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 
-PARTS = ("attention", "moe", "ffn", "moe.router", "moe.experts", "moe.shared")  # of a layer, with a range each
-CALLED_WITHOUT_HOOKS = ("attention", "ffn")  # by `moe_dist.model.two_batches`
+PARTS = ("attention", "moe", "ffn", "moe.router", "moe.experts", "moe.shared")  # parts of a layer that get a range
+CALLED_WITHOUT_HOOKS = ("attention", "ffn")  # parts that `moe_dist.model.two_batches` calls without hooks
 MEMORY_EVENTS = 200_000  # allocations and releases that CUDA's memory history keeps
 MIB = 2**20
 
@@ -46,7 +46,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Surrounds step `number`; the first step is 1. A run that resumes between the two steps is profiled from there."""
+        """Surrounds step `number`, counted from 1. A run that resumes between `first` and `last` is profiled at once."""
         if not self._first <= number <= self._last:
             yield
             return
@@ -58,7 +58,7 @@ class StepProfiler:
             self.close()
 
     def close(self) -> None:
-        """Ends the profile, if one is running, and writes its files. If that fails, the log says so and the run goes on."""
+        """Ends a running profile and writes its files. If the files cannot be written, logs the error; the run goes on."""
         if self._profile is None:
             return
         ended, self._profile = self._profile, None
@@ -92,7 +92,7 @@ class StepProfiler:
         self._profile.__enter__()
 
     def _memory(self, ended: profile) -> dict[str, Any]:
-        """Bytes of the model's tensors, of the process, and allocated less released inside each named range."""
+        """Returns the bytes of the model's tensors and of the process, and the net bytes allocated in each named range."""
         parameters = list(self._model.parameters())
         ranges = {each.key: each for each in ended.key_averages() if each.is_user_annotation}
         cuda = self._device.type == "cuda"
@@ -125,9 +125,9 @@ def profiled_steps(
 
 
 def name_ranges(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Gives each part of each layer a range 'layer 3/moe.experts', and the exchanges 'layer 3/dispatch' and 'combine'.
-    Yields functions that remove the ranges. Recomputation in backward has the same ranges. If the layers run on halves of a
-    micro-batch, 'layer 3/moe' has three ranges for each half, which end where an exchange is in flight."""
+    """Gives each part of each layer a profiler range such as 'layer 3/moe.experts', and each exchange a range such as
+    'layer 3/dispatch'. Yields functions that remove the ranges. Recomputation in backward has the same ranges. If layers
+    run on halves of a micro-batch, 'layer 3/moe' has three ranges per half, which end while an exchange is in flight."""
     halves = model.args.two_batch_overlap if isinstance(model, Transformer) else False
     layers: dict[str, nn.Module] = {f"layer {i}": layer for i, layer in enumerate(model.get_submodule("layers").children())}
     entered: list[str] = []  # names of the layers that are running; the last one is the innermost
@@ -148,7 +148,7 @@ def name_ranges(model: nn.Module) -> Iterator[Callable[[], None]]:
         yield moe.register_forward_hook(lambda *_: (entered.pop(), None)[1], always_call=True).remove
         for method in ("plan", "dispatch", "combine"):
             if method in vars(dispatcher) or not hasattr(dispatcher, method):
-                continue  # layers may share a dispatcher, and a pipelined dispatcher has no `dispatch`
+                continue  # another layer shares this dispatcher, or a pipelined dispatcher has no `dispatch`
             yield _method_range(dispatcher, method, entered)
 
 

@@ -1,4 +1,4 @@
-"""Replays a step of a trace, and asks what another choice would have cost.
+"""Replays a step of a trace, and computes the loss that another choice of experts would have had.
 
 Shape letters: B sequences, S positions, T tokens of this rank, L MoE layers, K choices.
 """
@@ -29,15 +29,16 @@ def replay_step(
     *,
     source: str,
 ) -> Replay:
-    """Returns the replay of a traced step for this rank's micro-batches, which may be others than in the traced run: tokens
-    are found by sequence and position, so another number of ranks or another placement replays the same step.
+    """Returns the replay of a traced step for this rank's micro-batches, which may differ from the traced run's. The replay
+    finds tokens by sequence and position, so that another number of ranks or placement replays the same step.
 
     Args:
-        traced: A step of a run's trace (`read_trace`), or of another system's (`read_foreign`).
-        batches, sequences: This rank's micro-batches on the host, and the numbers of their sequences in the trace: of a run
-            those of `data.order.micro_batches`; in another system's trace each file is a sequence, counted from 0.
+        traced: A step of a run's trace (`read_trace`), or of another system's trace (`read_foreign`).
+        batches, sequences: This rank's micro-batches on the host, and the numbers of their sequences in the trace. In a
+            run's trace `data.order.micro_batches` gives the numbers; in another system's trace each file is a sequence,
+            counted from 0.
         group_of_modality: Index of the expert group of each modality of the batches.
-        source: Name of the trace in errors: its file or folder.
+        source: File or folder of the trace, named in error messages.
 
     Raises:
         ConfigError: the model has a router that cannot replay.
@@ -71,7 +72,7 @@ def _rows(
     token_T: np.ndarray,
     source: str,
 ) -> np.ndarray:
-    """Returns the trace's row of each of this rank's tokens that are not padding."""
+    """Returns the index in the trace of each token of this rank that is not padding."""
     length = batches[0].tokens_BS.shape[1]
     number_T = np.repeat(np.concatenate([np.asarray(part) for part in sequences]), length)
     if len(number_T) != len(real_T):
@@ -111,13 +112,13 @@ def counterfactual(
     model: Transformer, batch: Batch, group_of_modality: Tensor, *, token: int, layer: int, choice: Sequence[int]
 ) -> Tensor:
     """Returns by how much the cross entropy of each label [B, S] rises if one token takes other experts in one MoE layer
-    and all other choices, also those of later layers, stay as they are. Costs two forwards. Collective: every rank of an EP
-    group calls it, with a token of its own.
+    and all other choices, also in later layers, stay the same. Costs two forward passes. Collective: every rank of an EP
+    group calls the function, with a token of its own batch.
 
     Args:
         token: Index of the token in the batch, counted along B x S.
         layer: Index of the layer among the MoE layers.
-        choice: The k columns that the token takes; k of the token's group.
+        choice: The k expert columns that the token takes, where k is top_k of the token's group.
 
     Raises:
         ConfigError: there is no such token or layer, or the model has a router that cannot replay.

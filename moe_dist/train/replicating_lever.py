@@ -1,10 +1,10 @@
-"""Decides which experts get replicas, from the routing counts alone: so all ranks and all runs with one seed decide alike.
+"""Decides which experts get replicas. The decision depends only on routing counts, and is therefore the same on all ranks
+and in all runs with the same seed.
 
-A window of steps is cut in two, as in `moving_lever.py`. The loads of its first half find replicas for each layer: again
-and again the busiest rank gives a share of one expert to the least busy rank with a free slot. The loads of its second half
-judge them against the replicas of the layer until now, and against none. Replicas cost nothing once, but their weights and
-gradients are exchanged in each step. So what they save in the steps until the next decision must be more than what they
-cost in these steps.
+A window of steps is cut in two halves, as in `moving_lever.py`. From the loads of the first half replicas are found for
+each layer: repeatedly the busiest rank gives a share of one expert to the least busy rank with a free slot. The loads of
+the second half compare these replicas with the layer's present replicas, and with none. Replicas have no cost when they are
+placed, but each step exchanges their weights and gradients. Until the next decision replicas must save more than that cost.
 
 Shape letters: S steps, L MoE layers, E true experts, R ranks of an EP group.
 """
@@ -20,10 +20,10 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.replicas import PlacementWithReplicas, Replica, hosts_of, shares
 from moe_dist.train.load_lever import LoadLever
 
-LEAST_GAIN = 0.02  # fraction of a layer's busiest load; smaller gains are noise
+LEAST_GAIN = 0.02  # fraction of the load of a layer's busiest rank; smaller gains are noise
 # Forward and backward of a row by an expert of n parameters take 6 n FLOPs.
 FLOPS_OF_ROW = 6
-Replicas = tuple[Replica, ...]  # of a layer, sorted
+Replicas = tuple[Replica, ...]  # replicas of one layer, sorted
 
 
 class ReplicatingLever(LoadLever[PlacementWithReplicas]):
@@ -33,7 +33,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         placement: Where the experts are.
         replicate: Puts replicas in place. No collective.
         layers: Number of MoE layers.
-        edp: Number of EP groups, which share the load of a step.
+        edp: Number of EP groups, which share the tokens of a step.
         bytes_per_value: Bytes that a rank sends in a step for each parameter of a replica.
         every, slots, flops_per_byte: See `config.rank_balance_schema.ReplicatingSection`.
     """
@@ -53,7 +53,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         super().__init__(PlacementWithReplicas(placement.groups, placement.slots, ((),) * layers), every)
         self._replicate, self._edp, self._slots = replicate, edp, slots
         self._home_E = np.array(placement.rank_of_expert)
-        self._rows_of_replica = bytes_per_value * flops_per_byte / FLOPS_OF_ROW  # computed while one is exchanged
+        self._rows_of_replica = bytes_per_value * flops_per_byte / FLOPS_OF_ROW  # rows in the time of a replica's exchange
 
     def _decide(self, load_SLE: np.ndarray) -> LeverDecision | None:
         load_SLE = load_SLE / self._edp
@@ -83,7 +83,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return LeverDecision("replicating", taken, before / mean, after / mean, cost, why, placement)
 
     def _found(self, load_E: np.ndarray) -> list[Replicas]:
-        """Returns sets of replicas for the loads of one layer: none, then each time one more."""
+        """Returns sets of replicas for the loads of one layer: the empty set, then sets with one more replica each."""
         ranks, chain = self.placement.num_ranks, list[Replicas]([()])
         load_R, free_R = np.bincount(self._home_E, load_E, minlength=ranks), np.full(ranks, self._slots)
         while True:
@@ -108,7 +108,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
             chain.append(tuple(sorted((*chain[-1], best))))
 
     def _pace(self, load_SE: np.ndarray, replicas: Replicas) -> float:
-        """Returns the load of a layer's busiest rank, the mean over steps."""
+        """Returns the load of a layer's busiest rank, as a mean over steps."""
         load_SR = load_SE @ np.eye(self.placement.num_ranks)[self._home_E]
         for expert, hosts in hosts_of(replicas, self._home_E.tolist()).items():
             load_SR[:, hosts[-1]] -= load_SE[:, expert]
@@ -122,8 +122,8 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return float(load_SLE.sum() / len(load_SLE) / self.placement.num_ranks)
 
     def _cost(self, replicas: Replicas) -> float:
-        """Returns the rows x FFN width that a rank could compute in a step while it exchanges the weights of replicas: that
-        of the rank with the most to send or to receive."""
+        """Returns the cost of replicas per step, as the rows x FFN width that the busiest sender or receiver could compute
+        during the exchange of their weights."""
         width_2R = np.zeros((2, self.placement.num_ranks))
         for expert, rank in replicas:
             width_2R[0, self._home_E[expert]] += self._width_E[expert]
@@ -135,11 +135,11 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         self.placement = placement
 
     def state(self) -> JsonValue:
-        """Returns the replicas, the slots beside which they are, and the counts since the last decision."""
+        """Returns the replicas, the experts of each rank, and the counts since the last decision."""
         return {**self.placement.line, "pairs": self._stored_pairs()}
 
     def restore(self, state: JsonValue) -> None:
-        """Puts the replicas in place again. If the experts are on other ranks now, there are none.
+        """Puts the saved replicas in place again. Makes no replicas if the experts are on other ranks now.
 
         Raises:
             DataError: the state was not made by `state`.
@@ -159,6 +159,6 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
 
 
 def _fewest(worth: Mapping[Replicas, float]) -> Replicas:
-    """Returns the first of the sets, which have more and more replicas, that is about as good as the best."""
+    """Returns the smallest set of replicas that is nearly as good as the best. `worth` has the sets in order of size."""
     limit = min(worth.values()) + LEAST_GAIN * worth[()]
     return next(each for each, value in worth.items() if value <= limit)

@@ -7,7 +7,7 @@ values["base"]                                only if adapters are trained: path
 values["controllers"]                         state of each controller, by name
 values["levers"]                              state of the levers of `rank_balance`, by name; a checkpoint may lack some
 rank_values["generators"]                     states of each rank's random number generators
-placement, versions                           to be read by people; a load ignores them
+placement, versions                           only for people; a load ignores both
 """
 
 import json
@@ -75,8 +75,8 @@ class Resumable:
     """Saves and restores one rank's part of a run's state. All methods are collective over all ranks.
 
     Args:
-        controllers: By name, objects whose state is saved too; by default those of `training`.
-        levers: By name, the levers of the run. Those with a state are saved, and restored if the checkpoint has it.
+        controllers: Objects, by name, whose state is saved too; by default the controllers of `training`.
+        levers: The levers of the run, by name. A lever's state, if any, is saved, and restored if a checkpoint has it.
         report_save: Function that rank 0 calls after each save with the seconds that it took.
 
     Attributes:
@@ -126,16 +126,16 @@ class Resumable:
         self.writer.write(progress.step, self._capture(values, rank_values), durable=durable)
 
     def restore(self) -> Progress:
-        """Loads the newest checkpoint into model and optimizer and returns its progress. Without a checkpoint returns the
-        progress of a new run, after loading the weights of `run.init_from` if that is set.
+        """Loads the newest checkpoint into model and optimizer and returns its progress. Without a checkpoint loads the
+        weights of `run.init_from`, if it is set, and returns the progress of a new run.
 
         Raises:
             DataError: the checkpoint is damaged or of another run, or the run was trained on other data.
             ConfigError: the checkpoint is of another model.
         """
         found = self._checkpoints.agree("look at the data", lambda: data_digest(self._config.data.path, self._manifest))
-        self._data = found or {}  # `found` is None on all ranks but 0, which alone compares the data
-        self._checkpoints.clear()  # before `latest`: deletes unfinished saves, which a suspended process could commit
+        self._data = found or {}  # `found` is None except on rank 0, because only rank 0 compares the data
+        self._checkpoints.clear()  # before `latest`, because a suspended process could still commit an unfinished save
         newest = self._checkpoints.latest()
         if newest is None:
             if self._config.run.init_from is not None:
@@ -206,7 +206,7 @@ class Resumable:
             )
 
     def _at_kept_position(self, init_from: Path) -> Progress:
-        """Returns the progress of a new run whose data begin where the data of the run `init_from` ended.
+        """Returns the progress of a new run whose data begin at the position where the run `init_from` ended.
 
         Raises:
             ConfigError: the two runs do not draw the same stream of sequences.
@@ -233,7 +233,7 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
         DataError: a counter is invalid, or contradicts another counter or the configuration.
     """
     saved, names = mapping_of(restored.values, "progress", folder), [field.name for field in fields(Progress)]
-    saved = {"first_position": 0, **saved}  # checkpoints of earlier versions lack it; there it was always 0
+    saved = {"first_position": 0, **saved}  # earlier versions did not save it: it was always 0
     numbers = {name: value for name, value in saved.items() if type(value) is int and 0 <= value < 1 << 62}
     if sorted(saved) != sorted(names) or numbers.keys() != saved.keys():
         raise DataError(f"{folder}: the counters in its state.json must be whole numbers {', '.join(names)}, not {saved!r}")
@@ -259,7 +259,7 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
 def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
     """Returns the `position` of another run's checkpoint, at which a new run goes on in the same stream of sequences.
 
-    The data set, the section `data` and the seed determine the stream, so they must be equal in both runs.
+    The data set, the section `data` and the seed must be equal in both runs, because they determine the stream.
 
     Raises:
         ConfigError: the data set, the section `data` or the seed differs, or the other run tuned routers.

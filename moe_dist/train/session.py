@@ -1,4 +1,4 @@
-"""Makes what a rank needs around the training loop: device, process groups, watchdog, sinks of records, final summary."""
+"""Makes the parts of a rank around the training loop: device, process groups, watchdog, sinks of records, summary."""
 
 import logging
 import os
@@ -54,11 +54,11 @@ def choose_device(config: Config, env: RankEnv) -> torch.device:
     wanted = config.parallel.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    return own_gpu(env)  # `claim_gpu` finds a GPU that two ranks take
+    return own_gpu(env)  # `claim_gpu` detects two ranks that take one GPU
 
 
 def claim_gpu(store: dist.Store, env: RankEnv, device: torch.device) -> None:  # pyright: ignore[reportPrivateImportUsage]
-    """Takes this rank's GPU for itself; does nothing on a CPU.
+    """Claims this rank's GPU for this rank alone; does nothing on a CPU.
 
     Raises:
         ResourceError: another rank has taken the same GPU.
@@ -74,18 +74,18 @@ def claim_gpu(store: dist.Store, env: RankEnv, device: torch.device) -> None:  #
 
 
 def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt, *, stopped: Callable[[], bool]) -> Mesh:
-    """Meets all other ranks and makes the process groups. A stop signal, which `stopped` reports, ends the wait for them.
+    """Waits for all other ranks and makes the process groups. A stop signal, which `stopped` reports, ends the wait.
 
     Raises:
         ResourceError: a rank is on another node than planned, or has no GPU.
-        MoeDistError: a check of this node fails; the ranks did not meet; or their run folders or starts differ.
+        MoeDistError: a check of this node fails; a rank does not come; or the ranks' run folders or starts differ.
     """
     section, device = config.parallel, choose_device(config, env)
     wait = StartWait(env.rank, section.start_seconds, stopped=stopped, grace_seconds=env.grace_seconds)
     with meeting(env, folder.path, wait) as (store, attempt_id):
         env = attempt.join(attempt_id)
         check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
-        check_at_start(config, env, folder.path)  # before the process group, so that a bad node costs no timeout
+        check_at_start(config, env, folder.path)  # before the process group, so that no rank waits for a bad node
         claim_gpu(store, env, device)
         timeout = section.timeout_seconds
         init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
@@ -93,7 +93,8 @@ def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt
 
 
 def card_name(config: Config, mesh: Mesh) -> str | None:
-    """Returns the name of this rank's GPU; None on a CPU. Rank 0 logs how to get perf/mfu if the card's peak is unknown."""
+    """Returns the name of this rank's GPU; None on a CPU. If the GPU's peak FLOPs are unknown, rank 0 logs how to get
+    perf/mfu."""
     if mesh.device.type != "cuda":
         return None
     card, precision = torch.cuda.get_device_name(mesh.device), config.parallel.precision
@@ -127,7 +128,7 @@ def start_watchdog(
 
 @contextmanager
 def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Iterator[DeviceMonitor | None]:
-    """On rank 0 reads the device's state in a thread during the `with` block; on other ranks yields None."""
+    """Reads the device's state in a thread during the `with` block on rank 0; yields None on other ranks."""
     if env.rank != 0:
         yield None
         return
@@ -143,8 +144,8 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 def open_sinks(
     plan: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
 ) -> Iterator[list[Sink]]:
-    """Yields a list: on rank 0 with one sink, which passes the records of steps and evaluations to all sinks; else empty.
-    The sinks are closed even after an error, so that no record stays in a buffer.
+    """Yields a list, which is empty except on rank 0. There it has one sink, which passes the records of steps and
+    evaluations to all sinks. The sinks are closed even after an error, so that no record stays in a buffer.
 
     Before each record, rank 0 checks its lease of the run. A checkpoint is committed only if all records are on disk.
     """
@@ -174,7 +175,7 @@ class SinkParts:
 
 
 def _tensorboard(parts: SinkParts, **fields: Any) -> Sink:
-    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # here, because the import takes seconds
+    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # imported late, because the import takes seconds
 
     modalities = tuple(parts.plan.manifest.modalities)
     fields |= {"subject": parts.subject, "modalities": modalities, "evaluation_owed": parts.evaluation_owed}
@@ -241,12 +242,12 @@ def placement_text(plan: Preflight, *, width: int = 120) -> str:
 
 
 def conclude(finished: Finished, folder: RunFolder, plan: Preflight, *, beside: str) -> None:
-    """Prints the summary and stores it; prints the stored summary if an earlier attempt finished the run.
+    """Prints and stores the summary. Prints the stored summary instead if another attempt finished the run.
 
     Args:
         beside: The sentence that `beside_fixed_top_k` returns; "" adds no line to the summary.
     """
-    if not finished.took_steps and folder.summary_txt.is_file():  # another attempt finished while this one waited
+    if not finished.took_steps and folder.summary_txt.is_file():  # another attempt finished the run while this one waited
         print(folder.read_summary())
         return
     console = Console(record=True, highlight=False, width=None if Console().is_terminal else 110)

@@ -1,4 +1,4 @@
-"""Gives the finer experts of a split mixture the router rows of the experts that they are parts of."""
+"""Copies the router rows of split experts to the finer experts into which they were split."""
 
 from pathlib import Path
 
@@ -13,12 +13,13 @@ from moe_dist.placement.roles import Role, logical_name, role_of_name
 
 @torch.no_grad()
 def split_routers(model: Transformer, path: Path, *, divides_bias: bool) -> int:
-    """Fills a model's router rows and selection biases from a checkpoint with fewer of them: a model with m times as many
-    gets each one m times, equal ones next to each other. Returns the number of rows. Every rank reads the checkpoint.
+    """Fills a model's router rows and selection biases from a checkpoint with fewer experts. A model with m times as many
+    experts gets each row and bias m times in succession. Returns the number of filled router rows. Every
+    rank reads the checkpoint.
 
     Args:
         path: A path for `find_checkpoint`.
-        divides_bias: Whether to divide biases by m, as is right if they are added to probabilities, which shrink with m.
+        divides_bias: Whether to divide biases by m: right for biases that are added to probabilities, which shrink with m.
 
     Raises:
         DataError: a file or a tensor is damaged.

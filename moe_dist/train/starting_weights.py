@@ -4,9 +4,9 @@ are loaded, all others stay as initialised. The rules in `run.init_rules`:
 upcycle       all experts of a group become copies of a dense FFN or of one expert (checkpoint/upcycle.py)
 split         a dense FFN is cut into the experts of a group, which together are the FFN (checkpoint/split.py)
 split_experts each expert of a mixture is cut into finer experts, which are chosen together (checkpoint/split_experts.py)
-copy_nulls    router rows of null experts become copies of those of true experts, which keeps the function (AdaMoE)
+copy_nulls    router rows of null experts become copies of true experts' rows, which keeps the function (AdaMoE)
 
-All checks run before the first step. The report tells what was loaded, and why the model's function differs (if it does).
+All checks run before the first step. The report lists the loaded tensors, and any reason why the model's function differs.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.roles import EXPERT_NAME, Role, group_module, role_of_name
 from moe_dist.train.split_routers import split_routers
 
-# By rule: the difference that remains although the model computes the same function.
+# Maps a rule to the difference that remains although the model computes the same function.
 _SAME = {
     "upcycle": "",
     "split": "; the output of an FFN is the sum of its parts, added in order, so its last bits may differ",
@@ -48,9 +48,9 @@ _SOURCES: Mapping[str, Callable[[Contents, Mapping[str, TensorSpec]], Mapping[st
     "split": fitting_or_split,
     "split_experts": fitting_or_split_experts,
 }
-# Rules that give the tensors of routers their values, or leave them new on purpose.
+# Rules that set the tensors of routers, or leave their initial values on purpose.
 _RULES_OF_ROUTERS = {"upcycle", "split", "split_experts"}
-STAIR = 0.02  # difference of the biases of two null experts of a split model, as a fraction of the score of a row of 0
+STAIR = 0.02  # step between the biases of a split model's null experts, as a fraction of the score of a router row of 0
 _MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
 # Keys of `model` that are not compared: they do not change the function, or tensor names and shapes show the difference.
 _NO_PART = {"moe", "init_std", "max_seq_len", "dense_ffn_dim", "vocab_size"}
@@ -60,7 +60,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     """Loads the weights of `run.init_from` into the model; returns a report to print. Collective over all ranks.
 
     Raises:
-        ConfigError: there is no checkpoint, no tensor fits, or a rule cannot be applied; tells what to change.
+        ConfigError: there is no checkpoint, no tensor fits, or a rule cannot be applied. The error tells what to change.
         DataError: the checkpoint is damaged.
     """
     assert config.run.init_from is not None
@@ -78,7 +78,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
                 "(tools.export_hf) and import that, or begin with the base",
                 see=GUIDE,
             )
-        # Not needed with upcycle: the experts of a group are then equal, so their choice does not change a token's output.
+        # Upcycling does not need `source_problems`: a group's experts are equal, so their choice changes no token's output.
         checks = {"split_experts": split_experts_problems, **({} if upcycle else {"copy_nulls": source_problems})}
         if problems := [
             f"run.init_rules: {rule}: {path}: {problem}"
@@ -93,7 +93,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     taken = checkpoints.load_fitting(path, state, sources=sources, check=check)
     lines = [taken.report()]
     if copy:
-        rows = sum(gate.copy_true_rows() for gate in _gates(model, config))  # every rank has all rows
+        rows = sum(gate.copy_true_rows() for gate in _gates(model, config))  # every rank has all router rows
         lines.append(f"copied {rows} null rows from true ones")
     if split:
         scores = [config.model.moe.router.equal_score(group) for group in config.model.moe.groups.values()]
@@ -134,7 +134,7 @@ def _check_scored(config: Config) -> None:
 
 
 def _gates(model: Transformer, config: Config) -> list[GroupGate]:
-    """Returns the gates (router weights) of all MoE layers and groups. Every rank has each gate whole."""
+    """Returns the gates (router weights) of all MoE layers and groups. Every rank has all gates unsharded."""
     names = [group_module(name) for name in config.model.moe.groups]
     gates = [moe.router.get_submodule(name) for moe in model.moe_modules() for name in names]
     return [gate for gate in gates if isinstance(gate, GroupGate)]
@@ -142,7 +142,7 @@ def _gates(model: Transformer, config: Config) -> list[GroupGate]:
 
 def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
     """Returns the differences between checkpoint and model that no rule of `run.init_rules` allows: a tensor with another
-    shape, a tensor that the model lacks, a key of `model` with another value. Leaves out tensors of routers."""
+    shape, a tensor that the model lacks, a key of `model` with another value. Does not compare tensors of routers."""
     odd = [name for name in _kept(config, taken) if taken.kept[name] != ABSENT]
     problems = [
         f"{name} stays as initialised ({taken.kept[name]}); give the model what the checkpoint has" for name in odd[:1]
@@ -159,8 +159,8 @@ def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
 
 
 def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
-    """Returns the reasons, besides those of `_misfits`, why the model computes another function than the checkpoint's
-    model. Without such reasons it computes the same function (an upcycled model up to rounding)."""
+    """Returns the reasons, besides the results of `_misfits`, why the model computes another function than the checkpoint's
+    model. Without such reasons both compute the same function (an upcycled model up to rounding)."""
     new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
     changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
     changes += _other_experts(config, source.get("model"))
@@ -192,7 +192,7 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
 
 
 def _kept(config: Config, taken: Taken) -> list[str]:
-    """Returns the names of tensors that keep their initial values, except router tensors for which a rule allows it."""
+    """Returns the names of tensors that keep their initial values, without the router tensors that a rule leaves new."""
     routers = [name for name in taken.kept if role_of_name(name) in _MOE_ROUTERS]
     if not _RULES_OF_ROUTERS & {*config.run.init_rules}:
         routers = [name for name in routers if name.endswith((".null", ".bias"))]
@@ -200,7 +200,7 @@ def _kept(config: Config, taken: Taken) -> list[str]:
 
 
 def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[str]:
-    """Returns the reasons of `_changes` that concern upcycled experts. The experts of a group are equal, so the weighted
+    """Returns the reasons of `_changes` that concern upcycled experts. Because a group's experts are equal, the weighted
     sum of their outputs is the output of one expert if the weights sum to 1."""
     moe, router = config.model.moe, config.model.moe.router
     total, changes, scale = router.sum_of_weights, [], _old_scale(before, taken)

@@ -52,8 +52,8 @@ class AfterStep(Protocol):
     """A controller that changes biases or thresholds of routers after the optimizer's step, equally on all ranks."""
 
     def after_step(self, counts: StepCounts[Tensor]) -> None:
-        """Called after each step that was not skipped, with the step's counts over all ranks. Must issue no collective and
-        no host sync."""
+        """Is called after each step that was not skipped, with the step's counts over all ranks. Must issue no collective
+        and no host sync."""
         ...
 
 
@@ -62,7 +62,7 @@ class Weights(NamedTuple):
 
     labels_in_step: Tensor  # at least 1
     share_I: Tensor  # weight of each micro-batch's auxiliary terms
-    share_IG: Tensor | None  # the same by group; None for `share_I`
+    share_IG: Tensor | None  # weight of each micro-batch by group; None to use `share_I` for all groups
     batch_info: Sequence[GlobalBatchInfo | None]
 
 
@@ -76,13 +76,13 @@ class TrainingStep:
         group_of_modality: Index of the expert group of each modality, in the order of the manifest.
         clip_norm: Largest norm of the gradient of all parameters; a larger gradient is scaled down. None for no limit.
         comm_stats: Counts bytes and seconds of the model's exchanges.
-        controllers: Called in this order after each step that was not skipped.
-        needs_global_batch_info: True if a router needs the token counts of all ranks. They are summed with the label
-            counts, and cost a host sync at the beginning of the step.
+        controllers: Controllers, called in this order after each step that was not skipped.
+        needs_global_batch_info: True if a router or dropout needs the token counts of all ranks. They are summed with the
+            label counts, and cost a host sync at the beginning of the step.
         tuning: Adds the manifold term of router tuning to the loss; each batch is then a `SampleBatch`.
-        distillation: Replaces cross entropy by the KL from a teacher, wholly or in part.
-        load: Loads of the balance loss, one of `controllers`. With them auxiliary terms are means over the tokens of the
-            step; without, means over a micro-batch, weighted by its share of the step's labels.
+        distillation: Replaces cross entropy, wholly or in part, by the KL divergence from a teacher.
+        load: Expert loads for the balance loss, one of `controllers`. With `load`, auxiliary terms are means over the
+            tokens of the step; without it, means over a micro-batch, weighted by its share of the step's labels.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class TrainingStep:
         self.group_of_modality = torch.tensor(group_of_modality, device=device)
         self.comm_stats, self.controllers, self.tuning = comm_stats, tuple(controllers), tuning
         self.needs_global_batch_info, self.distillation, self.load = needs_global_batch_info, distillation, load
-        # Of the last step, [W x 4]: this rank's row has its busy seconds and `largest_memory`, the other rows are 0 until
-        # the ranks' tensors are summed. Empty before the first step.
+        # Readings of the last step, flattened from [W ranks, 4]: this rank's row has its busy seconds and `largest_memory`;
+        # the other rows are 0 until the ranks' tensors are summed. Empty before the first step.
         self._readings = torch.zeros(0, dtype=torch.float64, device=device)
         self._tables = ColumnTables.on(placement.groups, device)
 
@@ -123,13 +123,14 @@ class TrainingStep:
     ) -> StepResult:
         """Takes one step with this rank's micro-batches.
 
-        Besides the dispatchers' syncs the host syncs with the device only at the end (on CUDA for the seconds of exchanges,
-        for this rank's counts in the ledger, for all sums over the ranks), and with `needs_global_batch_info`.
+        Besides the dispatchers' syncs, the host syncs with the device only at the end (on CUDA for the seconds of
+        exchanges, for this rank's counts in the ledger, for all sums over the ranks), and at the start with
+        `needs_global_batch_info`.
 
         Args:
             began: Value of time.perf_counter at which the rank began the step; None for the time of the call.
             number: Number of the step (0-based), which is part of the seed of random draws.
-            watchers: Get the choices of every token of the step.
+            watchers: Objects that get the expert choices of every token of the step.
         """
         mesh, num_modalities = self.parallel.mesh, len(self.group_of_modality)
         clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
@@ -177,7 +178,7 @@ class TrainingStep:
 
     def _count_members(self, batches: Sequence[Batch], num_groups: int) -> Tensor:
         """Returns token counts, float64 [R, I, G] by reader (rank, or ranks with the same sequences), micro-batch and
-        group: those of this rank in its own row, zeros in all other rows, so that the sum over the ranks has all counts."""
+        group. This rank's row has its own counts, the other rows are 0, so that the sum over the ranks has all counts."""
         reader, readers = self.parallel.reader
         tokens_IG = _group_tokens(batches, self.group_of_modality, num_groups, self.parallel.mesh.device)
         members_RIG = tokens_IG.new_zeros((readers, *tokens_IG.shape))
@@ -186,7 +187,7 @@ class TrainingStep:
         return members_RIG
 
     def _batch_infos(self, batches: Sequence[Batch], members_RIG: Tensor, step: int) -> list[GlobalBatchInfo | None]:
-        """Returns each micro-batch's `GlobalBatchInfo` from the token counts of all readers; None if no router needs it.
+        """Returns each micro-batch's `GlobalBatchInfo` from the token counts of all readers; None without these counts.
 
         The i-th micro-batch must have the same shape on every rank.
         """
@@ -281,8 +282,8 @@ class TrainingStep:
         traffic: dict[str, int],
         host: list[float],
     ) -> Tensor:
-        """Returns a float64 vector with this rank's summands of the squared gradient norm, the losses, the stop requests
-        and the statistics, so that one all-reduce sums them all."""
+        """Returns a float64 vector with this rank's shares of the squared gradient norm, the losses, the stop requests and
+        the statistics, so that one all-reduce sums them all."""
         device = self.parallel.mesh.device
         squared = self._norm_squared()
         true_choices_G, null_choices_G, tokens_G, sent = own.totals()
@@ -326,15 +327,15 @@ class TrainingStep:
 
     def _clear(self) -> None:
         """Forgets the gradients."""
-        # `optimizer.zero_grad` would leave the gradients of parameters it lacks: frozen ones, and those empty on this rank.
+        # `optimizer.zero_grad` would leave the gradients of parameters that it lacks: frozen, or empty on this rank.
         self.parallel.model.zero_grad(set_to_none=True)
 
     def _update(self, summed: Tensor, losses: Sequence[MicroLoss], lr: float, readings: Tensor) -> StepResult:
-        """Updates the weights if the sums over all ranks are finite, else skips the step. All ranks have the same sums, so
-        all decide alike; a NaN on one rank makes the sum NaN."""
+        """Updates the weights if the sums over all ranks are finite, else skips the step. Because all ranks have the same
+        sums, and a NaN on one rank makes the sum NaN, all ranks decide alike."""
         num_modalities = len(self.group_of_modality)
         counts = step_counts([loss.counts for loss in losses])
-        # One device-to-host sync for all. It is before the update, so that the host does not wait for the update.
+        # One device-to-host sync reads all values, before the update, so that the host does not wait for the update.
         read = torch.cat([summed, readings, *(part.flatten() for part in counts)]).cpu().numpy()
         sums, readings_W4, flat = np.split(read, [len(summed), len(summed) + len(readings)])
         busy_seconds_W, *memory_3W = readings_W4.reshape(-1, 4).T
@@ -344,7 +345,7 @@ class TrainingStep:
         labels_M = np.array(values[4 + num_modalities : 4 + 2 * num_modalities])
         host = values[4 + 2 * num_modalities :]
         seconds, tokens, stop, overflow = host[len(LEDGER_KEYS) :]
-        if overflow:  # on all ranks, before any weight changes
+        if overflow:  # fails on all ranks, before any weight changes
             raise ResourceError(f"{OVERFLOW} ({overflow:.0f} in this step, on all ranks)")
         finite = bool(np.isfinite([squared, balance, z, auxiliary, *nll_M]).all())
         if finite:
@@ -383,8 +384,8 @@ class TrainingStep:
 class _BusyClock:
     """Measures the busy time of a rank in a step: the time of the step without the waits for other ranks.
 
-    Subtracts the host's time in collectives. On CUDA the host does not wait in collectives; there the clock subtracts the
-    device's time in the exchanges, which `CommStats.seconds` contains only after `CommStats.drain`.
+    On a CPU the clock subtracts the host's time in collectives. On CUDA the host does not wait in collectives, and the
+    clock subtracts the device's time in the exchanges, which `CommStats.seconds` contains only after `CommStats.drain`.
     """
 
     def __init__(self, tracker: CollectiveTracker | None, began: float) -> None:
@@ -397,9 +398,9 @@ class _BusyClock:
 
 
 def largest_memory(device: torch.device) -> tuple[float, float, float]:
-    """Returns the most MiB that torch's allocator has allocated and reserved on the GPU since the process began, and how
-    often the allocator found no free memory, emptied its cache and tried again. On a CPU both sizes are the largest
-    resident memory of the process. Costs no sync."""
+    """Returns the largest MiB that torch's allocator has allocated and reserved on the GPU since the process began, and how
+    often the allocator found no free memory, emptied its cache and tried again. On a CPU both sizes are the process's
+    largest resident memory. Costs no sync."""
     if device.type != "cuda":
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
         return resident, resident, 0.0
@@ -409,8 +410,8 @@ def largest_memory(device: torch.device) -> tuple[float, float, float]:
 
 
 class OwnCounts:
-    """Sums this rank's counts over layers and micro-batches: choices of true and null experts and tokens by group, and what
-    the layers sent."""
+    """Sums this rank's counts over layers and micro-batches: choices of true and null experts and tokens by group, and the
+    layers' sent rows and pairs."""
 
     def __init__(self, placement: ExpertPlacement) -> None:
         self._groups = placement.groups
@@ -426,8 +427,8 @@ class OwnCounts:
         self._sent_3 += torch.tensor([[r.rows_remote, r.pairs, r.pairs_remote] for r in reports]).sum(0)
 
     def totals(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Returns choices of true experts that no capacity dropped, choices of null experts, and tokens, each by group; and
-        the numbers of `LayerReport.sent_5`."""
+        """Returns, by group, the numbers of choices of true experts that no capacity dropped, of choices of null experts,
+        and of tokens; and the sums of `LayerReport.sent_5`."""
         experts = [group.num_experts for group in self._groups]
         nulls = [group.num_null for group in self._groups]
         sizes = [len(each) for each in self._sums[0]]

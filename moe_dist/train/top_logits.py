@@ -1,13 +1,13 @@
-"""A teacher's most likely words at each position of training sequences, as a folder that runs map into memory:
+"""Stores a teacher's most likely next words at each position of training sequences in a folder that runs map into memory:
 
-    manifest.json     the teacher, the data, and what the sequences depend on
+    manifest.json     the teacher, the data, and the settings on which the sequences depend
     keys.npy          int64 [N], a hash of the tokens and labels of each sequence
     words.npy         int32 [D, S, K], the K most likely next words; rows from N on are unused
     log_probs.npy     float32 [D, S, K], their log-probabilities
 
 A run finds its sequences by their hashes, so that any layout of ranks, micro-batches and resumed positions reads the same
-file. A sequence that the data repeat is stored once. Shape letters: D sequences of the stream, N different ones among them,
-B sequences of a batch, S positions, K words, V vocabulary.
+file. A repeated sequence is stored once. Shape letters: D sequences of the stream, N different sequences among them, B
+sequences of a batch, S positions, K words, V vocabulary.
 """
 
 import hashlib
@@ -43,8 +43,8 @@ class TopLogitsManifest(BaseModel):
     vocab_size: int
     top: int  # K
     drawn: int  # D, the number of sequences of the stream that the teacher saw, from the first on
-    stored: int  # N, the number of different ones among them, which are stored
-    sequences: dict[str, JsonValue]  # what the stream depends on: section `data` without its path, and seed
+    stored: int  # N, the number of different sequences among them, which are stored
+    sequences: dict[str, JsonValue]  # settings on which the stream depends: section `data` without its path, and seed
     data: dict[str, str]  # `data_digest` of the data set, with its manifest, which names the tokenizer
 
 
@@ -63,10 +63,10 @@ def sequence_keys(batch: Batch) -> np.ndarray:
 def write_top_logits(
     out: Path, outputs: Iterable[tuple[Batch, TeacherOutput]], manifest: TopLogitsManifest, *, seq_len: int
 ) -> TopLogitsManifest:
-    """Writes the folder `out`, from whole log-probabilities [B, S, V]; returns its manifest with the number of sequences.
+    """Writes the folder `out` from log-probabilities [B, S, V]; returns the manifest with the number of stored sequences.
 
     Args:
-        outputs: Batches of at most `manifest.drawn` sequences, and the teacher's output for each.
+        outputs: Batches, of at most `manifest.drawn` sequences in all, and the teacher's output for each batch.
 
     Raises:
         ConfigError: `out` exists.
@@ -94,10 +94,10 @@ def write_top_logits(
 
 
 class TopLogits:
-    """Reads the output of a teacher from a folder of `write_top_logits`. All rows stay on disk until a batch needs them.
+    """Reads the output of a teacher from a folder of `write_top_logits`. Logits stay on disk until a batch needs them.
 
     Raises:
-        ConfigError: the folder is not there, or was made for other sequences; lists every reason.
+        ConfigError: the folder is missing, or was made for other sequences. The error lists every reason.
         DataError: the folder is damaged.
     """
 
@@ -141,7 +141,7 @@ class TopLogits:
 
 
 def _problems(manifest: TopLogitsManifest, config: Config, digest: Mapping[str, str]) -> list[str]:
-    """Returns the reasons why the folder is not of this run's sequences and vocabulary."""
+    """Returns the reasons why the folder does not belong to this run's sequences and vocabulary."""
     again = "make it again for this run"
     problems = [
         f"its {name} is {manifest.sequences.get(name)!r}, the run's is {value!r}; take that, or {again}"

@@ -35,8 +35,8 @@ class StepWatcher(Protocol):
     """Gets the expert choices of every token, in the steps for which `due` returns True.
 
     Attributes:
-        own_tokens: Where several ranks share sequences: True if each of them gets the tokens that it routes, in its layers;
-            False if one of them gets all tokens in all layers.
+        own_tokens: Matters if several ranks share sequences. True: each of these ranks gets the tokens that it routes, in
+            its layers. False: one of these ranks gets all tokens in all layers.
     """
 
     own_tokens: bool
@@ -54,11 +54,11 @@ class StepWatcher(Protocol):
         ...
 
     def flush(self) -> None:
-        """Makes all steps so far durable, before a checkpoint."""
+        """Is called before a checkpoint is saved; returns when all steps so far are on disk."""
         ...
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
-        """Is called after step `step` (from 1) if experts have moved, with their new placement."""
+        """Is called after step `step` (counted from 1) with the new placement if experts have moved."""
         ...
 
 
@@ -66,10 +66,10 @@ class StepTracer:
     """Traces every `every`-th step, beginning with step 1.
 
     Args:
-        tokens: Largest number of this rank's tokens of a step; None for all.
-        weights: Whether the weights are written.
-        sequences: Gives for a step (0-based) the numbers of the sequences of each of this rank's micro-batches.
-        begin: Opens the files of a new part of the trace, from its placement and the number of steps before it.
+        tokens: Largest number of this rank's tokens per step that are written; None for all tokens.
+        weights: Whether the experts' weights are written.
+        sequences: Returns for a step (0-based) the numbers of the sequences of each of this rank's micro-batches.
+        begin: Opens the files of a new part of the trace, given its placement and the number of steps before this part.
     """
 
     own_tokens = False
@@ -89,11 +89,11 @@ class StepTracer:
         self._parts: list[tuple[Batch, Tensor, Tensor, Tensor | None]] = []  # batch, ids and weights [T, L, K], losses
 
     def due(self, number: int) -> bool:
-        """Whether step `number` (0-based) is traced."""
+        """Returns whether step `number` (0-based) is traced."""
         return number % self._every == 0
 
     def add(self, batch: Batch, reports: Sequence[LayerReport], losses_BS: Tensor | None = None) -> None:
-        """Keeps a micro-batch's choices, on the device until `finish`: 4 bytes for each token, layer and choice."""
+        """Keeps a micro-batch's choices on the device until `finish`: 4 bytes for each token, layer and choice."""
         chosen = [report.chosen for report in reports if report.chosen is not None]
         ids_TLK = torch.stack([each.column_TK for each in chosen], dim=1)
         if losses_BS is not None:
@@ -101,7 +101,7 @@ class StepTracer:
         self._parts.append((batch, ids_TLK, torch.stack([each.weight_TK for each in chosen], dim=1), losses_BS))
 
     def finish(self, number: int) -> None:
-        """Copies the choices of step `number` (0-based) to the host (a sync besides those of the step), and writes them."""
+        """Copies the choices of step `number` (0-based) to the host, and writes them. Costs a sync of its own."""
         left, found = self._tokens, []
         for numbers, (batch, ids_TLK, weights_TLK, losses_BS) in zip(self._sequences(number), self._parts, strict=True):
             rows = (~batch.padding_BS).flatten().nonzero().flatten()[:left]  # only these rows leave the device
@@ -151,8 +151,8 @@ def traced_steps(
     step.
 
     Args:
-        step, position: Steps before the attempt, and position of its first step in the stream of sequences (`Progress`).
-        numbers: Method of the loader: the numbers of a step's sequences on this rank.
+        step, position: Number of steps before the attempt, and position of its first sequence in the stream (`Progress`).
+        numbers: Method of the loader that returns the numbers of a step's sequences on this rank.
     """
     config, section = plan.config, plan.config.monitor.trace
     if section is None:
@@ -209,7 +209,7 @@ def trace_heldout(
 
     Args:
         model: The model in evaluation mode, on the device of `group_of_modality`.
-        rank_of_expert: EP rank of each true expert in training, for readers.
+        rank_of_expert: EP rank of each true expert in training, for readers of the trace.
         sequences: Largest number of held-out sequences of each source.
 
     Returns:
@@ -256,7 +256,7 @@ def trace_heldout(
 def _manifest(
     config: Config, data: DataManifest, groups: Sequence[ExpertGroup], rank_of_expert: Sequence[int], **fields: Any
 ) -> Manifest:
-    """The manifest of a trace of this model; `fields` are those of `Manifest` that differ between traces."""
+    """Makes the manifest of a trace of this model. `fields` are the fields of `Manifest` that differ between traces."""
     return Manifest(
         layers=config.model.moe_layers,
         choices=max(group.top_k for group in groups),

@@ -61,10 +61,10 @@ class Trainer:
         devices: Reads the state of this rank's device; None on ranks without sinks.
         saver: Saves the state of the run; all ranks call it at the same steps.
         stop: Tells whether this process got a stop signal. Each step passes the request on to all ranks.
-        progress: The counters of the run, at first those of the loaded checkpoint.
+        progress: The counters of the run, which begin as in the loaded checkpoint.
         profile: Returns a context manager for the step with a given number (the first step is 1).
-        watchers: Get every token's choices, in the steps for which their `due` returns True.
-        levers: Keep the ranks equally busy (`rank_balance`).
+        watchers: Objects that get every token's expert choices in the steps for which their `due` returns True.
+        levers: Levers, by name, that keep the ranks equally busy (`rank_balance`).
         placement_rows: One of `watchers`; None without `monitor.cost_table`.
     """
 
@@ -104,7 +104,7 @@ class Trainer:
             self.saver.writer.poll()
             last = progress.step == plan.steps
             stop = result.stop_requested and not last
-            if last or (self._owes_evaluation() and not stop):  # before a stop only the save is made, because time is short
+            if last or (self._owes_evaluation() and not stop):  # a stop leaves time only for the save
                 evaluation = self._evaluate(final=last)
             if progress.skipped_in_a_row >= plan.max_skipped_in_a_row:
                 self.saver.writer.wait()  # a thread may still write the last save
@@ -113,7 +113,7 @@ class Trainer:
                 self._save(must=last or stop)
             if stop:
                 raise StoppedError(f"stopped on request after step {progress.step}; the state is saved, start me again")
-        if evaluation is None:  # the loaded checkpoint is of the last step
+        if evaluation is None:  # the loaded checkpoint is already of the last step
             evaluation = self._evaluate(final=True)
         return Finished(bool(self._recent), evaluation, self._checks(evaluation), self._costs())
 
@@ -152,7 +152,7 @@ class Trainer:
         return result
 
     def _pull_levers(self, result: StepResult) -> list[LeverDecision]:
-        """Returns what the levers did after this step."""
+        """Calls the levers after a step, and returns their decisions."""
         step, position = self.progress.step, self.progress.position - self.plan.global_batch
         found = [lever.after_step(result, step=step, position=position) for lever in self.levers.values()]
         decisions = [each for each in found if each is not None]
@@ -161,7 +161,7 @@ class Trainer:
         return decisions
 
     def follow(self, placement: ExpertPlacement) -> None:
-        """Takes over the placement of experts that have moved or got replicas, for records, evaluations, traces and
+        """Uses the placement of experts that have moved or got replicas for records, evaluations, traces and
         checkpoints."""
         self.plan = replace(self.plan, placement=placement)
         self.evaluator.placement = self.saver.placement = placement
@@ -208,7 +208,7 @@ class Trainer:
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
         result = self.evaluator(self.progress.step, final=final, trained=self._last_batches(self.evaluator.calibration))
-        if self.progress.evaluated < self.progress.step:  # else an earlier attempt recorded this evaluation
+        if self.progress.evaluated < self.progress.step:  # otherwise an earlier attempt has recorded this evaluation
             scalars = evaluation_scalars(result, self.plan.modalities, len(self.plan.placement.groups))
             for sink in self.sinks:
                 sink.evaluation(result, scalars)
@@ -216,7 +216,7 @@ class Trainer:
         return result
 
     def _last_batches(self, count: int) -> list[Batch]:
-        """Returns this rank's last training micro-batches, at most `count`, those of the latest step first."""
+        """Returns this rank's last training micro-batches, at most `count`, from the latest step backwards."""
         self._reader.settle()
         position, batches = self.progress.position - self.plan.global_batch, []
         while len(batches) < count and position >= self.progress.first_position:
@@ -225,10 +225,10 @@ class Trainer:
         return batches[:count]
 
     def _save(self, *, must: bool) -> None:
-        """Saves the run's state. With `must` it returns after the files are written; else a thread may write them during
-        the next steps."""
+        """Saves the run's state. With `must` returns after the files are written; otherwise a thread may write the files
+        during the next steps."""
         for sink in self.sinks:
-            sink.flush()  # first, because a run that resumes from this save does not write these records again
+            sink.flush()  # before the save, because a run that resumes from the save does not repeat these records
         for watcher in self.watchers:
             watcher.flush()
         self.saver.save(self.progress, durable=must)
@@ -251,7 +251,8 @@ class Trainer:
         )
 
     def _costs(self) -> CostTable | None:
-        """Returns the traffic of the last steps, and of other placements and methods for the same choices. Collective."""
+        """Returns the traffic of the last steps, and the traffic of the same choices with other placements and dispatch
+        methods. Collective."""
         if self.placement_rows is None or not self._recent:
             return None
         mesh, plan = self.evaluator.mesh, self.plan

@@ -1,1 +1,1 @@
-"""The dispatch benchmark: points to measure, contenders (implementations), timing in turns, verdicts and tables."""
+"""The dispatch benchmark: measured points, contenders (implementations), timing in turns, verdicts and tables."""

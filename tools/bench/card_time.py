@@ -1,10 +1,10 @@
-"""Computes the time of a counted step from the rates of a card. The time is that of a model: no GPU measured it.
+"""Computes the time of a counted step from the rates of a card. The time is modelled, and not measured on a GPU.
 
-The time of an operation is its FLOPs at the rate of its kind, or its bytes at the rate of a copy, whichever is longer.
-Operations run one after the other. The time of a part is that of its operations or of the host's launches, whichever is
-longer. An exchange takes latency + bytes / rate, in the order of the dispatcher, or of two halves
-(`moe_dist.plan.step_model`); it slows no computation beside it. Gathers of parameters run beside forward and sums of
-gradients beside backward, while no exchange runs; with two halves nothing runs beside them. All ranks are alike.
+An operation takes FLOPs / rate of its kind, or bytes / rate of a copy, whichever is longer. Operations run one after the
+other. A part of the model takes the time of its operations or of the host's launches, whichever is longer. An exchange
+takes latency + bytes / rate, in the order of the dispatcher or of two halves of a micro-batch (`moe_dist.plan.step_model`),
+and slows no simultaneous computation. Gathers of parameters overlap with forward, and sums of gradients with backward,
+while no exchange runs; with two halves they overlap with nothing. All ranks take equal times.
 """
 
 from collections import defaultdict
@@ -36,8 +36,8 @@ from tools.bench.fake_cuda import Sent, Work
 from tools.bench.fake_step import MICRO_BATCHES, Counted, scaled
 from tools.bench.least import Key, masked_scores
 
-CLUSTER = "h100_infiniband"  # gives the number of GPUs of a node and the rate between nodes
-FP32_SHARE = 1 / 16  # rate of fp32 products over that of bf16, without TF32
+CLUSTER = "h100_infiniband"  # cluster file with the number of GPUs of a node and the rate between nodes
+FP32_SHARE = 1 / 16  # rate of fp32 products / rate of bf16 products, without TF32
 GATHERS, SUMS = "_allgather_base_", "_reduce_scatter_base_"
 
 
@@ -46,14 +46,14 @@ class CardTime:
     """Seconds of one rank.
 
     Attributes:
-        parts, launches: Of a micro-batch, by part and phase: seconds of the device, and of the host for launches.
-        kinds: Of a micro-batch on the device, by kind of operation.
-        exchange, sync: Of a micro-batch: seconds in exchanges, and seconds in which the device waits after host syncs.
-        micro_batch: Of a micro-batch.
-        once: Of the parts that a step has once, such as the optimizer's update.
-        gathers, sums, uncovered: Of a step: seconds of gathers of parameters, of sums of gradients, and those of both that
-            no computation covers.
-        model_flops, masked: FLOPs of a step, not seconds: without recomputation and masked scores, and of masked scores
+        parts, launches: Seconds of a micro-batch, by part and phase: on the device, and on the host for launches.
+        kinds: Seconds of a micro-batch on the device, by kind of operation.
+        exchange, sync: Seconds of a micro-batch in exchanges, and in the device's waits after host syncs.
+        micro_batch: Seconds of a micro-batch.
+        once: Seconds of the parts that a step has once, such as the optimizer's update.
+        gathers, sums, uncovered: Seconds of a step in gathers of parameters, in sums of gradients, and in both without
+            simultaneous computation.
+        model_flops, masked: FLOPs (not seconds) of a step: without recomputation and masked scores, and of masked scores
             alone.
     """
 
@@ -79,13 +79,13 @@ class CardTime:
         return self.micro_batches * self.micro_batch + self.once + self.uncovered
 
     def mfu(self, *, all_scores: bool = False) -> float:
-        """FLOPs of the model over those that the card's peak allows. With `all_scores` attention also counts positions
-        after a token's own, as perf/mfu does."""
+        """Returns the model's FLOPs / the FLOPs at the card's peak rate. With `all_scores`, also counts attention scores
+        for positions after a token's own, as perf/mfu does."""
         return (self.model_flops + all_scores * self.masked) / self.seconds / self.peak
 
 
 def card_rates(card: str) -> Rates:
-    """Returns the rates of a card by its data sheet, in nodes like those of `CLUSTER`.
+    """Returns the rates of a card by its data sheet, in nodes of the kind of `CLUSTER`.
 
     Raises:
         ConfigError: from `published_rates`.
@@ -130,7 +130,7 @@ def card_time(counted: Counted, path: str, overrides: Sequence[str], rates: Rate
         events = micro_batch(layers["forward"], head, order, layers["backward"])
     played = play(events, 1, 1)
     seconds, free = float(played.seconds_S[0]), float((played.seconds_S - played.wire_S)[0])
-    if config.parallel.two_batch_overlap:  # all gathers come before the first layer, and all sums after the last one
+    if config.parallel.two_batch_overlap:  # all gathers come before the first layer, all sums after the last layer
         free = 0.0
     covers = {GATHERS: free / (1 + BACKWARD), SUMS: free * BACKWARD / (1 + BACKWARD)}
     tokens, layout = times * config.train.micro_batch * config.data.seq_len, layout_without_data(config)
@@ -163,7 +163,7 @@ def _works(listed: list[list[Any]]) -> list[tuple[Work, int]]:
 
 
 def _grouped(works: list[tuple[Work, int]], rates: Rates) -> dict[str, float]:
-    """Seconds of the experts' products, by phase."""
+    """Returns the seconds of the experts' products, by phase."""
     found: dict[str, float] = {"forward": 0.0, "backward": 0.0}
     for work, number in works:
         if work.kind == "grouped":
@@ -172,8 +172,8 @@ def _grouped(works: list[tuple[Work, int]], rates: Rates) -> dict[str, float]:
 
 
 def _exchanges(counted: Counted, config: Config, rates: Rates, phase: str) -> Iterator[tuple[float, bool]]:
-    """Yields the seconds of each exchange of a micro-batch's phase, and whether it has integers, which come before the host
-    sync. Rows go to all ranks of the EP group alike."""
+    """Yields the seconds of each exchange of a micro-batch's phase, and whether the exchange has integers and is thus
+    before the host sync. All ranks of the EP group get equally many rows."""
     ep = config.parallel.ep
     ranks = min(ep, rates.ranks_per_node)
     inside = (ranks - 1) / max(1, ep - 1)
@@ -193,8 +193,8 @@ def _layers(
     phase: str,
     sync: float,
 ) -> list[LayerCost]:
-    """Returns the costs of each layer in forward or in backward, as `phase` says. Seconds of compute in backward are
-    divided by `BACKWARD`, because `micro_batch` multiplies them by it."""
+    """Returns the costs of each layer in the phase forward or backward. Divides seconds of compute in backward by
+    `BACKWARD`, because `micro_batch` multiplies them by this factor."""
     number, ep, times = counted.layers, config.parallel.ep, 1.0 if phase == "forward" else BACKWARD
     exchanges = list(_exchanges(counted, config, rates, phase))
     dense = seconds["attention", phase] / number["attention"] / times
@@ -204,7 +204,7 @@ def _layers(
         dense=dense,
         own=experts / ep / times,
         others=experts * (ep - 1) / ep / times,
-        pack=rest / 2 if exchanges else rest / times,  # before an exchange and after it
+        pack=rest / 2 if exchanges else rest / times,  # half of it before an exchange, half after
         counts=sum(each for each, whole in exchanges if whole) / number["moe"],
         sync=sync / number["moe"],
         hops=(sum(each for each, whole in exchanges if not whole) / number["moe"] / 2,) if exchanges else (),
@@ -236,7 +236,7 @@ def _ring_seconds(counted: Counted, config: Config, rates: Rates, name: str, tim
 
 
 def table(time: CardTime) -> Table:
-    """The parts of a step, and the assumptions."""
+    """Returns a table of the parts of a step, with the assumptions."""
     rates = time.rates
     made = Table(title=f"A step of {time.micro_batches} micro-batches on {rates.card}, on paper", title_justify="left")
     for column in ("part", "phase", "ms", "ms of launches"):
@@ -262,7 +262,7 @@ def table(time: CardTime) -> Table:
 
 
 def assumptions(rates: Rates) -> str:
-    """The rates by which a time was computed, in a sentence."""
+    """Returns a sentence with the rates by which a time was computed."""
     sizes = (512, 1024, 2048, 4096)
     dense, grouped = (
         ", ".join(f"{float(curve.at(size)) / 1e12:.0f}" for size in sizes) for curve in (rates.gemm, rates.grouped)

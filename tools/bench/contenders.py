@@ -1,10 +1,10 @@
-"""The contenders of the dispatch benchmark. Each is a function of a case (routing and rows of a measured point on this
-rank), and returns a function without arguments to time. "Ours" is moe_dist's dispatcher. A choice of a token is an expert
-or null; a pair is a choice of an expert.
+"""The contenders of the dispatch benchmark. A contender is a function of a case (routing and rows of a measured point on
+this rank), and returns a function without arguments to time. "Ours" is moe_dist's dispatcher. A choice of a token is an
+expert or null; a pair is a (token, expert) choice.
 
 The following contenders bring rows to the rank of their experts and back, without laying rows out by expert:
 
-    floor               two all_to_all_single with exactly the rows that ours sends, and one copy before each of them
+    floor               two all_to_all_single with exactly the rows that ours sends, and one copy before each
     floor, all          floor, and two copies of the rows whose experts are on this rank
     dispatch, combine   ours, with a plan that was made beforehand
     ours at rank        ours: plan, dispatch, combine
@@ -83,14 +83,14 @@ def make_case(point: Point, mesh: Mesh, *, seed: int) -> Case:
 
 
 def assignments_of(expert_TK: Tensor, weight_TK: Tensor) -> Assignments:
-    """Turns choices into the pairs that our dispatcher takes."""
+    """Turns choices into the (token, expert) pairs that our dispatcher takes."""
     tokens, top_k = expert_TK.shape
     weight_TK = torch.where(expert_TK == ABSENT, 0.0, weight_TK)
     return Assignments(torch.arange(tokens).repeat_interleave(top_k), expert_TK.flatten(), weight_TK.flatten())
 
 
 def floor(case: Case, *, own_rows: bool) -> Run:
-    """Makes the contender `floor`, with `own_rows` `floor, all`. Buffers are allocated here, so that the timed part only
+    """Makes the contender `floor`, or with `own_rows` `floor, all`. Allocates buffers before the timed part, which only
     copies and exchanges rows."""
     plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])  # costs two metadata collectives and one host sync
     send, receive = list(plan.rows.send), list(plan.rows.receive)
@@ -113,8 +113,8 @@ def floor(case: Case, *, own_rows: bool) -> Run:
 
 
 def at_rank(case: Case, *, planned: bool) -> Run:
-    """Makes our plan, dispatch and combine. With `planned` the plan (two metadata collectives and one host sync) is made
-    here, outside the timed part."""
+    """Makes the contender of our plan, dispatch and combine. With `planned`, the plan (two metadata collectives and one
+    host sync) is made before the timed part."""
     kept = case.dispatcher.plan(case.taken, case.h_TD.shape[0]) if planned else None
 
     def run() -> Tensor:
@@ -125,7 +125,7 @@ def at_rank(case: Case, *, planned: bool) -> Run:
 
 
 def ours(case: Case, assignments: Assignments) -> Run:
-    """Makes our plan and dispatch, the layout by expert, the weighted sum and combine."""
+    """Makes the contender of our plan and dispatch, the layout by expert, the weighted sum and combine."""
 
     def run() -> Tensor:
         plan = case.dispatcher.plan(assignments, case.h_TD.shape[0])
@@ -176,6 +176,6 @@ def _swap(items: Tensor, receive: list[int], send: list[int], group: dist.Proces
 
 
 def expected(case: Case, assignments: Assignments) -> Tensor:
-    """Returns what contenders with rows by expert must return: each token's row times the sum of its weights."""
+    """Returns the right result of contenders with rows by expert: each token's row times the sum of its weights."""
     scale_T = torch.zeros(case.h_TD.shape[0]).index_add_(0, assignments.token_N, assignments.weight_N)
     return case.h_TD * scale_T[:, None]

@@ -1,5 +1,5 @@
-"""Kernels, bytes, FLOPs, host syncs, collectives and memory of a training step by part of the model and phase, counted
-without a GPU, beside the least possible."""
+"""Counts kernels, bytes, FLOPs, host syncs, collectives and memory of a training step by part of the model and phase,
+without a GPU, and compares them with the least possible numbers."""
 
 import json
 from collections import Counter
@@ -24,7 +24,7 @@ def count(path: str | Path, ranks: int, overrides: Sequence[str] = (), *, rank: 
     """Counts one step of a configuration on one of `ranks` ranks. Takes some seconds, in a process of its own.
 
     Raises:
-        ConfigError: the configuration is refused, or the step failed; has the reason, or the last lines of the error.
+        ConfigError: the configuration is refused, or the step failed. Has the reason, or the last lines of the error.
         ResourceError: from `fake_cuda.preloaded`.
     """
     done = child("tools.bench.fake_step", [str(find_config(path).resolve()), str(rank), str(ranks), *overrides])
@@ -34,8 +34,8 @@ def count(path: str | Path, ranks: int, overrides: Sequence[str] = (), *, rank: 
 
 
 def leasts(counted: Counted, path: str | Path, overrides: Sequence[str]) -> tuple[dict[Key, float], dict[Key, float]]:
-    """The fewest bytes and FLOPs of the counted configuration, by part and phase, of one micro-batch; none for a model with
-    LoRA, shared experts or mixture of depths, of which `least` knows nothing."""
+    """Returns the fewest bytes and FLOPs of one micro-batch of the counted configuration, by part and phase; empty for a
+    model with LoRA, shared experts or mixture of depths, which `least` does not support."""
     config = scaled(overrides, str(find_config(path)), counted.ranks)
     if config.model.has_adapters or config.model.moe.shared_ffn_dim or config.model.depth_layers:
         return {}, {}
@@ -45,7 +45,7 @@ def leasts(counted: Counted, path: str | Path, overrides: Sequence[str]) -> tupl
 
 @dataclass(frozen=True)
 class Share:
-    """What one more micro-batch adds to a step, and what a step has once; by part and phase."""
+    """The numbers that one more micro-batch adds to a step, and the numbers that a step has once; by part and phase."""
 
     micro_batch: Counter[Key]
     once: Counter[Key]
@@ -73,12 +73,12 @@ def _share(counted: Counted, value: Callable[[Work], int]) -> Share:
 
 
 def table(counted: Counted, leasts: tuple[dict[Key, float], dict[Key, float]] = ({}, {})) -> Table:
-    """What one more micro-batch adds to a step, and the kernels and bytes that a step has once; attention and MoE layers
-    per layer. Collectives: half of those in a step of two micro-batches. Memory in GB: what a part allocates less what it
-    frees (kept), and the most that all tensors had while it ran (live).
+    """Returns a table of the numbers that one more micro-batch adds to a step, and of the kernels and bytes that a step has
+    once; attention and MoE layers per layer. Collectives are half of the collectives of a step of two micro-batches. Memory
+    in GB: allocated less freed bytes of a part (kept), and the most bytes of all tensors while the part ran (live).
 
     Args:
-        leasts: The fewest bytes and FLOPs, which stand beside those counted.
+        leasts: The fewest bytes and FLOPs, shown beside the counted bytes and FLOPs.
     """
     made = Table(title=f"{counted.config}: rank {counted.rank} of {counted.ranks}, {counted.layers['attention']} layers")
     columns = (
@@ -129,8 +129,8 @@ def table(counted: Counted, leasts: tuple[dict[Key, float], dict[Key, float]] = 
 
 
 def refuse_what_cannot_fit(counted: Counted, rates: Rates) -> None:
-    """Raises ResourceError if the live tensors of a step take more bytes than the card has. Names the layer where they are
-    most, or another part if no layer passes the bound."""
+    """Raises ResourceError if the live tensors of a step take more bytes than the card has. Names the layer with the most
+    live bytes, or another part if no layer exceeds the card's memory."""
     over = {place: each for place, each in counted.memory.items() if each[1] > rates.memory}
     in_layers = {place: each for place, each in over.items() if place.partition(" ")[0] in counted.layers}
     if over:
@@ -145,10 +145,10 @@ def refuse_what_cannot_fit(counted: Counted, rates: Rates) -> None:
 
 
 def report(path: Path, ranks: int, overrides: Sequence[str], *, card: str | None) -> list[Table]:
-    """The counts of a step, and with a card the time that its rates make of them.
+    """Returns tables of the counts of a step, and with a card of the time by its rates.
 
     Raises:
-        ConfigError, ResourceError: from `count`; there are no rates of the card, or a layer does not fit on it.
+        ConfigError, ResourceError: from `count`; or the card's rates are unknown, or a layer does not fit on the card.
     """
     rates = None if card is None else card_rates(card)
     counted = count(path, ranks, overrides)

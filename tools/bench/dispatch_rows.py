@@ -24,7 +24,7 @@ from tools.bench.points import Point
 
 @torch.no_grad()
 def measure_point(point: Point, mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Checks the results of all contenders, then times them and counts what they send. Ranks return equal rows."""
+    """Checks the results of all contenders, then times them and counts the rows that they send. Ranks return equal rows."""
     case = make_case(point, mesh, seed=effort.seed)
     at_rank_alone: dict[str, Run] = {
         "floor": floor(case, own_rows=False),
@@ -57,7 +57,7 @@ def _by_expert(case: Case) -> dict[str, Run]:
 
 @torch.no_grad()
 def measure_scaling(points: Mapping[str, Point], mesh: Mesh, effort: Effort, *, by: str, planned: bool) -> dict[str, Any]:
-    """Measures what dispatch and combine cost per sent row, at points that differ in the field `by`.
+    """Measures the cost of dispatch and combine per sent row, at points that differ in the field `by`.
 
     All points are timed in the same rounds. With `planned` the plan is made before the timing.
     """

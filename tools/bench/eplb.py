@@ -1,7 +1,7 @@
 """Compares the placement solver with DeepSeek's EPLB at equal slots: python -m tools.bench.eplb EPLB_FILE [TRACE.npz ...]
 
-EPLB_FILE is eplb.py of github.com/deepseek-ai/EPLB, which is not part of moe_dist. Each load is solved with one map for all
-layers, as moe_dist has it, and with one map a layer, as EPLB makes them; without and with a spare slot on each rank.
+EPLB_FILE is eplb.py of github.com/deepseek-ai/EPLB, which is not part of moe_dist. Each load is solved with one map of
+experts for all layers, as in moe_dist, and with one map per layer, as in EPLB; without and with a spare slot on each rank.
 """
 
 import time

@@ -1,7 +1,7 @@
 """Fake CUDA tensors on a machine without a GPU: they have shapes, dtypes and devices, but no values and no memory.
 
-`preloaded` is the environment of a process in which autograd accepts such tensors. It needs a C++ compiler. In the process,
-`stand_ins` replaces the calls of a driver, and `Recorder` counts each operation on a fake CUDA tensor.
+`preloaded` returns the environment of a process in which autograd accepts such tensors, and needs a C++ compiler. In the
+process, `stand_ins` replaces the calls of a driver, and `Recorder` counts each operation on a fake CUDA tensor.
 """
 
 import ctypes
@@ -31,28 +31,28 @@ from moe_dist.megatron.cpu_trial import Idle
 from tools.bench.live_memory import LiveMemory
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
-# Operations that launch no kernel, beside views and questions about a tensor: allocations, and changes of its metadata.
+# Operations that launch no kernel, besides views and queries of a tensor: allocations, and changes of metadata.
 FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("detach_", "record_stream", "resize_", "set_", "squeeze_", "unsqueeze_"),
     *("unsafe_split", "_assert_tensor_metadata", "_unsafe_view"),
 }
 COPIES = ("_to_copy", "copy_")
-# In-place operations that do not read what they write; all others count as if they did. Names may begin with `_foreach_`,
-# too.
+# In-place operations that do not read their target; other in-place operations count as if they did. Names may also begin
+# with `_foreach_`.
 WRITE_ONLY = {"copy_", "fill_", "index_copy_", "zero_"}
-PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "_grouped_mm": 0}  # place of the first factor among the arguments
-# Operations, and arguments that their schema marks as written although they are not: AdamW writes gradients only with a
-# gradient scale.
+PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "_grouped_mm": 0}  # index of the argument that is the first factor
+# Operations, and arguments that are not written although their schema says so: AdamW writes gradients only with a gradient
+# scale.
 UNCHANGED = {("_fused_adamw_", "grads")}
-WAIT_SECONDS = 1e-3  # between any two fake events
+WAIT_SECONDS = 1e-3  # time between any two fake events
 
 
 def preloaded() -> dict[str, str]:
-    """The environment of a process that stands in for a CUDA device. Compiles the library at its first use (5 s of CPU).
+    """Returns the environment of a process that simulates a CUDA device. Compiles a library at the first use (5 s of CPU).
 
     Raises:
-        ResourceError: there is no C++ compiler, or it failed.
+        ResourceError: the C++ compiler is missing or failed.
     """
     spec = find_spec("torch")
     assert spec is not None
@@ -66,7 +66,7 @@ def preloaded() -> dict[str, str]:
         partial = library.with_suffix(f".{os.getpid()}")
         includes = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
         libraries = [f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{home / 'lib'}"]
-        # As torch's own wheels, or the library would ask for names with another spelling of std::string.
+        # The ABI of torch's own wheels, because the library otherwise needs names with another spelling of std::string.
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
         command = ["-std=c++20", "-O0", "-shared", "-fPIC", abi, *includes, str(SOURCE), "-o", str(partial), *libraries]
         compiler = os.environ.get("CXX", "c++")
@@ -89,10 +89,10 @@ def enter() -> None:
 
 
 class Work(NamedTuple):
-    """One operation. `kind` is "copy" for an operation without products, else "gemm", "grouped" or "attention"; "fp32" is
+    """One operation. `kind` is "copy" for an operation without products, else "gemm", "grouped" or "attention", with "fp32"
     appended for products of fp32 numbers. `rows` is the median of a product's three sizes, because the time of a narrow
-    product follows from its bytes; in a grouped product it is the number of rows of an expert. `num_bytes` are read or
-    written."""
+    product follows from its bytes, or an expert's number of rows in a grouped product. `num_bytes` is the number of bytes
+    read or written."""
 
     part: str
     phase: str
@@ -103,8 +103,9 @@ class Work(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """One collective. `num_bytes` are what this rank sends to others, or receives, whichever are more; of sums along a ring
-    what it sends. `ranks` is 0 where the tensors do not show it. `whole` is true if the items are integers."""
+    """One collective. `num_bytes` is the number of bytes that this rank sends to or receives from others, whichever is
+    larger; for sums along a ring, sent bytes. `ranks` is 0 if the tensors do not show it. `whole` is true if the items are
+    integers."""
 
     part: str
     phase: str
@@ -124,7 +125,7 @@ class Recorder(TorchDispatchMode):
         syncs: Number of times that the host waits for the device, by (phase, name or source line).
         copies: Number of copies between host and device for which the host waits, by (phase, source line).
         mixed: Source lines of operations with tensors of both devices.
-        sorted_sums: Number of backward passes of an index, by part; on CUDA each sorts, to add without atomics.
+        sorted_sums: Number of backward passes of an index, by part; on CUDA each pass sorts, to add without atomics.
         order: Names of all collectives, in order.
         memory: Bytes of live tensors, by (part, phase).
     """
@@ -180,7 +181,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def computing(self, kind: str, flops: int) -> Iterator[None]:
-        """Sets the kind, and the FLOPs of each, for the operations inside the context, which stand for other kernels."""
+        """Sets kind and FLOPs of each operation inside the context, because these operations simulate other kernels."""
         self.inside = (kind, 0, flops)
         try:
             yield
@@ -193,19 +194,19 @@ class Recorder(TorchDispatchMode):
 
 
 def source_line() -> str:
-    """The innermost line of moe_dist that runs now."""
+    """Returns the innermost line of moe_dist that runs now."""
     ours = [each for each in traceback.extract_stack() if f"{os.sep}moe_dist{os.sep}" in each.filename]
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "outside"
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """The tensors among values; of a sharded one this rank's part."""
+    """Returns the tensors among values; of a sharded tensor, this rank's part."""
     found = [each for each in tree_leaves(values) if isinstance(each, Tensor)]
     return [each._local_tensor if isinstance(each, DTensor) else each for each in found]
 
 
 def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors on the device that an operation both reads and writes."""
+    """Returns the tensors on the device that an operation both reads and writes."""
     name = func.overloadpacket.__name__
     if name.removeprefix("_foreach_") in WRITE_ONLY:
         return []
@@ -218,12 +219,12 @@ def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _product(name: str, args: Any) -> tuple[str, int, int]:
-    """Kind, rows and FLOPs of an operation."""
+    """Returns kind, rows and FLOPs of an operation."""
     if name not in PRODUCTS:
         return "copy", 0, 0
     first, second = args[PRODUCTS[name] :][:2]
     rows, inner, columns = first.shape[-2], first.shape[-1], second.shape[-1]
-    if name == "_grouped_mm":  # [Q, D] by [E, D, F] in forward; [D, Q] by [Q, F] for gradients of weights
+    if name == "_grouped_mm":  # [Q, D] by [E, D, F] in forward, [D, Q] by [Q, F] for weight gradients
         pairs, experts = (rows, second.shape[0]) if second.dim() == 3 else (inner, args[2].shape[0])
         return "grouped", pairs // max(1, experts), 2 * rows * inner * columns
     times = first.shape[0] if name == "bmm" else 1
@@ -232,7 +233,7 @@ def _product(name: str, args: Any) -> tuple[str, int, int]:
 
 
 def _sent(name: str, args: Any) -> tuple[int, int, bool]:
-    """Ranks, bytes and dtype of a collective; its first arguments are the output and the input."""
+    """Returns ranks, bytes and whether items are integers, for a collective with the first arguments output and input."""
     tensors = [each for each in tree_leaves(args) if isinstance(each, Tensor)]
     sizes = [each.nbytes for each in tensors]
     whole = not tensors[0].is_floating_point()
@@ -247,8 +248,8 @@ class _Event(Idle):
 
 
 class _OneKernel(torch.autograd.Function):
-    """An operation that counts as one kernel in forward, and in backward as one per input, as on CUDA. On the host torch
-    would divide it into several."""
+    """An operation that counts as one kernel in forward, and in backward as one kernel per input, as on CUDA. On the host,
+    torch would divide the operation into several."""
 
     @staticmethod
     def forward(ctx: Any, like: Tensor, *inputs: Tensor) -> Tensor:
@@ -261,7 +262,7 @@ class _OneKernel(torch.autograd.Function):
 
 
 class _Attention(_OneKernel):
-    """One kernel in forward and three in backward, which skip the blocks above the diagonal."""
+    """Attention as one kernel in forward and three in backward, which skip the blocks above the diagonal."""
 
     @staticmethod
     def forward(ctx: Any, recorder: "Recorder", *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -304,8 +305,8 @@ def _reads(recorder: Recorder) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def stand_ins(recorder: Recorder) -> Iterator[None]:
-    """Replaces the driver's calls by nothing, and reads of fake values by zeros, which `recorder` notes. Norm and attention
-    become one kernel each, as they are on a GPU."""
+    """Removes the driver's calls, and replaces reads of fake values by zeros, which `recorder` notes. Norm and attention
+    become one kernel each, as on a GPU."""
     from moe_dist.model import attention, transformer
     from moe_dist.moe.kernels import trial
 
@@ -340,7 +341,7 @@ def stand_ins(recorder: Recorder) -> Iterator[None]:
     }
     with ExitStack() as stack:
         stack.enter_context(recorder.memory.resizes())
-        fake = {"tolist": tensor["tolist"]}  # a fake tensor's own would read one number after the other
+        fake = {"tolist": tensor["tolist"]}  # a fake tensor's own `tolist` would read one number after the other
         replaced = (
             (torch.cuda, cuda),
             (torch.accelerator, accelerator),

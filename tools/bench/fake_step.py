@@ -1,9 +1,10 @@
 """Takes training steps of a configuration as one rank of many, on fake CUDA tensors and with collectives that do nothing.
 
-Runs in a process that `fake_cuda.preloaded` made: python -m tools.bench.fake_step CONFIG RANK RANKS [key=value ...]
-Prints one line of JSON, a `Counted`. The router is taken as uniform: each expert gets equally many tokens of each rank.
+Runs in a process with the environment of `fake_cuda.preloaded`: python -m tools.bench.fake_step CONFIG RANK RANKS
+[key=value ...]. Prints one line of JSON, a `Counted`. Routing is uniform: each expert gets equally many tokens of each
+rank.
 
-DDP's wrapper is left out, because its reducer reads memory. torch.compile is left out: attention counts as one kernel.
+DDP's wrapper is left out, because its reducer reads memory. torch.compile is left out; attention counts as one kernel.
 """
 
 import json
@@ -46,20 +47,19 @@ class Counted:
     """One step with `MICRO_BATCHES` micro-batches, after a first step.
 
     Attributes:
-        layers: Number of layers with the part "attention", "moe" or "ffn", whose counts are of all layers together. The
-            other parts are "model", "loss" and "step".
-        kernels, num_bytes: By "part phase"; phases are forward, backward and step.
-        collectives: By "part phase name".
+        layers: Number of layers with the part "attention", "moe" or "ffn", whose counts are sums over all layers. The other
+            parts are "model", "loss" and "step".
+        kernels, num_bytes: Numbers of kernels and bytes, by "part phase"; phases are forward, backward and step.
+        collectives: Number of collectives, by "part phase name".
         syncs, copies: Waits of the host for values and for copies, by "phase name".
         mixed: Operations with tensors of both devices.
         sorted_sums: Backward passes of an index, which sort on CUDA, by part.
         order: The names of all collectives of both steps, in order; equal on all ranks.
         tracked: Number of collectives that the tracker still held at the end of the step.
         exchange_seconds: Seconds in exchanges that the busy clock subtracts, if each wait takes `fake_cuda.WAIT_SECONDS`.
-        work, sent: `fake_cuda.Work` and `fake_cuda.Sent`, each with its number at the end.
-        more_work, more_sent: What a step with one micro-batch more has beyond these.
-        memory: By "part phase": bytes that it allocates less those that it frees, the most that all tensors had, and the
-            layer that ran then.
+        work, sent: Fields of `fake_cuda.Work` and `fake_cuda.Sent`, each followed by the number of such items.
+        more_work, more_sent: The additional items of a step with one more micro-batch.
+        memory: By "part phase": allocated less freed bytes, the most bytes of all tensors, and the layer that then ran.
     """
 
     config: str
@@ -84,7 +84,7 @@ class Counted:
 
 
 def scaled(overrides: Sequence[str], path: str, ranks: int) -> Config:
-    """The configuration on `ranks` ranks: EP groups of the same size, or smaller ones if there are fewer ranks."""
+    """Returns the configuration on `ranks` ranks, with EP groups of the same size, or smaller if there are fewer ranks."""
     config = load_config(path, overrides)
     ep = min(config.parallel.ep, ranks)
     if ranks % ep:
@@ -101,8 +101,8 @@ def scaled(overrides: Sequence[str], path: str, ranks: int) -> Config:
 
 
 class Uniform:
-    """Answers of a uniform router to the reads of counts, by the name of the read. It routes a half of a micro-batch, if
-    the layers run on halves, or a `whole` one, until `route` sets another number of tokens."""
+    """Answers reads of counts, by the name of the read, with the counts of a uniform router. Routes half of a micro-batch
+    if the layers run on halves, else (or with `whole`) a micro-batch, until `route` sets another number of tokens."""
 
     def __init__(self, config: Config, layout: PlannedLayout, rank: int, *, whole: bool = False) -> None:
         self.config, self.placement, self.own = config, layout.placement, rank % config.parallel.ep
@@ -121,12 +121,12 @@ class Uniform:
         ]
 
     def entry(self, ep_rank: int, chunks: int = 1) -> list[int]:
-        """Rows to a rank, and pairs of each of its slots."""
+        """Returns the number of rows to a rank, and of (token, expert) pairs for each of the rank's slots."""
         pairs = [int(self.pairs_E[expert] / chunks) for expert in self.placement.slots[ep_rank]]
         return [min(sum(pairs), int(self.rows([ep_rank]) / chunks)), *pairs]
 
     def rows(self, ep_ranks: Sequence[int]) -> float:
-        """Tokens with an expert on at least one of these ranks."""
+        """Returns the number of tokens with an expert on at least one of these ranks."""
         return sum(
             tokens * reached(group, sum(len(self.placement.local_experts(rank, group)) for rank in ep_ranks))
             for group, tokens in self.tokens_of_groups
@@ -171,14 +171,14 @@ def watch_parts(model: nn.Module, recorder: fake_cuda.Recorder) -> Counter[str]:
             recorder.phase = "forward"
 
     def leave(name: str, layer: int, output: Any) -> None:
-        """Its gradient comes first in the part's backward."""
+        """Marks the end of a part in forward, and its beginning in backward by a hook on the output's gradient."""
         out = output[0] if isinstance(output, tuple) else output
         if out.requires_grad:
             out.register_hook(lambda _: at(name, layer))
         recorder.part = "model" if name != "model" else "loss"
 
     def in_halves(name: str, layer: int, steps: Any) -> Any:
-        """`MoELayer.steps`, whose exchanges divide it; the chain passes between its pieces."""
+        """Wraps `MoELayer.steps`, whose exchanges divide it into pieces."""
 
         def run(*args: Any) -> Any:
             chain, pieces = args[3], steps(*args)
@@ -198,7 +198,7 @@ def watch_parts(model: nn.Module, recorder: fake_cuda.Recorder) -> Counter[str]:
         names.append(name)
         module.register_forward_pre_hook(
             lambda *_: enter(name, layer), prepend=True
-        )  # before FSDP2's own hook, which gathers
+        )  # before FSDP2's own hook, which gathers parameters
         module.register_forward_hook(lambda *every: leave(name, layer, every[2]))
         if name == "model" or not model.in_halves:
             return
@@ -232,7 +232,8 @@ def batch_of(config: Config) -> Batch:
 
 
 class _NoMeta:
-    """torch for `build`, in which the model is built at once on the fake device: a fake tensor cannot leave meta."""
+    """Replaces torch in `build`, to build the model on the fake device, because fake tensors cannot leave the meta
+    device."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -243,11 +244,11 @@ class _NoMeta:
 
 @dataclass(frozen=True)
 class Built:
-    """A model on fake CUDA tensors with its training step, as one rank has them.
+    """One rank's model on fake CUDA tensors, with its training step.
 
     Attributes:
-        manifest: Has names of modalities, and no token ids.
-        told: Seconds in exchanges that the busy clock subtracted, one number for each step.
+        manifest: Manifest with names of modalities, but no token ids.
+        told: Seconds in exchanges that the busy clock subtracted in each step.
     """
 
     config: Config
@@ -265,7 +266,7 @@ class Built:
 
 @contextmanager
 def built(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Iterator[Built]:
-    """Builds the model as rank `rank` of `ranks`. The stand-ins stay until the end of the block."""
+    """Builds the model as rank `rank` of `ranks`. The replacements of `stand_ins` last until the end of the block."""
     config = scaled(overrides, path, ranks)
     layout, recorder = layout_without_data(config), fake_cuda.Recorder()
     uniform = Uniform(config, layout, rank)
@@ -302,7 +303,7 @@ def built(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Iterato
 
 
 def count_step(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Counted:
-    """Builds the model, takes two steps, and returns the counts of the second."""
+    """Builds the model, takes two steps, and returns the counts of the second step."""
     with built(path, rank, ranks, overrides) as each:
         config, recorder, training = each.config, each.recorder, each.training
         layers = watch_parts(training.parallel.model, recorder)

@@ -1,6 +1,6 @@
 """Compares our MoE layer with Megatron-Core's: alone (forward and backward), and in training steps of the default model.
 
-Weights and routing are equal on both sides. Outputs, gradients and losses are checked to be equal before the timing.
+Both have equal weights and routing. Outputs, gradients and losses are checked to be equal before the timing.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,9 +1,9 @@
 """Takes training steps of several layouts in turn on this machine, and stores their seconds, bytes, memory and choices.
 
-The processes of each number of ranks stay alive, and wait on a pipe while others work. So a round visits all layouts within
-minutes, and other load of the machine affects all layouts alike. Each visit is one line of `visits.jsonl`; visits in this
-file are not repeated. A step is timed as `Trainer` times it, without the record and the sinks. The learning rate is 0, so
-that the routing of later rounds is that of the first.
+The processes of each number of ranks stay alive, and wait on a pipe while other processes work. A round therefore visits
+all layouts within minutes, and other load of the machine affects all layouts alike. Each visit is one line of
+`visits.jsonl`; visits in this file are not repeated. A step is timed as in `Trainer`, without record and sinks. The
+learning rate is 0, so that routing is equal in all rounds.
 """
 
 import json
@@ -114,7 +114,7 @@ class Visit:
 
     Attributes:
         seconds, cpu: Wall time and CPU time of each timed step.
-        sent: Payload bytes of all ranks in the traced step, and those between nodes; empty after round 0.
+        sent: Payload bytes of all ranks in the traced step, in all and between nodes; empty after round 0.
         memory: Bytes of all tensors of the layout at their peak in its second step; 0 after its first visit.
     """
 
@@ -151,8 +151,8 @@ def _rank(
 
 
 def counted_memory(make: Callable[[], "_Job"]) -> tuple["_Job", float]:
-    """Makes a job and takes two steps. Returns it and the bytes of all tensors at their peak in the second step, by the
-    allocator's own record of what was allocated and freed since the job began."""
+    """Makes a job and takes two steps. Returns the job, and the peak bytes of all tensors in the second step, by the
+    allocator's own record of allocations and frees since the job began."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -247,7 +247,7 @@ class _Job:
 
 
 class _Choices:
-    """Keeps the choices of a step; see `moe_dist.train.tracing.StepWatcher`."""
+    """A `moe_dist.train.tracing.StepWatcher` that keeps the choices of a step."""
 
     def __init__(self, sequences: Sequence[range]) -> None:
         self._sequences, self._parts = sequences, []

@@ -1,4 +1,4 @@
-"""Bytes of the tensors on a fake device that are alive, by part of the model and phase."""
+"""Counts the bytes of live tensors on a fake device, by part of the model and phase."""
 
 import weakref
 from collections import Counter
@@ -19,10 +19,10 @@ class LiveMemory:
 
     Attributes:
         live: Bytes of all storages that are alive.
-        grown: Bytes that were allocated, less those that were freed, by place.
+        grown: Allocated less freed bytes, by place.
         most: The largest number of live bytes, by place.
-        layer: Index of the layer that runs, which the caller sets; of the last one that ran, outside the layers.
-        layer_of_most: The layer of `most`, by place.
+        layer: Index of the running layer, which the caller sets; outside the layers, of the last layer that ran.
+        layer_of_most: The value of `layer` at the time of `most`, by place.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class LiveMemory:
         self.most.clear()
 
     def note(self, tensors: Iterable[Tensor], place: Place) -> None:
-        """Counts the storages of an operation's tensors, new ones as allocated at `place` (part, phase)."""
+        """Counts the storages of an operation's tensors; new storages count as allocated at `place` (part, phase)."""
         self.place = place
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -58,7 +58,7 @@ class LiveMemory:
 
     @contextmanager
     def resizes(self) -> Iterator[None]:
-        """Follows storages that are resized, as those of gathered parameters are."""
+        """Follows storages that are resized, as for gathered parameters."""
         real = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, num_bytes: int) -> None:

@@ -20,10 +20,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Effort:
-    """How often a measurement repeats, and its seed."""
+    """The numbers of repeats of a measurement, and its seed."""
 
     rounds: int = 20  # timed rounds; each runs every contender once
-    warmup: int = 3  # untimed rounds before the timed ones
+    warmup: int = 3  # untimed rounds before the timed rounds
     seed: int = 0  # seed of routing, rows, and order of contenders in a round
 
 
@@ -69,7 +69,7 @@ def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 def paired_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> Interval:
     """Returns the median of ours / theirs, with its interval. Both times of a ratio are from the same round, so that a
-    disturbance of the machine slows both down and mostly cancels in the ratio."""
+    disturbance of the machine slows both and mostly cancels in the ratio."""
     ours_n, theirs_n = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if ours_n.shape != theirs_n.shape:
         raise ValueError(f"{ours_n.size} values cannot be paired with {theirs_n.size}")
@@ -84,8 +84,8 @@ def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
 def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, effort: Effort) -> dict[str, np.ndarray]:
     """Returns the seconds of each contender in each timed round, on the slowest rank.
 
-    Each round runs every contender once, with a barrier before each run. The order is drawn anew in each round, the
-    same on all ranks, so that a periodic disturbance of the machine does not always hit the same contender.
+    Each round runs every contender once, with a barrier before each run. The order is random in each round, and equal on
+    all ranks, so that a periodic disturbance of the machine does not always affect the same contender.
     """
     names = list(contenders)
     rng = np.random.default_rng(effort.seed)
@@ -104,12 +104,12 @@ def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, ef
                     seconds[number, index] = taken
     finally:
         gc.enable()
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=mesh.world)  # not timed: one collective after all rounds
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=mesh.world)  # one untimed collective after all rounds
     return {name: seconds[:, index].numpy() for index, name in enumerate(names)}
 
 
 def count_sent(run: Callable[[], Any], mesh: Mesh, *, hidden: int) -> Sent:
-    """Runs a contender once and counts what it hands to all_to_all_single; what a rank sends to itself is not counted."""
+    """Runs a contender once and counts the data that it passes to all_to_all_single, except data for the same rank."""
     counts = np.zeros(4, dtype=np.int64)
     original = dist.all_to_all_single
 
@@ -141,8 +141,8 @@ def measured_row(
     point: Mapping[str, Any],
     pairs: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
-    """Times all contenders at a point, counts what they send, and compares the times of the two contenders of each entry in
-    `pairs`. The result is equal on all ranks."""
+    """Times all contenders at a point, counts the data that they send, and compares the times of the two contenders of each
+    entry in `pairs`. The result is equal on all ranks."""
     sent = {name: asdict(count_sent(run, mesh, hidden=hidden)) for name, run in contenders.items()}
     seconds = time_interleaved(contenders, mesh, effort)
     return {

@@ -4,8 +4,8 @@ replaces its names of devices and streams; the dispatcher's code is unchanged. T
     default     expects K experts for each token
     capacity    counts the rows to send; its capacity factor is so large that nothing is dropped
 
-The default branch announces T x K rows, which its fused permutation needs. The plain permutation, used here, sends the
-pairs of the map. So neither branch sends a row for a null choice whose column is cleared in the map.
+The default branch announces T x K rows, which its fused permutation needs. The benchmark uses the plain permutation, which
+sends the pairs of the map. Therefore neither branch sends a row for a null choice whose column is cleared in the map.
 
 Shape letters: T tokens, D hidden size, E experts, K choices per token.
 """
@@ -38,7 +38,7 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 def variants(*, nulls: bool) -> Mapping[str, Variant]:
-    """Returns the variants for a routing with or without null choices; without them none can be remapped."""
+    """Returns the variants for a routing with or without null choices. Only null choices can be remapped."""
     return {name: variant for name, variant in VARIANTS.items() if nulls or not variant.remapped}
 
 
@@ -98,8 +98,8 @@ def routing_tables(expert_TK: Tensor, weight_TK: Tensor, column_E: Tensor) -> tu
 
 
 def megatron_dispatch(case: Case, variant: Variant) -> Run:
-    """Makes Megatron's dispatch to rows laid out by expert, and back. A remapped null choice goes to the expert that was
-    drawn for it before it became null."""
+    """Makes the contender of Megatron's dispatch to rows laid out by expert, and back. A remapped null choice goes to the
+    expert that was drawn before the choice became null."""
     point = case.point
     config = configuration(
         hidden=point.hidden,
@@ -164,7 +164,7 @@ class MegatronMoE(nn.Module):
         assignments, sums, *_ = router(h_TD, group_T)
         expert_TK = assignments.expert_N.view(h_TD.shape[0], -1)
         weight_TK = assignments.weight_N.view_as(expert_TK)
-        pairs = int((expert_TK != ABSENT).sum())  # on CUDA this would be a device-to-host sync, but here all is on the CPU
+        pairs = int((expert_TK != ABSENT).sum())  # would sync with a CUDA device, but the bench runs on the CPU
         if self.remapped:
             expert_TK = self._remapped(expert_TK, group_T)
         probs_TE, map_TE = routing_tables(expert_TK, weight_TK, self._column_E)

@@ -25,9 +25,9 @@ class Point:
     hidden: int = 512
     experts: int = 32
     top_k: int = 2  # number of distinct experts that are drawn for each token
-    null: float = 0.5  # share of the choices that become null (no expert)
-    hot: float | None = None  # share of the choices that HOT_EXPERTS experts get; None: all experts are equally likely
-    image: float | None = None  # share of image tokens, which choose in the second half of the experts; None: one group
+    null: float = 0.5  # fraction of the choices that become null (no expert)
+    hot: float | None = None  # fraction of the choices that HOT_EXPERTS experts get; None if all are equally likely
+    image: float | None = None  # fraction of image tokens, which choose in the second half of the experts; None: one group
     policy: Policy = "contiguous"  # expert e is on rank e W // E (contiguous, pinned) or on rank e mod W (interleaved)
     workload: str | None = None  # one of W0 to W7 instead of a drawn routing
 
@@ -38,7 +38,7 @@ class Choices:
 
     drawn_TK: np.ndarray  # int64, K distinct experts of each token, before choices become null
     taken_TK: np.ndarray  # drawn_TK with ABSENT for null choices
-    equal_active_TK: np.ndarray  # as many experts in total as taken_TK, divided evenly among the tokens
+    equal_active_TK: np.ndarray  # as many expert choices in total as taken_TK, divided evenly among the tokens
     weight_TK: np.ndarray  # float32 routing weights
 
 
@@ -98,7 +98,7 @@ def draw(point: Point, *, rank: int, world_size: int, seed: int) -> Choices:
     rng = np.random.default_rng([seed, rank, zlib.crc32(repr(point).encode())])
     if point.workload is not None:
         shape = WorkloadShape(point.tokens * world_size, point.experts, point.top_k, world_size)
-        step = workload_step(point.workload, seed=seed, step=4, shape=shape)  # step 4: W7 has hot experts
+        step = workload_step(point.workload, seed=seed, step=4, shape=shape)  # in step 4 W7 has hot experts
         rows = step.rows_of(rank)
         drawn, weight = step.expert_TK[rows], step.weight_TK[rows].astype(np.float32)
     else:

@@ -1,7 +1,7 @@
 """Compares the step model, with rates of data sheets, with published throughputs: python -m tools.bench.published
 
-Rows without a `note` have the published layout. Routing is uniform in the estimate, and balanced by force in NVIDIA's
-measurements.
+Rows without a `note` have the published layout. Routing is uniform in the estimate; NVIDIA's measurements force balanced
+routing.
 """
 
 from typing import NamedTuple
@@ -18,8 +18,8 @@ from moe_dist.plan.rows import Expected
 
 
 class Row(NamedTuple):
-    """A published measurement. `measured`: tokens/s of a GPU; `between`: bytes/s of a GPU to other nodes; a node has `node`
-    GPUs."""
+    """A published measurement. `measured`: tokens/s of a GPU. `between`: bytes/s of a GPU to other nodes. `node`: GPUs of a
+    node."""
 
     model: str
     source: str
@@ -72,7 +72,7 @@ ROWS = (
 
 
 def tokens_per_second(row: Row) -> tuple[float, float]:
-    """Returns predicted tokens/s of a GPU, and the share of the step that no compute covers."""
+    """Returns predicted tokens/s of a GPU, and the fraction of the step's time in uncovered communication."""
     batch = row.batch // (row.gpus * row.micro) * row.gpus * row.micro or row.gpus * row.micro
     overrides = [
         *MODELS[row.model].split(" "),

@@ -16,8 +16,8 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.run_folder import write_atomically
 from moe_dist.runtime.signals import child_of
 
-# glibc returns blocks of 32 MiB and more to the system on each free, and the next allocation pays for new pages: 10 ms for
-# 32 MiB. With these settings glibc keeps the blocks, for all contenders, as CUDA's allocator does.
+# By default glibc returns blocks of 32 MiB and more to the system on each free, and the next allocation needs new pages,
+# which takes 10 ms for 32 MiB. With these settings glibc keeps the blocks for all contenders, as CUDA's allocator does.
 RANK_ENV = {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -25,24 +25,24 @@ RANK_ENV = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
 }
 TIMEOUT_SECONDS = 900.0
-SCALING_TOKENS = 2048  # the slope of time leaves out points with fewer tokens, where fixed costs dominate
+SCALING_TOKENS = 2048  # the slope of time omits points with fewer tokens, at which fixed costs dominate
 
 
 @dataclass(frozen=True)
 class BenchJob:
-    """The options of one benchmark, equal on all ranks; `rounds` and `seed` are those of `tools.bench.measure.Effort`."""
+    """The options of one benchmark, equal on all ranks; `rounds` and `seed` are fields of `tools.bench.measure.Effort`."""
 
     world_size: int
     path: Path  # JSON file of the results; rows in the file are not measured again
     only: tuple[str, ...]  # sweeps to measure; empty for all sweeps
-    quick: bool  # measure tiny points, only to test the code
+    quick: bool  # whether to measure tiny points, only to test the code
     rounds: int
     seed: int
     commit: str = ""  # commit of the measured code; each row stores it
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All rows of a file share these settings, because rows with different settings cannot be compared."""
+        """Returns the settings that all rows of a file share, because rows with different settings cannot be compared."""
         versions = {package: version(package) for package in ("torch", "megatron-core")}
         return {"world": self.world_size, "quick": self.quick, "rounds": self.rounds, "seed": self.seed, **versions}
 
@@ -108,7 +108,7 @@ def _rank(rank: int, job: BenchJob, folder: str, parent: int) -> None:
         destroy_world()
     except BaseException:
         traceback.print_exc()
-        os._exit(1)  # a normal exit would wait for peers that may hang in a collective
+        os._exit(1)  # a normal exit would wait for ranks that may hang in a collective
 
 
 def _measure_all(job: BenchJob, mesh: Any) -> None:

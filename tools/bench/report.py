@@ -1,6 +1,6 @@
-"""Judges the benchmark's table rows by rules, says why a rule does not hold, and writes text, Markdown and a picture.
+"""Judges the benchmark's table rows by rules, explains why a rule does not hold, and writes text, Markdown and a picture.
 
-A row is lost if the whole 95 % interval of a ratio ours / theirs is above 1.05: our time is then more than 5 % longer.
+A row is lost if the whole 95 % interval of a ratio ours / theirs is above 1.05, so that our time is over 5 % longer.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 Table = list[list[str]]
-# The ratios of times, in the order of the tables, with their colour in the picture; None: not in the picture.
+# The ratios of times, in the order of the tables, with their colour in the picture; None for a ratio outside the picture.
 RATIOS: Mapping[str, tuple[int, int, int] | None] = {
     "dispatch, combine / floor": None,
     "dispatch, combine / floor, all": (20, 20, 20),
@@ -33,10 +33,10 @@ MIN_TOKENS, MIN_HIDDEN = 4096, 512
 SLOPE = FLATNESS = (0.9, 1.1)
 RIVALS = ("ours / megatron", "ours / megatron, capacity")
 FLOORS = ("dispatch, combine / floor", "dispatch, combine / floor, all")
-# Sweeps that time whole layers and steps. In these sweeps `megatron, remapped` is a rival, too.
+# Sweeps that time whole layers and steps, in which `megatron, remapped` is also a rival.
 WHOLE = ("layer", "step")
 NOT_EXPLAINED = "not explained yet"
-# Comparison -> sweep ("" for all others) -> why the rule does not hold, and what was tried.
+# Comparison -> sweep ("" for all others) -> reason why the rule does not hold, and attempts to change that.
 EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
     "dispatch, combine / floor": {
         "": "this floor leaves out the rows for experts on the own rank, half of all rows at two ranks; 'floor, all' has "
@@ -79,7 +79,7 @@ class BenchResult:
 
 
 def judge(rows: Mapping[str, Any]) -> list[BenchResult]:
-    """Judges the comparisons in all rows of a file; those whose rule does not hold come first."""
+    """Judges the comparisons in all rows of a file; comparisons whose rule does not hold come first."""
     return sorted((each for key, row in rows.items() for each in _judge_row(key, row)), key=lambda each: each.met)
 
 
@@ -142,7 +142,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _failures(comparisons: Sequence[BenchResult]) -> list[str]:
-    """Returns a paragraph for each reason why a rule does not hold, with the rows that fail for that reason."""
+    """Returns a paragraph for each reason why a rule does not hold, with the rows that fail for this reason."""
     alike: dict[tuple[str, str, str], list[BenchResult]] = {}
     for each in comparisons:
         if not each.met:
@@ -232,8 +232,8 @@ COLOURS = {name: colour for name, colour in RATIOS.items() if colour is not None
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG. Ours is faster where a ratio is left of 1. A row is lost if an interval is wholly right of the dotted
-    line at LOST_ABOVE."""
+    """Writes a PNG. Ours is faster if a ratio is left of 1. A row is lost if an interval is wholly right of the dotted line
+    at LOST_ABOVE."""
     rows = [(key, row["ratio"]) for key, row in results["rows"].items() if COLOURS.keys() & row.get("ratio", {}).keys()]
     length = -(-len(rows) // COLUMNS)  # table rows in each column of the picture, rounded up
     width, height = COLUMNS * (LABEL_WIDTH + PLOT_WIDTH + MARGIN), LEGEND + MARGIN * 2 + ROW_HEIGHT * length

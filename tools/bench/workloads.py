@@ -1,8 +1,8 @@
-"""Eight token-imbalance workloads, W0 to W7. (workload, seed, step) alone determine which token goes to which expert.
+"""Eight token-imbalance workloads, W0 to W7. Only (workload, seed, step) determine which token goes to which expert.
 
-The same logical workload appears under any dispatcher, layout and number of ranks: choices are drawn for all tokens of the
-step at once, and a rank takes its slice. Every token has exactly K distinct experts. The names of the workloads, and what
-each tests, follow Megatron-LM pull request 7488. Imports no torch, so that a tool without torch can draw a workload.
+A workload is the same for any dispatcher, layout and number of ranks, because choices are drawn for all tokens of the step
+at once, and a rank takes its slice. Every token has exactly K distinct experts. The names and purposes of the workloads
+follow Megatron-LM pull request 7488. Imports no torch, so that a tool without torch can draw a workload.
 
 Shape letters: T tokens of the step over all ranks, E experts, K choices per token, W shards (in a contiguous layout, the
 experts of a shard are on one rank).
@@ -53,12 +53,12 @@ class WorkloadShape:
             )
 
     def shard(self, index: int) -> range:
-        """The experts of a shard in the contiguous layout."""
+        """Returns the experts of a shard in the contiguous layout."""
         return range(index * self.num_experts // self.num_shards, (index + 1) * self.num_experts // self.num_shards)
 
     @property
     def num_hot(self) -> int:
-        """Number of hot experts in W1, W2, W3, W6 and W7: half of a shard's experts, at least one."""
+        """Returns the number of hot experts in W1, W2, W3, W6 and W7: half of a shard's experts, at least one."""
         return max(1, self.num_experts // (2 * self.num_shards))
 
 
@@ -77,7 +77,7 @@ class WorkloadStep:
     tokens_S: tuple[int, ...]
 
     def rows_of(self, source: int) -> slice:
-        """The slice of tokens of one source rank."""
+        """Returns the slice of tokens of one source rank."""
         start = sum(self.tokens_S[:source])
         return slice(start, start + self.tokens_S[source])
 
@@ -86,12 +86,12 @@ def workload_step(workload: str, *, seed: int, step: int, shape: WorkloadShape) 
     """Draws the choices of one step.
 
     Raises:
-        KeyError: `workload` is none of `WORKLOADS`.
+        KeyError: `workload` is not in `WORKLOADS`.
     """
     if workload not in WORKLOADS:
         raise KeyError(f"no workload {workload!r}; there are {', '.join(WORKLOADS)}")
     index = list(WORKLOADS).index(workload)
-    fixed = np.random.default_rng([seed, index])  # for draws that are equal in all steps, such as hot experts
+    fixed = np.random.default_rng([seed, index])  # for draws that are equal in all steps, such as the hot experts
     rng = np.random.default_rng([seed, index, 1 + step])
     hot = _hot_experts(workload, step, shape, fixed)
     dead = shape.shard(int(fixed.integers(shape.num_shards))) if workload == "W5" and shape.num_shards > 1 else range(0)
@@ -108,7 +108,7 @@ def workload_step(workload: str, *, seed: int, step: int, shape: WorkloadShape) 
 
 
 def _hot_experts(workload: str, step: int, shape: WorkloadShape, fixed: np.random.Generator) -> np.ndarray:
-    """The hot experts of a step; none if the step's load is balanced."""
+    """Returns the hot experts of a step; none if the step's load is balanced."""
     if workload == "W1":
         return fixed.permutation(shape.num_experts)[: shape.num_hot]
     if workload == "W3":
@@ -142,8 +142,8 @@ def _even(shape: WorkloadShape) -> tuple[int, ...]:
 
 
 def _ragged(shape: WorkloadShape, fixed: np.random.Generator) -> tuple[int, ...]:
-    """Returns how many tokens each source has, in random order: each number is a third of the next larger one, and the
-    largest also takes what rounding leaves."""
+    """Returns the numbers of tokens of the sources, in random order: each number is a third of the next larger number, and
+    the largest also takes the remainder of rounding."""
     share_S = 3.0 ** -np.arange(shape.num_shards)
     tokens_S = np.floor(share_S / share_S.sum() * shape.num_tokens).astype(np.int64)
     tokens_S[0] += shape.num_tokens - tokens_S.sum()

@@ -45,11 +45,11 @@ class Words:
 
 @dataclass
 class Measured:
-    """The results of one model: nats per token of each held-out sequence, its experts, and its answers by task."""
+    """The results of one model: nats per token of each held-out sequence, true experts per token, and answers by task."""
 
     nats_S: np.ndarray
-    true_experts: float  # per token, mean over the MoE layers, on the held-out sequences
-    share: float  # share of the group's experts that a token takes
+    true_experts: float  # true experts per token on the held-out sequences, mean over the MoE layers
+    share: float  # fraction of the group's experts that a token takes
     right: dict[str, np.ndarray]  # bool for each question
     record: dict[str, Any]
 
@@ -81,7 +81,7 @@ def heldout(trained: LoadedRun, *, sequences: int, length: int) -> list[Continua
 
 
 def measure(trained: LoadedRun, words: Words, questions: Mapping[str, Any], *, sequences: int, length: int) -> Measured:
-    """Scores sequences and questions in bf16 on this rank; the run of the adapted model computed in bf16, too."""
+    """Scores sequences and questions on this rank in bf16, in which the adapted model was trained, too."""
     config = trained.config
     parallel = config.parallel.model_copy(update={"precision": "bf16", "device": "cpu"})
     trained = replace(trained, config=config.model_copy(update={"parallel": parallel}))
@@ -114,7 +114,7 @@ def measure(trained: LoadedRun, words: Words, questions: Mapping[str, Any], *, s
 
 
 def check_one_group(config: Config, folder: Path) -> None:
-    """Raises ConfigError if the model has several expert groups, each of which would have its own share of experts."""
+    """Raises ConfigError if the model has several expert groups, which would have different fractions of experts."""
     if len(groups := config.model.moe.groups) > 1:
         raise ConfigError(
             f"{folder}: model.moe.groups are {', '.join(groups)}: the share of experts is that of one group; "
@@ -123,7 +123,8 @@ def check_one_group(config: Config, folder: Path) -> None:
 
 
 def interval(differences: list[np.ndarray]) -> tuple[float, float, float]:
-    """Returns the mean of the means of `differences` and its 95 % bounds, by a bootstrap that resamples each array."""
+    """Returns the mean over arrays of the means of `differences`, and its 95 % bounds by a bootstrap that resamples each
+    array."""
     rng = np.random.default_rng(0)
     means = np.mean([each[rng.integers(len(each), size=(RESAMPLES, len(each)))].mean(1) for each in differences], axis=0)
     low, high = np.quantile(means, [0.025, 0.975])

@@ -1,8 +1,8 @@
-"""A comparison of methods at one budget: its study, which the runner of the experiments runs, its table and its figure.
+"""Makes a comparison of methods at one budget: the study, which the runner of the experiments runs, table and figure.
 
 The methods have the same seeds, data, order of data, model and true experts. They differ in the router, and in the
-mechanism that holds the number of true experts per token at the budget. Differences are paired by seed, with one-sided 95 %
-bounds to both sides.
+mechanism that holds the number of true experts per token at the budget. Differences are paired by seed, and have lower and
+upper one-sided 95 % bounds.
 """
 
 import json
@@ -50,7 +50,7 @@ class Comparison:
     base: str
     overrides: Mapping[str, Any]
     root: Path
-    ranks: tuple[int, ...] = ()  # on which steps are timed
+    ranks: tuple[int, ...] = ()  # numbers of ranks on which steps are timed
 
     @property
     def folder(self) -> Path:
@@ -62,7 +62,7 @@ class Comparison:
 
     @property
     def reference(self) -> str:
-        """The method from which differences are taken: `fixed` if it is compared, else the first one."""
+        """Returns the method from which differences are taken: `fixed` if it is compared, else the first method."""
         return "fixed" if "fixed" in self.methods else self.methods[0]
 
 
@@ -70,7 +70,7 @@ def make_study(asked: Comparison) -> Study:
     """Writes the study's file, unless the folder has it already, and returns the study.
 
     Raises:
-        ConfigError: lists each method that cannot reach the budget or cannot train on the configuration, and why; or the
+        ConfigError: a method cannot reach the budget or cannot train on the configuration (lists all, with reasons), or the
             folder has another comparison.
     """
     base = load_config(asked.base, [f"{key}={json.dumps(value)}" for key, value in asked.overrides.items()])
@@ -128,7 +128,7 @@ def make_study(asked: Comparison) -> Study:
 
 
 def _check_base(base: Config) -> None:
-    """Refuses configurations on which the methods cannot be compared."""
+    """Raises ConfigError for a configuration on which the methods cannot be compared."""
     moe, reasons = base.model.moe, []
     if len({group.num_experts for group in moe.groups.values()}) > 1:
         reasons.append("model.moe.groups have different numbers of experts, so that one budget is not one share of them")
@@ -150,7 +150,7 @@ def _check_base(base: Config) -> None:
 
 
 def _check_arms(study: Study) -> None:
-    """Refuses methods whose configuration breaks a rule, all at once."""
+    """Raises one ConfigError with all methods whose configuration breaks a rule."""
     problems = []
     for job in {job.label: job for job in jobs_of(study)}.values():
         try:
@@ -211,13 +211,13 @@ def _lines(asked: Comparison, study: Study, records: Records) -> list[str]:
 
 
 def _sent(study: Study, record: Record) -> float:
-    """Returns kB of rows that a token sends in all layers: dispatch and combine, forward and backward, in fp32."""
+    """Returns the kB of fp32 rows that a token sends in all layers, in dispatch and combine, forward and backward."""
     model = config_of(study, jobs_of(study)[0]).model
     return record["wire"]["rows_remote"] * len(model.moe_layers) * model.hidden_dim * BYTES * EXCHANGES / 1e3
 
 
 def differences(records: Records, name: str, of: str, metric: str, factor: float = 1.0) -> list[float]:
-    """Returns the paired differences of a number, `name` less `of`, for the seeds that both have."""
+    """Returns the paired differences of a metric, method `name` less method `of`, for the seeds that both have."""
     mine, theirs = of_arm(records, name), of_arm(records, of)
     pairs = [(number_at(mine[seed], metric), number_at(theirs[seed], metric)) for seed in mine if seed in theirs]
     return [factor * (one - other) for one, other in pairs if one is not None and other is not None]
@@ -249,8 +249,8 @@ def _text(value: float | None, digits: int) -> str:
 
 
 def draw(asked: Comparison, records: Records, path: Path) -> list[Path]:
-    """Writes the figure in each format: by method, the differences of loss and accuracy with bounds, and the experts per
-    token. A dot is a seed."""
+    """Writes the figure in each format: for each method the differences of loss and accuracy with bounds, and the experts
+    per token. Each dot is a seed."""
     import matplotlib as mpl
     from matplotlib.figure import Figure  # takes seconds to import; needs no window system
 

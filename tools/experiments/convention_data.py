@@ -4,9 +4,9 @@
 
 The question about a picture asks for the colour of its background; the question about a caption asks for its language. A
 convention shifts the names of answers: the k-th of n answers has the (k + step)-th name. Only the instruction says which
-convention to use. An instruction is one of many paraphrases, some of which are held out. Training and held-out pictures and
-captions are the training and held-out ones of the base data, because a model trained on the base data is adapted. All
-conventions ask about the same pictures and captions.
+convention to use. An instruction is one of many paraphrases, some of which are held out. Pictures and captions are on the
+same side of the split as in the base data, because a model trained on the base data is adapted. All conventions ask about
+the same pictures and captions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ from tools.experiments.instructed import Document, check_new, data_folder, instr
 
 COLOURS = ("white", "grey", "yellow", "red", "pink", "blue", "cyan", "green")  # names of BACKGROUNDS, in order
 TONGUES = ("English", "German", "French", "Japanese", "Spanish")  # names of the languages in LANGUAGES, in order
-# Convention -> (its shift of the names, the words that name it in instructions).
+# Convention -> (shift of the names, words that name the convention in instructions).
 CONVENTIONS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "plain": (0, ("plain", "usual", "common", "ordinary")),
     "shifted": (2, ("shifted", "moved", "turned", "displaced")),
@@ -159,7 +159,7 @@ def _caption(manifest: Manifest, tokens: np.ndarray, tokenizer: Tokenizer) -> As
 
 
 def _image(manifest: Manifest, tokens: np.ndarray) -> tuple[int, int]:
-    """Returns where a document's picture is: the index of its first token, and of the token after its last."""
+    """Returns the indices of the first token of a document's picture, and of the token after its last token."""
     assert manifest.image is not None
     (begin,) = np.flatnonzero(tokens == manifest.image.begin_id)
     (end,) = np.flatnonzero(tokens == manifest.image.end_id)

@@ -55,7 +55,7 @@ def write_split(folder: Path, name: str, documents: Iterable[Document], manifest
 
 
 def write_sources(folder: Path, base: Manifest, name: str, sources: Mapping[str, SourceSection]) -> Manifest:
-    """Writes the base's manifest for a new data set, with these sources and their baselines in place of the base's."""
+    """Writes the manifest of a new data set: the base's manifest with these sources and their baselines."""
     manifest = base.model_copy(update={"name": name, "sources": dict(sources), "baselines": {}})
     manifest = manifest.model_copy(update={"baselines": count_baselines(folder, manifest)})
     write_manifest(manifest, folder)

@@ -86,7 +86,7 @@ class Measurement:
         folder: Folder of the run.
         section: The section of the study that says what is measured.
         before: Cost of training before the run, which the record's costs include.
-        side: Which multiple-choice questions are asked, those of the validation or of the test side.
+        side: Side (validation or test) of the multiple-choice questions that are asked.
     """
 
     def __init__(self, folder: Path, section: MeasureSection, before: Spent, *, side: Side = Side.TEST) -> None:
@@ -158,8 +158,8 @@ class Measurement:
         }
 
     def _model_at(self, step: int) -> Transformer:
-        """Returns the model of a step, with weights averaged over checkpoints. Averaged router thresholds would not fit
-        these weights, so thresholds are measured anew on training sequences that the run has seen."""
+        """Returns the model of a step, with weights averaged over checkpoints. Measures thresholds again on training
+        sequences that the run has seen, because averaged thresholds would not fit the averaged weights."""
         model = self._load(self._averaged(step))
         if by_threshold(model):
             config = self._config
@@ -171,9 +171,9 @@ class Measurement:
 
     @torch.no_grad()
     def _load(self, steps: Sequence[int]) -> Transformer:
-        """Loads the mean of the weights of several checkpoints, those of `steps`, into the model. Computes it in float64.
+        """Loads the mean of the weights of the checkpoints at `steps` into the model. Computes the mean in float64.
 
-        Router thresholds are averaged too; integer tensors are those of the last checkpoint.
+        Router thresholds are averaged, too; integer tensors are taken from the last checkpoint.
 
         Raises:
             DataError: a checkpoint is damaged, or the base of its adapters is missing.
@@ -195,8 +195,8 @@ class Measurement:
         return build_loader(self._config, self._manifest, rank=0, world_size=1)
 
     def _averaged(self, step: int) -> list[int]:
-        """Returns the steps of the checkpoints whose mean is the model of a step: only that step or, with a curve, all
-        checkpoints in the last fraction `average` of the steps up to it."""
+        """Returns the steps of the checkpoints whose mean is the model of step `step`: only `step` or, with a curve, all
+        checkpoints in the last fraction `average` of the steps up to `step`."""
         curve = self._section.curve
         if curve is None:
             return [step]
@@ -226,7 +226,7 @@ class Measurement:
     @torch.no_grad()
     def _wire(self, batches: Sequence[Batch]) -> Mapping[str, float]:
         if self._config.model.moe.experts.replicated:
-            return dict.fromkeys(ROWS, 0.0)  # every rank holds all experts, so no row is sent
+            return dict.fromkeys(ROWS, 0.0)  # no row is sent, because every rank holds all experts
         count = SentRows(spread(self._placement, self._section.wire.ep))
         with recorded_routers(self._model) as seen:
             for batch in batches:
@@ -265,8 +265,8 @@ class Measurement:
         return [self._changed(batches, modules, flip(percent, seed=0), at=percent) for percent in self._section.flips]
 
     def _probe_hindsight(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss if routers select as in training, where the selection sees later tokens. A lower loss than with
-        the usual selection shows that these tokens leak into the prediction."""
+        """Measures the loss if routers select as in training, with a selection that sees later tokens. A lower loss than
+        with the usual selection shows that later tokens leak into the prediction."""
         with choice_of_training(probes.routers(self._model)):
             return [self._point(batches, at=0.0)]
 
@@ -282,8 +282,8 @@ class Measurement:
 
 
 def planned(steps: Sequence[int], *, every: int, last: int) -> list[int]:
-    """Returns the steps of the checkpoints that every run of this configuration has. A run that was stopped and resumed has
-    one more checkpoint, which must not count in means of weights, because the other runs lack it."""
+    """Returns the steps of the checkpoints that every run of this configuration has. The additional checkpoint of a stopped
+    and resumed run must not count in means of weights, because other runs lack it."""
     return [step for step in steps if step % every == 0 or step == last]
 
 

@@ -1,11 +1,11 @@
-"""The methods of `moe-dist compare-methods`: by name, how a configuration is set so that tokens take a given mean number of
-true (not null) experts. This number is called the budget.
+"""The methods of `moe-dist compare-methods`. A method sets a configuration so that tokens take a given mean number of true
+(not null) experts, which is called the budget.
 
 These rules apply to all methods. A group keeps its true experts. Softmax weights that are not normalised are scaled so that
-they add up to 1 for a token that takes the budget's number of experts under an even router. The positive logits of `remoe`
-get the same factor, although they are no probabilities. The sigmoids of methods in which experts choose are not scaled. In
-methods with null experts, a group has as many null as true experts (except `single_null`). A controller has the rate RATE
-if its biases are added to probabilities, and ten times this rate if they are added to logits.
+they sum to 1 for a token that takes the budget's number of experts under an even router. The positive logits of `remoe` get
+the same factor, although they are no probabilities. The sigmoids of methods in which experts choose tokens are not scaled.
+In methods with null experts, a group has as many null as true experts (except `single_null`). A controller has the rate
+RATE if its biases are added to probabilities, and ten times this rate if they are added to logits.
 """
 
 import math
@@ -19,8 +19,8 @@ from moe_dist.config.schema import Config
 Settings = dict[str, Any]
 RATE = 1.0  # rate of controllers whose biases are added to probabilities
 LOGIT_RATE = 10.0
-DECAY_SHARE = 1.0  # share of the steps after which a controller's rate has halved; at 0.25 loads lagged behind routers
-WARMUP_SHARE = 0.1  # share of the steps in which experts compete before thresholds replace the competition
+DECAY_SHARE = 1.0  # fraction of the steps after which a controller's rate has halved; at 0.25 loads lagged behind routers
+WARMUP_SHARE = 0.1  # fraction of the steps in which experts compete before thresholds replace the competition
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Method:
     Attributes:
         about: The method in a few words, for the table.
         settings: Function of a base configuration and a budget that returns the overrides of the base.
-        refused: Function of a group and a budget that returns why the method cannot reach it; empty if it can. Cases that
-            the rules of a configuration refuse need not be repeated there.
+        refused: Function of a group and a budget that returns why the method cannot reach the budget; empty if it can. The
+            function need not repeat cases that the rules of a configuration refuse.
     """
 
     about: str
@@ -49,7 +49,7 @@ def _groups(base: Config, **changes: Callable[[GroupSection], Any]) -> Settings:
 
 
 def _held(base: Config, budget: float, rate: float, per: str = "group") -> Settings:
-    """Returns the override with the controller that holds the budget in each group."""
+    """Returns the override with the controller that keeps each group at the budget."""
     target = dict.fromkeys(base.model.moe.groups, budget)
     decay = max(1, round(DECAY_SHARE * base.train.steps))
     controller = {"kind": "active_experts", "target": target, "rate": rate, "decay_steps": decay, "per": per}
@@ -57,7 +57,7 @@ def _held(base: Config, budget: float, rate: float, per: str = "group") -> Setti
 
 
 def _choices(budget: float) -> int:
-    """Returns k, twice the budget: with as many null as true experts, about half of a token's k choices are true."""
+    """Returns k, twice the budget, because with as many null as true experts about half of a token's k choices are true."""
     return math.ceil(2.0 * budget)
 
 

@@ -41,12 +41,13 @@ class Oracle:
     model: Transformer  # in evaluation mode; its routers pass `check_routers`
     maker: SampleMaker  # makes batches from prompts and answers
     group_of_modality: Tensor  # int64 [M], index of the expert group of each of the M modalities
-    places: Sequence[int]  # the MoE layers whose routing is fitted, by their index among all MoE layers
+    places: Sequence[int]  # indices, among all MoE layers, of the layers whose routing is fitted
 
     def __post_init__(self) -> None:
         routers = [layer.router for layer in self.model.moe_modules()]
         self._routers: list[nn.Module] = [routers[place] for place in self.places]
-        # logits = h W^T, and W has full row rank: with the input h + offset pinv(W)^T, a router's logits gain the offset.
+        # Because logits = h W^T and W has full row rank, the input h + offset pinv(W)^T adds the offset to a router's
+        # logits.
         rows = [next(router.parameters()).detach() for router in self._routers]
         self._inverse_LCD = torch.stack([torch.linalg.pinv(rows_CD).T for rows_CD in rows])
 
@@ -57,7 +58,7 @@ class Oracle:
             written: The choices of each question, as tokens to score.
             answers: Index of the right choice of each question.
         """
-        # Longest first, so that a batch holds questions of similar length and little padding.
+        # The longest questions come first, so that a batch has questions of similar length and little padding.
         order = sorted(range(len(written)), key=lambda place: -max(len(c.context) + len(c.tokens) for c in written[place]))
         taken = [0] * len(written)
         for begin in range(0, len(order), _BATCH):
@@ -96,7 +97,7 @@ class Oracle:
 
     @contextmanager
     def _moved(self, scored_BS: Tensor, offset_BLC: Tensor) -> Iterator[None]:
-        """Inside the context, routers add the offset for tokens with a scored label: these predict the answer."""
+        """Inside the context, routers add the offset for tokens with a scored label, which predict the answer."""
 
         def hook(place: int) -> Any:
             def change(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

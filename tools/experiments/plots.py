@@ -104,8 +104,8 @@ def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
 
 
 def _curves(study: Study, records: Records, cost: str, label: str) -> list[Callable[["Axes"], None]]:
-    """Returns functions that draw one panel each: loss over cost and, if there is a reference arm, by how much each arm's
-    loss is above the reference arm's at equal cost."""
+    """Returns functions that draw one panel each: loss over cost and, if there is a reference arm, each arm's loss minus
+    the reference arm's loss at equal cost."""
     of = {} if study.reference is None else _points(records, study.reference, cost)
     found = {name: curves for name in study.with_whole_cost() if (curves := _points(records, name, cost))}
 
@@ -140,7 +140,7 @@ def _points(records: Records, arm: str, cost: str) -> dict[int, np.ndarray]:
 
 
 def _averaged(curves: Iterable[np.ndarray]) -> np.ndarray:
-    """Returns the mean of the seeds' curves, without points that the curve of some seed lacks."""
+    """Returns the mean of the seeds' curves, without points that a seed's curve lacks."""
     every = list(curves)
     points = min(curve.shape[1] for curve in every)
     mean = np.mean([curve[:, :points] for curve in every], axis=0)

@@ -1,6 +1,6 @@
 """Changes the choices of a trained router by hooks, to measure the effect on the loss; the model stays unchanged.
 
-threshold    A token keeps its second expert only if the second weight exceeds a bound. This probe is the simple way to use
+threshold    A token keeps its second expert only if the second weight exceeds a bound. This probe is a simple way to use
              fewer experts in a top-2 model, and the baseline for adaptive routers.
 flip         p % of each expert's tokens are swapped with as many tokens that the expert had not chosen. This probe measures
              the cost of occasional wrong choices.
@@ -23,7 +23,7 @@ Change = Callable[[int, nn.Module, tuple[Any, ...], Any], Any]  # (index, module
 
 @contextmanager
 def changed_routing(modules: Sequence[nn.Module], change: Change) -> Iterator[None]:
-    """Inside the context, `change` changes the result of each of the router `modules`; it also gets the module's index."""
+    """Inside the context, `change` changes the result of each router in `modules`, given the module's index."""
     with ExitStack() as stack:
         for place, module in enumerate(modules):
             # The hook runs before all other hooks, so that `recorded_routers` records the changed routing.
@@ -37,7 +37,7 @@ def routers(model: Transformer) -> list[nn.Module]:
 
 
 def second_weights(routing: Routing, num_tokens: int) -> Tensor:
-    """Returns the weight of each token's second expert [T], 0 for a token without one.
+    """Returns the weight of each token's second expert [T]; 0 for a token without a second expert.
 
     Tokens must choose experts in this router, and the two weights of a token must sum to 1.
     """
@@ -109,9 +109,9 @@ def flip_depths(percent: float, *, seed: int) -> Change:
 
 
 def swapped(taken_T: Tensor, may_T: Tensor, percent: float, generator: torch.Generator) -> Tensor:
-    """Returns `taken_T` with about `percent` % of its tokens swapped for as many others of `may_T`."""
+    """Returns `taken_T` with about `percent` % of its tokens swapped for as many other tokens of `may_T`."""
     inside, outside = taken_T.nonzero().flatten(), (may_T & ~taken_T).nonzero().flatten()
-    # A binomial draw, because `percent` % of a few tokens would be rounded to no swap at all.
+    # The number of swaps is a binomial draw, because `percent` % of few tokens would be rounded to 0.
     drawn = torch.binomial(torch.tensor(float(len(inside))), torch.tensor(percent / 100), generator=generator)
     count = min(int(drawn), len(inside), len(outside))
     result_T = taken_T.clone()

@@ -5,9 +5,9 @@
 The data are the sources of the base data, and questions of WordNet and reasoning-gym with their right answers, written as
 `tools.evaluate` writes them. Only training questions are taken (see `moe_dist.inference.questions.split`). The first
 questions of each task are left out, because `tools.prepare_router_tuning --limit` makes its samples from them. Questions
-with the same numbers, or about the same pair of antonyms, as one of these first questions are left out too. Others about
-the same noun are kept. More seeds of reasoning-gym give more questions. Only the numbers in a question determine whether it
-is a training or a held-out question, so no seed adds a held-out question to the training data.
+with the same numbers, or about the same pair of antonyms, as one of these first questions are left out, too. Other
+questions about the same noun are kept. More seeds of reasoning-gym give more questions. Because only the numbers in a
+question determine whether it is a training or held-out question, no seed adds a held-out question to the training data.
 """
 
 from collections.abc import Iterator
@@ -77,8 +77,8 @@ def make(base: Path, out: Path, *, wordnet: Path, left: int, seeds: int, seed: i
 
 
 def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> Iterator[Question]:
-    """Yields training questions of all tasks of a family. Leaves out the first `left` of each task, and questions that
-    reveal an answer to one of these."""
+    """Yields training questions of all tasks of a family. Omits the first `left` questions of each task, and questions that
+    reveal the answer to one of them."""
     for task in TASKS[family]:
         of_task = catalogue.questions(task, Side.TRAIN, limit=None)
         left_out = {_matter(question) for question in of_task[:left]}
@@ -88,9 +88,9 @@ def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> 
 
 
 def _made_up(task: str, *, seeds: int, seed: int) -> Iterator[Question]:
-    """Yields, once each, the training questions of a task that further seeds give."""
+    """Yields each training question of a task that further seeds give, once."""
     seen: set[Part] = set()
-    # Question i of a seed is made from seed + i: seeds less than SIZE apart would share questions.
+    # Question i of a seed is made from seed + i, so that seeds less than SIZE apart would share questions.
     for further in range(seed + SIZE, seed + (1 + seeds) * SIZE, SIZE):
         for question in make_questions(task, reasoning(task.partition("-")[2], seed=further), Side.TRAIN, seed=seed):
             if question.asked not in seen:

@@ -58,8 +58,8 @@ class QuestionRound:
         return {"side": str(self.side), **_mean(by_task)}
 
     def oracle(self) -> dict[str, Any]:
-        """Returns the accuracy on the first questions of each task, with the routing of the last layers fitted to the right
-        answers; its key `before` has the accuracy without the fit."""
+        """Returns the accuracy on the first questions of each task with the routing of the last layers fitted to the right
+        answers; the key `before` has the accuracy without the fit."""
         layers = len(self.config.model.moe_layers)
         oracle = Oracle(
             self.model,
@@ -97,7 +97,7 @@ def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) 
     """Returns the names of the tasks that `section` selects, and the catalogue that makes their questions.
 
     Raises:
-        ConfigError: a task is unknown, or a package that it needs is missing.
+        ConfigError: a task is unknown, or a package that a task needs is missing.
     """
     tasks = task_names(",".join(section.tasks))
     vocabulary = Vocabulary(config.data.path, manifest, vocab_size=config.model.vocab_size)
@@ -127,10 +127,10 @@ def check_questions(section: QuestionsSection, config: Config, *, samples: bool)
 
 
 def make_samples(run: Path, section: QuestionsSection) -> dict[str, Any]:
-    """Makes the router-tuning samples of a run with `tools.prepare_router_tuning`; keeps existing ones.
+    """Makes the router-tuning samples of a run with `tools.prepare_router_tuning`; keeps existing samples.
 
     Raises:
-        DataError: the tool failed (it has printed why), or the existing samples were made with other options.
+        DataError: the tool failed and printed the reason, or the existing samples were made with other options.
     """
     folder = run / SAMPLES
     if not folder.is_dir():

@@ -1,8 +1,8 @@
 """Times the training steps of a comparison's methods on several ranks, with one thread each.
 
 The run of each method's first seed goes on for STEPS steps in a copy of its folder, because a trained router has other
-loads than a new one. A round starts each method on each number of ranks once, one after the other, in random order. All
-rounds take the same steps. A time is the median of a round's steps, without the first WARM_UP ones.
+expert loads than a new router. A round starts each method on each number of ranks once, one after the other, in random
+order. All rounds take the same steps. A time is the median of a round's steps, without the first WARM_UP steps.
 """
 
 import json
@@ -38,8 +38,9 @@ class RankTime:
     """The rounds of a method on a number of ranks.
 
     Attributes:
-        seconds: Of a step, by round.
-        kilobytes: That all ranks send to others per token in a step: hidden rows and their metadata, forward and backward.
+        seconds: Seconds of a step, by round.
+        kilobytes: Kilobytes per token that all ranks send to others in a step: hidden rows and metadata, forward and
+            backward.
     """
 
     seconds: tuple[float, ...]
@@ -55,7 +56,7 @@ def first_jobs(study: Study) -> dict[str, StudyJob]:
 
 
 def check_ranks(study: Study, ranks: Sequence[int]) -> None:
-    """Refuses numbers of ranks on which a method cannot train, all at once."""
+    """Raises one error with all numbers of ranks on which a method cannot train."""
     problems = []
     for name, job in first_jobs(study).items():
         for number in ranks:
@@ -69,7 +70,7 @@ def check_ranks(study: Study, ranks: Sequence[int]) -> None:
 
 
 def measure(study: Study, ranks: Sequence[int], folder: Path, stop_requested: Callable[[], bool]) -> None:
-    """Appends a line to the records in `folder` for each round that they lack.
+    """Measures each round that the records in `folder` lack, and appends a line to them.
 
     Raises:
         StoppedError: a stop was requested; finished rounds are kept.

@@ -1,7 +1,7 @@
 """Writes the results of an experiment into docs/reproductions.md: verdicts, tables and plots.
 
-Each experiment has a section between two comments, which each report rewrites. Results of an earlier attempt, under other
-rules, have a section of their own, which is not rewritten.
+Each experiment has a section between two comments, which each report rewrites. Results of an earlier attempt under other
+rules have a section of their own, which no report rewrites.
 """
 
 import math
@@ -130,7 +130,7 @@ def _arms(study: Study, records: Records) -> list[str]:
 
 
 def _answers(study: Study, records: Records) -> list[str]:
-    """Returns a table of the share of held-out documents with a right answer: the mean over sources, and each source."""
+    """Returns a table of the fraction of held-out documents with a right answer: the mean over sources, and each source."""
     sources = _parts(records, "answers", "by_source")
     metrics = ["answers.accuracy", *(f"answers.by_source.{source}.accuracy" for source in sources)]
     rows = [[f"`{name}`", *(_spread(mine, metric) for metric in metrics)] for name, mine in _per_arm(study, records)]
@@ -138,7 +138,7 @@ def _answers(study: Study, records: Records) -> list[str]:
 
 
 def _questions(study: Study, records: Records) -> list[str]:
-    """Returns a table of the share of right answers; for arms with an oracle also with routing fitted to the labels."""
+    """Returns a table of the fraction of right answers; for arms with an oracle also with routing fitted to the labels."""
     tasks = _parts(records, "questions", "by_task")
     shown = (
         ("questions", "accuracy", "`{}`"),
@@ -207,7 +207,7 @@ def _probes(study: Study, records: Records) -> list[str]:
 
 
 def _etas(study: Study, records: Records) -> list[str]:
-    """Returns a table of eta (see `EtaValue`), in all and by modality: geometric mean, least and largest over seeds."""
+    """Returns a table of eta (see `EtaValue`), in all and by modality: geometric mean, smallest and largest over seeds."""
     if (dense := study.reference) is None:
         return []
     rows = []
@@ -218,7 +218,7 @@ def _etas(study: Study, records: Records) -> list[str]:
                 value = EtaValue(eta=name, of=dense, part=part, cost=cost)
                 seeds = sorted({seed for arm, seed in records if arm == name} & {s for arm, s in records if arm == dense})
                 logs = [value_of(value, records, seed) for seed in seeds]
-                # No mean is shown if the eta of any seed is unknown, because leaving that seed out would bias the mean.
+                # No mean is shown if the eta of any seed is unknown, because omitting this seed would bias the mean.
                 cells.append(_eta([log for log in logs if log is not None] if None not in logs else []))
         if name != dense and any(cell != "-" for cell in cells):
             rows.append([f"`{name}`", *cells])
@@ -245,7 +245,7 @@ def _bins(study: Study, records: Records, key: str) -> list[str]:
         if not tables:
             continue
         cells = []
-        for bins in zip(*tables, strict=False):  # a seed may have fewer bins, as `binned` merges equal ones
+        for bins in zip(*tables, strict=False):  # a seed may have fewer bins, because `binned` merges equal bins
             both = []
             for modality in ("text", "image"):
                 found = [row[modality]["load"] for row in bins if row[modality]["tokens"]]

@@ -24,11 +24,11 @@ def results_path(study: Study, *, pilot: bool) -> Path:
 
 
 def check_rules(path: Path, study_path: Path, study: Study) -> str:
-    """Returns the commit of the rules: the last one that changed the study's file or its base configuration.
+    """Returns the commit of the rules: the last commit that changed the study's file or its base configuration.
 
     Raises:
-        ConfigError: the pilot has not fixed its values, a file with rules is not committed as it is, or the results at
-            `path` were made under other rules.
+        ConfigError: the pilot has not fixed its values, a file with rules has uncommitted changes, or the results at `path`
+            were made under other rules.
     """
     if not study.pilot.found:
         raise ConfigError(
@@ -95,7 +95,7 @@ def make_header(study_path: Path, study: Study, rules: str | None) -> dict[str, 
 
 def code_of_now() -> dict[str, Any]:
     """Returns the current commit, and "changed": true if the code differs from it. Files in docs/ do not count as code,
-    because records are written there."""
+    because records are written into docs/."""
     commit, diff, _ = code_state(Path(moe_dist.__file__).parent)
     headers = re.findall(rb"^diff --git .*$", diff, re.MULTILINE)
     documents = re.compile(rb"diff --git a/docs/.* b/docs/.*")
@@ -115,7 +115,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def rounded(value: Any) -> Any:
-    """Rounds floats to six significant digits, because more would suggest a precision that was not measured."""
+    """Rounds floats to six significant digits, because more digits would suggest a precision that was not measured."""
     return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.6g}"))
 
 

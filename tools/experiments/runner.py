@@ -1,7 +1,7 @@
 """Runs the jobs of an experiment, `side_by_side` at the same time, each with one rank and one thread.
 
 A job is a training by launchers.local, followed by its measurement. A later call skips jobs that have a record; an
-unfinished training resumes from its last checkpoint. Child processes end with this process, however it ends.
+unfinished training resumes from its last checkpoint. Child processes end whenever and however this process ends.
 """
 
 import json
@@ -83,7 +83,7 @@ class Runner:
         raise StoppedError("stopped on request; the same command goes on")
 
     def _lacking(self, job: StudyJob) -> list[str]:
-        """Returns the arms that a job needs and that have no record yet."""
+        """Returns the arms without a record that a job needs."""
         return [name for name in job.arm.needs if (name, job.seed) not in self._records]
 
     def _train(self, job: StudyJob) -> None:
@@ -142,7 +142,7 @@ class Runner:
         print(f"done {job.label} seed {job.seed}: held-out {measured['loss']['all']:.4f} nats", flush=True)
 
     def _stop(self) -> None:
-        """Lets running jobs save and end, and waits; after STOP_SECONDS kills those that still run."""
+        """Lets running jobs save and end, and waits; after STOP_SECONDS kills jobs that still run."""
         for each in self._running:
             each.process.terminate()
         deadline = time.monotonic() + STOP_SECONDS

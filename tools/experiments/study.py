@@ -57,8 +57,8 @@ class ArmValue(Part):
 
 
 class InterpolatedValue(Part):
-    """Interpolates the number `y` linearly between the arms `through`, at the number `x` of the arm `at`. Both numbers are
-    named by dotted paths in a record.
+    """Interpolates the number `y` linearly between the arms `through`, at the number `x` of the arm `at`. `x` and `y` are
+    dotted paths in a record.
 
     The outermost lines extend by `reach` beyond the outermost arms. Farther out the rule has no value.
     """
@@ -96,7 +96,7 @@ class SumValue(Part):
 
 
 class RatioValue(Part):
-    """`factor` times the rise of the loss by a probe with the setting `at`: loss with the probe minus loss without it."""
+    """`factor` times the rise of the loss by a probe with the setting `at`: loss with the probe - loss without it."""
 
     arm: ArmName
     probe: str
@@ -123,7 +123,7 @@ class ValueRule(Part):
 
     @property
     def arms(self) -> list[str]:
-        """The arms whose records the rule needs."""
+        """Returns the arms whose records the rule needs."""
         found: list[str] = []
         for value in (self.lower, self.higher):
             match value:
@@ -163,10 +163,10 @@ class QuestionsSection(Part):
     tasks: tuple[str, ...] = Field(min_length=1)
     limit: PositiveInt | None = None  # largest number of questions per task; None for all
     wordnet: str = ".cache/package/dict"
-    embedder: str | None = None  # folder of the embedder; by default the one of `make embedder`
-    least: NonNegativeInt = 0  # least number of test questions of all tasks together
+    embedder: str | None = None  # folder of the embedder; by default the folder of `make embedder`
+    least: NonNegativeInt = 0  # smallest number of test questions of all tasks together
     left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # number of training questions per task in `samples`
-    listed: bool = False  # true: questions list their choices, and only an answer that is right in each rotation counts
+    listed: bool = False  # whether questions list their choices, and count only if the answer is right in each rotation
     oracle_questions: PositiveInt = 100  # number of first questions of each task that the oracle answers
     oracle_layers: PositiveInt = 5  # number of last MoE layers whose routing the oracle fits
 
@@ -175,7 +175,7 @@ class MeasureSection(Part):
     """The measurements of each finished run."""
 
     sequences: PositiveInt = 256
-    accuracy: bool = False  # also measures the share of labels that are the model's most likely token
+    accuracy: bool = False  # whether to measure the fraction of labels that are the model's most likely token
     curve: CurveSection | None = None
     wire: WireSection = Field(default_factory=WireSection)
     threshold_loads: tuple[PositiveFloat, ...] = ()
@@ -196,7 +196,7 @@ class Arm(Part):
     about: str
     set: Settings = Field(default_factory=dict)
     after: ArmName | None = None
-    carry: bool = False  # the record's costs include those of the arm `after`
+    carry: bool = False  # whether the record's costs include the costs of the arm `after`
     measured: dict[str, MeasuredSetting] = Field(default_factory=dict)
     seeds: Literal["decisive", "other"] = "other"
     probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
@@ -204,7 +204,7 @@ class Arm(Part):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The arms whose records with the same seed must exist before a run of this arm starts."""
+        """Returns the arms whose records with the same seed must exist before a run of this arm starts."""
         arms = [self.after, *(each.arm for each in self.measured.values())]
         return tuple(dict.fromkeys(arm for arm in arms if arm))
 
@@ -241,7 +241,7 @@ class Study(Part):
 
     @property
     def reference(self) -> str | None:
-        """The arm against which eta is measured."""
+        """Returns the arm against which eta is measured."""
         return self.measure.curve.of if self.measure.curve is not None else None
 
     @model_validator(mode="after")
@@ -275,8 +275,8 @@ class Study(Part):
         return self.seeds.decisive if arm.seeds == "decisive" else self.seeds.other
 
     def with_whole_cost(self) -> list[str]:
-        """Returns the arms whose records include their whole training cost. For an arm that starts from another arm's
-        weights this needs `carry`."""
+        """Returns the arms whose records include their whole training cost: arms from initial weights, and arms with
+        `carry`."""
 
         def whole(arm: Arm) -> bool:
             return arm.after is None or (arm.carry and whole(self.arms[arm.after]))
@@ -291,7 +291,7 @@ class StudyJob:
     label: str  # name of the arm; in a pilot also VARIANT and the name of a variant
     arm: Arm
     seed: int
-    settings: Mapping[str, Any]  # overrides of the base configuration, without those from other arms' records
+    settings: Mapping[str, Any]  # overrides of the base configuration, except overrides from other arms' records
 
 
 def load_study(path: Path) -> Study:
@@ -332,7 +332,7 @@ def jobs_of(study: Study, *, pilot: bool = False) -> list[StudyJob]:
 
 
 def _pilot_jobs(study: Study) -> list[StudyJob]:
-    """Returns the runs of the pilot's arms, of the arms that these need, and of the pilot's variants."""
+    """Returns the runs of the pilot's arms, of the arms that they need, and of the pilot's variants."""
     wanted: list[str] = []
     for name in reversed(study.arms):  # backwards, because an arm comes after the arms that it needs
         started = [*wanted, *study.pilot.variants]
@@ -369,8 +369,8 @@ def overrides_of(study: Study, job: StudyJob, measured: Mapping[str, Any], *, pi
 
 
 def config_of(study: Study, job: StudyJob, *, pilot: bool = False) -> Config:
-    """Returns the configuration of a run. Values that are not measured yet are replaced: a number of experts by 1.5, a
-    folder by one that does not exist.
+    """Returns the configuration of a run. Replaces values that are not measured yet: a number of experts by 1.5, a folder
+    by the name of a missing folder.
 
     Raises:
         ConfigError: the arm's settings are not valid.

@@ -1,9 +1,9 @@
 """Evaluates a model token by token: loss and true (not null) experts of each held-out token, right answers of instruction
 data, and the rows that an EP group would send.
 
-The evaluation has one rank and sends no row, but the rows that an EP group would send depend only on the choices. Sequences
-go to the ranks in turn, as in the loader. Rows are counted in forward, per token and layer; `moe_dist.moe.dispatch.ledger`
-counts the rows that other dispatch methods would send for the same choices.
+The evaluation has one rank and sends no rows. The rows that an EP group would send are counted, because they depend only on
+the choices. Sequences go to the ranks in turn, as in the loader. Rows are counted in forward, per token and layer;
+`moe_dist.moe.dispatch.ledger` counts the rows that other dispatch methods would send for the same choices.
 
 Shape letters: B sequences, S positions of a sequence, T = B x S, N scored tokens, L MoE layers, V vocabulary, R ranks.
 """
@@ -100,8 +100,8 @@ def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
 
 
 def input_filler(batch: Batch) -> Tensor:
-    """Returns true for each token that is an empty cell of a picture, bool [B, S]. `Batch.filler_BS` says this about the
-    next token. The first token of a document has no token before it, and counts as no empty cell."""
+    """Returns whether each token is an empty cell of a picture, bool [B, S], from `Batch.filler_BS`, which says so about
+    the next token. The first token of a document counts as no empty cell."""
     before = torch.zeros_like(batch.filler_BS)
     before[:, 1:] = batch.filler_BS[:, :-1] & (batch.documents_BS[:, 1:] == batch.documents_BS[:, :-1])
     return before
@@ -115,7 +115,7 @@ def _load(seen: TokenPairs, num_tokens: int) -> Tensor:
 
 
 def losses(tokens: Tokens) -> dict[str, float]:
-    """Returns the mean held-out nats of all labels, of text, of picture codes, and of codes that are no empty cells."""
+    """Returns the mean held-out nats of all labels, of text, of picture codes, and of codes of drawn cells."""
     image_N = tokens.label_image_N
     parts = {
         "all": np.ones_like(image_N),
@@ -128,7 +128,7 @@ def losses(tokens: Tokens) -> dict[str, float]:
 
 def loads(tokens: Tokens) -> dict[str, Any]:
     """Returns the mean true experts per token and layer: over all scored tokens, by layer, and by kind of token or label.
-    `idle` is the share of (token, layer) pairs without any expert."""
+    `idle` is the fraction of (token, layer) pairs without any expert."""
     load_N = tokens.load_NL.mean(1)
     kinds = {
         "text": (~tokens.input_image_N, ~tokens.label_image_N),
@@ -163,7 +163,7 @@ def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[
 
 @torch.no_grad()
 def accuracy(model: Transformer, batches: Sequence[Batch], group_of_modality: Tensor) -> dict[str, float]:
-    """Returns the share of labels that the model finds most likely: of all labels, of text and of picture codes."""
+    """Returns the fraction of labels that are the model's most likely token: of all labels, of text, of picture codes."""
     right, kinds = [], []
     for batch in batches:
         logits_BSV, _ = forward(model, batch, group_of_modality)
@@ -177,7 +177,7 @@ def accuracy(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
 
 @torch.no_grad()
 def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of_modality: Tensor) -> dict[str, Any]:
-    """Counts scored documents, and those answered right, in each source; averages the accuracy over sources.
+    """Counts scored documents, and scored documents with a right answer, in each source; averages accuracy over sources.
 
     A document that was cut at the end of a sequence counts once for each piece with a scored token.
     """
@@ -193,7 +193,7 @@ def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of
 
 
 def right_documents(likeliest_BS: Tensor, batch: Batch) -> tuple[int, int]:
-    """Counts a batch's documents with scored tokens, and those in which the most likely token is always the label."""
+    """Returns the numbers of a batch's documents with scored tokens, and of such documents with only right tokens."""
     scored_BS = batch.labels_BS != IGNORED
     wrong_BS = scored_BS & (likeliest_BS != batch.labels_BS)
     row_BS = torch.arange(len(scored_BS))[:, None].expand_as(scored_BS)
@@ -222,10 +222,10 @@ class SentRows:
         ranks, own_T = self._placement.num_ranks, torch.from_numpy(rank_T)
         goes_TR = torch.zeros(num_tokens, ranks, dtype=torch.bool)
         goes_TR[pairs.token_N, self._rank_of_expert[pairs.expert_N]] = True
-        goes_TR[torch.arange(num_tokens), own_T] = False  # a row for an expert on the token's own rank is not sent
+        goes_TR[torch.arange(num_tokens), own_T] = False  # rows for experts on the token's own rank are not sent
         remote_N = self._rank_of_expert[pairs.expert_N] != own_T[pairs.token_N]
-        # The routing does not say which token made a null choice. So null choices, and the tokens of each expert group, are
-        # divided among the ranks in proportion to the ranks' numbers of tokens.
+        # The routing does not say which token made a null choice. Therefore null choices, and the tokens of each expert
+        # group, are divided among the ranks in proportion to the ranks' numbers of tokens.
         sums, groups = routing.sums, self._placement.groups
         experts = [group.num_experts for group in groups]
         nulls = [group.num_null for group in groups]

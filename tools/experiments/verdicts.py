@@ -1,7 +1,7 @@
 """Judges the rules of an experiment (pass, fail, or not testable with the reason) by the statistics of paired runs.
 
-Runs of all arms with the same seed share data, order and base weights, so the difference d_i between two
-arms is taken between runs with seed i. The one-sided 95 % bounds of the mean difference over n seeds (Student's t) are
+Because runs of all arms with the same seed share data, order and base weights, the difference d_i between two arms is taken
+between runs with seed i. The one-sided 95 % bounds of the mean difference over n seeds (Student's t) are
 
     mean d +- t(0.95, n - 1) s / sqrt(n),   s^2 = sum (d_i - mean d)^2 / (n - 1)
 """
@@ -61,7 +61,7 @@ def paired(differences: Sequence[float]) -> Paired:
 
 def on_lines(points: Sequence[tuple[float, float]], x: float, *, reach: float) -> float | None:
     """Interpolates linearly at x between points; the outermost lines extend by `reach`. Returns None farther out, or if two
-    points share an x."""
+    points have the same x."""
     ordered = sorted(points)
     xs = [each[0] for each in ordered]
     if len(ordered) < 2 or any(a == b for a, b in pairwise(xs)):
@@ -76,7 +76,7 @@ def on_lines(points: Sequence[tuple[float, float]], x: float, *, reach: float) -
 def cost_to_reach(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
     """Returns the cost at which the loss of a curve of (cost, loss) first falls to `loss`, interpolated in ln cost.
 
-    Returns None if the curve never reaches the loss, or starts below it: then the cost of reaching it is unknown.
+    Returns None if the curve never reaches the loss, or starts below the loss, so that the cost is unknown.
     """
     ordered = sorted(curve)
     for place, (cost, here) in enumerate(ordered):
@@ -108,7 +108,7 @@ def log_eta(arm: Sequence[tuple[float, float]], of: Sequence[tuple[float, float]
 
 
 def at_equal_cost(curve: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """Returns the costs of `curve`, and how many nats `curve` is above `of` at each of them, [2, points].
+    """Returns the costs of `curve`, and the nats by which `curve` is above `of` at each cost, [2, points].
 
     Args:
         curve, of: [2, points] of (cost, loss), by rising cost. `of` is interpolated in ln cost, and is constant up to 1 %
@@ -129,7 +129,7 @@ class Verdict:
 
 
 def judge(study: Study, records: Records) -> list[Verdict]:
-    """Judges each rule by the seeds that its arms have in common. A rule is not testable until all their records exist."""
+    """Judges each rule by the seeds that its arms have in common. A rule is not testable until all these records exist."""
     return [_judge(study, rule, records) for rule in study.rules]
 
 

@@ -1,4 +1,4 @@
-"""Compares the time of attention inside documents with that of torch's causal attention, and counts its compilations."""
+"""Compares the times of attention inside documents and of torch's causal attention, and counts compilations."""
 
 import warnings
 
@@ -12,8 +12,9 @@ from tools.gpu_check.rates import drawn, seconds_of
 
 
 def attention_rate(job: CheckJob) -> list[Reading]:
-    """The rate of forward and backward inside packed documents over that of torch's causal attention, both by the scores
-    that a whole sequence needs; and how often torch compiles, or does not, for the lengths that mixture of depths has."""
+    """Measures the rate of forward and backward inside packed documents / the rate of torch's causal attention, both by the
+    scores that a whole sequence needs; counts graphs compiled, and warnings of uncompiled attention, for several
+    lengths."""
     device, heads, width = torch.device(job.device), 2 if job.rehearse else 16, 16 if job.rehearse else 128
     lengths = (8, 16) if job.rehearse else (4096, 2048, 1024, 512)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -33,7 +34,7 @@ def attention_rate(job: CheckJob) -> list[Reading]:
 
 
 def _attention_seconds(job: CheckJob, device: torch.device, heads: int, length: int, width: int) -> tuple[float, float]:
-    """Seconds inside one document, and of causal attention without documents."""
+    """Returns the seconds of attention inside one document, and of causal attention without documents."""
     q, k, v = (drawn(job, 2, heads, length, width).requires_grad_() for _ in range(3))
     direction = drawn(job, 2, heads, length, width)
     mask = make_mask(torch.zeros(2, length, dtype=torch.int32, device=device))

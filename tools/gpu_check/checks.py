@@ -1,4 +1,4 @@
-"""The table of checks, in the order in which they run: first whether results are right, then how fast they come."""
+"""The table of checks, in the order in which they run: first checks of results, then measurements of speed."""
 
 from collections.abc import Mapping
 

@@ -1,5 +1,5 @@
-"""Checks of several ranks on one machine: the rate of exchanges, how much of them computation hides, and that no rank
-opens a context on another's GPU."""
+"""Checks several ranks on one machine: the rate of exchanges, the fraction of them that computation hides, and that no rank
+opens a context on another rank's GPU."""
 
 import threading
 from typing import Any
@@ -15,7 +15,7 @@ from tools.gpu_check.rates import BF16, drawn, seconds_of
 from tools.gpu_check.training import RandomRun, configure
 
 WIDTH = 2048
-TIMES = 20  # exchanges, equally many on all ranks
+TIMES = 20  # number of exchanges, equal on all ranks
 KINDS = {
     "plain": "parallel.dispatch={kind: all_to_all}",
     "overlap": "parallel.dispatch={kind: all_to_all, overlap: true}",
@@ -24,8 +24,8 @@ KINDS = {
 
 
 def exchanges(job: CheckJob) -> list[Reading]:
-    """Bytes that a rank sends per second, for small and large exchanges of equal parts; and of a training step the time in
-    exchanges, and how much of it each way of overlap hides."""
+    """Measures the bytes per second that a rank sends in small and large exchanges of equal parts, the time in exchanges of
+    a training step, and the fraction of this time that each way of overlap hides."""
     if not job.rehearse and job.gpus < 2:
         raise NotPossibleError("an exchange needs two GPUs")
     found = on_ranks(_sent, job)
@@ -65,8 +65,8 @@ def _waited(job: CheckJob, mesh: Mesh) -> dict[str, float]:
 
 
 def contexts(job: CheckJob) -> list[Reading]:
-    """The number of processes that have a context on GPU 0, after each rank used its own GPU and asked for the oldest
-    collective in a thread, as the watchdog does."""
+    """Counts the processes with a context on GPU 0, after each rank has used its own GPU and queried the oldest collective
+    in a thread, as the watchdog does."""
     if job.rehearse or job.gpus < 2:
         raise NotPossibleError("contexts of other ranks need two GPUs")
     before, (after, *_) = _processes(), on_ranks(_counted, job)
@@ -88,7 +88,7 @@ def _counted(job: CheckJob, mesh: Mesh) -> int:
 
 
 def _processes() -> int:
-    """Processes with a context on the first GPU that torch sees, by NVML."""
+    """Returns NVML's number of processes with a context on the first GPU that torch sees."""
     import pynvml
 
     pynvml.nvmlInit()

@@ -1,5 +1,5 @@
-"""An MoE layer in a CUDA graph, on each rank: forward and backward with exchanges of fixed sizes, captured once and
-replayed for tokens with other routings. A rehearsal runs the same passes without a graph.
+"""Checks an MoE layer in a CUDA graph on each rank: forward and backward with exchanges of fixed sizes are captured once,
+and replayed for tokens with other routings. A rehearsal runs the same passes without a graph.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def captured(run: Callable[[], list[Tensor]], job: CheckJob) -> Callable[[], lis
             run()
     torch.cuda.current_stream().wait_stream(side)
     recorded = torch.cuda.CUDAGraph()
-    # This thread alone may do nothing that a capture forbids: NCCL's own thread asks for events.
+    # Only this thread must not make calls that a capture forbids, because NCCL's own thread queries events.
     with torch.cuda.graph(recorded, capture_error_mode="thread_local"):
         out = run()
 
@@ -42,7 +42,8 @@ def captured(run: Callable[[], list[Tensor]], job: CheckJob) -> Callable[[], lis
 
 
 def graph(job: CheckJob) -> list[Reading]:
-    """The largest relative difference from the layer that reads its sizes, over ranks and replays; and both times."""
+    """Measures the largest relative difference, over ranks and replays, from the layer that reads sizes on the host; and
+    both times."""
     found = on_ranks(_replayed, job)
     worst, read, replayed = (max(each[place] for each in found) for place in range(3))
     return [
@@ -65,7 +66,7 @@ def _replayed(job: CheckJob, mesh: Mesh) -> tuple[float, float, float]:
     replay = captured(lambda: passes(fixed, x_TD, kept_T, direction_TD), job)
     worst = 0.0
     for nth, each in enumerate(inputs):
-        group_T[: nth * tokens // len(inputs)] = -1  # padding: nothing the first time, then ever more
+        group_T[: nth * tokens // len(inputs)] = -1  # padding: none at first, then more and more
         x_TD.copy_(each)
         kept_T.copy_(group_T)
         exact = passes(known, each, group_T, direction_TD)

@@ -1,5 +1,5 @@
-"""Compares values and gradients of each Triton kernel with operations of torch in float64, and runs the trial of a run's
-start.
+"""Compares values and gradients of each Triton kernel with torch's operations in float64, and makes the kernel trial of a
+run's start.
 
 Shape letters: Q (token, expert) pairs, R rows, D hidden size.
 """
@@ -16,12 +16,12 @@ from moe_dist.moe.kernels.interface import RowIndex, RowKernels
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 
 SHAPES = ((13, 5, 24), (3, 40, 7), (4, 2, 2056), (1, 1, 1), (0, 3, 8), (0, 0, 8))  # pairs, rows, width
-LARGE_SHAPES = ((16_384, 4096, 2048), (30_011, 4099, 1000))  # larger ones take the CPU minutes in float64
-MOST = {torch.float32: 3e-6, torch.bfloat16: 0.01}  # relative; one store rounds in bf16, and truncates in the interpreter
+LARGE_SHAPES = ((16_384, 4096, 2048), (30_011, 4099, 1000))  # larger shapes take the CPU minutes in float64
+MOST = {torch.float32: 3e-6, torch.bfloat16: 0.01}  # relative differences; a bf16 store rounds (the interpreter truncates)
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The norm of the difference over the norm of what is expected; 0 for empty tensors."""
+    """Returns the norm of the difference / the norm of `expected`; 0 for empty tensors."""
     found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
     if found.shape != expected.shape:
         raise AssertionError(f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
@@ -29,7 +29,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def kernels(job: CheckJob) -> list[Reading]:
-    """The largest relative difference of each kernel from torch, over all shapes, in fp32 and bf16."""
+    """Measures the largest relative difference between each kernel and torch, over all shapes, in fp32 and bf16."""
     device, readings = torch.device(job.device), []
     if reason := why_not_triton(device, torch.bfloat16):
         raise NotPossibleError(reason)
@@ -48,7 +48,7 @@ def kernels(job: CheckJob) -> list[Reading]:
 
 
 def _against_torch(triton: RowKernels, run: Any, shape: tuple[int, int, int], device: Any, dtype: torch.dtype) -> float:
-    """Returns the largest relative difference of the results of `run`, and of their gradients, from torch in float64."""
+    """Returns the largest relative difference, in results and gradients of `run`, from torch in float64."""
     num_pairs, num_rows, width = shape
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(0, max(1, num_rows), (num_pairs,), generator=generator)

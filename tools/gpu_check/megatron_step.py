@@ -17,11 +17,11 @@ from tools.gpu_check.process import on_ranks
 from tools.gpu_check.rates import seconds_of
 from tools.gpu_check.training import MODES, MOST, configure, losses_and_norms
 
-TIMES = 5  # timed steps, equally many on all ranks
+TIMES = 5  # number of timed steps, equal on all ranks
 
 
 def megatron_step(job: CheckJob) -> list[Reading]:
-    """The largest relative difference of loss and gradient norm of the first step, and the ratio of times."""
+    """Measures the largest relative difference of the first step's loss and gradient norm, and the ratio of times."""
     found = on_ranks(_steps, job)[0]
     return [
         Reading("difference of loss and gradient norm", found["apart"], most=10 * MOST["fp32"]),

@@ -17,10 +17,10 @@ class NotPossibleError(Exception):
 
 @dataclass(frozen=True)
 class CheckJob:
-    """Settings of a check. Each check's process gets a copy.
+    """Settings of a check; each check's process gets a copy of them.
 
     Attributes:
-        gpus: Number of ranks, and on CUDA of GPUs.
+        gpus: Number of ranks, which on CUDA is also the number of GPUs.
         rehearse: True for tiny shapes on the CPU, with Triton's interpreter. Times then have no bar.
         folder: Folder for files of the checks.
         card: Name of the GPU.
@@ -50,13 +50,13 @@ class CheckJob:
     def timed(
         self, what: str, value: float, unit: str = "", *, least: float = -math.inf, most: float = math.inf
     ) -> "Reading":
-        """A reading that depends on times. Its bars count on a GPU only."""
+        """Makes a reading that depends on times, whose bars count only on a GPU."""
         return Reading(what, value, unit) if self.rehearse else Reading(what, value, unit, least, most)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A value, and the interval in which it must be. NaN is in no interval."""
+    """A value, and the interval in which the value must be. NaN is in no interval."""
 
     what: str
     value: float
@@ -105,5 +105,5 @@ class Outcome:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Outcome":
-        """Reads what `as_json` returned; text such as "inf" becomes a number again."""
+        """Reads the values of `as_json`; text such as "inf" becomes a number again."""
         return TypeAdapter(cls).validate_python(values)

@@ -25,10 +25,10 @@ import psutil
 from moe_dist.runtime.files import write_atomically
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Outcome
 
-# None of these asks for a GPU when it is imported.
+# The import of these modules does not query a GPU.
 PRELOADED = ["torch._dynamo", "tools.gpu_check.training", "tools.gpu_check.rates", "moe_dist.moe.kernels.triton_kernels"]
-GRACE = 10.0  # seconds in which a check or a rank that passed its limit writes where it hangs
-TAIL = 400  # characters of a log that a reason quotes
+GRACE = 10.0  # seconds in which a check or rank past its time limit writes the place at which it hangs
+TAIL = 400  # largest number of characters of a log that a reason quotes
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOADED)  # a check starts a server of its own for its ranks, with the check's environment
 
@@ -40,7 +40,7 @@ def function_of(target: str) -> Callable[..., Any]:
 
 
 def run_check(name: str, target: str, job: CheckJob) -> Outcome:
-    """Runs the check `target` for at most `job.seconds`, and returns its outcome, also if its process crashed."""
+    """Runs the check `target` for at most `job.seconds`, and returns its outcome, even if its process crashed."""
     out = job.folder / f"{name}.json"
     out.unlink(missing_ok=True)
     began = time.monotonic()
@@ -59,8 +59,8 @@ def run_check(name: str, target: str, job: CheckJob) -> Outcome:
 
 
 def _quoted(text: str) -> str:
-    """Returns the beginning of faulthandler's output, which has the innermost call first; without such output the end of
-    the text."""
+    """Returns the beginning of faulthandler's output, where the innermost call is; without such output the end of the
+    text."""
     found = max(text.rfind(mark) for mark in ("Timeout (", "Fatal Python error"))
     return text[found : found + TAIL] if found >= 0 else text[-TAIL:].strip()
 
@@ -99,7 +99,7 @@ def _check(target: str, job: CheckJob, out: Path) -> None:
     write_atomically(out, json.dumps(outcome.as_json()))
     print(f"{time.process_time():.1f} s of CPU time, without those of ranks")
     sys.stdout.flush()
-    os._exit(0)  # after a CUDA error the usual end may hang or crash
+    os._exit(0)  # after a CUDA error a normal exit may hang or crash
 
 
 def on_ranks(body: Callable[..., Any], job: CheckJob, *arguments: Any, world: int = 0, device: str = "") -> list[Any]:
@@ -107,14 +107,14 @@ def on_ranks(body: Callable[..., Any], job: CheckJob, *arguments: Any, world: in
 
     Args:
         world: Number of ranks; by default `job.gpus`.
-        device: By default that of the job. Ranks beyond the number of GPUs share these, over gloo.
+        device: Device of the ranks; by default the job's. If there are more ranks than GPUs, they share GPUs over gloo.
 
     Raises:
-        NotPossibleError: a rank raised it.
-        RuntimeError: a rank failed; has its error, or where it hung.
+        NotPossibleError: a rank raised this error.
+        RuntimeError: a rank failed. Has the rank's error, or the place at which it hung.
     """
     world, device = world or job.gpus, device or job.device
-    ends = psutil.Process().create_time() + job.seconds - GRACE  # so a rank that hangs ends before the check does
+    ends = psutil.Process().create_time() + job.seconds - GRACE  # so that a hanging rank ends before the check
     folder = Path(tempfile.mkdtemp(dir=job.folder))
     ranks = [
         _CONTEXT.Process(target=_rank, args=(body, job, ends, folder, rank, world, device, arguments))
@@ -181,4 +181,4 @@ def _rank(
     write_atomically(folder / f"{rank}.json", json.dumps([value, error]))
     print(f"rank {rank}: {time.process_time():.1f} s of CPU time")
     sys.stdout.flush()
-    os._exit(0)  # a usual end would wait for peers
+    os._exit(0)  # a normal exit would wait for other ranks

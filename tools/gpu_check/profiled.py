@@ -1,4 +1,4 @@
-"""Reads from torch's profiler how many kernels a function launches, and how long the GPU waits between them."""
+"""Reads from torch's profiler the number of kernels that a function launches, and the GPU's waits between kernels."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,8 @@ from tools.gpu_check.outcome import CheckJob
 
 
 class Profiled(NamedTuple):
-    """`idle` is the share of the time from the first kernel to the end of the last one in which none runs."""
+    """Number of launched kernels, and the fraction of the time from the first kernel's begin to the last kernel's end in
+    which no kernel runs."""
 
     launches: int
     idle: float
@@ -32,7 +33,7 @@ def profiled(job: CheckJob, run: Callable[[], Any], trace: Path | None = None) -
 
 
 def idle_share(spans: list[tuple[float, float]]) -> Profiled:
-    """From the begin and the end of each kernel; kernels may overlap."""
+    """Computes `Profiled` from the begin and the end of each kernel; kernels may overlap."""
     busy, end = 0.0, float("-inf")
     for first, last in sorted(spans):
         busy += max(0.0, last - max(first, end))

@@ -1,6 +1,7 @@
-"""Takes training steps while each operation of torch is watched: none may touch rows that an exchange has in flight.
+"""Takes training steps and watches each operation of torch, because none may touch rows that an exchange has in flight.
 
-On CUDA torch's own sanitizer watches, too. It knows the streams that Python sees, but not NCCL's, in which exchanges run.
+On CUDA torch's own sanitizer watches, too. It knows the streams that Python sees, but not NCCL's streams, in which
+exchanges run.
 """
 
 import traceback
@@ -32,7 +33,7 @@ STEPS = 2
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
-    """Addresses of the tensor's first byte and behind its last one."""
+    """Returns the addresses of the tensor's first byte, and of the byte after its last byte."""
     elements = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size() * bool(tensor.numel())
 
@@ -93,7 +94,7 @@ class InFlight(TorchDispatchMode):
 
 
 def _written(func: Any, place: int, args: Any, kwargs: Any) -> Any:
-    """The argument of the schema at this place, if the operation writes it."""
+    """Returns the argument at this index of the schema if the operation writes it."""
     argument = func._schema.arguments[place]
     if argument.alias_info is None or not argument.alias_info.is_write:
         return None
@@ -101,8 +102,8 @@ def _written(func: Any, place: int, args: Any, kwargs: Any) -> Any:
 
 
 def races(job: CheckJob) -> list[Reading]:
-    """The number of watched exchanges of each kind, and the largest relative difference of losses and gradient norms from
-    those of the plain exchange. A touch of rows in flight fails the check, with the operation and its place."""
+    """Counts the watched exchanges of each way of overlap, and measures the largest relative difference of losses and
+    gradient norms from the plain exchange. A touch of rows in flight fails the check, with the operation and its place."""
     found = on_ranks(_watched, job, world=max(2, job.gpus))[0]
     exact, readings = torch.tensor(found[PLAIN]["values"]), []
     for kind, each in found.items():

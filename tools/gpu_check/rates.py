@@ -1,7 +1,7 @@
 """Measures rates of the card, and the times of kernels, products and layers divided by the least times that these rates
 allow.
 
-Shape letters: T tokens, Q = T K (token, expert) pairs, N pairs with null ones, D hidden size, F hidden width of experts,
+Shape letters: T tokens, Q = T K (token, expert) pairs, N pairs and null choices, D hidden size, F hidden width of experts,
 E experts, K choices of a token.
 """
 
@@ -28,7 +28,7 @@ from tools.gpu_check.process import on_ranks
 from tools.gpu_check.profiled import profiled
 
 BF16 = 2  # bytes
-TIMED_SECONDS = 0.5  # of each measurement
+TIMED_SECONDS = 0.5  # timed seconds of each measurement
 SHAPE = {"T": 8192, "D": 2048, "F": 1024, "E": 64, "K": 8}  # OLMoE-1B-7B, two sequences
 SHAPES = {  # T, D, F, E and K of other models
     "Mixtral": (8192, 4096, 14336, 8, 2),
@@ -38,20 +38,20 @@ SHAPES = {  # T, D, F, E and K of other models
 }
 OLMOE = "OLMoE"
 TINY = {"T": 16, "D": 16, "F": 8, "E": 4, "K": 2}
-H100 = {"copy": 2.7e12, "gemm": 700e12}  # bars: about 0.8 and 0.7 of its data sheet's 3.35e12 B/s and 989e12 FLOP/s
+H100 = {"copy": 2.7e12, "gemm": 700e12}  # bars: about 0.8 and 0.7 of the data sheet's 3.35e12 B/s and 989e12 FLOP/s
 
 
 def seconds_of(job: CheckJob, run: Callable[[], Any], *, times: int = 0) -> float:
-    """Median seconds of a run. On CUDA torch's timer queues many runs between two syncs, so that launches overlap with
-    work. In a rehearsal it times one run.
+    """Returns the median seconds of a run. On CUDA torch's timer queues many runs between two syncs, so that launches
+    overlap with kernels. A rehearsal times one run.
 
     Args:
-        times: Number of runs, equal on all ranks, for a run with collectives; their mean is returned.
+        times: Number of runs, equal on all ranks, if a run has collectives; then returns their mean.
     """
     timer = Timer("run()", globals={"run": run})
     if job.rehearse:
         return timer.timeit(1).median
-    run()  # compiles; the timer chooses the number of queued runs by the time of its own first one
+    run()  # compiles, because the timer chooses the number of queued runs by the time of its first run
     return timer.timeit(times).mean if times else timer.blocked_autorange(min_run_time=TIMED_SECONDS).median
 
 
@@ -66,11 +66,12 @@ def drawn(job: CheckJob, *shape: int, dtype: torch.dtype = torch.bfloat16) -> to
 
 
 def ceilings(job: CheckJob) -> list[Reading]:
-    """The rates that other checks compare with, per second: bytes that a copy reads and writes, and FLOPs in bf16."""
+    """Measures the rates with which other checks compare: bytes per second of a copy (read and written), and bf16
+    FLOP/s."""
     count, width = (1 << 10, 32) if job.rehearse else (1 << 29, 8192)
     source = drawn(job, count)
     target, x = torch.empty_like(source), drawn(job, width, width)
-    bars = H100 if "H100 80GB HBM3" in job.card else {}  # neither PCIe nor NVL
+    bars = H100 if "H100 80GB HBM3" in job.card else {}  # not for the PCIe and NVL cards
     copy = 2 * BF16 * count / seconds_of(job, lambda: target.copy_(source))
     gemm = 2 * width**3 / seconds_of(job, lambda: x @ x)
     small = torch.zeros(1, device=job.device)
@@ -89,7 +90,7 @@ def ceilings(job: CheckJob) -> list[Reading]:
 
 
 def kernel_rates(job: CheckJob) -> list[Reading]:
-    """The bytes are those that a kernel must read and write; a row that several pairs use is read for each."""
+    """Measures kernels' rates by the bytes that they must read and write; a row of several pairs is read for each pair."""
     if reason := why_not_triton(torch.device(job.device), torch.bfloat16):
         raise NotPossibleError(reason)
     from moe_dist.model.kernels.cross_entropy import cross_entropy, cross_entropy_backward
@@ -149,7 +150,7 @@ def kernel_rates(job: CheckJob) -> list[Reading]:
 
 
 def grouped(job: CheckJob) -> list[Reading]:
-    """FLOPs per second of the product of 8 experts, over those of a dense product."""
+    """Measures FLOP/s of the grouped product of 8 experts / FLOP/s of a dense product."""
     gemm, (_, D, F, _, _), device, experts = job.rate("gemm"), sizes(job), torch.device(job.device), 8
     if reason := why_not_grouped(torch.bfloat16, device, (D, F)):
         raise NotPossibleError(reason)
@@ -164,16 +165,16 @@ def grouped(job: CheckJob) -> list[Reading]:
 
 
 def layer_rate(job: CheckJob) -> list[Reading]:
-    """Forward and backward of one layer with all experts here, in the shapes of four models. The least time is that of its
-    matrix products at the dense rate, and of the bytes at the copy rate that gathers, SwiGLU and sums must read and write.
+    """Times forward and backward of one layer on one rank, in the shapes of four models. The least time is the time of the
+    matrix products at the dense rate, and of the bytes that gathers, SwiGLU and sums read and write at the copy rate.
     """
     gemm, copy, readings = job.rate("gemm"), job.rate("copy"), []
     found = on_ranks(_layer_seconds, job, world=1)[0]
     for name, (T, D, F, _, K) in layer_shapes(job).items():
         Q, each = T * K, found[name]
         forward = D * (T + Q) + 3 * Q * F + D * (Q + T)  # elements of gather, SwiGLU and sum
-        backward = D * (T + Q) + 5 * Q * F + D * (2 * Q + T)  # the sum has the rows of gate's and of up's gradient
-        flops = 3 * 3 * 2 * Q * D * F  # gate, up and down; each with two products in backward
+        backward = D * (T + Q) + 5 * Q * F + D * (2 * Q + T)  # the sum also reads the rows of the gradients of gate and up
+        flops = 3 * 3 * 2 * Q * D * F  # gate, up and down, each with one product in forward and two in backward
         least = flops / gemm + BF16 * (forward + backward) / copy
         readings += [
             job.timed(f"{name}: router", each["router"] * 1e3, "ms"),
@@ -190,12 +191,13 @@ def layer_rate(job: CheckJob) -> list[Reading]:
 
 
 def layer_shapes(job: CheckJob) -> dict[str, tuple[int, ...]]:
-    """T, D, F, E and K of each model. With experts of one rank of many, T has the tokens that reach them."""
+    """Returns T, D, F, E and K of each model. If E is one rank's number of experts, T is the number of tokens that reach
+    them."""
     return {OLMOE: sizes(job)} if job.rehearse else {OLMOE: sizes(job), **SHAPES}
 
 
 def _bf16_layer(hidden: int, groups: Any, device: torch.device) -> MoELayer:
-    """A layer with bf16 experts, as in a step that keeps bf16 copies of the weights."""
+    """Makes a layer with bf16 experts, as in a step that keeps bf16 copies of the weights."""
     made = make_layer(hidden, groups, kernels=triton_or_none(device, torch.bfloat16) or TORCH, made_on=device)
     made.experts.to(torch.bfloat16)
     return made

@@ -1,6 +1,6 @@
-"""Compares the time of a whole OLMoE layer with those of other layers. Two are made of torch's operations: one sorts a row
-for each (token, expert) pair by expert, as torchtitan's layer does on one rank; the other computes one expert after the
-other. Where the packages are installed, the experts of Hugging Face and of ScatterMoE follow.
+"""Compares the times of a whole OLMoE layer and of other layers. Two layers consist of torch's operations: the first sorts
+a row for each (token, expert) pair by expert, as torchtitan's layer on one rank; the second computes one expert after the
+other. If the packages are installed, layers with the experts of Hugging Face and of ScatterMoE follow.
 
 Shape letters: T tokens, N (token, expert) pairs, D hidden size, E experts, K choices of a token.
 """
@@ -26,8 +26,8 @@ MOST = 2e-2  # largest relative difference of outputs and of input gradients bet
 
 
 class SortedPairs(nn.Module):
-    """A layer that sorts a row for each pair by expert. It has the router and the weights of `like`, a layer with one group
-    and without null experts."""
+    """A layer that sorts a row for each (token, expert) pair by expert, with the router and the weights of `like`, a layer
+    with one group and without null experts."""
 
     def __init__(self, like: MoELayer) -> None:
         super().__init__()

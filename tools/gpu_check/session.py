@@ -24,8 +24,8 @@ class Check:
 
     Attributes:
         target: Function 'module:name' that takes a `CheckJob` and returns its readings.
-        seconds: Time limit, several times what the check should take on a GPU.
-        says: The text of the printed table about what the check compares or measures.
+        seconds: Time limit, several times the check's expected time on a GPU.
+        says: The printed table's text about the check.
     """
 
     target: str
@@ -34,7 +34,7 @@ class Check:
 
 
 def header(job: CheckJob, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the facts that all results in one file share: code, machine and versions. `found` are the facts about the
+    """Returns the facts that all results in one file share: code, machine and versions. `found` has the facts about the
     card."""
     versions = {}
     for package in PACKAGES:
@@ -47,7 +47,7 @@ def header(job: CheckJob, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def code_hash() -> str:
-    """A hash of the source of moe_dist and tools, which a copied folder has without git."""
+    """Returns a hash of the source of moe_dist and tools, because a copied folder may lack git."""
     made = sha256()
     for top in (Path(moe_dist.__file__).parent, Path(__file__).parents[1]):
         for file in sorted(top.rglob("*.py")):
@@ -65,8 +65,8 @@ def run_checks(
     fresh: bool = False,
     show: Callable[[str, Outcome], None] = lambda name, outcome: None,
 ) -> dict[str, Outcome]:
-    """Runs each check that the file `path` has no result of, and returns all outcomes. Results with another header are
-    dropped. A check for which no time is left is `not run`, and a later call runs it."""
+    """Runs each check that has no result in the file `path`, and returns all outcomes. Drops results with another header. A
+    check without remaining time gets the verdict `not run`, and a later call runs it."""
     head, end = header(job, found), time.monotonic() + 60 * minutes
     outcomes = {} if fresh else read_outcomes(path, head)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def run_checks(
                 readings = [each for outcome in outcomes.values() for each in outcome.readings]
                 rates = {each.what: each.value for each in readings if each.unit in ("B/s", "FLOP/s")}
                 made = run_check(name, check.target, replace(job, rates=rates, seconds=min(check.seconds, left)))
-                if made.verdict != "fail" or time.monotonic() < end:  # else it may have been cut short
+                if made.verdict != "fail" or time.monotonic() < end:  # a late failure may be a cut
                     outcome = made
             outcomes[name] = outcome
             known = {key: each.as_json() for key, each in outcomes.items() if each.verdict != "not run"}

@@ -1,7 +1,8 @@
 """Checks training steps, checkpoints and generation on the GPU, and measures the speed of a preset with as many layers as
 fit.
 
-Tokens are random. Step and number of a sequence determine its tokens, so any number of ranks trains on the same sequences.
+Tokens are random. Step and number of a sequence determine its tokens, so that any number of ranks trains on the same
+sequences.
 Shape letter: M modalities.
 """
 
@@ -70,16 +71,16 @@ LEARNING_RATE = 1e-3
 
 
 def configure(job: CheckJob, mesh: Mesh, overrides: Sequence[str], *, name: str = SMALL, sequences: int = 2) -> Config:
-    """A configuration on this mesh. A step has `sequences` sequences for each GPU of the job, also if one rank is alone."""
+    """Makes a configuration on this mesh. A step has `sequences` sequences per GPU of the job, even on a single rank."""
     scale = [f"parallel.ep={mesh.ep_size}", f"parallel.edp={mesh.edp_size}", f"parallel.device={mesh.device.type}"]
     sizes = [*SMALL_SIZES, *(TINY_SIZES if job.rehearse else ())] if name == SMALL else []
-    no_data = f"data.path={job.folder / 'none'}"  # a data set at the configured path would set rules of its own
+    no_data = f"data.path={job.folder / 'none'}"  # because a data set at the configured path would impose its own rules
     scale += [f"train.global_batch={sequences * job.gpus}", "placement.policy=interleaved", no_data]
     return load_config(find_config(name), [*sizes, *scale, *overrides])
 
 
 class RandomRun:
-    """A configuration in training on random tokens, without data on disk."""
+    """A training of a configuration on random tokens, without data on disk."""
 
     def __init__(self, mesh: Mesh, config: Config) -> None:
         self.config, self.mesh, self.layout = config, mesh, layout_without_data(config)
@@ -101,7 +102,7 @@ class RandomRun:
         self.step = 0
 
     def take(self, steps: int) -> list[StepResult]:
-        aux = AuxSettings(kind="vanilla", balance=0.0, z=1e-3)  # a balance term depends on how micro-batches are cut
+        aux = AuxSettings(kind="vanilla", balance=0.0, z=1e-3)  # without a balance term, which depends on the micro-batches
         results = []
         for _ in range(steps):
             results.append(self.training.step(self._batches(), lr=LEARNING_RATE, aux=aux, number=self.step))
@@ -115,14 +116,14 @@ class RandomRun:
         return [self.maker.make(rows[at : at + micro]) for at in range(0, per_rank, micro)]
 
     def _sequence(self, number: int) -> list[Segment]:
-        """Two documents of different lengths."""
+        """Returns a sequence of two documents of different lengths."""
         rng, length = np.random.default_rng([self.step, number]), self.config.data.seq_len
         lengths = (length // 3, length - length // 3)
         drawn = [rng.integers(2, self.config.model.vocab_size, each) for each in lengths]
         return [Segment(tokens, np.zeros(len(tokens), bool), len(tokens)) for tokens in drawn]
 
     def bits(self) -> dict[str, int]:
-        """Fingerprints of this rank's weights and moments, under DDP."""
+        """Returns the fingerprints of this rank's weights and moments, under DDP."""
         return {name: fingerprint(tensor) for name, tensor in self._state().tensors().items()}
 
     def _state(self) -> Any:
@@ -133,7 +134,7 @@ class RandomRun:
         return CheckpointManager(Path(folder), keep=1, lease_check=lambda: None, process_group=self.mesh.checkpoint)
 
     def save(self, folder: str) -> CheckpointWriter:
-        """Starts an asynchronous save. Returns its writer, whose `wait` waits for the end."""
+        """Starts an asynchronous save, and returns its writer, whose `wait` waits until the save has ended."""
         writer = CheckpointWriter(self._manager(folder), asynchronous=True)
         writer.write(self.step, self._state(), durable=False)
         return writer
@@ -146,7 +147,8 @@ class RandomRun:
 
 
 def steps(job: CheckJob) -> list[Reading]:
-    """The largest relative difference of losses and gradient norms from one rank on the CPU, for each of `MODES`."""
+    """Measures the largest relative difference of losses and gradient norms from one rank on the CPU, for each of
+    `MODES`."""
     (exact,) = on_ranks(_losses, job, ["DDP, fp32"], world=1, device="cpu")
     found = on_ranks(_losses, job, list(MODES))[0]
     readings = []
@@ -164,15 +166,15 @@ def _losses(job: CheckJob, mesh: Mesh, modes: list[str]) -> dict[str, list[float
 
 
 def losses_and_norms(results: Sequence[StepResult]) -> list[float]:
-    """Loss and gradient norm of each step."""
+    """Returns loss and gradient norm of each step."""
     return [x for each in results for x in (float(each.nll_M.sum() / each.labels_M.sum()), each.grad_norm)]
 
 
 def repeat(job: CheckJob) -> list[Reading]:
-    """The number of ranks whose weights and moments have the same bits in a second run, and in processes that go on from an
-    asynchronous save of processes that ended without a farewell; and the price of determinism in time."""
+    """Counts the ranks whose weights and moments have the same bits in a second run, and in new processes that go on from
+    an asynchronous save of processes that ended abruptly; and measures the time that determinism costs."""
     usual = on_ranks(_paced, job, False)[0]
-    make_deterministic()  # here too, because NCCL reads its variables before `_repeated` begins
+    make_deterministic()  # also in this process, because NCCL reads its variables before `_repeated` begins
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         found, resumed = on_ranks(_repeated, job, folder), on_ranks(_resumed, job, folder)
     slow = on_ranks(_paced, job, True)[0]
@@ -191,7 +193,7 @@ def _deterministic(job: CheckJob, mesh: Mesh) -> RandomRun:
 
 
 def _repeated(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, dict[str, int]]:
-    """The bits of two runs of three steps. The first run saves after its second step, while the third is computed."""
+    """Returns the bits of two runs of three steps. The first run saves its second step while it computes the third."""
     first = _deterministic(job, mesh)
     first.take(2)
     writer = first.save(folder)
@@ -210,7 +212,7 @@ def _resumed(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, int]:
 
 
 def _paced(job: CheckJob, mesh: Mesh, deterministic: bool) -> float:
-    """Seconds of a step."""
+    """Returns the seconds of a step."""
     run = _deterministic(job, mesh) if deterministic else RandomRun(mesh, configure(job, mesh, MODES["DDP, bf16"]))
     run.take(2)
     steps, began = 1 if job.rehearse else 5, time.perf_counter()
@@ -219,8 +221,8 @@ def _paced(job: CheckJob, mesh: Mesh, deterministic: bool) -> float:
 
 
 def long_run(job: CheckJob) -> list[Reading]:
-    """Trains the small preset in bf16 for 100 steps on the tokens of one step. The loss must fall, and neither device nor
-    host may hold more at the end than after 20 steps."""
+    """Trains the small preset in bf16 for 100 steps on the tokens of one step. The loss must fall, and device and host must
+    not use more memory at the end than after 20 steps."""
     found = on_ranks(_long, job)
     losses = found[0]["losses"]
     return [
@@ -249,7 +251,7 @@ def _long(job: CheckJob, mesh: Mesh) -> dict[str, Any]:
 
 
 def generation(job: CheckJob) -> list[Reading]:
-    """Generates the likeliest tokens in fp32, with the cache of keys and values, and with the same weights on the CPU."""
+    """Generates the likeliest tokens in fp32 with the key-value cache, and compares with the same weights on the CPU."""
     made = {device: on_ranks(_generated, job, world=1, device=device)[0] for device in (job.device, "cpu")}
     same = np.mean(np.array(made[job.device]) == np.array(made["cpu"]))
     return [Reading("share of equal tokens", float(same), least=1.0)]
@@ -266,7 +268,7 @@ def _generated(job: CheckJob, mesh: Mesh) -> list[list[int]]:
 
 
 def preset(job: CheckJob) -> list[Reading]:
-    """Trains OLMoE, with as many layers as fit by the dry run, on full sequences of random tokens."""
+    """Trains OLMoE, with as many layers as fit according to the dry run, on full sequences of random tokens."""
     name, sequences, layers, timed = (SMALL, 2, 1, 1) if job.rehearse else ("olmoe_1b7b_8gpu", 32, 16, 5)
     found = on_ranks(_timed_preset, job, name, sequences, layers, timed)[0]
     tokens, seconds = found["tokens"], found["seconds"]
@@ -285,7 +287,7 @@ def preset(job: CheckJob) -> list[Reading]:
     if "copy" in job.rates:
         try:
             counted = count(name, job.gpus, [f"model.num_layers={found['layers']}"]).num_bytes
-        except MoeDistError as error:  # such as: there is no C++ compiler
+        except MoeDistError as error:  # for example without a C++ compiler
             print(f"no count: {error}")
         else:
             times = {True: 1.0, False: found["micro_batches"] / MICRO_BATCHES}  # the count has fewer micro-batches

@@ -1,1 +1,1 @@
-"""The code that an export puts beside the weights of a model that no family of transformers can express."""
+"""The code that an export writes beside the weights of a model that no family of transformers can express."""

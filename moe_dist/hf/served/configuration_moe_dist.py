@@ -10,24 +10,24 @@ class MoeDistConfig(PreTrainedConfig):
 
     Attributes:
         intermediate_size: Width of the FFN in layers without experts.
-        first_moe_layer, moe_layer_step: Every `moe_layer_step`-th layer from the first one on has experts.
+        first_moe_layer, moe_layer_step: Every `moe_layer_step`-th layer from `first_moe_layer` on has experts.
         sliding_window: Number of tokens that a token sees, itself included, in layers of the type `sliding_attention`.
-        rope_pairs: Values of a head that rotate together, of n: `halves` i and i + n / 2, or `adjacent` 2 i and 2 i + 1.
-        attention: `kind` of attention: `grouped_query`, `sinks` (the same with a learned score beside those of tokens), or
-            `latent` with the widths `q_rank` (null: no latent of queries),
-            `kv_rank` and `value_dim`. `head_dim` is then the width of queries and keys, whose last values rotate. `scaled`:
-            latents are multiplied by the root of `hidden_size` over their width.
+        rope_pairs: Which of n values of a head rotate together: `halves` (i and i + n / 2) or `adjacent` (2 i and 2 i + 1).
+        attention: `kind` of attention: `grouped_query`, `sinks` (grouped-query with a learned score beside the tokens'
+            scores), or `latent` with the widths `q_rank` (null: no latent of queries), `kv_rank` and `value_dim`. With
+            `latent`, `head_dim` is the width of queries and keys, whose last values rotate; `scaled` multiplies latents by
+            sqrt(`hidden_size` / width of the latent).
         projection_bias: Attention projections that have a bias: `none`, `qkv` or `qkvo`.
         qk_norm: RMSNorm of queries and keys: `none`, over each `head`, or over the `full` projection.
-        expert_groups: For each group of experts `token_ids` (ranges [first, last + 1] of the tokens that it computes; null
-            if it is the only group), `num_experts`, `num_null`, `num_identity`, `num_constant`, `top_k` and `ffn_dim`.
+        expert_groups: For each group of experts `token_ids` (ranges [first, last + 1] of its token ids; null for a single
+            group), `num_experts`, `num_null`, `num_identity`, `num_constant`, `top_k` and `ffn_dim`.
         experts: `kind` of FFN experts: `ffn`, or `clamped_ffn` with biases, the factor `alpha` and the bound `limit`.
         router: `kind` and its options. `top_k` scores by a softmax, `group_limited` by sigmoids. In `top_p`, `relu`,
             `threshold`, `predicted_k`, `expert_threshold` and `expert_choice` the number of choices depends on the token.
-        shared_expert_intermediate_size: Width of the expert that computes every token; 0 if there is none.
-        moe_shortcut: Whether the output of experts other than the shared one is added behind the next layer.
+        shared_expert_intermediate_size: Width of the shared expert, which computes every token; 0 without a shared expert.
+        moe_shortcut: Whether the output of routed experts is added after the next layer.
         shared_expert_gate: Whether a sigmoid gate scales the output of the shared expert.
-        mixture_of_depths: `first`, `every` and `causal` of the layers that compute some of the tokens; null if none does.
+        mixture_of_depths: `first`, `every` and `causal` of mixture-of-depths layers; null without such layers.
     """
 
     model_type = "moe_dist"

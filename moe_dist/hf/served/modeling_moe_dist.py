@@ -1,8 +1,8 @@
-"""A decoder with groups of experts, as moe_dist trains it, for transformers. It needs transformers only.
+"""A decoder with groups of experts, as moe_dist trains it, for transformers. Needs transformers only.
 
 A token takes some of the columns of its group's router; the router's kind decides how many. The columns are, in this order,
 FFN experts, null experts (which add nothing and cost nothing), identity experts (which add the token's normed input) and
-constant experts (which mix the input with a learned vector). The group follows from the token id.
+constant experts (which mix the input with a learned vector). The token id determines the group.
 """
 # ruff: noqa: RUF012
 
@@ -25,14 +25,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_moe_dist import MoeDistConfig
 
-# Added (times the scale of attention) to the score of a token that skipped the layer: its probability is exactly 0.
+# Added (times the scale of attention) to the score of a token that skipped the layer, so that its probability is exactly 0.
 SKIPPED = -1e4
-# The name of the cache of keys and values in transformers: `past_key_values` before version 5.24.
+# The name of transformers' cache of keys and values, which was `past_key_values` before version 5.24.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class MoeDistRotaryEmbedding(Glm4MoeRotaryEmbedding):
-    """Rotary positions of heads or of parts. The base of `dynamic` scaling grows with each sequence, not with the batch."""
+    """Rotary positions of heads or parts of heads. Each sequence has its own base of `dynamic` scaling, not the batch."""
 
     @torch.no_grad()
     def forward(self, x, position_ids):
@@ -108,10 +108,11 @@ class MoeDistAttention(nn.Module):
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
 
     def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, taken=None, **kwargs):
-        """`taken` [batch, tokens]: in a mixture-of-depths layer, true for the tokens that the layer computes."""
+        """Returns output and attention weights. `taken` [batch, tokens] is true for tokens that a mixture-of-depths layer
+        computes."""
         query, key, value = self.project(hidden_states, position_embeddings)
         if taken is not None:
-            # One more channel of queries and keys hides the tokens that skip the layer, in any cache and attention.
+            # An additional channel of queries and keys hides the tokens that skip the layer, with any cache and attention.
             query = F.pad(query, (0, 1), value=1.0)
             hidden = torch.where(taken, 0.0, SKIPPED).to(key.dtype)[:, None, :, None]
             key = torch.cat([key, hidden.expand(*key.shape[:-1], 1)], dim=-1)
@@ -126,11 +127,11 @@ class MoeDistAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
     def project(self, hidden_states, position_embeddings):
-        """Returns queries, and what the cache keeps as key and value; all [batch, heads, tokens, width]."""
+        """Returns queries, and the cached key and value; all [batch, heads, tokens, width]."""
         raise NotImplementedError
 
     def expand(self, key, value):
-        """Returns keys and values of all heads from what the cache keeps."""
+        """Returns keys and values of all heads from the cached key and value."""
         return key, value
 
     def options(self):
@@ -138,7 +139,7 @@ class MoeDistAttention(nn.Module):
         return {}
 
     def rotate(self, query, key, position_embeddings):
-        if self.config.rope_pairs == "adjacent":  # in another order, queries and keys have the same products
+        if self.config.rope_pairs == "adjacent":  # queries and keys in the same other order have equal products
             query, key = (in_halves(each, position_embeddings[0].shape[-1]) for each in (query, key))
         return apply_rotary_pos_emb(query, key, *position_embeddings)
 
@@ -170,7 +171,7 @@ class MoeDistGroupedQueryAttention(MoeDistAttention):
 
 
 class MoeDistSinkAttention(MoeDistGroupedQueryAttention):
-    """Grouped-query attention with a learned score of each head beside those of tokens, as in gpt-oss."""
+    """Grouped-query attention with a learned score of each head beside the tokens' scores, as in gpt-oss."""
 
     eager = staticmethod(eager_attention_with_sinks)
 
@@ -232,12 +233,13 @@ ATTENTIONS = {
 
 
 class MoeDistRouter(nn.Module):
-    """Chooses columns for each token, and weighs them: here the best `top_k` of a softmax. Computes in fp32.
+    """Chooses columns for each token, and weighs them: the base class takes the best `top_k` of a softmax. Computes in
+    fp32.
 
-    A router of another kind overrides how columns are scored and ranked, and which of the best ones a token takes.
+    Subclasses override how columns are scored and ranked, and which of the best columns a token takes.
     """
 
-    has_selection_bias = False  # where config.router does not say it
+    has_selection_bias = False  # default if config.router has no such field
 
     def __init__(self, config: MoeDistConfig, group: dict):
         super().__init__()
@@ -245,9 +247,9 @@ class MoeDistRouter(nn.Module):
         self.normalise, self.scale = config.router.get("normalise", "none"), config.router.get("scale", 1.0)
         self.top_k = group["top_k"]
         self.num_experts, self.num_null = group["num_experts"], group["num_null"]
-        # Rows are multiplied in parts of `num_experts` rows, as in training: the bits of a product depend on its shape, and
-        # a null row that copies an expert's row must give the same logit, because the expert wins a tie.
-        self.parts = []  # (rows, columns): one row may be the logit of all null columns
+        # Rows are multiplied in parts of `num_experts` rows, as in training, because the bits of a product depend on its
+        # shape. A null row that copies an expert's row must give the same logit, because the expert must win this tie.
+        self.parts = []  # (rows, columns) of each part; one row may be the logit of all null columns
         for name in ("num_experts", "num_null", "num_identity", "num_constant"):
             count = group[name]
             if name == "num_null" and count and config.router.get("null_logit") == "single":
@@ -265,11 +267,11 @@ class MoeDistRouter(nn.Module):
     def forward(self, x):
         """Takes [tokens, hidden_size]; returns columns and their weights [tokens, choices].
 
-        A choice that the token does not take has the column `num_columns`, which is no expert's.
+        A choice that the token does not take has the column `num_columns`, which no expert has.
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         logits = self.logits(x)
-        # A stable sort gives ties to the first columns, the experts.
+        # With a stable sort the first columns, which are the experts, win ties.
         chosen = self.ranking(logits).sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
         shares = self.shares(x, logits, chosen)
         taken = shares > 0
@@ -297,11 +299,11 @@ class MoeDistRouter(nn.Module):
         return torch.where(bias.any(), self.scores(logits) + bias, logits)
 
     def shares(self, x, logits, chosen):
-        """Returns the factor of each choice's weight: 1, or 0 if the token does not take it."""
+        """Returns the factor of each choice's weight: 1, or 0 if the token does not take the choice."""
         return torch.ones_like(chosen, dtype=logits.dtype)
 
     def weights(self, logits, chosen, counted):
-        """`counted`: true for choices that the token takes, unless they are null."""
+        """Returns the weights before scaling. `counted` is true for choices that the token takes, except null choices."""
         if self.normalise == "none":
             return self.scores(logits).gather(1, chosen)
         if self.normalise == "true_all":
@@ -327,7 +329,7 @@ class MoeDistGroupLimitedRouter(MoeDistRouter):
             ranking = ranking + self.e_score_correction_bias.to(logits.dtype)
         if self.options["topk_group"] == self.options["n_group"]:
             return ranking
-        # Leaves the experts of the `topk_group` node groups with the largest sums of their two best scores.
+        # Keeps only the experts of the `topk_group` node groups with the largest sums of their two best scores.
         experts, others = ranking.split([self.num_experts, self.num_columns - self.num_experts], dim=1)
         experts = experts.unflatten(1, (self.options["n_group"], -1))
         best = experts.sort(dim=-1, descending=True).values[..., :2].sum(-1)
@@ -341,9 +343,9 @@ class MoeDistGroupLimitedRouter(MoeDistRouter):
 
 
 class MoeDistAdaptiveRouter(MoeDistRouter):
-    """The number of choices depends on the token, at most `top_k`.
+    """The number of choices depends on the token, and is at most `top_k`.
 
-    The mean bias of the experts shifts how many columns a token takes; the rest of the biases changes their order.
+    The experts' mean bias shifts how many columns a token takes; deviations from the mean change the columns' order.
     """
 
     has_selection_bias = True
@@ -400,7 +402,7 @@ class MoeDistThresholdRouter(MoeDistAdaptiveRouter):
 
     def shares(self, x, logits, chosen):
         taken = self.ranking(logits).gather(1, chosen) > 0
-        margins = self.margins(logits).gather(1, chosen)  # the gradient is that of the margins, as in training
+        margins = self.margins(logits).gather(1, chosen)  # for the gradient, as in training
         return torch.where(taken, 1.0 + (margins - margins.detach()), 0.0)
 
     def weights(self, logits, chosen, counted):
@@ -408,7 +410,7 @@ class MoeDistThresholdRouter(MoeDistAdaptiveRouter):
 
 
 class MoeDistPredictedKRouter(MoeDistAdaptiveRouter):
-    """A linear head predicts the number of columns. What is left of it for the last column is a factor of its weight."""
+    """A linear head predicts the number of columns. Its fractional part is a factor of the last column's weight."""
 
     def __init__(self, config: MoeDistConfig, group: dict):
         super().__init__(config, group)
@@ -420,7 +422,8 @@ class MoeDistPredictedKRouter(MoeDistAdaptiveRouter):
 
 
 class MoeDistExpertChoiceRouter(MoeDistRouter):
-    """An expert takes every token that its rule admits: a threshold of its sigmoid, or two layers that have learned it."""
+    """An expert takes each token that its rule admits: a threshold of its sigmoid, or two layers that learned the
+    choice."""
 
     def __init__(self, config: MoeDistConfig, group: dict):
         super().__init__(config, group)
@@ -452,7 +455,7 @@ ROUTERS = {
     "threshold": MoeDistThresholdRouter,
     "predicted_k": MoeDistPredictedKRouter,
     "expert_threshold": MoeDistExpertChoiceRouter,
-    "expert_choice": MoeDistExpertChoiceRouter,  # by its rule of evaluation; that of training looks at later tokens
+    "expert_choice": MoeDistExpertChoiceRouter,  # with the rule of evaluation, not the noncausal rule of training
 }
 
 
@@ -501,9 +504,9 @@ class MoeDistSparseMoeBlock(nn.Module):
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, hidden_states, group_ids):
-        """Returns the output, and what is to be added behind the next layer (None without a shortcut).
+        """Returns the output, and the tensor to add after the next layer (None without a shortcut).
 
-        `group_ids` [batch, tokens]: index of each token's group; no expert computes a token of -1.
+        `group_ids` [batch, tokens]: index of each token's group; -1 for tokens that no expert computes.
         """
         x, output = hidden_states.flatten(0, 1), torch.zeros_like(hidden_states).flatten(0, 1)
         for index, group in enumerate(self.groups):
@@ -557,7 +560,8 @@ class MoeDistDecoderLayer(GradientCheckpointingLayer):
             self.depth_router = MoeDistDepthRouter(config)
 
     def forward(self, hidden_states, group_ids, late=None, **kwargs):
-        """Adds `late`, which the layer before has left. Returns the hidden states, and what is left for the next layer."""
+        """Adds `late`, the deferred output of the layer before. Returns the hidden states, and this layer's deferred
+        output."""
         weight = 1.0
         if self.has_depths:
             kwargs["taken"], weight = self.depth_router(hidden_states)
@@ -678,7 +682,7 @@ class MoeDistForCausalLM(MoeDistPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """With `labels`, the loss is the cross entropy alone, without a balance loss."""
+        """Computes, with `labels`, the cross entropy without a balance loss."""
         given = {"inputs_embeds": inputs_embeds, "cache": cache, "use_cache": use_cache, **kwargs}
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **given)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

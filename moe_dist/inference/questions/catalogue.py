@@ -16,8 +16,8 @@ from moe_dist.inference.questions.trivia import QUIZZES, trivia
 from moe_dist.inference.questions.wordnet import WordNet
 from moe_dist.inference.vocabulary import Vocabulary
 
-WORDNET = Path("/usr/share/wordnet")  # where Debian's package wordnet-base puts its files
-QUIZ = Path("/usr/share/games/bsdgames/quiz")  # where Debian's package bsdgames puts its quiz files
+WORDNET = Path("/usr/share/wordnet")  # folder of Debian's package wordnet-base
+QUIZ = Path("/usr/share/games/bsdgames/quiz")  # folder of the quiz files of Debian's package bsdgames
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "wordnet": ("wordnet-definition", "wordnet-hypernym", "wordnet-antonym", "wordnet-category"),
@@ -91,7 +91,7 @@ class Catalogue:
             _ = self.vocabulary.codebook  # raises ConfigError without a codebook
 
     def questions(self, task: str, side: Side, *, limit: int | None) -> list[Question]:
-        """Returns the first `limit` questions of a task on one side, or all. Raises what `make_questions` raises."""
+        """Returns the first `limit` questions of a task on one side, or all. Raises the errors of `make_questions`."""
         return make_questions(task, self._facts(task, side), side, seed=self.seed, limit=limit)
 
     def _facts(self, task: str, side: Side) -> list[Fact]:

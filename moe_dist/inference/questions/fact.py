@@ -1,4 +1,4 @@
-"""A fact is a thing to ask about, and the right answer. A question is a fact with wrong choices."""
+"""Facts and questions. A fact is a thing to ask about with its right answer; a question is a fact with wrong choices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ class Fact:
         id: Id of the fact, unique within the fact's task. It does not depend on other facts.
         asked: A text with a question mark, a caption whose picture is asked for, or a picture whose caption is asked for.
         keys: Texts such as 'lemma:dog' or 'family:1F415'. Facts on different sides (train, validation, test) have no key in
-            common. A WordNet fact has a key for every lemma of its synsets, so two facts about one synset have common keys.
-        wrong: Other answers that are right or nearly right, and so must not become wrong choices.
+            common. A WordNet fact has a key for every lemma of its synsets; facts about one synset thus have common keys.
+        wrong: Other answers that are right or nearly right, and must therefore not become wrong choices.
         pool: Name of the fact's set. The wrong choices are right answers of other facts of this set.
-        closed: All possible answers, if there are few. The wrong choices are then taken from these, on every side.
+        closed: All possible answers, if there are few; the wrong choices on every side are then taken from `closed`.
         trained_on: True if the run was trained on the fact's picture, False if not; None for a fact without a picture.
     """
 
@@ -43,7 +43,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Question:
-    """A fact with four choices, one of them right."""
+    """A fact with four choices, one of which is right."""
 
     task: str
     id: str  # `Fact.id`

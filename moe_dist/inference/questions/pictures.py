@@ -1,4 +1,4 @@
-"""Makes facts from a run's pictures: some ask for the caption of a picture, some for the picture of a caption.
+"""Makes facts from a run's pictures. A fact asks for the caption of a picture, or for the picture of a caption.
 
 `prepare_data` puts all pictures of a family into the training part of the data, or all into the held-out part. A picture
 counts as trained on if the run was trained on any picture of its family. The family of a picture of OpenMoji is the emoji's
@@ -15,7 +15,7 @@ from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary
 
 OPENMOJI = "openmoji"
 _LANGUAGE = re.compile(r"([a-z]{2}): ")
-_TRAINED_ON = 8000  # training documents read per source; enough, because only one picture of each caption is needed
+_TRAINED_ON = 8000  # training documents read per source; more are useless, because one picture per caption suffices
 
 
 def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:
@@ -49,7 +49,7 @@ def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) ->
         family = families.get(caption, caption)
         language = _LANGUAGE.match(caption)
         keys = frozenset({f"family:{family}"})
-        if language is None or language[1] == "en":  # other captions are no English lemmas
+        if language is None or language[1] == "en":  # captions in other languages are no English lemmas
             keys |= lemma_keys([caption[language.end() :] if language else caption])
         common = {"keys": keys, "trained_on": side is Side.TRAIN}
         codes = {each.caption: Codes(tuple(each.codes.tolist())) for each in relatives[family]}

@@ -1,9 +1,9 @@
 """Assigns facts to sides (train, validation, test) by a seed and the facts' keys, and makes the questions of a side.
 
 A hash puts each key (a lemma, a picture family) on a side. A fact whose keys are all on one side is on that side; other
-facts are dropped. So no test fact shares a synset, lemma or picture family with a training fact, even of another task.
-If facts that share keys, directly or through other facts, were put on one side instead, none would be dropped, but nearly
-all of WordNet would be on one side. A key's side depends on no file, so leaving out a task does not change the other tasks.
+facts are dropped. Therefore no test fact shares a synset, lemma or picture family with a training fact, even of another
+task. The alternative, to put facts that share keys (directly or through other facts) on one side, would drop no fact, but
+put nearly all of WordNet on one side. A key's side depends on no file; leaving out a task does not change other tasks.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from moe_dist.inference.questions.fact import NUM_CHOICES, Fact, Part, Question
 
 # Fraction of the keys on each side. A fact with two keys is on the test side with probability TEST_SHARE squared.
 TRAIN_SHARE, VALID_SHARE, TEST_SHARE = 0.5, 0.2, 0.3
-_DRAWS = 64  # number of random draws of a wrong choice; if too few fit, all answers are tried in order
+_DRAWS = 64  # number of random draws for the wrong choices; if too few drawn answers fit, all are tried in order
 
 
 class Side(StrEnum):
@@ -35,7 +35,7 @@ def uniform(*parts: object) -> float:
 
 
 def side_of_key(key: str, seed: int) -> Side:
-    """Returns the side of a key. A fact with this key is on this side, or is dropped."""
+    """Returns the side of a key. A fact with this key is on the same side, or is dropped."""
     number = uniform("side", seed, key)
     if number < TRAIN_SHARE:
         return Side.TRAIN
@@ -43,7 +43,7 @@ def side_of_key(key: str, seed: int) -> Side:
 
 
 def side_of(fact: Fact, seed: int) -> Side | None:
-    """Returns the side on which all keys of a fact are; None if they are on several sides.
+    """Returns the side of all keys of a fact; None if the keys are on several sides.
 
     The key of a picture family is on the train side if the run was trained on the fact's picture; else the hash puts the
     key on the validation or test side.
@@ -68,8 +68,8 @@ def _side(key: str, trained_on: bool | None, seed: int) -> Side:
 def make_questions(task: str, facts: Sequence[Fact], side: Side, *, seed: int, limit: int | None = None) -> list[Question]:
     """Returns the first `limit` questions of a task on one side, or all, in an order that `seed` determines.
 
-    Wrong choices are right answers of other facts of the same side and pool, so that they are about as common as the right
-    answer, and are not taken from answers of other sides. The right choice is at each index equally often, +- 1.
+    Wrong choices are right answers of other facts of the same side and pool. They are therefore about as common as the
+    right answer, and no answers of other sides. The right choice has each index equally often, +- 1.
 
     Raises:
         DataError: no fact on the side has three wrong choices.

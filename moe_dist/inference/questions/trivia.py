@@ -22,7 +22,7 @@ class Quiz:
     answer: int  # index of the field with the answer
 
 
-# A task has several quizzes if one quiz would give only a handful of facts to a side.
+# A task has several quizzes if one quiz would give a side only a few facts.
 QUIZZES = {
     "capitals": (
         Quiz(("africa", "america", "asia", "europe"), "What is the capital of {}?".format, 0, 1),
@@ -39,7 +39,7 @@ QUIZZES = {
 
 
 def trivia(folder: Path, name: str) -> list[Fact]:
-    """Returns the facts of one task: one for each line that has no typesetting marks. The facts of a quiz are a pool.
+    """Returns the facts of one task: one fact for each line without typesetting marks. The facts of a quiz are a pool.
 
     Raises:
         DataError: a file is missing or has no facts.

@@ -1,7 +1,7 @@
 """Makes facts from WordNet's files `data.noun`, `data.adj` and `index.noun` (format: wndb(5WN)).
 
-Facts are only about noun synsets that are the first sense of their first word, if this word occurs in WordNet's tagged
-text. Other noun synsets would make questions that nobody can answer.
+Facts about nouns use only noun synsets that are the first sense of their first word, and only if this word occurs in
+WordNet's tagged text. Other noun synsets would make questions that nobody can answer.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ from typing import TypeVar
 from moe_dist.errors import DataError
 from moe_dist.inference.questions.fact import Fact, lemma_keys
 
-LONGEST_GLOSS = 120  # a question asks about no definition of more characters
+LONGEST_GLOSS = 120  # largest number of characters of a definition in a question
 _Parsed = TypeVar("_Parsed")
 _HYPERNYM, _ANTONYM = "@", "!"
 # WordNet's lexicographer files of nouns (lexnames(5WN)), from number 04 on. Number 03, "Tops", is no category.
@@ -30,7 +30,8 @@ class Synset:
 
     lexicographer: int  # number of the lexicographer file; for a noun a key of CATEGORIES or 3
     words: tuple[str, ...]  # with spaces instead of underscores
-    # (symbol, offset of the other synset, its part of speech, source word, target word); words count from 1, 0 means all
+    # (symbol, offset of the other synset, its part of speech, source word, target word); a word is its number from 1, or 0
+    # for all words
     pointers: tuple[tuple[str, str, str, int, int], ...]
     gloss: str  # the definition, without examples
 
@@ -39,7 +40,7 @@ class WordNet:
     """Makes facts from the WordNet files in one folder. Reads a file when it is first needed; the nouns take a second.
 
     Raises:
-        DataError: any method raises it if a file is missing or not in WordNet's format.
+        DataError: by any method, if a file is missing or not in WordNet's format.
     """
 
     FILES = ("data.noun", "index.noun", "data.adj")
@@ -62,7 +63,7 @@ class WordNet:
         ]
 
     def hypernyms(self) -> list[Fact]:
-        """Returns facts that ask for a noun's nearest hypernym. No other hypernym of the noun may be a wrong choice."""
+        """Returns facts that ask for a noun's nearest hypernym. Other hypernyms of the noun must not be wrong choices."""
         facts = []
         for offset, synset in self._common.items():
             parent = next(iter(self._parents(synset)), None)
@@ -81,8 +82,8 @@ class WordNet:
         return facts
 
     def antonyms(self) -> list[Fact]:
-        """Returns facts that ask for the opposite of an adjective. The answer is its first opposite in the file. No
-        opposite of any sense of the adjective may be a wrong choice."""
+        """Returns facts that ask for the opposite of an adjective. The answer is the first opposite in the file. Opposites
+        of any sense of the adjective must not be wrong choices."""
         pairs = [
             (synset, synset.words[source - 1], self._find(self._adjectives, other, "data.adj"), target)
             for synset in self._adjectives.values()
@@ -121,7 +122,7 @@ class WordNet:
 
     @cached_property
     def _common(self) -> dict[str, Synset]:
-        """Returns the noun synsets that facts are about (see the top of this file), by offset."""
+        """Returns the noun synsets of facts about nouns (see the top of this file), by offset."""
         first = dict(self._parsed("index.noun", _first_sense))
         return {
             offset: synset
@@ -189,13 +190,14 @@ def _synset(line: str) -> tuple[str, Synset]:
 
 
 def _first_sense(line: str) -> tuple[str, str | None]:
-    """Returns the lemma in a line of index.*, and the offset of its first sense, or None if it is not in tagged text."""
+    """Returns the lemma in a line of index.*, and the offset of its first sense; None if the lemma is not in tagged
+    text."""
     lemma, *fields = line.split()
     pointers = int(fields[2])
     return lemma, fields[5 + pointers] if int(fields[4 + pointers]) else None
 
 
 def _says(text: str, words: tuple[str, ...]) -> bool:
-    """Returns whether a text contains one of the words, and so gives the answer away."""
+    """Returns whether a text contains one of the words, and thereby gives the answer away."""
     padded = f" {''.join(c if c.isalnum() else ' ' for c in text.lower())} "
     return any(f" {word.lower()} " in padded for word in words)

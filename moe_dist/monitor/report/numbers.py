@@ -1,4 +1,4 @@
-"""The numbers of a report. All functions are pure.
+"""Computes the numbers of a report. All functions are pure.
 
 Shape letters: L MoE layers, T tokens, K choices of a token, n true experts of a group, E true experts of all groups, R
 ranks of an EP group, V token ids, X any.
@@ -14,28 +14,28 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 
 def lorenz(load_Xn: np.ndarray) -> np.ndarray:
-    """Share of the load that the p least loaded experts have, for p = 0 ... n, float64 [X, n + 1] (Lorenz 1905). Rows
-    without load are nan."""
+    """Returns the fraction of the load that the p least loaded experts have, for p = 0 ... n, float64 [X, n + 1] (Lorenz
+    1905). Rows without load are nan."""
     rising_Xn = np.sort(load_Xn, axis=1).cumsum(1)
     return np.pad(divide(rising_Xn, rising_Xn[:, -1:]), ((0, 0), (1, 0)))
 
 
 def gini(load_Xn: np.ndarray) -> np.ndarray:
-    """Gini coefficient of each row: 0 if all experts have the same load, 1 - 1/n if one expert has all (Gini 1912). It is
-    the area between the diagonal and the Lorenz curve, as a share of the triangle below the diagonal."""
+    """Returns the Gini coefficient of each row: 0 if all experts have the same load, 1 - 1/n if one expert has all (Gini
+    1912). The coefficient is the area between diagonal and Lorenz curve, divided by the area below the diagonal."""
     curve = lorenz(load_Xn)
     return 1 - (curve[:, 1:] + curve[:, :-1]).sum(1) / load_Xn.shape[1]
 
 
 def distance(first_XC: np.ndarray, second_XC: np.ndarray) -> np.ndarray:
-    """Total variation distance between each row of `first_XC` and that of `second_XC`: the share of choices, from 0 to 1,
-    that differ. nan without choices."""
+    """Returns the total variation distance between corresponding rows of `first_XC` and `second_XC`: the fraction of
+    choices, from 0 to 1, that differ. nan without choices."""
     first_share_XC, second_share_XC = (divide(counts, counts.sum(1, keepdims=True)) for counts in (first_XC, second_XC))
     return np.abs(first_share_XC - second_share_XC).sum(1) / 2
 
 
 def taken(ids_TK: np.ndarray, group: ExpertGroup) -> np.ndarray:
-    """Whether each token takes each true expert of the group, bool [T, n]. Dropped pairs are not taken."""
+    """Returns whether each token takes each true expert of the group, bool [T, n]; False for dropped pairs."""
     taken_Tn = np.zeros((len(ids_TK), group.num_experts), bool)
     rows, places = np.nonzero((ids_TK >= group.first_expert) & (ids_TK < group.first_expert + group.num_experts))
     taken_Tn[rows, ids_TK[rows, places] - group.first_expert] = True
@@ -43,8 +43,8 @@ def taken(ids_TK: np.ndarray, group: ExpertGroup) -> np.ndarray:
 
 
 def together(taken_Tn: np.ndarray) -> np.ndarray:
-    """Lift of each pair of experts: how much more often a token takes both than if experts were independent, float64 [n,
-    n]. nan on the diagonal, and for experts without tokens."""
+    """Returns the lift of each pair of experts, float64 [n, n]: how often a token takes both, divided by how often it would
+    if experts were chosen independently. nan on the diagonal, and for experts without tokens."""
     share_n = taken_Tn.mean(0)
     both_nn = taken_Tn.T.astype(np.float32) @ taken_Tn.astype(np.float32) / len(taken_Tn)
     lift_nn = divide(both_nn, np.outer(share_n, share_n))
@@ -56,15 +56,15 @@ class Special(NamedTuple):
     """A token id that an expert takes much more often than other token ids."""
 
     token: int
-    times: int  # how often the expert takes it
-    share: float  # share of the token's occurrences that the expert takes
-    lift: float  # that share over the expert's share of all tokens
-    row: int  # one occurrence that the expert takes
+    times: int  # number of the token id's occurrences that the expert takes
+    share: float  # fraction of the token id's occurrences that the expert takes
+    lift: float  # `share` divided by the fraction of all tokens that the expert takes
+    row: int  # index, among all tokens, of the first occurrence that the expert takes
 
 
 def special_tokens(token_T: np.ndarray, taken_Tn: np.ndarray, *, most: int, least_count: int = 3) -> list[list[Special]]:
-    """For each expert the token ids that characterise it most: largest count x log(lift), as in the log-likelihood of its
-    tokens. Ids that it takes fewer than `least_count` times are left out."""
+    """Returns for each expert the token ids that characterise the expert most, by the largest count x log(lift), a term of
+    its tokens' log-likelihood. Omits ids that the expert takes fewer than `least_count` times."""
     ids_V, at_T, count_V = np.unique(token_T, return_inverse=True, return_counts=True)
     found = []
     for taken_T in taken_Tn.T:
@@ -93,12 +93,12 @@ class Traffic(NamedTuple):
     """Rows that dispatch sends in forward, summed over tokens and layers, and the work of the ranks.
 
     Attributes:
-        pairs: Pairs that an expert computes.
-        pairs_remote: Pairs whose expert is on another rank: the rows without deduplication.
+        pairs: (token, expert) pairs that an expert computes.
+        pairs_remote: Pairs whose expert is on another rank: the number of rows without deduplication.
         rows: Rows to other ranks, one for each (token, rank).
-        between: By node size, the rows that leave the node: one for each (token, rank on another node).
-        between_hierarchical: By node size, the rows that leave the node if a node gets each token once.
-        imbalance: Work of the busiest rank of a layer (pairs x FFN width) over the mean rank, mean over layers.
+        between: Maps a node size to the rows that leave a node: one for each (token, rank on another node).
+        between_hierarchical: Maps a node size to the rows that leave a node if each node gets a token once.
+        imbalance: Work of a layer's busiest rank (pairs x FFN width) / mean rank's work, mean over layers.
     """
 
     pairs: int
@@ -114,7 +114,7 @@ def traffic(ids_TLK: np.ndarray, home_T: np.ndarray, placement: ExpertPlacement,
 
     Args:
         home_T: EP rank of each token.
-        node_sizes: Ranks of a node; consecutive ranks share a node.
+        node_sizes: Numbers of ranks of a node; consecutive ranks share a node.
     """
     ranks, experts = placement.num_ranks, placement.num_experts
     rank_E = np.array(placement.rank_of_expert)
@@ -144,8 +144,8 @@ def traffic(ids_TLK: np.ndarray, home_T: np.ndarray, placement: ExpertPlacement,
 
 
 def same_experts(first_TLK: np.ndarray, second_TLK: np.ndarray, num_experts: int) -> np.ndarray:
-    """Share of the true experts that two routings of the same tokens have in common, of those that either has, float64
-    [L] (Jaccard 1901)."""
+    """Returns the fraction of the true experts in either of two routings of the same tokens that are in both, float64 [L]
+    (Jaccard 1901)."""
     shares = []
     for one_TK, other_TK in zip(first_TLK.transpose(1, 0, 2), second_TLK.transpose(1, 0, 2), strict=True):
         sets = []

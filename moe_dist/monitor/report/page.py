@@ -8,7 +8,7 @@ from moe_dist.monitor.report.findings import facts, problems, verdict
 from moe_dist.monitor.report.panels import PANELS
 from moe_dist.monitor.report.routing import Routing, Subject
 
-# Name in the style sheet -> colour in light mode and print, and in dark mode. c0, c1 ... are the colours of curves.
+# Name in the style sheet -> colour in light mode and print, colour in dark mode. c0, c1 ... are colours of curves.
 COLOURS = {
     "page": ("#fff", "#16181c"),
     "ink": ("#202124", "#e8eaed"),
@@ -60,7 +60,7 @@ figure,tr,.found{break-inside:avoid}h2{break-after:avoid}.wide{overflow:visible}
 
 
 def render(subject: Subject) -> str:
-    """Returns the page. Its first lines say what is wrong."""
+    """Returns the page. Its first lines name the problems."""
     routing = subject.routing
     sections = [(_anchor(title), title, question, panel(subject)) for title, question, panel in PANELS]
     links = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _, _ in sections)
@@ -108,7 +108,7 @@ def _about(routing: Routing) -> str:
 
 
 def _style() -> str:
-    """The style sheet, with the colours of both schemes and the rules of curves and sliders."""
+    """Returns the style sheet, with the colours of light and dark mode and the rules of curves and sliders."""
     light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in COLOURS.items()) for i in (0, 1))
     schemes = f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
     classes = "".join(f".l{i}{{stroke:var(--c{i})}}.d{i}{{fill:var(--c{i})}}" for i in range(CURVES))

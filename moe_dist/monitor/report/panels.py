@@ -1,5 +1,5 @@
-"""The panels of a report. Each is a function of `Subject` that returns HTML, and one line in PANELS. A panel without its
-data returns a sentence that says so.
+"""The panels of a report. Each panel is a function of `Subject` that returns HTML, and has one line in PANELS. A panel
+whose data are missing returns a sentence that says so.
 
 Shape letters: L MoE layers, G groups, T tokens, n true experts of a group, E true experts, C columns, R ranks, F frames.
 """
@@ -20,7 +20,7 @@ from moe_dist.monitor.trace.reader import count_choices
 
 
 def load(subject: Subject) -> str:
-    """Heat maps of load / mean load over layers and experts, for each group, with a slider over the steps."""
+    """Shows heat maps of load / mean load over layers and experts, for each group, with a slider over the steps."""
     routing = subject.routing
     scale = ratio_scale("load of an expert / mean load of its group in the layer: 1 is even")
     several = routing.placement.num_ranks > 1
@@ -38,7 +38,7 @@ def load(subject: Subject) -> str:
 
 
 def ranks(subject: Subject) -> str:
-    """Heat map of the work of each rank in each layer."""
+    """Shows a heat map of the work of each rank in each layer."""
     work_LR = work_of_ranks(subject.routing)
     if work_LR.shape[1] == 1:
         return "<p>One rank holds all experts, so that no rank waits.</p>"
@@ -48,7 +48,7 @@ def ranks(subject: Subject) -> str:
 
 
 def percentiles(subject: Subject) -> str:
-    """Curves of percentiles of load / mean load over all layers and experts."""
+    """Shows curves of percentiles of load / mean load over all layers and experts."""
     routing, pictures = subject.routing, []
     by_frame = [dict(loads(frame.choices_LC, routing.groups)) for frame in routing.frames]
     for group in routing.groups:
@@ -67,7 +67,7 @@ def percentiles(subject: Subject) -> str:
 
 
 def concentration(subject: Subject) -> str:
-    """Lorenz curves and Gini coefficients."""
+    """Shows Lorenz curves and Gini coefficients."""
     routing = subject.routing
     parts = group_choices(routing.window.choices_LC, routing.groups)
     pictures, rows = [], []
@@ -89,7 +89,7 @@ def concentration(subject: Subject) -> str:
 
 
 def dead(subject: Subject) -> str:
-    """Table of the experts that no token took, with the last frame in which a token took each."""
+    """Shows a table of the experts that no token took, with the last frame in which a token took the expert."""
     routing, rows = subject.routing, []
     unjudged, few = too_few(routing)
     few = f"<p>{few[0].upper()}{few[1:]}.</p>" if few else ""
@@ -105,7 +105,7 @@ def dead(subject: Subject) -> str:
 
 
 def capacity(subject: Subject) -> str:
-    """Curves of the dropped share, and a heat map of the busiest experts' loads over an even share."""
+    """Shows curves of the dropped fraction, and a heat map of the busiest experts' loads / an even share."""
     routing, window = subject.routing, subject.routing.window
     used_LG = group_metrics(window.choices_LC, window.tokens_LG, routing.groups)["capacity_used"]
     lines = {}
@@ -123,7 +123,7 @@ def capacity(subject: Subject) -> str:
 
 
 def nulls(subject: Subject) -> str:
-    """Curves and a heat map of the share of null choices."""
+    """Shows curves and a heat map of the fraction of null choices."""
     routing = subject.routing
     if not any(group.num_null for group in routing.groups):
         return "<p>The model has no null experts.</p>"
@@ -139,7 +139,7 @@ def nulls(subject: Subject) -> str:
 
 
 def drift(subject: Subject) -> str:
-    """Total variation distance of the choices of earlier steps, and of another run's, from those of the last steps."""
+    """Shows the total variation distance from the choices of the last steps, for earlier steps and for another run."""
     routing, against = subject.routing, subject.against
     frames = routing.frames
     parts = []
@@ -169,7 +169,7 @@ def drift(subject: Subject) -> str:
 
 
 def _compared(routing: Routing, against: Routing) -> tuple[Frame, Frame, str]:
-    """Returns the two counts to compare, and a text that names their tokens: held-out tokens if both traces have them."""
+    """Returns the two counts to compare, of held-out tokens if both traces have them, and a text that names the tokens."""
     one, two = routing.tokens, against.tokens
     if one is not None and two is not None and one.split == two.split == "held-out":
         columns = routing.window.choices_LC.shape[1]
@@ -191,7 +191,7 @@ def _same_tokens(routing: Routing, against: Routing) -> str:
     first, second = (tokens.sequence_T * 2**31 + tokens.position_T for tokens in (one, two))
     _, mine, other = np.intersect1d(first, second, return_indices=True)
     differ = one.token_T[mine] != two.token_T[other]
-    same = ~np.isin(one.sequence_T[mine], one.sequence_T[mine[differ]])  # drops sequences with a differing token
+    same = ~np.isin(one.sequence_T[mine], one.sequence_T[mine[differ]])  # leaves out sequences with a differing token
     mine, other = mine[same], other[same]
     if not len(mine):
         return "<p>The two traces have no sequence in common.</p>"
@@ -214,7 +214,7 @@ def _percentile(values: np.ndarray, percent: float) -> float:
     return float(np.percentile(known, percent)) if known.size else float("nan")
 
 
-# Title, the question that the panel answers, and its function.
+# Title of a panel, question that the panel answers, and function of the panel.
 PANELS: tuple[tuple[str, str, Callable[[Subject], str]], ...] = (
     ("Load by layer and expert", "Which experts are busy, which idle, and on which rank?", load),
     ("Work of the ranks", "Which rank do the others wait for?", ranks),

@@ -17,9 +17,10 @@ class Replayed(NamedTuple):
 
     Attributes:
         traffic: Rows of dispatch in forward, and the work of the ranks.
-        bytes, bytes_between: Payload bytes of forward and backward; between nodes, with one row for each (token, rank).
+        bytes: Payload bytes of forward and backward.
+        bytes_between: The part of `bytes` that is sent between nodes, with one row for each (token, rank).
         bytes_between_once: Bytes between nodes with the dispatcher hierarchical: one row for each (token, node).
-        dropped: Pairs that the capacity drops.
+        dropped: (token, expert) pairs that the capacity drops.
     """
 
     traffic: Traffic
@@ -39,8 +40,8 @@ def replay(
     row_bytes: int,
     exchanges: int,
 ) -> Replayed:
-    """Counts what a run with this placement sends for these choices. Ranks take `micro_batch` consecutive sequences each,
-    one rank after the other, as in training.
+    """Counts the rows and bytes that a run with this placement sends for these choices. As in training, one rank after the
+    other takes `micro_batch` consecutive sequences.
 
     Args:
         row_bytes: Bytes of one row.
@@ -65,11 +66,11 @@ def without_nulls(ids_TLK: np.ndarray, group_T: np.ndarray, groups: Sequence[Exp
             ids_TK = column_TLK[rows, layer]
             noise_Tn = rng.random((len(rows), group.num_experts))
             token, place = np.nonzero((ids_TK >= 0) & (ids_TK < num_experts))
-            noise_Tn[token, ids_TK[token, place] - group.first_expert] = np.inf  # chosen already
+            noise_Tn[token, ids_TK[token, place] - group.first_expert] = np.inf  # already chosen
             free_Tn = np.argsort(noise_Tn, axis=1) + group.first_expert
             null_TK = ids_TK >= num_experts
             nth_TK = null_TK.cumsum(1) - 1
-            # If the group has fewer true experts than a token has choices, the other choices stay empty.
+            # If the group has fewer true experts than a token has choices, the remaining choices stay empty.
             possible_TK = null_TK & (nth_TK < np.isfinite(noise_Tn).sum(1)[:, None])
             spare_TK = np.take_along_axis(free_Tn, np.minimum(nth_TK, group.num_experts - 1).clip(0), axis=1)
             made[rows, layer] = np.where(null_TK, np.where(possible_TK, spare_TK, -1), made[rows, layer])
@@ -84,7 +85,7 @@ def capped(
     factor: float,
 ) -> np.ndarray:
     """Drops pairs as `model.moe.capacity` with drop=position does: each expert keeps its first ceil(factor k T / columns)
-    pairs in each micro-batch, where T is the number of traced tokens of the group. Pairs that the run dropped count again.
+    pairs in each micro-batch, where T is the number of traced tokens of the group. Pairs that the run dropped may be kept.
 
     Args:
         batch_T: Number of each token's micro-batch.

@@ -1,5 +1,4 @@
-"""The data that a report draws: counts over steps, from the records of a run or from a trace, and single tokens, from a
-trace.
+"""Reads the data that a report draws: counts over steps from a run's records or a trace, and single tokens from a trace.
 
 Shape letters as in `metrics.py`; F frames, T tokens, K choices of a token.
 """
@@ -22,10 +21,10 @@ from moe_dist.monitor.trace.format import MANIFEST
 from moe_dist.monitor.trace.reader import Trace, TracedStep
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
-FRAMES = 60  # most points of a curve over steps
-WINDOW = 50  # last recorded steps that the first lines judge, as the hints of a run do
-MATRIX_CELLS = 500_000  # most cells of all co-activation matrices, about 2 MB
-MOST_TOKENS = 50_000  # tokens of a trace that a report reads, from the last step backwards
+FRAMES = 60  # largest number of points of a curve over steps
+WINDOW = 50  # number of last recorded steps that the first lines of a report judge
+MATRIX_CELLS = 500_000  # largest number of cells of all co-activation matrices, about 2 MB
+MOST_TOKENS = 50_000  # largest number of tokens of a trace that a report reads, from the last step backwards
 
 
 class Frame(NamedTuple):
@@ -51,12 +50,12 @@ class Tokens:
     """Single tokens of a trace.
 
     Attributes:
-        token_T, modality_T, sequence_T, position_T: Token id, index of the modality, and place.
-        ids_TLK: Columns; -2 - c is a dropped pair of column c, -1 no choice.
-        steps: Numbers of the traced steps, and `of` the number of all traced steps.
+        token_T, modality_T, sequence_T, position_T: Token id, index of the modality, sequence, and position in it.
+        ids_TLK: Chosen columns; -2 - c is a dropped pair of column c, -1 no choice.
+        steps: Numbers of the steps that have these tokens; `of` is the number of all traced steps.
         split: `training` or `held-out`.
-        name_of: Gives a token's text, or None if it has none.
-        picture_of: Gives the pixels of a picture token, uint8 [height, width, 3], or None.
+        name_of: Returns a token's text, or None if the text is unknown.
+        picture_of: Returns the pixels of a picture token, uint8 [height, width, 3], or None for other tokens.
         loss_T: Loss of the prediction at each token in nats, nan without a label; None if the trace has no losses.
         grid: Rows and columns of a picture's cells; (0, 0) if the data have no pictures.
     """
@@ -76,7 +75,7 @@ class Tokens:
 
     @property
     def named(self) -> bool:
-        """Whether the trace has token ids; another system's trace has none."""
+        """Returns whether the trace has token ids; another system's trace has none."""
         return bool((self.token_T != NO_ID).any())
 
 
@@ -86,15 +85,15 @@ class Routing:
 
     Attributes:
         name: Path that the user gave.
-        source: Where the counts come from, in words.
+        source: Source of the counts, in words.
         placement: Rank of each expert in the run.
         layers: Layer index of each MoE layer (L).
-        frames: At most `FRAMES`, in the order of the steps.
-        window: Sums over the last `WINDOW` recorded steps, and their number.
+        frames: At most `FRAMES` frames, in the order of the steps.
+        window: Sums over the last `WINDOW` recorded steps; `window_steps` is their number.
         configuration: The run's configuration.
         balance_coefficient: Coefficient of the balance loss in the last step; nan if it is unknown.
-        tokens: None without a trace.
-        split: Of the counts: `training`, or that of the trace.
+        tokens: Single tokens; None without a trace.
+        split: Split of the counted tokens: `training`, or the split of the trace.
     """
 
     name: str
@@ -133,8 +132,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Subject:
-    """The input of a report: a routing, another routing to compare with, the layouts and node sizes of the ledger, and the
-    largest numbers of positions of a slider and of cells of all co-activation matrices."""
+    """The input of a report: a routing, another routing for comparison, the layouts and node sizes of the ledger, and the
+    largest numbers of slider positions and of cells of all co-activation matrices."""
 
     routing: Routing
     against: Routing | None
@@ -145,15 +144,15 @@ class Subject:
 
 
 def merged(frames: Sequence[Frame], most: int) -> tuple[Frame, ...]:
-    """Joins consecutive frames into sums of equally many frames each, so that at most `most` sums are left. The last sum
-    also takes the rest."""
+    """Joins consecutive frames into at most `most` sums of equally many frames. The last sum also takes the remaining
+    frames."""
     size = math.ceil(len(frames) / most)
     starts = range(0, len(frames) - size + 1, size)
     return tuple(total(frames[at : at + size] if at < starts[-1] else frames[at:]) for at in starts)
 
 
 def total(frames: Sequence[Frame]) -> Frame:
-    """The sum of frames, which must be consecutive."""
+    """Returns the sum of consecutive frames."""
     choices, tokens, dropped = ([getattr(frame, name) for frame in frames] for name in Frame._fields[2:])
     return Frame(frames[0].first, frames[-1].last, np.sum(choices, 0), np.sum(tokens, 0), np.sum(dropped, 0))
 
@@ -180,7 +179,7 @@ def frames_of_records(path: Path, shape: tuple[int, int, int]) -> tuple[list[Fra
             frames[-1], inside = total([frames[-1], frame]), inside + 1
         else:
             frames, inside = [*frames, frame], 1
-        if len(frames) > 2 * FRAMES:  # joins pairs of frames while reading, because the file may be larger than the memory
+        if len(frames) > 2 * FRAMES:  # joins pairs of frames while reading, because the file may not fit into memory
             frames, width = [total(frames[i : i + 2]) for i in range(0, len(frames), 2)], 2 * width
     if not frames:
         raise DataError(f"{path}: no line has the arrays of a step; train the run at least one step, or give another run")
@@ -211,8 +210,7 @@ def _recorded(path: Path, shape: tuple[int, int, int]) -> Iterator[tuple[Frame, 
 def frames_of_trace(
     trace: Trace | ForeignTrace, groups: Sequence[ExpertGroup], layers: int
 ) -> tuple[list[Frame], list[Frame]]:
-    """Returns the counts of at most FRAMES evenly spaced steps of a trace, and those of its last WINDOW steps. A frame is
-    one step."""
+    """Returns frames of one step each: of at most FRAMES evenly spaced steps of a trace, and of its last WINDOW steps."""
     last = len(trace.steps) - 1
     spaced = np.unique(np.linspace(0, last, FRAMES).astype(int)).tolist()
     window = range(max(0, last + 1 - WINDOW), last + 1)
@@ -229,7 +227,7 @@ def frames_of_trace(
 
 
 def group_of_modality(groups: Sequence[ExpertGroup], modalities: Sequence[str]) -> np.ndarray:
-    """Index of the expert group of each modality, int64 [M].
+    """Returns the index of each modality's expert group, int64 [M].
 
     Raises:
         DataError: a modality has no group.
@@ -241,7 +239,7 @@ def group_of_modality(groups: Sequence[ExpertGroup], modalities: Sequence[str]) 
 
 
 def last_tokens(trace: Trace | ForeignTrace, **names: Any) -> Tokens:
-    """Reads the tokens of a trace's last steps, at most MOST_TOKENS.
+    """Reads the tokens of a trace's last steps, at most MOST_TOKENS tokens.
 
     Args:
         names: The fields `name_of`, `picture_of` and `grid` of `Tokens`.

@@ -18,8 +18,8 @@ from moe_dist.monitor.report.routing import Routing, Subject, Tokens
 from moe_dist.placement.placement import ExpertGroup
 
 SHOWN_CELLS = 256  # (layer, expert) pairs whose tokens are listed
-SHOWN_MATRICES, SHOWN_PAIRS = 24, 200  # co-activation matrices that are drawn, and strongest pairs that are listed
-MAPS, MAPPED_TEXTS, LONGEST_TEXT = 12, 4, 160  # most pictures and texts that get a compute map; most tokens of such a text
+SHOWN_MATRICES, SHOWN_PAIRS = 24, 200  # numbers of drawn co-activation matrices, and of listed pairs of experts
+MAPS, MAPPED_TEXTS, LONGEST_TEXT = 12, 4, 160  # most pictures, and texts, with a compute map; most tokens of such a text
 AROUND = 5  # tokens of an example's text on each side
 NO_TOKENS = "This panel needs a trace: set monitor.trace in the run, or write one of a trained run with moe-dist trace."
 
@@ -32,12 +32,12 @@ CLASSES = (
     ("name with _ or digits", r"\s*\w+"),
     ("punctuation", r"[^\w]+"),
 )
-LOSSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # classes of loss begin at these numbers of nats
-COUNTS = (1, 10, 100, 1000)  # classes of frequency begin at these numbers of occurrences
+LOSSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # lower limits of the classes of loss, in nats
+COUNTS = (1, 10, 100, 1000)  # lower limits of the classes of frequency, in occurrences
 
 
 def of_tokens(panel: Callable[[Subject, Tokens], str]) -> Callable[[Subject], str]:
-    """Returns the panel, or NO_TOKENS in its place if the subject has no trace of single tokens."""
+    """Wraps a panel: the result returns NO_TOKENS if the subject has no trace of single tokens."""
 
     def draw(subject: Subject) -> str:
         tokens = subject.routing.tokens
@@ -48,7 +48,7 @@ def of_tokens(panel: Callable[[Subject, Tokens], str]) -> Callable[[Subject], st
 
 @of_tokens
 def experts_a_token(subject: Subject, tokens: Tokens) -> str:
-    """Bars and a heat map of true experts per token: by modality, loss, class of token and frequency."""
+    """Shows bars and a heat map of true experts per token, by modality, loss, class of token and frequency."""
     routing, count_TL = subject.routing, _true_experts(subject.routing, tokens)
     by_modality = {name: tokens.modality_T == m for m, name in enumerate(routing.modalities)}
     means_LM = np.stack([_mean(count_TL[rows]) for rows in by_modality.values()], axis=1)
@@ -87,8 +87,8 @@ def experts_a_token(subject: Subject, tokens: Tokens) -> str:
 
 @of_tokens
 def compute_maps(subject: Subject, tokens: Tokens) -> str:
-    """Draws pictures, each above a map of its cells, and texts. The colour of a cell, and the background of a text's
-    token, tell the number of true experts."""
+    """Draws pictures, each above a map of its cells, and texts. The colour of a cell, and the background colour of a text's
+    token, show the number of true experts."""
     if not tokens.named:
         return "<p>The trace has no token ids.</p>"
     experts_T = _true_experts(subject.routing, tokens).mean(1)
@@ -105,7 +105,7 @@ def compute_maps(subject: Subject, tokens: Tokens) -> str:
 
 @of_tokens
 def coactivation(subject: Subject, tokens: Tokens) -> str:
-    """Heat maps of how often a token takes two experts together."""
+    """Shows heat maps of how often a token takes two experts together."""
     routing, found = subject.routing, []
     scale = ratio_scale("how often a token takes both experts / how often it would if they were independent")
     for group in routing.groups:
@@ -121,7 +121,7 @@ def coactivation(subject: Subject, tokens: Tokens) -> str:
     found.sort(key=lambda each: -each[0])
     room = np.cumsum([group.num_experts**2 for _, _, group, _ in found]) <= subject.matrix_cells
     parts = []
-    # This computes the shown matrices again, because memory may not hold the matrices of all layers.
+    # The loop computes the shown matrices again, because the matrices of all layers may not fit into memory.
     for lift, layer, group, _ in found[: min(SHOWN_MATRICES, int(room.sum()))]:
         names = Axis("expert", [str(i) for i in range(group.num_experts)])
         title = f"Group {group.name}, layer {routing.layers[layer]}."
@@ -140,7 +140,7 @@ def coactivation(subject: Subject, tokens: Tokens) -> str:
 
 @of_tokens
 def specialisation(subject: Subject, tokens: Tokens) -> str:
-    """Tables of the tokens that characterise each expert most, with an example for each expert."""
+    """Shows tables of the tokens that characterise each expert most, with an example for each expert."""
     routing = subject.routing
     if not tokens.named:
         return "<p>The trace has no token ids.</p>"
@@ -148,7 +148,7 @@ def specialisation(subject: Subject, tokens: Tokens) -> str:
     shown = np.unique(
         np.linspace(0, layers - 1, max(1, min(layers, SHOWN_CELLS // routing.placement.num_experts))).astype(int)
     )
-    room = SHOWN_CELLS // len(shown)  # experts of a layer
+    room = SHOWN_CELLS // len(shown)  # number of shown experts of a layer
     parts = []
     for layer in shown.tolist():
         rows = [row for group in routing.groups for row in _special_rows(tokens, routing, group, layer)]
@@ -162,7 +162,7 @@ def specialisation(subject: Subject, tokens: Tokens) -> str:
 
 @of_tokens
 def ledger(subject: Subject, tokens: Tokens) -> str:
-    """Table of the bytes that the traced choices send at several EP sizes, placements and node sizes."""
+    """Shows a table of the bytes that the traced choices send at several EP sizes, placements and node sizes."""
     routing, configuration = subject.routing, subject.routing.configuration
     try:
         hidden, precision = configuration["model"]["hidden_dim"], configuration["parallel"]["precision"]
@@ -211,7 +211,7 @@ def _special_rows(tokens: Tokens, routing: Routing, group: ExpertGroup, layer: i
 
 
 def _example(tokens: Tokens, row: int) -> str:
-    """The token in its text: `AROUND` tokens of the same sequence on each side."""
+    """Returns the token between `AROUND` tokens before and after it in its sequence."""
     near = range(max(0, row - AROUND), min(len(tokens.token_T), row + AROUND + 1))
     same = [i for i in near if tokens.sequence_T[i] == tokens.sequence_T[row]]
     parts = [_token(tokens, int(tokens.token_T[i]), plain=True) for i in same]
@@ -219,7 +219,7 @@ def _example(tokens: Tokens, row: int) -> str:
 
 
 def _token(tokens: Tokens, token: int, *, plain: bool = False) -> str:
-    """A token as HTML: its pixels, its text, or its number."""
+    """Returns a token as HTML: its pixels, its text, or its number."""
     pixels = tokens.picture_of(token)
     if pixels is not None:
         return f'<img class="p" src="{png(pixels)}" alt="code {token}" title="{token}">'
@@ -231,14 +231,14 @@ def _token(tokens: Tokens, token: int, *, plain: bool = False) -> str:
 
 
 def _true_experts(routing: Routing, tokens: Tokens) -> np.ndarray:
-    """Number of true experts of each token in each layer, [T, L]. A dropped pair does not count."""
+    """Returns the number of true experts of each token in each layer, [T, L], without dropped pairs."""
     return ((tokens.ids_TLK >= 0) & (tokens.ids_TLK < routing.placement.num_experts)).sum(2)
 
 
 def _runs(tokens: Tokens) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Returns the rows of each whole picture, and the rows of each text between pictures. Pictures may follow each other
-    with no token between. If the number of consecutive cells is no multiple of a picture's, a picture is cut off, so it
-    is unknown where pictures begin: these cells are left out."""
+    """Returns the token indices of each whole picture, and of each text between pictures. Pictures may follow each other
+    without a token between them. If the number of consecutive cells is no multiple of a picture's number of cells, a
+    picture is cut off and the first cells of pictures are unknown; such cells are left out."""
     ids, at = np.unique(tokens.token_T, return_inverse=True)
     cell_T = np.array([tokens.picture_of(token) is not None for token in ids.tolist()])[at]
     follows = (np.diff(tokens.position_T) == 1) & (np.diff(tokens.sequence_T) == 0) & (cell_T[1:] == cell_T[:-1])
@@ -264,7 +264,7 @@ def _picture_map(tokens: Tokens, rows: np.ndarray, experts_T: np.ndarray, scale:
 def _text_map(tokens: Tokens, rows: np.ndarray, experts_T: np.ndarray, scale: Scale) -> Iterator[str]:
     for row in rows.tolist():
         text = _token(tokens, int(tokens.token_T[row]), plain=True)
-        yield _coloured(float(experts_T[row]), text.replace("⏎", "⏎<br>"), scale)  # an indentation begins the next line
+        yield _coloured(float(experts_T[row]), text.replace("⏎", "⏎<br>"), scale)  # later text begins a new line
 
 
 def _coloured(experts: float, html: str, scale: Scale) -> str:
@@ -274,7 +274,8 @@ def _coloured(experts: float, html: str, scale: Scale) -> str:
 
 
 def _classes(tokens: Tokens, modalities: Sequence[str]) -> dict[str, np.ndarray]:
-    """The rows of each class of tokens, by its name, bool [T]. Picture tokens have two classes: of one colour, drawn."""
+    """Returns for each class of tokens, by name, which tokens it has, bool [T]. Classes of picture tokens are `one colour`
+    and `drawn`."""
     ids, first, at = np.unique(tokens.token_T, return_index=True, return_inverse=True)
     names = []
     for token, row in zip(ids.tolist(), first.tolist(), strict=True):

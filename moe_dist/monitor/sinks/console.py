@@ -1,4 +1,5 @@
-"""The console sink: a progress bar on a terminal, else plain lines; evaluations, hints, and the final table."""
+"""The console sink: shows a progress bar on a terminal, or else plain lines; and evaluations, hints, and the final
+table."""
 
 import logging
 import time
@@ -19,8 +20,8 @@ from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 
 logger = logging.getLogger(__name__)
 
-SHOWN_GROUPS = 3  # most groups that fit into a line
-EVALUATING = "evaluating"  # after the last step, in place of the time left
+SHOWN_GROUPS = 3  # largest number of groups that fit into a line
+EVALUATING = "evaluating"  # shown after the last step, in place of the time left
 WIDE = 120  # terminal columns from which on the bar shows group names
 
 
@@ -43,7 +44,7 @@ class ConsoleSink(Sink):
         resume_step: Last step of the earlier attempt.
         hints: Source of the hints; None shows no hints.
         console: Destination; standard output by default.
-        clock: Returns seconds; the time left is estimated from it.
+        clock: Returns seconds, from which the time left is estimated.
     """
 
     def __init__(
@@ -61,12 +62,12 @@ class ConsoleSink(Sink):
         self._began_at, self._began_step = clock(), resume_step  # start of this attempt, for the time left
         self._previous: EvaluationResult | None = None
         self._progress: Progress | None = None
-        if self._console.is_interactive:  # a terminal that can redraw a line, so not with TERM=dumb
+        if self._console.is_interactive:  # a terminal that can redraw a line; false for TERM=dumb
             self._progress = Progress(
                 MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total_steps)) + 1)),
                 BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
                 TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
-                # Not the estimate of rich, which leaves out the time between steps.
+                # The time left is not rich's estimate, because that estimate omits the time between steps.
                 TextColumn("{task.fields[left]}", style="cyan", table_column=Column(no_wrap=True, min_width=len("3h04m"))),
                 console=self._console,
                 expand=True,
@@ -84,7 +85,7 @@ class ConsoleSink(Sink):
             self._print(f"step {record.step}/{self._total}  {line_numbers(record.scalars)}  {left}")
         for hint in self._hints.update(record) if self._hints else []:
             self._print(f"hint (step {record.step}): {hint.text}", style="yellow")
-            logger.info("hint: %s", hint.text)  # for rank 0's log file, which has no standard output
+            logger.info("hint: %s", hint.text)  # for rank 0's log file, which does not contain standard output
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
         self._print(evaluation_line(result, self._previous), style="bold")
@@ -109,13 +110,13 @@ class ConsoleSink(Sink):
         self._console.print(Text(text), style=style, soft_wrap=unbroken)
 
     def _time_left(self, step: int) -> str:
-        """The time until the last step, from the mean time per step in this attempt with evaluations and checkpoints."""
+        """Returns the time until the last step, from this attempt's mean time per step with evaluations and checkpoints."""
         done = max(1, step - self._began_step)
         return duration((self._clock() - self._began_at) / done * (self._total - step))
 
 
 def bar_numbers(scalars: Mapping[str, float | None], *, named: bool) -> str:
-    """The numbers beside the progress bar. `named` adds group names, which do not fit into 80 columns."""
+    """Returns the numbers beside the progress bar. `named` adds group names, which do not fit into 80 columns."""
     loss, rate = scalars.get("loss/total"), scalars.get("perf/tokens_per_second")
     return (
         f"loss {_number(loss, '.3f')} · {_thousands(rate)} tok/s · "
@@ -125,7 +126,7 @@ def bar_numbers(scalars: Mapping[str, float | None], *, named: bool) -> str:
 
 
 def line_numbers(scalars: Mapping[str, float | None]) -> str:
-    """The numbers of a plain line, with the loss of each modality."""
+    """Returns the numbers of a plain line, with the loss of each modality."""
     parts = [f"{tag[5:]} {_number(v, '.3f')}" for tag, v in scalars.items() if _is_modality_loss(tag)]
     loss = f"loss {_number(scalars.get('loss/total'), '.3f')}" + (f" ({', '.join(parts)})" if parts else "")
     rate = f"{_thousands(scalars.get('perf/tokens_per_second'))} tokens/s"
@@ -135,13 +136,14 @@ def line_numbers(scalars: Mapping[str, float | None]) -> str:
 
 
 def _dropped(scalars: Mapping[str, float | None]) -> list[str]:
-    """The number of pairs that a capacity dropped in this step, if any."""
+    """Returns a text with the number of pairs that a capacity dropped in this step; no text without drops."""
     pairs = scalars.get("moe/dropped") or 0.0
     return [f"dropped {_thousands(pairs)} pairs"] if pairs else []
 
 
 def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:
-    """Held-out losses, and their changes if the previous evaluation had equally many tokens. (The final one has more.)"""
+    """Returns the held-out losses, and their changes if the previous evaluation had equally many tokens. (The final
+    evaluation has more.)"""
     parts = []
     for name, loss in result.loss.items():
         change = ""
@@ -161,7 +163,8 @@ def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None)
 
 
 def choice_lines(result: EvaluationResult) -> list[str]:
-    """For expert choice: held-out losses and experts per token, causal and with the selection of training."""
+    """Returns, for expert choice, held-out losses and experts per token with causal selection and with training's
+    selection."""
     losses = [
         f"held-out {name.replace('_', ' ')} {result.loss[name]:.3f}, "
         f"with the selection of training, which sees later tokens, {seen:.3f} ({seen - result.loss[name]:+.3f})"
@@ -175,7 +178,7 @@ def choice_lines(result: EvaluationResult) -> list[str]:
 
 
 def depth_text(depths: DepthStatistics) -> str:
-    """The share of held-out tokens that the mixture-of-depths layers computed, and the target share."""
+    """Returns the fraction of held-out tokens that the mixture-of-depths layers computed, and the target fraction."""
     computed_L = depth_metrics(depths)["computed"]
     taken_G, tokens_G = depths.taken_LG.sum(0), depths.tokens_LG.sum(0)
     shares = [f"{name} {taken_G[g] / tokens_G[g]:.3f}" for g, name in enumerate(depths.groups) if tokens_G[g]]
@@ -186,7 +189,7 @@ def depth_text(depths: DepthStatistics) -> str:
 
 
 def summary_table(checks: Sequence[Check], *, title: str = "Summary") -> Table:
-    """A table with one line for each check of a finished run: pass or fail."""
+    """Returns a table with one line (pass or fail) for each check of a finished run."""
     passed = sum(check.passed for check in checks)
     table = Table(title=title, caption=f"{passed} of {len(checks)} passed", title_justify="left", caption_justify="left")
     table.add_column("check")

@@ -1,7 +1,7 @@
-"""The sink of metrics.jsonl: one line for each step and evaluation. All displays can be made again from this file.
+"""The sink that writes metrics.jsonl, one line for each step and evaluation. All displays can be made from this file.
 
 A crash loses at most the line that is being written. A full or failing disk loses no line: lines wait in memory until the
-disk accepts them. No checkpoint is committed before all lines up to its step are on disk, so a restart finds every line.
+disk accepts them. No checkpoint is committed before all lines up to its step are on disk. A restart thus finds every line.
 """
 
 import json
@@ -54,7 +54,7 @@ class JsonlSink(Sink):
         drop_lines_after(self._path, resume_step, evaluation_owed=evaluation_owed)
         self._file = self._path.open("ab", buffering=0)  # unbuffered, so that a kill loses no written line
         self._waiting = bytearray()  # bytes that the disk has not accepted yet
-        self._told = False  # true once a failing disk has been logged, which is not repeated at every step
+        self._told = False  # True if the current disk error has been logged, so that not every step logs it
 
     def step(self, record: Record) -> None:
         line = {
@@ -90,10 +90,10 @@ class JsonlSink(Sink):
         )
 
     def flush(self) -> None:
-        """Makes all lines durable.
+        """Returns when all lines are on disk.
 
         Raises:
-            CheckpointError: The disk does not accept the lines. They are kept in memory, and the next checkpoint must wait.
+            CheckpointError: The disk does not accept the lines. They stay in memory, and the next checkpoint must wait.
         """
         if self._file.closed:
             return
@@ -117,7 +117,7 @@ class JsonlSink(Sink):
         self._file.close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        # Without fsync a kill loses nothing, but a power cut loses the lines since the last flush().
+        # Not synced to disk: a killed process loses no line, but a power cut loses the lines since the last flush().
         odd = {tag: str(v) for tag, v in line["scalars"].items() if v is not None and not math.isfinite(v)}
         finite = _finite({**line, **({"non_finite": odd} if odd else {})})  # nan and inf go into `non_finite` as text
         self._waiting += json.dumps(finite, allow_nan=False, separators=(",", ":")).encode() + b"\n"
@@ -135,7 +135,7 @@ class JsonlSink(Sink):
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a metrics.jsonl in order, with current key names. A torn last line is left out.
+    """Yields the lines of a metrics.jsonl in order, with current key names. Omits an incomplete last line.
 
     Raises:
         ValueError: A line before the last is not JSON.
@@ -157,8 +157,8 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     `evaluation_owed` the evaluation of `step` is dropped too, because it will be repeated.
     Warns if steps up to `step` have no record.
 
-    The file is always replaced by one rename: a crash leaves the old file whole, and a suspended earlier writer that wakes
-    up writes to a deleted file. The file is read once.
+    The file is always replaced by one rename. A crash therefore leaves the old file whole, and a suspended earlier writer
+    that wakes up writes to a deleted file. The file is read once.
     """
     recorded = bytearray(step)  # 1 for each step that keeps its record
     if not path.exists():
@@ -169,7 +169,7 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     with path.open("rb") as old, kept_path.open("wb") as new:
         while text := old.readline(_MAX_LINE_BYTES):
             begin = LINE_BEGIN.match(text)
-            if begin is None or not text.endswith(b"\n") or not _is_json(text):  # cut short, or not all on disk
+            if begin is None or not text.endswith(b"\n") or not _is_json(text):  # incomplete, or not all on disk
                 unreadable += 1
             elif int(begin[1]) > step or (evaluation_owed and int(begin[1]) == step and begin[2] == b"evaluation"):
                 dropped += 1

@@ -1,4 +1,4 @@
-"""The sink of MLflow. The sink needs the extra moe_dist[mlflow], and only a configured sink imports mlflow."""
+"""The MLflow sink. Needs the extra moe_dist[mlflow]; mlflow is imported only if the sink is configured."""
 
 import time
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from moe_dist.monitor.statistics import EvaluationResult
 
 
 class MlflowSink(Sink):
-    """Starts an MLflow run for each attempt, because MLflow would show both values of a step that a resume repeats. The tag
-    `moe_dist.run` joins the attempts. Threads of MLflow send the values, so a slow server does not delay a step.
+    """Starts an MLflow run for each attempt, because one MLflow run would show both values of a step that a resume repeats.
+    The tag `moe_dist.run` joins the attempts. Threads of MLflow send the values, so that a slow server delays no step.
 
     Args:
         experiment: Name of the experiment.
@@ -26,7 +26,7 @@ class MlflowSink(Sink):
 
     def __init__(self, *, experiment: str, uri: str | None = None, run_name: str, resume_step: int = 0) -> None:
         try:
-            import mlflow  # takes seconds
+            import mlflow  # imported late, because the import takes seconds
         except ImportError as error:
             raise ConfigError(
                 "monitor.sinks: kind mlflow needs the package mlflow-skinny; install moe_dist[mlflow], or take the sink out"

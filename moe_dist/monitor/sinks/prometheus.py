@@ -71,8 +71,8 @@ def samples(scalars: Mapping[str, float | None], *, step: int, run_name: str) ->
 
 
 def metric_name(family: str) -> str:
-    """The metric name of a family of tags. Prometheus reserves endings such as `_count` for counters and histograms; this
-    function adds an s to them."""
+    """Returns the metric name of a family of tags. Adds an s to endings such as `_count`, which Prometheus reserves for
+    counters and histograms."""
     name = PREFIX + family.replace("/", "_")
     return f"{name}s" if name.endswith(("_bucket", "_count", "_sum", "_total")) else name
 
@@ -102,9 +102,9 @@ def _escape(text: str) -> str:
 class RaySink(Sink):
     """Sends the scalars of each step to the actor of rank 0 (`launchers/ray/metrics.py`), in one datagram to a Unix socket.
 
-    The Ray launcher enables the sink by an environment variable, so that a run has the same configuration everywhere. If
-    nothing reads or the buffer is full, the datagram is lost, because training must not wait; metrics.jsonl has all
-    records.
+    The Ray launcher enables the sink by an environment variable, so that a run has the same configuration everywhere. A
+    datagram is lost if nothing reads the socket or its buffer is full, because training must not wait; metrics.jsonl has
+    all records.
 
     Args:
         socket_path: Path of the socket that the actor reads.

@@ -1,4 +1,5 @@
-"""The interface of all sinks, and the wrapper that calls them. Only rank 0 has sinks, so a sink may issue no collective.
+"""The interface of all sinks, and the wrapper that calls them. A sink may issue no collective, because only rank 0 has
+sinks.
 
 A failing sink never ends a run, but a checkpoint waits for the records that a restart needs.
 """
@@ -22,8 +23,8 @@ class Sink:
 
     Constructors take `resume_step`, the step from which the run resumes (0 in a new run). The sink drops an earlier
     attempt's records of later steps, so that each step appears exactly once after any number of resumes. JsonlSink and
-    TensorBoardSink also take `evaluation_owed`. `evaluation_owed` is true if the evaluation of `resume_step` will be
-    repeated, because the earlier attempt died before the next checkpoint; the sink then drops the earlier evaluation too.
+    TensorBoardSink also take `evaluation_owed`, which is true if the resumed run will repeat the evaluation of
+    `resume_step`; the sink then drops the earlier evaluation too.
     """
 
     def step(self, record: Record) -> None:
@@ -45,7 +46,7 @@ class Sink:
 
 
 class LeaseWatch(Sink):
-    """Checks the lease before each record. Must come before the sinks that write. A check reads one small file.
+    """Checks the lease before each record, by reading one small file. Must come before the sinks that write.
 
     Args:
         check: Function that raises if this process may no longer write to the run folder.
@@ -71,8 +72,8 @@ class LeaseWatch(Sink):
 class GuardedSinks(Sink):
     """Passes every call to each sink, in order. A sink that raises OSError is logged and not called again.
 
-    A sink whose `flush` raises CheckpointError (metrics.jsonl) stays and tries again. No checkpoint is committed until the
-    sink succeeds.
+    A sink whose `flush` raises CheckpointError (JsonlSink) is called again. No checkpoint is committed until its flush
+    succeeds.
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
@@ -90,17 +91,17 @@ class GuardedSinks(Sink):
 
     def flush(self) -> None:
         """Flushes each sink. Raises nothing; call `check_written` before a checkpoint is committed."""
-        # Assigned only when all sinks have flushed, because the thread that writes checkpoints may read it at any time.
+        # Assigned only after all sinks have flushed, because a thread that writes checkpoints may read the error any time.
         self._unwritten = self._each(lambda sink: sink.flush())
 
     def check_written(self) -> None:
-        """Raises the CheckpointError of the last `flush`, if there was one."""
+        """Raises the CheckpointError of the last `flush`, if it raised one."""
         if self._unwritten is not None:
             raise self._unwritten
 
     def close(self) -> None:
-        """Closes all sinks at the same time, each in its own thread. Waits for at most CLOSE_SECONDS; a sink that is not
-        closed by then is left. Logs errors, and raises none."""
+        """Closes all sinks at the same time, each in its own thread. Waits for at most CLOSE_SECONDS, and abandons sinks
+        that are not closed by then. Logs errors, and raises none."""
         deadline = time.monotonic() + CLOSE_SECONDS
         threads = [threading.Thread(target=_close, args=(sink,), daemon=True) for sink in self._sinks]
         for thread in threads:

@@ -1,4 +1,4 @@
-"""The TensorBoard sink: curves, heat maps, histograms, and pages of text."""
+"""The TensorBoard sink, which writes curves, heat maps, histograms, and pages of text."""
 
 import math
 import os
@@ -57,7 +57,7 @@ class TensorBoardSink(Sink):
         folder: Folder of the event files, runs/<name>/tensorboard.
         modalities: Modalities of the data, for the charts of the custom scalars page.
         pictures_every: Steps between heat maps and histograms.
-        mean_over: Steps whose mean is one point of a curve of the routing (`NOISY`); single steps would vary too much.
+        mean_over: Number of steps whose mean is one point of a routing curve (`NOISY`), because single steps vary too much.
         resume_step, evaluation_owed: See `Sink`.
     """
 
@@ -109,7 +109,7 @@ class TensorBoardSink(Sink):
             self._add_picture(summary.image("moe/compute_map", picture, dataformats="HWC"), result.step)
 
     def text(self, tag: str, markdown: str) -> None:
-        # A text has the attempt's first step, so that a later resume from before that step removes it too.
+        # A text is stored at the attempt's first step, so that a later resume from an earlier step removes the text too.
         self._writer("").add_summary(summary.text(tag, markdown), self._first_step)
 
     def flush(self) -> None:
@@ -127,7 +127,7 @@ class TensorBoardSink(Sink):
         self._closed = True
 
     def _writer(self, sub_run: str) -> FileWriter:
-        """The writer of a sub-run, which is opened at its first value. Each writer has a thread."""
+        """Returns the writer of a sub-run, which is opened at the sub-run's first value. Each writer has a thread."""
         if self._closed:
             raise RuntimeError("TensorBoardSink: used after close()")
         if sub_run not in self._writers:
@@ -141,7 +141,7 @@ class TensorBoardSink(Sink):
                 sub_run, shown = curve_of(tag)
                 value = summary.scalar(shown, number).value[0]
                 curves.setdefault(sub_run, []).append(self._with_meaning(value, sub_run, meaning(tag)))
-        for sub_run, values in curves.items():  # one event for all scalars of a sub-run takes fewer bytes than one for each
+        for sub_run, values in curves.items():  # one event per sub-run takes fewer bytes than one per scalar
             self._writer(sub_run).add_summary(Summary(value=values), step)
 
     def _add_means(self) -> None:
@@ -149,11 +149,11 @@ class TensorBoardSink(Sink):
         self._recent.clear()
 
     def _with_meaning(self, value: Any, sub_run: str, text: str) -> Any:
-        """Adds a description to the first value of a tag in this attempt; TensorBoard reads no later one."""
+        """Adds a description to the first value of a tag in this attempt; TensorBoard ignores later descriptions."""
         if (sub_run, value.tag) not in self._described:
             plugin, data_class = PLUGINS[value.WhichOneof("value")]
             value.metadata.summary_description = text
-            value.metadata.plugin_data.plugin_name = plugin  # without name and data_class the text is dropped
+            value.metadata.plugin_data.plugin_name = plugin  # TensorBoard drops a text without name and data_class
             value.metadata.data_class = data_class
             self._described.add((sub_run, value.tag))
         return value
@@ -196,7 +196,7 @@ class Window:
         tokens_LG = record.arrays["tokens_LG"]
         names = ("choices_LC", "tokens_LG", "dropped_LG", "weighted_rows_LR", "idle_LG")
         arrays = {name: record.arrays[name] for name in names if name in record.arrays}
-        # Mean entropy x tokens; nan (a group without tokens) must not enter the sum.
+        # Mean entropy x tokens. The nan of a group without tokens must not enter the sum.
         arrays["entropy_sum_LG"] = np.where(tokens_LG > 0, record.arrays["entropy_LG"] * tokens_LG, 0.0)
         self._sums = {name: self._sums.get(name, 0) + array for name, array in arrays.items()}
         self._steps.append(record.step)
@@ -252,7 +252,7 @@ def _sum_depths(sums: DepthStatistics | None, depths: DepthStatistics | None) ->
 
 
 def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str, list[str | list[str]]]]:
-    """The custom scalars page: category -> chart title -> chart type, and regular expressions of the chart's tags."""
+    """Returns the custom scalars page: category -> chart title -> chart type, and regular expressions for its tags."""
     plan = tag_plan(len(subject.groups), len(modalities), mixture_of_depths=subject.mixture_of_depths)
 
     def shown(tag: str) -> str:
@@ -302,9 +302,9 @@ def drop_events_after(folder: str | Path, step: int, *, evaluation_owed: bool = 
     """Drops the events of steps after `step` from the event files in `folder`. With `evaluation_owed` the evaluation of
     `step` is dropped too, because it will be repeated. Each file is replaced by one rename.
 
-    TensorBoard's own mark for this (`purge_step`) does not help: its fast server ignores the mark and shows both attempts.
-    Reads from the newest file back to the first that needs no cut: files before it were cut when a later attempt began.
-    The events of 100,000 steps take about ten seconds.
+    TensorBoard's own mark (`purge_step`) does not help: its fast server ignores the mark and shows both attempts. Reads
+    files from the newest backwards, up to a file that needs no cut, because an earlier resume has cut all older files. The
+    events of 100,000 steps take about ten seconds.
     """
     for path in sorted(Path(folder).glob("events.out.tfevents.*"), key=_began_at, reverse=True):
         if _cut(path, step, evaluation_owed):
@@ -312,7 +312,8 @@ def drop_events_after(folder: str | Path, step: int, *, evaluation_owed: bool = 
 
 
 def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
-    """Drops the events of `drop_events_after` from one file. Returns True if the file has steps and none was dropped."""
+    """Drops the events of `drop_events_after` from one file. Returns True if the file has steps and no event was
+    dropped."""
     kept_path = path.with_name("kept")  # TensorBoard reads only names with "tfevents"
     kept_steps = dropped = False
     with kept_path.open("wb") as file:
@@ -328,11 +329,11 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
                 writer.write(raw)
         file.flush()
         os.fsync(file.fileno())  # the content must be on disk before the rename
-    os.replace(kept_path, path)  # always, so that a suspended earlier writer writes to a deleted file
+    os.replace(kept_path, path)  # even without a cut, so that a suspended earlier writer writes to a deleted file
     return kept_steps and not dropped
 
 
 def _began_at(path: Path) -> tuple[int, int]:
-    """Sort key of the name events.out.tfevents.<seconds>.<host>.<pid>.<count>; the host may contain dots."""
+    """Returns a sort key for the name events.out.tfevents.<seconds>.<host>.<pid>.<count>; the host may contain dots."""
     parts = path.name.split(".")
     return int(parts[3]), int(parts[-1])

@@ -1,4 +1,4 @@
-"""The sink of Weights & Biases. The sink needs the extra moe_dist[wandb], and only a configured sink imports wandb."""
+"""The Weights & Biases sink. Needs the extra moe_dist[wandb]; wandb is imported only if the sink is configured."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +40,7 @@ class WandbSink(Sink):
             silent=True,
             disable_code=True,
             disable_git=True,
-            x_disable_stats=True,  # off, because our scalars have the device readings
+            x_disable_stats=True,  # off, because moe_dist's scalars have the device readings
         )
         Path(folder).mkdir(parents=True, exist_ok=True)
         try:

@@ -1,7 +1,7 @@
-"""Reads other systems' records of routing as steps of a trace. They name neither token ids nor modalities, so each token
-has the id -1, and all experts are one group.
+"""Reads other systems' records of routing as steps of a trace. These records have no token ids and no modalities; therefore
+each token gets the id -1, and all experts are one group.
 
-A format is a pattern of file names and a reader, in READERS. Shape letters as in `format.py`.
+READERS has a pattern of file names and a reader for each format. Shape letters as in `format.py`.
 """
 
 import json
@@ -17,7 +17,7 @@ from moe_dist.monitor.trace.reader import TracedStep, open_file
 from moe_dist.placement.placement import ExpertGroup
 
 NO_ID = -1
-FLAME_TOKENS = 1 << 16  # number of tokens that are read from each file of FLAME-MoE-Traces
+FLAME_TOKENS = 1 << 16  # largest number of tokens that are read from each file of FLAME-MoE-Traces
 Parts = Iterator[tuple[int, tuple[int, ...], np.ndarray]]  # step, layers (L) and ids [T, L, K] of a sequence or a rank
 
 
@@ -35,11 +35,11 @@ def read_foreign(path: Path, num_experts: int) -> ForeignTrace:
     """Reads the file `path`, or all files of one format in the folder `path`.
 
     Args:
-        num_experts: Experts of a layer; no format has this number.
+        num_experts: Number of experts of a layer, which no format contains.
 
     Raises:
         ConfigError: no file has a known name.
-        DataError: a file is damaged, has an id outside the model, or has other layers than the first one.
+        DataError: a file is damaged, has an id outside the model, or has other layers than the first file.
     """
     for pattern, reader in READERS.items():
         files = sorted(path.glob(pattern)) if path.is_dir() else [path] * path.match(pattern)
@@ -49,7 +49,7 @@ def read_foreign(path: Path, num_experts: int) -> ForeignTrace:
 
 
 def routed_group(num_experts: int, top_k: int) -> ExpertGroup:
-    """All experts of another system's model as one group, whose tokens have one modality. The FFN width is unknown: 1."""
+    """Returns all experts of another system's model as one group for one modality. The unknown FFN width is set to 1."""
     return ExpertGroup("routed", num_experts, 0, top_k, 1, 0, ("tokens",))
 
 
@@ -90,8 +90,8 @@ def _trace(path: Path, parts: Parts, num_experts: int) -> ForeignTrace:
 
 
 def _megatron(files: Sequence[Path]) -> Parts:
-    """The router trace of Megatron-Core (`--moe-routing-trace-path`): a JSON line for each step, block and layer. A second
-    line of a layer in a step is the next micro-batch. Blocks of multi-token prediction are left out."""
+    """Reads the router trace of Megatron-Core (`--moe-routing-trace-path`), which has a JSON line for each step, block and
+    layer. A second line of a layer in a step is the next micro-batch. Omits blocks of multi-token prediction."""
     for file in files:
         lines: dict[int, dict[int, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
         with open_file(file) as stream:
@@ -111,9 +111,9 @@ def _megatron(files: Sequence[Path]) -> Parts:
 
 
 def _arrays(files: Sequence[Path]) -> Parts:
-    """Arrays `routed_experts` [tokens, layers, k] of vLLM and SGLang, saved by numpy: a file for each sequence.
+    """Reads arrays `routed_experts` [tokens, layers, k] of vLLM and SGLang, saved by numpy in a file for each sequence.
 
-    Their layers are all layers of the model. Those without experts stay 0 for each token and choice, and are left out.
+    The arrays have all layers of the model. Layers without experts are 0 for each token and choice, and are left out.
     """
     for file in files:
         try:
@@ -133,12 +133,12 @@ def _arrays(files: Sequence[Path]) -> Parts:
 
 
 def _flame(files: Sequence[Path]) -> Parts:
-    """FLAME-MoE-Traces: for each step a folder with a parquet file for each layer, with a row of `indices` for each token.
-    Only the first FLAME_TOKENS rows are read, because each published file has 52 million."""
+    """Reads FLAME-MoE-Traces, which have a folder for each step with a parquet file for each layer, with a row of `indices`
+    for each token. Reads only the first FLAME_TOKENS rows of a file, because a published file has 52 million rows."""
     by_step: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
     for file in files:
         try:
-            from pyarrow import parquet  # here, because only the extra `hf` installs it
+            from pyarrow import parquet  # imported late, because only the extra `hf` installs pyarrow
 
             with open_file(file) as stream:
                 batch = next(parquet.ParquetFile(stream).iter_batches(FLAME_TOKENS, columns=["indices"]))
@@ -146,7 +146,7 @@ def _flame(files: Sequence[Path]) -> Parts:
             if ids.ndim != 2 or ids.dtype.kind != "i":
                 raise ValueError(f"indices are {ids.dtype} of shape {ids.shape}")
             by_step[int(file.parent.name.removeprefix("iter_"))][int(file.stem.removeprefix("layer_"))] = ids
-        except (ValueError, KeyError, NotImplementedError, StopIteration) as error:  # also pyarrow's, other than OSErrors
+        except (ValueError, KeyError, NotImplementedError, StopIteration) as error:  # also pyarrow's errors but OSErrors
             raise DataError(
                 f"{file}: not iter_<step>/layer_<number>.parquet with lists of k whole numbers in the column `indices` "
                 f"({error!r:.100}); restore the file"

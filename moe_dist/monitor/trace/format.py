@@ -3,12 +3,12 @@
     manifest.json    written by rank 0 before the first step: layers, columns, placement, modalities, configuration
     rank_R.tokens    one `TOKEN` for each traced token
     rank_R.ids       int16 [tokens, L, K], the chosen columns, the best first
-    rank_R.weights   float16 [tokens, L, K], the routing weights; only if the manifest says so
-    rank_R.losses    float16 [tokens], the loss of the prediction at the token in nats; nan without a label; likewise
+    rank_R.weights   float16 [tokens, L, K], the routing weights; only with `Manifest.weights`
+    rank_R.losses    float16 [tokens], loss (nats) of the prediction at the token, or nan; only with `Manifest.losses`
     rank_R.index     one `ENTRY` for each step, written after the step's tokens; tokens without an entry do not count
 
-Column c is the logical id of a true expert, then come the null, identity and constant experts of all groups. The id of a
-dropped pair is -2 - c; -1 is no choice (a group with a smaller k). All numbers are little-endian.
+The column of a true expert is its logical id; the null, identity and constant experts of all groups have the next columns.
+The id of a dropped pair of column c is -2 - c; -1 is no choice (a group with k < K). All numbers are little-endian.
 
 Shape letters: L MoE layers, K largest number of choices of a token, C columns, T tokens of a step.
 """
@@ -28,17 +28,18 @@ MANIFEST = "manifest.json"
 
 # Number of the sequence in the run's stream, index in the sequence, token id, and index into `Manifest.modalities`.
 TOKEN = np.dtype([("sequence", "<i8"), ("position", "<i4"), ("token", "<i4"), ("modality", "<i2")])
-# First row and number of rows of the step in the other files; crc32 of its rows in them; crc32 of the entry.
+# Step, index of its first token, number of its tokens, crc32 of its bytes in the other files, crc32 of the entry.
 ENTRY = np.dtype([("step", "<i8"), ("first", "<i8"), ("rows", "<i8"), ("content", "<u4"), ("check", "<u4")])
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The facts that are needed to read an attempt's files.
+    """The facts for reading an attempt's files.
 
     Attributes:
         attempt: Number of the attempt in this trace, from 1.
-        from_step: Last step before the attempt. Later steps of earlier attempts do not count, because they were repeated.
+        from_step: Last step before the attempt. Later steps of earlier attempts do not count, because this attempt repeats
+            them.
         ranks: Number of ranks, each of which wrote files.
         layers: Layer index of each MoE layer (L).
         choices: Largest number of choices of a token (K).
@@ -46,11 +47,11 @@ class Manifest:
         groups: Expert groups, in the order of their columns.
         rank_of_expert: EP rank of each true expert.
         modalities: Names of the modalities.
-        every, tokens: Steps between traced steps, and the largest number of tokens of a rank and step (None: all).
+        every, tokens: Steps between traced steps, and largest number of a rank's tokens per step (None for all).
         tokenizer: Path of the tokenizers JSON file with the names of the tokens, or None.
         configuration: The run's configuration.
         losses: Whether losses were written.
-        split: `training`, or `held-out` for the trace of a trained run, whose only step is that of the checkpoint.
+        split: `training`, or `held-out` for the trace of a trained run, whose only step is the checkpoint's step.
     """
 
     attempt: int
@@ -88,7 +89,7 @@ class Manifest:
 
 
 def content_check(*arrays: np.ndarray | None) -> int:
-    """crc32 of the bytes of several arrays."""
+    """Returns the crc32 of the bytes of several arrays."""
     total = 0
     for array in arrays:
         if array is not None:
@@ -97,5 +98,5 @@ def content_check(*arrays: np.ndarray | None) -> int:
 
 
 def entry_check(entry: np.ndarray) -> int:
-    """crc32 of an `ENTRY` [1] without its last field."""
+    """Returns the crc32 of an `ENTRY` [1] without its last field."""
     return zlib.crc32(entry.tobytes()[: ENTRY.itemsize - 4])

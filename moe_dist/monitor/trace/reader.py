@@ -31,7 +31,7 @@ from moe_dist.monitor.trace.format import (
 
 
 class TracedStep(NamedTuple):
-    """The traced tokens of one step, ordered by rank and by place in the rank's batch.
+    """The traced tokens of one step, ordered by rank and by position in the rank's batch.
 
     Attributes:
         tokens: `format.TOKEN` [T].
@@ -48,16 +48,16 @@ class TracedStep(NamedTuple):
     losses: np.ndarray | None = None
 
     def choices(self) -> np.ndarray:
-        """Number of choices of each column, dropped pairs included, int64 [L, C]: `Record.arrays['choices_LC']`."""
+        """Returns the number of choices of each column with dropped pairs, int64 [L, C]: `Record.arrays['choices_LC']`."""
         return count_choices(self.ids, self.manifest.num_columns)
 
     def dropped(self) -> np.ndarray:
-        """Number of dropped pairs of each column, int64 [L, C]."""
+        """Returns the number of dropped pairs of each column, int64 [L, C]."""
         return count_choices(np.where(self.ids < NO_CHOICE, self.ids, NO_CHOICE), self.manifest.num_columns)
 
 
 def count_choices(ids_TLK: np.ndarray, columns: int) -> np.ndarray:
-    """Number of choices of each column, dropped pairs included, int64 [L, C]. `ids_TLK` are as in `TracedStep`."""
+    """Returns the number of choices of each column with dropped pairs, int64 [L, C]. `ids_TLK` is as in `TracedStep`."""
     column_TLK = np.where(ids_TLK < NO_CHOICE, -2 - ids_TLK, ids_TLK)
     layers = range(column_TLK.shape[1])
     return np.stack([np.bincount(column_TLK[:, i].ravel() + 1, minlength=columns + 1)[1:] for i in layers])
@@ -65,7 +65,7 @@ def count_choices(ids_TLK: np.ndarray, columns: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Attempt:
-    """An attempt's folder, and for each of its steps that all ranks wrote the index entries by rank."""
+    """An attempt's folder and manifest, and the index entries, by rank, of each step that all ranks wrote."""
 
     folder: Path
     manifest: Manifest
@@ -73,10 +73,10 @@ class Attempt:
 
 
 class Trace:
-    """The steps of a run's trace, each once: of a step that was repeated after a resume only the last version.
+    """The steps of a run's trace. If a resume repeated a step, only the last version of the step counts.
 
     Attributes:
-        attempts: The attempts, in their order.
+        attempts: The attempts, from the first to the last.
         steps: Numbers of the traced steps that all ranks wrote, rising; the first step of a run is 1.
     """
 
@@ -147,7 +147,7 @@ def _attempt(folder: Path) -> Attempt:
 
 
 def _index(path: Path) -> dict[int, np.ndarray]:
-    """The entries of an index by step; ends at the first incomplete entry, which a killed writer may leave."""
+    """Returns the entries of an index by step, up to the first incomplete entry, which a killed writer may leave."""
     if not path.exists():
         return {}
     with open_file(path) as stream:
@@ -162,7 +162,7 @@ def _index(path: Path) -> dict[int, np.ndarray]:
 
 
 def _rows(stem: Path, entry: np.ndarray, manifest: Manifest) -> Sequence[np.ndarray | None]:
-    """The tokens, ids, weights and losses of a step of one rank."""
+    """Returns one rank's tokens, ids, weights and losses of a step."""
     shape = (len(manifest.layers), manifest.choices)
     tokens = _read(stem.with_suffix(".tokens"), entry, TOKEN, ())
     ids = _read(stem.with_suffix(".ids"), entry, np.dtype("<i2"), shape)
@@ -207,5 +207,5 @@ def open_file(path: Path) -> Iterator[BufferedReader]:
         with open_regular(path) as stream:
             yield stream
     except OSError as error:
-        # repr: an error of pyarrow has no strerror, and ends with a new line
+        # repr is used, because an error of pyarrow has no strerror, and ends with a new line.
         raise DataError(f"{path}: {error.strerror or repr(error):.100}; restore the file") from error

@@ -22,10 +22,10 @@ Step = tuple[int, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
 
 
 class TraceWriter:
-    """Appends steps to the files of `rank` in `folder`, an attempt's folder. An error, such as a full disk, is logged and
-    ends the trace, not the run.
+    """Appends steps to the files of `rank` in an attempt's folder `folder`. An error, such as a full disk, is logged and
+    ends the trace, but not the run.
 
-    A killed process loses at most the steps that were waiting. A step counts only with its index entry, written last.
+    A killed process loses at most the waiting steps. A step counts only if its index entry, which is written last, exists.
     """
 
     def __init__(self, folder: Path, rank: int, *, weights: bool, losses: bool = False) -> None:
@@ -39,14 +39,15 @@ class TraceWriter:
     def add(
         self, step: int, tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray | None, losses: np.ndarray | None = None
     ) -> None:
-        """Queues the tokens of a step: `TOKEN` [T], int16 [T, L, K], float16 [T, L, K] and [T]. The arrays must not change
-        later."""
+        """Queues a step: tokens `TOKEN` [T], ids int16 [T, L, K], weights float16 [T, L, K], losses float16 [T]. The arrays
+        must not change later."""
         assert tokens.dtype == TOKEN, tokens.dtype
         assert ids.dtype == np.int16, ids.dtype
         self._queue.put((step, tokens, ids, weights, losses))
 
     def flush(self) -> None:
-        """Waits until all steps so far are on disk. Call it before a checkpoint: a resume from it repeats none of them."""
+        """Waits until all steps so far are on disk. Call this method before a checkpoint is saved, because a run that
+        resumes from the checkpoint does not repeat these steps."""
         self._queue.join()
         self._guarded(self._sync)
 
@@ -55,7 +56,7 @@ class TraceWriter:
         if not self._thread.is_alive():
             return
         deadline = time.monotonic() + CLOSE_SECONDS
-        with contextlib.suppress(queue.Full):  # the disk hangs
+        with contextlib.suppress(queue.Full):  # raised if the disk hangs
             self._queue.put(None, timeout=CLOSE_SECONDS)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
@@ -63,7 +64,7 @@ class TraceWriter:
 
     @property
     def incomplete(self) -> bool:
-        """Whether, after `close`, steps are missing on disk. The log has the reason."""
+        """Returns whether steps are missing on disk after `close`. The log has the reason."""
         return self._failed or self._thread.is_alive()
 
     def _work(self) -> None:
@@ -72,7 +73,7 @@ class TraceWriter:
             self._queue.task_done()
         self._guarded(self._sync)
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # `close` tries a failed write again, and may fail again
+            with contextlib.suppress(OSError):  # `close` repeats a failed write, and may fail again
                 file.close()
         self._queue.task_done()
 

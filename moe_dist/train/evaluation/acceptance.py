@@ -1,5 +1,5 @@
-"""Compares the held-out losses of a finished run with those of unigram and bigram models of its training tokens, and its
-routing with expected values. Pure functions."""
+"""Compares the held-out losses of a finished run with the losses of unigram and bigram models of its training tokens, and
+its routing with expected values. Pure functions."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,9 +11,9 @@ from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.placement.placement import ExpertGroup
 
 TEXT_MARGIN = 1.0  # nats per token by which the text loss must be below the unigram model's loss
-NO_FILLER_RATIO = 0.8  # largest picture loss without background cells, divided by the unigram model's loss
+NO_FILLER_RATIO = 0.8  # upper limit of the picture loss without background cells / the unigram model's loss
 ABLATION_MARGIN = 0.2  # nats per token by which the loss must rise without the experts' output
-NULL_TOLERANCE = 0.05  # allowed difference of the fraction of null choices from its expected value
+NULL_TOLERANCE = 0.05  # allowed difference between the fraction of null choices and its expected value
 
 
 def run_checks(
@@ -29,13 +29,13 @@ def run_checks(
     window: int,
     even_active: Mapping[str, float] | None = None,
 ) -> list[Check]:
-    """Makes the checks `names`. Leaves out checks whose baseline is missing, and checks of routing if `window` is 0.
+    """Makes the checks `names`. Omits checks whose baseline is missing, and checks of routing if `window` is 0.
 
     Args:
         names: Names of the checks (`evaluation.checks`), in the order of display.
         baselines: Held-out losses of unigram and bigram models in nats per token, from the manifest.
-        choices_LC, tokens_LG, dropped_L: Routing counts, and pairs that a capacity dropped, summed over the last `window`
-            steps.
+        choices_LC, tokens_LG, dropped_L: Routing counts, and (token, expert) pairs that a capacity dropped, summed over the
+            last `window` steps.
         skipped_steps: Number of skipped steps in the whole run.
         window: Number of steps in the routing counts; 0 if the attempt took no step.
         even_active: By group: the expected number of true experts per token, if a controller or a weight of null experts
@@ -110,14 +110,14 @@ def null_checks(
 ) -> list[Check]:
     """Checks that, in each group, null experts get a fraction of the choices near null experts / all experts.
 
-    If `even_active` has the group, the group's tokens are expected to take so many true experts, and to spread their other
-    choices evenly over the experts that are not true.
+    If `even_active` has the group, a token of the group is expected to take `even_active` true experts, and to spread its
+    other choices evenly over the experts that are not true.
     """
     num_experts, checks = sum(group.num_experts for group in groups), []
     for index, group in enumerate(groups):
         choices = group.top_k * tokens_LG[:, index].sum()
         if group.num_null and choices:
-            nulls = sum(other.num_null for other in groups[:index])  # first come all true columns, then null ones
+            nulls = sum(other.num_null for other in groups[:index])  # null columns come after all true columns
             share = choices_LC[:, num_experts + nulls : num_experts + nulls + group.num_null].sum() / choices
             load = even_active.get(group.name, group.expected_experts_per_token)
             others = group.num_columns - group.num_experts

@@ -37,7 +37,7 @@ class BalanceEfficiency:
 
 
 class EvenRouter(nn.Module):
-    """Makes as many (token, expert) pairs as another router, with its weights, but takes the experts of a group in turn."""
+    """Makes as many (token, expert) pairs as `router`, with the same weights, but takes the experts of a group in turn."""
 
     def __init__(self, router: nn.Module, groups: Sequence[ExpertGroup]) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class EvenRouter(nn.Module):
         even_N = torch.full_like(expert_N, ABSENT)
         for index, group in enumerate(self.groups):
             mine_N = (expert_N != ABSENT) & (group_N == index)
-            # The i-th pair of a group gets expert i modulo n. A token's pairs are consecutive, so its experts differ.
+            # The i-th pair of a group gets expert i modulo n. A token's experts differ, because its pairs are consecutive.
             turn_N = (mine_N.to(torch.int64).cumsum(0) - 1) % group.num_experts
             even_N = torch.where(mine_N, group.first_expert + turn_N, even_N)  # a mask as index would sync with the host
         return routing._replace(assignments=assignments._replace(expert_N=even_N, counts_WE=None))
@@ -87,7 +87,7 @@ def balance_efficiency(
 
 
 def ranks_outnumber_cores(mesh: Mesh) -> str:
-    """Says why times mean nothing on a CPU with more ranks than cores; empty elsewhere."""
+    """Returns why times mean nothing on a CPU with more ranks than cores; an empty text otherwise."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
     cores = len(os.sched_getaffinity(0))
     outnumbered = mesh.device.type == "cpu" and ranks_here > cores
@@ -96,7 +96,7 @@ def ranks_outnumber_cores(mesh: Mesh) -> str:
 
 @contextmanager
 def even_routing(model: Transformer, groups: Sequence[ExpertGroup]) -> Iterator[None]:
-    """In the `with` block every MoE layer uses an `EvenRouter`; after it, the model's own router again."""
+    """Gives every MoE layer an `EvenRouter` during the `with` block; then restores the model's own routers."""
     layers = model.moe_modules()
     routers = [layer.router for layer in layers]
     for layer in layers:

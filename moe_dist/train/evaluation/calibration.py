@@ -30,7 +30,7 @@ HALVINGS = 30  # 30 halvings of [0, 1] end at a width of 1e-9, below the resolut
 
 
 def by_threshold(model: Transformer) -> list[ChoosingRouter]:
-    """Returns the routers with thresholds, in layer order: first those of MoE layers, then those of mixture of depths."""
+    """Returns the routers with thresholds, in layer order: first MoE routers, then mixture-of-depths routers."""
     routers = [*(layer.router for layer in model.moe_modules()), *model.depth_routers()]
     return [each for each in routers if isinstance(each, ChoosingRouter) and each.causal == "threshold"]
 
@@ -44,8 +44,8 @@ def calibrate(
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
 ) -> None:
-    """Sets the thresholds of all layers in place; `world` are the ranks with these layers. Without batches all thresholds
-    stay. An expert for which no token was selected keeps its threshold.
+    """Sets the thresholds of all layers in place; `world` has the ranks with these layers. Without batches all thresholds
+    stay unchanged. An expert that selected no token keeps its threshold.
 
     Collective: every rank must pass the same number of batches.
     """
@@ -53,7 +53,7 @@ def calibrate(
     if not batches:
         return
     scores, taken = _seen(model, routers, batches, group_of_modality)
-    if not routers:  # the forward passes were for ranks with other layers
+    if not routers:  # this rank ran the forward passes only for ranks with other layers
         return
     sizes = [len(taken_n) for taken_n in taken]
     taken_N = sum_over(torch.cat(taken), world, name=CALIBRATION_COUNTS, tracker=tracker)
@@ -78,7 +78,7 @@ def _seen(
     group_of_modality: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Returns for each router the scores of this rank's tokens, [T, n], and the number of selected tokens per threshold,
-    float64 [n]. The scores of all routers are T x N numbers in memory."""
+    float64 [n]. The scores of all routers take T x N numbers of memory."""
     scores: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
     taken: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
 

@@ -1,4 +1,4 @@
-"""Counts the true experts of single held-out tokens: the cells of some pictures, the tokens of some lines of text, and the
+"""Counts the true experts that single held-out tokens take: cells of some pictures, tokens of some lines of text, and the
 mean of each kind of token.
 
 Shape letters: B sequences, S positions, T = B x S tokens, L MoE layers, K choices, M modalities.
@@ -29,8 +29,8 @@ from moe_dist.placement.placement import ExpertGroup
 from moe_dist.train.loss import forward
 
 T = TypeVar("T")
-SHORTEST_LINE, LONGEST_LINE = 12, 100  # characters of a line of text that is drawn
-IDS_IN_A_LINE = 16  # tokens of a line if the data have no tokenizer
+SHORTEST_LINE, LONGEST_LINE = 12, 100  # characters of a line of text in the map
+IDS_IN_A_LINE = 16  # tokens of a line in the map if the data have no tokenizer
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Mapper:
     """Makes the compute map of a model.
 
     Attributes:
-        sequences: Held-out sequences of each source that are routed.
-        pictures, lines: Number of pictures, and of lines of text, that are drawn from the share of rank 0.
+        sequences: Number of held-out sequences of each source that are routed.
+        pictures, lines: Number of pictures, and of lines of text, that the map takes from rank 0's sequences.
     """
 
     folder: Path
@@ -52,8 +52,7 @@ class Mapper:
     _tokenizer: Tokenizer | None = field(init=False)
 
     def __post_init__(self) -> None:
-        """Raises DataError if the codebook or the tokenizer cannot be read: at the start of the run, not in an
-        evaluation."""
+        """Reads codebook and tokenizer at the start of the run. Raises DataError if that fails."""
         image, tokenizer = self.manifest.image, self.manifest.tokenizer
         codebook = None if image is None or image.codebook is None else load_codebook(self.folder / image.codebook)
         object.__setattr__(self, "_codebook", codebook)
@@ -68,7 +67,7 @@ class Mapper:
         device, names = group_of_modality.device, tuple(self.manifest.modalities)
         sums_2MF = torch.zeros(
             2, len(names), 2, dtype=torch.float64, device=device
-        )  # experts and tokens; not filler, filler
+        )  # [experts or tokens, modality, not filler or filler]
         seen: list[tuple[Batch, np.ndarray]] = []
         training = model.training
         model.eval()
@@ -76,12 +75,12 @@ class Mapper:
             on_device = batch.to(device)
             _, reports = forward(model, on_device, group_of_modality, RoutingRequest(keep_choices=True))
             experts_BS = true_experts(reports, sum(group.num_experts for group in self.groups)).view(batch.tokens_BS.shape)
-            sums_2MF += _sums(experts_BS, on_device, len(names))  # also on ranks that share sequences: means stay
+            sums_2MF += _sums(experts_BS, on_device, len(names))  # equal sums of ranks that share sequences keep the means
             if mesh.rank == 0:
                 seen.append((batch, experts_BS.cpu().numpy()))  # host sync
         model.train(training)
         sums_2MF = sum_over(sums_2MF, mesh.world, name=MAPPED_EXPERTS, tracker=mesh.tracker).cpu().numpy()
-        if mesh.rank != 0 or not sums_2MF.any():  # no token at all: the data have no held-out side
+        if mesh.rank != 0 or not sums_2MF.any():  # no token: the data have no held-out part
             return None
         drawn = _draw([each for pair in seen for each in _pictures(*pair, self.manifest)], self.pictures)
         return ComputeMap(
@@ -100,7 +99,7 @@ class Mapper:
         return patches.transpose(0, 2, 1, 3, 4).reshape(rows * patch, columns * patch, 3)
 
     def _lines(self, seen: Sequence[tuple[Batch, np.ndarray]]) -> list[list[tuple[str, float]]]:
-        """Lines that follow each other in one document without pictures, or in several if a document is too short."""
+        """Returns consecutive lines of one document without pictures, or of several documents if one is too short."""
         texts = [text for batch, experts in seen for text in _texts(batch, experts, self.manifest)]
         lines: list[list[tuple[str, float]]] = []
         for tokens, experts in _draw(texts, len(texts)):
@@ -126,7 +125,7 @@ class Mapper:
 
 
 def _draw(found: Sequence[T], count: int) -> list[T]:
-    """Draws `count` items at random, the same in every evaluation, because the batches and the seed are the same."""
+    """Draws `count` items at random. Every evaluation draws the same items, because the seed is fixed."""
     return [found[index] for index in np.random.default_rng(0).permutation(len(found))[:count]]
 
 
@@ -139,7 +138,7 @@ def true_experts(reports: Sequence[LayerReport], num_experts: int) -> Tensor:
 
 
 def _filler(batch: Batch) -> Tensor:
-    """True for the tokens that are background cells, [B, S]: `Batch.filler_BS` marks the token before."""
+    """Returns which tokens are background cells, bool [B, S]. `Batch.filler_BS` marks the token before each of them."""
     filler_BS = torch.zeros_like(batch.filler_BS)
     filler_BS[:, 1:] = batch.filler_BS[:, :-1] & (batch.positions_BS[:, 1:] > 0)
     return filler_BS
@@ -154,7 +153,8 @@ def _sums(experts_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:
 
 
 def mean_by_kind(sums_2MF: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Names the kinds of tokens. Cells are of a named modality only if several modalities have background."""
+    """Returns the mean number of true experts by kind of token. The name of a kind of picture cells contains the modality
+    only if several modalities have background."""
     experts_MF, tokens_MF = sums_2MF
     several, found = (tokens_MF[:, 1] > 0).sum() > 1, {}
     for name, experts_F, tokens_F in zip(names, experts_MF, tokens_MF, strict=True):
@@ -165,7 +165,7 @@ def mean_by_kind(sums_2MF: np.ndarray, names: Sequence[str]) -> dict[str, float]
 
 
 def _documents(batch: Batch) -> Iterator[tuple[int, slice]]:
-    """Yields row and positions of each document or piece of one."""
+    """Yields the row in the batch and the positions of each document or piece of a document."""
     for row, (starts, padding) in enumerate(zip(batch.positions_BS.numpy() == 0, batch.padding_BS.numpy(), strict=True)):
         length = int((~padding).sum())  # padding is at the end
         edges = [*np.flatnonzero(starts[:length]).tolist(), length]
@@ -175,7 +175,7 @@ def _documents(batch: Batch) -> Iterator[tuple[int, slice]]:
 def _pictures(
     batch: Batch, experts_BS: np.ndarray, manifest: Manifest
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields codes, true experts and background of the cells, each [rows, columns], of each whole picture."""
+    """Yields for each whole picture the codes, true experts and background flags of its cells, each [rows, columns]."""
     image = manifest.image
     if image is None:
         return
@@ -192,8 +192,8 @@ def _pictures(
 
 
 def _texts(batch: Batch, experts_BS: np.ndarray, manifest: Manifest) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields tokens and true experts of each document or piece whose tokens all have the modality of `eos_id`, and none of
-    which begins a picture."""
+    """Yields tokens and true experts of each document, or piece of a document, without pictures whose tokens all have the
+    modality of `eos_id`."""
     tokens_BS, modality_BS = batch.tokens_BS.numpy(), batch.modality_BS.numpy()
     (text,) = (
         index
@@ -208,6 +208,6 @@ def _texts(batch: Batch, experts_BS: np.ndarray, manifest: Manifest) -> Iterator
 
 
 def _cut(line: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """The first tokens of a line, up to LONGEST_LINE characters."""
+    """Returns the first tokens of a line, up to LONGEST_LINE characters."""
     ends = np.cumsum([len(text) for text, _ in line])
     return [token for token, end in zip(line, ends, strict=True) if end <= LONGEST_LINE]

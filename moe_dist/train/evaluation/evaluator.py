@@ -39,7 +39,7 @@ class Evaluator:
         group_of_modality: int64 [M], expert group of each modality, on the model's device.
         measure_balance: True to measure the balance efficiency.
         ablate: True to measure, in the last evaluation, also the loss without the output of routed experts.
-        layer_ranks: The ranks with the same layers as this one; None for this rank alone.
+        layer_ranks: The ranks with the same layers as this rank; None for this rank alone.
         mapper: Makes the compute map; None without `monitor.compute_map`.
         experts_choose: Whether experts choose tokens in training.
         calibration: Number of training micro-batches that calibrate thresholds before each evaluation; 0 if no router has
@@ -68,12 +68,12 @@ class Evaluator:
     _cached: dict[int, list[Batch]] = field(default_factory=dict, init=False)  # results of `_batches` by its argument
 
     def __call__(self, step: int, *, final: bool = False, trained: Sequence[Batch] = ()) -> EvaluationResult:
-        """Evaluates the model after step `step`. Collective. Changes the thresholds that it calibrates, but no gradients,
-        random generators, loader or other part of routers.
+        """Evaluates the model after step `step`. Collective. Calibrates thresholds of routers, and changes nothing else:
+        no gradients, random generators or loader.
 
         Args:
-            final: True for the last evaluation: uses `final_sequences`, and also measures the loss without experts and, if
-                experts choose tokens in training, the loss with that selection.
+            final: True for the last evaluation, which uses `final_sequences`, and also measures the loss without experts
+                and, if experts choose tokens in training, the loss with the selection of training.
             trained: This rank's last `calibration` training micro-batches, or fewer at the start of the run.
         """
         mesh, groups = self.mesh, self.group_of_modality
@@ -84,12 +84,12 @@ class Evaluator:
         ablated = self._losses(batches, experts_off=True) if final and self.ablate else Heldout({}, {}, None)
         noncausal = Heldout({}, {}, None)
         if final and self.experts_choose:
-            # Experts choose tokens as in training, which depends on later tokens.
+            # Experts choose tokens as in training: the choice depends on later tokens.
             with choice_of_training([layer.router for layer in self.model.moe_modules()]):
                 noncausal = self._losses(batches)
         balance = BalanceEfficiency(None, "switched off")
         if self.measure_balance:
-            some = batches[:: max(1, len(batches) // TIMED_BATCHES)][:TIMED_BATCHES]  # from every source
+            some = batches[:: max(1, len(batches) // TIMED_BATCHES)][:TIMED_BATCHES]  # batches of every source
             balance = balance_efficiency(self.model, some, group_of_modality=groups, placement=self.placement, mesh=mesh)
         compute_map = None
         if self.mapper is not None:
@@ -137,8 +137,8 @@ class Evaluator:
         }
 
     def _by_count(self, choices_LC: np.ndarray | None) -> float | None:
-        """Returns the mean over the ranks of rows x FFN width, divided by the maximum over the ranks. A rank's number of
-        rows follows from the choices of experts in this evaluation."""
+        """Returns the mean over the ranks of expert rows x FFN width, divided by the maximum over the ranks. A rank's
+        number of rows follows from the expert choices of this evaluation."""
         if choices_LC is None:
             return None
         rows_LR = rows_by_rank(choices_LC, self.placement)

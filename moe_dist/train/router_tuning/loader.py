@@ -16,14 +16,14 @@ from moe_dist.data.order import ShuffledEpochs, micro_batches
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.router_tuning.samples import Samples, TuningSample
 
-_BATCH_LOGITS = 1 << 26  # most logits per batch: 256 MiB in fp32, and as much again for the losses
+_BATCH_LOGITS = 1 << 26  # most logits per batch: they and the losses take 256 MiB each in fp32
 
 
 def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, mesh: Mesh | None) -> list[list[int]]:
     """Divides rows into batches of rows with similar lengths; returns the row indices of each batch of this rank.
 
-    Every rank gets equally many batches, because a rank's experts take part in the forward passes of every rank. A rank's
-    last batch may be empty.
+    Every rank gets equally many batches, because each rank's experts take part in all ranks' forward passes. A rank's last
+    batch may be empty.
 
     Args:
         lengths: Number of tokens of each row; equal on all ranks.
@@ -34,7 +34,7 @@ def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, m
     most = max(1, min(tokens, _BATCH_LOGITS // vocab_size))
     batches: list[list[int]] = []
     room = 0
-    # The longest rows come first, so that memory that is too small shows in the first batch.
+    # The longest rows come first, so that a lack of memory shows in the first batch.
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         if room <= 0:
             batches.append([])
@@ -51,7 +51,7 @@ class SampleBatch(Batch):
 
     Attributes:
         numbers: Indices of the samples in `Samples`.
-        probe_tokens_B: int64, index, among the B x S tokens, of the last token of each sample's prompt. This token's logits
+        probe_tokens_B: int64, index of the last token of each sample's prompt among the B x S tokens. This token's logits
             predict the answer's first token, and its routing is the routing of the sample.
     """
 
@@ -66,7 +66,7 @@ class SampleMaker:
         self._pad_id, self._modalities = manifest.pad_id, tuple(manifest.modalities.values())
 
     def make(self, samples: Sequence[TuningSample], numbers: Sequence[int] = ()) -> SampleBatch:
-        """Makes a batch with one row per sample; without samples one row of padding.
+        """Makes a batch with one row per sample, or with one row of padding if there are no samples.
 
         Raises:
             DataError: a token id lies outside the vocabulary.
@@ -86,7 +86,7 @@ class SampleMaker:
 
 
 class SampleLoader:
-    """Makes the training batches of one rank. Use `batches` and `epochs` as in `moe_dist.data.loader.TrainLoader`.
+    """Makes the training batches of one rank. `batches` and `epochs` work as in `moe_dist.data.loader.TrainLoader`.
 
     Args:
         samples: Every epoch contains each sample once, in another order.
@@ -127,5 +127,6 @@ class SampleLoader:
         return self._epochs.at(position)
 
     def epochs(self, position: int) -> dict[str, float]:
-        """Returns the number of epochs over the samples up to a position, by modality; it is the same for each modality."""
+        """Maps each modality to the number of epochs over the samples up to a position, which is equal for all
+        modalities."""
         return dict.fromkeys(self._modalities, position / len(self._samples))

@@ -1,6 +1,6 @@
 """Finds a sample's neighbours: the samples with the nearest embeddings. scikit-learn searches a memory-mapped file.
 
-The weights of the neighbours j of a sample i, with embeddings E(x), are those of RoMA (arXiv 2511.07419, section 3):
+The neighbours j of a sample i, with embeddings E(x), have the weights of RoMA (arXiv 2511.07419, section 3):
 
     W_ij = s_ij / sum over the neighbours of s_ij,    s_ij = exp(-||E(x_i) - E(x_j)||^2 / (2 sigma^2))
 
@@ -52,7 +52,7 @@ class NeighbourIndex:
         similarity: float | None = None,
         random_seed: int | None = None,
     ) -> None:
-        from sklearn.neighbors import NearestNeighbors  # imported here, because the import takes a second
+        from sklearn.neighbors import NearestNeighbors  # imported late, because the import takes a second
 
         assert (k is None) != (similarity is None), "k or a similarity"
         assert k is None or k < members, "preflight checks k"

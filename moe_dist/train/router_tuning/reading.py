@@ -21,7 +21,7 @@ from moe_dist.train.router_tuning.samples import TuningSample
 
 
 class RoutingReader:
-    """Computes the routing of samples with one model; each rank runs a part of the samples.
+    """Computes the routing of samples with one model; each rank runs the model on a part of the samples.
 
     Args:
         model: The model with this rank's experts.
@@ -73,7 +73,7 @@ class RoutingReader:
         return found
 
     def _read(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        filler = np.zeros(1, np.int64)  # an answer of one token, whose id does not matter, because it is only a label
+        filler = np.zeros(1, np.int64)  # an answer of one arbitrary token, which is only a label
         batch = self._maker.make([TuningSample(each, filler) for each in prompts])
         device = self._group_of_modality.device
         request = RoutingRequest(probe_tokens_A=batch.probe_tokens_B.to(device))

@@ -21,7 +21,7 @@ from moe_dist.runtime.files import make_writable
 
 @dataclass(frozen=True)
 class TuningSample:
-    """Token ids of a prompt, and of its right answer. Neither is empty."""
+    """Token ids of a prompt, and token ids of the prompt's right answer. Both are not empty."""
 
     prompt: np.ndarray
     answer: np.ndarray
@@ -71,13 +71,13 @@ class Samples:
 
 @dataclass(frozen=True)
 class Scored:
-    """A question that a trained run has answered."""
+    """A question that a trained model has answered."""
 
     task: str
     id: str
-    text: str  # the text for the embedding
+    text: str  # text of which the embedding is made
     sample: TuningSample
-    right: bool  # True if the run's answer was right
+    right: bool  # True if the model's answer was right
 
 
 def write_samples(
@@ -89,7 +89,7 @@ def write_samples(
     Args:
         out: The folder, which must not exist.
         scored, embeddings_SE, routing_SLC: One entry per question, in the same order.
-        facts: The manifest without sizes, tasks and digests, which are added here.
+        facts: Fields of the manifest except sizes, tasks and digests, which this function adds.
 
     Raises:
         ConfigError: `out` exists.
@@ -122,7 +122,7 @@ def write_samples(
                 "tasks": {name: {"questions": questions, "right": right} for name, (questions, right) in tasks.items()},
                 "samples": len(ordered),
                 "right": sum(each.right for each in ordered),
-                "longest": int(lengths_S2.sum(1).max()) - 1,  # without the last token, which is only a label
+                "longest": int(lengths_S2.sum(1).max()) - 1,  # the last token is only a label, not an input
                 "columns": int(routing_SLC.shape[2]),
                 "width": int(embeddings_SE.shape[1]),
                 "digests": {name: sampled_digest(folder / name) for name in (*arrays, "questions.jsonl")},
@@ -148,7 +148,7 @@ def refuse_existing(out: Path) -> None:
 
 
 def check_place(out: Path) -> None:
-    """Checks that the folder `out` can be made; call it before the scoring, which takes hours. Raises ConfigError if `out`
-    exists, or its parent is not writable."""
+    """Checks that the folder `out` can be made. Call this function before the scoring, which takes hours. Raises
+    ConfigError if `out` exists, or its parent is not writable."""
     make_writable(out.parent, option=f"--out {out}")
     refuse_existing(out)

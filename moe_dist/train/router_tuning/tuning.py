@@ -4,8 +4,8 @@
     term = lambda * mean over samples i of  sum over neighbours j of W_ij ||r_i - r_j||^2
 
 r_i is the routing of sample i: the router softmax of the chosen layers for the last token of its prompt, concatenated. r_j
-is the routing of sample j. It is a constant, read from the folder of samples or recomputed every `refresh_every` steps. A
-sample without neighbours counts as 0 in the mean. `neighbours.py` computes the weights W.
+is the routing of sample j, a constant read from the folder of samples or recomputed every `refresh_every` steps. A sample
+without neighbours counts as 0 in the mean. `neighbours.py` computes the weights W.
 
 Shape letters: S samples, B samples of a micro-batch, K neighbours, L chosen layers, C choice columns, R = L x C.
 """
@@ -40,8 +40,8 @@ def router_parameters(model: Transformer, layers: Collection[int]) -> dict[str, 
 
 
 def freeze_all_but_routers(model: Transformer, layers: Collection[int]) -> None:
-    """Disables the gradients of all parameters except the routers of `layers`, so that backward ends at the first of them.
-    Must be called before sharding, so that FSDP2 reduces no gradients of frozen parameters.
+    """Disables the gradients of all parameters except the routers of `layers`, so that backward ends at the first of these
+    layers. Must be called before sharding, so that FSDP2 reduces no gradients of frozen parameters.
     """
     kept = router_parameters(model, layers)
     for each in named_parameters(model):
@@ -68,11 +68,11 @@ class Chosen:
 
     layers: tuple[int, ...]  # indices of these layers among all layers
     places: tuple[int, ...]  # indices of these layers among the MoE layers
-    stored: tuple[int, ...]  # indices of these layers among those whose routing the folder of samples contains
+    stored: tuple[int, ...]  # indices of these layers among the layers whose routing is in the folder of samples
 
 
 class RouterTuning:
-    """Computes the manifold term of a run, and saves and restores what it depends on.
+    """Computes the manifold term of a run, and saves and restores its state.
 
     Args:
         reader: Recomputes the routing of all samples (a refresh).
@@ -129,7 +129,7 @@ class RouterTuning:
         return stored_KLC[:, list(self._chosen.stored)].reshape(len(number_K), self._width)
 
     def add(self, loss: MicroLoss, reports: Sequence[LayerReport], targets: Targets) -> MicroLoss:
-        """Adds to the loss what this rank's micro-batch contributes to the manifold term."""
+        """Adds to the loss the share of this rank's micro-batch in the manifold term."""
         r_BR = routing_of(reports, self._chosen.places).flatten(1)
         term = self._weight * manifold_sum(r_BR, targets.target_BKR.to(r_BR.dtype), targets.weight_BK)
         return loss._replace(total=loss.total + term, auxiliary=term.detach().to(torch.float64))
@@ -165,7 +165,7 @@ class RouterTuning:
             return
         now = {name: parameter.detach().clone() for name, parameter in self._routers.items()}
         with torch.no_grad():
-            for name, parameter in self._routers.items():  # the weights of the last refresh, only to repeat it
+            for name, parameter in self._routers.items():  # loads the weights of the last refresh, to repeat it
                 parameter.copy_(_unpacked(routers[name], parameter, name))
             self._routing_SLC = self._reader(self._samples.prompts()).numpy()
             for name, parameter in self._routers.items():
