@@ -12,14 +12,14 @@ KEY = "router_tuning"
 
 
 class NearestSection(Section):
-    """The k samples whose embeddings are nearest."""
+    """The k samples whose embeddings are nearest to a sample's embedding."""
 
     kind: Literal["nearest"] = "nearest"
     k: PositiveInt = Field(default=3, description="Neighbours of a sample, not counting the sample. RoMA is best with 3.")
 
 
 class RadiusSection(Section):
-    """All samples whose similarity is above a limit."""
+    """All samples whose similarity to a sample is at least a limit."""
 
     kind: Literal["radius"] = "radius"
     similarity: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
@@ -84,7 +84,7 @@ class RouterTuningSection(Section):
 
 
 def _start_violations(config: WholeConfig) -> Iterator[Violation]:
-    """Checks that the run starts at the first sample, with exactly the weights that answered the questions."""
+    """Checks that router tuning starts at the data's first sample, with exactly the weights that answered its questions."""
     run = config.run
     if run.init_from is None:
         problem = f"run.init_from=null: {KEY} tunes a trained model; set it to the run that {KEY}.data is made from"

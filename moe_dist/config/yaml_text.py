@@ -52,7 +52,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def get_single_node(self) -> yaml.Node | None:
-        """Refuses a document with too many values before they are made: nine lines of aliases can stand for a billion."""
+        """Refuses a document with too many values before the values are made: nine lines of aliases can stand for a billion
+        values."""
         node = super().get_single_node()
         count = 0 if node is None else _values_in(node, {})
         problem = f"more than {MAX_VALUES:,} values with all aliases (*), or an anchor (&) contains its own alias"
@@ -101,7 +102,8 @@ def _require(fits: bool, problem: str) -> None:
 
 
 def _values_in(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
-    """Counts the values in a node, aliases in full. The count is above MAX_VALUES if the node contains itself."""
+    """Counts the values in a node; an alias counts as all values that it stands for. The count is above MAX_VALUES if the
+    node contains itself."""
     if node not in counts:
         counts[node] = MAX_VALUES + 1  # the result if the node contains itself
         inner = chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
@@ -143,7 +145,8 @@ def read_yaml(path: Path, *, links: bool = True) -> tuple[Any, list[str]]:
 
 
 def read_mapping(path: Path, content: str, *, links: bool = True) -> tuple[dict[str, Any] | None, list[str]]:
-    """Like `read_yaml`, but for a mapping, whose entries error texts call `content`. Returns {} for an empty file."""
+    """Reads a mapping as `read_yaml` does; error texts call the mapping's entries `content`. Returns {} for an empty
+    file."""
     values, problems = read_yaml(path, links=links)
     problems = [f"{path}: {problem}" for problem in problems]
     if values is None and not problems:

@@ -2,7 +2,8 @@
 
 As in the loader, every token is a label except the first token of a document and the tokens of a prompt. The modality of a
 label follows from its id. The unigram and bigram models know the label's modality, which a language model must predict too.
-This lowers the loss of unigram and bigram slightly. A language model with a lower loss is therefore better than they are.
+Knowing the modality lowers the loss of unigram and bigram slightly. A language model whose loss is below a unigram's or
+bigram's is therefore the better model.
 
     unigram      p(x)     = (c(x) + 1) / (sum_x' c(x') + ids of the modality)
     left_bigram  p(x | a) = (c(a, x) + k p(x)) / (c(a) + k),  a the token before x, p(x) the unigram, k = BIGRAM_PRIOR
@@ -66,7 +67,8 @@ def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
 def _score(
     model: "_Unigram | _LeftBigram", heldout: Mapping[str, _Labels], masks: Mapping[str, np.ndarray], key: str
 ) -> dict[str, float]:
-    """Returns mean nats of the labels in `masks`: over all sources together, and in each source if there are several."""
+    """Returns mean nats of the labels in `masks`: over all sources together, and in each source if there are several
+    sources."""
     nats = {name: model.nats(labels.label[masks[name]], labels.left[masks[name]]) for name, labels in heldout.items()}
     parts = {f"{name}/{key}": part for name, part in nats.items()} if len(nats) > 1 else {}
     whole = {key: np.concatenate(list(nats.values()))} if nats else {}
@@ -92,7 +94,8 @@ class _LeftBigram:
         self._unigram = _Unigram(train, ranges)
         self._left_counts = np.bincount(train.left[chosen], minlength=vocab_size)
         pairs, counts = np.unique(self._pair(train.label[chosen], train.left[chosen]), return_counts=True)
-        # The added pair -1 equals no pair. A search beyond the last real pair finds it, and thus the count 0.
+        # The added pair -1 equals no (token, label) pair. A search beyond the last real pair finds the pair -1, and thus
+        # the count 0.
         self._pairs, self._pair_counts = np.append(pairs, -1), np.append(counts, 0)
 
     def _pair(self, label: np.ndarray, left: np.ndarray) -> np.ndarray:

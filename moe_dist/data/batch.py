@@ -54,7 +54,7 @@ class Batch:
 class Segment:
     """A piece of a document, as read from disk."""
 
-    tokens: np.ndarray  # int64 [length]; or [length + 1] with a last token that is only a label, if the document goes on
+    tokens: np.ndarray  # int64 [length]; or [length + 1] with a last token that is only a label, if more follows
     filler: np.ndarray  # bool per token, true for filler, a picture's cell that shows only background
     length: int  # number of input tokens
     prompt: np.ndarray | None = None  # bool per token, true for a token that is no label; None if all tokens are labels

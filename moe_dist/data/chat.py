@@ -2,8 +2,8 @@
 
 Token ids and labels of a conversation equal transformers' `apply_chat_template(..., return_dict=True,
 return_assistant_tokens_mask=True)`. Chat templates run in jinja's sandbox, as in transformers, and in a process with a time
-limit, which the sandbox lacks. The template's {% generation %} blocks mark the labels. For a template without these blocks,
-the labels are the text that each assistant turn adds to the conversation before the turn, without the generation prompt
+limit, which the sandbox lacks. The template's {% generation %} blocks mark the labels. For a template without {% generation
+%} blocks, the labels are the text by which each assistant turn extends the earlier turns and their generation prompt
 (`_by_turns`).
 """
 
@@ -148,9 +148,10 @@ class HubTokenizer:
         return found["input_ids"], found["assistant_masks"]
 
     def _by_turns(self, messages: list[Any], tools: Any, where: str) -> tuple[Sequence[int], Sequence[bool]]:
-        """Returns ids and labels for a template without {% generation %} blocks. Labels are the tokens of the text that an
-        assistant's turn adds to the conversation before the turn, which ends with the generation prompt. White space after
-        the turn's last special token belongs to the template. Renders the conversation twice for each assistant turn."""
+        """Returns ids and labels for a template without {% generation %} blocks. Labels are the tokens of the text by which
+        an assistant's turn extends the text of the earlier turns and their generation prompt. White space after the turn's
+        last special token belongs to the template and has no label. Renders the conversation twice for each assistant
+        turn."""
         whole, spans = self._rendered(messages, tools), []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":

@@ -43,7 +43,7 @@ def build_chat(
         tokenizer: The Hugging Face folder.
 
     Returns:
-        The manifest, and an empty mapping of figures.
+        The manifest, and an empty mapping: chat data have no figures to display.
 
     Raises:
         ConfigError, DataError: from `HubTokenizer`, `table_rows` and `text_files`; or a file has no row.

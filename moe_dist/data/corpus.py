@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 
 from moe_dist.errors import DataError
 
-Skip = Callable[[DataError], None]  # called with the reason if an input cannot be read; leaves the input out if it returns
-VARIATIONS = ("place", "flip", "background")  # possible differences between copies of a picture; place is scale and shift
+Skip = Callable[[DataError], None]  # gets the reason why an input cannot be read; leaves the input out, or raises
+VARIATIONS = ("place", "flip", "background")  # how augmented copies of a picture may differ; place is scale and shift
 Item = TypeVar("Item")
 
 

@@ -1,6 +1,6 @@
 """Builds a data set folder from its sources: split, fit tokenizer and codebook, encode, write, count baselines.
 
-Tokenizer and codebook are fitted on the training side only, because held-out data must not influence them.
+Tokenizer and codebook are fitted on training data only, because held-out data must not influence them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,10 +90,10 @@ def _shown_texts(texts: Sequence[Text], held_out: np.ndarray) -> list[str]:
 
 def _held_out_instructions(sources: Sequence[Source[Instruction]], recipe: Recipe) -> dict[str, np.ndarray]:
     """Returns for each source a mask of its instructions, true if held out. A family is on the same side of the split in
-    all sources: the side that a line of the family names, else a side drawn at random.
+    all sources: the side that an instruction of the family names, else a side drawn at random.
 
     Raises:
-        DataError: lines of one family name both sides, or a source has no training instruction.
+        DataError: instructions of one family name both train and valid, or a source has no training instruction.
     """
     every = [each for source in sources for each in source.items]
     if not every:
@@ -147,7 +147,7 @@ class _Writer:
         tokenizer.save(str(folder / TOKENIZER_FILE))
 
     def take_codebook(self, codebook: np.ndarray) -> None:
-        """Sets the codebook. Its codes get token ids even if the data set has no pictures."""
+        """Sets the codebook. The codebook's codes get token ids even if the data set has no pictures."""
         np.save(self._folder / CODEBOOK_FILE, codebook)
         self._codebook, self._codes = codebook, len(codebook)
 
@@ -282,5 +282,5 @@ def write_split(
 
 def _section(source: Source[Any], splits: dict[str, SplitSection | None]) -> SourceSection:
     train = splits["train"]
-    assert train is not None  # `hold_out` keeps training data, and sources whose instructions are all held out are refused
+    assert train is not None  # `hold_out` keeps training data; sources without training instructions are refused
     return SourceSection(train=train, valid=splits["valid"], licence=source.licence, attribution=source.attribution)

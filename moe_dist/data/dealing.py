@@ -19,8 +19,8 @@ class SequenceCosts:
     Attributes:
         document_S: float64 [S + 1], maps a document's length to its cost without experts: the cost of its tokens, and of
             its attention, which without a window grows with the square of the length. Padding counts as a document.
-        expert_M: float64, maps a modality to the mean cost of the true experts that a token takes, which null choices
-            lower.
+        expert_M: float64, maps a modality to a token's mean cost in true (not null) experts; a choice of a null expert
+            costs nothing.
     """
 
     document_S: np.ndarray
@@ -46,12 +46,13 @@ class Dealing(NamedTuple):
 
 
 class Deal(NamedTuple):
-    """The sequences of a step by rank.
+    """The sequences of a step as dealt to the ranks.
 
     Attributes:
         place_IWB: int64, indices, in the step, of the sequences of each micro-batch and rank.
-        undealt, dealt: Cost of the busiest rank / cost of the mean rank, both summed over micro-batches, because in each
-            micro-batch all ranks wait for the busiest rank: in the order of the stream, and as dealt.
+        undealt, dealt: Cost of the busiest rank / mean cost of a rank, both summed over micro-batches, because in each
+            micro-batch all ranks wait for the busiest rank; `undealt` is for sequences in the stream's order, `dealt` for
+            this deal.
     """
 
     place_IWB: np.ndarray
@@ -60,8 +61,8 @@ class Deal(NamedTuple):
 
 
 def deal(cost_Q2: np.ndarray, *, micro_batches: int, ranks: int, ep: int, mix: bool) -> Deal:
-    """Deals the sequences of a step to the ranks. Every rank keeps its number of sequences. If a deal gains nothing, keeps
-    the order of the stream.
+    """Deals the sequences of a step to the ranks. Every rank keeps its number of sequences. If a deal would not lower the
+    busiest ranks' cost, keeps the order of the stream.
 
     Args:
         cost_Q2: Result of `SequenceCosts.of` for each sequence, in the order of the stream.
@@ -83,13 +84,13 @@ def equal_parts(cost_X: np.ndarray, parts: int) -> np.ndarray:
     [P, N].
 
     Uses the balanced largest differencing method (Yakir 1996): the sorted items are cut into rows with one item for each
-    part. Then the two rows with the largest differences are joined, repeatedly: the part with the largest sum in one row
+    part. Then the two rows whose parts' sums differ most are joined, repeatedly: the part with the largest sum in one row
     joins the part with the smallest sum in the other row, and so on.
     """
     rows = []
     for number, item_P in enumerate(np.argsort(-cost_X, kind="stable").reshape(-1, parts)):
         rows.append((cost_X[item_P[-1]] - cost_X[item_P[0]], number, cost_X[item_P], item_P[:, None]))
-    heapq.heapify(rows)  # first the row with the largest difference, of equal rows the row with the lowest number
+    heapq.heapify(rows)  # the row with the largest difference is first; of equal rows, the lowest number
     while len(rows) > 1:
         _, number, cost_P, item_PN = heapq.heappop(rows)
         _, _, other_P, other_PN = heapq.heappop(rows)
@@ -101,7 +102,8 @@ def equal_parts(cost_X: np.ndarray, parts: int) -> np.ndarray:
 
 
 def _alone(cost_Q2: np.ndarray, ep: int) -> np.ndarray:
-    """Returns the cost of each sequence that only its rank computes, which includes the experts if ep=1."""
+    """Returns the cost of each sequence that the sequence's rank computes alone; the cost includes the experts only if
+    ep=1."""
     return cost_Q2.sum(1) if ep == 1 else cost_Q2[:, 0]
 
 
@@ -109,7 +111,7 @@ def _alike(cost_Q: np.ndarray, micro_batches: int, ranks: int) -> np.ndarray:
     """Returns the sequences of each micro-batch, [I, W B]: B sets of W sequences of similar cost, with one sequence for
     each rank. Each micro-batch gets expensive and cheap sets."""
     runs = np.argsort(-cost_Q, kind="stable").reshape(-1, micro_batches, ranks)
-    runs[1::2] = runs[1::2, ::-1].copy()  # reversed in every second turn, so that no micro-batch gets all expensive sets
+    runs[1::2] = runs[1::2, ::-1].copy()  # reversed in every second turn, so that no micro-batch gets every expensive set
     return runs.transpose(1, 0, 2).reshape(micro_batches, -1)
 
 

@@ -3,7 +3,8 @@
 If a held-out picture had a near copy in training, memorising would look like learning. Pictures are therefore first joined
 into families: an emoji in all skin tones, genders and directions, and pictures whose grids of codes are equal or nearly
 equal. A family is on one side of the split, with all captions and augmented copies of its pictures. With
-`HoldOut.VARIANTS` single pictures are held out: their family is in training, but no training picture is near-equal to them.
+`HoldOut.VARIANTS` single pictures are held out: their family is in training, but no training picture is near-equal to a
+held-out picture.
 
 Shape letters: N pictures or documents, C cells of a grid of codes.
 """
@@ -16,7 +17,7 @@ VARIATION_SELECTOR = 0xFE0F
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 JOINER = 0x200D
 GENDER_SIGNS = frozenset({0x2640, 0x2642})
-FACING_RIGHT = 0x27A1  # after a joiner, this marks the mirror image of the preceding emoji
+FACING_RIGHT = 0x27A1  # after a joiner, this code point marks the mirror image of the preceding emoji
 
 # Male and female emoji are one family, because their code points are replaced by these gender-neutral code points.
 _PERSON, _CHILD, _ELDER, _ROYAL, _CLAUS, _HEART, _KISS = 0x1F9D1, 0x1F9D2, 0x1F9D3, 0x1FAC5, 0x1F384, 0x2764, 0x1F48B

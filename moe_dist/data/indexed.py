@@ -1,9 +1,10 @@
-"""Reads and writes Megatron's indexed data sets. Megatron's builder writes them; training reads them without Megatron.
+"""Reads and writes Megatron's indexed data sets. Megatron's builder writes the data sets; training reads the data sets
+without Megatron.
 
-Megatron's readers do not detect damage: its memory map ends the process with SIGBUS if the file is truncated or the disk
-fails, and its plain reader returns undefined memory. Importing Megatron takes each rank 3 s. This file's reader calls
-`pread` on an open descriptor: a file that is replaced by a rename stays readable, and each short or failed read raises an
-error that names the file. Tests compare the results with Megatron's.
+Megatron's readers do not detect damage: the memory-mapped reader ends the process with SIGBUS if the file is truncated or
+the disk fails, and the plain reader returns undefined memory. Importing Megatron takes each rank 3 s. This file's reader
+calls `pread` on an open descriptor: a file that is replaced by a rename stays readable, and each short or failed read
+raises an error that names the file. Tests compare this reader's results with those of Megatron's readers.
 """
 
 import os

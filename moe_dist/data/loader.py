@@ -30,7 +30,8 @@ class TrainLoader:
 
     Args:
         folder: Folder of the data set.
-        weights: Fraction of sequences from each source; other sources are not used. If empty, in proportion to tokens.
+        weights: Fraction of sequences from each source; other sources are not used. An empty mapping weights sources by
+            their tokens.
         pack_window: Number of pieces of documents that are packed together.
         seed: Seeds all shuffles.
         global_batch: Sequences per step over all ranks; a multiple of world_size x micro_batch.
@@ -125,7 +126,8 @@ class TrainLoader:
 class ReadAhead:
     """Reads the batches of the next step in a thread, while the current step computes.
 
-    Two threads must not read from a loader at once. Therefore call `settle` before other code reads batches from it.
+    Two threads must not read from a loader at once. Therefore call `settle` before other code reads batches from the
+    loader.
 
     Args:
         read: Method of a loader. Returns the batches of the step that starts at a position of the global stream.
@@ -152,7 +154,7 @@ class ReadAhead:
     def settle(self) -> None:
         """Waits until the thread has finished reading."""
         if self._ahead is not None:
-            self._ahead[1].exception()  # waits, but raises no error: `batches` does
+            self._ahead[1].exception()  # waits, but raises no error: `batches` raises it
 
 
 def heldout_batches(

@@ -68,7 +68,7 @@ def pack(lengths_P: np.ndarray, *, seq_len: int, window: int) -> Packing:
 
 def _best_fit(lengths: list[int], seq_len: int) -> list[list[int]]:
     sequences: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # sorted (number of free positions, sequence)
+    room: list[tuple[int, int]] = []  # sorted pairs (number of free positions, sequence)
     for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
         tightest = bisect_left(room, (lengths[piece], 0))
         if tightest < len(room):
@@ -86,7 +86,8 @@ SLOTS = 1000  # number of sequences after which the pattern of sources repeats
 
 
 class Mixture:
-    """Interleaves sources in proportion to their positive shares, rounded to 1 / SLOTS. Each source gets at least one slot.
+    """Interleaves sources in proportion to their positive shares, rounded to 1 / SLOTS. Each source gets at least one slot
+    of the repeated pattern.
 
     Raises:
         ConfigError: more sources than slots, or a share that is not positive.

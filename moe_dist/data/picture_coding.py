@@ -2,10 +2,11 @@
 
 Pictures are near-equal if their grids of codes differ in few cells. Near-equal pictures must be on one side of the split,
 but the codebook that gives the codes must be fitted on training pictures only. Therefore two codebooks are fitted. The
-provisional codebook is fitted on all pictures. Pictures that are near-equal by its codes join one family, the families are
-split, and this codebook is discarded. The final codebook is fitted on augmented training pictures. A held-out family that
-is near-equal to a training picture by the final codes moves to training. No held-out picture is then near-equal to a
-training picture under either codebook. With `HoldOut.VARIANTS`, single pictures are split and moved instead of families.
+provisional codebook is fitted on all pictures. Pictures that are near-equal by the provisional codes join one family, the
+families are split, and the provisional codebook is discarded. The final codebook is fitted on augmented training pictures.
+A held-out family that is near-equal to a training picture by the final codes moves to training. No held-out picture is then
+near-equal to a training picture under either codebook. With `HoldOut.VARIANTS`, single pictures are split and moved instead
+of families.
 
 Shape letters: N pictures, C cells of a grid of codes.
 """
@@ -40,7 +41,7 @@ class Division:
 
 @dataclass(frozen=True)
 class Document:
-    """The tokens of a document. All arrays have the same length."""
+    """The tokens of a document. All arrays have one element per token."""
 
     tokens: np.ndarray  # int64
     filler: np.ndarray  # bool, true if the token is filler, a picture's cell that shows only background
@@ -132,8 +133,8 @@ def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarr
 class PictureCoder:
     """Makes documents from pictures. A document is an augmented copy of a picture, with a caption before or after the copy.
 
-    The copies of a picture take its captions in turn. The caption is first in the fraction `recipe.caption_first` of the
-    documents. The numbers of the picture and of the copy determine caption and order, without random draws.
+    The copies of a picture use the picture's captions in turn. The caption is first in the fraction `recipe.caption_first`
+    of the documents. The numbers of the picture and of the copy determine caption and order, without random draws.
 
     Args:
         codebook: uint8 [codes, PATCH, PATCH, 3].

@@ -18,7 +18,7 @@ from moe_dist.errors import DataError
 
 RASTER = 64
 SCALES = (0.75, 1.1)
-# Light colours, so that black outlines stay visible on each.
+# Light colours, so that black outlines stay visible on each background.
 BACKGROUNDS = (
     (255, 255, 255), (216, 216, 216), (250, 226, 160), (252, 200, 190),
     (244, 190, 226), (196, 208, 250), (170, 222, 236), (190, 232, 176),
@@ -49,7 +49,7 @@ def rasterise(path: str | Path) -> np.ndarray:
         else:
             image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
     except Image.DecompressionBombError as error:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow raises for a picture with more pixels
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow raises an error for a picture with more pixels than this
         raise DataError(f"picture {str(path)!r} has more than {limit:,} pixels; scale it down") from error
     except (OSError, ValueError) as error:
         raise DataError(f"picture {str(path)!r} cannot be read: {error}") from error
@@ -61,7 +61,7 @@ def rasterise(path: str | Path) -> np.ndarray:
 
 
 def plain(raster: np.ndarray, *, mirrored: bool = False) -> Render:
-    """Lays the raster on white, without augmentation. Pictures are compared with each other in this form."""
+    """Lays the raster on white, without augmentation. Pictures are compared with each other in this plain form."""
     return _lay(_scaled(raster, SIDE, mirrored), (0, 0), BACKGROUNDS[0])
 
 

@@ -41,7 +41,7 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Ski
     """Builds the data set in folder `out`. An existing data set is only checked, which takes a second.
 
     Args:
-        skip: Called for each file that cannot be read. If it returns, the file is left out, and recipe.json says why.
+        skip: Called for each file that cannot be read. If `skip` returns, the file is left out, and recipe.json says why.
 
     Returns:
         The manifest, and whether this call built it.

@@ -70,7 +70,7 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _plain_specials(tokenizer: Tokenizer) -> Tokenizer:
-    # A literal "<eos>" in a text is encoded as plain text, so that it does not end the document. tokenizer.json has no such
-    # key.
+    # A literal "<eos>" in a text is encoded as plain text, so that it does not end the document. tokenizer.json has no key
+    # for this option.
     tokenizer.encode_special_tokens = True
     return tokenizer

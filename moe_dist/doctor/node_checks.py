@@ -107,7 +107,7 @@ def _room(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     if not known:
         return note("room", f"run.root={needs.folder!r}: the free space is unknown")
     least = min(known, key=lambda n: n.free_bytes or 0)
-    free = least.free_bytes or 0  # the smallest value, although all nodes see one file system
+    free = least.free_bytes or 0  # the smallest value of all nodes, although all nodes see one file system
     if free >= needs.folder_bytes:
         return ok("room", f"{_bytes(free)} free in run.root; the checkpoints need {_bytes(needs.folder_bytes)}")
     need = _bytes(needs.folder_bytes)
@@ -204,7 +204,7 @@ def _shm(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 
 def _files(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
-    need = OWN_FILES + FILES_PER_PEER * needs.world_size  # enough even if every rank connects to every other
+    need = OWN_FILES + FILES_PER_PEER * needs.world_size  # enough files even if every rank connects to every other rank
     low = [n for n in nodes if n.open_files != NO_LIMIT and n.open_files < need]
     if not low:
         return ok("open files", f"the limit is high enough for {needs.world_size} ranks on {_all(nodes)}")

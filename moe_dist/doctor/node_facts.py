@@ -52,16 +52,16 @@ class NodeFacts:
         node: Name that the scheduler uses.
         clock: Unix seconds at the time of the answer.
         versions: Versions of Python and of packages; None for a package that is not installed.
-        apex: 'nvidia', 'other' (an unrelated package of that name), or 'none'.
+        apex: 'nvidia', 'other' (an unrelated package named apex), or 'none'.
         gpus: Number of GPUs that NVML finds; None without NVML.
         driver: Version of NVIDIA's driver, or the error of NVML.
         shm_bytes: Size of /dev/shm.
         open_files, locked_memory: Soft limits on open files (a number) and locked memory (bytes); or NO_LIMIT.
         folder_problem: The reason why a file cannot be written to run.root and read back; empty without a problem.
         free_bytes: Free bytes in run.root for this user.
-        sees_token: True if the node can read `Questions.token_file`; None without that check.
+        sees_token: True if the node can read `Questions.token_file`; None if no token file is given.
         unresolved: Host names that do not resolve, with the resolver's error.
-        unreachable: Error on connecting to rank 0's node; empty after success or without the test.
+        unreachable: Error on connecting to rank 0's node; empty after success or without the connection test.
     """
 
     node: str
@@ -187,7 +187,7 @@ def from_line(line: str) -> NodeFacts | None:
         return None
     try:
         return NodeFacts(**json.loads(text))
-    except (ValueError, TypeError):  # the line was cut, or comes from another version
+    except (ValueError, TypeError):  # the line was cut, or comes from another version of moe_dist
         return None
 
 

@@ -38,7 +38,7 @@ def check_at_start(
     variables: Mapping[str, str] = os.environ,
     wait_seconds: float = WAIT_SECONDS,
 ) -> list[CheckResult]:
-    """Checks all nodes on rank 0, and its own node on the first rank of each other node; returns the results. Other ranks
+    """Checks on rank 0 all nodes, on the first rank of each other node that rank's node; returns the results. Other ranks
     return an empty list. Call this function on every rank after rank 0 has opened the run folder. Only rank 0 logs
     warnings.
 
@@ -89,8 +89,8 @@ def _needs(config: Config, env: RankEnv, variables: Mapping[str, str]) -> Needs:
 
 
 def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, tuple[float, NodeFacts]]:
-    """Waits until the facts of nodes with all ranks have come, but at most `wait_seconds`. Maps the first rank of a node to
-    (time at which the node's facts arrived by this host's clock, facts)."""
+    """Waits, at most `wait_seconds`, until facts have come from nodes that together have all ranks. Maps the first rank of
+    a node to (time at which the node's facts arrived by this host's clock, facts)."""
     deadline, found, ranks = time.monotonic() + wait_seconds, {}, env.local_world_size
     while ranks < env.world_size and time.monotonic() < deadline:
         for path in folder.glob("*.json") if folder.is_dir() else ():

@@ -49,11 +49,12 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
 
     Args:
         checkpoint: Folder of a checkpoint of adapters, or of its run.
-        base_name: Name or folder of the base as a Hugging Face model, for `base_model_name_or_path`. None: the folder that
-            was imported, if the import did not change the model.
+        base_name: Name or folder of the base as a Hugging Face model, for `base_model_name_or_path`. None gives the folder
+            that was imported, if the import did not change the model.
 
     Raises:
-        ConfigError: `out` exists, or PEFT cannot express the adapters, or transformers the base; gives the reason.
+        ConfigError: `out` exists, PEFT cannot express the adapters, or transformers cannot express the base; gives the
+            reason.
         DataError: the checkpoint is damaged, or its base is missing or has another content hash.
         CheckpointError: `out` cannot be written.
     """
@@ -125,7 +126,8 @@ def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator
 
 
 def adapter_names(model: ModelSection, layer: int, target: str) -> list[list[str]]:
-    """Returns the logical names of A, and of B, of each expert in a layer of a model with one group of experts."""
+    """Returns the logical names of the adapters A, and of B, of each expert in a layer of a model with one group of
+    experts."""
     ((group, section),) = model.moe.groups.items()
     prefix, experts = f"layers.{layer}.moe.experts.{group}", range(section.num_experts)
     if isinstance(model.moe.experts, AdaptedFFNExpertsSection) and model.moe.experts.shared:

@@ -39,11 +39,11 @@ def read_rope(
     default: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the values of `model.rope_base`, `model.rope_dim` and `model.rope_scaling`. `default_share` replaces an
-    absent partial_rotary_factor; it is None for a family whose rotary positions turn whole heads. `default` replaces absent
+    absent partial_rotary_factor; `default_share` is None for a family that rotates whole heads. `default` replaces absent
     rope_parameters.
 
-    transformers reads `rope_scaling` (version 4) instead of `rope_parameters` (version 5) if both exist. A field inside one
-    of these two overrides the outer field of the same name, except the original length.
+    transformers reads `rope_scaling` (version 4) instead of `rope_parameters` (version 5) if both exist. A field inside
+    `rope_scaling` or `rope_parameters` overrides the outer field of the same name, except the original length.
     """
     scaling, parameters = read.mapping("rope_scaling"), read.mapping("rope_parameters")
     if default is not None and read.get("rope_parameters", None, null=None) is None:
@@ -72,7 +72,7 @@ def read_rope(
             raise ConfigError(f"config.json: {name}.{_LENGTH}: {kind} takes max_position_embeddings instead; remove it")
         values[_LENGTH] = max_seq_len
     elif _LENGTH in scaled.model_fields:
-        values[_LENGTH] = read.get(_LENGTH, values.get(_LENGTH, max_seq_len))  # the outer field overrides the inner one
+        values[_LENGTH] = read.get(_LENGTH, values.get(_LENGTH, max_seq_len))  # the outer length overrides the inner one
     given = {key: value for key, value in values.items() if value is not None or key not in scaled.null_is_default}
     return section | {"rope_scaling": {"kind": kind, **given}}
 
@@ -125,7 +125,7 @@ def read_windows(read: Fields, windows: Windows, num_layers: int) -> dict[str, A
         default = {"null": None} if windows == "flag" else {}  # Qwen2-MoE cannot be built with null
         window = read.whole("sliding_window", DEFAULT_WINDOW, **default)
     else:
-        read.get("sliding_window", None, null=None)  # marks the field as read; without the flag it has no effect
+        read.get("sliding_window", None, null=None)  # marks the field as read; without the flag the field has no effect
     if window is not None:
         types = [_SLIDING] * num_layers
         if windows == "layers":

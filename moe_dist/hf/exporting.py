@@ -75,11 +75,12 @@ def export_model(
 
     Args:
         checkpoint: Folder of a checkpoint, or of a run or an import with a checkpoint.
-        dtype: Dtype of all tensors, a key of `source.DTYPES`. None: the dtypes before the import, else the checkpoint's.
-        family: `model_type` to write. None: the family before the import, else the first plain family that fits the model,
-            else `moe_dist`, with its modelling code beside the weights.
-        like: Folder whose config.json and tokenizer files are used. None: the folder `huggingface`, if it exists, of the
-            import that contains the checkpoint, or of `run.init_from`.
+        dtype: Dtype of all tensors, a key of `source.DTYPES`. None keeps the dtypes before the import, else the
+            checkpoint's.
+        family: `model_type` to write. None keeps the family before the import, else takes the first plain family that fits
+            the model, else `moe_dist`, with its modelling code beside the weights.
+        like: Folder whose config.json and tokenizer files are used. None takes the folder `huggingface`, if it exists, of
+            the import that contains the checkpoint, or of `run.init_from`.
         data: Folder of the run's data set, which gives the token ids of each modality; needed for several expert groups.
             None: `data.path` of the run.
 
@@ -151,7 +152,7 @@ def checked_config(contents: Contents) -> Config:
 
 
 def _account(contents: Contents, model: ModelSection, section: ModelSection, family: ModelFamily) -> list[Slot]:
-    """Returns the tensors to write. Checks that they include all parameters of the checkpoint that have an effect.
+    """Returns the tensors to write. Checks that these tensors include all parameters of the checkpoint that have an effect.
 
     Raises:
         DataError: the checkpoint lacks a tensor, or has a tensor with another shape or without a place in the family.
@@ -224,13 +225,13 @@ def _fields(
     section: ModelSection, family: ModelFamily, said: Mapping[str, Any], like: Path | None, dtypes: Sequence[str]
 ) -> dict[str, Any]:
     """Returns the fields of config.json: the fields of `like` if they describe the model; else the fields that follow from
-    the section, and other fields of `like`."""
+    the section `model`, and other fields of `like`."""
     base = read_json(like / CONFIG_FILE, "model") if like else {}
     inert = {name: value for name, value in base.items() if name in INERT}
     dtype = str(DTYPES[max(DTYPES, key=dtypes.count)]).removeprefix("torch.")
     of_family = base if base.get("model_type") == family.name else inert
     for fields in (base, {**of_family, **said}, {**inert, **said}):
-        # A group's token ids are not part of the section.
+        # A group's token ids are not part of the section `model`.
         if _says(fields, section, family) and fields.get("expert_groups") == said.get("expert_groups"):
             keys = [key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype", "dtype"]
             return {**fields, **dict.fromkeys(keys, dtype)}
@@ -315,7 +316,7 @@ class StoredTensor:
                 whole.as_strided(part.shape, place.strides, place.begin).copy_(part)
             else:
                 whole.view(-1)[place.begin : place.begin + part.numel()] = part.flatten()
-        # Checked in pieces, because `isfinite` makes tensors of its argument's size.
+        # The tensor is checked in pieces, because `isfinite` makes tensors of its argument's size.
         if not all(torch.isfinite(piece).all() for piece in whole.view(-1).split(1 << 16)):
             raise DataError(self._not_finite(read, whole))
         return whole

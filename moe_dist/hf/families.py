@@ -1,7 +1,7 @@
 """The supported Hugging Face model families. Maps fields of config.json to keys of the section `model`.
 
-moe_dist computes the same function as these models. An import refuses a config.json with a feature that moe_dist lacks. A
-dense model becomes a model with one expert per layer, whose routing weight is always 1.
+moe_dist computes the same function as a model of a supported family. An import refuses a config.json with a feature that
+moe_dist lacks. A dense model becomes a model with one expert per layer, whose routing weight is always 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ from moe_dist.hf.head_fields import GroupedHeads
 GROUP = "all"  # name of the only expert group of an imported model
 
 _BIAS = {"none": {"attention_bias": False}, "qkvo": {"attention_bias": True}}
-_ALWAYS = SoftmaxRouter({"true_chosen": {}})  # weights always sum to 1
-# Fields that transformers reads in any model, and that no class of these families has.
+_ALWAYS = SoftmaxRouter({"true_chosen": {}})  # a token's routing weights always sum to 1
+# Fields that transformers reads in any model, and that no class of the supported families has.
 _ANY_FAMILY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "is_causal": ((True,), "a token sees no later token"),
     "attention_chunk_size": ((None,), "attention has no chunks"),
@@ -71,7 +71,7 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
     """Returns the family that config.json names.
 
     Raises:
-        ConfigError: the family is not supported, the model is quantised, or it brings its own code.
+        ConfigError: the family is not supported, or the model is quantised or brings its own code.
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in KNOWN:
@@ -169,7 +169,7 @@ def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, in
 
 
 def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
-    """Returns the settings, except null experts, of a model with one group that a family does not support."""
+    """Returns those settings of a model with one expert group, except null experts, that a family does not support."""
     group, moe, zeros = next(iter(section.moe.groups.values())), section.moe, family.zero_computation
     held = {
         f"qk_norm={section.qk_norm}": section.qk_norm in family.qk_norm,

@@ -1,6 +1,6 @@
-"""The parts of a Hugging Face model family. A family has a file with one `ModelFamily`, and one line in `families`. Its
-parts convert fields of config.json to values of the section `model` and back, and tell whether config.json can express the
-values of a section.
+"""The parts of a Hugging Face model family. A family has a file with one `ModelFamily`, and one line in `families`. The
+parts of a `ModelFamily` convert fields of config.json to values of the section `model` and back, and tell whether
+config.json can express the values of a section.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -144,9 +144,9 @@ class AllLayers:
 class SharedExpert:
     """The shared expert of each MoE layer."""
 
-    field: str  # name of the field with its width
-    module: str  # name of its module
-    gated: bool = False  # a sigmoid gate multiplies its output
+    field: str  # name of the field with the shared expert's width
+    module: str  # name of the shared expert's module
+    gated: bool = False  # a sigmoid gate multiplies the shared expert's output
     counted: bool = False  # the field has the shared expert's width as a multiple of a routed expert's width
     least: int = 1  # smallest value of the field
 

@@ -58,7 +58,7 @@ class Fields:
         self._read: set[str] = set()
 
     def get(self, name: str, default: Any = _MISSING, *, null: Any = _MISSING) -> Any:
-        """Returns a field's value, `default` if the field is absent, or `null` if it is null.
+        """Returns a field's value, `default` if the field is absent, or `null` if the field is null.
 
         Raises:
             ConfigError: the field is absent without `default`, or null without `null`.
@@ -118,8 +118,7 @@ class Fields:
         return value
 
     def must_be(self, name: str, allowed: Collection[Any], why: str) -> None:
-        """Raises ConfigError if a field exists and its value is not in `allowed`. `why` tells what moe_dist does
-        instead."""
+        """Raises ConfigError if a field exists and its value is not in `allowed`. `why` is the reason in the error text."""
         self._read.add(name)
         if name in self._values and self._values[name] not in allowed:
             raise ConfigError(f"config.json: {name}={self._values[name]!r:.80} is not supported: {why}")

@@ -2,8 +2,8 @@
 
 Plain families have no null experts. An export can leave out null experts only if the router rows of the null experts are
 bit-equal to rows of true (not null) experts, as `moe_dist.moe.routers.copy_init` made them. The model then computes the
-same as a model without null experts and with a smaller top_k. If training has changed these rows, the number of true
-experts differs between tokens, which no plain family can compute.
+same as a model without null experts and with a smaller top_k. If training has changed null experts' rows, the number of
+true experts differs between tokens, which no plain family can compute.
 """
 
 import json
@@ -88,7 +88,8 @@ def _served(model: ModelSection) -> Form:
 
 
 def _plus_plus(model: ModelSection) -> Form:
-    """Returns the form Qwen3-MoE++, whose weights are a softmax over all, or over all chosen, columns with null experts."""
+    """Returns the form Qwen3-MoE++, whose routing weights are a softmax over all, or all chosen, columns, those of null
+    experts included."""
     _, group = _only_group(model)
     problems, router = _depth_problems(model), model.moe.router
     if group.num_null and router.single_null_row:
@@ -113,16 +114,17 @@ def _plain(model: ModelSection, read: Read, name: str | None, *, must: bool) -> 
 
 
 def _plain_section(model: ModelSection, read: Read) -> ModelSection:
-    """Returns the section of the equal model without null experts.
+    """Returns the section of a model without null experts that computes the same function.
 
     Raises:
-        ConfigError: no such model exists, or no family has a feature of the model; gives the reasons.
+        ConfigError: no model without null experts computes the same, or no family has a feature of the model; gives the
+            reasons.
     """
     name, group = _only_group(model)
     if problems := _depth_problems(model):
         raise ConfigError(problems, see=GUIDE)
     top_k = _folded(model, read) if group.num_null else group.top_k
-    same = {"true_all": "none", "all_chosen": "true_chosen"}  # names of the same weights without null experts
+    same = {"true_all": "none", "all_chosen": "true_chosen"}  # without null experts, these names mean the same weights
     if group.num_experts == 1:
         same = {"true_all": "true_chosen", "all_chosen": "true_chosen", "none": "true_chosen"}
     plain = {name: group.model_copy(update={"num_null": 0, "top_k": top_k})}
@@ -151,7 +153,8 @@ def _depth_problems(model: ModelSection) -> list[str]:
 
 
 def _folded(model: ModelSection, read: Read) -> int:
-    """Returns the top_k with which the router without null rows chooses the same true experts with the same weights.
+    """Returns the top_k with which the router without null experts' rows chooses the same true experts with the same
+    weights.
 
     Raises:
         ConfigError: no such top_k exists; names the layer or the option that prevents it.

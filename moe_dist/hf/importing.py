@@ -166,8 +166,9 @@ def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: s
 
 @contextmanager
 def _workplace(out: Path) -> Iterator[Path]:
-    """Makes the folder `<out>.importing`, if it does not exist, and locks it for this process. Removes it at the end of the
-    `with` block, and after a DataError, which the same files would cause again. After any other error keeps it."""
+    """Makes the folder `<out>.importing`, if it does not exist, and locks it for this process. Removes the folder at the
+    end of the `with` block, and after a DataError, which the same files would cause again. Keeps the folder after any other
+    error."""
     place = out.absolute().parent / f"{out.absolute().name}.importing"
     try:
         place.mkdir(parents=True, exist_ok=True)

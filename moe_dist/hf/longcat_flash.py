@@ -3,8 +3,8 @@
     a = x + attention_0(norm(x)),  h = norm(a),  b = a + ffn_0(h)
     c = b + attention_1(norm(b)),  y = c + ffn_1(norm(c)) + experts(h)
 
-Such a layer becomes two layers of moe_dist: the first has the experts with a shortcut, and ffn_0 as shared expert; the
-second is dense.
+A layer of LongCat-Flash becomes two layers of moe_dist: the first has the experts with a shortcut, and ffn_0 as shared
+expert; the second is dense.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ from moe_dist.hf.family import ModelFamily, SharedExpert, SoftmaxRouter
 from moe_dist.hf.fields import Fields
 from moe_dist.hf.head_fields import LatentHeads
 
-# Second names of fields. If config.json has both names, transformers may use either value; both must therefore be equal.
+# Second names of fields. If config.json has both names of a field, transformers may use either value; the two values must
+# therefore be equal.
 _ALIASES = {
     "num_local_experts": "n_routed_experts",
     "num_experts_per_tok": "moe_topk",

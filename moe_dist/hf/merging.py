@@ -1,7 +1,7 @@
 """Merges LoRA adapters into the matrices of their base for export: W becomes W + (alpha / r) B A.
 
-A merge requires that all tokens that a matrix multiplies use the same adapters with the same weights. For attention and for
-the experts of an MoE base this is always so. LoRA experts on an FFN must have
+A merge requires that all tokens that a matrix multiplies use the same adapters with the same weights. Adapters of attention
+and of the experts of an MoE base can always be merged. LoRA experts on an FFN can be merged only with
 
 - one expert group, because tokens of another group use other adapters,
 - no null experts, because a token that chooses a null expert uses the FFN without an adapter, and

@@ -1,10 +1,10 @@
 """Maps each logical tensor of moe_dist to its place in the tensors of a Hugging Face family, in both layouts of the family.
 
-By default transformers writes one tensor per expert and matrix. With `save_original_format=False` it writes one tensor for
-the n experts of a layer, of hidden width D and FFN width F: gate_up_proj [n, 2 F, D] with the gate in the first F rows, and
-down_proj [n, D, F]. In both layouts a logical tensor is contiguous, and its place is a name and a first element. gpt-oss
-has gate_up_proj [n, D, 2 F], in which columns of gate and up alternate, and down_proj [n, F, D]; a place in these tensors
-also has strides.
+By default transformers writes one tensor per expert and matrix. With `save_original_format=False` transformers writes one
+tensor for the n experts of a layer, of hidden width D and FFN width F: gate_up_proj [n, 2 F, D] with the gate in the first
+F rows, and down_proj [n, D, F]. In both layouts a logical tensor is contiguous, and its place is a name and a first
+element. gpt-oss has gate_up_proj [n, D, 2 F], in which columns of gate and up alternate, and down_proj [n, F, D]; a place
+in these tensors also has strides.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,7 +42,7 @@ class TensorPlace:
 
     name: str
     shape: tuple[int, ...]  # shape of the family's whole tensor
-    begin: int = 0  # index of the first of these elements in the family's tensor, in row-major order
+    begin: int = 0  # index of the logical tensor's first element in the family's tensor, in row-major order
     strides: tuple[int, ...] = ()  # distances of the elements along each dim; empty if they are contiguous
 
 

@@ -38,8 +38,8 @@ class ImportOptions:
     null_experts: int = 0  # number of null experts, whose router rows are copies of the true (not null) experts' rows
     top_k: int | None = None  # choices per token with null experts
     experts: int = 1  # number of experts per layer that are copies of the dense FFN
-    experts_top_k: int = 1  # choices per token among these copies
-    seed: int = 0  # seed of the random router rows of these copies
+    experts_top_k: int = 1  # choices per token among the copies of the dense FFN
+    seed: int = 0  # seed of the random router rows of the copies of the dense FFN
     modalities: tuple[str, ...] = ("text",)  # modalities of the only expert group
 
 

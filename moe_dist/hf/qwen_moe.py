@@ -13,7 +13,7 @@ from moe_dist.hf.head_fields import GroupedHeads
 
 @dataclass(frozen=True)
 class _Layers:
-    """Every n-th layer has experts, except the layers in a list."""
+    """Every n-th layer has experts, except the layers in the list `mlp_only_layers`."""
 
     names: Sequence[str] = ("mlp_only_layers", "decoder_sparse_step")
 

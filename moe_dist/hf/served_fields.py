@@ -1,7 +1,8 @@
 """Reads and writes the config.json of `served/modeling_moe_dist.py`, for models that no family of transformers can express.
 
-Its numbers have the names that are usual in transformers. Expert groups, router and mixture of depths are the sections of
-`model.moe.groups`, `model.moe.router` and `model.mixture_of_depths`; a group also has its name and its token ids.
+The sizes in this config.json have the names that are usual in transformers. Expert groups, router and mixture of depths are
+the sections of `model.moe.groups`, `model.moe.router` and `model.mixture_of_depths`; a group also has its name and its
+token ids.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from moe_dist.hf.attention_fields import layer_types, max_positions, read_rope, 
 from moe_dist.hf.family import ModelFamily, SharedExpert, SoftmaxRouter
 from moe_dist.hf.fields import Fields
 
-SERVED = ModelFamily(  # `read_served` and `write_served` read and write its fields
+SERVED = ModelFamily(  # `read_served` and `write_served` read and write this family's fields
     "moe_dist", "MoeDistForCausalLM", SoftmaxRouter({}), (), "intermediate_size", layout="moe_dist",
     shared=SharedExpert("shared_expert_intermediate_size", "mlp.shared_expert"),
     expert="experts.{expert}.{part}_proj.weight",
@@ -63,8 +64,8 @@ ROUTERS = frozenset(
 
 
 def served_problems(section: ModelSection) -> list[str]:
-    """Returns the reasons why `modeling_moe_dist.py` cannot compute a model: it lacks the router, or the router's rule of
-    evaluation needs other tokens."""
+    """Returns the reasons why `modeling_moe_dist.py` cannot compute a model: the code lacks the router, or the router needs
+    later tokens even in evaluation."""
     router = section.moe.router
     if problem := router.not_causal():
         return [problem]

@@ -1,8 +1,8 @@
 """Decides which token may come next. A picture is a start mark, a fixed number of codes and an end mark; all other tokens
 are text.
 
-The training data have this form (`moe_dist/data/picture_coding.py`). Generated tokens must have this form too, because a
-picture with a missing code cannot be decoded.
+The training data follow this grammar (`moe_dist/data/picture_coding.py`). Generated tokens must follow the grammar too,
+because a picture with a missing code cannot be decoded.
 """
 
 from collections.abc import Sequence

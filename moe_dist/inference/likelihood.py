@@ -1,7 +1,8 @@
 """Computes log-likelihoods of continuations, on any number of ranks. Shape letters: B sequences, S positions, V vocabulary.
 
 Sequences of similar length share a batch, padded at the end. The model computes a context again for each of its
-continuations. A key-value cache would avoid this, but the ranks of an EP group would have to agree on the caches' lengths.
+continuations. A key-value cache would avoid computing contexts again, but the ranks of an EP group would have to agree on
+the caches' lengths.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ from moe_dist.train.router_tuning.samples import TuningSample
 
 
 class Continuation(NamedTuple):
-    """Token ids of a context, and of the continuation to score (`tokens`). Both have at least one token."""
+    """Token ids of a context, and of the continuation to score (`tokens`). Context and continuation have at least one token
+    each."""
 
     context: Sequence[int]
     tokens: Sequence[int]
@@ -41,8 +43,8 @@ class Likelihood:
     """Scores continuations with one model; each rank scores a part of the continuations.
 
     Args:
-        model: The model with this rank's experts. The constructor puts it into evaluation mode, in which routing has no
-            capacity limit, no noise, and no dependence on later tokens.
+        model: The model with this rank's experts. The constructor puts the model into evaluation mode, in which routing has
+            no capacity limit, no noise, and no dependence on later tokens.
         group_of_modality: Index of the expert group of each modality.
         max_seq_len: Longest sequence that the model supports.
         mesh: All ranks; None for a single rank.

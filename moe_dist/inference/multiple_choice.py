@@ -3,10 +3,10 @@
 The measure `plain` is the choice's log-likelihood, which favours short choices. The default measure `normalised` is the
 log-likelihood divided by the choice's number of tokens.
 
-Without rotations the text of a question does not list the choices. Their order then matters only if two choices have the
-same measure, because the first of them is taken. With rotations the text lists the choices, and the question is asked once
-for each choice, with that choice first. The question counts as right only if every answer is right. A model that always
-takes the second choice therefore gets no question right.
+Without rotations the text of a question does not list the choices. The order of the choices then matters only if two
+choices have the same measure, because the first of the two is taken. With rotations the text lists the choices, and the
+question is asked once for each choice, with that choice first. A question with rotations counts as right only if the answer
+to every rotation is right. A model that always takes the second choice therefore gets no rotated question right.
 """
 
 from collections.abc import Sequence
@@ -124,7 +124,7 @@ def ask(questions: Sequence[Question], written: Written, likelihood: Likelihood)
 
 
 def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure: Measure) -> int:
-    """Returns the index of the choice with the highest measure; if several are equal, of the first."""
+    """Returns the index of the first choice with the highest measure."""
     values = [
         score.nats / len(choice.tokens) if measure == "normalised" else score.nats
         for score, choice in zip(scores, choices, strict=True)

@@ -32,7 +32,8 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 
 
 class MoeDistRotaryEmbedding(Glm4MoeRotaryEmbedding):
-    """Rotary positions of heads or parts of heads. Each sequence has its own base of `dynamic` scaling, not the batch."""
+    """Rotary positions of heads or parts of heads. With `dynamic` scaling each sequence, not the batch, has its own base of
+    the rotary frequencies."""
 
     @torch.no_grad()
     def forward(self, x, position_ids):
@@ -58,7 +59,7 @@ def eager_attention_with_sinks(module, query, key, value, attention_mask, scalin
 
 
 def in_halves(x, rotated):
-    """Moves the values 2 i and 2 i + 1 of the first `rotated` of a head to i and i + `rotated` / 2."""
+    """Moves the values 2 i and 2 i + 1 of a head's first `rotated` values to i and i + `rotated` / 2."""
     return torch.cat([x[..., 0:rotated:2], x[..., 1:rotated:2], x[..., rotated:]], dim=-1)
 
 
@@ -139,7 +140,7 @@ class MoeDistAttention(nn.Module):
         return {}
 
     def rotate(self, query, key, position_embeddings):
-        if self.config.rope_pairs == "adjacent":  # queries and keys in the same other order have equal products
+        if self.config.rope_pairs == "adjacent":  # reordering queries and keys alike keeps products
             query, key = (in_halves(each, position_embeddings[0].shape[-1]) for each in (query, key))
         return apply_rotary_pos_emb(query, key, *position_embeddings)
 
@@ -247,8 +248,9 @@ class MoeDistRouter(nn.Module):
         self.normalise, self.scale = config.router.get("normalise", "none"), config.router.get("scale", 1.0)
         self.top_k = group["top_k"]
         self.num_experts, self.num_null = group["num_experts"], group["num_null"]
-        # Rows are multiplied in parts of `num_experts` rows, as in training, because the bits of a product depend on its
-        # shape. A null row that copies an expert's row must give the same logit, because the expert must win this tie.
+        # Router rows are multiplied in parts of `num_experts` rows, as in training, because the bits of a product depend on
+        # its shape. A null expert's row that copies an expert's row must give the same logit, because the expert must win
+        # this tie.
         self.parts = []  # (rows, columns) of each part; one row may be the logit of all null columns
         for name in ("num_experts", "num_null", "num_identity", "num_constant"):
             count = group[name]
@@ -402,7 +404,7 @@ class MoeDistThresholdRouter(MoeDistAdaptiveRouter):
 
     def shares(self, x, logits, chosen):
         taken = self.ranking(logits).gather(1, chosen) > 0
-        margins = self.margins(logits).gather(1, chosen)  # for the gradient, as in training
+        margins = self.margins(logits).gather(1, chosen)  # give the weights a gradient, as in training
         return torch.where(taken, 1.0 + (margins - margins.detach()), 0.0)
 
     def weights(self, logits, chosen, counted):
@@ -410,7 +412,8 @@ class MoeDistThresholdRouter(MoeDistAdaptiveRouter):
 
 
 class MoeDistPredictedKRouter(MoeDistAdaptiveRouter):
-    """A linear head predicts the number of columns. Its fractional part is a factor of the last column's weight."""
+    """A linear head predicts the number of columns. The fractional part of the predicted number is a factor of the last
+    column's weight."""
 
     def __init__(self, config: MoeDistConfig, group: dict):
         super().__init__(config, group)
@@ -455,7 +458,7 @@ ROUTERS = {
     "threshold": MoeDistThresholdRouter,
     "predicted_k": MoeDistPredictedKRouter,
     "expert_threshold": MoeDistExpertChoiceRouter,
-    "expert_choice": MoeDistExpertChoiceRouter,  # with the rule of evaluation, not the noncausal rule of training
+    "expert_choice": MoeDistExpertChoiceRouter,  # by the router's rule of evaluation, not its noncausal rule of training
 }
 
 

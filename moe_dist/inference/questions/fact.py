@@ -21,12 +21,12 @@ class Fact:
     """A thing to ask about, and the right answer.
 
     Attributes:
-        id: Id of the fact, unique within the fact's task. It does not depend on other facts.
+        id: Id of the fact, unique within the fact's task. The id does not depend on other facts.
         asked: A text with a question mark, a caption whose picture is asked for, or a picture whose caption is asked for.
         keys: Texts such as 'lemma:dog' or 'family:1F415'. Facts on different sides (train, validation, test) have no key in
             common. A WordNet fact has a key for every lemma of its synsets; facts about one synset thus have common keys.
         wrong: Other answers that are right or nearly right, and must therefore not become wrong choices.
-        pool: Name of the fact's set. The wrong choices are right answers of other facts of this set.
+        pool: Name of the fact's set. The wrong choices are right answers of other facts of the pool.
         closed: All possible answers, if there are few; the wrong choices on every side are then taken from `closed`.
         trained_on: True if the run was trained on the fact's picture, False if not; None for a fact without a picture.
     """

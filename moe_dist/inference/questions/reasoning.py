@@ -4,7 +4,7 @@ import re
 
 from moe_dist.inference.questions.fact import Fact
 
-# Generators of short questions with one short text as answer. Each makes thousands of questions within seconds.
+# Generators of short questions with one short text as answer. Each generator makes thousands of questions within seconds.
 GENERATORS = (
     "basic_arithmetic",
     "chain_sum",

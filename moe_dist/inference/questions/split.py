@@ -35,7 +35,7 @@ def uniform(*parts: object) -> float:
 
 
 def side_of_key(key: str, seed: int) -> Side:
-    """Returns the side of a key. A fact with this key is on the same side, or is dropped."""
+    """Returns the side of a key. A fact with the key is on the key's side, or is dropped."""
     number = uniform("side", seed, key)
     if number < TRAIN_SHARE:
         return Side.TRAIN
@@ -68,8 +68,8 @@ def _side(key: str, trained_on: bool | None, seed: int) -> Side:
 def make_questions(task: str, facts: Sequence[Fact], side: Side, *, seed: int, limit: int | None = None) -> list[Question]:
     """Returns the first `limit` questions of a task on one side, or all, in an order that `seed` determines.
 
-    Wrong choices are right answers of other facts of the same side and pool. They are therefore about as common as the
-    right answer, and no answers of other sides. The right choice has each index equally often, +- 1.
+    Wrong choices are right answers of other facts of the same side and pool. Wrong choices are therefore about as common as
+    the right answer, and are not taken from other sides. The right choice has each index equally often, +- 1.
 
     Raises:
         DataError: no fact on the side has three wrong choices.
