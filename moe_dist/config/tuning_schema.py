@@ -84,7 +84,7 @@ class RouterTuningSection(Section):
 
 
 def _start_violations(config: WholeConfig) -> Iterator[Violation]:
-    """Checks that router tuning starts at the data's first sample, with exactly the weights that answered its questions."""
+    """Checks that router tuning starts at the data's first sample, with exactly the weights that answered the questions."""
     run = config.run
     if run.init_from is None:
         problem = f"run.init_from=null: {KEY} tunes a trained model; set it to the run that {KEY}.data is made from"

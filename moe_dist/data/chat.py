@@ -2,8 +2,8 @@
 
 Token ids and labels of a conversation equal transformers' `apply_chat_template(..., return_dict=True,
 return_assistant_tokens_mask=True)`. Chat templates run in jinja's sandbox, as in transformers, and in a process with a time
-limit, which the sandbox lacks. The template's {% generation %} blocks mark the labels. For a template without {% generation
-%} blocks, the labels are the text by which each assistant turn extends the earlier turns and their generation prompt
+limit, which the sandbox lacks. The template's {% generation %} blocks mark the labels. For a template without generation
+blocks, the labels are the text by which each assistant turn extends the earlier turns and their generation prompt
 (`_by_turns`).
 """
 

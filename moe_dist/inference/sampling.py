@@ -59,7 +59,7 @@ def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Draws a token per row, int64 [B]: the lowest id at which the cumulative probability exceeds the row's number in
     `uniform_B`, which is in [0, 1)."""
     cumulative_BV = probabilities_BV.cumsum(-1)
-    # Rounding may leave the last cumulative probability below 1, so `uniform_B` is multiplied by it.
+    # Rounding may leave the last cumulative probability below 1, so `uniform_B` is multiplied by this probability.
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     return (cumulative_BV <= target_B1).sum(-1).clamp_max(probabilities_BV.shape[-1] - 1)
 
@@ -67,8 +67,8 @@ def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
 def guided(logits_BV: Tensor, plain_BV: Tensor, guidance: float) -> Tensor:
     """Applies classifier-free guidance: returns plain + guidance x (conditional - plain), all log-probabilities.
 
-    With `guidance` 1 the distribution is the model's; a larger value makes pictures follow the caption more closely. This
-    is equation 6 of Ho and Salimans, arXiv 2207.12598, with w = guidance - 1.
+    With `guidance` 1 the distribution is the model's; a larger value makes pictures follow the caption more closely. The
+    formula is equation 6 of Ho and Salimans, arXiv 2207.12598, with w = guidance - 1.
 
     Args:
         plain_BV: Logits of the same sequences without captions; `logits_BV` has the logits with captions.

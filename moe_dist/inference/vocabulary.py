@@ -38,7 +38,8 @@ class Vocabulary:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer. Raises ConfigError if the data set has none, and DataError if it is damaged."""
+        """Returns the tokenizer. Raises ConfigError if the data set has no tokenizer, and DataError if the tokenizer is
+        damaged."""
         if self._manifest.tokenizer is None:
             raise ConfigError(
                 f"data set {self._folder}: its manifest names no tokenizer, so that text can neither be read nor written; "

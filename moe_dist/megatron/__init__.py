@@ -1,7 +1,7 @@
 """Offers the MoE layer to Megatron-Core as a layer spec for GPTModel, with Megatron's groups, DDP, optimizer and
 checkpoints.
 
-Megatron is imported at the first access to one of the names below.
+Megatron is imported at the first access to one of the names in `_MODULE_OF`.
 """
 
 from importlib import import_module

@@ -1,8 +1,9 @@
-"""Adds balance and z losses in Megatron: Megatron's scaler adds their gradients in backward, its tracker logs the values.
+"""Adds balance and z losses in Megatron: Megatron's scaler adds the losses' gradients in backward, Megatron's tracker logs
+the values.
 
 As in `moe_dist.train.loss`, both losses use counts of a micro-batch over all ranks of the pipeline stage (TP x CP x DP).
 Each layer sums its counts by one all-reduce of a few integers, but only with gradients enabled: full recompute thus sums
-them only once.
+the counts only once.
 """
 
 from collections.abc import Sequence
@@ -37,8 +38,8 @@ class AuxTerms:
     record: Record
 
     def attach(self, y: Tensor, sums: RouterSums) -> Tensor:
-        """Returns `y` with the same values; its backward also adds the gradients of both losses. Costs one all-reduce,
-        unless both coefficients are 0."""
+        """Returns `y` with the same values; backward through `y` also adds the gradients of both losses. Costs one
+        all-reduce, unless both coefficients are 0."""
         if not (self.balance or self.z) or not torch.is_grad_enabled():  # as in the first forward of full recompute
             return y
         num_columns = sums.choices_C.shape[0]
@@ -48,7 +49,7 @@ class AuxTerms:
         balance = balance_terms(sums.prob_C[None], choices_LC, tokens_LG, tables, kind=self.kind).sum()
         z = z_terms(sums.log_z_squared_G[None], tokens_LG).sum()
         # Megatron sums gradients over TP, and then averages them over DP x CP (its scaler has CP / micro-batches) or
-        # divides the sum by the step's tokens. `scale` cancels this, so that the ranks' shares sum to the loss.
+        # divides the sum by the step's tokens. `scale` cancels this division, so that the ranks' shares sum to the loss.
         scale = tokens_LG.sum() if self.per_token_loss else float(self.data_parallel_size)
         for name, term, coefficient in (("global_load_balancing_loss", balance, self.balance), ("z_loss", z, self.z)):
             if coefficient:

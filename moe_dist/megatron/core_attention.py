@@ -42,8 +42,8 @@ def mask_of_rank(documents_BS: Tensor, cp_rank: int, cp_size: int) -> AttentionM
 
 
 class DocumentAttention(MegatronModule):
-    """Replaces Megatron's DotProductAttention, and has the same arguments. Over context-parallel ranks it gathers keys and
-    values, and backward sums their gradients."""
+    """Replaces Megatron's DotProductAttention, and has the same arguments. With context parallelism, forward gathers keys
+    and values over the ranks, and backward sums the gradients of keys and values."""
 
     def __init__(self, config: TransformerConfig, *_: Any, pg_collection: ProcessGroupCollection, **__: Any) -> None:
         super().__init__(config)

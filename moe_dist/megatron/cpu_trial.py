@@ -5,9 +5,9 @@ functions.
         ...                                       # Megatron builds, computes and communicates on CPU tensors
 
 megatron-core has no CPU path: it asks `torch.cuda` for devices, streams and random states, makes tensors on "cuda", and
-compares `Tensor.type()` with CUDA's names. Inside the context these names point to stand-ins; on exit each name is
-restored. A stream does nothing, because a CPU works in order. Functions that Megatron compiles with torch.compile stay
-uncompiled. The stand-ins work with megatron-core 0.16.1 and 0.19.x. Numerical results are right; times are CPU times.
+compares `Tensor.type()` with CUDA's names. Inside the context CUDA's names point to stand-ins; on exit each name is
+restored. A stand-in stream does nothing, because a CPU works in order. Functions that Megatron compiles with torch.compile
+stay uncompiled. The stand-ins work with megatron-core 0.16.1 and 0.19.x. Numerical results are right; times are CPU times.
 """
 
 import contextlib
@@ -74,7 +74,8 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """Replaces `torch.compile`: returns the function uncompiled or, without a function, a decorator that does so."""
+    """Replaces `torch.compile`: returns the function uncompiled or, without a function, a decorator that returns functions
+    uncompiled."""
     return function or (lambda decorated: decorated)
 
 
@@ -135,7 +136,7 @@ def cuda_replacements() -> Sequence[Replacement]:
 
 
 def megatron_replacements() -> Sequence[Replacement]:
-    """Lists the attributes of megatron-core that are replaced. Torch's attributes must be replaced before."""
+    """Lists the attributes of megatron-core that are replaced. Torch's attributes must be replaced before Megatron's."""
     core = "megatron.core"
     random, moe = f"{core}.tensor_parallel.random", f"{core}.transformer.moe.moe_utils"
     dispatchers = f"{core}.transformer.moe.token_dispatcher"
@@ -143,7 +144,7 @@ def megatron_replacements() -> Sequence[Replacement]:
         (random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
         (random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
         (dispatchers, "maybe_move_tensor_to_cpu", _stay),
-        # 0.16.1 defines this name only with TransformerEngine, but reads it in every router.
+        # megatron-core 0.16.1 defines this name only with TransformerEngine, but reads the name in every router.
         (moe, "te_general_gemm", getattr(importlib.import_module(moe), "te_general_gemm", None)),
     ]
     return [Replacement(f"{owner}.{name}", importlib.import_module(owner), name, value) for owner, name, value in values]

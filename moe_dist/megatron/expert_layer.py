@@ -51,7 +51,7 @@ class ExpertLayer(MegatronModule):
         layer_number: Number of the layer in the whole model (over all pipeline stages), from 1.
         shared: Megatron's tensor-parallel shared expert, or None.
         watch: Makes the router, has the dispatcher, adds the auxiliary terms, counts bytes, and gets the layer's reports;
-            the caller then sets the weights. If None, the layer itself adds the auxiliary terms of Megatron's
+            the caller then sets the weights. Without `watch`, the layer itself adds the auxiliary terms of Megatron's
             configuration, counts bytes, and draws the weights.
     """
 
@@ -100,7 +100,7 @@ class ExpertLayer(MegatronModule):
             num_layers=config.num_layers,
             record=tracker(),
         )
-        if watch is None:  # otherwise the caller sets all weights
+        if watch is None:  # with a watch, the caller sets all weights
             _initialise(self.moe, self.placement, config, ep_rank=self.ep_rank, layer=layer_number - 1, seed=settings.seed)
         _mark_parameters(self.moe, sequence_parallel=config.sequence_parallel)
 
@@ -186,7 +186,7 @@ def _device(config: TransformerConfig) -> torch.device:
 
 
 def _recompute(config: TransformerConfig) -> Recompute:
-    """Returns the layer's mode for Megatron's selective recompute. Megatron's full recompute is 'none' here, because it
+    """Returns the layer's mode for Megatron's selective recompute. The mode is 'none' for Megatron's full recompute, which
     wraps the whole layer."""
     modules = (config.recompute_modules or []) if config.recompute_granularity == "selective" else []
     return "block" if "moe" in modules else "experts" if "moe_act" in modules else "none"

@@ -1,7 +1,7 @@
 """Makes Megatron's GPTModel, DDP and optimizer from the configuration of a run (engine.kind=megatron).
 
-Weights and steps equal the own engine's: weights are drawn by logical name, the weight decay is the same, and a step's loss
-is summed over ranks and micro-batches (Megatron's per-token loss without its division).
+Weights and steps equal those of moe_dist's own engine: weights are drawn by logical name, the weight decay is the same, and
+a step's loss is summed over ranks and micro-batches (Megatron's per-token loss without its division).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +65,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         kv_channels=model.resolved_head_dim,
         ffn_hidden_size=model.dense_ffn_dim or first.ffn_dim,
         num_moe_experts=sum(group.num_experts for group in moe.groups.values()),
-        moe_router_topk=first.top_k,  # Megatron uses this and the width only to count FLOPs
+        moe_router_topk=first.top_k,  # Megatron uses top_k and the width only to count FLOPs
         moe_ffn_hidden_size=first.ffn_dim,
         moe_layer_freq=[int(layer in model.moe_layers) for layer in range(model.num_layers)],
         moe_shared_expert_intermediate_size=moe.shared_ffn_dim or None,
@@ -93,7 +93,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         use_cpu_initialization=engine.cpu_trial,
         recompute_granularity=granularity,
         recompute_modules=modules,
-        moe_grouped_gemm=modules is not None,  # Megatron requires this with moe_act; the layer does not read it
+        moe_grouped_gemm=modules is not None,  # Megatron requires this option with moe_act; `ExpertLayer` ignores it
         calculate_per_token_loss=True,  # Megatron adds up losses over ranks and micro-batches
         finalize_model_grads_func=_finalise,  # does not divide losses by Megatron's token count
     )
@@ -127,9 +127,9 @@ class Gpt:
     Attributes:
         chunks: The parts, wrapped for data parallelism, in the order of their layers.
         groups: Megatron's process groups.
-        place: The rank's place, by which parameters have logical names.
+        place: The rank's place in the model, which determines the logical names of its parameters.
         routers: The router of each MoE layer of this rank, by index of the layer.
-        last_stage: Whether this rank has the last part of the model, and so the losses.
+        last_stage: Whether this rank has the last part of the model, which computes the losses.
         tp_mesh: Megatron's group of tensor-parallel ranks as a mesh, on the device of a checkpoint's tensors.
         distributed: Whether the optimizer's state is sharded over data-parallel ranks.
     """
@@ -176,7 +176,7 @@ class Gpt:
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=False,
             use_distributed_optimizer=self.distributed,
-            check_for_nan_in_grad=False,  # the training step skips such a step on all ranks
+            check_for_nan_in_grad=False,  # the training step skips a step with NaN on all ranks
         )
         self.chunks = [
             DistributedDataParallel(self.megatron, ddp, each, disable_bucketing=number > 0)
@@ -265,7 +265,7 @@ class Gpt:
         )
         overrides: Any = {ParamKey(attr=NO_DECAY_ATTRIBUTE): {"wd_mult": 0.0}}
         optimizer = get_megatron_optimizer(settings, list(self.chunks), config_overrides=overrides)
-        for group in optimizer.param_groups:  # Megatron's scheduler, which would do this, is not used
+        for group in optimizer.param_groups:  # Megatron's scheduler, which would set the decay, is not used
             group["weight_decay"] = section.weight_decay * group["wd_mult"]
         return optimizer
 

@@ -37,8 +37,8 @@ class LayerWatch:
         coefficients: Coefficients of the step's auxiliary terms; None in evaluation.
         routers: The router of each MoE layer of this rank, by index of the layer.
         request: The request that routers get with the current micro-batch.
-        chosen: By micro-batch number and layer, the index of each token in the micro-batch [T], and the choices. Has only
-            micro-batches whose request asks for choices.
+        chosen: By micro-batch number and layer, the index of each token in the micro-batch [T], and the choices. `chosen`
+            has only micro-batches whose request asks for choices.
         static: Whether exchanges have fixed sizes, so that the host does not know the numbers of rows.
         every_rank: Megatron's group TP x CP x DP: all ranks of a stage that have tokens of a micro-batch. `Gpt` sets it.
     """

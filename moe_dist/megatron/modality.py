@@ -1,8 +1,8 @@
 """Carries the modality ids of tokens through Megatron, in the argument `padding_mask`.
 
 Megatron passes `padding_mask` from GPTModel.forward to every MoE layer. Megatron's own layers expect a bool that is true
-for padding; here the tensor may contain modality ids instead. Shape letters: B sequences, S positions, s positions on this
-rank (S / TP under sequence parallelism), T = s x B tokens of this rank.
+for padding; for moe_dist the tensor may contain modality ids instead. Shape letters: B sequences, S positions, s positions
+on this rank (S / TP under sequence parallelism), T = s x B tokens of this rank.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,8 @@ def groups_of_rank(
     """Returns the expert group of each token of this rank, int64 [T], in the order of hidden states; -1 for padding.
 
     Megatron scatters the mask over the TP ranks only on the first pipeline stage, if that stage computes the embeddings.
-    In all other cases the mask has the whole sequence, and this function takes the rank's slice. Nothing is communicated.
+    A mask that Megatron does not scatter has the whole sequence, and this function takes the rank's slice. Nothing is
+    communicated.
 
     Args:
         mask_BS: Integer modality ids (-1 for padding), bools that are true for padding, or None without padding.
@@ -46,7 +47,8 @@ def groups_of_rank(
 
     Raises:
         ConfigError: there are several modalities and no ids, the ids do not have the shape of the hidden states, or, on a
-            CPU, an id is of no modality. On CUDA such an id fails an assertion of the device, without a host sync.
+            CPU, an id is of no modality. On CUDA an id of no modality fails an assertion of the device, without a host
+            sync.
     """
     num_modalities = group_of_modality_M.shape[0] - 1
     if mask_BS is None or mask_BS.dtype == torch.bool:

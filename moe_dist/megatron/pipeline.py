@@ -63,7 +63,7 @@ class Pipeline:
 
         Returns:
             On the last stage, for each micro-batch the cross entropy of each label at this rank's positions, [B, s], 0
-            without a label. On other stages an empty list.
+            without a label. On stages before the last, an empty list.
         """
         losses: dict[int, Tensor] = {}
         batches, count, tracker = self._filled(batches), len(batches), self._watch.tracker
@@ -75,7 +75,7 @@ class Pipeline:
 
         def step(iterator: Iterator[tuple[int, MicroBatch]], chunk: Any) -> tuple[Tensor, Any]:
             at, batch = next(iterator)
-            inside.enter_context(tracker.among(COLLECTIVES))  # entered again, so that the time limit is per micro-batch
+            inside.enter_context(tracker.among(COLLECTIVES))  # entered again, to restart its time limit
             own = self.columns(batch.tokens_BS.shape[1]).to(batch.tokens_BS.device)
             labels = batch.labels_BS[:, own]
             request = replace(batch.request, token_T=self._tokens(own, *batch.tokens_BS.shape))

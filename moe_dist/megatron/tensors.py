@@ -1,8 +1,8 @@
 """Maps each parameter of Megatron's GPTModel to the parts of logical tensors that it holds.
 
 Megatron joins queries, keys and values, and gate and up, in one matrix each, numbers the layers of a pipeline stage from 0,
-and cuts matrices over tensor-parallel ranks. Initial weights and checkpoints use logical names, which do not depend on any
-of this (`moe_dist.placement.roles`).
+and cuts matrices over tensor-parallel ranks. Initial weights and checkpoints use logical names, which do not depend on how
+Megatron joins, numbers or cuts (`moe_dist.placement.roles`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,8 +34,8 @@ class Piece:
 
     Attributes:
         name: Logical name.
-        view: The part, sharing the memory of the local tensor. It has the elements of `shape` in order, but may have more
-            dimensions.
+        view: The part, sharing the memory of the local tensor. The view has the elements of `shape` in order, but may have
+            more dimensions.
         shape: Shape of this rank's part of the logical tensor.
         dim: Dimension in which the logical tensor is cut over tensor-parallel ranks; None if the rank has the whole tensor.
         expert: True for a tensor of one expert, which the ranks with the same experts hold.

@@ -1,5 +1,5 @@
-"""The base class of causal attention, and grouped-query attention (`latent_attention.py` has another form). Tokens attend
-only inside their document, even if several documents share a sequence.
+"""The base class of causal attention, and grouped-query attention (latent attention is in `latent_attention.py`). Tokens
+attend only inside their document, even if several documents share a sequence.
 
 Shape letters: B sequences, S positions, N new tokens per sequence, H query heads, d head width, D hidden size.
 """
@@ -73,20 +73,20 @@ def make_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # torch compiles each shape anew, with and without gradient. A run has the shape of whole sequences and, with mixture of
-    # depths, up to 8 more in evaluation. Beyond a limit (8 by default) torch runs flex attention uncompiled, with S x S
-    # scores.
+    # torch compiles each shape anew, with and without gradient. A run has one shape for whole sequences and, with mixture
+    # of depths, up to 8 more shapes in evaluation. Beyond a limit (8 by default) torch runs flex attention uncompiled, with
+    # S x S scores.
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=False)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None = None) -> Tensor:
-    """Returns softmax attention, [B, H, S, d]. If k and v have only H_kv heads, each serves H / H_kv query heads. `scale`
-    is the factor of the scores; None: 1 / sqrt(width of q)."""
+    """Returns softmax attention, [B, H, S, d]. If k and v have only H_kv heads, each key-value head serves H / H_kv query
+    heads. `scale` is the factor of the scores; None: 1 / sqrt(width of q)."""
     options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1], "scale": scale}
     if isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
-    flex = _compiled(flex_attention) if q.is_cuda else flex_attention  # because eager mode would make S x S scores
+    flex = _compiled(flex_attention) if q.is_cuda else flex_attention  # eager mode would make S x S scores
     return flex(q, k, v, block_mask=mask.blocks, **options)
 
 

@@ -21,7 +21,7 @@ class AttentionLoRA(nn.Module):
         widths: I and O of each projection that gets an adapter.
         rank, alpha: r and alpha; the scale is alpha / r.
         dropout: Share of the elements of an adapter's input that dropout sets to 0 in training.
-        seed, layer: Name the random numbers of dropout, together with the step and the first token.
+        seed, layer: Identify the random numbers of dropout, together with the step and the first token.
     """
 
     def __init__(

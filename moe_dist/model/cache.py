@@ -3,7 +3,7 @@
 An entry is the key, the value and the position of one token. Padding adds no entry, and neither does a token that skips the
 layer (mixture of depths), so the sequences of a batch may have different numbers of entries. Keys are stored after
 rotation. Latent attention stores the rotated part of the keys as key, and the latent as value; the rotated part and the
-latent are smaller than whole keys and values. Nothing here syncs with the host.
+latent are smaller than whole keys and values. No function of the cache syncs with the host.
 
 Shape letters: B sequences, N new tokens per sequence, H key-value heads, d head width, C entries.
 """
@@ -52,7 +52,7 @@ class LayerCache:
         if self._seen > self.capacity:
             raise ValueError(f"{self._seen} tokens were offered to a cache made for {self.capacity}")
         place_BN = self.lengths[:, None] + taken_BN.cumsum(1) - 1
-        place_BN = torch.where(taken_BN, place_BN, self.capacity)  # shapes are fixed, so this does not sync
+        place_BN = torch.where(taken_BN, place_BN, self.capacity)  # shapes are fixed, so nothing syncs with the host
         at = place_BN[:, None, :, None]
         self.keys.scatter_(2, at.expand_as(key_BHNd), key_BHNd)
         self.values.scatter_(2, at.expand_as(value_BHNd), value_BHNd)
@@ -72,4 +72,4 @@ class LayerCache:
         return self.keys[:, :, : self._seen], self.values[:, :, : self._seen], visible[:, None]
 
 
-KeyValueCache = tuple[LayerCache, ...]  # one per layer of a transformer
+KeyValueCache = tuple[LayerCache, ...]  # one cache per layer of a transformer

@@ -4,8 +4,8 @@ temperature 1).
     KL = sum over words v of p_v (log p_v - log q_v)        p: teacher, q: model
 
 If only the K most likely words of the teacher are known, all other words count as one more word, with the remaining
-probability. This KL is at most the KL over all words. Shape letters: B sequences, S positions, V vocabulary, K words per
-token.
+probability. The KL over K + 1 words is at most the KL over all words. Shape letters: B sequences, S positions, V
+vocabulary, K words per token.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def divergences(logits_BSV: Tensor, teacher: TeacherOutput, labels_BS: Tensor) -
     else:
         p_BSK, log_q_BSK = log_p_BSK.exp(), log_q_BSV.gather(-1, teacher.word_BSK)
         rest_BS = (1.0 - p_BSK.sum(-1)).clamp_min(0.0)
-        # sums the words outside, because 1 - (sum of q) loses all digits if the sum is near 1
+        # sums q over words outside the K words, because 1 - (sum of q) loses all digits if the sum is near 1
         log_q_rest_BS = log_q_BSV.scatter(-1, teacher.word_BSK, float("-inf")).logsumexp(-1)
         kl_BS = (p_BSK * (log_p_BSK - log_q_BSK)).sum(-1) + torch.xlogy(rest_BS, rest_BS) - rest_BS * log_q_rest_BS
     return torch.where(labels_BS < 0, 0.0, kl_BS)

@@ -12,7 +12,8 @@ in expert choice. Evaluation decides for each token alone, without later tokens:
     threshold   computes a token if sigmoid(s) > c. c is the running mean of the lowest selected score (`ThresholdUpdater`)
                 plus the correction of the last calibration
     auxiliary   computes a token if SiLU(x W_1) W_2 > 0 (MoMa, section 2.4). W_1 and W_2 learn the selection by binary cross
-                entropy while the model trains. Their input is detached, so their loss changes no other parameter
+                entropy while the model trains. The input of W_1 and W_2 is detached, so the loss of W_1 and W_2 changes
+                no other parameter
 
 If the scope has several ranks, each forward of a layer in training costs one all-gather of T numbers per rank (named `depth
 scores`), and one host sync, which reads the number of this rank's selected tokens.
@@ -69,7 +70,7 @@ class DepthRouter(ChoosingRouter):
         hidden_dim: D, the hidden size.
         capacity: c, the share of the scope's tokens that the layer computes.
         threshold_decay: Decay of the running mean per step.
-        selection_scope: The ranks whose tokens compete; each must have the same number of tokens.
+        selection_scope: The ranks whose tokens compete; each rank must have the same number of tokens.
         name: Name of the layer, for reports of a hang.
     """
 
@@ -97,8 +98,8 @@ class DepthRouter(ChoosingRouter):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Creates the buffers on the default device: the capacity, and a threshold of 0. Call it again after a move from
-        the meta device, which loses the values of buffers."""
+        """Creates the buffers on the default device: the capacity, and a threshold of 0. Call `reset_buffers` again after a
+        move from the meta device, which loses the values of buffers."""
         self.register_buffer("capacity_1", torch.tensor([self.capacity], dtype=torch.float64), persistent=False)
         if self.causal == "threshold":
             for buffer in ("threshold", "mean", "steps"):
@@ -118,11 +119,11 @@ class DepthRouter(ChoosingRouter):
         """Selects tokens among the tokens that are not padding (`real_T`, bool).
 
         All arithmetic is fp32 (float64 for a float64 model). In training with the scope `rank` there are ceil(c T) slots,
-        and nothing syncs. In all other cases one host sync reads the number of selected tokens from the device. There is
-        always at least one slot, so that this rank takes part in the layer's collectives.
+        and nothing syncs with the host. In evaluation and with larger scopes one host sync reads the number of selected
+        tokens from the device. There is always at least one slot, so that this rank takes part in the layer's collectives.
         """
         h_TD, logit_T = self._logits(x_TD)
-        causal_T = self._causal(h_TD.detach(), logit_T.detach())  # else the auxiliary loss trains other weights
+        causal_T = self._causal(h_TD.detach(), logit_T.detach())  # the auxiliary loss trains only the auxiliary router
         causal_taken_T = (causal_T > 0) & real_T
         taken_T, slots, kth_score = causal_taken_T, None, logit_T.new_zeros(())
         if self.training or self.noncausal:
@@ -170,7 +171,7 @@ class DepthRouter(ChoosingRouter):
         return logit_T.sigmoid() - self.threshold.to(logit_T.dtype)
 
     def _auxiliary_loss(self, causal_T: Tensor, taken_T: Tensor, real_T: Tensor) -> Tensor | None:
-        """Returns the auxiliary router's cross entropy against the selection, summed over tokens; None without that
+        """Returns the auxiliary router's cross entropy against the selection, summed over tokens; None without an auxiliary
         router."""
         if self.auxiliary is None or not self.training:
             return None
@@ -193,7 +194,7 @@ def _slots(taken_T: Tensor, slots: int | None) -> tuple[Tensor, Tensor]:
 
 def slot_documents(documents_BS: Tensor, chosen: Chosen) -> Tensor:
     """Returns the document number of each slot [1, C]. Sequences share no number. Each empty slot has a number of its own,
-    so that no token attends to it."""
+    so that no token attends to an empty slot."""
     sequences, length = documents_BS.shape
     offset_B1 = torch.arange(sequences, device=documents_BS.device)[:, None] * (length + 1)
     document_C = (documents_BS + offset_B1).flatten()[chosen.index_C]

@@ -39,7 +39,7 @@ def attend_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor, mask: At
         gqa, sums = q.shape[1] != k.shape[1], AuxRequest(lse=True)
         out, more = flex(q, k, v, block_mask=mask.blocks, enable_gqa=gqa, return_aux=sums)
         return out * (more.lse - sinks_H[:, None]).sigmoid()[..., None].to(out.dtype)
-    # Adds one key whose value is 0. One more channel of queries and keys gives this key the sink as its score.
+    # Adds one key whose value is 0. One more channel of queries and keys gives the added key the sink as its score.
     scale = q.shape[-1] ** -0.5
     channel = (sinks_H / scale)[:, None, None].expand(*q.shape[:-1], 1)
     k = F.pad(k, (0, 1, 0, 1))

@@ -117,9 +117,9 @@ class Transformer(nn.Module):
             positions_BS: int64 position of each token inside its document.
             documents_BS: Document number of each token. A token attends to itself and to its document's earlier tokens.
             group_BS: int64 expert group of each token, -1 for padding.
-            request: Is passed to all MoE layers. Mixture-of-depths layers use only its `experts_off`.
-            labels_BS: int64. With labels, forward returns the cross entropies [B, S] in fp32 instead of the logits. They
-                are computed inside forward, because FSDP2 gathers the output weight only there.
+            request: Is passed to all MoE layers. Mixture-of-depths layers use only the request's `experts_off`.
+            labels_BS: int64. With labels, forward returns the cross entropies [B, S] in fp32 instead of the logits. The
+                cross entropies are computed inside forward, because FSDP2 gathers the output weight only there.
             teacher: With a teacher, which needs labels, cross entropies and KL divergences [2, B, S] are returned.
         """
         rotary = self._rotary(positions_BS, group_BS)
@@ -293,6 +293,7 @@ class Transformer(nn.Module):
 def _joined(
     x_BSD: Tensor, late_TD: Tensor | None, report: LayerReport | None
 ) -> tuple[Tensor, Tensor | None, LayerReport | None]:
-    """Adds the late output of the layer before, and takes this layer's late output, for the next layer, from its report."""
+    """Adds the late output of the previous layer, and takes this layer's late output, which the next layer adds, from the
+    report."""
     x_BSD = x_BSD if late_TD is None else x_BSD + late_TD.view_as(x_BSD)
     return (x_BSD, None, None) if report is None else (x_BSD, report.late_TD, report._replace(late_TD=None))

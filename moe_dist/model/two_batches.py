@@ -2,8 +2,8 @@
 while the other half computes. Shape letters: B sequences, S positions, T tokens of a half, D hidden size.
 
 Each half is a generator, which yields at each exchange (`moe_dist.moe.dispatch.two_batches` draws the order). Each token is
-routed alone, so two halves route as the whole micro-batch does. The halves' reports are added up, so the losses also equal
-the whole micro-batch's losses.
+routed alone, so routing in two halves equals routing of the whole micro-batch. The halves' reports are added up, so the
+losses also equal the whole micro-batch's losses.
 """
 
 from collections.abc import Generator, Iterable, Sequence

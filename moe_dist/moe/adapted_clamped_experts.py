@@ -1,7 +1,8 @@
 """Adds the LoRA adapters of `adapted_experts.py` to frozen FFN experts with biases and a clamped SwiGLU
 (`clamped_experts.py`). The outputs of the adapters of gate and up are added before the clamps.
 
-Shape letters: Q (token, expert) pairs computed here, D hidden size, F hidden width, e experts of a group on this rank.
+Shape letters: Q (token, expert) pairs computed on this rank, D hidden size, F hidden width, e experts of a group on this
+rank.
 """
 
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ class AdaptedClampedStack(AdaptedStack):
 
 class AdaptedClampedExperts(AdaptedExperts):
     """All true (not null) experts of this rank, one `AdaptedClampedStack` per group. Ignores the argument `kernels` and
-    uses torch's, as `ClampedExperts` does."""
+    uses operations of torch, as `ClampedExperts` does."""
 
     stack: ClassVar[type[AdaptedStack]] = AdaptedClampedStack
 

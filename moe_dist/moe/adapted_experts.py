@@ -6,8 +6,8 @@
 Either each expert has its own A and B, on the expert's rank, or all experts of a group share one A and B, which every rank
 holds. Backward computes no product for the gradient of a frozen matrix.
 
-Shape letters: Q (token, expert) pairs computed here, D hidden size, F hidden width, e experts of a group on this rank, r
-rank, I inputs and O outputs of a matrix.
+Shape letters: Q (token, expert) pairs computed on this rank, D hidden size, F hidden width, e experts of a group on this
+rank, r rank, I inputs and O outputs of a matrix.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -26,7 +26,7 @@ CATEGORIES = dict(enumerate(_CATEGORY_NAMES.split(), start=4))
 
 @dataclass(frozen=True)
 class Synset:
-    """One synset: a meaning, and the words that have it."""
+    """One synset: a meaning, and the words with that meaning."""
 
     lexicographer: int  # number of the lexicographer file; for a noun a key of CATEGORIES or 3
     words: tuple[str, ...]  # with spaces instead of underscores

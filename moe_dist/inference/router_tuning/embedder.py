@@ -1,5 +1,5 @@
-"""Computes embeddings of texts with a model in a folder that the package sentence-transformers saved. Does not need this
-package or the network, and runs no code from the folder.
+"""Computes embeddings of texts with a model in a folder that the package sentence-transformers saved. Needs neither
+sentence-transformers nor the network, and runs no code from the folder.
 
 modules.json             lists Transformer and Pooling, and Normalize for vectors of length 1; other modules are refused
 config.json, model.safetensors, tokenizer.json, sentence_bert_config.json    files of the transformer
@@ -106,7 +106,7 @@ class Embedder:
         from transformers import AutoModel  # imported late, because the import takes seconds
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # not needed, because the load takes only a second
+        logging.disable_progress_bar()  # no progress bar, because the load takes only a second
         try:
             model = AutoModel.from_pretrained(
                 self._root, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def use(model: Transformer, kernels: DenseKernels) -> None:
-    """Lets the norms, the attention and the loss of the model use these kernels."""
+    """Lets the norms, the attention and the loss of the model use the functions in `kernels`."""
     model.token_losses = kernels.token_losses  # pyright: ignore[reportAttributeAccessIssue]
     for module in model.modules():
         if isinstance(module, CausalAttention):
@@ -35,8 +35,8 @@ def _normed(norm: RMSNorm, kernels: DenseKernels, x: Tensor) -> tuple[Tensor, Te
 
 
 def use_triton(model: Transformer, kind: KernelKind, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Lets the model use Triton's kernels. Call it only if the experts use Triton's, too. With `auto` the kernels
-    are tried first, and the log has the reason if they are not used."""
+    """Lets the model use Triton's kernels. Call `use_triton` only if the experts use Triton's kernels, too. With `auto` the
+    kernels are tried first, and the log has the reason if they are not used."""
     from moe_dist.model.kernels.triton_kernels import TRITON  # imports Triton, which a CPU need not have
 
     reason = trial.why_not(TRITON, device, dtype) if kind == "auto" else None

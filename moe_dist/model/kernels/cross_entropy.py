@@ -61,7 +61,7 @@ def cross_entropy(logits: Tensor, label: Tensor) -> Iterator[tuple[Tensor, Tenso
 
 @operation("cross_entropy_backward(Tensor logits, Tensor label, Tensor log_z, Tensor grad) -> Tensor")
 def cross_entropy_backward(logits: Tensor, label: Tensor, log_z: Tensor, grad: Tensor) -> Iterator[Tensor]:
-    """Returns the gradient of the logits, in their dtype, for gradients [...] of the losses."""
+    """Returns the gradient of the logits, in the logits' dtype, for gradients [...] of the losses."""
     out, words = torch.empty_like(logits), logits.shape[-1]
     yield out
     grid = (label.numel(), triton.cdiv(words, _block(words)))

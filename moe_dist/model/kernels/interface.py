@@ -13,8 +13,8 @@ class DenseKernels(NamedTuple):
     """Functions with the arguments, results and gradients of the functions in `layers` with the same names.
 
     `norm_and_rotate` takes queries or keys [B, S, H, d], weight [d] or [H d] and eps of their norm, and table and pairs of
-    `rotate`. It returns the result of `rms_norm` and then `rotate`, [B, H, S, d], or None if the caller must call these two
-    functions.
+    `rotate`. `norm_and_rotate` returns the result of `rms_norm` and then `rotate`, [B, H, S, d], or None if the caller must
+    call these two functions.
     """
 
     rotate: Callable[..., Tensor] = rotate

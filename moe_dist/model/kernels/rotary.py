@@ -51,8 +51,8 @@ def rotate_kernel(
 
 @operation("rotate(Tensor x, Tensor cos, Tensor sin, bool adjacent, bool back) -> Tensor")
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool, back: bool) -> Iterator[Tensor]:
-    """Returns x [T, H, d] rotated by the angles of the tables, fp32 [T, r / 2], or `back` by their negatives. The first r
-    values of each head rotate; pairs are 2 i and 2 i + 1 if `adjacent`, else i and i + r / 2."""
+    """Returns x [T, H, d] rotated by the angles of the tables, fp32 [T, r / 2], or, with `back`, by the negative angles.
+    The first r values of each head rotate; pairs are 2 i and 2 i + 1 if `adjacent`, else i and i + r / 2."""
     out = torch.empty_like(x)
     yield out
     (tokens, heads, width), half = x.shape, cos.shape[1]

@@ -40,7 +40,7 @@ def _norm_and_rotate(
 
 
 def _per_token(table: tuple[Tensor, Tensor], batch: int, length: int) -> Iterator[Tensor]:
-    """Yields cosines and sines [B S, r / 2]. The table may have one sequence for all B."""
+    """Yields cosines and sines [B S, r / 2]. The table may have the angles of one sequence for all B sequences."""
     return (each.expand(batch, 1, length, -1).flatten(0, 2) for each in table)
 
 

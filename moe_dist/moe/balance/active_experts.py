@@ -1,20 +1,20 @@
 """Holds the mean number of true (not null) experts per token at a target (LongCat-Flash, arXiv 2509.01322, section 2.1.2).
 
 The paper calls this controller PID; it is an integral controller, because a bias is the sum of all its updates. A token has
-k choices among n true experts and the other columns. Of T tokens in a step, c_i choose true expert i; c is the sum of c_i
-over i. The update of bias b_i after a step:
+k choices among n true experts and the router's other columns. Of T tokens in a step, c_i choose true expert i; c is the sum
+of c_i over i. The update of bias b_i after a step:
 
     per expert, as published    b_i += mu (target / (k n) - c_i / (k T))
     per group                   b_i += mu (target - c / T) / (k n)       the mean over i of the update per expert
 
-While the mean is below the target the biases rise, so true experts win choices from null experts. Both forms of the update
-change the mean bias equally. The update per expert also balances the true experts; the update per group adds one number to
-all their biases, so it keeps the order of true experts.
+While the mean number of true experts is below the target the biases rise, so true experts win choices from null experts.
+The updates per expert and per group change the mean bias equally. The update per expert also balances the true experts; the
+update per group adds one number to the biases of all true experts, so the order of true experts stays.
 
 With `proportional` p the controller is proportional-integral, like the one of DTop-p (arXiv 2512.13996) for the bound of
-top-p. The update then has a second term: the same expression with p instead of mu, and with the change of the bracket since
-the last step instead of the bracket. The bias is thus the sum of mu times each bracket, plus p times (last bracket - first
-bracket).
+top-p. With `proportional` the update has a second term: the first term with p instead of mu, and with the change of the
+term's bracket since the last step instead of the bracket. The bias is thus the sum of mu times each step's bracket, plus p
+times (last bracket - first bracket).
 
 mu = rate / (1 + step / decay_steps). The sum of mu over steps diverges and the sum of mu^2 converges. The mean number of
 true experts per token therefore converges to the target although each step is noisy (Robbins and Monro, 1951), even as the
