@@ -16,7 +16,7 @@ from moe_dist.config.regular_file import read_regular
 
 MAX_YAML_BYTES = 1 << 18  # largest file that is read, in bytes
 # Most values in one document; an alias counts as all values that it stands for. PyYAML takes up to 30 us for a value, so a
-# text is read or refused within a second. The largest configurations have some hundred values, and a list of their ranks.
+# text is read or refused within a second. The largest configurations have some hundred values, and a list of ranks.
 MAX_VALUES = 20_000
 MAX_REPEATED = 50  # most duplicate keys that an error names
 MAX_DEPTH = 32  # deepest nesting that is read, because PyYAML takes longer for deeper values

@@ -39,7 +39,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Text:
-    """A text. Texts of a family are all training or all held out."""
+    """A text. Texts of a family (such as equal texts) are all training or all held out."""
 
     key: str
     family: str

@@ -24,9 +24,9 @@ _HELDOUT_WINDOW = 512
 class TrainLoader:
     """Makes the training batches of one rank.
 
-    The documents of a source are shuffled and packed into sequences once, by (seed, source). Each epoch of a source has the
-    same sequences, and thus each document once, in a new order. A resumed run reads no sequence before its position.
-    Packing a million documents takes about 3 s and keeps 32 bytes per piece in memory.
+    The documents of a source are shuffled once, by a random seed from (seed, source), and packed into sequences. Each epoch
+    of a source has the same sequences, and thus each document once, in a new order. A resumed run reads no sequence before
+    its position. Packing a million documents takes about 3 s and keeps 32 bytes per piece in memory.
 
     Args:
         folder: Folder of the data set.
@@ -111,8 +111,8 @@ class TrainLoader:
         return self._streams[source].sequence(index)
 
     def epochs(self, position: int) -> dict[str, float]:
-        """Maps each modality to the number of times that the first `position` sequences of the stream have drawn a training
-        token, mean over tokens; 0 if the sources in use have no token of the modality."""
+        """Maps each modality to the mean number of times that the first `position` sequences of the stream have drawn a
+        training token of the modality; 0 if the sources in use have no such token."""
         drawn = self._mixture.drawn(position)
         modalities = next(iter(self._tokens.values()))
         epochs = {}

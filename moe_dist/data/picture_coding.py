@@ -174,7 +174,8 @@ class PictureCoder:
             report(stage, start + len(chunk), len(pictures))
 
     def image(self, raster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes a picture without augmentation; returns token ids from begin to end token, and whether each is filler."""
+        """Encodes a picture without augmentation; returns token ids from begin to end token, and whether each token is
+        filler."""
         render = plain(raster)
         return self._image(render, self._code(render.pixels[None])[0])
 

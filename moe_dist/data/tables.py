@@ -72,7 +72,7 @@ def table_rows(option: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             table: Any = datasets.load_from_disk(str(path))
         else:
             files = [str(path)] if path.is_file() else _parquet_files(option, path)
-            # With streaming, datasets copies nothing into a cache.
+            # With streaming, the package datasets copies nothing into a cache.
             table = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
         for number, row in enumerate(table, 1):
             yield f"{path}, row {number}", _without_nulls(row, table.features)

@@ -32,7 +32,7 @@ class Questions:
         folder, data: run.root, where every node must be able to write; and data.path.
         token_file: Path and content of a file that the doctor wrote into `folder`; None skips its check.
         hosts: Host names that the node must be able to resolve (the rendezvous host).
-        meeting: File with rank 0's address for the connection test (`launchers/doctor/on_node.py`); None skips it.
+        meeting: File with rank 0's address for the connection test (`launchers/doctor/on_node.py`); None skips the test.
         num_nodes: Number of nodes in the connection test.
     """
 

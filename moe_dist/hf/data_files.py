@@ -46,7 +46,7 @@ def find_data(values: Mapping[str, Any], trained_on: str, asked: Path | None) ->
     Args:
         values: Values of the checkpoint's state.json.
         trained_on: `data.path` of the run.
-        asked: Folder where the data set is now; None for `trained_on`.
+        asked: Folder where the data set is now; None for the folder `trained_on`.
 
     Raises:
         ConfigError: the folder has no manifest, or the checkpoint belongs to no run.

@@ -141,7 +141,7 @@ def _merged(adapters: Contents) -> tuple[Contents, Read]:
 
 
 def checked_config(contents: Contents) -> Config:
-    """Returns the configuration of a checkpoint. Raises DataError if this version cannot read it."""
+    """Returns the configuration of a checkpoint. Raises DataError if this version of moe_dist cannot read it."""
     saved = contents.state.values.get("config")
     try:
         return Config.model_validate_json(json.dumps(saved))

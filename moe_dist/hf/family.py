@@ -33,7 +33,7 @@ class RouterFields(Protocol):
 
     def held(self, router: RouterSection, num_experts: int) -> Mapping[str, bool]:
         """Maps each setting, such as 'kind=top_k', to whether config.json can express the setting. If the family lacks the
-        router's kind, the kind is the only setting."""
+        router's kind, the mapping has only the kind."""
         ...
 
 

@@ -1,4 +1,5 @@
-"""Reads the fields of a config.json, and records which fields were read, so that an import can report the others."""
+"""Reads the fields of a config.json, and records which fields were read, so that an import can report the fields that were
+not read."""
 
 import json
 import math

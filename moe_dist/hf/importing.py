@@ -279,7 +279,7 @@ def _conclude(
 
 def imported_values(values: Mapping[str, Any]) -> tuple[str | None, Mapping[str, str]]:
     """Returns the Hugging Face family, and the dtype that each logical tensor had in the Hugging Face folder, from the
-    values of an import's state.json. Returns None and no dtypes for any other checkpoint."""
+    values of an import's state.json. Returns None and no dtypes for a checkpoint that no import made."""
     noted = values.get(HUGGINGFACE)
     if not isinstance(noted, dict) or not isinstance(noted.get("dtypes"), dict):
         return None, {}

@@ -56,7 +56,7 @@ class Slot:
     next_rows: tuple[TensorPlace, ...] = ()  # places of the second and later rows if each row is a tensor of its own
 
     def pieces(self) -> list[tuple[TensorPlace, slice]]:
-        """Returns the places to which an export writes, each with the rows of the logical tensor that it gets."""
+        """Returns the places to which an export writes, each with the rows of the logical tensor to write there."""
         if not self.next_rows:
             return [(place, slice(None)) for place in self.places[:1]]
         return [(place, slice(row, row + 1)) for row, place in enumerate((self.places[0], *self.next_rows))]

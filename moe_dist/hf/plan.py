@@ -226,7 +226,7 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
         others = tuple(each.name for each in slot.next_rows)
         stored = TensorPart(slot.name, slot.shape, 0, slot.shape[0], "stored", place.name, place.begin)
         parts.append(replace(stored, others=others, strides=place.strides))
-    if family.layout == "plain":  # the other layouts have rows of null experts
+    if family.layout == "plain":  # the other layouts have router rows of null experts
         parts += [_tiled(part, section) for part in parts if _has_null_rows(part, section)]
     copies = {HEAD: EMBEDDING} if section.tie_embeddings and HEAD in source.tensors else {}
     prefixes = tuple(family.multi_token(Fields(source.config, family.name), source.tensors))

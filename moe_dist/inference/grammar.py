@@ -85,7 +85,7 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     is_code = modality_of_id == (modalities.index(IMAGE) if image is not None else -2)
     text = (modality_of_id >= 0) & ~is_code
     text[[manifest.pad_id, *never]] = False
-    text[manifest.eos_id] = True  # even if pad_id is the same id
+    text[manifest.eos_id] = True  # allowed even if pad_id is the same id
     allowed = np.zeros((len(GrammarState), vocab_size), bool)
     if image is not None:
         text[[image.begin_id, image.end_id]] = False

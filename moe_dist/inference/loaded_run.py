@@ -47,7 +47,7 @@ class CheckpointReader:
         self._has_base = part != "trained"  # a checkpoint of adapters does not contain the base
 
     def read(self, folder: Path) -> Transformer:
-        """Loads a checkpoint and returns the model. With a mesh, all its ranks call it.
+        """Loads a checkpoint and returns the model. With a mesh, all ranks of the mesh call `read`.
 
         Raises:
             DataError: the checkpoint is damaged, or the base model of its adapters is missing.
@@ -99,7 +99,8 @@ class LoadedRun:
     manifest: Manifest
 
     def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
-        """Loads and returns the model in evaluation mode, see `CheckpointReader`. With a mesh, all its ranks call it."""
+        """Loads and returns the model in evaluation mode, see `CheckpointReader`. With a mesh, all ranks of the mesh call
+        `load`."""
         return CheckpointReader(self.folder.parent, self.config, device, mesh).read(self.folder)
 
     def vocabulary(self) -> Vocabulary:
@@ -107,7 +108,7 @@ class LoadedRun:
         return Vocabulary(self.config.data.path, self.manifest, vocab_size=self.config.model.vocab_size)
 
     def likelihood(self, device: torch.device, mesh: Mesh | None = None) -> Likelihood:
-        """Loads the model and returns its `Likelihood`. With a mesh, all its ranks call it."""
+        """Loads the model and returns its `Likelihood`. With a mesh, all ranks of the mesh call this method."""
         model, groups = self.load(device, mesh), self.group_of_modality
         max_seq_len = self.config.model.max_seq_len
         return Likelihood(model, self.manifest, group_of_modality=groups, max_seq_len=max_seq_len, mesh=mesh)

@@ -100,7 +100,7 @@ def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, m
     written = [
         [prompts(question.rotated(by)) for by in range(len(question.choices) if rotations else 1)] for question in questions
     ]
-    check_lengths(flat(written), max_seq_len)  # before the model is loaded, which takes long
+    check_lengths(flat(written), max_seq_len)  # checked before the model is loaded, which takes long
     return written
 
 

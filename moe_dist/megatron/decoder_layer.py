@@ -86,7 +86,8 @@ def _megatrons_own(config: TransformerConfig, number: int) -> TransformerLayerSu
 
 
 def _shared_expert(stock: Any, config: TransformerConfig, groups: ProcessGroupCollection) -> nn.Module | None:
-    """Builds Megatron's shared expert; None if the configuration has none. `stock` describes Megatron's own MoE layer."""
+    """Builds Megatron's shared expert; None if the configuration has no shared expert. `stock` describes Megatron's own MoE
+    layer."""
     if config.moe_shared_expert_intermediate_size is None:
         return None
     return shared_expert_module(stock, config=config, pg_collection=groups, gate=config.moe_shared_expert_gate)

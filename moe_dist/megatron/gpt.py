@@ -125,7 +125,7 @@ class Gpt:
         decays: Returns, by logical name and shape, whether a tensor has weight decay.
 
     Attributes:
-        chunks: The parts, wrapped for data parallelism, in the order of their layers.
+        chunks: The parts of the model, wrapped for data parallelism, in the order of their layers.
         groups: Megatron's process groups.
         place: The rank's place in the model, which determines the logical names of its parameters.
         routers: The router of each MoE layer of this rank, by index of the layer.

@@ -24,7 +24,7 @@ from moe_dist.placement.placement import ExpertPlacement
 
 
 class LayerWatch:
-    """Adds the functions of an engine to all MoE layers of this rank.
+    """Gives all MoE layers of this rank an engine's routers, dispatcher, auxiliary terms and reports.
 
     Args:
         config: Configuration of the run.
@@ -39,7 +39,7 @@ class LayerWatch:
         request: The request that routers get with the current micro-batch.
         chosen: By micro-batch number and layer, the index of each token in the micro-batch [T], and the choices. `chosen`
             has only micro-batches whose request asks for choices.
-        static: Whether exchanges have fixed sizes, so that the host does not know the numbers of rows.
+        static: Whether exchanges have fixed sizes, so that the host does not know the numbers of exchanged rows.
         every_rank: Megatron's group TP x CP x DP: all ranks of a stage that have tokens of a micro-batch. `Gpt` sets it.
     """
 

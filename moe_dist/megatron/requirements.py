@@ -8,8 +8,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moe_dist.errors import ConfigError
 from moe_dist.megatron.settings import GUIDE, ExpertSettings
 
-# Options of Megatron's router, dispatcher and experts that this MoE layer does not support. Each entry: a field, the value
-# that the field must have, and the reason or the setting to use instead.
+# Options of Megatron's router, dispatcher and experts that moe_dist's MoE layer does not support. Each entry: a field, the
+# value that the field must have, and the reason or the setting to use instead.
 _OFF: tuple[tuple[str, Any, str], ...] = (
     ("moe_router_score_function", "softmax", "weights are a softmax"),
     ("moe_router_pre_softmax", False, "set router.normalise to none in the expert settings instead"),

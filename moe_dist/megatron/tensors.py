@@ -34,7 +34,7 @@ class Piece:
 
     Attributes:
         name: Logical name.
-        view: The part, sharing the memory of the local tensor. The view has the elements of `shape` in order, but may have
+        view: The part of the local tensor, sharing its memory. The view has the elements of `shape` in order, but may have
             more dimensions.
         shape: Shape of this rank's part of the logical tensor.
         dim: Dimension in which the logical tensor is cut over tensor-parallel ranks; None if the rank has the whole tensor.

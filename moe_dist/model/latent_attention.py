@@ -22,7 +22,7 @@ from moe_dist.model.layers import ModelArgs, Projection, RMSNorm
 from moe_dist.model.rope import YarnScaling
 from moe_dist.moe.routing import GlobalBatchInfo
 
-EPS = 1e-6  # eps of the latents' norms, as in transformers, which ignores rms_norm_eps here
+EPS = 1e-6  # eps of the norms of latents, for which transformers ignores rms_norm_eps
 
 
 class ScaledRMSNorm(RMSNorm):

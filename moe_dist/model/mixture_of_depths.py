@@ -6,8 +6,8 @@ MoMa, arXiv 2407.21770, section 2.3). The layer selects among the tokens of all 
     x <- x + sigmoid(s) layer(x)    for selected tokens, which keep their positions and attend only to selected tokens
     x <- x                          for all other tokens
 
-In training the tokens of a scope compete for the layer (`moe_dist.moe.routers.selection`), as tokens compete for an expert
-in expert choice. Evaluation decides for each token alone, without later tokens:
+In training the tokens of a selection scope compete for the layer (`moe_dist.moe.routers.selection`), as tokens compete for
+an expert in expert choice. Evaluation decides for each token alone, without later tokens:
 
     threshold   computes a token if sigmoid(s) > c. c is the running mean of the lowest selected score (`ThresholdUpdater`)
                 plus the correction of the last calibration
@@ -15,8 +15,8 @@ in expert choice. Evaluation decides for each token alone, without later tokens:
                 entropy while the model trains. The input of W_1 and W_2 is detached, so the loss of W_1 and W_2 changes
                 no other parameter
 
-If the scope has several ranks, each forward of a layer in training costs one all-gather of T numbers per rank (named `depth
-scores`), and one host sync, which reads the number of this rank's selected tokens.
+If the selection scope has several ranks, each forward of a layer in training costs one all-gather of T numbers per rank
+(named `depth scores`), and one host sync, which reads the number of this rank's selected tokens.
 
 Shape letters: B sequences, S positions, T = B x S tokens of this rank, D hidden size, C slots (places of computed tokens).
 """

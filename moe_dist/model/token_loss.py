@@ -75,7 +75,7 @@ class _TiledLosses(torch.autograd.Function):
 
 
 def _parts(weight_VD: Tensor, words: int) -> Iterator[tuple[int, Tensor]]:
-    """Yields the first word of each part of the vocabulary, and the part's rows of the weight."""
+    """Yields the first word of each part of the vocabulary, and the part's rows of the output weight."""
     yield from ((first, weight_VD[first : first + words]) for first in range(0, len(weight_VD), words))
 
 

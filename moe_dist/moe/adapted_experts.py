@@ -73,7 +73,7 @@ class AdaptedStack(ExpertStack):
             self.roles |= {f"{target}_a": Role.EXPERT_ADAPTER, f"{target}_b": Role.EXPERT_ADAPTER}
 
     def forward(self, x_QD: Inputs, counts: Sequence[int], activate: Activation = silu_product) -> Tensor:
-        """Applies each adapted expert to its block of consecutive rows: x [sum(counts), D] -> y [sum(counts), D]."""
+        """Applies each adapted expert to its block of consecutive rows of x: x [sum(counts), D] -> y [sum(counts), D]."""
         for_gate_QD, for_up_QD = inputs_between(x_QD, 0, sum(counts))
         if not counts:  # every rank holds a shared adapter, so the adapter's gradient must be zero here, not None
             return (
@@ -142,8 +142,8 @@ class AdaptedExperts(Experts):
         super().__init__(hidden_dim, groups, num_local, pair_budget=pair_budget, gemm=gemm, stack=stack, kernels=kernels)
 
     def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
-        """See `Experts.forward`. Makes rows from frozen layers require a gradient, so that all ranks, also ranks without
-        experts, issue the exchange of combine's backward."""
+        """See `Experts.forward`. Makes dispatched rows from frozen layers require a gradient, so that all ranks, also ranks
+        without experts, issue the exchange of combine's backward."""
         rows_RD = dispatched.rows_RD
         if torch.is_grad_enabled() and not rows_RD.requires_grad:
             dispatched = replace(dispatched, rows_RD=rows_RD.detach().requires_grad_())

@@ -91,7 +91,8 @@ class Catalogue:
             _ = self.vocabulary.codebook  # raises ConfigError without a codebook
 
     def questions(self, task: str, side: Side, *, limit: int | None) -> list[Question]:
-        """Returns the first `limit` questions of a task on one side, or all. Raises the errors of `make_questions`."""
+        """Returns the first `limit` questions of a task on one side of the split, or all questions. Raises the errors of
+        `make_questions`."""
         return make_questions(task, self._facts(task, side), side, seed=self.seed, limit=limit)
 
     def _facts(self, task: str, side: Side) -> list[Fact]:

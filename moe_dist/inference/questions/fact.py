@@ -26,7 +26,8 @@ class Fact:
         keys: Texts such as 'lemma:dog' or 'family:1F415'. Facts on different sides (train, validation, test) have no key in
             common. A WordNet fact has a key for every lemma of its synsets; facts about one synset thus have common keys.
         wrong: Other answers that are right or nearly right, and must therefore not become wrong choices.
-        pool: Name of the fact's set. The wrong choices are right answers of other facts of the pool.
+        pool: Name of the set of facts to which the fact belongs. The wrong choices are right answers of other facts of the
+            pool.
         closed: All possible answers, if there are few; the wrong choices on every side are then taken from `closed`.
         trained_on: True if the run was trained on the fact's picture, False if not; None for a fact without a picture.
     """

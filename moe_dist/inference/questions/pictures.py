@@ -19,8 +19,8 @@ _TRAINED_ON = 8000  # training documents read per source; more are useless, beca
 
 
 def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:
-    """Returns two lists of facts on one side: facts that ask for a picture's caption, and facts that ask for a caption's
-    picture. Each caption occurs once, with its first picture.
+    """Returns two lists of facts on one side of the split: facts that ask for a picture's caption, and facts that ask for a
+    caption's picture. Each caption occurs once, with its first picture.
 
     Args:
         families: Result of `openmoji_families`; empty for data without OpenMoji's pictures.

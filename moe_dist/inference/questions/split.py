@@ -1,9 +1,10 @@
 """Assigns facts to sides (train, validation, test) by a seed and the facts' keys, and makes the questions of a side.
 
-A hash puts each key (a lemma, a picture family) on a side. A fact whose keys are all on one side is on that side; other
-facts are dropped. Therefore no test fact shares a synset, lemma or picture family with a training fact, even of another
-task. The alternative, to put facts that share keys (directly or through other facts) on one side, would drop no fact, but
-put nearly all of WordNet on one side. A key's side depends on no file; leaving out a task does not change other tasks.
+A hash puts each key (a lemma, a picture family) on the train, validation or test side. A fact whose keys are all on one
+side is on that side; other facts are dropped. Therefore no test fact shares a synset, lemma or picture family with a
+training fact, even of another task. The alternative, to put facts that share keys (directly or through other facts) on one
+side, would drop no fact, but put nearly all of WordNet on one side. A key's side depends on no file; leaving out a task
+does not change other tasks.
 """
 
 import hashlib
@@ -53,7 +54,7 @@ def side_of(fact: Fact, seed: int) -> Side | None:
 
 
 def on_side(facts: Iterable[Fact], side: Side, seed: int) -> list[Fact]:
-    """Returns the facts that are on one side, in the given order."""
+    """Returns the facts that are on the side `side`, in the given order."""
     return [fact for fact in facts if side_of(fact, seed) is side]
 
 
@@ -66,7 +67,8 @@ def _side(key: str, trained_on: bool | None, seed: int) -> Side:
 
 
 def make_questions(task: str, facts: Sequence[Fact], side: Side, *, seed: int, limit: int | None = None) -> list[Question]:
-    """Returns the first `limit` questions of a task on one side, or all, in an order that `seed` determines.
+    """Returns the first `limit` questions of a task on one side of the split, or all questions, in an order that `seed`
+    determines.
 
     Wrong choices are right answers of other facts of the same side and pool. Wrong choices are therefore about as common as
     the right answer, and are not taken from other sides. The right choice has each index equally often, +- 1.

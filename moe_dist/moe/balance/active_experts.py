@@ -11,7 +11,7 @@ While the mean number of true experts is below the target the biases rise, so tr
 The updates per expert and per group change the mean bias equally. The update per expert also balances the true experts; the
 update per group adds one number to the biases of all true experts, so the order of true experts stays.
 
-With `proportional` p the controller is proportional-integral, like the one of DTop-p (arXiv 2512.13996) for the bound of
+With `proportional` p the controller is proportional-integral, like DTop-p's controller (arXiv 2512.13996) of the bound of
 top-p. With `proportional` the update has a second term: the first term with p instead of mu, and with the change of the
 term's bracket since the last step instead of the bracket. The bias is thus the sum of mu times each step's bracket, plus p
 times (last bracket - first bracket).
@@ -84,8 +84,8 @@ class ActiveExperts:
         return moved_Ln
 
     def state(self) -> JsonValue:
-        """Returns the last errors by group, null before the first step with tokens; empty without `proportional`. Host
-        sync."""
+        """Returns the last control errors (target minus actual) by group, null before the first step with tokens; empty
+        without `proportional`. Host sync."""
         return {
             name: [[None if math.isnan(each) else each for each in row] for row in error_Ln.tolist()]
             for name, error_Ln in self._last.items()
