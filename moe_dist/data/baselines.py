@@ -8,7 +8,7 @@ bigram's is therefore the better model.
     unigram      p(x)     = (c(x) + 1) / (sum_x' c(x') + ids of the modality)
     left_bigram  p(x | a) = (c(a, x) + k p(x)) / (c(a) + k),  a the token before x, p(x) the unigram, k = BIGRAM_PRIOR
 
-c(x), c(a, x) and c(a) count the modality's training labels: labels x, labels x after the token a, and labels after a.
+c(x), c(a, x) and c(a) count the modality's training labels: labels x, labels x after the token a, all labels after a.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
 
     Keys: '<modality>/unigram' and '<modality>/left_bigram' for the held-out labels of all sources.
     '<modality>_no_filler/...' leaves out picture cells of only background, if there are any. '<source>/<modality>/...' has
-    only the labels of one source, if there are several. Reads all tokens into memory, about 60 bytes per token.
+    only the labels of one source, if there are several sources. Reads all tokens into memory, about 60 bytes per token.
 
     Raises:
         DataError: files are damaged or disagree with the manifest.

@@ -39,7 +39,7 @@ class HubTokenizer:
 
     Raises:
         ConfigError: transformers is missing, the tokenizer has no end token or no offsets, or `template` is no file.
-        DataError: the tokenizer cannot be read, or does not fit the model beside it.
+        DataError: the tokenizer cannot be read, or does not fit the model in the folder.
     """
 
     def __init__(self, folder: Path, template: str | None = None) -> None:

@@ -24,9 +24,9 @@ _HELDOUT_WINDOW = 512
 class TrainLoader:
     """Makes the training batches of one rank.
 
-    The documents of a source are shuffled once, by a random seed from (seed, source), and packed into sequences. Each epoch
-    of a source has the same sequences, and thus each document once, in a new order. A resumed run reads no sequence before
-    its position. Packing a million documents takes about 3 s and keeps 32 bytes per piece in memory.
+    The documents of a source are shuffled once, in an order drawn from (seed, source), and packed into sequences. Each
+    epoch of a source has the same sequences, and thus each document once, in a new order. A resumed run reads no sequence
+    before its position. Packing a million documents takes about 3 s and keeps 32 bytes per piece in memory.
 
     Args:
         folder: Folder of the data set.
@@ -93,7 +93,7 @@ class TrainLoader:
 
     def dealt(self, position: int) -> Deal:
         """Returns the deal of the step that starts at `position`. Keeps the deals of the last steps, because a trace asks
-        for them while a thread reads the next step, when the trace must not read data."""
+        for these deals while a thread reads the next step, when the trace must not read data."""
         if position not in self._dealt:
             assert self._dealing is not None, "the loader deals nothing"
             costs, ep, mix = self._dealing

@@ -128,7 +128,8 @@ def _slots(shares_S: np.ndarray) -> np.ndarray:
 
 
 def _pattern(slots_S: np.ndarray) -> np.ndarray:
-    """Returns the source of each slot of the pattern: always the source that is furthest behind its share so far."""
+    """Returns the source of each slot of the pattern: always the source whose number of slots so far is furthest below its
+    share."""
     given_S = np.zeros_like(slots_S)
     pattern = np.empty(SLOTS, np.int64)
     for slot in range(SLOTS):

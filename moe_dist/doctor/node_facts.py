@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-MARK = "moe_dist node facts: "  # begins the line with the facts, because a prelude may print other lines
+MARK = "moe_dist node facts: "  # begins the line with the facts, because the cluster file's prelude may print other lines
 CONNECT_SECONDS = 5.0
 INFINIBAND = Path("/sys/class/infiniband")
 NO_LIMIT = -1

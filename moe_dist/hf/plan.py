@@ -202,7 +202,8 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
         shard_bytes: Largest number of bytes of a shard; a larger tensor is divided by rows.
 
     Raises:
-        DataError: tensors are missing in the source, have another shape, or have no place in the model; names all of them.
+        DataError: tensors are missing in the source, have another shape, or have no place in the model; names all such
+            tensors.
     """
     problems: list[str] = []
     parts: list[TensorPart] = []

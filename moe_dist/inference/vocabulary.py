@@ -125,7 +125,7 @@ class Vocabulary:
         return encode(to_patches(plain(rasterise(path)).pixels[None]), self.codebook).astype(np.int64)
 
     def heldout(self) -> list[HeldoutPicture]:
-        """Returns the first picture of each held-out document that has one, in the order of the data.
+        """Returns the first picture of each held-out document that has a picture, in the order of the data.
 
         Raises:
             ConfigError: no held-out document has a picture.
@@ -136,8 +136,8 @@ class Vocabulary:
         return found
 
     def pictured(self, side: Literal["train", "valid"], *, most: int | None = None) -> Iterator[HeldoutPicture]:
-        """Yields the first picture of each training (`train`) or held-out (`valid`) document that has one, in the order of
-        the data. Reads only about `most` documents per source, evenly spaced; None reads all."""
+        """Yields the first picture of each training (`train`) or held-out (`valid`) document that has a picture, in the
+        order of the data. Reads only about `most` documents per source, evenly spaced; None reads all."""
         for source in self._manifest.sources.values():
             section = source.train if side == "train" else source.valid
             if section is None or not section.tokens_by_modality.get("image", 1):
