@@ -64,8 +64,8 @@ ROUTERS = frozenset(
 
 
 def served_problems(section: ModelSection) -> list[str]:
-    """Returns the reasons why `modeling_moe_dist.py` cannot compute a model: the code lacks the router, or the router needs
-    later tokens even in evaluation."""
+    """Returns the reasons why `modeling_moe_dist.py` cannot compute a model: the code lacks the router, or the router's
+    choice for a token depends on other tokens even in evaluation."""
     router = section.moe.router
     if problem := router.not_causal():
         return [problem]
