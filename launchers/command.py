@@ -79,8 +79,8 @@ class JobPlan:
         return {rank: node.index for node in self.nodes for rank in node.ranks}
 
     def place_of(self, rank: int, hosts: Sequence[str] = ()) -> RunPlace:
-        """Returns the planned node, local rank and GPU of a rank. `hosts` has the host names ordered by node index; empty
-        if no nodes are allocated yet."""
+        """Returns the planned node, local rank and GPU of a rank. `hosts` has the host names ordered by node index, or is
+        empty if no nodes are allocated yet."""
         node = self.node_of(rank)
         local = node.ranks.index(rank)
         return RunPlace(
@@ -200,7 +200,7 @@ class LaunchPlan:
         grace_seconds: Time from a stop signal until a rank that has not ended is killed.
         loopback: True if all ranks are on this machine; gloo then binds to the loopback interface.
         threads: OMP_NUM_THREADS of each rank; None lets each rank take its share of the cores (`environment.share_cores`).
-        program: Arguments of the interpreter before the configuration.
+        program: Arguments of the Python interpreter that precede the configuration's path, such as `-m moe_dist.train`.
         hosts: Host names ordered by node index; empty if the launcher does not know them.
     """
 
@@ -235,11 +235,11 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
         "MOE_DIST_ATTEMPT": str(plan.attempt),
         "MOE_DIST_ATTEMPT_ID": plan.attempt_id,
         "MOE_DIST_GRACE_SECONDS": f"{plan.grace_seconds:g}",
-        "PYTHONUNBUFFERED": "1",  # so that the log has the last output of a killed rank
+        "PYTHONUNBUFFERED": "1",  # unbuffered, so that the log has the last output of a killed rank
         "PYTHONFAULTHANDLER": "1",  # prints a traceback on SIGSEGV and similar signals
     }
     if plan.loopback:
-        shared["GLOO_SOCKET_IFNAME"] = "lo"  # so that other machines cannot connect
+        shared["GLOO_SOCKET_IFNAME"] = "lo"  # gloo binds to loopback, so that other machines cannot connect
     if plan.threads is not None:
         shared["OMP_NUM_THREADS"] = str(plan.threads)
     argv = (plan.python, *plan.program, str(plan.config), *plan.overrides)
@@ -261,7 +261,7 @@ def commands_text(commands: Sequence[RankCommand]) -> str:
 
 
 def paths_of(config: Config) -> dict[str, str]:
-    """Returns the paths of a run by their keys; omits keys with null."""
+    """Returns the paths in a configuration by their keys, without keys whose value is null."""
     paths = {"run.root": config.run.root, "data.path": config.data.path, "run.init_from": config.run.init_from}
     return {key: path for key, path in paths.items() if path is not None}
 

@@ -100,7 +100,7 @@ def launch(
 @contextlib.contextmanager
 def store_folder() -> Iterator[str]:
     """Makes a folder of mode 0700 for the rendezvous, so that no other user can join. Also deletes the folders of killed
-    launchers: they are no longer locked, because the kernel frees the locks of a dead process."""
+    launchers, which are no longer locked, because the kernel frees the locks of a dead process."""
     for old in Path(tempfile.gettempdir()).glob(f"{STORE_PREFIX}*"):
         with contextlib.suppress(OSError):  # raised if the folder's launcher still runs and holds the lock
             found = old.lstat()
@@ -115,7 +115,7 @@ def store_folder() -> Iterator[str]:
 
 def _run(plan: LaunchPlan, folder: RunFolder, signals: StopSignals) -> tuple[Outcome, list[int]]:
     """Runs one attempt; returns its outcome and, for each log, the offset at which the attempt begins."""
-    folder.prepare()  # for each attempt, because the folder may have been deleted since the last attempt
+    folder.prepare()  # in each attempt, because the folder may have been deleted since the last attempt
     commands = rank_commands(plan)
     offsets = begin_logs(folder, len(commands), plan.attempt_id)
     with contextlib.ExitStack() as stack:

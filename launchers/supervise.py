@@ -47,7 +47,7 @@ class DelayedStderr:
 
     def finish(self, *, show: bool) -> None:
         """Reads the rest of the pipe after the rank has ended. Shows the delayed output if `show`, else drops it."""
-        self._thread.join(2.0)  # with a timeout, because a grandchild may keep the pipe open
+        self._thread.join(2.0)  # with a timeout, because a grandchild process may keep the pipe open
         if show:
             self.show(at_least=0.0)
         self._held.clear()
@@ -55,7 +55,7 @@ class DelayedStderr:
     def _copy(self) -> None:
         while chunk := os.read(self._source.fileno(), 1 << 16):
             self._held.append((time.monotonic(), chunk))
-            with contextlib.suppress(OSError):  # goes on despite a full disk, because a full pipe would block the rank
+            with contextlib.suppress(OSError):  # keeps reading on a full disk, because a full pipe would block the rank
                 self._log.write(chunk)
 
 

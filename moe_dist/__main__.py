@@ -1,4 +1,5 @@
-"""The command `moe-dist`, also `python -m moe_dist`. Help needs no torch, because only a running subcommand is imported."""
+"""The command `moe-dist`, also `python -m moe_dist`. Help texts need no torch, because only a subcommand that runs is
+imported."""
 
 import importlib
 import os

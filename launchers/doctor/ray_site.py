@@ -44,7 +44,8 @@ def check_ray(
 def run_on_nodes(
     plan: JobPlan, cluster: Cluster, module: str, argument: str, tasks_per_node: int, minutes: int
 ) -> Iterator[tuple[float, str]]:
-    """Runs a module in Ray tasks that are pinned to nodes; yields the lines that they print, each with its arrival time.
+    """Runs a module in Ray tasks that are pinned to nodes; yields the lines that the tasks print, each with its arrival
+    time.
 
     Raises:
         ResourceError: the cluster lacks the nodes, or a task did not start, failed, or exceeded the time limit.

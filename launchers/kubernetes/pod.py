@@ -47,7 +47,7 @@ def node_of_pod(plan: JobPlan, nodes: str, index: str | None) -> int:
 
 
 def run_ranks(commands: list[RankCommand], signals: StopSignals, grace_seconds: float) -> Outcome:
-    """Starts the ranks and blocks until all have ended. Forwards stop signals, and ends all ranks when one fails."""
+    """Starts the ranks and blocks until all have ended. Forwards stop signals, and ends all ranks when one rank fails."""
     timeouts = ShutdownTimeouts(stop=grace_seconds, peers=PEER_SECONDS)
     tracker = RankTracker(len(commands), timeouts, lambda line: print(line, file=sys.stderr, flush=True))
     prepare, ranks = child_of(os.getpid(), ignore_stop=False), list[subprocess.Popen[bytes]]()

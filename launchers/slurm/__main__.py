@@ -81,7 +81,7 @@ def prepare(
         ConfigError, DataError, ResourceError: the run, a task or the nodes are invalid.
     """
     loaded = read(config_path, overrides).config
-    fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))  # the job runs in another folder
+    fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))  # because the job runs in another folder
     layout = read(config_path, fixed)
     config, plan = layout.config, plan_job(layout, cluster)
     folder = Path(config.run.root) / config.run.name
@@ -133,7 +133,8 @@ def _tasks(
     plan: JobPlan,
     read: ReadRun,
 ) -> tuple[tuple[str, ...], ...]:
-    """Returns the overrides of each array task, which also set the task's run name. All tasks must need the same nodes."""
+    """Returns the overrides of each array task; the overrides also set the task's run name. All tasks must need the same
+    nodes."""
     if not sweep:
         return ()
     if len(parts(plan)) > 1:

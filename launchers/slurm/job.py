@@ -122,7 +122,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
 
 def _read_clone(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> tuple[Cluster, Config]:
     """Reads the cluster file and the configuration for `sbatch slurm/train.sbatch`. Makes paths absolute; relative paths
-    start at the folder in which sbatch was called."""
+    are relative to the folder in which sbatch was called."""
     if not arguments:
         raise ConfigError("sbatch slurm/train.sbatch CONFIG [key=value ...]: CONFIG is missing")
     if job.task is not None:

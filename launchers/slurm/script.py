@@ -36,7 +36,7 @@ class ScriptPart:
 
 
 def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
-    """Groups a plan's nodes by feature, number of ranks, and whether other jobs may use them. Rank 0 is in the first
+    """Groups a plan's nodes by feature, number of ranks, and whether other jobs may use the nodes. Rank 0 is in the first
     part."""
     kinds: dict[tuple[str | None, int, bool], list[NodePlan]] = {}
     for node in job.nodes:

@@ -77,7 +77,7 @@ class SlurmJob:
 
     @property
     def name(self) -> str:
-        """The name of this job alone for Slurm's commands. The id of an array's last task is no such name, because it is
+        """The name by which Slurm's commands find only this job. The id of an array's last task would not do, because it is
         also the id of the whole array."""
         return self.id if self.array is None else f"{self.array}_{self.task}"
 
@@ -118,7 +118,7 @@ def run_step(command: Sequence[str], env: Mapping[str, str] | None = None) -> tu
         if (match := _ENDED.match(line)) or _KILLS.match(line):
             ended.append(line.strip())
         if match and match["lost"]:
-            timer = threading.Timer(NODE_SECONDS, process.kill)  # no effect on a process that has ended
+            timer = threading.Timer(NODE_SECONDS, process.kill)  # has no effect on a process that has ended
             timer.daemon = True
             timer.start()
         if not match:
