@@ -78,9 +78,9 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
     reason = record.reason if record is not None else ""
     cause = outcome.first_failed
     if cause is not None and verdict == STOPPED and outcome.stop is None:
-        verdict = None  # the launcher sent SIGTERM after another rank failed, and a rank took it for a request to stop
+        verdict = None  # the launcher sent SIGTERM after a rank failed, and another rank took SIGTERM for a stop request
     if cause is not None and not outcome.silent and verdict and record is not None and record.rank is not None:
-        cause = record.rank  # this rank recorded its error first, although a rank that failed because of it may end first
+        cause = record.rank  # this rank recorded its error first; a rank that failed because of this error may end first
     if verdict == EXIT_DONE:
         if cause is not None:  # rank `cause` failed after the last save, for example while it closed its metrics
             print(f"rank {cause} failed after the run was done: {_describe_end(outcome, cause)}", file=sys.stderr)

@@ -29,7 +29,7 @@ from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
 
 KILL_AFTER_GRACE_SECONDS = 10.0  # a rank is killed if it still runs this many seconds after the grace period
 STORE_PREFIX = "moe_dist_store_"  # names the folder of a rendezvous in the system's temporary folder
-NEW_STORE_SECONDS = 60.0  # age from which an unlocked folder is deleted; the launcher of a newer folder may lock it later
+NEW_STORE_SECONDS = 60.0  # age from which an unlocked folder is deleted; a newer folder may not have been locked yet
 
 
 def launch(

@@ -40,7 +40,7 @@ def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> 
     with StopSignals() as signals:  # also handles signals that come before the first attempt
         if (job := check_job(config_path, overrides, **options)) is None:
             return EXIT_DONE
-        from launchers.ray.driver import drive  # after the check of the run, because the import of Ray takes seconds
+        from launchers.ray.driver import drive  # imported after the check of the run, because importing Ray takes seconds
 
         return drive(job, signals)
 
@@ -96,7 +96,7 @@ def main(
     env: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="An environment variable to pass to the ranks.")
     ] = None,
-    env_file: Annotated[Path | None, typer.Option(hidden=True)] = None,  # --submit passes --env to the driver by this file
+    env_file: Annotated[Path | None, typer.Option(hidden=True)] = None,  # file by which --submit passes --env to the driver
 ) -> None:
     """Run on a Ray cluster, with one actor and one process per rank. Without --submit or --stop this is the driver: run it
     in a job (`ray job submit`) or on a node of the cluster."""

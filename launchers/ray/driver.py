@@ -47,7 +47,7 @@ def drive(job: RayJob, signals: StopSignals) -> int:
         graces = grace_text(grace, measured_save_seconds(job.folder.logs))
         for text in filter(None, (graces, exposure_text(listening(parts), token=asks_for_token()))):
             print(text, file=sys.stderr, flush=True)
-        job.folder.prepare()  # before the actors start, because each actor checks that it sees the folder
+        job.folder.prepare()  # made before the actors start, because each actor checks that it sees the folder
 
         faulty: set[str] = set()  # Ray's ids of nodes where an earlier attempt failed first
         seconds = grace * (1 - MARGIN) if grace else DEFAULT_GRACE_SECONDS

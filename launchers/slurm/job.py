@@ -161,7 +161,7 @@ def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: Job
 def _begin(job: SlurmJob, folder: RunFolder, path: Path, step: int) -> list[AttemptEnd]:
     """Reads the ended attempts of this job from the file at `path`; adds the attempt that begins at `step` to the file."""
     ends = [AttemptEnd(*each) for each in json.loads(path.read_text())] if path.is_file() else []
-    if ends and ends[-1].code is None:  # Slurm killed the batch script of the last attempt before it could conclude
+    if ends and ends[-1].code is None:  # Slurm killed the last attempt's batch script before the script called `conclude`
         before = replace(job, restarts=job.restarts - 1)
         ranks_of = _ranks_file(path, before.restarts)
         known = json.loads(ranks_of.read_text()) if ranks_of.is_file() else {}

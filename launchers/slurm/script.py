@@ -41,7 +41,7 @@ def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
     kinds: dict[tuple[str | None, int, bool], list[NodePlan]] = {}
     for node in job.nodes:
         kinds.setdefault((node.feature, len(node.ranks), node.own), []).append(node)
-    return tuple(ScriptPart(tuple(nodes)) for nodes in kinds.values())  # dicts keep the order, with rank 0 first
+    return tuple(ScriptPart(tuple(nodes)) for nodes in kinds.values())  # dicts keep insertion order: rank 0's part is first
 
 
 def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:

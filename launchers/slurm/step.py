@@ -228,7 +228,7 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
         elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # preempted after this attempt began
             after = [again[0], "--parsable", f"--dependency=afterany:{job.name}", *again[1:]]
             number = ask(*after, env=outside_jobs(os.environ)).strip().partition(";")[0]
-            for name in ("job_{}.json", "job_{}_faults"):  # in time, because the new job starts after the end of this job
+            for name in ("job_{}.json", "job_{}_faults"):  # copied in time: the new job starts after this job's end
                 if (kept := attempts.with_name(name.format(job.id))).is_file():
                     shutil.copy(kept, attempts.with_name(name.format(number)))
             _say(f"Slurm preempted the job and does not requeue it (PreemptMode=CANCEL); submitted again as job {number}")

@@ -130,7 +130,7 @@ def shard_problem(index: Index, number: int, header: ShardHeader) -> CheckpointP
             return CheckpointProblem("mixed up", name, whose)
         return CheckpointProblem("foreign", name, f"{whose}; it belongs to another model")
     shard = index.shards[number]
-    if header.sha256 != shard.header_sha256 or header.size != shard.size:  # also if the files of two ranks were swapped
+    if header.sha256 != shard.header_sha256 or header.size != shard.size:  # differs also if two ranks' files were swapped
         detail = "its header differs from the one that was saved; perhaps it is another rank's file"
         return CheckpointProblem("damaged", name, detail)
     for part, (dtype, chunk) in header.parts.items():

@@ -5,8 +5,7 @@
   phases of a save, and exchange a status after each phase, so that no rank waits for a failed rank.
 - At most one save runs at a time; the next save waits until the previous one has ended.
 - A failed save is logged and leaves the file `latest` unchanged; the training saves again after the usual number of steps.
-  Before a run ends or stops, it waits for its last save.
-- If the process dies during a save, the next start of the run deletes the unfinished folder.
+  Before a run ends or stops, the training waits for the run's last save.
 """
 
 import logging
@@ -68,7 +67,7 @@ class CheckpointWriter:
             MoeDistError: this save or the previous one failed, and a retry cannot help, as after a lost lease.
         """
         began = time.perf_counter()
-        self.wait()  # the previous save writes from the same buffers
+        self.wait()  # waits, because the previous save writes from the same buffers
         if self._asynchronous:
             snapshot = take_snapshot(step, state, self._buffers)
             self._in_flight = threading.Thread(

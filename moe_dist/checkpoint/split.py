@@ -22,12 +22,12 @@ def fitting_or_split(contents: Contents, specs: Mapping[str, TensorSpec]) -> dic
     """Maps each parameter to load to its name in the checkpoint, or to a part of the checkpoint's FFN; equal on all ranks.
 
     Raises:
-        ConfigError: a layer has no FFN to split, or the experts' widths do not add up to its width.
+        ConfigError: a layer has no FFN to split, or the experts' widths do not add up to the FFN's width.
     """
     index = contents.index
     there, here = experts_by_layer(index.tensors), experts_by_layer(specs)
     sources: dict[str, Source] = {**fitting(contents, specs), **norms(index, specs)}
-    problems: dict[str, None] = {}  # the keys are an ordered set
+    problems: dict[str, None] = {}  # the keys serve as an ordered set
     for name, spec in specs.items():
         if (expert := EXPERT_NAME.fullmatch(name)) is None:
             continue

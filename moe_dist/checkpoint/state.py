@@ -1,4 +1,5 @@
-"""The part of a run's state that this rank has: JSON values, and tensors by logical names, which all layouts share.
+"""The part of a run's state that this rank has: JSON values, and tensors by logical names, which are the same in all
+layouts of ranks.
 
     embedding.weight                                    dense and router parameters: the name in the model
     layers.{i}.moe.experts.{group}.{index}.{tensor}     each expert's own tensors; index of the expert in its group
@@ -64,7 +65,7 @@ class CheckpointState:
     Attributes:
         held: This rank's tensors by logical name.
         specs: Shape and dtype of every logical tensor of the model and optimizer on any rank; equal on all ranks.
-        optimizer: The optimizer whose moments `held` contains; None if it contains no moments.
+        optimizer: The optimizer whose moments `held` contains; None if `held` contains no moments.
         values: JSON values, equal on all ranks: progress, resolved configuration, controllers.
         rank_values: JSON values of this rank, such as RNG states; restored only if the number of ranks is the same.
     """

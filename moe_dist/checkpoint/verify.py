@@ -27,8 +27,8 @@ def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple
     """Returns the readable parts of a checkpoint, and all its problems. Reads every byte, one tensor at a time.
 
     Args:
-        specs: The tensors that the checkpoint must have. If None, only experts (by the placement in state.json) and moments
-            (AdamW's, by the names of the parameters) are checked for completeness.
+        specs: The tensors that the checkpoint must have. If `specs` is None, only experts (by the placement in state.json)
+            and moments (AdamW's, by the names of the parameters) are checked for completeness.
     """
     examined = examine(folder)
     problems = list(examined.file_problems)

@@ -1,4 +1,4 @@
-"""Asynchronous all-to-all with uneven splits over one process group, and reusable buffers for its rows."""
+"""Asynchronous all-to-all with uneven splits over one process group, and reusable buffers for the exchanged rows."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +15,7 @@ from moe_dist.comm.tracker import CollectiveTracker, track_collective
 @dataclass(frozen=True)
 class Splits:
     """Numbers of items that this rank sends to, and receives from, each rank of the process group. The entry of this rank
-    itself is 0 for rows (`split_sizes`), but may be above 0 for metadata."""
+    itself is 0 for hidden rows (`split_sizes`), but may be above 0 for metadata."""
 
     send: tuple[int, ...]
     receive: tuple[int, ...]
@@ -58,7 +58,7 @@ class Pending:
 
     def wait(self) -> Tensor:
         """Waits for the exchange, and returns the received items, [sum(receive), ...]. With NCCL the CUDA stream waits,
-        with gloo the host. Call this method once."""
+        with gloo the host waits. Call this method once."""
         if self._waited:
             raise AssertionError(f"{self.name} of {self.layer or 'a layer'} has been waited for already")
         if self._work is not None:
@@ -69,7 +69,7 @@ class Pending:
         return self.received
 
     def _tracked(self) -> AbstractContextManager[None]:
-        """Shows the watchdog that this rank is inside the collective. `issue` and `wait` call it: a group's first
+        """Shows the watchdog that this rank is inside the collective. `issue` and `wait` call this method: a group's first
         collective may wait for other ranks already in `issue`. Between `issue` and `wait` the watchdog sees no
         collective."""
         return track_collective(
@@ -135,9 +135,10 @@ class AllToAll:
 
 
 class RowBuffers:
-    """A pool of buffers for rows. An exchange takes a buffer and gives it back, and the next layer uses the same buffer.
+    """A pool of buffers for hidden rows. An exchange takes a buffer and gives it back, and the next layer uses the same
+    buffer.
 
-    A buffer grows to the largest size that was asked for. Use the pool only for rows that backward does not read: rows to
+    A buffer grows to the largest requested size. Use the pool only for rows that backward does not read: rows to
     send, and received rows that are added to a sum. The pool saves time on the host, where a new allocation costs one page
     fault per 4 KiB, which takes longer than copying the rows.
 

@@ -63,13 +63,14 @@ class CommStats:
         return tensor
 
     def to_host(self, name: str, counts: torch.Tensor) -> list[int]:
-        """Copies integers [n] to the host as a list. The host waits for the copy. Adds "sync <name>" to the events."""
+        """Copies integers [n] to the host as a list. The host waits for the copy. Adds "sync <name>" to `events`."""
         self.event(f"sync {name}")
         return counts.tolist()  # host sync
 
     def start_to_host(self, counts: torch.Tensor) -> Callable[[], list[int]]:
-        """Starts to copy integers [n] to the host. Returns a function that returns them as a list, and waits only if the
-        copy has not ended. Call that function where the host has already waited for later work of the device."""
+        """Starts to copy integers [n] to the host. Returns a function that returns the integers as a list, and waits only
+        if the copy has not ended. Call the returned function where the host has already waited for later work of the
+        device."""
         if counts.device.type != "cuda":
             return counts.tolist
         host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
@@ -97,7 +98,7 @@ class CommStats:
         time."""
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()  # queued on the stream, without a sync
+            start.record()  # the event is queued on the stream, without a sync
             yield
             end.record()
             self._pending.append((start, end))
@@ -147,8 +148,8 @@ def start_sum(
     tensor: Tensor, group: dist.ProcessGroup | None, *, name: str, tracker: CollectiveTracker | None = None
 ) -> Callable[[], Tensor]:
     """Starts `sum_over` and returns a function that waits for the sum and returns it, bit-identical to the result of
-    `sum_over`. Kernels queued on the device before this wait run beside the sum. The tracker sees the start and the
-    wait."""
+    `sum_over`. Kernels queued on the device before this wait run in parallel with the sum. The tracker sees the start and
+    the wait."""
     if group is None:
         return lambda: tensor
     with track_collective(tracker, name, device=tensor.device):

@@ -1,10 +1,12 @@
-"""An all-to-all for debugging. It detects rows that were lost, doubled, swapped or changed between sender and receiver.
+"""An all-to-all for debugging. The exchange detects rows that were lost, doubled, swapped or changed between sender and
+receiver.
 
 With each exchange of rows, all ranks exchange metadata twice, in the same order on every rank:
 
     before      each rank tells each rank the number of rows, the bytes per row, and a hash of the exchange's name. If
                 sender and receiver differ, the receiver raises an error instead of hanging in the exchange.
-    after       each rank sends the checksums of its rows. The receiver compares them with its own sums of the arrived rows.
+    after       each rank sends the checksums of its rows. The receiver compares these checksums with its own sums of the
+                arrived rows.
 
 A row's checksum is an integer, the sum of two terms mod 2^61 - 1. The content term is the sum of the row's 32-bit words,
 each times an odd 15-bit weight, so that a changed word changes the term. The place term depends on the row's position in
@@ -81,7 +83,7 @@ class CheckedAllToAll(AllToAll):
         `AllToAll.start`.
 
         Raises:
-            IntegrityError: sender and receiver differ in the exchange or its sizes; no row has been sent yet.
+            IntegrityError: sender and receiver disagree about the exchange or its sizes; no row has been sent yet.
         """
         transport = self.transport
         if self.group is None:
@@ -114,7 +116,8 @@ class CheckedAllToAll(AllToAll):
         """Compares the received rows with their checksums. Costs one host sync.
 
         Raises:
-            IntegrityError: a row differs from its checksum. The error names the layer, the ranks and the first such rows.
+            IntegrityError: a row differs from its checksum. The error names the layer, the ranks and the first damaged
+                rows.
         """
         place = position_terms(rows.splits.receive, own=self.rank, sending=False, device=received.device)
         content = content_sums(received) % MODULUS
@@ -150,8 +153,8 @@ class _Checked(Pending):
 
 
 def _damage(wrong: Tensor, content: Tensor, sent: Tensor) -> str:
-    """Describes the damage to the rows from one rank, which `wrong` marks. `sent` and `content` are the content terms at
-    the sender and at the receiver."""
+    """Describes the damage to the rows from one rank, which `wrong` marks. `sent` and `content` are the rows' content
+    terms, computed by the sender and by the receiver."""
     rows = wrong.nonzero().flatten().tolist()  # host sync, only if there is damage
     came_from = {value: index for index, value in enumerate(sent.tolist())}
     arrived = content.tolist()

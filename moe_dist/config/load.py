@@ -30,7 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a run's configuration.
 
     Args:
-        path: YAML file, or its name as in `find_config`.
+        path: A YAML file, or the file's name as in `find_config`.
         overrides: `key=value` with a dotted key; the value is read as YAML. A later override of a key wins.
 
     Raises:
