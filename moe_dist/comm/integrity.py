@@ -50,7 +50,7 @@ def content_sums(rows: Tensor) -> Tensor:
     bytes_NB = F.pad(bytes_NB, (0, -bytes_NB.shape[1] % 4))
     words_NW = bytes_NB.contiguous().view(torch.int32)
     index_W = torch.arange(words_NW.shape[1], device=rows.device)
-    weight_W = ((index_W * 40_503) & ((1 << WEIGHT_BITS) - 1)) | 1  # odd and so not 0: a changed word changes the sum
+    weight_W = ((index_W * 40_503) & ((1 << WEIGHT_BITS) - 1)) | 1  # odd, so never 0: a changed word changes the sum
     return (words_NW * weight_W).sum(1)
 
 

@@ -86,7 +86,7 @@ class CollectiveTracker:
         finally:
             with self._lock:
                 if device.type == "cuda":
-                    self._remove_finished(all=False)  # because a run on one GPU has no watchdog that calls `oldest`
+                    self._remove_finished(all=False)  # called because a run on one GPU has no watchdog
                     self._unfinished[entered] = (position, _passed(device))
                 else:
                     del self._unfinished[entered]

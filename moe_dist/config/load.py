@@ -31,7 +31,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: A YAML file, or the file's name as in `find_config`.
-        overrides: `key=value` with a dotted key; the value is read as YAML. A later override of a key wins.
+        overrides: `key=value` with a dotted key; the value is read as YAML. If a key is overridden twice, the later
+            override counts.
 
     Raises:
         ConfigError: lists every fault of the file and the overrides.
@@ -45,7 +46,7 @@ def load_stored_config(path: Path) -> Config:
     Raises:
         ConfigError: lists every fault of the file.
     """
-    values, problems = _read_file(path, links=False)  # runs replace this file by renames, so it is never a link
+    values, problems = _read_file(path, links=False)  # runs replace this file by renames, so the file is never a link
     read = PartialConfig[Config](None, tuple(problems)) if values is None else draft(Config, translate(values))
     return read.checked(model_violations, _error)
 
@@ -65,7 +66,8 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig
 
 
 def model_violations(config: Config) -> list[Violation]:
-    """Returns every violated rule between keys of the same section. The keys are dotted paths from the root."""
+    """Returns every violated rule between keys of the same section. The keys of a violation are dotted paths from the root
+    of the configuration."""
     return [
         Violation(tuple(f"{prefix}.{key}" for key in violation.keys), f"{prefix}: {violation.problem}")
         for prefix, section in sections_in(config)

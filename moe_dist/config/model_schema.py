@@ -147,8 +147,8 @@ class MoESection(Section):
 
     @property
     def no_task_gradient(self) -> bool:
-        """Whether cross entropy gives no router a gradient, because each token has one choice, whose weight is normalised
-        to 1."""
+        """Whether cross entropy gives no router a gradient, because each token chooses one expert, whose weight is
+        normalised to 1."""
         return self.router.normalises_chosen and all(group.top_k == 1 for group in self.groups.values())
 
 

@@ -35,7 +35,7 @@ VIOLATIONS_LATER = "relations_later"  # key of pydantic's validation context: tr
 class Violation(NamedTuple):
     """A violated rule."""
 
-    keys: tuple[str, ...]  # dotted keys that the rule compares; `violations` gives them relative to its section
+    keys: tuple[str, ...]  # dotted keys that the rule compares; `violations` gives the keys relative to its section
     problem: str  # error text with key, value, rule and fix
 
 
@@ -65,7 +65,8 @@ class Section(BaseModel):
         return ()
 
     def violations_in(self, config: WholeConfig) -> Iterable[Violation]:
-        """Returns the violated rules between this section and others. The rules' keys are full paths, as `parallel.ep`."""
+        """Returns the violated rules between this section and others. The rules' keys are full paths, such as
+        `parallel.ep`."""
         return ()
 
     @model_validator(mode="after")

@@ -82,7 +82,7 @@ def load_tuning_manifest(folder: str | Path) -> TuningManifest:
     """Reads `folder`/manifest.json.
 
     Raises:
-        ConfigError: the manifest does not exist; the message has the command that makes one.
+        ConfigError: the manifest does not exist; the message has the command that makes a manifest.
         DataError: the manifest is damaged.
     """
     path = Path(folder) / MANIFEST_FILE
