@@ -16,7 +16,8 @@ from moe_dist.runtime.lease import WAIT_SECONDS, read_holder
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopSignals
 
-# Runs an attempt: (restarts before it, attempt_id) -> (outcome, byte offset in each rank's log where its output begins)
+# Type of a function that runs an attempt: (restarts before the attempt, attempt_id) -> (outcome, byte offset in each rank's
+# log where the attempt's output begins)
 RunAttempt = Callable[[int, str], tuple[Outcome, Sequence[int]]]
 
 
@@ -99,7 +100,7 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
                 detail = reason  # the collective that timed out, and its time, on a rank that waited for the frozen rank
             end = _describe_end(outcome, cause) + (f"; {detail}" if detail else "")
             reason = f"rank {cause}{_where(outcome, cause)}: {end}"
-            # A rank that fails before it opens the run folder exits with its verdict but cannot record it.
+            # A rank that fails before it opens the run folder exits with its verdict but cannot record the verdict.
             verdict = outcome.exit_code if not outcome.silent and is_final(outcome.exit_code) else EXIT_FAILED
             if record is not None:
                 last_step = max(record.last_step, committed_step(folder.checkpoints))

@@ -27,7 +27,7 @@ class NodePlan:
 
     Attributes:
         index: Number of the node in the job, from 0.
-        ranks: Ranks on this node, ordered by local rank; their numbers need not be consecutive.
+        ranks: Ranks on this node, ordered by local rank; the rank numbers need not be consecutive.
         feature, labels: The Slurm feature and the Ray labels that the node must have.
         groups: Names of the expert groups whose experts are on this node.
         own: True if the node is reserved for these groups, so that no other group and no other job may use the node.
@@ -201,7 +201,7 @@ class LaunchPlan:
         loopback: True if all ranks are on this machine; gloo then binds to the loopback interface.
         threads: OMP_NUM_THREADS of each rank; None lets each rank take its share of the cores (`environment.share_cores`).
         program: Arguments of the Python interpreter that precede the configuration's path, such as `-m moe_dist.train`.
-        hosts: Host names ordered by node index; empty if the launcher does not know them.
+        hosts: Host names ordered by node index; empty if the launcher does not know the host names.
     """
 
     config: Path
@@ -267,8 +267,8 @@ def paths_of(config: Config) -> dict[str, str]:
 
 
 def absolute_paths(config: Config, base: Path) -> tuple[str, ...]:
-    """Returns overrides that make a run's paths absolute, so that they are valid in every working directory. Relative paths
-    start at `base`."""
+    """Returns overrides that make a run's paths absolute, so that the paths are valid in every working directory. Relative
+    paths start at `base`."""
     return tuple(f"{key}={os.path.normpath(base / path)}" for key, path in paths_of(config).items())
 
 

@@ -44,7 +44,8 @@ def launch(
     dry_run: bool = False,
 ) -> int:
     """Checks a run, starts its ranks on this machine and waits for their end. Failed ranks are restarted from the last
-    checkpoint. Must be called in the main thread, because it installs signal handlers. Returns the run's exit code.
+    checkpoint. Must be called in the main thread, because the function installs signal handlers. Returns the run's exit
+    code.
 
     Args:
         nproc: Number of ranks; None takes parallel.ep x parallel.edp. Another multiple of parallel.ep sets parallel.edp.

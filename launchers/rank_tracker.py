@@ -41,7 +41,7 @@ class Outcome:
         first_failed: The rank that caused the failure; None if no rank failed by itself.
         stop: The first stop signal that the launcher got.
         aborted: True if a second Ctrl-C killed the ranks.
-        frozen: Ranks that were suspended by SIGSTOP when the first rank failed; the first of these caused the failure.
+        frozen: Ranks that were suspended by SIGSTOP when the first rank failed; the first frozen rank caused the failure.
         lost: A description for each rank that died with its node or its Ray worker; the code of such a rank is SIGKILL's.
         hosts: Address of each rank's node; empty if all ranks are on this machine.
     """

@@ -1,4 +1,4 @@
-"""Starts ranks on this machine and waits for them: forwards stop signals, and ends all ranks when one fails."""
+"""Starts ranks on this machine and waits for them: forwards stop signals, and ends all ranks when one rank fails."""
 
 import contextlib
 import os
@@ -34,7 +34,7 @@ class DelayedStderr:
         self._thread.start()
 
     def show(self, *, at_least: float) -> None:
-        """Shows output that is at least this many seconds old."""
+        """Shows output that is at least `at_least` seconds old."""
         now = time.monotonic()
         while self._held and now - self._held[0][0] >= at_least:
             self._terminal.write(self._clear + self._held.popleft()[1])

@@ -32,7 +32,8 @@ DASHBOARD = "http://127.0.0.1:8265"  # Ray's own default
 
 def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> int:
     """Runs the driver: checks a run, starts its ranks on this process's Ray cluster, waits for them, and returns the run's
-    exit code. Must be called in the main thread, because it installs signal handlers. `options` go to `check_job`.
+    exit code. Must be called in the main thread, because the function installs signal handlers. `options` go to
+    `check_job`.
 
     Raises:
         MoeDistError: the run is invalid, or the cluster lacks the nodes of the plan; no rank was started.
@@ -47,7 +48,7 @@ def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> 
 
 def driver_line(config_path: Path, overrides: Sequence[str], *, options: Sequence[str], cluster: str | None) -> str:
     """Returns the shell line of a job that runs the driver with these command line `options`. If the configuration has
-    relative paths, the line overrides them with absolute paths below the current folder. Raises ConfigError if the
+    relative paths, the line overrides these paths with absolute paths below the current folder. Raises ConfigError if the
     configuration or the cluster file is invalid."""
     config = load_config(config_path, overrides)
     site = load_cluster(cluster, os.environ)

@@ -154,8 +154,8 @@ def connected(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
 
 
 def stop_grace(env: Mapping[str, str]) -> float | None:
-    """Returns the seconds from `ray job stop` until Ray kills the driver; None outside a job, where Ray does not kill
-    it."""
+    """Returns the seconds from `ray job stop` until Ray kills the driver; None outside a job, where Ray does not kill the
+    driver."""
     if IN_A_JOB not in env:
         return None
     try:

@@ -181,8 +181,8 @@ class Gang:
 
 
 def _answers(calls: Sequence[Any], signals: StopSignals) -> list[tuple[Any, str]]:
-    """Returns for each call of an actor's method (its result, ''), or (None, error) if it failed, or gave no answer within
-    ANSWER_SECONDS. A stop signal ends the wait for results."""
+    """Returns for each call of an actor's method (its result, ''), or (None, error) if the call failed, or gave no result
+    within ANSWER_SECONDS. A stop signal ends the wait for results."""
     deadline, waiting = time.monotonic() + ANSWER_SECONDS, list(calls)
     while waiting and signals.first is None and time.monotonic() < deadline:
         _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=TICK_SECONDS)
@@ -202,8 +202,8 @@ def _refuse_stop(signals: StopSignals) -> None:
 
 def request_nodes(job: JobPlan, bundle: Mapping[str, float]) -> PlacementGroup:
     """Makes a placement group of the planned nodes. While the group is pending, an autoscaler starts the missing nodes.
-    Ray removes the group when the driver ends. Ray's `request_resources` is not used, because its request would outlast the
-    driver and cannot ask for separate nodes."""
+    Ray removes the group when the driver ends. Ray's `request_resources` is not used, because such a request would outlast
+    the driver and cannot ask for separate nodes."""
     sizes = [{name: len(node.ranks) * amount for name, amount in bundle.items()} for node in job.nodes]
     labels = [dict(node.ray_labels) for node in job.nodes]
     return placement_group(sizes, strategy="STRICT_SPREAD", bundle_label_selector=labels)
@@ -239,7 +239,7 @@ def gather_gang(
         StoppedError: a stop signal came during the wait.
     """
     began, printed = time.monotonic(), set[str]()
-    faults: dict[str, list[str]] = {}  # Ray's id of a node -> a message for each failed start on it
+    faults: dict[str, list[str]] = {}  # Ray's id of a node -> a message for each failed start on this node
 
     def say_once(text: str) -> None:
         if text not in printed and time.monotonic() - began >= PATIENT_SECONDS:

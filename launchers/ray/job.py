@@ -36,7 +36,7 @@ class RayJob:
         max_restarts: Limit for the restarts of the job; by default the number in the cluster file.
         wait_seconds: Time limit of the wait for nodes that the cluster lacks; None means the default limits in driver.py.
         program: Arguments of each rank's interpreter before the configuration.
-        variables: Environment variables for the ranks; they may be secrets.
+        variables: Environment variables for the ranks; the values may be secrets.
         together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain. Empty without domains.
     """
 
@@ -85,7 +85,7 @@ def check_job(
     program: tuple[str, ...] = TRAIN,
     read: ReadRun = check_file,
 ) -> RayJob | None:
-    """Checks a run and plans its nodes. For a finished run it prints the summary and returns None. `RayJob` explains the
+    """Checks a run and plans its nodes. For a finished run, prints the summary and returns None. `RayJob` explains the
     arguments. `cluster` is the name or path of the cluster file. If `read` is `layout_of_file`, the run needs no data.
 
     Raises:

@@ -101,7 +101,7 @@ def assign(
         ]
         return _match_domains(possible, nodes, together) if any(len(each) > 1 for each in together) else match(possible)
 
-    found = chosen("total")  # counts resources in use as available, because a wait can free them
+    found = chosen("total")  # counts resources in use as available, because a wait can free these resources
     if None in found:
         missing = [each for each, node in zip(job.nodes, found, strict=True) if node is None]
         alone = match([[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes])

@@ -25,7 +25,7 @@ from launchers.ray.rank_supervisor import Order
 from launchers.supervise import is_stopped
 from moe_dist.runtime.environment import RAY_METRICS
 
-SEEN_SECONDS = 30.0  # an NFS client may take this long to see a new file
+SEEN_SECONDS = 30.0  # an NFS client may take this many seconds to see a new file
 POLL_SECONDS = 0.2
 
 
@@ -60,7 +60,7 @@ class RankActor:
         return f"rank {self._rank}"
 
     def worker(self, paths: Sequence[str]) -> WorkerInfo:
-        """Returns the node and GPUs of this actor; the answer proves that the actor runs. Waits up to SEEN_SECONDS for
+        """Returns the node and GPUs of this actor; a result proves that the actor runs. Waits up to SEEN_SECONDS for
         `paths`, the files and folders that must exist on the node."""
         deadline = time.monotonic() + SEEN_SECONDS
         while (missing := [path for path in paths if not Path(path).exists()]) and time.monotonic() < deadline:
@@ -94,7 +94,7 @@ class RankActor:
             env=variables,
             stdin=subprocess.PIPE,  # the pipe closes when this actor ends for any reason; the supervisor then ends, too
             stdout=subprocess.PIPE,
-            start_new_session=True,  # Ray kills the process group of an ended worker; the supervisor must outlive it
+            start_new_session=True,  # Ray kills an ended worker's process group; the supervisor must outlive the worker
         )
         self._tell(Order([argv[0] or sys.executable, *argv[1:]], variables, log, shown).line())
         self._pid = self._hear().get("pid")  # returns when the rank runs

@@ -33,7 +33,7 @@ _VERDICT = re.compile(r"^moe_dist ends with verdict (\d+)$", re.MULTILINE)
 
 def verdict_line(code: int) -> str:
     """Returns the last line of a job's log. Ray's API gives no exit code for a stopped job; `verdict` reads the code from
-    this line."""
+    the log's last line."""
     return f"moe_dist ends with verdict {code}"
 
 

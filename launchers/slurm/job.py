@@ -55,7 +55,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
 
     Args:
         arguments: Configuration and overrides on the first attempt of `sbatch slurm/train.sbatch`; otherwise the snapshot
-            in MOE_DIST_SNAPSHOT replaces them.
+            in MOE_DIST_SNAPSHOT replaces these arguments.
         env: Environment of the batch script, as `inside_job` returns it.
 
     Raises:
@@ -181,7 +181,8 @@ def _keep(path: Path, ends: Sequence[AttemptEnd]) -> None:
 
 
 def _limit_seconds(env: Mapping[str, str]) -> float:
-    """Returns the time limit of this attempt in seconds; infinite if Slurm does not name it (versions before 22.05)."""
+    """Returns the time limit of this attempt in seconds; infinite if Slurm does not name the limit (versions before
+    22.05)."""
     begin, end = (env.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
     return float(int(end) - int(begin)) if begin.isdecimal() and end.isdecimal() else float("inf")
 

@@ -68,7 +68,7 @@ def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
 
 
 def site_options(cluster: Cluster) -> list[str]:
-    """Returns the options of sbatch from the cluster file; every component of a heterogeneous job repeats them."""
+    """Returns the options of sbatch from the cluster file; every component of a heterogeneous job repeats these options."""
     named = {"--account": cluster.account, "--partition": cluster.partition, "--qos": cluster.qos, "--time": cluster.time}
     named["--exclude"] = ",".join(cluster.exclude) or None
     options = [f"{option}={value}" for option, value in named.items() if value is not None]

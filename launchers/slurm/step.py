@@ -33,7 +33,7 @@ _ENDED = re.compile(
     r"(?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>Exited with exit code (?P<code>\d+)|.+?)(?: \(core dumped\))?\s*$)"
 )
 _KILLS = re.compile(r"srun: (?:First task exited|Terminating |Job step aborted|forcing job termination)")
-# srun's words for a task that a signal killed -> the signal. Such a task cannot record a reason.
+# srun's words for a task that a signal killed -> the signal. A task that a signal killed cannot record a reason.
 _SIGNALS = {signal.strsignal(-each): f"killed by {signal.Signals(-each).name}" for each in SUDDEN}
 _SIGNALS["Out Of Memory"] = "killed, out of memory"
 Places = Mapping[str, Mapping[int, int]]  # host -> task -> rank
@@ -210,7 +210,8 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
     PreemptMode=CANCEL, this function submits the job again.
 
     Args:
-        attempts: File with the job's attempts. A new submission takes over this file, and the file of the nodes at fault.
+        attempts: File with the job's attempts. A new submission takes over the file with the job's attempts, and the file
+            of the nodes at fault.
     """
     array = [] if job.task is None else [f"--array={job.task}"]
     again = ["sbatch", *array, str(snapshot.script)]

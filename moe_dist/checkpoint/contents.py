@@ -53,10 +53,11 @@ class Examined:
 
 
 def open_checkpoint(folder: Path) -> Contents:
-    """Reads index.json and state.json of a checkpoint; checks their digests, and that both have the same save and step.
+    """Reads index.json and state.json of a checkpoint; checks their digests, and that both files have the same save and
+    step.
 
     Raises:
-        DamagedError: files are missing or damaged, or belong to different saves. The error names each such file.
+        DamagedError: files are missing or damaged, or belong to different saves. The error names each faulty file.
     """
     examined = examine_files(folder)
     if examined.file_problems or examined.index is None or examined.state is None:
@@ -164,7 +165,7 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
     if examined.index and examined.state and examined.index.step != examined.state.step:
         steps = f"is of step {examined.index.step}, {STATE_FILE} of step {examined.state.step}"
         problems.append(CheckpointProblem("damaged", INDEX_FILE, steps))
-    faulty = {problem.file for problem in problems}  # the digests of these files are not checked
+    faulty = {problem.file for problem in problems}  # files whose digests are not checked
     for name, digest in (checksums[1] if checksums else {}).items():
         path = folder / name
         if name not in faulty and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
@@ -179,7 +180,7 @@ def checksums_of(contents: dict[str, bytes], save_id: str) -> bytes:
 
 
 def read_checksums(folder: Path) -> tuple[str, dict[str, str]] | None:
-    """Returns the save id and each file's digest from SHA256SUMS; None if it is malformed. Raises OSError."""
+    """Returns the save id and each file's digest from SHA256SUMS; None if SHA256SUMS is malformed. Raises OSError."""
     with open_regular(folder / CHECKSUMS_FILE) as stream:
         text = stream.read(_MAX_BYTES)  # bounded, so that a planted file cannot exhaust the memory
     pattern = rb"# save ([0-9a-f]+)\n" + b"".join(

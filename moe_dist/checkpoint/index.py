@@ -234,7 +234,7 @@ class CheckpointProblem:
 
 
 class DamagedError(DataError):
-    """Raised if a checkpoint differs from the saved one. `file_problems` lists the differences."""
+    """Raised if a checkpoint differs from the checkpoint that was saved. `file_problems` lists the differences."""
 
     def __init__(self, head: str, problems: Sequence[CheckpointProblem], *, fix: str = "") -> None:
         self.head, self.file_problems = head, tuple(problems)

@@ -6,8 +6,8 @@
                     SHA256SUMS            digests of the two JSON files        (contents.py)
     <folder>/latest                       name of the newest committed folder
 
-A checkpoint is committed when `latest` names it. Its files are written to `step_N.<id>.tmp` with a random id, so that two
-processes that save the same step cannot mix their files.
+A checkpoint is committed when `latest` names it. A checkpoint's files are written to `step_N.<id>.tmp` with a random id, so
+that two processes that save the same step cannot mix their files.
 """
 
 import secrets
@@ -156,7 +156,8 @@ class CheckpointManager:
         self.agree("remove leftovers", remove, kind=CheckpointError)
 
     def latest(self) -> Path | None:
-        """Returns the folder of the newest committed checkpoint, which rank 0 reads from `latest`; None if there is none.
+        """Returns the folder of the newest committed checkpoint, which rank 0 reads from `latest`; None if there is no
+        committed checkpoint.
 
         Raises:
             DataError: `latest` names no checkpoint, or is missing although there are checkpoints.
@@ -183,7 +184,8 @@ class CheckpointManager:
         return number
 
     def load(self, folder: Path, state: CheckpointState) -> Restored:
-        """Loads a checkpoint from any layout of ranks into the tensors of `state`, and sets its optimizer's step count.
+        """Loads a checkpoint from any layout of ranks into the tensors of `state`, and sets the step count of the optimizer
+        in `state`.
 
         Then compares the tensors in memory with the saved fingerprints, which detects damage on disk and wrongly assembled
         tensors. Without an optimizer in `state` loads no moments. After an error some tensors may be overwritten.
@@ -214,9 +216,9 @@ class CheckpointManager:
         Args:
             path: A path for `find_checkpoint`.
             sources: Function that maps each parameter to load to its source in the checkpoint, equally on all ranks. By
-                default it selects the parameters with equal name, shape and dtype; `upcycle`, `split` and `base` have
-                other functions. The parts (`Cut`) of a stored tensor that one expert group loads must together make up the
-                whole stored tensor.
+                default `sources` selects the parameters with equal name, shape and dtype; `upcycle`, `split` and `base`
+                have other functions. The parts (`Cut`) of a stored tensor that one expert group loads must together make up
+                the whole stored tensor.
             check: Function that is called before a tensor is read, and raises to refuse the checkpoint.
 
         Raises:
@@ -266,8 +268,8 @@ class CheckpointManager:
                 "checkpoint.keep"
             )
         if not (self._folder / LATEST_FILE).exists() and not self._directory.steps():
-            # Without this file, a crash between the two renames of the first commit would leave a checkpoint but no
-            # `latest`.
+            # `latest` is written already now, because a crash between the two renames of the first commit would otherwise
+            # leave a checkpoint but no `latest`.
             self._point(NONE_YET)
         temporary.mkdir()  # raises if the folder exists
 

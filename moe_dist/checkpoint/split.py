@@ -1,6 +1,6 @@
 """Splits a dense FFN into fine-grained experts (MoEfication, Zhang et al., arXiv 2110.01786, section 3.1, with consecutive
 neurons). The FFN's hidden values are divided into n equal parts. Expert j has the j-th part: the rows of gate and up and
-the columns of down that belong to these hidden values. The sum of all experts' outputs is the output of the FFN.
+the columns of down that belong to the hidden values of this part. The sum of all experts' outputs is the output of the FFN.
 
 Splits the same FFN that upcycling would copy (`upcycle.py`). Router rows start as 0, see `config/split_rule.py`.
 """

@@ -78,7 +78,7 @@ class CheckpointState:
     rank_values: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns all tensors of this rank by logical name; a load writes into them."""
+        """Returns all tensors of this rank by logical name; a load writes into these tensors."""
         return {name: held.tensor for name, held in self.held.items()}
 
     def written(self) -> dict[str, Tensor]:
@@ -146,7 +146,7 @@ def moment_specs(
 
 
 def _by_moment(model: nn.Module, *, orthogonal: bool) -> dict[str, set[str]]:
-    """Maps each moment to the names of the parameters that have it."""
+    """Maps each moment to the names of the parameters that have this moment."""
     moments = {each.name: moments_of(each, orthogonal=orthogonal) for each in named_parameters(model)}
     return {moment: {name for name, has in moments.items() if moment in has} for moment in MOMENTS}
 

@@ -19,7 +19,7 @@ from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 @dataclass
 class CommStats:
-    """Counts the bytes and seconds of this rank's communication. All layers of a model share one object.
+    """Counts the bytes and seconds of this rank's communication. All layers of a model share one CommStats object.
 
     Attributes:
         payload_bytes: Bytes of hidden rows and of their gradients that left this rank.
@@ -185,8 +185,8 @@ def sum_gradients(
     """Sums the gradients of `parameters` over `group`, in place.
 
     Args:
-        flat: True: one all-reduce of a concatenated copy of all gradients, for many small gradients. False: one all-reduce
-            per gradient, without a copy, for few large gradients.
+        flat: If True, one all-reduce of a concatenated copy of all gradients, for many small gradients. If False, one
+            all-reduce per gradient, without a copy, for few large gradients.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if len(gradients) != len(parameters):  # otherwise the ranks would sum different tensors

@@ -69,7 +69,7 @@ class CheckedAllToAll(AllToAll):
     """Has the interface of `AllToAll`. Sends the rows through another `AllToAll` (`transport`), and checks the rows.
 
     Each exchange of rows costs two exchanges of metadata, two host syncs and some passes over the rows. The rows have the
-    same bits, and their exchanges the same order, as with the transport alone.
+    same bits, and their exchanges the same order, as without the checks.
     """
 
     def __init__(self, transport: AllToAll) -> None:

@@ -17,8 +17,8 @@ class Position:
     """One collective that this rank has entered.
 
     Attributes:
-        entered: Number of collectives that this rank has entered so far, including this one. All ranks issue the same
-            collectives in the same order, so a rank with a smaller number is behind the other ranks.
+        entered: Number of collectives that this rank has entered so far, including this collective. All ranks issue the
+            same collectives in the same order, so a rank with a smaller number is behind the other ranks.
         layer: Name of the layer that called the collective; empty outside the layers.
         send, receive: Numbers of items to and from each rank of the process group; empty if all ranks send equally many.
         since: Time of entry, by time.monotonic.
@@ -33,8 +33,8 @@ class Position:
 
 
 class CollectiveTracker:
-    """Records the collectives that one rank enters and leaves. For each collective it costs two dictionary operations and,
-    on CUDA, one CUDA event and a query of the oldest event, but no sync.
+    """Records the collectives that one rank enters and leaves. For each collective the tracker costs two dictionary
+    operations and, on CUDA, one CUDA event and a query of the oldest event, but no sync.
 
     Attributes:
         entered: Number of collectives entered so far.
@@ -52,8 +52,8 @@ class CollectiveTracker:
 
     @contextmanager
     def among(self, collectives: str) -> Iterator[None]:
-        """Encloses code that calls untracked collectives, such as FSDP2's. If the rank then neither enters nor leaves a
-        tracked collective for too long, the watchdog reports that the rank is inside one of `collectives`."""
+        """Encloses code that calls untracked collectives, such as FSDP2's. If in this code the rank neither enters nor
+        leaves a tracked collective for too long, the watchdog reports that the rank is inside one of `collectives`."""
         with self._lock:
             self._among, self._moved = collectives, time.monotonic()
         try:

@@ -1,5 +1,5 @@
-"""A cluster file has the settings of one site (a cluster and its scheduler). A run's configuration has none of these
-settings, so a run may continue at another site.
+"""A cluster file has the settings of one site (a cluster and its scheduler). A run's configuration has no settings of a
+site, so a run may continue at another site.
 
     A cluster file is configs/clusters/<name>.yaml, chosen by `--cluster` or $MOE_DIST_CLUSTER; without both, the defaults
     below apply.
@@ -223,7 +223,7 @@ def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
 
 
 def cluster_file(name_or_path: str | None, env: Mapping[str, str]) -> Path | None:
-    """Returns the path of the cluster file that `load_cluster` reads; None if it returns the defaults."""
+    """Returns the path of the cluster file that `load_cluster` reads; None if `load_cluster` returns the defaults."""
     asked = name_or_path or env.get(VARIABLE)
     if not asked:
         return None

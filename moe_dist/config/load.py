@@ -129,7 +129,7 @@ def difference(old: Config, new: Config) -> list[Change]:
 
 
 def changes_on_resume(old: Config, new: Config) -> list[Change]:
-    """Returns the differences of keys that must not change; a run cannot be resumed with any of them."""
+    """Returns the differences of keys that must not change; a run with any such difference cannot be resumed."""
     return [change for change in difference(old, new) if not may_change_on_resume(change.key)]
 
 
@@ -186,8 +186,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
 
 
 def _default_list(key: str) -> Any:
-    """Returns the value that a key gets if the file lacks it and an override sets something inside it: the default of a
-    list, or {} for a section, whose other keys then get their own defaults."""
+    """Returns the value that a key gets if the file lacks the key and an override sets something inside the value: the
+    default of a list, or {} for a section, whose other keys then get their own defaults."""
     field = next((found.field for found in find(Config, key) if found.field is not None), None)
     default = None if field is None else field.get_default(call_default_factory=True, validated_data={})
     return to_jsonable_python(default) if isinstance(default, tuple) else {}

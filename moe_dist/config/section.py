@@ -65,7 +65,7 @@ class Section(BaseModel):
         return ()
 
     def violations_in(self, config: WholeConfig) -> Iterable[Violation]:
-        """Returns the violated rules between this section and others. The rules' keys are full paths, such as
+        """Returns the violated rules between this section and other sections. The rules' keys are full paths, such as
         `parallel.ep`."""
         return ()
 

@@ -96,8 +96,8 @@ class RouterSection(Section):
         return (1, 1)
 
     def expert_capacity(self, top_k: int, num_experts: int, target: float | None = None) -> float | None:
-        """Returns the mean share of its group's tokens that each expert takes; None if each token chooses top_k columns.
-        `target` is the number of true experts per token at which a controller aims."""
+        """Returns the mean share of a group's tokens that each expert of the group takes; None if each token chooses top_k
+        columns. `target` is the number of true experts per token at which a controller aims."""
         return None
 
     def active_range(self, group: Any) -> tuple[float, float]:
