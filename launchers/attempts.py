@@ -120,7 +120,7 @@ def last_output(log: Path, offset: int, *, most_lines: int = 200) -> str:
         stream.seek(offset)
         lines = stream.read().decode(errors="replace").splitlines()
     begins = [index for index, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-    first = begins.pop() if begins else max(0, len(lines) - 20)  # only the last traceback ended the rank
+    first = begins.pop() if begins else max(0, len(lines) - 20)  # the rank ended with its last traceback
     chained = ("The above exception was the direct cause", "During handling of the above exception")
     while begins and any(line.startswith(chained) for line in lines[max(0, first - 2) : first]):
         first = begins.pop()

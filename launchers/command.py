@@ -48,7 +48,7 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """The nodes of a job and the ranks on each.
+    """The nodes of a job and the ranks on each node.
 
     Attributes:
         nodes: Ordered by index.

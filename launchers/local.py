@@ -48,9 +48,10 @@ def launch(
     code.
 
     Args:
-        nproc: Number of ranks; None takes parallel.ep x parallel.edp. Another multiple of parallel.ep sets parallel.edp.
+        nproc: Number of ranks; None takes parallel.ep x parallel.edp. If `nproc` is another multiple of parallel.ep,
+            parallel.edp is changed to match.
         overwrite: Rename the folder of an old run of this name before the first attempt; restarts keep the new folder.
-        program: Arguments of each rank's interpreter before the configuration.
+        program: Arguments of each rank's Python interpreter that precede the configuration's path.
         dry_run: Print the ranks' commands and variables, and start nothing; needs no data.
 
     Raises:
@@ -116,7 +117,7 @@ def store_folder() -> Iterator[str]:
 
 def _run(plan: LaunchPlan, folder: RunFolder, signals: StopSignals) -> tuple[Outcome, list[int]]:
     """Runs one attempt; returns its outcome and, for each log, the offset at which the attempt begins."""
-    folder.prepare()  # in each attempt, because the folder may have been deleted since the last attempt
+    folder.prepare()  # called in each attempt, because the folder may have been deleted since the last attempt
     commands = rank_commands(plan)
     offsets = begin_logs(folder, len(commands), plan.attempt_id)
     with contextlib.ExitStack() as stack:

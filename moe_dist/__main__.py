@@ -18,7 +18,8 @@ from moe_dist.config.bundled import source_root
 from moe_dist.runtime.command_line import command_app, print_version
 from moe_dist.runtime.renamed import RENAMED
 
-# Each entry has a subcommand, its function, and its line in the help text. Options are defined only at the function.
+# Each entry has a subcommand, its function, and its line in the help text. The options of a subcommand are defined only at
+# the subcommand's function.
 COMMANDS = (
     ("launch local", "launchers.local:main", "Run on this machine, with one process per rank."),
     ("launch slurm", "launchers.slurm.__main__:main", "Submit a run to a Slurm cluster."),

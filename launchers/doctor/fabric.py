@@ -25,8 +25,8 @@ TIMEOUT_SECONDS = 120.0
 def judge(
     measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], *, payload_bytes: int
 ) -> list[CheckResult]:
-    """Finds the causes of slow pairs: a node that is slow with every other node, or a single pair. Returns a result for
-    each cause.
+    """Finds the causes of slow pairs: a node that is slow with every other node, or a single pair. Returns a check result
+    for each cause of slow pairs.
 
     Args:
         measured: For each pair of nodes, the shortest measured time of each collective.
@@ -64,7 +64,7 @@ def judge(
 def report_line(
     measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], payload_bytes: int
 ) -> str:
-    """Formats the result as the line that rank 0 of the measurement prints."""
+    """Formats the measured times as the line that rank 0 of the measurement prints."""
     pairs = [[*pair, each.all_reduce, each.all_to_all] for pair, each in measured.items()]
     return MARK + json.dumps({"nodes": nodes, "payload_bytes": payload_bytes, "pairs": pairs, "slow": slow})
 

@@ -34,7 +34,7 @@ def check_ray(
     enough time for a save.
 
     Args:
-        parts: Network address of each part of Ray.
+        parts: Network address of each part of Ray, such as the dashboard.
         save_seconds: Measured seconds of a save; None if no save was measured.
     """
     answers, grace = ok("scheduler", f"Ray {ray.__version__} answers"), _grace(stop_grace(env), save_seconds)

@@ -91,7 +91,7 @@ def main(
             job=plan,
             rendezvous=meeting,
             attempt=0,
-            attempt_id="",  # the ranks take the id that rank 0 chooses
+            attempt_id="",  # the ranks take the attempt id that rank 0 chooses
             grace_seconds=grace,
             threads=site.cpus_per_rank,
         )

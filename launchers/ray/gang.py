@@ -229,7 +229,7 @@ def gather_gang(
         together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain.
         exclude: Host names or addresses of nodes that must not be used.
         avoid: Ray's ids of nodes that are used only if the other nodes do not suffice.
-        wait_seconds: Time limit of the wait for nodes that the cluster lacks. Within this time limit, a node is left out
+        wait_seconds: Time limit of the wait for nodes that the cluster lacks. Before this time is over, a node is left out
             only after START_TRIES failed starts of actors. The wait for nodes that other jobs use has no limit.
         say: Prints a message about waiting; no message is printed twice.
 

@@ -35,7 +35,7 @@ class RayJob:
         folder, data: Run folder and data folder, on a file system that all nodes share.
         max_restarts: Limit for the restarts of the job; by default the number in the cluster file.
         wait_seconds: Time limit of the wait for nodes that the cluster lacks; None means the default limits in driver.py.
-        program: Arguments of each rank's interpreter before the configuration.
+        program: Arguments of each rank's Python interpreter that precede the configuration's path.
         variables: Environment variables for the ranks; the values may be secrets.
         together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain. Empty without domains.
     """

@@ -49,7 +49,7 @@ class Submission:
         folder: Run folder; in an array, the parent of all run folders.
         snapshot: Folder for the copy of the code.
         text: The batch script.
-        program: Arguments of the ranks' interpreter before the configuration.
+        program: Arguments of the ranks' Python interpreter that precede the configuration's path.
     """
 
     config: Config
@@ -74,14 +74,15 @@ def prepare(
     """Plans a job and renders its script; writes no file. Each array task is a run in `<root>/<name>/<task>`.
 
     Args:
-        program: Arguments of the ranks' interpreter before the configuration; the default starts the training.
+        program: Arguments of the ranks' Python interpreter that precede the configuration's path; the default starts the
+            training.
         read: Reads and checks the run; `layout_of_file` needs no data.
 
     Raises:
         ConfigError, DataError, ResourceError: the run, a task or the nodes are invalid.
     """
     loaded = read(config_path, overrides).config
-    fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))  # because the job runs in another folder
+    fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))  # absolute, because the job runs in another folder
     layout = read(config_path, fixed)
     config, plan = layout.config, plan_job(layout, cluster)
     folder = Path(config.run.root) / config.run.name

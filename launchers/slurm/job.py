@@ -114,7 +114,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
             requeue_job(job, snapshot, path, why_not_restarted(ends, cluster.max_restarts))
         if verdict == EXIT_FAILED and (host := host_at_fault(folder, job, ended, places)):
             faulty.append(host)
-            with contextlib.suppress(OSError):  # on a full disk the next attempt may use the node again
+            with contextlib.suppress(OSError):  # on a full disk the next attempt may use the faulty node again
                 write_atomically(faults, " ".join(faulty))
             print(leave_out(job.name, faulty, snapshot.script), file=sys.stderr)
     return verdict

@@ -205,7 +205,7 @@ def name_unconcluded(folder: RunFolder, attempt_id: str, ranks_of: Mapping[str, 
 
 
 def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: str | None) -> None:
-    """Makes the job continue, unless `limit` has a reason against a restart, or the job was cancelled. Slurm itself
+    """Makes Slurm run the job again, unless `limit` has a reason against a restart, or the job was cancelled. Slurm itself
     requeues a job after a node failure and after a preemption with PreemptMode=REQUEUE. After a preemption with
     PreemptMode=CANCEL, this function submits the job again.
 

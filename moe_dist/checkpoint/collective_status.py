@@ -22,7 +22,7 @@ class CollectiveStatus:
     Args:
         place: Folder of the checkpoints, named in error messages.
         process_group: Gloo group of the ranks that save or load together; None for a single rank.
-        tracker: The watchdog's tracker, which records the all-reduces; None records none.
+        tracker: The watchdog's tracker, which records the all-reduces; None records no all-reduces.
     """
 
     def __init__(

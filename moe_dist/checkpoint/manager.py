@@ -66,7 +66,7 @@ class Restored:
 
     step: int
     values: dict[str, JsonValue]
-    rank_values: dict[str, JsonValue]  # as in `CheckpointState`; empty if the number of ranks has changed
+    rank_values: dict[str, JsonValue]  # like `CheckpointState.rank_values`; empty if the number of ranks has changed
 
 
 class CheckpointManager:

@@ -38,7 +38,7 @@ _HEADER = TypeAdapter(dict[str, dict[str, JsonValue]])
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """The header of a shard file. `parts`, `fingerprints` and `ends` are by the tensor's logical name."""
+    """The header of a shard file. The keys of `parts`, `fingerprints` and `ends` are the tensors' logical names."""
 
     save_id: str
     step: int

@@ -2,7 +2,7 @@
 neurons). The FFN's hidden values are divided into n equal parts. Expert j has the j-th part: the rows of gate and up and
 the columns of down that belong to the hidden values of this part. The sum of all experts' outputs is the output of the FFN.
 
-Splits the same FFN that upcycling would copy (`upcycle.py`). Router rows start as 0, see `config/split_rule.py`.
+Splits the same FFN that upcycling would copy (`upcycle.py`). Router rows are initialised to 0, see `config/split_rule.py`.
 """
 
 from collections.abc import Mapping

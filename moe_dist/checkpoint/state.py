@@ -135,7 +135,7 @@ def moment_specs(
     model: nn.Module, layout: RankLayout, *, orthogonal: bool, dtype: torch.dtype | None = None
 ) -> dict[str, TensorSpec]:
     """Returns shape and dtype of the optimizer's moments of all parameters that are not frozen, by logical name.
-    `orthogonal` is an argument of `moments_of`, `dtype` a result of `moment_dtype`."""
+    `orthogonal` is passed to `moments_of`; `dtype` is a result of `moment_dtype`."""
     parameters = {n: t for n, t in _distinct_tensors(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
     found: dict[str, TensorSpec] = {}
     for moment, named in _by_moment(model, orthogonal=orthogonal).items():

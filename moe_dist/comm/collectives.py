@@ -26,7 +26,8 @@ class CommStats:
         inter_node_bytes: The payload bytes that left the node; 0 if the dispatcher does not distinguish nodes.
         metadata_bytes: Bytes of counts, expert ids, weights and weight gradients that left this rank.
         seconds: On CPU, the time that the host spent in calls of collectives and in waits for them; on CUDA, the time that
-            the stream waited for them, which `drain` adds. While a collective runs beside computation, no time is counted.
+            the stream waited for them, which `drain` adds. While a collective runs in parallel with computation, no time is
+            counted.
         events: None, or a list that records events in order: the name of each collective at its call, "wait <name>" at its
             wait, "sync <name>" where the host waits for the device, and the names given to `mark`.
     """

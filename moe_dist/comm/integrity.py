@@ -56,7 +56,8 @@ def content_sums(rows: Tensor) -> Tensor:
 
 def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: torch.device) -> Tensor:
     """Returns the place term of each row, int64 [N], from its index in its slice and from its source and destination ranks.
-    `splits` are the lengths of the slices for each rank if `sending`, else of the slices from each rank."""
+    `splits` are the lengths of the slices that go to each rank if `sending`, else of the slices that come from each
+    rank."""
     terms = []
     for peer, count in enumerate(splits):
         source, destination = (own, peer) if sending else (peer, own)

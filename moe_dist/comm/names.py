@@ -1,7 +1,7 @@
 """Names of collectives, for events, byte counts and reports of a hang.
 
 The dispatcher `hierarchical` puts `INTER` or `INTRA` before a name. In backward, `BACKWARD` follows the name. The number of
-a chunk comes last.
+a chunk of tokens comes last in a name.
 """
 
 COUNTS, PAIR_ROWS, EXPERT_IDS = "counts", "pair rows", "expert ids"  # metadata for dispatch plans

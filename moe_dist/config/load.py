@@ -117,7 +117,8 @@ def resolved_yaml(config: Config) -> str:
 
 
 def difference(old: Config, new: Config) -> list[Change]:
-    """Returns the dotted keys whose values differ, in the order of the schema. Lists are compared as a whole."""
+    """Returns the dotted keys whose values differ between two configurations, in the order of the schema. Lists are
+    compared as a whole."""
     before, after = (leaves(config.model_dump(mode="json")) for config in (old, new))
     found = [
         Change(key, before.get(key), after.get(key))
