@@ -90,7 +90,7 @@ def _script(cluster: Cluster, module: str, argument: str, tasks_per_node: int, v
     command = [*container_prefix(cluster, visible, code), interpreter(cluster), "-m", module, argument]
     return "\n".join(
         [
-            f"cd {shlex.quote(str(code))} || exit 78",  # needed because pyxis starts the task in a folder of the image
+            f"cd {shlex.quote(str(code))} || exit 78",  # cd, because pyxis starts the task in a folder of the image
             *(f"export {name}={shlex.quote(value)}" for name, value in cluster.network_variables.items()),
             *cluster.prelude,
             "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID",

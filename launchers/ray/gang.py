@@ -221,8 +221,8 @@ def gather_gang(
     signals: StopSignals,
     say: Callable[[str], None],
 ) -> Gang:
-    """Chooses nodes and starts an actor for each rank, again and again until all actors have answered. Meanwhile requests
-    the planned nodes from an autoscaler.
+    """Chooses nodes and starts an actor for each rank, again and again until all actors have answered. While nodes are
+    missing, requests the planned nodes from an autoscaler.
 
     Args:
         paths: Files and folders that must exist on every node.

@@ -30,7 +30,7 @@ from moe_dist.plan.preflight import check_file, layout_of_file
 from moe_dist.runtime.command_line import RUN_FOLDER_FIX, print_done, reports_errors, run_command
 from moe_dist.runtime.run_folder import RunFolder, Start
 
-# Errors of sbatch about missing nodes. Other errors of sbatch concern account, partition or limits.
+# Errors of sbatch about missing nodes; all other errors of sbatch concern account, partition or limits.
 _NO_SUCH_NODES = (
     "Invalid feature specification",
     "Requested node configuration is not available",

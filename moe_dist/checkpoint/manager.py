@@ -187,8 +187,8 @@ class CheckpointManager:
         """Loads a checkpoint from any layout of ranks into the tensors of `state`, and sets the step count of the optimizer
         in `state`.
 
-        Then compares the tensors in memory with the saved fingerprints, which detects damage on disk and wrongly assembled
-        tensors. Without an optimizer in `state` loads no moments. After an error some tensors may be overwritten.
+        Compares the loaded tensors with the saved fingerprints, which detects damage on disk and wrongly assembled tensors.
+        Without an optimizer in `state` loads no moments. After an error some tensors may be overwritten.
 
         Raises:
             ConfigError: the checkpoint is of another model. The error lists the differences in names, shapes and dtypes.
@@ -215,8 +215,8 @@ class CheckpointManager:
 
         Args:
             path: A path for `find_checkpoint`.
-            sources: Function that maps each parameter to load to its source in the checkpoint, equally on all ranks. By
-                default `sources` selects the parameters with equal name, shape and dtype; `upcycle`, `split` and `base`
+            sources: Function that maps each parameter that is loaded to its source in the checkpoint, equally on all ranks.
+                By default `sources` selects the parameters with equal name, shape and dtype; `upcycle`, `split` and `base`
                 have other functions. The parts (`Cut`) of a stored tensor that one expert group loads must together make up
                 the whole stored tensor.
             check: Function that is called before a tensor is read, and raises to refuse the checkpoint.

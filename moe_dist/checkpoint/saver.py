@@ -32,7 +32,7 @@ class CheckpointWriter:
     Args:
         checkpoints: Manager of the run's checkpoints; nothing else may use its process group.
         asynchronous: If True, a thread writes a copy of the state; the copy takes as much host memory as this rank writes.
-            If False, no copy is made, and the training waits for each save.
+            If `asynchronous` is False, no copy is made, and the training waits for each save.
         tracker: Tracker of the watchdog, which counts the wait for a save as a collective.
         report: Function that rank 0 calls after each save, with the seconds from the call of `write` to the commit.
     """
@@ -59,8 +59,8 @@ class CheckpointWriter:
         """Waits for the end of the previous save, then saves `state`.
 
         Args:
-            durable: If True, `write` returns after the commit, and raises if the save fails. If False, `write` may return
-                before the commit; if the disk fails, a later `poll` or `wait` logs the error.
+            durable: If True, `write` returns after the commit, and raises if the save fails. If `durable` is False, `write`
+                may return before the commit; if the disk fails, a later `poll` or `wait` logs the error.
 
         Raises:
             CheckpointError: this save could not be written; only if `durable`.

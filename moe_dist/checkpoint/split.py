@@ -19,7 +19,8 @@ HIDDEN_DIM = {"gate": 0, "up": 0, "down": 1}  # the dim of each weight that runs
 
 
 def fitting_or_split(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, Source]:
-    """Maps each parameter to load to its name in the checkpoint, or to a part of the checkpoint's FFN; equal on all ranks.
+    """Maps each parameter that is loaded to its name in the checkpoint, or to a part of the checkpoint's FFN; equal on all
+    ranks.
 
     Raises:
         ConfigError: a layer has no FFN to split, or the experts' widths do not add up to the FFN's width.

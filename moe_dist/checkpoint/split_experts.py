@@ -20,7 +20,8 @@ from moe_dist.placement.roles import EXPERT_NAME
 
 
 def fitting_or_split_experts(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, Source]:
-    """Maps each parameter to load to its name in the checkpoint, or to a part of a stored expert; equal on all ranks.
+    """Maps each parameter that is loaded to its name in the checkpoint, or to a part of a stored expert; equal on all
+    ranks.
 
     Raises:
         ConfigError: the checkpoint has no experts to split, or the widths of the parts do not add up to an expert's width.

@@ -137,7 +137,8 @@ def take_snapshot(step: int, state: CheckpointState, buffers: HostBuffers | None
     """Takes a snapshot of `state`. Costs a device-to-host sync, which reads the optimizer's step count.
 
     Args:
-        buffers: Memory for copies of the tensors. If None, no copies are made, and the training must wait for the save.
+        buffers: Memory for copies of the tensors. If `buffers` is None, no copies are made, and the training must wait for
+            the save.
     """
     pieces = pieces_of(state.written())
     return Snapshot(

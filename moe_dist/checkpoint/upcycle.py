@@ -7,8 +7,8 @@ In each layer all experts of a group become copies of one FFN of the checkpoint,
 2. the layer's dense FFN (its norm becomes the norm of the MoE layer),
 3. the only expert in the checkpoint's layer, whatever the name of its group.
 
-If the group has as many experts in the checkpoint as in the model, each expert is loaded by its own name instead. Router
-rows are not copied, because a router with equal rows would score all copies of an FFN alike.
+If the group has as many experts in the checkpoint as in the model, each expert is loaded from the checkpoint's expert of
+the same name. Router rows are not copied, because a router with equal rows would score all copies of an FFN alike.
 """
 
 import re
@@ -27,7 +27,7 @@ _NORM = re.compile(r"(?P<layer>layers\.\d+)\.moe\.norm\.weight")
 
 
 def fitting_or_upcycled(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Merges the maps of `fitting` and `upcycled`, from each parameter to load to its name in the checkpoint."""
+    """Merges the maps of `fitting` and `upcycled`, from each parameter that is loaded to its name in the checkpoint."""
     return fitting(contents, specs) | upcycled(contents.folder, contents.index, specs)
 
 

@@ -135,8 +135,8 @@ class AllToAll:
 
 
 class RowBuffers:
-    """A pool of buffers for hidden rows. An exchange takes a buffer and gives it back, and the next layer uses the same
-    buffer.
+    """A pool of buffers for hidden rows. An exchange takes a buffer and returns it to the pool, and the next layer uses the
+    same buffer.
 
     A buffer grows to the largest requested size. Use the pool only for rows that backward does not read: rows to
     send, and received rows that are added to a sum. The pool saves time on the host, where a new allocation costs one page
@@ -162,7 +162,7 @@ class RowBuffers:
         return storage[:num_bytes].view(like.dtype).view(num_rows, width)  # stored as bytes, for rows of any dtype
 
     def give(self, rows: Tensor) -> None:
-        """Takes the buffer of these rows back; the next user of the buffer overwrites the rows."""
+        """Returns the buffer of these rows to the pool; the next user of the buffer overwrites the rows."""
         if self._keep:
             storage = rows.untyped_storage()  # the whole buffer, of which the rows may be a part
             self._free.append(torch.empty(0, dtype=torch.uint8, device=rows.device).set_(storage, 0, (storage.nbytes(),)))  # pyright: ignore

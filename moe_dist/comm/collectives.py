@@ -186,8 +186,8 @@ def sum_gradients(
     """Sums the gradients of `parameters` over `group`, in place.
 
     Args:
-        flat: If True, one all-reduce of a concatenated copy of all gradients, for many small gradients. If False, one
-            all-reduce per gradient, without a copy, for few large gradients.
+        flat: If True, one all-reduce of a concatenated copy of all gradients, for many small gradients. If `flat` is False,
+            one all-reduce per gradient, without a copy, for few large gradients.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if len(gradients) != len(parameters):  # otherwise the ranks would sum different tensors

@@ -15,8 +15,8 @@ def open_regular(path: Path, *, links: bool = True) -> BufferedReader:
     """Opens a file for reading, without waiting.
 
     Args:
-        links: Follow `path` if it is a symbolic link. False for a file that runs replace by renames: a rename leaves no
-            link, so a link at this path was made by another program or person.
+        links: Whether to follow `path` if `path` is a symbolic link. `links` is False for a file that runs replace by
+            renames: a rename leaves no link, so a link at this path was made by another program or person.
 
     Raises:
         IrregularFileError: the path is no regular file, or a link although `links` is False.

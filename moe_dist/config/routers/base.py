@@ -136,8 +136,8 @@ class RouterSection(Section):
 
 class AdaptiveRouterSection(RouterSection):
     """The base of routers in which the number of columns (experts) that a token takes depends on the token, and is at most
-    the group's top_k. Only controllers with a target may change the selection biases of such a router, because these biases
-    set how many columns a token takes."""
+    the group's top_k. Only controllers with a target may change the selection biases of an adaptive router, because these
+    biases set how many columns a token takes."""
 
     least_columns: ClassVar[int] = 0  # least number of columns that each token takes
 
