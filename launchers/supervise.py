@@ -47,7 +47,7 @@ class DelayedStderr:
 
     def finish(self, *, show: bool) -> None:
         """Reads the rest of the pipe after the rank has ended. Shows the delayed output if `show`, else drops it."""
-        self._thread.join(2.0)  # with a timeout, because a grandchild process may keep the pipe open
+        self._thread.join(2.0)  # joins with a timeout, because a grandchild process may keep the pipe open
         if show:
             self.show(at_least=0.0)
         self._held.clear()

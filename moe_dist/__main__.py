@@ -78,7 +78,7 @@ def load_subcommand(name: str) -> Any:
     if root not in sys.path:
         sys.path.insert(0, root)
         paths = filter(None, [root, os.environ.get("PYTHONPATH")])
-        os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # child processes import the same packages
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # so that child processes import the same packages
     module, _, function = next(target for words, target, _ in COMMANDS if words.split()[-1] == name).partition(":")
     command = typer.main.get_command(command_app(getattr(importlib.import_module(module), function)))
     command.name = name

@@ -25,7 +25,7 @@ from moe_dist.runtime.signals import StopSignals, child_of
 
 INDEX = "JOB_COMPLETION_INDEX"  # variable that Kubernetes sets in the pods of an indexed Job
 TICK_SECONDS = 0.1
-PEER_SECONDS = 60.0  # from a rank's failure until the pod's other ranks, which log their errors, get SIGTERM
+PEER_SECONDS = 60.0  # seconds from a rank's failure until the pod's other ranks, which log their errors, get SIGTERM
 END_SECONDS = 5.0  # last seconds of the grace period, in which this process ends after its ranks
 
 

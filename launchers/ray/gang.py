@@ -316,7 +316,7 @@ def live_nodes(exclude: Collection[str] = ()) -> list[RayNode]:
         for node in ray.nodes()
         if node["Alive"] and not {node["NodeManagerHostname"], node["NodeManagerAddress"]} & {*exclude}
     ]
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:  # in parallel, because each lost node costs the full timeout
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:  # connects in parallel, because each lost node costs the full timeout
         answers = list(pool.map(takes_connections, nodes))
     alive = [node for node, answer in zip(nodes, answers, strict=True) if answer]
     return sorted(alive, key=lambda node: (HEAD in node.total, node.address, node.node_id))

@@ -158,7 +158,7 @@ def main() -> None:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, because the rank would inherit SIG_IGN
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     line = b""
-    while not line.endswith(b"\n"):  # byte by byte, because `select` would not see input in a buffer
+    while not line.endswith(b"\n"):  # reads byte by byte, because `select` would not see input in a buffer
         byte = os.read(0, 1)
         if not byte:
             return

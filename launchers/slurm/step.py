@@ -146,7 +146,7 @@ def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], 
     verdict = EXIT_FAILED if silent else next((int(match["code"]) for match in ends if match["code"]), code)
     requested = stopped and not (silent and silent["lost"])  # Slurm also sends stop signals after a node failure
     if record is not None and record.verdict == STOPPED != verdict and ends and not requested:
-        record = replace(record, verdict=None)  # a rank took Slurm's end of all tasks after a failure for a stop request
+        record = replace(record, verdict=None)  # after a failure Slurm ends all tasks, which a rank took for a stop request
     if record is not None and record.verdict is not None and not (silent and record.verdict == EXIT_FAILED):
         if record.verdict not in (EXIT_DONE, STOPPED):
             _show_cause(folder, job, [] if record.rank is None else [record.rank], ended, places)
@@ -233,7 +233,7 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
                 if (kept := attempts.with_name(name.format(job.id))).is_file():
                     shutil.copy(kept, attempts.with_name(name.format(number)))
             _say(f"Slurm preempted the job and does not requeue it (PreemptMode=CANCEL); submitted again as job {number}")
-        else:  # a requeue would undo a scancel
+        else:  # no requeue, because it would undo a scancel
             _say(f"Slurm is ending the job ({state}) for good; continue it with: {shlex.join(again)}")
     except SlurmError as error:
         _say(f"Slurm refuses to requeue the job: {error}; continue with: {shlex.join(again)}")

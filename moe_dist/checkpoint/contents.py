@@ -182,7 +182,7 @@ def checksums_of(contents: dict[str, bytes], save_id: str) -> bytes:
 def read_checksums(folder: Path) -> tuple[str, dict[str, str]] | None:
     """Returns the save id and each file's digest from SHA256SUMS; None if SHA256SUMS is malformed. Raises OSError."""
     with open_regular(folder / CHECKSUMS_FILE) as stream:
-        text = stream.read(_MAX_BYTES)  # bounded, so that a planted file cannot exhaust the memory
+        text = stream.read(_MAX_BYTES)  # the read is bounded, so that a planted file cannot exhaust the memory
     pattern = rb"# save ([0-9a-f]+)\n" + b"".join(
         rb"([0-9a-f]{64})  %s\n" % re.escape(name.encode()) for name in CHECKED_FILES
     )

@@ -159,7 +159,7 @@ class RowBuffers:
         storage = None if index is None else self._free.pop(index)
         if storage is None or storage.shape[0] < num_bytes:
             storage = torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
-        return storage[:num_bytes].view(like.dtype).view(num_rows, width)  # stored as bytes, for rows of any dtype
+        return storage[:num_bytes].view(like.dtype).view(num_rows, width)  # buffers are bytes, for rows of any dtype
 
     def give(self, rows: Tensor) -> None:
         """Returns the buffer of these rows to the pool; the next user of the buffer overwrites the rows."""

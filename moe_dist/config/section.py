@@ -25,7 +25,7 @@ GroupName = Annotated[str, Field(pattern=GROUP_PATTERN)]
 PathText = Annotated[str, Field(pattern=PATH_PATTERN)]
 Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
 
-WATCHDOG_SHARE = 0.8  # watchdog's time limit / timeout of the process groups; in the time between them, ranks write reports
+WATCHDOG_SHARE = 0.8  # watchdog's time limit divided by the process groups' timeout; between the two, ranks write reports
 
 WholeConfig = Any  # means `schema.Config`, which cannot be imported here (circular import)
 
