@@ -6,6 +6,7 @@
 - At most one save runs at a time; the next save waits until the previous one has ended.
 - A failed save is logged and leaves the file `latest` unchanged; the training saves again after the usual number of steps.
   Before a run ends or stops, the training waits for the run's last save.
+- If the process dies during a save, the next start of the run deletes the unfinished folder.
 """
 
 import logging

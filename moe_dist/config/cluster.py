@@ -6,7 +6,7 @@ site, so a run may continue at another site.
 
 Values of the cluster file become part of shell lines. Names must not have special characters of the shell, and other values
 are quoted. `prelude` is shell code, with which a cluster file can do everything that a script can: read the file before you
-    use it."""
+use it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
