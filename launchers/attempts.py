@@ -16,12 +16,13 @@ from moe_dist.runtime.lease import WAIT_SECONDS, read_holder
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopSignals
 
-# Runs an attempt: (restarts before it, attempt_id) -> (outcome, byte offset in each rank's log where its output begins)
+# Type of a function that runs an attempt: (restarts before the attempt, attempt_id) -> (outcome, byte offset in each rank's
+# log where the attempt's output begins)
 RunAttempt = Callable[[int, str], tuple[Outcome, Sequence[int]]]
 
 
 def inspect_folder(folder: RunFolder, config: Config, *, overwrite: bool) -> Start:
-    """Returns the action of a start: begin the run, resume the run, or nothing because the run is finished. Prints the
+    """Returns what the next start does: begin the run, resume the run, or nothing because the run is finished. Prints the
     summary of a finished run. With `overwrite`, first renames the folder of an old run."""
     if overwrite and (old := folder.move_aside()) is not None:
         print(f"{folder.path} moved to {old}", file=sys.stderr)
@@ -42,13 +43,13 @@ def run_attempts(
     """
     attempts: list[AttemptEnd] = []
     while True:
-        begin = committed_step(folder.checkpoints)  # to see whether the attempt commits a later checkpoint
+        begin = committed_step(folder.checkpoints)  # compared with the newest committed step after the attempt
         # The id becomes part of file names; the random suffix makes it unique.
         attempt_id = f"{prefix}-{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
         outcome, offsets = run(len(attempts), attempt_id)
         code, reason = conclude(folder, attempt_id, outcome, offsets)
         attempts.append(AttemptEnd(code, begin, committed_step(folder.checkpoints)))
-        if signals.first is not None or is_final(code):  # the signal may also have come between two attempts
+        if signals.first is not None or is_final(code):  # a stop signal may also have come between two attempts
             return code
         obstacle = why_not_restarted(attempts, max_restarts, option=option) or _other_writer(folder, attempt_id)
         if obstacle is not None:
@@ -71,16 +72,16 @@ def begin_logs(folder: RunFolder, num_ranks: int, attempt_id: str) -> list[int]:
 
 
 def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequence[int]) -> tuple[int, str]:
-    """Prints on standard error why an attempt failed. Writes its verdict (the recorded exit code) and the reason into
-    status.json, unless a rank has recorded the cause itself. Returns verdict and reason."""
+    """Prints on standard error why an attempt failed. Writes the attempt's verdict (the recorded exit code) and the reason
+    into status.json, unless a rank has recorded the cause itself. Returns verdict and reason."""
     record = folder.read_status().of(attempt_id)
     verdict = record.verdict if record is not None else None
     reason = record.reason if record is not None else ""
     cause = outcome.first_failed
     if cause is not None and verdict == STOPPED and outcome.stop is None:
-        verdict = None  # the launcher sent SIGTERM after another rank failed, and a rank took it for a request to stop
+        verdict = None  # the launcher sent SIGTERM after a rank failed, and another rank took SIGTERM for a stop request
     if cause is not None and not outcome.silent and verdict and record is not None and record.rank is not None:
-        cause = record.rank  # this rank recorded its error first, although a rank that failed because of it may end first
+        cause = record.rank  # this rank recorded its error first; a rank that failed because of this error may end first
     if verdict == EXIT_DONE:
         if cause is not None:  # rank `cause` failed after the last save, for example while it closed its metrics
             print(f"rank {cause} failed after the run was done: {_describe_end(outcome, cause)}", file=sys.stderr)
@@ -96,17 +97,17 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
         if outcome.silent or verdict is None:
             detail = _last_problem(last_output(folder.log_of(cause), offsets[cause])) if not outcome.silent else ""
             if cause in outcome.frozen:
-                detail = reason  # of a rank that waited for the frozen rank: the collective that timed out, and its time
+                detail = reason  # the collective that timed out, and its time, on a rank that waited for the frozen rank
             end = _describe_end(outcome, cause) + (f"; {detail}" if detail else "")
             reason = f"rank {cause}{_where(outcome, cause)}: {end}"
-            # A rank that fails before it opens the run folder exits with its verdict but cannot record it.
+            # A rank that fails before it opens the run folder exits with its verdict but cannot record the verdict.
             verdict = outcome.exit_code if not outcome.silent and is_final(outcome.exit_code) else EXIT_FAILED
             if record is not None:
                 last_step = max(record.last_step, committed_step(folder.checkpoints))
                 # Because a killed rank 0 still holds the lease, `amend_status` waits until the lease can be taken over.
                 wait = WAIT_SECONDS if outcome.codes[0] < 0 else 0.0
                 end = {"verdict": verdict, "reason": reason, "rank": cause, "last_step": last_step}
-                with contextlib.suppress(OSError):  # on a full disk the exit code alone reports the failure
+                with contextlib.suppress(OSError):  # on a full disk only the exit code reports the failure
                     folder.amend_status(attempt_id, **end, wait_seconds=wait)
         _report(folder, cause, outcome, offsets[cause])
     return (outcome.exit_code if verdict is None else verdict), reason
@@ -119,7 +120,7 @@ def last_output(log: Path, offset: int, *, most_lines: int = 200) -> str:
         stream.seek(offset)
         lines = stream.read().decode(errors="replace").splitlines()
     begins = [index for index, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-    first = begins.pop() if begins else max(0, len(lines) - 20)  # the last traceback ended the rank
+    first = begins.pop() if begins else max(0, len(lines) - 20)  # the rank ended with its last traceback
     chained = ("The above exception was the direct cause", "During handling of the above exception")
     while begins and any(line.startswith(chained) for line in lines[max(0, first - 2) : first]):
         first = begins.pop()
@@ -127,7 +128,7 @@ def last_output(log: Path, offset: int, *, most_lines: int = 200) -> str:
 
 
 def _last_problem(output: str) -> str:
-    """Returns the last line of a rank's output; lines that only refer to a page of the docs do not count."""
+    """Returns the last line of a rank's output that does not merely refer to a page of the docs."""
     lines = [line for line in output.splitlines() if line.strip() and not line.startswith("see docs/")]
     return lines[-1].strip().removeprefix("- ") if lines else ""
 

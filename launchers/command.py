@@ -27,7 +27,7 @@ class NodePlan:
 
     Attributes:
         index: Number of the node in the job, from 0.
-        ranks: Ranks on this node, ordered by local rank; their numbers need not be consecutive.
+        ranks: Ranks on this node, ordered by local rank; the rank numbers need not be consecutive.
         feature, labels: The Slurm feature and the Ray labels that the node must have.
         groups: Names of the expert groups whose experts are on this node.
         own: True if the node is reserved for these groups, so that no other group and no other job may use the node.
@@ -48,7 +48,7 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """The nodes of a job and the ranks on each.
+    """The nodes of a job and the ranks on each node.
 
     Attributes:
         nodes: Ordered by index.
@@ -79,8 +79,8 @@ class JobPlan:
         return {rank: node.index for node in self.nodes for rank in node.ranks}
 
     def place_of(self, rank: int, hosts: Sequence[str] = ()) -> RunPlace:
-        """Returns the planned node, local rank and GPU of a rank. `hosts` has the host names ordered by node index; empty
-        if no nodes are allocated yet."""
+        """Returns the planned node, local rank and GPU of a rank. `hosts` has the host names ordered by node index, or is
+        empty if no nodes are allocated yet."""
         node = self.node_of(rank)
         local = node.ranks.index(rank)
         return RunPlace(
@@ -200,8 +200,8 @@ class LaunchPlan:
         grace_seconds: Time from a stop signal until a rank that has not ended is killed.
         loopback: True if all ranks are on this machine; gloo then binds to the loopback interface.
         threads: OMP_NUM_THREADS of each rank; None lets each rank take its share of the cores (`environment.share_cores`).
-        program: Arguments of the interpreter before the configuration.
-        hosts: Host names ordered by node index; empty if the launcher does not know them.
+        program: Arguments of the Python interpreter that precede the configuration's path, such as `-m moe_dist.train`.
+        hosts: Host names ordered by node index; empty if the launcher does not know the host names.
     """
 
     config: Path
@@ -235,11 +235,11 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
         "MOE_DIST_ATTEMPT": str(plan.attempt),
         "MOE_DIST_ATTEMPT_ID": plan.attempt_id,
         "MOE_DIST_GRACE_SECONDS": f"{plan.grace_seconds:g}",
-        "PYTHONUNBUFFERED": "1",  # so that the log has the last output of a killed rank
+        "PYTHONUNBUFFERED": "1",  # unbuffered, so that the log has the last output of a killed rank
         "PYTHONFAULTHANDLER": "1",  # prints a traceback on SIGSEGV and similar signals
     }
     if plan.loopback:
-        shared["GLOO_SOCKET_IFNAME"] = "lo"  # so that other machines cannot connect
+        shared["GLOO_SOCKET_IFNAME"] = "lo"  # gloo binds to loopback, so that other machines cannot connect
     if plan.threads is not None:
         shared["OMP_NUM_THREADS"] = str(plan.threads)
     argv = (plan.python, *plan.program, str(plan.config), *plan.overrides)
@@ -261,14 +261,14 @@ def commands_text(commands: Sequence[RankCommand]) -> str:
 
 
 def paths_of(config: Config) -> dict[str, str]:
-    """Returns the paths of a run by their keys; omits keys with null."""
+    """Returns the paths in a configuration by their keys, without keys whose value is null."""
     paths = {"run.root": config.run.root, "data.path": config.data.path, "run.init_from": config.run.init_from}
     return {key: path for key, path in paths.items() if path is not None}
 
 
 def absolute_paths(config: Config, base: Path) -> tuple[str, ...]:
-    """Returns overrides that make a run's paths absolute, so that they are valid in every working directory. Relative paths
-    start at `base`."""
+    """Returns overrides that make a run's paths absolute, so that the paths are valid in every working directory. Relative
+    paths start at `base`."""
     return tuple(f"{key}={os.path.normpath(base / path)}" for key, path in paths_of(config).items())
 
 

@@ -29,7 +29,7 @@ from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
 
 KILL_AFTER_GRACE_SECONDS = 10.0  # a rank is killed if it still runs this many seconds after the grace period
 STORE_PREFIX = "moe_dist_store_"  # names the folder of a rendezvous in the system's temporary folder
-NEW_STORE_SECONDS = 60.0  # age from which an unlocked folder is deleted; the launcher of a newer folder may lock it later
+NEW_STORE_SECONDS = 60.0  # age from which an unlocked folder is deleted; a newer folder may not have been locked yet
 
 
 def launch(
@@ -44,12 +44,14 @@ def launch(
     dry_run: bool = False,
 ) -> int:
     """Checks a run, starts its ranks on this machine and waits for their end. Failed ranks are restarted from the last
-    checkpoint. Must be called in the main thread, because it installs signal handlers. Returns the run's exit code.
+    checkpoint. Must be called in the main thread, because the function installs signal handlers. Returns the run's exit
+    code.
 
     Args:
-        nproc: Number of ranks; None takes parallel.ep x parallel.edp. Another multiple of parallel.ep sets parallel.edp.
+        nproc: Number of ranks; None takes parallel.ep x parallel.edp. If `nproc` is another multiple of parallel.ep,
+            parallel.edp is changed to match.
         overwrite: Rename the folder of an old run of this name before the first attempt; restarts keep the new folder.
-        program: Arguments of each rank's interpreter before the configuration.
+        program: Arguments of each rank's Python interpreter that precede the configuration's path.
         dry_run: Print the ranks' commands and variables, and start nothing; needs no data.
 
     Raises:
@@ -100,7 +102,7 @@ def launch(
 @contextlib.contextmanager
 def store_folder() -> Iterator[str]:
     """Makes a folder of mode 0700 for the rendezvous, so that no other user can join. Also deletes the folders of killed
-    launchers: they are no longer locked, because the kernel frees the locks of a dead process."""
+    launchers, which are no longer locked, because the kernel frees the locks of a dead process."""
     for old in Path(tempfile.gettempdir()).glob(f"{STORE_PREFIX}*"):
         with contextlib.suppress(OSError):  # raised if the folder's launcher still runs and holds the lock
             found = old.lstat()
@@ -115,7 +117,7 @@ def store_folder() -> Iterator[str]:
 
 def _run(plan: LaunchPlan, folder: RunFolder, signals: StopSignals) -> tuple[Outcome, list[int]]:
     """Runs one attempt; returns its outcome and, for each log, the offset at which the attempt begins."""
-    folder.prepare()  # for each attempt, because the folder may have been deleted since the last attempt
+    folder.prepare()  # called in each attempt, because the folder may have been deleted since the last attempt
     commands = rank_commands(plan)
     offsets = begin_logs(folder, len(commands), plan.attempt_id)
     with contextlib.ExitStack() as stack:

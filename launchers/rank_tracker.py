@@ -10,9 +10,10 @@ from moe_dist.runtime.signals import StopSignals
 
 CLEAN = (EXIT_DONE, StoppedError.exit_code)
 ABORTED = 128 + signal.SIGINT
-# A rank killed by one of these signals cannot log a reason. Another rank's failure does not cause them, unlike SIGABRT.
+# A rank killed by one of these signals cannot log a reason. Unlike SIGABRT, these signals are not caused by another rank's
+# failure.
 SUDDEN = tuple(-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
-LINGER_SECONDS = 300.0  # from the first success of a rank until ranks that still run are killed
+LINGER_SECONDS = 300.0  # seconds from the first success of a rank until ranks that still run are killed
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,10 @@ class ShutdownTimeouts:
     """Time limits in seconds.
 
     Attributes:
-        stop: From a stop signal until ranks that still run are killed.
-        peers: From the first failure until the other ranks get SIGTERM; they log their own errors in this time.
-        kill: From the SIGTERM of `peers` until ranks that still run are killed.
+        stop: Time from a stop signal until ranks that still run are killed.
+        peers: Time from the first rank's failure until the other ranks get SIGTERM; meanwhile the other ranks log their own
+            errors.
+        kill: Time from the SIGTERM of `peers` until ranks that still run are killed.
     """
 
     stop: float
@@ -38,8 +40,8 @@ class Outcome:
         codes: Exit code of each rank; a negative code is the signal that killed the rank.
         first_failed: The rank that caused the failure; None if no rank failed by itself.
         stop: The first stop signal that the launcher got.
-        aborted: A second Ctrl-C killed the ranks.
-        frozen: Ranks that were suspended by SIGSTOP when the first rank failed; the first of these caused the failure.
+        aborted: True if a second Ctrl-C killed the ranks.
+        frozen: Ranks that were suspended by SIGSTOP when the first rank failed; the first frozen rank caused the failure.
         lost: A description for each rank that died with its node or its Ray worker; the code of such a rank is SIGKILL's.
         hosts: Address of each rank's node; empty if all ranks are on this machine.
     """

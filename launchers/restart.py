@@ -1,5 +1,5 @@
-"""Decides whether a run is restarted from the last checkpoint after an attempt, by one rule for local, Slurm and Ray. Pure
-functions of the earlier attempts."""
+"""Decides whether a run is restarted from the last checkpoint after an attempt, by one rule for local, Slurm and Ray. The
+functions are pure and get the earlier attempts as arguments."""
 
 import re
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ class AttemptEnd:
 
     @property
     def fruitless(self) -> bool:
-        """True if the attempt committed no later checkpoint, or only the checkpoint of its first step, in which a stop came
-        because the time limit is too short."""
-        return self.end <= self.begin + (self.code == STOPPED)  # a stop saves the step that it interrupts
+        """True if the attempt committed no later checkpoint, or only the checkpoint of the attempt's first step, which a
+        stop signal interrupted because the time limit is too short."""
+        return self.end <= self.begin + (self.code == STOPPED)  # a stop signal saves a checkpoint of the interrupted step
 
 
 def committed_step(checkpoints: Path) -> int:
@@ -41,7 +41,7 @@ def committed_step(checkpoints: Path) -> int:
         match = re.fullmatch(rb"step_(\d{1,18})\s*", read_regular(checkpoints / "latest", most_bytes=64, links=False))
     except OSError:
         return 0
-    return int(match[1]) if match else 0  # `latest` may be damaged; the run itself reports that
+    return int(match[1]) if match else 0  # `latest` may be damaged; the run itself reports the damage
 
 
 def is_final(code: int) -> bool:

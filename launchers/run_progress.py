@@ -51,7 +51,8 @@ _STATES = {
 
 @dataclass(frozen=True)
 class _StepRecord:
-    """The shown part of a line of metrics.jsonl. Its types are checked, because another user may have written the file."""
+    """The shown part of a line of metrics.jsonl. The types of the values are checked, because another user may have written
+    the file."""
 
     step: int
     scalars: dict[str, FiniteFloat | None]
@@ -176,7 +177,7 @@ def _losses(record: _StepRecord) -> dict[str, float]:
 
 
 def _total_steps(config_yaml: Path) -> int | None:
-    """Returns train.steps, or None. Reads only this key, because this version may reject the rest of an old
+    """Returns train.steps, or None. Reads only train.steps, because this version may reject other keys of an old
     configuration."""
     try:
         values, _ = read_yaml(config_yaml, links=False)

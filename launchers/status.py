@@ -54,8 +54,8 @@ def main(
 
 def find_runs(names: Sequence[str], root: Path) -> list[Path]:
     """Returns the folders of the named runs, or of all runs below `root`, most recently written first. The folder of a run
-    is <root>/<name>; the folder of an array task is <root>/<name>/<task>. Raises ConfigError without runs, or without a run
-    of a given name."""
+    is <root>/<name>; the folder of an array task is <root>/<name>/<task>. Raises ConfigError if there are no runs, or no
+    run of a given name."""
     if not names:
         folders = [path for path in root.glob("*") if path.is_dir()] if root.is_dir() else []
         found = [run for path in folders for run in ([path] if is_run(path) else path.glob("*")) if is_run(run)]

@@ -1,4 +1,4 @@
-"""Starts ranks on this machine and waits for them: forwards stop signals, and ends all ranks when one fails."""
+"""Starts ranks on this machine and waits for them: forwards stop signals, and ends all ranks when one rank fails."""
 
 import contextlib
 import os
@@ -34,7 +34,7 @@ class DelayedStderr:
         self._thread.start()
 
     def show(self, *, at_least: float) -> None:
-        """Shows output that is at least this many seconds old."""
+        """Shows output that is at least `at_least` seconds old."""
         now = time.monotonic()
         while self._held and now - self._held[0][0] >= at_least:
             self._terminal.write(self._clear + self._held.popleft()[1])
@@ -47,7 +47,7 @@ class DelayedStderr:
 
     def finish(self, *, show: bool) -> None:
         """Reads the rest of the pipe after the rank has ended. Shows the delayed output if `show`, else drops it."""
-        self._thread.join(2.0)  # with a timeout, because a grandchild may keep the pipe open
+        self._thread.join(2.0)  # joins with a timeout, because a grandchild process may keep the pipe open
         if show:
             self.show(at_least=0.0)
         self._held.clear()
@@ -55,7 +55,7 @@ class DelayedStderr:
     def _copy(self) -> None:
         while chunk := os.read(self._source.fileno(), 1 << 16):
             self._held.append((time.monotonic(), chunk))
-            with contextlib.suppress(OSError):  # goes on despite a full disk, because a full pipe would block the rank
+            with contextlib.suppress(OSError):  # keeps reading on a full disk, because a full pipe would block the rank
                 self._log.write(chunk)
 
 

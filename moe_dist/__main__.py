@@ -1,4 +1,5 @@
-"""The command `moe-dist`, also `python -m moe_dist`. Help needs no torch, because only a running subcommand is imported."""
+"""The command `moe-dist`, also `python -m moe_dist`. Help texts need no torch, because only a subcommand that runs is
+imported."""
 
 import importlib
 import os
@@ -17,7 +18,8 @@ from moe_dist.config.bundled import source_root
 from moe_dist.runtime.command_line import command_app, print_version
 from moe_dist.runtime.renamed import RENAMED
 
-# Each entry has a subcommand, its function, and its line in the help text. Options are defined only at the function.
+# Each entry has a subcommand, its function, and its line in the help text. The options of a subcommand are defined only at
+# the subcommand's function.
 COMMANDS = (
     ("launch local", "launchers.local:main", "Run on this machine, with one process per rank."),
     ("launch slurm", "launchers.slurm.__main__:main", "Submit a run to a Slurm cluster."),
@@ -76,7 +78,7 @@ def load_subcommand(name: str) -> Any:
     if root not in sys.path:
         sys.path.insert(0, root)
         paths = filter(None, [root, os.environ.get("PYTHONPATH")])
-        os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # child processes import the same packages
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # so that child processes import the same packages
     module, _, function = next(target for words, target, _ in COMMANDS if words.split()[-1] == name).partition(":")
     command = typer.main.get_command(command_app(getattr(importlib.import_module(module), function)))
     command.name = name

@@ -25,8 +25,8 @@ TIMEOUT_SECONDS = 120.0
 def judge(
     measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], *, payload_bytes: int
 ) -> list[CheckResult]:
-    """Finds the causes of slow pairs: a node that is slow with every other node, or a single pair. Returns a result for
-    each cause.
+    """Finds the causes of slow pairs: a node that is slow with every other node, or a single pair. Returns a check result
+    for each cause of slow pairs.
 
     Args:
         measured: For each pair of nodes, the shortest measured time of each collective.
@@ -43,7 +43,7 @@ def judge(
     results, left = [], list(slow)
     for node, name in enumerate(nodes):
         own = [pair for pair in left if node in pair]
-        if len(own) == len(nodes) - 1 and len(nodes) > 2:  # of only two nodes either could be the cause
+        if len(own) == len(nodes) - 1 and len(nodes) > 2:  # with only two nodes, either node could be the slow one
             worst = max(measured[pair].all_to_all for pair in own)
             left = [pair for pair in left if node not in pair]
             text = f"{name} is slow with every other node: down to {_rate(payload_bytes, worst)}, other pairs {rate}"
@@ -64,7 +64,7 @@ def judge(
 def report_line(
     measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], payload_bytes: int
 ) -> str:
-    """Formats the result as the line that rank 0 of the measurement prints."""
+    """Formats the measured times as the line that rank 0 of the measurement prints."""
     pairs = [[*pair, each.all_reduce, each.all_to_all] for pair, each in measured.items()]
     return MARK + json.dumps({"nodes": nodes, "payload_bytes": payload_bytes, "pairs": pairs, "slow": slow})
 
@@ -84,7 +84,7 @@ def measure(folder: Path, device_type: str) -> None:
     """Joins the process group through the shared folder, measures every pair of nodes, and prints the result on rank 0."""
     start = {"MOE_DIST_INIT_METHOD": PUBLISHED, "MOE_DIST_ATTEMPT_ID": folder.name.lstrip(".")}
     env = RankEnv.from_environment({**os.environ, **start})
-    import torch  # imported late, because it takes seconds and only the measuring tasks need it
+    import torch  # imported late, because importing torch takes seconds and only the measuring tasks need torch
 
     from moe_dist.parallel.mesh import destroy_world, init_world, own_gpu
     from moe_dist.parallel.pair_bandwidth import NodeRanks, measure_pairs, names_of_nodes

@@ -34,7 +34,7 @@ class Want:
     Attributes:
         ranks: The ranks on the node as text, such as '0-3'.
         traits: Features or labels that the node must have.
-        amounts: Amount of each resource that the node must have at least.
+        amounts: Smallest amount of each resource that the node must have.
     """
 
     ranks: str

@@ -66,7 +66,7 @@ def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ
         while missing and (left := deadline - time.monotonic()) > 0:
             listener.settimeout(left)
             with contextlib.suppress(TimeoutError):
-                listener.accept()[0].close()  # a connection is enough; nothing is sent
+                listener.accept()[0].close()  # opening a connection is enough; nothing is sent
                 missing -= 1
     return Reachability({})
 
@@ -76,7 +76,7 @@ def connect(path: Path) -> Reachability:
     folder is not shared, which another check reports."""
     deadline = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, ValueError):  # raised without a file yet, or for an old state of it
+        with contextlib.suppress(OSError, ValueError):  # raised while the file does not exist yet or is not readable
             host, address, port = json.loads(path.read_text())
             return Reachability(unresolved([host]), unreachable(address, port) if address else "")
         time.sleep(POLL_SECONDS)

@@ -39,8 +39,8 @@ def needs_of(config: Config, plan: JobPlan) -> Needs:
 
 
 def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFacts) -> list[CheckResult]:
-    """Runs one task on each node for at most two minutes, and checks the answers. Also checks the folders of this node;
-    `here` are the facts about this node."""
+    """Runs one task on each node for at most two minutes, and checks the facts that each task prints. Also checks the
+    folders of this node; `here` are the facts about this node."""
     heard: dict[str, tuple[float, NodeFacts]] = {}
     asked = time.time()
     with _token_folder(config) as (token_file, meeting):
@@ -94,7 +94,7 @@ def _token_folder(config: Config) -> Iterator[tuple[tuple[str, str] | None, Path
     token = secrets.token_hex(16)
     folder = nearest(Path(config.run.root)) / f".doctor-{token[:8]}"
     try:
-        folder.mkdir(mode=0o700)  # so that no other user can write a false address into it
+        folder.mkdir(mode=0o700)  # so that no other user can write a false address into the folder
         (folder / "token").write_text(token)
     except OSError:
         with contextlib.suppress(OSError):

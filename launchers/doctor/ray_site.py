@@ -34,7 +34,7 @@ def check_ray(
     enough time for a save.
 
     Args:
-        parts: Network address of each part of Ray.
+        parts: Network address of each part of Ray, such as the dashboard.
         save_seconds: Measured seconds of a save; None if no save was measured.
     """
     answers, grace = ok("scheduler", f"Ray {ray.__version__} answers"), _grace(stop_grace(env), save_seconds)
@@ -44,7 +44,8 @@ def check_ray(
 def run_on_nodes(
     plan: JobPlan, cluster: Cluster, module: str, argument: str, tasks_per_node: int, minutes: int
 ) -> Iterator[tuple[float, str]]:
-    """Runs a module in Ray tasks that are pinned to nodes; yields the lines that they print, each with its arrival time.
+    """Runs a module in Ray tasks that are pinned to nodes; yields the lines that the tasks print, each with its arrival
+    time.
 
     Raises:
         ResourceError: the cluster lacks the nodes, or a task did not start, failed, or exceeded the time limit.

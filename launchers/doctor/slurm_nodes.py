@@ -20,7 +20,8 @@ def run_on_nodes(command: Sequence[str], *, minutes: int) -> Iterator[tuple[floa
     """Runs an `srun_command` with its time limit; yields the lines that the tasks print, each with its arrival time.
 
     Raises:
-        ResourceError: Slurm refuses the job or does not start it in time, or the job fails. The message has srun's errors.
+        ResourceError: Slurm refuses the job or does not start the job in time, or the job fails. The message has srun's
+            errors.
     """
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=code_folder()
@@ -58,12 +59,13 @@ def srun_command(
     visible: Sequence[str] = (),
 ) -> list[str]:
     """Returns an srun command that requests the plan's resources, GPUs included, so that Slurm chooses nodes as for the
-    run. Each kind of node is one component of the job, as in the run's job. Task 0 runs on node 0 of the plan.
+    run. Each kind of node is one component of a heterogeneous job, as in the job of the run. Task 0 runs on node 0 of the
+    plan.
 
     Args:
         module, argument: A task runs `python -m MODULE ARGUMENT` with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
         minutes: Time limit of the job.
-        visible: Further folders, which the site's container mounts at the path that they have on the node.
+        visible: Further folders of the node, which the site's container mounts at the same paths.
     """
     visible = list(dict.fromkeys([str(code_folder()), *visible]))
     task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node, visible)]
@@ -88,7 +90,7 @@ def _script(cluster: Cluster, module: str, argument: str, tasks_per_node: int, v
     command = [*container_prefix(cluster, visible, code), interpreter(cluster), "-m", module, argument]
     return "\n".join(
         [
-            f"cd {shlex.quote(str(code))} || exit 78",  # pyxis starts in a folder of the image
+            f"cd {shlex.quote(str(code))} || exit 78",  # cd, because pyxis starts the task in a folder of the image
             *(f"export {name}={shlex.quote(value)}" for name, value in cluster.network_variables.items()),
             *cluster.prelude,
             "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID",

@@ -23,7 +23,7 @@ GUIDE = "docs/kubernetes.md"
 
 
 class Kind(StrEnum):
-    """The kind of object that runs the ranks."""
+    """The kind of Kubernetes object that runs the ranks."""
 
     RAYJOB = "rayjob"
     JOB = "job"

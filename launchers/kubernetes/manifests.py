@@ -1,7 +1,8 @@
 """The Kubernetes objects of a run: a RayJob of KubeRay, or one indexed Job for each kind of node. Pure functions.
 
-The nodes come from the same plan as for the other launchers. A pod is one planned node, and requests all its GPUs. The
-objects are of batch/v1 and ray.io/v1, which needs KubeRay 1.5 or later for the labels of worker groups.
+The nodes come from `launchers.command.plan_job`, like the nodes of all other launchers. Each pod stands for one planned
+node, and requests all GPUs of that node. The objects are of batch/v1 and ray.io/v1, which needs KubeRay 1.5 or later for
+the labels of worker groups.
 """
 
 import hashlib
@@ -59,7 +60,7 @@ def parts_of(plan: JobPlan, *, ep: int, domains: bool) -> tuple[Part, ...]:
 
 def object_name(run: str) -> str:
     """Returns a name for the Kubernetes objects of a run, with lower-case letters, digits and dashes. The name begins with
-    a letter, as names of Services must. A cut name ends with a hash of the whole name."""
+    a letter, as names of Services must. A name that is too long is cut, and ends with a hash of the whole name."""
     name = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
     name = name if name[:1].isalpha() else f"run-{name}".rstrip("-")
     if len(name) <= _MOST_NAME:
@@ -88,8 +89,8 @@ class Manifests:
         """Returns a ConfigMap, a Service that gives the pods host names, and a Job for each part.
 
         A rank that fails ends its pod; the other ranks then lose their connections to this rank, and all pods end.
-        Kubernetes replaces the pods, and the ranks resume from the last checkpoint, at most `max_restarts` times. The exit
-        code of an error that would repeat ends the Job at once.
+        Kubernetes replaces the pods, and the ranks resume from the last checkpoint, at most `max_restarts` times. An exit
+        code that means that the error would repeat ends the Job at once.
         """
         name, first = object_name(self.run), next(part for part in self.parts if part.nodes[0].index == 0)
         service = self._object("v1", "Service", name)
@@ -140,7 +141,8 @@ class Manifests:
         words = [self._python, "-m", "launchers.kubernetes.pod", "--nodes", nodes, *self.arguments]
         template = self._pod("ranks", labels=self._selector(part), resources=self._resources(part), part=part)
         (container,) = template["spec"]["containers"]
-        # `exec` replaces the shell that runs the site's lines, so that the starter gets the signals of Kubernetes.
+        # `exec` replaces the shell that runs the site's lines, so that `launchers.kubernetes.pod` gets the signals of
+        # Kubernetes.
         lines = [*self.cluster.prelude, f"exec {shlex.join(words)}"]
         container["command"] = ["bash", "-c", "\n".join(lines)] if self.cluster.prelude else words
         container["env"] += [{"name": key, "value": value} for key, value in meeting.items()]

@@ -25,7 +25,7 @@ from moe_dist.runtime.signals import StopSignals, child_of
 
 INDEX = "JOB_COMPLETION_INDEX"  # variable that Kubernetes sets in the pods of an indexed Job
 TICK_SECONDS = 0.1
-PEER_SECONDS = 60.0  # from a rank's failure until the pod's other ranks, which log their errors, get SIGTERM
+PEER_SECONDS = 60.0  # seconds from a rank's failure until the pod's other ranks, which log their errors, get SIGTERM
 END_SECONDS = 5.0  # last seconds of the grace period, in which this process ends after its ranks
 
 
@@ -47,7 +47,7 @@ def node_of_pod(plan: JobPlan, nodes: str, index: str | None) -> int:
 
 
 def run_ranks(commands: list[RankCommand], signals: StopSignals, grace_seconds: float) -> Outcome:
-    """Starts the ranks and blocks until all have ended. Forwards stop signals, and ends all ranks when one fails."""
+    """Starts the ranks and blocks until all have ended. Forwards stop signals, and ends all ranks when one rank fails."""
     timeouts = ShutdownTimeouts(stop=grace_seconds, peers=PEER_SECONDS)
     tracker = RankTracker(len(commands), timeouts, lambda line: print(line, file=sys.stderr, flush=True))
     prepare, ranks = child_of(os.getpid(), ignore_stop=False), list[subprocess.Popen[bytes]]()
@@ -91,7 +91,7 @@ def main(
             job=plan,
             rendezvous=meeting,
             attempt=0,
-            attempt_id="",  # the ranks take the id that rank 0 chooses
+            attempt_id="",  # the ranks take the attempt id that rank 0 chooses
             grace_seconds=grace,
             threads=site.cpus_per_rank,
         )

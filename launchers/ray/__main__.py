@@ -32,7 +32,8 @@ DASHBOARD = "http://127.0.0.1:8265"  # Ray's own default
 
 def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> int:
     """Runs the driver: checks a run, starts its ranks on this process's Ray cluster, waits for them, and returns the run's
-    exit code. Must be called in the main thread, because it installs signal handlers. `options` go to `check_job`.
+    exit code. Must be called in the main thread, because the function installs signal handlers. `options` go to
+    `check_job`.
 
     Raises:
         MoeDistError: the run is invalid, or the cluster lacks the nodes of the plan; no rank was started.
@@ -40,14 +41,14 @@ def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> 
     with StopSignals() as signals:  # also handles signals that come before the first attempt
         if (job := check_job(config_path, overrides, **options)) is None:
             return EXIT_DONE
-        from launchers.ray.driver import drive  # after the check of the run, because the import of Ray takes seconds
+        from launchers.ray.driver import drive  # imported after the check of the run, because importing Ray takes seconds
 
         return drive(job, signals)
 
 
 def driver_line(config_path: Path, overrides: Sequence[str], *, options: Sequence[str], cluster: str | None) -> str:
     """Returns the shell line of a job that runs the driver with these command line `options`. If the configuration has
-    relative paths, the line overrides them with absolute paths below the current folder. Raises ConfigError if the
+    relative paths, the line overrides these paths with absolute paths below the current folder. Raises ConfigError if the
     configuration or the cluster file is invalid."""
     config = load_config(config_path, overrides)
     site = load_cluster(cluster, os.environ)
@@ -96,7 +97,7 @@ def main(
     env: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="An environment variable to pass to the ranks.")
     ] = None,
-    env_file: Annotated[Path | None, typer.Option(hidden=True)] = None,  # --submit passes --env to the driver by this file
+    env_file: Annotated[Path | None, typer.Option(hidden=True)] = None,  # file by which --submit passes --env to the driver
 ) -> None:
     """Run on a Ray cluster, with one actor and one process per rank. Without --submit or --stop this is the driver: run it
     in a job (`ray job submit`) or on a node of the cluster."""

@@ -47,7 +47,7 @@ def drive(job: RayJob, signals: StopSignals) -> int:
         graces = grace_text(grace, measured_save_seconds(job.folder.logs))
         for text in filter(None, (graces, exposure_text(listening(parts), token=asks_for_token()))):
             print(text, file=sys.stderr, flush=True)
-        job.folder.prepare()  # before the actors start, because each actor checks that it sees the folder
+        job.folder.prepare()  # made before the actors start, because each actor checks that it sees the folder
 
         faulty: set[str] = set()  # Ray's ids of nodes where an earlier attempt failed first
         seconds = grace * (1 - MARGIN) if grace else DEFAULT_GRACE_SECONDS
@@ -56,7 +56,7 @@ def drive(job: RayJob, signals: StopSignals) -> int:
             return _attempt(job, restarts, attempt_id, signals, seconds, faulty)
 
         code = run_attempts(job.folder, run, signals, prefix="ray", max_restarts=job.max_restarts, option="--max-restarts")
-        time.sleep(LAST_LINES_SECONDS)  # until Ray has forwarded the last output of rank 0
+        time.sleep(LAST_LINES_SECONDS)  # waits until Ray has forwarded the last output of rank 0
     return code
 
 
@@ -98,7 +98,7 @@ def _attempt(
 
 def worker_variables(plan: JobPlan, workers: Sequence[WorkerInfo]) -> list[dict[str, str]]:
     """Returns the environment variables of each rank: the labels of its node, and the GPUs of all ranks on the node. A rank
-    sees all of these GPUs, ordered by local rank, so that peer-to-peer access between them works."""
+    sees the GPUs of all ranks on its node, ordered by local rank, so that peer-to-peer access between these GPUs works."""
     variables = []
     for rank, worker in enumerate(workers):
         variables.append({LABELS: json.dumps(dict(worker.labels), sort_keys=True)})
@@ -131,7 +131,7 @@ def workers_table(plan: JobPlan, workers: Sequence[WorkerInfo]) -> str:
 def connected(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Connects to this process's Ray cluster. Yields the network addresses of Ray's GCS and dashboard. Raises ResourceError
     if there is no cluster."""
-    # Ray copies the code of a job to the nodes. Outside of a job, `working_dir` makes it copy this clone.
+    # Ray copies the code of a job to the nodes. Outside of a job, `working_dir` makes Ray copy this clone.
     shipped = {"working_dir": str(code_folder())} if IN_A_JOB not in env else {}
     address = env.get("RAY_ADDRESS", "auto")
     host, _, port = address.rpartition(":")
@@ -154,8 +154,8 @@ def connected(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
 
 
 def stop_grace(env: Mapping[str, str]) -> float | None:
-    """Returns the seconds from `ray job stop` until Ray kills the driver; None outside a job, where Ray does not kill
-    it."""
+    """Returns the seconds from `ray job stop` until Ray kills the driver; None outside a job, where Ray does not kill the
+    driver."""
     if IN_A_JOB not in env:
         return None
     try:
@@ -165,7 +165,8 @@ def stop_grace(env: Mapping[str, str]) -> float | None:
 
 
 def grace_text(grace: float | None, save_seconds: float | None) -> str:
-    """Returns a line with the grace period and the measured save time; a warning if the period is too short."""
+    """Returns a line with the grace period and the measured save time, or a warning if the period is too short for a
+    save."""
     if grace is None:
         return ""
     saves = "this run has not saved yet" if save_seconds is None else f"its last saves took up to {save_seconds:.1f} s"

@@ -8,8 +8,8 @@ import psutil
 
 def listening(parts: Mapping[str, str]) -> dict[str, list[str]]:
     """Returns the addresses at which parts of Ray listen; `parts` maps the name of each part to its announced host:port. A
-    part on this machine may listen at more addresses than it announces. Its addresses are therefore read from the list of
-    sockets. For a part on another machine only the announced address is known."""
+    part of Ray on this machine may listen at more addresses than it announces. The addresses of a part on this machine are
+    therefore read from the list of sockets. For a part of Ray on another machine only the announced address is known."""
     found: dict[str, list[str]] = {}
     connections = psutil.net_connections("tcp")  # scans /proc
     sockets = [each.laddr for each in connections if each.status == psutil.CONN_LISTEN and each.laddr]

@@ -134,7 +134,7 @@ class Gang:
                 if number == signal.SIGKILL:
                     self._end_the_rest(tracker, running)
                 for rank in running.values():
-                    self._actors[rank].send.remote(number)  # does not wait for the actor
+                    self._actors[rank].send.remote(number)  # the call does not wait for the actor
         hosts = tuple(self.node(rank).address for rank in range(self.job.world_size))
         return replace(tracker.outcome(signals.first), hosts=hosts)
 
@@ -181,8 +181,8 @@ class Gang:
 
 
 def _answers(calls: Sequence[Any], signals: StopSignals) -> list[tuple[Any, str]]:
-    """Returns for each call of an actor's method (its result, ''), or (None, error) if it failed, or gave no answer within
-    ANSWER_SECONDS. A stop signal ends the wait."""
+    """Returns for each call of an actor's method (its result, ''), or (None, error) if the call failed, or gave no result
+    within ANSWER_SECONDS. A stop signal ends the wait for results."""
     deadline, waiting = time.monotonic() + ANSWER_SECONDS, list(calls)
     while waiting and signals.first is None and time.monotonic() < deadline:
         _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=TICK_SECONDS)
@@ -202,8 +202,8 @@ def _refuse_stop(signals: StopSignals) -> None:
 
 def request_nodes(job: JobPlan, bundle: Mapping[str, float]) -> PlacementGroup:
     """Makes a placement group of the planned nodes. While the group is pending, an autoscaler starts the missing nodes.
-    Ray removes the group when the driver ends. Ray's `request_resources` is not used, because its request would outlast the
-    driver and cannot ask for separate nodes."""
+    Ray removes the group when the driver ends. Ray's `request_resources` is not used, because such a request would outlast
+    the driver and cannot ask for separate nodes."""
     sizes = [{name: len(node.ranks) * amount for name, amount in bundle.items()} for node in job.nodes]
     labels = [dict(node.ray_labels) for node in job.nodes]
     return placement_group(sizes, strategy="STRICT_SPREAD", bundle_label_selector=labels)
@@ -221,16 +221,16 @@ def gather_gang(
     signals: StopSignals,
     say: Callable[[str], None],
 ) -> Gang:
-    """Chooses nodes and starts an actor for each rank, again and again until all actors have answered. Meanwhile requests
-    the planned nodes from an autoscaler.
+    """Chooses nodes and starts an actor for each rank, again and again until all actors have answered. While nodes are
+    missing, requests the planned nodes from an autoscaler.
 
     Args:
         paths: Files and folders that must exist on every node.
         together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain.
         exclude: Host names or addresses of nodes that must not be used.
-        avoid: Ray's ids of nodes that are used only if the others do not suffice.
-        wait_seconds: Time limit of the wait for nodes that the cluster lacks. Until then a node is left out only after
-            START_TRIES failed starts of actors. The wait for nodes that other jobs use has no limit.
+        avoid: Ray's ids of nodes that are used only if the other nodes do not suffice.
+        wait_seconds: Time limit of the wait for nodes that the cluster lacks. Before this time is over, a node is left out
+            only after START_TRIES failed starts of actors. The wait for nodes that other jobs use has no limit.
         say: Prints a message about waiting; no message is printed twice.
 
     Raises:
@@ -239,7 +239,7 @@ def gather_gang(
         StoppedError: a stop signal came during the wait.
     """
     began, printed = time.monotonic(), set[str]()
-    faults: dict[str, list[str]] = {}  # Ray's id of a node -> a message for each failed start on it
+    faults: dict[str, list[str]] = {}  # Ray's id of a node -> a message for each failed start on this node
 
     def say_once(text: str) -> None:
         if text not in printed and time.monotonic() - began >= PATIENT_SECONDS:
@@ -255,8 +255,8 @@ def gather_gang(
             tries = {node.node_id: len(faults.get(node.node_id, ())) for node in live}
             nodes = [node for node in live if tries[node.node_id] < (1 if over else START_TRIES)]
             nodes.sort(key=lambda node: (node.node_id in avoid, tries[node.node_id]))
-            # During the wait no node gets more ranks than the cluster file says. After the wait, more ranks on a node are
-            # better than an error.
+            # During the wait for nodes, no node gets more ranks than the cluster file allows. After the wait for nodes,
+            # more ranks on a node are better than an error.
             most = None if over else job.ranks_per_node
             assignment = assign(job, nodes, bundle, together, most=most)
             if assignment.problems and over:
@@ -316,15 +316,15 @@ def live_nodes(exclude: Collection[str] = ()) -> list[RayNode]:
         for node in ray.nodes()
         if node["Alive"] and not {node["NodeManagerHostname"], node["NodeManagerAddress"]} & {*exclude}
     ]
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:  # in parallel, because each lost node costs the full timeout
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:  # connects in parallel, because each lost node costs the full timeout
         answers = list(pool.map(takes_connections, nodes))
     alive = [node for node, answer in zip(nodes, answers, strict=True) if answer]
     return sorted(alive, key=lambda node: (HEAD in node.total, node.address, node.node_id))
 
 
 def last_line(error: RayError) -> str:
-    """Returns the cause of an error of Ray: the last line that names an exception, else the last line. The remote traceback
-    comes before it, and Ray may add sentences after it."""
+    """Returns the cause of an error of Ray: the last line that names an exception, else the last line. In the error's text,
+    the remote traceback comes before the cause, and Ray may add sentences after the cause."""
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
     return (named or lines or [type(error).__name__])[-1]

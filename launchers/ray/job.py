@@ -35,8 +35,8 @@ class RayJob:
         folder, data: Run folder and data folder, on a file system that all nodes share.
         max_restarts: Limit for the restarts of the job; by default the number in the cluster file.
         wait_seconds: Time limit of the wait for nodes that the cluster lacks; None means the default limits in driver.py.
-        program: Arguments of each rank's interpreter before the configuration.
-        variables: Environment variables for the ranks; they may be secrets.
+        program: Arguments of each rank's Python interpreter that precede the configuration's path.
+        variables: Environment variables for the ranks; the values may be secrets.
         together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain. Empty without domains.
     """
 
@@ -55,7 +55,8 @@ class RayJob:
     def commands(
         self, plan: JobPlan, *, attempt: int, attempt_id: str, grace_seconds: float, hosts: tuple[str, ...]
     ) -> tuple[RankCommand, ...]:
-        """Returns the command of each rank. The caller adds the variables of the site and of the rank's actor."""
+        """Returns the command of each rank. The caller adds the environment variables of the site and of the rank's
+        actor."""
         plan_of_attempt = LaunchPlan(
             config=self.config,
             overrides=self.overrides,
@@ -65,7 +66,7 @@ class RayJob:
             attempt_id=attempt_id,
             grace_seconds=grace_seconds,
             threads=self.cluster.cpus_per_rank,
-            python=self.cluster.python or "",  # empty for the interpreter of the rank's actor
+            python=self.cluster.python or "",  # an empty string stands for the interpreter of the rank's actor
             program=self.program,
             hosts=hosts,
         )
@@ -84,7 +85,7 @@ def check_job(
     program: tuple[str, ...] = TRAIN,
     read: ReadRun = check_file,
 ) -> RayJob | None:
-    """Checks a run and plans its nodes. For a finished run it prints the summary and returns None. `RayJob` explains the
+    """Checks a run and plans its nodes. For a finished run, prints the summary and returns None. `RayJob` explains the
     arguments. `cluster` is the name or path of the cluster file. If `read` is `layout_of_file`, the run needs no data.
 
     Raises:
@@ -124,7 +125,7 @@ def require_variables(names: Sequence[str], env: Mapping[str, str]) -> None:
 
 
 def path_on_nodes(path: Path) -> Path:
-    """Returns a configuration's path that is valid on every node. It is relative if the file is inside the code that Ray
-    copies to the nodes, otherwise absolute."""
+    """Returns a configuration's path that is valid on every node. The path is relative if the file is inside the code that
+    Ray copies to the nodes, otherwise absolute."""
     absolute, root = find_config(path).absolute(), source_root()
     return absolute.relative_to(root) if absolute.is_relative_to(root) else absolute

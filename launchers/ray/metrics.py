@@ -15,7 +15,7 @@ LARGEST = 1 << 18  # bytes of the largest datagram; 40 scalars take 10 KB
 
 
 def serve_metrics(path: Path) -> None:
-    """Starts a daemon thread that reads a new Unix socket. The path may have at most 107 characters."""
+    """Starts a daemon thread that reads a new Unix socket. The path of the socket may have at most 107 characters."""
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     receiver.bind(str(path))  # the caller starts the rank afterwards, and the rank connects at its first step
     threading.Thread(target=_serve, args=(receiver,), name="metrics", daemon=True).start()

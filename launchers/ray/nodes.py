@@ -71,7 +71,7 @@ def nodes_sharing_ep_groups(job: JobPlan, ep: int) -> list[tuple[int, ...]]:
     for first in range(0, job.world_size, ep):
         nodes = {job.node_of(rank).index for rank in range(first, first + ep)}
         for other in [each for each in found if each & nodes]:
-            nodes |= other  # a node with ranks of two EP groups joins their parts
+            nodes |= other  # a node with ranks of two EP groups joins the parts of both groups
             found.remove(other)
         found.append(nodes)
     return [tuple(sorted(each)) for each in found]
@@ -89,10 +89,10 @@ def assign(
     too small or too few for the planned nodes, but have resources for all ranks, distributes the ranks again.
 
     Args:
-        nodes: Live nodes; earlier nodes are preferred.
+        nodes: Live nodes; nodes earlier in the sequence are preferred.
         bundle: Resources of one rank.
         together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain. Empty without domains.
-        most: Largest number of ranks of a node if the ranks are distributed again; None for no limit.
+        most: Largest number of ranks on a node if the ranks are distributed again; None for no limit.
     """
 
     def chosen(resources: str) -> list[int | None]:
@@ -101,7 +101,7 @@ def assign(
         ]
         return _match_domains(possible, nodes, together) if any(len(each) > 1 for each in together) else match(possible)
 
-    found = chosen("total")  # counts resources in use as available, because a wait can free them
+    found = chosen("total")  # counts resources in use as available, because a wait can free these resources
     if None in found:
         missing = [each for each, node in zip(job.nodes, found, strict=True) if node is None]
         alone = match([[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes])
@@ -112,7 +112,7 @@ def assign(
             if uneven := next(filter(None, (_fill(job, nodes, room) for room in rooms)), None):
                 return assign(uneven, nodes, bundle)
         return Assignment(job, problems=tuple(_node_problem(each, job, nodes, bundle) for each in missing))
-    found = chosen("free")  # without the resources that other jobs use
+    found = chosen("free")  # counts only resources that no other job uses
     if None in found:
         return Assignment(job, waits_for=tuple(each for each, node in zip(job.nodes, found, strict=True) if node is None))
     return Assignment(job, nodes=tuple(nodes[node] for node in found if node is not None))
@@ -158,7 +158,8 @@ def _match_domains(
     possible: Sequence[Sequence[int]], nodes: Sequence[RayNode], together: Sequence[tuple[int, ...]]
 ) -> list[int | None]:
     """Matches planned nodes to Ray nodes like `match`, but keeps each set of `together` inside one domain. Greedily gives
-    each set, the largest first, the smallest domain that fits. A node without the label DOMAIN is a domain by itself."""
+    each set, the largest first, the smallest domain with enough nodes for the set. A node without the label DOMAIN is a
+    domain by itself."""
     found: list[int | None] = [None] * len(possible)
     left = set(range(len(nodes)))
     for group in sorted(together, key=len, reverse=True):
@@ -190,7 +191,8 @@ def _domain_problem(missing: Sequence[NodePlan], nodes: Sequence[RayNode]) -> st
 
 
 def _node_problem(each: NodePlan, job: JobPlan, nodes: Sequence[RayNode], bundle: Mapping[str, float]) -> str:
-    """Returns why no Ray node fits this planned node: no node has its labels, all are too small, or there are too few."""
+    """Returns why no Ray node fits this planned node: no node has its labels, all nodes with the labels are too small, or
+    there are too few such nodes."""
     labels = each.ray_labels
     experts = f" (experts of {', '.join(each.groups)})" if each.groups else ""
     who = f"{_ranks(each.ranks)}{experts}"

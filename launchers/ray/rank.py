@@ -1,7 +1,7 @@
 """The actor of one rank, on a node of Ray: starts the rank through `rank_supervisor`, and returns the rank's exit code.
 
-The rank runs in another process than the actor. It therefore gets signals in its main thread, can exit at any time, and
-shares no interpreter with Ray's threads.
+The rank runs in another process than the actor. The rank therefore gets signals in its main thread, can exit at any time,
+and shares no interpreter with Ray's threads.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from launchers.ray.rank_supervisor import Order
 from launchers.supervise import is_stopped
 from moe_dist.runtime.environment import RAY_METRICS
 
-SEEN_SECONDS = 30.0  # an NFS client may take this long to see a new file
+SEEN_SECONDS = 30.0  # an NFS client may take this many seconds to see a new file
 POLL_SECONDS = 0.2
 
 
@@ -56,11 +56,11 @@ class RankActor:
         self._pid: int | None = None
         self._socket_folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def __repr__(self) -> str:  # Ray prefixes forwarded output lines with this
+    def __repr__(self) -> str:  # Ray prefixes forwarded output lines with this text
         return f"rank {self._rank}"
 
     def worker(self, paths: Sequence[str]) -> WorkerInfo:
-        """Returns the node and GPUs of this actor; the answer proves that the actor runs. Waits up to SEEN_SECONDS for
+        """Returns the node and GPUs of this actor; a result proves that the actor runs. Waits up to SEEN_SECONDS for
         `paths`, the files and folders that must exist on the node."""
         deadline = time.monotonic() + SEEN_SECONDS
         while (missing := [path for path in paths if not Path(path).exists()]) and time.monotonic() < deadline:
@@ -75,7 +75,7 @@ class RankActor:
         )
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: str, shown: bool) -> None:
-        """Starts the rank. Raises RuntimeError if that fails; the error is in the Ray worker's log.
+        """Starts the rank. Raises RuntimeError if the rank does not start; the error is in the Ray worker's log.
 
         Args:
             argv: Program and arguments; an empty program means this interpreter.
@@ -87,14 +87,14 @@ class RankActor:
         if shown:
             self._socket_folder = tempfile.TemporaryDirectory(prefix="moe_dist_")
             path = Path(self._socket_folder.name) / "metrics"
-            serve_metrics(path)  # in the actor, because only the actor can use Ray's API
+            serve_metrics(path)  # runs in the actor, because only the actor can use Ray's API
             variables[RAY_METRICS] = str(path)
         self._supervisor = subprocess.Popen(
             [sys.executable, "-m", "launchers.ray.rank_supervisor"],
             env=variables,
-            stdin=subprocess.PIPE,  # closes when this actor ends for any reason; the supervisor then ends, too
+            stdin=subprocess.PIPE,  # the pipe closes when this actor ends for any reason; the supervisor then ends, too
             stdout=subprocess.PIPE,
-            start_new_session=True,  # Ray kills the process group of an ended worker; the supervisor must outlive it
+            start_new_session=True,  # Ray kills an ended worker's process group; the supervisor must outlive the worker
         )
         self._tell(Order([argv[0] or sys.executable, *argv[1:]], variables, log, shown).line())
         self._pid = self._hear().get("pid")  # returns when the rank runs
@@ -103,7 +103,7 @@ class RankActor:
 
     def wait(self) -> int:
         """Waits for the end of the rank; returns its exit code. A negative code is the signal that killed the rank."""
-        code = self._hear().get("code", -signal.SIGKILL)  # no answer if supervisor and rank were killed
+        code = self._hear().get("code", -signal.SIGKILL)  # no message comes if supervisor and rank were killed
         self._pid = None
         assert self._supervisor is not None
         self._supervisor.wait()  # the supervisor exits after the last process that the rank has started

@@ -7,9 +7,9 @@
     standard error     the output of rank 0
 
 A killed Ray worker cannot clean up, and neither Ray nor PDEATHSIG reaches a process that a rank started in a new session.
-The supervisor survives the worker, because it runs in its own session, and becomes the parent of such processes
-(PR_SET_CHILD_SUBREAPER). When the actor ends for any reason, the supervisor's standard input closes. The supervisor then
-kills the rank and all processes that the rank started.
+The supervisor survives the worker, because it runs in its own session, and becomes the parent of a rank's orphaned
+processes (PR_SET_CHILD_SUBREAPER). When the actor ends for any reason, the supervisor's standard input closes. The
+supervisor then kills the rank and all processes that the rank started.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from moe_dist.runtime.signals import STOP_SIGNALS, child_of
 
 _PR_SET_CHILD_SUBREAPER = 36
 TICK_SECONDS = 0.1
-LINGER_SECONDS = 2.0  # from the end of the rank until its remaining child processes are killed
+LINGER_SECONDS = 2.0  # seconds from the end of the rank until its remaining child processes are killed
 ADOPTED_SECONDS = 10.0  # seconds to wait until killed processes have disappeared
 
 
@@ -100,7 +100,7 @@ class RankSupervisor:
 
     def _pass_on(self, names: Sequence[str]) -> None:
         for name in names:
-            if self._code is None:  # only if the rank still runs, because another process may reuse an ended rank's pid
+            if self._code is None:  # sent only while the rank runs, because another process may reuse an ended rank's pid
                 os.kill(self._rank.pid, signal.Signals[name])  # the rank's main thread handles the signal
 
     def _show(self, text: bytes) -> None:
@@ -122,7 +122,8 @@ class RankSupervisor:
         return False
 
     def _end_the_adopted(self, kill_at: float) -> None:
-        """Waits until `kill_at` for the rank's other processes, then kills them. Orphans are children of this process."""
+        """Waits until `kill_at` for the rank's other processes, then kills them. Orphaned processes of the rank are
+        children of this process."""
         while self._reap() and (now := time.monotonic()) < kill_at + ADOPTED_SECONDS:
             if now >= kill_at:
                 for pid in _children():
@@ -154,10 +155,10 @@ def main() -> None:
         return
     os.setsid()  # leaves the process group that Ray kills
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: None)  # not SIG_IGN, because the rank would inherit it
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, because the rank would inherit SIG_IGN
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     line = b""
-    while not line.endswith(b"\n"):  # byte by byte, because `select` would not see input in a buffer
+    while not line.endswith(b"\n"):  # reads byte by byte, because `select` would not see input in a buffer
         byte = os.read(0, 1)
         if not byte:
             return

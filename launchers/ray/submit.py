@@ -33,7 +33,7 @@ _VERDICT = re.compile(r"^moe_dist ends with verdict (\d+)$", re.MULTILINE)
 
 def verdict_line(code: int) -> str:
     """Returns the last line of a job's log. Ray's API gives no exit code for a stopped job; `verdict` reads the code from
-    this line."""
+    the log's last line."""
     return f"moe_dist ends with verdict {code}"
 
 
@@ -49,7 +49,7 @@ def submit(address: str, line: str, *, grace_seconds: int, config: Config, forwa
         address: Address of Ray's dashboard, such as http://127.0.0.1:8265.
         line: Shell command of the job.
         grace_seconds: Time from a stop until Ray kills the driver.
-        forwarded: Names of environment variables to pass to the ranks.
+        forwarded: Names of environment variables that are passed to the ranks.
 
     Raises:
         ConfigError: a variable is not set.
@@ -100,7 +100,7 @@ def take_over(path: Path) -> tuple[str, ...]:
 
 
 def stop(address: str, job_id: str) -> int:
-    """Stops a job, waits until the job has saved and ended, and returns its verdict. Raises ConfigError without such a
+    """Stops a job, waits until the job has saved and ended, and returns its verdict. Raises ConfigError if there is no such
     job."""
     client = connect(address)
     try:
@@ -143,7 +143,7 @@ def follow_job(client: "JobSubmissionClient", job_id: str) -> int:
         details = client.get_job_info(job_id)  # polls, because Ray has no call that waits for a job
         if details.status.is_terminal():
             log = client.get_job_logs(job_id)
-            print(log[shown.characters :], end="", flush=True)  # the part that was not printed yet
+            print(log[shown.characters :], end="", flush=True)  # the part of the log that was not printed yet
             return verdict(details, log)
         if broken is not None:
             print(f"[following {job_id} again: {broken}]", file=sys.stderr)
@@ -169,7 +169,7 @@ def verdict(details: "JobDetails", log: str) -> int:
 
 @dataclass
 class _Shown:
-    """Number of characters of a log that were printed so far, over all connections."""
+    """The number of characters of a job's log that were printed so far, over all connections."""
 
     characters: int = 0
 

@@ -30,7 +30,7 @@ from moe_dist.plan.preflight import check_file, layout_of_file
 from moe_dist.runtime.command_line import RUN_FOLDER_FIX, print_done, reports_errors, run_command
 from moe_dist.runtime.run_folder import RunFolder, Start
 
-# Errors of sbatch about missing nodes. Other errors of sbatch concern account, partition or limits.
+# Errors of sbatch about missing nodes; all other errors of sbatch concern account, partition or limits.
 _NO_SUCH_NODES = (
     "Invalid feature specification",
     "Requested node configuration is not available",
@@ -49,7 +49,7 @@ class Submission:
         folder: Run folder; in an array, the parent of all run folders.
         snapshot: Folder for the copy of the code.
         text: The batch script.
-        program: Arguments of the ranks' interpreter before the configuration.
+        program: Arguments of the ranks' Python interpreter that precede the configuration's path.
     """
 
     config: Config
@@ -74,14 +74,15 @@ def prepare(
     """Plans a job and renders its script; writes no file. Each array task is a run in `<root>/<name>/<task>`.
 
     Args:
-        program: Arguments of the ranks' interpreter before the configuration; the default starts the training.
+        program: Arguments of the ranks' Python interpreter that precede the configuration's path; the default starts the
+            training.
         read: Reads and checks the run; `layout_of_file` needs no data.
 
     Raises:
         ConfigError, DataError, ResourceError: the run, a task or the nodes are invalid.
     """
     loaded = read(config_path, overrides).config
-    fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))  # the job runs in another folder
+    fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))  # absolute, because the job runs in another folder
     layout = read(config_path, fixed)
     config, plan = layout.config, plan_job(layout, cluster)
     folder = Path(config.run.root) / config.run.name
@@ -133,7 +134,8 @@ def _tasks(
     plan: JobPlan,
     read: ReadRun,
 ) -> tuple[tuple[str, ...], ...]:
-    """Returns the overrides of each array task, which also set the task's run name. All tasks must need the same nodes."""
+    """Returns the overrides of each array task; the overrides also set the task's run name. All tasks must need the same
+    nodes."""
     if not sweep:
         return ()
     if len(parts(plan)) > 1:

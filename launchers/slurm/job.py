@@ -55,7 +55,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
 
     Args:
         arguments: Configuration and overrides on the first attempt of `sbatch slurm/train.sbatch`; otherwise the snapshot
-            in MOE_DIST_SNAPSHOT replaces them.
+            in MOE_DIST_SNAPSHOT replaces these arguments.
         env: Environment of the batch script, as `inside_job` returns it.
 
     Raises:
@@ -114,7 +114,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
             requeue_job(job, snapshot, path, why_not_restarted(ends, cluster.max_restarts))
         if verdict == EXIT_FAILED and (host := host_at_fault(folder, job, ended, places)):
             faulty.append(host)
-            with contextlib.suppress(OSError):  # on a full disk the next attempt may use the node again
+            with contextlib.suppress(OSError):  # on a full disk the next attempt may use the faulty node again
                 write_atomically(faults, " ".join(faulty))
             print(leave_out(job.name, faulty, snapshot.script), file=sys.stderr)
     return verdict
@@ -122,7 +122,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
 
 def _read_clone(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> tuple[Cluster, Config]:
     """Reads the cluster file and the configuration for `sbatch slurm/train.sbatch`. Makes paths absolute; relative paths
-    start at the folder in which sbatch was called."""
+    are relative to the folder in which sbatch was called."""
     if not arguments:
         raise ConfigError("sbatch slurm/train.sbatch CONFIG [key=value ...]: CONFIG is missing")
     if job.task is not None:
@@ -161,7 +161,7 @@ def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: Job
 def _begin(job: SlurmJob, folder: RunFolder, path: Path, step: int) -> list[AttemptEnd]:
     """Reads the ended attempts of this job from the file at `path`; adds the attempt that begins at `step` to the file."""
     ends = [AttemptEnd(*each) for each in json.loads(path.read_text())] if path.is_file() else []
-    if ends and ends[-1].code is None:  # Slurm killed the batch script of the last attempt before it could conclude
+    if ends and ends[-1].code is None:  # Slurm killed the last attempt's batch script before the script called `conclude`
         before = replace(job, restarts=job.restarts - 1)
         ranks_of = _ranks_file(path, before.restarts)
         known = json.loads(ranks_of.read_text()) if ranks_of.is_file() else {}
@@ -181,7 +181,8 @@ def _keep(path: Path, ends: Sequence[AttemptEnd]) -> None:
 
 
 def _limit_seconds(env: Mapping[str, str]) -> float:
-    """Returns the time limit of this attempt in seconds; infinite if Slurm does not name it (versions before 22.05)."""
+    """Returns the time limit of this attempt in seconds; infinite if Slurm does not name the limit (versions before
+    22.05)."""
     begin, end = (env.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
     return float(int(end) - int(begin)) if begin.isdecimal() and end.isdecimal() else float("inf")
 

@@ -36,12 +36,12 @@ class ScriptPart:
 
 
 def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
-    """Groups a plan's nodes by feature, number of ranks, and whether other jobs may use them. Rank 0 is in the first
+    """Groups a plan's nodes by feature, number of ranks, and whether other jobs may use the nodes. Rank 0 is in the first
     part."""
     kinds: dict[tuple[str | None, int, bool], list[NodePlan]] = {}
     for node in job.nodes:
         kinds.setdefault((node.feature, len(node.ranks), node.own), []).append(node)
-    return tuple(ScriptPart(tuple(nodes)) for nodes in kinds.values())  # dicts keep the order, with rank 0 first
+    return tuple(ScriptPart(tuple(nodes)) for nodes in kinds.values())  # dicts keep insertion order: rank 0's part is first
 
 
 def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
@@ -68,7 +68,7 @@ def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
 
 
 def site_options(cluster: Cluster) -> list[str]:
-    """Returns the options of sbatch from the cluster file; every component of a heterogeneous job repeats them."""
+    """Returns the options of sbatch from the cluster file; every component of a heterogeneous job repeats these options."""
     named = {"--account": cluster.account, "--partition": cluster.partition, "--qos": cluster.qos, "--time": cluster.time}
     named["--exclude"] = ",".join(cluster.exclude) or None
     options = [f"{option}={value}" for option, value in named.items() if value is not None]

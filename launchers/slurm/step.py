@@ -33,7 +33,7 @@ _ENDED = re.compile(
     r"(?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>Exited with exit code (?P<code>\d+)|.+?)(?: \(core dumped\))?\s*$)"
 )
 _KILLS = re.compile(r"srun: (?:First task exited|Terminating |Job step aborted|forcing job termination)")
-# srun's words for a task that a signal killed -> the signal. Such a task cannot record a reason.
+# srun's words for a task that a signal killed -> the signal. A task that a signal killed cannot record a reason.
 _SIGNALS = {signal.strsignal(-each): f"killed by {signal.Signals(-each).name}" for each in SUDDEN}
 _SIGNALS["Out Of Memory"] = "killed, out of memory"
 Places = Mapping[str, Mapping[int, int]]  # host -> task -> rank
@@ -77,7 +77,7 @@ class SlurmJob:
 
     @property
     def name(self) -> str:
-        """The name of this job alone for Slurm's commands. The id of an array's last task is no such name, because it is
+        """The name by which Slurm's commands find only this job. The id of an array's last task would not do, because it is
         also the id of the whole array."""
         return self.id if self.array is None else f"{self.array}_{self.task}"
 
@@ -118,7 +118,7 @@ def run_step(command: Sequence[str], env: Mapping[str, str] | None = None) -> tu
         if (match := _ENDED.match(line)) or _KILLS.match(line):
             ended.append(line.strip())
         if match and match["lost"]:
-            timer = threading.Timer(NODE_SECONDS, process.kill)  # no effect on a process that has ended
+            timer = threading.Timer(NODE_SECONDS, process.kill)  # has no effect on a process that has ended
             timer.daemon = True
             timer.start()
         if not match:
@@ -146,7 +146,7 @@ def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], 
     verdict = EXIT_FAILED if silent else next((int(match["code"]) for match in ends if match["code"]), code)
     requested = stopped and not (silent and silent["lost"])  # Slurm also sends stop signals after a node failure
     if record is not None and record.verdict == STOPPED != verdict and ends and not requested:
-        record = replace(record, verdict=None)  # a rank took Slurm's end of all tasks after a failure for a stop request
+        record = replace(record, verdict=None)  # after a failure Slurm ends all tasks, which a rank took for a stop request
     if record is not None and record.verdict is not None and not (silent and record.verdict == EXIT_FAILED):
         if record.verdict not in (EXIT_DONE, STOPPED):
             _show_cause(folder, job, [] if record.rank is None else [record.rank], ended, places)
@@ -205,12 +205,13 @@ def name_unconcluded(folder: RunFolder, attempt_id: str, ranks_of: Mapping[str, 
 
 
 def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: str | None) -> None:
-    """Makes the job continue, unless `limit` has a reason against a restart, or the job was cancelled. Slurm itself
+    """Makes Slurm run the job again, unless `limit` has a reason against a restart, or the job was cancelled. Slurm itself
     requeues a job after a node failure and after a preemption with PreemptMode=REQUEUE. After a preemption with
     PreemptMode=CANCEL, this function submits the job again.
 
     Args:
-        attempts: File with the job's attempts. A new submission takes over this file, and the file of the nodes at fault.
+        attempts: File with the job's attempts. A new submission takes over the file with the job's attempts, and the file
+            of the nodes at fault.
     """
     array = [] if job.task is None else [f"--array={job.task}"]
     again = ["sbatch", *array, str(snapshot.script)]
@@ -228,11 +229,11 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
         elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # preempted after this attempt began
             after = [again[0], "--parsable", f"--dependency=afterany:{job.name}", *again[1:]]
             number = ask(*after, env=outside_jobs(os.environ)).strip().partition(";")[0]
-            for name in ("job_{}.json", "job_{}_faults"):  # in time, because the new job starts after the end of this job
+            for name in ("job_{}.json", "job_{}_faults"):  # copied in time: the new job starts after this job's end
                 if (kept := attempts.with_name(name.format(job.id))).is_file():
                     shutil.copy(kept, attempts.with_name(name.format(number)))
             _say(f"Slurm preempted the job and does not requeue it (PreemptMode=CANCEL); submitted again as job {number}")
-        else:  # a requeue would undo a scancel
+        else:  # no requeue, because it would undo a scancel
             _say(f"Slurm is ending the job ({state}) for good; continue it with: {shlex.join(again)}")
     except SlurmError as error:
         _say(f"Slurm refuses to requeue the job: {error}; continue with: {shlex.join(again)}")

@@ -1,8 +1,10 @@
-"""Finds the frozen base model of LoRA adapters. Their checkpoint has the path and hash of the base, not its weights.
+"""Finds the frozen base model of LoRA adapters. A checkpoint of adapters has the path and hash of the base model, but not
+the base model's weights.
 
 Names and shapes decide which tensor of the base's checkpoint is loaded into which tensor of the model. Every parameter of
-the base except its routers must be used. A layer's FFN comes from the base's dense FFN in that layer. If there is none, it
-comes from the base's only expert in that layer: an imported dense Hugging Face model has one expert per layer.
+the base except its routers must be used. A layer's FFN comes from the base's dense FFN in that layer. If the base has no
+dense FFN in that layer, the FFN comes from the base's only expert in that layer: an imported dense Hugging Face model has
+one expert per layer.
 """
 
 import hashlib

@@ -11,7 +11,7 @@ from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 
-_UNWRITABLE = 2  # status of a rank that raised CheckpointError; after another error it is 1000 + the error's exit code
+_UNWRITABLE = 2  # status of a rank that raised CheckpointError; for another error, 1000 + the error's exit code
 
 T = TypeVar("T")
 
@@ -21,8 +21,8 @@ class CollectiveStatus:
 
     Args:
         place: Folder of the checkpoints, named in error messages.
-        process_group: Gloo group of these ranks; None for a single rank.
-        tracker: The watchdog's tracker, which records the all-reduces; None records none.
+        process_group: Gloo group of the ranks that save or load together; None for a single rank.
+        tracker: The watchdog's tracker, which records the all-reduces; None records no all-reduces.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ def _report(error: Exception) -> int:
 
 
 def _remote_error(what: str, codes: list[int]) -> MoeDistError:
-    """Returns the error that a rank without a failure raises. Its class is the error class of the lowest failed rank if the
-    table below has that class, else MoeDistError."""
+    """Returns the error that a rank without a failure raises. The error is of the lowest failed rank's error class if the
+    table below has that class, else a MoeDistError."""
     ranks = [rank for rank, code in enumerate(codes) if code]
     message = f"{what}: it failed on ranks {ranks}; see the log of rank {ranks[0]} for the reason"
     code = codes[ranks[0]]

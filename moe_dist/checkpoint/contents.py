@@ -53,10 +53,11 @@ class Examined:
 
 
 def open_checkpoint(folder: Path) -> Contents:
-    """Reads index.json and state.json of a checkpoint; checks their digests, and that both have the same save and step.
+    """Reads index.json and state.json of a checkpoint; checks their digests, and that both files have the same save and
+    step.
 
     Raises:
-        DamagedError: files are missing or damaged, or belong to different saves. The error names each such file.
+        DamagedError: files are missing or damaged, or belong to different saves. The error names each faulty file.
     """
     examined = examine_files(folder)
     if examined.file_problems or examined.index is None or examined.state is None:
@@ -130,7 +131,7 @@ def shard_problem(index: Index, number: int, header: ShardHeader) -> CheckpointP
             return CheckpointProblem("mixed up", name, whose)
         return CheckpointProblem("foreign", name, f"{whose}; it belongs to another model")
     shard = index.shards[number]
-    if header.sha256 != shard.header_sha256 or header.size != shard.size:  # also if the files of two ranks were swapped
+    if header.sha256 != shard.header_sha256 or header.size != shard.size:  # differs also if two ranks' files were swapped
         detail = "its header differs from the one that was saved; perhaps it is another rank's file"
         return CheckpointProblem("damaged", name, detail)
     for part, (dtype, chunk) in header.parts.items():
@@ -153,7 +154,7 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
     ids = {INDEX_FILE: examined.index and examined.index.save_id, STATE_FILE: examined.state and examined.state.save_id}
     ids[CHECKSUMS_FILE] = checksums and checksums[0]
     said = {name: save_id for name, save_id in ids.items() if save_id}
-    if len(set(said.values())) > 1:  # files of several saves: their digests would differ too, and are not checked
+    if len(set(said.values())) > 1:  # the digests of files of several saves would differ, too, and are not checked
         common, count = Counter(said.values()).most_common(1)[0]
         odd = {name for name, save_id in said.items() if save_id != common} if count > 1 else set(said)
         text = ", ".join(f"{name} of save {save_id}" for name, save_id in said.items())
@@ -164,7 +165,7 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
     if examined.index and examined.state and examined.index.step != examined.state.step:
         steps = f"is of step {examined.index.step}, {STATE_FILE} of step {examined.state.step}"
         problems.append(CheckpointProblem("damaged", INDEX_FILE, steps))
-    faulty = {problem.file for problem in problems}  # the digests of these files are not checked
+    faulty = {problem.file for problem in problems}  # files whose digests are not checked
     for name, digest in (checksums[1] if checksums else {}).items():
         path = folder / name
         if name not in faulty and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
@@ -179,9 +180,9 @@ def checksums_of(contents: dict[str, bytes], save_id: str) -> bytes:
 
 
 def read_checksums(folder: Path) -> tuple[str, dict[str, str]] | None:
-    """Returns the save id and each file's digest from SHA256SUMS; None if it is malformed. Raises OSError."""
+    """Returns the save id and each file's digest from SHA256SUMS; None if SHA256SUMS is malformed. Raises OSError."""
     with open_regular(folder / CHECKSUMS_FILE) as stream:
-        text = stream.read(_MAX_BYTES)  # bounded, so that a planted file cannot exhaust the memory
+        text = stream.read(_MAX_BYTES)  # the read is bounded, so that a planted file cannot exhaust the memory
     pattern = rb"# save ([0-9a-f]+)\n" + b"".join(
         rb"([0-9a-f]{64})  %s\n" % re.escape(name.encode()) for name in CHECKED_FILES
     )

@@ -40,7 +40,7 @@ def facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
     """Returns step, run, progress, layout of ranks and package versions of a checkpoint, as pairs (name, text)."""
     config = _mapping(state.values.get("config"))
     run, parallel, placement = (_mapping(config.get(name)) for name in ("run", "parallel", "placement"))
-    base = _mapping(state.values.get("base"))  # only a checkpoint of adapters names a base
+    base = _mapping(state.values.get("base"))  # only a checkpoint of adapters names a base model
     taken = f", {state.optimizer_steps} of them by the optimizer" if state.optimizer_steps else ""
     counters = _mapping(state.values.get("progress")).items()
     counted = [f"{name} {value:,}" for name, value in counters if isinstance(value, int)]

@@ -90,7 +90,7 @@ class CheckpointDirectory:
 
     def remove_leftovers(self) -> None:
         """Deletes temporary files and folders that a crash or `remove_beyond` left. Only the holder of the run's lease may
-        call this method, because the files of another process's unfinished save have such names too."""
+        call this method, because the temporary files of another process's unfinished save have the same names."""
         for path in self.folder.iterdir():
             if _LEFTOVER.fullmatch(path.name):
                 # A process that has lost the lease may delete its own files at the same time.
@@ -99,14 +99,14 @@ class CheckpointDirectory:
 
 
 def run_path(path: Path) -> Path:
-    """Returns `path`; if only `runs/<path>` exists, returns that, because `runs` is the default place of runs."""
+    """Returns `path`, or `runs/<path>` if only this folder exists, because `runs` is the default place of runs."""
     named = Path("runs") / path
     return named if not path.exists() and named.is_dir() else path
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Returns the folder of a checkpoint: `path`, or the newest checkpoint of a run folder or a folder of checkpoints. The
-    run may be named as in `run_path`.
+    """Returns the folder of a checkpoint: `path`, or the newest checkpoint of a run folder or a folder of checkpoints.
+    `path` may omit the leading `runs/`, as in `run_path`.
 
     Raises:
         ConfigError: there is no checkpoint.

@@ -29,7 +29,7 @@ def fingerprint(piece: Tensor, *, offsets: Sequence[int] = (), shape: Sequence[i
     """Returns the fingerprint (0 to 2^64 - 1) of a box, a contiguous range in each dim, of a tensor. Costs one device sync.
 
     Args:
-        piece: The elements of the box, a plain tensor with 1, 2, 4 or 8 bytes per element.
+        piece: The elements of the box: a plain tensor with 1, 2, 4 or 8 bytes per element.
         offsets: Index of the box's first element in each dim of the whole tensor; default zeros.
         shape: Shape of the whole tensor; default the shape of the piece.
     """

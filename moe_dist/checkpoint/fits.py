@@ -131,7 +131,7 @@ class Taken:
     made_of: Mapping[str, str]
 
     def report(self) -> str:
-        """Returns a report for the user. Parameters whose names differ only in numbers share a line."""
+        """Returns a report of the load for the user. Parameters whose names differ only in numbers share a line."""
         lines = [f"weights from {self.folder}; optimizer, step and position in the data start anew"]
         lines.append(f"loaded {len(self.taken)} tensors, {self.elements:,} numbers:")
         lines += _families(name for name in self.taken if name not in self.made_of)

@@ -27,7 +27,8 @@ def generator_states(device: torch.device) -> dict[str, JsonValue]:
 
 
 def restore_generators(states: Mapping[str, JsonValue], device: torch.device) -> None:
-    """Sets the generators to `states`, made by `generator_states`. A CUDA generator that `states` lacks stays as it is.
+    """Sets the generators to `states`, made by `generator_states`. If `states` has no state of the CUDA generator, the CUDA
+    generator is not changed.
 
     Raises:
         DataError: a state is invalid.

@@ -56,12 +56,13 @@ class Cut:
     length: int
 
     def offsets(self, num_dims: int) -> tuple[int, ...]:
-        """Returns the index at which the part begins in each dim of the whole tensor: `start` in `dim`, 0 in the others."""
+        """Returns the index at which the part begins in each dim of the whole tensor: `start` in `dim`, 0 in the other
+        dims."""
         return tuple(self.start if dim == self.dim else 0 for dim in range(num_dims))
 
     def of(self, entry: Entry) -> Entry:
-        """Returns the part as a tensor of its own: one chunk for each chunk of `entry`, in the same order, some of them
-        empty. Keeps the fingerprint of the whole tensor."""
+        """Returns the part as a tensor of its own: one chunk for each chunk of `entry`, in the same order; some of these
+        chunks may be empty. Keeps the fingerprint of the whole tensor."""
         dim, chunks = self.dim, []
         for chunk in entry.chunks:
             first = max(0, chunk.offsets[dim] - self.start)
@@ -86,7 +87,8 @@ def stored_name(source: Source) -> str:
 
 
 class ShardEntry(StoredModel):
-    """Size in bytes and header digest of one shard file. The tensors after the header have fingerprints instead."""
+    """Size in bytes and header digest of one shard file. The tensors after the header have fingerprints instead of
+    digests."""
 
     size: NonNegativeInt
     header_sha256: str
@@ -124,7 +126,7 @@ class StateFile(StoredModel):
         return {name: translate(value) if name == "config" else value for name, value in values.items()}
 
     def to_json(self) -> bytes:
-        """Returns the content of state.json. A NaN or infinity raises ValueError, because JSON does not have them."""
+        """Returns the content of state.json. A NaN or infinity raises ValueError, because JSON has no such numbers."""
         return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False).encode()
 
 
@@ -182,7 +184,7 @@ def index_problems(index: Index) -> list[str]:
 
 def _filled_once(entry: Entry) -> bool:
     """Returns whether the parts contain each element exactly once. Returns False for parts that divide two dims, because no
-    layout does that."""
+    layout divides two dims of a tensor."""
     if 0 in entry.shape:  # a tensor without elements is not stored
         return not entry.chunks
     rank = len(entry.shape)
@@ -232,7 +234,7 @@ class CheckpointProblem:
 
 
 class DamagedError(DataError):
-    """Raised if a checkpoint differs from the saved one. `file_problems` lists the differences."""
+    """Raised if a checkpoint differs from the checkpoint that was saved. `file_problems` lists the differences."""
 
     def __init__(self, head: str, problems: Sequence[CheckpointProblem], *, fix: str = "") -> None:
         self.head, self.file_problems = head, tuple(problems)

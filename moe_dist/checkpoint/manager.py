@@ -6,8 +6,8 @@
                     SHA256SUMS            digests of the two JSON files        (contents.py)
     <folder>/latest                       name of the newest committed folder
 
-A checkpoint is committed when `latest` names it. Its files are written to `step_N.<id>.tmp` with a random id, so that two
-processes that save the same step cannot mix their files.
+A checkpoint is committed when `latest` names it. A checkpoint's files are written to `step_N.<id>.tmp` with a random id, so
+that two processes that save the same step cannot mix their files.
 """
 
 import secrets
@@ -66,7 +66,7 @@ class Restored:
 
     step: int
     values: dict[str, JsonValue]
-    rank_values: dict[str, JsonValue]  # as in `CheckpointState`; empty if the number of ranks has changed
+    rank_values: dict[str, JsonValue]  # like `CheckpointState.rank_values`; empty if the number of ranks has changed
 
 
 class CheckpointManager:
@@ -74,14 +74,14 @@ class CheckpointManager:
 
     `save`, `write`, `clear`, `latest`, `load` and `load_fitting` are collective over `process_group`: every rank calls
     these methods in the same order and gets the same result. The methods use small all-reduces on the host: one before
-    writing, and one after each phase, which tells all ranks of an error on any rank. `write` may run in a thread during
+    writing, and one after each phase, which tells every rank whether any rank failed. `write` may run in a thread during
     training, if no other thread uses `process_group` meanwhile.
 
     Args:
         folder: Folder of the run's checkpoints, on a file system that all ranks share.
         keep: Number of committed checkpoints to keep.
-        lease_check: Function that rank 0 calls before anything is written, and before each rename. It raises if this
-            process has lost the run's lease, the right to write to the run.
+        lease_check: Function that rank 0 calls before anything is written, and before each rename. `lease_check` raises if
+            this process has lost the run's lease, the right to write to the run.
         process_group: Gloo group of all ranks; None for a single rank.
         tracker: The watchdog's tracker of collectives. The collectives of `write` are not tracked, because a thread may run
             `write`, and then the order of its collectives among the training's collectives differs between ranks.
@@ -117,7 +117,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: on all ranks, if a rank could not write or the disk is full. `latest` is unchanged, and the
                 files of this save are deleted, so that a later save may succeed.
-            MoeDistError: the lease check failed on rank 0, which raises that error; the others raise a MoeDistError.
+            MoeDistError: the lease check failed on rank 0, which raises that error; the other ranks raise a MoeDistError.
         """
         self._check_layout(snapshot.layout)  # a wrong layout would write tensors twice or not at all
         target = self._directory.path_of(snapshot.step)
@@ -145,7 +145,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: a file cannot be deleted.
-            MoeDistError: the lease check failed on rank 0, which raises that error; the others raise a MoeDistError.
+            MoeDistError: the lease check failed on rank 0, which raises that error; the other ranks raise a MoeDistError.
         """
 
         def remove() -> None:
@@ -156,7 +156,8 @@ class CheckpointManager:
         self.agree("remove leftovers", remove, kind=CheckpointError)
 
     def latest(self) -> Path | None:
-        """Returns the folder of the newest committed checkpoint, which rank 0 reads from `latest`; None if there is none.
+        """Returns the folder of the newest committed checkpoint, which rank 0 reads from `latest`; None if there is no
+        committed checkpoint.
 
         Raises:
             DataError: `latest` names no checkpoint, or is missing although there are checkpoints.
@@ -165,8 +166,8 @@ class CheckpointManager:
         return None if step < 0 else self._directory.path_of(step)
 
     def agree(self, what: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T | None:
-        """Runs `action` on rank 0. If it fails, all ranks raise; an OSError becomes an error of class `kind`. Costs one
-        all-reduce.
+        """Runs `action` on rank 0. If `action` fails, all ranks raise; an OSError becomes an error of class `kind`. Costs
+        one all-reduce.
 
         Returns the result on rank 0, None on the other ranks.
         """
@@ -183,10 +184,11 @@ class CheckpointManager:
         return number
 
     def load(self, folder: Path, state: CheckpointState) -> Restored:
-        """Loads a checkpoint from any layout of ranks into the tensors of `state`, and sets its optimizer's step count.
+        """Loads a checkpoint from any layout of ranks into the tensors of `state`, and sets the step count of the optimizer
+        in `state`.
 
-        Then compares the tensors in memory with the saved fingerprints, which detects damage on disk and wrongly assembled
-        tensors. Without an optimizer in `state` loads no moments. After an error some tensors may be overwritten.
+        Compares the loaded tensors with the saved fingerprints, which detects damage on disk and wrongly assembled tensors.
+        Without an optimizer in `state` loads no moments. After an error some tensors may be overwritten.
 
         Raises:
             ConfigError: the checkpoint is of another model. The error lists the differences in names, shapes and dtypes.
@@ -213,9 +215,10 @@ class CheckpointManager:
 
         Args:
             path: A path for `find_checkpoint`.
-            sources: Function that maps each parameter to load to its source in the checkpoint, equally on all ranks. By
-                default it selects the parameters with equal name, shape and dtype; `upcycle`, `split` and `base` have
-                other functions. The parts (`Cut`) of a stored tensor that one expert group loads must make up that tensor.
+            sources: Function that maps each parameter that is loaded to its source in the checkpoint, equally on all ranks.
+                By default `sources` selects the parameters with equal name, shape and dtype; `upcycle`, `split` and `base`
+                have other functions. The parts (`Cut`) of a stored tensor that one expert group loads must together make up
+                the whole stored tensor.
             check: Function that is called before a tensor is read, and raises to refuse the checkpoint.
 
         Raises:
@@ -265,14 +268,14 @@ class CheckpointManager:
                 "checkpoint.keep"
             )
         if not (self._folder / LATEST_FILE).exists() and not self._directory.steps():
-            # Without this file, a crash between the two renames of the first commit would leave a checkpoint but no
-            # `latest`.
+            # `latest` is written already now, because a crash between the two renames of the first commit would otherwise
+            # leave a checkpoint but no `latest`.
             self._point(NONE_YET)
         temporary.mkdir()  # raises if the folder exists
 
     def _commit(self, temporary: Path, target: Path, save_id: str, snapshot: Snapshot) -> None:
         """Writes index.json, state.json and SHA256SUMS, then renames the folder and replaces `latest`; runs on rank 0. Each
-        of these actions is on disk before the next one begins. Checks the lease right before each rename."""
+        file and each rename is on disk before the next action begins. Checks the lease right before each rename."""
         try:
             ranks = self._status.world_size
             index = build_index(temporary, snapshot.specs, step=snapshot.step, save_id=save_id, num_shards=ranks)
@@ -307,7 +310,7 @@ class CheckpointManager:
         like leftovers."""
         try:
             self._lease_check()
-        except CheckpointError:  # the last metrics are not on disk yet; the next save deletes the old checkpoints
+        except CheckpointError:  # raised if the last metrics are not on disk yet; the next save deletes the old checkpoints
             return
         self._directory.remove_beyond(self._keep, step)
 
@@ -343,7 +346,7 @@ class CheckpointManager:
         sums a number per tensor, the second tells all ranks of an error."""
         entries = {name: contents.index.tensors[stored_name(there)] for name, there in sources.items()}
         written = state.written().keys()
-        # The parts of a stored tensor that one expert group loads are added up under the name of the first of them.
+        # The parts of a stored tensor that one expert group loads are added up under the name of the first part.
         cuts = {name: there for name, there in sources.items() if isinstance(there, Cut)}
         first = {(cut.name, _group_of(name)): name for name, cut in cuts.items() if cut.start == 0}
         whole = {name: first[cuts[name].name, _group_of(name)] if name in cuts else name for name in sources}

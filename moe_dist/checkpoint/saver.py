@@ -5,7 +5,7 @@
   phases of a save, and exchange a status after each phase, so that no rank waits for a failed rank.
 - At most one save runs at a time; the next save waits until the previous one has ended.
 - A failed save is logged and leaves the file `latest` unchanged; the training saves again after the usual number of steps.
-  Before a run ends or stops, it waits for its last save.
+  Before a run ends or stops, the training waits for the run's last save.
 - If the process dies during a save, the next start of the run deletes the unfinished folder.
 """
 
@@ -33,7 +33,7 @@ class CheckpointWriter:
     Args:
         checkpoints: Manager of the run's checkpoints; nothing else may use its process group.
         asynchronous: If True, a thread writes a copy of the state; the copy takes as much host memory as this rank writes.
-            If False, no copy is made, and the training waits for each save.
+            If `asynchronous` is False, no copy is made, and the training waits for each save.
         tracker: Tracker of the watchdog, which counts the wait for a save as a collective.
         report: Function that rank 0 calls after each save, with the seconds from the call of `write` to the commit.
     """
@@ -60,15 +60,15 @@ class CheckpointWriter:
         """Waits for the end of the previous save, then saves `state`.
 
         Args:
-            durable: If True, `write` returns after the commit, and raises if the save fails. If False, `write` may return
-                before the commit; if the disk fails, a later `poll` or `wait` logs the error.
+            durable: If True, `write` returns after the commit, and raises if the save fails. If `durable` is False, `write`
+                may return before the commit; if the disk fails, a later `poll` or `wait` logs the error.
 
         Raises:
             CheckpointError: this save could not be written; only if `durable`.
             MoeDistError: this save or the previous one failed, and a retry cannot help, as after a lost lease.
         """
         began = time.perf_counter()
-        self.wait()  # the previous save writes from the same buffers
+        self.wait()  # waits, because the previous save writes from the same buffers
         if self._asynchronous:
             snapshot = take_snapshot(step, state, self._buffers)
             self._in_flight = threading.Thread(

@@ -1,8 +1,9 @@
 """Reads and checks the header of a shard file. Reads no tensor and does not import torch.
 
 A safetensors file consists of a length (8 bytes, little endian), a JSON header of that length, and the bytes of the tensors
-without gaps. The entry `__metadata__` of the header maps strings to strings. One of these is `DCP_SHARDING_INFO` of
-torch.distributed.checkpoint, the offsets of each part in its whole tensor; the others are moe_dist's own.
+without gaps. The entry `__metadata__` of the header maps strings to strings. The string of one entry is the
+`DCP_SHARDING_INFO` of torch.distributed.checkpoint, the offsets of each part in its whole tensor; the other entries are
+moe_dist's own.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ _HEADER = TypeAdapter(dict[str, dict[str, JsonValue]])
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """The header of a shard file. `parts`, `fingerprints` and `ends` are by the tensor's logical name."""
+    """The header of a shard file. The keys of `parts`, `fingerprints` and `ends` are the tensors' logical names."""
 
     save_id: str
     step: int
@@ -77,7 +78,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
         )
 
     try:
-        size = path.stat().st_size  # of the file, to compare with the size that the header implies
+        size = path.stat().st_size  # size of the file, to compare with the size that the header implies
         with open_regular(path) as stream:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -99,7 +100,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
         lost = [name for name, end in shard.ends.items() if end > size]
         named = f"; lost: {', '.join(lost[:3])}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else "") if lost else ""
         raise problem("truncated", f"{size:,} bytes of {shard.size:,}{named}")
-    if size > shard.size:  # because safetensors does not notice bytes after the last tensor
+    if size > shard.size:  # checked, because safetensors does not notice bytes after the last tensor
         raise problem("damaged", f"{size:,} bytes, but its header announces {shard.size:,}")
     return shard
 

@@ -1,8 +1,8 @@
 """Splits a dense FFN into fine-grained experts (MoEfication, Zhang et al., arXiv 2110.01786, section 3.1, with consecutive
 neurons). The FFN's hidden values are divided into n equal parts. Expert j has the j-th part: the rows of gate and up and
-the columns of down that belong to these hidden values. The sum of all experts' outputs is the output of the FFN.
+the columns of down that belong to the hidden values of this part. The sum of all experts' outputs is the output of the FFN.
 
-Splits the same FFN that upcycling would copy (`upcycle.py`). Router rows start as 0, see `config/split_rule.py`.
+Splits the same FFN that upcycling would copy (`upcycle.py`). Router rows are initialised to 0, see `config/split_rule.py`.
 """
 
 from collections.abc import Mapping
@@ -19,15 +19,16 @@ HIDDEN_DIM = {"gate": 0, "up": 0, "down": 1}  # the dim of each weight that runs
 
 
 def fitting_or_split(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, Source]:
-    """Maps each parameter to load to its name in the checkpoint, or to a part of the checkpoint's FFN; equal on all ranks.
+    """Maps each parameter that is loaded to its name in the checkpoint, or to a part of the checkpoint's FFN; equal on all
+    ranks.
 
     Raises:
-        ConfigError: a layer has no FFN to split, or the experts' widths do not add up to its width.
+        ConfigError: a layer has no FFN to split, or the experts' widths do not add up to the FFN's width.
     """
     index = contents.index
     there, here = experts_by_layer(index.tensors), experts_by_layer(specs)
     sources: dict[str, Source] = {**fitting(contents, specs), **norms(index, specs)}
-    problems: dict[str, None] = {}  # the keys are an ordered set
+    problems: dict[str, None] = {}  # the keys serve as an ordered set
     for name, spec in specs.items():
         if (expert := EXPERT_NAME.fullmatch(name)) is None:
             continue

@@ -1,6 +1,6 @@
 """Splits each expert of a trained mixture into m finer experts, as `split.py` splits a dense FFN. The hidden values of the
-checkpoint's expert e are divided into m equal parts, and expert m e + i of the model has the i-th part. Its router row is a
-copy of expert e's row, see `config/split_experts_rule.py`."""
+checkpoint's expert e are divided into m equal parts, and expert m e + i of the model has the i-th part. The router row of
+expert m e + i is a copy of expert e's row, see `config/split_experts_rule.py`."""
 
 from collections.abc import Mapping
 
@@ -20,15 +20,16 @@ from moe_dist.placement.roles import EXPERT_NAME
 
 
 def fitting_or_split_experts(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, Source]:
-    """Maps each parameter to load to its name in the checkpoint, or to a part of a stored expert; equal on all ranks.
+    """Maps each parameter that is loaded to its name in the checkpoint, or to a part of a stored expert; equal on all
+    ranks.
 
     Raises:
-        ConfigError: the checkpoint has no such experts, or the widths of the parts do not add up to an expert's width.
+        ConfigError: the checkpoint has no experts to split, or the widths of the parts do not add up to an expert's width.
     """
     index = contents.index
     there, here = experts_by_layer(index.tensors), experts_by_layer(specs)
     sources: dict[str, Source] = {**fitting(contents, specs)}
-    problems: dict[str, None] = {}  # the keys are an ordered set
+    problems: dict[str, None] = {}  # the keys serve as an ordered set
     for name, spec in specs.items():
         if (expert := EXPERT_NAME.fullmatch(name)) is None:
             continue

@@ -1,4 +1,5 @@
-"""The part of a run's state that this rank has: JSON values, and tensors by logical names, which all layouts share.
+"""The part of a run's state that this rank has: JSON values, and tensors by logical names, which are the same in all
+layouts of ranks.
 
     embedding.weight                                    dense and router parameters: the name in the model
     layers.{i}.moe.experts.{group}.{index}.{tensor}     each expert's own tensors; index of the expert in its group
@@ -64,7 +65,7 @@ class CheckpointState:
     Attributes:
         held: This rank's tensors by logical name.
         specs: Shape and dtype of every logical tensor of the model and optimizer on any rank; equal on all ranks.
-        optimizer: The optimizer whose moments `held` contains; None if it contains no moments.
+        optimizer: The optimizer whose moments `held` contains; None if `held` contains no moments.
         values: JSON values, equal on all ranks: progress, resolved configuration, controllers.
         rank_values: JSON values of this rank, such as RNG states; restored only if the number of ranks is the same.
     """
@@ -77,7 +78,7 @@ class CheckpointState:
     rank_values: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns all tensors of this rank by logical name; a load writes into them."""
+        """Returns all tensors of this rank by logical name; a load writes into these tensors."""
         return {name: held.tensor for name, held in self.held.items()}
 
     def written(self) -> dict[str, Tensor]:
@@ -134,7 +135,7 @@ def moment_specs(
     model: nn.Module, layout: RankLayout, *, orthogonal: bool, dtype: torch.dtype | None = None
 ) -> dict[str, TensorSpec]:
     """Returns shape and dtype of the optimizer's moments of all parameters that are not frozen, by logical name.
-    `orthogonal` is an argument of `moments_of`, `dtype` a result of `moment_dtype`."""
+    `orthogonal` is passed to `moments_of`; `dtype` is a result of `moment_dtype`."""
     parameters = {n: t for n, t in _distinct_tensors(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
     found: dict[str, TensorSpec] = {}
     for moment, named in _by_moment(model, orthogonal=orthogonal).items():
@@ -145,7 +146,7 @@ def moment_specs(
 
 
 def _by_moment(model: nn.Module, *, orthogonal: bool) -> dict[str, set[str]]:
-    """Maps each moment to the names of the parameters that have it."""
+    """Maps each moment to the names of the parameters that have this moment."""
     moments = {each.name: moments_of(each, orthogonal=orthogonal) for each in named_parameters(model)}
     return {moment: {name for name, has in moments.items() if moment in has} for moment in MOMENTS}
 

@@ -53,7 +53,8 @@ class Piece:
     shape: tuple[int, ...]  # shape of the whole tensor
 
     def fingerprint(self) -> int:
-        """Returns this piece's share of the whole tensor's fingerprint, which is the sum over all pieces."""
+        """Returns this piece's share of the whole tensor's fingerprint; the shares of all pieces add up to the
+        fingerprint."""
         return fingerprint(self.tensor, offsets=self.offsets, shape=self.shape)
 
 
@@ -104,7 +105,8 @@ class Snapshot:
 
 
 class HostBuffers:
-    """Host memory for copies of the tensors that this rank writes. Each call of `copy` overwrites the last copies."""
+    """Host memory for copies of the tensors that this rank writes. Each call of `copy` overwrites the copies of the
+    previous call."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -135,7 +137,8 @@ def take_snapshot(step: int, state: CheckpointState, buffers: HostBuffers | None
     """Takes a snapshot of `state`. Costs a device-to-host sync, which reads the optimizer's step count.
 
     Args:
-        buffers: Memory for copies of the tensors. None makes no copies, and the training must wait for the save.
+        buffers: Memory for copies of the tensors. If `buffers` is None, no copies are made, and the training must wait for
+            the save.
     """
     pieces = pieces_of(state.written())
     return Snapshot(
@@ -144,7 +147,7 @@ def take_snapshot(step: int, state: CheckpointState, buffers: HostBuffers | None
         specs=state.specs,
         layout=state.layout,
         optimizer_steps=step_count(state.optimizer) if state.optimizer is not None else None,
-        values=dict(state.values),  # copied, because the training changes its own values
+        values=dict(state.values),  # JSON values are copied, because the training changes them
         rank_values=dict(state.rank_values),
     )
 
@@ -258,7 +261,7 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
 
 
 def entry_of(index: Index, source: Source) -> Entry:
-    """Returns the entry of a stored tensor, or of a part of it."""
+    """Returns the entry of a stored tensor, or of a part of a stored tensor."""
     entry = index.tensors[stored_name(source)]
     return entry if isinstance(source, str) else source.of(entry)
 

@@ -1,14 +1,14 @@
 """Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): initialises the experts of a model as copies of a checkpoint's
 dense FFNs or, as in MoMa (arXiv 2407.21770), of the only experts of its groups (one per modality).
 
-In each layer all experts of a group become copies of one FFN of the checkpoint, the first existing one of this list:
+In each layer all experts of a group become copies of one FFN of the checkpoint, the first FFN of this list that exists:
 
 1. the only expert in the checkpoint's group of the same name,
 2. the layer's dense FFN (its norm becomes the norm of the MoE layer),
 3. the only expert in the checkpoint's layer, whatever the name of its group.
 
-If the group has as many experts in the checkpoint as in the model, each expert is loaded by its own name instead. Router
-rows are not copied: with equal rows the router would score all copies alike.
+If the group has as many experts in the checkpoint as in the model, each expert is loaded from the checkpoint's expert of
+the same name. Router rows are not copied, because a router with equal rows would score all copies of an FFN alike.
 """
 
 import re
@@ -27,7 +27,7 @@ _NORM = re.compile(r"(?P<layer>layers\.\d+)\.moe\.norm\.weight")
 
 
 def fitting_or_upcycled(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Merges the maps of `fitting` and `upcycled`, from each parameter to load to its name in the checkpoint."""
+    """Merges the maps of `fitting` and `upcycled`, from each parameter that is loaded to its name in the checkpoint."""
     return fitting(contents, specs) | upcycled(contents.folder, contents.index, specs)
 
 
@@ -43,7 +43,7 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
     """
     there, here = experts_by_layer(index.tensors), experts_by_layer(specs)
     sources = norms(index, specs)
-    problems: dict[str, None] = {}  # the keys are an ordered set
+    problems: dict[str, None] = {}  # the keys serve as an ordered set
     for name in specs:
         if expert := EXPERT_NAME.fullmatch(name):
             layer, group = expert["layer"], expert["group"]
@@ -88,8 +88,9 @@ def experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[str
 
 
 def source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str]], experts: set[str]) -> str | None:
-    """Returns the name of the checkpoint's tensor to load into an expert's tensor; None if there is none. `groups` has the
-    checkpoint's experts in the expert's layer, `experts` the model's experts in the expert's group."""
+    """Returns the name of the checkpoint's tensor to load into an expert's tensor; None if the checkpoint has no such
+    tensor. `groups` has the checkpoint's experts in the expert's layer, `experts` the model's experts in the expert's
+    group."""
     layer, group, tensor = expert["layer"], expert["group"], expert["tensor"]
     if group in groups:
         if groups[group] == experts:

@@ -18,17 +18,18 @@ from moe_dist.errors import DataError
 from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.placement.roles import EXPERT_NAME
 
-# These functions make a CheckpointProblem of a tensor in index.json from a detail text and the tensor's name.
+# Functions that make a CheckpointProblem of a tensor in index.json from a detail text and the tensor's name.
 _incomplete = partial(CheckpointProblem, "incomplete", INDEX_FILE)
 _foreign = partial(CheckpointProblem, "foreign", INDEX_FILE)
 
 
 def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple[Examined, list[CheckpointProblem]]:
-    """Returns the readable parts of a checkpoint, and all its problems. Reads every byte, one tensor at a time.
+    """Returns the readable parts of a checkpoint, and all problems of the checkpoint. Reads every byte, one tensor at a
+    time.
 
     Args:
-        specs: The tensors that the checkpoint must have. If None, only experts (by the placement in state.json) and moments
-            (AdamW's, by the names of the parameters) are checked for completeness.
+        specs: The tensors that the checkpoint must have. If `specs` is None, only experts (by the placement in state.json)
+            and moments (AdamW's, by the names of the parameters) are checked for completeness.
     """
     examined = examine(folder)
     problems = list(examined.file_problems)
@@ -44,8 +45,8 @@ def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple
         problems += _check_shard(folder, examined, number, sums)
     for name, entry in index.tensors.items():
         files = {shard_file(chunk.shard) for chunk in entry.chunks}
-        # `_check_shard` compares each part with its shard's header. This check compares the sum of the parts with the
-        # index.
+        # `_check_shard` compares each part with its shard's header. The check below compares the sum over a tensor's parts
+        # with the index.
         if files & unread or any(problem.tensor == name for problem in problems):
             continue
         if hexadecimal(sums[name]) != entry.fingerprint:

@@ -1,4 +1,4 @@
-"""Asynchronous all-to-all with uneven splits over one process group, and reusable buffers for its rows."""
+"""Asynchronous all-to-all with uneven splits over one process group, and reusable buffers for the exchanged rows."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +15,7 @@ from moe_dist.comm.tracker import CollectiveTracker, track_collective
 @dataclass(frozen=True)
 class Splits:
     """Numbers of items that this rank sends to, and receives from, each rank of the process group. The entry of this rank
-    itself is 0 for rows (`split_sizes`), but may be above 0 for metadata."""
+    itself is 0 for hidden rows (`split_sizes`), but may be above 0 for metadata."""
 
     send: tuple[int, ...]
     receive: tuple[int, ...]
@@ -58,7 +58,7 @@ class Pending:
 
     def wait(self) -> Tensor:
         """Waits for the exchange, and returns the received items, [sum(receive), ...]. With NCCL the CUDA stream waits,
-        with gloo the host. Call this method once."""
+        with gloo the host waits. Call this method once."""
         if self._waited:
             raise AssertionError(f"{self.name} of {self.layer or 'a layer'} has been waited for already")
         if self._work is not None:
@@ -69,7 +69,7 @@ class Pending:
         return self.received
 
     def _tracked(self) -> AbstractContextManager[None]:
-        """Shows the watchdog that this rank is inside the collective. `issue` and `wait` call it: a group's first
+        """Shows the watchdog that this rank is inside the collective. `issue` and `wait` call this method: a group's first
         collective may wait for other ranks already in `issue`. Between `issue` and `wait` the watchdog sees no
         collective."""
         return track_collective(
@@ -135,9 +135,10 @@ class AllToAll:
 
 
 class RowBuffers:
-    """A pool of buffers for rows. An exchange takes a buffer and gives it back, and the next layer uses the same buffer.
+    """A pool of buffers for hidden rows. An exchange takes a buffer and returns it to the pool, and the next layer uses the
+    same buffer.
 
-    A buffer grows to the largest size that was asked for. Use the pool only for rows that backward does not read: rows to
+    A buffer grows to the largest requested size. Use the pool only for rows that backward does not read: rows to
     send, and received rows that are added to a sum. The pool saves time on the host, where a new allocation costs one page
     fault per 4 KiB, which takes longer than copying the rows.
 
@@ -158,10 +159,10 @@ class RowBuffers:
         storage = None if index is None else self._free.pop(index)
         if storage is None or storage.shape[0] < num_bytes:
             storage = torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
-        return storage[:num_bytes].view(like.dtype).view(num_rows, width)  # stored as bytes, for rows of any dtype
+        return storage[:num_bytes].view(like.dtype).view(num_rows, width)  # buffers are bytes, for rows of any dtype
 
     def give(self, rows: Tensor) -> None:
-        """Takes the buffer of these rows back; the next user of the buffer overwrites the rows."""
+        """Returns the buffer of these rows to the pool; the next user of the buffer overwrites the rows."""
         if self._keep:
             storage = rows.untyped_storage()  # the whole buffer, of which the rows may be a part
             self._free.append(torch.empty(0, dtype=torch.uint8, device=rows.device).set_(storage, 0, (storage.nbytes(),)))  # pyright: ignore

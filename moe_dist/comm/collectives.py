@@ -19,14 +19,15 @@ from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 @dataclass
 class CommStats:
-    """Counts the bytes and seconds of this rank's communication. All layers of a model share one object.
+    """Counts the bytes and seconds of this rank's communication. All layers of a model share one CommStats object.
 
     Attributes:
         payload_bytes: Bytes of hidden rows and of their gradients that left this rank.
         inter_node_bytes: The payload bytes that left the node; 0 if the dispatcher does not distinguish nodes.
         metadata_bytes: Bytes of counts, expert ids, weights and weight gradients that left this rank.
         seconds: On CPU, the time that the host spent in calls of collectives and in waits for them; on CUDA, the time that
-            the stream waited for them, which `drain` adds. While a collective runs beside computation, no time is counted.
+            the stream waited for them, which `drain` adds. While a collective runs in parallel with computation, no time is
+            counted.
         events: None, or a list that records events in order: the name of each collective at its call, "wait <name>" at its
             wait, "sync <name>" where the host waits for the device, and the names given to `mark`.
     """
@@ -63,13 +64,14 @@ class CommStats:
         return tensor
 
     def to_host(self, name: str, counts: torch.Tensor) -> list[int]:
-        """Copies integers [n] to the host as a list. The host waits for the copy. Adds "sync <name>" to the events."""
+        """Copies integers [n] to the host as a list. The host waits for the copy. Adds "sync <name>" to `events`."""
         self.event(f"sync {name}")
         return counts.tolist()  # host sync
 
     def start_to_host(self, counts: torch.Tensor) -> Callable[[], list[int]]:
-        """Starts to copy integers [n] to the host. Returns a function that returns them as a list, and waits only if the
-        copy has not ended. Call that function where the host has already waited for later work of the device."""
+        """Starts to copy integers [n] to the host. Returns a function that returns the integers as a list, and waits only
+        if the copy has not ended. Call the returned function where the host has already waited for later work of the
+        device."""
         if counts.device.type != "cuda":
             return counts.tolist
         host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
@@ -97,7 +99,7 @@ class CommStats:
         time."""
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()  # queued on the stream, without a sync
+            start.record()  # the event is queued on the stream, without a sync
             yield
             end.record()
             self._pending.append((start, end))
@@ -147,8 +149,8 @@ def start_sum(
     tensor: Tensor, group: dist.ProcessGroup | None, *, name: str, tracker: CollectiveTracker | None = None
 ) -> Callable[[], Tensor]:
     """Starts `sum_over` and returns a function that waits for the sum and returns it, bit-identical to the result of
-    `sum_over`. Kernels queued on the device before this wait run beside the sum. The tracker sees the start and the
-    wait."""
+    `sum_over`. Kernels queued on the device before this wait run in parallel with the sum. The tracker sees the start and
+    the wait."""
     if group is None:
         return lambda: tensor
     with track_collective(tracker, name, device=tensor.device):
@@ -184,8 +186,8 @@ def sum_gradients(
     """Sums the gradients of `parameters` over `group`, in place.
 
     Args:
-        flat: True: one all-reduce of a concatenated copy of all gradients, for many small gradients. False: one all-reduce
-            per gradient, without a copy, for few large gradients.
+        flat: If True, one all-reduce of a concatenated copy of all gradients, for many small gradients. If `flat` is False,
+            one all-reduce per gradient, without a copy, for few large gradients.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if len(gradients) != len(parameters):  # otherwise the ranks would sum different tensors

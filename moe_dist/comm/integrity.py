@@ -1,10 +1,12 @@
-"""An all-to-all for debugging. It detects rows that were lost, doubled, swapped or changed between sender and receiver.
+"""An all-to-all for debugging. The exchange detects rows that were lost, doubled, swapped or changed between sender and
+receiver.
 
 With each exchange of rows, all ranks exchange metadata twice, in the same order on every rank:
 
     before      each rank tells each rank the number of rows, the bytes per row, and a hash of the exchange's name. If
                 sender and receiver differ, the receiver raises an error instead of hanging in the exchange.
-    after       each rank sends the checksums of its rows. The receiver compares them with its own sums of the arrived rows.
+    after       each rank sends the checksums of its rows. The receiver compares these checksums with its own sums of the
+                arrived rows.
 
 A row's checksum is an integer, the sum of two terms mod 2^61 - 1. The content term is the sum of the row's 32-bit words,
 each times an odd 15-bit weight, so that a changed word changes the term. The place term depends on the row's position in
@@ -48,13 +50,14 @@ def content_sums(rows: Tensor) -> Tensor:
     bytes_NB = F.pad(bytes_NB, (0, -bytes_NB.shape[1] % 4))
     words_NW = bytes_NB.contiguous().view(torch.int32)
     index_W = torch.arange(words_NW.shape[1], device=rows.device)
-    weight_W = ((index_W * 40_503) & ((1 << WEIGHT_BITS) - 1)) | 1  # odd and so not 0: a changed word changes the sum
+    weight_W = ((index_W * 40_503) & ((1 << WEIGHT_BITS) - 1)) | 1  # odd, so never 0: a changed word changes the sum
     return (words_NW * weight_W).sum(1)
 
 
 def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: torch.device) -> Tensor:
     """Returns the place term of each row, int64 [N], from its index in its slice and from its source and destination ranks.
-    `splits` are the lengths of the slices for each rank if `sending`, else of the slices from each rank."""
+    `splits` are the lengths of the slices that go to each rank if `sending`, else of the slices that come from each
+    rank."""
     terms = []
     for peer, count in enumerate(splits):
         source, destination = (own, peer) if sending else (peer, own)
@@ -67,7 +70,7 @@ class CheckedAllToAll(AllToAll):
     """Has the interface of `AllToAll`. Sends the rows through another `AllToAll` (`transport`), and checks the rows.
 
     Each exchange of rows costs two exchanges of metadata, two host syncs and some passes over the rows. The rows have the
-    same bits, and their exchanges the same order, as with the transport alone.
+    same bits, and their exchanges the same order, as without the checks.
     """
 
     def __init__(self, transport: AllToAll) -> None:
@@ -81,7 +84,7 @@ class CheckedAllToAll(AllToAll):
         `AllToAll.start`.
 
         Raises:
-            IntegrityError: sender and receiver differ in the exchange or its sizes; no row has been sent yet.
+            IntegrityError: sender and receiver disagree about the exchange or its sizes; no row has been sent yet.
         """
         transport = self.transport
         if self.group is None:
@@ -114,7 +117,8 @@ class CheckedAllToAll(AllToAll):
         """Compares the received rows with their checksums. Costs one host sync.
 
         Raises:
-            IntegrityError: a row differs from its checksum. The error names the layer, the ranks and the first such rows.
+            IntegrityError: a row differs from its checksum. The error names the layer, the ranks and the first damaged
+                rows.
         """
         place = position_terms(rows.splits.receive, own=self.rank, sending=False, device=received.device)
         content = content_sums(received) % MODULUS
@@ -150,8 +154,8 @@ class _Checked(Pending):
 
 
 def _damage(wrong: Tensor, content: Tensor, sent: Tensor) -> str:
-    """Describes the damage to the rows from one rank, which `wrong` marks. `sent` and `content` are the content terms at
-    the sender and at the receiver."""
+    """Describes the damage to the rows from one rank, which `wrong` marks. `sent` and `content` are the rows' content
+    terms, computed by the sender and by the receiver."""
     rows = wrong.nonzero().flatten().tolist()  # host sync, only if there is damage
     came_from = {value: index for index, value in enumerate(sent.tolist())}
     arrived = content.tolist()

@@ -1,7 +1,7 @@
 """Names of collectives, for events, byte counts and reports of a hang.
 
 The dispatcher `hierarchical` puts `INTER` or `INTRA` before a name. In backward, `BACKWARD` follows the name. The number of
-a chunk comes last.
+a chunk of tokens comes last in a name.
 """
 
 COUNTS, PAIR_ROWS, EXPERT_IDS = "counts", "pair rows", "expert ids"  # metadata for dispatch plans
@@ -9,8 +9,8 @@ DISPATCH_WEIGHTS, DISPATCH_ROWS, COMBINE_ROWS = "dispatch weights", "dispatch ro
 BACKWARD = " backward"
 INTER, INTRA = "inter-node ", "intra-node "
 
-CHOICE_LOGITS = "choice logits"  # gathered by expert choice
-DEPTH_SCORES = "depth scores"  # gathered by mixture of depths
+CHOICE_LOGITS = "choice logits"  # all-gathered by the expert-choice router
+DEPTH_SCORES = "depth scores"  # all-gathered by mixture-of-depths layers
 
 # Collectives that the training step and evaluation issue outside of the layers.
 LABEL_COUNTS, ROUTING_COUNTS, DEPTH_COUNTS = "label counts", "routing counts", "depth counts"

@@ -17,8 +17,8 @@ class Position:
     """One collective that this rank has entered.
 
     Attributes:
-        entered: Number of collectives that this rank has entered so far, including this one. All ranks issue the same
-            collectives in the same order, so a rank with a smaller number is behind.
+        entered: Number of collectives that this rank has entered so far, including this collective. All ranks issue the
+            same collectives in the same order, so a rank with a smaller number is behind the other ranks.
         layer: Name of the layer that called the collective; empty outside the layers.
         send, receive: Numbers of items to and from each rank of the process group; empty if all ranks send equally many.
         since: Time of entry, by time.monotonic.
@@ -33,8 +33,8 @@ class Position:
 
 
 class CollectiveTracker:
-    """Records the collectives that one rank enters and leaves. For each collective it costs two dictionary operations and,
-    on CUDA, one CUDA event and a query of the oldest event, but no sync.
+    """Records the collectives that one rank enters and leaves. For each collective the tracker costs two dictionary
+    operations and, on CUDA, one CUDA event and a query of the oldest event, but no sync.
 
     Attributes:
         entered: Number of collectives entered so far.
@@ -52,8 +52,8 @@ class CollectiveTracker:
 
     @contextmanager
     def among(self, collectives: str) -> Iterator[None]:
-        """Encloses code that calls untracked collectives, such as FSDP2's. If the rank then neither enters nor leaves a
-        tracked collective for too long, the watchdog reports that the rank is inside one of `collectives`."""
+        """Encloses code that calls untracked collectives, such as FSDP2's. If in this code the rank neither enters nor
+        leaves a tracked collective for too long, the watchdog reports that the rank is inside one of `collectives`."""
         with self._lock:
             self._among, self._moved = collectives, time.monotonic()
         try:
@@ -74,8 +74,8 @@ class CollectiveTracker:
     ) -> Iterator[None]:
         """Encloses the call of a collective, or the wait for an asynchronous collective.
 
-        On CUDA the call returns before the collective has run. The collective thus counts as unfinished until the stream
-        has passed it.
+        On CUDA the call returns before the collective has run. The collective thus counts as unfinished until the CUDA
+        stream has passed the collective.
         """
         entered = self.entered = next(self._count)
         position = Position(entered, collective, layer, tuple(send), tuple(receive), time.monotonic())
@@ -86,7 +86,7 @@ class CollectiveTracker:
         finally:
             with self._lock:
                 if device.type == "cuda":
-                    self._remove_finished(all=False)  # because a run on one GPU has no watchdog that calls `oldest`
+                    self._remove_finished(all=False)  # called because a run on one GPU has no watchdog
                     self._unfinished[entered] = (position, _passed(device))
                 else:
                     del self._unfinished[entered]
@@ -94,8 +94,8 @@ class CollectiveTracker:
                 self.waited += self._moved - position.since
 
     def oldest(self) -> Position | None:
-        """Returns the unfinished collective that was entered first. If all are finished, returns the position of the
-        enclosing `among`, or None if there is none."""
+        """Returns the unfinished collective that was entered first. If all collectives are finished, returns the position
+        of the enclosing `among`, or None if there is no such block."""
         with self._lock:
             self._remove_finished(all=True)
             for position, _ in self._unfinished.values():
@@ -104,7 +104,7 @@ class CollectiveTracker:
 
     def _remove_finished(self, *, all: bool) -> None:
         """Removes the entries whose collectives the stream has passed: all such entries if `all`, else only entries before
-        the first collective that the stream has not passed."""
+        the first collective that is still queued or running."""
         for entered, (_, finished) in list(self._unfinished.items()):  # a copy, because the loop deletes entries
             if finished is not None and finished():
                 del self._unfinished[entered]

@@ -12,8 +12,8 @@ _NEAR = 0.75  # least similarity (difflib's ratio) of a name that an error text 
 
 
 def source_root() -> Path:
-    """Returns the folder that contains launchers/, tools/, configs/ and slurm/. In a clone this is the clone itself. An
-    installed package has copies of these folders in its folder `bundled`."""
+    """Returns the folder that contains launchers/, tools/, configs/ and slurm/. In a clone, the folder is the clone itself.
+    An installed package has copies of these folders in its folder `bundled`."""
     package = Path(str(files("moe_dist")))
     bundled = package / "bundled"
     return bundled if bundled.is_dir() else package.parent
@@ -21,7 +21,7 @@ def source_root() -> Path:
 
 def find_config(path: str | Path) -> Path:
     """Finds the configuration file `path`, whose .yaml may be omitted, in the current folder, in `source_root()` or in its
-    folder configs/. Returns `path` itself if there is no such file."""
+    subfolder configs/. Returns `path` itself if there is no such file."""
     given, root = Path(path), source_root()
     names = (given, given.with_name(f"{given.name}.yaml") if given.name else given)
     candidates = [folder / name for folder in (Path(), root, root / "configs") for name in names]

@@ -1,11 +1,12 @@
-"""A cluster file has the settings of one site (a cluster and its scheduler). A run's configuration has none of these
-settings, so a run may continue at another site.
+"""A cluster file has the settings of one site (a cluster and its scheduler). A run's configuration has no settings of a
+site, so a run may continue at another site.
 
-    configs/clusters/<name>.yaml, chosen by `--cluster` or $MOE_DIST_CLUSTER; without either, the defaults below.
+    A cluster file is configs/clusters/<name>.yaml, chosen by `--cluster` or $MOE_DIST_CLUSTER; without both, the defaults
+    below apply.
 
 Values of the cluster file become part of shell lines. Names must not have special characters of the shell, and other values
 are quoted. `prelude` is shell code, with which a cluster file can do everything that a script can: read the file before you
-    use it."""
+use it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,8 +35,8 @@ LINE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f-\x9f]+$"
 SiteName = Annotated[str, Field(pattern=SITE_PATTERN)]
 VariableName = Annotated[str, Field(pattern=VARIABLE_PATTERN)]
 Option = Annotated[str, Field(pattern=OPTION_PATTERN)]
-# The Slurm launcher itself sets these options of sbatch and srun, from the run's configuration and from other keys of the
-# cluster file. `options` and `srun_options` must not contain them.
+# Options of sbatch and srun that the Slurm launcher itself sets, from the run's configuration and from other keys of the
+# cluster file. The keys `options` and `srun_options` of a cluster file must not contain these options.
 LAUNCHERS_OPTIONS = frozenset(
     (
         *("account", "array", "chdir", "constraint", "cpus-per-task", "dependency", "error", "exclude", "export", "gpus"),
@@ -140,7 +141,8 @@ class Cluster(Section):
 
     @property
     def network_variables(self) -> dict[str, str]:
-        """Environment variables for NCCL and gloo: the variables of the key `nccl`, and the network interface for both."""
+        """Environment variables for NCCL and gloo: the variables of the key `nccl`, and the network interface for NCCL and
+        gloo."""
         interface = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.interface) if self.interface else {}
         return {name: variable.value for name, variable in self.nccl.items()} | interface
 
@@ -193,13 +195,14 @@ def seconds_of(time: str) -> float:
 
 
 def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
-    """Reads the cluster file that the argument or, without it, $MOE_DIST_CLUSTER names; without both, returns the defaults.
+    """Reads the cluster file that the argument or, without an argument, $MOE_DIST_CLUSTER names; without both, returns the
+    defaults.
 
     Args:
         name_or_path: A path, or the bare name of a file in configs/clusters.
 
     Raises:
-        ConfigError: the file cannot be read, or has faults; lists all of them.
+        ConfigError: the file cannot be read, or has faults; the error lists all faults.
     """
     path = cluster_file(name_or_path, env)
     if path is None:
@@ -220,7 +223,7 @@ def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
 
 
 def cluster_file(name_or_path: str | None, env: Mapping[str, str]) -> Path | None:
-    """Returns the path of the cluster file that `load_cluster` reads; None if it returns the defaults."""
+    """Returns the path of the cluster file that `load_cluster` reads; None if `load_cluster` returns the defaults."""
     asked = name_or_path or env.get(VARIABLE)
     if not asked:
         return None

@@ -81,7 +81,7 @@ def largest_id(prefix: Path, *, max_bytes: int = 1 << 30) -> int:
     it is in the page cache). From a larger file this function reads only evenly spaced blocks, `max_bytes` in all.
 
     Raises:
-        DataError: as `read_index_header`; or the ids are not integers, or an id is negative.
+        DataError: an error of `read_index_header`; or the ids are not integers, or an id is negative.
     """
     header = read_index_header(prefix)
     _, bin_ = index_paths(prefix)

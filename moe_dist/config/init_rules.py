@@ -9,7 +9,7 @@ from moe_dist.config.split_experts_rule import split_experts_violations
 from moe_dist.config.split_rule import split_violations
 
 KEY = "run.init_rules"
-# Rules that cannot be combined with other rules: their checks, and the reasons.
+# Rules of `run.init_rules` that cannot be combined with other rules: the function that checks each rule, and the reason.
 _ALONE = {
     "split": (split_violations, "split sets all router rows to 0 and takes whole FFNs"),
     "split_experts": (split_experts_violations, "split_experts takes experts and routers of the checkpoint as they are"),
@@ -27,7 +27,7 @@ def identity_choices(num_experts: int, num_null: int, true_choices: int) -> rang
         (k0 - 1) (m / n + 1) + 1  <=  k  <=  k0 (m / n + 1)
 
     which for k0 = 2 is m / n + 2 <= k <= 2 m / n + 2. m must be a multiple of n, and k0 at most n. The range assumes
-    that a token's k0-th and (k0 + 1)-th best true experts have different logits. If these two logits are exactly equal, the
+    that a token's k0-th and (k0 + 1)-th best true experts have different logits. If the two logits are exactly equal, the
     token takes both experts, unless k is the smallest value of the range.
     """
     block = num_null // num_experts + 1

@@ -72,7 +72,7 @@ def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
 
 def children(annotation: Any) -> dict[str, list[Key]]:
     """Returns the keys directly below a value of this type, by name. A name has several keys if several kinds of the
-    section have it."""
+    section have this name."""
     kind, below = bare(annotation), {}
     for tag, section in variants_of(kind).items():
         for name, field in section.model_fields.items():
@@ -101,8 +101,8 @@ def walk(root: type[BaseModel]) -> Iterator[Key]:
 
 
 def find(root: type[BaseModel], path: str) -> list[Key]:
-    """Returns the keys that a dotted path can mean: none if it is unknown, several if several kinds of a section have
-    it."""
+    """Returns the keys that a dotted path can mean: none if the path is unknown, several if several kinds of a section have
+    the path."""
     found = [Key("", root, None)]
     for part in path.split("."):
         found = [

@@ -30,8 +30,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a run's configuration.
 
     Args:
-        path: YAML file, or its name as in `find_config`.
-        overrides: `key=value` with a dotted key; the value is read as YAML. A later override of a key wins.
+        path: A YAML file, or the file's name as in `find_config`.
+        overrides: `key=value` with a dotted key; the value is read as YAML. If a key is overridden twice, the later
+            override counts.
 
     Raises:
         ConfigError: lists every fault of the file and the overrides.
@@ -45,7 +46,7 @@ def load_stored_config(path: Path) -> Config:
     Raises:
         ConfigError: lists every fault of the file.
     """
-    values, problems = _read_file(path, links=False)  # runs replace this file by renames, so it is never a link
+    values, problems = _read_file(path, links=False)  # runs replace this file by renames, so the file is never a link
     read = PartialConfig[Config](None, tuple(problems)) if values is None else draft(Config, translate(values))
     return read.checked(model_violations, _error)
 
@@ -65,7 +66,8 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig
 
 
 def model_violations(config: Config) -> list[Violation]:
-    """Returns every violated rule between keys of the same section. The keys are dotted paths from the root."""
+    """Returns every violated rule between keys of the same section. The keys of a violation are dotted paths from the root
+    of the configuration."""
     return [
         Violation(tuple(f"{prefix}.{key}" for key in violation.keys), f"{prefix}: {violation.problem}")
         for prefix, section in sections_in(config)
@@ -115,7 +117,8 @@ def resolved_yaml(config: Config) -> str:
 
 
 def difference(old: Config, new: Config) -> list[Change]:
-    """Returns the dotted keys whose values differ, in the order of the schema. Lists are compared as a whole."""
+    """Returns the dotted keys whose values differ between two configurations, in the order of the schema. Lists are
+    compared as a whole."""
     before, after = (leaves(config.model_dump(mode="json")) for config in (old, new))
     found = [
         Change(key, before.get(key), after.get(key))
@@ -127,7 +130,7 @@ def difference(old: Config, new: Config) -> list[Change]:
 
 
 def changes_on_resume(old: Config, new: Config) -> list[Change]:
-    """Returns the differences of keys that must not change; a run cannot be resumed with any of them."""
+    """Returns the differences of keys that must not change; a run with any such difference cannot be resumed."""
     return [change for change in difference(old, new) if not may_change_on_resume(change.key)]
 
 
@@ -184,8 +187,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
 
 
 def _default_list(key: str) -> Any:
-    """Returns the value that a key gets if the file lacks it and an override sets something inside it: the default of a
-    list, or {} for a section, whose other keys then get their own defaults."""
+    """Returns the value that a key gets if the file lacks the key and an override sets something inside the value: the
+    default of a list, or {} for a section, whose other keys then get their own defaults."""
     field = next((found.field for found in find(Config, key) if found.field is not None), None)
     default = None if field is None else field.get_default(call_default_factory=True, validated_data={})
     return to_jsonable_python(default) if isinstance(default, tuple) else {}

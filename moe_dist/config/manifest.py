@@ -60,7 +60,7 @@ class ImageSection(Section):
     """File .npy of uint8 [codes, patch, patch, 3]: the pixels of each code."""
 
 
-# No modality may have these names: the tags loss/<name> of other losses use them.
+# Names that no modality may have, because the tags loss/<name> of other losses use these names.
 RESERVED_MODALITIES: tuple[str, ...] = ("total", "balance", "z", "auxiliary")
 
 
@@ -138,8 +138,8 @@ def load_manifest(folder: str | Path) -> Manifest:
     """Reads and checks `folder`/manifest.json.
 
     Raises:
-        ConfigError: the manifest does not exist; the message has the command that makes one.
-        DataError: the manifest is invalid; lists every fault.
+        ConfigError: the manifest does not exist; the message has the command that makes a manifest.
+        DataError: the manifest is invalid; the error lists every fault.
     """
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():

@@ -81,7 +81,7 @@ class GroupSection(Section):
 
 
 class CapacitySection(Section):
-    """Bound of the (token, expert) pairs of each expert in training. Pairs beyond the bound are dropped."""
+    """Bound of the (token, expert) pairs of each expert in training; pairs beyond the bound are dropped."""
 
     factor: PositiveFloat
     """An expert takes at most ceil(factor x k x T / columns) pairs of its group's T tokens. factor=1 is the even share."""
@@ -147,8 +147,8 @@ class MoESection(Section):
 
     @property
     def no_task_gradient(self) -> bool:
-        """Whether cross entropy gives no router a gradient, because each token has one choice, whose weight is normalised
-        to 1."""
+        """Whether cross entropy gives no router a gradient, because each token chooses one expert, whose weight is
+        normalised to 1."""
         return self.router.normalises_chosen and all(group.top_k == 1 for group in self.groups.values())
 
 
@@ -165,7 +165,8 @@ def modality_violations(groups: Mapping[str, GroupSection], key: str) -> Iterato
 
 
 class MixtureOfDepthsSection(Section):
-    """Mixture of depths: some layers compute only a share of the tokens. The other tokens skip such a layer."""
+    """Mixture of depths: some layers compute only a share of the tokens. Tokens that a layer does not compute skip this
+    layer."""
 
     every: PositiveInt = Field(default=2, description="Every n-th layer is a mixture-of-depths layer.")
     first: Count = Field(default=0, description="Index of the first mixture-of-depths layer.")

@@ -97,7 +97,8 @@ class ParallelSection(Section):
         return self.watchdog_seconds or WATCHDOG_SHARE * self.timeout_seconds
 
     def loss_words_of(self, vocab_size: int) -> int | None:
-        """Returns the number of words whose logits the loss computes at once; None if it computes all logits at once."""
+        """Returns the number of vocabulary words whose logits the loss computes at once; None if the loss computes all
+        logits at once."""
         words = self.loss_words or (LOSS_WORDS if vocab_size > WHOLE_VOCABULARY else vocab_size)
         return words if words < vocab_size else None
 

@@ -1,7 +1,7 @@
 """Reads values into a schema even if the values have faults, so that one error can report all faults.
 
 Each wrong value gives an error text, and is replaced by its default or by any valid value. The other values stay unchanged,
-so that later checks can test them. A run never starts with replaced values: `PartialConfig.checked` raises first.
+so that later checks can test these values. A run never starts with replaced values: `PartialConfig.checked` raises first.
 """
 
 import json
@@ -49,7 +49,7 @@ class PartialConfig(Generic[S]):
         return [r.problem for r in violations if not any(_overlap(key, wrong) for key in r.keys for wrong in self.wrong)]
 
     def checked(self, violations: Callable[[S], Iterable[Violation]], error: Callable[[list[str]], Exception]) -> S:
-        """Returns the value, or raises if it has faults.
+        """Returns the value, or raises if the value has faults.
 
         Args:
             violations: Returns the violated rules of the value.
@@ -156,7 +156,8 @@ def _keys_along(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[tup
 def _repair(
     schema: type[BaseModel], values: Any, keys: list[tuple[str | int, Key]], detail: ErrorDetails, wrong: set[str]
 ) -> None:
-    """Removes the fault `detail` from `values`, in place, so that it does not hide other faults in the next round."""
+    """Removes the fault `detail` from `values`, in place, so that this fault does not hide other faults in the next
+    round."""
     where, kind = tuple(part for part, _ in keys), detail["type"]
     if kind == "extra_forbidden":  # a misspelt key: move its value to the key that was probably meant
         holder = _get(values, where[:-1])
@@ -194,8 +195,8 @@ def _get(values: Any, where: Where) -> Any:
 
 
 def _any_value(annotation: Any) -> Any:
-    """Returns some valid value of a type. For a section this is {}, or only its kind: the next round of `draft` finds
-    its keys missing, and fills them in."""
+    """Returns some valid value of a type. For a section, the value is {} or only the section's kind: the next round of
+    `draft` finds the section's keys missing, and fills them in."""
     kind = bare(annotation)
     origin, args = get_origin(kind), get_args(kind)
     if variants := variants_of(kind):  # sets a valid kind, because otherwise pydantic rejects the section in each round

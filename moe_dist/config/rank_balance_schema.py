@@ -23,7 +23,7 @@ class MovingSection(Section):
 
 
 class ReplicatingSection(Section):
-    """Give hot experts slots on further ranks of an EP group, in single layers and for a while."""
+    """Give hot experts replicas on further ranks of an EP group, in single layers and for a limited time."""
 
     every: Annotated[int, Field(ge=2)] = 20
     """Steps between two decisions. Replicas are chosen by the loads of the first half of these steps, and judged by the

@@ -15,8 +15,8 @@ def open_regular(path: Path, *, links: bool = True) -> BufferedReader:
     """Opens a file for reading, without waiting.
 
     Args:
-        links: Follow `path` if it is a symbolic link. False for a file that runs replace by renames: a rename leaves no
-            link, so another program or person made a link at this path.
+        links: Whether to follow `path` if `path` is a symbolic link. `links` is False for a file that runs replace by
+            renames: a rename leaves no link, so a link at this path was made by another program or person.
 
     Raises:
         IrregularFileError: the path is no regular file, or a link although `links` is False.
@@ -36,8 +36,8 @@ def open_regular(path: Path, *, links: bool = True) -> BufferedReader:
 
 
 def read_regular(path: Path, *, most_bytes: int, links: bool = True) -> bytes:
-    """Reads a whole file, which `open_regular` opens. Raises its errors, and IrregularFileError for a file of more than
-    `most_bytes`."""
+    """Reads a whole file, which `open_regular` opens. Raises the errors of `open_regular`, and IrregularFileError for a
+    file of more than `most_bytes`."""
     with open_regular(path, links=links) as stream:
         if os.fstat(stream.fileno()).st_size > most_bytes:
             raise IrregularFileError(errno.EINVAL, f"is larger than {most_bytes:,} bytes", str(path))

@@ -303,7 +303,8 @@ class Config(Section):
         return found | self.model.moe.active_targets
 
 
-# Sections and keys that may change when a run is resumed. All other keys (of model, data, optimisation) must not change.
+# Sections and keys that may change when a run is resumed. All other keys (of model, data, optimisation) must not change
+# when a run is resumed.
 MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "train.steps",
     "train.micro_batch",

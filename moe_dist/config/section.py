@@ -25,7 +25,7 @@ GroupName = Annotated[str, Field(pattern=GROUP_PATTERN)]
 PathText = Annotated[str, Field(pattern=PATH_PATTERN)]
 Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
 
-WATCHDOG_SHARE = 0.8  # watchdog's time limit / timeout of the process groups; in the time between them, ranks write reports
+WATCHDOG_SHARE = 0.8  # watchdog's time limit divided by the process groups' timeout; between the two, ranks write reports
 
 WholeConfig = Any  # means `schema.Config`, which cannot be imported here (circular import)
 
@@ -35,7 +35,7 @@ VIOLATIONS_LATER = "relations_later"  # key of pydantic's validation context: tr
 class Violation(NamedTuple):
     """A violated rule."""
 
-    keys: tuple[str, ...]  # dotted keys that the rule compares; `violations` gives them relative to its section
+    keys: tuple[str, ...]  # dotted keys that the rule compares; `violations` gives the keys relative to its section
     problem: str  # error text with key, value, rule and fix
 
 
@@ -65,7 +65,8 @@ class Section(BaseModel):
         return ()
 
     def violations_in(self, config: WholeConfig) -> Iterable[Violation]:
-        """Returns the violated rules between this section and others. The rules' keys are full paths, as `parallel.ep`."""
+        """Returns the violated rules between this section and other sections. The rules' keys are full paths, such as
+        `parallel.ep`."""
         return ()
 
     @model_validator(mode="after")

@@ -1,9 +1,10 @@
 """Checks the rule `split_experts` of `run.init_rules`, by which each expert of a trained mixture becomes m finer experts.
 
-Every router row of the checkpoint becomes m equal rows, next to each other. With m k choices, a token takes all m copies of
-the k columns that it took before, because on a tie the first columns win. A softmax over m times as many columns gives each
-column 1 / m of the probability, and weights divided by their sum become 1 / m of their former values. So `scale` must
-become m times as large. If weights are the sigmoids themselves, `scale` stays. Imports no torch.
+Every router row of the checkpoint becomes m equal rows, next to each other. With m k choices per token, a token takes all m
+copies of the k columns that it took before, because on a tie the first columns win. A softmax over m times as many columns
+gives each column 1 / m of the probability, and weights divided by their sum become 1 / m of their former values. The
+router's `scale` must therefore become m times as large. If the routing weights are the sigmoids themselves, not divided by
+their sum, `scale` does not change. Imports no torch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,8 @@ ROUTER = "model.moe.router"
 
 
 def split_experts_violations(config: WholeConfig) -> Iterator[Violation]:
-    """Yields the reasons why a split model would not start as the checkpoint's, as far as the configuration shows them."""
+    """Yields the reasons why a split model would not compute the checkpoint's function at step 0, as far as the
+    configuration tells."""
     router, rule = config.model.moe.router, "run.init_rules: split_experts"
     if router.growth_of_scale(1) is None:
         problem = (

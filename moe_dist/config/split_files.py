@@ -93,7 +93,7 @@ def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
     """Returns size and SHA-256, by file name, of the manifest and of each training split's .idx, .bin and prompt file.
 
     Reads each .idx whole (about a second per GB) and at most 4 MiB of each other file. The digests may thus stay the same
-    if some tokens in a .bin above 4 MiB change, but no sequence length.
+    if some tokens in a .bin of more than 4 MiB change while all sequence lengths stay the same.
 
     Raises:
         DataError: a file cannot be read.

@@ -1,9 +1,10 @@
 """Checks the rule `split` of `run.init_rules`, by which the experts of a group are the parts of one dense FFN.
 
-The model starts as the dense model if a token takes all n experts of its group, each with the weight 1. Every router row
-therefore starts at 0. All columns then have the same score, true experts precede all others on ties, and the weights of
-`top_k` choices are scale / N for a number N that follows from the router. `scale` must be N. If N is a power of two, 1 / N
-and scale / N are exact in any floating-point format, so that the weights are exactly 1. Imports no torch."""
+At step 0 the model computes the function of the dense model if a token takes all n experts of its group, each with the
+weight 1. Every router row is therefore initialised to 0. All router columns then have the same score, true experts precede
+all others on ties, and the weights of `top_k` choices are scale / N for a number N that follows from the router. `scale`
+must be N. If N is a power of two, 1 / N and scale / N are exact in any floating-point format, so that the weights are
+exactly 1. Imports no torch."""
 
 from collections.abc import Iterator
 
@@ -13,7 +14,8 @@ ROUTER = "model.moe.router"
 
 
 def split_violations(config: WholeConfig) -> Iterator[Violation]:
-    """Yields the reasons why a split model would not start as the dense model, as far as the configuration shows them."""
+    """Yields the reasons why a split model would not compute the dense model's function at step 0, as far as the
+    configuration tells."""
     router, rule = config.model.moe.router, "run.init_rules: split"
     if config.model.moe.experts.kind == "clamped_ffn":
         problem = (

@@ -6,7 +6,7 @@ from pydantic import Field, PositiveInt
 
 from moe_dist.config.section import Count, Section, Violation, WholeConfig
 
-MAX_TRACE_ID = 2**15 - 3  # ids are int16, and a dropped pair of column c is stored as -2 - c
+MAX_TRACE_ID = 2**15 - 3  # expert ids are int16, and a dropped (token, expert) pair of router column c is stored as -2 - c
 
 
 class ProfileSection(Section):
@@ -68,7 +68,7 @@ def needs_chosen_experts(key: str, config: WholeConfig, *, off: str = "null") ->
 
 
 def untraceable(config: WholeConfig) -> Iterator[tuple[str, str]]:
-    """Yields (key, reason) for each property of a model whose choices cannot be recorded token by token."""
+    """Yields (key, reason) for each property of a model that prevents recording the chosen experts of each token."""
     moe = config.model.moe
     if moe.router.experts_choose:
         problem = f"needs a router in which tokens choose, and with {moe.router.name} experts choose"

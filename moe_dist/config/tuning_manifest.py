@@ -31,7 +31,7 @@ ARRAYS: Mapping[str, type[np.generic]] = {
     "routing.npy": np.float32,
 }
 _AGAIN = "prepare the folder again"
-_MAX_BYTES = 1 << 24  # largest size of a manifest that is read; a valid one has a few kilobytes
+_MAX_BYTES = 1 << 24  # largest size of a manifest that is read; a valid manifest has a few kilobytes
 _Size = Annotated[int, Field(ge=0)]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -82,7 +82,7 @@ def load_tuning_manifest(folder: str | Path) -> TuningManifest:
     """Reads `folder`/manifest.json.
 
     Raises:
-        ConfigError: the manifest does not exist; the message has the command that makes one.
+        ConfigError: the manifest does not exist; the message has the command that makes a manifest.
         DataError: the manifest is damaged.
     """
     path = Path(folder) / MANIFEST_FILE

@@ -1,4 +1,5 @@
-"""The base class of the sections of attention. The methods take the section `model`, which has the sizes of all kinds."""
+"""The base class of the sections of attention. The methods take the section `model`, which has the sizes for all kinds of
+attention."""
 
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -45,7 +46,8 @@ class AttentionSection(Section):
         """
 
     def rotated(self, model: WholeModel) -> int:
-        """Returns how many elements per token of `kept` a kernel for the rotary embedding saves."""
+        """Returns how many of the elements per token in `kept` need not be kept if a kernel computes the rotary
+        embedding."""
         return 0
 
     def norms_again(self, model: WholeModel) -> bool:

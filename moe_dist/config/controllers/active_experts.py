@@ -51,7 +51,8 @@ class ActiveExpertsSection(ControllerSection):
 
 
 def _unreachable(target: float, group: Any, router: Any) -> str:
-    """Says why the mean number of true experts per token cannot reach the target, with a fix; empty if it can reach it."""
+    """Says why the mean number of true experts per token cannot reach the target, with a fix; empty if the target can be
+    reached."""
     others = group.num_null + group.num_zero_computation
     least, most = router.active_range(group)
     if least == most == group.top_k and not others:

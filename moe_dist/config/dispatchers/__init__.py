@@ -1,1 +1,1 @@
-"""The kinds of dispatcher. Each kind has a file with its keys, requirements and rules."""
+"""The kinds of dispatcher. Each kind of dispatcher has a file with the kind's keys, requirements and rules."""

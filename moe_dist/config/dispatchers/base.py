@@ -1,5 +1,5 @@
-"""The base classes of the sections of dispatchers. Other code reads their properties and never compares `kind`, so that a
-new kind needs no change elsewhere."""
+"""The base classes of the sections of dispatchers. Other code reads the properties of a dispatcher's section and never
+compares `kind`, so that a new kind of dispatcher needs no change elsewhere."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar

@@ -12,7 +12,7 @@ class DeepEPV2DispatchSection(KernelDispatchSection):
     """Use DeepEP's kernels of V2 (ElasticBuffer); needs the package deep_ep."""
 
     kernels: ClassVar[str] = "DeepEP"
-    # V1 of the package lacks this module
+    # V1 of the package deep_ep lacks the module deep_ep.buffers.elastic
     needs_modules: ClassVar[tuple[str, ...]] = ("deep_ep.buffers.elastic",)
     source: ClassVar[str] = "DeepEP V2 from the main branch of its repository"
 

@@ -1,5 +1,6 @@
-"""The base class of the sections of engines. Other code reads its properties and never compares `kind`. A new kind also
-needs an entry in `moe_dist.train.engines.ENGINES` and in `moe_dist.plan.rank_memory.MEMORY`."""
+"""The base class of the sections of engines. Other code reads the properties of an engine's section and never compares
+`kind`. A new kind of engine also needs an entry in `moe_dist.train.engines.ENGINES` and in
+`moe_dist.plan.rank_memory.MEMORY`."""
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +19,7 @@ class EngineSection(Section):
     source: ClassVar[str] = ""  # how to install them
     dense_text: ClassVar[str] = "dense ones on every rank"  # which ranks hold the weights that are not experts
     own_kernels: ClassVar[bool] = True  # whether dense parts run this project's kernels (parallel.kernels)
-    planned: ClassVar[bool] = False  # whether `moe-dist plan` simulates its steps; else `tools.plan.LISTS` applies
+    planned: ClassVar[bool] = False  # whether `moe-dist plan` simulates its steps; if not, `tools.plan.LISTS` applies
 
     def data_ranks(self, parallel: "ParallelSection") -> int:
         """Number of ranks, or sets of ranks, that read different sequences."""
@@ -33,5 +34,5 @@ class EngineSection(Section):
         return parallel.edp
 
     def degrees_text(self) -> str:
-        """Degrees besides ep and edp, for a title; empty without such degrees."""
+        """Degrees of parallelism besides ep and edp, for a title; empty if there are no other degrees."""
         return ""

@@ -12,7 +12,8 @@ from moe_dist.config.section import Ranks, Violation, WholeConfig
 
 KIND = "engine.kind=megatron"
 
-# Keys that must have a value of the tuple, and the reason. Each is a section or key of the whole configuration.
+# Keys, the tuple of values that each key may have with this engine, and the reason. Each key names a section or a key of
+# the whole configuration.
 NEEDED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("run.init_rules", ((),), "weights of another run are loaded as they are"),
     ("train.only", (None,), "all parameters are trained"),

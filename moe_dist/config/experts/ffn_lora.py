@@ -25,7 +25,7 @@ class AdaptedFFNExpertsSection(AdapterSection, ExpertsSection):
 
     @property
     def base(self) -> ExpertsSection:
-        """The section of the base's experts."""
+        """The section of the base model's experts."""
         return FFNExpertsSection()
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:

@@ -97,7 +97,8 @@ def _groups(config: WholeConfig) -> Iterator[Violation]:
 
 
 def _sharding(config: WholeConfig) -> Iterator[Violation]:
-    """Refuses options that place experts or send rows: these have no effect, because every rank holds all LoRA experts."""
+    """Refuses options that place experts or send rows: such options have no effect, because every rank holds all LoRA
+    experts."""
     parallel, dispatch = config.parallel, config.parallel.dispatch
     found = {}  # key -> the text that shows its value
     if config.placement.policy != "interleaved":

@@ -33,7 +33,7 @@ class WsdSchedule(Section):
 ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Field(discriminator="kind")]
 
 # Largest beta for moments in bf16. A step without a gradient multiplies a moment by beta. Rounding to bf16 undoes a change
-# of less than 0.2 to 0.4 %; this beta changes the moment by 1 %.
+# of less than 0.2 to 0.4 %; beta 0.99 changes the moment by 1 %.
 LARGEST_BETA = 0.99
 
 Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]  # a list in JSON becomes a tuple

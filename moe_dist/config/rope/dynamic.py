@@ -6,7 +6,7 @@ from moe_dist.config.rope.base import RopeScalingSection
 
 
 class DynamicRopeSection(RopeScalingSection):
-    """Raise the base of the frequencies with the sequence's length, if this exceeds the original length (dynamic NTK)."""
+    """Raise the base of the frequencies with the length of a sequence that exceeds the original length (dynamic NTK)."""
 
     length_is_longest: ClassVar[bool] = True
     least_head_dim: ClassVar[int] = 4  # the exponent d / (d - 2) needs d > 2, and d is even

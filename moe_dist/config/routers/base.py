@@ -1,5 +1,5 @@
-"""The base class of the sections of routers. Other code reads its properties and never compares `kind`, so that a new kind
-needs no change elsewhere."""
+"""The base class of the sections of routers. Other code reads the properties of a router's section and never compares
+`kind`, so that a new kind of router needs no change elsewhere."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
@@ -13,16 +13,16 @@ OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group's null 
 class RouterSection(Section):
     """The rule that decides which experts compute which tokens.
 
-    The properties have the values of a router with which each token takes top_k columns (one column per expert, null
-    experts included) of its expert group; other kinds override them. The keys selection_bias, null_logit, normalise, scale
-    and scope mean the same in all kinds that have them.
+    The properties return the values for a router with which each token takes top_k columns (one column per expert, null
+    experts included) of its expert group; other kinds of router override the properties. The keys selection_bias,
+    null_logit, normalise, scale and scope mean the same in all kinds that have them.
     """
 
     kind: Any
 
     softmax_top_k: ClassVar[bool] = False  # true if a token takes the top k of one softmax over its group's columns
     experts_choose: ClassVar[bool] = False  # true if in training each expert chooses its tokens
-    fixed_choices: ClassVar[bool] = True  # true if each token has top_k pairs, of which some may be absent
+    fixed_choices: ClassVar[bool] = True  # true if each token has top_k (token, expert) pairs, of which some may be absent
     needs_global_batch_info: ClassVar[bool] = False  # true if a token's choices depend on its place in the global batch
     only_true_experts: ClassVar[bool] = False  # true if groups must not have null or zero-computation experts
     adapted: ClassVar[bool] = False  # true if a model with this router can be the base of LoRA adapters on its experts
@@ -63,7 +63,7 @@ class RouterSection(Section):
 
     @property
     def sum_of_weights(self) -> float | None:
-        """Sum of the routing weights of a token with at least one true expert; None if it differs between tokens."""
+        """Sum of the routing weights of a token with at least one true expert; None if the sum differs between tokens."""
         return getattr(self, "scale", 1.0) if getattr(self, "normalise", "none") == "true_chosen" else None
 
     def further_tensors(self, group: Any, hidden_dim: int) -> dict[str, tuple[int, ...]]:
@@ -86,7 +86,8 @@ class RouterSection(Section):
 
     @property
     def selection_scope(self) -> Literal["rank", "ep_group", "world"]:
-        """The ranks whose tokens compete for an expert: one rank, its EP group, or all ranks."""
+        """The ranks whose tokens compete for an expert: only the token's own rank, all ranks of its EP group, or all
+        ranks."""
         return getattr(self, "scope", "rank")
 
     @property
@@ -95,8 +96,8 @@ class RouterSection(Section):
         return (1, 1)
 
     def expert_capacity(self, top_k: int, num_experts: int, target: float | None = None) -> float | None:
-        """Returns the mean share of its group's tokens that each expert takes; None if each token chooses top_k columns.
-        `target` is the number of true experts per token at which a controller aims."""
+        """Returns the mean share of a group's tokens that each expert of the group takes; None if each token chooses top_k
+        columns. `target` is the number of true experts per token at which a controller aims."""
         return None
 
     def active_range(self, group: Any) -> tuple[float, float]:
@@ -106,7 +107,8 @@ class RouterSection(Section):
         return (max(0, group.top_k - others), most) if others else (group.top_k, group.top_k)
 
     def counts_unknown(self) -> str:
-        """Says why the number of tokens that each rank sends to each expert is unknown before routing; empty if known."""
+        """Says why the number of tokens that each rank sends to each expert is unknown before routing; empty if the number
+        is known."""
         return f"with {self.name} the tokens choose; set {ROUTER}.kind=expert_choice with {ROUTER}.scope=rank"
 
     def not_causal(self) -> str:
@@ -133,8 +135,9 @@ class RouterSection(Section):
 
 
 class AdaptiveRouterSection(RouterSection):
-    """The base of routers in which the number of columns depends on the token, at most the group's top_k. Only controllers
-    with a target may change their selection biases, because these biases set how many columns a token takes."""
+    """The base of routers in which the number of columns (experts) that a token takes depends on the token, and is at most
+    the group's top_k. Only controllers with a target may change the selection biases of an adaptive router, because these
+    biases set how many columns a token takes."""
 
     least_columns: ClassVar[int] = 0  # least number of columns that each token takes
 

@@ -6,7 +6,7 @@ from moe_dist.config.routers.base import AdaptiveRouterSection
 
 
 class PredictedKRouterSection(AdaptiveRouterSection):
-    """A linear head predicts the number of columns that a token takes, at most top_k."""
+    """A linear head predicts the number of experts that a token takes, at most top_k."""
 
     kind: Literal["predicted_k"] = "predicted_k"
     normalise: Literal["true_chosen", "none"] = "none"

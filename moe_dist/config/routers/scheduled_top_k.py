@@ -6,7 +6,7 @@ from pydantic import Field, PositiveFloat
 from moe_dist.config.routers.base import ROUTER, RouterSection
 from moe_dist.config.section import GroupName, NonNegative, Violation, WholeConfig
 
-# Not strict, because `default_kind` makes pydantic validate a Python list here, and a strict tuple refuses a list.
+# Not strict, because `default_kind` makes pydantic validate a Python list, and a strict tuple refuses a list.
 LayerActiveExperts = Annotated[tuple[NonNegative, ...], Field(strict=False)]
 KEY = f"{ROUTER}.active_experts"
 
@@ -14,7 +14,7 @@ KEY = f"{ROUTER}.active_experts"
 class ScheduledTopKRouterSection(RouterSection):
     """Top-k with a given mean k for each layer, which does not depend on the token: a baseline for null experts."""
 
-    needs_global_batch_info: ClassVar[bool] = True  # the random draw of a token depends on its number in the step
+    needs_global_batch_info: ClassVar[bool] = True  # the random draw of a token depends on the token's number in the step
     only_true_experts: ClassVar[bool] = True
 
     kind: Literal["scheduled_top_k"] = "scheduled_top_k"

@@ -6,7 +6,7 @@ from moe_dist.config.routers.base import AdaptiveRouterSection
 
 
 class ThresholdRouterSection(AdaptiveRouterSection):
-    """Each token takes the columns whose score exceeds the column's learned threshold, at most top_k (DynMoE)."""
+    """Each token takes the experts whose score exceeds the expert's learned threshold, at most top_k (DynMoE)."""
 
     kind: Literal["threshold"] = "threshold"
     temperature: PositiveFloat = Field(default=0.1, description="Divisor of the cosines of token and router row.")

@@ -8,7 +8,7 @@ from moe_dist.config.section import Violation, WholeConfig
 
 
 class TopKRouterSection(RouterSection):
-    """Each token takes its top_k columns of one softmax over true, null and zero-computation experts (AdaMoE)."""
+    """Each token takes the top_k experts of one softmax over true, null and zero-computation experts (AdaMoE)."""
 
     softmax_top_k: ClassVar[bool] = True
     adapted: ClassVar[bool] = True

@@ -7,7 +7,7 @@ from moe_dist.config.section import Share
 
 
 class TopPRouterSection(AdaptiveRouterSection):
-    """Each token takes its most probable columns until their probabilities add up to p, at most top_k (DTop-p)."""
+    """Each token takes its most probable experts until their probabilities add up to p, at most top_k (DTop-p)."""
 
     least_columns: ClassVar[int] = 1
 
