@@ -87,7 +87,8 @@ class AdamW(torch.optim.AdamW):
 
 
 def _slices(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields lists of parameters whose converted moments together have at most WIDE_BYTES, or of a single parameter."""
+    """Yields lists of parameters whose converted moments together have at most WIDE_BYTES, or lists of one larger
+    parameter."""
     part: list[Tensor] = []
     size = 0
     for parameter in parameters:

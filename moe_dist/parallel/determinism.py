@@ -18,8 +18,8 @@ _NCCL = ("NCCL_ALGO", "^NVLS,NVLSTree,CollNetDirect,CollNetChain")
 
 
 def deterministic_variables(given: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variables for deterministic cuBLAS and NCCL that `given` lacks. cuBLAS and NCCL read them at their first
-    use.
+    """Returns the variables for deterministic cuBLAS and NCCL that `given` lacks. cuBLAS and NCCL read these variables at
+    their first use.
 
     Raises:
         ConfigError: the variable in `given` has a value with which cuBLAS is not deterministic.

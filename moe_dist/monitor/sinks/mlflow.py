@@ -18,7 +18,7 @@ class MlflowSink(Sink):
         experiment: Name of the experiment.
         uri: Address of the tracking server; None for MLFLOW_TRACKING_URI. MLflow reads credentials from its own
             environment variables.
-        resume_step: Last step of the earlier attempt.
+        resume_step: Step from which the run resumes (0 in a new run).
 
     Raises:
         ConfigError: mlflow is not installed, or the server does not answer or refuses the run.

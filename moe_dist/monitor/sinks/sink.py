@@ -72,8 +72,8 @@ class LeaseWatch(Sink):
 class GuardedSinks(Sink):
     """Passes every call to each sink, in order. A sink that raises OSError is logged and not called again.
 
-    A sink whose `flush` raises CheckpointError (JsonlSink) is called again. No checkpoint is committed until its flush
-    succeeds.
+    A sink whose `flush` raises CheckpointError (JsonlSink) is called again. No checkpoint is committed until the `flush` of
+    every such sink succeeds.
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:

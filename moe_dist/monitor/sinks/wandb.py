@@ -18,7 +18,7 @@ class WandbSink(Sink):
         mode: 'online' uses the key of `wandb login` or WANDB_API_KEY; 'offline' writes only files under `folder`, which
             `wandb sync` can upload later.
         folder: The run folder.
-        resume_step: Last step of the earlier attempt.
+        resume_step: Step from which the run resumes (0 in a new run).
 
     Raises:
         ConfigError: wandb is not installed, or has no key for online mode.

@@ -39,8 +39,8 @@ class TraceWriter:
     def add(
         self, step: int, tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray | None, losses: np.ndarray | None = None
     ) -> None:
-        """Queues a step: tokens `TOKEN` [T], ids int16 [T, L, K], weights float16 [T, L, K], losses float16 [T]. The arrays
-        must not change later."""
+        """Queues a step: tokens `TOKEN` [T], ids int16 [T, L, K], weights float16 [T, L, K], losses float16 [T]. The caller
+        must not change the arrays afterwards."""
         assert tokens.dtype == TOKEN, tokens.dtype
         assert ids.dtype == np.int16, ids.dtype
         self._queue.put((step, tokens, ids, weights, losses))
