@@ -34,8 +34,8 @@ def deterministic_variables(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def make_deterministic() -> None:
-    """Makes torch and the CUDA libraries deterministic in this process. Call it right after importing torch. An operation
-    without a deterministic implementation then raises a RuntimeError that names the operation.
+    """Makes torch and the CUDA libraries deterministic in this process. Call this function right after importing torch.
+    Afterwards an operation without a deterministic implementation raises a RuntimeError that names the operation.
 
     Raises:
         ConfigError: see `deterministic_variables`.

@@ -42,14 +42,14 @@ def initial_value(
     engine.
 
     Args:
-        path: Name in `model` of the parameter that holds the tensor, alone or with others. The module of this parameter can
-            set a constant.
+        path: Name in `model` of the parameter that holds the tensor, alone or with others. The module that owns this
+            parameter can set the initial value to a constant.
         name: Logical name, with the index of an expert. The name decides the value if the module sets no constant.
         shape: Shape of the logical tensor.
     """
     owner, _, leaf = path.rpartition(".")
     constant = getattr(model.get_submodule(owner), "initial_values", {}).get(leaf)
-    if constant is not None:  # set here, because the meta device stores no values
+    if constant is not None:  # set only now, because the meta device stores no values
         return torch.full(shape, constant)
     role = role_of_name(name)
     if role is Role.NORM:
@@ -67,7 +67,7 @@ def initial_value(
 def allocate(model: Transformer, device: torch.device) -> None:
     """Allocates a meta-device model on `device`. Sets the buffers of routers, but no parameter."""
     if any(parameter.is_meta for parameter in model.parameters()):
-        model.to_empty(device=device)  # sets no values: the caller overwrites all of them
+        model.to_empty(device=device)  # leaves values undefined: the caller sets all values
     for module in [*(moe.router for moe in model.moe_modules()), *model.depth_routers()]:
         with device:
             module.reset_buffers()  # pyright: ignore[reportCallIssue]

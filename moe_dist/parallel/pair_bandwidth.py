@@ -15,8 +15,9 @@ from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_rob
 
 NAME_BYTES = 128
 REPEATS, SECONDS = 100, 0.5  # most repeats of a collective, and most seconds for them; the best time counts
-# Further measurements (looks) of a pair that looks slow: the pair is slow only if all of them find it slow. All pairs of a
-# slow node are slow. With more such pairs each gets fewer looks, or a large cluster would exceed the job's time limit.
+# Further measurements (looks) of a pair that looks slow: the pair is slow only if all looks find the pair slow. All pairs
+# of a slow node are slow. The more pairs look slow, the fewer looks each pair gets, so that a large cluster stays within
+# the job's time limit.
 FEWEST_LOOKS, MOST_LOOKS, ALL_LOOKS = 3, 10, 100
 
 
@@ -80,7 +81,8 @@ def _stays_slow(
 
 
 def names_of_nodes(own: str, ranks: NodeRanks, device: torch.device) -> list[str]:
-    """Returns the names of all nodes, in order; `own` is this node's name. All ranks call it (a collective)."""
+    """Returns the names of all nodes, in order; `own` is this node's name. All ranks must call this function, which issues
+    a collective."""
     text = torch.tensor(list(own.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")), dtype=torch.uint8, device=device)
     everywhere = [torch.empty_like(text) for _ in range(ranks.nodes * ranks.per_node)]
     dist.all_gather(everywhere, text)  # sent as bytes, because object collectives use pickle

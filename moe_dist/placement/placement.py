@@ -92,8 +92,8 @@ class ExpertPlacement:
     @classmethod
     def interleaved(cls, groups: Sequence[ExpertGroup], num_ranks: int) -> "ExpertPlacement":
         """Spreads the experts of every group evenly over all ranks. If a group's experts do not divide evenly, some ranks
-        get one more expert. The extra experts of the next group go to the ranks after these, so that ranks stay
-        balanced."""
+        get one more expert. The extra experts of the next group go to the ranks after the last rank with an extra expert,
+        so that ranks stay balanced."""
         slots: list[list[int]] = [[] for _ in range(num_ranks)]
         offset = 0
         for group in groups:

@@ -1,7 +1,8 @@
 """Estimates step time, bytes and memory of a layout. Imports no torch.
 
-Sums and gathers over data-parallel ranks run while the exchanges leave the wire free; the rest of their time prolongs the
-step. The estimate assumes that EP groups wait for each other in each micro-batch.
+Gradient sums and parameter gathers over data-parallel ranks run while dispatch and combine leave the network free; the rest
+of the time of sums and gathers prolongs the step. The estimate assumes that EP groups wait for each other in each
+micro-batch.
 """
 
 import math
@@ -31,9 +32,9 @@ class Estimate:
 
     Attributes:
         config: The configuration with this layout.
-        seconds: Seconds of a step. `busy`, `imbalance`, `exchange` and `tail` are its parts: the mean rank's compute and
-            syncs with its host, the wait for the busiest rank, the part of exchanges that no compute covers, and the time
-            of sums, gathers and optimizer.
+        seconds: Seconds of a step. `busy`, `imbalance`, `exchange` and `tail` are the parts of a step: the mean rank's
+            compute and syncs with its host, the wait for the busiest rank, the part of exchanges that no compute covers,
+            and the time of sums, gathers and optimizer.
         wire: Seconds of a step in which the rank that sends most rows exchanges them, seconds that compute covers included.
         bytes_inside, bytes_between: Payload bytes that all ranks exchange in a step inside nodes and between nodes.
         memory: Bytes of the fullest rank at the quantiles 0.5, 0.95 and 0.99 of the micro-batches.
@@ -143,7 +144,7 @@ class Planner:
 
     def _play(self, config: Config, placement: ExpertPlacement, load: Load) -> Played:
         parallel, dispatch = config.parallel, config.parallel.dispatch
-        # All ranks of a node share its cores. The simulated ranks, one EP group, get their part of these cores.
+        # All ranks of a node share its cores. The simulated ranks, one EP group, get their part of the node's cores.
         node = min(parallel.ep * parallel.edp, self.rates.ranks_per_node)
         cores = None if self.rates.cores is None else self.rates.cores * min(1.0, parallel.ep / node)
         key = (placement.slots, dispatch, parallel.recompute, config.train.micro_batch, cores)
@@ -168,8 +169,8 @@ class Planner:
         return self._played[key]
 
     def _tail(self, config: Config, placement: ExpertPlacement, played: Played, times: int) -> float:
-        """Returns the seconds that sums, gathers and the optimizer add to a step: seconds that no compute covers, and
-        seconds by which they slow simultaneous compute."""
+        """Returns the seconds that gradient sums, parameter gathers and the optimizer add to a step: seconds that no
+        compute covers, and seconds by which sums and gathers slow simultaneous compute."""
         parallel, rates, world = config.parallel, self.rates, config.parallel.ep * config.parallel.edp
         held = {g.name: max(len(placement.local_experts(r, g)) for r in range(parallel.ep)) for g in placement.groups}
         parts, trained = flops.parameters(config.model, experts_held=held), memory.trained_parts(config, held)

@@ -83,7 +83,8 @@ def _engine_violations(config: Config) -> list[Violation]:
 
 
 def _kernel_violations(config: Config) -> list[Violation]:
-    """Checks for parallel.kernels.kind=triton: a device, and the package triton, unless torch is missing, too."""
+    """Checks for parallel.kernels.kind=triton: the run needs a device that Triton supports and, unless torch is missing
+    too, the package triton."""
     key = "parallel.kernels.kind"
     if config.parallel.kernels.kind != "triton":
         return []

@@ -45,7 +45,8 @@ def layouts(config: Config, gpus: int, rates: Rates, placements: "Placements") -
                                 "fsdp_gather": gather,
                                 "recompute": recompute,
                                 "dispatch": dispatch,
-                                "two_batch_overlap": False,  # needs all_to_all, and the planner does not time it
+                                # two_batch_overlap needs all_to_all, and the planner does not time it
+                                "two_batch_overlap": False,
                             }
                         )
                         for size in micro:

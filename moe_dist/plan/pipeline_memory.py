@@ -1,4 +1,4 @@
-"""Estimates the memory of a rank on tensor, pipeline and context-parallel ranks (engine.kind=megatron). Imports no torch.
+"""Estimates the memory of a rank with tensor, pipeline and context parallelism (engine.kind=megatron). Imports no torch.
 
     weights      experts / pp, and (attention, dense and shared FFNs) / (tp pp); routers and norms / pp; embedding or
                  output / tp

@@ -31,8 +31,8 @@ class PlacementPlan:
 
     @property
     def efficiency(self) -> float:
-        """Returns mean load / maximum load of the ranks. The throughput is at most this share of the throughput under equal
-        loads."""
+        """Returns mean load / maximum load of the ranks. The throughput is at most this fraction (mean / maximum load) of
+        the throughput under equal loads."""
         return sum(self.load_R) / len(self.load_R) / max(self.load_R)
 
     @property
@@ -109,8 +109,8 @@ def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) ->
 
 
 def compare(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> PlanComparison:
-    """Compares pinned and interleaved placement for the same groups, ranks and mix. The pinned ranks are chosen here, not
-    read from the configuration."""
+    """Compares pinned and interleaved placement for the same groups, ranks and mix. This function chooses the pinned ranks,
+    and does not read them from the configuration."""
     plans, missing = [], {}
     for section in (PinnedSection(), InterleavedSection()):
         try:

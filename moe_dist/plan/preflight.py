@@ -51,14 +51,15 @@ def check(config: Config, *, manifest: Manifest | None = None, world_size: int |
         world_size: Number of started ranks, compared with parallel.ep x parallel.edp.
 
     Raises:
-        ConfigError: the configuration has faults. The error lists them, and the faults of the data.
-        DataError: only the data has faults. The error lists them.
+        ConfigError: the configuration has faults. The error lists all faults of configuration and data.
+        DataError: only the data has faults. The error lists these faults.
     """
     return _check(PartialConfig(config, ()), manifest, world_size)
 
 
 def check_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Preflight:
-    """Does the same as `check` for a file, and reports its misspelt keys and wrong types together with all other faults.
+    """Does the same as `check` for a configuration file, and reports the file's misspelt keys and wrong types together with
+    all other faults.
 
     Raises:
         ConfigError, DataError: see `check`.
@@ -67,7 +68,7 @@ def check_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: i
 
 
 def layout_without_data(config: Config) -> PlannedLayout:
-    """Checks, for a dry run, everything that needs no data. If the manifest exists, checks it too.
+    """Checks, for a dry run, everything that needs no data. If the data set's manifest exists, checks the manifest too.
 
     Raises:
         ConfigError, DataError: see `check`.
@@ -89,7 +90,7 @@ def layout_without_data(config: Config) -> PlannedLayout:
 
 
 def layout_of_file(path: str | Path, overrides: Sequence[str] = ()) -> PlannedLayout:
-    """Does the same as `layout_without_data`, for a file."""
+    """Does the same as `layout_without_data`, for a configuration file."""
     return layout_without_data(load_config(path, overrides))
 
 
