@@ -1,6 +1,7 @@
 """The rates of a machine that the step model needs: products, copies, launches and exchanges. Imports no torch.
 
-`moe-dist calibrate` measures them into a file. `docs/planning.md` has the fields, and where published rates come from.
+`moe-dist calibrate` measures the rates and writes them to a file. `docs/planning.md` lists the fields, and the sources of
+published rates.
 """
 
 from collections.abc import Iterator
@@ -17,11 +18,11 @@ from moe_dist.errors import ConfigError
 
 GUIDE = "docs/planning.md"
 Mark = Literal["measured", "fitted", "extrapolated"]
-MARKS: tuple[Mark, ...] = ("measured", "fitted", "extrapolated")  # from the surest to the least sure
+MARKS: tuple[Mark, ...] = ("measured", "fitted", "extrapolated")  # from the most to the least certain
 
 
 def weakest(*marks: Mark) -> Mark:
-    """Returns the least sure of the marks, which is the mark of a number computed from all marked numbers."""
+    """Returns the least certain of the marks, which is the mark of a number computed from all marked numbers."""
     return max(marks, key=MARKS.index)
 
 

@@ -99,7 +99,8 @@ def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: float) -> np.n
                 left_R[runs_R] -= (nearest - now) * speed
                 now = nearest
                 continue
-            done_R = runs_R & (left_R == least)  # chosen by equality, since a rounded difference may never become 0
+            # compares the times, since a rounded difference of times may never become 0
+            done_R = runs_R & (left_R == least)
             left_R[runs_R] -= least
             now += least / speed
             end_R[done_R] = now
@@ -117,7 +118,7 @@ def expected_longest(seconds_S: np.ndarray, groups: int) -> float:
 
 def exchange_seconds(rates: Rates, ranks: int, inside: Seconds, between: Seconds) -> Seconds:
     """Returns the seconds of one exchange. `inside` and `between` are the bytes that a rank sends or receives, whichever
-    are more, inside its node and between nodes. Both amounts are sent at the same time.
+    are more, inside its node and between nodes. The bytes inside the node and between nodes are sent at the same time.
 
     Args:
         ranks: Number of ranks of a node that take part.
@@ -152,7 +153,7 @@ class LayerCost:
         dense: Attention, norms and the router.
         shared: The FFN that computes all tokens: shared expert, or a dense FFN.
         own, others: Experts for the rank's own tokens, and for tokens of other ranks.
-        pack: Packing of rows before an exchange, and summing after it.
+        pack: Packing of rows before an exchange, and summing of rows after the exchange.
         counts: Exchange of row counts and indices; 0 if there is none.
         sync: Host sync that reads the split sizes.
         weights: Exchange of one chunk's pair weights before its rows, and of their gradients; 0 if the weights are sent
@@ -171,7 +172,7 @@ class LayerCost:
     hops: tuple[Seconds, ...] = ()
 
 
-BACKWARD = 2.0  # seconds of backward / forward: a product has two products in backward, if its weight has a gradient
+BACKWARD = 2.0  # seconds of backward / forward: a matrix product has two products in backward, if its weight has a gradient
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class Order:
 
     Attributes:
         backward: Seconds of backward / seconds of forward.
-        again: Seconds of a repeated forward / seconds of the first forward.
+        again: Seconds of a recomputed forward / seconds of the first forward.
     """
 
     overlap: bool = False
@@ -204,7 +205,7 @@ def micro_batch(
         last = (_forward(queue, layer, order, last),)
     last = (queue.add("head", COMPUTE, head * (1 + order.backward), *last),)
     for layer, costs in zip(reversed(layers), reversed(backward or layers), strict=True):
-        if order.recompute == "block":  # repeats attention, dispatch and experts, not the combine
+        if order.recompute == "block":  # recomputes attention, dispatch and experts, not the combine
             last = (_forward(queue, _times(layer, order.again), order, last, repeated=True),)
         last = (_backward(queue, costs, order, last),)
     return queue.events
@@ -212,7 +213,8 @@ def micro_batch(
 
 def micro_batch_in_halves(layers: Sequence[LayerCost], head: Seconds, backward: Sequence[LayerCost]) -> list[Event]:
     """Returns the queue of one micro-batch with `parallel.two_batch_overlap`, in the order of `moe.dispatch.two_batches`:
-    each half runs up to its next exchange, and then the other half runs. All costs are of one half."""
+    each half of the micro-batch runs up to its next exchange, and then the other half runs. All costs are of one half of
+    the micro-batch."""
     queue = Queue()
     last = _in_turns([_half_forward(queue, layers) for _ in range(2)])
     last = (queue.add("head", COMPUTE, head * (1 + BACKWARD), *last),)
@@ -221,7 +223,7 @@ def micro_batch_in_halves(layers: Sequence[LayerCost], head: Seconds, backward: 
 
 
 def _in_turns(halves: Sequence[Iterator[int]]) -> tuple[int, ...]:
-    """Runs both halves in turns, and returns the last event of each."""
+    """Runs both halves of a micro-batch in turns, and returns the last event of each half."""
     last = [0 for _ in halves]
     for events in zip(*halves, strict=True):
         last = list(events)

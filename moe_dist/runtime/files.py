@@ -28,7 +28,7 @@ def write_atomically(
         with open(descriptor, "wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
-            os.fsync(stream.fileno())  # before the rename, so that a crash leaves no empty file under the final name
+            os.fsync(stream.fileno())  # synced before the rename, so that a crash leaves no empty file under the final name
         if before_rename is not None:
             before_rename()
         os.replace(new, path)  # atomic: readers see the old or the new file

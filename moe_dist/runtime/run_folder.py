@@ -66,7 +66,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: Config) -> "RunFolder":
-        """Returns the run folder of a configuration; it need not exist."""
+        """Returns the run folder of a configuration; the folder need not exist."""
         return cls(Path(config.run.root) / config.run.name, config.run.group)
 
     def log_of(self, rank: int) -> Path:
@@ -176,13 +176,13 @@ class RunFolder:
 
     def prepare(self) -> None:
         """Creates the folder and its log folder, and sets their group to `run.group`. Launchers call it after `inspect`.
-        Raises ConfigError or RunFolderError if that fails."""
+        Raises ConfigError or RunFolderError if the folders cannot be created or changed."""
         with in_words(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             for folder in (self.path, self.logs, self.checkpoints, self.tensorboard):
                 if self._group is not None and folder.is_dir():
                     give_to_group(folder, self._group)
-            self.logs.mkdir(exist_ok=True)  # after the parent has its setgid bit, which a new folder inherits
+            self.logs.mkdir(exist_ok=True)  # created after the parent has its setgid bit, which a new folder inherits
 
     def open(
         self,
@@ -194,7 +194,8 @@ class RunFolder:
         stopped: Callable[[], bool] | None = None,
     ) -> Lease:
         """Takes the lease, writes configuration and provenance, and adds the attempt to status.json. Only rank 0 calls it.
-        Check the returned lease before each commit, and release it at the end. `Lease.acquire` explains the arguments.
+        The caller must check the returned lease before each commit, and release the lease at the end. `Lease.acquire`
+        explains the arguments.
 
         Raises:
             ConfigError, DataError, RunFolderError: from `inspect` and `prepare`.
@@ -206,9 +207,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lease = Lease(self.lease_json, env.attempt_id).acquire(wait_seconds, on_wait=on_wait, stopped=stopped)
         try:
-            self.inspect(config)  # again, because an attempt that held the lease may have changed the folder
+            self.inspect(config)  # inspected again, because an attempt that held the lease may have changed the folder
             with in_words(self.path):
-                # Written first, because without config.yaml another rank's `inspect` would find no run folder.
+                # config.yaml is written first, because without this file another rank's `inspect` would find no run folder.
                 write_atomically(self.config_yaml, resolved_yaml(config))
             self.prepare()
             with in_words(self.path):

@@ -1,8 +1,8 @@
 """Removes secrets of the environment from text before it is logged or stored.
 
 moe_dist writes only environment variables that it reads itself into logs or files. But an exception may quote a URL that
-contains a key, and a user may pass a key as an override. The values of secret variables are therefore removed from such
-texts.
+contains a key, and a user may pass a key as an override. The values of secret variables are therefore removed from texts
+before they are logged or stored.
 """
 
 import re

@@ -103,7 +103,7 @@ class StopRequest(StopSignals):
                 if timer is None and number in STOP_SIGNALS:
                     self.first = self.first or signal.Signals(number)
                     timer = threading.Timer(self.grace_seconds, self._expire)
-                    timer.daemon = True  # so that the timer does not keep the process alive after a normal end
+                    timer.daemon = True  # a daemon, so that the timer does not keep the process alive after a normal end
                     timer.start()
                     if self._told:
                         name = signal.Signals(number).name
@@ -142,11 +142,12 @@ def child_of(parent_pid: int, *, ignore_stop: bool) -> Callable[[], None]:
 
     def prepare() -> None:
         if prctl is not None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # each child sets this, because fork clears it
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # each child sets this signal, because fork clears the setting
         if os.getppid() != parent_pid:  # the parent died between fork and prctl
             os._exit(EXIT_FAILED)
         if ignore_stop:
             for number in STOP_SIGNALS:
-                signal.signal(number, signal.SIG_IGN)  # because a Ctrl-C goes to the whole process group
+                # ignores the signals, because a Ctrl-C goes to the whole process group
+                signal.signal(number, signal.SIG_IGN)
 
     return prepare

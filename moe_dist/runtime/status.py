@@ -63,7 +63,8 @@ class Status:
 def read_status(path: Path) -> Status:
     """Returns all attempts; empty without a file. Raises DataError if the file is damaged."""
     try:
-        text = read_regular(path, most_bytes=MAX_STATUS_BYTES, links=False)  # in one read, because writers replace the file
+        # reads the file at once, because writers replace the file
+        text = read_regular(path, most_bytes=MAX_STATUS_BYTES, links=False)
     except FileNotFoundError:
         return Status()
     try:
@@ -99,8 +100,8 @@ def record_save_seconds(logs: Path, seconds: float) -> None:
 
 
 def measured_save_seconds(logs: Path) -> float | None:
-    """Returns the seconds of the longest of the last few saves; None before the first save. A grace period must be
-    longer."""
+    """Returns the seconds of the longest of the last few saves; None before the first save. A grace period must be longer
+    than these seconds."""
     return max(_saves(logs), default=None)
 
 

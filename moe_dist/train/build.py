@@ -120,7 +120,7 @@ def build_model(
         compute_dtype: Overrides `parallel.precision`, for tests in float64.
         choice_scope: With expert choice, the ranks whose tokens compete for an expert; None for this rank alone.
         depth_scope: Ranks whose tokens compete in mixture-of-depths layers; None for this rank alone.
-        kernels: Arithmetic on rows around the experts' matrix products.
+        kernels: Functions for the arithmetic on rows before and after the experts' matrix products.
     """
     section, stats = config.model, comm_stats or CommStats()
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
@@ -145,7 +145,8 @@ def build_for_inference(
     config: Config, placement: ExpertPlacement, device: torch.device, mesh: Mesh | None = None
 ) -> Transformer:
     """Makes the model in evaluation mode, with uninitialised tensors, which the caller must load. Ignores how the training
-    run was laid out over ranks. The ranks of an EP group of `mesh` share the experts; without `mesh` this rank has all."""
+    run was laid out over ranks. The ranks of an EP group of `mesh` share the experts; without `mesh` this rank has all
+    experts."""
     ep, ep_rank, ep_group = (1, 0, None) if mesh is None else (mesh.ep_size, mesh.ep_rank, mesh.ep)
     alone = {"ep": ep, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": AllToAllDispatchSection()}
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
@@ -198,7 +199,7 @@ class Training:
     parallel: ParallelModel
     optimizer: Optimizer
     step: TrainingStep
-    dispatch: DispatchParts | None = None  # to make another dispatcher if experts move
+    dispatch: DispatchParts | None = None  # kept to make another dispatcher if experts move
     balance: BiasController | None = None
     tuning: RouterTuning | None = None
     load: StepLoad | None = None
@@ -260,7 +261,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     if taught is not None:
         status = CollectiveStatus(taught.teacher or taught.top_logits or "", mesh.checkpoint, mesh.tracker)
         read = partial(build_distillation, config, manifest, mesh.device)
-        distillation = status.phase("load the teacher", read, kind=DataError)  # fails on all ranks, or on none
+        distillation = status.phase("load the teacher", read, kind=DataError)  # the load fails on all ranks, or on none
     step = TrainingStep(
         parallel,
         optimizer,
@@ -397,7 +398,8 @@ class TrainingPlan:
             name to the mean number of true (not null) experts per token, and to the group's fraction of all tokens.
         active_target: By group: the number of true experts per token that a controller aims at.
         even_active: By group: the expected number of true experts per token. Has only the groups in which a controller or a
-            null weight of the balance loss sets this number. Other groups expect top_k x true experts / all experts.
+            null weight of the balance loss sets the expected number. For groups without an entry, the expected number is
+            top_k x true experts / all experts.
     """
 
     placement: ExpertPlacement
