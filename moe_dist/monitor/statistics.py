@@ -1,7 +1,8 @@
 """The input of monitoring: global sums of a step or an evaluation, as plain numbers and numpy arrays.
 
-Pure functions (`metrics.py`) compute all scalars and pictures from these sums, so that sinks never touch the model. Shape
-letters: L MoE layers, G expert groups, M modalities in the order of the data set's manifest, W ranks of the world.
+Pure functions (`metrics.py`) compute all scalars and pictures from the sums in this file, so that sinks never touch the
+model. Shape letters: L MoE layers, G expert groups, M modalities in the order of the data set's manifest, W ranks of the
+world.
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,11 +76,12 @@ class StepResult:
 
 
 class LeverDecision(NamedTuple):
-    """A decision of a lever of `rank_balance`: a change that it made or refused.
+    """A decision of a lever (load-balancing method) of `rank_balance`: a change that the lever made or refused.
 
     Attributes:
         taken: False if the change was refused.
-        before, after: Load of the busiest rank / load of the mean rank, without and with the change; 1 is even.
+        before, after: Load of the busiest rank / load of the mean rank, without and with the change; 1 if the ranks' loads
+            are equal.
         cost_steps: Time that the change takes, in steps: a move of experts takes it once, replicas in sum until the lever's
             next decision.
         why: The reason.

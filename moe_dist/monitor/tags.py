@@ -1,7 +1,8 @@
 """The tags of the scalars, their meaning, and their maximum number.
 
 A step and its evaluation together have at most `MAX_SCALARS` scalars, for any number of layers, experts, groups and
-modalities, because nobody reads pages with thousands of curves. Heat maps and metrics.jsonl have all other values.
+modalities, because nobody reads pages with thousands of curves. Heat maps and metrics.jsonl have all values that are not
+among the scalars.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ from moe_dist.config.manifest import RESERVED_MODALITIES
 
 MAX_SCALARS = 40
 
-# Prefixes of the tags of times and device readings. All other scalars are bit-equal in two runs with the same seed.
+# Prefixes of the tags of times and device readings. Scalars without these prefixes are bit-equal in two runs with the same
+# seed.
 TIMING_TAGS: tuple[str, ...] = ("perf/", "device/", "comm/seconds")
 TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note")
 

@@ -130,7 +130,7 @@ def make_mesh(
         world=world,
         ep=ep_group,
         edp=edp_group,
-        # The timeout may be long: a rank that dies closes its connections, which ends the wait of the others.
+        # The timeout may be long: a rank that dies closes its connections, which ends the wait of the other ranks.
         checkpoint=dist.new_group(backend=backend, timeout=CHECKPOINT_TIMEOUT),  # pyright: ignore[reportArgumentType]
         world_mesh=DeviceMesh.from_group(world, device.type, mesh_dim_names=("world",)),
         edp_mesh=DeviceMesh.from_group(edp_group, device.type, mesh_dim_names=("edp",)),
@@ -184,11 +184,11 @@ def destroy_world() -> None:
 
 
 def own_gpu(env: RankEnv) -> torch.device:
-    """Returns this rank's GPU, and makes it the current device. This is the GPU whose index is the local rank, or the only
-    GPU that the rank sees: a scheduler may show each rank only its own GPU, as srun --gpus-per-task does.
+    """Returns this rank's GPU, and makes it the current device. The rank's GPU is the GPU whose index is the local rank, or
+    the only GPU that the rank sees: a scheduler may show each rank only its own GPU, as srun --gpus-per-task does.
 
     Raises:
-        ResourceError: the node shows no GPU, or several but fewer than it has ranks.
+        ResourceError: the node shows no GPU, or several GPUs but fewer than the node has ranks.
     """
     index = 0 if torch.cuda.device_count() == 1 else env.local_rank
     if index >= torch.cuda.device_count():

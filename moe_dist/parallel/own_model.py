@@ -57,7 +57,7 @@ def build_moe_layer(
         name: Name of the layer in logical names and error messages. Each layer of a model needs its own name.
 
     Raises:
-        ConfigError: `placement` is for other groups.
+        ConfigError: the groups of `placement` differ from `groups`.
         ValueError: in forward, x or group has another shape, or (checked on CPUs only, because a GPU would have to sync) a
             group index is neither -1 nor the index of a group.
     """

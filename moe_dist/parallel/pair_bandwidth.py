@@ -42,8 +42,8 @@ def measure_pairs(
 ) -> tuple[dict[Pair, PairExchange], list[Pair]]:
     """Returns the best times of each pair of nodes, and the list of slow pairs. The result is the same on all ranks.
 
-    A pair that looks slow is measured again without other traffic, in turn with a pair of usual speed. A temporary load
-    then slows both pairs, so that it makes no pair look slow.
+    A pair that looks slow is measured again without other traffic, in turn with a pair of usual speed. A temporary load on
+    the network then slows both pairs of the comparison, and so makes no pair look slow.
 
     Args:
         payload_bytes: Bytes that each rank sends to the other node in an all-to-all, and bytes of its all-reduced tensor.
@@ -60,7 +60,8 @@ def measure_pairs(
     if not doubted:
         return measured, []
     reference = usual_pair(measured)
-    # All ranks create these groups, because with `alone` torch would reuse the name of the pair's destroyed group.
+    # All ranks create the groups of the doubted pairs, because with `alone` torch would reuse the name of the pair's
+    # destroyed group.
     groups = {pair: group_of(ranks.of(pair), timeout=timeout, alone=False) for pair in [reference, *doubted]}
     looks = _num_looks(len(doubted))
     return measured, [pair for pair in doubted if _stays_slow(pair, reference, task, groups, looks)]

@@ -1,7 +1,7 @@
 """Makes a single-device model parallel, in these steps:
 
 1. Experts: the model is built with this rank's experts only, and its dispatcher gets the EP group.
-2. Recompute: inside each FSDP2 unit, set when the model is built, so that FSDP2 gathers a unit before recomputation.
+2. Recompute: set inside each FSDP2 unit when the model is built, so that FSDP2 gathers a unit before recomputation.
 3. FSDP2 or DDP: last, because the wrapper needs the final parameters and units.
 
 Gradients are summed over ranks, not averaged, because a rank's loss is its share of the global loss. Dense gradients are

@@ -49,7 +49,7 @@ def meeting(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[tuple[S
 
     Raises:
         ConfigError: ranks differ in WORLD_SIZE, MOE_DIST_ATTEMPT_ID or run folder. The error names rank, host and values.
-        StartError, StoppedError: `wait` raised it on this rank or on rank 0, or the store's owner has ended.
+        StartError, StoppedError: `wait` raised the error on this rank or on rank 0, or the store's owner has ended.
         ResourceError: see `publish`.
     """
     with _store(env, run_folder, wait) as shared:

@@ -1,7 +1,8 @@
 """Maps the slots of each rank to experts. A slot is the place of one expert on a rank.
 
 An expert's logical id is its number over all groups, in group order: group g has the ids first_g .. first_g + n_g - 1. A
-rank is a position in an EP group. Ranks may have different numbers of slots, or none. Every layer uses the same map.
+rank is a position in an EP group. Ranks may have different numbers of slots, or none. Every layer uses the same map of
+slots to experts.
 """
 
 import itertools

@@ -31,7 +31,8 @@ class PlacementWithReplicas(ExpertPlacement):
     saved. `replicas` has one sorted tuple of replicas for each layer; a tuple may be empty.
 
     Raises:
-        ConfigError: see `ExpertPlacement`, or the replicas of a layer are not sorted, or not on other ranks.
+        ConfigError: see `ExpertPlacement`, or the replicas of a layer are not sorted, or a replica is on the rank of its
+            expert's own slot.
     """
 
     replicas: tuple[tuple[Replica, ...], ...] = ()

@@ -185,7 +185,8 @@ class Planner:
             ring, item = (ranks - 1) / ranks, memory.ITEMSIZE[parallel.precision]
             gathered += collective_seconds(rates, ring * number * item, ranks, of_node)
             summed += collective_seconds(rates, ring * with_gradient * memory.FP32, ranks, of_node)
-        # With shared cores no collective is hidden: while it runs beside one rank's compute, another rank lacks a core.
+        # With shared cores no collective is hidden: while a collective runs beside one rank's compute, another rank lacks a
+        # core.
         free = 0.0 if rates.cores else max(0.0, float((played.seconds_S - played.wire_S).mean()))
         if parallel.data != "fsdp2":
             pairs = [(2 * summed, free * 2 / 3)]  # an all-reduce sends its bytes twice, during the last backward
@@ -211,7 +212,8 @@ class Planner:
             self._memory[key] = _linear_memory(config, placement)
         base_R, row_R, pair_R = self._memory[key]
         rows_R, pairs_R = load.rows.mean((0, 1)) / tokens, load.pairs.mean((0, 1)) / tokens
-        # An exchange has buffers for rows that are computed, sent and returned (docs/parallelism.md), in its fullest layer.
+        # An exchange has buffers for rows that are computed, sent and returned (docs/parallelism.md), in the layer with the
+        # most rows.
         buffer = config.model.hidden_dim * memory.ITEMSIZE[parallel.precision]
         buffers_R = buffer * ((load.rows + load.sent_inside + load.sent_between).max(1).mean(0) + tokens)
         mean_R = (1 + SLACK) * (base_R + rows_R * row_R + pairs_R * pair_R + buffers_R) + LIBRARIES

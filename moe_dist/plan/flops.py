@@ -2,8 +2,8 @@
 
 A multiplication and an addition are two FLOPs. Matrix products are counted. Norms, softmax, SwiGLU's product and the
 weighting of expert outputs are not counted, because together they take below 1 % of the FLOPs. Attention scores are counted
-for all positions of the sequence, like PaLM's model FLOPs; kernels that skip masked positions compute fewer. Shape letters:
-S sequence length, D hidden size, H query heads, d head width, F an FFN's hidden width, V vocabulary.
+for all positions of the sequence, like PaLM's model FLOPs; kernels that skip masked positions compute fewer scores. Shape
+letters: S sequence length, D hidden size, H query heads, d head width, F an FFN's hidden width, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence

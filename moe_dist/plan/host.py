@@ -29,7 +29,8 @@ def host_violations(config: Config) -> list[Violation]:
 def apex_violations(config: Config) -> list[Violation]:
     """Checks for optimizer.backend=apex: Apex must be installed, and its kernels need whole parameters on CUDA.
 
-    Does not import Apex. If torch is missing here, does not look for Apex, because the ranks then run on other machines.
+    Does not import Apex. If torch is missing on this machine, does not look for Apex, because the ranks then run on other
+    machines.
     """
     if not config.optimizer.needs_apex:
         return []

@@ -204,12 +204,14 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
     attention = parts.attention / model.num_layers
     moe = (parts.experts + parts.adapters - plain + parts.free + parts.shared) / len(model.moe_layers)
     ffn = parts.dense_ffn / max(1, model.num_dense_layers)
-    # FSDP2 keeps the weights of the root unit (embedding, output) gathered, and gathers the next layer's during a layer.
+    # FSDP2 keeps the weights of the root unit (embedding, output) gathered, and gathers the next layer's weights during a
+    # layer.
     return parts.embedding + parts.output + attention + max(moe, ffn) + kept
 
 
 def _replicas(config: Config) -> float:
-    """Returns the most parameters of replicas that a rank keeps until backward, and of their gradients in one layer."""
+    """Returns the largest number of replica parameters that a rank keeps until backward, plus the gradients of one layer's
+    replicas."""
     section, model = config.rank_balance.replicating, config.model
     if section is None or config.parallel.ep == 1:
         return 0.0

@@ -1,4 +1,5 @@
-"""Estimates the costs of pinned and interleaved placement for the training data's token mix (its tokens of each modality).
+"""Estimates the costs of pinned placement (expert groups on ranks of their own) and interleaved placement (every group on
+all ranks) for the training data's token mix (its tokens of each modality).
 
 All figures are expectations under uniform routing: a token's k choices are a random subset of its expert group's n + m
 router columns (n true experts, m others). Every rank has the same token mix. Shape letters: R ranks of an EP group, D

@@ -89,15 +89,16 @@ class Rates(Section):
             yield Violation(("inside",), problem)
 
     def link(self, ranks: int) -> LinkSection:
-        """Returns the link inside a node for this many ranks: the entry of the next larger number, or of the largest."""
+        """Returns the link inside a node for `ranks` ranks: the entry with the least sufficient number of ranks, or the
+        last entry."""
         return next((link for link in self.inside if link.ranks >= ranks), self.inside[-1])
 
 
 def read_rates(path: Path) -> Rates:
-    """Reads a file of `moe-dist calibrate`.
+    """Reads a rates file, which `moe-dist calibrate` wrote.
 
     Raises:
-        ConfigError: the file cannot be read, or has faults; lists all of them.
+        ConfigError: the file cannot be read, or has faults; the error lists all faults.
     """
     try:
         values, problems = read_mapping(path, "keys (machine, gemm, inside, ...)")

@@ -23,7 +23,8 @@ DRAWS = 16  # micro-batches that are drawn from a trace
 
 @dataclass(frozen=True)
 class Load:
-    """The rows and pairs that each rank sends and computes. All arrays are [S, L, R], for one micro-batch.
+    """The rows that each rank sends and computes, and the (token, expert) pairs that each rank computes. All arrays but
+    `spread` are [S, L, R], for one micro-batch.
 
     Attributes:
         inside, between: Rows that a rank sends or receives in one dispatch, whichever are more, inside its node and between
@@ -50,7 +51,7 @@ class Load:
 @dataclass(frozen=True)
 class Wire:
     """Says which rows a dispatcher sends. `node` ranks share a node; `hops` is 2 if each token is sent once to a node;
-    `each_pair` is True if each pair is a row."""
+    `each_pair` is True if each (token, expert) pair is sent as a row of its own."""
 
     node: int
     hops: int = 1

@@ -76,7 +76,7 @@ class Attempt:
         self._step = step
 
     def require(self, commit_check: Callable[[], None]) -> None:
-        """Sets the function that `check_commit` calls; it must raise if records are not on disk yet."""
+        """Sets the function that `check_commit` calls; the function must raise if records are not on disk yet."""
         self._commit_check = commit_check
 
     def last_step(self) -> int:
@@ -121,8 +121,8 @@ class Attempt:
         return self._lease
 
     def check_commit(self) -> None:
-        """Checks that a checkpoint may be committed. `CheckpointManager` calls it on rank 0, before anything is written and
-        before each rename.
+        """Checks that a checkpoint may be committed. `CheckpointManager` calls this method on rank 0, before anything is
+        written and before each rename.
 
         Raises:
             LeaseError: another attempt has taken over the run.
@@ -134,14 +134,15 @@ class Attempt:
         self._commit_check()
 
     def finish(self) -> None:
-        """Records that the run is done; call it on every rank after the last save, before the sinks close. A later error
-        is printed, but changes neither the record nor the exit code."""
+        """Records that the run is done; call `finish` on every rank after the last save, before the sinks close. An error
+        after `finish` is printed, but changes neither the record nor the exit code."""
         if self._env.rank == 0:
             self._record(EXIT_DONE, "done")
         self._finished = True
 
     def expire(self) -> None:
-        """Records the verdict of a run that did not stop within the grace period; the timer of `StopRequest` calls it."""
+        """Records the verdict of a run that did not stop within the grace period; the timer of `StopRequest` calls this
+        method."""
         self._leave(EXIT_FAILED, "did not stop within the grace period after a stop signal; the last checkpoint is intact")
 
     def give_up(self, reason: str) -> NoReturn:
@@ -186,7 +187,7 @@ class Attempt:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)  # runs no atexit handler, because it may wait for other ranks or for threads in a collective
+        os._exit(code)  # runs no atexit handler, because a handler may wait for other ranks or for threads in a collective
 
     def _wait_for_cause(self, error: BaseException) -> None:
         """If this rank failed only because another rank failed, waits until that rank has recorded the verdict, because the

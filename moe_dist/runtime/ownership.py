@@ -46,7 +46,7 @@ def other_owner(folder: Path) -> str | None:
     if owner == os.geteuid():
         return None
     with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=".owner_") as probe:
-        if os.fstat(probe.fileno()).st_uid == owner:  # this file system maps all users to one
+        if os.fstat(probe.fileno()).st_uid == owner:  # this file system maps all users to one owner
             return None
     return user_name(owner)
 
@@ -78,8 +78,9 @@ def refuse_planted_files(folder: Path) -> None:
 
 
 def give_to_group(folder: Path, group: str) -> None:
-    """Sets a folder's group and its setgid bit, so that new files in it get the group, too. Keeps all other permissions.
-    Raises ConfigError without such a group, and OSError if this user may not change the folder."""
+    """Sets a folder's group and its setgid bit, so that new files in the folder get the group, too. Keeps all other
+    permissions. Raises ConfigError if the node has no group of this name, and OSError if this user may not change the
+    folder."""
     try:
         gid = grp.getgrnam(group).gr_gid
     except KeyError:

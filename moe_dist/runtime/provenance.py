@@ -20,7 +20,7 @@ from moe_dist.runtime.secrets import without_secrets
 
 PACKAGE = Path(__file__).parents[1]
 _GIT_SECONDS = 20.0
-SNAPSHOT_JSON, SNAPSHOT_PATCH = ".snapshot.json", ".snapshot.patch"  # `code_state` of a git clone, in its snapshot
+SNAPSHOT_JSON, SNAPSHOT_PATCH = ".snapshot.json", ".snapshot.patch"  # files of a snapshot with the clone's `code_state`
 
 
 def record_provenance(folder: Path, attempt_id: str) -> None:

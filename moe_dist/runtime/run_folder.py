@@ -5,7 +5,8 @@
     status.json, lease.json                       verdict of each attempt; the current writer
     slurm/                                        code and configuration of each Slurm job (launchers/snapshot.py)
 
-Only rank 0 opens the folder (`open`). Before the process group is created, the other ranks only read it (`inspect`).
+Only rank 0 opens the folder (`open`). Before the process group is created, the other ranks only read the folder
+(`inspect`).
 """
 
 import contextlib
@@ -276,9 +277,9 @@ class RunFolder:
     def amend_status(
         self, attempt_id: str, *, verdict: int, reason: str, rank: int | None, last_step: int, wait_seconds: float = 0.0
     ) -> bool:
-        """Replaces the recorded verdict; a launcher calls it after all ranks have ended. If a rank was killed or froze, the
-        other ranks have recorded only a follow-up error; if all ranks were killed, there is no verdict. Waits up to
-        `wait_seconds` until rank 0 releases the lease, or the lease is stale. Returns False, and writes nothing, if the
+        """Replaces the recorded verdict; a launcher calls this method after all ranks have ended. If a rank was killed or
+        froze, the other ranks have recorded only a follow-up error; if all ranks were killed, there is no verdict. Waits up
+        to `wait_seconds` until rank 0 releases the lease, or the lease is stale. Returns False, and writes nothing, if the
         attempt never began or another attempt writes to the run."""
         try:
             lease = Lease(self.lease_json, attempt_id).acquire(wait_seconds)

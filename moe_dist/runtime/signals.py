@@ -66,7 +66,8 @@ class StopRequest(StopSignals):
 
     Args:
         grace_seconds: Time from the first signal until the process is killed.
-        on_expire: The timer's thread calls this before it kills the process; it must not use the process group.
+        on_expire: Function that the timer's thread calls before killing the process; the function must not use the process
+            group.
         told: True to announce the first signal on standard error at once, because the current step can take long.
     """
 

@@ -138,7 +138,8 @@ class Watchdog:
     Args:
         seconds: Time limit of a collective.
         step: Returns the current step.
-        end: Called in the watchdog's thread with the reason; it must record the reason and end the process.
+        end: Function that the watchdog's thread calls with the reason; the function must record the reason and end the
+            process.
     """
 
     def __init__(

@@ -306,7 +306,7 @@ def build_optimizer(config: Config, model: Transformer) -> Optimizer:
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:
-    """Raises ConfigError if the run needs a grouped matrix product that this device lacks for these experts."""
+    """Raises ConfigError if the run needs a grouped matrix product that this device lacks for the model's experts."""
     dtype, kind = COMPUTE_DTYPES[config.parallel.precision], config.parallel.expert_gemm
     if config.parallel.dispatch.kind == "static" and device.type == "cuda":
         kind = "grouped"  # a loop over experts would need each expert's number of rows on the host
@@ -394,8 +394,9 @@ class TrainingPlan:
     """Settings of the training loop, as plain values.
 
     Attributes:
-        flops_per_token: Function that returns the FLOPs per token of forward and backward. Its arguments map each group's
-            name to the mean number of true (not null) experts per token, and to the group's fraction of all tokens.
+        flops_per_token: Function that returns the FLOPs per token of forward and backward. The function's arguments map
+            each group's name to the mean number of true (not null) experts per token, and to the group's fraction of all
+            tokens.
         active_target: By group: the number of true experts per token that a controller aims at.
         even_active: By group: the expected number of true experts per token. Has only the groups in which a controller or a
             null weight of the balance loss sets the expected number. For groups without an entry, the expected number is

@@ -107,7 +107,7 @@ class ConsoleSink(Sink):
             self._progress = None
 
     def _print(self, text: str, style: str | None = None) -> None:
-        unbroken = not self._console.is_terminal  # in a log each message is one line, even a long one
+        unbroken = not self._console.is_terminal  # in a log each message is one line, even a long message
         self._console.print(Text(text), style=style, soft_wrap=unbroken)
 
     def _time_left(self, step: int) -> str:
@@ -145,7 +145,7 @@ def _dropped(scalars: Mapping[str, float | None]) -> list[str]:
 
 def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:
     """Returns the held-out losses, and their changes if the previous evaluation had equally many tokens. (The final
-    evaluation has more.)"""
+    evaluation has more tokens.)"""
     parts = []
     for name, loss in result.loss.items():
         change = ""

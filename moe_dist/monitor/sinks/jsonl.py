@@ -1,7 +1,8 @@
 """The sink that writes metrics.jsonl, one line for each step and evaluation. All displays can be made from this file.
 
 A crash loses at most the line that is being written. A full or failing disk loses no line: lines wait in memory until the
-disk accepts them. No checkpoint is committed before all lines up to its step are on disk. A restart thus finds every line.
+disk accepts them. No checkpoint is committed before all lines up to its step are on disk. A restart thus finds the lines of
+all steps up to its checkpoint.
 """
 
 import json
@@ -25,9 +26,9 @@ from moe_dist.monitor.tags import in_todays_names
 
 logger = logging.getLogger(__name__)
 
-# Every line begins with these keys, so that a resume finds its step without parsing JSON.
+# Every line begins with the keys `step` and `kind`, so that a resume finds its step without parsing JSON.
 LINE_BEGIN = re.compile(rb'\{"step":(\d{1,18}),"kind":"(\w+)",')
-_MAX_LINE_BYTES = 1 << 28  # a longer line is no record, and must not fill the memory
+_MAX_LINE_BYTES = 1 << 28  # a line with more bytes is no record, and must not fill the memory
 STORED = ("skipped", "scalars", "losses", "labels", "epochs", "balance_coefficient", "ledger", "host")  # fields of `Record`
 
 
@@ -158,8 +159,8 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     `evaluation_owed` the evaluation of `step` is dropped too, because the resumed run repeats the evaluation. Warns if
     steps up to `step` have no record.
 
-    The file is always replaced by one rename. A crash therefore leaves the old file whole, and a suspended earlier writer
-    that wakes up writes to a deleted file. The file is read once.
+    metrics.jsonl is always replaced by one rename. A crash therefore leaves the old file whole, and a suspended earlier
+    writer that wakes up writes to a deleted file. The file is read once.
     """
     recorded = bytearray(step)  # 1 for each step whose record is kept
     if not path.exists():

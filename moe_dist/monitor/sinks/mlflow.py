@@ -11,8 +11,9 @@ from moe_dist.monitor.statistics import EvaluationResult
 
 
 class MlflowSink(Sink):
-    """Starts an MLflow run for each attempt, because one MLflow run would show both values of a step that a resume repeats.
-    The tag `moe_dist.run` joins the attempts. Threads of MLflow send the values, so that a slow server delays no step.
+    """Starts an MLflow run for each attempt (start of the run), because one MLflow run would show both values of a step
+    that a resume repeats. The tag `moe_dist.run` joins the attempts of a run. Threads of MLflow send the values, so that a
+    slow server delays no step.
 
     Args:
         experiment: Name of the experiment.

@@ -11,7 +11,8 @@ from moe_dist.monitor.statistics import EvaluationResult
 
 
 class WandbSink(Sink):
-    """Starts a wandb run for each attempt, because wandb cannot go back in steps. The group `run_name` joins the attempts.
+    """Starts a wandb run for each attempt (start of the run), because wandb cannot go back in steps. The group `run_name`
+    joins the attempts of a run.
 
     Args:
         project: Project in wandb.

@@ -1,4 +1,5 @@
-"""Writes one rank's part of a trace on a thread, so that training waits only if the disk is slower than `WAITING` steps."""
+"""Writes one rank's part of a trace on a thread, so that training waits only if `WAITING` steps already wait for the
+disk."""
 
 import contextlib
 import logging
@@ -25,7 +26,8 @@ class TraceWriter:
     """Appends steps to the files of `rank` in an attempt's folder `folder`. An error, such as a full disk, is logged and
     ends the trace, but not the run.
 
-    A killed process loses at most the waiting steps. A step counts only if its index entry, which is written last, exists.
+    A killed process loses at most the steps that wait for the disk. A step counts only if its index entry, which is written
+    last, exists.
     """
 
     def __init__(self, folder: Path, rank: int, *, weights: bool, losses: bool = False) -> None:
