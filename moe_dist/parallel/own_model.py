@@ -51,9 +51,10 @@ def build_moe_layer(
         hidden_dim: D.
         groups: All groups of experts, in logical order. If no group has a `first_expert`, the experts are numbered in the
             order of `groups`.
-        ep_group: The ranks that share the experts. If None, this process holds all experts.
+        ep_group: The ranks that share the experts. Without `ep_group`, this process holds all experts.
         placement: The map of experts to ranks; by default each group's experts are spread over all ranks.
-        router: The layer's router, whose weights stay as they are. If None, `TopKRouter(hidden_dim, groups)` is made.
+        router: The layer's router, whose weights stay as they are. Without `router`, the layer gets `TopKRouter(hidden_dim,
+            groups)`.
         name: Name of the layer in logical names and error messages. Each layer of a model needs its own name.
 
     Raises:
@@ -125,8 +126,8 @@ def balance_loss(
         reports: The report that a layer returned, or the reports of several layers with equal groups.
         groups: The layers' expert groups.
         group: Process group of all ranks that train the model; None for one process.
-        averaged: Whether gradients are averaged over ranks and not summed (`average_over_ranks`). If averaged, this rank's
-            share is multiplied by the number of ranks.
+        averaged: Whether gradients are averaged over ranks and not summed (`average_over_ranks`). With `averaged`, this
+            rank's share is multiplied by the number of ranks.
     """
     sums = [report.sums for report in ([reports] if isinstance(reports, LayerReport) else reports)]
     choices_LC, tokens_LG = (torch.stack([getattr(each, name) for each in sums]) for name in ("choices_C", "tokens_G"))

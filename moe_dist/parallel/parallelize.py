@@ -29,7 +29,7 @@ from moe_dist.moe.experts import ExpertStack
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.roles import EXPERTS, ROUTERS, NamedParameter, Role, named_parameters
 
-_NOT_IN_DDP = ROUTERS | EXPERTS  # `reduce_gradients` sums the gradients of these roles
+_NOT_IN_DDP = ROUTERS | EXPERTS  # roles whose gradients DDP leaves to `reduce_gradients`
 
 
 class ParallelModel:
@@ -59,14 +59,14 @@ class ParallelModel:
         # DDP rejects a model without trainable dense parameters.
         self._module: nn.Module = _wrap_ddp(model, mesh) if data == "ddp" and dense else model
         if data == "fsdp2" and model.args.two_batch_overlap:
-            model.register_forward_pre_hook(_gather_all)  # after the hook with which FSDP2 starts a forward
+            model.register_forward_pre_hook(_gather_all)  # runs after the hook with which FSDP2 begins a forward
 
     def __call__(self, *args: Any) -> Any:
         return self._module(*args)
 
     @property
     def reader(self) -> tuple[int, int]:
-        """This rank's position among the ranks that read different sequences, and their number."""
+        """This rank's position among the ranks that read different sequences, and the number of such ranks."""
         return self.mesh.rank, self.mesh.world_size
 
     @property
@@ -191,7 +191,7 @@ def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
     these rows. Returns None if no expert must be sharded.
 
     Raises:
-        ConfigError: this torch gives all parameters of an FSDP2 unit the same ranks.
+        ConfigError: the installed torch shards all parameters of an FSDP2 unit over the same ranks.
     """
     experts = {each.parameter for each in named_parameters(moe) if each.role in EXPERTS}
     if not experts or mesh.edp_size == 1:

@@ -45,7 +45,8 @@ _ERRORS: dict[int, type[MoeDistError]] = {each.exit_code: each for each in (Conf
 @contextmanager
 def meeting(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[tuple[Store, str]]:
     """Waits until all ranks have joined the start. Yields the store for the ranks' process groups, and rank 0's attempt_id,
-    by which all ranks name this attempt (start of the job). Create the process group inside the `with` block.
+    by which all ranks name this attempt (start of the job). The caller must create the process group inside the `with`
+    block.
 
     Raises:
         ConfigError: ranks differ in WORLD_SIZE, MOE_DIST_ATTEMPT_ID or run folder. The error names rank, host and values.
@@ -78,7 +79,8 @@ class Mailbox:
         store."""
         before, self._count = self._count, self._store.add("count", 0)
         due = [*self._due, *range(before + 1, self._count + 1)]
-        here = [number for number in due if self._store.check([str(number)])]  # a poster may have died before `set`
+        # a process that posts a message may have died before `set`
+        here = [number for number in due if self._store.check([str(number)])]
         self._due = [number for number in due if number not in here]
         return [self._store.get(str(number)).decode() for number in here]
 
@@ -191,7 +193,7 @@ def _store_at(env: RankEnv, host: str, port: int, wait: StartWait) -> Store:
 
 def _client(host: str, port: int, wait: StartWait) -> Store:
     while True:
-        try:  # a plain socket first: torch would log a warning for every attempt
+        try:  # tries a plain socket first, because torch would log a warning for every attempt
             socket.create_connection((host, port), timeout=5.0).close()
             return TCPStore(host, port, None, False, STORE_SECONDS, wait_for_workers=False)
         except (OSError, DistError) as error:  # no process listens yet, or the host has no address yet

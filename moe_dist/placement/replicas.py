@@ -1,8 +1,8 @@
 """Replicas: in single layers a hot (much chosen) expert temporarily has slots on other ranks, beside its own slot.
 
-A rank that has a replica of an expert sends its tokens to that replica. The ranks without a slot of the expert are assigned
-to the expert's slots in turns. Each rank thus knows the slots of its tokens without an exchange. The slots of an expert get
-about equally many tokens, because the tokens of all ranks are drawn from the same data.
+A rank that has a replica of an expert sends its tokens for that expert to the replica. The ranks without a slot of the
+expert are assigned to the expert's slots in turns. Each rank thus knows the slots of its tokens without an exchange. The
+slots of an expert get about equally many tokens, because the tokens of all ranks are drawn from the same data.
 
 Shape letters: L MoE layers, E true experts, R ranks of an EP group.
 """
@@ -19,7 +19,7 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 
 class Replica(NamedTuple):
-    """A slot on `rank` of the expert with a logical id, whose own slot is on another rank."""
+    """A further slot, on `rank`, of the expert with the logical id `expert`, whose own slot is on another rank."""
 
     expert: int
     rank: int

@@ -35,9 +35,9 @@ class Estimate:
         seconds: Seconds of a step. `busy`, `imbalance`, `exchange` and `tail` are the parts of a step: the mean rank's
             compute and syncs with its host, the wait for the busiest rank, the part of exchanges that no compute covers,
             and the time of sums, gathers and optimizer.
-        wire: Seconds of a step in which the rank that sends most rows exchanges them, seconds that compute covers included.
+        wire: Seconds of a step in which the rank that sends most rows exchanges rows, also during its compute.
         bytes_inside, bytes_between: Payload bytes that all ranks exchange in a step inside nodes and between nodes.
-        memory: Bytes of the fullest rank at the quantiles 0.5, 0.95 and 0.99 of the micro-batches.
+        memory: Bytes of the rank that needs most memory, at the quantiles 0.5, 0.95 and 0.99 of the micro-batches.
         out_of_memory: Probability that a step runs out of memory on some rank.
         mark, rows_mark: Certainty of the time, and certainty of bytes and memory; see `moe_dist.plan.rates.MARKS`.
     """

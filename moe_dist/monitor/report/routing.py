@@ -125,7 +125,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Layout:
-    """A placement of the experts on the ranks of an EP group for the byte ledger."""
+    """A placement of the experts on the ranks of an EP group, for the report's table of bytes."""
 
     policy: str
     placement: ExpertPlacement
@@ -133,8 +133,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Subject:
-    """The input of a report: a routing, another routing for comparison, the layouts and node sizes of the ledger, and the
-    largest numbers of slider positions and of cells of all co-activation matrices."""
+    """The input of a report: a routing, another routing for comparison, the layouts and node sizes of the table of bytes,
+    and the largest numbers of slider positions and of cells of all co-activation matrices."""
 
     routing: Routing
     against: Routing | None
@@ -145,7 +145,7 @@ class Subject:
 
 
 def merged(frames: Sequence[Frame], most: int) -> tuple[Frame, ...]:
-    """Joins consecutive frames into at most `most` sums of equally many frames. The last sum also takes the remaining
+    """Joins consecutive frames into at most `most` sums of equally many frames. The last sum also contains the remaining
     frames."""
     size = math.ceil(len(frames) / most)
     starts = range(0, len(frames) - size + 1, size)

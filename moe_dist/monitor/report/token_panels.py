@@ -252,7 +252,7 @@ def _runs(tokens: Tokens) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 def _picture_map(tokens: Tokens, rows: np.ndarray, experts_T: np.ndarray, scale: Scale) -> str:
     found = [tokens.picture_of(token) for token in tokens.token_T[rows].tolist()]
-    patches = np.stack([pixels for pixels in found if pixels is not None])  # all tokens of `rows` are cells
+    patches = np.stack([pixels for pixels in found if pixels is not None])  # all tokens of `rows` are picture cells
     high, wide = tokens.grid
     pixels = patches.reshape(high, wide, *patches.shape[1:]).swapaxes(1, 2)
     pixels = pixels.reshape(high * patches.shape[1], wide * patches.shape[2], 3)

@@ -1,4 +1,5 @@
-"""The sink that writes metrics.jsonl, one line for each step and evaluation. All displays can be made from this file.
+"""The sink that writes metrics.jsonl, one line for each step and evaluation. All displays of a run can be made from
+metrics.jsonl.
 
 A crash loses at most the line that is being written. A full or failing disk loses no line: lines wait in memory until the
 disk accepts them. No checkpoint is committed before all lines up to its step are on disk. A restart thus finds the lines of

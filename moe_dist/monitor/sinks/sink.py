@@ -46,7 +46,8 @@ class Sink:
 
 
 class LeaseWatch(Sink):
-    """Checks the lease before each record, by reading one small file. Must come before the sinks that write.
+    """Checks the lease before each record, by reading one small file. Must come before the sinks that write, in the list of
+    sinks.
 
     Args:
         check: Function that raises if this process may no longer write to the run folder.

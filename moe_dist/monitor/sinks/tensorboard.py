@@ -301,7 +301,7 @@ def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str,
 
 def drop_events_after(folder: str | Path, step: int, *, evaluation_owed: bool = False) -> None:
     """Drops the events of steps after `step` from the event files in `folder`. With `evaluation_owed` the evaluation of
-    `step` is dropped too, because the resumed run repeats the evaluation. Each file is replaced by one rename.
+    `step` is dropped too, because the resumed run repeats the evaluation. Each event file is replaced by one rename.
 
     TensorBoard's own mark (`purge_step`) does not help: its fast server ignores the mark and shows both attempts. Reads
     files from the newest backwards, up to a file that needs no cut, because an earlier resume has cut all older files. The

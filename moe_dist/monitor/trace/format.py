@@ -35,7 +35,7 @@ ENTRY = np.dtype([("step", "<i8"), ("first", "<i8"), ("rows", "<i8"), ("content"
 
 @dataclass(frozen=True)
 class Manifest:
-    """The facts for reading an attempt's files.
+    """The facts that a reader of an attempt's files needs.
 
     Attributes:
         attempt: Number of the attempt in this trace, from 1.

@@ -188,7 +188,7 @@ def _rows(stem: Path, entry: np.ndarray, manifest: Manifest) -> Sequence[np.ndar
 
 
 def _read(path: Path, entry: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """Reads the rows of a step, each of `shape`."""
+    """Reads a step's rows in one file; a row has the shape `shape`."""
     first, rows, numbers = int(entry["first"]), int(entry["rows"]), math.prod(shape)
     width = dtype.itemsize * numbers
     with open_file(path) as stream:

@@ -48,13 +48,13 @@ class TraceWriter:
         self._queue.put((step, tokens, ids, weights, losses))
 
     def flush(self) -> None:
-        """Waits until all steps so far are on disk. Call this method before a checkpoint is saved, because a run that
+        """Waits until all queued steps are on disk. Call this method before a checkpoint is saved, because a run that
         resumes from the checkpoint does not repeat these steps."""
         self._queue.join()
         self._guarded(self._sync)
 
     def close(self) -> None:
-        """Writes the waiting steps and closes the files. Gives up after CLOSE_SECONDS. A second call does nothing."""
+        """Writes the queued steps and closes the files. Gives up after CLOSE_SECONDS. A second call does nothing."""
         if not self._thread.is_alive():
             return
         deadline = time.monotonic() + CLOSE_SECONDS
@@ -96,8 +96,8 @@ class TraceWriter:
             os.fsync(file.fileno())
 
     def _guarded(self, action: Callable[[], None]) -> None:
-        """Runs `action`, unless an earlier error has ended the trace. An error ends the trace, but not this thread: without
-        the thread, `add` would wait forever."""
+        """Runs `action`, unless an earlier error has ended the trace. An error ends the trace, but not the writer's thread:
+        without the thread, `add` would wait forever."""
         if self._failed:
             return
         try:
