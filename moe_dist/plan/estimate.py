@@ -194,7 +194,7 @@ class Planner:
             pairs = [(gathered, free / 3), (summed, free * 2 / 3)]
         else:
             pairs = [(2 * gathered + summed, free)] * times  # FSDP2 gathers in forward and again in backward
-        # No compute runs during the gather for the first layer and the sum of the last layer.
+        # No compute runs during the first parameter gather and the last gradient sum.
         uncovered = sum(max(each - beside, each / config.model.num_layers) for each, beside in pairs)
         slowed = SLOWED * sum(min(each, beside) for each, beside in pairs)
         state = max(memory.trained_parameters(config, placement, rank=rank) for rank in range(parallel.ep))
@@ -204,8 +204,8 @@ class Planner:
     def _memory_of(
         self, config: Config, placement: ExpertPlacement, load: Load, times: int
     ) -> tuple[tuple[float, float, float], float]:
-        """Returns the fullest rank's bytes at three quantiles, and the probability that some rank runs out of memory in a
-        step."""
+        """Returns the bytes of the rank that needs most memory at three quantiles, and the probability that some rank runs
+        out of memory in a step."""
         parallel, tokens = config.parallel, config.train.micro_batch * config.data.seq_len
         key = (placement.slots, parallel, config.train.micro_batch)
         if key not in self._memory:

@@ -120,7 +120,8 @@ def expected_experts(groups: Sequence[ExpertGroup]) -> dict[str, float]:
 
 
 def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None = None) -> Parts:
-    """Returns the number of parameters of each part of the model. Routers include the rows of zero-computation experts.
+    """Returns the number of parameters of each part of the model. The part of routers includes the rows of zero-computation
+    experts.
 
     Args:
         experts_held: Number of experts per layer to count, by group; by default all experts. May be fractional.
@@ -176,8 +177,8 @@ def forward_flops(
     """Returns forward FLOPs per token in each part of the model. See `active_parameters` for `experts_per_token` and
     `token_share`.
 
-    A product with a weight of n elements takes 2 n FLOPs per token. Attention adds 2 H d S for the scores and 2 H d S for
-    the values. Every token uses the router rows and the constant experts of all groups.
+    A product with a weight of n elements takes 2 n FLOPs per token. Attention adds 2 H d S FLOPs per token for the scores
+    and 2 H d S for the values. Every token uses the router rows and the constant experts of all groups.
     """
     weights = active_parameters(model, experts_per_token=experts_per_token, token_share=token_share)
     taken = {name: experts * token_share[name] for name, experts in experts_per_token.items()}
@@ -221,7 +222,7 @@ def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: S
     Backward ends at the first tuned layer, which is nearest to the input. In the first tuned layer, the router computes its
     weights' gradient, and the experts compute their input's gradient, because one autograd node exchanges rows and weights
     together. In the layers after the first tuned layer, a product with a frozen weight computes only its input's gradient,
-    which costs as much as forward. Attention scores are products of two activations and compute both gradients.
+    which costs as much as forward. Attention scores are products of two activations, and backward computes both gradients.
 
     Args:
         forward: Result of `forward_flops` for a model without mixture of depths.

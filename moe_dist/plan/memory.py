@@ -55,7 +55,7 @@ ITEMSIZE: dict[Literal["fp32", "bf16"], int] = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank by their use; the bytes of activations are an estimate."""
+    """Bytes of memory on one rank by their use; the bytes of activations are an estimate."""
 
     parameters: float  # fp32 master weights
     gradients: float  # fp32 gradients; with fsdp_gather=step also gradients of gathered parameters

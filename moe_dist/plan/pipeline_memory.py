@@ -8,7 +8,7 @@
     activations  as in `moe_dist.plan.memory`, for the layers of a stage and the tokens of a rank, times the micro-batches
                  that the first stage holds at once: pp, or pp + (pp - 1) / vpp if interleaved
 
-All pipeline stages are taken to have equally many MoE layers.
+All pipeline stages are assumed to have equally many MoE layers.
 """
 
 from typing import Any

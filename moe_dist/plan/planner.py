@@ -81,8 +81,8 @@ def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, n
     """Returns the expected load and traffic of a placement.
 
     A token with k of n + m choices takes at least one of a rank's e experts with probability 1 - C(n + m - e, k) / C(n + m,
-    k), or 1 - (1 - c)^e if each expert takes a share c of the tokens. The token is on another rank with probability (R - 1)
-    / R.
+    k), or 1 - (1 - c)^e if each expert takes a share c of the tokens. The token comes from another rank with probability (R
+    - 1) / R.
     """
     ranks = placement.num_ranks
     load, remote = [0.0] * ranks, [0.0] * ranks
@@ -103,15 +103,16 @@ def reached(group: ExpertGroup, here: int) -> float:
 
 
 def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> list[float]:
-    """Returns each group's share of all tokens. If the mix is empty, all modalities count as having equally many tokens."""
+    """Returns each group's share of all tokens. If the token mix is empty, all modalities count as having equally many
+    tokens."""
     mix = token_mix if any(token_mix.values()) else {m: 1 for group in groups for m in group.modalities}
     tokens = [sum(mix.get(modality, 0) for modality in group.modalities) for group in groups]
     return [count / max(1, sum(tokens)) for count in tokens]
 
 
 def compare(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> PlanComparison:
-    """Compares pinned and interleaved placement for the same groups, ranks and mix. This function chooses the pinned ranks,
-    and does not read them from the configuration."""
+    """Compares pinned and interleaved placement for the same groups, ranks and token mix. This function chooses the pinned
+    ranks, and does not read them from the configuration."""
     plans, missing = [], {}
     for section in (PinnedSection(), InterleavedSection()):
         try:
@@ -185,7 +186,7 @@ def _gain(what: str, winner: PlacementPlan | None, costs: Sequence[tuple[Placeme
 
 
 def _trade(compute: PlacementPlan, traffic: PlacementPlan, itemsize: int) -> str:
-    """Returns a sentence that says at which ratio of bandwidth to compute each plan is better.
+    """Returns a sentence that says at which ratio of bandwidth to compute the pinned or the interleaved plan is better.
 
     Per token, the busiest rank takes 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward, so D cancels.
     """

@@ -31,7 +31,8 @@ class PlannedLayout:
 
     groups: tuple[ExpertGroup, ...]
     placement: ExpertPlacement
-    token_mix: Mapping[str, int]  # result of `token_mix`; empty without data, which counts as equally many tokens of all
+    # result of `token_mix`; without data empty, which counts as equally many tokens of all modalities
+    token_mix: Mapping[str, int]
     config: Config
 
 

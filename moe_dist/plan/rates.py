@@ -38,7 +38,7 @@ class CurveSection(Section):
             yield Violation(("sizes", "rates"), f"{problem}; measure again with moe-dist calibrate")
 
     def at(self, size: np.ndarray | float) -> np.ndarray:
-        """Returns the rate at sizes of any shape; a size below 1 counts as 1."""
+        """Returns the rate at each size in an array of any shape; a size below 1 counts as 1."""
         logs = np.interp(np.log(np.maximum(size, 1.0)), np.log(self.sizes), np.log(self.rates))
         return np.exp(logs)
 
@@ -130,8 +130,9 @@ PUBLISHED: dict[str, tuple[float, float, float]] = {
 
 
 def published_rates(card: str, peak: float | None, *, ranks_per_node: int, between: float | None) -> Rates:
-    """Returns rates from data sheets. The shares of the peaks that programs reach are assumed, not measured: 0.71 of the
-    FLOP/s for large products, 0.56 for the experts' products, 0.4 for attention, 0.8 of the memory's rate, 0.73 of links.
+    """Returns rates from data sheets. The shares of a GPU's peak rates that programs reach are assumed, not measured: 0.71
+    of the FLOP/s for large products, 0.56 for the experts' products, 0.4 for attention, 0.8 of the memory's rate, 0.73 of
+    links.
 
     Args:
         peak: Dense FLOP/s in bf16; None if it is not known.

@@ -1,8 +1,9 @@
 """Rows and (token, expert) pairs of each rank in a micro-batch: expected by the configuration, or drawn from a trace.
 Imports no torch.
 
-A row is a distinct pair of a token and a rank. Shape letters: S draws of a micro-batch, L MoE layers (1 if all are alike),
-R ranks of an EP group, Q traced sequences, T traced tokens, E true experts, K choices, G groups.
+A row is a distinct pair of a token and a rank that computes at least one expert for the token. Shape letters: S draws of a
+micro-batch, L MoE layers (1 if all are alike), R ranks of an EP group, Q traced sequences, T traced tokens, E true experts,
+K choices, G groups.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ class Load:
     Attributes:
         inside, between: Rows that a rank sends or receives in one dispatch, whichever are more, inside its node and between
             nodes; with the dispatcher `hierarchical` the rows of its hop inside nodes and of its hop between nodes.
-        sent_inside, sent_between: Rows that a rank sends, for the sum of bytes.
+        sent_inside, sent_between: Rows that a rank sends inside its node and to other nodes, for the sum of bytes.
         rows: Rows that the rank computes, its own tokens' included.
         pairs, own: (token, expert) pairs that the rank computes, and among these pairs those of the rank's own tokens.
         work: Sum of the FFN widths over the (token, expert) pairs that the rank computes.

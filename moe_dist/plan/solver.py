@@ -30,7 +30,7 @@ def solve(
 
     Args:
         load_LE: Work of each expert in each layer.
-        slots_R: Most experts of each rank, as its memory allows.
+        slots_R: Largest number of experts on each rank, as the rank's memory allows.
         allowed_ER: Whether a rank may hold an expert, for example only the ranks of its pinned group, or of its node. None
             allows all.
 
@@ -60,7 +60,7 @@ class Copied(NamedTuple):
 def solve_with_copies(
     load_LE: np.ndarray, slots_R: np.ndarray, *, allowed_ER: np.ndarray | None = None, steps: int = STEPS
 ) -> Copied:
-    """Fills free slots with copies of experts, if this lowers the pace. For arguments and errors see `solve`.
+    """Fills free slots with copies of experts, if the copies lower `pace`. For arguments and errors see `solve`.
 
     The next copy goes to the expert with the largest work per copy (the rule of highest averages, which DeepSeek's EPLB
     also uses).

@@ -154,7 +154,7 @@ class LayerCost:
         shared: The FFN that computes all tokens: shared expert, or a dense FFN.
         own, others: Experts for the rank's own tokens, and for tokens of other ranks.
         pack: Packing of rows before an exchange, and summing of rows after the exchange.
-        counts: Exchange of row counts and indices; 0 if there is none.
+        counts: Exchange of row counts and indices; 0 if there is no such exchange.
         sync: Host sync that reads the split sizes.
         weights: Exchange of one chunk's pair weights before its rows, and of their gradients; 0 if the weights are sent
             with the rows.
@@ -269,13 +269,13 @@ def _experts_of_half(queue: Queue, layer: LayerCost, times: float, sent: int) ->
 
 
 def _times(layer: LayerCost, factor: float) -> LayerCost:
-    """Returns the layer with its seconds of compute multiplied by `factor`."""
+    """Returns the layer's costs with the seconds of compute multiplied by `factor`."""
     names = ("dense", "shared", "own", "others", "pack")
     return replace(layer, **{name: factor * getattr(layer, name) for name in names})
 
 
 def _send(queue: Queue, layer: LayerCost, chunks: int, *after: int, weights: Seconds = 0.0) -> int:
-    """Adds the hops of one chunk's exchange, and before them the exchange of weights."""
+    """Adds the hops of one chunk's exchange to the queue, and before the hops the exchange of weights."""
     if np.any(weights):
         after = (queue.add("exchange", WIRE, weights, *after),)
     for number, hop in enumerate(layer.hops):
@@ -286,8 +286,8 @@ def _send(queue: Queue, layer: LayerCost, chunks: int, *after: int, weights: Sec
 
 
 def _forward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...], *, repeated: bool = False) -> int:
-    """Adds a layer's forward and returns its last event. Exchanges of chunks have the order dispatch 0, dispatch 1,
-    combine 0, dispatch 2, ..."""
+    """Adds the events of a layer's forward to the queue, and returns the last event. Exchanges of chunks have the order
+    dispatch 0, dispatch 1, combine 0, dispatch 2, ..."""
     start = queue.add("dense", COMPUTE, layer.dense, *after)
     if not layer.hops:
         return queue.add("experts", COMPUTE, layer.shared + layer.own + layer.others + layer.pack, start)
@@ -314,7 +314,8 @@ def _forward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...
 
 
 def _backward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...]) -> int:
-    """Adds a layer's backward: gradients of outputs go to the experts' ranks, gradients of rows come back."""
+    """Adds the events of a layer's backward to the queue: gradients of outputs go to the experts' ranks, gradients of rows
+    come back."""
     back, again = order.backward, order.again if order.recompute == "experts" else 0.0
     if not layer.hops:
         experts = (back + again) * (layer.own + layer.others) + back * (layer.shared + layer.pack)

@@ -95,7 +95,7 @@ class Attempt:
             stopped: Returns True after a stop signal, which ends the wait.
 
         Raises:
-            ConfigError, DataError, LeaseError, RunFolderError, StoppedError: from `RunFolder.open`.
+            ConfigError, DataError, LeaseError, RunFolderError, StoppedError: `RunFolder.open` raised the error.
         """
         folder = RunFolder.of(config)
         if self._env.rank == 0:

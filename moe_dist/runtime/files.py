@@ -42,7 +42,7 @@ def make_writable(folder: Path, *, option: str) -> None:
     that writes to the folder. The message begins with `option`, the name and value of a command line option."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):  # creating a file in a folder needs both permissions
+        if not os.access(folder, os.W_OK | os.X_OK):  # creating a file in a folder needs write and execute permission
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(f"{option}: not writable: {error.strerror}; choose another folder") from error

@@ -182,8 +182,8 @@ class Lease:
         return True
 
     def _take_over(self, stale: tuple[Holder | None, bytes]) -> bool:
-        """Replaces a stale lease. If several processes try, O_EXCL lets one of them create the file `claim`. The process
-        that created `claim` reads the lease again before replacing the lease."""
+        """Replaces a stale lease. If several processes try to replace the lease, O_EXCL lets one of them create the file
+        `claim`. The process that created `claim` reads the lease again before replacing the lease."""
         token = stale[0].token if stale[0] is not None else "unreadable"
         claim = self.path.with_name(f"{self.path.name}.{token}")
         try:

@@ -42,9 +42,9 @@ def bind_near_gpu(
 
 
 def _near_cpus(local_world_size: int, variables: Mapping[str, str]) -> list[set[int]]:
-    """Returns for each rank of the node the CPUs near the GPU that `parallel.mesh.own_gpu` will take. Returns only one set
-    if this rank sees only its own GPU, and none if NVML fails. NVML numbers GPUs by their place on the bus, as CUDA does if
-    the node's cards are equal."""
+    """Returns for each rank of the node the CPUs near the GPU that `parallel.mesh.own_gpu` will return. Returns only one
+    set if this rank sees only its own GPU, and none if NVML fails. NVML numbers GPUs by their place on the bus, as CUDA
+    does if the node's cards are equal."""
     try:
         import pynvml
     except ImportError:

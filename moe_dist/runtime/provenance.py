@@ -34,7 +34,7 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
     patch = None
     if diff:
         patch = f"diff_{hashlib.sha256(diff).hexdigest()[:12]}.patch"
-        write_atomically(folder / patch, diff)  # before the entry that names the diff
+        write_atomically(folder / patch, diff)  # written before the entry that names the diff
     found = sorted(importlib.metadata.distributions(), key=lambda each: each.name.lower())  # reads every package's metadata
     entries.append(
         {

@@ -63,7 +63,7 @@ class StartWait:
     """The wait of one rank for the other ranks at the start of an attempt.
 
     Args:
-        seconds: The longest wait, counted from now.
+        seconds: The longest wait, counted from the creation of this object.
         stopped: Returns True after a stop signal, which ends the wait: on rank 0 at once, on other ranks after
             TELL_SECONDS or half of `grace_seconds`, whichever is shorter.
         grace_seconds: Time from a stop signal until the process ends itself.

@@ -130,8 +130,8 @@ class RunFolder:
         return latest is not None and latest.verdict == EXIT_DONE and latest.last_step >= config.train.steps
 
     def read_config(self) -> Config:
-        """Returns the configuration of the latest attempt. Raises ConfigError if this version of the code cannot read
-        it."""
+        """Returns the configuration of the latest attempt. Raises ConfigError if this version of the code cannot read the
+        configuration."""
         try:
             return load_stored_config(self.config_yaml)
         except ConfigError as error:
@@ -199,7 +199,7 @@ class RunFolder:
         explains the arguments.
 
         Raises:
-            ConfigError, DataError, RunFolderError: from `inspect` and `prepare`.
+            ConfigError, DataError, RunFolderError: `inspect` or `prepare` raised the error.
             LeaseError: another attempt writes to the run and did not end within `wait_seconds`.
             StoppedError: a stop signal came during the wait.
         """

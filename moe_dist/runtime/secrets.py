@@ -15,8 +15,8 @@ SHORTEST = 8  # characters; a shorter value would match ordinary text
 
 
 def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """Maps each secret value of the environment to its variable. A value is secret if the variable's name says so and the
-    value is no path."""
+    """Maps each secret value of the environment to its variable. A value is secret if its variable's name contains a word
+    such as KEY or TOKEN, and the value has at least `SHORTEST` characters and is no path."""
     return {
         value: name
         for name, value in environment.items()

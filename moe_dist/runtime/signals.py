@@ -62,7 +62,8 @@ class StopRequest(StopSignals):
     """Tells whether a signal has asked this rank to stop; repeated signals count once. Enter this context manager first, in
     the main thread.
 
-    Because ranks get the signal at different steps, the loop must agree on `requested` over all ranks before it stops.
+    Because ranks get the signal at different steps, the training loop must agree on `requested` over all ranks before the
+    loop stops.
 
     Args:
         grace_seconds: Time from the first signal until the process is killed.

@@ -101,7 +101,7 @@ def record_save_seconds(logs: Path, seconds: float) -> None:
 
 def measured_save_seconds(logs: Path) -> float | None:
     """Returns the seconds of the longest of the last few saves; None before the first save. A grace period must be longer
-    than these seconds."""
+    than the returned time."""
     return max(_saves(logs), default=None)
 
 

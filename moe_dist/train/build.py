@@ -118,8 +118,9 @@ def build_model(
         comm_stats: Counts bytes and seconds of the exchanges of all layers.
         tracker: Records the all-to-alls for the watchdog.
         compute_dtype: Overrides `parallel.precision`, for tests in float64.
-        choice_scope: With expert choice, the ranks whose tokens compete for an expert; None for this rank alone.
-        depth_scope: Ranks whose tokens compete in mixture-of-depths layers; None for this rank alone.
+        choice_scope: With expert choice, the ranks whose tokens compete for an expert; None if only this rank's tokens
+            compete.
+        depth_scope: Ranks whose tokens compete in mixture-of-depths layers; None if only this rank's tokens compete.
         kernels: Functions for the arithmetic on rows before and after the experts' matrix products.
     """
     section, stats = config.model, comm_stats or CommStats()
@@ -240,7 +241,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             depth_scope=depth_scope,
             kernels=kernels,
         )
-    freeze(model, config)  # before sharding, so that FSDP2 reduces no gradients of frozen parameters
+    freeze(model, config)  # frozen before sharding, so that FSDP2 reduces no gradients of frozen parameters
     if config.parallel.compile:
         compile_dense(model)
     elif kernels is not TORCH:  # torch.compile fuses these operations itself
@@ -398,9 +399,9 @@ class TrainingPlan:
             each group's name to the mean number of true (not null) experts per token, and to the group's fraction of all
             tokens.
         active_target: By group: the number of true experts per token that a controller aims at.
-        even_active: By group: the expected number of true experts per token. Has only the groups in which a controller or a
-            null weight of the balance loss sets the expected number. For groups without an entry, the expected number is
-            top_k x true experts / all experts.
+        even_active: By group: the expected number of true experts per token. `even_active` has only the groups in which a
+            controller or a null weight of the balance loss sets the expected number. For groups without an entry, the
+            expected number is top_k x true experts / all experts.
     """
 
     placement: ExpertPlacement

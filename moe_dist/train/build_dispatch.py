@@ -47,7 +47,7 @@ def build_all_to_all(
 
 @dataclass(frozen=True)
 class DispatchParts:
-    """The values from which the functions below make a dispatcher."""
+    """The values from which the functions of this file make a dispatcher."""
 
     parallel: ParallelSection
     placement: ExpertPlacement

@@ -31,7 +31,7 @@ from moe_dist.train.build_routing import build_router
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The values from which the functions below make MoE layers."""
+    """The values from which the functions of this file make MoE layers."""
 
     config: Config
     placement: ExpertPlacement

@@ -48,7 +48,7 @@ class Distillation:
 
 class Teacher:
     """A frozen model, of which this rank holds all weights. `group_of_modality` maps each modality to the index of the
-    model's group."""
+    teacher's expert group."""
 
     def __init__(self, model: nn.Module, group_of_modality: Tensor) -> None:
         self._model, self._group_of_modality = model, group_of_modality
