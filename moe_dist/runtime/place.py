@@ -67,8 +67,7 @@ class Found:
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "Found":
         """Reads MOE_DIST_NODE_FEATURES, MOE_DIST_NODE_LABELS and CUDA_VISIBLE_DEVICES. SLURMD_NODENAME and SLURM_LOCALID
-        count only with MOE_DIST_NODE_FEATURES, because other launchers inside a Slurm job also inherit SLURMD_NODENAME and
-        SLURM_LOCALID."""
+        count only with MOE_DIST_NODE_FEATURES, because other launchers inside a Slurm job also inherit both variables."""
         features, labels, gpus = (env.get(name) for name in (FEATURES, LABELS, "CUDA_VISIBLE_DEVICES"))
         slurm = env if features is not None else {}
         local = slurm.get("SLURM_LOCALID", "")

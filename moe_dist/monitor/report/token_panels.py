@@ -37,7 +37,7 @@ COUNTS = (1, 10, 100, 1000)  # lower limits of the classes of frequency, in occu
 
 
 def of_tokens(panel: Callable[[Subject, Tokens], str]) -> Callable[[Subject], str]:
-    """Wraps a panel: the wrapped panel returns NO_TOKENS if the subject has no trace of single tokens."""
+    """Wraps a panel, which then returns NO_TOKENS if the subject has no trace of single tokens."""
 
     def draw(subject: Subject) -> str:
         tokens = subject.routing.tokens

@@ -91,8 +91,7 @@ def _trace(path: Path, parts: Parts, num_experts: int) -> ForeignTrace:
 
 def _megatron(files: Sequence[Path]) -> Parts:
     """Reads the router trace of Megatron-Core (`--moe-routing-trace-path`), which has a JSON line for each step, block and
-    layer. If a step has several lines for a layer, each of those lines is a micro-batch. Omits blocks of multi-token
-    prediction."""
+    layer. If a step has several lines for a layer, each line is a micro-batch. Omits blocks of multi-token prediction."""
     for file in files:
         lines: dict[int, dict[int, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
         with open_file(file) as stream:
