@@ -1,4 +1,4 @@
-"""Hints about the routing counts of a window of steps. Each rule is relative to the loads that are possible.
+"""Hints about the routing counts of a window of steps. Each rule compares a load with the possible loads.
 
 A token takes an expert at most once. Therefore an expert's load is at most the number of the group's tokens, and at most
 min(k, m) of a token's k choices are the m null experts. Layers and experts with fewer than `ENOUGH` expected choices are
@@ -35,7 +35,8 @@ class Hint:
 
 
 class WindowSums(NamedTuple):
-    """Sums over the records of a window: int64 arrays of `Record.arrays`, and numbers for the texts of the hints."""
+    """Sums over the records of a window of steps: int64 arrays of `Record.arrays`, and numbers for the texts of the
+    hints."""
 
     choices_LC: np.ndarray
     tokens_LG: np.ndarray
@@ -122,7 +123,8 @@ def busy_expert(window: GroupWindow) -> Iterator[Hint]:
 def busy_text(
     group: ExpertGroup, true_Ln: np.ndarray, tokens_L: np.ndarray, moe_layers: Sequence[int], layer: int, expert: int
 ) -> str:
-    """Returns an expert's load as a text for hints and reports. The quotient in it is also in the heat map moe/load."""
+    """Returns an expert's load as a text for hints and reports. The heat map moe/load also has the quotient of the expert's
+    load and the mean load."""
     load, mean = true_Ln[layer, expert], true_Ln[layer].mean()
     return (
         f"{group.name} expert {expert} takes {load / tokens_L[layer]:.0%} of its group's tokens in layer "

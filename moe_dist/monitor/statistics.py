@@ -1,7 +1,8 @@
 """The input of monitoring: global sums of a step or an evaluation, as plain numbers and numpy arrays.
 
-Pure functions (`metrics.py`) compute all scalars and pictures from these sums, so that sinks never touch the model. Shape
-letters: L MoE layers, G expert groups, M modalities in the order of the data set's manifest, W ranks of the world.
+Pure functions (`metrics.py`) compute all scalars and pictures from the sums in this file, so that sinks never touch the
+model. Shape letters: L MoE layers, G expert groups, M modalities in the order of the data set's manifest, W ranks of the
+world.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ class DepthStatistics:
     Attributes:
         layers: Index of each mixture-of-depths layer in the model.
         capacity: Fraction of the tokens that each layer should compute.
-        groups: Names of the columns G.
+        groups: Names of the expert groups (G).
         tokens_LG, taken_LG: int64, numbers of tokens, and of computed tokens, of each group.
         agreed_L: int64, number of tokens for which the causal decision equals the top-k selection of training; None in
             evaluation, which makes only causal decisions.
@@ -75,12 +76,14 @@ class StepResult:
 
 
 class LeverDecision(NamedTuple):
-    """A decision of a lever of `rank_balance`: a change that it made or refused.
+    """A decision of a lever (load-balancing method) of `rank_balance`: a change that the lever made or refused.
 
     Attributes:
         taken: False if the change was refused.
-        before, after: Load of the busiest rank / load of the mean rank, without and with the change; 1 is even.
-        cost_steps: Time that the change takes, in steps: for a move once, for replicas until the lever's next decision.
+        before, after: Load of the busiest rank / load of the mean rank, without and with the change; 1 if the ranks' loads
+            are equal.
+        cost_steps: Time that the change takes, in steps: a move of experts takes it once, replicas in sum until the lever's
+            next decision.
         why: The reason.
         placement: Placement after this step, if the lever moved experts or changed replicas; else None.
     """
@@ -165,7 +168,7 @@ class ComputeMap:
     Attributes:
         mean: Mean over all mapped tokens by kind of token, such as 'text' or 'background'.
         most: Largest possible number of true experts per token.
-        lines: Lines of text, each with the text and the true experts of each token.
+        lines: For each mapped line of text, the text and the number of true experts of each token.
     """
 
     mean: Mapping[str, float]
@@ -176,7 +179,7 @@ class ComputeMap:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Held-out losses after one step. Optional mappings are empty if not measured.
+    """Held-out losses after one step. An optional mapping is empty if its values were not measured.
 
     Attributes:
         step: Number of steps taken before the evaluation.
@@ -187,11 +190,12 @@ class EvaluationResult:
             measured.
         balance_efficiency_by_count: Mean / maximum work of the ranks (pairs x FFN width): the balance_efficiency if time
             were proportional to work.
-        balance_note: How balance_efficiency was measured, or why not.
+        balance_note: How balance_efficiency was measured, or why it was not measured.
         choice_loss: With expert choice, the losses under the selection of training, which sees later tokens.
         experts_per_token: True experts per token in this evaluation, by group.
         choice_experts_per_token: With expert choice, true experts per token under the selection of training, by group.
-        mixture_of_depths: Sums under causal decisions; None if the model has no mixture-of-depths layers.
+        mixture_of_depths: Sums over the mixture-of-depths layers, which decide causally in evaluation; None without such
+            layers.
         compute_map: None without `monitor.compute_map`, and on ranks other than 0.
     """
 

@@ -1,7 +1,8 @@
 """The tags of the scalars, their meaning, and their maximum number.
 
-Each step has at most `MAX_SCALARS` scalars, with its evaluation, for any number of layers, experts, groups and modalities,
-because nobody reads pages with thousands of curves. Heat maps and metrics.jsonl have all other values.
+A step and its evaluation together have at most `MAX_SCALARS` scalars, for any number of layers, experts, groups and
+modalities, because nobody reads pages with thousands of curves. Heat maps and metrics.jsonl have all values that are not
+among the scalars.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ from moe_dist.config.manifest import RESERVED_MODALITIES
 
 MAX_SCALARS = 40
 
-# Prefixes of the tags of times and device readings. All other scalars are bit-equal in two runs with the same seed.
+# Prefixes of the tags of times and device readings. Scalars without these prefixes are bit-equal in two runs with the same
+# seed.
 TIMING_TAGS: tuple[str, ...] = ("perf/", "device/", "comm/seconds")
 TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note")
 
@@ -113,11 +115,11 @@ class TagPlan:
 
 @cache  # cached, because each record calls it
 def tag_plan(num_groups: int, num_modalities: int, *, mixture_of_depths: bool = False) -> TagPlan:
-    """Splits as many tag families as `MAX_SCALARS` scalars allow: first losses by modality, then families by group, then
-    epochs by modality.
+    """Splits tag families by group or modality, as many families as `MAX_SCALARS` allows: first losses by modality, then
+    families by group, then epochs by modality.
 
-    With mixture-of-depths layers, which add scalars, as many group families are split as fit, in order. Without such layers
-    either all group families are split or none.
+    With mixture-of-depths layers, which add scalars, as many group families are split as fit into `MAX_SCALARS`, in order.
+    Without mixture-of-depths layers either all group families are split or none.
     """
     families = (DEPTH_FAMILY, *GROUP_FAMILIES) if mixture_of_depths else GROUP_FAMILIES
     room = MAX_SCALARS - FIXED_SCALARS - (DEPTH_SCALARS if mixture_of_depths else 0)
@@ -148,7 +150,8 @@ def split_tag(tag: str) -> tuple[str, str | None, str | None]:
 
 @cache  # cached, because each record calls it for each scalar
 def curve_of(tag: str) -> tuple[str, str]:
-    """Returns the place of a scalar in TensorBoard: the name of a sub-run ('' for the main run), and the tag in this run.
+    """Returns the place of a scalar in TensorBoard: the name of a sub-run ('' for the main run), and the tag in the
+    sub-run.
 
     TensorBoard gives each run a colour. A sub-run for each group, modality and part of the evaluation therefore gives each
     curve of a chart its own colour. Example: 'moe/null_fraction/text' is the tag 'moe/null_fraction' of the sub-run 'text'.

@@ -1,10 +1,10 @@
 """AdamW (decoupled weight decay, Loshchilov & Hutter 2019) with moments in fp32 or, between steps, in bf16.
 
 A moment in bf16 is converted to the parameter's dtype, updated, and rounded to the nearest value. Rounding is element by
-element and draws no random numbers, so a moment has the same bits on any layout. Rounding loses changes of less than 2^-9
-of the moment. A moment whose gradient has become 0 shrinks by the share 1 - beta in a step. This share must exceed 2^-9, so
-the configuration allows betas up to 0.99. (Stochastic rounding would allow larger betas, at the cost of a random number for
-each element, drawn by its global index.)
+element and draws no random numbers, so a moment has the same bits on any layout of ranks. Rounding loses changes of less
+than 2^-9 of the moment. A moment whose gradient has become 0 shrinks by the share 1 - beta in a step. The share 1 - beta
+must exceed 2^-9, so the configuration allows betas up to 0.99. (Stochastic rounding would allow larger betas, at the cost
+of a random number for each element, drawn by its global index.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,8 @@ Moments = Literal["fp32", "bf16"]
 
 
 class AdamW(torch.optim.AdamW):
-    """Takes parameter groups from `split_parameters`. Its `step` skips groups with the key "moments", which Muon updates.
+    """Takes parameter groups from `split_parameters`. The method `step` skips groups with the key "moments", which Muon
+    updates.
 
     Attributes:
         moment_dtype: Dtype of moments; None: the parameter's dtype.
@@ -87,7 +88,8 @@ class AdamW(torch.optim.AdamW):
 
 
 def _slices(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields lists of parameters whose converted moments together have at most WIDE_BYTES, or of a single parameter."""
+    """Yields lists of parameters whose converted moments together have at most WIDE_BYTES, or lists of one larger
+    parameter."""
     part: list[Tensor] = []
     size = 0
     for parameter in parameters:

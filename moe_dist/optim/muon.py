@@ -40,9 +40,9 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 class Muon(AdamW):
     """Takes parameter groups from `split_parameters(..., orthogonal=True)`.
 
-    A matrix that FSDP2 has sharded is gathered: each of its ranks computes the update of the whole matrix and keeps its own
-    rows. Under DDP each rank computes the updates of all dense matrices. A stack whose experts are whole costs no
-    collective. Every rank must call `step`, with gradients for the same parameters.
+    A matrix that FSDP2 has sharded is gathered: each rank that holds a shard computes the update of the whole matrix and
+    keeps its own rows. Under DDP each rank computes the updates of all dense matrices. A stack of experts' matrices costs
+    no collective if no matrix is cut. Every rank must call `step`, with gradients for the same parameters.
 
     Args:
         dtype: Dtype of the Newton-Schulz iterations; float64 parameters use float64.
@@ -88,7 +88,8 @@ class Muon(AdamW):
 
 
 def _for_whole_matrices(update: Tensor, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """Orthogonalises this rank's part of an update of `parameter`. Costs an all-gather if the matrices are cut."""
+    """Orthogonalises this rank's part of an update of `parameter`. Costs an all-gather if ranks hold only parts of a
+    matrix."""
     if not isinstance(parameter, DTensor) or all(
         isinstance(each, Shard) and each.dim == 0 and parameter.ndim == 3 for each in parameter.placements
     ):

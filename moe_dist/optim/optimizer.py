@@ -1,8 +1,8 @@
 """Makes parameter groups and AdamW (or NVIDIA Apex's, if installed), sets an optimizer's state, and computes the global
 gradient norm and schedules.
 
-This file issues no collective: the training step sums the ranks' shares of the squared norm. The arguments of a schedule
-have the names of the configuration's fields, so that the caller can pass a section's `model_dump()`.
+This file issues no collective: the training step sums the ranks' shares of the gradient's squared norm. The arguments of a
+schedule have the names of the configuration's fields, so that the caller can pass a section's `model_dump()`.
 """
 
 import importlib
@@ -32,8 +32,9 @@ def is_empty_here(parameter: nn.Parameter) -> bool:
 
 
 def moments_of(named: NamedParameter, *, orthogonal: bool) -> tuple[str, ...]:
-    """Returns the names of a parameter's moments. If `orthogonal`, the optimizer keeps one moment of the matrices of
-    attention, FFNs and experts, and orthogonalises it; embedding, output, routers, adapters and vectors keep both."""
+    """Returns the names of a parameter's moments. If `orthogonal`, the optimizer keeps only one moment, which it
+    orthogonalises, for the matrices of attention, FFNs and experts; and two moments for embedding, output, routers,
+    adapters and vectors."""
     shape = named.parameter.shape
     stacked = named.role is Role.EXPERT and len(shape) == 3
     dense = named.role is Role.DENSE and named.name != OUTPUT_NAME and len(shape) == 2 and min(shape) > 1
@@ -44,10 +45,10 @@ def split_parameters(model: nn.Module, *, weight_decay: float, orthogonal: bool 
     """Returns parameter groups {"params", "weight_decay"} for a torch optimizer, in a fixed order. Groups whose parameters
     have only MATRIX_MOMENTS (see `moments_of`) also have the key "moments".
 
-    A fused kernel needs tensors of one type. Plain tensors, DTensors over all ranks (dense parameters) and DTensors over
-    the edp ranks, which hold the same experts, are therefore in different parameter groups. Frozen parameters and
-    parameters that are empty on this rank are left out. An empty shard of a matrix with MATRIX_MOMENTS stays, because the
-    gather of the matrix needs all its ranks.
+    A fused optimizer kernel needs tensors of one type. Plain tensors, DTensors over all ranks (dense parameters) and
+    DTensors over the edp ranks, which hold the same experts, are therefore in different parameter groups. Frozen parameters
+    and parameters that are empty on this rank are left out. An empty shard of a matrix with MATRIX_MOMENTS stays, because
+    all ranks that share the matrix must take part in its gather.
     """
     groups: dict[tuple[bool, object, object], dict[str, Any]] = {}
     for named in named_parameters(model):
@@ -167,8 +168,8 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
 
     Args:
         parameters: Each parameter with its replicas: the number of ranks that hold the same part of its (already reduced)
-            gradient. The number is the world size for a replicated dense parameter, the edp size for a replicated expert, 1
-            for a shard.
+            gradient. The number of replicas is the world size for a replicated dense parameter, the edp size for a
+            replicated expert, 1 for a shard.
         device: Device of the result, even if this rank has no gradient.
     """
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
@@ -177,7 +178,7 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
             gradients, copies = by_dtype[gradient.dtype]
             gradients.append(gradient)
             copies.append(replicas)
-    total = torch.zeros((), dtype=torch.float64, device=device)  # on the device, so that nothing syncs
+    total = torch.zeros((), dtype=torch.float64, device=device)  # on the device, so that the host does not sync
     for dtype, (gradients, copies) in by_dtype.items():
         norms = torch._foreach_norm(gradients, 2, torch.promote_types(dtype, torch.float32))  # pyright: ignore[reportPrivateImportUsage]
         squares = torch.stack(list(norms)).double().square().to(device)  # the square of an fp32 norm can overflow fp32
@@ -211,9 +212,10 @@ def lr_factor(
 ) -> float:
     """Returns the ratio of the learning rate to its peak in optimizer step `step` (0-based) of `total_steps`.
 
-    The warm-up is linear, from 1 / warmup_steps in the first step to 1 in the last warm-up step. `cosine` then follows half
-    a cosine. `wsd` stays at 1, and decays linearly over the last `decay_steps`. `cosine` and `wsd` reach `min_ratio` in the
-    last step and keep it afterwards. If warm-up and decay overlap, the ratio is the smaller of the two.
+    The warm-up is linear, from 1 / warmup_steps in the first step to 1 in the last warm-up step. After the warm-up,
+    `cosine` follows half a cosine. `wsd` keeps the ratio 1, and decays linearly over the last `decay_steps`. `cosine` and
+    `wsd` reach the ratio `min_ratio` in the last step and keep this ratio afterwards. If warm-up and decay overlap, the
+    ratio is the smaller of the two.
     """
     done = min(step + 1, total_steps)  # step + 1, so that the first step already has a rate above 0
     rise = min(1.0, done / warmup_steps) if warmup_steps else 1.0

@@ -18,8 +18,8 @@ _NCCL = ("NCCL_ALGO", "^NVLS,NVLSTree,CollNetDirect,CollNetChain")
 
 
 def deterministic_variables(given: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variables for deterministic cuBLAS and NCCL that `given` lacks. cuBLAS and NCCL read them at their first
-    use.
+    """Returns the variables for deterministic cuBLAS and NCCL that `given` lacks. cuBLAS and NCCL read these variables at
+    their first use.
 
     Raises:
         ConfigError: the variable in `given` has a value with which cuBLAS is not deterministic.
@@ -34,8 +34,8 @@ def deterministic_variables(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def make_deterministic() -> None:
-    """Makes torch and the CUDA libraries deterministic in this process. Call it right after importing torch. An operation
-    without a deterministic implementation then raises a RuntimeError that names the operation.
+    """Makes torch and the CUDA libraries deterministic in this process. Call this function right after importing torch.
+    Afterwards an operation without a deterministic implementation raises a RuntimeError that names the operation.
 
     Raises:
         ConfigError: see `deterministic_variables`.

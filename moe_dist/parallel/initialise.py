@@ -19,10 +19,11 @@ def initialise(
 ) -> None:
     """Allocates a meta-device model on `device`, and initialises every parameter.
 
-    Norms start at 1 and biases at 0. LoRA matrices B start at 0, and A [r, in] is normal with variance 1 / (3 in), as in
-    LoRA's own code. All other parameters are normal with `std`; projections into the residual stream (attention.o, every
-    down) have std / sqrt(2 L), with L layers. A module can set constants for its parameters by name in `initial_values`.
-    The host draws one whole tensor at a time, and copies this rank's shard to the device.
+    Norms are initialised to 1 and biases to 0. LoRA matrices B are initialised to 0, and A [r, in] is normal with variance
+    1 / (3 in), as in LoRA's own code. All other parameters are normal with standard deviation `std`; projections into the
+    residual stream (attention.o, every down) have std / sqrt(2 L), with L layers. A module can set constants for its
+    parameters by name in `initial_values`. The host draws one whole tensor at a time, and copies this rank's shard to the
+    device.
     """
     allocate(model, device)
     for each in named_parameters(model):
@@ -38,18 +39,18 @@ def initialise(
 def initial_value(
     model: nn.Module, path: str, name: str, shape: tuple[int, ...], *, seed: int, std: float, num_layers: int
 ) -> Tensor:
-    """Returns the whole (not sharded) initial value of a logical tensor, fp32 on the host. The value is the same for every
-    engine.
+    """Returns the whole (not sharded) initial value of a logical tensor, fp32 on the host. The initial value is the same
+    for every engine (`engine.kind`).
 
     Args:
-        path: Name in `model` of the parameter that holds the tensor, alone or with others. The module of this parameter can
-            set a constant.
+        path: Name in `model` of the parameter that holds the tensor, alone or stacked with other tensors. The module that
+            owns this parameter can set the initial value to a constant.
         name: Logical name, with the index of an expert. The name decides the value if the module sets no constant.
         shape: Shape of the logical tensor.
     """
     owner, _, leaf = path.rpartition(".")
     constant = getattr(model.get_submodule(owner), "initial_values", {}).get(leaf)
-    if constant is not None:  # set here, because the meta device stores no values
+    if constant is not None:  # set only now, because the meta device stores no values
         return torch.full(shape, constant)
     role = role_of_name(name)
     if role is Role.NORM:
@@ -57,7 +58,7 @@ def initial_value(
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if role in ADAPTERS:
-        if name.endswith("b"):  # B = 0: outputs start equal to the base model's
+        if name.endswith("b"):  # B = 0, so that the initial outputs equal the base model's
             return torch.zeros(shape)
         return normal_tensor(name, shape, seed=seed, std=(3 * shape[-1]) ** -0.5)
     into_residual = name.endswith((".o.weight", ".down.weight", ".down"))
@@ -67,7 +68,7 @@ def initial_value(
 def allocate(model: Transformer, device: torch.device) -> None:
     """Allocates a meta-device model on `device`. Sets the buffers of routers, but no parameter."""
     if any(parameter.is_meta for parameter in model.parameters()):
-        model.to_empty(device=device)  # sets no values: the caller overwrites all of them
+        model.to_empty(device=device)  # leaves values undefined: the caller sets all values
     for module in [*(moe.router for moe in model.moe_modules()), *model.depth_routers()]:
         with device:
             module.reset_buffers()  # pyright: ignore[reportCallIssue]

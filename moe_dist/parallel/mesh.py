@@ -4,10 +4,10 @@
 
 - `world`: all ranks. Each rank reads different data. Dense parameters are replicated, or sharded over all ranks.
 - `ep`: ranks that together hold one copy of all experts. An EP group's ranks are consecutive, to stay inside a node.
-  Dispatch and combine run in this group.
+  Dispatch and combine run in the EP group.
 - `edp`: ranks with the same ep_rank. The ranks of an edp group hold the same experts and sum their gradients.
 - `intra_node`, `inter_node`: exist only with ranks_per_node. ep_rank = node * ranks_per_node + local; `intra_node` has the
-  ranks of an EP group with the same `node`, `inter_node` its ranks with the same `local`.
+  ranks of an EP group with the same `node`, `inter_node` the ranks of an EP group with the same `local`.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class Mesh:
     """The ranks and process groups of this process.
 
     Attributes:
-        ep: Process group of the EP group; None if it has one rank, which communicates nothing.
+        ep: Process group of the EP ranks; None for a single EP rank, which communicates nothing.
         checkpoint: A gloo group of all ranks for the checkpoint thread, which runs while training uses the other groups.
         world_mesh, edp_mesh: `world` and `edp` as 1-D device meshes, for FSDP2.
         tracker: Tracks all collectives of this rank, for the watchdog.
@@ -89,8 +89,10 @@ def init_world(
 
 
 def pretend_world(*, rank: int, world_size: int) -> None:
-    """Creates a default process group without peers, whose collectives do nothing, for counts of a rank's work."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # here, because the import registers a backend
+    """Creates a default process group without peers, whose collectives do nothing, for counting the work of one rank
+    alone."""
+    # imported here, because the import registers a backend
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)  # pyright: ignore[reportArgumentType]
 
@@ -103,7 +105,7 @@ def make_mesh(
     ranks_per_node: int | None = None,
     tracker: CollectiveTracker | None = None,
 ) -> Mesh:
-    """Divides the default process group into EP and edp groups. Every rank calls it with the same arguments.
+    """Divides the default process group into EP and edp groups. Every rank must call `make_mesh` with the same arguments.
 
     With `ranks_per_node`, which must divide `ep`, each EP group is also divided into nodes. Each group gets `timeout`
     explicitly, because torch's groups do not inherit the default group's timeout.
@@ -114,7 +116,7 @@ def make_mesh(
     grid = torch.arange(world_size).view(world_size // ep, ep)
     edp_rank, ep_rank = divmod(rank, ep)
     ep_group = _own_group(grid, edp_rank, timeout) if ep > 1 else None
-    edp_group = _own_group(grid.T, ep_rank, timeout)  # created also for one rank, because FSDP2 needs its mesh
+    edp_group = _own_group(grid.T, ep_rank, timeout)  # created also for a single rank, because FSDP2 needs the edp mesh
     backend = "fake" if dist.get_backend() == "fake" else "gloo"
     intra_node, inter_node = _node_groups(grid, rank, ranks_per_node, timeout)
     return Mesh(
@@ -128,7 +130,7 @@ def make_mesh(
         world=world,
         ep=ep_group,
         edp=edp_group,
-        # The timeout may be long: a rank that dies closes its connections, which ends the wait of the others.
+        # The timeout may be long: a rank that dies closes its connections, which ends the wait of the other ranks.
         checkpoint=dist.new_group(backend=backend, timeout=CHECKPOINT_TIMEOUT),  # pyright: ignore[reportArgumentType]
         world_mesh=DeviceMesh.from_group(world, device.type, mesh_dim_names=("world",)),
         edp_mesh=DeviceMesh.from_group(edp_group, device.type, mesh_dim_names=("edp",)),
@@ -182,11 +184,11 @@ def destroy_world() -> None:
 
 
 def own_gpu(env: RankEnv) -> torch.device:
-    """Returns this rank's GPU, and makes it the current device. This is the GPU whose index is the local rank, or the only
-    GPU that the rank sees: a scheduler may show each rank only its own GPU, as srun --gpus-per-task does.
+    """Returns this rank's GPU, and makes it the current device. The rank's GPU is the GPU whose index is the local rank, or
+    the only GPU that the rank sees: a scheduler may show each rank only its own GPU, as srun --gpus-per-task does.
 
     Raises:
-        ResourceError: the node shows no GPU, or several but fewer than it has ranks.
+        ResourceError: the node shows no GPU, or several GPUs but fewer than the node has ranks.
     """
     index = 0 if torch.cuda.device_count() == 1 else env.local_rank
     if index >= torch.cuda.device_count():

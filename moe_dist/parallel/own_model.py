@@ -1,4 +1,4 @@
-"""Expert-parallel layers in a model of your own: their loss, gradients and full weights (docs/api.md).
+"""Expert-parallel layers in a user's own model: balance loss, gradients and full weights of such layers (docs/api.md).
 
 An expert is on one rank of `ep_group`, which gets the gradients of all tokens that chose it. Frameworks that average
 gradients over ranks, like DDP, must therefore leave experts out. No rank has the weights or gradients of all experts.
@@ -49,14 +49,16 @@ def build_moe_layer(
 
     Args:
         hidden_dim: D.
-        groups: All groups of experts, in logical order. If no group has a `first_expert`, they are numbered in this order.
-        ep_group: The ranks that share the experts. If None, this process holds all experts.
+        groups: All groups of experts, in logical order. If no group has a `first_expert`, the experts are numbered in the
+            order of `groups`.
+        ep_group: The ranks that share the experts. Without `ep_group`, this process holds all experts.
         placement: The map of experts to ranks; by default each group's experts are spread over all ranks.
-        router: A router, whose weights are not changed. If None, `TopKRouter(hidden_dim, groups)` is made.
+        router: The layer's router, whose weights stay as they are. Without `router`, the layer gets `TopKRouter(hidden_dim,
+            groups)`.
         name: Name of the layer in logical names and error messages. Each layer of a model needs its own name.
 
     Raises:
-        ConfigError: `placement` is for other groups.
+        ConfigError: the groups of `placement` differ from `groups`.
         ValueError: in forward, x or group has another shape, or (checked on CPUs only, because a GPU would have to sync) a
             group index is neither -1 nor the index of a group.
     """
@@ -124,8 +126,8 @@ def balance_loss(
         reports: The report that a layer returned, or the reports of several layers with equal groups.
         groups: The layers' expert groups.
         group: Process group of all ranks that train the model; None for one process.
-        averaged: Whether gradients are averaged over ranks and not summed (`average_over_ranks`). The share is then
-            multiplied by the number of ranks.
+        averaged: Whether gradients are averaged over ranks and not summed (`average_over_ranks`). With `averaged`, this
+            rank's share is multiplied by the number of ranks.
     """
     sums = [report.sums for report in ([reports] if isinstance(reports, LayerReport) else reports)]
     choices_LC, tokens_LG = (torch.stack([getattr(each, name) for each in sums]) for name in ("choices_C", "tokens_G"))
@@ -164,7 +166,7 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup 
         return
     for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
         same = [parameter for parameter in parameters if parameter.dtype == dtype]
-        # A rank whose tokens did not use a parameter has no gradient of it, but other ranks may have one.
+        # A rank whose tokens did not use a parameter has no gradient of the parameter, but other ranks may have a gradient.
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in same]
         used = torch.tensor([each.grad is not None for each in same], dtype=dtype).to(same[0].device)
         flat = torch.cat([*(gradient.flatten() for gradient in gradients), used])
@@ -177,8 +179,9 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup 
 def average_over_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Prepares a model for a framework that averages gradients over ranks: DDP, FSDP2, Accelerate, Lightning, Trainer.
 
-    Call it once on the module that the framework will wrap, before wrapping. From then on each gradient of an expert is
-    divided by the number of ranks, and DDP leaves experts out. Give FSDP2 `ignored_params=set(expert_parameters(model))`.
+    Call this function once on the module that the framework will wrap, before wrapping. After the call each gradient of an
+    expert is divided by the number of ranks, and DDP leaves experts out. Give FSDP2
+    `ignored_params=set(expert_parameters(model))`.
 
     Args:
         group: All ranks that train the model, which are one EP group; None for one process.
@@ -197,7 +200,7 @@ def average_over_ranks(model: nn.Module, group: dist.ProcessGroup | None = None)
 def clip_gradients(model: nn.Module, max_norm: float, group: dist.ProcessGroup | None = None) -> Tensor:
     """Scales all gradients so that their norm over all ranks is at most `max_norm`; returns the old norm, 0-d.
 
-    `torch.nn.utils.clip_grad_norm_` knows only this rank's experts, so ranks would scale by different factors.
+    `torch.nn.utils.clip_grad_norm_` knows only this rank's experts, so ranks would scale gradients by different factors.
 
     Args:
         group: All ranks that train the model, which are one EP group; None for one process.

@@ -15,8 +15,9 @@ from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_rob
 
 NAME_BYTES = 128
 REPEATS, SECONDS = 100, 0.5  # most repeats of a collective, and most seconds for them; the best time counts
-# Further measurements (looks) of a pair that looks slow: the pair is slow only if all of them find it slow. All pairs of a
-# slow node are slow. With more such pairs each gets fewer looks, or a large cluster would exceed the job's time limit.
+# Further measurements (looks) of a pair that looks slow: the pair is slow only if all looks find the pair slow. All pairs
+# of a slow node are slow. The more pairs look slow, the fewer looks each pair gets, so that a large cluster stays within
+# the job's time limit.
 FEWEST_LOOKS, MOST_LOOKS, ALL_LOOKS = 3, 10, 100
 
 
@@ -41,8 +42,8 @@ def measure_pairs(
 ) -> tuple[dict[Pair, PairExchange], list[Pair]]:
     """Returns the best times of each pair of nodes, and the list of slow pairs. The result is the same on all ranks.
 
-    A pair that looks slow is measured again without other traffic, in turn with a pair of usual speed. A temporary load
-    then slows both pairs, so that it makes no pair look slow.
+    A pair that looks slow is measured again without other traffic, in turn with a pair of usual speed. A temporary load on
+    the network then slows both pairs of the comparison, and so makes no pair look slow.
 
     Args:
         payload_bytes: Bytes that each rank sends to the other node in an all-to-all, and bytes of its all-reduced tensor.
@@ -59,7 +60,8 @@ def measure_pairs(
     if not doubted:
         return measured, []
     reference = usual_pair(measured)
-    # All ranks create these groups, because with `alone` torch would reuse the name of the pair's destroyed group.
+    # All ranks create the groups of the doubted pairs, because with `alone` torch would reuse the name of the pair's
+    # destroyed group.
     groups = {pair: group_of(ranks.of(pair), timeout=timeout, alone=False) for pair in [reference, *doubted]}
     looks = _num_looks(len(doubted))
     return measured, [pair for pair in doubted if _stays_slow(pair, reference, task, groups, looks)]
@@ -80,7 +82,8 @@ def _stays_slow(
 
 
 def names_of_nodes(own: str, ranks: NodeRanks, device: torch.device) -> list[str]:
-    """Returns the names of all nodes, in order; `own` is this node's name. All ranks call it (a collective)."""
+    """Returns the names of all nodes, in order; `own` is this node's name. All ranks must call this function, which issues
+    a collective."""
     text = torch.tensor(list(own.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")), dtype=torch.uint8, device=device)
     everywhere = [torch.empty_like(text) for _ in range(ranks.nodes * ranks.per_node)]
     dist.all_gather(everywhere, text)  # sent as bytes, because object collectives use pickle

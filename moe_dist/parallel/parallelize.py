@@ -1,8 +1,8 @@
 """Makes a single-device model parallel, in these steps:
 
 1. Experts: the model is built with this rank's experts only, and its dispatcher gets the EP group.
-2. Recompute: inside each FSDP2 unit, set when the model is built, so that FSDP2 gathers a unit before recomputation.
-3. FSDP2 or DDP: last, because it needs the final parameters and units.
+2. Recompute: set inside each FSDP2 unit when the model is built, so that FSDP2 gathers a unit before recomputation.
+3. FSDP2 or DDP: last, because the wrapper needs the final parameters and units.
 
 Gradients are summed over ranks, not averaged, because a rank's loss is its share of the global loss. Dense gradients are
 summed over the world, and gradients of experts over edp (ranks with the same experts). Router weights stay replicated plain
@@ -29,14 +29,15 @@ from moe_dist.moe.experts import ExpertStack
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.roles import EXPERTS, ROUTERS, NamedParameter, Role, named_parameters
 
-_NOT_IN_DDP = ROUTERS | EXPERTS  # `reduce_gradients` sums the gradients of these roles
+_NOT_IN_DDP = ROUTERS | EXPERTS  # roles whose gradients DDP leaves to `reduce_gradients`
 
 
 class ParallelModel:
-    """A transformer on a mesh. Call it for the forward of training, and `reduce_gradients` after the step's last backward.
+    """A transformer on a mesh. Call the object for the forward of training, and its `reduce_gradients` after the step's
+    last backward.
 
     Attributes:
-        model: The unwrapped transformer, for evaluation and state. Under FSDP2 its parameters are DTensors.
+        model: The unwrapped transformer, for evaluation and state. Under FSDP2 the transformer's parameters are DTensors.
         parameters: All parameters of this rank, with logical names; a stack of experts has a name without an expert index.
     """
 
@@ -58,14 +59,14 @@ class ParallelModel:
         # DDP rejects a model without trainable dense parameters.
         self._module: nn.Module = _wrap_ddp(model, mesh) if data == "ddp" and dense else model
         if data == "fsdp2" and model.args.two_batch_overlap:
-            model.register_forward_pre_hook(_gather_all)  # after the hook with which FSDP2 starts a forward
+            model.register_forward_pre_hook(_gather_all)  # runs after the hook with which FSDP2 begins a forward
 
     def __call__(self, *args: Any) -> Any:
         return self._module(*args)
 
     @property
     def reader(self) -> tuple[int, int]:
-        """This rank's position among the ranks that read different sequences, and their number."""
+        """This rank's position among the ranks that read different sequences, and the number of such ranks."""
         return self.mesh.rank, self.mesh.world_size
 
     @property
@@ -75,12 +76,12 @@ class ParallelModel:
 
     @property
     def counts_tokens(self) -> bool:
-        """False on a rank whose tokens and losses another rank counts; always True here."""
+        """False on a rank whose tokens and losses another rank counts; always True in this class."""
         return True
 
     def replicas(self, named: NamedParameter) -> int:
-        """Returns the number of ranks that hold the same part of a parameter (1 for a shard). Gradient norms divide by this
-        number."""
+        """Returns the number of ranks that hold the same part of a parameter (1 for a shard). Gradient norms divide the
+        parameter's squared norm by this number."""
         if isinstance(named.parameter, DTensor):
             return 1
         return self.mesh.edp_size if named.role in EXPERTS else self.mesh.world_size
@@ -88,8 +89,9 @@ class ParallelModel:
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         """Encloses forward and backward of a micro-batch. DDP sums gradients over ranks in a step's last micro-batch only.
-        FSDP2 gathers parameters and sums gradients in each micro-batch, or gathers in the first and sums in the last one
-        (`fsdp_gather`). Until the last micro-batch or an error, experts keep copies of their weights in the rows' dtype."""
+        FSDP2 gathers parameters and sums gradients in each micro-batch, or gathers in the first and sums in the last
+        micro-batch (`fsdp_gather`). Until the last micro-batch or an error, experts keep copies of their weights in the
+        dtype of the experts' inputs."""
         for stack in self._stacks:
             stack.keep_copies(True)
         if self._once:
@@ -108,7 +110,7 @@ class ParallelModel:
             for stack in self._stacks if last else ():
                 stack.keep_copies(False)  # the optimizer, or a load after an error, changes the weights next
             if self._once and last:
-                self._root.set_reshard_after_forward(True)  # otherwise an evaluation would leave all parameters gathered
+                self._root.set_reshard_after_forward(True)  # otherwise an evaluation would leave all parameters unsharded
 
     @property
     def _root(self) -> FSDPModule:
@@ -133,20 +135,21 @@ class ParallelModel:
 
 
 def freeze_all_but(model: nn.Module, roles: Collection[Role]) -> None:
-    """Freezes all parameters except those of `roles`. Frozen parameters get no gradients and no moments. Call it before
-    FSDP2 or DDP wraps the model, so that they skip frozen parameters."""
+    """Freezes all parameters except those of `roles`. Frozen parameters get no gradients and no moments. Call this function
+    before FSDP2 or DDP wraps the model, so that the wrapper skips frozen parameters."""
     for each in named_parameters(model):
         each.parameter.requires_grad_(each.role in roles)
 
 
 def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
-    """Applies FSDP2 in place. The units are each layer's attention, each MoE layer or FFN, and the model with all other
+    """Applies FSDP2 in place. FSDP2's units are each layer's attention, each MoE layer or FFN, and the model with all other
     parameters.
 
     The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. FSDP2 thus runs no
-    collective between the layer's two exchanges. If the experts were a separate unit, its reduce-scatter would run between
-    the exchanges of backward, where ranks can deadlock. With edp = 1 no other rank holds this rank's experts, so they stay
-    plain tensors: FSDP2 would copy them and their gradients in each micro-batch without need.
+    collective between the layer's two exchanges (dispatch and combine). If the experts were a separate unit, its
+    reduce-scatter would run between the exchanges of backward, where ranks can deadlock. With edp = 1 no other rank holds
+    this rank's experts, so they stay plain tensors: FSDP2 would copy them and their gradients in each micro-batch without
+    need.
 
     Raises:
         ConfigError: see `_expert_placement`.
@@ -169,13 +172,14 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
     fully_shard(model, **options)  # sharded last, because the model takes the parameters that no unit has
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # a sum instead of an average
+            module.set_gradient_divide_factor(1.0)  # FSDP2 then sums gradients instead of averaging them
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
 
 def _gather_all(model: nn.Module, _inputs: Any) -> None:
-    """Gathers the parameters of all units before the first layer, if the layers run on two halves in turns. The units' own
-    hooks then do not run, and FSDP2 reduces gradients at the end of backward, so no collective comes between exchanges."""
+    """Gathers the parameters of all units before the first layer, if the layers run on two halves of a micro-batch in
+    turns. The units' own hooks then do not run, and FSDP2 reduces gradients at the end of backward, so no collective comes
+    between exchanges."""
     assert isinstance(model, Transformer)
     for unit in model.modules() if model.in_halves else ():
         if isinstance(unit, FSDPModule):
@@ -187,7 +191,7 @@ def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
     these rows. Returns None if no expert must be sharded.
 
     Raises:
-        ConfigError: this torch gives all parameters of an FSDP2 unit the same ranks.
+        ConfigError: the installed torch shards all parameters of an FSDP2 unit over the same ranks.
     """
     experts = {each.parameter for each in named_parameters(moe) if each.role in EXPERTS}
     if not experts or mesh.edp_size == 1:

@@ -44,12 +44,13 @@ _ERRORS: dict[int, type[MoeDistError]] = {each.exit_code: each for each in (Conf
 
 @contextmanager
 def meeting(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[tuple[Store, str]]:
-    """Waits until all ranks have come. Yields the store for their process groups, and rank 0's attempt_id, by which all
-    ranks name this attempt (start of the job). Create the process group inside the `with` block.
+    """Waits until all ranks have joined the start. Yields the store for the ranks' process groups, and rank 0's attempt_id,
+    by which all ranks name this attempt (start of the job). The caller must create the process group inside the `with`
+    block.
 
     Raises:
         ConfigError: ranks differ in WORLD_SIZE, MOE_DIST_ATTEMPT_ID or run folder. The error names rank, host and values.
-        StartError, StoppedError: `wait` raised it on this rank or on rank 0, or the store's owner has ended.
+        StartError, StoppedError: `wait` raised the error on this rank or on rank 0, or the store's owner has ended.
         ResourceError: see `publish`.
     """
     with _store(env, run_folder, wait) as shared:
@@ -74,10 +75,12 @@ class Mailbox:
         self._store.set(str(self._store.add("count", 1)), text)
 
     def new(self) -> list[str]:
-        """Returns the messages that came since the last call. If there are none, this costs one request to the store."""
+        """Returns the messages that came since the last call. If there are no messages, the call costs one request to the
+        store."""
         before, self._count = self._count, self._store.add("count", 0)
         due = [*self._due, *range(before + 1, self._count + 1)]
-        here = [number for number in due if self._store.check([str(number)])]  # a poster may have died before `set`
+        # a process that posts a message may have died before `set`
+        here = [number for number in due if self._store.check([str(number)])]
         self._due = [number for number in due if number not in here]
         return [self._store.get(str(number)).decode() for number in here]
 
@@ -135,8 +138,8 @@ def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Gree
 
 @contextmanager
 def _store(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[Store]:
-    """Yields the store that all ranks of a start open. Rank 0 or torchrun's agent owns it,
-    unless it is a file."""
+    """Yields the store that all ranks of a start open. Rank 0 or torchrun's agent owns the store, unless the store is a
+    file."""
     if env.init_method.startswith("file://"):
         yield FileStore(env.init_method.removeprefix("file://"), env.world_size)
     elif env.init_method != PUBLISHED:
@@ -155,7 +158,7 @@ def _store(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[Store]:
                 True,
                 STORE_SECONDS,
                 wait_for_workers=False,
-                master_listen_fd=listener.detach(),  # the socket itself, so that no other process can take the port
+                master_listen_fd=listener.detach(),  # passes the open socket, so that no other process can take the port
             )
             yield PrefixStore(address.secret, own)  # a peer with another secret cannot see the keys
         finally:
@@ -190,7 +193,7 @@ def _store_at(env: RankEnv, host: str, port: int, wait: StartWait) -> Store:
 
 def _client(host: str, port: int, wait: StartWait) -> Store:
     while True:
-        try:  # a plain socket first: torch would log a warning for every attempt
+        try:  # tries a plain socket first, because torch would log a warning for every attempt
             socket.create_connection((host, port), timeout=5.0).close()
             return TCPStore(host, port, None, False, STORE_SECONDS, wait_for_workers=False)
         except (OSError, DistError) as error:  # no process listens yet, or the host has no address yet

@@ -39,7 +39,8 @@ def usual(seconds: Iterable[float]) -> float:
     """Returns the time of a normal pair: the lower median, which is normal even if one of four nodes is slow and slows half
     of the pairs. For at most three pairs returns the least time."""
     ordered = sorted(seconds)
-    return ordered[0] if len(ordered) <= 3 else statistics.median_low(ordered)  # a slow node is in two of three pairs
+    # of three nodes, a slow node is in two of the three pairs
+    return ordered[0] if len(ordered) <= 3 else statistics.median_low(ordered)
 
 
 def usual_pair(measured: Mapping[Pair, PairExchange]) -> Pair:
@@ -49,7 +50,7 @@ def usual_pair(measured: Mapping[Pair, PairExchange]) -> Pair:
 
 
 def is_slow(exchange: PairExchange, *, than: PairExchange) -> bool:
-    """Returns whether one of the pair's collectives takes more than SLOW times as long as in `than`."""
+    """Returns whether one of the pair's collectives takes more than SLOW times as long as on the pair `than`."""
     return exchange.all_reduce > SLOW * than.all_reduce or exchange.all_to_all > SLOW * than.all_to_all
 
 

@@ -24,9 +24,10 @@ class StepCounts(NamedTuple, Generic[Array]):
         unrouted_LG: Number of tokens that no expert took.
         depth_tokens_P: Number of tokens among which each mixture-of-depths layer selects.
         depth_agreed_P: Number of tokens for which evaluation's causal rule and training's selection decide the same.
-        depth_kth_score_P: Lowest selected score, times the number of tokens.
-        depth_weight_P: Sum of the selected tokens' weights.
-        depth_tokens_PG, depth_taken_PG: Number of tokens of each group, and how many of them the layer computes.
+        depth_kth_score_P: Lowest score that each mixture-of-depths layer selects, times the number of tokens.
+        depth_weight_P: Sum of the weights of the tokens that each mixture-of-depths layer selects.
+        depth_tokens_PG, depth_taken_PG: Number of tokens of each group, and number of tokens that each mixture-of-depths
+            layer computes.
     """
 
     choices_LC: Array

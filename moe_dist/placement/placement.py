@@ -1,7 +1,8 @@
 """Maps the slots of each rank to experts. A slot is the place of one expert on a rank.
 
 An expert's logical id is its number over all groups, in group order: group g has the ids first_g .. first_g + n_g - 1. A
-rank is a position in an EP group. Ranks may have different numbers of slots, or none. Every layer uses the same map.
+rank is a position in an EP group. Ranks may have different numbers of slots, or none. Every layer uses the same map of
+slots to experts.
 """
 
 import itertools
@@ -92,8 +93,8 @@ class ExpertPlacement:
     @classmethod
     def interleaved(cls, groups: Sequence[ExpertGroup], num_ranks: int) -> "ExpertPlacement":
         """Spreads the experts of every group evenly over all ranks. If a group's experts do not divide evenly, some ranks
-        get one more expert. The extra experts of the next group go to the ranks after these, so that ranks stay
-        balanced."""
+        get one more expert. The extra experts of the next group go to the ranks after the last rank with an extra expert,
+        so that ranks stay balanced."""
         slots: list[list[int]] = [[] for _ in range(num_ranks)]
         offset = 0
         for group in groups:

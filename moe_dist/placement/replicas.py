@@ -1,8 +1,8 @@
-"""Replicas: in single layers a hot expert has, beside its own slot, slots on other ranks for a while.
+"""Replicas: in single layers a hot (much chosen) expert temporarily has slots on other ranks, beside its own slot.
 
-A rank sends its tokens to the replica on the rank itself if there is one. The ranks without a replica take the slots in
-turns. Each rank thus knows the slots of its tokens without an exchange. The slots of an expert get about equally many
-tokens, because the tokens of all ranks are drawn from the same data.
+A rank that has a replica of an expert sends its tokens for that expert to the replica. The ranks without a slot of the
+expert are assigned to the expert's slots in turns. Each rank thus knows the slots of its tokens without an exchange. The
+slots of an expert get about equally many tokens, because the tokens of all ranks are drawn from the same data.
 
 Shape letters: L MoE layers, E true experts, R ranks of an EP group.
 """
@@ -19,7 +19,7 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 
 class Replica(NamedTuple):
-    """A slot on `rank` of the expert with a logical id, whose own slot is on another rank."""
+    """A further slot, on `rank`, of the expert with the logical id `expert`, whose own slot is on another rank."""
 
     expert: int
     rank: int
@@ -31,7 +31,8 @@ class PlacementWithReplicas(ExpertPlacement):
     saved. `replicas` has one sorted tuple of replicas for each layer; a tuple may be empty.
 
     Raises:
-        ConfigError: see `ExpertPlacement`, or the replicas of a layer are not sorted, or not on other ranks.
+        ConfigError: see `ExpertPlacement`, or the replicas of a layer are not sorted, or a replica is on the rank of its
+            expert's own slot.
     """
 
     replicas: tuple[tuple[Replica, ...], ...] = ()
@@ -78,8 +79,8 @@ class PlacementWithReplicas(ExpertPlacement):
         return hosts_of(self.replicas[layer], self.rank_of_expert)
 
     def by_rank(self, pairs_LE: np.ndarray) -> np.ndarray:
-        """See `ExpertPlacement.by_rank`. Of an expert with replicas each rank gets the share that its slot is expected to
-        serve: the share if all ranks have equally many of the pairs."""
+        """See `ExpertPlacement.by_rank`. The pairs of an expert with replicas are divided over the ranks of its slots as
+        expected if all source ranks have equally many of these pairs."""
         found_LR = super().by_rank(pairs_LE).astype(np.float64)
         for layer in range(len(self.replicas)):
             for expert, hosts in self.hosts(layer).items():
@@ -103,8 +104,8 @@ def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict
 
 
 def servers(hosts: Sequence[int], ranks: int) -> list[int]:
-    """Returns for each source rank the rank of the slot that serves it: itself if it has a slot, else the hosts in
-    turns."""
+    """Returns for each source rank the rank of the slot that serves the source rank: itself if it has a slot, else one of
+    `hosts`, in turns."""
     turns = itertools.cycle(hosts)
     return [rank if rank in hosts else next(turns) for rank in range(ranks)]
 

@@ -1,9 +1,9 @@
 """Determines the role and the logical name of each parameter. Checkpoints store parameters by logical names, and initial
 values are drawn from logical names.
 
-A module class sets the role of its parameters, as in `role = Role.ROUTER`. Child modules without a role inherit it. A dict
-`roles` of a module sets the roles of some of its own parameters. The role is not an attribute of parameters, because FSDP2
-and `Module.to_empty` replace parameters.
+A module class sets the role of its parameters, as in `role = Role.ROUTER`. Child modules without a role inherit their
+parent's role. A dict `roles` of a module sets the roles of some of its own parameters. The role is not an attribute of
+parameters, because FSDP2 and `Module.to_empty` replace parameters.
 
 This file imports no torch, so that commands without torch can describe checkpoints.
 """

@@ -91,7 +91,7 @@ def modality_answer(fitting: Sequence[Estimate], planner: Planner) -> str:
 
 
 def is_interleaved(placement: ExpertPlacement) -> bool:
-    """Returns whether a placement equals the interleaved placement, as with one expert on each rank."""
+    """Returns whether a placement equals the interleaved placement, which other policies can also choose."""
     return placement.slots == ExpertPlacement.interleaved(placement.groups, placement.num_ranks).slots
 
 

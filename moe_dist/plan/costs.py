@@ -1,7 +1,9 @@
-"""Seconds of the parts of a micro-batch on one rank, by FLOPs, bytes and the rates of a machine. Imports no torch.
+"""Computes the seconds of each part of a micro-batch on one rank, from FLOPs, bytes and the rates of a machine. Imports no
+torch.
 
-Seconds of compute are FLOPs (`moe_dist.plan.flops`) at the rate of a product, plus bytes at the copy rate. On a GPU the
-host launches operations while the GPU computes, so the longer of the two times counts. On a CPU the two times are added.
+Seconds of compute are FLOPs (`moe_dist.plan.flops`) at the rate of a matrix product, plus bytes at the copy rate. On a GPU
+the host launches operations while the GPU computes, so the longer of compute and launch time counts. On a CPU compute and
+launch time are added.
 """
 
 from collections.abc import Mapping
@@ -61,13 +63,13 @@ class Costs:
 
     @property
     def backward(self) -> float:
-        """Ratio of seconds of backward to seconds of forward. Backward computes one product for a product with a frozen
-        weight, else two."""
+        """Ratio of seconds of backward to seconds of forward. For each matrix product, backward computes one product if the
+        weight is frozen, else two."""
         return BACKWARD - flops.flops_left_out(self.config, self.parts) / self.parts.total
 
     @cached_property
     def _attention(self) -> float:
-        """Seconds of attention with its norms. The products of scores have the rate `Rates.attention`."""
+        """Seconds of attention with its norms. The matrix products of attention scores have the rate `Rates.attention`."""
         model, layers = self.model, self.model.num_layers
         widths = model.attention_widths
         products = 2 * sum(inputs * outputs for inputs, outputs in widths.values())
@@ -125,7 +127,8 @@ class Costs:
 
         hops: tuple[Any, ...] = (exchange(row),)
         if node is not None:
-            # If several nodes of the dispatcher are on one machine, both hops stay inside the machine.
+            # If several nodes of the dispatcher are on one machine, both exchanges of the hierarchical dispatcher stay
+            # inside the machine.
             far = ranks > rates.ranks_per_node
             first = (0, 0.0, row * between) if far else (ranks // node, row * between, 0.0)
             hops = exchange_seconds(rates, *first), exchange_seconds(rates, node, row * inside, 0.0)
@@ -135,7 +138,7 @@ class Costs:
             own=own,
             others=seconds - own,
             pack=pack,
-            counts=0.0 if known else 2 * exchange(COUNTS_BYTES),  # counts, then the row index of each pair
+            counts=0.0 if known else 2 * exchange(COUNTS_BYTES),  # exchanges counts, then the row index of each pair
             sync=0.0 if known else rates.sync,
             weights=0.0 if known else exchange(memory.FP32 / order.chunks),
             hops=hops,

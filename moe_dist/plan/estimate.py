@@ -1,7 +1,8 @@
 """Estimates step time, bytes and memory of a layout. Imports no torch.
 
-Sums and gathers over data-parallel ranks run while the exchanges leave the wire free; the rest of their time prolongs the
-step. The estimate assumes that EP groups wait for each other in each micro-batch.
+Gradient sums and parameter gathers over data-parallel ranks run while dispatch and combine leave the network free; the rest
+of the time of sums and gathers prolongs the step. The estimate assumes that EP groups wait for each other in each
+micro-batch.
 """
 
 import math
@@ -31,12 +32,12 @@ class Estimate:
 
     Attributes:
         config: The configuration with this layout.
-        seconds: Seconds of a step. `busy`, `imbalance`, `exchange` and `tail` are its parts: the mean rank's compute and
-            syncs with its host, the wait for the busiest rank, the part of exchanges that no compute covers, and the time
-            of sums, gathers and optimizer.
-        wire: Seconds of a step in which the rank that sends most rows exchanges them, seconds that compute covers included.
+        seconds: Seconds of a step. `busy`, `imbalance`, `exchange` and `tail` are the parts of a step: the mean rank's
+            compute and syncs with its host, the wait for the busiest rank, the part of exchanges that no compute covers,
+            and the time of sums, gathers and optimizer.
+        wire: Seconds of a step in which the rank that sends most rows exchanges rows, also during its compute.
         bytes_inside, bytes_between: Payload bytes that all ranks exchange in a step inside nodes and between nodes.
-        memory: Bytes of the fullest rank at the quantiles 0.5, 0.95 and 0.99 of the micro-batches.
+        memory: Bytes of the rank that needs most memory, at the quantiles 0.5, 0.95 and 0.99 of the micro-batches.
         out_of_memory: Probability that a step runs out of memory on some rank.
         mark, rows_mark: Certainty of the time, and certainty of bytes and memory; see `moe_dist.plan.rates.MARKS`.
     """
@@ -143,7 +144,7 @@ class Planner:
 
     def _play(self, config: Config, placement: ExpertPlacement, load: Load) -> Played:
         parallel, dispatch = config.parallel, config.parallel.dispatch
-        # All ranks of a node share its cores. The simulated ranks, one EP group, get their part of these cores.
+        # All ranks of a node share its cores. The simulated ranks, one EP group, get their part of the node's cores.
         node = min(parallel.ep * parallel.edp, self.rates.ranks_per_node)
         cores = None if self.rates.cores is None else self.rates.cores * min(1.0, parallel.ep / node)
         key = (placement.slots, dispatch, parallel.recompute, config.train.micro_batch, cores)
@@ -168,8 +169,8 @@ class Planner:
         return self._played[key]
 
     def _tail(self, config: Config, placement: ExpertPlacement, played: Played, times: int) -> float:
-        """Returns the seconds that sums, gathers and the optimizer add to a step: seconds that no compute covers, and
-        seconds by which they slow simultaneous compute."""
+        """Returns the seconds that gradient sums, parameter gathers and the optimizer add to a step: seconds that no
+        compute covers, and seconds by which sums and gathers slow simultaneous compute."""
         parallel, rates, world = config.parallel, self.rates, config.parallel.ep * config.parallel.edp
         held = {g.name: max(len(placement.local_experts(r, g)) for r in range(parallel.ep)) for g in placement.groups}
         parts, trained = flops.parameters(config.model, experts_held=held), memory.trained_parts(config, held)
@@ -184,7 +185,8 @@ class Planner:
             ring, item = (ranks - 1) / ranks, memory.ITEMSIZE[parallel.precision]
             gathered += collective_seconds(rates, ring * number * item, ranks, of_node)
             summed += collective_seconds(rates, ring * with_gradient * memory.FP32, ranks, of_node)
-        # With shared cores no collective is hidden: while it runs beside one rank's compute, another rank lacks a core.
+        # With shared cores no collective is hidden: while a collective runs beside one rank's compute, another rank lacks a
+        # core.
         free = 0.0 if rates.cores else max(0.0, float((played.seconds_S - played.wire_S).mean()))
         if parallel.data != "fsdp2":
             pairs = [(2 * summed, free * 2 / 3)]  # an all-reduce sends its bytes twice, during the last backward
@@ -192,7 +194,7 @@ class Planner:
             pairs = [(gathered, free / 3), (summed, free * 2 / 3)]
         else:
             pairs = [(2 * gathered + summed, free)] * times  # FSDP2 gathers in forward and again in backward
-        # No compute runs during the gather for the first layer and the sum of the last layer.
+        # No compute runs during the first parameter gather and the last gradient sum.
         uncovered = sum(max(each - beside, each / config.model.num_layers) for each, beside in pairs)
         slowed = SLOWED * sum(min(each, beside) for each, beside in pairs)
         state = max(memory.trained_parameters(config, placement, rank=rank) for rank in range(parallel.ep))
@@ -202,15 +204,16 @@ class Planner:
     def _memory_of(
         self, config: Config, placement: ExpertPlacement, load: Load, times: int
     ) -> tuple[tuple[float, float, float], float]:
-        """Returns the fullest rank's bytes at three quantiles, and the probability that some rank runs out of memory in a
-        step."""
+        """Returns the bytes of the rank that needs most memory at three quantiles, and the probability that some rank runs
+        out of memory in a step."""
         parallel, tokens = config.parallel, config.train.micro_batch * config.data.seq_len
         key = (placement.slots, parallel, config.train.micro_batch)
         if key not in self._memory:
             self._memory[key] = _linear_memory(config, placement)
         base_R, row_R, pair_R = self._memory[key]
         rows_R, pairs_R = load.rows.mean((0, 1)) / tokens, load.pairs.mean((0, 1)) / tokens
-        # An exchange has buffers for rows that are computed, sent and returned (docs/parallelism.md), in its fullest layer.
+        # An exchange has buffers for rows that are computed, sent and returned (docs/parallelism.md), in the layer with the
+        # most rows.
         buffer = config.model.hidden_dim * memory.ITEMSIZE[parallel.precision]
         buffers_R = buffer * ((load.rows + load.sent_inside + load.sent_between).max(1).mean(0) + tokens)
         mean_R = (1 + SLACK) * (base_R + rows_R * row_R + pairs_R * pair_R + buffers_R) + LIBRARIES

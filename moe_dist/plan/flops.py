@@ -2,8 +2,8 @@
 
 A multiplication and an addition are two FLOPs. Matrix products are counted. Norms, softmax, SwiGLU's product and the
 weighting of expert outputs are not counted, because together they take below 1 % of the FLOPs. Attention scores are counted
-for all positions of the sequence, like PaLM's model FLOPs; kernels that skip masked positions compute fewer. Shape letters:
-S sequence length, D hidden size, H query heads, d head width, F an FFN's hidden width, V vocabulary.
+for all positions of the sequence, like PaLM's model FLOPs; kernels that skip masked positions compute fewer scores. Shape
+letters: S sequence length, D hidden size, H query heads, d head width, F an FFN's hidden width, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ def expert_parameters(model: ModelSection) -> dict[str, int]:
 
 def expert_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
     """Returns the number of parameters of the adapters on `experts` experts of each group, over all MoE layers, without the
-    adapters of the shared expert. An adapter that experts share counts once for each of them."""
+    adapters of the shared expert. An adapter that experts share counts once for each of these experts."""
     dim, section = model.hidden_dim, model.moe.experts
     if not isinstance(section, AdaptedFFNExpertsSection):
         return 0
@@ -87,7 +87,8 @@ def layers_passed_by(model: ModelSection) -> float:
 
 
 def depth_router(model: ModelSection) -> int:
-    """Returns the number of parameters of all mixture-of-depths routers. Every token uses all of them."""
+    """Returns the number of parameters of all mixture-of-depths routers. Every token uses all parameters of these
+    routers."""
     depths, dim = model.mixture_of_depths, model.hidden_dim
     auxiliary = max(1, dim // 2) * (dim + 1) if depths is not None and depths.causal == "auxiliary" else 0
     return len(model.depth_layers) * (dim + auxiliary)
@@ -119,7 +120,8 @@ def expected_experts(groups: Sequence[ExpertGroup]) -> dict[str, float]:
 
 
 def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None = None) -> Parts:
-    """Returns the number of parameters of each part of the model. Routers include the rows of zero-computation experts.
+    """Returns the number of parameters of each part of the model. The part of routers includes the rows of zero-computation
+    experts.
 
     Args:
         experts_held: Number of experts per layer to count, by group; by default all experts. May be fractional.
@@ -175,8 +177,8 @@ def forward_flops(
     """Returns forward FLOPs per token in each part of the model. See `active_parameters` for `experts_per_token` and
     `token_share`.
 
-    A product with a weight of n elements takes 2 n FLOPs per token. Attention adds 2 H d S for the scores and 2 H d S for
-    the values. Every token uses the router rows and the constant experts of all groups.
+    A product with a weight of n elements takes 2 n FLOPs per token. Attention adds 2 H d S FLOPs per token for the scores
+    and 2 H d S for the values. Every token uses the router rows and the constant experts of all groups.
     """
     weights = active_parameters(model, experts_per_token=experts_per_token, token_share=token_share)
     taken = {name: experts * token_share[name] for name, experts in experts_per_token.items()}
@@ -217,10 +219,10 @@ def frozen_flops(model: ModelSection, forward: Parts, *, seq_len: int) -> float:
 def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: Sequence[int]) -> float:
     """Returns the FLOPs per token that training of all parameters computes, but router tuning does not.
 
-    Backward ends at the first tuned layer, which is nearest to the input. In that layer, the router computes its weights'
-    gradient, and the experts compute their input's gradient, because one autograd node exchanges rows and weights together.
-    In the layers after it, a product with a frozen weight computes only its input's gradient, which costs as much as
-    forward. Attention scores are products of two activations and compute both gradients.
+    Backward ends at the first tuned layer, which is nearest to the input. In the first tuned layer, the router computes its
+    weights' gradient, and the experts compute their input's gradient, because one autograd node exchanges rows and weights
+    together. In the layers after the first tuned layer, a product with a frozen weight computes only its input's gradient,
+    which costs as much as forward. Attention scores are products of two activations, and backward computes both gradients.
 
     Args:
         forward: Result of `forward_flops` for a model without mixture of depths.
@@ -272,7 +274,7 @@ def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: flo
     """
     repeated = {
         "none": 0.0,
-        # LoRA experts are counted as `adapters`. Then `experts` is 0, and `shared` is the frozen FFN.
+        # LoRA experts are counted as `adapters`. With LoRA experts, `experts` is 0, and `shared` is the frozen FFN.
         "experts": forward.experts or forward.shared + forward.adapters,
         "block": forward.attention + forward.router + forward.experts + forward.free + forward.shared + forward.adapters,
     }[recompute]

@@ -29,7 +29,8 @@ def host_violations(config: Config) -> list[Violation]:
 def apex_violations(config: Config) -> list[Violation]:
     """Checks for optimizer.backend=apex: Apex must be installed, and its kernels need whole parameters on CUDA.
 
-    Does not import Apex. If torch is missing here, does not look for Apex, because the ranks then run on other machines.
+    Does not import Apex. If torch is missing on this machine, does not look for Apex, because the ranks then run on other
+    machines.
     """
     if not config.optimizer.needs_apex:
         return []
@@ -83,7 +84,8 @@ def _engine_violations(config: Config) -> list[Violation]:
 
 
 def _kernel_violations(config: Config) -> list[Violation]:
-    """Checks for parallel.kernels.kind=triton: a device, and the package triton, unless torch is missing, too."""
+    """Checks for parallel.kernels.kind=triton: the run needs a device that Triton supports and, unless torch is missing
+    too, the package triton."""
     key = "parallel.kernels.kind"
     if config.parallel.kernels.kind != "triton":
         return []

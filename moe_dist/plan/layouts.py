@@ -45,7 +45,8 @@ def layouts(config: Config, gpus: int, rates: Rates, placements: "Placements") -
                                 "fsdp_gather": gather,
                                 "recompute": recompute,
                                 "dispatch": dispatch,
-                                "two_batch_overlap": False,  # needs all_to_all, and the planner does not time it
+                                # two_batch_overlap needs all_to_all, and the planner does not time it
+                                "two_batch_overlap": False,
                             }
                         )
                         for size in micro:
@@ -68,10 +69,11 @@ def _dispatchers(config: Config, ep: int, rates: Rates) -> list[DispatchSection]
 
 
 class Placements:
-    """The placements of each EP size, each made once: interleaved, pinned with several groups, and one for measured loads.
+    """The placements for each EP size, each made once: interleaved, pinned (with several groups), and one for measured
+    loads.
 
     Args:
-        solved: Gives the slots of a placement for measured loads at an EP size; None without a trace.
+        solved: Function that returns the slots of a placement for measured loads at an EP size; None without a trace.
     """
 
     def __init__(self, config: Config, token_mix: Mapping[str, int], solved: Any = None) -> None:
@@ -79,7 +81,7 @@ class Placements:
         self._made: dict[int, list[tuple[PlacementSection, ExpertPlacement]]] = {}
 
     def of(self, ep: int) -> list[tuple[PlacementSection, ExpertPlacement]]:
-        """Returns the sections and placements for an EP size."""
+        """Returns pairs of a section `placement` and the placement made from it, for an EP size."""
         if ep not in self._made:
             self._made[ep] = list(self._make(ep))
         return self._made[ep]

@@ -15,10 +15,11 @@ def match(possible: Sequence[Sequence[int]]) -> list[int | None]:
     taken: dict[int, int] = {}  # cluster node -> planned node
 
     def take(who: int, tried: set[int]) -> bool:
-        for place in sorted(possible[who], key=lambda place: place in taken):  # free nodes first: less to reassign
+        for place in sorted(possible[who], key=lambda place: place in taken):  # free nodes first, to reassign fewer nodes
             if place not in tried:
                 tried.add(place)
-                if place not in taken or take(taken[place], tried):  # the planned node that has `place` may take another
+                # the planned node that has `place` may take another place
+                if place not in taken or take(taken[place], tried):
                     taken[place] = who
                     return True
         return False

@@ -18,17 +18,18 @@ per token, of `a` bytes each (2 in bf16, 4 in fp32):
                                                                 sequence v, and 8 v bytes in fp32
 
 With Triton kernels (on GPUs, unless `parallel.kernels.kind` is torch) autograd keeps less. With `parallel.compile` only the
-line MoE holds, because torch fuses attention and output itself:
+line MoE below applies, because torch fuses attention and output itself:
 
     attention   D + 2 (H + H_kv) d (3, not 2, with qk_norm)     neither the norm, if there are no biases (else 2 D), nor
                                                                 the projections before the rotation
     MoE         2 D + 4 D bytes in fp32 + pairs (D + 3 F)       neither rows nor the pairs' outputs
     output      D + 2 V                                         no fp32 logits
 
-With `recompute: experts` autograd does not keep the tensors of (token, expert) pairs. With `recompute: block` it keeps only
-the inputs of a layer's attention and of its MoE layer or FFN, and the returned rows. The other tensors exist only for one
-layer at a time. If only routers are trained, autograd keeps no inputs of frozen weights, and nothing below the first
-trained router. `block` cannot repeat the layer of that router, since the layer's input has no gradient:
+With `recompute: experts` autograd does not keep the tensors of (token, expert) pairs. With `recompute: block` autograd
+keeps only the inputs of a layer's attention and of its MoE layer or FFN, and the returned rows. Recomputed tensors exist
+only for one layer at a time. If only routers are trained, autograd keeps no inputs of frozen weights, and nothing below the
+first trained router. `recompute: block` cannot recompute the layer of the first trained router, since the layer's input has
+no gradient:
 
     attention   D + 2 H d + 2 H_kv d                            not in the first such layer
                 D + q_rank + kv_rank + 2 H (d + value_dim)      the same of latent attention
@@ -54,14 +55,14 @@ ITEMSIZE: dict[Literal["fp32", "bf16"], int] = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank by their use; the bytes of activations are an estimate."""
+    """Bytes of memory on one rank by their use; the bytes of activations are an estimate."""
 
-    parameters: float  # fp32 master weights; gradients are fp32 too
+    parameters: float  # fp32 master weights
     gradients: float  # fp32 gradients; with fsdp_gather=step also gradients of gathered parameters
     optimizer: float
-    # Weights in the compute dtype during a micro-batch. DDP: none in fp32, all in bf16. FSDP2: two units, or all with
-    # fsdp_gather=step; in bf16 with edp=1 also all experts, because FSDP2 does not shard them. Includes weights of
-    # replicas.
+    # Weights in the compute dtype during a micro-batch. DDP: no copies in fp32, copies of all weights in bf16. FSDP2: the
+    # weights of two units, or of all units with fsdp_gather=step; in bf16 with edp=1 also all experts, because FSDP2 does
+    # not shard them. Includes weights of replicas.
     casts: float
     activations: float  # estimate for the activations of one micro-batch
     exchange_bound: float  # send and receive buffers of one layer, if every token goes to one rank; not part of `total`
@@ -117,7 +118,8 @@ def _with_one_moment(config: Config, experts_held: dict[str, float] | None = Non
         return 0.0, 0.0
     model, parts = config.model, parameters(config.model, experts_held=experts_held)
     attention = model.num_layers * sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
-    shared = parts.shared - len(model.moe_layers) * model.hidden_dim * model.moe.shared_gate  # a shared gate is a vector
+    # the gate of a shared expert is a vector
+    shared = parts.shared - len(model.moe_layers) * model.hidden_dim * model.moe.shared_gate
     held = experts_held or {name: group.num_experts for name, group in model.moe.groups.items()}
     groups, each = model.moe.groups.items(), model.moe.experts.num_biases
     biases = sum(held[name] * each(model.hidden_dim, group.ffn_dim) for name, group in groups)
@@ -155,8 +157,8 @@ def tuned_parameters(config: Config) -> float:
 
 
 def checkpoint_bytes(config: Config) -> float:
-    """Returns the size of one checkpoint over all ranks: weights in fp32, and moments. A run of adapters saves no frozen
-    weights. Router tuning saves all weights, and the moments of the trained routers."""
+    """Returns the size of one checkpoint over all ranks: weights in fp32, and moments. A run that trains adapters saves no
+    frozen weights. Router tuning saves all weights, and the moments of the trained routers."""
     parts, moment = parameters(config.model), ITEMSIZE[config.optimizer.moments]
     if config.router_tuning is not None:
         return parts.total * FP32 + tuned_parameters(config) * 2 * moment
@@ -166,7 +168,8 @@ def checkpoint_bytes(config: Config) -> float:
 
 
 def folder_bytes(config: Config) -> int:
-    """Returns the most bytes of a run's checkpoints on disk: `checkpoint.keep` of them, and one that is being written."""
+    """Returns the most bytes of a run's checkpoints on disk: `checkpoint.keep` checkpoints, and one that is being
+    written."""
     return (config.checkpoint.keep + 1) * round(checkpoint_bytes(config))
 
 
@@ -182,7 +185,7 @@ def _gathers_once(config: Config) -> bool:
 def _gathered(config: Config, placement: ExpertPlacement, rank: int) -> float:
     """Returns the number of trained parameters that the rank computes with and FSDP2 shards."""
     model, held = config.model, held_experts(placement, rank)
-    parts, alone = parameters(model, experts_held=held), config.parallel.edp == 1  # FSDP2 does not shard experts then
+    parts, alone = parameters(model, experts_held=held), config.parallel.edp == 1  # with edp=1 FSDP2 does not shard experts
     if model.has_adapters or config.router_tuning:
         return parts.adapters - (own_adapters(model, held) if alone else 0.0)
     return parts.total - parts.router - (parts.experts if alone else 0.0)
@@ -201,12 +204,14 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
     attention = parts.attention / model.num_layers
     moe = (parts.experts + parts.adapters - plain + parts.free + parts.shared) / len(model.moe_layers)
     ffn = parts.dense_ffn / max(1, model.num_dense_layers)
-    # FSDP2 keeps the weights of the root unit (embedding, output) gathered, and gathers the next layer's during a layer.
+    # FSDP2 keeps the weights of the root unit (embedding, output) gathered, and gathers the next layer's weights during a
+    # layer.
     return parts.embedding + parts.output + attention + max(moe, ffn) + kept
 
 
 def _replicas(config: Config) -> float:
-    """Returns the most parameters of replicas that a rank keeps until backward, and of their gradients in one layer."""
+    """Returns the largest number of replica parameters that a rank keeps until backward, plus the gradients of one layer's
+    replicas."""
     section, model = config.rank_balance.replicating, config.model
     if section is None or config.parallel.ep == 1:
         return 0.0

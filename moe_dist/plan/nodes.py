@@ -41,8 +41,9 @@ def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Dema
 def pack(
     demand_of_position: Sequence[Demand], *, edp: int, capacity: int, domain_nodes: int | None, stage: int | None = None
 ) -> list[tuple[Demand, tuple[int, ...]]]:
-    """Assigns ranks to nodes, one block of EP groups after the other. A block has as many EP groups as fit into a domain;
-    without domains, all EP groups are one block. If pipeline stages fit into a domain, a block has whole stages only.
+    """Assigns ranks to nodes, one block of EP groups after the other. A block has as many EP groups as fit into a domain of
+    fast interconnect; without domains, all EP groups are one block. If pipeline stages fit into a domain, a block has whole
+    stages only.
 
     Args:
         demand_of_position: Demand of each position in an EP group.

@@ -1,4 +1,4 @@
-"""Estimates the memory of a rank on tensor, pipeline and context-parallel ranks (engine.kind=megatron). Imports no torch.
+"""Estimates the memory of a rank with tensor, pipeline and context parallelism (engine.kind=megatron). Imports no torch.
 
     weights      experts / pp, and (attention, dense and shared FFNs) / (tp pp); routers and norms / pp; embedding or
                  output / tp
@@ -8,7 +8,7 @@
     activations  as in `moe_dist.plan.memory`, for the layers of a stage and the tokens of a rank, times the micro-batches
                  that the first stage holds at once: pp, or pp + (pp - 1) / vpp if interleaved
 
-All pipeline stages are taken to have equally many MoE layers.
+All pipeline stages are assumed to have equally many MoE layers.
 """
 
 from typing import Any

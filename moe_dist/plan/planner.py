@@ -1,4 +1,5 @@
-"""Estimates the costs of pinned and interleaved placement for the training data's token mix (its tokens of each modality).
+"""Estimates the costs of pinned placement (expert groups on ranks of their own) and interleaved placement (every group on
+all ranks) for the training data's token mix (its tokens of each modality).
 
 All figures are expectations under uniform routing: a token's k choices are a random subset of its expert group's n + m
 router columns (n true experts, m others). Every rank has the same token mix. Shape letters: R ranks of an EP group, D
@@ -31,8 +32,8 @@ class PlacementPlan:
 
     @property
     def efficiency(self) -> float:
-        """Returns mean load / maximum load of the ranks. The throughput is at most this share of the throughput under equal
-        loads."""
+        """Returns mean load / maximum load of the ranks. The throughput is at most this ratio times the throughput under
+        equal loads."""
         return sum(self.load_R) / len(self.load_R) / max(self.load_R)
 
     @property
@@ -80,8 +81,8 @@ def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, n
     """Returns the expected load and traffic of a placement.
 
     A token with k of n + m choices takes at least one of a rank's e experts with probability 1 - C(n + m - e, k) / C(n + m,
-    k), or 1 - (1 - c)^e if each expert takes a share c of the tokens. The token is on another rank with probability (R - 1)
-    / R.
+    k), or 1 - (1 - c)^e if each expert takes a share c of the tokens. The token comes from another rank with probability (R
+    - 1) / R.
     """
     ranks = placement.num_ranks
     load, remote = [0.0] * ranks, [0.0] * ranks
@@ -102,15 +103,16 @@ def reached(group: ExpertGroup, here: int) -> float:
 
 
 def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> list[float]:
-    """Returns each group's share of all tokens. If the mix is empty, all modalities count as having equally many tokens."""
+    """Returns each group's share of all tokens. If the token mix is empty, all modalities count as having equally many
+    tokens."""
     mix = token_mix if any(token_mix.values()) else {m: 1 for group in groups for m in group.modalities}
     tokens = [sum(mix.get(modality, 0) for modality in group.modalities) for group in groups]
     return [count / max(1, sum(tokens)) for count in tokens]
 
 
 def compare(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> PlanComparison:
-    """Compares pinned and interleaved placement for the same groups, ranks and mix. The pinned ranks are chosen here, not
-    read from the configuration."""
+    """Compares pinned and interleaved placement for the same groups, ranks and token mix. This function chooses the pinned
+    ranks, and does not read them from the configuration."""
     plans, missing = [], {}
     for section in (PinnedSection(), InterleavedSection()):
         try:
@@ -184,7 +186,7 @@ def _gain(what: str, winner: PlacementPlan | None, costs: Sequence[tuple[Placeme
 
 
 def _trade(compute: PlacementPlan, traffic: PlacementPlan, itemsize: int) -> str:
-    """Returns a sentence that says at which ratio of bandwidth to compute each plan is better.
+    """Returns a sentence that says at which ratio of bandwidth to compute the pinned or the interleaved plan is better.
 
     Per token, the busiest rank takes 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward, so D cancels.
     """

@@ -131,8 +131,8 @@ def _shares(groups: Groups, num_ranks: int, token_mix: Mix) -> list[int]:
     """Returns the number of ranks of each group. Each group gets one rank; then the group whose busiest rank has most work
     gets one more, and so on.
 
-    This rule minimises the busiest rank's work. Once every group has as many ranks as experts, further ranks get no
-    experts.
+    The rule minimises the work of the busiest rank of all groups. Once every group has as many ranks as experts, further
+    ranks get no experts.
     """
     loads = [group_load(group, token_mix) for group in groups]
     shares = [1] * len(groups)

@@ -31,7 +31,8 @@ class PlannedLayout:
 
     groups: tuple[ExpertGroup, ...]
     placement: ExpertPlacement
-    token_mix: Mapping[str, int]  # result of `token_mix`; empty without data, which counts as equally many tokens of all
+    # result of `token_mix`; without data empty, which counts as equally many tokens of all modalities
+    token_mix: Mapping[str, int]
     config: Config
 
 
@@ -51,14 +52,15 @@ def check(config: Config, *, manifest: Manifest | None = None, world_size: int |
         world_size: Number of started ranks, compared with parallel.ep x parallel.edp.
 
     Raises:
-        ConfigError: the configuration has faults. The error lists them, and the faults of the data.
-        DataError: only the data has faults. The error lists them.
+        ConfigError: the configuration has faults. The error lists all faults of configuration and data.
+        DataError: only the data has faults. The error lists these faults.
     """
     return _check(PartialConfig(config, ()), manifest, world_size)
 
 
 def check_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Preflight:
-    """Does the same as `check` for a file, and reports its misspelt keys and wrong types together with all other faults.
+    """Does the same as `check` for a configuration file, and reports the file's misspelt keys and wrong types together with
+    all other faults.
 
     Raises:
         ConfigError, DataError: see `check`.
@@ -67,7 +69,7 @@ def check_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: i
 
 
 def layout_without_data(config: Config) -> PlannedLayout:
-    """Checks, for a dry run, everything that needs no data. If the manifest exists, checks it too.
+    """Checks, for a dry run, everything that needs no data. If the data set's manifest exists, checks the manifest too.
 
     Raises:
         ConfigError, DataError: see `check`.
@@ -89,7 +91,7 @@ def layout_without_data(config: Config) -> PlannedLayout:
 
 
 def layout_of_file(path: str | Path, overrides: Sequence[str] = ()) -> PlannedLayout:
-    """Does the same as `layout_without_data`, for a file."""
+    """Does the same as `layout_without_data`, for a configuration file."""
     return layout_without_data(load_config(path, overrides))
 
 
@@ -118,7 +120,7 @@ def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: i
     mix = token_mix(config, manifest) if sound and manifest else {}
     placement = _placement_or_problem(config, groups, mix, violations)
 
-    if not read.broken([Violation(("data.path",), "")]):  # data.path was replaced, so these are faults of other data
+    if not read.broken([Violation(("data.path",), "")]):  # data.path was replaced, so the problems are those of other data
         data_problems = []
     pages = "docs/data.md" if config.router_tuning is None else "docs/data.md, docs/router-tuning.md"
     _raise_if_any([*read.problems, *read.broken(violations)], data_problems, pages=pages)

@@ -1,6 +1,7 @@
 """The rates of a machine that the step model needs: products, copies, launches and exchanges. Imports no torch.
 
-`moe-dist calibrate` measures them into a file. `docs/planning.md` has the fields, and where published rates come from.
+`moe-dist calibrate` measures the rates and writes them to a file. `docs/planning.md` lists the fields, and the sources of
+published rates.
 """
 
 from collections.abc import Iterator
@@ -17,11 +18,11 @@ from moe_dist.errors import ConfigError
 
 GUIDE = "docs/planning.md"
 Mark = Literal["measured", "fitted", "extrapolated"]
-MARKS: tuple[Mark, ...] = ("measured", "fitted", "extrapolated")  # from the surest to the least sure
+MARKS: tuple[Mark, ...] = ("measured", "fitted", "extrapolated")  # from the most to the least certain
 
 
 def weakest(*marks: Mark) -> Mark:
-    """Returns the least sure of the marks, which is the mark of a number computed from all marked numbers."""
+    """Returns the least certain of the marks, which is the mark of a number computed from all marked numbers."""
     return max(marks, key=MARKS.index)
 
 
@@ -37,7 +38,7 @@ class CurveSection(Section):
             yield Violation(("sizes", "rates"), f"{problem}; measure again with moe-dist calibrate")
 
     def at(self, size: np.ndarray | float) -> np.ndarray:
-        """Returns the rate at sizes of any shape; a size below 1 counts as 1."""
+        """Returns the rate at each size in an array of any shape; a size below 1 counts as 1."""
         logs = np.interp(np.log(np.maximum(size, 1.0)), np.log(self.sizes), np.log(self.rates))
         return np.exp(logs)
 
@@ -88,15 +89,16 @@ class Rates(Section):
             yield Violation(("inside",), problem)
 
     def link(self, ranks: int) -> LinkSection:
-        """Returns the link inside a node for this many ranks: the entry of the next larger number, or of the largest."""
+        """Returns the link inside a node for `ranks` ranks: the entry with the least sufficient number of ranks, or the
+        last entry."""
         return next((link for link in self.inside if link.ranks >= ranks), self.inside[-1])
 
 
 def read_rates(path: Path) -> Rates:
-    """Reads a file of `moe-dist calibrate`.
+    """Reads a rates file, which `moe-dist calibrate` wrote.
 
     Raises:
-        ConfigError: the file cannot be read, or has faults; lists all of them.
+        ConfigError: the file cannot be read, or has faults; the error lists all faults.
     """
     try:
         values, problems = read_mapping(path, "keys (machine, gemm, inside, ...)")
@@ -128,8 +130,9 @@ PUBLISHED: dict[str, tuple[float, float, float]] = {
 
 
 def published_rates(card: str, peak: float | None, *, ranks_per_node: int, between: float | None) -> Rates:
-    """Returns rates from data sheets. The shares of the peaks that programs reach are assumed, not measured: 0.71 of the
-    FLOP/s for large products, 0.56 for the experts' products, 0.4 for attention, 0.8 of the memory's rate, 0.73 of links.
+    """Returns rates from data sheets. The shares of a GPU's peak rates that programs reach are assumed, not measured: 0.71
+    of the FLOP/s for large products, 0.56 for the experts' products, 0.4 for attention, 0.8 of the memory's rate, 0.73 of
+    links.
 
     Args:
         peak: Dense FLOP/s in bf16; None if it is not known.

@@ -1,7 +1,9 @@
-"""Rows and pairs of each rank in a micro-batch: expected by the configuration, or drawn from a trace. Imports no torch.
+"""Rows and (token, expert) pairs of each rank in a micro-batch: expected by the configuration, or drawn from a trace.
+Imports no torch.
 
-A row is a distinct pair of a token and a rank. Shape letters: S draws of a micro-batch, L MoE layers (1 if all are alike),
-R ranks of an EP group, Q traced sequences, T traced tokens, E true experts, K choices, G groups.
+A row is a distinct pair of a token and a rank that computes at least one expert for the token. Shape letters: S draws of a
+micro-batch, L MoE layers (1 if all are alike), R ranks of an EP group, Q traced sequences, T traced tokens, E true experts,
+K choices, G groups.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,15 +24,16 @@ DRAWS = 16  # micro-batches that are drawn from a trace
 
 @dataclass(frozen=True)
 class Load:
-    """The rows and pairs that each rank sends and computes. All arrays are [S, L, R], for one micro-batch.
+    """The rows that each rank sends and computes, and the (token, expert) pairs that each rank computes. All arrays but
+    `spread` are [S, L, R], for one micro-batch.
 
     Attributes:
         inside, between: Rows that a rank sends or receives in one dispatch, whichever are more, inside its node and between
             nodes; with the dispatcher `hierarchical` the rows of its hop inside nodes and of its hop between nodes.
-        sent_inside, sent_between: Rows that a rank sends, for the sum of bytes.
+        sent_inside, sent_between: Rows that a rank sends inside its node and to other nodes, for the sum of bytes.
         rows: Rows that the rank computes, its own tokens' included.
-        pairs, own: Pairs that the rank computes, and among them the pairs of its own tokens.
-        work: Sum of the FFN widths of the pairs.
+        pairs, own: (token, expert) pairs that the rank computes, and among these pairs those of the rank's own tokens.
+        work: Sum of the FFN widths over the (token, expert) pairs that the rank computes.
         spread: Standard deviation over micro-batches of a rank's mean rows and mean pairs per layer, [2, R].
     """
 
@@ -49,7 +52,7 @@ class Load:
 @dataclass(frozen=True)
 class Wire:
     """Says which rows a dispatcher sends. `node` ranks share a node; `hops` is 2 if each token is sent once to a node;
-    `each_pair` is True if each pair is a row."""
+    `each_pair` is True if each (token, expert) pair is sent as a row of its own."""
 
     node: int
     hops: int = 1
@@ -65,7 +68,7 @@ class Expected:
         self.token_mix = token_mix
 
     def load(self, placement: ExpertPlacement, wire: Wire, *, tokens: int, layers: int) -> Load:
-        """Returns the expected load. For `spread`, tokens are taken to choose independently.
+        """Returns the expected load. For `spread`, tokens are assumed to choose experts independently.
 
         Args:
             tokens: Tokens of a rank in a micro-batch.
@@ -136,7 +139,8 @@ def _by_level(rows_RR: np.ndarray, nodes_RN: np.ndarray, wire: Wire) -> tuple[np
     far_RN = np.where(node_R[:, None] == np.arange(nodes_RN.shape[1]), 0.0, nodes_RN)
     nodes, local = nodes_RN.shape[1], np.arange(ranks) % wire.node
     arrived_R, forward_R, taken_R = np.zeros(ranks), near_RR.sum(1), near_RR.sum(0)
-    for rank in range(ranks):  # a row from another node comes by the rank at the sender's place in the receiving node
+    # a row from another node passes through the rank that has the sender's local index in the receiving node
+    for rank in range(ranks):
         sources = [node * wire.node + local[rank] for node in range(nodes) if node != node_R[rank]]
         arrived_R[rank] = far_RN[sources, node_R[rank]].sum()
         on_R = same_RR[rank] & (np.arange(ranks) != rank)
@@ -167,7 +171,8 @@ class Traced:
         return np.repeat(np.arange(len(self.first_Q)), self.tokens_Q)
 
     def pairs_of_experts(self, num_experts: int) -> np.ndarray:
-        """Pairs of each sequence with each true expert, [Q, L, E]; dropped and null choices do not count."""
+        """Number of each sequence's tokens that chose each true expert, [Q, L, E]; dropped and null choices do not
+        count."""
         found = np.zeros((len(self.first_Q), self.ids_TLK.shape[1], num_experts))
         token, layer, place = np.nonzero((self.ids_TLK >= 0) & (self.ids_TLK < num_experts))
         np.add.at(found, (self._sequence_of_token[token], layer, self.ids_TLK[token, layer, place]), 1)
@@ -199,7 +204,7 @@ class Traced:
         rows_QLR = pairs_QLR if wire.each_pair else reach_QLR
         rng = np.random.default_rng(self.seed)
         found: list[list[np.ndarray]] = [[] for _ in range(8)]
-        sequences = max(1, round(tokens / self.tokens_Q.mean()))  # sequences in a micro-batch of a rank
+        sequences = max(1, round(tokens / self.tokens_Q.mean()))  # number of sequences in a micro-batch of a rank
         for _ in range(DRAWS):
             drawn_RM = rng.integers(0, len(self.first_Q), (ranks, sequences))
             scale_R11 = (tokens / self.tokens_Q[drawn_RM].sum(1))[:, None, None]

@@ -2,7 +2,7 @@
 
 All layers share one map of experts to ranks. A step lasts as long as the sum over layers of the busiest rank's work, so
 this sum is minimised: first by the greedy rule of longest processing time (Graham 1969; DeepSeek's EPLB uses the rule),
-then by the best swaps of two experts. No swap makes the sum larger, so the result is never worse than the greedy one.
+then by the best swaps of two experts. No swap makes the sum larger, so the result is never worse than the greedy placement.
 
 Shape letters: L layers, E experts, R ranks, P items with a slot each (experts, or their copies), S items and free slots.
 """
@@ -30,7 +30,7 @@ def solve(
 
     Args:
         load_LE: Work of each expert in each layer.
-        slots_R: Most experts of each rank, as its memory allows.
+        slots_R: Largest number of experts on each rank, as the rank's memory allows.
         allowed_ER: Whether a rank may hold an expert, for example only the ranks of its pinned group, or of its node. None
             allows all.
 
@@ -47,7 +47,7 @@ def solve(
 
 class Copied(NamedTuple):
     """Slots of all ranks with their experts: `expert_P[p]` has a slot on `rank_P[p]`. The slots of an expert share its work
-    evenly; a rank with two of them has one copy with twice the share, and a free slot."""
+    evenly; a rank that would get two copies of an expert has one copy with twice the share, and a free slot."""
 
     expert_P: np.ndarray
     rank_P: np.ndarray
@@ -60,9 +60,10 @@ class Copied(NamedTuple):
 def solve_with_copies(
     load_LE: np.ndarray, slots_R: np.ndarray, *, allowed_ER: np.ndarray | None = None, steps: int = STEPS
 ) -> Copied:
-    """Fills free slots with copies of experts, if this lowers the pace. For arguments and errors see `solve`.
+    """Fills free slots with copies of experts, if the copies lower `pace`. For arguments and errors see `solve`.
 
-    The next copy goes to the expert with the largest work per copy (the rule of highest averages, which EPLB uses, too).
+    The next copy goes to the expert with the largest work per copy (the rule of highest averages, which DeepSeek's EPLB
+    also uses).
     """
     experts, ranks = load_LE.shape[1], len(slots_R)
     once = Copied(np.arange(experts), solve(load_LE, slots_R, allowed_ER=allowed_ER, steps=steps))
@@ -75,7 +76,7 @@ def solve_with_copies(
         return Copied(expert_P, _placed(_shared(load_LE, expert_P), slots_R, allowed_ER[expert_P], steps))
 
     # Orders the copies by the experts' work summed over layers, and by their work in the heaviest layer. Tries each order
-    # with all free slots, and with parts of them.
+    # with all free slots, and with only some of the free slots.
     tried: list[Copied] = []
     for load_E in (load_LE.sum(0), load_LE.max(0)):
         order = _copied(load_E, free)
@@ -114,7 +115,7 @@ def _placed(load_LP: np.ndarray, slots_R: np.ndarray, allowed_PR: np.ndarray, st
 
 def improve(load_LE: np.ndarray, rank_E: np.ndarray, group_E: np.ndarray, ranks: int, *, steps: int = STEPS) -> np.ndarray:
     """Returns ranks with a lower `pace`, by swaps of two experts of a group. Each rank thus keeps its number of experts of
-    each group, and few experts move. Whole numbers as loads give the same result on every machine."""
+    each group, and few experts move. With whole numbers as loads, the result is the same on every machine."""
     rank_E = rank_E.copy()
     _swap(load_LE.astype(float), rank_E, np.ones((len(rank_E), ranks), bool), group_E, steps)
     return rank_E
@@ -126,8 +127,8 @@ def slots_of(rank_E: np.ndarray, ranks: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _greedy(load_P: np.ndarray, slots_R: np.ndarray, allowed_PR: np.ndarray) -> np.ndarray:
-    """Gives each item to the least loaded rank that may hold it and has a free slot. Items that fewest ranks may hold come
-    first, and among these the heaviest."""
+    """Assigns each item to the least loaded rank that may hold it and has a free slot. Items that fewest ranks may hold
+    come first, and among these the heaviest."""
     rank_P, work_R, left_R = np.zeros(len(load_P), np.int64), np.zeros(len(slots_R)), slots_R.copy()
     for item in np.lexsort((-load_P, allowed_PR.sum(1))):
         open_R = allowed_PR[item] & (left_R > 0)
@@ -149,7 +150,7 @@ def rank_loads(load_LE: np.ndarray, rank_E: np.ndarray, ranks: int) -> np.ndarra
 def _swap(load_LS: np.ndarray, rank_S: np.ndarray, allowed_SR: np.ndarray, group_S: np.ndarray, steps: int) -> None:
     """Swaps experts of the same group in `rank_S`, in place, to lower `pace`. Each step takes the expert that adds most to
     the loads of the busiest ranks, and swaps it with the expert or free slot that lowers `pace` most, if one does. Ends
-    after `steps` steps, or when no expert of the busiest ranks lowers `pace`."""
+    after `steps` steps, or when no swap of an expert of the busiest ranks lowers `pace`."""
     ranks = allowed_SR.shape[1]
     work_LR = rank_loads(load_LS, rank_S, ranks)
     tried = np.zeros(len(rank_S), bool)  # items that were tried without success since the last swap
@@ -182,7 +183,7 @@ def _largest_without(work_LR: np.ndarray, top_L3: np.ndarray, home: int) -> np.n
     """Returns for each layer and rank r the largest work of all ranks but `home` and r, [L, R]; 0 if there is none."""
     layers, ranks = work_LR.shape
     found_LR = np.zeros((layers, ranks))
-    for place in reversed(range(top_L3.shape[1])):  # ends with the busiest rank that is neither `home` nor r
+    for place in reversed(range(top_L3.shape[1])):  # the last rank that fits is the busiest rank other than `home` and r
         rank_L1 = top_L3[:, [place]]
         fits_LR = (rank_L1 != home) & (rank_L1 != np.arange(ranks))
         found_LR = np.where(fits_LR, np.take_along_axis(work_LR, rank_L1, 1), found_LR)

@@ -99,7 +99,8 @@ def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: float) -> np.n
                 left_R[runs_R] -= (nearest - now) * speed
                 now = nearest
                 continue
-            done_R = runs_R & (left_R == least)  # chosen by equality, since a rounded difference may never become 0
+            # compares the times, since a rounded difference of times may never become 0
+            done_R = runs_R & (left_R == least)
             left_R[runs_R] -= least
             now += least / speed
             end_R[done_R] = now
@@ -117,7 +118,7 @@ def expected_longest(seconds_S: np.ndarray, groups: int) -> float:
 
 def exchange_seconds(rates: Rates, ranks: int, inside: Seconds, between: Seconds) -> Seconds:
     """Returns the seconds of one exchange. `inside` and `between` are the bytes that a rank sends or receives, whichever
-    are more, inside its node and between nodes. Both amounts are sent at the same time.
+    are more, inside its node and between nodes. The bytes inside the node and between nodes are sent at the same time.
 
     Args:
         ranks: Number of ranks of a node that take part.
@@ -152,8 +153,8 @@ class LayerCost:
         dense: Attention, norms and the router.
         shared: The FFN that computes all tokens: shared expert, or a dense FFN.
         own, others: Experts for the rank's own tokens, and for tokens of other ranks.
-        pack: Packing of rows before an exchange, and summing after it.
-        counts: Exchange of row counts and indices; 0 if there is none.
+        pack: Packing of rows before an exchange, and summing of rows after the exchange.
+        counts: Exchange of row counts and indices; 0 if there is no such exchange.
         sync: Host sync that reads the split sizes.
         weights: Exchange of one chunk's pair weights before its rows, and of their gradients; 0 if the weights are sent
             with the rows.
@@ -171,7 +172,7 @@ class LayerCost:
     hops: tuple[Seconds, ...] = ()
 
 
-BACKWARD = 2.0  # seconds of backward / forward: a product has two products in backward, if its weight has a gradient
+BACKWARD = 2.0  # seconds of backward / forward: a matrix product has two products in backward, if its weight has a gradient
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class Order:
 
     Attributes:
         backward: Seconds of backward / seconds of forward.
-        again: Seconds of a repeated forward / seconds of the first forward.
+        again: Seconds of a recomputed forward / seconds of the first forward.
     """
 
     overlap: bool = False
@@ -204,7 +205,7 @@ def micro_batch(
         last = (_forward(queue, layer, order, last),)
     last = (queue.add("head", COMPUTE, head * (1 + order.backward), *last),)
     for layer, costs in zip(reversed(layers), reversed(backward or layers), strict=True):
-        if order.recompute == "block":  # repeats attention, dispatch and experts, not the combine
+        if order.recompute == "block":  # recomputes attention, dispatch and experts, not the combine
             last = (_forward(queue, _times(layer, order.again), order, last, repeated=True),)
         last = (_backward(queue, costs, order, last),)
     return queue.events
@@ -212,7 +213,8 @@ def micro_batch(
 
 def micro_batch_in_halves(layers: Sequence[LayerCost], head: Seconds, backward: Sequence[LayerCost]) -> list[Event]:
     """Returns the queue of one micro-batch with `parallel.two_batch_overlap`, in the order of `moe.dispatch.two_batches`:
-    each half runs up to its next exchange, and then the other half runs. All costs are of one half."""
+    each half of the micro-batch runs up to its next exchange, and then the other half runs. All costs are of one half of
+    the micro-batch."""
     queue = Queue()
     last = _in_turns([_half_forward(queue, layers) for _ in range(2)])
     last = (queue.add("head", COMPUTE, head * (1 + BACKWARD), *last),)
@@ -221,7 +223,7 @@ def micro_batch_in_halves(layers: Sequence[LayerCost], head: Seconds, backward: 
 
 
 def _in_turns(halves: Sequence[Iterator[int]]) -> tuple[int, ...]:
-    """Runs both halves in turns, and returns the last event of each."""
+    """Runs both halves of a micro-batch in turns, and returns the last event of each half."""
     last = [0 for _ in halves]
     for events in zip(*halves, strict=True):
         last = list(events)
@@ -267,13 +269,13 @@ def _experts_of_half(queue: Queue, layer: LayerCost, times: float, sent: int) ->
 
 
 def _times(layer: LayerCost, factor: float) -> LayerCost:
-    """Returns the layer with its seconds of compute multiplied by `factor`."""
+    """Returns the layer's costs with the seconds of compute multiplied by `factor`."""
     names = ("dense", "shared", "own", "others", "pack")
     return replace(layer, **{name: factor * getattr(layer, name) for name in names})
 
 
 def _send(queue: Queue, layer: LayerCost, chunks: int, *after: int, weights: Seconds = 0.0) -> int:
-    """Adds the hops of one chunk's exchange, and before them the exchange of weights."""
+    """Adds the hops of one chunk's exchange to the queue, and before the hops the exchange of weights."""
     if np.any(weights):
         after = (queue.add("exchange", WIRE, weights, *after),)
     for number, hop in enumerate(layer.hops):
@@ -284,8 +286,8 @@ def _send(queue: Queue, layer: LayerCost, chunks: int, *after: int, weights: Sec
 
 
 def _forward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...], *, repeated: bool = False) -> int:
-    """Adds a layer's forward and returns its last event. Exchanges of chunks have the order dispatch 0, dispatch 1,
-    combine 0, dispatch 2, ..."""
+    """Adds the events of a layer's forward to the queue, and returns the last event. Exchanges of chunks have the order
+    dispatch 0, dispatch 1, combine 0, dispatch 2, ..."""
     start = queue.add("dense", COMPUTE, layer.dense, *after)
     if not layer.hops:
         return queue.add("experts", COMPUTE, layer.shared + layer.own + layer.others + layer.pack, start)
@@ -312,7 +314,8 @@ def _forward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...
 
 
 def _backward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...]) -> int:
-    """Adds a layer's backward: gradients of outputs go to the experts' ranks, gradients of rows come back."""
+    """Adds the events of a layer's backward to the queue: gradients of outputs go to the experts' ranks, gradients of rows
+    come back."""
     back, again = order.backward, order.again if order.recompute == "experts" else 0.0
     if not layer.hops:
         experts = (back + again) * (layer.own + layer.others) + back * (layer.shared + layer.pack)

@@ -11,7 +11,7 @@ from moe_dist.plan.preflight import PlannedLayout
 
 
 def start_text(layout: PlannedLayout, path: str, root: str) -> str:
-    """Returns the lines at the start of a run in the folder `path`: model, ranks, data, and commands that show it."""
+    """Returns the lines at the start of a run in the folder `path`: model, ranks, data, and commands that show the run."""
     config = layout.config
     model, train, data = config.model, config.train, config.data
     experts = per_token(layout.groups, layout.token_mix)

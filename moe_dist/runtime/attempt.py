@@ -35,7 +35,7 @@ STORAGE_ERRORS = frozenset(
 def verdict_of(error: BaseException) -> tuple[int, str]:
     """Returns exit code and reason of an exception that ends a run."""
     if isinstance(error, MoeDistError):
-        return error.exit_code, str(error)  # a user can fix this, without a traceback
+        return error.exit_code, str(error)  # a user can fix such an error without a traceback
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
         return EXIT_FAILED, (
@@ -52,11 +52,11 @@ def _say(text: str) -> None:
 
 
 class Attempt:
-    """A context manager that turns the end of its body into a verdict.
+    """A context manager that records how its body ends, as the attempt's verdict (exit code and reason).
 
     An exception of the body is printed (a `MoeDistError` as its message, any other with a traceback), and the process ends
     with `os._exit` inside `__exit__`, because a further collective could wait for ranks that are gone. Other ranks notice
-    the closed connections.
+    the closed connections of the ended process.
 
     Attributes:
         exit_code: The verdict, after the block.
@@ -76,7 +76,7 @@ class Attempt:
         self._step = step
 
     def require(self, commit_check: Callable[[], None]) -> None:
-        """Sets the function that `check_commit` calls; it must raise if records are not on disk yet."""
+        """Sets the function that `check_commit` calls; the function must raise if records are not on disk yet."""
         self._commit_check = commit_check
 
     def last_step(self) -> int:
@@ -87,15 +87,15 @@ class Attempt:
     def open(
         self, config: Config, *, wait_seconds: float = WAIT_SECONDS, stopped: Callable[[], bool] | None = None
     ) -> RunFolder:
-        """Returns the run folder, which rank 0 opens for writing. Call it before the process group is created, so that no
-        rank passes the rendezvous before rank 0 holds the lease.
+        """Returns the run folder, which rank 0 opens for writing. Call `open` before the process group is created, so that
+        no rank passes the rendezvous before rank 0 holds the lease.
 
         Args:
             wait_seconds: How long rank 0 waits for another attempt to end; a message on standard error announces the wait.
             stopped: Returns True after a stop signal, which ends the wait.
 
         Raises:
-            ConfigError, DataError, LeaseError, RunFolderError, StoppedError: from `RunFolder.open`.
+            ConfigError, DataError, LeaseError, RunFolderError, StoppedError: `RunFolder.open` raised the error.
         """
         folder = RunFolder.of(config)
         if self._env.rank == 0:
@@ -110,7 +110,7 @@ class Attempt:
 
     def join(self, attempt_id: str) -> RankEnv:
         """Sets the attempt's name to rank 0's, because status.json accepts a verdict only under rank 0's name. Returns this
-        rank's environment with that name."""
+        rank's environment with the attempt's name."""
         self._env = replace(self._env, attempt_id=attempt_id)
         return self._env
 
@@ -121,26 +121,28 @@ class Attempt:
         return self._lease
 
     def check_commit(self) -> None:
-        """Checks that a checkpoint may be committed. `CheckpointManager` calls it on rank 0, before anything is written and
-        before each rename.
+        """Checks that a checkpoint may be committed. `CheckpointManager` calls this method on rank 0, before anything is
+        written and before each rename.
 
         Raises:
             LeaseError: another attempt has taken over the run.
             CheckpointError: from the function that `require` set.
         """
         if self._lease is not None:
-            self._lease.check()  # first, because a run that lost its lease must end with LeaseError, not with a failed save
+            # checked first, because a run that lost its lease must end with LeaseError, not with a failed save
+            self._lease.check()
         self._commit_check()
 
     def finish(self) -> None:
-        """Records that the run is done; call it on every rank after the last save, before the sinks close. A later error
-        is printed, but changes neither the record nor the exit code."""
+        """Records that the run is done; call `finish` on every rank after the last save, before the sinks close. An error
+        after `finish` is printed, but changes neither the record nor the exit code."""
         if self._env.rank == 0:
             self._record(EXIT_DONE, "done")
         self._finished = True
 
     def expire(self) -> None:
-        """Records the verdict of a run that did not stop within the grace period; the timer of `StopRequest` calls it."""
+        """Records the verdict of a run that did not stop within the grace period; the timer of `StopRequest` calls this
+        method."""
         self._leave(EXIT_FAILED, "did not stop within the grace period after a stop signal; the last checkpoint is intact")
 
     def give_up(self, reason: str) -> NoReturn:
@@ -162,8 +164,10 @@ class Attempt:
             self._report(error)
         with contextlib.suppress(OSError):
             if self._lease is not None:
-                self._lease.release()  # after the record, which only the holder may write
-        self._end(self.exit_code)  # even after success, because an exit handler could wait for an unclosed sink
+                # released after the verdict is recorded, because only the holder of the lease may record it
+                self._lease.release()
+        # ends the process even after success, because an exit handler could wait for an unclosed sink
+        self._end(self.exit_code)
 
     def _report(self, error: BaseException) -> None:
         """Prints an error, and records it unless the run is done."""
@@ -183,7 +187,7 @@ class Attempt:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)  # runs no atexit handler, because it may wait for other ranks or for threads in a collective
+        os._exit(code)  # runs no atexit handler, because a handler may wait for other ranks or for threads in a collective
 
     def _wait_for_cause(self, error: BaseException) -> None:
         """If this rank failed only because another rank failed, waits until that rank has recorded the verdict, because the

@@ -68,15 +68,15 @@ class _Command(TyperCommand):
 
 
 def command_app(main: Callable[..., Any]) -> typer.Typer:
-    """Makes a command with Python's plain traceback. Typer's traceback can print local variables, such as tokens and
-    keys."""
+    """Makes a command whose unexpected errors show Python's plain traceback. Typer's traceback can print local variables,
+    such as tokens and keys."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(cls=_Command)(main)
     return app
 
 
 def run_command(main: Callable[..., Any]) -> None:
-    """Runs `main` with the arguments of the command line, and with Python's plain traceback."""
+    """Runs `main` with the arguments of the command line; unexpected errors show Python's plain traceback."""
     command_app(main)()
 
 

@@ -31,8 +31,8 @@ class RankEnv:
         local_rank, local_world_size: Rank and number of ranks on this node; local_rank is also the index of the GPU.
         init_method: Way in which the ranks meet: PUBLISHED, or torch's env://, tcp://HOST:PORT or file:///PATH.
         attempt: Number of restarts by the launcher; 0 for the first attempt. torchrun's agents may count differently.
-        attempt_id: Unique name of this attempt. If the launcher gives no name, each process makes its own; after the ranks
-            have met, all take rank 0's name (parallel/rendezvous.py).
+        attempt_id: Unique name of this attempt. If the launcher gives no name, each process makes its own name; after the
+            ranks have met, all ranks use rank 0's name (parallel/rendezvous.py).
         launched: True if a launcher of moe_dist started the process and sends its standard error to the rank's log.
         grace_seconds: Time from a stop signal until the process ends itself.
     """
@@ -51,8 +51,9 @@ class RankEnv:
     def from_environment(cls, env: Mapping[str, str]) -> "RankEnv":
         """Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE (or the names of mpirun or srun), MOE_DIST_INIT_METHOD (or
         MASTER_ADDR and MASTER_PORT), MOE_DIST_ATTEMPT (or TORCHELASTIC_RESTART_COUNT), MOE_DIST_ATTEMPT_ID and
-        MOE_DIST_GRACE_SECONDS. If RANK is missing, the run has one process; if LOCAL_RANK is missing, each node has one.
-        Raises ConfigError with all problems if other variables are missing, are no numbers, or contradict each other."""
+        MOE_DIST_GRACE_SECONDS. If RANK is missing, the run has one process; if LOCAL_RANK is missing, each node has one
+        process. Raises ConfigError with all problems if other variables are missing, are no numbers, or contradict each
+        other."""
         problems: list[str] = []
         env, step_id = _with_our_names(env)
 
@@ -79,7 +80,7 @@ class RankEnv:
                     problems.append(f"environment variable {name}={value}: must be below the number of ranks, {size}")
             if local_world_size > world_size:
                 problems.append(f"LOCAL_WORLD_SIZE={local_world_size} is larger than WORLD_SIZE={world_size}")
-        step_id = step_id if world_size > 1 else ""  # one step may start several one-rank runs in turn
+        step_id = step_id if world_size > 1 else ""  # one srun step may start several one-rank runs in turn
         init_method = _init_method(env, world_size) or (PUBLISHED if step_id else "")  # `find` compares the step's name
         if not init_method:
             problems.append(
@@ -92,17 +93,18 @@ class RankEnv:
             problems.append(f"MOE_DIST_ATTEMPT_ID={attempt_id!r}: only letters, digits, '.', '_' and '-', at most 100")
         if problems:
             raise ConfigError(problems)
-        launched = bool(env.get("MOE_DIST_ATTEMPT_ID"))  # only moe_dist's launchers set that variable
+        launched = bool(env.get("MOE_DIST_ATTEMPT_ID"))  # only moe_dist's launchers set MOE_DIST_ATTEMPT_ID
         ranks = (rank, world_size, local_rank, local_world_size)
         return cls(*ranks, init_method, attempt, attempt_id, launched, _grace(env))
 
 
 def limit_fragmentation(variables: MutableMapping[str, str]) -> None:
-    """Makes torch's CUDA allocator grow its segments, unless the user has configured the allocator. Call it before torch is
-    imported.
+    """Makes torch's CUDA allocator grow its segments, unless the user has configured the allocator. Call this function
+    before torch is imported.
 
-    Each layer of each micro-batch receives another number of rows, and therefore allocates buffers of other sizes. Without
-    growing segments, free memory is cut into pieces of unsuitable sizes, and a run can fail although much memory is free.
+    Each layer of each micro-batch receives a different number of rows, and therefore allocates buffers of other sizes.
+    Without growing segments, free memory is cut into pieces of unsuitable sizes, and a run can fail although much memory is
+    free.
     """
     if not any(name in variables for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -110,12 +112,13 @@ def limit_fragmentation(variables: MutableMapping[str, str]) -> None:
 
 def share_cores(local_world_size: int, env: MutableMapping[str, str]) -> bool:
     """Sets OMP_NUM_THREADS to this rank's share of the node's cores, at least 1, unless the variable is set already.
-    Returns whether it set the variable. Call this function before the import of torch, which reads the variable."""
+    Returns whether this function set the variable. Call this function before the import of torch, which reads the
+    variable."""
     if env.get(THREADS):
         return False
     usable = len(os.sched_getaffinity(0))  # fewer cores than the node has if a container or the scheduler binds the process
     share = usable // local_world_size
-    if (cpus := env.get("SLURM_CPUS_ON_NODE", "")).isdecimal():  # Slurm may bind each task to its share
+    if (cpus := env.get("SLURM_CPUS_ON_NODE", "")).isdecimal():  # Slurm may bind each task to its share of the CPUs
         share = min(usable, int(cpus) // local_world_size)
     env[THREADS] = str(max(1, share))
     return True

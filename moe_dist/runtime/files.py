@@ -18,7 +18,7 @@ def write_atomically(
     """Replaces a file atomically: a reader sees either the old or the new content, also after a crash of the machine.
 
     Args:
-        before_rename: Called right before the rename, to check a lease; if it raises, the old file stays.
+        before_rename: Called right before the rename, to check a lease; if the function raises, the old file stays.
         mode: Permissions of the file, from which the umask removes some.
     """
     # The random name with O_EXCL and O_NOFOLLOW prevents that another user's link redirects the write.
@@ -28,7 +28,7 @@ def write_atomically(
         with open(descriptor, "wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
-            os.fsync(stream.fileno())  # before the rename, so that a crash leaves no empty file under the final name
+            os.fsync(stream.fileno())  # synced before the rename, so that a crash leaves no empty file under the final name
         if before_rename is not None:
             before_rename()
         os.replace(new, path)  # atomic: readers see the old or the new file
@@ -38,11 +38,11 @@ def write_atomically(
 
 
 def make_writable(folder: Path, *, option: str) -> None:
-    """Creates a folder if it is missing, and raises ConfigError if it is not writable; call it before long work that writes
-    there. The message begins with `option`, the name and value of a command line option."""
+    """Creates a folder if it is missing, and raises ConfigError if it is not writable; call this function before long work
+    that writes to the folder. The message begins with `option`, the name and value of a command line option."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):  # creating a file in a folder needs both permissions
+        if not os.access(folder, os.W_OK | os.X_OK):  # creating a file in a folder needs write and execute permission
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(f"{option}: not writable: {error.strerror}; choose another folder") from error

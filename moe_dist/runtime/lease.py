@@ -73,7 +73,8 @@ class Lease:
 
     Args:
         path: The lease file, on the file system of the run folder.
-        stale_seconds: A lease is abandoned after this time without a heartbeat; the holder sends six in this time.
+        stale_seconds: Time without a heartbeat after which a lease is abandoned; the holder sends six heartbeats in this
+            time.
     """
 
     def __init__(self, path: Path, attempt_id: str, *, stale_seconds: float = STALE_SECONDS) -> None:
@@ -139,8 +140,8 @@ class Lease:
             os.pwrite(self._fd, beat.encode(), 0)
 
     def check(self) -> None:
-        """Raises LeaseError if another attempt has taken over, because this attempt must then write no more. Call this
-        method right before each commit."""
+        """Raises LeaseError if another attempt has taken over the lease, because this attempt must then write no more. Call
+        this method right before each commit."""
         try:
             holder = read_holder(self.path)  # costs one read of a small file
         except IrregularFileError:  # somebody put a link or a device in the file's place
@@ -181,8 +182,8 @@ class Lease:
         return True
 
     def _take_over(self, stale: tuple[Holder | None, bytes]) -> bool:
-        """Replaces a stale lease. If several processes try, O_EXCL lets one of them create the file `claim`. That process
-        reads the lease again before it replaces it."""
+        """Replaces a stale lease. If several processes try to replace the lease, O_EXCL lets one of them create the file
+        `claim`. The process that created `claim` reads the lease again before replacing the lease."""
         token = stale[0].token if stale[0] is not None else "unreadable"
         claim = self.path.with_name(f"{self.path.name}.{token}")
         try:
@@ -205,7 +206,7 @@ class Lease:
 
     def _remove_if_dead(self, claim: Path) -> None:
         """Deletes the file `claim` of a process that was killed before its rename. The claim is renamed first, so that only
-        one process deletes it. A process whose new claim is deleted by mistake notices this at its rename and tries
+        one process deletes it. A process whose new claim is deleted by mistake notices the deletion at its rename and tries
         again."""
         claimer = read_holder(claim)
         if claimer is None or not claimer.is_dead():

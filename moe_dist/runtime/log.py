@@ -38,7 +38,7 @@ class StepPrefix(logging.Filter):
         self._step: Callable[[], int] | None = None
 
     def follow(self, step: Callable[[], int]) -> None:
-        """Makes all later lines show the number that `step` returns."""
+        """Makes all later log lines show the number that `step` returns."""
         self._step = step
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -47,7 +47,8 @@ class StepPrefix(logging.Filter):
 
 
 def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO) -> StepPrefix:
-    """Configures the root logger, and replaces the handlers of an earlier call. Call the result's `follow` to show steps.
+    """Configures the root logger, and replaces the handlers of an earlier call. Call `follow` of the returned object to
+    show steps in log lines.
 
     Args:
         level: Lowest level of moe_dist's log lines; the lowest level of libraries is WARNING.

@@ -13,16 +13,16 @@ def bind_near_gpu(
     local_rank: int, local_world_size: int, variables: MutableMapping[str, str], *, lower_threads: bool
 ) -> None:
     """Binds this process to the CPUs that NVML names as nearest to the rank's GPU, so that copies between host and GPU do
-    not cross the node's sockets. Call it before torch is imported, because only threads that start later inherit the
-    binding.
+    not cross the node's sockets. Call this function before torch is imported, because only threads that start later inherit
+    the binding.
 
     Changes nothing without NVML or a GPU, if the kernel refuses, if the process is bound already, or if the cgroup of the
-    process lacks one of these CPUs, because the remaining CPUs could be too few.
+    process lacks one of the near CPUs, because the remaining CPUs could be too few.
 
     Args:
         variables: The environment. CUDA_VISIBLE_DEVICES tells which GPUs the rank sees.
         lower_threads: If true, and if the process is bound, OMP_NUM_THREADS (a whole number) is lowered to the rank's share
-            of these CPUs. Give false if a user or a launcher chose the number.
+            of the near CPUs. Give false if a user or a launcher chose the number of threads.
     """
     near_R = _near_cpus(local_world_size, variables)
     near = near_R[min(local_rank, len(near_R) - 1)] if near_R else None
@@ -42,9 +42,9 @@ def bind_near_gpu(
 
 
 def _near_cpus(local_world_size: int, variables: Mapping[str, str]) -> list[set[int]]:
-    """Returns for each rank of the node the CPUs near the GPU that `parallel.mesh.own_gpu` will take. Returns only one set
-    if this rank sees only its own GPU, and none if NVML fails. NVML numbers GPUs by their place on the bus, as CUDA numbers
-    equal cards."""
+    """Returns for each rank of the node the CPUs near the GPU that `parallel.mesh.own_gpu` will return. Returns only one
+    set if this rank sees only its own GPU, and none if NVML fails. NVML numbers GPUs by their place on the bus, as CUDA
+    does if the node's cards are equal."""
     try:
         import pynvml
     except ImportError:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moe_dist.errors import ConfigError, MoeDistError
 
-# Errors that a retry does not fix: this user cannot use the path, or it leads to no regular file (EINVAL).
+# Errors that a retry does not fix: this user cannot use the path, or the path leads to no regular file (EINVAL).
 _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
@@ -35,8 +35,9 @@ def user_name(uid: int) -> str:
 def other_owner(folder: Path) -> str | None:
     """Returns the folder's owner if that is another user; None if this user owns the folder, or if it is missing.
 
-    Some file systems show one owner for all files (root over NFS, mounts in a container). If the owner differs, a temporary
-    file is created. If the file gets the same owner, the folder counts as this user's.
+    Some file systems show one owner for all files (root over NFS, mounts in a container). If the folder's owner is another
+    user, this function creates a temporary file in the folder. If the temporary file gets the folder's owner, the folder
+    counts as this user's.
     """
     try:
         owner = folder.stat().st_uid
@@ -45,7 +46,7 @@ def other_owner(folder: Path) -> str | None:
     if owner == os.geteuid():
         return None
     with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=".owner_") as probe:
-        if os.fstat(probe.fileno()).st_uid == owner:  # this file system maps all users to one
+        if os.fstat(probe.fileno()).st_uid == owner:  # this file system maps all users to one owner
             return None
     return user_name(owner)
 
@@ -57,12 +58,12 @@ def refuse_planted_files(folder: Path) -> None:
     events = folder / "tensorboard"
     for place in (folder, folder / "log", folder / "checkpoints", events, *events.glob("*")):
         for entry in list(os.scandir(place)) if place.is_dir() else ():
-            # The folder's listing usually has these types, so that thousands of logs cost no further requests.
+            # The folder's listing usually has the types of the entries, so that thousands of logs cost no further requests.
             if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
                 continue
             try:
                 found = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:  # a running attempt has just renamed it
+            except FileNotFoundError:  # a running attempt has just renamed the entry
                 continue
             if stat.S_ISLNK(found.st_mode) and found.st_uid not in (0, os.geteuid()):
                 raise ConfigError(
@@ -77,8 +78,9 @@ def refuse_planted_files(folder: Path) -> None:
 
 
 def give_to_group(folder: Path, group: str) -> None:
-    """Sets a folder's group and its setgid bit, so that new files in it get the group, too. Keeps all other permissions.
-    Raises ConfigError without such a group, and OSError if this user may not change the folder."""
+    """Sets a folder's group and its setgid bit, so that new files in the folder get the group, too. Keeps all other
+    permissions. Raises ConfigError if the node has no group of this name, and OSError if this user may not change the
+    folder."""
     try:
         gid = grp.getgrnam(group).gr_gid
     except KeyError:

@@ -42,8 +42,8 @@ class RunPlace:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "RunPlace | None":
-        """Returns the place in MOE_DIST_PLACE; None if it is not set, for example under torchrun. Raises ConfigError if it
-        is invalid."""
+        """Returns the place in MOE_DIST_PLACE; None if the variable is not set, for example under torchrun. Raises
+        ConfigError if the variable is invalid."""
         text = env.get(PLACE)
         if not text:
             return None
@@ -67,7 +67,7 @@ class Found:
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "Found":
         """Reads MOE_DIST_NODE_FEATURES, MOE_DIST_NODE_LABELS and CUDA_VISIBLE_DEVICES. SLURMD_NODENAME and SLURM_LOCALID
-        count only with MOE_DIST_NODE_FEATURES, because other launchers inside a Slurm job inherit them, too."""
+        count only with MOE_DIST_NODE_FEATURES, because other launchers inside a Slurm job also inherit both variables."""
         features, labels, gpus = (env.get(name) for name in (FEATURES, LABELS, "CUDA_VISIBLE_DEVICES"))
         slurm = env if features is not None else {}
         local = slurm.get("SLURM_LOCALID", "")

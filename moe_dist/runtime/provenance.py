@@ -20,12 +20,12 @@ from moe_dist.runtime.secrets import without_secrets
 
 PACKAGE = Path(__file__).parents[1]
 _GIT_SECONDS = 20.0
-SNAPSHOT_JSON, SNAPSHOT_PATCH = ".snapshot.json", ".snapshot.patch"  # `code_state` of a git clone, in its snapshot
+SNAPSHOT_JSON, SNAPSHOT_PATCH = ".snapshot.json", ".snapshot.patch"  # files of a snapshot with the clone's `code_state`
 
 
 def record_provenance(folder: Path, attempt_id: str) -> None:
-    """Adds an entry to <folder>/provenance.json, and writes the diff to diff_<hash>.patch; equal diffs share a file. Raises
-    DataError if provenance.json is damaged."""
+    """Adds an entry to <folder>/provenance.json, and writes the uncommitted changes to diff_<hash>.patch; equal diffs share
+    a file. Raises DataError if provenance.json is damaged."""
     path = folder / "provenance.json"
     entries = _earlier(path)
     commit, raw, untracked = code_state(PACKAGE)
@@ -34,7 +34,7 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
     patch = None
     if diff:
         patch = f"diff_{hashlib.sha256(diff).hexdigest()[:12]}.patch"
-        write_atomically(folder / patch, diff)  # before the entry that names the diff
+        write_atomically(folder / patch, diff)  # written before the entry that names the diff
     found = sorted(importlib.metadata.distributions(), key=lambda each: each.name.lower())  # reads every package's metadata
     entries.append(
         {
@@ -47,7 +47,8 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
             "untracked": untracked,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "threads": os.environ.get(THREADS),  # rank 0's number; bit-equal results need it on every rank
+            # number of threads of rank 0; bit-equal results need the same number on every rank
+            "threads": os.environ.get(THREADS),
             "packages": {each.name: each.version for each in found},
         }
     )
@@ -70,9 +71,9 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
 
 
 def code_state(code: Path) -> tuple[str | None, bytes, list[str]]:
-    """Returns, for the git clone that contains the folder `code`, the commit, the diff against it, and the untracked files.
-    Returns (None, b"", []) without git, or for an installed package. In a snapshot (a copy of the clone for a Slurm job)
-    returns the clone's values, which the snapshot stores."""
+    """Returns, for the git clone that contains the folder `code`, the commit, the diff against the commit, and the
+    untracked files. Returns (None, b"", []) without git, or for an installed package. In a snapshot (a copy of the clone
+    for a Slurm job) returns the clone's values, which the snapshot stores."""
     if (code.parent / SNAPSHOT_JSON).is_file():
         state = json.loads((code.parent / SNAPSHOT_JSON).read_text())
         return state["commit"], (code.parent / SNAPSHOT_PATCH).read_bytes(), state["untracked"]
@@ -93,7 +94,7 @@ def _git(folder: Path, *arguments: str) -> bytes | None:
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"},  # never blocks the user's own git
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=_GIT_SECONDS,  # so that a slow file system does not delay the start for long
+            timeout=_GIT_SECONDS,  # limited, so that a slow file system does not delay the start for long
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):

@@ -23,6 +23,6 @@ class RenamedFinder:
 
 
 def name_renamed_modules() -> None:
-    """Installs the finder. The packages `launchers` and `tools` call it when they are imported."""
+    """Installs the finder. The packages `launchers` and `tools` call this function when they are imported."""
     if RenamedFinder not in sys.meta_path:  # `launchers` or `tools` may have installed the finder
         sys.meta_path.append(RenamedFinder)

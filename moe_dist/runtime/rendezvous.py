@@ -63,7 +63,7 @@ class StartWait:
     """The wait of one rank for the other ranks at the start of an attempt.
 
     Args:
-        seconds: The longest wait, counted from now.
+        seconds: The longest wait, counted from the creation of this object.
         stopped: Returns True after a stop signal, which ends the wait: on rank 0 at once, on other ranks after
             TELL_SECONDS or half of `grace_seconds`, whichever is shorter.
         grace_seconds: Time from a stop signal until the process ends itself.
@@ -134,9 +134,9 @@ class Greeting:
         return run_folder / f".shared_{self.key}"
 
     def difference(self, env: RankEnv, run_folder: Path) -> str:
-        """Returns the reason why this rank cannot start with rank 0; empty if it can. On several nodes waits up to
-        SHARED_SECONDS for the file `probe`, because with a local folder on each node a checkpoint would be scattered over
-        the nodes and could not be loaded."""
+        """Returns the reason why this rank cannot start with rank 0; empty if this rank can start. On several nodes waits
+        up to SHARED_SECONDS for the file `probe`, because with a local folder on each node a checkpoint would be scattered
+        over the nodes and could not be loaded."""
         here = f"rank {env.rank} on {socket.gethostname()}"
         if env.world_size != self.world_size:
             return f"WORLD_SIZE={env.world_size} for {here}, {self.world_size} for rank 0 on {self.host}; start all alike"
@@ -146,7 +146,8 @@ class Greeting:
                 "ranks belong to two starts; start all ranks alike"
             )
         deadline = time.monotonic() + SHARED_SECONDS
-        while env.local_world_size < env.world_size and not self.probe(run_folder).exists():  # one stat on the file system
+        # costs one stat on the file system
+        while env.local_world_size < env.world_size and not self.probe(run_folder).exists():
             if time.monotonic() >= deadline:
                 what = "is another folder" if run_folder.exists() else "does not exist"
                 return (
@@ -178,8 +179,8 @@ def listening_host(env: RankEnv, variables: Mapping[str, str]) -> str:
 
 def node_address(variables: Mapping[str, str]) -> str:
     """Returns the address at which other nodes can reach this node: from MOE_DIST_RENDEZVOUS_HOST (a name or address of
-    this node), else from the interface GLOO_SOCKET_IFNAME, else from the host name. Raises ConfigError if none of them
-    gives a reachable address."""
+    this node), else from the interface GLOO_SOCKET_IFNAME, else from the host name. Raises ConfigError if none of the three
+    sources gives a reachable address."""
     if given := variables.get(HOST_VARIABLE):
         return _resolve(given, f"environment variable {HOST_VARIABLE}={given!r}")
     interface = variables.get("GLOO_SOCKET_IFNAME", "")
@@ -198,7 +199,7 @@ def node_address(variables: Mapping[str, str]) -> str:
 
 def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket]:
     """Listens on rank 0 at a free port of `host`, writes the address to `path`, and returns the address and the socket.
-    Only this user can read the file.
+    Only this user can read the file with the address.
 
     Raises:
         ResourceError: `host` is not an address of this node.

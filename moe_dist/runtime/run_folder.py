@@ -5,7 +5,8 @@
     status.json, lease.json                       verdict of each attempt; the current writer
     slurm/                                        code and configuration of each Slurm job (launchers/snapshot.py)
 
-Only rank 0 opens the folder (`open`). Before the process group is created, the other ranks only read it (`inspect`).
+Only rank 0 opens the folder (`open`). Before the process group is created, the other ranks only read the folder
+(`inspect`).
 """
 
 import contextlib
@@ -66,7 +67,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: Config) -> "RunFolder":
-        """Returns the run folder of a configuration; it need not exist."""
+        """Returns the run folder of a configuration; the folder need not exist."""
         return cls(Path(config.run.root) / config.run.name, config.run.group)
 
     def log_of(self, rank: int) -> Path:
@@ -129,8 +130,8 @@ class RunFolder:
         return latest is not None and latest.verdict == EXIT_DONE and latest.last_step >= config.train.steps
 
     def read_config(self) -> Config:
-        """Returns the configuration of the latest attempt. Raises ConfigError if this version of the code cannot read
-        it."""
+        """Returns the configuration of the latest attempt. Raises ConfigError if this version of the code cannot read the
+        configuration."""
         try:
             return load_stored_config(self.config_yaml)
         except ConfigError as error:
@@ -176,13 +177,13 @@ class RunFolder:
 
     def prepare(self) -> None:
         """Creates the folder and its log folder, and sets their group to `run.group`. Launchers call it after `inspect`.
-        Raises ConfigError or RunFolderError if that fails."""
+        Raises ConfigError or RunFolderError if the folders cannot be created or changed."""
         with in_words(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             for folder in (self.path, self.logs, self.checkpoints, self.tensorboard):
                 if self._group is not None and folder.is_dir():
                     give_to_group(folder, self._group)
-            self.logs.mkdir(exist_ok=True)  # after the parent has its setgid bit, which a new folder inherits
+            self.logs.mkdir(exist_ok=True)  # created after the parent has its setgid bit, which a new folder inherits
 
     def open(
         self,
@@ -194,10 +195,11 @@ class RunFolder:
         stopped: Callable[[], bool] | None = None,
     ) -> Lease:
         """Takes the lease, writes configuration and provenance, and adds the attempt to status.json. Only rank 0 calls it.
-        Check the returned lease before each commit, and release it at the end. `Lease.acquire` explains the arguments.
+        The caller must check the returned lease before each commit, and release the lease at the end. `Lease.acquire`
+        explains the arguments.
 
         Raises:
-            ConfigError, DataError, RunFolderError: from `inspect` and `prepare`.
+            ConfigError, DataError, RunFolderError: `inspect` or `prepare` raised the error.
             LeaseError: another attempt writes to the run and did not end within `wait_seconds`.
             StoppedError: a stop signal came during the wait.
         """
@@ -206,9 +208,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lease = Lease(self.lease_json, env.attempt_id).acquire(wait_seconds, on_wait=on_wait, stopped=stopped)
         try:
-            self.inspect(config)  # again, because an attempt that held the lease may have changed the folder
+            self.inspect(config)  # inspected again, because an attempt that held the lease may have changed the folder
             with in_words(self.path):
-                # Written first, because without config.yaml another rank's `inspect` would find no run folder.
+                # config.yaml is written first, because without this file another rank's `inspect` would find no run folder.
                 write_atomically(self.config_yaml, resolved_yaml(config))
             self.prepare()
             with in_words(self.path):
@@ -275,9 +277,9 @@ class RunFolder:
     def amend_status(
         self, attempt_id: str, *, verdict: int, reason: str, rank: int | None, last_step: int, wait_seconds: float = 0.0
     ) -> bool:
-        """Replaces the recorded verdict; a launcher calls it after all ranks have ended. If a rank was killed or froze, the
-        other ranks have recorded only a follow-up error; if all ranks were killed, there is no verdict. Waits up to
-        `wait_seconds` until rank 0 releases the lease, or the lease is stale. Returns False, and writes nothing, if the
+        """Replaces the recorded verdict; a launcher calls this method after all ranks have ended. If a rank was killed or
+        froze, the other ranks have recorded only a follow-up error; if all ranks were killed, there is no verdict. Waits up
+        to `wait_seconds` until rank 0 releases the lease, or the lease is stale. Returns False, and writes nothing, if the
         attempt never began or another attempt writes to the run."""
         try:
             lease = Lease(self.lease_json, attempt_id).acquire(wait_seconds)

@@ -1,8 +1,8 @@
 """Removes secrets of the environment from text before it is logged or stored.
 
 moe_dist writes only environment variables that it reads itself into logs or files. But an exception may quote a URL that
-contains a key, and a user may pass a key as an override. The values of secret variables are therefore removed from such
-texts.
+contains a key, and a user may pass a key as an override. The values of secret variables are therefore removed from texts
+before they are logged or stored.
 """
 
 import re
@@ -15,8 +15,8 @@ SHORTEST = 8  # characters; a shorter value would match ordinary text
 
 
 def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """Maps each secret value of the environment to its variable. A value is secret if the variable's name says so and the
-    value is no path."""
+    """Maps each secret value of the environment to its variable. A value is secret if its variable's name contains a word
+    such as KEY or TOKEN, and the value has at least `SHORTEST` characters and is no path."""
     return {
         value: name
         for name, value in environment.items()

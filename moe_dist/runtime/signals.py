@@ -62,11 +62,13 @@ class StopRequest(StopSignals):
     """Tells whether a signal has asked this rank to stop; repeated signals count once. Enter this context manager first, in
     the main thread.
 
-    Because ranks get the signal at different steps, the loop must agree on `requested` over all ranks before it stops.
+    Because ranks get the signal at different steps, the training loop must agree on `requested` over all ranks before the
+    loop stops.
 
     Args:
         grace_seconds: Time from the first signal until the process is killed.
-        on_expire: The timer's thread calls this before it kills the process; it must not use the process group.
+        on_expire: Function that the timer's thread calls before killing the process; the function must not use the process
+            group.
         told: True to announce the first signal on standard error at once, because the current step can take long.
     """
 
@@ -103,7 +105,7 @@ class StopRequest(StopSignals):
                 if timer is None and number in STOP_SIGNALS:
                     self.first = self.first or signal.Signals(number)
                     timer = threading.Timer(self.grace_seconds, self._expire)
-                    timer.daemon = True  # so that the timer does not keep the process alive after a normal end
+                    timer.daemon = True  # a daemon, so that the timer does not keep the process alive after a normal end
                     timer.start()
                     if self._told:
                         name = signal.Signals(number).name
@@ -142,11 +144,12 @@ def child_of(parent_pid: int, *, ignore_stop: bool) -> Callable[[], None]:
 
     def prepare() -> None:
         if prctl is not None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # each child sets this, because fork clears it
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # each child sets this signal, because fork clears the setting
         if os.getppid() != parent_pid:  # the parent died between fork and prctl
             os._exit(EXIT_FAILED)
         if ignore_stop:
             for number in STOP_SIGNALS:
-                signal.signal(number, signal.SIG_IGN)  # because a Ctrl-C goes to the whole process group
+                # ignores the signals, because a Ctrl-C goes to the whole process group
+                signal.signal(number, signal.SIG_IGN)
 
     return prepare

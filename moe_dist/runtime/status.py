@@ -63,7 +63,8 @@ class Status:
 def read_status(path: Path) -> Status:
     """Returns all attempts; empty without a file. Raises DataError if the file is damaged."""
     try:
-        text = read_regular(path, most_bytes=MAX_STATUS_BYTES, links=False)  # in one read, because writers replace the file
+        # reads the file at once, because writers replace the file
+        text = read_regular(path, most_bytes=MAX_STATUS_BYTES, links=False)
     except FileNotFoundError:
         return Status()
     try:
@@ -92,15 +93,15 @@ def write_status(path: Path, record: AttemptRecord, *, before_rename: Callable[[
 
 
 def record_save_seconds(logs: Path, seconds: float) -> None:
-    """Adds a save's duration to the file of the last `SAVES` durations; only rank 0 calls it. A save ends when the
-    checkpoint is durable."""
+    """Adds a save's duration to the file of the last `SAVES` durations; only rank 0 calls this function. A save ends when
+    the checkpoint is durable."""
     with contextlib.suppress(OSError):  # on a full disk the next record of a step reports the error
         write_atomically(logs / SAVE_SECONDS, json.dumps([*_saves(logs), seconds][-SAVES:]) + "\n")
 
 
 def measured_save_seconds(logs: Path) -> float | None:
-    """Returns the seconds of the longest of the last few saves; None before the first save. A grace period must be
-    longer."""
+    """Returns the seconds of the longest of the last few saves; None before the first save. A grace period must be longer
+    than the returned time."""
     return max(_saves(logs), default=None)
 
 

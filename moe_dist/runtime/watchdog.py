@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Report:
-    """A rank's position in the program: the collective that it is in, or its source line.
+    """A rank's position in the program: the collective that the rank is in, or the source line that the rank executes.
 
     Attributes:
         step: Last completed optimizer step.
@@ -138,7 +138,8 @@ class Watchdog:
     Args:
         seconds: Time limit of a collective.
         step: Returns the current step.
-        end: Called in the watchdog's thread with the reason; it must record the reason and end the process.
+        end: Function that the watchdog's thread calls with the reason; the function must record the reason and end the
+            process.
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class Watchdog:
             self._folder.mkdir(parents=True, exist_ok=True)
             # Atomic, because other ranks may read the file at the same time.
             write_atomically(self._folder / f"rank_{self._rank}.json", json.dumps(asdict(own)) + "\n")
-            time.sleep(self._poll * SETTLE_POLLS)  # until the other ranks have written their reports
+            time.sleep(self._poll * SETTLE_POLLS)  # waits until the other ranks have written their reports
             reports = read_reports(self._folder)
         except OSError as error:  # names no culprit, because other ranks' reports may be missing for the same reason
             return f"{own.line()}; it cannot exchange reports with its peers: {error}"

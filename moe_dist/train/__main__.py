@@ -86,14 +86,14 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
 
     config, manifest, placement = plan.config, plan.manifest, plan.placement
     if config.parallel.deterministic:
-        make_deterministic()  # before the first CUDA call, which reads the variables that this function sets
+        make_deterministic()  # called before the first CUDA call, which reads the variables that `make_deterministic` sets
     folder = attempt.open(config, stopped=lambda: stop.requested)  # rank 0 waits until it holds the run's lease
     log = setup_logging(env, folder)
     startup.now("waiting for the other ranks")
     mesh = session.join_world(config, env, folder, attempt, stopped=lambda: stop.requested)
     watchdog = session.start_watchdog(config, env, folder, mesh.tracker, attempt)
     startup.now("building the model")
-    stack = contextlib.ExitStack()  # not closed after an error, because a failed rank ends its process
+    stack = contextlib.ExitStack()  # the stack is not closed after an error, because a failed rank ends its process
     training = stack.enter_context(started_engine(config))(config, manifest, placement, mesh)
     startup.now("reading data")
     reader, readers = training.parallel.reader

@@ -1,11 +1,11 @@
 """Loads the base: the frozen model to which LoRA adapters are added. A new run loads the base from `run.init_from` (with
-`run.init_rules: [adapt]`). A resumed run loads it from the folder that the run's checkpoint names, and refuses a base whose
-content hash differs from the hash in the checkpoint.
+`run.init_rules: [adapt]`). A resumed run loads the base from the folder that the run's checkpoint names, and refuses a base
+whose content hash differs from the hash in the checkpoint.
 
-An adapter adds the product of two matrices A and B to a weight, and B starts as 0. Before the first step the model
-therefore computes the same function as the base. The logits of both are bit-equal only in batches without padding. A base
-with one expert per layer leaves padding out of its matrix products, but a model with adapters does not, and the rounding
-of a matrix product depends on its number of rows.
+An adapter adds the product of two matrices A and B to a weight, and B is initially 0. Before the first step the model
+therefore computes the same function as the base. The logits of base and adapted model are bit-equal only in batches without
+padding. A base with one expert per layer leaves padding out of its matrix products, but a model with adapters does not, and
+the rounding of a matrix product depends on its number of rows.
 """
 
 import json
@@ -25,7 +25,8 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import ADAPTERS, Role, role_of_name
 
-# Keys of `model` that must have the base's values, so that both compute the same function. `base_sources` compares shapes.
+# Keys of `model` that must have the base's values, so that model and base compute the same function. `base_sources`
+# compares shapes.
 _FUNCTION = (
     "resolved_head_dim",
     "num_heads",
@@ -79,7 +80,7 @@ def load_base(
 
     Args:
         values: `CheckpointState.values` of the checkpoint of adapters.
-        adapters: Folder of that checkpoint, named in error messages.
+        adapters: Folder of the checkpoint of adapters, named in error messages.
 
     Raises:
         DataError: the base is missing or damaged, or has another content hash.

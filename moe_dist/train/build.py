@@ -118,9 +118,10 @@ def build_model(
         comm_stats: Counts bytes and seconds of the exchanges of all layers.
         tracker: Records the all-to-alls for the watchdog.
         compute_dtype: Overrides `parallel.precision`, for tests in float64.
-        choice_scope: With expert choice, the ranks whose tokens compete for an expert; None for this rank alone.
-        depth_scope: Ranks whose tokens compete in mixture-of-depths layers; None for this rank alone.
-        kernels: Arithmetic on rows around the experts' matrix products.
+        choice_scope: With expert choice, the ranks whose tokens compete for an expert; None if only this rank's tokens
+            compete.
+        depth_scope: Ranks whose tokens compete in mixture-of-depths layers; None if only this rank's tokens compete.
+        kernels: Functions for the arithmetic on rows before and after the experts' matrix products.
     """
     section, stats = config.model, comm_stats or CommStats()
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
@@ -145,7 +146,8 @@ def build_for_inference(
     config: Config, placement: ExpertPlacement, device: torch.device, mesh: Mesh | None = None
 ) -> Transformer:
     """Makes the model in evaluation mode, with uninitialised tensors, which the caller must load. Ignores how the training
-    run was laid out over ranks. The ranks of an EP group of `mesh` share the experts; without `mesh` this rank has all."""
+    run was laid out over ranks. The ranks of an EP group of `mesh` share the experts; without `mesh` this rank has all
+    experts."""
     ep, ep_rank, ep_group = (1, 0, None) if mesh is None else (mesh.ep_size, mesh.ep_rank, mesh.ep)
     alone = {"ep": ep, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": AllToAllDispatchSection()}
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
@@ -198,7 +200,7 @@ class Training:
     parallel: ParallelModel
     optimizer: Optimizer
     step: TrainingStep
-    dispatch: DispatchParts | None = None  # to make another dispatcher if experts move
+    dispatch: DispatchParts | None = None  # kept to make another dispatcher if experts move
     balance: BiasController | None = None
     tuning: RouterTuning | None = None
     load: StepLoad | None = None
@@ -239,7 +241,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             depth_scope=depth_scope,
             kernels=kernels,
         )
-    freeze(model, config)  # before sharding, so that FSDP2 reduces no gradients of frozen parameters
+    freeze(model, config)  # frozen before sharding, so that FSDP2 reduces no gradients of frozen parameters
     if config.parallel.compile:
         compile_dense(model)
     elif kernels is not TORCH:  # torch.compile fuses these operations itself
@@ -260,7 +262,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     if taught is not None:
         status = CollectiveStatus(taught.teacher or taught.top_logits or "", mesh.checkpoint, mesh.tracker)
         read = partial(build_distillation, config, manifest, mesh.device)
-        distillation = status.phase("load the teacher", read, kind=DataError)  # fails on all ranks, or on none
+        distillation = status.phase("load the teacher", read, kind=DataError)  # the load fails on all ranks, or on none
     step = TrainingStep(
         parallel,
         optimizer,
@@ -305,7 +307,7 @@ def build_optimizer(config: Config, model: Transformer) -> Optimizer:
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:
-    """Raises ConfigError if the run needs a grouped matrix product that this device lacks for these experts."""
+    """Raises ConfigError if the run needs a grouped matrix product that this device lacks for the model's experts."""
     dtype, kind = COMPUTE_DTYPES[config.parallel.precision], config.parallel.expert_gemm
     if config.parallel.dispatch.kind == "static" and device.type == "cuda":
         kind = "grouped"  # a loop over experts would need each expert's number of rows on the host
@@ -393,11 +395,13 @@ class TrainingPlan:
     """Settings of the training loop, as plain values.
 
     Attributes:
-        flops_per_token: Function that returns the FLOPs per token of forward and backward. Its arguments map each group's
-            name to the mean number of true (not null) experts per token, and to the group's fraction of all tokens.
+        flops_per_token: Function that returns the FLOPs per token of forward and backward. The function's arguments map
+            each group's name to the mean number of true (not null) experts per token, and to the group's fraction of all
+            tokens.
         active_target: By group: the number of true experts per token that a controller aims at.
-        even_active: By group: the expected number of true experts per token. Has only the groups in which a controller or a
-            null weight of the balance loss sets this number. Other groups expect top_k x true experts / all experts.
+        even_active: By group: the expected number of true experts per token. `even_active` has only the groups in which a
+            controller or a null weight of the balance loss sets the expected number. For groups without an entry, the
+            expected number is top_k x true experts / all experts.
     """
 
     placement: ExpertPlacement

@@ -36,7 +36,7 @@ def sequence_costs(config: Config, modalities: Sequence[str]) -> SequenceCosts:
     length_S = np.arange(config.data.seq_len + 1, dtype=np.float64)
     keys_S = np.sum([np.minimum(length_S, window or np.inf) for window in model.windows], axis=0)
     each_key = 2 * model.attention.score_width(model)
-    token = flops(none) - each_key * model.num_layers  # without the attention to one key that seq_len=1 counts
+    token = flops(none) - each_key * model.num_layers  # subtracts the attention to one key, which seq_len=1 counts
     return SequenceCosts(
         length_S * (token + each_key * keys_S), np.array([with_experts[name] - flops(none) for name in modalities])
     )

@@ -39,14 +39,15 @@ def build_all_to_all(
     *,
     between_nodes: bool = False,
 ) -> AllToAll:
-    """Makes the all-to-all of one process group. It checks each exchange if `parallel.check_exchanges` is set."""
+    """Makes the all-to-all of one process group. The all-to-all checks each exchange if `parallel.check_exchanges` is
+    set."""
     all_to_all = AllToAll(group, comm_stats, tracker, between_nodes=between_nodes)
     return CheckedAllToAll(all_to_all) if section.check_exchanges else all_to_all
 
 
 @dataclass(frozen=True)
 class DispatchParts:
-    """The values from which the functions below make a dispatcher."""
+    """The values from which the functions of this file make a dispatcher."""
 
     parallel: ParallelSection
     placement: ExpertPlacement
@@ -67,7 +68,8 @@ class DispatchParts:
 
 
 def build_dispatcher(parts: DispatchParts) -> Dispatcher[Any]:
-    """Makes the dispatcher of all MoE layers. The fields of `parallel.dispatch` become keywords of its constructor."""
+    """Makes the dispatcher of all MoE layers. The fields of `parallel.dispatch` become keywords of the dispatcher's
+    constructor."""
     return DISPATCHERS[parts.parallel.dispatch.kind](parts)
 
 
@@ -96,9 +98,10 @@ def _hierarchical(parts: DispatchParts) -> HierarchicalDispatcher:
 
 
 def _known_counts(parts: DispatchParts, *, always: bool = True) -> KnownCountsFirst:
-    """Makes the dispatcher with known counts. It serves batches for which the router knows the number of (token, expert)
-    pairs per rank and expert without an exchange. All other batches (as in evaluation, where tokens choose experts) use the
-    plain dispatcher. With `always`, known counts are used even if a rank holds several experts of a group."""
+    """Makes the dispatcher with known counts. This dispatcher serves batches for which the router knows the number of
+    (token, expert) pairs per rank and expert without an exchange. All other batches (as in evaluation, where tokens choose
+    experts) use the plain dispatcher. With `always`, known counts are used even if a rank holds several experts of a
+    group."""
     known = KnownCountsDispatcher(parts.placement, parts.all_to_all, **parts.options)
     return KnownCountsFirst(known, _general(parts), always=always)
 

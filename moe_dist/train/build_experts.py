@@ -31,7 +31,7 @@ from moe_dist.train.build_routing import build_router
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The values from which the functions below make MoE layers."""
+    """The values from which the functions of this file make MoE layers."""
 
     config: Config
     placement: ExpertPlacement
@@ -48,7 +48,7 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
     config, groups, all_to_all = parts.config, parts.placement.groups, parts.all_to_all
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
     # A dry run makes layers for a placement on many ranks without a process group, because it never runs the layers.
-    dispatcher = build_dispatcher(  # one for all layers, because a dispatcher may allocate large buffers
+    dispatcher = build_dispatcher(  # one dispatcher for all layers, because it may allocate large buffers
         DispatchParts(
             config.parallel,
             parts.placement,

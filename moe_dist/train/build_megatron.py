@@ -28,7 +28,8 @@ from moe_dist.train.build_routing import build_balance, build_router, build_thre
 
 @dataclass(frozen=True)
 class MegatronTraining(Training):
-    """Model and optimizer of Megatron-Core. Checkpoints store both under the logical names that all engines use."""
+    """Model and optimizer of Megatron-Core. Checkpoints store model and optimizer under the logical names that all engines
+    use."""
 
     state: Any = None  # a `GptState`
     config: Config | None = None

@@ -49,7 +49,7 @@ CONTROLLERS: dict[str, type[Rule]] = {
 
 
 def build_router(section: RouterSection, hidden_dim: int, groups: Sequence[ExpertGroup], **known: Any) -> nn.Module:
-    """Makes the router of one MoE layer. The fields of `section` become keywords of its constructor.
+    """Makes the router of one MoE layer. The fields of `section` become keywords of the router's constructor.
 
     Args:
         known: Further values by name: `capacity` (for routers where tokens choose), `seed`, `layer`, `place` (index among
@@ -131,7 +131,8 @@ def build_scopes(config: Config, mesh: Mesh, comm_stats: CommStats) -> tuple[Sel
 
 
 def depth_thresholds(model: Transformer) -> ThresholdUpdater | None:
-    """Makes the controller that updates the thresholds of mixture-of-depths routers; returns None if none has one."""
+    """Makes the controller that updates the thresholds of mixture-of-depths routers; returns None if no router has a
+    threshold."""
     routers = [router for router in model.depth_routers() if router.causal == "threshold"]
     if not routers:
         return None

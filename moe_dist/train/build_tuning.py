@@ -69,7 +69,7 @@ def build_neighbours(section: RouterTuningSection, samples: Samples, *, seed: in
 
 
 class Savings(NamedTuple):
-    """Counts on one rank: in each field first for the trained parameters, then for all parameters."""
+    """Counts on one rank: each field has first the count for the trained parameters, then the count for all parameters."""
 
     parameters: tuple[int, int]
     optimizer: tuple[int, int]  # bytes of AdamW's moments

@@ -8,7 +8,8 @@ SHOW_EVERY = 100  # steps
 
 class DealingLever:
     """See `moe_dist.train.levers.Lever`. The loader itself deals the sequences of each step, and keeps the order of the
-    stream if no deal is better. The lever shows the loader's decision in the first and every `SHOW_EVERY`-th step."""
+    stream if no other deal is more even. The lever shows the loader's decision in the first and every `SHOW_EVERY`-th
+    step."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self._loader = loader

@@ -47,7 +47,8 @@ class Distillation:
 
 
 class Teacher:
-    """A frozen model, whole on this rank. `group_of_modality` maps each modality to the index of the model's group."""
+    """A frozen model, of which this rank holds all weights. `group_of_modality` maps each modality to the index of the
+    teacher's expert group."""
 
     def __init__(self, model: nn.Module, group_of_modality: Tensor) -> None:
         self._model, self._group_of_modality = model, group_of_modality
@@ -68,7 +69,7 @@ def teacher_section(path: str, student: ModelSection, manifest: Manifest, *, seq
         manifest: Manifest of the data set on which the student learns.
 
     Raises:
-        ConfigError: there is no checkpoint, or its model cannot be the teacher. The error lists every reason.
+        ConfigError: there is no checkpoint, or the checkpoint's model cannot be the teacher. The error lists every reason.
         DataError: the checkpoint is damaged.
     """
     key = f"loss.distillation.teacher={path!r}"

@@ -1,6 +1,8 @@
-"""Counts rows, bytes and drops of traced choices at another layout, null policy or capacity. All functions are pure.
+"""Counts rows, bytes and dropped pairs of a trace's choices with another layout, null policy or capacity. All functions are
+pure.
 
-Shape letters: L MoE layers, T tokens, K choices of a token, E true experts of all groups, n true experts of a group.
+Shape letters: L MoE layers, T tokens, K choices of a token, E true (not null) experts of all groups, n true experts of a
+group.
 """
 
 from collections.abc import Sequence
@@ -16,10 +18,10 @@ class Replayed(NamedTuple):
     """Counts over all traced tokens and layers.
 
     Attributes:
-        traffic: Rows of dispatch in forward, and the work of the ranks.
-        bytes: Payload bytes of forward and backward.
-        bytes_between: The part of `bytes` that is sent between nodes, with one row for each (token, rank).
-        bytes_between_once: Bytes between nodes with the dispatcher hierarchical: one row for each (token, node).
+        traffic: Rows that dispatch sends in forward, and the balance of the ranks' work.
+        bytes: Payload bytes sent in forward and backward.
+        bytes_between: The part of `bytes` that is sent between nodes, if dispatch sends one row for each (token, rank).
+        bytes_between_once: Bytes between nodes if the hierarchical dispatcher sends one row for each (token, node).
         dropped: (token, expert) pairs that the capacity drops.
     """
 
@@ -40,8 +42,8 @@ def replay(
     row_bytes: int,
     exchanges: int,
 ) -> Replayed:
-    """Counts the rows and bytes that a run with this placement sends for these choices. As in training, one rank after the
-    other takes `micro_batch` consecutive sequences.
+    """Counts the rows and bytes that a run with `placement` sends for the choices `ids_TLK`. As in training, the ranks take
+    turns: each rank takes the next `micro_batch` sequences.
 
     Args:
         row_bytes: Bytes of one row.
@@ -55,8 +57,8 @@ def replay(
 
 
 def without_nulls(ids_TLK: np.ndarray, group_T: np.ndarray, groups: Sequence[ExpertGroup], *, seed: int = 0) -> np.ndarray:
-    """Replaces each choice that is no true expert by a true expert of the token's group that the token has not chosen, to
-    imitate fixed top-k routing. The expert is random, because a trace does not contain the router's next best experts."""
+    """Replaces each null choice by a true expert of the token's group that the token has not chosen, to imitate fixed top-k
+    routing. The true expert is drawn at random, because a trace does not contain the router's next best experts."""
     num_experts = sum(group.num_experts for group in groups)
     rng, made = np.random.default_rng(seed), ids_TLK.copy()
     column_TLK = np.where(ids_TLK < -1, -2 - ids_TLK, ids_TLK)
@@ -84,11 +86,12 @@ def capped(
     groups: Sequence[ExpertGroup],
     factor: float,
 ) -> np.ndarray:
-    """Drops pairs as `model.moe.capacity` with drop=position does: each expert keeps its first ceil(factor k T / columns)
-    pairs in each micro-batch, where T is the number of traced tokens of the group. Pairs that the run dropped may be kept.
+    """Drops (token, expert) pairs like `model.moe.capacity` with drop=position: each expert keeps its first ceil(factor k T
+    / columns) pairs of each micro-batch, where T is the number of the group's traced tokens. May keep pairs that the run
+    dropped.
 
     Args:
-        batch_T: Number of each token's micro-batch.
+        batch_T: Index of each token's micro-batch.
     """
     num_experts = sum(group.num_experts for group in groups)
     made = np.where(ids_TLK < -1, -2 - ids_TLK, ids_TLK)

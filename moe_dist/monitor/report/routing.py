@@ -1,6 +1,6 @@
 """Reads the data that a report draws: counts over steps from a run's records or a trace, and single tokens from a trace.
 
-Shape letters as in `metrics.py`; F frames, T tokens, K choices of a token.
+Shape letters as in `metrics.py`; F frames (sums over consecutive steps), T tokens, K choices of a token.
 """
 
 import math
@@ -22,13 +22,13 @@ from moe_dist.monitor.trace.reader import Trace, TracedStep
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 FRAMES = 60  # largest number of points of a curve over steps
-WINDOW = 50  # number of last recorded steps that the first lines of a report judge
+WINDOW = 50  # number of last recorded steps that the first lines of a report summarise
 MATRIX_CELLS = 500_000  # largest number of cells of all co-activation matrices, about 2 MB
 MOST_TOKENS = 50_000  # largest number of tokens of a trace that a report reads, from the last step backwards
 
 
 class Frame(NamedTuple):
-    """Counts of consecutive steps, int64: see `Record.arrays`."""
+    """Routing counts summed over consecutive steps, int64 as in `Record.arrays`."""
 
     first: int
     last: int
@@ -50,9 +50,10 @@ class Tokens:
     """Single tokens of a trace.
 
     Attributes:
-        token_T, modality_T, sequence_T, position_T: Token id, index of the modality, sequence, and position in it.
-        ids_TLK: Chosen columns; -2 - c is a dropped pair of column c, -1 no choice.
-        steps: Numbers of the steps that have these tokens; `of` is the number of all traced steps.
+        token_T, modality_T, sequence_T, position_T: Token id, index of the modality, number of the sequence, and position
+            in the sequence.
+        ids_TLK: Chosen columns; -2 - c is a choice of column c that a capacity dropped, -1 no choice.
+        steps: Numbers of the steps from which the tokens come; `of` is the number of all traced steps.
         split: `training` or `held-out`.
         name_of: Returns a token's text, or None if the text is unknown.
         picture_of: Returns the pixels of a picture token, uint8 [height, width, 3], or None for other tokens.
@@ -124,7 +125,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Layout:
-    """A placement of the experts on the ranks of an EP group for the byte ledger."""
+    """A placement of the experts on the ranks of an EP group, for the report's table of bytes."""
 
     policy: str
     placement: ExpertPlacement
@@ -132,8 +133,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Subject:
-    """The input of a report: a routing, another routing for comparison, the layouts and node sizes of the ledger, and the
-    largest numbers of slider positions and of cells of all co-activation matrices."""
+    """The input of a report: a routing, another routing for comparison, the layouts and node sizes of the table of bytes,
+    and the largest numbers of slider positions and of cells of all co-activation matrices."""
 
     routing: Routing
     against: Routing | None
@@ -144,7 +145,7 @@ class Subject:
 
 
 def merged(frames: Sequence[Frame], most: int) -> tuple[Frame, ...]:
-    """Joins consecutive frames into at most `most` sums of equally many frames. The last sum also takes the remaining
+    """Joins consecutive frames into at most `most` sums of equally many frames. The last sum also contains the remaining
     frames."""
     size = math.ceil(len(frames) / most)
     starts = range(0, len(frames) - size + 1, size)
@@ -164,8 +165,8 @@ def frames_of_records(path: Path, shape: tuple[int, int, int]) -> tuple[list[Fra
         shape: Numbers of MoE layers, columns and groups of the model (L, C, G).
 
     Returns:
-        At most 2 x FRAMES frames, the last WINDOW steps, and the last balance coefficient. All frames have equally many
-        records; the last one has up to twice as many.
+        At most 2 x FRAMES frames, a frame for each of the last WINDOW steps, and the last coefficient of the balance loss.
+        All frames have equally many records, but the last frame has up to twice as many.
 
     Raises:
         DataError: a line is damaged or has arrays of another model, or no line has arrays.
@@ -173,7 +174,7 @@ def frames_of_records(path: Path, shape: tuple[int, int, int]) -> tuple[list[Fra
     frames: list[Frame] = []
     window: deque[Frame] = deque(maxlen=WINDOW)
     width, inside, coefficient = 1, 1, float("nan")  # width: records in a full frame; inside: records in the last frame
-    for frame, coefficient in _recorded(path, shape):  # noqa: B007  # the last one is returned
+    for frame, coefficient in _recorded(path, shape):  # noqa: B007  # the last coefficient is returned
         window.append(frame)
         if inside < width:
             frames[-1], inside = total([frames[-1], frame]), inside + 1

@@ -37,7 +37,7 @@ COUNTS = (1, 10, 100, 1000)  # lower limits of the classes of frequency, in occu
 
 
 def of_tokens(panel: Callable[[Subject, Tokens], str]) -> Callable[[Subject], str]:
-    """Wraps a panel: the result returns NO_TOKENS if the subject has no trace of single tokens."""
+    """Wraps a panel, which then returns NO_TOKENS if the subject has no trace of single tokens."""
 
     def draw(subject: Subject) -> str:
         tokens = subject.routing.tokens
@@ -87,8 +87,8 @@ def experts_a_token(subject: Subject, tokens: Tokens) -> str:
 
 @of_tokens
 def compute_maps(subject: Subject, tokens: Tokens) -> str:
-    """Draws pictures, each above a map of its cells, and texts. The colour of a cell, and the background colour of a text's
-    token, show the number of true experts."""
+    """Draws pictures, each above a map of its cells, and coloured texts. The colour of a cell, and the background colour of
+    a text's token, show the number of true experts."""
     if not tokens.named:
         return "<p>The trace has no token ids.</p>"
     experts_T = _true_experts(subject.routing, tokens).mean(1)
@@ -105,7 +105,7 @@ def compute_maps(subject: Subject, tokens: Tokens) -> str:
 
 @of_tokens
 def coactivation(subject: Subject, tokens: Tokens) -> str:
-    """Shows heat maps of how often a token takes two experts together."""
+    """Shows heat maps of how often a token is routed to both experts of a pair."""
     routing, found = subject.routing, []
     scale = ratio_scale("how often a token takes both experts / how often it would if they were independent")
     for group in routing.groups:
@@ -211,7 +211,7 @@ def _special_rows(tokens: Tokens, routing: Routing, group: ExpertGroup, layer: i
 
 
 def _example(tokens: Tokens, row: int) -> str:
-    """Returns the token between `AROUND` tokens before and after it in its sequence."""
+    """Returns a token as HTML, with up to `AROUND` tokens of its sequence before and after the token."""
     near = range(max(0, row - AROUND), min(len(tokens.token_T), row + AROUND + 1))
     same = [i for i in near if tokens.sequence_T[i] == tokens.sequence_T[row]]
     parts = [_token(tokens, int(tokens.token_T[i]), plain=True) for i in same]
@@ -252,7 +252,7 @@ def _runs(tokens: Tokens) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 def _picture_map(tokens: Tokens, rows: np.ndarray, experts_T: np.ndarray, scale: Scale) -> str:
     found = [tokens.picture_of(token) for token in tokens.token_T[rows].tolist()]
-    patches = np.stack([pixels for pixels in found if pixels is not None])  # all are cells of a picture
+    patches = np.stack([pixels for pixels in found if pixels is not None])  # all tokens of `rows` are picture cells
     high, wide = tokens.grid
     pixels = patches.reshape(high, wide, *patches.shape[1:]).swapaxes(1, 2)
     pixels = pixels.reshape(high * patches.shape[1], wide * patches.shape[2], 3)
@@ -274,8 +274,8 @@ def _coloured(experts: float, html: str, scale: Scale) -> str:
 
 
 def _classes(tokens: Tokens, modalities: Sequence[str]) -> dict[str, np.ndarray]:
-    """Returns for each class of tokens, by name, which tokens it has, bool [T]. Classes of picture tokens are `one colour`
-    and `drawn`."""
+    """Returns a mask of the tokens of each class, bool [T], by the name of the class. Classes of picture tokens are `one
+    colour` and `drawn`."""
     ids, first, at = np.unique(tokens.token_T, return_index=True, return_inverse=True)
     names = []
     for token, row in zip(ids.tolist(), first.tolist(), strict=True):

@@ -41,7 +41,7 @@ class ConsoleSink(Sink):
     Args:
         total_steps: Number of steps of the run.
         every: Steps between plain lines if the console is no terminal, or cannot redraw a line (TERM=dumb).
-        resume_step: Last step of the earlier attempt.
+        resume_step: Step from which the run resumes (0 in a new run).
         hints: Source of the hints; None shows no hints.
         console: Destination; standard output by default.
         clock: Returns seconds, from which the time left is estimated.
@@ -59,7 +59,8 @@ class ConsoleSink(Sink):
     ) -> None:
         self._total, self._every, self._hints, self._clock = total_steps, every, hints, clock
         self._console = console or Console(highlight=False)
-        self._began_at, self._began_step = clock(), resume_step  # start of this attempt, for the time left
+        # start of this attempt, from which the time left is estimated
+        self._began_at, self._began_step = clock(), resume_step
         self._previous: EvaluationResult | None = None
         self._progress: Progress | None = None
         if self._console.is_interactive:  # a terminal that can redraw a line; false for TERM=dumb
@@ -106,7 +107,7 @@ class ConsoleSink(Sink):
             self._progress = None
 
     def _print(self, text: str, style: str | None = None) -> None:
-        unbroken = not self._console.is_terminal  # in a log each message is one line, even a long one
+        unbroken = not self._console.is_terminal  # in a log each message is one line, even a long message
         self._console.print(Text(text), style=style, soft_wrap=unbroken)
 
     def _time_left(self, step: int) -> str:
@@ -136,14 +137,15 @@ def line_numbers(scalars: Mapping[str, float | None]) -> str:
 
 
 def _dropped(scalars: Mapping[str, float | None]) -> list[str]:
-    """Returns a text with the number of pairs that a capacity dropped in this step; no text without drops."""
+    """Returns a text with the number of (token, expert) pairs that a capacity dropped in this step; no text without
+    drops."""
     pairs = scalars.get("moe/dropped") or 0.0
     return [f"dropped {_thousands(pairs)} pairs"] if pairs else []
 
 
 def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:
     """Returns the held-out losses, and their changes if the previous evaluation had equally many tokens. (The final
-    evaluation has more.)"""
+    evaluation has more tokens.)"""
     parts = []
     for name, loss in result.loss.items():
         change = ""

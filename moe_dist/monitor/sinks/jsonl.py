@@ -1,7 +1,9 @@
-"""The sink that writes metrics.jsonl, one line for each step and evaluation. All displays can be made from this file.
+"""The sink that writes metrics.jsonl, one line for each step and evaluation. All displays of a run can be made from
+metrics.jsonl.
 
 A crash loses at most the line that is being written. A full or failing disk loses no line: lines wait in memory until the
-disk accepts them. No checkpoint is committed before all lines up to its step are on disk. A restart thus finds every line.
+disk accepts them. No checkpoint is committed before all lines up to its step are on disk. A restart thus finds the lines of
+all steps up to its checkpoint.
 """
 
 import json
@@ -25,9 +27,9 @@ from moe_dist.monitor.tags import in_todays_names
 
 logger = logging.getLogger(__name__)
 
-# Every line begins with these keys, so that a resume finds its step without parsing JSON.
+# Every line begins with the keys `step` and `kind`, so that a resume finds its step without parsing JSON.
 LINE_BEGIN = re.compile(rb'\{"step":(\d{1,18}),"kind":"(\w+)",')
-_MAX_LINE_BYTES = 1 << 28  # a longer line is no record, and must not fill the memory
+_MAX_LINE_BYTES = 1 << 28  # a line with more bytes is no record, and must not fill the memory
 STORED = ("skipped", "scalars", "losses", "labels", "epochs", "balance_coefficient", "ledger", "host")  # fields of `Record`
 
 
@@ -36,7 +38,7 @@ class JsonlSink(Sink):
 
     Args:
         resume_step, evaluation_owed: See `Sink`.
-        arrays_every: Steps between lines with the arrays (choices of every expert in every layer).
+        arrays_every: Steps between lines that contain the arrays (choices of every expert in every layer).
         clock: Returns seconds since 1970, for the field `time`.
     """
 
@@ -93,7 +95,8 @@ class JsonlSink(Sink):
         """Returns when all lines are on disk.
 
         Raises:
-            CheckpointError: The disk does not accept the lines. They stay in memory, and the next checkpoint must wait.
+            CheckpointError: The disk does not accept the lines. The lines stay in memory, and the next checkpoint must
+                wait.
         """
         if self._file.closed:
             return
@@ -131,7 +134,7 @@ class JsonlSink(Sink):
 
     def _drain(self) -> None:
         while self._waiting:
-            del self._waiting[: self._file.write(self._waiting)]  # a write may accept only a part
+            del self._waiting[: self._file.write(self._waiting)]  # a write may accept only a part of the bytes
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -154,13 +157,13 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 
 def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) -> None:
     """Drops the lines of steps after `step`, and unreadable lines, such as one that a crash cut short. With
-    `evaluation_owed` the evaluation of `step` is dropped too, because it will be repeated.
-    Warns if steps up to `step` have no record.
+    `evaluation_owed` the evaluation of `step` is dropped too, because the resumed run repeats the evaluation. Warns if
+    steps up to `step` have no record.
 
-    The file is always replaced by one rename. A crash therefore leaves the old file whole, and a suspended earlier writer
-    that wakes up writes to a deleted file. The file is read once.
+    metrics.jsonl is always replaced by one rename. A crash therefore leaves the old file whole, and a suspended earlier
+    writer that wakes up writes to a deleted file. The file is read once.
     """
-    recorded = bytearray(step)  # 1 for each step that keeps its record
+    recorded = bytearray(step)  # 1 for each step whose record is kept
     if not path.exists():
         _warn_of_missing(path, recorded)
         return
@@ -169,7 +172,8 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     with path.open("rb") as old, kept_path.open("wb") as new:
         while text := old.readline(_MAX_LINE_BYTES):
             begin = LINE_BEGIN.match(text)
-            if begin is None or not text.endswith(b"\n") or not _is_json(text):  # incomplete, or not all on disk
+            # the line is incomplete, or its end did not reach the disk
+            if begin is None or not text.endswith(b"\n") or not _is_json(text):
                 unreadable += 1
             elif int(begin[1]) > step or (evaluation_owed and int(begin[1]) == step and begin[2] == b"evaluation"):
                 dropped += 1

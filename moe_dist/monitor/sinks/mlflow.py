@@ -11,14 +11,15 @@ from moe_dist.monitor.statistics import EvaluationResult
 
 
 class MlflowSink(Sink):
-    """Starts an MLflow run for each attempt, because one MLflow run would show both values of a step that a resume repeats.
-    The tag `moe_dist.run` joins the attempts. Threads of MLflow send the values, so that a slow server delays no step.
+    """Starts an MLflow run for each attempt (start of the run), because one MLflow run would show both values of a step
+    that a resume repeats. The tag `moe_dist.run` joins the attempts of a run. Threads of MLflow send the values, so that a
+    slow server delays no step.
 
     Args:
         experiment: Name of the experiment.
         uri: Address of the tracking server; None for MLFLOW_TRACKING_URI. MLflow reads credentials from its own
             environment variables.
-        resume_step: Last step of the earlier attempt.
+        resume_step: Step from which the run resumes (0 in a new run).
 
     Raises:
         ConfigError: mlflow is not installed, or the server does not answer or refuses the run.

@@ -25,7 +25,7 @@ class PrometheusSink(Sink):
     """Replaces the file `path` at each step by a rename, so that a reader never sees a partial file.
 
     Args:
-        path: The textfile. node_exporter reads it only if its name ends in .prom.
+        path: The textfile. node_exporter reads the textfile only if its name ends in .prom.
         run_name: Value of the label `run` of each sample.
     """
 

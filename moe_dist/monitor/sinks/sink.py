@@ -46,7 +46,8 @@ class Sink:
 
 
 class LeaseWatch(Sink):
-    """Checks the lease before each record, by reading one small file. Must come before the sinks that write.
+    """Checks the lease before each record, by reading one small file. Must come before the sinks that write, in the list of
+    sinks.
 
     Args:
         check: Function that raises if this process may no longer write to the run folder.
@@ -72,8 +73,8 @@ class LeaseWatch(Sink):
 class GuardedSinks(Sink):
     """Passes every call to each sink, in order. A sink that raises OSError is logged and not called again.
 
-    A sink whose `flush` raises CheckpointError (JsonlSink) is called again. No checkpoint is committed until its flush
-    succeeds.
+    A sink whose `flush` raises CheckpointError (JsonlSink) is called again. No checkpoint is committed until the `flush` of
+    every such sink succeeds.
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:

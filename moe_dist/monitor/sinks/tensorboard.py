@@ -73,7 +73,7 @@ class TensorBoardSink(Sink):
         evaluation_owed: bool = False,
     ) -> None:
         self._subject, self._pictures_every, self._mean_over = subject, pictures_every, mean_over
-        self._recent: dict[str, list[float]] = {}  # tag -> values since the last point
+        self._recent: dict[str, list[float]] = {}  # tag -> values of the steps after the last point of the tag's curve
         self._first_step, self._last_step = resume_step + 1, resume_step
         self._window = Window()
         self._folder, self._closed = Path(folder), False
@@ -190,7 +190,8 @@ class Window:
         self._steps: list[int] = []
         self._load: list[Mapping[str, Mapping[str, float | None]]] = []
         self._depths: DepthStatistics | None = None
-        self.by_rank: dict[str, np.ndarray] = {}  # arrays by rank of the last record; empty with a single rank
+        # arrays of the last record that have a value for each rank; empty with a single rank
+        self.by_rank: dict[str, np.ndarray] = {}
 
     def add(self, record: Record) -> None:
         tokens_LG = record.arrays["tokens_LG"]
@@ -300,7 +301,7 @@ def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str,
 
 def drop_events_after(folder: str | Path, step: int, *, evaluation_owed: bool = False) -> None:
     """Drops the events of steps after `step` from the event files in `folder`. With `evaluation_owed` the evaluation of
-    `step` is dropped too, because it will be repeated. Each file is replaced by one rename.
+    `step` is dropped too, because the resumed run repeats the evaluation. Each event file is replaced by one rename.
 
     TensorBoard's own mark (`purge_step`) does not help: its fast server ignores the mark and shows both attempts. Reads
     files from the newest backwards, up to a file that needs no cut, because an earlier resume has cut all older files. The
@@ -312,8 +313,8 @@ def drop_events_after(folder: str | Path, step: int, *, evaluation_owed: bool = 
 
 
 def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
-    """Drops the events of `drop_events_after` from one file. Returns True if the file has steps and no event was
-    dropped."""
+    """Drops the events of steps after `step` from one file, as `drop_events_after` describes. Returns True if the file has
+    steps and no event was dropped."""
     kept_path = path.with_name("kept")  # TensorBoard reads only names with "tfevents"
     kept_steps = dropped = False
     with kept_path.open("wb") as file:

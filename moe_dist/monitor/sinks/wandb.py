@@ -11,14 +11,15 @@ from moe_dist.monitor.statistics import EvaluationResult
 
 
 class WandbSink(Sink):
-    """Starts a wandb run for each attempt, because wandb cannot go back in steps. The group `run_name` joins the attempts.
+    """Starts a wandb run for each attempt (start of the run), because wandb cannot go back in steps. The group `run_name`
+    joins the attempts of a run.
 
     Args:
         project: Project in wandb.
         mode: 'online' uses the key of `wandb login` or WANDB_API_KEY; 'offline' writes only files under `folder`, which
             `wandb sync` can upload later.
         folder: The run folder.
-        resume_step: Last step of the earlier attempt.
+        resume_step: Step from which the run resumes (0 in a new run).
 
     Raises:
         ConfigError: wandb is not installed, or has no key for online mode.

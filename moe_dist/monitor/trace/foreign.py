@@ -1,5 +1,5 @@
-"""Reads other systems' records of routing as steps of a trace. These records have no token ids and no modalities; therefore
-each token gets the id -1, and all experts are one group.
+"""Reads other systems' records of routing as steps of a trace. The other systems' records have no token ids and no
+modalities; therefore each token gets the id -1, and all experts are one group.
 
 READERS has a pattern of file names and a reader for each format. Shape letters as in `format.py`.
 """
@@ -22,7 +22,7 @@ Parts = Iterator[tuple[int, tuple[int, ...], np.ndarray]]  # step, layers (L) an
 
 
 class ForeignTrace:
-    """Steps of another system, with the two members of `Trace` that a report reads."""
+    """Traced steps of another system, with the members `steps` and `step` of `Trace` that a report reads."""
 
     def __init__(self, steps: dict[int, TracedStep]) -> None:
         self._steps, self.steps = steps, tuple(sorted(steps))
@@ -91,7 +91,7 @@ def _trace(path: Path, parts: Parts, num_experts: int) -> ForeignTrace:
 
 def _megatron(files: Sequence[Path]) -> Parts:
     """Reads the router trace of Megatron-Core (`--moe-routing-trace-path`), which has a JSON line for each step, block and
-    layer. A second line of a layer in a step is the next micro-batch. Omits blocks of multi-token prediction."""
+    layer. If a step has several lines for a layer, each line is a micro-batch. Omits blocks of multi-token prediction."""
     for file in files:
         lines: dict[int, dict[int, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
         with open_file(file) as stream:
@@ -113,7 +113,8 @@ def _megatron(files: Sequence[Path]) -> Parts:
 def _arrays(files: Sequence[Path]) -> Parts:
     """Reads arrays `routed_experts` [tokens, layers, k] of vLLM and SGLang, saved by numpy in a file for each sequence.
 
-    The arrays have all layers of the model. Layers without experts are 0 for each token and choice, and are left out.
+    The arrays have all layers of the model. Layers without experts, whose ids are 0 for each token and choice, are left
+    out.
     """
     for file in files:
         try:
@@ -158,7 +159,7 @@ def _flame(files: Sequence[Path]) -> Parts:
 
 
 def _step(path: Path, step: int, by_layer: Mapping[int, np.ndarray]) -> tuple[int, tuple[int, ...], np.ndarray]:
-    """Joins the ids [T, K] of each layer."""
+    """Stacks a step's ids [T, K] of each layer to [T, L, K]."""
     layers = tuple(sorted(by_layer))
     shapes = {layer: by_layer[layer].shape for layer in layers}
     if len(set(shapes.values())) > 1:
@@ -169,7 +170,7 @@ def _step(path: Path, step: int, by_layer: Mapping[int, np.ndarray]) -> tuple[in
     return step, layers, np.stack([by_layer[layer] for layer in layers], axis=1)
 
 
-# Pattern of the file names -> reader of those files.
+# Pattern of the file names -> reader of files with such names.
 READERS: dict[str, Callable[[Sequence[Path]], Parts]] = {
     "router_trace_rank*.jsonl": _megatron,
     "*.npy": _arrays,

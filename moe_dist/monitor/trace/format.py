@@ -7,8 +7,9 @@
     rank_R.losses    float16 [tokens], loss (nats) of the prediction at the token, or nan; only with `Manifest.losses`
     rank_R.index     one `ENTRY` for each step, written after the step's tokens; tokens without an entry do not count
 
-The column of a true expert is its logical id; the null, identity and constant experts of all groups have the next columns.
-The id of a dropped pair of column c is -2 - c; -1 is no choice (a group with k < K). All numbers are little-endian.
+The column of a true expert is its logical id; the null, identity and constant experts of all groups have the columns after
+the true experts. The id -2 - c is a choice of column c that a capacity dropped; -1 is no choice (in a group with k < K).
+All numbers are little-endian.
 
 Shape letters: L MoE layers, K largest number of choices of a token, C columns, T tokens of a step.
 """
@@ -28,18 +29,18 @@ MANIFEST = "manifest.json"
 
 # Number of the sequence in the run's stream, index in the sequence, token id, and index into `Manifest.modalities`.
 TOKEN = np.dtype([("sequence", "<i8"), ("position", "<i4"), ("token", "<i4"), ("modality", "<i2")])
-# Step, index of its first token, number of its tokens, crc32 of its bytes in the other files, crc32 of the entry.
+# Step, index of the step's first token, number of its tokens, crc32 of its bytes in the other files, crc32 of the entry.
 ENTRY = np.dtype([("step", "<i8"), ("first", "<i8"), ("rows", "<i8"), ("content", "<u4"), ("check", "<u4")])
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The facts for reading an attempt's files.
+    """The facts that a reader of an attempt's files needs.
 
     Attributes:
         attempt: Number of the attempt in this trace, from 1.
-        from_step: Last step before the attempt. Later steps of earlier attempts do not count, because this attempt repeats
-            them.
+        from_step: Last step before the attempt. Steps after `from_step` of earlier attempts do not count, because this
+            attempt repeats these steps.
         ranks: Number of ranks, each of which wrote files.
         layers: Layer index of each MoE layer (L).
         choices: Largest number of choices of a token (K).

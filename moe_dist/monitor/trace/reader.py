@@ -1,4 +1,4 @@
-"""Reads a trace: `read_trace(folder)` reads the manifests and indices, and then `Trace.step(n)` the rows of step n.
+"""Reads a trace: `read_trace(folder)` reads the manifests and indices, and `Trace.step(n)` then reads the tokens of step n.
 
 Shape letters as in `format.py`; T tokens of all ranks.
 """
@@ -48,16 +48,18 @@ class TracedStep(NamedTuple):
     losses: np.ndarray | None = None
 
     def choices(self) -> np.ndarray:
-        """Returns the number of choices of each column with dropped pairs, int64 [L, C]: `Record.arrays['choices_LC']`."""
+        """Returns the number of choices of each column, dropped pairs included, int64 [L, C]:
+        `Record.arrays['choices_LC']`."""
         return count_choices(self.ids, self.manifest.num_columns)
 
     def dropped(self) -> np.ndarray:
-        """Returns the number of dropped pairs of each column, int64 [L, C]."""
+        """Returns the number of (token, expert) pairs of each column that a capacity dropped, int64 [L, C]."""
         return count_choices(np.where(self.ids < NO_CHOICE, self.ids, NO_CHOICE), self.manifest.num_columns)
 
 
 def count_choices(ids_TLK: np.ndarray, columns: int) -> np.ndarray:
-    """Returns the number of choices of each column with dropped pairs, int64 [L, C]. `ids_TLK` is as in `TracedStep`."""
+    """Returns the number of choices of each column, dropped (token, expert) pairs included, int64 [L, C]. `ids_TLK` is as
+    in `TracedStep`."""
     column_TLK = np.where(ids_TLK < NO_CHOICE, -2 - ids_TLK, ids_TLK)
     layers = range(column_TLK.shape[1])
     return np.stack([np.bincount(column_TLK[:, i].ravel() + 1, minlength=columns + 1)[1:] for i in layers])
@@ -92,7 +94,7 @@ class Trace:
         """Reads a step.
 
         Raises:
-            DataError: the step was not traced, its files are damaged, or they have ids outside the model.
+            DataError: the step was not traced, its files are damaged, or the files have ids outside the model.
         """
         if number not in self._of_step:
             raise DataError(f"trace: step {number} is not among the {len(self.steps)} traced steps; take one of `steps`")
@@ -142,7 +144,7 @@ def _attempt(folder: Path) -> Attempt:
             f"{VERSION}; read it with the version of moe_dist that wrote it"
         )
     by_rank = [_index(folder / f"rank_{rank}.index") for rank in range(manifest.ranks)]
-    whole = set.intersection(*(set(entries) for entries in by_rank))  # a killed rank may lack the last step
+    whole = set.intersection(*(set(entries) for entries in by_rank))  # a killed rank's index may lack the last step
     return Attempt(folder, manifest, {step: tuple(entries[step] for entries in by_rank) for step in whole})
 
 
@@ -186,7 +188,7 @@ def _rows(stem: Path, entry: np.ndarray, manifest: Manifest) -> Sequence[np.ndar
 
 
 def _read(path: Path, entry: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """Reads the rows of a step, each of `shape`."""
+    """Reads a step's rows in one file; a row has the shape `shape`."""
     first, rows, numbers = int(entry["first"]), int(entry["rows"]), math.prod(shape)
     width = dtype.itemsize * numbers
     with open_file(path) as stream:

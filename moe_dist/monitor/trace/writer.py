@@ -1,4 +1,5 @@
-"""Writes one rank's part of a trace on a thread, so that training waits only if the disk is slower than `WAITING` steps."""
+"""Writes one rank's part of a trace on a thread, so that training waits only if `WAITING` steps already wait for the
+disk."""
 
 import contextlib
 import logging
@@ -25,7 +26,8 @@ class TraceWriter:
     """Appends steps to the files of `rank` in an attempt's folder `folder`. An error, such as a full disk, is logged and
     ends the trace, but not the run.
 
-    A killed process loses at most the waiting steps. A step counts only if its index entry, which is written last, exists.
+    A killed process loses at most the steps that wait for the disk. A step counts only if its index entry, which is written
+    last, exists.
     """
 
     def __init__(self, folder: Path, rank: int, *, weights: bool, losses: bool = False) -> None:
@@ -39,20 +41,20 @@ class TraceWriter:
     def add(
         self, step: int, tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray | None, losses: np.ndarray | None = None
     ) -> None:
-        """Queues a step: tokens `TOKEN` [T], ids int16 [T, L, K], weights float16 [T, L, K], losses float16 [T]. The arrays
-        must not change later."""
+        """Queues a step: tokens `TOKEN` [T], ids int16 [T, L, K], weights float16 [T, L, K], losses float16 [T]. The caller
+        must not change the arrays afterwards."""
         assert tokens.dtype == TOKEN, tokens.dtype
         assert ids.dtype == np.int16, ids.dtype
         self._queue.put((step, tokens, ids, weights, losses))
 
     def flush(self) -> None:
-        """Waits until all steps so far are on disk. Call this method before a checkpoint is saved, because a run that
+        """Waits until all queued steps are on disk. Call this method before a checkpoint is saved, because a run that
         resumes from the checkpoint does not repeat these steps."""
         self._queue.join()
         self._guarded(self._sync)
 
     def close(self) -> None:
-        """Writes the waiting steps and closes the files. Gives up after CLOSE_SECONDS. A second call does nothing."""
+        """Writes the queued steps and closes the files. Gives up after CLOSE_SECONDS. A second call does nothing."""
         if not self._thread.is_alive():
             return
         deadline = time.monotonic() + CLOSE_SECONDS
@@ -94,8 +96,8 @@ class TraceWriter:
             os.fsync(file.fileno())
 
     def _guarded(self, action: Callable[[], None]) -> None:
-        """Runs `action`, unless an earlier error has ended the trace. An error ends the trace, but not this thread: without
-        the thread, `add` would wait forever."""
+        """Runs `action`, unless an earlier error has ended the trace. An error ends the trace, but not the writer's thread:
+        without the thread, `add` would wait forever."""
         if self._failed:
             return
         try:
