@@ -2,9 +2,9 @@
 choices. All numbers belong to one rank. Rows and pairs count forward alone; bytes count forward and backward.
 
 `rows_remote`, `pairs`, `pairs_remote` and `rows_padding` are measured (`SentCounts`; `hierarchical` counts the rows of both
-hops). Padding rows, which only `static` sends, are not in `rows_remote`; their bytes are in `payload_bytes`. The numbers of
-rows below are computed from this rank's choices. Except `rows_per_pair` and `rows_bound` they assume that
-choices spread evenly over the n experts of a group. If this rank holds `own` of them, 1 - own/n of the choices leave the
+hops). Padding rows, which only `static` sends, are not in `rows_remote`; padding bytes are in `payload_bytes`. The numbers
+of rows below are computed from this rank's choices. All numbers but `rows_per_pair` and `rows_bound` assume that choices
+spread evenly over the n experts of a group. If this rank holds `own` of the n experts, 1 - own/n of the choices leave the
 rank:
 
     rows_per_pair       one row per pair with an expert on another rank, without deduplication
@@ -50,7 +50,7 @@ def compare(
     pairs_remote: int,
     rows_padding: int = 0,
 ) -> Mapping[str, float]:
-    """Returns the rows and pairs of one rank's ledger, from sums over its layers and micro-batches.
+    """Returns the rows and pairs of one rank's ledger, from sums over layers and micro-batches.
 
     Args:
         true_choices_G: Number of true (not null) choices of this rank's tokens of each group, without dropped choices.
