@@ -1,8 +1,8 @@
 """Draws random numbers that depend only on a name (integers such as seed and step), so recomputation draws equal numbers.
 
 `logistic` is a counter-based generator: it hashes (seed, step, layer, token, expert) into a number. The generator has no
-state to save, so a recomputed forward and any layout of ranks draw the same numbers. `dropped` (dropout) seeds a torch
-generator with a name, and draws for all tokens of one rank at once.
+state to save, so a recomputed forward draws the same numbers, whatever the layout of ranks. `dropped` (dropout) seeds a
+torch generator with a name, and draws for all tokens of one rank at once.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ _WORD = 0xFFFFFFFF
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls `function` without keeping its activations: backward computes them again. The call saves no random state,
-    because every random number of a layer depends only on its name."""
+    """Calls `function` without keeping its activations: backward computes the activations again. The call saves no random
+    state, because every random number of a layer depends only on its name."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -39,7 +39,8 @@ def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch
 
 
 def dropped(x: Tensor, share: float, *, name: tuple[int, ...]) -> Tensor:
-    """Applies dropout: sets a share of the elements to 0 and divides all others by 1 - share, which keeps the mean.
+    """Applies dropout: sets the fraction `share` of the elements to 0 and divides all others by 1 - share, which keeps the
+    mean.
 
     Args:
         name: Identifies the draw, for example (seed, step, layer, first token, projection). Equal names give equal draws on
@@ -59,6 +60,6 @@ def _mix(word: Tensor) -> Tensor:
 
 
 def _times(word: Tensor, factor: int) -> Tensor:
-    """Returns the product modulo 2^32, computed from two halves of `factor`, because the whole product would overflow
-    int64."""
+    """Returns the product modulo 2^32, computed from the upper and lower 16 bits of `factor`, because the whole product
+    would overflow int64."""
     return (word * (factor & 0xFFFF) + (((word * (factor >> 16)) & 0xFFFF) << 16)) & _WORD

@@ -3,16 +3,16 @@
     W' x = W x + sum over the token's experts e of  w_e (alpha / r) B_e A_e x      for each target W of gate, up, down
     y    = W_down' (silu(W_gate' x) * W_up' x)
 
-W is frozen. If a token chooses only null experts, its y is the frozen FFN's output. Every rank holds all experts, so there
-is no all-to-all. A token costs one FFN, and for each of its experts matrix products of rank r. The weight w_e depends on
-the router's probability p_e of expert e, a softmax over all columns:
+W is frozen. If a token chooses only null experts, the token's y is the frozen FFN's output. Every rank holds all experts,
+so there is no all-to-all. A token costs one FFN, and for each chosen expert matrix products of rank r. The weight w_e
+depends on the router's probability p_e of expert e, a softmax over all columns:
 
     probability         w_e = p_e
     straight_through    w_e = p_e / detach(p_e): its value is 1, and its gradient is the gradient of log p_e
-    published           w_e = 1, as in the paper's public code. The router then gets no gradient from the task's loss
+    published           w_e = 1, as in the paper's public code. The router then has no gradient from the task's loss
 
 Shape letters: T tokens on this rank, D hidden size, F hidden width of the FFN, r rank, N (token, expert) pairs of the
-assignments, Q of them taken (not absent), E experts of all groups, n experts of one group, I inputs and O outputs of a
+assignments, Q taken (not absent) pairs, E experts of all groups, n experts of one group, I inputs and O outputs of a
 projection.
 """
 

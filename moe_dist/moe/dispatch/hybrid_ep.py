@@ -94,7 +94,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         """See `KernelDispatcher.send`. The first dispatch also counts the bytes of the gathered map."""
         rows_QD = super().send(rows_TD, plan, name, weight_TX)
         if weight_TX is not None:
-            mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)  # bytes of the map, sent to all other ranks
+            mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)  # bytes sent to all other ranks
             self.wire.comm_stats.count("HybridEP routing map", mapped, payload=False)
         return rows_QD
 
