@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_dist.moe.kernels.operation import block_of, launch, operation
 
 
-@triton.jit(do_not_specialize=["num_own"])  # otherwise a kernel would be compiled for some values of the argument
+@triton.jit(do_not_specialize=["num_own"])  # otherwise Triton compiles a kernel for some values of num_own
 def row_sum_kernel(
     own,
     received,
