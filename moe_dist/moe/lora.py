@@ -108,7 +108,7 @@ class LoRAExperts(nn.Module):
         rank, alpha: r, and alpha of the scale alpha / r.
         dropout: Fraction of the elements of an adapter's input that dropout sets to 0 in training.
         targets: The projections that have adapters.
-        weight: Which weights w_e to use; the top of this file defines the values.
+        weight: Kind of weights w_e; the top of this file defines the values of `weight`.
     """
 
     def __init__(

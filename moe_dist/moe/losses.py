@@ -65,7 +65,7 @@ def balance_terms(
     load_tokens_LG: Tensor | None = None,
 ) -> Tensor:
     """Returns this rank's summand of each layer's and group's balance loss [L, G], with coefficient 1. The balance loss is
-    the sum over all ranks.
+    the sum of all ranks' summands.
 
         l = C sum_i f_i P_i,   f_i = choices_i / T,   P_i = sum of probabilities / T,   sums over the group's C columns
 

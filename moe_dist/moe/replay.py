@@ -89,7 +89,8 @@ class Replay:
             )
         column_TK = from_host(self.ids_TLK[first:end, layer], torch.int16, h_TD.device).to(torch.int64)
         cache.dropped_TK = column_TK < ABSENT
-        # -1 (padding, or a place beyond the group's k) becomes column 0, because routers ignore the columns in such places.
+        # -1 (padding, or a choice beyond the group's k) becomes column 0, because routers ignore the columns of such
+        # choices.
         cache.choice_TK = torch.where(cache.dropped_TK, -2 - column_TK, column_TK).clamp_min(0)
 
 

@@ -27,9 +27,9 @@ class Assignments(NamedTuple):
         token_N: int64, token of each pair.
         expert_N: int64, logical expert of each pair; ABSENT for absent pairs.
         weight_N: Routing weight with gradient, fp32 (float64 in a float64 model); 0 for absent pairs.
-        counts_WE: Number of pairs of each EP rank's tokens with each logical expert, the same table on all ranks. None if
-            the numbers of pairs depend on the routing, as in token choice. If `counts_WE` is given, as in expert choice
-            within one rank, every pair is taken and pairs are sorted by expert.
+        counts_WE: Number of pairs of each EP rank's tokens with each logical expert, the same table on all ranks.
+            `counts_WE` is None if the numbers of pairs depend on the routing, as in token choice. If `counts_WE` is given,
+            as in expert choice within one rank, every pair is taken and pairs are sorted by expert.
         num_choices: K, if every token has K pairs and pairs are sorted by token, as in token choice; else None.
     """
 
@@ -104,8 +104,8 @@ class Routing(NamedTuple):
 
     Attributes:
         zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 if not chosen.
-            Zero-computation experts run on the token's own rank, so they are in no (token, expert) pair. None if no group
-            has zero-computation experts.
+            Zero-computation experts run on the token's own rank, so they are in no (token, expert) pair. `zero_weight_TF`
+            is None if no group has zero-computation experts.
         prob_AC: Probabilities of the probe tokens, 0 in columns of other groups than the token's; fp32 with gradient. None
             without probe tokens.
         chosen: Each token's choices, if the request asks for them.
@@ -148,9 +148,9 @@ class LayerReport(NamedTuple):
         rows_remote: Rows that this rank sent to other ranks in forward, one for each distinct (token, other rank).
         pairs: Number of taken (token, expert) pairs of this rank's tokens.
         pairs_remote: Pairs whose expert is on another rank.
-        sent_5: None if `rows_remote`, `pairs` and `pairs_remote` are known on the host. Else these fields are 0, and the
-            int64 tensor `sent_5` has the three numbers, the number of padding rows sent to other ranks, and the number of
-            rows and pairs beyond the fixed sizes.
+        sent_5: None if `rows_remote`, `pairs` and `pairs_remote` are known on the host. Otherwise `rows_remote`, `pairs`
+            and `pairs_remote` are 0, and `sent_5` (int64, on the device) has their values, the number of padding rows sent
+            to other ranks, and the number of rows and pairs beyond the fixed sizes.
         depth: Sums of a mixture-of-depths layer; None in other layers.
         members_G: int64, number of tokens of each group in a mixture-of-depths layer, skipped tokens included; None in
             other layers.

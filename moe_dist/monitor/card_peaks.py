@@ -26,7 +26,7 @@ PEAK_BF16_TFLOPS: dict[str, float] = {
     "L40": 181.0,
     "L40S": 362.0,
 }
-PARTIAL = "MIG"  # in the name of a MIG part of a card, whose rate is lower than the card's
+PARTIAL = "MIG"  # word in the name of a MIG part of a card, whose peak rate is lower than the whole card's
 
 
 def peak_tflops(card: str) -> float | None:

@@ -24,7 +24,7 @@ class Record:
         step: Number of the step; the first step of a run is 1.
         skipped: True if no rank took the optimizer step.
         scalars: Number by tag (`tags.MEANING`); None if the step lacks the number. nan and inf are computed numbers.
-        losses: Nats per token by modality. None means that the step had no label of that modality.
+        losses: Nats per token by modality. The loss is None if the step had no label of the modality.
         labels: Number of unmasked labels by modality.
         epochs: Number of passes over each modality's training data so far.
         balance_coefficient: Coefficient of the balance loss.
@@ -38,8 +38,8 @@ class Record:
         memory_W3: MiB allocated, MiB reserved and retries of each rank's allocator (`train.step.largest_memory`); empty in
             the first step.
         load: For each group with a load controller: true experts per token: the `target`, the mean over layers
-            (`achieved`), and the `lowest` and `highest` layer's number, all before a capacity drops pairs. None means that
-            the group had no tokens.
+            (`achieved`), and the `lowest` and `highest` layer's number, all before a capacity drops pairs. A number is None
+            if the group had no tokens.
         mixture_of_depths: Sums of the mixture-of-depths layers; None without such layers.
         levers: Decisions of the levers of `rank_balance` after this step.
     """

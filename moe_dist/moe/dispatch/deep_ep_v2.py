@@ -71,7 +71,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
         self.top_k, self.deterministic = top_k, deterministic
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> DeepEPPlan:
-        """Computes DeepEP's ids without a host sync. The first plan also makes the buffer, by a collective call.
+        """Computes DeepEP's ids without a host sync. The first plan also makes DeepEP's buffer, by a collective call.
 
         Raises:
             ConfigError: see `topk_idx_of` and `require_card`.

@@ -66,8 +66,8 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         super().__init__(placement, wire, hidden_dim=hidden_dim, multiple=4)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> HybridEPPlan:
-        """Makes HybridEP's map without a host sync. The first plan also makes the buffer, by a collective call. HybridEP
-        enlarges the buffer if a later plan has more tokens.
+        """Makes HybridEP's map without a host sync. The first plan also makes HybridEP's buffer, by a collective call.
+        HybridEP enlarges the buffer if a later plan has more tokens.
 
         Raises:
             ConfigError: see `require_card`.

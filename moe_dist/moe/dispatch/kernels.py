@@ -92,7 +92,7 @@ class KernelPlan:
 
     Attributes:
         rank: This rank's index in the EP group.
-        counts: Returns the numbers of rows, then of pairs, for each rank: 2 W integers.
+        counts: Returns 2 W integers: the number of rows to each rank, then the number of pairs to each rank.
     """
 
     layer: str

@@ -4,8 +4,8 @@ ids, and no host waits for its device.
 The dispatcher needs assignments with `counts_WE`: the number of pairs of each rank's tokens with each expert. In expert
 choice within one rank the host knows `counts_WE` before routing, because every expert takes a fixed number of each rank's
 tokens. In token choice `counts_WE` depends on the routing. If each rank holds at most one expert of a group, no two pairs
-have the same (token, rank), and one row per (token, rank) would save no rows: `KnownCountsFirst` then prefers this
-dispatcher.
+have the same (token, rank), and one row per (token, rank) would save no rows: `KnownCountsFirst` then uses
+`KnownCountsDispatcher`.
 
 The number of rows that a rank sends is the sum of the rank's row of `counts_WE` over the experts of other ranks. The rows
 are sent in dispatch and returned in combine, and equally many gradients are sent in backward. No row is padding. Shape
@@ -89,7 +89,8 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
             )
         self._check(counts, assignments.token_N.shape[0])
         order = self._order(counts, assignments.token_N.device)  # cached for all layers of a micro-batch
-        # Wrong counts would send rows to wrong experts. The check runs on the device, because on the host it would sync.
+        # Wrong counts would send rows to wrong experts. `counts_WE` is checked on the device, because a check on the host
+        # would sync.
         kept = (assignments.expert_N == order.expert_N).all()
         torch._assert_async(kept, "counts_WE: pairs are not as promised")  # pyright: ignore[reportPrivateImportUsage]
         row_S, row_O = assignments.token_N[order.pair_P].tensor_split([sum(order.splits.send)])
@@ -154,15 +155,15 @@ class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
     """Uses `KnownCountsDispatcher` for assignments with `counts_WE`, and another dispatcher for assignments without
     `counts_WE`.
 
-    By default `counts_WE` is used only if each rank holds at most one expert of a group. If so, `KnownCountsDispatcher` and
-    the other dispatcher send the same rows. All ranks choose the same dispatcher, because counts and placement are the same
+    By default `counts_WE` is used only if each rank holds at most one expert of a group, so that the dispatchers `known`
+    and `general` would send the same rows. All ranks choose the same dispatcher, because counts and placement are the same
     on all ranks.
 
     Args:
         known: Dispatcher for assignments with `counts_WE`.
         general: Dispatcher for assignments without `counts_WE`, over the same ranks.
-        always: If true, use `counts_WE` even if a rank holds several experts of a group. A token with several experts on a
-            rank is then sent to the rank once for each of these experts.
+        always: If true, use `counts_WE` even if a rank holds several experts of a group. With `always` a token with several
+            experts on a rank is sent to the rank once for each of these experts.
     """
 
     def __init__(self, known: KnownCountsDispatcher, general: TwoStepDispatcher[Any], *, always: bool = False) -> None:
@@ -186,7 +187,7 @@ class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
 
 
 def pairs_are_rows(placement: ExpertPlacement) -> bool:
-    """Returns whether every rank holds at most one expert of each group. A token's experts belong to one group, so the
-    token then has at most one pair per rank."""
+    """Returns whether every rank holds at most one expert of each group, so that a token, whose experts all belong to one
+    group, has at most one pair per rank."""
     ranks = range(placement.num_ranks)
     return all(len(placement.local_experts(rank, group)) <= 1 for rank in ranks for group in placement.groups)

@@ -1,5 +1,5 @@
 """Makes the traffic ledger: the rows that dispatch sent, and the rows that other methods would have sent for the same
-choices. All numbers belong to one rank. Rows and pairs count forward alone; bytes count forward and backward.
+choices. All numbers of a ledger count one rank. Rows and pairs count forward alone; bytes count forward and backward.
 
 `rows_remote`, `pairs`, `pairs_remote` and `rows_padding` are measured (`SentCounts`; `hierarchical` counts the rows of both
 hops). Padding rows, which only `static` sends, are not in `rows_remote`; padding bytes are in `payload_bytes`. The numbers
@@ -56,7 +56,7 @@ def compare(
         true_choices_G: Number of true (not null) choices of this rank's tokens of each group, without dropped choices.
         null_choices_G: Number of null choices of this rank's tokens of each group.
         tokens_G: Number of this rank's routed tokens of each group.
-        rows_remote, pairs, pairs_remote, rows_padding: Sums of these counts of the layers' reports.
+        rows_remote, pairs, pairs_remote, rows_padding: Sums over the layers' reports.
     """
     topk = same_active = nulls = bound = 0.0
     by_group = zip(placement.groups, true_choices_G, null_choices_G, tokens_G, strict=True)

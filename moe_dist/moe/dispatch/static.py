@@ -3,9 +3,9 @@ CUDA graph can capture the layer.
 
 A rank has places for a fixed number of rows and of (token, expert) pairs to each other rank, and for a fixed number of
 pairs of each expert group that the rank computes; these numbers are called the room. Padding fills unused places: padding
-is sent and received, but belongs to no token and no expert. Rows and pairs beyond the room are counted on the device as
-overflow, and end the run: the training step raises before it changes a weight, and a forward without gradient asserts on
-the device.
+is sent and received, but belongs to no token and no expert. Rows and pairs that exceed the room (the numbers of places) are
+counted on the device as overflow, and end the run: the training step raises before it changes a weight, and a forward
+without gradient asserts on the device.
 
 Padding needs no masks, because each list has one extra entry, which is never read. A padding row is a copy of row T of the
 table, which is zero and has no token; a padding pair has the weight with index N, which is 0. As input of experts, padding
@@ -55,7 +55,7 @@ class StaticDispatcher(TwoStepDispatcher[StaticPlan]):
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> StaticPlan:
         plan = self.planner.static_plan(assignments, num_tokens, layer)
-        if not torch.is_grad_enabled():  # the caller of this branch reads no counts; the assertion is no host sync
+        if not torch.is_grad_enabled():  # evaluation reads no counts; the host does not wait for the assertion
             torch._assert_async(plan.sent_5[-1] == 0, OVERFLOW)  # pyright: ignore[reportPrivateImportUsage]
         return plan
 

@@ -19,7 +19,7 @@ from moe_dist.moe.kernels.interface import Items, RowIndex
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
-KEPT_SIZES = 8  # tables are cached for so many numbers of tokens (of training and evaluation)
+KEPT_SIZES = 8  # number of cached tables: one for each number of tokens, in training or evaluation
 
 
 @dataclass(frozen=True)

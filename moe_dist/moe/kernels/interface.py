@@ -101,7 +101,7 @@ class RowKernels(Protocol):
     All methods but `sum_rows` have gradients. Sums are fp32 (float64 for float64 rows) and rounded once.
 
     Attributes:
-        has_choose: True if `choose`, `experts_choose` and `experts_sums` exist. Without these methods the router chooses by
+        has_choose: True if `choose`, `experts_choose` and `experts_sums` exist. If `has_choose` is false, routers choose by
             operations of torch.
         has_plan: True if kernels of the same kind plan an exchange (`dispatch/counting_planner.py` and
             `dispatch/counting_static_planner.py`).

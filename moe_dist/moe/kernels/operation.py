@@ -18,7 +18,7 @@ LARGEST_BLOCK = 1024  # elements of a row that one program of 4 warps has in reg
 def operation(schema: str) -> Callable[[Callable[..., Iterator[Any]]], Callable[..., Any]]:
     """Decorates a generator function, which yields the allocated result and then launches the kernel that fills the result.
 
-    Returns a function that calls the operation `moe_dist::NAME` with this schema. The operation makes its tensors
+    Returns a function that calls the operation `moe_dist::NAME` with the given schema. The operation makes its tensors
     contiguous first, because the kernels read no strides: the gradient of a sum, for example, has stride 0. The operation
     has no gradient.
     """

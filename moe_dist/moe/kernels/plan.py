@@ -232,7 +232,7 @@ def plan_place(
 ) -> Iterator[tuple[Tensor, ...]]:
     """Returns lists of length N, filled up to a length that the host does not know: the pairs sorted by bin, int64; the
     index of each pair's row among the rows of its rank, int32; the token of each row, sorted by place, int64; and the rows
-    sorted by token, int32. Also returns the place of each token's first row in the last list, int32 [T + 1]."""
+    sorted by token, int32. Also returns the place of each token's first row in the rows sorted by token, int32 [T + 1]."""
     (num_tokens, num_choices), num_experts, num_blocks = expert.shape, place.shape[0] - 1, starts.shape[1]
     pair, token = expert.new_empty(expert.numel()), expert.new_empty(expert.numel())
     index, order = (expert.new_empty(expert.numel(), dtype=INT32) for _ in range(2))
@@ -251,9 +251,9 @@ def plan_arrive(
 
     Args:
         own, arrived: int32, row index of each own and of each received pair among the rows of its source rank.
-        runs: int64 [3 X + 3 H + 1]. First, for each run, by slot and source rank: the run's length, its place in the order
-            of slots, and its place in the order of arrival. Then, for each source rank: its number of rows, its first row,
-            and the number of pairs before its first pair. Last, the number of all pairs.
+        runs: int64 [3 X + 3 H + 1]. `runs` has first, for each run, by slot and source rank: the run's length, its place in
+            the order of slots, and its place in the order of arrival. `runs` has then, for each source rank: its number of
+            rows, its first row, and the number of pairs before its first pair. Last is the number of all pairs.
         longest: Length of the longest run.
     """
     num_pairs, num_runs = own.shape[0] + arrived.shape[0], runs.shape[0] // 3 - num_sources

@@ -1,15 +1,15 @@
-"""Triton kernels that plan an exchange of fixed sizes, for token choice. These kernels run after `count` and `scan` of
-`plan.py`:
+"""Triton kernels that plan an exchange of fixed sizes, for token choice. The kernels of this module run after `count` and
+`scan` of `plan.py`:
 
     place    pairs and rows for each rank, and the rows of each token
     pad      places of pairs and rows that stay empty
     runs     runs of arriving pairs, and the numbers of rows and pairs beyond the room
     arrive   pairs computed here, in the order of slots
 
-`collect` of `plan.py` then finds the pairs of each row. `dispatch/static_planning.py` is the reference, and `static.py`
-defines padding and room. If any rows or pairs of a rank exceed the fixed sizes, the rank computes no pairs, so that no
-index exceeds a tensor; the step fails anyway. Shape letters are those of `static.py`, and, as in `plan.py`, K choices, E
-experts, B blocks of tokens.
+After these kernels `collect` of `plan.py` finds the pairs of each row. `dispatch/static_planning.py` is the reference, and
+`static.py` defines padding and room. If any rows or pairs of a rank exceed the fixed sizes, the rank computes no pairs, so
+that no index exceeds a tensor; the step fails anyway. Shape letters are those of `static.py`, and, as in `plan.py`, K
+choices, E experts, B blocks of tokens.
 """
 
 # Triton's annotations do not fit the language of kernels, where blocks have operators and static_range is a loop.

@@ -4,7 +4,7 @@
     y    = sum over T(x) without null columns of w_i E_i(x); 0 if T(x) has no other column
 
 A choice that the router's rule does not keep becomes an absent pair, like a null choice. Each router's rule reads one token
-alone, so evaluation is causal. A recomputed forward keeps the same choices.
+alone, so evaluation is causal. A recomputed forward keeps the choices of the first forward.
 
 Load controllers (`moe_dist.moe.balance`) keep the mean number of true experts per token at a target, by a selection bias of
 each column. The mean bias of a group's true columns is called the budget shift, because it changes the number of columns

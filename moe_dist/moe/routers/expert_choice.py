@@ -78,8 +78,8 @@ class ExpertChoiceRouter(ChoosingRouter):
     Args:
         hidden_dim: D, the hidden size.
         groups: All expert groups, in the order of their expert ids. No group may have null or zero-computation experts.
-        capacity: c, the fraction of its group's tokens that each expert takes. None means `ExpertGroup.capacity`, or top_k
-            / num_experts if the group has none.
+        capacity: c, the fraction of its group's tokens that each expert takes. If None, c is `ExpertGroup.capacity`, or
+            top_k / num_experts for a group without capacity.
         noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa uses 1.
         causal: The rule by which evaluation routes each token alone. If None, evaluation raises an error.
         threshold_decay: Decay, per step, of the running means from which thresholds are made.

@@ -8,7 +8,7 @@ GLM-4.5, Kimi K2).
     w_i  = scale s_i / (sum of s over T(x) without null columns + 1e-20),  or scale s_i unnormalised
 
 The limit on node groups does not apply to null, identity and constant columns, because these columns cost no traffic. Null,
-identity and constant columns also have s and b. A null choice has no weight, and the sum in w_i leaves it out. Each
+identity and constant columns also have s and b. A null choice has no weight and is left out of the sum in w_i. Each
 modality's expert group is cut into node groups separately.
 
 The balance loss and the entropy use s / (sum of s over the modality group's columns) as probabilities, like DeepSeek-V3's
@@ -37,7 +37,7 @@ class GroupLimitedRouter(TopKRouter):
 
     Args:
         hidden_dim, groups, scale, capacity: See `TopKRouter`.
-        n_group: Number of node groups in each modality group. This number must divide each modality group's number of true
+        n_group: Number of node groups in each modality group. `n_group` must divide each modality group's number of true
             experts.
         topk_group: Number of node groups that a token may use.
         normalise: `true_chosen`: weights sum to `scale` over the chosen experts that are not null. `none`: weights are

@@ -11,8 +11,8 @@ Recomputation does not repeat the all-gather. Each rank sends T x E numbers of t
 1 other ranks: (S - 1) x T x E x 4 bytes. All ranks of the scope select the same tokens, because the gathered logits are
 bit-identical. The selection costs no host sync.
 
-The selection of a token depends on later tokens, so only training uses it. Evaluation decides for each token independently,
-by a threshold (`thresholds`) or by an `AuxiliaryRouter`.
+Whether a token is selected depends on later tokens, so only training selects tokens by competition. Evaluation decides for
+each token independently, by a threshold (`thresholds`) or by an `AuxiliaryRouter`.
 
 Shape letters: T tokens on this rank, D hidden size, S ranks of the scope, U tokens of the scope in rank order, E choosers,
 G expert groups, W ranks.
@@ -214,7 +214,7 @@ def choose(
         noisy_UE: The logits that choosers compare: `logits_UE` plus noise, or the same tensor as `logits_UE`.
         capacity_E: float64, the capacity c of each chooser.
         own: The rows of this rank's tokens.
-        keep_order: If true, `order_TE` is returned, too. Only for a scope of one rank.
+        keep_order: If true, `order_TE` is returned, too. `keep_order` needs a scope of one rank.
     """
     room_E = capacities(capacity_E, (logits_UE != OUTSIDE).sum(0))
     order_UE = torch.sort(noisy_UE, dim=0, descending=True, stable=True).indices  # int64 [U, E]

@@ -62,8 +62,8 @@ class GroupGate(nn.Module):
     @torch.no_grad()
     def zero_rows(self, step: float) -> int:
         """Sets all router rows to 0, so that all columns get the same score. The biases of null columns become -step, -2
-        step and so on. If all true experts' biases then fall by r times `step`, a token exchanges r true experts for null
-        experts, not all at once. Returns the number of rows."""
+        step and so on. A fall of all true experts' biases by r times `step` thus replaces only r of a token's true experts
+        by null experts. Returns the number of rows."""
         rows = dict(self.named_parameters())
         if "null" in rows and "bias" in dict(self.named_buffers()):
             first, count = rows["true"].shape[0], rows["null"].shape[0]
@@ -340,7 +340,7 @@ class TopKRouter(nn.Module):
                 capacity_of(self.capacity.factor, choices_E, self.columns_E),
                 self.capacity.drop,
             )
-            cache.dropped_TK = over_N.view_as(chosen.column_TK)  # a recomputation must drop the same pairs
+            cache.dropped_TK = over_N.view_as(chosen.column_TK)  # recomputation must drop the same pairs as forward
         return cache.dropped_TK
 
     @staticmethod

@@ -1,5 +1,5 @@
 """The panels of a report. Each panel is a function of `Subject` that returns HTML, and has one line in PANELS. A panel
-whose data are missing returns a sentence that names the missing data.
+without data returns a sentence that gives the reason.
 
 Shape letters: L MoE layers, G groups, T tokens, n true experts of a group, E true experts, C columns, R ranks, F frames.
 """
