@@ -33,6 +33,7 @@ def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch
     low, high = (int.from_bytes(digest[at : at + 4], "big") for at in (0, 4))
     mixed_T = _mix(_mix((row_T & _WORD) ^ low) ^ (row_T >> 32) ^ high)
     bits_TE = _mix(mixed_T[:, None] ^ _mix((columns + 1) & _WORD)[None])  # a temporary int64 [T, E]
+
     # (24-bit integer + 0.5) / 2^24 is never 0 or 1, and fp64 holds it exactly, so all devices draw the same number.
     uniform_TE = ((bits_TE >> 8).to(torch.float64) + 0.5) / (1 << 24)
     return torch.logit(uniform_TE).to(dtype)

@@ -5,7 +5,7 @@ choose other experts. The routing weights and their gradients are computed anew.
         step(batches, ...)
 
 A pre-hook of each router puts the choices into the `RoutingCache`, as if a first forward had chosen these columns. The code
-after the choice is the same as in training. Forwards outside the context have no hook.
+after the choice of experts is the same as in training. Forwards outside the context have no hook.
 
 Shape letters: T tokens of this rank, L MoE layers, K choices of a token, C choice columns, G expert groups.
 """

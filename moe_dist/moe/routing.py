@@ -242,17 +242,23 @@ class RoutingCache:
     """The discrete decisions of one layer's forward, and the layer's request. The first forward writes the decisions, and
     the recomputed forward reads them. The recomputed forward must not choose again: recomputed logits may differ in the
     last bits, and a different choice would change the sizes that this rank sends.
+
+    Attributes:
+        choice_TK: The columns that each token chose, under token choice.
+        kept_TK: bool, the chosen columns that the token takes, in adaptive routers.
+        number_T: Predicted number of choices, with gradient, recomputed in each forward.
+        choice: The tokens that experts take, in expert choice.
     """
 
-    choice_TK: Tensor | None = None  # the columns that each token chose, under token choice
-    kept_TK: Tensor | None = None  # which of the chosen columns a token takes, in adaptive routers
-    number_T: Tensor | None = None  # predicted number of choices, with gradient, recomputed in each forward
+    choice_TK: Tensor | None = None
+    kept_TK: Tensor | None = None
+    number_T: Tensor | None = None
     dropped_TK: Tensor | None = None
     batch_info: GlobalBatchInfo | None = None
     probe_tokens_A: Tensor | None = None
     token_T: Tensor | None = None
     keep_choices: bool = False
-    choice: ExpertsChoice | None = None  # taken tokens of expert choice
+    choice: ExpertsChoice | None = None
     plan: Any = None  # the dispatcher's plan
 
 

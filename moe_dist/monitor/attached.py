@@ -35,6 +35,7 @@ from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertPlacement
 
 GIVEN = 4  # numbers appended to the summed counts: loss and gradient norm, and for each the number of ranks that pass it
+
 # Tags of scalars that only moe_dist's own trainer knows.
 UNKNOWN = ("comm/", "loss/balance", "loss/z", "data/", "device/", "optim/skipped_steps", "perf/mfu")
 NO_LEDGER = ("payload_bytes", "rows_remote", "rows_topk", "rows_same_active", "rows_per_pair")

@@ -37,7 +37,7 @@ class Record:
         busy_seconds_W: Seconds that each rank worked in the previous step, without waits; empty in the first step.
         memory_W3: MiB allocated, MiB reserved and retries of each rank's allocator (`train.step.largest_memory`); empty in
             the first step.
-        load: For each group with a load controller: true experts per token: the `target`, the mean over layers
+        load: For each group with a load controller, true experts per token: the `target`, the mean over layers
             (`achieved`), and the `lowest` and `highest` layer's number, all before a capacity drops pairs. A number is None
             if the group had no tokens.
         mixture_of_depths: Sums of the mixture-of-depths layers; None without such layers.

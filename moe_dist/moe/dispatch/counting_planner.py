@@ -1,6 +1,5 @@
 """Makes the plans of `all_to_all` for token choice by Triton kernels that count (`kernels/plan.py`), instead of about 40
-operations of torch. `planning.py` is the reference. Both modules give the same plans; shape letters are explained in
-`planning.py`.
+operations of torch. `planning.py` is the reference, which gives the same plans, and has the shape letters.
 """
 
 import numpy as np

@@ -1,5 +1,5 @@
 """Makes the plans of `static` for token choice by Triton kernels that count (`kernels/static_plan.py`), instead of about
-100 operations of torch. `static_planning.py` is the reference. Both modules make the same plans if all rows and pairs fit
+100 operations of torch. `static_planning.py` is the reference. The reference makes the same plans if all rows and pairs fit
 into the fixed sizes; otherwise only `sent_5` is the same. `static.py` has the shape letters.
 """
 

@@ -40,6 +40,7 @@ def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of
             "parallel.dispatch.kind=all_to_all"
         )
     token_N = torch.arange(num_tokens, device=assignments.token_N.device).repeat_interleave(top_k)  # the order DeepEP needs
+
     # asserted on the device, because a check on the host would sync
     in_order = (assignments.token_N == token_N).all()
     torch._assert_async(in_order, "deep_ep_v2: pairs are not in the order of tokens")  # pyright: ignore[reportPrivateImportUsage]
@@ -105,6 +106,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
 
     def dispatch_again(self, rows_TD: Tensor, plan: DeepEPPlan) -> Tensor:
         handle = plan.arrival.handle  # has the counts of the first dispatch, so no host sync
+
         # Layout and number of SMs must equal those of the first dispatch, because DeepEP does not read layout and SMs from
         # the handle.
         return self.buffer.dispatch(rows_TD, handle=handle, num_sms=handle.num_sms, do_expand=True)[0]

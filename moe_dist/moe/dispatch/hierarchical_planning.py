@@ -120,6 +120,7 @@ class NodePlanner:
             )
         tables = self._tables_on(assignments.expert_N.device)
         sizes = self._exchange_counts(self._count(tables, assignments, num_tokens), layer)  # the layer's host sync
+
         # sorts pairs by token, then by node: other nodes in order, this node, absent pairs
         expert_N, token_N = assignments.expert_N.clamp_min(0), assignments.token_N
         place_N = tables.rank_E[expert_N] // per_node

@@ -153,6 +153,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
         self.numbers = SlotNumbers.of(placement, multiple=multiple)
         self.num_slots = self.numbers.slots_per_rank * placement.num_ranks
         self.buffer: Any = None  # the library's buffer for all layers, made by the first plan
+
         # cached on the device, because a copy per layer would be a host sync per layer
         self.number_of_expert_E = cache(lambda device: torch.tensor(self.numbers.number_of_expert, device=device))
 

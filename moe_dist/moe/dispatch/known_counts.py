@@ -89,6 +89,7 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
             )
         self._check(counts, assignments.token_N.shape[0])
         order = self._order(counts, assignments.token_N.device)  # cached for all layers of a micro-batch
+
         # Wrong counts would send rows to wrong experts. `counts_WE` is checked on the device, because a check on the host
         # would sync.
         kept = (assignments.expert_N == order.expert_N).all()

@@ -2,8 +2,8 @@
 choices. All numbers of a ledger count one rank. Rows and pairs count forward alone; bytes count forward and backward.
 
 `rows_remote`, `pairs`, `pairs_remote` and `rows_padding` are measured (`SentCounts`; `hierarchical` counts the rows of both
-hops). Padding rows, which only `static` sends, are not in `rows_remote`; padding bytes are in `payload_bytes`. The numbers
-of rows below are computed from this rank's choices. All numbers but `rows_per_pair` and `rows_bound` assume that choices
+hops). Padding rows, which only `static` sends, are not in `rows_remote`; padding bytes are in `payload_bytes`. All other
+numbers of rows are computed from this rank's choices. All numbers but `rows_per_pair` and `rows_bound` assume that choices
 spread evenly over the n experts of a group. If this rank holds `own` of the n experts, 1 - own/n of the choices leave the
 rank:
 

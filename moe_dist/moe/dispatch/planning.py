@@ -95,10 +95,18 @@ class ExchangeSizes:
 
 @dataclass(frozen=True)
 class Counts:
-    sizes: list[ExchangeSizes]  # sizes of each chunk
-    slot_counts: list[tuple[int, ...]]  # for each chunk, the number of pairs of each of this rank's slots
-    own_slot_counts: tuple[int, ...]  # own pairs of each slot in chunk 0, which has all own pairs if `own_apart`
-    arriving_WCX: np.ndarray  # rows and pairs of each slot that come from each rank
+    """The exchanged counts of all chunks, on the host.
+
+    Attributes:
+        slot_counts: For each chunk, the number of pairs of each of this rank's slots.
+        own_slot_counts: Number of own pairs of each slot in chunk 0, which has all own pairs if `own_apart`.
+        arriving_WCX: Numbers of rows, and of pairs of each slot, that arrive from each rank.
+    """
+
+    sizes: list[ExchangeSizes]
+    slot_counts: list[tuple[int, ...]]
+    own_slot_counts: tuple[int, ...]
+    arriving_WCX: np.ndarray
 
     @property
     def num_remote_pairs(self) -> int:
@@ -107,14 +115,20 @@ class Counts:
 
 @dataclass(frozen=True)
 class _Cells:
-    """Bins and runs of pairs and rows, on the device, before the host sync. A bin holds the pairs of one (chunk, rank,
-    slot), a run the rows of one (chunk, rank)."""
+    """Bins and runs of pairs and rows, on the device, before the host sync. A bin holds the pairs of one (chunk, rank, slot),
+    a run the rows of one (chunk, rank).
 
-    bin_N: Tensor  # bin of each pair; the last bin takes absent pairs
-    run_N: Tensor  # run that holds the row of each pair
-    index_N: Tensor  # index of each pair's row inside the run
-    row_counts: Tensor  # number of rows of each run
-    pair_counts: Tensor  # number of pairs of each bin
+    Attributes:
+        bin_N: Bin of each pair; the last bin takes absent pairs.
+        run_N: Run that holds the row of each pair.
+        index_N: Index of each pair's row inside the run.
+    """
+
+    bin_N: Tensor
+    run_N: Tensor
+    index_N: Tensor
+    row_counts: Tensor
+    pair_counts: Tensor
 
 
 class Planner:

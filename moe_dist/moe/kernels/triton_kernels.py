@@ -71,6 +71,7 @@ class TritonKernels:
         self, own_OD: Tensor, wait: Callable[[], Tensor], index: RowIndex, base_MD: Tensor | None = None
     ) -> Tensor:
         items = index.items_of_rows  # sorts while the other rows are in flight
+
         # Own rows are summed only after the received rows have arrived, because a separate pass would write and read M rows
         # more than one kernel does.
         return row_sum(own_OD, wait(), base_MD, *items, False, own_OD.dtype)
@@ -94,6 +95,7 @@ class _Choose(torch.autograd.Function):
         token_N, expert_N = token_TK.flatten(), expert_TK.flatten()
         ctx.mark_non_differentiable(chosen_TK, token_N, expert_N, counts, entropy_G)
         ctx.set_materialize_grads(False)  # otherwise backward would make zeros for each integer tensor
+
         # copies, because FSDP2 warns of a module that returns views with gradients
         return chosen_TK, token_N, expert_N, weight_TK.flatten(), counts, prob_C.clone(), square_G.clone(), entropy_G
 

@@ -51,6 +51,7 @@ def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: D
     """
     num_experts = capacity_E.shape[0]
     bin_N = torch.where(expert_N < 0, num_experts, expert_N)  # the last bin takes absent pairs
+
     # Sorts pairs by preference, then stably by expert. `position` needs no sort by preference, because pairs are in token
     # order.
     order_N = torch.arange(bin_N.shape[0], device=bin_N.device)

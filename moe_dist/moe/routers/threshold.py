@@ -79,6 +79,7 @@ class ThresholdRouter(AdaptiveRouter):
 
     def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen) -> Tensor:
         counted_TK = chosen.valid_TK ^ chosen.null_TK  # without null choices
+
         # -inf in places that are not taken would give NaN gradients despite the mask
         margin_TK = torch.where(counted_TK, self._margins(masked_TC).gather(1, chosen.column_TK), 0.0)
         number_T1 = counted_TK.sum(1, keepdim=True).clamp_min(1)

@@ -82,11 +82,20 @@ class GroupGate(nn.Module):
 
 
 class _Chosen(NamedTuple):
-    column_TK: Tensor  # chosen columns, the best first
-    valid_TK: Tensor  # bool, false for choices beyond the group's own k and for padding
-    true_TK: Tensor  # valid choices of true experts
-    null_TK: Tensor  # valid choices of null experts
-    factor_TK: Tensor | None = None  # factor of each weight, with gradient; only where the number of choices is predicted
+    """The choices of T tokens.
+
+    Attributes:
+        column_TK: Chosen columns, the best first.
+        valid_TK: bool, false for choices beyond the group's own k and for padding.
+        true_TK, null_TK: bool, the valid choices of true and of null experts.
+        factor_TK: Factor of each weight, with gradient; only where the number of choices is predicted.
+    """
+
+    column_TK: Tensor
+    valid_TK: Tensor
+    true_TK: Tensor
+    null_TK: Tensor
+    factor_TK: Tensor | None = None
 
 
 class TopKRouter(nn.Module):
@@ -103,8 +112,8 @@ class TopKRouter(nn.Module):
             row, whose logit is a learned threshold that depends on the token (Kilian et al., arXiv 2601.15370).
         selection_bias: If true, tokens choose by softmax + bias; weights do not contain the bias (DeepSeek-V3, arXiv
             2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add the bias to a softmax). Biases start at 0. While all
-            biases of a group are 0, its tokens choose by logits: their order is that of the softmax, whose rounding could
-            make ties.
+            biases of a group are 0, its tokens choose by logits, whose order is that of the softmax but without ties by
+            rounding.
         logit_bias: If true, each true expert's logit has a learned bias. With `logit_bias` groups must have true experts
             only.
         capacity: Limits the pairs of each expert in training; None for no limit. Evaluation drops no pair.

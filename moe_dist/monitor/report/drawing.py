@@ -127,7 +127,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str, r
 
 
 def slider(frames: Sequence[tuple[str, str]], *, legend: str) -> str:
-    """Returns a slider over at most `MOST_FRAMES` frames (label, HTML). Shows one frame at a time, at first the last."""
+    """Returns a slider over at most `MOST_FRAMES` frames (label, HTML). Shows one frame at a time, initially the last
+    frame."""
     if len(frames) == 1:
         return f"<p>{escape(legend)}: {escape(frames[0][0])}</p>{frames[0][1]}"
     name, buttons = f"slider{next(_numbers)}", []

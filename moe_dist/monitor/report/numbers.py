@@ -53,13 +53,19 @@ def together(taken_Tn: np.ndarray) -> np.ndarray:
 
 
 class Special(NamedTuple):
-    """A token id whose occurrences an expert takes much more often than those of other ids."""
+    """A token id whose occurrences an expert takes much more often than those of other ids.
+
+    Attributes:
+        times, share: Number and fraction of the token id's occurrences that the expert takes.
+        lift: `share` divided by the fraction of all tokens that the expert takes.
+        row: Index, among all tokens, of the first occurrence that the expert takes.
+    """
 
     token: int
-    times: int  # number of the token id's occurrences that the expert takes
-    share: float  # fraction of the token id's occurrences that the expert takes
-    lift: float  # `share` divided by the fraction of all tokens that the expert takes
-    row: int  # index, among all tokens, of the first occurrence that the expert takes
+    times: int
+    share: float
+    lift: float
+    row: int
 
 
 def special_tokens(token_T: np.ndarray, taken_Tn: np.ndarray, *, most: int, least_count: int = 3) -> list[list[Special]]:
