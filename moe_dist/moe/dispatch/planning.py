@@ -115,7 +115,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class _Cells:
-    """Bins and runs of pairs and rows, on the device, before the host sync. A bin holds the pairs of one (chunk, rank, slot),
+    """Bins and runs of pairs and rows, before the host sync. A bin holds the pairs of one (chunk, rank, slot),
     a run the rows of one (chunk, rank).
 
     Attributes:
