@@ -46,7 +46,7 @@ class ColumnTables:
     size_G: Tensor
 
     @classmethod
-    @cache  # each layer of Megatron's model calls `on` in each forward; each copy without a cache is a host sync
+    @cache  # each layer of Megatron's model calls `on` in each forward; without a cache each call is a host sync
     def on(cls, groups: tuple[ExpertGroup, ...], device: torch.device) -> "ColumnTables":
         group_C = torch.tensor(group_columns(groups), device=device)
         member_CG = group_C[:, None] == torch.arange(len(groups), device=device)

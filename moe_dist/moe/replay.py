@@ -28,10 +28,10 @@ from moe_dist.moe.routing import ABSENT, group_columns
 
 
 class Replay:
-    """A context in which the model's routers choose as `ids_TLK` says. Each call of an MoE layer reads the choices of the
-    next tokens in `ids_TLK` after those of the layer's last call, so the micro-batches must come in the order of `ids_TLK`.
-    Recomputation reads the choices a second time, in the same order. When the context ends, each layer must have read all
-    choices.
+    """A context in which the model's routers choose the columns in `ids_TLK`. Each call of an MoE layer reads the choices
+    of the next tokens in `ids_TLK` after those of the layer's last call, so the micro-batches must come in the order of
+    `ids_TLK`. Recomputation reads the choices a second time, in the same order. When the context ends, each layer must have
+    read all choices.
 
     Attributes:
         ids_TLK: int16 on the host, 2 T L K bytes; a replay keeps no other memory.

@@ -1,4 +1,5 @@
-"""The true experts of this rank for plans of fixed sizes (`dispatch/static.py`). The host never reads the row counts.
+"""The true experts of this rank for plans of fixed sizes (`dispatch/static.py`). The experts' row counts stay on the
+device.
 
 (token, expert) pairs of a group are consecutive: the pairs of each expert in order, then padding. The grouped product reads
 the experts' rows from offsets on the device. The grouped product's results in padding rows are undefined and never used.

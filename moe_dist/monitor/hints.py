@@ -39,7 +39,7 @@ class HintWatch:
     ) -> None:
         self._groups, self._moe_layers = tuple(groups), tuple(moe_layers)
         self._window, self._quiet = window, quiet
-        self._records: deque[Record] = deque(maxlen=window)  # includes the arrays of each step
+        self._records: deque[Record] = deque(maxlen=window)  # records include the arrays of their step
         self._losses: deque[float] = deque(maxlen=2 * window)
         self._speeds: deque[float] = deque(maxlen=window)
         self._first_loss: float | None = None

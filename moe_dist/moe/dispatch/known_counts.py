@@ -88,7 +88,7 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
                 "router whose experts choose a fixed number of each rank's tokens (docs/parallelism.md)"
             )
         self._check(counts, assignments.token_N.shape[0])
-        order = self._order(counts, assignments.token_N.device)  # cached for all layers of a micro-batch
+        order = self._order(counts, assignments.token_N.device)  # the same order for all layers of a micro-batch
 
         # Wrong counts would send rows to wrong experts. `counts_WE` is checked on the device, because a check on the host
         # would sync.

@@ -3,9 +3,9 @@ choices. All numbers of a ledger count one rank. Rows and pairs count forward al
 
 `rows_remote`, `pairs`, `pairs_remote` and `rows_padding` are measured (`SentCounts`; `hierarchical` counts the rows of both
 hops). Padding rows, which only `static` sends, are not in `rows_remote`; padding bytes are in `payload_bytes`. All other
-numbers of rows are computed from this rank's choices. All numbers but `rows_per_pair` and `rows_bound` assume that choices
-spread evenly over the n experts of a group. If this rank holds `own` of the n experts, 1 - own/n of the choices leave the
-rank:
+row counts of the ledger are computed from this rank's choices. All numbers but `rows_per_pair` and `rows_bound` assume that
+choices spread evenly over the n experts of a group. If this rank holds `own` of the n experts, 1 - own/n of the choices
+leave the rank:
 
     rows_per_pair       one row per pair with an expert on another rank, without deduplication
     rows_topk           top-k with the same k among true experts alone, one row per choice

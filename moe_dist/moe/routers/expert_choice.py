@@ -81,7 +81,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         capacity: c, the fraction of its group's tokens that each expert takes. If None, c is `ExpertGroup.capacity`, or
             top_k / num_experts for a group without capacity.
         noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa uses 1.
-        causal: The rule by which evaluation routes each token alone. If None, evaluation raises an error.
+        causal: The rule by which evaluation routes each token alone. If `causal` is None, evaluation raises an error.
         threshold_decay: Decay, per step, of the running means from which thresholds are made.
         selection_scope: The ranks whose tokens compete for the experts.
         seed, layer: Parts of the name of each noise value, besides step, token and expert.

@@ -32,7 +32,7 @@ class PredictedKRouter(AdaptiveRouter):
 
     Args:
         hidden_dim, groups, scale, capacity: See `TopKRouter`.
-        normalise: `true_chosen` or `none`: the softmax v over the chosen columns, or over all columns.
+        normalise: `true_chosen` or `none`: the softmax v over the chosen columns that are not null, or over all columns.
     """
 
     def __init__(
