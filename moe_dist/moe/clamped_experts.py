@@ -71,20 +71,20 @@ def clamped_product(gate_QF: Tensor, up_QF: Tensor, alpha: float, limit: float) 
 
 
 def of_rows(bias_eO: Tensor, counts: Sequence[int]) -> Tensor:
-    """Returns the bias of each row's expert, [sum(counts), O]."""
+    """Returns the bias of the expert of each input row, [sum(counts), O]."""
     rows_e = from_host(counts, torch.int64, bias_eO.device)
     return bias_eO.repeat_interleave(rows_e, dim=0, output_size=sum(counts))
 
 
 def _looped(x_QI: Tensor, weight_eOI: Tensor, *, counts: Sequence[int]) -> Tensor:
-    """Multiplies the rows of one expert after the other."""
+    """Multiplies input rows by their experts' weights, one expert after the other."""
     return torch.cat([run @ weight.T for run, weight in zip(x_QI.split(list(counts)), weight_eOI.unbind(), strict=True)])
 
 
 class ClampedExperts(Experts):
     """All true (not null) experts of this rank, one `ClampedStack` per group. For arguments see `Experts`; the top of this
-    file defines `alpha` and `limit`. Ignores the argument `kernels` and uses torch's, which multiply each expert's output,
-    bias included, by the routing weight."""
+    file defines `alpha` and `limit`. Ignores the argument `kernels` and uses torch's kernels, which multiply each expert's
+    output, bias included, by the routing weight."""
 
     def __init__(
         self, hidden_dim: int, groups: Sequence[ExpertGroup], num_local: Sequence[int], *, pair_budget: int | None = None,

@@ -1,8 +1,8 @@
 """Draws random numbers that depend only on a name (integers such as seed and step), so recomputation draws equal numbers.
 
 `logistic` is a counter-based generator: it hashes (seed, step, layer, token, expert) into a number. The generator has no
-state to save, so a recomputed forward and any layout of ranks draw the same numbers. `dropped` (dropout) seeds a torch
-generator with a name, and draws for all tokens of one rank at once.
+state to save, so a recomputed forward draws the same numbers, whatever the layout of ranks. `dropped` (dropout) seeds a
+torch generator with a name, and draws for all tokens of one rank at once.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ _WORD = 0xFFFFFFFF
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls `function` without keeping its activations: backward computes them again. The call saves no random state,
-    because every random number of a layer depends only on its name."""
+    """Calls `function` without keeping its activations: backward computes the activations again. The call saves no random
+    state, because every random number of a layer depends only on its name."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -33,13 +33,15 @@ def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch
     low, high = (int.from_bytes(digest[at : at + 4], "big") for at in (0, 4))
     mixed_T = _mix(_mix((row_T & _WORD) ^ low) ^ (row_T >> 32) ^ high)
     bits_TE = _mix(mixed_T[:, None] ^ _mix((columns + 1) & _WORD)[None])  # a temporary int64 [T, E]
+
     # (24-bit integer + 0.5) / 2^24 is never 0 or 1, and fp64 holds it exactly, so all devices draw the same number.
     uniform_TE = ((bits_TE >> 8).to(torch.float64) + 0.5) / (1 << 24)
     return torch.logit(uniform_TE).to(dtype)
 
 
 def dropped(x: Tensor, share: float, *, name: tuple[int, ...]) -> Tensor:
-    """Applies dropout: sets a share of the elements to 0 and divides all others by 1 - share, which keeps the mean.
+    """Applies dropout: sets the fraction `share` of the elements to 0 and divides all others by 1 - share, which keeps the
+    mean.
 
     Args:
         name: Identifies the draw, for example (seed, step, layer, first token, projection). Equal names give equal draws on
@@ -59,6 +61,6 @@ def _mix(word: Tensor) -> Tensor:
 
 
 def _times(word: Tensor, factor: int) -> Tensor:
-    """Returns the product modulo 2^32, computed from two halves of `factor`, because the whole product would overflow
-    int64."""
+    """Returns the product modulo 2^32, computed from the upper and lower 16 bits of `factor`, because the whole product
+    would overflow int64."""
     return (word * (factor & 0xFFFF) + (((word * (factor >> 16)) & 0xFFFF) << 16)) & _WORD

@@ -1,5 +1,5 @@
 """The true (not null) experts of this rank: SwiGLU FFNs. The weights of each expert group are stacked in one tensor, and
-rows come sorted by slot (the expert's place on this rank).
+input rows are sorted by slot (the expert's place on this rank).
 
 Shape letters: Q (token, expert) pairs computed here, R dispatched rows, D hidden size, F hidden width of a group's experts,
 e number of a group's experts on this rank.
@@ -9,16 +9,16 @@ Two functions compute the experts of a group, `loop_swiglu` and `grouped_swiglu`
     swiglu(x_QD, gate, up, down, counts, activate)  ->  y_QD
 
 gate, up [e, F, D] and down [e, D, F] have the dtype of x. `counts`, on the host, has the number of rows of each expert, in
-order. Rows of x beyond the sum of `counts` belong to no expert; these rows get no output and a zero gradient. The weights
+order. Rows of x beyond the sum of `counts` belong to no expert, have no output, and get a zero gradient. The weights
 of an expert without rows get a zero gradient, not None. `activate(gate_QF, up_QF, rows)` returns the hidden values of a
 slice of rows, by default silu(gate) * up. `grouped_swiglu` also takes gate and up as one stack [e, 2 F, D], with None for
-`up`: one product then reads x once, and `activate` gets [Q, 2 F] and None. x may be a pair of tensors with equal values,
-one for the product with gate and one for the product with up, so that each product has a gradient of its own.
+`up`: one matrix product then reads x once, and `activate` gets [Q, 2 F] and None. x may be a pair of tensors with equal
+values, one for the product with gate and one for the product with up, so that each product has a gradient of its own.
 
 Tests on CPU with torch 2.13 show what `torch.nn.functional.grouped_mm` accepts: fp32, bf16 and fp16, not float64; int32
 offsets; strides in multiples of 16 bytes, so D and F in multiples of 8 (bf16, fp16) or 4 (fp32). `grouped_mm` leaves the
-rows beyond the last offset uninitialised, in the output and in the gradient. On CUDA, by its documentation, the kernel
-takes bf16 on compute capability 8.0 and up.
+rows beyond the last offset uninitialised, in the output and in the gradient. On CUDA, by torch's documentation,
+`grouped_mm` takes bf16 on compute capability 8.0 and up.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,12 +53,12 @@ def silu_product(gate_QF: Tensor, up_QF: Tensor | None, rows: slice) -> Tensor:
 
 
 def rows_between(x: Tensor, start: int, end: int) -> Tensor:
-    """Returns x[start:end], or x itself if this range has all rows, because the backward of a slice copies the gradient."""
+    """Returns x[start:end], or x itself if the range has all rows, because the backward of a slice copies the gradient."""
     return x if (start, end) == (0, x.shape[0]) else x[start:end]
 
 
 def inputs_between(x_QD: Inputs, start: int, end: int) -> tuple[Tensor, Tensor]:
-    """Returns the rows for gate and for up: the same tensor twice if x is one tensor, so that one sum gives the
+    """Returns the input rows for gate and for up: the same tensor twice if x is one tensor, so that one sum gives the
     gradient."""
     first, second = x_QD if isinstance(x_QD, tuple) else (x_QD, x_QD)
     cut = rows_between(first, start, end)
@@ -66,16 +66,16 @@ def inputs_between(x_QD: Inputs, start: int, end: int) -> tuple[Tensor, Tensor]:
 
 
 def row_slices(counts: Sequence[int]) -> list[slice]:
-    """Returns the slice of each expert's rows."""
+    """Returns the slice of input rows of each expert."""
     return [slice(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True)]
 
 
 def loop_swiglu(
     x_QD: Inputs, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int], activate: Activation = silu_product
 ) -> Tensor:
-    """Computes one expert after the other, for any dtype, device and width. An expert without rows is computed too, so that
-    the gradient of its weights is zero and not None."""
-    # unbind, because the backward of an index would fill a whole stack with zeros per expert
+    """Computes one expert after the other, for any dtype, device and width. An expert without rows is computed, too, so
+    that the gradient of its weights is zero and not None."""
+    # unbind, because the backward of an index would fill a whole weight stack with zeros for each expert
     stacks = [weight.unbind() for weight in (gate, up, down)]
     gate_runs, up_runs = (each.split(list(counts)) for each in inputs_between(x_QD, 0, sum(counts)))
     outputs = [
@@ -88,8 +88,9 @@ def loop_swiglu(
 def grouped_swiglu(
     x_QD: Inputs, gate: Tensor, up: Tensor | None, down: Tensor, counts: Sequence[int], activate: Activation = silu_product
 ) -> Tensor:
-    """Computes all experts by two or three grouped matrix products. Call it only if `why_not_grouped` returns None."""
-    if not sum(counts):  # without rows no kernel is called
+    """Computes all experts by two or three grouped matrix products. Call this function only if `why_not_grouped` returns
+    None."""
+    if not sum(counts):  # without rows no grouped kernel is called
         first, second = gate.chunk(2, dim=1) if up is None else (gate, up)
         return loop_swiglu(x_QD, first, second, down, counts, activate)
     for_gate_QD, for_up_QD = inputs_between(x_QD, 0, sum(counts))
@@ -120,7 +121,7 @@ def choose_gemm(
     """Chooses the function that computes `num_experts` experts with the widths D and F. Each forward may call it.
 
     On CUDA `auto` chooses `grouped_swiglu` if `why_not_grouped` allows it, because a grouped product is one kernel instead
-    of one per expert. On CPU `auto` does so only for GROUPED_ON_CPU or more experts (docs/parallelism.md).
+    of one per expert. On CPU `auto` chooses `grouped_swiglu` only for GROUPED_ON_CPU or more experts (docs/parallelism.md).
 
     Raises:
         ValueError: kind is `grouped`, and `why_not_grouped` returns a reason.
@@ -137,7 +138,7 @@ def choose_gemm(
 
 
 def why_not_grouped(dtype: torch.dtype, device: torch.device, widths: Sequence[int]) -> str | None:
-    """Returns the reason why `grouped_swiglu` cannot be used, or None if it can."""
+    """Returns the reason why `grouped_swiglu` cannot be used, or None if `grouped_swiglu` can be used."""
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no grouped_mm, which came with 2.11"
     if device.type == "cuda" and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0)):
@@ -157,18 +158,19 @@ def _zero_gradient_of(weight: Tensor, experts: list[int]) -> Tensor:
 
     def zero(gradient: Tensor) -> Tensor:
         for expert in experts:
-            gradient[expert].zero_()  # in place, because only this product uses the gradient's buffer
+            gradient[expert].zero_()  # in place, because no other product uses this gradient's buffer
         return gradient
 
-    weight = weight.view_as(weight)  # a view, because a hook on the parameter would stay after this forward
+    weight = weight.view_as(weight)  # a view, because a hook on the parameter would persist after this forward
     if weight.requires_grad:
         weight.register_hook(zero)
     return weight
 
 
 class _WorkingCopy(torch.autograd.Function):
-    """Returns one copy of some weights (in another dtype, joined along dim 1) in their place. Backward passes the copy's
-    gradient to the weights, in their dtype. If a weight has a gradient already, one pass converts and adds in place."""
+    """Returns a copy of one or more weights (in another dtype, joined along dim 1), for use instead of the weights.
+    Backward passes the copy's gradient to the weights, in the weights' dtype. If a weight has a gradient already, one pass
+    converts the new gradient and adds it in place."""
 
     @staticmethod
     def forward(ctx: Any, copy: Tensor, *weights: Tensor) -> Tensor:
@@ -192,7 +194,7 @@ def _added_or_converted(weight: Tensor, gradient: Tensor) -> Tensor | None:
 class ExpertStack(nn.Module):
     """The experts of one group on this rank: `gate`, `up` [e, F, D] and `down` [e, D, F].
 
-    Each forward pass converts weights of another dtype than the rows', unless `keep_copies` keeps the converted copies.
+    Each forward pass converts weights to the rows' dtype if it differs, unless `keep_copies` keeps the converted copies.
     """
 
     role = Role.EXPERT
@@ -207,8 +209,8 @@ class ExpertStack(nn.Module):
         self._copies: dict[str, Tensor] | None = None  # converted weights by name; None if copies are not kept
 
     def keep_copies(self, keep: bool) -> None:
-        """Starts to keep converted weights for further forward passes, or drops them. Kept copies take 2 bytes per bf16
-        parameter, and do not follow a change of the weights: keep them only while no weight changes."""
+        """Keeps converted weights for further forward passes if `keep`, else drops the copies. Kept copies take 2 bytes per
+        bf16 parameter, and do not follow a change of the weights: keep copies only while no weight changes."""
         self._copies = (self._copies or {}) if keep else None
 
     def weight(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -235,8 +237,8 @@ class ExpertStack(nn.Module):
         """Applies each expert to its block of consecutive rows: x [sum(counts), D] -> y [sum(counts), D]."""
         if not counts:
             # An empty stack gets no gradient, because FSDP2's reduce-scatter refuses empty tensors but skips a parameter
-            # without a gradient. The ranks that share this stack hold no expert of this group either, so all of them skip
-            # the stack.
+            # without a gradient. The ranks that share an empty stack hold no expert of its group either, so all these ranks
+            # skip the stack.
             return inputs_between(x_QD, 0, 0)[0]
         like = x_QD[0] if isinstance(x_QD, tuple) else x_QD
         swiglu = choose_gemm(self.gemm, dtype=like.dtype, device=like.device, widths=self.widths, num_experts=len(counts))
@@ -246,7 +248,7 @@ class ExpertStack(nn.Module):
         return swiglu(x_QD, gate, up, down, counts, activate)
 
     def grouped_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Returns the weights as `grouped_swiglu` takes them: gate and up are one stack if a converted copy is kept."""
+        """Returns the weights for `grouped_swiglu`: gate and up are one stack if a converted copy is kept."""
         down = self.weight("down", dtype)
         if self._copies is not None and self.gate.dtype != dtype:
             return self._gate_up(self._copies, dtype), None, down
@@ -256,16 +258,17 @@ class ExpertStack(nn.Module):
 class Experts(nn.Module):
     """All true (not null) experts of this rank, one `ExpertStack` per group.
 
-    A group without experts on this rank has a stack [0, F, D], so that all ranks have the same FSDP2 units and gather them
-    in the same order. Without the empty stack, FSDP2's prefetch on one rank ran ahead of other ranks' exchanges, and all
-    hung.
+    A group without experts on this rank has a stack [0, F, D], so that all ranks have the same FSDP2 units and gather these
+    units in the same order. Without the empty stack, FSDP2's prefetch on one rank ran ahead of other ranks' exchanges, and
+    all ranks hung.
 
     Args:
         hidden_dim: D.
-        groups: All expert groups in logical order. This rank's slots are sorted in the same order.
+        groups: All expert groups in logical order, which is also the order of this rank's slots.
         num_local: Number of experts of each group on this rank.
-        pair_budget: Largest number of (token, expert) pairs computed at once; None for no bound. More pairs are computed in
-            chunks, which backward recomputes, so that unbalanced routing costs time but no more memory.
+        pair_budget: Largest number of (token, expert) pairs computed at once; None for no bound. If there are more pairs,
+            chunks of pairs are computed, which backward recomputes, so that unbalanced routing costs time but no more
+            memory.
         gemm: See `choose_gemm`.
         stack: Makes the stack of a group, with the arguments of `ExpertStack`.
         kernels: Functions that gather rows, compute silu(gate) * up, and sum pairs.
@@ -298,8 +301,8 @@ class Experts(nn.Module):
     def _run(
         self, dispatched: DispatchedRows, plan: PairLayout, stacks: Sequence[tuple[int, RunStack]], *, recompute: bool
     ) -> Tensor:
-        """See `forward`. `stacks` has, for each stack of this rank, the number of slots and a function with the arguments
-        of `ExpertStack.forward`."""
+        """See `forward`. `stacks` has, for each stack of this rank, the stack's number of slots and a function with the
+        arguments of `ExpertStack.forward`."""
         rows_RD, weight_Q = dispatched.rows_RD, dispatched.weight_Q
         budget = self.pair_budget or sum(plan.slot_counts)
         out_RD: Tensor | None = None
@@ -317,11 +320,12 @@ class Experts(nn.Module):
                 part_RD = recomputed(self._weighted_sum, stacks, rows_RD, weights, row_Q, counts, dtype, items, in_order)
             else:
                 part_RD = self._weighted_sum(stacks, rows_RD, weights, row_Q, counts, dtype, items, in_order)
-            # `+` saves no tensor for backward: a recomputed chunk keeps its arguments, but no activation of its pairs.
+            # `+` saves no tensor for backward: a recomputed chunk of pairs keeps its arguments, but no activation of its
+            # pairs.
             out_RD = part_RD if out_RD is None else out_RD + part_RD
             at = end
         assert out_RD is not None, "there is always one chunk"
-        return out_RD.to(rows_RD.dtype)  # several chunks are rounded only here
+        return out_RD.to(rows_RD.dtype)  # a sum of chunks is rounded only here
 
     def _weighted_sum(
         self,

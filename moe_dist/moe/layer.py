@@ -26,20 +26,20 @@ class Router(Protocol):
 class MoELayer(nn.Module):
     """y = experts(norm(x)) + zero-computation experts + shared expert. The caller adds the residual.
 
-    With `shortcut` y is the shared expert alone, and the report has the rest as `late_TD` (LongCat-Flash, arXiv 2509.01322,
-    section 2.2). The caller adds `late_TD` after the next layer.
+    With `shortcut` y is the shared expert's output alone, and the report has the other terms as `late_TD` (LongCat-Flash,
+    arXiv 2509.01322, section 2.2). The caller adds `late_TD` after the next layer.
 
     Args:
         norm: Norm of the layer's input, or identity.
         router: A `Router`, which chooses the experts of each token.
         experts: This rank's true experts.
         dispatcher: Sends rows to their experts' ranks, and sums the experts' outputs for each token.
-        shared: An expert that computes every token on the token's rank, or None.
+        shared: An expert that processes every token on the token's rank, or None.
         free: Identity and constant experts (without dispatch), if a group has any.
         shortcut: Whether the caller adds the routed experts' output later. Needs a shared expert.
-        recompute: The part of the layer that backward computes again. `experts`: only the expert FFNs, which needs no
-            exchange. `block`: the whole layer and its dispatch exchange; the choice of experts and the dispatch plan are
-            kept.
+        recompute: The part of the layer that backward computes again. `experts`: only the expert FFNs, whose recomputation
+            needs no exchange. `block`: the whole layer and its dispatch exchange; the choice of experts and the dispatch
+            plan are kept.
         name: Name of the layer in statistics, and in reports of hung collectives and damaged data.
     """
 
@@ -100,8 +100,8 @@ class MoELayer(nn.Module):
         return partial(self.experts, recompute=self.recompute == "experts")
 
     def normed(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the normed input for the experts and for the router. A kernel may make both tensors in one pass; the
-        router's tensor is then fp32."""
+        """Returns the normed input for the experts and for the router. A kernel may make the experts' and the router's
+        tensor in one pass; the router's tensor is then fp32."""
         h_TD = self.norm(x_TD)
         return h_TD, h_TD
 
@@ -110,7 +110,8 @@ class MoELayer(nn.Module):
         routing: Routing = self.router(wide_TD, group_T, cache)
         plan: Any = cache.plan or self.dispatcher.plan(routing.assignments, h_TD.shape[0], layer=self.name)  # host sync
         cache.plan = plan
-        # No op after combine may save a tensor for backward; else block recompute would repeat the all-to-all of combine.
+        # No op after combine may save a tensor for backward; otherwise recompute of kind `block` would repeat the
+        # all-to-all of combine.
         zero_weight_TF = routing.zero_weight_TF
         zero_TD = None if self.free is None or zero_weight_TF is None else self.free(h_TD, zero_weight_TF)
         return _Routed((h_TD, routing.assignments.weight_N, plan), routing, zero_TD)
@@ -121,7 +122,7 @@ class MoELayer(nn.Module):
         if routed.zero_TD is not None:
             y_TD = y_TD + routed.zero_TD
         if experts_off:
-            y_TD = y_TD * 0.0  # zeroed after combine, so that every rank issues the same collectives
+            y_TD = y_TD * 0.0  # zeroed only after combine, so that every rank issues the same collectives
         routing, plan = routed.routing, routed.inputs[2]
         report = LayerReport(routing.sums, *plan.sent, prob_AC=routing.prob_AC, chosen=routing.chosen)
         if self.shortcut:

@@ -1,18 +1,19 @@
-"""LoRA experts over one frozen FFN (LLaVA-MoLE; LoRA, arXiv 2106.09685). Gate, up and down share the routing.
+"""LoRA experts over one frozen FFN (LLaVA-MoLE; LoRA, arXiv 2106.09685). Gate, up and down projection have the same
+routing.
 
     W' x = W x + sum over the token's experts e of  w_e (alpha / r) B_e A_e x      for each target W of gate, up, down
     y    = W_down' (silu(W_gate' x) * W_up' x)
 
-W is frozen. If a token chooses only null experts, its y is the frozen FFN's output. Every rank holds all experts, so there
-is no all-to-all. A token costs one FFN, and for each of its experts matrix products of rank r. The weight w_e depends on
-the router's probability p_e of expert e, a softmax over all columns:
+W is frozen. If a token chooses only null experts, the token's y is the frozen FFN's output. Every rank holds all experts,
+so there is no all-to-all. A token costs one FFN, and for each chosen expert matrix products of rank r. The weight w_e
+depends on the router's probability p_e of expert e, a softmax over all columns:
 
     probability         w_e = p_e
     straight_through    w_e = p_e / detach(p_e): its value is 1, and its gradient is the gradient of log p_e
-    published           w_e = 1, as in the paper's public code. The router then gets no gradient from the task's loss
+    published           w_e = 1, as in the paper's public code. The router then has no gradient from the task's loss
 
 Shape letters: T tokens on this rank, D hidden size, F hidden width of the FFN, r rank, N (token, expert) pairs of the
-assignments, Q of them taken (not absent), E experts of all groups, n experts of one group, I inputs and O outputs of a
+assignments, Q taken (not absent) pairs, E experts of all groups, n experts of one group, I inputs and O outputs of a
 projection.
 """
 
@@ -38,7 +39,7 @@ PROJECTIONS = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class LoRAPlan:
-    """The taken (token, expert) pairs of one layer and micro-batch, sorted by expert. Recomputation uses it again.
+    """The taken (token, expert) pairs of one layer and micro-batch, sorted by expert. Recomputation uses the same plan.
 
     Attributes:
         pair_Q, token_Q: int64, index of each taken pair in the assignments, and token of the pair.
@@ -61,7 +62,8 @@ class LoRAPlan:
 
 
 def expert_weights(weight_N: Tensor, kind: Weight) -> Tensor:
-    """Computes the weight w_e of each pair from its probability in `weight_N`. The top of this file defines the kinds."""
+    """Computes the weight w_e of each pair from its probability in `weight_N`. The top of this file defines the values of
+    `kind`."""
     if kind == "probability":
         return weight_N
     if kind == "published":
@@ -85,7 +87,8 @@ class Adapter(nn.Module):
 
 
 class LoRAStack(nn.Module):
-    """The LoRA experts of one group: per target projection A [n, r, I] as `<target>_a` and B [n, O, r] as `<target>_b`."""
+    """The LoRA experts of one group: for each target projection A [n, r, I] as `<target>_a` and B [n, O, r] as
+    `<target>_b`."""
 
     role = Role.ADAPTER
 
@@ -103,9 +106,9 @@ class LoRAExperts(nn.Module):
         hidden_dim, ffn_dim: D and F.
         groups: All expert groups in logical order.
         rank, alpha: r, and alpha of the scale alpha / r.
-        dropout: Share of the elements of an adapter's input that dropout sets to 0 in training.
+        dropout: Fraction of the elements of an adapter's input that dropout sets to 0 in training.
         targets: The projections that have adapters.
-        weight: Kind of the weights w_e; the top of this file defines the kinds.
+        weight: Kind of weights w_e; the top of this file defines the values of `weight`.
     """
 
     def __init__(
@@ -145,7 +148,7 @@ class LoRAExperts(nn.Module):
             assert draw is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
             x_TI = dropped(x_TI, self._dropout, name=(*draw, PROJECTIONS.index(target)))
         weight_Q = weight_N.index_select(0, plan.pair_Q)  # instead of weight_N[pair_Q], whose backward sorts on CUDA
-        weight_Q = expert_weights(weight_Q, self._weight) * self._scale  # applied to r numbers per pair, not O
+        weight_Q = expert_weights(weight_Q, self._weight) * self._scale  # scales r numbers per pair, not O numbers
         runs = gather_rows(x_TI, plan.token_Q).split(plan.counts)
         stacks = [self._matrices(f"{target}_{matrix}", x_TI.dtype) for matrix in "ab"]
         deltas = [
@@ -157,7 +160,7 @@ class LoRAExperts(nn.Module):
     def _matrices(self, name: str, dtype: torch.dtype) -> list[Tensor]:
         """Returns the matrix `name` of every expert of all groups, in logical order."""
         stacks = [self.get_submodule(group_module(group.name)).get_parameter(name).to(dtype) for group in self._groups]
-        # unbind, because the backward of an index would fill a whole stack with zeros per expert
+        # unbind, because the backward of an index would fill a whole weight stack with zeros for each expert
         return [matrix for stack in stacks for matrix in stack.unbind()]
 
 
@@ -170,7 +173,7 @@ class LoRALayer(nn.Module):
         router: A top-k router whose weights are plain probabilities.
         ffn: Frozen FFN with `gate`, `up` and `down`.
         recompute: The part of the layer that backward computes again. `experts`: the FFN and the adapters. `block`: the
-            whole layer, but not the choice of experts.
+            whole layer except the choice of experts.
         seed, layer: Parts of the name of dropout's random numbers, beside the step and the first token.
         comm_stats: Records the host syncs.
     """
@@ -197,7 +200,7 @@ class LoRALayer(nn.Module):
         cache = RoutingCache(
             batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A, keep_choices=request.keep_choices
         )
-        # Does not test x_TD.requires_grad: if the base model is frozen, the first LoRA layer's input needs no gradient.
+        # Recomputes even if x_TD needs no gradient, as in the first LoRA layer of a frozen base model.
         if self.recompute == "block" and torch.is_grad_enabled():
             return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)
         return self._forward(x_TD, group_T, cache, request.experts_off)

@@ -20,7 +20,7 @@ BalanceKind = Literal["null_averaged", "vanilla", "null_split", "weighted"]
 
 @dataclass(frozen=True)
 class AuxSettings:
-    """Kind and coefficients of a step's auxiliary terms; `null_weight_G` as in `balance_terms`."""
+    """Kind and coefficients of a step's auxiliary losses; for `null_weight_G` see `balance_terms`."""
 
     kind: BalanceKind
     balance: float
@@ -30,7 +30,8 @@ class AuxSettings:
 
 @dataclass(frozen=True)
 class ColumnTables:
-    """Tensors that describe the columns of each expert group. Made once, because a copy to CUDA per step would sync.
+    """Tensors that describe the columns of each expert group. The tensors are cached, because a copy to CUDA in each step
+    would sync.
 
     Attributes:
         groups: All expert groups, in logical order.
@@ -45,7 +46,7 @@ class ColumnTables:
     size_G: Tensor
 
     @classmethod
-    @cache  # each layer of Megatron's model calls `on` in each forward; without a cache the host would wait for every copy
+    @cache  # each layer of Megatron's model calls `on` in each forward; without a cache each call is a host sync
     def on(cls, groups: tuple[ExpertGroup, ...], device: torch.device) -> "ColumnTables":
         group_C = torch.tensor(group_columns(groups), device=device)
         member_CG = group_C[:, None] == torch.arange(len(groups), device=device)
@@ -63,39 +64,39 @@ def balance_terms(
     null_weight_G: Sequence[float] | None = None,
     load_tokens_LG: Tensor | None = None,
 ) -> Tensor:
-    """Returns this rank's share of each layer's and group's balance loss [L, G], with coefficient 1. The loss is
-    the sum of all ranks' shares.
+    """Returns this rank's summand of each layer's and group's balance loss [L, G], with coefficient 1. The balance loss is
+    the sum of all ranks' summands.
 
         l = C sum_i f_i P_i,   f_i = choices_i / T,   P_i = sum of probabilities / T,   sums over the group's C columns
 
     `null_averaged` is AdaMoE's loss (arXiv 2406.13233, section 3.2): the load f_i of each null column is replaced by the
-    mean load of the group's null columns, because null columns are equivalent. Loads of identity columns are replaced in
-    the same way. Loads of constant columns are kept, because each constant expert has its own vector. `vanilla` replaces no
-    load.
+    mean load of the group's null columns, because null columns are equivalent. Loads of identity columns are replaced by
+    their mean, too. Loads of constant columns are kept, because each constant expert has its own vector. `vanilla` replaces
+    no load.
 
     `null_split` (ZEDA, arXiv 2605.18643) balances only the sum over the n true columns (E) against the sum over the n_Z
-    remaining columns (Z). With w = 1 and equal loads of all columns the loss is 1, as in ZEDA's paper. The other kinds then
-    have the value k, the number of choices per token:
+    remaining columns (Z). With w = 1 and equal loads of all columns ZEDA's published loss is 1; `null_split` is scaled to
+    k, the number of choices per token, like the other kinds:
 
         l = (n + n_Z w) / k (f_E P_E / n + f_Z P_Z / (n_Z w))
 
     `weighted` (MoE++, arXiv 2410.07348) divides the load of each null, identity and constant column by w, without a mean.
     MoE++'s tau is 1 / w.
 
-    The null weight w is ZEDA's: the loss drives the load of a null column to w times the load of a true column. A token
-    then takes k n / (n + m w) true experts, and the factor C becomes C + m (w - 1), where m is the number of null columns
-    (for `weighted` and `null_split`, of all columns that are not true).
+    The null weight w is ZEDA's: the loss drives the load of a null column to w times the load of a true column. A token of
+    a balanced layer takes k n / (n + m w) true experts, and the factor C becomes C + m (w - 1), where m is the number of
+    null columns (for `weighted` and `null_split`, of all columns other than true experts).
 
     Args:
         prob_LC: This rank's sums of probabilities, with gradient.
         choices_LC: Number of choices of each column over all ranks.
         tokens_LG: Number of tokens of each group over all ranks. A group without tokens contributes 0.
         null_weight_G: w of each group; None for 1. `vanilla` ignores it.
-        load_tokens_LG: Number of tokens that made `choices_LC`, if other tokens made `prob_LC`.
+        load_tokens_LG: Number of tokens counted in `choices_LC`, if `prob_LC` sums over other tokens.
     """
     load_LC, groups = choices_LC.to(prob_LC.dtype), tables.groups
     weight_G = [1.0] * len(groups) if null_weight_G is None else null_weight_G
-    per_LG = tokens_LG.to(prob_LC.dtype).clamp_min(1.0)  # a group without tokens gives 0 / 1 = 0
+    per_LG = tokens_LG.to(prob_LC.dtype).clamp_min(1.0)  # a group without tokens has the loss 0 / 1 = 0
     load_per_LG = per_LG if load_tokens_LG is None else load_tokens_LG.to(prob_LC.dtype).clamp_min(1.0)
     if kind == "null_split":
         return _split_terms(prob_LC, load_LC, per_LG, load_per_LG, tables, weight_G)
@@ -113,7 +114,7 @@ def balance_terms(
 
 
 def _weighted(load_LC: Tensor, groups: Sequence[ExpertGroup], weight_G: Sequence[float]) -> Tensor:
-    """Divides the load of each column that is not true by its group's weight."""
+    """Divides the load of each null, identity and constant column by the null weight of the column's group."""
     at = sum(group.num_experts for group in groups)
     parts = [load_LC[:, :at]]
     kinds = zip(*((g.num_null, g.num_identity, g.num_constant) for g in groups), strict=True)
@@ -125,8 +126,8 @@ def _weighted(load_LC: Tensor, groups: Sequence[ExpertGroup], weight_G: Sequence
 
 
 def _average_copies(load_LC: Tensor, groups: Sequence[ExpertGroup], weight_G: Sequence[float]) -> Tensor:
-    """Replaces the loads of each group's null columns by their mean divided by the null weight, and the loads of its
-    identity columns by their mean."""
+    """Replaces the loads of each group's null columns by the mean of these loads divided by the null weight, and the loads
+    of the group's identity columns by their mean."""
     at = sum(group.num_experts for group in groups)
     parts = [load_LC[:, :at]]
     counts = [group.num_null for group in groups] + [group.num_identity for group in groups]
@@ -146,7 +147,7 @@ def _split_terms(
     tables: ColumnTables,
     weight_G: Sequence[float],
 ) -> Tensor:
-    """Computes `null_split`, see `balance_terms`. For a group that has only true columns the loss is constant."""
+    """Computes `null_split`, see `balance_terms`. For a group that has only true experts the loss is constant."""
     num_true = sum(group.num_experts for group in tables.groups)
     member_CG = tables.member_CG.to(prob_LC.dtype)
     terms_LG = torch.zeros_like(per_LG)
@@ -165,6 +166,7 @@ def _scaled(values_LG: Tensor, factor_G: Sequence[float]) -> Tensor:
 
 
 def z_terms(log_z_squared_LG: Tensor, tokens_LG: Tensor) -> Tensor:
-    """Returns this rank's share of each layer's router z-loss [L], with coefficient 1. The loss is the mean over tokens of
-    logsumexp(logits)^2 over the token's group's columns (ST-MoE, arXiv 2202.08906, eq. 5). `tokens_LG` counts all ranks."""
+    """Returns this rank's summand of each layer's router z-loss [L], with coefficient 1. The z-loss is the mean over tokens
+    of logsumexp(logits)^2 over the token's group's columns (ST-MoE, arXiv 2202.08906, eq. 5). `tokens_LG` counts all
+    ranks."""
     return log_z_squared_LG.sum(1) / tokens_LG.sum(1).to(log_z_squared_LG.dtype).clamp_min(1.0)

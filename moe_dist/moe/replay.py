@@ -1,11 +1,11 @@
-"""Feeds recorded choices back into the routers of a model. Tokens take the recorded experts even where the router would
-now choose others. The routing weights and their gradients are computed anew.
+"""Feeds recorded choices back into the routers of a model. Tokens take the recorded experts even where the router would now
+choose other experts. The routing weights and their gradients are computed anew.
 
     with Replay(model, ids_TLK, group_T):
         step(batches, ...)
 
-A pre-hook of each router puts the choices into the `RoutingCache`, as if a first forward had chosen them. Everything after
-the choice is the code of training. Forwards outside the context have no hook.
+A pre-hook of each router puts the choices into the `RoutingCache`, as if a first forward had chosen these columns. The code
+after the choice of experts is the same as in training. Forwards outside the context have no hook.
 
 Shape letters: T tokens of this rank, L MoE layers, K choices of a token, C choice columns, G expert groups.
 """
@@ -28,25 +28,27 @@ from moe_dist.moe.routing import ABSENT, group_columns
 
 
 class Replay:
-    """A context in which the model's routers choose as `ids_TLK` says. Each call of an MoE layer reads the choices of its
-    tokens from where the layer's last call ended, so the micro-batches must come in the order of `ids_TLK`.
-    Recomputation reads the choices a second time, in the same order. At the end each layer must have read all choices.
+    """A context in which the model's routers choose the columns in `ids_TLK`. Each call of an MoE layer reads the choices
+    of the next tokens in `ids_TLK` after those of the layer's last call, so the micro-batches must come in the order of
+    `ids_TLK`. Recomputation reads the choices a second time, in the same order. When the context ends, each layer must have
+    read all choices.
 
     Attributes:
-        ids_TLK: int16 on the host, 2 T L K bytes; the only memory that a replay keeps.
+        ids_TLK: int16 on the host, 2 T L K bytes; a replay keeps no other memory.
 
     Args:
         model: A model with `MoELayer`s or `LoRALayer`s whose routers have `TopKRouter`'s `forward` and `_choose`: a model
             of moe_dist, with or without FSDP2 or DDP, Megatron's GPTModel with `ExpertLayer`s, or a model of your own.
         ids_TLK: Whole numbers, the chosen columns (see `moe_dist.moe.routing`) of this rank's tokens, padding included. As
-            in a trace, -1 is no choice, and -2 - c is a pair of column c that a capacity dropped. Exactly these pairs are
-            dropped again. True experts have the first columns, so expert ids of other systems are valid, too.
+            in a trace, -1 is no choice, and -2 - c is a pair of column c that a capacity dropped. Exactly the pairs that
+            were dropped are dropped again. True experts have the first columns, so expert ids of other systems are valid,
+            too.
         group_T: Expert group of each token, -1 for padding; None if all tokens are of group 0.
         source: Name of the record in errors, for example its file.
 
     Raises:
         ConfigError: the model has a router that cannot replay.
-        DataError: the choices do not fit the model or the tokens.
+        DataError: the choices are invalid for the model or the tokens.
     """
 
     def __init__(
@@ -76,8 +78,8 @@ class Replay:
     def _give(self, layer: int, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         h_TD, _, cache = inputs
         if cache.choice_TK is not None:
-            return  # recomputation of a block has the cache of its forward
-        passed = self._passed[torch._C._current_graph_task_id() != -1]  # True: backward runs and recomputes
+            return  # recomputation of a block reuses the cache of its forward
+        passed = self._passed[torch._C._current_graph_task_id() != -1]  # True in a recomputation by backward
         first = passed[layer]
         passed[layer] = end = first + h_TD.shape[0]
         if end > len(self.ids_TLK):
@@ -87,7 +89,8 @@ class Replay:
             )
         column_TK = from_host(self.ids_TLK[first:end, layer], torch.int16, h_TD.device).to(torch.int64)
         cache.dropped_TK = column_TK < ABSENT
-        # -1 (padding, or a place beyond the group's k) becomes column 0, because routers ignore the columns in such places.
+        # -1 (padding, or a choice beyond the group's k) becomes column 0, because routers ignore the columns of such
+        # choices.
         cache.choice_TK = torch.where(cache.dropped_TK, -2 - column_TK, column_TK).clamp_min(0)
 
 
@@ -115,7 +118,7 @@ def _keeps_choices(router: Any) -> bool:
 
 
 def _fitting(ids_TLK: np.ndarray, group_T: np.ndarray, routers: Sequence[TopKRouter], source: str) -> np.ndarray:
-    """Returns the ids as int16, if they fit."""
+    """Returns the ids as int16, if the ids are valid for the model and the tokens."""
     wanted = (len(group_T), len(routers), routers[0].num_choices)
     if ids_TLK.shape != wanted or ids_TLK.dtype.kind not in "iu":
         raise DataError(
@@ -140,9 +143,9 @@ def _fitting(ids_TLK: np.ndarray, group_T: np.ndarray, routers: Sequence[TopKRou
 
 
 def _broken_rules(ids_TK: np.ndarray, group_T: np.ndarray, router: TopKRouter) -> list[tuple[np.ndarray, str]]:
-    """Returns rules, and for each a bool [T, K] that is true where the rule is broken."""
+    """Returns rules, and for each rule a bool [T, K] that is true where the rule is broken."""
     group_C = np.array(group_columns(router.groups))
-    k_G = np.array([group.top_k for group in router.groups] + [0])  # the last entry is for padding, group -1
+    k_G = np.array([group.top_k for group in router.groups] + [0])  # the last number is for padding, group -1
     chosen_TK = np.arange(ids_TK.shape[1]) < k_G[group_T][:, None]
     dropped_TK = ids_TK < ABSENT
     column_TK = np.where(dropped_TK, -2 - ids_TK, ids_TK)

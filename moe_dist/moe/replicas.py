@@ -1,8 +1,9 @@
-"""Computes replicas of experts (`placement/replicas.py`). Each forward fetches their weights from the experts' own slots.
+"""Computes replicas of experts (`placement/replicas.py`). Each forward fetches the replicas' weights from the experts' own
+slots.
 
-No second set of weights must be kept equal: backward sends the gradients of replicas to the own slots and adds them there,
-and the optimizer, the gradient norm and checkpoints see each expert once. The exchange of weights is part of the autograd
-graph between dispatch and experts, so that every rank issues its collectives in the same order.
+Replicas have no parameters that must be kept equal: backward sends the gradients of replicas to the experts' own slots and
+adds the gradients there, and the optimizer, the gradient norm and checkpoints see each expert once. The exchange of weights
+is part of the autograd graph between dispatch and experts, so that every rank issues its collectives in the same order.
 
 The weights of a replica stay in memory, in the dtype of the rows, from forward to backward.
 
@@ -37,7 +38,7 @@ class Route:
         group: Name of the group.
         send: Slots (in this rank's stack) of the experts whose weights are sent, in the order of the destination ranks. An
             expert may be sent to several ranks.
-        splits: Numbers of experts to and from each rank.
+        splits: Numbers of experts whose weights are sent to and received from each rank.
     """
 
     group: str
@@ -61,7 +62,7 @@ class Route:
 
 @dataclass(frozen=True)
 class ReplicaWeights:
-    """Brings the weights of one layer's replicas to this rank. `routes` has the groups with replicas on any rank."""
+    """Fetches the weights of one layer's replicas to this rank. `routes` has the groups with replicas on any rank."""
 
     layer: str
     wire: AllToAll
@@ -79,13 +80,13 @@ class ExpertsWithReplicas(Experts):
     """FFN experts of this rank and, in layers with replicas, the replicas on this rank. For arguments see `Experts`.
 
     Attributes:
-        replicas: Brings the weights of this rank's replicas; None for a layer without replicas.
+        replicas: Fetches the weights of this rank's replicas; None for a layer without replicas.
     """
 
     replicas: ReplicaWeights | None = None
 
     def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
-        """See `Experts.forward`. The rows of replicas come after the rows of the rank's own slots."""
+        """See `Experts.forward`. The input rows of replicas come after the rows of the rank's own slots."""
         found = self.replicas
         if found is None:
             return super().forward(dispatched, plan, recompute=recompute)
@@ -107,7 +108,8 @@ def _run(
     counts: Sequence[int],
     activate: Activation,
 ) -> Tensor:
-    """Computes replicas with their own weights, as `stack` computes its experts."""
+    """Computes replicas with the weights `gate`, `up` and `down`, by the function that `stack` would use for its
+    experts."""
     like = x_QD[0] if isinstance(x_QD, tuple) else x_QD
     options: dict[str, Any] = {"dtype": like.dtype, "device": like.device, "widths": stack.widths}
     swiglu: Callable[..., Tensor] = choose_gemm(stack.gemm, num_experts=len(counts), **options)
@@ -116,19 +118,19 @@ def _run(
 
 class _Fetch(torch.autograd.Function):
     """Forward sends the weights of experts to the ranks of their replicas, one exchange for each group; backward sends the
-    gradients back. The rows [R, D] pass through unchanged, so that this node's backward runs on every rank, after the
-    backward of the experts and before the backward of dispatch."""
+    weights' gradients back. The rows [R, D] pass through unchanged, so that this node's backward runs on every rank, after
+    the backward of the experts and before the backward of dispatch."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, replicas: ReplicaWeights, *weights: Tensor) -> Any:
-        ctx.replicas, ctx.weights = replicas, weights  # not save_for_backward, because backward does not need their values
+        ctx.replicas, ctx.weights = replicas, weights  # not save_for_backward: backward needs no values
         found: list[Tensor] = []
         for route, three in zip(replicas.routes, _of_groups(weights), strict=True):
             sent = torch.cat([_slots(each, route.send).to(rows_RD.dtype).flatten(1) for each in three], dim=1)
             arrived = replicas.wire.exchange(sent, route.splits, name=REPLICAS, layer=replicas.layer)
             shapes = [each.shape[1:] for each in three]
             pieces = arrived.split([shape.numel() for shape in shapes], dim=1)
-            # contiguous, like all other stacks that the grouped product gets
+            # contiguous, like the other weight stacks of the grouped product
             found += [piece.unflatten(1, shape).contiguous() for piece, shape in zip(pieces, shapes, strict=True)]
         return rows_RD.view_as(rows_RD), *found
 
@@ -158,8 +160,8 @@ def _slots(stack: Tensor, slots: Sequence[int]) -> Tensor:
 
 
 def _with(weight: Tensor, gradient: Tensor, slots: Sequence[int]) -> Tensor | None:
-    """Returns a gradient of the stack `weight` from the gradients of its replicas. If the stack has a gradient already,
-    adds to it in place and returns None, as `experts._WorkingCopy` does."""
+    """Returns the gradient of the stack `weight`, made of the gradients of its replicas. If the stack has a gradient
+    already, adds to the stack's gradient in place and returns None, as `experts._WorkingCopy` does."""
     if not slots or not weight.requires_grad:
         return None
     total = torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -1,4 +1,4 @@
-"""Defines the records that router, dispatcher and training step pass to each other: assignments, sums, reports.
+"""Defines the records that router, dispatcher and training step exchange: assignments, sums, reports.
 
 Shape letters: T tokens on this rank, E true experts (logical, over all groups), K choices per token, N (token, expert)
 pairs, G expert groups, W ranks, A probe tokens (whose probabilities are reported), F zero-computation columns (identity and
@@ -17,19 +17,19 @@ ABSENT = -1  # expert id of an absent pair, as in DeepEP
 
 
 class Assignments(NamedTuple):
-    """The (token, expert) pairs of one layer on this rank. The dispatcher sees no other part of the routing.
+    """The (token, expert) pairs of one layer on this rank. The dispatcher reads no other result of the router.
 
     N, the number of pairs, does not depend on the routing (N = T x K for token choice), so that the host knows shapes
-    without a sync. A pair that no expert computes (a null choice, padding) therefore stays in the list as an absent pair.
+    without a sync. A pair that no expert computes (a null choice, padding) is therefore kept in the list as an absent pair.
     All other pairs are called taken; no taken pair occurs twice.
 
     Attributes:
         token_N: int64, token of each pair.
         expert_N: int64, logical expert of each pair; ABSENT for absent pairs.
         weight_N: Routing weight with gradient, fp32 (float64 in a float64 model); 0 for absent pairs.
-        counts_WE: Number of pairs of each EP rank's tokens with each logical expert, the same table on all ranks. None if
-            these numbers depend on the routing, as in token choice. If the table is given, as in expert choice within one
-            rank, every pair is taken and pairs are sorted by expert.
+        counts_WE: Number of pairs of each EP rank's tokens with each logical expert, the same table on all ranks.
+            `counts_WE` is None if the numbers of pairs depend on the routing, as in token choice. If `counts_WE` is given,
+            as in expert choice within one rank, every pair is taken and pairs are sorted by expert.
         num_choices: K, if every token has K pairs and pairs are sorted by token, as in token choice; else None.
     """
 
@@ -40,7 +40,8 @@ class Assignments(NamedTuple):
     num_choices: int | None = None
 
     def taken(self) -> "Assignments":
-        """Returns the taken pairs alone, for tests and pictures. Syncs on CUDA, because it reads their number."""
+        """Returns the taken pairs alone, for tests and pictures. Syncs on CUDA, because the host reads the number of taken
+        pairs."""
         keep = self.expert_N != ABSENT
         return Assignments(self.token_N[keep], self.expert_N[keep], self.weight_N[keep])
 
@@ -65,7 +66,7 @@ class RouterSums(NamedTuple):
 
     Attributes:
         choices_C: int64, number of choices of each column, including choices that a capacity drops.
-        prob_C: Sum over tokens of each column's probability, differentiable. In expert choice it sums scores, without
+        prob_C: Sum over tokens of each column's probability, differentiable. In expert choice `prob_C` sums scores, without
             gradient.
         tokens_G: int64, number of routed tokens.
         log_z_squared_G: Sum over tokens of the squared log-sum-exp of the group's logits, differentiable.
@@ -102,8 +103,9 @@ class Routing(NamedTuple):
     """The result of a router for T tokens.
 
     Attributes:
-        zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 if not chosen. These experts
-            run on the token's own rank, so they are in no pair. None if no group has such experts.
+        zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 if not chosen.
+            Zero-computation experts run on the token's own rank, so they are in no (token, expert) pair. `zero_weight_TF`
+            is None if no group has zero-computation experts.
         prob_AC: Probabilities of the probe tokens, 0 in columns of other groups than the token's; fp32 with gradient. None
             without probe tokens.
         chosen: Each token's choices, if the request asks for them.
@@ -122,11 +124,11 @@ class DepthSums(NamedTuple):
     Attributes:
         tokens: int64, number of this rank's tokens that are not padding.
         taken: int64, number of tokens that the layer computes.
-        agreed: int64, number of tokens for which evaluation's causal rule and training's selection decide the same.
+        agreed: int64, number of tokens for which evaluation's causal rule and training's selection agree.
         cut: float64, lowest selected score in the selection scope, times `tokens`.
         weight: float64, sum of the weights of the computed tokens, without gradient.
-        auxiliary: Binary cross entropy of the auxiliary router, summed over `tokens`, differentiable; None without that
-            router.
+        auxiliary: Binary cross entropy of the auxiliary router, summed over `tokens`, differentiable; None without an
+            auxiliary router.
     """
 
     tokens: Tensor
@@ -138,7 +140,7 @@ class DepthSums(NamedTuple):
 
 
 class LayerReport(NamedTuple):
-    """The report that an MoE layer returns beside its output. The report is a NamedTuple, so that FSDP2's hooks find its
+    """The report that an MoE layer returns besides its output. The report is a NamedTuple, so that FSDP2's hooks find its
     tensors.
 
     Attributes:
@@ -146,8 +148,9 @@ class LayerReport(NamedTuple):
         rows_remote: Rows that this rank sent to other ranks in forward, one for each distinct (token, other rank).
         pairs: Number of taken (token, expert) pairs of this rank's tokens.
         pairs_remote: Pairs whose expert is on another rank.
-        sent_5: None if the three numbers above are known on the host. Else these numbers are 0, and this int64 tensor has
-            them, the number of padding rows sent to other ranks, and the number of rows and pairs beyond the fixed sizes.
+        sent_5: None if `rows_remote`, `pairs` and `pairs_remote` are known on the host. Otherwise `rows_remote`, `pairs`
+            and `pairs_remote` are 0, and `sent_5` (int64, on the device) has their values, the number of padding rows sent
+            to other ranks, and the number of rows and pairs beyond the fixed sizes.
         depth: Sums of a mixture-of-depths layer; None in other layers.
         members_G: int64, number of tokens of each group in a mixture-of-depths layer, skipped tokens included; None in
             other layers.
@@ -175,7 +178,7 @@ class GlobalBatchInfo:
     Attributes:
         step: Optimizer step, counted from 0. The step is part of the names of random numbers.
         first_token: Index of the micro-batch's first token among all tokens of the step.
-        rank: Global rank of this process. Ranks that share sequences count as one rank here and below.
+        rank: Global rank of this process. Ranks that share sequences count as one rank in all fields.
         tokens_W: Number of tokens of each rank of the world, padding included.
         members_WG: Number of tokens of each group on each rank of the world, without padding.
     """
@@ -187,8 +190,8 @@ class GlobalBatchInfo:
     members_WG: tuple[tuple[int, ...], ...]
 
     def first_token_of(self, rank: int) -> int:
-        """Returns the index, among all tokens of the step, of a rank's first token. The index is the same in every
-        layout."""
+        """Returns the index, among all tokens of the step, of a rank's first token. The index does not depend on the layout
+        of ranks."""
         return self.first_token + sum(self.tokens_W[:rank])
 
 
@@ -199,11 +202,11 @@ class RoutingRequest:
     Attributes:
         batch_info: Token counts of the micro-batch on all ranks; None in evaluation.
         probe_tokens_A: int64, indices of the tokens whose probabilities the reports contain as `prob_AC`, or None.
-        token_T: int64, index of each token in its micro-batch; None if the tokens are in this order.
-        experts_off: If true, routed experts add 0 to the output. The experts and their collectives still run.
+        token_T: int64, index of each token in its micro-batch; None if token i has index i.
+        experts_off: If true, routed experts add 0 to the output. The routed experts and their collectives still run.
         keep_choices: If true, the reports contain each token's choices as `chosen`.
-        on_reports: The transformer calls it once with the reports of all MoE layers, before the output layer. Training
-            starts the sum of routing counts there.
+        on_reports: The transformer calls `on_reports` once with the reports of all MoE layers, before the output layer.
+            Training starts the sum of routing counts in this call.
     """
 
     batch_info: GlobalBatchInfo | None = None
@@ -219,7 +222,7 @@ NO_REQUEST = RoutingRequest()
 
 class ExpertsChoice(NamedTuple):
     """The tokens that each expert (expert choice) or the layer (mixture of depths) takes. Has no gradient; recomputation
-    uses it again.
+    uses the same choice.
 
     Attributes:
         taken_TE: bool, true if the expert takes this rank's token.
@@ -237,24 +240,30 @@ class ExpertsChoice(NamedTuple):
 @dataclass
 class RoutingCache:
     """The discrete decisions of one layer's forward, and the layer's request. The first forward writes the decisions, and
-    the recomputed forward reads them. The recomputed forward must not decide again: recomputed logits may differ in the
-    last bits, and another choice would change the sizes that this rank sends.
+    the recomputed forward reads them. The recomputed forward must not choose again: recomputed logits may differ in the
+    last bits, and a different choice would change the sizes that this rank sends.
+
+    Attributes:
+        choice_TK: The columns that each token chose, under token choice.
+        kept_TK: bool, the chosen columns that the token takes, in adaptive routers.
+        number_T: Predicted number of choices, with gradient, recomputed in each forward.
+        choice: The tokens that experts take, in expert choice.
     """
 
-    choice_TK: Tensor | None = None  # the columns that each token chose, under token choice
-    kept_TK: Tensor | None = None  # which of these columns a token takes, in adaptive routers
-    number_T: Tensor | None = None  # predicted number of choices, with gradient; each forward computes it anew
+    choice_TK: Tensor | None = None
+    kept_TK: Tensor | None = None
+    number_T: Tensor | None = None
     dropped_TK: Tensor | None = None
     batch_info: GlobalBatchInfo | None = None
     probe_tokens_A: Tensor | None = None
     token_T: Tensor | None = None
     keep_choices: bool = False
-    choice: ExpertsChoice | None = None  # taken tokens of expert choice
+    choice: ExpertsChoice | None = None
     plan: Any = None  # the dispatcher's plan
 
 
 def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:
     """Returns the group's index of each choice column. The columns are all true experts, then all null, all identity and
-    all constant experts, each sorted by group. True experts come first, to win ties in a stable sort."""
+    all constant experts, each sorted by group. True experts are the first columns, to win ties in a stable sort."""
     kinds = zip(*((g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in groups), strict=True)
     return [group for counts in kinds for group, count in enumerate(counts) for _ in range(count)]

@@ -1,8 +1,9 @@
-"""The true experts of this rank for plans of fixed sizes (`dispatch/static.py`). The row counts stay on the device.
+"""The true experts of this rank for plans of fixed sizes (`dispatch/static.py`). The experts' row counts stay on the
+device.
 
-Pairs of a group are consecutive: the pairs of each expert in order, then padding. The grouped product reads the experts'
-rows from offsets on the device. The product's results in the rows of padding are undefined and never used. Shape letters as
-in `experts.py`; P is the number of places for a group's pairs.
+(token, expert) pairs of a group are consecutive: the pairs of each expert in order, then padding. The grouped product reads
+the experts' rows from offsets on the device. The grouped product's results in padding rows are undefined and never used.
+Shape letters as in `experts.py`; P is the number of places for a group's pairs.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from moe_dist.placement.roles import group_module
 
 class StaticStack(ExpertStack):
     def forward(self, x_QD: Inputs, counts: Any, activate: Activation = silu_product) -> Tensor:
-        """Applies each expert to its block of consecutive rows. `counts` has `counts_X` and `end_X` of the plan for the
+        """Applies each expert to its block of consecutive rows. `counts` is the plan's `counts_X` and `end_X` of the
         group's slots."""
         for_gate_PD, for_up_PD = x_QD if isinstance(x_QD, tuple) else (x_QD, x_QD)
         room, device, dtype = for_gate_PD.shape[0], for_gate_PD.device, for_gate_PD.dtype
@@ -58,7 +59,7 @@ class _Product:
         self.offsets, self.empty_e11 = end_e, (counts_e == 0)[:, None, None]
 
     def __call__(self, x_PI: Tensor, weight_eOI: Tensor) -> Tensor:
-        weight_eOI = weight_eOI.view_as(weight_eOI)  # a view, because a hook on the parameter would stay
+        weight_eOI = weight_eOI.view_as(weight_eOI)  # a hook on the parameter would persist
         if weight_eOI.requires_grad:  # because torch does not document the gradient of an expert without rows
             weight_eOI.register_hook(lambda gradient: gradient.masked_fill(self.empty_e11, 0.0))
         y_PO = F.grouped_mm(x_PI, weight_eOI.transpose(-2, -1), offs=self.offsets)
@@ -68,7 +69,7 @@ class _Product:
 
 
 class StaticExperts(Experts):
-    """See `Experts`. All pairs are computed at once."""
+    """See `Experts`. All (token, expert) pairs are computed at once."""
 
     def __init__(
         self,

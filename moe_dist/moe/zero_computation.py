@@ -3,8 +3,8 @@
     identity  E(x) = x                                          (LongCat-Flash, arXiv 2509.01322; MoE++'s copy expert)
     constant  E(x) = a1 x + a2 v,  [a1, a2] = softmax(W x)      (MoE++, arXiv 2410.07348), v and W [2, D] learned
 
-x is the layer's normalised input, as for true experts. Null experts, E(x) = 0, need no code. Shape letters: T tokens, D
-hidden size, F zero-computation columns: all groups' identity experts, then all groups' c constant experts.
+x is the layer's normalised input, as for true experts. Null experts, E(x) = 0, need no computation. Shape letters: T
+tokens, D hidden size, F zero-computation columns: all groups' identity experts, then all groups' c constant experts.
 """
 
 from collections.abc import Sequence
@@ -46,8 +46,8 @@ class ZeroComputationExperts(nn.Module):
 
     def forward(self, h_TD: Tensor, weight_TF: Tensor) -> Tensor:
         """Returns the weighted sum of each token's zero-computation experts, [T, D] in the dtype of `h_TD`, summed in fp32
-        (float64 for float64) and rounded once. The sum is `h_TD` times one number per token, plus one matrix product with
-        the vectors of all constant experts."""
+        (float64 for float64) and rounded once. The sum is computed as `h_TD` times one number per token, plus one matrix
+        product with all constant experts' vectors."""
         dtype = accumulation_dtype(h_TD.dtype)
         with torch.autocast(device_type=h_TD.device.type, enabled=False):  # autocast would run the products in bf16
             x_TD = h_TD.to(dtype)

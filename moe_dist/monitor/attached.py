@@ -34,29 +34,32 @@ from moe_dist.monitor.trace.format import Manifest
 from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertPlacement
 
-GIVEN = 4  # numbers appended to the summed counts: loss and gradient norm, each with the number of ranks that gave it
-# Scalars that only a trainer of moe_dist knows.
+GIVEN = 4  # numbers appended to the summed counts: loss and gradient norm, and for each the number of ranks that pass it
+
+# Tags of scalars that only moe_dist's own trainer knows.
 UNKNOWN = ("comm/", "loss/balance", "loss/z", "data/", "device/", "optim/skipped_steps", "perf/mfu")
 NO_LEDGER = ("payload_bytes", "rows_remote", "rows_topk", "rows_same_active", "rows_per_pair")
 
 
 class Attached:
     """Watches the routers of `model` until `detach`, which the end of a `with` block calls. With several ranks the
-    constructor is collective: it makes two small all-reduces.
+    constructor is collective (two small all-reduces).
 
     Args:
         model: A model of transformers or Megatron-Core, also wrapped (DDP, FSDP2), whose routers are in `ROUTERS`.
         folder: Folder of the records, which `moe-dist report` reads.
-        sinks: Names of `attached_folder.SINKS`, or sinks made by the caller. Only rank 0 uses them.
+        sinks: Names of `attached_folder.SINKS`, or sinks made by the caller. Only rank 0 uses sinks.
         trace_every: Steps between traced steps, beginning with the first; 0 for no trace.
         trace_tokens: Largest number of traced tokens of a rank in a step; None for all.
         tokenizer: tokenizer.json with the names of the tokens, for the report.
-        last_step: Last step of the training that goes on, or 0 for a new training; drops later records in `folder`.
-        group: Ranks that have these layers and route different tokens; by default all ranks.
+        last_step: Last step before this call, if training is resumed, else 0; records of later steps in `folder` are
+            dropped.
+        group: Process group of the ranks that have the same layers and route different tokens; by default all ranks.
 
     Raises:
-        ConfigError: the model has no known routers or is watched already; the folder has other records; a sink cannot be
-            opened; another group took the folder at the same time; the ranks' models differ; or another rank failed.
+        ConfigError: the model has no known routers or is watched already; the folder has records of another model or
+            training; a sink cannot be opened; another process group took the folder at the same time; the ranks' models
+            differ; or another rank failed.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class Attached:
         self._handles = [
             model.register_forward_pre_hook(counts.see, with_kwargs=True),
             model.register_forward_hook(counts.forget, always_call=True),
-            *(  # prepended, to run before FSDP2 shards the weight again and before another hook replaces the output
+            *(  # prepended, to run before FSDP2 reshards the router's weight and before another hook replaces the output
                 router.register_forward_hook(RouterHook(counts, routers.kind, layer), prepend=True)
                 for layer, router in enumerate(routers.modules)
             ),
@@ -115,13 +118,14 @@ class Attached:
     def step(
         self, loss: Tensor | float | None = None, *, lr: float | None = None, grad_norm: Tensor | float | None = None
     ) -> Record | None:
-        """Records an optimizer step, which has all forwards since the last call. All ranks of the group call it together.
+        """Records an optimizer step with all forwards since the last call. All ranks of the group must call `step`
+        together.
 
-        Sums L x (E + 2) + 4 numbers over the ranks by one all-reduce, and waits once for the device; a traced step also
-        waits for its choices. A DTensor, such as FSDP2's gradient norm, costs one more all-reduce.
+        Sums L x (E + 2) + 4 numbers over the ranks by one all-reduce, and waits once for the device; in a traced step the
+        host also waits for the choices of experts. A DTensor, such as FSDP2's gradient norm, costs one more all-reduce.
 
         Args:
-            loss, grad_norm: Values on this rank; the record has the means over the ranks that give a value.
+            loss, grad_norm: Values on this rank; the record has the means over the ranks that pass a value.
             lr: Learning rate, which rank 0 records.
 
         Returns:
@@ -136,7 +140,7 @@ class Attached:
                 values[at], values[at + 1] = number.detach() if isinstance(number, Tensor) else number, 1.0
         if self._group is not None:
             dist.all_reduce(values, group=self._group)
-        host = values.cpu().numpy()  # the only sync of a step that is not traced
+        host = values.cpu().numpy()  # the only host sync of an untraced step
         if self._counts.keep and self._writer is not None:
             self._writer.write(self._step, parts)
         record = None

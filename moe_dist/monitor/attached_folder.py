@@ -45,13 +45,14 @@ class HintSink(Sink):
 
 
 def _tensorboard(folder: Path, subject: Subject, step: int) -> Sink:
-    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # imported late, because the import takes seconds
+    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # imported late, because importing takes seconds
 
     modalities = subject.groups[0].modalities
     return TensorBoardSink(folder=folder / "tensorboard", subject=subject, modalities=modalities, resume_step=step)
 
 
-# Name of a sink -> function that makes the sink from the folder, the subject of its pictures, and the last earlier step.
+# Name of a sink -> function that makes the sink from the folder, the subject of its pictures, and the last step of earlier
+# records.
 SINKS: dict[str, Callable[[Path, Subject, int], Sink]] = {
     "hints": lambda folder, subject, step: HintSink(subject),
     "jsonl": lambda folder, subject, step: JsonlSink(path=folder / METRICS, resume_step=step),
@@ -74,10 +75,11 @@ def open_together(
     device: torch.device,
 ) -> tuple["ChoiceWriter | None", Sink | None]:
     """Opens the sinks on rank 0, and the files of the trace on each rank. With a group, all ranks make two small
-    all-reduces, and all raise an error if one rank fails.
+    all-reduces, and all ranks raise an error if one rank fails.
 
     Returns:
-        The writer of this rank's trace, or None if `manifest` traces no steps; and the sinks, or None except on rank 0.
+        The writer of this rank's trace, or None if `manifest` traces no steps; and the sinks on rank 0, None on other
+            ranks.
 
     Raises:
         ConfigError: see `Attached`.
@@ -117,7 +119,7 @@ def open_together(
 
 
 def _agree(folder: Path, failed: ConfigError | None, values: Sequence[int], group: Any, device: torch.device) -> list[int]:
-    """Returns the largest of each value over the ranks.
+    """Returns for each value the maximum over the ranks.
 
     Raises:
         ConfigError: `failed` is not None on this rank or on another rank.
@@ -145,7 +147,7 @@ def _take_attempt(folder: Path, manifest: Manifest) -> int:
     """Writes the manifest of the next attempt, and returns the attempt's number.
 
     Raises:
-        ConfigError: see `_next_attempt`; or another group took the attempt at the same time.
+        ConfigError: see `_next_attempt`; or another process group took the attempt at the same time.
     """
     attempt = _next_attempt(folder, manifest)
     place = _place(folder, manifest.from_step, attempt)
@@ -159,7 +161,7 @@ def _take_attempt(folder: Path, manifest: Manifest) -> int:
             see=GUIDE,
         ) from error
     except OSError as error:
-        (place / MANIFEST).unlink(missing_ok=True)  # a half-written manifest would make later starts fail
+        (place / MANIFEST).unlink(missing_ok=True)  # with a half-written manifest later calls would fail
         raise _unusable(folder, error) from error
     return attempt
 
@@ -168,7 +170,7 @@ def _next_attempt(folder: Path, manifest: Manifest) -> int:
     """Makes the folder, and returns the number of the attempt that begins after step `from_step`.
 
     Raises:
-        ConfigError: the folder cannot be made, or has records of another run or another model.
+        ConfigError: the folder cannot be made, or has records of another training or another model.
     """
     path, step, earlier = folder / METRICS, manifest.from_step, ()
     try:
@@ -195,7 +197,7 @@ def _next_attempt(folder: Path, manifest: Manifest) -> int:
 
 
 def _open_sinks(sinks: Sequence[str | Sink], folder: Path, subject: Subject, step: int) -> list[Sink]:
-    """Makes the sinks that are given by name; other sinks stay as they are.
+    """Makes the sinks that are given by name; sink objects are used unchanged.
 
     Raises:
         ConfigError: a name is unknown, or a sink cannot be opened.
@@ -239,7 +241,8 @@ class ChoiceWriter:
         return (step - 1) % self._manifest.every == 0
 
     def write(self, step: int, parts: Sequence[Sequence[Traced]]) -> None:
-        """Writes the choices of each layer's forwards. Copies them to the host, with one device sync for each forward."""
+        """Writes the choices of each layer's forwards. Copies the choices to the host, with one device sync for each
+        forward."""
         if len({tuple(len(each.ids_TK) for each in forwards) for forwards in parts}) > 1:
             logger.error("step %d is not traced, because the routers saw different tokens", step)
             return
@@ -260,7 +263,7 @@ class ChoiceWriter:
         self._writer.close()
 
     def _tokens(self, forward: Traced) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the router's tokens in its order, `TOKEN` [T], and the indices of the tokens that are no padding."""
+        """Returns the tokens in the router's order, `TOKEN` [T], and the indices of the tokens that are not padding."""
         ids_BS, mask_BS = (
             None if each is None or each.numel() != len(forward.ids_TK) else _host(each) for each in forward.batch
         )

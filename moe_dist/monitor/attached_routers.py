@@ -1,4 +1,4 @@
-"""Finds the routers of other systems' models, and counts their choices. `ROUTERS` has a line for each router class.
+"""Finds the routers of other systems' models, and counts the routers' choices. `ROUTERS` has a line for each router class.
 
 Shape letters: B sequences, S positions, T = B x S tokens, D hidden size, L MoE layers, E experts, K choices of a token.
 """
@@ -18,7 +18,7 @@ EXTRA = 2  # numbers after a layer's E expert counts: number of tokens, and sum 
 
 
 class Choices(NamedTuple):
-    """The decisions of a router: experts int64 [T, K], the best first, their weights, and the logits [T, E]."""
+    """The decisions of a router: experts int64 [T, K], the best first, the routing weights, and the logits [T, E]."""
 
     ids_TK: Tensor
     weights_TK: Tensor
@@ -48,7 +48,7 @@ def _of_transformers(router: Any, hidden: Tensor, output: Any) -> Choices:
 
 
 def _of_megatron(router: Any, hidden: Tensor, output: Any) -> Choices:
-    probs_TE, map_TE = output  # weights, and a boolean map of the chosen pairs
+    probs_TE, map_TE = output  # weights, and a boolean map of the chosen (token, expert) pairs
     weights_TK, ids_TK = torch.where(map_TE, probs_TE, -1.0).topk(router.topk, dim=-1)
     return Choices(ids_TK, weights_TK, router.gating(hidden).flatten(0, -2))
 
@@ -81,7 +81,7 @@ ROUTERS: dict[str, RouterKind] = {
 
 
 class Routers(NamedTuple):
-    """The routers of a model, which all have one shape: modules, layer indices (L), and the numbers of
+    """The routers of a model, which all have the same shape: modules, layer indices (L), and the numbers of
     `RouterKind.shape`."""
 
     modules: tuple[nn.Module, ...]
@@ -101,8 +101,8 @@ def find_routers(model: nn.Module) -> Routers:
     """Finds the routers of a model.
 
     Raises:
-        ConfigError: the model has no router of a known class, the routers' shapes or classes differ, or a router is watched
-            already or has an output from which choices cannot be read.
+        ConfigError: the model has no router of a known class, the routers' shapes or classes differ, a router is watched
+            already, or choices cannot be read from a router's output.
     """
     found = {name: (module, kind) for name, module in model.named_modules() if (kind := _kind_of(module)) is not None}
     if not found:
@@ -166,7 +166,7 @@ class Counts:
     Attributes:
         keep: Whether single choices are kept for a trace: (2 + 2) x K bytes per token and layer.
 
-    In a copied or pickled model the hooks do nothing, because the copy is another model.
+    In a copied or pickled model the hooks do nothing, because only the original model is watched.
     """
 
     def __init__(self, routers: Routers) -> None:
@@ -195,7 +195,7 @@ class Counts:
             self._parts[layer].append(Traced(ids_TK.to(torch.int16), choices.weights_TK.detach().half(), batch))
 
     def take(self) -> tuple[Tensor, list[list[Traced]]]:
-        """Returns the sums float64 [L, E + EXTRA], and the kept forwards of each layer; resets both."""
+        """Returns the sums float64 [L, E + EXTRA], and the kept forwards of each layer; resets sums and kept forwards."""
         sums, parts = torch.stack([each.to(self._sums[0].device) for each in self._sums]), self._parts
         self._start()
         return sums, parts
@@ -207,7 +207,7 @@ class Counts:
         self._parts: list[list[Traced]] = [[] for _ in devices]
 
     def _real(self, mask_BS: Tensor | None, ids_TK: Tensor) -> Tensor:
-        """Returns which tokens are no padding, bool [T]. Ignores a mask of another size."""
+        """Returns which tokens are not padding, bool [T]. Ignores an attention mask of another size than the tokens."""
         if mask_BS is None or mask_BS.numel() != len(ids_TK):
             return torch.ones(len(ids_TK), dtype=torch.bool, device=ids_TK.device)
         ordered = mask_BS.T if self._routers.kind.sequence_first else mask_BS
@@ -218,14 +218,14 @@ class Counts:
 
 
 class RouterHook:
-    """The forward hook of one router. Counts only in training mode, and not if backward recomputes the forward."""
+    """The forward hook of one router. The hook counts only in training mode, and not if backward recomputes the forward."""
 
     def __init__(self, counts: Counts, kind: RouterKind, layer: int) -> None:
         self._counts, self._kind, self._layer = counts, kind, layer
 
     @torch.no_grad()
     def __call__(self, router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        recomputed = torch._C._current_graph_task_id() != -1  # True if a backward runs in this thread
+        recomputed = torch._C._current_graph_task_id() != -1  # true while a backward runs in this thread
         if router.training and not recomputed:
             self._counts.add(self._layer, self._kind.read(router, inputs[0], output))
 

@@ -2,8 +2,8 @@
 
 import re
 
-# Dense TFLOP/s (without sparsity) in bf16 with fp32 sums, from NVIDIA's data sheets. A card gets the first key whose words
-# are all in the card's name; therefore a longer key stands before a shorter key with the same words.
+# Dense TFLOP/s (without sparsity) in bf16 with fp32 sums, from NVIDIA's data sheets. The first key whose words are all in
+# the card's name is used; therefore a longer key is before a shorter key with the same words.
 PEAK_BF16_TFLOPS: dict[str, float] = {
     "GB200": 2500.0,
     "B200": 2250.0,
@@ -26,7 +26,7 @@ PEAK_BF16_TFLOPS: dict[str, float] = {
     "L40": 181.0,
     "L40S": 362.0,
 }
-PARTIAL = "MIG"  # in the name of a MIG part of a card, whose rate is lower than the card's
+PARTIAL = "MIG"  # word in the name of a MIG part of a card, whose peak rate is lower than the whole card's
 
 
 def peak_tflops(card: str) -> float | None:

@@ -1,4 +1,5 @@
-"""Compares the records of two runs, without times, and finds the first line that differs. Needs no torch."""
+"""Compares the records (lines of metrics.jsonl) of two runs, without times, and finds the first line that differs. Needs no
+torch."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,18 +8,18 @@ from typing import Any
 
 from moe_dist.monitor.tags import reproducible_part
 
-# Records of earlier versions lack these keys, and a comparison ignores that.
+# Keys that records of earlier versions lack; a comparison ignores such missing keys.
 ADDED = frozenset({"ledger.rows_bound", "ledger.rows_padding"})
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first pair of lines that differ.
+    """The first line of metrics.jsonl that differs between two runs.
 
     Attributes:
         step, kind: Step and kind of the first run's line.
         keys: (dotted key, value in the first line, value in the second line); None stands for a missing key.
-        same: Number of equal lines before the first difference.
+        same: Number of equal lines before the first differing line.
     """
 
     step: int
@@ -31,7 +32,7 @@ def first_difference(
     first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]], *, rtol: float = 0.0, only: Sequence[str] = ()
 ) -> tuple[Difference | None, int]:
     """Returns the first difference, and the number of equal lines before that difference. Lines of one file beyond the end
-    of the other are ignored.
+    of the other file are ignored.
 
     Args:
         first, second: Lines of two metrics.jsonl in order.

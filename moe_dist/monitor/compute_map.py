@@ -24,10 +24,10 @@ from moe_dist.monitor.heatmaps import (
 )
 from moe_dist.monitor.statistics import ComputeMap, MappedPicture
 
-HEAD, LABEL, GAP = 74, 22, 14  # heights in pixels: title, line of words, space between pictures
+HEAD, LABEL, GAP = 74, 22, 14  # heights in pixels: title, line of words, gap between pictures
 SIDE = 112  # largest length in pixels of the longer side of a picture
-LINE = 22  # pixels from a line of text to the next
-SHADES = " .:-=+*#%@"  # console characters, from no expert to the largest possible number of experts
+LINE = 22  # pixels from one line of text to the next
+SHADES = " .:-=+*#%@"  # console characters that show numbers of experts, from 0 to the largest possible number
 SHOWN, SHOWN_LINES = 3, 3  # pictures and lines of text on a console
 
 
@@ -37,7 +37,8 @@ def loads_text(found: ComputeMap) -> str:
 
 
 def draw_map(found: ComputeMap, *, title: str) -> np.ndarray:
-    """Draws pictures, each above the map of its cells, then lines of text, each token on the colour of its experts."""
+    """Draws pictures, each above the map of its cells, then lines of text, each token on a background whose colour shows
+    its number of experts."""
     caption = f"held-out, mean over layers: {loads_text(found)}"
     scale = linear_scale("", float(found.most))
     across = max(1, (CANVAS - 2 * MARGIN) // (SIDE + GAP))
@@ -68,7 +69,8 @@ def draw_map(found: ComputeMap, *, title: str) -> np.ndarray:
 def _picture(
     image: Image.Image, canvas: ImageDraw.ImageDraw, at: tuple[int, int], picture: MappedPicture, scale: Scale
 ) -> None:
-    """Pastes a picture, and below the picture the mean in words and the map. Without pixels, drawn cells are grey."""
+    """Pastes a picture, and below the picture the mean number of experts in words and the map. If a picture has no pixels,
+    drawn cells are grey."""
     x, y = at
     factor = SIDE / max(picture.experts.shape)
     height, width = (max(1, round(cells * factor)) for cells in picture.experts.shape)
@@ -92,10 +94,10 @@ def _line(canvas: ImageDraw.ImageDraw, at: tuple[float, int], line: Sequence[tup
 
 
 def console_text(found: ComputeMap, width: int) -> list[Text]:
-    """Returns rows with as many pictures as fit into `width` columns, each beside its map, then lines of text above the
-    numbers of their tokens' experts. Cuts lines that are too long.
+    """Returns rows with as many pictures as fit into `width` columns, each beside its map, then lines of text, with the
+    numbers of experts below each token. Cuts lines that are too long.
 
-    Characters with more ink mean more experts, so that a log without colours also shows the map.
+    Characters with more ink stand for more experts, so that a log without colours also shows the map.
     """
     scale = linear_scale("", float(found.most))
     texts = [Text(f"Compute map of held-out tokens: {loads_text(found)}", style="bold")]
@@ -114,13 +116,13 @@ def console_text(found: ComputeMap, width: int) -> list[Text]:
         texts.append(Text("  ").append_text(Text.assemble(*((t, _style(_colour_of(n, scale))) for t, n in line))))
         texts.append(Text("  " + "".join(f"{load:.0f}".ljust(len(text))[: len(text)] for text, load in line), style="dim"))
     for text in texts:
-        if text.plain.startswith("  "):  # a wrapped row would tear the columns; sentences may wrap
+        if text.plain.startswith("  "):  # a wrapped row of cells would break the columns; sentences may wrap
             text.truncate(width)
     return texts
 
 
 def _row(picture: MappedPicture, row: int, most: int, scale: Scale) -> Iterator[tuple[str, str]]:
-    """Yields text and style of each cell in one row of a picture, then in the same row of its map."""
+    """Yields text and style of each cell in one row of a picture, then in the same row of the picture's map."""
     for column, is_empty in enumerate(picture.empty[row]):
         fill = _cell_colour(picture.pixels, picture.experts.shape, row, column)
         yield "  " if is_empty else "[]", _style(fill)

@@ -14,10 +14,10 @@ from moe_dist.placement.placement import ExpertPlacement
 @dataclass(frozen=True)
 class Cost:
     """The traffic of a dispatch method in a step, over all ranks and layers: rows of dispatch in forward, and payload bytes
-    of forward and backward. Both are None if the method cannot handle these choices."""
+    of forward and backward. Rows and bytes are None if the method cannot handle the step's choices."""
 
     method: str
-    row_per: str  # text of the column "one row per"
+    row_per: str  # what one row is sent for: text of the column "one row per"
     rows: float | None
     bytes: float | None
     seconds: str = "counted"  # text: measured seconds in dispatch and combine, or "counted" for a method that did not run
@@ -25,11 +25,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class CostTable:
-    """The mean costs of the last `steps` steps; the first line is the run's own.
+    """The mean costs of the last `steps` steps; the first line is the cost of the run itself.
 
     Attributes:
         tokens: Tokens of a step.
-        untimed: Why the run has no seconds; empty if it has seconds.
+        untimed: Why the run has no timings; empty if the run has timings.
     """
 
     costs: Sequence[Cost]
@@ -48,17 +48,18 @@ def cost_table(
 ) -> CostTable:
     """Compares methods on the choices of the steps `results`.
 
-    A method's bytes are its rows times the bytes of a row of this run (forward, backward and recomputation). All numbers of
-    rows come from the ledger (`moe_dist.moe.dispatch.ledger`), except for other placements. Megatron-Core's all-to-all
-    dispatcher sends one row for each (token, expert) pair with an expert on another rank, and needs equally many experts on
-    each rank. The rows counted at Megatron-Core's collectives for docs/benchmarks.md equal the ledger's number.
+    A method's bytes are the method's rows times the bytes per row of this run (forward, backward and recomputation).
+    Numbers of rows are from the ledger (`moe_dist.moe.dispatch.ledger`), except the rows under other placements.
+    Megatron-Core's all-to-all dispatcher sends one row for each (token, expert) pair with an expert on another rank, and
+    needs equally many experts on each rank. The rows counted at Megatron-Core's collectives for docs/benchmarks.md equal
+    the ledger's number.
 
     Args:
         policy: Placement policy of the run.
-        by_placement: Rows of the same steps under this and other placements, by policy (`moe_dist.train.placement_rows`),
-            one row per token and rank. Other placements are left out if this run counts rows in another way (dispatch
-            `hierarchical`).
-        untimed: Why seconds mean nothing in this run; empty if they mean something.
+        by_placement: Number of rows of the same steps under the run's and other placements, by policy
+            (`moe_dist.train.placement_rows`), one row per token and rank. Other placements are left out if the run sends a
+            row more than once (dispatch `hierarchical`).
+        untimed: Why this run's timings are meaningless; empty if the timings are meaningful.
     """
     steps = len(results)
     ledger = {key: sum(each.ledger[key] for each in results) / steps for key in results[0].ledger}

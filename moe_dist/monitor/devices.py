@@ -17,7 +17,7 @@ class DeviceMonitor:
 
     Args:
         gpu: This rank's GPU, as UUID (str(torch.cuda.get_device_properties(device).uuid)) or NVML index; None if the run
-            is on the CPU. An NVML index counts all GPUs of the machine and ignores CUDA_VISIBLE_DEVICES; prefer the UUID.
+            is on the CPU. An NVML index counts all GPUs of the machine and ignores CUDA_VISIBLE_DEVICES; a UUID is safer.
 
     Attributes:
         latest: Latest readings. device/utilisation (percent), device/power (watts) and gpu_used_mib (by all processes) are
@@ -36,11 +36,11 @@ class DeviceMonitor:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread and releases NVML. A second call of `stop` does nothing."""
+        """Ends the monitor's thread and releases NVML. A second call of `stop` does nothing."""
         if self._thread is None:
             return
         self._stopped.set()
-        self._thread.join()  # waits for at most one reading
+        self._thread.join()  # waits at most until the current reading ends
         self._thread = None
         if self._gpu is not None:
             self._gpu.close()
@@ -57,7 +57,7 @@ class DeviceMonitor:
 
 
 class _Gpu:
-    """One GPU, read through NVML. The first failure of a reading is logged; a failed reading is None."""
+    """One GPU, read through NVML. For each reading the first failure is logged; a failed reading is None."""
 
     def __init__(self, gpu: str | int) -> None:
         self._nvml: Any = None
@@ -93,7 +93,7 @@ class _Gpu:
             return None
         try:
             return get(self._nvml, self._handle)
-        except Exception as error:  # pynvml has one class for 'not supported' (power of some cards) and 'GPU is lost'
+        except Exception as error:  # pynvml raises one class for 'not supported' (power of some cards) and 'GPU is lost'
             self._say(name, f"no reading of the GPU's {name} (NVML: {error})")
             return None
 

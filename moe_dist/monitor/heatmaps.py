@@ -1,6 +1,6 @@
 """Draws arrays of numbers as heat maps and curves, uint8 [height, width, 3]. Uses only numpy and Pillow.
 
-The more cells a heat map has, the smaller they are: from 44 pixels, with the value written inside, to 7 pixels.
+The more cells a heat map has, the smaller its cells are: from 44 pixels, with the value written in the cell, to 7 pixels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,8 @@ WIDTH, HEIGHT, TOP, LEFT, FOOT = 900, 360, 74, 62, 46  # pixels: size and margin
 
 Colour = tuple[int, int, int]
 
-# ColorBrewer's RdBu, reversed, and matplotlib's viridis. Both have even steps in lightness and suit colour-blind readers.
+# ColorBrewer's RdBu, reversed, and matplotlib's viridis. Both colour maps have even steps in lightness and suit
+# colour-blind readers.
 DIVERGING: tuple[Colour, ...] = (
     (33, 102, 172), (67, 147, 195), (146, 197, 222), (209, 229, 240), (247, 247, 247),
     (253, 219, 199), (244, 165, 130), (214, 96, 77), (178, 24, 43),
@@ -36,7 +37,7 @@ class Scale:
     """How a heat map shows numbers as colours.
 
     Attributes:
-        colours: Colours for evenly spaced numbers from 0 to 1; between them the scale interpolates.
+        colours: Colours for evenly spaced numbers from 0 to 1; between these numbers the scale interpolates.
         to_unit: Maps numbers to [0, 1].
         ticks: Numbers that are written beside the colour bar.
         write: Formats a number as a short text.
@@ -54,8 +55,8 @@ class Scale:
 
 @dataclass(frozen=True)
 class Axis:
-    """The name of the rows or the columns of a heat map, and a label for each row or column. Optional sublabels stand below
-    the labels."""
+    """The name of the rows or the columns of a heat map, and a label for each row or column. Optional sublabels are drawn
+    below the labels."""
 
     name: str
     labels: Sequence[str]
@@ -115,8 +116,8 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
 
 
 def extremes(values: np.ndarray, rows: Axis, columns: Axis, scale: Scale) -> str:
-    """Returns a text with the largest value and its cell, and the number of cells that are exactly 0 if the scale marks
-    zeros. Used for heat maps whose cells show no numbers. `values` must not be nan everywhere."""
+    """Returns a text with the largest value and its cell, and, if the scale marks zeros, the number of cells that are
+    exactly 0. Used for heat maps whose cells show no numbers. `values` must have a number that is not nan."""
     row, column = divmod(int(np.nanargmax(values)), values.shape[1])
     row_name, column_name = (axis.name.split(",")[0] for axis in (rows, columns))
     largest = f"largest {scale.write(float(values[row, column]))}: {row_name} {rows.labels[row]}, "
@@ -125,7 +126,8 @@ def extremes(values: np.ndarray, rows: Axis, columns: Axis, scale: Scale) -> str
 
 
 def colour(values: np.ndarray, scale: Scale) -> np.ndarray:
-    """Interpolates linearly between the colours of the scale, uint8 [..., 3]; nan is grey, an exact zero `scale.zero`."""
+    """Interpolates linearly between the colours of the scale, uint8 [..., 3]; nan is grey, an exact zero has the colour
+    `scale.zero`."""
     known = ~np.isnan(values)
     unit = scale.to_unit(np.where(known, values, 0.0))
     stops = np.linspace(0.0, 1.0, len(scale.colours))
@@ -183,7 +185,8 @@ def _cell_size(space: int, count: int, top: int = MAX_CELL) -> int:
 
 
 def labelled(count: int, cell: int, needed: int) -> range:
-    """Returns the indices of the rows or columns that get a label: all, or every 2nd, 4th, 8th ... if space is short."""
+    """Returns the indices of the rows or columns that get a label: all, or every 2nd, 4th, 8th ... row or column if space
+    is short."""
     stride = 1
     while stride * cell < needed:
         stride *= 2
@@ -218,8 +221,8 @@ def page(width: int, height: int, title: str, caption: str) -> tuple[Image.Image
 def draw_against_targets(
     steps: Sequence[int], values: Mapping[str, Sequence[float]], targets: Mapping[str, float], *, title: str, caption: str
 ) -> np.ndarray:
-    """Draws for each name of `targets` its values over `steps` as a curve, and its target as a dashed line. A nan leaves a
-    gap. `steps` has at least one step, and rises."""
+    """Draws for each name in `targets` the name's values over `steps` as a curve, and its target as a dashed line. A nan
+    leaves a gap. `steps` has at least one step, in rising order."""
     image, canvas = page(WIDTH, TOP + HEIGHT + FOOT, title, caption)
     known = np.array([*targets.values(), *(v for each in values.values() for v in each)], dtype=np.float64)
     low, high = float(np.nanmin(known)), float(np.nanmax(known))

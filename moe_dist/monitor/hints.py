@@ -1,7 +1,7 @@
-"""Makes hints, which warn during a run. A hint names the odd number, the expected number, the place to look and the key to
-try.
+"""Makes hints, which warn during a run. A hint names the unusual number, the expected number, where to look, and the
+configuration key to change.
 
-Most hints consider a window of steps, because a single odd batch proves nothing.
+Most hints consider a window of steps, because a single unusual batch proves nothing.
 """
 
 import math
@@ -15,12 +15,12 @@ from moe_dist.monitor.metrics import Record, slowest_rank
 from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
 from moe_dist.placement.placement import ExpertGroup
 
-BUSY_RANK = 1.5  # a hint warns if the layers' busiest ranks together have this many times the mean rank's work
-LOSS_RISE = 1.05  # the loss has risen if its mean / mean in the previous window is above this
-LOSS_FALL = 0.99  # the loss has fallen if its mean / mean in the first window is below this
-SLOW_RANK = 1.5  # a rank is slow if its seconds are at least this many times the median of the other ranks
-SLOW_SECONDS = 0.005  # a rank is slow only if its seconds exceed that median by this: smaller differences are noise
-SPEED_DROP = 0.6  # the speed has dropped if it is below this many times the median of the previous steps
+BUSY_RANK = 1.5  # a hint warns if the layers' busiest ranks have at least this factor times the mean rank's work
+LOSS_RISE = 1.05  # the loss has risen if its mean / its mean in the previous window is above this number
+LOSS_FALL = 0.99  # the loss has fallen if its mean / its mean in the first window is below this number
+SLOW_RANK = 1.5  # a rank is slow if its seconds are at least this factor times the median of the other ranks
+SLOW_SECONDS = 0.005  # a rank is slow only if its seconds exceed the others' median by so many: less is noise
+SPEED_DROP = 0.6  # the speed has dropped if it is below this factor times the median of the previous steps
 RECENT = 10  # number of last steps whose median is the current speed
 
 
@@ -31,7 +31,7 @@ class HintWatch:
         groups: Expert groups in the order of the columns of `Record.arrays`.
         moe_layers: Layer index of each MoE layer.
         window: Steps in a window.
-        quiet: Number of steps before a hint of the same kind may come again.
+        quiet: Number of steps before a hint of the same kind may be repeated.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class HintWatch:
     ) -> None:
         self._groups, self._moe_layers = tuple(groups), tuple(moe_layers)
         self._window, self._quiet = window, quiet
-        self._records: deque[Record] = deque(maxlen=window)  # includes the arrays of each step
+        self._records: deque[Record] = deque(maxlen=window)  # records include the arrays of their step
         self._losses: deque[float] = deque(maxlen=2 * window)
         self._speeds: deque[float] = deque(maxlen=window)
         self._first_loss: float | None = None
-        self._said: dict[str, int] = {}  # kind -> step of its last hint
+        self._said: dict[str, int] = {}  # kind of hint -> step of the last hint of this kind
 
     def update(self, record: Record) -> list[Hint]:
-        """Adds the record of the next step; returns its hints, except repeats within `quiet` steps."""
+        """Adds the record of the next step; returns the step's hints, except repeats within `quiet` steps."""
         self._records.append(record)
         loss, speed = record.scalars["loss/total"], record.scalars["perf/tokens_per_second"]
         if loss is not None and math.isfinite(loss):
@@ -66,7 +66,8 @@ class HintWatch:
         yield from full_memory([past.memory_W3 for past in self._records if past.memory_W3.size])
         if len(self._records) < self._window:
             return
-        # Only the run's first window counts, because a later attempt begins with a low loss, which falls slowly anyway.
+        # Only the window of the run's first steps counts, because a resumed run begins with a low loss, which falls slowly
+        # anyway.
         if self._first_loss is None and len(self._losses) >= self._window and record.step <= 2 * self._window:
             self._first_loss = fmean(tuple(self._losses)[: self._window])
         yield from loss_trend(tuple(self._losses), self._first_loss, self._window)
@@ -94,8 +95,8 @@ def unread_modality(records: Sequence[Record]) -> Iterator[Hint]:
 
 
 def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
-    """Warns if the busiest EP rank of each layer has much more work than the mean rank, because all other ranks wait for
-    that rank in each layer."""
+    """Warns if each layer's busiest EP rank has much more work than the mean rank, because all other ranks wait for the
+    busiest rank in each layer."""
     if weighted_rows_LR.shape[1] < 2 or not weighted_rows_LR.any():  # one rank, or no rows
         return
     ratio = float(weighted_rows_LR.max(1).sum() / weighted_rows_LR.mean(1).sum())
@@ -110,11 +111,12 @@ def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
 
 
 def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
-    """Warns about a rank that computes much longer than the other ranks. Waits for other ranks do not count."""
+    """Warns about a rank that computes much longer than the other ranks. Time that a rank waits for other ranks does not
+    count."""
     known = [each for each in busy_seconds if each.size > 1]
     if len(known) < RECENT:
         return
-    found = slowest_rank(np.median(known, axis=0))  # the median ignores one odd step
+    found = slowest_rank(np.median(known, axis=0))  # the median ignores a single unusual step
     slow, others = found["slowest_rank_seconds"], found["other_ranks_seconds"]
     if slow >= SLOW_RANK * others and slow - others >= SLOW_SECONDS:
         yield Hint(
@@ -140,8 +142,8 @@ def full_memory(memory: Sequence[np.ndarray]) -> Iterator[Hint]:
 
 
 def loss_trend(losses: Sequence[float], first: float | None, window: int) -> Iterator[Hint]:
-    """Warns if the loss rose from the window before the last to the last window, or never fell. `first` is the mean loss in
-    the run's first window."""
+    """Warns if the mean loss rose from the last window but one to the last window, or has not fallen since the first
+    window. `first` is the mean loss in the run's first window."""
     if len(losses) < 2 * window or first is None:
         return
     before, now = fmean(losses[:window]), fmean(losses[window:])

@@ -18,27 +18,28 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 @dataclass(frozen=True)
 class Record:
-    """One step, as sinks show and store it.
+    """The data of one step that sinks show and store.
 
     Attributes:
         step: Number of the step; the first step of a run is 1.
         skipped: True if no rank took the optimizer step.
-        scalars: Number by tag (`tags.MEANING`); None if the step has no such number. nan and inf are computed numbers.
-        losses: Nats per token by modality. None means that the step had no label of that modality.
+        scalars: Number by tag (`tags.MEANING`); None if the step lacks the number. nan and inf are computed numbers.
+        losses: Nats per token by modality. The loss is None if the step had no label of the modality.
         labels: Number of unmasked labels by modality.
         epochs: Number of passes over each modality's training data so far.
         balance_coefficient: Coefficient of the balance loss.
         arrays: int64 counts choices_LC, tokens_LG, rows_LR and dropped_LG; float64 entropy_LG (nats per token) and
-            weighted_rows_LR (rows x FFN width). Expert choice adds above_LE (tokens above the threshold) and idle_LG
-            (tokens without expert).
+            weighted_rows_LR (computed pairs x FFN width). Expert choice adds above_LE (tokens above the threshold) and
+            idle_LG (tokens without an expert).
         ledger: Counts of bytes and rows in dispatch and combine (`StepResult.ledger`).
-        host: CPU and memory readings of rank 0's machine, seconds of work of the slowest and the other ranks, the largest
-            memory of any rank, and the peak rate by which perf/mfu divides.
+        host: CPU and memory readings of rank 0's machine, seconds of work of the slowest rank and of the other ranks, the
+            largest memory of any rank, and the peak rate by which perf/mfu divides.
         busy_seconds_W: Seconds that each rank worked in the previous step, without waits; empty in the first step.
         memory_W3: MiB allocated, MiB reserved and retries of each rank's allocator (`train.step.largest_memory`); empty in
             the first step.
-        load: For each group with a load controller: true experts per token as `target`, as `achieved`, and in the `lowest`
-            and `highest` layer, all before a capacity drops pairs. None means that the group had no tokens.
+        load: For each group with a load controller, true experts per token: the `target`, the mean over layers
+            (`achieved`), and the `lowest` and `highest` layer's number, all before a capacity drops pairs. A number is None
+            if the group had no tokens.
         mixture_of_depths: Sums of the mixture-of-depths layers; None without such layers.
         levers: Decisions of the levers of `rank_balance` after this step.
     """
@@ -77,7 +78,7 @@ def build_record(
         modalities: All modalities of the data, in the manifest's order.
         readings: Latest readings of `devices.DeviceMonitor`. Names that begin with device/ become scalars; all other
             readings go to `Record.host`.
-        peak_flops: Peak FLOPs per second of all devices together; without it perf/mfu is None.
+        peak_flops: Peak FLOPs per second of all devices together; without `peak_flops` perf/mfu is None.
         peak_source: The card or configuration key from which `peak_flops` comes.
 
     Raises:
@@ -198,7 +199,7 @@ def depth_line(depths: DepthStatistics) -> dict[str, Any]:
 
 
 def depth_scalars(depths: DepthStatistics, *, split: bool) -> dict[str, float | None]:
-    """Returns the scalars of the mixture-of-depths layers. Each fraction is a sum over layers divided by a sum over layers.
+    """Returns the scalars of the mixture-of-depths layers. Each fraction divides a sum over layers by a sum over layers.
     Without `split`, mixture_of_depths/computed/mean is the mean over the groups that had tokens."""
     taken_G, tokens_G = depths.taken_LG.sum(0), depths.tokens_LG.sum(0)
     shares = {name: ratio(taken_G[g], tokens_G[g]) for g, name in enumerate(depths.groups)}
@@ -213,7 +214,8 @@ def depth_scalars(depths: DepthStatistics, *, split: bool) -> dict[str, float | 
 
 
 def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
-    """Returns the rank that computed longest, its seconds, and the other ranks' median seconds; empty for a single rank."""
+    """Returns the rank that computed longest, the rank's seconds, and the other ranks' median seconds; empty for a single
+    rank."""
     if busy_seconds_W.size < 2:
         return {}
     rank = int(busy_seconds_W.argmax())
@@ -226,7 +228,7 @@ def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
 
 def memory_of_ranks(memory_W3: np.ndarray) -> dict[str, float]:
     """Returns the largest value of each column of `Record.memory_W3`, the largest difference of reserved and allocated MiB,
-    and the rank with each of these. Empty in the first step."""
+    and for each maximum its rank. Empty in the first step."""
     if not memory_W3.size:
         return {}
     allocated_W, reserved_W, retries_W = memory_W3.T
@@ -264,7 +266,7 @@ class GroupChoices(NamedTuple):
 
     @property
     def total(self) -> np.ndarray:
-        """Returns the number of the group's choices in each layer, [L]."""
+        """Returns the number of choices of the group's columns in each layer, [L]."""
         return np.sum([part.sum(1) for part in self], axis=0)
 
 
@@ -282,9 +284,9 @@ def group_metrics(
     """Computes each of `tags.GROUP_FAMILIES`, float64 [L, G]; nan where no token was routed.
 
     experts_per_token counts true experts after a capacity dropped pairs; the other families count all choices.
-    capacity_used is the busiest expert's load divided by an even share, the load that a capacity factor of 1 allows. For T
-    tokens an even share is k T / (columns of the group) if tokens choose k experts, and c T if experts choose with capacity
-    c.
+    capacity_used is the busiest expert's load divided by the even load, which a capacity factor of 1 allows. For T tokens
+    the even load of an expert is k T / (columns of the group) if tokens choose k experts, and c T if experts choose with
+    capacity c.
     """
     metrics = {name: np.full(tokens_LG.shape, np.nan) for name in GROUP_FAMILIES}
     dropped_LG = np.zeros_like(tokens_LG) if dropped_LG is None else dropped_LG
@@ -311,7 +313,7 @@ def group_scalars(
     over_layers = [counts.sum(0, keepdims=True) for counts in (choices_LC, tokens_LG, dropped_LG)]
     summed = group_metrics(over_layers[0], over_layers[1], groups, dropped_LG=over_layers[2])
     layers = group_metrics(choices_LC, tokens_LG, groups)
-    reduced = {  # family -> (metrics of sums over layers, or of each layer; reduction over layers)
+    reduced = {  # family of tags -> (metrics of sums over layers, or of each layer; reduction over layers)
         "experts_per_token": (summed, np.mean),
         "null_fraction": (summed, np.mean),
         "load_imbalance": (layers, np.mean),
@@ -334,7 +336,8 @@ def rows_by_rank(pairs_LC: np.ndarray, placement: ExpertPlacement) -> np.ndarray
 
 
 def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """Returns the work of each EP rank, float64 [L, R]: its computed pairs times their mean FFN width."""
+    """Returns the work of each EP rank, float64 [L, R]: the rank's computed (token, expert) pairs times the pairs' mean FFN
+    width."""
     width_E = np.array(placement.width_of_expert, dtype=np.float64)
     choices_LE = choices_LC[:, : placement.num_experts]  # counted before a capacity drops pairs
     width_LR = divide(rows_by_rank(choices_LE * width_E, placement), rows_by_rank(choices_LE, placement))
@@ -344,7 +347,8 @@ def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: Expert
 def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float | None]:
     """Returns the scalars of the step's communication, without metadata bytes.
 
-    The bytes of other methods are estimated as their rows times this step's bytes per row (padding rows included).
+    The bytes of other dispatch methods are estimated as the methods' rows times this step's bytes per row (padding rows
+    included).
     """
     ours = ledger["rows_remote"] + ledger.get("rows_padding", 0)
     row_bytes = ratio(ledger["payload_bytes"], ours)  # forward, backward and recomputation
@@ -371,12 +375,12 @@ def perf_scalars(stats: StepStatistics, peak_flops: float | None) -> dict[str, f
 
 
 def busiest_over_mean(load_LX: np.ndarray) -> np.ndarray:
-    """Returns each layer's largest load divided by its mean load, float64 [L]; nan for a layer without load."""
+    """Returns each layer's largest load divided by the layer's mean load, float64 [L]; nan for a layer without load."""
     return divide(load_LX.max(1), load_LX.mean(1))
 
 
 def reduce_known(values: np.ndarray, reduce: Callable[[np.ndarray], Any] = np.mean) -> float | None:
-    """Reduces the values that are not nan; None if all are nan."""
+    """Reduces the values that are not nan; None if all values are nan."""
     known = values[~np.isnan(values)]  # nan marks a layer or group without tokens
     return float(reduce(known)) if known.size else None
 

@@ -22,8 +22,8 @@ class Subject:
     Attributes:
         groups: Expert groups, in the order of the columns of `Record.arrays`.
         moe_layers: Layer index of each MoE layer.
-        num_modalities: Number of modalities of the data, which decides which scalars are split by group.
-        active_target: True experts per token that a load controller aims at, by group.
+        num_modalities: Number of modalities of the data, which determines which scalars are split by group.
+        active_target: A load controller's target of true experts per token, by group.
         mixture_of_depths: True if some layers compute only a fraction of the tokens.
     """
 
@@ -36,7 +36,7 @@ class Subject:
 
     def expert_axis(self, group: ExpertGroup) -> Axis:
         ranks = [self.placement.rank_of_expert[expert] for expert in group.experts]
-        word = "rank " if len(ranks) <= 16 else "r"  # a narrow column has no space for the long word
+        word = "rank " if len(ranks) <= 16 else "r"  # a narrow column has no space for "rank"
         labels = [str(expert) for expert in range(len(ranks))]
         return Axis("expert, and the rank that holds it", labels, [f"{word}{rank}" for rank in ranks])
 
@@ -75,7 +75,7 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
 
 
 def change_map(choices_LC: np.ndarray, subject: Subject, after: ExpertPlacement, steps: str) -> np.ndarray:
-    """Draws the change by a lever of `rank_balance`: each rank's load / mean rank's load for the same choices, with the
+    """Draws the effect of a lever of `rank_balance`: each rank's load / mean rank's load for the same choices, with the
     placement of `subject` and with the placement `after`."""
     load_LE = choices_LC[:, : after.num_experts] * np.array(after.width_of_expert)
     values = np.concatenate([over_mean(each.by_rank(load_LE)) for each in (subject.placement, after)], axis=1)
@@ -87,7 +87,7 @@ def change_map(choices_LC: np.ndarray, subject: Subject, after: ExpertPlacement,
 
 
 def loads(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[tuple[ExpertGroup, np.ndarray]]:
-    """Yields each group, and its true experts' choices divided by the mean over the group's experts, float64 [L, n]."""
+    """Yields each group, and the numbers of choices of its true experts divided by their mean, float64 [L, n]."""
     for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
         yield group, over_mean(true_Ln)
 
@@ -101,13 +101,13 @@ def zero_computation_fraction(choices_LC: np.ndarray, groups: Sequence[ExpertGro
 
 def relative_entropy(entropy_sum_LG: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
     """Returns the tokens' mean router entropy / largest possible entropy, float64 [L, G]; nan without tokens."""
-    largest_G = np.array([math.log(max(group.num_columns, 2)) for group in groups])  # log 1 = 0 cannot be a divisor
+    largest_G = np.array([math.log(max(group.num_columns, 2)) for group in groups])  # a divisor log 1 would be 0
     return divide(entropy_sum_LG, tokens_LG) / largest_G
 
 
 def _per_group_maps(sums: Mapping[str, np.ndarray], subject: Subject) -> Iterator[tuple[str, np.ndarray, float, str, str]]:
     """Yields (name, values [L, G], top of the colour scale, title, caption) of each map of layers x groups. A family of
-    scalars that is not split by group gets a map."""
+    scalars is drawn as a map if it is not split by group."""
     groups, tokens_LG = subject.groups, sums["tokens_LG"]
     metrics = group_metrics(sums["choices_LC"], tokens_LG, groups, dropped_LG=sums["dropped_LG"])
     split = tag_plan(len(groups), subject.num_modalities, mixture_of_depths=subject.mixture_of_depths).by_group

@@ -1,9 +1,10 @@
 """Updates selection biases after each optimizer step, by rules that read the step's counts over all ranks.
 
-With the routers top_k, group_limited, top_p and threshold a selection bias changes only which columns a token chooses. With
-relu the bias is part of the logits, and with predicted_k part of the predicted number, so it also changes weights and
-gradients. Only the biases of true (not null) experts are updated; the biases of other columns stay 0. A rule that adds one
-number to all true experts' biases thus changes how many true experts a token takes.
+With the routers top_k, group_limited, top_p and threshold a selection bias changes only which experts a token chooses. With
+relu the bias is part of the logits, and with predicted_k part of the predicted number of experts, so the bias also changes
+routing weights and gradients. Only the biases of true (not null) experts are updated; the biases of null and
+zero-computation experts stay 0. A rule that adds one number to all true experts' biases thus changes how many true experts
+a token takes.
 
 Shape letters: L MoE layers, G expert groups, C choice columns, n true experts of a group.
 """
@@ -28,12 +29,13 @@ class Gate(Protocol):
 
 class Rule(Protocol):
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
-        """Returns the change of a group's biases after a step, float64 [L, n]; None if the rule is not for this group.
+        """Returns the change of a group's biases after a step, float64 [L, n]; None if the rule does not apply to this
+        group.
 
         Args:
             true_Ln: float64, number of choices of each true expert over all ranks, including choices that a capacity drops.
-            tokens_L1: float64, number of the group's tokens over all ranks. Where this number is 0, the returned change is
-                not used.
+            tokens_L1: float64, number of the group's tokens over all ranks. Where no token is counted, the returned change
+                is not used.
             step: Number of updates before this update.
         """
         ...
@@ -66,8 +68,8 @@ class BiasController:
     @torch.no_grad()
     def after_step(self, counts: StepCounts[Tensor]) -> None:
         """Updates the biases from the counts of a whole step over all ranks. In a layer without tokens of a group, the
-        group's biases do not change. Call it after the optimizer step, because recompute in backward needs the biases of
-        the forward. Costs no collective and no host sync."""
+        group's biases do not change. Call this method after the optimizer step, because recompute in backward needs the
+        biases of the forward. Costs no collective and no host sync."""
         for index, group in enumerate(self._groups):
             true_Ln = counts.choices_LC[:, group.first_expert : group.first_expert + group.num_experts].to(torch.float64)
             tokens_L1 = counts.tokens_LG[:, index, None].to(torch.float64)
@@ -77,12 +79,12 @@ class BiasController:
                     delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)  # no update where the group has no tokens
                     for gates_G, delta_n in zip(self._gates_LG, delta_Ln, strict=True):
                         bias = gates_G[index].bias
-                        bias[: group.num_experts] += delta_n.to(bias.dtype)  # in place, because it is the model's buffer
+                        bias[: group.num_experts] += delta_n.to(bias.dtype)  # in place: the bias is a buffer of the model
         self.step += 1
 
     def state(self) -> JsonValue:
-        """Returns the number of updates so far, and the state of each `RememberingRule` by its place in `rules`. The biases
-        are buffers of the model, which checkpoints contain."""
+        """Returns the number of updates so far, and the state of each `RememberingRule`, by the rule's index in `rules`.
+        The biases are buffers of the model, which checkpoints contain."""
         remembering = {str(place): rule for place, rule in enumerate(self._rules) if isinstance(rule, RememberingRule)}
         rules: JsonValue = {place: state for place, rule in remembering.items() if (state := rule.state())}
         return {"step": self.step, "rules": rules} if rules else {"step": self.step}

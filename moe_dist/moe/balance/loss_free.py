@@ -4,7 +4,7 @@
 
 In a group with null or zero-computation columns, the mean of all signs is subtracted from each sign, so that the mean bias
 does not change. The mean bias determines how many true experts a token takes, and only `active_experts` may change that.
-Without such columns the mean bias changes no choice, so the published rule is used as it is.
+Without null and zero-computation columns the mean bias changes no choice, so the published rule is used unchanged.
 """
 
 import torch
@@ -21,7 +21,7 @@ class LossFree:
 
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
         """See `moe_dist.moe.balance.controller.Rule`."""
-        # compares n c_i with the sum of c; both are integers, while rounding a mean could flip a sign
+        # compares the integers n c_i and the sum of c, because rounding a mean could flip a sign
         sign_Ln = torch.sign(true_Ln.sum(dim=1, keepdim=True) - group.num_experts * true_Ln)
         if group.num_columns > group.num_experts:
             sign_Ln = sign_Ln - sign_Ln.mean(dim=1, keepdim=True)  # keeps the mean bias

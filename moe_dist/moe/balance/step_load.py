@@ -1,10 +1,10 @@
 """Keeps the load of each choice column over a whole step, for the balance loss of the next step.
 
-The load-balance loss is a product of loads and mean probabilities. If both are of one micro-batch, the loss depends on how
-the step is cut into micro-batches, and a micro-batch with few types of tokens is balanced within itself (Qiu et al., arXiv
-2501.11873, count the loads over all micro-batches of a step so far). Loads have no gradient, so this class takes the loads
-of the step before, which are known before the first forward. The loss is then a plain sum over the step's tokens:
-micro-batch size, accumulation and number of ranks change only its rounding.
+The load-balance loss is a product of loads and mean probabilities. If loads and probabilities are of one micro-batch, the
+loss depends on how the step is cut into micro-batches, and even a micro-batch of similar tokens is pushed to a uniform load
+(Qiu et al., arXiv 2501.11873, count the loads over all micro-batches of a step so far). Loads have no gradient, so this
+class uses the loads of the previous step, which are known before the first forward. The balance loss is then a plain sum
+over the step's tokens: micro-batch size, accumulation and number of ranks change only its rounding.
 
 Shape letters: L MoE layers, G expert groups, C choice columns.
 """
@@ -22,8 +22,8 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class StepLoad:
-    """Choices and tokens of the last step in which a group had tokens, over all ranks. All zero before the first step,
-    whose balance loss is therefore 0.
+    """Numbers of choices and tokens over all ranks, for each group of the last step in which the group had tokens. All
+    counts are 0 before the first step, whose balance loss is therefore 0.
 
     Attributes:
         choices_LC: float64, number of choices of each column.
@@ -43,14 +43,14 @@ class StepLoad:
         self.tokens_LG = torch.where(seen_LG, counts.tokens_LG, self.tokens_LG)
 
     def state(self) -> JsonValue:
-        """Returns both counts as lists of rows. Host sync."""
+        """Returns the counts of choices and of tokens as lists of rows, one row per layer. Host sync."""
         return {"choices": self.choices_LC.tolist(), "tokens": self.tokens_LG.tolist()}
 
     def restore(self, state: JsonValue) -> None:
         """Restores a state that `state` returned.
 
         Raises:
-            DataError: the state does not have these counts for this model's layers, columns and groups.
+            DataError: the state lacks counts for this model's layers, columns and groups.
         """
         rows = state if isinstance(state, dict) else {}
         self.choices_LC = _counts("choices", rows.get("choices"), self.choices_LC)

@@ -1,25 +1,25 @@
-"""Sends one row for each distinct (token, destination rank), by one all-to-all in dispatch and one in combine.
+"""Sends one row (hidden state) per distinct (token, destination rank), by one all-to-all in dispatch and one in combine.
 
-A token with three experts on one rank is sent to that rank once. The rank sums the experts' weighted outputs (in fp32,
-rounded once to the rows' dtype) and sends one row back. Rows that stay on their rank never enter a collective. Shape
-letters: T tokens on this rank, D hidden size, N (token, expert) pairs, absent pairs included, S rows sent to other ranks, O
-rows that stay, R = O + rows received, Q pairs computed here.
+A token with three experts on one rank is sent to the rank once. The experts' rank sums its experts' weighted outputs for a
+token (in fp32, rounded once to the rows' dtype) and sends one row back. Rows that stay on their rank never enter a
+collective. Shape letters: T tokens on this rank, D hidden size, N (token, expert) pairs, absent pairs included, S rows sent
+to other ranks, O rows that stay, R = O + rows received, Q pairs computed here.
 
-Forward has five collectives. The method `plan` exchanges counts, then the row index of each pair (integers; recompute does
-not repeat them). `dispatch` sends pair weights and rows in one autograd node. `combine` sends rows back. Backward sends the
-gradient rows of `combine`, then the gradients of weights and rows of `dispatch`. Every rank issues all collectives in this
-order, even if it has nothing to send.
+Forward has five collectives. The method `plan` exchanges counts, then the row index of each pair; recompute does not repeat
+these exchanges of integers. `dispatch` sends pair weights and rows in one autograd node. `combine` sends rows back.
+Backward sends the gradient rows of `combine`, then the gradients of weights and rows of `dispatch`. All ranks issue the
+same collectives in the same order, even a rank that has nothing to send.
 
 A layer has one host sync: the method `plan` reads the numbers of rows and of pairs to and from all ranks.
 
 Forward and backward each take at most (R + S + T) x D x item bytes of memory, with `item` bytes per element of a row. The
 S rows are a buffer that all layers share, the R rows live until the experts have gathered their inputs, and the T rows
 are the output y. If the rows are bf16 or fp16, the fp32 sum takes T x D x 4 bytes more. Rows are converted to fp32 in
-slices of `rows.SLICE_BYTES` (on CUDA `rows.CUDA_SLICE_BYTES`). If T x D x item is smaller than a slice, the bound has the
-bytes of a slice in its place. From forward to backward only the plan is kept: 8 bytes for each taken pair of this rank's
-tokens, 8 for each of the S and O rows, and 16 for each of the Q pairs. With Triton kernels the plan has 20 bytes for each
-of the N pairs (absent pairs included, because the lists are made before their lengths are known), 20 for each of the Q
-pairs, and 4 for each row into which others are summed.
+slices of `rows.SLICE_BYTES` (on CUDA `rows.CUDA_SLICE_BYTES`). If T x D x item is smaller than a slice, the memory bound
+has the bytes of a slice in place of T x D x item. From forward to backward only the plan is kept: 8 bytes for each taken
+pair of this rank's tokens, 8 for each of the S and O rows, and 16 for each of the Q pairs. With Triton kernels the plan has
+20 bytes for each of the N pairs (absent pairs included, because the lists are made before their lengths are known), 20 for
+each of the Q pairs, and 4 for each row into which others are summed.
 """
 
 from functools import partial
@@ -34,14 +34,14 @@ from moe_dist.placement.placement import ExpertPlacement
 
 
 class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
-    """Dispatches and combines over one EP group. On a single rank the same code runs without a process group.
+    """Dispatches and combines tokens over one EP group. On a single rank the same code runs without a process group.
 
     Args:
         placement: The map of experts to ranks of the EP group.
         wire: The EP group's all-to-all; its size must be the placement's number of ranks.
         max_receive_rows: Largest number of rows that a rank may receive; None for no bound. A rank never receives more than
             (ep - 1) x T rows: all tokens of the other ranks of the EP group.
-        kernels: Functions that sum the rows of a token. Triton's also make the plans of token choice.
+        kernels: Functions that sum the rows of a token. Triton's kernels also make the plans of token choice.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
     ) -> None:
         kind = Planner
         if kernels.has_plan:
-            from moe_dist.moe.dispatch.counting_planner import CountingPlanner  # imports Triton, which a CPU need not have
+            from moe_dist.moe.dispatch.counting_planner import CountingPlanner  # imports Triton, which a CPU may lack
 
             kind = CountingPlanner
         self._planner_for = partial(kind, wire=wire, max_receive_rows=max_receive_rows)

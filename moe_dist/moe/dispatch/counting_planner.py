@@ -1,5 +1,5 @@
 """Makes the plans of `all_to_all` for token choice by Triton kernels that count (`kernels/plan.py`), instead of about 40
-operations of torch. `planning.py` is the reference. It gives the same plans and has the shape letters.
+operations of torch. `planning.py` is the reference, which gives the same plans, and has the shape letters.
 """
 
 import numpy as np
@@ -13,7 +13,8 @@ from moe_dist.moe.routing import Assignments
 
 
 class CountingPlanner(Planner):
-    """Plans by counting if pairs are sorted by token (`Assignments.num_choices`) in one chunk, otherwise as `Planner`."""
+    """Plans by counting if pairs are sorted by token (`Assignments.num_choices`) in one chunk; otherwise calls
+    `Planner.plan`."""
 
     def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> tuple[tuple[AllToAllPlan, ...], OwnPairs]:
         if assignments.num_choices is None or self.chunks > 1 or self.own_apart:

@@ -1,12 +1,13 @@
 """Dispatches and combines by DeepEP's kernels (`deep_ep.ElasticBuffer`, API of V2), for NVLink and RDMA; see `kernels`.
 
 DeepEP takes K weights and K expert ids for each token. An expert's id is its number in `SlotNumbers`; -1 means no expert. A
-null choice is -1, so a token whose choices are all null goes to no rank. DeepEP is asked for its expanded layout: one row
-for each pair, sorted by expert, without padding. In this layout the order of an expert's rows may differ from run to run,
-unless a deterministic buffer is made, with which DeepEP sorts the rows once more.
+null choice is -1, so a token whose choices are all null goes to no rank. DeepEP's expanded layout is used: one row
+for each pair, sorted by expert, without padding. In DeepEP's expanded layout the order of an expert's rows may differ
+between executions, unless the buffer is deterministic: DeepEP then sorts the rows once more.
 
-Memory: Q rows, the output y, DeepEP's buffer. The buffer is made for the number of tokens of the first plan; a plan with
-more tokens makes a larger buffer. Making a buffer is a collective, so all ranks of the EP group need equally many tokens.
+Memory: Q rows, the output y, DeepEP's buffer. DeepEP's buffer is made for the number of tokens of the first plan; a plan
+with more tokens makes a larger buffer. Making a buffer is a collective, so all ranks of the EP group need equally many
+tokens.
 
 Shape letters are those of `kernels`, and K choices per token, so that N = T K.
 """
@@ -39,6 +40,7 @@ def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of
             "parallel.dispatch.kind=all_to_all"
         )
     token_N = torch.arange(num_tokens, device=assignments.token_N.device).repeat_interleave(top_k)  # the order DeepEP needs
+
     # asserted on the device, because a check on the host would sync
     in_order = (assignments.token_N == token_N).all()
     torch._assert_async(in_order, "deep_ep_v2: pairs are not in the order of tokens")  # pyright: ignore[reportPrivateImportUsage]
@@ -58,7 +60,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
 
     Args:
         top_k: K. A token of a group with fewer choices has absent pairs.
-        deterministic: If true, two equal runs give the same bits.
+        deterministic: If true, results are reproducible bit for bit.
     """
 
     LIBRARY = "DeepEP"
@@ -70,12 +72,12 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
         self.top_k, self.deterministic = top_k, deterministic
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> DeepEPPlan:
-        """Computes DeepEP's ids without a host sync. The first plan also makes the buffer, by a collective call.
+        """Computes DeepEP's ids without a host sync. The first plan also makes DeepEP's buffer, by a collective call.
 
         Raises:
             ConfigError: see `topk_idx_of` and `require_card`.
         """
-        deep_ep = import_module("deep_ep")  # preflight has checked that it is installed
+        deep_ep = import_module("deep_ep")  # preflight has checked that deep_ep is installed
         if self.buffer is None or num_tokens > self.buffer.num_max_tokens_per_rank:
             require_card("DeepEP")
             self.buffer = deep_ep.ElasticBuffer(
@@ -89,7 +91,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
         topk_idx_TK = topk_idx_of(assignments, num_tokens, self.top_k, self.number_of_expert_E(device))
         rank_TK = topk_idx_TK.div(self.numbers.slots_per_rank, rounding_mode="floor")  # -1 stays -1
         pairs_TW = (rank_TK[..., None] == torch.arange(self.placement.num_ranks, device=device)).sum(1)
-        topk_idx_TK = topk_idx_TK.to(deep_ep.topk_idx_t)  # DeepEP may be built for 32 bits
+        topk_idx_TK = topk_idx_TK.to(deep_ep.topk_idx_t)  # DeepEP may be built for 32-bit expert ids
         return DeepEPPlan(layer=layer, rank=self.wire.rank, counts=self.counts(pairs_TW), topk_idx_TK=topk_idx_TK)
 
     def weights_of_tokens(self, weight_N: Tensor, plan: DeepEPPlan) -> Tensor:
@@ -103,8 +105,10 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
         return rows_QD, Arrival(handle, weight_Q, handle.num_recv_tokens, counts)
 
     def dispatch_again(self, rows_TD: Tensor, plan: DeepEPPlan) -> Tensor:
-        handle = plan.arrival.handle  # has the counts of the first dispatch, so this call does not sync
-        # Layout and number of SMs must be as in the first dispatch, because DeepEP does not take them from the handle.
+        handle = plan.arrival.handle  # has the counts of the first dispatch, so no host sync
+
+        # Layout and number of SMs must equal those of the first dispatch, because DeepEP does not read layout and SMs from
+        # the handle.
         return self.buffer.dispatch(rows_TD, handle=handle, num_sms=handle.num_sms, do_expand=True)[0]
 
     def reduce(self, rows_QD: Tensor, plan: DeepEPPlan, weight_Q: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Sends rows of a table (hidden states [M, D]) to their experts' ranks, and sums the rows that return into an output table.
+"""Sends rows of a table (hidden states [M, D]) to their experts' ranks, and sums the returned rows in an output table.
 
     DispatchSend      sends rows and pair weights to the experts                   forward of dispatch
                       sends rows alone, the gradients of combine's output          backward of combine
@@ -6,9 +6,9 @@
                       sums rows back, and returns gradients of pair weights        backward of dispatch
 
 The constructors of DispatchSend and CombineReceive start the collectives, and their `wait` returns the result. The rows
-that stay on this rank are copied while the other rows are in flight. Torch's `kernels` also add them to the sums during
-this time; Triton's kernels add all rows at once. The hierarchical dispatcher chains two exchanges: the rows that arrive
-from the first are the table of the second.
+that stay on this rank are copied while the other rows are in flight. Torch's `kernels` also add the rank's own rows to the
+sums while other rows are in flight; Triton's kernels add all rows at once. The hierarchical dispatcher chains two
+exchanges: the rows that arrive in the first exchange are the table of the second exchange.
 
 Sums are fp32 (float64 for float64 rows) and rounded once to the rows' dtype, in forward and backward. Shape letters: M rows
 of the table, D hidden size, N weights of (token, expert) pairs, P taken (not absent) pairs of this rank's tokens (to other
@@ -33,11 +33,12 @@ from moe_dist.moe.kernels.interface import Items, RowIndex, RowKernels
 
 @dataclass(frozen=True)
 class ExchangePlan:
-    """Says which rows of a table go to which ranks. A plan has no gradient, and recompute uses it again.
+    """Says which rows of a table go to which ranks. A plan has no gradient, and recompute uses the same plan.
 
     Attributes:
         layer: Name of the layer, for statistics and reports of a hang.
-        prefix, suffix: Text before and after the names of the plan's collectives: the hop, and the chunk's number.
+        prefix, suffix: Text before and after the names of the plan's collectives: prefix names the hop, suffix the chunk's
+            number.
         table_rows: M, the number of rows of the table.
         rows, pairs: Numbers of rows and of pairs to and from each other rank.
         row_S, row_O: int64, table index of each row for another rank (in sending order), and of each own row.
@@ -84,9 +85,9 @@ class AllToAllPlan(ExchangePlan):
     """Plan of an exchange whose rows arrive at the ranks of their experts. `order_Q` sorts pairs by slot (local expert).
 
     Attributes:
-        row_of_pair_Q, slot_counts: See `PairLayout`. Row numbers count own rows first, then received rows.
-        table_items, row_items: `RowIndex.items_of_rows` of `table_index` and of the pairs computed here, if the plan has
-            them already.
+        row_of_pair_Q, slot_counts: See `PairLayout`. Rows are numbered from 0: own rows first, then received rows.
+        table_items, row_items: `RowIndex.items_of_rows` of `table_index` and of the pairs computed here; None if the
+            planner did not compute these items.
     """
 
     row_of_pair_Q: Tensor
@@ -103,7 +104,7 @@ A = TypeVar("A", bound=AllToAllPlan)
 
 
 class Exchange:
-    """Exchanges rows over one process group. With `keep_buffers` the send buffers [S, D] are kept for the next layer.
+    """Exchanges rows over one process group. With `keep_buffers` the next layer uses the same send buffers [S, D].
     `kernels` sum the returned rows."""
 
     def __init__(self, all_to_all: AllToAll, *, keep_buffers: bool = True, kernels: RowKernels = TORCH) -> None:
@@ -116,7 +117,8 @@ class Exchange:
         return _Dispatch.apply(table_MD, weight_N, plan, self)  # pyright: ignore[reportReturnType]
 
     def combine(self, rows_RD: Tensor, plan: ExchangePlan) -> Tensor:
-        """Sends rows [R, D] back to their tokens' ranks. Returns, for each table row, the sum of its rows, [M, D].
+        """Sends rows [R, D] back to their tokens' ranks. Returns, for each table row, the sum of the rows sent back for the
+        table row, [M, D].
 
         The call is one autograd node that saves no tensor, so the recomputation of a block does not repeat this exchange.
         """
@@ -151,7 +153,7 @@ class ExchangeDispatcher(TwoStepDispatcher[A]):
 
 
 class DispatchSend:
-    """Sends rows of the table to the ranks of their experts. In forward of dispatch it also sends the pairs' weights."""
+    """Sends rows of the table to the ranks of their experts. In forward, dispatch also sends the pairs' weights."""
 
     def __init__(self, table_MD: Tensor, plan: ExchangePlan, exchange: Exchange, *, weight_N: Tensor | None = None) -> None:
         self.plan, self.exchange = plan, exchange
@@ -162,7 +164,7 @@ class DispatchSend:
             self.weights = exchange.start(weight_P[: plan.num_remote_pairs], plan, DISPATCH_WEIGHTS)  # before the rows
         own = plan.num_own_rows
         self.send_SD = exchange.buffers.take(plan.num_remote_rows, table_MD)
-        torch.index_select(table_MD, 0, plan.row_S, out=self.send_SD)  # the only copy of these rows
+        torch.index_select(table_MD, 0, plan.row_S, out=self.send_SD)  # the only copy of the rows to be sent
         self.rows_RD = table_MD.new_empty(own + sum(plan.rows.receive), table_MD.shape[1])
         self.rows = exchange.start(self.send_SD, plan, name, out=self.rows_RD[own:])
         torch.index_select(table_MD, 0, plan.row_O, out=self.rows_RD[:own])  # runs while remote rows are in flight
@@ -175,12 +177,12 @@ class DispatchSend:
     def wait(self) -> Tensor:
         """Returns rows [R, D]: own rows, then received rows."""
         self.rows.wait()
-        self.exchange.buffers.give(self.send_SD)  # given back only after the collective has read the buffer
+        self.exchange.buffers.give(self.send_SD)  # reused only after the collective has read the buffer
         return self.rows_RD
 
 
 class CombineReceive:
-    """Sends rows back to the ranks of their tokens. In backward of dispatch it also sends the gradients of pair weights."""
+    """Sends rows back to the ranks of their tokens. In backward, dispatch also sends the gradients of pair weights."""
 
     def __init__(
         self, rows_RD: Tensor, plan: ExchangePlan, exchange: Exchange, *, grad_weight_Q: Tensor | None = None
@@ -210,8 +212,9 @@ class CombineReceive:
 
 
 class _Dispatch(torch.autograd.Function):
-    """Forward sends rows and pair weights to the ranks of the experts; backward sends their gradients back. Rows and
-    weights share one autograd node, so that every rank issues their collectives of backward in the same order."""
+    """Forward sends rows and pair weights to the ranks of the experts; backward sends the gradients of rows and weights
+    back. Rows and weights share one autograd node, so that all ranks issue the collectives of backward in the same
+    order."""
 
     @staticmethod
     def forward(ctx: Any, table_MD: Tensor, weight_N: Tensor, plan: ExchangePlan, exchange: Exchange) -> Any:

@@ -2,9 +2,10 @@
 row for each distinct (token, rank).
 
 Dispatch sends a row to one rank of the destination node, the forwarding rank, whose position in its node equals the
-sender's. The forwarding rank sends the row on to the ranks of its experts. In combine each of these ranks sends its
-weighted sum to the forwarding rank, which adds the sums of its node and sends one row back to the token's rank. Sums are
-fp32. The experts' rank, the forwarding rank and the token's rank each round their sum once to the rows' dtype.
+sender's position in the sender's node. The forwarding rank sends the row on to the ranks of its experts. In combine each
+rank with experts of the token sends its weighted sum to the forwarding rank, which adds the sums of its node and sends one
+row back to the token's rank. Sums are fp32. The experts' rank, the forwarding rank and the token's rank each round their
+sum once to the rows' dtype.
 
 Shape letters: T tokens on this rank, D hidden size, N (token, expert) pairs (absent pairs included), M rows of the middle
 table (of the second hop: rows of own tokens with experts in this node, then rows from other nodes), A pairs of these M
@@ -12,13 +13,14 @@ rows, R rows for this rank's experts, Q pairs computed here. G nodes of L ranks 
 
 In forward the method `plan` exchanges counts and expert ids of both hops (recompute does not repeat this), `dispatch` sends
 weights and rows between nodes, then inside the node, and `combine` sends rows back inside the node, then between nodes.
-Backward issues these in reverse order, with gradients. Every rank issues all collectives, even with nothing to send.
+Backward sends gradients by the collectives of `combine` and `dispatch` in reverse order. Every rank issues all collectives,
+even with nothing to send.
 
 A layer has one host sync: the method `plan` reads the sizes of both hops together (`hierarchical_planning`).
 
 Memory in rows of D, with S1 rows sent between nodes and S2 inside the node: forward max(R + M + S2, R + M + S1 + T),
 backward max(R + M + S2, M + S1 + T). With bf16 or fp16 rows, the fp32 sum adds M rows of 4 bytes per element to the terms
-with S2, and T such rows to the terms with S1. From forward to backward only the plan is kept.
+with S2, and T rows of 4 bytes per element to the terms with S1. From forward to backward only the plan is kept.
 """
 
 from torch import Tensor
@@ -34,15 +36,15 @@ from moe_dist.placement.placement import ExpertPlacement
 
 
 class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
-    """Dispatches and combines over one EP group of several nodes.
+    """Dispatches and combines tokens over one EP group of several nodes.
 
     Args:
         placement: The map of experts to EP positions.
         inter: All-to-all over the ranks at this rank's position in their nodes, one rank per node, in the order of nodes.
         intra: All-to-all over the ranks of this node.
         ranks_per_node: L, which must divide the number of EP positions.
-        max_receive_rows: Largest number of rows that a rank may receive in each hop; None for no bound. The buffers never
-            hold more than (G - 1) x T rows between nodes and (L - 1) x G x T rows inside the node.
+        max_receive_rows: Largest number of rows that a rank may receive in each hop; None for no bound. A rank never
+            receives more than (G - 1) x T rows from other nodes and (L - 1) x G x T rows inside the node.
         kernels: Functions that sum the rows of a token.
     """
 

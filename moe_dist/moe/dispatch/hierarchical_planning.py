@@ -1,9 +1,10 @@
 """Makes the plans of the hierarchical dispatcher: which rows go to which node, and to which rank inside a node.
 
-(token, expert) pairs are sorted by (node, token), this node last, so that the pairs of one row are consecutive. In both
-hops a pair is sent as one code: its expert's slot, and a bit that marks the first pair of a row. A sender also sends the
-forwarding rank the numbers of rows and pairs for each rank of the node. The forwarding rank sums these numbers on the
-device, and so has the sizes of the second hop before expert ids arrive. One host sync then serves both hops.
+(token, expert) pairs are sorted by (node, token), this node last, so that the pairs of one row (a token sent to a node) are
+consecutive. In both hops a (token, expert) pair is sent as one code: the expert's slot, and a bit that marks the first pair
+of a row. A sender also sends the forwarding rank the numbers of rows and pairs for each rank of the node. The forwarding
+rank sums the numbers of all senders on the device, and so has the sizes of the second hop before expert ids arrive. One
+host sync can therefore read the sizes of both hops.
 
 Shape letters: T tokens on this rank, N pairs (absent pairs included), E experts, W ranks, M rows of the middle table (rows
 of own tokens with experts in this node, then rows from other nodes), A pairs of these M rows, R rows for this rank's
@@ -32,11 +33,11 @@ SPLIT_SIZES = "split sizes of both hops"  # name of the host sync in CommStats
 
 @dataclass(frozen=True)
 class HierarchicalPlan:
-    """The plans of both hops for one layer and micro-batch. A plan has no gradient, and recompute uses it again.
+    """The plans of both hops for one layer and micro-batch. A plan has no gradient, and recompute uses the same plan.
 
     Attributes:
-        inter: Exchange between nodes; its table is this rank's tokens. Pairs are sorted by (node, token), this node last.
-        intra: Exchange inside the node; its table is the middle table, M rows. Pairs are sorted by (rank, row).
+        inter: Exchange between nodes, of rows of this rank's tokens. Pairs are sorted by (node, token), this node last.
+        intra: Exchange inside the node, of rows of the middle table, M rows. Pairs are sorted by (rank, row).
         sent: Counts of this rank; `rows_remote` includes the rows that this rank forwards for other ranks.
     """
 
@@ -60,8 +61,9 @@ class _Tables:
     Attributes:
         rank_E, node_slot_E: EP position of each expert's rank, and each expert's node slot.
         row_bin_W, node_bin_G: Index, in the vector of counts to send, of the number of rows to each rank and node.
-        pair_bin_E: Index, in the same vector, of the number of pairs of each expert.
-        local_X, slot_X: For each node slot of this node, the position of its rank in the node, and its slot on the rank.
+        pair_bin_E: Index, in the vector of counts to send, of the number of pairs of each expert.
+        local_X, slot_X: For each node slot of this node, the position in the node of the slot's rank, and the slot's number
+            on the rank.
     """
 
     rank_E: Tensor
@@ -101,7 +103,7 @@ class NodePlanner:
         self.intra = intra
         self.max_receive_rows = max_receive_rows
         # `_slots_GL`: number of slots of each rank of each node. `_lengths_G`: how many counts are sent to each node: the
-        # rows to the node, then for each of its ranks the rows and the pairs of each slot.
+        # rows to the node, then for each rank of the node the rows and the pairs of each slot.
         self._slots_GL = [
             [len(slots) for slots in placement.slots[first : first + ranks_per_node]]
             for first in range(0, placement.num_ranks, ranks_per_node)
@@ -118,12 +120,13 @@ class NodePlanner:
             )
         tables = self._tables_on(assignments.expert_N.device)
         sizes = self._exchange_counts(self._count(tables, assignments, num_tokens), layer)  # the layer's host sync
+
         # sorts pairs by token, then by node: other nodes in order, this node, absent pairs
         expert_N, token_N = assignments.expert_N.clamp_min(0), assignments.token_N
         place_N = tables.rank_E[expert_N] // per_node
         place_N = torch.where(place_N == node, num_nodes, place_N)
         place_N = torch.where(assignments.expert_N == ABSENT, num_nodes + 1, place_N)
-        by_token_N = counting_order(token_N, num_tokens)  # assignments need not be in token order
+        by_token_N = counting_order(token_N, num_tokens)  # assignments may be unsorted
         pair_N = by_token_N[counting_order(place_N[by_token_N], num_nodes + 2)]
 
         num_out = sum(sizes.inter.pairs.send)
@@ -169,15 +172,16 @@ class NodePlanner:
 
     @staticmethod
     def _exchange_codes(wire: AllToAll, pairs: Splits, slot_P: Tensor, first_P: Tensor, prefix: str, layer: str) -> Tensor:
-        """Sends the codes of pairs in one hop. Returns the codes of pairs that stay here, then the received codes."""
+        """Sends the codes of pairs in one hop. Returns the codes of pairs that stay on this rank, then the received
+        codes."""
         code_P, num_out = slot_P * 2 + first_P, sum(pairs.send)
         ids = code_P[:num_out].to(torch.int32)  # int32 instead of int64 halves the bytes
         arrived = wire.exchange(ids, pairs, name=prefix + EXPERT_IDS, layer=layer)
         return torch.cat([code_P[num_out:], arrived.to(torch.int64)])
 
     def _count(self, tables: _Tables, assignments: Assignments, num_tokens: int) -> Tensor:
-        """Counts the rows to each node, and for each of its ranks the rows to the rank and the pairs of each slot: int64,
-        1-D. Takes W x T bytes for a bitmap (rank, token). Does not sync."""
+        """Counts the rows to each node, and for each rank of the node the rows to the rank and the pairs of each slot:
+        int64, 1-D. Takes W x T bytes for a bitmap (rank, token). Does not sync."""
         total, shape = sum(self._lengths_G), (self.inter.size, self.intra.size, num_tokens)
         taken_N, expert_N = assignments.expert_N != ABSENT, assignments.expert_N.clamp_min(0)
         counts = torch.zeros(total + 1, dtype=torch.int64, device=expert_N.device)  # the last element counts absent pairs

@@ -1,14 +1,15 @@
 """Dispatches and combines by HybridEP's kernels (`deep_ep.HybridEPBuffer`, in DeepEP's branch hybrid-ep); see `kernels`.
 
 HybridEP takes a routing map, which has for each token one bool per expert of all ranks, and weights of the same shape. A
-null choice sets no bool. HybridEP could take expert ids instead, but these cannot express null choices, because it scatters
-the ids without a mask. Experts are numbered by `SlotNumbers`, which gives each rank a multiple of 4 slots, because the
-kernels require it inside an NVLink domain. All ranks must have equally many tokens, a multiple of 4; D must be a multiple
-of 16.
+null choice sets no bool. HybridEP also accepts expert ids instead of a map, but ids cannot express null choices, because
+HybridEP scatters the ids without a mask. Experts are numbered by `SlotNumbers`, which gives each rank a multiple of 4
+slots, as the kernels require inside an NVLink domain. All ranks must have equally many tokens, a multiple of 4; D must be a
+multiple of 16.
 
-In forward HybridEP gathers the maps of all ranks, sends rows with weights, and sends rows back. Backward sends the same
-except the maps. HybridEP's dispatch also permutes rows into one row for each pair, sorted by slot, and its combine sums
-these rows; the sending kernels do both (`fuse_...`). Memory: Q rows, the output y, and HybridEP's own buffer.
+In forward HybridEP gathers the maps of all ranks, sends rows with weights, and sends rows back. Backward sends gradients of
+rows and weights the reverse way, and no maps. HybridEP's dispatch also permutes rows into one row for each pair, sorted by
+slot, and its combine sums a token's rows; the sending kernels also permute and sum (`fuse_...`). Memory: Q rows, the output
+y, and HybridEP's own buffer.
 
 Shape letters are those of `kernels`, and X = W E' slots of all ranks.
 """
@@ -39,7 +40,7 @@ def routing_map_of(
 
 
 def _spread(values_N: Tensor, cell_N: Tensor, num_tokens: int, num_slots: int) -> Tensor:
-    """Returns one value per pair as a tensor [T, X], with 0 where there is no pair. Differentiable."""
+    """Returns one value per (token, expert) pair as a tensor [T, X], with 0 where there is no pair. Differentiable."""
     table = values_N.new_zeros(num_tokens * num_slots + 1).scatter(0, cell_N, values_N)
     return table[:-1].view(num_tokens, num_slots)
 
@@ -57,7 +58,7 @@ class HybridEPPlan(KernelPlan):
 
 
 class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
-    """Dispatches and combines by a `deep_ep.HybridEPBuffer`. See `KernelDispatcher` for the arguments."""
+    """Dispatches and combines tokens by a `deep_ep.HybridEPBuffer`. See `KernelDispatcher` for the arguments."""
 
     LIBRARY = "HybridEP"
 
@@ -65,8 +66,8 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         super().__init__(placement, wire, hidden_dim=hidden_dim, multiple=4)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> HybridEPPlan:
-        """Makes HybridEP's map without a host sync. The first plan also makes the buffer, by a collective call. HybridEP
-        enlarges the buffer if more tokens come.
+        """Makes HybridEP's map without a host sync. The first plan also makes HybridEP's buffer, by a collective call.
+        HybridEP enlarges the buffer if a later plan has more tokens.
 
         Raises:
             ConfigError: see `require_card`.
@@ -93,7 +94,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         """See `KernelDispatcher.send`. The first dispatch also counts the bytes of the gathered map."""
         rows_QD = super().send(rows_TD, plan, name, weight_TX)
         if weight_TX is not None:
-            mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)  # bytes of the map to all other ranks
+            mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)  # bytes sent to all other ranks
             self.wire.comm_stats.count("HybridEP routing map", mapped, payload=False)
         return rows_QD
 
@@ -105,7 +106,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
             num_of_experts_per_rank=self.numbers.slots_per_rank,
             fuse_permute_dispatch=True,
         )
-        # Both counts are in host memory, because HybridEP has waited for them.
+        # The numbers of rows and of pairs are in host memory, because HybridEP has waited for both numbers.
         return rows_QD, Arrival(handle, weight_Q, int(handle[_ARRIVED]), self.own_counts(counts_E.tolist()))
 
     def dispatch_again(self, rows_TD: Tensor, plan: HybridEPPlan) -> Tensor:
@@ -120,4 +121,4 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
 
     def weight_bytes(self, plan: HybridEPPlan) -> int:
         ranks = self.buffer.num_of_hybrid_ep_ranks_per_nvlink_domain
-        return ranks * self.numbers.slots_per_rank * 4  # a row carries a weight for each slot of its NVLink domain
+        return ranks * self.numbers.slots_per_rank * 4  # each row is sent with weights for all slots of an NVLink domain

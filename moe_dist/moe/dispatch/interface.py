@@ -3,7 +3,7 @@ experts and sums the experts' outputs.
 
 A new dispatcher needs one file in this folder, one section in the tagged union `parallel.dispatch`, and one line in
 build_dispatch.py. Shape letters: T tokens on this rank, D hidden size, N (token, expert) pairs, absent pairs included, R
-rows on this rank for its experts, Q pairs computed here.
+rows on this rank for this rank's experts, Q pairs computed here.
 """
 
 from abc import ABC, abstractmethod
@@ -20,8 +20,8 @@ from moe_dist.moe.routing import Assignments
 @dataclass(frozen=True)
 class DispatchedRows:
     """The rows [R, D] for this rank's experts, and the weight of each pair [Q] in slot order, with gradients. `items` are
-    `RowIndex.items_of_rows` of the pairs, if the dispatcher knows them. If `sorted_pairs` is true, row i belongs to pair i,
-    and R = Q."""
+    `RowIndex.items_of_rows` of the pairs, if the dispatcher knows the items. If `sorted_pairs` is true, row i is the input
+    of pair i, and R = Q."""
 
     rows_RD: Tensor
     weight_Q: Tensor
@@ -30,7 +30,7 @@ class DispatchedRows:
 
 
 class PairLayout(Protocol):
-    """Says which rows each of this rank's experts computes. The experts read only this part of a dispatch plan.
+    """Says which rows each of this rank's experts computes. Experts read only this part (`PairLayout`) of a dispatch plan.
 
     Attributes:
         row_of_pair_Q: int64, row in [0, R) of each (token, expert) pair computed here, in slot order.
@@ -44,7 +44,8 @@ class PairLayout(Protocol):
 
 
 class SentCounts(NamedTuple):
-    """Counts of the rows that one rank sends, and of its tokens' pairs, in the forward of one layer.
+    """Counts of the rows that one rank sends, and of the (token, expert) pairs of the rank's tokens, in the forward of one
+    layer.
 
     Attributes:
         rows_remote: Rows sent to other ranks.
@@ -58,8 +59,8 @@ class SentCounts(NamedTuple):
 
 
 class SentOnDevice(NamedTuple):
-    """Replaces `SentCounts` where the numbers are on the device only, in `sent_5` (see `LayerReport` in moe/routing.py).
-    The other numbers of this record are 0."""
+    """Replaces `SentCounts` where the counts are on the device only, in `sent_5` (see `LayerReport` in moe/routing.py). The
+    inherited fields of this record are 0."""
 
     rows_remote: int
     pairs: int
@@ -68,9 +69,8 @@ class SentOnDevice(NamedTuple):
 
 
 class DispatchPlan(Protocol):
-    """Says which tokens go to which ranks, in one layer and micro-batch. A plan has no gradient; recompute uses it again.
-
-    After `dispatch`, until `combine`, a plan also has the attributes of PairLayout.
+    """Says which tokens go to which ranks, in one layer and micro-batch. A plan has no gradient; recompute uses the same
+    plan. Between `dispatch` and `combine` a plan also has the attributes of PairLayout.
     """
 
     @property
@@ -111,7 +111,7 @@ class Dispatcher(ABC, Generic[P]):
 
         Args:
             experts: Computes, for each dispatched row, the weighted sum of its experts' outputs: [R, D].
-            shared: The shared expert, or None. The dispatcher calls it with the layer's input h.
+            shared: The shared expert, or None. The dispatcher calls the shared expert with the layer's input h.
             repeated: True in the recomputation of a block, which needs the tensors that experts and dispatch save for
                 backward, but not the value of y.
         """
@@ -126,7 +126,8 @@ class TwoStepDispatcher(Dispatcher[P]):
 
     @abstractmethod
     def combine(self, rows_RD: Tensor, plan: P) -> Tensor:
-        """Sends the experts' weighted sums [R, D] back, and sums them in y [T, D]. Each exchange is one autograd node."""
+        """Sends the experts' weighted sums [R, D] back, and adds a token's sums up in y [T, D]. Each exchange is one
+        autograd node."""
 
     def run(
         self,

@@ -1,17 +1,17 @@
 """Defines the base class of the dispatchers (adaptors) that call DeepEP's or HybridEP's kernels.
 
-As with `all_to_all`, one row is sent per (token, destination rank), and none for a null choice. The kernels copy an
+As with `all_to_all`, one row is sent per (token, destination rank), and no row for a null choice. The kernels copy an
 arrived row for each of its pairs, and sort these pairs by slot, so the experts neither gather nor sum rows. The kernels'
-combine sums the weighted outputs of a token's pairs on their rank, and then over ranks. Four things differ from
-`all_to_all`. Each pair's output is rounded to bf16 before it is summed. Rows that stay on their rank pass through the
+combine sums the weighted outputs of a token's experts, first on each experts' rank, then over ranks. Four things differ
+from `all_to_all`. Each pair's output is rounded to bf16 before it is summed. Rows that stay on their rank pass through the
 kernels' buffer too. Rows must be bf16, and weights fp32. The kernels allocate the receive buffer, so `max_receive_rows`
 cannot be checked before the allocation. The first dispatch returns a handle, the library's record of the routes of all
 rows, which the kernels need in combine, backward and recompute.
 
-A layer has one host sync: the first dispatch waits until the host knows how many rows arrive. The counts of the traffic
-ledger (module `ledger`) have then arrived, too.
+A layer has one host sync: the first dispatch waits until the host knows how many rows arrive. When the number of rows has
+arrived, the counts of the traffic ledger (module `ledger`) have arrived, too.
 
-An adaptor converts assignments and weights to the format of its kernels, and calls its library's buffer in
+An adaptor converts assignments and weights to the format of the library's kernels, and calls the library's buffer in
 `first_dispatch`, `dispatch_again` and `reduce`. Shape letters: T tokens on this rank, D hidden size, W ranks, N (token,
 expert) pairs (absent pairs included), Q pairs computed here, sorted by slot, X weights sent per token.
 """
@@ -42,7 +42,7 @@ class SlotNumbers:
 
     Attributes:
         slots_per_rank: E', at least 1, because the kernels divide by E'.
-        number_of_expert: Number of each logical expert. Numbers without an expert get no token.
+        number_of_expert: Number of each logical expert. A slot number without an expert gets no token.
     """
 
     slots_per_rank: int
@@ -50,7 +50,8 @@ class SlotNumbers:
 
     @classmethod
     def of(cls, placement: ExpertPlacement, *, multiple: int = 1) -> "SlotNumbers":
-        """Numbers the experts of a placement. E' is the most slots of a rank, rounded up to a multiple of `multiple`."""
+        """Numbers the experts of a placement. E' is the largest number of slots of a rank, rounded up to a multiple of
+        `multiple`."""
         slots_per_rank = max(1, *(len(slots) for slots in placement.slots))
         slots_per_rank = -(-slots_per_rank // multiple) * multiple
         places = zip(placement.rank_of_expert, placement.slot_of_expert, strict=True)
@@ -91,7 +92,7 @@ class KernelPlan:
 
     Attributes:
         rank: This rank's index in the EP group.
-        counts: Returns the numbers of rows, then of pairs, for each rank: 2 W integers.
+        counts: Returns 2 W integers: the number of rows to each rank, then the number of pairs to each rank.
     """
 
     layer: str
@@ -107,7 +108,7 @@ class KernelPlan:
         return self.arrived
 
     def arrive(self, arrived: Arrival) -> None:
-        """Keeps the result of the first dispatch, and reads the counts, which have arrived with it."""
+        """Keeps the result of the first dispatch, and reads the counts, which have arrived with the result."""
         self.arrived, found = arrived, self.counts()
         self._rows_pairs = found[: len(found) // 2], found[len(found) // 2 :]
 
@@ -140,7 +141,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
     """Dispatches and combines over one EP group by the kernels of a library.
 
     Args:
-        wire: The EP group's all-to-all. Only its group, rank and statistics are used, not its exchanges.
+        wire: The EP group's all-to-all. Only the group, rank and statistics of `wire` are used, not its exchanges.
         hidden_dim: D, the hidden size.
         multiple: The number of slots of a rank is rounded up to a multiple of this number.
     """
@@ -151,7 +152,8 @@ class KernelDispatcher(TwoStepDispatcher[K]):
         self.placement, self.wire, self.hidden_dim = placement, wire, hidden_dim
         self.numbers = SlotNumbers.of(placement, multiple=multiple)
         self.num_slots = self.numbers.slots_per_rank * placement.num_ranks
-        self.buffer: Any = None  # the buffer of the library, which the first plan makes for all layers
+        self.buffer: Any = None  # the library's buffer for all layers, made by the first plan
+
         # cached on the device, because a copy per layer would be a host sync per layer
         self.number_of_expert_E = cache(lambda device: torch.tensor(self.numbers.number_of_expert, device=device))
 
@@ -182,12 +184,12 @@ class KernelDispatcher(TwoStepDispatcher[K]):
 
     @abstractmethod
     def dispatch_again(self, rows_TD: Tensor, plan: K) -> Tensor:
-        """Calls the kernels' dispatch with the handle of the first dispatch, without weights."""
+        """Calls the kernels' dispatch of rows without weights, with the handle of the first dispatch."""
 
     @abstractmethod
     def reduce(self, rows_QD: Tensor, plan: K, weight_Q: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Calls the kernels' combine, which sums returned rows for each of this rank's tokens. Weights, if given, return
-        to their place in [T, X]."""
+        """Calls the kernels' combine, which sums returned rows for each of this rank's tokens. Weights, if given, are
+        returned as [T, X]."""
 
     @abstractmethod
     def weight_bytes(self, plan: K) -> int:
@@ -208,7 +210,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
     def send_back(
         self, rows_QD: Tensor, plan: K, name: str, weight_Q: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Sends rows, and weights if given, back, and returns their sums for each of this rank's tokens."""
+        """Sends rows (and weights, if given) back, and returns the sums of each of this rank's tokens."""
         rows = plan.arrival.num_rows - plan.own_rows
         self._count(name, rows, rows_QD, 0 if weight_Q is None else self.weight_bytes(plan))
         with track_collective(self.wire.tracker, f"{self.LIBRARY} {name}", device=rows_QD.device, layer=plan.layer):
@@ -231,7 +233,7 @@ class _Dispatch(torch.autograd.Function):
         ctx.dispatcher, ctx.plan = dispatcher, plan
         weights = None if plan.arrived else weight_TX.contiguous()
         rows_QD = dispatcher.send(h_TD.contiguous(), plan, "dispatch", weights)
-        return rows_QD, plan.arrival.weight_Q.clone()  # a copy, because the plan must not join autograd's graph
+        return rows_QD, plan.arrival.weight_Q.clone()  # a copy, so that the plan is not part of autograd's graph
 
     @staticmethod
     @once_differentiable
@@ -243,7 +245,7 @@ class _Dispatch(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     """Forward is the kernels' combine. Backward sends the gradients on the routes in the first dispatch's `Arrival.handle`.
-    The node saves no tensor, so `block` recompute does not repeat combine."""
+    The node saves no tensor, so recompute of kind `block` does not repeat combine."""
 
     @staticmethod
     def forward(ctx: Any, rows_QD: Tensor, dispatcher: KernelDispatcher[Any], plan: KernelPlan) -> Tensor:

@@ -1,19 +1,20 @@
-"""Sends one row per (token, expert) pair. All ranks know all sizes, so they exchange no counts or ids, and no host waits
-for its device.
+"""Sends one row per (token, expert) pair. All ranks know the sizes of all exchanges, so the ranks exchange no counts or
+ids, and no host waits for its device.
 
 The dispatcher needs assignments with `counts_WE`: the number of pairs of each rank's tokens with each expert. In expert
-choice within one rank the host knows these numbers before routing, because every expert takes a fixed number of each rank's
-tokens. In token choice they depend on the routing. If each rank holds at most one expert of a group, no two pairs have the
-same (token, rank), and one row per (token, rank) would save nothing: `KnownCountsFirst` then prefers this dispatcher.
+choice within one rank the host knows `counts_WE` before routing, because every expert takes a fixed number of each rank's
+tokens. In token choice `counts_WE` depends on the routing. If each rank holds at most one expert of a group, no two pairs
+have the same (token, rank), and one row per (token, rank) would save no rows: `KnownCountsFirst` then uses
+`KnownCountsDispatcher`.
 
-The number of rows that a rank sends is the sum of its row of `counts_WE` over the experts of other ranks. This number of
-rows is sent in dispatch and returned in combine, and equally many gradients are sent in backward. No row is padding. Shape
+The number of rows that a rank sends is the sum of the rank's row of `counts_WE` over the experts of other ranks. The rows
+are sent in dispatch and returned in combine, and equally many gradients are sent in backward. No row is padding. Shape
 letters: T tokens, D hidden size, N pairs (all taken, sorted by expert), Q pairs computed here.
 
-`dispatch` sends pair weights and rows, `combine` sends rows back, and backward sends the gradients of all three. Every rank
-issues all these collectives, even with nothing to send. Nothing syncs. The order of pairs depends on the counts alone. The
-host computes this order once for all layers of a micro-batch, and keeps the last KEPT_ORDERS orders. Memory is as in
-`all_to_all`, where S is the number of pairs sent.
+`dispatch` sends pair weights and rows, `combine` sends rows back, and backward sends the gradients of weights and of both
+rows. Every rank issues all collectives, even with nothing to send. Nothing syncs. The order of pairs depends on the counts
+alone. The host computes the pairs' order once for all layers of a micro-batch, and keeps the last KEPT_ORDERS orders.
+Memory is as in `all_to_all`, where S is the number of (token, expert) pairs sent.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 Counts = tuple[tuple[int, ...], ...]
-KEPT_ORDERS = 16  # number of cached orders of pairs; all layers of a micro-batch, and their recomputations, use one
+KEPT_ORDERS = 16  # number of cached orders of pairs; all layers of a micro-batch use the same order
 
 
 class KnownCountsPlan(AllToAllPlan):
@@ -46,8 +47,8 @@ class KnownCountsPlan(AllToAllPlan):
 @dataclass(frozen=True)
 class _Order:
     """Sizes and orders that depend on the counts alone. `pair_P` sorts pairs for sending, `order_Q` sorts the pairs
-    computed here by expert, and `expert_N` is the expert that the counts give each of the N pairs. `row_items` are the
-    pairs of each arrived row, one pair per row."""
+    computed here by expert, and `expert_N` is the expert that the counts give each of the N pairs. `row_items` is the pair
+    of each arrived row."""
 
     splits: Splits
     expert_N: Tensor
@@ -87,8 +88,10 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
                 "router whose experts choose a fixed number of each rank's tokens (docs/parallelism.md)"
             )
         self._check(counts, assignments.token_N.shape[0])
-        order = self._order(counts, assignments.token_N.device)  # cached, because all layers of a micro-batch use it
-        # Wrong counts would send rows to wrong experts. The check runs on the device, because on the host it would sync.
+        order = self._order(counts, assignments.token_N.device)  # the same order for all layers of a micro-batch
+
+        # Wrong counts would send rows to wrong experts. `counts_WE` is checked on the device, because a check on the host
+        # would sync.
         kept = (assignments.expert_N == order.expert_N).all()
         torch._assert_async(kept, "counts_WE: pairs are not as promised")  # pyright: ignore[reportPrivateImportUsage]
         row_S, row_O = assignments.token_N[order.pair_P].tensor_split([sum(order.splits.send)])
@@ -150,16 +153,18 @@ def _blocks(start_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
 
 
 class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
-    """Uses `KnownCountsDispatcher` for assignments with `counts_WE`, and another dispatcher for assignments without.
+    """Uses `KnownCountsDispatcher` for assignments with `counts_WE`, and another dispatcher for assignments without
+    `counts_WE`.
 
-    By default `counts_WE` is used only if each rank holds at most one expert of a group. Both dispatchers then send the
-    same rows. All ranks choose the same dispatcher, because counts and placement are the same on all ranks.
+    By default `counts_WE` is used only if each rank holds at most one expert of a group, so that the dispatchers `known`
+    and `general` would send the same rows. All ranks choose the same dispatcher, because counts and placement are the same
+    on all ranks.
 
     Args:
         known: Dispatcher for assignments with `counts_WE`.
         general: Dispatcher for assignments without `counts_WE`, over the same ranks.
-        always: If true, use `counts_WE` even if a rank holds several experts of a group. A token with several experts on a
-            rank is then sent to the rank once for each of these experts.
+        always: If true, use `counts_WE` even if a rank holds several experts of a group. With `always` a token with several
+            experts on a rank is sent to the rank once for each of these experts.
     """
 
     def __init__(self, known: KnownCountsDispatcher, general: TwoStepDispatcher[Any], *, always: bool = False) -> None:
@@ -183,7 +188,7 @@ class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
 
 
 def pairs_are_rows(placement: ExpertPlacement) -> bool:
-    """Returns whether every rank holds at most one expert of each group. A token's experts belong to one group, so the
-    token then has at most one pair per rank."""
+    """Returns whether every rank holds at most one expert of each group, so that a token, whose experts all belong to one
+    group, has at most one pair per rank."""
     ranks = range(placement.num_ranks)
     return all(len(placement.local_experts(rank, group)) <= 1 for rank in ranks for group in placement.groups)

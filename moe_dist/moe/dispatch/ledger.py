@@ -1,11 +1,11 @@
 """Makes the traffic ledger: the rows that dispatch sent, and the rows that other methods would have sent for the same
-choices. All numbers belong to one rank. Rows and pairs count forward alone; bytes count forward and backward.
+choices. All numbers of a ledger count one rank. Rows and pairs count forward alone; bytes count forward and backward.
 
 `rows_remote`, `pairs`, `pairs_remote` and `rows_padding` are measured (`SentCounts`; `hierarchical` counts the rows of both
-hops). Padding rows, which only `static` sends, are not in `rows_remote`; their bytes are in `payload_bytes`. The numbers of
-rows below are computed from this rank's choices. Except `rows_per_pair` and `rows_bound` they assume that
-choices spread evenly over the n experts of a group. If this rank holds `own` of them, 1 - own/n of the choices leave the
-rank:
+hops). Padding rows, which only `static` sends, are not in `rows_remote`; padding bytes are in `payload_bytes`. All other
+row counts of the ledger are computed from this rank's choices. All numbers but `rows_per_pair` and `rows_bound` assume that
+choices spread evenly over the n experts of a group. If this rank holds `own` of the n experts, 1 - own/n of the choices
+leave the rank:
 
     rows_per_pair       one row per pair with an expert on another rank, without deduplication
     rows_topk           top-k with the same k among true experts alone, one row per choice
@@ -50,13 +50,13 @@ def compare(
     pairs_remote: int,
     rows_padding: int = 0,
 ) -> Mapping[str, float]:
-    """Returns the rows and pairs of one rank's ledger, from sums over its layers and micro-batches.
+    """Returns the rows and pairs of one rank's ledger, from sums over layers and micro-batches.
 
     Args:
         true_choices_G: Number of true (not null) choices of this rank's tokens of each group, without dropped choices.
         null_choices_G: Number of null choices of this rank's tokens of each group.
         tokens_G: Number of this rank's routed tokens of each group.
-        rows_remote, pairs, pairs_remote, rows_padding: Sums of these counts of the layers' reports.
+        rows_remote, pairs, pairs_remote, rows_padding: Sums over the layers' reports.
     """
     topk = same_active = nulls = bound = 0.0
     by_group = zip(placement.groups, true_choices_G, null_choices_G, tokens_G, strict=True)

@@ -1,10 +1,10 @@
-"""Runs experts while exchanges are in flight, in forward and backward: first on own rows (`overlap`), or by chunks of
-tokens, or both.
+"""Runs experts while exchanges are in flight, in forward and backward: on the rank's own rows (`overlap`), or by chunks of
+tokens, or by `overlap` and chunks.
 
-Each exchange has two autograd nodes: Start issues the exchange and End waits for it; in backward End issues the reverse
-exchange and Start waits. An empty tensor, called the chain, passes through all nodes in the order of forward, so that
-backward runs the nodes in exactly the reverse order. Every rank then issues the same collectives in the same order,
-whatever else autograd runs in between. The order with two chunks; (o) marks the steps that only `overlap` takes:
+Each exchange has two autograd nodes: Start issues the exchange and End waits for its result; in backward End issues the
+reverse exchange and Start waits. An empty tensor, called the chain, passes through all nodes in the order of forward, so
+that backward runs the nodes in exactly the reverse order. All ranks thus issue the same collectives in the same order,
+whatever else autograd runs between the nodes. The order with two chunks; (o) marks the steps that only `overlap` takes:
 
     forward     StartDispatch 0, 1   Gate, own pairs, shared (o)   EndDispatch 0   pairs 0   StartCombine 0
                 EndDispatch 1   pairs 1   EndCombine 0   StartCombine 1   EndCombine 1
@@ -14,7 +14,8 @@ The nodes keep the plan and save no tensor. The recomputation of a block repeats
 needs the result of combine.
 
 Memory in rows of D elements. R' and S' are the received and sent rows of the chunks (at most three) that are in memory at
-once. With `overlap` own rows are not copied, so R counts only received rows, but their experts' sums take T more rows:
+once. With `overlap` own rows are not copied, so R counts only received rows, but the sums of the own rows' experts take T
+more rows:
 
     overlap     forward     R + S + 2 T
                 backward    S + max(R + 2 T, 3 T)
@@ -58,13 +59,13 @@ class PipelinedPlan:
 
 
 class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
-    """Sends the same rows as `AllToAllDispatcher`, and meanwhile runs the experts on other rows.
+    """Sends the same rows as `AllToAllDispatcher`, and runs the experts on some rows while other rows are in flight.
 
     Args:
         placement, wire, max_receive_rows, kernels: See `AllToAllDispatcher`.
-        overlap: If true, own rows and the shared expert are computed while the first remote rows are in flight. Experts
-            then run one time more, each time on fewer rows.
-        chunks: Number of ranges of tokens. Each range is sent while the experts compute the range before it.
+        overlap: If true, own rows and the shared expert are computed while the first remote rows are in flight. With
+            `overlap` the experts run once more per layer, each time on fewer rows.
+        chunks: Number of ranges of tokens. Each range of tokens is sent while the experts compute the range before.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """See `Dispatcher.run`. Calls `experts` for the own pairs (only with `overlap`), then for each chunk. With
-        `repeated`, combine is skipped and y is filled with NaN, so that an accidental use of y shows."""
+        `repeated`, combine is skipped and y is filled with NaN, so that an accidental use of y is noticed."""
         lengths, mark = self.planner.chunk_lengths(h_TD.shape[0]), self.exchange.all_to_all.comm_stats.mark
         parts, flights = h_TD.split(lengths), [Flight(chunk, self.exchange, repeated) for chunk in plan.chunks]
         # without overlap the shared expert runs before the first exchange is issued
@@ -140,8 +141,8 @@ class Flight:
         self._sent = DispatchSend(table_TD, self.plan, self.exchange, weight_N=weight_N)
 
     def sent(self) -> DispatchSend:
-        """Returns the exchange that `send` started, and drops the reference to it."""
-        sent, self._sent = self._sent, None  # drops the reference, so that the rows are freed after use
+        """Returns the exchange that `send` started, and drops this object's reference to the exchange."""
+        sent, self._sent = self._sent, None  # drops the reference to the exchange, so that its rows are freed after use
         assert sent is not None
         return sent
 
@@ -150,14 +151,15 @@ class Flight:
         self._returning = CombineReceive(rows_RD, self.plan, self.exchange, grad_weight_Q=grad_weight_Q)
 
     def returning(self) -> CombineReceive:
-        """Returns the exchange that `send_back` started, and drops the reference to it."""
+        """Returns the exchange that `send_back` started, and drops this object's reference to the exchange."""
         returning, self._returning = self._returning, None
         assert returning is not None
         return returning
 
 
 class StartDispatch(torch.autograd.Function):
-    """Forward starts sending rows and pair weights to the experts' ranks. Backward waits for their gradients."""
+    """Forward starts sending rows and pair weights to the experts' ranks. Backward waits for the gradients of rows and
+    weights."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, h_TD: Tensor, weight_N: Tensor, flight: Flight) -> Tensor:
@@ -174,8 +176,8 @@ class StartDispatch(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """Returns its arguments. Its backward runs after the backward of everything computed from its output, and before the
-    backward of StartDispatch, so that backward also overlaps this computation with the exchange."""
+    """Returns its arguments. The gate's backward runs after the backward of everything computed from its output, and before
+    the backward of StartDispatch, so that own pairs and shared expert overlap with the exchange in backward, too."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, h_TD: Tensor, weight_N: Tensor) -> Any:
@@ -188,12 +190,13 @@ class _Gate(torch.autograd.Function):
 
 
 class EndDispatch(torch.autograd.Function):
-    """Forward waits for rows [R, D] and pair weights [Q]. Backward starts sending their gradients back."""
+    """Forward waits for rows [R, D] and pair weights [Q]. Backward starts sending the gradients of rows and weights
+    back."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, flight: Flight) -> Any:
         ctx.flight, send = flight, flight.sent()
-        weight_Q = send.wait_weights()  # waits for the weights first, because they were issued first
+        weight_Q = send.wait_weights()  # waits for the weights first, because their collective was issued first
         return chain.new_empty(0), send.wait(), weight_Q
 
     @staticmethod

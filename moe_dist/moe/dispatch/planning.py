@@ -1,10 +1,10 @@
 """Makes the plans of the dispatch methods `all_to_all` and `pipelined`. A plan says which rows (hidden states, one per
 token and destination rank) and which (token, expert) pairs go to which rank. Making a layer's plan needs one host sync.
 
-The tokens are cut into ranges of equal length, the chunks. Pairs are sorted by (chunk, rank, slot), and rows by (chunk,
-rank, token); in both orders the own rank comes last. A slot is an expert's place on its rank. The pairs received from a
-rank are then grouped by slot, so they need no sort. A pair is sent as the index of its row among the rows to the same rank;
-its slot follows from the counts.
+The tokens are cut into ranges of equal length, the chunks. (token, expert) pairs are sorted by (chunk, rank, slot), and
+rows by (chunk, rank, token), the own rank last. A slot is an expert's place on its rank. The pairs received from a rank are
+then grouped by slot, so the receiver need not sort the pairs. A (token, expert) pair is sent as the index of its row among
+the rows to the same rank; the pair's slot follows from the counts.
 
 Shape letters: T tokens, N pairs (absent pairs included), E experts, W ranks, C chunks, P taken pairs, S rows sent to other
 ranks, O rows that stay, Q pairs computed here, X counts per rank and chunk (the rows, then the pairs of each slot), H ranks
@@ -33,8 +33,8 @@ SPLIT_SIZES = "split sizes"  # name of a layer's one host sync in CommStats
 
 @dataclass(frozen=True)
 class OwnPairs:
-    """The pairs of this rank's tokens with its own experts, if computed outside of the chunks. The row of a pair is its
-    token.
+    """The pairs of this rank's tokens with this rank's experts, if computed outside of the chunks. The row of a pair is the
+    pair's token.
 
     Attributes:
         pair_P: int64, index of each pair in the assignments, sorted by slot.
@@ -62,8 +62,9 @@ class _Tables:
     is -1.
 
     Attributes:
-        place_E: Place of each expert's rank in the order of sending: other ranks in order, then the own rank; W if absent.
-        bin_E: Position of each expert in the order of (place of its rank, slot); E if absent.
+        place_E: Place of each expert's rank in the order of sending: other ranks in order, then the own rank; W for absent
+            pairs.
+        bin_E: Position of each expert in the order of (place of its rank, slot); E for absent pairs.
         message_M: Index of each count to send, rank by rank, in the concatenation of row counts and pair counts.
         one: int64, the number 1.
     """
@@ -94,10 +95,18 @@ class ExchangeSizes:
 
 @dataclass(frozen=True)
 class Counts:
-    sizes: list[ExchangeSizes]  # sizes of each chunk
-    slot_counts: list[tuple[int, ...]]  # for each chunk, the number of pairs of each of this rank's slots
-    own_slot_counts: tuple[int, ...]  # own pairs of each slot in chunk 0, which has all own pairs if `own_apart`
-    arriving_WCX: np.ndarray  # rows and pairs of each slot that come from each rank
+    """The exchanged counts of all chunks, on the host.
+
+    Attributes:
+        slot_counts: For each chunk, the number of pairs of each of this rank's slots.
+        own_slot_counts: Number of own pairs of each slot in chunk 0, which has all own pairs if `own_apart`.
+        arriving_WCX: Numbers of rows, and of pairs of each slot, that arrive from each rank.
+    """
+
+    sizes: list[ExchangeSizes]
+    slot_counts: list[tuple[int, ...]]
+    own_slot_counts: tuple[int, ...]
+    arriving_WCX: np.ndarray
 
     @property
     def num_remote_pairs(self) -> int:
@@ -106,14 +115,20 @@ class Counts:
 
 @dataclass(frozen=True)
 class _Cells:
-    """Bins and runs, on the device, before the host sync. A bin holds the pairs of one (chunk, rank, slot), a run the rows
-    of one (chunk, rank)."""
+    """Bins and runs of pairs and rows, before the host sync. A bin holds the pairs of one (chunk, rank, slot),
+    a run the rows of one (chunk, rank).
 
-    bin_N: Tensor  # bin of each pair; the last bin takes absent pairs
-    run_N: Tensor  # run that holds the row of each pair
-    index_N: Tensor  # index of each pair's row inside the run
-    row_counts: Tensor  # number of rows of each run
-    pair_counts: Tensor  # number of pairs of each bin
+    Attributes:
+        bin_N: Bin of each pair; the last bin takes absent pairs.
+        run_N: Run that holds the row of each pair.
+        index_N: Index of each pair's row inside the run.
+    """
+
+    bin_N: Tensor
+    run_N: Tensor
+    index_N: Tensor
+    row_counts: Tensor
+    pair_counts: Tensor
 
 
 class Planner:
@@ -121,7 +136,7 @@ class Planner:
 
     Args:
         chunks: Number of ranges of tokens.
-        own_apart: True if own pairs (of this rank's tokens with its own experts) are computed outside of the chunks.
+        own_apart: True if the pairs of this rank's tokens with this rank's experts are computed outside of the chunks.
     """
 
     def __init__(
@@ -189,12 +204,13 @@ class Planner:
         return max(1, -(-num_tokens // self.chunks))
 
     def _cells(self, assignments: Assignments, num_tokens: int, tables: _Tables) -> _Cells:
-        """Counts the pairs of each bin, and by a bitmap (run, token) the rows of each run: W x T x 5 bytes, no sync."""
+        """Counts the pairs of each bin, and by a bitmap (run, token) of W x T x 5 bytes the rows of each run. Does not
+        sync."""
         size, chunks, length = self.wire.size, self.chunks, self._chunk_length(num_tokens)
         num_remote = self.placement.num_experts - len(self.placement.slots[self.wire.rank])
         num_own = self.placement.num_experts - num_remote
         expert_N, token_N = assignments.expert_N, assignments.token_N
-        bin_N, place_N = tables.bin_E[expert_N], tables.place_E[expert_N]  # absent pairs have the index -1, the last entry
+        bin_N, place_N = tables.bin_E[expert_N], tables.place_E[expert_N]  # expert -1 (absent) reads the last entry
         run_N = place_N
         if chunks > 1:
             chunk_N, own_N = token_N // length, place_N == size - 1
@@ -215,7 +231,7 @@ class Planner:
         return _Cells(
             bin_N=bin_N,
             run_N=run_N,
-            index_N=index.view(-1)[cell_N] - 1,  # the running count includes the row itself
+            index_N=index.view(-1)[cell_N] - 1,  # the cumulative count includes the row itself
             row_counts=index[:-1, -1].to(torch.int64),
             pair_counts=pair_counts[:-1],
         )
@@ -233,7 +249,7 @@ class Planner:
         else:
             splits = Splits(send=tuple(lengths), receive=(lengths[own],) * size)
             received = self.wire.exchange(message, splits, name=COUNTS, layer=layer)
-            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # one copy for both costs one sync
+            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # one copy costs one sync
             sent_values, received_values = values[: message.shape[0]], values[message.shape[0] :]
         # a list with an array [C, X] per rank, because X depends on the rank's number of slots
         sent = [np.reshape(each, (chunks, -1)) for each in np.split(sent_values, np.cumsum(lengths)[:-1])]
@@ -258,8 +274,8 @@ class Planner:
     def _runs(self, counts: Counts, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """Returns the place of the first row of each run, and for each chunk the pairs computed here as runs of a slot and
         a source rank, [3, runs] in the order of slots: the length, the place of the first pair in the order of arrival
-        minus its place in the order of slots, and the place of the source rank's first row. All come from the host by one
-        copy."""
+        minus its place in the order of slots, and the place of the source rank's first row. All results are copied from the
+        host at once."""
         own, holders = self.wire.rank, [] if self.own_apart else [self.wire.rank]
         holders += [rank for rank in self._ranks if rank != own]
         row_counts = [each.rows.send[rank] for each in counts.sizes for rank in self._ranks if rank != own]
@@ -294,7 +310,7 @@ class Planner:
         sizes = [sum(each.pairs.send) for each in counts.sizes] + [each.own_pairs for each in counts.sizes]
         pair, index = pair_P.split(sizes), index_P.split(sizes)
         received = _pieces(arrived, [[each.pairs.receive[r] for each in counts.sizes] for r in self._ranks])
-        whole = self.chunks == 1 and not self.own_apart  # true if the pairs are in this order already
+        whole = self.chunks == 1 and not self.own_apart  # true if `pair_P` is already in this order
         pairs = [pair_P] if whole else [torch.cat([pair[c], pair[self.chunks + c][mine]]) for c in chunks]
         indices = [torch.cat([index[self.chunks + c][mine], *(pieces[c] for pieces in received)]) for c in chunks]
         return pairs, [each.to(torch.int64) for each in indices]  # indices are sent as int32
@@ -308,7 +324,7 @@ class Planner:
         tokens = token_P.new_empty(sum(remote) + sum(own))
         if self.chunks > 1:
             token_P = token_P % self._chunk_length(num_tokens)
-        # The pairs of a row all write the same token, so the order of writes does not matter.
+        # All pairs of a row write the same token, so the order of writes does not matter.
         return tokens.scatter_(0, first[run_P] + index_P, token_P).split([*remote, *own])
 
     def _make_tables(self, device: torch.device) -> _Tables:
@@ -348,11 +364,11 @@ def _by_slot(index_Q: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def starts_of(length_X: np.ndarray) -> np.ndarray:
-    """Returns the start of each block: the sum of the lengths before the block."""
+    """Returns the start of each block: the sum of the lengths of the blocks before."""
     return length_X.cumsum() - length_X
 
 
 def _pieces(items: Tensor, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-    """Cuts `items` into consecutive pieces of the given sizes, in nested lists like `sizes`."""
+    """Cuts `items` into consecutive pieces of the given sizes, as nested lists in the shape of `sizes`."""
     cut = iter(items.split([size for row in sizes for size in row]))
     return [[next(cut) for _ in row] for row in sizes]

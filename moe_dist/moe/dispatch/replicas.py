@@ -17,7 +17,7 @@ from moe_dist.placement.replicas import PlacementWithReplicas
 
 
 class ReplicaDispatcher(AllToAllDispatcher):
-    """Sends this rank's tokens to the slots that serve this rank. The planner treats each replica as an expert of its own.
+    """Sends this rank's tokens to the replicas that serve this rank. The planner treats each replica as a separate expert.
 
     Args:
         layers: Names of the MoE layers, in the order of `placement.replicas`.
@@ -36,7 +36,7 @@ class ReplicaDispatcher(AllToAllDispatcher):
         self._of_layer: dict[str, tuple[Tensor, Planner]] = {}  # ids of each expert's slot [E + 1], and planner
         for layer, name in enumerate(layers):
             if placement.replicas[layer]:
-                ids = [*placement.id_of_expert(layer, wire.rank), ABSENT]  # absent pairs have the index -1, the last entry
+                ids = [*placement.id_of_expert(layer, wire.rank), ABSENT]  # expert -1 (absent) reads the last entry
                 self._of_layer[name] = torch.tensor(ids, device=device), self._planner_for(placement.in_layer(layer))
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> AllToAllPlan:

@@ -1,10 +1,10 @@
-"""Gathers rows of a tensor, sums rows with the same index, and sorts pairs. Nothing here syncs with the host.
+"""Gathers rows of a tensor, sums rows with the same index, and sorts pairs. No function of this module syncs with the host.
 
 Sums are fp32 in forward and backward. Autograd saves no index tensor, because the dispatch plan keeps the indices until
 backward anyway. The time of sorting is linear in the number of items. Shape letters: T rows of the tensor `table`, Q
 (token, expert) pairs, R rows of the pairs, D hidden size, N items.
 
-On CUDA `index_add_` adds atomically, so the last bits of a sum of three or more terms may differ from run to run.
+On CUDA `index_add_` adds atomically, so the last bits of a sum of three or more terms may differ between executions.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.moe.kernels.interface import RowIndex
 
-SLICE_BYTES = 16 << 20  # bytes of the slices in which the host converts rows: a slice stays in the CPU's cache
+SLICE_BYTES = 16 << 20  # bytes of a slice of rows that the host converts, so that it fits into the CPU's cache
 CUDA_SLICE_BYTES = 256 << 20  # on CUDA each slice costs two launches, and memory allows large slices
 
 
@@ -38,7 +38,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table_TD: Tensor, index_Q: Tensor) -> Tensor:
-        ctx.index_Q, ctx.num_rows = index_Q, table_TD.shape[0]  # not save_for_backward, because the plan keeps the index
+        ctx.index_Q, ctx.num_rows = index_Q, table_TD.shape[0]  # the plan keeps the index anyway
         return table_TD.index_select(0, index_Q)  # index_select is faster on the host than table[index]
 
     @staticmethod
@@ -66,7 +66,8 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def gather_rows(table_TD: Tensor, index_Q: Tensor) -> Tensor:
-    """Returns table[index], [Q, D]. The gradients of a row gathered several times are summed in fp32 and rounded once."""
+    """Returns table[index], [Q, D]. If a row is gathered several times, its gradients are summed in fp32 and rounded
+    once."""
     return _Gather.apply(table_TD, index_Q)  # pyright: ignore[reportReturnType]
 
 
@@ -76,16 +77,17 @@ def weighted_row_sum(y_QD: Tensor, weight_Q: Tensor, row_Q: Tensor, num_rows: in
 
 
 def sum_rows(rows_QD: Tensor, index_Q: Tensor, num_rows: int) -> Tensor:
-    """Returns for each index the sum of its rows, [num_rows, D] in fp32 (float64 for float64 rows). It has no gradient."""
+    """Returns for each index the sum of the rows with the index, [num_rows, D] in fp32 (float64 for float64 rows). It has
+    no gradient."""
     dtype = accumulation_dtype(rows_QD.dtype)
     return add_rows(torch.zeros(num_rows, rows_QD.shape[1], dtype=dtype, device=rows_QD.device), index_Q, rows_QD)
 
 
 def add_rows(sum_TD: Tensor, index_Q: Tensor, rows_QD: Tensor) -> Tensor:
-    """Adds each row, in place, to the row of `sum_TD` at its index, in the dtype of `sum_TD`. It has no gradient.
+    """Adds row i, in place, to the row of `sum_TD` at the i-th index, in the dtype of `sum_TD`. It has no gradient.
 
     Rows of another dtype are converted in slices of `SLICE_BYTES` (on CUDA `CUDA_SLICE_BYTES`), so that no copy of all rows
-    in the sum's dtype exists. Slices change no bit of the sum, because they are added in order.
+    in the sum's dtype exists. Slices change no bit of the sum, because slices are added in order.
     """
     if rows_QD.dtype == sum_TD.dtype:
         return sum_TD.index_add_(0, index_Q, rows_QD)
@@ -119,7 +121,7 @@ def _device_order(short_N: Tensor) -> Tensor:
 
 def compact(items_N: Tensor, keep_N: Tensor, num_kept: int) -> Tensor:
     """Returns `items[keep]` in order. Does not sync, because the argument `num_kept` gives the length."""
-    kept = items_N.new_empty(num_kept + 1)  # one more element, for the items that are not kept
+    kept = items_N.new_empty(num_kept + 1)  # with an element for the items not kept
     target_N = torch.where(keep_N, keep_N.to(torch.int64).cumsum(0) - 1, num_kept)
     return kept.scatter_(0, target_N, items_N)[:num_kept]
 

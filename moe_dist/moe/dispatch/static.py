@@ -1,16 +1,18 @@
-"""Sends rows as `all_to_all` does, in exchanges of fixed sizes. The host reads no size, so a layer has no host sync, and a
+"""Sends the rows of `all_to_all` in exchanges of fixed sizes. The host reads no sizes, so a layer has no host sync, and a
 CUDA graph can capture the layer.
 
 A rank has places for a fixed number of rows and of (token, expert) pairs to each other rank, and for a fixed number of
-pairs of each expert group that it computes; these numbers are called the room. Padding fills unused places: it is sent and
-received, but belongs to no token and no expert. Rows and pairs beyond the room are counted on the device as overflow, and
-end the run: the training step raises before it changes a weight, and a forward without gradient asserts on the device.
+pairs of each expert group that the rank computes; these numbers are called the room. Padding fills unused places: padding
+is sent and received, but belongs to no token and no expert. Rows and pairs that exceed the room (the numbers of places) are
+counted on the device as overflow, and end the run: the training step raises before it changes a weight, and a forward
+without gradient asserts on the device.
 
-Padding needs no masks, because each list has one more entry, which is never read. A padding row is a copy of row T of the
-table, which is zero and has no token; a padding pair has the weight N, which is 0. As input of experts, padding pairs take
-row T, a row of zeros. Uninitialised outputs of padding, even NaN, thus reach no other value and no gradient.
+Padding needs no masks, because each list has one extra entry, which is never read. A padding row is a copy of row T of the
+table, which is zero and has no token; a padding pair has the weight with index N, which is 0. As input of experts, padding
+pairs take row T, a row of zeros. Uninitialised outputs of padding, even NaN, thus reach no other value and no gradient.
 
-The own rows are all rows of the table. The number of tokens may differ between ranks; the room must be equal.
+The own rows are all rows of the table. The number of tokens may differ between ranks; the room (numbers of places for rows
+and pairs) must be equal.
 
 Shape letters: T tokens on this rank, D hidden size, M = T + 1 rows of the table, N (token, expert) pairs (absent pairs
 included), W ranks, G expert groups, X slots (experts) of this rank, H ranks (the own rank, then the other ranks in order),
@@ -33,10 +35,10 @@ from moe_dist.placement.placement import ExpertPlacement
 
 
 class StaticDispatcher(TwoStepDispatcher[StaticPlan]):
-    """Dispatches and combines over one EP group in exchanges of fixed sizes.
+    """Dispatches and combines tokens over one EP group in exchanges of fixed sizes.
 
     Args:
-        room: The numbers of places for rows and pairs, the same on all ranks.
+        room: The numbers of places for rows and for (token, expert) pairs, the same on all ranks.
         placement, wire, kernels: See `AllToAllDispatcher`.
     """
 
@@ -44,7 +46,7 @@ class StaticDispatcher(TwoStepDispatcher[StaticPlan]):
         self, placement: ExpertPlacement, wire: AllToAll, *, room: StaticRoom, kernels: RowKernels = TORCH
     ) -> None:
         kind = StaticPlanner
-        if kernels.has_plan:  # the module imports Triton, which a CPU need not have
+        if kernels.has_plan:  # the module imports Triton, which a CPU may lack
             from moe_dist.moe.dispatch.counting_static_planner import CountingStaticPlanner
 
             kind = CountingStaticPlanner
@@ -53,7 +55,7 @@ class StaticDispatcher(TwoStepDispatcher[StaticPlan]):
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> StaticPlan:
         plan = self.planner.static_plan(assignments, num_tokens, layer)
-        if not torch.is_grad_enabled():  # the caller reads no counts here; on CUDA the host does not wait for the assertion
+        if not torch.is_grad_enabled():  # evaluation reads no counts; the host does not wait for the assertion
             torch._assert_async(plan.sent_5[-1] == 0, OVERFLOW)  # pyright: ignore[reportPrivateImportUsage]
         return plan
 

@@ -1,4 +1,4 @@
-"""Makes the plans of exchanges of fixed sizes. `static.py` defines the room and has the shape letters."""
+"""Makes the plans of exchanges of fixed sizes. `static.py` defines the room (numbers of places) and the shape letters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from moe_dist.moe.kernels.interface import Items, RowIndex
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
-KEPT_SIZES = 8  # most numbers of tokens (of training and evaluation) whose tables are cached
+KEPT_SIZES = 8  # number of cached tables: one for each number of tokens, in training or evaluation
 
 
 @dataclass(frozen=True)
 class StaticRoom:
-    """The room of one layer, the same on all ranks.
+    """The room (numbers of places for rows and pairs) of one layer, the same on all ranks.
 
     Attributes:
         rows_W, pairs_W: Rows and pairs that a rank may send to each other rank.
-        computed_WG: Pairs of each group that each rank may compute.
+        computed_WG: (token, expert) pairs of each group that each rank may compute.
     """
 
     rows_W: tuple[int, ...]
@@ -38,7 +38,8 @@ class StaticRoom:
 
 @dataclass(frozen=True)
 class PaddedIndex(RowIndex):
-    """A `RowIndex` whose row `padding` takes the items that belong to no row. `items_of_rows` leaves these items out."""
+    """A `RowIndex` whose row `padding` takes the items that belong to no row. `items_of_rows` leaves the items of row
+    `padding` out."""
 
     padding: int = 0
 
@@ -56,12 +57,12 @@ class StaticPlan(ExchangePlan):
     """`order_Q` of the exchange is None; weights are sorted by `arrival_Q` afterwards.
 
     Attributes:
-        arrival_Q: int64, place in the order of arrival of each pair computed here; A for padding. Pairs are sorted by slot,
-            with the padding of a group after the group's last slot.
+        arrival_Q: int64, place, in the order of arrival, of each pair computed here; A for padding. Pairs are sorted by
+            slot, with the padding of a group after the group's last slot.
         row_of_pair_Q: int64, row in [0, R) of each pair computed here; T for padding.
         room_G: Number of pairs of each group, padding included.
         counts_X: int64, number of pairs of each slot.
-        end_X: int32, number of pairs of the slot and of the earlier slots of its group, at most the group's room.
+        end_X: int32, number of pairs of the slot and of the earlier slots of the slot's group, at most the group's room.
         sent_5: See `LayerReport`.
         table_items, row_items: See `AllToAllPlan`.
     """
@@ -91,12 +92,13 @@ class StaticPlan(ExchangePlan):
 
 @dataclass(frozen=True)
 class _Places:
-    """The places in all lists for one number of tokens, on the device. These places depend on the room alone.
+    """The places in all lists for one number of tokens, on the device. The places of pairs and rows depend on the room
+    alone.
 
     Attributes:
         place_J, nth_J: Destination's place in the order of sending (other ranks, then this rank), and the pair's number
             among the destination's pairs.
-        most_rows_J: Rows that the destination has room for.
+        most_rows_J: Number of rows for which the destination has room.
         row_J: Place among the S rows of the destination's first row; not used for own pairs.
         row_A: Row in [0, R) of the first row of the rank from which each pair arrives; 0 for own pairs.
         first_H: Place in the order of arrival of the first pair from each rank.
@@ -116,7 +118,7 @@ class _Places:
 
 @dataclass(frozen=True)
 class _Fixed:
-    """Tables of the placement and the room, on the device.
+    """Tables of the placement and of the room, on the device.
 
     Attributes:
         first_bin: Bin of the first expert of each place, then E.
@@ -125,7 +127,8 @@ class _Fixed:
         run_order: Place of each run's length among the lengths of (slot, source rank), then of each group's padding. Runs
             are sorted by slot, then source rank; the padding of a group follows its last slot.
         rows_W, pairs_W, computed_G: The room, by place (without the own rank) and by group.
-        first_row_W, first_pair_W: Rows and pairs before the first one of each place; the own rank is last.
+        first_row_W, first_pair_W: Numbers of rows and of pairs before the first row and pair of each place; the own rank is
+            last.
     """
 
     first_bin: Tensor
@@ -276,5 +279,5 @@ def _starts(lengths: Sequence[int]) -> list[int]:
 
 
 def _each(values: Sequence[int], counts: Sequence[int]) -> list[int]:
-    """Repeats each value as often as its count; counts without a value are left out."""
+    """Repeats each value as often as the value's count says; counts without a value are left out."""
     return [value for value, count in zip(values, counts, strict=False) for _ in range(count)]

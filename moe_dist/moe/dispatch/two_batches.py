@@ -1,10 +1,11 @@
 """Runs the exchanges of one half of a micro-batch while the other half computes, in forward and backward.
 
-`steps` is a generator, which yields when an exchange has been issued and all further computation needs the result. The
-caller then runs the other half up to that half's next exchange (`moe_dist.model.two_batches`). `pipelined` defines the
-autograd nodes. The chain passes through the nodes of both halves, so backward runs them in exactly the reverse order: every
-rank issues the same collectives in the same order. The order for halves A and B; each line is computed while the exchanges
-of the line before are in flight:
+`steps` is a generator, which yields when an exchange has been issued and all further computation of the half needs the
+result. The caller then runs the other half of the micro-batch up to that half's next exchange
+(`moe_dist.model.two_batches`). `pipelined` defines the autograd nodes. The chain (an empty tensor) passes through the nodes
+of both halves of the micro-batch, so backward runs the nodes in exactly the reverse order: every rank issues the same
+collectives in the same order. The order for halves A and B of a micro-batch; each line is computed while the exchanges of
+the line before are in flight:
 
     forward     A  attention, router                    StartDispatch
                 B  attention, router                    StartDispatch
@@ -13,7 +14,7 @@ of the line before are in flight:
                 A  EndCombine, next layer's attention   StartDispatch
     backward    the same in reverse: End issues the gradients, Start waits for them
 
-Memory is as in `all_to_all`: the R and S rows of both halves together are the rows of the whole micro-batch.
+Memory is as in `all_to_all`: the R and S rows of both halves of a micro-batch add up to the rows of the micro-batch.
 """
 
 from collections.abc import Generator
@@ -28,7 +29,8 @@ from moe_dist.moe.dispatch.pipelined import EndCombine, EndDispatch, Flight, Sta
 
 
 class Chain:
-    """An empty tensor, passed through the autograd nodes of both halves. `end` is the output of the last node so far."""
+    """An empty tensor, passed through the autograd nodes of both halves of a micro-batch. `end` is the last node's
+    output."""
 
     def __init__(self, like: Tensor) -> None:
         self.end: Any = like.new_empty(0)
@@ -36,7 +38,7 @@ class Chain:
 
 class TwoBatchDispatcher(AllToAllDispatcher):
     """Dispatches as `AllToAllDispatcher`. The method `run` dispatches whole micro-batches, as in evaluation; `steps`
-    dispatches one half."""
+    dispatches one half of a micro-batch."""
 
     def steps(
         self,
@@ -48,7 +50,8 @@ class TwoBatchDispatcher(AllToAllDispatcher):
         experts: RunExperts,
         shared: RunShared = None,
     ) -> Generator[None, None, tuple[Tensor, Tensor | None]]:
-        """See `Dispatcher.run`. Yields while the rows of dispatch are in flight, and again for the rows of combine."""
+        """See `Dispatcher.run`. Yields while the rows of dispatch are in flight, and again while the rows of combine
+        are."""
         flight, mark = Flight(plan, self.exchange, repeated=False), self.exchange.all_to_all.comm_stats.mark
         chain.end = StartDispatch.apply(chain.end, h_TD, weight_N, flight)
         shared_TD = None if shared is None else shared(h_TD)

@@ -14,8 +14,8 @@ KernelKind = Literal["auto", "torch", "triton"]
 
 
 def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype) -> tuple[RowKernels, str | None]:
-    """Returns the kernels, and for `auto` on CUDA the reason if they are not Triton's. `auto` first tries Triton's kernels
-    (`trial`).
+    """Returns the kernels, and for `auto` on CUDA the reason if the kernels are torch's. `auto` first tests Triton's
+    kernels (module `trial`).
 
     Raises:
         ValueError: kind is `triton`, and `why_not_triton` returns a reason.
@@ -24,7 +24,7 @@ def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype
         return TORCH, None
     reason = why_not_triton(device, dtype)
     if reason is None:
-        from moe_dist.moe.kernels.triton_kernels import TRITON  # imports Triton, which a CPU need not have
+        from moe_dist.moe.kernels.triton_kernels import TRITON  # imports Triton, which a CPU may lack
 
         reason = trial.why_not(TRITON, device, dtype) if kind == "auto" else None
         if reason is None:
@@ -35,7 +35,8 @@ def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns the reason why the Triton kernels cannot be used, else None. On a CPU Triton's interpreter can run them."""
+    """Returns the reason why the Triton kernels cannot be used, else None. On a CPU Triton's interpreter can run the Triton
+    kernels."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if dtype == torch.float64:

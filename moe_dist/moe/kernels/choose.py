@@ -3,8 +3,8 @@
     p = softmax of the logits of the token's group,   z = log of the sum of their exponentials
     w = scale p of the chosen column, or scale times the softmax among the chosen columns
 
-Each program has some tokens and writes its own sums, so that nothing is added atomically. Shape letters: T tokens, C
-columns (true experts first, the others null), K choices, G expert groups, B blocks of tokens.
+Each Triton program computes a block of tokens and writes the block's sums, so that nothing is added atomically. Shape
+letters: T tokens, C columns (true experts first, the others null), K choices, G expert groups, B blocks of tokens.
 """
 
 # Triton's annotations do not fit the language of kernels, where blocks have operators and static_range is a loop.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_dist.moe.kernels.operation import launch, operation
 
-AMONG = {"none": 0, "true_chosen": 1, "all_chosen": 2}  # columns over which weights are a softmax: all or chosen columns
+AMONG = {"none": 0, "true_chosen": 1, "all_chosen": 2}  # columns over which weights are a softmax: all or chosen
 ELEMENTS = 1024  # logits that one program has in registers
 
 
@@ -87,7 +87,7 @@ def choose_kernel(
         if CHOSEN:
             c = tl.load(choice + at + k, mask=live, other=0).to(tl.int32)
         else:
-            c = tl.argmax(rest, 1).to(tl.int32)  # the first of equal columns, as in a stable sort
+            c = tl.argmax(rest, 1).to(tl.int32)  # the first of columns with equal logits, as in a stable sort
             tl.store(choice + at + k, c.to(tl.int64), mask=live)
         hit = column[None, :] == c[:, None]
         rest = tl.where(hit, float("-inf"), rest)
@@ -199,7 +199,7 @@ def choose(
         logits: fp32 [T, C].
         group: int64 [T], -1 for padding.
         top_k: int64 [G + 1], k of each group.
-        choice: Columns that were chosen before, [T, K]; None to choose.
+        choice: Columns chosen by an earlier call, [T, K]; None to choose columns now.
         among: A value of `AMONG`.
     """
     (num_tokens, num_columns), num_groups = logits.shape, top_k.shape[0] - 1

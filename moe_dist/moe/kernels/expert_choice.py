@@ -1,11 +1,12 @@
-"""Triton kernels for expert choice, around one sort of the logits.
+"""Triton kernels for expert choice: the steps before and after one sort of the logits by torch.
 
     candidates  logits of the tokens of each expert's group, -inf for other tokens; and the number of these tokens
     take        from the sorted tokens: which tokens each expert takes, and its k-th largest score
     sums        scores, entropies and counts of the layer's report
 
-`routers/selection.py` and `routers/expert_choice.py` have the reference of each kernel. Each program writes its own sums,
-so that nothing is added atomically. Shape letters: T tokens, E experts, G expert groups, B blocks of tokens.
+`routers/selection.py` and `routers/expert_choice.py` have the reference of each kernel. Each Triton program writes the sums
+of its own block, so that nothing is added atomically. Shape letters: T tokens, E experts, G expert groups, B blocks of
+tokens.
 """
 
 # Triton's annotations do not fit the language of kernels, where blocks have operators and static_range is a loop.
@@ -147,16 +148,17 @@ def choice_take(
     """Returns which tokens each expert takes, uint8 [T, E], and the k-th largest score of each expert [E].
 
     Args:
-        logits: The candidates' logits, without noise.
-        order, order_of_scores: int64 [T, E], each expert's tokens by falling logit with noise, and without.
-        capacity: float64 [E], share of its candidates that each expert takes.
+        logits: The candidates' logits, without noise; the candidates of an expert are the tokens of its group.
+        order, order_of_scores: int64 [T, E], each expert's tokens by falling logit, with noise and without noise.
+        capacity: float64 [E], fraction of its candidates that each expert takes.
         candidates: int64 [E].
     """
     (num_tokens, num_experts), blocks = logits.shape, _blocks(logits.shape[1])
     taken, kth_score = logits.new_empty(logits.shape, dtype=torch.uint8), logits.new_empty(num_experts)
     yield taken, kth_score
     inputs = (logits, order, order_of_scores, capacity, candidates, taken, kth_score, num_tokens)
-    grid = (max(1, triton.cdiv(num_tokens, blocks["ROWS"])),)  # one block without tokens, for the scores
+    grid = (max(1, triton.cdiv(num_tokens, blocks["ROWS"])),)  # at least one block, for the scores
+
     # No fused multiply-add, so that this kernel computes the same number of tokens as the host (`capacity_of_tokens`).
     launch(take_kernel, grid, *inputs, E=num_experts, **blocks, enable_fp_fusion=False)
 

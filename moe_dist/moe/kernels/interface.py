@@ -1,9 +1,9 @@
 """The interface of the arithmetic on rows that surrounds the experts' matrix products.
 
-`dispatch/rows.py` implements the interface by operations of torch, on any device. `triton_kernels.py` implements it by
-Triton kernels, whose reference is `dispatch/rows.py`. Shape letters: T tokens, C columns of the router, K choices, G expert
-groups, N items with a row each, M rows, R rows for this rank's experts, Q (token, expert) pairs computed here, D hidden
-size, F hidden width of experts, O own rows and S received rows of a table.
+`dispatch/rows.py` implements the interface by operations of torch, on any device. `triton_kernels.py` implements the
+interface by Triton kernels, whose reference is `dispatch/rows.py`. Shape letters: T tokens, C columns of the router, K
+choices, G expert groups, N items with a row each, M rows, R rows for this rank's experts, Q (token, expert) pairs computed
+here, D hidden size, F hidden width of experts, O own rows and S received rows of a table.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Items = tuple[Tensor, Tensor]  # see `RowIndex.items_of_rows`
 @dataclass(frozen=True)
 class RowIndex:
     """Gives each of N items one of `num_rows` rows. `parts` are int64 tensors, whose concatenation has length N. `items`
-    are the `items_of_rows`, if known. With `in_order` item i has row i, so nothing must be gathered or summed."""
+    are the `items_of_rows`, if known. With `in_order` item i has row i, so no row must be gathered or summed."""
 
     parts: tuple[Tensor, ...]
     num_rows: int
@@ -31,8 +31,8 @@ class RowIndex:
     def items_of_rows(self) -> Items:
         """Returns the items sorted by row [N], and the place of each row's first item in this order, int32 [num_rows + 1].
 
-        The items of a row keep their order, so a sum over them always adds in the same order. Costs a sort, unless the
-        items are known, but no sync.
+        The items of a row keep their order, so a sum over a row's items always adds in the same order. Costs a sort, unless
+        the items are known, but no host sync.
         """
         if self.items is not None:
             return self.items
@@ -44,7 +44,7 @@ class RowIndex:
 
 @dataclass(frozen=True)
 class TopK:
-    """Says how tokens choose columns, of which the first `num_true` are true experts and all others null.
+    """Says how tokens choose columns of the router, of which the first `num_true` are true experts and all others null.
 
     Attributes:
         group_of_column_C: int64, group of each column.
@@ -101,8 +101,8 @@ class RowKernels(Protocol):
     All methods but `sum_rows` have gradients. Sums are fp32 (float64 for float64 rows) and rounded once.
 
     Attributes:
-        has_choose: True if `choose`, `experts_choose` and `experts_sums` exist. Otherwise the router chooses by operations
-            of torch.
+        has_choose: True if `choose`, `experts_choose` and `experts_sums` exist. If `has_choose` is false, routers choose by
+            operations of torch.
         has_plan: True if kernels of the same kind plan an exchange (`dispatch/counting_planner.py` and
             `dispatch/counting_static_planner.py`).
     """
@@ -111,7 +111,8 @@ class RowKernels(Protocol):
     has_plan: bool
 
     def choose(self, logits_TC: Tensor, group_T: Tensor, top_k: TopK, choice_TK: Tensor | None) -> Choice:
-        """Lets tokens of the groups `group_T` (-1: padding) choose columns, or takes the columns that they chose before."""
+        """Lets tokens of the groups `group_T` (-1: padding) choose columns, or uses the columns that the tokens chose
+        before."""
         ...
 
     def experts_choose(
@@ -123,30 +124,30 @@ class RowKernels(Protocol):
     def experts_sums(
         self, logits_TE: Tensor, group_T: Tensor, tables: ExpertsTables, threshold_E: Tensor, taken_TE: Tensor
     ) -> ExpertsSums:
-        """Sums over the tokens, without gradient."""
+        """Returns sums over the tokens, without gradient."""
         ...
 
     def gather(self, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:
         """Returns the row of each pair [Q, D], for the products with gate and with up: two tensors with the same memory, so
-        that their gradients may be summed in the pass that sums the gradients of a row."""
+        that both tensors' gradients may be summed in the pass that sums the gradients of a row."""
         ...
 
     def swiglu(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor | None) -> Tensor:
         """Returns the hidden values of the pairs, silu(gate) * up, [Q, F] in the dtype of `gate_QF`. Kernels whose
-        `sum_pairs` applies no weights also multiply each pair's values by its weight here. If `up_QF` is None, `gate_QF`
-        has both, gate first: [Q, 2 F]."""
+        `sum_pairs` applies no weights multiply each pair's hidden values by the pair's weight in `swiglu`. If `up_QF` is
+        None, `gate_QF` has gate and up, gate first: [Q, 2 F]."""
         ...
 
     def sum_pairs(self, y_QD: Tensor, weight_Q: Tensor, index: RowIndex, dtype: torch.dtype) -> Tensor:
-        """Returns for each row the sum of its pairs' outputs, [R, D] in `dtype`, weighted if `swiglu` applied no
-        weights."""
+        """Returns for each row the sum of the outputs of the row's pairs, [R, D] in `dtype`, weighted if `swiglu` applied
+        no weights."""
         ...
 
     def sum_rows(
         self, own_OD: Tensor, wait: Callable[[], Tensor], index: RowIndex, base_MD: Tensor | None = None
     ) -> Tensor:
-        """Returns for each row of a table the sum of `base`, if given, its own rows, and then its received rows: [M, D] in
-        the dtype of the own rows.
+        """Returns for each row of a table the sum of `base`, if given, the own rows, and then the received rows with its
+        index: [M, D] in the dtype of the own rows.
 
         Args:
             wait: Waits for the received rows, and returns them: [S, D].

@@ -1,7 +1,7 @@
 """Registers functions that launch Triton kernels as operations of torch.
 
-On real tensors an operation launches its kernel; on fake tensors it only makes the result. A count of kernels without a GPU
-thus counts the operation as one kernel.
+On real tensors an operation launches its kernel; on fake tensors the operation only allocates the result. A kernel count
+made without a GPU thus counts the operation as one kernel.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,9 +16,9 @@ LARGEST_BLOCK = 1024  # elements of a row that one program of 4 warps has in reg
 
 
 def operation(schema: str) -> Callable[[Callable[..., Iterator[Any]]], Callable[..., Any]]:
-    """Decorates a generator function, which yields the result, not yet filled, and then launches the kernel that fills it.
+    """Decorates a generator function, which yields the allocated result and then launches the kernel that fills the result.
 
-    Returns a function that calls the operation `moe_dist::NAME` with this schema. The operation makes its tensors
+    Returns a function that calls the operation `moe_dist::NAME` with the given schema. The operation makes its tensors
     contiguous first, because the kernels read no strides: the gradient of a sum, for example, has stride 0. The operation
     has no gradient.
     """
@@ -49,5 +49,5 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 
 def block_of(width: int) -> int:
-    """Returns the number of elements of a row that one program takes."""
+    """Returns the number of elements of a row that one Triton program computes."""
     return min(LARGEST_BLOCK, triton.next_power_of_2(width))

@@ -6,7 +6,7 @@
     arrive   pairs computed here, from the order of arrival to that of slots
     collect  the pairs of each row that arrived, by binary search, since a run's rows ascend
 
-`dispatch/planning.py` is the reference of these kernels, and defines the places of ranks and the bins of experts. Shape
+`dispatch/planning.py` is the reference of these kernels, and defines ranks' places and experts' bins. Shape
 letters: T tokens, K choices, N = T x K pairs, W ranks, E experts, B blocks of tokens, X runs of arriving pairs (of one slot
 and source rank), H source ranks (the own one first), Q pairs computed here, R rows that arrived.
 """
@@ -29,7 +29,7 @@ BLOCK = 256  # items of a list that one program takes
 
 @triton.jit
 def members(expert, place_E, bin_E, T, K: tl.constexpr, ROWS: tl.constexpr, BINS: tl.constexpr, PLACES: tl.constexpr):
-    """Returns which ranks and experts each token of this program takes, as 0 and 1."""
+    """Returns the ranks and experts of each token of this Triton program, as a table of 0 and 1."""
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     place, bin = tl.arange(0, PLACES), tl.arange(0, BINS)
     has_place = tl.zeros((ROWS, PLACES), tl.int32)
@@ -66,8 +66,8 @@ def count_kernel(
 
 @triton.jit
 def orders(starts, totals, place, bin, has_place, has_bin, B, W: tl.constexpr, E: tl.constexpr):
-    """The pairs of each bin; the place of each (token, bin) in the order of all pairs, if it is a pair; the index of each
-    token's row among the rows for a place; and the rows for each place before this block."""
+    """Returns the number of pairs of each bin; the place of each (token, bin) in the order of all pairs, if (token, bin) is
+    a pair; the index of each token's row among the rows for a place; and the rows for each place before this block."""
     block, known = tl.program_id(0), bin < E
     length = tl.load(totals + W + bin, mask=known, other=0)
     before = tl.cumsum(length, 0) - length + tl.load(starts + (W + bin) * B + block, mask=known, other=0)
@@ -126,7 +126,7 @@ def place_kernel(
         tl.store(index + at, row, mask=e >= 0)
     taken = has_place == 1
     tl.store(token + row_start[None, :] + to_row, t[:, None] + tl.zeros((ROWS, PLACES), tl.int64), mask=taken)
-    # the rows of each token, the own row first: own rows also have lower numbers
+    # the rows of each token, the own row first, because own rows have lower numbers
     own = place == W - 1
     has_own = tl.sum(tl.where(own[None, :], has_place, 0), 1)
     num_own = tl.sum(tl.where(own, length, 0), 0)
@@ -142,7 +142,7 @@ def place_kernel(
 
 @triton.jit
 def index_at(own, arrived, num_own, at, mask):
-    """Returns the row indices of pairs in the order of arrival, own pairs first."""
+    """Returns the row index of each pair, in the order of the pairs' arrival, own pairs first."""
     mine = tl.load(own + at, mask=mask & (at < num_own), other=0)
     return mine + tl.load(arrived + at - num_own, mask=mask & (at >= num_own), other=0)
 
@@ -197,7 +197,8 @@ def blocks(num_places: int, num_bins: int) -> dict[str, int]:
 
 @operation("plan_count(Tensor expert, Tensor place, Tensor bin, int num_ranks) -> Tensor")
 def plan_count(expert: Tensor, place: Tensor, bin: Tensor, num_ranks: int) -> Iterator[Tensor]:
-    """Returns int32 [W + E, B]: for each block of tokens, the rows to the rank of each place, then the pairs of each bin.
+    """Returns int32 [W + E, B]: for each block of tokens, the number of rows to the rank of each place, then the number of
+    pairs of each bin.
 
     Args:
         expert: int64 [T, K], -1 for absent pairs. The experts of a token are distinct.
@@ -231,7 +232,7 @@ def plan_place(
 ) -> Iterator[tuple[Tensor, ...]]:
     """Returns lists of length N, filled up to a length that the host does not know: the pairs sorted by bin, int64; the
     index of each pair's row among the rows of its rank, int32; the token of each row, sorted by place, int64; and the rows
-    sorted by token, int32. Also returns the place of each token's first row in the last list, int32 [T + 1]."""
+    sorted by token, int32. Also returns the place of each token's first row in the rows sorted by token, int32 [T + 1]."""
     (num_tokens, num_choices), num_experts, num_blocks = expert.shape, place.shape[0] - 1, starts.shape[1]
     pair, token = expert.new_empty(expert.numel()), expert.new_empty(expert.numel())
     index, order = (expert.new_empty(expert.numel(), dtype=INT32) for _ in range(2))
@@ -250,9 +251,9 @@ def plan_arrive(
 
     Args:
         own, arrived: int32, row index of each own and of each received pair among the rows of its source rank.
-        runs: int64 [3 X + 3 H + 1]. Of each run, by slot and source rank: its length, its place in the order of slots, and
-            in the order of arrival. Of each source rank: its number of rows, its first row, and the pairs before its first.
-            Then the number of all pairs.
+        runs: int64 [3 X + 3 H + 1]. `runs` has first, for each run, by slot and source rank: the run's length, its place in
+            the order of slots, and its place in the order of arrival. `runs` has then, for each source rank: its number of
+            rows, its first row, and the number of pairs before its first pair. Last is the number of all pairs.
         longest: Length of the longest run.
     """
     num_pairs, num_runs = own.shape[0] + arrived.shape[0], runs.shape[0] // 3 - num_sources
@@ -270,7 +271,7 @@ def plan_collect(
     own: Tensor, arrived: Tensor, runs: Tensor, num_sources: int, longest: int, num_rows: int, most_rows: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Returns `RowIndex.items_of_rows` of the pairs computed here: int32 [Q] and [R + 1]. `most_rows` is the largest number
-    of rows from one source rank; `plan_arrive` has the other arguments."""
+    of rows from one source rank; `plan_arrive` explains the other arguments."""
     num_pairs, num_runs = own.shape[0] + arrived.shape[0], runs.shape[0] // 3 - num_sources
     order, first = own.new_empty(num_pairs), own.new_empty(num_rows + 1)
     yield order, first

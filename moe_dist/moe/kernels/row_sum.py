@@ -1,5 +1,5 @@
-"""A Triton kernel that sums rows in fp32 registers: each program owns a part of a row of the result, so nothing is added
-atomically, and each row of the input is read once.
+"""A Triton kernel that sums rows in fp32 registers: each Triton program computes a part of a row of the result, so nothing
+is added atomically, and each input row is read once.
 
 Shape letters: M rows of the result, D hidden size.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_dist.moe.kernels.operation import block_of, launch, operation
 
 
-@triton.jit(do_not_specialize=["num_own"])  # otherwise some values would each compile a kernel
+@triton.jit(do_not_specialize=["num_own"])  # otherwise Triton compiles a kernel for some values of num_own
 def row_sum_kernel(
     own,
     received,
@@ -55,7 +55,7 @@ def row_sum_kernel(
 def row_sum(
     own: Tensor, received: Tensor, base: Tensor | None, order: Tensor, first: Tensor, both: bool, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    """Returns `base`, or 0, plus the sums of rows, [M, D] in `dtype`.
+    """Returns `base` (0 if None) plus the sums of rows, [M, D] in `dtype`.
 
     The items of row m are `order[first[m] : first[m + 1]]` and are added in this order. An item below the number of own
     rows is an own row, any other item a received row. With `both`, each item is both an own row and a received row.

@@ -1,15 +1,15 @@
-"""Triton kernels that plan an exchange of fixed sizes, for token choice. These kernels run after `count` and `scan` of
-`plan.py`:
+"""Triton kernels that plan an exchange of fixed sizes, for token choice. The kernels of this module run after `count` and
+`scan` of `plan.py`:
 
     place    pairs and rows for each rank, and the rows of each token
     pad      places of pairs and rows that stay empty
     runs     runs of arriving pairs, and the numbers of rows and pairs beyond the room
     arrive   pairs computed here, in the order of slots
 
-`collect` of `plan.py` then finds the pairs of each row. `dispatch/static_planning.py` is the reference, and `static.py`
-defines padding and room. If any rows or pairs of a rank do not fit, the rank computes no pairs, so that no list points
-beyond a tensor; the step fails anyway. Shape letters are those of `static.py`, and as in `plan.py` K choices, E experts, B
-blocks of tokens.
+After these kernels `collect` of `plan.py` finds the pairs of each row. `dispatch/static_planning.py` is the reference, and
+`static.py` defines padding and room. If any rows or pairs of a rank exceed the fixed sizes, the rank computes no pairs, so
+that no index exceeds a tensor; the step fails anyway. Shape letters are those of `static.py`, and, as in `plan.py`, K
+choices, E experts, B blocks of tokens.
 """
 
 # Triton's annotations do not fit the language of kernels, where blocks have operators and static_range is a loop.
@@ -239,15 +239,15 @@ def static_place(
     num_sent: int,
     num_rows: int,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Returns lists whose padding `static_pad` fills: `pair_P` of the plan; the index of each of these pairs' rows, int32
+    """Returns lists whose padding `static_pad` fills: `pair_P` of the plan; the row index of each pair of `pair_P`, int32
     (for own pairs the token); `row_S` of the plan; and `items_of_rows` of the plan's table.
 
     Args:
         expert, place, bin: See `plan_count`.
         starts, totals: From `plan_scan`.
         first_bin: int64 [W + 1], first bin of the rank of each place.
-        first_pair, first_row: int64 [W], places of the first pair and row for each rank, the own one last.
-        num_sent, num_rows: Pairs and rows that this rank sends, padding included.
+        first_pair, first_row: int64 [W], places of the first pair and row for each rank, the own rank last.
+        num_sent, num_rows: Numbers of pairs and rows that this rank sends, padding included.
     """
     (num_tokens, num_choices), num_experts, size = expert.shape, place.shape[0] - 1, first_row.shape[0]
     pair, row = expert.new_empty(num_sent + expert.numel()), expert.new_empty(num_rows)
@@ -312,11 +312,11 @@ def static_runs(
 
     Args:
         received: int64 [W, 1 + X], rows and pairs of each slot from each rank.
-        pairs: From `static_pad`. `static_place` has `totals`, `first_pair`, `first_row` and `num_rows`.
+        pairs: From `static_pad`. `static_place` explains `totals`, `first_pair`, `first_row` and `num_rows`.
         source: int64 [W], ranks in the order of arrival.
         group, computed: int64 group of each slot, and room of each group's pairs.
         num_own_rows, num_pairs: T + 1 own rows, and N places for own pairs.
-        row_room, pair_room: Rows and pairs that each other rank may send here.
+        row_room, pair_room: Numbers of rows and pairs that each other rank may send to this rank.
     """
     size, slots = source.shape[0], group.shape[0]
     runs = received.new_empty(3 * size * slots + 3 * size + 1)

@@ -3,8 +3,8 @@
     h = w silu(g) u,   silu(g) = g s,   s = 1 / (1 + exp(-g))
     dg = dh w u s (1 + g (1 - s)),   du = dh w silu(g),   dw = sum over F of dh silu(g) u
 
-g and u are two tensors, or the halves of one tensor, whose rows are then ROW = 2 F apart, with u from column UP = F on.
-Shape letters: Q rows, F hidden width of experts.
+g and u are two tensors, or one tensor [Q, 2 F], whose rows are ROW = 2 F apart, with g in its left half and u from column
+UP = F on. Shape letters: Q rows, F hidden width of experts.
 """
 
 from collections.abc import Iterator
@@ -66,7 +66,7 @@ def _layout(gate: Tensor, up: Tensor | None) -> dict[str, int]:
 
 @operation("swiglu(Tensor weight, Tensor gate, Tensor? up) -> Tensor")
 def swiglu(weight: Tensor, gate: Tensor, up: Tensor | None) -> Iterator[Tensor]:
-    """Returns h [Q, F] for weights [Q], g and u [Q, F], or both in one tensor [Q, 2 F]."""
+    """Returns h [Q, F] for weights [Q], and g and u [Q, F], or g and u in one tensor [Q, 2 F]."""
     layout, num_rows = _layout(gate, up), gate.shape[0]
     out = gate.new_empty((num_rows, layout["F"]))
     yield out
@@ -77,8 +77,8 @@ def swiglu(weight: Tensor, gate: Tensor, up: Tensor | None) -> Iterator[Tensor]:
 
 @operation("swiglu_backward(Tensor grad, Tensor weight, Tensor gate, Tensor? up) -> Tensor[]")
 def swiglu_backward(grad: Tensor, weight: Tensor, gate: Tensor, up: Tensor | None) -> Iterator[list[Tensor]]:
-    """Returns dw [Q], dg and du [Q, F] or both [Q, 2 F] for dh [Q, F]. One program computes a whole row, so dw needs no
-    atomic sum."""
+    """Returns dw [Q], and dg and du [Q, F], or dg and du in one tensor [Q, 2 F], for dh [Q, F]. One Triton program computes
+    a whole row, so dw needs no atomic sum."""
     out = [each.new_empty(each.shape) for each in (weight, gate, up) if each is not None]
     yield out
     layout = _layout(gate, up)

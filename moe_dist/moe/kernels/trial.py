@@ -1,4 +1,5 @@
-"""Tries kernels on a device before a run uses them: compares the values and gradients of small tensors with torch's.
+"""Tests kernels on a device before training uses the kernels: compares their values and gradients on small tensors with
+torch's.
 
 Shape letters are those of `interface`.
 """
@@ -37,7 +38,7 @@ def why_not(kernels: RowKernels, device: torch.device, dtype: torch.dtype) -> st
 def why_differ(ours: Callable[[], Results], torchs: Callable[[], Results], device: torch.device) -> str | None:
     """Returns None if the results of kernels equal torch's, else a text that names the difference or failure."""
     try:
-        with device:  # the default device may be meta, on which models are built
+        with device:  # the default device may be meta while a model is built
             pairs = list(zip(ours(), torchs(), strict=True))
         for (_, found), (name, expected) in pairs:
             difference = float((found.double() - expected.double()).norm() / expected.double().norm())
@@ -56,7 +57,7 @@ def _results(kernels: RowKernels, dtype: torch.dtype) -> Results:
 
 
 def _plan(kernels: RowKernels) -> Results:
-    """The plans of a layer on one rank, which sends no row: three experts for a token, some of them null."""
+    """Returns the dispatch plans of a layer on one rank, which sends no row: three experts for a token, some null."""
     group, num_tokens = GROUPS[0], 300  # several blocks of tokens
     first_T = torch.arange(num_tokens) * 7
     columns_TK = torch.stack([first_T, first_T + 5, first_T + 9], dim=1) % (group.num_experts + group.num_null)
@@ -105,7 +106,7 @@ def _experts(kernels: RowKernels, dtype: torch.dtype) -> Results:
 
 
 def _experts_choice(kernels: RowKernels) -> Results:
-    """Choices of experts among tokens of their group, with the sums of a report."""
+    """Lets experts choose among tokens of their group, and computes the sums of a report."""
     groups = tuple(replace(group, num_null=0, first_expert=first) for group, first in zip(GROUPS, (0, 12), strict=True))
     router = ExpertChoiceRouter(HIDDEN, groups, kernels=kernels)
     for n, parameter in enumerate(router.parameters()):
@@ -118,7 +119,8 @@ def _experts_choice(kernels: RowKernels) -> Results:
 
 
 def _choice(kernels: RowKernels, normalise: Normalise) -> Results:
-    """Choices of tokens of two groups with null experts, and of padding; weights, sums, and the gradient of the input."""
+    """Lets tokens of two groups with null experts, and padding, choose; computes weights, sums, and the gradient of the
+    input."""
     h_TD = random(7, ROWS, HIDDEN).requires_grad_()
     router = TopKRouter(HIDDEN, GROUPS, normalise=normalise, kernels=kernels)
     for n, parameter in enumerate(router.parameters()):

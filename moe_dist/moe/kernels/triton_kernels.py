@@ -1,7 +1,7 @@
 """The arithmetic on rows by Triton kernels. `interface.py` documents the methods and the shape letters.
 
-Each sum adds in a fixed order, in fp32 registers. The backward of gathering is summing, and the backward of summing is
-gathering.
+Each sum adds in a fixed order, in fp32 registers. The backward of gathering rows sums rows, and the backward of summing
+rows gathers rows.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,8 @@ from moe_dist.moe.kernels.swiglu import swiglu, swiglu_backward
 
 
 class TritonKernels:
-    """`swiglu` applies the weights, so that backward needs neither the experts' outputs nor a pass over them."""
+    """`swiglu` applies the routing weights, so that backward needs neither the experts' outputs nor a pass over the
+    outputs."""
 
     has_choose = True
     has_plan = True
@@ -48,7 +49,7 @@ class TritonKernels:
         taken_TE, (experts, groups) = taken_TE.view(torch.uint8), (logits_TE.shape[1], tables.num_groups)
         summed = choice_sums(logits_TE, group_T, tables.group_E, threshold_E, taken_TE, groups).sum(0)
         counts, choice, floats = summed.split([experts + groups] * 3)
-        # exact, because fp32 has all integers to 2^24
+        # exact, because fp32 represents all integers up to 2^24
         sizes = [experts, groups]
         parts = [each.split(sizes) for each in (counts.to(torch.int64), choice.to(torch.float64), floats)]
         return ExpertsSums(*parts[0], *parts[1], *parts[2])
@@ -70,8 +71,9 @@ class TritonKernels:
         self, own_OD: Tensor, wait: Callable[[], Tensor], index: RowIndex, base_MD: Tensor | None = None
     ) -> Tensor:
         items = index.items_of_rows  # sorts while the other rows are in flight
-        # Own rows are summed only after the received rows have arrived, because a separate pass would write and read M more
-        # rows than one kernel.
+
+        # Own rows are summed only after the received rows have arrived, because a separate pass would write and read M rows
+        # more than one kernel does.
         return row_sum(own_OD, wait(), base_MD, *items, False, own_OD.dtype)
 
 
@@ -89,10 +91,11 @@ class _Choose(torch.autograd.Function):
         num_columns, num_groups = logits_TC.shape[1], len(top_k.top_k_G) - 1
         sizes = [num_columns + num_groups, num_columns, num_groups, num_groups]
         counts, prob_C, square_G, entropy_G = sums.sum(0).split(sizes)
-        counts = counts.to(torch.int64)  # exact, because fp32 has all integers to 2^24
+        counts = counts.to(torch.int64)  # exact, because fp32 represents all integers up to 2^24
         token_N, expert_N = token_TK.flatten(), expert_TK.flatten()
         ctx.mark_non_differentiable(chosen_TK, token_N, expert_N, counts, entropy_G)
         ctx.set_materialize_grads(False)  # otherwise backward would make zeros for each integer tensor
+
         # copies, because FSDP2 warns of a module that returns views with gradients
         return chosen_TK, token_N, expert_N, weight_TK.flatten(), counts, prob_C.clone(), square_G.clone(), entropy_G
 

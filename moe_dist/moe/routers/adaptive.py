@@ -1,14 +1,14 @@
-"""Base class of the routers that take a number of experts that depends on the token, at most the group's `top_k`.
+"""Base class of the routers whose number of experts per token depends on the token, at most the group's `top_k`.
 
     T(x) = the first columns of the token by score, as far as the router's rule keeps them
     y    = sum over T(x) without null columns of w_i E_i(x); 0 if T(x) has no other column
 
-A choice that the rule does not keep becomes an absent pair, like a null choice. The rule of each router sees one token
-alone, so evaluation is causal. A recomputed forward keeps the same choices.
+A choice that the router's rule does not keep becomes an absent pair, like a null choice. Each router's rule reads one token
+alone, so evaluation is causal. A recomputed forward keeps the choices of the first forward.
 
-Load controllers (`moe_dist.moe.balance`) hold the mean number of true experts per token. For this purpose each column has a
-selection bias. The mean bias of a group's true columns is called the budget shift: it changes the number of columns that
-tokens take. In `top_p` and `predicted_k` only the deviations from the budget shift change the order of the columns; in
+Load controllers (`moe_dist.moe.balance`) keep the mean number of true experts per token at a target, by a selection bias of
+each column. The mean bias of a group's true columns is called the budget shift, because it changes the number of columns
+that tokens take. In `top_p` and `predicted_k` only the deviations from the budget shift change the order of the columns; in
 `relu` and `threshold` the whole bias of a column moves the column's threshold.
 
 Shape letters: T tokens, C columns, K choices, G expert groups, E true experts.
@@ -46,7 +46,7 @@ class AdaptiveRouter(TopKRouter):
 
     @abstractmethod
     def _kept(self, masked_TC: Tensor, probs_TC: Tensor, column_TK: Tensor, group_T: Tensor, cache: RoutingCache) -> Tensor:
-        """Returns a bool [T, K]: which of a token's columns, the best first, the token takes. Has no gradient."""
+        """Returns a bool [T, K]: which of a token's K best columns, the best first, the token takes. Has no gradient."""
 
     def _one_kernel(self, logits_TC: Tensor, cache: RoutingCache) -> bool:
         return False

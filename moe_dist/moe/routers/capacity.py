@@ -1,4 +1,5 @@
-"""Capacity in token choice: the largest number of pairs that an expert computes. Pairs beyond this number are dropped.
+"""Capacity in token choice: the largest number of (token, expert) pairs that an expert computes. Pairs beyond the capacity
+are dropped.
 
 A dropped pair becomes an absent pair, which is not sent, so no tensor's shape depends on which pairs are dropped. Shape
 letters: N (token, expert) pairs in token order, E true experts.
@@ -21,10 +22,10 @@ class Capacity:
 
     Attributes:
         factor: An expert takes at most ceil(factor * k T / columns) pairs, where T is the number of its group's tokens in
-            the selection scope, and columns the number of the group's experts of all kinds. With factor 1 this number is
+            the selection scope, and columns the number of the group's experts of all kinds. With factor 1 the capacity is
             the load of each expert if choices spread evenly.
-        drop: `probability` drops the expert's pairs of least probability; of two equally probable pairs it drops the later
-            token's. `position` drops the pairs of the last tokens.
+        drop: `probability` drops the expert's pairs of least probability; of two equally probable pairs, the later token's
+            pair. `position` drops the pairs of the last tokens.
         scope: The selection scope, whose tokens' pairs are counted for each expert. `rank`: the tokens of one rank's
             micro-batch.
     """
@@ -43,14 +44,16 @@ def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: D
     """Returns a bool [N] that marks the pairs beyond their expert's capacity. Costs no host sync.
 
     Args:
-        expert_N: int64, logical expert of each pair; negative for an absent pair, which is never dropped.
+        expert_N: int64, logical expert of each pair; negative for an absent pair (absent pairs are never dropped).
         score_N: Probability of each pair, without gradient.
         capacity_E: int64, largest number of pairs of each expert.
         drop: See `Capacity`.
     """
     num_experts = capacity_E.shape[0]
     bin_N = torch.where(expert_N < 0, num_experts, expert_N)  # the last bin takes absent pairs
-    # Sorts pairs by preference, then stably by expert. `position` needs no first sort, because pairs are in token order.
+
+    # Sorts pairs by preference, then stably by expert. `position` needs no sort by preference, because pairs are in token
+    # order.
     order_N = torch.arange(bin_N.shape[0], device=bin_N.device)
     if drop == "probability":
         order_N = torch.sort(score_N, descending=True, stable=True).indices
@@ -61,4 +64,4 @@ def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: D
     first = counts.cumsum(0) - counts
     place_N = torch.arange(bin_N.shape[0], device=bin_N.device) - first[sorted_N]
     over_N = (place_N >= capacity_E[sorted_N.clamp_max(num_experts - 1)]) & (sorted_N < num_experts)
-    return torch.zeros_like(over_N).scatter_(0, order_N, over_N)  # from sorted order to the order of pairs
+    return torch.zeros_like(over_N).scatter_(0, order_N, over_N)  # from sorted order back to the order of pairs

@@ -1,18 +1,20 @@
-"""Adds null experts to a trained model without changing the model's outputs, as AdaMoE does to start from a trained MoE.
+"""Adds null experts to a trained model without changing the model's outputs, as AdaMoE does when it starts training from a
+trained MoE.
 
-The m = r n null rows of the router repeat its n true rows r times. Each true expert's logit thus equals those of r null
-experts, and the true expert wins the tie (`TopKRouter`). A token thus chooses its best true expert and r null experts, then
-its second best true expert and r null experts, and so on. Imports no torch.
+The m = r n null rows of the router's weight repeat its n true rows r times. Each true expert's logit thus equals the logits
+of r null experts, and the true expert wins the tie (`TopKRouter`). A token thus chooses its best true expert and r null
+experts, then its second best true expert and r null experts, and so on. Imports no torch.
 """
 
 
 def folded_choices(num_experts: int, num_null: int, top_k: int) -> int:
-    """Returns the number of true experts that a token chooses with k choices after the copy: ceil(k / (r + 1))."""
+    """Returns the number of true experts that a token chooses with k choices after the copy of router rows: ceil(k / (r +
+    1))."""
     return -(-top_k // (num_null // num_experts + 1))
 
 
 def uneven_twins(num_experts: int, num_null: int) -> str | None:
-    """Returns the reason why this number of null rows cannot repeat the true rows, or None if it can."""
+    """Returns the reason why `num_null` router rows cannot repeat the true rows, or None if they can."""
     if num_null % num_experts == 0:
         return None
     return (

@@ -3,7 +3,8 @@
     s = sigmoid(x W^T) over the group's columns,  expert j takes its k = ceil(c T_group) tokens of largest s_j
     y = sum over the experts j that take the token of s_j E_j(x); y = 0 if no expert takes the token
 
-This choice depends on later tokens, so only training uses it (`selection`). Evaluation uses one of two causal rules:
+The choice of experts among tokens depends on later tokens, so only training uses expert choice (`selection`). Evaluation
+uses one of two causal rules:
 
     threshold   expert j takes the token if s_j > c_j, the running k-th largest score (Expert Threshold, arXiv 2603.11535)
     auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, sec. 2.4); a second run trains W_1, W_2
@@ -77,16 +78,17 @@ class ExpertChoiceRouter(ChoosingRouter):
     Args:
         hidden_dim: D, the hidden size.
         groups: All expert groups, in the order of their expert ids. No group may have null or zero-computation experts.
-        capacity: c, the share of its group's tokens that each expert takes. None takes `ExpertGroup.capacity` if it is set,
-            else top_k / num_experts.
+        capacity: c, the fraction of its group's tokens that each expert takes. If None, c is `ExpertGroup.capacity`, or
+            top_k / num_experts for a group without capacity.
         noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa uses 1.
-        causal: The rule by which evaluation routes each token alone. If None, evaluation raises an error.
+        causal: The rule by which evaluation routes each token alone. If `causal` is None, evaluation raises an error.
         threshold_decay: Decay, per step, of the running means from which thresholds are made.
         selection_scope: The ranks whose tokens compete for the experts.
-        seed, layer: Parts of the name of each noise value, beside step, token and expert.
+        seed, layer: Parts of the name of each noise value, besides step, token and expert.
         known_counts: If true, assignments contain `counts_WE` in training if the scope is one rank, so that dispatch needs
             no host sync.
-        kernels: If they have `experts_choose`, they compute the router's sums, and in a scope of one rank also the choice.
+        kernels: If `kernels` has `experts_choose`, the kernels compute the router's sums, and in a scope of one rank also
+            the choice.
     """
 
     group_of_expert_E: Tensor
@@ -121,8 +123,8 @@ class ExpertChoiceRouter(ChoosingRouter):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Creates the buffers on the default device: constants, and thresholds of 0, which admit every token. Call it again
-        after a move from the meta device, which loses the values of buffers."""
+        """Creates the buffers on the default device: constants, and thresholds of 0, which admit every token. Call this
+        method again after a move from the meta device, which loses the values of buffers."""
         most = max(group.num_experts for group in self.groups)
         rows = [[*group.experts, *[ABSENT] * (most - group.num_experts)] for group in self.groups]
         self.group_of_E = [index for index, group in enumerate(self.groups) for _ in group.experts]
@@ -204,8 +206,8 @@ class ExpertChoiceRouter(ChoosingRouter):
         return self.noise * logistic((self.seed, batch_info.step, self.layer), token_T, expert_E, dtype)
 
     def _experts_choose(self, logits_TE: Tensor, group_T: Tensor, cache: RoutingCache) -> ExpertsChoice:
-        """Lets experts choose, as in training. Every rank computes the noise of the whole scope, so that only logits are
-        sent."""
+        """Lets experts choose tokens, as in training. Every rank computes the noise of the whole selection scope, so that
+        only logits are sent."""
         where, device, batch_info = self.selection_scope, logits_TE.device, cache.batch_info
         lengths = where.lengths(logits_TE.shape[0], batch_info)
 
@@ -227,7 +229,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return choice._replace(kth_score_E=torch.where(self.capacity_E < 1.0, choice.kth_score_E, 0.0))
 
     def _tokens_pass(self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor) -> ExpertsChoice:
-        """Decides for each token alone, by the causal rule of evaluation."""
+        """Decides for each token alone which experts take the token, by the causal rule of evaluation."""
         if self.causal == "threshold":
             passes_TE = logits_TE.sigmoid() > self._thresholds(logits_TE.dtype)
         elif self.causal == "auxiliary":
@@ -245,10 +247,11 @@ class ExpertChoiceRouter(ChoosingRouter):
     def _auxiliary_terms(self, h_TD: Tensor, taken_TE: Tensor, inside_TE: Tensor) -> Tensor:
         """Returns the auxiliary routers' binary cross entropy against the choice of training, summed over tokens and each
         group's experts."""
-        logits_TE = self._auxiliary_logits(h_TD.detach())  # detached, so that this loss trains only the auxiliary routers
+        logits_TE = self._auxiliary_logits(h_TD.detach())  # detached, to train only the auxiliary routers
         losses_TE = F.binary_cross_entropy_with_logits(logits_TE, taken_TE.to(logits_TE.dtype), reduction="none")
         by_expert_E = torch.where(inside_TE, losses_TE, 0.0).sum(0)
-        # A group's experts are consecutive. An index by a list would be a copy to the device, for which the host waits.
+        # A group's experts are consecutive. An index by a list would be a copy to the device, for which the host would
+        # wait.
         return torch.stack([part.sum() for part in by_expert_E.split([group.num_experts for group in self.groups])])
 
     def _pairs(
@@ -283,7 +286,7 @@ def _experts_sums(
     inside_TE = group_T[:, None] == tables.group_E
     member_TG = group_T[:, None] == torch.arange(tables.num_groups, device=group_T.device)
     score_TE = torch.where(inside_TE, logits_TE.sigmoid(), 0.0)
-    # Scores are divided by their sum, so that the entropy is comparable with a softmax's entropy.
+    # A token's scores are divided by their sum, so that the entropy is comparable with a softmax's entropy.
     shares_TE = score_TE / score_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(score_TE.dtype).tiny)
     entropy_T = -torch.xlogy(shares_TE, shares_TE).sum(-1)
     idle_T = ~taken_TE.any(-1)
@@ -299,5 +302,5 @@ def _experts_sums(
 
 
 def capacity_of_group(group: ExpertGroup) -> float:
-    """Returns a group's c: its `capacity`, or else the value that gives a token `top_k` experts on average."""
+    """Returns a group's capacity c: its `capacity`, or else the value that gives a token `top_k` experts on average."""
     return group.capacity if group.capacity is not None else group.top_k / group.num_experts

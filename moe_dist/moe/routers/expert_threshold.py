@@ -4,11 +4,11 @@
     s = sigmoid(x W^T),  expert j takes the token if s_j > m_j,  the running mean of expert j's k-th largest score
     y = sum over the experts j that take the token of s_j E_j(x); y = 0 if no expert takes the token
 
-`thresholds` updates m after each step from the k-th largest scores, k = ceil(c T_group), of the selection scope, as expert
-choice does. A training step's choice thus depends only on earlier steps and on the token. An expert takes about, but not
-exactly, the share c of tokens. In the first `warmup_steps` steps experts choose by competition (`expert_choice`), because m
-is not known yet. Evaluation takes m plus the correction of the last calibration. Training takes m alone, so that
-calibrations do not change the training.
+`thresholds` updates m after each step from the k-th largest scores, k = ceil(c T_group), of the selection scope, as in
+expert choice. A training step's choice thus depends only on earlier steps and on the token. An expert takes about, but not
+exactly, the fraction c of the tokens. In the first `warmup_steps` steps experts choose by competition (`expert_choice`),
+because m is not known yet. Evaluation compares scores with m plus the correction of the last calibration. Training compares
+scores with m alone, so that calibrations do not change the training.
 
 Shape letters: T tokens of this rank, E experts of all groups.
 """
@@ -65,8 +65,8 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
         self.warmup_steps = warmup_steps
 
     def _experts_choose(self, logits_TE: Tensor, group_T: Tensor, cache: RoutingCache) -> ExpertsChoice:
-        """Lets experts choose by thresholds, but in the first steps and with `noncausal` by competition. The competition
-        always runs, because it finds the k-th largest scores."""
+        """Lets experts choose tokens by thresholds, but in the first steps and with `noncausal` by competition. The
+        competition always runs, because it finds the k-th largest scores."""
         choice = super()._experts_choose(logits_TE, group_T, cache)
         if not self.training:
             return choice

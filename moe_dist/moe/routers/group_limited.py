@@ -7,9 +7,9 @@ GLM-4.5, Kimi K2).
     T(x) = top-k of s + b among the true experts of these node groups and all columns that are not true
     w_i  = scale s_i / (sum of s over T(x) without null columns + 1e-20),  or scale s_i unnormalised
 
-The limit does not apply to null, identity and constant columns, because these columns cost no traffic. These columns also
-have s and b. A null choice has no weight, and the sum in w_i leaves it out. Each modality's expert group has its own node
-groups.
+The limit on node groups does not apply to null, identity and constant columns, because these columns cost no traffic. Null,
+identity and constant columns also have s and b. A null choice has no weight and is left out of the sum in w_i. Each
+modality's expert group is cut into node groups separately.
 
 The balance loss and the entropy use s / (sum of s over the modality group's columns) as probabilities, like DeepSeek-V3's
 loss (equations 18 and 19), but with counts over the whole step instead of one sequence. The z-loss uses the logits. Shape
@@ -29,7 +29,7 @@ from moe_dist.moe.routers.top_k import TopKRouter, _Chosen
 from moe_dist.placement.placement import ExpertGroup
 
 TINY = 1e-20  # prevents 0 / 0 where all scores underflow; transformers' DeepseekV3TopkRouter has the same value
-BEST = 2  # a node group's score is the sum of its BEST largest expert scores
+BEST = 2  # a node group's score is the sum of its BEST (two) largest expert scores
 
 
 class GroupLimitedRouter(TopKRouter):
@@ -37,12 +37,12 @@ class GroupLimitedRouter(TopKRouter):
 
     Args:
         hidden_dim, groups, scale, capacity: See `TopKRouter`.
-        n_group: Number of node groups in each modality group. This number must divide each modality group's number of true
+        n_group: Number of node groups in each modality group. `n_group` must divide each modality group's number of true
             experts.
         topk_group: Number of node groups that a token may use.
         normalise: `true_chosen`: weights sum to `scale` over the chosen experts that are not null. `none`: weights are
             `scale` times the scores.
-        selection_bias: If true, tokens choose by score + bias. Weights do not contain the bias.
+        selection_bias: If true, tokens choose by score + bias. Routing weights do not contain the bias.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class GroupLimitedRouter(TopKRouter):
         self.n_group, self.topk_group = n_group, topk_group
 
     def _probs(self, masked_TC: Tensor) -> Tensor:
-        score_TC = masked_TC.sigmoid()  # 0 where the logit is -inf, outside the token's group
+        score_TC = masked_TC.sigmoid()  # 0 where the logit is -inf (outside the token's group)
         return score_TC / (score_TC.sum(dim=-1, keepdim=True) + TINY)
 
     def _selection_scores(self, masked_TC: Tensor, probs_TC: Tensor) -> Tensor:
@@ -77,11 +77,11 @@ class GroupLimitedRouter(TopKRouter):
         return torch.cat([*parts, score_TC[:, self.num_experts :]], dim=1)
 
     def _within_limit(self, score_Tn: Tensor) -> Tensor:
-        """Returns the scores of a modality group's true experts, -inf outside of the node groups that a token may use. The
-        earlier of two equal node groups wins."""
+        """Returns the scores of a modality group's true experts, -inf outside of the node groups that a token may use. Of
+        two node groups with equal scores, the first is used."""
         score_Tgm = score_Tn.unflatten(1, (self.n_group, -1))
         best_Tg = score_Tgm.sort(dim=-1, descending=True).values[..., :BEST].sum(-1)
-        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # torch.topk defines no order of ties
+        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # torch.topk leaves the order of ties open
         outside_Tg = torch.ones_like(best_Tg, dtype=torch.bool).scatter(1, order_Tg[:, : self.topk_group], False)
         return score_Tgm.masked_fill(outside_Tg[..., None], float("-inf")).flatten(1)
 

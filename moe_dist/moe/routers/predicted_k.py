@@ -1,13 +1,14 @@
-"""Predicted k: a linear head predicts from the token how many columns it takes (as in Ada-K, arXiv 2410.10456).
+"""Predicted k: a linear head predicts from the token's hidden state how many columns the token takes (as in Ada-K, arXiv
+2410.10456).
 
     k(x) = top_k sigmoid(<u, x> + b),   T(x) = the ceil(k(x)) most probable columns of softmax(x W^T)
     m_j  = min(1, k(x) - (j - 1)) for the j-th of them: 1, and for the last one the rest of k(x)
     w_j  = scale m_j v_j,   v a softmax over T(x) without null columns, or the softmax over all columns
 
-Ada-K draws a whole k and trains its predictor by policy gradient. In this router the last column's weight has the rest of
-k(x) as its factor, like the remainder in Adaptive Computation Time (Graves, arXiv 1603.08983), so u gets a gradient from
-the loss. With the softmax over all columns the output is a continuous function of k(x). With the softmax over T(x) all
-weights change when a column is added. b is the budget shift of `adaptive`.
+Ada-K samples an integer k and trains its predictor by policy gradient. In this router the last taken column's weight is
+multiplied by the fractional rest of k(x), like the remainder in Adaptive Computation Time (Graves, arXiv 1603.08983), so u
+gets a gradient from the loss. If v is the softmax over all columns, the output is a continuous function of k(x). If v is
+the softmax over T(x), all weights change when a column is added. b is the budget shift of `adaptive`.
 
 Shape letters: T tokens, D hidden size, C columns, K choices, G expert groups.
 """
@@ -27,11 +28,11 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class PredictedKRouter(AdaptiveRouter):
-    """Routes T tokens to a predicted number of columns. Each group's gate also has `number` [1, D], the u above.
+    """Routes T tokens to a predicted number of columns. Each group's gate also has `number` [1, D], the vector u in k(x).
 
     Args:
         hidden_dim, groups, scale, capacity: See `TopKRouter`.
-        normalise: `true_chosen` or `none`, the v above.
+        normalise: `true_chosen` or `none`: the softmax v over the chosen columns that are not null, or over all columns.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class PredictedKRouter(AdaptiveRouter):
         return self._by_probability(probs_TC, masked_TC)
 
     def _factor(self, cache: RoutingCache) -> Tensor:
-        """Returns m [T, K], at most 1; 0 or less for columns that are not taken."""
+        """Returns the factors m [T, K], at most 1; 0 or less for columns that are not taken."""
         assert cache.number_T is not None
         place_K = torch.arange(self.num_choices, device=cache.number_T.device)
         return (cache.number_T[:, None] - place_K).clamp_max(1.0)

@@ -5,14 +5,14 @@
     w_i  = scale r_i
 
 A column with the logit 0 has the weight 0, so the output is a continuous function of x and of W while at most top_k logits
-are positive. b is the selection bias of a controller. ReMoE controls the number of experts by the coefficient of an L1 loss
-instead: it multiplies the coefficient by 1.2 after a step with too many experts, and divides it by 1.2 after a step with
-too few. ReMoE's loss, with its load f_i, is this router's balance loss `vanilla` up to the factor k, because the balance
-loss takes r, not normalised, as probabilities. The coefficient follows `loss.balance.schedule`. The reported entropy is the
-entropy of r / sum(r).
+are positive. b is the selection bias of a controller. ReMoE itself controls the number of experts by the coefficient of an
+L1 loss: the coefficient is multiplied by 1.2 after a step with too many experts, and divided by 1.2 after a step with too
+few experts. ReMoE's loss, with its load f_i, is this router's balance loss `vanilla` up to the factor k, because the
+balance loss uses the unnormalised r as probabilities. The coefficient follows `loss.balance.schedule`. The reported entropy
+is the entropy of r / sum(r).
 
-A token may take no expert. A null column that is taken adds 0 and only uses up one of the top_k places. Shape
-letters: T tokens, D hidden size, C columns, K choices.
+A token may take no expert. A null column that a token takes adds 0 to the output and uses up one of the token's top_k
+choices. Shape letters: T tokens, D hidden size, C columns, K choices.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class ReLURouter(AdaptiveRouter):
         return super()._logits(h_TD) + self._bias(h_TD.dtype)
 
     def _probs(self, masked_TC: Tensor) -> Tensor:
-        return masked_TC.relu()  # 0 where the logit is -inf, outside the token's group
+        return masked_TC.relu()  # 0 where the logit is -inf (outside the token's group)
 
     def _shares(self, probs_TC: Tensor) -> Tensor:
         return probs_TC / probs_TC.sum(-1, keepdim=True).clamp_min(torch.finfo(probs_TC.dtype).tiny)

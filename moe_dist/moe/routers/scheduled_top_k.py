@@ -1,14 +1,14 @@
 """Top-k with a fixed number of active experts in each layer: the baseline for adaptive routers.
 
 Each layer and group has a fixed mean number L of active experts per token. A token takes its floor(L) best experts, and
-with probability L - floor(L) the next best. The random number for this does not depend on the token's content. With an
-integer L this is plain top-k.
+with probability L - floor(L) the next best expert. The random number for the next best expert does not depend on the
+token's content. With an integer L the router is plain top-k.
 
     T(x) = the top floor(L) + [u < L - floor(L)] of x W^T,   u uniform in (0, 1) by (seed, step, layer, token)
     y    = sum over T of w_i E_i(x)
 
-Evaluation draws random numbers too, so that the mean is L as in training. Evaluation has no step and numbers the tokens
-inside their batch. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
+Evaluation draws random numbers, too, so that the mean number of experts is L as in training. In evaluation there is no
+step, and tokens are numbered inside their batch. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
 """
 
 import math
@@ -23,18 +23,19 @@ from moe_dist.moe.routers.top_k import Normalise, TopKRouter, _Chosen
 from moe_dist.moe.routing import RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
-HELD_OUT = -1  # stands for the step in the names of evaluation's random numbers
+HELD_OUT = -1  # used instead of the step in the names of evaluation's random numbers
 
 
 class ScheduledTopKRouter(TopKRouter):
-    """Routes T tokens, each inside its expert group, with this layer's L.
+    """Routes T tokens, each inside its expert group, to L experts on average in this layer.
 
     Args:
         hidden_dim, groups, normalise, scale, capacity: See `TopKRouter`. No group may have null or zero-computation
             experts.
-        active_experts: For each group's name, a list of L for each MoE layer. L is at most the group's top_k.
+        active_experts: For each group's name, a list of the mean numbers L, one for each MoE layer. L is at most the
+            group's top_k.
         place: Index of this layer among the MoE layers.
-        seed: Part of the name of each random number, beside step, layer and token.
+        seed: Part of the name of each random number, besides step, layer and token.
     """
 
     load_G: tuple[float, ...] = ()  # L
@@ -72,7 +73,7 @@ class ScheduledTopKRouter(TopKRouter):
 
     def _kept(self, group_T: Tensor, cache: RoutingCache) -> Tensor:
         """Returns a bool [T, K] that marks each token's first floor(L) or floor(L) + 1 choices; recomputation marks the
-        same."""
+        same choices."""
         batch_info = cache.batch_info
         step, first = (HELD_OUT, 0) if batch_info is None else (batch_info.step, batch_info.first_token_of(batch_info.rank))
         place_T = torch.arange(group_T.shape[0], device=group_T.device) if cache.token_T is None else cache.token_T

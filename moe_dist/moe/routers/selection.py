@@ -8,11 +8,11 @@ The tokens of one selection scope compete:
 
 In the scopes ep_group and world, one all-gather per layer and forward gathers the logits on every rank of the scope.
 Recomputation does not repeat the all-gather. Each rank sends T x E numbers of the router's dtype (fp32) to each of the S -
-1 other ranks: (S - 1) x T x E x 4 bytes. All ranks then select the same tokens, because their logits are bit-identical. The
-selection costs no host sync.
+1 other ranks: (S - 1) x T x E x 4 bytes. All ranks of the scope select the same tokens, because the gathered logits are
+bit-identical. The selection costs no host sync.
 
-The selection of a token depends on later tokens, so only training uses it. Evaluation decides for each token alone, by a
-threshold (`thresholds`) or by an `AuxiliaryRouter`.
+Whether a token is selected depends on later tokens, so only training selects tokens by competition. Evaluation decides for
+each token independently, by a threshold (`thresholds`) or by an `AuxiliaryRouter`.
 
 Shape letters: T tokens on this rank, D hidden size, S ranks of the scope, U tokens of the scope in rank order, E choosers,
 G expert groups, W ranks.
@@ -57,7 +57,7 @@ class AuxiliaryRouter(nn.Module):
         self.outer = nn.Parameter(torch.empty(num_choosers, inner_dim))
 
     def forward(self, h_TD: Tensor) -> Tensor:
-        """Returns logits [T, E]: a chooser takes the token if its logit is above 0."""
+        """Returns logits [T, E]: a chooser takes the token if the chooser's logit is above 0."""
         return F.linear(F.silu(F.linear(h_TD, self.inner.to(h_TD.dtype))), self.outer.to(h_TD.dtype))
 
 
@@ -65,7 +65,7 @@ class ThresholdGate(Protocol):
     """Holds the thresholds of n choosers."""
 
     def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns thresholds, running means and numbers of steps, [n] each, as buffers (or views of them) to write to."""
+        """Returns thresholds, running means and numbers of steps, [n] each, as writable buffers or views of buffers."""
         ...
 
 
@@ -73,8 +73,8 @@ class ChoosingRouter(nn.Module, ABC):
     """A router whose E choosers select tokens in training.
 
     Attributes:
-        causal: The rule by which evaluation decides for each token alone.
-        noncausal: If true, evaluation selects as training does, by competition, but without noise.
+        causal: The rule by which evaluation decides for each token independently.
+        noncausal: If true, evaluation selects tokens by competition, as in training, but without noise.
     """
 
     causal: Causal | None
@@ -91,7 +91,7 @@ class ChoosingRouter(nn.Module, ABC):
 
     @abstractmethod
     def num_taken(self, sums: Any) -> Tensor:
-        """Returns, from the sums that `forward` returned, the number of tokens that each chooser took [E]."""
+        """Returns the number of tokens that each chooser took [E], from the sums that `forward` returned."""
 
 
 @contextmanager
@@ -116,8 +116,8 @@ class SelectionScope:
         ranks: Global ranks of the scope, in the process group's order; `own` is this rank's index in the list. Ranks that
             share sequences count as one rank, as in `GlobalBatchInfo`.
         ep_ranks: Global ranks of this rank's EP group, for `Assignments.counts_WE`.
-        comm_stats, tracker: Count the all-gather's bytes, and show the running all-gather to the watchdog.
-        shares: Process groups of the ranks that share sequences: each rank has some of the tokens of a micro-batch.
+        comm_stats, tracker: Counts the all-gather's bytes; shows the running all-gather to the watchdog.
+        shares: Process groups of the ranks that share sequences: each rank has a part of the tokens of a micro-batch.
     """
 
     kind: ScopeKind = "rank"
@@ -130,7 +130,7 @@ class SelectionScope:
     shares: tuple[dist.ProcessGroup, ...] = ()
 
     def lengths(self, num_tokens: int, batch_info: GlobalBatchInfo | None) -> list[int]:
-        """Returns the number of tokens of each rank's micro-batch; `num_tokens` are on this rank. Without `batch_info`
+        """Returns the number of tokens of each rank's micro-batch; `num_tokens` is this rank's number. Without `batch_info`
         (evaluation, mixture of depths) all ranks have equally many tokens."""
         own = num_tokens * math.prod(group.size() for group in self.shares)
         lengths = [own if batch_info is None else batch_info.tokens_W[rank] for rank in self.ranks]
@@ -153,17 +153,18 @@ class SelectionScope:
 
         Args:
             logits_TE: Logits without gradient, OUTSIDE if the token does not compete.
-            capacity_E: float64, share of the competing tokens that each chooser takes.
+            capacity_E: float64, fraction of the competing tokens that each chooser takes.
             lengths: T of each rank of the scope.
             name, layer: Names of the collective and of the layer, for statistics and for reports of a hang.
-            add_noise: Adds noise to the logits of the scope [U, E] before the comparison. The reported k-th scores contain
-                no noise.
-            token_T: Index of each of this rank's tokens in its micro-batch; None if the tokens are in this order.
+            add_noise: Adds noise to the logits of the scope's tokens [U, E] before the comparison. The reported k-th scores
+                contain no noise.
+            token_T: Index of each of this rank's tokens in its micro-batch; None if this rank's tokens are the micro-batch,
+                in order.
         """
         if token_T is not None:
             local_TE, logits_TE = logits_TE, logits_TE.new_zeros(lengths[self.own], logits_TE.shape[1])
             logits_TE[token_T] = local_TE
-            for group in self.shares:  # each token is on one rank, so the sum adds only zeros and keeps every bit
+            for group in self.shares:  # each token is on one rank, so only zeros are added, which change no bit
                 sum_over(logits_TE, group, name=name, tracker=self.tracker)
         logits_UE = self._gather(logits_TE, lengths, name=name, layer=layer)
         noisy_UE = logits_UE if add_noise is None else add_noise(logits_UE)
@@ -191,13 +192,13 @@ class SelectionScope:
 
 
 def capacity_of_tokens(capacity: float, tokens: int) -> int:
-    """Returns ceil(c T), at most T. A product at most 1e-9 above an integer is rounded down."""
+    """Returns ceil(c T), at most T. A product c T at most 1e-9 above an integer is rounded down."""
     return min(tokens, max(0, math.ceil(capacity * tokens - 1e-9)))
 
 
 def capacities(capacity_E: Tensor, tokens_E: Tensor) -> Tensor:
-    """Does the same as `capacity_of_tokens` for tensors, int64. The results are equal, because both functions use
-    float64."""
+    """Computes `capacity_of_tokens` for tensors, int64. The results equal those of `capacity_of_tokens`, because both
+    functions use float64."""
     wanted_E = torch.ceil(capacity_E * tokens_E.to(torch.float64) - 1e-9).to(torch.int64)
     return torch.minimum(wanted_E.clamp_min(0), tokens_E)
 
@@ -205,14 +206,15 @@ def capacities(capacity_E: Tensor, tokens_E: Tensor) -> Tensor:
 def choose(
     logits_UE: Tensor, noisy_UE: Tensor, capacity_E: Tensor, own: slice, *, keep_order: bool = False
 ) -> ExpertsChoice:
-    """Lets each chooser take the best ceil(c T) of the T competing tokens. The earlier of two equal tokens wins.
+    """Lets each chooser take the best ceil(c T) of the T competing tokens. Of two tokens with equal logits, the earlier is
+    taken.
 
     Args:
         logits_UE: Logits without noise, OUTSIDE if the token does not compete. The score is sigmoid(logit).
         noisy_UE: The logits that choosers compare: `logits_UE` plus noise, or the same tensor as `logits_UE`.
-        capacity_E: float64, c of each chooser.
+        capacity_E: float64, the capacity c of each chooser.
         own: The rows of this rank's tokens.
-        keep_order: If true, `order_TE` is returned too. Allowed only in a scope of one rank.
+        keep_order: If true, `order_TE` is returned, too. `keep_order` needs a scope of one rank.
     """
     room_E = capacities(capacity_E, (logits_UE != OUTSIDE).sum(0))
     order_UE = torch.sort(noisy_UE, dim=0, descending=True, stable=True).indices  # int64 [U, E]
@@ -242,7 +244,8 @@ def counted_pairs(
     batch_info: GlobalBatchInfo,
     ep_ranks: Sequence[int],
 ) -> Assignments:
-    """Returns the pairs sorted by expert and falling logit. All ranks know the number N of pairs, a sum of capacities."""
+    """Returns the pairs sorted by expert and falling logit. All ranks know the number N of pairs, because N is a sum of
+    capacities."""
     assert choice.order_TE is not None, "the number of pairs is known beforehand only if the scope is one rank"
     counts_WE = tuple(
         tuple(
@@ -255,14 +258,14 @@ def counted_pairs(
     token_N = torch.cat([choice.order_TE[:count, expert] for expert, count in enumerate(mine)])  # no sync: host counts
     expert_N = _expert_of_pairs(mine, token_N.device)
     cell_N = torch.add(expert_N, token_N, alpha=weight_TE.shape[1])
-    # Not weight_TE[token_N, expert_N], whose backward sorts the pairs on CUDA.
+    # index_select instead of weight_TE[token_N, expert_N], whose backward sorts the pairs on CUDA.
     return Assignments(token_N, expert_N, weight_TE.flatten().index_select(0, cell_N), counts_WE)
 
 
 @lru_cache(maxsize=KEPT)
 def _expert_of_pairs(counts_E: tuple[int, ...], device: torch.device) -> Tensor:
-    """Returns the expert of each pair, int64 [N]: each expert is repeated by its count. All layers of a micro-batch use one
-    result."""
+    """Returns the expert of each pair, int64 [N]: each expert is repeated by its count. All layers of a micro-batch use the
+    same result."""
     return from_host(np.repeat(np.arange(len(counts_E)), counts_E), torch.int64, device)
 
 
@@ -277,8 +280,9 @@ def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assi
     """Returns T x K (token, expert) pairs sorted by token: the K experts of the token's group, or ABSENT for an expert that
     does not take the token.
 
-    K is the number of experts of the largest group. A smaller list might not hold all pairs: a threshold does not limit the
-    number of tokens of an expert, and a scope of several ranks does not limit an expert's number of tokens from one rank.
+    K is the number of experts of the largest group. A list of fewer than T x K pairs might not hold all pairs: a threshold
+    does not limit the number of tokens of an expert, and a scope of several ranks does not limit an expert's number of
+    tokens from one rank.
 
     Args:
         columns_TK: int64, the experts of each token's group, then ABSENT up to K; all ABSENT for padding.

@@ -1,18 +1,18 @@
-"""Trained thresholds: a token takes each column whose score exceeds the column's own, learned threshold (DynMoE, arXiv
+"""Trained thresholds: a token takes each column whose score exceeds the column's learned threshold (DynMoE, arXiv
 2405.14297, the top-any gate).
 
     s    = sigmoid(cos(x, W_i) / temperature),   c = sigmoid(G)
     T(x) = the columns with s_i - c_i + b_i > 0, at most the top_k largest
     w_i  = scale / (number of columns of T(x) that are not null)
 
-b is the selection bias of a controller; with b = 0 the rule is the published one. The gradient passes through the sign
-function as if it were the identity: the derivative of w_i by s_i - c_i is scale / number where the column is taken, and 0
-elsewhere, as in the authors' DeepSpeed code. DynMoE also has a temperature that divides G, losses for diverse and small
-router rows and for the mean of the gates, and a number of experts that changes during training; and in evaluation a token
-without experts takes its best expert. None of these is implemented here. DynMoE's rule for tokens without experts would
-change the number of experts in evaluation.
+b is the selection bias of a controller; with b = 0 the rule is DynMoE's published rule. The gradient passes through the
+sign function as if it were the identity: the derivative of w_i by s_i - c_i is scale / (number of taken columns) where the
+column is taken, and 0 elsewhere, as in the authors' DeepSpeed code. DynMoE also has, unlike this router, a temperature that
+divides G, losses for diverse and small router rows and for the mean of the gates, and a number of experts that changes
+during training; and in evaluation a token without experts takes its best expert. DynMoE's rule for tokens without experts
+would change the number of experts in evaluation.
 
-The balance loss and the entropy use s / (sum of s) as probabilities. Shape letters: T tokens, D hidden size, C columns, K
+Balance loss and entropy use s / (sum of s) as probabilities. Shape letters: T tokens, D hidden size, C columns, K
 choices.
 """
 
@@ -32,11 +32,12 @@ TINY = 1e-20  # prevents 0 / 0 where all scores underflow
 
 
 class ThresholdRouter(AdaptiveRouter):
-    """Routes T tokens by learned thresholds. Each group's gate also has `level` [columns], the G above, which starts at 0.
+    """Routes T tokens by learned thresholds. Each group's gate also has `level` [columns], the G of c = sigmoid(G),
+    initially 0.
 
     Args:
         hidden_dim, groups, scale, capacity: See `TopKRouter`.
-        temperature: Divisor of the cosines. DynMoE's Tutel code starts at 0.1 and learns it.
+        temperature: Divisor of the cosines. In DynMoE's Tutel code the temperature is learned, with the initial value 0.1.
     """
 
     def __init__(
@@ -61,11 +62,11 @@ class ThresholdRouter(AdaptiveRouter):
         return super()._logits(F.normalize(h_TD, dim=-1)) / self.temperature
 
     def _probs(self, masked_TC: Tensor) -> Tensor:
-        score_TC = masked_TC.sigmoid()  # 0 where the logit is -inf, outside the token's group
+        score_TC = masked_TC.sigmoid()  # 0 where the logit is -inf (outside the token's group)
         return score_TC / (score_TC.sum(dim=-1, keepdim=True) + TINY)
 
     def _margins(self, masked_TC: Tensor) -> Tensor:
-        """Returns s - c [T, C]; -inf outside of the token's group."""
+        """Returns score - threshold, s - c [T, C]; -inf outside of the token's group."""
         margin_TC = masked_TC.sigmoid() - self._of_columns("level", masked_TC.dtype).sigmoid()
         return margin_TC.masked_fill(masked_TC == float("-inf"), float("-inf"))
 
@@ -77,7 +78,8 @@ class ThresholdRouter(AdaptiveRouter):
         return self._selection_scores(masked_TC, probs_TC).gather(1, column_TK) > 0
 
     def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen) -> Tensor:
-        counted_TK = chosen.valid_TK ^ chosen.null_TK  # null choices are valid
+        counted_TK = chosen.valid_TK ^ chosen.null_TK  # without null choices
+
         # -inf in places that are not taken would give NaN gradients despite the mask
         margin_TK = torch.where(counted_TK, self._margins(masked_TC).gather(1, chosen.column_TK), 0.0)
         number_T1 = counted_TK.sum(1, keepdim=True).clamp_min(1)

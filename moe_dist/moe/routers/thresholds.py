@@ -2,17 +2,17 @@
 
 A chooser is an expert (expert choice) or a layer (mixture of depths). The threshold c of a chooser is the running mean m of
 the k-th largest score in the chooser's selection scopes, plus a correction d. q is the mean of the k-th largest score over
-the scopes of a step, weighted by their numbers of tokens. w is the weight of the step: 1 / number of steps at first, later
-1 - decay.
+the selection scopes of a step, weighted by the scopes' numbers of tokens. w is the weight of the step in the running mean:
+1 / number of steps at first, later 1 - decay.
 
     m <- m + w (q - m)      running mean of the k-th largest score
     c = m + d               only a calibration of the thresholds changes d
 
 With d = 0 evaluation would admit more or fewer tokens than training, for example because m lags behind drifting scores.
-`moe_dist.train.evaluation.calibration` sets d so that both admit the same share of tokens.
+`moe_dist.train.evaluation.calibration` sets d so that evaluation admits the same fraction of tokens as training.
 
-The scores contain no noise, because evaluation adds none. All ranks get the same thresholds, because the step's sums are
-over all ranks. Shape letters: L layers, E choosers of a layer, G groups, n choosers of one gate.
+The scores contain no noise, because evaluation adds no noise. All ranks get the same thresholds, because the step's sums
+are over all ranks. Shape letters: L layers, E choosers of a layer, G groups, n choosers of one gate.
 """
 
 from collections.abc import Sequence
@@ -58,13 +58,13 @@ class ThresholdUpdater:
     @torch.no_grad()
     def after_step(self, counts: StepCounts[Tensor]) -> None:
         """Updates the thresholds from a step's counts over all ranks. The thresholds of a group without tokens do not
-        change. Call it only if the optimizer took the step. Does not sync."""
+        change. Call this method only if the optimizer took the step. Does not sync."""
         kth_score_LE, tokens_LG = counts.kth_score_LE, counts.tokens_LG
         if self._mixture_of_depths:
             kth_score_LE, tokens_LG = counts.depth_kth_score_P, counts.depth_tokens_P
         num_layers, buffers = len(self._gates_LG), [gate.running_mean() for gates in self._gates_LG for gate in gates]
         sizes = [len(threshold_n) for threshold_n, _, _ in buffers]
-        tokens_E = tokens_LG.to(torch.float64).flatten()  # one number per gate; the next line repeats it per chooser
+        tokens_E = tokens_LG.to(torch.float64).flatten()  # one number per gate, repeated per chooser in the next line
         tokens_E = torch.cat([one.expand(size) for one, size in zip(tokens_E.split(1), sizes, strict=True)])
         threshold_E, mean_E, steps_E = (torch.cat(parts) for parts in zip(*buffers, strict=True))
         kth_score_E = kth_score_LE.to(torch.float64).reshape(num_layers, -1).flatten() / tokens_E.clamp_min(1.0)
@@ -80,7 +80,7 @@ class ThresholdUpdater:
 def updated(
     threshold_n: Tensor, mean_n: Tensor, steps_n: Tensor, kth_score_n: Tensor, *, decay: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns threshold, mean and steps after one step with q = `kth_score_n`. The tensors may have any shape."""
+    """Returns threshold, mean and steps after one step with q = `kth_score_n`. The tensors may have any common shape."""
     weight_n = (1.0 / (steps_n + 1.0)).clamp_min(1.0 - decay)
     new_mean_n = mean_n + weight_n * (kth_score_n - mean_n)
     new_threshold_n = new_mean_n + (threshold_n - mean_n)  # keeps the correction d

@@ -1,12 +1,13 @@
 """Top-k over true, null and zero-computation experts, inside the group of each token (AdaMoE, arXiv 2406.13233). Without
-null experts (m = 0) this is plain top-k.
+null experts (m = 0) the router is plain top-k.
 
     z = x W^T over the group's columns,  T(x) = top-k of z,  A(x) = T(x) without the null columns
     y = sum over A of w_i E_i(x); y = 0 if A is empty
 
 Null choices and dropped pairs become absent pairs, which cost nothing after the router. Choices of identity and constant
-experts become weights in a separate tensor, which the token's own rank applies. Shape letters: T tokens, D hidden size, C
-columns, K choices, G expert groups, n true and m null experts of a group, E true experts, F zero-computation columns.
+experts become weights in a separate tensor, and are applied on the token's own rank. Shape letters: T tokens, D hidden
+size, C columns, K choices, G expert groups, n true and m null experts of a group, E true experts, F zero-computation
+columns.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,8 @@ def column_counts(group: ExpertGroup) -> dict[str, int]:
 
 
 class GroupGate(nn.Module):
-    """Holds one group's router rows: `true` [n, D], and `null`, `identity` and `constant` if the group has such experts.
+    """Holds the rows of one group's router weight: `true` [n, D], and `null`, `identity` and `constant` if the group has
+    such experts.
 
     With a single null logit, `null` has one row for all null columns. With a selection bias, the buffer `bias` has one
     number per column of the group, in the order of `KINDS`. With logit biases, `offset` [n] has one number for each true
@@ -59,9 +61,9 @@ class GroupGate(nn.Module):
 
     @torch.no_grad()
     def zero_rows(self, step: float) -> int:
-        """Sets all rows to 0, so that all columns get the same score. The biases of null columns become -step, -2 step and
-        so on. If the biases of all true experts then fall by r times `step`, a token drops r true experts instead of all at
-        once. Returns the number of rows."""
+        """Sets all router rows to 0, so that all columns get the same score. The biases of null columns become -step, -2
+        step and so on. A fall of all true experts' biases by r times `step` thus replaces only r of a token's true experts
+        by null experts. Returns the number of rows."""
         rows = dict(self.named_parameters())
         if "null" in rows and "bias" in dict(self.named_buffers()):
             first, count = rows["true"].shape[0], rows["null"].shape[0]
@@ -70,8 +72,8 @@ class GroupGate(nn.Module):
 
     @torch.no_grad()
     def copy_true_rows(self) -> int:
-        """Copies the true rows [n, D] into the null rows [m, D], each m / n times (AdaMoE, section 4.2). Returns m, which
-        is 0 if the group has no null experts."""
+        """Copies the router's true rows [n, D] into its null rows [m, D], each m / n times (AdaMoE, section 4.2). Returns
+        m, which is 0 if the group has no null experts."""
         true_nD, null_mD = self.get_parameter("true"), dict(self.named_parameters()).get("null")
         if null_mD is None:
             return 0
@@ -80,11 +82,20 @@ class GroupGate(nn.Module):
 
 
 class _Chosen(NamedTuple):
-    column_TK: Tensor  # chosen columns, the best first
-    valid_TK: Tensor  # bool, false for choices beyond the group's own k and for padding
-    true_TK: Tensor  # valid choices of true experts
-    null_TK: Tensor  # valid choices of null experts
-    factor_TK: Tensor | None = None  # factor of each weight, with gradient; only where the number of choices is predicted
+    """The choices of T tokens.
+
+    Attributes:
+        column_TK: Chosen columns, the best first.
+        valid_TK: bool, false for choices beyond the group's own k and for padding.
+        true_TK, null_TK: bool, the valid choices of true and of null experts.
+        factor_TK: Factor of each weight, with gradient; only where the number of choices is predicted.
+    """
+
+    column_TK: Tensor
+    valid_TK: Tensor
+    true_TK: Tensor
+    null_TK: Tensor
+    factor_TK: Tensor | None = None
 
 
 class TopKRouter(nn.Module):
@@ -97,15 +108,18 @@ class TopKRouter(nn.Module):
             (AdaMoE). `all_chosen`: all choices of the token. `true_all`: all columns that are not null. `none`: all
             columns.
         scale: Factor of every weight.
-        null_logit: `each`: every null column has its own row. `single`: all null columns share one row, whose logit is a
-            threshold, learned as a function of the token (Kilian et al., arXiv 2601.15370).
+        null_logit: `each`: every null column has its own row of the router weight. `single`: all null columns share one
+            row, whose logit is a learned threshold that depends on the token (Kilian et al., arXiv 2601.15370).
         selection_bias: If true, tokens choose by softmax + bias; weights do not contain the bias (DeepSeek-V3, arXiv
-            2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add it to a softmax). Biases start at 0. While all biases
-            of a group are 0, its tokens choose by logits: the order is the same, and a softmax's rounding makes no ties.
-        logit_bias: If true, each true expert's logit has a learned bias. Groups must then have true experts only.
+            2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add the bias to a softmax). Biases start at 0. While all
+            biases of a group are 0, its tokens choose by logits, whose order is that of the softmax but without ties by
+            rounding.
+        logit_bias: If true, each true expert's logit has a learned bias. With `logit_bias` groups must have true experts
+            only.
         capacity: Limits the pairs of each expert in training; None for no limit. Evaluation drops no pair.
-        kernels: If they have `choose`, they compute everything after the logits, unless the router has a selection bias,
-            capacity, zero-computation experts or `true_all`, or the caller asks for probabilities of tokens.
+        kernels: If `kernels` has `choose`, the kernels compute everything after the logits, unless the router has a
+            selection bias, capacity, zero-computation experts or `true_all`, or the caller asks for probabilities of
+            tokens.
     """
 
     group_of_column_C: Tensor
@@ -146,8 +160,8 @@ class TopKRouter(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Creates the buffers on the default device: constants, and biases of 0. Call it again after a move from the meta
-        device, which loses the values of buffers."""
+        """Creates the buffers on the default device: constants, and biases of 0. Call this method again after a move from
+        the meta device, which loses the values of buffers."""
         groups = self.groups
         by_expert = [group for group in groups for _ in group.experts]
         tables = {
@@ -173,8 +187,8 @@ class TopKRouter(nn.Module):
             if self._one_kernel(logits_TC, cache):
                 return self._choose_at_once(logits_TC, group_T, cache)
             routed_T = group_T >= 0
-            # A temporary bool [T, C]. Padding keeps finite logits, because a softmax over -inf alone is NaN; all sums leave
-            # padding out.
+            # A temporary bool [T, C]. Padding tokens keep finite logits, because a softmax over -inf alone is NaN; all sums
+            # leave padding out.
             outside_TC = (self.group_of_column_C != group_T[:, None]) & routed_T[:, None]
             masked_TC = logits_TC.masked_fill(outside_TC, float("-inf"))
             probs_TC = self._probs(masked_TC)
@@ -188,7 +202,8 @@ class TopKRouter(nn.Module):
                 dropped_C = self._count(chosen.column_TK, dropped_TK, masked_TC.shape[1])
                 sums = sums._replace(dropped_E=dropped_C[: self.num_experts])
             free_TF = self._free_weights(weight_TK, chosen)
-        # Without capacity and zero-computation experts, `_weights` has set the weights of all other choices to 0.
+        # Without capacity and zero-computation experts, `_weights` has set the weights of all choices but those of true
+        # experts to 0.
         whole = taken_TK is chosen.true_TK and free_TF is None
         token_T = torch.arange(h_TD.shape[0], device=h_TD.device)
         assignments = Assignments(
@@ -253,7 +268,8 @@ class TopKRouter(nn.Module):
         return self._of_columns("bias", dtype)
 
     def _of_columns(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Returns a value of each column [C] from the gates' tensors `name`, which are in the order of `KINDS`."""
+        """Returns a value for each column [C], from the gates' tensors `name`, whose entries are in the order of
+        `KINDS`."""
         parts = [self._gate(group, name).split(list(column_counts(group).values())) for group in self.groups]
         return torch.cat([part[kind] for kind in range(len(KINDS)) for part in parts]).to(dtype)
 
@@ -272,15 +288,15 @@ class TopKRouter(nn.Module):
             return score_TC
         biased_TC = probs_TC.detach() + self._bias(probs_TC.dtype)
         biased_TC = biased_TC.masked_fill(score_TC == float("-inf"), float("-inf"))
-        biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])  # stays on the device: no sync
+        biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])  # kept on the device: no sync
         return torch.where(biased_G[self.group_of_column_C], biased_TC, score_TC)
 
     def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> _Chosen:
         if cache.choice_TK is None:
             score_TC = self._selection_scores(masked_TC, probs_TC)
-            # A stable sort gives ties to the first columns, the true experts; torch.topk may give them to any column.
+            # A stable sort gives ties to the first columns, the true experts; torch.topk may give ties to any column.
             order_TC = torch.sort(score_TC, dim=-1, descending=True, stable=True).indices
-            cache.choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep [T, C] in memory
+            cache.choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep all scores [T, C] in memory
         column_TK = cache.choice_TK
         valid_TK = self._valid(group_T)
         true_TK = valid_TK & (column_TK < self.num_experts)
@@ -318,7 +334,7 @@ class TopKRouter(nn.Module):
             return None
         free_TK = chosen.valid_TK & (chosen.column_TK >= self.first_zero_computation)
         slot_TK = torch.where(free_TK, chosen.column_TK - self.first_zero_computation, self.num_zero_computation)
-        # an extra last column takes the choices of other kinds, so that shapes do not depend on data
+        # an extra last column counts the choices of other kinds of columns, so that shapes do not depend on data
         table_TF = weight_TK.new_zeros(weight_TK.shape[0], self.num_zero_computation + 1)
         return table_TF.scatter_add(1, slot_TK, torch.where(free_TK, weight_TK, 0.0))[:, : self.num_zero_computation]
 
@@ -333,12 +349,12 @@ class TopKRouter(nn.Module):
                 capacity_of(self.capacity.factor, choices_E, self.columns_E),
                 self.capacity.drop,
             )
-            cache.dropped_TK = over_N.view_as(chosen.column_TK)  # a recomputation must drop the same pairs
+            cache.dropped_TK = over_N.view_as(chosen.column_TK)  # recomputation must drop the same pairs as forward
         return cache.dropped_TK
 
     @staticmethod
     def _count(column_TK: Tensor, marked_TK: Tensor, num_columns: int) -> Tensor:
-        """Counts the marked choices of each column, int64."""
+        """Counts the choices of each column that a mask marks, int64."""
         counts = torch.zeros(num_columns, dtype=torch.int64, device=column_TK.device)
         return counts.scatter_add_(0, column_TK.flatten(), marked_TK.flatten().to(torch.int64))
 
@@ -373,7 +389,7 @@ def _recorded(chosen: _Chosen, taken_TK: Tensor, weight_TK: Tensor) -> ChosenCol
 
 
 def _softmax_among(logits_TK: Tensor, among_TK: Tensor) -> Tensor:
-    """Returns each row's softmax over the entries that `among_TK` marks; 0 elsewhere. A row without marks gets no
+    """Returns each row's softmax over the entries that `among_TK` marks; 0 elsewhere. A row without marked entries gets no
     gradient."""
     safe_TK = torch.where(among_TK, logits_TK, 0.0)  # -inf - -inf would give NaN gradients despite the mask
     top_T1 = torch.where(among_TK, logits_TK, float("-inf")).amax(-1, keepdim=True).detach()
@@ -382,5 +398,5 @@ def _softmax_among(logits_TK: Tensor, among_TK: Tensor) -> Tensor:
     # Adds one by one, because the order of torch's sum depends on K. Adding 0 changes no bit, so a token's weights do not
     # depend on the number of null choices between its true choices.
     total_T1 = reduce(torch.add, exp_TK.split(1, dim=-1))
-    # the largest exponential is 1, so the clamp changes only rows without marks
+    # the largest exponential is 1, so the clamp changes only rows without marked entries
     return exp_TK / total_T1.clamp_min(0.5)

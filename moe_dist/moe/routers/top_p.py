@@ -4,11 +4,12 @@
     T(x) = the columns i with q_1 + ... + q_(i-1) < p + b,  at least one and at most top_k
     w_i  = scale q_i, or scale times a softmax over T(x) without null columns
 
-b is the budget shift of `adaptive`, by which a controller moves p per layer and group so that the mean number of true
-experts is its target. DTop-p (arXiv 2512.13996) controls one p for all layers by a proportional-integral controller and
-learns a norm of the logits in each layer. In this router each layer has its own p, which the controller `active_experts`
-moves; with the key `proportional` this controller is proportional-integral, too. Huang et al. also add the entropy of q to
-the loss; in this project the controller holds the number of experts, and the entropy is not in the loss.
+b is the budget shift of `adaptive`, by which a controller changes p per layer and group so that the mean number of true
+experts is the controller's target. DTop-p (arXiv 2512.13996) controls one p for all layers by a proportional-integral
+controller and learns a norm of the logits in each layer. In this router each layer has its own p, which the controller
+`active_experts` changes; with the key `proportional` this controller is proportional-integral, too. Huang et al. also add
+the entropy of q to the loss; in this project the controller keeps the number of experts at its target, and the entropy is
+not in the loss.
 
 Shape letters: T tokens, C columns, K choices.
 """
@@ -26,7 +27,8 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class TopPRouter(AdaptiveRouter):
-    """Routes T tokens by cumulative probability. `p` is the bound before a controller has moved it.
+    """Routes T tokens by cumulative probability. `p` is the bound on the cumulative probability before a controller has
+    changed the bound.
 
     Args:
         hidden_dim, groups, scale, capacity: See `TopKRouter`.
@@ -52,6 +54,6 @@ class TopPRouter(AdaptiveRouter):
 
     def _kept(self, masked_TC: Tensor, probs_TC: Tensor, column_TK: Tensor, group_T: Tensor, cache: RoutingCache) -> Tensor:
         prob_TK = probs_TC.gather(1, column_TK)
-        before_TK = prob_TK.cumsum(1) - prob_TK  # exactly 0 for the first column
+        before_TK = prob_TK.cumsum(1) - prob_TK  # exactly 0 in the first column
         bound_T = (self.p + self._shift(prob_TK.dtype)[group_T]).clamp_min(torch.finfo(prob_TK.dtype).tiny)
         return before_TK < bound_T[:, None]

@@ -1,5 +1,5 @@
 """Draws heat maps, curves, bars, tables and sliders as HTML with inline SVG. Uses no script: a slider is a row of radio
-buttons, which the arrow keys move. Text and curves have style classes of `page.py`, which follow light and dark mode.
+buttons, which the arrow keys move. Text and curves have style classes of `page.py`, which adapt to light and dark mode.
 
 Shape letters: R rows, C columns of a heat map.
 """
@@ -17,20 +17,20 @@ from moe_dist.monitor.heatmaps import INK, Axis, Scale, colour, extremes, ink_on
 
 WIDTH, MARK = 860, 7  # widths in SVG units of all cells of a wide picture, and of one character
 MOST_FRAMES = 12
-WRITTEN = 400  # largest number of cells with written numbers, which need 80 bytes each
+WRITTEN = 400  # largest number of cells with written numbers, each number needs 80 bytes
 CURVES = 6  # number of colours of curves
 _numbers = count()
 
 
 def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: str) -> str:
     """Returns a heat map: an image with one pixel for each cell, so that many cells take few bytes. nan is grey. Cells that
-    are large enough show their number; a line below names the largest number."""
+    are large enough show their number; a line below the map names the largest number."""
     num_rows, num_columns = values_RC.shape
     width, height = min(46, max(3, WIDTH // num_columns)), min(24, max(3, 480 // num_rows))
     width = max(width, max(len(label) for label in (*columns.labels, *columns.sublabels)) * MARK if num_columns < 9 else 0)
     left, top = MARK * max(len(rows.name), *(len(label) for label in rows.labels)) + 14, 22
     right, bottom = left + num_columns * width, top + num_rows * height
-    half = MARK * len(columns.name) // 2  # the name of the columns may be wider than the cells
+    half = MARK * len(columns.name) // 2  # the name of the column axis may be wider than the cells
     middle = max((left + right) // 2, half)
     legend = max(right, middle + half) + 12
     rgb = colour(values_RC, scale)
@@ -53,7 +53,7 @@ def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, titl
     foot = bottom + (44 if columns.sublabels else 30)
     parts.append(f'<text x="{left - 6}" y="14" class="e">{escape(rows.name)}</text>')
     parts.append(f'<text x="{middle}" y="{foot}" class="m q">{escape(columns.name)}</text>')
-    for i, tick in enumerate(scale.ticks):  # the legend stands right of the cells
+    for i, tick in enumerate(scale.ticks):  # the legend is right of the cells
         red, green, blue = colour(np.array([tick]), scale)[0]
         parts.append(f'<rect x="{legend}" y="{top + 17 * i}" width="14" height="14" fill="rgb({red},{green},{blue})"/>')
         parts.append(f'<text x="{legend + 19}" y="{top + 17 * i + 12}">{scale.write(tick)}</text>')
@@ -127,7 +127,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str, r
 
 
 def slider(frames: Sequence[tuple[str, str]], *, legend: str) -> str:
-    """Returns a slider over at most `MOST_FRAMES` frames (label, HTML). Shows one frame at a time, at first the last."""
+    """Returns a slider over at most `MOST_FRAMES` frames (label, HTML). Shows one frame at a time, initially the last
+    frame."""
     if len(frames) == 1:
         return f"<p>{escape(legend)}: {escape(frames[0][0])}</p>{frames[0][1]}"
     name, buttons = f"slider{next(_numbers)}", []
@@ -144,7 +145,7 @@ def slider(frames: Sequence[tuple[str, str]], *, legend: str) -> str:
 
 
 def details(summary: str, content: str, *, open_: bool = False) -> str:
-    """Returns a part of the page that unfolds."""
+    """Returns a collapsible part of the page."""
     return f"<details{' open' if open_ else ''}><summary>{escape(summary)}</summary>{content}</details>"
 
 

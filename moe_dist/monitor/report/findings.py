@@ -1,4 +1,5 @@
-"""Makes the first lines of a report: the faults that the hints' rules find, and the largest and smallest loads in words.
+"""Makes the first lines of a routing report: the faults that the hints' rules find, and the largest and smallest loads in
+words.
 
 Shape letters as in `metrics.py`.
 """
@@ -15,7 +16,7 @@ from moe_dist.monitor.pictures import over_mean
 from moe_dist.monitor.report.routing import Routing
 from moe_dist.monitor.routing_hints import ENOUGH, IDLE, WindowSums, busy_text, for_another_trainer, routing_hints
 
-NAMED = 6  # largest number of dead experts that a line names
+NAMED = 6  # largest number of dead experts that a line of the report names
 
 
 def problems(routing: Routing) -> list[str]:
@@ -37,8 +38,8 @@ HEALTHY = "No rule finds a fault in the routing"
 
 
 def verdict(routing: Routing, wrong: list[str]) -> tuple[str, str]:
-    """Returns state and headline for the problems `wrong`. The state is "bad" with problems, "few" if choices are too few
-    to judge any expert, else empty."""
+    """Returns state and headline for the problems `wrong`. The state is "bad" if `wrong` is not empty, "few" if choices are
+    too few to judge any expert, else empty."""
     unjudged, few = too_few(routing)
     if few and not wrong and unjudged == len(routing.layers) * routing.placement.num_experts:
         return "few", few[0].upper() + few[1:]
@@ -52,7 +53,8 @@ def facts(routing: Routing) -> list[str]:
 
 
 def work_of_ranks(routing: Routing) -> np.ndarray:
-    """Returns the work of each rank of an EP group in the window: pairs x FFN width, float64 [L, R]."""
+    """Returns the work of each rank of an EP group in the window of steps: (token, expert) pairs x FFN width, float64 [L,
+    R]."""
     window, placement = routing.window, routing.placement
     choices_LC = window.choices_LC.astype(np.float64)
     for g, part in enumerate(group_choices(window.choices_LC, routing.groups)):
@@ -63,7 +65,7 @@ def work_of_ranks(routing: Routing) -> np.ndarray:
 
 def dead_experts(routing: Routing) -> list[tuple[int, int]]:
     """Returns (index of the layer, logical expert) of each expert that no token chose in the window. In a layer with fewer
-    than ENOUGH choices per expert no expert counts as dead, because it may have no tokens by chance."""
+    than ENOUGH choices per expert no expert counts as dead, because an expert may have no tokens by chance."""
     found = []
     for group, part in zip(routing.groups, group_choices(routing.window.choices_LC, routing.groups), strict=True):
         dead = np.argwhere((part.true_Ln == 0) & (part.true_Ln.mean(1, keepdims=True) >= ENOUGH))
@@ -72,8 +74,8 @@ def dead_experts(routing: Routing) -> list[tuple[int, int]]:
 
 
 def too_few(routing: Routing) -> tuple[int, str]:
-    """Returns the number of (layer, expert) pairs that no rule judges, because their layer has fewer than ENOUGH choices
-    per expert, and a clause with this number; the clause is empty if all pairs are judged."""
+    """Returns the number of (layer, expert) pairs that no rule judges, because the layer has fewer than ENOUGH choices per
+    expert, and a clause that states the number; the clause is empty if all (layer, expert) pairs are judged."""
     loads = [part.true_Ln for part in group_choices(routing.window.choices_LC, routing.groups)]
     few = np.concatenate([true_Ln[true_Ln.mean(1) < ENOUGH].ravel() for true_Ln in loads])
     if not few.size:
@@ -84,8 +86,8 @@ def too_few(routing: Routing) -> tuple[int, str]:
 
 
 def _starved_modalities(routing: Routing) -> Iterator[str]:
-    """Names the modalities whose tokens take hardly any true expert although other modalities of the same group take some.
-    Hints judge a group as a whole, because only a trace tells the modality of a choice."""
+    """Names the modalities whose tokens take hardly any true expert although other modalities' tokens of the same group
+    take true experts. Hints judge a group as a whole, because only a trace records the modality of each choice."""
     tokens = routing.tokens
     if tokens is None:
         return

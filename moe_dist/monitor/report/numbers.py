@@ -21,8 +21,8 @@ def lorenz(load_Xn: np.ndarray) -> np.ndarray:
 
 
 def gini(load_Xn: np.ndarray) -> np.ndarray:
-    """Returns the Gini coefficient of each row: 0 if all experts have the same load, 1 - 1/n if one expert has all (Gini
-    1912). The coefficient is the area between diagonal and Lorenz curve, divided by the area below the diagonal."""
+    """Returns the Gini coefficient of each row: 0 if all experts have the same load, 1 - 1/n if one expert has all load
+    (Gini 1912). The coefficient is the area between diagonal and Lorenz curve, divided by the area below the diagonal."""
     curve = lorenz(load_Xn)
     return 1 - (curve[:, 1:] + curve[:, :-1]).sum(1) / load_Xn.shape[1]
 
@@ -43,8 +43,8 @@ def taken(ids_TK: np.ndarray, group: ExpertGroup) -> np.ndarray:
 
 
 def together(taken_Tn: np.ndarray) -> np.ndarray:
-    """Returns the lift of each pair of experts, float64 [n, n]: how often a token takes both, divided by how often it would
-    if experts were chosen independently. nan on the diagonal, and for experts without tokens."""
+    """Returns the lift of each pair of experts, float64 [n, n]: how often a token takes both experts, divided by how often
+    a token would if experts were chosen independently. nan on the diagonal, and for experts without tokens."""
     share_n = taken_Tn.mean(0)
     both_nn = taken_Tn.T.astype(np.float32) @ taken_Tn.astype(np.float32) / len(taken_Tn)
     lift_nn = divide(both_nn, np.outer(share_n, share_n))
@@ -53,18 +53,24 @@ def together(taken_Tn: np.ndarray) -> np.ndarray:
 
 
 class Special(NamedTuple):
-    """A token id that an expert takes much more often than other token ids."""
+    """A token id whose occurrences an expert takes much more often than those of other ids.
+
+    Attributes:
+        times, share: Number and fraction of the token id's occurrences that the expert takes.
+        lift: `share` divided by the fraction of all tokens that the expert takes.
+        row: Index, among all tokens, of the first occurrence that the expert takes.
+    """
 
     token: int
-    times: int  # number of the token id's occurrences that the expert takes
-    share: float  # fraction of the token id's occurrences that the expert takes
-    lift: float  # `share` divided by the fraction of all tokens that the expert takes
-    row: int  # index, among all tokens, of the first occurrence that the expert takes
+    times: int
+    share: float
+    lift: float
+    row: int
 
 
 def special_tokens(token_T: np.ndarray, taken_Tn: np.ndarray, *, most: int, least_count: int = 3) -> list[list[Special]]:
     """Returns for each expert the token ids that characterise the expert most, by the largest count x log(lift), a term of
-    its tokens' log-likelihood. Omits ids that the expert takes fewer than `least_count` times."""
+    the log-likelihood of the expert's tokens. Omits ids that the expert takes fewer than `least_count` times."""
     ids_V, at_T, count_V = np.unique(token_T, return_inverse=True, return_counts=True)
     found = []
     for taken_T in taken_Tn.T:
@@ -90,14 +96,14 @@ def special_tokens(token_T: np.ndarray, taken_Tn: np.ndarray, *, most: int, leas
 
 
 class Traffic(NamedTuple):
-    """Rows that dispatch sends in forward, summed over tokens and layers, and the work of the ranks.
+    """Rows that dispatch sends in forward, summed over tokens and layers, and the ranks' imbalance of work.
 
     Attributes:
         pairs: (token, expert) pairs that an expert computes.
         pairs_remote: Pairs whose expert is on another rank: the number of rows without deduplication.
-        rows: Rows to other ranks, one for each (token, rank).
+        rows: Rows sent to other ranks, one for each (token, rank).
         between: Maps a node size to the rows that leave a node: one for each (token, rank on another node).
-        between_hierarchical: Maps a node size to the rows that leave a node if each node gets a token once.
+        between_hierarchical: Maps a node size to the rows that leave a node if a token is sent to each node only once.
         imbalance: Work of a layer's busiest rank (pairs x FFN width) / mean rank's work, mean over layers.
     """
 
@@ -110,11 +116,11 @@ class Traffic(NamedTuple):
 
 
 def traffic(ids_TLK: np.ndarray, home_T: np.ndarray, placement: ExpertPlacement, node_sizes: tuple[int, ...]) -> Traffic:
-    """Counts the rows for another placement of the same choices.
+    """Counts the rows that the choices `ids_TLK` send under a placement.
 
     Args:
         home_T: EP rank of each token.
-        node_sizes: Numbers of ranks of a node; consecutive ranks share a node.
+        node_sizes: Node sizes to count for, in ranks; consecutive ranks share a node.
     """
     ranks, experts = placement.num_ranks, placement.num_experts
     rank_E = np.array(placement.rank_of_expert)
@@ -144,8 +150,8 @@ def traffic(ids_TLK: np.ndarray, home_T: np.ndarray, placement: ExpertPlacement,
 
 
 def same_experts(first_TLK: np.ndarray, second_TLK: np.ndarray, num_experts: int) -> np.ndarray:
-    """Returns the fraction of the true experts in either of two routings of the same tokens that are in both, float64 [L]
-    (Jaccard 1901)."""
+    """Returns the number of (token, true expert) pairs in both of two routings of the same tokens / the number in at least
+    one, float64 [L] (Jaccard 1901)."""
     shares = []
     for one_TK, other_TK in zip(first_TLK.transpose(1, 0, 2), second_TLK.transpose(1, 0, 2), strict=True):
         sets = []

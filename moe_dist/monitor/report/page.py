@@ -1,4 +1,4 @@
-"""Puts findings and panels into one HTML page. The page has no script and loads nothing."""
+"""Puts findings and panels into one HTML page. The page has no script and loads no other file."""
 
 import re
 from html import escape
@@ -8,7 +8,7 @@ from moe_dist.monitor.report.findings import facts, problems, verdict
 from moe_dist.monitor.report.panels import PANELS
 from moe_dist.monitor.report.routing import Routing, Subject
 
-# Name in the style sheet -> colour in light mode and print, colour in dark mode. c0, c1 ... are colours of curves.
+# Name in the style sheet -> colour in light mode and print, colour in dark mode. c0, c1 ... are the colours of curves.
 COLOURS = {
     "page": ("#fff", "#16181c"),
     "ink": ("#202124", "#e8eaed"),
@@ -60,7 +60,7 @@ figure,tr,.found{break-inside:avoid}h2{break-after:avoid}.wide{overflow:visible}
 
 
 def render(subject: Subject) -> str:
-    """Returns the page. Its first lines name the problems."""
+    """Returns the page. The page's first lines name the problems."""
     routing = subject.routing
     sections = [(_anchor(title), title, question, panel(subject)) for title, question, panel in PANELS]
     links = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _, _ in sections)

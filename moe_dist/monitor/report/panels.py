@@ -1,5 +1,5 @@
 """The panels of a report. Each panel is a function of `Subject` that returns HTML, and has one line in PANELS. A panel
-whose data are missing returns a sentence that says so.
+without data returns a sentence that gives the reason.
 
 Shape letters: L MoE layers, G groups, T tokens, n true experts of a group, E true experts, C columns, R ranks, F frames.
 """
@@ -38,7 +38,7 @@ def load(subject: Subject) -> str:
 
 
 def ranks(subject: Subject) -> str:
-    """Shows a heat map of the work of each rank in each layer."""
+    """Shows a heat map of the work (pairs x FFN width) of each rank in each layer."""
     work_LR = work_of_ranks(subject.routing)
     if work_LR.shape[1] == 1:
         return "<p>One rank holds all experts, so that no rank waits.</p>"
@@ -89,7 +89,8 @@ def concentration(subject: Subject) -> str:
 
 
 def dead(subject: Subject) -> str:
-    """Shows a table of the experts that no token took, with the last frame in which a token took the expert."""
+    """Shows a table of the experts that no token took, with the last frame (interval of steps) in which a token took the
+    expert."""
     routing, rows = subject.routing, []
     unjudged, few = too_few(routing)
     few = f"<p>{few[0].upper()}{few[1:]}.</p>" if few else ""
@@ -105,7 +106,7 @@ def dead(subject: Subject) -> str:
 
 
 def capacity(subject: Subject) -> str:
-    """Shows curves of the dropped fraction, and a heat map of the busiest experts' loads / an even share."""
+    """Shows curves of the dropped fraction, and a heat map of the busiest experts' loads / the even load."""
     routing, window = subject.routing, subject.routing.window
     used_LG = group_metrics(window.choices_LC, window.tokens_LG, routing.groups)["capacity_used"]
     lines = {}
@@ -139,7 +140,7 @@ def nulls(subject: Subject) -> str:
 
 
 def drift(subject: Subject) -> str:
-    """Shows the total variation distance from the choices of the last steps, for earlier steps and for another run."""
+    """Shows the total variation distance from the choices of the last steps, both of earlier steps and of another run."""
     routing, against = subject.routing, subject.against
     frames = routing.frames
     parts = []
@@ -169,7 +170,8 @@ def drift(subject: Subject) -> str:
 
 
 def _compared(routing: Routing, against: Routing) -> tuple[Frame, Frame, str]:
-    """Returns the two counts to compare, of held-out tokens if both traces have them, and a text that names the tokens."""
+    """Returns the two arrays of counts to compare, of held-out tokens if both traces have such tokens, and a text that
+    names the tokens."""
     one, two = routing.tokens, against.tokens
     if one is not None and two is not None and one.split == two.split == "held-out":
         columns = routing.window.choices_LC.shape[1]
@@ -184,14 +186,14 @@ def _compared(routing: Routing, against: Routing) -> tuple[Frame, Frame, str]:
 
 
 def _same_tokens(routing: Routing, against: Routing) -> str:
-    """Compares the experts of single tokens, in the sequences whose tokens are the same in both traces."""
+    """Compares the experts of individual tokens, in the sequences whose tokens are the same in both traces."""
     one, two = routing.tokens, against.tokens
     if one is None or two is None or not (one.named and two.named):
         return "<p>Single tokens are compared if both have a trace of the same tokens with their ids.</p>"
     first, second = (tokens.sequence_T * 2**31 + tokens.position_T for tokens in (one, two))
     _, mine, other = np.intersect1d(first, second, return_indices=True)
     differ = one.token_T[mine] != two.token_T[other]
-    same = ~np.isin(one.sequence_T[mine], one.sequence_T[mine[differ]])  # leaves out sequences with a differing token
+    same = ~np.isin(one.sequence_T[mine], one.sequence_T[mine[differ]])  # leaves out sequences in which a token differs
     mine, other = mine[same], other[same]
     if not len(mine):
         return "<p>The two traces have no sequence in common.</p>"
@@ -214,7 +216,7 @@ def _percentile(values: np.ndarray, percent: float) -> float:
     return float(np.percentile(known, percent)) if known.size else float("nan")
 
 
-# Title of a panel, question that the panel answers, and function of the panel.
+# For each panel: title, question that the panel answers, and function.
 PANELS: tuple[tuple[str, str, Callable[[Subject], str]], ...] = (
     ("Load by layer and expert", "Which experts are busy, which idle, and on which rank?", load),
     ("Work of the ranks", "Which rank do the others wait for?", ranks),
