@@ -15,8 +15,8 @@ from moe_dist.errors import MoeDistError
 from moe_dist.monitor.statistics import EvaluationResult
 
 FIGURES = source_root() / "configs" / "fixed_top_k.json"
-# Keys whose values may differ from those of the run with the fixed top-k: null experts, k and normalisation, whose effect
-# is compared, and keys that change no loss.
+# Keys whose values may differ between this run and the run with fixed top-k: null experts, k and normalisation, whose
+# effect is compared, and keys that change no loss.
 MAY_DIFFER = (
     *("run.name", "run.root", "run.group", "data.path", "placement.*", "checkpoint.*", "monitor.*", "evaluation.checks"),
     *("model.moe.groups.*.num_null", "model.moe.groups.*.top_k", "model.moe.router.normalise"),
@@ -25,8 +25,9 @@ MAY_DIFFER = (
 
 def beside_fixed_top_k(config: Config, manifest: Manifest, evaluation: EvaluationResult, *, figures: Path = FIGURES) -> str:
     """Returns a sentence with the held-out losses (nats per token) and true experts per token of this run and of the
-    run with fixed top-k, by modality. Returns "" if all figures belong to another model, other data, steps or seeds, or if
-    the figures or the data cannot be read, because a finished run must not fail for lack of this sentence."""
+    run with fixed top-k, by modality. Returns "" if all figures belong to another model, other data, steps or seeds than
+    this run, or if the figures or the data cannot be read, because a finished run must not fail for lack of this
+    sentence."""
     try:
         for known in json.loads(figures.read_text(encoding="utf-8")):
             if _same_but_nulls(known, config) and data_digest(config.data.path, manifest) == known["data"]:
