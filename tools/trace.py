@@ -42,7 +42,7 @@ def main(options: TraceOptions) -> None:
     folder = _folder(options, trained)
     groups = placement_for_use(trained.config, 1).groups
     placement = trained_placement(trained.folder, groups)
-    with one_group(env, device) as (mesh, device):  # every rank has seen that the folder is new
+    with one_group(env, device) as (mesh, device):  # every rank has checked that the folder is new
         tokens = trace_heldout(
             trained.load(device, mesh),
             folder / "heldout",
@@ -66,7 +66,8 @@ def _untraceable(config: Config) -> list[str]:
 
 
 def _folder(options: TraceOptions, trained: LoadedRun) -> Path:
-    """Returns the folder of the trace, which must not exist, and makes its parent before the model is loaded."""
+    """Returns the folder of the trace, which must not exist, and makes the parent of this folder before the model is
+    loaded."""
     directory = trained.folder.parent
     run = directory.parent if directory.name == "checkpoints" else directory
     folder = options.out or run / "traces" / f"step_{trained.step}"
