@@ -59,8 +59,7 @@ def main(options: CalibrateOptions) -> None:
 
 
 def measure(options: CalibrateOptions, device: str) -> Rates:
-    """Measures all rates: of matrix products, copies and launches in this process, and of exchanges between child
-    processes."""
+    """Measures all rates: matrix products, copies and launches in this process, and exchanges between child processes."""
     import torch
     from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 

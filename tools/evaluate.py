@@ -148,8 +148,7 @@ def _harness(
 
 
 def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
-    """Makes the folder of the results before the evaluation, so that the command fails at once if the folder is not
-    writable."""
+    """Makes the folder of the results before the evaluation, so that an unwritable folder is an error at once."""
     directory = trained.folder.parent
     folder = options.out or (directory.parent if directory.name == "checkpoints" else directory) / "evaluations"
     make_writable(folder, option=f"--out {folder}")

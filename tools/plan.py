@@ -1,4 +1,4 @@
-"""Ranks layouts of a configuration by simulated step time, and writes the configuration of the best layout. See
+"""Ranks layouts of a configuration by simulated step time, and writes the best layout's configuration. See
 docs/planning.md."""
 
 import os
@@ -128,8 +128,7 @@ def _launch(config: Config, path: Path, ranks_per_node: int) -> str:
 
 
 def refuse_unused(options: PlanOptions, engine: str) -> None:
-    """Refuses options about step times if step times are not simulated for the configured engine, and engines whose layouts
-    are unknown."""
+    """Refuses options about step times for engines without simulated step times, and engines whose layouts are unknown."""
     values = {"--trace": options.trace, "--capacity": options.capacity, "--price": options.price}
     given = [name for name, value in values.items() if value is not None] + ["--nulls real"] * (options.nulls == "real")
     if given:
@@ -165,7 +164,7 @@ def problems_of(each: Estimate) -> list[str]:
 def left_out(
     config: Config, counts: Sequence[int], every: Sequence[Estimate], fitting: Sequence[Estimate]
 ) -> Iterator[str]:
-    """Yields sentences that name the numbers of GPUs that are not ranked, and the reasons."""
+    """Yields sentences about numbers of GPUs that are not ranked, with the reasons."""
     batch, listed, ranked = config.train.global_batch, {each.gpus for each in every}, {each.gpus for each in fitting}
     if odd := [count for count in counts if count not in listed]:
         numbers = ", ".join(map(str, odd))
@@ -190,8 +189,8 @@ def gpu_range(text: str) -> tuple[int, int]:
 
 
 def rates_of(options: PlanOptions, gpus: int) -> Rates:
-    """Returns the rates in the file `--rates`; without this option the published rates of the card in the cluster file
-    `--cluster`, else in $MOE_DIST_CLUSTER, else of H100 nodes."""
+    """Returns the rates in the file `--rates`, else published rates of the card in the cluster file `--cluster` or
+    $MOE_DIST_CLUSTER, else of H100 nodes."""
     if options.rates is not None:
         rates = read_rates(options.rates)
         if rates.machine != options.machine:
@@ -226,7 +225,7 @@ def rates_of(options: PlanOptions, gpus: int) -> Rates:
 
 
 def routing_of(path: Path, config: Config) -> Routing:
-    """Reads the routing of a run or trace of the configuration's model."""
+    """Reads the routing in a trace of the configuration's model."""
     from tools.report import open_routing  # imports torch, which a plan without a trace does not need
 
     routing, groups = open_routing(path), expert_groups(config.model.moe)
@@ -298,7 +297,7 @@ def model_shape(groups: Sequence[ExpertGroup], layers: Sequence[int]) -> str:
 
 
 def solved_slots(load_LE: np.ndarray, ep: int) -> tuple[tuple[int, ...], ...]:
-    """Returns the experts of each rank that the placement solver finds, with equally many slots on each rank."""
+    """Returns each rank's experts by the placement solver, equally many for each rank."""
     slots_R = np.full(ep, -(-load_LE.shape[1] // ep))
     return slots_of(solve(load_LE, slots_R), ep)
 
@@ -343,7 +342,7 @@ def no_layout(config: Config, counts: Sequence[int], every: Sequence[Estimate], 
     )
 
 
-# The columns of the table of layouts: head, and function that makes a cell.
+# Columns of the table of layouts: head, and function that makes a cell.
 COLUMNS: dict[str, Callable[[Estimate], str]] = {
     "GPUs": lambda each: str(each.gpus),
     "layout": lambda each: each.name,
@@ -360,8 +359,7 @@ WIDE = 120  # terminal width from which on all table columns fit
 
 
 def print_plan(ranked: Sequence[Estimate], best: Estimate, count: int, rates: Rates, options: PlanOptions) -> None:
-    """Prints the best layouts, or with a range of GPUs the best layout of each number of GPUs, and the sources of the
-    table's numbers."""
+    """Prints the best layouts, or with a range the best layout of each number of GPUs, and the numbers' sources."""
     counts = sorted({each.gpus for each in ranked})
     shown = best_of_each(ranked, counts) if len(counts) > 1 else ranked[:SHOWN]
     where = "the trace" if options.trace is not None else "expectations of the configuration under uniform routing"

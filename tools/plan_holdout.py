@@ -72,7 +72,7 @@ class Observed:
     Attributes:
         seconds: Seconds of a step, by clock. `cpu`: CPU seconds, mean over ranks, lower quartile over steps. `wall`: wall
             time of the shortest step, because other load of the machine only makes steps longer.
-        spread: By clock, the relative difference between the median over steps and the value in `seconds`.
+        spread: By clock, the relative difference between the median over steps and `seconds`.
         sent, replayed: Bytes that the traced step sent, and bytes that `replay` counts for the traced expert choices.
         memory: Peak bytes of all tensors of the fullest rank in a step.
     """
@@ -166,13 +166,13 @@ class Predicted:
 
 
 def seconds_of(estimates: Sequence[Estimate], clock: Clock) -> np.ndarray:
-    """Returns predicted seconds of a step; for the clock `cpu` only the time in which the average rank computes, exchanges
-    rows or sums gradients."""
+    """Returns predicted seconds of a step; for the clock `cpu` only time in which the average rank computes, exchanges rows
+    or sums gradients."""
     return np.array([e.seconds if clock == "wall" else e.busy + e.wire + e.tail for e in estimates])
 
 
 def peak_of(estimate: Estimate) -> float:
-    """Returns the predicted bytes of tensors, without the bytes that the estimate adds for allocator and libraries."""
+    """Returns the predicted bytes of tensors, without the bytes assumed for allocator and libraries."""
     return (estimate.memory[0] - LIBRARIES) / (1 + SLACK)
 
 

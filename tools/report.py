@@ -116,7 +116,7 @@ def _read_placement(path: Path, groups: tuple[ExpertGroup, ...]) -> ExpertPlacem
 
 
 def _sizes(option: str, text: str) -> tuple[int, ...]:
-    """Returns the whole numbers in the value of an option, without repeats."""
+    """Returns the distinct whole numbers in an option."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     if wrong := [word for word in words if not word.isdecimal() or not 0 < int(word) <= MOST_RANKS]:
         raise ConfigError(f"{option} {text}: {wrong[0]!r} is no whole number from 1 to {MOST_RANKS}; write them as 2,4,8")
@@ -209,7 +209,7 @@ def _of_run(path: Path, data: Path | None) -> Routing:
 
 
 def _open_trace(path: Path, *, counted: bool = False) -> tuple[Trace, Manifest]:
-    """Returns a trace, and the manifest of the last attempt in the trace.
+    """Returns a trace, and its last attempt's manifest.
 
     Args:
         counted: Whether expert choices are counted in metrics.jsonl, so that the trace need not have a step.

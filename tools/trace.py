@@ -66,8 +66,7 @@ def _untraceable(config: Config) -> list[str]:
 
 
 def _folder(options: TraceOptions, trained: LoadedRun) -> Path:
-    """Returns the folder of the trace, which must not exist, and makes the parent of this folder before the model is
-    loaded."""
+    """Returns the folder of the trace, which must not exist, and makes its parent before the model is loaded."""
     directory = trained.folder.parent
     run = directory.parent if directory.name == "checkpoints" else directory
     folder = options.out or run / "traces" / f"step_{trained.step}"

@@ -55,8 +55,8 @@ def _look_at_base(state: StateFile | None, folder: Path) -> Path | None:
 
 
 def _expected(state: StateFile | None) -> tuple[Mapping[str, TensorSpec] | None, str]:
-    """Returns the tensors that a checkpoint must have by the configuration in `state`, and "". Returns None and a remark if
-    the checkpoint has no readable configuration."""
+    """Returns the tensors that a checkpoint must have by its configuration. Returns None and a remark if the checkpoint has
+    no readable configuration."""
     from moe_dist.config.schema import Config
     from moe_dist.train.build import state_specs
 

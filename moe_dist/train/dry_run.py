@@ -45,8 +45,7 @@ def dry_run(config: Config, *, tokens_per_second: float | None = None, console: 
     """Prints the estimates of a run and returns them.
 
     Args:
-        tokens_per_second: Throughput of all ranks together, from which the hours of the run are computed; None to show no
-            hours.
+        tokens_per_second: Throughput of all ranks together, from which the run's hours are computed; None for no hours.
 
     Raises:
         ConfigError, DataError: the run is not possible. The error message lists every problem that can be found without the

@@ -13,8 +13,8 @@ def give_replicas(parallel: ParallelModel, parts: DispatchParts, placement: Plac
     """Replaces the experts' replicas of all MoE layers by the replicas in `placement`. All ranks call the function between
     two steps."""
     mesh, layers = parallel.mesh, parallel.model.moe_modules()
-    # `parts.all_to_all` is not used, because its checksums of rows may be switched on, and an expert's weights are too long
-    # a row for the checksums.
+    # `parts.all_to_all` is not used, because its checksums of rows may be switched on, and an expert is too long for
+    # checksums.
     wire = AllToAll(mesh.ep, parts.all_to_all.comm_stats, mesh.tracker)
     names = [str(layer.name) for layer in layers]
     dispatcher = ReplicaDispatcher(placement, parts.all_to_all, layers=names, device=mesh.device, **parts.options)

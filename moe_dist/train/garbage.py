@@ -13,8 +13,8 @@ COLLECT_EVERY = 50  # steps; `Trainer` collects
 
 @contextmanager
 def collected_by_steps() -> Iterator[None]:
-    """Turns automatic collections off. Later garbage collections skip the objects that exist when the block begins, such as
-    modules and the plan, and therefore take only a few milliseconds."""
+    """Turns automatic collections off. Collections in the `with` block skip objects made before, such as modules and the
+    plan, and therefore take only a few milliseconds."""
     gc.collect()
     gc.freeze()
     gc.disable()

@@ -94,8 +94,8 @@ def global_counts(
         for each in sums
     ]
     parts = [torch.stack(part).to(torch.float64) for part in zip(*rows, strict=True)]
-    # One row per layer, with all fields of the layer's report. Another layout would change the last bits of sums, because
-    # the order in which an all-reduce adds the ranks' numbers depends on their place in the tensor.
+    # One row of fields per layer. Another layout would change the last bits of sums, because the order in which an
+    # all-reduce adds the ranks' numbers depends on their place in the tensor.
     packed = start_sum(torch.cat(parts, dim=1), group, name=ROUTING_COUNTS, tracker=tracker)
     depth = _depth_counts(reports, parts[1], group, tracker)
     return lambda: StepCounts(*packed().split([part.shape[1] for part in parts], dim=1), *depth())
@@ -207,7 +207,7 @@ def micro_loss(
         share: Weight of the micro-batch in the step. The auxiliary terms are means over the micro-batch's tokens on all
             ranks.
         counts: Routing counts of the micro-batch over all ranks (`global_counts`).
-        share_G: Weight of each group's balance and auxiliary-router terms; None to weight all groups by `share`.
+        share_G: Weight of each group's balance and auxiliary-router terms; None to use `share`.
         load: Expert loads for the balance loss; None to use the loads in the micro-batch.
     """
 

@@ -1,5 +1,5 @@
-"""Decides when experts change ranks. The decision to move experts depends only on routing counts, and is therefore equal on
-all ranks and in all runs with the same seed.
+"""Decides when experts change ranks. Decisions depend only on routing counts, and are therefore equal on all ranks and in
+all runs with the same seed.
 
 A window of steps is cut in two halves. The placement solver finds swaps of experts for the loads of the first half-window;
 the loads of the second half-window judge the swaps. A placement that only fits the noise of the first half-window therefore
@@ -93,8 +93,8 @@ class MovingLever(LoadLever[ExpertPlacement]):
         return {"slots": slots, "configured": configured, "pairs": self._stored_pairs()}
 
     def restore(self, state: JsonValue) -> None:
-        """Moves the experts to the saved placement. Collective. Leaves the experts in the configured placement if the saved
-        placement needs other numbers of experts per rank, or if the configuration has another placement now.
+        """Moves the experts to the saved placement. Collective. The experts keep the configured placement if the saved
+        placement has other numbers of experts per rank, or if the configured placement has changed since the save.
 
         Raises:
             DataError: the state was not made by `state`.

@@ -12,7 +12,7 @@ def write_adapters(config: Config, folder: RunFolder, step: int) -> str:
     adapters.
 
     Raises:
-        DataError: the base checkpoint of the adapters is missing or has another content hash than at training.
+        DataError: the base checkpoint of the adapters is missing or has changed.
         CheckpointError: the folder cannot be written.
     """
     if config.train.only != "adapters":

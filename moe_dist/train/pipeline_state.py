@@ -88,8 +88,8 @@ class GptState:
                 yield chunk, name, kind, parameter
 
     def _buffers(self) -> Iterator[tuple[str, LocalShard]]:
-        """Yields the selection biases. A checkpoint load writes directly into the selection biases, which all ranks of a
-        pipeline stage have."""
+        """Yields the selection biases. A load writes directly into these biases, which all ranks of a pipeline stage
+        have."""
         same = self._gpt.groups.tp_dp_cp
         for layer, router in self._gpt.routers.items():
             for name, tensor in router.state_dict(keep_vars=True).items():
@@ -97,7 +97,7 @@ class GptState:
                     yield f"layers.{layer}.moe.router.{logical_name(name)}", LocalShard(tensor, same.size(), same.rank())
 
     def _pieces(self, chunk: int, name: str, kind: str, whole: Tensor) -> Iterator[tuple[str, Piece]]:
-        """Yields, for each logical tensor that is in a weight or moment, its key and this rank's piece."""
+        """Yields key and piece of each logical tensor in a weight or moment."""
         prefix = f"{OPTIMIZER_PREFIX}{kind}." if kind else ""
         for piece in self._gpt.pieces(chunk, name, whole):
             yield prefix + piece.name, piece

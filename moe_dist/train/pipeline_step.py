@@ -53,8 +53,7 @@ class PipelineModel:
 
     def with_choices(self, reports: Sequence[LayerReport], number: int, tokens_BS: Tensor) -> list[LayerReport]:
         """Returns one report per MoE layer of the model with the expert choices of all tokens of a micro-batch; each TP, CP
-        and PP rank has some of the choices. Collective over the TP, CP and PP ranks: sums of 12 bytes per token, layer and
-        choice."""
+        and PP rank has some of them. Collective over TP, CP and PP ranks: sums of 12 bytes per token, layer and choice."""
         groups, layers = self.gpt.groups, self.gpt.config.model.moe_layers
         choices = max(group.top_k for group in self.gpt.place.placement.groups)
         column_TLK = torch.zeros((tokens_BS.numel(), len(layers), choices), dtype=torch.int64, device=tokens_BS.device)
@@ -75,7 +74,7 @@ class PipelineModel:
         return [each._replace(chosen=chosen) for each, chosen in zip(reports, found, strict=True)]
 
     def _whole(self, losses_Bs: Tensor) -> Tensor:
-        """Gathers the losses of all context-parallel ranks, each of which has some positions; returns [B, S]."""
+        """Gathers the losses of all context-parallel ranks, each with some positions; returns [B, S]."""
         group, size = self.gpt.groups.cp, self.pipeline.cp_size
         parts = [torch.empty_like(losses_Bs) for _ in range(size)]
         dist.all_gather(parts, losses_Bs.contiguous(), group=group)

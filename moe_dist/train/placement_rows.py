@@ -53,14 +53,14 @@ class PlacementRows:
         """Does nothing: `add` has counted the step."""
 
     def flush(self) -> None:
-        """Does nothing: the counts stay in memory and are not written to disk."""
+        """Does nothing: the counts are not written to disk."""
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
         """Does nothing: the counted placements stay the same. After experts have moved `monitor.cost_table` shows no other
         placement policy."""
 
     def total(self, world: dist.ProcessGroup | None, tracker: CollectiveTracker | None) -> dict[str, int]:
-        """Returns the number of token rows of all ranks, by name of the placement. Collective."""
+        """Returns the rows sent by all ranks, by placement. Collective."""
         rows_P = sum_over(self._rows_P.clone(), world, name=PLACEMENT_ROWS, tracker=tracker)
         return dict(zip(self._names, rows_P.tolist(), strict=True))
 

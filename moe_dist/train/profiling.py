@@ -32,7 +32,7 @@ class StepProfiler:
     """Profiles the steps `first` to `last` on this rank. Files are written after step `last`, or in `close`.
 
     Args:
-        model: The transformer; parts of its `layers` get named ranges in the profile.
+        model: The transformer, whose `layers` get profiler ranges.
         folder: Folder of the files; created with the first file.
         name: Beginning of the files' names, such as 'rank_0'.
     """
@@ -58,7 +58,7 @@ class StepProfiler:
             self.close()
 
     def close(self) -> None:
-        """Ends the profile if one is running, and writes its files. If the files cannot be written, logs the error; the run
+        """Ends a running profile and writes the profile's files. If the files cannot be written, logs the error; the run
         goes on."""
         if self._profile is None:
             return
@@ -176,7 +176,7 @@ def _module_range(module: nn.Module, name: str) -> Iterator[Callable[[], None]]:
 
 
 def _pieces_range(moe: Any, name: str, entered: list[str]) -> Callable[[], None]:
-    """Gives each piece of `MoELayer.steps` (from one yield to the next) a profiler range."""
+    """Gives each piece of the generator `MoELayer.steps` a profiler range."""
     inner = moe.steps
 
     def wrapped(*args: Any) -> Any:

@@ -29,9 +29,9 @@ def replay_step(
     *,
     source: str,
 ) -> Replay:
-    """Returns the replay of a traced step for this rank's micro-batches, which may be cut otherwise than in the traced run.
-    The replay finds tokens by sequence and position, so that a step can be replayed with another number of ranks or
-    placement than in the traced run.
+    """Returns the replay of a traced step for this rank's micro-batches, which may differ from the traced run's
+    micro-batches. The replay finds tokens by sequence and position, so that the number of ranks and the placement may
+    differ from the traced run.
 
     Args:
         traced: A step of a run's trace (`read_trace`), or of another system's trace (`read_foreign`).
@@ -43,7 +43,7 @@ def replay_step(
 
     Raises:
         ConfigError: the model has a router that cannot replay.
-        DataError: the traced step is of another model, has other tokens than the batches, or lacks tokens of the batches.
+        DataError: the traced step has another model or other tokens, or lacks tokens of the batches.
     """
     routers, recorded = replayable_routers(model), traced.manifest
     ours, theirs = _columns(routers[0].groups), _columns(recorded.groups)

@@ -1,11 +1,11 @@
-"""Decides which experts get replicas. The decision about replicas depends only on routing counts, and is therefore the same
-on all ranks and in all runs with the same seed.
+"""Decides which experts get replicas. Decisions depend only on routing counts, and are therefore equal on all ranks and in
+all runs with the same seed.
 
 A window of steps is cut in two halves, as in `moving_lever.py`. The loads of the first half-window give each layer new
 replicas: repeatedly the busiest rank gives a part of one expert's tokens to the least busy rank with a free slot. By the
-loads of the second half-window these new replicas are compared with the layer's present replicas, and with no replicas.
-Placing replicas costs nothing, but each step exchanges the replicas' weights and gradients; replicas must save more time
-than these exchanges take.
+loads of the second half-window new replicas are compared with the layer's present replicas, and with none. Placing replicas
+costs nothing, but each step exchanges the replicas' weights and gradients; replicas must save more time than these
+exchanges take.
 
 Shape letters: S steps, L MoE layers, E true experts, R ranks of an EP group.
 """
@@ -84,8 +84,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return LeverDecision("replicating", taken, before / mean, after / mean, cost, why, placement)
 
     def _found(self, load_E: np.ndarray) -> list[Replicas]:
-        """Returns sets of replicas for the loads of one layer: the empty set, then sets that each add one replica to the
-        set before."""
+        """Returns sets of replicas for the loads of one layer: the empty set, then each set with one replica added."""
         ranks, chain = self.placement.num_ranks, list[Replicas]([()])
         load_R, free_R = np.bincount(self._home_E, load_E, minlength=ranks), np.full(ranks, self._slots)
         while True:
@@ -124,8 +123,8 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return float(load_SLE.sum() / len(load_SLE) / self.placement.num_ranks)
 
     def _cost(self, replicas: Replicas) -> float:
-        """Returns the cost of replicas per step, as the (token, expert) pairs x FFN width that the busiest sender or
-        receiver could compute during the replicas' exchange."""
+        """Returns the cost of replicas per step, as the pairs x FFN width that the busiest sender or receiver could compute
+        during the replicas' exchange."""
         width_2R = np.zeros((2, self.placement.num_ranks))
         for expert, rank in replicas:
             width_2R[0, self._home_E[expert]] += self._width_E[expert]
@@ -141,8 +140,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return {**self.placement.line, "pairs": self._stored_pairs()}
 
     def restore(self, state: JsonValue) -> None:
-        """Puts the saved replicas in place again. Makes no replicas if the experts are on other ranks now than in the saved
-        state.
+        """Puts the saved replicas in place again. Makes no replicas if experts have other ranks than in `state`.
 
         Raises:
             DataError: the state was not made by `state`.
@@ -162,7 +160,6 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
 
 
 def _fewest(worth: Mapping[Replicas, float]) -> Replicas:
-    """Returns the smallest set of replicas whose load in `worth` is nearly as small as the least; `worth` has the sets in
-    order of size."""
+    """Returns the smallest set of replicas in `worth` (sorted by size) with nearly the least load."""
     limit = min(worth.values()) + LEAST_GAIN * worth[()]
     return next(each for each, value in worth.items() if value <= limit)

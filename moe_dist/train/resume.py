@@ -76,8 +76,7 @@ class Resumable:
 
     Args:
         controllers: Objects, by name, whose state is saved with the model; by default the controllers of `training`.
-        levers: The levers of the run, by name. The state of a lever that has one is saved, and restored if the checkpoint
-            contains the state.
+        levers: The levers of the run, by name. The levers' states are saved, and restored if a checkpoint has them.
         report_save: Function that rank 0 calls after each save with the seconds that it took.
 
     Attributes:
@@ -131,9 +130,8 @@ class Resumable:
         the weights of `run.init_from`, if it is set, and returns the progress of a new run.
 
         Raises:
-            DataError: the checkpoint is damaged or of another run, or the run was trained on other data than the present
-                data.
-            ConfigError: the checkpoint is of another model than the configuration's.
+            DataError: the checkpoint is damaged or of another run, or the run's data have changed.
+            ConfigError: the checkpoint is of another model.
         """
         found = self._checkpoints.agree("look at the data", lambda: data_digest(self._config.data.path, self._manifest))
         self._data = found or {}  # `found` is None except on rank 0, because only rank 0 compares data digests
@@ -265,8 +263,7 @@ def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
 
     Raises:
         ConfigError: the data set, the section `data` or the seed differs, or the other run tuned routers.
-        DataError: the checkpoint lacks the values of a run, for example because an import of another format wrote the
-            checkpoint.
+        DataError: the checkpoint lacks the values of a run, for example because an import wrote the checkpoint.
     """
     state = open_checkpoint(folder).state
     saved = saved_config(state.values, folder)

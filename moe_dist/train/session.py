@@ -78,8 +78,7 @@ def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt
 
     Raises:
         ResourceError: a rank is on another node than planned, or has no GPU.
-        MoeDistError: a check of this node fails; a rank does not join in time; or the ranks differ in run folder or start
-            of the run.
+        MoeDistError: a check of this node fails; a rank does not join; or the ranks' run folders or starts differ.
     """
     section, device = config.parallel, choose_device(config, env)
     wait = StartWait(env.rank, section.start_seconds, stopped=stopped, grace_seconds=env.grace_seconds)
@@ -129,7 +128,7 @@ def start_watchdog(
 
 @contextmanager
 def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Iterator[DeviceMonitor | None]:
-    """Reads the device's state (such as use and memory) in a thread during the `with` block on rank 0; yields None on other
+    """Reads the device's utilisation and memory in a thread during the `with` block on rank 0; yields None on other
     ranks."""
     if env.rank != 0:
         yield None
@@ -146,8 +145,8 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 def open_sinks(
     plan: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
 ) -> Iterator[list[Sink]]:
-    """Yields a list, which is empty except on rank 0. On rank 0 the list has one sink, which passes the records of steps
-    and evaluations to all sinks of the run. The sinks are closed even after an error, so that no record stays in a buffer.
+    """Yields a list, which is empty except on rank 0, where it has one sink, which passes the records of steps and
+    evaluations to all sinks. The sinks are closed even after an error, so that no record stays in a buffer.
 
     Before each record, rank 0 checks its lease of the run. A checkpoint is committed only if all records are on disk.
     """
@@ -244,7 +243,7 @@ def placement_text(plan: Preflight, *, width: int = 120) -> str:
 
 
 def conclude(finished: Finished, folder: RunFolder, plan: Preflight, *, beside: str) -> None:
-    """Prints and stores the summary. Prints the stored summary instead if another attempt at the run has finished the run.
+    """Prints and stores the summary. Prints the stored summary instead if another attempt finished the run.
 
     Args:
         beside: The sentence that `beside_fixed_top_k` returns; "" adds no line to the summary.

@@ -1,13 +1,13 @@
 """Starts a new run from the weights of another run's checkpoint (`run.init_from`): tensors of equal name, shape and dtype
-are loaded, all other tensors of the model stay as initialised. The rules in `run.init_rules`:
+are loaded, all other tensors stay as initialised. The rules in `run.init_rules`:
 
 upcycle       all experts of a group become copies of a dense FFN or of one expert (checkpoint/upcycle.py)
 split         a dense FFN is cut into the experts of a group, whose outputs sum to the FFN's (checkpoint/split.py)
 split_experts each expert of an MoE model is cut into finer experts, chosen together (checkpoint/split_experts.py)
 copy_nulls    router rows of null experts become copies of true experts' rows; the function stays the same (AdaMoE)
 
-All checks run before the first step. The report lists the loaded tensors, and any reason why the model computes another
-function than the checkpoint's model.
+All checks run before the first step. The report lists the loaded tensors, and any reason why the model's function differs
+from the checkpoint's.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.roles import EXPERT_NAME, Role, group_module, role_of_name
 from moe_dist.train.split_routers import split_routers
 
-# Maps a rule to the rounding difference that remains although the model computes the same function as the checkpoint's.
+# Maps a rule to the rounding difference from the checkpoint's function that remains.
 _SAME = {
     "upcycle": "",
     "split": "; the output of an FFN is the sum of its parts, added in order, so its last bits may differ",
@@ -136,7 +136,7 @@ def _check_scored(config: Config) -> None:
 
 
 def _gates(model: Transformer, config: Config) -> list[GroupGate]:
-    """Returns the gates (router weights) of all MoE layers and groups. Every rank has the whole weights of all gates."""
+    """Returns the gates (router weights) of all MoE layers and groups. Every rank has all gates unsharded."""
     names = [group_module(name) for name in config.model.moe.groups]
     gates = [moe.router.get_submodule(name) for moe in model.moe_modules() for name in names]
     return [gate for gate in gates if isinstance(gate, GroupGate)]
@@ -194,8 +194,8 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
 
 
 def _kept(config: Config, taken: Taken) -> list[str]:
-    """Returns the names of tensors that keep their initial values, without the router tensors that a rule in
-    `run.init_rules` leaves as initialised."""
+    """Returns the names of tensors that keep their initial values, without router tensors that a rule leaves as
+    initialised."""
     routers = [name for name in taken.kept if role_of_name(name) in _MOE_ROUTERS]
     if not _RULES_OF_ROUTERS & {*config.run.init_rules}:
         routers = [name for name in routers if name.endswith((".null", ".bias"))]

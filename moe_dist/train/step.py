@@ -60,8 +60,8 @@ class AfterStep(Protocol):
 class Weights(NamedTuple):
     """Divisor and weights of the terms of a step's loss, from counts over all ranks."""
 
-    labels_in_step: Tensor  # number of labels of the step over all ranks, at least 1
-    share_I: Tensor  # weight of each micro-batch's auxiliary terms in the step's loss
+    labels_in_step: Tensor  # number of labels over all ranks, at least 1
+    share_I: Tensor  # weight of each micro-batch's auxiliary terms
     share_IG: Tensor | None  # the same weights by group; None to use `share_I` for all groups
     batch_info: Sequence[GlobalBatchInfo | None]
 
@@ -79,8 +79,8 @@ class TrainingStep:
             norm.
         comm_stats: Counts bytes and seconds of the model's exchanges.
         controllers: Controllers, called in this order after each step that was not skipped.
-        needs_global_batch_info: True if a router or dropout needs the token counts of all ranks. The token counts are
-            summed together with the label counts, and cost a host sync at the beginning of the step.
+        needs_global_batch_info: True if a router or dropout needs the token counts of all ranks. The token counts cost a
+            host sync at the beginning of the step.
         tuning: Adds the manifold term of router tuning to the loss; each batch is then a `SampleBatch`.
         distillation: Replaces cross entropy, wholly or in part, by the KL divergence from a teacher.
         load: Expert loads for the balance loss, one of `controllers`. With `load`, auxiliary terms are means over the
@@ -274,8 +274,8 @@ class TrainingStep:
         return losses
 
     def _start_counts(self, started: list[Callable[[], StepCounts[Tensor]]], reports: Sequence[LayerReport]) -> None:
-        """Starts the sum of routing counts over the ranks, and appends the function that waits for it to `started`.
-        Meanwhile this rank computes the output layer and the cross entropy."""
+        """Starts the sum of routing counts, and appends the function that waits for it to `started`. Meanwhile this rank
+        computes the output layer and the cross entropy."""
         started.append(global_counts(reports, self.parallel.mesh.world, self.parallel.mesh.tracker))
 
     def _pack(
@@ -294,7 +294,7 @@ class TrainingStep:
         rows_remote, pairs, pairs_remote, rows_padding, overflow = sent
         ledger = compare(
             self.placement,
-            self.parallel.mesh.ep_rank % self.placement.num_ranks,  # num_ranks is 1 if each rank has all experts, with LoRA
+            self.parallel.mesh.ep_rank % self.placement.num_ranks,  # num_ranks is 1 with LoRA experts
             true_choices_G=true_choices_G,
             null_choices_G=null_choices_G,
             tokens_G=tokens_G,
@@ -337,7 +337,7 @@ class TrainingStep:
 
     def _update(self, summed: Tensor, losses: Sequence[MicroLoss], lr: float, readings: Tensor) -> StepResult:
         """Updates the weights if the sums over all ranks are finite, else skips the step. Because all ranks have the same
-        sums, and a NaN on one rank makes the sum NaN, all ranks decide in the same way."""
+        sums, and a NaN on one rank makes the sum NaN, all ranks decide equally."""
         num_modalities = len(self.group_of_modality)
         counts = step_counts([loss.counts for loss in losses])
         # One device-to-host sync reads all values, before the update, so that the host does not wait for the update.
@@ -424,8 +424,8 @@ class OwnCounts:
         self._sent_3 = torch.zeros(3, dtype=torch.int64)
 
     def add(self, reports: Sequence[LayerReport]) -> None:
-        """Stores the counts. The counts are summed only in `totals`, because one sum over all layers takes fewer launches
-        than a sum for each layer."""
+        """Stores the counts. The counts are summed only in `totals`, because one sum over all layers takes fewer
+        launches."""
         for each in reports:
             on_device = () if each.sent_5 is None else (each.sent_5,)
             self._sums.append((each.sums.choices_C, each.sums.dropped_E, each.sums.tokens_G, *on_device))

@@ -1,14 +1,14 @@
-"""Stores a teacher model's most likely next words (token ids with the largest logits) at each position of training
-sequences, in a folder that runs map into memory:
+"""Stores a teacher model's most likely next tokens at each position of training sequences, in a folder that runs map into
+memory:
 
     manifest.json     teacher, data, and the settings that determine the sequences
     keys.npy          int64 [N], a hash of the tokens and labels of each sequence
-    words.npy         int32 [D, S, K], the K most likely next words; entries from N on in the first dimension are unused
+    words.npy         int32 [D, S, K], the K most likely next tokens; entries [N:] are unused
     log_probs.npy     float32 [D, S, K], the log-probabilities of words.npy
 
 A run finds its sequences by their hashes, so that runs with any number of ranks, micro-batches or resumes can use the same
-folder. A sequence that occurs several times is stored once. Shape letters: D sequences of the stream, N different sequences
-among them, B sequences of a batch, S positions, K words, V vocabulary.
+folder. Repeated sequences are stored once. Shape letters: D sequences of the stream, N different sequences among them, B
+sequences of a batch, S positions, K words, V vocabulary.
 """
 
 import hashlib
@@ -90,7 +90,7 @@ def write_top_logits(
     np.save(place / "keys.npy", np.array([*known], np.int64))
     manifest = manifest.model_copy(update={"stored": len(known)})
     (place / "manifest.json").write_text(manifest.model_dump_json(indent=1))
-    place.rename(out)  # the manifest comes last, so that a folder with a manifest is complete
+    place.rename(out)  # last, so that a folder with a manifest is complete
     return manifest
 
 
@@ -99,8 +99,7 @@ class TopLogits:
     needs them.
 
     Raises:
-        ConfigError: the folder is missing, or was made for other training sequences than the run's. The error lists every
-            reason.
+        ConfigError: the folder is missing, or was made for other sequences. The error lists every reason.
         DataError: the folder is damaged.
     """
 

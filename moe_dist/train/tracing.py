@@ -67,7 +67,7 @@ class StepTracer:
 
     Args:
         tokens: Largest number of this rank's tokens per step that are written; None for all tokens.
-        weights: Whether the router's weights of the chosen experts are written.
+        weights: Whether the chosen experts' router weights are written.
         sequences: Returns for a step (0-based) the numbers of the sequences of each of this rank's micro-batches.
         begin: Opens the files of a new part of the trace, given this part's placement and the number of steps before this
             part.
@@ -127,7 +127,7 @@ class StepTracer:
         self._writer.flush()
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
-        """Begins a new part of the trace, as a new attempt at the run does."""
+        """Begins a new part of the trace, as after a restart."""
         assert self._begin is not None, "experts moved in a trace of one placement"
         self.close()
         self._writer = self._begin(placement, step)
@@ -148,8 +148,7 @@ def traced_steps(
     position: int,
     numbers: Callable[[int], Sequence[Sequence[int]]],
 ) -> Iterator[StepTracer | None]:
-    """Yields this rank's tracer of the present attempt at the run; None without `monitor.trace`. Rank 0 writes the manifest
-    before the first step.
+    """Yields this rank's tracer; None without `monitor.trace`. Rank 0 writes the manifest before the first step.
 
     Args:
         step, position: Number of steps before the attempt, and position of the attempt's first sequence in the stream
@@ -215,7 +214,7 @@ def trace_heldout(
         sequences: Largest number of held-out sequences of each source.
 
     Returns:
-        The number of tokens that this rank wrote to the trace.
+        The number of tokens that this rank wrote.
 
     Raises:
         MoeDistError: this rank could not write its files.

@@ -60,7 +60,7 @@ class Trainer:
         loader: Returns this rank's batches of the step that begins at a position of the stream of all ranks.
         devices: Reads the state of this rank's device; None on ranks without sinks.
         saver: Saves the state of the run; all ranks call it at the same steps.
-        stop: Tells whether this process got a stop signal. Each step tells all ranks whether any rank got a stop signal.
+        stop: Tells whether this process got a stop signal, which each step passes on to all ranks.
         progress: The counters of the run, which begin with the values of the loaded checkpoint.
         profile: Returns a context manager for the step with a given number (the first step is 1).
         watchers: Objects that get every token's expert choices in the steps for which their `due` returns True.
@@ -251,8 +251,8 @@ class Trainer:
         )
 
     def _costs(self) -> CostTable | None:
-        """Returns the traffic of the last steps, and the traffic that other placements and dispatch methods would cause
-        with the same expert choices. Collective."""
+        """Returns the traffic of the last steps, and of the same expert choices with other placements and dispatch methods.
+        Collective."""
         if self.placement_rows is None or not self._recent:
             return None
         mesh, plan = self.evaluator.mesh, self.plan

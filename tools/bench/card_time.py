@@ -1,8 +1,8 @@
 """Computes the time of a counted training step from a GPU's rates. The time is modelled, not measured.
 
 An operation takes FLOPs / (rate of this kind of operation), or bytes / (rate of a copy), whichever is longer. Operations
-run one after the other. A part of the model takes the time of its operations, or the time in which the host launches them,
-whichever is longer. An exchange takes latency + bytes / rate, in the order of the dispatcher or of two-batch overlap
+run one after the other. A part of the model takes the time of its operations or of the host's kernel launches, whichever is
+longer. An exchange takes latency + bytes / rate, in the order of the dispatcher or of two-batch overlap
 (`moe_dist.plan.step_model`), and slows no simultaneous computation. Parameter all-gathers overlap with forward, and
 gradient sums with backward, while no exchange runs; with two-batch overlap neither overlaps with anything. All ranks take
 equal times.
@@ -81,8 +81,8 @@ class CardTime:
         return self.micro_batches * self.micro_batch + self.once + self.uncovered
 
     def mfu(self, *, all_scores: bool = False) -> float:
-        """Returns the FLOPs of the model / the FLOPs at the card's peak rate in the same time. With `all_scores`, also
-        counts attention scores for positions after a token's own, as perf/mfu does."""
+        """Returns the model's FLOPs/s / the card's peak FLOPs/s. With `all_scores`, also counts attention scores for
+        positions after a token's own, as perf/mfu does."""
         return (self.model_flops + all_scores * self.masked) / self.seconds / self.peak
 
 

@@ -6,7 +6,7 @@ The following contenders bring token rows to the ranks of the chosen experts and
 
     floor               two all_to_all_single with exactly the rows that our dispatcher sends, and one copy before each
     floor, all          `floor`, and two copies of the rows whose experts are on this rank
-    dispatch, combine   our dispatch and combine, with a plan made before the timed part
+    dispatch, combine   our dispatch and combine; the plan is not timed
     ours at rank        our plan, dispatch and combine
 
 The following contenders sort rows by expert, and bring weighted sums back to the tokens (each expert is the identity):

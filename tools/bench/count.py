@@ -21,12 +21,11 @@ from tools.bench.least import Key, least_bytes, least_flops
 
 
 def count(path: str | Path, ranks: int, overrides: Sequence[str] = (), *, rank: int = 0) -> Counted:
-    """Counts one step of a configuration on one of `ranks` ranks. The step runs in a process of its own and takes some
-    seconds.
+    """Counts one step of a configuration on one of `ranks` ranks. The separate process takes some seconds.
 
     Raises:
-        ConfigError: the configuration is refused, or the step failed. The error has the reason, or the last lines of the
-            process's error.
+        ConfigError: the configuration is refused, or the step failed. The message has the reason or the last lines of
+            output.
         ResourceError: from `fake_cuda.preloaded`.
     """
     done = child("tools.bench.fake_step", [str(find_config(path).resolve()), str(rank), str(ranks), *overrides])

@@ -39,12 +39,12 @@ FREE = {
     *("unsafe_split", "_assert_tensor_metadata", "_unsafe_view"),
 }
 COPIES = ("_to_copy", "copy_")
-# In-place operations that do not read their target; all other in-place operations count as reading the target. An
-# operation's name may also begin with `_foreach_`.
+# In-place operations that do not read their target, as all other in-place operations do. Names may also begin with
+# `_foreach_`.
 WRITE_ONLY = {"copy_", "fill_", "index_copy_", "zero_"}
 PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "_grouped_mm": 0}  # index of the argument that is the first factor
-# (operation, argument) pairs: the operation does not write the argument, although the schema says so. AdamW writes
-# gradients only with a gradient scale.
+# (operation, argument that it does not write, although the schema says so): AdamW writes gradients only with a gradient
+# scale.
 UNCHANGED = {("_fused_adamw_", "grads")}
 WAIT_SECONDS = 1e-3  # seconds between any two fake CUDA events
 
@@ -130,7 +130,7 @@ class Recorder(TorchDispatchMode):
         mixed: Source lines of operations with both CPU and CUDA tensors.
         sorted_sums: Number of backward passes of indexing, by part; on CUDA each of these passes sorts, to add without
             atomics.
-        order: Names of all collectives, in the order of the calls.
+        order: Names of all collectives, in call order.
         memory: Bytes of live tensors, by (part, phase).
     """
 
@@ -185,8 +185,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def computing(self, kind: str, flops: int) -> Iterator[None]:
-        """Sets kind and FLOPs of each operation inside the context, because operations on fake tensors simulate other
-        kernels there."""
+        """Sets kind and FLOPs of each operation inside the context, because those operations simulate other kernels."""
         self.inside = (kind, 0, flops)
         try:
             yield
@@ -238,8 +237,7 @@ def _product(name: str, args: Any) -> tuple[str, int, int]:
 
 
 def _sent(name: str, args: Any) -> tuple[int, int, bool]:
-    """Returns number of ranks, bytes, and whether the tensors are integers, for a collective whose first arguments are
-    output and input."""
+    """Returns number of ranks, bytes and `whole` of a collective with the first arguments output and input."""
     tensors = [each for each in tree_leaves(args) if isinstance(each, Tensor)]
     sizes = [each.nbytes for each in tensors]
     whole = not tensors[0].is_floating_point()
@@ -268,7 +266,7 @@ class _OneKernel(torch.autograd.Function):
 
 
 class _Attention(_OneKernel):
-    """Attention as one kernel in forward and three kernels in backward, all of which skip the blocks above the diagonal."""
+    """Attention as one kernel in forward and three kernels in backward, without the blocks above the diagonal."""
 
     @staticmethod
     def forward(ctx: Any, recorder: "Recorder", *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -311,7 +309,7 @@ def _reads(recorder: Recorder) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def stand_ins(recorder: Recorder) -> Iterator[None]:
-    """Removes calls of the CUDA driver, and replaces reads of fake values by zeros; `recorder` counts these reads. Norm and
+    """Removes calls of the CUDA driver, and replaces reads of fake values by zeros, counted by `recorder`. Norm and
     attention become one kernel each, as on a GPU."""
     from moe_dist.model import attention, transformer
     from moe_dist.moe.kernels import trial

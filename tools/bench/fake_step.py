@@ -1,8 +1,8 @@
 """Takes training steps of a configuration as one rank of many, on fake CUDA tensors and with collectives that do nothing.
 
 Runs in a process with the environment of `fake_cuda.preloaded`: python -m tools.bench.fake_step CONFIG RANK RANKS
-[key=value ...]. The process prints one line of JSON with the fields of `Counted`. Routing is uniform: each expert gets
-equally many tokens of each rank.
+[key=value ...]. Prints one JSON line with the fields of `Counted`. Routing is uniform: each expert gets equally many tokens
+of each rank.
 
 DDP's wrapper is left out, because DDP's reducer reads memory. torch.compile is left out; attention counts as one kernel.
 """
@@ -59,8 +59,7 @@ class Counted:
         exchange_seconds: Seconds in exchanges that the busy clock subtracts, if each wait takes `fake_cuda.WAIT_SECONDS`.
         work, sent: Fields of `fake_cuda.Work` and `fake_cuda.Sent`, each followed by the number of such items.
         more_work, more_sent: The operations and collectives that one more micro-batch adds.
-        memory: By "part phase": bytes allocated minus bytes freed, the most bytes of all tensors, and the layer that ran at
-            this maximum.
+        memory: By "part phase": allocated minus freed bytes, the most bytes of all tensors, and the layer of this maximum.
     """
 
     config: str
@@ -123,8 +122,7 @@ class Uniform:
         ]
 
     def entry(self, ep_rank: int, chunks: int = 1) -> list[int]:
-        """Returns the number of token rows sent to a rank, and the number of (token, expert) pairs of each of the rank's
-        experts."""
+        """Returns the numbers of token rows sent to a rank, and of (token, expert) pairs of each of the rank's experts."""
         pairs = [int(self.pairs_E[expert] / chunks) for expert in self.placement.slots[ep_rank]]
         return [min(sum(pairs), int(self.rows([ep_rank]) / chunks)), *pairs]
 

@@ -1,10 +1,10 @@
 """Takes training steps of several layouts in turn on this machine, and stores the steps' seconds, sent bytes, memory and
 expert choices.
 
-For each number of ranks, one set of processes stays alive, and waits on a pipe while other processes work. A round
-therefore visits (times) all layouts within minutes, and other load of the machine affects all layouts alike. Each visit is
-one line of `visits.jsonl`; visits in this file are not repeated. A step is timed as in `Trainer`, but without its record
-and the sinks. The learning rate is 0, so that routing is equal in all rounds.
+The processes of each number of ranks stay alive, and wait on a pipe while others work. A round therefore visits (times) all
+layouts within minutes, and other load of the machine affects all layouts alike. Each visit is one line of `visits.jsonl`;
+visits in this file are not repeated. A step is timed as in `Trainer`, without record and sinks. The learning rate is 0, so
+that routing is equal in all rounds.
 """
 
 import json
@@ -80,7 +80,7 @@ def visits(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class _Ranks:
-    """The processes that run all layouts with the same number of ranks."""
+    """The processes for layouts with one number of ranks."""
 
     def __init__(self, world: int, layouts: Sequence[MeasuredLayout], folder: Path, store: str) -> None:
         context = get_context("spawn")
@@ -200,7 +200,7 @@ class _Job:
         return Visit([wall for wall, _, _ in taken], [cpu for _, cpu, _ in taken], sent)
 
     def _traced(self, path: Path) -> list[int]:
-        """Takes a step, and writes the step's expert choices into a file."""
+        """Writes a step's expert choices into a file."""
         seen = _Choices(self._sequences())
         _, _, result = self.take(seen)
         np.savez_compressed(path, **seen.arrays())  # pyright: ignore[reportArgumentType]

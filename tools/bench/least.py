@@ -2,9 +2,9 @@
 
 All tensors between operations have the compute dtype. Each matrix product reads its factors once and writes its result
 once; products with the same input count as one product. Norms, rotary embeddings, SwiGLU and residuals are fused with
-neighbouring matrix products. Logits are never in memory, and attention keeps no scores. One kernel packs the token rows to
-send, a second kernel sums each row's (token, expert) pairs, and a third kernel sums each token's rows. Nothing is
-recomputed. Shape letters: T tokens of the rank, D hidden size, F hidden width of an expert.
+neighbouring matrix products. Logits are never in memory, and attention keeps no scores. One kernel packs token rows to
+send, one kernel sums each row's (token, expert) pairs, and one kernel sums each token's rows. Nothing is recomputed. Shape
+letters: T tokens of the rank, D hidden size, F hidden width of an expert.
 """
 
 from moe_dist.config.schema import Config
@@ -73,8 +73,8 @@ def experts(config: Config, layout: PlannedLayout, rank: int) -> dict[str, float
     slots = layout.placement.slots[uniform.own]
     own, *pairs = uniform.entry(uniform.own)
     sent = sum(uniform.entry(each)[0] for each in range(ranks)) - own
-    # Sums of pairs write the rows of all ranks' tokens; packing reads and writes the rows to send; sums of rows read rows
-    # and write one per token.
+    # Sums of pairs write the rows of all ranks' tokens; packing reads and writes the rows to send; sums of rows read and
+    # write rows.
     rows = (ranks * own + 2 * sent + sent + own + config.train.micro_batch * config.data.seq_len) * dim
     wide = sum(number * width_E[slot] for number, slot in zip(pairs, slots, strict=True)) * ranks
     weights, pairs = 3 * dim * sum(width_E[slot] for slot in slots), ranks * sum(pairs) * dim

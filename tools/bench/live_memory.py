@@ -14,8 +14,8 @@ Place = tuple[str, str]
 
 
 class LiveMemory:
-    """Counts the bytes of storages, from the first `note` of a tensor until Python frees the storage. The bytes of a freed
-    storage are subtracted at `place`, the (part, phase) of the last `note`.
+    """Counts the bytes of storages, from the first `note` of a tensor until Python frees the storage. A freed storage is
+    subtracted at `place`, the (part, phase) of the last `note`.
 
     Attributes:
         live: Bytes of all storages that are alive.
@@ -58,7 +58,7 @@ class LiveMemory:
 
     @contextmanager
     def resizes(self) -> Iterator[None]:
-        """Counts changes of size of storages, as FSDP2 makes for gathered parameters."""
+        """Follows storages that are resized, as FSDP2 does for gathered parameters."""
         real = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, num_bytes: int) -> None:

@@ -48,12 +48,11 @@ class Interval:
 
 
 def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """Returns the median of independent values, and an interval, bounded by two of the values, that contains the true
-    median by the sign test.
+    """Returns the median of independent values, and its interval by the sign test, between two of the values.
 
     The interval assumes nothing about the distribution of times. The true median lies below the l-th smallest value only if
     fewer than l of n values are below the median, which has probability P(Binomial(n, 1/2) < l). The true median lies above
-    the l-th largest value with the same probability. The interval is bounded by the l-th smallest and the l-th largest
+    the l-th largest value with the same probability. The interval lies between the l-th smallest and the l-th largest
     value, with the largest l for which both probabilities sum to at most 1 - CONFIDENCE. With fewer than 6 values there is
     no such l, and the interval spans all values.
     """

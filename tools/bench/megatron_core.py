@@ -27,7 +27,7 @@ from tools.bench.contenders import Case, Run
 class Variant(NamedTuple):
     """Options with which the benchmark runs Megatron's dispatcher."""
 
-    capacity: bool = False  # whether to use the dispatcher's capacity branch
+    capacity: bool = False  # use the dispatcher's capacity branch
     remapped: bool = False  # whether a null choice goes, with weight 0, to an expert that the token did not choose
 
 
@@ -39,8 +39,7 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 def variants(*, nulls: bool) -> Mapping[str, Variant]:
-    """Returns the variants of Megatron's dispatcher for a routing with or without null choices. Only null choices can be
-    remapped."""
+    """Returns the variants for a routing with or without null choices. Only null choices can be remapped."""
     return {name: variant for name, variant in VARIANTS.items() if nulls or not variant.remapped}
 
 

@@ -74,8 +74,7 @@ def sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
 
 
 def quick_sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
-    """Returns very small points that take the same code paths as the other points; times at these small points mean
-    nothing."""
+    """Returns very small points, to test all code paths; measured times mean nothing."""
     small = Point(tokens=64, hidden=16, experts=8)
     return {
         "tokens": [(f"{tokens}", replace(small, tokens=tokens)) for tokens in (32, 64)],

@@ -1,8 +1,8 @@
 """Compares throughputs that the step model predicts from data sheets with published throughputs: python -m
 tools.bench.published
 
-In rows without a `note` the predicted layout is the published layout. The predictions assume uniform routing; NVIDIA's
-measurements force balanced routing.
+Rows without a `note` have the published layout. Predictions assume uniform routing; NVIDIA's measurements force balanced
+routing.
 """
 
 from typing import NamedTuple

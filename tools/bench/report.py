@@ -37,8 +37,7 @@ FLOORS = ("dispatch, combine / floor", "dispatch, combine / floor, all")
 # Sweeps that time whole layers and steps, in which `megatron, remapped` is also a rival.
 WHOLE = ("layer", "step")
 NOT_EXPLAINED = "not explained yet"
-# Maps comparison and sweep ("" for all other sweeps) to the reason why the rule does not hold, and attempts to make the
-# rule hold.
+# By comparison and sweep ("" for all other sweeps): why the rule does not hold, and attempted remedies.
 EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
     "dispatch, combine / floor": {
         "": "this floor leaves out the rows for experts on the own rank, half of all rows at two ranks; 'floor, all' has "

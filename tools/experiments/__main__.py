@@ -55,7 +55,7 @@ def main(
 
 
 def _status_text(study: Study, jobs: Sequence[StudyJob], *, pilot: bool) -> str:
-    """Returns a text with a line for each arm, which has the state of the run of each seed."""
+    """Returns a line for each arm with the state of each seed's run."""
     records = read_records(results_path(study, pilot=pilot))
     by_arm: dict[str, list[str]] = {}
     for job in jobs:

@@ -2,9 +2,8 @@
 
 python -m tools.experiments.adapted BEFORE AFTER --tokenizer FOLDER --data FOLDER --out FILE
 
-Both models score the same held-out sequences and the same questions about words from WordNet. Differences are paired by
-sequence or question; the 95 % intervals of the differences come from a bootstrap over sequences and over the questions of
-each task."""
+Both models score the same held-out sequences and the same questions about words from WordNet. Differences are paired; their
+95 % intervals come from a bootstrap over sequences and over the questions of each task."""
 
 import json
 from collections.abc import Mapping
@@ -51,7 +50,7 @@ class Measured:
     nats_S: np.ndarray
     true_experts: float  # true experts per token on the held-out sequences, mean over the MoE layers
     share: float  # mean fraction of the group's true experts that a token takes
-    right: dict[str, np.ndarray]  # maps a task to a bool for each question
+    right: dict[str, np.ndarray]  # by task: bool for each question
     record: dict[str, Any]
 
 
@@ -133,9 +132,8 @@ def interval(differences: list[np.ndarray]) -> tuple[float, float, float]:
 
 
 def verdicts(before: Measured, after: Measured) -> dict[str, Any]:
-    """Judges the adapted model. The adapted model must compute at most MOST_SHARE of the expert FLOPs; its held-out loss
-    may rise by at most MOST_LOSS nats, and its accuracy may fall by at most MOST_ACCURACY, loss and accuracy with 95 %
-    confidence."""
+    """Judges the adapted model. The adapted model must compute at most MOST_SHARE of the expert FLOPs; with 95 %
+    confidence, its held-out loss may rise by at most MOST_LOSS nats, and its accuracy may fall by at most MOST_ACCURACY."""
     loss = interval([after.nats_S - before.nats_S])
     gain = interval([after.right[task].astype(float) - before.right[task] for task in before.right])
     return {

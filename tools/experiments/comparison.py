@@ -1,8 +1,8 @@
 """Makes a comparison of methods at one budget: study file (run by the experiments' runner), table and figure.
 
 All methods have the same seeds, data, order of data, model and true experts. The methods differ in the router, and in the
-mechanism that keeps the number of true experts per token at the budget. Differences between methods are paired by seed, and
-have lower and upper one-sided 95 % bounds.
+mechanism that keeps the number of true experts per token at the budget. Differences are paired by seed, and have lower and
+upper one-sided 95 % bounds.
 """
 
 import json
@@ -70,8 +70,8 @@ def make_study(asked: Comparison) -> Study:
     """Writes the study's file, unless the folder has it already, and returns the study.
 
     Raises:
-        ConfigError: methods cannot reach the budget or cannot train on the configuration (the error lists these methods and
-            the reasons), or the folder has another comparison.
+        ConfigError: methods cannot reach the budget or cannot train on the configuration (all are listed, with reasons), or
+            the folder has another comparison.
     """
     base = load_config(asked.base, [f"{key}={json.dumps(value)}" for key, value in asked.overrides.items()])
     _check_base(base)

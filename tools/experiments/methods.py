@@ -1,12 +1,12 @@
 """The methods of `moe-dist compare-methods`. A method changes a configuration so that tokens take a given mean number of
 true (not null) experts, called the budget.
 
-The following rules apply to all methods. No method changes the number of true experts of a group. Softmax weights that are
-not normalised are scaled so that the weights sum to 1 for a token that takes the budget's number of experts under a uniform
-router. The positive logits of `remoe` are scaled in the same way, although such logits are not probabilities. Sigmoid
-weights of methods in which experts choose tokens are not scaled. In methods with null experts, a group has as many null as
-true experts (except `single_null`). A controller has the rate RATE if its biases are added to probabilities, and
-LOGIT_RATE, ten times RATE, if its biases are added to logits.
+The following rules apply to all methods. Groups keep their numbers of true experts. Softmax weights that are not normalised
+are scaled so that the weights sum to 1 for a token that takes the budget's number of experts under a uniform router. The
+positive logits of `remoe` are scaled likewise, although not probabilities. Sigmoid weights of methods in which experts
+choose tokens are not scaled. In methods with null experts, a group has as many null as true experts (except `single_null`).
+A controller has the rate RATE if its biases are added to probabilities, and LOGIT_RATE, ten times RATE, if its biases are
+added to logits.
 """
 
 import math
@@ -64,8 +64,8 @@ def _choices(budget: float) -> int:
 
 
 def _null_weights(base: Config, budget: float) -> Settings:
-    """Returns the override of the null weight w that leads to the budget: w = n (k - budget) / (m budget), with n true and
-    m = n null experts, and top_k = k."""
+    """Returns the override of the null weight w that leads to the budget: w = n (k - budget) / (m budget), with top_k = k,
+    and n true and m = n null experts."""
     weight = (_choices(budget) - budget) / budget
     return {"loss.balance.null_weight": dict.fromkeys(base.model.moe.groups, weight)}
 

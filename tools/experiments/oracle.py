@@ -121,8 +121,7 @@ class Oracle:
 
 
 def check_routers(section: MoESection) -> None:
-    """Checks that an oracle can fit the router: each token must choose experts, and the model must have one expert group
-    with only true experts.
+    """Checks that an oracle can fit the router: tokens must choose among the experts of a single group, all true.
 
     Raises:
         ConfigError: the configuration has another router or other experts.

@@ -175,7 +175,7 @@ def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: s
 
 
 def _total(row: dict[str, Any]) -> float:
-    """Returns the mean number of true experts per token in a bin of `binned`, over text and image tokens."""
+    """Returns the mean number of true experts per token in a bin, over text and image tokens."""
     parts = [row[name] for name in ("text", "image") if row[name]["tokens"]]
     tokens = [part["tokens"] for part in parts]
     return float(np.average([part["load"] for part in parts], weights=tokens)) if parts else float("nan")

@@ -23,8 +23,7 @@ Change = Callable[[int, nn.Module, tuple[Any, ...], Any], Any]  # (index, module
 
 @contextmanager
 def changed_routing(modules: Sequence[nn.Module], change: Change) -> Iterator[None]:
-    """Inside the context, `change` changes the result of each router in `modules`; `change` gets the router's index in
-    `modules`."""
+    """Inside the context, `change` changes the result of each router in `modules`, given the router's index."""
     with ExitStack() as stack:
         for place, module in enumerate(modules):
             # The hook runs before all other hooks, so that `recorded_routers` records the changed routing.
@@ -47,7 +46,7 @@ def second_weights(routing: Routing, num_tokens: int) -> Tensor:
 
 
 def threshold(bound: float) -> Change:
-    """Drops a token's second expert if the expert's weight is at most `bound`; the weight of the first expert becomes 1."""
+    """Drops second experts with a weight of at most `bound`; the weight of the first expert becomes 1."""
 
     def change(place: int, module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
         del place, module

@@ -99,8 +99,7 @@ def _made_up(task: str, *, seeds: int, seed: int) -> Iterator[Question]:
 
 
 def _matter(question: Question) -> object:
-    """Returns a value that is equal for two questions of one task if one question reveals the answer to the other
-    question."""
+    """Returns a value that is equal for two questions of a task if one reveals the other's answer."""
     family, _, name = question.task.partition("-")
     if family == "reasoning":
         return key_of(name, str(question.asked))

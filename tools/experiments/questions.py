@@ -1,4 +1,4 @@
-"""Asks the model of a finished run multiple-choice questions, and makes samples for router tuning with this model."""
+"""Asks a finished run's model multiple-choice questions, and makes the model's samples for router tuning."""
 
 import os
 import subprocess
@@ -95,7 +95,7 @@ def _mean(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) -> tuple[list[str], Catalogue]:
-    """Returns the names of the tasks that `section` selects, and the catalogue that makes the questions of these tasks.
+    """Returns the names of the tasks that `section` selects, and the catalogue that makes the tasks' questions.
 
     Raises:
         ConfigError: a task is unknown, or a package that a task needs is missing.

@@ -48,7 +48,7 @@ class RankTime:
 
 
 def first_jobs(study: Study) -> dict[str, StudyJob]:
-    """Maps each method to the run that is timed, the run of the first seed."""
+    """Maps each method to its run with the first seed."""
     jobs: dict[str, StudyJob] = {}
     for job in jobs_of(study):
         jobs.setdefault(job.label, job)
@@ -70,7 +70,7 @@ def check_ranks(study: Study, ranks: Sequence[int]) -> None:
 
 
 def measure(study: Study, ranks: Sequence[int], folder: Path, stop_requested: Callable[[], bool]) -> None:
-    """Measures each (round, method, number of ranks) that the records in `folder` lack, and appends a line to the records.
+    """Measures each (round, method, number of ranks) that `folder` has no record of, and appends the record.
 
     Raises:
         StoppedError: a stop was requested; finished rounds are kept.

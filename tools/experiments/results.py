@@ -57,7 +57,7 @@ def check_rules(path: Path, study_path: Path, study: Study) -> str:
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """Reads the first line of a file of records; None if there is no file."""
+    """Reads the records' first line; None without file."""
     lines = _lines(path)
     if lines and "fingerprint" not in lines[0]:
         raise DataError(f"{path}: its first line must say by which rules it was made; it is damaged: take it from git")

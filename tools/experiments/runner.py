@@ -29,7 +29,7 @@ ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPEN
 
 
 class JobFailedError(MoeDistError):
-    """A run, or the measurement of a run, ended with an error."""
+    """A run or a measurement ended with an error."""
 
 
 @dataclass
@@ -143,7 +143,7 @@ class Runner:
         print(f"done {job.label} seed {job.seed}: held-out {measured['loss']['all']:.4f} nats", flush=True)
 
     def _stop(self) -> None:
-        """Stops running jobs so that they save and end, and waits; kills jobs that still run after STOP_SECONDS."""
+        """Lets running jobs save and end; kills jobs that still run after STOP_SECONDS."""
         for each in self._running:
             each.process.terminate()
         deadline = time.monotonic() + STOP_SECONDS

@@ -38,7 +38,7 @@ RESULTS = Path("docs/reproductions")
 PILOT = "pilot"
 SHAPE = ("model.num_layers", "model.moe.every", "model.moe.first")  # keys that determine the number of MoE layers
 VARIANT = "~"  # separates arm and variant in the run names of a pilot; not allowed in names of arms
-LEFT = 500  # number of training questions per task that are used only to tune routers, never to train a base model
+LEFT = 500  # number of training questions per task that only tune routers, and never train a base model
 
 ArmName = Annotated[str, Field(pattern=NAME_PATTERN)]
 Settings = dict[str, Any]
@@ -86,7 +86,7 @@ class ConstantValue(Part):
 
 
 class Term(ArmValue):
-    """A number in an arm's record, and the number's factor in the sum."""
+    """A number in an arm's record, times a factor."""
 
     times: float = 1.0
 
@@ -112,7 +112,7 @@ Value = ArmValue | InterpolatedValue | EtaValue | ConstantValue | SumValue | Rat
 
 
 class ValueRule(Part):
-    """A rule: the value `lower` must be below the value `higher` + `margin`.
+    """A rule: the value `lower` must be below `higher` + `margin`.
 
     With by=bound, the upper one-sided 95 % t-bound of the mean paired difference lower - higher must be below the margin.
     With by=mean, the mean paired difference itself must be at most the margin.
@@ -373,8 +373,8 @@ def overrides_of(study: Study, job: StudyJob, measured: Mapping[str, Any], *, pi
 
 
 def config_of(study: Study, job: StudyJob, *, pilot: bool = False) -> Config:
-    """Returns the configuration of a run. Settings from records that are not measured yet are replaced: a number of experts
-    by 1.5, a folder by the name of a missing folder.
+    """Returns the configuration of a run. Replaces settings that are not measured yet: a number of experts by 1.5, a folder
+    by the name of a missing folder.
 
     Raises:
         ConfigError: the arm's settings are not valid.

@@ -116,8 +116,7 @@ def _load(seen: TokenPairs, num_tokens: int) -> Tensor:
 
 
 def losses(tokens: Tokens) -> dict[str, float]:
-    """Returns the mean held-out loss, in nats, of all labels, of text, of picture codes, and of codes of cells that are not
-    empty."""
+    """Returns the mean held-out nats of all labels, of text, of picture codes, and of codes of cells that are not empty."""
     image_N = tokens.label_image_N
     parts = {
         "all": np.ones_like(image_N),
@@ -197,8 +196,7 @@ def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of
 
 
 def right_documents(likeliest_BS: Tensor, batch: Batch) -> tuple[int, int]:
-    """Returns the number of a batch's documents with scored tokens, and the number of such documents whose scored tokens
-    are all right."""
+    """Returns the number of a batch's documents with scored tokens, and of documents whose scored tokens are all right."""
     scored_BS = batch.labels_BS != IGNORED
     wrong_BS = scored_BS & (likeliest_BS != batch.labels_BS)
     row_BS = torch.arange(len(scored_BS))[:, None].expand_as(scored_BS)

@@ -91,7 +91,7 @@ def cost_to_reach(curve: Sequence[tuple[float, float]], loss: float) -> float | 
 
 
 def log_eta(arm: Sequence[tuple[float, float]], of: Sequence[tuple[float, float]]) -> float | None:
-    """Returns ln eta, the logarithm of a ratio of training costs, from two curves of (cost, loss).
+    """Returns ln eta, a ratio of costs, from two curves of (cost, loss).
 
     eta is the whole cost of `of` divided by the cost at which `arm` reaches the last loss of `of`. If `arm` never reaches
     that loss, eta is below 1: the cost at which `of` reaches the last loss of `arm`, divided by the whole cost of `arm`.
@@ -129,8 +129,8 @@ class Verdict:
 
 
 def judge(study: Study, records: Records) -> list[Verdict]:
-    """Judges each rule by the seeds that its arms have in common. A rule is not testable until the records of all arms of
-    the rule exist."""
+    """Judges each rule by the seeds that its arms have in common. A rule is not testable until all records of its arms
+    exist."""
     return [_judge(study, rule, records) for rule in study.rules]
 
 

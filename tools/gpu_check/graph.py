@@ -1,5 +1,5 @@
 """Checks an MoE layer in a CUDA graph on each rank: forward and backward with exchanges of fixed sizes are captured once,
-and replayed for other tokens with other expert choices. A rehearsal (on the CPU) runs forward and backward without a graph.
+and replayed for other tokens with other expert choices. A rehearsal (on the CPU) uses no graph.
 """
 
 from collections.abc import Callable
@@ -42,8 +42,8 @@ def captured(run: Callable[[], list[Tensor]], job: CheckJob) -> Callable[[], lis
 
 
 def graph(job: CheckJob) -> list[Reading]:
-    """Measures the largest relative difference, over ranks and replays, between the replayed layer and the layer that reads
-    split sizes on the host; and the times of both layers."""
+    """Measures the largest relative difference, over ranks and replays, from the layer that reads split sizes on the host;
+    and the times of both layers."""
     found = on_ranks(_replayed, job)
     worst, read, replayed = (max(each[place] for each in found) for place in range(3))
     return [

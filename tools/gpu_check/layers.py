@@ -1,5 +1,4 @@
-"""Checks parts of the model: attention inside documents, the MoE layer on one and several ranks, and the MoE layer's host
-syncs.
+"""Checks parts of the model: attention inside documents, the MoE layer on one and several ranks, and host syncs.
 
 Shape letters: T tokens, D hidden size, B sequences, S positions.
 """
@@ -107,8 +106,8 @@ def same_direction(y_TD: Tensor) -> Tensor:
 
 
 def layer(job: CheckJob) -> list[Reading]:
-    """Measures the largest relative difference of a layer's outputs and gradients from float64 on the CPU, for each dtype,
-    kernels and implementation of the experts' product."""
+    """Measures the largest relative difference of an MoE layer from float64 on the CPU, for each dtype, kernels and
+    experts' product."""
     device, (tokens, hidden, ffn) = torch.device(job.device), (48, 32, 24) if job.rehearse else (4096, 512, 768)
     groups, readings = single_group(8, 4, 3, ffn), []
     for precision, dtype in DTYPES.items():
@@ -127,16 +126,16 @@ def layer(job: CheckJob) -> list[Reading]:
 
 
 def dispatch(job: CheckJob) -> list[Reading]:
-    """Measures the largest relative differences, by dispatcher, of an MoE layer on 2, 4, 8 and `job.gpus` ranks from one
-    rank; a rehearsal has two ranks. Ranks share GPUs if there are fewer GPUs than ranks, and then communicate over gloo."""
+    """Measures, by dispatcher, the largest relative difference of 2, 4, 8 and `job.gpus` ranks from one rank; a rehearsal
+    has two ranks. Ranks share GPUs if there are fewer GPUs than ranks, and then communicate over gloo."""
     worlds = [2] if job.rehearse else sorted({2, 4, 8, max(2, job.gpus)})
     found = [each for world in worlds for each in on_ranks(_dispatched, job, world=world)]
     return [Reading(f"{name}: difference", max(each[name] for each in found), most=1e-9) for name in found[0]]
 
 
 def _dispatched(job: CheckJob, mesh: Mesh) -> dict[str, float]:
-    """Returns, by dispatcher, the largest difference in float64 from one rank with all ranks' tokens: of output, and of
-    gradients of input and experts."""
+    """Returns, by dispatcher, the largest float64 difference from one rank with all tokens: of output, and gradients of
+    input and experts."""
     hidden, groups = 16, single_group(2 * mesh.world_size, 2, 2, 24)
     worst: dict[str, float] = {}
     for kind in DISPATCH:
@@ -191,8 +190,7 @@ def _steer(layer: MoELayer, case: str) -> None:
 
 
 def _exact(alone: MoELayer, inputs: Sequence[Tensor], rank: int, experts: Sequence[int]) -> dict[str, Tensor]:
-    """Returns the right output and gradients of rank `rank`; gradients of this rank's experts are sums over all ranks'
-    tokens."""
+    """Returns the right output and gradients of rank `rank`; experts' gradients are sums over all ranks' tokens."""
     sums: dict[str, Tensor] = {}
     exact: dict[str, Tensor] = {}
     for other, x_TD in enumerate(inputs):
@@ -233,9 +231,8 @@ def _attended(drawn: list[Tensor], mask: Any) -> list[Tensor]:
 
 
 def syncs(job: CheckJob) -> list[Reading]:
-    """Counts the waits of the host for the device, of which torch warns: in forward and backward of a layer, with split
-    sizes read on the host and with exchanges of fixed sizes; and in a training step. A rehearsal counts nothing, because
-    only with CUDA the host waits."""
+    """Counts the host's waits for the device, of which torch warns: in forward and backward of a layer, also with exchanges
+    of fixed sizes, and in a training step. A rehearsal counts nothing, because only with CUDA the host waits."""
     tokens, hidden, ffn = (16, 16, 8) if job.rehearse else (1024, 512, 768)
     device, groups = torch.device(job.device), single_group(8, 4, 3, ffn)
     # A rehearsal uses no kernels, because Triton's interpreter is slow and other checks rehearse the kernels.
@@ -255,8 +252,8 @@ def syncs(job: CheckJob) -> list[Reading]:
 
 
 def _step_waits(job: CheckJob, mesh: Mesh) -> tuple[int, int]:
-    """Returns the number of the host's waits in a step, and the limit of this number: one wait per MoE layer and
-    micro-batch, and two at the end."""
+    """Returns the number of the host's waits in a step, and its limit: one wait per MoE layer and micro-batch, and two at
+    the end."""
     config = configure(job, mesh, MODES["FSDP2, bf16"], sequences=2)
     run, batches = RandomRun(mesh, config), config.train.global_batch // config.train.micro_batch
     run.take(2)
@@ -268,7 +265,7 @@ def _step_waits(job: CheckJob, mesh: Mesh) -> tuple[int, int]:
 
 @contextmanager
 def counted_waits(device: torch.device) -> Iterator[list[str]]:
-    """Collects torch's warnings of the host's waits inside the block; no warnings on a CPU."""
+    """Collects torch's warnings of the host's waits inside the block; none on a CPU."""
     waits: list[str] = []
     on_gpu = device.type == "cuda"
     with warnings.catch_warnings(record=True) as caught:
@@ -280,7 +277,7 @@ def counted_waits(device: torch.device) -> Iterator[list[str]]:
         finally:
             if on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
-    # Only warnings with this text count, because torch also warns once that the debug mode is a prototype.
+    # Only warnings with this text count: torch also warns that the debug mode is a prototype.
     waits += [str(each.message) for each in caught if "called a synchronizing" in str(each.message)]
 
 

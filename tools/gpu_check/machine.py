@@ -27,7 +27,7 @@ POWER_SECONDS = 2.0
 
 def card(job: CheckJob) -> list[Reading]:
     """Returns the number of GPUs, with the name of the first GPU as `unit`. All further readings have the value 0, and a
-    fact about the first GPU or the software as `unit`."""
+    fact about GPU or software as `unit`."""
     if not torch.cuda.is_available():
         raise NotPossibleError(f"torch {torch.__version__} sees no GPU (built for CUDA {torch.version.cuda or 'none'})")
     properties = torch.cuda.get_device_properties(0)
@@ -68,8 +68,7 @@ def modules(job: CheckJob) -> list[Reading]:
 
 
 def power(job: CheckJob) -> list[Reading]:
-    """Reads the GPU's state through NVML while the GPU multiplies matrices, and compares the used memory by NVML with the
-    used memory by CUDA."""
+    """Reads the state of a GPU that multiplies matrices, and compares NVML's used memory with CUDA's."""
     if job.rehearse:
         raise NotPossibleError("there is no GPU to read")
     monitor = DeviceMonitor(seconds=0.1, gpu=str(torch.cuda.get_device_properties(0).uuid))

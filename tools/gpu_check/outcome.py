@@ -21,8 +21,7 @@ class CheckJob:
 
     Attributes:
         gpus: Number of ranks, which on CUDA is also the number of GPUs.
-        rehearse: True for a rehearsal: tiny shapes on the CPU, with Triton's interpreter. In a rehearsal times have no bar
-            (limit).
+        rehearse: True for tiny shapes on the CPU, with Triton's interpreter, and no bars (limits) of times.
         folder: Folder for files of the checks.
         card: Name of the GPU.
         rates: Rates that the check `ceilings` measured, per second: `copy` (bytes read and written), `gemm` (FLOPs).
@@ -106,5 +105,5 @@ class Outcome:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Outcome":
-        """Makes an outcome from the values of `as_json`; text such as "inf" becomes a number again."""
+        """Reads what `as_json` returned; text such as "inf" becomes a number again."""
         return TypeAdapter(cls).validate_python(values)

@@ -1,5 +1,4 @@
-"""Runs a check, and each rank of a check, in a separate process, so that a crash or a hang of one process stops no other
-check.
+"""Runs a check, and each rank of a check, in a separate process, so that a crash or a hang ends no other check.
 
 The processes are forks of a fork server, which has imported torch but never initialises CUDA. A check writes its outcome to
 a file.

@@ -72,7 +72,7 @@ class InFlight(TorchDispatchMode):
 
     @contextmanager
     def watching(self) -> Iterator["InFlight"]:
-        """Enters the dispatch mode, and follows the start and end of all exchanges."""
+        """Enters this dispatch mode, and follows all exchanges."""
         issue, wait = Pending.issue, Pending.wait
 
         def issued(pending: Pending, items: Tensor) -> None:
@@ -95,7 +95,7 @@ class InFlight(TorchDispatchMode):
 
 
 def _written(func: Any, place: int, args: Any, kwargs: Any) -> Any:
-    """Returns the argument at index `place` of the operation's schema if the operation writes this argument, else None."""
+    """Returns the argument at index `place` of the schema if the operation writes it."""
     argument = func._schema.arguments[place]
     if argument.alias_info is None or not argument.alias_info.is_write:
         return None

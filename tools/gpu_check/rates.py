@@ -46,8 +46,7 @@ def seconds_of(job: CheckJob, run: Callable[[], Any], *, times: int = 0) -> floa
     launches overlap with kernels. A rehearsal times one call.
 
     Args:
-        times: Number of calls, equal on all ranks, if `run` has collectives; with `times` the result is the mean over the
-            calls.
+        times: Number of calls, equal on all ranks, if `run` has collectives; the result is then the calls' mean.
     """
     timer = Timer("run()", globals={"run": run})
     if job.rehearse:
@@ -57,7 +56,7 @@ def seconds_of(job: CheckJob, run: Callable[[], Any], *, times: int = 0) -> floa
 
 
 def sizes(job: CheckJob) -> tuple[int, ...]:
-    """Returns T, D, F, E and K of OLMoE, or tiny sizes in a rehearsal."""
+    """Returns T, D, F, E and K of OLMoE; tiny in a rehearsal."""
     return tuple((TINY if job.rehearse else SHAPE).values())
 
 
@@ -91,8 +90,8 @@ def ceilings(job: CheckJob) -> list[Reading]:
 
 
 def kernel_rates(job: CheckJob) -> list[Reading]:
-    """Measures kernels' rates by the bytes that each kernel must read and write; a token row that is in several (token,
-    expert) pairs counts as read for each pair."""
+    """Measures kernels' rates by the bytes that they must read and write; a row of several (token, expert) pairs is read
+    for each pair."""
     if reason := why_not_triton(torch.device(job.device), torch.bfloat16):
         raise NotPossibleError(reason)
     from moe_dist.model.kernels.cross_entropy import cross_entropy, cross_entropy_backward

@@ -66,8 +66,7 @@ def run_checks(
     show: Callable[[str, Outcome], None] = lambda name, outcome: None,
 ) -> dict[str, Outcome]:
     """Runs each check that has no result in the file `path`, and returns all outcomes. Drops results with another header
-    (code, machine, versions). A check for which no time remains gets the verdict `not run`, and a later call runs this
-    check."""
+    (code, machine, versions). A check without remaining time gets the verdict `not run`, and runs in a later call."""
     head, end = header(job, found), time.monotonic() + 60 * minutes
     outcomes = {} if fresh else read_outcomes(path, head)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -192,8 +192,8 @@ def _deterministic(job: CheckJob, mesh: Mesh) -> RandomRun:
 
 
 def _repeated(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, dict[str, int]]:
-    """Returns the fingerprints of the states after two runs of three steps. The first run saves the state of its second
-    step while the third step is computed."""
+    """Returns the final fingerprints of two runs of three steps. The first run saves its second step while the third step
+    is computed."""
     first = _deterministic(job, mesh)
     first.take(2)
     writer = first.save(folder)
@@ -212,7 +212,7 @@ def _resumed(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, int]:
 
 
 def _paced(job: CheckJob, mesh: Mesh, deterministic: bool) -> float:
-    """Returns the mean seconds of a step, deterministic or not."""
+    """Returns the mean seconds of a step."""
     run = _deterministic(job, mesh) if deterministic else RandomRun(mesh, configure(job, mesh, MODES["DDP, bf16"]))
     run.take(2)
     steps, began = 1 if job.rehearse else 5, time.perf_counter()
@@ -221,8 +221,8 @@ def _paced(job: CheckJob, mesh: Mesh, deterministic: bool) -> float:
 
 
 def long_run(job: CheckJob) -> list[Reading]:
-    """Trains the small preset in bf16 for 100 steps on the tokens of one step. The loss must fall, and the memory of device
-    and host must hardly grow (1 and 64 MiB at most) after step 20."""
+    """Trains the small preset in bf16 for 100 steps on the tokens of one step. The loss must fall, and memory of device and
+    host must hardly grow after step 20."""
     found = on_ranks(_long, job)
     losses = found[0]["losses"]
     return [
@@ -251,8 +251,7 @@ def _long(job: CheckJob, mesh: Mesh) -> dict[str, Any]:
 
 
 def generation(job: CheckJob) -> list[Reading]:
-    """Generates the likeliest tokens in fp32 with the key-value cache, and compares the tokens with those of the same
-    weights on the CPU."""
+    """Generates the likeliest tokens in fp32 with the key-value cache, and compares them with the CPU's tokens."""
     made = {device: on_ranks(_generated, job, world=1, device=device)[0] for device in (job.device, "cpu")}
     same = np.mean(np.array(made[job.device]) == np.array(made["cpu"]))
     return [Reading("share of equal tokens", float(same), least=1.0)]
@@ -269,8 +268,7 @@ def _generated(job: CheckJob, mesh: Mesh) -> list[list[int]]:
 
 
 def preset(job: CheckJob) -> list[Reading]:
-    """Trains OLMoE, with as many layers as fit into the GPU's memory by the dry run's estimate, on full sequences of random
-    tokens."""
+    """Trains OLMoE, with as many layers as fit into memory by the dry run, on full sequences of random tokens."""
     name, sequences, layers, timed = (SMALL, 2, 1, 1) if job.rehearse else ("olmoe_1b7b_8gpu", 32, 16, 5)
     found = on_ranks(_timed_preset, job, name, sequences, layers, timed)[0]
     tokens, seconds = found["tokens"], found["seconds"]

@@ -96,7 +96,7 @@ def sanitizer(job: CheckJob) -> list[Reading]:
 
 
 def trials(device: torch.device) -> str | None:
-    """Runs the trials of all kernels. Returns None, or a text about a difference from torch's results."""
+    """Runs the trials of all kernels. Returns None, or a text about a difference from torch."""
     from moe_dist.model.kernels import trial as dense_trial
     from moe_dist.model.kernels.triton_kernels import TRITON as DENSE
     from moe_dist.moe.kernels import trial

@@ -37,7 +37,7 @@ def run_checks(
         choices_LC, tokens_LG, dropped_L: Routing counts, and (token, expert) pairs that a capacity dropped, summed over the
             last `window` steps.
         skipped_steps: Number of skipped steps in the whole run.
-        window: Number of steps over which routing counts are summed; 0 if this attempt of the run took no step.
+        window: Number of steps over which routing counts are summed; 0 if no step was taken.
         even_active: Maps a group to its expected number of true experts per token, if a controller or a weight of null
             experts makes this number differ from top_k x true experts / all experts.
     """
@@ -111,8 +111,8 @@ def null_checks(
 ) -> list[Check]:
     """Checks that, in each group, null experts get about (null experts / all experts) of the choices.
 
-    If `even_active` has the group, a token of the group is expected to take `even_active` true experts, and to spread the
-    rest of its top_k choices evenly over the experts that are not true.
+    If `even_active` has the group, a token of the group is expected to take `even_active` true experts, and to spread its
+    other choices evenly over experts that are not true.
     """
     num_experts, checks = sum(group.num_experts for group in groups), []
     for index, group in enumerate(groups):

@@ -37,8 +37,8 @@ class BalanceEfficiency:
 
 
 class EvenRouter(nn.Module):
-    """Makes as many (token, expert) pairs as `router`, with the same weights, but assigns the pairs to the experts of a
-    group in turn."""
+    """Makes as many (token, expert) pairs as `router`, with the same weights, but assigns pairs to a group's experts in
+    turn."""
 
     def __init__(self, router: nn.Module, groups: Sequence[ExpertGroup]) -> None:
         super().__init__()
@@ -116,8 +116,7 @@ def _timed(
     groups: Sequence[ExpertGroup] | None,
     mesh: Mesh,
 ) -> float:
-    """Returns the slowest rank's seconds for the forward passes of all batches. The host syncs with the device before and
-    after them."""
+    """Returns the slowest rank's seconds for the forward passes of all batches. Syncs with the device before and after."""
     training = model.training
     model.eval()
     with even_routing(model, groups) if groups is not None else nullcontext():

@@ -4,8 +4,8 @@ mixture-of-depths layer must select the same fraction of tokens as in training.
 The model runs on training batches in evaluation mode, but each expert or layer selects its tokens without threshold, as in
 training. Then each threshold is set so that, over all ranks and batches, as many tokens have a score above the threshold as
 were selected. Bisection finds all thresholds with `HALVINGS` all-reduces of N counts, named `calibration counts`. In an
-evaluation the selected fraction may still differ from training, because earlier layers then select other tokens, and
-held-out tokens differ from training tokens.
+evaluation the fraction may still differ, because earlier layers select other tokens, and held-out tokens differ from
+training tokens.
 
 Shape letters: N thresholds of all routers, n thresholds of one router, T tokens that reach the router (inside a
 mixture-of-depths layer only the selected tokens).
@@ -45,8 +45,8 @@ def calibrate(
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
 ) -> None:
-    """Sets the thresholds of all layers in place; `world` is the group of ranks with this rank's layers. Without batches
-    all thresholds stay unchanged. An expert that selected no token keeps its threshold.
+    """Sets the thresholds of all layers in place; `world` has the ranks with this rank's layers. Without batches all
+    thresholds stay unchanged. An expert that selected no token keeps its threshold.
 
     Collective: every rank must pass the same number of batches.
     """

@@ -125,7 +125,7 @@ class Mapper:
 
 
 def _draw(found: Sequence[T], count: int) -> list[T]:
-    """Draws `count` items at random. Every evaluation draws the same items, because the seed of the draw is fixed."""
+    """Draws `count` items at random. Every evaluation draws the same items, because the draw's seed is fixed."""
     return [found[index] for index in np.random.default_rng(0).permutation(len(found))[:count]]
 
 
@@ -146,7 +146,7 @@ def _filler(batch: Batch) -> Tensor:
 
 
 def _sums(experts_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:
-    """Returns numbers of true experts [0] and of tokens [1], summed by modality and by filler or not, float64 [2, M, 2]."""
+    """Returns sums of true experts [0] and numbers of tokens [1] by modality and filler, float64 [2, M, 2]."""
     kind_T = torch.where(batch.padding_BS, 2 * num_modalities, 2 * batch.modality_BS + _filler(batch)).flatten()
     values_2T = torch.stack([experts_BS.flatten(), torch.ones_like(experts_BS).flatten()])
     member = (kind_T[:, None] == torch.arange(2 * num_modalities, device=kind_T.device)).to(torch.float64)
@@ -166,7 +166,7 @@ def mean_by_kind(sums_2MF: np.ndarray, names: Sequence[str]) -> dict[str, float]
 
 
 def _documents(batch: Batch) -> Iterator[tuple[int, slice]]:
-    """Yields, for each document or piece of a document, the index of its sequence in the batch and its positions."""
+    """Yields sequence index in the batch and positions of each document or piece of a document."""
     for row, (starts, padding) in enumerate(zip(batch.positions_BS.numpy() == 0, batch.padding_BS.numpy(), strict=True)):
         length = int((~padding).sum())  # padding is at the end
         edges = [*np.flatnonzero(starts[:length]).tolist(), length]
@@ -194,8 +194,8 @@ def _pictures(
 
 
 def _texts(batch: Batch, experts_BS: np.ndarray, manifest: Manifest) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields tokens and numbers of true experts of each document, or piece of a document, that contains no picture and only
-    tokens of the modality of `eos_id`."""
+    """Yields tokens and numbers of true experts of each document, or piece of a document, with only tokens of the modality
+    of `eos_id` and no picture."""
     tokens_BS, modality_BS = batch.tokens_BS.numpy(), batch.modality_BS.numpy()
     (text,) = (
         index

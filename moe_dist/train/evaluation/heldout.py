@@ -56,7 +56,7 @@ def heldout_losses(
     Args:
         model: The transformer itself, not its DDP wrapper.
         group_of_modality: int64 [M], index of the expert group of each modality.
-        experts_off: Whether to leave out the output of routed experts, to measure by how much the experts lower the loss.
+        experts_off: Whether to leave out routed experts' output, to measure by how much it lowers the loss.
         counts_tokens: False on a rank whose tokens and losses another rank counts.
     """
     device, request = group_of_modality.device, RoutingRequest(experts_off=experts_off)

@@ -1,5 +1,5 @@
-"""Makes batches of prompts with answers, for router tuning and for multiple-choice questions. Each sequence of a batch is
-one prompt with its answer; only the answer's tokens are labels.
+"""Makes batches of prompts with answers, for router tuning and for multiple-choice questions. A sequence is one prompt and
+its answer; only the answer's tokens are labels.
 
 The order of the training samples depends only on seed and position, as in `moe_dist.data.loader`, not on the ranks.
 """
@@ -27,8 +27,7 @@ def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, m
 
     Args:
         lengths: Number of tokens of each sequence; all ranks pass the same lengths.
-        tokens: Largest number of tokens per batch, padding included. A large `vocab_size` lowers this number, to limit the
-            logits' memory.
+        tokens: Most tokens per batch, padding included; fewer with a large `vocab_size`, to limit the logits' memory.
         mesh: All ranks; None for a single rank.
     """
     rank, world_size = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
@@ -90,7 +89,7 @@ class SampleLoader:
     """Makes the training batches of one rank. `batches` and `epochs` work as in `moe_dist.data.loader.TrainLoader`.
 
     Args:
-        samples: The samples, which each epoch contains once, in an order that differs between epochs.
+        samples: The samples; each epoch contains every sample once, in another order.
         global_batch: Samples per step, over all ranks; a multiple of world_size * micro_batch.
         micro_batch: Samples per micro-batch of a rank.
     """
@@ -120,7 +119,7 @@ class SampleLoader:
         return made
 
     def numbers(self, position: int) -> Sequence[Sequence[int]]:
-        """Returns, for each micro-batch of `batches(position)`, the positions of its samples in the stream."""
+        """Returns the stream positions of the samples in `batches(position)`, by micro-batch."""
         return micro_batches(position, **self._share)
 
     def number(self, position: int) -> int:

@@ -29,8 +29,7 @@ def neighbour_weights(squared_K: np.ndarray, bandwidth: float) -> np.ndarray:
 
 
 class NeighbourIndex:
-    """Finds a sample's neighbours among the members (samples that may be neighbours), the nearest first, without the sample
-    itself.
+    """Finds a sample's neighbours among the M members, the nearest first, without the sample itself.
 
     Results are cached, 16 bytes per neighbour. A search reads all M x E numbers: 2 to 3 ms for 20,000 members of width 384
     on one core.
@@ -39,8 +38,8 @@ class NeighbourIndex:
         embeddings_SE: Embeddings of all samples, memory-mapped and not copied.
         members: M, the number of samples that may be neighbours.
         bandwidth: sigma in the formula of the weights.
-        k: Number of neighbours per sample; None to select neighbours by `similarity`.
-        similarity: Smallest s_ij of a neighbour; None to select neighbours by `k`.
+        k: Number of neighbours; None to select by `similarity`.
+        similarity: Smallest s_ij of a neighbour; None to select by `k`.
         random_seed: If given, k random members, which depend on seed and sample, are the neighbours instead of the nearest
             members.
     """

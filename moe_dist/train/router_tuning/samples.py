@@ -149,6 +149,6 @@ def refuse_existing(out: Path) -> None:
 
 def check_place(out: Path) -> None:
     """Checks that the folder `out` can be made. Call this function before the questions are scored, which takes hours.
-    Raises ConfigError if `out` exists, or if the parent of `out` is not writable."""
+    Raises ConfigError if `out` exists or cannot be made."""
     make_writable(out.parent, option=f"--out {out}")
     refuse_existing(out)

@@ -51,7 +51,7 @@ def freeze_all_but_routers(model: Transformer, layers: Collection[int]) -> None:
 class Targets(NamedTuple):
     """The constants of the manifold term for one micro-batch, on the model's device."""
 
-    probe_tokens_B: Tensor  # int64, index of each prompt's last token, as in `SampleBatch`
+    probe_tokens_B: Tensor  # int64, the prompts' last tokens, as in `SampleBatch`
     target_BKR: Tensor  # float64, routing r_j of the neighbours
     weight_BK: Tensor  # float64, weights W_ij; 0 where a sample has fewer than K neighbours
 
@@ -144,7 +144,7 @@ class RouterTuning:
         """Restores a state that `state` returned. The model's weights must be loaded already. Collective.
 
         Raises:
-            DataError: the state is invalid, or belongs to other samples than this run's.
+            DataError: the state is invalid, or belongs to other samples.
         """
         if not isinstance(state, dict) or state.keys() != {"samples", "refreshed", "routers"}:
             raise DataError(
