@@ -55,7 +55,8 @@ class Route:
 
 
 def same_shapes(one: ExpertPlacement, other: ExpertPlacement) -> bool:
-    """Returns whether each rank has as many experts of each group in one placement as in the other, as a move needs."""
+    """Returns whether each rank has equally many experts of each group in both placements, as a move of experts
+    requires."""
     if one.groups != other.groups or one.num_ranks != other.num_ranks:
         return False
     ranks = range(one.num_ranks)

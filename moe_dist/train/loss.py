@@ -73,7 +73,8 @@ def forward(
     teacher: TeacherOutput | None = None,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
     """Runs a transformer or its data-parallel wrapper. Returns logits [B, S, V], or with `losses` each label's cross
-    entropy [B, S], or with `losses` and a `teacher` both losses [2, B, S]; and one report per MoE layer."""
+    entropy [B, S], or with `losses` and a `teacher` cross entropy and KL divergence [2, B, S]; and one report per MoE
+    layer."""
     group_BS = group_of_modality[batch.modality_BS].masked_fill(batch.padding_BS, -1)
     labels_BS = batch.labels_BS if losses else None
     inputs = (batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request, labels_BS)
@@ -85,8 +86,8 @@ def global_counts(
 ) -> Callable[[], StepCounts[Tensor]]:
     """Starts the sum of the counts in `reports` over all ranks: one all-reduce, and a second one with mixture of depths.
 
-    Collective: all ranks must call it once per micro-batch, outside recomputed code. Returns a function that waits for the
-    sums and returns them in float64; without mixture of depths the fields depth_... are empty.
+    Collective: all ranks must call this function once per micro-batch, outside recomputed code. Returns a function that
+    waits for the sums and returns them in float64; without mixture of depths the fields depth_... are empty.
     """
     sums = [report.sums for report in reports]
     rows = [
@@ -110,7 +111,7 @@ def _depth_counts(
     """Starts one all-reduce, which sums the mixture-of-depths counts over all ranks.
 
     Returns a function that waits for the sums and returns the fields of `StepCounts` from depth_tokens_P to depth_taken_PG.
-    Without mixture of depths nothing is sent, and these fields are empty.
+    Without mixture of depths nothing is sent, and the returned fields are empty.
     """
     rows = []
     for report in reports:

@@ -43,7 +43,8 @@ class GptState:
 
     @property
     def counted(self) -> Optimizer:
-        """The optimizer of the dense parameters. Its step count is the run's, because every rank has dense parameters."""
+        """The optimizer of the dense parameters. This optimizer's step count is the run's, because every rank has dense
+        parameters."""
         return self._optimizers[0].optimizer
 
     def held(self) -> dict[str, LocalShard]:
@@ -88,8 +89,8 @@ class GptState:
                 yield chunk, name, kind, parameter
 
     def _buffers(self) -> Iterator[tuple[str, LocalShard]]:
-        """Yields the selection biases. A load writes directly into these biases, which all ranks of a pipeline stage
-        have."""
+        """Yields the selection biases. A checkpoint load writes directly into the yielded biases, which all ranks of a
+        pipeline stage have."""
         same = self._gpt.groups.tp_dp_cp
         for layer, router in self._gpt.routers.items():
             for name, tensor in router.state_dict(keep_vars=True).items():

@@ -103,8 +103,8 @@ class PipelineParallel:
     """The model on Megatron's ranks, with the attributes of `ParallelModel` that do not depend on the engine.
 
     Attributes:
-        reader: This rank's position among the ranks that read different sequences, and their number.
-        counts_tokens: True on one of the ranks with the same sequences.
+        reader: This rank's index among the ranks that read different sequences, and the number of such ranks.
+        counts_tokens: True on exactly one of the ranks that read the same sequences.
         counts_losses: True on the ranks whose losses are summed; together these ranks have each position of each sequence
             once.
         layer_ranks: The ranks with the same layers as this rank.

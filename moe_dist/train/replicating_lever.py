@@ -2,10 +2,10 @@
 all runs with the same seed.
 
 A window of steps is cut in two halves, as in `moving_lever.py`. The loads of the first half-window give each layer new
-replicas: repeatedly the busiest rank gives a part of one expert's tokens to the least busy rank with a free slot. By the
-loads of the second half-window new replicas are compared with the layer's present replicas, and with none. Placing replicas
-costs nothing, but each step exchanges the replicas' weights and gradients; replicas must save more time than these
-exchanges take.
+replicas: repeatedly the busiest rank gives a part of one expert's tokens to the least busy rank with a free replica slot.
+By the loads of the second half-window new replicas are compared with the layer's present replicas, and with no replicas.
+Placing replicas costs nothing, but each step exchanges the replicas' weights and gradients; replicas must save more time
+than these exchanges take.
 
 Shape letters: S steps, L MoE layers, E true experts, R ranks of an EP group.
 """
@@ -32,7 +32,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
 
     Args:
         placement: Where the experts are.
-        replicate: Puts replicas in place. No collective.
+        replicate: Makes the replicas in a placement. No collective.
         layers: Number of MoE layers.
         edp: Number of EP groups, which share the tokens of a step.
         bytes_per_value: Bytes that a rank sends in a step for each parameter of a replica.
@@ -84,7 +84,8 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return LeverDecision("replicating", taken, before / mean, after / mean, cost, why, placement)
 
     def _found(self, load_E: np.ndarray) -> list[Replicas]:
-        """Returns sets of replicas for the loads of one layer: the empty set, then each set with one replica added."""
+        """Returns growing sets of replicas for the loads of one layer: the empty set, then sets with one more replica
+        each."""
         ranks, chain = self.placement.num_ranks, list[Replicas]([()])
         load_R, free_R = np.bincount(self._home_E, load_E, minlength=ranks), np.full(ranks, self._slots)
         while True:
@@ -123,8 +124,8 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return float(load_SLE.sum() / len(load_SLE) / self.placement.num_ranks)
 
     def _cost(self, replicas: Replicas) -> float:
-        """Returns the cost of replicas per step, as the pairs x FFN width that the busiest sender or receiver could compute
-        during the replicas' exchange."""
+        """Returns the cost of replicas per step, as the (token, expert) pairs x FFN width that the busiest sender or
+        receiver could compute during the replicas' exchange."""
         width_2R = np.zeros((2, self.placement.num_ranks))
         for expert, rank in replicas:
             width_2R[0, self._home_E[expert]] += self._width_E[expert]
@@ -140,7 +141,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return {**self.placement.line, "pairs": self._stored_pairs()}
 
     def restore(self, state: JsonValue) -> None:
-        """Puts the saved replicas in place again. Makes no replicas if experts have other ranks than in `state`.
+        """Makes the saved replicas again. Makes no replicas if experts have other ranks than in `state`.
 
         Raises:
             DataError: the state was not made by `state`.

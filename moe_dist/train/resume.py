@@ -54,7 +54,7 @@ class Progress:
 
     def owes_evaluation(self, every: int, last: int) -> bool:
         """Returns True if an evaluation is due (every `every` steps and after step `last`) but has not been made yet. If a
-        stop request prevents the evaluation, the resumed run makes it."""
+        stop request prevents the evaluation, the resumed run makes the evaluation."""
         return self.step > self.evaluated and (self.step % every == 0 or self.step == last)
 
 
@@ -77,7 +77,7 @@ class Resumable:
     Args:
         controllers: Objects, by name, whose state is saved with the model; by default the controllers of `training`.
         levers: The levers of the run, by name. The levers' states are saved, and restored if a checkpoint has them.
-        report_save: Function that rank 0 calls after each save with the seconds that it took.
+        report_save: Function that rank 0 calls after each save with the seconds of the save.
 
     Attributes:
         placement: Where the experts are now.
@@ -112,7 +112,8 @@ class Resumable:
         """Saves the state of the run, as `CheckpointWriter.write` does.
 
         Raises:
-            CheckpointError: on all ranks, if `durable` and the save failed. The previous checkpoint is still valid.
+            CheckpointError: raised on all ranks if `durable` is true and the save failed. The previous checkpoint is still
+                valid.
         """
         values: dict[str, JsonValue] = {
             "progress": {**asdict(progress)},
@@ -131,7 +132,7 @@ class Resumable:
 
         Raises:
             DataError: the checkpoint is damaged or of another run, or the run's data have changed.
-            ConfigError: the checkpoint is of another model.
+            ConfigError: the checkpoint's model differs from the configured model.
         """
         found = self._checkpoints.agree("look at the data", lambda: data_digest(self._config.data.path, self._manifest))
         self._data = found or {}  # `found` is None except on rank 0, because only rank 0 compares data digests

@@ -112,7 +112,8 @@ def card_name(config: Config, mesh: Mesh) -> str | None:
 def start_watchdog(
     config: Config, env: RankEnv, folder: RunFolder, tracker: CollectiveTracker, attempt: Attempt
 ) -> Watchdog:
-    """Starts the watchdog of this rank's collectives, unless the run has a single rank. Call it after `join_world`."""
+    """Starts the watchdog of this rank's collectives, unless the run has a single rank. Call this function after
+    `join_world`."""
     watchdog = Watchdog(
         tracker,
         rank=env.rank,
@@ -243,7 +244,7 @@ def placement_text(plan: Preflight, *, width: int = 120) -> str:
 
 
 def conclude(finished: Finished, folder: RunFolder, plan: Preflight, *, beside: str) -> None:
-    """Prints and stores the summary. Prints the stored summary instead if another attempt finished the run.
+    """Prints and stores the summary. If another attempt has finished the run, prints that attempt's summary.
 
     Args:
         beside: The sentence that `beside_fixed_top_k` returns; "" adds no line to the summary.

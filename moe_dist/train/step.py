@@ -62,7 +62,7 @@ class Weights(NamedTuple):
 
     labels_in_step: Tensor  # number of labels over all ranks, at least 1
     share_I: Tensor  # weight of each micro-batch's auxiliary terms
-    share_IG: Tensor | None  # the same weights by group; None to use `share_I` for all groups
+    share_IG: Tensor | None  # weights of auxiliary terms by micro-batch and group; None to use `share_I`
     batch_info: Sequence[GlobalBatchInfo | None]
 
 
@@ -274,8 +274,8 @@ class TrainingStep:
         return losses
 
     def _start_counts(self, started: list[Callable[[], StepCounts[Tensor]]], reports: Sequence[LayerReport]) -> None:
-        """Starts the sum of routing counts, and appends the function that waits for it to `started`. Meanwhile this rank
-        computes the output layer and the cross entropy."""
+        """Starts the sum of routing counts, and appends the function that waits for the sum to `started`. While the ranks
+        sum, this rank computes output layer and cross entropy."""
         started.append(global_counts(reports, self.parallel.mesh.world, self.parallel.mesh.tracker))
 
     def _pack(

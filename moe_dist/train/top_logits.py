@@ -44,7 +44,7 @@ class TopLogitsManifest(BaseModel):
     vocab_size: int
     top: int  # K
     drawn: int  # D, the number of sequences of the stream that the teacher saw, from the first on
-    stored: int  # N, the number of different sequences among them, which are stored
+    stored: int  # N, the number of different sequences, all of which are stored
     sequences: dict[str, JsonValue]  # settings on which the stream depends: section `data` without its path, and seed
     data: dict[str, str]  # `data_digest` of the data set, with its manifest, which names the tokenizer
 

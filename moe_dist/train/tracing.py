@@ -205,8 +205,7 @@ def trace_heldout(
     sequences: int,
     weights: bool,
 ) -> int:
-    """Writes choices and losses of held-out tokens as step `step` of a new trace whose attempt is the folder `place`.
-    Collective.
+    """Writes choices and losses of held-out tokens into the folder `place`, as step `step` of a new trace. Collective.
 
     Args:
         model: The model in evaluation mode, on the device of `group_of_modality`.

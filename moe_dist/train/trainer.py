@@ -65,7 +65,7 @@ class Trainer:
         profile: Returns a context manager for the step with a given number (the first step is 1).
         watchers: Objects that get every token's expert choices in the steps for which their `due` returns True.
         levers: Levers, by name, that keep the ranks equally busy (`rank_balance`).
-        placement_rows: The watcher that counts rows under other placements; None without `monitor.cost_table`.
+        placement_rows: The watcher that counts token rows under other placements; None without `monitor.cost_table`.
     """
 
     plan: TrainingPlan

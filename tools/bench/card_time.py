@@ -107,8 +107,8 @@ def operation_seconds(work: Work, rates: Rates) -> float:
 
 
 def card_time(counted: Counted, path: str, overrides: Sequence[str], rates: Rates) -> CardTime:
-    """Returns the time of a step with all micro-batches of the configuration; `counted` has only `MICRO_BATCHES` of
-    them."""
+    """Returns the time of a step with all micro-batches of the configuration; `counted` has only `MICRO_BATCHES`
+    micro-batches."""
     whole, config = load_config(path, overrides), scaled(overrides, path, counted.ranks)
     times = max(1, whole.train.global_batch // (whole.train.micro_batch * counted.ranks))
     more, two = _works(counted.more_work), _works(counted.work)

@@ -21,7 +21,7 @@ from tools.bench.least import Key, least_bytes, least_flops
 
 
 def count(path: str | Path, ranks: int, overrides: Sequence[str] = (), *, rank: int = 0) -> Counted:
-    """Counts one step of a configuration on one of `ranks` ranks. The separate process takes some seconds.
+    """Counts one step of a configuration on one of `ranks` ranks. Counting takes some seconds, in a separate process.
 
     Raises:
         ConfigError: the configuration is refused, or the step failed. The message has the reason or the last lines of
@@ -46,7 +46,8 @@ def leasts(counted: Counted, path: str | Path, overrides: Sequence[str]) -> tupl
 
 @dataclass(frozen=True)
 class Share:
-    """The numbers that one more micro-batch adds to a step, and the numbers that a step has once; by part and phase."""
+    """Counts that each micro-batch adds to a step, and counts that do not depend on the number of micro-batches; by part
+    and phase."""
 
     micro_batch: Counter[Key]
     once: Counter[Key]

@@ -24,8 +24,8 @@ from tools.bench.points import Point
 
 @torch.no_grad()
 def measure_point(point: Point, mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Checks the results of all contenders, then times the contenders and counts the rows that each contender sends. Ranks
-    return equal rows."""
+    """Checks the results of all contenders, then times the contenders and counts the rows that each contender sends. All
+    ranks return the same table row."""
     case = make_case(point, mesh, seed=effort.seed)
     at_rank_alone: dict[str, Run] = {
         "floor": floor(case, own_rows=False),

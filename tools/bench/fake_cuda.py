@@ -92,10 +92,10 @@ def enter() -> None:
 
 
 class Work(NamedTuple):
-    """One operation. `kind` is "copy" for an operation without products, else "gemm", "grouped" or "attention", with "fp32"
-    appended for products of fp32 numbers. `rows` is the median of a product's three sizes, because the time of a narrow
-    product follows from its bytes, or an expert's number of rows in a grouped product. `num_bytes` is the number of bytes
-    read or written."""
+    """One operation. `kind` is "copy" for an operation without matrix products, else "gemm", "grouped" or "attention", with
+    "fp32" appended for products of fp32 numbers. `rows` is the median of a product's three sizes, because the time of a
+    narrow product follows from its bytes, or an expert's number of rows in a grouped product. `num_bytes` is the number of
+    bytes read or written."""
 
     part: str
     phase: str

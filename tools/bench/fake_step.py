@@ -54,7 +54,7 @@ class Counted:
         syncs, copies: Numbers of the host's waits for values and for copies, by "phase name".
         mixed: Operations with both CPU and CUDA tensors.
         sorted_sums: Number of backward passes of indexing, which sort on CUDA, by part.
-        order: The names of all collectives of both steps, in order; equal on all ranks.
+        order: The names of all collectives of the two steps, in call order; equal on all ranks.
         tracked: Number of collectives that the tracker still listed as running at the end of the step.
         exchange_seconds: Seconds in exchanges that the busy clock subtracts, if each wait takes `fake_cuda.WAIT_SECONDS`.
         work, sent: Fields of `fake_cuda.Work` and `fake_cuda.Sent`, each followed by the number of such items.
@@ -103,7 +103,8 @@ def scaled(overrides: Sequence[str], path: str, ranks: int) -> Config:
 
 class Uniform:
     """Replaces the host's reads of counts, by name of the read, by the counts of a uniform router. Until `route` sets
-    another number of tokens, layers route half a micro-batch with two-batch overlap, else (or with `whole`) a whole one."""
+    another number of tokens, layers route half a micro-batch with two-batch overlap, else (or with `whole`) a whole
+    micro-batch."""
 
     def __init__(self, config: Config, layout: PlannedLayout, rank: int, *, whole: bool = False) -> None:
         self.config, self.placement, self.own = config, layout.placement, rank % config.parallel.ep
@@ -112,7 +113,7 @@ class Uniform:
         self.route(tokens)
 
     def route(self, tokens: int) -> None:
-        """Sets the number of tokens that a layer routes on this rank; modalities have equal shares."""
+        """Sets the number of tokens that a layer routes on this rank; all modalities have equally many tokens."""
         tokens_G = [tokens * share for share in group_shares(self.groups, {})]
         self.tokens_of_groups = list(zip(self.groups, tokens_G, strict=True))
         self.pairs_E = [
@@ -208,7 +209,7 @@ def watch_parts(model: nn.Module, recorder: fake_cuda.Recorder) -> Counter[str]:
             return
         forward = module.forward
 
-        def run(*args: Any) -> Any:  # halves call no hooks
+        def run(*args: Any) -> Any:  # two-batch overlap calls no hooks
             enter(name, layer)
             made = forward(*args)
             leave(name, layer, made)

@@ -1,10 +1,10 @@
 """Takes training steps of several layouts in turn on this machine, and stores the steps' seconds, sent bytes, memory and
 expert choices.
 
-The processes of each number of ranks stay alive, and wait on a pipe while others work. A round therefore visits (times) all
-layouts within minutes, and other load of the machine affects all layouts alike. Each visit is one line of `visits.jsonl`;
-visits in this file are not repeated. A step is timed as in `Trainer`, without record and sinks. The learning rate is 0, so
-that routing is equal in all rounds.
+The processes of each number of ranks stay alive, and wait on a pipe while other processes compute. A round therefore visits
+(times) all layouts within minutes, and other load of the machine affects all layouts alike. Each visit is one line of
+`visits.jsonl`; visits in this file are not repeated. A step is timed as in `Trainer`, without record and sinks. The
+learning rate is 0, so that routing is equal in all rounds.
 """
 
 import json
@@ -75,12 +75,12 @@ def measure(layouts: Sequence[MeasuredLayout], folder: Path, rounds: int) -> Non
 
 
 def visits(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the stored visits; none if there is no file."""
+    """Yields the stored visits; nothing if there is no file."""
     yield from map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
 
 
 class _Ranks:
-    """The processes for layouts with one number of ranks."""
+    """The processes that time all layouts with the same number of ranks."""
 
     def __init__(self, world: int, layouts: Sequence[MeasuredLayout], folder: Path, store: str) -> None:
         context = get_context("spawn")

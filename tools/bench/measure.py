@@ -69,8 +69,8 @@ def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 
 def paired_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> Interval:
-    """Returns the median of ours / theirs, with its interval. The two times of a ratio are from the same round, so that a
-    disturbance of the machine slows both and mostly cancels in the ratio."""
+    """Returns the median ratio of our times to their times, with the interval of the median. The two times of a ratio are
+    from the same round, so that a disturbance of the machine slows both and mostly cancels in the ratio."""
     ours_n, theirs_n = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if ours_n.shape != theirs_n.shape:
         raise ValueError(f"{ours_n.size} values cannot be paired with {theirs_n.size}")

@@ -27,7 +27,7 @@ class Point:
     experts: int = 32
     top_k: int = 2  # number of distinct experts that are drawn for each token
     null: float = 0.5  # fraction of the choices that become null (no expert)
-    hot: float | None = None  # fraction of the choices that HOT_EXPERTS experts get; None if all are equally likely
+    hot: float | None = None  # fraction of the choices that HOT_EXPERTS experts get; None if all experts are equally likely
     image: float | None = None  # fraction of image tokens, which choose in the second half of the experts; None: one group
     policy: Policy = "contiguous"  # expert e is on rank e W // E (contiguous, pinned) or on rank e mod W (interleaved)
     workload: str | None = None  # one of the workloads W0 to W7 instead of a random routing

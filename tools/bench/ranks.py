@@ -114,8 +114,8 @@ def _rank(rank: int, job: BenchJob, folder: str, parent: int) -> None:
 
 
 def _measure_all(job: BenchJob, mesh: Any) -> None:
-    """Measures all table rows that the file lacks. All ranks choose the same rows, because each rank reads the file before
-    its first row, and rank 0 writes a row only after all ranks have measured the row."""
+    """Measures all table rows that the results file lacks. All ranks choose the same rows, because each rank reads the file
+    before its first row, and rank 0 writes a row only after all ranks have measured the row."""
     from tools.bench.measure import Effort
 
     results = read_results(job.path)
@@ -159,5 +159,5 @@ def _tasks(job: BenchJob, mesh: Any, effort: Any) -> Mapping[str, Callable[[], d
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Reads the settings and rows of a file. Settings and rows are empty if there is no file."""
+    """Reads the settings and table rows of a results file. Settings and rows are empty if there is no file."""
     return json.loads(path.read_text()) if path.is_file() else {"settings": {}, "rows": {}}

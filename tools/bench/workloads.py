@@ -79,7 +79,7 @@ class WorkloadStep:
     tokens_S: tuple[int, ...]
 
     def rows_of(self, source: int) -> slice:
-        """Returns the slice of T for one source rank."""
+        """Returns the slice of tokens (dimension T) of one source rank."""
         start = sum(self.tokens_S[:source])
         return slice(start, start + self.tokens_S[source])
 

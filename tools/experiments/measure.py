@@ -176,7 +176,7 @@ class Measurement:
         Router thresholds are averaged, too; integer tensors are taken from the last checkpoint.
 
         Raises:
-            DataError: a checkpoint is damaged, or the base of its adapters is missing.
+            DataError: a checkpoint is damaged, or the base checkpoint of its adapters is missing.
         """
         sums: dict[str, torch.Tensor] = {}
         for step in steps:

@@ -170,7 +170,7 @@ class QuestionsSection(Part):
     least: NonNegativeInt = 0  # smallest allowed number of test questions of all tasks together
     left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # number of training questions per task in `samples`
     listed: bool = False  # whether questions list their choices, and count only if right in each rotation of the choices
-    oracle_questions: PositiveInt = 100  # number of first questions of each task that the oracle answers
+    oracle_questions: PositiveInt = 100  # the oracle answers this many first questions of each task
     oracle_layers: PositiveInt = 5  # number of last MoE layers whose routing the oracle fits
 
 

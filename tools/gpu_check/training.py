@@ -192,8 +192,8 @@ def _deterministic(job: CheckJob, mesh: Mesh) -> RandomRun:
 
 
 def _repeated(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, dict[str, int]]:
-    """Returns the final fingerprints of two runs of three steps. The first run saves its second step while the third step
-    is computed."""
+    """Returns the final fingerprints of two runs of three steps. The first run saves a checkpoint of step 2 while step 3 is
+    computed."""
     first = _deterministic(job, mesh)
     first.take(2)
     writer = first.save(folder)
@@ -237,7 +237,7 @@ def _long(job: CheckJob, mesh: Mesh) -> dict[str, Any]:
     settled, last = (3, 8) if job.rehearse else (20, 100)
     run, results, held = RandomRun(mesh, configure(job, mesh, MODES["FSDP2, bf16"])), [], []
     for number in range(last):
-        run.step = 0  # the same tokens
+        run.step = 0  # the same tokens in each step
         results += run.take(1)
         if number + 1 in (settled, last):
             held.append((_allocated(mesh), psutil.Process().memory_info().rss))

@@ -97,7 +97,7 @@ def ranks_outnumber_cores(mesh: Mesh) -> str:
 
 @contextmanager
 def even_routing(model: Transformer, groups: Sequence[ExpertGroup]) -> Iterator[None]:
-    """Gives every MoE layer an `EvenRouter` during the `with` block; then restores the model's own routers."""
+    """Replaces every MoE layer's router by an `EvenRouter` during the `with` block."""
     layers = model.moe_modules()
     routers = [layer.router for layer in layers]
     for layer in layers:

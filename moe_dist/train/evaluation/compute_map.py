@@ -99,7 +99,8 @@ class Mapper:
         return patches.transpose(0, 2, 1, 3, 4).reshape(rows * patch, columns * patch, 3)
 
     def _lines(self, seen: Sequence[tuple[Batch, np.ndarray]]) -> list[list[tuple[str, float]]]:
-        """Returns consecutive lines of one document without pictures, or of several documents if one is too short."""
+        """Returns consecutive lines of one document without pictures, or of several documents if one document has too few
+        lines."""
         texts = [text for batch, experts in seen for text in _texts(batch, experts, self.manifest)]
         lines: list[list[tuple[str, float]]] = []
         for tokens, experts in _draw(texts, len(texts)):

@@ -31,8 +31,8 @@ class Evaluator:
     """Evaluates the model on the held-out documents of every source.
 
     Attributes:
-        reader: This rank's position among the ranks that read different sequences, and their number.
-        counts_tokens: False on a rank whose tokens and losses another rank counts.
+        reader: This rank's index among the ranks that read different sequences, and the number of such ranks.
+        counts_tokens: False if another rank counts this rank's tokens and losses.
         folder, manifest: Folder and manifest of the data set.
         sequences, final_sequences: Held-out sequences per source in an evaluation during the run, and in the last
             evaluation.
@@ -40,7 +40,7 @@ class Evaluator:
         group_of_modality: int64 [M], expert group of each modality, on the model's device.
         measure_balance: True to measure the balance efficiency.
         ablate: True to measure, in the last evaluation, also the loss without the output of routed experts.
-        layer_ranks: The ranks with the same layers as this rank; None for this rank alone.
+        layer_ranks: The ranks with the same layers as this rank; None if the run has a single rank.
         mapper: Makes the compute map (true experts of single tokens); None without `monitor.compute_map`.
         experts_choose: Whether experts choose tokens in training.
         calibration: Number of training micro-batches that calibrate thresholds before each evaluation; 0 if no router has

@@ -29,7 +29,7 @@ class Heldout:
             batches.
         tokens_LG: int64, number of routed tokens per layer and group; None without batches.
         depth_2LG: int64, per mixture-of-depths layer and group: [0] number of tokens, [1] number of tokens that the layer
-            computed. None without such layers or batches.
+            computed. None without mixture-of-depths layers or batches.
     """
 
     loss: Mapping[str, float]
@@ -57,7 +57,7 @@ def heldout_losses(
         model: The transformer itself, not its DDP wrapper.
         group_of_modality: int64 [M], index of the expert group of each modality.
         experts_off: Whether to leave out routed experts' output, to measure by how much it lowers the loss.
-        counts_tokens: False on a rank whose tokens and losses another rank counts.
+        counts_tokens: False if another rank counts this rank's tokens and losses.
     """
     device, request = group_of_modality.device, RoutingRequest(experts_off=experts_off)
     sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)  # on the device, without syncs

@@ -21,7 +21,7 @@ from moe_dist.runtime.files import make_writable
 
 @dataclass(frozen=True)
 class TuningSample:
-    """The token ids of a prompt, and those of the prompt's right answer. Both are not empty."""
+    """The token ids of a prompt, and those of the prompt's right answer. Neither prompt nor answer is empty."""
 
     prompt: np.ndarray
     answer: np.ndarray
