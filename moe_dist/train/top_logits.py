@@ -90,7 +90,7 @@ def write_top_logits(
     np.save(place / "keys.npy", np.array([*known], np.int64))
     manifest = manifest.model_copy(update={"stored": len(known)})
     (place / "manifest.json").write_text(manifest.model_dump_json(indent=1))
-    place.rename(out)  # last, so that a folder with a manifest is complete
+    place.rename(out)  # last, so that a folder named `out` is complete
     return manifest
 
 

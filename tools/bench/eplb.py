@@ -2,8 +2,8 @@
 [TRACE.npz ...]
 
 EPLB_FILE is eplb.py of github.com/deepseek-ai/EPLB, which is not part of moe_dist. For each set of expert loads both
-solvers place the experts equally in all layers, as moe_dist does, and separately per layer, as EPLB does; without and with
-a spare slot on each rank.
+solvers find one placement for all layers, as in moe_dist, and one placement per layer, as in EPLB; without and with a spare
+slot on each rank.
 """
 
 import time

@@ -66,7 +66,7 @@ def _replayed(job: CheckJob, mesh: Mesh) -> tuple[float, float, float]:
     replay = captured(lambda: passes(fixed, x_TD, kept_T, direction_TD), job)
     worst = 0.0
     for nth, each in enumerate(inputs):
-        group_T[: nth * tokens // len(inputs)] = -1  # the padding grows from no token on
+        group_T[: nth * tokens // len(inputs)] = -1  # the number of padding tokens grows from 0 on
         x_TD.copy_(each)
         kept_T.copy_(group_T)
         exact = passes(known, each, group_T, direction_TD)

@@ -40,7 +40,7 @@ class Evaluator:
         group_of_modality: int64 [M], expert group of each modality, on the model's device.
         measure_balance: True to measure the balance efficiency.
         ablate: True to measure, in the last evaluation, also the loss without the output of routed experts.
-        layer_ranks: The ranks with the same layers as this rank; None if the run has a single rank.
+        layer_ranks: The ranks with the same layers as this rank; None for a single rank.
         mapper: Makes the compute map (true experts of single tokens); None without `monitor.compute_map`.
         experts_choose: Whether experts choose tokens in training.
         calibration: Number of training micro-batches that calibrate thresholds before each evaluation; 0 if no router has
