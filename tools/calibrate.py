@@ -1,4 +1,4 @@
-"""Measures the rates of this machine that `moe-dist plan` needs, into a file. See docs/planning.md."""
+"""Measures this machine's rates that `moe-dist plan` needs, and writes them into a file. See docs/planning.md."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ from moe_dist.runtime.files import make_writable, write_atomically
 from moe_dist.runtime.signals import child_of
 from tools.bench.ranks import RANK_ENV
 
-QUIET = 0.25  # quantile of the repeats' seconds that is used, because other load of the machine only slows repeats
+QUIET = 0.25  # the rates use this quantile of the repeats' seconds: other load of the machine only slows repeats
 ROWS, EXPERTS = (16, 64, 256, 1024, 4096), 8
 LAUNCHED = 64  # operations of a chain whose forward and backward are timed
 EXCHANGED = (1 << 12, 1 << 18, 1 << 22)  # bytes that a rank sends to each other rank
@@ -59,7 +59,7 @@ def main(options: CalibrateOptions) -> None:
 
 
 def measure(options: CalibrateOptions, device: str) -> Rates:
-    """Measures all rates: products, copies and launches in this process, and exchanges between child processes."""
+    """Measures all rates: matrix products, copies and launches in this process, and exchanges between child processes."""
     import torch
     from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
@@ -136,7 +136,7 @@ def exchange(ranks: int, device: str, least: float) -> LinkSection:
     and bytes per second to the quantile `QUIET` of the seconds of each size.
 
     Raises:
-        ResourceError: a rank failed; its traceback is on standard error.
+        ResourceError: a rank failed; the rank's traceback is on standard error.
     """
     from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
@@ -155,18 +155,18 @@ def exchange(ranks: int, device: str, least: float) -> LinkSection:
 
 
 def fitted_link(ranks: int, sent: Sequence[float], seconds: Sequence[float]) -> LinkSection:
-    """Fits seconds = latency + bytes sent by a rank / rate; minimises relative errors."""
+    """Fits latency and rate in seconds = latency + (bytes sent by a rank) / rate; minimises relative errors."""
     weight = 1 / np.array(seconds)
     design = np.stack([np.ones(len(sent)), np.array(sent, float)], axis=1) * weight[:, None]
     latency, each = np.linalg.lstsq(design, np.ones(len(sent)), rcond=None)[0].tolist()
-    if latency < 0.0 or each <= 0.0:  # because of noise; only the largest exchange then gives the rate
+    if latency < 0.0 or each <= 0.0:  # from noise; then only the largest exchange sets the rate
         latency, each = 0.0, seconds[-1] / sent[-1]
     return LinkSection(ranks=ranks, latency=latency, bytes_per_second=1 / each)
 
 
 def _rank(rank: int, ranks: int, device: str, folder: str, least: float, parent: int) -> None:
-    """Exchanges each size for `least` seconds, at least six times. Rank 0 writes the quantile `QUIET` of the seconds of all
-    exchanges but the first."""
+    """Exchanges messages of each size for `least` seconds, at least six times. Rank 0 writes the quantile `QUIET` of the
+    seconds of all exchanges but the first."""
     child_of(parent, ignore_stop=False)()
     import torch
     import torch.distributed as dist

@@ -3,7 +3,7 @@
 moe-dist compare-methods --budget 1.5 --methods adamoe,longcat,top_p,remoe,expert_choice,fixed
 
 Each method is trained with each seed. The folder runs/compare/NAME gets study.yaml (all settings), the records NAME.jsonl,
-table.md, and the figure as PNG, SVG and PDF. After a stop, the same command keeps finished runs and makes the others.
+table.md, and the figure as PNG, SVG and PDF. After a stop, the same command keeps finished runs and makes the missing runs.
 """
 
 import json

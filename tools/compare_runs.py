@@ -1,4 +1,5 @@
-"""Shows the first step at which the metrics.jsonl of two runs differ; ignores times and measurements of the device."""
+"""Shows the first step at which the metrics.jsonl of two runs differ; times and measurements of the device are not
+compared."""
 
 from pathlib import Path
 from typing import Annotated

@@ -57,7 +57,7 @@ class EvaluateOptions:
 def main(options: EvaluateOptions) -> None:
     """Evaluate a trained run."""
     env = RankEnv.from_environment(os.environ)
-    tasks = _check(options, env)  # checked before the model is loaded, because loading takes long
+    tasks = _check(options, env)  # checked before the model is loaded, because loading is slow
     device = choose_device(options.device)
     trained = find_trained(options.run, step=options.step, data=options.data, allow=causal_problems)
     model = trained.config.model
@@ -112,7 +112,7 @@ def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
     if named:
         from lm_eval.tasks import TaskManager
 
-        known = TaskManager()  # takes seconds to read the index of all tasks
+        known = TaskManager()  # reads the index of all tasks, which takes seconds
         if unknown := [name for name in named if name not in known.all_tasks]:
             near = get_close_matches(unknown[0], known.all_tasks, 1)
             guess = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists them"
@@ -148,7 +148,7 @@ def _harness(
 
 
 def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
-    """Makes the folder of the results before the evaluation, so that an unwritable folder fails at once."""
+    """Makes the folder of the results before the evaluation, so that an unwritable folder is an error at once."""
     directory = trained.folder.parent
     folder = options.out or (directory.parent if directory.name == "checkpoints" else directory) / "evaluations"
     make_writable(folder, option=f"--out {folder}")

@@ -1,4 +1,5 @@
-"""Generates from a trained run: continues text, draws captions, describes pictures. See docs/generation.md."""
+"""Generates with a trained model: continues text, draws pictures from captions, describes pictures. See
+docs/generation.md."""
 
 import json
 import sys
@@ -67,14 +68,14 @@ class GenerateOptions:
 @takes(GenerateOptions)
 def main(options: GenerateOptions) -> None:
     """Sample from a trained run."""
-    options.check()  # checked before the model is loaded, because loading takes long
+    options.check()  # checked before the model is loaded, because loading is slow
     device = choose_device(options.device)
     trained = find_trained(options.run, step=options.step, data=options.data, allow=causal_problems)
     model = trained.config.model
     vocabulary = trained.vocabulary()
     task, labels = _task(options, vocabulary)
     check_lengths(task.prompts, task.request.max_new_tokens, model.max_seq_len)
-    grammar = vocabulary.grammar  # raises for an unfit data set, before the weights are loaded, which takes long
+    grammar = vocabulary.grammar  # raises for an unsuitable data set, before the weights are loaded, which is slow
     generator = Generator(
         trained.load(device), grammar, group_of_modality=trained.group_of_modality, max_seq_len=model.max_seq_len
     )
@@ -87,7 +88,7 @@ def main(options: GenerateOptions) -> None:
 
 
 def _task(options: GenerateOptions, vocabulary: Vocabulary) -> tuple[Task, list[str]]:
-    """Returns the task, and a label for each sample."""
+    """Returns the generation task, and a label for each sample."""
     sampling = Sampling(options.temperature, options.top_p)
     many = {"samples": options.samples, "sampling": sampling, "seed": options.seed}
     if options.sheet is not None or options.draw:
@@ -130,7 +131,7 @@ def _show(options: GenerateOptions, label: str, sample: GeneratedSample, number:
 
 
 def _first_number(folder: Path) -> int:
-    """Returns the first number after the numbers of existing pictures, so that existing pictures are kept."""
+    """Returns the first number above the numbers of existing picture files, so that existing pictures are kept."""
     numbers = (path.name.split("_")[1] for path in folder.glob("sample_*_*.png"))
     return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
@@ -138,7 +139,8 @@ def _first_number(folder: Path) -> int:
 def _write_sheet(
     options: GenerateOptions, path: Path, labels: list[str], samples: list[GeneratedSample], vocabulary: Vocabulary
 ) -> None:
-    """Writes a sheet with a row for each caption: the decoded held-out picture, if requested, then the drawings."""
+    """Writes a sheet with a row for each caption: the decoded held-out picture, if requested, then the generated
+    pictures."""
     each, rows = options.samples, []
     originals = {found.caption: found.codes for found in reversed(vocabulary.heldout())} if options.originals else {}
     for first in range(0, len(samples), each):

@@ -1,4 +1,4 @@
-"""Imports a Hugging Face folder as a checkpoint from which runs can start. See docs/huggingface.md."""
+"""Imports a Hugging Face model folder as a checkpoint from which runs can start. See docs/huggingface.md."""
 
 from pathlib import Path
 from typing import Annotated

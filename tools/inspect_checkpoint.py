@@ -1,5 +1,5 @@
-"""Shows the content of a checkpoint: step, layers x groups x experts, bytes, placement, versions. Loads no tensor and needs
-no GPU."""
+"""Shows the content of a checkpoint: step, layers x groups x experts, bytes, placement, versions. The command loads no
+tensor and needs no GPU."""
 
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ def main(
         print(dump_yaml(saved) if isinstance(saved, dict) else "it was written without a configuration")
         return
     for number in range(contents.index.num_shards):
-        open_shard(contents, number)  # raises if a shard is missing or damaged
+        open_shard(contents, number)  # raises if a shard file is missing or damaged
     console = Console(width=None if sys.stdout.isatty() else 120)
     about = Table(title=str(folder), show_header=False)
     for what, how in facts(contents.index, contents.state):

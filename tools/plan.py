@@ -1,4 +1,5 @@
-"""Ranks layouts of a configuration by simulated step time, and writes the best one. See docs/planning.md."""
+"""Ranks layouts of a configuration by simulated step time, and writes the best layout's configuration. See
+docs/planning.md."""
 
 import os
 import platform
@@ -35,7 +36,7 @@ from tools.plan_megatron import plan_layouts
 
 LIKELY = 0.01  # a layout is ranked if its probability of running out of memory is at most this
 SHOWN = 10
-LISTS = {"megatron": plan_layouts}  # engine.kind -> function that lists layouts, for engines without simulated step times
+LISTS = {"megatron": plan_layouts}  # by engine.kind: function that lists layouts, for engines without simulated step times
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def main(options: PlanOptions) -> None:
         refuse_unused(options, config.engine.kind)
         best = LISTS[config.engine.kind](config, counts, mix, node=rates.ranks_per_node, most=most_memory(options, rates))
         write_plan(best.config, options.out)
-        options.out.with_suffix(".svg").unlink(missing_ok=True)  # an earlier plan's picture shows other layouts
+        options.out.with_suffix(".svg").unlink(missing_ok=True)  # a picture of an earlier plan shows other layouts
         print_done(f"{options.out}; {_launch(best.config, options.out, rates.ranks_per_node)}")
         return
     source, routing = Expected(mix), None
@@ -127,7 +128,7 @@ def _launch(config: Config, path: Path, ranks_per_node: int) -> str:
 
 
 def refuse_unused(options: PlanOptions, engine: str) -> None:
-    """Refuses options about step times if they are not simulated for this engine, and engines whose layouts are unknown."""
+    """Refuses options about step times for engines without simulated step times, and engines whose layouts are unknown."""
     values = {"--trace": options.trace, "--capacity": options.capacity, "--price": options.price}
     given = [name for name, value in values.items() if value is not None] + ["--nulls real"] * (options.nulls == "real")
     if given:
@@ -145,7 +146,7 @@ def refuse_unused(options: PlanOptions, engine: str) -> None:
 
 
 def most_memory(options: PlanOptions, rates: Rates) -> float:
-    """Returns the bytes of memory of a GPU: the number of `--memory`, else the card's number."""
+    """Returns a GPU's bytes of memory: the value of `--memory`, else the memory of the card."""
     return options.memory * 1e9 if options.memory is not None else rates.memory
 
 
@@ -188,8 +189,8 @@ def gpu_range(text: str) -> tuple[int, int]:
 
 
 def rates_of(options: PlanOptions, gpus: int) -> Rates:
-    """Returns the rates of `--rates`, or else the published rates of the card of the cluster `--cluster`, else
-    $MOE_DIST_CLUSTER, else H100 nodes."""
+    """Returns the rates in the file `--rates`, else published rates of the card in the cluster file `--cluster` or
+    $MOE_DIST_CLUSTER, else of H100 nodes."""
     if options.rates is not None:
         rates = read_rates(options.rates)
         if rates.machine != options.machine:
@@ -224,7 +225,7 @@ def rates_of(options: PlanOptions, gpus: int) -> Rates:
 
 
 def routing_of(path: Path, config: Config) -> Routing:
-    """Reads a trace of the configuration's model."""
+    """Reads the routing in a trace of the configuration's model."""
     from tools.report import open_routing  # imports torch, which a plan without a trace does not need
 
     routing, groups = open_routing(path), expert_groups(config.model.moe)
@@ -288,7 +289,7 @@ def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> 
 
 
 def model_shape(groups: Sequence[ExpertGroup], layers: Sequence[int]) -> str:
-    """Returns layers and groups of a model, for an error text."""
+    """Returns layers and groups of a model as text for an error message."""
     each = (
         f"{g.name}: top {g.top_k} of {g.num_experts} + {g.num_columns - g.num_experts}, width {g.ffn_dim}" for g in groups
     )
@@ -296,7 +297,7 @@ def model_shape(groups: Sequence[ExpertGroup], layers: Sequence[int]) -> str:
 
 
 def solved_slots(load_LE: np.ndarray, ep: int) -> tuple[tuple[int, ...], ...]:
-    """Returns the slots that `solve` finds, with equally many for each rank."""
+    """Returns each rank's experts by the placement solver, equally many for each rank."""
     slots_R = np.full(ep, -(-load_LE.shape[1] // ep))
     return slots_of(solve(load_LE, slots_R), ep)
 
@@ -313,7 +314,7 @@ def best_of_each(ranked: Sequence[Estimate], counts: Sequence[int]) -> list[Esti
 
 
 def unlike(ranked: Sequence[Estimate]) -> list[Estimate]:
-    """Returns the best layout of each EP size, placement and kind of recomputation, at most `SHOWN`."""
+    """Returns the best layout of each EP size, placement and kind of recomputation, at most `SHOWN` layouts."""
     best: dict[tuple[int, str, str], Estimate] = {}
     for each in ranked:
         parallel = each.config.parallel
@@ -322,7 +323,8 @@ def unlike(ranked: Sequence[Estimate]) -> list[Estimate]:
 
 
 def no_layout(config: Config, counts: Sequence[int], every: Sequence[Estimate], most: float) -> ConfigError:
-    """Returns the error for the case that no layout can be ranked; it names the nearest layout or size that would fit."""
+    """Returns the error for the case that no layout can be ranked; the error names the nearest layout or size that would
+    fit."""
     if not every:
         batch, least = config.train.global_batch, min(counts)
         near = max((n for n in range(1, batch + 1) if batch % n == 0 and n <= least), default=1)
@@ -340,7 +342,7 @@ def no_layout(config: Config, counts: Sequence[int], every: Sequence[Estimate], 
     )
 
 
-# Columns of the table of layouts: head and cell.
+# Columns of the table of layouts: head, and function that makes a cell.
 COLUMNS: dict[str, Callable[[Estimate], str]] = {
     "GPUs": lambda each: str(each.gpus),
     "layout": lambda each: each.name,
@@ -353,11 +355,11 @@ COLUMNS: dict[str, Callable[[Estimate], str]] = {
     "P(full)": lambda each: f"{each.out_of_memory:.2g}",
 }
 WIDE_ONLY = ("GB inside", "GB between", "P(full)")
-WIDE = 120  # terminal columns from which on all columns fit
+WIDE = 120  # terminal width from which on all table columns fit
 
 
 def print_plan(ranked: Sequence[Estimate], best: Estimate, count: int, rates: Rates, options: PlanOptions) -> None:
-    """Prints the best layouts, or with a range the best of each number of GPUs, and the sources of the numbers."""
+    """Prints the best layouts, or with a range the best layout of each number of GPUs, and the numbers' sources."""
     counts = sorted({each.gpus for each in ranked})
     shown = best_of_each(ranked, counts) if len(counts) > 1 else ranked[:SHOWN]
     where = "the trace" if options.trace is not None else "expectations of the configuration under uniform routing"
@@ -372,7 +374,7 @@ def print_plan(ranked: Sequence[Estimate], best: Estimate, count: int, rates: Ra
     console = Console(width=None if Console().is_terminal else 200, highlight=False)
     columns, widest = dict(COLUMNS), None
     if console.width < WIDE:
-        widest = len("GB of memory,")  # width at which the head of this column wraps; the layouts get the remaining width
+        widest = len("GB of memory,")  # width at which the head wraps; the layouts' column gets the remaining width
         columns = {head: cell for head, cell in columns.items() if head not in WIDE_ONLY}
         table.caption += f" A terminal of {WIDE} columns also shows {', '.join(WIDE_ONLY)}."
     if options.price is not None:

@@ -1,9 +1,10 @@
-"""Compares the step model of `moe-dist plan` with measured layouts: fits it on half of them, and predicts the other half.
+"""Compares the step model of `moe-dist plan` with measured layouts: fits the model on half of the layouts, and predicts the
+other half.
 
     python -m tools.plan_holdout FOLDER --rates rates.yaml           # measures what FOLDER lacks, then judges
     python -m tools.plan_holdout FOLDER --rates rates.yaml --judge   # judges what is there
 
-Needs the prepared data of the default job. docs/planning.md has the pass rule.
+The command needs the prepared data of the default job. docs/planning.md has the pass rule.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,8 +45,8 @@ def _choices(top_k: int, num_null: int) -> tuple[str, ...]:
     )
 
 
-# Neighbours differ in one factor, so that the layouts at even and at odd places both have every factor. The workload W4 is
-# left out, because its ranks have different numbers of tokens, unlike the ranks of a training step.
+# Neighbours in the list differ in one factor, so that the layouts at even and those at odd places vary every factor. The
+# workload W4 is left out, because its ranks have different numbers of tokens, unlike the ranks of a training step.
 LAYOUTS: tuple[MeasuredLayout, ...] = (
     *(_layout(f"parallel.ep={n}", f"parallel.recompute={each}") for n in (1, 2, 4) for each in RECOMPUTE),
     *(_layout(f"parallel.ep={ep}", *_choices(4, number)) for number in (0, 8, 72) for ep in (2, 4)),
@@ -69,11 +70,11 @@ class Observed:
     """The measurements of one layout.
 
     Attributes:
-        seconds: Seconds of a step, by clock. `cpu`: CPU seconds, mean over ranks, lower quartile over steps. `wall`: the
-            shortest step, because other load of the machine only makes steps longer.
+        seconds: Seconds of a step, by clock. `cpu`: CPU seconds, mean over ranks, lower quartile over steps. `wall`: wall
+            time of the shortest step, because other load of the machine only makes steps longer.
         spread: By clock, the relative difference between the median over steps and `seconds`.
-        sent, replayed: Bytes that the traced step sent, and bytes that `replay` counts for its choices.
-        memory: Bytes of all tensors of the fullest rank, at their peak in the traced step.
+        sent, replayed: Bytes that the traced step sent, and bytes that `replay` counts for the traced expert choices.
+        memory: Peak bytes of all tensors of the fullest rank in a step.
     """
 
     name: str
@@ -151,7 +152,7 @@ def observed(folder: Path) -> list[Observed]:
 
 
 class Predicted:
-    """Estimates of runs. Values that do not depend on the fitted factors are computed once."""
+    """Estimates step times and memory of runs. Values that do not depend on the fitted factors are computed once."""
 
     def __init__(self, runs: Sequence[Observed], rates: Rates) -> None:
         self._runs = [(run, Planner(rates, run.source, run.mix, rates.memory)) for run in runs]
@@ -165,13 +166,13 @@ class Predicted:
 
 
 def seconds_of(estimates: Sequence[Estimate], clock: Clock) -> np.ndarray:
-    """Returns predicted seconds of a step; for the clock `cpu` only time in which the mean rank computes, exchanges or
-    sums."""
+    """Returns predicted seconds of a step; for the clock `cpu` only time in which the average rank computes, exchanges rows
+    or sums gradients."""
     return np.array([e.seconds if clock == "wall" else e.busy + e.wire + e.tail for e in estimates])
 
 
 def peak_of(estimate: Estimate) -> float:
-    """Returns the predicted bytes of tensors, without the assumed bytes of allocator and libraries."""
+    """Returns the predicted bytes of tensors, without the bytes assumed for allocator and libraries."""
     return (estimate.memory[0] - LIBRARIES) / (1 + SLACK)
 
 
@@ -180,8 +181,8 @@ FACTORS = ("dense", "experts", "launch", "recompute", "exchange")
 
 def fitted(rates: Rates, seconds: Callable[[Rates], np.ndarray], measured: np.ndarray, rounds: int = 8) -> Rates:
     """Fits the factors of `ScaleSection` to measured seconds, by Gauss-Newton steps on the logarithms of seconds. A small
-    penalty keeps a factor at 1 if no run depends on it."""
-    count = len(FACTORS) + 1  # the last value is 1 + ScaleSection.step / the shortest measured step
+    penalty keeps a factor at 1 if no run depends on this factor."""
+    count = len(FACTORS) + 1  # the last value is 1 + ScaleSection.step / (the shortest measured step)
     logs, shortest = np.zeros(count), float(measured.min())
 
     def with_scale(values: np.ndarray) -> Rates:
@@ -211,8 +212,8 @@ def judged(
     rates: Rates,
     predict: Callable[[Sequence[Observed], Rates], Callable[[Rates], Sequence[Estimate]]] = Predicted,
 ) -> tuple[bool, list[str]]:
-    """Fits, for each clock, on the runs at even places, and predicts the runs at odd places. Returns whether all rules
-    hold, and the lines to print, with failures first."""
+    """Fits the step model, for each clock, on the runs at even places, and predicts the runs at odd places. Returns whether
+    all rules hold, and the lines to print, with failed rules first."""
     if len(runs) < 4:
         raise DataError(f"{len(runs)} layouts: a fit and its test need at least four; run the command without --judge")
     learnt, held = predict(runs[::2], rates), predict(runs[1::2], rates)

@@ -1,10 +1,10 @@
 """Lists layouts of a run with engine.kind=megatron: parameters, memory and FLOPs of a rank. See docs/planning.md.
 
-Step times are not simulated. engine.cp stays as configured, because it follows from the length of sequences. With m
+Step times are not simulated. engine.cp stays as configured, because the length of sequences determines engine.cp. With m
 micro-batches a pipeline stage is idle for the fraction (pp - 1) / vpp / (m + (pp - 1) / vpp) of a step (arXiv 2104.04473,
-section 2.2). Layouts are sorted by GPUs, the fewest first. Among layouts with the same number of GPUs, layouts with more
-idle time than IDLE come last; the others are sorted by tp, whose ranks exchange activations in every layer, then by idle
-time. The configured placement policy comes before other policies, and small EP groups before large groups.
+section 2.2). Layouts are sorted by number of GPUs, the fewest first. Layouts with the same number of GPUs are sorted by
+whether their idle fraction exceeds IDLE, then by tp (whose ranks exchange activations in every layer), then by idle
+fraction. The configured placement policy comes before other policies, and small EP groups before large groups.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,13 +33,13 @@ IDLE = 0.1
 
 @dataclass(frozen=True)
 class PipelineLayout:
-    """A layout, and the numbers of its fullest rank."""
+    """A layout, and parameters and memory of its fullest rank."""
 
     config: Config
     parameters: float  # parameters of the fullest rank
     memory: float  # bytes of memory of the fullest rank
     flops: float  # FLOPs of a rank in a step, recomputation included
-    idle: float  # fraction of a step in which a stage is idle
+    idle: float  # fraction of a step in which a pipeline stage is idle
 
     @property
     def gpus(self) -> int:
@@ -48,11 +48,11 @@ class PipelineLayout:
 
     @property
     def needed(self) -> float:
-        """Returns the bytes of memory, including the allocator's losses and the libraries' memory."""
+        """Returns the fullest rank's bytes of memory, including the allocator's losses and the libraries' memory."""
         return (1 + SLACK) * self.memory + LIBRARIES
 
     def order(self, policy: str) -> tuple[int, bool, int, float, bool, int]:
-        """Returns the key by which layouts are sorted; see the top of this file. `policy` is the configured placement."""
+        """Returns the key by which layouts are sorted; see the module's docstring. `policy` is the configured placement."""
         engine: Any = self.config.engine
         other = self.config.placement.policy != policy
         return self.gpus, self.idle > IDLE, engine.tp, self.idle, other, self.config.parallel.ep
@@ -61,7 +61,7 @@ class PipelineLayout:
 def plan_layouts(
     config: Config, counts: Sequence[int], token_mix: Mapping[str, int], *, node: int, most: float
 ) -> PipelineLayout:
-    """Prints the first layouts on `counts` GPUs that fit into `most` bytes of memory, and returns the first of them.
+    """Prints the first layouts on `counts` GPUs that fit into `most` bytes of memory per GPU, and returns the first layout.
 
     Args:
         node: Number of ranks of a node, which is the largest `engine.tp`.

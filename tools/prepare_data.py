@@ -63,7 +63,8 @@ def main(
     strict: Annotated[bool, typer.Option("--strict", help="End at a file that cannot be read; else leave it out.")] = False,
 ) -> None:
     """Prepare a data set. The default takes a minute: OpenMoji pictures with their names, and Python sources."""
-    # Numeric libraries read these variables when `prepare` imports them. More threads would only delay the start.
+    # Numeric libraries read the variables below when `prepare` imports the libraries. More threads would only delay the
+    # start.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ.setdefault(name, str(min(4, os.cpu_count() or 1)))
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Scores a trained run on questions, and writes the samples for router tuning. See docs/router-tuning.md."""
+"""Scores a trained model on questions, and writes the samples for router tuning. See docs/router-tuning.md."""
 
 import os
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class PrepareOptions:
 def main(options: PrepareOptions) -> None:
     """Score a run on training questions, and write samples for router tuning."""
     env = RankEnv.from_environment(os.environ)
-    check_place(options.out)  # all checks come before the model is loaded, because loading takes long
+    check_place(options.out)  # all checks come before the model is loaded, which is slow
     tasks, device = task_names(options.tasks), choose_device(options.device)
     embedder = Embedder(options.embedder, device)
     trained = find_trained(options.run, step=options.step, data=options.data, allow=_faults)
@@ -70,7 +70,8 @@ def main(options: PrepareOptions) -> None:
         embedded_text(question, listed=options.rotations)  # raises if a question has no text to embed
     prompts = Prompts(vocabulary, listed=options.rotations)
     written = write(questions, prompts, rotations=options.rotations, max_seq_len=model.max_seq_len)
-    # A damaged embedder thus fails before the scoring. The check uses the CPU, because no rank has chosen a device yet.
+    # Embeds one text, so that a damaged embedder fails before the scoring; on the CPU, because no rank has chosen a device
+    # yet.
     Embedder(options.embedder, "cpu")(["a text"])
     with one_group(env, device) as (mesh, device):
         likelihood = trained.likelihood(device, mesh)
@@ -82,7 +83,7 @@ def main(options: PrepareOptions) -> None:
             places=[model.moe_layers.index(layer) for layer in layers],
             mesh=mesh,
         )
-        routing_SLC = reader([each.sample.prompt for each in scored]).numpy()  # collective: each rank computes a part
+        routing_SLC = reader([each.sample.prompt for each in scored]).numpy()  # collective: each rank reads some prompts
     if env.rank == 0:  # after the end of the process group, so that no collective can time out during a slow embedding
         embeddings_SE = embedder([each.text for each in scored])
         manifest = write_samples(
@@ -119,7 +120,7 @@ def _layers(wanted: str, config: Config) -> tuple[int, ...]:
 
 
 def _manifest(options: PrepareOptions, trained: LoadedRun, embedder: Embedder, layers: tuple[int, ...]) -> TuningManifest:
-    """Makes the manifest of the samples; `write_samples` fills in its counts."""
+    """Makes the manifest of the samples; `write_samples` fills in the manifest's counts."""
     return TuningManifest(
         checkpoint=content_hash(open_checkpoint(trained.folder).index),
         run=str(trained.folder),

@@ -1,4 +1,5 @@
-"""Draws the routing of a run, or of a trace (also one of another system), into one HTML file. See docs/monitoring.md."""
+"""Draws the routing of a run, or of a trace (of moe_dist or of another system), into one HTML file. See
+docs/monitoring.md."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,7 @@ from moe_dist.runtime.run_folder import RunFolder
 
 MOST_BYTES = 5_000_000
 MOST_RANKS = 4096
-LARGEST_EP = 64  # largest EP size in the byte ledger without --ep
+LARGEST_EP = 64  # largest EP size in the byte ledger, except sizes in --ep
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ def main(options: ReportOptions) -> None:
 
 
 def page_of(subject: Subject) -> bytes:
-    """Renders the report. A page of more than MOST_BYTES is rendered again, with one range of steps in place of twelve. If
-    the second page is still too large, a third page also omits the co-activation matrices, and is returned whatever its
-    size."""
+    """Renders the report. A page of more than MOST_BYTES is rendered again, with one range of steps instead of twelve
+    ranges. If the second page is still too large, a third page also omits the co-activation matrices, and is returned even
+    if it is larger than MOST_BYTES."""
     page = b""
     for fewer in ({}, {"slides": 1}, {"slides": 1, "matrix_cells": 0}):
         page = render(replace(subject, **fewer)).encode()
@@ -102,7 +103,7 @@ def page_of(subject: Subject) -> bytes:
 
 
 def _read_placement(path: Path, groups: tuple[ExpertGroup, ...]) -> ExpertPlacement:
-    """Reads a placement from a file with the keys of the configuration section `placement` (policy explicit)."""
+    """Reads a placement from a file with the keys of the configuration section `placement` for the policy `explicit`."""
     try:
         values, problems = read_mapping(path, "policy and slots")
     except (OSError, ValueError) as error:
@@ -115,7 +116,7 @@ def _read_placement(path: Path, groups: tuple[ExpertGroup, ...]) -> ExpertPlacem
 
 
 def _sizes(option: str, text: str) -> tuple[int, ...]:
-    """Returns the whole numbers in an option, each once."""
+    """Returns the distinct whole numbers in an option."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     if wrong := [word for word in words if not word.isdecimal() or not 0 < int(word) <= MOST_RANKS]:
         raise ConfigError(f"{option} {text}: {wrong[0]!r} is no whole number from 1 to {MOST_RANKS}; write them as 2,4,8")
@@ -208,10 +209,10 @@ def _of_run(path: Path, data: Path | None) -> Routing:
 
 
 def _open_trace(path: Path, *, counted: bool = False) -> tuple[Trace, Manifest]:
-    """Returns a trace, and the manifest of its last attempt.
+    """Returns a trace, and its last attempt's manifest.
 
     Args:
-        counted: If true, counts of choices come from metrics.jsonl, and the trace may have no step.
+        counted: Whether expert choices are counted in metrics.jsonl, so that the trace need not have a step.
 
     Raises:
         DataError: the trace has no step, or attempts have different models.
@@ -241,7 +242,7 @@ def _placement(path: Path, manifest: Manifest) -> ExpertPlacement:
 
 
 def _placement_of_run(path: Path, groups: tuple[ExpertGroup, ...], ep: int) -> ExpertPlacement:
-    """Returns the placement of a run without trace, from its last checkpoint."""
+    """Returns the placement of a run without trace, from the run's last checkpoint."""
     directory = CheckpointDirectory(RunFolder(path).checkpoints)
     steps = directory.steps()
     if not steps:
@@ -263,11 +264,11 @@ def _layouts(routing: Routing, sizes: Sequence[int]) -> Iterator[Layout]:
     for size in sorted({*known, *sizes, own.num_ranks} - {1}):
         if size == own.num_ranks:
             yield Layout("as in the run", own)
-        for section in (PinnedSection(), InterleavedSection())[len(routing.groups) == 1 :]:  # one group: both are equal
+        for section in (PinnedSection(), InterleavedSection())[len(routing.groups) == 1 :]:  # equal with one group
             try:
                 placement = make_placement(section, routing.groups, num_ranks=size, token_mix=mix)
             except ConfigError:
-                continue  # pinned needs a rank for each group
+                continue  # the policy `pinned` needs a rank for each group
             if placement.slots not in seen:
                 yield Layout(section.policy, placement)
             seen.add(placement.slots)
@@ -279,10 +280,11 @@ def _names(configuration: Any, data: Path | None, tokenizer_json: str | None = N
     Args:
         configuration: The stored configuration of the run; its data.path is the folder of the data set.
         data: The folder to which the data set has moved; None if it has not moved.
-        tokenizer_json: The tokenizer's file, read if the configuration names no data set; gives only `name_of`.
+        tokenizer_json: The tokenizer's file, which is read if the configuration names no data set, and gives only
+            `name_of`.
 
     Returns:
-        No fields if the data set cannot be read. The report then shows token ids.
+        No fields if the data set cannot be read, so that the report shows token ids.
 
     Raises:
         ConfigError: `data` cannot be read.
@@ -297,7 +299,7 @@ def _names(configuration: Any, data: Path | None, tokenizer_json: str | None = N
         codes = None
         if manifest.image is not None and manifest.image.codebook is not None:
             codes = load_codebook(folder / manifest.image.codebook)
-    except (MoeDistError, OSError, KeyError, TypeError) as error:  # another system has no data; names are optional
+    except (MoeDistError, OSError, KeyError, TypeError) as error:  # another system's trace has no data; names are optional
         if data is not None:
             raise ConfigError(f"--data {data}: {error}") from error
         return {}

@@ -42,7 +42,7 @@ def main(options: TraceOptions) -> None:
     folder = _folder(options, trained)
     groups = placement_for_use(trained.config, 1).groups
     placement = trained_placement(trained.folder, groups)
-    with one_group(env, device) as (mesh, device):  # every rank has seen that the folder is new
+    with one_group(env, device) as (mesh, device):  # every rank has checked that the folder is new
         tokens = trace_heldout(
             trained.load(device, mesh),
             folder / "heldout",

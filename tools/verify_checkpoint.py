@@ -1,4 +1,5 @@
-"""Checks that a checkpoint is whole: every tensor exists once, has the right shape, is finite, and has the saved bits."""
+"""Checks that a checkpoint is complete and undamaged: every tensor exists once, has the right shape, is finite, and has the
+saved bits."""
 
 import json
 from collections.abc import Mapping
@@ -45,7 +46,7 @@ def main(
 
 
 def _look_at_base(state: StateFile | None, folder: Path) -> Path | None:
-    """Finds the base of a checkpoint of adapters, which has the frozen weights; returns None for other checkpoints."""
+    """Finds the base checkpoint (the frozen weights) of a checkpoint of adapters; returns None for other checkpoints."""
     from moe_dist.checkpoint.base import KEY, Base, find_base
 
     if state is None or KEY not in state.values:
@@ -54,8 +55,8 @@ def _look_at_base(state: StateFile | None, folder: Path) -> Path | None:
 
 
 def _expected(state: StateFile | None) -> tuple[Mapping[str, TensorSpec] | None, str]:
-    """Returns the tensors that a checkpoint with this configuration must have. Returns None and a remark if there is no
-    readable configuration."""
+    """Returns the tensors that a checkpoint must have by its configuration. Returns None and a remark if the checkpoint has
+    no readable configuration."""
     from moe_dist.config.schema import Config
     from moe_dist.train.build import state_specs
 

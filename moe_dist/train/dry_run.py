@@ -1,7 +1,7 @@
-"""Estimates the parameters, FLOPs, memory, checkpoint size, tokens and hours of a run. Needs no GPU and no data.
+"""Estimates the parameters, FLOPs, memory, checkpoint size, tokens and hours of a run. A dry run needs no GPU and no data.
 
-A dry run builds the model on the meta device to check the computed number of parameters. FLOPs, memory and traffic are
-expected values for a router that chooses all experts of a group, null experts included, with equal probability.
+The model is built on the meta device to check the computed number of parameters. FLOPs, memory and traffic are expected
+values for a router that chooses each expert of a group, null experts included, with equal probability.
 """
 
 from collections import Counter
@@ -29,13 +29,13 @@ class DryRun:
 
     layout: PlannedLayout  # placement of the experts, and each modality's share of the tokens
     world_size: int
-    parts: flops.Parts  # parameters by part of the model
-    active_parameters: float  # mean number of parameters that a token uses
+    parts: flops.Parts  # number of parameters of each part of the model
+    active_parameters: float  # mean number of parameters that compute a token
     forward: flops.Parts  # FLOPs per token by part of the model
     training_flops: tuple[float, float]  # FLOPs per token of forward and backward, without and with recomputation
-    plan: PlacementPlan  # expected work and traffic of each rank
-    rank: int  # the EP rank that needs most memory
-    rank_memory: memory.RankMemory  # memory of that EP rank
+    plan: PlacementPlan  # expected expert FLOPs and traffic of each rank
+    rank: int  # the EP rank that needs the most memory
+    rank_memory: memory.RankMemory  # memory of the EP rank `rank`
     exchange_bytes: float  # bytes per token, sent by all layers in forward, backward and recomputation
     checkpoint_bytes: float
     tokens: int  # tokens of the whole run, padding included
@@ -45,10 +45,11 @@ def dry_run(config: Config, *, tokens_per_second: float | None = None, console: 
     """Prints the estimates of a run and returns them.
 
     Args:
-        tokens_per_second: Throughput of all ranks together, from which the hours are computed; None for no hours.
+        tokens_per_second: Throughput of all ranks together, from which the run's hours are computed; None for no hours.
 
     Raises:
-        ConfigError, DataError: the run is not possible. The error lists every problem that can be found without the data.
+        ConfigError, DataError: the run is not possible. The error message lists every problem that can be found without the
+            data.
     """
     result = estimate(config)
     console = console or Console()
@@ -140,7 +141,7 @@ def _agree_with_model(config: Config, layout: PlannedLayout, parts: flops.Parts)
     """Checks that the sum of `parts` equals the number of parameters, over all EP ranks, of the model of the run."""
     placement, total = layout.placement, 0
     held_R = [tuple(len(placement.local_experts(rank, g)) for g in layout.groups) for rank in range(placement.num_ranks)]
-    for held, ranks in Counter(held_R).items():  # one model serves all ranks with the same numbers of experts
+    for held, ranks in Counter(held_R).items():  # all ranks with the same numbers of experts have equal models
         with torch.device("meta"):
             model = build_model(config, placement, ep_rank=held_R.index(held), ep_group=None)
         experts = _numel([each.parameter for each in named_parameters(model) if each.role in EXPERTS])

@@ -29,6 +29,6 @@ ENGINES: dict[str, Callable[[Config], AbstractContextManager[Build]]] = {"moe_di
 
 
 def started_engine(config: Config) -> AbstractContextManager[Build]:
-    """Starts the engine of a run for a `with` block. Call it after the process groups are made. Yields the function that
-    builds model, optimizer and training step."""
+    """Starts the engine of a run for a `with` block. Call this function after the process groups are made. Yields the
+    function that builds model, optimizer and training step."""
     return ENGINES[config.engine.kind](config)

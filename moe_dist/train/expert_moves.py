@@ -1,7 +1,7 @@
-"""Moves experts between the ranks of an EP group: their weights and moments, bit for bit.
+"""Moves experts (weights and moments, bit for bit) between the ranks of an EP group.
 
-A move keeps each rank's number of experts of each group. Parameters and moments therefore keep their shapes and memory, and
-only their values change. Nothing on disk changes: after a crash the run resumes from its last checkpoint.
+A move changes no rank's number of experts of a group. Parameters and moments therefore keep their shapes and memory, and
+only their values change. A move changes nothing on disk: after a crash the run resumes from its last checkpoint.
 """
 
 from collections.abc import Iterator
@@ -25,12 +25,14 @@ from moe_dist.placement.roles import EXPERTS, NamedParameter
 
 @dataclass(frozen=True)
 class Route:
-    """The move of one group's experts, for one rank.
+    """What one rank sends and receives when one group's experts move.
 
     Attributes:
-        send: Indices, in this rank's stack of the group's experts, of the experts that leave, ordered by their new ranks.
+        send: Indices, in this rank's stacked tensor of the group's experts, of the experts that leave, ordered by their new
+            ranks.
         splits: Numbers of experts sent to and received from each rank.
-        take: For each expert of the new stack its index in the list of the old stack followed by the received experts.
+        take: For each expert of the new stacked tensor: the index of this expert in the old stacked tensor with the
+            received experts appended.
     """
 
     send: list[int]
@@ -53,7 +55,8 @@ class Route:
 
 
 def same_shapes(one: ExpertPlacement, other: ExpertPlacement) -> bool:
-    """Returns whether each rank has as many experts of each group in one placement as in the other, as a move needs."""
+    """Returns whether each rank has equally many experts of each group in both placements, as a move of experts
+    requires."""
     if one.groups != other.groups or one.num_ranks != other.num_ranks:
         return False
     ranks = range(one.num_ranks)
@@ -62,8 +65,8 @@ def same_shapes(one: ExpertPlacement, other: ExpertPlacement) -> bool:
 
 @torch.no_grad()
 def move_experts(parallel: ParallelModel, optimizer: Optimizer, old: ExpertPlacement, new: ExpertPlacement) -> None:
-    """Moves weights and moments of all experts to the ranks of `new`. Collective over the EP groups. Takes memory for one
-    stack of experts at a time, and for the whole stack even if FSDP2 shards it over edp."""
+    """Moves weights and moments of all experts to the ranks of `new`. Collective over the EP groups. Needs memory for one
+    stacked tensor of experts at a time, unsharded even if FSDP2 shards the tensor over edp."""
     assert same_shapes(old, new), f"{old.slots} cannot become {new.slots}"
     mesh = parallel.mesh
     wire = AllToAll(mesh.ep, CommStats(), mesh.tracker)
@@ -85,7 +88,7 @@ def move_experts(parallel: ParallelModel, optimizer: Optimizer, old: ExpertPlace
 
 
 def _tensors(named: NamedParameter, optimizer: Optimizer) -> Iterator[Tensor]:
-    """Yields a stack of experts and its moments. A rank with an empty stack yields empty tensors in place of moments."""
+    """Yields a stacked tensor of experts, then its moments. On a rank without experts all yielded tensors are empty."""
     yield named.parameter.detach()
     state = optimizer.state.get(named.parameter, {})
     if named.parameter.requires_grad:

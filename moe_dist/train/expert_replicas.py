@@ -1,5 +1,5 @@
-"""Gives experts replicas on other ranks of their EP group. Sends no weights: each forward sends the weights of replicas
-(`moe/replicas.py`)."""
+"""Gives experts replicas on other ranks of their EP group. No weights are sent here: each forward sends the weights of
+replicas (`moe/replicas.py`)."""
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.replicas import ReplicaDispatcher
@@ -10,10 +10,11 @@ from moe_dist.train.build_dispatch import DispatchParts
 
 
 def give_replicas(parallel: ParallelModel, parts: DispatchParts, placement: PlacementWithReplicas) -> None:
-    """Gives all MoE layers the replicas of `placement` instead of their present replicas. All ranks call the function
-    between two steps."""
+    """Replaces the experts' replicas of all MoE layers by the replicas in `placement`. All ranks call the function between
+    two steps."""
     mesh, layers = parallel.mesh, parallel.model.moe_modules()
-    # `parts.all_to_all` is not used, because its checksums of rows may be switched on, and an expert is too long for them.
+    # `parts.all_to_all` is not used, because its checksums of rows may be switched on, and an expert is too long for
+    # checksums.
     wire = AllToAll(mesh.ep, parts.all_to_all.comm_stats, mesh.tracker)
     names = [str(layer.name) for layer in layers]
     dispatcher = ReplicaDispatcher(placement, parts.all_to_all, layers=names, device=mesh.device, **parts.options)

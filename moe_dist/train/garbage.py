@@ -1,6 +1,7 @@
 """Runs Python's garbage collector at the same steps on all ranks.
 
-An automatic collection stops one rank at a random moment, and the other ranks wait for this rank in their next collective.
+An automatic garbage collection stops one rank at a random moment, and the other ranks wait for this rank in their next
+collective.
 """
 
 import gc
@@ -12,8 +13,8 @@ COLLECT_EVERY = 50  # steps; `Trainer` collects
 
 @contextmanager
 def collected_by_steps() -> Iterator[None]:
-    """Turns automatic collections off. Later collections skip the objects that exist now, such as modules and the plan, and
-    therefore take only a few milliseconds."""
+    """Turns automatic collections off. Collections in the `with` block skip objects made before, such as modules and the
+    plan, and therefore take only a few milliseconds."""
     gc.collect()
     gc.freeze()
     gc.disable()

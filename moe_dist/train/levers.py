@@ -1,5 +1,5 @@
-"""The interface of levers, which keep the ranks equally busy during a run (section `rank_balance`). All levers are off by
-default."""
+"""The interface of levers, objects that keep the ranks equally busy during a run (section `rank_balance`). All levers are
+off by default."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,7 @@ from moe_dist.train.router_tuning.loader import SampleLoader
 
 
 class Lever(Protocol):
-    """Moves computation between ranks; changes the loss only by rounding. All ranks make the same decisions."""
+    """Moves computation between ranks, which changes the loss only by rounding. All ranks make the same decisions."""
 
     def after_step(self, result: StepResult, *, step: int, position: int) -> LeverDecision | None:
         """Is called after each step. May issue collectives. Returns a decision to show, or None.
@@ -34,7 +34,7 @@ class Lever(Protocol):
 
 
 class LeverParts(NamedTuple):
-    """The values from which the functions below make a lever."""
+    """The values from which `build_levers` makes levers."""
 
     config: Config
     placement: ExpertPlacement
@@ -90,6 +90,6 @@ LEVERS: dict[str, Callable[[LeverParts], Lever | None]] = {
 
 
 def build_levers(parts: LeverParts) -> dict[str, Lever]:
-    """Makes the levers that are on, by name."""
+    """Makes the levers that the configuration switches on, by name."""
     made = {name: make(parts) for name, make in LEVERS.items()}
     return {name: lever for name, lever in made.items() if lever is not None}

@@ -1,4 +1,4 @@
-"""The base of levers that decide by the experts' loads in a window of steps.
+"""The base class of levers that decide by the experts' loads in a window of steps.
 
 Shape letters: S steps, L MoE layers, E true experts.
 """
@@ -19,7 +19,7 @@ class LoadLever(Generic[P]):
 
     Args:
         placement: Where the experts are now.
-        every: Number of steps of a window; the lever decides after its last step.
+        every: Number of steps of a window; the lever decides after the window's last step.
     """
 
     def __init__(self, placement: P, every: int) -> None:

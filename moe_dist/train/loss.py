@@ -29,7 +29,8 @@ from moe_dist.placement.placement import ExpertPlacement
 
 
 def aux_at(step: int, *, schedule: Sequence[tuple[int, float]], **settings: Any) -> AuxSettings:
-    """Returns the settings of step `step` (0-based): `settings`, and the balance coefficient from `schedule`."""
+    """Returns the settings of step `step` (0-based): `settings`, but with the balance coefficient of `schedule` at this
+    step."""
     return AuxSettings(balance=coefficient_at(schedule, step), **settings)
 
 
@@ -72,7 +73,8 @@ def forward(
     teacher: TeacherOutput | None = None,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
     """Runs a transformer or its data-parallel wrapper. Returns logits [B, S, V], or with `losses` each label's cross
-    entropy [B, S], or with `losses` and a `teacher` both losses [2, B, S]; and one report per MoE layer."""
+    entropy [B, S], or with `losses` and a `teacher` cross entropy and KL divergence [2, B, S]; and one report per MoE
+    layer."""
     group_BS = group_of_modality[batch.modality_BS].masked_fill(batch.padding_BS, -1)
     labels_BS = batch.labels_BS if losses else None
     inputs = (batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request, labels_BS)
@@ -84,8 +86,8 @@ def global_counts(
 ) -> Callable[[], StepCounts[Tensor]]:
     """Starts the sum of the counts in `reports` over all ranks: one all-reduce, and a second one with mixture of depths.
 
-    Collective: all ranks must call it once per micro-batch, outside recomputed code. Returns a function that waits for the
-    sums and returns them in float64; without mixture of depths the fields depth_... are empty.
+    Collective: all ranks must call this function once per micro-batch, outside recomputed code. Returns a function that
+    waits for the sums and returns them in float64; without mixture of depths the fields depth_... are empty.
     """
     sums = [report.sums for report in reports]
     rows = [
@@ -93,7 +95,7 @@ def global_counts(
         for each in sums
     ]
     parts = [torch.stack(part).to(torch.float64) for part in zip(*rows, strict=True)]
-    # One row per layer, with all fields. Another layout would change the last bits of sums, because the order in which an
+    # One row of fields per layer. Another layout would change the last bits of sums, because the order in which an
     # all-reduce adds the ranks' numbers depends on their place in the tensor.
     packed = start_sum(torch.cat(parts, dim=1), group, name=ROUTING_COUNTS, tracker=tracker)
     depth = _depth_counts(reports, parts[1], group, tracker)
@@ -109,7 +111,7 @@ def _depth_counts(
     """Starts one all-reduce, which sums the mixture-of-depths counts over all ranks.
 
     Returns a function that waits for the sums and returns the fields of `StepCounts` from depth_tokens_P to depth_taken_PG.
-    Without mixture of depths nothing is sent, and these fields are empty.
+    Without mixture of depths nothing is sent, and the returned fields are empty.
     """
     rows = []
     for report in reports:
@@ -144,12 +146,12 @@ def depth_statistics(
 
 
 def on_host(counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
-    """Copies counts to the host. All fields become int64, except the fields in FRACTIONAL."""
+    """Copies counts to the host. All fields become int64, except the fields in FRACTIONAL, which stay float64."""
     return counts_from(torch.cat([part.flatten() for part in counts]).cpu().numpy(), counts)  # one sync for all fields
 
 
 def counts_from(flat: np.ndarray, counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
-    """Cuts `flat`, the flattened and joined fields of counts, into fields with the shapes of `counts`."""
+    """Cuts `flat`, the concatenation of flattened fields, into fields with the shapes of `counts`."""
     arrays, end = {}, 0
     for name, part in zip(counts._fields, counts, strict=True):
         start, end = end, end + part.numel()
@@ -203,15 +205,16 @@ def micro_loss(
     Args:
         losses_BS: Cross entropy of each label, 0 where the label is IGNORED.
         labels_in_step: Number of labels (without IGNORED) of the step, over all ranks and micro-batches.
-        share: Weight of the micro-batch in the step. The auxiliary terms are means over its tokens on all ranks.
+        share: Weight of the micro-batch in the step. The auxiliary terms are means over the micro-batch's tokens on all
+            ranks.
         counts: Routing counts of the micro-batch over all ranks (`global_counts`).
-        share_G: Weight of each group's terms; None for `share`.
-        load: Expert loads for the balance loss; None for the loads in the micro-batch.
+        share_G: Weight of each group's balance and auxiliary-router terms; None to use `share`.
+        load: Expert loads for the balance loss; None to use the loads in the micro-batch.
     """
 
     def weighted(coefficient: float, terms_LG: Tensor) -> Tensor:
         if share_G is None:
-            return coefficient * share * terms_LG.sum()  # another order would change the last bit of older runs
+            return coefficient * share * terms_LG.sum()  # another order would change the last bit of a run's loss
         return coefficient * (share_G * terms_LG.sum(0)).sum()
 
     prob_LC = torch.stack([report.sums.prob_C for report in reports])

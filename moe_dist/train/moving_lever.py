@@ -1,10 +1,10 @@
-"""Decides when experts change ranks. The decision depends only on routing counts, and is therefore equal on all ranks and
-in all runs with the same seed.
+"""Decides when experts change ranks. Decisions depend only on routing counts, and are therefore equal on all ranks and in
+all runs with the same seed.
 
-A window of steps is cut in two halves. From the loads of the first half the placement solver finds swaps of experts; the
-loads of the second half judge the swaps. A placement that only fits the noise of the first half therefore shows no gain. A
-placement's load is the busiest rank's load, summed over steps and layers, which also spreads the experts of a rotating hot
-spot.
+A window of steps is cut in two halves. The placement solver finds swaps of experts for the loads of the first half-window;
+the loads of the second half-window judge the swaps. A placement that only fits the noise of the first half-window therefore
+shows no gain. The solver minimises the busiest rank's load, summed over steps and layers; so it also spreads experts that
+are busy in turn.
 
 Shape letters: S steps, L MoE layers, E true experts, R ranks of an EP group.
 """
@@ -21,14 +21,14 @@ from moe_dist.plan.solver import improve, pace, rank_loads, slots_of
 from moe_dist.train.expert_moves import same_shapes
 from moe_dist.train.load_lever import LoadLever
 
-LEAST_GAIN = 0.02  # fraction of the busiest rank's load; smaller gains are noise
+LEAST_GAIN = 0.02  # as a fraction of the busiest rank's load; smaller gains are noise
 # A move of an expert with n parameters sends at most 12 n bytes: weight and two moments in fp32. Muon's single moment or
-# bf16 moments make a move cheaper than computed. Forward and backward of a row of the expert take 6 n FLOPs.
+# bf16 moments make a move cheaper than computed. Forward and backward of one token by this expert take 6 n FLOPs.
 BYTES_OVER_FLOPS = 12 / 6
 
 
 class MovingLever(LoadLever[ExpertPlacement]):
-    """See `moe_dist.train.levers.Lever`. Its state is saved in checkpoints.
+    """See `moe_dist.train.levers.Lever`. The lever's state is saved in checkpoints.
 
     Args:
         placement: Where the experts are now.
@@ -74,7 +74,8 @@ class MovingLever(LoadLever[ExpertPlacement]):
         return LeverDecision("moving", taken, before / mean, after / mean, cost_steps=cost, why=why, placement=placement)
 
     def _cost(self, rank_E: np.ndarray, new_E: np.ndarray, layers: int) -> float:
-        """Returns a move's cost, as the rows x FFN width that the busiest sender or receiver could compute meanwhile."""
+        """Returns a move's cost, as the (token, expert) pairs x FFN width that the busiest sender or receiver could compute
+        during the move."""
         moved_E = rank_E != new_E
         sent, received = (np.bincount(each[moved_E], self._width_E[moved_E]) for each in (rank_E, new_E))
         most = max(sent.max(initial=0.0), received.max(initial=0.0))
@@ -85,14 +86,15 @@ class MovingLever(LoadLever[ExpertPlacement]):
         self.placement = placement
 
     def state(self) -> JsonValue:
-        """Returns the current and the configured placement of the experts, and the counts since the last decision."""
+        """Returns the current and the configured placement of the experts, and the routing counts since the last
+        decision."""
         slots: list[JsonValue] = [[*each] for each in self.placement.slots]
         configured: list[JsonValue] = [[*each] for each in self._configured]
         return {"slots": slots, "configured": configured, "pairs": self._stored_pairs()}
 
     def restore(self, state: JsonValue) -> None:
-        """Moves the experts to the saved placement. Collective. Leaves them in the configured placement if the ranks cannot
-        hold the saved one, or if the configuration has another placement now.
+        """Moves the experts to the saved placement. Collective. The experts keep the configured placement if the saved
+        placement has other numbers of experts per rank, or if the configured placement has changed since the save.
 
         Raises:
             DataError: the state was not made by `state`.

@@ -8,15 +8,16 @@ from moe_dist.runtime.run_folder import RunFolder
 def write_adapters(config: Config, folder: RunFolder, step: int) -> str:
     """Writes the folder, unless it exists, from the newest checkpoint, which must be the checkpoint of step `step`.
 
-    Returns a line for the summary: the folder, or why PEFT has no such adapters; "" if the run trains no adapters.
+    Returns a line for the summary: the folder, or why PEFT's format cannot store the adapters; "" if the run trains no
+    adapters.
 
     Raises:
-        DataError: the base of the adapters is missing or has another content hash.
+        DataError: the base checkpoint of the adapters is missing or has changed.
         CheckpointError: the folder cannot be written.
     """
     if config.train.only != "adapters":
         return ""
-    from moe_dist.hf.adapters import export_adapters  # imported here, because few runs need PEFT
+    from moe_dist.hf.adapters import export_adapters  # imported only here, because few runs need PEFT
 
     out = folder.path / "adapters" / f"step_{step}"
     try:

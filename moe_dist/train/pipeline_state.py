@@ -1,6 +1,6 @@
-"""Converts the state of Megatron-Core's model and optimizer to and from tensors with this project's logical names.
+"""Converts the state of Megatron-Core's model and optimizer to and from tensors with moe_dist's logical names.
 
-With these names a checkpoint loads at other degrees of TP, PP, EP and CP, at another placement, and in this project's own
+With logical names a checkpoint loads at other degrees of TP, PP, EP and CP, at another placement, and in moe_dist's own
 engine. The saved weights are the fp32 weights that the optimizer updates.
 """
 
@@ -27,12 +27,12 @@ _HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class _Slice:
-    """The part of a parameter that this rank's optimizer updates: all elements, a range of them, or none."""
+    """The part of a parameter that this rank's optimizer updates: all elements, a range of elements, or none."""
 
     optimizer: Any  # one of Megatron's plain optimizers
     main: Tensor | None  # the tensor that `optimizer` updates; None if only other ranks update the parameter
     begin: int = 0  # index of the first element of `main` in the flat parameter
-    sharded: bool = False  # whether data-parallel ranks update different elements
+    sharded: bool = False  # whether each data-parallel rank updates other elements
 
 
 class GptState:
@@ -43,13 +43,14 @@ class GptState:
 
     @property
     def counted(self) -> Optimizer:
-        """The optimizer of the dense parameters, whose step count is the run's, because every rank has dense parameters."""
+        """The optimizer of the dense parameters. This optimizer's step count is the run's, because every rank has dense
+        parameters."""
         return self._optimizers[0].optimizer
 
     def held(self) -> dict[str, LocalShard]:
-        """Returns this rank's tensors by logical name. Creates moments that do not exist yet. A load into these tensors
-        takes effect only after `loaded`. Collective with a distributed optimizer, whose tensors are gathered one by one
-        into host memory, which is freed with the result."""
+        """Returns this rank's tensors by logical name. Creates moments that do not exist yet. Values loaded into the
+        returned tensors take effect only after `loaded`. Collective with a distributed optimizer, whose tensors are
+        gathered one by one into host memory, which is freed with the returned dict."""
         for each in self._optimizers:
             for group in getattr(each.optimizer, "param_groups", ()):
                 for parameter in group["params"]:
@@ -88,7 +89,8 @@ class GptState:
                 yield chunk, name, kind, parameter
 
     def _buffers(self) -> Iterator[tuple[str, LocalShard]]:
-        """Yields the selection biases. A load writes directly into these tensors, which all ranks of a stage have."""
+        """Yields the selection biases. A checkpoint load writes directly into the yielded biases, which all ranks of a
+        pipeline stage have."""
         same = self._gpt.groups.tp_dp_cp
         for layer, router in self._gpt.routers.items():
             for name, tensor in router.state_dict(keep_vars=True).items():
@@ -96,13 +98,14 @@ class GptState:
                     yield f"layers.{layer}.moe.router.{logical_name(name)}", LocalShard(tensor, same.size(), same.rank())
 
     def _pieces(self, chunk: int, name: str, kind: str, whole: Tensor) -> Iterator[tuple[str, Piece]]:
-        """Yields the key and the piece of each logical tensor in a weight or moment."""
+        """Yields key and piece of each logical tensor in a weight or moment."""
         prefix = f"{OPTIMIZER_PREFIX}{kind}." if kind else ""
         for piece in self._gpt.pieces(chunk, name, whole):
             yield prefix + piece.name, piece
 
     def _whole(self, kind: str, parameter: nn.Parameter) -> Tensor:
-        """Returns the whole local weight (kind "") or moment: the optimizer's own tensor, or one gathered from shards."""
+        """Returns the whole local weight (kind "") or moment: the optimizer's own tensor, or a tensor gathered from
+        shards."""
         place = self._slice(parameter)
         if not place.sharded:
             return _updated(place, kind)
@@ -111,7 +114,7 @@ class GptState:
             shard = _updated(place, kind)
             flat[place.begin : place.begin + shard.numel()] = shard.flatten()
         expert = not getattr(parameter, "allreduce", True)
-        # The sum is over integers, to which all ranks but one add 0, so that every bit stays: as floats, -0.0 + 0.0 is 0.0.
+        # Sums the bits as integers, to which all ranks but one add 0, so that no bit changes; as floats, -0.0 + 0.0 is 0.0.
         dist.all_reduce(flat.view(torch.int32), group=self._gpt.groups.expt_dp if expert else self._gpt.groups.dp_cp)
         return flat.view(parameter.shape).to(_HOST)
 

@@ -27,7 +27,8 @@ from moe_dist.train.tracing import StepWatcher
 
 
 class PipelineModel:
-    """The model over all pipeline stages. A call has the arguments of `Transformer`, and returns losses and reports."""
+    """The model over all pipeline stages. A call has the arguments of `Transformer`, and returns losses and MoE layers'
+    reports."""
 
     def __init__(self, gpt: Gpt, pipeline: Pipeline, watch: LayerWatch) -> None:
         self.gpt, self.pipeline, self.watch = gpt, pipeline, watch
@@ -37,8 +38,8 @@ class PipelineModel:
         self, tokens_BS: Tensor, _positions_BS: Tensor, documents_BS: Tensor, group_BS: Tensor, request: RoutingRequest,
         labels_BS: Tensor | None,
     ) -> tuple[Tensor, Sequence[LayerReport]]:  # fmt: skip
-        """Returns the cross entropy of each label [B, S] (zeros on earlier stages and without labels), and one report per
-        MoE layer."""
+        """Returns the cross entropy of each label [B, S] (zeros on all stages but the last, and without labels), and one
+        report per MoE layer."""
         one = torch.ones((), device=tokens_BS.device)
         labels_BS = torch.full_like(tokens_BS, IGNORED) if labels_BS is None else labels_BS
         batch = MicroBatch(tokens_BS, documents_BS, group_BS, labels_BS, one, request)
@@ -51,8 +52,8 @@ class PipelineModel:
         return losses_BS, reports
 
     def with_choices(self, reports: Sequence[LayerReport], number: int, tokens_BS: Tensor) -> list[LayerReport]:
-        """Returns one report per MoE layer of the model with the choices of all tokens of a micro-batch, of which each TP,
-        CP and PP rank has a part. Collective over these ranks: sums of 12 bytes per token, layer and choice."""
+        """Returns one report per MoE layer of the model with the expert choices of all tokens of a micro-batch; each TP, CP
+        and PP rank has some of them. Collective over TP, CP and PP ranks: sums of 12 bytes per token, layer and choice."""
         groups, layers = self.gpt.groups, self.gpt.config.model.moe_layers
         choices = max(group.top_k for group in self.gpt.place.placement.groups)
         column_TLK = torch.zeros((tokens_BS.numel(), len(layers), choices), dtype=torch.int64, device=tokens_BS.device)
@@ -60,7 +61,7 @@ class PipelineModel:
         for layer, (token_T, chosen) in self.watch.chosen[number].items():
             column_TLK[token_T, layers.index(layer)] = chosen.column_TK.to(column_TLK.dtype)
             weight_TLK[token_T, layers.index(layer)] = chosen.weight_TK.to(weight_TLK.dtype)
-        for tensor in (column_TLK, weight_TLK):  # every bit stays, because only one rank adds a value other than 0
+        for tensor in (column_TLK, weight_TLK):  # the sum is exact, because only one rank adds a value other than 0
             for group in (groups.tp, groups.cp, groups.pp):
                 sum_over(tensor, group if group.size() > 1 else None, name=TRACED_CHOICES, tracker=self.watch.tracker)
         parts = zip(column_TLK.to(torch.int16).unbind(1), weight_TLK.to(torch.float16).unbind(1), strict=True)
@@ -73,7 +74,7 @@ class PipelineModel:
         return [each._replace(chosen=chosen) for each, chosen in zip(reports, found, strict=True)]
 
     def _whole(self, losses_Bs: Tensor) -> Tensor:
-        """Gathers the losses at the positions of all context-parallel ranks; returns [B, S]."""
+        """Gathers the losses of all context-parallel ranks, each with some positions; returns [B, S]."""
         group, size = self.gpt.groups.cp, self.pipeline.cp_size
         parts = [torch.empty_like(losses_Bs) for _ in range(size)]
         dist.all_gather(parts, losses_Bs.contiguous(), group=group)
@@ -102,9 +103,10 @@ class PipelineParallel:
     """The model on Megatron's ranks, with the attributes of `ParallelModel` that do not depend on the engine.
 
     Attributes:
-        reader: This rank's position among the ranks that read different sequences, and their number.
-        counts_tokens: True on one of the ranks with the same sequences.
-        counts_losses: True on the ranks whose losses are summed; together they have each position of each sequence once.
+        reader: This rank's index among the ranks that read different sequences, and the number of such ranks.
+        counts_tokens: True on exactly one of the ranks that read the same sequences.
+        counts_losses: True on the ranks whose losses are summed; together these ranks have each position of each sequence
+            once.
         layer_ranks: The ranks with the same layers as this rank.
     """
 
@@ -162,9 +164,9 @@ class PipelineStep(TrainingStep):
         return [MicroLoss(nll_M.sum(), nll_M, balance, z, torch.zeros_like(z), counts)]
 
     def _show(self, number: int, batch: Batch, reports: Sequence[LayerReport], watchers: Sequence[StepWatcher]) -> None:
-        """Shows the choices of a micro-batch to the watchers. A watcher of own tokens gets this rank's choices. Other
-        watchers get the choices in all layers on one of the ranks with the same sequences, and on the other ranks a batch
-        of padding."""
+        """Passes a micro-batch's expert choices to the watchers. A watcher with `own_tokens` gets this rank's choices. A
+        watcher without `own_tokens` gets the choices in all layers on one of the ranks with the same sequences, and a batch
+        of padding on the other ranks."""
         model = self.parallel.model
         own = [watcher for watcher in watchers if watcher.own_tokens]
         for watcher in own:
@@ -180,8 +182,8 @@ class PipelineStep(TrainingStep):
     def _norm_squared(self) -> Tensor:
         """Returns the squared norm on rank 0, and 0 on all other ranks, because Megatron computes the whole model's norm.
 
-        Costs a pass over all gradients, and an all-reduce with a host sync for dense parameters and one for experts. The
-        ranks must know before Megatron's `step` whether the norm is finite; `step` then computes the norm again.
+        Costs a pass over all gradients, and two all-reduces with a host sync each (dense parameters and experts). The ranks
+        must know before Megatron's `step` whether the norm is finite; `step` then computes the norm again.
         """
         self.optimizer.prepare_grads()  # pyright: ignore[reportAttributeAccessIssue]
         norm = float(self.optimizer.get_grad_norm())  # pyright: ignore[reportAttributeAccessIssue]

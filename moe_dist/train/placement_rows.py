@@ -1,4 +1,4 @@
-"""Counts the rows that dispatch would send under other placements of the experts, for the same choices.
+"""Counts the token rows that dispatch would send under other placements of the experts, for the expert choices of this run.
 
 Shape letters: T tokens, K choices, E true experts, P placements.
 """
@@ -21,14 +21,14 @@ from moe_dist.plan.preflight import Preflight
 
 
 class PlacementRows:
-    """Counts from step number `first` (0-based) on: one row for each rank to which a forward sends a token.
+    """Counts token rows from step number `first` (0-based) on: one row for each rank to which a forward sends a token.
 
     Args:
-        placements: Maps a name to each placement; all placements have the same groups.
+        placements: Maps names to placements; all placements have the same expert groups.
         ep_rank: Position of this rank in its EP group.
     """
 
-    own_tokens = True  # a token's row begins at the rank that routes it
+    own_tokens = True  # each token is counted by the rank that routes it
 
     def __init__(
         self, placements: Mapping[str, ExpertPlacement], *, ep_rank: int, first: int, device: torch.device
@@ -44,7 +44,7 @@ class PlacementRows:
         return number >= self._first
 
     def add(self, batch: Batch, reports: Sequence[LayerReport]) -> None:
-        """Counts the rows of a micro-batch, on the device and without a sync."""
+        """Counts the token rows of a micro-batch, on the device and without a host sync."""
         for report in reports:
             if report.chosen is not None:
                 self._rows_P += remote_rows(report.chosen.column_TK, self._rank_PE, self._ranks, self._ep_rank)
@@ -53,20 +53,21 @@ class PlacementRows:
         """Does nothing: `add` has counted the step."""
 
     def flush(self) -> None:
-        """Does nothing: the counts are in memory."""
+        """Does nothing: the counts are not written to disk."""
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
-        """Does nothing: the counted placements stay the same. After a move `monitor.cost_table` shows no other policy."""
+        """Does nothing: the counted placements stay the same. After experts have moved `monitor.cost_table` shows no other
+        placement policy."""
 
     def total(self, world: dist.ProcessGroup | None, tracker: CollectiveTracker | None) -> dict[str, int]:
-        """Returns the rows of all ranks by placement. Collective."""
+        """Returns the rows sent by all ranks, by placement. Collective."""
         rows_P = sum_over(self._rows_P.clone(), world, name=PLACEMENT_ROWS, tracker=tracker)
         return dict(zip(self._names, rows_P.tolist(), strict=True))
 
 
 def build_placement_rows(config: Config, plan: Preflight, mesh: Mesh, *, last: int) -> PlacementRows | None:
-    """Makes the counter of the rows that this run and other placement policies send in the `last` steps of the run; None
-    without `monitor.cost_table`."""
+    """Makes the counter of the token rows sent in the run's last `last` steps, with this run's placement policy and others;
+    None without `monitor.cost_table`."""
     if not config.monitor.cost_table:
         return None
     own = config.placement.policy
@@ -77,8 +78,8 @@ def build_placement_rows(config: Config, plan: Preflight, mesh: Mesh, *, last: i
 
 
 def remote_rows(column_TK: Tensor, rank_PE: Tensor, num_ranks: int, ep_rank: int) -> Tensor:
-    """Returns the number of distinct (token, other rank) pairs under each placement, int64 [P]. Columns from E on (null
-    experts) and negative columns (no choice, dropped pairs) send nothing."""
+    """Returns the number of distinct (token, other rank) pairs under each placement, int64 [P]. Expert columns from E on
+    (null experts) and negative columns (no choice, dropped pairs) cause no row."""
     column_TK = column_TK.to(torch.int64)
     taken_TK = (column_TK >= 0) & (column_TK < rank_PE.shape[1])
     rank_PTK = rank_PE[:, torch.where(taken_TK, column_TK, 0)]

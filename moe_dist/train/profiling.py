@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """Profiles the steps `first` to `last` on this rank. Files are written after the last of these steps, or in `close`.
+    """Profiles the steps `first` to `last` on this rank. Files are written after step `last`, or in `close`.
 
     Args:
-        model: The transformer, whose `layers` get ranges.
+        model: The transformer, whose `layers` get profiler ranges.
         folder: Folder of the files; created with the first file.
         name: Beginning of the files' names, such as 'rank_0'.
     """
@@ -58,7 +58,8 @@ class StepProfiler:
             self.close()
 
     def close(self) -> None:
-        """Ends a running profile and writes its files. If the files cannot be written, logs the error; the run goes on."""
+        """Ends a running profile and writes the profile's files. If the files cannot be written, logs the error; the run
+        goes on."""
         if self._profile is None:
             return
         ended, self._profile = self._profile, None
@@ -110,8 +111,8 @@ class StepProfiler:
 def profiled_steps(
     config: Config, model: nn.Module, device: torch.device, folder: RunFolder, env: RankEnv
 ) -> Iterator[Callable[[int], AbstractContextManager[None]]]:
-    """Yields the function that surrounds each step (`Trainer.profile`). It does nothing without `monitor.profile`, and on
-    ranks that are not profiled."""
+    """Yields the function that surrounds each step (`Trainer.profile`). The function does nothing without
+    `monitor.profile`, and on ranks that are not profiled."""
     section = config.monitor.profile
     if section is None or env.rank not in section.ranks:
         yield lambda _: nullcontext()
@@ -126,11 +127,12 @@ def profiled_steps(
 
 def name_ranges(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Gives each part of each layer a profiler range such as 'layer 3/moe.experts', and each exchange a range such as
-    'layer 3/dispatch'. Yields functions that remove the ranges. Recomputation in backward has the same ranges. If layers
-    run on halves of a micro-batch, 'layer 3/moe' has three ranges per half, which end while an exchange is in flight."""
+    'layer 3/dispatch'. Yields functions that remove the ranges. Recomputation in backward has the same ranges as forward.
+    With two-batch overlap, each half of a micro-batch has several 'layer 3/moe' ranges, with the exchanges between the
+    ranges."""
     halves = model.args.two_batch_overlap if isinstance(model, Transformer) else False
     layers: dict[str, nn.Module] = {f"layer {i}": layer for i, layer in enumerate(model.get_submodule("layers").children())}
-    entered: list[str] = []  # names of the layers that are running; the last one is the innermost
+    entered: list[str] = []  # names of the layers that are running; the last name is the innermost layer's
     for name, layer in layers.items():
         for part in PARTS:
             module = _part(layer, part)
@@ -170,11 +172,11 @@ def _module_range(module: nn.Module, name: str) -> Iterator[Callable[[], None]]:
         open_ranges.pop().__exit__(None, None, None)
 
     yield module.register_forward_pre_hook(begin, prepend=True).remove
-    yield module.register_forward_hook(end, always_call=True).remove  # also after an error, so that ranges stay nested
+    yield module.register_forward_hook(end, always_call=True).remove  # also after an error, to keep ranges nested
 
 
 def _pieces_range(moe: Any, name: str, entered: list[str]) -> Callable[[], None]:
-    """Gives each piece of `MoELayer.steps` a range."""
+    """Gives each piece of the generator `MoELayer.steps` a profiler range."""
     inner = moe.steps
 
     def wrapped(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Replays a step of a trace, and computes the loss that another choice of experts would have had.
+"""Replays a step of a trace (routers take the traced expert choices), and computes the loss with other expert choices.
 
 Shape letters: B sequences, S positions, T tokens of this rank, L MoE layers, K choices.
 """
@@ -29,20 +29,21 @@ def replay_step(
     *,
     source: str,
 ) -> Replay:
-    """Returns the replay of a traced step for this rank's micro-batches, which may differ from the traced run's. The replay
-    finds tokens by sequence and position, so that another number of ranks or placement replays the same step.
+    """Returns the replay of a traced step for this rank's micro-batches, which may differ from the traced run's
+    micro-batches. The replay finds tokens by sequence and position, so that the number of ranks and the placement may
+    differ from the traced run.
 
     Args:
         traced: A step of a run's trace (`read_trace`), or of another system's trace (`read_foreign`).
-        batches, sequences: This rank's micro-batches on the host, and the numbers of their sequences in the trace. In a
-            run's trace `data.order.micro_batches` gives the numbers; in another system's trace each file is a sequence,
-            counted from 0.
+        batches, sequences: This rank's micro-batches on the host, and for each micro-batch the numbers of its sequences in
+            the trace. In a run's trace `data.order.micro_batches` gives the numbers; in another system's trace each file is
+            a sequence, counted from 0.
         group_of_modality: Index of the expert group of each modality of the batches.
         source: File or folder of the trace, named in error messages.
 
     Raises:
         ConfigError: the model has a router that cannot replay.
-        DataError: the step has another model, other tokens, or not all tokens.
+        DataError: the traced step has another model or other tokens, or lacks tokens of the batches.
     """
     routers, recorded = replayable_routers(model), traced.manifest
     ours, theirs = _columns(routers[0].groups), _columns(recorded.groups)
@@ -112,8 +113,8 @@ def counterfactual(
     model: Transformer, batch: Batch, group_of_modality: Tensor, *, token: int, layer: int, choice: Sequence[int]
 ) -> Tensor:
     """Returns by how much the cross entropy of each label [B, S] rises if one token takes other experts in one MoE layer
-    and all other choices, also in later layers, stay the same. Costs two forward passes. Collective: every rank of an EP
-    group calls the function, with a token of its own batch.
+    and all other expert choices, also in later layers, stay the same. Costs two forward passes. Collective: every rank of
+    an EP group calls the function, with a token of its own batch.
 
     Args:
         token: Index of the token in the batch, counted along B x S.
@@ -122,7 +123,7 @@ def counterfactual(
 
     Raises:
         ConfigError: there is no such token or layer, or the model has a router that cannot replay.
-        DataError: the token cannot take these columns.
+        DataError: the token cannot take the columns in `choice`.
     """
     replayable_routers(model)
     before_BS, reports = forward(model, batch, group_of_modality, RoutingRequest(keep_choices=True), losses=True)

@@ -1,10 +1,11 @@
-"""Decides which experts get replicas. The decision depends only on routing counts, and is therefore the same on all ranks
-and in all runs with the same seed.
+"""Decides which experts get replicas. Decisions depend only on routing counts, and are therefore equal on all ranks and in
+all runs with the same seed.
 
-A window of steps is cut in two halves, as in `moving_lever.py`. From the loads of the first half replicas are found for
-each layer: repeatedly the busiest rank gives a share of one expert to the least busy rank with a free slot. The loads of
-the second half compare these replicas with the layer's present replicas, and with none. Replicas have no cost when they are
-placed, but each step exchanges their weights and gradients. Until the next decision replicas must save more than that cost.
+A window of steps is cut in two halves, as in `moving_lever.py`. The loads of the first half-window give each layer new
+replicas: repeatedly the busiest rank gives a part of one expert's tokens to the least busy rank with a free replica slot.
+By the loads of the second half-window new replicas are compared with the layer's present replicas, and with no replicas.
+Placing replicas costs nothing, but each step exchanges the replicas' weights and gradients; replicas must save more time
+than these exchanges take.
 
 Shape letters: S steps, L MoE layers, E true experts, R ranks of an EP group.
 """
@@ -20,18 +21,18 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.replicas import PlacementWithReplicas, Replica, hosts_of, shares
 from moe_dist.train.load_lever import LoadLever
 
-LEAST_GAIN = 0.02  # fraction of the load of a layer's busiest rank; smaller gains are noise
-# Forward and backward of a row by an expert of n parameters take 6 n FLOPs.
+LEAST_GAIN = 0.02  # as a fraction of the load of a layer's busiest rank; smaller gains are noise
+# Forward and backward of one token by an expert of n parameters take 6 n FLOPs.
 FLOPS_OF_ROW = 6
 Replicas = tuple[Replica, ...]  # replicas of one layer, sorted
 
 
 class ReplicatingLever(LoadLever[PlacementWithReplicas]):
-    """See `moe_dist.train.levers.Lever`. Its state is saved in checkpoints.
+    """See `moe_dist.train.levers.Lever`. The lever's state is saved in checkpoints.
 
     Args:
         placement: Where the experts are.
-        replicate: Puts replicas in place. No collective.
+        replicate: Makes the replicas in a placement. No collective.
         layers: Number of MoE layers.
         edp: Number of EP groups, which share the tokens of a step.
         bytes_per_value: Bytes that a rank sends in a step for each parameter of a replica.
@@ -53,7 +54,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         super().__init__(PlacementWithReplicas(placement.groups, placement.slots, ((),) * layers), every)
         self._replicate, self._edp, self._slots = replicate, edp, slots
         self._home_E = np.array(placement.rank_of_expert)
-        self._rows_of_replica = bytes_per_value * flops_per_byte / FLOPS_OF_ROW  # rows in the time of a replica's exchange
+        self._rows_of_replica = bytes_per_value * flops_per_byte / FLOPS_OF_ROW  # in the time of a replica's exchange
 
     def _decide(self, load_SLE: np.ndarray) -> LeverDecision | None:
         load_SLE = load_SLE / self._edp
@@ -83,7 +84,8 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return LeverDecision("replicating", taken, before / mean, after / mean, cost, why, placement)
 
     def _found(self, load_E: np.ndarray) -> list[Replicas]:
-        """Returns sets of replicas for the loads of one layer: the empty set, then sets with one more replica each."""
+        """Returns growing sets of replicas for the loads of one layer: the empty set, then sets with one more replica
+        each."""
         ranks, chain = self.placement.num_ranks, list[Replicas]([()])
         load_R, free_R = np.bincount(self._home_E, load_E, minlength=ranks), np.full(ranks, self._slots)
         while True:
@@ -108,7 +110,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
             chain.append(tuple(sorted((*chain[-1], best))))
 
     def _pace(self, load_SE: np.ndarray, replicas: Replicas) -> float:
-        """Returns the load of a layer's busiest rank, as a mean over steps."""
+        """Returns the load of a layer's busiest rank with `replicas`, as a mean over steps."""
         load_SR = load_SE @ np.eye(self.placement.num_ranks)[self._home_E]
         for expert, hosts in hosts_of(replicas, self._home_E.tolist()).items():
             load_SR[:, hosts[-1]] -= load_SE[:, expert]
@@ -122,8 +124,8 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return float(load_SLE.sum() / len(load_SLE) / self.placement.num_ranks)
 
     def _cost(self, replicas: Replicas) -> float:
-        """Returns the cost of replicas per step, as the rows x FFN width that the busiest sender or receiver could compute
-        during the exchange of their weights."""
+        """Returns the cost of replicas per step, as the (token, expert) pairs x FFN width that the busiest sender or
+        receiver could compute during the replicas' exchange."""
         width_2R = np.zeros((2, self.placement.num_ranks))
         for expert, rank in replicas:
             width_2R[0, self._home_E[expert]] += self._width_E[expert]
@@ -135,11 +137,11 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         self.placement = placement
 
     def state(self) -> JsonValue:
-        """Returns the replicas, the experts of each rank, and the counts since the last decision."""
+        """Returns the replicas, the experts of each rank, and the routing counts since the last decision."""
         return {**self.placement.line, "pairs": self._stored_pairs()}
 
     def restore(self, state: JsonValue) -> None:
-        """Puts the saved replicas in place again. Makes no replicas if the experts are on other ranks now.
+        """Makes the saved replicas again. Makes no replicas if experts have other ranks than in `state`.
 
         Raises:
             DataError: the state was not made by `state`.
@@ -159,6 +161,6 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
 
 
 def _fewest(worth: Mapping[Replicas, float]) -> Replicas:
-    """Returns the smallest set of replicas that is nearly as good as the best. `worth` has the sets in order of size."""
+    """Returns the smallest set of replicas in `worth` (sorted by size) with nearly the least load."""
     limit = min(worth.values()) + LEAST_GAIN * worth[()]
     return next(each for each, value in worth.items() if value <= limit)

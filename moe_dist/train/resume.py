@@ -3,11 +3,11 @@
 parameters, moments, optimizer step count     tensors and state.json, see `moe_dist.checkpoint.state`
 values["progress"]                            `Progress`: the step (which sets the schedules), the data position, counters
 values["config"], values["data"]              resolved configuration; digests of the data
-values["base"]                                only if adapters are trained: path and content hash of their base
+values["base"]                                only if adapters are trained: path and content hash of the adapters' base
 values["controllers"]                         state of each controller, by name
-values["levers"]                              state of the levers of `rank_balance`, by name; a checkpoint may lack some
+values["levers"]                              state of the levers of `rank_balance`, by name; a checkpoint may lack levers
 rank_values["generators"]                     states of each rank's random number generators
-placement, versions                           only for people; a load ignores both
+placement, versions                           only for human readers; a load ignores both entries
 """
 
 import json
@@ -53,21 +53,21 @@ class Progress:
     first_position: int = 0  # `position` at the start of the run; above 0 only with run.keep_position
 
     def owes_evaluation(self, every: int, last: int) -> bool:
-        """Returns True if an evaluation is due (every `every` steps and after step `last`) but not made yet. If a stop
-        request prevents the evaluation, the resumed run makes it."""
+        """Returns True if an evaluation is due (every `every` steps and after step `last`) but has not been made yet. If a
+        stop request prevents the evaluation, the resumed run makes the evaluation."""
         return self.step > self.evaluated and (self.step % every == 0 or self.step == last)
 
 
 @runtime_checkable
 class Controller(Protocol):
-    """An object with a state that is no tensor of the model and that changes during a run, equally on all ranks."""
+    """An object with a state that is not a tensor of the model and that changes during a run, equally on all ranks."""
 
     def state(self) -> JsonValue:
         """Returns a copy of the state as a JSON value."""
         ...
 
     def restore(self, state: JsonValue) -> None:
-        """Restores a state that `state` returned. Raises DataError if it is invalid."""
+        """Restores a state that `state` returned. Raises DataError if the state is invalid."""
         ...
 
 
@@ -75,13 +75,13 @@ class Resumable:
     """Saves and restores one rank's part of a run's state. All methods are collective over all ranks.
 
     Args:
-        controllers: Objects, by name, whose state is saved too; by default the controllers of `training`.
-        levers: The levers of the run, by name. A lever's state, if any, is saved, and restored if a checkpoint has it.
-        report_save: Function that rank 0 calls after each save with the seconds that it took.
+        controllers: Objects, by name, whose state is saved with the model; by default the controllers of `training`.
+        levers: The levers of the run, by name. The levers' states are saved, and restored if a checkpoint has them.
+        report_save: Function that rank 0 calls after each save with the seconds of the save.
 
     Attributes:
         placement: Where the experts are now.
-        writer: Writes the checkpoints, and logs or raises the errors of its thread.
+        writer: Writes the checkpoints, and logs or raises the errors of the writing thread.
     """
 
     def __init__(
@@ -112,7 +112,8 @@ class Resumable:
         """Saves the state of the run, as `CheckpointWriter.write` does.
 
         Raises:
-            CheckpointError: on all ranks, if `durable` and the save failed. The previous checkpoint is still valid.
+            CheckpointError: raised on all ranks if `durable` is true and the save failed. The previous checkpoint is still
+                valid.
         """
         values: dict[str, JsonValue] = {
             "progress": {**asdict(progress)},
@@ -126,15 +127,15 @@ class Resumable:
         self.writer.write(progress.step, self._capture(values, rank_values), durable=durable)
 
     def restore(self) -> Progress:
-        """Loads the newest checkpoint into model and optimizer and returns its progress. Without a checkpoint loads the
-        weights of `run.init_from`, if it is set, and returns the progress of a new run.
+        """Loads the newest checkpoint into model and optimizer and returns the run's progress. Without a checkpoint loads
+        the weights of `run.init_from`, if it is set, and returns the progress of a new run.
 
         Raises:
-            DataError: the checkpoint is damaged or of another run, or the run was trained on other data.
-            ConfigError: the checkpoint is of another model.
+            DataError: the checkpoint is damaged or of another run, or the run's data have changed.
+            ConfigError: the checkpoint's model differs from the configured model.
         """
         found = self._checkpoints.agree("look at the data", lambda: data_digest(self._config.data.path, self._manifest))
-        self._data = found or {}  # `found` is None except on rank 0, because only rank 0 compares the data
+        self._data = found or {}  # `found` is None except on rank 0, because only rank 0 compares data digests
         self._checkpoints.clear()  # before `latest`, because a suspended process could still commit an unfinished save
         newest = self._checkpoints.latest()
         if newest is None:
@@ -233,7 +234,7 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
         DataError: a counter is invalid, or contradicts another counter or the configuration.
     """
     saved, names = mapping_of(restored.values, "progress", folder), [field.name for field in fields(Progress)]
-    saved = {"first_position": 0, **saved}  # earlier versions did not save it: it was always 0
+    saved = {"first_position": 0, **saved}  # earlier versions did not save first_position, which was 0
     numbers = {name: value for name, value in saved.items() if type(value) is int and 0 <= value < 1 << 62}
     if sorted(saved) != sorted(names) or numbers.keys() != saved.keys():
         raise DataError(f"{folder}: the counters in its state.json must be whole numbers {', '.join(names)}, not {saved!r}")
@@ -257,13 +258,13 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
 
 
 def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
-    """Returns the `position` of another run's checkpoint, at which a new run goes on in the same stream of sequences.
+    """Returns the `position` of another run's checkpoint, where a new run continues to read the same stream of sequences.
 
-    The data set, the section `data` and the seed must be equal in both runs, because they determine the stream.
+    The data set, the section `data` and the seed must be equal in both runs, because these three determine the stream.
 
     Raises:
         ConfigError: the data set, the section `data` or the seed differs, or the other run tuned routers.
-        DataError: the checkpoint lacks the values of a run, for example because an import wrote it.
+        DataError: the checkpoint lacks the values of a run, for example because an import wrote the checkpoint.
     """
     state = open_checkpoint(folder).state
     saved = saved_config(state.values, folder)
@@ -305,7 +306,7 @@ def mapping_of(values: Mapping[str, JsonValue], name: str, folder: Path) -> dict
     """Returns `values[name]` of a checkpoint, which must be a mapping.
 
     Raises:
-        DataError: the value is missing or no mapping.
+        DataError: the value is missing or is not a mapping.
     """
     found = values.get(name)
     if not isinstance(found, dict):

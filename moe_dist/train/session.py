@@ -1,4 +1,4 @@
-"""Makes the parts of a rank around the training loop: device, process groups, watchdog, sinks of records, summary."""
+"""Makes what a rank needs around the training loop: device, process groups, watchdog, sinks of records, summary."""
 
 import logging
 import os
@@ -58,10 +58,10 @@ def choose_device(config: Config, env: RankEnv) -> torch.device:
 
 
 def claim_gpu(store: dist.Store, env: RankEnv, device: torch.device) -> None:  # pyright: ignore[reportPrivateImportUsage]
-    """Claims this rank's GPU for this rank alone; does nothing on a CPU.
+    """Reserves this rank's GPU for this rank alone; does nothing on a CPU.
 
     Raises:
-        ResourceError: another rank has taken the same GPU.
+        ResourceError: another rank has claimed the same GPU.
     """
     if device.type != "cuda":
         return
@@ -78,14 +78,14 @@ def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt
 
     Raises:
         ResourceError: a rank is on another node than planned, or has no GPU.
-        MoeDistError: a check of this node fails; a rank does not come; or the ranks' run folders or starts differ.
+        MoeDistError: a check of this node fails; a rank does not join; or the ranks' run folders or starts differ.
     """
     section, device = config.parallel, choose_device(config, env)
     wait = StartWait(env.rank, section.start_seconds, stopped=stopped, grace_seconds=env.grace_seconds)
     with meeting(env, folder.path, wait) as (store, attempt_id):
         env = attempt.join(attempt_id)
         check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
-        check_at_start(config, env, folder.path)  # before the process group, so that no rank waits for a bad node
+        check_at_start(config, env, folder.path)  # before the process group is made, so that no rank waits for a bad node
         claim_gpu(store, env, device)
         timeout = section.timeout_seconds
         init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
@@ -112,7 +112,8 @@ def card_name(config: Config, mesh: Mesh) -> str | None:
 def start_watchdog(
     config: Config, env: RankEnv, folder: RunFolder, tracker: CollectiveTracker, attempt: Attempt
 ) -> Watchdog:
-    """Starts the watchdog of this rank's collectives, unless the run has a single rank. Call it after `join_world`."""
+    """Starts the watchdog of this rank's collectives, unless the run has a single rank. Call this function after
+    `join_world`."""
     watchdog = Watchdog(
         tracker,
         rank=env.rank,
@@ -128,7 +129,8 @@ def start_watchdog(
 
 @contextmanager
 def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Iterator[DeviceMonitor | None]:
-    """Reads the device's state in a thread during the `with` block on rank 0; yields None on other ranks."""
+    """Reads the device's utilisation and memory in a thread during the `with` block on rank 0; yields None on other
+    ranks."""
     if env.rank != 0:
         yield None
         return
@@ -144,7 +146,7 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 def open_sinks(
     plan: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
 ) -> Iterator[list[Sink]]:
-    """Yields a list, which is empty except on rank 0. There it has one sink, which passes the records of steps and
+    """Yields a list, which is empty except on rank 0, where it has one sink, which passes the records of steps and
     evaluations to all sinks. The sinks are closed even after an error, so that no record stays in a buffer.
 
     Before each record, rank 0 checks its lease of the run. A checkpoint is committed only if all records are on disk.
@@ -155,7 +157,7 @@ def open_sinks(
     console = Console()
     print(start_text(plan, str(folder.path), plan.config.run.root))
     print(placement_text(plan, width=min(120, console.width) if console.is_terminal else 120))
-    attempt.lease.check()  # another attempt may have taken the lease meanwhile
+    attempt.lease.check()  # another attempt may have taken the lease of the run meanwhile
     sinks = GuardedSinks([LeaseWatch(attempt.lease.check), *_build_sinks(plan, folder, progress)])
     attempt.require(sinks.check_written)
     try:
@@ -175,7 +177,7 @@ class SinkParts:
 
 
 def _tensorboard(parts: SinkParts, **fields: Any) -> Sink:
-    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # imported late, because the import takes seconds
+    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # imported only here, because the import takes seconds
 
     modalities = tuple(parts.plan.manifest.modalities)
     fields |= {"subject": parts.subject, "modalities": modalities, "evaluation_owed": parts.evaluation_owed}
@@ -242,12 +244,12 @@ def placement_text(plan: Preflight, *, width: int = 120) -> str:
 
 
 def conclude(finished: Finished, folder: RunFolder, plan: Preflight, *, beside: str) -> None:
-    """Prints and stores the summary. Prints the stored summary instead if another attempt finished the run.
+    """Prints and stores the summary. If another attempt has finished the run, prints that attempt's summary.
 
     Args:
         beside: The sentence that `beside_fixed_top_k` returns; "" adds no line to the summary.
     """
-    if not finished.took_steps and folder.summary_txt.is_file():  # another attempt finished the run while this one waited
+    if not finished.took_steps and folder.summary_txt.is_file():  # another attempt finished the run meanwhile
         print(folder.read_summary())
         return
     console = Console(record=True, highlight=False, width=None if Console().is_terminal else 110)

@@ -1,4 +1,4 @@
-"""Copies the router rows of split experts to the finer experts into which they were split."""
+"""Copies the router rows of split experts to the finer experts made from each split expert."""
 
 from pathlib import Path
 
@@ -14,12 +14,13 @@ from moe_dist.placement.roles import Role, logical_name, role_of_name
 @torch.no_grad()
 def split_routers(model: Transformer, path: Path, *, divides_bias: bool) -> int:
     """Fills a model's router rows and selection biases from a checkpoint with fewer experts. A model with m times as many
-    experts gets each row and bias m times in succession. Returns the number of filled router rows. Every
-    rank reads the checkpoint.
+    experts gets each router row and bias m times in succession. Returns the number of filled router rows. Every rank reads
+    the checkpoint.
 
     Args:
         path: A path for `find_checkpoint`.
-        divides_bias: Whether to divide biases by m: right for biases that are added to probabilities, which shrink with m.
+        divides_bias: Whether to divide biases by m: true for biases that are added to probabilities, which are m times
+            smaller for m times as many experts.
 
     Raises:
         DataError: a file or a tensor is damaged.

@@ -1,12 +1,13 @@
 """Starts a new run from the weights of another run's checkpoint (`run.init_from`): tensors of equal name, shape and dtype
-are loaded, all others stay as initialised. The rules in `run.init_rules`:
+are loaded, all other tensors stay as initialised. The rules in `run.init_rules`:
 
 upcycle       all experts of a group become copies of a dense FFN or of one expert (checkpoint/upcycle.py)
-split         a dense FFN is cut into the experts of a group, which together are the FFN (checkpoint/split.py)
-split_experts each expert of a mixture is cut into finer experts, which are chosen together (checkpoint/split_experts.py)
-copy_nulls    router rows of null experts become copies of true experts' rows, which keeps the function (AdaMoE)
+split         a dense FFN is cut into the experts of a group, whose outputs sum to the FFN's (checkpoint/split.py)
+split_experts each expert of an MoE model is cut into finer experts, chosen together (checkpoint/split_experts.py)
+copy_nulls    router rows of null experts become copies of true experts' rows; the function stays the same (AdaMoE)
 
-All checks run before the first step. The report lists the loaded tensors, and any reason why the model's function differs.
+All checks run before the first step. The report lists the loaded tensors, and any reason why the model's function differs
+from the checkpoint's.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +37,7 @@ from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.roles import EXPERT_NAME, Role, group_module, role_of_name
 from moe_dist.train.split_routers import split_routers
 
-# Maps a rule to the difference that remains although the model computes the same function.
+# Maps a rule to the rounding difference from the checkpoint's function that remains.
 _SAME = {
     "upcycle": "",
     "split": "; the output of an FFN is the sum of its parts, added in order, so its last bits may differ",
@@ -48,7 +49,7 @@ _SOURCES: Mapping[str, Callable[[Contents, Mapping[str, TensorSpec]], Mapping[st
     "split": fitting_or_split,
     "split_experts": fitting_or_split_experts,
 }
-# Rules that set the tensors of routers, or leave their initial values on purpose.
+# Rules that set router tensors, or leave them as initialised on purpose.
 _RULES_OF_ROUTERS = {"upcycle", "split", "split_experts"}
 STAIR = 0.02  # step between the biases of a split model's null experts, as a fraction of the score of a router row of 0
 _MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
@@ -60,7 +61,8 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     """Loads the weights of `run.init_from` into the model; returns a report to print. Collective over all ranks.
 
     Raises:
-        ConfigError: there is no checkpoint, no tensor fits, or a rule cannot be applied. The error tells what to change.
+        ConfigError: there is no checkpoint, no tensor fits, or a rule cannot be applied. The error message tells what to
+            change.
         DataError: the checkpoint is damaged.
     """
     assert config.run.init_from is not None
@@ -97,7 +99,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
         lines.append(f"copied {rows} null rows from true ones")
     if split:
         scores = [config.model.moe.router.equal_score(group) for group in config.model.moe.groups.values()]
-        gates = _gates(model, config)  # layer by layer, each with the groups in order
+        gates = _gates(model, config)  # ordered by layer, then by group
         rows = sum(gate.zero_rows(STAIR * score) for gate, score in zip(gates, cycle(scores)))
         lines.append(f"set {rows} router rows to 0, so that every token takes all parts of an FFN, each with the weight 1")
     if "split_experts" in rules:
@@ -142,7 +144,7 @@ def _gates(model: Transformer, config: Config) -> list[GroupGate]:
 
 def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
     """Returns the differences between checkpoint and model that no rule of `run.init_rules` allows: a tensor with another
-    shape, a tensor that the model lacks, a key of `model` with another value. Does not compare tensors of routers."""
+    shape, a tensor that the model lacks, a key of `model` with another value. Router tensors are not compared."""
     odd = [name for name in _kept(config, taken) if taken.kept[name] != ABSENT]
     problems = [
         f"{name} stays as initialised ({taken.kept[name]}); give the model what the checkpoint has" for name in odd[:1]
@@ -160,7 +162,7 @@ def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
 
 def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
     """Returns the reasons, besides the results of `_misfits`, why the model computes another function than the checkpoint's
-    model. Without such reasons both compute the same function (an upcycled model up to rounding)."""
+    model. Without such reasons both models compute the same function (an upcycled model up to rounding)."""
     new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
     changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
     changes += _other_experts(config, source.get("model"))
@@ -173,7 +175,7 @@ def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
 
 
 def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, str]:
-    """Maps each key of `model` with another value in the checkpoint's configuration to a message with both values."""
+    """Maps each key of `model` that has another value in the checkpoint's configuration to a message with both values."""
     before, here = source.get("model"), config.model.model_dump(mode="json", exclude=_NO_PART)
     if not isinstance(before, dict):
         return {}
@@ -181,7 +183,7 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
     width, heads = before.get("hidden_dim"), before.get("num_heads")
     each = width // heads if isinstance(width, int) and isinstance(heads, int) else None
     fields = type(config.model).model_fields.items()
-    defaults = {key: field.default for key, field in fields if not field.is_required()}  # of keys newer than the checkpoint
+    defaults = {key: field.default for key, field in fields if not field.is_required()}  # for keys newer than a checkpoint
     defaults["attention"] = GroupedQuerySection().model_dump()
     there = {**defaults, **before, "head_dim": before.get("head_dim") or each}
     return {
@@ -192,7 +194,8 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
 
 
 def _kept(config: Config, taken: Taken) -> list[str]:
-    """Returns the names of tensors that keep their initial values, without the router tensors that a rule leaves new."""
+    """Returns the names of tensors that keep their initial values, without router tensors that a rule leaves as
+    initialised."""
     routers = [name for name in taken.kept if role_of_name(name) in _MOE_ROUTERS]
     if not _RULES_OF_ROUTERS & {*config.run.init_rules}:
         routers = [name for name in routers if name.endswith((".null", ".bias"))]
@@ -200,8 +203,8 @@ def _kept(config: Config, taken: Taken) -> list[str]:
 
 
 def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[str]:
-    """Returns the reasons of `_changes` that concern upcycled experts. Because a group's experts are equal, the weighted
-    sum of their outputs is the output of one expert if the weights sum to 1."""
+    """Returns the reasons for `_changes` that concern upcycled experts. Because a group's upcycled experts are equal, the
+    weighted sum of their outputs is the output of one expert if the weights sum to 1."""
     moe, router = config.model.moe, config.model.moe.router
     total, changes, scale = router.sum_of_weights, [], _old_scale(before, taken)
     if total is None:
@@ -219,8 +222,8 @@ def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[s
 
 
 def _other_experts(config: Config, before: JsonValue) -> list[str]:
-    """Returns reasons of `_changes` if the experts' output is added after another layer than in the checkpoint's model, or
-    if clamped experts have other limits."""
+    """Returns reasons for `_changes` if the experts' output is added after another layer than in the checkpoint's model, or
+    if clamped experts have other limits than there."""
     moe, reasons = before.get("moe") if isinstance(before, dict) else None, list[str]()
     old, new = isinstance(moe, dict) and moe.get("shortcut", False), config.model.moe.shortcut
     if old != new:
@@ -240,6 +243,6 @@ def _old_scale(before: JsonValue, taken: Taken) -> JsonValue:
 
 
 def _scaled(before: JsonValue, taken: Taken) -> list[str]:
-    """Returns a reason of `_changes` if the split expert had a weight other than 1 in the checkpoint's model."""
+    """Returns a reason for `_changes` if the split expert had a weight other than 1 in the checkpoint's model."""
     scale = _old_scale(before, taken)
     return [] if scale == 1.0 else [f"the checkpoint's model.moe.router.scale={scale}, but the parts start with weight 1"]

@@ -1,8 +1,8 @@
 """One optimizer step over all ranks: forward, backward, a check for nan and inf, update. `trainer.py` has the loop.
 
-Besides the collectives of the layers, a step sums over the ranks: the label counts before the first forward, the routing
-counts of each micro-batch, the gradients, and one vector with squared gradient norm, losses, stop requests and statistics.
-Every rank issues the same collectives in the same order.
+Besides the collectives of the layers, a step sums four things over the ranks: the label counts before the first forward,
+the routing counts of each micro-batch, the gradients, and one vector with squared gradient norm, losses, stop requests and
+statistics. Every rank issues the same collectives in the same order.
 """
 
 import resource
@@ -60,9 +60,9 @@ class AfterStep(Protocol):
 class Weights(NamedTuple):
     """Divisor and weights of the terms of a step's loss, from counts over all ranks."""
 
-    labels_in_step: Tensor  # at least 1
+    labels_in_step: Tensor  # number of labels over all ranks, at least 1
     share_I: Tensor  # weight of each micro-batch's auxiliary terms
-    share_IG: Tensor | None  # weight of each micro-batch by group; None to use `share_I` for all groups
+    share_IG: Tensor | None  # weights of auxiliary terms by micro-batch and group; None to use `share_I`
     batch_info: Sequence[GlobalBatchInfo | None]
 
 
@@ -71,18 +71,21 @@ class TrainingStep:
     (`PipelineStep`) overrides `_losses`, `_norm_squared`, `_apply` and `_clear`.
 
     Args:
-        parallel: The model on its mesh.
-        placement: Experts of each EP rank. From it the ledger computes the rows that other dispatchers would send.
+        parallel: The model on its device mesh.
+        placement: Experts of each EP rank. From the placement the ledger computes the token rows that other dispatchers
+            would send.
         group_of_modality: Index of the expert group of each modality, in the order of the manifest.
-        clip_norm: Largest norm of the gradient of all parameters; a larger gradient is scaled down. None for no limit.
+        clip_norm: Largest norm of the gradient of all parameters; a larger gradient is scaled down. None not to limit the
+            norm.
         comm_stats: Counts bytes and seconds of the model's exchanges.
         controllers: Controllers, called in this order after each step that was not skipped.
-        needs_global_batch_info: True if a router or dropout needs the token counts of all ranks. They are summed with the
-            label counts, and cost a host sync at the beginning of the step.
+        needs_global_batch_info: True if a router or dropout needs the token counts of all ranks. The token counts cost a
+            host sync at the beginning of the step.
         tuning: Adds the manifold term of router tuning to the loss; each batch is then a `SampleBatch`.
         distillation: Replaces cross entropy, wholly or in part, by the KL divergence from a teacher.
         load: Expert loads for the balance loss, one of `controllers`. With `load`, auxiliary terms are means over the
-            tokens of the step; without it, means over a micro-batch, weighted by its share of the step's labels.
+            tokens of the step; without `load`, means over a micro-batch, weighted by the micro-batch's fraction of the
+            step's labels.
     """
 
     def __init__(
@@ -105,8 +108,8 @@ class TrainingStep:
         self.group_of_modality = torch.tensor(group_of_modality, device=device)
         self.comm_stats, self.controllers, self.tuning = comm_stats, tuple(controllers), tuning
         self.needs_global_batch_info, self.distillation, self.load = needs_global_batch_info, distillation, load
-        # Readings of the last step, flattened from [W ranks, 4]: this rank's row has its busy seconds and `largest_memory`;
-        # the other rows are 0 until the ranks' tensors are summed. Empty before the first step.
+        # Readings of the last step, flattened from [W ranks, 4]: this rank's row has the rank's busy seconds and
+        # `largest_memory`; the other rows are 0 until the ranks' tensors are summed. Empty before the first step.
         self._readings = torch.zeros(0, dtype=torch.float64, device=device)
         self._tables = ColumnTables.on(placement.groups, device)
 
@@ -128,7 +131,7 @@ class TrainingStep:
         `needs_global_batch_info`.
 
         Args:
-            began: Value of time.perf_counter at which the rank began the step; None for the time of the call.
+            began: Value of time.perf_counter at which the rank began the step; None to take the time of the call.
             number: Number of the step (0-based), which is part of the seed of random draws.
             watchers: Objects that get the expert choices of every token of the step.
         """
@@ -146,14 +149,14 @@ class TrainingStep:
         members = self._count_members(batches if needed else [], num_groups)
         weighed = batches if self.load is not None else []
         tokens_IG = _group_tokens(weighed, self.group_of_modality, num_groups, mesh.device)
-        # Also gathers the ranks' readings of the previous step. Sums of counts are exact in any order.
+        # The same all-reduce gathers the ranks' readings of the previous step. Sums of counts are exact in any order.
         parts = [labels_M.sum(1), self._readings, members.flatten(), tokens_IG.flatten()]
         counts = sum_over(torch.cat(parts), mesh.world, name=LABEL_COUNTS, tracker=mesh.tracker)
         micro_labels, readings, flat, summed = counts.split([len(part) for part in parts])
         tokens_IG = summed.view_as(tokens_IG)
         labels_in_step = micro_labels.sum().clamp_min(1.0)
         batch_info = self._batch_infos(batches, flat.view_as(members), number)
-        self.comm_stats.take()  # drops the bytes of evaluations since the last step
+        self.comm_stats.take()  # discards bytes counted in evaluations since the last step
 
         share_I, share_IG = micro_labels / labels_in_step, None
         if self.load is not None:
@@ -162,8 +165,8 @@ class TrainingStep:
         weights = Weights(labels_in_step, share_I, share_IG, batch_info)
         own = OwnCounts(self.placement)
         losses = self._losses(batches, aux, weights, own, targets=targets, watchers=watchers)
-        inter_node = self.comm_stats.inter_node_bytes  # before `take`, which sets it to 0
-        payload, metadata, seconds = self.comm_stats.take()  # host sync: on CUDA the seconds are known only after it
+        inter_node = self.comm_stats.inter_node_bytes  # read before `take` sets this counter to 0
+        payload, metadata, seconds = self.comm_stats.take()  # host sync, which the seconds on CUDA need
         readings_W4 = np.zeros((mesh.world_size, 4))
         readings_W4[mesh.rank] = (clock.seconds(seconds), *largest_memory(mesh.device))
         self._readings = from_host(readings_W4.flatten(), torch.float64, mesh.device)
@@ -178,7 +181,7 @@ class TrainingStep:
 
     def _count_members(self, batches: Sequence[Batch], num_groups: int) -> Tensor:
         """Returns token counts, float64 [R, I, G] by reader (rank, or ranks with the same sequences), micro-batch and
-        group. This rank's row has its own counts, the other rows are 0, so that the sum over the ranks has all counts."""
+        group. This rank's entry has the counts, the other entries are 0, so that the sum over the ranks has all counts."""
         reader, readers = self.parallel.reader
         tokens_IG = _group_tokens(batches, self.group_of_modality, num_groups, self.parallel.mesh.device)
         members_RIG = tokens_IG.new_zeros((readers, *tokens_IG.shape))
@@ -187,13 +190,14 @@ class TrainingStep:
         return members_RIG
 
     def _batch_infos(self, batches: Sequence[Batch], members_RIG: Tensor, step: int) -> list[GlobalBatchInfo | None]:
-        """Returns each micro-batch's `GlobalBatchInfo` from the token counts of all readers; None without these counts.
+        """Returns each micro-batch's `GlobalBatchInfo` from the token counts of all readers; None if `members_RIG` is
+        empty.
 
         The i-th micro-batch must have the same shape on every rank.
         """
         if not members_RIG.numel():
             return [None] * len(batches)
-        # Device-to-host sync. From these counts the exchanges know their split sizes without further syncs.
+        # Device-to-host sync. From the copied counts the exchanges know their split sizes without further syncs.
         flat = self.comm_stats.to_host("tokens of each rank and group", members_RIG.to(torch.int64).flatten())
         counts_RIG, batch_info, first = np.array(flat).reshape(members_RIG.shape), [], 0
         reader, readers = self.parallel.reader
@@ -221,8 +225,8 @@ class TrainingStep:
         targets: Sequence[Targets] | None,
         watchers: Sequence[StepWatcher],
     ) -> list[MicroLoss]:
-        """Runs forward and backward of all micro-batches, and sums the gradients over the ranks. Adds this rank's reports
-        to `own`. Returns losses whose sum is this rank's share of the step's loss."""
+        """Runs forward and backward of all micro-batches, and sums the gradients over the ranks. Adds the counts in this
+        rank's reports to `own`. Returns losses whose sum is this rank's share of the step's loss."""
         losses: list[MicroLoss] = []
         for i, batch in enumerate(batches):
             with self.parallel.micro_batch(last=i + 1 == len(batches)):
@@ -233,7 +237,7 @@ class TrainingStep:
                     weights.batch_info[i], probe_tokens_A, keep_choices=bool(watchers), on_reports=start
                 )
                 teacher = None if self.distillation is None else self.distillation.outputs(batch)
-                with record_function("forward"):  # the step's four profiler ranges cost microseconds
+                with record_function("forward"):  # all four profiler ranges of a step cost microseconds
                     found, reports = forward(
                         self.parallel, batch, self.group_of_modality, request, losses=True, teacher=teacher
                     )
@@ -256,7 +260,7 @@ class TrainingStep:
                     watcher.add(batch, reports)
                 if self.distillation is not None and kl_BS is not None:
                     loss = self.distillation.add(loss, losses_BS, kl_BS, weights.labels_in_step)
-                del found, losses_BS, kl_BS, teacher  # else the autograd graph would outlive backward
+                del found, losses_BS, kl_BS, teacher  # without `del` the autograd graph would outlive backward
                 if self.tuning is not None and targets is not None:
                     loss = self.tuning.add(loss, reports, targets[i])
                 with record_function("backward"):
@@ -270,8 +274,8 @@ class TrainingStep:
         return losses
 
     def _start_counts(self, started: list[Callable[[], StepCounts[Tensor]]], reports: Sequence[LayerReport]) -> None:
-        """Adds the started sum of routing counts to `started`. While the sum waits for the slowest rank, this rank computes
-        the output layer and the cross entropy."""
+        """Starts the sum of routing counts, and appends the function that waits for the sum to `started`. While the ranks
+        sum, this rank computes output layer and cross entropy."""
         started.append(global_counts(reports, self.parallel.mesh.world, self.parallel.mesh.tracker))
 
     def _pack(
@@ -283,7 +287,7 @@ class TrainingStep:
         host: list[float],
     ) -> Tensor:
         """Returns a float64 vector with this rank's shares of the squared gradient norm, the losses, the stop requests and
-        the statistics, so that one all-reduce sums them all."""
+        the statistics, so that one all-reduce sums all of these numbers."""
         device = self.parallel.mesh.device
         squared = self._norm_squared()
         true_choices_G, null_choices_G, tokens_G, sent = own.totals()
@@ -327,12 +331,13 @@ class TrainingStep:
 
     def _clear(self) -> None:
         """Forgets the gradients."""
-        # `optimizer.zero_grad` would leave the gradients of parameters that it lacks: frozen, or empty on this rank.
+        # `optimizer.zero_grad` would leave the gradients of parameters that the optimizer lacks: frozen, or empty on this
+        # rank.
         self.parallel.model.zero_grad(set_to_none=True)
 
     def _update(self, summed: Tensor, losses: Sequence[MicroLoss], lr: float, readings: Tensor) -> StepResult:
         """Updates the weights if the sums over all ranks are finite, else skips the step. Because all ranks have the same
-        sums, and a NaN on one rank makes the sum NaN, all ranks decide alike."""
+        sums, and a NaN on one rank makes the sum NaN, all ranks decide equally."""
         num_modalities = len(self.group_of_modality)
         counts = step_counts([loss.counts for loss in losses])
         # One device-to-host sync reads all values, before the update, so that the host does not wait for the update.
@@ -345,7 +350,7 @@ class TrainingStep:
         labels_M = np.array(values[4 + num_modalities : 4 + 2 * num_modalities])
         host = values[4 + 2 * num_modalities :]
         seconds, tokens, stop, overflow = host[len(LEDGER_KEYS) :]
-        if overflow:  # fails on all ranks, before any weight changes
+        if overflow:  # all ranks fail, before any weight changes
             raise ResourceError(f"{OVERFLOW} ({overflow:.0f} in this step, on all ranks)")
         finite = bool(np.isfinite([squared, balance, z, auxiliary, *nll_M]).all())
         if finite:
@@ -382,7 +387,7 @@ class TrainingStep:
 
 
 class _BusyClock:
-    """Measures the busy time of a rank in a step: the time of the step without the waits for other ranks.
+    """Measures the busy time of a rank in a step: the step's time minus the waits for other ranks.
 
     On a CPU the clock subtracts the host's time in collectives. On CUDA the host does not wait in collectives, and the
     clock subtracts the device's time in the exchanges, which `CommStats.seconds` contains only after `CommStats.drain`.
@@ -399,8 +404,8 @@ class _BusyClock:
 
 def largest_memory(device: torch.device) -> tuple[float, float, float]:
     """Returns the largest MiB that torch's allocator has allocated and reserved on the GPU since the process began, and how
-    often the allocator found no free memory, emptied its cache and tried again. On a CPU both sizes are the process's
-    largest resident memory. Costs no sync."""
+    often the allocator found no free memory, emptied the allocator's cache and tried again. On a CPU both sizes are the
+    process's largest resident memory. Costs no sync."""
     if device.type != "cuda":
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
         return resident, resident, 0.0
@@ -411,7 +416,7 @@ def largest_memory(device: torch.device) -> tuple[float, float, float]:
 
 class OwnCounts:
     """Sums this rank's counts over layers and micro-batches: choices of true and null experts and tokens by group, and the
-    layers' sent rows and pairs."""
+    layers' sent token rows and (token, expert) pairs."""
 
     def __init__(self, placement: ExpertPlacement) -> None:
         self._groups = placement.groups
@@ -419,8 +424,8 @@ class OwnCounts:
         self._sent_3 = torch.zeros(3, dtype=torch.int64)
 
     def add(self, reports: Sequence[LayerReport]) -> None:
-        """Stores the counts. They are summed at the end, because one sum over all layers takes fewer launches than a sum
-        for each layer."""
+        """Stores the counts. The counts are summed only in `totals`, because one sum over all layers takes fewer
+        launches."""
         for each in reports:
             on_device = () if each.sent_5 is None else (each.sent_5,)
             self._sums.append((each.sums.choices_C, each.sums.dropped_E, each.sums.tokens_G, *on_device))

@@ -1,12 +1,13 @@
-"""Stores a teacher's most likely next words at each position of training sequences in a folder that runs map into memory:
+"""Stores a teacher model's most likely next tokens at each position of training sequences, in a folder that runs map into
+memory:
 
-    manifest.json     the teacher, the data, and the settings on which the sequences depend
+    manifest.json     teacher, data, and the settings that determine the sequences
     keys.npy          int64 [N], a hash of the tokens and labels of each sequence
-    words.npy         int32 [D, S, K], the K most likely next words; rows from N on are unused
-    log_probs.npy     float32 [D, S, K], their log-probabilities
+    words.npy         int32 [D, S, K], the K most likely next tokens; entries [N:] are unused
+    log_probs.npy     float32 [D, S, K], the log-probabilities of words.npy
 
-A run finds its sequences by their hashes, so that any layout of ranks, micro-batches and resumed positions reads the same
-file. A repeated sequence is stored once. Shape letters: D sequences of the stream, N different sequences among them, B
+A run finds its sequences by their hashes, so that runs with any number of ranks, micro-batches or resumes can use the same
+folder. Repeated sequences are stored once. Shape letters: D sequences of the stream, N different sequences among them, B
 sequences of a batch, S positions, K words, V vocabulary.
 """
 
@@ -38,18 +39,18 @@ class TopLogitsManifest(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     format: Literal[1] = 1
-    teacher: str  # folder of the teacher's checkpoint, for error texts
+    teacher: str  # folder of the teacher's checkpoint, for error messages
     content: str  # `checkpoint.base.content_hash` of the teacher's parameters
     vocab_size: int
     top: int  # K
     drawn: int  # D, the number of sequences of the stream that the teacher saw, from the first on
-    stored: int  # N, the number of different sequences among them, which are stored
+    stored: int  # N, the number of different sequences, all of which are stored
     sequences: dict[str, JsonValue]  # settings on which the stream depends: section `data` without its path, and seed
     data: dict[str, str]  # `data_digest` of the data set, with its manifest, which names the tokenizer
 
 
 def sequence_settings(config: Config) -> dict[str, JsonValue]:
-    """Returns the values on which the sequences of a run depend, besides the data set."""
+    """Returns the settings that determine the training sequences of a run, besides the data set."""
     return {**config.data.model_dump(mode="json", exclude={"path"}), "seed": config.run.seed}
 
 
@@ -89,12 +90,13 @@ def write_top_logits(
     np.save(place / "keys.npy", np.array([*known], np.int64))
     manifest = manifest.model_copy(update={"stored": len(known)})
     (place / "manifest.json").write_text(manifest.model_dump_json(indent=1))
-    place.rename(out)  # last, so that a folder with this name is complete
+    place.rename(out)  # last, so that a folder named `out` is complete
     return manifest
 
 
 class TopLogits:
-    """Reads the output of a teacher from a folder of `write_top_logits`. Logits stay on disk until a batch needs them.
+    """Reads a teacher's output from a folder that `write_top_logits` wrote. Log-probabilities stay on disk until a batch
+    needs them.
 
     Raises:
         ConfigError: the folder is missing, or was made for other sequences. The error lists every reason.

@@ -1,4 +1,4 @@
-"""Collects the choices of the tokens of a step, and hands them to the writer of this rank's trace.
+"""Collects the expert choices of a step's tokens, and passes the choices to the writer of this rank's trace.
 
 Shape letters: T tokens, L MoE layers, K choices.
 """
@@ -35,8 +35,8 @@ class StepWatcher(Protocol):
     """Gets the expert choices of every token, in the steps for which `due` returns True.
 
     Attributes:
-        own_tokens: Matters if several ranks share sequences. True: each of these ranks gets the tokens that it routes, in
-            its layers. False: one of these ranks gets all tokens in all layers.
+        own_tokens: If several ranks share sequences: True if each of these ranks gets the tokens that the rank routes, in
+            its layers; False if one of these ranks gets all tokens in all layers.
     """
 
     own_tokens: bool
@@ -54,7 +54,7 @@ class StepWatcher(Protocol):
         ...
 
     def flush(self) -> None:
-        """Is called before a checkpoint is saved; returns when all steps so far are on disk."""
+        """Is called before a checkpoint is saved; returns when the data of all finished steps are on disk."""
         ...
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
@@ -67,9 +67,10 @@ class StepTracer:
 
     Args:
         tokens: Largest number of this rank's tokens per step that are written; None for all tokens.
-        weights: Whether the experts' weights are written.
+        weights: Whether the chosen experts' router weights are written.
         sequences: Returns for a step (0-based) the numbers of the sequences of each of this rank's micro-batches.
-        begin: Opens the files of a new part of the trace, given its placement and the number of steps before this part.
+        begin: Opens the files of a new part of the trace, given this part's placement and the number of steps before this
+            part.
     """
 
     own_tokens = False
@@ -86,7 +87,7 @@ class StepTracer:
     ) -> None:
         self._writer, self._every, self._tokens, self._weights = writer, every, tokens, weights
         self._sequences, self._begin = sequences, begin
-        self._parts: list[tuple[Batch, Tensor, Tensor, Tensor | None]] = []  # batch, ids and weights [T, L, K], losses
+        self._parts: list[tuple[Batch, Tensor, Tensor, Tensor | None]] = []  # batch, ids, weights [T, L, K], losses
 
     def due(self, number: int) -> bool:
         """Returns whether step `number` (0-based) is traced."""
@@ -101,10 +102,10 @@ class StepTracer:
         self._parts.append((batch, ids_TLK, torch.stack([each.weight_TK for each in chosen], dim=1), losses_BS))
 
     def finish(self, number: int) -> None:
-        """Copies the choices of step `number` (0-based) to the host, and writes them. Costs a sync of its own."""
+        """Copies the choices of step `number` (0-based) to the host, and writes them. Costs one additional host sync."""
         left, found = self._tokens, []
         for numbers, (batch, ids_TLK, weights_TLK, losses_BS) in zip(self._sequences(number), self._parts, strict=True):
-            rows = (~batch.padding_BS).flatten().nonzero().flatten()[:left]  # only these rows leave the device
+            rows = (~batch.padding_BS).flatten().nonzero().flatten()[:left]  # only these tokens leave the device
             left = None if left is None else left - len(rows)
             tokens = np.empty(len(rows), TOKEN)
             row, tokens["position"] = np.divmod(_host(rows), batch.tokens_BS.shape[1])
@@ -126,7 +127,7 @@ class StepTracer:
         self._writer.flush()
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
-        """Begins a new part of the trace, as a new attempt does."""
+        """Begins a new part of the trace, as after a restart."""
         assert self._begin is not None, "experts moved in a trace of one placement"
         self.close()
         self._writer = self._begin(placement, step)
@@ -147,11 +148,11 @@ def traced_steps(
     position: int,
     numbers: Callable[[int], Sequence[Sequence[int]]],
 ) -> Iterator[StepTracer | None]:
-    """Yields this rank's tracer of the attempt; None without `monitor.trace`. Rank 0 writes the manifest before the first
-    step.
+    """Yields this rank's tracer; None without `monitor.trace`. Rank 0 writes the manifest before the first step.
 
     Args:
-        step, position: Number of steps before the attempt, and position of its first sequence in the stream (`Progress`).
+        step, position: Number of steps before the attempt, and position of the attempt's first sequence in the stream
+            (`Progress`).
         numbers: Method of the loader that returns the numbers of a step's sequences on this rank.
     """
     config, section = plan.config, plan.config.monitor.trace
@@ -204,8 +205,7 @@ def trace_heldout(
     sequences: int,
     weights: bool,
 ) -> int:
-    """Writes choices and losses of held-out tokens as step `step` of a new trace whose attempt is the folder `place`.
-    Collective.
+    """Writes choices and losses of held-out tokens into the folder `place`, as step `step` of a new trace. Collective.
 
     Args:
         model: The model in evaluation mode, on the device of `group_of_modality`.

@@ -45,13 +45,13 @@ Loader = TrainLoader | SampleLoader
 class Finished:
     """A run that reached its last step."""
 
-    took_steps: bool  # False if an earlier attempt took the last step
+    took_steps: bool  # False if an earlier attempt at the run took the last step
     evaluation: EvaluationResult
     checks: list[Check]
-    costs: CostTable | None = None  # None without `monitor.cost_table`, or if this attempt took no step
+    costs: CostTable | None = None  # traffic; None without `monitor.cost_table` or without steps in this attempt
 
 
-@dataclass(eq=False, repr=False)  # a repr would print the model
+@dataclass(eq=False, repr=False)  # because a repr would print the model
 class Trainer:
     """Runs the training loop on one rank. Every rank runs the same loop; only rank 0 has sinks of records.
 
@@ -60,12 +60,12 @@ class Trainer:
         loader: Returns this rank's batches of the step that begins at a position of the stream of all ranks.
         devices: Reads the state of this rank's device; None on ranks without sinks.
         saver: Saves the state of the run; all ranks call it at the same steps.
-        stop: Tells whether this process got a stop signal. Each step passes the request on to all ranks.
-        progress: The counters of the run, which begin as in the loaded checkpoint.
+        stop: Tells whether this process got a stop signal, which each step passes on to all ranks.
+        progress: The counters of the run, which begin with the values of the loaded checkpoint.
         profile: Returns a context manager for the step with a given number (the first step is 1).
         watchers: Objects that get every token's expert choices in the steps for which their `due` returns True.
         levers: Levers, by name, that keep the ranks equally busy (`rank_balance`).
-        placement_rows: One of `watchers`; None without `monitor.cost_table`.
+        placement_rows: The watcher that counts token rows under other placements; None without `monitor.cost_table`.
     """
 
     plan: TrainingPlan
@@ -104,16 +104,16 @@ class Trainer:
             self.saver.writer.poll()
             last = progress.step == plan.steps
             stop = result.stop_requested and not last
-            if last or (self._owes_evaluation() and not stop):  # a stop leaves time only for the save
+            if last or (self._owes_evaluation() and not stop):  # a stop signal leaves time only for a save
                 evaluation = self._evaluate(final=last)
             if progress.skipped_in_a_row >= plan.max_skipped_in_a_row:
-                self.saver.writer.wait()  # a thread may still write the last save
+                self.saver.writer.wait()  # a thread may still be writing the last save
                 raise DivergedError(self._divergence())
             if last or stop or progress.step % plan.save_every == 0:
                 self._save(must=last or stop)
             if stop:
                 raise StoppedError(f"stopped on request after step {progress.step}; the state is saved, start me again")
-        if evaluation is None:  # the loaded checkpoint is already of the last step
+        if evaluation is None:  # the loaded checkpoint is of the last step
             evaluation = self._evaluate(final=True)
         return Finished(bool(self._recent), evaluation, self._checks(evaluation), self._costs())
 
@@ -161,7 +161,7 @@ class Trainer:
         return decisions
 
     def follow(self, placement: ExpertPlacement) -> None:
-        """Uses the placement of experts that have moved or got replicas for records, evaluations, traces and
+        """Uses the new placement, after experts have moved or got replicas, for records, evaluations, traces and
         checkpoints."""
         self.plan = replace(self.plan, placement=placement)
         self.evaluator.placement = self.saver.placement = placement
@@ -208,7 +208,7 @@ class Trainer:
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
         result = self.evaluator(self.progress.step, final=final, trained=self._last_batches(self.evaluator.calibration))
-        if self.progress.evaluated < self.progress.step:  # otherwise an earlier attempt has recorded this evaluation
+        if self.progress.evaluated < self.progress.step:  # else an earlier attempt has recorded this evaluation
             scalars = evaluation_scalars(result, self.plan.modalities, len(self.plan.placement.groups))
             for sink in self.sinks:
                 sink.evaluation(result, scalars)
@@ -225,16 +225,16 @@ class Trainer:
         return batches[:count]
 
     def _save(self, *, must: bool) -> None:
-        """Saves the run's state. With `must` returns after the files are written; otherwise a thread may write the files
-        during the next steps."""
+        """Saves the run's state. With `must` the method returns after the files are written; otherwise a thread may write
+        the files during the next steps."""
         for sink in self.sinks:
-            sink.flush()  # before the save, because a run that resumes from the save does not repeat these records
+            sink.flush()  # before the save: a run that resumes from the save does not repeat these records
         for watcher in self.watchers:
             watcher.flush()
         self.saver.save(self.progress, durable=must)
 
     def _checks(self, evaluation: EvaluationResult) -> list[Check]:
-        counts = [result.counts for result in self._recent]  # empty without steps in this attempt
+        counts = [result.counts for result in self._recent]  # empty if this attempt took no step
         groups = self.plan.placement.groups
         no_choices_LC = np.zeros((1, sum(group.num_columns for group in groups)), np.int64)
         return run_checks(
@@ -251,8 +251,8 @@ class Trainer:
         )
 
     def _costs(self) -> CostTable | None:
-        """Returns the traffic of the last steps, and the traffic of the same choices with other placements and dispatch
-        methods. Collective."""
+        """Returns the traffic of the last steps, and of the same expert choices with other placements and dispatch methods.
+        Collective."""
         if self.placement_rows is None or not self._recent:
             return None
         mesh, plan = self.evaluator.mesh, self.plan
@@ -271,6 +271,7 @@ class Trainer:
 
 
 def _collect(step: int) -> None:
-    """Collects Python's garbage after some steps, if automatic collections are off (`garbage.collected_by_steps`)."""
+    """Runs Python's garbage collector after every COLLECT_EVERY-th step, if automatic collections are off
+    (`garbage.collected_by_steps`)."""
     if step % COLLECT_EVERY == 0 and not gc.isenabled():
         gc.collect()

@@ -1,1 +1,1 @@
-"""The dispatch benchmark: measured points, contenders (implementations), timing in turns, verdicts and tables."""
+"""The dispatch benchmark: measured points, contenders (implementations), alternating timing, verdicts and tables."""

@@ -1,4 +1,5 @@
-"""Compares dispatch with its floor and with other implementations on this machine: python -m tools.bench [--json FILE]
+"""Compares dispatch with a floor (plain all-to-alls) and with other implementations on this machine: python -m tools.bench
+[--json FILE]
 
 Contenders run in turn, with one thread on each rank. docs/benchmarks.md explains the tables and their limits.
 """

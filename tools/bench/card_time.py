@@ -1,10 +1,11 @@
-"""Computes the time of a counted step from the rates of a card. The time is modelled, and not measured on a GPU.
+"""Computes the time of a counted training step from a GPU's rates. The time is modelled, not measured.
 
-An operation takes FLOPs / rate of its kind, or bytes / rate of a copy, whichever is longer. Operations run one after the
-other. A part of the model takes the time of its operations or of the host's launches, whichever is longer. An exchange
-takes latency + bytes / rate, in the order of the dispatcher or of two halves of a micro-batch (`moe_dist.plan.step_model`),
-and slows no simultaneous computation. Gathers of parameters overlap with forward, and sums of gradients with backward,
-while no exchange runs; with two halves they overlap with nothing. All ranks take equal times.
+An operation takes FLOPs / (rate of this kind of operation), or bytes / (rate of a copy), whichever is longer. Operations
+run one after the other. A part of the model takes the time of its operations or of the host's kernel launches, whichever is
+longer. An exchange takes latency + bytes / rate, in the order of the dispatcher or of two-batch overlap
+(`moe_dist.plan.step_model`), and slows no simultaneous computation. Parameter all-gathers overlap with forward, and
+gradient sums with backward, while no exchange runs; with two-batch overlap neither overlaps with anything. All ranks take
+equal times.
 """
 
 from collections import defaultdict
@@ -37,7 +38,7 @@ from tools.bench.fake_step import MICRO_BATCHES, Counted, scaled
 from tools.bench.least import Key, masked_scores
 
 CLUSTER = "h100_infiniband"  # cluster file with the number of GPUs of a node and the rate between nodes
-FP32_SHARE = 1 / 16  # rate of fp32 products / rate of bf16 products, without TF32
+FP32_SHARE = 1 / 16  # rate of fp32 matrix products / rate of bf16 products, without TF32
 GATHERS, SUMS = "_allgather_base_", "_reduce_scatter_base_"
 
 
@@ -46,15 +47,16 @@ class CardTime:
     """Seconds of one rank.
 
     Attributes:
-        parts, launches: Seconds of a micro-batch, by part and phase: on the device, and on the host for launches.
+        parts, launches: Seconds of a micro-batch by part and phase: of operations on the device, and of the host's
+            launches.
         kinds: Seconds of a micro-batch on the device, by kind of operation.
-        exchange, sync: Seconds of a micro-batch in exchanges, and in the device's waits after host syncs.
+        exchange, sync: Seconds of a micro-batch in exchanges, and in which the device is idle after host syncs.
         micro_batch: Seconds of a micro-batch.
-        once: Seconds of the parts that a step has once, such as the optimizer's update.
-        gathers, sums, uncovered: Seconds of a step in gathers of parameters, in sums of gradients, and in both without
-            simultaneous computation.
-        model_flops, masked: FLOPs (not seconds) of a step: without recomputation and masked scores, and of masked scores
-            alone.
+        once: Seconds of what a step does once rather than per micro-batch, such as the optimizer's update.
+        gathers, sums, uncovered: Seconds of a step in gathers of parameters, in sums of gradients, and in gathers and sums
+            without simultaneous computation.
+        model_flops, masked: FLOPs (not seconds) of a step: without recomputation and masked attention scores, and of masked
+            scores alone.
     """
 
     rates: Rates
@@ -79,13 +81,13 @@ class CardTime:
         return self.micro_batches * self.micro_batch + self.once + self.uncovered
 
     def mfu(self, *, all_scores: bool = False) -> float:
-        """Returns the model's FLOPs / the FLOPs at the card's peak rate. With `all_scores`, also counts attention scores
-        for positions after a token's own, as perf/mfu does."""
+        """Returns the model's FLOPs/s / the card's peak FLOPs/s. With `all_scores`, also counts attention scores for
+        positions after a token's own, as perf/mfu does."""
         return (self.model_flops + all_scores * self.masked) / self.seconds / self.peak
 
 
 def card_rates(card: str) -> Rates:
-    """Returns the rates of a card by its data sheet, in nodes of the kind of `CLUSTER`.
+    """Returns a GPU's rates by its data sheet, in nodes as in the cluster file `CLUSTER`.
 
     Raises:
         ConfigError: from `published_rates`.
@@ -105,7 +107,8 @@ def operation_seconds(work: Work, rates: Rates) -> float:
 
 
 def card_time(counted: Counted, path: str, overrides: Sequence[str], rates: Rates) -> CardTime:
-    """Returns the time of a step with the micro-batches of the configuration, of which `counted` has `MICRO_BATCHES`."""
+    """Returns the time of a step with all micro-batches of the configuration; `counted` has only `MICRO_BATCHES`
+    micro-batches."""
     whole, config = load_config(path, overrides), scaled(overrides, path, counted.ranks)
     times = max(1, whole.train.global_batch // (whole.train.micro_batch * counted.ranks))
     more, two = _works(counted.more_work), _works(counted.work)
@@ -130,7 +133,7 @@ def card_time(counted: Counted, path: str, overrides: Sequence[str], rates: Rate
         events = micro_batch(layers["forward"], head, order, layers["backward"])
     played = play(events, 1, 1)
     seconds, free = float(played.seconds_S[0]), float((played.seconds_S - played.wire_S)[0])
-    if config.parallel.two_batch_overlap:  # all gathers come before the first layer, all sums after the last layer
+    if config.parallel.two_batch_overlap:  # all gathers before the first layer, all sums after the last
         free = 0.0
     covers = {GATHERS: free / (1 + BACKWARD), SUMS: free * BACKWARD / (1 + BACKWARD)}
     tokens, layout = times * config.train.micro_batch * config.data.seq_len, layout_without_data(config)
@@ -163,7 +166,7 @@ def _works(listed: list[list[Any]]) -> list[tuple[Work, int]]:
 
 
 def _grouped(works: list[tuple[Work, int]], rates: Rates) -> dict[str, float]:
-    """Returns the seconds of the experts' products, by phase."""
+    """Returns the seconds of the experts' matrix products, by phase."""
     found: dict[str, float] = {"forward": 0.0, "backward": 0.0}
     for work, number in works:
         if work.kind == "grouped":
@@ -172,8 +175,8 @@ def _grouped(works: list[tuple[Work, int]], rates: Rates) -> dict[str, float]:
 
 
 def _exchanges(counted: Counted, config: Config, rates: Rates, phase: str) -> Iterator[tuple[float, bool]]:
-    """Yields the seconds of each exchange of a micro-batch's phase, and whether the exchange has integers and is thus
-    before the host sync. All ranks of the EP group get equally many rows."""
+    """Yields the seconds of each exchange of a micro-batch's phase, and whether the exchange sends integers (counts), which
+    the host sync waits for. All ranks of the EP group get equally many token rows."""
     ep = config.parallel.ep
     ranks = min(ep, rates.ranks_per_node)
     inside = (ranks - 1) / max(1, ep - 1)
@@ -193,8 +196,8 @@ def _layers(
     phase: str,
     sync: float,
 ) -> list[LayerCost]:
-    """Returns the costs of each layer in the phase forward or backward. Divides seconds of compute in backward by
-    `BACKWARD`, because `micro_batch` multiplies them by this factor."""
+    """Returns each layer's costs in forward or in backward. Divides seconds of compute in backward by `BACKWARD`, because
+    `micro_batch` multiplies seconds of compute by `BACKWARD`."""
     number, ep, times = counted.layers, config.parallel.ep, 1.0 if phase == "forward" else BACKWARD
     exchanges = list(_exchanges(counted, config, rates, phase))
     dense = seconds["attention", phase] / number["attention"] / times
@@ -204,7 +207,7 @@ def _layers(
         dense=dense,
         own=experts / ep / times,
         others=experts * (ep - 1) / ep / times,
-        pack=rest / 2 if exchanges else rest / times,  # half of it before an exchange, half after
+        pack=rest / 2 if exchanges else rest / times,  # half before an exchange, half after
         counts=sum(each for each, whole in exchanges if whole) / number["moe"],
         sync=sync / number["moe"],
         hops=(sum(each for each, whole in exchanges if not whole) / number["moe"] / 2,) if exchanges else (),
@@ -214,7 +217,7 @@ def _layers(
 
 
 def _half(layer: LayerCost) -> LayerCost:
-    """Returns the costs of one half of a micro-batch from `layer`, the costs of both halves together."""
+    """Returns a layer's costs for half a micro-batch from `layer`, the costs for the whole micro-batch."""
     each = {field.name: getattr(layer, field.name) for field in fields(layer)}
     return LayerCost(
         **{name: tuple(hop / 2 for hop in cost) if name == "hops" else cost / 2 for name, cost in each.items()}
@@ -222,9 +225,9 @@ def _half(layer: LayerCost) -> LayerCost:
 
 
 def _ring_seconds(counted: Counted, config: Config, rates: Rates, name: str, times: int) -> float:
-    """Returns the seconds of a step's collectives of this name, which gather parameters or sum gradients along rings."""
+    """Returns the seconds of a step's collectives called `name`, which gather parameters or sum gradients along rings."""
     parallel = config.parallel
-    together = max(1, min(rates.ranks_per_node // parallel.ep, parallel.edp))  # ranks of an edp group on a node
+    together = max(1, min(rates.ranks_per_node // parallel.ep, parallel.edp))  # ranks of an edp group on the same node
     found = 0.0
     for listed, weight in ((counted.sent, 1), (counted.more_sent, times - MICRO_BATCHES)):
         for *key, number in listed:
@@ -236,7 +239,7 @@ def _ring_seconds(counted: Counted, config: Config, rates: Rates, name: str, tim
 
 
 def table(time: CardTime) -> Table:
-    """Returns a table of the parts of a step, with the assumptions."""
+    """Returns a table of the seconds of a step's parts, with the assumed rates."""
     rates = time.rates
     made = Table(title=f"A step of {time.micro_batches} micro-batches on {rates.card}, on paper", title_justify="left")
     for column in ("part", "phase", "ms", "ms of launches"):

@@ -1,21 +1,21 @@
-"""The contenders of the dispatch benchmark. A contender is a function of a case (routing and rows of a measured point on
-this rank), and returns a function without arguments to time. "Ours" is moe_dist's dispatcher. A choice of a token is an
+"""The contenders of the dispatch benchmark. A contender is made from a case (routing and rows of a measured point on this
+rank), and is a function without arguments to time. "Ours" is moe_dist's dispatcher. Each of a token's K choices is an
 expert or null; a pair is a (token, expert) choice.
 
-The following contenders bring rows to the rank of their experts and back, without laying rows out by expert:
+The following contenders bring token rows to the ranks of the chosen experts and back, without sorting rows by expert:
 
-    floor               two all_to_all_single with exactly the rows that ours sends, and one copy before each
-    floor, all          floor, and two copies of the rows whose experts are on this rank
-    dispatch, combine   ours, with a plan that was made beforehand
-    ours at rank        ours: plan, dispatch, combine
+    floor               two all_to_all_single with exactly the rows that our dispatcher sends, and one copy before each
+    floor, all          `floor`, and two copies of the rows whose experts are on this rank
+    dispatch, combine   our dispatch and combine; the plan is not timed
+    ours at rank        our plan, dispatch and combine
 
-The following contenders lay rows out by expert, and bring weighted sums back to the tokens (each expert is the identity):
+The following contenders sort rows by expert, and bring weighted sums back to the tokens (each expert is the identity):
 
-    ours                plan, dispatch, one row for each pair in the experts' order, weighted sum, combine
+    ours                our plan, dispatch, one row for each pair in the experts' order, weighted sum, combine
     megatron, ...       see megatron_core.py
     naive               one row for each choice, null or not, also for experts on this rank: a few plain lines of torch
-    per pair            naive without the null choices
-    equal active        ours, on another routing: as many pairs, evenly over the tokens, and no null choice
+    per pair            `naive` without the null choices
+    equal active        `ours` on another routing: as many pairs, spread evenly over the tokens, and no null choice
 
 Shape letters: T tokens, D hidden size, K choices per token, N rows of a rank's choices.
 """
@@ -90,7 +90,7 @@ def assignments_of(expert_TK: Tensor, weight_TK: Tensor) -> Assignments:
 
 
 def floor(case: Case, *, own_rows: bool) -> Run:
-    """Makes the contender `floor`, or with `own_rows` `floor, all`. Allocates buffers before the timed part, which only
+    """Makes the contender `floor`, or with `own_rows` `floor, all`. Buffers are allocated before the timed part, which only
     copies and exchanges rows."""
     plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])  # costs two metadata collectives and one host sync
     send, receive = list(plan.rows.send), list(plan.rows.receive)
@@ -113,7 +113,7 @@ def floor(case: Case, *, own_rows: bool) -> Run:
 
 
 def at_rank(case: Case, *, planned: bool) -> Run:
-    """Makes the contender of our plan, dispatch and combine. With `planned`, the plan (two metadata collectives and one
+    """Makes the contender with our plan, dispatch and combine. With `planned`, the plan (two metadata collectives and one
     host sync) is made before the timed part."""
     kept = case.dispatcher.plan(case.taken, case.h_TD.shape[0]) if planned else None
 
@@ -125,7 +125,7 @@ def at_rank(case: Case, *, planned: bool) -> Run:
 
 
 def ours(case: Case, assignments: Assignments) -> Run:
-    """Makes the contender of our plan and dispatch, the layout by expert, the weighted sum and combine."""
+    """Makes the contender with our plan and dispatch, sorting by expert, weighted sum and combine."""
 
     def run() -> Tensor:
         plan = case.dispatcher.plan(assignments, case.h_TD.shape[0])
@@ -176,6 +176,6 @@ def _swap(items: Tensor, receive: list[int], send: list[int], group: dist.Proces
 
 
 def expected(case: Case, assignments: Assignments) -> Tensor:
-    """Returns the right result of contenders with rows by expert: each token's row times the sum of its weights."""
+    """Returns the right result of contenders that sort rows by expert: each token's row times the sum of its weights."""
     scale_T = torch.zeros(case.h_TD.shape[0]).index_add_(0, assignments.token_N, assignments.weight_N)
     return case.h_TD * scale_T[:, None]

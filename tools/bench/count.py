@@ -1,5 +1,5 @@
 """Counts kernels, bytes, FLOPs, host syncs, collectives and memory of a training step by part of the model and phase,
-without a GPU, and compares them with the least possible numbers."""
+without a GPU, and compares the counts with the least possible numbers."""
 
 import json
 from collections import Counter
@@ -21,10 +21,11 @@ from tools.bench.least import Key, least_bytes, least_flops
 
 
 def count(path: str | Path, ranks: int, overrides: Sequence[str] = (), *, rank: int = 0) -> Counted:
-    """Counts one step of a configuration on one of `ranks` ranks. Takes some seconds, in a process of its own.
+    """Counts one step of a configuration on one of `ranks` ranks. Counting takes some seconds, in a separate process.
 
     Raises:
-        ConfigError: the configuration is refused, or the step failed. Has the reason, or the last lines of the error.
+        ConfigError: the configuration is refused, or the step failed. The message has the reason or the last lines of
+            output.
         ResourceError: from `fake_cuda.preloaded`.
     """
     done = child("tools.bench.fake_step", [str(find_config(path).resolve()), str(rank), str(ranks), *overrides])
@@ -35,7 +36,7 @@ def count(path: str | Path, ranks: int, overrides: Sequence[str] = (), *, rank: 
 
 def leasts(counted: Counted, path: str | Path, overrides: Sequence[str]) -> tuple[dict[Key, float], dict[Key, float]]:
     """Returns the fewest bytes and FLOPs of one micro-batch of the counted configuration, by part and phase; empty for a
-    model with LoRA, shared experts or mixture of depths, which `least` does not support."""
+    model with LoRA, shared experts or mixture of depths, which `least.py` does not support."""
     config = scaled(overrides, str(find_config(path)), counted.ranks)
     if config.model.has_adapters or config.model.moe.shared_ffn_dim or config.model.depth_layers:
         return {}, {}
@@ -45,7 +46,8 @@ def leasts(counted: Counted, path: str | Path, overrides: Sequence[str]) -> tupl
 
 @dataclass(frozen=True)
 class Share:
-    """The numbers that one more micro-batch adds to a step, and the numbers that a step has once; by part and phase."""
+    """Counts that each micro-batch adds to a step, and counts that do not depend on the number of micro-batches; by part
+    and phase."""
 
     micro_batch: Counter[Key]
     once: Counter[Key]
@@ -74,8 +76,9 @@ def _share(counted: Counted, value: Callable[[Work], int]) -> Share:
 
 def table(counted: Counted, leasts: tuple[dict[Key, float], dict[Key, float]] = ({}, {})) -> Table:
     """Returns a table of the numbers that one more micro-batch adds to a step, and of the kernels and bytes that a step has
-    once; attention and MoE layers per layer. Collectives are half of the collectives of a step of two micro-batches. Memory
-    in GB: allocated less freed bytes of a part (kept), and the most bytes of all tensors while the part ran (live).
+    once; attention and MoE layers per layer. The number of collectives is half the number in a step of two micro-batches.
+    Memory in GB: bytes that a part allocated minus bytes that it freed (kept), and the most bytes of all tensors while the
+    part ran (live).
 
     Args:
         leasts: The fewest bytes and FLOPs, shown beside the counted bytes and FLOPs.
@@ -129,8 +132,8 @@ def table(counted: Counted, leasts: tuple[dict[Key, float], dict[Key, float]] = 
 
 
 def refuse_what_cannot_fit(counted: Counted, rates: Rates) -> None:
-    """Raises ResourceError if the live tensors of a step take more bytes than the card has. Names the layer with the most
-    live bytes, or another part if no layer exceeds the card's memory."""
+    """Raises ResourceError if the live tensors of a step take more bytes than the card has. The error names the layer with
+    the most live bytes, or another part if no layer exceeds the card's memory."""
     over = {place: each for place, each in counted.memory.items() if each[1] > rates.memory}
     in_layers = {place: each for place, each in over.items() if place.partition(" ")[0] in counted.layers}
     if over:
@@ -145,7 +148,7 @@ def refuse_what_cannot_fit(counted: Counted, rates: Rates) -> None:
 
 
 def report(path: Path, ranks: int, overrides: Sequence[str], *, card: str | None) -> list[Table]:
-    """Returns tables of the counts of a step, and with a card of the time by its rates.
+    """Returns tables of a step's counts and, if `card` is given, of the step's time by the card's rates.
 
     Raises:
         ConfigError, ResourceError: from `count`; or the card's rates are unknown, or a layer does not fit on the card.

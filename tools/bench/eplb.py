@@ -1,7 +1,9 @@
-"""Compares the placement solver with DeepSeek's EPLB at equal slots: python -m tools.bench.eplb EPLB_FILE [TRACE.npz ...]
+"""Compares the placement solver with DeepSeek's EPLB with equal numbers of slots: python -m tools.bench.eplb EPLB_FILE
+[TRACE.npz ...]
 
-EPLB_FILE is eplb.py of github.com/deepseek-ai/EPLB, which is not part of moe_dist. Each load is solved with one map of
-experts for all layers, as in moe_dist, and with one map per layer, as in EPLB; without and with a spare slot on each rank.
+EPLB_FILE is eplb.py of github.com/deepseek-ai/EPLB, which is not part of moe_dist. For each set of expert loads both
+solvers find one placement for all layers, as in moe_dist, and one placement per layer, as in EPLB; without and with a spare
+slot on each rank.
 """
 
 import time
@@ -60,7 +62,7 @@ def main(
 
 
 def eplb_solver(module: Any) -> Solver:
-    """Returns EPLB's policy without node groups as a solver. It makes one map from experts to slots for all layers."""
+    """Returns EPLB's policy without node groups as a solver, which makes one map from experts to slots for all layers."""
     import torch
 
     def solver(load_LE: np.ndarray, slots_R: np.ndarray) -> Copied:

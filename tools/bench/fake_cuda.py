@@ -1,7 +1,8 @@
-"""Fake CUDA tensors on a machine without a GPU: they have shapes, dtypes and devices, but no values and no memory.
+"""Fake CUDA tensors on a machine without a GPU: fake tensors have shapes, dtypes and devices, but no values and no memory.
 
-`preloaded` returns the environment of a process in which autograd accepts such tensors, and needs a C++ compiler. In the
-process, `stand_ins` replaces the calls of a driver, and `Recorder` counts each operation on a fake CUDA tensor.
+`preloaded` returns the environment of a process in which autograd accepts fake CUDA tensors; `preloaded` needs a C++
+compiler. In this process, `stand_ins` replaces calls of the CUDA driver, and `Recorder` counts each operation on a fake
+CUDA tensor.
 """
 
 import ctypes
@@ -38,18 +39,19 @@ FREE = {
     *("unsafe_split", "_assert_tensor_metadata", "_unsafe_view"),
 }
 COPIES = ("_to_copy", "copy_")
-# In-place operations that do not read their target; other in-place operations count as if they did. Names may also begin
-# with `_foreach_`.
+# In-place operations that do not read their target, as all other in-place operations do. Names may also begin with
+# `_foreach_`.
 WRITE_ONLY = {"copy_", "fill_", "index_copy_", "zero_"}
 PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "_grouped_mm": 0}  # index of the argument that is the first factor
-# Operations, and arguments that are not written although their schema says so: AdamW writes gradients only with a gradient
+# (operation, argument that it does not write, although the schema says so): AdamW writes gradients only with a gradient
 # scale.
 UNCHANGED = {("_fused_adamw_", "grads")}
-WAIT_SECONDS = 1e-3  # time between any two fake events
+WAIT_SECONDS = 1e-3  # seconds between any two fake CUDA events
 
 
 def preloaded() -> dict[str, str]:
-    """Returns the environment of a process that simulates a CUDA device. Compiles a library at the first use (5 s of CPU).
+    """Returns the environment of a process that simulates a CUDA device. The first call compiles a library (5 s of CPU
+    time).
 
     Raises:
         ResourceError: the C++ compiler is missing or failed.
@@ -66,7 +68,8 @@ def preloaded() -> dict[str, str]:
         partial = library.with_suffix(f".{os.getpid()}")
         includes = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
         libraries = [f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{home / 'lib'}"]
-        # The ABI of torch's own wheels, because the library otherwise needs names with another spelling of std::string.
+        # The ABI of torch's wheels, because with another ABI the library needs symbols with another mangling of
+        # std::string.
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
         command = ["-std=c++20", "-O0", "-shared", "-fPIC", abi, *includes, str(SOURCE), "-o", str(partial), *libraries]
         compiler = os.environ.get("CXX", "c++")
@@ -85,14 +88,14 @@ def preloaded() -> dict[str, str]:
 def enter() -> None:
     """Makes this process, started with `preloaded`, ready for backward passes over fake CUDA tensors."""
     ctypes.CDLL(None).stand_in()
-    torch.autograd.set_multithreading_enabled(False)  # dispatch modes belong to one thread
+    torch.autograd.set_multithreading_enabled(False)  # a dispatch mode acts in one thread only
 
 
 class Work(NamedTuple):
-    """One operation. `kind` is "copy" for an operation without products, else "gemm", "grouped" or "attention", with "fp32"
-    appended for products of fp32 numbers. `rows` is the median of a product's three sizes, because the time of a narrow
-    product follows from its bytes, or an expert's number of rows in a grouped product. `num_bytes` is the number of bytes
-    read or written."""
+    """One operation. `kind` is "copy" for an operation without matrix products, else "gemm", "grouped" or "attention", with
+    "fp32" appended for products of fp32 numbers. `rows` is the median of a product's three sizes, because the time of a
+    narrow product follows from its bytes, or an expert's number of rows in a grouped product. `num_bytes` is the number of
+    bytes read or written."""
 
     part: str
     phase: str
@@ -103,9 +106,9 @@ class Work(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """One collective. `num_bytes` is the number of bytes that this rank sends to or receives from others, whichever is
-    larger; for sums along a ring, sent bytes. `ranks` is 0 if the tensors do not show it. `whole` is true if the items are
-    integers."""
+    """One collective. `num_bytes` is the number of bytes that this rank sends to or receives from other ranks, whichever is
+    larger; for sums along a ring, sent bytes. `ranks` is 0 if the tensors do not show the number of ranks. `whole` is true
+    for integer tensors."""
 
     part: str
     phase: str
@@ -119,14 +122,15 @@ class Recorder(TorchDispatchMode):
     """Counts operations on fake CUDA tensors by `part` and `phase`, which the caller sets.
 
     Attributes:
-        work, sent: Operations and collectives, with the number of each.
-        kernels, num_bytes: Number of launched kernels, and bytes that they read and write, by (part, phase).
+        work, sent: Operations and collectives, and how often each occurred.
+        kernels, num_bytes: Number of launched kernels, and bytes that the kernels read and write, by (part, phase).
         collectives: Number of collectives by (part, phase, name).
         syncs: Number of times that the host waits for the device, by (phase, name or source line).
         copies: Number of copies between host and device for which the host waits, by (phase, source line).
-        mixed: Source lines of operations with tensors of both devices.
-        sorted_sums: Number of backward passes of an index, by part; on CUDA each pass sorts, to add without atomics.
-        order: Names of all collectives, in order.
+        mixed: Source lines of operations with both CPU and CUDA tensors.
+        sorted_sums: Number of backward passes of indexing, by part; on CUDA each of these passes sorts, to add without
+            atomics.
+        order: Names of all collectives, in call order.
         memory: Bytes of live tensors, by (part, phase).
     """
 
@@ -181,7 +185,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def computing(self, kind: str, flops: int) -> Iterator[None]:
-        """Sets kind and FLOPs of each operation inside the context, because these operations simulate other kernels."""
+        """Sets kind and FLOPs of each operation inside the context, because those operations simulate other kernels."""
         self.inside = (kind, 0, flops)
         try:
             yield
@@ -189,18 +193,18 @@ class Recorder(TorchDispatchMode):
             self.inside = None
 
     def read(self, name: str) -> None:
-        """Notes that the host waits for a value."""
+        """Counts that the host waits for a value."""
         self.syncs[self.phase, name] += 1
 
 
 def source_line() -> str:
-    """Returns the innermost line of moe_dist that runs now."""
+    """Returns the innermost line of moe_dist on the call stack."""
     ours = [each for each in traceback.extract_stack() if f"{os.sep}moe_dist{os.sep}" in each.filename]
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "outside"
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """Returns the tensors among values; of a sharded tensor, this rank's part."""
+    """Returns the tensors in `values`; for a sharded tensor, this rank's shard."""
     found = [each for each in tree_leaves(values) if isinstance(each, Tensor)]
     return [each._local_tensor if isinstance(each, DTensor) else each for each in found]
 
@@ -219,7 +223,7 @@ def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _product(name: str, args: Any) -> tuple[str, int, int]:
-    """Returns kind, rows and FLOPs of an operation."""
+    """Returns kind, rows and FLOPs of an operation, as in `Work`."""
     if name not in PRODUCTS:
         return "copy", 0, 0
     first, second = args[PRODUCTS[name] :][:2]
@@ -233,7 +237,7 @@ def _product(name: str, args: Any) -> tuple[str, int, int]:
 
 
 def _sent(name: str, args: Any) -> tuple[int, int, bool]:
-    """Returns ranks, bytes and whether items are integers, for a collective with the first arguments output and input."""
+    """Returns number of ranks, bytes and `whole` of a collective with the first arguments output and input."""
     tensors = [each for each in tree_leaves(args) if isinstance(each, Tensor)]
     sizes = [each.nbytes for each in tensors]
     whole = not tensors[0].is_floating_point()
@@ -249,7 +253,7 @@ class _Event(Idle):
 
 class _OneKernel(torch.autograd.Function):
     """An operation that counts as one kernel in forward, and in backward as one kernel per input, as on CUDA. On the host,
-    torch would divide the operation into several."""
+    torch would divide the operation into several operations."""
 
     @staticmethod
     def forward(ctx: Any, like: Tensor, *inputs: Tensor) -> Tensor:
@@ -262,7 +266,7 @@ class _OneKernel(torch.autograd.Function):
 
 
 class _Attention(_OneKernel):
-    """Attention as one kernel in forward and three in backward, which skip the blocks above the diagonal."""
+    """Attention as one kernel in forward and three kernels in backward, without the blocks above the diagonal."""
 
     @staticmethod
     def forward(ctx: Any, recorder: "Recorder", *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -273,7 +277,7 @@ class _Attention(_OneKernel):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        with ctx.recorder.computing("attention", ctx.flops * 5 // 6):  # five products instead of two, in three kernels
+        with ctx.recorder.computing("attention", ctx.flops * 5 // 6):  # 5 products, not 2, in 3 kernels
             return None, *_OneKernel.backward(ctx, gradient)
 
 
@@ -305,8 +309,8 @@ def _reads(recorder: Recorder) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def stand_ins(recorder: Recorder) -> Iterator[None]:
-    """Removes the driver's calls, and replaces reads of fake values by zeros, which `recorder` notes. Norm and attention
-    become one kernel each, as on a GPU."""
+    """Removes calls of the CUDA driver, and replaces reads of fake values by zeros, counted by `recorder`. Norm and
+    attention become one kernel each, as on a GPU."""
     from moe_dist.model import attention, transformer
     from moe_dist.moe.kernels import trial
 
@@ -341,7 +345,7 @@ def stand_ins(recorder: Recorder) -> Iterator[None]:
     }
     with ExitStack() as stack:
         stack.enter_context(recorder.memory.resizes())
-        fake = {"tolist": tensor["tolist"]}  # a fake tensor's own `tolist` would read one number after the other
+        fake = {"tolist": tensor["tolist"]}  # a fake tensor's `tolist` would read numbers one by one
         replaced = (
             (torch.cuda, cuda),
             (torch.accelerator, accelerator),
@@ -359,7 +363,7 @@ def stand_ins(recorder: Recorder) -> Iterator[None]:
 
 
 def child(module: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m module` in a process with fake CUDA; the caller reads its output and exit code."""
+    """Runs `python -m module` in a process with fake CUDA; the caller reads the process's output and exit code."""
     root = Path(__file__).parents[2]
     return subprocess.run(
         [sys.executable, "-m", module, *arguments], env=preloaded(), cwd=root, capture_output=True, text=True, check=False

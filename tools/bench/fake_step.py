@@ -1,10 +1,10 @@
 """Takes training steps of a configuration as one rank of many, on fake CUDA tensors and with collectives that do nothing.
 
 Runs in a process with the environment of `fake_cuda.preloaded`: python -m tools.bench.fake_step CONFIG RANK RANKS
-[key=value ...]. Prints one line of JSON, a `Counted`. Routing is uniform: each expert gets equally many tokens of each
-rank.
+[key=value ...]. Prints one JSON line with the fields of `Counted`. Routing is uniform: each expert gets equally many tokens
+of each rank.
 
-DDP's wrapper is left out, because its reducer reads memory. torch.compile is left out; attention counts as one kernel.
+DDP's wrapper is left out, because DDP's reducer reads memory. torch.compile is left out; attention counts as one kernel.
 """
 
 import json
@@ -44,22 +44,22 @@ TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class Counted:
-    """One step with `MICRO_BATCHES` micro-batches, after a first step.
+    """The counts of one step with `MICRO_BATCHES` micro-batches, after a first step.
 
     Attributes:
-        layers: Number of layers with the part "attention", "moe" or "ffn", whose counts are sums over all layers. The other
-            parts are "model", "loss" and "step".
+        layers: Number of layers with the part "attention", "moe" or "ffn"; counts of these parts are sums over all layers.
+            The other parts are "model", "loss" and "step".
         kernels, num_bytes: Numbers of kernels and bytes, by "part phase"; phases are forward, backward and step.
         collectives: Number of collectives, by "part phase name".
-        syncs, copies: Waits of the host for values and for copies, by "phase name".
-        mixed: Operations with tensors of both devices.
-        sorted_sums: Backward passes of an index, which sort on CUDA, by part.
-        order: The names of all collectives of both steps, in order; equal on all ranks.
-        tracked: Number of collectives that the tracker still held at the end of the step.
+        syncs, copies: Numbers of the host's waits for values and for copies, by "phase name".
+        mixed: Operations with both CPU and CUDA tensors.
+        sorted_sums: Number of backward passes of indexing, which sort on CUDA, by part.
+        order: The names of all collectives of the two steps, in call order; equal on all ranks.
+        tracked: Number of collectives that the tracker still listed as running at the end of the step.
         exchange_seconds: Seconds in exchanges that the busy clock subtracts, if each wait takes `fake_cuda.WAIT_SECONDS`.
         work, sent: Fields of `fake_cuda.Work` and `fake_cuda.Sent`, each followed by the number of such items.
-        more_work, more_sent: The additional items of a step with one more micro-batch.
-        memory: By "part phase": allocated less freed bytes, the most bytes of all tensors, and the layer that then ran.
+        more_work, more_sent: The operations and collectives that one more micro-batch adds.
+        memory: By "part phase": allocated minus freed bytes, the most bytes of all tensors, and the layer of this maximum.
     """
 
     config: str
@@ -84,7 +84,8 @@ class Counted:
 
 
 def scaled(overrides: Sequence[str], path: str, ranks: int) -> Config:
-    """Returns the configuration on `ranks` ranks, with EP groups of the same size, or smaller if there are fewer ranks."""
+    """Returns the configuration on `ranks` ranks, with EP groups of the configured size, or of `ranks` ranks if that is
+    smaller."""
     config = load_config(path, overrides)
     ep = min(config.parallel.ep, ranks)
     if ranks % ep:
@@ -101,8 +102,9 @@ def scaled(overrides: Sequence[str], path: str, ranks: int) -> Config:
 
 
 class Uniform:
-    """Answers reads of counts, by the name of the read, with the counts of a uniform router. Routes half of a micro-batch
-    if the layers run on halves, else (or with `whole`) a micro-batch, until `route` sets another number of tokens."""
+    """Replaces the host's reads of counts, by name of the read, by the counts of a uniform router. Until `route` sets
+    another number of tokens, layers route half a micro-batch with two-batch overlap, else (or with `whole`) a whole
+    micro-batch."""
 
     def __init__(self, config: Config, layout: PlannedLayout, rank: int, *, whole: bool = False) -> None:
         self.config, self.placement, self.own = config, layout.placement, rank % config.parallel.ep
@@ -111,7 +113,7 @@ class Uniform:
         self.route(tokens)
 
     def route(self, tokens: int) -> None:
-        """Sets the number of tokens that a layer routes on this rank; modalities have equal shares."""
+        """Sets the number of tokens that a layer routes on this rank; all modalities have equally many tokens."""
         tokens_G = [tokens * share for share in group_shares(self.groups, {})]
         self.tokens_of_groups = list(zip(self.groups, tokens_G, strict=True))
         self.pairs_E = [
@@ -121,12 +123,12 @@ class Uniform:
         ]
 
     def entry(self, ep_rank: int, chunks: int = 1) -> list[int]:
-        """Returns the number of rows to a rank, and of (token, expert) pairs for each of the rank's slots."""
+        """Returns the numbers of token rows sent to a rank, and of (token, expert) pairs of each of the rank's experts."""
         pairs = [int(self.pairs_E[expert] / chunks) for expert in self.placement.slots[ep_rank]]
         return [min(sum(pairs), int(self.rows([ep_rank]) / chunks)), *pairs]
 
     def rows(self, ep_ranks: Sequence[int]) -> float:
-        """Returns the number of tokens with an expert on at least one of these ranks."""
+        """Returns the number of tokens with an expert on at least one of the ranks `ep_ranks`."""
         return sum(
             tokens * reached(group, sum(len(self.placement.local_experts(rank, group)) for rank in ep_ranks))
             for group, tokens in self.tokens_of_groups
@@ -158,8 +160,8 @@ class Uniform:
 
 
 def watch_parts(model: nn.Module, recorder: fake_cuda.Recorder) -> Counter[str]:
-    """Makes the recorder know which part of the model runs, in forward and in backward. Returns the number of layers with
-    each part."""
+    """Sets hooks that tell the recorder which part of the model runs, in forward and in backward. Returns the number of
+    layers with each part."""
     names = []
 
     def at(name: str, layer: int) -> None:
@@ -171,14 +173,14 @@ def watch_parts(model: nn.Module, recorder: fake_cuda.Recorder) -> Counter[str]:
             recorder.phase = "forward"
 
     def leave(name: str, layer: int, output: Any) -> None:
-        """Marks the end of a part in forward, and its beginning in backward by a hook on the output's gradient."""
+        """Marks the end of a part in forward; a hook on the output's gradient marks the part's beginning in backward."""
         out = output[0] if isinstance(output, tuple) else output
         if out.requires_grad:
             out.register_hook(lambda _: at(name, layer))
         recorder.part = "model" if name != "model" else "loss"
 
     def in_halves(name: str, layer: int, steps: Any) -> Any:
-        """Wraps `MoELayer.steps`, whose exchanges divide it into pieces."""
+        """Wraps the generator `MoELayer.steps`, which yields at each exchange."""
 
         def run(*args: Any) -> Any:
             chain, pieces = args[3], steps(*args)
@@ -207,7 +209,7 @@ def watch_parts(model: nn.Module, recorder: fake_cuda.Recorder) -> Counter[str]:
             return
         forward = module.forward
 
-        def run(*args: Any) -> Any:  # halves call no hooks
+        def run(*args: Any) -> Any:  # two-batch overlap calls no hooks
             enter(name, layer)
             made = forward(*args)
             leave(name, layer, made)
@@ -248,7 +250,7 @@ class Built:
 
     Attributes:
         manifest: Manifest with names of modalities, but no token ids.
-        told: Seconds in exchanges that the busy clock subtracted in each step.
+        told: Seconds of exchanges that the busy clock subtracted, for each step.
     """
 
     config: Config
@@ -277,7 +279,7 @@ def built(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Iterato
 
     real_route = MoELayer._route
 
-    def route(layer: MoELayer, x_TD: Tensor, *args: Any) -> Any:  # evaluation and mixture of depths have other sizes
+    def route(layer: MoELayer, x_TD: Tensor, *args: Any) -> Any:  # evaluation and mixture of depths route other numbers
         uniform.route(len(x_TD))
         return real_route(layer, x_TD, *args)
 

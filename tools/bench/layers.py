@@ -1,6 +1,6 @@
 """Compares our MoE layer with Megatron-Core's: alone (forward and backward), and in training steps of the default model.
 
-Both have equal weights and routing. Outputs, gradients and losses are checked to be equal before the timing.
+Our layer and Megatron-Core's have equal weights and routing. Before the timing, outputs, gradients and losses are compared.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,7 +47,7 @@ class LayerSize:
     ffn: int
     experts: int
     top_k: int
-    null: bool  # true: adds as many null experts, and doubles top_k, so that about half of the choices are null
+    null: bool  # true: as many null as true experts and twice top_k, so that about half of the choices are null
 
 
 LAYERS: Mapping[str, LayerSize] = {
@@ -62,7 +62,7 @@ QUICK_LAYERS: Mapping[str, LayerSize] = {
 
 
 def measure_layer(size: LayerSize, mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Measures forward and backward of one layer, ours and each variant of Megatron-Core's."""
+    """Measures forward and backward of our layer and of each variant of Megatron-Core's layer."""
     group = ExpertGroup("all", size.experts, size.experts * size.null, size.top_k * (1 + size.null), size.ffn, 0, ("text",))
     placement = ExpertPlacement((group,), slots(Point(experts=size.experts), mesh.ep_size))
     generator = torch.Generator().manual_seed(effort.seed)  # the same seed on all ranks, so that they draw the same router
@@ -118,7 +118,8 @@ def _pass(module: nn.Module, x_TD: Tensor, direction_TD: Tensor) -> Callable[[],
 
 def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
     """Measures training steps of the default job's model, but with 8 null experts per group, on random tokens: with our MoE
-    layers and with Megatron-Core's. All steps use the same attention, router, loss, gradient reduction and optimizer."""
+    layers and with Megatron-Core's MoE layers. All steps use the same attention, router, loss, gradient reduction and
+    optimizer."""
     half = mesh.ep_size // 2  # the default job pins text to the first half of the ranks and image to the second half
     text, image = list(range(half)), list(range(half, mesh.ep_size))
     groups = f"placement.groups={{text: {{ranks: {text}}}, image: {{ranks: {image}}}}}"
@@ -157,7 +158,8 @@ def random_batches(config: Config, mesh: Mesh, seed: int) -> list[Batch]:
 
 
 def training_step(config: Config, mesh: Mesh, variant: Variant | None) -> TrainingStep:
-    """Makes a training step over a new model. Its MoE layers are ours if `variant` is None, else Megatron-Core's."""
+    """Makes a training step over a new model. The model's MoE layers are ours if `variant` is None, else
+    Megatron-Core's."""
     groups, comm_stats = expert_groups(config.model.moe), CommStats()
     placement = make_placement(config.placement, groups, num_ranks=mesh.ep_size, token_mix={})
     with torch.device("meta"):

@@ -1,7 +1,8 @@
-"""Takes training steps of several layouts in turn on this machine, and stores their seconds, bytes, memory and choices.
+"""Takes training steps of several layouts in turn on this machine, and stores the steps' seconds, sent bytes, memory and
+expert choices.
 
-The processes of each number of ranks stay alive, and wait on a pipe while other processes work. A round therefore visits
-all layouts within minutes, and other load of the machine affects all layouts alike. Each visit is one line of
+The processes of each number of ranks stay alive, and wait on a pipe while other processes compute. A round therefore visits
+(times) all layouts within minutes, and other load of the machine affects all layouts alike. Each visit is one line of
 `visits.jsonl`; visits in this file are not repeated. A step is timed as in `Trainer`, without record and sinks. The
 learning rate is 0, so that routing is equal in all rounds.
 """
@@ -32,7 +33,7 @@ FIRST, STEPS = 1, 7  # numbers of untimed and of timed steps of a visit
 
 @dataclass(frozen=True)
 class MeasuredLayout:
-    """A configuration, and the workload whose choices its routers take; None for their own choices."""
+    """A configuration, and the workload whose expert choices the routers take; None if the routers choose."""
 
     config: str
     overrides: tuple[str, ...]
@@ -52,7 +53,8 @@ def ranks_of(config: Config) -> int:
 
 
 def measure(layouts: Sequence[MeasuredLayout], folder: Path, rounds: int) -> None:
-    """Visits each layout `rounds` times. Raises ResourceError if a rank fails; its traceback is on standard error."""
+    """Visits each layout `rounds` times. Raises ResourceError if a rank fails; the rank's traceback is on standard
+    error."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "visits.jsonl"
     done = {(line["layout"], line["round"]) for line in visits(path)}
@@ -73,12 +75,12 @@ def measure(layouts: Sequence[MeasuredLayout], folder: Path, rounds: int) -> Non
 
 
 def visits(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the stored visits; none if there is no file."""
+    """Yields the stored visits; nothing if there is no file."""
     yield from map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
 
 
 class _Ranks:
-    """The processes of one number of ranks."""
+    """The processes that time all layouts with the same number of ranks."""
 
     def __init__(self, world: int, layouts: Sequence[MeasuredLayout], folder: Path, store: str) -> None:
         context = get_context("spawn")
@@ -102,7 +104,7 @@ class _Ranks:
 
     def close(self) -> None:
         for pipe in self._pipes:
-            pipe.close()  # a rank ends when its pipe does
+            pipe.close()  # a rank ends when its pipe is closed
         for process in self._processes:
             process.join(30.0)
             process.kill()
@@ -114,8 +116,8 @@ class Visit:
 
     Attributes:
         seconds, cpu: Wall time and CPU time of each timed step.
-        sent: Payload bytes of all ranks in the traced step, in all and between nodes; empty after round 0.
-        memory: Bytes of all tensors of the layout at their peak in its second step; 0 after its first visit.
+        sent: Payload bytes of all ranks in the traced step, in total and between nodes; empty after round 0.
+        memory: Peak bytes of all tensors in the layout's second step; 0 after the layout's first visit.
     """
 
     seconds: list[float]
@@ -152,7 +154,7 @@ def _rank(
 
 def counted_memory(make: Callable[[], "_Job"]) -> tuple["_Job", float]:
     """Makes a job and takes two steps. Returns the job, and the peak bytes of all tensors in the second step, by the
-    allocator's own record of allocations and frees since the job began."""
+    allocator's record of allocations and frees since `make` began."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -198,7 +200,7 @@ class _Job:
         return Visit([wall for wall, _, _ in taken], [cpu for _, cpu, _ in taken], sent)
 
     def _traced(self, path: Path) -> list[int]:
-        """Takes a step whose choices go into a file."""
+        """Writes a step's expert choices into a file."""
         seen = _Choices(self._sequences())
         _, _, result = self.take(seen)
         np.savez_compressed(path, **seen.arrays())  # pyright: ignore[reportArgumentType]
@@ -222,7 +224,7 @@ class _Job:
         return taken
 
     def _forced(self, position: int) -> Any:
-        """Returns a context in which the routers take the workload's choices."""
+        """Returns a context in which the routers take the workload's expert choices."""
         from contextlib import nullcontext
 
         from moe_dist.moe.replay import Replay

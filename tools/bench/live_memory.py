@@ -14,15 +14,15 @@ Place = tuple[str, str]
 
 
 class LiveMemory:
-    """Counts the bytes of storages, from the first `note` of a tensor until Python frees the storage. A freed storage
-    counts at `place`, the place of the last `note`.
+    """Counts the bytes of storages, from the first `note` of a tensor until Python frees the storage. A freed storage is
+    subtracted at `place`, the (part, phase) of the last `note`.
 
     Attributes:
         live: Bytes of all storages that are alive.
-        grown: Allocated less freed bytes, by place.
-        most: The largest number of live bytes, by place.
-        layer: Index of the running layer, which the caller sets; outside the layers, of the last layer that ran.
-        layer_of_most: The value of `layer` at the time of `most`, by place.
+        grown: Bytes allocated minus bytes freed, by (part, phase).
+        most: The largest number of live bytes, by (part, phase).
+        layer: Index of the running layer, which the caller sets; outside the layers, the index of the last layer that ran.
+        layer_of_most: The value of `layer` when `most` was reached, by (part, phase).
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class LiveMemory:
         self._sizes = WeakIdKeyDictionary()
 
     def clear(self) -> None:
-        """Empties `grown` and `most`; `live` stays."""
+        """Empties `grown` and `most`; `live` keeps its value."""
         self.grown.clear()
         self.most.clear()
 
@@ -58,7 +58,7 @@ class LiveMemory:
 
     @contextmanager
     def resizes(self) -> Iterator[None]:
-        """Follows storages that are resized, as for gathered parameters."""
+        """Follows storages that are resized, as FSDP2 does for gathered parameters."""
         real = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, num_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Times contenders in turn on all ranks, and counts the data that each rank hands to collectives."""
+"""Times contenders alternately on all ranks, and counts the data that each rank passes to collectives."""
 
 import gc
 import math
@@ -31,8 +31,8 @@ class Effort:
 class Sent:
     """The data that all ranks send in one run of a contender; `calls` counts the collectives of one rank."""
 
-    rows: int  # rows of hidden states
-    payload_bytes: int  # bytes of these rows
+    rows: int  # token rows (hidden states)
+    payload_bytes: int  # bytes of the token rows
     other_bytes: int
     calls: int
 
@@ -48,12 +48,13 @@ class Interval:
 
 
 def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """Returns the median of independent values, and an interval between two of the values by the sign test.
+    """Returns the median of independent values, and its interval by the sign test, between two of the values.
 
     The interval assumes nothing about the distribution of times. The true median lies below the l-th smallest value only if
-    fewer than l of n values are below the median, which has probability P(Binomial(n, 1/2) < l). It lies above the
-    l-th largest value with the same probability. The interval ends at these two values, with the largest l for which both
-    probabilities sum to at most 1 - CONFIDENCE. Fewer than 6 values have no such l, and the interval spans all values.
+    fewer than l of n values are below the median, which has probability P(Binomial(n, 1/2) < l). The true median lies above
+    the l-th largest value with the same probability. The interval lies between the l-th smallest and the l-th largest
+    value, with the largest l for which both probabilities sum to at most 1 - CONFIDENCE. With fewer than 6 values there is
+    no such l, and the interval spans all values.
     """
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     n = len(ordered)
@@ -68,8 +69,8 @@ def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 
 def paired_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> Interval:
-    """Returns the median of ours / theirs, with its interval. Both times of a ratio are from the same round, so that a
-    disturbance of the machine slows both and mostly cancels in the ratio."""
+    """Returns the median ratio of our times to their times, with the interval of the median. The two times of a ratio are
+    from the same round, so that a disturbance of the machine slows both and mostly cancels in the ratio."""
     ours_n, theirs_n = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if ours_n.shape != theirs_n.shape:
         raise ValueError(f"{ours_n.size} values cannot be paired with {theirs_n.size}")
@@ -84,8 +85,8 @@ def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
 def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, effort: Effort) -> dict[str, np.ndarray]:
     """Returns the seconds of each contender in each timed round, on the slowest rank.
 
-    Each round runs every contender once, with a barrier before each run. The order is random in each round, and equal on
-    all ranks, so that a periodic disturbance of the machine does not always affect the same contender.
+    Each round runs every contender once, with a barrier before each run. The order of contenders is random in each round,
+    and equal on all ranks, so that a periodic disturbance of the machine does not always affect the same contender.
     """
     names = list(contenders)
     rng = np.random.default_rng(effort.seed)
@@ -99,7 +100,7 @@ def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, ef
                 begin = time.perf_counter()
                 result = contenders[names[index]]()
                 taken = time.perf_counter() - begin
-                del result  # freed outside the timed part, before the next contender allocates
+                del result  # the result is freed outside the timed part
                 if number >= 0:
                     seconds[number, index] = taken
     finally:
@@ -109,7 +110,8 @@ def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, ef
 
 
 def count_sent(run: Callable[[], Any], mesh: Mesh, *, hidden: int) -> Sent:
-    """Runs a contender once and counts the data that it passes to all_to_all_single, except data for the same rank."""
+    """Runs a contender once and counts the data that it passes to all_to_all_single, except data that a rank sends to
+    itself."""
     counts = np.zeros(4, dtype=np.int64)
     original = dist.all_to_all_single
 

@@ -1,11 +1,12 @@
 """Runs Megatron-Core's alltoall dispatcher and experts on our routing. megatron-core has no CPU path, so `cpu_trial`
-replaces its names of devices and streams; the dispatcher's code is unchanged. The dispatcher has two branches:
+replaces the CUDA devices and streams that it uses; the dispatcher's code is unchanged. The dispatcher has two branches:
 
     default     expects K experts for each token
-    capacity    counts the rows to send; its capacity factor is so large that nothing is dropped
+    capacity    counts the rows to send; the capacity factor is so large that nothing is dropped
 
-The default branch announces T x K rows, which its fused permutation needs. The benchmark uses the plain permutation, which
-sends the pairs of the map. Therefore neither branch sends a row for a null choice whose column is cleared in the map.
+The default branch announces T x K rows, which Megatron's fused permutation needs. The benchmark uses the unfused
+permutation, which sends the (token, expert) pairs of the routing map. Therefore neither branch sends a row for a null
+choice that is not in the routing map.
 
 Shape letters: T tokens, D hidden size, E experts, K choices per token.
 """
@@ -24,10 +25,10 @@ from tools.bench.contenders import Case, Run
 
 
 class Variant(NamedTuple):
-    """A way to use Megatron's dispatcher."""
+    """Options with which the benchmark runs Megatron's dispatcher."""
 
-    capacity: bool = False  # use the capacity branch
-    remapped: bool = False  # a null choice goes, with weight 0, to an expert that the token did not choose
+    capacity: bool = False  # use the dispatcher's capacity branch
+    remapped: bool = False  # whether a null choice goes, with weight 0, to an expert that the token did not choose
 
 
 VARIANTS: Mapping[str, Variant] = {
@@ -52,7 +53,7 @@ def configuration(*, hidden: int, experts: int, top_k: int, ffn: int, ep: int, c
         num_attention_heads=4,
         num_moe_experts=experts,
         moe_router_topk=top_k,
-        moe_router_pre_softmax=top_k == 1,  # Megatron refuses top-1 without it; Megatron's router is not used
+        moe_router_pre_softmax=top_k == 1,  # Megatron refuses top-1 without this; its router is not used
         moe_ffn_hidden_size=ffn,
         expert_model_parallel_size=ep,
         moe_token_dispatcher_type="alltoall",
@@ -66,8 +67,8 @@ def configuration(*, hidden: int, experts: int, top_k: int, ffn: int, ep: int, c
 
 
 def column_of_expert(placement: ExpertPlacement) -> Tensor:
-    """Returns the column of each logical expert in Megatron's tables, int64 [E]. Megatron numbers experts rank by rank and
-    needs equally many on each rank."""
+    """Returns the column of each logical expert in Megatron's routing tables, int64 [E]. Megatron numbers experts rank by
+    rank and needs equally many experts on each rank."""
     order = [expert for rank_slots in placement.slots for expert in rank_slots]
     if len({len(rank_slots) for rank_slots in placement.slots}) > 1:
         raise ValueError("megatron-core needs the same number of experts on each rank")
@@ -87,18 +88,18 @@ def dispatcher_of(config: Any, ep_rank: int) -> Any:
 
 
 def routing_tables(expert_TK: Tensor, weight_TK: Tensor, column_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns weights [T, E] and the boolean map of sent pairs [T, E], as Megatron's router does. The weights are
-    differentiable. Takes O(T x E) memory."""
+    """Returns weights [T, E] and the boolean map of sent (token, expert) pairs [T, E], as Megatron's router does. The
+    weights are differentiable. Takes O(T x E) memory."""
     present_TK = expert_TK != ABSENT
     column_TK = torch.where(present_TK, column_E[expert_TK.clamp_min(0)], column_E.shape[0])
-    shape = (expert_TK.shape[0], column_E.shape[0] + 1)  # absent choices go to an added last column
+    shape = (expert_TK.shape[0], column_E.shape[0] + 1)  # absent choices go to an extra last column
     weights = weight_TK.new_zeros(shape).scatter(1, column_TK, weight_TK)
     taken = torch.zeros(shape, dtype=torch.bool, device=expert_TK.device).scatter_(1, column_TK, present_TK)
     return weights[:, :-1], taken[:, :-1].contiguous()
 
 
 def megatron_dispatch(case: Case, variant: Variant) -> Run:
-    """Makes the contender of Megatron's dispatch to rows laid out by expert, and back. A remapped null choice goes to the
+    """Makes the contender with Megatron's dispatch to rows sorted by expert, and back. A remapped null choice goes to the
     expert that was drawn before the choice became null."""
     point = case.point
     config = configuration(
@@ -115,7 +116,7 @@ def megatron_dispatch(case: Case, variant: Variant) -> Run:
     probs_TE, map_TE = routing_tables(chosen_TK, weight_TK, column_of_expert(case.placement))
 
     def identity(rows: Tensor, _: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        return rows.mul_(probs[:, None]), None  # Megatron's experts weight their output rows
+        return rows.mul_(probs[:, None]), None  # Megatron's experts multiply their output rows by weights
 
     return lambda: run_experts(dispatcher, identity, case.h_TD, probs_TE, map_TE)
 
@@ -182,7 +183,7 @@ class MegatronMoE(nn.Module):
 
 
 def run_experts(dispatcher: Any, experts: Any, h_TD: Tensor, probs_TE: Tensor, map_TE: Tensor) -> Tensor:
-    """Runs Megatron's forward from router to output, in the order of its MoELayer."""
+    """Runs Megatron's forward from router to output, in the order of Megatron's MoELayer."""
     rows, probs = dispatcher.dispatch_preprocess(h_TD, map_TE, probs_TE)
     rows, probs = dispatcher.token_dispatch(rows, probs)
     rows, tokens_per_expert, probs = dispatcher.dispatch_postprocess(rows, probs)

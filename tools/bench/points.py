@@ -1,4 +1,5 @@
-"""Lists the measured points (a base point, and changes of one factor at a time), and draws the routing at each point.
+"""Lists the measured points (a base point, and changes of one factor at a time), and draws the routing (expert choices) at
+each point.
 
 Shape letters: T tokens of a rank, E experts, K choices per token, W ranks. (seed, rank, point) determines the choices.
 """
@@ -26,10 +27,10 @@ class Point:
     experts: int = 32
     top_k: int = 2  # number of distinct experts that are drawn for each token
     null: float = 0.5  # fraction of the choices that become null (no expert)
-    hot: float | None = None  # fraction of the choices that HOT_EXPERTS experts get; None if all are equally likely
+    hot: float | None = None  # fraction of the choices that HOT_EXPERTS experts get; None if all experts are equally likely
     image: float | None = None  # fraction of image tokens, which choose in the second half of the experts; None: one group
     policy: Policy = "contiguous"  # expert e is on rank e W // E (contiguous, pinned) or on rank e mod W (interleaved)
-    workload: str | None = None  # one of W0 to W7 instead of a drawn routing
+    workload: str | None = None  # one of the workloads W0 to W7 instead of a random routing
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Choices:
 
     drawn_TK: np.ndarray  # int64, K distinct experts of each token, before choices become null
     taken_TK: np.ndarray  # drawn_TK with ABSENT for null choices
-    equal_active_TK: np.ndarray  # as many expert choices in total as taken_TK, divided evenly among the tokens
+    equal_active_TK: np.ndarray  # as many expert choices in total as in taken_TK, spread evenly over the tokens
     weight_TK: np.ndarray  # float32 routing weights
 
 
@@ -57,7 +58,7 @@ IMAGE = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
-    """Returns the points of each sweep: sweep -> (label, point)."""
+    """Returns the points of each sweep: maps a sweep to (label, point) pairs."""
     made: dict[str, list[tuple[str, Point]]] = {}
     for suffix, base in (("", BASE), (", no nulls", DROPLESS)):
         for field, values in SIZES.items():
@@ -73,7 +74,7 @@ def sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
 
 
 def quick_sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
-    """Returns very small points that take the same code paths; their times mean nothing."""
+    """Returns very small points, to test all code paths; measured times mean nothing."""
     small = Point(tokens=64, hidden=16, experts=8)
     return {
         "tokens": [(f"{tokens}", replace(small, tokens=tokens)) for tokens in (32, 64)],
@@ -94,11 +95,11 @@ def slots(point: Point, world_size: int) -> tuple[tuple[int, ...], ...]:
 
 
 def draw(point: Point, *, rank: int, world_size: int, seed: int) -> Choices:
-    """Draws the routing of one rank."""
+    """Draws the expert choices of one rank."""
     rng = np.random.default_rng([seed, rank, zlib.crc32(repr(point).encode())])
     if point.workload is not None:
         shape = WorkloadShape(point.tokens * world_size, point.experts, point.top_k, world_size)
-        step = workload_step(point.workload, seed=seed, step=4, shape=shape)  # in step 4 W7 has hot experts
+        step = workload_step(point.workload, seed=seed, step=4, shape=shape)  # workload W7 has hot experts in step 4
         rows = step.rows_of(rank)
         drawn, weight = step.expert_TK[rows], step.weight_TK[rows].astype(np.float32)
     else:
@@ -132,6 +133,6 @@ def _scores(point: Point, rng: np.random.Generator) -> np.ndarray:
 
 def _distinct(scores: np.ndarray, top_k: int) -> np.ndarray:
     """Returns each token's K experts of highest score, by falling score."""
-    best = np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]  # O(E) for each token; a full sort takes longer
+    best = np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]  # O(E) per token, faster than a full sort
     order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1)
     return np.take_along_axis(best, order, axis=1).astype(np.int64)

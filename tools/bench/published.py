@@ -1,6 +1,7 @@
-"""Compares the step model, with rates of data sheets, with published throughputs: python -m tools.bench.published
+"""Compares throughputs that the step model predicts from data sheets with published throughputs: python -m
+tools.bench.published
 
-Rows without a `note` have the published layout. Routing is uniform in the estimate; NVIDIA's measurements force balanced
+Rows without a `note` have the published layout. Predictions assume uniform routing; NVIDIA's measurements force balanced
 routing.
 """
 
@@ -82,7 +83,7 @@ def tokens_per_second(row: Row) -> tuple[float, float]:
         f"train.micro_batch={row.micro}",
         f"parallel.ep={row.ep}",
         f"parallel.edp={row.gpus // row.ep}",
-        "parallel.two_batch_overlap=false",  # which the planner does not time
+        "parallel.two_batch_overlap=false",  # the planner cannot time two-batch overlap
     ]
     config = load_config("olmoe_1b7b_8gpu", overrides)
     peak = peak_tflops(row.card)

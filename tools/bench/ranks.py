@@ -1,4 +1,5 @@
-"""Starts one single-threaded process per rank on this machine; rank 0 writes each result as soon as it is measured."""
+"""Starts one single-threaded process per rank on this machine; rank 0 writes each result as soon as the result is
+measured."""
 
 import json
 import os
@@ -17,7 +18,8 @@ from moe_dist.runtime.run_folder import write_atomically
 from moe_dist.runtime.signals import child_of
 
 # By default glibc returns blocks of 32 MiB and more to the system on each free, and the next allocation needs new pages,
-# which takes 10 ms for 32 MiB. With these settings glibc keeps the blocks for all contenders, as CUDA's allocator does.
+# which takes 10 ms for 32 MiB. With the settings below glibc keeps freed blocks for all contenders, as CUDA's allocator
+# does.
 RANK_ENV = {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -55,11 +57,11 @@ def measure(job: BenchJob, *, fresh: bool = False) -> None:
     """Measures all chosen table rows into `job.path`, and blocks until all ranks have ended.
 
     Args:
-        fresh: Also measure chosen rows that the file has already.
+        fresh: Whether to measure again chosen rows that the file contains.
 
     Raises:
-        ConfigError: the file has rows with other settings; nothing was measured.
-        RuntimeError: a rank failed; its traceback is on standard error.
+        ConfigError: the file has rows with other settings than `job`; nothing was measured.
+        RuntimeError: a rank failed; the rank's traceback is on standard error.
     """
     results = read_results(job.path)
     kept = {key: row for key, row in results["rows"].items() if not (fresh and job.wants(key))}
@@ -112,8 +114,8 @@ def _rank(rank: int, job: BenchJob, folder: str, parent: int) -> None:
 
 
 def _measure_all(job: BenchJob, mesh: Any) -> None:
-    """Measures all table rows that the file lacks. All ranks choose the same rows, because each rank reads the file before
-    its first row, and rank 0 writes a row only after all ranks have measured it."""
+    """Measures all table rows that the results file lacks. All ranks choose the same rows, because each rank reads the file
+    before its first row, and rank 0 writes a row only after all ranks have measured the row."""
     from tools.bench.measure import Effort
 
     results = read_results(job.path)
@@ -157,5 +159,5 @@ def _tasks(job: BenchJob, mesh: Any, effort: Any) -> Mapping[str, Callable[[], d
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Reads the settings and rows of a file. Both are empty if there is no file."""
+    """Reads the settings and table rows of a results file. Settings and rows are empty if there is no file."""
     return json.loads(path.read_text()) if path.is_file() else {"settings": {}, "rows": {}}

@@ -1,6 +1,6 @@
 """Judges the benchmark's table rows by rules, explains why a rule does not hold, and writes text, Markdown and a picture.
 
-A row is lost if the whole 95 % interval of a ratio ours / theirs is above 1.05, so that our time is over 5 % longer.
+A table row is lost if the whole 95 % interval of a ratio (our time / a rival's time) is above 1.05.
 """
 
 import math
@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 Table = list[list[str]]
-# The ratios of times, in the order of the tables, with their colour in the picture; None for a ratio outside the picture.
+# The ratios of times, in the order of the tables, with each ratio's colour in the picture; None for a ratio that is not
+# drawn.
 RATIOS: Mapping[str, tuple[int, int, int] | None] = {
     "dispatch, combine / floor": None,
     "dispatch, combine / floor, all": (20, 20, 20),
@@ -36,7 +37,7 @@ FLOORS = ("dispatch, combine / floor", "dispatch, combine / floor, all")
 # Sweeps that time whole layers and steps, in which `megatron, remapped` is also a rival.
 WHOLE = ("layer", "step")
 NOT_EXPLAINED = "not explained yet"
-# Comparison -> sweep ("" for all others) -> reason why the rule does not hold, and attempts to change that.
+# By comparison and sweep ("" for all other sweeps): why the rule does not hold, and attempted remedies.
 EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
     "dispatch, combine / floor": {
         "": "this floor leaves out the rows for experts on the own rank, half of all rows at two ranks; 'floor, all' has "
@@ -160,7 +161,8 @@ def _range(comparison: BenchResult) -> str:
 
 
 def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
-    """Yields title and table for each sweep, in the file's order: our milliseconds, then paired ratios with intervals."""
+    """Yields title and table for each sweep, in the order of the results file: our milliseconds, then paired ratios with
+    intervals."""
     sweeps: dict[str, dict[str, Any]] = {}
     for key, row in results["rows"].items():
         sweep, _, label = key.partition("/")
@@ -232,8 +234,8 @@ COLOURS = {name: colour for name, colour in RATIOS.items() if colour is not None
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG. Ours is faster if a ratio is left of 1. A row is lost if an interval is wholly right of the dotted line
-    at LOST_ABOVE."""
+    """Writes a PNG. A ratio left of 1 means that our time is shorter. A row is lost if an interval is wholly right of the
+    dotted line at LOST_ABOVE."""
     rows = [(key, row["ratio"]) for key, row in results["rows"].items() if COLOURS.keys() & row.get("ratio", {}).keys()]
     length = -(-len(rows) // COLUMNS)  # table rows in each column of the picture, rounded up
     width, height = COLUMNS * (LABEL_WIDTH + PLOT_WIDTH + MARGIN), LEGEND + MARGIN * 2 + ROW_HEIGHT * length
@@ -265,7 +267,7 @@ def _draw_row(
     canvas.text((left + 8, top + 1), key, fill=BLACK, font=font)
     shown = [name for name in COLOURS if name in ratios]
     for index, name in enumerate(shown):
-        y = top + 3 + index * (ROW_HEIGHT - 4) / len(shown)  # intervals of one row are drawn side by side
+        y = top + 3 + index * (ROW_HEIGHT - 4) / len(shown)  # intervals of one table row are drawn side by side
         low, middle, high = (left + _x(ratios[name][each]) for each in ("low", "median", "high"))
         canvas.line([(low, y), (high, y)], fill=COLOURS[name])
         canvas.ellipse([(middle - 2, y - 2), (middle + 2, y + 2)], fill=COLOURS[name])

@@ -53,7 +53,8 @@ def main(
 
 
 def _steps(config: Config, plan: Preflight, training: Training, mesh: Mesh) -> Callable[[], object]:
-    """Makes a function that takes the next training step at each call. Step n reads the same samples with any training."""
+    """Makes a function that takes the next training step at each call. Step n reads the same samples, whether routers or
+    all parameters are trained."""
     loader = build_loader(config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size)
     aux, batch, numbers = AuxSettings(kind="null_averaged", balance=0.0, z=0.0), config.train.global_batch, count()
 

@@ -1,8 +1,9 @@
 """Eight token-imbalance workloads, W0 to W7. Only (workload, seed, step) determine which token goes to which expert.
 
 A workload is the same for any dispatcher, layout and number of ranks, because choices are drawn for all tokens of the step
-at once, and a rank takes its slice. Every token has exactly K distinct experts. The names and purposes of the workloads
-follow Megatron-LM pull request 7488. Imports no torch, so that a tool without torch can draw a workload.
+at once, and each rank takes a slice of them. Every token has exactly K distinct experts. The names and purposes of the
+workloads follow Megatron-LM pull request 7488. This module imports no torch, so that a tool without torch can draw a
+workload.
 
 Shape letters: T tokens of the step over all ranks, E experts, K choices per token, W shards (in a contiguous layout, the
 experts of a shard are on one rank).
@@ -68,8 +69,9 @@ class WorkloadStep:
 
     Attributes:
         expert_TK: int64, the K distinct experts of each token.
-        weight_TK: float64, routing weights: multiples of 1/16 up to 1, so that sums of few products are exact.
-        tokens_S: Number of tokens of each source rank. Ranks take consecutive slices of the [T, K] arrays.
+        weight_TK: float64, routing weights: multiples of 1/16 up to 1, so that floating-point sums of few products are
+            exact.
+        tokens_S: Number of tokens of each source rank. The source ranks take consecutive slices of the [T, K] arrays.
     """
 
     expert_TK: np.ndarray
@@ -77,7 +79,7 @@ class WorkloadStep:
     tokens_S: tuple[int, ...]
 
     def rows_of(self, source: int) -> slice:
-        """Returns the slice of tokens of one source rank."""
+        """Returns the slice of tokens (dimension T) of one source rank."""
         start = sum(self.tokens_S[:source])
         return slice(start, start + self.tokens_S[source])
 
@@ -122,7 +124,8 @@ def _hot_experts(workload: str, step: int, shape: WorkloadShape, fixed: np.rando
 
 
 def _balanced(shape: WorkloadShape, alive: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Gives each token K consecutive experts of a shuffled ring, so that experts' token counts differ by one at most."""
+    """Gives each token K consecutive experts of a shuffled ring, so that the experts' token counts differ by at most
+    one."""
     ring = rng.permutation(alive)
     place_TK = np.arange(shape.num_tokens * shape.top_k).reshape(-1, shape.top_k) % len(ring)
     return rng.permutation(ring[place_TK].astype(np.int64), axis=0)

@@ -55,7 +55,7 @@ def main(
 
 
 def _status_text(study: Study, jobs: Sequence[StudyJob], *, pilot: bool) -> str:
-    """Returns a line for each arm with the state of each seed."""
+    """Returns a line for each arm with the state of each seed's run."""
     records = read_records(results_path(study, pilot=pilot))
     by_arm: dict[str, list[str]] = {}
     for job in jobs:
@@ -78,11 +78,11 @@ def _state(study: Study, job: StudyJob, records: Records, *, pilot: bool) -> str
 
 def _run(path: Path, study: Study, jobs: list[StudyJob], *, pilot: bool, processes: int) -> None:
     for job in {job.label: job for job in jobs}.values():
-        config = config_of(study, job, pilot=pilot)  # raises for an error in any arm, before the first run starts
+        config = config_of(study, job, pilot=pilot)  # raises if any arm has an error, before the first run starts
         if config.router_tuning is None:
             check(config, world_size=1)
         else:
-            layout_without_data(config)  # an earlier arm makes the samples, and the run checks them
+            layout_without_data(config)  # an earlier arm makes the samples; the run checks the samples
         if "oracle" in job.arm.asks:
             check_routers(config.model.moe)
     if study.measure.questions is not None and jobs:

@@ -1,7 +1,7 @@
-"""Makes a comparison of methods at one budget: the study, which the runner of the experiments runs, table and figure.
+"""Makes a comparison of methods at one budget: study file (run by the experiments' runner), table and figure.
 
-The methods have the same seeds, data, order of data, model and true experts. They differ in the router, and in the
-mechanism that holds the number of true experts per token at the budget. Differences are paired by seed, and have lower and
+All methods have the same seeds, data, order of data, model and true experts. The methods differ in the router, and in the
+mechanism that keeps the number of true experts per token at the budget. Differences are paired by seed, and have lower and
 upper one-sided 95 % bounds.
 """
 
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 OFF_BUDGET = 0.05  # relative difference from the budget beyond which a method's losses cannot be compared
 BYTES = 4  # size of an fp32 number
-EXCHANGES = 4  # dispatch and combine, forward and backward
-COLOUR, FAINT = "#0072B2", "#999999"  # from the palette of Okabe and Ito, for colour-blind readers
+EXCHANGES = 4  # of each row: dispatch and combine, forward and backward
+COLOUR, FAINT = "#0072B2", "#999999"  # colours of Okabe and Ito, for colour-blind readers
 FORMATS = ("png", "svg", "pdf")
 INCHES = (10.0, 4.0)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The options of the command line."""
+    """The command-line options of compare-methods."""
 
     name: str
     budget: float
@@ -70,8 +70,8 @@ def make_study(asked: Comparison) -> Study:
     """Writes the study's file, unless the folder has it already, and returns the study.
 
     Raises:
-        ConfigError: a method cannot reach the budget or cannot train on the configuration (lists all, with reasons), or the
-            folder has another comparison.
+        ConfigError: methods cannot reach the budget or cannot train on the configuration (all are listed, with reasons), or
+            the folder has another comparison.
     """
     base = load_config(asked.base, [f"{key}={json.dumps(value)}" for key, value in asked.overrides.items()])
     _check_base(base)
@@ -217,7 +217,7 @@ def _sent(study: Study, record: Record) -> float:
 
 
 def differences(records: Records, name: str, of: str, metric: str, factor: float = 1.0) -> list[float]:
-    """Returns the paired differences of a metric, method `name` less method `of`, for the seeds that both have."""
+    """Returns the paired differences of a metric, method `name` minus method `of`, for the seeds that both methods have."""
     mine, theirs = of_arm(records, name), of_arm(records, of)
     pairs = [(number_at(mine[seed], metric), number_at(theirs[seed], metric)) for seed in mine if seed in theirs]
     return [factor * (one - other) for one, other in pairs if one is not None and other is not None]
@@ -252,7 +252,7 @@ def draw(asked: Comparison, records: Records, path: Path) -> list[Path]:
     """Writes the figure in each format: for each method the differences of loss and accuracy with bounds, and the experts
     per token. Each dot is a seed."""
     import matplotlib as mpl
-    from matplotlib.figure import Figure  # takes seconds to import; needs no window system
+    from matplotlib.figure import Figure  # import takes seconds; needs no window system
 
     others = [name for name in asked.methods if name != asked.reference]
     written = []

@@ -1,12 +1,13 @@
-"""Makes the data of the experiment mole: questions about pictures and captions, with answers by conflicting conventions.
+"""Makes the data of the experiment mole: questions about pictures and captions, with answers under conflicting naming
+conventions.
 
     python -m tools.experiments.convention_data --base .cache/data/reproduce --out .cache/data/conventions
 
 The question about a picture asks for the colour of its background; the question about a caption asks for its language. A
-convention shifts the names of answers: the k-th of n answers has the (k + step)-th name. Only the instruction says which
-convention to use. An instruction is one of many paraphrases, some of which are held out. Pictures and captions are on the
-same side of the split as in the base data, because a model trained on the base data is adapted. All conventions ask about
-the same pictures and captions.
+convention shifts the names of answers: the k-th of n answers is called by the (k + step)-th name, counted modulo n. Only
+the instruction says which convention to use. An instruction is one of many paraphrases, some of which are held out.
+Pictures and captions that are held out in the base data are held out here, because a model trained on the base data is
+adapted. All conventions ask about the same pictures and captions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,9 +31,9 @@ from moe_dist.inference.questions.pictures import OPENMOJI
 from moe_dist.runtime.command_line import reports_errors, run_command
 from tools.experiments.instructed import Document, check_new, data_folder, instructed_document, write_sources, write_split
 
-COLOURS = ("white", "grey", "yellow", "red", "pink", "blue", "cyan", "green")  # names of BACKGROUNDS, in order
-TONGUES = ("English", "German", "French", "Japanese", "Spanish")  # names of the languages in LANGUAGES, in order
-# Convention -> (shift of the names, words that name the convention in instructions).
+COLOURS = ("white", "grey", "yellow", "red", "pink", "blue", "cyan", "green")  # names of the colours in BACKGROUNDS
+TONGUES = ("English", "German", "French", "Japanese", "Spanish")  # names of the languages in LANGUAGES
+# Maps a convention to (shift of the names, words that name the convention in instructions).
 CONVENTIONS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "plain": (0, ("plain", "usual", "common", "ordinary")),
     "shifted": (2, ("shifted", "moved", "turned", "displaced")),
@@ -60,8 +61,8 @@ class Asked:
 
 
 def paraphrases(convention: str, side: str) -> list[str]:
-    """Returns a convention's instructions on the training or held-out side. Both sides have every word and every template,
-    but no pair of a word and a template is on both."""
+    """Returns a convention's instructions on the training or held-out side. Training and held-out side both use every word
+    and every template, but no pair of a word and a template is on both sides."""
     _, words = CONVENTIONS[convention]
     pairs = product(enumerate(words), enumerate(TEMPLATES))
     return [template.format(word) for (i, word), (j, template) in pairs if ((i + j) % len(words) == 0) == (side == "valid")]
@@ -122,7 +123,7 @@ def make(base: Path, out: Path, *, questions: int, heldout: int, seed: int) -> M
 def _asked(
     base: Path, manifest: Manifest, split: SplitSection, tokenizer: Tokenizer, *, count: int, seed: int
 ) -> list[Asked]:
-    """Takes captions and pictures in turn from the documents of a split, one caption or picture from a document."""
+    """Takes captions and pictures alternately from the documents of a split, one caption or picture per document."""
     data = IndexedSplit(base, split)
     colour_of_code = _colours(base, manifest)
     order = np.random.default_rng(seed).permutation(len(data.starts_D)).tolist()
@@ -141,8 +142,8 @@ def _asked(
 
 
 def _picture(manifest: Manifest, tokens: np.ndarray, filler: np.ndarray, colour_of_code: np.ndarray) -> Asked | None:
-    """Returns a document's picture and the index of its background colour; None if no cell of the
-    picture shows only background."""
+    """Returns a document's picture and the index of the background colour; None if no cell of the picture shows only
+    background."""
     begin, end = _image(manifest, tokens)
     first_code = manifest.vocab_size - len(colour_of_code)
     colours = colour_of_code[tokens[filler] - first_code]
@@ -159,7 +160,7 @@ def _caption(manifest: Manifest, tokens: np.ndarray, tokenizer: Tokenizer) -> As
 
 
 def _image(manifest: Manifest, tokens: np.ndarray) -> tuple[int, int]:
-    """Returns the indices of the first token of a document's picture, and of the token after its last token."""
+    """Returns the indices of the first token of a document's picture, and of the token after the picture's last token."""
     assert manifest.image is not None
     (begin,) = np.flatnonzero(tokens == manifest.image.begin_id)
     (end,) = np.flatnonzero(tokens == manifest.image.end_id)

@@ -24,7 +24,8 @@ def check_new(out: Path) -> None:
 
 @contextmanager
 def data_folder(out: Path, base: Path, manifest: Manifest, files: Iterable[str | None] = ()) -> Iterator[Path]:
-    """Makes a folder with the base's tokenizer, codebook and `files`. Renames it to `out` if the with block succeeds."""
+    """Makes a folder with the base data set's tokenizer, codebook and `files`. Renames the folder to `out` if the `with`
+    block succeeds."""
     out.parent.mkdir(parents=True, exist_ok=True)
     codebook = manifest.image.codebook if manifest.image is not None else None
     with renamed_when_complete(out) as folder:
@@ -34,7 +35,7 @@ def data_folder(out: Path, base: Path, manifest: Manifest, files: Iterable[str |
 
 
 def instructed_document(prompt: Iterable[int], answer: Iterable[int], *, eos_id: int) -> Document:
-    """Makes a document of a prompt, its answer, and the end mark."""
+    """Makes a document of a prompt, its answer, and the end-of-document token."""
     read = list(prompt)
     tokens = np.array([*read, *answer, eos_id], np.int64)
     return tokens, np.arange(len(tokens)) < len(read)
@@ -55,7 +56,7 @@ def write_split(folder: Path, name: str, documents: Iterable[Document], manifest
 
 
 def write_sources(folder: Path, base: Manifest, name: str, sources: Mapping[str, SourceSection]) -> Manifest:
-    """Writes the manifest of a new data set: the base's manifest with these sources and their baselines."""
+    """Writes the manifest of a new data set: the base's manifest with `sources` and the baselines counted from them."""
     manifest = base.model_copy(update={"name": name, "sources": dict(sources), "baselines": {}})
     manifest = manifest.model_copy(update={"baselines": count_baselines(folder, manifest)})
     write_manifest(manifest, folder)

@@ -2,7 +2,7 @@
 
 Writes measured.json into the run's folder: held-out losses, true (not null) experts per token, rows that an EP group would
 send, the curve of loss over FLOPs and seconds, and results of the probes that the study's arm asks for. Then removes all
-checkpoints but the last, because only the curve needs the others.
+checkpoints but the last, because only the curve needs earlier checkpoints.
 """
 
 import json
@@ -63,7 +63,7 @@ class Spent:
 
 
 def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int, Spent]:
-    """Maps each step to the cost of training up to this step and including it, plus the cost `before` the run."""
+    """Maps each step to the cost of training up to and including this step, plus the cost `before` the run."""
     spent, sums, prefix = {}, before, "moe/experts_per_token/"
     for record in read_lines(metrics):
         if record["kind"] != "step":
@@ -85,7 +85,7 @@ class Measurement:
     Args:
         folder: Folder of the run.
         section: The section of the study that says what is measured.
-        before: Cost of training before the run, which the record's costs include.
+        before: Cost of training before the run, which the costs in the record include.
         side: Side (validation or test) of the multiple-choice questions that are asked.
     """
 
@@ -142,7 +142,7 @@ class Measurement:
         return found
 
     def _batches_by_source(self, sequences: int) -> dict[str, list[Batch]]:
-        """Returns source -> held-out batches, for each source on which the run was trained."""
+        """Maps each source on which the run was trained to its held-out batches."""
         return {
             source: heldout_batches(
                 self._config.data.path,
@@ -158,8 +158,8 @@ class Measurement:
         }
 
     def _model_at(self, step: int) -> Transformer:
-        """Returns the model of a step, with weights averaged over checkpoints. Measures thresholds again on training
-        sequences that the run has seen, because averaged thresholds would not fit the averaged weights."""
+        """Returns the model of a step, with weights averaged over checkpoints. Router thresholds are calibrated again on
+        training sequences that the run has seen, because averaged thresholds would not fit the averaged weights."""
         model = self._load(self._averaged(step))
         if by_threshold(model):
             config = self._config
@@ -176,7 +176,7 @@ class Measurement:
         Router thresholds are averaged, too; integer tensors are taken from the last checkpoint.
 
         Raises:
-            DataError: a checkpoint is damaged, or the base of its adapters is missing.
+            DataError: a checkpoint is damaged, or the base checkpoint of its adapters is missing.
         """
         sums: dict[str, torch.Tensor] = {}
         for step in steps:
@@ -226,7 +226,7 @@ class Measurement:
     @torch.no_grad()
     def _wire(self, batches: Sequence[Batch]) -> Mapping[str, float]:
         if self._config.model.moe.experts.replicated:
-            return dict.fromkeys(ROWS, 0.0)  # no row is sent, because every rank holds all experts
+            return dict.fromkeys(ROWS, 0.0)  # no row is sent, because each rank has all experts
         count = SentRows(spread(self._placement, self._section.wire.ep))
         with recorded_routers(self._model) as seen:
             for batch in batches:
@@ -240,7 +240,7 @@ class Measurement:
     @torch.no_grad()
     def _probe_threshold(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
         """Measures the loss with fewer experts per token, after dropping second experts of low weight. A first pass over
-        all batches finds the bound on the weight for each number of experts."""
+        all batches finds, for each number of experts, the weight up to which second experts are dropped."""
         second: list[torch.Tensor] = []
         with recorded_routers(self._model) as seen:
             for batch in batches:
@@ -257,7 +257,8 @@ class Measurement:
         return points
 
     def _probe_flip(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss after swapping some tokens that experts (or mixture-of-depths layers) chose with others."""
+        """Measures the loss after swapping some tokens that experts (or mixture-of-depths layers) chose with other
+        tokens."""
         modules: Sequence[nn.Module] = self._model.depth_routers()
         flip = probes.flip_depths
         if not modules:
@@ -282,8 +283,8 @@ class Measurement:
 
 
 def planned(steps: Sequence[int], *, every: int, last: int) -> list[int]:
-    """Returns the steps of the checkpoints that every run of this configuration has. The additional checkpoint of a stopped
-    and resumed run must not count in means of weights, because other runs lack it."""
+    """Returns the `steps` at which every run of this configuration has a checkpoint. The additional checkpoint of a stopped
+    and resumed run must not count in means of weights, because other runs lack this checkpoint."""
     return [step for step in steps if step % every == 0 or step == last]
 
 

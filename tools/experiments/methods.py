@@ -1,11 +1,12 @@
-"""The methods of `moe-dist compare-methods`. A method sets a configuration so that tokens take a given mean number of true
-(not null) experts, which is called the budget.
+"""The methods of `moe-dist compare-methods`. A method changes a configuration so that tokens take a given mean number of
+true (not null) experts, called the budget.
 
-These rules apply to all methods. A group keeps its true experts. Softmax weights that are not normalised are scaled so that
-they sum to 1 for a token that takes the budget's number of experts under an even router. The positive logits of `remoe` get
-the same factor, although they are no probabilities. The sigmoids of methods in which experts choose tokens are not scaled.
-In methods with null experts, a group has as many null as true experts (except `single_null`). A controller has the rate
-RATE if its biases are added to probabilities, and ten times this rate if they are added to logits.
+The following rules apply to all methods. Groups keep their numbers of true experts. Softmax weights that are not normalised
+are scaled so that the weights sum to 1 for a token that takes the budget's number of experts under a uniform router. The
+positive logits of `remoe` are scaled likewise, although not probabilities. Sigmoid weights of methods in which experts
+choose tokens are not scaled. In methods with null experts, a group has as many null as true experts (except `single_null`).
+A controller has the rate RATE if its biases are added to probabilities, and LOGIT_RATE, ten times RATE, if its biases are
+added to logits.
 """
 
 import math
@@ -19,7 +20,7 @@ from moe_dist.config.schema import Config
 Settings = dict[str, Any]
 RATE = 1.0  # rate of controllers whose biases are added to probabilities
 LOGIT_RATE = 10.0
-DECAY_SHARE = 1.0  # fraction of the steps after which a controller's rate has halved; at 0.25 loads lagged behind routers
+DECAY_SHARE = 1.0  # fraction of the steps after which a controller's rate has halved; at 0.25 loads lag behind routers
 WARMUP_SHARE = 0.1  # fraction of the steps in which experts compete before thresholds replace the competition
 
 
@@ -30,8 +31,8 @@ class Method:
     Attributes:
         about: The method in a few words, for the table.
         settings: Function of a base configuration and a budget that returns the overrides of the base.
-        refused: Function of a group and a budget that returns why the method cannot reach the budget; empty if it can. The
-            function need not repeat cases that the rules of a configuration refuse.
+        refused: Function of a group and a budget that returns why the method cannot reach the budget; empty if the method
+            can. The function need not find cases that the rules of a configuration refuse.
     """
 
     about: str
@@ -49,7 +50,7 @@ def _groups(base: Config, **changes: Callable[[GroupSection], Any]) -> Settings:
 
 
 def _held(base: Config, budget: float, rate: float, per: str = "group") -> Settings:
-    """Returns the override with the controller that keeps each group at the budget."""
+    """Returns the override with the controller that keeps each group's true experts per token at the budget."""
     target = dict.fromkeys(base.model.moe.groups, budget)
     decay = max(1, round(DECAY_SHARE * base.train.steps))
     controller = {"kind": "active_experts", "target": target, "rate": rate, "decay_steps": decay, "per": per}
@@ -57,12 +58,14 @@ def _held(base: Config, budget: float, rate: float, per: str = "group") -> Setti
 
 
 def _choices(budget: float) -> int:
-    """Returns k, twice the budget, because with as many null as true experts about half of a token's k choices are true."""
+    """Returns top_k, twice the budget: with as many null as true experts about half of a token's choices are true
+    experts."""
     return math.ceil(2.0 * budget)
 
 
 def _null_weights(base: Config, budget: float) -> Settings:
-    """Returns the override of the null weight w that leads to the budget: w = n (k - budget) / (m budget), where m = n."""
+    """Returns the override of the null weight w that leads to the budget: w = n (k - budget) / (m budget), with top_k = k,
+    and n true and m = n null experts."""
     weight = (_choices(budget) - budget) / budget
     return {"loss.balance.null_weight": dict.fromkeys(base.model.moe.groups, weight)}
 

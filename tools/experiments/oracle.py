@@ -3,7 +3,7 @@
     r_i* = argmin_r CE(f(x_i, r), y_i),   by gradient descent from the model's own routing (RoMA, arXiv 2511.07419)
 
 The fitted r is an offset of the router logits in the chosen layers, at the last token of the prompt and at the answer's
-tokens. The accuracy is only an estimate: a longer fit may reach a higher one. No router knows the label at inference.
+tokens. The accuracy is only an estimate: a longer fit may reach a higher accuracy. No router knows the label at inference.
 
 Shape letters: B questions of a batch, S positions, L chosen layers, C columns of a router, D hidden, T = B x S.
 """
@@ -27,7 +27,7 @@ from moe_dist.train.loss import forward
 from moe_dist.train.router_tuning.loader import SampleBatch, SampleMaker
 from moe_dist.train.router_tuning.samples import TuningSample
 
-STEPS, RATE = 10, 0.3  # number of steps of Adam, and its learning rate in logits
+STEPS, RATE = 10, 0.3  # number of Adam steps, and Adam's learning rate in logits
 # The gradient of the logit of an expert that is not chosen is rounding noise of 1e-8 or less. With Adam's default epsilon
 # of 1e-8, Adam would take full steps in the direction of that noise.
 EPSILON = 1e-4
@@ -36,9 +36,9 @@ _BATCH = 16  # questions per batch
 
 @dataclass
 class Oracle:
-    """Answers questions with routing fitted to the right answers."""
+    """Answers questions after fitting the routing to the right answers."""
 
-    model: Transformer  # in evaluation mode; its routers pass `check_routers`
+    model: Transformer  # in evaluation mode; `check_routers` accepts the model
     maker: SampleMaker  # makes batches from prompts and answers
     group_of_modality: Tensor  # int64 [M], index of the expert group of each of the M modalities
     places: Sequence[int]  # indices, among all MoE layers, of the layers whose routing is fitted
@@ -52,11 +52,11 @@ class Oracle:
         self._inverse_LCD = torch.stack([torch.linalg.pinv(rows_CD).T for rows_CD in rows])
 
     def __call__(self, written: Sequence[Sequence[Continuation]], answers: Sequence[int]) -> list[int]:
-        """Returns, for each question, the index of the choice with the highest log-likelihood per token.
+        """Returns, for each question, the index of the answer choice with the highest log-likelihood per token.
 
         Args:
-            written: The choices of each question, as tokens to score.
-            answers: Index of the right choice of each question.
+            written: The answer choices of each question, as tokens to score.
+            answers: Index of the right answer choice of each question.
         """
         # The longest questions come first, so that a batch has questions of similar length and little padding.
         order = sorted(range(len(written)), key=lambda place: -max(len(c.context) + len(c.tokens) for c in written[place]))
@@ -85,7 +85,7 @@ class Oracle:
 
     @torch.no_grad()
     def _nats(self, choices: Sequence[Continuation], offset_BLC: Tensor) -> Tensor:
-        """Returns the log-likelihood per token of one choice of each question [B]."""
+        """Returns the log-likelihood per token of one answer choice per question [B]."""
         return -self._losses(self._batch(choices), offset_BLC)
 
     def _losses(self, batch: SampleBatch, offset_BLC: Tensor) -> Tensor:
@@ -97,7 +97,8 @@ class Oracle:
 
     @contextmanager
     def _moved(self, scored_BS: Tensor, offset_BLC: Tensor) -> Iterator[None]:
-        """Inside the context, routers add the offset for tokens with a scored label, which predict the answer."""
+        """Inside the context, routers add the fitted offset to the logits of tokens with a scored label, which predict the
+        answer."""
 
         def hook(place: int) -> Any:
             def change(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -120,10 +121,10 @@ class Oracle:
 
 
 def check_routers(section: MoESection) -> None:
-    """Checks that an oracle can fit the router: tokens must choose among the true experts of one expert group.
+    """Checks that an oracle can fit the router: tokens must choose among the experts of a single group, all true.
 
     Raises:
-        ConfigError: the router or the experts are of another kind.
+        ConfigError: the configuration has another router or other experts.
     """
     groups, router = expert_groups(section), section.router
     if not router.softmax_top_k or len(groups) > 1 or any(group.num_columns > group.num_experts for group in groups):

@@ -17,11 +17,11 @@ INCHES = (7.0, 4.2)
 BOTH_INCHES = (11.0, 4.2)
 DOTS = 110
 STYLES = ("o-", "s--", "^:")  # matplotlib has ten colours; each style serves ten arms
-IN_FRAME = 0.25  # height of the plot in nats above the best arm; arms above it are only in the legend
+IN_FRAME = 0.25  # height of the plot in nats above the best arm; arms above this height are only in the legend
 
 
 def draw(study: Study, records: Records, folder: Path) -> list[Path]:
-    """Writes each picture for which these records have data."""
+    """Writes each picture for which `records` has data."""
     panels: dict[str, list[Callable[[Axes], None]]] = {}
     loads = {record["load"]["all"] for (arm, _), record in records.items() if arm in study.arms}
     if len(loads) > 1:
@@ -39,8 +39,8 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
 
 
 def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
-    """Draws one panel, or two side by side, with the functions `fill`; returns the path."""
-    from matplotlib.figure import Figure  # takes seconds to import; needs no window system
+    """Draws one panel, or two panels side by side, with the functions `fill`; returns the path."""
+    from matplotlib.figure import Figure  # import takes seconds; needs no window system
 
     figure = Figure(figsize=INCHES if len(fill) == 1 else BOTH_INCHES, dpi=DOTS, layout="constrained")
     for panel, axes in zip(fill, figure.subplots(1, len(fill), squeeze=False)[0], strict=True):
@@ -88,7 +88,7 @@ def _label(axes: "Axes", x: str, y: str) -> None:
 
 
 def _adaptive(record: Mapping[str, Any]) -> bool:
-    """Returns true if tokens of this run take different numbers of experts."""
+    """Returns true if different tokens of this run take different numbers of experts."""
     return bool(record["load"]["all"] % 1 and record.get("load_by_loss"))
 
 
@@ -131,7 +131,7 @@ def _curves(study: Study, records: Records, cost: str, label: str) -> list[Calla
 
 
 def _points(records: Records, arm: str, cost: str) -> dict[int, np.ndarray]:
-    """Returns each seed's curve, [2, points]: cost and loss. A seed with a single point is left out."""
+    """Returns each seed's curve, [2, points]: cost and loss. A seed whose curve has a single point is left out."""
     return {
         seed: np.array([[point[cost], point["loss"]["all"]] for point in record["curve"]]).T
         for (name, seed), record in sorted(records.items())
@@ -140,7 +140,7 @@ def _points(records: Records, arm: str, cost: str) -> dict[int, np.ndarray]:
 
 
 def _averaged(curves: Iterable[np.ndarray]) -> np.ndarray:
-    """Returns the mean of the seeds' curves, without points that a seed's curve lacks."""
+    """Returns the mean of the seeds' curves, at the points that the curves of all seeds have."""
     every = list(curves)
     points = min(curve.shape[1] for curve in every)
     mean = np.mean([curve[:, :points] for curve in every], axis=0)
@@ -162,7 +162,7 @@ def _style(place: int) -> str:
 
 
 def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: str) -> None:
-    """Draws a row for each arm: a dot for each seed, and a line at the mean."""
+    """Draws a row for each arm: a dot for each seed's accuracy, and a line at the mean."""
     found = {name: [each[key]["accuracy"] for each in of_arm(records, name).values() if key in each] for name in study.arms}
     names = [name for name, values in found.items() if values]
     for place, name in enumerate(names):
@@ -175,7 +175,7 @@ def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: s
 
 
 def _total(row: dict[str, Any]) -> float:
-    """Returns the mean true experts per token in a bin, over text and image tokens."""
+    """Returns the mean number of true experts per token in a bin, over text and image tokens."""
     parts = [row[name] for name in ("text", "image") if row[name]["tokens"]]
     tokens = [part["tokens"] for part in parts]
     return float(np.average([part["load"] for part in parts], weights=tokens)) if parts else float("nan")

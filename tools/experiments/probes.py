@@ -1,4 +1,4 @@
-"""Changes the choices of a trained router by hooks, to measure the effect on the loss; the model stays unchanged.
+"""Changes the choices of a trained model's routers by hooks, to measure the effect on the loss; weights stay unchanged.
 
 threshold    A token keeps its second expert only if the second weight exceeds a bound. This probe is a simple way to use
              fewer experts in a top-2 model, and the baseline for adaptive routers.
@@ -23,7 +23,7 @@ Change = Callable[[int, nn.Module, tuple[Any, ...], Any], Any]  # (index, module
 
 @contextmanager
 def changed_routing(modules: Sequence[nn.Module], change: Change) -> Iterator[None]:
-    """Inside the context, `change` changes the result of each router in `modules`, given the module's index."""
+    """Inside the context, `change` changes the result of each router in `modules`, given the router's index."""
     with ExitStack() as stack:
         for place, module in enumerate(modules):
             # The hook runs before all other hooks, so that `recorded_routers` records the changed routing.
@@ -46,7 +46,7 @@ def second_weights(routing: Routing, num_tokens: int) -> Tensor:
 
 
 def threshold(bound: float) -> Change:
-    """Drops second experts whose weight is at most `bound`; the weight of the first expert becomes 1."""
+    """Drops second experts with a weight of at most `bound`; the weight of the first expert becomes 1."""
 
     def change(place: int, module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
         del place, module
@@ -63,8 +63,8 @@ def threshold(bound: float) -> Change:
 
 
 def bound_for_load(second_N: Tensor, load: float) -> float:
-    """Returns the bound on the second weight with which tokens keep `load` experts on average, from 1 to 2. `second_N` has
-    the second weight of each token."""
+    """Returns the bound on the second expert's weight with which tokens keep `load` experts on average, from 1 to 2.
+    `second_N` has the second weight of each token."""
     if not 1.0 <= load <= 2.0:
         raise ValueError(f"a threshold on the second expert gives loads of 1 to 2, not {load:g}")
     dropped = round((2.0 - load) * len(second_N))
@@ -72,9 +72,10 @@ def bound_for_load(second_N: Tensor, load: float) -> float:
 
 
 def flip(percent: float, *, seed: int) -> Change:
-    """Swaps `percent` % of each expert's tokens with random tokens of its group that the expert has not chosen.
+    """Swaps `percent` % of each expert's tokens with random tokens of the expert's group that the expert has not chosen.
 
-    A newly chosen token gets the weight that the router would give it: the sigmoid of its logit for the expert.
+    A newly chosen token gets the weight that the router would give this token: the sigmoid of the token's logit for the
+    expert.
     """
 
     def change(place: int, module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
@@ -90,7 +91,7 @@ def flip(percent: float, *, seed: int) -> Change:
 
 
 def flip_depths(percent: float, *, seed: int) -> Change:
-    """Swaps `percent` % of the tokens that a mixture-of-depths layer computes with random tokens that it skips."""
+    """Swaps `percent` % of the tokens that a mixture-of-depths layer computes with random tokens that the layer skips."""
 
     def change(place: int, module: nn.Module, arguments: tuple[Any, ...], chosen: Any) -> Any:
         x_TD, real_T = arguments
@@ -109,7 +110,7 @@ def flip_depths(percent: float, *, seed: int) -> Change:
 
 
 def swapped(taken_T: Tensor, may_T: Tensor, percent: float, generator: torch.Generator) -> Tensor:
-    """Returns `taken_T` with about `percent` % of its tokens swapped for as many other tokens of `may_T`."""
+    """Returns `taken_T` after about `percent` % of its tokens are swapped for as many other tokens of `may_T`."""
     inside, outside = taken_T.nonzero().flatten(), (may_T & ~taken_T).nonzero().flatten()
     # The number of swaps is a binomial draw, because `percent` % of few tokens would be rounded to 0.
     drawn = torch.binomial(torch.tensor(float(len(inside))), torch.tensor(percent / 100), generator=generator)
@@ -121,13 +122,14 @@ def swapped(taken_T: Tensor, may_T: Tensor, percent: float, generator: torch.Gen
 
 
 def _generator(seed: int, place: int, taken: Tensor) -> torch.Generator:
-    """Makes the random generator for a layer and batch. Its seed depends on the choices, but not on the percentage."""
+    """Makes the random generator for a layer and batch. The generator's seed depends on the choices, but not on the
+    percentage."""
     return torch.Generator().manual_seed(hash((seed, place, *taken.shape, int(taken.sum()))) & 0x7FFFFFFF)
 
 
 def _table(module: nn.Module, h_TD: Tensor, group_T: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns three tensors over all (token, expert) pairs [T, E]: whether the pair was chosen, the weight that it has or
-    would have if chosen, and whether token and expert are in the same expert group. Takes O(T x E) memory."""
+    """Returns three tensors over all (token, expert) pairs [T, E]: whether the pair was chosen, the weight that the pair
+    has, or would have if chosen, and whether token and expert are in the same expert group. Takes O(T x E) memory."""
     gates = [module.get_submodule(group_module(group.name)) for group in module.groups]  # pyright: ignore[reportGeneralTypeIssues]
     logits_TE = torch.cat([nn.functional.linear(h_TD.float(), gate.true) for gate in gates], dim=1)  # pyright: ignore
     groups = [i for i, group in enumerate(module.groups) for _ in group.experts]  # pyright: ignore

@@ -3,10 +3,10 @@
     python -m tools.experiments.question_data --base .cache/data/reproduce --out .cache/data/questions
 
 The data are the sources of the base data, and questions of WordNet and reasoning-gym with their right answers, written as
-`tools.evaluate` writes them. Only training questions are taken (see `moe_dist.inference.questions.split`). The first
-questions of each task are left out, because `tools.prepare_router_tuning --limit` makes its samples from them. Questions
-with the same numbers, or about the same pair of antonyms, as one of these first questions are left out, too. Other
-questions about the same noun are kept. More seeds of reasoning-gym give more questions. Because only the numbers in a
+`tools.evaluate` writes them. Only training questions are used (see `moe_dist.inference.questions.split`). The first
+questions of each task are left out, because `tools.prepare_router_tuning --limit` makes its samples from those. A question
+with the same numbers, or about the same pair of antonyms, as a left-out question is left out, too; a question about the
+same noun as a left-out question is kept. More seeds of reasoning-gym give more questions. Because only the numbers in a
 question determine whether it is a training or held-out question, no seed adds a held-out question to the training data.
 """
 
@@ -29,7 +29,7 @@ from moe_dist.runtime.command_line import reports_errors, run_command
 from tools.experiments.instructed import Document, check_new, data_folder, instructed_document, write_sources, write_split
 from tools.experiments.study import LEFT
 
-SLOW = ("reasoning-number_sequence",)  # half a minute for 2,000 questions; other tasks take a second or less
+SLOW = ("reasoning-number_sequence",)  # making 2,000 questions takes half a minute; other tasks take a second or less
 TASKS = {name: [task for task in FAMILIES[name] if task not in SLOW] for name in ("wordnet", "reasoning")}
 LICENCES = {"wordnet": ("WordNet licence", "WordNet, Princeton University"), "reasoning": ("Apache-2.0", "reasoning-gym")}
 
@@ -78,7 +78,7 @@ def make(base: Path, out: Path, *, wordnet: Path, left: int, seeds: int, seed: i
 
 def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> Iterator[Question]:
     """Yields training questions of all tasks of a family. Omits the first `left` questions of each task, and questions that
-    reveal the answer to one of them."""
+    reveal the answer to one of these first questions."""
     for task in TASKS[family]:
         of_task = catalogue.questions(task, Side.TRAIN, limit=None)
         left_out = {_matter(question) for question in of_task[:left]}
@@ -88,7 +88,7 @@ def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> 
 
 
 def _made_up(task: str, *, seeds: int, seed: int) -> Iterator[Question]:
-    """Yields each training question of a task that further seeds give, once."""
+    """Yields the distinct training questions of a task that seeds other than `seed` give."""
     seen: set[Part] = set()
     # Question i of a seed is made from seed + i, so that seeds less than SIZE apart would share questions.
     for further in range(seed + SIZE, seed + (1 + seeds) * SIZE, SIZE):
@@ -99,7 +99,7 @@ def _made_up(task: str, *, seeds: int, seed: int) -> Iterator[Question]:
 
 
 def _matter(question: Question) -> object:
-    """Returns a value that two questions of one task share if one reveals the answer to the other."""
+    """Returns a value that is equal for two questions of a task if one reveals the other's answer."""
     family, _, name = question.task.partition("-")
     if family == "reasoning":
         return key_of(name, str(question.asked))

@@ -1,4 +1,4 @@
-"""Asks a finished run multiple-choice questions, and makes samples for router tuning from it."""
+"""Asks a finished run's model multiple-choice questions, and makes the model's samples for router tuning."""
 
 import os
 import subprocess
@@ -36,9 +36,10 @@ SAMPLES = "samples"
 
 @dataclass
 class QuestionRound:
-    """Asks a model validation or test questions. The model's answer is the choice of highest log-likelihood per token."""
+    """Asks a model validation or test questions. The model's answer is the answer choice with the highest log-likelihood
+    per token."""
 
-    model: Transformer  # with all experts on this process
+    model: Transformer  # the model with all experts on this process
     config: Config
     manifest: Manifest
     group_of_modality: Tensor  # int64 [M], index of the expert group of each of the M modalities
@@ -94,7 +95,7 @@ def _mean(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) -> tuple[list[str], Catalogue]:
-    """Returns the names of the tasks that `section` selects, and the catalogue that makes their questions.
+    """Returns the names of the tasks that `section` selects, and the catalogue that makes the tasks' questions.
 
     Raises:
         ConfigError: a task is unknown, or a package that a task needs is missing.
@@ -107,7 +108,7 @@ def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) 
 
 
 def check_questions(section: QuestionsSection, config: Config, *, samples: bool) -> None:
-    """Checks, before training starts, that the measurement will find its files and enough questions.
+    """Checks, before training starts, that the measurement will find the files and enough questions.
 
     Raises:
         ConfigError: files are missing (`make wordnet embedder` fetches them), or there are too few test questions.

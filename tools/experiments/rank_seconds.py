@@ -1,8 +1,8 @@
 """Times the training steps of a comparison's methods on several ranks, with one thread each.
 
-The run of each method's first seed goes on for STEPS steps in a copy of its folder, because a trained router has other
-expert loads than a new router. A round starts each method on each number of ranks once, one after the other, in random
-order. All rounds take the same steps. A time is the median of a round's steps, without the first WARM_UP steps.
+The run of each method's first seed continues for STEPS steps in a copy of its folder, because a trained router has other
+expert loads than a new router. A round times each method once on each number of ranks, in random order. All rounds take the
+same steps. A time is the median over a round's steps, without the first WARM_UP steps.
 """
 
 import json
@@ -35,11 +35,11 @@ Key = tuple[str, int]  # (method, number of ranks)
 
 @dataclass(frozen=True)
 class RankTime:
-    """The rounds of a method on a number of ranks.
+    """The measurements of one method on one number of ranks.
 
     Attributes:
         seconds: Seconds of a step, by round.
-        kilobytes: Kilobytes per token that all ranks send to others in a step: hidden rows and metadata, forward and
+        kilobytes: Kilobytes per token that all ranks send to other ranks in a step: hidden rows and metadata, forward and
             backward.
     """
 
@@ -48,7 +48,7 @@ class RankTime:
 
 
 def first_jobs(study: Study) -> dict[str, StudyJob]:
-    """Maps each method to the run that is timed."""
+    """Maps each method to its run with the first seed."""
     jobs: dict[str, StudyJob] = {}
     for job in jobs_of(study):
         jobs.setdefault(job.label, job)
@@ -56,7 +56,7 @@ def first_jobs(study: Study) -> dict[str, StudyJob]:
 
 
 def check_ranks(study: Study, ranks: Sequence[int]) -> None:
-    """Raises one error with all numbers of ranks on which a method cannot train."""
+    """Raises one ConfigError that names all numbers of ranks on which a method cannot train."""
     problems = []
     for name, job in first_jobs(study).items():
         for number in ranks:
@@ -70,7 +70,7 @@ def check_ranks(study: Study, ranks: Sequence[int]) -> None:
 
 
 def measure(study: Study, ranks: Sequence[int], folder: Path, stop_requested: Callable[[], bool]) -> None:
-    """Measures each round that the records in `folder` lack, and appends a line to them.
+    """Measures each (round, method, number of ranks) that `folder` has no record of, and appends the record.
 
     Raises:
         StoppedError: a stop was requested; finished rounds are kept.
@@ -94,7 +94,7 @@ def measure(study: Study, ranks: Sequence[int], folder: Path, stop_requested: Ca
 
 
 def read_rank_times(folder: Path) -> dict[Key, RankTime]:
-    """Returns the times of the rounds so far."""
+    """Returns the times of all rounds measured so far."""
     lines: dict[Key, list[Mapping[str, Any]]] = {}
     for line in _lines(folder / RECORDS):
         lines.setdefault((line["method"], line["ranks"]), []).append(line)
@@ -109,7 +109,7 @@ def _layout(study: Study, job: StudyJob, ranks: int) -> list[str]:
 
 
 def _run(study: Study, job: StudyJob, ranks: int, place: Path) -> dict[str, float]:
-    """Goes on with a copy of the run, and returns the seconds of a step and the kilobytes sent per token."""
+    """Continues a copy of the run for STEPS steps, and returns the seconds of a step and the kilobytes sent per token."""
     finished = RunFolder(run_folder(study, job.label, job.seed, pilot=False))
     copy = RunFolder(place / finished.path.name)
     shutil.copytree(finished.path, copy.path)

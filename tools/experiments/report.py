@@ -1,7 +1,7 @@
 """Writes the results of an experiment into docs/reproductions.md: verdicts, tables and plots.
 
 Each experiment has a section between two comments, which each report rewrites. Results of an earlier attempt under other
-rules have a section of their own, which no report rewrites.
+rules have another section, which no report rewrites.
 """
 
 import math
@@ -30,7 +30,7 @@ ROWS = {
 
 
 def write_report(study: Study, *, page: Path = PAGE, results: Path | None = None) -> str:
-    """Writes the section from the existing records, and returns the verdicts as text.
+    """Writes the experiment's section from the existing records, and returns the verdicts as text.
 
     Raises:
         DataError: the records are damaged.
@@ -89,7 +89,7 @@ def _section(
 
 
 def _per_arm(study: Study, records: Records) -> list[tuple[str, dict[int, Record]]]:
-    """Returns each arm that has records, with its records by seed."""
+    """Maps each arm that has records to the arm's records by seed."""
     return [(name, mine) for name in study.arms if (mine := of_arm(records, name))]
 
 
@@ -138,7 +138,8 @@ def _answers(study: Study, records: Records) -> list[str]:
 
 
 def _questions(study: Study, records: Records) -> list[str]:
-    """Returns a table of the fraction of right answers; for arms with an oracle also with routing fitted to the labels."""
+    """Returns a table of the fraction of right answers; for arms with an oracle also the fraction with routing fitted to
+    the labels."""
     tasks = _parts(records, "questions", "by_task")
     shown = (
         ("questions", "accuracy", "`{}`"),
@@ -159,7 +160,7 @@ def _questions(study: Study, records: Records) -> list[str]:
 
 
 def _parts(records: Records, kind: str, by: str) -> list[str]:
-    """Returns the sources or tasks that occur in any record, in order."""
+    """Returns the sources or tasks that occur in any record, in the order of the records."""
     return list(dict.fromkeys(name for record in records.values() for name in record.get(kind, {}).get(by, ())))
 
 
@@ -193,7 +194,7 @@ def _loads(study: Study, records: Records) -> list[str]:
 def _probes(study: Study, records: Records) -> list[str]:
     rows = []
     for name, mine in _per_arm(study, records):
-        found: dict[tuple[str, float], list[tuple[float, float]]] = {}  # (probe, setting) -> each seed's (rise, load)
+        found: dict[tuple[str, float], list[tuple[float, float]]] = {}  # maps (probe, setting) to each seed's (rise, load)
         for each in mine.values():
             for kind, points in each.get("probes", {}).items():
                 for point in points:
@@ -207,7 +208,8 @@ def _probes(study: Study, records: Records) -> list[str]:
 
 
 def _etas(study: Study, records: Records) -> list[str]:
-    """Returns a table of eta (see `EtaValue`), in all and by modality: geometric mean, smallest and largest over seeds."""
+    """Returns a table of eta (see `EtaValue`) for all labels and by modality: geometric mean, smallest and largest over
+    seeds."""
     if (dense := study.reference) is None:
         return []
     rows = []
@@ -245,7 +247,7 @@ def _bins(study: Study, records: Records, key: str) -> list[str]:
         if not tables:
             continue
         cells = []
-        for bins in zip(*tables, strict=False):  # a seed may have fewer bins, because `binned` merges equal bins
+        for bins in zip(*tables, strict=False):  # seeds may have fewer bins: `binned` merges equal bins
             both = []
             for modality in ("text", "image"):
                 found = [row[modality]["load"] for row in bins if row[modality]["tokens"]]

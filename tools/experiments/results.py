@@ -1,4 +1,4 @@
-"""Reads and writes the records of an experiment: a first line that identifies the rules, then a line of JSON for each run.
+"""Reads and writes the records of an experiment: a JSON line that identifies the rules, then a JSON line for each run.
 
 The file is committed. A record takes a few kilobytes and has all data for tables, plots and verdicts.
 """
@@ -27,8 +27,8 @@ def check_rules(path: Path, study_path: Path, study: Study) -> str:
     """Returns the commit of the rules: the last commit that changed the study's file or its base configuration.
 
     Raises:
-        ConfigError: the pilot has not fixed its values, a file with rules has uncommitted changes, or the results at `path`
-            were made under other rules.
+        ConfigError: the study lacks the values that the pilot fixes, a file with rules has uncommitted changes, or the
+            results at `path` were made under other rules.
     """
     if not study.pilot.found:
         raise ConfigError(
@@ -57,7 +57,7 @@ def check_rules(path: Path, study_path: Path, study: Study) -> str:
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """Reads the first line; None if there is no file."""
+    """Reads the records' first line; None without file."""
     lines = _lines(path)
     if lines and "fingerprint" not in lines[0]:
         raise DataError(f"{path}: its first line must say by which rules it was made; it is damaged: take it from git")
@@ -94,8 +94,8 @@ def make_header(study_path: Path, study: Study, rules: str | None) -> dict[str, 
 
 
 def code_of_now() -> dict[str, Any]:
-    """Returns the current commit, and "changed": true if the code differs from it. Files in docs/ do not count as code,
-    because records are written into docs/."""
+    """Returns the current commit, and "changed": true if the code differs from this commit. Files in docs/ do not count as
+    code, because records are written into docs/."""
     commit, diff, _ = code_state(Path(moe_dist.__file__).parent)
     headers = re.findall(rb"^diff --git .*$", diff, re.MULTILINE)
     documents = re.compile(rb"diff --git a/docs/.* b/docs/.*")

@@ -1,7 +1,7 @@
 """Runs the jobs of an experiment, `side_by_side` at the same time, each with one rank and one thread.
 
 A job is a training by launchers.local, followed by its measurement. A later call skips jobs that have a record; an
-unfinished training resumes from its last checkpoint. Child processes end whenever and however this process ends.
+unfinished training resumes from its last checkpoint. Child processes end when this process ends, even if it is killed.
 """
 
 import json
@@ -23,13 +23,13 @@ from tools.experiments.verdicts import Record
 MEASURED = "measured.json"
 SPENT = ("tokens", "flops", "seconds")
 TICK_SECONDS = 0.2
-STOP_SECONDS = 300.0  # seconds in which a stopped run must save and end
-# Each process has one thread, because the runs are small and several of them share the cores.
+STOP_SECONDS = 300.0  # a stopped run is killed after this many seconds
+# Each process has one thread, because the runs are small and several runs share the cores.
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
 class JobFailedError(MoeDistError):
-    """A run or its measurement ended with an error."""
+    """A run or a measurement ended with an error."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Runner:
 
     study_path: Path  # the experiment's file, for the measuring process
     study: Study
-    pilot: bool  # a pilot writes its runs and records to other folders
+    pilot: bool  # a pilot writes its runs and records to separate folders
     rules: str | None  # commit of the rules, for the first line of the records
     side_by_side: int  # number of simultaneous processes
     stop_requested: Callable[[], bool]
@@ -60,9 +60,9 @@ class Runner:
         """Runs all jobs that have no record yet.
 
         Raises:
-            StoppedError: a stop was requested; the runs have saved.
-            JobFailedError: a job failed; the other runs have saved.
-            ConfigError: a job needs a record that none of these jobs makes.
+            StoppedError: a stop was requested; the running trainings have saved checkpoints.
+            JobFailedError: a job failed; the other running trainings have saved checkpoints.
+            ConfigError: a job needs a record that none of the `jobs` makes.
         """
         try:
             while not self.stop_requested():
@@ -83,7 +83,7 @@ class Runner:
         raise StoppedError("stopped on request; the same command goes on")
 
     def _lacking(self, job: StudyJob) -> list[str]:
-        """Returns the arms without a record that a job needs."""
+        """Returns the arms that a job needs and that have no record yet."""
         return [name for name in job.arm.needs if (name, job.seed) not in self._records]
 
     def _train(self, job: StudyJob) -> None:
@@ -101,7 +101,8 @@ class Runner:
         self._launch(job, ["tools.experiments.measure", *arguments], training=False)
 
     def _launch(self, job: StudyJob, arguments: Sequence[str], *, training: bool) -> None:
-        """Starts a module and its arguments as a child process; its output goes to a file beside the run's folder."""
+        """Starts a module and its arguments as a child process; the process's output goes to a file beside the run's
+        folder."""
         folder = self._folder(job)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with Path(f"{folder}.out").open("ab") as out:
@@ -142,7 +143,7 @@ class Runner:
         print(f"done {job.label} seed {job.seed}: held-out {measured['loss']['all']:.4f} nats", flush=True)
 
     def _stop(self) -> None:
-        """Lets running jobs save and end, and waits; after STOP_SECONDS kills jobs that still run."""
+        """Lets running jobs save and end; kills jobs that still run after STOP_SECONDS."""
         for each in self._running:
             each.process.terminate()
         deadline = time.monotonic() + STOP_SECONDS

@@ -1,7 +1,9 @@
-"""The schema of an experiment, configs/reproduce/NAME.yaml: frozen and strict, like the configuration of a run.
+"""The schema of an experiment, configs/reproduce/NAME.yaml: its classes are frozen and strict, like the configuration of a
+run.
 
-An arm is a configuration, with one run for each seed. Runs with the same seed see the same data in the same order, so that
-the differences between arms are paired. `after` starts a run from the weights of another arm's run with the same seed.
+An arm is a configuration that is trained once with each seed. Runs with the same seed see the same data in the same order,
+so that the differences between arms are paired. `after` starts a run from the weights of another arm's run with the same
+seed.
 """
 
 import hashlib
@@ -57,10 +59,10 @@ class ArmValue(Part):
 
 
 class InterpolatedValue(Part):
-    """Interpolates the number `y` linearly between the arms `through`, at the number `x` of the arm `at`. `x` and `y` are
-    dotted paths in a record.
+    """Interpolates linearly between the points (`x`, `y`) of the arms `through`, at the `x` of the arm `at`. `x` and `y`
+    are dotted paths of numbers in a record.
 
-    The outermost lines extend by `reach` beyond the outermost arms. Farther out the rule has no value.
+    The outermost lines extend by `reach` beyond the outermost arms; beyond these ends there is no value.
     """
 
     through: tuple[ArmName, ...] = Field(min_length=2)
@@ -71,7 +73,7 @@ class InterpolatedValue(Part):
 
 
 class EtaValue(Part):
-    """ln eta, where eta = cost of the arm `of` / cost at which the arm `eta` reaches the last loss of `of`."""
+    """ln eta, where eta = (training cost of the arm `of`) / (cost at which the arm `eta` reaches the last loss of `of`)."""
 
     eta: ArmName
     of: ArmName
@@ -84,7 +86,7 @@ class ConstantValue(Part):
 
 
 class Term(ArmValue):
-    """A number in an arm's record, and its factor."""
+    """A number in an arm's record, times a factor."""
 
     times: float = 1.0
 
@@ -96,7 +98,8 @@ class SumValue(Part):
 
 
 class RatioValue(Part):
-    """`factor` times the rise of the loss by a probe with the setting `at`: loss with the probe - loss without it."""
+    """`factor` times the rise of the loss by a probe with the setting `at`: loss with the probe - loss without the
+    probe."""
 
     arm: ArmName
     probe: str
@@ -109,10 +112,10 @@ Value = ArmValue | InterpolatedValue | EtaValue | ConstantValue | SumValue | Rat
 
 
 class ValueRule(Part):
-    """A rule: `lower` must be below `higher` + margin.
+    """A rule: the value `lower` must be below `higher` + `margin`.
 
-    With `bound`, the upper one-sided 95 % t-bound of the mean paired difference lower - higher must be below the margin.
-    With `mean`, the mean paired difference itself must be at most the margin.
+    With by=bound, the upper one-sided 95 % t-bound of the mean paired difference lower - higher must be below the margin.
+    With by=mean, the mean paired difference itself must be at most the margin.
     """
 
     claim: str
@@ -142,16 +145,16 @@ class ValueRule(Part):
 
 
 class CurveSection(Part):
-    """Measures the held-out loss during a run, at each checkpoint. The model of a checkpoint has the mean weights of the
-    checkpoints in the last fraction `average` of the steps up to it."""
+    """Measures the held-out loss during a run, at each checkpoint. The model measured at a checkpoint has the mean weights
+    of the checkpoints in the last fraction `average` of the steps up to this checkpoint."""
 
     average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     sequences: PositiveInt = 64
-    of: ArmName | None = None  # the arm against which eta is measured
+    of: ArmName | None = None  # the arm with which the curves of other arms are compared
 
 
 class WireSection(Part):
-    """The EP group that is assumed when the token rows sent to other ranks are counted."""
+    """The EP group for which the token rows sent to other ranks are counted."""
 
     ep: PositiveInt = 4
     placement: Literal["interleaved"] = "interleaved"
@@ -161,13 +164,13 @@ class QuestionsSection(Part):
     """Asks multiple-choice questions, scored by log-likelihood per token; a pilot asks the validation questions."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
-    limit: PositiveInt | None = None  # largest number of questions per task; None for all
+    limit: PositiveInt | None = None  # largest number of questions per task; None for no limit
     wordnet: str = ".cache/package/dict"
     embedder: str | None = None  # folder of the embedder; by default the folder of `make embedder`
-    least: NonNegativeInt = 0  # smallest number of test questions of all tasks together
+    least: NonNegativeInt = 0  # smallest allowed number of test questions of all tasks together
     left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # number of training questions per task in `samples`
-    listed: bool = False  # whether questions list their choices, and count only if the answer is right in each rotation
-    oracle_questions: PositiveInt = 100  # number of first questions of each task that the oracle answers
+    listed: bool = False  # whether questions list their choices, and count only if right in each rotation of the choices
+    oracle_questions: PositiveInt = 100  # the oracle answers this many first questions of each task
     oracle_layers: PositiveInt = 5  # number of last MoE layers whose routing the oracle fits
 
 
@@ -200,7 +203,7 @@ class Arm(Part):
     measured: dict[str, MeasuredSetting] = Field(default_factory=dict)
     seeds: Literal["decisive", "other"] = "other"
     probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
-    asks: tuple[Literal["samples", "oracle"], ...] = ()  # measurements in addition to the questions of every run
+    asks: tuple[Literal["samples", "oracle"], ...] = ()  # measurements besides those of every run
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -215,7 +218,7 @@ class Seeds(Part):
 
 
 class PilotSection(Part):
-    """Runs with other seeds that determine learning rate, steps and coefficients, and are never reported."""
+    """Pilot runs, which have other seeds, determine learning rate, steps and coefficients, and are never reported."""
 
     seeds: tuple[int, ...] = Field(min_length=1)
     arms: tuple[ArmName, ...] = ()
@@ -235,13 +238,13 @@ class Study(Part):
     measure: MeasureSection = Field(default_factory=MeasureSection)
     runs: str = str(ROOT)  # folder of the runs
     records: str = str(RESULTS)  # folder of the records
-    not_testable: str = ""  # why no rule can be judged on these runs; empty if rules can be judged
+    not_testable: str = ""  # why no rule can be judged on the study's runs; empty if rules can be judged
     arms: dict[ArmName, Arm] = Field(min_length=1)
     rules: tuple[ValueRule, ...] = ()
 
     @property
     def reference(self) -> str | None:
-        """Returns the arm against which eta is measured."""
+        """Returns the arm `curve.of`, with which the curves of other arms are compared."""
         return self.measure.curve.of if self.measure.curve is not None else None
 
     @model_validator(mode="after")
@@ -275,7 +278,7 @@ class Study(Part):
         return self.seeds.decisive if arm.seeds == "decisive" else self.seeds.other
 
     def with_whole_cost(self) -> list[str]:
-        """Returns the arms whose records include their whole training cost: arms from initial weights, and arms with
+        """Returns the arms whose records include the whole training cost: arms from initial weights, and arms with
         `carry`."""
 
         def whole(arm: Arm) -> bool:
@@ -291,7 +294,7 @@ class StudyJob:
     label: str  # name of the arm; in a pilot also VARIANT and the name of a variant
     arm: Arm
     seed: int
-    settings: Mapping[str, Any]  # overrides of the base configuration, except overrides from other arms' records
+    settings: Mapping[str, Any]  # overrides of the base configuration, except settings from other arms' records
 
 
 def load_study(path: Path) -> Study:
@@ -325,14 +328,14 @@ def fingerprint(study_path: Path, study: Study) -> str:
 
 
 def jobs_of(study: Study, *, pilot: bool = False) -> list[StudyJob]:
-    """Returns the job of every run, arm by arm in the order of the file. An arm comes after the arms that it needs."""
+    """Returns the job of every run, ordered by arm as in the study's file. An arm comes after the arms that it needs."""
     if pilot:
         return _pilot_jobs(study)
     return [_job(study, name, arm, seed, {}) for name, arm in study.arms.items() for seed in study.seeds_of(arm)]
 
 
 def _pilot_jobs(study: Study) -> list[StudyJob]:
-    """Returns the runs of the pilot's arms, of the arms that they need, and of the pilot's variants."""
+    """Returns the runs of the pilot's arms, of the arms that these arms need, and of the pilot's variants."""
     wanted: list[str] = []
     for name in reversed(study.arms):  # backwards, because an arm comes after the arms that it needs
         started = [*wanted, *study.pilot.variants]
@@ -359,7 +362,8 @@ def run_folder(study: Study, label: str, seed: int, *, pilot: bool) -> Path:
 
 
 def overrides_of(study: Study, job: StudyJob, measured: Mapping[str, Any], *, pilot: bool) -> list[str]:
-    """Returns the launcher's overrides of the base configuration: key=value, with the value as JSON (which is YAML)."""
+    """Returns a run's overrides of the base configuration for the launcher: key=value, with the value as JSON (which is
+    YAML)."""
     folder = run_folder(study, job.label, job.seed, pilot=pilot)
     settings: dict[str, Any] = {"run.name": folder.name, "run.root": str(folder.parent), "run.seed": job.seed}
     if job.arm.after is not None:
@@ -369,7 +373,7 @@ def overrides_of(study: Study, job: StudyJob, measured: Mapping[str, Any], *, pi
 
 
 def config_of(study: Study, job: StudyJob, *, pilot: bool = False) -> Config:
-    """Returns the configuration of a run. Replaces values that are not measured yet: a number of experts by 1.5, a folder
+    """Returns the configuration of a run. Replaces settings that are not measured yet: a number of experts by 1.5, a folder
     by the name of a missing folder.
 
     Raises:

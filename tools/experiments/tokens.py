@@ -1,9 +1,10 @@
 """Evaluates a model token by token: loss and true (not null) experts of each held-out token, right answers of instruction
 data, and the rows that an EP group would send.
 
-The evaluation has one rank and sends no rows. The rows that an EP group would send are counted, because they depend only on
-the choices. Sequences go to the ranks in turn, as in the loader. Rows are counted in forward, per token and layer;
-`moe_dist.moe.dispatch.ledger` counts the rows that other dispatch methods would send for the same choices.
+The evaluation has one rank and sends no token rows. The rows that an EP group would send are counted, because their number
+depends only on the expert choices. Sequences are assigned to the ranks in turn, as in the loader. Rows are counted in
+forward, per token and layer; `moe_dist.moe.dispatch.ledger` counts the rows that other dispatch methods would send for the
+same choices.
 
 Shape letters: B sequences, S positions of a sequence, T = B x S, N scored tokens, L MoE layers, V vocabulary, R ranks.
 """
@@ -48,12 +49,12 @@ class TokenPairs:
     """The routing of a batch in one layer."""
 
     routing: Routing
-    index_T: Tensor  # index in the batch of each routed token; a mixture-of-depths layer routes only some tokens
+    index_T: Tensor  # index of each routed token in the batch; a mixture-of-depths layer routes only some tokens
 
 
 @contextmanager
 def recorded_routers(model: Transformer) -> Iterator[list[TokenPairs]]:
-    """Makes each forward of a router append its routing to the yielded list, layer by layer."""
+    """Inside the context, each forward of a router appends its routing to the yielded list, layer by layer."""
     seen: list[TokenPairs] = []
     chosen: list[Tensor] = []  # indices of the tokens of a mixture-of-depths layer
 
@@ -67,7 +68,7 @@ def recorded_routers(model: Transformer) -> Iterator[list[TokenPairs]]:
         seen.append(TokenPairs(routing, index_T))
 
     with ExitStack() as stack:
-        # These hooks run after a probe's hooks, so that the list has the changed routing.
+        # The hooks below run after a probe's hooks, so that the list has the changed routing.
         for layer in model.moe_modules():
             stack.enter_context(layer.router.register_forward_hook(note))
         for router in model.depth_routers():
@@ -77,7 +78,7 @@ def recorded_routers(model: Transformer) -> Iterator[list[TokenPairs]]:
 
 @torch.no_grad()
 def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Tensor) -> Tokens:
-    """Evaluates batches, and returns loss and routing of each scored token."""
+    """Evaluates batches, and returns loss and numbers of true experts of each scored token."""
     rows: list[tuple[np.ndarray, ...]] = []
     with recorded_routers(model) as seen:
         for batch in batches:
@@ -100,8 +101,8 @@ def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
 
 
 def input_filler(batch: Batch) -> Tensor:
-    """Returns whether each token is an empty cell of a picture, bool [B, S], from `Batch.filler_BS`, which says so about
-    the next token. The first token of a document counts as no empty cell."""
+    """Returns whether each token is an empty cell of a picture, bool [B, S], from `Batch.filler_BS`, which tells whether
+    the next token is one. The first token of a document does not count as an empty cell."""
     before = torch.zeros_like(batch.filler_BS)
     before[:, 1:] = batch.filler_BS[:, :-1] & (batch.documents_BS[:, 1:] == batch.documents_BS[:, :-1])
     return before
@@ -115,7 +116,7 @@ def _load(seen: TokenPairs, num_tokens: int) -> Tensor:
 
 
 def losses(tokens: Tokens) -> dict[str, float]:
-    """Returns the mean held-out nats of all labels, of text, of picture codes, and of codes of drawn cells."""
+    """Returns the mean held-out nats of all labels, of text, of picture codes, and of codes of cells that are not empty."""
     image_N = tokens.label_image_N
     parts = {
         "all": np.ones_like(image_N),
@@ -146,8 +147,9 @@ def loads(tokens: Tokens) -> dict[str, Any]:
 
 
 def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[str, Any]]:
-    """Sorts tokens by a value into bins of equal size, and returns the mean true experts of text and of image tokens in
-    each bin. If these two means differ in a bin, the value alone does not determine the number of experts."""
+    """Sorts tokens by a value into bins with equally many tokens, and returns each bin's mean number of true experts of
+    text and of image tokens. If text and image tokens differ in a bin, the value alone does not determine the number of
+    experts."""
     load_N = tokens.load_NL.mean(1)
     edges = np.unique(np.quantile(value_N, np.linspace(0, 1, bins + 1)))  # merges bins with equal edges
     place_N = np.clip(np.searchsorted(edges, value_N, side="right") - 1, 0, max(0, len(edges) - 2))
@@ -163,7 +165,8 @@ def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[
 
 @torch.no_grad()
 def accuracy(model: Transformer, batches: Sequence[Batch], group_of_modality: Tensor) -> dict[str, float]:
-    """Returns the fraction of labels that are the model's most likely token: of all labels, of text, of picture codes."""
+    """Returns the fraction of labels that are the model's most likely token: of all labels, of text labels, of picture
+    codes."""
     right, kinds = [], []
     for batch in batches:
         logits_BSV, _ = forward(model, batch, group_of_modality)
@@ -177,7 +180,7 @@ def accuracy(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
 
 @torch.no_grad()
 def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of_modality: Tensor) -> dict[str, Any]:
-    """Counts scored documents, and scored documents with a right answer, in each source; averages accuracy over sources.
+    """Counts, in each source, the scored documents and those with a right answer; averages accuracy over sources.
 
     A document that was cut at the end of a sequence counts once for each piece with a scored token.
     """
@@ -193,7 +196,7 @@ def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of
 
 
 def right_documents(likeliest_BS: Tensor, batch: Batch) -> tuple[int, int]:
-    """Returns the numbers of a batch's documents with scored tokens, and of such documents with only right tokens."""
+    """Returns the number of a batch's documents with scored tokens, and of documents whose scored tokens are all right."""
     scored_BS = batch.labels_BS != IGNORED
     wrong_BS = scored_BS & (likeliest_BS != batch.labels_BS)
     row_BS = torch.arange(len(scored_BS))[:, None].expand_as(scored_BS)
@@ -203,12 +206,12 @@ def right_documents(likeliest_BS: Tensor, batch: Batch) -> tuple[int, int]:
 
 
 def spread(placement: ExpertPlacement, ep: int) -> ExpertPlacement:
-    """Makes the interleaved placement of a run's experts on `ep` ranks."""
+    """Returns a placement that interleaves a run's experts over `ep` ranks."""
     return make_placement(InterleavedSection(), placement.groups, num_ranks=ep, token_mix={})
 
 
 class SentRows:
-    """Sums the rows that each rank of the placement's EP group would send."""
+    """Sums the token rows that each rank of the placement's EP group would send."""
 
     def __init__(self, placement: ExpertPlacement) -> None:
         self._placement = placement
@@ -224,7 +227,7 @@ class SentRows:
         goes_TR[pairs.token_N, self._rank_of_expert[pairs.expert_N]] = True
         goes_TR[torch.arange(num_tokens), own_T] = False  # rows for experts on the token's own rank are not sent
         remote_N = self._rank_of_expert[pairs.expert_N] != own_T[pairs.token_N]
-        # The routing does not say which token made a null choice. Therefore null choices, and the tokens of each expert
+        # `Routing` does not tell which token made a null choice. Therefore null choices, and the tokens of each expert
         # group, are divided among the ranks in proportion to the ranks' numbers of tokens.
         sums, groups = routing.sums, self._placement.groups
         experts = [group.num_experts for group in groups]
@@ -251,7 +254,7 @@ class SentRows:
         self._tokens += int(sums.tokens_G.sum())
 
     def per_token(self) -> Mapping[str, float]:
-        """Returns the mean number of sent rows per token and layer, by dispatch method."""
+        """Returns the mean number of sent token rows per token and layer, by dispatch method."""
         return {key: value / max(1, self._tokens) for key, value in self._sums.items()}
 
 

@@ -1,7 +1,7 @@
 """Judges the rules of an experiment (pass, fail, or not testable with the reason) by the statistics of paired runs.
 
-Because runs of all arms with the same seed share data, order and base weights, the difference d_i between two arms is taken
-between runs with seed i. The one-sided 95 % bounds of the mean difference over n seeds (Student's t) are
+Because runs of all arms with the same seed share data, order of data and base weights, the difference d_i between two arms
+is taken between runs with seed i. The one-sided 95 % bounds of the mean difference over n seeds (Student's t) are
 
     mean d +- t(0.95, n - 1) s / sqrt(n),   s^2 = sum (d_i - mean d)^2 / (n - 1)
 """
@@ -47,9 +47,9 @@ def paired(differences: Sequence[float]) -> Paired:
     """Computes mean, standard deviation and one-sided bounds of paired differences.
 
     Raises:
-        ValueError: there are fewer than two differences, or one is not finite, so that no bound exists.
+        ValueError: there are fewer than two differences, or a difference is not finite, so that no bound exists.
     """
-    from scipy.stats import t  # takes a second to import, and only a report needs it
+    from scipy.stats import t  # the import takes a second, and only a report needs it
 
     values = np.asarray(differences, np.float64)
     if len(values) < 2 or not np.isfinite(values).all():
@@ -60,8 +60,8 @@ def paired(differences: Sequence[float]) -> Paired:
 
 
 def on_lines(points: Sequence[tuple[float, float]], x: float, *, reach: float) -> float | None:
-    """Interpolates linearly at x between points; the outermost lines extend by `reach`. Returns None farther out, or if two
-    points have the same x."""
+    """Interpolates linearly at x between points; the outermost lines extend by `reach`. Returns None for x beyond these
+    extensions, or if two points have the same x."""
     ordered = sorted(points)
     xs = [each[0] for each in ordered]
     if len(ordered) < 2 or any(a == b for a, b in pairwise(xs)):
@@ -91,11 +91,11 @@ def cost_to_reach(curve: Sequence[tuple[float, float]], loss: float) -> float | 
 
 
 def log_eta(arm: Sequence[tuple[float, float]], of: Sequence[tuple[float, float]]) -> float | None:
-    """Returns ln eta of two curves of (cost, loss).
+    """Returns ln eta, a ratio of costs, from two curves of (cost, loss).
 
     eta is the whole cost of `of` divided by the cost at which `arm` reaches the last loss of `of`. If `arm` never reaches
     that loss, eta is below 1: the cost at which `of` reaches the last loss of `arm`, divided by the whole cost of `arm`.
-    Returns None for a curve without points, or if a curve starts below the loss to reach.
+    Returns None for a curve without points, or if the curve that must reach a loss starts below this loss.
     """
     if not arm or not of:
         return None
@@ -112,7 +112,7 @@ def at_equal_cost(curve: np.ndarray, of: np.ndarray) -> np.ndarray:
 
     Args:
         curve, of: [2, points] of (cost, loss), by rising cost. `of` is interpolated in ln cost, and is constant up to 1 %
-            beyond its ends. Farther out the result is nan.
+            beyond its ends. At other costs the result is nan.
     """
     known = (curve[0] >= 0.99 * of[0][0]) & (curve[0] <= 1.01 * of[0][-1])
     return np.stack([curve[0], np.where(known, curve[1] - np.interp(np.log(curve[0]), np.log(of[0]), of[1]), np.nan)])
@@ -124,12 +124,13 @@ class Verdict:
 
     rule: ValueRule
     outcome: Outcome
-    paired: Paired | None = None  # statistics of lower - higher; None if the rule is not testable
+    paired: Paired | None = None  # statistics of the differences lower - higher; None if the rule is not testable
     reason: str = ""  # why the rule is not testable
 
 
 def judge(study: Study, records: Records) -> list[Verdict]:
-    """Judges each rule by the seeds that its arms have in common. A rule is not testable until all these records exist."""
+    """Judges each rule by the seeds that its arms have in common. A rule is not testable until all records of its arms
+    exist."""
     return [_judge(study, rule, records) for rule in study.rules]
 
 
@@ -158,7 +159,7 @@ def _judge(study: Study, rule: ValueRule, records: Records) -> Verdict:
 
 
 def value_of(value: Value, records: Records, seed: int) -> float | None:
-    """Returns the number that a rule's `value` has for one seed; None if records lack it."""
+    """Returns the number that a rule's `value` has for one seed; None if records lack the number."""
     match value:
         case ConstantValue():
             return value.constant

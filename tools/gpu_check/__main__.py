@@ -1,4 +1,4 @@
-"""Checks and measures this project on the GPUs of this machine: python -m tools.gpu_check [--gpus N] [--minutes 9]"""
+"""Checks and measures moe_dist on the GPUs of this machine: python -m tools.gpu_check [--gpus N] [--minutes 9]"""
 
 import os
 from dataclasses import replace
@@ -31,8 +31,8 @@ def main(
 ) -> None:
     """Check results and speed on GPUs; print a table and write JSON. The exit code is 0 if no check failed, 1 if one did,
     75 if time was over before the last check, and 69 without a GPU."""
-    # The checks' processes read these variables. With NVML, torch counts GPUs without touching CUDA, which forks would not
-    # survive.
+    # The checks' processes read these variables. With NVML, torch counts GPUs without initialising CUDA, which does not
+    # survive a fork.
     interpreted = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     os.environ |= interpreted if rehearse else {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     limit_fragmentation(os.environ)  # as a run's launcher does
@@ -49,7 +49,7 @@ def main(
         console.print(f"[{_STYLES[outcome.verdict]}]{outcome.verdict}[/]  {name}  {outcome.seconds:.1f} s", end="")
         console.print(reason, markup=False)
 
-    # The time limits of the table are for a GPU; on a busy CPU a check takes longer.
+    # The time limits in CHECKS are for a GPU; on a busy CPU a check takes longer.
     checks = {name: replace(each, seconds=600.0) for name, each in CHECKS.items()} if rehearse else CHECKS
     outcomes = run_checks(checks, job, json, found, minutes=minutes, fresh=fresh, show=show)
     console.print(table(f"{job.gpus} x {found['card']}", outcomes))
@@ -58,7 +58,7 @@ def main(
 
 
 def _with_card(job: CheckJob, gpus: int | None) -> tuple[CheckJob, dict[str, object]]:
-    """Reads the card's facts in another process, because the server of processes forks this program's own state."""
+    """Reads the card's facts in another process, because this process must not touch CUDA before it forks others."""
     outcome = run_check("card", "tools.gpu_check.machine:card", replace(job, seconds=120.0))
     if outcome.verdict != "pass":
         raise ResourceError(f"{outcome.reason}; to run the checks on the CPU, give --rehearse")

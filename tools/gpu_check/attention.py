@@ -1,4 +1,4 @@
-"""Compares the times of attention inside documents and of torch's causal attention, and counts compilations."""
+"""Compares the times of attention restricted to documents and of torch's causal attention, and counts compilations."""
 
 import warnings
 
@@ -12,9 +12,9 @@ from tools.gpu_check.rates import drawn, seconds_of
 
 
 def attention_rate(job: CheckJob) -> list[Reading]:
-    """Measures the rate of forward and backward inside packed documents / the rate of torch's causal attention, both by the
-    scores that a whole sequence needs; counts graphs compiled, and warnings of uncompiled attention, for several
-    lengths."""
+    """Measures (rate of attention restricted to packed documents) / (rate of torch's causal attention), forward and
+    backward, both rates by the scores of a whole sequence; counts compiled graphs, and warnings of uncompiled attention,
+    for several lengths."""
     device, heads, width = torch.device(job.device), 2 if job.rehearse else 16, 16 if job.rehearse else 128
     lengths = (8, 16) if job.rehearse else (4096, 2048, 1024, 512)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]

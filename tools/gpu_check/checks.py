@@ -1,4 +1,5 @@
-"""The table of checks, in the order in which they run: first checks of results, then measurements of speed."""
+"""The table of checks, in the order in which they run: first checks whether results are right, then measurements of
+speed."""
 
 from collections.abc import Mapping
 

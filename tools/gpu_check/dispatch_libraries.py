@@ -1,4 +1,5 @@
-"""Checks the dispatchers that call another project's kernels, if its package is installed and the machine has two GPUs."""
+"""Checks the dispatchers that call another project's kernels, if that project's package is installed and the machine has
+two GPUs."""
 
 import torch
 
@@ -44,8 +45,8 @@ def _check(job: CheckJob, kind: str) -> list[Reading]:
 
 
 def _compare(job: CheckJob, mesh: Mesh, kind: str) -> dict[str, float]:
-    """Returns the largest relative differences between bf16 rows over the library and float64 rows over `all_to_all`: of
-    the output, and of the gradients of input and weights. A quarter of the choices are null."""
+    """Returns the relative differences between a layer in bf16 with the library's dispatch and a layer in float64 with
+    `all_to_all`: of the output, and of the gradients of input and weights. A quarter of the choices are null."""
     groups = single_group(3 * mesh.world_size, mesh.world_size, 4, 256)
     placement = ExpertPlacement.interleaved(groups, mesh.world_size)
     generator = torch.Generator().manual_seed(mesh.rank)

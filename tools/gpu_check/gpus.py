@@ -1,5 +1,5 @@
-"""Checks several ranks on one machine: the rate of exchanges, the fraction of them that computation hides, and that no rank
-opens a context on another rank's GPU."""
+"""Checks several ranks on one machine: the rate of exchanges, the fraction of the exchange time that computation hides, and
+that no rank opens a CUDA context on another rank's GPU."""
 
 import threading
 from typing import Any
@@ -24,8 +24,8 @@ KINDS = {
 
 
 def exchanges(job: CheckJob) -> list[Reading]:
-    """Measures the bytes per second that a rank sends in small and large exchanges of equal parts, the time in exchanges of
-    a training step, and the fraction of this time that each way of overlap hides."""
+    """Measures the bytes per second that a rank sends in small and large exchanges, the time that a training step waits for
+    exchanges, and the fraction of this time that each kind of overlap hides."""
     if not job.rehearse and job.gpus < 2:
         raise NotPossibleError("an exchange needs two GPUs")
     found = on_ranks(_sent, job)
@@ -65,8 +65,8 @@ def _waited(job: CheckJob, mesh: Mesh) -> dict[str, float]:
 
 
 def contexts(job: CheckJob) -> list[Reading]:
-    """Counts the processes with a context on GPU 0, after each rank has used its own GPU and queried the oldest collective
-    in a thread, as the watchdog does."""
+    """Counts the processes with a CUDA context on GPU 0, after each rank has used its own GPU and queried the oldest
+    collective in a thread, as the watchdog does."""
     if job.rehearse or job.gpus < 2:
         raise NotPossibleError("contexts of other ranks need two GPUs")
     before, (after, *_) = _processes(), on_ranks(_counted, job)
@@ -83,7 +83,7 @@ def _counted(job: CheckJob, mesh: Mesh) -> int:
     torch.cuda.synchronize()
     torch.distributed.barrier(mesh.world)
     count = _processes()
-    torch.distributed.barrier(mesh.world)  # no rank ends before all have counted
+    torch.distributed.barrier(mesh.world)  # no rank ends before all ranks have counted
     return count
 
 

@@ -1,5 +1,5 @@
 """Checks an MoE layer in a CUDA graph on each rank: forward and backward with exchanges of fixed sizes are captured once,
-and replayed for tokens with other routings. A rehearsal runs the same passes without a graph.
+and replayed for other tokens with other expert choices. A rehearsal (on the CPU) uses no graph.
 """
 
 from collections.abc import Callable
@@ -16,21 +16,21 @@ from tools.gpu_check.process import on_ranks
 from tools.gpu_check.rates import seconds_of
 
 REPLAYS = 3
-TIMES = 20  # timed passes; a fixed number, because all ranks must take part in equally many
+TIMES = 20  # timed passes; a fixed number, because all ranks must run equally many
 
 
 def captured(run: Callable[[], list[Tensor]], job: CheckJob) -> Callable[[], list[Tensor]]:
-    """Returns a function that replays a graph of `run`, and returns the same tensors each time."""
+    """Returns a function that replays a CUDA graph of `run`, and returns the same tensor objects each time."""
     if job.rehearse:
         return run
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # makes tables and gradients' buffers, and compiles kernels
+    with torch.cuda.stream(side):  # allocates tables and gradients, and compiles kernels
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(side)
     recorded = torch.cuda.CUDAGraph()
-    # Only this thread must not make calls that a capture forbids, because NCCL's own thread queries events.
+    # Calls that a capture forbids are errors only in this thread, because NCCL's own thread queries events.
     with torch.cuda.graph(recorded, capture_error_mode="thread_local"):
         out = run()
 
@@ -42,8 +42,8 @@ def captured(run: Callable[[], list[Tensor]], job: CheckJob) -> Callable[[], lis
 
 
 def graph(job: CheckJob) -> list[Reading]:
-    """Measures the largest relative difference, over ranks and replays, from the layer that reads sizes on the host; and
-    both times."""
+    """Measures the replayed layer's largest relative difference, over ranks and replays, from the layer that reads split
+    sizes on the host; and the times of both layers."""
     found = on_ranks(_replayed, job)
     worst, read, replayed = (max(each[place] for each in found) for place in range(3))
     return [
@@ -66,7 +66,7 @@ def _replayed(job: CheckJob, mesh: Mesh) -> tuple[float, float, float]:
     replay = captured(lambda: passes(fixed, x_TD, kept_T, direction_TD), job)
     worst = 0.0
     for nth, each in enumerate(inputs):
-        group_T[: nth * tokens // len(inputs)] = -1  # padding: none at first, then more and more
+        group_T[: nth * tokens // len(inputs)] = -1  # the number of padding tokens grows from 0 on
         x_TD.copy_(each)
         kept_T.copy_(group_T)
         exact = passes(known, each, group_T, direction_TD)

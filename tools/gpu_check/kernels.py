@@ -1,5 +1,5 @@
-"""Compares values and gradients of each Triton kernel with torch's operations in float64, and makes the kernel trial of a
-run's start.
+"""Compares values and gradients of each Triton kernel with torch's operations in float64, and runs the trial of kernels
+with which each run starts.
 
 Shape letters: Q (token, expert) pairs, R rows, D hidden size.
 """
@@ -15,13 +15,13 @@ from moe_dist.moe.kernels.choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowIndex, RowKernels
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 
-SHAPES = ((13, 5, 24), (3, 40, 7), (4, 2, 2056), (1, 1, 1), (0, 3, 8), (0, 0, 8))  # pairs, rows, width
+SHAPES = ((13, 5, 24), (3, 40, 7), (4, 2, 2056), (1, 1, 1), (0, 3, 8), (0, 0, 8))  # numbers of pairs and rows, width
 LARGE_SHAPES = ((16_384, 4096, 2048), (30_011, 4099, 1000))  # larger shapes take the CPU minutes in float64
 MOST = {torch.float32: 3e-6, torch.bfloat16: 0.01}  # relative differences; a bf16 store rounds (the interpreter truncates)
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Returns the norm of the difference / the norm of `expected`; 0 for empty tensors."""
+    """Returns the norm of (`found` - `expected`) / the norm of `expected`; 0 for empty tensors."""
     found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
     if found.shape != expected.shape:
         raise AssertionError(f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}")

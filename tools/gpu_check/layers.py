@@ -1,4 +1,4 @@
-"""Checks parts of the model: attention inside documents, the MoE layer on one and several ranks, and its syncs.
+"""Checks parts of the model: attention inside documents, the MoE layer on one and several ranks, and host syncs.
 
 Shape letters: T tokens, D hidden size, B sequences, S positions.
 """
@@ -69,8 +69,8 @@ def make_layer(
     mesh: Mesh | None = None,
     made_on: str | torch.device = "cpu",
 ) -> MoELayer:
-    """Makes a layer with all experts, or with a rank's experts. Its weights do not depend on the kernels. They are drawn on
-    `made_on`: on the CPU they are equal for all cards, on a GPU large weights take less time."""
+    """Makes a layer with all experts, or with a rank's experts. The layer's weights do not depend on the kernels. Weights
+    are drawn on `made_on`: on the CPU they are equal for all GPU models; on a GPU large weights take less time."""
     rank, ranks = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
     placement = ExpertPlacement.interleaved(groups, ranks)
     local = [len(placement.local_experts(rank, group)) for group in groups]
@@ -91,7 +91,7 @@ def make_layer(
 
 def passes(layer: Any, x_TD: Tensor, group_T: Tensor, direction_TD: Tensor | None = None) -> list[Tensor]:
     """Returns the output [T, D], and the gradients of the input and of all weights. `direction_TD` is the gradient of the
-    output; the default is equal on any device."""
+    output; the default gradient is equal on any device."""
     x_TD = x_TD.detach().requires_grad_()
     layer.zero_grad(set_to_none=True)
     y_TD, _ = layer(x_TD, group_T)
@@ -102,11 +102,12 @@ def passes(layer: Any, x_TD: Tensor, group_T: Tensor, direction_TD: Tensor | Non
 
 def same_direction(y_TD: Tensor) -> Tensor:
     """Returns a gradient for an output [T, D], which is equal on any device."""
-    return torch.cos(torch.arange(y_TD.numel())).view(y_TD.shape).to(y_TD)  # CUDA's cos has other last bits
+    return torch.cos(torch.arange(y_TD.numel())).view(y_TD.shape).to(y_TD)  # CUDA's cos differs in the last bits
 
 
 def layer(job: CheckJob) -> list[Reading]:
-    """Measures the largest relative difference of outputs and gradients, for each dtype, kernels and experts' product."""
+    """Measures the largest relative difference of an MoE layer from float64 on the CPU, for each dtype, kernels and
+    experts' product."""
     device, (tokens, hidden, ffn) = torch.device(job.device), (48, 32, 24) if job.rehearse else (4096, 512, 768)
     groups, readings = single_group(8, 4, 3, ffn), []
     for precision, dtype in DTYPES.items():
@@ -125,16 +126,16 @@ def layer(job: CheckJob) -> list[Reading]:
 
 
 def dispatch(job: CheckJob) -> list[Reading]:
-    """Measures the largest relative differences on 2, 4 and 8 ranks, and on all GPUs; a rehearsal has two ranks. Ranks
-    share GPUs if there are fewer GPUs than ranks, and then communicate over gloo."""
+    """Measures, by dispatcher, the largest relative difference of an MoE layer on 2, 4, 8 and `job.gpus` ranks from one
+    rank; a rehearsal has two ranks. Ranks share GPUs if there are fewer GPUs than ranks, and then communicate over gloo."""
     worlds = [2] if job.rehearse else sorted({2, 4, 8, max(2, job.gpus)})
     found = [each for world in worlds for each in on_ranks(_dispatched, job, world=world)]
     return [Reading(f"{name}: difference", max(each[name] for each in found), most=1e-9) for name in found[0]]
 
 
 def _dispatched(job: CheckJob, mesh: Mesh) -> dict[str, float]:
-    """Returns the differences from one rank with all ranks' tokens in float64: of output, and gradients of input and
-    experts."""
+    """Returns, by dispatcher, an MoE layer's largest float64 difference from one rank with all tokens: of output, and
+    gradients of input and experts."""
     hidden, groups = 16, single_group(2 * mesh.world_size, 2, 2, 24)
     worst: dict[str, float] = {}
     for kind in DISPATCH:
@@ -189,7 +190,7 @@ def _steer(layer: MoELayer, case: str) -> None:
 
 
 def _exact(alone: MoELayer, inputs: Sequence[Tensor], rank: int, experts: Sequence[int]) -> dict[str, Tensor]:
-    """Returns the right output and gradients of rank `rank`; its experts' gradients are sums over all ranks' tokens."""
+    """Returns the right output and gradients of rank `rank`; experts' gradients are sums over all ranks' tokens."""
     sums: dict[str, Tensor] = {}
     exact: dict[str, Tensor] = {}
     for other, x_TD in enumerate(inputs):
@@ -203,8 +204,8 @@ def _exact(alone: MoELayer, inputs: Sequence[Tensor], rank: int, experts: Sequen
 
 
 def attention(job: CheckJob) -> list[Reading]:
-    """Checks grouped-query attention inside packed documents, with and without a window; on CUDA this is compiled flex
-    attention."""
+    """Checks grouped-query attention inside packed documents, with and without a window; on CUDA the checked implementation
+    is compiled flex attention."""
     device, readings = torch.device(job.device), []
     length, width = (48, 16) if job.rehearse else (1024, 64)
     generator = torch.Generator().manual_seed(3)
@@ -230,11 +231,11 @@ def _attended(drawn: list[Tensor], mask: Any) -> list[Tensor]:
 
 
 def syncs(job: CheckJob) -> list[Reading]:
-    """Counts the waits of the host, of which torch warns: in forward and backward of a layer, also with exchanges of fixed
-    sizes. A rehearsal counts nothing, because only CUDA has waits."""
+    """Counts the host's waits for the device, of which torch warns: in forward and backward of a layer, also with exchanges
+    of fixed sizes, and in a training step. A rehearsal counts nothing, because only with CUDA the host waits."""
     tokens, hidden, ffn = (16, 16, 8) if job.rehearse else (1024, 512, 768)
     device, groups = torch.device(job.device), single_group(8, 4, 3, ffn)
-    # A rehearsal uses no kernels, because the interpreter takes long and other checks rehearse the kernels.
+    # A rehearsal uses no kernels, because Triton's interpreter is slow and other checks rehearse the kernels.
     kernels = None if job.rehearse else triton_or_none(device, torch.bfloat16)
     known = make_layer(hidden, groups, kernels=kernels or TORCH).to(device)
     x_TD = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
@@ -251,7 +252,8 @@ def syncs(job: CheckJob) -> list[Reading]:
 
 
 def _step_waits(job: CheckJob, mesh: Mesh) -> tuple[int, int]:
-    """Returns the number of waits of a step, and its limit: one wait per layer and micro-batch, and two at the end."""
+    """Returns the number of the host's waits in a step, and its limit: one wait per MoE layer and micro-batch, and two at
+    the end."""
     config = configure(job, mesh, MODES["FSDP2, bf16"], sequences=2)
     run, batches = RandomRun(mesh, config), config.train.global_batch // config.train.micro_batch
     run.take(2)
@@ -263,7 +265,7 @@ def _step_waits(job: CheckJob, mesh: Mesh) -> tuple[int, int]:
 
 @contextmanager
 def counted_waits(device: torch.device) -> Iterator[list[str]]:
-    """Collects torch's warnings of waits inside the block; none on a CPU."""
+    """Collects torch's warnings of the host's waits inside the block; none on a CPU."""
     waits: list[str] = []
     on_gpu = device.type == "cuda"
     with warnings.catch_warnings(record=True) as caught:
@@ -275,7 +277,7 @@ def counted_waits(device: torch.device) -> Iterator[list[str]]:
         finally:
             if on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
-    # Only this text counts, because the mode itself warns once that it is a prototype.
+    # Only warnings with this text count: torch also warns that the debug mode is a prototype.
     waits += [str(each.message) for each in caught if "called a synchronizing" in str(each.message)]
 
 

@@ -1,4 +1,4 @@
-"""Checks the machine: its card, the imports, the presets, and NVML's readings."""
+"""Checks the machine's GPU, the imports of moe_dist's modules, the presets, and NVML's readings."""
 
 import importlib
 import pkgutil
@@ -26,8 +26,8 @@ POWER_SECONDS = 2.0
 
 
 def card(job: CheckJob) -> list[Reading]:
-    """Returns the number of GPUs, with the name of the first GPU as `unit`. Further readings have 0 as value and a fact
-    about the first GPU as `unit`."""
+    """Returns the number of GPUs, with the name of the first GPU as `unit`. All further readings have the value 0, and a
+    fact about GPU or software as `unit`."""
     if not torch.cuda.is_available():
         raise NotPossibleError(f"torch {torch.__version__} sees no GPU (built for CUDA {torch.version.cuda or 'none'})")
     properties = torch.cuda.get_device_properties(0)
@@ -44,9 +44,9 @@ def card(job: CheckJob) -> list[Reading]:
 
 
 def modules(job: CheckJob) -> list[Reading]:
-    """Imports all modules of moe_dist. An import may fail only for lack of a package that few commands need."""
+    """Imports all modules of moe_dist. An import may fail only if an optional package is missing."""
     missing, failed, count = set[str](), list[str](), 0
-    top = "moe_dist.optim" if job.rehearse else "moe_dist"  # all modules take a minute of a busy core
+    top = "moe_dist.optim" if job.rehearse else "moe_dist"  # importing all modules takes a core one minute
     for found in pkgutil.walk_packages(importlib.import_module(top).__path__, f"{top}."):
         if found.name.startswith(("moe_dist.bundled", "moe_dist.hf.served")):
             continue
@@ -68,7 +68,7 @@ def modules(job: CheckJob) -> list[Reading]:
 
 
 def power(job: CheckJob) -> list[Reading]:
-    """Reads the GPU's state while it multiplies matrices, and compares its used memory with torch's number."""
+    """Reads the state of a GPU that multiplies matrices, and compares NVML's used memory with CUDA's."""
     if job.rehearse:
         raise NotPossibleError("there is no GPU to read")
     monitor = DeviceMonitor(seconds=0.1, gpu=str(torch.cuda.get_device_properties(0).uuid))

@@ -1,5 +1,5 @@
-"""Compares training steps of the small model with its MoE layers and with Megatron-Core's dispatcher and experts, in fp32.
-Attention, router, loss, sums of gradients and optimizer are the same in both."""
+"""Compares training steps of the small model with our MoE layers and with Megatron-Core's dispatcher and experts, in fp32.
+Attention, router, loss, sums of gradients and optimizer are the same in both steps."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -21,7 +21,8 @@ TIMES = 5  # number of timed steps, equal on all ranks
 
 
 def megatron_step(job: CheckJob) -> list[Reading]:
-    """Measures the largest relative difference of the first step's loss and gradient norm, and the ratio of times."""
+    """Measures the largest relative difference of the first step's loss and gradient norm, and the ratio of the steps'
+    times."""
     found = on_ranks(_steps, job)[0]
     return [
         Reading("difference of loss and gradient norm", found["apart"], most=10 * MOST["fp32"]),

@@ -12,7 +12,7 @@ Verdict = Literal["pass", "fail", "not possible", "not run"]
 
 
 class NotPossibleError(Exception):
-    """The check needs something that this machine lacks. The message names it."""
+    """The check needs something that this machine lacks. The message names what is missing."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class CheckJob:
 
     Attributes:
         gpus: Number of ranks, which on CUDA is also the number of GPUs.
-        rehearse: True for tiny shapes on the CPU, with Triton's interpreter. Times then have no bar.
+        rehearse: True for tiny shapes on the CPU, with Triton's interpreter, and no bars (limits) of times.
         folder: Folder for files of the checks.
         card: Name of the GPU.
         rates: Rates that the check `ceilings` measured, per second: `copy` (bytes read and written), `gemm` (FLOPs).
@@ -40,7 +40,7 @@ class CheckJob:
         return "cpu" if self.rehearse else "cuda"
 
     def rate(self, name: str) -> float:
-        """Returns a rate of `rates`. Raises NotPossibleError without it."""
+        """Returns a rate of `rates`. Raises NotPossibleError if `name` is missing."""
         if name not in self.rates:
             raise NotPossibleError(
                 f"no rate {name!r} to compare with: `ceilings` has not measured it; --fresh runs it again"
@@ -50,7 +50,7 @@ class CheckJob:
     def timed(
         self, what: str, value: float, unit: str = "", *, least: float = -math.inf, most: float = math.inf
     ) -> "Reading":
-        """Makes a reading that depends on times, whose bars count only on a GPU."""
+        """Makes a reading that depends on times; `least` and `most` apply only on a GPU."""
         return Reading(what, value, unit) if self.rehearse else Reading(what, value, unit, least, most)
 
 
@@ -80,8 +80,8 @@ class Outcome:
     """The result of one check.
 
     Attributes:
-        verdict: One of four words, which docs/gpu.md explains.
-        reason: The readings outside their bars, the error, or the thing that the machine lacks; empty if the check passed.
+        verdict: "pass", "fail", "not possible" or "not run", see docs/gpu.md.
+        reason: The readings outside their bars (limits), the error, or what the machine lacks; empty if the check passed.
         seconds: Time that the check took.
     """
 
@@ -92,12 +92,12 @@ class Outcome:
 
     @classmethod
     def of(cls, readings: Sequence[Reading]) -> "Outcome":
-        """Judges readings: the check passes if all readings are within their bars."""
+        """Judges readings: the check passes if all readings are within their bars (limits)."""
         missed = [str(each) for each in readings if not each.good]
         return cls("fail" if missed else "pass", "; ".join(missed), readings=tuple(readings))
 
     def as_json(self) -> dict[str, Any]:
-        """Returns values for JSON. NaN and infinite numbers become text, because JSON lacks them."""
+        """Returns values for JSON. NaN and infinite numbers become text, because JSON has no such numbers."""
         made = asdict(self)
         for reading in made["readings"]:
             reading |= {name: str(x) for name, x in reading.items() if isinstance(x, float) and not math.isfinite(x)}
@@ -105,5 +105,5 @@ class Outcome:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Outcome":
-        """Reads the values of `as_json`; text such as "inf" becomes a number again."""
+        """Reads what `as_json` returned; text such as "inf" becomes a number again."""
         return TypeAdapter(cls).validate_python(values)

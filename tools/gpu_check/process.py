@@ -1,6 +1,7 @@
-"""Runs a check, and the ranks of a check, in processes of their own, so that a crash or a hang ends nothing else.
+"""Runs a check, and each rank of a check, in a separate process, so that a crash or a hang ends no other check.
 
-The processes are forks of a server, which has imported torch but never touches CUDA. A check writes its outcome to a file.
+The processes are forks of a fork server, which has imported torch but never initialises CUDA. A check writes its outcome to
+a file.
 """
 
 import faulthandler
@@ -25,12 +26,12 @@ import psutil
 from moe_dist.runtime.files import write_atomically
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Outcome
 
-# The import of these modules does not query a GPU.
+# Importing the modules in PRELOADED does not query a GPU.
 PRELOADED = ["torch._dynamo", "tools.gpu_check.training", "tools.gpu_check.rates", "moe_dist.moe.kernels.triton_kernels"]
-GRACE = 10.0  # seconds in which a check or rank past its time limit writes the place at which it hangs
+GRACE = 10.0  # seconds after its time limit in which a check or rank writes the place at which it hangs
 TAIL = 400  # largest number of characters of a log that a reason quotes
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(PRELOADED)  # a check starts a server of its own for its ranks, with the check's environment
+_CONTEXT.set_forkserver_preload(PRELOADED)  # each check starts a server for its ranks, with the check's environment
 
 
 def function_of(target: str) -> Callable[..., Any]:
@@ -40,7 +41,8 @@ def function_of(target: str) -> Callable[..., Any]:
 
 
 def run_check(name: str, target: str, job: CheckJob) -> Outcome:
-    """Runs the check `target` for at most `job.seconds`, and returns its outcome, even if its process crashed."""
+    """Runs the check `target` for at most `job.seconds`, and returns the check's outcome, even if the check's process
+    crashed."""
     out = job.folder / f"{name}.json"
     out.unlink(missing_ok=True)
     began = time.monotonic()
@@ -59,8 +61,8 @@ def run_check(name: str, target: str, job: CheckJob) -> Outcome:
 
 
 def _quoted(text: str) -> str:
-    """Returns the beginning of faulthandler's output, where the innermost call is; without such output the end of the
-    text."""
+    """Returns the beginning of faulthandler's output in `text`, where the innermost call is; without such output the end of
+    `text`."""
     found = max(text.rfind(mark) for mark in ("Timeout (", "Fatal Python error"))
     return text[found : found + TAIL] if found >= 0 else text[-TAIL:].strip()
 
@@ -78,7 +80,7 @@ def _kill(process: Any) -> None:
 
 
 def _prepare(log: Path, seconds: float) -> None:
-    """Sends all output into the log, and ends this process after `seconds`, with the place at which it hangs."""
+    """Redirects all output into the log, and ends this process after `seconds` with a traceback in the log."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -103,18 +105,19 @@ def _check(target: str, job: CheckJob, out: Path) -> None:
 
 
 def on_ranks(body: Callable[..., Any], job: CheckJob, *arguments: Any, world: int = 0, device: str = "") -> list[Any]:
-    """Calls body(job, mesh, *arguments) on ranks that meet in a file, and returns the JSON values that they return.
+    """Calls body(job, mesh, *arguments) on `world` ranks, and returns the JSON values that the ranks return.
 
     Args:
         world: Number of ranks; by default `job.gpus`.
-        device: Device of the ranks; by default the job's. If there are more ranks than GPUs, they share GPUs over gloo.
+        device: Device of the ranks; by default the job's. If there are more ranks than GPUs, ranks share GPUs and
+            communicate over gloo.
 
     Raises:
         NotPossibleError: a rank raised this error.
-        RuntimeError: a rank failed. Has the rank's error, or the place at which it hung.
+        RuntimeError: a rank failed. The error has the rank's error, or the place at which the rank hung.
     """
     world, device = world or job.gpus, device or job.device
-    ends = psutil.Process().create_time() + job.seconds - GRACE  # so that a hanging rank ends before the check
+    ends = psutil.Process().create_time() + job.seconds - GRACE  # so that a hanging rank ends before the check's limit
     folder = Path(tempfile.mkdtemp(dir=job.folder))
     ranks = [
         _CONTEXT.Process(target=_rank, args=(body, job, ends, folder, rank, world, device, arguments))

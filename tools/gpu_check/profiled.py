@@ -1,4 +1,5 @@
-"""Reads from torch's profiler the number of kernels that a function launches, and the GPU's waits between kernels."""
+"""Reads from torch's profiler the number of kernels that a function launches, and the fraction of time without a running
+kernel."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from tools.gpu_check.outcome import CheckJob
 
 
 class Profiled(NamedTuple):
-    """Number of launched kernels, and the fraction of the time from the first kernel's begin to the last kernel's end in
+    """Number of launched kernels, and the fraction of the time from the first kernel's start to the last kernel's end in
     which no kernel runs."""
 
     launches: int
@@ -19,7 +20,8 @@ class Profiled(NamedTuple):
 
 
 def profiled(job: CheckJob, run: Callable[[], Any], trace: Path | None = None) -> Profiled:
-    """Calls `run` once. A rehearsal counts the operations of the CPU. `trace` is a file for Chrome's viewer of traces."""
+    """Calls `run` once. A rehearsal counts CPU operations instead of kernels. `trace` is a file to write in Chrome's trace
+    format."""
     activities = [ProfilerActivity.CPU, *([] if job.rehearse else [ProfilerActivity.CUDA])]
     with profile(activities=activities) as found:
         run()
@@ -33,7 +35,7 @@ def profiled(job: CheckJob, run: Callable[[], Any], trace: Path | None = None) -
 
 
 def idle_share(spans: list[tuple[float, float]]) -> Profiled:
-    """Computes `Profiled` from the begin and the end of each kernel; kernels may overlap."""
+    """Computes `Profiled` from the (start, end) times of each kernel; kernels may overlap."""
     busy, end = 0.0, float("-inf")
     for first, last in sorted(spans):
         busy += max(0.0, last - max(first, end))

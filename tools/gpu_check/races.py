@@ -1,7 +1,8 @@
-"""Takes training steps and watches each operation of torch, because none may touch rows that an exchange has in flight.
+"""Takes training steps and watches each operation of torch, because no operation may touch rows that an exchange has in
+flight.
 
-On CUDA torch's own sanitizer watches, too. It knows the streams that Python sees, but not NCCL's streams, in which
-exchanges run.
+On CUDA torch's own stream sanitizer watches, too. That sanitizer knows the streams that Python sees, but not NCCL's
+streams, in which exchanges run.
 """
 
 import traceback
@@ -42,7 +43,7 @@ class InFlight(TorchDispatchMode):
     """Raises AssertionError if an operation reads or writes rows that arrive, or writes rows that are being sent.
 
     Attributes:
-        exchanges: Number of exchanges so far.
+        exchanges: Number of exchanges started so far.
     """
 
     def __init__(self) -> None:
@@ -71,7 +72,7 @@ class InFlight(TorchDispatchMode):
 
     @contextmanager
     def watching(self) -> Iterator["InFlight"]:
-        """Enters the mode, and follows all exchanges."""
+        """Enters this dispatch mode, and follows all exchanges."""
         issue, wait = Pending.issue, Pending.wait
 
         def issued(pending: Pending, items: Tensor) -> None:
@@ -94,7 +95,7 @@ class InFlight(TorchDispatchMode):
 
 
 def _written(func: Any, place: int, args: Any, kwargs: Any) -> Any:
-    """Returns the argument at this index of the schema if the operation writes it."""
+    """Returns the argument at index `place` of the schema if the operation writes it."""
     argument = func._schema.arguments[place]
     if argument.alias_info is None or not argument.alias_info.is_write:
         return None
@@ -102,8 +103,9 @@ def _written(func: Any, place: int, args: Any, kwargs: Any) -> Any:
 
 
 def races(job: CheckJob) -> list[Reading]:
-    """Counts the watched exchanges of each way of overlap, and measures the largest relative difference of losses and
-    gradient norms from the plain exchange. A touch of rows in flight fails the check, with the operation and its place."""
+    """Counts the watched exchanges of each kind of overlap, and measures the largest relative difference of losses and
+    gradient norms from the plain exchange. If an operation touches rows in flight, the check fails and names operation and
+    source line."""
     found = on_ranks(_watched, job, world=max(2, job.gpus))[0]
     exact, readings = torch.tensor(found[PLAIN]["values"]), []
     for kind, each in found.items():

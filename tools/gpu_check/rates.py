@@ -1,8 +1,8 @@
-"""Measures rates of the card, and the times of kernels, products and layers divided by the least times that these rates
-allow.
+"""Measures the GPU's rates, and the times of kernels, matrix products and layers, compared with the least times that these
+rates allow.
 
-Shape letters: T tokens, Q = T K (token, expert) pairs, N pairs and null choices, D hidden size, F hidden width of experts,
-E experts, K choices of a token.
+Shape letters: T tokens, Q = T K (token, expert) pairs, N (token, expert) pairs plus null choices, D hidden size, F hidden
+width of experts, E experts, K choices of a token.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from tools.gpu_check.process import on_ranks
 from tools.gpu_check.profiled import profiled
 
 BF16 = 2  # bytes
-TIMED_SECONDS = 0.5  # timed seconds of each measurement
+TIMED_SECONDS = 0.5  # seconds for which each measurement is repeated
 SHAPE = {"T": 8192, "D": 2048, "F": 1024, "E": 64, "K": 8}  # OLMoE-1B-7B, two sequences
 SHAPES = {  # T, D, F, E and K of other models
     "Mixtral": (8192, 4096, 14336, 8, 2),
@@ -38,25 +38,25 @@ SHAPES = {  # T, D, F, E and K of other models
 }
 OLMOE = "OLMoE"
 TINY = {"T": 16, "D": 16, "F": 8, "E": 4, "K": 2}
-H100 = {"copy": 2.7e12, "gemm": 700e12}  # bars: about 0.8 and 0.7 of the data sheet's 3.35e12 B/s and 989e12 FLOP/s
+H100 = {"copy": 2.7e12, "gemm": 700e12}  # limits: about 0.8 and 0.7 of the data sheet's 3.35e12 B/s and 989e12 FLOP/s
 
 
 def seconds_of(job: CheckJob, run: Callable[[], Any], *, times: int = 0) -> float:
-    """Returns the median seconds of a run. On CUDA torch's timer queues many runs between two syncs, so that launches
-    overlap with kernels. A rehearsal times one run.
+    """Returns the median seconds of a call of `run`. On CUDA torch's timer queues many calls between two syncs, so that
+    launches overlap with kernels. A rehearsal times one call.
 
     Args:
-        times: Number of runs, equal on all ranks, if a run has collectives; then returns their mean.
+        times: Number of calls, equal on all ranks, if `run` has collectives; the result is then the calls' mean.
     """
     timer = Timer("run()", globals={"run": run})
     if job.rehearse:
         return timer.timeit(1).median
-    run()  # compiles, because the timer chooses the number of queued runs by the time of its first run
+    run()  # compiles before the timer's first call, whose time sets the number of queued calls
     return timer.timeit(times).mean if times else timer.blocked_autorange(min_run_time=TIMED_SECONDS).median
 
 
 def sizes(job: CheckJob) -> tuple[int, ...]:
-    """Returns T, D, F, E and K."""
+    """Returns T, D, F, E and K of OLMoE; tiny in a rehearsal."""
     return tuple((TINY if job.rehearse else SHAPE).values())
 
 
@@ -66,12 +66,12 @@ def drawn(job: CheckJob, *shape: int, dtype: torch.dtype = torch.bfloat16) -> to
 
 
 def ceilings(job: CheckJob) -> list[Reading]:
-    """Measures the rates with which other checks compare: bytes per second of a copy (read and written), and bf16
-    FLOP/s."""
+    """Measures the rates with which other checks compare their rates: bytes per second of a copy (read and written), and
+    bf16 FLOP/s."""
     count, width = (1 << 10, 32) if job.rehearse else (1 << 29, 8192)
     source = drawn(job, count)
     target, x = torch.empty_like(source), drawn(job, width, width)
-    bars = H100 if "H100 80GB HBM3" in job.card else {}  # not for the PCIe and NVL cards
+    bars = H100 if "H100 80GB HBM3" in job.card else {}  # no bars for H100 PCIe and NVL
     copy = 2 * BF16 * count / seconds_of(job, lambda: target.copy_(source))
     gemm = 2 * width**3 / seconds_of(job, lambda: x @ x)
     small = torch.zeros(1, device=job.device)
@@ -90,7 +90,8 @@ def ceilings(job: CheckJob) -> list[Reading]:
 
 
 def kernel_rates(job: CheckJob) -> list[Reading]:
-    """Measures kernels' rates by the bytes that they must read and write; a row of several pairs is read for each pair."""
+    """Measures kernels' rates by the bytes that they must read and write; a row of several (token, expert) pairs is read
+    for each pair."""
     if reason := why_not_triton(torch.device(job.device), torch.bfloat16):
         raise NotPossibleError(reason)
     from moe_dist.model.kernels.cross_entropy import cross_entropy, cross_entropy_backward
@@ -150,7 +151,7 @@ def kernel_rates(job: CheckJob) -> list[Reading]:
 
 
 def grouped(job: CheckJob) -> list[Reading]:
-    """Measures FLOP/s of the grouped product of 8 experts / FLOP/s of a dense product."""
+    """Measures (FLOP/s of the grouped matrix product of 8 experts) / (FLOP/s of a dense matrix product)."""
     gemm, (_, D, F, _, _), device, experts = job.rate("gemm"), sizes(job), torch.device(job.device), 8
     if reason := why_not_grouped(torch.bfloat16, device, (D, F)):
         raise NotPossibleError(reason)
@@ -172,9 +173,9 @@ def layer_rate(job: CheckJob) -> list[Reading]:
     found = on_ranks(_layer_seconds, job, world=1)[0]
     for name, (T, D, F, _, K) in layer_shapes(job).items():
         Q, each = T * K, found[name]
-        forward = D * (T + Q) + 3 * Q * F + D * (Q + T)  # elements of gather, SwiGLU and sum
+        forward = D * (T + Q) + 3 * Q * F + D * (Q + T)  # elements read and written by gather, SwiGLU and sum
         backward = D * (T + Q) + 5 * Q * F + D * (2 * Q + T)  # the sum also reads the rows of the gradients of gate and up
-        flops = 3 * 3 * 2 * Q * D * F  # gate, up and down, each with one product in forward and two in backward
+        flops = 3 * 3 * 2 * Q * D * F  # gate, up, down: 1 product in forward, 2 in backward
         least = flops / gemm + BF16 * (forward + backward) / copy
         readings += [
             job.timed(f"{name}: router", each["router"] * 1e3, "ms"),
@@ -192,7 +193,7 @@ def layer_rate(job: CheckJob) -> list[Reading]:
 
 def layer_shapes(job: CheckJob) -> dict[str, tuple[int, ...]]:
     """Returns T, D, F, E and K of each model. If E is one rank's number of experts, T is the number of tokens that reach
-    them."""
+    this rank's experts."""
     return {OLMOE: sizes(job)} if job.rehearse else {OLMOE: sizes(job), **SHAPES}
 
 
@@ -223,7 +224,7 @@ def _layer_seconds(job: CheckJob, mesh: Mesh) -> dict[str, dict[str, float]]:
             continue
         try:
             found[name]["megatron"] = _megatron_seconds(job, ours, x_TD, group_T)
-        except Exception as error:  # an error in Megatron-Core on a GPU is no fault of this project
+        except Exception as error:  # an error in Megatron-Core on a GPU is no fault of moe_dist
             if job.rehearse and not isinstance(error, ImportError):
                 raise
             print(f"Megatron-Core is not measured: {type(error).__name__}: {error}")

@@ -1,6 +1,6 @@
-"""Compares the times of a whole OLMoE layer and of other layers. Two layers consist of torch's operations: the first sorts
-a row for each (token, expert) pair by expert, as torchtitan's layer on one rank; the second computes one expert after the
-other. If the packages are installed, layers with the experts of Hugging Face and of ScatterMoE follow.
+"""Compares the times of our MoE layer, in OLMoE's size, and of other layers. Two layers consist of torch's operations: the
+first sorts a row for each (token, expert) pair by expert, as torchtitan's layer does on one rank; the second computes one
+expert after the other. If the packages are installed, layers with the experts of Hugging Face and of ScatterMoE follow.
 
 Shape letters: T tokens, N (token, expert) pairs, D hidden size, E experts, K choices of a token.
 """
@@ -46,8 +46,8 @@ class SortedPairs(nn.Module):
 
 
 class OtherExperts(nn.Module):
-    """A layer with the router of `like`. `make` turns its experts into a function of tokens [T, D], and of the indices and
-    weights of their experts [T, K]."""
+    """A layer with the router of `like`. `make` turns the experts of `like` into a function of tokens [T, D], and indices
+    and weights of chosen experts [T, K]."""
 
     def __init__(self, like: MoELayer, make: Callable[[ExpertStack], Callable[..., Tensor]]) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def _layer(job: CheckJob, kernels: RowKernels, *, loop: bool = False) -> MoELaye
 
 
 def rivals(job: CheckJob) -> list[Reading]:
-    """Times forward and backward of the layers. Raises NotPossibleError without grouped products."""
+    """Times forward and backward of all layers. Raises NotPossibleError without grouped products."""
     T, D, width, *_ = sizes(job)
     device = torch.device(job.device)
     if reason := why_not_grouped(torch.bfloat16, device, (D, width)):

@@ -1,4 +1,4 @@
-"""Runs the checks in order within a time budget, writes results after each, and continues an interrupted run."""
+"""Runs the checks in order within a time budget, writes the results after each check, and continues an interrupted run."""
 
 import json
 import platform
@@ -23,7 +23,7 @@ class Check:
     """One line of the table of checks.
 
     Attributes:
-        target: Function 'module:name' that takes a `CheckJob` and returns its readings.
+        target: Function 'module:name' that takes a `CheckJob` and returns the check's readings.
         seconds: Time limit, several times the check's expected time on a GPU.
         says: The printed table's text about the check.
     """
@@ -47,7 +47,7 @@ def header(job: CheckJob, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def code_hash() -> str:
-    """Returns a hash of the source of moe_dist and tools, because a copied folder may lack git."""
+    """Returns a hash of the source of moe_dist and tools, because a copied source folder may have no git repository."""
     made = sha256()
     for top in (Path(moe_dist.__file__).parent, Path(__file__).parents[1]):
         for file in sorted(top.rglob("*.py")):
@@ -65,8 +65,8 @@ def run_checks(
     fresh: bool = False,
     show: Callable[[str, Outcome], None] = lambda name, outcome: None,
 ) -> dict[str, Outcome]:
-    """Runs each check that has no result in the file `path`, and returns all outcomes. Drops results with another header. A
-    check without remaining time gets the verdict `not run`, and a later call runs it."""
+    """Runs each check that has no result in the file `path`, and returns all outcomes. Drops results with another header
+    (code, machine, versions). A check without remaining time gets the verdict `not run`, and runs in a later call."""
     head, end = header(job, found), time.monotonic() + 60 * minutes
     outcomes = {} if fresh else read_outcomes(path, head)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def run_checks(
                 readings = [each for outcome in outcomes.values() for each in outcome.readings]
                 rates = {each.what: each.value for each in readings if each.unit in ("B/s", "FLOP/s")}
                 made = run_check(name, check.target, replace(job, rates=rates, seconds=min(check.seconds, left)))
-                if made.verdict != "fail" or time.monotonic() < end:  # a late failure may be a cut
+                if made.verdict != "fail" or time.monotonic() < end:  # else the failure may be a timeout
                     outcome = made
             outcomes[name] = outcome
             known = {key: each.as_json() for key, each in outcomes.items() if each.verdict != "not run"}
@@ -87,7 +87,7 @@ def run_checks(
 
 
 def read_outcomes(path: Path, head: Mapping[str, Any]) -> dict[str, Outcome]:
-    """Returns the results of an interrupted run with the same header, by check; empty if there are none."""
+    """Returns the results of an interrupted run with the same header, by check; empty without such results."""
     try:
         read = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):

@@ -1,9 +1,8 @@
 """Checks training steps, checkpoints and generation on the GPU, and measures the speed of a preset with as many layers as
 fit.
 
-Tokens are random. Step and number of a sequence determine its tokens, so that any number of ranks trains on the same
-sequences.
-Shape letter: M modalities.
+Tokens are random. The tokens of a sequence depend only on the step and the sequence's number, so that any number of ranks
+trains on the same sequences. Shape letter: M modalities.
 """
 
 import math
@@ -71,10 +70,10 @@ LEARNING_RATE = 1e-3
 
 
 def configure(job: CheckJob, mesh: Mesh, overrides: Sequence[str], *, name: str = SMALL, sequences: int = 2) -> Config:
-    """Makes a configuration on this mesh. A step has `sequences` sequences per GPU of the job, even on a single rank."""
+    """Makes a configuration for `mesh`. A step has `sequences` sequences per GPU of the job, even on a single rank."""
     scale = [f"parallel.ep={mesh.ep_size}", f"parallel.edp={mesh.edp_size}", f"parallel.device={mesh.device.type}"]
     sizes = [*SMALL_SIZES, *(TINY_SIZES if job.rehearse else ())] if name == SMALL else []
-    no_data = f"data.path={job.folder / 'none'}"  # because a data set at the configured path would impose its own rules
+    no_data = f"data.path={job.folder / 'none'}"  # because a data set at the configured path would be checked
     scale += [f"train.global_batch={sequences * job.gpus}", "placement.policy=interleaved", no_data]
     return load_config(find_config(name), [*sizes, *scale, *overrides])
 
@@ -134,7 +133,7 @@ class RandomRun:
         return CheckpointManager(Path(folder), keep=1, lease_check=lambda: None, process_group=self.mesh.checkpoint)
 
     def save(self, folder: str) -> CheckpointWriter:
-        """Starts an asynchronous save, and returns its writer, whose `wait` waits until the save has ended."""
+        """Starts an asynchronous save, and returns the checkpoint writer, whose `wait` waits until the save has ended."""
         writer = CheckpointWriter(self._manager(folder), asynchronous=True)
         writer.write(self.step, self._state(), durable=False)
         return writer
@@ -147,7 +146,7 @@ class RandomRun:
 
 
 def steps(job: CheckJob) -> list[Reading]:
-    """Measures the largest relative difference of losses and gradient norms from one rank on the CPU, for each of
+    """Measures the largest relative difference of losses and gradient norms from a run on one CPU rank, for each of
     `MODES`."""
     (exact,) = on_ranks(_losses, job, ["DDP, fp32"], world=1, device="cpu")
     found = on_ranks(_losses, job, list(MODES))[0]
@@ -171,10 +170,10 @@ def losses_and_norms(results: Sequence[StepResult]) -> list[float]:
 
 
 def repeat(job: CheckJob) -> list[Reading]:
-    """Counts the ranks whose weights and moments have the same bits in a second run, and in new processes that go on from
-    an asynchronous save of processes that ended abruptly; and measures the time that determinism costs."""
+    """Counts the ranks whose weights and moments have the same bits in a second run, and in new processes that resume from
+    an asynchronously saved checkpoint of ended processes; and measures the time that determinism costs."""
     usual = on_ranks(_paced, job, False)[0]
-    make_deterministic()  # also in this process, because NCCL reads its variables before `_repeated` begins
+    make_deterministic()  # here too, because NCCL reads its environment variables before `_repeated` begins
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         found, resumed = on_ranks(_repeated, job, folder), on_ranks(_resumed, job, folder)
     slow = on_ranks(_paced, job, True)[0]
@@ -193,7 +192,8 @@ def _deterministic(job: CheckJob, mesh: Mesh) -> RandomRun:
 
 
 def _repeated(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, dict[str, int]]:
-    """Returns the bits of two runs of three steps. The first run saves its second step while it computes the third."""
+    """Returns the final fingerprints of two runs of three steps. The first run saves a checkpoint of step 2 while step 3 is
+    computed."""
     first = _deterministic(job, mesh)
     first.take(2)
     writer = first.save(folder)
@@ -212,7 +212,7 @@ def _resumed(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, int]:
 
 
 def _paced(job: CheckJob, mesh: Mesh, deterministic: bool) -> float:
-    """Returns the seconds of a step."""
+    """Returns the mean seconds of a step."""
     run = _deterministic(job, mesh) if deterministic else RandomRun(mesh, configure(job, mesh, MODES["DDP, bf16"]))
     run.take(2)
     steps, began = 1 if job.rehearse else 5, time.perf_counter()
@@ -221,8 +221,8 @@ def _paced(job: CheckJob, mesh: Mesh, deterministic: bool) -> float:
 
 
 def long_run(job: CheckJob) -> list[Reading]:
-    """Trains the small preset in bf16 for 100 steps on the tokens of one step. The loss must fall, and device and host must
-    not use more memory at the end than after 20 steps."""
+    """Trains the small preset in bf16 for 100 steps on the tokens of one step. The loss must fall, and memory of device and
+    host must hardly grow after step 20."""
     found = on_ranks(_long, job)
     losses = found[0]["losses"]
     return [
@@ -237,7 +237,7 @@ def _long(job: CheckJob, mesh: Mesh) -> dict[str, Any]:
     settled, last = (3, 8) if job.rehearse else (20, 100)
     run, results, held = RandomRun(mesh, configure(job, mesh, MODES["FSDP2, bf16"])), [], []
     for number in range(last):
-        run.step = 0  # the same tokens
+        run.step = 0  # the same tokens in each step
         results += run.take(1)
         if number + 1 in (settled, last):
             held.append((_allocated(mesh), psutil.Process().memory_info().rss))
@@ -251,7 +251,7 @@ def _long(job: CheckJob, mesh: Mesh) -> dict[str, Any]:
 
 
 def generation(job: CheckJob) -> list[Reading]:
-    """Generates the likeliest tokens in fp32 with the key-value cache, and compares with the same weights on the CPU."""
+    """Generates the likeliest tokens in fp32 with the key-value cache, and compares them with the CPU's tokens."""
     made = {device: on_ranks(_generated, job, world=1, device=device)[0] for device in (job.device, "cpu")}
     same = np.mean(np.array(made[job.device]) == np.array(made["cpu"]))
     return [Reading("share of equal tokens", float(same), least=1.0)]
@@ -268,7 +268,7 @@ def _generated(job: CheckJob, mesh: Mesh) -> list[list[int]]:
 
 
 def preset(job: CheckJob) -> list[Reading]:
-    """Trains OLMoE, with as many layers as fit according to the dry run, on full sequences of random tokens."""
+    """Trains OLMoE, with as many layers as fit into memory by the dry run, on full sequences of random tokens."""
     name, sequences, layers, timed = (SMALL, 2, 1, 1) if job.rehearse else ("olmoe_1b7b_8gpu", 32, 16, 5)
     found = on_ranks(_timed_preset, job, name, sequences, layers, timed)[0]
     tokens, seconds = found["tokens"], found["seconds"]
@@ -280,14 +280,14 @@ def preset(job: CheckJob) -> list[Reading]:
     ]
     if (peak := peak_tflops(job.card)) is not None:
         readings.append(job.timed("MFU", rate / 1e12 / peak, least=0.4))
-    # The trace of this step is in the folder of logs.
+    # The trace of the profiled step is in the folder of logs.
     readings.append(job.timed("share of a step in which the GPU waits", found["idle"], most=0.05))
     if "gemm" in job.rates:
         readings.append(job.timed("seconds over those of the FLOPs at the dense rate", job.rates["gemm"] / rate))
     if "copy" in job.rates:
         try:
             counted = count(name, job.gpus, [f"model.num_layers={found['layers']}"]).num_bytes
-        except MoeDistError as error:  # for example without a C++ compiler
+        except MoeDistError as error:  # for example because there is no C++ compiler
             print(f"no count: {error}")
         else:
             times = {True: 1.0, False: found["micro_batches"] / MICRO_BATCHES}  # the count has fewer micro-batches

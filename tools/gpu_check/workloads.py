@@ -1,4 +1,5 @@
-"""Checks an MoE layer under the eight token-imbalance workloads, W0 to W7, and runs the kernels under compute-sanitizer."""
+"""Checks an MoE layer under the eight token-imbalance workloads, W0 to W7, and runs the kernels under NVIDIA's
+compute-sanitizer."""
 
 import os
 import shutil
@@ -19,12 +20,12 @@ from tools.gpu_check.layers import MOST, make_layer, same_direction, single_grou
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.rates import seconds_of, sizes
 
-STEPS = {"W6": (0, 1), "W7": (3, 4)}  # steps between which the hot experts change; other workloads use step 0
+STEPS = {"W6": (0, 1), "W7": (3, 4)}  # checked steps, between which the hot experts change; other workloads use step 0
 
 
 def workloads(job: CheckJob) -> list[Reading]:
     """Measures the largest relative difference of bf16 outputs and gradients from float64 on the CPU, the time at the size
-    of an OLMoE layer, and over all these steps the allocator's reserved / allocated memory."""
+    of an OLMoE layer, and the allocator's reserved / allocated memory at the peak over all workloads."""
     tokens, experts, widths = (32, 8, (16, 8)) if job.rehearse else (4096, 64, (256, 128))
     shape, device = WorkloadShape(tokens, experts, top_k=4, num_shards=4), torch.device(job.device)
     kernels, readings = triton_or_none(device, torch.bfloat16) or TORCH, []
@@ -56,8 +57,8 @@ def _passes(
     where: tuple[torch.device, torch.dtype],
     made_on: str | torch.device = "cpu",
 ) -> Callable[[], list[Tensor]]:
-    """Makes a function that plans and runs dispatch, experts and combine for these choices, and returns the output, and the
-    gradients of tokens, weights and experts."""
+    """Makes a function that plans and runs dispatch, experts and combine for the expert choices `drawn`, and returns the
+    output, and the gradients of tokens, weights and experts."""
     (hidden, ffn), (device, dtype), tokens, top_k = widths, where, shape.num_tokens, shape.top_k
     groups = single_group(shape.num_experts, 0, top_k, ffn)
     layer = make_layer(hidden, groups, kernels=kernels, made_on=made_on).to(device, dtype)
@@ -79,12 +80,13 @@ def _passes(
 
 
 def sanitizer(job: CheckJob) -> list[Reading]:
-    """Counts errors of memory accesses in the trials of all kernels by NVIDIA's tool; a rehearsal runs only the trials."""
+    """Checks with NVIDIA's compute-sanitizer that no kernel trial has an invalid memory access; a rehearsal runs only the
+    trials."""
     tool = [] if job.rehearse else ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     if tool and shutil.which(tool[0]) is None:
         raise NotPossibleError("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
     command = [*tool, sys.executable, "-m", "tools.gpu_check.workloads", job.device]
-    # Each tensor gets an allocation of its own, because the tool sees only allocations.
+    # Each tensor gets an allocation of its own, because compute-sanitizer checks the bounds of allocations only.
     alone, root = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=alone, capture_output=True, text=True, timeout=job.seconds)
     print(done.stdout, done.stderr)
@@ -94,7 +96,7 @@ def sanitizer(job: CheckJob) -> list[Reading]:
 
 
 def trials(device: torch.device) -> str | None:
-    """Runs the trials of all kernels. Returns None, or a text about a difference."""
+    """Runs the trials of all kernels. Returns None, or a text about a difference from torch."""
     from moe_dist.model.kernels import trial as dense_trial
     from moe_dist.model.kernels.triton_kernels import TRITON as DENSE
     from moe_dist.moe.kernels import trial

@@ -11,9 +11,9 @@ from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.placement.placement import ExpertGroup
 
 TEXT_MARGIN = 1.0  # nats per token by which the text loss must be below the unigram model's loss
-NO_FILLER_RATIO = 0.8  # upper limit of the picture loss without background cells / the unigram model's loss
+NO_FILLER_RATIO = 0.8  # upper limit of (picture loss without background cells) / (the unigram model's loss)
 ABLATION_MARGIN = 0.2  # nats per token by which the loss must rise without the experts' output
-NULL_TOLERANCE = 0.05  # allowed difference between the fraction of null choices and its expected value
+NULL_TOLERANCE = 0.05  # largest difference between the fraction of choices of null experts and its expected value
 
 
 def run_checks(
@@ -29,7 +29,7 @@ def run_checks(
     window: int,
     even_active: Mapping[str, float] | None = None,
 ) -> list[Check]:
-    """Makes the checks `names`. Omits checks whose baseline is missing, and checks of routing if `window` is 0.
+    """Makes the checks `names`. Omits loss checks whose baseline is missing, and routing checks if `window` is 0.
 
     Args:
         names: Names of the checks (`evaluation.checks`), in the order of display.
@@ -37,9 +37,9 @@ def run_checks(
         choices_LC, tokens_LG, dropped_L: Routing counts, and (token, expert) pairs that a capacity dropped, summed over the
             last `window` steps.
         skipped_steps: Number of skipped steps in the whole run.
-        window: Number of steps in the routing counts; 0 if the attempt took no step.
-        even_active: By group: the expected number of true experts per token, if a controller or a weight of null experts
-            makes it differ from top_k x true experts / all experts.
+        window: Number of steps over which routing counts are summed; 0 if no step was taken.
+        even_active: Maps a group to its expected number of true experts per token, if a controller or a weight of null
+            experts makes this number differ from top_k x true experts / all experts.
     """
     checks: dict[str, Callable[[], list[Check]]] = {
         "count_models": lambda: loss_checks(evaluation.loss, baselines),
@@ -53,7 +53,7 @@ def run_checks(
 
 
 def ablation_checks(evaluation: EvaluationResult) -> list[Check]:
-    """Checks that the loss of each modality rises by `ABLATION_MARGIN` if the experts' output is left out."""
+    """Checks that the loss of each modality rises by at least `ABLATION_MARGIN` if the experts' output is left out."""
     rises = {
         name: evaluation.ablated_loss[name] - loss
         for name, loss in evaluation.loss.items()
@@ -67,8 +67,9 @@ def ablation_checks(evaluation: EvaluationResult) -> list[Check]:
 
 
 def loss_checks(loss: Mapping[str, float], baselines: Mapping[str, float]) -> list[Check]:
-    """Checks the picture loss: it must be below the loss of the left bigram model and, without background cells, at most
-    `NO_FILLER_RATIO` times the unigram model's loss. The text loss must be `TEXT_MARGIN` below the unigram model's loss."""
+    """Checks the picture loss: this loss must be below the loss of the left bigram model and, without background cells, at
+    most `NO_FILLER_RATIO` times the unigram model's loss. The text loss must be at least `TEXT_MARGIN` below the unigram
+    model's loss."""
     checks = []
 
     def check(what: str, value: float, rule: str, passed: bool) -> None:
@@ -98,7 +99,7 @@ def dead_expert_check(choices_LC: np.ndarray, groups: Sequence[ExpertGroup], win
 
 
 def drop_check(choices_LC: np.ndarray, dropped_L: np.ndarray, groups: Sequence[ExpertGroup], window: int) -> Check:
-    """Checks that a capacity dropped less than `DROPPED` of the (token, expert) pairs of each layer."""
+    """Checks that the capacity dropped less than the fraction `DROPPED` of the (token, expert) pairs in each layer."""
     pairs_L = choices_LC[:, : sum(group.num_experts for group in groups)].sum(1)
     worst = float((dropped_L / np.maximum(pairs_L, 1)).max())
     rule = f"< {DROPPED:.0%} in the last {window} steps"
@@ -108,16 +109,16 @@ def drop_check(choices_LC: np.ndarray, dropped_L: np.ndarray, groups: Sequence[E
 def null_checks(
     choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], even_active: Mapping[str, float]
 ) -> list[Check]:
-    """Checks that, in each group, null experts get a fraction of the choices near null experts / all experts.
+    """Checks that, in each group, null experts get about (null experts / all experts) of the choices.
 
     If `even_active` has the group, a token of the group is expected to take `even_active` true experts, and to spread its
-    other choices evenly over the experts that are not true.
+    other choices evenly over experts that are not true.
     """
     num_experts, checks = sum(group.num_experts for group in groups), []
     for index, group in enumerate(groups):
         choices = group.top_k * tokens_LG[:, index].sum()
         if group.num_null and choices:
-            nulls = sum(other.num_null for other in groups[:index])  # null columns come after all true columns
+            nulls = sum(other.num_null for other in groups[:index])  # null experts' columns come after all true experts'
             share = choices_LC[:, num_experts + nulls : num_experts + nulls + group.num_null].sum() / choices
             load = even_active.get(group.name, group.expected_experts_per_token)
             others = group.num_columns - group.num_experts

@@ -1,9 +1,9 @@
 """Measures balance_efficiency: the throughput with the model's own routing, divided by the throughput with the same number
 of (token, expert) pairs spread evenly over the experts.
 
-Published MoE throughputs are often measured with evenly spread pairs; multiplied by balance_efficiency, such a throughput
-holds for real routing. The forward pass is timed on held-out batches. Gradients, random generators, loader and routers stay
-unchanged.
+Published MoE throughputs are often measured with evenly spread pairs; such a throughput times balance_efficiency is the
+throughput with real routing. Only the forward pass is timed, on held-out batches. The measurement leaves gradients, random
+generators, loader and routers unchanged.
 """
 
 import os
@@ -33,11 +33,12 @@ class BalanceEfficiency:
     """The result of a measurement."""
 
     timed: float | None  # the balance efficiency; None if it was not measured
-    note: str  # how it was measured, or why not
+    note: str  # how the balance efficiency was measured, or why not
 
 
 class EvenRouter(nn.Module):
-    """Makes as many (token, expert) pairs as `router`, with the same weights, but takes the experts of a group in turn."""
+    """Makes as many (token, expert) pairs as `router`, with the same weights, but assigns pairs to a group's experts in
+    turn."""
 
     def __init__(self, router: nn.Module, groups: Sequence[ExpertGroup]) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class EvenRouter(nn.Module):
         even_N = torch.full_like(expert_N, ABSENT)
         for index, group in enumerate(self.groups):
             mine_N = (expert_N != ABSENT) & (group_N == index)
-            # The i-th pair of a group gets expert i modulo n. A token's experts differ, because its pairs are consecutive.
+            # The i-th pair of a group gets expert i modulo n. A token's experts differ: its pairs are consecutive.
             turn_N = (mine_N.to(torch.int64).cumsum(0) - 1) % group.num_experts
             even_N = torch.where(mine_N, group.first_expert + turn_N, even_N)  # a mask as index would sync with the host
         return routing._replace(assignments=assignments._replace(expert_N=even_N, counts_WE=None))
@@ -63,10 +64,10 @@ def balance_efficiency(
     model: Transformer, batches: Sequence[Batch], *, group_of_modality: Tensor, placement: ExpertPlacement, mesh: Mesh
 ) -> BalanceEfficiency:
     """Times forward passes, alternately with the model's own and with even routing. Returns the median time with even
-    routing, divided by the median time with own routing. Each time is the time of the slowest rank.
+    routing, divided by the median time with the model's own routing. Each measured time is the time of the slowest rank.
 
-    Collective. On a CPU with more ranks than cores it measures nothing, because the times would depend on the operating
-    system's scheduler.
+    Collective. On a CPU with more ranks than cores this function measures nothing, because the times would depend on the
+    operating system's scheduler.
     """
     if note := ranks_outnumber_cores(mesh):
         return BalanceEfficiency(None, note)
@@ -87,7 +88,7 @@ def balance_efficiency(
 
 
 def ranks_outnumber_cores(mesh: Mesh) -> str:
-    """Returns why times mean nothing on a CPU with more ranks than cores; an empty text otherwise."""
+    """Returns why nothing is timed, if a CPU has more ranks than cores; otherwise an empty text."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
     cores = len(os.sched_getaffinity(0))
     outnumbered = mesh.device.type == "cpu" and ranks_here > cores
@@ -96,7 +97,7 @@ def ranks_outnumber_cores(mesh: Mesh) -> str:
 
 @contextmanager
 def even_routing(model: Transformer, groups: Sequence[ExpertGroup]) -> Iterator[None]:
-    """Gives every MoE layer an `EvenRouter` during the `with` block; then restores the model's own routers."""
+    """Replaces every MoE layer's router by an `EvenRouter` during the `with` block."""
     layers = model.moe_modules()
     routers = [layer.router for layer in layers]
     for layer in layers:

@@ -1,10 +1,11 @@
-"""Calibrates the thresholds of routers before a held-out evaluation. With its threshold, each expert and each
+"""Calibrates the thresholds of routers before a held-out evaluation. By its threshold, each expert and each
 mixture-of-depths layer must select the same fraction of tokens as in training.
 
-The model runs on training batches in evaluation mode, but each expert or layer selects tokens as in training. Then each
-threshold is set so that the number of tokens with a higher score, over all ranks and batches, equals the number of selected
-tokens. Bisection finds all thresholds with `HALVINGS` all-reduces of N counts, named `calibration counts`. In an evaluation
-the fraction may still differ, because earlier layers then select other tokens, and held-out tokens differ.
+The model runs on training batches in evaluation mode, but each expert or layer selects its tokens without threshold, as in
+training. Then each threshold is set so that, over all ranks and batches, as many tokens have a score above the threshold as
+were selected. Bisection finds all thresholds with `HALVINGS` all-reduces of N counts, named `calibration counts`. In an
+evaluation the fraction may still differ, because earlier layers select other tokens, and held-out tokens differ from
+training tokens.
 
 Shape letters: N thresholds of all routers, n thresholds of one router, T tokens that reach the router (inside a
 mixture-of-depths layer only the selected tokens).
@@ -44,8 +45,8 @@ def calibrate(
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
 ) -> None:
-    """Sets the thresholds of all layers in place; `world` has the ranks with these layers. Without batches all thresholds
-    stay unchanged. An expert that selected no token keeps its threshold.
+    """Sets the thresholds of all layers in place; `world` has the ranks with this rank's layers. Without batches all
+    thresholds stay unchanged. An expert that selected no token keeps its threshold.
 
     Collective: every rank must pass the same number of batches.
     """
@@ -53,7 +54,7 @@ def calibrate(
     if not batches:
         return
     scores, taken = _seen(model, routers, batches, group_of_modality)
-    if not routers:  # this rank ran the forward passes only for ranks with other layers
+    if not routers:  # ran forward passes only for ranks with other layers
         return
     sizes = [len(taken_n) for taken_n in taken]
     taken_N = sum_over(torch.cat(taken), world, name=CALIBRATION_COUNTS, tracker=tracker)
@@ -78,12 +79,12 @@ def _seen(
     group_of_modality: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Returns for each router the scores of this rank's tokens, [T, n], and the number of selected tokens per threshold,
-    float64 [n]. The scores of all routers take T x N numbers of memory."""
+    float64 [n]. The scores of all routers are T x N numbers in memory."""
     scores: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
     taken: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
 
     def note(router: Any, inputs: Any, chosen: Any) -> None:
-        scores[router].append(router.scores(*inputs[:2]))  # computes the scores a second time
+        scores[router].append(router.scores(*inputs[:2]))  # forward has computed the same scores before
         taken[router].append(router.num_taken(chosen.sums))
 
     with ExitStack() as stack:

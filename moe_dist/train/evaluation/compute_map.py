@@ -1,5 +1,5 @@
-"""Counts the true experts that single held-out tokens take: cells of some pictures, tokens of some lines of text, and the
-mean of each kind of token.
+"""Counts the true experts of single held-out tokens (cells of some pictures, tokens of some lines of text), and their mean
+number for each kind of token.
 
 Shape letters: B sequences, S positions, T = B x S tokens, L MoE layers, K choices, M modalities.
 """
@@ -67,7 +67,7 @@ class Mapper:
         device, names = group_of_modality.device, tuple(self.manifest.modalities)
         sums_2MF = torch.zeros(
             2, len(names), 2, dtype=torch.float64, device=device
-        )  # [experts or tokens, modality, not filler or filler]
+        )  # [number of experts or of tokens, modality, not filler or filler]
         seen: list[tuple[Batch, np.ndarray]] = []
         training = model.training
         model.eval()
@@ -75,12 +75,12 @@ class Mapper:
             on_device = batch.to(device)
             _, reports = forward(model, on_device, group_of_modality, RoutingRequest(keep_choices=True))
             experts_BS = true_experts(reports, sum(group.num_experts for group in self.groups)).view(batch.tokens_BS.shape)
-            sums_2MF += _sums(experts_BS, on_device, len(names))  # equal sums of ranks that share sequences keep the means
+            sums_2MF += _sums(experts_BS, on_device, len(names))  # ranks that share sequences add equal sums
             if mesh.rank == 0:
                 seen.append((batch, experts_BS.cpu().numpy()))  # host sync
         model.train(training)
         sums_2MF = sum_over(sums_2MF, mesh.world, name=MAPPED_EXPERTS, tracker=mesh.tracker).cpu().numpy()
-        if mesh.rank != 0 or not sums_2MF.any():  # no token: the data have no held-out part
+        if mesh.rank != 0 or not sums_2MF.any():  # no tokens, because the data have no held-out part
             return None
         drawn = _draw([each for pair in seen for each in _pictures(*pair, self.manifest)], self.pictures)
         return ComputeMap(
@@ -99,7 +99,8 @@ class Mapper:
         return patches.transpose(0, 2, 1, 3, 4).reshape(rows * patch, columns * patch, 3)
 
     def _lines(self, seen: Sequence[tuple[Batch, np.ndarray]]) -> list[list[tuple[str, float]]]:
-        """Returns consecutive lines of one document without pictures, or of several documents if one is too short."""
+        """Returns consecutive lines of one document without pictures, or of several documents if one document has too few
+        lines."""
         texts = [text for batch, experts in seen for text in _texts(batch, experts, self.manifest)]
         lines: list[list[tuple[str, float]]] = []
         for tokens, experts in _draw(texts, len(texts)):
@@ -125,27 +126,28 @@ class Mapper:
 
 
 def _draw(found: Sequence[T], count: int) -> list[T]:
-    """Draws `count` items at random. Every evaluation draws the same items, because the seed is fixed."""
+    """Draws `count` items at random. Every evaluation draws the same items, because the draw's seed is fixed."""
     return [found[index] for index in np.random.default_rng(0).permutation(len(found))[:count]]
 
 
 def true_experts(reports: Sequence[LayerReport], num_experts: int) -> Tensor:
-    """Returns the number of true experts that each token takes, mean over layers, float64 [T]. A choice that a capacity
-    dropped does not count."""
+    """Returns the number of true experts of each token, a mean over layers, float64 [T]. Choices that the capacity dropped
+    do not count."""
     chosen = [report.chosen for report in reports if report.chosen is not None]
     ids_LTK = torch.stack([each.column_TK for each in chosen])
     return ((ids_LTK >= 0) & (ids_LTK < num_experts)).sum(2).to(torch.float64).mean(0)
 
 
 def _filler(batch: Batch) -> Tensor:
-    """Returns which tokens are background cells, bool [B, S]. `Batch.filler_BS` marks the token before each of them."""
+    """Returns which tokens are background cells, bool [B, S]. `Batch.filler_BS` marks the token before each background
+    cell."""
     filler_BS = torch.zeros_like(batch.filler_BS)
     filler_BS[:, 1:] = batch.filler_BS[:, :-1] & (batch.positions_BS[:, 1:] > 0)
     return filler_BS
 
 
 def _sums(experts_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:
-    """Returns sums of experts [0] and numbers of tokens [1] by modality and filler, float64 [2, M, 2]."""
+    """Returns sums of true experts [0] and numbers of tokens [1] by modality and filler, float64 [2, M, 2]."""
     kind_T = torch.where(batch.padding_BS, 2 * num_modalities, 2 * batch.modality_BS + _filler(batch)).flatten()
     values_2T = torch.stack([experts_BS.flatten(), torch.ones_like(experts_BS).flatten()])
     member = (kind_T[:, None] == torch.arange(2 * num_modalities, device=kind_T.device)).to(torch.float64)
@@ -154,7 +156,7 @@ def _sums(experts_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:
 
 def mean_by_kind(sums_2MF: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     """Returns the mean number of true experts by kind of token. The name of a kind of picture cells contains the modality
-    only if several modalities have background."""
+    only if several modalities have background cells."""
     experts_MF, tokens_MF = sums_2MF
     several, found = (tokens_MF[:, 1] > 0).sum() > 1, {}
     for name, experts_F, tokens_F in zip(names, experts_MF, tokens_MF, strict=True):
@@ -165,7 +167,7 @@ def mean_by_kind(sums_2MF: np.ndarray, names: Sequence[str]) -> dict[str, float]
 
 
 def _documents(batch: Batch) -> Iterator[tuple[int, slice]]:
-    """Yields the row in the batch and the positions of each document or piece of a document."""
+    """Yields sequence index in the batch and positions of each document or piece of a document."""
     for row, (starts, padding) in enumerate(zip(batch.positions_BS.numpy() == 0, batch.padding_BS.numpy(), strict=True)):
         length = int((~padding).sum())  # padding is at the end
         edges = [*np.flatnonzero(starts[:length]).tolist(), length]
@@ -175,7 +177,8 @@ def _documents(batch: Batch) -> Iterator[tuple[int, slice]]:
 def _pictures(
     batch: Batch, experts_BS: np.ndarray, manifest: Manifest
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields for each whole picture the codes, true experts and background flags of its cells, each [rows, columns]."""
+    """Yields, for the cells of each whole picture, codes, numbers of true experts and background flags, each [rows,
+    columns]."""
     image = manifest.image
     if image is None:
         return
@@ -192,8 +195,8 @@ def _pictures(
 
 
 def _texts(batch: Batch, experts_BS: np.ndarray, manifest: Manifest) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields tokens and true experts of each document, or piece of a document, without pictures whose tokens all have the
-    modality of `eos_id`."""
+    """Yields tokens and numbers of true experts of each document, or piece of a document, with only tokens of the modality
+    of `eos_id` and no picture."""
     tokens_BS, modality_BS = batch.tokens_BS.numpy(), batch.modality_BS.numpy()
     (text,) = (
         index

@@ -31,16 +31,17 @@ class Evaluator:
     """Evaluates the model on the held-out documents of every source.
 
     Attributes:
-        reader: This rank's position among the ranks that read different sequences, and their number.
-        counts_tokens: False on a rank whose tokens and losses another rank counts.
+        reader: This rank's index among the ranks that read different sequences, and the number of such ranks.
+        counts_tokens: False if another rank counts this rank's tokens and losses.
         folder, manifest: Folder and manifest of the data set.
-        sequences, final_sequences: Held-out sequences per source in an evaluation during the run, and in the last one.
+        sequences, final_sequences: Held-out sequences per source in an evaluation during the run, and in the last
+            evaluation.
         micro_batch: Sequences per batch of a rank.
         group_of_modality: int64 [M], expert group of each modality, on the model's device.
         measure_balance: True to measure the balance efficiency.
         ablate: True to measure, in the last evaluation, also the loss without the output of routed experts.
-        layer_ranks: The ranks with the same layers as this rank; None for this rank alone.
-        mapper: Makes the compute map; None without `monitor.compute_map`.
+        layer_ranks: The ranks with the same layers as this rank; None for a single rank.
+        mapper: Makes the compute map (true experts of single tokens); None without `monitor.compute_map`.
         experts_choose: Whether experts choose tokens in training.
         calibration: Number of training micro-batches that calibrate thresholds before each evaluation; 0 if no router has
             thresholds.
@@ -65,15 +66,15 @@ class Evaluator:
     mapper: Mapper | None = None
     experts_choose: bool = False
     calibration: int = 0
-    _cached: dict[int, list[Batch]] = field(default_factory=dict, init=False)  # results of `_batches` by its argument
+    _cached: dict[int, list[Batch]] = field(default_factory=dict, init=False)  # results of `_batches`, by argument
 
     def __call__(self, step: int, *, final: bool = False, trained: Sequence[Batch] = ()) -> EvaluationResult:
-        """Evaluates the model after step `step`. Collective. Calibrates thresholds of routers, and changes nothing else:
-        no gradients, random generators or loader.
+        """Evaluates the model after step `step`. Collective. The evaluation calibrates thresholds of routers, and changes
+        nothing else: no gradients, random generators or loader.
 
         Args:
             final: True for the last evaluation, which uses `final_sequences`, and also measures the loss without experts
-                and, if experts choose tokens in training, the loss with the selection of training.
+                and, if experts choose tokens in training, the loss with the training's selection of tokens.
             trained: This rank's last `calibration` training micro-batches, or fewer at the start of the run.
         """
         mesh, groups = self.mesh, self.group_of_modality
@@ -84,7 +85,7 @@ class Evaluator:
         ablated = self._losses(batches, experts_off=True) if final and self.ablate else Heldout({}, {}, None)
         noncausal = Heldout({}, {}, None)
         if final and self.experts_choose:
-            # Experts choose tokens as in training: the choice depends on later tokens.
+            # Experts choose tokens as in training, so that their choice depends on later tokens.
             with choice_of_training([layer.router for layer in self.model.moe_modules()]):
                 noncausal = self._losses(batches)
         balance = BalanceEfficiency(None, "switched off")
@@ -137,8 +138,8 @@ class Evaluator:
         }
 
     def _by_count(self, choices_LC: np.ndarray | None) -> float | None:
-        """Returns the mean over the ranks of expert rows x FFN width, divided by the maximum over the ranks. A rank's
-        number of rows follows from the expert choices of this evaluation."""
+        """Returns the ranks' mean of (token, expert) pairs x FFN width, divided by the ranks' maximum. A rank's number of
+        pairs follows from the expert choices of this evaluation."""
         if choices_LC is None:
             return None
         rows_LR = rows_by_rank(choices_LC, self.placement)

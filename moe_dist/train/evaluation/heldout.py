@@ -25,10 +25,11 @@ class Heldout:
         loss: Nats per label by the label's modality; '<modality>_no_filler' is the loss without filler (the background
             cells of pictures), if the data mark filler. Modalities without labels are left out.
         tokens: Number of labels over which each entry of `loss` is a mean.
-        choices_LC: int64, number of choices per layer and column, see `moe_dist.monitor.statistics`; None without batches.
+        choices_LC: int64, number of choices per layer and expert column, see `moe_dist.monitor.statistics`; None without
+            batches.
         tokens_LG: int64, number of routed tokens per layer and group; None without batches.
         depth_2LG: int64, per mixture-of-depths layer and group: [0] number of tokens, [1] number of tokens that the layer
-            computed. None without such layers or batches.
+            computed. None without mixture-of-depths layers or batches.
     """
 
     loss: Mapping[str, float]
@@ -55,8 +56,8 @@ def heldout_losses(
     Args:
         model: The transformer itself, not its DDP wrapper.
         group_of_modality: int64 [M], index of the expert group of each modality.
-        experts_off: Leave out the output of routed experts, to measure by how much they lower the loss.
-        counts_tokens: False on a rank whose tokens and losses another rank counts.
+        experts_off: Whether to leave out routed experts' output, to measure by how much it lowers the loss.
+        counts_tokens: False if another rank counts this rank's tokens and losses.
     """
     device, request = group_of_modality.device, RoutingRequest(experts_off=experts_off)
     sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)  # on the device, without syncs
@@ -72,8 +73,8 @@ def heldout_losses(
         parts = _counts(reports)
         shapes = [part.shape for part in parts]
         counts.append(torch.cat([part.flatten() for part in parts]))
-    model.train(training)  # the mode before the call
-    if not counts:  # no rank has batches, because all ranks have equally many
+    model.train(training)  # the model's mode before the call
+    if not counts:  # no rank has batches: all have equally many
         return Heldout({}, {}, None)
     summed = sum_over(torch.stack(counts).sum(0), world, name=EVALUATION_COUNTS, tracker=tracker).cpu()
     flat = summed.split([shape.numel() for shape in shapes])

@@ -1,5 +1,5 @@
-"""Makes batches of prompts with answers, for router tuning and for multiple-choice questions. A row has one prompt and its
-answer; only the answer's tokens are labels.
+"""Makes batches of prompts with answers, for router tuning and for multiple-choice questions. A sequence is one prompt and
+its answer; only the answer's tokens are labels.
 
 The order of the training samples depends only on seed and position, as in `moe_dist.data.loader`, not on the ranks.
 """
@@ -16,43 +16,43 @@ from moe_dist.data.order import ShuffledEpochs, micro_batches
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.router_tuning.samples import Samples, TuningSample
 
-_BATCH_LOGITS = 1 << 26  # most logits per batch: they and the losses take 256 MiB each in fp32
+_BATCH_LOGITS = 1 << 26  # most logits per batch: logits and losses take 256 MiB each in fp32
 
 
 def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, mesh: Mesh | None) -> list[list[int]]:
-    """Divides rows into batches of rows with similar lengths; returns the row indices of each batch of this rank.
+    """Divides sequences into batches of similar length; returns, for each batch of this rank, the indices of its sequences.
 
     Every rank gets equally many batches, because each rank's experts take part in all ranks' forward passes. A rank's last
     batch may be empty.
 
     Args:
-        lengths: Number of tokens of each row; equal on all ranks.
-        tokens: Most tokens per batch, padding included. Fewer with a large `vocab_size`, to limit the logits' memory.
+        lengths: Number of tokens of each sequence; all ranks pass the same lengths.
+        tokens: Most tokens per batch, padding included; fewer with a large `vocab_size`, to limit the logits' memory.
         mesh: All ranks; None for a single rank.
     """
     rank, world_size = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
     most = max(1, min(tokens, _BATCH_LOGITS // vocab_size))
     batches: list[list[int]] = []
     room = 0
-    # The longest rows come first, so that a lack of memory shows in the first batch.
+    # The longest sequences come first, so that a lack of memory shows in the first batch.
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         if room <= 0:
             batches.append([])
             room = max(1, most // lengths[index])
         batches[-1].append(index)
         room -= 1
-    batches += [[]] * (-len(batches) % world_size)  # `SampleMaker` makes one row of padding of an empty batch
+    batches += [[]] * (-len(batches) % world_size)  # `SampleMaker` fills an empty batch with one sequence of padding
     return batches[rank::world_size]
 
 
 @dataclass(frozen=True)
 class SampleBatch(Batch):
-    """A micro-batch with one sample per row. The result of `to` is a `Batch` without the two fields below.
+    """A micro-batch with one sample per sequence. The result of `to` is a `Batch` without `numbers` and `probe_tokens_B`.
 
     Attributes:
         numbers: Indices of the samples in `Samples`.
-        probe_tokens_B: int64, index of the last token of each sample's prompt among the B x S tokens. This token's logits
-            predict the answer's first token, and its routing is the routing of the sample.
+        probe_tokens_B: int64, index of the last token of each sample's prompt among the B x S tokens. The logits at a
+            prompt's last token predict the answer's first token, and this token's routing is the sample's routing.
     """
 
     numbers: tuple[int, ...]
@@ -66,7 +66,7 @@ class SampleMaker:
         self._pad_id, self._modalities = manifest.pad_id, tuple(manifest.modalities.values())
 
     def make(self, samples: Sequence[TuningSample], numbers: Sequence[int] = ()) -> SampleBatch:
-        """Makes a batch with one row per sample, or with one row of padding if there are no samples.
+        """Makes a batch with one sequence per sample, or with one sequence of padding if there are no samples.
 
         Raises:
             DataError: a token id lies outside the vocabulary.
@@ -89,7 +89,7 @@ class SampleLoader:
     """Makes the training batches of one rank. `batches` and `epochs` work as in `moe_dist.data.loader.TrainLoader`.
 
     Args:
-        samples: Every epoch contains each sample once, in another order.
+        samples: The samples; each epoch contains every sample once, in another order.
         global_batch: Samples per step, over all ranks; a multiple of world_size * micro_batch.
         micro_batch: Samples per micro-batch of a rank.
     """
@@ -119,7 +119,7 @@ class SampleLoader:
         return made
 
     def numbers(self, position: int) -> Sequence[Sequence[int]]:
-        """Returns the positions in the stream of the samples in `batches(position)`."""
+        """Returns the stream positions of the samples in `batches(position)`, by micro-batch."""
         return micro_batches(position, **self._share)
 
     def number(self, position: int) -> int:
@@ -127,6 +127,6 @@ class SampleLoader:
         return self._epochs.at(position)
 
     def epochs(self, position: int) -> dict[str, float]:
-        """Maps each modality to the number of epochs over the samples up to a position, which is equal for all
-        modalities."""
+        """Maps each modality to the number of epochs over the samples up to a position (the same number for all
+        modalities)."""
         return dict.fromkeys(self._modalities, position / len(self._samples))

@@ -4,7 +4,7 @@ The neighbours j of a sample i, with embeddings E(x), have the weights of RoMA (
 
     W_ij = s_ij / sum over the neighbours of s_ij,    s_ij = exp(-||E(x_i) - E(x_j)||^2 / (2 sigma^2))
 
-Shape letters: S samples, M members (the first M samples, only these may be neighbours), E embedding width, K neighbours.
+Shape letters: S samples, M members (the first M samples; only members may be neighbours), E embedding width, K neighbours.
 """
 
 from typing import NamedTuple
@@ -22,13 +22,14 @@ class Neighbours(NamedTuple):
 def neighbour_weights(squared_K: np.ndarray, bandwidth: float) -> np.ndarray:
     """Returns the weights W of a sample's neighbours, float64 [K] with the sum 1, from squared embedding distances [K]."""
     exponent_K = -np.asarray(squared_K, np.float64) / (2.0 * bandwidth**2)
-    # Subtracts the largest exponent: otherwise, if all neighbours are far away, each exp would be 0 and the result 0 / 0.
+    # Subtracts the largest exponent; without this, if all neighbours are far away, each exp would be 0 and the weights 0 /
+    # 0.
     similarity_K = np.exp(exponent_K - exponent_K.max(initial=-np.inf))
     return similarity_K / similarity_K.sum()
 
 
 class NeighbourIndex:
-    """Finds a sample's neighbours among the members, the nearest first, without the sample itself.
+    """Finds a sample's neighbours among the M members, the nearest first, without the sample itself.
 
     Results are cached, 16 bytes per neighbour. A search reads all M x E numbers: 2 to 3 ms for 20,000 members of width 384
     on one core.
@@ -37,9 +38,10 @@ class NeighbourIndex:
         embeddings_SE: Embeddings of all samples, memory-mapped and not copied.
         members: M, the number of samples that may be neighbours.
         bandwidth: sigma in the formula of the weights.
-        k: Number of neighbours; None to select by similarity.
-        similarity: Smallest s_ij of a neighbour; None to select by k.
-        random_seed: If given, k random members, which depend on seed and sample, are taken instead of the nearest.
+        k: Number of neighbours; None to select by `similarity`.
+        similarity: Smallest s_ij of a neighbour; None to select by `k`.
+        random_seed: If given, k random members, which depend on seed and sample, are the neighbours instead of the nearest
+            members.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class NeighbourIndex:
         similarity: float | None = None,
         random_seed: int | None = None,
     ) -> None:
-        from sklearn.neighbors import NearestNeighbors  # imported late, because the import takes a second
+        from sklearn.neighbors import NearestNeighbors  # imported only here, because the import takes a second
 
         assert (k is None) != (similarity is None), "k or a similarity"
         assert k is None or k < members, "preflight checks k"

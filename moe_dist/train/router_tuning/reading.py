@@ -21,14 +21,14 @@ from moe_dist.train.router_tuning.samples import TuningSample
 
 
 class RoutingReader:
-    """Computes the routing of samples with one model; each rank runs the model on a part of the samples.
+    """Computes the routing of samples with one model; each rank runs the model on some of the samples.
 
     Args:
         model: The model with this rank's experts.
         group_of_modality: int64 [M], index of the expert group of each modality, on the model's device.
         places: Indices of the chosen layers among the MoE layers.
         mesh: All ranks; None for a single rank.
-        batch_tokens: Most tokens per batch of a rank, padding included.
+        batch_tokens: Largest number of tokens per batch of a rank, padding included.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class RoutingReader:
         """Returns the router softmax [S, L, C] of each prompt's last token on the host, in fp32 (float64 for a float64
         model).
 
-        The model runs in evaluation mode and gets its former mode back. Collective: every rank passes the same prompts and
-        gets the whole result. On the device the result is S x L x C numbers.
+        The model runs in evaluation mode, then returns to its former mode. Collective: every rank passes the same prompts
+        and gets the whole result. The result needs S x L x C numbers of device memory.
         """
         world, tracker = (None, None) if self._mesh is None else (self._mesh.world, self._mesh.tracker)
         training = self._model.training
@@ -61,7 +61,8 @@ class RoutingReader:
         return sum_over(found, world, name=SAMPLE_ROUTING, tracker=tracker).cpu()
 
     def _own_part(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        """Returns the softmax [S, L, C], with zeros for other ranks' prompts: the sum over the ranks has all prompts."""
+        """Returns the softmax [S, L, C], with zeros for other ranks' prompts, so that the sum over the ranks has all
+        prompts."""
         lengths, vocab_size = [len(each) for each in prompts], self._model.args.vocab_size
         found: Tensor | None = None
         for indices in batches_by_length(lengths, tokens=self._batch_tokens, vocab_size=vocab_size, mesh=self._mesh):
@@ -73,7 +74,7 @@ class RoutingReader:
         return found
 
     def _read(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        filler = np.zeros(1, np.int64)  # an answer of one arbitrary token, which is only a label
+        filler = np.zeros(1, np.int64)  # each answer is one arbitrary token, used only as a label
         batch = self._maker.make([TuningSample(each, filler) for each in prompts])
         device = self._group_of_modality.device
         request = RoutingRequest(probe_tokens_A=batch.probe_tokens_B.to(device))

@@ -1,4 +1,4 @@
-"""Reads the samples of router tuning from memory-mapped files, and writes them so that no incomplete folder appears.
+"""Reads the samples of router tuning from memory-mapped files, and writes such files so that no incomplete folder appears.
 
 See `moe_dist.config.tuning_manifest` for the files. Shape letters: S samples, E embedding width, L MoE layers, C columns.
 """
@@ -21,7 +21,7 @@ from moe_dist.runtime.files import make_writable
 
 @dataclass(frozen=True)
 class TuningSample:
-    """Token ids of a prompt, and token ids of the prompt's right answer. Both are not empty."""
+    """The token ids of a prompt, and those of the prompt's right answer. Neither prompt nor answer is empty."""
 
     prompt: np.ndarray
     answer: np.ndarray
@@ -75,7 +75,7 @@ class Scored:
 
     task: str
     id: str
-    text: str  # text of which the embedding is made
+    text: str  # the text that is embedded
     sample: TuningSample
     right: bool  # True if the model's answer was right
 
@@ -84,12 +84,12 @@ def write_samples(
     out: Path, scored: Sequence[Scored], embeddings_SE: np.ndarray, routing_SLC: np.ndarray, facts: TuningManifest
 ) -> TuningManifest:
     """Writes a folder of samples; the samples with `right` come first. The folder is written under a hidden name and
-    renamed when it is complete. The next call removes an incomplete folder.
+    renamed when it is complete. The next call of `write_samples` removes an incomplete folder.
 
     Args:
         out: The folder, which must not exist.
         scored, embeddings_SE, routing_SLC: One entry per question, in the same order.
-        facts: Fields of the manifest except sizes, tasks and digests, which this function adds.
+        facts: Fields of the manifest except sizes, tasks and digests, which `write_samples` adds.
 
     Raises:
         ConfigError: `out` exists.
@@ -148,7 +148,7 @@ def refuse_existing(out: Path) -> None:
 
 
 def check_place(out: Path) -> None:
-    """Checks that the folder `out` can be made. Call this function before the scoring, which takes hours. Raises
-    ConfigError if `out` exists, or its parent is not writable."""
+    """Checks that the folder `out` can be made. Call this function before the questions are scored, which takes hours.
+    Raises ConfigError if `out` exists or cannot be made."""
     make_writable(out.parent, option=f"--out {out}")
     refuse_existing(out)

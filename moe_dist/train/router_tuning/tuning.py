@@ -3,7 +3,7 @@
 
     term = lambda * mean over samples i of  sum over neighbours j of W_ij ||r_i - r_j||^2
 
-r_i is the routing of sample i: the router softmax of the chosen layers for the last token of its prompt, concatenated. r_j
+r_i is the routing of sample i: the router softmax of the chosen layers for the last token of the prompt, concatenated. r_j
 is the routing of sample j, a constant read from the folder of samples or recomputed every `refresh_every` steps. A sample
 without neighbours counts as 0 in the mean. `neighbours.py` computes the weights W.
 
@@ -40,8 +40,8 @@ def router_parameters(model: Transformer, layers: Collection[int]) -> dict[str, 
 
 
 def freeze_all_but_routers(model: Transformer, layers: Collection[int]) -> None:
-    """Disables the gradients of all parameters except the routers of `layers`, so that backward ends at the first of these
-    layers. Must be called before sharding, so that FSDP2 reduces no gradients of frozen parameters.
+    """Disables the gradients of all parameters except the routers of `layers`, so that backward ends at the first layer in
+    `layers`. Must be called before sharding, so that FSDP2 reduces no gradients of frozen parameters.
     """
     kept = router_parameters(model, layers)
     for each in named_parameters(model):
@@ -51,7 +51,7 @@ def freeze_all_but_routers(model: Transformer, layers: Collection[int]) -> None:
 class Targets(NamedTuple):
     """The constants of the manifold term for one micro-batch, on the model's device."""
 
-    probe_tokens_B: Tensor  # int64, as in `SampleBatch`
+    probe_tokens_B: Tensor  # int64, the prompts' last tokens, as in `SampleBatch`
     target_BKR: Tensor  # float64, routing r_j of the neighbours
     weight_BK: Tensor  # float64, weights W_ij; 0 where a sample has fewer than K neighbours
 
@@ -66,9 +66,9 @@ def manifold_sum(r_BR: Tensor, target_BKR: Tensor, weight_BK: Tensor) -> Tensor:
 class Chosen:
     """The layers whose routers are trained."""
 
-    layers: tuple[int, ...]  # indices of these layers among all layers
-    places: tuple[int, ...]  # indices of these layers among the MoE layers
-    stored: tuple[int, ...]  # indices of these layers among the layers whose routing is in the folder of samples
+    layers: tuple[int, ...]  # indices of the chosen layers among all layers
+    places: tuple[int, ...]  # indices of the chosen layers among the MoE layers
+    stored: tuple[int, ...]  # indices of the chosen layers among the layers with routing in the folder of samples
 
 
 class RouterTuning:
@@ -76,9 +76,9 @@ class RouterTuning:
 
     Args:
         reader: Recomputes the routing of all samples (a refresh).
-        neighbours: Function that returns the neighbours of the sample with a given index.
+        neighbours: Function that maps the index of a sample to its neighbours.
         weight: lambda divided by the number of samples per step, over all ranks.
-        refresh_every: Steps between refreshes; None for no refresh.
+        refresh_every: Number of steps between refreshes; None for no refresh.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class RouterTuning:
         return stored_KLC[:, list(self._chosen.stored)].reshape(len(number_K), self._width)
 
     def add(self, loss: MicroLoss, reports: Sequence[LayerReport], targets: Targets) -> MicroLoss:
-        """Adds to the loss the share of this rank's micro-batch in the manifold term."""
+        """Adds this micro-batch's part of the manifold term to the loss."""
         r_BR = routing_of(reports, self._chosen.places).flatten(1)
         term = self._weight * manifold_sum(r_BR, targets.target_BKR.to(r_BR.dtype), targets.weight_BK)
         return loss._replace(total=loss.total + term, auxiliary=term.detach().to(torch.float64))
@@ -165,7 +165,7 @@ class RouterTuning:
             return
         now = {name: parameter.detach().clone() for name, parameter in self._routers.items()}
         with torch.no_grad():
-            for name, parameter in self._routers.items():  # loads the weights of the last refresh, to repeat it
+            for name, parameter in self._routers.items():  # loads router weights to repeat a refresh
                 parameter.copy_(_unpacked(routers[name], parameter, name))
             self._routing_SLC = self._reader(self._samples.prompts()).numpy()
             for name, parameter in self._routers.items():
