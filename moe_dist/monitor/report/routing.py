@@ -158,8 +158,8 @@ def merged(frames: Sequence[Frame], most: int) -> tuple[Frame, ...]:
 def total(frames: Sequence[Frame]) -> Frame:
     """The sum of frames, which must be consecutive."""
     choices, tokens, dropped, needed = ([getattr(frame, name) for frame in frames] for name in Frame._fields[2:])
-    sums = (np.sum(each, 0) for each in (choices, tokens, dropped))
-    return Frame(frames[0].first, frames[-1].last, *sums, np.max(needed, 0))
+    sums = np.sum(choices, 0), np.sum(tokens, 0), np.sum(dropped, 0)
+    return Frame(frames[0].first, frames[-1].last, *sums, needed_G=np.max(needed, 0))
 
 
 def frames_of_records(

@@ -58,16 +58,15 @@ def test_the_commands_make_the_job_of_the_script(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     trainer_inputs(tmp_path)
     commands = [shlex.split(each.replace("2048", "64")) for each in guide_commands(TRAINER, "## A whole job")]
+    shown = ""
     for command in commands:
         done = CliRunner().invoke(make_app(), command[1:])
         assert done.exit_code == 0, done.output
-    assert re.findall(r"^rank (\d)", done.output, re.MULTILINE) == list("01234567")
-    (call,) = [
-        node
-        for node in ast.walk(ast.parse(trainer_script()))
-        if getattr(node, "func", None) is not None and ast.unparse(node.func) == "TrainingArguments"
-    ]
-    old = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
+        shown = done.output
+    assert re.findall(r"^rank (\d)", shown, re.MULTILINE) == list("01234567")
+    calls = [node for node in ast.walk(ast.parse(trainer_script())) if isinstance(node, ast.Call)]
+    (call,) = [call for call in calls if ast.unparse(call.func) == "TrainingArguments"]
+    old = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
     assert old.keys() <= inspect.signature(TrainingArguments).parameters.keys()
     config = load_config(commands[-1][3], [word for word in commands[-1] if "=" in word])
     train, optimizer, world = config.train, config.optimizer, config.parallel.ep * config.parallel.edp
