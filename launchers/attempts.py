@@ -28,7 +28,7 @@ def inspect_folder(folder: RunFolder, config: Config, *, overwrite: bool) -> Sta
         print(f"{folder.path} moved to {old}", file=sys.stderr)
     start = folder.inspect(config)
     if start is Start.FINISHED:
-        print(folder.read_summary())
+        print(folder.finished_text(config))
     return start
 
 

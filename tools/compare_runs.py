@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from moe_dist.checkpoint.directory import run_path
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.monitor.compare import first_difference
 from moe_dist.monitor.sinks.jsonl import read_lines
@@ -40,6 +41,7 @@ def main(
 
 
 def _record(path: Path) -> Path:
+    path = run_path(path)
     found = path / RECORD if path.is_dir() else path
     if not found.is_file():
         raise ConfigError(f"{found} is not there; give a run folder (runs/<name>) or its {RECORD}")

@@ -2,6 +2,7 @@
 docs/monitoring.md."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -52,7 +53,9 @@ LARGEST_EP = 64  # largest EP size in the byte ledger, except sizes in --ep
 class ReportOptions:
     path: Annotated[Path, typer.Argument(help="A run, or the folder of a trace.")]
     against: Annotated[Path | None, typer.Option(help="Another run or trace of the same model, for the drift.")] = None
-    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file of the report.")] = Path("report.html")
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="HTML file of the report; by default report.html in PATH.")
+    ] = None
     data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved: names of tokens.")] = (
         None
     )
@@ -66,9 +69,7 @@ class ReportOptions:
 @takes(ReportOptions)
 def main(options: ReportOptions) -> None:
     """Draw the routing of a run or a trace."""
-    if options.out.suffix not in (".html", ".htm"):
-        raise ConfigError(f"--out {options.out}: the name must end with .html, because an existing file is replaced")
-    make_writable(options.out.parent, option=f"--out {options.out}")
+    out = _out(options)
     sizes, node_sizes = _sizes("--ep", options.ep), _sizes("--node-sizes", options.node_sizes)
     routing = open_routing(options.path, options.data, options.experts)
     against = None if options.against is None else open_routing(options.against, options.data, options.experts)
@@ -82,12 +83,25 @@ def main(options: ReportOptions) -> None:
         layouts.append(Layout(options.placement.name, _read_placement(options.placement, routing.groups)))
     subject = Subject(routing, against, layouts, node_sizes)
     page = page_of(subject)
-    write_atomically(options.out, page)
+    write_atomically(out, page)
     wrong = problems(routing)
     print(verdict(routing, wrong)[1])
     for sentence in (*wrong, *facts(routing)):
         print(f"- {sentence}")
-    print_done(f"{options.out}: {len(page) / 1e6:.2f} MB, steps {routing.frames[0].first} to {routing.frames[-1].last}")
+    print_done(f"{out}: {len(page) / 1e6:.2f} MB, steps {routing.frames[0].first} to {routing.frames[-1].last}")
+
+
+def _out(options: ReportOptions) -> Path:
+    """Returns the file of the report: `--out`; else report.html in the folder of the run or trace, or in the current folder
+    if that one cannot be written. Raises ConfigError if `--out` has another ending, or cannot be written."""
+    if options.out is None:
+        path = run_path(options.path)
+        beside = path if path.is_dir() else path.parent
+        return (beside if os.access(beside, os.W_OK | os.X_OK) else Path()) / "report.html"
+    if options.out.suffix not in (".html", ".htm"):
+        raise ConfigError(f"--out {options.out}: the name must end with .html, because an existing file is replaced")
+    make_writable(options.out.parent, option=f"--out {options.out}")
+    return options.out
 
 
 def page_of(subject: Subject) -> bytes:
@@ -178,7 +192,8 @@ def _of_run(path: Path, data: Path | None) -> Routing:
     config = load_stored_config(folder.config_yaml)
     groups, layers = expert_groups(config.model.moe), config.model.moe_layers
     columns = sum(group.num_columns for group in groups)
-    frames, window, coefficient = frames_of_records(folder.metrics_jsonl, (len(layers), columns, len(groups)))
+    shape, names = (len(layers), columns, len(groups)), [group.name for group in groups]
+    frames, window, coefficient = frames_of_records(folder.metrics_jsonl, shape, names)
     made = {found.parents[1] for found in (path / "traces").glob(f"*/*/{MANIFEST}")}
     places = made or ({folder.trace} if any(folder.trace.glob(f"*/{MANIFEST}")) else set())
     trace = manifest = None

@@ -13,7 +13,7 @@ from launchers.doctor.slurm_nodes import run_on_nodes, srun_command
 from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.config.schema import Config
 from moe_dist.doctor.check_result import CheckResult, Level, error, note, ok
-from moe_dist.doctor.node_checks import check_folders, check_nodes
+from moe_dist.doctor.node_checks import check_cores, check_folders, check_nodes
 from moe_dist.doctor.node_facts import Questions, look, nearest
 from moe_dist.errors import ConfigError, MoeDistError, ResourceError
 from moe_dist.plan.preflight import check_file
@@ -63,6 +63,7 @@ def examine(
     save_seconds = measured_save_seconds(RunFolder.of(config).logs)
     if on == "local":
         yield from check_nodes([here], needs)
+        yield check_cores([here], needs)
         yield check_graces({"until the launcher kills (--grace)": DEFAULT_GRACE_SECONDS}, save_seconds)
         if probe or fabric:
             yield note("probe", "this node was checked directly; --probe and --fabric need --on slurm or --on ray")

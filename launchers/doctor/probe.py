@@ -14,7 +14,7 @@ from launchers.command import JobPlan
 from launchers.doctor import fabric
 from moe_dist.config.schema import Config
 from moe_dist.doctor.check_result import CheckResult, error
-from moe_dist.doctor.node_checks import Needs, answered_at, check_nodes
+from moe_dist.doctor.node_checks import Needs, answered_at, check_cores, check_nodes
 from moe_dist.doctor.node_facts import NodeFacts, Questions, from_line, nearest
 from moe_dist.errors import MoeDistError
 from moe_dist.plan.memory import folder_bytes
@@ -65,7 +65,8 @@ def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFac
         found.append(error("probe", text, fix))
     answers = [heard[node] for node in sorted(heard, key=lambda name: (len(name), name))]  # node2 before node10
     nodes, when = [facts for _, facts in answers], [when for when, _ in answers]
-    return [*found, *check_nodes(nodes, needs_of(config, plan), when, here=here)]
+    needs = needs_of(config, plan)
+    return [*found, *check_nodes(nodes, needs, when, here=here), check_cores(nodes, needs)]
 
 
 def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[CheckResult]:

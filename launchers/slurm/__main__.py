@@ -245,7 +245,7 @@ def _submit(job: Submission, options: Sequence[str], *, overwrite: bool) -> None
     if not job.sweep:
         old = folder.move_aside() if overwrite else None
         if folder.inspect(job.config) is Start.FINISHED:
-            print(folder.read_summary())
+            print(folder.finished_text(job.config))
             return
     try:
         number = submit(job, options)

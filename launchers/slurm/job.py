@@ -68,7 +68,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
         cluster, config = _read_clone(job, arguments, env)
     folder = RunFolder.of(config)
     if folder.inspect(config) is Start.FINISHED:
-        print(folder.read_summary())
+        print(folder.finished_text(config))
         return EXIT_DONE
     plan = plan_job(check(config), cluster)
     allocation = Allocation.read(env)

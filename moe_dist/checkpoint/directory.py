@@ -2,12 +2,14 @@
 torch."""
 
 import contextlib
+import difflib
 import logging
 import re
 import shutil
 from pathlib import Path
 
 from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE
+from moe_dist.config.bundled import NEAR
 from moe_dist.config.regular_file import IrregularFileError, read_regular
 from moe_dist.errors import ConfigError, DataError
 
@@ -99,9 +101,24 @@ class CheckpointDirectory:
 
 
 def run_path(path: Path) -> Path:
-    """Returns `path`, or `runs/<path>` if only this folder exists, because `runs` is the default place of runs."""
+    """Returns `path`, or `runs/<path>` if only this folder exists, because `runs` is the default place of runs. Raises
+    ConfigError if neither exists, but a folder with a similar name."""
     named = Path("runs") / path
-    return named if not path.exists() and named.is_dir() else path
+    if path.exists() or named.is_dir():
+        return path if path.exists() else named
+    if near := _near_folder(path):
+        raise ConfigError(f"{path}: no such folder; did you mean {near}?")
+    return path
+
+
+def _near_folder(path: Path) -> Path | None:
+    """Returns the folder with the most similar name in `runs` or beside `path`; None without one."""
+    for parent in dict.fromkeys(((Path("runs") / path).parent, path.parent)):
+        with contextlib.suppress(OSError):  # the parent is missing, or may not be listed
+            names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+            if near := difflib.get_close_matches(path.name, names, 1, NEAR):
+                return parent / near[0]
+    return None
 
 
 def find_checkpoint(path: Path) -> Path:

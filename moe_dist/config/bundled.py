@@ -2,13 +2,14 @@
 
 import difflib
 import os
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from moe_dist import __version__
 
 VERSION = __version__  # version of this package; other modules import it from this file
-_NEAR = 0.75  # least similarity (difflib's ratio) of a name that an error text proposes
+NEAR = 0.75  # least similarity (difflib's ratio) of a name that an error text proposes
 
 
 def source_root() -> Path:
@@ -33,10 +34,13 @@ def hint_for_missing(path: Path) -> str:
     """Returns the end of an error text, with the files or bundled names similar to `path`, else all bundled names."""
     beside = {other.stem: str(other) for other in path.parent.glob("*.yaml") if other != path}
     bundled = sorted(other.stem for other in (source_root() / "configs").glob("*.yaml"))
-    near = [beside[stem] for stem in difflib.get_close_matches(path.stem, beside, 1, _NEAR)]
-    near = (
-        near
-        or difflib.get_close_matches(path.stem, bundled, 3, _NEAR)
-        or [name for name in bundled if name.startswith(path.stem) and len(path.stem) > 2]
-    )
+    near = [beside[stem] for stem in difflib.get_close_matches(path.stem, beside, 1, NEAR)]
+    near = near or difflib.get_close_matches(path.stem, bundled, 3, NEAR) or _with_its_words(path.stem, bundled)
     return f"did you mean {' or '.join(near)}?" if near else f"configs/ has {', '.join(bundled)}"
+
+
+def _with_its_words(stem: str, names: Sequence[str]) -> list[str]:
+    """Returns the names that begin with `stem`, or have all its words; the nearest first."""
+    words = set(stem.split("_"))
+    found = [name for name in names if len(stem) > 2 and (name.startswith(stem) or words <= set(name.split("_")))]
+    return sorted(found, key=lambda name: -difflib.SequenceMatcher(None, stem, name).ratio())

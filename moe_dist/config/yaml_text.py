@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from moe_dist.config.regular_file import read_regular
+from moe_dist.config.yaml_rules import rule_of
 
 MAX_YAML_BYTES = 1 << 18  # largest file that is read, in bytes
 # Most values in one document; an alias counts as all values that it stands for. PyYAML takes up to 30 us for a value, so a
@@ -125,14 +126,13 @@ def load_yaml(text: str) -> tuple[Any, list[str]]:
 
 
 def _syntax_error(error: yaml.YAMLError, text: str) -> str:
-    """Returns the line and column of a syntax error, the text of this line, and the violated rule."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    if mark is None or problem is None:
-        return " ".join(str(error).replace("<unicode string>", "the text").split())
+    """Returns the line and column of a syntax error, the text of this line, and the violated rule with its fix."""
+    mark, rule = rule_of(error) if isinstance(error, yaml.MarkedYAMLError) else (None, str(error))
+    if mark is None:
+        return " ".join(rule.replace("<unicode string>", "the text").split())
     lines = text.splitlines()
     line = lines[mark.line].strip() if mark.line < len(lines) else "end of the file"
-    context = f"{error.context}, " if getattr(error, "context", None) else ""  # pyright: ignore[reportAttributeAccessIssue]
-    return f"line {mark.line + 1}, column {mark.column + 1} ({line!r}): {context}{problem}"
+    return f"line {mark.line + 1}, column {mark.column + 1} ({line!r}): {rule}"
 
 
 def read_yaml(path: Path, *, links: bool = True) -> tuple[Any, list[str]]:

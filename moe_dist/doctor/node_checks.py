@@ -66,6 +66,21 @@ def check_folders(nodes: Sequence[NodeFacts], needs: Needs) -> list[CheckResult]
     return [_folder(nodes, needs), _room(nodes, needs), _data(nodes, needs)]
 
 
+def check_cores(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
+    """Checks that a node has a core for each rank. The start of a run leaves this check out, because a scheduler may have
+    bound its ranks to cores of their own."""
+    ranks, known = needs.ranks_per_node, [(n.cores, n) for n in nodes if n.cores is not None]
+    if not known:
+        return note("cores", "the number of cores is unknown")
+    if few := [(cores, n) for cores, n in known if cores < ranks]:
+        text = (
+            f"{_named([n for _, n in few])} has {few[0][0]} cores for {ranks} ranks, so ranks take turns and steps are slow"
+        )
+        fix = "lower parallel.ep or parallel.edp, or ranks_per_node in the cluster file, or take nodes with more cores"
+        return warning("cores", text, fix)
+    return ok("cores", f"{min(cores for cores, _ in known)} or more for {ranks} ranks on {_all(nodes)}")
+
+
 def _resolve(nodes: Sequence[NodeFacts]) -> CheckResult:
     broken = {host: [n for n in nodes if host in n.unresolved] for n in nodes for host in n.unresolved}
     if not broken:

@@ -62,6 +62,7 @@ class NodeFacts:
         sees_token: True if the node can read `Questions.token_file`; None if no token file is given.
         unresolved: Host names that do not resolve, with the resolver's error.
         unreachable: Error on connecting to rank 0's node; empty after success or without the connection test.
+        cores: Cores that a process may use on this node; in a probe, all cores of the node.
     """
 
     node: str
@@ -80,6 +81,7 @@ class NodeFacts:
     sees_data: bool
     unresolved: Mapping[str, str] = field(default_factory=dict)
     unreachable: str = ""
+    cores: int | None = None
 
 
 def look(questions: Questions, *, env: Mapping[str, str] = os.environ) -> NodeFacts:
@@ -102,6 +104,7 @@ def look(questions: Questions, *, env: Mapping[str, str] = os.environ) -> NodeFa
         sees_token=_sees(questions.token_file),
         sees_data=Path(questions.data).exists(),
         unresolved=unresolved(questions.hosts),
+        cores=len(os.sched_getaffinity(0)),
     )
 
 

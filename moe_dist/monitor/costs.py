@@ -30,12 +30,14 @@ class CostTable:
     Attributes:
         tokens: Tokens of a step.
         untimed: Why the run has no timings; empty if the run has timings.
+        placed: A sentence on the run's placement: how many rows it sends compared with each other placement.
     """
 
     costs: Sequence[Cost]
     steps: int
     tokens: float
     untimed: str
+    placed: str = ""
 
 
 def cost_table(
@@ -80,7 +82,18 @@ def cost_table(
     own_per = per_rank if comparable else "hop"  # dispatch `hierarchical` sends a row over two hops
     own = Cost(f"this run: experts {policy}", own_per, num_rows, ledger["payload_bytes"], seconds)
     others = [Cost(name, per, count, None if count is None else count * row_bytes) for name, per, count in rows]
-    return CostTable([own, *others], steps, sum(each.tokens for each in results) / steps, untimed)
+    placed = _placed(policy, by_placement[policy], elsewhere)
+    return CostTable([own, *others], steps, sum(each.tokens for each in results) / steps, untimed, placed)
+
+
+def _placed(policy: str, rows: float, rows_of: Mapping[str, float]) -> str:
+    """Returns a sentence that compares the `rows` of the run with those of other placements; empty without any."""
+    parts = []
+    for name, other in rows_of.items():
+        share = f"{abs(1 - rows / other):.1%} " if other else ""
+        change = f"{share}{'fewer' if rows < other else 'more'} rows than" if rows != other else "as many rows as"
+        parts.append(f"{change} {name} would")
+    return f"This run's experts are {policy}, which sends {' and '.join(parts)}. " if parts else ""
 
 
 HEADERS = ("method", "one row per", "rows", "MB", "x this run", "seconds")
@@ -104,10 +117,11 @@ def costs_markdown(found: CostTable) -> str:
 
 def _caption(found: CostTable) -> str:
     caption = (
-        f"Mean of the last {found.steps} steps of {found.tokens:,.0f} tokens each, over all layers. Rows: sent to other "
-        "ranks in forward; MB: of forward and backward. A null expert computes nothing and gets no row. Pinned: a rank has "
-        "experts of one modality's group; interleaved: each rank has experts of every group. Other methods did not run: "
-        "their rows are counted from this run's choices; the last two assume that choices spread evenly."
+        f"{found.placed}Mean of the last {found.steps} steps of {found.tokens:,.0f} tokens each, over all layers. Rows: "
+        "sent to other ranks in forward; MB: of forward and backward. A null expert computes nothing and gets no row. "
+        "Pinned: a rank has experts of one modality's group; interleaved: each rank has experts of every group. Other "
+        "methods did not run: their rows are counted from this run's choices; the last two assume that choices spread "
+        "evenly."
     )
     return f"{caption} {found.untimed.capitalize()}." if found.untimed else caption
 

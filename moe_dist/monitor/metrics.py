@@ -15,6 +15,8 @@ from moe_dist.monitor.statistics import DepthStatistics, LeverDecision, StepResu
 from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, tag_plan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
+NEEDED = "needed_capacity_factor/"  # key of `Record.host`, with the name of a group: this factor would have dropped nothing
+
 
 @dataclass(frozen=True)
 class Record:
@@ -33,7 +35,7 @@ class Record:
             idle_LG (tokens without an expert).
         ledger: Counts of bytes and rows in dispatch and combine (`StepResult.ledger`).
         host: CPU and memory readings of rank 0's machine, seconds of work of the slowest rank and of the other ranks, the
-            largest memory of any rank, and the peak rate by which perf/mfu divides.
+            largest memory of any rank, the peak rate by which perf/mfu divides, and `StepResult.busiest_G` by group.
         busy_seconds_W: Seconds that each rank worked in the previous step, without waits; empty in the first step.
         memory_W3: MiB allocated, MiB reserved and retries of each rank's allocator (`train.step.largest_memory`); empty in
             the first step.
@@ -140,6 +142,7 @@ def build_record(
             **{name: value for name, value in readings.items() if not name.startswith("device/")},
             **slowest_rank(result.busy_seconds_W),
             **memory,
+            **needed_factors(result.busiest_G, groups),
             **({} if peak_flops is None else {"mfu_peak": f"{peak_flops / 1e12:g} TFLOP/s of all ranks ({peak_source})"}),
         },
         busy_seconds_W=result.busy_seconds_W,
@@ -236,6 +239,12 @@ def memory_of_ranks(memory_W3: np.ndarray) -> dict[str, float]:
     by_name["unused_mib"] = reserved_W - allocated_W
     largest = {f"largest_{name}": float(value_W.max()) for name, value_W in by_name.items()}
     return largest | {f"largest_{name}_rank": int(value_W.argmax()) for name, value_W in by_name.items()}
+
+
+def needed_factors(busiest_G: np.ndarray, groups: Sequence[ExpertGroup]) -> dict[str, float]:
+    """The entries of `Record.host` with `busiest_G` by group; none where it is unknown, or experts choose tokens."""
+    pairs = zip(groups, busiest_G.tolist(), strict=False)  # empty in the first step
+    return {f"{NEEDED}{group.name}": most for group, most in pairs if most and group.capacity is None}
 
 
 def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, split: bool) -> dict[str, float | None]:

@@ -54,6 +54,8 @@ class StepResult:
         busy_seconds_W: Seconds that each rank computed and read data in the previous step, without waits for other ranks;
             empty in the first step.
         memory_W3: `train.step.largest_memory` of each rank at the end of the previous step; empty in the first step.
+        busiest_G: Largest load of an expert in a layer and a micro-batch of a rank, over an even share of its group's
+            choices there, in the previous step; 0 if unknown, and empty in the first step.
         stop_requested: True if a rank got a stop signal.
         mixture_of_depths: None if the model has no mixture-of-depths layers.
     """
@@ -71,6 +73,7 @@ class StepResult:
     comm_seconds: float
     busy_seconds_W: np.ndarray
     memory_W3: np.ndarray
+    busiest_G: np.ndarray = field(default_factory=lambda: np.zeros(0))
     stop_requested: bool = False
     mixture_of_depths: DepthStatistics | None = None
 

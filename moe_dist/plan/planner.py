@@ -6,7 +6,7 @@ router columns (n true experts, m others). Every rank has the same token mix. Sh
 hidden size, F an expert's width."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import comb
 
@@ -49,32 +49,6 @@ class PlanComparison:
 
     plans: tuple[PlacementPlan, ...]  # a plan for each of the two policies that is possible
     missing: Mapping[str, str]  # impossible policy -> reason
-
-    @property
-    def fastest_compute(self) -> PlacementPlan | None:
-        """Returns the plan whose busiest rank has the least work; None on a tie."""
-        return _least(self.plans, [max(plan.load_R) for plan in self.plans])
-
-    @property
-    def least_traffic(self) -> PlacementPlan | None:
-        """Returns the plan that sends the fewest rows; None on a tie."""
-        return _least(self.plans, [plan.remote_rows_per_token for plan in self.plans])
-
-    def verdict(self, *, itemsize: int = 2) -> str:
-        """Returns a sentence that names the better plan and its advantage. `itemsize`: bytes of a sent row's element."""
-        if len(self.plans) < 2:
-            return "; ".join(f"{name} is not possible: {why}" for name, why in self.missing.items())
-        compute, traffic = self.fastest_compute, self.least_traffic
-        words = [
-            _gain("busiest rank", compute, [(p, max(p.load_R)) for p in self.plans], "less work"),
-            _gain("exchange", traffic, [(p, p.remote_rows_per_token) for p in self.plans], "fewer rows"),
-        ]
-        winners = {plan.name for plan in (compute, traffic) if plan}
-        if len(winners) == 1:
-            words.append(f"{winners.pop()} wins")
-        elif compute and traffic:
-            words.append(_trade(compute, traffic, itemsize))
-        return "; ".join(words)
 
 
 def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, name: str) -> PlacementPlan:
@@ -156,8 +130,31 @@ def render(
     console = Console(width=width, no_color=True, highlight=False, markup=False)
     with console.capture() as text:
         console.print(ranks, plans)
-        console.print(comparison.verdict(itemsize=itemsize))
+        own = replace(plan, name=policy)
+        console.print(verdict(own, others, comparison.missing, itemsize=itemsize))
     return text.get()
+
+
+def verdict(
+    chosen: PlacementPlan, others: Sequence[PlacementPlan], missing: Mapping[str, str], *, itemsize: int = 2
+) -> str:
+    """Returns sentences that say how many rows and how much work the chosen placement has, compared with each other one.
+
+    Args:
+        others: Plans of other placements. One with the chosen plan's name has other ranks for the groups.
+        missing: Impossible policy -> reason.
+        itemsize: Bytes of an element of a sent row.
+    """
+    uses, found = f"This run uses {chosen.name} placement", list[str]()
+    for other in others:
+        name = f"{other.name} with ranks for this mix" if other.name == chosen.name else other.name
+        rows = _more_or_less(chosen.remote_rows_per_token, other.remote_rows_per_token, "fewer", "rows")
+        work = _more_or_less(max(chosen.load_R), max(other.load_R), "less", "work")
+        trade = _trade(chosen, other, name, itemsize)
+        begin = "It" if found else f"{uses}, which"
+        found.append(f"{begin} sends {rows} than {name}; its busiest rank has {work}{trade}.")
+    impossible = [f"{name.capitalize()} is not possible: {why}." for name, why in missing.items()]
+    return " ".join([*(found or [f"{uses}."]), *impossible])
 
 
 def experts_text(placement: ExpertPlacement, rank: int) -> str:
@@ -172,30 +169,21 @@ def experts_text(placement: ExpertPlacement, rank: int) -> str:
     return " ".join(parts) or "none"
 
 
-def _least(plans: Sequence[PlacementPlan], costs: Sequence[float]) -> PlacementPlan | None:
-    best, *others = sorted(zip(costs, range(len(plans)), strict=True))
-    tie = any(cost <= best[0] * (1 + _SAME) + 1e-12 for cost, _ in others)
-    return None if tie or not others else plans[best[1]]
+def _more_or_less(own: float, other: float, less: str, unit: str) -> str:
+    """Returns by how much `own` differs from `other`, such as `9.5% fewer rows`."""
+    if abs(own - other) <= _SAME * max(own, other) + 1e-12:
+        return f"no more {unit}"
+    return f"more {unit}" if not other else f"{abs(own / other - 1):.1%} {'more' if own > other else less} {unit}"
 
 
-def _gain(what: str, winner: PlacementPlan | None, costs: Sequence[tuple[PlacementPlan, float]], unit: str) -> str:
-    if winner is None:
-        return f"{what}: both equal"
-    best, worst = min(cost for _, cost in costs), max(cost for _, cost in costs)
-    return f"{what}: {winner.name} has {1 - best / worst:.1%} {unit}" if worst else f"{what}: both equal"
-
-
-def _trade(compute: PlacementPlan, traffic: PlacementPlan, itemsize: int) -> str:
-    """Returns a sentence that says at which ratio of bandwidth to compute the pinned or the interleaved plan is better.
+def _trade(chosen: PlacementPlan, other: PlacementPlan, name: str, itemsize: int) -> str:
+    """Returns when the chosen placement is faster; empty if no plan has both less work and more rows than the other.
 
     Per token, the busiest rank takes 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward, so D cancels.
     """
-    flops = 6 * (max(traffic.load_R) - max(compute.load_R))
-    data = 2 * itemsize * (max(compute.remote_R) - max(traffic.remote_R))
-    if data <= 0:
-        return f"{compute.name} wins: its busiest receiver has no more rows than {traffic.name}'s"
-    ratio = data / flops * 1000
-    return (
-        f"{compute.name} wins where a rank's link moves more than {ratio:.3g} GB/s for each TFLOP/s it computes, "
-        f"{traffic.name} below that"
-    )
+    flops = 6 * (max(chosen.load_R) - max(other.load_R))
+    data = 2 * itemsize * (max(other.remote_R) - max(chosen.remote_R))
+    if abs(flops) <= 1e-12 or abs(data) <= 1e-12 or (flops > 0) != (data > 0):
+        return ""
+    bound = f"than {data / flops * 1000:.3g} GB/s for each TFLOP/s it computes"
+    return f"; it is faster than {name} where a rank's link moves {'less' if flops > 0 else 'more'} {bound}"

@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, TypeVar, get_type_hints
 
 import typer
+from pydantic import ValidationError
 from typer.core import TyperCommand
 
 from moe_dist.config.bundled import VERSION
@@ -60,11 +61,27 @@ def print_done(text: str) -> None:
 
 class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parses arguments. An override with dashes gets an error that says how to write it."""
+        """Parses arguments. Errors of an override with dashes, and of a wrong value, say how to write it."""
         if dashed := next((each for each in args if re.match(r"--\w+(\.\w+)+(=|$)", each)), None):
             key, _, value = dashed.lstrip("-").partition("=")
             ctx.fail(f"{dashed}: an override of the configuration has no dashes; write {key}={value or 'VALUE'}")
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            if isinstance(error.__cause__, ValidationError) and error.param is not None:
+                error.message = _value_text(max(error.param.opts, key=len), error.__cause__)
+            raise
+
+
+def _value_text(option: str, error: ValidationError) -> str:
+    """Returns an error text with an option's value and its rule, and for a text that is no number also the number in it."""
+    fault, expected = error.errors()[0], "Input should be "
+    kind, value, text = fault["type"], fault["input"], fault["msg"]
+    if kind not in ("float_parsing", "int_parsing", "int_from_float"):
+        return f"{value!r} must be {text.removeprefix(expected)}" if text.startswith(expected) else f"{value!r}: {text}"
+    inside = re.search(r"\d+(\.\d+)?" if kind == "float_parsing" else r"\d+", str(value).replace(",", ""))
+    number = "number" if kind == "float_parsing" else "whole number"
+    return f"{value!r} must be a {number} without unit or currency; write {option} {inside[0] if inside else 2}"
 
 
 def command_app(main: Callable[..., Any]) -> typer.Typer:

@@ -1,7 +1,7 @@
 """The folder of a run: its files, its state before a start, and the record of each attempt.
 
     config.yaml, provenance.json, diff_*.patch    resolved configuration; commit, diff and packages of each attempt
-    metrics.jsonl, tensorboard/, checkpoints/, log/rank_R.log, summary.txt
+    metrics.jsonl, tensorboard/, checkpoints/, log/rank_R.log, summary.txt, report.html
     status.json, lease.json                       verdict of each attempt; the current writer
     slurm/                                        code and configuration of each Slurm job (launchers/snapshot.py)
 
@@ -308,6 +308,19 @@ class RunFolder:
             return read_regular(self.summary_txt, most_bytes=1 << 20, links=False).decode(errors="replace")
         latest = self.read_status().latest
         return f"{self.path}: {'no attempt has begun' if latest is None else f'done after step {latest.last_step}'}"
+
+    def finished_text(self, config: Config) -> str:
+        """Returns what a start of a finished run prints: its summary; or, if `config` asks for fewer steps than it has, a
+        sentence that says so."""
+        latest = self.read_status().latest
+        steps, done = config.train.steps, 0 if latest is None else latest.last_step
+        if done <= steps:
+            return self.read_summary()
+        return (
+            f"train.steps={steps}: {self.path} has already finished {done} steps, so there is nothing to do; to go on, set "
+            f"train.steps above {done}; for another run, set another run.name, or start with --overwrite, which renames "
+            "this run's folder"
+        )
 
     def _begin(self, env: RankEnv, lease: Lease) -> None:
         me = Holder.this_process(env.attempt_id)

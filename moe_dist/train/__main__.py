@@ -60,7 +60,7 @@ def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
                 bind_near_gpu(env.local_rank, env.local_world_size, os.environ, lower_threads=shared)
             train(plan, env, attempt, stop)
         elif env.rank == 0:
-            print(RunFolder.of(plan.config).read_summary())
+            print(RunFolder.of(plan.config).finished_text(plan.config))
     return attempt.exit_code
 
 

@@ -159,7 +159,7 @@ class PipelineStep(TrainingStep):
         for number, batch in enumerate(batches if watchers else ()):
             self._show(number, batch, reports, watchers)
         watch.chosen.clear()
-        own.add(reports)
+        own.add(reports, by_micro_batch=False)
         counts = global_counts(reports, mesh.world, mesh.tracker)()
         return [MicroLoss(nll_M.sum(), nll_M, balance, z, torch.zeros_like(z), counts)]
 

@@ -108,8 +108,9 @@ class TrainingStep:
         self.group_of_modality = torch.tensor(group_of_modality, device=device)
         self.comm_stats, self.controllers, self.tuning = comm_stats, tuple(controllers), tuning
         self.needs_global_batch_info, self.distillation, self.load = needs_global_batch_info, distillation, load
-        # Readings of the last step, flattened from [W ranks, 4]: this rank's row has the rank's busy seconds and
-        # `largest_memory`; the other rows are 0 until the ranks' tensors are summed. Empty before the first step.
+        # Readings of the last step, flattened from [W ranks, 4 + G]: this rank's row has the rank's busy seconds,
+        # `largest_memory` and `OwnCounts.busiest`; the other rows are 0 until the ranks' tensors are summed. Empty before
+        # the first step.
         self._readings = torch.zeros(0, dtype=torch.float64, device=device)
         self._tables = ColumnTables.on(placement.groups, device)
 
@@ -167,9 +168,10 @@ class TrainingStep:
         losses = self._losses(batches, aux, weights, own, targets=targets, watchers=watchers)
         inter_node = self.comm_stats.inter_node_bytes  # read before `take` sets this counter to 0
         payload, metadata, seconds = self.comm_stats.take()  # host sync, which the seconds on CUDA need
-        readings_W4 = np.zeros((mesh.world_size, 4))
-        readings_W4[mesh.rank] = (clock.seconds(seconds), *largest_memory(mesh.device))
-        self._readings = from_host(readings_W4.flatten(), torch.float64, mesh.device)
+        of_host = from_host((clock.seconds(seconds), *largest_memory(mesh.device)), torch.float64, mesh.device)
+        table = labels_M.new_zeros((mesh.world_size, len(of_host) + num_groups))
+        table[mesh.rank] = torch.cat([of_host, own.busiest()])
+        self._readings = table.flatten()
         traffic = {"payload_bytes": payload, "inter_node_bytes": inter_node, "metadata_bytes": metadata}
         host = [seconds, float(tokens), float(stop_requested)]
         local = self._pack(losses, labels_M.sum(0), own, traffic, host)
@@ -342,8 +344,8 @@ class TrainingStep:
         counts = step_counts([loss.counts for loss in losses])
         # One device-to-host sync reads all values, before the update, so that the host does not wait for the update.
         read = torch.cat([summed, readings, *(part.flatten() for part in counts)]).cpu().numpy()
-        sums, readings_W4, flat = np.split(read, [len(summed), len(summed) + len(readings)])
-        busy_seconds_W, *memory_3W = readings_W4.reshape(-1, 4).T
+        sums, rows, flat = np.split(read, [len(summed), len(summed) + len(readings)])
+        busy_seconds_W, *memory_3W = (table := rows.reshape(-1, 4 + len(self.placement.groups)))[:, :4].T
         shown, values = counts_from(flat, counts), sums.tolist()
         squared, balance, z, auxiliary = values[:4]
         nll_M = np.array(values[4 : 4 + num_modalities])
@@ -372,6 +374,7 @@ class TrainingStep:
             comm_seconds=seconds / self.parallel.mesh.world_size,
             busy_seconds_W=busy_seconds_W,
             memory_W3=np.stack(memory_3W, axis=1),
+            busiest_G=table[:, 4:].max(0) if len(table) else np.zeros(0),
             stop_requested=stop > 0,
             mixture_of_depths=depth_statistics(
                 self.parallel.model,
@@ -415,17 +418,19 @@ def largest_memory(device: torch.device) -> tuple[float, float, float]:
 
 
 class OwnCounts:
-    """Sums this rank's counts over layers and micro-batches: choices of true and null experts and tokens by group, and the
-    layers' sent token rows and (token, expert) pairs."""
+    """Counts of this rank by layer and micro-batch: choices of true and null experts and tokens by group, and the layers'
+    sent token rows and (token, expert) pairs."""
 
     def __init__(self, placement: ExpertPlacement) -> None:
         self._groups = placement.groups
         self._sums: list[tuple[Tensor, ...]] = []
         self._sent_3 = torch.zeros(3, dtype=torch.int64)
+        self._by_micro_batch = True
 
-    def add(self, reports: Sequence[LayerReport]) -> None:
+    def add(self, reports: Sequence[LayerReport], *, by_micro_batch: bool = True) -> None:
         """Stores the counts. The counts are summed only in `totals`, because one sum over all layers takes fewer
-        launches."""
+        launches. `by_micro_batch`: each report is of one micro-batch, not of all micro-batches of the step."""
+        self._by_micro_batch &= by_micro_batch
         for each in reports:
             on_device = () if each.sent_5 is None else (each.sent_5,)
             self._sums.append((each.sums.choices_C, each.sums.dropped_E, each.sums.tokens_G, *on_device))
@@ -445,6 +450,19 @@ class OwnCounts:
         read = torch.cat([true_G, null_G, tokens_G, *sent_5]).tolist()  # device-to-host sync
         true, null, tokens = (read[at * len(experts) : (at + 1) * len(experts)] for at in range(3))
         return true, null, tokens, read[3 * len(experts) :] or [*self._sent_3.tolist(), 0, 0]
+
+    def busiest(self) -> Tensor:
+        """Returns the largest load of an expert in a layer and micro-batch, over an even share of its group's choices:
+        float64 [G], 0 without tokens. A capacity factor of this size drops nothing. Costs no sync."""
+        if not self._by_micro_batch:
+            return torch.zeros(len(self._groups), dtype=torch.float64, device=self._sums[0][0].device)
+        choices_NC, tokens_NG = (torch.stack([each[at] for each in self._sums]).to(torch.float64) for at in (0, 2))
+        most_G = []
+        for g, group in enumerate(self._groups):
+            even_N = tokens_NG[:, g] * (group.expected_experts_per_token / group.num_experts)
+            choices_Nn = choices_NC[:, group.first_expert : group.first_expert + group.num_experts]
+            most_G.append((choices_Nn.amax(1) / even_N.clamp_min(1e-9)).amax())
+        return torch.stack(most_G)
 
 
 def _group_tokens(batches: Sequence[Batch], group_of_modality: Tensor, num_groups: int, device: torch.device) -> Tensor:

@@ -53,7 +53,7 @@ def test_every_node_is_visited_and_nothing_is_wrong_but_that_it_is_open(says: Sa
     checks = [line[5:].partition(":")[0] for line in lines]
     assert checks == [
         *("configuration", "plan", "scheduler", "nodes", "exposure", "rendezvous host", "ports", "shared folder", "room"),
-        *("data", "clocks", "versions", "apex", "/dev/shm", "open files", "fabric"),
+        *("data", "clocks", "versions", "apex", "/dev/shm", "open files", "cores", "fabric"),
     ]
     assert "6 pairs of 4 nodes" in lines[-1]
 

@@ -57,7 +57,7 @@ def test_a_healthy_cluster_gives_no_warning(doctor: Doctor) -> None:
     checks = [line[5:].partition(":")[0] for line in lines]
     assert checks == [
         *("configuration", "plan", "scheduler", "nodes", "time limit", "stop grace", "rendezvous host", "ports"),
-        *("shared folder", "room", "data", "clocks", "versions", "apex", "/dev/shm", "open files", "fabric"),
+        *("shared folder", "room", "data", "clocks", "versions", "apex", "/dev/shm", "open files", "cores", "fabric"),
     ]
     assert "6 pairs of 4 nodes" in lines[-1]
     assert not list(doctor.root.iterdir()), "nothing is left in run.root"

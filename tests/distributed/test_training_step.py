@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from moe_dist.comm.collectives import CommStats
+from moe_dist.monitor.metrics import group_metrics
 from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.optimizer import make_optimizer, split_parameters, step_count
 from moe_dist.parallel.mesh import make_mesh
@@ -118,3 +120,32 @@ def test_what_a_capacity_drops_is_counted_over_ranks_and_never_in_evaluation(
         assert result.ledger["pairs"] == result.counts.choices_LC[:, :true].sum() - dropped
         # The layer that sees the same input in both: every true choice is taken in evaluation.
         assert sum(first for _, first in ranks) == result.counts.choices_LC[0, :true].sum()
+
+
+def two_steps(rank: RankContext, layout: Layout) -> list[StepResult]:
+    """The same two micro-batches twice, without a change of the weights."""
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
+    comm_stats = CommStats()
+    parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
+    groups = split_parameters(parallel.model, weight_decay=0.0)
+    optimizer = make_optimizer(groups, backend="torch", lr=0.0, betas=(0.9, 0.95), eps=1e-8)
+    step = TrainingStep(
+        parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=None, comm_stats=comm_stats
+    )
+    batches = [batch_of(number, 0, 2 + 2 * rank.rank, 2) for number in range(2)]
+    return [step(batches, lr=0.0, aux=AuxSettings("null_averaged", 0.02, 1e-3)) for _ in range(2)]
+
+
+def test_a_capacity_factor_of_the_largest_load_in_a_micro_batch_drops_nothing(
+    run_in_world: Callable[..., list[Any]],
+) -> None:
+    layout = Layout(2, 1, "interleaved")
+    (first, free), (_, same) = run_in_world(2, two_steps, layout)
+    assert first.busiest_G.size == 0
+    assert (free.busiest_G == same.busiest_G).all()
+    needed = float(free.busiest_G.max())
+    used = group_metrics(free.counts.choices_LC, free.counts.tokens_LG, layout.groups)["capacity_used"]
+    assert (free.busiest_G >= used.max(0)).all(), "a micro-batch is less even than the step"
+    for factor, drops in ((needed, False), (0.8 * needed, True)):
+        (_, capped), _ = run_in_world(2, two_steps, replace(layout, capacity=factor))
+        assert (capped.counts.dropped_LE.sum() > 0) == drops

@@ -118,6 +118,10 @@ def test_a_run_goes_from_start_to_end(first: tuple[RunFolder, Path, str]) -> Non
     )
     assert not run.lease_json.exists()
     assert "\x1b" not in printed  # no terminal, no bar
+    assert "This run uses pinned placement, which sends " in printed
+    assert "This run's experts are pinned, which sends " in run.read_summary()
+    needed = [line["host"].get("needed_capacity_factor/text", 0.0) for line in lines(run, "step")]
+    assert (needed[0], min(needed[1:]) >= 1.0) == (0.0, True), "told with the next step"
 
 
 def test_a_finished_run_prints_its_summary_another_configuration_is_refused_and_more_steps_extend_it(

@@ -10,6 +10,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from moe_dist.__main__ import make_app
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
 
 FILES = {
@@ -27,6 +29,8 @@ FILES = {
     "texts/a.txt": "hello",
     "latin/a.txt": b"caf\xe9",
     "folder/x": "",
+    "runs/fe-one/x": "",
+    "unclosed.yaml": "a: [1, 2",
 }
 MISTAKES: tuple[tuple[str, int, str], ...] = (
     ("launch local x.yaml train.stpes=3", 78, "train.stpes: unknown key; did you mean train.steps?"),
@@ -37,8 +41,13 @@ MISTAKES: tuple[tuple[str, int, str], ...] = (
     ("launch local nope.yaml", 78, "cannot be read: No such file or directory; configs/ has"),
     ("launch local adamoe_moma_tiny", 78, "did you mean adamoe_moma_tiny_cpu?"),
     ("launch local folder", 78, "cannot be read: is a folder"),
-    ("launch local bad.yaml", 78, "bad.yaml: line 2, column 6 ('model: [')"),
-    ("launch local tab.yaml", 78, "tab.yaml: line 2, column 1"),
+    ("launch local bad.yaml", 78, "bad.yaml: line 2, column 6 ('model: ['): in the mapping that begins with { in line 1"),
+    (
+        "launch local unclosed.yaml",
+        78,
+        "unclosed.yaml: line 1, column 4 ('a: [1, 2'): the list that begins here with [ is not closed; add ]",
+    ),
+    ("launch local tab.yaml", 78, "tab.yaml: line 2, column 1 ('name: a'): no tab may stand before a key or value"),
     ("launch local twice.yaml", 78, "'run' is in line 1 and again in line 2; keep one"),
     ("launch local list.yaml", 78, "must be a mapping of sections (run, model, data, ...), got list"),
     ("launch local novalue.yaml", 78, "run.name=None: must be text"),
@@ -46,7 +55,8 @@ MISTAKES: tuple[tuple[str, int, str], ...] = (
     ("launch local x.yaml model.vocab_size=8", 78, "smaller than the data's 64 ids"),
     ("launch local x.yaml data.seq_len=4096", 78, "longer than model.max_seq_len=64; lower it, or raise max_seq_len"),
     ("launch local x.yaml --nproc 3", 78, "3 ranks: must be a positive multiple of parallel.ep=2"),
-    ("launch local x.yaml --nproc 0", 2, "greater than or equal to 1"),
+    ("launch local x.yaml --nproc 0", 2, "'0' must be greater than or equal to 1"),
+    ("launch local x.yaml --nproc two", 2, "'two' must be a whole number without unit or currency; write --nproc 2"),
     ("launch local x.yaml train.global_batch=7", 78, "take 4 or 8"),
     ("launch local x.yaml train.micro_batch=0", 78, "train.micro_batch=0: must be whole number, 1 or more"),
     ("launch local x.yaml model.moe.groups.text.top_k=99", 78, "lower top_k, or raise num_experts or num_null"),
@@ -102,8 +112,12 @@ MISTAKES: tuple[tuple[str, int, str], ...] = (
     ("verify runs/nope", 78, "contains no checkpoint"),
     ("inspect runs/nope", 78, "contains no checkpoint"),
     ("report runs/nope", 78, "neither a run (config.yaml and metrics.jsonl) nor a trace"),
+    ("report fe-onne", 78, "report: fe-onne: no such folder; did you mean runs/fe-one?"),
+    ("compare fe-onne fe-two", 78, "fe-onne: no such folder; did you mean runs/fe-one?"),
+    ("evaluate runs/fe-oen --tasks wordnet", 78, "did you mean runs/fe-one?"),
     ("compare runs/nope runs/other", 78, "give a run folder (runs/<name>) or its metrics.jsonl"),
     ("plan x.yaml --gpus 0", 78, "the range is empty; write the smaller number first"),
+    ("plan x.yaml --price $2.5", 2, "'$2.5' must be a number without unit or currency; write --price 2.5"),
     ("plan x.yaml --gpus 8 --trace nowhere", 78, "neither a run (config.yaml and metrics.jsonl) nor a trace"),
     ("calibrate --out rates.txt", 78, "the name must end with .yaml"),
 )
@@ -115,7 +129,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_dataset(folder / "data")
     write_config(tiny_config(folder / "data", folder / "runs"), folder / "x.yaml")
     for name, text in FILES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     (folder / "one").mkdir()
     Image.new("RGB", (32, 32)).save(folder / "one/a.png")
@@ -139,13 +153,39 @@ def test_a_mistake_is_told(line: str, code: int, words: str, folder: Path, monke
     assert made(folder) == before, "nothing is made of a wrong input"
 
 
-def test_one_rank_of_a_run_of_two_is_told_to_use_a_launcher(folder: Path) -> None:
-    command = [sys.executable, "-m", "moe_dist", "train", str(folder / "x.yaml")]  # a rank ends its process by itself
+def train_alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moe_dist", "train", *arguments]  # a rank ends its process by itself
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def test_one_rank_of_a_run_of_two_is_told_to_use_a_launcher(folder: Path) -> None:
+    done = train_alone(folder, "x.yaml")
     assert done.returncode == 78
     assert "1 ranks were started" in done.stderr
     assert "as `moe-dist launch local` does" in done.stderr
+
+
+def test_half_a_name_of_a_configuration_is_told_the_whole(folder: Path) -> None:
+    done = train_alone(folder, "adamoe_tiny")
+    assert done.returncode == 78
+    assert "configuration 'adamoe_tiny' cannot be read: No such file or directory" in done.stderr
+    assert "did you mean adamoe_moma_tiny_cpu?" in done.stderr
+
+
+def test_a_finished_run_that_is_asked_for_fewer_steps_says_so(tmp_path: Path, tiny_data: Path) -> None:
+    config = tiny_config(tiny_data, tmp_path / "runs")
+    path, run = write_config(config, tmp_path / "x.yaml"), RunFolder.of(config)
+    lease = run.open(config, RankEnv(0, 2, 0, 2, "file:///x", attempt=0, attempt_id="first"), wait_seconds=0.0)
+    assert run.write_status(verdict=0, reason="done", last_step=4, attempt_id="first")
+    run.write_summary("the old summary\n")
+    lease.release()
+    done = CliRunner().invoke(make_app(), ["launch", "local", str(path), "train.steps=3"])
+    assert done.exit_code == 0
+    assert "train.steps=3: " in done.stdout
+    assert "has already finished 4 steps, so there is nothing to do; to go on, set train.steps above 4" in done.stdout
+    assert "the old summary" not in done.stdout
+    assert "the old summary" in CliRunner().invoke(make_app(), ["launch", "local", str(path)]).stdout
 
 
 def test_a_python_without_the_packages_is_told() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from moe_dist.monitor.hints import busy_rank
 from moe_dist.monitor.metrics import divide, group_choices, group_metrics, rows_by_rank, weighted_rows
 from moe_dist.monitor.pictures import over_mean
-from moe_dist.monitor.report.routing import Routing
+from moe_dist.monitor.report.routing import Routing, total
 from moe_dist.monitor.routing_hints import ENOUGH, IDLE, WindowSums, busy_text, for_another_trainer, routing_hints
 
 NAMED = 6  # largest number of dead experts that a line of the report names
@@ -22,7 +22,7 @@ NAMED = 6  # largest number of dead experts that a line of the report names
 def problems(routing: Routing) -> list[str]:
     """Returns the faults that the rules of the hints find in the last recorded steps; empty for a healthy run."""
     window = routing.window
-    sums = WindowSums(*window[2:], steps=routing.window_steps, balance_coefficient=routing.balance_coefficient)
+    sums = WindowSums(*window[2:5], steps=routing.window_steps, balance_coefficient=routing.balance_coefficient)
     found = [*routing_hints(sums, routing.groups, routing.layers), *busy_rank(work_of_ranks(routing))]
     texts = [re.sub(r"; see [^;]*", "", hint.text) for hint in found]  # removes the references to TensorBoard
     texts += _starved_modalities(routing)
@@ -155,6 +155,13 @@ def _capacity(routing: Routing) -> Iterator[str]:
         )
     else:
         yield f"Capacity overflow: no pair was dropped; {most}."
+    whole = total(routing.frames)
+    if whole.needed_G.any():
+        group, most = routing.groups[int(whole.needed_G.argmax())], float(whole.needed_G.max())
+        yield (
+            f"Capacity factor: in a micro-batch of a rank in {whole.words}, an expert ({group.name}) takes {most:.2f} x an "
+            f"even share at most, so model.moe.capacity.factor={math.ceil(100 * most) / 100:.2f} drops nothing."
+        )
 
 
 def _dead(routing: Routing) -> Iterator[str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from moe_dist.errors import DataError
 from moe_dist.monitor.heatmaps import Axis
+from moe_dist.monitor.metrics import NEEDED
 from moe_dist.monitor.report.drawing import MOST_FRAMES
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.trace.foreign import NO_ID, ForeignTrace
@@ -28,13 +29,15 @@ MOST_TOKENS = 50_000  # largest number of tokens of a trace that a report reads,
 
 
 class Frame(NamedTuple):
-    """Routing counts summed over consecutive steps, int64 as in `Record.arrays`."""
+    """Routing counts summed over consecutive steps, int64 as in `Record.arrays`. `needed_G`, float64, is the largest
+    `StepResult.busiest_G` of these steps; 0 if records or trace do not have it."""
 
     first: int
     last: int
     choices_LC: np.ndarray
     tokens_LG: np.ndarray
     dropped_LG: np.ndarray
+    needed_G: np.ndarray
 
     @property
     def label(self) -> str:
@@ -154,15 +157,19 @@ def merged(frames: Sequence[Frame], most: int) -> tuple[Frame, ...]:
 
 def total(frames: Sequence[Frame]) -> Frame:
     """Returns the sum of consecutive frames."""
-    choices, tokens, dropped = ([getattr(frame, name) for frame in frames] for name in Frame._fields[2:])
-    return Frame(frames[0].first, frames[-1].last, np.sum(choices, 0), np.sum(tokens, 0), np.sum(dropped, 0))
+    choices, tokens, dropped, needed = ([getattr(frame, name) for frame in frames] for name in Frame._fields[2:])
+    sums = np.sum(choices, 0), np.sum(tokens, 0), np.sum(dropped, 0)
+    return Frame(frames[0].first, frames[-1].last, *sums, needed_G=np.max(needed, 0))
 
 
-def frames_of_records(path: Path, shape: tuple[int, int, int]) -> tuple[list[Frame], list[Frame], float]:
+def frames_of_records(
+    path: Path, shape: tuple[int, int, int], names: Sequence[str] = ()
+) -> tuple[list[Frame], list[Frame], float]:
     """Reads metrics.jsonl.
 
     Args:
         shape: Numbers of MoE layers, columns and groups of the model (L, C, G).
+        names: Names of the groups, to read `Frame.needed_G`.
 
     Returns:
         At most 2 x FRAMES frames, a frame for each of the last WINDOW steps, and the last coefficient of the balance loss.
@@ -174,7 +181,7 @@ def frames_of_records(path: Path, shape: tuple[int, int, int]) -> tuple[list[Fra
     frames: list[Frame] = []
     window: deque[Frame] = deque(maxlen=WINDOW)
     width, inside, coefficient = 1, 1, float("nan")  # width: records in a full frame; inside: records in the last frame
-    for frame, coefficient in _recorded(path, shape):  # noqa: B007  # the last coefficient is returned
+    for frame, coefficient in _recorded(path, shape, names):  # noqa: B007  # the last coefficient is returned
         window.append(frame)
         if inside < width:
             frames[-1], inside = total([frames[-1], frame]), inside + 1
@@ -189,7 +196,7 @@ def frames_of_records(path: Path, shape: tuple[int, int, int]) -> tuple[list[Fra
     return frames, list(window), coefficient
 
 
-def _recorded(path: Path, shape: tuple[int, int, int]) -> Iterator[tuple[Frame, float]]:
+def _recorded(path: Path, shape: tuple[int, int, int], names: Sequence[str]) -> Iterator[tuple[Frame, float]]:
     num_layers, columns, groups = shape
     shapes = {"choices_LC": (num_layers, columns), "tokens_LG": (num_layers, groups), "dropped_LG": (num_layers, groups)}
     try:
@@ -203,7 +210,10 @@ def _recorded(path: Path, shape: tuple[int, int, int]) -> Iterator[tuple[Frame, 
                             f"{shapes[name]} by config.yaml or {MANIFEST}; put back the files of one run"
                         )
                 coefficient = line["balance_coefficient"]  # null if another trainer wrote the file
-                yield Frame(line["step"], line["step"], **arrays), float("nan" if coefficient is None else coefficient)
+                needed = [line.get("host", {}).get(NEEDED + name, 0.0) for name in names] or [0.0] * groups
+                needed_G = np.array(needed, np.float64)
+                frame = Frame(line["step"], line["step"], **arrays, needed_G=needed_G)
+                yield frame, float("nan" if coefficient is None else coefficient)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not the records of a run ({error!r:.200}); restore the file") from error
 
@@ -223,7 +233,8 @@ def frames_of_trace(
         tokens_G = np.bincount(group_T, minlength=len(groups))
         dropped_LC = step.dropped()
         dropped_LG = np.stack([dropped_LC[:, group.experts].sum(1) for group in groups], axis=1)
-        frames[place] = Frame(number, number, step.choices(), np.tile(tokens_G, (layers, 1)), dropped_LG)
+        unknown = np.zeros(len(groups))  # a trace does not tell the micro-batches of a rank
+        frames[place] = Frame(number, number, step.choices(), np.tile(tokens_G, (layers, 1)), dropped_LG, unknown)
     return [frames[place] for place in spaced], [frames[place] for place in window]
 
 

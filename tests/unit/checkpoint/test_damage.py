@@ -24,6 +24,7 @@ from moe_dist.plan.preflight import data_set_problems
 from tests.support.damage import KINDS, damage
 from tests.support.fake_ranks import load_all, save_all
 from tests.support.small_run import SmallRun
+from tests.support.special_files import SPECIAL, at_once
 from tests.support.tiny import tiny_dataset
 
 SEED = 20_260_726
@@ -66,14 +67,16 @@ def test_the_undamaged_one_is_fine(good: Path) -> None:
     assert [each.rank_values for each in restored] == [{"generators": {"torch": f"{rank:02x}"}} for rank in range(RANKS)]
 
 
+@pytest.mark.parametrize("kind", SPECIAL)
 @pytest.mark.parametrize("name", FILES)
-def test_nobody_waits_for_the_writer_of_a_fifo(good: Path, tmp_path: Path, name: str) -> None:
+def test_a_special_file_is_refused_by_name_within_a_second(good: Path, tmp_path: Path, name: str, kind: str) -> None:
     folder = shutil.copytree(good / "step_4", tmp_path / "step_4")
     (folder / name).unlink()
-    os.mkfifo(folder / name)
-    found = verify(folder)[1]
+    SPECIAL[kind](folder / name)
+    with at_once():
+        found = verify(folder)[1]
     assert any(problem.file == name and "is no regular file" in problem.detail for problem in found), found
-    with pytest.raises(DataError, match=name):
+    with at_once(), pytest.raises(DataError, match=name):
         load_all(states(good, 1), folder)
 
 

@@ -1,6 +1,6 @@
-"""A FIFO in place of a file of a data set: the file is named, and nobody waits for a writer."""
+"""A FIFO or a device in place of a file of a data set: the file is named, and nobody waits for a writer, or reads without
+end."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pytest
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.plan.preflight import check
 from moe_dist.train.build import build_loader
+from tests.support.special_files import SPECIAL, at_once
 from tests.support.tiny import tiny_config
 
 FILES = [
@@ -23,11 +24,12 @@ FILES = [
 ]
 
 
+@pytest.mark.parametrize("kind", ["fifo", "device"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_fifo_is_refused_by_name(tiny_data: Path, tmp_path: Path, name: str) -> None:
+def test_a_special_file_is_refused_by_name_within_a_second(tiny_data: Path, tmp_path: Path, name: str, kind: str) -> None:
     data = shutil.copytree(tiny_data, tmp_path / "data")
     (data / name).unlink()
-    os.mkfifo(data / name)
+    SPECIAL[kind](data / name)
     config = tiny_config(data, tmp_path / "runs")
-    with pytest.raises((ConfigError, DataError), match=name):
+    with at_once(), pytest.raises((ConfigError, DataError), match=name):
         build_loader(config, check(config).manifest, rank=0, world_size=1).batches(0)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moe_dist.doctor.check_result import CheckResult, Level
-from moe_dist.doctor.node_checks import Needs, answered_at, check_nodes
+from moe_dist.doctor.node_checks import Needs, answered_at, check_cores, check_nodes
 from moe_dist.doctor.node_facts import NO_LIMIT, NodeFacts
 
 GIB = 1 << 30
@@ -114,3 +114,21 @@ def test_of_the_submitting_node_only_folders_are_checked() -> None:
     problems = [result for result in check_nodes(nodes, NEEDS, here=here) if result.is_problem]
     assert len(problems) == 1
     assert "cannot be written on login" in problems[0].text
+
+
+@pytest.mark.parametrize(
+    ("cores", "level", "text"),
+    [
+        (8, Level.OK, "cores: 8 or more for 8 ranks on all 2 nodes"),
+        (6, Level.WARNING, "cores: n1 has 6 cores for 8 ranks, so ranks take turns and steps are slow; lower parallel.ep"),
+        (None, Level.OK, "cores: 16 or more for 8 ranks on all 2 nodes"),
+    ],
+)
+def test_more_ranks_than_cores_are_a_warning(cores: int | None, level: Level, text: str) -> None:
+    result = check_cores([replace(GOOD, node="n0", cores=16), replace(GOOD, node="n1", cores=cores)], NEEDS)
+    assert result.level is level
+    assert str(result).startswith(text)
+
+
+def test_unknown_cores_are_a_note() -> None:
+    assert check_cores([GOOD], NEEDS).level is Level.NOTE

@@ -5,9 +5,7 @@ import io
 import json
 import os
 import pwd
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import read_holder
 from moe_dist.runtime.run_folder import RunFolder, Start
 from tests.support.messages import refused
+from tests.support.special_files import SPECIAL, at_once
 from tests.support.tiny import tiny_config
 
 ENV = RankEnv(0, 1, 0, 1, "tcp://x", attempt=0, attempt_id="first")
@@ -51,19 +50,10 @@ def endless(path: Path) -> None:
 
 
 PLANTED: dict[str, Callable[[Path], None]] = {
-    "fifo": os.mkfifo,
-    "device": lambda path: path.symlink_to("/dev/zero"),
+    **SPECIAL,
     "endless": endless,
     "bomb": bomb,
 }
-
-
-@contextmanager
-def at_once() -> Iterator[None]:
-    """The block takes less than a second of this process's time."""
-    began = time.process_time()
-    yield
-    assert time.process_time() - began < 1.0
 
 
 @pytest.fixture

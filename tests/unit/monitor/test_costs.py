@@ -65,7 +65,7 @@ def test_the_console_shows_how_many_times_this_run_a_method_sends(placement: Exp
     assert "1.50" in shown
     assert "4.00" in shown
     assert ("not possible" in shown) == (placement is UNEVEN)
-    assert "Mean of the last 2 steps of 50 tokens" in shown
+    assert "Mean of the last 2 steps of 50 tokens" in " ".join(shown.split())
     assert "Not timed: 4 ranks share 2 cores." in " ".join(shown.split())
 
 
@@ -73,4 +73,24 @@ def test_tensorboard_gets_the_table_as_markdown() -> None:
     lines = costs_markdown(table()).splitlines()
     assert lines[0] == "| method | one row per | rows | MB | x this run | seconds |"
     assert lines[2] == "| this run: experts pinned | token and rank | 200 | 0.01 | 1.00 | 0.250 |"
-    assert (len(lines), lines[7], lines[8][:26]) == (9, "", "Mean of the last 2 steps o")
+    assert (len(lines), lines[7]) == (9, "")
+    placed = "This run's experts are pinned, which sends 33.3% fewer rows than interleaved would. Mean of the last 2 steps "
+    assert lines[8].startswith(placed)
+
+
+@pytest.mark.parametrize(
+    ("counted", "words"),
+    [
+        ({"pinned": 400, "interleaved": 400}, "as many rows as interleaved would."),
+        ({"pinned": 400, "interleaved": 320}, "25.0% more rows than interleaved would."),
+        ({"pinned": 400, "interleaved": 0}, "more rows than interleaved would."),
+        ({"pinned": 400, "a": 500, "b": 800}, "20.0% fewer rows than a would and 50.0% fewer rows than b would."),
+    ],
+)
+def test_the_run_says_how_its_placement_compares(counted: dict[str, int], words: str) -> None:
+    found = cost_table([result(100), result(300)], PINNED, "pinned", counted, untimed="")
+    assert found.placed == f"This run's experts are pinned, which sends {words} "
+
+
+def test_a_run_without_another_placement_compares_none() -> None:
+    assert cost_table([result(0)], PINNED, "pinned", {"pinned": 0}, untimed="").placed == ""

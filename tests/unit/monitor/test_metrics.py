@@ -108,6 +108,7 @@ def test_a_case_by_hand() -> None:
         epochs={"text": 0.5},
         flops_per_token=1e3,
         memory_W3=np.array([[10.0, 12.0, 5.0], [30.0, 35.0, 0.0], [20.0, 40.0, 1.0]]),
+        busiest_G=np.array([2.5, 0.0]),
     )
     readings = {"device/utilisation": 50.0, "device/power": None, "cpu_percent": 7.0}
     record = build_record(
@@ -166,6 +167,7 @@ def test_a_case_by_hand() -> None:
         "largest_unused_mib": 20.0,
         "largest_unused_mib_rank": 2,
         "mfu_peak": "1e-06 TFLOP/s of all ranks (NVIDIA X1)",
+        "needed_capacity_factor/text": 2.5,
     }
     assert record.labels == {"text": 10, "image": 0}
 

@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 
+from moe_dist.config.parallel_schema import PinnedSection
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.plan.planner import compare, expected_plan, experts_text, group_shares, render
+from moe_dist.plan.planner import PlanComparison, compare, expected_plan, experts_text, group_shares, render, verdict
+from moe_dist.plan.policies import make_placement
 
 TEXT = ExpertGroup("text", 3, 2, 2, 10, 0, ("text",))
 IMAGE = ExpertGroup("image", 2, 1, 2, 20, 3, ("image",))
@@ -56,54 +58,78 @@ def even(n: int, first: int, name: str) -> ExpertGroup:
     return ExpertGroup(name, n, 0, 2, 10, first, (name,))
 
 
-def test_pinned_sends_fewer_rows_and_suffers_from_a_skewed_mix() -> None:
+def words_of(comparison: PlanComparison, chosen: int = 0, itemsize: int = 2) -> str:
+    """The verdict on one of the two plans."""
+    others = [plan for n, plan in enumerate(comparison.plans) if n != chosen]
+    return verdict(comparison.plans[chosen], others, comparison.missing, itemsize=itemsize)
+
+
+def test_a_skewed_mix_gives_the_pinned_ranks_uneven_work_and_fewer_rows() -> None:
     of = (even(4, 0, "text"), even(4, 4, "image"))
     comparison = compare(of, 4, {"text": 900, "image": 100})
     pinned, interleaved = comparison.plans
     assert (pinned.name, interleaved.name) == ("pinned", "interleaved")
-    assert comparison.least_traffic is pinned
-    assert comparison.fastest_compute is interleaved
-    words = comparison.verdict()
-    assert "interleaved has 44.4% less work" in words  # 0.25 against 0.9 x 2/4 of the tokens' rows
-    assert "interleaved wins" in words
+    rows = 1 - pinned.remote_rows_per_token / interleaved.remote_rows_per_token
+    assert rows > 0
+    start = f"This run uses pinned placement, which sends {rows:.1%} fewer rows than interleaved; "
+    assert words_of(comparison).startswith(start + "its busiest rank has 80.0% more work")  # 0.9 x 2/4 of the rows, not 1/4
+    assert f"which sends {rows / (1 - rows):.1%} more rows than pinned; its busiest rank has 44.4% less work" in words_of(
+        comparison, 1
+    )
 
 
-def test_pinned_can_win_altogether() -> None:
-    of = (even(4, 0, "text"), even(4, 4, "image"))
-    comparison = compare(of, 4, {"text": 500, "image": 500})
-    assert comparison.fastest_compute is None  # equal
-    assert comparison.verdict().endswith("pinned wins")
-    assert "busiest rank: both equal" in comparison.verdict()
+def test_an_even_mix_makes_the_work_equal() -> None:
+    comparison = compare((even(4, 0, "text"), even(4, 4, "image")), 4, {"text": 500, "image": 500})
+    assert words_of(comparison).endswith(" fewer rows than interleaved; its busiest rank has no more work.")
 
 
-def test_the_trade_between_work_and_wire() -> None:
+@pytest.mark.parametrize(
+    ("chosen", "than"), [(0, "interleaved where a rank's link moves less"), (1, "pinned where a rank's link moves more")]
+)
+def test_the_trade_between_work_and_wire(chosen: int, than: str) -> None:
     """By hand: time of a token on the busiest rank is 6 D load / flops + 2 D itemsize rows / bandwidth."""
     of = (ExpertGroup("text", 3, 1, 2, 16, 0, ("text",)), ExpertGroup("image", 2, 2, 2, 24, 3, ("image",)))
-    mix = {"text": 2820, "image": 1536}
-    pinned, interleaved = compare(of, 2, mix).plans
+    comparison = compare(of, 2, {"text": 2820, "image": 1536})
+    pinned, interleaved = comparison.plans
     work = 6 * (max(pinned.load_R) - max(interleaved.load_R))
     wire = 2 * 2 * (max(interleaved.remote_R) - max(pinned.remote_R))
     assert work > 0
     assert wire > 0
-    words = compare(of, 2, mix).verdict(itemsize=2)
-    assert f"interleaved wins where a rank's link moves more than {wire / work * 1000:.3g} GB/s for each TFLOP/s" in words
-    assert words.endswith("pinned below that")
+    bound = f" than {wire / work * 1000:.3g} GB/s for each TFLOP/s it computes."
+    assert words_of(comparison, chosen).endswith(f"; it is faster than {than}{bound}")
 
 
 def test_no_trade_where_the_busiest_receiver_is_no_busier() -> None:
     of = (even(5, 0, "text"), even(3, 5, "image"))
-    assert "its busiest receiver has no more rows" in compare(of, 4, {"text": 6, "image": 4}).verdict()
+    assert "faster" not in words_of(compare(of, 4, {"text": 6, "image": 4}))
 
 
 def test_what_cannot_be_is_said() -> None:
     comparison = compare((TEXT, IMAGE), 1, MIX)
     assert [plan.name for plan in comparison.plans] == ["interleaved"]
-    assert "pinned is not possible" in comparison.verdict()
-    assert "raise parallel.ep" in comparison.verdict()
+    assert words_of(comparison).startswith("This run uses interleaved placement. Pinned is not possible: ")
+    assert "raise parallel.ep" in words_of(comparison)
 
 
 def test_one_group_is_the_same_either_way() -> None:
-    assert compare((even(8, 0, "text"),), 4, {}).verdict() == "busiest rank: both equal; exchange: both equal"
+    comparison = compare((even(8, 0, "text"),), 4, {})
+    same = "This run uses pinned placement, which sends no more rows than interleaved; its busiest rank has no more work."
+    assert words_of(comparison) == same
+    shown = render(comparison, comparison.plans[0].placement, {}, policy="pinned")
+    assert shown.splitlines()[-1] == "This run uses pinned placement."
+
+
+def test_another_pinned_placement_is_compared_by_name() -> None:
+    of = (even(4, 0, "text"), even(4, 4, "image"))
+    placement = make_placement(
+        PinnedSection.model_validate({"groups": {"text": {"ranks": (0,)}, "image": {"ranks": (1, 2, 3)}}}),
+        of,
+        num_ranks=4,
+        token_mix={},
+    )
+    words = " ".join(render(compare(of, 4, {}), placement, {}, policy="pinned").split())
+    assert "than pinned with ranks for this mix; its busiest rank has 100.0% more work" in words
+    assert "It sends " in words
 
 
 def test_renders_without_a_terminal() -> None:

@@ -1,6 +1,7 @@
 """The command, on this machine."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,17 @@ def test_a_save_that_takes_longer_than_a_stop_may(config: Path, tmp_path: Path) 
     assert line.startswith(
         "WARN stop grace: 300 s until the launcher kills (--grace), but the last saves took up to 400.0 s"
     )
+
+
+def test_more_ranks_than_cores_are_one_line_with_the_fix(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    wide = ("parallel.ep=2", "parallel.edp=2", "train.global_batch=8")
+    code, lines = says(config, *wide)
+    assert code == 1
+    (line,) = problems(lines)
+    assert re.fullmatch(r"WARN cores: \S+ has 3 cores for 4 ranks, .*; lower parallel\.ep or parallel\.edp, .*", line)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    assert (says(config, *wide)[0], problems(says(config, *wide)[1])) == (0, [])
 
 
 def test_relative_paths_are_no_paths_for_a_job_of_ray(config: Path) -> None:

@@ -1,6 +1,7 @@
 """The command: what it reads of a run or a trace, and the bad input that it refuses before anything is written."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -335,3 +336,29 @@ def test_a_run_without_trace_and_checkpoint(run: Path, manifest: Manifest) -> No
     with refused(DataError, "neither a checkpoint nor a trace"):
         open_routing(run)
     assert asdict(manifest)["split"] == "training"
+
+
+def test_the_report_is_in_the_folder_of_its_subject(
+    run: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_trace(tmp_path / "theirs" / "a", manifest, range(1, 3))
+    for subject in (run, run / "trace", tmp_path / "theirs"):
+        before = set(tmp_path.rglob("*.html"))
+        done = call(subject)
+        assert done.exit_code == 0, done.output
+        assert set(tmp_path.rglob("*.html")) - before == {subject / "report.html"}
+        assert done.stdout.splitlines()[-1].startswith(f"{subject / 'report.html'}: ")
+
+
+def test_the_report_on_a_folder_of_others_is_in_the_current_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("tools.report.os.access", lambda path, mode, **_: Path(path) != run or not mode & os.W_OK)
+    done = call(run)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-1].startswith("report.html: ")
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["report.html"]
+    assert not (run / "report.html").exists()

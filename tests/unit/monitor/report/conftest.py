@@ -42,7 +42,7 @@ def draw_routing(
                 ids_TLK[rows, layer, : group.top_k] = columns[np.argsort(-noisy_TC, axis=1)[:, : group.top_k]]
         counts = [np.bincount(ids_TLK[:, layer].ravel() + 1, minlength=first_null[-1] + 1)[1:] for layer in range(layers)]
         tokens_LG = np.tile(np.bincount(modality_T, minlength=len(groups)), (layers, 1))
-        frames.append(Frame(step, step, np.stack(counts), tokens_LG, np.zeros_like(tokens_LG)))
+        frames.append(Frame(step, step, np.stack(counts), tokens_LG, np.zeros_like(tokens_LG), np.zeros(len(groups))))
     return Routing(
         name="runs/made <b>",
         source="made up",

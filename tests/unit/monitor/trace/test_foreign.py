@@ -168,7 +168,7 @@ def test_the_report_of_another_system(tmp_path: Path) -> None:
     app.command()(main)
     collapsed = np.tile([3, 5], (400, 3, 1))
     np.save(tmp_path / "sick.npy", collapsed)
-    done = CliRunner().invoke(app, [str(tmp_path / "sick.npy"), "--experts", "8", "-o", str(out)])
+    done = CliRunner().invoke(app, [str(tmp_path / "sick.npy"), "--experts", "8"])
     assert done.exit_code == 0, done.output
     assert "Routed expert 3 takes 100% of its group&#x27;s tokens in layer 0" in out.read_text()
 
