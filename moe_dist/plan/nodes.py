@@ -42,8 +42,8 @@ def pack(
     demand_of_position: Sequence[Demand], *, edp: int, capacity: int, domain_nodes: int | None, stage: int | None = None
 ) -> list[tuple[Demand, tuple[int, ...]]]:
     """Assigns ranks to nodes, one block of EP groups after the other. A block has as many EP groups as fit into a domain of
-    fast interconnect; without domains, all EP groups are one block. If pipeline stages fit into a domain, a block has whole
-    stages only.
+    fast interconnect; without domains, all EP groups are one block. If a domain has room for a whole pipeline stage, no
+    stage is split between two blocks of EP groups.
 
     Args:
         demand_of_position: Demand of each position in an EP group.

@@ -202,8 +202,8 @@ class TopKRouter(nn.Module):
                 dropped_C = self._count(chosen.column_TK, dropped_TK, masked_TC.shape[1])
                 sums = sums._replace(dropped_E=dropped_C[: self.num_experts])
             free_TF = self._free_weights(weight_TK, chosen)
-        # Without capacity and zero-computation experts, `_weights` has set the weights of all choices but those of true
-        # experts to 0.
+        # If the router drops no choice and has no zero-computation experts, `_weights` has already set the weights of null
+        # choices and of padding to 0.
         whole = taken_TK is chosen.true_TK and free_TF is None
         token_T = torch.arange(h_TD.shape[0], device=h_TD.device)
         assignments = Assignments(
