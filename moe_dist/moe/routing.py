@@ -107,6 +107,7 @@ class Routing(NamedTuple):
         prob_AC: Probabilities of the probe tokens, 0 in columns of other groups than the token's; fp32 with gradient. None
             without probe tokens.
         chosen: Each token's choices, if the request asks for them.
+        logits_TC: Logits with gradient, for the next layer; None unless its router adds them to its own.
     """
 
     assignments: Assignments
@@ -114,6 +115,7 @@ class Routing(NamedTuple):
     zero_weight_TF: Tensor | None = None
     prob_AC: Tensor | None = None
     chosen: ChosenColumns | None = None
+    logits_TC: Tensor | None = None
 
 
 class DepthSums(NamedTuple):
@@ -153,6 +155,7 @@ class LayerReport(NamedTuple):
         prob_AC, chosen: See `Routing`.
         late_TD: Output [T, D] that the transformer adds after the next layer; None without a shortcut, and in the
             transformer's reports.
+        logits_TC: See `Routing`; None in the transformer's reports.
     """
 
     sums: RouterSums
@@ -164,6 +167,7 @@ class LayerReport(NamedTuple):
     members_G: Tensor | None = None
     prob_AC: Tensor | None = None
     chosen: ChosenColumns | None = None
+    logits_TC: Tensor | None = None
     late_TD: Tensor | None = None
 
 
@@ -202,6 +206,7 @@ class RoutingRequest:
         keep_choices: If true, the reports contain each token's choices as `chosen`.
         on_reports: The transformer calls it once with the reports of all MoE layers, before the output layer. Training
             starts the sum of routing counts there.
+        previous_TC: `LayerReport.logits_TC` of the MoE layer before. The transformer sets it for each layer.
     """
 
     batch_info: GlobalBatchInfo | None = None
@@ -210,6 +215,7 @@ class RoutingRequest:
     experts_off: bool = False
     keep_choices: bool = False
     on_reports: "Callable[[Sequence[LayerReport]], None] | None" = None
+    previous_TC: Tensor | None = None
 
 
 NO_REQUEST = RoutingRequest()
@@ -242,6 +248,8 @@ class RoutingCache:
     choice_TK: Tensor | None = None  # the columns that each token chose, under token choice
     kept_TK: Tensor | None = None  # which of them a token takes, where their number depends on the token
     number_T: Tensor | None = None  # predicted number of choices, with gradient; each forward computes it anew
+    previous_TC: Tensor | None = None  # the request's
+    logits_TC: Tensor | None = None  # with gradient; only while the router runs
     dropped_TK: Tensor | None = None
     batch_info: GlobalBatchInfo | None = None
     probe_tokens_A: Tensor | None = None

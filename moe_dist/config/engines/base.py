@@ -18,6 +18,7 @@ class EngineSection(Section):
     source: ClassVar[str] = ""  # how to install them
     dense_text: ClassVar[str] = "dense ones on every rank"  # which ranks hold the weights that are not experts
     own_kernels: ClassVar[bool] = True  # whether dense parts run this project's kernels (parallel.kernels)
+    passes_logits: ClassVar[bool] = True  # whether a layer gets the router logits of the layer before
     planned: ClassVar[bool] = False  # whether `moe-dist plan` simulates its steps; else see tools.plan.LISTS
 
     def data_ranks(self, parallel: "ParallelSection") -> int:
