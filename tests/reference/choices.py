@@ -13,5 +13,5 @@ def choice_loss_reference(h_D: Tensor, weight_VD: Tensor, choices: Sequence[int]
     shares = [(each - top).exp() for each in logits]  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
     total = sum(shares)
     loss = -(shares[0] / total).log()  # pyright: ignore[reportAttributeAccessIssue]
-    assert math.isfinite(float(loss))
+    assert math.isfinite(float(loss.detach()))
     return loss

@@ -72,7 +72,7 @@ class RouterSection(Section):
         return {}
 
     def further_parameters(self, columns: int) -> int:
-        """Number of parameters besides rows and biases, of a group with so many columns, in each MoE layer but the first."""
+        """Number of parameters besides rows and biases, of a group with so many columns, in MoE layers but the first."""
         return 0
 
     def equal_score(self, group: Any) -> float:

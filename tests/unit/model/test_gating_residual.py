@@ -20,7 +20,7 @@ from tests.support.tiny import IMAGE_IDS, tiny_config
 
 CHANGES: dict[str, Any] = {  # MoE layers 1, 3 and 5, with dense layers between them
     "model.num_layers": 6, "model.moe.every": 2, "model.moe.first": 1, "model.dense_ffn_dim": 20,
-    "model.moe.router": {"kind": "gating_residual"}, "placement": {"policy": "interleaved"},
+    "model.moe.router": {"kind": "gating_residual", "normalise": "none"}, "placement": {"policy": "interleaved"},
 }  # fmt: skip
 
 

@@ -22,8 +22,11 @@ def made(groups: tuple[ExpertGroup, ...], *, bias: bool = False) -> list[GatingR
     routers = [GatingResidualRouter(D, groups, place=place, selection_bias=bias).double() for place in range(LAYERS)]
     with torch.no_grad():
         for router in routers:
-            for tensor in [*router.parameters(), *(b for name, b in router.named_buffers() if name.endswith("bias"))]:
-                tensor.copy_(torch.randn(tensor.shape, dtype=torch.double, generator=rng))
+            for name, tensor in [*router.named_parameters(), *router.named_buffers()]:
+                if not tensor.is_floating_point():
+                    continue
+                drawn = torch.randn(tensor.shape, dtype=torch.double, generator=rng)
+                tensor.copy_(0.1 * drawn if name.endswith("bias") else drawn)
     return routers
 
 
