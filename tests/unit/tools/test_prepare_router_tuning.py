@@ -65,8 +65,9 @@ def test_success_is_what_the_evaluation_says(prepared: Path, plain_run: Path, wo
     assert {(line["task"], line["id"]): line["right"] for line in lines} == wanted
     manifest = load_tuning_manifest(prepared)
     assert manifest.right == sum(wanted.values()) == sum(line["right"] for line in lines[: manifest.right])
-    samples = [Samples(prepared).sample(number) for number in range(16)]
-    assert manifest.told == sum(each.choices[0] == each.answer[0] for each in samples) > 0
+    # This small tokenizer writes the space before a choice as a token of its own: no first token tells choices apart.
+    assert len({int(Samples(prepared).sample(number).answer[0]) for number in range(16)}) == 1
+    assert (manifest.choices, manifest.told) == (1, 0)
 
 
 def test_embeddings_are_of_the_questions_with_their_choices(prepared: Path, embedder: Path) -> None:
