@@ -147,6 +147,10 @@ def _show(options: PrepareOptions, manifest: TuningManifest) -> None:
     if not manifest.right:
         print("no question is right: only router_tuning.filter_by_success=false, or weight=0, can use these samples")
     print(
+        f"{manifest.told:,} of {manifest.samples:,} right choices have a first token that no wrong one has; only these are "
+        "labels with router_tuning.objective=choices"
+    )
+    print(
         f"{options.out}: {manifest.samples:,} samples of at most {manifest.longest} tokens (data.seq_len), routing of the "
         f"layers {', '.join(map(str, manifest.layers))}"
     )

@@ -184,6 +184,11 @@ def two_batch_violations(config: WholeConfig) -> Iterator[Violation]:
             f"with {model.moe.router.name} a token's experts depend on its micro-batch; take kind=top_k or group_limited",
         ),
         (
+            model.moe.router.needs_previous,
+            "model.moe.router.kind",
+            f"with {model.moe.router.name} a layer needs the logits of the layer before; take kind=top_k or group_limited",
+        ),
+        (
             model.moe.shortcut,
             "model.moe.shortcut",
             "the output of experts is added behind the next layer of its half; set model.moe.shortcut to false",

@@ -1,11 +1,13 @@
 """Reads and checks the folder of samples for router tuning. The folder has S samples, routed in L layers of C router
-columns.
+columns. A sample's question has at most K choices.
 
     manifest.json      run, checkpoint, embedder, tasks; shapes and digests of the files
     tokens.npy         int32 [tokens], the samples one after the other: prompt, then right answer
     lengths.npy        int32 [S, 2], tokens of each sample's prompt and answer
     embeddings.npy     float32 [S, width], embedding of each question
     routing.npy        float32 [S, L, C], each router's softmax at the prompt's last token
+    choices.npy        int32 [S, K], different first tokens of the question's choices, that of the right one first, then -1;
+                       all -1 if a wrong choice begins with the right one's token. Folders of older versions lack it
     questions.jsonl    task, id, text and success of each sample; no program reads it
 
 Samples that the run answered correctly come first, so that an index of these samples covers the first rows of each array.
@@ -29,6 +31,7 @@ ARRAYS: Mapping[str, type[np.generic]] = {
     "lengths.npy": np.int32,
     "embeddings.npy": np.float32,
     "routing.npy": np.float32,
+    "choices.npy": np.int32,
 }
 _AGAIN = "prepare the folder again"
 _MAX_BYTES = 1 << 24  # largest size of a manifest that is read; a valid manifest has a few kilobytes
@@ -65,17 +68,21 @@ class TuningManifest(_Stored):
     layers: tuple[_Size, ...]  # indices of the L transformer layers with stored routing
     columns: _Size  # number C of router columns in a layer
     width: _Size  # width of an embedding
+    # number K of places for first tokens of choices; None in a folder without them, which an older version made
+    choices: Annotated[int, Field(ge=1)] | None = None
+    told: _Size = 0  # number of samples whose right choice has a first token of its own
     options: dict[str, JsonValue]  # how the questions were chosen and asked: side, seed, rotations, measure
     digests: dict[str, str]  # digest of each file, by file name
 
     def shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """Returns the required shape of each array file; None stands for any length."""
-        return {
+        """Returns the required shape of each array file that the folder has; None stands for any length."""
+        shapes = {
             "tokens.npy": (None,),
             "lengths.npy": (self.samples, 2),
             "embeddings.npy": (self.samples, self.width),
             "routing.npy": (self.samples, len(self.layers), self.columns),
         }
+        return shapes if self.choices is None else {**shapes, "choices.npy": (self.samples, self.choices)}
 
 
 def load_tuning_manifest(folder: str | Path) -> TuningManifest:
@@ -115,7 +122,7 @@ def file_problems(folder: str | Path, manifest: TuningManifest) -> list[str]:
     """Returns an error text for each file that is missing, changed, or of another shape than in the manifest. Reads at most
     4 MiB of each file."""
     folder, problems = Path(folder), []
-    for name in (*ARRAYS, "questions.jsonl"):
+    for name in (*manifest.shapes(), "questions.jsonl"):
         path = folder / name
         try:
             found = sampled_digest(path)

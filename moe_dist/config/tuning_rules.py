@@ -34,7 +34,11 @@ def check_tuning_data(config: Config, data: Manifest | None, data_problems: list
         data_problems += error.problems
         return []
     data_problems += file_problems(section.data, manifest)
-    problems = [*model_problems(config, manifest), *_member_problems(section, manifest)]
+    problems = [
+        *model_problems(config, manifest),
+        *_member_problems(section, manifest),
+        *_choice_problems(section, manifest),
+    ]
     if data is not None:
         problems += _tokenizer_problems(config, data, manifest)
     lost = sorted(set(section.chosen_layers(config.model.moe_layers)) - set(manifest.layers))
@@ -104,3 +108,21 @@ def _member_problems(section: RouterTuningSection, manifest: TuningManifest) -> 
     of = "successful samples" if section.filter_by_success else "samples"
     fewer = f"lower {KEY}.neighbours.k, or " if wanted > 1 and members > 1 else ""
     return [f"it has {members} {of}, but {KEY}.neighbours needs more than {wanted}; {fewer}prepare more questions"]
+
+
+def _choice_problems(section: RouterTuningSection, manifest: TuningManifest) -> list[str]:
+    """Checks that the samples have the choices that the objective tells apart."""
+    if section.over_vocabulary:
+        return []
+    objective = f"{KEY}.objective={section.objective}"
+    if manifest.choices is None:
+        return [
+            f"has no choices.npy, the first tokens of the questions' choices, which {objective} needs: an older version "
+            f"prepared it; prepare it again, or set {KEY}.objective=tokens"
+        ]
+    if manifest.told:
+        return []
+    return [
+        f"{objective} has nothing to train: in each of the {manifest.samples} questions a wrong choice begins with the "
+        f"token of the right one; take other --tasks, or set {KEY}.objective=tokens"
+    ]

@@ -39,6 +39,9 @@ class RouterTuningSection(Section):
     )
     layers: tuple[Count, ...] = ()
     """Indices of the layers whose routers are trained; overrides last_layers."""
+    objective: Literal["tokens", "choices"] = "tokens"
+    """Cross entropy that trains routers. tokens: of each token of the right answer, over the whole vocabulary. choices: of
+    the right answer's first token, over the first tokens of the question's choices alone, as in the code of RoMA."""
     regulariser: Literal["manifold", "l2"] = "manifold"
     """Target of a sample's routing: manifold is the routing of its neighbours (RoMA), l2 is its own routing before the
     first step."""
@@ -59,6 +62,11 @@ class RouterTuningSection(Section):
     routing."""
     embedder: str | None = None
     """First digits of the SHA-256 of the embedder with which the data must be made. null accepts any embedder."""
+
+    @property
+    def over_vocabulary(self) -> bool:
+        """Whether the loss needs the logits of the whole vocabulary."""
+        return self.objective == "tokens"
 
     def chosen_layers(self, moe_layers: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the indices of the transformer layers whose routers are trained, in order."""

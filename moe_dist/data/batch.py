@@ -44,6 +44,11 @@ class Batch:
         moved = zip(order, packed, strict=True)
         return Batch(**{name: each.view(tensors[name].dtype).view(tensors[name].shape) for name, each in moved})
 
+    def choices(self) -> torch.Tensor | None:
+        """Returns the words among which the labels of each sequence are told apart, int64 [B, K] as in
+        `model.objective.Choices`; None for all words of the vocabulary."""
+        return None
+
     @property
     def num_tokens(self) -> int:
         """Returns the number of tokens that are not padding. On a GPU this costs a host sync."""

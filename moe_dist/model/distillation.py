@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_dist.model.layers import token_losses
+
 
 @dataclass(frozen=True)
 class TeacherOutput:
@@ -21,6 +23,11 @@ class TeacherOutput:
 
     log_prob_BSK: Tensor  # fp32 (float64 for a float64 model)
     word_BSK: Tensor | None = None  # int64, K < V different words; None: all words in order (K = V)
+
+    def losses(self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> Tensor:
+        """Returns cross entropies and divergences [2, B, S]; see `moe_dist.model.objective`."""
+        logits_BSV = F.linear(x_BSD, weight_VD.to(x_BSD.dtype))
+        return torch.stack([token_losses(logits_BSV, labels_BS), divergences(logits_BSV, self, labels_BS)])
 
 
 def divergences(logits_BSV: Tensor, teacher: TeacherOutput, labels_BS: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Shape letters: B sequences, S positions, T = B x S tokens, D hidden size, V voca
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from moe_dist.model.attention import Attention, AttentionMask, CausalAttention, make_mask
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import KeyValueCache, LayerCache
-from moe_dist.model.distillation import TeacherOutput, divergences
 from moe_dist.model.layers import Embedding, ModelArgs, Projection, RMSNorm, SwiGLU, rotary_table, token_losses
 from moe_dist.model.mixture_of_depths import DepthRouter, slot_documents
+from moe_dist.model.objective import Objective
 from moe_dist.model.token_loss import tiled_token_losses
 from moe_dist.model.two_batches import run_layers
 from moe_dist.moe.layer import MoELayer
@@ -108,7 +109,7 @@ class Transformer(nn.Module):
         group_BS: Tensor,
         request: RoutingRequest = NO_REQUEST,
         labels_BS: Tensor | None = None,
-        teacher: TeacherOutput | None = None,
+        objective: Objective | None = None,
     ) -> tuple[Tensor, Sequence[LayerReport]]:
         """Returns logits [B, S, V] in the compute dtype, and the report of each MoE layer.
 
@@ -120,7 +121,7 @@ class Transformer(nn.Module):
             request: Is passed to all MoE layers. Mixture-of-depths layers use only the request's `experts_off`.
             labels_BS: int64. With labels, forward returns the cross entropies [B, S] in fp32 instead of the logits. The
                 cross entropies are computed inside forward, because FSDP2 gathers the output weight only there.
-            teacher: With a teacher, which needs labels, cross entropies and KL divergences [2, B, S] are returned.
+            objective: Computes the labels' losses instead of cross entropies over the whole vocabulary.
         """
         rotary = self._rotary(positions_BS, group_BS)
         x_BSD = F.embedding(tokens_BS, self.embedding.weight).to(self.args.compute_dtype)
@@ -133,7 +134,7 @@ class Transformer(nn.Module):
             x_BSD, reports = self._run_layers(x_BSD, rotary, masks, positions_BS, documents_BS, group_BS, request)
         if request.on_reports is not None:
             request.on_reports(reports)
-        return (self._logits(x_BSD) if labels_BS is None else self._losses(x_BSD, labels_BS, teacher)), reports
+        return (self._logits(x_BSD) if labels_BS is None else self._losses(x_BSD, labels_BS, objective)), reports
 
     @property
     def in_halves(self) -> bool:
@@ -166,6 +167,7 @@ class Transformer(nn.Module):
                 y_BSD, report = self._feed_forward(layer, x_BSD, group_BS, request)  # pyright: ignore
                 x_BSD, late_TD, report = _joined(x_BSD + y_BSD, late_TD, report)
             if report is not None:
+                request, report = _carried(request, report)
                 reports.append(report)
         return x_BSD, reports
 
@@ -185,7 +187,7 @@ class Transformer(nn.Module):
         rotary = self._rotary(positions_BN, group_BN)
         real_BN = group_BN >= 0
         x_BND = F.embedding(tokens_BN, self.embedding.weight).to(self.args.compute_dtype)
-        late_TD = None
+        late_TD, request = None, NO_REQUEST
         for layer, entries in zip(self.layers, cache, strict=True):
             taken_BN, taken_group_BN, weight_BN = real_BN, group_BN, None
             if layer.depths is not None:
@@ -195,7 +197,9 @@ class Transformer(nn.Module):
                 if not taken_BN.any():  # costs a host sync, but often saves the whole layer
                     continue
             a_BND = layer.attention.with_cache(x_BND, rotary, positions_BN, taken_BN, entries)  # pyright: ignore
-            y_BND, report = self._feed_forward(layer, x_BND + a_BND, taken_group_BN)  # pyright: ignore[reportArgumentType]
+            y_BND, report = self._feed_forward(layer, x_BND + a_BND, taken_group_BN, request)  # pyright: ignore
+            if report is not None:
+                request, report = _carried(request, report)
             if weight_BN is None:
                 x_BND, late_TD, _ = _joined(x_BND + a_BND + y_BND, late_TD, report)
             else:
@@ -274,10 +278,9 @@ class Transformer(nn.Module):
         x_BSD = self.norm(x_BSD)  # the logits [B, S, V] of the next lines are the largest activation
         return F.linear(x_BSD, self._output.to(x_BSD.dtype))
 
-    def _losses(self, x_BSD: Tensor, labels_BS: Tensor, teacher: TeacherOutput | None) -> Tensor:
-        if teacher is not None:
-            logits_BSV = self._logits(x_BSD)
-            return torch.stack([token_losses(logits_BSV, labels_BS), divergences(logits_BSV, teacher, labels_BS)])
+    def _losses(self, x_BSD: Tensor, labels_BS: Tensor, objective: Objective | None) -> Tensor:
+        if objective is not None:
+            return objective.losses(self.norm(x_BSD), self._output, labels_BS)
         if self.args.loss_words is None:
             return self._whole_losses(x_BSD, labels_BS)
         return tiled_token_losses(self.norm(x_BSD), self._output, labels_BS, self.args.loss_words)
@@ -297,3 +300,10 @@ def _joined(
     report."""
     x_BSD = x_BSD if late_TD is None else x_BSD + late_TD.view_as(x_BSD)
     return (x_BSD, None, None) if report is None else (x_BSD, report.late_TD, report._replace(late_TD=None))
+
+
+def _carried(request: RoutingRequest, report: LayerReport) -> tuple[RoutingRequest, LayerReport]:
+    """Takes the logits from a layer's report into the request for the next layer, if its router adds them to its own."""
+    if report.logits_TC is None:
+        return request, report
+    return replace(request, previous_TC=report.logits_TC), report._replace(logits_TC=None)

@@ -74,6 +74,7 @@ class MoELayer(nn.Module):
             probe_tokens_A=request.probe_tokens_A,
             token_T=request.token_T,
             keep_choices=request.keep_choices,
+            previous_TC=request.previous_TC,
         )
         if self.recompute == "block" and x_TD.requires_grad:
             return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)
@@ -124,7 +125,8 @@ class MoELayer(nn.Module):
         if experts_off:
             y_TD = y_TD * 0.0  # zeroed only after combine, so that every rank issues the same collectives
         routing, plan = routed.routing, routed.inputs[2]
-        report = LayerReport(routing.sums, *plan.sent, prob_AC=routing.prob_AC, chosen=routing.chosen)
+        known = {"prob_AC": routing.prob_AC, "chosen": routing.chosen, "logits_TC": routing.logits_TC}
+        report = LayerReport(routing.sums, *plan.sent, **known)
         if self.shortcut:
             assert shared_TD is not None, "the configuration demands a shared expert"
             return shared_TD, report._replace(late_TD=y_TD)

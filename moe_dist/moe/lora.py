@@ -207,7 +207,7 @@ class LoRALayer(nn.Module):
 
     def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache, experts_off: bool) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
-        assignments, sums, _, prob_AC, chosen = self.router(h_TD, group_T, cache)
+        assignments, sums, _, prob_AC, chosen, _ = self.router(h_TD, group_T, cache)
         plan: Any = cache.plan or LoRAPlan.of(assignments, len(sums.dropped_E), self._comm_stats)
         cache.plan = plan
         weight_N = assignments.weight_N

@@ -109,6 +109,7 @@ class Routing(NamedTuple):
         prob_AC: Probabilities of the probe tokens, 0 in columns of other groups than the token's; fp32 with gradient. None
             without probe tokens.
         chosen: Each token's choices, if the request asks for them.
+        logits_TC: Logits with gradient, for the next layer; None unless its router adds them to its own.
     """
 
     assignments: Assignments
@@ -116,6 +117,7 @@ class Routing(NamedTuple):
     zero_weight_TF: Tensor | None = None
     prob_AC: Tensor | None = None
     chosen: ChosenColumns | None = None
+    logits_TC: Tensor | None = None
 
 
 class DepthSums(NamedTuple):
@@ -157,6 +159,7 @@ class LayerReport(NamedTuple):
         prob_AC, chosen: See `Routing`.
         late_TD: Output [T, D] that the transformer adds after the next layer; None without a shortcut, and in the
             transformer's reports.
+        logits_TC: See `Routing`; None in the transformer's reports.
     """
 
     sums: RouterSums
@@ -168,6 +171,7 @@ class LayerReport(NamedTuple):
     members_G: Tensor | None = None
     prob_AC: Tensor | None = None
     chosen: ChosenColumns | None = None
+    logits_TC: Tensor | None = None
     late_TD: Tensor | None = None
 
 
@@ -207,6 +211,7 @@ class RoutingRequest:
         keep_choices: If true, the reports contain each token's choices as `chosen`.
         on_reports: The transformer calls `on_reports` once with the reports of all MoE layers, before the output layer.
             Training starts the sum of routing counts in this call.
+        previous_TC: `LayerReport.logits_TC` of the MoE layer before. The transformer sets it for each layer.
     """
 
     batch_info: GlobalBatchInfo | None = None
@@ -215,6 +220,7 @@ class RoutingRequest:
     experts_off: bool = False
     keep_choices: bool = False
     on_reports: "Callable[[Sequence[LayerReport]], None] | None" = None
+    previous_TC: Tensor | None = None
 
 
 NO_REQUEST = RoutingRequest()
@@ -247,12 +253,16 @@ class RoutingCache:
         choice_TK: The columns that each token chose, under token choice.
         kept_TK: bool, the chosen columns that the token takes, in adaptive routers.
         number_T: Predicted number of choices, with gradient, recomputed in each forward.
+        previous_TC: `RoutingRequest.previous_TC`.
+        logits_TC: The router's logits, with gradient, only while the router runs.
         choice: The tokens that experts take, in expert choice.
     """
 
     choice_TK: Tensor | None = None
     kept_TK: Tensor | None = None
     number_T: Tensor | None = None
+    previous_TC: Tensor | None = None
+    logits_TC: Tensor | None = None
     dropped_TK: Tensor | None = None
     batch_info: GlobalBatchInfo | None = None
     probe_tokens_A: Tensor | None = None

@@ -132,10 +132,11 @@ def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None 
     auxiliary = sum(max(1, dim // 2) * (dim + g.num_experts) for g in groups) if moe.router.has_auxiliary_routers else 0
     experts = num_moe_layers * sum(each * held[name] for name, each in expert_parameters(model).items())
     lora, biases = moe.experts.over_frozen_ffn, sum(g.num_experts for g in groups) * moe.router.has_logit_bias
+    further = max(0, num_moe_layers - 1) * sum(moe.router.further_parameters(g.num_columns) for g in groups)
     return Parts(
         embedding=model.vocab_size * dim,
         attention=model.num_layers * attention,
-        router=num_moe_layers * (dim * router_rows(model) + biases + auxiliary) + depth_router(model),
+        router=num_moe_layers * (dim * router_rows(model) + biases + auxiliary) + depth_router(model) + further,
         experts=0 if lora else experts,
         free=num_moe_layers * 3 * dim * sum(g.num_constant for g in groups),
         shared=num_moe_layers * dim * (3 * ffn_dim_for_all(model) + moe.shared_gate),
@@ -249,7 +250,10 @@ def flops_left_out(config: Config, forward: Parts) -> float:
     model, seq_len, tuned = config.model, config.data.seq_len, tuned_layers(config)
     if tuned is None:
         return frozen_flops(model, forward, seq_len=seq_len)
-    return untuned_flops(model, forward, seq_len=seq_len, tuned=tuned)
+    untuned = untuned_flops(model, forward, seq_len=seq_len, tuned=tuned)
+    assert config.router_tuning is not None, "it has the tuned layers"
+    # Forward and backward of the output layer are then a few rows of the vocabulary.
+    return untuned if config.router_tuning.over_vocabulary else untuned + 2 * forward.output
 
 
 def model_flops_per_token(

@@ -280,6 +280,8 @@ def _has_dense_kernels(config: Config) -> bool:
 def output_bytes_per_token(config: Config) -> float:
     """Returns the bytes per token that the output projection and the cross entropy keep."""
     model, a = config.model, ITEMSIZE[config.parallel.precision]
+    if config.router_tuning is not None and not config.router_tuning.over_vocabulary:
+        return a * model.hidden_dim  # and a few logits
     words = config.parallel.loss_words_of(model.vocab_size)
     if words is None and _has_dense_kernels(config):
         return a * (model.hidden_dim + 2 * model.vocab_size)

@@ -57,7 +57,7 @@ from moe_dist.train.distillation import Distillation, Teacher, load_teacher, tea
 from moe_dist.train.evaluation.compute_map import Mapper
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import AuxSettings, aux_at
-from moe_dist.train.router_tuning.loader import SampleLoader
+from moe_dist.train.router_tuning.loader import MAKERS, SampleLoader
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
 from moe_dist.train.step import TrainingStep
@@ -351,7 +351,7 @@ def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: i
         "world_size": world_size,
     }
     if config.router_tuning is not None:
-        return SampleLoader(Samples(config.router_tuning.data), manifest, **share)
+        return SampleLoader(Samples(config.router_tuning.data), MAKERS[config.router_tuning.objective](manifest), **share)
     data = config.data
     return TrainLoader(
         data.path,

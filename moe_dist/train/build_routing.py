@@ -18,6 +18,7 @@ from moe_dist.moe.balance.controller import BiasController, Rule
 from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
+from moe_dist.moe.routers.gating_residual import GatingResidualRouter
 from moe_dist.moe.routers.group_limited import GroupLimitedRouter
 from moe_dist.moe.routers.predicted_k import PredictedKRouter
 from moe_dist.moe.routers.relu import ReLURouter
@@ -34,6 +35,7 @@ from moe_dist.placement.roles import group_module
 ROUTERS: dict[str, type[nn.Module]] = {
     "top_k": TopKRouter,
     "expert_choice": ExpertChoiceRouter,
+    "gating_residual": GatingResidualRouter,
     "group_limited": GroupLimitedRouter,
     "scheduled_top_k": ScheduledTopKRouter,
     "top_p": TopPRouter,

@@ -18,6 +18,7 @@ from moe_dist.comm.names import DEPTH_COUNTS, ROUTING_COUNTS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.distillation import TeacherOutput
+from moe_dist.model.objective import Choices
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.step_load import StepLoad
 from moe_dist.moe.losses import AuxSettings, ColumnTables, balance_terms, z_terms
@@ -72,13 +73,15 @@ def forward(
     losses: bool = False,
     teacher: TeacherOutput | None = None,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
-    """Runs a transformer or its data-parallel wrapper. Returns logits [B, S, V], or with `losses` each label's cross
-    entropy [B, S], or with `losses` and a `teacher` cross entropy and KL divergence [2, B, S]; and one report per MoE
-    layer."""
+    """Runs a transformer or its data-parallel wrapper. Returns one report per MoE layer, and logits [B, S, V]; or with
+    `losses` the cross entropy of each label [B, S], over the batch's choices if the batch has any; or with a `teacher`
+    cross entropy and KL divergence [2, B, S]."""
     group_BS = group_of_modality[batch.modality_BS].masked_fill(batch.padding_BS, -1)
     labels_BS = batch.labels_BS if losses else None
     inputs = (batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request, labels_BS)
-    return model(*inputs) if teacher is None else model(*inputs, teacher)
+    choice_BK = batch.choices() if losses else None
+    objective = teacher if choice_BK is None else Choices(choice_BK)
+    return model(*inputs) if objective is None else model(*inputs, objective)
 
 
 def global_counts(

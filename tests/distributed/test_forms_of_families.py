@@ -1,4 +1,5 @@
-"""Shortcuts with latent attention (LongCat-Flash), and sinks with clamped experts (gpt-oss): N ranks equal one."""
+"""Shortcuts with latent attention (LongCat-Flash), sinks with clamped experts (gpt-oss), and gating residuals (MoE++): N
+ranks equal one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.support.layouts import Layout, Outcome, train
 from tests.support.outcomes import assert_same_tensors
 
 LONGCAT, GPT_OSS, NULLS = "longcat_flash", "gpt_oss", "clamped experts, nulls"
+RESIDUAL = "gating_residual"
 LAYOUTS = [
     Layout(2, 2, "interleaved", "fsdp2", "block", form=LONGCAT, free=True),
     Layout(4, 1, "uneven", "ddp", "experts", form=LONGCAT, free=True),
@@ -22,6 +24,10 @@ LAYOUTS = [
     Layout(1, 2, "interleaved", "fsdp2", "experts", form=GPT_OSS),
     Layout(2, 2, "pinned", "ddp", "block", form=GPT_OSS),
     Layout(2, 2, "interleaved", "fsdp2", "none", form=NULLS, pair_budget=5),
+    Layout(2, 1, "pinned", "ddp", "block", form=RESIDUAL, free=True),
+    Layout(4, 1, "uneven", "fsdp2", "block", form=RESIDUAL, free=True),
+    Layout(2, 2, "pinned", "fsdp2", "experts", form=RESIDUAL),
+    Layout(2, 2, "interleaved", "ddp", "none", form=RESIDUAL),
 ]
 # One parameter of each part that the form is there for.
 PARTS = {
@@ -33,6 +39,7 @@ PARTS = {
     },
     GPT_OSS: {"layers.1.attention.sinks", "layers.1.moe.router.text.offset", "layers.0.moe.experts.text.0.down_bias"},
     NULLS: {"layers.1.attention.sinks", "layers.0.moe.experts.image.0.gate_bias"},
+    RESIDUAL: {f"layers.{layer}.moe.router.{group}.residual" for layer in (1, 2) for group in ("text", "image")},
 }
 
 

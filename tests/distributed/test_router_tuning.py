@@ -10,7 +10,7 @@ import pytest
 from moe_dist.comm.names import DISPATCH_ROWS
 from tests.support.cover import others_full
 from tests.support.layouts import GROUPS, IMAGE, LAYERS, Layout
-from tests.support.tuned import Tuned, tune
+from tests.support.tuned import BATCH, Tuned, tune
 from tests.support.tuning_samples import made_samples
 
 LAYOUTS = [
@@ -19,6 +19,11 @@ LAYOUTS = [
     (Layout(2, 2, "interleaved", "ddp", "experts", tuned=(0, 1)), 2),
     (Layout(2, 2, "pinned", "fsdp2", tuned=(0,)), None),
     (Layout(1, 2, data="fsdp2", recompute="block", tuned=(0, 1)), None),
+]
+CHOICE_LAYOUTS = [
+    Layout(2, 1, "pinned", tuned=(0, 1)),
+    Layout(2, 2, "pinned", "fsdp2", "block", tuned=(0, 1)),
+    Layout(4, 1, "uneven", recompute="experts", tuned=(0, 1)),
 ]
 
 
@@ -45,6 +50,14 @@ def oracle(
         return known[key]
 
     return found
+
+
+@pytest.fixture(scope="module")
+def choice_oracle(
+    run_in_world: Callable[..., list[Any]], folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Tuned, Path]:
+    start = tmp_path_factory.mktemp("choices")
+    return run_in_world(1, tune, Layout(tuned=(0, 1)), folder, start, None, "choices")[0], start
 
 
 @pytest.mark.parametrize(("layout", "refresh_every"), others_full(LAYOUTS), ids=str)
@@ -93,3 +106,27 @@ def test_a_refresh_changes_the_targets(oracle: Callable[..., tuple[Tuned, Path]]
     fresh, _ = oracle(Layout(tuned=(0, 1)), 2)
     assert [step.auxiliary for step in frozen.steps[:2]] == [step.auxiliary for step in fresh.steps[:2]]
     assert frozen.steps[2].auxiliary != fresh.steps[2].auxiliary
+
+
+@pytest.mark.parametrize("layout", CHOICE_LAYOUTS, ids=str)
+def test_choices_on_n_ranks_equal_one(
+    run_in_world: Callable[..., list[Any]], folder: Path, choice_oracle: tuple[Tuned, Path], layout: Layout
+) -> None:
+    one, start = choice_oracle
+    outcomes: list[Tuned] = run_in_world(layout.world_size, tune, layout, folder, start, None, "choices")
+    assert 0 < one.steps[0].labels_M.sum() < BATCH, "a label for each sample whose choices are told apart"
+    for outcome in outcomes:
+        for step, expected in zip(outcome.steps, one.steps, strict=True):
+            np.testing.assert_array_equal(step.labels_M, expected.labels_M)
+            np.testing.assert_allclose(
+                [*step.nll_M, step.auxiliary, step.grad_norm],
+                [*expected.nll_M, expected.auxiliary, expected.grad_norm],
+                rtol=1e-9,
+            )
+        assert outcome.gradients.keys() == one.gradients.keys() == outcome.moments
+        assert all(".moe.router." in name for name in outcome.moments)
+        for name, gradient in one.gradients.items():
+            np.testing.assert_allclose(outcome.gradients[name], gradient, rtol=0, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(outcome.parameters[name], one.parameters[name], rtol=0, atol=1e-9, err_msg=name)
+        for name in outcome.parameters.keys() - one.gradients.keys():
+            np.testing.assert_array_equal(outcome.parameters[name], outcome.before[name], err_msg=name)

@@ -76,6 +76,24 @@ def test_chosen_routers_move_and_the_run_resumes_to_the_same_bits(site: Site, da
         assert outcome.ended.position == 24
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_choices_resume_to_the_same_bits(site: Site, weight: float) -> None:
+    """Two micro-batches a rank; with `weight=0` the released code's training, where nothing but choices has a gradient."""
+    options: dict[str, Any] = {"section": {"objective": "choices", "weight": weight}, "parallel__data": "fsdp2"}
+    whole = site.tune(f"choices-{weight}", **options)
+    site.tune(f"choice-halves-{weight}", train__steps=3, **options)
+    resumed = site.tune(f"choice-halves-{weight}", **options)
+    tokens = site.tune(f"tokens-{weight}", section={"weight": weight}, train__steps=1)
+    for outcome, after, before, other in zip(whole, resumed, site.base, tokens, strict=True):
+        assert outcome.trained == CHOSEN
+        assert same(after.tensors, outcome.tensors)
+        moved = {name for name, value in outcome.tensors.items() if not np.array_equal(value, before.tensors[name])}
+        # Null rows have no part in the weights of `true_chosen`, so cross entropy gives them no gradient.
+        assert moved == (CHOSEN if weight else {name for name in CHOSEN if name.endswith("true")})
+        assert (outcome.steps[0].auxiliary > 0.0) == (weight > 0.0)
+        assert outcome.steps[0].labels_M.sum() <= 4 < other.steps[0].labels_M.sum(), "one label a sample, and not a token"
+
+
 def test_arms_by_configuration_alone(site: Site) -> None:
     """The same samples in the same order; nothing but the pull differs, and each arm ends elsewhere."""
     arms: dict[str, dict[str, Any]] = {

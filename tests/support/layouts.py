@@ -192,6 +192,7 @@ FORMS: dict[str | None, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
+    "gating_residual": ({"num_layers": 3}, {"router": {"kind": "gating_residual"}}),
     "clamped experts, nulls": (
         {"attention": {"kind": "sinks"}},
         {"experts": {"kind": "clamped_ffn", "limit": 0.5}},

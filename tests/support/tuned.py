@@ -15,7 +15,7 @@ from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.roles import named_parameters
 from moe_dist.train.build_tuning import Savings, savings
 from moe_dist.train.loss import AuxSettings
-from moe_dist.train.router_tuning.loader import SampleLoader, SampleMaker
+from moe_dist.train.router_tuning.loader import MAKERS, SampleLoader, SampleMaker
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex
 from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Samples
@@ -49,7 +49,14 @@ class Tuned:
     savings: Savings
 
 
-def tune(rank: RankContext, layout: Layout, folder: Path, checkpoint: Path, refresh_every: int | None) -> Tuned:
+def tune(
+    rank: RankContext,
+    layout: Layout,
+    folder: Path,
+    checkpoint: Path,
+    refresh_every: int | None = None,
+    objective: str = "tokens",
+) -> Tuned:
     """Body of a standing world: tunes the routers of `layout.tuned` and returns what this rank saw."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats(events=[])
@@ -87,7 +94,7 @@ def tune(rank: RankContext, layout: Layout, folder: Path, checkpoint: Path, refr
     )
     loader = SampleLoader(
         samples,
-        MANIFEST,
+        MAKERS[objective](MANIFEST),
         seed=0,
         global_batch=BATCH,
         micro_batch=BATCH // MICRO_BATCHES // mesh.world_size,

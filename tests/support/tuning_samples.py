@@ -1,6 +1,7 @@
 """Made-up samples for router tuning, in the form that `tools.prepare_router_tuning` writes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ from moe_dist.train.router_tuning.samples import Scored, TuningSample, write_sam
 WIDTH = 6
 
 
+def _choices(answer: int, number: int, ids: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """The answer's token and one to three others; in every seventh sample nothing that tells them apart."""
+    others = rng.choice(np.setdiff1d(np.arange(*ids), [answer]), rng.integers(1, 4), replace=False)
+    return np.array([-1] if number % 7 == 6 else [answer, *others])
+
+
 def made_samples(
     out: Path,
     *,
@@ -27,6 +34,8 @@ def made_samples(
     right: int = 12,
     longest: int = 9,
     seed: int = 0,
+    choices: bool = True,
+    told: bool = True,
     **changes: Any,
 ) -> Path:
     """A folder of `count` samples of random tokens in [ids), `right` of them successful, with random embeddings of length 1
@@ -36,18 +45,30 @@ def made_samples(
         model: The section of the run, as JSON has it.
         base: A run or checkpoint that the manifest is to name.
         longest: Tokens of a prompt at most; answers have 1 to 3.
+        choices: Whether the folder has choices, as those of older versions have not.
+        told: Whether first tokens tell choices apart, except in every seventh sample.
         changes: Other values of the manifest.
     """
     rng = np.random.default_rng(seed)
+    choice_rng = np.random.default_rng([seed, 1])
+    samples = [
+        TuningSample(rng.integers(*ids, rng.integers(2, longest + 1)), rng.integers(*ids, rng.integers(1, 4)))
+        for _ in range(count)
+    ]
+    if choices:
+        samples = [
+            replace(each, choices=_choices(int(each.answer[0]), number if told else 6, ids, choice_rng))
+            for number, each in enumerate(samples)
+        ]
     scored = [
         Scored(
             "made-up",
             str(number),
             f"question {number}",
-            TuningSample(rng.integers(*ids, rng.integers(2, longest + 1)), rng.integers(*ids, rng.integers(1, 4))),
+            sample,
             number % count < right,
         )
-        for number in range(count)
+        for number, sample in enumerate(samples)
     ]
     embeddings = rng.normal(size=(count, WIDTH)).astype(np.float32)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)

@@ -20,10 +20,11 @@ class RouterSection(Section):
 
     kind: Any
 
-    softmax_top_k: ClassVar[bool] = False  # true if a token takes the top k of one softmax over its group's columns
+    softmax_top_k: ClassVar[bool] = False  # true if a token takes the top k of one softmax of this layer's rows alone
     experts_choose: ClassVar[bool] = False  # true if in training each expert chooses its tokens
     fixed_choices: ClassVar[bool] = True  # true if each token has top_k (token, expert) pairs, of which some may be absent
     needs_global_batch_info: ClassVar[bool] = False  # true if a token's choices depend on its place in the global batch
+    needs_previous: ClassVar[bool] = False  # true if a layer's logits depend on those of the MoE layer before
     only_true_experts: ClassVar[bool] = False  # true if groups must not have null or zero-computation experts
     adapted: ClassVar[bool] = False  # true if a model with this router can be the base of LoRA adapters on its experts
 
@@ -69,6 +70,10 @@ class RouterSection(Section):
     def further_tensors(self, group: Any, hidden_dim: int) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of a group's saved tensors besides router rows and biases, by the end of their names."""
         return {}
+
+    def further_parameters(self, columns: int) -> int:
+        """Number of parameters besides rows and biases, of a group with so many columns, in MoE layers but the first."""
+        return 0
 
     def equal_score(self, group: Any) -> float:
         """Returns the score of each column of a group, without biases, if all logits are 0."""

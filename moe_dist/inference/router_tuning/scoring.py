@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_dist.errors import ConfigError
+from moe_dist.inference.likelihood import Continuation
 from moe_dist.inference.multiple_choice import Answered, Measure, Written
 from moe_dist.inference.questions.fact import Question
 from moe_dist.train.router_tuning.samples import Scored, TuningSample
@@ -27,13 +28,22 @@ def embedded_text(question: Question, *, listed: bool) -> str:
     return text
 
 
+def first_tokens(turn: Sequence[Continuation], right: int) -> np.ndarray:
+    """Returns the different first tokens of the choices, that of the choice `right` first; [-1] if a wrong choice begins
+    with the same token as the right one, because then no first token says which choice is meant."""
+    first = [each.tokens[0] for each in turn]
+    own = first.pop(right)
+    return np.array([-1] if own in first else [own, *dict.fromkeys(first)], np.int64)
+
+
 def scored_samples(answered: Sequence[Answered], written: Written, measure: Measure, *, listed: bool) -> list[Scored]:
     """Returns a sample (the unrotated question with its right choice) per question, in the same order. `right` is True if
     the model took the right choice in every rotation."""
     samples = []
     for each, turns in zip(answered, written, strict=True):
         question, (context, answer) = each.question, turns[0][each.question.answer]
-        sample = TuningSample(np.array(context, np.int64), np.array(answer, np.int64))
+        choices = first_tokens(turns[0], question.answer)
+        sample = TuningSample(np.array(context, np.int64), np.array(answer, np.int64), choices)
         text = embedded_text(question, listed=listed)
         samples.append(Scored(question.task, question.id, text, sample, each.right(measure)))
     return samples

@@ -183,7 +183,7 @@ class TopKRouter(nn.Module):
         dtype = accumulation_dtype(h_TD.dtype)
         cache = cache or RoutingCache()
         with torch.autocast(device_type=h_TD.device.type, enabled=False):  # autocast would run the router in bf16
-            logits_TC = self._logits(h_TD.to(dtype))
+            logits_TC = self._all_logits(h_TD.to(dtype), cache)
             if self._one_kernel(logits_TC, cache):
                 return self._choose_at_once(logits_TC, group_T, cache)
             routed_T = group_T >= 0
@@ -237,6 +237,10 @@ class TopKRouter(nn.Module):
             recorded = _recorded(chosen, true_TK, made.weight_N.view_as(true_TK))
         pairs = Assignments(made.token_N, made.expert_N, made.weight_N, num_choices=self.num_choices)
         return Routing(pairs, sums, chosen=recorded)
+
+    def _all_logits(self, h_TD: Tensor, cache: RoutingCache) -> Tensor:
+        """Returns `_logits`, and what a router adds to them from the cache."""
+        return self._logits(h_TD)
 
     def _logits(self, h_TD: Tensor) -> Tensor:
         """Returns the logits [T, C]. A null row that copies a true row must give exactly the true row's logit. The bits of

@@ -4,15 +4,17 @@ its answer; only the answer's tokens are labels.
 The order of the training samples depends only on seed and position, as in `moe_dist.data.loader`, not on the ranks.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 
+from moe_dist.comm.collectives import queue_copy
 from moe_dist.config.manifest import Manifest
-from moe_dist.data.batch import Batch, BatchMaker, Segment
+from moe_dist.data.batch import IGNORED, Batch, BatchMaker, Segment
 from moe_dist.data.order import ShuffledEpochs, micro_batches
+from moe_dist.errors import DataError
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.router_tuning.samples import Samples, TuningSample
 
@@ -59,11 +61,31 @@ class SampleBatch(Batch):
     probe_tokens_B: torch.Tensor
 
 
+@dataclass(frozen=True)
+class ChoiceBatch(SampleBatch):
+    """A micro-batch whose labels are told apart among each row's choices. The result of `to` keeps the choices.
+
+    Attributes:
+        choice_BK: int64, as in `model.objective.Choices`; a row of -1 has no label.
+    """
+
+    choice_BK: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        choice_BK = queue_copy(self.choice_BK, torch.device(device))
+        return replace(self, **vars(super().to(device)), choice_BK=choice_BK)
+
+    def choices(self) -> torch.Tensor:
+        return self.choice_BK
+
+
 class SampleMaker:
     """Makes batches of samples, padded to the longest sample. `manifest` gives the modality of each token id."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._pad_id, self._modalities = manifest.pad_id, tuple(manifest.modalities.values())
+        self._vocab_size = max(end for ranges in self._modalities for _, end in ranges)
+        self.modality_names = tuple(manifest.modalities)
 
     def make(self, samples: Sequence[TuningSample], numbers: Sequence[int] = ()) -> SampleBatch:
         """Makes a batch with one sequence per sample, or with one sequence of padding if there are no samples.
@@ -85,11 +107,41 @@ class SampleMaker:
         return SampleBatch(**plain, numbers=tuple(numbers), probe_tokens_B=torch.arange(len(samples)) * width + last_B)
 
 
+class ChoiceMaker(SampleMaker):
+    """Makes batches for the cross entropy over choices. A row is a prompt, and its only label is the answer's first token.
+    A sample without choices has no label."""
+
+    def make(self, samples: Sequence[TuningSample], numbers: Sequence[int] = ()) -> SampleBatch:
+        """See `SampleMaker.make`. All samples have equally many places for choices.
+
+        Raises:
+            DataError: a token id lies outside the vocabulary.
+        """
+        batch = super().make([replace(each, answer=each.answer[:1]) for each in samples], numbers)
+        rows = [each.choices for each in samples] or [np.full(1, -1)]  # of the row of padding
+        choice_BK = torch.from_numpy(np.stack(rows).astype(np.int64))
+        if int(choice_BK.max()) >= self._vocab_size:
+            raise DataError(
+                f"token id {int(choice_BK.max())} of a choice is outside the manifest's vocab_size={self._vocab_size}; the "
+                "samples belong to other data: prepare them again"
+            )
+        known_B1 = choice_BK[:, :1] >= 0
+        labels = {
+            "labels_BS": batch.labels_BS.where(known_B1, IGNORED),
+            "label_modality_BS": batch.label_modality_BS.where(known_B1, 0),
+        }
+        return ChoiceBatch(**{**vars(batch), **labels}, choice_BK=choice_BK)
+
+
+MAKERS: Mapping[str, type[SampleMaker]] = {"tokens": SampleMaker, "choices": ChoiceMaker}  # by `router_tuning.objective`
+
+
 class SampleLoader:
     """Makes the training batches of one rank. `batches` and `epochs` work as in `moe_dist.data.loader.TrainLoader`.
 
     Args:
         samples: The samples; each epoch contains every sample once, in another order.
+        maker: Makes the batches.
         global_batch: Samples per step, over all ranks; a multiple of world_size * micro_batch.
         micro_batch: Samples per micro-batch of a rank.
     """
@@ -97,7 +149,7 @@ class SampleLoader:
     def __init__(
         self,
         samples: Samples,
-        manifest: Manifest,
+        maker: SampleMaker,
         *,
         seed: int,
         global_batch: int,
@@ -105,9 +157,8 @@ class SampleLoader:
         rank: int,
         world_size: int,
     ) -> None:
-        self._samples, self._modalities = samples, tuple(manifest.modalities)
+        self._samples, self._maker = samples, maker
         self._share = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world_size": world_size}
-        self._maker = SampleMaker(manifest)
         self._epochs = ShuffledEpochs((seed,), len(samples))
 
     def batches(self, position: int) -> list[Batch]:
@@ -129,4 +180,4 @@ class SampleLoader:
     def epochs(self, position: int) -> dict[str, float]:
         """Maps each modality to the number of epochs over the samples up to a position (the same number for all
         modalities)."""
-        return dict.fromkeys(self._modalities, position / len(self._samples))
+        return dict.fromkeys(self._maker.modality_names, position / len(self._samples))

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,16 @@ from moe_dist.runtime.files import make_writable
 
 @dataclass(frozen=True)
 class TuningSample:
-    """The token ids of a prompt, and those of the prompt's right answer. Neither prompt nor answer is empty."""
+    """Token ids of a prompt, and of the prompt's right answer. Neither prompt nor answer is empty.
+
+    Attributes:
+        choices: Different first tokens of the question's choices, the right choice's token first, then -1 up to the width
+            of the folder. All are -1 if a wrong choice begins with the token of the right choice. Empty if unknown.
+    """
 
     prompt: np.ndarray
     answer: np.ndarray
+    choices: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 class Samples:
@@ -43,7 +49,7 @@ class Samples:
         if problems := file_problems(folder, self.manifest):
             raise DataError(problems)
         self.digest = hashlib.sha256((folder / MANIFEST_FILE).read_bytes()).hexdigest()
-        arrays = {name: open_array(folder, name, self.manifest) for name in ARRAYS}
+        arrays = {name: open_array(folder, name, self.manifest) for name in self.manifest.shapes()}
         self.embeddings_SE, self.routing_SLC = arrays["embeddings.npy"], arrays["routing.npy"]
         self._tokens = arrays["tokens.npy"]
         self._lengths_S2 = np.array(arrays["lengths.npy"], np.int64)  # copied to memory, 16 bytes per sample
@@ -54,19 +60,43 @@ class Samples:
                 f"{folder}: lengths.npy has prompts or answers of no token, or has {ends_S[-1]} tokens in all, of which "
                 f"tokens.npy has {len(self._tokens)}; prepare the folder again"
             )
+        first_S = self._tokens[self._starts_S + self._lengths_S2[:, 0]]
+        self._choices_SK = arrays.get("choices.npy", np.zeros((len(self), 0), np.int32))
+        if "choices.npy" in arrays and not _tells(self._choices_SK, first_S, self.manifest.told):
+            raise DataError(
+                f"{folder}: choices.npy must have {self.manifest.told} rows that begin with the first token of their "
+                "sample's answer, and -1 in all others; prepare the folder again"
+            )
 
     def __len__(self) -> int:
         return self.manifest.samples
 
     def sample(self, number: int) -> TuningSample:
-        """Returns a copy of the token ids of one sample."""
+        """Returns a copy of the token ids of one sample, and of its choices."""
         start, (prompt, answer) = int(self._starts_S[number]), self._lengths_S2[number].tolist()
         tokens = self._tokens[start : start + prompt + answer].astype(np.int64)
-        return TuningSample(tokens[:prompt], tokens[prompt:])
+        return TuningSample(tokens[:prompt], tokens[prompt:], self._choices_SK[number].astype(np.int64))
 
     def prompts(self) -> list[np.ndarray]:
         """Returns the prompts of all samples, in the order of the samples."""
         return [self.sample(number).prompt for number in range(len(self))]
+
+
+def _tells(choices_SK: np.ndarray, first_S: np.ndarray, told: int) -> bool:
+    """True if `told` rows begin with the answer's first token, and all other rows have only -1."""
+    own_S = choices_SK[:, 0] == first_S
+    return int(own_S.sum()) == told and bool((choices_SK[~own_S] == -1).all() and (choices_SK >= -1).all())
+
+
+def _choices(ordered: Sequence["Scored"]) -> np.ndarray | None:
+    """Returns the choices of all samples [S, K], filled up with -1; None if those of a sample are unknown."""
+    rows = [each.sample.choices for each in ordered]
+    if not all(map(len, rows)):
+        return None
+    choices_SK = np.full((len(rows), max(map(len, rows))), -1)
+    for row, choices in zip(choices_SK, rows, strict=True):
+        row[: len(choices)] = choices
+    return choices_SK
 
 
 @dataclass(frozen=True)
@@ -108,6 +138,8 @@ def write_samples(
         "embeddings.npy": embeddings_SE[order],
         "routing.npy": routing_SLC[order],
     }
+    if (choices_SK := _choices(ordered)) is not None:
+        arrays["choices.npy"] = choices_SK
     refuse_existing(out)
     folder = out.parent / f".{out.name}.partial"
     shutil.rmtree(folder, ignore_errors=True)
@@ -123,6 +155,8 @@ def write_samples(
                 "samples": len(ordered),
                 "right": sum(each.right for each in ordered),
                 "longest": int(lengths_S2.sum(1).max()) - 1,  # the last token is only a label, not an input
+                "choices": None if choices_SK is None else choices_SK.shape[1],
+                "told": 0 if choices_SK is None else int((choices_SK[:, 0] >= 0).sum()),
                 "columns": int(routing_SLC.shape[2]),
                 "width": int(embeddings_SE.shape[1]),
                 "digests": {name: sampled_digest(folder / name) for name in (*arrays, "questions.jsonl")},

@@ -230,3 +230,30 @@ def test_logit_biases_need_true_experts_alone() -> None:
     (found,) = violations(config({**router, "model.moe.groups": groups}))
     assert "logit_bias=true: null, identity and constant experts have no such bias" in found.problem
     assert "set their numbers in model.moe.groups.text to 0" in found.problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model.mixture_of_depths": {}}, "model.mixture_of_depths: model.moe.router.kind=gating_residual adds the logits"),
+        (
+            {"engine": {"kind": "megatron", "cpu_trial": True}},
+            "engine.kind=megatron: it passes no logits to the next layer, as model.moe.router.kind=gating_residual needs; "
+            "set engine.kind=moe_dist, or model.moe.router.kind=top_k",
+        ),
+        (
+            {"parallel.two_batch_overlap": True},
+            "parallel.two_batch_overlap=true: with model.moe.router.kind=gating_residual a layer needs the logits of the "
+            "layer before; take kind=top_k or group_limited, or set parallel.two_batch_overlap=false",
+        ),
+    ],
+    ids=str,
+)
+def test_what_passes_no_logits_has_no_gating_residual(
+    tiny_data: Path, tmp_path: Path, changes: dict[str, Any], text: str
+) -> None:
+    router = {"model.moe.router": {"kind": "gating_residual"}}
+    check(tiny_config(tiny_data, tmp_path, router))
+    with pytest.raises(ConfigError) as raised:
+        check(tiny_config(tiny_data, tmp_path, {**router, **changes}))
+    assert text in str(raised.value)

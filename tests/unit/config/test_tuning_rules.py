@@ -216,3 +216,22 @@ def test_a_run_with_more_in_its_model_is_another(made: Path) -> None:
     adapted = {**manifest.model, "attention_lora": {"rank": 2, "alpha": 4.0}}
     problems = model_problems(config({}), manifest.model_copy(update={"model": adapted}))
     assert any("model.attention_lora.rank=2, here it is None" in fault for fault in problems), problems
+
+
+def test_choices_need_a_folder_that_has_them_and_a_question_that_they_answer(made: Path, tmp_path: Path) -> None:
+    assert data_problems(made, {}, objective="choices") == ([], [])
+    model = config({}).model.model_dump(mode="json")
+    options: dict[str, Any] = {"ids": (4, 48), "layers": (1,), "columns": 8, "model": model}
+    older = made_samples(tmp_path / "older", choices=False, **options)
+    (fault,), files = data_problems(older, {}, objective="choices")
+    assert fault == (
+        f"router_tuning.data={str(older)!r}: has no choices.npy, the first tokens of the questions' choices, which "
+        "router_tuning.objective=choices needs: an older version prepared it; prepare it again, or set "
+        "router_tuning.objective=tokens"
+    )
+    assert data_problems(older, {}) == ([], [])
+    alike = made_samples(tmp_path / "alike", told=False, **options)
+    (fault,), _ = data_problems(alike, {}, objective="choices")
+    assert "objective=choices has nothing to train: in each of the 20 questions a wrong choice begins with" in fault
+    assert "take other --tasks, or set router_tuning.objective=tokens" in fault
+    assert not files

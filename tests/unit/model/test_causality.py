@@ -27,6 +27,7 @@ ROUTERS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "auxiliary": (Layout(choice="rank"), {"causal": "auxiliary"}),
     "expert_threshold": (Layout(choice="rank", adaptive="expert_threshold"), {}),
     **{f"router {kind}": (Layout(adaptive=kind, free=True), {}) for kind in ("top_p", "relu", "threshold", "predicted_k")},
+    "gating_residual": (Layout(form="gating_residual", free=True), {}),
     "threshold, under depths": (Layout(choice="rank", mixture_of_depths="rank"), {"causal": "threshold"}),
     "auxiliary, under depths": (
         Layout(choice="rank", mixture_of_depths="rank", depth_causal="auxiliary"),

@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
+from moe_dist.model.objective import Choices
+from moe_dist.moe.routing import NO_REQUEST
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan.flops import (
     active_parameters,
@@ -165,8 +167,9 @@ def config(*, free: bool = False, model: dict[str, Any] | None = None, **paralle
     return Config.model_validate_json(json.dumps(values))
 
 
-def count_training(config: Config, batch: int = 4) -> tuple[int, float, int]:
-    """FLOPs of forward and backward as torch counts them, mean experts a token, and tokens."""
+def count_training(config: Config, batch: int = 4, choices: int = 0) -> tuple[int, float, int]:
+    """FLOPs of forward and backward as torch counts them, mean experts a token, and tokens. With `choices` the loss is the
+    cross entropy over so many words."""
     placement = make_placement(config.placement, expert_groups(config.model.moe), num_ranks=1, token_mix={})
     torch.manual_seed(0)
     model = build_model(config, placement, ep_rank=0, ep_group=None)
@@ -178,7 +181,8 @@ def count_training(config: Config, batch: int = 4) -> tuple[int, float, int]:
     zeros = torch.zeros(batch, length, dtype=torch.int64)
     # The math kernel's products are ordinary matrix products, which the counter sees on CPU.
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        logits, reports = model(tokens, torch.arange(length).expand(batch, -1), zeros.int(), zeros)
+        of_choices = (NO_REQUEST, tokens, Choices(tokens[:, :choices])) if choices else ()
+        logits, reports = model(tokens, torch.arange(length).expand(batch, -1), zeros.int(), zeros, *of_choices)
         logits.sum().backward()
     pairs = sum(report.pairs for report in reports)
     return counter.get_total_flops(), pairs / len(reports) / tokens.numel(), tokens.numel()
@@ -290,11 +294,11 @@ def test_lora_agrees_with_torchs_counter() -> None:
     assert counted == pytest.approx(expected * tokens, rel=1e-3)
 
 
-def tuned_config(layers: list[int]) -> Config:
+def tuned_config(layers: list[int], objective: str = "tokens") -> Config:
     values = config().model_dump(mode="json")
     values["run"] |= {"init_from": "x"}
     values["train"]["only"] = "routers"
-    values["router_tuning"] = {"data": "none", "layers": layers}
+    values["router_tuning"] = {"data": "none", "layers": layers, "objective": objective}
     values["model"]["moe"]["groups"]["text"]["num_null"] = 0  # each layer takes as many experts as the other
     return Config.model_validate_json(json.dumps(values))
 
@@ -311,6 +315,26 @@ def test_router_tuning_agrees_with_torchs_counter(layers: list[int]) -> None:
     )
     assert counted == pytest.approx(expected * tokens, rel=1e-3)
     assert expected < 0.7 * training_flops(forward)
+
+
+def test_choices_have_no_output_layer() -> None:
+    cfg = tuned_config([1, 2], "choices")
+    counted, experts, tokens = count_training(cfg, choices=2)
+    model = cfg.model
+    forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
+    expected = training_flops(forward, frozen=flops_left_out(cfg, forward))
+    of_choices = 2 * 2 * 2 * model.hidden_dim  # logits of two words, forward and backward
+    assert counted == pytest.approx((expected + of_choices) * tokens, rel=1e-3)
+
+
+def test_a_gating_residual_by_hand() -> None:
+    """A matrix over all columns of each group, in the second of two MoE layers alone."""
+    share = {"text": 0.75, "image": 0.25}
+    plain, residual = shape(), shape(moe={"router": {"kind": "gating_residual"}})
+    assert parameters(residual).router - parameters(plain).router == 4 * 4 + 2 * 2
+    taken = {"text": 1.5, "image": 1.0}
+    of = {"seq_len": 16, "experts_per_token": taken, "token_share": share}
+    assert forward_flops(residual, **of).router - forward_flops(plain, **of).router == 2 * (4 * 4 + 2 * 2)
 
 
 def test_recompute_repeats_no_more_than_counted() -> None:

@@ -49,6 +49,7 @@ def prepared(plain_run: Path, options: tuple[object, ...], tmp_path_factory: pyt
     assert done.exit_code == 0, done.output
     assert "wordnet-definition: " in done.stdout
     assert f"{out}: 16 samples" in done.stdout
+    assert "of 16 right choices have a first token that no wrong one has" in done.stdout
     return out
 
 
@@ -64,6 +65,9 @@ def test_success_is_what_the_evaluation_says(prepared: Path, plain_run: Path, wo
     assert {(line["task"], line["id"]): line["right"] for line in lines} == wanted
     manifest = load_tuning_manifest(prepared)
     assert manifest.right == sum(wanted.values()) == sum(line["right"] for line in lines[: manifest.right])
+    # This small tokenizer writes the space before a choice as a token of its own: no first token tells choices apart.
+    assert len({int(Samples(prepared).sample(number).answer[0]) for number in range(16)}) == 1
+    assert (manifest.choices, manifest.told) == (1, 0)
 
 
 def test_embeddings_are_of_the_questions_with_their_choices(prepared: Path, embedder: Path) -> None:

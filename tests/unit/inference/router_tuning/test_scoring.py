@@ -1,10 +1,12 @@
 """What counts as success, what a sample is made of, and what is embedded."""
 
+import pytest
+
 from moe_dist.errors import ConfigError
 from moe_dist.inference.likelihood import Continuation
 from moe_dist.inference.multiple_choice import Answered
 from moe_dist.inference.questions.fact import Codes, Question
-from moe_dist.inference.router_tuning.scoring import embedded_text, scored_samples
+from moe_dist.inference.router_tuning.scoring import embedded_text, first_tokens, scored_samples
 from tests.support.messages import refused
 
 QUESTION = Question("task", "id", "what is it?", ("a", "b", "c", "d"), 2)
@@ -19,6 +21,7 @@ def test_success_is_being_right_under_every_rotation_by_the_measure() -> None:
     assert all(each.right for each in scored_samples(answered, [turns] * len(cases), "plain", listed=True))
     for each in found:  # the question as it is, with its right choice
         assert (each.sample.prompt.tolist(), each.sample.answer.tolist()) == ([0, 2], [2, 9])
+        assert each.sample.choices.tolist() == [2, 0, 1, 3]
         assert (each.task, each.id, each.text) == ("task", "id", "what is it?; a; b; c; d")
 
 
@@ -31,3 +34,18 @@ def test_texts_are_embedded_and_pictures_are_not() -> None:
     assert embedded_text(naming, listed=True) == "a; b; c; d"
     with refused(ConfigError, "--tasks"):
         embedded_text(naming, listed=False)
+
+
+@pytest.mark.parametrize(
+    ("first", "right", "wanted"),
+    [
+        ([5, 6, 7, 8], 2, [7, 5, 6, 8]),
+        ([5, 6, 7, 5], 1, [6, 5, 7]),  # two wrong ones are alike
+        ([5, 6, 7, 6], 1, [-1]),  # and a wrong one is like the right one
+        ([5, 5, 5, 5], 0, [-1]),
+    ],
+)
+def test_first_tokens_begin_with_the_right_choices_if_it_has_one_of_its_own(
+    first: list[int], right: int, wanted: list[int]
+) -> None:
+    assert first_tokens([Continuation([1], [each, 9]) for each in first], right).tolist() == wanted

@@ -13,7 +13,13 @@ from tests.support.tuned import MANIFEST
 
 def loader(folder: Path, rank: int = 0, world_size: int = 1, micro_batch: int = 4) -> SampleLoader:
     return SampleLoader(
-        Samples(folder), MANIFEST, seed=3, global_batch=8, micro_batch=micro_batch, rank=rank, world_size=world_size
+        Samples(folder),
+        SampleMaker(MANIFEST),
+        seed=3,
+        global_batch=8,
+        micro_batch=micro_batch,
+        rank=rank,
+        world_size=world_size,
     )
 
 

@@ -63,7 +63,9 @@ def make_tuning(folder: Path, model: Transformer, *layers: int, **options: Any) 
 
 
 def batch_of(folder: Path) -> SampleBatch:
-    loader = SampleLoader(Samples(folder), MANIFEST, seed=0, global_batch=4, micro_batch=4, rank=0, world_size=1)
+    loader = SampleLoader(
+        Samples(folder), SampleMaker(MANIFEST), seed=0, global_batch=4, micro_batch=4, rank=0, world_size=1
+    )
     (batch,) = loader.batches(0)
     assert isinstance(batch, SampleBatch)
     return batch

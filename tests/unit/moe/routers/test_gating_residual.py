@@ -1,0 +1,123 @@
+"""Routers whose logits add a map of the logits of the layer before, against the loop over tokens: values and gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dist.moe.routers.gating_residual import GatingResidualRouter
+from moe_dist.moe.routing import Routing, RoutingCache, group_columns
+from moe_dist.placement.placement import ExpertGroup
+from tests.reference.gating_residual import chained_logits, top_k_weights
+
+T, D, LAYERS = 40, 6, 3
+# Uneven groups with all kinds of columns, which are not consecutive among those of both groups.
+TEXT = ExpertGroup("text", 5, 3, 3, 8, 0, ("text",), num_constant=1)
+IMAGE = ExpertGroup("image", 3, 1, 2, 8, 5, ("image",), num_identity=2)
+ALL = ExpertGroup("all", 4, 2, 2, 8, 0, ("text", "image"))
+KINDS = ("true", "null", "identity", "constant")
+
+
+def made(groups: tuple[ExpertGroup, ...], *, bias: bool = False) -> list[GatingResidualRouter]:
+    rng = torch.Generator().manual_seed(0)
+    routers = [GatingResidualRouter(D, groups, place=place, selection_bias=bias).double() for place in range(LAYERS)]
+    with torch.no_grad():
+        for router in routers:
+            for name, tensor in [*router.named_parameters(), *router.named_buffers()]:
+                if not tensor.is_floating_point():
+                    continue
+                drawn = torch.randn(tensor.shape, dtype=torch.double, generator=rng)
+                tensor.copy_(0.1 * drawn if name.endswith("bias") else drawn)
+    return routers
+
+
+def gate(router: GatingResidualRouter, group: ExpertGroup) -> dict[str, Tensor]:
+    module = router.gate(group)
+    return dict([*module.named_parameters(), *module.named_buffers()])
+
+
+def inputs(num_groups: int, count: int = T) -> tuple[list[Tensor], Tensor]:
+    """The router's input in each layer, and groups with padding among them."""
+    rng = torch.Generator().manual_seed(1)
+    layers = [torch.randn(count, D, dtype=torch.double, generator=rng).requires_grad_() for _ in range(LAYERS)]
+    return layers, torch.randint(-1, num_groups, (count,), generator=rng)
+
+
+def chained(routers: list[GatingResidualRouter], layers: list[Tensor], group_T: Tensor) -> list[Routing]:
+    found: list[Routing] = []
+    for router, h_TD in zip(routers, layers, strict=True):
+        found.append(router(h_TD, group_T, RoutingCache(previous_TC=found[-1].logits_TC if found else None)))
+    return found
+
+
+def table(router: GatingResidualRouter, routing: Routing) -> Tensor:
+    """Weight of each token's choice column [T, C], of null columns 0."""
+    columns = sum(group.num_columns for group in router.groups)
+    pairs, count = routing.assignments.taken(), routing.assignments.token_N.max() + 1
+    weight_TC = torch.zeros(int(count), columns, dtype=torch.double)
+    weight_TC = weight_TC.index_put((pairs.token_N, pairs.expert_N), pairs.weight_N)
+    if routing.zero_weight_TF is None:
+        return weight_TC
+    return torch.cat([weight_TC[:, : router.first_zero_computation], routing.zero_weight_TF], dim=1)
+
+
+def slow_tables(routers: list[GatingResidualRouter], layers: list[Tensor], group_T: Tensor) -> list[Tensor]:
+    groups = routers[0].groups
+    owner = torch.tensor(group_columns(groups))
+    tables = [torch.zeros(len(group_T), len(owner), dtype=torch.double) for _ in routers]
+    for token, index in enumerate(group_T.tolist()):
+        if index < 0:
+            continue
+        group, columns = groups[index], (owner == index).nonzero()[:, 0]
+        gates = [gate(router, group) for router in routers]
+        rows = [torch.cat([each[kind] for kind in KINDS if kind in each]) for each in gates]
+        logits = chained_logits([h_TD[token] for h_TD in layers], rows, [each.get("residual") for each in gates])
+        null = range(group.num_experts, group.num_experts + group.num_null)
+        for layer, each in enumerate(gates):
+            weights = top_k_weights(logits[layer], top_k=group.top_k, null=null, bias_C=each.get("bias"))
+            for column, weight in weights.items():
+                tables[layer] = tables[layer].index_put((torch.tensor(token), columns[column]), weight)
+    return tables
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groups", [(TEXT, IMAGE), (IMAGE, TEXT), (ALL,)], ids=lambda groups: groups[0].name)
+def test_equals_the_loop_in_values_and_gradients(groups: tuple[ExpertGroup, ...], bias: bool) -> None:
+    routers = made(groups, bias=bias)
+    layers, group_T = inputs(len(groups))
+    fast = [table(*pair) for pair in zip(routers, chained(routers, layers, group_T), strict=True)]
+    slow = slow_tables(routers, layers, group_T)
+    for ours, theirs in zip(fast, slow, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    over = [*layers, *(parameter for router in routers for parameter in router.parameters())]
+    score_TC = torch.randn(fast[-1].shape, dtype=torch.double, generator=torch.Generator().manual_seed(2))
+    # Of the last layer's weights alone: gradients reach the rows of the first layer through two residuals.
+    ours, theirs = (
+        torch.autograd.grad((each[-1] * score_TC).sum(), over, allow_unused=True, materialize_grads=True)
+        for each in (fast, slow)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+    assert ours[0].abs().max() > 1e-3
+
+
+def test_only_later_layers_have_a_residual() -> None:
+    first, second, _ = made((TEXT, IMAGE))
+    assert not [name for name, _ in first.named_parameters() if name.endswith("residual")]
+    shapes = {name: tuple(each.shape) for name, each in second.named_parameters() if name.endswith("residual")}
+    assert sorted(shapes.values()) == [(6, 6), (9, 9)]
+
+
+def test_no_token_and_padding_alone() -> None:
+    routers = made((TEXT, IMAGE))
+    for count in (0, 3):
+        layers, _ = inputs(2, count)
+        found = chained(routers, layers, torch.full((count,), -1))
+        assert all(len(routing.assignments.taken().token_N) == 0 for routing in found)
+        assert all(routing.logits_TC is not None and routing.logits_TC.shape == (count, 15) for routing in found)
+
+
+def test_the_cache_keeps_no_logits() -> None:
+    """Block recompute keeps the cache for backward, and logits would keep the graph that keeps the cache."""
+    (router, *_), (layers, group_T) = made((ALL,)), inputs(1)
+    cache = RoutingCache()
+    assert router(layers[0], group_T, cache).logits_TC is not None
+    assert cache.logits_TC is None
