@@ -24,6 +24,7 @@ from moe_dist.moe.routing import LayerReport, RoutingRequest
 from moe_dist.monitor.trace.format import MANIFEST, TOKEN, Manifest
 from moe_dist.monitor.trace.writer import TraceWriter
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.replicas import PlacementWithReplicas
 from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
@@ -58,7 +59,7 @@ class StepWatcher(Protocol):
         ...
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
-        """Is called after step `step` (from 1) if experts have moved, with their new placement."""
+        """Is called after step `step` (from 1) if experts have moved or got other replicas, with their new placement."""
         ...
 
 
@@ -127,7 +128,7 @@ class StepTracer:
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
         """Begins a new part of the trace, as a new attempt does."""
-        assert self._begin is not None, "experts moved in a trace of one placement"
+        assert self._begin is not None, "experts changed places in a trace of one placement"
         self.close()
         self._writer = self._begin(placement, step)
 
@@ -174,6 +175,7 @@ def traced_steps(
                 weights=section.weights,
                 every=section.every,
                 tokens=section.tokens,
+                replicas=placement.replicas if isinstance(placement, PlacementWithReplicas) else (),
             )
             write_atomically(place / MANIFEST, manifest.to_json())
         return TraceWriter(place, env.rank, weights=section.weights)

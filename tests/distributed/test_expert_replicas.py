@@ -51,12 +51,13 @@ class ReplicatedRun(Run):
     ) -> None:
         super().__init__(rank, layout, mesh, placement)
         self.each = sequences // rank.world_size
-        self.comm_stats.events, self.norms, self.pairs_remote = [], list[float](), list[int]()
+        self.comm_stats.events, self.norms, self.pairs, self.pairs_remote = [], list[float](), list[int](), list[int]()
 
     def step(self, number: int) -> None:
         batches = [batch_of(number, micro, self.rank.rank * self.each, self.each) for micro in range(MICRO_BATCHES)]
         result = self.training_step(batches, lr=1e-2, aux=AUX, number=number)
         self.norms.append(result.grad_norm)
+        self.pairs.append(result.ledger["pairs"])
         self.pairs_remote.append(result.ledger["pairs_remote"])
 
     def replicate(self, *replicas: list[Replica]) -> None:
@@ -142,6 +143,8 @@ def two_runs_with_an_empty_rank(rank: RankContext, layout: Layout) -> tuple[Arra
     for number in range(2):
         plain.step(number)
         replicated.step(number)
+    assert plain.pairs == replicated.pairs
+    assert any(plain.pairs) == (rank.rank > 0)
     return plain.tensors(), replicated.tensors()
 
 
