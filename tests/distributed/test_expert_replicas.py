@@ -144,7 +144,6 @@ def two_runs_with_an_empty_rank(rank: RankContext, layout: Layout) -> tuple[Arra
         plain.step(number)
         replicated.step(number)
     assert plain.pairs == replicated.pairs
-    assert any(plain.pairs) == (rank.rank > 0)
     return plain.tensors(), replicated.tensors()
 
 
