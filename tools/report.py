@@ -252,8 +252,10 @@ def _placement(path: Path, manifest: Manifest) -> ExpertPlacement:
             f"{path}, {MANIFEST}: rank_of_expert has {len(ranks)} ranks from {min(ranks, default=0)}, but groups have "
             f"{experts} experts, each on a rank from 0; take the manifest that belongs to this trace"
         )
-    slots = tuple(tuple(e for e in range(experts) if ranks[e] == rank) for rank in range(max(ranks) + 1))
-    return ExpertPlacement(manifest.groups, slots)
+    try:
+        return manifest.placement
+    except ConfigError as error:
+        raise DataError(f"{path}, {MANIFEST}: {error}; take the manifest that belongs to this trace") from error
 
 
 def _placement_of_run(path: Path, groups: tuple[ExpertGroup, ...], ep: int) -> ExpertPlacement:

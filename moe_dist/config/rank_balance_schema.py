@@ -5,7 +5,6 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from moe_dist.config.dispatchers.all_to_all import AllToAllDispatchSection
 from moe_dist.config.experts.ffn import FFNExpertsSection
 from moe_dist.config.section import Section, Violation, WholeConfig
 
@@ -84,9 +83,9 @@ class RankBalanceSection(Section):
                 f"experts of kind={model.moe.experts.kind} have no replicas, only those of kind=ffn",
             ),
             (
-                "parallel.dispatch",
-                parallel.dispatch != AllToAllDispatchSection(),
-                "only parallel.dispatch.kind=all_to_all without overlap and chunks sends rows to replicas",
+                "parallel.dispatch.kind",
+                not parallel.dispatch.replicas,
+                f"{parallel.dispatch.name} sends the rows of all layers by one placement, without replicas",
             ),
             (
                 "parallel.two_batch_overlap",

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
+from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout, RunExperts
 from moe_dist.moe.dispatch.rows import TORCH, gate_and_up
 from moe_dist.moe.draws import recomputed
 from moe_dist.moe.kernels.interface import Items, RowIndex, RowKernels
@@ -291,6 +291,11 @@ class Experts(nn.Module):
         self.pair_budget = pair_budget
         for group, count in zip(groups, num_local, strict=True):
             self.add_module(group_module(group.name), stack(hidden_dim, group.ffn_dim, count, gemm=gemm))
+
+    def start(self, h_TD: Tensor, *, recompute: bool = False) -> tuple[Tensor, RunExperts]:
+        """Begins the forward of a layer, before any row is sent. Returns the layer's input, which the dispatcher sends, and
+        `forward` for one call or several."""
+        return h_TD, partial(self, recompute=recompute)
 
     def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
         """Returns for each dispatched row the weighted sum of its experts' outputs: [R, D] in the rows' dtype, summed in

@@ -2,7 +2,6 @@
 attribute."""
 
 from collections.abc import Generator
-from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -87,18 +86,14 @@ class MoELayer(nn.Module):
         assert isinstance(self.dispatcher, TwoBatchDispatcher)
         cache = RoutingCache(keep_choices=request.keep_choices)
         routed = self._route(x_TD, group_T, cache)
-        found = yield from self.dispatcher.steps(*routed.inputs, chain, experts=self._experts, shared=self.shared)
+        found = yield from self.dispatcher.steps(*routed.inputs, chain, experts=routed.experts, shared=self.shared)
         return self._result(routed, *found, request.experts_off)
 
     def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache, experts_off: bool) -> tuple[Tensor, LayerReport]:
         repeated = cache.plan is not None  # backward recomputes the block
         routed = self._route(x_TD, group_T, cache)
-        found = self.dispatcher.run(*routed.inputs, experts=self._experts, shared=self.shared, repeated=repeated)
+        found = self.dispatcher.run(*routed.inputs, experts=routed.experts, shared=self.shared, repeated=repeated)
         return self._result(routed, *found, experts_off)
-
-    @property
-    def _experts(self) -> RunExperts:
-        return partial(self.experts, recompute=self.recompute == "experts")
 
     def normed(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the normed input for the experts and for the router. A kernel may make the experts' and the router's
@@ -115,7 +110,8 @@ class MoELayer(nn.Module):
         # all-to-all of combine.
         zero_weight_TF = routing.zero_weight_TF
         zero_TD = None if self.free is None or zero_weight_TF is None else self.free(h_TD, zero_weight_TF)
-        return _Routed((h_TD, routing.assignments.weight_N, plan), routing, zero_TD)
+        h_TD, experts = self.experts.start(h_TD, recompute=self.recompute == "experts")
+        return _Routed((h_TD, routing.assignments.weight_N, plan), experts, routing, zero_TD)
 
     def _result(
         self, routed: "_Routed", y_TD: Tensor, shared_TD: Tensor | None, experts_off: bool
@@ -135,8 +131,9 @@ class MoELayer(nn.Module):
 
 class _Routed(NamedTuple):
     """The values that a layer computes before its first exchange of rows: the dispatcher's inputs h, weights and plan, the
-    routing, and the output of zero-computation experts."""
+    function that computes this rank's experts, the routing, and the output of zero-computation experts."""
 
     inputs: tuple[Tensor, Tensor, Any]
+    experts: RunExperts
     routing: Routing
     zero_TD: Tensor | None

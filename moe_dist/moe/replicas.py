@@ -2,27 +2,32 @@
 slots.
 
 Replicas have no parameters that must be kept equal: backward sends the gradients of replicas to the experts' own slots and
-adds the gradients there, and the optimizer, the gradient norm and checkpoints see each expert once. The exchange of weights
-is part of the autograd graph between dispatch and experts, so that every rank issues its collectives in the same order.
+adds the gradients there, and the optimizer, the gradient norm and checkpoints see each expert once.
+
+A layer exchanges weights once in each pass, however many times its dispatcher runs the experts. Forward issues the exchange
+before all other exchanges of the layer, and waits for the weights when the first experts run. Backward sends the gradients,
+summed over all runs, after the layer's last exchange of rows: the layer's input passes through the same autograd node, so
+that every rank issues its collectives in the same order with any dispatcher.
 
 The weights of a replica stay in memory, in the dtype of the rows, from forward to backward.
 
-Shape letters: R rows, Q pairs, D hidden size, F hidden width of an expert, c replicas of a group on this rank.
+Shape letters: T tokens, Q pairs, D hidden size, F hidden width of an expert, c replicas of a group on this rank, V
+parameters of an expert.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.comm.all_to_all import AllToAll, Splits
+from moe_dist.comm.all_to_all import AllToAll, Pending, Splits
 from moe_dist.comm.names import BACKWARD, REPLICAS
-from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
-from moe_dist.moe.experts import Activation, Experts, ExpertStack, Inputs, choose_gemm
+from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout, RunExperts
+from moe_dist.moe.experts import Activation, Experts, ExpertStack, Inputs, RunStack, choose_gemm
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.replicas import PlacementWithReplicas
 from moe_dist.placement.roles import group_module
@@ -75,6 +80,14 @@ class ReplicaWeights:
         routes = tuple(Route.of(placement, layer, group, wire.rank) for group in groups)
         return cls(name, wire, routes) if routes else None
 
+    def start(self, items: Tensor, route: Route, *, back: bool = False) -> Pending:
+        """Issues the exchange of one group: weights [., V] to the replicas, or with `back` their gradients home."""
+        name, splits = (REPLICAS + BACKWARD, route.splits.reversed()) if back else (REPLICAS, route.splits)
+        return self.wire.start(items, splits, name=name, layer=self.layer)
+
+
+Stacks = list[tuple[int, RunStack]]  # see `Experts._run`
+
 
 class ExpertsWithReplicas(Experts):
     """FFN experts of this rank and, in layers with replicas, the replicas on this rank. For arguments see `Experts`.
@@ -85,18 +98,46 @@ class ExpertsWithReplicas(Experts):
 
     replicas: ReplicaWeights | None = None
 
-    def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
-        """See `Experts.forward`. The input rows of replicas come after the rows of the rank's own slots."""
+    def start(self, h_TD: Tensor, *, recompute: bool = False) -> tuple[Tensor, RunExperts]:
+        """See `Experts.start`. Issues the exchange of the layer's weights."""
         found = self.replicas
         if found is None:
-            return super().forward(dispatched, plan, recompute=recompute)
-        own = [(count, self.get_submodule(group_module(name))) for name, count in self.local]
+            return super().start(h_TD, recompute=recompute)
         stacks: list[Any] = [self.get_submodule(group_module(route.group)) for route in found.routes]
-        weights = [getattr(stack, name) for stack in stacks for name in TENSORS]
-        rows_RD, *fetched = _Fetch.apply(dispatched.rows_RD, found, *weights)  # pyright: ignore[reportGeneralTypeIssues]
-        parts = zip(found.routes, stacks, _of_groups(fetched), strict=True)
-        more = [(route.num_replicas, partial(_run, stack, *three)) for route, stack, three in parts if route.num_replicas]
-        return self._run(replace(dispatched, rows_RD=rows_RD), plan, [*own, *more], recompute=recompute)
+        weights, pending = [getattr(stack, name) for stack in stacks for name in TENSORS], list[Pending]()
+        h_TD, *arriving = _Fetch.apply(h_TD, found, pending, *weights)  # pyright: ignore[reportGeneralTypeIssues]
+
+        @cache
+        def arrived() -> Stacks:
+            """Waits for the weights, at the first call."""
+            for each in pending:
+                each.wait()
+            parts = zip(found.routes, stacks, arriving, strict=True)
+            return [(each.num_replicas, partial(_run, stack, *_cut(stack, all_cV))) for each, stack, all_cV in parts]
+
+        return h_TD, partial(self, recompute=recompute, replicas=arrived)
+
+    def forward(
+        self,
+        dispatched: DispatchedRows,
+        plan: PairLayout,
+        *,
+        recompute: bool = False,
+        replicas: Callable[[], Stacks] = list,
+    ) -> Tensor:
+        """See `Experts.forward`. The rows of replicas come behind those of the rank's own slots. `replicas` returns their
+        weights."""
+        own: Stacks = [(count, self.get_submodule(group_module(name))) for name, count in self.local]
+        more = [each for each in replicas() if each[0]]
+        return self._run(dispatched, plan, [*own, *more], recompute=recompute)
+
+
+def _cut(stack: ExpertStack, all_cV: Tensor) -> list[Tensor]:
+    """Returns gate, up [c, F, D] and down [c, D, F] of replicas, from all their parameters [c, V]."""
+    shapes = [getattr(stack, name).shape[1:] for name in TENSORS]
+    pieces = all_cV.split([shape.numel() for shape in shapes], dim=1)
+    # contiguous, as all other stacks that the grouped product gets
+    return [piece.unflatten(1, shape).contiguous() for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def _run(
@@ -117,36 +158,33 @@ def _run(
 
 
 class _Fetch(torch.autograd.Function):
-    """Forward sends the weights of experts to the ranks of their replicas, one exchange for each group; backward sends the
-    weights' gradients back. The rows [R, D] pass through unchanged, so that this node's backward runs on every rank, after
-    the backward of the experts and before the backward of dispatch."""
+    """Forward issues one exchange for each group, which sends the weights of experts to the ranks of their replicas. It
+    appends the exchanges to `pending` and returns the received weights, [c, V] for each group; the caller waits for them.
+    Backward sends the weights' gradients back. The layer's input [T, D] passes through unchanged, so that this node's
+    backward runs on every rank, after all exchanges of rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, replicas: ReplicaWeights, *weights: Tensor) -> Any:
+    def forward(ctx: Any, h_TD: Tensor, replicas: ReplicaWeights, pending: list[Pending], *weights: Tensor) -> Any:
         ctx.replicas, ctx.weights = replicas, weights  # not save_for_backward: backward needs no values
-        found: list[Tensor] = []
         for route, three in zip(replicas.routes, _of_groups(weights), strict=True):
-            sent = torch.cat([_slots(each, route.send).to(rows_RD.dtype).flatten(1) for each in three], dim=1)
-            arrived = replicas.wire.exchange(sent, route.splits, name=REPLICAS, layer=replicas.layer)
-            shapes = [each.shape[1:] for each in three]
-            pieces = arrived.split([shape.numel() for shape in shapes], dim=1)
-            # contiguous, like the other weight stacks of the grouped product
-            found += [piece.unflatten(1, shape).contiguous() for piece, shape in zip(pieces, shapes, strict=True)]
-        return rows_RD.view_as(rows_RD), *found
+            sent = torch.cat([_slots(each, route.send).to(h_TD.dtype).flatten(1) for each in three], dim=1)
+            pending.append(replicas.start(sent, route))
+        arriving = [each.received for each in pending]
+        if not any(ctx.needs_input_grad[3:]):  # the experts are frozen, on all ranks
+            ctx.mark_non_differentiable(*arriving)
+        return h_TD.view_as(h_TD), *arriving
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_TD: Tensor, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         replicas, found = ctx.replicas, list[Tensor | None]()
-        if not any(ctx.needs_input_grad[2:]):  # the experts are frozen, on all ranks
-            return grad_RD, None, *(None for _ in ctx.weights)
-        for route, weights, three in zip(replicas.routes, *map(_of_groups, (ctx.weights, gradients)), strict=True):
-            sent = torch.cat([each.flatten(1) for each in three], dim=1)
-            back = route.splits.reversed()
-            returned = replicas.wire.exchange(sent, back, name=REPLICAS + BACKWARD, layer=replicas.layer)
-            pieces = returned.split([each.shape[1:].numel() for each in three], dim=1)
+        if not any(ctx.needs_input_grad[3:]):
+            return grad_TD, None, None, *(None for _ in ctx.weights)
+        for route, weights, sent in zip(replicas.routes, _of_groups(ctx.weights), gradients, strict=True):
+            returned = replicas.start(sent, route, back=True).wait()
+            pieces = returned.split([each.shape[1:].numel() for each in weights], dim=1)
             found += [_with(weight, piece, route.send) for weight, piece in zip(weights, pieces, strict=True)]
-        return grad_RD, None, *found
+        return grad_TD, None, None, *found
 
 
 def _of_groups(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:

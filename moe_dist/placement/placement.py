@@ -136,6 +136,11 @@ class ExpertPlacement:
         rank_E = np.array(self.rank_of_expert)
         return np.stack([pairs_LE[:, rank_E == rank].sum(1) for rank in range(self.num_ranks)], axis=1)
 
+    def computing_ranks(self, layer: int) -> np.ndarray:
+        """Returns the rank that computes each expert for the tokens of each source rank, int64 [R, E]; the same in all
+        layers."""
+        return np.tile(np.array(self.rank_of_expert), (self.num_ranks, 1))
+
     @property
     def line(self) -> dict[str, Any]:
         """Returns the slots for metrics.jsonl."""

@@ -88,6 +88,13 @@ class PlacementWithReplicas(ExpertPlacement):
                 found_LR[layer] += pairs_LE[layer, expert] * shares(hosts, self.num_ranks)
         return found_LR
 
+    def computing_ranks(self, layer: int) -> np.ndarray:
+        """See `ExpertPlacement.computing_ranks`. Layers differ."""
+        found_RE = super().computing_ranks(layer)
+        for expert, hosts in self.hosts(layer).items():
+            found_RE[:, expert] = servers(hosts, self.num_ranks)
+        return found_RE
+
     @property
     def line(self) -> dict[str, Any]:
         """See `ExpertPlacement.line`."""

@@ -29,6 +29,7 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.planner import group_shares, reached
 
 NodeGroups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # between nodes, inside this node
+PLAIN = {"overlap": False, "chunks": 1}  # fields of `parallel.dispatch` that exchange all rows of a layer at once
 
 
 def build_all_to_all(
@@ -74,14 +75,20 @@ def build_dispatcher(parts: DispatchParts) -> Dispatcher[Any]:
 
 
 def _all_to_all(parts: DispatchParts) -> Dispatcher[Any]:
-    """Makes the dispatcher for halves of a micro-batch or the pipelined dispatcher if an option selects it. Otherwise makes
-    the dispatcher with known counts if each sent row serves only one (token, expert) pair, or the plain dispatcher if a row
-    may serve several pairs."""
+    """Makes the dispatcher for halves of a micro-batch if the option selects it. Otherwise makes the dispatcher with known
+    counts if each sent row serves only one (token, expert) pair and no option selects the pipelined dispatcher, or a
+    dispatcher of `_planned`."""
     if parts.parallel.two_batch_overlap:
         return TwoBatchDispatcher(parts.placement, parts.all_to_all, **parts.options)
-    if parts.fields != {"overlap": False, "chunks": 1}:
+    known = parts.fields == PLAIN and pairs_are_rows(parts.placement)
+    return _known_counts(parts, always=False) if known else _planned(parts)
+
+
+def _planned(parts: DispatchParts) -> PipelinedDispatcher | AllToAllDispatcher:
+    """Makes the pipelined dispatcher if an option asks for it, or the plain one."""
+    if parts.fields != PLAIN:
         return PipelinedDispatcher(parts.placement, parts.all_to_all, **parts.options, **parts.fields)
-    return _known_counts(parts, always=False) if pairs_are_rows(parts.placement) else _general(parts)
+    return _general(parts)
 
 
 def _general(parts: DispatchParts) -> AllToAllDispatcher:
@@ -145,6 +152,8 @@ DISPATCHERS: dict[str, Callable[[DispatchParts], Dispatcher[Any]]] = {
         parts.placement, parts.all_to_all, hidden_dim=parts.hidden_dim, **parts.fields
     ),
 }
+# Those whose plans all come from their attribute `planner`, by the kinds for which the configuration allows replicas.
+WITH_PLANNER: dict[str, Callable[[DispatchParts], Any]] = {"all_to_all": _planned, "hierarchical": _hierarchical}
 
 
 def dispatch_with(model: Transformer, parts: DispatchParts) -> None:

@@ -1,12 +1,19 @@
 """Gives experts replicas on other ranks of their EP group. No weights are sent here: each forward sends the weights of
 replicas (`moe/replicas.py`)."""
 
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.moe.dispatch.replicas import ReplicaDispatcher
+from moe_dist.moe.dispatch.replicas import ReplicaPlanner
 from moe_dist.moe.replicas import ExpertsWithReplicas, ReplicaWeights
+from moe_dist.moe.routing import ABSENT
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.replicas import PlacementWithReplicas
-from moe_dist.train.build_dispatch import DispatchParts
+from moe_dist.train.build_dispatch import WITH_PLANNER, DispatchParts
 
 
 def give_replicas(parallel: ParallelModel, parts: DispatchParts, placement: PlacementWithReplicas) -> None:
@@ -16,9 +23,15 @@ def give_replicas(parallel: ParallelModel, parts: DispatchParts, placement: Plac
     # `parts.all_to_all` is not used, because its checksums of rows may be switched on, and an expert is too long for
     # checksums.
     wire = AllToAll(mesh.ep, parts.all_to_all.comm_stats, mesh.tracker)
-    names = [str(layer.name) for layer in layers]
-    dispatcher = ReplicaDispatcher(placement, parts.all_to_all, layers=names, device=mesh.device, **parts.options)
+    make = WITH_PLANNER[parts.parallel.dispatch.kind]
+    dispatcher: Any = make(replace(parts, placement=placement))
+    of_layer: dict[str, tuple[Tensor, Any]] = {}
     for number, layer in enumerate(layers):
         assert isinstance(layer.experts, ExpertsWithReplicas), "the configuration refuses replicas of other experts"
-        layer.dispatcher = dispatcher  # pyright: ignore[reportArgumentType]
-        layer.experts.replicas = ReplicaWeights.of(placement, number, names[number], wire)
+        layer.dispatcher = dispatcher
+        layer.experts.replicas = ReplicaWeights.of(placement, number, str(layer.name), wire)
+        if placement.replicas[number]:
+            slot_E = torch.tensor([*placement.id_of_expert(number, wire.rank), ABSENT], device=mesh.device)
+            planner = make(replace(parts, placement=placement.in_layer(number))).planner
+            of_layer[str(layer.name)] = slot_E, planner
+    dispatcher.planner = ReplicaPlanner(dispatcher.planner, of_layer)

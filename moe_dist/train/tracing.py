@@ -24,6 +24,7 @@ from moe_dist.moe.routing import LayerReport, RoutingRequest
 from moe_dist.monitor.trace.format import MANIFEST, TOKEN, Manifest
 from moe_dist.monitor.trace.writer import TraceWriter
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.replicas import PlacementWithReplicas
 from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
@@ -58,7 +59,8 @@ class StepWatcher(Protocol):
         ...
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
-        """Is called after step `step` (counted from 1) with the new placement if experts have moved."""
+        """Is called after step `step` (counted from 1) with the new placement if experts have moved or got other
+        replicas."""
         ...
 
 
@@ -128,7 +130,7 @@ class StepTracer:
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
         """Begins a new part of the trace, as after a restart."""
-        assert self._begin is not None, "experts moved in a trace of one placement"
+        assert self._begin is not None, "experts changed places in a trace of one placement"
         self.close()
         self._writer = self._begin(placement, step)
 
@@ -175,6 +177,7 @@ def traced_steps(
                 weights=section.weights,
                 every=section.every,
                 tokens=section.tokens,
+                replicas=placement.replicas if isinstance(placement, PlacementWithReplicas) else (),
             )
             write_atomically(place / MANIFEST, manifest.to_json())
         return TraceWriter(place, env.rank, weights=section.weights)

@@ -13,13 +13,15 @@ import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 
 from moe_dist.comm.collectives import CommStats
+from moe_dist.comm.names import BACKWARD, REPLICAS
 from moe_dist.moe.routing import Routing, RoutingRequest
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
 from tests.support.cover import full
-from tests.support.layouts import Layout, batch_of, build, placement_of
+from tests.support.layouts import LAYERS, Layout, batch_of, build, placement_for, placement_of
+from tests.support.replicas import of_both_groups, replicate
 from tests.support.worlds import RankContext
 
 
@@ -27,7 +29,11 @@ def recorded_pass(rank: RankContext, layout: Layout) -> list[str]:
     """Events of one forward and backward: exchanges, and FSDP2's collectives with the parameters they move."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     events: list[str] = []
-    parallel = build(layout, mesh, CommStats(events=events))
+    comm_stats = CommStats(events=events)
+    parallel = build(layout, mesh, comm_stats)
+    if layout.replicas:
+        start = placement_for(layout)
+        replicate(parallel, layout, start, comm_stats, [of_both_groups(start)] * LAYERS)
     gather, reduce = param_group.foreach_all_gather, param_group.foreach_reduce
 
     def note(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,6 +69,8 @@ def _unit(name: str) -> str:
     Layout(2, 2, "interleaved", "fsdp2", "block", overlap=True, chunks=3),
     full(Layout(4, 2, "uneven", "fsdp2", chunks=2)),
     full(Layout(4, 2, "pinned", "fsdp2", "block", ranks_per_node=2)),
+    Layout(2, 2, "interleaved", "fsdp2", overlap=True, chunks=2, replicas=True),
+    full(Layout(4, 2, "uneven", "fsdp2", "block", chunks=2, replicas=True)),
 ], ids=str)  # fmt: skip
 def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
     all_events = run_in_world(layout.world_size, recorded_pass, layout)
@@ -70,6 +78,8 @@ def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., l
     hop = "inter-node " if layout.ranks_per_node else ""  # of two hops, the one that begins and ends a pass
     opening = (f"{hop}dispatch rows{first}", f"{hop}combine rows backward{last}")
     closing = (f"wait {hop}combine rows{last}", f"wait {hop}dispatch rows backward{first}")
+    if layout.replicas:  # their weights go first, their gradients return last
+        opening, closing = (REPLICAS, opening[1]), (closing[0], f"wait {REPLICAS}{BACKWARD}")
     for events in all_events:
         inside = None
         assert set(opening + closing) <= set(events)
@@ -92,21 +102,25 @@ def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., l
 
 
 def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
-    """Every call of torch.distributed in two training steps: its name, and how many ranks took part."""
+    """Every call of torch.distributed in two training steps, with the number of its ranks, and the events of the exchanges,
+    with their names."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
-    comm_stats = CommStats()
+    calls: list[str] = []
+    comm_stats = CommStats(events=calls)
     parallel = build(layout, mesh, comm_stats)
+    start = placement_for(layout)
+    if layout.replicas:
+        replicate(parallel, layout, start, comm_stats, [of_both_groups(start)] * LAYERS)
     groups = split_parameters(parallel.model, weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     step = TrainingStep(
         parallel,
         optimizer,
-        placement=placement_of(layout.placement, layout.ep),
+        placement=start,
         group_of_modality=[0, 1],
         clip_norm=0.5,
         comm_stats=comm_stats,
     )
-    calls: list[str] = []
 
     def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -128,6 +142,8 @@ def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
     Layout(4, 1, "uneven"),
     Layout(2, 2, "pinned", recompute="block"),
     Layout(4, 1, "uneven", recompute="block", ranks_per_node=2),
+    Layout(4, 1, "uneven", recompute="block", overlap=True, chunks=2, replicas=True),
+    full(Layout(2, 2, "pinned", "fsdp2", chunks=3, replicas=True)),
 ], ids=str)  # fmt: skip
 def test_every_rank_issues_the_same_collectives_in_the_same_order(
     run_in_world: Callable[..., list[Any]], layout: Layout

@@ -13,49 +13,55 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.names import REPLICAS
 from moe_dist.moe.replicas import ExpertsWithReplicas
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.replicas import PlacementWithReplicas, Replica
-from moe_dist.train.build_dispatch import DispatchParts
-from moe_dist.train.expert_replicas import give_replicas
+from moe_dist.placement.replicas import Replica
 from tests.distributed.test_expert_moves import AUX, Run
 from tests.support.agreement import Arrays, merged
 from tests.support.cover import full
-from tests.support.layouts import HIDDEN_DIM, MICRO_BATCHES, SEQUENCES, Layout, batch_of, config_of, placement_for
+from tests.support.layouts import LAYERS, MICRO_BATCHES, SEQUENCES, Layout, batch_of, placement_for
+from tests.support.replicas import of_both_groups, on_others, replicate
 from tests.support.whole_tensors import carry
 from tests.support.worlds import RankContext
 
 LAYOUTS = [
     Layout(2, 1, replicas=True),
     Layout(2, 2, "interleaved", "fsdp2", "block", replicas=True),
+    Layout(2, 2, "interleaved", "fsdp2", "block", overlap=True, chunks=2, replicas=True),
+    Layout(4, 1, "uneven", overlap=True, replicas=True),
     full(Layout(4, 1, "uneven", pair_budget=7, replicas=True)),  # a rank without experts of its own
     full(Layout(4, 1, "uneven", "fsdp2", "experts", replicas=True)),
     full(Layout(2, 2, replicas=True, optimizer="muon")),
     full(Layout(2, 2, "interleaved", "fsdp2", fsdp_gather="step", replicas=True)),
+    full(Layout(4, 1, "uneven", "fsdp2", chunks=3, replicas=True)),
+    full(Layout(2, 1, "pinned", "ddp", "experts", pair_budget=5, overlap=True, chunks=2, replicas=True)),
+    full(Layout(2, 2, "interleaved", "fsdp2", fsdp_gather="step", chunks=2, replicas=True)),
+    full(Layout(4, 1, "interleaved", "ddp", "block", overlap=True, chunks=4, replicas=True)),
+    full(Layout(4, 1, "uneven", "fsdp2", "block", ranks_per_node=2, replicas=True)),
 ]
 
 
 class ReplicatedRun(Run):
     """A model of a layout in training, whose experts may get replicas."""
 
-    def __init__(self, rank: RankContext, layout: Layout, mesh: Mesh, placement: ExpertPlacement) -> None:
+    def __init__(
+        self, rank: RankContext, layout: Layout, mesh: Mesh, placement: ExpertPlacement, *, sequences: int = SEQUENCES
+    ) -> None:
         super().__init__(rank, layout, mesh, placement)
-        self.comm_stats.events, self.norms, self.pairs_remote = [], list[float](), list[int]()
+        self.each = sequences // rank.world_size
+        self.comm_stats.events, self.norms, self.pairs, self.pairs_remote = [], list[float](), list[int](), list[int]()
 
     def step(self, number: int) -> None:
-        each = SEQUENCES // self.rank.world_size
-        batches = [batch_of(number, micro, self.rank.rank * each, each) for micro in range(MICRO_BATCHES)]
+        batches = [batch_of(number, micro, self.rank.rank * self.each, self.each) for micro in range(MICRO_BATCHES)]
         result = self.training_step(batches, lr=1e-2, aux=AUX, number=number)
         self.norms.append(result.grad_norm)
+        self.pairs.append(result.ledger["pairs"])
         self.pairs_remote.append(result.ledger["pairs_remote"])
 
     def replicate(self, *replicas: list[Replica]) -> None:
-        placement = PlacementWithReplicas(self.placement.groups, self.placement.slots, tuple(map(tuple, replicas)))
-        wire = AllToAll(self.mesh.ep, self.comm_stats)
-        give_replicas(self.parallel, DispatchParts(config_of(self.layout).parallel, placement, wire, HIDDEN_DIM), placement)
+        replicate(self.parallel, self.layout, self.placement, self.comm_stats, replicas)
 
     @property
     def exchanges(self) -> int:
@@ -75,12 +81,6 @@ class Seen(NamedTuple):
     exchanges: list[int]
 
 
-def on_others(placement: ExpertPlacement, expert: int, number: int) -> list[Replica]:
-    """Replicas of an expert on the next ranks after its own."""
-    home, ranks = placement.rank_of_expert[expert], placement.num_ranks
-    return sorted(Replica(expert, (home + after) % ranks) for after in range(1, number + 1))
-
-
 def on_one_rank(rank: RankContext, layout: Layout) -> tuple[Arrays, list[float]]:
     mesh = make_mesh(ep=1, device=torch.device("cpu"), timeout=600.0)
     run = ReplicatedRun(rank, layout, mesh, placement_for(layout))
@@ -90,11 +90,10 @@ def on_one_rank(rank: RankContext, layout: Layout) -> tuple[Arrays, list[float]]
 
 
 def three_runs(rank: RankContext, layout: Layout) -> Seen:
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     start = placement_for(layout)
-    image = start.groups[1].first_expert
     # an expert on all ranks, and one of the other group; then replicas of two experts of one group, in another layer only
-    first = [sorted(on_others(start, 0, layout.ep - 1) + on_others(start, image, 1)), []]
+    first = [of_both_groups(start), []]
     second = [[], sorted(on_others(start, 1, 1) + on_others(start, 2, 1))]
     plain, replicated, resumed = (ReplicatedRun(rank, layout, mesh, start) for _ in range(3))
     exchanges = []
@@ -134,3 +133,28 @@ def test_replicas_change_rounding_alone(run_in_world: Callable[..., list[Any]], 
         assert kept[0] == without[0]
         assert all(kept[1:] < without[1:]), "ranks with a replica keep its pairs"
         assert each.exchanges == [0, 2 * passes, passes], "of each group with replicas"
+
+
+def two_runs_with_an_empty_rank(rank: RankContext, layout: Layout) -> tuple[Arrays, Arrays]:
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
+    start = placement_for(layout)
+    plain, replicated = (ReplicatedRun(rank, layout, mesh, start, sequences=rank.world_size) for _ in range(2))
+    replicated.replicate(*[of_both_groups(start)] * LAYERS)
+    for number in range(2):
+        plain.step(number)
+        replicated.step(number)
+    assert plain.pairs == replicated.pairs
+    return plain.tensors(), replicated.tensors()
+
+
+@pytest.mark.parametrize("layout", [
+    Layout(4, 1, "uneven", replicas=True),
+    full(Layout(4, 1, "uneven", "fsdp2", "block", overlap=True, chunks=2, replicas=True)),
+    full(Layout(2, 2, "pinned", chunks=3, replicas=True)),
+], ids=str)  # fmt: skip
+def test_replicas_serve_ranks_without_tokens(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
+    """One rank has no token, one no picture and one no text; `uneven` leaves a rank without experts of its own."""
+    seen = run_in_world(layout.world_size, two_runs_with_an_empty_rank, layout)
+    plain, replicated = (merged([each[run] for each in seen]) for run in range(2))
+    for name, value in plain.items():
+        np.testing.assert_allclose(replicated[name], value, rtol=0, atol=1e-9, err_msg=name)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
-from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS
+from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS, REPLICAS
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.planning import SPLIT_SIZES
@@ -27,7 +27,8 @@ T, E, K = 40, 6, 3
 def events_of(run_in_world: Callable[..., list[Any]], layout: Layout) -> list[str]:
     """One forward and backward of the whole model; metadata left out, the same on all ranks."""
     everywhere = run_in_world(layout.world_size, recorded_pass, layout)
-    wanted = (DISPATCH_ROWS, COMBINE_ROWS, f"wait {DISPATCH_ROWS}", f"wait {COMBINE_ROWS}", "own pairs", "shared", "pairs")
+    exchanged = (DISPATCH_ROWS, COMBINE_ROWS, REPLICAS)
+    wanted = (*exchanged, *(f"wait {name}" for name in exchanged), "own pairs", "shared", "pairs")
     kept = [[event for event in events if event.startswith(wanted)] for events in everywhere]
     for events in kept:
         assert [e for e in events if "rows" in e] == [e for e in kept[0] if "rows" in e]
@@ -64,6 +65,24 @@ def test_a_chunk_is_dispatched_while_the_one_before_is_computed(run_in_world: Ca
         "pairs 2 backward", "dispatch rows backward 2", "wait combine rows backward 1", "combine rows backward 0",
         "pairs 1 backward", "dispatch rows backward 1", "wait dispatch rows backward 2", "wait combine rows backward 0",
         "pairs 0 backward", "dispatch rows backward 0", "wait dispatch rows backward 1", "wait dispatch rows backward 0",
+    ]  # fmt: skip
+    assert events == forward * LAYERS + backward * LAYERS
+
+
+def test_weights_of_replicas_are_exchanged_once_around_all_chunks(run_in_world: Callable[..., list[Any]]) -> None:
+    """Of both groups: before the rows, beside the shared expert; backward sends the gradients behind the rows."""
+    events = events_of(run_in_world, Layout(2, 1, "interleaved", overlap=True, chunks=2, replicas=True))
+    forward = [
+        REPLICAS, REPLICAS, "dispatch rows 0", "dispatch rows 1", "shared", "own pairs",
+        f"wait {REPLICAS}", f"wait {REPLICAS}", "wait dispatch rows 0",
+        "pairs 0", "combine rows 0", "wait dispatch rows 1", "pairs 1", "wait combine rows 0", "combine rows 1",
+        "wait combine rows 1",
+    ]  # fmt: skip
+    backward = [
+        "combine rows backward 1", "wait combine rows backward 1", "combine rows backward 0", "pairs 1 backward",
+        "dispatch rows backward 1", "wait combine rows backward 0", "pairs 0 backward", "dispatch rows backward 0",
+        "own pairs backward", "shared backward", "wait dispatch rows backward 1", "wait dispatch rows backward 0",
+        *[REPLICAS + BACKWARD, f"wait {REPLICAS}{BACKWARD}"] * 2,
     ]  # fmt: skip
     assert events == forward * LAYERS + backward * LAYERS
 

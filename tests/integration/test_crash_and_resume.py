@@ -176,14 +176,16 @@ REPLICATING = {**MOVING, "rank_balance": {"replicating": {"every": 2, "slots": 4
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("pipelined", [{}, {"overlap": True, "chunks": 2}], ids=["plain", "overlap and chunks"])
 def test_a_rank_killed_with_replicas_loses_nothing(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipelined: dict[str, Any]
 ) -> None:
     """The rank dies in the first step with replicas, when some weights have arrived and others have not, and once more
     after the run has resumed with replicas. It ends with the bits of an undisturbed run, whose records show them."""
+    dispatch = {"parallel.dispatch": {"kind": "all_to_all", **pipelined}}
 
     def started(name: str) -> tuple[int, RunFolder]:
-        config = tiny_config(tiny_data, tmp_path, {**SETTINGS, **REPLICATING, "run.name": name})
+        config = tiny_config(tiny_data, tmp_path, {**SETTINGS, **REPLICATING, **dispatch, "run.name": name})
         return launch(write_config(config, tmp_path / f"{name}.yaml"), program=PROGRAM), RunFolder.of(config)
 
     code, whole = started("whole")
@@ -209,5 +211,12 @@ def test_a_rank_killed_with_replicas_loses_nothing(
         shared, first = {expert for expert, _ in replicated}, {e for e in range(12) if e in found[2]["slots"][0]}
         expected_0 = sum(each / 2 if e in shared else each * (e in first) for e, each in enumerate(load_E))
         assert steps[3]["arrays"]["weighted_rows_LR"][layer] == pytest.approx([expected_0, load_E.sum() - expected_0])
+    trace = read_trace(run.path)
+    for number, line in steps.items():  # the traced choices give the rows and bytes of the run
+        step, before = trace.step(number), [found[each]["replicas"] for each in sorted(found) if each < number]
+        assert [[[*each] for each in layer] for layer in step.manifest.replicas] == (before[-1] if before else [])
+        sent = traffic(step.ids, step.tokens["sequence"] // 2 % 2, step.manifest.placement, (1,))
+        names = ("pairs", "pairs_remote", "rows_remote", "payload_bytes")
+        assert [line["ledger"][name] for name in names] == [*sent[:3], sent.rows * ROW_BYTES]
     shown = EventAccumulator(str(run.tensorboard)).Reload().Tags()["tensors"]
     assert "rank_balance/replicating/text_summary" in shown

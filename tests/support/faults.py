@@ -97,7 +97,7 @@ def inject(spec: Mapping[str, Any]) -> None:
     around(MoELayer, "forward", layer)
     around(Trainer, "fit", fit)
     around(CheckpointManager, "_commit", commit)
-    around(AllToAll, "exchange", exchange)
+    around(AllToAll, "start", exchange)
 
 
 if __name__ == "__main__":

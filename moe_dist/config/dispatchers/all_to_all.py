@@ -1,4 +1,4 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import PositiveInt
 
@@ -7,6 +7,8 @@ from moe_dist.config.dispatchers.base import DispatchSection
 
 class AllToAllDispatchSection(DispatchSection):
     """Send one row per (token, destination rank), also if the token takes several experts on that rank."""
+
+    replicas: ClassVar[bool] = True
 
     kind: Literal["all_to_all"] = "all_to_all"
     overlap: bool = False

@@ -19,6 +19,7 @@ class DispatchSection(Section):
     source: ClassVar[str] = ""  # the project that these modules come from
     static: ClassVar[bool] = False  # whether exchanges have fixed sizes, so that the host never learns the numbers of rows
     each_pair: ClassVar[bool] = False  # whether each (token, expert) pair is a row, and counts are known before routing
+    replicas: ClassVar[bool] = False  # whether each layer may have slots of its own, as rank_balance.replicating needs
 
     @property
     def name(self) -> str:

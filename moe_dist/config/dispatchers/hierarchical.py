@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -9,6 +9,8 @@ from moe_dist.config.section import Violation, WholeConfig
 
 class HierarchicalDispatchSection(DispatchSection):
     """Send one row per (token, destination node) between nodes, then one row per (token, rank) inside each node."""
+
+    replicas: ClassVar[bool] = True
 
     kind: Literal["hierarchical"] = "hierarchical"
     ranks_per_node: PositiveInt = Field(description="Number of consecutive ranks on one node. Must divide parallel.ep.")

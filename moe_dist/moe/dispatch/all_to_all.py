@@ -22,8 +22,6 @@ pair of this rank's tokens, 8 for each of the S and O rows, and 16 for each of t
 each of the Q pairs, and 4 for each row into which others are summed.
 """
 
-from functools import partial
-
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
 from moe_dist.moe.dispatch.planning import Planner
@@ -57,8 +55,7 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
             from moe_dist.moe.dispatch.counting_planner import CountingPlanner  # imports Triton, which a CPU may lack
 
             kind = CountingPlanner
-        self._planner_for = partial(kind, wire=wire, max_receive_rows=max_receive_rows)
-        self.planner = self._planner_for(placement)
+        self.planner = kind(placement, wire, max_receive_rows=max_receive_rows)
         self.exchange = Exchange(wire, kernels=kernels)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> AllToAllPlan:

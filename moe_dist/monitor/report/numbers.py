@@ -123,18 +123,18 @@ def traffic(ids_TLK: np.ndarray, home_T: np.ndarray, placement: ExpertPlacement,
         node_sizes: Node sizes to count for, in ranks; consecutive ranks share a node.
     """
     ranks, experts = placement.num_ranks, placement.num_experts
-    rank_E = np.array(placement.rank_of_expert)
     width_E = np.array(placement.width_of_expert, np.float64)
     pairs = pairs_remote = rows = 0
     between, hierarchical = dict.fromkeys(node_sizes, 0), dict.fromkeys(node_sizes, 0)
     ratios = []
-    for ids_TK in ids_TLK.transpose(1, 0, 2):
+    for layer, ids_TK in enumerate(ids_TLK.transpose(1, 0, 2)):
         token, place = np.nonzero((ids_TK >= 0) & (ids_TK < experts))
         expert = ids_TK[token, place]
+        rank_N = placement.computing_ranks(layer)[home_T[token], expert]
         goes_TR = np.zeros((len(ids_TK), ranks), bool)
-        goes_TR[token, rank_E[expert]] = True
+        goes_TR[token, rank_N] = True
         pairs += len(token)
-        pairs_remote += int((rank_E[expert] != home_T[token]).sum())
+        pairs_remote += int((rank_N != home_T[token]).sum())
         goes_TR[np.arange(len(home_T)), home_T] = False
         rows += int(goes_TR.sum())
         for size in node_sizes:
@@ -143,7 +143,7 @@ def traffic(ids_TLK: np.ndarray, home_T: np.ndarray, placement: ExpertPlacement,
             between[size] += int(away_TR.sum())
             starts = np.arange(0, ranks, size)
             hierarchical[size] += int(np.logical_or.reduceat(away_TR, starts, axis=1).sum())
-        work_R = np.bincount(rank_E[expert], weights=width_E[expert], minlength=ranks)
+        work_R = np.bincount(rank_N, weights=width_E[expert], minlength=ranks)
         if work_R.any():
             ratios.append(work_R.max() / work_R.mean())
     return Traffic(pairs, pairs_remote, rows, between, hierarchical, float(np.mean(ratios)) if ratios else float("nan"))

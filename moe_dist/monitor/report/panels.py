@@ -17,6 +17,7 @@ from moe_dist.monitor.report.findings import dead_experts, too_few, work_of_rank
 from moe_dist.monitor.report.routing import Frame, Routing, Subject, merged
 from moe_dist.monitor.report.token_panels import coactivation, compute_maps, experts_a_token, ledger, specialisation
 from moe_dist.monitor.trace.reader import count_choices
+from moe_dist.placement.replicas import PlacementWithReplicas
 
 
 def load(subject: Subject) -> str:
@@ -38,13 +39,28 @@ def load(subject: Subject) -> str:
 
 
 def ranks(subject: Subject) -> str:
-    """Shows a heat map of the work (pairs x FFN width) of each rank in each layer."""
+    """Shows a heat map of the work (pairs x FFN width) of each rank in each layer, and the replicas of experts."""
     work_LR = work_of_ranks(subject.routing)
     if work_LR.shape[1] == 1:
         return "<p>One rank holds all experts, so that no rank waits.</p>"
     columns = Axis("rank of the EP group", [str(rank) for rank in range(work_LR.shape[1])])
     scale = ratio_scale("pairs x FFN width of a rank / mean of the ranks: the others wait for the busiest rank")
-    return heat(over_mean(work_LR), subject.routing.layer_axis, columns, scale=scale, title="Work of the ranks.")
+    drawn = heat(over_mean(work_LR), subject.routing.layer_axis, columns, scale=scale, title="Work of the ranks.")
+    return drawn + _replicas(subject.routing)
+
+
+def _replicas(routing: Routing) -> str:
+    """Table of the experts with replicas; nothing without any."""
+    placement = routing.placement
+    if not isinstance(placement, PlacementWithReplicas):
+        return ""
+    rows = [
+        (str(routing.layers[layer]), placement.name_of(expert), str(hosts[-1]), ", ".join(map(str, hosts[:-1])))
+        for layer in range(len(routing.layers))
+        for expert, hosts in placement.hosts(layer).items()
+    ]
+    caption = "Replicas at the last traced step. A rank with a replica keeps its tokens; the others take turns."
+    return table(("layer", "expert", "its rank", "ranks of its replicas"), rows, caption=caption) if rows else ""
 
 
 def percentiles(subject: Subject) -> str:

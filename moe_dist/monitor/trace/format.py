@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.replicas import PlacementWithReplicas, Replica
 
 FORMAT, VERSION = "moe_dist trace", 1
 NO_CHOICE = -1
@@ -52,6 +53,7 @@ class Manifest:
         tokenizer: Path of the tokenizers JSON file with the names of the tokens, or None.
         configuration: The run's configuration.
         losses: Whether losses were written.
+        replicas: Expert and EP rank of the replicas in each layer, sorted; empty if there are none.
         split: `training`, or `held-out` for the trace of a trained run, whose only step is the checkpoint's step.
     """
 
@@ -70,10 +72,24 @@ class Manifest:
     configuration: dict[str, Any] = field(default_factory=dict)
     split: str = "training"
     losses: bool = False
+    replicas: tuple[tuple[Replica, ...], ...] = ()
 
     @property
     def num_columns(self) -> int:
         return sum(group.num_columns for group in self.groups)
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        """Where the experts were.
+
+        Raises:
+            ConfigError: see `PlacementWithReplicas`.
+        """
+        last = max([*self.rank_of_expert, *(each.rank for layer in self.replicas for each in layer)])
+        slots = tuple(tuple(e for e, at in enumerate(self.rank_of_expert) if at == rank) for rank in range(last + 1))
+        if not self.replicas:
+            return ExpertPlacement(self.groups, slots)
+        return PlacementWithReplicas(self.groups, slots, self.replicas)
 
     def to_json(self) -> str:
         """Returns the text of manifest.json."""
@@ -81,10 +97,15 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Manifest":
-        """Makes a manifest from the parsed text of `to_json`. Raises KeyError or TypeError if fields are missing or
-        unknown."""
+        """Makes a manifest from the parsed text of `to_json`. Raises KeyError, TypeError or ValueError if fields are
+        missing, unknown or do not fit each other."""
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
         values["groups"] = tuple(ExpertGroup(**{**g, "modalities": tuple(g["modalities"])}) for g in content["groups"])
+        replicas = values["replicas"] = tuple(
+            tuple(Replica(*each) for each in layer) for layer in content.get("replicas", ())
+        )
+        if len(replicas) not in (0, len(values["layers"])):
+            raise ValueError(f"replicas of {len(replicas)} layers, but layers={content['layers']}")
         del values["format"], values["version"]
         return cls(**values)
 

@@ -40,19 +40,25 @@ REPLICATING = {"rank_balance.replicating": {}}
     [
         ({"rank_balance.moving": {}}, "both levers would answer the same load"),
         ({"model.moe.experts": {"kind": "clamped_ffn"}}, "experts of kind=clamped_ffn have no replicas"),
-        ({"parallel.dispatch": {"kind": "all_to_all", "chunks": 2}}, "without overlap and chunks sends rows to replicas"),
+        ({"parallel.dispatch": {"kind": "static", "room": 2.0}}, "static sends the rows of all layers by one placement"),
         ({"parallel.two_batch_overlap": True}, "between the exchanges of the other half"),
         ({**CHOICE, "model.moe.groups": NO_NULLS}, "all experts take equally many tokens"),
     ],
-    ids=["moving", "experts", "chunks", "two batches", "expert choice"],
+    ids=["moving", "experts", "dispatch", "two batches", "expert choice"],
 )
 def test_replicating_is_refused_where_replicas_get_no_rows(tiny_data: Path, changes: dict[str, Any], key: str) -> None:
     with refused(ConfigError, "rank_balance.replicating", key, "set it to null"):
         check(tiny_config(tiny_data, Path("runs"), {**REPLICATING, **changes}))
 
 
-def test_replicating_fits_token_choice(tiny_data: Path) -> None:
-    assert check(tiny_config(tiny_data, Path("runs"), REPLICATING)).config.rank_balance.replicating is not None
+@pytest.mark.parametrize(
+    "dispatch",
+    [{}, {"overlap": True}, {"chunks": 2}, {"kind": "hierarchical", "ranks_per_node": 1}],
+    ids=["plain", "overlap", "chunks", "hierarchical"],
+)
+def test_replicating_fits_token_choice(tiny_data: Path, dispatch: dict[str, Any]) -> None:
+    changes = {**REPLICATING, "parallel.dispatch": {"kind": "all_to_all", **dispatch}}
+    assert check(tiny_config(tiny_data, Path("runs"), changes)).config.rank_balance.replicating is not None
 
 
 def test_dealing_fits_token_choice(tiny_data: Path) -> None:

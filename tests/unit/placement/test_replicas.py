@@ -58,3 +58,11 @@ def test_shares_are_those_of_drawn_tokens() -> None:
 def test_other_replicas_are_refused(replicas: tuple[Replica, ...]) -> None:
     with pytest.raises(ConfigError, match="replicas of layer 0"):
         PlacementWithReplicas(GROUPS, SLOTS, (replicas,))
+
+
+def test_each_rank_s_tokens_are_computed_where_their_slots_are() -> None:
+    for layer in range(2):
+        rank_of = np.array(PLACED.in_layer(layer).rank_of_expert)
+        expected_RE = [rank_of[PLACED.id_of_expert(layer, source)].tolist() for source in range(4)]
+        assert PLACED.computing_ranks(layer).tolist() == expected_RE
+    assert PLACED.computing_ranks(1).tolist() == [list(PLACED.rank_of_expert)] * 4

@@ -15,9 +15,10 @@ from typer.testing import Result
 from moe_dist.config.load import resolved_yaml
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.monitor.report.panels import PANELS
-from moe_dist.monitor.report.routing import FRAMES, Subject, frames_of_records, merged, total
+from moe_dist.monitor.report.routing import FRAMES, Layout, Subject, frames_of_records, merged, total
 from moe_dist.monitor.trace.format import TOKEN, Manifest
 from moe_dist.monitor.trace.writer import TraceWriter
+from moe_dist.placement.replicas import Replica
 from moe_dist.plan.policies import expert_groups
 from tests.support.invoked import invoke
 from tests.support.messages import refused
@@ -166,6 +167,17 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
     assert len(out.read_bytes()) < 5_000_000
 
 
+def test_replicas_are_shown(run: Path, manifest: Manifest) -> None:
+    replicas = tuple(Replica(expert, 1) for expert in range(3))
+    write_trace(run / "other" / "a", replace(manifest, replicas=(replicas, ())), range(1, 2))
+    routing = open_routing(run / "other")
+    text = page_of(Subject(routing, None, [Layout("as in the run", routing.placement)], (2,))).decode()
+    table = text.split("Replicas at the last traced step.")[2].split("</table>")[0]
+    assert re.findall(r"<td.*?>(.*?)</td>", table) == [
+        cell for expert in range(3) for cell in (str(manifest.layers[0]), f"text/{expert}", "0", "1")
+    ]
+
+
 def test_a_long_file_of_records_is_joined_into_few_frames(tmp_path: Path) -> None:
     arrays = {"choices_LC": [[1, 2]], "tokens_LG": [[3]], "dropped_LG": [[0]]}
     line = {"kind": "step", "balance_coefficient": 0.5, "scalars": {}, "arrays": arrays}
@@ -240,6 +252,20 @@ def unplaced(run: Path) -> Path:
     return run
 
 
+def misplaced_replicas(run: Path) -> Path:
+    path = run / "trace" / "a" / "manifest.json"
+    replicas = [[[0, 0]], *([[]] * 7)]
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"replicas": replicas[: len(content["layers"])]}))
+    return run
+
+
+def replicas_of_other_layers(run: Path) -> Path:
+    path = run / "trace" / "a" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"replicas": [[[0, 1]]]}))
+    return run
+
+
 def unknown_format(run: Path) -> Path:
     path = run / "trace" / "a" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 7}))
@@ -292,6 +318,8 @@ def neither(run: Path) -> Path:
         (another_model, DataError, "trace/*/manifest.json: groups and layers"),
         (ids_outside, DataError, "id 7 is outside the model"),
         (unplaced, DataError, "rank_of_expert"),
+        (misplaced_replicas, DataError, "replicas of layer 0"),
+        (replicas_of_other_layers, DataError, "replicas of 1 layers"),
         (unknown_format, DataError, "version=7"),
         (unnamed_modality, DataError, "['sound']"),
         (fewer_modalities, DataError, "rank_0.tokens, step 1: modality=1 is outside the 1 modalities"),

@@ -7,6 +7,7 @@ import pytest
 
 from moe_dist.monitor.report import numbers
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.replicas import PlacementWithReplicas, Replica
 from tests.unit.monitor.report.conftest import draw_routing
 
 
@@ -55,8 +56,12 @@ def test_tokens_that_tell_most_of_an_expert() -> None:
     assert second == []  # it takes no token three times
 
 
-@pytest.mark.parametrize(("ranks", "pinned"), [(1, False), (3, False), (4, False), (4, True), (16, False)])
-def test_rows_are_those_of_a_slow_count(ranks: int, pinned: bool) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "pinned", "replicas"),
+    [(1, False, 0), (3, False, 0), (4, False, 0), (4, True, 0), (16, False, 0), (4, True, 1), (4, False, 3)],
+)
+def test_rows_are_those_of_a_slow_count(ranks: int, pinned: bool, replicas: int) -> None:
+    """Experts 0 and 9 have `replicas` replicas, in the second layer alone."""
     routing = draw_routing(tokens=120, layers=2)
     tokens = routing.tokens
     assert tokens is not None
@@ -64,6 +69,9 @@ def test_rows_are_those_of_a_slow_count(ranks: int, pinned: bool) -> None:
     placement = ExpertPlacement.interleaved(routing.groups, ranks)
     if pinned:
         placement = ExpertPlacement(routing.groups, tuple(tuple(range(4 * rank, 4 * rank + 4)) for rank in range(4)))
+    own = placement.rank_of_expert
+    copies = sorted(Replica(e, (own[e] + after) % ranks) for e in (0, 9) for after in range(1, replicas + 1))
+    placement = PlacementWithReplicas(routing.groups, placement.slots, ((), tuple(copies)))
     home_T = tokens.sequence_T // 2 % ranks
     home = home_T.tolist()
     found = numbers.traffic(tokens.ids_TLK, home_T, placement, (1, 2, 3))
@@ -72,14 +80,15 @@ def test_rows_are_those_of_a_slow_count(ranks: int, pinned: bool) -> None:
     work = np.zeros((2, ranks))
     for t, layer in np.ndindex(120, 2):
         experts = [int(e) for e in tokens.ids_TLK[t, layer] if 0 <= e < 16]
-        goes = [placement.rank_of_expert[e] for e in experts]
+        in_layer, ids = placement.in_layer(layer), placement.id_of_expert(layer, home[t])
+        goes = [in_layer.rank_of_expert[ids[e]] for e in experts]
         away = [rank for rank in goes if rank != home[t]]
         pairs, remote, rows = pairs + len(goes), remote + len(away), rows + len(set(away))
         for size in between:
             between[size] += len({rank for rank in away if rank // size != home[t] // size})
             once[size] += len({rank // size for rank in away} - {home[t] // size})
-        for expert in experts:
-            work[layer, placement.rank_of_expert[expert]] += routing.groups[expert // 8].ffn_dim
+        for expert, rank in zip(experts, goes, strict=True):
+            work[layer, rank] += routing.groups[expert // 8].ffn_dim
     assert found[:5] == (pairs, remote, rows, between, once)
     assert found.imbalance == pytest.approx((work.max(1) / work.mean(1)).mean())
 

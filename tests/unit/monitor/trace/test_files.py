@@ -18,10 +18,12 @@ from moe_dist.monitor.trace.format import ENTRY, TOKEN, Manifest
 from moe_dist.monitor.trace.reader import read_trace
 from moe_dist.monitor.trace.writer import WAITING, TraceWriter
 from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.replicas import PlacementWithReplicas, Replica
 from tests.support.messages import refused
 
 GROUPS = (ExpertGroup("text", 4, 2, 2, 8, 0, ("text",)), ExpertGroup("image", 2, 1, 1, 8, 4, ("image",)))
 MANIFEST = Manifest(1, 0, 2, (1, 3, 5), 2, True, GROUPS, (0, 0, 1, 1, 0, 1), ("text", "image"))
+REPLICAS = ((Replica(0, 1), Replica(3, 2)), (), ())  # one on a rank without experts of its own
 
 
 class Part(NamedTuple):
@@ -57,7 +59,7 @@ def write(folder: Path, manifest: Manifest, steps: range, name: str) -> Path:
 
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
-    manifest = replace(MANIFEST, losses=True)
+    manifest = replace(MANIFEST, losses=True, replicas=REPLICAS)
     write(tmp_path / "trace", manifest, range(1, 4), "a")
     trace = read_trace(tmp_path)
     assert trace.steps == (1, 2, 3)
@@ -65,6 +67,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     for name in Part._fields:
         assert np.array_equal(getattr(step, name), np.concatenate([getattr(part(2, rank), name) for rank in (0, 1)]))
     assert step.manifest == manifest
+    assert step.manifest.placement == PlacementWithReplicas(GROUPS, ((0, 1, 4), (2, 3, 5), ()), REPLICAS)
     choices_LC, dropped_LC = np.zeros((3, 9), np.int64), np.zeros((3, 9), np.int64)
     for _, layer, k in np.ndindex(step.ids.shape):
         column = int(step.ids[_, layer, k])
