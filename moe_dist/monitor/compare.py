@@ -66,10 +66,11 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any], rtol: float) ->
 
 
 def _close(a: Any, b: Any, rtol: float) -> bool:
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(_close(one, other, rtol) for one, other in zip(a, b, strict=True))
-    numbers = isinstance(a, int | float) and isinstance(b, int | float)
-    return numbers and not isinstance(a, bool) and math.isclose(a, b, rel_tol=rtol, abs_tol=0.0)
+    if isinstance(a, list):
+        same = isinstance(b, list) and len(a) == len(b)
+        return same and all(_close(one, other, rtol) for one, other in zip(a, b, strict=True))
+    numbers = isinstance(a, int | float) and isinstance(b, int | float) and not isinstance(a, bool)
+    return numbers and math.isclose(a, b, rel_tol=rtol, abs_tol=0.0)
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
