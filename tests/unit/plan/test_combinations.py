@@ -62,7 +62,7 @@ def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
         return value() if callable(value) else value
 
     lora = rng.random() < 0.15
-    kinds = (_top_k, _expert_choice, _scheduled_top_k, _group_limited, _adaptive)
+    kinds = (_top_k, _expert_choice, _scheduled_top_k, _group_limited, _adaptive, _gating_residual)
     router = (_top_k if lora and rng.random() < 0.9 else rng.choice(kinds))(rng)
     names = rng.sample(NAMES, rng.choice((1, 2)))
     plain = router["kind"] in ("expert_choice", "scheduled_top_k")
@@ -190,6 +190,10 @@ def _scheduled_top_k(rng: random.Random) -> dict[str, Any]:
 
 def _adaptive(rng: random.Random) -> dict[str, Any]:
     return {"kind": rng.choice(ADAPTIVE)}
+
+
+def _gating_residual(rng: random.Random) -> dict[str, Any]:
+    return {"kind": "gating_residual", "selection_bias": rng.random() < 0.5}
 
 
 def _group_limited(rng: random.Random) -> dict[str, Any]:
