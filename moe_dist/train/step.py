@@ -168,9 +168,11 @@ class TrainingStep:
         losses = self._losses(batches, aux, weights, own, targets=targets, watchers=watchers)
         inter_node = self.comm_stats.inter_node_bytes  # read before `take` sets this counter to 0
         payload, metadata, seconds = self.comm_stats.take()  # host sync, which the seconds on CUDA need
-        of_host = from_host((clock.seconds(seconds), *largest_memory(mesh.device)), torch.float64, mesh.device)
-        table = labels_M.new_zeros((mesh.world_size, len(of_host) + num_groups))
-        table[mesh.rank] = torch.cat([of_host, own.busiest()])
+        readings_WX = np.zeros((mesh.world_size, 4 + num_groups))
+        readings_WX[mesh.rank, :4] = (clock.seconds(seconds), *largest_memory(mesh.device))
+        table = from_host(readings_WX.flatten(), torch.float64, mesh.device).view(readings_WX.shape)
+        if (busiest_G := own.busiest()) is not None:
+            table[mesh.rank, 4:] = busiest_G
         self._readings = table.flatten()
         traffic = {"payload_bytes": payload, "inter_node_bytes": inter_node, "metadata_bytes": metadata}
         host = [seconds, float(tokens), float(stop_requested)]
@@ -451,11 +453,12 @@ class OwnCounts:
         true, null, tokens = (read[at * len(experts) : (at + 1) * len(experts)] for at in range(3))
         return true, null, tokens, read[3 * len(experts) :] or [*self._sent_3.tolist(), 0, 0]
 
-    def busiest(self) -> Tensor:
-        """Returns the largest load of an expert in a layer and micro-batch, over an even share of its group's choices:
-        float64 [G], 0 without tokens. A capacity factor of this size drops nothing. Costs no sync."""
-        if not self._by_micro_batch:
-            return torch.zeros(len(self._groups), dtype=torch.float64, device=self._sums[0][0].device)
+    def busiest(self) -> Tensor | None:
+        """Returns for each group the largest load of an expert in a layer and micro-batch, over an even share of the group's
+        choices: float64 [G], 0 without tokens. A capacity factor of this size drops nothing. Returns None if the counts are
+        not those of single micro-batches, or if experts choose tokens. Costs no sync."""
+        if not self._by_micro_batch or any(group.capacity is not None for group in self._groups):
+            return None
         choices_NC, tokens_NG = (torch.stack([each[at] for each in self._sums]).to(torch.float64) for at in (0, 2))
         most_G = []
         for g, group in enumerate(self._groups):
