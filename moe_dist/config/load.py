@@ -72,7 +72,7 @@ def _missing_as_one(problems: Sequence[str]) -> list[str]:
     if len(missing) < 2:
         return list(problems)
     names = ", ".join(problem.partition(":")[0] for problem in missing)
-    fix = "start from a complete configuration, as of `moe-dist show moma_tiny_cpu > new.yaml`"
+    fix = "start from a complete configuration: `moe-dist show moma_tiny_cpu > new.yaml`"
     return [*(problem for problem in problems if problem not in missing), f"{names}: these sections are missing; {fix}"]
 
 

@@ -65,7 +65,7 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Ski
 
 
 def _prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip) -> tuple[Manifest, bool]:
-    out = out.resolve()  # if `out` is a link, the rename must replace its target
+    given, out = out, out.resolve()  # if `out` is a link, the rename must replace its target
     asked = _as_json(inputs, recipe)
     if done := _finished(out, asked, skip):
         return done, False
@@ -75,7 +75,7 @@ def _prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Sk
     except OSError as error:
         if error.errno in DISK:
             raise
-        raise StorageError(f"--out {out}: no folder can be made in {out.parent}; choose another --out") from error
+        raise StorageError(f"--out {given}: no folder can be made in {given.parent}; choose another --out") from error
     lock = FileLock(out.parent / f".{out.name}.lock")
     try:
         held = lock.acquire(timeout=0)
