@@ -72,7 +72,9 @@ def main(options: ReportOptions) -> None:
     out = _out(options)
     sizes, node_sizes = _sizes("--ep", options.ep), _sizes("--node-sizes", options.node_sizes)
     routing = open_routing(options.path, options.data, options.experts)
-    against = None if options.against is None else open_routing(options.against, options.data, options.experts)
+    against = None
+    if options.against is not None:
+        against = open_routing(options.against, options.data, options.experts, option="--against")
     if against is not None and (against.groups, against.layers) != (routing.groups, routing.layers):
         raise ConfigError(
             f"--against {options.against}: it has {_shape(against.groups, against.layers)}, but {options.path} has "
