@@ -66,9 +66,10 @@ def find_runs(names: Sequence[str], root: Path) -> list[Path]:
     for name in names:
         path = next((path for path in (root / name, Path(name)) if path.is_dir()), None)
         if path is None:
-            existing = ", ".join(sorted(run.name for run in root.glob("*") if is_run(run))) or "no run"
+            existing = ", ".join(sorted(run.name for run in root.glob("*") if is_run(run)))
             raise ConfigError(
-                f"{name!r}: no run of that name in {root} (which holds {existing}) and no such folder; see --root"
+                f"{name}: no such run: the folder {root}/ has none of that name{existing and f' (it has {existing})'}, and "
+                f"there is no folder {name}; give the run's folder, or --root FOLDER"
             )
         found += [path] if is_run(path) or not any(map(is_run, path.glob("*"))) else sorted(filter(is_run, path.glob("*")))
     return found

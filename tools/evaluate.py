@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.checkpoint.directory import CHECKPOINTS, run_path
 from moe_dist.errors import ConfigError
 from moe_dist.inference.generate import Generator
 from moe_dist.inference.likelihood import Likelihood
@@ -93,7 +94,9 @@ def main(options: EvaluateOptions) -> None:
 
 
 def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
-    """Returns the tasks. Raises ConfigError if no task is given, a task is unknown, or the harness cannot run."""
+    """Returns the tasks. Raises ConfigError if the folder is missing, no task is given, a task is unknown, or the harness
+    cannot run."""
+    run_path(options.run, CHECKPOINTS)
     if not options.tasks and not options.harness:
         raise ConfigError("nothing to evaluate: give --tasks or --harness", see="docs/evaluation.md")
     if options.harness and importlib.util.find_spec("lm_eval") is None:

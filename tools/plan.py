@@ -228,7 +228,7 @@ def routing_of(path: Path, config: Config) -> Routing:
     """Reads the routing in a trace of the configuration's model."""
     from tools.report import open_routing  # imports torch, which a plan without a trace does not need
 
-    routing, groups = open_routing(path), expert_groups(config.model.moe)
+    routing, groups = open_routing(path, option="--trace"), expert_groups(config.model.moe)
     if (routing.groups, routing.layers) != (groups, config.model.moe_layers):
         raise ConfigError(
             f"--trace {path}: it has {model_shape(routing.groups, routing.layers)}, but {config.run.name} has "

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.config.manifest import Manifest
-from moe_dist.data.corpus import VARIATIONS, HoldOut, Recipe, refuse
+from moe_dist.data.corpus import VARIATIONS, HoldOut, Recipe
 from moe_dist.data.prepare import RECIPE_FILE, Inputs, prepare
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.runtime.command_line import reports_errors, run_command
@@ -97,7 +97,7 @@ def main(
     )
     skipped: list[DataError] = []
     with shown_progress() as report:
-        manifest, built = prepare(out, inputs, recipe, report, refuse if strict else skipped.append)
+        manifest, built = prepare(out, inputs, recipe, report, _end if strict else skipped.append)
     if built:
         _show(manifest)
     for problem in skipped[:SHOWN]:
@@ -119,6 +119,11 @@ def _named(option: str, entry: str) -> tuple[str, str]:
     if not (name and equals and path):
         raise ConfigError(f"{option} {entry!r}: write it as NAME=PATH")
     return name, path
+
+
+def _end(error: DataError) -> None:
+    """The `Skip` of --strict."""
+    raise DataError(f"{error}, or leave out --strict")
 
 
 def _show(manifest: Manifest) -> None:

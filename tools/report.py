@@ -72,7 +72,9 @@ def main(options: ReportOptions) -> None:
     out = _out(options)
     sizes, node_sizes = _sizes("--ep", options.ep), _sizes("--node-sizes", options.node_sizes)
     routing = open_routing(options.path, options.data, options.experts)
-    against = None if options.against is None else open_routing(options.against, options.data, options.experts)
+    against = None
+    if options.against is not None:
+        against = open_routing(options.against, options.data, options.experts, option="--against")
     if against is not None and (against.groups, against.layers) != (routing.groups, routing.layers):
         raise ConfigError(
             f"--against {options.against}: it has {_shape(against.groups, against.layers)}, but {options.path} has "
@@ -137,18 +139,19 @@ def _sizes(option: str, text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, words)))
 
 
-def open_routing(path: Path, data: Path | None = None, experts: int = 0) -> Routing:
+def open_routing(path: Path, data: Path | None = None, experts: int = 0, *, option: str = "") -> Routing:
     """Reads the routing of a run or trace.
 
     Args:
         data: Folder of the data set, if it has moved since the training.
         experts: Number of experts of a layer if `path` is the trace of another system; 0 otherwise.
+        option: Option of the command line that names `path`, for error texts; empty for an argument.
 
     Raises:
-        ConfigError: `path` is neither a run nor a trace.
+        ConfigError: `path` is missing, or neither a run nor a trace.
         DataError: files are damaged, empty, or of different models.
     """
-    path = run_path(path)
+    path = run_path(path, "a run folder (runs/<name>) or a trace folder", option=option)
     if RunFolder(path).config_yaml.is_file() and RunFolder(path).metrics_jsonl.is_file():
         return _of_run(path, data)
     # Records beside a trace belong to a model that another trainer trains, see `moe_dist.monitor.attach`.

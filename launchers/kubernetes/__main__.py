@@ -20,6 +20,7 @@ from moe_dist.plan.preflight import layout_of_file
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command
 
 GUIDE = "docs/kubernetes.md"
+EXAMPLE = "kubernetes: {image: registry.example.org/moe-dist:cuda, claims: {shared: /shared}}"  # of a cluster file
 
 
 class Kind(StrEnum):
@@ -53,11 +54,13 @@ def manifests(config_path: Path, overrides: Sequence[str], *, cluster: str | Non
     Raises:
         ConfigError: configuration or cluster file is invalid, or the pods could not reach a folder of the run.
     """
-    site = load_cluster(cluster, os.environ)
+    site, file = load_cluster(cluster, os.environ), cluster_file(cluster, os.environ)
     layout = layout_of_file(config_path, overrides)
     config, plan = layout.config, plan_job(layout, site)
     here = site.kubernetes
     problems = relative_paths(config)
+    if file is None:
+        raise ConfigError(f"--cluster is missing; give --cluster FILE, a YAML file with `{EXAMPLE}`", see=GUIDE)
     if here.image is None:
         problems.append("kubernetes.image=null: must name a container image with moe_dist; set it in the cluster file")
     absolute = {key: path for key, path in paths_of(config).items() if path.startswith("/")}
@@ -77,7 +80,7 @@ def manifests(config_path: Path, overrides: Sequence[str], *, cluster: str | Non
     if problems:
         raise ConfigError(problems, see=GUIDE)
     files, arguments = {"config.yaml": find_config(config_path).read_text()}, [f"{FILES}/config.yaml", *overrides]
-    if (file := cluster_file(cluster, os.environ)) is not None:
+    if file is not None:
         files["cluster.yaml"] = file.read_text()
         arguments.append(f"--cluster={FILES}/cluster.yaml")
     made = Manifests(config.run.name, plan, parts, site, files, tuple(arguments))

@@ -27,6 +27,7 @@ from moe_dist.plan.preflight import layout_of_file
 from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_command
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
 
+IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # variable that Ray sets for the driver of a job
 DASHBOARD = "http://127.0.0.1:8265"  # Ray's own default
 
 
@@ -126,7 +127,8 @@ def main(
                 code = launch(config, own, **driver, cluster=cluster, forwarded=forwarded)
             raise typer.Exit(code)
     except typer.Exit as end:
-        if drives:  # only the driver's log ends with the verdict
+        # Only the driver's log ends with the verdict. Outside a job nobody needs it after the words of an invalid run.
+        if drives and (IN_JOB in os.environ or end.exit_code != ConfigError.exit_code):
             print(ray_submit.verdict_line(end.exit_code), flush=True)
         raise
 

@@ -96,7 +96,9 @@ def check_job(
     layout = read(config_path, overrides)
     config = layout.config
     if problems := relative_paths(config):  # a node resolves a relative path in its own working directory
-        fix = f"as in {' '.join(absolute_paths(config, Path('/shared/folder')))}"
+        absolute = absolute_paths(config, Path("/"))
+        examples = (path for path in absolute_paths(config, Path("/shared/folder")) if path not in absolute)
+        fix = f"as in {' '.join(examples)}"
         raise ConfigError([f"{problem}; {fix}" for problem in problems], see="docs/ray.md")
     plan, folder = plan_job(layout, site), RunFolder.of(config)
     start = inspect_folder(folder, config, overwrite=overwrite)

@@ -16,6 +16,7 @@ from moe_dist.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 LATEST_FILE = "latest"
+CHECKPOINTS = "the folder of a checkpoint (step_N), a folder of checkpoints, or a run folder"  # for error texts
 NONE_YET = b"none\n"  # content of `latest` before the run's first commit
 
 _COMMITTED = re.compile(r"step_(\d{1,18})")
@@ -100,14 +101,24 @@ class CheckpointDirectory:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def run_path(path: Path) -> Path:
-    """Returns `path`, or `runs/<path>` if only this folder exists, because `runs` is the default place of runs. Raises
-    ConfigError if neither exists, but a folder with a similar name."""
+def run_path(path: Path, wanted: str = "", *, option: str = "") -> Path:
+    """Returns `path`, or `runs/<path>` if only this folder exists, because `runs` is the default place of runs.
+
+    Args:
+        wanted: The folders that the command takes, for the error text. Without it, a missing `path` without a similar name
+            is returned.
+        option: Option of the command line that names `path`; empty for an argument.
+
+    Raises:
+        ConfigError: neither exists, and a folder has a similar name or `wanted` is given.
+    """
     named = Path("runs") / path
     if path.exists() or named.is_dir():
         return path if path.exists() else named
-    if near := _near_folder(path):
-        raise ConfigError(f"{path}: no such folder; did you mean {near}?")
+    near = _near_folder(path)
+    if near or wanted:
+        fix = f"did you mean {near}?" if near else f"give {wanted}"
+        raise ConfigError(f"{option} {path}: no such folder; {fix}".lstrip())
     return path
 
 
@@ -129,7 +140,7 @@ def find_checkpoint(path: Path) -> Path:
         ConfigError: there is no checkpoint.
         DataError: `latest` names no checkpoint.
     """
-    path = run_path(path)
+    path = run_path(path, CHECKPOINTS)
     looks_like_one = _COMMITTED.fullmatch(path.name) or any((path / name).exists() for name in (INDEX_FILE, STATE_FILE))
     if looks_like_one and path.is_dir():
         return path

@@ -167,7 +167,7 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return f"mapping from names to {type_text(args[1])}"
     if variants := variants_of(annotation):
         tag = tag_key(next(iter(variants.values())))
-        return "section" if "" in variants else f"section with {tag}: {', '.join(variants)}"
+        return "section" if "" in variants else f"section with {tag}: {f' or {tag}: '.join(variants)}"
     if pattern := next((m.pattern for m in metadata if getattr(m, "pattern", None)), None):
         return pattern_text(pattern)
     words = {bool: "true or false", int: "whole number", float: "number", str: "text"}

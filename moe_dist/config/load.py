@@ -1,5 +1,6 @@
 """Reads a Config from a YAML file and dotted overrides, writes a Config as YAML, and lists how two Configs differ."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +63,17 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig
         return PartialConfig(None, tuple(problems))
     problems += apply_overrides(values, overrides)
     read = draft(Config, values)
-    return PartialConfig(read.value, (*problems, *read.problems), read.wrong)
+    return PartialConfig(read.value, (*problems, *_missing_as_one(read.problems)), read.wrong)
+
+
+def _missing_as_one(problems: Sequence[str]) -> list[str]:
+    """Returns the error texts, with one text in place of those of several missing sections."""
+    missing = [problem for problem in problems if re.match(r"\w+: missing; give section", problem)]
+    if len(missing) < 2:
+        return list(problems)
+    names = ", ".join(problem.partition(":")[0] for problem in missing)
+    fix = "start from a complete configuration: `moe-dist show moma_tiny_cpu > new.yaml`"
+    return [*(problem for problem in problems if problem not in missing), f"{names}: these sections are missing; {fix}"]
 
 
 def model_violations(config: Config) -> list[Violation]:
@@ -85,7 +96,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
 
     A pair that selects another kind of a section (`placement.policy=pinned`) drops the keys that only the old kind has.
     """
-    problems: list[str] = []
+    overrides, problems = _without_lone_equals(overrides)
     pairs: list[tuple[str, Any]] = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -155,6 +166,18 @@ def _override_value(key: str, text: str) -> tuple[Any, list[str]]:
         return load_yaml(text)
     optional = all(type_text(each.annotation).endswith("null") for each in meant)
     return (None if optional and text.strip() in ("null", "~", "") else text), []
+
+
+def _without_lone_equals(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the overrides without those that a shell split at spaces (`key = value`), and an error text for each of
+    these."""
+    rest, problems = list(overrides), []
+    while "=" in rest[1:-1]:
+        at = rest.index("=", 1)
+        key, _, value = rest[at - 1 : at + 2]
+        problems.append(f"{key} = {value}: an override has no spaces around =; write {key}={value}")
+        del rest[at - 1 : at + 2]
+    return rest, problems
 
 
 def _chooses_variant(key: str) -> bool:

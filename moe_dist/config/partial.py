@@ -108,6 +108,8 @@ def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: E
         given = value.get(tag) if isinstance(value, dict) else None
         shown = f"{path}.{tag}: missing" if kind == "union_tag_not_found" else f"{path}.{tag}={given!r}"
         return f"{shown}; must be one of {', '.join(map(repr, key.sections))}{did_you_mean(given, key.sections)}"
+    if value is None:
+        return f"{path}: has no value; write {rule}{meaning}"
     hint = ""
     if kind == "string_type" and isinstance(value, (int, float)):
         hint = "; put it in quotes"

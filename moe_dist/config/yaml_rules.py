@@ -34,6 +34,11 @@ def rule_of(error: yaml.MarkedYAMLError) -> tuple[yaml.Mark | None, str]:
         kind, opening, closing = _BRACKETS[context]
         if "<stream end>" in problem:
             return error.context_mark, f"the {kind} that begins here with {opening} is not closed; add {closing}"
+        if error.problem_mark is not None and (line := error.problem_mark.line) > error.context_mark.line:
+            return error.context_mark, (
+                f"the {kind} that begins here with {opening} is not closed before line {line + 1}; add {closing} at the "
+                f"end of line {line}, or a comma if line {line + 1} belongs to the {kind}"
+            )
         begin = f"the {kind} that begins with {opening} in line {error.context_mark.line + 1}"
         return error.problem_mark, f"in {begin}, a comma or {closing} must follow each value; add it"
     rule = next((rule for pattern, rule in _RULES.items() if re.search(pattern, words)), words)

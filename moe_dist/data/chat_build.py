@@ -92,7 +92,7 @@ def _conversations(hub: HubTokenizer, path: Path) -> _Found:
     """Yields conversations. Conversations with equal tools, and equal messages up to the first user message, are one
     family."""
     where = None
-    for where, row in table_rows("--messages", path):
+    for where, row in table_rows("--messages", path, '{"messages": [...]}'):
         document = hub.conversation(row, where)
         roles = [message["role"] for message in row[MESSAGES]]
         asked = row[MESSAGES][: roles.index("user") + 1 if "user" in roles else None]

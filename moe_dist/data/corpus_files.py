@@ -9,6 +9,8 @@ from moe_dist.data.tables import holds_table, objects, table_rows
 from moe_dist.errors import ConfigError, DataError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+TEXT_ROW = '{"text": "..."}'
+_CONVERT = "; convert the file, or move it elsewhere"
 INSTRUCTION_KEYS = ("prompt", "answer", "image", "family", "side")
 
 
@@ -23,17 +25,22 @@ def text_files(name: str, path: Path, licence: str, skip: Skip = refuse) -> Sour
         ConfigError: `path` does not exist or holds no text.
         DataError: a line of the JSONL has no "text", or `skip` refuses a file that is not UTF-8.
     """
+    unread: list[str] = []
+
+    def noted(error: DataError) -> None:
+        skip(error)
+        unread.append(str(error).removesuffix(_CONVERT))
+
     if path.exists() and (path.is_file() or holds_table(path)):
         found = list(_text_rows(path))
     elif path.is_dir():
-        found = [(str(file.relative_to(path)), _utf8(file, skip)) for file in _visible(path) if _may_be_text(file)]
+        found = [(str(file.relative_to(path)), _utf8(file, noted)) for file in _visible(path) if _may_be_text(file)]
     else:
         raise ConfigError(f"text {str(path)!r}: no such file or folder")
     texts = tuple(Text(key, content_family(text.encode()), text) for key, text in found if text.strip())
     if not texts:
-        raise ConfigError(
-            f"text {str(path)!r}: holds no UTF-8 text; convert other files (iconv -t UTF-8), or name another folder"
-        )
+        convert = f"{unread[0]}; convert it (`iconv -f LATIN1 -t UTF-8 old.txt > new.txt`), or " if unread else ""
+        raise ConfigError(f"text {str(path)!r}: holds no UTF-8 text; {convert}name another folder")
     return Source(name, texts, licence)
 
 
@@ -69,7 +76,7 @@ def instruction_files(name: str, path: Path, licence: str) -> Source[Instruction
     """
     if not path.is_file():
         raise ConfigError(f"--instructions {name}={path}: no such file; it takes a JSONL file (docs/data.md)")
-    found = [_instruction(path, number, line) for number, line in objects(path)]
+    found = [_instruction(path, number, line) for number, line in objects(path, '{"prompt": "...", "answer": "..."}')]
     if not found:
         raise ConfigError(f"--instructions {name}={path}: holds no line")
     sides = {each.side for each in found}
@@ -116,14 +123,14 @@ def _utf8(path: Path, skip: Skip) -> str:
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        skip(DataError(f"{path}: not UTF-8 at byte {error.start:,}; convert the file, or move it elsewhere"))
+        skip(DataError(f"{path}: not UTF-8 at byte {error.start:,}{_CONVERT}"))
         return ""
 
 
 def _text_rows(path: Path) -> Iterator[tuple[str, str]]:
-    for where, row in table_rows("text", path):
+    for where, row in table_rows("text", path, TEXT_ROW):
         if "text" not in row:
-            raise DataError(f'{where}: needs an object like {{"text": "..."}}')
+            raise DataError(f"{where}: needs an object like {TEXT_ROW}")
         if not isinstance(row["text"], str):
             raise DataError(f'{where}: "text" is {type(row["text"]).__name__}, not a string')
         yield where.rpartition(" ")[2], row["text"]

@@ -52,7 +52,10 @@ def rasterise(path: str | Path) -> np.ndarray:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow raises an error for a picture with more pixels than this
         raise DataError(f"picture {str(path)!r} has more than {limit:,} pixels; scale it down") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"picture {str(path)!r} cannot be read: {error}") from error
+        if isinstance(error, OSError) and error.errno:  # of the file system; an error of a decoder has no number
+            raise DataError(f"picture {str(path)!r} cannot be read: {error.strerror}") from error
+        kind = "SVG" if path.suffix.lower() == ".svg" else "PNG or JPEG"
+        raise DataError(f"picture {str(path)!r}: not a {kind}, or damaged; replace or remove it") from error
     factor = RASTER / max(image.size)
     image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))), Image.Resampling.BOX)
     raster = Image.new("RGBA", (RASTER, RASTER))

@@ -4,6 +4,7 @@ The folder is built under a hidden name beside its final path, and renamed when 
 writers wait. The next writer removes the hidden folder of an interrupted writer.
 """
 
+import errno
 import json
 import shutil
 import tempfile
@@ -21,6 +22,8 @@ from moe_dist.data.corpus import Corpus, Recipe, Skip, refuse
 from moe_dist.errors import ConfigError, DataError, StorageError
 from moe_dist.runtime.progress import Report
 
+# Errors of the disk: lack of space, or failed I/O. Packages write with errors without a number.
+DISK = (None, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 RECIPE_FILE = "recipe.json"
 
 
@@ -54,18 +57,25 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Ski
     try:
         return _prepare(out, inputs, recipe, report, skip)
     except OSError as error:
-        raise StorageError(
-            f"--out {out}: {error}; nothing was made: free or mend that disk, or choose another folder"
-        ) from error
+        if error.errno in DISK:
+            fix = f"{error.strerror or error}; nothing was made: free or mend that disk, or choose another folder"
+        else:
+            fix = f"{error}; nothing was made: mend this, or choose another folder"
+        raise StorageError(f"--out {out}: {fix}") from error
 
 
 def _prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip) -> tuple[Manifest, bool]:
-    out = out.resolve()  # if `out` is a link, the rename must replace its target
+    given, out = out, out.resolve()  # if `out` is a link, the rename must replace its target
     asked = _as_json(inputs, recipe)
     if done := _finished(out, asked, skip):
         return done, False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out.parent).close()  # fails at once without write access; the lock would wait forever
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()  # fails at once without write access; the lock would wait forever
+    except OSError as error:
+        if error.errno in DISK:
+            raise
+        raise StorageError(f"--out {given}: no folder can be made in {given.parent}; choose another --out") from error
     lock = FileLock(out.parent / f".{out.name}.lock")
     try:
         held = lock.acquire(timeout=0)

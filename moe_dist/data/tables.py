@@ -10,8 +10,8 @@ from moe_dist.errors import ConfigError, DataError
 JSON_SUFFIXES, DATASET_SUFFIXES = (".jsonl", ".json"), (".parquet", ".arrow")
 
 
-def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the line number and the object of each line of a JSONL file.
+def objects(path: Path, like: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the line number and the object of each line of a JSONL file. `like` is an example of a line, for error texts.
 
     Raises:
         DataError: a line is not a JSON object in UTF-8.
@@ -23,8 +23,13 @@ def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 line = json.loads(text)
             except (ValueError, RecursionError) as error:
-                plain = "; give plain texts as files of a folder" if path.suffix not in JSON_SUFFIXES else ""
-                raise DataError(f"{path}, line {number}: is not JSON ({error}){plain}") from error
+                plain = (
+                    "give plain texts as files of a folder" if path.suffix not in JSON_SUFFIXES else f"write it as {like}"
+                )
+                where, reason = f"{path}, line {number}", str(error)
+                if isinstance(error, json.JSONDecodeError):
+                    where, reason = f"{where}, column {error.colno}", error.msg
+                raise DataError(f"{where}: is not JSON ({reason}); {plain}") from error
             if not isinstance(line, dict):
                 raise DataError(f"{path}, line {number}: is {type(line).__name__}, not an object")
             yield number, line
@@ -37,7 +42,7 @@ def holds_table(path: Path) -> bool:
     return any(file.suffix in DATASET_SUFFIXES for file in path.rglob("*"))
 
 
-def table_rows(option: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def table_rows(option: str, path: Path, like: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the rows of a JSONL file, of a parquet file, of a folder of one split's parquet files, or of a folder that
     `Dataset.save_to_disk` wrote, each as (place of the row for error texts, row).
 
@@ -46,6 +51,7 @@ def table_rows(option: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Args:
         option: Option of the command line that names `path`, for error texts.
+        like: Example of a line of JSONL, for error texts.
 
     Raises:
         ConfigError: `path` does not exist or has several splits; or the package datasets is missing.
@@ -58,7 +64,7 @@ def table_rows(option: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not holds_table(path):
         if path.is_dir():
             raise ConfigError(f"{option} {path}: the folder has no {' or '.join(DATASET_SUFFIXES)} file; give a JSONL file")
-        yield from ((f"{path}, line {number}", row) for number, row in objects(path))
+        yield from ((f"{path}, line {number}", row) for number, row in objects(path, like))
         return
     try:
         import datasets

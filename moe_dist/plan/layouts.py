@@ -17,9 +17,12 @@ from moe_dist.plan.rates import GUIDE, Rates
 
 def gpu_counts(low: int, high: int) -> list[int]:
     """Returns `low`, its doublings up to `high`, and `high`."""
-    if not 0 < low <= high:
+    if low < 1:
+        given = str(low) if low == high else f"{low}..{high}"
+        raise ConfigError(f"--gpus {given}: must be 1 or more; write a number (8) or a range (8..64)", see=GUIDE)
+    if low > high:
         raise ConfigError(
-            f"--gpus {low}..{high}: the range is empty; write the smaller number first, from 1, as in 8..64", see=GUIDE
+            f"--gpus {low}..{high}: the range is empty; write the smaller number first, as in 8..64", see=GUIDE
         )
     return sorted({high, *(low << i for i in range((high // low).bit_length()))})
 

@@ -44,7 +44,7 @@ def test_texts_of_a_jsonl(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("nonsense", "line 2: is not JSON"),
+        ("nonsense", "line 2, column 1: is not JSON"),
         ('{"txt": 1}', "line 2: needs"),
         ("[]", "line 2: is list, not an object"),
         ('{"text": 1}', "is int"),

@@ -80,7 +80,7 @@ def test_what_the_configuration_calls_for_and_is_not_there_is_65(tmp_path: Path)
 def test_no_checkpoint_is_78(tmp_path: Path, module: ModuleType) -> None:
     done = call(module, tmp_path / "none")
     assert (done.exit_code, done.stdout) == (78, "")
-    assert f"{module.__name__.rpartition('.')[2]}: {tmp_path / 'none'}: contains no checkpoint" in done.stderr
+    assert f"{module.__name__.rpartition('.')[2]}: {tmp_path / 'none'}: no such folder" in done.stderr
 
 
 def test_what_is_in_a_checkpoint_is_shown(checkpoints: Path) -> None:

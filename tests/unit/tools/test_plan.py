@@ -102,7 +102,7 @@ def test_a_plan_from_a_trace_of_real_routing(tmp_path: Path, monkeypatch: pytest
 
     routing = draw_routing(expert_groups(config.model.moe), layers=4, tokens=1200, steps=1, bias=hot)
     routing = replace(routing, layers=config.model.moe_layers)
-    monkeypatch.setattr(tools.report, "open_routing", lambda path: routing)
+    monkeypatch.setattr(tools.report, "open_routing", lambda path, option: routing)
     four = ["train.global_batch=4", "train.micro_batch=1", "parallel.device=auto"]
     code, said = plan(tmp_path, "--gpus", "4", "--trace", "made", "--memory", "20", overrides=four)
     assert code == 0, said
@@ -126,7 +126,7 @@ def test_a_plan_from_a_trace_of_real_routing(tmp_path: Path, monkeypatch: pytest
     assert float(more["4"][0]) > float(rows["4", "interleaved"][0])
     assert int(more["4"][4].replace(",", "")) > 0 == int(rows["4", "interleaved"][4])
     other = replace(routing, layers=(0, 1))
-    monkeypatch.setattr(tools.report, "open_routing", lambda path: other)
+    monkeypatch.setattr(tools.report, "open_routing", lambda path, option: other)
     code, said = plan(tmp_path, "--gpus", "4", "--trace", "made")
     assert code == 78
     assert re.search(r"--trace made: it has 2 MoE layers .*, but default has 4 MoE layers .*; give a trace of this", said)

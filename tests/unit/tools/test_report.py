@@ -345,7 +345,7 @@ def test_what_cannot_be_leaves_the_old_report(run: Path, tmp_path: Path, manifes
     write_trace(tmp_path / "other" / "a", other, range(1, 2))
     for options, message in (
         ((run, "--against", tmp_path / "other"), "2 MoE layers of text 3 + 1, top 1, image 2 + 2, top 2"),
-        ((run, "--against", tmp_path / "nowhere"), "nowhere: neither a run"),
+        ((run, "--against", tmp_path / "nowhere"), f"--against {tmp_path / 'nowhere'}: no such folder; give a run"),
         ((run, "--ep", "2,x"), "--ep 2,x: 'x' is no whole number"),
         ((run, "--data", tmp_path), f"--data {tmp_path}: "),
         ((run, "--placement", tmp_path / "nowhere"), f"--placement {tmp_path / 'nowhere'}: cannot be read"),
