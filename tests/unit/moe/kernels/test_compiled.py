@@ -18,6 +18,7 @@ MOST_REGISTERS = 128  # of a thread: 4 blocks of 128 threads fit on a multiproce
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_no_kernel_spills_registers() -> None:
     architectures = ["80", "90", "100"]
     command = [sys.executable, "-m", "tests.support.compiled_kernels", *architectures]

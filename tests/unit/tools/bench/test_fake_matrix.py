@@ -22,6 +22,7 @@ READS = {
 
 
 @pytest.mark.full
+@pytest.mark.full
 def test_pairs_of_options_run_on_the_device_or_are_refused_by_name() -> None:
     done = child("tests.support.fake_matrix", [])
     assert done.returncode == 0, done.stderr[-2000:]
