@@ -84,7 +84,7 @@ class SampleMaker:
 
     def __init__(self, manifest: Manifest) -> None:
         self._pad_id, self._modalities = manifest.pad_id, tuple(manifest.modalities.values())
-        self._vocab_size = manifest.vocab_size
+        self._vocab_size = max((end for ranges in self._modalities for _, end in ranges), default=0)
         self.modality_names = tuple(manifest.modalities)
 
     def make(self, samples: Sequence[TuningSample], numbers: Sequence[int] = ()) -> SampleBatch:
