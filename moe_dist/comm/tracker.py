@@ -74,8 +74,8 @@ class CollectiveTracker:
     ) -> Iterator[None]:
         """Encloses the call of a collective, or the wait for an asynchronous collective.
 
-        On CUDA the call returns before the collective has run. The collective thus counts as unfinished until the CUDA
-        stream has passed the collective.
+        On CUDA the call of a collective returns before the GPU has run the collective. The tracker therefore counts the
+        collective as unfinished until an event behind it in the CUDA stream has occurred.
         """
         entered = self.entered = next(self._count)
         position = Position(entered, collective, layer, tuple(send), tuple(receive), time.monotonic())

@@ -174,8 +174,8 @@ class PictureCoder:
             report(stage, start + len(chunk), len(pictures))
 
     def image(self, raster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes a picture without augmentation; returns token ids from begin to end token, and whether each token is
-        filler."""
+        """Encodes a picture without augmentation. Returns its token ids, from the begin token to the end token, and for
+        each token whether its patch is transparent (a filler token)."""
         render = plain(raster)
         return self._image(render, self._code(render.pixels[None])[0])
 

@@ -34,7 +34,8 @@ def dense_parts(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
 
 
 def compile_dense(model: Transformer) -> None:
-    """Replaces the dense parts in place, before FSDP2 or DDP wraps the model. Each part is compiled at its first use."""
+    """Replaces each dense part of the model by its compiled form, in place. Must be called before FSDP2 or DDP wraps the
+    model. torch compiles a part at the first call of the part."""
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     for module, name in dense_parts(model):
         setattr(module, name, _compiled_with_gradient(getattr(module, name)))

@@ -237,8 +237,8 @@ class ExpertStack(nn.Module):
         """Applies each expert to its block of consecutive rows: x [sum(counts), D] -> y [sum(counts), D]."""
         if not counts:
             # An empty stack gets no gradient, because FSDP2's reduce-scatter refuses empty tensors but skips a parameter
-            # without a gradient. The ranks that share an empty stack hold no expert of its group either, so all these ranks
-            # skip the stack.
+            # without a gradient. FSDP2 shards a stack over ranks with the same experts, so the stack is empty on all
+            # these ranks, and all skip it.
             return inputs_between(x_QD, 0, 0)[0]
         like = x_QD[0] if isinstance(x_QD, tuple) else x_QD
         swiglu = choose_gemm(self.gemm, dtype=like.dtype, device=like.device, widths=self.widths, num_experts=len(counts))

@@ -87,8 +87,8 @@ class Adapter(nn.Module):
 
 
 class LoRAStack(nn.Module):
-    """The LoRA experts of one group: for each target projection A [n, r, I] as `<target>_a` and B [n, O, r] as
-    `<target>_b`."""
+    """The LoRA experts of one group. Each target projection has two parameters: `<target>_a`, the matrices A [n, r, I] of
+    all experts, and `<target>_b`, their matrices B [n, O, r]."""
 
     role = Role.ADAPTER
 

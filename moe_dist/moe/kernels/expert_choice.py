@@ -121,8 +121,8 @@ def _blocks(num_experts: int) -> dict[str, int]:
 
 @operation("choice_candidates(Tensor logits, Tensor group, Tensor group_of_expert) -> (Tensor, Tensor)")
 def choice_candidates(logits: Tensor, group: Tensor, group_of_expert: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Returns the logits [T, E], -inf for tokens of other groups than the expert's, and how many tokens of each block are
-    of the expert's group, int64 [B, E].
+    """Returns two tensors: the logits [T, E], which are -inf for a token outside of the expert's group; and for each block
+    of tokens and each expert the number of tokens in the expert's group, int64 [B, E].
 
     Args:
         logits: fp32 [T, E].
