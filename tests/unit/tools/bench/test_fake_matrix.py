@@ -1,6 +1,6 @@
 """All pairs of options on fake CUDA tensors: steps, evaluation and saves of a tiny model, as one of 8 ranks.
 
-Takes 105 s of CPU time.
+Takes two to five minutes of CPU time, by machine.
 """
 
 import json
