@@ -133,6 +133,23 @@ class ParallelModel:
             experts = [parameter for parameter in experts if parameter.numel() and parameter.requires_grad]
             sum_gradients(experts, self.mesh.edp, flat=False, name=EXPERT_GRADIENTS, tracker=self.mesh.tracker)
 
+    def clear_gradients(self) -> None:
+        """Sets gradients in DDP's buckets to zero and all others to None, also of parameters that the optimizer lacks
+        (frozen, or empty on this rank)."""
+        in_buckets = []
+        for each in self.parameters:
+            gradient = each.parameter.grad
+            if gradient is None:
+                continue
+            if isinstance(self._module, DistributedDataParallel) and each.role not in _NOT_IN_DDP:
+                # It stays a view of the bucket: otherwise the next step would add up its micro-batches in another tensor,
+                # as the first step does, and copy the sum into the bucket.
+                in_buckets.append(gradient)
+            else:
+                each.parameter.grad = None
+        if in_buckets:
+            torch._foreach_zero_(in_buckets)
+
 
 def freeze_all_but(model: nn.Module, roles: Collection[Role]) -> None:
     """Freezes all parameters except those of `roles`. Frozen parameters get no gradients and no moments. Call this function

@@ -334,10 +334,8 @@ class TrainingStep:
             self.optimizer.step()
 
     def _clear(self) -> None:
-        """Forgets the gradients."""
-        # `optimizer.zero_grad` would leave the gradients of parameters that the optimizer lacks: frozen, or empty on this
-        # rank.
-        self.parallel.model.zero_grad(set_to_none=True)
+        """Clears the gradients for the next step."""
+        self.parallel.clear_gradients()
 
     def _update(self, summed: Tensor, losses: Sequence[MicroLoss], lr: float, readings: Tensor) -> StepResult:
         """Updates the weights if the sums over all ranks are finite, else skips the step. Because all ranks have the same

@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from moe_dist.monitor.metrics import group_metrics
 from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.optimizer import make_optimizer, split_parameters, step_count
 from moe_dist.parallel.mesh import make_mesh
+from moe_dist.placement.roles import EXPERTS, ROUTERS, Role
 from moe_dist.train import step as training_step
 from moe_dist.train.loss import AuxSettings, forward
 from moe_dist.train.step import TrainingStep
@@ -122,8 +124,8 @@ def test_what_a_capacity_drops_is_counted_over_ranks_and_never_in_evaluation(
         assert sum(first for _, first in ranks) == result.counts.choices_LC[0, :true].sum()
 
 
-def two_steps(rank: RankContext, layout: Layout) -> list[StepResult]:
-    """The same two micro-batches twice, without a change of the weights."""
+def step_of_two_batches(rank: RankContext, layout: Layout) -> Callable[[], StepResult]:
+    """A step that takes the same two micro-batches each time, and does not change the weights."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats()
     parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
@@ -133,7 +135,34 @@ def two_steps(rank: RankContext, layout: Layout) -> list[StepResult]:
         parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=None, comm_stats=comm_stats
     )
     batches = [batch_of(number, 0, 2 + 2 * rank.rank, 2) for number in range(2)]
-    return [step(batches, lr=0.0, aux=AuxSettings("null_averaged", 0.02, 1e-3)) for _ in range(2)]
+    return partial(step, batches, lr=0.0, aux=AuxSettings("null_averaged", 0.02, 1e-3))
+
+
+def two_steps(rank: RankContext, layout: Layout) -> list[StepResult]:
+    take = step_of_two_batches(rank, layout)
+    return [take(), take()]
+
+
+def kept_gradients(rank: RankContext, layout: Layout) -> tuple[set[Role], bool, bool]:
+    """The roles of parameters whose gradients stay after a step; whether these are zero, and in one place in all steps."""
+    take = step_of_two_batches(rank, layout)
+    kept = []
+    for _ in range(3):
+        take()
+        parameters = take.func.parallel.parameters  # pyright: ignore[reportFunctionMemberAccess]
+        kept.append([(each.role, each.parameter.grad) for each in parameters if each.parameter.grad is not None])
+    places = [[gradient.data_ptr() for _, gradient in each] for each in kept]
+    return {role for role, _ in kept[0]}, not any(gradient.any() for _, gradient in kept[-1]), places[0] == places[2]
+
+
+def test_gradients_of_ddp_are_added_up_in_its_buckets(run_in_world: Callable[..., list[Any]]) -> None:
+    """Beside the buckets they would take as much memory again, in each step of several micro-batches."""
+    for roles, zero, in_place in run_in_world(2, kept_gradients, Layout(2, 1, "interleaved")):
+        assert roles
+        assert not roles & (ROUTERS | EXPERTS)
+        assert zero
+        assert in_place
+    assert run_in_world(2, kept_gradients, Layout(2, 1, "interleaved", "fsdp2"))[0][0] == set()
 
 
 def test_a_capacity_factor_of_the_largest_load_in_a_micro_batch_drops_nothing(
