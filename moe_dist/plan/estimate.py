@@ -208,10 +208,10 @@ class Planner:
         out of memory in a step."""
         parallel, tokens = config.parallel, config.train.micro_batch * config.data.seq_len
         key = (placement.slots, parallel, config.train.micro_batch)
-        if key not in self._memory:
-            self._memory[key] = _linear_memory(config, placement)
-        base_R, row_R, pair_R = self._memory[key]
         rows_R, pairs_R = load.rows.mean((0, 1)) / tokens, load.pairs.mean((0, 1)) / tokens
+        if key not in self._memory:
+            self._memory[key] = _linear_memory(config, placement, rows_R, pairs_R)
+        base_R, row_R, pair_R = self._memory[key]
         # An exchange has buffers for rows that are computed, sent and returned (docs/parallelism.md), in the layer with the
         # most rows.
         buffer = config.model.hidden_dim * memory.ITEMSIZE[parallel.precision]
@@ -226,19 +226,25 @@ class Planner:
         return (quantiles[0], quantiles[1], quantiles[2]), 1 - safe
 
 
-def _linear_memory(config: Config, placement: ExpertPlacement) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns for each rank the coefficients of its memory, which is linear in rows and pairs, three times [R]: bytes
-    without rows, bytes for a row per token, bytes for a pair per token. Ranks with equally many experts share one
+def _linear_memory(
+    config: Config, placement: ExpertPlacement, rows_R: np.ndarray, pairs_R: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns for each rank the coefficients of its memory, three times [R]: bytes without rows, bytes for a row per token,
+    bytes for a pair per token. Exact at the mean rows and pairs per token, `rows_R` and `pairs_R`, and at a tenth of a row
+    or pair more: memory is a sum of linear terms and of maxima. Ranks with as many experts, rows and pairs share a
     result."""
     made: dict[Any, tuple[float, float, float]] = {}
     found = []
-    for rank in range(placement.num_ranks):
+    for rank, (rows, pairs) in enumerate(zip(rows_R.tolist(), pairs_R.tolist(), strict=True)):
         held = tuple(len(placement.local_experts(rank, group)) for group in placement.groups)
-        if held not in made:
-            at = [
-                memory.rank_memory(config, placement, rank=rank, rows=r, pairs=p).total for r, p in ((0, 0), (1, 0), (0, 1))
-            ]
-            made[held] = at[0], at[1] - at[0], at[2] - at[0]
-        found.append(made[held])
+        key = held, round(rows, 3), round(pairs, 3)
+        if key not in made:
+            mean, row, pair = (
+                memory.rank_memory(config, placement, rank=rank, rows=rows + more, pairs=pairs + again).total
+                for more, again in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.1))
+            )
+            row, pair = 10 * (row - mean), 10 * (pair - mean)
+            made[key] = mean - rows * row - pairs * pair, row, pair
+        found.append(made[key])
     base_R, row_R, pair_R = np.array(found).T
     return base_R, row_R, pair_R

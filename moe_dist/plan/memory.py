@@ -27,16 +27,18 @@ line MoE below applies, because torch fuses attention and output itself:
 
 With `recompute: experts` autograd does not keep the tensors of (token, expert) pairs. With `recompute: block` autograd
 keeps only the inputs of a layer's attention and of its MoE layer or FFN, and the returned rows. Recomputed tensors exist
-only for one layer at a time. If only routers are trained, autograd keeps no inputs of frozen weights, and nothing below the
-first trained router. `recompute: block` cannot recompute the layer of the first trained router, since the layer's input has
-no gradient:
+only for one layer at a time, and not beside the output's, which backward frees first. If only routers are trained, autograd
+keeps no inputs of frozen weights, and nothing below the first trained router. `recompute: block` cannot recompute the layer
+of the first trained router, since the layer's input has no gradient:
 
     attention   D + 2 H d + 2 H_kv d                            not in the first such layer
                 D + q_rank + kv_rank + 2 H (d + value_dim)      the same of latent attention
     MoE         2 D + rows D + 3 F of the shared expert + pairs (D + 3 F) + 12 C bytes in fp32; D less in the first
     dense FFN   D + 3 F
 
-RMSNorm keeps more on CPU. Allocator slack, kernels' scratch space and libraries (1 to 2 GB on CUDA) are not counted.
+With `device: cpu` torch keeps more, except in router tuning: each of the 2 L norms of layers its output before the weight
+(D), and each attention the document mask in the dtype of its inputs (S elements per token). Allocator slack, kernels'
+scratch space and libraries (1 to 2 GB on CUDA) are not counted.
 """
 
 from collections.abc import Mapping
@@ -66,10 +68,13 @@ class RankMemory:
     casts: float
     activations: float  # estimate for the activations of one micro-batch
     exchange_bound: float  # send and receive buffers of one layer, if every token goes to one rank; not part of `total`
+    # Bytes of gradients that never exist at the same time as all activations: with one micro-batch a step, backward makes
+    # gradients while it frees activations. DDP's buckets are not among them: they always exist.
+    in_turn: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.parameters + self.gradients + self.optimizer + self.casts + self.activations
+        return self.parameters + self.gradients + self.optimizer + self.casts + self.activations - self.in_turn
 
 
 def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: float, pairs: float) -> RankMemory:
@@ -85,14 +90,19 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
     if parallel.max_receive_rows is not None:
         exchange_rows = min(exchange_rows, (parallel.ep - 1) * tokens + parallel.max_receive_rows)
     summed = _gathered(config, placement, rank) if _gathers_once(config) else 0.0
+    activations = tokens * _activation_bytes_per_token(config, rows, pairs)
+    gradients = (trained + summed) * FP32
+    single = config.train.global_batch <= config.train.micro_batch * parallel.ep * parallel.edp
+    buckets = trained_parts(config, held_experts(placement, rank)).dense * FP32 if parallel.data == "ddp" else 0.0
     return RankMemory(
         parameters=held * FP32,
-        gradients=(trained + summed) * FP32,
+        gradients=gradients,
         optimizer=(2 * trained - _sharded(config, *_with_one_moment(config, held_experts(placement, rank))))
         * ITEMSIZE[config.optimizer.moments],
         casts=(_casts(config, placement, rank) + _replicas(config)) * itemsize,
-        activations=tokens * _activation_bytes_per_token(config, rows, pairs),
+        activations=activations,
         exchange_bound=exchange_rows * config.model.hidden_dim * itemsize,
+        in_turn=min(gradients - buckets, activations) if single else 0.0,
     )
 
 
@@ -221,11 +231,20 @@ def _replicas(config: Config) -> float:
 
 
 def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> float:
-    return layer_bytes_per_token(config, rows, pairs) + output_bytes_per_token(config)
+    layers = layer_bytes_per_token(config, rows, pairs)
+    return layers.kept + max(layers.once, output_bytes_per_token(config))  # backward begins by freeing the output's
 
 
-def layer_bytes_per_token(config: Config, rows: float, pairs: float) -> float:
-    """Returns the bytes per token that autograd keeps for all layers."""
+class LayerBytes(NamedTuple):
+    """Bytes per token of all layers: tensors that autograd keeps, and recomputed tensors, which exist for one layer at a
+    time."""
+
+    kept: float
+    once: float
+
+
+def layer_bytes_per_token(config: Config, rows: float, pairs: float) -> LayerBytes:
+    """Returns the bytes per token that autograd keeps for all layers, and recomputes."""
     model, a, recompute = config.model, ITEMSIZE[config.parallel.precision], config.parallel.recompute
     dim, groups = model.hidden_dim, expert_groups(model.moe)
     ffn_for_all, ffn = ffn_dim_for_all(model), model.dense_ffn_dim or 0
@@ -239,11 +258,12 @@ def layer_bytes_per_token(config: Config, rows: float, pairs: float) -> float:
         if recompute == "block":
             kept = above * a * dim * (2 + rows) + num_dense * (a * dim + dense)
             once = attention + moe + inside if above else 0.0
-            return moe - a * dim + inside + kept + once
-        times = 1 if recompute == "experts" else num_moe_layers
-        layers = (num_layers - 1) * attention + num_moe_layers * moe - a * dim
-        return layers + times * inside + num_dense * dense
+            return LayerBytes(moe - a * dim + inside + kept, once)
+        layers = (num_layers - 1) * attention + num_moe_layers * moe - a * dim + num_dense * dense
+        return LayerBytes(layers, inside) if recompute == "experts" else LayerBytes(layers + num_moe_layers * inside, 0.0)
     attention, dense = a * (2 * dim + model.attention.kept(model, frozen=False)), a * (2 * dim + 4 * ffn)
+    on_cpu = config.engine.own_kernels and config.parallel.device == "cpu"
+    attention, dense = attention + on_cpu * a * (dim + config.data.seq_len), dense + on_cpu * a * dim
     if _has_dense_kernels(config):
         attention -= a * (model.attention.rotated(model) + dim * model.attention.norms_again(model))
     free = any(group.num_identity or group.num_constant for group in groups)
@@ -253,16 +273,17 @@ def layer_bytes_per_token(config: Config, rows: float, pairs: float) -> float:
         kept, inside = 2 * dim + (rows * dim if recompute == "experts" else 0), pairs * a * (dim + 3 * mean_ffn)
     else:
         kept, inside = 3 * dim + rows * dim, pairs * a * (2 * dim + 4 * mean_ffn)
-    moe = a * (kept + 4 * ffn_for_all) + FP32 * (3 * columns + ((1 + free) * dim if a < FP32 else 0))
+    moe = a * (kept + on_cpu * dim + 4 * ffn_for_all) + FP32 * (3 * columns + ((1 + free) * dim if a < FP32 else 0))
     num_moe_layers, num_dense = len(model.moe_layers), model.num_dense_layers
     if recompute == "block":
         kept = a * dim * 2 + rows * a * dim
         once = attention + moe + inside
-        return num_moe_layers * kept + num_dense * (a * dim + dense) + once
+        return LayerBytes(num_moe_layers * kept + num_dense * (a * dim + dense), once)
     moe += 0 if recompute == "experts" else inside
     once = inside if recompute == "experts" else 0.0
     passed_by = layers_passed_by(model)
-    return (model.num_layers - passed_by) * attention + (num_moe_layers - passed_by) * moe + num_dense * dense + once
+    layers = (model.num_layers - passed_by) * attention + (num_moe_layers - passed_by) * moe + num_dense * dense
+    return LayerBytes(layers, once)
 
 
 def _has_triton(config: Config) -> bool:

@@ -36,7 +36,7 @@ def stage_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows:
     micro_batches = config.train.global_batch // (config.train.micro_batch * ranks)
     at_once = min(micro_batches, engine.pp + (engine.pp - 1) / engine.vpp if engine.vpp > 1 else engine.pp)
     tokens = config.train.micro_batch * config.data.seq_len / (engine.tp * engine.cp)
-    layers = layer_bytes_per_token(config, rows, pairs) / engine.pp
+    layers = sum(layer_bytes_per_token(config, rows, pairs)) / engine.pp
     # The first stage holds the most micro-batches, but the last stage has the output.
     output = output_bytes_per_token(config) if engine.pp == 1 else 0.0
     return RankMemory(

@@ -160,7 +160,8 @@ def _add_memory_rows(table: Table, config: Config, result: DryRun) -> None:
     moments = "two moments, one of matrices" if config.optimizer.orthogonal else "two moments"
     table.add_row("memory a rank", bytes_text(needs.total), f"the fullest: EP position {result.rank}; an estimate")
     table.add_row("  parameters", bytes_text(needs.parameters), f"fp32 master weights, {sharded}")
-    table.add_row("  gradients", bytes_text(needs.gradients), "fp32")
+    later = f"; {bytes_text(needs.in_turn)} of them only after activations are freed" if needs.in_turn else ""
+    table.add_row("  gradients", bytes_text(needs.gradients), f"fp32{later}")
     table.add_row("  optimizer state", bytes_text(needs.optimizer), f"{moments}, {config.optimizer.moments}")
     table.add_row("  weights in use", bytes_text(needs.casts), f"{parallel.precision}, while a micro-batch is computed")
     batch = f"{config.train.micro_batch} x {config.data.seq_len} tokens, recompute={parallel.recompute}"

@@ -11,6 +11,7 @@ from moe_dist.config.schema import Config
 from moe_dist.model.layers import token_losses
 from moe_dist.plan.flops import parameters
 from moe_dist.plan.memory import (
+    RankMemory,
     checkpoint_bytes,
     held_parameters,
     layer_bytes_per_token,
@@ -41,7 +42,7 @@ def config(*, parallel: dict[str, Any] | None = None, tuned: tuple[int, ...] = (
             **model,
         },
         "data": {"path": "none", "seq_len": 64},
-        "train": {"steps": 1, "global_batch": 4, "micro_batch": 4},
+        "train": {"steps": 1, "global_batch": 64, "micro_batch": 4},
         "optimizer": {"lr": 1e-3},
         "evaluation": {"every": 1},
         "parallel": {"precision": "fp32", **(parallel or {})},
@@ -98,6 +99,14 @@ def test_activations_are_what_autograd_keeps(model: dict[str, Any]) -> None:
     assert 0.75 < memory.activations / kept < 1.25
 
 
+def test_activations_on_a_cpu_are_known_within_a_twentieth() -> None:
+    cfg = config(parallel={"device": "cpu"}, vocab_size=16)  # the output's share counts a gradient
+    kept, rows, pairs = kept_by_autograd(cfg)
+    tokens = cfg.train.micro_batch * cfg.data.seq_len
+    assert tokens * sum(layer_bytes_per_token(cfg, rows, pairs)) == pytest.approx(kept, rel=0.05)
+    assert tokens * sum(layer_bytes_per_token(config(vocab_size=16), rows, pairs)) < 0.95 * kept
+
+
 @pytest.mark.parametrize(("layers", "model"), [((2,), {}), ((1, 2), {}), ((0, 2), {}), ((0, 2), LATENT)], ids=str)
 def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_routers(
     layers: tuple[int, ...], model: dict[str, Any]
@@ -140,7 +149,7 @@ def test_compiled_dense_parts_have_no_triton_kernels(model: dict[str, Any]) -> N
 
     def estimate(**parallel: Any) -> tuple[float, float]:
         cfg = config(parallel={"device": "cuda", "precision": "bf16", **parallel}, **model)
-        return layer_bytes_per_token(cfg, 1.0, 2.0), output_bytes_per_token(cfg)
+        return sum(layer_bytes_per_token(cfg, 1.0, 2.0)), output_bytes_per_token(cfg)
 
     kernels, compiled, torchs = estimate(), estimate(compile=True), estimate(kernels={"kind": "torch"})
     assert compiled[0] - kernels[0] == 3 * 2 * (64 + (4 + 2) * 16)
@@ -157,6 +166,26 @@ def test_recompute_keeps_less() -> None:
         for how in ("none", "experts", "block")
     )
     assert block < experts < none
+
+
+@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
+def test_a_single_micro_batch_frees_activations_before_it_has_all_gradients(data: str) -> None:
+    several = config(parallel={"ep": 4, "data": data})
+    single = several.model_copy(update={"train": several.train.model_copy(update={"global_batch": 16})})
+    placement = make_placement(several.placement, expert_groups(several.model.moe), num_ranks=4, token_mix={})
+
+    def memory(cfg: Config, pairs: float) -> RankMemory:
+        return rank_memory(cfg, placement, rank=0, rows=1.0, pairs=pairs)
+
+    parts = parameters(several.model)
+    in_buckets = 4 * (parts.total - parts.experts - parts.router) if data == "ddp" else 0.0
+    one, more = memory(single, 20.0), memory(several, 20.0)
+    assert one.gradients == more.gradients > in_buckets
+    assert more.total - one.total == one.gradients - in_buckets
+    short = single.model_copy(update={"data": single.data.model_copy(update={"seq_len": 1})})
+    few = memory(short, 1.0)
+    states = few.parameters + few.optimizer + few.casts + in_buckets
+    assert few.total == states + few.gradients - in_buckets, "more gradients than activations"
 
 
 def test_states_of_a_rank() -> None:
