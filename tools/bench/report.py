@@ -137,21 +137,27 @@ def markdown(results: Mapping[str, Any]) -> str:
     holds = sum(comparison.met for comparison in comparisons)
     parts = ["### Judgement", "", f"{holds} of {len(comparisons)} comparisons hold. Those that do not:", ""]
     parts += [f"- {line}" for line in _failures(comparisons)] or ["none"]
+    parts += ["", "`a / b` is the time of a over the time of b, in brackets its interval."]
     for title, table in tables(results):
         parts += ["", f"### {title}", "", _pipes(table)]
     return "\n".join(parts) + "\n"
 
 
 def _failures(comparisons: Sequence[BenchResult]) -> list[str]:
-    """Returns a paragraph for each reason why a rule does not hold, with the rows that fail for this reason."""
+    """Returns a paragraph for each reason why a rule does not hold: the number of rows that fail for this reason, and the
+    rows with the lowest and the highest ratio. The tables have all ratios."""
     alike: dict[tuple[str, str, str], list[BenchResult]] = {}
     for each in comparisons:
         if not each.met:
             alike.setdefault((each.comparison, each.rule, each.reason), []).append(each)
-    return [
-        f"NOT MET: {comparison}, {rule}, at {', '.join(f'{each.row} {_range(each)}' for each in failed)}. Why: {reason}."
-        for (comparison, rule, reason), failed in alike.items()
-    ]
+    found = []
+    for (comparison, rule, reason), failed in alike.items():
+        ends = sorted(failed, key=lambda each: each.ratio)
+        ends = [ends[0], ends[-1]] if len(ends) > 1 else ends
+        where = f"{len(failed)} rows, from" if len(failed) > 1 else "one row,"
+        rows = " to ".join(f"{_range(each)} ({each.row})" for each in ends)
+        found.append(f"NOT MET: {comparison} ({rule}). It fails in {where} {rows}. Why: {reason}.")
+    return found
 
 
 def _range(comparison: BenchResult) -> str:

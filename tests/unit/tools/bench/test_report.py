@@ -82,8 +82,8 @@ def test_what_is_lost_comes_first_with_a_reason() -> None:
         }
     }
     lines = text(results).splitlines()
-    assert lines[0].startswith("NOT MET: ours / megatron, capacity, not lost")
-    assert "at tokens/4096 1.50. Why: not explained yet." in lines[0]
+    assert lines[0].startswith("NOT MET: ours / megatron, capacity (not lost")
+    assert "It fails in one row, 1.50 (tokens/4096). Why: not explained yet." in lines[0]
     assert lines[1].split()[:2] == ["row", "comparison"]
     assert [line.split()[1] for line in lines[2:5]] == ["tokens/1024", "scaling/experts", "scaling/experts"]
     tables = markdown(results)
@@ -93,9 +93,9 @@ def test_what_is_lost_comes_first_with_a_reason() -> None:
 
 
 def test_rows_that_fail_for_one_reason_stand_together() -> None:
-    lost = {f"tokens/{tokens}": row({"ours / megatron": interval(1.5, 1.4, 1.6)}) for tokens in (4096, 8192)}
+    lost = {f"tokens/{tokens}": row({"ours / megatron": interval(tokens / 4096, 1.4, 1.6)}) for tokens in (4096, 8192)}
     (line,) = [line for line in markdown({"rows": lost}).splitlines() if "NOT MET" in line]
-    assert "tokens/4096 1.50 [1.40, 1.60], tokens/8192 1.50 [1.40, 1.60]. Why" in line
+    assert "in 2 rows, from 1.00 [1.40, 1.60] (tokens/4096) to 2.00 [1.40, 1.60] (tokens/8192). Why" in line
 
 
 def test_the_picture_has_a_line_for_each_row_and_a_dot_for_each_rival(tmp_path: Path) -> None:
