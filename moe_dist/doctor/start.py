@@ -38,9 +38,9 @@ def check_at_start(
     variables: Mapping[str, str] = os.environ,
     wait_seconds: float = WAIT_SECONDS,
 ) -> list[CheckResult]:
-    """Checks on rank 0 all nodes, on the first rank of each other node that rank's node; returns the results. Other ranks
-    return an empty list. Call this function on every rank after rank 0 has opened the run folder. Only rank 0 logs
-    warnings.
+    """Checks the nodes of a job. Rank 0 checks all nodes, and the first rank of each other node checks its own node. These
+    ranks return the results; other ranks return an empty list. Call this function on every rank after rank 0 has opened the
+    run folder. Only rank 0 logs warnings.
 
     Args:
         wait_seconds: How long rank 0 waits for the facts of the other nodes; later facts are not compared.

@@ -399,9 +399,9 @@ class TrainingPlan:
             each group's name to the mean number of true (not null) experts per token, and to the group's fraction of all
             tokens.
         active_target: By group: the number of true experts per token that a controller aims at.
-        even_active: By group: the expected number of true experts per token. `even_active` has only the groups in which a
-            controller or a null weight of the balance loss sets the expected number. For groups without an entry, the
-            expected number is top_k x true experts / all experts.
+        even_active: By group: the mean number of true experts per token with balanced routing. It has only the groups in
+            which a controller or a null weight of the balance loss sets this number. In the other groups the number is
+            top_k x true experts / all experts.
     """
 
     placement: ExpertPlacement

@@ -103,7 +103,7 @@ class RowKernels(Protocol):
     Attributes:
         has_choose: True if `choose`, `experts_choose` and `experts_sums` exist. If `has_choose` is false, routers choose by
             operations of torch.
-        has_plan: True if kernels of the same kind plan an exchange (`dispatch/counting_planner.py` and
+        has_plan: True if this implementation also has kernels that plan an exchange (in `dispatch/counting_planner.py` and
             `dispatch/counting_static_planner.py`).
     """
 

@@ -141,7 +141,7 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yields the lines of a metrics.jsonl in order, with current key names. Omits an incomplete last line.
 
     Raises:
-        ValueError: A line before the last is not JSON.
+        ValueError: A line before the last is not a record.
     """
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         for number, text in enumerate(file, start=1):
