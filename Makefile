@@ -19,22 +19,22 @@ CONFIG ?= configs/adamoe_moma_tiny_cpu.yaml
 # One thread a process: the tests run more processes than there are cores. Compiled modules are kept for those processes, also
 # where the environment says otherwise, as in images of containers.
 TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
-# Tests run beside each other, a file on one worker. Two workers run those of several ranks, each with standing worlds of its
-# own: ranks of one wait for each other while those of the other compute. Whole programs come first, in the order given: the
-# last files are short, so both workers end together.
-BESIDE := -n logical --maxprocesses 4 --dist loadfile
-WORLDS := -n 2 --dist loadfile --no-loadscope-reorder
+# Tests run beside each other, a file on one worker. Three workers run those of several ranks, each with standing worlds of
+# its own: ranks of one wait for each other while those of the others compute. Whole programs come first, in the order given
+# (in tests/unit the files that conftest.py names): the last files are short, so all workers end together.
+BESIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+WORLDS := -n 3 --dist loadfile --no-loadscope-reorder
 EXPERIMENTS := adamoe adamoe-held moma moma-narrow nulls-by-modality mole roma roma-listed
 REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-full test-one quick smollm2 test-smollm2 test-vllm torch-floor test-faults test-clusters test-slurm test-ray cluster-packages test-browser pictures chaos gpu-bundle wheel docs bench check format data embedder wordnet tensorboard clean \
+.PHONY: help train test test-full test-exhaustive test-one quick smollm2 test-smollm2 test-vllm torch-floor test-faults test-clusters test-slurm test-ray cluster-packages test-browser pictures chaos gpu-bundle wheel docs bench check format data embedder wordnet tensorboard clean \
   reproduce-data conventions-data questions-data $(REPRODUCTIONS)
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "make reproduce-NAME an experiment of about two hours: $(EXPERIMENTS) (docs/reproductions.md)"
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "make reproduce-NAME  an experiment of about two hours: $(EXPERIMENTS) (docs/reproductions.md)"
 
 train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONFIG=file, ARGS="key=value ...")
 	@$(BIN)/python -m launchers.local $(CONFIG) $${RUN:+"run.name=$$RUN"} $$ARGS
@@ -43,10 +43,13 @@ train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONF
 BOTH_HALVES = unit=0; $(TEST) $(1) $(BESIDE) tests/unit || unit=$$?; \
   $(TEST) $(1) $(WORLDS) tests/integration tests/distributed && exit $$unit
 
-test: $(INSTALLED)  ## Run all tests but those of test-full, test-faults and test-clusters
+test: $(INSTALLED)  ## Run the tests but those of test-full, test-faults and test-clusters
 	@$(call BOTH_HALVES,)
 
-test-full: $(INSTALLED) $(NEXT_MEGATRON)/.installed promtool  ## Run these with every case of the exhaustive products
+test-full: $(INSTALLED) $(NEXT_MEGATRON)/.installed promtool  ## Run the tests of make test, long ones, and layouts with all pairs of options
+	@$(call BOTH_HALVES,-m "not exhaustive")
+
+test-exhaustive: $(INSTALLED) $(NEXT_MEGATRON)/.installed promtool  ## Run the tests of test-full, and all others of these files (an hour more)
 	@$(call BOTH_HALVES,-m "")
 
 # Debian's promtool, unpacked and not installed. Where there is no Debian, its test fails until promtool is on the path.
@@ -59,7 +62,7 @@ promtool:
 	  dpkg -x promtool_*.deb . && rm promtool_*.deb; }
 
 quick: $(INSTALLED)  ## Run the fast unit tests
-	@$(TEST) -m "not full and not slow" $(BESIDE) tests/unit
+	@$(TEST) -m "not full and not exhaustive and not slow" $(BESIDE) tests/unit
 
 # A file given as a goal exists, so make itself has nothing to do for it.
 FILE ?= $(filter-out test-one,$(MAKECMDGOALS))

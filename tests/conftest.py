@@ -19,6 +19,7 @@ hypothesis.settings.load_profile("no-deadline")
 # Triton reads this when it is imported: its interpreter then runs kernels on CPU tensors.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 ROOT = Path(__file__).parents[1]
+LONG_FILES = ("test_fake_steps.py", "test_fake_matrix.py", "test_combinations.py")
 NEXT_MEGATRON = ROOT / ".cache" / "megatron-0.19"
 
 
@@ -59,6 +60,18 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "tiny"
     tiny_dataset(folder)
     return folder
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A case that is `full` for two reasons, say its layout and its version of megatron-core, is `exhaustive`.
+
+    Long files come first, so that no worker is left with one of them at the end.
+    """
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+    for item in items:
+        if len(list(item.iter_markers("full"))) > 1:
+            item.add_marker("exhaustive")
 
 
 @pytest.hookimpl(wrapper=True)

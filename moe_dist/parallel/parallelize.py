@@ -148,7 +148,7 @@ class ParallelModel:
             else:
                 each.parameter.grad = None
         if in_buckets:
-            torch._foreach_zero_(in_buckets)
+            torch._foreach_zero_(in_buckets)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def freeze_all_but(model: nn.Module, roles: Collection[Role]) -> None:

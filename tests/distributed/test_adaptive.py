@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.cover import rest_full
 from tests.support.layouts import Layout, Outcome, train
 from tests.support.outcomes import assert_same_tensors
 from tests.support.whole_run import whole_run
@@ -91,7 +92,7 @@ EXPERTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize("kind", rest_full(ALONE, 2))
 def test_a_resumed_run_is_the_run_that_did_not_stop(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -33,7 +33,7 @@ from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.train.build import build_optimizer
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.layouts import Layout, batch_of, build, config_of, placement_of
 from tests.support.worlds import RankContext
 
@@ -53,7 +53,12 @@ LAYOUTS = [
     Layout(2, 2, "pinned", "fsdp2"),
     Layout(1, 4, data="fsdp2"),  # neither 5 and 3 experts nor 6 and 10 rows divide by 4: ranks with no piece of a stack
 ]
-COVER = [LAYOUTS[1], LAYOUTS[4], LAYOUTS[7], LAYOUTS[10]]  # in `make test`; test-full takes all
+COVER = [
+    LAYOUTS[1],
+    LAYOUTS[4],
+    LAYOUTS[7],
+    LAYOUTS[10],
+]  # in `make test`; test-full has all writers
 
 
 class Setup:
@@ -180,7 +185,8 @@ def saved(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempP
     ("layout", "writers"),
     [
         *((layout, COVER) for layout in COVER),
-        *(full(layout, [each for each in LAYOUTS if layout not in COVER or each not in COVER]) for layout in LAYOUTS),
+        *(full(layout, [each for each in LAYOUTS if each not in COVER]) for layout in COVER),
+        *(exhaustive(layout, LAYOUTS) for layout in LAYOUTS if layout not in COVER),
     ],
     ids=lambda value: f"from {len(value)}" if isinstance(value, list) else str(value),
 )

@@ -17,6 +17,7 @@ from moe_dist.train.build import build_optimizer
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
 from tests.support.agreement import Arrays, merged
+from tests.support.cover import full
 from tests.support.layouts import SEQ_LEN, Layout, build, config_of, placement_for
 from tests.support.whole_tensors import logical
 from tests.support.worlds import RankContext
@@ -53,7 +54,7 @@ def loader_of(data: Path, manifest: Manifest, rank: RankContext, dealing: Dealin
     return TrainLoader(data, manifest, seq_len=SEQ_LEN, weights={}, pack_window=8, seed=3, dealing=dealing, **share)
 
 
-@pytest.mark.parametrize("terms", [True, False])
+@pytest.mark.parametrize("terms", [True, full(False)])
 @pytest.mark.parametrize("layout", [Layout(1, 2), Layout(2, 1, "pinned", "fsdp2")], ids=str)
 def test_a_dealt_step_has_the_undealt_gradient(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, layout: Layout, terms: bool

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.cover import others_full
+from tests.support.cover import others_full, rest_full
 from tests.support.layouts import Layout, Outcome, train
 from tests.support.outcomes import assert_same_tensors
 from tests.support.whole_run import whole_run
@@ -27,7 +27,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("layout", others_full(LAYOUTS, pairs_of=("data", "ffn_lora")), ids=str)
+@pytest.mark.parametrize("layout", others_full(LAYOUTS), ids=str)
 def test_layout_equals_one_rank(run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout) -> None:
     alone = Layout(ffn_lora=layout.ffn_lora, attention_lora=layout.attention_lora, limited=layout.limited, form=layout.form)
     oracle: Outcome = run_in_world(1, train, alone, tmp_path)[0]
@@ -52,7 +52,7 @@ BASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # changes of the ba
 }
 
 
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("kind", rest_full(BASES))
 def test_adapters_go_on_on_other_ranks(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -28,7 +28,7 @@ from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.train.build import build_model
 from tests.support.agreement import SMALLEST_GAP, Arrays, arrays, assert_agree, merged
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.hf_families import choice_gap, gradients, under_our_names
 from tests.support.tiny_hf import LENGTH, VOCAB, save, tiny_model
 from tests.support.worlds import RankContext
@@ -112,10 +112,11 @@ def their_numbers(model: nn.Module, tokens: np.ndarray) -> tuple[Arrays, dict[st
     ("kind", "ep", "recompute"),
     [
         *[(kind, 2, "block") for kind in KINDS],
-        *[(kind, 4, "none") for kind in VARIANTS],
-        *[(kind, 2, "block") for kind in SCALED],
+        *[full(kind, 4, "none") for kind in VARIANTS],
+        *[full(kind, 2, "block") for kind in SCALED],
         *[full(kind, 1, "none") for kind in SCALED],
-        *[full(kind, ep, "none") for kind in KINDS for ep in (1, 4)],
+        *[exhaustive(kind, 1, "none") for kind in KINDS],
+        *[full(kind, 4, "none") for kind in KINDS],
         *[full(kind, ep, "none") for kind in VARIANTS for ep in (1, 2)],
     ],
 )

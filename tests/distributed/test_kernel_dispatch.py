@@ -21,6 +21,7 @@ from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.reference.layer import expected_traffic
+from tests.support.cover import full
 from tests.support.deep_ep_gloo import deep_ep
 from tests.support.hybrid_ep_gloo import hybrid_ep
 from tests.support.routings import Case, D, random_case, round_trip
@@ -104,10 +105,10 @@ def run_cases(rank: RankContext, library: str, domain: int, seeds: range) -> int
     ("library", "world_size", "domain", "seeds"),
     [
         ("DeepEP", 2, 0, range(40)),
-        ("DeepEP", 4, 0, range(40)),
+        full("DeepEP", 4, 0, range(40)),
         ("HybridEP", 2, 2, range(40)),
-        ("HybridEP", 4, 4, range(40)),
-        ("HybridEP", 4, 2, range(40)),
+        full("HybridEP", 4, 4, range(40)),
+        full("HybridEP", 4, 2, range(40)),
     ],
     ids=str,
 )

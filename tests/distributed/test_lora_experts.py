@@ -98,7 +98,7 @@ def is_trained(name: str) -> bool:
     return ".adapters." in name or ".moe.router." in name
 
 
-@pytest.mark.parametrize(("world_size", "data"), [full(1, "ddp"), (2, "ddp"), full(2, "fsdp2"), (4, "fsdp2")])
+@pytest.mark.parametrize(("world_size", "data"), [full(1, "ddp"), (2, "ddp"), full(2, "fsdp2"), full(4, "fsdp2")])
 def test_a_run_moves_adapters_and_routers_alone_and_saves_nothing_else(
     run_in_world: Run, tiny_data: Path, root: Path, world_size: int, data: str
 ) -> None:
@@ -192,6 +192,7 @@ def test_lora_on_the_attention_of_a_mixture(run_in_world: Run, tiny_data: Path, 
             np.testing.assert_array_equal(second.at_start[name], value, err_msg=name)
 
 
+@pytest.mark.full
 def test_ranks_and_stops_change_nothing(run_in_world: Run, tiny_data: Path, root: Path) -> None:
     """Stopped and begun again it is the same run to the last bit; and 2 ranks of FSDP2 go on where 1 rank stopped."""
     changes = adapters(root, run__name="whole", parallel__ep=1)

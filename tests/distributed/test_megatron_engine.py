@@ -10,7 +10,7 @@ from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS
 from moe_dist.data.batch import Batch
 from moe_dist.moe.routing import LayerReport
 from moe_dist.plan.pipeline_memory import stage_memory
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full, rest_full
 from tests.support.engine_run import losses, megatron, started_run, take_steps
 from tests.support.worlds import RankContext
 
@@ -52,21 +52,24 @@ def own_losses(run_in_world: Callable[..., list[Any]], tiny_data: Path) -> Calla
 @pytest.mark.parametrize(
     ("world_size", "changes", "data_ranks"),
     [
-        pytest.param(1, {**ranks(1), **megatron()}, 1, id="one rank", marks=pytest.mark.full),
-        pytest.param(2, {**ranks(1, 2), **megatron(tp=2)}, 1, id="tp2", marks=pytest.mark.full),
-        pytest.param(2, {**ranks(1, 2), **megatron(pp=2)}, 1, id="pp2", marks=pytest.mark.full),
+        pytest.param(1, {**ranks(1), **megatron()}, 1, id="one rank", marks=pytest.mark.exhaustive),
+        pytest.param(2, {**ranks(1, 2), **megatron(tp=2)}, 1, id="tp2", marks=pytest.mark.exhaustive),
+        pytest.param(2, {**ranks(1, 2), **megatron(pp=2)}, 1, id="pp2", marks=pytest.mark.exhaustive),
         pytest.param(2, {**ranks(1, 2), **megatron(pp=2, vpp=2)}, 1, id="pp2-vpp2"),
         pytest.param(2, {**ranks(2), **megatron(cp=2)}, 1, id="ep2-cp2"),
-        pytest.param(2, {**ranks(2), **megatron()}, 2, id="ep2", marks=pytest.mark.full),
-        pytest.param(2, {**ranks(2), "placement": PINNED, **megatron(distributed_optimizer=True)}, 2, id="pinned-do"),
-        pytest.param(4, {**ranks(2, 2), **megatron(tp=2, pp=2)}, 1, id="tp2-ep2-pp2"),
-        pytest.param(4, {**ranks(4), **explicit(UNEVEN), **megatron()}, 4, id="uneven", marks=pytest.mark.full),
+        pytest.param(2, {**ranks(2), **megatron()}, 2, id="ep2", marks=pytest.mark.exhaustive),
+        pytest.param(
+            2, {**ranks(2), "placement": PINNED, **megatron(distributed_optimizer=True)}, 2,
+            id="pinned-do", marks=pytest.mark.full,
+        ),
+        pytest.param(4, {**ranks(2, 2), **megatron(tp=2, pp=2)}, 1, id="tp2-ep2-pp2", marks=pytest.mark.full),
+        pytest.param(4, {**ranks(4), **explicit(UNEVEN), **megatron()}, 4, id="uneven", marks=pytest.mark.exhaustive),
         pytest.param(
             4, {**ranks(4), **explicit(UNEVEN), **megatron(tp=2, distributed_optimizer=True)}, 2,
-            id="uneven-tp2-do", marks=pytest.mark.full,
+            id="uneven-tp2-do", marks=pytest.mark.exhaustive,
         ),
-        pytest.param(4, {**ranks(2, 2), **megatron(tp=2, cp=2)}, 1, id="tp2-cp2", marks=pytest.mark.full),
-        pytest.param(8, {**ranks(2, 4), **megatron(tp=2, pp=2)}, 2, id="8 ranks", marks=pytest.mark.full),
+        pytest.param(4, {**ranks(2, 2), **megatron(tp=2, cp=2)}, 1, id="tp2-cp2", marks=pytest.mark.exhaustive),
+        pytest.param(8, {**ranks(2, 4), **megatron(tp=2, pp=2)}, 2, id="8 ranks", marks=pytest.mark.exhaustive),
     ],
 )  # fmt: skip
 def test_losses_equal_those_of_the_own_engine(
@@ -101,9 +104,7 @@ CONTROLLED = {
 NO_NULLS = {f"model.moe.groups.{name}.num_null": 0 for name in ("text", "image")}
 
 
-@pytest.mark.parametrize(
-    "router", [ROUTERS[0], full(ROUTERS[1]), ROUTERS[2]], ids=["group_limited", "true_all", "logit_bias"]
-)
+@pytest.mark.parametrize("router", rest_full(ROUTERS), ids=["group_limited", "true_all", "logit_bias"])
 def test_every_router_by_tokens(
     run_with_megatron: Callable[..., list[Any]],
     own_losses: Callable[..., list[dict[str, Any]]],
@@ -116,7 +117,7 @@ def test_every_router_by_tokens(
     close(run_with_megatron(2, losses, str(tiny_data), layout)[0], own_losses(1, **changes), bound=1e-5)
 
 
-@pytest.mark.parametrize("name", ["top_p", *(full(name) for name in CONTROLLED if name not in ("top_p", "top_k")), "top_k"])
+@pytest.mark.parametrize("name", rest_full(CONTROLLED))
 def test_selection_biases_follow_the_loads_of_all_ranks(
     run_with_megatron: Callable[..., list[Any]],
     own_losses: Callable[..., list[dict[str, Any]]],
@@ -136,7 +137,7 @@ SCHEDULED = {"kind": "scheduled_top_k", "active_experts": {"text": [1.5, 1.2], "
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [(2, {**ranks(2), **megatron(tp=2)}), full(4, {**ranks(2, 2), **megatron(cp=2, pp=2)})],
+    [full(2, {**ranks(2), **megatron(tp=2)}), exhaustive(4, {**ranks(2, 2), **megatron(cp=2, pp=2)})],
     ids=["ep2-tp2", "cp2-pp2"],
 )
 def test_a_draw_belongs_to_its_token(
@@ -160,7 +161,7 @@ DISPATCH: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", DISPATCH)
+@pytest.mark.parametrize("name", rest_full(DISPATCH))
 def test_other_dispatchers_send_what_they_send_in_the_own_engine(
     run_with_megatron: Callable[..., list[Any]],
     run_in_world: Callable[..., list[Any]],
@@ -303,7 +304,7 @@ def test_the_dry_run_counts_the_weights_of_the_fullest_rank(
     assert max(own for own, _ in counted) == pytest.approx(counted[0][1], abs=32)
 
 
-@pytest.mark.parametrize("sharded", [full(False), True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("sharded", [exhaustive(False), full(True)], ids=["whole", "sharded"])
 def test_bf16_stays_within_its_rounding(
     run_with_megatron: Callable[..., list[Any]],
     own_losses: Callable[..., list[dict[str, Any]]],

@@ -15,7 +15,7 @@ from moe_dist.checkpoint.state import RankLayout
 from moe_dist.config.manifest import load_manifest
 from moe_dist.hf.exporting import export_model
 from moe_dist.train.resume import Resumable
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.engine_run import megatron, started_run, take_steps
 from tests.support.worlds import RankContext
 
@@ -79,7 +79,7 @@ def exported_files(source: Path, out: Path, data: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("ranks", "layout", "readers"),
-    [(4, BLOCK, ONE), full(4, INTERLEAVED, TWO), full(2, PINNED, ONE)],
+    [full(4, BLOCK, ONE), exhaustive(4, INTERLEAVED, TWO), (2, PINNED, ONE)],
     ids=["block", "interleaved", "pinned"],
 )
 def test_there_and_back_changes_no_bit(

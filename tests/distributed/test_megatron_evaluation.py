@@ -68,7 +68,7 @@ def same_map(theirs: ComputeMap | None, ours: ComputeMap | None) -> None:
 @pytest.mark.parametrize(
     ("world_size", "own", "layout"),
     [
-        (4, {"parallel.ep": 1}, {"parallel.ep": 2, "parallel.edp": 2, **megatron(tp=2, pp=2)}),
+        full(4, {"parallel.ep": 1}, {"parallel.ep": 2, "parallel.edp": 2, **megatron(tp=2, pp=2)}),
         full(2, {"parallel.ep": 1}, {"parallel.ep": 2, **megatron(cp=2)}),
         (2, {"parallel.ep": 2}, {"parallel.ep": 2, **megatron()}),
     ],

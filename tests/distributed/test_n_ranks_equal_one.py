@@ -1,7 +1,7 @@
 """N ranks equal one rank: losses, gradients, norm, and parameters after three optimizer steps.
 
-`make test` trains every pair of placement, data parallelism and recompute, and every value of the other axes; test-full
-trains the whole product.
+`make test` trains every value of each axis, `make test-full` every pair of values, and `make test-exhaustive` the whole
+product.
 
 The batches hold a sequence that is all padding, one of text alone and one of pictures alone, so that with 8 ranks there are
 ranks without a token and ranks of one modality.
@@ -86,9 +86,7 @@ def one_rank(run_in_world: Callable[..., list[Any]], start: Path) -> Outcome:
 
 @pytest.mark.parametrize(
     "layout",
-    others_full(
-        LAYOUTS + ONE_RANK + TIMETABLES + HALVES + EXTRA + NODES + STATIC, pairs_of=("placement", "data", "recompute")
-    ),
+    others_full(LAYOUTS + ONE_RANK + TIMETABLES + HALVES + EXTRA + NODES + STATIC),
     ids=str,
 )
 def test_layout_equals_one_rank(

@@ -19,13 +19,14 @@ import moe_dist
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.train.loss import forward
+from tests.support.cover import exhaustive, full
 from tests.support.engine_run import losses as trainer_losses
 from tests.support.engine_run import started_run
 from tests.support.worlds import RankContext
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
-FRAMEWORKS = ("own_ddp", "own_fsdp2", "own_accelerate", "own_trainer", "own_lightning")
+FRAMEWORKS = ("own_ddp", "own_fsdp2", "own_trainer", "own_accelerate", "own_lightning")
 
 
 def example() -> dict[str, Any]:
@@ -127,8 +128,10 @@ def test_a_loop_by_the_api_has_the_losses_of_the_own_trainer(
         assert max(norms) > 0.5, "clipped"
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 2])
-@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("ranks", [exhaustive(1), 2])
+@pytest.mark.parametrize(
+    "name", ["own_ddp", full("own_fsdp2"), full("own_trainer"), exhaustive("own_accelerate"), exhaustive("own_lightning")]
+)
 def test_frameworks_train_the_model_of_the_plain_loop(name: str, ranks: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run([*command, str(EXAMPLES / f"{name}.py")], cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -25,6 +25,7 @@ from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import child_of
 from tests.support import plain_rank, slow_close
+from tests.support.cover import exhaustive, full
 from tests.support.faults import PROGRAM, fault
 from tests.support.tiny import tiny_config, write_config
 from tests.support.worlds import forked
@@ -142,7 +143,11 @@ RAISED = (1, "raise", [1, 1], "RuntimeError: a fault that a test injected")  # a
 
 @pytest.mark.parametrize(
     ("variables", "breaks"),
-    [(mpirun, (KILLED, RAISED)), (srun, (FROZEN, FIRST_KILLED)), (pod, (KILLED, FROZEN, RAISED, FIRST_KILLED))],
+    [
+        (mpirun, (KILLED, RAISED)),
+        exhaustive(srun, (FROZEN, FIRST_KILLED)),
+        full(pod, (KILLED, FROZEN, RAISED, FIRST_KILLED)),
+    ],
 )
 def test_each_fault_ends_all_ranks_and_the_same_start_goes_on(
     tmp_path: Path,
@@ -196,7 +201,7 @@ class Torchrun:
         return [each.verdict for each in self.run.read_status().attempts]
 
 
-@pytest.mark.full  # six processes that import torch, and 30 s until torchrun kills a frozen rank
+@pytest.mark.exhaustive  # six processes that import torch, and 30 s until torchrun kills a frozen rank
 def test_torchrun_restarts_its_ranks_whatever_their_code_and_passes_a_stop_on(tmp_path: Path, tiny_data: Path) -> None:
     job = Torchrun(tmp_path, tiny_data)
     wrong = job.start("train.global_batch=7")

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from launchers.command import PUBLISHED_RENDEZVOUS
 from moe_dist.runtime.rendezvous import address_file
 
@@ -34,6 +36,7 @@ print(json.dumps({"sum": value.item(), "during": during, "after": listening()}))
 """
 
 
+@pytest.mark.full
 def test_ranks_meet_and_nothing_listens_but_on_the_loopback_and_nothing_after(tmp_path: Path) -> None:
     stale = {"attempt_id": "this.0", "host": "127.0.0.1", "port": 9, "secret": "x"}
     address_file(tmp_path).write_text(json.dumps(stale))

@@ -19,7 +19,7 @@ from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.layouts import MICRO_BATCHES, SEQUENCES, Layout, batch_of, build, placement_of
 from tests.support.worlds import RankContext
 
@@ -34,9 +34,9 @@ LAYOUTS = [
     Layout(4, 1, "uneven", precision=FP32),
     Layout(2, 2, "interleaved", "fsdp2", precision=FP32),
 ]
-COVER = [LAYOUTS[1], LAYOUTS[2]]  # in `make test`; test-full takes all
+COVER = [LAYOUTS[1], LAYOUTS[2]]  # the readers and writers of `make test`
 # DDP goes on to the same bits in tests/integration/test_crash_and_resume.py, too.
-SAME = [layout if layout == LAYOUTS[2] else full(layout) for layout in LAYOUTS]
+SAME = [LAYOUTS[2], full(LAYOUTS[4]), *(exhaustive(layout) for layout in LAYOUTS if layout not in (LAYOUTS[2], LAYOUTS[4]))]
 Losses = list[tuple[float, ...]]
 Undisturbed = Callable[[Layout], tuple[Path, Losses]]
 
@@ -126,7 +126,7 @@ def test_the_same_layout_goes_on_to_the_same_bits(
     ("layout", "writers"),
     [
         *((layout, COVER) for layout in COVER),
-        *(full(layout, [each for each in LAYOUTS if layout not in COVER or each not in COVER]) for layout in LAYOUTS),
+        *(exhaustive(layout, [each for each in LAYOUTS if layout not in COVER or each not in COVER]) for layout in LAYOUTS),
     ],
     ids=lambda value: f"from {len(value)}" if isinstance(value, list) else str(value),
 )

@@ -21,6 +21,7 @@ from moe_dist.train.loss import AuxSettings
 from moe_dist.train.resume import Resumable
 from moe_dist.train.starting_weights import begin_with_weights
 from moe_dist.train.trainer import Progress
+from tests.support.cover import full
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
 
@@ -143,7 +144,7 @@ COPIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("world_size", "case"), [(1, "top-3 of 5"), *((2, case) for case in COPIES)])
+@pytest.mark.parametrize(("world_size", "case"), [(1, "top-3 of 5"), *(full(2, case) for case in COPIES)])
 def test_a_trained_top_k_model_begins_as_it_is_to_the_last_bit(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, world_size: int, case: str
 ) -> None:
@@ -211,7 +212,7 @@ UPCYCLED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("world_size", "case"), [(1, "one expert a group"), *((2, case) for case in UPCYCLED)])
+@pytest.mark.parametrize(("world_size", "case"), [(1, "one expert a group"), *(full(2, case) for case in UPCYCLED)])
 def test_an_upcycled_model_computes_what_it_was_made_of(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, world_size: int, case: str
 ) -> None:
@@ -305,7 +306,7 @@ SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("world_size", "case"), [(1, "one expert a group"), *((2, case) for case in SPLITS)])
+@pytest.mark.parametrize(("world_size", "case"), [(1, "one expert a group"), *(full(2, case) for case in SPLITS)])
 def test_the_parts_of_an_ffn_together_are_the_ffn(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, world_size: int, case: str
 ) -> None:

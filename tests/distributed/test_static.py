@@ -31,7 +31,7 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.build_dispatch import room_for
 from tests.distributed.test_dispatch import Case, random_case
 from tests.distributed.test_host_syncs import GROUPS, PLACEMENTS, D, T
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.layouts import Layout, train
 from tests.support.syncs import host_syncs
 from tests.support.worlds import RankContext
@@ -96,7 +96,7 @@ def run_cases(rank: RankContext, seeds: range) -> int:
 
 @pytest.mark.parametrize(
     ("world_size", "seeds"),
-    [(1, range(60)), (2, range(40)), (4, range(40)), full(2, range(40, 300)), full(4, range(40, 200))],
+    [(1, range(60)), (2, range(40)), (4, range(40)), full(2, range(40, 300)), exhaustive(4, range(40, 200))],
     ids=str,
 )
 def test_the_same_bits_on_random_routings(run_in_world: Callable[..., list[Any]], world_size: int, seeds: range) -> None:

@@ -16,7 +16,7 @@ def bench(*arguments: str, rounds: int = 2) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.full  # a whole program: 60 s of CPU time
+@pytest.mark.exhaustive  # a whole program: 60 s of CPU time
 def test_it_runs_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     first = bench("--json", str(path), "--only", "tokens, no nulls", "--only", "skew")

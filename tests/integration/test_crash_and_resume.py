@@ -16,6 +16,7 @@ from moe_dist.monitor.tags import reproducible_part
 from moe_dist.monitor.trace.reader import read_trace
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.runtime.run_folder import RunFolder
+from tests.support.cover import exhaustive, full
 from tests.support.faults import PROGRAM, fault
 from tests.support.tiny import tiny_config, write_config
 
@@ -61,9 +62,13 @@ def undisturbed(start: Callable[[str], tuple[int, RunFolder]]) -> list[dict[str,
 @pytest.mark.parametrize(
     ("name", "breaks"),
     [
-        pytest.param("kill", [(fault(rank=1, step=4, phase="before_step", kind="kill"), 1, 2)], marks=pytest.mark.full),
-        pytest.param("commit", [(fault(rank=0, step=4, phase="before_commit", kind="kill"), 1, 2)], marks=pytest.mark.full),
-        pytest.param("stop", [(fault(rank=1, step=3, phase="after_step", kind="stop"), 75, 4)], marks=pytest.mark.full),
+        full("kill", [(fault(rank=1, step=4, phase="before_step", kind="kill"), 1, 2)]),
+        pytest.param(
+            "commit", [(fault(rank=0, step=4, phase="before_commit", kind="kill"), 1, 2)], marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            "stop", [(fault(rank=1, step=3, phase="after_step", kind="stop"), 75, 4)], marks=pytest.mark.exhaustive
+        ),
         # The stop leaves an evaluation owed, which the second attempt takes before it is killed, and the third again.
         (
             "stop-kill",
@@ -135,6 +140,7 @@ def moves(lines: list[dict[str, Any]]) -> dict[int, list[list[int]]]:
     return {step: each["slots"] for step, each in found if each["lever"] == "moving" and each["taken"]}
 
 
+@pytest.mark.full
 def test_a_rank_killed_in_a_move_loses_nothing(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rank dies when some stacks of experts have moved and others have not. The run goes on from the checkpoint before,
     takes the move again, is killed once more, and ends with the bits of an undisturbed run. Traces and records follow."""
@@ -176,7 +182,7 @@ REPLICATING = {**MOVING, "rank_balance": {"replicating": {"every": 2, "slots": 4
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("pipelined", [{}, {"overlap": True, "chunks": 2}], ids=["plain", "overlap and chunks"])
+@pytest.mark.parametrize("pipelined", [exhaustive({}), {"overlap": True, "chunks": 2}], ids=["plain", "overlap and chunks"])
 def test_a_rank_killed_with_replicas_loses_nothing(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipelined: dict[str, Any]
 ) -> None:

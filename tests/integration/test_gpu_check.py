@@ -35,6 +35,7 @@ def run(
     return run_checks(checks, job, job.folder / "results.json", card, minutes=minutes)
 
 
+@pytest.mark.full
 def test_a_fault_fails_its_check_and_ends_no_other(job: CheckJob) -> None:
     outcomes = run(job, planted("wrong_kernel", "crash", "lacking", "good", "missed_bar"))
     assert [each.verdict for each in outcomes.values()] == ["fail", "fail", "not possible", "pass", "fail"]
@@ -49,6 +50,7 @@ def test_a_fault_fails_its_check_and_ends_no_other(job: CheckJob) -> None:
     }
 
 
+@pytest.mark.exhaustive
 def test_a_kernel_that_is_wrong_at_one_size_fails_by_name(job: CheckJob) -> None:
     outcome = run(job, planted("wrong_for_three_pairs"))["wrong_for_three_pairs"]
     assert outcome.verdict == "fail"
@@ -58,6 +60,7 @@ def test_a_kernel_that_is_wrong_at_one_size_fails_by_name(job: CheckJob) -> None
     ]
 
 
+@pytest.mark.full
 def test_a_run_that_forgets_its_checkpoint_fails(job: CheckJob) -> None:
     outcome = run(job, planted("forgotten_checkpoint"))["forgotten_checkpoint"]
     assert outcome.reason == "resumed from a checkpoint: ranks with equal bits 0 (>= 2)"
@@ -101,7 +104,7 @@ def test_without_a_gpu_the_command_says_so(tmp_path: Path) -> None:
     assert "--rehearse" in done.stderr
 
 
-@pytest.mark.full
+@pytest.mark.exhaustive
 def test_the_whole_rehearsal_passes(tmp_path: Path) -> None:
     arguments = ("--rehearse", "--minutes", "60", "--json", str(tmp_path / "results.json"))
     done = command(*arguments)

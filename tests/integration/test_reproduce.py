@@ -93,6 +93,7 @@ def ended(folder: Path, *arguments: str, code: int = 0) -> str:
     return output
 
 
+@pytest.mark.exhaustive
 def test_killed_gone_on_with_measured_and_done_once(folder: Path) -> None:
     run = folder / "runs" / "reproduce" / "tiny-pilot" / "base" / "seed-9"
     killed = started(folder, "--pilot")

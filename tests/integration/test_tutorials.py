@@ -4,14 +4,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cover import exhaustive
 from tests.support.notebooks import TUTORIALS, run_tutorial
 
 DATA = Path(__file__).parents[2] / ".cache" / "data"
+LONG = ("routing_report", "own_data", "hugging_face")  # a minute each
 HERE = [path for path in sorted(TUTORIALS.glob("*.ipynb")) if path.stem not in ("slurm", "ray")]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("path", HERE, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [exhaustive(path) if path.stem in LONG else path for path in HERE], ids=lambda path: path.stem
+)
 def test_a_tutorial_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if (DATA / "openmoji" / "manifest.json").exists():  # else the notebooks that need it make it in a minute

@@ -1,6 +1,10 @@
-"""Which cases of a product `make test` runs: a small cover of all values. `make test-full` runs every case."""
+"""Which cases of a product run when.
 
-from collections.abc import Iterator, Sequence
+`make test` runs a small cover of all values, `make test-full` a cover of all pairs of values, `make test-exhaustive` every
+case.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import combinations
 from typing import Any
@@ -12,24 +16,29 @@ from tests.support.layouts import Layout
 MOST_RANKS = 4  # eight processes that import torch take half a minute of two cores
 
 
-def others_full(cases: Sequence[Any], pairs_of: Sequence[str] = ()) -> list[Any]:
-    """The cases, with those outside of a greedy cover marked `full`.
-
-    Args:
-        cases: Layouts, or tuples that begin with one.
-        pairs_of: Fields of which the cover has every pair of values. Of all other fields it has every value.
-    """
-    traits = {position: set(_traits(_layout_of(case), pairs_of)) for position, case in enumerate(cases)}
+def others_full(cases: Sequence[Any]) -> list[Any]:
+    """The cases, layouts or tuples that begin with one, with marks on those outside of a greedy cover of all values of each
+    field: `full` on those of a cover of all pairs of values, `exhaustive` on the rest."""
     small = [position for position, case in enumerate(cases) if _layout_of(case).world_size <= MOST_RANKS]
-    missing, cover = set().union(*(traits[position] for position in small)), set()
-    while missing:
-        best = max(small, key=lambda position: (len(traits[position] & missing), -_layout_of(cases[position]).world_size))
-        cover.add(best)
-        missing -= traits[best]
+    cover = _cover(cases, small, pairs=False)
+    larger = _cover(cases, range(len(cases)), pairs=True, begun=cover)
     return [
-        case if position in cover else full(*(case if isinstance(case, tuple) else (case,)))
+        case
+        if position in cover
+        else (full if position in larger else exhaustive)(*(case if isinstance(case, tuple) else (case,)))
         for position, case in enumerate(cases)
     ]
+
+
+def _cover(cases: Sequence[Any], among: Iterable[int], *, pairs: bool, begun: Iterable[int] = ()) -> set[int]:
+    traits = {position: set(_traits(_layout_of(cases[position]), pairs)) for position in among}
+    cover = set(begun)
+    missing = set().union(*traits.values()).difference(*(traits[position] for position in cover))
+    while missing:
+        best = max(traits, key=lambda position: (len(traits[position] & missing), -_layout_of(cases[position]).world_size))
+        cover.add(best)
+        missing -= traits[best]
+    return cover
 
 
 def _layout_of(case: Any) -> Layout:
@@ -41,8 +50,16 @@ def full(*case: Any) -> Any:
     return pytest.param(*case, marks=pytest.mark.full)
 
 
-def _traits(layout: Layout, pairs_of: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    for field in fields(layout):
-        yield field.name, getattr(layout, field.name)
-    for pair in combinations(pairs_of, 2):
-        yield *pair, *(getattr(layout, name) for name in pair)
+def rest_full(cases: Iterable[Any], keep: int = 1) -> list[Any]:
+    """The cases, each a single value, with those after the first `keep` marked `full`."""
+    return [case if position < keep else full(case) for position, case in enumerate(cases)]
+
+
+def exhaustive(*case: Any) -> Any:
+    """A case that `make test-full` leaves out as well."""
+    return pytest.param(*case, marks=pytest.mark.exhaustive)
+
+
+def _traits(layout: Layout, pairs: bool) -> Iterator[tuple[Any, ...]]:
+    values = [(field.name, getattr(layout, field.name)) for field in fields(layout)]
+    return combinations(values, 2 if pairs else 1)

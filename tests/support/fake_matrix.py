@@ -1,13 +1,14 @@
 """Options on fake CUDA tensors: a cover of all pairs of values, on a tiny model of eight ranks.
 
-`python -m tests.support.fake_matrix`, in a process that `tools.bench.fake_cuda.child` started, prints lines of JSON: for
-each pair that preflight refuses, the pair and the problems; then for each case its `options`, and what
-`tests.support.fake_run.observed` found on the last rank, or an `error`. "first rank" has the collectives of the first
+`python -m tests.support.fake_matrix NUMBER`, in a process that `tools.bench.fake_cuda.child` started, prints lines of JSON:
+for each pair that preflight refuses, the pair and the problems; then for each of the first NUMBER cases its `options`, and
+what `tests.support.fake_run.observed` found on the last rank, or an `error`. "first rank" has the collectives of the first
 rank's first step.
 """
 
 import json
 import random
+import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -183,7 +184,7 @@ def batches_of(run: fake_step.Built) -> list[Any]:
     return [SampleBatch(**vars(each), numbers=tuple(range(size)), probe_tokens_B=probes) for each in batches]
 
 
-def main() -> None:
+def main(number: int) -> None:
     fake_cuda.enter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.yaml"
@@ -193,7 +194,7 @@ def main() -> None:
         cover = Cover(path)
         for pair, problems in cover.refused.items():
             print(json.dumps({"pair": pair, "problems": problems}))
-        for case in cover.cases:
+        for case in cover.cases[:number]:
             try:
                 found = run(case, path)
             except Exception:  # the test reports every case that fails, not the first alone
@@ -202,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

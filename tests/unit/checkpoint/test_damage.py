@@ -106,6 +106,7 @@ def test_each_header_is_read_once_inside_the_vote(good: Path, tmp_path: Path, mo
     assert read == dict.fromkeys(range(RANKS), 1)
 
 
+@pytest.mark.full
 def test_damaged_checkpoints_are_found(good: Path, tmp_path: Path) -> None:
     print(f"seed {SEED}")
     kinds: Counter[str] = Counter()

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_dist.config.yaml_text import MAX_DEPTH, MAX_REPEATED, MAX_VALUES, MAX_YAML_BYTES, dump_yaml, load_yaml
+from tests.support.cover import rest_full
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ LINES = ["- a\n", "- []\n", "a: 1\n", "? a\n", "%A b\n", "#\n", "--- a\n", "a: {
 NESTED = ["[", "- ", "{a: ", "? ", "[[x],", "a: [", "&a [", "!!seq [", "- - x\n"]
 
 
-@pytest.mark.parametrize("unit", [*ENTRIES, *LINES, *NESTED], ids=repr)
+@pytest.mark.parametrize("unit", rest_full([*ENTRIES, *LINES, *NESTED], 6), ids=repr)
 def test_a_text_of_the_largest_size_costs_a_bounded_number_of_steps(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps of PyYAML: tokens that it scans, and values that it makes. A step takes up to 30 us."""
     steps = dict.fromkeys(("fetch_more_tokens", "compose_node", "construct_object"), 0)

@@ -78,7 +78,6 @@ def assert_no_twins(patches: tuple[np.ndarray, np.ndarray], codebook: np.ndarray
     assert near_pairs(grids[held_out], flipped[~held_out], most=8) == []
 
 
-@pytest.mark.full
 def test_every_picture_is_there_with_all_its_renders(prepared, sides: dict[str, Side]) -> None:
     assert len(prepared.pictures.items) > 3900
     assert len(sides["train"]) + len(sides["valid"]) == 2 * len(prepared.pictures.items)

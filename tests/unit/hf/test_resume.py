@@ -120,6 +120,7 @@ def killed_and_begun_again(folder: Path, out: Path, **options: int) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["ours"]
 
 
+@pytest.mark.full
 def test_the_growth_of_memory_stays_under_a_quarter_of_the_model_also_after_a_kill(large: Path, tmp_path: Path) -> None:
     out = tmp_path / "ours"
     killed_and_begun_again(large, out)
@@ -178,6 +179,7 @@ def wide(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.full
 def test_families_of_many_experts_go_in_and_out_under_a_quarter_of_their_size(wide: Path) -> None:
     done = rounds(wide, imports=SHARD, exports=SHARD)
     assert done.returncode == 0, done.stderr
@@ -201,7 +203,7 @@ def large_disk(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
-@pytest.mark.full  # the test above shows the same without the interpreter's own memory, on a model of 64 MB
+@pytest.mark.exhaustive  # the test above shows the same without the interpreter's own memory, on a model of 64 MB
 def test_all_memory_of_the_process_stays_under_a_quarter_of_the_model_also_after_a_kill(large_disk: Path) -> None:
     """Interpreter and torch included: a model of zeros in a file with holes, of more than 4 times the limit."""
     told = subprocess.run(

@@ -263,6 +263,7 @@ def test_the_harness_measures_the_same_of_the_export(both: Both, tmp_path: Path)
     assert_equal_numbers(measured(both.ours, tasks), measured(both.theirs, tasks))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("both", ["mixtral"], indirect=True)
 def test_the_command_prints_what_the_harness_measures_of_the_export(both: Both, tmp_path: Path) -> None:
     tasks = written_tasks(tmp_path)

@@ -11,6 +11,7 @@ from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import Lease
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import StopSignals
+from tests.support.cover import rest_full
 from tests.support.passing_faults import FAULTS, RESTARTS
 from tests.support.tiny import tiny_config
 
@@ -74,7 +75,7 @@ def test_a_rank_that_took_the_end_of_all_ranks_for_a_stop_is_not_the_cause(tmp_p
 
 
 @pytest.mark.parametrize("prefix", ["local", "ray"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", rest_full(FAULTS))
 def test_local_and_ray_restart_after_a_fault_that_may_pass(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], prefix: str, fault: str
 ) -> None:

@@ -83,7 +83,7 @@ def test_the_commands_make_the_job_of_the_script(tmp_path: Path, monkeypatch: py
     assert (old["bf16"], old["gradient_checkpointing"]) == (True, config.parallel.recompute == "block")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_script_of_the_trainer_trains(tmp_path: Path) -> None:
     trainer_inputs(tmp_path)
     cpu = {

@@ -69,6 +69,7 @@ def stock_layer(rank: RankContext, ep: int) -> list[float]:
         return [float(y.detach().norm()), float(x.grad.norm()), float(layer.router.weight.grad.norm())]
 
 
+@pytest.mark.full
 def test_megatrons_own_layer_runs_on_gloo(run_in_world: Any) -> None:
     for norms in run_in_world(2, stock_layer, 2):
         assert all(norm > 0.0 for norm in norms)

@@ -42,7 +42,7 @@ def _no_code_from_before() -> None:
     counters.clear()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_no_graph_break_and_no_recompilation_as_the_routing_changes() -> None:
     model, other = model_of(torch.float64), model_of(torch.float64)
     with mock.patch.object(compiled, "BACKEND", "aot_eager"):

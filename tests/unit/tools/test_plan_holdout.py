@@ -56,6 +56,7 @@ def test_kendall_is_that_of_all_pairs() -> None:
     assert kendall(one, other) == pytest.approx((5 - 1) / 6)
 
 
+@pytest.mark.full
 def test_a_machine_with_other_factors_is_predicted_and_noise_and_lost_bytes_are_not_hidden() -> None:
     made = runs()
     assert len(made) >= 24

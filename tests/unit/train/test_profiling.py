@@ -74,6 +74,7 @@ def test_a_trace_names_layers_and_phases(tiny_data: Path, tmp_path: Path) -> Non
     assert memory["ranges_mib"].keys() >= found.keys()
 
 
+@pytest.mark.full
 def test_a_trace_names_layers_in_halves(tiny_data: Path, tmp_path: Path) -> None:
     """Which run without the hooks of their modules, and in pieces between exchanges."""
     with world_of_one():

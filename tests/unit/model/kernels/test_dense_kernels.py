@@ -21,6 +21,7 @@ from moe_dist.model.layers import Projection, RMSNorm, RopePairs, rotary_table
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups
 from moe_dist.train.build import build_model
+from tests.support.cover import full, rest_full
 from tests.unit.plan.test_memory import config as small_config
 
 CPU = torch.device("cpu")
@@ -200,7 +201,7 @@ def test_several_projections(dtype: torch.dtype, bias: bool, frozen: bool) -> No
             torch.testing.assert_close(got.double(), expected, rtol=0, atol=16 * TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", rest_full(TOLERANCE))
 def test_good_kernels_pass_the_trial(dtype: torch.dtype) -> None:
     assert why_not(TRITON, CPU, dtype) is None
 
@@ -229,10 +230,12 @@ def first_block_alone(logits: Tensor, labels: Tensor) -> Tensor:
     ("kernels", "words"),
     [
         (TRITON._replace(norm_for_router=router_weight_forgotten), "the norm for the router of the Triton kernels differs"),
-        (TRITON._replace(norm_and_rotate=weight_reversed), "the norm of all heads, rotated of the Triton kernels differs"),
-        (DenseKernels(late_angles, TRITON.token_losses), "the rotated halves of the Triton kernels differs"),
-        (TRITON._replace(rms_norm=weight_forgotten), "the norm of the Triton kernels differs"),
-        (DenseKernels(TRITON.rotate, first_block_alone), "the losses of tokens of the Triton kernels differs"),
+        full(
+            TRITON._replace(norm_and_rotate=weight_reversed), "the norm of all heads, rotated of the Triton kernels differs"
+        ),
+        full(DenseKernels(late_angles, TRITON.token_losses), "the rotated halves of the Triton kernels differs"),
+        full(TRITON._replace(rms_norm=weight_forgotten), "the norm of the Triton kernels differs"),
+        full(DenseKernels(TRITON.rotate, first_block_alone), "the losses of tokens of the Triton kernels differs"),
     ],
 )
 def test_the_trial_names_a_fault(kernels: DenseKernels, words: str) -> None:
@@ -243,9 +246,9 @@ def test_the_trial_names_a_fault(kernels: DenseKernels, words: str) -> None:
     ("changes", "used"),
     [
         ({"qk_norm": "full"}, {"project", "norm_and_rotate"}),
-        ({"qk_norm": "head", "rope_pairs": "adjacent"}, {"project", "norm_and_rotate"}),
-        ({"rope_dim": 8, "attention_bias": "qkv"}, {"project", "rotate"}),
-        (
+        full({"qk_norm": "head", "rope_pairs": "adjacent"}, {"project", "norm_and_rotate"}),
+        full({"rope_dim": 8, "attention_bias": "qkv"}, {"project", "rotate"}),
+        full(
             {
                 "attention": {"kind": "latent", "q_rank": 24, "kv_rank": 16, "value_dim": 12},
                 "num_kv_heads": 4,

@@ -8,11 +8,12 @@ import torch
 from moe_dist.moe.kernels.operation import LARGEST_BLOCK
 from moe_dist.moe.kernels.trial import why_not
 from moe_dist.moe.kernels.triton_kernels import TRITON, TritonKernels
+from tests.support.cover import full
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("dtype", "default"), [(torch.float32, "meta"), (torch.bfloat16, "cpu")])
+@pytest.mark.parametrize(("dtype", "default"), [full(torch.float32, "meta"), (torch.bfloat16, "cpu")])
 def test_good_kernels_pass(dtype: torch.dtype, default: str) -> None:
     """On their device, whatever the default device is."""
     with torch.device(default):
@@ -53,12 +54,12 @@ def no_compiler(*args: Any) -> Any:
     ("method", "fault", "words"),
     [
         ("sum_pairs", double_sum, "the output of experts of the Triton kernels differs from torch's by 1"),
-        ("sum_rows", forgotten_row, "the sum of rows of the Triton kernels differs from torch's by nan"),
-        ("gather", wrong_gradient, "the gradient of rows of the Triton kernels differs from torch's by 1"),
-        ("choose", late_choice, "the choice of the Triton kernels differs from torch's by"),
-        ("choose", double_probabilities, "the probabilities of the Triton kernels differs from torch's by 1"),
+        full("sum_rows", forgotten_row, "the sum of rows of the Triton kernels differs from torch's by nan"),
+        full("gather", wrong_gradient, "the gradient of rows of the Triton kernels differs from torch's by 1"),
+        full("choose", late_choice, "the choice of the Triton kernels differs from torch's by"),
+        full("choose", double_probabilities, "the probabilities of the Triton kernels differs from torch's by 1"),
         ("swiglu", first_block_alone, "the output of experts of the Triton kernels differs from torch's by"),
-        ("swiglu", no_compiler, "the Triton kernels failed: RuntimeError: PassManager::run failed"),
+        full("swiglu", no_compiler, "the Triton kernels failed: RuntimeError: PassManager::run failed"),
     ],
 )
 def test_a_fault_is_named(method: str, fault: Any, words: str) -> None:

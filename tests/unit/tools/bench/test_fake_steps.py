@@ -16,7 +16,7 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.plan.preflight import layout_without_data
 from moe_dist.train.dry_run import estimate
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tools.bench.count import count, kernels, leasts, table
 from tools.bench.fake_cuda import Work, child
 from tools.bench.fake_step import MICRO_BATCHES, Counted, Uniform, scaled
@@ -36,10 +36,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mole_llama3_8b_8gpu": {"reads": {"forward LoRA pairs of each expert": 4, **TOKENS}, "kernels": (124, 172)},
 }
 SHORT = ("adamoe_moma_small_1gpu", 8)
-FULL = [full(preset, ranks) for preset in PRESETS for ranks in (8, 64, 1024) if (preset, ranks) != SHORT]
+FULL = [full(*SHORT), full("olmoe_1b7b_8gpu", 8), *(full(preset, 1024) for preset in PRESETS)]
+MORE = [(preset, ranks) for preset in PRESETS for ranks in (8, 64)]
+FULL += [exhaustive(*case) for case in MORE if case not in (SHORT, ("olmoe_1b7b_8gpu", 8))]
 
 
-@pytest.mark.parametrize(("preset", "ranks"), [pytest.param(*SHORT, marks=pytest.mark.slow), *FULL])
+@pytest.mark.parametrize(("preset", "ranks"), FULL)
 def test_a_step_on_the_device(preset: str, ranks: int) -> None:
     expected = PRESETS[preset]
     overrides = ["model.num_layers=2", *(["parallel.ep=8"] if preset == "adamoe_moma_small_1gpu" else [])]
@@ -95,7 +97,7 @@ def exchanges_between_gathers(order: str) -> list[int]:
     return [len(run) for run in runs]
 
 
-@pytest.mark.parametrize("halves", [full(False), pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("halves", [exhaustive(False), full(True)])
 def test_no_gather_comes_between_the_exchanges_of_a_layer(halves: bool) -> None:
     """FSDP2 with experts on several edp ranks. A layer has 5 exchanges in forward and 3 in backward; no other sum of these
     is a part of a layer. In halves no gather or reduction comes between any exchanges of a step."""
@@ -227,7 +229,9 @@ RUNS: dict[str, tuple[dict[str, int], ...]] = {  # reads of the last evaluation 
 }
 
 
-@pytest.mark.parametrize("preset", [full(preset) for preset in RUNS])
+@pytest.mark.parametrize(
+    "preset", [(full if preset.startswith(("adamoe_mixtral", "moma")) else exhaustive)(preset) for preset in RUNS]
+)
 def test_evaluation_and_save_on_the_device(preset: str) -> None:
     """The copies to the host are queued, and the host waits once for all of them; a second save allocates no memory."""
     evaluated, saved, copies = RUNS[preset]
@@ -254,7 +258,7 @@ OPTIONS = {  # those that test_fake_matrix.py does not combine
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [exhaustive("pair budget and loop"), "depths and bf16 moments"])
 def test_options_mix_no_devices_and_copy_nothing(name: str) -> None:
     preset, options = OPTIONS[name]
     counted = count(f"configs/{preset}.yaml", 8, ["model.num_layers=2", *options])
@@ -301,10 +305,10 @@ def test_parameters_gathered_once_per_step() -> None:
     ("preset", "ranks", "more"),
     [
         ("olmoe_1b7b_8gpu", 8, []),
-        ("olmoe_1b7b_8gpu", 8, ["parallel.two_batch_overlap=false", "train.micro_batch=1"]),
+        exhaustive("olmoe_1b7b_8gpu", 8, ["parallel.two_batch_overlap=false", "train.micro_batch=1"]),
         ("adamoe_mixtral8x7b_64gpu", 64, []),
-        ("adamoe_mixtral8x7b_64gpu", 64, ["parallel.recompute=none"]),
-        ("moma_1b4_4t4i_32gpu", 32, []),
+        exhaustive("adamoe_mixtral8x7b_64gpu", 64, ["parallel.recompute=none"]),
+        exhaustive("moma_1b4_4t4i_32gpu", 32, []),
     ],
 )
 def test_the_dry_run_knows_the_memory_within_a_tenth(preset: str, ranks: int, more: list[str]) -> None:
@@ -332,7 +336,9 @@ def test_the_memory_of_a_count_is_that_of_torchs_tracker() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("preset", ["olmoe_1b7b_8gpu", "adamoe_mixtral8x7b_64gpu", "moma_1b4_4t4i_32gpu"])
+@pytest.mark.parametrize(
+    "preset", [exhaustive("olmoe_1b7b_8gpu"), "adamoe_mixtral8x7b_64gpu", exhaustive("moma_1b4_4t4i_32gpu")]
+)
 def test_all_ranks_issue_the_same_collectives(preset: str) -> None:
     orders = {count(f"configs/{preset}.yaml", 8, ["model.num_layers=2"], rank=rank).order for rank in (0, 7)}
     assert len(orders) == 1

@@ -10,6 +10,7 @@ from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import check
+from tests.support.cover import rest_full
 from tests.support.tiny import tiny_config, write_config
 from tools.experiments.comparison import Comparison, make_study, write_comparison
 from tools.experiments.methods import METHODS
@@ -50,7 +51,7 @@ def record(arm: str, seed: int, loss: float, load: float = 1.5) -> dict[str, Any
 UNREACHABLE = {(0.5, "top_p"), (0.5, "top_k"), (1.5, "top_k")}
 
 
-@pytest.mark.parametrize("budget", [0.5, 1.5, 2.0])
+@pytest.mark.parametrize("budget", rest_full([1.5, 0.5, 2.0]))
 def test_each_method_passes_the_rules_or_says_why_not(tiny_data: Path, tmp_path: Path, budget: float) -> None:
     for name in METHODS:
         one = asked(tmp_path, tiny_data, name=name, budget=budget, methods=(name, "remoe" if name == "fixed" else "fixed"))
