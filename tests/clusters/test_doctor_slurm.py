@@ -76,6 +76,7 @@ def test_a_feature_that_no_node_has(doctor: Doctor) -> None:
     assert_only(said, 69, "^FAIL nodes: rank 2 needs a node with the feature 'hearing'.*existing: text, vision")
 
 
+@pytest.mark.exhaustive
 def test_more_than_any_node_has(doctor: Doctor, tmp_path: Path) -> None:
     doctor.site = tmp_path / "large.yaml"
     doctor.site.write_text(drawn().site(ranks_per_node=2, cpus_per_rank=7))
@@ -89,6 +90,7 @@ def test_a_run_folder_that_one_node_can_only_read(doctor: Doctor, slurm: SlurmCl
     assert_only(said, 78, f"^FAIL shared folder: run.root=.* cannot be written on {SECOND}: .*Read-only file system;")
 
 
+@pytest.mark.exhaustive
 def test_another_version_of_torch_on_one_node(doctor: Doctor, slurm: SlurmCluster, tmp_path: Path) -> None:
     with Node(slurm, THIRD).other_version("torch", "2.11.0", tmp_path):
         said = doctor.says("--probe")
@@ -97,6 +99,7 @@ def test_another_version_of_torch_on_one_node(doctor: Doctor, slurm: SlurmCluste
     assert_only(said, 69, f"^FAIL versions: torch {version} on {a}, {b} and {c}, 2.11.0 on {THIRD}; use one")
 
 
+@pytest.mark.exhaustive
 def test_the_package_that_is_called_apex_and_is_not_nvidias(doctor: Doctor, slurm: SlurmCluster, tmp_path: Path) -> None:
     empty, other = tmp_path / "empty", tmp_path / "other"
     empty.mkdir()

@@ -14,6 +14,7 @@ import pytest
 from launchers.slurm.nodes import leave_out
 from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.runtime.run_folder import RunFolder
+from tests.support.cover import rest_exhaustive
 from tests.support.pretend import PROGRAM
 from tests.support.shape import PREEMPTION, drawn
 from tests.support.slurm import ROOT, SlurmCluster, SlurmJob, hosts
@@ -97,6 +98,7 @@ def test_a_task_of_an_array_is_requeued_by_itself(stage: Stage) -> None:
         assert [each.verdict for each in attempts] == [75, 0], job.said
 
 
+@pytest.mark.exhaustive
 def test_two_attempts_that_gain_no_step_end_it(stage: Stage) -> None:
     job = stage.launch("stop stop done")
     assert job.end() == StoppedError.exit_code
@@ -130,6 +132,7 @@ def test_a_killed_rank_is_named_with_its_node_and_the_job_goes_on(stage: Stage) 
     assert "requeued: the next attempt resumes from the last checkpoint" in job.said
 
 
+@pytest.mark.exhaustive
 def test_a_time_limit_that_leaves_one_step_is_warned_of_and_ends_after_two_attempts(stage: Stage) -> None:
     stage.set_site(time="'6'", signal_seconds=300)
     nodes = ("--time=6", "--nodes=4", "--ntasks=4", "--ntasks-per-node=1")
@@ -140,7 +143,7 @@ def test_a_time_limit_that_leaves_one_step_is_warned_of_and_ends_after_two_attem
     assert "not requeued: 2 attempts in a row were stopped at their first step, the last at step 2" in job.said
 
 
-@pytest.mark.parametrize("mode", PREEMPTION)
+@pytest.mark.parametrize("mode", rest_exhaustive(PREEMPTION))
 def test_a_preempted_job_goes_on_in_either_mode(stage: Stage, mode: str) -> None:
     """Slurm requeues it, or cancels it and the batch script submits it again."""
     stage.cluster.scontrol("update", f"PartitionName={drawn().partition}", f"PreemptMode={mode}")
@@ -162,6 +165,7 @@ def test_a_preempted_job_goes_on_in_either_mode(stage: Stage, mode: str) -> None
     assert stage.verdicts() == [75, 0]
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_diverges_while_its_peers_are_killed_gives_the_code_and_speaks_first(stage: Stage) -> None:
     job = stage.launch("diverge")
     assert job.end() == 70
@@ -270,6 +274,7 @@ def test_a_dependency_waits_for_the_job_before_it(stage: Stage) -> None:
 # --- jobs in jobs, nodes at fault, options of the site
 
 
+@pytest.mark.exhaustive
 def test_a_job_that_another_job_submits_believes_none_of_its_variables(stage: Stage) -> None:
     """The outer job is an array task with memory per CPU, and says that it was requeued and has two components."""
     shape = ["--nodes=4", "--ntasks=4", "--ntasks-per-node=1", "--mem=50"]
@@ -282,6 +287,7 @@ def test_a_job_that_another_job_submits_believes_none_of_its_variables(stage: St
     assert [each.attempt_id for each in stage.run.read_status().attempts] == [f"slurm-ci-{found.number}-0"]
 
 
+@pytest.mark.exhaustive
 def test_our_submission_inside_a_job_starts_a_job_of_its_own(stage: Stage) -> None:
     options = [f"--cluster={stage.site}", f"--program={PROGRAM}"]
     launch = shlex.join([sys.executable, "-m", "launchers.slurm", str(stage.config), *options])
@@ -365,7 +371,7 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("kind", RUNTIMES)
+@pytest.mark.parametrize("kind", rest_exhaustive(RUNTIMES))
 def test_a_container_passes_on_environment_signals_and_exit_code(stage: Stage, tmp_path: Path, kind: str) -> None:
     """By a stand-in runtime on the path, which says what it is asked for, then runs the command."""
     name, body = RUNTIMES[kind]

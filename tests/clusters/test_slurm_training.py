@@ -23,6 +23,7 @@ from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from tests.clusters.conftest import DEFAULT, NODES, QUICK
 from tests.support import megatron_trial, slow_close, slowed
+from tests.support.cover import exhaustive
 from tests.support.shape import drawn
 from tests.support.slurm import ROOT, SlurmCluster, SlurmJob, hosts, overrides
 
@@ -117,7 +118,7 @@ def lose_a_node(job: SlurmJob, run: RunFolder) -> SlurmJob:
 
 @pytest.mark.parametrize(
     ("disturb", "verdict", "steps", "per_node"),
-    [(lose_time, 75, LONG, 1), (preempt, 75, SHORT, 1), (lose_a_node, 1, SHORT, 2)],
+    [exhaustive(lose_time, 75, LONG, 1), (preempt, 75, SHORT, 1), (lose_a_node, 1, SHORT, 2)],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
@@ -213,6 +214,7 @@ def test_a_killed_rank_of_megatrons_engine_is_followed_by_an_attempt_with_its_lo
     megatron_trial.check_losses(run, tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_a_sink_that_does_not_close_leaves_the_job_completed(slurm: SlurmCluster, site: Path, tmp_path: Path) -> None:
     """srun kills a task that runs for a minute after another has ended."""
     values = {**QUICK, "run.root": tmp_path, "run.name": "slow", "train.steps": 3}
@@ -223,7 +225,7 @@ def test_a_sink_that_does_not_close_leaves_the_job_completed(slurm: SlurmCluster
     assert [each.verdict for each in RunFolder(tmp_path / "slow").read_status().attempts] == [0]
 
 
-@pytest.mark.parametrize("when", ["training", "importing"])
+@pytest.mark.parametrize("when", ["training", exhaustive("importing")])
 def test_a_burst_of_signals_to_every_process_saves_once(runs: Runs, when: str) -> None:
     job, run = runs.start(f"burst_{when}", SHORT)
     if when == "training":
@@ -253,6 +255,7 @@ def imports_torch(pid: int) -> bool:
         return False
 
 
+@pytest.mark.exhaustive
 def test_an_array_runs_each_line_of_a_sweep_in_a_run_of_its_own(
     slurm: SlurmCluster, tmp_path: Path, undisturbed: tuple[SlurmJob, RunFolder]
 ) -> None:

@@ -55,6 +55,11 @@ def rest_full(cases: Iterable[Any], keep: int = 1) -> list[Any]:
     return [case if position < keep else full(case) for position, case in enumerate(cases)]
 
 
+def rest_exhaustive(cases: Iterable[Any]) -> list[Any]:
+    """The cases, each a single value, with those after the first marked `exhaustive`."""
+    return [exhaustive(case) if position else case for position, case in enumerate(cases)]
+
+
 def exhaustive(*case: Any) -> Any:
     """A case that `make test-full` leaves out as well."""
     return pytest.param(*case, marks=pytest.mark.exhaustive)
