@@ -64,7 +64,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A case that is `full` for two reasons, say its layout and its version of megatron-core, is `exhaustive`.
+    """Marks a case `exhaustive` that is marked `full` twice, for example for its layout and its version of megatron-core.
 
     Long files come first, so that no worker is left with one of them at the end.
     """

@@ -229,10 +229,10 @@ class Planner:
 def _linear_memory(
     config: Config, placement: ExpertPlacement, rows_R: np.ndarray, pairs_R: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns for each rank the coefficients of its memory, three times [R]: bytes without rows, bytes for a row per token,
-    bytes for a pair per token. Exact at the mean rows and pairs per token, `rows_R` and `pairs_R`, and at a tenth of a row
-    or pair more: memory is a sum of linear terms and of maxima. Ranks with as many experts, rows and pairs share a
-    result."""
+    """Returns three arrays [R] from which `_memory_of` adds up the memory of each rank: bytes without rows and pairs, bytes
+    for one row per token, and bytes for one pair per token. Exact at the mean rows and pairs per token, `rows_R` and
+    `pairs_R`, and at a tenth of a row or pair more: memory is a sum of linear terms and of maxima. Ranks with as many
+    experts, rows and pairs share a result."""
     made: dict[Any, tuple[float, float, float]] = {}
     found = []
     for rank, (rows, pairs) in enumerate(zip(rows_R.tolist(), pairs_R.tolist(), strict=True)):

@@ -68,8 +68,8 @@ class RankMemory:
     casts: float
     activations: float  # estimate for the activations of one micro-batch
     exchange_bound: float  # send and receive buffers of one layer, if every token goes to one rank; not part of `total`
-    # Bytes of gradients that never exist at the same time as all activations: with one micro-batch a step, backward makes
-    # gradients while it frees activations. DDP's buckets are not among them: they always exist.
+    # Bytes that `total` leaves out. In a step of a single micro-batch, backward frees activations while it makes gradients,
+    # so not all of both exist at once. Gradients in DDP's buckets count in full, because the buckets always exist.
     in_turn: float = 0.0
 
     @property
@@ -244,7 +244,7 @@ class LayerBytes(NamedTuple):
 
 
 def layer_bytes_per_token(config: Config, rows: float, pairs: float) -> LayerBytes:
-    """Returns the bytes per token that autograd keeps for all layers, and recomputes."""
+    """Returns the bytes per token of all layers: tensors that autograd keeps, and tensors that it recomputes."""
     model, a, recompute = config.model, ITEMSIZE[config.parallel.precision], config.parallel.recompute
     dim, groups = model.hidden_dim, expert_groups(model.moe)
     ffn_for_all, ffn = ffn_dim_for_all(model), model.dense_ffn_dim or 0

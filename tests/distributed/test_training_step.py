@@ -156,7 +156,7 @@ def kept_gradients(rank: RankContext, layout: Layout) -> tuple[set[Role], bool, 
 
 
 def test_gradients_of_ddp_are_added_up_in_its_buckets(run_in_world: Callable[..., list[Any]]) -> None:
-    """Beside the buckets they would take as much memory again, in each step of several micro-batches."""
+    """Otherwise each step of several micro-batches would hold dense gradients twice: in the buckets and beside them."""
     for roles, zero, in_place in run_in_world(2, kept_gradients, Layout(2, 1, "interleaved")):
         assert roles
         assert not roles & (ROUTERS | EXPERTS)
