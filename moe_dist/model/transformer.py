@@ -131,6 +131,7 @@ class Transformer(nn.Module):
             x_BSD, reports = run_layers(self.layers, halves, request)
         else:
             masks = self._masks(documents_BS, positions_BS)
+            request = replace(request, id_T=tokens_BS.flatten())
             x_BSD, reports = self._run_layers(x_BSD, rotary, masks, positions_BS, documents_BS, group_BS, request)
         if request.on_reports is not None:
             request.on_reports(reports)

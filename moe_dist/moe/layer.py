@@ -72,6 +72,7 @@ class MoELayer(nn.Module):
             batch_info=request.batch_info,
             probe_tokens_A=request.probe_tokens_A,
             token_T=request.token_T,
+            id_T=request.id_T,
             keep_choices=request.keep_choices,
             previous_TC=request.previous_TC,
         )

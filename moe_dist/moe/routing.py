@@ -207,6 +207,7 @@ class RoutingRequest:
         batch_info: Token counts of the micro-batch on all ranks; None in evaluation.
         probe_tokens_A: int64, indices of the tokens whose probabilities the reports contain as `prob_AC`, or None.
         token_T: int64, index of each token in its micro-batch; None if token i has index i.
+        id_T: int64, id of each token in the vocabulary. The transformer sets it.
         experts_off: If true, routed experts add 0 to the output. The routed experts and their collectives still run.
         keep_choices: If true, the reports contain each token's choices as `chosen`.
         on_reports: The transformer calls `on_reports` once with the reports of all MoE layers, before the output layer.
@@ -217,6 +218,7 @@ class RoutingRequest:
     batch_info: GlobalBatchInfo | None = None
     probe_tokens_A: Tensor | None = None
     token_T: Tensor | None = None
+    id_T: Tensor | None = None
     experts_off: bool = False
     keep_choices: bool = False
     on_reports: "Callable[[Sequence[LayerReport]], None] | None" = None
@@ -267,6 +269,7 @@ class RoutingCache:
     batch_info: GlobalBatchInfo | None = None
     probe_tokens_A: Tensor | None = None
     token_T: Tensor | None = None
+    id_T: Tensor | None = None
     keep_choices: bool = False
     choice: ExpertsChoice | None = None
     plan: Any = None  # the dispatcher's plan

@@ -101,6 +101,7 @@ def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: i
         raise ConfigError(read.problems, see=GUIDE)
     groups = expert_groups(config.model.moe)
     violations = [*model_violations(config), *rule_violations(config), *host_violations(config)]
+    violations += config.model.moe.router.file_violations(config)
     data_problems: list[str] = []
     if manifest is None:
         manifest = _manifest_or_problem(config, violations, data_problems)

@@ -27,6 +27,7 @@ from moe_dist.moe.routers.selection import ScopeKind, SelectionScope
 from moe_dist.moe.routers.threshold import ThresholdRouter
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routers.top_k_by_id import TopKByIdRouter
 from moe_dist.moe.routers.top_p import TopPRouter
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup
@@ -38,6 +39,7 @@ ROUTERS: dict[str, type[nn.Module]] = {
     "gating_residual": GatingResidualRouter,
     "group_limited": GroupLimitedRouter,
     "scheduled_top_k": ScheduledTopKRouter,
+    "top_k_by_id": TopKByIdRouter,
     "top_p": TopPRouter,
     "relu": ReLURouter,
     "threshold": ThresholdRouter,

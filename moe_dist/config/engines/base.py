@@ -20,6 +20,7 @@ class EngineSection(Section):
     dense_text: ClassVar[str] = "dense ones on every rank"  # which ranks hold the weights that are not experts
     own_kernels: ClassVar[bool] = True  # whether dense parts run this project's kernels (parallel.kernels)
     passes_logits: ClassVar[bool] = True  # whether a layer gets the router logits of the MoE layer before it
+    passes_token_ids: ClassVar[bool] = True  # whether a layer gets the ids of its tokens
     planned: ClassVar[bool] = False  # whether `moe-dist plan` simulates its steps; if not, `tools.plan.LISTS` applies
 
     def data_ranks(self, parallel: "ParallelSection") -> int:

@@ -74,6 +74,7 @@ class MegatronEngineSection(EngineSection):
     needs_modules: ClassVar[tuple[str, ...]] = ("megatron",)
     own_kernels: ClassVar[bool] = False
     passes_logits: ClassVar[bool] = False
+    passes_token_ids: ClassVar[bool] = False
     dense_text: ClassVar[str] = "divided by engine.tp and engine.pp"
     source: ClassVar[str] = "pip install 'megatron-core>=0.16'"
 

@@ -81,6 +81,11 @@ class ScheduledTopKRouter(TopKRouter):
         column = torch.zeros(1, dtype=torch.int64, device=group_T.device)
         # float64, because fp32 rounds numbers near 1 to 1
         uniform_T = logistic((self.seed, step, self.place), token_T, column, torch.float64).sigmoid()[:, 0]
-        more_T = (uniform_T < self.fraction_G[group_T]).to(torch.int64)
+        whole_T, fraction_T = self._loads(group_T, cache)
+        more_T = (uniform_T < fraction_T).to(torch.int64)
         place_K = torch.arange(self.num_choices, device=group_T.device)
-        return place_K < (self.whole_G[group_T] + more_T)[:, None]
+        return place_K < (whole_T + more_T)[:, None]
+
+    def _loads(self, group_T: Tensor, _cache: RoutingCache) -> tuple[Tensor, Tensor]:
+        """Returns floor(L) and L - floor(L) of each token."""
+        return self.whole_G[group_T], self.fraction_G[group_T]

@@ -1,0 +1,62 @@
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, PositiveFloat
+
+from moe_dist.config.routers.base import ROUTER, RouterSection
+from moe_dist.config.section import PathText, Violation, WholeConfig
+
+KEY = f"{ROUTER}.table"
+
+
+class TopKByIdRouterSection(RouterSection):
+    """Top-k with a given mean k for each layer and token id: a baseline for routers that read the context."""
+
+    needs_global_batch_info: ClassVar[bool] = True  # the random draw of a token depends on the token's number in the step
+    only_true_experts: ClassVar[bool] = True
+
+    kind: Literal["top_k_by_id"] = "top_k_by_id"
+    table: PathText
+    """A NumPy file of floats [MoE layers, model.vocab_size]: the mean number of true experts of each token id in each
+    layer; at most the smallest top_k of the groups."""
+    normalise: Literal["true_chosen", "none"] = "true_chosen"
+    """Routing weights are a softmax over the chosen experts (true_chosen) or over all experts of the group (none)."""
+    scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight.")
+
+    def not_causal(self) -> str:
+        return f"{self.name}: its choice depends on the position in a batch; generate from a run with another router"
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from super().violations_in(config)
+        model = config.model
+        if model.mixture_of_depths is not None:
+            problem = (
+                f"model.mixture_of_depths: {self.name} needs each token's id, which mixture-of-depths layers do not pass "
+                f"on; set model.mixture_of_depths to null, or {ROUTER}.kind=scheduled_top_k"
+            )
+            yield Violation(("model.mixture_of_depths", f"{ROUTER}.kind"), problem)
+        if not config.engine.passes_token_ids:
+            problem = (
+                f"engine.kind={config.engine.kind}: it passes no token ids to layers, as {self.name} needs; set "
+                f"engine.kind=moe_dist, or {ROUTER}.kind=scheduled_top_k"
+            )
+            yield Violation(("engine.kind", f"{ROUTER}.kind"), problem)
+
+    def file_violations(self, config: WholeConfig) -> Iterator[Violation]:
+        if problem := self._fault_of_table(config):
+            yield Violation((KEY,), f"{KEY}={self.table}: {problem}")
+
+    def _fault_of_table(self, config: WholeConfig) -> str:
+        model = config.model
+        try:
+            table_LV = np.load(self.table, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            return f"is no NumPy file ({error}); write one with numpy.save"
+        shape = (len(model.moe_layers), model.vocab_size)
+        if table_LV.shape != shape or table_LV.dtype.kind != "f":
+            return f"has {table_LV.dtype} {list(table_LV.shape)}; give floats {list(shape)}: MoE layers, token ids"
+        top_k = min(group.top_k for group in model.moe.groups.values())
+        if not ((table_LV >= 0.0) & (table_LV <= top_k)).all():  # nan compares false
+            return f"has numbers outside 0 to {top_k}, the smallest top_k of model.moe.groups; change them, or raise top_k"
+        return ""

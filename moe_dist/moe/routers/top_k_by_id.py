@@ -1,0 +1,57 @@
+"""Top-k with a fixed mean number of active experts for each token id in each layer: the baseline that tells apart the
+routers that choose by the token's context and the routers that choose by the token's id or modality.
+
+With L(v) for token id v in place of L, the equations are those of `moe_dist.moe.routers.scheduled_top_k`. The table of L(v)
+is a file, because it has a number for each MoE layer and token id. Shape letters: T tokens, V token ids.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter
+from moe_dist.moe.routers.top_k import Normalise
+from moe_dist.moe.routing import RoutingCache
+from moe_dist.placement.placement import ExpertGroup
+
+
+class TopKByIdRouter(ScheduledTopKRouter):
+    """Routes T tokens, each inside its expert group, to L(id) experts on average in this layer.
+
+    Args:
+        hidden_dim, groups, place, seed, normalise, scale, capacity: See `ScheduledTopKRouter`.
+        table: Path of a NumPy file of floats [MoE layers, V]: L of each layer and token id.
+    """
+
+    load_V: np.ndarray = np.zeros(0)  # L of this layer
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        groups: Sequence[ExpertGroup],
+        *,
+        table: str,
+        place: int = 0,
+        seed: int = 0,
+        normalise: Normalise = "true_chosen",
+        scale: float = 1.0,
+        capacity: Capacity | None = None,
+    ) -> None:
+        shared = {"normalise": normalise, "scale": scale, "capacity": capacity, "place": place, "seed": seed}
+        none_yet = {group.name: [0.0] * (place + 1) for group in groups}
+        super().__init__(hidden_dim, groups, active_experts=none_yet, **shared)
+        self.load_V = np.load(table, allow_pickle=False)[place].astype(np.float64)
+        self.reset_buffers()  # again, because `load_V` was still empty in the base class
+
+    def reset_buffers(self) -> None:
+        super().reset_buffers()
+        self.register_buffer("load_of_id_V", torch.tensor(self.load_V), persistent=False)  # 8 bytes a token id
+
+    def _loads(self, group_T: Tensor, cache: RoutingCache) -> tuple[Tensor, Tensor]:
+        assert cache.id_T is not None, "the request has the tokens' ids"
+        load_T = self.get_buffer("load_of_id_V")[cache.id_T].masked_fill(group_T < 0, 0.0)  # padding takes no expert
+        whole_T = load_T.floor()
+        return whole_T.to(torch.int64), load_T - whole_T

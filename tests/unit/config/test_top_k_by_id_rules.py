@@ -1,0 +1,78 @@
+"""What loads by token id demand of their table and of the rest of a configuration: field, value, rule and way out."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_dist.errors import ConfigError
+from moe_dist.plan.preflight import check
+from tests.support.tiny import tiny_config
+
+GROUPS = {
+    "text": {"num_experts": 4, "top_k": 2, "ffn_dim": 16},
+    "image": {"num_experts": 2, "top_k": 1, "ffn_dim": 24},
+}
+
+
+def checked(data: Path, tmp_path: Path, table: np.ndarray | str | None, changes: dict[str, Any]) -> None:
+    router: dict[str, Any] = {"kind": "top_k_by_id", "table": str(tmp_path / "loads.npy")}
+    if isinstance(table, str):
+        Path(router["table"]).write_text(table)
+    elif table is not None:
+        np.save(router["table"], table)
+    check(tiny_config(data, tmp_path, {"model.moe.groups": GROUPS, "model.moe.router": router, **changes}))
+
+
+def loads(data: Path, tmp_path: Path, value: float) -> np.ndarray:
+    model = tiny_config(data, tmp_path, {}).model
+    return np.full((len(model.moe_layers), model.vocab_size), value)
+
+
+def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
+    checked(tiny_data, tmp_path, loads(tiny_data, tmp_path, 0.75), {})
+
+
+@pytest.mark.parametrize(
+    ("table", "fault"),
+    [
+        (None, "loads.npy: is no NumPy file ([Errno 2] No such file or directory"),
+        ("1.5 1.5", "loads.npy: is no NumPy file ("),
+        (np.ones((1, 7)), "loads.npy: has float64 [1, 7]; give floats [2, "),
+        (np.ones((2, 7), np.int64), "loads.npy: has int64 [2, 7]; give floats [2, "),
+    ],
+)
+def test_a_bad_table_is_refused(tiny_data: Path, tmp_path: Path, table: np.ndarray | str | None, fault: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        checked(tiny_data, tmp_path, table, {})
+    assert fault in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.5, float("nan")])
+def test_a_load_out_of_range_is_refused(tiny_data: Path, tmp_path: Path, value: float) -> None:
+    table = loads(tiny_data, tmp_path, 0.5)
+    table[1, 3] = value
+    with pytest.raises(ConfigError, match="has numbers outside 0 to 1, the smallest top_k of model"):
+        checked(tiny_data, tmp_path, table, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        (
+            {"model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}},
+            "model.mixture_of_depths: model.moe.router.kind=top_k_by_id needs each token's id, which "
+            "mixture-of-depths layers do not pass on",
+        ),
+        ({"engine": {"kind": "megatron"}}, "engine.kind=megatron: it passes no token ids to layers, as model.moe.router"),
+        (
+            {"model.moe.groups": {**GROUPS, "text": {**GROUPS["text"], "num_null": 2}}},
+            "model.moe.groups.text.num_null=2: model.moe.router.kind=top_k_by_id needs true experts only",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(tiny_data: Path, tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        checked(tiny_data, tmp_path, loads(tiny_data, tmp_path, 0.5), changes)
+    assert fault in str(raised.value)

@@ -1,0 +1,79 @@
+"""Loads by token id against a loop over tokens, values and gradients."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.moe.draws import logistic
+from moe_dist.moe.routers.scheduled_top_k import HELD_OUT, ScheduledTopKRouter
+from moe_dist.moe.routers.top_k_by_id import TopKByIdRouter
+from moe_dist.moe.routing import Routing, RoutingCache
+from moe_dist.placement.placement import ExpertGroup
+from tests.reference.scheduled_top_k import fixed_load_weights
+
+T, D, N, V, SEED = 40, 8, 6, 5, 3
+GROUP = ExpertGroup("all", num_experts=N, num_null=0, top_k=3, ffn_dim=4, first_expert=0, modalities=("text",))
+LOADS = np.array([[9.0] * V, [0.0, 0.4, 1.0, 2.75, 3.0]])  # the router below has the second row
+ID_T = torch.arange(T) * 7 % V
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    np.save(tmp_path / "loads.npy", LOADS)
+    return str(tmp_path / "loads.npy")
+
+
+def weights(routing: Routing) -> torch.Tensor:
+    pairs = routing.assignments.taken()
+    weight_TE = torch.zeros(T, N, dtype=torch.float64)
+    return weight_TE.index_put((pairs.token_N, pairs.expert_N), pairs.weight_N)
+
+
+def made(table: str) -> TopKByIdRouter:
+    router = TopKByIdRouter(D, [GROUP], table=table, place=1, seed=SEED).double()
+    with torch.no_grad():
+        router.get_parameter("group:all.true").copy_(torch.randn(N, D, generator=torch.Generator().manual_seed(1)))
+    return router
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    h_TD = torch.randn(T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    return h_TD, torch.zeros(T, dtype=torch.int64)
+
+
+def test_equals_the_loop_in_values_and_gradients(table: str) -> None:
+    router, (h_TD, group_T) = made(table), inputs()
+    fast_TE = weights(router(h_TD, group_T, RoutingCache(id_T=ID_T)))
+    column = torch.zeros(1, dtype=torch.int64)
+    uniform = logistic((SEED, HELD_OUT, 1), torch.arange(T), column, torch.float64).sigmoid()[:, 0].tolist()
+    rows_ND = router.get_parameter("group:all.true")
+    logits_TE = h_TD @ rows_ND.T
+    slow_TE = torch.cat([fixed_load_weights(logits_TE[t : t + 1], LOADS[1, ID_T[t]], uniform[t : t + 1]) for t in range(T)])
+    torch.testing.assert_close(fast_TE, slow_TE, rtol=0, atol=1e-12)
+    score_TE = torch.randn(T, N, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    fast, slow = (
+        torch.autograd.grad((each * score_TE).sum(), [h_TD, rows_ND], retain_graph=True) for each in (fast_TE, slow_TE)
+    )
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_one_load_for_all_ids_is_scheduled_top_k_bit_for_bit(tmp_path: Path) -> None:
+    np.save(tmp_path / "loads.npy", np.full((2, V), 1.6))
+    router, (h_TD, group_T) = made(str(tmp_path / "loads.npy")), inputs()
+    scheduled = ScheduledTopKRouter(D, [GROUP], active_experts={"all": [1.6, 1.6]}, place=1, seed=SEED).double()
+    scheduled.load_state_dict(router.state_dict())
+    ours, theirs = router(h_TD, group_T, RoutingCache(id_T=ID_T)), scheduled(h_TD, group_T)
+    assert torch.equal(ours.assignments.expert_N, theirs.assignments.expert_N)
+    assert torch.equal(ours.assignments.weight_N, theirs.assignments.weight_N)
+    assert torch.equal(ours.sums.choices_C, theirs.sums.choices_C)
+
+
+def test_padding_takes_nothing(table: str) -> None:
+    router, (h_TD, group_T) = made(table), inputs()
+    group_T[5:20] = -1
+    taken_T = (weights(router(h_TD, group_T, RoutingCache(id_T=ID_T))) > 0).any(1)
+    assert not taken_T[5:20].any()
+    assert taken_T[20:].any()
