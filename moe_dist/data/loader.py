@@ -167,15 +167,16 @@ def heldout_batches(
     micro_batch: int,
     rank: int,
     world_size: int,
+    validation: bool = False,
 ) -> list[Batch]:
     """Returns this rank's batches of at most `sequences` held-out sequences of a source, evenly spaced in its held-out
-    split.
+    split. With `validation`, returns as many of the other sequences of the split.
 
     Every rank gets the same number of batches; if there are too few sequences, the last batches have rows of padding. A
     source without a held-out split gives no batch. The chosen sequences do not depend on world_size or micro_batch.
 
     Raises:
-        ConfigError: the source is unknown.
+        ConfigError: the source is unknown, or `validation` finds no other sequence.
         DataError: files are damaged or disagree with the manifest.
     """
     if source not in manifest.sources:
@@ -188,6 +189,11 @@ def heldout_batches(
     packing = pack(pieces.length_P, seq_len=seq_len, window=_HELDOUT_WINDOW)
     count = min(sequences, len(packing))
     chosen = [len(packing) * number // count for number in range(count)]
+    if validation:
+        if not (others := sorted(set(range(len(packing))) - set(chosen))):
+            raise ConfigError(f"all {len(packing)} held-out sequences of {source} are in the test; ask for fewer sequences")
+        count = min(sequences, len(others))
+        chosen = [others[len(others) * number // count] for number in range(count)]
     maker = _batch_maker(manifest, seq_len)
     run = world_size * micro_batch
     batches = []

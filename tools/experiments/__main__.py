@@ -23,7 +23,7 @@ from tools.experiments.report import write_report
 from tools.experiments.results import check_rules, read_records, results_path
 from tools.experiments.runner import STOP_SECONDS, Runner
 from tools.experiments.study import FOLDER, ROOT, Study, StudyJob, config_of, jobs_of, load_study, run_folder
-from tools.experiments.verdicts import Records
+from tools.experiments.verdicts import Records, failed_gates, judge_gates
 
 
 @reports_errors()
@@ -79,10 +79,10 @@ def _state(study: Study, job: StudyJob, records: Records, *, pilot: bool) -> str
 def _run(path: Path, study: Study, jobs: list[StudyJob], *, pilot: bool, processes: int) -> None:
     for job in {job.label: job for job in jobs}.values():
         config = config_of(study, job, pilot=pilot)  # raises if any arm has an error, before the first run starts
-        if config.router_tuning is None:
-            check(config, world_size=1)
+        if any(value.metric.endswith("folder") for value in job.arm.measured.values()):
+            layout_without_data(config)  # an earlier arm makes the files; the run checks the files
         else:
-            layout_without_data(config)  # an earlier arm makes the samples; the run checks the samples
+            check(config)
         if "oracle" in job.arm.asks:
             check_routers(config.model.moe)
     if study.measure.questions is not None and jobs:
@@ -94,7 +94,13 @@ def _run(path: Path, study: Study, jobs: list[StudyJob], *, pilot: bool, process
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0), StopRequest(STOP_SECONDS) as stop:
-            Runner(path, study, pilot, rules, side_by_side=processes, stop_requested=lambda: stop.requested).run(jobs)
+            runner = Runner(path, study, pilot, rules, side_by_side=processes, stop_requested=lambda: stop.requested)
+            if study.gates and not pilot:
+                runner.run([job for job in jobs if job.label in study.gate_arms])
+                if reason := failed_gates(judge_gates(study, read_records(results))):
+                    print(f"{reason}; the other arms are not run")
+                    return
+            runner.run(jobs)
     except Timeout as error:
         raise ConfigError(f"{lock} is held: another process (not {os.getpid()}) runs {study.name}; wait for it") from error
 

@@ -50,7 +50,10 @@ from tools.experiments.tokens import (
     rank_of_tokens,
     recorded_routers,
     spread,
+    tables_of,
 )
+
+TABLE_STEPS = 50  # training steps whose tokens are counted in tables of loads
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Spent:
     tokens: int = 0  # tokens without padding
     flops: float = 0.0  # forward and backward FLOPs, by moe_dist.plan.flops from the measured true experts per token
     seconds: float = 0.0  # seconds of training steps, without evaluations, checkpoints and starts
+    bytes: float = 0.0  # bytes that all ranks sent to other ranks, by the ledger
 
 
 def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int, Spent]:
@@ -74,7 +78,9 @@ def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int,
         share = {name: each / max(1.0, sum(tokens_G)) for name, each in zip(experts, tokens_G, strict=True)}
         tokens = before.tokens + int(scalars["optim/tokens"]) - sums.tokens
         flops = sums.flops + tokens * plan.flops_per_token(experts, share)
-        sums = Spent(sums.tokens + tokens, flops, sums.seconds + scalars["perf/step_seconds"])
+        sent = record["ledger"]["payload_bytes"] + record["ledger"]["metadata_bytes"]
+        seconds = sums.seconds + scalars["perf/step_seconds"]
+        sums = Spent(sums.tokens + tokens, flops, seconds, sums.bytes + sent)
         spent[record["step"]] = sums
     return spent
 
@@ -86,7 +92,7 @@ class Measurement:
         folder: Folder of the run.
         section: The section of the study that says what is measured.
         before: Cost of training before the run, which the costs in the record include.
-        side: Side (validation or test) of the multiple-choice questions that are asked.
+        side: Side (validation or test) of held-out sequences and of multiple-choice questions. A pilot takes validation.
     """
 
     def __init__(self, folder: Path, section: MeasureSection, before: Spent, *, side: Side = Side.TEST) -> None:
@@ -127,6 +133,8 @@ class Measurement:
         asked = {name: each for name, each in by_source.items() if self._manifest.sources[name].train.prompt is not None}
         if asked:
             found["answers"] = answers(model, asked, self._groups)
+        if "load_tables" in asks:
+            found["load_tables"] = self._load_tables(model)
         if section.questions is not None:
             found |= self._asked(section.questions, asks)
         self._directory.remove_beyond(1, last)
@@ -153,6 +161,7 @@ class Measurement:
                 micro_batch=self._config.train.micro_batch,
                 rank=0,
                 world_size=1,
+                validation=self._side is Side.VALID,
             )
             for source in source_shares(self._manifest, self._config.data.weights)
         }
@@ -214,6 +223,23 @@ class Measurement:
             load = loads(tokens)["all"]
             points.append({"step": step, **asdict(spent[step]), "loss": losses(tokens), "load": load})
         return points
+
+    def _load_tables(self, model: Transformer) -> dict[str, str]:
+        """Writes the mean true experts per token of each MoE layer, by token id and by the id's modality, as tables
+        [MoE layers, V] for the router top_k_by_id. Returns the paths of the tables. The means are over the last
+        TABLE_STEPS training steps; an id without a token in these steps has the mean of its modality."""
+        batch = self._config.train.global_batch
+        positions = range((self._config.train.steps - TABLE_STEPS) * batch, self._config.train.steps * batch, batch)
+        tokens = evaluate(model, [each for at in positions for each in self._loader.batches(at)], self._groups)
+        paths = {}
+        image_V = np.zeros(self._config.model.vocab_size, bool)
+        for first, end in self._manifest.modalities["image"]:
+            image_V[first:end] = True
+        by_id_LV, by_modality_LV = tables_of(tokens, image_V)
+        for name, table_LV in (("by_id", by_id_LV), ("by_modality", by_modality_LV)):
+            paths[f"{name}_folder"] = str(path := self._folder.path / f"loads_{name}.npy")
+            np.save(path, table_LV)
+        return paths
 
     def _frequency(self) -> np.ndarray:
         """Returns ln(1 + number of occurrences in the training data) of each token id, float64 [V]."""
@@ -294,8 +320,10 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Folder of the run.")],
     wanted: Annotated[str, typer.Argument(help="Probes, separated by commas; may be empty.")] = "",
     before: Annotated[str, typer.Argument(help="JSON of tokens, flops and seconds spent before the run.")] = "{}",
-    asks: Annotated[str, typer.Option(help="Further measurements, separated by commas: samples, oracle.")] = "",
-    pilot: Annotated[bool, typer.Option("--pilot", help="Ask questions of the validation side.")] = False,
+    asks: Annotated[
+        str, typer.Option(help="Further measurements, separated by commas: samples, oracle, load_tables.")
+    ] = "",
+    pilot: Annotated[bool, typer.Option("--pilot", help="Take the validation side of sequences and questions.")] = False,
 ) -> None:
     """Measure one finished run."""
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from moe_dist.runtime.files import write_atomically
 from tools.experiments.plots import draw
 from tools.experiments.results import read_header, read_records, results_path
 from tools.experiments.study import EtaValue, Study, jobs_of
-from tools.experiments.verdicts import Record, Records, Verdict, judge, number_at, of_arm, value_of
+from tools.experiments.verdicts import Record, Records, Verdict, judge, judge_gates, number_at, numbers, of_arm, value_of
 
 PAGE = Path("docs/reproductions.md")
 LOSSES = ("all", "text", "image", "image_no_filler")
@@ -43,7 +43,7 @@ def write_report(study: Study, *, page: Path = PAGE, results: Path | None = None
     pictures = draw(study, records, path.parent)
     text = "\n".join(_section(study, header, records, verdicts, [each.name for each in pictures]))
     write_atomically(page, _replaced(page.read_text() if page.is_file() else "", study, header, text))
-    return "\n".join(f"{each.outcome}: {each.rule.claim} {_numbers(each)}" for each in verdicts)
+    return "\n".join(f"{each.outcome}: {each.rule.claim} {numbers(each)}" for each in verdicts)
 
 
 def _replaced(page: str, study: Study, header: Mapping[str, Any], text: str) -> str:
@@ -71,7 +71,8 @@ def _section(
     ]
     by = "Load of text / image tokens, by"
     parts = {
-        "Verdicts": _verdicts(verdicts),
+        "Gates": _verdicts(study, judge_gates(study, records)),
+        "Verdicts": _verdicts(study, verdicts),
         "Arms": _arms(study, records),
         "Answers": _answers(study, records),
         "Questions": _questions(study, records),
@@ -93,17 +94,12 @@ def _per_arm(study: Study, records: Records) -> list[tuple[str, dict[int, Record
     return [(name, mine) for name in study.arms if (mine := of_arm(records, name))]
 
 
-def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
-    rows = [[each.rule.claim, _numbers(each), f"**{each.outcome}**"] for each in verdicts]
-    return table(["claim", "mean difference, one-sided 95 % bounds, seeds", "verdict"], rows)
-
-
-def _numbers(verdict: Verdict) -> str:
-    if verdict.paired is None:
-        return f"({verdict.reason})"
-    found = verdict.paired
-    asked = f"upper < {verdict.rule.margin:g}" if verdict.rule.by == "bound" else f"mean <= {verdict.rule.margin:g}"
-    return f"{found.mean:+.4f} [{found.lower:+.4f}, {found.upper:+.4f}], n = {found.n}; asked: {asked}"
+def _verdicts(study: Study, verdicts: Sequence[Verdict]) -> list[str]:
+    if not verdicts:
+        return []
+    bounds = f"one-sided {100 * study.confidence:.3g} % bounds"
+    rows = [[each.rule.claim, numbers(each), f"**{each.outcome}**"] for each in verdicts]
+    return table(["claim", f"mean difference, {bounds}, seeds", "verdict"], rows)
 
 
 def _arms(study: Study, records: Records) -> list[str]:

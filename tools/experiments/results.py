@@ -46,6 +46,11 @@ def check_rules(path: Path, study_path: Path, study: Study) -> str:
             f"{' or '.join(files)} differs from what is committed: the rules come before the results; commit the change, "
             "undo it, or run --pilot"
         )
+    if study.committed_code and code_of_now()["changed"]:
+        raise ConfigError(
+            "the code differs from what is committed, and committed_code asks that a record's code can be rebuilt; commit "
+            "or undo the change, or run --pilot"
+        )
     commit = (_git("log", "-1", "--format=%H", "--", *files) or "").strip()
     header = read_header(path)
     if header is not None and header.get("fingerprint") != fingerprint(study_path, study):

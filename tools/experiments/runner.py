@@ -21,7 +21,7 @@ from tools.experiments.study import Study, StudyJob, overrides_of, run_folder
 from tools.experiments.verdicts import Record
 
 MEASURED = "measured.json"
-SPENT = ("tokens", "flops", "seconds")
+SPENT = ("tokens", "flops", "seconds", "bytes")
 TICK_SECONDS = 0.2
 STOP_SECONDS = 300.0  # a stopped run is killed after this many seconds
 # Each process has one thread, because the runs are small and several runs share the cores.

@@ -38,6 +38,7 @@ RESULTS = Path("docs/reproductions")
 PILOT = "pilot"
 SHAPE = ("model.num_layers", "model.moe.every", "model.moe.first")  # keys that determine the number of MoE layers
 VARIANT = "~"  # separates arm and variant in the run names of a pilot; not allowed in names of arms
+CONFIDENCE = 0.95
 LEFT = 500  # number of training questions per task that only tune routers, and never train a base model
 
 ArmName = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -78,7 +79,7 @@ class EtaValue(Part):
     eta: ArmName
     of: ArmName
     part: str
-    cost: Literal["flops", "seconds"] = "flops"
+    cost: Literal["flops", "seconds", "bytes"] = "flops"
 
 
 class ConstantValue(Part):
@@ -114,7 +115,8 @@ Value = ArmValue | InterpolatedValue | EtaValue | ConstantValue | SumValue | Rat
 class ValueRule(Part):
     """A rule: the value `lower` must be below `higher` + `margin`.
 
-    With by=bound, the upper one-sided 95 % t-bound of the mean paired difference lower - higher must be below the margin.
+    With by=bound, the upper one-sided t-bound of the mean paired difference lower - higher must be below the margin. The
+    bound's confidence is `Study.confidence`.
     With by=mean, the mean paired difference itself must be at most the margin.
     """
 
@@ -203,7 +205,7 @@ class Arm(Part):
     measured: dict[str, MeasuredSetting] = Field(default_factory=dict)
     seeds: Literal["decisive", "other"] = "other"
     probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
-    asks: tuple[Literal["samples", "oracle"], ...] = ()  # measurements besides those of every run
+    asks: tuple[Literal["samples", "oracle", "load_tables"], ...] = ()  # measurements besides those of every run
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -240,7 +242,24 @@ class Study(Part):
     records: str = str(RESULTS)  # folder of the records
     not_testable: str = ""  # why no rule can be judged on the study's runs; empty if rules can be judged
     arms: dict[ArmName, Arm] = Field(min_length=1)
+    gates: tuple[ValueRule, ...] = ()  # rules that must hold, or no rule of `rules` can be judged; their arms run first
     rules: tuple[ValueRule, ...] = ()
+    corrected: bool = False  # whether all bounds hold at once with 95 % confidence (Bonferroni), instead of each alone
+    committed_code: bool = False  # whether runs that count need code without uncommitted changes
+
+    @property
+    def confidence(self) -> float:
+        """Confidence of the one-sided bound of each rule and gate."""
+        return 1.0 - (1.0 - CONFIDENCE) / (max(1, len(self.rules)) if self.corrected else 1)
+
+    @property
+    def gate_arms(self) -> frozenset[str]:
+        """Returns the arms that gates compare, with the arms that these need."""
+        found: list[str] = []
+        for name in reversed(self.arms):  # backwards, because an arm comes after the arms that it needs
+            if any(name in rule.arms for rule in self.gates) or any(name in self.arms[each].needs for each in found):
+                found.append(name)
+        return frozenset(found)
 
     @property
     def reference(self) -> str | None:
@@ -251,7 +270,7 @@ class Study(Part):
     def _names_are_there(self) -> "Study":
         reference = set() if self.reference is None else {self.reference}
         wanted = {needed for arm in self.arms.values() for needed in arm.needs} | reference
-        wanted |= {name for rule in self.rules for name in rule.arms}
+        wanted |= {name for rule in (*self.gates, *self.rules) for name in rule.arms}
         wanted |= {*self.pilot.arms, *self.pilot.variants}
         if unknown := sorted(wanted - set(self.arms)):
             raise ValueError(f"{', '.join(unknown)}: no such arm; there are {', '.join(self.arms)}")
@@ -263,11 +282,16 @@ class Study(Part):
             if few:
                 raise ValueError(f"arms.{name} has seeds that {', '.join(few)} lacks; give that one the decisive seeds")
             seen.add(name)
-        values = [value for rule in self.rules for value in (rule.lower, rule.higher) if isinstance(value, EtaValue)]
+        values = [
+            value
+            for rule in (*self.gates, *self.rules)
+            for value in (rule.lower, rule.higher)
+            if isinstance(value, EtaValue)
+        ]
         costed = {name for value in values for name in (value.eta, value.of)} | reference
         if part := sorted(costed - set(self.with_whole_cost())):
             raise ValueError(f"eta needs the whole training cost of {part[0]}; set arms.{part[0]}.carry, or leave it out")
-        question_round = [name for name, arm in self.arms.items() if arm.asks]
+        question_round = [name for name, arm in self.arms.items() if set(arm.asks) - {"load_tables"}]
         if question_round and self.measure.questions is None:
             raise ValueError(f"arms.{question_round[0]}.asks needs measure.questions, which says what is asked")
         if both := sorted(set(self.pilot.seeds) & {*self.seeds.decisive, *self.seeds.other}):

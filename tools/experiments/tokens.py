@@ -146,6 +146,21 @@ def loads(tokens: Tokens) -> dict[str, Any]:
     }
 
 
+def tables_of(tokens: Tokens, image_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns two tables [L, V] of mean true experts per token in each layer: by token id, and by the modality of the id.
+    `image_V` is true for picture codes. An id that has no token has the mean of its modality. A modality without a token
+    has mean 0."""
+    vocab_size, layers = len(image_V), tokens.load_NL.shape[1]
+    by_id_LV, by_modality_LV = np.zeros((layers, vocab_size)), np.zeros((layers, vocab_size))
+    count_V = np.bincount(tokens.input_N, minlength=vocab_size)
+    for layer, load_N in enumerate(tokens.load_NL.T):
+        for inside_N, ids_V in ((tokens.input_image_N, image_V), (~tokens.input_image_N, ~image_V)):
+            by_modality_LV[layer, ids_V] = load_N[inside_N].mean() if inside_N.any() else 0.0
+        sum_V = np.bincount(tokens.input_N, weights=load_N, minlength=vocab_size)
+        by_id_LV[layer] = np.where(count_V > 0, sum_V / np.maximum(count_V, 1), by_modality_LV[layer])
+    return by_id_LV, by_modality_LV
+
+
 def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[str, Any]]:
     """Sorts tokens by a value into bins with equally many tokens, and returns each bin's mean number of true experts of
     text and of image tokens. If text and image tokens differ in a bin, the value alone does not determine the number of

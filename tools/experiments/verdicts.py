@@ -1,9 +1,10 @@
 """Judges the rules of an experiment (pass, fail, or not testable with the reason) by the statistics of paired runs.
 
 Because runs of all arms with the same seed share data, order of data and base weights, the difference d_i between two arms
-is taken between runs with seed i. The one-sided 95 % bounds of the mean difference over n seeds (Student's t) are
+is taken between runs with seed i. The one-sided bounds of the mean difference over n seeds (Student's t) at confidence c,
+by default 0.95, are
 
-    mean d +- t(0.95, n - 1) s / sqrt(n),   s^2 = sum (d_i - mean d)^2 / (n - 1)
+    mean d +- t(c, n - 1) s / sqrt(n),   s^2 = sum (d_i - mean d)^2 / (n - 1)
 """
 
 import math
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tools.experiments.study import (
+    CONFIDENCE,
     ArmValue,
     ConstantValue,
     EtaValue,
@@ -26,7 +28,6 @@ from tools.experiments.study import (
     ValueRule,
 )
 
-CONFIDENCE = 0.95
 Record = Mapping[str, Any]
 Records = Mapping[tuple[str, int], Record]  # records by (arm, seed)
 Outcome = Literal["pass", "fail", "not testable here"]
@@ -34,7 +35,7 @@ Outcome = Literal["pass", "fail", "not testable here"]
 
 @dataclass(frozen=True)
 class Paired:
-    """Mean and standard deviation of n paired differences, and two one-sided 95 % bounds of the mean."""
+    """Mean and standard deviation of n paired differences, and two one-sided bounds of the mean."""
 
     n: int
     mean: float
@@ -43,7 +44,7 @@ class Paired:
     upper: float
 
 
-def paired(differences: Sequence[float]) -> Paired:
+def paired(differences: Sequence[float], confidence: float = CONFIDENCE) -> Paired:
     """Computes mean, standard deviation and one-sided bounds of paired differences.
 
     Raises:
@@ -55,7 +56,7 @@ def paired(differences: Sequence[float]) -> Paired:
     if len(values) < 2 or not np.isfinite(values).all():
         raise ValueError(f"a bound needs two finite differences at least, got {list(differences)}")
     mean, deviation = float(values.mean()), float(values.std(ddof=1))
-    reach = float(t.ppf(CONFIDENCE, len(values) - 1)) * deviation / math.sqrt(len(values))
+    reach = float(t.ppf(confidence, len(values) - 1)) * deviation / math.sqrt(len(values))
     return Paired(len(values), mean, deviation, mean - reach, mean + reach)
 
 
@@ -130,13 +131,33 @@ class Verdict:
 
 def judge(study: Study, records: Records) -> list[Verdict]:
     """Judges each rule by the seeds that its arms have in common. A rule is not testable until all records of its arms
-    exist."""
+    exist. If a gate fails, no rule is testable."""
+    reason = study.not_testable or failed_gates(judge_gates(study, records))
+    if reason:
+        return [Verdict(rule, "not testable here", reason=reason) for rule in study.rules]
     return [_judge(study, rule, records) for rule in study.rules]
 
 
+def judge_gates(study: Study, records: Records) -> list[Verdict]:
+    """Judges each gate as a rule."""
+    return [_judge(study, gate, records) for gate in study.gates]
+
+
+def failed_gates(gates: Sequence[Verdict]) -> str:
+    """Says which gates do not hold, with the measured figures; empty if all hold."""
+    return "; ".join(f"gate not held: {each.rule.claim} {numbers(each)}" for each in gates if each.outcome != "pass")
+
+
+def numbers(verdict: Verdict) -> str:
+    """Says the mean difference of a verdict, its bounds and the rule; or why there are none."""
+    if verdict.paired is None:
+        return f"({verdict.reason})"
+    found = verdict.paired
+    asked = f"upper < {verdict.rule.margin:g}" if verdict.rule.by == "bound" else f"mean <= {verdict.rule.margin:g}"
+    return f"{found.mean:+.4f} [{found.lower:+.4f}, {found.upper:+.4f}], n = {found.n}; asked: {asked}"
+
+
 def _judge(study: Study, rule: ValueRule, records: Records) -> Verdict:
-    if study.not_testable:
-        return Verdict(rule, "not testable here", reason=study.not_testable)
     seeds = sorted(set.intersection(*(set(study.seeds_of(study.arms[name])) for name in rule.arms)))
     missing = sorted({f"{arm} seed {seed}" for arm in rule.arms for seed in seeds if (arm, seed) not in records})
     if missing:
@@ -151,7 +172,7 @@ def _judge(study: Study, rule: ValueRule, records: Records) -> Verdict:
     if lost:
         return Verdict(rule, "not testable here", reason=f"no value for seed {', '.join(lost)}: {_why(rule)}")
     try:
-        found = paired(differences)
+        found = paired(differences, study.confidence)
     except ValueError as error:
         return Verdict(rule, "not testable here", reason=str(error))
     holds = found.upper < rule.margin if rule.by == "bound" else found.mean <= rule.margin

@@ -177,6 +177,21 @@ def test_heldout_sequences_are_spread_over_the_side(tmp_path: Path, make_set) ->
     assert few[0].tokens_BS[:, 0].tolist() == [200, 220, 240, 260, 280]
 
 
+def test_validation_has_the_other_heldout_sequences(tmp_path: Path, make_set) -> None:
+    data = (tmp_path, make_set(tmp_path, {"a": ([[1]], [[200 + number] * SEQ_LEN for number in range(8)])}))
+    arguments = {"source": "a", "seq_len": SEQ_LEN, "micro_batch": 8, "rank": 0, "world_size": 1}
+
+    def firsts(sequences: int, *, validation: bool) -> list[int]:
+        (batch,) = heldout_batches(*data, sequences=sequences, validation=validation, **arguments)
+        return [int(first) for first in batch.tokens_BS[:, 0] if first >= 200]
+
+    assert firsts(4, validation=False) == [200, 202, 204, 206]
+    assert firsts(4, validation=True) == [201, 203, 205, 207]
+    assert firsts(6, validation=True) == sorted({*range(200, 208)} - {*firsts(6, validation=False)})
+    with refused(ConfigError, "all 8 held-out sequences of a are in the test; ask for fewer"):
+        firsts(8, validation=True)
+
+
 def test_heldout_of_a_source_without_one_and_of_none(folder: tuple[Path, Manifest]) -> None:
     arguments = {"seq_len": SEQ_LEN, "sequences": 4, "micro_batch": 2, "rank": 0, "world_size": 1}
     assert heldout_batches(*folder, source="b", **arguments) == []

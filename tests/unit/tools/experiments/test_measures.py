@@ -1,5 +1,7 @@
 """What is measured of a run, against cases drawn by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.messages import refused
 from tools.experiments.measure import planned
 from tools.experiments.probes import bound_for_load, changed_routing, flip, flip_depths, second_weights, swapped, threshold
-from tools.experiments.tokens import SentRows, Tokens, binned, input_filler, loads, losses, rank_of_tokens
+from tools.experiments.tokens import SentRows, Tokens, binned, input_filler, loads, losses, rank_of_tokens, tables_of
 
 GROUP = ExpertGroup("all", num_experts=4, num_null=2, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",))
 
@@ -97,6 +99,14 @@ def test_bins_hold_each_token_once_and_modalities_apart() -> None:
     assert table[0]["image"]["load"] == pytest.approx(0.25)
     assert table[1]["text"]["load"] == pytest.approx(1.75)
     assert sum(row[name]["tokens"] for row in binned(tokens(), np.zeros(5)) for name in ("text", "image")) == 5
+
+
+def test_tables_of_loads_by_hand() -> None:
+    """Id 2 is an image code with two tokens, id 4 an image code without a token, id 1 a text id without a token."""
+    seen = replace(tokens(), input_N=np.array([0, 0, 2, 3, 2]))
+    by_id_LV, by_modality_LV = tables_of(seen, np.array([False, False, True, True, True]))
+    np.testing.assert_allclose(by_id_LV, [[2.0, 2.0, 0.0, 1.0, 1 / 3], [1.5, 1.5, 0.5, 1.0, 2 / 3]])
+    np.testing.assert_allclose(by_modality_LV, [[2.0, 2.0, 1 / 3, 1 / 3, 1 / 3], [1.5, 1.5, 2 / 3, 2 / 3, 2 / 3]])
 
 
 def router() -> TopKRouter:

@@ -98,6 +98,19 @@ def test_rules_changed_after_the_first_results_are_refused_even_if_committed(
         check_rules(results, path, rules)
 
 
+def test_changed_code_is_refused_where_records_must_be_rebuilt(
+    study: tuple[Path, Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rules = study
+    strict = rules.model_copy(update={"committed_code": True})
+    monkeypatch.setattr("tools.experiments.results.code_of_now", lambda: {"commit": "c0ffee", "changed": True})
+    assert check_rules(Path("r.jsonl"), path, rules)
+    with refused(ConfigError, "committed_code"):
+        check_rules(Path("r.jsonl"), path, strict)
+    monkeypatch.setattr("tools.experiments.results.code_of_now", lambda: {"commit": "c0ffee", "changed": False})
+    assert check_rules(Path("r.jsonl"), path, strict)
+
+
 def test_records_come_back_and_a_second_of_the_same_run_takes_its_place(study: tuple[Path, Study]) -> None:
     path, rules = study
     results, header = Path("deep/r.jsonl"), make_header(path, rules, "abc")

@@ -1,6 +1,7 @@
 """Statistics and verdicts of experiments against numbers worked out by hand."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tools.experiments.study import Study
 from tools.experiments.verdicts import at_equal_cost, cost_to_reach, judge, log_eta, on_lines, paired
 
 T_095_4 = 2.131846786  # tables of Student's t: one-sided 95 %, 4 degrees of freedom
+T_0975_4 = 2.776445105  # one-sided 97.5 %
 T_095_2 = 2.919985580
 
 
@@ -63,11 +65,11 @@ def test_eta_by_hand() -> None:
     assert log_eta([(0.5, 5.0)], dense) is None
 
 
-def study_of(rules: list[dict]) -> Study:
+def study_of(rules: list[dict], **more: Any) -> Study:
     arm = {"about": "", "seeds": "decisive"}
     values = {
         "name": "planted", "question": "", "base": "none", "seeds": {"decisive": [1, 2, 3, 4, 5], "other": [1, 2]},
-        "pilot": {"seeds": [9]}, "arms": {"a": arm, "b": arm, "c": arm}, "rules": rules,
+        "pilot": {"seeds": [9]}, "arms": {"a": arm, "b": arm, "c": arm}, "rules": rules, **more,
     }  # fmt: skip
     return Study.model_validate(values, strict=False)
 
@@ -155,6 +157,40 @@ def test_a_gate_that_was_not_passed_leaves_nothing_to_judge() -> None:
     study = study_of([NOT_WORSE]).model_copy(update={"not_testable": "the gap was 1 point"})
     verdict = judge(study, records_of(a=[1.0] * 5, b=[2.0] * 5))[0]
     assert (verdict.outcome, verdict.reason) == ("not testable here", "the gap was 1 point")
+
+
+GATE = {
+    "claim": "c is 0.1 below b",
+    "lower": {"arm": "c", "metric": "loss.all"},
+    "higher": {"arm": "b", "metric": "loss.all"},
+}
+
+
+@pytest.mark.parametrize(("c", "outcome"), [(1.85, "pass"), (1.95, "not testable here")])
+def test_a_gate_is_measured_before_rules_are_judged(c: float, outcome: str) -> None:
+    study = study_of([NOT_WORSE], gates=[{**GATE, "margin": -0.1}])
+    records = records_of(a=[1.0] * 5, b=[2.0] * 5, c=[c] * 5)
+    (verdict,) = judge(study, records)
+    assert verdict.outcome == outcome
+    if outcome != "pass":
+        assert verdict.reason.startswith("gate not held: c is 0.1 below b -0.0500 [-0.0500, -0.0500], n = 5")
+    del records["b", 4]
+    assert "no record yet of b seed 4" in judge(study, records)[0].reason
+
+
+def test_arms_of_gates_include_what_they_begin_with() -> None:
+    arm = {"about": "", "seeds": "decisive"}
+    study = study_of([NOT_WORSE], gates=[GATE], arms={"a": arm, "b": arm, "d": arm, "c": {**arm, "after": "d"}})
+    assert study.gate_arms == {"b", "c", "d"}
+
+
+def test_corrected_bounds_hold_for_all_rules_at_once() -> None:
+    scattered = [-0.09, 0.09, -0.05, 0.05, 0.0]
+    records = records_of(a=scattered, b=[0.0] * 5)
+    for corrected, t in ((False, T_095_4), (True, T_0975_4)):
+        found = judge(study_of([NOT_WORSE] * 2, corrected=corrected), records)[0].paired
+        assert found is not None
+        assert found.upper == pytest.approx(t * math.sqrt(0.0053 / 5), rel=1e-6)
 
 
 def test_distance_at_equal_cost_by_hand() -> None:
