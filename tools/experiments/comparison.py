@@ -26,6 +26,7 @@ from tools.experiments.rank_seconds import ROUNDS, RankTime, check_ranks, read_r
 from tools.experiments.report import commits, table
 from tools.experiments.results import read_header, results_path
 from tools.experiments.study import Study, config_of, fingerprint, jobs_of, load_study
+from tools.experiments.verdict_figure import save
 from tools.experiments.verdicts import Paired, Record, Records, number_at, of_arm, paired
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ OFF_BUDGET = 0.05  # relative difference from the budget beyond which a method's
 BYTES = 4  # size of an fp32 number
 EXCHANGES = 4  # of each row: dispatch and combine, forward and backward
 COLOUR, FAINT = "#0072B2", "#999999"  # colours of Okabe and Ito, for colour-blind readers
-FORMATS = ("png", "svg", "pdf")
 INCHES = (10.0, 4.0)
 
 
@@ -255,9 +255,7 @@ def draw(asked: Comparison, records: Records, path: Path) -> list[Path]:
     from matplotlib.figure import Figure  # import takes seconds; needs no window system
 
     others = [name for name in asked.methods if name != asked.reference]
-    written = []
-    # Fixed ids in the SVG and no dates, so that equal records give equal files.
-    with mpl.rc_context({"svg.hashsalt": "compare", "font.size": 9}):
+    with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=INCHES, layout="constrained")
         loss, accuracy, load = figure.subplots(1, 3, sharey=True)
         _bounds(loss, asked, records, others, "loss.all", "held-out loss, nats", 1.0)
@@ -266,12 +264,7 @@ def draw(asked: Comparison, records: Records, path: Path) -> list[Path]:
         loss.set_yticks(range(len(others)), others)
         loss.set_ylim(len(others) - 0.5, -0.5)  # the first method on top
         figure.suptitle(f"{asked.budget:g} true experts per token; differences from {asked.reference}, paired by seed")
-        for format in FORMATS:
-            target = path.with_suffix(f".{format}")
-            empty = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[format]
-            figure.savefig(target, dpi=200, metadata=empty)
-            written.append(target)
-    return written
+    return save(figure, path, dots=200)
 
 
 def _bounds(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tools.experiments.study import Study
+from tools.experiments.verdict_figure import save
 from tools.experiments.verdicts import Records, at_equal_cost, of_arm
 
 if TYPE_CHECKING:
@@ -45,10 +46,7 @@ def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
     figure = Figure(figsize=INCHES if len(fill) == 1 else BOTH_INCHES, dpi=DOTS, layout="constrained")
     for panel, axes in zip(fill, figure.subplots(1, len(fill), squeeze=False)[0], strict=True):
         panel(axes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Version and time are omitted, so that equal records give equal files.
-    figure.savefig(path, metadata={"Software": None})
-    return path
+    return save(figure, path, dots=DOTS)[0]
 
 
 def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:

@@ -16,6 +16,7 @@ from moe_dist.runtime.files import write_atomically
 from tools.experiments.plots import draw
 from tools.experiments.results import read_header, read_records, results_path
 from tools.experiments.study import EtaValue, Study, jobs_of
+from tools.experiments.verdict_figure import draw_verdicts
 from tools.experiments.verdicts import Record, Records, Verdict, judge, judge_gates, number_at, numbers, of_arm, value_of
 
 PAGE = Path("docs/reproductions.md")
@@ -41,6 +42,7 @@ def write_report(study: Study, *, page: Path = PAGE, results: Path | None = None
         return f"{study.name}: no results yet; moe-dist reproduce {study.name} makes them"
     verdicts = judge(study, records)
     pictures = draw(study, records, path.parent)
+    pictures += draw_verdicts(study, records, verdicts, path.parent / f"{study.name}_verdicts.png")[:1]
     text = "\n".join(_section(study, header, records, verdicts, [each.name for each in pictures]))
     write_atomically(page, _replaced(page.read_text() if page.is_file() else "", study, header, text))
     return "\n".join(f"{each.outcome}: {each.rule.claim} {numbers(each)}" for each in verdicts)
@@ -86,7 +88,12 @@ def _section(
     for title, part in parts.items():
         if part:
             lines += [f"### {title}", "", *part, ""]
-    return [*lines, *(f"![{name}](reproductions/{name})" for name in pictures)]
+    return [*lines, *(line for name in pictures for line in (_picture(name), ""))][:-1]
+
+
+def _picture(name: str) -> str:
+    stem = name.removesuffix(".png")
+    return f"![{name}](reproductions/{name})\n\nAs [SVG](reproductions/{stem}.svg), [PDF](reproductions/{stem}.pdf)."
 
 
 def _per_arm(study: Study, records: Records) -> list[tuple[str, dict[int, Record]]]:

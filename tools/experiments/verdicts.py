@@ -158,25 +158,33 @@ def numbers(verdict: Verdict) -> str:
 
 
 def _judge(study: Study, rule: ValueRule, records: Records) -> Verdict:
-    seeds = sorted(set.intersection(*(set(study.seeds_of(study.arms[name])) for name in rule.arms)))
+    seeds = _seeds(study, rule)
     missing = sorted({f"{arm} seed {seed}" for arm in rule.arms for seed in seeds if (arm, seed) not in records})
     if missing:
         return Verdict(rule, "not testable here", reason=f"no record yet of {', '.join(missing)}")
-    differences, lost = [], []
-    for seed in seeds:
-        lower, higher = (value_of(value, records, seed) for value in (rule.lower, rule.higher))
-        if lower is None or higher is None:
-            lost.append(str(seed))
-        else:
-            differences.append(lower - higher)
-    if lost:
+    if lost := [str(seed) for seed in seeds if _difference(rule, records, seed) is None]:
         return Verdict(rule, "not testable here", reason=f"no value for seed {', '.join(lost)}: {_why(rule)}")
     try:
-        found = paired(differences, study.confidence)
+        found = paired(differences(study, rule, records), study.confidence)
     except ValueError as error:
         return Verdict(rule, "not testable here", reason=str(error))
     holds = found.upper < rule.margin if rule.by == "bound" else found.mean <= rule.margin
     return Verdict(rule, "pass" if holds else "fail", found)
+
+
+def differences(study: Study, rule: ValueRule, records: Records) -> list[float]:
+    """Returns lower - higher of each seed for which `records` has both."""
+    found = (_difference(rule, records, seed) for seed in _seeds(study, rule))
+    return [each for each in found if each is not None]
+
+
+def _seeds(study: Study, rule: ValueRule) -> list[int]:
+    return sorted(set.intersection(*(set(study.seeds_of(study.arms[name])) for name in rule.arms)))
+
+
+def _difference(rule: ValueRule, records: Records, seed: int) -> float | None:
+    lower, higher = (value_of(value, records, seed) for value in (rule.lower, rule.higher))
+    return None if lower is None or higher is None else lower - higher
 
 
 def value_of(value: Value, records: Records, seed: int) -> float | None:

@@ -178,7 +178,10 @@ def test_report_is_written_whatever_it_says_and_an_earlier_attempt_stays(study: 
     assert page.read_text() == once, "written anew, not twice"
     assert once.startswith("# Reproductions\n\nText.\n")
     assert "**fail**" in once
-    assert Path("planted_loss_over_load.png").stat().st_size > 1000
+    for name in ("loss_over_load", "verdicts"):
+        for format in ("png", "svg", "pdf"):
+            assert Path(f"planted_{name}.{format}").stat().st_size > 1000
+    assert "b is below a" in Path("planted_verdicts.svg").read_text()
     results.rename("old.jsonl")
     add_record(results, {**header, "fingerprint": "other"}, record("a", 1, 1.0))
     text = write_report(rules, page=page, results=results)
