@@ -24,7 +24,7 @@ TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 # (in tests/unit the files that conftest.py names): the last files are short, so all workers end together.
 BESIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 WORLDS := -n 3 --dist loadfile --no-loadscope-reorder
-EXPERIMENTS := adamoe adamoe-held moma moma-narrow nulls-by-modality mole roma roma-listed
+EXPERIMENTS := adamoe adamoe-held moma moma-narrow nulls-by-modality mole roma roma-listed adamoe-2 nulls-2 on-ranks
 REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
@@ -185,6 +185,7 @@ questions-data: reproduce-data wordnet
 
 reproduce-mole: conventions-data
 reproduce-roma reproduce-roma-listed: questions-data embedder
+reproduce-on-ranks: ARGS += --processes 1  # its runs have 2 and 4 ranks, and their seconds count
 $(REPRODUCTIONS): reproduce-%: $(INSTALLED) reproduce-data
 	@$(BIN)/python -m tools.experiments $* $$ARGS
 

@@ -17,6 +17,8 @@ from moe_dist.plan.preflight import check, layout_without_data
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import StopRequest
+from tools.experiments.claims import PAGE as CLAIMS_PAGE
+from tools.experiments.claims import write_claims
 from tools.experiments.oracle import check_routers
 from tools.experiments.questions import check_questions
 from tools.experiments.report import write_report
@@ -52,6 +54,8 @@ def main(
         _run(path, study, jobs, pilot=pilot, processes=processes)
     if not pilot:
         print(write_report(study))
+        if CLAIMS_PAGE.is_file():
+            write_claims(CLAIMS_PAGE)
 
 
 def _status_text(study: Study, jobs: Sequence[StudyJob], *, pilot: bool) -> str:

@@ -18,7 +18,14 @@ MARKERS = {"pass": "o", "fail": "X"}  # tell verdicts apart in print without col
 FAINT = "#999999"
 FORMATS = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}  # values: entries left out, so that files repeat
 WIDTH, ROW_INCHES, LABEL_CHARACTERS = 8.0, 0.42, 46
-UNITS = {"loss": "nats", "accuracy": "share of tokens", "answers": "", "questions": "share of questions", "flops": "FLOPs"}
+UNITS = {  # by the first part of a metric
+    "loss": "nats",
+    "accuracy": "share of tokens",
+    "answers": "share of answers",
+    "questions": "share of questions",
+    "load": "experts per token",
+    "flops": "FLOPs",
+}
 
 
 def save(figure: "Figure", path: Path, *, dots: int) -> list[Path]:
@@ -62,7 +69,7 @@ def unit_of(rule: ValueRule) -> str:
     for value in (rule.lower, rule.higher):
         match value:
             case EtaValue():
-                return f"ln of the ratio of {value.cost}"
+                return f"ln of a ratio of {UNITS.get(value.cost, value.cost)}"
             case RatioValue():
                 return UNITS["loss"]
             case ArmValue():
@@ -73,8 +80,8 @@ def unit_of(rule: ValueRule) -> str:
                 metric = value.sum[0].metric
             case _:
                 continue
-        first, last = metric.partition(".")[0], metric.rpartition(".")[2]
-        return UNITS.get(last) or UNITS.get(first) or last.replace("_", " ")
+        first = metric.partition(".")[0]
+        return UNITS.get(first, first)
     return ""
 
 

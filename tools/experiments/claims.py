@@ -1,0 +1,53 @@
+"""Writes the table of claims in docs/results.md: each rule of the experiments that the page's first comment names, with its
+verdict and its effect. The comment is `<!-- begin claims NAME NAME ... -->`."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_dist.config.bundled import find_config
+from moe_dist.errors import DataError
+from moe_dist.runtime.files import write_atomically
+from tools.experiments.results import read_records, results_path
+from tools.experiments.study import FOLDER, Study, load_study
+from tools.experiments.verdict_figure import unit_of
+from tools.experiments.verdicts import Verdict, judge
+
+PAGE = Path("docs/results.md")
+TABLE = re.compile(r"(<!-- begin claims ((?:[\w-]+ )+)-->\n).*?(<!-- end claims -->)", re.DOTALL)
+
+
+def write_claims(page: Path = PAGE) -> None:
+    """Writes the table anew from the records.
+
+    Raises:
+        DataError: the page has no comments around its table.
+    """
+    text = page.read_text()
+    found = TABLE.search(text)
+    if found is None:
+        raise DataError(f"{page}: lacks <!-- begin claims NAME ... --> and <!-- end claims -->; take it from git")
+    studies = [load_study(find_config(FOLDER / f"{name}.yaml")) for name in found[2].split()]
+    rows = [row for study in studies for row in _rows(study)]
+    heads = ["experiment", "claim", "verdict", "difference [one-sided bounds]", "unit", "seeds"]
+    lines = [heads, ["---"] * len(heads), *rows]
+    table = "\n".join("| " + " | ".join(each) + " |" for each in lines)
+    write_atomically(page, text[: found.start()] + f"{found[1]}{table}\n{found[3]}" + text[found.end() :])
+
+
+def _rows(study: Study) -> Sequence[Sequence[str]]:
+    link = f"[{study.name}](reproductions.md#{study.name})"
+    return [[link, each.rule.claim, f"**{each.outcome}**", *_effect(each)] for each in _verdicts(study)]
+
+
+def _verdicts(study: Study) -> list[Verdict]:
+    return judge(study, read_records(results_path(study, pilot=False)))
+
+
+def _effect(verdict: Verdict) -> tuple[str, str, str]:
+    found = verdict.paired
+    if found is None:
+        return verdict.reason, "-", "-"
+    sign = f"{found.mean:+.4g} [{found.lower:+.4g}, {found.upper:+.4g}]"
+    margin = f"; margin {verdict.rule.margin:g}" if verdict.rule.margin else ""
+    return f"{sign}{margin}", unit_of(verdict.rule) or "-", str(found.n)
