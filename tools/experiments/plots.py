@@ -3,6 +3,7 @@ the token's loss, loss against FLOPs and seconds, and the accuracy of each arm."
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from textwrap import fill as wrapped
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +15,13 @@ from tools.experiments.verdicts import Records, at_equal_cost, of_arm
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INCHES = (7.0, 4.2)
-BOTH_INCHES = (11.0, 4.2)
+INCHES = (9.5, 4.2)
+BOTH_INCHES = (13.5, 4.6)
+LABEL_CHARACTERS = 44
 DOTS = 110
-STYLES = ("o-", "s--", "^:")  # matplotlib has ten colours; each style serves ten arms
+# Colours of Okabe and Ito, for colour-blind readers. There are seven; markers tell arms apart beyond that, and in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("o-", "s-", "^-", "D-", "v-", "P-", "X-", "<--", ">--", "*--", "h--")
 IN_FRAME = 0.25  # height of the plot in nats above the best arm; arms above this height are only in the legend
 
 
@@ -41,11 +45,13 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
 
 def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
     """Draws one panel, or two panels side by side, with the functions `fill`; returns the path."""
+    import matplotlib as mpl
     from matplotlib.figure import Figure  # import takes seconds; needs no window system
 
-    figure = Figure(figsize=INCHES if len(fill) == 1 else BOTH_INCHES, dpi=DOTS, layout="constrained")
-    for panel, axes in zip(fill, figure.subplots(1, len(fill), squeeze=False)[0], strict=True):
-        panel(axes)
+    with mpl.rc_context({"axes.prop_cycle": mpl.cycler(color=COLOURS)}):
+        figure = Figure(figsize=INCHES if len(fill) == 1 else BOTH_INCHES, dpi=DOTS, layout="constrained")
+        for panel, axes in zip(fill, figure.subplots(1, len(fill), squeeze=False)[0], strict=True):
+            panel(axes)
     return save(figure, path, dots=DOTS)[0]
 
 
@@ -66,23 +72,33 @@ def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
     for place, name in enumerate(kept):
         mine = of_arm(records, name).values()
         load, loss = ([each[part]["all"] for each in mine] for part in ("load", "loss"))
-        points = axes.plot(load, loss, _style(place)[0], markersize=4, label=name)
+        points = axes.plot(load, loss, _style(place)[0], markersize=4, label=_name(study, name))
         probed = [point for each in mine for point in each["probes"].get("threshold", [])]
         ats = sorted({point["at"] for point in probed})
         if ats:
             chosen = [[point for point in probed if point["at"] == at] for at in ats]
             x = [_mean(point["load"] for point in here) for here in chosen] + [_mean(load)]
             y = [_mean(point["loss"]["all"] for point in here) for here in chosen] + [_mean(loss)]
-            axes.plot(x, y, "--", color=points[0].get_color(), label=f"{name}, second experts dropped afterwards")
+            axes.plot(
+                x,
+                y,
+                "--",
+                color=points[0].get_color(),
+                label=wrapped(f"{name}, second experts dropped afterwards", LABEL_CHARACTERS),
+            )
     for name in [name for name in means if name not in kept]:
-        axes.plot([], [], " ", label=f"{name}: at {means[name]:.2f}, above the frame")
+        axes.plot([], [], " ", label=f"({name}: at {means[name]:.2f}, above the frame)")
     _label(axes, "true experts a token", "held-out nats a token")
 
 
 def _label(axes: "Axes", x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)  # beside the data
+
+
+def _name(study: Study, arm: str) -> str:
+    return wrapped(f"{study.arms[arm].about} ({arm})", LABEL_CHARACTERS)
 
 
 def _adaptive(record: Mapping[str, Any]) -> bool:
@@ -97,7 +113,7 @@ def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
             continue
         places = min(len(table) for table in tables)
         y = [_mean(_total(table[place]) for table in tables) for place in range(places)]
-        axes.plot(np.arange(1, places + 1), y, "o-", markersize=3, label=name)
+        axes.plot(np.arange(1, places + 1), y, _style(list(study.arms).index(name)), markersize=4, label=_name(study, name))
     _label(axes, "tenth of the held-out tokens, by their loss", "true experts a token")
 
 
@@ -109,7 +125,7 @@ def _curves(study: Study, records: Records, cost: str, label: str) -> list[Calla
 
     def losses(axes: "Axes") -> None:
         for place, (name, curves) in enumerate(found.items()):
-            axes.plot(*_averaged(curves.values()), _style(place), markersize=3, label=name)
+            axes.plot(*_averaged(curves.values()), _style(place), markersize=3, label=_name(study, name))
         _logarithmic(axes)
         _label(axes, label, "held-out nats a token")
 
@@ -121,11 +137,11 @@ def _curves(study: Study, records: Records, cost: str, label: str) -> list[Calla
         axes.set_ylim(-IN_FRAME / 2, IN_FRAME / 2)
         _logarithmic(axes)
         axes.set_xlabel(label)
-        axes.set_ylabel(f"the same over {study.reference} at equal cost")
+        axes.set_ylabel(f"held-out nats above {study.reference} at equal cost")
         axes.set_title("what is farther off is outside the frame", fontsize=8, loc="right")
         axes.grid(alpha=0.3)
 
-    return [losses, differences] if of else [losses]
+    return [differences, losses] if of else [losses]
 
 
 def _points(records: Records, arm: str, cost: str) -> dict[int, np.ndarray]:
@@ -156,7 +172,7 @@ def _logarithmic(axes: "Axes") -> None:
 
 def _style(place: int) -> str:
     """Returns matplotlib's marker and line style of the arm number `place`."""
-    return STYLES[place // 10 % len(STYLES)]
+    return STYLES[place % len(STYLES)]
 
 
 def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: str) -> None:
@@ -166,7 +182,7 @@ def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: s
     for place, name in enumerate(names):
         axes.plot(found[name], [place] * len(found[name]), "o", markersize=4, color="C0", alpha=0.6)
         axes.plot(_mean(found[name]), place, "|", markersize=14, color="C1")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [_name(study, name) for name in names], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel(label)
     axes.grid(axis="x", alpha=0.3)

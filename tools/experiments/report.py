@@ -178,20 +178,24 @@ def _wire(study: Study, records: Records) -> list[str]:
     rows = [
         [f"`{name}`", *(f"{_mean(each['wire'][key] for each in mine.values()):.3f}" for key in ROWS)]
         for name, mine in _per_arm(study, records)
+        if any(each["wire"][key] for each in mine.values() for key in ROWS)
     ]
-    return [*lines, *table(["arm", *ROWS.values()], rows)]
+    return [*lines, *table(["arm", *ROWS.values()], rows)] if rows else []
 
 
 def _loads(study: Study, records: Records) -> list[str]:
+    """Returns a table of the loads of the arms whose tokens take different numbers of experts."""
     kinds = ("text", "image", "image_drawn", "image_filler")
     rows = []
     for name, mine in _per_arm(study, records):
+        if not any(value % 1 for each in mine.values() for value in [*each["load"]["by_layer"], each["load"]["idle"]]):
+            continue  # every token takes as many experts in a layer: the table of arms has the number
         metrics = [f"load.{by}.{kind}" for by in ("by_input", "by_label") for kind in kinds]
         cells = [_spread(mine, metric, digits=3, plain=True) for metric in metrics]
         layers = " ".join(f"{_mean(v):.2f}" for v in zip(*(e["load"]["by_layer"] for e in mine.values()), strict=True))
         rows.append([f"`{name}`", layers, f"{_mean(each['load']['idle'] for each in mine.values()):.3f}", *cells])
     heads = [f"{kind.replace('_', ' ')} ({of})" for of in ("token", "next") for kind in kinds]
-    return table(["arm", "by layer", "no expert", *heads], rows)
+    return table(["arm", "by layer", "no expert", *heads], rows) if rows else []
 
 
 def _probes(study: Study, records: Records) -> list[str]:
