@@ -109,6 +109,7 @@ def test_router_dispatcher_sink_and_launcher(tree: Path) -> None:
     assert json.loads((folder / "status.json").read_text())["verdict"] == 0
 
 
+@pytest.mark.full  # a second copy of the tree and a second run
 def test_expert_type_and_controller(tree: Path) -> None:
     overrides = follow(tree, "An expert type", "A controller")
     folder = train_one_step(tree, ("launchers.local",), overrides, ON_ONE_RANK)

@@ -73,6 +73,7 @@ def test_a_hang_ends_at_its_limit_and_says_where(job: CheckJob) -> None:
     assert "in hang" in reason
 
 
+@pytest.mark.full  # waits for a rank's own time limit; the test above has a hang of the check itself
 def test_a_rank_that_hangs_says_where(job: CheckJob) -> None:
     reason = run(job, planted("hanging_rank"))["hanging_rank"].reason
     assert reason.startswith("RuntimeError: rank 0 of 1 on cpu: the process ended with exit code 1")
