@@ -125,6 +125,7 @@ def test_ranks_equal_one_process_over_the_same_sets(
     assert oracle.steps[0].counts.unrouted_LG.any()
 
 
+@pytest.mark.full  # the layouts above recompute as well, up to rounding
 def test_recompute_changes_no_bit(
     run_in_world: Callable[..., list[Any]], one_process: Callable[[Layout], tuple[Path, Outcome]]
 ) -> None:
