@@ -66,7 +66,7 @@ def refusal(path: Path) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("preset", rest_full(PRESETS, 4), ids=lambda path: path.stem)
+@pytest.mark.parametrize("preset", rest_full(PRESETS, 2), ids=lambda path: path.stem)
 def test_a_mistake_is_accepted_or_named(preset: Path, tmp_path: Path) -> None:
     print(f"seed {SEED}")
     values = yaml.safe_load(preset.read_text())

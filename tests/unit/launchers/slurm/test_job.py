@@ -184,7 +184,7 @@ def test_slurm_requeues_what_the_other_launchers_restart(node: Node, line: str, 
     assert node.requeues == requeued
 
 
-@pytest.mark.parametrize("fault", rest_full(FAULTS))
+@pytest.mark.parametrize("fault", rest_full(FAULTS, 0))
 def test_slurm_requeues_after_a_fault_that_may_pass(node: Node, capsys: pytest.CaptureFixture[str], fault: str) -> None:
     """tests/unit/launchers/test_attempts.py tests that the local launcher and Ray restart as often after these faults."""
     (node.folder / "site.yaml").write_text(f"gpus: {{syntax: none}}\nranks_per_node: 2\nmax_restarts: {RESTARTS}\n")

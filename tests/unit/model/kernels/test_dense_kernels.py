@@ -212,7 +212,7 @@ def test_several_projections(dtype: torch.dtype, bias: bool, frozen: bool) -> No
             torch.testing.assert_close(got.double(), expected, rtol=0, atol=16 * TOLERANCE[dtype])
 
 
-# A trial takes 7 s. The tests above have each kernel against torch, and the one below all that come before a fault.
+# A trial takes 7 s. The tests above have each kernel against torch; tests/unit/moe/kernels/test_trial.py has a trial.
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_good_kernels_pass_the_trial(dtype: torch.dtype) -> None:
@@ -242,7 +242,10 @@ def first_block_alone(logits: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("kernels", "words"),
     [
-        (TRITON._replace(norm_for_router=router_weight_forgotten), "the norm for the router of the Triton kernels differs"),
+        full(
+            TRITON._replace(norm_for_router=router_weight_forgotten),
+            "the norm for the router of the Triton kernels differs",
+        ),
         full(
             TRITON._replace(norm_and_rotate=weight_reversed), "the norm of all heads, rotated of the Triton kernels differs"
         ),
