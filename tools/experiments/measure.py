@@ -35,6 +35,7 @@ from moe_dist.train.evaluation.calibration import by_threshold, calibrate
 from moe_dist.train.loss import forward
 from moe_dist.train.trainer import Loader
 from tools.experiments import probes
+from tools.experiments.domain_probe import domains
 from tools.experiments.questions import QuestionRound, make_samples
 from tools.experiments.runner import MEASURED
 from tools.experiments.study import CurveSection, MeasureSection, QuestionsSection, load_study
@@ -105,6 +106,8 @@ class Measurement:
         self._model, self._placement = self._reader.model, self._reader.placement
         self._before = before
         self._groups = torch.tensor(group_of_modality(self._manifest, self._placement))
+        modalities = tuple(self._manifest.modalities)
+        self._image = modalities.index("image") if "image" in modalities else -1
 
     def record(self, wanted: Sequence[str], asks: Sequence[str] = ()) -> dict[str, Any]:
         """Returns the run's record, with all measurements. `wanted` names the probes; `asks` may name `oracle` and
@@ -115,7 +118,7 @@ class Measurement:
         section, by_source = self._section, self._batches_by_source(self._section.sequences)
         batches = [batch for of_source in by_source.values() for batch in of_source]
         curve = [] if section.curve is None else self._curve(section.curve, spent)
-        tokens = evaluate(model := self._model_at(last), batches, self._groups)
+        tokens = evaluate(model := self._model_at(last), batches, self._groups, image=self._image)
         found = {
             "steps": last,
             **asdict(spent[last]),
@@ -129,10 +132,12 @@ class Measurement:
             "probes": {name: getattr(self, f"_probe_{name}")(batches) for name in wanted},
         }
         if section.accuracy:
-            found["accuracy"] = accuracy(model, batches, self._groups)
+            found["accuracy"] = accuracy(model, batches, self._groups, image=self._image)
         asked = {name: each for name, each in by_source.items() if self._manifest.sources[name].train.prompt is not None}
         if asked:
             found["answers"] = answers(model, asked, self._groups)
+        if section.domains and len(by_source) > 1:
+            found["domains"] = domains(model, by_source, self._groups)
         if "load_tables" in asks:
             found["load_tables"] = self._load_tables(model)
         if section.questions is not None:
@@ -219,7 +224,7 @@ class Measurement:
         batches = [batch for of_source in self._batches_by_source(section.sequences).values() for batch in of_source]
         points = []
         for step in self._planned():
-            tokens = evaluate(self._model_at(step), batches, self._groups)
+            tokens = evaluate(self._model_at(step), batches, self._groups, image=self._image)
             load = loads(tokens)["all"]
             points.append({"step": step, **asdict(spent[step]), "loss": losses(tokens), "load": load})
         return points
@@ -230,7 +235,8 @@ class Measurement:
         TABLE_STEPS training steps; an id without a token in these steps has the mean of its modality."""
         batch = self._config.train.global_batch
         positions = range((self._config.train.steps - TABLE_STEPS) * batch, self._config.train.steps * batch, batch)
-        tokens = evaluate(model, [each for at in positions for each in self._loader.batches(at)], self._groups)
+        trained = [each for at in positions for each in self._loader.batches(at)]
+        tokens = evaluate(model, trained, self._groups, image=self._image)
         paths = {}
         image_V = np.zeros(self._config.model.vocab_size, bool)
         for first, end in self._manifest.modalities["image"]:
@@ -304,7 +310,7 @@ class Measurement:
             return self._point(batches, at=at)
 
     def _point(self, batches: Sequence[Batch], *, at: float) -> dict[str, Any]:
-        tokens = evaluate(self._model, batches, self._groups)
+        tokens = evaluate(self._model, batches, self._groups, image=self._image)
         return {"at": at, "loss": losses(tokens), "load": loads(tokens)["all"]}
 
 

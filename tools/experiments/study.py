@@ -181,6 +181,7 @@ class MeasureSection(Part):
 
     sequences: PositiveInt = 256
     accuracy: bool = False  # whether to measure the fraction of labels that are the model's most likely token
+    domains: bool = False  # whether to measure what routers are told of a token's data source, and what they tell
     curve: CurveSection | None = None
     wire: WireSection = Field(default_factory=WireSection)
     threshold_loads: tuple[PositiveFloat, ...] = ()
