@@ -4,14 +4,16 @@ other.
     python -m tools.experiments.domain_data --out .cache/data/domains
 
 Each domain has an alphabet: token ids of its own for fillers, items and a question mark. Item i is the same item in each
-alphabet, because the base model is trained to write an item of one alphabet in another alphabet:
+alphabet, because the base model is trained to write an item of one alphabet in another alphabet. The base model knows which
+tokens make an alphabet, because it is trained on texts of one alphabet each, too:
 
+    texts       five tokens of one alphabet, drawn at random
     parallel    filler_a item_a(i) filler_a ask_b   item_b(i)
     DOMAIN      filler_d item_d(i) filler_d ask_d   item_d(rule_d(i))
 
 The rule of a domain is a permutation of the items. No two rules agree on any item, and no rule keeps an item. So the
 answers contradict each other and the base, and each token of a domain's document tells the domain. Only the answer is
-scored.
+scored; of a text, each token after the first.
 
 Held-out documents have fillers that no training document of the same item has. Held-out documents of `parallel` also have
 (alphabet, other alphabet, item) that no training document has: a model that answers these knows that the alphabets share
@@ -35,7 +37,7 @@ from moe_dist.runtime.command_line import reports_errors, run_command
 from tools.experiments.instructed import Document, check_new, write_split
 
 DOMAINS = ("north", "east", "south", "west", "up", "down", "left", "right")
-PARALLEL = "parallel"
+PARALLEL, TEXTS = "parallel", "texts"
 FILLERS, PLACES = 32, 2  # fillers of an alphabet, and fillers of a document
 FIRST = 2  # first id of the first alphabet, after padding and the end-of-document token, which no document has
 HELD_OUT = 8  # one of this many (fillers, item), and of (alphabet, other alphabet, item), is held out
@@ -96,16 +98,22 @@ def document(question: Asked, answer: int, every: Sequence[Alphabet]) -> Documen
     return tokens, np.arange(len(tokens)) < len(tokens) - 1
 
 
+def text(alphabet: Alphabet, rng: np.random.Generator) -> Document:
+    """Draws a text of one alphabet."""
+    tokens = rng.integers(alphabet.ask, alphabet.end, PLACES + 3)
+    return tokens, np.arange(len(tokens)) < 1
+
+
 @reports_errors()
 def main(
     out: Annotated[Path, typer.Option(help="Folder to make.")] = Path(".cache/data/domains"),
     items: Annotated[int, typer.Option(min=4 * len(DOMAINS), help="Items of an alphabet.")] = 64,
     questions: Annotated[int, typer.Option(min=2, help="Training questions of each domain.")] = 28_000,
-    parallel: Annotated[int, typer.Option(min=2, help="Training documents of the base model.")] = 96_000,
+    parallel: Annotated[int, typer.Option(min=2, help="Training documents of each source of the base model.")] = 96_000,
     heldout: Annotated[int, typer.Option(min=2, help="Held-out questions of each source.")] = 1600,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the rules and of the documents.")] = 0,
 ) -> None:
-    """Make the data: the source parallel, a source for each domain, and DOMAIN-twice with twice the questions."""
+    """Make the data: the sources texts and parallel, a source for each domain, and DOMAIN-twice of twice the questions."""
     made = make(out, items=items, questions=questions, parallel=parallel, heldout=heldout, seed=seed)
     print(", ".join(f"{name} {source.train.documents}" for name, source in made.sources.items()))
 
@@ -118,8 +126,9 @@ def make(out: Path, *, items: int, questions: int, parallel: int, heldout: int, 
     """
     check_new(out)
     answers, every = rules(items, seed=seed), alphabets(items)
-    across = [pair for pair in product(range(len(DOMAINS)), repeat=2) if pair[0] != pair[1]]
-    within = [(number, number) for number in range(len(DOMAINS))]
+    numbers = range(len(DOMAINS))
+    across = [(asked, answered) for asked in numbers for answered in numbers if asked != answered]
+    within = [(number, number) for number in numbers]
 
     def drawn(pairs: Sequence[tuple[int, int]], side: str, count: int) -> list[Asked]:
         rng = np.random.default_rng((seed, len(pairs), pairs[0][0], side == "train"))
@@ -130,6 +139,11 @@ def make(out: Path, *, items: int, questions: int, parallel: int, heldout: int, 
         "valid": drawn(across, "valid", heldout),
     }
     documents = {PARALLEL: {side: [document(q, q.item, every) for q in questions] for side, questions in asked.items()}}
+    rng = np.random.default_rng((seed, 0))
+    counts = {"train": parallel, "valid": heldout}
+    documents[TEXTS] = {
+        side: [text(every[number % len(every)], rng) for number in range(count)] for side, count in counts.items()
+    }
     for number, domain in enumerate(DOMAINS):
         sides = {
             side: [document(q, int(answers[number, q.item]), every) for q in drawn([(number, number)], side, count)]

@@ -26,6 +26,7 @@ from moe_dist.inference.loaded_run import CheckpointReader
 from moe_dist.inference.questions.split import Side
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import choice_of_training
+from moe_dist.monitor.metrics import group_metrics
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.files import write_atomically
@@ -69,13 +70,16 @@ class Spent:
 
 def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int, Spent]:
     """Maps each step to the cost of training up to and including this step, plus the cost `before` the run."""
-    spent, sums, prefix = {}, before, "moe/experts_per_token/"
+    spent, sums, groups = {}, before, plan.placement.groups
     for record in read_lines(metrics):
         if record["kind"] != "step":
             continue
-        scalars = record["scalars"]
-        experts = {key.removeprefix(prefix): value or 0.0 for key, value in scalars.items() if key.startswith(prefix)}
-        tokens_G = [sum(column) for column in zip(*record["arrays"]["tokens_LG"], strict=True)]
+        scalars, names = record["scalars"], ("choices_LC", "tokens_LG", "dropped_LG")
+        # From counts, because with many modalities the scalars have only the mean over groups.
+        choices, of_group, dropped = (np.array(record["arrays"][name]).sum(0, keepdims=True) for name in names)
+        taken_G = group_metrics(choices, of_group, groups, dropped_LG=dropped)["experts_per_token"][0]
+        tokens_G = of_group[0].tolist()
+        experts = {group.name: value for group, value in zip(groups, np.nan_to_num(taken_G).tolist(), strict=True)}
         share = {name: each / max(1.0, sum(tokens_G)) for name, each in zip(experts, tokens_G, strict=True)}
         tokens = before.tokens + int(scalars["optim/tokens"]) - sums.tokens
         flops = sums.flops + tokens * plan.flops_per_token(experts, share)
@@ -136,7 +140,7 @@ class Measurement:
         asked = {name: each for name, each in by_source.items() if self._manifest.sources[name].train.prompt is not None}
         if asked:
             found["answers"] = answers(model, asked, self._groups)
-        if section.domains and len(by_source) > 1:
+        if "domains" in asks:
             found["domains"] = domains(model, by_source, self._groups)
         if "load_tables" in asks:
             found["load_tables"] = self._load_tables(model)
@@ -327,7 +331,7 @@ def main(
     wanted: Annotated[str, typer.Argument(help="Probes, separated by commas; may be empty.")] = "",
     before: Annotated[str, typer.Argument(help="JSON of tokens, flops and seconds spent before the run.")] = "{}",
     asks: Annotated[
-        str, typer.Option(help="Further measurements, separated by commas: samples, oracle, load_tables.")
+        str, typer.Option(help="Further measurements, separated by commas: samples, oracle, load_tables, domains.")
     ] = "",
     pilot: Annotated[bool, typer.Option("--pilot", help="Take the validation side of sequences and questions.")] = False,
 ) -> None:

@@ -181,7 +181,6 @@ class MeasureSection(Part):
 
     sequences: PositiveInt = 256
     accuracy: bool = False  # whether to measure the fraction of labels that are the model's most likely token
-    domains: bool = False  # whether to measure what routers are told of a token's data source, and what they tell
     curve: CurveSection | None = None
     wire: WireSection = Field(default_factory=WireSection)
     threshold_loads: tuple[PositiveFloat, ...] = ()
@@ -206,7 +205,7 @@ class Arm(Part):
     measured: dict[str, MeasuredSetting] = Field(default_factory=dict)
     seeds: Literal["decisive", "other"] = "other"
     probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
-    asks: tuple[Literal["samples", "oracle", "load_tables"], ...] = ()  # measurements besides those of every run
+    asks: tuple[Literal["samples", "oracle", "load_tables", "domains"], ...] = ()  # measurements besides those of every run
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -292,7 +291,7 @@ class Study(Part):
         costed = {name for value in values for name in (value.eta, value.of)} | reference
         if part := sorted(costed - set(self.with_whole_cost())):
             raise ValueError(f"eta needs the whole training cost of {part[0]}; set arms.{part[0]}.carry, or leave it out")
-        question_round = [name for name, arm in self.arms.items() if set(arm.asks) - {"load_tables"}]
+        question_round = [name for name, arm in self.arms.items() if set(arm.asks) - {"load_tables", "domains"}]
         if question_round and self.measure.questions is None:
             raise ValueError(f"arms.{question_round[0]}.asks needs measure.questions, which says what is asked")
         if both := sorted(set(self.pilot.seeds) & {*self.seeds.decisive, *self.seeds.other}):

@@ -10,7 +10,7 @@ from moe_dist.config.manifest import Manifest, SplitSection, load_manifest
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.errors import ConfigError
 from tests.support.messages import refused
-from tools.experiments.domain_data import DOMAINS, FILLERS, FIRST, HELD_OUT, PARALLEL, alphabets, make, rules
+from tools.experiments.domain_data import DOMAINS, FILLERS, FIRST, HELD_OUT, PARALLEL, TEXTS, alphabets, make, rules
 
 ITEMS, LENGTH = 24, 5
 
@@ -87,6 +87,23 @@ def test_domains_answer_by_their_rule_and_the_base_by_the_item(data: Path) -> No
             of.add(asked)
             to.add(answered)
     assert len(of) == len(to) == len(DOMAINS)
+
+
+def test_a_text_has_all_tokens_of_one_alphabet_alone(data: Path) -> None:
+    manifest = load_manifest(data)
+    source = manifest.sources[TEXTS]
+    for split, count in ((source.train, 3000), (source.valid, 120)):
+        assert split is not None
+        read = IndexedSplit(data, split)
+        texts = read.tokens(0, read.header.tokens).reshape(-1, LENGTH)
+        prompt = read.prompt(0, read.header.tokens).reshape(-1, LENGTH)
+        assert len(texts) == count
+        assert prompt[:, 0].all()
+        assert not prompt[:, 1:].any(), "each token that follows one is scored"
+        domains = domain_of(manifest, texts)
+        assert (domains == domains[:, :1]).all()
+        assert set(domains[:, 0].tolist()) == set(range(len(DOMAINS)))
+    assert len(np.unique(read.tokens(0, read.header.tokens))) > 100
 
 
 def test_no_held_out_question_was_trained_on(data: Path) -> None:

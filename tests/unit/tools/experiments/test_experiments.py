@@ -11,7 +11,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import layout_without_data, manifest_violations
 from tests.support.messages import refused
 from tools.experiments.convention_data import CONVENTIONS
-from tools.experiments.domain_data import DOMAINS, PARALLEL, alphabets
+from tools.experiments.domain_data import DOMAINS, PARALLEL, TEXTS, alphabets
 from tools.experiments.study import Study, StudyJob, config_of, jobs_of, load_study
 
 NAMES = (
@@ -49,7 +49,7 @@ def manifest(path: str) -> Manifest:
         names = [f"{name}{more}" for name in CONVENTIONS for more in ("", "-twice")]
     vocab_size, modalities = 2560, {"text": ((0, 2048),), "image": ((2048, 2560),)}
     if path.endswith("domains"):
-        names = [PARALLEL, *(f"{name}{more}" for name in DOMAINS for more in ("", "-twice"))]
+        names = [PARALLEL, TEXTS, *(f"{name}{more}" for name in DOMAINS for more in ("", "-twice"))]
         ends = [each.end for each in alphabets(64)]
         vocab_size = ends[-1]
         modalities = {name: (part,) for name, part in zip(DOMAINS, pairwise([0, *ends]), strict=True)}
@@ -105,8 +105,8 @@ def test_the_budget_is_about_sixty_million_tokens_an_experiment() -> None:
             for job in jobs_of(study)
             if "model.mixture_of_depths" not in job.settings or "mixture_of_depths" in ModelSection.model_fields
         ]
-        # The model of mole-2 is so small that starts and measurements of its 88 runs take as long as their steps.
-        most_tokens, most_steps = (100e6, 2400) if name == "mole-2" else (66e6, 1500)
+        # The model of mole-2 is so small that starts and measurements of its 93 runs take as long as their steps.
+        most_tokens, most_steps = (110e6, 2400) if name == "mole-2" else (66e6, 1500)
         assert sum(steps) * 2048 < most_tokens, name
         assert max(steps) <= most_steps
 
