@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Objective(Protocol):
-    """Losses of labels, computed inside forward, because FSDP2 gathers the output weight only there."""
+    """Computes a loss for each label, inside forward, because FSDP2 gathers the output weight only there."""
 
     def losses(self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> Tensor:
         """Returns the losses [..., B, S] from normed hidden states and the output weight; 0 where the label is negative."""

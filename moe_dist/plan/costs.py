@@ -27,15 +27,13 @@ PASSES_OF_A_ROW = 6  # reads and writes of a sent row, from packing to the sum (
 
 @dataclass(frozen=True)
 class Launches:
-    """Numbers of operations that the host launches in forward, in the order of the fields: in attention; in norm, router
-    and plan of an MoE layer; in each of the two packings of rows; for the experts of one piece (rows that are computed at
-    once); and for each expert of a piece."""
+    """Numbers of operations that the host launches in forward."""
 
-    attention: int
-    router: int
-    pack: int
-    experts: int
-    expert: int
+    attention: int  # in an attention layer
+    router: int  # in norm, router and plan of an MoE layer
+    pack: int  # for copying rows into the order in which dispatch sends them, or combine sends them back
+    experts: int  # for the experts of one piece: rows that are computed at once
+    expert: int  # besides, for each expert of a piece
 
 
 LAUNCHES = {"cuda": Launches(25, 17, 8, 33, 0), "cpu": Launches(53, 130, 25, 7, 10)}  # a CPU loops over experts

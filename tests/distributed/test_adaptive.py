@@ -20,11 +20,13 @@ ALONE["expert_threshold"] = Layout(adaptive="expert_threshold", choice="world")
 
 
 def layouts() -> list[Any]:
-    """Each kind on two ranks; the rest is for `make test-full`."""
+    """A bias by expert and choices of experts on two ranks; the rest is for `make test-full`."""
     found: list[Any] = []
     for number, (kind, alone) in enumerate(ALONE.items()):
         data = ("ddp", "fsdp2")[number % 2]
-        found.append(pytest.param(kind, replace(alone, ep=2, placement="pinned", data=data, recompute="block"), id=kind))
+        marks = () if kind in ("relu", "expert_threshold") else pytest.mark.full
+        two = replace(alone, ep=2, placement="pinned", data=data, recompute="block")
+        found.append(pytest.param(kind, two, id=kind, marks=marks))
         more = replace(alone, ep=4, placement="uneven", recompute="experts")
         found.append(pytest.param(kind, more, id=f"{kind}-4", marks=pytest.mark.full))
         more = replace(alone, ep=2, edp=2, data="fsdp2", chunks=2)
@@ -92,7 +94,7 @@ EXPERTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", rest_full(ALONE, 2))
+@pytest.mark.parametrize("kind", rest_full(ALONE))
 def test_a_resumed_run_is_the_run_that_did_not_stop(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -92,7 +92,7 @@ def test_a_run_resumes_to_the_same_bits_and_its_thresholds_on_another_layout(run
     assert not same(thresholds(elsewhere.tensors), thresholds(elsewhere.at_start))
 
 
-@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("data", [full("ddp"), full("fsdp2")])
 def test_the_second_stage_trains_auxiliary_routers_alone(run: Run, first_stage: list[WholeRun], data: str) -> None:
     second = {**AUXILIARY, "run.name": f"second-{data}", "run.init_from": "first", "parallel.data": data}
     outcomes = run({**second, "train.steps": 6, "parallel.recompute": "block"})

@@ -61,11 +61,11 @@ def _unit(name: str) -> str:
 
 
 @pytest.mark.parametrize("layout", [
-    Layout(2, 2, "pinned", "fsdp2"),
+    full(Layout(2, 2, "pinned", "fsdp2")),
     Layout(2, 2, "pinned", "fsdp2", pair_budget=3),
-    Layout(2, 2, "interleaved", "fsdp2", "block"),
+    full(Layout(2, 2, "interleaved", "fsdp2", "block")),
     full(Layout(4, 2, "uneven", "fsdp2")),
-    Layout(2, 2, "pinned", "fsdp2", overlap=True),
+    full(Layout(2, 2, "pinned", "fsdp2", overlap=True)),
     Layout(2, 2, "interleaved", "fsdp2", "block", overlap=True, chunks=3),
     full(Layout(4, 2, "uneven", "fsdp2", chunks=2)),
     full(Layout(4, 2, "pinned", "fsdp2", "block", ranks_per_node=2)),
@@ -139,8 +139,8 @@ def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
 
 
 @pytest.mark.parametrize("layout", [
-    Layout(4, 1, "uneven"),
-    Layout(2, 2, "pinned", recompute="block"),
+    full(Layout(4, 1, "uneven")),
+    full(Layout(2, 2, "pinned", recompute="block")),
     Layout(4, 1, "uneven", recompute="block", ranks_per_node=2),
     Layout(4, 1, "uneven", recompute="block", overlap=True, chunks=2, replicas=True),
     full(Layout(2, 2, "pinned", "fsdp2", chunks=3, replicas=True)),
@@ -190,7 +190,7 @@ def dtypes(rank: RankContext, layout: Layout) -> dict[str, str]:
     return seen
 
 
-@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("data", ["ddp", full("fsdp2")])
 def test_the_routers_path_stays_fp32_in_a_bf16_run(run_in_world: Callable[..., list[Any]], data: str) -> None:
     for seen in run_in_world(2, dtypes, Layout(2, 1, "pinned", data, precision="bfloat16")):
         assert seen == {

@@ -54,8 +54,16 @@ def loader_of(data: Path, manifest: Manifest, rank: RankContext, dealing: Dealin
     return TrainLoader(data, manifest, seq_len=SEQ_LEN, weights={}, pack_window=8, seed=3, dealing=dealing, **share)
 
 
-@pytest.mark.parametrize("terms", [True, full(False)])
-@pytest.mark.parametrize("layout", [Layout(1, 2), Layout(2, 1, "pinned", "fsdp2")], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "terms"),
+    [
+        full(Layout(1, 2), True),
+        full(Layout(1, 2), False),
+        (Layout(2, 1, "pinned", "fsdp2"), True),
+        full(Layout(2, 1, "pinned", "fsdp2"), False),
+    ],
+    ids=str,
+)
 def test_a_dealt_step_has_the_undealt_gradient(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, layout: Layout, terms: bool
 ) -> None:

@@ -61,8 +61,7 @@ def trained(rank: RankContext, layout: Layout, threads: int) -> str:
         return digest.hexdigest()
 
 
-@pytest.mark.parametrize("threads", [full(1), 4])
-@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("data", "threads"), [full("ddp", 1), full("ddp", 4), full("fsdp2", 1), ("fsdp2", 4)])
 def test_two_runs_have_the_same_bits(run_in_world: Callable[..., list[Any]], data: str, threads: int) -> None:
     layout = Layout(2, 1, "pinned", data, precision="float32")
     first = run_in_world(2, trained, layout, threads)

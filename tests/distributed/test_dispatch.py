@@ -168,9 +168,12 @@ def run_cases(rank: RankContext, seeds: range, timetable: Timetable = PLAIN) -> 
     return len(seeds)
 
 
+TIMETABLES = [Timetable(overlap=True), Timetable(chunks=2), Timetable(True, 3)]
+
+
 @pytest.mark.parametrize(
     ("world_size", "seeds"),
-    [(1, range(300)), (2, range(60)), (4, range(45)), full(2, range(60, 400)), full(4, range(45, 300))],
+    [full(1, range(300)), (2, range(60)), (4, range(45)), full(2, range(60, 400)), full(4, range(45, 300))],
     ids=str,
 )
 def test_ledger_equals_the_closed_form_on_random_routings(
@@ -185,10 +188,17 @@ def test_ledger_equals_the_closed_form_on_random_routings(
     assert run_in_world(world_size, run_cases, seeds) == [len(seeds)] * world_size
 
 
-@pytest.mark.parametrize("timetable", [Timetable(overlap=True), Timetable(chunks=2), Timetable(True, 3)], ids=str)
 @pytest.mark.parametrize(
-    ("world_size", "seeds"),
-    [(1, range(20)), (2, range(20)), (4, range(20)), full(2, range(20, 50)), full(4, range(20, 45))],
+    ("world_size", "seeds", "timetable"),
+    [
+        (4, range(20), Timetable(True, 3)),
+        *(full(4, range(20), timetable) for timetable in TIMETABLES[:2]),
+        *(
+            full(size, seeds, timetable)
+            for size, seeds in ((1, range(20)), (2, range(20)), (2, range(20, 50)), (4, range(20, 45)))
+            for timetable in TIMETABLES
+        ),
+    ],
     ids=str,
 )
 def test_so_it_does_on_every_timetable(

@@ -9,6 +9,7 @@ import pytest
 
 from moe_dist.errors import ConfigError, MoeDistError
 from tests.distributed.test_starting_weights import AUX, PARTS, SEED, Run
+from tests.support.cover import full
 from tests.support.layouts import Layout, Outcome, train
 from tests.support.outcomes import assert_same_tensors
 from tests.support.worlds import RankContext
@@ -22,7 +23,7 @@ def one_rank(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.Te
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(2, 1, "pinned", "fsdp2", "block", distilled=True), Layout(1, 2, distilled=True)],
+    [Layout(2, 1, "pinned", "fsdp2", "block", distilled=True), full(Layout(1, 2, distilled=True))],
     ids=str,
 )
 def test_ranks_equal_one_rank(

@@ -21,6 +21,7 @@ from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.evaluation.heldout import heldout_losses
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
+from tests.support.cover import full
 from tests.support.layouts import GROUPS, IMAGE, SEQUENCES, TEXT, Layout, batch_of, build, placement_of
 from tests.support.whole_tensors import logical
 from tests.support.worlds import RankContext
@@ -48,7 +49,7 @@ def evaluated(rank: RankContext, layout: Layout) -> tuple[dict[str, float], dict
     return dict(heldout.loss), dict(heldout.tokens), dict(experts_off), counts
 
 
-@pytest.mark.parametrize("layout", [Layout(4, 1, "uneven"), Layout(2, 2, "pinned", "fsdp2")], ids=str)
+@pytest.mark.parametrize("layout", [Layout(4, 1, "uneven"), full(Layout(2, 2, "pinned", "fsdp2"))], ids=str)
 def test_losses_are_those_of_one_rank(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
     loss, tokens, experts_off, counts = run_in_world(1, evaluated, Layout())[0]
     assert set(loss) == {"text", "image", "image_no_filler"}
@@ -148,7 +149,7 @@ def trained(rank: RankContext, layout: Layout, measure: bool) -> tuple[dict[str,
     return logical(parallel, placement, mesh, gradient=False), losses, timed
 
 
-@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("data", [full("ddp"), "fsdp2"])
 def test_measuring_balance_leaves_no_trace(run_in_world: Callable[..., list[Any]], data: str) -> None:
     layout = Layout(2, 1, "pinned", data)
     plain = run_in_world(2, trained, layout, False)

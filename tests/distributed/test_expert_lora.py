@@ -27,7 +27,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("layout", others_full(LAYOUTS), ids=str)
+@pytest.mark.parametrize("layout", others_full(LAYOUTS, keep=3), ids=str)
 def test_layout_equals_one_rank(run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout) -> None:
     alone = Layout(ffn_lora=layout.ffn_lora, attention_lora=layout.attention_lora, limited=layout.limited, form=layout.form)
     oracle: Outcome = run_in_world(1, train, alone, tmp_path)[0]

@@ -34,8 +34,8 @@ from tests.support.worlds import RankContext
 
 AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
 LAYOUTS = [
-    Layout(2, 1),
-    Layout(2, 1, "interleaved", "fsdp2", "block", overlap=True, chunks=2),
+    full(Layout(2, 1)),
+    full(Layout(2, 1, "interleaved", "fsdp2", "block", overlap=True, chunks=2)),
     Layout(2, 2, "interleaved", "fsdp2"),  # 3 and 2 experts over edp 2: some stacks are cut inside experts, others between
     full(Layout(4, 1, "uneven")),  # a rank without experts
     full(Layout(4, 1, "uneven", "fsdp2", "block", ranks_per_node=2)),

@@ -43,7 +43,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("layout", others_full(LAYOUTS), ids=str)
+@pytest.mark.parametrize("layout", others_full(LAYOUTS, keep=2), ids=str)
 def test_ranks_equal_one_rank(run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout) -> None:
     oracle: Outcome = run_in_world(1, train, Layout(form=layout.form, free=layout.free), tmp_path)[0]
     outcomes = run_in_world(layout.world_size, train, layout, tmp_path)

@@ -31,7 +31,7 @@ def one_rank(run_in_world: Callable[..., list[Any]], start: Path) -> Outcome:
     return run_in_world(1, train, Layout(limited=True, balance=True), start)[0]
 
 
-@pytest.mark.parametrize("layout", others_full(LAYOUTS), ids=str)
+@pytest.mark.parametrize("layout", others_full(LAYOUTS, keep=1), ids=str)
 def test_ranks_equal_one_rank(
     run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
 ) -> None:

@@ -27,6 +27,7 @@ from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_compu
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.agreement import SMALLEST_GAP, Arrays, arrays, assert_agree, merged, smallest_gap
+from tests.support.cover import full
 from tests.support.hf_families import ERNIE_BLOCK, LONGCAT_BLOCK, gradients, load, to_logical
 from tests.support.tiny_hf import HIDDEN_DIM, draw
 from tests.support.worlds import RankContext
@@ -98,7 +99,7 @@ def ernie() -> tuple[nn.Module, tuple[ExpertGroup, ...], dict[str, Any]]:
     return Ernie4_5_VLMoeMoeBlock(config), groups, {"router": {"selection_bias": True}, "shared_ffn_dim": 48}
 
 
-@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize("ep", [1, full(2), 4])
 @pytest.mark.parametrize(("make", "rules"), [(longcat, LONGCAT_BLOCK), (ernie, ERNIE_BLOCK)], ids=["longcat", "ernie"])
 def test_blocks(run_in_world: Callable[..., list[Any]], make: Callable[[], Any], rules: Any, ep: int) -> None:
     theirs, groups, options = make()

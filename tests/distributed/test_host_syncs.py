@@ -27,6 +27,7 @@ from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.zero_computation import ZeroComputationExperts
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.support.cover import full
 from tests.support.syncs import host_syncs
 from tests.support.worlds import RankContext
 
@@ -84,7 +85,7 @@ def syncs(rank: RankContext, cases: list[tuple[Any, ...]]) -> list[tuple[list[st
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [full(1), 2])
 def test_the_whole_layer_syncs_once_and_by_name(run_in_world: Callable[..., list[Any]], world_size: int) -> None:
     for found in run_in_world(world_size, syncs, CASES):
         for case, (named, seen) in zip(CASES, found, strict=True):

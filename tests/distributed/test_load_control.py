@@ -91,7 +91,7 @@ def test_one_rank_equals_the_loops(one_rank: Outcome) -> None:
     assert (first != last).any()
 
 
-@pytest.mark.parametrize("layout", others_full(LAYOUTS), ids=str)
+@pytest.mark.parametrize("layout", others_full(LAYOUTS, keep=1), ids=str)
 def test_layout_equals_one_rank(
     run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
 ) -> None:
@@ -114,7 +114,7 @@ def test_layout_equals_one_rank(
 
 @pytest.mark.parametrize(
     "layout",
-    [replace(BY_GROUP, ep=2, placement="pinned"), replace(BY_GROUP, ep=4, placement="uneven", data="fsdp2")],
+    [full(replace(BY_GROUP, ep=2, placement="pinned")), replace(BY_GROUP, ep=4, placement="uneven", data="fsdp2")],
     ids=str,
 )
 def test_a_target_by_group_on_ranks_equals_one_rank(

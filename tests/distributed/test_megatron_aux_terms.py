@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
+from tests.support.cover import full
 from tests.support.megatron_model import BALANCE, HIDDEN_DIM, Layout, Z, transformer_config
 from tests.support.megatron_run import megatron, tracked
 from tests.support.worlds import RankContext
@@ -60,8 +61,14 @@ def differences(rank: RankContext, layout: Layout) -> tuple[float, float, int, i
         return worst, largest, groups.tp.size(), groups.tp_cp.size()
 
 
-@pytest.mark.parametrize("per_token", [False, True], ids=["averaged", "by tokens"])
-@pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)])
+@pytest.mark.parametrize(
+    ("tp", "cp", "per_token"),
+    [
+        (2, 2, True),
+        full(2, 2, False),
+        *(full(tp, cp, per_token) for tp, cp in ((1, 1), (2, 1), (1, 2), (1, 4)) for per_token in (False, True)),
+    ],
+)
 def test_the_shares_of_all_ranks_sum_to_the_term(
     run_in_world: Callable[..., list[Any]], tp: int, cp: int, per_token: bool
 ) -> None:

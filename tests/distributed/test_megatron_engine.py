@@ -10,7 +10,7 @@ from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS
 from moe_dist.data.batch import Batch
 from moe_dist.moe.routing import LayerReport
 from moe_dist.plan.pipeline_memory import stage_memory
-from tests.support.cover import exhaustive, full, rest_full
+from tests.support.cover import exhaustive, full, full_with_each_version, rest_full
 from tests.support.engine_run import losses, megatron, started_run, take_steps
 from tests.support.worlds import RankContext
 
@@ -55,7 +55,9 @@ def own_losses(run_in_world: Callable[..., list[Any]], tiny_data: Path) -> Calla
         pytest.param(1, {**ranks(1), **megatron()}, 1, id="one rank", marks=pytest.mark.exhaustive),
         pytest.param(2, {**ranks(1, 2), **megatron(tp=2)}, 1, id="tp2", marks=pytest.mark.exhaustive),
         pytest.param(2, {**ranks(1, 2), **megatron(pp=2)}, 1, id="pp2", marks=pytest.mark.exhaustive),
-        pytest.param(2, {**ranks(1, 2), **megatron(pp=2, vpp=2)}, 1, id="pp2-vpp2"),
+        pytest.param(
+            2, {**ranks(1, 2), **megatron(pp=2, vpp=2)}, 1, id="pp2-vpp2", marks=pytest.mark.full("with each version"),
+        ),
         pytest.param(2, {**ranks(2), **megatron(cp=2)}, 1, id="ep2-cp2"),
         pytest.param(2, {**ranks(2), **megatron()}, 2, id="ep2", marks=pytest.mark.exhaustive),
         pytest.param(
@@ -104,7 +106,9 @@ CONTROLLED = {
 NO_NULLS = {f"model.moe.groups.{name}.num_null": 0 for name in ("text", "image")}
 
 
-@pytest.mark.parametrize("router", rest_full(ROUTERS), ids=["group_limited", "true_all", "logit_bias"])
+@pytest.mark.parametrize(
+    "router", [full_with_each_version(ROUTERS[0]), *map(full, ROUTERS[1:])], ids=["group_limited", "true_all", "logit_bias"]
+)
 def test_every_router_by_tokens(
     run_with_megatron: Callable[..., list[Any]],
     own_losses: Callable[..., list[dict[str, Any]]],

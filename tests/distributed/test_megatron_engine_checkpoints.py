@@ -153,6 +153,7 @@ def tensors_after_a_save(rank: RankContext, data: str, changes: Mapping[str, Any
         return alive() - before
 
 
+@pytest.mark.full("with each version")
 def test_a_save_keeps_no_gathered_tensor(run_with_megatron: Callable[..., list[Any]], tiny_data: Path) -> None:
     layout = {**TWO, **megatron(distributed_optimizer=True)}
     for kept in run_with_megatron(2, tensors_after_a_save, str(tiny_data), layout):
@@ -168,6 +169,7 @@ def begun(rank: RankContext, data: str, changes: Mapping[str, Any]) -> float:
         return take_steps(run, 0, 1)[0]["loss"]
 
 
+@pytest.mark.full("with each version")
 def test_a_run_begins_with_weights_of_the_other_engine(
     run_with_megatron: Callable[..., list[Any]], run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support.cover import full
+from tests.support.cover import full, full_with_each_version
 from tests.support.megatron_model import (
     HIDDEN_DIM,
     MOE_LAYERS,
@@ -100,15 +100,15 @@ def parity(rank: RankContext, layout: Layout) -> dict[str, Any]:
 
 
 LAYOUTS = [
-    Layout(ep=1),
+    full_with_each_version(Layout(ep=1)),
     full(Layout(ep=2)),
     full(Layout(ep=4)),
     full(Layout(ep=2, uneven=True)),
     full(Layout(ep=4, uneven=True)),
-    Layout(ep=4, values=ONE_GROUP),
+    full_with_each_version(Layout(ep=4, values=ONE_GROUP)),
     full(Layout(ep=4, tp=2)),
     Layout(ep=2, tp=2, uneven=True),
-    Layout(ep=2, options={"calculate_per_token_loss": True}),
+    full_with_each_version(Layout(ep=2, options={"calculate_per_token_loss": True})),
     full(Layout(ep=4, uneven=True, options={"recompute_granularity": "selective", "recompute_modules": ["moe"]})),
     full(
         Layout(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.moe.replay import Replay
-from tests.support.cover import full
+from tests.support.cover import full, full_with_each_version
 from tests.support.megatron_model import ONE_GROUP, Layout, causal_mask, gradients_of, with_layers_of
 from tests.support.megatron_run import build, megatron, tracked
 from tests.support.worlds import RankContext
@@ -72,7 +72,11 @@ def three_steps(rank: RankContext, layout: Layout) -> list[tuple[np.ndarray, dic
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(ep=4, options={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
+        full_with_each_version(
+            Layout(
+                ep=4, options={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+            )
+        ),
         Layout(ep=2, uneven=True, options={"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
         full(Layout(ep=1)),
         full(Layout(ep=2, tp=2)),

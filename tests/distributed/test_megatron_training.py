@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_dist.placement.placement import ExpertPlacement
-from tests.support.cover import full
+from tests.support.cover import full, full_with_each_version
 from tests.support.megatron_model import (
     BALANCE,
     MOE_LAYERS,
@@ -157,7 +157,9 @@ def pipeline(rank: RankContext, layout: Layout, micro_batches: int) -> tuple[flo
         return largest_difference(gradients, expected_gradients(layout, ours, state, layers))
 
 
-@pytest.mark.parametrize("layout", [Layout(ep=2, pp=2, uneven=True), Layout(ep=2, tp=2, pp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [full_with_each_version(Layout(ep=2, pp=2, uneven=True)), Layout(ep=2, tp=2, pp=2)], ids=str
+)
 def test_modality_ids_reach_later_pipeline_stages(run_with_megatron: Callable[..., list[Any]], layout: Layout) -> None:
     for difference, where in run_with_megatron(4, pipeline, layout, 2):
         assert difference <= 1e-5, where

@@ -46,7 +46,7 @@ def parts_of(layout: Layout) -> int:
     return {"rank": layout.world_size, "ep_group": layout.edp, "world": 1}[layout.mixture_of_depths or "world"]
 
 
-@pytest.mark.parametrize("layout", others_full(LAYOUTS), ids=str)
+@pytest.mark.parametrize("layout", others_full(LAYOUTS, keep=2), ids=str)
 def test_layout_equals_one_process_over_the_same_sets(
     run_in_world: Callable[..., list[Any]], start: Path, oracle_of: Callable[[str, int], Outcome], layout: Layout
 ) -> None:

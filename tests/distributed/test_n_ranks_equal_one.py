@@ -1,7 +1,7 @@
 """N ranks equal one rank: losses, gradients, norm, and parameters after three optimizer steps.
 
-`make test` trains every value of each axis, `make test-full` every pair of values, and `make test-exhaustive` the whole
-product.
+`make test` trains every value of each axis in the first test and the most telling layouts in the others, `make test-full`
+every pair of values, and `make test-exhaustive` the whole product.
 
 The batches hold a sequence that is all padding, one of text alone and one of pictures alone, so that with 8 ranks there are
 ranks without a token and ranks of one modality.
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from moe_dist.comm.names import EXPERT_IDS, PAIR_ROWS
-from tests.support.cover import full, others_full
+from tests.support.cover import full, others_full, rest_full
 from tests.support.layouts import HIDDEN_DIM, LAYERS, MICRO_BATCHES, STEPS, Layout, Outcome, train
 from tests.support.outcomes import assert_same_tensors, merged_outcomes
 
@@ -141,7 +141,8 @@ def hops_of(layout: Layout) -> list[str]:
             Layout(2, 2, "pinned", "ddp", "block", free=True),
             Layout(4, 1, "uneven", "fsdp2", "experts", free=True),
             Layout(2, 2, "interleaved", "fsdp2", "none", free=True),
-        ]
+        ],
+        keep=1,
     ),
     ids=str,
 )
@@ -170,7 +171,8 @@ def test_free_experts_on_ranks_equal_one_rank(
             Layout(parts=4, balance_scope="step"),
             Layout(2, 2, "pinned", "fsdp2", "block", parts=2, balance_scope="step"),
             Layout(4, 1, "uneven", "ddp", parts=2, balance_scope="step", balance_loss="null_split"),
-        ]
+        ],
+        keep=1,
     ),
     ids=str,
 )
@@ -210,7 +212,8 @@ def test_auxiliary_terms_of_a_micro_batch_depend_on_how_a_step_is_cut(
             Layout(2, 1, "pinned", "fsdp2", "block", fixed=True),
             Layout(4, 1, "uneven", "ddp", "experts", fixed=True),
             Layout(2, 2, "interleaved", "fsdp2", fixed=True, overlap=True, chunks=2),
-        ]
+        ],
+        keep=2,
     ),
     ids=str,
 )
@@ -231,7 +234,9 @@ def test_one_logit_for_all_nulls_the_other_losses_and_fixed_loads(
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(2, 1, "pinned", data, "block", loss_words=50, tied=True) for data in ("ddp", "fsdp2")], ids=str
+    "layout",
+    rest_full([Layout(2, 1, "pinned", data, "block", loss_words=50, tied=True) for data in ("fsdp2", "ddp")]),
+    ids=str,
 )
 def test_the_loss_in_parts_of_tied_words(run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout) -> None:
     oracle: Outcome = run_in_world(1, train, Layout(tied=True), tmp_path)[0]
@@ -255,7 +260,7 @@ def test_compiled_dense_parts(
     "layout",
     [
         Layout(2, 2, "interleaved", "fsdp2", optimizer="muon"),  # stacks by whole experts, and cut inside each expert
-        Layout(2, 1, "pinned", "ddp", "block", optimizer="muon"),
+        full(Layout(2, 1, "pinned", "ddp", "block", optimizer="muon")),
         full(Layout(4, 1, "uneven", "fsdp2", optimizer="muon")),
         full(Layout(2, 2, "pinned", "ddp", optimizer="muon")),
         full(Layout(4, 2, "interleaved", "fsdp2", "block", optimizer="muon")),  # ranks without a row of a matrix
@@ -271,7 +276,9 @@ def test_muon_on_ranks_equals_one_rank(run_in_world: Callable[..., list[Any]], t
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(4, 1, "uneven", precision="float32"), Layout(2, 2, "pinned", "fsdp2", "block", "float32")], ids=str
+    "layout",
+    [full(Layout(4, 1, "uneven", precision="float32")), Layout(2, 2, "pinned", "fsdp2", "block", "float32")],
+    ids=str,
 )
 def test_fp32_equals_one_rank_within_rounding(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
     oracle: Outcome = run_in_world(1, train, Layout(precision="float32"))[0]

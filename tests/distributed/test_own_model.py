@@ -113,7 +113,7 @@ def own_loop(rank: RankContext, data: str, changes: dict[str, Any]) -> tuple[lis
         return losses, norms
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [full(1), 2])
 def test_a_loop_by_the_api_has_the_losses_of_the_own_trainer(
     ranks: int, tiny_data: Path, run_in_world: Callable[..., list[Any]]
 ) -> None:
@@ -130,7 +130,8 @@ def test_a_loop_by_the_api_has_the_losses_of_the_own_trainer(
 
 @pytest.mark.parametrize("ranks", [exhaustive(1), 2])
 @pytest.mark.parametrize(
-    "name", ["own_ddp", full("own_fsdp2"), full("own_trainer"), exhaustive("own_accelerate"), exhaustive("own_lightning")]
+    "name",
+    [full("own_ddp"), full("own_fsdp2"), full("own_trainer"), exhaustive("own_accelerate"), exhaustive("own_lightning")],
 )
 def test_frameworks_train_the_model_of_the_plain_loop(name: str, ranks: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

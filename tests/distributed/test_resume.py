@@ -35,7 +35,7 @@ LAYOUTS = [
     Layout(2, 2, "interleaved", "fsdp2", precision=FP32),
 ]
 COVER = [LAYOUTS[1], LAYOUTS[2]]  # the readers and writers of `make test`
-# DDP goes on to the same bits in tests/integration/test_crash_and_resume.py, too.
+# DDP goes on to the same bits in tests/integration/test_local_launcher.py, too.
 SAME = [LAYOUTS[2], full(LAYOUTS[4]), *(exhaustive(layout) for layout in LAYOUTS if layout not in (LAYOUTS[2], LAYOUTS[4]))]
 Losses = list[tuple[float, ...]]
 Undisturbed = Callable[[Layout], tuple[Path, Losses]]

@@ -60,7 +60,7 @@ def choice_oracle(
     return run_in_world(1, tune, Layout(tuned=(0, 1)), folder, start, None, "choices")[0], start
 
 
-@pytest.mark.parametrize(("layout", "refresh_every"), others_full(LAYOUTS), ids=str)
+@pytest.mark.parametrize(("layout", "refresh_every"), others_full(LAYOUTS, keep=1), ids=str)
 def test_n_ranks_equal_one(
     run_in_world: Callable[..., list[Any]],
     folder: Path,
@@ -108,7 +108,7 @@ def test_a_refresh_changes_the_targets(oracle: Callable[..., tuple[Tuned, Path]]
     assert frozen.steps[2].auxiliary != fresh.steps[2].auxiliary
 
 
-@pytest.mark.parametrize("layout", CHOICE_LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", others_full(CHOICE_LAYOUTS, keep=1), ids=str)
 def test_choices_on_n_ranks_equal_one(
     run_in_world: Callable[..., list[Any]], folder: Path, choice_oracle: tuple[Tuned, Path], layout: Layout
 ) -> None:

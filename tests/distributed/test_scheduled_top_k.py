@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.cover import full
 from tests.support.whole_run import WholeRun, whole_run
 
 LOADS = {
@@ -50,7 +51,7 @@ def test_loads_are_what_they_should_be(alone: WholeRun) -> None:
         assert abs(load - fraction) < 4 * (0.25 / count) ** 0.5
 
 
-@pytest.mark.parametrize(("ranks", "ep"), [(2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("ranks", "ep"), [full(2, 2), (4, 2), full(4, 4)])
 def test_ranks_equal_one_rank(run: Run, alone: WholeRun, ranks: int, ep: int) -> None:
     outcomes = run(f"ranks-{ranks}-{ep}", ranks, ep, {"parallel.recompute": "block"} if ep == 4 else {})
     for ours, theirs in zip(outcomes[0].steps, alone.steps, strict=True):

@@ -3,7 +3,7 @@ the last bit, and a dense one is itself when its experts are copies; whatever el
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -78,13 +78,37 @@ class Run:
         return begin_with_weights(self.config, self.manager, self.resumable._capture(), self.training.parallel.model)
 
 
+class Trained(NamedTuple):
+    """A trained run as a rank sees it: its folder, a batch, what the model computes of it, and the parameters."""
+
+    folder: Path
+    batch: Batch
+    logits: Tensor
+    loads: list[float]
+    parameters: dict[str, Tensor]
+
+
+KNOWN: dict[str, Trained] = {}  # of this rank, which lives for many tests; most begin with a few runs
+
+
+def trained_run(rank: RankContext, data: Path, root: Path, changes: dict[str, Any]) -> Trained:
+    key = f"{data} {rank.world_size} {changes}"
+    if key not in KNOWN:
+        run = Run(rank, data, root, "trained", changes)
+        run.train_and_save()
+        batch = run.loader.batches(0)[0]
+        named = named_parameters(run.training.parallel.model) if rank.world_size == 1 else ()
+        parameters = {name: parameter.detach().clone() for _, name, _, parameter in named}
+        KNOWN[key] = Trained(root / "trained", batch, *run.logits(batch), parameters)
+    return KNOWN[key]
+
+
 def begun(rank: RankContext, data: Path, root: Path, trained: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Trains one run, begins another with its weights, and compares what they compute."""
-    first = Run(rank, data, root, "trained", trained)
-    first.train_and_save()
-    batch = first.loader.batches(0)[0]  # of the second run's seed it would be another
-    expected, before = first.logits(batch)
-    start = {"run.init_from": str(root / "trained"), "run.seed": 5}
+    """Begins a run with the weights of a trained one, and compares what they compute."""
+    first = trained_run(rank, data, root, trained)
+    batch = first.batch  # of the second run's seed it would be another
+    expected, before = first.logits, first.loads
+    start = {"run.init_from": str(first.folder), "run.seed": 5}
     second = Run(rank, data, root, "begun", {**start, **changes})
     told: dict[str, Any] = {"fresh": bool(torch.equal(second.logits(batch)[0], expected))}
     try:
@@ -99,9 +123,7 @@ def begun(rank: RankContext, data: Path, root: Path, trained: dict[str, Any], ch
         "parameters": {name: p.detach().clone() for _, name, _, p in named_parameters(second.training.parallel.model)}
         if rank.world_size == 1
         else {},
-        "trained": {name: p.detach().clone() for _, name, _, p in named_parameters(first.training.parallel.model)}
-        if rank.world_size == 1
-        else {},
+        "trained": first.parameters,
     }
     result = second.training.step(second.loader.batches(0), lr=1e-3, aux=AUX)
     told["trains"] = not result.skipped
@@ -454,7 +476,7 @@ def fully_tuned(rank: RankContext, data: Path, root: Path, changes: dict[str, An
     return {name: not torch.equal(parameter, before[name]) for name, parameter in named.items() if parameter.numel()}
 
 
-@pytest.mark.parametrize("changes", [{}, {"parallel.data": "fsdp2"}], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("changes", [full({}), {"parallel.data": "fsdp2"}], ids=["ddp", "fsdp2"])
 def test_routers_stay_frozen_in_full_fine_tuning(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:

@@ -21,6 +21,7 @@ from moe_dist.placement.roles import EXPERTS, ROUTERS, Role
 from moe_dist.train import step as training_step
 from moe_dist.train.loss import AuxSettings, forward
 from moe_dist.train.step import TrainingStep
+from tests.support.cover import full
 from tests.support.layouts import Layout, batch_of, build, placement_of
 from tests.support.whole_tensors import logical
 from tests.support.worlds import RankContext
@@ -71,8 +72,10 @@ def poisoned_training(
     return results, parameters, step_count(optimizer)
 
 
-@pytest.mark.parametrize("where", ["activation", "gradient"])
-@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [("ddp", "activation"), full("ddp", "gradient"), full("fsdp2", "activation"), ("fsdp2", "gradient")],
+)
 def test_one_bad_rank_makes_all_skip(run_in_world: Callable[..., list[Any]], data: str, where: str) -> None:
     for results, parameters, steps_taken in run_in_world(2, poisoned_training, Layout(2, 1, "pinned", data), where):
         assert [result.skipped for result in results] == [False, True, False]
@@ -108,7 +111,7 @@ def capped_step(rank: RankContext, layout: Layout) -> tuple[StepResult, int]:
     return step([batch], lr=0.0, aux=AuxSettings("null_averaged", 0.02, 1e-3)), pairs
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", [full("none"), "block"])
 def test_what_a_capacity_drops_is_counted_over_ranks_and_never_in_evaluation(
     run_in_world: Callable[..., list[Any]], recompute: str
 ) -> None:

@@ -77,7 +77,7 @@ def test_chosen_routers_move_and_the_run_resumes_to_the_same_bits(site: Site, da
         assert outcome.ended.position == 24
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.0])
+@pytest.mark.parametrize("weight", [1.0, full(0.0)])
 def test_choices_resume_to_the_same_bits(site: Site, weight: float) -> None:
     """Two micro-batches a rank; with `weight=0` the released code's training, where nothing but choices has a gradient."""
     options: dict[str, Any] = {"section": {"objective": "choices", "weight": weight}, "parallel__data": "fsdp2"}

@@ -14,6 +14,7 @@ from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS
 from moe_dist.model import two_batches
 from moe_dist.parallel.mesh import make_mesh
 from tests.distributed.test_collective_order import recorded_pass
+from tests.support.cover import full
 from tests.support.layouts import LAYERS, Layout, batch_of, build
 from tests.support.worlds import RankContext
 
@@ -68,8 +69,8 @@ def both_ways(rank: RankContext, layout: Layout) -> tuple[list[str], int]:
 
 
 LAYOUTS = [
-    Layout(2, 1, "uneven", halves=True, precision="bfloat16"),
-    Layout(2, 1, "pinned", recompute="experts", halves=True, precision="float32"),
+    full(Layout(2, 1, "uneven", halves=True, precision="bfloat16")),
+    full(Layout(2, 1, "pinned", recompute="experts", halves=True, precision="float32")),
     Layout(2, 2, "interleaved", **FSDP2, halves=True, precision="bfloat16"),
     Layout(4, 1, "uneven", halves=True, precision="float32", free=True),
 ]

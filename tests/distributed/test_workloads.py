@@ -215,9 +215,10 @@ def training_step(context: RankContext, kind: str) -> dict[str, float]:
 
 MODES = (dispatch_only, moe_fwd_bwd, training_step)
 CASES = [
-    *((mode, "all_to_all", 4) for mode in MODES),
-    (dispatch_only, "hierarchical", 4),
-    (moe_fwd_bwd, "hierarchical", 4),
+    full(dispatch_only, "all_to_all", 4),
+    *((mode, "all_to_all", 4) for mode in MODES if mode is not dispatch_only),
+    full(dispatch_only, "hierarchical", 4),
+    full(moe_fwd_bwd, "hierarchical", 4),
     full(training_step, "hierarchical", 4),  # test_n_ranks_equal_one.py trains over nodes too
     *(full(mode, kind, 2) for mode in MODES for kind in ("all_to_all", "hierarchical")),
 ]

@@ -100,6 +100,7 @@ def test_the_page_has_each_kind() -> None:
     assert PAGE.count("```python") == sum(len(recipe.blocks) for recipe in RECIPES.values()), "a block that nobody applies"
 
 
+@pytest.mark.full  # a copy of the tree and a run; the test above reads the recipes
 def test_router_dispatcher_sink_and_launcher(tree: Path) -> None:
     overrides = follow(tree, "A router", "A dispatcher", "A sink", "A launcher")
     folder = train_one_step(tree, ("moe_dist", "launch", "plain"), overrides, {"parallel.ep": 2})
@@ -109,6 +110,7 @@ def test_router_dispatcher_sink_and_launcher(tree: Path) -> None:
     assert json.loads((folder / "status.json").read_text())["verdict"] == 0
 
 
+@pytest.mark.full  # a second copy of the tree and a second run
 def test_expert_type_and_controller(tree: Path) -> None:
     overrides = follow(tree, "An expert type", "A controller")
     folder = train_one_step(tree, ("launchers.local",), overrides, ON_ONE_RANK)

@@ -70,7 +70,7 @@ def undisturbed(start: Callable[[str], tuple[int, RunFolder]]) -> list[dict[str,
             "stop", [(fault(rank=1, step=3, phase="after_step", kind="stop"), 75, 4)], marks=pytest.mark.exhaustive
         ),
         # The stop leaves an evaluation owed, which the second attempt takes before it is killed, and the third again.
-        (
+        full(
             "stop-kill",
             [
                 (fault(rank=1, step=3, phase="after_step", kind="stop"), 75, 4),

@@ -124,6 +124,7 @@ def test_a_run_goes_from_start_to_end(first: tuple[RunFolder, Path, str]) -> Non
     assert (needed[0], min(needed[1:]) >= 1.0) == (0.0, True), "told with the next step"
 
 
+@pytest.mark.full  # whole programs; tests/unit/launchers/test_local.py has the same with small programs for the ranks
 def test_a_finished_run_prints_its_summary_another_configuration_is_refused_and_more_steps_extend_it(
     first: tuple[RunFolder, Path, str],
 ) -> None:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config, write_config
 
@@ -38,6 +40,7 @@ run_command(main)
 """
 
 
+@pytest.mark.full  # a whole program with every sink; tests/unit/runtime/test_secrets.py has what hides a secret
 def test_no_byte_of_a_run_has_them(tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config(
         tiny_data,

@@ -67,7 +67,7 @@ def said(command: Any, *arguments: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("run", ["top_k", full("expert_choice"), full("fixed_load")], indirect=True)
+@pytest.mark.parametrize("run", [full("top_k"), full("expert_choice"), full("fixed_load")], indirect=True)
 def test_it_goes_on_to_the_same_bits(run: Path) -> None:
     config = run.parents[1] / "today.yaml"
     config.write_text(resolved_yaml(load_stored_config(run / "config.yaml")))

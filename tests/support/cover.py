@@ -1,10 +1,10 @@
 """Which cases of a product run when.
 
-`make test` runs a small cover of all values, `make test-full` a cover of all pairs of values, `make test-exhaustive` every
-case.
+`make test` runs a small cover of all values of layouts, or the few of its cases that switch on most, where the layouts are
+not what the test is about; `make test-full` runs a cover of all pairs of values, `make test-exhaustive` every case.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import combinations
 from typing import Any
@@ -16,18 +16,35 @@ from tests.support.layouts import Layout
 MOST_RANKS = 4  # eight processes that import torch take half a minute of two cores
 
 
-def others_full(cases: Sequence[Any]) -> list[Any]:
+def others_full(cases: Sequence[Any], keep: int | None = None) -> list[Any]:
     """The cases, layouts or tuples that begin with one, with marks on those outside of a greedy cover of all values of each
-    field: `full` on those of a cover of all pairs of values, `exhaustive` on the rest."""
+    field: `full` on those of a cover of all pairs of values, `exhaustive` on the rest.
+
+    Args:
+        keep: Number of cases of the first cover that are not marked; the others are marked `full`. Each is the one that
+            switches on most of what the earlier ones leave off. test_n_ranks_equal_one.py has all values of layouts.
+    """
     small = [position for position, case in enumerate(cases) if _layout_of(case).world_size <= MOST_RANKS]
     cover = _cover(cases, small, pairs=False)
     larger = _cover(cases, range(len(cases)), pairs=True, begun=cover)
+    kept = cover if keep is None else _most_telling(cases, cover, keep)
     return [
         case
-        if position in cover
+        if position in kept
         else (full if position in larger else exhaustive)(*(case if isinstance(case, tuple) else (case,)))
         for position, case in enumerate(cases)
     ]
+
+
+def _most_telling(cases: Sequence[Any], among: Iterable[int], keep: int) -> set[int]:
+    traits = {position: set(_traits(_layout_of(cases[position]), pairs=False)) for position in sorted(among)}
+    had = set(_traits(Layout(), pairs=False))
+    kept: set[int] = set()
+    for _ in range(min(keep, len(traits))):
+        best = max(traits.keys() - kept, key=lambda position: (len(traits[position] - had), -position))
+        kept.add(best)
+        had |= traits[best]
+    return kept
 
 
 def _cover(cases: Sequence[Any], among: Iterable[int], *, pairs: bool, begun: Iterable[int] = ()) -> set[int]:
@@ -50,9 +67,20 @@ def full(*case: Any) -> Any:
     return pytest.param(*case, marks=pytest.mark.full)
 
 
+def full_with_each_version(*case: Any) -> Any:
+    """A case that `make test` leaves out, and that `make test-full` runs with each version of megatron-core: this mark does
+    not count where two marks `full` make a case exhaustive."""
+    return pytest.param(*case, marks=pytest.mark.full("with each version"))
+
+
 def rest_full(cases: Iterable[Any], keep: int = 1) -> list[Any]:
     """The cases, each a single value, with those after the first `keep` marked `full`."""
     return [case if position < keep else full(case) for position, case in enumerate(cases)]
+
+
+def full_unless(keep: Callable[..., bool], cases: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """The cases of a product, with those marked `full` for which `keep`, called with their values, is false."""
+    return [case if keep(*case) else full(*case) for case in cases]
 
 
 def rest_exhaustive(cases: Iterable[Any]) -> list[Any]:

@@ -77,10 +77,10 @@ class Choice(NamedTuple):
 
 
 class ExpertsTables(NamedTuple):
-    """Says how experts choose tokens: int64 group and float64 capacity of each expert, [E], and the number of groups."""
+    """Says how experts choose tokens."""
 
-    group_E: Tensor
-    capacity_E: Tensor
+    group_E: Tensor  # int64, group of each expert
+    capacity_E: Tensor  # float64, fraction of its group's tokens that each expert takes
     num_groups: int
 
 

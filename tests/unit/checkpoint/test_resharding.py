@@ -36,8 +36,8 @@ LAYOUTS = [
     Layout(8, 1, "uneven"),
     Layout(1, 3),
 ]
-# What reads in `make test`, each from all: one rank, replicas, a rank without experts, most ranks.
-COVER = [LAYOUTS[0], LAYOUTS[1], LAYOUTS[3], LAYOUTS[6]]
+# What reads from all in `make test`: replicas with a rank without experts.
+COVER = [LAYOUTS[3]]
 
 
 def fake_rank(layout: Layout, rank: int, seed: int) -> CheckpointState:

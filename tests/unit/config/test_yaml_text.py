@@ -93,7 +93,7 @@ LINES = ["- a\n", "- []\n", "a: 1\n", "? a\n", "%A b\n", "#\n", "--- a\n", "a: {
 NESTED = ["[", "- ", "{a: ", "? ", "[[x],", "a: [", "&a [", "!!seq [", "- - x\n"]
 
 
-@pytest.mark.parametrize("unit", rest_full([*ENTRIES, *LINES, *NESTED], 6), ids=repr)
+@pytest.mark.parametrize("unit", rest_full([*ENTRIES, *LINES, *NESTED], 2), ids=repr)
 def test_a_text_of_the_largest_size_costs_a_bounded_number_of_steps(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps of PyYAML: tokens that it scans, and values that it makes. A step takes up to 30 us."""
     steps = dict.fromkeys(("fetch_more_tokens", "compose_node", "construct_object"), 0)

@@ -172,6 +172,7 @@ def test_a_dense_model_has_no_gate_rows_to_copy(tmp_path: Path) -> None:
         import_model(theirs, tmp_path / "ours", ImportOptions(null_experts=4, top_k=4, experts=4, experts_top_k=2))
 
 
+@pytest.mark.full  # a model of 30 layers; the tests above change small ones
 def test_the_shape_of_smollm2(tmp_path: Path) -> None:
     """SmolLM2-135M's config.json with random weights, 2 of its 30 layers: all else, vocabulary included, is its own."""
     import transformers

@@ -78,10 +78,10 @@ def by_name(adapted: Adapted) -> dict[str, torch.Tensor]:
     ("kind", "case"),
     [
         ("mixtral", "each"),
-        ("mixtral", "shared"),
+        full("mixtral", "shared"),
         ("qwen2_moe", "shared expert"),
         ("gpt_oss", "clamped"),
-        ("glm4_moe", "each"),
+        full("glm4_moe", "each"),
         ("deepseek_v3", "latent"),
         full("ernie4_5_moe", "each"),
         full("gpt_oss plain", "clamped, shared"),

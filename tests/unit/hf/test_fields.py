@@ -304,7 +304,7 @@ def logits(section: Any, weights: Any, ids: Tensor) -> Tensor:
     return model(ids, torch.arange(ids.shape[1]).expand_as(ids), zeros, zeros)[0]
 
 
-@pytest.mark.parametrize("kind", rest_full(FAMILIES, 2))
+@pytest.mark.parametrize("kind", rest_full(FAMILIES))
 def test_every_field_is_used_without_effect_or_refused(kind: str) -> None:
     values = base_of(kind)
     assert assert_theirs(values, {})
@@ -350,7 +350,7 @@ def test_absent_fields_have_the_defaults_of_the_class(kind: str) -> None:
         assert read_section(values)[1]["sliding_window"] == theirs == DEFAULT_WINDOW
 
 
-@pytest.mark.parametrize("kind", rest_full(FAMILIES, 3))
+@pytest.mark.parametrize("kind", rest_full(FAMILIES))
 def test_rotary_positions_are_theirs_or_refused(kind: str) -> None:
     values = base_of(kind) | ({"head_dim": 8} if kind == "mixtral" else {})  # theirs cannot scale without head_dim
     accepted = [assert_theirs(changed(values, change), change) for change in ROPES]
@@ -368,7 +368,7 @@ def test_a_part_of_a_head_is_written_as_a_share_that_reads_back() -> None:
             assert written["partial_rotary_factor"] == pytest.approx(rope_dim / head_dim)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", rest_full(FAMILIES, 4))
 def test_every_name_that_transformers_reads_is_judged(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the model code asks a configuration for while it is built, runs and generates, with and without cache."""
     import transformers

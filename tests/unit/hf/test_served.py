@@ -124,10 +124,9 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 COVER = (
-    "groups", "single null row", "free all_chosen bias", "free without nulls", "sigmoid groups", "adapted",
-    "shared gate", "dense first", "dynamic", "partial dynamic adjacent", "attention", "latent attention", "shortcut",
-    "sinks", "depths", "depths window", "top_p free", "relu", "threshold free", "predicted_k", "expert_threshold groups",
-    "expert_choice auxiliary", "expert_choice depths",
+    "groups", "single null row", "free all_chosen bias", "sigmoid groups", "adapted", "dense first",
+    "partial dynamic adjacent", "latent attention", "shortcut", "sinks", "depths window", "top_p free", "relu",
+    "predicted_k", "expert_choice auxiliary",
 )  # fmt: skip
 
 

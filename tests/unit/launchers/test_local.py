@@ -19,6 +19,7 @@ from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime.command_line import command_app
 from moe_dist.runtime.lease import Lease
 from moe_dist.runtime.run_folder import RunFolder
+from tests.support.cover import full, rest_full
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config, write_config
 
@@ -28,9 +29,6 @@ ROOT = Path(__file__).parents[3]
 PRELUDE = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from moe_dist.config.load import load_config
-from moe_dist.errors import *
-from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RankEnv
 env = RankEnv.from_environment(os.environ)
 rank = env.rank
@@ -39,12 +37,21 @@ open(f"{{here}}/started.{{rank}}", "w").close()
 def wait_for(name):
     while not os.path.exists(f"{{here}}/{{name}}"): time.sleep(0.01)
 """
-ATTEMPT = """
+# A rank that opens the run needs half a second of CPU time for these.
+IMPORTS = """
+from moe_dist.config.load import load_config
+from moe_dist.errors import *
+from moe_dist.runtime.attempt import Attempt
+"""
+ATTEMPT = (
+    IMPORTS
+    + """
 with Attempt(env) as attempt:
     attempt.open(load_config(sys.argv[1], sys.argv[2:]))
     open(f"{here}/opened.{rank}", "w").close()
     wait_for("opened.0")
 """
+)
 
 
 def test_an_override_with_dashes_is_told_how_to_write_it() -> None:
@@ -218,7 +225,7 @@ def test_a_killed_rank_is_the_cause_although_a_peer_recorded_a_verdict(
     assert "rank 1 failed first (killed by SIGKILL, out of memory?)" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("peer_speaks", [True, False])
+@pytest.mark.parametrize("peer_speaks", [True, full(False)])
 def test_the_reason_in_the_status_is_the_killed_rank_whatever_its_peers_wrote(site: Site, peer_speaks: bool) -> None:
     body = f"""
     attempt.follow(lambda: 7)
@@ -237,6 +244,7 @@ def test_the_reason_in_the_status_is_the_killed_rank_whatever_its_peers_wrote(si
     assert not site.run.lease_json.exists()
 
 
+@pytest.mark.full  # waits for 5 s; test_rank_tracker.py has the rule
 def test_a_frozen_rank_is_the_cause_of_a_peers_timeout(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     body = """
     if rank == 1:
@@ -294,7 +302,8 @@ def test_a_failure_is_followed_by_a_new_start_from_the_last_checkpoint(
     assert [(each.restarts, each.verdict, each.rank) for each in status.attempts] == [(0, 1, 1), (1, 1, 1), (2, 0, 0)]
 
 
-@pytest.mark.parametrize("error", ["ConfigError", "DataError", "DivergedError", "StoppedError", "ResourceError"])
+# test_attempts.py has the rule of all codes.
+@pytest.mark.parametrize("error", rest_full(["ConfigError", "DataError", "DivergedError", "StoppedError", "ResourceError"]))
 def test_a_verdict_that_would_repeat_is_not_followed_by_a_start(site: Site, error: str) -> None:
     site.attempt(f"raise {error}('x')", max_restarts=3)
     assert len(site.run.read_status().attempts) == 1
@@ -353,7 +362,7 @@ def test_exit_code_of_a_rank_that_fails_at_start_becomes_the_verdict(site: Site)
         attempt.open(load_config(sys.argv[1], sys.argv[2:]))
         open(f"{here}/opened.0", "w").close(); wait_for("never")
     """
-    assert site.launch(program, max_restarts=3) == 65
+    assert site.launch(IMPORTS + textwrap.dedent(program), max_restarts=3) == 65
     attempts = site.run.read_status().attempts
     assert [(each.verdict, each.rank) for each in attempts] == [(65, 1)]
     assert attempts[0].reason == "rank 1: exit code 65; a.idx: cut short"

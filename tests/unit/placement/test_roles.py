@@ -130,5 +130,6 @@ def roles_when_sharded(rank: RankContext) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.full  # tests/distributed trains sharded models by their roles
 def test_roles_survive_sharding(run_in_world: Callable[..., list[Any]]) -> None:
     assert run_in_world(2, roles_when_sharded) == [True, True]

@@ -27,6 +27,7 @@ from moe_dist.runtime import lease as lease_module
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import Lease, LeaseError
 from moe_dist.runtime.run_folder import RunFolder
+from tests.support.cover import full
 from tests.support.tiny import tiny_config, write_config
 
 pytestmark = pytest.mark.slow
@@ -195,7 +196,7 @@ def record(step: int) -> Record:
     )
 
 
-@pytest.mark.parametrize("place", ["before the look", "between the look and the write"])
+@pytest.mark.parametrize("place", [full("before the look"), "between the look and the write"])
 def test_records_of_a_writer_that_wakes_up_go_nowhere(
     sleeper: Callable[[str], Sleeper], thread_sleeper: Callable[[str], Sleeper], place: str
 ) -> None:
@@ -280,7 +281,7 @@ CHECKPOINTS = """
 """
 
 
-@pytest.mark.parametrize("look", [1, 2, 3])
+@pytest.mark.parametrize("look", [full(1), full(2), 3])
 def test_a_resumed_writer_does_not_change_latest(thread_sleeper: Callable[[str], Sleeper], look: int) -> None:
     """It slept right before its look before writing, before the rename of the folder, before the rename of `latest`."""
     first = thread_sleeper(
@@ -313,7 +314,7 @@ def test_a_resumed_writer_does_not_change_latest(thread_sleeper: Callable[[str],
     lease.release()
 
 
-@pytest.mark.parametrize("place", ["in the sync", "after the look"])
+@pytest.mark.parametrize("place", [full("in the sync"), "after the look"])
 def test_a_writer_suspended_before_replacing_latest_does_not_replace_it(
     sleeper: Callable[[str], Sleeper], thread_sleeper: Callable[[str], Sleeper], place: str
 ) -> None:

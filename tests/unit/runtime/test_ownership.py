@@ -22,6 +22,7 @@ from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.ownership import RunFolderError, in_words
 from moe_dist.runtime.run_folder import RunFolder, Start
+from tests.support.cover import full
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config, write_config
 
@@ -90,7 +91,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @needs_root
 @pytest.mark.needs_hardware
-@pytest.mark.parametrize("mode", [0o755, 0o777, 0o700])
+@pytest.mark.parametrize("mode", [0o755, full(0o777), full(0o700)])
 def test_another_users_run_is_refused_for_any_permissions(place: Path, mode: int) -> None:
     config, folder = a_run(place)
     folder.path.chmod(mode)
@@ -143,7 +144,7 @@ def test_an_unwritable_root_is_reported(place: Path) -> None:
 @needs_root
 @pytest.mark.needs_hardware
 @pytest.mark.parametrize(
-    ("umask", "file_mode", "folder_mode"), [(0o027, 0o640, 0o750), (0o077, 0o600, 0o700), (0o002, 0o664, 0o775)]
+    ("umask", "file_mode", "folder_mode"), [(0o027, 0o640, 0o750), full(0o077, 0o600, 0o700), full(0o002, 0o664, 0o775)]
 )
 def test_run_group_owns_new_files_and_the_umask_sets_its_permissions(
     place: Path, umask: int, file_mode: int, folder_mode: int

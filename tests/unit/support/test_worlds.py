@@ -96,7 +96,12 @@ def test_a_set_of_strings_may_have_another_order_on_the_next_rank(worlds: Worlds
         (fail_on_one, 600.0, ["rank 1 of 2 failed", "fail_on_one", "assert 3 == 4"]),
         pytest.param(fail_on_both, 600.0, ["rank 1 of 2 failed", "of rank 1"], marks=pytest.mark.full),
         pytest.param(die_on_one, 600.0, ["rank 1 of 2 died with exit code 9"], marks=pytest.mark.full),
-        (hang_on_one, 5.0, ["ranks [0, 1] of 2 did not answer within 5 s", "the_place_where_it_hangs"]),
+        pytest.param(
+            hang_on_one,
+            5.0,
+            ["ranks [0, 1] of 2 did not answer within 5 s", "the_place_where_it_hangs"],
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_a_failure_tells_its_first_cause_and_the_world_is_built_anew(

@@ -18,6 +18,7 @@ from moe_dist.plan.layouts import Placements, layouts
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.rates import Rates, published_rates, rates_text, read_rates
 from moe_dist.plan.rows import Expected
+from tests.support.cover import full
 from tests.support.invoked import invoke
 from tests.unit.monitor.report.conftest import draw_routing
 from tests.unit.plan.test_step_model import RATES
@@ -33,7 +34,7 @@ def plan(folder: Path, *arguments: str, overrides: list[str] = SMALL) -> tuple[i
     return done.exit_code, done.output
 
 
-@pytest.mark.parametrize(("gpus", "command"), [("4", "moe-dist launch local "), ("16", "moe-dist launch slurm ")])
+@pytest.mark.parametrize(("gpus", "command"), [full("4", "moe-dist launch local "), ("16", "moe-dist launch slurm ")])
 def test_the_last_line_says_how_to_start(tmp_path: Path, gpus: str, command: str) -> None:
     code, said = plan(tmp_path, "--gpus", gpus)
     assert code == 0

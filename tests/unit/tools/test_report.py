@@ -20,6 +20,7 @@ from moe_dist.monitor.trace.format import TOKEN, Manifest
 from moe_dist.monitor.trace.writer import TraceWriter
 from moe_dist.placement.replicas import Replica
 from moe_dist.plan.policies import expert_groups
+from tests.support.cover import full
 from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config
@@ -196,7 +197,7 @@ def test_a_long_file_of_records_is_joined_into_few_frames(tmp_path: Path) -> Non
     assert ([frame.first for frame in window], coefficient) == ([*range(951, 1001)], 0.5)
 
 
-@pytest.mark.parametrize("experts", [256, 384])
+@pytest.mark.parametrize("experts", [256, full(384)])
 def test_a_page_of_many_experts_is_small(experts: int) -> None:
     layers, tokens = 26, 15_000
     routing = draw_routing(draw_groups(1, experts, 0, 8), layers=layers, tokens=2, steps=12)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from launchers.ray.rank_supervisor import Order
+from tests.support.cover import full
 
 ROOT = Path(__file__).parents[4]
 # A process in a session of its own whose parent is gone; it writes down its pid.
@@ -99,7 +100,7 @@ def kept(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
         each.process.communicate()
 
 
-@pytest.mark.parametrize("code", [0, 70, -9])
+@pytest.mark.parametrize("code", [full(0), 70, full(-9)])
 def test_the_exit_code_is_reported_and_remaining_processes_are_killed(kept: Callable[..., Kept], code: int) -> None:
     end = f"sys.exit({code})" if code >= 0 else "os.kill(os.getpid(), 9)"
     supervisor = kept(f"escape(sys.argv[1]); {end}")

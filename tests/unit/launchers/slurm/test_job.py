@@ -18,7 +18,7 @@ from moe_dist.config.cluster import Cluster
 from moe_dist.runtime.attempt import verdict_of
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
-from tests.support.cover import rest_full
+from tests.support.cover import full, rest_full
 from tests.support.passing_faults import FAULTS, RESTARTS
 from tests.support.tiny import tiny_config, write_config
 
@@ -174,9 +174,9 @@ def test_srun_gets_no_option_of_an_outer_job(node: Node, monkeypatch: pytest.Mon
         ("task 0: Exited with exit code 1", 1, True),  # a lost GPU, a timeout after a suspend, a late start
         ("task 1: Exited with exit code 75", 75, True),
         ("task 1: Exited with exit code 78", 78, False),
-        ("task 1: Exited with exit code 69", 69, False),
-        ("task 1: Exited with exit code 65", 65, False),
-        ("task 1: Exited with exit code 70", 70, False),
+        full("task 1: Exited with exit code 69", 69, False),
+        full("task 1: Exited with exit code 65", 65, False),
+        full("task 1: Exited with exit code 70", 70, False),
     ],
 )
 def test_slurm_requeues_what_the_other_launchers_restart(node: Node, line: str, verdict: int, requeued: bool) -> None:
@@ -184,7 +184,7 @@ def test_slurm_requeues_what_the_other_launchers_restart(node: Node, line: str, 
     assert node.requeues == requeued
 
 
-@pytest.mark.parametrize("fault", rest_full(FAULTS))
+@pytest.mark.parametrize("fault", rest_full(FAULTS, 0))
 def test_slurm_requeues_after_a_fault_that_may_pass(node: Node, capsys: pytest.CaptureFixture[str], fault: str) -> None:
     """tests/unit/launchers/test_attempts.py tests that the local launcher and Ray restart as often after these faults."""
     (node.folder / "site.yaml").write_text(f"gpus: {{syntax: none}}\nranks_per_node: 2\nmax_restarts: {RESTARTS}\n")

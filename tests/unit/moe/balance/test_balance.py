@@ -17,6 +17,7 @@ from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.layer import bias_steps
 from tests.support.counts import counts_with
+from tests.support.cover import full
 from tests.support.messages import refused
 
 D = 8
@@ -201,8 +202,10 @@ def closed_loop(rules: Sequence[Any], *, steps: int, skew: float = 1.0) -> tuple
     return loads, torch.stack(chosen[-60:]).sum(0).double()
 
 
-@pytest.mark.parametrize("per", ["group", "expert"])
-@pytest.mark.parametrize("target", [0.5, 1.25, 3.0])
+@pytest.mark.parametrize(
+    ("target", "per"),
+    [(0.5, "group"), full(0.5, "expert"), full(1.25, "group"), (1.25, "expert"), full(3.0, "group"), full(3.0, "expert")],
+)
 def test_the_mean_load_converges_to_its_target(target: float, per: Any) -> None:
     loads, _ = closed_loop([ActiveExperts({"text": target}, rate=1.0, decay_steps=60, per=per)], steps=400)
     assert abs(loads[0] - target) > 0.2

@@ -13,7 +13,7 @@ from tests.support.cover import full
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("dtype", "default"), [full(torch.float32, "meta"), (torch.bfloat16, "cpu")])
+@pytest.mark.parametrize(("dtype", "default"), [full(torch.float32, "meta"), full(torch.bfloat16, "cpu")])
 def test_good_kernels_pass(dtype: torch.dtype, default: str) -> None:
     """On their device, whatever the default device is."""
     with torch.device(default):
@@ -58,7 +58,7 @@ def no_compiler(*args: Any) -> Any:
         full("gather", wrong_gradient, "the gradient of rows of the Triton kernels differs from torch's by 1"),
         full("choose", late_choice, "the choice of the Triton kernels differs from torch's by"),
         full("choose", double_probabilities, "the probabilities of the Triton kernels differs from torch's by 1"),
-        ("swiglu", first_block_alone, "the output of experts of the Triton kernels differs from torch's by"),
+        full("swiglu", first_block_alone, "the output of experts of the Triton kernels differs from torch's by"),
         full("swiglu", no_compiler, "the Triton kernels failed: RuntimeError: PassManager::run failed"),
     ],
 )

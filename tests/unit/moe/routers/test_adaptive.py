@@ -20,6 +20,7 @@ from moe_dist.moe.routing import ABSENT, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference import adaptive as slow
 from tests.support.counts import counts_with
+from tests.support.cover import full_unless
 
 T, D = 60, 6
 PLAIN = (ExpertGroup("all", 8, 0, 8, 8, 0, ("text", "image")),)
@@ -138,7 +139,13 @@ def test_no_token_at_all(name: str) -> None:
     assert (len(empty.assignments.token_N), int(empty.sums.choices_C.sum())) == (0, 0)
 
 
-@pytest.mark.parametrize(("name", "target", "nulls"), [(n, t, m) for n in CASES for t, m in ((1.5, 0), (3.0, 0), (1.0, 4))])
+@pytest.mark.parametrize(
+    ("name", "target", "nulls"),
+    full_unless(
+        lambda name, target, nulls: (target, nulls) == (1.5, 0) or (name, nulls) == ("threshold", 4),
+        [(name, target, nulls) for name in CASES for target, nulls in ((1.5, 0), (3.0, 0), (1.0, 4))],
+    ),
+)
 def test_a_controller_holds_the_mean_number_of_true_experts(name: str, target: float, nulls: int) -> None:
     group = ExpertGroup("all", 8, nulls, 8, 8, 0, ("text",))
     router = made(name, (group,), bias=0.0)

@@ -18,6 +18,7 @@ from moe_dist.inference.questions.split import Side
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.samples import Samples
+from tests.support.cover import full
 from tests.support.messages import refused
 from tests.support.pictured import pictured_run
 from tests.support.tiny_embedder import tiny_embedder
@@ -108,7 +109,7 @@ def test_nothing_is_overwritten(made: Path, own_data: Path, words: Path) -> None
         question_data.make(own_data, made, wordnet=words, left=LEFT, seeds=2, seed=0)
 
 
-@pytest.mark.parametrize(("side", "listed"), [(Side.VALID, False), (Side.TEST, False), (Side.TEST, True)])
+@pytest.mark.parametrize(("side", "listed"), [full(Side.VALID, False), full(Side.TEST, False), (Side.TEST, True)])
 def test_a_run_is_asked_as_the_evaluation_asks(
     own_data: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: Side, listed: bool
 ) -> None:
@@ -198,12 +199,14 @@ def sampled(own_data: Path, words: Path, tmp_path_factory: pytest.TempPathFactor
     return run, section
 
 
+@pytest.mark.full  # makes samples, as the tests below; tests/unit/tools/test_prepare_router_tuning.py has their content
 def test_samples_are_kept_as_they_are(sampled: tuple[Path, QuestionsSection], monkeypatch: pytest.MonkeyPatch) -> None:
     run, section = sampled
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("they were made again"))
     assert make_samples(run, section)["samples"] == 5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -232,6 +235,7 @@ def test_samples_of_listed_choices_are_right_under_each_rotation(
     assert Samples(Path(made["folder"])).manifest.options["rotations"] is True
 
 
+@pytest.mark.full
 def test_samples_that_cannot_be_made_end_with_the_tools_code(
     sampled: tuple[Path, QuestionsSection], tmp_path: Path
 ) -> None:
