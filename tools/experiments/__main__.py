@@ -87,11 +87,12 @@ def _run(path: Path, study: Study, jobs: list[StudyJob], *, pilot: bool, process
             layout_without_data(config)  # an earlier arm makes the files; the run checks the files
         else:
             check(config)
-        if "oracle" in job.arm.asks:
+        if {"oracle", "disturbed"} & {*job.arm.asks}:
             check_routers(config.model.moe)
     if study.measure.questions is not None and jobs:
         asks = {ask for job in jobs for ask in job.arm.asks}
-        check_questions(study.measure.questions, config_of(study, jobs[0], pilot=pilot), samples="samples" in asks)
+        samples = bool({"samples", "disturbed"} & asks)
+        check_questions(study.measure.questions, config_of(study, jobs[0], pilot=pilot), samples=samples)
     results = results_path(study, pilot=pilot)
     rules = None if pilot else check_rules(results, path, study)
     lock = ROOT / f".{study.name}{'-pilot' if pilot else ''}.lock"

@@ -35,6 +35,7 @@ from moe_dist.train.evaluation.calibration import by_threshold, calibrate
 from moe_dist.train.loss import forward
 from moe_dist.train.trainer import Loader
 from tools.experiments import probes
+from tools.experiments.disturbance import FOLDER, disturb
 from tools.experiments.questions import QuestionRound, make_samples
 from tools.experiments.runner import MEASURED
 from tools.experiments.study import CurveSection, MeasureSection, QuestionsSection, load_study
@@ -107,8 +108,8 @@ class Measurement:
         self._groups = torch.tensor(group_of_modality(self._manifest, self._placement))
 
     def record(self, wanted: Sequence[str], asks: Sequence[str] = ()) -> dict[str, Any]:
-        """Returns the run's record, with all measurements. `wanted` names the probes; `asks` may name `oracle` and
-        `samples`."""
+        """Returns the run's record, with all measurements. `wanted` names the probes; `asks` may name `oracle`,
+        `samples` and `disturbed`."""
         last = max(self._directory.steps())
         plan = build_plan(self._config, self._manifest, self._placement)
         spent = spent_by_step(self._folder.metrics_jsonl, plan, self._before)
@@ -147,7 +148,26 @@ class Measurement:
             found["oracle"] = question_round.oracle()
         if "samples" in asks:
             found["samples"] = make_samples(self._folder.path, section)
+        if "disturbed" in asks:
+            found["disturbed"] = self._disturbed(section)
         return found
+
+    def _disturbed(self, section: QuestionsSection) -> dict[str, Any]:
+        """Disturbs the model's routers, and returns the questions, the oracle and the samples of the disturbed model."""
+        asked = (self._model, self._config, self._manifest, self._groups, section)
+        valid, question_round = QuestionRound(*asked, Side.VALID), QuestionRound(*asked, self._side)
+        out = self._folder.path / FOLDER
+        made = disturb(
+            self._reader,
+            self._directory.path_of(max(self._directory.steps())),
+            out,
+            self._config.model.moe_layers[-section.oracle_layers :],
+            section.disturbance,
+            seed=self._config.run.seed,
+            accuracy=lambda: valid.record()["accuracy"],
+        )
+        asked = {"questions": question_round.record(), "oracle": question_round.oracle()}
+        return {**made, **asked, "samples": make_samples(out, section)}
 
     def _batches_by_source(self, sequences: int) -> dict[str, list[Batch]]:
         """Maps each source on which the run was trained to its held-out batches."""
@@ -321,7 +341,7 @@ def main(
     wanted: Annotated[str, typer.Argument(help="Probes, separated by commas; may be empty.")] = "",
     before: Annotated[str, typer.Argument(help="JSON of tokens, flops and seconds spent before the run.")] = "{}",
     asks: Annotated[
-        str, typer.Option(help="Further measurements, separated by commas: samples, oracle, load_tables.")
+        str, typer.Option(help="Further measurements, separated by commas: samples, oracle, disturbed, load_tables.")
     ] = "",
     pilot: Annotated[bool, typer.Option("--pilot", help="Take the validation side of sequences and questions.")] = False,
 ) -> None:

@@ -148,17 +148,22 @@ def _questions(study: Study, records: Records) -> list[str]:
         ("questions", "accuracy", "`{}`"),
         ("oracle", "before", "`{}`, the first questions"),
         ("oracle", "accuracy", "`{}`, these with routing fitted to their labels"),
+        ("disturbed.questions", "accuracy", "`{}`, with disturbed routers"),
+        ("disturbed.oracle", "before", "`{}`, disturbed, the first questions"),
+        ("disturbed.oracle", "accuracy", "`{}`, disturbed, these with routing fitted to their labels"),
     )
     rows = []
     for name, every in _per_arm(study, records):
         for kind, value, what in shown:
-            if mine := {seed: record for seed, record in every.items() if kind in record}:
-                count = next(iter(mine.values()))[kind]["questions"]
+            if mine := {seed: record for seed, record in every.items() if number_at(record, f"{kind}.{value}") is not None}:
+                count = int(number_at(next(iter(mine.values())), f"{kind}.questions") or 0)
                 cells = [_spread(mine, f"{kind}.by_task.{task}.{value}", digits=3) for task in tasks]
                 rows.append([what.format(name), f"{count:,}", _spread(mine, f"{kind}.{value}"), *cells])
     if not rows:
         return []
-    about = "Share of held-out questions of four choices that are answered right, by log-likelihood a token"
+    by_first = study.measure.questions is not None and study.measure.questions.first_token
+    how = "by the logits of the choices' first tokens" if by_first else "by log-likelihood a token"
+    about = f"Share of held-out questions of four choices that are answered right, {how}"
     return [f"{about}; mean over tasks.", "", *table(["arm", "questions", "accuracy", *tasks], rows)]
 
 

@@ -162,6 +162,13 @@ class WireSection(Part):
     placement: Literal["interleaved"] = "interleaved"
 
 
+class DisturbanceSection(Part):
+    """Noise on the router rows of the last `oracle_layers` MoE layers, in standard deviations of the rows."""
+
+    scales: tuple[PositiveFloat, ...] = Field(default=(0.5, 1.0, 2.0, 4.0), min_length=1)  # tried in this order
+    keep: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5  # largest share that may remain of the accuracy above chance
+
+
 class QuestionsSection(Part):
     """Asks multiple-choice questions, scored by log-likelihood per token; a pilot asks the validation questions."""
 
@@ -171,6 +178,9 @@ class QuestionsSection(Part):
     embedder: str | None = None  # folder of the embedder; by default the folder of `make embedder`
     least: NonNegativeInt = 0  # smallest allowed number of test questions of all tasks together
     left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # number of training questions per task in `samples`
+    first_token: bool = False  # whether choices are scored by their first tokens; other questions are left out
+    sizes: tuple[PositiveInt, ...] = ()  # numbers of samples of which parts of `samples` are made
+    disturbance: DisturbanceSection = Field(default_factory=DisturbanceSection)  # for arms that ask `disturbed`
     listed: bool = False  # whether questions list their choices, and count only if right in each rotation of the choices
     oracle_questions: PositiveInt = 100  # the oracle answers this many first questions of each task
     oracle_layers: PositiveInt = 5  # number of last MoE layers whose routing the oracle fits
@@ -205,7 +215,8 @@ class Arm(Part):
     measured: dict[str, MeasuredSetting] = Field(default_factory=dict)
     seeds: Literal["decisive", "other"] = "other"
     probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
-    asks: tuple[Literal["samples", "oracle", "load_tables"], ...] = ()  # measurements besides those of every run
+    # Measurements besides those of every run.
+    asks: tuple[Literal["samples", "oracle", "disturbed", "load_tables"], ...] = ()
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -217,6 +217,8 @@ def test_questions_are_told_with_what_routing_fitted_to_their_labels_gives(study
             right = {"questions": 40, "accuracy": 0.5 + seed / 100, "by_task": {"gcd": {"accuracy": 0.5 + seed / 100}}}
             oracle = {**right, "accuracy": 0.75, "before": 0.25, "by_task": {"gcd": {"accuracy": 0.75, "before": 0.25}}}
             more = {"questions": right, "oracle": {**oracle, "questions": 10}} if arm == "a" else {"questions": right}
+            if arm == "b":
+                more["disturbed"] = {"questions": {**oracle, "accuracy": 0.375}, "oracle": {**oracle, "questions": 9}}
             add_record(results, make_header(path, rules, "a" * 40), {**record(arm, seed, 1.0), **more})
     write_report(rules, page=page, results=results)
     rows = page.read_text().partition("### Questions")[2].splitlines()
@@ -224,6 +226,10 @@ def test_questions_are_told_with_what_routing_fitted_to_their_labels_gives(study
     assert "| `a`, the first questions | 10 | 0.2500 ± 0.0000 | 0.250 ± 0.000 |" in rows
     assert "| `a`, these with routing fitted to their labels | 10 | 0.7500 ± 0.0000 | 0.750 ± 0.000 |" in rows
     assert "| `b` | 40 | 0.5150 ± 0.0071 | 0.515 ± 0.007 |" in rows
+    assert "| `b`, with disturbed routers | 40 | 0.3750 ± 0.0000 | 0.750 ± 0.000 |" in rows
+    fitted = "| `b`, disturbed, these with routing fitted to their labels | 9 | 0.7500 ± 0.0000 | 0.750 ± 0.000 |"
+    assert fitted in rows
+    assert not any("`a`, disturbed" in row for row in rows)
     assert Path("planted_questions.png").stat().st_size > 1000
 
 
