@@ -36,7 +36,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder to make.")] = Path(".cache/data/facts"),
     wordnet: Annotated[Path, typer.Option(help="Folder with WordNet's files.")] = Path(".cache/package/dict"),
     definitions: Annotated[int, typer.Option(min=1, help="Number of definitions.")] = 1000,
-    pictures: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 500,
+    pictures: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 300,
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of tokens of the BPE tokenizer.")] = 1024,
     codes: Annotated[int, typer.Option(min=1, help="Number of codes of the image codebook.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of facts and of the codebook.")] = 0,
