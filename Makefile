@@ -24,13 +24,13 @@ TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 # (in tests/unit the files that conftest.py names): the last files are short, so all workers end together.
 BESIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 WORLDS := -n 3 --dist loadfile --no-loadscope-reorder
-EXPERIMENTS := adamoe adamoe-held moma moma-narrow nulls-by-modality mole roma roma-listed roma-2 roma-2-smollm2 adamoe-2 nulls-2 on-ranks
+EXPERIMENTS := adamoe adamoe-held adamoe-2 nulls-by-modality nulls-2 moma moma-narrow moma-2 mole roma roma-listed roma-2 roma-2-smollm2 on-ranks
 REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-full test-exhaustive test-one quick smollm2 test-smollm2 test-vllm torch-floor test-faults test-clusters test-slurm test-ray cluster-packages test-browser pictures chaos gpu-bundle wheel docs bench check format data embedder wordnet tensorboard clean \
-  reproduce-data conventions-data questions-data smollm2-split $(REPRODUCTIONS)
+  reproduce-data conventions-data questions-data facts-data smollm2-split $(REPRODUCTIONS)
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -183,7 +183,14 @@ questions-data: reproduce-data wordnet
 	@test -f $(QUESTIONS_DATA)/manifest.json || \
 	  $(BIN)/python -m tools.experiments.question_data --base $(REPRODUCE_DATA) --wordnet $(WORDNET) --out $(QUESTIONS_DATA)
 
+# A closed set of definitions and pictures, to be stored.
+FACTS_DATA := .cache/data/facts
+facts-data: $(INSTALLED) wordnet
+	@test -f $(FACTS_DATA)/manifest.json || \
+	  $(BIN)/python -m tools.experiments.fact_data --out $(FACTS_DATA) --wordnet $(WORDNET)
+
 reproduce-mole: conventions-data
+reproduce-moma-2: facts-data
 reproduce-roma reproduce-roma-listed reproduce-roma-2: questions-data embedder
 
 # SmolLM2 with its FFNs cut into experts, and data with its tokenizer.

@@ -37,7 +37,7 @@ def main(
     only: Annotated[list[str], typer.Option(help="Run only this arm; may be repeated. Arms it needs must be done.")] = [],  # noqa: B006
     status: Annotated[bool, typer.Option("--status", help="Print the state of each run; start nothing.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write tables, plots and verdicts; start nothing.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Number of simultaneous runs, one thread each.")] = 2,
+    processes: Annotated[int, typer.Option(min=1, help="Number of simultaneous ranks of runs, one thread each.")] = 2,
 ) -> None:
     """Run what is missing, then report. Ctrl-C saves and stops; the same command continues."""
     path = find_config(FOLDER / f"{name}.yaml")

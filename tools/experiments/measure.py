@@ -1,8 +1,8 @@
 """Measures a finished run on one process: python -m tools.experiments.measure STUDY.yaml RUN PROBES BEFORE [--asks ...]
 
-Writes measured.json into the run's folder: held-out losses, true (not null) experts per token, rows that an EP group would
-send, the curve of loss over FLOPs and seconds, and results of the probes that the study's arm asks for. Then removes all
-checkpoints but the last, because only the curve needs earlier checkpoints.
+Writes measured.json into the run's folder: held-out and training losses, true (not null) experts per token, rows that an EP
+group would send, the curve of loss over FLOPs and seconds, and results of the probes that the study's arm asks for. Then
+removes all checkpoints but the last, because only the curve needs earlier checkpoints.
 """
 
 import json
@@ -53,6 +53,7 @@ from tools.experiments.tokens import (
     spread,
     tables_of,
 )
+from tools.experiments.training_loss import training_between
 
 TABLE_STEPS = 50  # training steps whose tokens are counted in tables of loads
 
@@ -115,12 +116,14 @@ class Measurement:
         spent = spent_by_step(self._folder.metrics_jsonl, plan, self._before)
         section, by_source = self._section, self._batches_by_source(self._section.sequences)
         batches = [batch for of_source in by_source.values() for batch in of_source]
-        curve = [] if section.curve is None else self._curve(section.curve, spent)
+        training = training_between(self._folder.metrics_jsonl, self._planned())
+        curve = [] if section.curve is None else self._curve(section.curve, spent, training)
         tokens = evaluate(model := self._model_at(last), batches, self._groups)
         found = {
             "steps": last,
             **asdict(spent[last]),
             "loss": losses(tokens),
+            "training": training.get(last, {}),
             "tokens_scored": len(tokens.loss_N),
             "load": loads(tokens),
             "load_by_loss": binned(tokens, tokens.loss_N),
@@ -235,13 +238,16 @@ class Measurement:
         steps = sorted(self._directory.steps())
         return planned(steps, every=self._config.checkpoint.every, last=self._config.train.steps)
 
-    def _curve(self, section: CurveSection, spent: Mapping[int, Spent]) -> list[dict[str, Any]]:
+    def _curve(
+        self, section: CurveSection, spent: Mapping[int, Spent], training: Mapping[int, Mapping[str, float]]
+    ) -> list[dict[str, Any]]:
         batches = [batch for of_source in self._batches_by_source(section.sequences).values() for batch in of_source]
         points = []
         for step in self._planned():
             tokens = evaluate(self._model_at(step), batches, self._groups)
             load = loads(tokens)["all"]
-            points.append({"step": step, **asdict(spent[step]), "loss": losses(tokens), "load": load})
+            costs = {"step": step, **asdict(spent[step])}
+            points.append({**costs, "loss": losses(tokens), "training": training.get(step, {}), "load": load})
         return points
 
     def _load_tables(self, model: Transformer) -> dict[str, str]:

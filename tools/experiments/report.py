@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import stdev
-from typing import Any
+from typing import Any, Literal
 
 from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
@@ -81,7 +81,8 @@ def _section(
         "Rows on the wire": _wire(study, records),
         "Load": _loads(study, records),
         "Changed afterwards": _probes(study, records),
-        "eta": _etas(study, records),
+        "eta": _etas(study, records, "heldout"),
+        "eta of the training loss": _etas(study, records, "training"),
         f"{by} their loss": _bins(study, records, "load_by_loss"),
         f"{by} how often their id stands in the training data": _bins(study, records, "load_by_frequency"),
     }
@@ -219,9 +220,9 @@ def _probes(study: Study, records: Records) -> list[str]:
     return table(heads, rows) if rows else []
 
 
-def _etas(study: Study, records: Records) -> list[str]:
+def _etas(study: Study, records: Records, loss: Literal["heldout", "training"]) -> list[str]:
     """Returns a table of eta (see `EtaValue`) for all labels and by modality: geometric mean, smallest and largest over
-    seeds."""
+    seeds. Empty for training losses that no record has."""
     if (dense := study.reference) is None:
         return []
     rows = []
@@ -229,13 +230,15 @@ def _etas(study: Study, records: Records) -> list[str]:
         cells = []
         for cost in ("flops", "seconds"):
             for part in ("all", "text", "image"):
-                value = EtaValue(eta=name, of=dense, part=part, cost=cost)
+                value = EtaValue(eta=name, of=dense, part=part, cost=cost, loss=loss)
                 seeds = sorted({seed for arm, seed in records if arm == name} & {s for arm, s in records if arm == dense})
                 logs = [value_of(value, records, seed) for seed in seeds]
                 # No mean is shown if the eta of any seed is unknown, because omitting this seed would bias the mean.
                 cells.append(_eta([log for log in logs if log is not None] if None not in logs else []))
         if name != dense and any(cell != "-" for cell in cells):
             rows.append([f"`{name}`", *cells])
+    if loss == "training" and not rows:
+        return []
     heads = [f"{part}, {cost}" for cost in ("FLOPs", "seconds") for part in ("all", "text", "image")]
     return [
         f"Cost relative to `{dense}`; in brackets the lowest and the highest value among the seeds. Arms that begin with "

@@ -74,12 +74,16 @@ class InterpolatedValue(Part):
 
 
 class EtaValue(Part):
-    """ln eta, where eta = (training cost of the arm `of`) / (cost at which the arm `eta` reaches the last loss of `of`)."""
+    """ln eta, where eta = (training cost of the arm `of`) / (cost at which the arm `eta` reaches the last loss of `of`).
+
+    The loss is the held-out loss, or the training loss, in which experts that choose tokens see later tokens.
+    """
 
     eta: ArmName
     of: ArmName
     part: str
     cost: Literal["flops", "seconds", "bytes"] = "flops"
+    loss: Literal["heldout", "training"] = "heldout"
 
 
 class ConstantValue(Part):
@@ -330,6 +334,11 @@ class StudyJob:
     arm: Arm
     seed: int
     settings: Mapping[str, Any]  # overrides of the base configuration, except settings from other arms' records
+
+    @property
+    def ranks(self) -> int:
+        """Returns the number of ranks that train, for a base with one rank."""
+        return int(self.settings.get("parallel.ep", 1))
 
 
 def load_study(path: Path) -> Study:

@@ -24,6 +24,7 @@ NAMES = (
     "adamoe-2",
     "nulls-2",
     "on-ranks",
+    "moma-2",
 )
 REPOSITORY = Path(__file__).parents[4]
 DECISIVE, OTHER = 5, 3
@@ -47,18 +48,21 @@ def texts() -> Manifest:
 
 
 def manifest(path: str) -> Manifest:
-    """Of the data that `make reproduce-data` and `make conventions-data` prepare."""
+    """Of the data that `make reproduce-data`, `conventions-data`, `questions-data` and `facts-data` prepare."""
     names = ["openmoji", "python"]
     if path.endswith("questions"):
         names += ["wordnet", "reasoning"]
     if path.endswith("conventions"):
         names = [f"{name}{more}" for name in CONVENTIONS for more in ("", "-twice")]
+    vocab_size, first_code = 2560, 2048
+    if path.endswith("facts"):
+        names, vocab_size, first_code = ["openmoji", "facts"], 1280, 1024
     split = SplitSection(path="x", documents=2, tokens=2, tokens_by_modality={"text": 1, "image": 1})
     source = SourceSection(train=split, valid=split, licence="")
     return Manifest(
         name="x",
-        vocab_size=2560,
-        modalities={"text": ((0, 2048),), "image": ((2048, 2560),)},
+        vocab_size=vocab_size,
+        modalities={"text": ((0, first_code),), "image": ((first_code, vocab_size),)},
         pad_id=0,
         eos_id=1,
         sources=dict.fromkeys(names, source),

@@ -189,6 +189,24 @@ def test_report_is_written_whatever_it_says_and_an_earlier_attempt_stays(study: 
     assert page.read_text().startswith(once.rstrip()), "the earlier attempt stays"
 
 
+def test_eta_of_the_training_loss_has_a_table_where_records_have_one(study: tuple[Path, Study]) -> None:
+    path, _ = study
+    path.write_text(STUDY.replace("after: a", "seeds: other") + "measure: {curve: {of: a}}\n")
+    rules, results, page = load_study(path), Path("r.jsonl"), Path("page.md")
+    points = [{"flops": 1.0, "seconds": 1.0, "loss": {"all": 3.0}}, {"flops": 8.0, "seconds": 8.0, "loss": {"all": 2.0}}]
+    for trained in (False, True):
+        for arm, last in (("a", 2.0), ("b", 1.0)):
+            curve = [
+                {**point, **({"training": {"all": loss}} if trained else {})}
+                for point, loss in zip(points, (2.0, last), strict=True)
+            ]
+            add_record(results, make_header(path, rules, "a" * 40), {**record(arm, 1, 1.0), "curve": curve})
+        write_report(rules, page=page, results=results)
+        assert ("### eta of the training loss" in page.read_text()) is trained
+    table = page.read_text().partition("### eta of the training loss")[2]
+    assert "| `b` | 8.00 [8.00, 8.00] |" in table, "b has a's last training loss, 2, from its first point on"
+
+
 @pytest.mark.parametrize(
     ("loads", "drawn"),
     [
