@@ -205,7 +205,6 @@ smollm2-split: smollm2 wordnet
 	  $(BIN)/python -m tools.experiments.split_base $(SMOLLM2_IMPORT) --data $(WORDS_DATA) --out $(SMOLLM2_SPLIT)
 
 reproduce-roma-2-smollm2: smollm2-split embedder
-reproduce-on-ranks: ARGS += --processes 1  # its runs have 2 and 4 ranks, and their seconds count
 $(REPRODUCTIONS): reproduce-%: $(INSTALLED) reproduce-data
 	@$(BIN)/python -m tools.experiments $* $$ARGS
 
