@@ -36,7 +36,7 @@ def write_claims(page: Path = PAGE) -> None:
 
 
 def _rows(study: Study) -> Sequence[Sequence[str]]:
-    link = f"[{study.name}](reproductions.md#{study.name})"
+    link = f"[{study.name}](reproductions/{study.name}.md)"
     return [[link, each.rule.claim, f"**{each.outcome}**", *_effect(each)] for each in _verdicts(study)]
 
 

@@ -203,7 +203,7 @@ def test_eta_of_the_training_loss_has_a_table_where_records_have_one(study: tupl
             add_record(results, make_header(path, rules, "a" * 40), {**record(arm, 1, 1.0), "curve": curve})
         write_report(rules, page=page, results=results)
         assert ("### eta of the training loss" in page.read_text()) is trained
-    table = page.read_text().partition("### eta of the training loss")[2]
+    table = page.read_text().partition("## eta of the training loss")[2]
     assert "| `b` | 8.00 [8.00, 8.00] |" in table, "b has a's last training loss, 2, from its first point on"
 
 
@@ -239,7 +239,7 @@ def test_questions_are_told_with_what_routing_fitted_to_their_labels_gives(study
                 more["disturbed"] = {"questions": {**oracle, "accuracy": 0.375}, "oracle": {**oracle, "questions": 9}}
             add_record(results, make_header(path, rules, "a" * 40), {**record(arm, seed, 1.0), **more})
     write_report(rules, page=page, results=results)
-    rows = page.read_text().partition("### Questions")[2].splitlines()
+    rows = page.read_text().partition("## Questions")[2].splitlines()
     assert "| `a` | 40 | 0.5150 ± 0.0071 | 0.515 ± 0.007 |" in rows
     assert "| `a`, the first questions | 10 | 0.2500 ± 0.0000 | 0.250 ± 0.000 |" in rows
     assert "| `a`, these with routing fitted to their labels | 10 | 0.7500 ± 0.0000 | 0.750 ± 0.000 |" in rows
