@@ -202,7 +202,7 @@ def test_eta_of_the_training_loss_has_a_table_where_records_have_one(study: tupl
             ]
             add_record(results, make_header(path, rules, "a" * 40), {**record(arm, 1, 1.0), "curve": curve})
         write_report(rules, page=page, results=results)
-        assert ("### eta of the training loss" in page.read_text()) is trained
+        assert ("## eta of the training loss" in page.read_text()) is trained
     table = page.read_text().partition("## eta of the training loss")[2]
     assert "| `b` | 8.00 [8.00, 8.00] |" in table, "b has a's last training loss, 2, from its first point on"
 
