@@ -24,13 +24,13 @@ TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 # (in tests/unit the files that conftest.py names): the last files are short, so all workers end together.
 BESIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 WORLDS := -n 3 --dist loadfile --no-loadscope-reorder
-EXPERIMENTS := adamoe adamoe-held moma moma-narrow nulls-by-modality mole roma roma-listed adamoe-2 nulls-2 mole-2 on-ranks
+EXPERIMENTS := adamoe adamoe-held adamoe-2 nulls-by-modality nulls-2 moma moma-narrow moma-2 mole mole-2 roma roma-listed roma-2 roma-2-smollm2 on-ranks
 REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-full test-exhaustive test-one quick smollm2 test-smollm2 test-vllm torch-floor test-faults test-clusters test-slurm test-ray cluster-packages test-browser pictures chaos gpu-bundle wheel docs bench check format data embedder wordnet tensorboard clean \
-  reproduce-data conventions-data domains-data questions-data $(REPRODUCTIONS)
+  reproduce-data conventions-data domains-data questions-data facts-data smollm2-split $(REPRODUCTIONS)
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -188,10 +188,29 @@ questions-data: reproduce-data wordnet
 	@test -f $(QUESTIONS_DATA)/manifest.json || \
 	  $(BIN)/python -m tools.experiments.question_data --base $(REPRODUCE_DATA) --wordnet $(WORDNET) --out $(QUESTIONS_DATA)
 
+# A closed set of definitions and pictures, to be stored.
+FACTS_DATA := .cache/data/facts
+facts-data: $(INSTALLED) wordnet
+	@test -f $(FACTS_DATA)/manifest.json || \
+	  $(BIN)/python -m tools.experiments.fact_data --out $(FACTS_DATA) --wordnet $(WORDNET)
+
 reproduce-mole: conventions-data
 reproduce-mole-2: domains-data
-reproduce-roma reproduce-roma-listed: questions-data embedder
-reproduce-on-ranks: ARGS += --processes 1  # its runs have 2 and 4 ranks, and their seconds count
+reproduce-moma-2: facts-data
+reproduce-roma reproduce-roma-listed reproduce-roma-2: questions-data embedder
+
+# SmolLM2 with its FFNs cut into experts, and data with its tokenizer.
+WORDS_DATA := .cache/data/smollm2-words
+SMOLLM2_IMPORT := .cache/hf/smollm2-import
+SMOLLM2_SPLIT := .cache/hf/smollm2-split
+smollm2-split: smollm2 wordnet
+	@test -f $(WORDS_DATA)/manifest.json || \
+	  $(BIN)/python -m tools.experiments.words_data $(SMOLLM2_MODEL) --wordnet $(WORDNET) --out $(WORDS_DATA)
+	@test -d $(SMOLLM2_IMPORT) || $(BIN)/python -m tools.import_hf $(SMOLLM2_MODEL) --out $(SMOLLM2_IMPORT)
+	@test -d $(SMOLLM2_SPLIT) || \
+	  $(BIN)/python -m tools.experiments.split_base $(SMOLLM2_IMPORT) --data $(WORDS_DATA) --out $(SMOLLM2_SPLIT)
+
+reproduce-roma-2-smollm2: smollm2-split embedder
 $(REPRODUCTIONS): reproduce-%: $(INSTALLED) reproduce-data
 	@$(BIN)/python -m tools.experiments $* $$ARGS
 

@@ -226,7 +226,7 @@ def trace_heldout(
         fields = {"attempt": 1, "from_step": step, "ranks": env.world_size, "weights": weights, "losses": True}
         fields["split"] = "held-out"
         write_atomically(place / MANIFEST, _manifest(config, data, groups, rank_of_expert, **fields).to_json())
-    share = {"micro_batch": config.train.micro_batch, "rank": env.rank, "world_size": env.world_size}
+    share: dict[str, Any] = {"micro_batch": config.train.micro_batch, "rank": env.rank, "world_size": env.world_size}
     batches = [
         batch
         for source in data.sources

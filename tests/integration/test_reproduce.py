@@ -125,6 +125,10 @@ def test_killed_gone_on_with_measured_and_done_once(folder: Path) -> None:
     assert base["probes"]["flip"][0]["load"] == pytest.approx(2.0, abs=0.05), "of scored tokens; in all it stays"
     assert dropped["flops"] > base["flops"], "what it began with counts"
     assert dropped["curve"][0]["tokens"] > base["tokens"]
+    assert "idle" not in base["training"], "each token takes its experts"
+    assert choice["training"] == choice["curve"][-1]["training"]
+    assert 0 <= choice["training"]["idle"] < 1
+    assert min(choice["training"][name] for name in ("text", "image")) <= choice["training"]["all"]
     assert choice["load"]["all"] == pytest.approx(2.0, abs=0.2), "thresholds are those of the mean of weights"
     assert choice["probes"]["hindsight"][0]["load"] == pytest.approx(2.0, abs=0.1)
     assert len(list((run / "checkpoints").glob("step_*"))) == 1, "the curve's checkpoints are gone"

@@ -37,7 +37,7 @@ def main(
     only: Annotated[list[str], typer.Option(help="Run only this arm; may be repeated. Arms it needs must be done.")] = [],  # noqa: B006
     status: Annotated[bool, typer.Option("--status", help="Print the state of each run; start nothing.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write tables, plots and verdicts; start nothing.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Number of simultaneous runs, one thread each.")] = 2,
+    processes: Annotated[int, typer.Option(min=1, help="Number of simultaneous ranks of runs, one thread each.")] = 2,
 ) -> None:
     """Run what is missing, then report. Ctrl-C saves and stops; the same command continues."""
     path = find_config(FOLDER / f"{name}.yaml")
@@ -87,11 +87,12 @@ def _run(path: Path, study: Study, jobs: list[StudyJob], *, pilot: bool, process
             layout_without_data(config)  # an earlier arm makes the files; the run checks the files
         else:
             check(config)
-        if "oracle" in job.arm.asks:
+        if {"oracle", "disturbed"} & {*job.arm.asks}:
             check_routers(config.model.moe)
     if study.measure.questions is not None and jobs:
         asks = {ask for job in jobs for ask in job.arm.asks}
-        check_questions(study.measure.questions, config_of(study, jobs[0], pilot=pilot), samples="samples" in asks)
+        samples = bool({"samples", "disturbed"} & asks)
+        check_questions(study.measure.questions, config_of(study, jobs[0], pilot=pilot), samples=samples)
     results = results_path(study, pilot=pilot)
     rules = None if pilot else check_rules(results, path, study)
     lock = ROOT / f".{study.name}{'-pilot' if pilot else ''}.lock"

@@ -29,15 +29,20 @@ def write_claims(page: Path = PAGE) -> None:
         raise DataError(f"{page}: lacks <!-- begin claims NAME ... --> and <!-- end claims -->; take it from git")
     studies = [load_study(find_config(FOLDER / f"{name}.yaml")) for name in found[2].split()]
     rows = [row for study in studies for row in _rows(study)]
-    heads = ["experiment", "claim", "verdict", "difference [one-sided bounds]", "unit", "seeds"]
+    heads = ["experiment", "claim", "verdict", "difference [one-sided bounds]", "judged by", "unit", "seeds"]
     lines = [heads, ["---"] * len(heads), *rows]
     table = "\n".join("| " + " | ".join(each) + " |" for each in lines)
     write_atomically(page, text[: found.start()] + f"{found[1]}{table}\n{found[3]}" + text[found.end() :])
 
 
 def _rows(study: Study) -> Sequence[Sequence[str]]:
-    link = f"[{study.name}](reproductions.md#{study.name})"
-    return [[link, each.rule.claim, f"**{each.outcome}**", *_effect(each)] for each in _verdicts(study)]
+    link = f"[{study.name}](reproductions/{study.name}.md)"
+    judged = {"bound": f"upper bound, {100 * study.confidence:.3g} %", "mean": "mean"}
+    rows = []
+    for each in _verdicts(study):
+        effect, unit, seeds = _effect(each)
+        rows.append([link, each.rule.claim, f"**{each.outcome}**", effect, judged[each.rule.by], unit, seeds])
+    return rows
 
 
 def _verdicts(study: Study) -> list[Verdict]:

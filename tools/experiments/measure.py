@@ -1,8 +1,8 @@
 """Measures a finished run on one process: python -m tools.experiments.measure STUDY.yaml RUN PROBES BEFORE [--asks ...]
 
-Writes measured.json into the run's folder: held-out losses, true (not null) experts per token, rows that an EP group would
-send, the curve of loss over FLOPs and seconds, and results of the probes that the study's arm asks for. Then removes all
-checkpoints but the last, because only the curve needs earlier checkpoints.
+Writes measured.json into the run's folder: held-out and training losses, true (not null) experts per token, rows that an EP
+group would send, the curve of loss over FLOPs and seconds, and results of the probes that the study's arm asks for. Then
+removes all checkpoints but the last, because only the curve needs earlier checkpoints.
 """
 
 import json
@@ -36,6 +36,7 @@ from moe_dist.train.evaluation.calibration import by_threshold, calibrate
 from moe_dist.train.loss import forward
 from moe_dist.train.trainer import Loader
 from tools.experiments import probes
+from tools.experiments.disturbance import FOLDER, disturb
 from tools.experiments.domain_probe import domains
 from tools.experiments.questions import QuestionRound, make_samples
 from tools.experiments.runner import MEASURED
@@ -54,6 +55,7 @@ from tools.experiments.tokens import (
     spread,
     tables_of,
 )
+from tools.experiments.training_loss import training_between
 
 TABLE_STEPS = 50  # training steps whose tokens are counted in tables of loads
 
@@ -114,19 +116,21 @@ class Measurement:
         self._image = modalities.index("image") if "image" in modalities else -1
 
     def record(self, wanted: Sequence[str], asks: Sequence[str] = ()) -> dict[str, Any]:
-        """Returns the run's record, with all measurements. `wanted` names the probes; `asks` may name `oracle` and
-        `samples`."""
+        """Returns the run's record, with all measurements. `wanted` names the probes; `asks` may name `oracle`,
+        `samples` and `disturbed`."""
         last = max(self._directory.steps())
         plan = build_plan(self._config, self._manifest, self._placement)
         spent = spent_by_step(self._folder.metrics_jsonl, plan, self._before)
         section, by_source = self._section, self._batches_by_source(self._section.sequences)
         batches = [batch for of_source in by_source.values() for batch in of_source]
-        curve = [] if section.curve is None else self._curve(section.curve, spent)
+        training = training_between(self._folder.metrics_jsonl, self._planned())
+        curve = [] if section.curve is None else self._curve(section.curve, spent, training)
         tokens = evaluate(model := self._model_at(last), batches, self._groups, image=self._image)
         found = {
             "steps": last,
             **asdict(spent[last]),
             "loss": losses(tokens),
+            "training": training.get(last, {}),
             "tokens_scored": len(tokens.loss_N),
             "load": loads(tokens),
             "load_by_loss": binned(tokens, tokens.loss_N),
@@ -156,7 +160,26 @@ class Measurement:
             found["oracle"] = question_round.oracle()
         if "samples" in asks:
             found["samples"] = make_samples(self._folder.path, section)
+        if "disturbed" in asks:
+            found["disturbed"] = self._disturbed(section)
         return found
+
+    def _disturbed(self, section: QuestionsSection) -> dict[str, Any]:
+        """Disturbs the model's routers, and returns the questions, the oracle and the samples of the disturbed model."""
+        asked = (self._model, self._config, self._manifest, self._groups, section)
+        valid, question_round = QuestionRound(*asked, Side.VALID), QuestionRound(*asked, self._side)
+        out = self._folder.path / FOLDER
+        made = disturb(
+            self._reader,
+            self._directory.path_of(max(self._directory.steps())),
+            out,
+            self._config.model.moe_layers[-section.oracle_layers :],
+            section.disturbance,
+            seed=self._config.run.seed,
+            accuracy=lambda: valid.record()["accuracy"],
+        )
+        asked = {"questions": question_round.record(), "oracle": question_round.oracle()}
+        return {**made, **asked, "samples": make_samples(out, section)}
 
     def _batches_by_source(self, sequences: int) -> dict[str, list[Batch]]:
         """Maps each source on which the run was trained to its held-out batches."""
@@ -224,13 +247,16 @@ class Measurement:
         steps = sorted(self._directory.steps())
         return planned(steps, every=self._config.checkpoint.every, last=self._config.train.steps)
 
-    def _curve(self, section: CurveSection, spent: Mapping[int, Spent]) -> list[dict[str, Any]]:
+    def _curve(
+        self, section: CurveSection, spent: Mapping[int, Spent], training: Mapping[int, Mapping[str, float]]
+    ) -> list[dict[str, Any]]:
         batches = [batch for of_source in self._batches_by_source(section.sequences).values() for batch in of_source]
         points = []
         for step in self._planned():
             tokens = evaluate(self._model_at(step), batches, self._groups, image=self._image)
             load = loads(tokens)["all"]
-            points.append({"step": step, **asdict(spent[step]), "loss": losses(tokens), "load": load})
+            costs = {"step": step, **asdict(spent[step])}
+            points.append({**costs, "loss": losses(tokens), "training": training.get(step, {}), "load": load})
         return points
 
     def _load_tables(self, model: Transformer) -> dict[str, str]:
@@ -331,7 +357,8 @@ def main(
     wanted: Annotated[str, typer.Argument(help="Probes, separated by commas; may be empty.")] = "",
     before: Annotated[str, typer.Argument(help="JSON of tokens, flops and seconds spent before the run.")] = "{}",
     asks: Annotated[
-        str, typer.Option(help="Further measurements, separated by commas: samples, oracle, load_tables, domains.")
+        str,
+        typer.Option(help="Further measurements, separated by commas: samples, oracle, disturbed, load_tables, domains."),
     ] = "",
     pilot: Annotated[bool, typer.Option("--pilot", help="Take the validation side of sequences and questions.")] = False,
 ) -> None:

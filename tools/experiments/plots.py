@@ -46,9 +46,10 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
 def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
     """Draws one panel, or two panels side by side, with the functions `fill`; returns the path."""
     import matplotlib as mpl
+    from cycler import cycler
     from matplotlib.figure import Figure  # import takes seconds; needs no window system
 
-    with mpl.rc_context({"axes.prop_cycle": mpl.cycler(color=COLOURS)}):
+    with mpl.rc_context({"axes.prop_cycle": cycler(color=COLOURS)}):
         figure = Figure(figsize=INCHES if len(fill) == 1 else BOTH_INCHES, dpi=DOTS, layout="constrained")
         for panel, axes in zip(fill, figure.subplots(1, len(fill), squeeze=False)[0], strict=True):
             panel(axes)

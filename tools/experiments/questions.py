@@ -27,8 +27,10 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.runtime.signals import child_of
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.samples import Samples
+from tools.experiments.first_tokens import FirstTokens, is_told, shortened
 from tools.experiments.oracle import Oracle
 from tools.experiments.study import QuestionsSection
+from tools.experiments.subsets import make_subsets
 
 MEASURE = MEASURES[0]  # log-likelihood per token
 SAMPLES = "samples"
@@ -37,7 +39,7 @@ SAMPLES = "samples"
 @dataclass
 class QuestionRound:
     """Asks a model validation or test questions. The model's answer is the answer choice with the highest log-likelihood
-    per token."""
+    per token, or whose first token has the highest logit."""
 
     model: Transformer  # the model with all experts on this process
     config: Config
@@ -49,7 +51,7 @@ class QuestionRound:
     def __post_init__(self) -> None:
         tasks, catalogue = catalogue_of(self.section, self.config, self.manifest)
         self._prompts = Prompts(catalogue.vocabulary, listed=self.section.listed)
-        self._questions = {task: catalogue.questions(task, self.side, limit=self.section.limit) for task in tasks}
+        self._questions = {task: asked(self.section, catalogue, task, self.side) for task in tasks}
         groups, max_seq_len = self.group_of_modality.tolist(), self.config.model.max_seq_len
         self._likelihood = Likelihood(self.model, self.manifest, group_of_modality=groups, max_seq_len=max_seq_len)
 
@@ -71,7 +73,10 @@ class QuestionRound:
         by_task = {}
         for task, questions in self._questions.items():
             few = questions[: self.section.oracle_questions]
-            taken = oracle([self._prompts(each) for each in few], [each.answer for each in few])
+            written = [self._prompts(each) for each in few]
+            if self.section.first_token:
+                written = [shortened(each) for each in written]
+            taken = oracle(written, [each.answer for each in few])
             right = [choice == each.answer for choice, each in zip(taken, few, strict=True)]
             by_task[task] = {**_counted(right), "before": _counted(self._answered(few))["accuracy"]}
         before = sum(each["before"] for each in by_task.values()) / len(by_task)
@@ -79,6 +84,10 @@ class QuestionRound:
 
     def _answered(self, questions: Sequence[Question]) -> list[bool]:
         written = write(questions, self._prompts, rotations=False, max_seq_len=self.config.model.max_seq_len)
+        if self.section.first_token:
+            answer = FirstTokens(self.model, SampleMaker(self.manifest), self.group_of_modality)
+            taken = answer([turns[0] for turns in written])
+            return [choice == each.answer for choice, each in zip(taken, questions, strict=True)]
         return [each.right(MEASURE) for each in ask(questions, written, self._likelihood)]
 
 
@@ -107,6 +116,16 @@ def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) 
     return tasks, catalogue
 
 
+def asked(section: QuestionsSection, catalogue: Catalogue, task: str, side: Side) -> list[Question]:
+    """Returns the questions of a task that are asked; with `first_token` those whose right choice has its own first
+    token."""
+    questions = catalogue.questions(task, side, limit=section.limit)
+    if not section.first_token:
+        return questions
+    prompts = Prompts(catalogue.vocabulary, listed=section.listed)
+    return [each for each in questions if is_told(prompts(each), each.answer)]
+
+
 def check_questions(section: QuestionsSection, config: Config, *, samples: bool) -> None:
     """Checks, before training starts, that the measurement will find the files and enough questions.
 
@@ -119,7 +138,7 @@ def check_questions(section: QuestionsSection, config: Config, *, samples: bool)
             Embedder(_embedder(section))
     except ConfigError as error:
         raise ConfigError([f"measure.questions: {error}", "what is not there, `make wordnet embedder` fetches"]) from error
-    count = sum(len(catalogue.questions(task, Side.TEST, limit=section.limit)) for task in tasks)
+    count = sum(len(asked(section, catalogue, task, Side.TEST)) for task in tasks)
     if count < section.least:
         raise ConfigError(
             f"measure.questions.least={section.least}: {', '.join(tasks)} have {count} test questions in all; take more "
@@ -155,7 +174,8 @@ def make_samples(run: Path, section: QuestionsSection) -> dict[str, Any]:
             f"{folder}: was made with other {', '.join(differ)} than are asked for; remove it and the runs that were tuned "
             "on it, and start again"
         )
-    return {"folder": str(folder), "samples": manifest.samples, "right": manifest.right}
+    made = {"folder": str(folder), "samples": manifest.samples, "right": manifest.right}
+    return {**made, "sizes": make_subsets(folder, section.sizes, told=section.first_token)} if section.sizes else made
 
 
 def _embedder(section: QuestionsSection) -> Path:

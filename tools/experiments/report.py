@@ -1,7 +1,7 @@
-"""Writes the results of an experiment into docs/reproductions.md: verdicts, tables and plots.
+"""Writes the results of an experiment into a page beside its records: verdicts, tables and plots.
 
-Each experiment has a section between two comments, which each report rewrites. Results of an earlier attempt under other
-rules have another section, which no report rewrites.
+The page has a section between two comments, which each report rewrites. Results of an earlier attempt under other rules
+have another section, which no report rewrites. What people write behind a section stays.
 """
 
 import math
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import stdev
-from typing import Any
+from typing import Any, Literal
 
 from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
@@ -19,7 +19,7 @@ from tools.experiments.study import EtaValue, Study, jobs_of
 from tools.experiments.verdict_figure import draw_verdicts
 from tools.experiments.verdicts import Record, Records, Verdict, judge, judge_gates, number_at, numbers, of_arm, value_of
 
-PAGE = Path("docs/reproductions.md")
+CONSTANT = 0.05  # bins whose loads differ by no more are not shown
 LOSSES = ("all", "text", "image", "image_no_filler")
 ROWS = {
     "rows_remote": "one row a (token, rank)",
@@ -30,13 +30,14 @@ ROWS = {
 }
 
 
-def write_report(study: Study, *, page: Path = PAGE, results: Path | None = None) -> str:
+def write_report(study: Study, *, page: Path | None = None, results: Path | None = None) -> str:
     """Writes the experiment's section from the existing records, and returns the verdicts as text.
 
     Raises:
         DataError: the records are damaged.
     """
     path = results or results_path(study, pilot=False)
+    page = page or path.with_suffix(".md")
     header, records = read_header(path), read_records(path)
     if header is None:
         return f"{study.name}: no results yet; moe-dist reproduce {study.name} makes them"
@@ -44,18 +45,19 @@ def write_report(study: Study, *, page: Path = PAGE, results: Path | None = None
     pictures = draw(study, records, path.parent)
     pictures += draw_verdicts(study, records, verdicts, path.parent / f"{study.name}_verdicts.png")[:1]
     text = "\n".join(_section(study, header, records, verdicts, [each.name for each in pictures]))
-    write_atomically(page, _replaced(page.read_text() if page.is_file() else "", study, header, text))
+    write_atomically(page, _replaced(page, study, header, text))
     return "\n".join(f"{each.outcome}: {each.rule.claim} {numbers(each)}" for each in verdicts)
 
 
-def _replaced(page: str, study: Study, header: Mapping[str, Any], text: str) -> str:
+def _replaced(path: Path, study: Study, header: Mapping[str, Any], text: str) -> str:
+    page = path.read_text() if path.is_file() else ""
     begin, end = (f"<!-- {word} {study.name} {header['fingerprint']} -->" for word in ("begin", "end"))
     section = f"{begin}\n{text}\n{end}\n"
     if begin not in page:
         return f"{page.rstrip()}\n\n{section}".lstrip()
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}\n?", re.DOTALL)
     if len(pattern.findall(page)) != 1:
-        raise DataError(f"{PAGE}: {begin} has no {end}, or stands twice; mend it, it is written by this tool alone")
+        raise DataError(f"{path}: {begin} has no {end}, or stands twice; mend it, it is written by this tool alone")
     return pattern.sub(lambda _: section, page)
 
 
@@ -64,11 +66,13 @@ def _section(
 ) -> list[str]:
     jobs = jobs_of(study)
     done = sum((job.label, job.seed) in records for job in jobs)
-    lines = [f"## {study.name}", "", study.question.strip(), ""]
+    lines = [f"# {study.name}", "", study.question.strip(), ""]
+    fewer = any(arm.seeds == "other" for arm in study.arms.values())
+    others = f", other arms the first {len(study.seeds.other)}" if fewer else ""
     lines += [
         f"Rules of commit `{str(header['rules'])[:12]}` (configs/reproduce/{study.name}.yaml), {done} of {len(jobs)} runs; "
-        f"code of {commits(records.values())}. Seeds {', '.join(map(str, study.seeds.decisive))}, other arms the first "
-        f"{len(study.seeds.other)}. `make reproduce-{study.name}` made it; raw records: reproductions/{study.name}.jsonl.",
+        f"code of {commits(records.values())}. Seeds {', '.join(map(str, study.seeds.decisive))}{others}. "
+        f"`make reproduce-{study.name}` made it; raw records: {study.name}.jsonl.",
         "",
     ]
     by = "Load of text / image tokens, by"
@@ -82,19 +86,20 @@ def _section(
         "Rows on the wire": _wire(study, records),
         "Load": _loads(study, records),
         "Changed afterwards": _probes(study, records),
-        "eta": _etas(study, records),
+        "eta": _etas(study, records, "heldout"),
+        "eta of the training loss": _etas(study, records, "training"),
         f"{by} their loss": _bins(study, records, "load_by_loss"),
         f"{by} how often their id stands in the training data": _bins(study, records, "load_by_frequency"),
     }
     for title, part in parts.items():
         if part:
-            lines += [f"### {title}", "", *part, ""]
+            lines += [f"## {title}", "", *part, ""]
     return [*lines, *(line for name in pictures for line in (_picture(name), ""))][:-1]
 
 
 def _picture(name: str) -> str:
     stem = name.removesuffix(".png")
-    return f"![{name}](reproductions/{name})\n\nAs [SVG](reproductions/{stem}.svg), [PDF](reproductions/{stem}.pdf)."
+    return f"![{name}]({name})\n\nAs [SVG]({stem}.svg), [PDF]({stem}.pdf)."
 
 
 def _per_arm(study: Study, records: Records) -> list[tuple[str, dict[int, Record]]]:
@@ -172,17 +177,22 @@ def _questions(study: Study, records: Records) -> list[str]:
         ("questions", "accuracy", "`{}`"),
         ("oracle", "before", "`{}`, the first questions"),
         ("oracle", "accuracy", "`{}`, these with routing fitted to their labels"),
+        ("disturbed.questions", "accuracy", "`{}`, with disturbed routers"),
+        ("disturbed.oracle", "before", "`{}`, disturbed, the first questions"),
+        ("disturbed.oracle", "accuracy", "`{}`, disturbed, these with routing fitted to their labels"),
     )
     rows = []
     for name, every in _per_arm(study, records):
         for kind, value, what in shown:
-            if mine := {seed: record for seed, record in every.items() if kind in record}:
-                count = next(iter(mine.values()))[kind]["questions"]
+            if mine := {seed: record for seed, record in every.items() if number_at(record, f"{kind}.{value}") is not None}:
+                count = int(number_at(next(iter(mine.values())), f"{kind}.questions") or 0)
                 cells = [_spread(mine, f"{kind}.by_task.{task}.{value}", digits=3) for task in tasks]
                 rows.append([what.format(name), f"{count:,}", _spread(mine, f"{kind}.{value}"), *cells])
     if not rows:
         return []
-    about = "Share of held-out questions of four choices that are answered right, by log-likelihood a token"
+    by_first = study.measure.questions is not None and study.measure.questions.first_token
+    how = "by the logits of the choices' first tokens" if by_first else "by log-likelihood a token"
+    about = f"Share of held-out questions of four choices that are answered right, {how}"
     return [f"{about}; mean over tasks.", "", *table(["arm", "questions", "accuracy", *tasks], rows)]
 
 
@@ -238,9 +248,9 @@ def _probes(study: Study, records: Records) -> list[str]:
     return table(heads, rows) if rows else []
 
 
-def _etas(study: Study, records: Records) -> list[str]:
+def _etas(study: Study, records: Records, loss: Literal["heldout", "training"]) -> list[str]:
     """Returns a table of eta (see `EtaValue`) for all labels and by modality: geometric mean, smallest and largest over
-    seeds."""
+    seeds. Empty for training losses that no record has."""
     if (dense := study.reference) is None:
         return []
     rows = []
@@ -248,13 +258,15 @@ def _etas(study: Study, records: Records) -> list[str]:
         cells = []
         for cost in ("flops", "seconds"):
             for part in ("all", "text", "image"):
-                value = EtaValue(eta=name, of=dense, part=part, cost=cost)
+                value = EtaValue(eta=name, of=dense, part=part, cost=cost, loss=loss)
                 seeds = sorted({seed for arm, seed in records if arm == name} & {s for arm, s in records if arm == dense})
                 logs = [value_of(value, records, seed) for seed in seeds]
                 # No mean is shown if the eta of any seed is unknown, because omitting this seed would bias the mean.
                 cells.append(_eta([log for log in logs if log is not None] if None not in logs else []))
         if name != dense and any(cell != "-" for cell in cells):
             rows.append([f"`{name}`", *cells])
+    if loss == "training" and not rows:
+        return []
     heads = [f"{part}, {cost}" for cost in ("FLOPs", "seconds") for part in ("all", "text", "image")]
     return [
         f"Cost relative to `{dense}`; in brackets the lowest and the highest value among the seeds. Arms that begin with "
@@ -271,19 +283,22 @@ def _eta(logs: Sequence[float]) -> str:
 
 
 def _bins(study: Study, records: Records, key: str) -> list[str]:
-    """Returns a table of mean true experts per token by bin of tokens, for arms whose tokens differ in this number."""
+    """Returns a table of mean true experts per token by bin of tokens, for arms whose bins differ in this number."""
     rows = []
     for name, mine in _per_arm(study, records):
         tables = [each[key] for each in mine.values() if each.get(key) and each["load"]["all"] % 1]
         if not tables:
             continue
-        cells = []
+        cells, loads = [], {"text": [], "image": []}
         for bins in zip(*tables, strict=False):  # seeds may have fewer bins: `binned` merges equal bins
             both = []
             for modality in ("text", "image"):
                 found = [row[modality]["load"] for row in bins if row[modality]["tokens"]]
                 both.append(f"{_mean(found):.2f}" if found else "-")
+                loads[modality] += [_mean(found)] if found else []
             cells.append(" / ".join(both))
+        if not any(max(each) - min(each) > CONSTANT for each in loads.values() if each):
+            continue
         rows.append([f"`{name}`", *cells])
     most = max(map(len, rows), default=0)
     heads = ["arm", *(f"bin {place}" for place in range(1, most))]

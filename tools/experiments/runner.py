@@ -1,4 +1,7 @@
-"""Runs the jobs of an experiment, `side_by_side` at the same time, each with one rank and one thread.
+"""Runs the jobs of an experiment, up to `side_by_side` ranks at the same time, each with one thread.
+
+Most jobs have one rank. A job of several ranks counts as so many, so that its seconds are not those of a crowded machine; a
+job of more ranks than `side_by_side` runs alone.
 
 A job is a training by launchers.local, followed by its measurement. A later call skips jobs that have a record; an
 unfinished training resumes from its last checkpoint. Child processes end when this process ends, even if it is killed.
@@ -38,6 +41,10 @@ class _Running:
     process: subprocess.Popen[bytes]
     training: bool  # true: the process trains; false: the process measures a finished run
 
+    @property
+    def ranks(self) -> int:
+        return self.job.ranks if self.training else 1
+
 
 @dataclass
 class Runner:
@@ -47,7 +54,7 @@ class Runner:
     study: Study
     pilot: bool  # a pilot writes its runs and records to separate folders
     rules: str | None  # commit of the rules, for the first line of the records
-    side_by_side: int  # number of simultaneous processes
+    side_by_side: int  # number of simultaneous ranks
     stop_requested: Callable[[], bool]
     _running: list[_Running] = field(default_factory=list, init=False)
 
@@ -70,7 +77,7 @@ class Runner:
                 busy = {(each.job.label, each.job.seed) for each in self._running}
                 waiting = [job for job in jobs if (job.label, job.seed) not in self._records.keys() | busy]
                 for job in waiting:
-                    if len(self._running) < self.side_by_side and not self._lacking(job):
+                    if self._has_room(job) and not self._lacking(job):
                         self._train(job)
                 if not self._running:
                     if waiting:
@@ -81,6 +88,9 @@ class Runner:
         finally:
             self._stop()
         raise StoppedError("stopped on request; the same command goes on")
+
+    def _has_room(self, job: StudyJob) -> bool:
+        return not self._running or sum(each.ranks for each in self._running) + job.ranks <= self.side_by_side
 
     def _lacking(self, job: StudyJob) -> list[str]:
         """Returns the arms that a job needs and that have no record yet."""

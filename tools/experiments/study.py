@@ -74,12 +74,16 @@ class InterpolatedValue(Part):
 
 
 class EtaValue(Part):
-    """ln eta, where eta = (training cost of the arm `of`) / (cost at which the arm `eta` reaches the last loss of `of`)."""
+    """ln eta, where eta = (training cost of the arm `of`) / (cost at which the arm `eta` reaches the last loss of `of`).
+
+    The loss is the held-out loss, or the training loss, in which experts that choose tokens see later tokens.
+    """
 
     eta: ArmName
     of: ArmName
     part: str
     cost: Literal["flops", "seconds", "bytes"] = "flops"
+    loss: Literal["heldout", "training"] = "heldout"
 
 
 class ConstantValue(Part):
@@ -162,6 +166,13 @@ class WireSection(Part):
     placement: Literal["interleaved"] = "interleaved"
 
 
+class DisturbanceSection(Part):
+    """Noise on the router rows of the last `oracle_layers` MoE layers, in standard deviations of the rows."""
+
+    scales: tuple[PositiveFloat, ...] = Field(default=(0.5, 1.0, 2.0, 4.0), min_length=1)  # tried in this order
+    keep: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5  # largest share that may remain of the accuracy above chance
+
+
 class QuestionsSection(Part):
     """Asks multiple-choice questions, scored by log-likelihood per token; a pilot asks the validation questions."""
 
@@ -171,6 +182,9 @@ class QuestionsSection(Part):
     embedder: str | None = None  # folder of the embedder; by default the folder of `make embedder`
     least: NonNegativeInt = 0  # smallest allowed number of test questions of all tasks together
     left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # number of training questions per task in `samples`
+    first_token: bool = False  # whether choices are scored by their first tokens; other questions are left out
+    sizes: tuple[PositiveInt, ...] = ()  # numbers of samples of which parts of `samples` are made
+    disturbance: DisturbanceSection = Field(default_factory=DisturbanceSection)  # for arms that ask `disturbed`
     listed: bool = False  # whether questions list their choices, and count only if right in each rotation of the choices
     oracle_questions: PositiveInt = 100  # the oracle answers this many first questions of each task
     oracle_layers: PositiveInt = 5  # number of last MoE layers whose routing the oracle fits
@@ -205,7 +219,8 @@ class Arm(Part):
     measured: dict[str, MeasuredSetting] = Field(default_factory=dict)
     seeds: Literal["decisive", "other"] = "other"
     probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
-    asks: tuple[Literal["samples", "oracle", "load_tables", "domains"], ...] = ()  # measurements besides those of every run
+    # Measurements besides those of every run.
+    asks: tuple[Literal["samples", "oracle", "disturbed", "load_tables", "domains"], ...] = ()
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -319,6 +334,11 @@ class StudyJob:
     arm: Arm
     seed: int
     settings: Mapping[str, Any]  # overrides of the base configuration, except settings from other arms' records
+
+    @property
+    def ranks(self) -> int:
+        """Returns the number of ranks that train, for a base with one rank."""
+        return int(self.settings.get("parallel.ep", 1))
 
 
 def load_study(path: Path) -> Study:

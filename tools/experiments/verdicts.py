@@ -202,7 +202,7 @@ def value_of(value: Value, records: Records, seed: int) -> float | None:
             known = [(x, y) for x, y in points if x is not None and y is not None]
             return None if at is None or len(known) < len(points) else on_lines(known, at, reach=value.reach)
         case EtaValue():
-            arm, of = (curve_of(records[name, seed], value.cost, value.part) for name in (value.eta, value.of))
+            arm, of = (curve_of(records[name, seed], value.cost, value.part, value.loss) for name in (value.eta, value.of))
             return log_eta(arm, of)
         case SumValue():
             terms = [number_at(records[term.arm, seed], term.metric) for term in value.sum]
@@ -229,9 +229,11 @@ def of_arm(records: Records, arm: str) -> dict[int, Record]:
     return {seed: record for (name, seed), record in sorted(records.items()) if name == arm}
 
 
-def curve_of(record: Record, cost: str, part: str) -> Sequence[tuple[float, float]]:
-    """Returns the points (cost, held-out loss of `part`) of a run's curve, by rising cost."""
-    return [(point[cost], point["loss"][part]) for point in record.get("curve", []) if part in point["loss"]]
+def curve_of(record: Record, cost: str, part: str, loss: str = "heldout") -> Sequence[tuple[float, float]]:
+    """Returns the points (cost, held-out or training loss of `part`) of a run's curve, by rising cost. Records made before
+    training losses were kept have no point of a training loss."""
+    key = "training" if loss == "training" else "loss"
+    return [(point[cost], point[key][part]) for point in record.get("curve", []) if part in point.get(key, ())]
 
 
 def _why(rule: ValueRule) -> str:

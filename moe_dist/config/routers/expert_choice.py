@@ -20,6 +20,9 @@ class ExpertChoiceRouterSection(RouterSection):
     scope: Literal["rank", "ep_group", "world"] = "rank"
     """Ranks whose tokens compete for an expert: the micro-batch of one rank, of an EP group, or of all ranks. ep_group and
     world exchange the router's logits in each layer."""
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Score of a token for an expert, by which the expert chooses, and the weight of the expert's output: the sigmoid of
+    the expert's logit (MoMa), or the softmax over the experts of the token's group."""
     noise: NonNegative = 0.0
     """Scale of the Gumbel-sigmoid noise on the logits in training: sigmoid(x + noise (G' - G'')). MoMa uses 1 after
     upcycling."""
@@ -61,7 +64,7 @@ class ExpertChoiceRouterSection(RouterSection):
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if self.causal is not None:
             yield from super().violations_in(config)
-        for rule in (_loss, _groups, _causal, _mixture_of_depths, _second_stage):
+        for rule in (_loss, _groups, _score, _causal, _mixture_of_depths, _second_stage):
             yield from rule(self, config)
 
 
@@ -100,6 +103,26 @@ def _groups(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator
             f"{ROUTER}.capacity for the share that an expert takes"
         )
         yield Violation(("model.moe.capacity", f"{ROUTER}.kind"), problem)
+
+
+def _score(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
+    """With a softmax, refuses groups of one expert, whose score would be 1 for every token, and noise, which is defined for
+    sigmoids."""
+    if section.score != "softmax":
+        return
+    for group_name, group in config.model.moe.groups.items():
+        if group.num_experts == 1:
+            problem = (
+                f"{ROUTER}.score=softmax: the softmax over the one expert of group {group_name} is 1 for every token; set "
+                f"{ROUTER}.score=sigmoid, or raise model.moe.groups.{group_name}.num_experts"
+            )
+            yield Violation((f"{ROUTER}.score", f"model.moe.groups.{group_name}.num_experts"), problem)
+    if section.noise:
+        problem = (
+            f"{ROUTER}.score=softmax: {ROUTER}.noise={section.noise:g} is the noise of a Gumbel-sigmoid; set "
+            f"{ROUTER}.noise=0, or {ROUTER}.score=sigmoid"
+        )
+        yield Violation((f"{ROUTER}.score", f"{ROUTER}.noise"), problem)
 
 
 def _causal(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:

@@ -425,14 +425,15 @@ class MoeDistPredictedKRouter(MoeDistAdaptiveRouter):
 
 
 class MoeDistExpertChoiceRouter(MoeDistRouter):
-    """An expert takes each token that its rule admits: a threshold of its sigmoid, or two layers that learned the
-    choice."""
+    """An expert takes each token that its rule admits: a threshold of its score, a sigmoid or a softmax, or two layers that
+    learned the choice."""
 
     def __init__(self, config: MoeDistConfig, group: dict):
         super().__init__(config, group)
         self.top_k = self.num_experts
         self.threshold = nn.Buffer(torch.zeros(self.num_experts))
         self.statistics = nn.Buffer(torch.zeros(2, self.num_experts))  # only training reads these
+        self.softmax = config.router.get("score") == "softmax"  # older exports have no score
         self.has_auxiliary = config.router["causal"] == "auxiliary"
         if self.has_auxiliary:
             inner_size = max(1, config.hidden_size // 2)
@@ -440,7 +441,7 @@ class MoeDistExpertChoiceRouter(MoeDistRouter):
             self.auxiliary_outer = nn.Parameter(torch.empty(self.num_experts, inner_size))
 
     def scores(self, logits):
-        return logits.sigmoid()
+        return logits.softmax(-1) if self.softmax else logits.sigmoid()
 
     def shares(self, x, logits, chosen):
         if self.has_auxiliary:

@@ -9,12 +9,14 @@ uses one of two causal rules:
     threshold   expert j takes the token if s_j > c_j, the running k-th largest score (Expert Threshold, arXiv 2603.11535)
     auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, sec. 2.4); a second run trains W_1, W_2
 
-Under either rule the routing weights are s_j. Shape letters: T tokens of this rank, U tokens of the selection scope, D
-hidden size, E experts of all groups, n experts of one group, G groups, K experts of the largest group.
+Under either rule the routing weights are s_j. With `score="softmax"`, s is the softmax over the group's columns instead of
+the sigmoid. The softmax equals the sigmoid of other logits (`softmax_logits`), so that only the logits differ. Shape
+letters: T tokens of this rank, U tokens of the selection scope, D hidden size, E experts of all groups, n experts of one
+group, G groups, K experts of the largest group.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,7 @@ from moe_dist.moe.routing import (
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import group_module
 
+Score = Literal["sigmoid", "softmax"]
 STATISTICS = 2  # rows of `ChoiceGate.statistics`: the running mean of the k-th largest score, and the number of steps
 
 
@@ -80,6 +83,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         groups: All expert groups, in the order of their expert ids. No group may have null or zero-computation experts.
         capacity: c, the fraction of its group's tokens that each expert takes. If None, c is `ExpertGroup.capacity`, or
             top_k / num_experts for a group without capacity.
+        score: What the scores are: sigmoids of logits, or the softmax of a group's logits.
         noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa uses 1.
         causal: The rule by which evaluation routes each token alone. If `causal` is None, evaluation raises an error.
         threshold_decay: Decay, per step, of the running means from which thresholds are made.
@@ -101,6 +105,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         groups: Sequence[ExpertGroup],
         *,
         capacity: float | None = None,
+        score: Score = "sigmoid",
         noise: float = 0.0,
         causal: Causal | None = None,
         threshold_decay: float = 0.99,
@@ -114,6 +119,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         self.groups = tuple(groups)
         self.causal: Causal | None = causal
         self.selection_scope = selection_scope or SelectionScope()
+        self.score: Score = score
         self.threshold_decay, self.known_counts = threshold_decay, known_counts
         self.noise, self.seed, self.layer, self.kernels = noise, seed, layer, kernels
         self.num_experts = sum(group.num_experts for group in groups)
@@ -180,8 +186,13 @@ class ExpertChoiceRouter(ChoosingRouter):
         return self.kernels.has_choose and logits_TE.dtype == torch.float32
 
     def _logits(self, h_TD: Tensor) -> Tensor:
-        """Returns logits [T, E] of all experts for all tokens, also for tokens of other groups than the expert's."""
-        return F.linear(h_TD, torch.cat([gate.get_parameter("true") for gate in self.gates()]).to(h_TD.dtype))
+        """Returns the logits [T, E] whose sigmoids are the scores of all experts for all tokens, also for tokens of other
+        groups than the expert's."""
+        logits_TE = F.linear(h_TD, torch.cat([gate.get_parameter("true") for gate in self.gates()]).to(h_TD.dtype))
+        if self.score == "sigmoid":
+            return logits_TE
+        of_groups = logits_TE.split([group.num_experts for group in self.groups], dim=1)
+        return torch.cat([softmax_logits(logits_Tn) for logits_Tn in of_groups], dim=1)
 
     @torch.no_grad()
     def scores(self, h_TD: Tensor, group_T: Tensor) -> Tensor:
@@ -299,6 +310,14 @@ def _experts_sums(
         prob_E=score_TE.sum(0),
         entropy_G=entropy_T @ member_TG.to(score_TE.dtype),
     )
+
+
+def softmax_logits(logits_Tn: Tensor) -> Tensor:
+    """Returns the logits whose sigmoids are the softmax of `logits_Tn`: z_j - ln(sum over i != j of exp(z_i)), n > 1."""
+    logits_Tn = logits_Tn.log_softmax(1)  # the same softmax; the difference of large logits would lose digits
+    itself_nn = torch.eye(logits_Tn.shape[1], dtype=torch.bool, device=logits_Tn.device)
+    others_Tnn = logits_Tn[:, None].masked_fill(itself_nn, OUTSIDE)  # T n^2 numbers, for a short time
+    return logits_Tn - others_Tnn.logsumexp(-1)
 
 
 def capacity_of_group(group: ExpertGroup) -> float:

@@ -4,6 +4,8 @@
     s = sigmoid(x W^T),  expert j takes the token if s_j > m_j,  the running mean of expert j's k-th largest score
     y = sum over the experts j that take the token of s_j E_j(x); y = 0 if no expert takes the token
 
+With `score="softmax"`, s is the softmax over the group's columns, as in `expert_choice`.
+
 `thresholds` updates m after each step from the k-th largest scores, k = ceil(c T_group), of the selection scope, as in
 expert choice. A training step's choice thus depends only on earlier steps and on the token. An expert takes about, but not
 exactly, the fraction c of the tokens. In the first `warmup_steps` steps experts choose by competition (`expert_choice`),
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.kernels.interface import RowKernels
-from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, Score
 from moe_dist.moe.routers.selection import Causal, SelectionScope
 from moe_dist.moe.routing import ExpertsChoice, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
@@ -30,7 +32,7 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
     """Routes T tokens by thresholds of experts.
 
     Args:
-        hidden_dim, groups, capacity, noise, causal, threshold_decay, selection_scope, seed, layer, kernels: See
+        hidden_dim, groups, capacity, score, noise, causal, threshold_decay, selection_scope, seed, layer, kernels: See
             `ExpertChoiceRouter`.
         warmup_steps: Number of updates of m before thresholds replace the competition, at least 1.
     """
@@ -42,6 +44,7 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
         *,
         warmup_steps: int = 100,
         capacity: float | None = None,
+        score: Score = "sigmoid",
         noise: float = 0.0,
         causal: Causal = "threshold",
         threshold_decay: float = 0.99,
@@ -54,6 +57,7 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
             hidden_dim,
             groups,
             capacity=capacity,
+            score=score,
             noise=noise,
             causal=causal,
             threshold_decay=threshold_decay,

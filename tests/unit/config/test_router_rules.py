@@ -41,7 +41,12 @@ def violations(run: Config) -> list[Violation]:
     return list(run.model.moe.router.violations_in(run))
 
 
-@pytest.mark.parametrize("changes", [SOUND, SECOND, {}], ids=["threshold", "second stage", "token choice"])
+SOFTMAX = {**SOUND, "model.moe.router": {"kind": "expert_choice", "causal": "threshold", "score": "softmax"}}
+
+
+@pytest.mark.parametrize(
+    "changes", [SOUND, SECOND, SOFTMAX, {}], ids=["threshold", "second stage", "softmax", "token choice"]
+)
 def test_what_fits_passes(changes: dict[str, Any]) -> None:
     assert violations(config(changes)) == []
 
@@ -101,6 +106,19 @@ def test_what_fits_passes(changes: dict[str, Any]) -> None:
                 "set model.moe.router.scope=rank and model.moe.router.noise=0, or model.mixture_of_depths to null",
             )
             for each, said in (({"noise": 0.5}, "noise=0.5"), ({"scope": "world"}, "scope=world"))
+        ),
+        (
+            {
+                "model.moe.groups": {**GROUPS, "text": {"num_experts": 1, "top_k": 1, "ffn_dim": 16}},
+                "model.moe.router": {"kind": "expert_choice", "causal": "threshold", "score": "softmax"},
+            },
+            "model.moe.router.score=softmax: the softmax over the one expert of group text is 1 for every token",
+            "set model.moe.router.score=sigmoid, or raise model.moe.groups.text.num_experts",
+        ),
+        (
+            {"model.moe.router": {"kind": "expert_choice", "causal": "threshold", "score": "softmax", "noise": 0.5}},
+            "model.moe.router.score=softmax: model.moe.router.noise=0.5 is the noise of a Gumbel-sigmoid",
+            "set model.moe.router.noise=0, or model.moe.router.score=sigmoid",
         ),
         (
             {"model.moe.router": {"kind": "top_k"}, "train.only": "auxiliary_routers"},

@@ -117,6 +117,7 @@ CASES: dict[str, dict[str, Any]] = {
     "expert_threshold": one(num_null=0) | router("expert_threshold"),
     "expert_threshold groups": router("expert_threshold") | {"model.moe.groups": TRUE_ONLY},
     "expert_choice auxiliary": router("expert_choice", causal="auxiliary") | {"model.moe.groups": TRUE_ONLY},
+    "expert_choice softmax": router("expert_choice", causal="threshold", score="softmax") | {"model.moe.groups": TRUE_ONLY},
     "expert_choice depths": one(num_null=0) | router("expert_choice", causal="threshold") | {
         "model.mixture_of_depths": {**DEPTHS, "causal": "threshold"},
     },

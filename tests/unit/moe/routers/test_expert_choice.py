@@ -16,7 +16,7 @@ from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCount
 from moe_dist.moe.draws import logistic
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, softmax_logits
 from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
 from moe_dist.moe.routers.selection import capacity_of_tokens
 from moe_dist.moe.routers.selection import choice_of_training as as_in_training
@@ -172,6 +172,53 @@ def test_values_and_gradients_of_the_layer_equal_the_oracle(noise: float, counte
     ours = torch.autograd.grad((y_TD * direction).sum(), parameters)
     for got, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
+def softmax_of_groups(h_TD: Tensor, router: ExpertChoiceRouter) -> Tensor:
+    """Softmax scores [T, E] of each group by itself."""
+    logits_TE = logits_of(h_TD, GROUPS, reference_weights(router))
+    return torch.cat([logits_TE[:, list(group.experts)].softmax(-1) for group in GROUPS], dim=1)
+
+
+@pytest.mark.parametrize("kind", ["choice", "causal", "noncausal"])
+def test_softmax_scores_choose_and_weigh(kind: str) -> None:
+    """In training, in evaluation by thresholds, and in evaluation by the choice of training."""
+    router = make_router(3, score="softmax", capacity=0.3, known_counts=True)
+    generator = torch.Generator().manual_seed(4)
+    h_TD = torch.randn(23, D, generator=generator, dtype=torch.double, requires_grad=True)
+    group_T = torch.randint(-1, 2, (23,), generator=generator)
+    scores_TE = softmax_of_groups(h_TD, router)
+    bound_E = [0.2, 0.3, 0.25, 0.4, 0.5, 0.6]
+    for gate, bounds in zip(router.gates(), (bound_E[:4], bound_E[4:]), strict=True):
+        gate.threshold.copy_(torch.tensor(bounds, dtype=gate.threshold.dtype))
+    router.train(kind == "choice")
+    if kind == "causal":
+        expected = choice_by_score(scores_TE.tolist(), group_T.tolist(), GROUPS, bound_E)
+        routing = router(h_TD, group_T, RoutingCache())
+    else:
+        expected = choice_of_training(scores_TE.tolist(), group_T.tolist(), GROUPS, [0.3, 0.3], [range(23)])
+        with as_in_training([router]):
+            routing = router(h_TD, group_T, RoutingCache(batch_info=batch_info_of(group_T)))
+    taken = routing.assignments.taken()
+    pairs = list(zip(taken.token_N.tolist(), taken.expert_N.tolist(), strict=True))
+    assert set(pairs) == expected
+    wanted_N = torch.stack([scores_TE[token, expert] for token, expert in pairs])
+    torch.testing.assert_close(taken.weight_N, wanted_N, rtol=0, atol=1e-12)
+    direction_N = torch.randn(len(pairs), generator=generator, dtype=torch.double)
+    parameters = [h_TD, *router.parameters()]
+    ours, theirs = (torch.autograd.grad((each * direction_N).sum(), parameters) for each in (taken.weight_N, wanted_N))
+    for got, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    inside_TE = group_T[:, None] == torch.tensor([0] * 4 + [1] * 2)
+    torch.testing.assert_close(router.scores(h_TD, group_T), torch.where(inside_TE, scores_TE, 0.0), rtol=0, atol=1e-12)
+
+
+def test_softmax_logits_of_far_apart_logits_are_finite() -> None:
+    logits_Tn = torch.tensor([[200.0, -200.0, 0.0], [-1e4, -1e4, -1e4]], requires_grad=True)
+    found_Tn = softmax_logits(logits_Tn)
+    torch.testing.assert_close(found_Tn.sigmoid(), logits_Tn.softmax(-1))
+    (gradient_Tn,) = torch.autograd.grad(found_Tn.sum(), [logits_Tn])
+    assert gradient_Tn.isfinite().all()
 
 
 def test_a_draw_depends_on_its_name_alone() -> None:

@@ -27,8 +27,8 @@ def test_a_claim_has_its_verdict_and_effect(tmp_path: Path) -> None:
     page.write_text("# Results\n\n<!-- begin claims adamoe-held -->\nold\n<!-- end claims -->\nAfter.\n")
     write_claims(page)
     lines = page.read_text().splitlines()
-    held = "[adamoe-held](reproductions.md#adamoe-held)"
-    effect = "+0.006524 [+0.006069, +0.006979]; margin 0.02 | nats | 5"
+    held = "[adamoe-held](reproductions/adamoe-held.md)"
+    effect = "+0.006524 [+0.006069, +0.006979]; margin 0.02 | upper bound, 95 % | nats | 5"
     row = f"| {held} | AdaMoE (m8k3) is not worse than top-2 | **pass** | {effect} |"
     assert row in lines
     assert "old" not in lines

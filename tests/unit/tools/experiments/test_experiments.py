@@ -12,7 +12,7 @@ from moe_dist.plan.preflight import layout_without_data, manifest_violations
 from tests.support.messages import refused
 from tools.experiments.convention_data import CONVENTIONS
 from tools.experiments.domain_data import DOMAINS, PARALLEL, TEXTS, alphabets
-from tools.experiments.study import Study, StudyJob, config_of, jobs_of, load_study
+from tools.experiments.study import Study, StudyJob, config_of, jobs_of, load_study, overrides_of
 
 NAMES = (
     "adamoe",
@@ -22,10 +22,12 @@ NAMES = (
     "nulls-by-modality",
     "mole",
     "roma",
+    "roma-2",
     "adamoe-2",
     "nulls-2",
     "mole-2",
     "on-ranks",
+    "moma-2",
 )
 REPOSITORY = Path(__file__).parents[4]
 DECISIVE, OTHER = 5, 3
@@ -40,14 +42,26 @@ def study_of(name: str) -> Study:
     return load_study(Path(f"configs/reproduce/{name}.yaml"))
 
 
+def texts() -> Manifest:
+    """Of the data that `make smollm2-split` prepares."""
+    split = SplitSection(path="x", documents=2, tokens=2, tokens_by_modality={"text": 2})
+    source = SourceSection(train=split, valid=split, licence="")
+    modalities = {"text": ((0, 49152),)}
+    return Manifest(name="x", vocab_size=49152, modalities=modalities, pad_id=2, eos_id=2, sources={"text": source})
+
+
 def manifest(path: str) -> Manifest:
-    """Of the data that `make reproduce-data`, `make conventions-data` and `make domains-data` prepare."""
+    """Of the data that `make reproduce-data`, `conventions-data`, `questions-data`, `facts-data` and
+    `domains-data` prepare."""
     names = ["openmoji", "python"]
     if path.endswith("questions"):
         names += ["wordnet", "reasoning"]
     if path.endswith("conventions"):
         names = [f"{name}{more}" for name in CONVENTIONS for more in ("", "-twice")]
-    vocab_size, modalities = 2560, {"text": ((0, 2048),), "image": ((2048, 2560),)}
+    vocab_size, first_code = 2560, 2048
+    if path.endswith("facts"):
+        names, vocab_size, first_code = ["openmoji", "facts"], 1280, 1024
+    modalities = {"text": ((0, first_code),), "image": ((first_code, vocab_size),)}
     if path.endswith("domains"):
         names = [PARALLEL, TEXTS, *(f"{name}{more}" for name in DOMAINS for more in ("", "-twice"))]
         ends = [each.end for each in alphabets(64)]
@@ -86,6 +100,45 @@ def test_every_arm_is_a_run_that_could_start(name: str) -> None:
         assert config.run.seed == job.seed
         if config.router_tuning is None:
             assert config.train.global_batch * config.data.seq_len == 2048
+
+
+def test_arms_of_smollm2_begin_with_its_mixture_and_tune_routers_alone() -> None:
+    study = study_of("roma-2-smollm2")
+    for job in jobs_once(study):
+        config = config_of(study, job)
+        layout = layout_without_data(config)
+        assert not list(manifest_violations(config, layout.groups, texts()))
+        assert (config.train.only is None) == (job.label == "base")
+        if job.label == "base":
+            assert config.run.init_from == ".cache/hf/smollm2-split"
+            assert config.train.steps * config.optimizer.lr < 1e-11, "no weight is trained"
+    assert all(len(study.seeds_of(study.arms[name])) == OTHER for rule in study.rules for name in rule.arms)
+
+
+@pytest.mark.parametrize("name", ["roma-2", "roma-2-smollm2"])
+def test_cross_entropy_and_roma_have_the_same_search_of_the_learning_rate(name: str) -> None:
+    study = study_of(name)
+    (one, other) = (
+        [job.settings for job in jobs_of(study, pilot=True) if job.label.startswith(arm)] for arm in ("ce", "roma")
+    )
+    rates = [sorted({settings["optimizer.lr"] for settings in arm}) for arm in (one, other)]
+    assert len(rates[0]) == 3
+    assert rates[0] == rates[1]
+    tuned = [job.settings for job in jobs_of(study) if job.label != "base"]
+    assert {settings["optimizer.lr"] for settings in tuned} <= set(rates[0])
+    assert {settings["router_tuning.objective"] for settings in tuned} == {"choices"}
+
+
+def test_tuned_arms_begin_with_the_disturbed_routers() -> None:
+    """`measured` comes after `after`, whose run has undisturbed routers."""
+    study = study_of("roma-2")
+    for job in jobs_of(study):
+        if job.label != "base":
+            measured = {key: f"there/{key}" for key in job.arm.measured}
+            assert "run.init_from=there/run.init_from" in overrides_of(study, job, measured, pilot=False)
+            assert job.arm.measured["run.init_from"].metric == "disturbed.folder"
+            size = job.label.strip("abcdefghijklmnopqrstuvwxyz")
+            assert job.arm.measured["router_tuning.data"].metric == f"disturbed.samples.sizes.{size}.folder"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,6 +16,7 @@ from moe_dist.inference.questions import reasoning
 from moe_dist.inference.questions.catalogue import Catalogue
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.vocabulary import Vocabulary
+from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.samples import Samples
 from tests.support.cover import full
 from tests.support.messages import refused
@@ -23,7 +24,8 @@ from tests.support.pictured import pictured_run
 from tests.support.tiny_embedder import tiny_embedder
 from tests.support.wordnet_files import write_wordnet
 from tools.evaluate import ask, write
-from tools.experiments import question_data
+from tools.experiments import oracle, question_data
+from tools.experiments.first_tokens import FirstTokens
 from tools.experiments.questions import QuestionRound, check_questions, make_samples
 from tools.experiments.study import QuestionsSection
 
@@ -145,6 +147,35 @@ def test_a_run_is_asked_as_the_evaluation_asks(
     }
     assert found["side"] == side
     assert set(question_round.oracle()["by_task"]) == set(section.tasks)
+
+
+def test_by_first_tokens_only_questions_that_they_tell_apart_are_asked(
+    own_data: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = {"all": {"num_experts": 4, "top_k": 2, "ffn_dim": 8, "modalities": ["text", "image"]}}
+    trained = find_trained(
+        pictured_run(own_data, tmp_path, max_seq_len=192, model__mixture_of_depths=None, model__moe__groups=groups)
+    )
+    _, vocabulary, catalogue = catalogue_of(own_data, words)
+    task, prompts = "wordnet-category", Prompts(vocabulary, listed=False)
+    every = catalogue.questions(task, Side.VALID, limit=20)
+    told = {each.id for place, each in enumerate(every) if place % 2}
+    monkeypatch.setattr(
+        "tools.experiments.questions.is_told",
+        lambda choices, answer: any((choices, answer) == (prompts(each), each.answer) for each in every if each.id in told),
+    )
+    section = QuestionsSection(tasks=(task,), limit=20, wordnet=str(words), first_token=True)
+    model, groups_M = trained.load(torch.device("cpu")), torch.tensor(trained.group_of_modality)
+    found = QuestionRound(model, trained.config, trained.manifest, groups_M, section, Side.VALID)
+    taken = FirstTokens(model, SampleMaker(trained.manifest), groups_M)(
+        [prompts(each) for each in every if each.id in told]
+    )
+    right = sum(choice == each.answer for choice, each in zip(taken, [e for e in every if e.id in told], strict=True))
+    assert found.record()["by_task"][task] == {"questions": 10, "right": right, "accuracy": right / 10}
+    monkeypatch.setattr(oracle, "STEPS", 0)
+    assert found.oracle()["accuracy"] == found.oracle()["before"] == right / 10, "the same numbers decide"
+    with pytest.raises(ConfigError, match=r"have \d+ test questions in all"):
+        check_questions(section.model_copy(update={"limit": None, "least": 10_000}), trained.config, samples=False)
 
 
 def test_the_same_numbers_in_another_order_stand_on_one_side() -> None:

@@ -190,6 +190,24 @@ def test_report_is_written_whatever_it_says_and_an_earlier_attempt_stays(study: 
     assert page.read_text().startswith(once.rstrip()), "the earlier attempt stays"
 
 
+def test_eta_of_the_training_loss_has_a_table_where_records_have_one(study: tuple[Path, Study]) -> None:
+    path, _ = study
+    path.write_text(STUDY.replace("after: a", "seeds: other") + "measure: {curve: {of: a}}\n")
+    rules, results, page = load_study(path), Path("r.jsonl"), Path("page.md")
+    points = [{"flops": 1.0, "seconds": 1.0, "loss": {"all": 3.0}}, {"flops": 8.0, "seconds": 8.0, "loss": {"all": 2.0}}]
+    for trained in (False, True):
+        for arm, last in (("a", 2.0), ("b", 1.0)):
+            curve = [
+                {**point, **({"training": {"all": loss}} if trained else {})}
+                for point, loss in zip(points, (2.0, last), strict=True)
+            ]
+            add_record(results, make_header(path, rules, "a" * 40), {**record(arm, 1, 1.0), "curve": curve})
+        write_report(rules, page=page, results=results)
+        assert ("## eta of the training loss" in page.read_text()) is trained
+    table = page.read_text().partition("## eta of the training loss")[2]
+    assert "| `b` | 8.00 [8.00, 8.00] |" in table, "b has a's last training loss, 2, from its first point on"
+
+
 @pytest.mark.parametrize(
     ("loads", "drawn"),
     [
@@ -218,13 +236,19 @@ def test_questions_are_told_with_what_routing_fitted_to_their_labels_gives(study
             right = {"questions": 40, "accuracy": 0.5 + seed / 100, "by_task": {"gcd": {"accuracy": 0.5 + seed / 100}}}
             oracle = {**right, "accuracy": 0.75, "before": 0.25, "by_task": {"gcd": {"accuracy": 0.75, "before": 0.25}}}
             more = {"questions": right, "oracle": {**oracle, "questions": 10}} if arm == "a" else {"questions": right}
+            if arm == "b":
+                more["disturbed"] = {"questions": {**oracle, "accuracy": 0.375}, "oracle": {**oracle, "questions": 9}}
             add_record(results, make_header(path, rules, "a" * 40), {**record(arm, seed, 1.0), **more})
     write_report(rules, page=page, results=results)
-    rows = page.read_text().partition("### Questions")[2].splitlines()
+    rows = page.read_text().partition("## Questions")[2].splitlines()
     assert "| `a` | 40 | 0.5150 ± 0.0071 | 0.515 ± 0.007 |" in rows
     assert "| `a`, the first questions | 10 | 0.2500 ± 0.0000 | 0.250 ± 0.000 |" in rows
     assert "| `a`, these with routing fitted to their labels | 10 | 0.7500 ± 0.0000 | 0.750 ± 0.000 |" in rows
     assert "| `b` | 40 | 0.5150 ± 0.0071 | 0.515 ± 0.007 |" in rows
+    assert "| `b`, with disturbed routers | 40 | 0.3750 ± 0.0000 | 0.750 ± 0.000 |" in rows
+    fitted = "| `b`, disturbed, these with routing fitted to their labels | 9 | 0.7500 ± 0.0000 | 0.750 ± 0.000 |"
+    assert fitted in rows
+    assert not any("`a`, disturbed" in row for row in rows)
     assert Path("planted_questions.png").stat().st_size > 1000
 
 

@@ -65,6 +65,34 @@ def test_eta_by_hand() -> None:
     assert log_eta([(0.5, 5.0)], dense) is None
 
 
+@pytest.mark.parametrize(("loss", "eta"), [("heldout", 10.0), ("training", 100.0)])
+def test_eta_is_of_the_loss_that_the_rule_names(loss: str, eta: float) -> None:
+    """b reaches a's last held-out loss, 2, at 10 of 100; and its last training loss, 1, at 1."""
+
+    def curve(heldout: list[float], training: list[float]) -> list[dict[str, Any]]:
+        return [
+            {"flops": cost, "loss": {"all": held}, "training": {"all": trained}}
+            for cost, held, trained in zip((1.0, 10.0, 100.0), heldout, training, strict=True)
+        ]
+
+    curves = {"a": curve([4.0, 3.0, 2.0], [3.0, 2.0, 1.0]), "b": curve([3.0, 2.0, 1.0], [1.0, 0.5, 0.2])}
+    value = {"eta": "b", "of": "a", "part": "all", "loss": loss}
+    rule = {"claim": "", "lower": {"constant": 0.0}, "higher": value}
+    records: dict[Any, Any] = {(arm, seed): {"curve": curves[arm]} for arm in curves for seed in range(1, 6)}
+    (verdict,) = judge(study_of([rule]), records)
+    assert verdict.paired is not None
+    assert verdict.paired.mean == pytest.approx(-math.log(eta))
+
+
+def test_records_without_training_losses_are_not_judged_by_them() -> None:
+    points = [{"flops": 1.0, "loss": {"all": 3.0}}, {"flops": 10.0, "loss": {"all": 2.0}}]
+    records: dict[Any, Any] = {(arm, seed): {"curve": points} for arm in "ab" for seed in range(1, 6)}
+    for loss, outcome in (("heldout", "fail"), ("training", "not testable here")):
+        value = {"eta": "b", "of": "a", "part": "all", "loss": loss}
+        rule = {"claim": "", "lower": {"constant": 0.0}, "higher": value}
+        assert judge(study_of([rule]), records)[0].outcome == outcome
+
+
 def study_of(rules: list[dict], **more: Any) -> Study:
     arm = {"about": "", "seeds": "decisive"}
     values = {

@@ -1,0 +1,67 @@
+"""Answers multiple-choice questions by the first tokens of the choices: the model takes the choice whose first token has
+the highest logit after the question. `router_tuning.objective: choices` trains the same logits.
+
+Only questions whose right choice has a first token of its own can be answered. A question costs one forward of its prompt.
+
+Shape letters: B questions of a batch, S positions, V vocabulary, K choices.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_dist.inference.likelihood import Continuation
+from moe_dist.inference.router_tuning.scoring import first_tokens
+from moe_dist.model.transformer import Transformer
+from moe_dist.train.loss import forward
+from moe_dist.train.router_tuning.loader import SampleMaker, batches_by_length
+from moe_dist.train.router_tuning.samples import TuningSample
+
+_BATCH_TOKENS = 4096  # tokens per batch, padding included
+
+
+def is_told(choices: Sequence[Continuation], answer: int) -> bool:
+    """Returns whether no wrong choice has the first token of the right choice `answer`."""
+    return int(first_tokens(choices, answer)[0]) >= 0
+
+
+def shortened(choices: Sequence[Continuation]) -> list[Continuation]:
+    """Returns the choices without the tokens behind their first token."""
+    return [Continuation(each.context, each.tokens[:1]) for each in choices]
+
+
+@dataclass
+class FirstTokens:
+    """Answers questions of equally many choices."""
+
+    model: Transformer  # in evaluation mode
+    maker: SampleMaker  # makes batches of prompts
+    group_of_modality: Tensor  # int64 [M], index of the expert group of each of the M modalities
+
+    @torch.no_grad()
+    def __call__(self, written: Sequence[Sequence[Continuation]]) -> list[int]:
+        """Returns, for each question, the index of the choice whose first token has the highest logit; of choices with the
+        same first token, the first one.
+
+        Args:
+            written: The choices of each question, as tokens.
+        """
+        taken = [0] * len(written)
+        lengths = [len(choices[0].context) for choices in written]
+        vocab_size = self.model.args.vocab_size
+        for places in batches_by_length(lengths, tokens=_BATCH_TOKENS, vocab_size=vocab_size, mesh=None):
+            for place, choice in zip(places, self._answers([written[place] for place in places]), strict=True):
+                taken[place] = choice
+        return taken
+
+    def _answers(self, written: Sequence[Sequence[Continuation]]) -> list[int]:
+        # The first token of the first choice stands for the answer, which a sample must have and which is no input.
+        samples = [TuningSample(np.array(c[0].context, np.int64), np.array(c[0].tokens[:1], np.int64)) for c in written]
+        batch = self.maker.make(samples)
+        logits_BSV, _ = forward(self.model, batch, self.group_of_modality)
+        logits_BV = logits_BSV.flatten(0, 1)[batch.probe_tokens_B]
+        first_BK = torch.tensor([[choice.tokens[0] for choice in choices] for choices in written])
+        return logits_BV.gather(1, first_BK).argmax(1).tolist()
