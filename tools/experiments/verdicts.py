@@ -144,8 +144,9 @@ def judge_gates(study: Study, records: Records) -> list[Verdict]:
 
 
 def failed_gates(gates: Sequence[Verdict]) -> str:
-    """Says which gates do not hold, with the measured figures; empty if all hold."""
-    return "; ".join(f"gate not held: {each.rule.claim} {numbers(each)}" for each in gates if each.outcome != "pass")
+    """Says which gates do not hold, with the measured figures, or are not judged yet; empty if all hold."""
+    words = {"fail": "gate not held", "not testable here": "gate not judged"}
+    return "; ".join(f"{words[each.outcome]}: {each.rule.claim} {numbers(each)}" for each in gates if each.outcome in words)
 
 
 def numbers(verdict: Verdict) -> str:
