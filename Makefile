@@ -207,8 +207,9 @@ smollm2-split: smollm2 wordnet
 	@test -f $(WORDS_DATA)/manifest.json || \
 	  $(BIN)/python -m tools.experiments.words_data $(SMOLLM2_MODEL) --wordnet $(WORDNET) --out $(WORDS_DATA)
 	@test -d $(SMOLLM2_IMPORT) || $(BIN)/python -m tools.import_hf $(SMOLLM2_MODEL) --out $(SMOLLM2_IMPORT)
-	@test -d $(SMOLLM2_SPLIT) || \
-	  $(BIN)/python -m tools.experiments.split_base $(SMOLLM2_IMPORT) --data $(WORDS_DATA) --out $(SMOLLM2_SPLIT)
+	@test -d $(SMOLLM2_SPLIT) || { rm -rf $(SMOLLM2_SPLIT).part && \
+	  $(BIN)/python -m tools.experiments.split_base $(SMOLLM2_IMPORT) --data $(WORDS_DATA) --out $(SMOLLM2_SPLIT).part && \
+	  mv $(SMOLLM2_SPLIT).part $(SMOLLM2_SPLIT); }
 
 reproduce-roma-2-smollm2: smollm2-split embedder
 $(REPRODUCTIONS): reproduce-%: $(INSTALLED) reproduce-data

@@ -80,6 +80,8 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
                 "(tools.export_hf) and import that, or begin with the base",
                 see=GUIDE,
             )
+        if config.train.only == "auxiliary_routers" and (problem := _other_score(config, source)):
+            raise ConfigError(f"run.init_from={config.run.init_from!r}: {problem}", see="docs/routing.md")
         # Upcycling does not need `source_problems`: a group's experts are equal, so their choice changes no token's output.
         checks = {"split_experts": split_experts_problems, **({} if upcycle else {"copy_nulls": source_problems})}
         if problems := [
@@ -232,6 +234,19 @@ def _other_experts(config: Config, before: JsonValue) -> list[str]:
     if here["kind"] == "clamped_ffn" and here != there:
         reasons.append(f"model.moe.experts={here}, the checkpoint's is {there}")
     return reasons
+
+
+def _other_score(config: Config, source: Mapping[str, JsonValue]) -> str:
+    """Says how the router's scores differ from those of the checkpoint, whose choices auxiliary routers learn; empty if
+    they are the same."""
+    found: JsonValue = source
+    for key in ("model", "moe", "router"):
+        found = found.get(key) if isinstance(found, dict) else None
+    old = found.get("score", "sigmoid") if isinstance(found, dict) else "sigmoid"  # older checkpoints have no score
+    new = getattr(config.model.moe.router, "score", "sigmoid")
+    return (
+        "" if old == new else f"model.moe.router.score={new}, the checkpoint's is {old}; set model.moe.router.score={old}"
+    )
 
 
 def _old_scale(before: JsonValue, taken: Taken) -> JsonValue:

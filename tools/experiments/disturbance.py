@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from moe_dist.checkpoint.contents import open_checkpoint
-from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.errors import DataError
 from moe_dist.inference.loaded_run import CheckpointReader
@@ -79,8 +78,10 @@ def disturb(
         accuracy: Measures the share of right answers of the reader's model on the validation side.
 
     Raises:
-        DataError: `out` holds a checkpoint of another step.
+        DataError: `out` holds a checkpoint.
     """
+    if (out / "checkpoints").is_dir():
+        raise DataError(f"{out}: holds a disturbed checkpoint, maybe of other noise; remove it, and start again")
     contents = open_checkpoint(checkpoint)
     model = reader.read(checkpoint)
     noise = Noise(router_rows(model, layers), seed)
@@ -94,6 +95,4 @@ def disturb(
     step = contents.state.step
     manager = CheckpointManager(out / "checkpoints", keep=1, lease_check=lambda: None)
     manager.save(step, replace(reader.state, values=contents.state.values))
-    if find_checkpoint(out) != (written := out / "checkpoints" / f"step_{step}"):
-        raise DataError(f"{out}: holds another checkpoint than {written.name}; remove it, and start again")
     return {"folder": str(out), "scale": scale, "valid": tried, "layers": list(layers)}

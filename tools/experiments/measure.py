@@ -17,6 +17,7 @@ import torch
 import typer
 from torch import nn
 
+from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import CheckpointDirectory
 from moe_dist.config.manifest import load_manifest
 from moe_dist.data.batch import Batch
@@ -117,7 +118,7 @@ class Measurement:
 
     def record(self, wanted: Sequence[str], asks: Sequence[str] = ()) -> dict[str, Any]:
         """Returns the run's record, with all measurements. `wanted` names the probes; `asks` may name `oracle`,
-        `samples` and `disturbed`."""
+        `samples`, `disturbed` and `load_tables`."""
         last = max(self._directory.steps())
         plan = build_plan(self._config, self._manifest, self._placement)
         spent = spent_by_step(self._folder.metrics_jsonl, plan, self._before)
@@ -166,8 +167,8 @@ class Measurement:
 
     def _disturbed(self, section: QuestionsSection) -> dict[str, Any]:
         """Disturbs the model's routers, and returns the questions, the oracle and the samples of the disturbed model."""
-        asked = (self._model, self._config, self._manifest, self._groups, section)
-        valid, question_round = QuestionRound(*asked, Side.VALID), QuestionRound(*asked, self._side)
+        of_model = (self._model, self._config, self._manifest, self._groups, section)
+        valid, question_round = QuestionRound(*of_model, Side.VALID), QuestionRound(*of_model, self._side)
         out = self._folder.path / FOLDER
         made = disturb(
             self._reader,
@@ -204,9 +205,9 @@ class Measurement:
         model = self._load(self._averaged(step))
         if by_threshold(model):
             config = self._config
-            first = max(0, step - config.evaluation.calibration) * config.train.global_batch
-            steps = range(first, step * config.train.global_batch, config.train.global_batch)
-            trained = [batch for position in steps for batch in self._loader.batches(position)]
+            batch, begin = config.train.global_batch, self._first_position()
+            positions = [begin + at * batch for at in range(max(0, step - config.evaluation.calibration), step)]
+            trained = [each for position in positions for each in self._loader.batches(position)]
             calibrate(model, trained, group_of_modality=self._groups, world=None)
         return model
 
@@ -263,8 +264,9 @@ class Measurement:
         """Writes the mean true experts per token of each MoE layer, by token id and by the id's modality, as tables
         [MoE layers, V] for the router top_k_by_id. Returns the paths of the tables. The means are over the last
         TABLE_STEPS training steps; an id without a token in these steps has the mean of its modality."""
-        batch = self._config.train.global_batch
-        positions = range((self._config.train.steps - TABLE_STEPS) * batch, self._config.train.steps * batch, batch)
+        batch, begin = self._config.train.global_batch, self._first_position()
+        steps = range(max(0, self._config.train.steps - TABLE_STEPS), self._config.train.steps)
+        positions = [begin + step * batch for step in steps]
         trained = [each for at in positions for each in self._loader.batches(at)]
         tokens = evaluate(model, trained, self._groups, image=self._image)
         paths = {}
@@ -276,6 +278,13 @@ class Measurement:
             paths[f"{name}_folder"] = str(path := self._folder.path / f"loads_{name}.npy")
             np.save(path, table_LV)
         return paths
+
+    def _first_position(self) -> int:
+        """Returns the position in the training stream at which the run began; above 0 only with run.keep_position."""
+        state = open_checkpoint(self._directory.path_of(max(self._directory.steps()))).state
+        progress = state.values["progress"]
+        assert isinstance(progress, dict), "a checkpoint of training has counters"
+        return int(str(progress.get("first_position", 0)))
 
     def _frequency(self) -> np.ndarray:
         """Returns ln(1 + number of occurrences in the training data) of each token id, float64 [V]."""
@@ -355,7 +364,7 @@ def main(
     study: Annotated[Path, typer.Argument(help="The experiment's file.")],
     folder: Annotated[Path, typer.Argument(help="Folder of the run.")],
     wanted: Annotated[str, typer.Argument(help="Probes, separated by commas; may be empty.")] = "",
-    before: Annotated[str, typer.Argument(help="JSON of tokens, flops and seconds spent before the run.")] = "{}",
+    before: Annotated[str, typer.Argument(help="JSON of tokens, flops, seconds and bytes spent before the run.")] = "{}",
     asks: Annotated[
         str,
         typer.Option(help="Further measurements, separated by commas: samples, oracle, disturbed, load_tables, domains."),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routing import ABSENT, Assignments, Routing
 from moe_dist.placement.roles import group_module
 
@@ -74,8 +75,7 @@ def bound_for_load(second_N: Tensor, load: float) -> float:
 def flip(percent: float, *, seed: int) -> Change:
     """Swaps `percent` % of each expert's tokens with random tokens of the expert's group that the expert has not chosen.
 
-    A newly chosen token gets the weight that the router would give this token: the sigmoid of the token's logit for the
-    expert.
+    A newly chosen token gets the weight that the router would give this token: its score for the expert.
     """
 
     def change(place: int, module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
@@ -130,8 +130,11 @@ def _generator(seed: int, place: int, taken: Tensor) -> torch.Generator:
 def _table(module: nn.Module, h_TD: Tensor, group_T: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
     """Returns three tensors over all (token, expert) pairs [T, E]: whether the pair was chosen, the weight that the pair
     has, or would have if chosen, and whether token and expert are in the same expert group. Takes O(T x E) memory."""
-    gates = [module.get_submodule(group_module(group.name)) for group in module.groups]  # pyright: ignore[reportGeneralTypeIssues]
-    logits_TE = torch.cat([nn.functional.linear(h_TD.float(), gate.true) for gate in gates], dim=1)  # pyright: ignore
+    if isinstance(module, ExpertChoiceRouter):
+        logits_TE = module._logits(h_TD.float())  # of sigmoid or softmax scores
+    else:
+        gates = [module.get_submodule(group_module(group.name)) for group in module.groups]  # pyright: ignore[reportGeneralTypeIssues]
+        logits_TE = torch.cat([nn.functional.linear(h_TD.float(), gate.true) for gate in gates], dim=1)  # pyright: ignore
     groups = [i for i, group in enumerate(module.groups) for _ in group.experts]  # pyright: ignore
     inside_TE = group_T[:, None] == torch.tensor(groups)
     taken_TE = torch.zeros_like(inside_TE)

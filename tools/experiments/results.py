@@ -46,11 +46,7 @@ def check_rules(path: Path, study_path: Path, study: Study) -> str:
             f"{' or '.join(files)} differs from what is committed: the rules come before the results; commit the change, "
             "undo it, or run --pilot"
         )
-    if study.committed_code and code_of_now()["changed"]:
-        raise ConfigError(
-            "the code differs from what is committed, and committed_code asks that a record's code can be rebuilt; commit "
-            "or undo the change, or run --pilot"
-        )
+    check_code(study)
     commit = (_git("log", "-1", "--format=%H", "--", *files) or "").strip()
     header = read_header(path)
     if header is not None and header.get("fingerprint") != fingerprint(study_path, study):
@@ -59,6 +55,15 @@ def check_rules(path: Path, study_path: Path, study: Study) -> str:
             f"since (now {commit}); put those back, or move {path} aside to begin anew: what was found stays in git"
         )
     return commit
+
+
+def check_code(study: Study) -> None:
+    """Raises ConfigError if `committed_code` is set and the code differs from its commit."""
+    if study.committed_code and code_of_now()["changed"]:
+        raise ConfigError(
+            "the code differs from what is committed, and committed_code asks that a record's code can be rebuilt; commit "
+            "or undo the change, or run --pilot"
+        )
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
@@ -99,12 +104,13 @@ def make_header(study_path: Path, study: Study, rules: str | None) -> dict[str, 
 
 
 def code_of_now() -> dict[str, Any]:
-    """Returns the current commit, and "changed": true if the code differs from this commit. Files in docs/ do not count as
-    code, because records are written into docs/."""
-    commit, diff, _ = code_state(Path(moe_dist.__file__).parent)
+    """Returns the current commit, and "changed": true if the code differs from this commit or has new .py or .yaml files.
+    Files in docs/ do not count as code, because records are written into docs/."""
+    commit, diff, untracked = code_state(Path(moe_dist.__file__).parent)
     headers = re.findall(rb"^diff --git .*$", diff, re.MULTILINE)
     documents = re.compile(rb"diff --git a/docs/.* b/docs/.*")
-    return {"commit": commit, "changed": any(not documents.fullmatch(each) for each in headers)}
+    new = any(name.endswith((".py", ".yaml")) and not name.startswith("docs/") for name in untracked)
+    return {"commit": commit, "changed": new or any(not documents.fullmatch(each) for each in headers)}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

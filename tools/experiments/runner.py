@@ -19,7 +19,7 @@ from typing import Any
 
 from moe_dist.errors import EXIT_DONE, ConfigError, DataError, MoeDistError, StoppedError
 from moe_dist.runtime.signals import child_of
-from tools.experiments.results import add_record, code_of_now, make_header, read_records, results_path
+from tools.experiments.results import add_record, check_code, code_of_now, make_header, read_records, results_path
 from tools.experiments.study import Study, StudyJob, overrides_of, run_folder
 from tools.experiments.verdicts import Record
 
@@ -97,6 +97,8 @@ class Runner:
         return [name for name in job.arm.needs if (name, job.seed) not in self._records]
 
     def _train(self, job: StudyJob) -> None:
+        if not self.pilot:
+            check_code(self.study)  # again, because code may have changed since the command started
         measured = {
             key: _reach(self._records[value.arm, job.seed], value.metric, job) for key, value in job.arm.measured.items()
         }

@@ -259,7 +259,7 @@ class Study(Part):
     arms: dict[ArmName, Arm] = Field(min_length=1)
     gates: tuple[ValueRule, ...] = ()  # rules that must hold, or no rule of `rules` can be judged; their arms run first
     rules: tuple[ValueRule, ...] = ()
-    corrected: bool = False  # whether all bounds hold at once with 95 % confidence (Bonferroni), instead of each alone
+    corrected: bool = False  # whether the upper bounds of all rules hold at once with 95 % (Bonferroni), not each alone
     committed_code: bool = False  # whether runs that count need code without uncommitted changes
 
     @property

@@ -28,6 +28,7 @@ from tools.experiments.study import (
     ValueRule,
 )
 
+LARGE = 1e4  # differences from here on, such as FLOPs, are written with four significant digits
 Record = Mapping[str, Any]
 Records = Mapping[tuple[str, int], Record]  # records by (arm, seed)
 Outcome = Literal["pass", "fail", "not testable here"]
@@ -144,8 +145,9 @@ def judge_gates(study: Study, records: Records) -> list[Verdict]:
 
 
 def failed_gates(gates: Sequence[Verdict]) -> str:
-    """Says which gates do not hold, with the measured figures; empty if all hold."""
-    return "; ".join(f"gate not held: {each.rule.claim} {numbers(each)}" for each in gates if each.outcome != "pass")
+    """Says which gates do not hold, with the measured figures, or are not judged yet; empty if all hold."""
+    words = {"fail": "gate not held", "not testable here": "gate not judged"}
+    return "; ".join(f"{words[each.outcome]}: {each.rule.claim} {numbers(each)}" for each in gates if each.outcome in words)
 
 
 def numbers(verdict: Verdict) -> str:
@@ -154,7 +156,9 @@ def numbers(verdict: Verdict) -> str:
         return f"({verdict.reason})"
     found = verdict.paired
     asked = f"upper < {verdict.rule.margin:g}" if verdict.rule.by == "bound" else f"mean <= {verdict.rule.margin:g}"
-    return f"{found.mean:+.4f} [{found.lower:+.4f}, {found.upper:+.4f}], n = {found.n}; asked: {asked}"
+    digits = "+.4f" if abs(found.mean) < LARGE else "+.4g"
+    mean, lower, upper = (format(each, digits) for each in (found.mean, found.lower, found.upper))
+    return f"{mean} [{lower}, {upper}], n = {found.n}; asked: {asked}"
 
 
 def _judge(study: Study, rule: ValueRule, records: Records) -> Verdict:

@@ -80,8 +80,8 @@ def _loss(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[V
         yield Violation(("loss.balance.schedule", f"{ROUTER}.kind"), problem)
     if config.loss.z:
         problem = (
-            f"loss.z={config.loss.z:g}: {section.name} with token-choice losses; the z-loss is for the logits of a "
-            "softmax, but expert choice uses sigmoids: set loss.z=0"
+            f"loss.z={config.loss.z:g}: {section.name} with token-choice losses; expert choice computes no "
+            "z-loss: set loss.z=0"
         )
         yield Violation(("loss.z", f"{ROUTER}.kind"), problem)
 

@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from typing import ClassVar, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from pydantic import Field, PositiveFloat
@@ -51,8 +52,10 @@ class TopKByIdRouterSection(RouterSection):
         model = config.model
         try:
             table_LV = np.load(self.table, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
             return f"is no NumPy file ({error}); write one with numpy.save"
+        if not isinstance(table_LV, np.ndarray):
+            return "holds several arrays; write one with numpy.save"
         shape = (len(model.moe_layers), model.vocab_size)
         if table_LV.shape != shape or table_LV.dtype.kind != "f":
             return f"has {table_LV.dtype} {list(table_LV.shape)}; give floats {list(shape)}: MoE layers, token ids"

@@ -316,7 +316,7 @@ def softmax_logits(logits_Tn: Tensor) -> Tensor:
     """Returns the logits whose sigmoids are the softmax of `logits_Tn`: z_j - ln(sum over i != j of exp(z_i)), n > 1."""
     logits_Tn = logits_Tn.log_softmax(1)  # the same softmax; the difference of large logits would lose digits
     itself_nn = torch.eye(logits_Tn.shape[1], dtype=torch.bool, device=logits_Tn.device)
-    others_Tnn = logits_Tn[:, None].masked_fill(itself_nn, OUTSIDE)  # T n^2 numbers, for a short time
+    others_Tnn = logits_Tn[:, None].masked_fill(itself_nn, OUTSIDE)  # T n^2 numbers, kept until backward
     return logits_Tn - others_Tnn.logsumexp(-1)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_dist.errors import ConfigError
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter
 from moe_dist.moe.routers.top_k import Normalise
@@ -23,10 +24,13 @@ class TopKByIdRouter(ScheduledTopKRouter):
 
     Args:
         hidden_dim, groups, place, seed, normalise, scale, capacity: See `ScheduledTopKRouter`.
-        table: Path of a NumPy file of floats [MoE layers, V]: L of each layer and token id.
+        table: Path of a NumPy file of floats [MoE layers, V]: L of each layer and token id. Not read on the meta device.
+
+    Raises:
+        ConfigError: the table cannot be read.
     """
 
-    load_V: np.ndarray = np.zeros(0)  # L of this layer
+    _table: str = ""
 
     def __init__(
         self,
@@ -43,12 +47,18 @@ class TopKByIdRouter(ScheduledTopKRouter):
         shared = {"normalise": normalise, "scale": scale, "capacity": capacity, "place": place, "seed": seed}
         none_yet = {group.name: [0.0] * (place + 1) for group in groups}
         super().__init__(hidden_dim, groups, active_experts=none_yet, **shared)
-        self.load_V = np.load(table, allow_pickle=False)[place].astype(np.float64)
-        self.reset_buffers()  # again, because `load_V` was still empty in the base class
+        self._table = table
+        self.reset_buffers()  # again, because `_table` was still empty in the base class
 
     def reset_buffers(self) -> None:
         super().reset_buffers()
-        self.register_buffer("load_of_id_V", torch.tensor(self.load_V), persistent=False)  # 8 bytes a token id
+        load_V = torch.zeros(0, dtype=torch.float64)  # on the meta device, as in a dry run, which may lack the file
+        if self._table and load_V.device.type != "meta":
+            try:
+                load_V = torch.tensor(np.load(self._table, allow_pickle=False)[self.place], dtype=torch.float64)
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"model.moe.router.table={self._table}: cannot be read ({error}); put it back") from error
+        self.register_buffer("load_of_id_V", load_V, persistent=False)  # 8 bytes a token id
 
     def _loads(self, group_T: Tensor, cache: RoutingCache) -> tuple[Tensor, Tensor]:
         assert cache.id_T is not None, "the request has the tokens' ids"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_dist.errors import ConfigError
-from moe_dist.plan.preflight import check
+from moe_dist.plan.preflight import check, layout_without_data
 from tests.support.tiny import tiny_config
 
 GROUPS = {
@@ -16,10 +16,12 @@ GROUPS = {
 }
 
 
-def checked(data: Path, tmp_path: Path, table: np.ndarray | str | None, changes: dict[str, Any]) -> None:
+def checked(data: Path, tmp_path: Path, table: np.ndarray | str | bytes | None, changes: dict[str, Any]) -> None:
     router: dict[str, Any] = {"kind": "top_k_by_id", "table": str(tmp_path / "loads.npy")}
     if isinstance(table, str):
         Path(router["table"]).write_text(table)
+    elif isinstance(table, bytes):
+        Path(router["table"]).write_bytes(table)
     elif table is not None:
         np.save(router["table"], table)
     check(tiny_config(data, tmp_path, {"model.moe.groups": GROUPS, "model.moe.router": router, **changes}))
@@ -39,11 +41,15 @@ def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
     [
         (None, "loads.npy: is no NumPy file ([Errno 2] No such file or directory"),
         ("1.5 1.5", "loads.npy: is no NumPy file ("),
+        (b"", "loads.npy: is no NumPy file ("),
+        (b"PK", "loads.npy: is no NumPy file ("),
         (np.ones((1, 7)), "loads.npy: has float64 [1, 7]; give floats [2, "),
         (np.ones((2, 7), np.int64), "loads.npy: has int64 [2, 7]; give floats [2, "),
     ],
 )
-def test_a_bad_table_is_refused(tiny_data: Path, tmp_path: Path, table: np.ndarray | str | None, fault: str) -> None:
+def test_a_bad_table_is_refused(
+    tiny_data: Path, tmp_path: Path, table: np.ndarray | str | bytes | None, fault: str
+) -> None:
     with pytest.raises(ConfigError) as raised:
         checked(tiny_data, tmp_path, table, {})
     assert fault in str(raised.value)
@@ -76,3 +82,8 @@ def test_what_does_not_fit_is_refused(tiny_data: Path, tmp_path: Path, changes: 
     with pytest.raises(ConfigError) as raised:
         checked(tiny_data, tmp_path, loads(tiny_data, tmp_path, 0.5), changes)
     assert fault in str(raised.value)
+
+
+def test_a_dry_run_does_not_read_the_table(tiny_data: Path, tmp_path: Path) -> None:
+    router = {"kind": "top_k_by_id", "table": str(tmp_path / "elsewhere.npy")}
+    assert layout_without_data(tiny_config(tiny_data, tmp_path, {"model.moe.groups": GROUPS, "model.moe.router": router}))

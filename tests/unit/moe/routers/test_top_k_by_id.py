@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_dist.errors import ConfigError
 from moe_dist.moe.draws import logistic
 from moe_dist.moe.routers.scheduled_top_k import HELD_OUT, ScheduledTopKRouter
 from moe_dist.moe.routers.top_k_by_id import TopKByIdRouter
@@ -77,3 +78,11 @@ def test_padding_takes_nothing(table: str) -> None:
     taken_T = (weights(router(h_TD, group_T, RoutingCache(id_T=ID_T))) > 0).any(1)
     assert not taken_T[5:20].any()
     assert taken_T[20:].any()
+
+
+def test_a_missing_table_is_an_error_but_on_the_meta_device(tmp_path: Path) -> None:
+    missing = str(tmp_path / "elsewhere.npy")
+    with torch.device("meta"):
+        TopKByIdRouter(D, [GROUP], table=missing)
+    with pytest.raises(ConfigError, match=r"elsewhere\.npy: cannot be read"):
+        TopKByIdRouter(D, [GROUP], table=missing)

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_dist.errors import DataError
 from moe_dist.inference.loaded_run import CheckpointReader, find_trained
+from tests.support.messages import refused
 from tests.support.pictured import pictured_run
 from tools.experiments.disturbance import Noise, disturb, find_scale, router_rows
 from tools.experiments.study import DisturbanceSection
@@ -58,3 +60,5 @@ def test_the_disturbed_checkpoint_differs_in_the_routers_of_the_layers_alone(own
     assert all(name.startswith(f"layers.{layers[0]}.moe.router.") for name in changed)
     assert find_trained(tmp_path / "out").step == trained.step
     assert len(router_rows(reader.model, layers)) == len(changed)
+    with refused(DataError, "holds a disturbed checkpoint"):
+        disturb(reader, trained.folder, tmp_path / "out", layers, section, seed=3, accuracy=lambda: 0.3)

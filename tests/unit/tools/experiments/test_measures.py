@@ -13,6 +13,7 @@ from torch import nn
 
 from moe_dist.data.batch import BatchMaker, Segment
 from moe_dist.model.mixture_of_depths import Chosen, DepthRouter
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import ABSENT, Assignments, RouterSums, Routing
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -188,6 +189,25 @@ def test_a_flip_repeats_and_weighs_by_the_routers_own_score() -> None:
     torch.testing.assert_close(once.weight_N, h_TD.sigmoid()[once.token_N, once.expert_N])
     chosen, unflipped = (set(zip(*(each.tolist() for each in found[:2]), strict=True)) for found in (once, pairs(0.0)))
     assert chosen != unflipped
+
+
+def test_a_flip_of_softmax_scores_keeps_the_weights_of_kept_choices() -> None:
+    """A flip of so few choices that none is swapped changes no weight."""
+    group = ExpertGroup("all", num_experts=4, num_null=0, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",))
+    module = ExpertChoiceRouter(4, [group], score="softmax")
+    with torch.no_grad():
+        module.get_parameter("group:all.true").copy_(torch.eye(4))
+    h_TD = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
+    group_T = torch.zeros(40, dtype=torch.int64)
+    plain = module(h_TD, group_T).assignments.taken()
+    with changed_routing([module], flip(1e-6, seed=0)):
+        flipped = module(h_TD, group_T).assignments
+    weights = dict(
+        zip(zip(plain.token_N.tolist(), plain.expert_N.tolist(), strict=True), plain.weight_N.tolist(), strict=True)
+    )
+    assert len(flipped.token_N) == len(weights)
+    for token, expert, weight in zip(*(each.tolist() for each in flipped[:3]), strict=True):
+        assert weight == pytest.approx(weights[token, expert])
 
 
 def test_a_flip_of_depths_exchanges_tokens_and_weighs_by_the_routers_own_score() -> None:

@@ -286,18 +286,19 @@ def test_an_arm_asks_only_what_the_experiment_says_it_asks(study: tuple[Path, St
 
 
 @pytest.mark.parametrize(
-    ("files", "changed"),
+    ("files", "new", "changed"),
     [
-        ((), False),
-        (("docs/reproductions.md", "docs/reproductions/roma.jsonl"), False),
-        (("docs/a.md", "moe_dist/b.py"), True),
+        ((), "notes.txt", False),
+        (("docs/reproductions.md", "docs/reproductions/roma.jsonl"), "docs/pictures.py", False),
+        (("docs/a.md", "moe_dist/b.py"), "notes.txt", True),
+        ((), "tools/new.py", True),
     ],
 )
 def test_documents_are_no_change_of_the_code(
-    monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...], changed: bool
+    monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...], new: str, changed: bool
 ) -> None:
     diff = "".join(f"diff --git a/{file} b/{file}\n--- a/{file}\n+++ b/{file}\n@@ -1 +1 @@\n-1\n+2\n" for file in files)
-    monkeypatch.setattr("tools.experiments.results.code_state", lambda _: ("c0ffee", diff.encode(), ["new.py"]))
+    monkeypatch.setattr("tools.experiments.results.code_state", lambda _: ("c0ffee", diff.encode(), [new]))
     assert code_of_now() == {"commit": "c0ffee", "changed": changed}
 
 
