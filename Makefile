@@ -24,13 +24,13 @@ TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 # (in tests/unit the files that conftest.py names): the last files are short, so all workers end together.
 BESIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 WORLDS := -n 3 --dist loadfile --no-loadscope-reorder
-EXPERIMENTS := adamoe adamoe-held adamoe-2 nulls-by-modality nulls-2 moma moma-narrow moma-2 mole roma roma-listed roma-2 roma-2-smollm2 on-ranks
+EXPERIMENTS := adamoe adamoe-held adamoe-2 nulls-by-modality nulls-2 moma moma-narrow moma-2 mole mole-2 roma roma-listed roma-2 roma-2-smollm2 on-ranks
 REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-full test-exhaustive test-one quick smollm2 test-smollm2 test-vllm torch-floor test-faults test-clusters test-slurm test-ray cluster-packages test-browser pictures chaos gpu-bundle wheel docs bench check format data embedder wordnet tensorboard clean \
-  reproduce-data conventions-data questions-data facts-data smollm2-split $(REPRODUCTIONS)
+  reproduce-data conventions-data domains-data questions-data facts-data smollm2-split $(REPRODUCTIONS)
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -177,7 +177,12 @@ conventions-data: reproduce-data
 	@test -f $(CONVENTIONS_DATA)/manifest.json || \
 	  $(BIN)/python -m tools.experiments.convention_data --base $(REPRODUCE_DATA) --out $(CONVENTIONS_DATA)
 
-# The same with questions of WordNet and reasoning-gym.
+# Questions in alphabets that share no token, which contradict each other.
+DOMAINS_DATA := .cache/data/domains
+domains-data: $(INSTALLED)
+	@test -f $(DOMAINS_DATA)/manifest.json || $(BIN)/python -m tools.experiments.domain_data --out $(DOMAINS_DATA)
+
+# The data of reproduce-data with questions of WordNet and reasoning-gym.
 QUESTIONS_DATA := .cache/data/questions
 questions-data: reproduce-data wordnet
 	@test -f $(QUESTIONS_DATA)/manifest.json || \
@@ -190,6 +195,7 @@ facts-data: $(INSTALLED) wordnet
 	  $(BIN)/python -m tools.experiments.fact_data --out $(FACTS_DATA) --wordnet $(WORDNET)
 
 reproduce-mole: conventions-data
+reproduce-mole-2: domains-data
 reproduce-moma-2: facts-data
 reproduce-roma reproduce-roma-listed reproduce-roma-2: questions-data embedder
 

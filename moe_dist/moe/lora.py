@@ -10,7 +10,8 @@ depends on the router's probability p_e of expert e, a softmax over all columns:
 
     probability         w_e = p_e
     straight_through    w_e = p_e / detach(p_e): its value is 1, and its gradient is the gradient of log p_e
-    published           w_e = 1, as in the paper's public code. The router then has no gradient from the task's loss
+    published           w_e = 1, as in the sparse branch of LLaVA-MoLE's public code (its dense branch is `probability` with
+                        all experts chosen). The router then has no gradient from the task's loss
 
 Shape letters: T tokens on this rank, D hidden size, F hidden width of the FFN, r rank, N (token, expert) pairs of the
 assignments, Q taken (not absent) pairs, E experts of all groups, n experts of one group, I inputs and O outputs of a

@@ -27,6 +27,7 @@ from moe_dist.inference.loaded_run import CheckpointReader
 from moe_dist.inference.questions.split import Side
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import choice_of_training
+from moe_dist.monitor.metrics import group_metrics
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.files import write_atomically
@@ -37,6 +38,7 @@ from moe_dist.train.loss import forward
 from moe_dist.train.trainer import Loader
 from tools.experiments import probes
 from tools.experiments.disturbance import FOLDER, disturb
+from tools.experiments.domain_probe import domains
 from tools.experiments.questions import QuestionRound, make_samples
 from tools.experiments.runner import MEASURED
 from tools.experiments.study import CurveSection, MeasureSection, QuestionsSection, load_study
@@ -71,13 +73,16 @@ class Spent:
 
 def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int, Spent]:
     """Maps each step to the cost of training up to and including this step, plus the cost `before` the run."""
-    spent, sums, prefix = {}, before, "moe/experts_per_token/"
+    spent, sums, groups = {}, before, plan.placement.groups
     for record in read_lines(metrics):
         if record["kind"] != "step":
             continue
-        scalars = record["scalars"]
-        experts = {key.removeprefix(prefix): value or 0.0 for key, value in scalars.items() if key.startswith(prefix)}
-        tokens_G = [sum(column) for column in zip(*record["arrays"]["tokens_LG"], strict=True)]
+        scalars, names = record["scalars"], ("choices_LC", "tokens_LG", "dropped_LG")
+        # From counts, because with many modalities the scalars have only the mean over groups.
+        choices, of_group, dropped = (np.array(record["arrays"][name]).sum(0, keepdims=True) for name in names)
+        taken_G = group_metrics(choices, of_group, groups, dropped_LG=dropped)["experts_per_token"][0]
+        tokens_G = of_group[0].tolist()
+        experts = {group.name: value for group, value in zip(groups, np.nan_to_num(taken_G).tolist(), strict=True)}
         share = {name: each / max(1.0, sum(tokens_G)) for name, each in zip(experts, tokens_G, strict=True)}
         tokens = before.tokens + int(scalars["optim/tokens"]) - sums.tokens
         flops = sums.flops + tokens * plan.flops_per_token(experts, share)
@@ -108,6 +113,8 @@ class Measurement:
         self._model, self._placement = self._reader.model, self._reader.placement
         self._before = before
         self._groups = torch.tensor(group_of_modality(self._manifest, self._placement))
+        modalities = tuple(self._manifest.modalities)
+        self._image = modalities.index("image") if "image" in modalities else -1
 
     def record(self, wanted: Sequence[str], asks: Sequence[str] = ()) -> dict[str, Any]:
         """Returns the run's record, with all measurements. `wanted` names the probes; `asks` may name `oracle`,
@@ -119,7 +126,7 @@ class Measurement:
         batches = [batch for of_source in by_source.values() for batch in of_source]
         training = training_between(self._folder.metrics_jsonl, self._planned())
         curve = [] if section.curve is None else self._curve(section.curve, spent, training)
-        tokens = evaluate(model := self._model_at(last), batches, self._groups)
+        tokens = evaluate(model := self._model_at(last), batches, self._groups, image=self._image)
         found = {
             "steps": last,
             **asdict(spent[last]),
@@ -134,10 +141,12 @@ class Measurement:
             "probes": {name: getattr(self, f"_probe_{name}")(batches) for name in wanted},
         }
         if section.accuracy:
-            found["accuracy"] = accuracy(model, batches, self._groups)
+            found["accuracy"] = accuracy(model, batches, self._groups, image=self._image)
         asked = {name: each for name, each in by_source.items() if self._manifest.sources[name].train.prompt is not None}
         if asked:
             found["answers"] = answers(model, asked, self._groups)
+        if "domains" in asks:
+            found["domains"] = domains(model, by_source, self._groups)
         if "load_tables" in asks:
             found["load_tables"] = self._load_tables(model)
         if section.questions is not None:
@@ -245,7 +254,7 @@ class Measurement:
         batches = [batch for of_source in self._batches_by_source(section.sequences).values() for batch in of_source]
         points = []
         for step in self._planned():
-            tokens = evaluate(self._model_at(step), batches, self._groups)
+            tokens = evaluate(self._model_at(step), batches, self._groups, image=self._image)
             load = loads(tokens)["all"]
             costs = {"step": step, **asdict(spent[step])}
             points.append({**costs, "loss": losses(tokens), "training": training.get(step, {}), "load": load})
@@ -258,7 +267,8 @@ class Measurement:
         batch, begin = self._config.train.global_batch, self._first_position()
         steps = range(max(0, self._config.train.steps - TABLE_STEPS), self._config.train.steps)
         positions = [begin + step * batch for step in steps]
-        tokens = evaluate(model, [each for at in positions for each in self._loader.batches(at)], self._groups)
+        trained = [each for at in positions for each in self._loader.batches(at)]
+        tokens = evaluate(model, trained, self._groups, image=self._image)
         paths = {}
         image_V = np.zeros(self._config.model.vocab_size, bool)
         for first, end in self._manifest.modalities["image"]:
@@ -339,7 +349,7 @@ class Measurement:
             return self._point(batches, at=at)
 
     def _point(self, batches: Sequence[Batch], *, at: float) -> dict[str, Any]:
-        tokens = evaluate(self._model, batches, self._groups)
+        tokens = evaluate(self._model, batches, self._groups, image=self._image)
         return {"at": at, "loss": losses(tokens), "load": loads(tokens)["all"]}
 
 
@@ -356,7 +366,8 @@ def main(
     wanted: Annotated[str, typer.Argument(help="Probes, separated by commas; may be empty.")] = "",
     before: Annotated[str, typer.Argument(help="JSON of tokens, flops, seconds and bytes spent before the run.")] = "{}",
     asks: Annotated[
-        str, typer.Option(help="Further measurements, separated by commas: samples, oracle, disturbed, load_tables.")
+        str,
+        typer.Option(help="Further measurements, separated by commas: samples, oracle, disturbed, load_tables, domains."),
     ] = "",
     pilot: Annotated[bool, typer.Option("--pilot", help="Take the validation side of sequences and questions.")] = False,
 ) -> None:

@@ -81,6 +81,7 @@ def _section(
         "Verdicts": _verdicts(study, verdicts),
         "Arms": _arms(study, records),
         "Answers": _answers(study, records),
+        "Domains": _domains(study, records),
         "Questions": _questions(study, records),
         "Rows on the wire": _wire(study, records),
         "Load": _loads(study, records),
@@ -138,11 +139,34 @@ def _arms(study: Study, records: Records) -> list[str]:
 
 
 def _answers(study: Study, records: Records) -> list[str]:
-    """Returns a table of the fraction of held-out documents with a right answer: the mean over sources, and each source."""
+    """Returns a table of the fraction of held-out documents with a right answer: the mean over sources, and each source.
+    Records since mole-2 also have the nats of an answer."""
     sources = _parts(records, "answers", "by_source")
-    metrics = ["answers.accuracy", *(f"answers.by_source.{source}.accuracy" for source in sources)]
-    rows = [[f"`{name}`", *(_spread(mine, metric) for metric in metrics)] for name, mine in _per_arm(study, records)]
-    return table(["arm", "accuracy", *sources], rows) if sources else []
+    metrics = {"accuracy": "answers.accuracy"}
+    if any("nats" in each.get("answers", {}) for each in records.values()):
+        metrics["nats of an answer"] = "answers.nats"
+    metrics |= {source: f"answers.by_source.{source}.accuracy" for source in sources}
+    rows = [
+        [f"`{name}`", *(_spread(mine, metric) for metric in metrics.values())] for name, mine in _per_arm(study, records)
+    ]
+    return table(["arm", *metrics], rows) if sources else []
+
+
+def _domains(study: Study, records: Records) -> list[str]:
+    """Returns a table of what routers see of the domain, and what their choices tell of it."""
+    rows = []
+    for name, every in _per_arm(study, records):
+        if mine := {seed: record for seed, record in every.items() if "domains" in record}:
+            cells = []
+            for key in ("by_layer", "bits_by_layer"):
+                layers = zip(*(each["domains"][key] for each in mine.values()), strict=True)
+                cells.append(" ".join(f"{_mean(layer):.3f}" for layer in layers))
+            rows.append([f"`{name}`", *cells])
+    about = (
+        "Share of held-out tokens whose domain (data source) a linear probe tells from the router's input; and bits that "
+        "the expert with the largest weight tells of the domain, at the tokens before a scored one."
+    )
+    return [about, "", *table(["arm", "probe, by layer", "bits, by layer"], rows)] if rows else []
 
 
 def _questions(study: Study, records: Records) -> list[str]:

@@ -220,7 +220,7 @@ class Arm(Part):
     seeds: Literal["decisive", "other"] = "other"
     probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
     # Measurements besides those of every run.
-    asks: tuple[Literal["samples", "oracle", "disturbed", "load_tables"], ...] = ()
+    asks: tuple[Literal["samples", "oracle", "disturbed", "load_tables", "domains"], ...] = ()
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -306,7 +306,7 @@ class Study(Part):
         costed = {name for value in values for name in (value.eta, value.of)} | reference
         if part := sorted(costed - set(self.with_whole_cost())):
             raise ValueError(f"eta needs the whole training cost of {part[0]}; set arms.{part[0]}.carry, or leave it out")
-        question_round = [name for name, arm in self.arms.items() if set(arm.asks) - {"load_tables"}]
+        question_round = [name for name, arm in self.arms.items() if set(arm.asks) - {"load_tables", "domains"}]
         if question_round and self.measure.questions is None:
             raise ValueError(f"arms.{question_round[0]}.asks needs measure.questions, which says what is asked")
         if both := sorted(set(self.pilot.seeds) & {*self.seeds.decisive, *self.seeds.other}):

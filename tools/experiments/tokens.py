@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from moe_dist.config.parallel_schema import InterleavedSection
 from moe_dist.data.batch import IGNORED, Batch
@@ -77,8 +78,9 @@ def recorded_routers(model: Transformer) -> Iterator[list[TokenPairs]]:
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Tensor) -> Tokens:
-    """Evaluates batches, and returns loss and numbers of true experts of each scored token."""
+def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Tensor, *, image: int = 1) -> Tokens:
+    """Evaluates batches, and returns loss and numbers of true experts of each scored token. `image` is the index of the
+    modality of picture codes; no token has the index -1."""
     rows: list[tuple[np.ndarray, ...]] = []
     with recorded_routers(model) as seen:
         for batch in batches:
@@ -93,8 +95,8 @@ def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
                 batch.labels_BS.flatten(),
                 input_filler(batch).flatten(),
                 batch.filler_BS.flatten(),
-                (batch.modality_BS > 0).flatten(),
-                (batch.label_modality_BS > 0).flatten(),
+                (batch.modality_BS == image).flatten(),
+                (batch.label_modality_BS == image).flatten(),
             )
             rows.append(tuple(column[scored_T].numpy() for column in columns))
     return Tokens(*(np.concatenate(column) for column in zip(*rows, strict=True)))
@@ -179,15 +181,17 @@ def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[
 
 
 @torch.no_grad()
-def accuracy(model: Transformer, batches: Sequence[Batch], group_of_modality: Tensor) -> dict[str, float]:
+def accuracy(
+    model: Transformer, batches: Sequence[Batch], group_of_modality: Tensor, *, image: int = 1
+) -> dict[str, float]:
     """Returns the fraction of labels that are the model's most likely token: of all labels, of text labels, of picture
-    codes."""
+    codes, whose modality has the index `image`."""
     right, kinds = [], []
     for batch in batches:
         logits_BSV, _ = forward(model, batch, group_of_modality)
         scored_BS = batch.labels_BS != IGNORED
         right.append((logits_BSV.argmax(-1) == batch.labels_BS)[scored_BS])
-        kinds.append((batch.label_modality_BS > 0)[scored_BS])
+        kinds.append((batch.label_modality_BS == image)[scored_BS])
     right_N, image_N = torch.cat(right).double(), torch.cat(kinds)
     parts = {"all": torch.ones_like(image_N), "text": ~image_N, "image": image_N}
     return {name: float(right_N[part].mean()) for name, part in parts.items() if part.any()}
@@ -195,19 +199,24 @@ def accuracy(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
 
 @torch.no_grad()
 def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of_modality: Tensor) -> dict[str, Any]:
-    """Counts, in each source, the scored documents and those with a right answer; averages accuracy over sources.
+    """Counts, in each source, the scored documents and those with a right answer, and sums the nats of each document's
+    answer; averages accuracy and nats over sources.
 
     A document that was cut at the end of a sequence counts once for each piece with a scored token.
     """
     found: dict[str, Any] = {}
     for source, of_source in batches.items():
-        documents = right = 0
+        documents, right, nats = 0, 0, 0.0
         for batch in of_source:
             logits_BSV, _ = forward(model, batch, group_of_modality)
             one, all_right = right_documents(logits_BSV.argmax(-1), batch)
             documents, right = documents + one, right + all_right
-        found[source] = {"documents": documents, "right": right, "accuracy": right / documents if documents else 0.0}
-    return {"accuracy": sum(each["accuracy"] for each in found.values()) / len(found), "by_source": found}
+            labels_T = batch.labels_BS.flatten()
+            nats += float(cross_entropy(logits_BSV.flatten(0, 1), labels_T, ignore_index=IGNORED, reduction="sum"))
+        count = max(1, documents)
+        found[source] = {"documents": documents, "right": right, "accuracy": right / count, "nats": nats / count}
+    means = {key: sum(each[key] for each in found.values()) / len(found) for key in ("accuracy", "nats")}
+    return {**means, "by_source": found}
 
 
 def right_documents(likeliest_BS: Tensor, batch: Batch) -> tuple[int, int]:

@@ -18,13 +18,16 @@ MARKERS = {"pass": "o", "fail": "X"}  # tell verdicts apart in print without col
 FAINT = "#999999"
 FORMATS = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}  # values: entries left out, so that files repeat
 WIDTH, ROW_INCHES, LABEL_CHARACTERS = 8.0, 0.42, 46
-UNITS = {  # by the first part of a metric
+UNITS = {  # by the metric, or by its first part
     "loss": "nats",
     "accuracy": "share of tokens",
     "answers": "share of answers",
     "questions": "share of questions",
     "load": "experts per token",
     "flops": "FLOPs",
+    "answers.nats": "nats of an answer",
+    "domains.least": "share of tokens",
+    "domains.bits": "bits",
 }
 
 
@@ -81,7 +84,7 @@ def unit_of(rule: ValueRule) -> str:
             case _:
                 continue
         first = metric.partition(".")[0]
-        return UNITS.get(first, first)
+        return UNITS.get(metric, UNITS.get(first, first))
     return ""
 
 

@@ -1,6 +1,10 @@
 """What is measured of a run, against cases drawn by hand."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import ABSENT, Assignments, RouterSums, Routing
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.messages import refused
-from tools.experiments.measure import planned
+from tools.experiments.measure import Spent, planned, spent_by_step
 from tools.experiments.probes import bound_for_load, changed_routing, flip, flip_depths, second_weights, swapped, threshold
 from tools.experiments.tokens import SentRows, Tokens, binned, input_filler, loads, losses, rank_of_tokens, tables_of
 
@@ -108,6 +112,28 @@ def test_tables_of_loads_by_hand() -> None:
     by_id_LV, by_modality_LV = tables_of(seen, np.array([False, False, True, True, True]))
     np.testing.assert_allclose(by_id_LV, [[2.0, 2.0, 0.0, 1.0, 1 / 3], [1.5, 1.5, 0.5, 1.0, 2 / 3]])
     np.testing.assert_allclose(by_modality_LV, [[2.0, 2.0, 1 / 3, 1 / 3, 1 / 3], [1.5, 1.5, 2 / 3, 2 / 3, 2 / 3]])
+
+
+def test_costs_count_each_groups_experts_whatever_the_scalars_are_named(tmp_path: Path) -> None:
+    """Two layers; group a (experts 0, 1) has 10 tokens in each, with 10 and 15 choices of which one is dropped; b has 0."""
+    other = ExpertGroup("b", num_experts=1, num_null=0, top_k=1, ffn_dim=4, first_expert=2, modalities=("image",))
+    groups = (ExpertGroup("a", num_experts=2, num_null=0, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",)), other)
+    arrays = {"choices_LC": [[4, 6, 0], [8, 7, 0]], "tokens_LG": [[10, 0], [10, 0]], "dropped_LG": [[0, 0], [1, 0]]}
+    line = {
+        "kind": "step", "step": 1, "arrays": arrays, "ledger": {"payload_bytes": 3, "metadata_bytes": 1},
+        "scalars": {"optim/tokens": 10, "perf/step_seconds": 0.5, "moe/experts_per_token/mean": 9.0},
+    }  # fmt: skip
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    asked = []
+
+    def flops(experts: dict[str, float], share: dict[str, float]) -> float:
+        asked.append((experts, share))
+        return 100.0
+
+    plan: Any = SimpleNamespace(placement=ExpertPlacement(groups, ((0, 1, 2),)), flops_per_token=flops)
+    assert spent_by_step(path, plan, Spent(tokens=5, flops=1.0)) == {1: Spent(10 + 5, 1001.0, 0.5, 4.0)}
+    assert asked == [({"a": 24 / 20, "b": 0.0}, {"a": 1.0, "b": 0.0})]
 
 
 def router() -> TopKRouter:

@@ -11,7 +11,8 @@ from moe_dist.errors import ConfigError, DataError
 from tests.support.messages import refused
 from tools.experiments.report import write_report
 from tools.experiments.results import add_record, check_rules, code_of_now, make_header, read_records, rounded
-from tools.experiments.study import Study, jobs_of, load_study
+from tools.experiments.study import Study, ValueRule, jobs_of, load_study
+from tools.experiments.verdict_figure import unit_of
 
 STUDY = """
 name: planted
@@ -249,6 +250,32 @@ def test_questions_are_told_with_what_routing_fitted_to_their_labels_gives(study
     assert fitted in rows
     assert not any("`a`, disturbed" in row for row in rows)
     assert Path("planted_questions.png").stat().st_size > 1000
+
+
+def test_domains_and_nats_of_answers_are_told(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    results, page = Path("r.jsonl"), Path("page.md")
+    for arm in ("a", "b"):
+        for seed in (1, 2):
+            answers = {"accuracy": 0.5, "by_source": {"north": {"accuracy": 0.5}}}
+            domains = {"by_layer": [0.9, 0.8 + seed / 10], "bits_by_layer": [0.25, seed / 2]}
+            more = {"answers": {**answers, "nats": float(seed)}, "domains": domains} if arm == "a" else {"answers": answers}
+            add_record(results, make_header(path, rules, "a" * 40), {**record(arm, seed, 1.0), **more})
+    write_report(rules, page=page, results=results)
+    rows = page.read_text().splitlines()
+    assert "| arm | accuracy | nats of an answer | north |" in rows
+    assert "| `a` | 0.5000 ± 0.0000 | 1.5000 ± 0.7071 | 0.5000 ± 0.0000 |" in rows
+    assert "| `b` | 0.5000 ± 0.0000 | - | 0.5000 ± 0.0000 |" in rows
+    assert "| `a` | 0.900 0.950 | 0.250 0.750 |" in rows
+
+
+def test_units_of_nats_and_bits_are_not_those_of_shares() -> None:
+    def unit(metric: str) -> str:
+        values = {"claim": "", "lower": {"constant": 1.0}, "higher": {"arm": "a", "metric": metric}}
+        return unit_of(ValueRule.model_validate(values))
+
+    assert [unit(f"answers.{name}") for name in ("accuracy", "nats")] == ["share of answers", "nats of an answer"]
+    assert [unit(f"domains.{name}") for name in ("least", "bits")] == ["share of tokens", "bits"]
 
 
 def test_an_arm_asks_only_what_the_experiment_says_it_asks(study: tuple[Path, Study]) -> None:
