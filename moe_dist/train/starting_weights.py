@@ -239,7 +239,7 @@ def _other_experts(config: Config, before: JsonValue) -> list[str]:
 def _other_score(config: Config, source: Mapping[str, JsonValue]) -> str:
     """Says how the router's scores differ from those of the checkpoint, whose choices auxiliary routers learn; empty if
     they are the same."""
-    found: JsonValue = source
+    found: JsonValue = dict(source)
     for key in ("model", "moe", "router"):
         found = found.get(key) if isinstance(found, dict) else None
     old = found.get("score", "sigmoid") if isinstance(found, dict) else "sigmoid"  # older checkpoints have no score

@@ -44,8 +44,8 @@ class LoRAExpertsSection(AdapterSection, ExpertsSection):
     """Projections of the FFN that have adapters. All adapters of an expert see the same tokens."""
     weight: Literal["probability", "straight_through", "published"] = "probability"
     """Weight of a chosen expert. probability: its probability p among all columns. straight_through: 1, with the gradient
-    of log p. published: 1 without a gradient, as in the sparse branch of LLaVA-MoLE's public code, so cross entropy does not
-    train the router."""
+    of log p. published: 1 without a gradient, as in the sparse branch of LLaVA-MoLE's public code, so cross entropy does
+    not train the router."""
 
     @property
     def input_dropout(self) -> float:
