@@ -154,6 +154,36 @@ def test_the_second_stage_on_ranks_equals_one_rank(run: Run, second_alone: Whole
         np.testing.assert_allclose(value, alone.tensors[name], rtol=1e-3, atol=2e-5, err_msg=name)
 
 
+SOFTMAX = {"kind": "expert_choice", "causal": "threshold", "scope": "world", "score": "softmax", "threshold_decay": 0.7}
+
+
+def softmax_run(run: Run, ranks: int, ep: int) -> list[WholeRun]:
+    layout = {"parallel.ep": ep, "parallel.edp": ranks // ep, "train.micro_batch": 8 // ranks}
+    layout |= {"run.name": f"softmax-{ranks}-{ep}", "placement.policy": "interleaved", "train.steps": 4}
+    return run({**CHOICE, **layout, "model.moe.router": SOFTMAX}, ranks)
+
+
+@pytest.fixture(scope="module")
+def softmax_alone(run: Run) -> WholeRun:
+    return softmax_run(run, 1, 1)[0]
+
+
+@pytest.mark.parametrize(("ranks", "ep"), [(2, 2), full(4, 4)])
+def test_softmax_scores_on_ranks_equal_one_rank(run: Run, softmax_alone: WholeRun, ranks: int, ep: int) -> None:
+    outcomes = softmax_run(run, ranks, ep)
+    for ours, theirs in zip(outcomes[0].steps, softmax_alone.steps, strict=True):
+        np.testing.assert_array_equal(ours.counts.choices_LC, theirs.counts.choices_LC)
+        np.testing.assert_allclose(ours.nll_M, theirs.nll_M, rtol=1e-5)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+
+
+def test_a_second_stage_by_other_scores_is_refused(run: Run, first_stage: list[WholeRun]) -> None:
+    assert first_stage, "it has sigmoid scores"
+    router = {"kind": "expert_choice", "causal": "auxiliary", "score": "softmax"}
+    with pytest.raises(Exception, match="score=softmax, the checkpoint's is sigmoid; set model"):
+        run({**AUXILIARY, "run.name": "other", "run.init_from": "first", "model.moe.router": router})
+
+
 def test_one_expert_a_group_becomes_several_and_the_data_go_on(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     """MoMa's upcycling: copied experts, a fresh router, Gumbel noise, a new schedule, the place in the data kept."""
     ones = {
