@@ -1,4 +1,5 @@
-"""Fixed loads in whole runs: the same draws on any layout and after a resume; float64 is in test_n_ranks_equal_one."""
+"""Loads by layer, and by layer and token id, in whole runs: the same draws on any layout and after a resume; float64 is in
+test_n_ranks_equal_one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,31 +9,43 @@ import numpy as np
 import pytest
 
 from tests.support.cover import full
+from tests.support.tiny import tiny_config
 from tests.support.whole_run import WholeRun, whole_run
 
-LOADS = {
+SETTINGS = {
     "model.moe.groups": {
         "text": {"num_experts": 3, "top_k": 2, "ffn_dim": 16},
         "image": {"num_experts": 2, "top_k": 2, "ffn_dim": 24},
     },
-    "model.moe.router": {"kind": "scheduled_top_k", "active_experts": {"text": [1.5, 2.0], "image": [0.5, 1.0]}},
     "placement.policy": "interleaved",
     "train.steps": 4,
     "evaluation.every": 100,
     "evaluation.final_sequences": 4,
     "checkpoint.every": 2,
 }
+BY_LAYER = {"kind": "scheduled_top_k", "active_experts": {"text": [1.5, 2.0], "image": [0.5, 1.0]}}
 Run = Callable[..., list[WholeRun]]
 
 
-@pytest.fixture(scope="module")
-def run(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+@pytest.fixture(scope="module", params=["scheduled_top_k", "top_k_by_id"])
+def run(
+    request: pytest.FixtureRequest,
+    run_in_world: Callable[..., list[Any]],
+    tiny_data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Run:
     """`run(name, ranks, ep, changes)`: a run whose micro-batch over all ranks is the whole step."""
     root = tmp_path_factory.mktemp("runs")
+    router = BY_LAYER
+    if request.param == "top_k_by_id":
+        model = tiny_config(tiny_data, root, {}).model
+        np.save(root / "loads.npy", np.random.default_rng(1).uniform(0, 2, (len(model.moe_layers), model.vocab_size)))
+        router = {"kind": "top_k_by_id", "table": str(root / "loads.npy")}
+    settings = {**SETTINGS, "model.moe.router": router}
 
     def started(name: str, ranks: int, ep: int, changes: dict[str, Any] | None = None) -> list[WholeRun]:
         layout = {"run.name": name, "parallel.ep": ep, "parallel.edp": ranks // ep, "train.micro_batch": 8 // ranks}
-        return run_in_world(ranks, whole_run, tiny_data, root, {**LOADS, **layout, **(changes or {})})
+        return run_in_world(ranks, whole_run, tiny_data, root, {**settings, **layout, **(changes or {})})
 
     return started
 
@@ -42,6 +55,7 @@ def alone(run: Run) -> WholeRun:
     return run("alone", 1, 1)[0]
 
 
+@pytest.mark.parametrize("run", ["scheduled_top_k"], indirect=True)
 def test_loads_are_what_they_should_be(alone: WholeRun) -> None:
     tokens_LG = sum(step.counts.tokens_LG for step in alone.steps)
     choices_LE = sum(step.counts.choices_LC for step in alone.steps)

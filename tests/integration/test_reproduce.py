@@ -14,6 +14,8 @@ import yaml
 
 from moe_dist.checkpoint.directory import CheckpointDirectory
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
+from tools.experiments.measure import Measurement, Spent
+from tools.experiments.study import MeasureSection
 
 pytestmark = pytest.mark.full  # whole programs: two minutes of CPU time
 REPOSITORY = Path(__file__).parents[2]
@@ -37,7 +39,8 @@ STUDY: dict[str, Any] = {
             **ARM,
             "after": "base",
             "carry": True,
-            "set": {"train.steps": 4, "model.moe.router.kind": "scheduled_top_k"},
+            "asks": ["load_tables"],
+            "set": {"train.steps": 4, "run.keep_position": True, "model.moe.router.kind": "scheduled_top_k"},
             "measured": {"model.moe.router.active_experts.all": {"arm": "base", "metric": "load.by_layer"}},
         },
         "choice": {
@@ -94,7 +97,7 @@ def ended(folder: Path, *arguments: str, code: int = 0) -> str:
 
 
 @pytest.mark.exhaustive
-def test_killed_gone_on_with_measured_and_done_once(folder: Path) -> None:
+def test_killed_gone_on_with_measured_and_done_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = folder / "runs" / "reproduce" / "tiny-pilot" / "base" / "seed-9"
     killed = started(folder, "--pilot")
     shelf = CheckpointDirectory(run / "checkpoints")
@@ -132,6 +135,11 @@ def test_killed_gone_on_with_measured_and_done_once(folder: Path) -> None:
     assert choice["load"]["all"] == pytest.approx(2.0, abs=0.2), "thresholds are those of the mean of weights"
     assert choice["probes"]["hindsight"][0]["load"] == pytest.approx(2.0, abs=0.1)
     assert len(list((run / "checkpoints").glob("step_*"))) == 1, "the curve's checkpoints are gone"
+
+    assert dropped["load_tables"].keys() == {"by_id_folder", "by_modality_folder"}
+    monkeypatch.chdir(folder)
+    measurement = Measurement(run.parent.parent / "dropped" / "seed-9", MeasureSection(), Spent())
+    assert measurement._first_position() == 40 * 8, "behind the sequences of the base"
 
     before = results.read_bytes()
     assert "train" not in ended(folder, "--pilot")

@@ -19,6 +19,7 @@ from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import StopRequest
 from tools.experiments.claims import PAGE as CLAIMS_PAGE
 from tools.experiments.claims import write_claims
+from tools.experiments.heldout import check_validation
 from tools.experiments.oracle import check_routers
 from tools.experiments.questions import check_questions
 from tools.experiments.report import write_report
@@ -89,6 +90,8 @@ def _run(path: Path, study: Study, jobs: list[StudyJob], *, pilot: bool, process
             check(config)
         if {"oracle", "disturbed"} & {*job.arm.asks}:
             check_routers(config.model.moe)
+    if pilot and jobs:
+        check_validation(study.measure, config_of(study, jobs[0], pilot=True))
     if study.measure.questions is not None and jobs:
         asks = {ask for job in jobs for ask in job.arm.asks}
         samples = bool({"samples", "disturbed"} & asks)
@@ -102,7 +105,10 @@ def _run(path: Path, study: Study, jobs: list[StudyJob], *, pilot: bool, process
             runner = Runner(path, study, pilot, rules, side_by_side=processes, stop_requested=lambda: stop.requested)
             if study.gates and not pilot:
                 runner.run([job for job in jobs if job.label in study.gate_arms])
-                if reason := failed_gates(judge_gates(study, read_records(results))):
+                gates = judge_gates(study, read_records(results))
+                if any(gate.outcome == "not testable here" for gate in gates):
+                    raise ConfigError(f"{failed_gates(gates)}: run the arms of the gates first, without --only")
+                if reason := failed_gates(gates):
                     print(f"{reason}; the other arms are not run")
                     return
             runner.run(jobs)

@@ -37,7 +37,8 @@ class Noise:
 
     @torch.no_grad()
     def add(self, scale: float) -> None:
-        """Sets the rows to the undisturbed rows + `scale` times the rows' standard deviation times normal numbers."""
+        """Sets the rows to their undisturbed values plus Gaussian noise, whose standard deviation is `scale` times that of
+        the undisturbed rows."""
         generator = torch.Generator().manual_seed(self.seed)
         for rows, clean in zip(self.rows, self._clean, strict=True):
             rows.copy_(clean + scale * clean.std() * torch.randn(clean.shape, generator=generator))

@@ -45,7 +45,7 @@ def domains(
     for rows in layers:
         h_ND, expert_N, domain_N, scored_N, even_N = (torch.cat(column) for column in zip(*rows, strict=True))
         accuracies.append(probe(h_ND[even_N], domain_N[even_N], h_ND[~even_N], domain_N[~even_N], len(by_source)))
-        bits.append(told_bits(expert_N[scored_N], domain_N[scored_N]))
+        bits.append(mutual_information(expert_N[scored_N], domain_N[scored_N]))
     return {
         "least": min(accuracies),
         "by_layer": accuracies,
@@ -56,7 +56,7 @@ def domains(
 
 @contextmanager
 def recorded_inputs(model: Transformer) -> Iterator[list[Tensor]]:
-    """Inside the context, each forward of a router appends its input [T, D] to the yielded list, layer by layer."""
+    """Inside the context, each forward of a router appends its fp32 input [T, D] to the yielded list, layer by layer."""
     inputs: list[Tensor] = []
 
     def note(module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -70,8 +70,8 @@ def recorded_inputs(model: Transformer) -> Iterator[list[Tensor]]:
 
 
 def _rows(h_TD: Tensor, seen: TokenPairs, batch: Batch, domain: int) -> tuple[Tensor, ...]:
-    """Returns the router's input, the expert, the domain, whether the label is scored, and whether the sequence has an even
-    number, of each routed token that is not padding."""
+    """Returns five values for each routed token that is not padding: the router's input, the chosen expert, the domain,
+    whether the token's label is scored, and whether its sequence is the first, third, fifth, ... of the batch."""
     real_T = ~batch.padding_BS.flatten()[seen.index_T]
     place_T = seen.index_T[real_T]
     return (
@@ -115,7 +115,7 @@ def probe(x_ND: Tensor, domain_N: Tensor, other_ND: Tensor, other_domain_N: Tens
     return float((guessed_N == other_domain_N).double().mean())
 
 
-def told_bits(expert_N: Tensor, domain_N: Tensor) -> float:
+def mutual_information(expert_N: Tensor, domain_N: Tensor) -> float:
     """Returns the mutual information of expert and domain in bits, from the shares of the tokens."""
     column_N = expert_N - ABSENT  # 0 for tokens without an expert
     joint_EC = torch.zeros(int(column_N.max()) + 1, int(domain_N.max()) + 1, dtype=torch.float64)

@@ -23,7 +23,7 @@ from moe_dist.train.router_tuning.samples import TuningSample
 _BATCH_TOKENS = 4096  # tokens per batch, padding included
 
 
-def is_told(choices: Sequence[Continuation], answer: int) -> bool:
+def has_own_first_token(choices: Sequence[Continuation], answer: int) -> bool:
     """Returns whether no wrong choice has the first token of the right choice `answer`."""
     return int(first_tokens(choices, answer)[0]) >= 0
 

@@ -22,7 +22,7 @@ from moe_dist.checkpoint.directory import CheckpointDirectory
 from moe_dist.config.manifest import load_manifest
 from moe_dist.data.batch import Batch
 from moe_dist.data.indexed import IndexedSplit
-from moe_dist.data.loader import heldout_batches, source_shares
+from moe_dist.data.loader import source_shares
 from moe_dist.inference.loaded_run import CheckpointReader
 from moe_dist.inference.questions.split import Side
 from moe_dist.model.transformer import Transformer
@@ -39,6 +39,7 @@ from moe_dist.train.trainer import Loader
 from tools.experiments import probes
 from tools.experiments.disturbance import FOLDER, disturb
 from tools.experiments.domain_probe import domains
+from tools.experiments.heldout import heldout_sequences
 from tools.experiments.questions import QuestionRound, make_samples
 from tools.experiments.runner import MEASURED
 from tools.experiments.study import CurveSection, MeasureSection, QuestionsSection, load_study
@@ -184,19 +185,10 @@ class Measurement:
 
     def _batches_by_source(self, sequences: int) -> dict[str, list[Batch]]:
         """Maps each source on which the run was trained to its held-out batches."""
+        config, validation = self._config, self._side is Side.VALID
         return {
-            source: heldout_batches(
-                self._config.data.path,
-                self._manifest,
-                source=source,
-                seq_len=self._config.data.seq_len,
-                sequences=sequences,
-                micro_batch=self._config.train.micro_batch,
-                rank=0,
-                world_size=1,
-                validation=self._side is Side.VALID,
-            )
-            for source in source_shares(self._manifest, self._config.data.weights)
+            source: heldout_sequences(config, self._manifest, source, sequences, validation=validation)
+            for source in source_shares(self._manifest, config.data.weights)
         }
 
     def _model_at(self, step: int) -> Transformer:

@@ -27,7 +27,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.runtime.signals import child_of
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.samples import Samples
-from tools.experiments.first_tokens import FirstTokens, is_told, shortened
+from tools.experiments.first_tokens import FirstTokens, has_own_first_token, shortened
 from tools.experiments.oracle import Oracle
 from tools.experiments.study import QuestionsSection
 from tools.experiments.subsets import make_subsets
@@ -123,7 +123,7 @@ def asked(section: QuestionsSection, catalogue: Catalogue, task: str, side: Side
     if not section.first_token:
         return questions
     prompts = Prompts(catalogue.vocabulary, listed=section.listed)
-    return [each for each in questions if is_told(prompts(each), each.answer)]
+    return [each for each in questions if has_own_first_token(prompts(each), each.answer)]
 
 
 def check_questions(section: QuestionsSection, config: Config, *, samples: bool) -> None:
@@ -175,7 +175,7 @@ def make_samples(run: Path, section: QuestionsSection) -> dict[str, Any]:
             "on it, and start again"
         )
     made = {"folder": str(folder), "samples": manifest.samples, "right": manifest.right}
-    return {**made, "sizes": make_subsets(folder, section.sizes, told=section.first_token)} if section.sizes else made
+    return {**made, "sizes": make_subsets(folder, section.sizes, labelled=section.first_token)} if section.sizes else made
 
 
 def _embedder(section: QuestionsSection) -> Path:

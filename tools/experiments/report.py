@@ -15,7 +15,8 @@ from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
 from tools.experiments.plots import draw
 from tools.experiments.results import read_header, read_records, results_path
-from tools.experiments.study import EtaValue, Study, jobs_of
+from tools.experiments.rules import EtaValue
+from tools.experiments.study import Study, jobs_of
 from tools.experiments.verdict_figure import draw_verdicts
 from tools.experiments.verdicts import Record, Records, Verdict, judge, judge_gates, number_at, numbers, of_arm, value_of
 
@@ -99,7 +100,7 @@ def _section(
 
 def _picture(name: str) -> str:
     stem = name.removesuffix(".png")
-    return f"![{name}]({name})\n\nAs [SVG]({stem}.svg), [PDF]({stem}.pdf)."
+    return f"![{name}]({name})\n\nThe same figure as [SVG]({stem}.svg) and as [PDF]({stem}.pdf)."
 
 
 def _per_arm(study: Study, records: Records) -> list[tuple[str, dict[int, Record]]]:
@@ -191,9 +192,12 @@ def _questions(study: Study, records: Records) -> list[str]:
     if not rows:
         return []
     by_first = study.measure.questions is not None and study.measure.questions.first_token
-    how = "by the logits of the choices' first tokens" if by_first else "by log-likelihood a token"
-    about = f"Share of held-out questions of four choices that are answered right, {how}"
-    return [f"{about}; mean over tasks.", "", *table(["arm", "questions", "accuracy", *tasks], rows)]
+    how = "whose first token has the highest logit" if by_first else "with the highest log-likelihood per token"
+    about = (
+        "The table has the share of right answers to held-out questions of four choices. The model's answer is the choice "
+        f"{how}. *accuracy* is the mean over the tasks."
+    )
+    return [about, "", *table(["arm", "questions", "accuracy", *tasks], rows)]
 
 
 def _parts(records: Records, kind: str, by: str) -> list[str]:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from moe_dist.inference.loaded_run import CheckpointReader, LoadedRun, causal_pr
 from moe_dist.model.transformer import Transformer
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.train.loss import forward
+from tools.experiments.domain_probe import recorded_inputs
 from tools.experiments.instructed import check_new
 
 GROUP = "all"  # the expert group of an import
@@ -113,20 +114,12 @@ def split_config(config: Config, *, experts: int, top_k: int) -> Config:
 def inputs_of_ffns(model: Transformer, batches: Sequence[Batch], groups: Tensor) -> list[Tensor]:
     """Returns, for each layer, the inputs of the FFN at all tokens of the batches that are no padding [T, D]."""
     found: list[list[Tensor]] = [[] for _ in model.moe_modules()]
-    real_T = torch.empty(0)
-    hooks = []
-    for place, layer in enumerate(model.moe_modules()):
-
-        def note(module: Any, arguments: tuple[Any, ...], place: int = place) -> None:
-            found[place].append(arguments[0].detach()[real_T])
-
-        hooks.append(layer.router.register_forward_pre_hook(note))
-    with torch.no_grad():
+    with torch.no_grad(), recorded_inputs(model) as inputs:
         for batch in batches:
-            real_T = ~batch.padding_BS.flatten()
+            inputs.clear()
             forward(model, batch, groups)
-    for hook in hooks:
-        hook.remove()
+            for parts, x_TD in zip(found, inputs, strict=True):
+                parts.append(x_TD[~batch.padding_BS.flatten()])
     return [torch.cat(parts) for parts in found]
 
 
@@ -159,7 +152,7 @@ def split(trained: LoadedRun, out: Path, *, experts: int, top_k: int, sequences:
     for layer, x_TD in zip(config.model.moe_layers, inputs, strict=True):
         before = f"layers.{layer}.moe.experts.{GROUP}"
         gate_FD, up_FD, down_DF = (old[f"{before}.0.{name}"] for name in ("gate", "up", "down"))
-        parts = cut(x_TD.float(), gate_FD, up_FD, down_DF, experts=experts)
+        parts = cut(x_TD, gate_FD, up_FD, down_DF, experts=experts)
         for expert, neurons in enumerate(parts.neurons_nN):
             new[f"{before}.{expert}.gate"].copy_(gate_FD[neurons])
             new[f"{before}.{expert}.up"].copy_(up_FD[neurons])

@@ -13,24 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from moe_dist.config.bundled import find_config, source_root
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
-from moe_dist.config.section import NAME_PATTERN
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
+from tools.experiments.rules import CONFIDENCE, ArmName, ArmValue, EtaValue, Part, ValueRule
 
 FOLDER = Path("configs/reproduce")
 ROOT = Path("runs/reproduce")
@@ -38,113 +28,9 @@ RESULTS = Path("docs/reproductions")
 PILOT = "pilot"
 SHAPE = ("model.num_layers", "model.moe.every", "model.moe.first")  # keys that determine the number of MoE layers
 VARIANT = "~"  # separates arm and variant in the run names of a pilot; not allowed in names of arms
-CONFIDENCE = 0.95
 LEFT = 500  # number of training questions per task that only tune routers, and never train a base model
 
-ArmName = Annotated[str, Field(pattern=NAME_PATTERN)]
 Settings = dict[str, Any]
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
-
-# --- the values that rules compare: numbers from the records of arms
-
-
-class ArmValue(Part):
-    """A number in an arm's record, at a dotted path such as `loss.image` or `load.all`."""
-
-    arm: ArmName
-    metric: str
-
-
-class InterpolatedValue(Part):
-    """Interpolates linearly between the points (`x`, `y`) of the arms `through`, at the `x` of the arm `at`. `x` and `y`
-    are dotted paths of numbers in a record.
-
-    The outermost lines extend by `reach` beyond the outermost arms; beyond these ends there is no value.
-    """
-
-    through: tuple[ArmName, ...] = Field(min_length=2)
-    x: str
-    y: str
-    at: ArmName
-    reach: NonNegativeFloat = 0.1
-
-
-class EtaValue(Part):
-    """ln eta, where eta = (training cost of the arm `of`) / (cost at which the arm `eta` reaches the last loss of `of`).
-
-    The loss is the held-out loss, or the training loss, in which experts that choose tokens see later tokens.
-    """
-
-    eta: ArmName
-    of: ArmName
-    part: str
-    cost: Literal["flops", "seconds", "bytes"] = "flops"
-    loss: Literal["heldout", "training"] = "heldout"
-
-
-class ConstantValue(Part):
-    constant: float
-
-
-class Term(ArmValue):
-    """A number in an arm's record, times a factor."""
-
-    times: float = 1.0
-
-
-class SumValue(Part):
-    """A weighted sum of numbers in records."""
-
-    sum: tuple[Term, ...] = Field(min_length=1)
-
-
-class RatioValue(Part):
-    """`factor` times the rise of the loss by a probe with the setting `at`: loss with the probe - loss without the
-    probe."""
-
-    arm: ArmName
-    probe: str
-    at: float
-    factor: float = 1.0
-    part: str = "all"
-
-
-Value = ArmValue | InterpolatedValue | EtaValue | ConstantValue | SumValue | RatioValue
-
-
-class ValueRule(Part):
-    """A rule: the value `lower` must be below `higher` + `margin`.
-
-    With by=bound, the upper one-sided t-bound of the mean paired difference lower - higher must be below the margin. The
-    bound's confidence is `Study.confidence`.
-    With by=mean, the mean paired difference itself must be at most the margin.
-    """
-
-    claim: str
-    lower: Value
-    higher: Value
-    margin: float = 0.0
-    by: Literal["bound", "mean"] = "bound"
-
-    @property
-    def arms(self) -> list[str]:
-        """Returns the arms whose records the rule needs."""
-        found: list[str] = []
-        for value in (self.lower, self.higher):
-            match value:
-                case InterpolatedValue():
-                    found += [*value.through, value.at]
-                case EtaValue():
-                    found += [value.eta, value.of]
-                case ArmValue() | RatioValue():
-                    found.append(value.arm)
-                case SumValue():
-                    found += [term.arm for term in value.sum]
-        return found
 
 
 # --- the sections that a finished run's measurements need

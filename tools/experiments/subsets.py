@@ -13,21 +13,21 @@ from moe_dist.inference.questions.split import uniform
 from moe_dist.train.router_tuning.samples import Samples, Scored, write_samples
 
 
-def make_subsets(folder: Path, sizes: Sequence[int], *, told: bool = False) -> dict[str, dict[str, Any]]:
+def make_subsets(folder: Path, sizes: Sequence[int], *, labelled: bool = False) -> dict[str, dict[str, Any]]:
     """Writes a folder FOLDER-SIZE for each size, beside the folder of all samples; keeps existing folders. Returns path,
     samples and right answers of each, by size.
 
     Args:
-        told: Takes only samples with a label for `router_tuning.objective: choices`.
+        labelled: Takes only samples with a label for `router_tuning.objective: choices`.
 
     Raises:
         ConfigError: the folder has fewer samples than a size.
         DataError: an existing folder was made from other samples.
     """
     samples = Samples(folder)
-    order = [number for number in _dealt(_questions(folder)) if not told or samples.sample(number).choices[0] >= 0]
+    order = [number for number in _dealt(_questions(folder)) if not labelled or samples.sample(number).choices[0] >= 0]
     if sizes and max(sizes) > len(order):
-        which = "with a first token of their own" if told else "in all"
+        which = "with a first token of their own" if labelled else "in all"
         raise ConfigError(
             f"measure.questions.sizes={list(sizes)}: {folder} has {len(order)} samples {which}; raise left, or take more "
             "tasks"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tools.experiments.study import ArmValue, EtaValue, InterpolatedValue, RatioValue, Study, SumValue, ValueRule
+from tools.experiments.rules import ArmValue, EtaValue, InterpolatedValue, RatioValue, SumValue, ValueRule
+from tools.experiments.study import Study
 from tools.experiments.verdicts import Records, Verdict, differences
 
 if TYPE_CHECKING:

@@ -15,18 +15,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tools.experiments.study import (
+from tools.experiments.rules import (
     CONFIDENCE,
     ArmValue,
     ConstantValue,
     EtaValue,
     InterpolatedValue,
     RatioValue,
-    Study,
     SumValue,
     Value,
     ValueRule,
 )
+from tools.experiments.study import Study
 
 LARGE = 1e4  # differences from here on, such as FLOPs, are written with four significant digits
 Record = Mapping[str, Any]

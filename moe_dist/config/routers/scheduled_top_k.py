@@ -1,9 +1,9 @@
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
-from moe_dist.config.routers.base import ROUTER, RouterSection
+from moe_dist.config.routers.base import ROUTER, DrawnRouterSection
 from moe_dist.config.section import GroupName, NonNegative, Violation, WholeConfig
 
 # Not strict, because `default_kind` makes pydantic validate a Python list, and a strict tuple refuses a list.
@@ -11,22 +11,13 @@ LayerActiveExperts = Annotated[tuple[NonNegative, ...], Field(strict=False)]
 KEY = f"{ROUTER}.active_experts"
 
 
-class ScheduledTopKRouterSection(RouterSection):
+class ScheduledTopKRouterSection(DrawnRouterSection):
     """Top-k with a given mean k for each layer, which does not depend on the token: a baseline for null experts."""
-
-    needs_global_batch_info: ClassVar[bool] = True  # the random draw of a token depends on the token's number in the step
-    only_true_experts: ClassVar[bool] = True
 
     kind: Literal["scheduled_top_k"] = "scheduled_top_k"
     active_experts: dict[GroupName, LayerActiveExperts] = Field(min_length=1)
     """Mean number of true experts per token, by group and MoE layer; at most the group's top_k. With 1.5 every token takes
     its best expert, and a random half of the tokens also takes the second best."""
-    normalise: Literal["true_chosen", "none"] = "true_chosen"
-    """Routing weights are a softmax over the chosen experts (true_chosen) or over all experts of the group (none)."""
-    scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight.")
-
-    def not_causal(self) -> str:
-        return f"{self.name}: its choice depends on the position in a batch; generate from a run with another router"
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from super().violations_in(config)

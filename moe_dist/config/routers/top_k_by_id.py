@@ -1,32 +1,22 @@
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 from zipfile import BadZipFile
 
 import numpy as np
-from pydantic import Field, PositiveFloat
 
-from moe_dist.config.routers.base import ROUTER, RouterSection
+from moe_dist.config.routers.base import ROUTER, DrawnRouterSection
 from moe_dist.config.section import PathText, Violation, WholeConfig
 
 KEY = f"{ROUTER}.table"
 
 
-class TopKByIdRouterSection(RouterSection):
+class TopKByIdRouterSection(DrawnRouterSection):
     """Top-k with a given mean k for each layer and token id: a baseline for routers that read the context."""
-
-    needs_global_batch_info: ClassVar[bool] = True  # the random draw of a token depends on the token's number in the step
-    only_true_experts: ClassVar[bool] = True
 
     kind: Literal["top_k_by_id"] = "top_k_by_id"
     table: PathText
     """A NumPy file of floats [MoE layers, model.vocab_size]: the mean number of true experts of each token id in each
     layer; at most the smallest top_k of the groups."""
-    normalise: Literal["true_chosen", "none"] = "true_chosen"
-    """Routing weights are a softmax over the chosen experts (true_chosen) or over all experts of the group (none)."""
-    scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight.")
-
-    def not_causal(self) -> str:
-        return f"{self.name}: its choice depends on the position in a batch; generate from a run with another router"
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from super().violations_in(config)

@@ -313,11 +313,12 @@ def _experts_sums(
 
 
 def softmax_logits(logits_Tn: Tensor) -> Tensor:
-    """Returns the logits whose sigmoids are the softmax of `logits_Tn`: z_j - ln(sum over i != j of exp(z_i)), n > 1."""
-    logits_Tn = logits_Tn.log_softmax(1)  # the same softmax; the difference of large logits would lose digits
-    itself_nn = torch.eye(logits_Tn.shape[1], dtype=torch.bool, device=logits_Tn.device)
-    others_Tnn = logits_Tn[:, None].masked_fill(itself_nn, OUTSIDE)  # T n^2 numbers, kept until backward
-    return logits_Tn - others_Tnn.logsumexp(-1)
+    """Returns the logits whose sigmoids are the softmax p of `logits_Tn`, n > 1: ln p_j - ln(1 - p_j)."""
+    log_p_Tn = logits_Tn.log_softmax(1)
+    # 1 - p loses the digits of the largest p if p is near 1. The sum of the others has these digits.
+    largest_Tn = F.one_hot(log_p_Tn.argmax(1), log_p_Tn.shape[1]).to(torch.bool)
+    others_T1 = log_p_Tn.masked_fill(largest_Tn, OUTSIDE).logsumexp(1, keepdim=True)
+    return log_p_Tn - torch.where(largest_Tn, others_T1, torch.log1p(-log_p_Tn.exp().masked_fill(largest_Tn, 0.0)))
 
 
 def capacity_of_group(group: ExpertGroup) -> float:

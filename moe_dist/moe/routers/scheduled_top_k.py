@@ -87,5 +87,5 @@ class ScheduledTopKRouter(TopKRouter):
         return place_K < (whole_T + more_T)[:, None]
 
     def _loads(self, group_T: Tensor, _cache: RoutingCache) -> tuple[Tensor, Tensor]:
-        """Returns floor(L) and L - floor(L) of each token."""
+        """Returns the whole part floor(L) and the fraction L - floor(L) of each token's mean number of experts L."""
         return self.whole_G[group_T], self.fraction_G[group_T]

@@ -219,6 +219,8 @@ def test_softmax_logits_of_far_apart_logits_are_finite() -> None:
     torch.testing.assert_close(found_Tn.sigmoid(), logits_Tn.softmax(-1))
     (gradient_Tn,) = torch.autograd.grad(found_Tn.sum(), [logits_Tn])
     assert gradient_Tn.isfinite().all()
+    near_one_Tn = torch.tensor([[30.0, 0.0, 0.0]])  # 1 - p is 2e-13, below the digits of p in fp32
+    assert float(softmax_logits(near_one_Tn)[0, 0]) == pytest.approx(30.0 - math.log(2.0))
 
 
 def test_a_draw_depends_on_its_name_alone() -> None:

@@ -16,7 +16,7 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups
 from moe_dist.train.build import build_model
 from moe_dist.train.loss import forward
-from tools.experiments.domain_probe import domains, first_choice, probe, told_bits
+from tools.experiments.domain_probe import domains, first_choice, mutual_information, probe
 from tools.experiments.tokens import TokenPairs, accuracy, answers, evaluate
 
 BASE = Path(__file__).parents[4] / "configs/reproduce/base.yaml"
@@ -60,7 +60,7 @@ def test_a_probe_is_judged_on_the_other_tokens() -> None:
 )
 def test_bits_by_hand(experts: list[int], bits: float) -> None:
     domain_N = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
-    assert told_bits(torch.tensor(experts), domain_N) == pytest.approx(bits)
+    assert mutual_information(torch.tensor(experts), domain_N) == pytest.approx(bits)
 
 
 def test_the_expert_with_the_largest_weight_comes_first() -> None:

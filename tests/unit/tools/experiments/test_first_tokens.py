@@ -7,7 +7,7 @@ from moe_dist.inference.multiple_choice import likeliest
 from moe_dist.train.router_tuning.loader import SampleMaker
 from tests.unit.tools.experiments.test_oracle import GROUPS, MANIFEST, QUESTIONS, make_model
 from tools.experiments import first_tokens
-from tools.experiments.first_tokens import FirstTokens, is_told, shortened
+from tools.experiments.first_tokens import FirstTokens, has_own_first_token, shortened
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def test_the_choice_with_the_likeliest_first_token_is_taken(monkeypatch: pytest.
 
 def test_a_right_choice_needs_a_first_token_of_its_own() -> None:
     choices = [Continuation((1,), tokens) for tokens in ((5, 6), (7,), (7, 8), (5, 9))]
-    assert not any(is_told(choices, answer) for answer in range(4))
+    assert not any(has_own_first_token(choices, answer) for answer in range(4))
     choices[0] = Continuation((1,), (4, 6))
-    assert [is_told(choices, answer) for answer in range(4)] == [True, False, False, True]
+    assert [has_own_first_token(choices, answer) for answer in range(4)] == [True, False, False, True]
     assert [each.tokens for each in shortened(choices)] == [(4,), (7,), (7,), (5,)]

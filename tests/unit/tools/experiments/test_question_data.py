@@ -161,7 +161,7 @@ def test_by_first_tokens_only_questions_that_they_tell_apart_are_asked(
     every = catalogue.questions(task, Side.VALID, limit=20)
     told = {each.id for place, each in enumerate(every) if place % 2}
     monkeypatch.setattr(
-        "tools.experiments.questions.is_told",
+        "tools.experiments.questions.has_own_first_token",
         lambda choices, answer: any((choices, answer) == (prompts(each), each.answer) for each in every if each.id in told),
     )
     section = QuestionsSection(tasks=(task,), limit=20, wordnet=str(words), first_token=True)

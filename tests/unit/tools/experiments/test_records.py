@@ -11,7 +11,8 @@ from moe_dist.errors import ConfigError, DataError
 from tests.support.messages import refused
 from tools.experiments.report import write_report
 from tools.experiments.results import add_record, check_rules, code_of_now, make_header, read_records, rounded
-from tools.experiments.study import Study, ValueRule, jobs_of, load_study
+from tools.experiments.rules import ValueRule
+from tools.experiments.study import Study, jobs_of, load_study
 from tools.experiments.verdict_figure import unit_of
 
 STUDY = """

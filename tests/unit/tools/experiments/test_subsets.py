@@ -58,10 +58,10 @@ def test_parts_are_kept_and_those_of_other_samples_refused(folder: Path) -> None
 def test_samples_without_a_label_are_left_out_if_asked(folder: Path) -> None:
     told = Samples(folder).manifest.told
     assert told < 20
-    part = Samples(make_subsets(folder, (told,), told=True)[str(told)]["folder"])
+    part = Samples(make_subsets(folder, (told,), labelled=True)[str(told)]["folder"])
     assert part.manifest.told == len(part) == told
     with pytest.raises(ConfigError, match=f"has {told} samples with a first token of their own"):
-        make_subsets(folder, (told + 1,), told=True)
+        make_subsets(folder, (told + 1,), labelled=True)
 
 
 def test_every_beginning_has_each_task_equally_often_whatever_was_answered() -> None:
