@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routing import ABSENT, Assignments, Routing
-from moe_dist.placement.roles import group_module
 
 Change = Callable[[int, nn.Module, tuple[Any, ...], Any], Any]  # (index, module, arguments, result) -> changed result
 
@@ -130,11 +129,8 @@ def _generator(seed: int, place: int, taken: Tensor) -> torch.Generator:
 def _table(module: nn.Module, h_TD: Tensor, group_T: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
     """Returns three tensors over all (token, expert) pairs [T, E]: whether the pair was chosen, the weight that the pair
     has, or would have if chosen, and whether token and expert are in the same expert group. Takes O(T x E) memory."""
-    if isinstance(module, ExpertChoiceRouter):
-        logits_TE = module._logits(h_TD.float())  # of sigmoid or softmax scores
-    else:
-        gates = [module.get_submodule(group_module(group.name)) for group in module.groups]  # pyright: ignore[reportGeneralTypeIssues]
-        logits_TE = torch.cat([nn.functional.linear(h_TD.float(), gate.true) for gate in gates], dim=1)  # pyright: ignore
+    assert isinstance(module, ExpertChoiceRouter), "routers whose tokens choose have other weights"
+    logits_TE = module._logits(h_TD.float())  # their sigmoids are the scores
     groups = [i for i, group in enumerate(module.groups) for _ in group.experts]  # pyright: ignore
     inside_TE = group_T[:, None] == torch.tensor(groups)
     taken_TE = torch.zeros_like(inside_TE)

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -23,6 +23,8 @@ from tools.experiments.probes import bound_for_load, changed_routing, flip, flip
 from tools.experiments.tokens import SentRows, Tokens, binned, input_filler, loads, losses, rank_of_tokens, tables_of
 
 GROUP = ExpertGroup("all", num_experts=4, num_null=2, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",))
+
+R = TypeVar("R", bound=nn.Module)
 
 
 def routing(pairs: list[tuple[int, int]], *, tokens: int, nulls: int = 0) -> Routing:
@@ -136,9 +138,18 @@ def test_costs_count_each_groups_experts_whatever_the_scalars_are_named(tmp_path
     assert asked == [({"a": 24 / 20, "b": 0.0}, {"a": 1.0, "b": 0.0})]
 
 
+FOUR = ExpertGroup("all", num_experts=4, num_null=0, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",))
+
+
 def router() -> TopKRouter:
-    group = ExpertGroup("all", num_experts=4, num_null=0, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",))
-    made = TopKRouter(4, [group])
+    return with_identity_rows(TopKRouter(4, [FOUR]))
+
+
+def choosing_router(**settings: Any) -> ExpertChoiceRouter:
+    return with_identity_rows(ExpertChoiceRouter(4, [FOUR], **settings))
+
+
+def with_identity_rows(made: R) -> R:
     with torch.no_grad():
         made.get_parameter("group:all.true").copy_(torch.eye(4))
     return made
@@ -176,7 +187,7 @@ def test_swapping_keeps_the_number_and_changes_the_share_that_it_says() -> None:
 def test_a_flip_repeats_and_weighs_by_the_routers_own_score() -> None:
     h_TD = torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
     group_T = torch.zeros(200, dtype=torch.int64)
-    module: nn.Module = router()
+    module = choosing_router()
 
     def pairs(percent: float) -> Assignments:
         with changed_routing([module], flip(percent, seed=0)):
@@ -193,10 +204,7 @@ def test_a_flip_repeats_and_weighs_by_the_routers_own_score() -> None:
 
 def test_a_flip_of_softmax_scores_keeps_the_weights_of_kept_choices() -> None:
     """A flip of so few choices that none is swapped changes no weight."""
-    group = ExpertGroup("all", num_experts=4, num_null=0, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",))
-    module = ExpertChoiceRouter(4, [group], score="softmax")
-    with torch.no_grad():
-        module.get_parameter("group:all.true").copy_(torch.eye(4))
+    module = choosing_router(score="softmax")
     h_TD = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
     group_T = torch.zeros(40, dtype=torch.int64)
     plain = module(h_TD, group_T).assignments.taken()
