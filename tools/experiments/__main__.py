@@ -88,6 +88,10 @@ def _run(path: Path, study: Study, jobs: list[StudyJob], *, pilot: bool, process
             layout_without_data(config)  # an earlier arm makes the files; the run checks the files
         else:
             check(config)
+        choosing = config.model.moe.router.experts_choose or config.model.mixture_of_depths is not None
+        if "flip" in job.arm.probes and not choosing:
+            problem = f"it swaps choices of experts or layers, and with {config.model.moe.router.name} tokens choose"
+            raise ConfigError(f"arms.{job.label}.probes: flip: {problem}; remove it")
         if {"oracle", "disturbed"} & {*job.arm.asks}:
             check_routers(config.model.moe)
     if pilot and jobs:

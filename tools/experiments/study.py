@@ -84,7 +84,7 @@ class MeasureSection(Part):
     curve: CurveSection | None = None
     wire: WireSection = Field(default_factory=WireSection)
     threshold_loads: tuple[PositiveFloat, ...] = ()
-    flips: tuple[PositiveFloat, ...] = ()
+    flips: tuple[PositiveFloat, ...] = ()  # percentages; only for arms whose experts or layers choose tokens
     questions: QuestionsSection | None = None
 
 

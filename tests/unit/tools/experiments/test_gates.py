@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
 from tests.support.messages import refused
 from tools.experiments import __main__ as command
 from tools.experiments.results import add_record, results_path
 from tools.experiments.study import Study, StudyJob, jobs_of
 
+REPOSITORY = Path(__file__).parents[4]
 ARM = {"about": "", "seeds": "decisive"}
 GATE = {
     "claim": "wide is better",
@@ -26,8 +28,8 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "Runner", Recorder)
     monkeypatch.setattr(command, "check_rules", lambda *_: "c0ffee")
-    for name in ("config_of", "check"):
-        monkeypatch.setattr(command, name, lambda *_, **__: None)
+    monkeypatch.setattr(command, "check", lambda *_: None)
+    monkeypatch.setattr(command, "config_of", lambda *_, **__: load_config(REPOSITORY / "configs/reproduce/base.yaml"))
     values = {
         "name": "gated", "question": "", "base": "none", "seeds": {"decisive": [1, 2], "other": [1, 2]},
         "pilot": {"seeds": [9]}, "arms": dict.fromkeys(LOSSES, ARM), "gates": [GATE], "records": str(tmp_path),
@@ -67,6 +69,12 @@ def test_a_failed_gate_ends_the_experiment(
     monkeypatch.setattr(Recorder, "losses", {**LOSSES, "wide": 2.1})
     assert ran(study) == ["dense", "wide"]
     assert "gate not held: wide is better +0.1" in capsys.readouterr().out
+
+
+def test_a_flip_of_choices_by_tokens_is_refused(study: Study) -> None:
+    arms = {**study.arms, "dense": study.arms["dense"].model_copy(update={"probes": ("flip",)})}
+    with refused(ConfigError, "arms.dense.probes: flip"):
+        ran(study.model_copy(update={"arms": arms}))
 
 
 def test_an_arm_alone_does_not_run_before_its_gates(study: Study) -> None:
