@@ -1,7 +1,8 @@
-"""Former names of keys and kinds.
+"""Former names of keys and kinds, and former defaults.
 
 A former name in a user's file is an error, whose text gives the present name. In a configuration that a run or checkpoint
-has stored, the present name replaces the former name.
+has stored, the present name replaces the former name. A stored configuration from before a key existed gets the value that
+stands for the behaviour of that time.
 """
 
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ VALUES = {
         "deep_ep": "deep_ep_v2",  # V1 of DeepEP, which its makers call legacy
     },
 }
+# Key -> value of a stored configuration that lacks the key.
+FORMER_DEFAULTS = {"loss.balance.scope": "micro_batch"}
 
 
 class Rename(NamedTuple):
@@ -41,15 +44,23 @@ class Rename(NamedTuple):
 
 
 def translate(values: Any) -> Any:
-    """Returns a copy of a stored configuration in which present names replace all former names.
+    """Returns a copy of a stored configuration with present names and former defaults.
 
     `values` are plain values as in YAML or JSON: a whole configuration, or some of its sections, as in `{"model": ...}`.
     """
-    return translation(values)[0]
+    found = translation(values)[0]
+    for key, value in FORMER_DEFAULTS.items():
+        *holders, name = key.split(".")
+        section = found
+        for holder in holders:
+            section = section.get(holder) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.setdefault(name, value)
+    return found
 
 
 def translation(values: Any) -> tuple[Any, list[Rename]]:
-    """Returns the result of `translate`, and the renames that were applied."""
+    """Returns a copy of a configuration with present names, and the renames that were applied."""
     renames: list[Rename] = []
     return _translated(values, "", "", "", renames), renames
 

@@ -32,6 +32,7 @@ CHANGES: Mapping[str, Any] = {
     "model.moe.shared_gate": True,
     "model.init_std": 0.1,
     "loss.z": 1e-3,
+    "loss.balance.scope": "micro_batch",  # the one that Megatron has
     "optimizer.eps": 1e-5,  # not so small that Adam makes whole steps of the last bits of a gradient near zero
     "placement": {"policy": "interleaved"},
     "evaluation.balance_efficiency": False,

@@ -31,6 +31,8 @@ VARIANT = "~"  # separates arm and variant in the run names of a pilot; not allo
 LEFT = 500  # number of training questions per task that only tune routers, and never train a base model
 
 Settings = dict[str, Any]
+# Default of the schema when the experiments' base configurations were written, which may not change.
+EARLIER: Settings = {"loss.balance.scope": "micro_batch"}
 
 
 # --- the sections that a finished run's measurements need
@@ -282,7 +284,7 @@ def _pilot_jobs(study: Study) -> list[StudyJob]:
 
 
 def _job(study: Study, label: str, arm: Arm, seed: int, extra: Settings) -> StudyJob:
-    return StudyJob(label, arm, seed, {**study.set, **arm.set, **extra})
+    return StudyJob(label, arm, seed, {**EARLIER, **study.set, **arm.set, **extra})
 
 
 def run_folder(study: Study, label: str, seed: int, *, pilot: bool) -> Path:

@@ -8,7 +8,7 @@ import pytest
 from moe_dist.config.keys import find
 from moe_dist.config.load import load_config
 from moe_dist.config.renamed import KEYS, VALUES, new_key, translate, translation
-from moe_dist.config.schema import Config
+from moe_dist.config.schema import BalanceSection, Config
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 
@@ -47,6 +47,14 @@ def test_a_stored_configuration_takes_the_new_names_and_a_new_one_stays() -> Non
         ("model.depths", "model.mixture_of_depths"),
         ("model.depths.set", "model.mixture_of_depths.scope"),
     ]
+
+
+def test_a_stored_configuration_gets_the_balance_loss_of_its_time() -> None:
+    assert translate({"loss": {"balance": {"kind": "vanilla"}}})["loss"]["balance"]["scope"] == "micro_batch"
+    stored = {"loss": {"balance": {"scope": "step"}}}
+    assert translate(stored) == stored
+    assert translate({"loss": None}) == {"loss": None}
+    assert BalanceSection().scope == "step"  # of a new configuration
 
 
 def test_what_is_no_mapping_comes_back() -> None:
