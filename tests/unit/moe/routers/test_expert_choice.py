@@ -77,18 +77,26 @@ def pairs_of(router: ExpertChoiceRouter, h_TD: Tensor, group_T: Tensor, cache: R
 @given(
     seed=st.integers(0, 10**6),
     tokens=st.integers(0, 24),
-    capacity=st.sampled_from([None, 0.1, 0.5, 0.7, 1.0]),
+    capacity=st.sampled_from([None, 0.1, 0.5, 0.7, 1.0, {"text": 0.3, "image": 0.8}, {"image": 1.0}]),
+    factor=st.sampled_from([1.0, 0.6]),
     counted=st.booleans(),
     exact=st.booleans(),
     modality=st.sampled_from([(-1, 2), (0, 1), (1, 2), (-1, 0)]),
 )
 def test_the_choice_equals_the_oracle(
-    seed: int, tokens: int, capacity: float | None, counted: bool, exact: bool, modality: tuple[int, int]
+    seed: int,
+    tokens: int,
+    capacity: float | dict[str, float] | None,
+    factor: float,
+    counted: bool,
+    exact: bool,
+    modality: tuple[int, int],
 ) -> None:
     """Small integers make every product exact, and many tokens equal: the earlier one goes first. Sets of padding alone, of
     one group alone, of no token."""
     generator = torch.Generator().manual_seed(seed)
-    router = make_router(seed, capacity=capacity, known_counts=counted)
+    schedule = ((0, 0.5), (2, factor), (3, 0.5))  # the step is 2
+    router = make_router(seed, capacity=capacity, capacity_schedule=schedule, known_counts=counted)
     h_TD = torch.randn(tokens, D, generator=generator, dtype=torch.double)
     if exact:
         h_TD = torch.randint(-1, 2, (tokens, D), generator=generator).double()
@@ -97,7 +105,8 @@ def test_the_choice_equals_the_oracle(
     group_T = torch.randint(*modality, (tokens,), generator=generator)
     batch_info = batch_info_of(group_T)
     routing = router(h_TD, group_T, RoutingCache(batch_info=batch_info))
-    shares = [capacity or 1 / 4, capacity or 1 / 2]
+    named = capacity if isinstance(capacity, dict) else {"text": capacity, "image": capacity}
+    shares = [factor * (named.get("text") or 1 / 4), factor * (named.get("image") or 1 / 2)]
     logits = logits_of(h_TD, GROUPS, reference_weights(router)).tolist() if tokens else []
     expected = choice_of_training(logits, group_T.tolist(), GROUPS, shares, [range(tokens)])
     taken = routing.assignments.taken()
@@ -268,6 +277,25 @@ def test_evaluation_is_by_threshold_or_by_auxiliary_router() -> None:
     assert pairs_of(router, h_TD, group_T) == expected
     with refused(AssertionError):
         make_router(causal=None).eval()(h_TD, group_T)
+
+
+@pytest.mark.parametrize("kind", [ExpertChoiceRouter, ExpertThresholdRouter])
+def test_capacities_follow_the_steps_and_evaluation_those_of_the_last(kind: type[ExpertChoiceRouter]) -> None:
+    schedule = ((0, 0.5), (3, 1.0), (5, 0.25))
+    router = kind(D, GROUPS, causal="threshold", capacity={"text": 0.8}, capacity_schedule=schedule).double()
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    h_TD = torch.randn(20, D, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    group_T = torch.tensor([0, 1] * 10)
+    taken = {0.5: [4] * 4 + [3] * 2, 1.0: [8] * 4 + [5] * 2, 0.25: [2] * 4 + [2] * 2}  # of 10: ceil(10 c), text and image
+    factors = [0.5, 0.5, 0.5, 1.0, 1.0, 0.25, 0.25]
+    for step, factor in enumerate(factors):
+        routing = router(h_TD, group_T, RoutingCache(batch_info=batch_info_of(group_T, step)))
+        assert routing.sums.choices_C.tolist() == taken[factor]
+    router.eval()
+    for steps, factor in enumerate([0.5, *factors]):  # after 0 steps, 1 step, ...
+        with as_in_training([router], steps):
+            assert router(h_TD, group_T).sums.choices_C.tolist() == taken[factor]
 
 
 def test_auxiliary_routers_learn_the_choice_and_nothing_else_does() -> None:
