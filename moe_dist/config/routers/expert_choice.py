@@ -22,10 +22,14 @@ _Step = Annotated[tuple[Count, PositiveFloat], Field(strict=False)]
 class ExpertChoiceRouterSection(RouterSection):
     """In training each expert chooses its tokens (MoMa). In evaluation each token is routed without other tokens."""
 
+    # Each true expert takes its share of the tokens, whatever other columns take. Other columns thus cannot spare a token
+    # true experts, as they do where tokens choose. A null expert would do nothing: a token may have no expert anyway. An
+    # identity expert would only add s x, and a constant expert s (a1 x + a2 v), to the output of the tokens that it takes.
+    only_true_experts: ClassVar[bool] = True
+
     experts_choose: ClassVar[bool] = True
     fixed_choices: ClassVar[bool] = False
     needs_global_batch_info: ClassVar[bool] = True
-    only_true_experts: ClassVar[bool] = True  # null experts are useless, because a token may have no expert anyway
 
     kind: Literal["expert_choice"] = "expert_choice"
     capacity: ShareByGroup | None = None
