@@ -7,7 +7,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Tag
 from pydantic.fields import FieldInfo
 
 from moe_dist.config.section import GROUP_PATTERN, LABEL_PATTERN, NAME_PATTERN, PATH_PATTERN, UNIX_GROUP_PATTERN
@@ -65,9 +65,17 @@ def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
         return {"": kind}
     if get_origin(kind) in (Union, UnionType):
         members = [bare(member) for member in get_args(kind)]
-        tags = [tag_key(member) for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+        members = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+        tags = [tag_key(member) for member in members]
         return {m.model_fields[t].default: m for m, t in zip(members, tags, strict=True) if t}
     return {}
+
+
+def members_of(annotation: Any) -> dict[str, Any]:
+    """Returns the types in a tagged union, such as `ShareByGroup`, by their tags; {} for other types."""
+    members = get_args(kind) if get_origin(kind := bare(annotation)) in (Union, UnionType) else ()
+    marks = [(mark, member) for member in members for mark in getattr(member, "__metadata__", ())]
+    return {mark.tag: member for mark, member in marks if isinstance(mark, Tag)}
 
 
 def children(annotation: Any) -> dict[str, list[Key]]:
@@ -78,6 +86,8 @@ def children(annotation: Any) -> dict[str, list[Key]]:
         for name, field in section.model_fields.items():
             variant = f"{tag_key(section)}: {tag}" if tag else ""
             below.setdefault(name, []).append(Key(name, field.annotation, field, variant))
+    for member in members_of(kind).values():
+        below |= children(member)
     if get_origin(kind) is dict:
         below[NAME] = [Key(NAME, get_args(kind)[1], None)]
     elif get_origin(kind) is tuple:
@@ -170,6 +180,8 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return "section" if "" in variants else f"section with {tag}: {f' or {tag}: '.join(variants)}"
     if pattern := next((m.pattern for m in metadata if getattr(m, "pattern", None)), None):
         return pattern_text(pattern)
+    if members := members_of(annotation):
+        return " or ".join(map(type_text, members.values()))
     words = {bool: "true or false", int: "whole number", float: "number", str: "text"}
     return words.get(annotation, str(annotation)) + _bounds(metadata, whole=annotation is int)
 

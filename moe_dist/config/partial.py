@@ -20,6 +20,7 @@ from moe_dist.config.keys import (
     bare,
     children,
     find,
+    members_of,
     nearest,
     pattern_text,
     tag_key,
@@ -138,11 +139,11 @@ def _shown(value: Any) -> str:
 
 def _keys_along(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[tuple[str | int, Key]]:
     """Returns each part of the location in a pydantic error with its `Key`. Leaves out the parts that are no keys: the kind
-    of a section, and the mark "[key]"."""
+    of a section, the tag of a union's member, and the mark "[key]"."""
     keys: list[tuple[str | int, Key]] = []
     annotation: Any = schema
     for part in loc:
-        variants = variants_of(annotation)
+        variants: dict[str, Any] = {**variants_of(annotation), **members_of(annotation)}
         if part in variants:
             annotation = variants[str(part)]
             continue

@@ -32,6 +32,7 @@ from moe_dist.config.section import (
     WholeConfig,
     default_kind,
     unknown_name,
+    unordered,
 )
 from moe_dist.config.sinks.base import SinkSection
 from moe_dist.config.sinks.console import ConsoleSinkSection
@@ -109,9 +110,7 @@ class BalanceSection(Section):
     """Pairs [first step, coefficient]. A coefficient holds until the first step of the next pair."""
 
     def violations(self) -> Iterator[Violation]:
-        starts = [start for start, _ in self.schedule]
-        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
-            yield Violation(("schedule",), f"schedule must start at step 0 and rise, got first steps {starts}")
+        yield from unordered(self.schedule)
         if self.null_weight and self.kind == "vanilla":
             problem = "null_weight: kind=vanilla gives every null expert its own load; take null_averaged or null_split"
             yield Violation(("null_weight", "kind"), problem)

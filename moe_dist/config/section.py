@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -22,6 +22,11 @@ PATH_PATTERN = r"^[^\x00-\x1f\x7f-\x9f]+$"
 LABEL_PATTERN = r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$"  # a label of a Ray node: `ray.io/accelerator-type`
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 GroupName = Annotated[str, Field(pattern=GROUP_PATTERN)]
+# One share for all groups, or a share for each named group.
+ShareByGroup = Annotated[
+    Annotated[Share, Tag("number")] | Annotated[dict[GroupName, Share], Tag("mapping")],
+    Discriminator(lambda value: "mapping" if isinstance(value, dict) else "number"),
+]
 PathText = Annotated[str, Field(pattern=PATH_PATTERN)]
 Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
 
@@ -97,6 +102,13 @@ def did_you_mean(name: object, names: Iterable[object]) -> str:
     """Returns the end of an error text, with the name in `names` most similar to `name`; empty if none is similar."""
     close = difflib.get_close_matches(str(name), [str(known) for known in names], 1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unordered(schedule: Iterable[tuple[int, float]], key: str = "schedule") -> Iterator[Violation]:
+    """Yields a violation unless the first steps of a schedule begin at 0 and rise."""
+    starts = [start for start, _ in schedule]
+    if starts[:1] != [0] or starts != sorted(set(starts)):
+        yield Violation((key,), f"{key} must start at step 0 and rise, got first steps {starts}")
 
 
 def unknown_name(what: str, name: str, names: Iterable[str]) -> str:

@@ -92,6 +92,31 @@ def test_a_run_resumes_to_the_same_bits_and_its_thresholds_on_another_layout(run
     assert not same(thresholds(elsewhere.tensors), thresholds(elsewhere.at_start))
 
 
+CAPACITIES = {"capacity": {"text": 0.5}, "capacity_schedule": [[0, 1], [4, 0.5]]}
+
+
+@pytest.mark.parametrize("kind", ["expert_choice", full("expert_threshold")])
+def test_a_schedule_of_capacities_goes_on_after_a_resume_and_is_one_rank_s(run: Run, kind: str) -> None:
+    warmup = {"warmup_steps": 100} if kind == "expert_threshold" else {}
+    changes = {**CHOICE, "model.moe.router": {**CHOICE["model.moe.router"], **CAPACITIES, "kind": kind, **warmup}}
+    undisturbed = run({**changes, "run.name": f"{kind}-whole"})
+    run({**changes, "run.name": f"{kind}-halves", "train.steps": 3})
+    resumed = run({**changes, "run.name": f"{kind}-halves"})
+    assert resumed[0].begun.step == 3
+    for after, before in zip(resumed, undisturbed, strict=True):
+        assert same(after.tensors, before.tensors)
+        assert after.evaluation == before.evaluation
+    (alone,) = run({**changes, **ONE_RANK, "run.name": f"{kind}-alone"}, 1)
+    for step, (ours, theirs) in enumerate(zip(undisturbed[0].steps, alone.steps, strict=True)):
+        np.testing.assert_array_equal(ours.counts.choices_LC, theirs.counts.choices_LC)
+        np.testing.assert_allclose(ours.nll_M, theirs.nll_M, rtol=1e-5)
+        choices_LC, tokens_LG = ours.counts.choices_LC, ours.counts.tokens_LG
+        factor = 1.0 if step < 4 else 0.5
+        assert choices_LC[:, :3].sum(1) / tokens_LG[:, 0] == pytest.approx(factor * 1.5, rel=0.1)
+        assert choices_LC[:, 3:].sum(1) / tokens_LG[:, 1] == pytest.approx(factor * 1.0, rel=0.1)
+    assert undisturbed[0].evaluation.choice_experts_per_token == pytest.approx({"text": 0.75, "image": 0.5}, rel=0.1)
+
+
 @pytest.mark.parametrize("data", [full("ddp"), full("fsdp2")])
 def test_the_second_stage_trains_auxiliary_routers_alone(run: Run, first_stage: list[WholeRun], data: str) -> None:
     second = {**AUXILIARY, "run.name": f"second-{data}", "run.init_from": "first", "parallel.data": data}

@@ -200,7 +200,7 @@ class Measurement:
             batch, begin = config.train.global_batch, self._first_position()
             positions = [begin + at * batch for at in range(max(0, step - config.evaluation.calibration), step)]
             trained = [each for position in positions for each in self._loader.batches(position)]
-            calibrate(model, trained, group_of_modality=self._groups, world=None)
+            calibrate(model, trained, group_of_modality=self._groups, world=None, steps=step)
         return model
 
     @torch.no_grad()
@@ -331,7 +331,7 @@ class Measurement:
     def _probe_hindsight(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
         """Measures the loss if routers select as in training, with a selection that sees later tokens. A lower loss than
         with the usual selection shows that later tokens leak into the prediction."""
-        with choice_of_training(probes.routers(self._model)):
+        with choice_of_training(probes.routers(self._model), max(self._directory.steps())):
             return [self._point(batches, at=0.0)]
 
     def _changed(

@@ -1,22 +1,43 @@
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat
 
 from moe_dist.config.routers.base import ROUTER, RouterSection
-from moe_dist.config.section import Decay, NonNegative, Share, Violation, WholeConfig
+from moe_dist.config.section import (
+    Count,
+    Decay,
+    NonNegative,
+    ShareByGroup,
+    Violation,
+    WholeConfig,
+    unknown_name,
+    unordered,
+)
+
+# Not strict, because `default_kind` makes pydantic validate Python lists, and a strict tuple refuses a list.
+_Step = Annotated[tuple[Count, PositiveFloat], Field(strict=False)]
 
 
 class ExpertChoiceRouterSection(RouterSection):
     """In training each expert chooses its tokens (MoMa). In evaluation each token is routed without other tokens."""
 
+    # Each true expert takes its share of the tokens, whatever other columns take. Other columns thus cannot spare a token
+    # true experts, as they do where tokens choose. A null expert would do nothing: a token may have no expert anyway. An
+    # identity expert would only add s x, and a constant expert s (a1 x + a2 v), to the output of the tokens that it takes.
+    only_true_experts: ClassVar[bool] = True
+
     experts_choose: ClassVar[bool] = True
     fixed_choices: ClassVar[bool] = False
     needs_global_batch_info: ClassVar[bool] = True
-    only_true_experts: ClassVar[bool] = True  # null experts are useless, because a token may have no expert anyway
 
     kind: Literal["expert_choice"] = "expert_choice"
-    capacity: Share | None = None
-    """Share of its group's tokens in the selection scope that each expert takes (c). null means top_k / num_experts of the
-    group, so that top_k experts take a token on average."""
+    capacity: ShareByGroup | None = None
+    """Share of its group's tokens in the selection scope that each expert takes (c): one number, or a number for each named
+    group. null, and groups without a number: top_k / num_experts, so that top_k experts take a token on average."""
+    capacity_schedule: Annotated[tuple[_Step, ...], Field(strict=False)] = ((0, 1.0),)
+    """Pairs (first step, factor of the capacities). [[0, 2.0], [1000, 1.0]] doubles the experts per token in the first
+    1,000 steps."""
     scope: Literal["rank", "ep_group", "world"] = "rank"
     """Ranks whose tokens compete for an expert: the micro-batch of one rank, of an EP group, or of all ranks. ep_group and
     world exchange the router's logits in each layer."""
@@ -42,8 +63,18 @@ class ExpertChoiceRouterSection(RouterSection):
         auxiliary = {"auxiliary.inner": (inner_dim, hidden_dim), "auxiliary.outer": (num, inner_dim)}
         return {"threshold": (num,), "statistics": (2, num), **(auxiliary if self.has_auxiliary_routers else {})}
 
-    def expert_capacity(self, top_k: int, num_experts: int, target: float | None = None) -> float | None:
-        return self.capacity or top_k / num_experts
+    def expert_capacity(self, name: str, group: Any, target: float | None = None) -> float:
+        return self._named_capacity(name) or group.top_k / group.num_experts
+
+    def _named_capacity(self, name: str) -> float | None:
+        return self.capacity.get(name) if isinstance(self.capacity, dict) else self.capacity
+
+    @property
+    def _varies(self) -> bool:
+        return any(factor != 1.0 for _, factor in self.capacity_schedule)
+
+    def violations(self) -> Iterator[Violation]:
+        yield from unordered(self.capacity_schedule, "capacity_schedule")
 
     def counts_unknown(self) -> str:
         if self.scope == "rank":
@@ -87,11 +118,23 @@ def _loss(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[V
 
 
 def _groups(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """Checks that no expert must take more than all tokens, and that model.moe.capacity is null."""
-    name = section.name
-    for group_name, group in config.model.moe.groups.items():
-        prefix = f"model.moe.groups.{group_name}"
-        if section.capacity is None and group.top_k > group.num_experts:
+    """Checks that no expert must take more than all tokens, that groups with a capacity exist, and that model.moe.capacity
+    is null."""
+    name, groups, key = section.name, config.model.moe.groups, f"{ROUTER}.capacity"
+    for group_name in section.capacity if isinstance(section.capacity, dict) else ():
+        if problem := unknown_name("group", group_name, groups):
+            yield Violation((key, "model.moe.groups"), f"{key}.{group_name}: {problem}")
+    most = max((factor for _, factor in section.capacity_schedule), default=1.0)
+    for group_name, group in groups.items():
+        prefix, share = f"model.moe.groups.{group_name}", section.expert_capacity(group_name, group)
+        if section._varies and share <= 1.0 and most * share > 1.0 + 1e-9:
+            problem = (
+                f"{key}_schedule: the factor {most:g} times the capacity {share:g} of group {group_name} is above 1, but "
+                f"no expert takes more than all tokens; lower the factor to at most {1 / share:g}, or the capacity to at "
+                f"most {1 / most:g}"
+            )
+            yield Violation((f"{key}_schedule", key, f"{prefix}.top_k", f"{prefix}.num_experts"), problem)
+        if section._named_capacity(group_name) is None and group.top_k > group.num_experts:
             problem = (
                 f"{prefix}.top_k={group.top_k}: with {name} each of {group.num_experts} experts would take more than all "
                 f"tokens; lower it to at most {group.num_experts}"
@@ -144,8 +187,16 @@ def _causal(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator
 
 def _mixture_of_depths(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
     """With mixture of depths, refuses noise and scopes of several ranks, because only the layer knows which tokens reach
-    the experts."""
-    if config.model.mixture_of_depths is None or (section.scope == "rank" and not section.noise):
+    the experts, and a schedule, because the layer's router does not get the step."""
+    if config.model.mixture_of_depths is None:
+        return
+    if section._varies:
+        problem = (
+            f"{ROUTER}.capacity_schedule with model.mixture_of_depths: the router of such a layer does not get the step; "
+            f"set {ROUTER}.capacity_schedule=[[0, 1.0]], or model.mixture_of_depths to null"
+        )
+        yield Violation((f"{ROUTER}.capacity_schedule", "model.mixture_of_depths"), problem)
+    if section.scope == "rank" and not section.noise:
         return
     said = f"scope={section.scope}" if section.scope != "rank" else f"noise={section.noise:g}"
     problem = (

@@ -15,7 +15,7 @@ letters: T tokens of this rank, U tokens of the selection scope, D hidden size, 
 group, G groups, K experts of the largest group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -81,8 +81,10 @@ class ExpertChoiceRouter(ChoosingRouter):
     Args:
         hidden_dim: D, the hidden size.
         groups: All expert groups, in the order of their expert ids. No group may have null or zero-computation experts.
-        capacity: c, the fraction of its group's tokens that each expert takes. If None, c is `ExpertGroup.capacity`, or
-            top_k / num_experts for a group without capacity.
+        capacity: c, the fraction of its group's tokens that each expert takes, for all groups or by the group's name. For
+            other groups c is `ExpertGroup.capacity`, or top_k / num_experts for a group without capacity.
+        capacity_schedule: Pairs (first step, factor of c), with first steps rising from 0. The step is that of `batch_info`
+            in training, and `noncausal_step` without `batch_info`.
         score: What the scores are: sigmoids of logits, or the softmax of a group's logits.
         noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa uses 1.
         causal: The rule by which evaluation routes each token alone. If `causal` is None, evaluation raises an error.
@@ -104,7 +106,8 @@ class ExpertChoiceRouter(ChoosingRouter):
         hidden_dim: int,
         groups: Sequence[ExpertGroup],
         *,
-        capacity: float | None = None,
+        capacity: float | Mapping[str, float] | None = None,
+        capacity_schedule: Sequence[tuple[int, float]] = ((0, 1.0),),
         score: Score = "sigmoid",
         noise: float = 0.0,
         causal: Causal | None = None,
@@ -123,7 +126,9 @@ class ExpertChoiceRouter(ChoosingRouter):
         self.threshold_decay, self.known_counts = threshold_decay, known_counts
         self.noise, self.seed, self.layer, self.kernels = noise, seed, layer, kernels
         self.num_experts = sum(group.num_experts for group in groups)
-        self.share_of_group = tuple(capacity or capacity_of_group(group) for group in groups)
+        named = capacity if isinstance(capacity, Mapping) else dict.fromkeys([group.name for group in groups], capacity)
+        self.share_of_group = tuple(named.get(group.name) or capacity_of_group(group) for group in groups)
+        self.capacity_schedule = tuple(capacity_schedule)
         for group in groups:
             self.add_module(group_module(group.name), ChoiceGate(hidden_dim, group, auxiliary=causal == "auxiliary"))
         self.reset_buffers()
@@ -202,6 +207,11 @@ class ExpertChoiceRouter(ChoosingRouter):
             logits_TE = self._logits(h_TD.to(dtype))
         return torch.where(group_T[:, None] == self.group_of_expert_E, logits_TE.sigmoid(), 0.0)
 
+    def _factor(self, batch_info: GlobalBatchInfo | None) -> float:
+        """Returns the factor of the capacities in this step."""
+        step = self.noncausal_step if batch_info is None else batch_info.step
+        return next(factor for first, factor in reversed(self.capacity_schedule) if first <= step)
+
     def _with_noise(self, logits_TE: Tensor, cache: RoutingCache) -> Tensor:
         """Returns the logits of this rank's tokens plus noise, or the same tensor if there is no noise."""
         if not (self.training and self.noise):
@@ -230,14 +240,16 @@ class ExpertChoiceRouter(ChoosingRouter):
             return logits_UE + self._draw(torch.cat(tokens), batch_info, logits_UE.dtype)
 
         noise = add_noise if self.training and self.noise else None
+        capacity_E = self._factor(batch_info) * self.capacity_E
         if self._uses_kernels(logits_TE) and len(lengths) == 1:
-            taken_TE, order_TE, kth_score_E = self.kernels.experts_choose(logits_TE, group_T, self._tables, noise)
+            tables = self._tables._replace(capacity_E=capacity_E)
+            taken_TE, order_TE, kth_score_E = self.kernels.experts_choose(logits_TE, group_T, tables, noise)
             return ExpertsChoice(taken_TE, order_TE, kth_score_E)
         masked_TE = logits_TE.masked_fill(~self._inside(group_T), OUTSIDE)
         options: dict[str, Any] = {"layer": f"layers.{self.layer}", "add_noise": noise, "token_T": cache.token_T}
-        choice = where.choose(masked_TE, self.capacity_E, lengths, **options)
+        choice = where.choose(masked_TE, capacity_E, lengths, **options)
         # An expert with a capacity of 1 takes all tokens of its group, so its threshold must be 0.
-        return choice._replace(kth_score_E=torch.where(self.capacity_E < 1.0, choice.kth_score_E, 0.0))
+        return choice._replace(kth_score_E=torch.where(capacity_E < 1.0, choice.kth_score_E, 0.0))
 
     def _tokens_pass(self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor) -> ExpertsChoice:
         """Decides for each token alone which experts take the token, by the causal rule of evaluation."""
@@ -270,7 +282,8 @@ class ExpertChoiceRouter(ChoosingRouter):
     ) -> Assignments:
         if batch_info is None or choice.order_TE is None:
             return token_pairs(choice.taken_TE, weight_TE, self.columns_GK[group_T])
-        shares = [self.share_of_group[index] for index in self.group_of_E]
+        factor = self._factor(batch_info)
+        shares = [factor * self.share_of_group[index] for index in self.group_of_E]
         pairs = counted_pairs(choice, weight_TE, shares, self.group_of_E, batch_info, self.selection_scope.ep_ranks)
         return pairs if self.known_counts else by_token(pairs, weight_TE.shape[0])  # the sort does not sync
 

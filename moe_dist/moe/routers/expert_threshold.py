@@ -15,7 +15,7 @@ scores with m alone, so that calibrations do not change the training.
 Shape letters: T tokens of this rank, E experts of all groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
     Args:
         hidden_dim, groups, capacity, score, noise, causal, threshold_decay, selection_scope, seed, layer, kernels: See
             `ExpertChoiceRouter`.
+        capacity_schedule: See `ExpertChoiceRouter`. After the factor has changed, m moves to the new threshold over about
+            1 / (1 - threshold_decay) steps.
         warmup_steps: Number of updates of m before thresholds replace the competition, at least 1.
     """
 
@@ -43,7 +45,8 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
         groups: Sequence[ExpertGroup],
         *,
         warmup_steps: int = 100,
-        capacity: float | None = None,
+        capacity: float | Mapping[str, float] | None = None,
+        capacity_schedule: Sequence[tuple[int, float]] = ((0, 1.0),),
         score: Score = "sigmoid",
         noise: float = 0.0,
         causal: Causal = "threshold",
@@ -57,6 +60,7 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
             hidden_dim,
             groups,
             capacity=capacity,
+            capacity_schedule=capacity_schedule,
             score=score,
             noise=noise,
             causal=causal,

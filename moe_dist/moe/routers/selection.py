@@ -75,11 +75,13 @@ class ChoosingRouter(nn.Module, ABC):
     Attributes:
         causal: The rule by which evaluation decides for each token independently.
         noncausal: If true, evaluation selects tokens by competition, as in training, but without noise.
+        noncausal_step: The step, counted from 0, whose capacities `noncausal` uses.
     """
 
     causal: Causal | None
     threshold_decay: float
     noncausal = False
+    noncausal_step = 0
 
     @abstractmethod
     def gates(self) -> Sequence[ThresholdGate]:
@@ -95,16 +97,17 @@ class ChoosingRouter(nn.Module, ABC):
 
 
 @contextmanager
-def choice_of_training(routers: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside this context `ChoosingRouter`s select in evaluation as in training, by competition (`noncausal`)."""
+def choice_of_training(routers: Sequence[nn.Module], steps: int = 0) -> Iterator[None]:
+    """Inside this context `ChoosingRouter`s select in evaluation as in training, by competition (`noncausal`), with the
+    capacities of the last of `steps` training steps."""
     mine = [router for router in routers if isinstance(router, ChoosingRouter)]
     for router in mine:
-        router.noncausal = True
+        router.noncausal, router.noncausal_step = True, max(0, steps - 1)
     try:
         yield
     finally:
         for router in mine:
-            router.noncausal = False
+            router.noncausal, router.noncausal_step = False, 0
 
 
 @dataclass(frozen=True)

@@ -44,16 +44,18 @@ def calibrate(
     group_of_modality: Tensor,
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
+    steps: int = 0,
 ) -> None:
     """Sets the thresholds of all layers in place; `world` has the ranks with this rank's layers. Without batches all
-    thresholds stay unchanged. An expert that selected no token keeps its threshold.
+    thresholds stay unchanged. An expert that selected no token keeps its threshold. `steps` is the number of training steps
+    so far, on which capacities may depend.
 
     Collective: every rank must pass the same number of batches.
     """
     routers = by_threshold(model)
     if not batches:
         return
-    scores, taken = _seen(model, routers, batches, group_of_modality)
+    scores, taken = _seen(model, routers, batches, group_of_modality, steps)
     if not routers:  # ran forward passes only for ranks with other layers
         return
     sizes = [len(taken_n) for taken_n in taken]
@@ -77,6 +79,7 @@ def _seen(
     routers: Sequence[ChoosingRouter],
     batches: Sequence[Batch],
     group_of_modality: Tensor,
+    steps: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Returns for each router the scores of this rank's tokens, [T, n], and the number of selected tokens per threshold,
     float64 [n]. The scores of all routers are T x N numbers in memory."""
@@ -90,7 +93,7 @@ def _seen(
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
         model.eval()
-        stack.enter_context(choice_of_training(routers))
+        stack.enter_context(choice_of_training(routers, steps))
         for router in routers:
             stack.callback(router.register_forward_hook(note).remove)
         for batch in batches:

@@ -79,14 +79,16 @@ class Evaluator:
         """
         mesh, groups = self.mesh, self.group_of_modality
         with mesh.tracker.among("calibration"):
-            calibrate(self.model, trained, group_of_modality=groups, world=self.layer_ranks, tracker=mesh.tracker)
+            calibrate(
+                self.model, trained, group_of_modality=groups, world=self.layer_ranks, tracker=mesh.tracker, steps=step
+            )
         batches = self._batches(self.final_sequences if final else self.sequences)
         heldout = self._losses(batches)
         ablated = self._losses(batches, experts_off=True) if final and self.ablate else Heldout({}, {}, None)
         noncausal = Heldout({}, {}, None)
         if final and self.experts_choose:
             # Experts choose tokens as in training, so that their choice depends on later tokens.
-            with choice_of_training([layer.router for layer in self.model.moe_modules()]):
+            with choice_of_training([layer.router for layer in self.model.moe_modules()], step):
                 noncausal = self._losses(batches)
         balance = BalanceEfficiency(None, "switched off")
         if self.measure_balance:

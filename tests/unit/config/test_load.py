@@ -22,6 +22,7 @@ from moe_dist.config.sinks.tensorboard import TensorBoardSinkSection
 from moe_dist.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
+CHOICE = "model.moe.router.kind=expert_choice"
 
 
 def problems(path: Path, *overrides: str) -> tuple[str, ...]:
@@ -81,6 +82,19 @@ def test_overrides(path: Path) -> None:
     assert config.data.weights == {"prose": 1.0, "captions": 2.5}
     assert config.monitor.sinks == (JsonlSinkSection(), TensorBoardSinkSection(pictures_every=9))
     assert config.loss.balance.schedule == ((0, 0.02), (100, 1e-4))
+
+
+def test_one_share_or_a_share_for_each_group(path: Path, tmp_path: Path) -> None:
+    one, text = "model.moe.router.capacity=0.5", "model.moe.router.capacity.text=0.25"
+    for overrides, expected in (([one], 0.5), ([text], {"text": 0.25}), ([], None)):
+        config = load_config(path, [CHOICE, *overrides])
+        assert config.model.moe.router.model_dump()["capacity"] == expected
+        copy = tmp_path / "config.yaml"
+        copy.write_text(resolved_yaml(config))
+        assert load_config(copy) == config
+    schedule = load_config(path, [CHOICE, "model.moe.router.capacity_schedule=[[0, 2], [9, 1.0]]"])
+    assert schedule.model.moe.router.model_dump()["capacity_schedule"] == ((0, 2.0), (9, 1.0))
+    assert "capacity is 0.5, which has no 'text'" in problems(path, CHOICE, one, text)[0]
 
 
 def test_another_variant_drops_the_keys_of_the_old(path: Path) -> None:
@@ -154,6 +168,19 @@ def test_an_absent_optional_text_stays_absent(path: Path) -> None:
         (["model.moe.shared_gate=true"], "model.moe: shared_gate=true needs a shared expert"),
         (["model.moe.first=2"], "model: moe.first=2 leaves no MoE layer"),
         (["loss.balance.schedule=[[5, 0.1]]"], "loss.balance: schedule must start at step 0"),
+        ([CHOICE, "model.moe.router.capacity_schedule=[[5, 1]]"], "capacity_schedule must start at step 0 and rise, got"),
+        (
+            [CHOICE, "model.moe.router.capacity=2"],
+            "capacity=2: must be number, above 0, 1 or less or mapping from names",
+        ),
+        (
+            [CHOICE, "model.moe.router.capacity.text=2"],
+            "model.moe.router.capacity.text=2: must be number, above 0",
+        ),
+        (
+            [CHOICE, "model.moe.router.capacity={a.b: 1}"],
+            "capacity.a.b: the name 'a.b' must be text of 1 to 32",
+        ),
         (["data.path="], "data.path=''"),
         (["model.moe.groups={a.b: {num_experts: 1, top_k: 1, ffn_dim: 2}}"], "the name 'a.b' must be text of 1 to 32"),
         (["data.weights={a b: 1}"], "the name 'a b' must be text of 1 to 64"),

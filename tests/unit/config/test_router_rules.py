@@ -44,8 +44,17 @@ def violations(run: Config) -> list[Violation]:
 SOFTMAX = {**SOUND, "model.moe.router": {"kind": "expert_choice", "causal": "threshold", "score": "softmax"}}
 
 
+def of_capacity(**keys: Any) -> dict[str, Any]:
+    return {**SOUND, "model.moe.router": {"kind": "expert_choice", "causal": "threshold", **keys}}
+
+
+BY_GROUP = of_capacity(capacity={"image": 0.25}, capacity_schedule=[[0, 4.0], [9, 1.0]])
+
+
 @pytest.mark.parametrize(
-    "changes", [SOUND, SECOND, SOFTMAX, {}], ids=["threshold", "second stage", "softmax", "token choice"]
+    "changes",
+    [SOUND, SECOND, SOFTMAX, BY_GROUP, {}],
+    ids=["threshold", "second stage", "softmax", "capacities", "token choice"],
 )
 def test_what_fits_passes(changes: dict[str, Any]) -> None:
     assert violations(config(changes)) == []
@@ -106,6 +115,21 @@ def test_what_fits_passes(changes: dict[str, Any]) -> None:
                 "set model.moe.router.scope=rank and model.moe.router.noise=0, or model.mixture_of_depths to null",
             )
             for each, said in (({"noise": 0.5}, "noise=0.5"), ({"scope": "world"}, "scope=world"))
+        ),
+        (
+            of_capacity(capacity={"txt": 0.5}),
+            "model.moe.router.capacity.txt: no such group; there are text, image",
+            "did you mean 'text'?",
+        ),
+        (
+            of_capacity(capacity={"text": 0.5}, capacity_schedule=[[0, 1.0], [5, 3.0]]),
+            "model.moe.router.capacity_schedule: the factor 3 times the capacity 0.5 of group text is above 1",
+            "lower the factor to at most 2, or the capacity to at most 0.333333",
+        ),
+        (
+            {**of_capacity(capacity_schedule=[[0, 0.5]]), "model.mixture_of_depths": {}},
+            "model.moe.router.capacity_schedule with model.mixture_of_depths",
+            "set model.moe.router.capacity_schedule=[[0, 1.0]], or model.mixture_of_depths to null",
         ),
         (
             {
@@ -230,7 +254,7 @@ def test_a_router_without_a_kind_is_token_choice() -> None:
 
 
 def test_sizes_follow_the_share_that_an_expert_takes() -> None:
-    for capacity, text, image in ((None, 1.0, 1.0), (0.375, 1.5, 0.75), (1.0, 4.0, 2.0)):
+    for capacity, text, image in ((None, 1.0, 1.0), (0.375, 1.5, 0.75), ({"text": 0.5}, 2.0, 1.0), (1.0, 4.0, 2.0)):
         router = {"kind": "expert_choice", "causal": "threshold", "capacity": capacity}
         moe = config({**SOUND, "model.moe.router": router}).model.moe
         groups = expert_groups(moe)

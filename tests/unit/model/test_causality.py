@@ -1,7 +1,9 @@
 """In evaluation no output and no set of experts depends on a later token, whatever the router; the test would see one."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,8 +13,9 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import choice_of_training
 from moe_dist.moe.routing import ABSENT
 from tests.support.causal_models import evaluated_model
-from tests.support.layouts import IMAGE, SEQ_LEN, Layout, config_of
+from tests.support.layouts import IMAGE, LAYERS, SEQ_LEN, Layout, config_of
 
+TABLE = "loads.npy"
 ROUTERS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "top_k with nulls": (Layout(), {}),
     "top_k, zero-computation experts, capacity": (Layout(free=True, capacity=0.5), {}),
@@ -23,9 +26,13 @@ ROUTERS: dict[str, tuple[Layout, dict[str, Any]]] = {
         Layout(choice="rank"),
         {"kind": "scheduled_top_k", "active_experts": {"text": [0.5, 1.5], "image": [1.0, 0.5]}},
     ),
+    "top_k_by_id": (Layout(fixed=True), {"kind": "top_k_by_id", "table": TABLE}),
+    "group_limited": (Layout(limited=True, balance=True), {}),
     "threshold": (Layout(choice="rank"), {"causal": "threshold"}),
+    "threshold, softmax": (Layout(choice="rank"), {"causal": "threshold", "score": "softmax"}),
     "auxiliary": (Layout(choice="rank"), {"causal": "auxiliary"}),
     "expert_threshold": (Layout(choice="rank", adaptive="expert_threshold"), {}),
+    "expert_threshold, softmax": (Layout(choice="rank", adaptive="expert_threshold"), {"score": "softmax"}),
     **{f"router {kind}": (Layout(adaptive=kind, free=True), {}) for kind in ("top_p", "relu", "threshold", "predicted_k")},
     "gating_residual": (Layout(form="gating_residual", free=True), {}),
     "threshold, under depths": (Layout(choice="rank", mixture_of_depths="rank"), {"causal": "threshold"}),
@@ -35,6 +42,13 @@ ROUTERS: dict[str, tuple[Layout, dict[str, Any]]] = {
     ),
 }
 EXACT = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads by layer and token id, in a folder that the test works in."""
+    monkeypatch.chdir(tmp_path)
+    np.save(TABLE, np.random.default_rng(0).uniform(0.0, 2.0, (LAYERS, IMAGE[1])))
 
 
 def model_of(name: str) -> Transformer:

@@ -16,7 +16,7 @@ from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCount
 from moe_dist.moe.draws import logistic
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, softmax_logits
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, Score, softmax_logits
 from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
 from moe_dist.moe.routers.selection import capacity_of_tokens
 from moe_dist.moe.routers.selection import choice_of_training as as_in_training
@@ -77,18 +77,26 @@ def pairs_of(router: ExpertChoiceRouter, h_TD: Tensor, group_T: Tensor, cache: R
 @given(
     seed=st.integers(0, 10**6),
     tokens=st.integers(0, 24),
-    capacity=st.sampled_from([None, 0.1, 0.5, 0.7, 1.0]),
+    capacity=st.sampled_from([None, 0.1, 0.5, 0.7, 1.0, {"text": 0.3, "image": 0.8}, {"image": 1.0}]),
+    factor=st.sampled_from([1.0, 0.6]),
     counted=st.booleans(),
     exact=st.booleans(),
     modality=st.sampled_from([(-1, 2), (0, 1), (1, 2), (-1, 0)]),
 )
 def test_the_choice_equals_the_oracle(
-    seed: int, tokens: int, capacity: float | None, counted: bool, exact: bool, modality: tuple[int, int]
+    seed: int,
+    tokens: int,
+    capacity: float | dict[str, float] | None,
+    factor: float,
+    counted: bool,
+    exact: bool,
+    modality: tuple[int, int],
 ) -> None:
     """Small integers make every product exact, and many tokens equal: the earlier one goes first. Sets of padding alone, of
     one group alone, of no token."""
     generator = torch.Generator().manual_seed(seed)
-    router = make_router(seed, capacity=capacity, known_counts=counted)
+    schedule = ((0, 0.5), (2, factor), (3, 0.5))  # the step is 2
+    router = make_router(seed, capacity=capacity, capacity_schedule=schedule, known_counts=counted)
     h_TD = torch.randn(tokens, D, generator=generator, dtype=torch.double)
     if exact:
         h_TD = torch.randint(-1, 2, (tokens, D), generator=generator).double()
@@ -97,7 +105,8 @@ def test_the_choice_equals_the_oracle(
     group_T = torch.randint(*modality, (tokens,), generator=generator)
     batch_info = batch_info_of(group_T)
     routing = router(h_TD, group_T, RoutingCache(batch_info=batch_info))
-    shares = [capacity or 1 / 4, capacity or 1 / 2]
+    named = capacity if isinstance(capacity, dict) else {"text": capacity, "image": capacity}
+    shares = [factor * (named.get("text") or 1 / 4), factor * (named.get("image") or 1 / 2)]
     logits = logits_of(h_TD, GROUPS, reference_weights(router)).tolist() if tokens else []
     expected = choice_of_training(logits, group_T.tolist(), GROUPS, shares, [range(tokens)])
     taken = routing.assignments.taken()
@@ -270,6 +279,25 @@ def test_evaluation_is_by_threshold_or_by_auxiliary_router() -> None:
         make_router(causal=None).eval()(h_TD, group_T)
 
 
+@pytest.mark.parametrize("kind", [ExpertChoiceRouter, ExpertThresholdRouter])
+def test_capacities_follow_the_steps_and_evaluation_those_of_the_last(kind: type[ExpertChoiceRouter]) -> None:
+    schedule = ((0, 0.5), (3, 1.0), (5, 0.25))
+    router = kind(D, GROUPS, causal="threshold", capacity={"text": 0.8}, capacity_schedule=schedule).double()
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    h_TD = torch.randn(20, D, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    group_T = torch.tensor([0, 1] * 10)
+    taken = {0.5: [4] * 4 + [3] * 2, 1.0: [8] * 4 + [5] * 2, 0.25: [2] * 4 + [2] * 2}  # of 10: ceil(10 c), text and image
+    factors = [0.5, 0.5, 0.5, 1.0, 1.0, 0.25, 0.25]
+    for step, factor in enumerate(factors):
+        routing = router(h_TD, group_T, RoutingCache(batch_info=batch_info_of(group_T, step)))
+        assert routing.sums.choices_C.tolist() == taken[factor]
+    router.eval()
+    for steps, factor in enumerate([0.5, *factors]):  # after 0 steps, 1 step, ...
+        with as_in_training([router], steps):
+            assert router(h_TD, group_T).sums.choices_C.tolist() == taken[factor]
+
+
 def test_auxiliary_routers_learn_the_choice_and_nothing_else_does() -> None:
     router = make_router(2, causal="auxiliary")
     generator = torch.Generator().manual_seed(1)
@@ -343,32 +371,44 @@ def test_a_choice_drawn_by_hand() -> None:
     assert pairs_of(router.eval(), table, group_T) == above
 
 
-def test_expert_threshold_takes_by_competition_and_then_by_its_running_mean() -> None:
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_expert_threshold_takes_by_competition_and_then_by_its_running_mean(score: Score) -> None:
     """After the first update each token is judged alone; a calibration of evaluation does not move training."""
-    group = ExpertGroup("all", 4, 0, 1, 8, 0, ("text",))
-    router = ExpertThresholdRouter(6, (group,), warmup_steps=1).double()
-    with torch.no_grad():
-        router.gates()[0].get_parameter("true").normal_(generator=torch.Generator().manual_seed(0))
-    h_TD = torch.randn(40, 6, dtype=torch.double, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    group_T = torch.zeros(40, dtype=torch.int64)
+    router = ExpertThresholdRouter(D, GROUPS, warmup_steps=1, score=score).double()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    h_TD = torch.randn(40, D, dtype=torch.double, generator=generator, requires_grad=True)
+    group_T = torch.tensor([0, 0, 0, 1, 1] * 8)
     group_T[7] = -1
-    scores_TE = router.scores(h_TD, group_T)
+    members_G = [int((group_T == index).sum()) for index in range(2)]
+    scores_TE = logits_of(h_TD, GROUPS, reference_weights(router)).sigmoid()
+    if score == "softmax":
+        scores_TE = softmax_of_groups(h_TD, router)
+    inside_TE = group_T[:, None] == torch.tensor([0] * 4 + [1] * 2)
     competed = router(h_TD, group_T)
-    assert competed.sums.choices_C.tolist() == [10] * 4
+    taken_E = [room(1 / 4, members_G[0])] * 4 + [room(1 / 2, members_G[1])] * 2
+    assert competed.sums.choices_C.tolist() == taken_E
     assert competed.sums.choice is not None
-    counts = counts_with(kth_score_LE=competed.sums.choice.kth_score_E[None], tokens_LG=torch.tensor([[39.0]]).double())
-    ThresholdUpdater([router.gates()], 0.5).after_step(counts)
-    threshold_n, mean_n, _ = router.gates()[0].running_mean()
-    torch.testing.assert_close(mean_n, scores_TE.sort(dim=0, descending=True).values[9])
-    threshold_n += 0.3  # as a calibration may
+    kth_score_LE, tokens_LG = competed.sums.choice.kth_score_E[None], torch.tensor([members_G]).double()
+    ThresholdUpdater([router.gates()], 0.5).after_step(counts_with(kth_score_LE=kth_score_LE, tokens_LG=tokens_LG))
+    mean_E = torch.cat([gate.running_mean()[1] for gate in router.gates()])
+    sorted_TE = torch.where(inside_TE, scores_TE, 0.0).sort(dim=0, descending=True).values
+    torch.testing.assert_close(mean_E, torch.stack([sorted_TE[k - 1, expert] for expert, k in enumerate(taken_E)]))
+    for gate in router.gates():
+        gate.threshold += 0.3  # as a calibration may
+        gate.statistics[0] += 1e-9  # rounding must not decide on the token of the k-th score
+    mean_E = mean_E + 1e-9
     routing = router(h_TD, group_T)
-    table_TE = torch.zeros(40, 4, dtype=torch.double)
     pairs = routing.assignments.taken()
-    table_TE = table_TE.index_put((pairs.token_N, pairs.expert_N), pairs.weight_N)
-    expected_TE = expert_threshold((h_TD @ router.gates()[0].get_parameter("true").T).sigmoid(), mean_n.tolist())
-    expected_TE = expected_TE * (group_T >= 0)[:, None]
+    table_TE = torch.zeros(40, E, dtype=torch.double).index_put((pairs.token_N, pairs.expert_N), pairs.weight_N)
+    expected_TE = expert_threshold(scores_TE, mean_E.tolist()) * inside_TE
     torch.testing.assert_close(table_TE, expected_TE, rtol=0, atol=1e-12)
-    assert routing.sums.choices_C.tolist() == [9] * 4, "strictly above the 10th score"
-    score_TE = torch.randn(40, 4, dtype=torch.double)
-    fast, slow = (torch.autograd.grad((each * score_TE).sum(), h_TD, retain_graph=True) for each in (table_TE, expected_TE))
-    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+    assert routing.sums.choices_C.tolist() == [k - 1 for k in taken_E], "above the k-th score"
+    direction_TE = torch.randn(40, E, dtype=torch.double, generator=generator)
+    over = [h_TD, *router.parameters()]
+    fast, slow = (
+        torch.autograd.grad((each * direction_TE).sum(), over, retain_graph=True) for each in (table_TE, expected_TE)
+    )
+    for ours, theirs in zip(fast, slow, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

@@ -95,6 +95,22 @@ def test_calibrated_thresholds_give_each_expert_the_load_of_training() -> None:
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [False, True, False, True]
 
 
+def test_a_calibration_is_for_the_capacities_of_the_last_step() -> None:
+    model = model_of()
+    routers = [layer.router for layer in model.moe_modules()]
+    for router in routers:
+        router.capacity_schedule = ((0, 1.0), (3, 0.5))
+    batches = [batch_of(0, 0, first, 1) for first in range(8)]
+    taken = []
+    for steps in (3, 4):
+        with choice_of_training(routers, steps):
+            wanted_E = loads(model, batches)[0]
+        calibrate(model, batches, group_of_modality=torch.tensor([0, 1]), world=None, steps=steps)
+        assert loads(model, batches)[0].tolist() == wanted_E.tolist()
+        taken.append(wanted_E.sum())
+    assert taken[1] < 0.7 * taken[0]
+
+
 @pytest.mark.parametrize("choice", ["rank", None])
 def test_calibrated_depths_compute_the_share_of_training(choice: str | None) -> None:
     """Layer 0 computes 0.3 of the tokens, and its experts choose among those; with experts that tokens choose it has the
