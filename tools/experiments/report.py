@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
+from tools.experiments.code_versions import short_name, tell_versions
 from tools.experiments.plots import draw
 from tools.experiments.results import read_header, read_records, results_path
 from tools.experiments.rules import EtaValue
@@ -76,6 +77,8 @@ def _section(
         f"`make reproduce-{study.name}` made it; raw records: {study.name}.jsonl.",
         "",
     ]
+    if versions := tell_versions(study, records):
+        lines += [versions, ""]
     by = "Load of text / image tokens, by"
     parts = {
         "Gates": _verdicts(study, judge_gates(study, records)),
@@ -318,8 +321,8 @@ def _spread(mine: Mapping[int, Mapping[str, Any]], metric: str, *, digits: int =
 
 
 def commits(records: Iterable[Mapping[str, Any]]) -> str:
-    codes = {(str(each["code"]["commit"])[:12], each["code"]["changed"]) for each in records}
-    return ", ".join(f"`{commit}`{' with changes' if changed else ''}" for commit, changed in sorted(codes))
+    codes = {(short_name(each["code"]), each["code"]["changed"]) for each in records}
+    return ", ".join(f"{code}{' with changes' if changed else ''}" for code, changed in sorted(codes))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
