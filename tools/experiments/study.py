@@ -27,6 +27,7 @@ ROOT = Path("runs/reproduce")
 RESULTS = Path("docs/reproductions")
 PILOT = "pilot"
 SHAPE = ("model.num_layers", "model.moe.every", "model.moe.first")  # keys that determine the number of MoE layers
+NOT_TESTABLE = "not_testable.yaml"  # file in the folder of the records: maps experiments to `Study.not_testable`
 VARIANT = "~"  # separates arm and variant in the run names of a pilot; not allowed in names of arms
 LEFT = 500  # number of training questions per task that only tune routers, and never train a base model
 
@@ -243,10 +244,21 @@ def load_study(path: Path) -> Study:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
     try:
         # Validated as JSON, in which a list is accepted for a tuple.
-        return Study.model_validate_json(json.dumps(values))
+        study = Study.model_validate_json(json.dumps(values))
     except ValidationError as error:
         problems = [f"{path}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         raise ConfigError(problems) from error
+    return study.model_copy(update={"not_testable": study.not_testable or _found_later(study)})
+
+
+def _found_later(study: Study) -> str:
+    """Returns why no rule can be judged, by NOT_TESTABLE; empty if the file does not name the experiment. A reason that is
+    found after the first run cannot stand in the experiment's file, which may not change any more."""
+    path = Path(study.records) / NOT_TESTABLE
+    values, problems = load_yaml(path.read_text()) if path.is_file() else ({}, [])
+    if problems or not isinstance(values, Mapping):
+        raise ConfigError([f"{path}: {problem}" for problem in problems or ["must map names of experiments to reasons"]])
+    return str(values.get(study.name, ""))
 
 
 def fingerprint(study_path: Path, study: Study) -> str:

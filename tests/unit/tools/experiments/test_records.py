@@ -12,7 +12,7 @@ from tests.support.messages import refused
 from tools.experiments.report import write_report
 from tools.experiments.results import add_record, check_rules, code_of_now, make_header, read_records, rounded
 from tools.experiments.rules import ValueRule
-from tools.experiments.study import Study, jobs_of, load_study
+from tools.experiments.study import Study, fingerprint, jobs_of, load_study
 from tools.experiments.verdict_figure import unit_of
 
 STUDY = """
@@ -189,6 +189,26 @@ def test_report_is_written_whatever_it_says_and_an_earlier_attempt_stays(study: 
     text = write_report(rules, page=page, results=results)
     assert text.startswith("not testable here: b is below a (no record yet of")
     assert page.read_text().startswith(once.rstrip()), "the earlier attempt stays"
+
+
+def test_a_reason_found_after_the_runs_leaves_the_rules_and_the_numbers(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    path.write_text(STUDY.replace("base: base.yaml", "base: base.yaml\nrecords: ."))
+    before = fingerprint(path, rules := load_study(path))
+    for arm, losses in (("a", (1.0, 1.1)), ("b", (1.2, 1.3))):
+        for seed, loss in enumerate(losses, 1):
+            add_record(Path("planted.jsonl"), make_header(path, rules, "a" * 40), record(arm, seed, loss))
+    assert write_report(rules).startswith("fail: b is below a +0.2000")
+    Path("not_testable.yaml").write_text("other: no\nplanted: gate of 3, has 2\n")
+    rules = load_study(path)
+    assert fingerprint(path, rules) == before
+    assert write_report(rules).startswith("not testable here: b is below a +0.2000")
+    assert "n = 2; asked: upper < 0 (gate of 3, has 2) | **not testable here** |" in Path("planted.md").read_text()
+    assert "not testable here" in Path("planted_verdicts.svg").read_text()
+    for text in ("planted: [", "- planted"):
+        Path("not_testable.yaml").write_text(text)
+        with refused(ConfigError, "not_testable.yaml"):
+            load_study(path)
 
 
 def test_eta_of_the_training_loss_has_a_table_where_records_have_one(study: tuple[Path, Study]) -> None:
