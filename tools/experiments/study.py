@@ -20,6 +20,8 @@ from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
+from tools.experiments.additions import FILE as ADDITIONS
+from tools.experiments.additions import read_additions
 from tools.experiments.rules import CONFIDENCE, ArmName, ArmValue, EtaValue, Part, ValueRule
 
 FOLDER = Path("configs/reproduce")
@@ -27,7 +29,6 @@ ROOT = Path("runs/reproduce")
 RESULTS = Path("docs/reproductions")
 PILOT = "pilot"
 SHAPE = ("model.num_layers", "model.moe.every", "model.moe.first")  # keys that determine the number of MoE layers
-NOT_TESTABLE = "not_testable.yaml"  # file in the folder of the records: maps experiments to `Study.not_testable`
 VARIANT = "~"  # separates arm and variant in the run names of a pilot; not allowed in names of arms
 LEFT = 500  # number of training questions per task that only tune routers, and never train a base model
 
@@ -142,6 +143,7 @@ class Study(Part):
     measure: MeasureSection = Field(default_factory=MeasureSection)
     runs: str = str(ROOT)  # folder of the runs
     records: str = str(RESULTS)  # folder of the records
+    names: dict[ArmName, str] = Field(default_factory=dict)  # short names of arms, for tables
     not_testable: str = ""  # why no rule can be judged on the study's runs; empty if rules can be judged
     arms: dict[ArmName, Arm] = Field(min_length=1)
     gates: tuple[ValueRule, ...] = ()  # rules that must hold, or no rule of `rules` can be judged; their arms run first
@@ -248,17 +250,12 @@ def load_study(path: Path) -> Study:
     except ValidationError as error:
         problems = [f"{path}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         raise ConfigError(problems) from error
-    return study.model_copy(update={"not_testable": study.not_testable or _found_later(study)})
-
-
-def _found_later(study: Study) -> str:
-    """Returns why no rule can be judged, by NOT_TESTABLE; empty if the file does not name the experiment. A reason that is
-    found after the first run cannot stand in the experiment's file, which may not change any more."""
-    path = Path(study.records) / NOT_TESTABLE
-    values, problems = load_yaml(path.read_text()) if path.is_file() else ({}, [])
-    if problems or not isinstance(values, Mapping):
-        raise ConfigError([f"{path}: {problem}" for problem in problems or ["must map names of experiments to reasons"]])
-    return str(values.get(study.name, ""))
+    added = read_additions(Path(study.records), study.name)
+    names = {**study.names, **added.names}
+    if unknown := sorted(set(names) - set(study.arms)):
+        where = f"{path} or {Path(study.records) / ADDITIONS}"
+        raise ConfigError(f"{where}: names of {study.name}: {', '.join(unknown)}: no such arm; correct or remove it")
+    return study.model_copy(update={"not_testable": study.not_testable or added.not_testable, "names": names})
 
 
 def fingerprint(study_path: Path, study: Study) -> str:
