@@ -63,7 +63,7 @@ def main(
         lock = asked.folder / ".lock"
         try:
             with FileLock(lock, timeout=0), StopRequest(STOP_SECONDS) as stop:
-                runner = Runner(asked.study_path, study, False, None, processes, lambda: stop.requested)
+                runner = Runner(asked.study_path, study, False, None, processes, lambda: stop.requested, same_code=True)
                 runner.run(jobs_of(study))
                 measure(study, asked.ranks, asked.folder, lambda: stop.requested)
         except Timeout as error:

@@ -106,7 +106,7 @@ def _run(path: Path, study: Study, jobs: list[StudyJob], *, pilot: bool, process
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0), StopRequest(STOP_SECONDS) as stop:
-            runner = Runner(path, study, pilot, rules, side_by_side=processes, stop_requested=lambda: stop.requested)
+            runner = Runner(path, study, pilot, rules, processes, lambda: stop.requested, same_code=study.committed_code)
             if study.gates and not pilot:
                 runner.run([job for job in jobs if job.label in study.gate_arms])
                 gates = judge_gates(study, read_records(results))

@@ -55,4 +55,5 @@ def _effect(verdict: Verdict) -> tuple[str, str, str]:
         return verdict.reason, "-", "-"
     sign = f"{found.mean:+.4g} [{found.lower:+.4g}, {found.upper:+.4g}]"
     margin = f"; margin {verdict.rule.margin:g}" if verdict.rule.margin else ""
-    return f"{sign}{margin}", unit_of(verdict.rule) or "-", str(found.n)
+    reason = f" ({verdict.reason})" if verdict.reason else ""
+    return f"{sign}{margin}{reason}", unit_of(verdict.rule) or "-", str(found.n)

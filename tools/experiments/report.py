@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
+from tools.experiments.code_versions import short_name, tell_versions
 from tools.experiments.plots import draw
 from tools.experiments.results import read_header, read_records, results_path
 from tools.experiments.rules import EtaValue
@@ -21,6 +22,7 @@ from tools.experiments.verdict_figure import draw_verdicts
 from tools.experiments.verdicts import Record, Records, Verdict, judge, judge_gates, number_at, numbers, of_arm, value_of
 
 CONSTANT = 0.05  # bins whose loads differ by no more are not shown
+SAME_ROWS = 0.02  # arms whose rows per token differ by no more are alike
 LOSSES = ("all", "text", "image", "image_no_filler")
 ROWS = {
     "rows_remote": "one row a (token, rank)",
@@ -76,6 +78,8 @@ def _section(
         f"`make reproduce-{study.name}` made it; raw records: {study.name}.jsonl.",
         "",
     ]
+    if versions := tell_versions(study, records):
+        lines += [versions, ""]
     by = "Load of text / image tokens, by"
     parts = {
         "Gates": _verdicts(study, judge_gates(study, records)),
@@ -106,6 +110,10 @@ def _picture(name: str) -> str:
 def _per_arm(study: Study, records: Records) -> list[tuple[str, dict[int, Record]]]:
     """Maps each arm that has records to the arm's records by seed."""
     return [(name, mine) for name in study.arms if (mine := of_arm(records, name))]
+
+
+def _label(study: Study, arm: str) -> str:
+    return f"{study.names[arm]} (`{arm}`)" if arm in study.names else f"`{arm}`"
 
 
 def _verdicts(study: Study, verdicts: Sequence[Verdict]) -> list[str]:
@@ -148,7 +156,8 @@ def _answers(study: Study, records: Records) -> list[str]:
         metrics["nats of an answer"] = "answers.nats"
     metrics |= {source: f"answers.by_source.{source}.accuracy" for source in sources}
     rows = [
-        [f"`{name}`", *(_spread(mine, metric) for metric in metrics.values())] for name, mine in _per_arm(study, records)
+        [_label(study, name), *(_spread(mine, metric) for metric in metrics.values())]
+        for name, mine in _per_arm(study, records)
     ]
     return table(["arm", *metrics], rows) if sources else []
 
@@ -162,7 +171,7 @@ def _domains(study: Study, records: Records) -> list[str]:
             for key in ("by_layer", "bits_by_layer"):
                 layers = zip(*(each["domains"][key] for each in mine.values()), strict=True)
                 cells.append(" ".join(f"{_mean(layer):.3f}" for layer in layers))
-            rows.append([f"`{name}`", *cells])
+            rows.append([_label(study, name), *cells])
     about = (
         "Share of held-out tokens whose domain (data source) a linear probe tells from the router's input; and bits that "
         "the expert with the largest weight tells of the domain, at the tokens before a scored one."
@@ -175,12 +184,12 @@ def _questions(study: Study, records: Records) -> list[str]:
     the labels."""
     tasks = _parts(records, "questions", "by_task")
     shown = (
-        ("questions", "accuracy", "`{}`"),
-        ("oracle", "before", "`{}`, the first questions"),
-        ("oracle", "accuracy", "`{}`, these with routing fitted to their labels"),
-        ("disturbed.questions", "accuracy", "`{}`, with disturbed routers"),
-        ("disturbed.oracle", "before", "`{}`, disturbed, the first questions"),
-        ("disturbed.oracle", "accuracy", "`{}`, disturbed, these with routing fitted to their labels"),
+        ("questions", "accuracy", "{}"),
+        ("oracle", "before", "{}, the first questions"),
+        ("oracle", "accuracy", "{}, these with routing fitted to their labels"),
+        ("disturbed.questions", "accuracy", "{}, with disturbed routers"),
+        ("disturbed.oracle", "before", "{}, disturbed, the first questions"),
+        ("disturbed.oracle", "accuracy", "{}, disturbed, these with routing fitted to their labels"),
     )
     rows = []
     for name, every in _per_arm(study, records):
@@ -188,7 +197,7 @@ def _questions(study: Study, records: Records) -> list[str]:
             if mine := {seed: record for seed, record in every.items() if number_at(record, f"{kind}.{value}") is not None}:
                 count = int(number_at(next(iter(mine.values())), f"{kind}.questions") or 0)
                 cells = [_spread(mine, f"{kind}.by_task.{task}.{value}", digits=3) for task in tasks]
-                rows.append([what.format(name), f"{count:,}", _spread(mine, f"{kind}.{value}"), *cells])
+                rows.append([what.format(_label(study, name)), f"{count:,}", _spread(mine, f"{kind}.{value}"), *cells])
     if not rows:
         return []
     by_first = study.measure.questions is not None and study.measure.questions.first_token
@@ -206,19 +215,26 @@ def _parts(records: Records, kind: str, by: str) -> list[str]:
 
 
 def _wire(study: Study, records: Records) -> list[str]:
+    """Returns a table of rows, without columns in which all arms are alike; empty if they are alike in all columns."""
     wire = study.measure.wire
+    means = {
+        _label(study, name): [_mean(each["wire"][key] for each in mine.values()) for key in ROWS]
+        for name, mine in _per_arm(study, records)
+        if any(each["wire"][key] for each in mine.values() for key in ROWS)
+    }
+    columns = dict(zip(ROWS.values(), zip(*means.values(), strict=True), strict=False))
+    shown = [what for what, column in columns.items() if max(column) - min(column) > SAME_ROWS]
+    alike = [f"{what}, {_mean(column):.2f}" for what, column in columns.items() if what not in shown]
+    if not shown:
+        return []
     lines = [
         "Rows sent in one forward, per token and layer. They are computed from the routing of the held-out tokens, for "
         f"EP = {wire.ep} and {wire.placement} experts: the rows of this system, and the rows of other dispatchers for the "
-        "same choices.",
+        "same choices." + (f" Alike in all arms: {'; '.join(alike)}." if alike else ""),
         "",
     ]
-    rows = [
-        [f"`{name}`", *(f"{_mean(each['wire'][key] for each in mine.values()):.3f}" for key in ROWS)]
-        for name, mine in _per_arm(study, records)
-        if any(each["wire"][key] for each in mine.values() for key in ROWS)
-    ]
-    return [*lines, *table(["arm", *ROWS.values()], rows)] if rows else []
+    rows = [[arm, *(f"{columns[what][place]:.3f}" for what in shown)] for place, arm in enumerate(means)]
+    return [*lines, *table(["arm", *shown], rows)]
 
 
 def _loads(study: Study, records: Records) -> list[str]:
@@ -231,7 +247,7 @@ def _loads(study: Study, records: Records) -> list[str]:
         metrics = [f"load.{by}.{kind}" for by in ("by_input", "by_label") for kind in kinds]
         cells = [_spread(mine, metric, digits=3, plain=True) for metric in metrics]
         layers = " ".join(f"{_mean(v):.2f}" for v in zip(*(e["load"]["by_layer"] for e in mine.values()), strict=True))
-        rows.append([f"`{name}`", layers, f"{_mean(each['load']['idle'] for each in mine.values()):.3f}", *cells])
+        rows.append([_label(study, name), layers, f"{_mean(each['load']['idle'] for each in mine.values()):.3f}", *cells])
     heads = [f"{kind.replace('_', ' ')} ({of})" for of in ("token", "next") for kind in kinds]
     return table(["arm", "by layer", "no expert", *heads], rows) if rows else []
 
@@ -247,7 +263,7 @@ def _probes(study: Study, records: Records) -> list[str]:
                     found.setdefault((kind, point["at"]), []).append((rise, point["load"]))
         for (kind, at), pairs in sorted(found.items()):
             rise, load = (_mean(values) for values in zip(*pairs, strict=True))
-            rows.append([f"`{name}`", kind, f"{at:g}", f"{load:.3f}", f"{rise:+.4f}"])
+            rows.append([_label(study, name), kind, f"{at:g}", f"{load:.3f}", f"{rise:+.4f}"])
     heads = ["arm", "change", "at", "true experts a token", "held-out loss over unchanged, nats"]
     return table(heads, rows) if rows else []
 
@@ -268,7 +284,7 @@ def _etas(study: Study, records: Records, loss: Literal["heldout", "training"]) 
                 # No mean is shown if the eta of any seed is unknown, because omitting this seed would bias the mean.
                 cells.append(_eta([log for log in logs if log is not None] if None not in logs else []))
         if name != dense and any(cell != "-" for cell in cells):
-            rows.append([f"`{name}`", *cells])
+            rows.append([_label(study, name), *cells])
     if loss == "training" and not rows:
         return []
     heads = [f"{part}, {cost}" for cost in ("FLOPs", "seconds") for part in ("all", "text", "image")]
@@ -303,7 +319,7 @@ def _bins(study: Study, records: Records, key: str) -> list[str]:
             cells.append(" / ".join(both))
         if not any(max(each) - min(each) > CONSTANT for each in loads.values() if each):
             continue
-        rows.append([f"`{name}`", *cells])
+        rows.append([_label(study, name), *cells])
     most = max(map(len, rows), default=0)
     heads = ["arm", *(f"bin {place}" for place in range(1, most))]
     return table(heads, [[*row, *["-"] * (most - len(row))] for row in rows]) if rows else []
@@ -318,8 +334,8 @@ def _spread(mine: Mapping[int, Mapping[str, Any]], metric: str, *, digits: int =
 
 
 def commits(records: Iterable[Mapping[str, Any]]) -> str:
-    codes = {(str(each["code"]["commit"])[:12], each["code"]["changed"]) for each in records}
-    return ", ".join(f"`{commit}`{' with changes' if changed else ''}" for commit, changed in sorted(codes))
+    codes = {(short_name(each["code"]), each["code"]["changed"]) for each in records}
+    return ", ".join(f"{code}{' with changes' if changed else ''}" for code, changed in sorted(codes))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import moe_dist
+from moe_dist.config.bundled import VERSION
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.provenance import code_state
@@ -36,18 +37,18 @@ def check_rules(path: Path, study_path: Path, study: Study) -> str:
             "coefficients), set it in the arms, and commit the file"
         )
     files = [str(study_path), study.base]
-    if _git("ls-files", "--error-unmatch", "--", *files) is None:
+    if run_git("ls-files", "--error-unmatch", "--", *files) is None:
         raise ConfigError(
             f"{' and '.join(files)} must be committed before runs that count: the rules come before the results; commit "
             "them, or run --pilot"
         )
-    if _git("diff", "--quiet", "HEAD", "--", *files) is None:
+    if run_git("diff", "--quiet", "HEAD", "--", *files) is None:
         raise ConfigError(
             f"{' or '.join(files)} differs from what is committed: the rules come before the results; commit the change, "
             "undo it, or run --pilot"
         )
     check_code(study)
-    commit = (_git("log", "-1", "--format=%H", "--", *files) or "").strip()
+    commit = (run_git("log", "-1", "--format=%H", "--", *files) or "").strip()
     header = read_header(path)
     if header is not None and header.get("fingerprint") != fingerprint(study_path, study):
         raise ConfigError(
@@ -105,12 +106,14 @@ def make_header(study_path: Path, study: Study, rules: str | None) -> dict[str, 
 
 def code_of_now() -> dict[str, Any]:
     """Returns the current commit, and "changed": true if the code differs from this commit or has new .py or .yaml files.
-    Files in docs/ do not count as code, because records are written into docs/."""
+    Files in docs/ do not count as code, because records are written into docs/. Without git also returns the "version" of
+    the package."""
     commit, diff, untracked = code_state(Path(moe_dist.__file__).parent)
     headers = re.findall(rb"^diff --git .*$", diff, re.MULTILINE)
     documents = re.compile(rb"diff --git a/docs/.* b/docs/.*")
     new = any(name.endswith((".py", ".yaml")) and not name.startswith("docs/") for name in untracked)
-    return {"commit": commit, "changed": new or any(not documents.fullmatch(each) for each in headers)}
+    version = {} if commit else {"version": VERSION}
+    return {"commit": commit, "changed": new or any(not documents.fullmatch(each) for each in headers), **version}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -130,7 +133,7 @@ def rounded(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.6g}"))
 
 
-def _git(*arguments: str) -> str | None:
+def run_git(*arguments: str) -> str | None:
     """Returns the output of a git command in this folder; None if the command failed."""
     try:
         done = subprocess.run(

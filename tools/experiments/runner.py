@@ -19,6 +19,7 @@ from typing import Any
 
 from moe_dist.errors import EXIT_DONE, ConfigError, DataError, MoeDistError, StoppedError
 from moe_dist.runtime.signals import child_of
+from tools.experiments.code_versions import check_same_code
 from tools.experiments.results import add_record, check_code, code_of_now, make_header, read_records, results_path
 from tools.experiments.study import Study, StudyJob, overrides_of, run_folder
 from tools.experiments.verdicts import Record
@@ -56,6 +57,7 @@ class Runner:
     rules: str | None  # commit of the rules, for the first line of the records
     side_by_side: int  # number of simultaneous ranks
     stop_requested: Callable[[], bool]
+    same_code: bool = False  # whether all records need the same version of the code
     _running: list[_Running] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ class Runner:
         Raises:
             StoppedError: a stop was requested; the running trainings have saved checkpoints.
             JobFailedError: a job failed; the other running trainings have saved checkpoints.
-            ConfigError: a job needs a record that none of the `jobs` makes.
+            ConfigError: a job needs a record that none of the `jobs` makes, or the code may not make records.
         """
         try:
             while not self.stop_requested():
@@ -97,13 +99,18 @@ class Runner:
         return [name for name in job.arm.needs if (name, job.seed) not in self._records]
 
     def _train(self, job: StudyJob) -> None:
-        if not self.pilot:
-            check_code(self.study)  # again, because code may have changed since the command started
+        self._check_code()  # before each run, because code may have changed since the command started
         measured = {
             key: _reach(self._records[value.arm, job.seed], value.metric, job) for key, value in job.arm.measured.items()
         }
         overrides = overrides_of(self.study, job, measured, pilot=self.pilot)
         self._launch(job, ["launchers.local", self.study.base, *overrides], training=True)
+
+    def _check_code(self) -> None:
+        if not self.pilot:
+            check_code(self.study)
+            if self.same_code:
+                check_same_code(self.study, self._records)
 
     def _measure(self, job: StudyJob) -> None:
         before = self._records[job.arm.after, job.seed] if job.arm.carry and job.arm.after else {}
@@ -148,6 +155,7 @@ class Runner:
                 self._keep(each.job)
 
     def _keep(self, job: StudyJob) -> None:
+        self._check_code()
         measured = json.loads((self._folder(job) / MEASURED).read_text())
         record = {"arm": job.label, "seed": job.seed, "code": code_of_now(), **measured}
         add_record(self._path, self._header, record)

@@ -20,6 +20,8 @@ from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
+from tools.experiments.additions import FILE as ADDITIONS
+from tools.experiments.additions import read_additions
 from tools.experiments.rules import CONFIDENCE, ArmName, ArmValue, EtaValue, Part, ValueRule
 
 FOLDER = Path("configs/reproduce")
@@ -143,6 +145,7 @@ class Study(Part):
     measure: MeasureSection = Field(default_factory=MeasureSection)
     runs: str = str(ROOT)  # folder of the runs
     records: str = str(RESULTS)  # folder of the records
+    names: dict[ArmName, str] = Field(default_factory=dict)  # short names of arms, for tables
     not_testable: str = ""  # why no rule can be judged on the study's runs; empty if rules can be judged
     arms: dict[ArmName, Arm] = Field(min_length=1)
     gates: tuple[ValueRule, ...] = ()  # rules that must hold, or no rule of `rules` can be judged; their arms run first
@@ -245,10 +248,16 @@ def load_study(path: Path) -> Study:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
     try:
         # Validated as JSON, in which a list is accepted for a tuple.
-        return Study.model_validate_json(json.dumps(values))
+        study = Study.model_validate_json(json.dumps(values))
     except ValidationError as error:
         problems = [f"{path}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         raise ConfigError(problems) from error
+    added = read_additions(Path(study.records), study.name)
+    names = {**study.names, **added.names}
+    if unknown := sorted(set(names) - set(study.arms)):
+        where = f"{path} or {Path(study.records) / ADDITIONS}"
+        raise ConfigError(f"{where}: names of {study.name}: {', '.join(unknown)}: no such arm; correct or remove it")
+    return study.model_copy(update={"not_testable": study.not_testable or added.not_testable, "names": names})
 
 
 def fingerprint(study_path: Path, study: Study) -> str:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"pass": "#0072B2", "fail": "#D55E00"}  # colours of Okabe and Ito, for colour-blind readers
-MARKERS = {"pass": "o", "fail": "X"}  # tell verdicts apart in print without colours, too
+# Colours of Okabe and Ito, for colour-blind readers.
+COLOURS = {"pass": "#0072B2", "fail": "#D55E00", "not testable here": "#000000"}
+MARKERS = {"pass": "o", "fail": "X", "not testable here": "d"}  # tell verdicts apart in print without colours, too
 FAINT = "#999999"
 FORMATS = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}  # values: entries left out, so that files repeat
 WIDTH, ROW_INCHES, LABEL_CHARACTERS = 8.0, 0.42, 46

@@ -9,7 +9,7 @@ by default 0.95, are
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -126,17 +126,17 @@ class Verdict:
 
     rule: ValueRule
     outcome: Outcome
-    paired: Paired | None = None  # statistics of the differences lower - higher; None if the rule is not testable
+    paired: Paired | None = None  # statistics of the differences lower - higher; None if they cannot be computed
     reason: str = ""  # why the rule is not testable
 
 
 def judge(study: Study, records: Records) -> list[Verdict]:
     """Judges each rule by the seeds that its arms have in common. A rule is not testable until all records of its arms
-    exist. If a gate fails, no rule is testable."""
-    reason = study.not_testable or failed_gates(judge_gates(study, records))
-    if reason:
-        return [Verdict(rule, "not testable here", reason=reason) for rule in study.rules]
-    return [_judge(study, rule, records) for rule in study.rules]
+    exist. If a gate fails, no rule is testable; the statistics of existing records stay in the verdicts."""
+    verdicts = [_judge(study, rule, records) for rule in study.rules]
+    if reason := study.not_testable or failed_gates(judge_gates(study, records)):
+        return [replace(verdict, outcome="not testable here", reason=reason) for verdict in verdicts]
+    return verdicts
 
 
 def judge_gates(study: Study, records: Records) -> list[Verdict]:
@@ -151,14 +151,15 @@ def failed_gates(gates: Sequence[Verdict]) -> str:
 
 
 def numbers(verdict: Verdict) -> str:
-    """Says the mean difference of a verdict, its bounds and the rule; or why there are none."""
+    """Says the mean difference of a verdict, its bounds and the rule; and why the rule is not testable."""
     if verdict.paired is None:
         return f"({verdict.reason})"
     found = verdict.paired
     asked = f"upper < {verdict.rule.margin:g}" if verdict.rule.by == "bound" else f"mean <= {verdict.rule.margin:g}"
     digits = "+.4f" if abs(found.mean) < LARGE else "+.4g"
     mean, lower, upper = (format(each, digits) for each in (found.mean, found.lower, found.upper))
-    return f"{mean} [{lower}, {upper}], n = {found.n}; asked: {asked}"
+    reason = f" ({verdict.reason})" if verdict.reason else ""
+    return f"{mean} [{lower}, {upper}], n = {found.n}; asked: {asked}{reason}"
 
 
 def _judge(study: Study, rule: ValueRule, records: Records) -> Verdict:

@@ -12,7 +12,7 @@ from tests.support.messages import refused
 from tools.experiments.report import write_report
 from tools.experiments.results import add_record, check_rules, code_of_now, make_header, read_records, rounded
 from tools.experiments.rules import ValueRule
-from tools.experiments.study import Study, jobs_of, load_study
+from tools.experiments.study import Study, fingerprint, jobs_of, load_study
 from tools.experiments.verdict_figure import unit_of
 
 STUDY = """
@@ -189,6 +189,46 @@ def test_report_is_written_whatever_it_says_and_an_earlier_attempt_stays(study: 
     text = write_report(rules, page=page, results=results)
     assert text.startswith("not testable here: b is below a (no record yet of")
     assert page.read_text().startswith(once.rstrip()), "the earlier attempt stays"
+
+
+def test_a_reason_found_after_the_runs_leaves_the_rules_and_the_numbers(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    path.write_text(STUDY.replace("base: base.yaml", "base: base.yaml\nrecords: ."))
+    before = fingerprint(path, rules := load_study(path))
+    for arm, losses in (("a", (1.0, 1.1)), ("b", (1.2, 1.3))):
+        for seed, loss in enumerate(losses, 1):
+            add_record(Path("planted.jsonl"), make_header(path, rules, "a" * 40), record(arm, seed, loss))
+    assert write_report(rules).startswith("fail: b is below a +0.2000")
+    Path("additions.yaml").write_text("planted: {not_testable: 'gate of 3, has 2', names: {b: below}}\n")
+    rules = load_study(path)
+    assert fingerprint(path, rules) == before
+    assert write_report(rules).startswith("not testable here: b is below a +0.2000")
+    assert "n = 2; asked: upper < 0 (gate of 3, has 2) | **not testable here** |" in Path("planted.md").read_text()
+    assert "not testable here" in Path("planted_verdicts.svg").read_text()
+    for text in ("planted: [", "- planted", "planted: {name: x}", "planted: {names: {c: x}}"):
+        Path("additions.yaml").write_text(text)
+        with refused(ConfigError, "additions.yaml"):
+            load_study(path)
+
+
+@pytest.mark.parametrize("rows", [1.0, 0.99, 0.5])
+def test_rows_on_the_wire_are_told_where_arms_differ(study: tuple[Path, Study], rows: float) -> None:
+    path, rules = study
+    rules = rules.model_copy(update={"names": {"b": "below"}})
+    results, page = Path("r.jsonl"), Path("page.md")
+    header = make_header(path, rules, "a" * 40)
+    wire = {**record("b", 1, 1.0)["wire"], "rows_remote": rows, "rows_topk": 1.01}
+    add_record(results, header, record("a", 1, 1.0))
+    add_record(results, header, {**record("b", 1, 1.0), "wire": wire})
+    write_report(rules, page=page, results=results)
+    text = page.read_text()
+    assert ("## Rows on the wire" in text) is (rows == 0.5)
+    if rows == 0.5:
+        table = text.partition("## Rows on the wire")[2].partition("##")[0]
+        alike = "one row a (token, expert), 1.00; naive top-k of the same k, 1.00; top-k at equal active experts, 1.00; "
+        assert f"Alike in all arms: {alike}nulls sent to true experts, 1.00." in table
+        lines = [line for line in table.splitlines() if line.startswith("|")]
+        assert lines == ["| arm | one row a (token, rank) |", "| --- | --- |", "| `a` | 1.000 |", "| below (`b`) | 0.500 |"]
 
 
 def test_eta_of_the_training_loss_has_a_table_where_records_have_one(study: tuple[Path, Study]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.messages import refused
 from tools.experiments.study import Study
-from tools.experiments.verdicts import at_equal_cost, cost_to_reach, judge, log_eta, on_lines, paired
+from tools.experiments.verdicts import at_equal_cost, cost_to_reach, judge, log_eta, numbers, on_lines, paired
 
 T_095_4 = 2.131846786  # tables of Student's t: one-sided 95 %, 4 degrees of freedom
 T_0975_4 = 2.776445105  # one-sided 97.5 %
@@ -185,6 +185,9 @@ def test_a_gate_that_was_not_passed_leaves_nothing_to_judge() -> None:
     study = study_of([NOT_WORSE]).model_copy(update={"not_testable": "the gap was 1 point"})
     verdict = judge(study, records_of(a=[1.0] * 5, b=[2.0] * 5))[0]
     assert (verdict.outcome, verdict.reason) == ("not testable here", "the gap was 1 point")
+    assert verdict.paired is not None
+    assert verdict.paired.mean == pytest.approx(-1.0)
+    assert numbers(verdict).startswith("-1.0000 [-1.0000, -1.0000], n = 5")
 
 
 GATE = {
