@@ -37,7 +37,7 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
         for cost, label in (("flops", "training FLOPs"), ("seconds", "seconds of training steps")):
             panels[f"loss_over_{cost}"] = _curves(study, records, cost, label)
     for key, what in (("answers", "documents"), ("questions", "questions")):
-        if any(key in record for record in records.values()):
+        if len({arm for (arm, _), record in records.items() if key in record}) > 1:  # one arm is compared with none
             label = f"held-out {what} answered right"
             panels[key] = [lambda axes, k=key, x=label: _accuracies(axes, study, records, k, x)]
     return [_figure(folder / f"{study.name}_{name}.png", *fill) for name, fill in panels.items()]

@@ -126,15 +126,11 @@ def _verdicts(study: Study, verdicts: Sequence[Verdict]) -> list[str]:
 
 def _arms(study: Study, records: Records) -> list[str]:
     rows = []
-    for name, arm in study.arms.items():
-        mine = of_arm(records, name)
-        if not mine:
-            rows.append([f"`{name}`", arm.about, "0", *["-"] * (len(LOSSES) + 4)])
-            continue
+    for name, mine in _per_arm(study, records):
         rows.append(
             [
                 f"`{name}`",
-                arm.about,
+                study.arms[name].about,
                 str(len(mine)),
                 *(_spread(mine, f"loss.{part}") for part in LOSSES),
                 _spread(mine, "load.all", digits=3),
@@ -144,7 +140,9 @@ def _arms(study: Study, records: Records) -> list[str]:
             ]
         )
     heads = ["arm", "what", "seeds", *(f"{part.replace('_', ' ')}, nats" for part in LOSSES)]
-    return table([*heads, "true experts a token", "TFLOP", "seconds", "tokens/s"], rows)
+    missing = [f"`{name}` ({arm.about})" for name, arm in study.arms.items() if not of_arm(records, name)]
+    lines = table([*heads, "true experts a token", "TFLOP", "seconds", "tokens/s"], rows)
+    return [*lines, "", f"Without a run: {'; '.join(missing)}."] if missing else lines
 
 
 def _answers(study: Study, records: Records) -> list[str]:
