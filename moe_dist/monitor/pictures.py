@@ -123,11 +123,9 @@ def _per_group_maps(sums: Mapping[str, np.ndarray], subject: Subject) -> Iterato
         ("capacity_used", "Capacity used", "busiest expert over an even share"),
     ):
         if name not in split:
-            if name == "experts_per_token":
-                top = max(group.top_k for group in groups)
-            else:
-                top = np.nanmax(metrics[name], initial=1.0)
-            yield name, metrics[name], float(top), title, caption
+            # Where experts choose, tokens may take more than top_k experts.
+            least = max(group.top_k for group in groups) if name == "experts_per_token" else 1
+            yield name, metrics[name], float(np.nanmax(metrics[name], initial=least)), title, caption
     if sums["dropped_LG"].any():
         pairs_LG = np.stack([choices.true_Ln.sum(1) for choices in group_choices(sums["choices_LC"], groups)], axis=1)
         share_LG = divide(sums["dropped_LG"], pairs_LG)

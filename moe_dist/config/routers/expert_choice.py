@@ -45,6 +45,9 @@ class ExpertChoiceRouterSection(RouterSection):
     def expert_capacity(self, top_k: int, num_experts: int, target: float | None = None) -> float | None:
         return self.capacity or top_k / num_experts
 
+    def most_columns(self, group: Any) -> int:
+        return group.num_experts  # each expert decides without the others
+
     def counts_unknown(self) -> str:
         if self.scope == "rank":
             return ""
