@@ -51,7 +51,7 @@ from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.train.build_dealing import build_dealing
 from moe_dist.train.build_dispatch import DispatchParts, NodeGroups, build_all_to_all
 from moe_dist.train.build_experts import EXPERTS, LayerParts, attention_adapters
-from moe_dist.train.build_routing import build_balance, build_scopes, depth_thresholds
+from moe_dist.train.build_routing import build_balance, build_scopes, build_targets, depth_thresholds
 from moe_dist.train.build_tuning import build_tuning
 from moe_dist.train.distillation import Distillation, Teacher, load_teacher, teacher_section
 from moe_dist.train.evaluation.compute_map import Mapper
@@ -400,7 +400,7 @@ class TrainingPlan:
         flops_per_token: Function that returns the FLOPs per token of forward and backward. The function's arguments map
             each group's name to the mean number of true (not null) experts per token, and to the group's fraction of all
             tokens.
-        active_target: By group: the number of true experts per token that a controller aims at.
+        active_target: By group: the function of `build_targets`.
         even_active: By group: the mean number of true experts per token with balanced routing. It has only the groups in
             which a controller or a null weight of the balance loss sets this number. In the other groups the number is
             top_k x true experts / all experts.
@@ -420,7 +420,7 @@ class TrainingPlan:
     flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
     peak_flops: float | None  # peak FLOPs per second, summed over all devices; None if unknown
     peak_source: str  # the configuration key, or the name of the card, that `peak_flops` comes from
-    active_target: Mapping[str, float]
+    active_target: Mapping[str, Callable[[int], float]]
     even_active: Mapping[str, float]
     checks: tuple[str, ...]  # names of the checks at the end of the run (evaluation.checks)
 
@@ -446,7 +446,7 @@ def build_plan(config: Config, manifest: Manifest, placement: ExpertPlacement, c
         save_every=config.checkpoint.every,
         max_skipped_in_a_row=config.train.max_skipped_in_a_row,
         flops_per_token=partial(model_flops_per_token, config=config),
-        active_target=config.model.moe.active_targets,
+        active_target=build_targets(config.model.moe, placement.groups),
         even_active=config.even_active,
         checks=config.evaluation.checks,
         peak_flops=None if peak is None else peak * 1e12 * config.parallel.ep * config.parallel.edp,
