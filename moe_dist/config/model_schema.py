@@ -146,6 +146,11 @@ class MoESection(Section):
         return {name: target for each in self.balance for name, target in each.targets.items()}
 
     @property
+    def most_columns(self) -> int:
+        """Largest number of columns that a token takes: the number of ids of each token and layer in a trace."""
+        return max(self.router.most_columns(group) for group in self.groups.values())
+
+    @property
     def no_task_gradient(self) -> bool:
         """Whether cross entropy gives no router a gradient, because each token chooses one expert, whose weight is
         normalised to 1."""

@@ -69,14 +69,10 @@ def needs_chosen_experts(key: str, config: WholeConfig, *, off: str = "null") ->
 
 def untraceable(config: WholeConfig) -> Iterator[tuple[str, str]]:
     """Yields (key, reason) for each property of a model that prevents recording the chosen experts of each token."""
-    moe = config.model.moe
-    if moe.router.experts_choose:
-        problem = f"needs a router in which tokens choose, and with {moe.router.name} experts choose"
-        yield "model.moe.router.kind", problem
     if config.model.mixture_of_depths is not None:
         problem = "needs the choices of all tokens, and the layers of model.mixture_of_depths route only some"
         yield "model.mixture_of_depths", problem
-    columns = sum(g.num_experts + g.num_null + g.num_zero_computation for g in moe.groups.values())
+    columns = sum(g.num_experts + g.num_null + g.num_zero_computation for g in config.model.moe.groups.values())
     if columns > MAX_TRACE_ID:
         problem = (
             f"ids are 16 bits wide, and model.moe.groups has {columns} columns (true, null, identity and constant experts)"

@@ -3,6 +3,7 @@
 The more cells a heat map has, the smaller its cells are: from 44 pixels, with the value written in the cell, to 7 pixels.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -219,12 +220,17 @@ def page(width: int, height: int, title: str, caption: str) -> tuple[Image.Image
 
 
 def draw_against_targets(
-    steps: Sequence[int], values: Mapping[str, Sequence[float]], targets: Mapping[str, float], *, title: str, caption: str
+    steps: Sequence[int],
+    values: Mapping[str, Sequence[float]],
+    targets: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    caption: str,
 ) -> np.ndarray:
-    """Draws for each name in `targets` the name's values over `steps` as a curve, and its target as a dashed line. A nan
-    leaves a gap. `steps` has at least one step, in rising order."""
+    """Draws for each name in `targets` the name's values over `steps` as a curve, and its targets as a dashed line, which
+    changes at a step with another target. A nan leaves a gap. `steps` has at least one step, in rising order."""
     image, canvas = page(WIDTH, TOP + HEIGHT + FOOT, title, caption)
-    known = np.array([*targets.values(), *(v for each in values.values() for v in each)], dtype=np.float64)
+    known = np.array([v for curves in (targets, values) for each in curves.values() for v in each], dtype=np.float64)
     low, high = float(np.nanmin(known)), float(np.nanmax(known))
     margin = 0.08 * (high - low) or 0.5  # the margin must not be 0 if all values are equal
     low, high = low - margin, high + margin
@@ -241,16 +247,18 @@ def draw_against_targets(
     canvas.line((LEFT, TOP, LEFT, TOP + HEIGHT, WIDTH - 170, TOP + HEIGHT), fill=GREY)
     for step in dict.fromkeys((first, steps[-1])):
         canvas.text((at(step, low)[0], TOP + HEIGHT + 8), f"step {step}", fill=INK, font=font(13), anchor="ma")
-    for index, (name, target) in enumerate(targets.items()):
+    for index, (name, aimed) in enumerate(targets.items()):
         shade = COLOURS[index % len(COLOURS)]
         for x in range(LEFT, WIDTH - 170, 12):
-            canvas.line((x, at(first, target)[1], x + 6, at(first, target)[1]), fill=shade)
+            step = first + (x - LEFT) / (WIDTH - LEFT - 170) * (last - first)
+            y = at(first, aimed[bisect_right(steps, step) - 1])[1]
+            canvas.line((x, y, x + 6, y), fill=shade)
         points = [None if np.isnan(v) else at(s, v) for s, v in zip(steps, values[name], strict=True)]  # None makes a gap
         for here, there in zip(points, [*points[1:], None], strict=True):
             if here is not None:
                 end = here if there is None else there
                 canvas.line((*here, *end), fill=shade, width=2)
                 canvas.ellipse((here[0] - 1, here[1] - 1, here[0] + 1, here[1] + 1), fill=shade)
-        label = f"{name}, target {target:g}"
+        label = f"{name}, target {aimed[-1]:g}"
         canvas.text((WIDTH - 160, TOP + 20 * index), label, fill=shade, font=font(13))
     return np.asarray(image)

@@ -39,9 +39,10 @@ class Record:
         busy_seconds_W: Seconds that each rank worked in the previous step, without waits; empty in the first step.
         memory_W3: MiB allocated, MiB reserved and retries of each rank's allocator (`train.step.largest_memory`); empty in
             the first step.
-        load: For each group with a load controller, true experts per token: the `target`, the mean over layers
+        load: For each group with a load controller, true experts per token: the step's `target`, the mean over layers
             (`achieved`), and the `lowest` and `highest` layer's number, all before a capacity drops pairs. A number is None
             if the group had no tokens.
+        target_G: float64, the targets in `load`; nan for a group without one.
         mixture_of_depths: Sums of the mixture-of-depths layers; None without such layers.
         levers: Decisions of the levers of `rank_balance` after this step.
     """
@@ -59,6 +60,7 @@ class Record:
     busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
     memory_W3: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
     load: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    target_G: np.ndarray = field(default_factory=lambda: np.zeros(0))
     mixture_of_depths: DepthStatistics | None = None
     levers: Sequence[LeverDecision] = ()
 
@@ -148,6 +150,7 @@ def build_record(
         busy_seconds_W=result.busy_seconds_W,
         memory_W3=result.memory_W3,
         load=active_against_target(counts.choices_LC, counts.tokens_LG, groups, stats.active_target),
+        target_G=np.array([stats.active_target.get(group.name, np.nan) for group in groups], np.float64),
         mixture_of_depths=depths,
         levers=stats.levers,
     )

@@ -5,7 +5,7 @@ Shape letters as in `metrics.py`.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,7 +23,6 @@ class Subject:
         groups: Expert groups, in the order of the columns of `Record.arrays`.
         moe_layers: Layer index of each MoE layer.
         num_modalities: Number of modalities of the data, which determines which scalars are split by group.
-        active_target: A load controller's target of true experts per token, by group.
         mixture_of_depths: True if some layers compute only a fraction of the tokens.
     """
 
@@ -31,7 +30,6 @@ class Subject:
     placement: ExpertPlacement
     moe_layers: tuple[int, ...]
     num_modalities: int
-    active_target: Mapping[str, float] = field(default_factory=dict)
     mixture_of_depths: bool = False
 
     def expert_axis(self, group: ExpertGroup) -> Axis:
@@ -61,13 +59,13 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
     for name, values_LG, top, title, caption in _per_group_maps(sums, subject):
         scale = linear_scale(f"{caption}, {steps}", top)
         yield f"moe/{name}", draw(values_LG, layers, by_group, scale=scale, title=title)
-    if subject.active_target:
-        target_G = np.array([subject.active_target.get(group.name, np.nan) for group in groups])
+    if "aimed_LG" in sums:  # the target may differ between steps, so that its mean is over tokens
+        target_LG = divide(sums["aimed_LG"], sums["tokens_LG"])
         chosen_LG = group_metrics(sums["choices_LC"], sums["tokens_LG"], groups)["experts_per_token"]
         scale = ratio_scale(f"true experts per token over the target, {steps}")
         yield (
             "moe/load_over_target",
-            draw(chosen_LG / target_G, layers, by_group, scale=scale, title="Load over its target"),
+            draw(chosen_LG / target_LG, layers, by_group, scale=scale, title="Load over its target"),
         )
     scale = linear_scale(f"entropy over the entropy of equal probabilities, {steps}", 1.0)
     entropy_LG = relative_entropy(sums["entropy_sum_LG"], sums["tokens_LG"], groups)
@@ -123,11 +121,9 @@ def _per_group_maps(sums: Mapping[str, np.ndarray], subject: Subject) -> Iterato
         ("capacity_used", "Capacity used", "busiest expert over an even share"),
     ):
         if name not in split:
-            if name == "experts_per_token":
-                top = max(group.top_k for group in groups)
-            else:
-                top = np.nanmax(metrics[name], initial=1.0)
-            yield name, metrics[name], float(top), title, caption
+            # Where experts choose, tokens may take more than top_k experts.
+            least = max(group.top_k for group in groups) if name == "experts_per_token" else 1
+            yield name, metrics[name], float(np.nanmax(metrics[name], initial=least)), title, caption
     if sums["dropped_LG"].any():
         pairs_LG = np.stack([choices.true_Ln.sum(1) for choices in group_choices(sums["choices_LC"], groups)], axis=1)
         share_LG = divide(sums["dropped_LG"], pairs_LG)

@@ -133,7 +133,7 @@ class StepStatistics:
         step_seconds: Wall time of the step.
         epochs: Number of passes over the training data of each modality so far.
         flops_per_token: Forward and backward FLOPs per token, for the measured experts per token; None if unknown.
-        active_target: True experts per token that a load controller aims at, by group.
+        active_target: True experts per token that a load controller aims at in this step, by group.
         levers: Decisions of the levers of `rank_balance` after this step.
     """
 

@@ -51,7 +51,7 @@ from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.train.build_dealing import build_dealing
 from moe_dist.train.build_dispatch import DispatchParts, NodeGroups, build_all_to_all
 from moe_dist.train.build_experts import EXPERTS, LayerParts, attention_adapters
-from moe_dist.train.build_routing import build_balance, build_scopes, depth_thresholds
+from moe_dist.train.build_routing import build_balance, build_scopes, build_targets, depth_thresholds
 from moe_dist.train.build_tuning import build_tuning
 from moe_dist.train.distillation import Distillation, Teacher, load_teacher, teacher_section
 from moe_dist.train.evaluation.compute_map import Mapper
@@ -367,7 +367,9 @@ def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: i
 def build_evaluator(config: Config, manifest: Manifest, training: Training, placement: ExpertPlacement) -> Evaluator:
     """Makes the held-out evaluation of the model in training."""
     section, folder, depths = config.monitor.compute_map, Path(config.data.path), config.model.mixture_of_depths
-    causal = (getattr(config.model.moe.router, "causal", None), None if depths is None else depths.causal)
+    router = config.model.moe.router
+    causal = (getattr(router, "causal", None), None if depths is None else depths.causal)
+    most = max(min(router.most_columns(group), group.num_experts) for group in placement.groups)
     return Evaluator(
         training.parallel.model,
         training.parallel.mesh,
@@ -383,9 +385,9 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
         group_of_modality=training.step.group_of_modality,
         measure_balance=config.evaluation.balance_efficiency and not config.model.moe.experts.replicated,
         ablate=config.evaluation.ablate_experts,
-        mapper=None if section is None else Mapper(folder, manifest, placement.groups, **section.model_dump()),
+        mapper=None if section is None else Mapper(folder, manifest, placement.groups, most=most, **section.model_dump()),
         layer_ranks=training.parallel.layer_ranks,
-        experts_choose=config.model.moe.router.experts_choose,
+        experts_choose=router.experts_choose,
         calibration=config.evaluation.calibration if "threshold" in causal else 0,
     )
 
@@ -398,7 +400,7 @@ class TrainingPlan:
         flops_per_token: Function that returns the FLOPs per token of forward and backward. The function's arguments map
             each group's name to the mean number of true (not null) experts per token, and to the group's fraction of all
             tokens.
-        active_target: By group: the number of true experts per token that a controller aims at.
+        active_target: By group: the function of `build_targets`.
         even_active: By group: the mean number of true experts per token with balanced routing. It has only the groups in
             which a controller or a null weight of the balance loss sets this number. In the other groups the number is
             top_k x true experts / all experts.
@@ -418,7 +420,7 @@ class TrainingPlan:
     flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
     peak_flops: float | None  # peak FLOPs per second, summed over all devices; None if unknown
     peak_source: str  # the configuration key, or the name of the card, that `peak_flops` comes from
-    active_target: Mapping[str, float]
+    active_target: Mapping[str, Callable[[int], float]]
     even_active: Mapping[str, float]
     checks: tuple[str, ...]  # names of the checks at the end of the run (evaluation.checks)
 
@@ -444,7 +446,7 @@ def build_plan(config: Config, manifest: Manifest, placement: ExpertPlacement, c
         save_every=config.checkpoint.every,
         max_skipped_in_a_row=config.train.max_skipped_in_a_row,
         flops_per_token=partial(model_flops_per_token, config=config),
-        active_target=config.model.moe.active_targets,
+        active_target=build_targets(config.model.moe, placement.groups),
         even_active=config.even_active,
         checks=config.evaluation.checks,
         peak_flops=None if peak is None else peak * 1e12 * config.parallel.ep * config.parallel.edp,

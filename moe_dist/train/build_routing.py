@@ -1,7 +1,8 @@
 """Makes routers, load controllers and selection scopes from the configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -14,7 +15,7 @@ from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.schema import Config
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.active_experts import ActiveExperts
-from moe_dist.moe.balance.controller import BiasController, Rule
+from moe_dist.moe.balance.controller import AimingRule, BiasController, Rule
 from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
@@ -74,7 +75,7 @@ def build_balance(
     Args:
         routers: The router of each MoE layer of the whole model; None for a layer that this rank does not have.
     """
-    rules = [CONTROLLERS[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
+    rules = _rules(section)
     if not rules:
         return None
     gates_LG = [
@@ -84,6 +85,21 @@ def build_balance(
         for router in routers
     ]
     return BiasController(gates_LG, groups, rules)  # pyright: ignore[reportArgumentType]
+
+
+def build_targets(section: MoESection, groups: Sequence[ExpertGroup]) -> dict[str, Callable[[int], float]]:
+    """Returns for each group with a target a function that maps a number of updates of the selection biases to the true
+    experts per token at which the next update aims."""
+    return {
+        group.name: partial(rule.target_at, group=group)
+        for each, rule in zip(section.balance, _rules(section), strict=True)
+        for group in groups
+        if group.name in each.targets and isinstance(rule, AimingRule)
+    }
+
+
+def _rules(section: MoESection) -> list[Rule]:
+    return [CONTROLLERS[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
 
 
 @dataclass

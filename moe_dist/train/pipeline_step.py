@@ -55,7 +55,7 @@ class PipelineModel:
         """Returns one report per MoE layer of the model with the expert choices of all tokens of a micro-batch; each TP, CP
         and PP rank has some of them. Collective over TP, CP and PP ranks: sums of 12 bytes per token, layer and choice."""
         groups, layers = self.gpt.groups, self.gpt.config.model.moe_layers
-        choices = max(group.top_k for group in self.gpt.place.placement.groups)
+        choices = self.gpt.config.model.moe.most_columns
         column_TLK = torch.zeros((tokens_BS.numel(), len(layers), choices), dtype=torch.int64, device=tokens_BS.device)
         weight_TLK = torch.zeros(column_TLK.shape, device=tokens_BS.device)
         for layer, (token_T, chosen) in self.watch.chosen[number].items():

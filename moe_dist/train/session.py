@@ -211,7 +211,6 @@ def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list
         placement,
         config.model.moe_layers,
         len(plan.manifest.modalities),
-        config.model.moe.active_targets,
         mixture_of_depths=config.model.mixture_of_depths is not None,
     )
     owed = progress.owes_evaluation(config.evaluation.every, config.train.steps)

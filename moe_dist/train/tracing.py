@@ -262,7 +262,7 @@ def _manifest(
     """Makes the manifest of a trace of this model. `fields` are the fields of `Manifest` that differ between traces."""
     return Manifest(
         layers=config.model.moe_layers,
-        choices=max(group.top_k for group in groups),
+        choices=config.model.moe.most_columns,
         groups=tuple(groups),
         rank_of_expert=tuple(rank_of_expert),
         modalities=tuple(data.modalities),

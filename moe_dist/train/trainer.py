@@ -171,6 +171,7 @@ class Trainer:
     def _show(
         self, result: StepResult, lr: float, aux: AuxSettings, seconds: float, levers: Sequence[LeverDecision]
     ) -> None:
+        updates = self.progress.step - 1 - (self.progress.skipped_steps - result.skipped)  # before this step
         stats = StepStatistics(
             result,
             step=self.progress.step,
@@ -181,7 +182,7 @@ class Trainer:
             step_seconds=seconds,
             epochs=self.loader.epochs(self.progress.position),
             flops_per_token=self._flops_per_token(result.counts) if self.plan.peak_flops is not None else None,
-            active_target=self.plan.active_target,
+            active_target={name: target_at(updates) for name, target_at in self.plan.active_target.items()},
             levers=levers,
         )
         record = build_record(

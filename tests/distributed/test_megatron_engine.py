@@ -179,6 +179,14 @@ def test_other_dispatchers_send_what_they_send_in_the_own_engine(
     assert [step["rows"] for step in found] == [step["rows"] for step in own]
 
 
+CHOICE: Mapping[str, Any] = {
+    "model.moe.router": {"kind": "expert_choice", "causal": "threshold", "capacity": 0.6},
+    "loss.balance.schedule": [[0, 0.0]],
+    "loss.z": 0.0,
+    **NO_NULLS,
+}
+
+
 class Choices:
     """Keeps what a trace would write of each micro-batch."""
 
@@ -205,9 +213,13 @@ def traced(rank: RankContext, data: str, changes: Mapping[str, Any]) -> list[tup
 
 
 @pytest.mark.parametrize(
-    ("world_size", "layout", "writer"),
-    [(4, {**ranks(2, 2), **megatron(tp=2, pp=2)}, 2), full(2, {**ranks(2), **megatron(cp=2)}, 0)],
-    ids=["tp2-pp2", "cp2"],
+    ("world_size", "layout", "writer", "changes"),
+    [
+        (4, {**ranks(2, 2), **megatron(tp=2, pp=2)}, 2, {}),
+        full(2, {**ranks(2), **megatron(cp=2)}, 0, {}),
+        full(4, {**ranks(2, 2), **megatron(tp=2, pp=2)}, 2, CHOICE),
+    ],
+    ids=["tp2-pp2", "cp2", "choice"],
 )
 def test_a_trace_has_every_token_once_with_its_choices(
     run_with_megatron: Callable[..., list[Any]],
@@ -216,9 +228,10 @@ def test_a_trace_has_every_token_once_with_its_choices(
     world_size: int,
     layout: Mapping[str, Any],
     writer: int,
+    changes: Mapping[str, Any],
 ) -> None:
-    expected = run_in_world(1, traced, str(tiny_data), ranks(1))[0]
-    found = run_with_megatron(world_size, traced, str(tiny_data), layout)
+    expected = run_in_world(1, traced, str(tiny_data), {**ranks(1), **changes})[0]
+    found = run_with_megatron(world_size, traced, str(tiny_data), {**layout, **changes})
     for rank, seen in enumerate(found):
         for (tokens, column, weight), (own_tokens, own_column, own_weight) in zip(seen, expected, strict=True):
             if rank != writer:

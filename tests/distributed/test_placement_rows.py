@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from moe_dist.comm.collectives import CommStats
@@ -11,7 +12,8 @@ from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.placement_rows import PlacementRows
 from moe_dist.train.step import TrainingStep
-from tests.support.layouts import SEQUENCES, Layout, batch_of, build, placement_of
+from tests.support.cover import full
+from tests.support.layouts import SEQUENCES, Layout, batch_of, build, placement_for, placement_of
 from tests.support.worlds import RankContext
 
 POLICIES = ("pinned", "interleaved", "uneven")
@@ -26,22 +28,24 @@ def one_step(rank: RankContext, layout: Layout) -> tuple[int, dict[str, int]]:
         split_parameters(parallel.model, weight_decay=0.1), backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8
     )
     step = TrainingStep(
-        parallel, optimizer, placement=placement_of(layout.placement, layout.ep), group_of_modality=[0, 1],
-        clip_norm=None, comm_stats=comm_stats,
+        parallel, optimizer, placement=placement_for(layout), group_of_modality=[0, 1],
+        clip_norm=None, comm_stats=comm_stats, needs_global_batch_info=layout.choice is not None,
     )  # fmt: skip
-    placements = {policy: placement_of(policy, layout.ep) for policy in POLICIES}
+    placements = {policy: placement_of(policy, layout.ep, layout.groups) for policy in POLICIES}
     counter = PlacementRows(placements, ep_rank=mesh.ep_rank, first=3, device=mesh.device)
     assert [counter.due(number) for number in (2, 3)] == [False, True]
     each = SEQUENCES // rank.world_size
     batches = [batch_of(0, micro, rank.rank * each, each) for micro in range(2)]
-    result = step(batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3), number=3, watchers=[counter])
+    aux = AuxSettings("null_averaged", balance=0.0 if layout.choice else 0.02, z=0.0 if layout.choice else 1e-3)
+    result = step(batches, lr=1e-2, aux=aux, number=3, watchers=[counter])
     return result.ledger["rows_remote"], counter.total(mesh.world, mesh.tracker)
 
 
-def test_counted_rows_are_sent_rows(run_in_world: Callable[..., list[Any]]) -> None:
+@pytest.mark.parametrize("choice", [None, full("rank")])
+def test_counted_rows_are_sent_rows(run_in_world: Callable[..., list[Any]], choice: str | None) -> None:
     sent, counted = {}, []
     for policy in POLICIES:
-        for rows, by_placement in run_in_world(2, one_step, Layout(2, 1, policy, recompute="block")):
+        for rows, by_placement in run_in_world(2, one_step, Layout(2, 1, policy, recompute="block", choice=choice)):
             sent[policy] = rows
             counted.append(by_placement)
     assert len(set(sent.values())) > 1, "the placements send different numbers of rows"

@@ -1,6 +1,7 @@
 """A small data set of one's own with pictures, captions, texts, tokenizer and codebook, and a run on it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,11 @@ def pictured_data(folder: Path) -> Path:
     return folder / "data"
 
 
-def pictured_run(data: Path, root: Path, *, max_seq_len: int = 96, **changes: Any) -> Path:
-    """Folder of a run of two steps on made-up gradients, with depths unless `changes` (of `OneRank`) say otherwise."""
+def pictured_run(
+    data: Path, root: Path, *, max_seq_len: int = 96, begin: Callable[[OneRank], None] | None = None, **changes: Any
+) -> Path:
+    """Folder of a run of two steps on made-up gradients, with depths unless `changes` (of `OneRank`) say otherwise. `begin`
+    may change the model before the steps."""
     options: dict[str, Any] = {
         "model__vocab_size": VOCAB,
         "model__max_seq_len": max_seq_len,
@@ -46,5 +50,7 @@ def pictured_run(data: Path, root: Path, *, max_seq_len: int = 96, **changes: An
     }
     with world_of_one():
         made = OneRank(data, root, **options)
+        if begin is not None:
+            begin(made)
         made.train_and_save()
     return made.folder.parent

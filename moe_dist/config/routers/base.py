@@ -107,6 +107,10 @@ class RouterSection(Section):
         columns. `target` is the number of true experts per token at which a controller aims."""
         return None
 
+    def most_columns(self, group: Any) -> int:
+        """Returns the largest number of columns that a token of a group takes."""
+        return group.top_k
+
     def active_range(self, group: Any) -> tuple[float, float]:
         """Returns the least and the largest mean number of true experts per token that a controller can reach."""
         others = group.num_null + group.num_zero_computation

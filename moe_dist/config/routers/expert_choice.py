@@ -76,6 +76,9 @@ class ExpertChoiceRouterSection(RouterSection):
     def violations(self) -> Iterator[Violation]:
         yield from unordered(self.capacity_schedule, "capacity_schedule")
 
+    def most_columns(self, group: Any) -> int:
+        return group.num_experts  # each expert decides without the others
+
     def counts_unknown(self) -> str:
         if self.scope == "rank":
             return ""

@@ -61,15 +61,20 @@ class ActiveExperts:
         self._last: dict[str, Tensor] = {}  # by group, the errors [L, n] of the last update; only with `proportional`
         self.target, self.rate, self.decay_steps, self.per = dict(target), rate, decay_steps, per
 
-    def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
-        """See `moe_dist.moe.balance.controller.Rule`."""
-        target = self.target.get(group.name)
-        if target is None:
-            return None
+    def target_at(self, step: int, group: ExpertGroup) -> float:
+        """See `moe_dist.moe.balance.controller.AimingRule`."""
+        target = self.target[group.name]
         target *= next(factor for first, factor in reversed(self.schedule) if first <= step)
         if step < self.ramp_steps:
             most = min(group.top_k, group.num_experts)
             target = most + (target - most) * step / self.ramp_steps
+        return target
+
+    def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
+        """See `moe_dist.moe.balance.controller.Rule`."""
+        if group.name not in self.target:
+            return None
+        target = self.target_at(step, group)
         mu = self.rate / (1.0 + (step / self.decay_steps if self.decay_steps is not None else 0.0))
         share_Ln = true_Ln / tokens_L1.clamp_min(1.0)
         if self.per == "group":

@@ -42,6 +42,15 @@ class Rule(Protocol):
 
 
 @runtime_checkable
+class AimingRule(Protocol):
+    """A rule that aims at a mean number of true experts per token."""
+
+    def target_at(self, step: int, group: ExpertGroup) -> float:
+        """Returns the number at which the update after `step` updates aims in a group to which the rule applies."""
+        ...
+
+
+@runtime_checkable
 class RememberingRule(Protocol):
     """A rule whose updates depend on the counts of earlier steps, and not only on the number of steps. Checkpoints save the
     rule's state."""

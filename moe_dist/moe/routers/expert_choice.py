@@ -33,6 +33,7 @@ from moe_dist.moe.routers.selection import (
     SelectionScope,
     by_token,
     counted_pairs,
+    recorded,
     token_pairs,
 )
 from moe_dist.moe.routers.top_k import GroupGate
@@ -177,7 +178,10 @@ class ExpertChoiceRouter(ChoosingRouter):
             if self.training and self.causal == "auxiliary":
                 terms_G = self._auxiliary_terms(h_TD, cache.choice.taken_TE, self._inside(group_T))
                 sums = sums._replace(auxiliary_G=terms_G)
-        return Routing(self._pairs(cache.choice, weight_TE, group_T, cache.batch_info if by_choice else None), sums)
+        pairs = self._pairs(cache.choice, weight_TE, group_T, cache.batch_info if by_choice else None)
+        if not cache.keep_choices:
+            return Routing(pairs, sums)
+        return Routing(pairs, sums, chosen=recorded(cache.choice.taken_TE, weight_TE, self.columns_GK[group_T]))
 
     def _inside(self, group_T: Tensor) -> Tensor:
         """Returns whether each token is of the expert's group, a temporary bool [T, E]."""

@@ -36,7 +36,7 @@ from moe_dist.comm.collectives import CommStats, from_host, sum_over
 from moe_dist.comm.names import CHOICE_LOGITS
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
 from moe_dist.moe.dispatch.rows import counting_order
-from moe_dist.moe.routing import ABSENT, Assignments, ExpertsChoice, GlobalBatchInfo
+from moe_dist.moe.routing import ABSENT, Assignments, ChosenColumns, ExpertsChoice, GlobalBatchInfo
 from moe_dist.placement.roles import Role
 
 ScopeKind = Literal["rank", "ep_group", "world"]
@@ -298,3 +298,13 @@ def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assi
         expert_N=torch.where(kept_TK, columns_TK, ABSENT).flatten(),
         weight_N=torch.where(kept_TK, weight_TE.gather(1, safe_TK), 0.0).flatten(),
     )
+
+
+@torch.no_grad()
+def recorded(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> ChosenColumns:
+    """Returns the experts that take each token, for a trace: up to K experts, the largest weight first, then ABSENT.
+    Arguments as in `token_pairs`. Costs a sort."""
+    pairs = token_pairs(taken_TE, weight_TE, columns_TK)
+    expert_TK, weight_TK = pairs.expert_N.view_as(columns_TK), pairs.weight_N.view_as(columns_TK)
+    order_TK = torch.where(expert_TK == ABSENT, -1.0, weight_TK).argsort(dim=1, descending=True, stable=True)
+    return ChosenColumns(expert_TK.gather(1, order_TK).to(torch.int16), weight_TK.gather(1, order_TK).to(torch.float16))

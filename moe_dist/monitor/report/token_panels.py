@@ -93,6 +93,7 @@ def compute_maps(subject: Subject, tokens: Tokens) -> str:
         return "<p>The trace has no token ids.</p>"
     experts_T = _true_experts(subject.routing, tokens).mean(1)
     most = max(min(group.top_k, group.num_experts) for group in subject.routing.groups)
+    most = max(most, experts_T.max())  # where experts choose, a token may take more than top_k
     scale = linear_scale("true experts a token, mean over the layers", float(most))
     legend = " ".join(_coloured(tick, scale.write(tick), scale) for tick in scale.ticks)
     pictures, texts = _runs(tokens)
@@ -110,11 +111,12 @@ def coactivation(subject: Subject, tokens: Tokens) -> str:
     scale = ratio_scale("how often a token takes both experts / how often it would if they were independent")
     for group in routing.groups:
         rows = _rows_of(tokens, routing, group)
-        if group.top_k < 2 or not rows.any() or group.num_experts < 2:
+        if not rows.any() or group.num_experts < 2:
             continue
         for layer, ids_TK in enumerate(tokens.ids_TLK[rows].transpose(1, 0, 2)):
-            lift_nn = numbers.together(numbers.taken(ids_TK, group))
-            if not np.isnan(lift_nn).all():
+            taken_Tn = numbers.taken(ids_TK, group)
+            if (taken_Tn.sum(1) > 1).any():
+                lift_nn = numbers.together(taken_Tn)
                 found.append((float(np.nanmax(lift_nn)), layer, group, int(np.nanargmax(lift_nn))))
     if not found:
         return "<p>No token takes two experts.</p>"

@@ -198,6 +198,8 @@ class Window:
         names = ("choices_LC", "tokens_LG", "dropped_LG", "weighted_rows_LR", "idle_LG")
         arrays = {name: record.arrays[name] for name in names if name in record.arrays}
         # Mean entropy x tokens. The nan of a group without tokens must not enter the sum.
+        if record.load:
+            arrays["aimed_LG"] = record.target_G * tokens_LG
         arrays["entropy_sum_LG"] = np.where(tokens_LG > 0, record.arrays["entropy_LG"] * tokens_LG, 0.0)
         self._sums = {name: self._sums.get(name, 0) + array for name, array in arrays.items()}
         self._steps.append(record.step)
@@ -208,12 +210,16 @@ class Window:
 
     def load_curves(self) -> np.ndarray | None:
         """Draws the true experts per token of each step, and the controller's targets; None without a controller."""
-        targets = {name: each["target"] or 0.0 for name, each in self._load[-1].items()} if self._load else {}
-        if not targets:
+        names = list(self._load[-1]) if self._load else []
+        if not names:
             return None
-        achieved = {name: [load.get(name, {}).get("achieved") for load in self._load] for name in targets}
-        values = {name: [math.nan if value is None else value for value in each] for name, each in achieved.items()}
+
+        def curves(key: str) -> dict[str, list[float]]:
+            found = {name: [load.get(name, {}).get(key) for load in self._load] for name in names}
+            return {name: [math.nan if value is None else value for value in each] for name, each in found.items()}
+
         caption = "mean over layers, each step; dashed: the target of the load controller"
+        values, targets = curves("achieved"), curves("target")
         return draw_against_targets(self._steps, values, targets, title="True experts per token", caption=caption)
 
     def depth_map(self) -> np.ndarray | None:

@@ -40,6 +40,7 @@ class Mapper:
     Attributes:
         sequences: Number of held-out sequences of each source that are routed.
         pictures, lines: Number of pictures, and of lines of text, that the map takes from rank 0's sequences.
+        most: Largest number of true experts that a token can take, the end of the colour scale.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Mapper:
     sequences: int
     pictures: int
     lines: int
+    most: int
     _codebook: np.ndarray | None = field(init=False)
     _tokenizer: Tokenizer | None = field(init=False)
 
@@ -85,7 +87,7 @@ class Mapper:
         drawn = _draw([each for pair in seen for each in _pictures(*pair, self.manifest)], self.pictures)
         return ComputeMap(
             mean=mean_by_kind(sums_2MF, names),
-            most=max(min(group.top_k, group.num_experts) for group in self.groups),
+            most=self.most,
             pictures=[MappedPicture(experts, empty, self._pixels(codes)) for codes, experts, empty in drawn],
             lines=self._lines(seen),
         )

@@ -93,13 +93,12 @@ def test_the_expert_axis_names_the_rank(subject: Subject) -> None:
 
 
 def test_the_load_over_its_target_by_hand(
-    groups: tuple[ExpertGroup, ...], subject: Subject, make_record: MakeRecord
+    groups: tuple[ExpertGroup, ...], subject: Subject, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A map of layers x groups and a curve, only where a controller holds a group."""
-    held = replace(subject, active_target={"image": 1.25})
-    record = make_record(3, active_target={"image": 1.25})
+    """A map of layers x groups and a curve, only where a controller holds a group: the target falls from 2.0 to 1.25."""
+    earlier, record = make_record(2, active_target={"image": 2.0}), make_record(3, active_target={"image": 1.25})
     window = Window()
-    window.add(make_record(2, active_target={"image": 1.25}))
+    window.add(earlier)
     window.add(record)
     curves = window.load_curves()
     assert curves is not None
@@ -107,16 +106,43 @@ def test_the_load_over_its_target_by_hand(
     assert curves.shape[2] == 3
     sums, words = window.take()
     assert window.load_curves() is None
-    pictures = dict(heat_maps(sums, held, words))
-    assert "moe/load_over_target" in pictures
-    assert "moe/load_over_target" not in dict(heat_maps(sums, subject, words))
+    drawn: dict[str, np.ndarray] = {}
+    monkeypatch.setattr(pictures, "draw", lambda values, *_, title, **__: drawn.update({title: values}))
+    assert "moe/load_over_target" in dict(heat_maps(sums, subject, words))
+    (true_L, tokens_L), (more_L, others_L) = (
+        (each.arrays["choices_LC"][:, 4:8].sum(1), each.arrays["tokens_LG"][:, 1]) for each in (earlier, record)
+    )
+    np.testing.assert_allclose(
+        drawn["Load over its target"][:, 1], (true_L + more_L) / (2.0 * tokens_L + 1.25 * others_L), rtol=1e-12
+    )
+    assert np.isnan(drawn["Load over its target"][:, 0]).all(), "no controller holds the text group"
     true_L = record.arrays["choices_LC"][:, 4:8].sum(1) / record.arrays["tokens_LG"][:, 1]
     assert record.load == {
         "image": {"target": 1.25, "achieved": true_L.mean(), "lowest": true_L.min(), "highest": true_L.max()}
     }
     window.add(make_record(4))
     assert window.load_curves() is None
+    sums, words = window.take()
+    assert "moe/load_over_target" not in dict(heat_maps(sums, subject, words))
     assert make_record(4).load == {}
+
+
+def test_the_scale_of_experts_per_token_has_room_for_more_than_top_k(
+    wide_record: Callable[..., tuple[Record, Subject]],
+) -> None:
+    """Where experts choose, a token may take more than top_k, which is 8: here four times as many choices a token."""
+    record, subject = wide_record(30, 2, 8)
+    window = Window()
+    window.add(record)
+    sums, _ = window.take()
+    tops = []
+    for tokens_LG in (sums["tokens_LG"], sums["tokens_LG"] / 4):
+        found = {
+            name: (values, top)
+            for name, values, top, *_ in pictures._per_group_maps({**sums, "tokens_LG": tokens_LG}, subject)
+        }
+        tops.append((float(found["experts_per_token"][0].max()), found["experts_per_token"][1]))
+    assert tops[0][0] <= tops[0][1] == 8.0 < tops[1][0] == tops[1][1]
 
 
 def test_a_curve_has_a_gap_where_there_was_no_token(make_record: MakeRecord) -> None:

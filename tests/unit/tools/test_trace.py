@@ -1,6 +1,7 @@
 """The trace of a trained run: its counts are those of the held-out evaluation; what cannot be traced is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,13 @@ from typer.testing import Result
 from moe_dist.data.batch import IGNORED
 from moe_dist.data.loader import heldout_batches
 from moe_dist.inference.loaded_run import find_trained
+from moe_dist.moe.routing import Assignments
 from moe_dist.monitor.trace.reader import read_trace
 from moe_dist.train.evaluation.heldout import heldout_losses
+from moe_dist.train.loss import forward
+from tests.support.cover import rest_full
 from tests.support.invoked import invoke
+from tests.support.one_rank import OneRank
 from tests.support.pictured import pictured_run
 from tools.trace import main
 
@@ -67,6 +72,77 @@ def test_the_counts_are_those_of_an_evaluation(run: Path) -> None:
     again = call(run)
     assert again.exit_code == 78
     assert "step_2: it exists, and a trace is never overwritten" in again.stderr
+
+
+def spread(one: OneRank) -> None:
+    """Routers whose choices differ between tokens: large rows, and thresholds that refuse about half of the tokens."""
+    for number, layer in enumerate(one.training.parallel.model.moe_modules()):
+        for parameter in layer.router.parameters():
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+        for name, buffer in layer.router.named_buffers():
+            if name.endswith("threshold"):
+                buffer.fill_(0.5)
+
+
+ROUTERS: dict[str, dict[str, Any]] = {
+    "expert_threshold": {"warmup_steps": 1},
+    "top_p": {},
+    "expert_choice": {"causal": "threshold"},
+    "relu": {},
+    "threshold": {},
+    "predicted_k": {},
+}
+
+
+@pytest.mark.parametrize("kind", rest_full(ROUTERS, keep=2))
+def test_each_token_has_its_own_number_of_experts(own_data: Path, tmp_path: Path, kind: str) -> None:
+    """Ids and weights are those of the (token, expert) pairs that the router gives to dispatch, token for token."""
+    choosing = kind.startswith("expert")
+    group = {"num_experts": 4, "num_null": 0 if choosing else 1, "top_k": 1 if choosing else 3, "ffn_dim": 8}
+    changes: dict[str, Any] = {
+        "model__mixture_of_depths": None,
+        "model__moe__router": {"kind": kind, **ROUTERS[kind]},
+        "model__moe__groups": {"text": group, "image": {**group, "num_experts": 2}},
+    }
+    if choosing:
+        changes |= {"loss__balance__schedule": [[0, 0.0]], "loss__z": 0.0}
+    run = pictured_run(own_data, tmp_path, begin=spread, **changes)
+    done = call(run, "--sequences", 3)
+    assert done.exit_code == 0, done.output
+    found = read_trace(run / "traces" / "step_2").step(2)
+    trained = find_trained(run)
+    model = trained.load(torch.device("cpu"))
+    pairs_L: list[list[Assignments]] = []
+    for layer in model.moe_modules():
+        pairs_L.append([])
+        layer.router.register_forward_hook(lambda *call, seen=pairs_L[-1]: seen.append(call[-1].assignments))
+    weights_TLE = []
+    for source in trained.manifest.sources:
+        shape: dict[str, Any] = {"seq_len": 96, "sequences": 3, "micro_batch": 2, "rank": 0, "world_size": 1}
+        for batch in heldout_batches(trained.config.data.path, trained.manifest, source=source, **shape):
+            with torch.no_grad():
+                forward(model, batch, torch.tensor(trained.group_of_modality))
+            real_T = ~batch.padding_BS.flatten()
+            weights_TLE.append(torch.stack([table(seen.pop(), len(real_T))[real_T] for seen in pairs_L], dim=1))
+    wanted_TLE = torch.cat(weights_TLE).to(torch.float16).numpy()
+    assert found.weights is not None
+    assert found.ids.shape == found.weights.shape == (*wanted_TLE.shape[:2], 4 if choosing else 3)
+    traced_TLE, (token, layer, place) = np.full_like(wanted_TLE, np.nan), ((found.ids >= 0) & (found.ids < 6)).nonzero()
+    traced_TLE[token, layer, found.ids[token, layer, place]] = found.weights[token, layer, place]
+    np.testing.assert_array_equal(traced_TLE, wanted_TLE)
+    assert not found.weights[(found.ids < 0) | (found.ids >= 6)].any()
+    assert (np.diff(np.where(found.ids < 0, -1.0, found.weights), axis=2) <= 0).all() or not choosing, "the best first"
+    numbers = np.unique((~np.isnan(wanted_TLE)).sum(2))
+    assert len(numbers) > 2, numbers
+    assert numbers[0] == 0 or kind == "top_p", "some token has no true expert"
+    assert not choosing or numbers[-1] > group["top_k"]
+
+
+def table(pairs: Assignments, num_tokens: int) -> torch.Tensor:
+    """Weight of each token's true experts [T, 6]; nan where the expert does not take the token."""
+    weight_TE, taken = torch.full((num_tokens, 6), torch.nan), pairs.taken()
+    weight_TE[taken.token_N, taken.expert_N] = taken.weight_N
+    return weight_TE
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train.build import build_loader, build_plan
 from moe_dist.train.step import TrainingStep
 from moe_dist.train.tracing import StepTracer, traced_steps
+from tests.support.cover import full
 from tests.support.messages import refused
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.tiny import tiny_config
@@ -131,9 +132,33 @@ def test_a_trace_costs_at_most_three_percent_of_a_step(
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"model.mixture_of_depths": {"capacity": 0.5}}, {"model.moe.router": {"kind": "expert_choice"}}],
+    "router", [{"kind": "expert_choice", "causal": "threshold"}, full({"kind": "expert_threshold", "warmup_steps": 1})]
 )
-def test_what_a_trace_cannot_store_is_refused(tiny_data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_trace_of_training_has_the_tokens_that_experts_chose(
+    tiny_data: Path, tmp_path: Path, router: dict[str, Any]
+) -> None:
+    """Up to all experts of a token's group, though top_k is 1."""
+    group = {"num_experts": 3, "top_k": 1, "ffn_dim": 16}
+    changes = {
+        "monitor.trace": {"every": 1},
+        "parallel.recompute": "block",
+        "model.moe.router": router,
+        "model.moe.groups": {"text": group, "image": {**group, "num_experts": 2}},
+        "loss.balance.schedule": [[0, 0.0]],
+    }
+    run = take_steps(tiny_data, tmp_path, changes)
+    for traced, (batches, result) in enumerate(run.steps, start=1):
+        found = run.trace.step(traced)
+        assert np.array_equal(found.choices(), result.counts.choices_LC)
+        idle = ((found.ids < 0).all(2) & (found.tokens["modality"] == 0)[:, None]).sum(0)
+        assert np.array_equal(idle, result.counts.unrouted_LG[:, 0])
+        assert idle.any()
+        assert np.array_equal(found.tokens["token"], real_tokens(batches, "tokens_BS"))
+        assert found.ids.shape[2] == 3
+        assert (found.ids >= 0).sum(2).max() > 1
+
+
+def test_what_a_trace_cannot_store_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"monitor.trace": {"every": 1}, "model.mixture_of_depths": {"capacity": 0.5}}
     with refused(ConfigError, "monitor.trace", golden=False):
-        check(tiny_config(tiny_data, tmp_path, {"monitor.trace": {"every": 1}, **changes}))
+        check(tiny_config(tiny_data, tmp_path, changes))

@@ -129,6 +129,7 @@ def test_the_target_falls_from_all_true_experts_in_a_line() -> None:
     group = ExpertGroup("text", 4, 2, 3, 5, 0, ("text",))
     rule = ActiveExperts({"text": 1.5}, rate=3.0 * 4, ramp_steps=3)
     for step, target in enumerate((3.0, 2.5, 2.0, 1.5, 1.5)):
+        assert rule.target_at(step, group) == pytest.approx(target)
         delta = rule.delta(group, torch.full((1, 4), (target - 1.0) / 4), torch.ones(1, 1), step)
         assert delta is not None
         torch.testing.assert_close(delta, torch.ones(1, 4))
@@ -140,6 +141,7 @@ def test_the_schedule_multiplies_the_target() -> None:
     deltas = [rule.delta(TEXT, true, tokens, step) for step in (0, 2, 3, 9)]
     by_hand = [1.5 / 12, 1.5 / 12, 0.0, 0.0]
     assert [float(each[0, 0]) for each in deltas if each is not None] == pytest.approx(by_hand)
+    assert [rule.target_at(step, TEXT) for step in (0, 2, 3, 9)] == [3.0, 3.0, 1.5, 1.5]
 
 
 def test_a_proportional_integral_controller_is_the_sum_of_errors_and_the_last_one() -> None:

@@ -1,6 +1,7 @@
 """Expert choice against the slow oracle: who takes whom, weights and gradients; ties, padding, empty groups, one token."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
 from moe_dist.moe.routers.selection import capacity_of_tokens
 from moe_dist.moe.routers.selection import choice_of_training as as_in_training
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
-from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, RoutingCache, RoutingRequest
+from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, Routing, RoutingCache, RoutingRequest
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import group_module
 from tests.reference.adaptive import expert_threshold
@@ -369,6 +370,59 @@ def test_a_choice_drawn_by_hand() -> None:
     router.gates()[1].threshold.copy_(torch.tensor([0.0, 0.0]).sigmoid())
     above = {(0, 0), *((token, 2) for token in (0, 1, 2, 4, 5)), (6, 4)}  # strictly above: 2 is not above 2
     assert pairs_of(router.eval(), table, group_T) == above
+
+
+def listed(routing: Routing, num_tokens: int, width: int) -> tuple[list[list[int]], list[list[float]]]:
+    """The slow `ChosenColumns`: experts and weights of each token's pairs, the largest weight first."""
+    found: list[list[tuple[float, int]]] = [[] for _ in range(num_tokens)]
+    pairs = routing.assignments.taken()
+    for token, expert, weight in zip(*(each.tolist() for each in pairs[:3]), strict=True):
+        found[token].append((-weight, expert))
+    rows = [[*sorted(row), *[(0.0, ABSENT)] * (width - len(row))] for row in found]
+    return [[expert for _, expert in row] for row in rows], [[-weight for weight, _ in row] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("options", "training"),
+    [
+        ({"capacity": 0.5, "known_counts": True}, True),
+        ({"capacity": 0.5, "noise": 1.0}, True),
+        ({"score": "softmax"}, False),
+        ({"causal": "auxiliary"}, False),
+        ({"warmup_steps": 1}, True),
+        ({"warmup_steps": 1}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+def test_a_recorded_token_has_its_own_experts_the_best_first(options: dict[str, Any], training: bool, tokens: int) -> None:
+    """Also tokens that no expert takes, padding, and a group with fewer experts than the largest."""
+    if "warmup_steps" in options:
+        router = ExpertThresholdRouter(D, GROUPS, **options).double()
+    else:
+        router = ExpertChoiceRouter(D, GROUPS, **{"causal": "threshold", **options}).double()
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(5))
+    for gate in router.gates():
+        gate.threshold.fill_(0.55)
+        gate.statistics.copy_(torch.tensor([[0.6], [9.0]]).expand_as(gate.statistics))
+    router.train(training)
+    h_TD = torch.randn(tokens, D, dtype=torch.double, generator=torch.Generator().manual_seed(4))
+    group_T = torch.arange(tokens) % 3 - 1  # every third token is padding
+    cache = RoutingCache(keep_choices=True, batch_info=batch_info_of(group_T) if training else None)
+    routing = router(h_TD, group_T, cache)
+    column_TK, weight_TK = listed(routing, tokens, width=4)
+    assert routing.chosen is not None
+    assert (routing.chosen.column_TK.dtype, routing.chosen.column_TK.shape) == (torch.int16, (tokens, 4))
+    assert routing.chosen.column_TK.tolist() == column_TK
+    assert routing.chosen.weight_TK.tolist() == torch.tensor(weight_TK, dtype=torch.float16).view(tokens, 4).tolist()
+    numbers = {
+        sum(expert != ABSENT for expert in row)
+        for row, group in zip(column_TK, group_T.tolist(), strict=True)
+        if group >= 0
+    }
+    assert tokens < 40 or min(numbers) == 0 < max(numbers), numbers
+    assert router(h_TD, group_T, replace(cache, keep_choices=False)).chosen is None
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])

@@ -10,8 +10,9 @@ from moe_dist.monitor.heatmaps import Axis, ratio_scale
 from moe_dist.monitor.report.drawing import heat, short
 from moe_dist.monitor.report.panels import drift, percentiles
 from moe_dist.monitor.report.routing import Routing, Subject, Tokens
-from moe_dist.monitor.report.token_panels import experts_a_token
+from moe_dist.monitor.report.token_panels import coactivation, compute_maps, experts_a_token
 from moe_dist.monitor.trace.foreign import NO_ID
+from tests.unit.monitor.conftest import draw_groups
 from tests.unit.monitor.report.conftest import draw_routing
 
 
@@ -70,6 +71,18 @@ def test_tokens_without_ids_are_not_compared() -> None:
     routing = draw_routing(tokens=90)
     nameless = replace(routing, tokens=replace(tokens_of(routing), token_T=np.full(90, NO_ID)))
     assert "with their ids" in drifted(nameless, {})
+
+
+def test_tokens_of_experts_that_choose_may_take_more_than_top_k() -> None:
+    """Groups of top_k 1 without nulls, whose tokens have four ids: all are shown, as where top_k is 4."""
+    plain = draw_groups(2, num_experts=8, num_null=0, top_k=4)
+    routing = draw_routing(plain)
+    placement = replace(routing.placement, groups=tuple(replace(group, top_k=1) for group in plain))
+    chosen = Subject(replace(routing, placement=placement), None, [], ())
+    assert coactivation(chosen) == coactivation(Subject(routing, None, [], ())) != "<p>No token takes two experts.</p>"
+    assert compute_maps(chosen) == compute_maps(Subject(routing, None, [], ()))
+    one = replace(tokens_of(routing), ids_TLK=tokens_of(routing).ids_TLK[:, :, :1])
+    assert coactivation(replace(chosen, routing=replace(routing, tokens=one))) == "<p>No token takes two experts.</p>"
 
 
 def test_experts_a_token_by_its_loss() -> None:

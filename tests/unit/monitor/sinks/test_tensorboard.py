@@ -110,7 +110,7 @@ def test_each_group_and_modality_has_a_colour_of_its_own(tmp_path: Path, subject
 
 
 def test_every_tag_has_its_description(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    sink = TensorBoardSink(folder=tmp_path, subject=replace(subject, active_target={"text": 1.5}), modalities=("text",))
+    sink = TensorBoardSink(folder=tmp_path, subject=subject, modalities=("text",))
     for step in (1, 2):
         sink.step(make_record(step, active_target={"text": 1.5}, dropped_LE=np.full((3, 8), 1)))
     result = EvaluationResult(2, {"text": 3.0}, {"text": 4}, {}, 0.5, 0.6, compute_map=MAP)
@@ -291,9 +291,8 @@ def test_use_after_close_is_an_error(tmp_path: Path, subject: Subject, make_reco
 
 
 def test_a_held_load_is_a_picture_beside_its_target(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    held = replace(subject, active_target={"text": 1.5})
     records = [make_record(step, active_target={"text": 1.5}) for step in (1, 2, 3)]
-    write(tmp_path, held, records)
+    write(tmp_path, subject, records)
     tags = read(tmp_path).Tags()
     assert {"moe/load_against_target", "moe/load_over_target"} <= set(tags["images"])
     assert len(curves(tmp_path)) <= MAX_SCALARS

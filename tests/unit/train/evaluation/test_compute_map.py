@@ -10,14 +10,13 @@ import torch
 
 from moe_dist.data.batch import Batch
 from moe_dist.data.loader import heldout_batches
-from moe_dist.errors import ConfigError
 from moe_dist.moe.routing import RoutingRequest
+from moe_dist.monitor.compute_map import console_text, draw_map
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
 from moe_dist.train.build import build_evaluator
 from moe_dist.train.evaluation.compute_map import mean_by_kind
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import forward
-from tests.support.messages import refused
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.tiny import BEGIN_IMAGE, FILLER_CODE, GRID, IMAGE_IDS, tiny_config
 
@@ -43,20 +42,25 @@ class Case(NamedTuple):
                 yield int(batch.tokens_BS[row, column]), float(experts[row, column])
 
 
-@pytest.fixture(scope="module")
-def case(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    changes = {"evaluation.balance_efficiency": False, "evaluation.ablate_experts": False}
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
     with world_of_one():
-        one = OneRank(tiny_data, tmp_path_factory.mktemp("runs"), **changes, **MAP)
-        plan = one.plan
-        evaluator = build_evaluator(plan.config, plan.manifest, one.training, plan.placement)
-        before = torch.get_rng_state()
-        evaluation = evaluator(0)
-        states = before, torch.get_rng_state()
-        evaluator.mapper, mapper = None, evaluator.mapper
-        without = evaluator(0)
-        evaluator.mapper = mapper
-        yield Case(evaluator, evaluation, without, states, list(by_hand(one)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def case(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    changes = {"evaluation.balance_efficiency": False, "evaluation.ablate_experts": False}
+    one = OneRank(tiny_data, tmp_path_factory.mktemp("runs"), **changes, **MAP)
+    plan = one.plan
+    evaluator = build_evaluator(plan.config, plan.manifest, one.training, plan.placement)
+    before = torch.get_rng_state()
+    evaluation = evaluator(0)
+    states = before, torch.get_rng_state()
+    evaluator.mapper, mapper = None, evaluator.mapper
+    without = evaluator(0)
+    evaluator.mapper = mapper
+    return Case(evaluator, evaluation, without, states, list(by_hand(one)))
 
 
 @torch.no_grad()
@@ -114,12 +118,32 @@ def test_the_map_changes_nothing_else_and_is_the_same_again(case: Case) -> None:
     assert (again.mean, again.lines) == (case.map.mean, case.map.lines)
 
 
-def test_a_model_whose_experts_choose_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+def test_the_map_of_experts_that_choose_has_up_to_all_experts(tiny_data: Path, tmp_path: Path) -> None:
+    """With top_k 1 a token may take three experts or none."""
     group = {"num_experts": 3, "top_k": 1, "ffn_dim": 16}
-    changes = {"model.moe.router": {"kind": "expert_choice", "causal": "threshold"}, **MAP}
-    changes["model.moe.groups"] = {"all": {**group, "modalities": ["text", "image"]}}
-    with refused(ConfigError, "monitor.compute_map"):
-        OneRank(tiny_data, tmp_path, **changes)
+    changes = {
+        "model.moe.router": {"kind": "expert_choice", "causal": "threshold"},
+        "model.moe.groups": {"all": {**group, "modalities": ["text", "image"]}},
+        "loss.balance.schedule": [[0, 0.0]],
+        **MAP,
+    }
+    one = OneRank(tiny_data, tmp_path, **changes)
+    for layer in one.training.parallel.model.moe_modules():
+        layer.router.gates()[0].threshold.fill_(0.5)  # pyright: ignore[reportCallIssue]
+    plan = one.plan
+    found = build_evaluator(plan.config, plan.manifest, one.training, plan.placement)(0).compute_map
+    experts = np.concatenate([experts[~batch.padding_BS.numpy()] for batch, experts in by_hand(one)])
+    assert found is not None
+    assert found.most == 3
+    assert (experts.min(), experts.max()) == (0.0, 3.0)
+    shown = {load for picture in found.pictures for load in picture.experts.ravel().tolist()}
+    shown |= {load for line in found.lines for _, load in line}
+    assert shown <= {*experts.tolist()}
+    assert min(shown) == 0.0
+    assert max(shown) > group["top_k"]
+    assert min(found.mean.values()) < experts.mean() < max(found.mean.values())
+    assert draw_map(found, title="").shape[2] == 3
+    assert "' ' 0 to '@' 3" in "\n".join(text.plain for text in console_text(found, 80))
     assert tiny_config(tiny_data, tmp_path).monitor.compute_map is None
 
 
