@@ -36,7 +36,7 @@ OFF_BUDGET = 0.05  # relative difference from the budget beyond which a method's
 BYTES = 4  # size of an fp32 number
 EXCHANGES = 4  # of each row: dispatch and combine, forward and backward
 COLOUR, FAINT = "#0072B2", "#999999"  # colours of Okabe and Ito, for colour-blind readers
-INCHES = (10.0, 4.0)
+INCHES = (10.0, 7.5)
 
 
 @dataclass(frozen=True)
@@ -176,28 +176,34 @@ def write_comparison(asked: Comparison, study: Study, records: Records) -> str:
 def _lines(asked: Comparison, study: Study, records: Records) -> list[str]:
     rows, times = [], read_rank_times(asked.folder)
     ranks = sorted({number for _, number in times})
+    exchanging = [number for number in ranks if number > 1]
     for name in asked.methods:
         mine = of_arm(records, name)
-        load = _mean(mine, "load.all")
-        off = load is not None and abs(load / asked.budget - 1.0) > OFF_BUDGET
         rows.append(
             [
                 f"`{name}`",
                 METHODS[name].about,
                 str(len(mine)),
-                f"{_text(load, 3)}{' (off budget)' if off else ''}",
+                _load(mine) + (" (off budget)" if _off_budget(asked, mine) else ""),
                 _text(_mean(mine, "load.by_input.text"), 2) + " / " + _text(_mean(mine, "load.by_input.image"), 2),
                 _text(_mean(mine, "loss.all"), 4),
                 _difference(asked, records, name, "loss.all", 4),
                 _text(_mean(mine, "accuracy.all", 100.0), 2),
                 _difference(asked, records, name, "accuracy.all", 2, 100.0),
+                _text(
+                    _mean({seed: {"each": each["flops"] / each["tokens"]} for seed, each in mine.items()}, "each", 1e-6), 2
+                ),
                 _text(_mean({seed: {"kb": _sent(study, each)} for seed, each in mine.items()}, "kb"), 2),
+                *(_text(time.kilobytes if (time := times.get((name, number))) else None, 2) for number in exchanging),
                 *(_seconds(times.get((name, number))) for number in ranks),
             ]
         )
     heads = [
-        "method", "what", "seeds", "true experts per token", "text / image", "loss, nats", f"less {asked.reference}",
-        "accuracy, %", f"less {asked.reference}", f"kB sent per token at EP {study.measure.wire.ep}",
+        "method", "what", "seeds", "true experts per token [lowest, highest seed]", "text / image",
+        "loss, nats", f"less {asked.reference}",
+        "accuracy, %", f"less {asked.reference}", "training MFLOP per token",
+        f"kB sent per held-out token at EP {study.measure.wire.ep}",
+        *(f"kB sent per token in training, EP {number}" for number in exchanging),
         *(f"seconds of a step, EP {number}" for number in ranks),
     ]  # fmt: skip
     code = f"code of {commits(records.values())}" if records else "no run is finished"
@@ -208,6 +214,16 @@ def _lines(asked: Comparison, study: Study, records: Records) -> list[str]:
         "",
         *table(heads, rows),
     ]
+
+
+def _load(mine: Mapping[int, Record]) -> str:
+    loads = [each["load"]["all"] for each in mine.values()]
+    return f"{sum(loads) / len(loads):.3f} [{min(loads):.3f}, {max(loads):.3f}]" if loads else "-"
+
+
+def _off_budget(asked: Comparison, mine: Mapping[int, Record]) -> bool:
+    load = _mean(mine, "load.all")
+    return load is not None and abs(load / asked.budget - 1.0) > OFF_BUDGET
 
 
 def _sent(study: Study, record: Record) -> float:
@@ -249,43 +265,67 @@ def _text(value: float | None, digits: int) -> str:
 
 
 def draw(asked: Comparison, records: Records, path: Path) -> list[Path]:
-    """Writes the figure in each format: for each method the differences of loss and accuracy with bounds, and the experts
-    per token. Each dot is a seed."""
+    """Writes the figure in each format: for each method the differences of loss and accuracy with bounds, the experts per
+    token of each seed, and the kB and seconds of each round on the most ranks, if these were measured. Methods off the
+    budget have hollow marks."""
     import matplotlib as mpl
     from matplotlib.figure import Figure  # import takes seconds; needs no window system
 
-    others = [name for name in asked.methods if name != asked.reference]
+    times = read_rank_times(asked.folder)
+    most = max((number for _, number in times), default=0)
+    rows = 2 if most else 1
     with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=INCHES, layout="constrained")
-        loss, accuracy, load = figure.subplots(1, 3, sharey=True)
-        _bounds(loss, asked, records, others, "loss.all", "held-out loss, nats", 1.0)
-        _bounds(accuracy, asked, records, others, "accuracy.all", "held-out accuracy, points", 100.0)
-        _loads(load, asked, records, others)
-        loss.set_yticks(range(len(others)), others)
-        loss.set_ylim(len(others) - 0.5, -0.5)  # the first method on top
-        figure.suptitle(f"{asked.budget:g} true experts per token; differences from {asked.reference}, paired by seed")
+        figure = Figure(figsize=(INCHES[0], INCHES[1] * rows / 2), layout="constrained")
+        panels = figure.subplots(rows, 3, squeeze=False)
+        loss, accuracy, load = panels[0]
+        _bounds(loss, asked, records, "loss.all", "held-out loss, nats", 1.0)
+        _bounds(accuracy, asked, records, "accuracy.all", "held-out accuracy, points", 100.0)
+        loads = {name: [each["load"]["all"] for each in of_arm(records, name).values()] for name in asked.methods}
+        _dots(load, asked, records, loads, "true experts per token (dashed: budget)")
+        load.axvline(asked.budget, color="black", linewidth=0.8, linestyle="--")
+        if most:
+            found = {name: times[name, most] for name in asked.methods if (name, most) in times}
+            kilobytes = {name: [time.kilobytes] for name, time in found.items()}
+            _dots(panels[1][0], asked, records, kilobytes, f"kB sent per token in training, EP {most}")
+            seconds = {name: time.seconds for name, time in found.items()}
+            _dots(panels[1][1], asked, records, seconds, f"seconds of a step, EP {most}")
+            panels[1][2].set_axis_off()
+        for left in (panels[0][1:], panels[1][1:] if most else []):
+            for axes in left:
+                axes.set_yticklabels([])
+        figure.suptitle(
+            f"{asked.budget:g} true experts per token; loss and accuracy less {asked.reference}'s, paired by seed; "
+            "hollow: off budget"
+        )
     return save(figure, path, dots=200)
 
 
-def _bounds(
-    axes: "Axes", asked: Comparison, records: Records, names: Sequence[str], metric: str, label: str, factor: float
-) -> None:
-    for place, name in enumerate(names):
-        seeds = differences(records, name, asked.reference, metric, factor)
-        axes.plot(seeds, [place] * len(seeds), ".", color=FAINT)
+def _fill(asked: Comparison, records: Records, name: str) -> str:
+    return "white" if _off_budget(asked, of_arm(records, name)) else COLOUR
+
+
+def _bounds(axes: "Axes", asked: Comparison, records: Records, metric: str, label: str, factor: float) -> None:
+    for place, name in enumerate(asked.methods):
         found = _paired(records, name, asked.reference, metric, factor)
         if found is not None:
+            seeds = differences(records, name, asked.reference, metric, factor)
+            axes.plot(seeds, [place] * len(seeds), ".", color=FAINT)
             reach = [[found.mean - found.lower], [found.upper - found.mean]]
-            axes.errorbar(found.mean, place, xerr=reach, fmt="o", color=COLOUR, capsize=3, markersize=5)
+            fill = _fill(asked, records, name)
+            axes.errorbar(found.mean, place, xerr=reach, fmt="o", color=COLOUR, mfc=fill, capsize=3, markersize=5)
     axes.axvline(0.0, color="black", linewidth=0.8)
+    _rows(axes, asked, label)
+
+
+def _dots(axes: "Axes", asked: Comparison, records: Records, values: Mapping[str, Sequence[float]], label: str) -> None:
+    for place, name in enumerate(asked.methods):
+        found = values.get(name, ())
+        axes.plot(found, [place] * len(found), "o", color=COLOUR, mfc=_fill(asked, records, name), markersize=4)
+    _rows(axes, asked, label)
+
+
+def _rows(axes: "Axes", asked: Comparison, label: str) -> None:
+    axes.set_yticks(range(len(asked.methods)), asked.methods)
+    axes.set_ylim(len(asked.methods) - 0.5, -0.5)  # the first method on top
     axes.set_xlabel(label)
-    axes.grid(axis="x", alpha=0.3)
-
-
-def _loads(axes: "Axes", asked: Comparison, records: Records, names: Sequence[str]) -> None:
-    for place, name in enumerate(names):
-        loads = [each["load"]["all"] for each in of_arm(records, name).values()]
-        axes.plot(loads, [place] * len(loads), "o", color=COLOUR, markersize=4)
-    axes.axvline(asked.budget, color="black", linewidth=0.8, linestyle="--")
-    axes.set_xlabel("true experts per token (dashed: budget)")
     axes.grid(axis="x", alpha=0.3)

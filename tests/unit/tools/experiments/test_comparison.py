@@ -41,6 +41,8 @@ def record(arm: str, seed: int, loss: float, load: float = 1.5) -> dict[str, Any
         "seed": seed,
         "code": {"commit": "c" * 40, "changed": False},
         "steps": 20,
+        "tokens": 10,
+        "flops": 3e7,
         "loss": {"all": loss},
         "accuracy": {"all": 0.25},
         "load": {"all": load, "by_input": {"text": load, "image": load}},
@@ -136,11 +138,11 @@ def test_table_and_figure_have_paired_differences_and_mark_what_is_off_the_budge
     # differences -.1 -.1 .2: mean 0, sd sqrt(.03), bound 2.92 sd / sqrt 3
     assert rows["adamoe"][7] == "+0.0000 [-0.2920, +0.2920]"
     assert rows["remoe"][7] == "+0.1000 [+0.1000, +0.1000]"
-    assert rows["remoe"][4] == "1.600 (off budget)"
+    assert rows["remoe"][4] == "1.600 [1.600, 1.600] (off budget)"
     assert rows["fixed"][6:8] == ["5.0000", "-"]
     # half a row x 2 layers x 32 numbers x 4 bytes x 4 exchanges
-    assert rows["fixed"][10:12] == ["0.51", "0.200 [0.100, 0.300]"]
-    assert rows["adamoe"][11] == "-"
+    assert rows["fixed"][10:14] == ["3.00", "0.51", "1.00", "0.200 [0.100, 0.300]"]
+    assert rows["adamoe"][12:14] == ["-", "-"]
     for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
         assert (one.folder / f"figure.{kind}").read_bytes().startswith(start)
     before = (one.folder / "figure.svg").read_bytes()
