@@ -52,7 +52,8 @@ class Teacher:
     teacher's expert group."""
 
     def __init__(self, model: nn.Module, group_of_modality: Tensor, *, divergence: Divergence = "forward") -> None:
-        self._model, self._group_of_modality, self._divergence = model, group_of_modality, divergence
+        self._model, self._group_of_modality = model, group_of_modality
+        self._divergence: Divergence = divergence
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutput:
