@@ -132,11 +132,20 @@ class DistillationSection(Section):
     either this key or teacher."""
     weight: Share = 1.0
     """Share of the KL divergence from the teacher in the loss. The rest is cross entropy."""
+    divergence: Literal["forward", "reverse"] = "forward"
+    """forward: KL(teacher || model). reverse: KL(model || teacher), only with teacher."""
 
     def violations(self) -> Iterator[Violation]:
         if (self.teacher is None) == (self.top_logits is None):
             problem = f"teacher={self.teacher!r}, top_logits={self.top_logits!r}: give one of the two, and only one"
             yield Violation(("teacher", "top_logits"), problem)
+        if self.divergence == "reverse" and self.top_logits is not None:
+            problem = (
+                f"divergence=reverse, top_logits={self.top_logits!r}: the reverse KL has the logarithm of the teacher's "
+                "probability of all words that are not kept, which may be rounding alone; set teacher in place of "
+                "top_logits, or divergence to forward"
+            )
+            yield Violation(("divergence", "top_logits"), problem)
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if config.router_tuning is not None:

@@ -1,20 +1,24 @@
 """Distillation: how far a model's distribution of the next token is from a teacher's (Hinton et al., arXiv 1503.02531, at
 temperature 1).
 
-    KL = sum over words v of p_v (log p_v - log q_v)        p: teacher, q: model
+    forward KL = sum over words v of p_v (log p_v - log q_v)        p: teacher, q: model
+    reverse KL = sum over words v of q_v (log q_v - log p_v)
 
 If only the K most likely words of the teacher are known, all other words count as one more word, with the remaining
-probability. The KL over K + 1 words is at most the KL over all words. Shape letters: B sequences, S positions, V
+probability. The forward KL over K + 1 words is at most the one over all words. Shape letters: B sequences, S positions, V
 vocabulary, K words per token.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.model.layers import token_losses
+
+Divergence = Literal["forward", "reverse"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class TeacherOutput:
 
     log_prob_BSK: Tensor  # fp32 (float64 for a float64 model)
     word_BSK: Tensor | None = None  # int64, K < V different words; None: all words in order (K = V)
+    divergence: Divergence = "forward"  # reverse only with all words
 
     def losses(self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> Tensor:
         """Returns cross entropies and divergences [2, B, S]; see `moe_dist.model.objective`."""
@@ -36,7 +41,8 @@ def divergences(logits_BSV: Tensor, teacher: TeacherOutput, labels_BS: Tensor) -
     dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
     log_q_BSV, log_p_BSK = logits_BSV.to(dtype).log_softmax(-1), teacher.log_prob_BSK.to(dtype)
     if teacher.word_BSK is None:
-        kl_BS = F.kl_div(log_q_BSV, log_p_BSK, reduction="none", log_target=True).sum(-1)
+        to_from = (log_q_BSV, log_p_BSK) if teacher.divergence == "forward" else (log_p_BSK, log_q_BSV)
+        kl_BS = F.kl_div(*to_from, reduction="none", log_target=True).sum(-1)
     else:
         p_BSK, log_q_BSK = log_p_BSK.exp(), log_q_BSV.gather(-1, teacher.word_BSK)
         rest_BS = (1.0 - p_BSK.sum(-1)).clamp_min(0.0)

@@ -295,7 +295,7 @@ def build_distillation(config: Config, manifest: Manifest, device: torch.device)
     teacher = build_for_inference(config.model_copy(update={"model": model}), placement, device)
     load_teacher(teacher, folder, placement)
     of_modality = torch.tensor(group_of_modality(manifest, placement), device=device)
-    return Distillation(Teacher(teacher, of_modality), weight=section.weight)
+    return Distillation(Teacher(teacher, of_modality, divergence=section.divergence), weight=section.weight)
 
 
 def build_optimizer(config: Config, model: Transformer) -> Optimizer:

@@ -1,6 +1,7 @@
 """The distillation term of a training step, and the teacher.
 
-    loss = (1 - weight) cross entropy + weight KL(teacher || model)       means over the labels of the step
+    loss = (1 - weight) cross entropy + weight KL       means over the labels of the step
+    KL = KL(teacher || model), or with the divergence `reverse` KL(model || teacher)
 
 Every rank holds the whole teacher, frozen and in evaluation mode, and runs the teacher on the rank's own tokens, or reads
 the teacher's output from a file (`top_logits.py`). Both ways need no collective.
@@ -23,7 +24,7 @@ from moe_dist.config.manifest import Manifest
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError
-from moe_dist.model.distillation import TeacherOutput
+from moe_dist.model.distillation import Divergence, TeacherOutput
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.loss import MicroLoss, forward
 
@@ -50,14 +51,16 @@ class Teacher:
     """A frozen model, of which this rank holds all weights. `group_of_modality` maps each modality to the index of the
     teacher's expert group."""
 
-    def __init__(self, model: nn.Module, group_of_modality: Tensor) -> None:
+    def __init__(self, model: nn.Module, group_of_modality: Tensor, *, divergence: Divergence = "forward") -> None:
         self._model, self._group_of_modality = model, group_of_modality
+        self._divergence: Divergence = divergence
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutput:
         """Runs the teacher on a micro-batch, which must be on the teacher's device."""
         logits_BSV, _ = forward(self._model, batch, self._group_of_modality)
-        return TeacherOutput(logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32)).log_softmax(-1))
+        log_prob_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32)).log_softmax(-1)
+        return TeacherOutput(log_prob_BSV, divergence=self._divergence)
 
 
 def teacher_section(path: str, student: ModelSection, manifest: Manifest, *, seq_len: int) -> tuple[Path, ModelSection]:

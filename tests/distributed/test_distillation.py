@@ -7,30 +7,30 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_dist.config.manifest import load_manifest
 from moe_dist.errors import ConfigError, MoeDistError
-from tests.distributed.test_starting_weights import AUX, PARTS, SEED, Run
+from moe_dist.train.build import build_plan
+from tests.distributed.test_starting_weights import AUX, PARTS, SEED, Run, groups
 from tests.support.cover import full
 from tests.support.layouts import Layout, Outcome, train
 from tests.support.outcomes import assert_same_tensors
 from tests.support.worlds import RankContext
 
 
-@pytest.fixture(scope="module")
-def one_rank(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
-    start = tmp_path_factory.mktemp("start")
-    return start, run_in_world(1, train, Layout(distilled=True), start)[0]
-
-
 @pytest.mark.parametrize(
     "layout",
-    [Layout(2, 1, "pinned", "fsdp2", "block", distilled=True), full(Layout(1, 2, distilled=True))],
+    [
+        Layout(2, 1, "pinned", "fsdp2", "block", distilled="forward"),
+        full(Layout(1, 2, distilled="forward")),
+        full(Layout(4, 1, "uneven", "ddp", "experts", distilled="forward")),
+        full(Layout(2, 2, "interleaved", "fsdp2", distilled="reverse")),
+    ],
     ids=str,
 )
-def test_ranks_equal_one_rank(
-    run_in_world: Callable[..., list[Any]], one_rank: tuple[Path, Outcome], layout: Layout
-) -> None:
+def test_ranks_equal_one_rank(run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout) -> None:
     """The KL, the gradients and three steps; the batches have prompts, padding, and a rank without a label."""
-    start, alone = one_rank
+    start = tmp_path
+    alone: Outcome = run_in_world(1, train, Layout(distilled=layout.distilled), start)[0]
     outcomes = run_in_world(layout.world_size, train, layout, start)
     for outcome in outcomes:
         for step, expected in zip(outcome.steps, alone.steps, strict=True):
@@ -101,6 +101,50 @@ def taught_from_it(rank: RankContext, data: Path, root: Path, changes: dict[str,
     student = Run(rank, data, root, "student", {"loss.distillation": {"teacher": str(root / "teacher")}, **changes})
     student.begin()
     return student.training.step(student.loader.batches(0), lr=1e-2, aux=AUX).auxiliary
+
+
+def mixture(rank: RankContext, data: Path, root: Path) -> None:
+    Run(rank, data, root, "mixture", {**groups((4, 0, 2), (2, 0, 1)), "parallel.ep": 1}).train_and_save(steps=16)
+
+
+def with_nulls(rank: RankContext, data: Path, root: Path, weight: float) -> list[tuple[float, float, float]]:
+    """Trains the mixture with copied null rows, `null_split` that wants fewer true experts, and itself as the teacher.
+    Returns of each step the KL to the teacher, the gradient norm and the true experts per token."""
+    changes = {
+        **groups((4, 4, 4), (2, 2, 2)),
+        "run.init_from": str(root / "mixture"),
+        "run.init_rules": ["copy_nulls"],
+        "loss.balance": {"kind": "null_split", "null_weight": {"text": 2.0, "image": 2.0}, "schedule": [[0, 1.0]]},
+        "loss.distillation": {"teacher": str(root / "mixture"), "weight": weight},
+        "train.micro_batch": 8 // rank.world_size,  # one a step, by whose tokens the balance loss is computed
+    }
+    run = Run(rank, data, root, f"student-{rank.world_size}-{weight}", changes)
+    run.begin()
+    plan = build_plan(run.config, load_manifest(data), run.training.step.placement)
+    told = []
+    for number in range(16):
+        step = run.training.step(run.loader.batches(8 * number), lr=1e-2, aux=plan.aux(number))
+        counts = step.counts
+        active = float(counts.choices_LC[:, :6].sum() / counts.tokens_LG.sum())
+        told.append((step.auxiliary / weight, step.grad_norm, active))
+    return told
+
+
+def test_null_experts_a_split_balance_loss_and_a_teacher_work_together(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
+) -> None:
+    """The chain of docs/adapt.md for mixtures: the student begins as its teacher, leaves it while the balance loss takes
+    experts away, and comes back. Without the KL in its loss it does not."""
+    run_in_world(1, mixture, tiny_data, tmp_path)
+    (alone,) = run_in_world(1, with_nulls, tiny_data, tmp_path, 0.7)
+    for of_rank in run_in_world(2, with_nulls, tiny_data, tmp_path, 0.7):
+        np.testing.assert_allclose(of_rank, alone, rtol=1e-5, atol=1e-7)
+    (untaught,) = run_in_world(1, with_nulls, tiny_data, tmp_path, 1e-9)
+    kl, active = [step[0] for step in alone], [step[2] for step in alone]
+    assert kl[0] < 1e-6
+    assert active[-1] < 0.8 * active[0]
+    assert kl[-1] < 0.5 * max(kl)
+    assert kl[-1] < 0.5 * untaught[-1][0]
 
 
 @pytest.mark.parametrize(

@@ -209,18 +209,20 @@ def test_auxiliary_terms_of_a_micro_batch_depend_on_how_a_step_is_cut(
             Layout(2, 2, "interleaved", null_logit="single", balance_loss="vanilla"),
             Layout(4, 1, "uneven", "ddp", "block", balance_loss="vanilla"),
             Layout(2, 1, "pinned", balance_loss="null_split"),
+            Layout(2, 1, "pinned", "fsdp2", balance_loss="weighted", null_weight=(2.0, 0.5), free=True),
             Layout(2, 1, "pinned", "fsdp2", "block", fixed=True),
             Layout(4, 1, "uneven", "ddp", "experts", fixed=True),
             Layout(2, 2, "interleaved", "fsdp2", fixed=True, overlap=True, chunks=2),
         ],
-        keep=2,
+        keep=3,
     ),
     ids=str,
 )
 def test_one_logit_for_all_nulls_the_other_losses_and_fixed_loads(
     run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout
 ) -> None:
-    alone = Layout(null_logit=layout.null_logit, balance_loss=layout.balance_loss, fixed=layout.fixed)
+    kept = ("null_logit", "balance_loss", "null_weight", "free", "fixed")
+    alone = Layout(**{name: getattr(layout, name) for name in kept})
     oracle: Outcome = run_in_world(1, train, alone, tmp_path)[0]
     outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
     for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):

@@ -54,8 +54,8 @@ class Run:
         self.resumable = Resumable(self.training, plan.placement, self.manager, self.config, plan.manifest)
         self.loader = build_loader(self.config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size)
 
-    def train_and_save(self) -> None:
-        for number in range(3):
+    def train_and_save(self, steps: int = 3) -> None:
+        for number in range(steps):
             self.training.step(self.loader.batches(8 * number), lr=1e-2, aux=AUX)
         self.resumable.restore()  # looks at the data
         self.resumable.save(Progress(step=3, position=24, tokens=100, evaluated=2), durable=True)

@@ -13,6 +13,7 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.model import compiled
+from moe_dist.model.distillation import Divergence
 from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.moe.balance.step_load import StepLoad
 from moe_dist.moe.losses import BalanceKind
@@ -88,7 +89,8 @@ class Layout:
     balance_scope: str = "micro_batch"
     fsdp_gather: str = "micro_batch"
     loss_words: int | None = None
-    distilled: bool = False  # seven tenths of the loss are the KL from a teacher of other weights
+    null_weight: tuple[float, ...] | None = None  # of the balance loss, by group
+    distilled: Divergence | None = None  # seven tenths of the loss are the KL of a teacher of other weights
     optimizer: str = "adamw"
     compiled: bool = False  # dense parts by torch.compile, without code generation
     tied: bool = False  # the output weight is the embedding's
@@ -133,7 +135,7 @@ class Layout:
         budget += f"-{self.optimizer}" if self.optimizer != "adamw" else ""
         budget += (f"-words{self.loss_words}" if self.loss_words else "") + ("-tied" if self.tied else "")
         budget += "-compiled" if self.compiled else ""
-        budget += "-distilled" if self.distilled else ""
+        budget += f"-distilled-{self.distilled}" if self.distilled else ""
         budget += (f"-{self.form}" if self.form else "") + ("-replicas" if self.replicas else "")
         budget += f"-{self.null_logit}-{self.balance_loss}" if self.balance_loss != "null_averaged" else ""
         budget += f"-over_step-parts{self.parts}" if self.balance_scope == "step" else ""
@@ -405,12 +407,13 @@ def build(layout: Layout, mesh: Mesh, comm_stats: CommStats, placement: ExpertPl
     return ParallelModel(model, mesh, layout.data, fsdp_gather=layout.fsdp_gather)  # pyright: ignore[reportArgumentType]
 
 
-def distillation() -> Distillation:
+def distillation(divergence: Divergence) -> Distillation:
     """The term of a teacher with the shape of the plain layout's model, whole on each rank."""
     placement = placement_of("interleaved", 1)
     teacher = build_model(config_of(Layout()), placement, ep_rank=0, ep_group=None, compute_dtype=torch.float64).double()
     initialise(teacher, placement, ep_rank=0, device=torch.device("cpu"), seed=7, std=0.3)
-    return Distillation(Teacher(teacher.requires_grad_(False).eval(), torch.tensor([0, 1])), weight=0.7)
+    frozen = teacher.requires_grad_(False).eval()
+    return Distillation(Teacher(frozen, torch.tensor([0, 1]), divergence=divergence), weight=0.7)
 
 
 def draw_second_matrices(model: nn.Module) -> None:
@@ -448,7 +451,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         comm_stats=comm_stats,
         controllers=[each for each in controllers if each is not None],
         needs_global_batch_info=layout.choice is not None or layout.fixed,
-        distillation=distillation() if layout.distilled else None,
+        distillation=distillation(layout.distilled) if layout.distilled else None,
         load=load,
     )
     if checkpoint is not None:
@@ -465,7 +468,8 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
 
     optimizer.register_step_pre_hook(keep_gradients)
     each = SEQUENCES // rank.world_size
-    aux = AuxSettings(kind=layout.balance_loss, balance=0.0 if layout.choice else 0.02, z=0.0 if layout.choice else 1e-3)
+    balance, z = (0.0, 0.0) if layout.choice else (0.02, 1e-3)
+    aux = AuxSettings(kind=layout.balance_loss, balance=balance, z=z, null_weight_G=layout.null_weight)
     results = []
     for number in range(STEPS):
         length = each // layout.parts

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from moe_dist.data.batch import IGNORED
-from moe_dist.model.distillation import TeacherOutput, divergences
+from moe_dist.model.distillation import Divergence, TeacherOutput, divergences
 
 B, S, V, K = 2, 3, 11, 4
 
 
-def reference(logits: Tensor, teacher: Tensor, labels: Tensor, words: list[list[list[int]]]) -> Tensor:
+def reference(
+    logits: Tensor, teacher: Tensor, labels: Tensor, words: list[list[list[int]]], divergence: Divergence
+) -> Tensor:
     """Word by word, in Python. Words outside of `words` are one word."""
     rows = []
     for b in range(B):
@@ -23,24 +25,29 @@ def reference(logits: Tensor, teacher: Tensor, labels: Tensor, words: list[list[
             outside = [v for v in range(V) if v not in inside]
             if outside:
                 pairs.append((sum(p[v] for v in outside), sum(q[v] for v in outside)))  # pyright: ignore
+            if divergence == "reverse":
+                pairs = [(q_v, p_v) for p_v, q_v in pairs]
             kl = sum(p_v * (p_v.log() - q_v.log()) for p_v, q_v in pairs)
             rows.append(kl if labels[b, s] >= 0 else 0.0 * q.sum())
     return torch.stack(rows).view(B, S)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("top", [False, True])
-def test_values_and_gradients(top: bool) -> None:
+@pytest.mark.parametrize(("top", "divergence"), [(False, "forward"), (True, "forward"), (False, "reverse")])
+def test_values_and_gradients(top: bool, divergence: Divergence) -> None:
     torch.manual_seed(0)
     logits = torch.randn(B, S, V, dtype=torch.float64, requires_grad=True)
     with_most_mass = 3 * torch.randn(B, S, V, dtype=torch.float64)
     labels = torch.tensor([[1, IGNORED, 3], [0, 2, IGNORED]])
     log_p = with_most_mass.log_softmax(-1)
     best = log_p.topk(K)
-    output = TeacherOutput(best.values, best.indices) if top else TeacherOutput(log_p)
+    output = TeacherOutput(best.values, best.indices) if top else TeacherOutput(log_p, divergence=divergence)
     words = best.indices.tolist() if top else [[list(range(V))] * S] * B
     gradient = torch.randn(B, S, dtype=torch.float64)
     results = []
-    for found in (divergences(logits, output, labels), reference(logits, with_most_mass, labels, words)):
+    for found in (
+        divergences(logits, output, labels),
+        reference(logits, with_most_mass, labels, words, divergence),
+    ):
         logits.grad = None
         (found * gradient).sum().backward()
         assert logits.grad is not None
@@ -59,7 +66,12 @@ def test_a_part_of_the_words_bounds_the_whole_and_extremes_stay_finite() -> None
     assert (divergences(logits, TeacherOutput(best.values, best.indices), labels) <= whole + 1e-6).all()
     sure = torch.full((1, 1, V), -200.0).index_fill(2, torch.tensor([2]), 200.0)  # all but one word have probability 0
     other = sure.flip(-1).requires_grad_()
-    for output in (TeacherOutput(sure.log_softmax(-1)), TeacherOutput(torch.zeros(1, 1, 1), torch.full((1, 1, 1), 2))):
+    for output in (
+        TeacherOutput(sure.log_softmax(-1)),
+        TeacherOutput(sure.log_softmax(-1), divergence="reverse"),
+        TeacherOutput(torch.zeros(1, 1, 1), torch.full((1, 1, 1), 2)),
+    ):
+        other.grad = None
         (kl,) = divergences(other, output, labels[:, :1]).flatten()
         kl.backward()
         assert math.isclose(float(kl.detach()), 400.0, rel_tol=1e-5)

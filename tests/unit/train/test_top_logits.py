@@ -110,3 +110,5 @@ def test_what_teach_cannot_do_is_refused(made: Path) -> None:
         assert text in done.output
     with pytest.raises(ValueError, match="give one of the two, and only one"):
         config(made, loss__distillation={})
+    with pytest.raises(ValueError, match="set teacher in place of top_logits, or divergence to forward"):
+        config(made, loss__distillation={"top_logits": str(made / "words"), "divergence": "reverse"})
