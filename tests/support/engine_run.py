@@ -47,7 +47,7 @@ def config_of(data: str | Path, root: str | Path, changes: Mapping[str, Any]) ->
 
 def megatron(**engine: Any) -> dict[str, Any]:
     """The change that selects Megatron-Core on a CPU."""
-    return {"engine": {"kind": "megatron", "cpu_trial": True, **engine}}
+    return {"engine": {"kind": "megatron", "cpu_trial": True, **engine}, "loss.balance.scope": "micro_batch"}
 
 
 @dataclass(frozen=True)

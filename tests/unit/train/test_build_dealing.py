@@ -45,13 +45,14 @@ def test_sequences_change_their_micro_batch_only_without_its_terms() -> None:
         assert dealing is not None
         return dealing.mix
 
-    off = [[0, 0.0]]
+    off: dict[str, Any] = {"loss__balance__schedule": [[0, 0.0]]}
+    alone: dict[str, Any] = {"loss__balance__scope": "micro_batch"}
     assert build_dealing(tiny_config(Path("none"), Path("runs")), ["text"]) is None
-    assert mix(loss__balance__schedule=off)
-    assert not mix()
-    assert mix(loss__balance__scope="step", loss__z=1e-3)
-    assert not mix(loss__balance__schedule=[[0, 0.0], [9, 0.1]])
-    assert not mix(loss__balance__schedule=off, loss__z=1e-3)
+    assert mix(loss__z=1e-3)  # loss.balance.scope=step
+    assert mix(**alone, **off)
+    assert not mix(**alone)
+    assert not mix(**alone, loss__balance__schedule=[[0, 0.0], [9, 0.1]])
+    assert not mix(**alone, **off, loss__z=1e-3)
 
 
 def test_the_dealing_is_shown_in_few_steps() -> None:

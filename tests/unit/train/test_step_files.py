@@ -45,7 +45,8 @@ def files_entered(action: Callable[[], Any]) -> set[str]:
 def step_of(tiny_data: Path, tmp_path: Path) -> Any:
     """One step of a run of the default router, dispatcher and sinks on one rank."""
     changes: dict[str, Any] = {
-        "monitor.sinks": [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}]
+        "loss.balance.scope": "micro_batch",  # as in the default job
+        "monitor.sinks": [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}],
     }
     with world_of_one():
         one = OneRank(tiny_data, tmp_path, **changes)
