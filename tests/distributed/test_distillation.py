@@ -114,7 +114,12 @@ def with_nulls(rank: RankContext, data: Path, root: Path, weight: float) -> list
         **groups((4, 4, 4), (2, 2, 2)),
         "run.init_from": str(root / "mixture"),
         "run.init_rules": ["copy_nulls"],
-        "loss.balance": {"kind": "null_split", "null_weight": {"text": 2.0, "image": 2.0}, "schedule": [[0, 1.0]]},
+        "loss.balance": {
+            "kind": "null_split",
+            "scope": "micro_batch",
+            "null_weight": {"text": 2.0, "image": 2.0},
+            "schedule": [[0, 1.0]],
+        },
         "loss.distillation": {"teacher": str(root / "mixture"), "weight": weight},
         "train.micro_batch": 8 // rank.world_size,  # one a step, by whose tokens the balance loss is computed
     }
