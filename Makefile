@@ -113,7 +113,7 @@ test-browser: $(INSTALLED)  ## Open reports in a headless Chromium
 	@$(TEST) -m "" tests/browser
 
 # The screenshots of docs/images are those of the runs `default` and `sick`, which are trained if they are not there.
-SICK := train.steps=200 "loss.balance={schedule: [[0, 0.0]]}" "model.moe.capacity={factor: 1.0}" \
+SICK := train.steps=200 "loss.balance={scope: micro_batch, schedule: [[0, 0.0]]}" "model.moe.capacity={factor: 1.0}" \
   "monitor.trace={every: 20, tokens: 4096}" evaluation.every=100000
 pictures: $(INSTALLED) data  ## Take the screenshots of docs/images from runs/default and a sick run
 	@test -f runs/default/compute_map.png || $(BIN)/python -m launchers.local $(CONFIG)

@@ -18,6 +18,7 @@ from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.signals import StopRequest
+from tools.experiments.code_versions import check_same_code
 from tools.experiments.comparison import Comparison, make_study, write_comparison
 from tools.experiments.methods import METHODS
 from tools.experiments.rank_seconds import measure
@@ -65,6 +66,7 @@ def main(
             with FileLock(lock, timeout=0), StopRequest(STOP_SECONDS) as stop:
                 runner = Runner(asked.study_path, study, False, None, processes, lambda: stop.requested, same_code=True)
                 runner.run(jobs_of(study))
+                check_same_code(study, read_records(records))
                 measure(study, asked.ranks, asked.folder, lambda: stop.requested)
         except Timeout as error:
             raise ConfigError(f"{lock} is held: another process (not {os.getpid()}) runs it; wait for it") from error

@@ -181,7 +181,7 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     if pattern := next((m.pattern for m in metadata if getattr(m, "pattern", None)), None):
         return pattern_text(pattern)
     if members := members_of(annotation):
-        return " or ".join(map(type_text, members.values()))
+        return "; or ".join(map(type_text, members.values()))
     words = {bool: "true or false", int: "whole number", float: "number", str: "text"}
     return words.get(annotation, str(annotation)) + _bounds(metadata, whole=annotation is int)
 

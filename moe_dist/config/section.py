@@ -108,7 +108,10 @@ def unordered(schedule: Iterable[tuple[int, float]], key: str = "schedule") -> I
     """Yields a violation unless the first steps of a schedule begin at 0 and rise."""
     starts = [start for start, _ in schedule]
     if starts[:1] != [0] or starts != sorted(set(starts)):
-        yield Violation((key,), f"{key} must start at step 0 and rise, got first steps {starts}")
+        problem = (
+            f"{key} must start at step 0 and rise, got first steps {starts}; begin with step 0, and let each later pair "
+        )
+        yield Violation((key,), problem + "have a later step")
 
 
 def unknown_name(what: str, name: str, names: Iterable[str]) -> str:

@@ -369,7 +369,6 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
     section, folder, depths = config.monitor.compute_map, Path(config.data.path), config.model.mixture_of_depths
     router = config.model.moe.router
     causal = (getattr(router, "causal", None), None if depths is None else depths.causal)
-    most = max(min(router.most_columns(group), group.num_experts) for group in placement.groups)
     return Evaluator(
         training.parallel.model,
         training.parallel.mesh,
@@ -385,7 +384,7 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
         group_of_modality=training.step.group_of_modality,
         measure_balance=config.evaluation.balance_efficiency and not config.model.moe.experts.replicated,
         ablate=config.evaluation.ablate_experts,
-        mapper=None if section is None else Mapper(folder, manifest, placement.groups, most=most, **section.model_dump()),
+        mapper=None if section is None else Mapper(folder, manifest, placement.groups, **section.model_dump()),
         layer_ranks=training.parallel.layer_ranks,
         experts_choose=router.experts_choose,
         calibration=config.evaluation.calibration if "threshold" in causal else 0,

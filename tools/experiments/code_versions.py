@@ -23,7 +23,7 @@ def check_same_code(study: Study, records: Records) -> None:
     """Raises ConfigError if the code of now is of another version than the code of a record."""
     now = code_of_now()
     for old in {name_of(record["code"]): record["code"] for record in records.values()}.values():
-        if name_of(old) != name_of(now) and (reason := _difference(old, now)):
+        if reason := _difference(old, now):
             path = results_path(study, pilot=False)
             raise ConfigError(
                 f"{path} has records of {name_of(old)}, and the code is now {name_of(now)}: {reason}. Records of one "
@@ -34,6 +34,10 @@ def check_same_code(study: Study, records: Records) -> None:
 
 def _difference(old: Code, now: Code) -> str:
     """Says in what two versions differ; empty if they do not."""
+    if old["changed"] != now["changed"]:
+        return "one of them has uncommitted changes"
+    if name_of(old) == name_of(now):
+        return ""
     if not (old["commit"] and now["commit"]):
         return "these are two versions"
     before, after = _contents(old), _contents(now)
@@ -46,7 +50,10 @@ def _difference(old: Code, now: Code) -> str:
 def _way_out(old: Code, path: Path, runs: Path) -> str:
     if not old["commit"]:
         return f"install {name_of(old)} to go on"
-    return f"go on in a worktree of that commit (git worktree add FOLDER {old['commit']}; copy {path} and {runs} into it)"
+    return (
+        f"go on in a worktree of that commit (git worktree add FOLDER {old['commit']}; copy {path}, {runs} and .cache to "
+        "the same places there, and start python -m tools.compare_methods or tools.experiments in that folder)"
+    )
 
 
 def tell_versions(study: Study, records: Records) -> str:

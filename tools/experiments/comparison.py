@@ -283,15 +283,17 @@ def draw(asked: Comparison, records: Records, path: Path) -> list[Path]:
         loads = {name: [each["load"]["all"] for each in of_arm(records, name).values()] for name in asked.methods}
         _dots(load, asked, records, loads, "true experts per token (dashed: budget)")
         load.axvline(asked.budget, color="black", linewidth=0.8, linestyle="--")
+        found = {name: times[name, most] for name in asked.methods if (name, most) in times}
         if most:
-            found = {name: times[name, most] for name in asked.methods if (name, most) in times}
-            kilobytes = {name: [time.kilobytes] for name, time in found.items()}
-            _dots(panels[1][0], asked, records, kilobytes, f"kB sent per token in training, EP {most}")
             seconds = {name: time.seconds for name, time in found.items()}
-            _dots(panels[1][1], asked, records, seconds, f"seconds of a step, EP {most}")
-            panels[1][2].set_axis_off()
-        for left in (panels[0][1:], panels[1][1:] if most else []):
-            for axes in left:
+            _dots(panels[1][0], asked, records, seconds, f"seconds of a step, EP {most}")
+            for empty in panels[1][2 if most > 1 else 1 :]:
+                empty.set_axis_off()
+        if most > 1:
+            kilobytes = {name: [time.kilobytes] for name, time in found.items()}
+            _dots(panels[1][1], asked, records, kilobytes, f"kB sent per token in training, EP {most}")
+        for others in (panels[0][1:], panels[1][1:] if most else []):
+            for axes in others:
                 axes.set_yticklabels([])
         figure.suptitle(
             f"{asked.budget:g} true experts per token; loss and accuracy less {asked.reference}'s, paired by seed; "

@@ -33,7 +33,7 @@ VARIANT = "~"  # separates arm and variant in the run names of a pilot; not allo
 LEFT = 500  # number of training questions per task that only tune routers, and never train a base model
 
 Settings = dict[str, Any]
-# Default of the schema when the experiments' base configurations were written, which may not change.
+# Default of the schema when the base configurations in FOLDER were written, which may not change.
 EARLIER: Settings = {"loss.balance.scope": "micro_batch"}
 
 
@@ -293,7 +293,8 @@ def _pilot_jobs(study: Study) -> list[StudyJob]:
 
 
 def _job(study: Study, label: str, arm: Arm, seed: int, extra: Settings) -> StudyJob:
-    return StudyJob(label, arm, seed, {**EARLIER, **study.set, **arm.set, **extra})
+    earlier = EARLIER if Path(study.base).parent == FOLDER else {}
+    return StudyJob(label, arm, seed, {**earlier, **study.set, **arm.set, **extra})
 
 
 def run_folder(study: Study, label: str, seed: int, *, pilot: bool) -> Path:

@@ -22,9 +22,9 @@ _Step = Annotated[tuple[Count, PositiveFloat], Field(strict=False)]
 class ExpertChoiceRouterSection(RouterSection):
     """In training each expert chooses its tokens (MoMa). In evaluation each token is routed without other tokens."""
 
-    # Each true expert takes its share of the tokens, whatever other columns take. Other columns thus cannot spare a token
-    # true experts, as they do where tokens choose. A null expert would do nothing: a token may have no expert anyway. An
-    # identity expert would only add s x, and a constant expert s (a1 x + a2 v), to the output of the tokens that it takes.
+    # Each true expert takes its share of the tokens, whatever other columns take. So other columns cannot lower the number
+    # of a token's true experts, as they do where tokens choose. A null expert would do nothing: a token may have no expert
+    # anyway. An identity expert would only add s x, and a constant expert s (a1 x + a2 v), to the output of its tokens.
     only_true_experts: ClassVar[bool] = True
 
     experts_choose: ClassVar[bool] = True
@@ -193,10 +193,10 @@ def _mixture_of_depths(section: ExpertChoiceRouterSection, config: WholeConfig) 
     the experts, and a schedule, because the layer's router does not get the step."""
     if config.model.mixture_of_depths is None:
         return
-    if section._varies:
+    if len({factor for _, factor in section.capacity_schedule}) > 1:
         problem = (
             f"{ROUTER}.capacity_schedule with model.mixture_of_depths: the router of such a layer does not get the step; "
-            f"set {ROUTER}.capacity_schedule=[[0, 1.0]], or model.mixture_of_depths to null"
+            f"set {ROUTER}.capacity_schedule to one pair, or model.mixture_of_depths to null"
         )
         yield Violation((f"{ROUTER}.capacity_schedule", "model.mixture_of_depths"), problem)
     if section.scope == "rank" and not section.noise:
@@ -224,3 +224,10 @@ def _second_stage(section: ExpertChoiceRouterSection, config: WholeConfig) -> It
             f"choices that the noise caused; set {ROUTER}.noise=0"
         )
         yield Violation(("train.only", f"{ROUTER}.noise"), problem)
+    if len({factor for _, factor in section.capacity_schedule}) > 1:
+        problem = (
+            f"{ROUTER}.capacity_schedule with train.only={config.train.only}: the steps of this run count from 0, so that "
+            "the auxiliary routers would learn the capacities of the first stage's start; set "
+            "capacity_schedule=[[0, FACTOR]] with the first stage's last factor"
+        )
+        yield Violation(("train.only", f"{ROUTER}.capacity_schedule"), problem)

@@ -244,7 +244,8 @@ class ExpertChoiceRouter(ChoosingRouter):
             return logits_UE + self._draw(torch.cat(tokens), batch_info, logits_UE.dtype)
 
         noise = add_noise if self.training and self.noise else None
-        capacity_E = self._factor(batch_info) * self.capacity_E
+        factor = self._factor(batch_info)
+        capacity_E = self.capacity_E if factor == 1.0 else factor * self.capacity_E
         if self._uses_kernels(logits_TE) and len(lengths) == 1:
             tables = self._tables._replace(capacity_E=capacity_E)
             taken_TE, order_TE, kth_score_E = self.kernels.experts_choose(logits_TE, group_T, tables, noise)

@@ -197,9 +197,9 @@ class Window:
         tokens_LG = record.arrays["tokens_LG"]
         names = ("choices_LC", "tokens_LG", "dropped_LG", "weighted_rows_LR", "idle_LG")
         arrays = {name: record.arrays[name] for name in names if name in record.arrays}
-        # Mean entropy x tokens. The nan of a group without tokens must not enter the sum.
         if record.load:
             arrays["aimed_LG"] = record.target_G * tokens_LG
+        # Mean entropy x tokens. The nan of a group without tokens must not enter the sum.
         arrays["entropy_sum_LG"] = np.where(tokens_LG > 0, record.arrays["entropy_LG"] * tokens_LG, 0.0)
         self._sums = {name: self._sums.get(name, 0) + array for name, array in arrays.items()}
         self._steps.append(record.step)

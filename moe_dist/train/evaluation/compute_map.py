@@ -4,6 +4,7 @@ number for each kind of token.
 Shape letters: B sequences, S positions, T = B x S tokens, L MoE layers, K choices, M modalities.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -40,7 +41,6 @@ class Mapper:
     Attributes:
         sequences: Number of held-out sequences of each source that are routed.
         pictures, lines: Number of pictures, and of lines of text, that the map takes from rank 0's sequences.
-        most: Largest number of true experts that a token can take, the end of the colour scale.
     """
 
     folder: Path
@@ -49,7 +49,6 @@ class Mapper:
     sequences: int
     pictures: int
     lines: int
-    most: int
     _codebook: np.ndarray | None = field(init=False)
     _tokenizer: Tokenizer | None = field(init=False)
 
@@ -84,10 +83,11 @@ class Mapper:
         sums_2MF = sum_over(sums_2MF, mesh.world, name=MAPPED_EXPERTS, tracker=mesh.tracker).cpu().numpy()
         if mesh.rank != 0 or not sums_2MF.any():  # no tokens, because the data have no held-out part
             return None
+        usual = max(min(group.top_k, group.num_experts) for group in self.groups)
         drawn = _draw([each for pair in seen for each in _pictures(*pair, self.manifest)], self.pictures)
         return ComputeMap(
             mean=mean_by_kind(sums_2MF, names),
-            most=self.most,
+            most=max([usual, *(math.ceil(experts_BS.max()) for _, experts_BS in seen)]),  # above it where experts choose
             pictures=[MappedPicture(experts, empty, self._pixels(codes)) for codes, experts, empty in drawn],
             lines=self._lines(seen),
         )

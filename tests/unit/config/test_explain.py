@@ -39,7 +39,7 @@ def test_every_key_has_a_type_and_a_meaning() -> None:
         ("model.moe.capacity", ("section or null", "factor", "lowest probability", "default  null")),
         (
             "model.moe.router.capacity",
-            ("number, above 0, 1 or less or mapping from names to number", "null", "kind: expert_"),
+            ("number, above 0, 1 or less; or mapping from names to number", "null", "kind: expert_"),
         ),
         ("model.moe.router.capacity.text", ("model.moe.router.capacity.<name>", "number, above 0, 1 or less")),
         ("model.head_dim", ("or null", "default  null")),

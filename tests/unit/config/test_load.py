@@ -171,7 +171,7 @@ def test_an_absent_optional_text_stays_absent(path: Path) -> None:
         ([CHOICE, "model.moe.router.capacity_schedule=[[5, 1]]"], "capacity_schedule must start at step 0 and rise, got"),
         (
             [CHOICE, "model.moe.router.capacity=2"],
-            "capacity=2: must be number, above 0, 1 or less or mapping from names",
+            "capacity=2: must be number, above 0, 1 or less; or mapping from names",
         ),
         (
             [CHOICE, "model.moe.router.capacity.text=2"],

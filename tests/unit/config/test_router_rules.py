@@ -127,9 +127,14 @@ def test_what_fits_passes(changes: dict[str, Any]) -> None:
             "lower the factor to at most 2, or the capacity to at most 0.333333",
         ),
         (
-            {**of_capacity(capacity_schedule=[[0, 0.5]]), "model.mixture_of_depths": {}},
+            {**of_capacity(capacity_schedule=[[0, 0.5], [5, 0.75]]), "model.mixture_of_depths": {}},
             "model.moe.router.capacity_schedule with model.mixture_of_depths",
-            "set model.moe.router.capacity_schedule=[[0, 1.0]], or model.mixture_of_depths to null",
+            "set model.moe.router.capacity_schedule to one pair, or model.mixture_of_depths to null",
+        ),
+        (
+            {**of_capacity(capacity_schedule=[[0, 0.5], [5, 0.75]]), "train.only": "auxiliary_routers"},
+            "model.moe.router.capacity_schedule with train.only=auxiliary_routers: the steps of this run count from 0",
+            "set capacity_schedule=[[0, FACTOR]] with the first stage's last factor",
         ),
         (
             {
