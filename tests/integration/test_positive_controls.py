@@ -289,7 +289,7 @@ def half_are_pairs() -> Task:
 
 
 class Method(NamedTuple):
-    """A router and what holds its number of experts: a controller's rule, or the experts' capacity."""
+    """A router, and the rule of the controller that holds its mean number of experts; None if the capacity does."""
 
     groups: tuple[ExpertGroup, ...]
     router: Any
@@ -398,9 +398,9 @@ def trained(make: Callable[[Task], Method], task: Task, *, broken: bool = False)
     return Found(loss, float(taken_T[task.needy_N].mean()), float(taken_T[~task.needy_N].mean()))
 
 
-# Half an expert per token; a token of facts needs one. The two routers that give each token at least one expert have tasks
-# of their own with 1.5 experts of 8, in which half of the tokens need two. Top-p gives more experts to tokens of which its
-# softmax is less sure, whether or not they need them: only in the task of pairs those are the tokens in need.
+# FACTS has a budget of 0.5 experts per token: the half of the tokens that are facts need one. Predicted k and top-p give
+# each token at least one expert, so their budget is 1.5, and half of the tokens need two. Top-p gives more experts to the
+# tokens of which its softmax is less sure. These are the tokens in need only in PAIRS.
 FACTS, NARROW, PAIRS = half_are_facts(0.5, (1, 0), 16), half_are_facts(1.5, (2, 1), 3), half_are_pairs()
 METHODS: dict[str, tuple[Callable[[Task], Method], Task, float]] = {  # and the largest share of random drop's loss
     "nulls": (among_nulls, FACTS, 0.6),

@@ -1,6 +1,6 @@
 """A whole run on one rank in this process, up to its resumption: for tests of what it saves and goes on from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,14 @@ import torch.distributed as dist
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.parallel.mesh import destroy_world, make_mesh
 from moe_dist.plan.preflight import check
+from moe_dist.runtime.attempt import Attempt
+from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.build import build_training
+from moe_dist.runtime.signals import StopRequest
+from moe_dist.train.build import build_evaluator, build_loader, build_plan, build_training
 from moe_dist.train.resume import Controller, Resumable
-from moe_dist.train.trainer import Progress
+from moe_dist.train.session import open_sinks, watched_devices
+from moe_dist.train.trainer import Progress, Trainer
 from tests.support.tiny import tiny_config
 
 
@@ -41,6 +45,30 @@ class OneRank:
         self.folder = RunFolder.of(config).checkpoints
         manager = CheckpointManager(self.folder, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint)
         self.resumable = Resumable(self.training, plan.placement, manager, config, plan.manifest, controllers=controllers)
+
+    @contextmanager
+    def trainer(self, further_sinks: Sequence[Any] = ()) -> Iterator[Trainer]:
+        """The trainer of the run from its start, with the run's sinks and further ones."""
+        config, plan = self.plan.config, self.plan
+        env = RankEnv(0, 1, 0, 1, init_method="", attempt=0, attempt_id="one")
+        attempt = Attempt(env)
+        folder = attempt.open(config)
+        progress = self.resumable.restore()
+        with (
+            watched_devices(config, self.training.parallel.mesh.device, env) as devices,
+            open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
+        ):
+            yield Trainer(
+                build_plan(config, plan.manifest, plan.placement),
+                self.training.step,
+                build_loader(config, plan.manifest, rank=0, world_size=1),
+                build_evaluator(config, plan.manifest, self.training, plan.placement),
+                sinks=[*sinks, *further_sinks],
+                devices=devices,
+                saver=self.resumable,
+                stop=StopRequest(),
+                progress=progress,
+            )
 
     def train_and_save(self) -> Progress:
         """A new run of two steps on made-up gradients."""

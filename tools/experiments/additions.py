@@ -18,7 +18,7 @@ class Additions(Part):
 
 
 def read_additions(folder: Path, experiment: str) -> Additions:
-    """Returns the additions to an experiment; empty ones if the file does not name the experiment.
+    """Returns what FILE in `folder` adds to an experiment; an empty `Additions` if FILE does not name the experiment.
 
     Raises:
         ConfigError: the file is damaged.
@@ -31,4 +31,5 @@ def read_additions(folder: Path, experiment: str) -> Additions:
         return TypeAdapter(dict[str, Additions]).validate_python(values).get(experiment, Additions())
     except ValidationError as error:
         places = [(".".join(map(str, each["loc"])) or "the file", each["msg"]) for each in error.errors()]
-        raise ConfigError([f"{path}: {place}: {text}" for place, text in places]) from error
+        keys = "; under the name of each experiment write not_testable: TEXT, names: {ARM: TEXT}, or both"
+        raise ConfigError([f"{path}: {place}: {text}{keys}" for place, text in places]) from error

@@ -22,7 +22,9 @@ Code = Mapping[str, Any]  # the "code" of a record: "commit", "changed" and, wit
 def check_same_code(study: Study, records: Records) -> None:
     """Raises ConfigError if the code of now is of another version than the code of a record."""
     now = code_of_now()
-    for old in {name_of(record["code"]): record["code"] for record in records.values()}.values():
+    for old in {
+        (name_of(record["code"]), record["code"]["changed"]): record["code"] for record in records.values()
+    }.values():
         if reason := _difference(old, now):
             path = results_path(study, pilot=False)
             raise ConfigError(

@@ -190,10 +190,8 @@ def _lines(asked: Comparison, study: Study, records: Records) -> list[str]:
                 _difference(asked, records, name, "loss.all", 4),
                 _text(_mean(mine, "accuracy.all", 100.0), 2),
                 _difference(asked, records, name, "accuracy.all", 2, 100.0),
-                _text(
-                    _mean({seed: {"each": each["flops"] / each["tokens"]} for seed, each in mine.items()}, "each", 1e-6), 2
-                ),
-                _text(_mean({seed: {"kb": _sent(study, each)} for seed, each in mine.items()}, "kb"), 2),
+                _text(_average([each["flops"] / each["tokens"] / 1e6 for each in mine.values()]), 2),
+                _text(_average([_sent(study, each) for each in mine.values()]), 2),
                 *(_text(time.kilobytes if (time := times.get((name, number))) else None, 2) for number in exchanging),
                 *(_seconds(times.get((name, number))) for number in ranks),
             ]
@@ -252,8 +250,11 @@ def _difference(asked: Comparison, records: Records, name: str, metric: str, dig
 
 
 def _mean(mine: Mapping[int, Record], metric: str, factor: float = 1.0) -> float | None:
-    values = [value for each in mine.values() if (value := number_at(each, metric)) is not None]
-    return factor * sum(values) / len(values) if values else None
+    return _average([factor * value for each in mine.values() if (value := number_at(each, metric)) is not None])
+
+
+def _average(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _seconds(time: RankTime | None) -> str:

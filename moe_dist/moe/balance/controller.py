@@ -46,7 +46,7 @@ class AimingRule(Protocol):
     """A rule that aims at a mean number of true experts per token."""
 
     def target_at(self, step: int, group: ExpertGroup) -> float:
-        """Returns the number at which the update after `step` updates aims in a group to which the rule applies."""
+        """Returns the target of a controlled group after `step` updates, in true experts per token."""
         ...
 
 

@@ -245,7 +245,8 @@ class ExpertChoiceRouter(ChoosingRouter):
 
         noise = add_noise if self.training and self.noise else None
         factor = self._factor(batch_info)
-        capacity_E = self.capacity_E if factor == 1.0 else factor * self.capacity_E
+        # Rounded, because 49 x 1/49 is below 1, and an expert with a capacity of 1 has no threshold.
+        capacity_E = self.capacity_E if factor == 1.0 else (factor * self.capacity_E).round(decimals=15)
         if self._uses_kernels(logits_TE) and len(lengths) == 1:
             tables = self._tables._replace(capacity_E=capacity_E)
             taken_TE, order_TE, kth_score_E = self.kernels.experts_choose(logits_TE, group_T, tables, noise)

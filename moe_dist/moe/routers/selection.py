@@ -97,9 +97,9 @@ class ChoosingRouter(nn.Module, ABC):
 
 
 @contextmanager
-def choice_of_training(routers: Sequence[nn.Module], steps: int = 0) -> Iterator[None]:
-    """Inside this context `ChoosingRouter`s select in evaluation as in training, by competition (`noncausal`), with the
-    capacities of the last of `steps` training steps."""
+def choice_of_training(routers: Sequence[nn.Module], steps: int) -> Iterator[None]:
+    """In this context tokens compete in evaluation, too, as in training (`ChoosingRouter.noncausal`). `steps` is the number
+    of training steps so far; capacities are those of the last of them."""
     mine = [router for router in routers if isinstance(router, ChoosingRouter)]
     for router in mine:
         router.noncausal, router.noncausal_step = True, max(0, steps - 1)

@@ -44,7 +44,7 @@ def calibrate(
     group_of_modality: Tensor,
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
-    steps: int = 0,
+    steps: int,
 ) -> None:
     """Sets the thresholds of all layers in place; `world` has the ranks with this rank's layers. Without batches all
     thresholds stay unchanged. An expert that selected no token keeps its threshold. `steps` is the number of training steps

@@ -114,7 +114,7 @@ def test_later_tokens_change_nothing_earlier(name: str) -> None:
 
 def test_the_choice_of_training_is_seen_to_look_ahead() -> None:
     model = model_of("threshold")
-    with choice_of_training([layer.router for layer in model.moe_modules()]):
+    with choice_of_training([layer.router for layer in model.moe_modules()], 0):
         worst, changed = leak(model)
     assert worst > 1e-2
     assert changed > 0

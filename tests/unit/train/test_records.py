@@ -14,12 +14,7 @@ from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.sinks import tensorboard
 from moe_dist.monitor.sinks.tensorboard import Window
 from moe_dist.placement.roles import group_module
-from moe_dist.runtime.attempt import Attempt
-from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.runtime.signals import StopRequest
-from moe_dist.train import build
-from moe_dist.train.session import open_sinks
 from moe_dist.train.trainer import Trainer
 from tests.support.cover import rest_full
 from tests.support.one_rank import OneRank, world_of_one
@@ -43,23 +38,7 @@ def started(data: Path, root: Path, **changes: Any) -> Iterator[tuple[Trainer, K
     kept: Any = Kept()
     with world_of_one():
         one = OneRank(data, root, **changes)
-        config, plan = one.plan.config, one.plan
-        env = RankEnv(0, 1, 0, 1, init_method="", attempt=0, attempt_id="one")
-        attempt = Attempt(env)
-        folder = attempt.open(config)
-        progress = one.resumable.restore()
-        with open_sinks(plan, folder, env, attempt, progress=progress) as sinks:
-            trainer = Trainer(
-                build.build_plan(config, plan.manifest, plan.placement),
-                one.training.step,
-                build.build_loader(config, plan.manifest, rank=0, world_size=1),
-                build.build_evaluator(config, plan.manifest, one.training, plan.placement),
-                sinks=[*sinks, kept],
-                devices=None,
-                saver=one.resumable,
-                stop=StopRequest(),
-                progress=progress,
-            )
+        with one.trainer([kept]) as trainer:
             yield trainer, kept, one
 
 

@@ -11,12 +11,6 @@ from typing import Any
 import pytest
 
 import moe_dist
-from moe_dist.runtime.attempt import Attempt
-from moe_dist.runtime.environment import RankEnv
-from moe_dist.runtime.signals import StopRequest
-from moe_dist.train import build
-from moe_dist.train.session import open_sinks, watched_devices
-from moe_dist.train.trainer import Trainer
 from tests.support.one_rank import OneRank, world_of_one
 
 MOST = 35
@@ -48,28 +42,8 @@ def step_of(tiny_data: Path, tmp_path: Path) -> Any:
         "loss.balance.scope": "micro_batch",  # as in the default job
         "monitor.sinks": [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}],
     }
-    with world_of_one():
-        one = OneRank(tiny_data, tmp_path, **changes)
-        config, plan = one.plan.config, one.plan
-        env = RankEnv(0, 1, 0, 1, init_method="", attempt=0, attempt_id="one")
-        attempt = Attempt(env)
-        folder = attempt.open(config)
-        progress = one.resumable.restore()
-        with (
-            watched_devices(config, one.training.parallel.mesh.device, env) as devices,
-            open_sinks(plan, folder, env, attempt, progress=progress) as opened,
-        ):
-            yield Trainer(
-                build.build_plan(config, plan.manifest, plan.placement),
-                one.training.step,
-                build.build_loader(config, plan.manifest, rank=0, world_size=1),
-                build.build_evaluator(config, plan.manifest, one.training, plan.placement),
-                sinks=opened,
-                devices=devices,
-                saver=one.resumable,
-                stop=StopRequest(),
-                progress=progress,
-            )._step
+    with world_of_one(), OneRank(tiny_data, tmp_path, **changes).trainer() as trainer:
+        yield trainer._step
 
 
 def test_a_step_is_followed_in_few_files(step_of: Callable[[], Any]) -> None:

@@ -207,7 +207,7 @@ def test_softmax_scores_choose_and_weigh(kind: str) -> None:
         routing = router(h_TD, group_T, RoutingCache())
     else:
         expected = choice_of_training(scores_TE.tolist(), group_T.tolist(), GROUPS, [0.3, 0.3], [range(23)])
-        with as_in_training([router]):
+        with as_in_training([router], 0):
             routing = router(h_TD, group_T, RoutingCache(batch_info=batch_info_of(group_T)))
     taken = routing.assignments.taken()
     pairs = list(zip(taken.token_N.tolist(), taken.expert_N.tolist(), strict=True))
@@ -265,7 +265,7 @@ def test_evaluation_is_by_threshold_or_by_auxiliary_router() -> None:
     assert pairs_of(router, h_TD, group_T) == expected
     assert {e for _, e in expected} == {0, 1, 2, 3, 4}
     trained = choice_of_training(scores.tolist(), group_T.tolist(), GROUPS, [1 / 4, 1 / 2], [range(30)])
-    with as_in_training([router]):
+    with as_in_training([router], 0):
         assert pairs_of(router, h_TD, group_T) == trained
     assert pairs_of(router, h_TD, group_T) == expected
     router = make_router(1, causal="auxiliary").eval()
@@ -297,6 +297,15 @@ def test_capacities_follow_the_steps_and_evaluation_those_of_the_last(kind: type
     for steps, factor in enumerate([0.5, *factors]):  # after 0 steps, 1 step, ...
         with as_in_training([router], steps):
             assert router(h_TD, group_T).sums.choices_C.tolist() == taken[factor]
+
+
+def test_a_factor_that_makes_the_capacity_one_leaves_no_threshold() -> None:
+    router = ExpertChoiceRouter(D, GROUPS, capacity=1 / 49, capacity_schedule=((0, 49.0),)).double()
+    assert 49 * (1 / 49) < 1.0
+    sums = router(torch.randn(6, D, dtype=torch.double), torch.tensor([0, 1] * 3)).sums
+    assert sums.choices_C.tolist() == [3] * E
+    assert sums.choice is not None
+    assert sums.choice.kth_score_E.tolist() == [0.0] * E
 
 
 def test_auxiliary_routers_learn_the_choice_and_nothing_else_does() -> None:

@@ -79,18 +79,18 @@ def test_calibrated_thresholds_give_each_expert_the_load_of_training() -> None:
     equal; later ones see what the causal choice before them made."""
     model = model_of()
     batches = [batch_of(0, 0, first, 1) for first in range(8)] + [batch_of(1, 1, first, 1) for first in range(8)]
-    with choice_of_training([layer.router for layer in model.moe_modules()]):
+    with choice_of_training([layer.router for layer in model.moe_modules()], 0):
         wanted_LE = loads(model, batches)
     running = loads(model, batches)
     assert abs(running[0] / wanted_LE[0] - 1).max() > 0.5, "thresholds of 0 let everything through"
-    calibrate(model, batches, group_of_modality=torch.tensor([0, 1]), world=None)
+    calibrate(model, batches, group_of_modality=torch.tensor([0, 1]), world=None, steps=0)
     got_LE = loads(model, batches)
     assert got_LE[0].tolist() == wanted_LE[0].tolist()
     assert abs(got_LE.sum(1) / wanted_LE.sum(1) - 1).max() < 0.1
     before = [gate.threshold.clone() for layer in model.moe_modules() for gate in layer.router.gates()]
-    calibrate(model, [], group_of_modality=torch.tensor([0, 1]), world=None)
+    calibrate(model, [], group_of_modality=torch.tensor([0, 1]), world=None, steps=0)
     text = [batch_of(0, 0, 1, 1)]  # text alone: image experts keep theirs
-    calibrate(model, text, group_of_modality=torch.tensor([0, 1]), world=None)
+    calibrate(model, text, group_of_modality=torch.tensor([0, 1]), world=None, steps=0)
     after = [gate.threshold for layer in model.moe_modules() for gate in layer.router.gates()]
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [False, True, False, True]
 
@@ -128,7 +128,7 @@ def test_calibrated_depths_compute_the_share_of_training(choice: str | None) -> 
     taken.clear()
     choices.clear()
     model.eval()
-    calibrate(model, batches, group_of_modality=torch.tensor([0, 1]), world=None)
+    calibrate(model, batches, group_of_modality=torch.tensor([0, 1]), world=None, steps=0)
     assert not mixture_of_depths.training, "it is as it was"
     wanted, wanted_E = sum(taken), torch.stack(choices).sum(0)
     assert wanted == pytest.approx(0.3 * everything, abs=len(batches))

@@ -102,7 +102,7 @@ def test_code_that_differs_where_it_matters_is_refused(study: Study, changed: st
 def test_a_record_of_changed_code_and_a_commit_are_two_versions(study: Study) -> None:
     now = code_of_now()
     with refused(ConfigError, now["commit"], "one of them has uncommitted changes"):
-        check_same_code(study, records(("a", 1, {**now, "changed": not now["changed"]})))
+        check_same_code(study, records(("a", 1, {**now, "changed": not now["changed"]}), ("a", 2, now)))
 
 
 def test_a_commit_that_is_lost_is_refused(study: Study) -> None:
