@@ -92,7 +92,7 @@ def train_only_manifest() -> Manifest:
 def mapped(rank: RankContext, layout: Layout) -> ComputeMap | None:
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     parallel, each = build(layout, mesh, CommStats()), SEQUENCES // rank.world_size
-    mapper = Mapper(rank.folder, train_only_manifest(), GROUPS, sequences=each, pictures=0, lines=0, most=2)
+    mapper = Mapper(rank.folder, train_only_manifest(), GROUPS, sequences=each, pictures=0, lines=0)
     batches = [with_filler(batch_of(0, 0, rank.rank * each, each))]
     return mapper(parallel.model, batches, group_of_modality=GROUP_OF_MODALITY, mesh=mesh)
 
@@ -114,7 +114,7 @@ def nothing_held_out(rank: RankContext) -> tuple[dict[str, float], float | None]
         parallel.model, mesh, placement_of("interleaved", 2), reader=parallel.reader, counts_tokens=True,
         folder=rank.folder, manifest=manifest, seq_len=12, sequences=4, final_sequences=4, micro_batch=2,
         group_of_modality=GROUP_OF_MODALITY, measure_balance=True, ablate=True, layer_ranks=mesh.world,
-        mapper=Mapper(rank.folder, manifest, GROUPS, sequences=4, pictures=1, lines=1, most=2),
+        mapper=Mapper(rank.folder, manifest, GROUPS, sequences=4, pictures=1, lines=1),
     )  # fmt: skip
     result = evaluate(3, final=True)
     assert result.compute_map is None

@@ -241,7 +241,7 @@ def calibrated(rank: RankContext, layout: Layout) -> dict[str, np.ndarray]:
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     model, each = build(layout, mesh, CommStats()).model, SEQUENCES // rank.world_size
     batches = [batch_of(0, micro, rank.rank * each, each) for micro in range(2)]
-    calibrate(model, batches, group_of_modality=torch.tensor([0, 1]), world=mesh.world)
+    calibrate(model, batches, group_of_modality=torch.tensor([0, 1]), world=mesh.world, steps=0)
     return {name: buffer.numpy().copy() for name, buffer in model.named_buffers() if name.endswith("threshold")}
 
 

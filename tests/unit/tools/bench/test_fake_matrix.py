@@ -17,8 +17,8 @@ READS = {
     "first step": {*ROUTING, "step"},
     "step": {*ROUTING, "step"},
     "evaluation": {*ROUTING, "heldout", "mixture_of_depths"},
-    "first save": {"storage", "optimizer", "state of the device's generator"},
-    "save": {"storage", "optimizer", "state of the device's generator"},
+    "first save": {"storage", "optimizer", "state of the device's generator", "step_load"},
+    "save": {"storage", "optimizer", "state of the device's generator", "step_load"},
 }
 
 
