@@ -102,8 +102,9 @@ def test_every_arm_is_a_run_that_could_start(name: str) -> None:
             assert config.train.global_batch * config.data.seq_len == 2048
 
 
-def test_arms_of_smollm2_begin_with_its_mixture_and_tune_routers_alone() -> None:
-    study = study_of("roma-2-smollm2")
+@pytest.mark.parametrize("name", ["roma-2-smollm2", "roma-2-disturbed"])
+def test_arms_of_smollm2_begin_with_its_mixture_and_tune_routers_alone(name: str) -> None:
+    study = study_of(name)
     for job in jobs_once(study):
         config = config_of(study, job)
         layout = layout_without_data(config)
@@ -112,10 +113,11 @@ def test_arms_of_smollm2_begin_with_its_mixture_and_tune_routers_alone() -> None
         if job.label == "base":
             assert config.run.init_from == ".cache/hf/smollm2-split"
             assert config.train.steps * config.optimizer.lr < 1e-11, "no weight is trained"
-    assert all(len(study.seeds_of(study.arms[name])) == OTHER for rule in study.rules for name in rule.arms)
+    seeds = OTHER if name == "roma-2-smollm2" else DECISIVE
+    assert all(len(study.seeds_of(study.arms[arm])) == seeds for rule in study.rules for arm in rule.arms)
 
 
-@pytest.mark.parametrize("name", ["roma-2", "roma-2-smollm2"])
+@pytest.mark.parametrize("name", ["roma-2", "roma-2-smollm2", "roma-2-disturbed"])
 def test_cross_entropy_and_roma_have_the_same_search_of_the_learning_rate(name: str) -> None:
     study = study_of(name)
     (one, other) = (
@@ -129,9 +131,10 @@ def test_cross_entropy_and_roma_have_the_same_search_of_the_learning_rate(name: 
     assert {settings["router_tuning.objective"] for settings in tuned} == {"choices"}
 
 
-def test_tuned_arms_begin_with_the_disturbed_routers() -> None:
+@pytest.mark.parametrize("name", ["roma-2", "roma-2-disturbed"])
+def test_tuned_arms_begin_with_the_disturbed_routers(name: str) -> None:
     """`measured` comes after `after`, whose run has undisturbed routers."""
-    study = study_of("roma-2")
+    study = study_of(name)
     for job in jobs_of(study):
         if job.label != "base":
             measured = {key: f"there/{key}" for key in job.arm.measured}
