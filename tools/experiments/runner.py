@@ -66,13 +66,14 @@ class Runner:
         self._records = read_records(self._path)
 
     def run(self, jobs: Sequence[StudyJob]) -> None:
-        """Runs all jobs that have no record yet.
+        """Runs all jobs that have no record yet, by seed, so that runs that are compared are near each other in time.
 
         Raises:
             StoppedError: a stop was requested; the running trainings have saved checkpoints.
             JobFailedError: a job failed; the other running trainings have saved checkpoints.
             ConfigError: a job needs a record that none of the `jobs` makes, or the code may not make records.
         """
+        jobs = sorted(jobs, key=lambda job: job.seed)
         try:
             while not self.stop_requested():
                 self._reap()

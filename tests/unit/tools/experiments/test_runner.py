@@ -81,3 +81,9 @@ def test_a_run_of_several_ranks_counts_as_so_many(study_path: Path) -> None:
 
 def test_more_room_has_more_ranks(study_path: Path) -> None:
     assert [1, 1, 2] in run(study_path, side_by_side=4)
+
+
+def test_runs_of_a_seed_follow_each_other(study_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(study_path, side_by_side=1)
+    started = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train")]
+    assert started == [f"train {arm} seed {seed}" for seed in (1, 2) for arm in ("one", "two", "four")]
