@@ -41,8 +41,14 @@ def _rows(study: Study) -> Sequence[Sequence[str]]:
     rows = []
     for each in _verdicts(study):
         effect, unit, seeds = _effect(each)
-        rows.append([link, each.rule.claim, f"**{each.outcome}**", effect, judged[each.rule.by], unit, seeds])
+        rows.append([link, each.rule.claim, f"**{_outcome(each)}**", effect, judged[each.rule.by], unit, seeds])
     return rows
+
+
+def _outcome(verdict: Verdict) -> str:
+    """Says more than `verdict.outcome` where the lower bound, too, is above the margin."""
+    refuted = verdict.outcome == "fail" and verdict.paired is not None and verdict.paired.lower > verdict.rule.margin
+    return "fail, refuted" if refuted else verdict.outcome
 
 
 def _verdicts(study: Study) -> list[Verdict]:

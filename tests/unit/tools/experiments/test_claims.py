@@ -35,6 +35,15 @@ def test_a_claim_has_its_verdict_and_effect(tmp_path: Path) -> None:
     assert lines[-1] == "After."
 
 
+def test_a_claim_is_refuted_where_the_lower_bound_is_above_the_margin_too(tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    page.write_text("<!-- begin claims mole -->\n<!-- end claims -->\n")
+    write_claims(page)
+    verdicts = {line.split(" | ")[1]: line.split(" | ")[2] for line in page.read_text().splitlines()[3:-1]}
+    assert verdicts["MoLE answers better than LoRA with twice the unique samples"] == "**fail, refuted**"
+    assert {*verdicts.values()} == {"**fail**", "**fail, refuted**", "**pass**"}
+
+
 def test_a_page_without_the_comments_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "results.md"
     page.write_text("# Results\n")
