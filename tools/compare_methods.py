@@ -2,12 +2,14 @@
 
 moe-dist compare-methods --budget 1.5 --methods adamoe,longcat,top_p,remoe,expert_choice,fixed
 
-Each method is trained with each seed. The folder runs/compare/NAME gets study.yaml (all settings), the records NAME.jsonl,
-table.md, and the figure as PNG, SVG and PDF. After a stop, the same command keeps finished runs and makes the missing runs.
+Each method is trained with each seed. With --rates each method first gets the best of these learning rates, by a pilot run
+with each. The folder runs/compare/NAME gets study.yaml (all settings), the records NAME.jsonl, table.md, and the figure as
+PNG, SVG and PDF. After a stop, the same command keeps finished runs and makes the missing runs.
 """
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,9 +24,10 @@ from tools.experiments.code_versions import check_same_code
 from tools.experiments.comparison import Comparison, make_study, write_comparison
 from tools.experiments.methods import METHODS
 from tools.experiments.rank_seconds import measure
+from tools.experiments.rate_search import FILE, best_rates, make_search
 from tools.experiments.results import read_records, results_path
 from tools.experiments.runner import STOP_SECONDS, Runner
-from tools.experiments.study import jobs_of
+from tools.experiments.study import Study, jobs_of
 
 ROOT = Path("runs/compare")
 DEFAULT = "fixed,adamoe,longcat,top_p,remoe,dynmoe,predicted_k,expert_threshold,expert_choice"
@@ -43,6 +46,9 @@ def main(
     ranks: Annotated[
         str, typer.Option(help="Numbers of ranks (EP sizes) on which steps are timed after training; '' times none.")
     ] = "1,2,4",
+    rates: Annotated[
+        str, typer.Option(help="Learning rates, separated by commas, of which each method gets its best by a pilot run.")
+    ] = "",
     report: Annotated[
         bool, typer.Option("--report", help="Write table and figure of the runs so far; start none.")
     ] = False,
@@ -57,21 +63,46 @@ def main(
         overrides=_values(overrides or []),
         root=root,
         ranks=_numbers(ranks, "--ranks"),
+        rates=_rates(rates),
     )
-    study = make_study(asked)
-    records = results_path(study, pilot=False)
-    if not report:
+    search = make_search(asked) if asked.rates else None
+    if report:
+        study = make_study(asked, _found(asked, search))
+    else:
+        asked.folder.mkdir(parents=True, exist_ok=True)
         lock = asked.folder / ".lock"
         try:
             with FileLock(lock, timeout=0), StopRequest(STOP_SECONDS) as stop:
-                runner = Runner(asked.study_path, study, False, None, processes, lambda: stop.requested, same_code=True)
-                runner.run(jobs_of(study))
-                check_same_code(study, read_records(records))
-                measure(study, asked.ranks, asked.folder, lambda: stop.requested)
+                study = _run(asked, search, processes, lambda: stop.requested)
         except Timeout as error:
             raise ConfigError(f"{lock} is held: another process (not {os.getpid()}) runs it; wait for it") from error
-    print(write_comparison(asked, study, read_records(records)))
+    print(write_comparison(asked, study, read_records(results_path(study, pilot=False))))
     print(f"table and figure: {asked.folder}/table.md, figure.png, figure.svg, figure.pdf")
+
+
+def _run(asked: Comparison, search: Study | None, processes: int, stop_requested: Callable[[], bool]) -> Study:
+    """Runs what is missing: the search of rates, the methods, and the timed steps."""
+    if search is not None:
+        Runner(asked.folder / FILE, search, True, None, processes, stop_requested).run(jobs_of(search, pilot=True))
+    study = make_study(asked, _found(asked, search))
+    Runner(asked.study_path, study, False, None, processes, stop_requested, same_code=True).run(jobs_of(study))
+    check_same_code(study, read_records(results_path(study, pilot=False)))
+    measure(study, asked.ranks, asked.folder, stop_requested)
+    return study
+
+
+def _found(asked: Comparison, search: Study | None) -> dict[str, float]:
+    return {} if search is None else best_rates(asked, read_records(results_path(search, pilot=True)))
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(each) for each in text.split(",") if each)
+    except ValueError as error:
+        raise ConfigError(f"--rates {text}: give numbers, separated by commas, as in 1e-3,3e-3") from error
+    if len(set(rates)) < len(rates) or len(rates) == 1:
+        raise ConfigError(f"--rates {text}: give two rates at least, each once; optimizer.lr=RATE sets one for all methods")
+    return rates
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:

@@ -45,17 +45,17 @@ def compare(folder: Path, *arguments: str) -> str:
 
 
 def test_run_whole_and_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_dataset(tmp_path / "data")
+    tiny_dataset(tmp_path / "data", documents=900)  # leaves held-out sequences to the search of rates
     write_config(tiny_config(tmp_path / "data", tmp_path / "runs", CHANGES), tmp_path / "base.yaml")
-    given = ("--budget", "1.5", "--methods", "fixed,expert_threshold", "--ranks", "")
+    given = ("--budget", "1.5", "--methods", "fixed,expert_threshold", "--ranks", "", "--rates", "1e-2,1e-6")
     first = compare(tmp_path, *given)
-    assert first.count("done ") == 4
+    assert first.count("done ") == 4 + 4, "a pilot run of each method with each rate, and two seeds of each method"
     folder = tmp_path / "runs" / "compare" / "budget-1.5"
     _, *records = (json.loads(line) for line in (folder / "budget-1.5.jsonl").read_text().splitlines())
     for each in records:
         assert each["load"]["all"] == pytest.approx(1.5, rel=0.15)
         assert 0.0 < each["accuracy"]["all"] < 1.0
-    assert "| `expert_threshold` |" in (folder / "table.md").read_text()
+    assert "| `expert_threshold` | running thresholds of experts | 0.01 |" in (folder / "table.md").read_text()
     assert all((folder / f"figure.{kind}").stat().st_size > 1000 for kind in ("png", "svg", "pdf"))
     before = (folder / "budget-1.5.jsonl").read_bytes()
     again = compare(tmp_path, *given)

@@ -1,8 +1,8 @@
 """Makes a comparison of methods at one budget: study file (run by the experiments' runner), table and figure.
 
 All methods have the same seeds, data, order of data, model and true experts. The methods differ in the router, and in the
-mechanism that keeps the number of true experts per token at the budget. Differences are paired by seed, and have lower and
-upper one-sided 95 % bounds.
+mechanism that keeps the number of true experts per token at the budget, and they may differ in the learning rate, which
+`tools.experiments.rate_search` finds. Differences are paired by seed, and have lower and upper one-sided 95 % bounds.
 """
 
 import json
@@ -51,6 +51,7 @@ class Comparison:
     overrides: Mapping[str, Any]
     root: Path
     ranks: tuple[int, ...] = ()  # numbers of ranks on which steps are timed
+    rates: tuple[float, ...] = ()  # learning rates that are tried for each method; with none all have the base's
 
     @property
     def folder(self) -> Path:
@@ -66,13 +67,24 @@ class Comparison:
         return "fixed" if "fixed" in self.methods else self.methods[0]
 
 
-def make_study(asked: Comparison) -> Study:
+def make_study(asked: Comparison, rates: Mapping[str, float] | None = None) -> Study:
     """Writes the study's file, unless the folder has it already, and returns the study.
+
+    Args:
+        rates: The learning rate of each method; None leaves all methods at the base's.
 
     Raises:
         ConfigError: methods cannot reach the budget or cannot train on the configuration (all are listed, with reasons), or
             the folder has another comparison.
     """
+    values = study_values(asked)
+    for name, rate in (rates or {}).items():
+        values["arms"][name]["set"]["optimizer.lr"] = rate
+    return write_study(asked, asked.study_path, values)
+
+
+def study_values(asked: Comparison) -> dict[str, Any]:
+    """Returns the contents of a study's file. Raises ConfigError as `make_study`."""
     base = load_config(asked.base, [f"{key}={json.dumps(value)}" for key, value in asked.overrides.items()])
     _check_base(base)
     unknown = [name for name in asked.methods if name not in METHODS]
@@ -92,7 +104,7 @@ def make_study(asked: Comparison) -> Study:
     ]
     if problems:
         raise ConfigError([*problems, f"--budget {asked.budget:g} --methods: take another budget, or leave them out"])
-    values = {
+    return {
         "name": asked.name,
         "question": f"{len(asked.methods)} methods at {asked.budget:g} true experts per token",
         "base": str(find_config(asked.base)),
@@ -107,17 +119,21 @@ def make_study(asked: Comparison) -> Study:
             for name in asked.methods
         },
     }
+
+
+def write_study(asked: Comparison, path: Path, values: Mapping[str, Any]) -> Study:
+    """Writes and checks a study's file. Raises ConfigError as `make_study`."""
     text = dump_yaml(values)
-    if asked.study_path.exists() and asked.study_path.read_text() != text:
+    if path.exists() and path.read_text() != text:
         raise ConfigError(
-            f"{asked.study_path} is of another comparison (other methods, seeds, budget or settings), and nothing is "
+            f"{path} is of another comparison (other methods, seeds, budget, rates or settings), and nothing is "
             "overwritten; give another --name"
         )
     asked.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(asked.study_path, text)
-    study = load_study(asked.study_path)
+    write_atomically(path, text)
+    study = load_study(path)
     header = read_header(results_path(study, pilot=False))
-    if header is not None and header["fingerprint"] != fingerprint(asked.study_path, study):
+    if header is not None and header["fingerprint"] != fingerprint(path, study):
         raise ConfigError(
             f"{study.base} has changed since the finished runs in {asked.folder}, and new runs would not compare; put it "
             "back, or give another --name"
@@ -177,12 +193,14 @@ def _lines(asked: Comparison, study: Study, records: Records) -> list[str]:
     rows, times = [], read_rank_times(asked.folder)
     ranks = sorted({number for _, number in times})
     exchanging = [number for number in ranks if number > 1]
+    rates = {name: arm.set["optimizer.lr"] for name, arm in study.arms.items() if "optimizer.lr" in arm.set}
     for name in asked.methods:
         mine = of_arm(records, name)
         rows.append(
             [
                 f"`{name}`",
                 METHODS[name].about,
+                *([f"{rates[name]:g}"] if rates else []),
                 str(len(mine)),
                 _load(mine) + (" (off budget)" if _off_budget(asked, mine) else ""),
                 _text(_mean(mine, "load.by_input.text"), 2) + " / " + _text(_mean(mine, "load.by_input.image"), 2),
@@ -197,7 +215,8 @@ def _lines(asked: Comparison, study: Study, records: Records) -> list[str]:
             ]
         )
     heads = [
-        "method", "what", "seeds", "true experts per token [lowest, highest seed]", "text / image",
+        "method", "what", *(["learning rate"] if rates else []), "seeds",
+        "true experts per token [lowest, highest seed]", "text / image",
         "loss, nats", f"less {asked.reference}",
         "accuracy, %", f"less {asked.reference}", "training MFLOP per token",
         f"kB sent per held-out token at EP {study.measure.wire.ep}",

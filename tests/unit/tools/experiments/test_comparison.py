@@ -11,9 +11,10 @@ from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import check
 from tests.support.cover import rest_full
-from tests.support.tiny import tiny_config, write_config
+from tests.support.tiny import tiny_config, tiny_dataset, write_config
 from tools.experiments.comparison import Comparison, make_study, write_comparison
 from tools.experiments.methods import METHODS
+from tools.experiments.rate_search import best_rates, make_search
 from tools.experiments.results import results_path
 from tools.experiments.study import config_of, fingerprint, jobs_of
 
@@ -24,6 +25,7 @@ CHANGES: dict[str, Any] = {
     "placement.policy": "interleaved",
     "train.steps": 20,
 }
+DOCUMENTS = 900  # leave held-out sequences besides the 64 that a comparison measures
 
 
 def asked(root: Path, data: Path, changes: dict[str, Any] | None = None, **other: Any) -> Comparison:
@@ -148,6 +150,29 @@ def test_table_and_figure_have_paired_differences_and_mark_what_is_off_the_budge
     before = (one.folder / "figure.svg").read_bytes()
     write_comparison(one, make_study(one), records)
     assert (one.folder / "figure.svg").read_bytes() == before
+
+
+def test_each_method_gets_the_rate_with_its_lowest_pilot_loss(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--rates: leave it out, or give data with more held-out documents"):
+        make_search(asked(tmp_path, tiny_data, rates=(1e-3, 0.01), name="few"))
+    tiny_dataset(tmp_path / "data", documents=DOCUMENTS)
+    one = asked(tmp_path, tmp_path / "data", rates=(1e-3, 0.01))
+    search = make_search(one)
+    jobs = jobs_of(search, pilot=True)
+    tried = {(job.label.split("~")[0], job.seed, job.settings["optimizer.lr"]) for job in jobs}
+    assert tried == {(name, 103, rate) for name in one.methods for rate in one.rates}
+    losses = {"fixed": (3.0, 2.0), "adamoe": (2.0, 2.5), "remoe": (2.0, 2.1)}
+    labels = sorted({job.label for job in jobs})  # NAME~lr0.001 and NAME~lr0.01 of each method
+    records = {(label, 103): record(label, 103, losses[label.split("~")[0]][label.endswith("0.01")]) for label in labels}
+    rates = best_rates(one, records)
+    assert rates == {"fixed": 0.01, "adamoe": 1e-3, "remoe": 1e-3}
+    study = make_study(one, rates)
+    assert {job.label: config_of(study, job).optimizer.lr for job in jobs_of(study)} == rates
+    text = write_comparison(one, study, {("fixed", seed): record("fixed", seed, 3.0) for seed in (1, 2)})
+    assert "| `fixed` | fixed number, the fraction by a random draw | 0.01 | 2 |" in text
+    del records[labels[0], 103]
+    with pytest.raises(ConfigError, match="no finished search for adamoe; run the command without --report"):
+        best_rates(one, records)
 
 
 def test_the_default_base_has_what_the_methods_need() -> None:
