@@ -22,14 +22,16 @@ DOTS = 110
 # Colours of Okabe and Ito, for colour-blind readers. There are seven; markers tell arms apart beyond that, and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("o-", "s-", "^-", "D-", "v-", "P-", "X-", "<--", ">--", "*--", "h--")
+ROW_INCHES = 0.28  # height of an arm's row of accuracies
+LEAST_LOADS = 3  # different loads that a picture of loss against load needs
 IN_FRAME = 0.25  # height of the plot in nats above the best arm; arms above this height are only in the legend
 
 
 def draw(study: Study, records: Records, folder: Path) -> list[Path]:
     """Writes each picture for which `records` has data."""
     panels: dict[str, list[Callable[[Axes], None]]] = {}
-    loads = {record["load"]["all"] for (arm, _), record in records.items() if arm in study.arms}
-    if len(loads) > 1:
+    loads = {round(record["load"]["all"], 1) for (arm, _), record in records.items() if arm in study.arms}
+    if len(loads) >= LEAST_LOADS:
         panels["loss_over_load"] = [lambda axes: _loss_over_load(axes, study, records)]
     if any(map(_adaptive, records.values())):
         panels["load_over_loss"] = [lambda axes: _load_over_loss(axes, study, records)]
@@ -85,10 +87,10 @@ def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
                 y,
                 "--",
                 color=points[0].get_color(),
-                label=wrapped(f"{name}, second experts dropped afterwards", LABEL_CHARACTERS),
+                label=wrapped(f"{study.names.get(name, name)}, second experts dropped afterwards", LABEL_CHARACTERS),
             )
     for name in [name for name in means if name not in kept]:
-        axes.plot([], [], " ", label=f"({name}: at {means[name]:.2f}, above the frame)")
+        axes.plot([], [], " ", label=f"({_name(study, name)}: at {means[name]:.2f}, above the frame)")
     _label(axes, "true experts a token", "held-out nats a token")
 
 
@@ -99,7 +101,7 @@ def _label(axes: "Axes", x: str, y: str) -> None:
 
 
 def _name(study: Study, arm: str) -> str:
-    return wrapped(f"{study.arms[arm].about} ({arm})", LABEL_CHARACTERS)
+    return wrapped(study.names.get(arm, f"{study.arms[arm].about} ({arm})"), LABEL_CHARACTERS)
 
 
 def _adaptive(record: Mapping[str, Any]) -> bool:
@@ -184,6 +186,7 @@ def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: s
         axes.plot(found[name], [place] * len(found[name]), "o", markersize=4, color="C0", alpha=0.6)
         axes.plot(_mean(found[name]), place, "|", markersize=14, color="C1")
     axes.set_yticks(range(len(names)), [_name(study, name) for name in names], fontsize=7)
+    axes.figure.set_figheight(max(INCHES[1], ROW_INCHES * len(names)))
     axes.invert_yaxis()
     axes.set_xlabel(label)
     axes.grid(axis="x", alpha=0.3)

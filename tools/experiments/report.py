@@ -23,6 +23,7 @@ from tools.experiments.verdicts import Record, Records, Verdict, judge, judge_ga
 
 CONSTANT = 0.05  # bins whose loads differ by no more are not shown
 SAME_ROWS = 0.02  # arms whose rows per token differ by no more are alike
+TWICE = "-twice"  # ends the name of a source with further documents of the same kind
 LOSSES = ("all", "text", "image", "image_no_filler")
 ROWS = {
     "rows_remote": "one row a (token, rank)",
@@ -141,8 +142,20 @@ def _arms(study: Study, records: Records) -> list[str]:
         )
     heads = ["arm", "what", "seeds", *(f"{part.replace('_', ' ')}, nats" for part in LOSSES)]
     missing = [f"`{name}` ({arm.about})" for name, arm in study.arms.items() if not of_arm(records, name)]
-    lines = table([*heads, "true experts a token", "TFLOP", "seconds", "tokens/s"], rows)
+    lines = table(*_told([*heads, "true experts a token", "TFLOP", "seconds", "tokens/s"], rows))
     return [*lines, "", f"Without a run: {'; '.join(missing)}."] if missing else lines
+
+
+def _told(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Returns the columns with something to tell: without those that have no value or are equal to the column before."""
+    columns = [[head, *cells] for head, *cells in zip(heads, *rows, strict=True)]
+    told = [
+        column
+        for before, column in zip([[""], *columns], columns, strict=False)
+        if column[1:] != before[1:] and set(column[1:]) != {"-"}
+    ]
+    head, *kept = (list(row) for row in zip(*told, strict=True))
+    return head, kept
 
 
 def _answers(study: Study, records: Records) -> list[str]:
@@ -152,11 +165,12 @@ def _answers(study: Study, records: Records) -> list[str]:
     metrics = {"accuracy": "answers.accuracy"}
     if any("nats" in each.get("answers", {}) for each in records.values()):
         metrics["nats of an answer"] = "answers.nats"
-    metrics |= {source: f"answers.by_source.{source}.accuracy" for source in sources}
-    rows = [
-        [_label(study, name), *(_spread(mine, metric) for metric in metrics.values())]
-        for name, mine in _per_arm(study, records)
-    ]
+    kinds = dict.fromkeys(source.removesuffix(TWICE) for source in sources)
+    rows = []
+    for name, mine in _per_arm(study, records):
+        twice = TWICE if any(source.endswith(TWICE) for source in _parts(mine, "answers", "by_source")) else ""
+        metrics |= {kind: f"answers.by_source.{kind}{twice}.accuracy" for kind in kinds}
+        rows.append([_label(study, name), *(_spread(mine, metric) for metric in metrics.values())])
     return table(["arm", *metrics], rows) if sources else []
 
 
@@ -207,7 +221,7 @@ def _questions(study: Study, records: Records) -> list[str]:
     return [about, "", *table(["arm", "questions", "accuracy", *tasks], rows)]
 
 
-def _parts(records: Records, kind: str, by: str) -> list[str]:
+def _parts(records: Mapping[Any, Record], kind: str, by: str) -> list[str]:
     """Returns the sources or tasks that occur in any record, in the order of the records."""
     return list(dict.fromkeys(name for record in records.values() for name in record.get(kind, {}).get(by, ())))
 
