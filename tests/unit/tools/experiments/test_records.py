@@ -170,10 +170,10 @@ def test_report_is_written_whatever_it_says_and_an_earlier_attempt_stays(study: 
     results, page = Path("r.jsonl"), Path("page.md")
     page.write_text("# Reproductions\n\nText.\n")
     header = make_header(path, rules, "a" * 40)
-    loads = {arm: {**record(arm, 1, 1.0)["load"], "all": load} for arm, load in (("a", 1.5), ("b", 1.25))}
-    for arm, losses in (("a", (1.0, 1.1)), ("b", (1.2, 1.3))):
+    for arm, load, losses in (("a", 1.5, (1.0, 1.1)), ("b", 1.25, (1.2, 1.3))):
         for seed, loss in enumerate(losses, 1):
-            add_record(results, header, {**record(arm, seed, loss), "load": loads[arm]})
+            mine = record(arm, seed, loss)
+            add_record(results, header, {**mine, "load": {**mine["load"], "all": load + seed / 10}})
     assert write_report(rules, page=page, results=results).startswith("fail: b is below a +0.2000")
     once = page.read_text()
     write_report(rules, page=page, results=results)
@@ -252,21 +252,23 @@ def test_eta_of_the_training_loss_has_a_table_where_records_have_one(study: tupl
 @pytest.mark.parametrize(
     ("loads", "drawn"),
     [
-        ({"a": 2.0, "b": 2.0}, set()),
-        ({"a": 2.0, "b": 1.0}, {"planted_loss_over_load.png"}),
-        ({"a": 1.5, "b": 1.5}, {"planted_load_over_loss.png"}),
+        ({"a": (2.0, 2.0), "b": (2.0, 2.0)}, set()),
+        ({"a": (2.0, 2.0), "b": (8.0, 8.0)}, set()),
+        ({"a": (2.0, 2.0), "b": (1.0, 3.0)}, {"planted_loss_over_load.png"}),
+        ({"a": (1.5, 1.5), "b": (1.5, 1.5)}, {"planted_load_over_loss.png"}),
     ],
 )
 def test_no_picture_is_drawn_that_would_show_nothing(
-    study: tuple[Path, Study], loads: dict[str, float], drawn: set[str]
+    study: tuple[Path, Study], loads: dict[str, tuple[float, float]], drawn: set[str]
 ) -> None:
     path, rules = study
     results, page = Path("r.jsonl"), Path("page.md")
-    for arm, load in loads.items():
-        mine = record(arm, 1, 1.0)
-        add_record(results, make_header(path, rules, "a" * 40), {**mine, "load": {**mine["load"], "all": load}})
+    for arm, of_seeds in loads.items():
+        for seed, load in enumerate(of_seeds, 1):
+            mine = record(arm, seed, 1.0)
+            add_record(results, make_header(path, rules, "a" * 40), {**mine, "load": {**mine["load"], "all": load}})
     write_report(rules, page=page, results=results)
-    assert {found.name for found in Path().glob("*.png")} == drawn
+    assert {found.name for found in Path().glob("*.png")} == {*drawn, "planted_verdicts.png"}
 
 
 def test_questions_are_told_with_what_routing_fitted_to_their_labels_gives(study: tuple[Path, Study]) -> None:
@@ -308,6 +310,29 @@ def test_domains_and_nats_of_answers_are_told(study: tuple[Path, Study]) -> None
     assert "| `a` | 0.5000 ± 0.0000 | 1.5000 ± 0.7071 | 0.5000 ± 0.0000 |" in rows
     assert "| `b` | 0.5000 ± 0.0000 | - | 0.5000 ± 0.0000 |" in rows
     assert "| `a` | 0.900 0.950 | 0.250 0.750 |" in rows
+
+
+def test_sources_with_further_documents_share_a_column(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    results, page = Path("r.jsonl"), Path("page.md")
+    for arm, source in (("a", "north"), ("b", "north-twice")):
+        answers = {"accuracy": 0.5, "by_source": {source: {"accuracy": 0.25 if arm == "a" else 0.75}}}
+        add_record(results, make_header(path, rules, "a" * 40), {**record(arm, 1, 1.0), "answers": answers})
+    write_report(rules, page=page, results=results)
+    rows = page.read_text().splitlines()
+    assert "| arm | accuracy | north |" in rows
+    assert "| `a` | 0.5000 | 0.2500 |" in rows
+    assert "| `b` | 0.5000 | 0.7500 |" in rows
+
+
+def test_the_table_of_arms_has_no_empty_or_repeated_columns(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    results, page = Path("r.jsonl"), Path("page.md")
+    for arm, image in (("a", {}), ("b", {"image": 2.0})):
+        mine = {**record(arm, 1, 1.0), "loss": {"all": 1.0, "text": 1.0, **image}}
+        add_record(results, make_header(path, rules, "a" * 40), mine)
+    write_report(rules, page=page, results=results)
+    assert "| arm | what | seeds | all, nats | image, nats | true experts a token |" in page.read_text()
 
 
 def test_units_of_nats_and_bits_are_not_those_of_shares() -> None:
