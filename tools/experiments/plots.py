@@ -30,6 +30,7 @@ IN_FRAME = 0.25  # height of the plot in nats above the best arm; arms above thi
 def draw(study: Study, records: Records, folder: Path) -> list[Path]:
     """Writes each picture for which `records` has data."""
     panels: dict[str, list[Callable[[Axes], None]]] = {}
+    heights: dict[str, float] = {}  # inches, where they depend on the number of arms
     loads = {round(record["load"]["all"], 1) for (arm, _), record in records.items() if arm in study.arms}
     if len(loads) >= LEAST_LOADS:
         panels["loss_over_load"] = [lambda axes: _loss_over_load(axes, study, records)]
@@ -39,20 +40,23 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
         for cost, label in (("flops", "training FLOPs"), ("seconds", "seconds of training steps")):
             panels[f"loss_over_{cost}"] = _curves(study, records, cost, label)
     for key, what in (("answers", "documents"), ("questions", "questions")):
-        if len({arm for (arm, _), record in records.items() if key in record}) > 1:  # one arm is compared with none
+        arms = {arm for (arm, _), record in records.items() if key in record}
+        if len(arms) > 1:  # one arm is compared with none
+            heights[key] = max(INCHES[1], ROW_INCHES * len(arms))
             label = f"held-out {what} answered right"
             panels[key] = [lambda axes, k=key, x=label: _accuracies(axes, study, records, k, x)]
-    return [_figure(folder / f"{study.name}_{name}.png", *fill) for name, fill in panels.items()]
+    return [_figure(folder / f"{study.name}_{name}.png", *fill, height=heights.get(name)) for name, fill in panels.items()]
 
 
-def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
+def _figure(path: Path, *fill: Callable[["Axes"], None], height: float | None) -> Path:
     """Draws one panel, or two panels side by side, with the functions `fill`; returns the path."""
     import matplotlib as mpl
     from cycler import cycler
     from matplotlib.figure import Figure  # import takes seconds; needs no window system
 
     with mpl.rc_context({"axes.prop_cycle": cycler(color=COLOURS)}):
-        figure = Figure(figsize=INCHES if len(fill) == 1 else BOTH_INCHES, dpi=DOTS, layout="constrained")
+        width, usual = INCHES if len(fill) == 1 else BOTH_INCHES
+        figure = Figure(figsize=(width, height or usual), dpi=DOTS, layout="constrained")
         for panel, axes in zip(fill, figure.subplots(1, len(fill), squeeze=False)[0], strict=True):
             panel(axes)
     return save(figure, path, dots=DOTS)[0]
@@ -186,7 +190,6 @@ def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: s
         axes.plot(found[name], [place] * len(found[name]), "o", markersize=4, color="C0", alpha=0.6)
         axes.plot(_mean(found[name]), place, "|", markersize=14, color="C1")
     axes.set_yticks(range(len(names)), [_name(study, name) for name in names], fontsize=7)
-    axes.figure.set_figheight(max(INCHES[1], ROW_INCHES * len(names)))
     axes.invert_yaxis()
     axes.set_xlabel(label)
     axes.grid(axis="x", alpha=0.3)
