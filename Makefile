@@ -24,7 +24,7 @@ TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 # (in tests/unit the files that conftest.py names): the last files are short, so all workers end together.
 BESIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 WORLDS := -n 3 --dist loadfile --no-loadscope-reorder
-EXPERIMENTS := adamoe adamoe-held adamoe-2 nulls-by-modality nulls-2 moma moma-narrow moma-2 mole mole-2 roma roma-listed roma-2 roma-2-smollm2 roma-2-disturbed on-ranks
+EXPERIMENTS := adamoe adamoe-held adamoe-2 nulls-by-modality nulls-2 moma moma-narrow moma-2 mole mole-2 roma roma-listed roma-2 roma-2-smollm2 roma-2-equal roma-2-disturbed on-ranks
 REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
@@ -211,7 +211,7 @@ smollm2-split: smollm2 wordnet
 	  $(BIN)/python -m tools.experiments.split_base $(SMOLLM2_IMPORT) --data $(WORDS_DATA) --out $(SMOLLM2_SPLIT).part && \
 	  mv $(SMOLLM2_SPLIT).part $(SMOLLM2_SPLIT); }
 
-reproduce-roma-2-smollm2 reproduce-roma-2-disturbed: smollm2-split embedder
+reproduce-roma-2-smollm2 reproduce-roma-2-equal reproduce-roma-2-disturbed: smollm2-split embedder
 $(REPRODUCTIONS): reproduce-%: $(INSTALLED) reproduce-data
 	@$(BIN)/python -m tools.experiments $* $$ARGS
 

@@ -102,7 +102,7 @@ def test_every_arm_is_a_run_that_could_start(name: str) -> None:
             assert config.train.global_batch * config.data.seq_len == 2048
 
 
-@pytest.mark.parametrize("name", ["roma-2-smollm2", "roma-2-disturbed"])
+@pytest.mark.parametrize("name", ["roma-2-smollm2", "roma-2-equal", "roma-2-disturbed"])
 def test_arms_of_smollm2_begin_with_its_mixture_and_tune_routers_alone(name: str) -> None:
     study = study_of(name)
     for job in jobs_once(study):
@@ -129,6 +129,13 @@ def test_cross_entropy_and_roma_have_the_same_search_of_the_learning_rate(name: 
     tuned = [job.settings for job in jobs_of(study) if job.label != "base"]
     assert {settings["optimizer.lr"] for settings in tuned} <= set(rates[0])
     assert {settings["router_tuning.objective"] for settings in tuned} == {"choices"}
+
+
+def test_each_rule_of_roma_2_equal_compares_arms_of_one_rate() -> None:
+    study = study_of("roma-2-equal")
+    rates = {job.label: job.settings.get("optimizer.lr") for job in jobs_of(study)}
+    for rule, rate in zip(study.rules, (3e-3, 1e-3), strict=True):
+        assert {rates[arm] for arm in rule.arms} == {rate}
 
 
 @pytest.mark.parametrize("name", ["roma-2", "roma-2-disturbed"])
