@@ -49,6 +49,9 @@ def main(
     rates: Annotated[
         str, typer.Option(help="Learning rates, separated by commas, of which each method gets its best by a pilot run.")
     ] = "",
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Train each method's loads of text and image without its choice, too.")
+    ] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Write table and figure of the runs so far; start none.")
     ] = False,
@@ -64,6 +67,7 @@ def main(
         root=root,
         ranks=_numbers(ranks, "--ranks"),
         rates=_rates(rates),
+        controls=controls,
     )
     search = make_search(asked) if asked.rates else None
     if report:

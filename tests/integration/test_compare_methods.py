@@ -48,10 +48,16 @@ def test_run_whole_and_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tiny_dataset(tmp_path / "data", documents=900)  # leaves held-out sequences to the search of rates
     write_config(tiny_config(tmp_path / "data", tmp_path / "runs", CHANGES), tmp_path / "base.yaml")
     given = ("--budget", "1.5", "--methods", "fixed,expert_threshold", "--ranks", "", "--rates", "1e-2,1e-6")
+    given = (*given, "--controls")
     first = compare(tmp_path, *given)
-    assert first.count("done ") == 4 + 4, "a pilot run of each method with each rate, and two seeds of each method"
+    assert first.count("done ") == 4 + 6, "a pilot run of each method with each rate; two seeds of two methods, one control"
     folder = tmp_path / "runs" / "compare" / "budget-1.5"
     _, *records = (json.loads(line) for line in (folder / "budget-1.5.jsonl").read_text().splitlines())
+    loads = {(each["arm"], each["seed"]): each["load"]["by_input"] for each in records}
+    for seed in (1, 2):
+        for modality in ("text", "image"):
+            its_own = loads["expert_threshold", seed][modality]
+            assert loads["expert_threshold_loads", seed][modality] == pytest.approx(its_own, rel=0.15)
     for each in records:
         assert each["load"]["all"] == pytest.approx(1.5, rel=0.15)
         assert 0.0 < each["accuracy"]["all"] < 1.0

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
+from moe_dist.config.manifest import load_manifest
 from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.config.schema import Config
 from moe_dist.config.yaml_text import dump_yaml
 from moe_dist.errors import ConfigError
-from moe_dist.plan.preflight import check
+from moe_dist.plan.preflight import check, layout_without_data
 from moe_dist.runtime.files import write_atomically
-from tools.experiments.methods import METHODS
+from tools.experiments.load_controls import SUFFIX, check_modalities, with_controls
+from tools.experiments.methods import METHODS, unnormalised
 from tools.experiments.rank_seconds import ROUNDS, RankTime, check_ranks, read_rank_times
 from tools.experiments.report import commits, table
 from tools.experiments.results import read_header, results_path
@@ -52,6 +54,7 @@ class Comparison:
     root: Path
     ranks: tuple[int, ...] = ()  # numbers of ranks on which steps are timed
     rates: tuple[float, ...] = ()  # learning rates that are tried for each method; with none all have the base's
+    controls: bool = False  # whether each method is compared with its loads by modality, too
 
     @property
     def folder(self) -> Path:
@@ -80,12 +83,17 @@ def make_study(asked: Comparison, rates: Mapping[str, float] | None = None) -> S
     values = study_values(asked)
     for name, rate in (rates or {}).items():
         values["arms"][name]["set"]["optimizer.lr"] = rate
+    if asked.controls:
+        base = _base(asked)
+        check_modalities(load_manifest(base.data.path))
+        most = {f"model.moe.groups.{name}.top_k": group.num_experts for name, group in base.model.moe.groups.items()}
+        values["arms"] = with_controls(values["arms"], unnormalised(base, asked.budget), most)
     return write_study(asked, asked.study_path, values)
 
 
 def study_values(asked: Comparison) -> dict[str, Any]:
     """Returns the contents of a study's file. Raises ConfigError as `make_study`."""
-    base = load_config(asked.base, [f"{key}={json.dumps(value)}" for key, value in asked.overrides.items()])
+    base = _base(asked)
     _check_base(base)
     unknown = [name for name in asked.methods if name not in METHODS]
     if unknown:
@@ -119,6 +127,10 @@ def study_values(asked: Comparison) -> dict[str, Any]:
             for name in asked.methods
         },
     }
+
+
+def _base(asked: Comparison) -> Config:
+    return load_config(asked.base, [f"{key}={json.dumps(value)}" for key, value in asked.overrides.items()])
 
 
 def write_study(asked: Comparison, path: Path, values: Mapping[str, Any]) -> Study:
@@ -170,7 +182,11 @@ def _check_arms(study: Study) -> None:
     problems = []
     for job in {job.label: job for job in jobs_of(study)}.values():
         try:
-            check(config_of(study, job), world_size=1)
+            config = config_of(study, job)
+            if job.arm.measured:
+                layout_without_data(config)  # a finished run makes the table of loads
+            else:
+                check(config, world_size=1)
         except ConfigError as error:
             problems.append(f"{job.label}: {error}")
     if problems:
@@ -205,20 +221,23 @@ def _lines(asked: Comparison, study: Study, records: Records) -> list[str]:
                 _load(mine) + (" (off budget)" if _off_budget(asked, mine) else ""),
                 _text(_mean(mine, "load.by_input.text"), 2) + " / " + _text(_mean(mine, "load.by_input.image"), 2),
                 _text(_mean(mine, "loss.all"), 4),
-                _difference(asked, records, name, "loss.all", 4),
+                _difference(records, name, asked.reference, "loss.all", 4),
+                *([_difference(records, name, f"{name}{SUFFIX}", "loss.all", 4)] if asked.controls else []),
                 _text(_mean(mine, "accuracy.all", 100.0), 2),
-                _difference(asked, records, name, "accuracy.all", 2, 100.0),
+                _difference(records, name, asked.reference, "accuracy.all", 2, 100.0),
+                *([_difference(records, name, f"{name}{SUFFIX}", "accuracy.all", 2, 100.0)] if asked.controls else []),
                 _text(_average([each["flops"] / each["tokens"] / 1e6 for each in mine.values()]), 2),
                 _text(_average([_sent(study, each) for each in mine.values()]), 2),
                 *(_text(time.kilobytes if (time := times.get((name, number))) else None, 2) for number in exchanging),
                 *(_seconds(times.get((name, number))) for number in ranks),
             ]
         )
+    less_control = ["less its loads by modality"] if asked.controls else []
     heads = [
         "method", "what", *(["learning rate"] if rates else []), "seeds",
         "true experts per token [lowest, highest seed]", "text / image",
-        "loss, nats", f"less {asked.reference}",
-        "accuracy, %", f"less {asked.reference}", "training MFLOP per token",
+        "loss, nats", f"less {asked.reference}", *less_control,
+        "accuracy, %", f"less {asked.reference}", *less_control, "training MFLOP per token",
         f"kB sent per held-out token at EP {study.measure.wire.ep}",
         *(f"kB sent per token in training, EP {number}" for number in exchanging),
         *(f"seconds of a step, EP {number}" for number in ranks),
@@ -261,8 +280,8 @@ def _paired(records: Records, name: str, of: str, metric: str, factor: float = 1
     return paired(found) if len(found) > 1 and name != of else None
 
 
-def _difference(asked: Comparison, records: Records, name: str, metric: str, digits: int, factor: float = 1.0) -> str:
-    found = _paired(records, name, asked.reference, metric, factor)
+def _difference(records: Records, name: str, of: str, metric: str, digits: int, factor: float = 1.0) -> str:
+    found = _paired(records, name, of, metric, factor)
     if found is None:
         return "-"
     return f"{found.mean:+.{digits}f} [{found.lower:+.{digits}f}, {found.upper:+.{digits}f}]"

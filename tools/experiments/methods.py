@@ -120,7 +120,7 @@ def _experts(**router: Any) -> Callable[[Config, float], Settings]:
     return settings
 
 
-def _unnormalised(base: Config, budget: float) -> Settings:
+def unnormalised(base: Config, budget: float) -> Settings:
     """Returns the keys of a router whose weights are a softmax over all experts. A softmax over the chosen experts would
     give a single expert the weight 1, and the router no gradient."""
     return {"normalise": "none", "scale": max(group.num_experts for group in base.model.moe.groups.values()) / budget}
@@ -129,13 +129,13 @@ def _unnormalised(base: Config, budget: float) -> Settings:
 def _fixed(base: Config, budget: float) -> Settings:
     loads = {name: [budget] * len(base.model.moe_layers) for name in base.model.moe.groups}
     groups = _groups(base, top_k=lambda _: math.ceil(budget))
-    router = {"kind": "scheduled_top_k", "active_experts": loads, **_unnormalised(base, budget)}
+    router = {"kind": "scheduled_top_k", "active_experts": loads, **unnormalised(base, budget)}
     return {**groups, "model.moe.router": router}
 
 
 def _top_k(base: Config, budget: float) -> Settings:
     groups = _groups(base, top_k=lambda _: round(budget))
-    return {**groups, "model.moe.router": {"kind": "top_k", **_unnormalised(base, budget)}}
+    return {**groups, "model.moe.router": {"kind": "top_k", **unnormalised(base, budget)}}
 
 
 def _needs_room(group: GroupSection, budget: float) -> str:

@@ -48,10 +48,11 @@ class RankTime:
 
 
 def first_jobs(study: Study) -> dict[str, StudyJob]:
-    """Maps each method to its run with the first seed."""
+    """Maps each method, without controls, to its run with the first seed."""
     jobs: dict[str, StudyJob] = {}
     for job in jobs_of(study):
-        jobs.setdefault(job.label, job)
+        if not job.arm.measured:
+            jobs.setdefault(job.label, job)
     return jobs
 
 

@@ -8,12 +8,15 @@ import pytest
 
 from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
+from moe_dist.config.manifest import load_manifest
 from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import check
 from tests.support.cover import rest_full
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
 from tools.experiments.comparison import Comparison, make_study, write_comparison
+from tools.experiments.load_controls import SUFFIX, check_modalities
 from tools.experiments.methods import METHODS
+from tools.experiments.rank_seconds import first_jobs
 from tools.experiments.rate_search import best_rates, make_search
 from tools.experiments.results import results_path
 from tools.experiments.study import config_of, fingerprint, jobs_of
@@ -173,6 +176,38 @@ def test_each_method_gets_the_rate_with_its_lowest_pilot_loss(tiny_data: Path, t
     del records[labels[0], 103]
     with pytest.raises(ConfigError, match="no finished search for adamoe; run the command without --report"):
         best_rates(one, records)
+
+
+def test_a_control_has_the_loads_of_its_method_and_its_rate(tiny_data: Path, tmp_path: Path) -> None:
+    one = asked(tmp_path, tiny_data, controls=True)
+    study = make_study(one, {"fixed": 0.1, "adamoe": 0.01, "remoe": 0.02})
+    controls = {job.label: config_of(study, job) for job in jobs_of(study) if job.label.endswith(SUFFIX)}
+    assert {name: config.optimizer.lr for name, config in controls.items()} == {"adamoe_loads": 0.01, "remoe_loads": 0.02}
+    for name, config in controls.items():
+        arm = study.arms[name]
+        assert arm.needs == (name.removesuffix(SUFFIX),)
+        assert study.arms[arm.needs[0]].asks == ("load_tables",)
+        assert config.model.moe.router.kind == "top_k_by_id"
+        assert config.model.moe.groups["all"].top_k == 4, "a modality may take all experts"
+    records = {
+        (arm, seed): record(arm, seed, loss + seed)
+        for arm, loss in (("fixed", 3.0), ("adamoe", 2.9), ("adamoe_loads", 2.8), ("remoe", 3.1))
+        for seed in (1, 2, 3)
+    }
+    text = write_comparison(one, study, records)
+    heads, _, *rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert [row[1] for row in rows] == ["`fixed`", "`adamoe`", "`remoe`"], "controls have no row of their own"
+    place = heads.index("less its loads by modality")
+    assert [row[place] for row in rows] == ["-", "+0.1000 [+0.1000, +0.1000]", "-"]
+    assert first_jobs(study).keys() == {"fixed", "adamoe", "remoe"}, "steps of controls are not timed"
+
+
+def test_controls_need_text_and_image(tiny_data: Path) -> None:
+    manifest = load_manifest(tiny_data)
+    check_modalities(manifest)
+    (part,) = manifest.modalities["text"]
+    with pytest.raises(ConfigError, match="--controls: loads are taken by text and image, and the data have text; leave"):
+        check_modalities(manifest.model_copy(update={"modalities": {"text": (part,)}}))
 
 
 def test_the_default_base_has_what_the_methods_need() -> None:
