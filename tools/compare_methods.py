@@ -8,6 +8,7 @@ PNG, SVG and PDF. After a stop, the same command keeps finished runs and makes t
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,7 @@ def main(
 def _run(asked: Comparison, search: Study | None, processes: int, stop_requested: Callable[[], bool]) -> Study:
     """Runs what is missing: the search of rates, the methods, and the timed steps."""
     if search is not None:
+        check_same_code(search, read_records(results_path(search, pilot=True)), pilot=True)
         Runner(asked.folder / FILE, search, True, None, processes, stop_requested).run(jobs_of(search, pilot=True))
     study = make_study(asked, _found(asked, search))
     Runner(asked.study_path, study, False, None, processes, stop_requested, same_code=True).run(jobs_of(study))
@@ -104,8 +106,10 @@ def _rates(text: str) -> tuple[float, ...]:
         rates = tuple(float(each) for each in text.split(",") if each)
     except ValueError as error:
         raise ConfigError(f"--rates {text}: give numbers, separated by commas, as in 1e-3,3e-3") from error
-    if len(set(rates)) < len(rates) or len(rates) == 1:
-        raise ConfigError(f"--rates {text}: give two rates at least, each once; optimizer.lr=RATE sets one for all methods")
+    if len(set(rates)) < len(rates) or len(rates) == 1 or not all(0.0 < rate < math.inf for rate in rates):
+        raise ConfigError(
+            f"--rates {text}: give two positive rates at least, each once; optimizer.lr=RATE sets one for all methods"
+        )
     return rates
 
 

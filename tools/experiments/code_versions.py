@@ -19,18 +19,19 @@ UNNAMED = "0.1.0"  # version of the package in records that name neither commit 
 Code = Mapping[str, Any]  # the "code" of a record: "commit", "changed" and, without commit, "version"
 
 
-def check_same_code(study: Study, records: Records) -> None:
+def check_same_code(study: Study, records: Records, *, pilot: bool = False) -> None:
     """Raises ConfigError if the code of now is of another version than the code of a record."""
     now = code_of_now()
     for old in {
         (name_of(record["code"]), record["code"]["changed"]): record["code"] for record in records.values()
     }.values():
         if reason := _difference(old, now):
-            path = results_path(study, pilot=False)
+            path = results_path(study, pilot=pilot)
+            runs = path.parent if pilot else Path(study.runs) / study.name
             raise ConfigError(
                 f"{path} has records of {name_of(old)}, and the code is now {name_of(now)}: {reason}. Records of one "
                 "experiment are judged together, so they need the same code; "
-                f"{_way_out(old, path, Path(study.runs) / study.name)}, or begin anew under another name"
+                f"{_way_out(old, path, runs)}, or begin anew under another name"
             )
 
 

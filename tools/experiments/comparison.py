@@ -144,8 +144,8 @@ def write_study(asked: Comparison, path: Path, values: Mapping[str, Any]) -> Stu
     asked.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
     study = load_study(path)
-    header = read_header(results_path(study, pilot=False))
-    if header is not None and header["fingerprint"] != fingerprint(path, study):
+    headers = [read_header(results_path(study, pilot=pilot)) for pilot in (False, True)]
+    if any(header is not None and header["fingerprint"] != fingerprint(path, study) for header in headers):
         raise ConfigError(
             f"{study.base} has changed since the finished runs in {asked.folder}, and new runs would not compare; put it "
             "back, or give another --name"

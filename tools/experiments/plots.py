@@ -23,7 +23,7 @@ DOTS = 110
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("o-", "s-", "^-", "D-", "v-", "P-", "X-", "<--", ">--", "*--", "h--")
 ROW_INCHES = 0.28  # height of an arm's row of accuracies
-LEAST_LOADS = 3  # different loads that a picture of loss against load needs
+LEAST_LOADS = 3  # a picture of loss against load needs this many loads that differ by a tenth
 IN_FRAME = 0.25  # height of the plot in nats above the best arm; arms above this height are only in the legend
 
 

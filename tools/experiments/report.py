@@ -74,9 +74,10 @@ def _section(
     fewer = any(arm.seeds == "other" for arm in study.arms.values())
     others = f", other arms the first {len(study.seeds.other)}" if fewer else ""
     lines += [
-        f"Rules of commit `{str(header['rules'])[:12]}` (configs/reproduce/{study.name}.yaml), {done} of {len(jobs)} runs; "
-        f"code of {commits(records.values())}. Seeds {', '.join(map(str, study.seeds.decisive))}{others}. "
-        f"`make reproduce-{study.name}` made it; raw records: {study.name}.jsonl.",
+        f"The rules stand in configs/reproduce/{study.name}.yaml, of commit `{str(header['rules'])[:12]}`. {done} of "
+        f"{len(jobs)} runs are finished, by the code of {commits(records.values())}. Seeds: "
+        f"{', '.join(map(str, study.seeds.decisive))}{others}. The records of all runs are in {study.name}.jsonl; "
+        f"`make reproduce-{study.name}` makes missing runs, and this page from the records.",
         "",
     ]
     if versions := tell_versions(study, records):
@@ -142,20 +143,20 @@ def _arms(study: Study, records: Records) -> list[str]:
         )
     heads = ["arm", "what", "seeds", *(f"{part.replace('_', ' ')}, nats" for part in LOSSES)]
     missing = [f"`{name}` ({arm.about})" for name, arm in study.arms.items() if not of_arm(records, name)]
-    lines = table(*_told([*heads, "true experts a token", "TFLOP", "seconds", "tokens/s"], rows))
+    lines = table(*_compact([*heads, "true experts a token", "TFLOP", "seconds", "tokens/s"], rows))
     return [*lines, "", f"Without a run: {'; '.join(missing)}."] if missing else lines
 
 
-def _told(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """Returns the columns with something to tell: without those that have no value or are equal to the column before."""
+def _compact(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Returns heads and rows without the columns that have no value in any row or repeat the column before."""
     columns = [[head, *cells] for head, *cells in zip(heads, *rows, strict=True)]
-    told = [
+    kept = [
         column
         for before, column in zip([[""], *columns], columns, strict=False)
         if column[1:] != before[1:] and set(column[1:]) != {"-"}
     ]
-    head, *kept = (list(row) for row in zip(*told, strict=True))
-    return head, kept
+    head, *others = (list(row) for row in zip(*kept, strict=True))
+    return head, others
 
 
 def _answers(study: Study, records: Records) -> list[str]:
@@ -185,8 +186,9 @@ def _domains(study: Study, records: Records) -> list[str]:
                 cells.append(" ".join(f"{_mean(layer):.3f}" for layer in layers))
             rows.append([_label(study, name), *cells])
     about = (
-        "Share of held-out tokens whose domain (data source) a linear probe tells from the router's input; and bits that "
-        "the expert with the largest weight tells of the domain, at the tokens before a scored one."
+        "A domain is a data source. *Probe*: the share of held-out tokens whose domain a linear classifier predicts from "
+        "the router's input. *Bits*: the mutual information of the domain and a token's expert of largest weight, over the "
+        "tokens that predict a scored token."
     )
     return [about, "", *table(["arm", "probe, by layer", "bits, by layer"], rows)] if rows else []
 

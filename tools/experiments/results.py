@@ -16,12 +16,14 @@ from moe_dist.config.bundled import VERSION
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.provenance import code_state
-from tools.experiments.study import PILOT, ROOT, Study, fingerprint
+from tools.experiments.study import PILOT, Study, fingerprint
 
 
 def results_path(study: Study, *, pilot: bool) -> Path:
     """Returns the path of the records. The records of a pilot are not committed."""
-    return ROOT / f"{study.name}-{PILOT}" / "results.jsonl" if pilot else Path(study.records) / f"{study.name}.jsonl"
+    if pilot:
+        return Path(study.runs) / f"{study.name}-{PILOT}" / "results.jsonl"
+    return Path(study.records) / f"{study.name}.jsonl"
 
 
 def check_rules(path: Path, study_path: Path, study: Study) -> str:

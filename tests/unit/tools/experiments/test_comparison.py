@@ -13,6 +13,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import check
 from tests.support.cover import rest_full
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
+from tools.compare_methods import _rates
 from tools.experiments.comparison import Comparison, make_study, write_comparison
 from tools.experiments.load_controls import SUFFIX, check_modalities
 from tools.experiments.methods import METHODS
@@ -173,9 +174,23 @@ def test_each_method_gets_the_rate_with_its_lowest_pilot_loss(tiny_data: Path, t
     assert {job.label: config_of(study, job).optimizer.lr for job in jobs_of(study)} == rates
     text = write_comparison(one, study, {("fixed", seed): record("fixed", seed, 3.0) for seed in (1, 2)})
     assert "| `fixed` | fixed number, the fraction by a random draw | 0.01 | 2 |" in text
+    results = results_path(search, pilot=True)
+    assert results.is_relative_to(tmp_path), "comparisons of other folders share no search"
+    results.parent.mkdir()
+    results.write_text(json.dumps({"fingerprint": fingerprint(one.folder / "rates.yaml", search)}) + "\n")
+    make_search(one)
+    asked(tmp_path, tmp_path / "data", {"optimizer.lr": 0.5})  # writes another base.yaml
+    with pytest.raises(ConfigError, match="has changed since the finished runs"):
+        make_search(one)
     del records[labels[0], 103]
     with pytest.raises(ConfigError, match="no finished search for adamoe; run the command without --report"):
         best_rates(one, records)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1e-3,1e-3", "0,1e-3", "-1,1e-3", "nan,1e-3", "inf,1e-3", "1e-3,fast"])
+def test_rates_that_cannot_be_compared_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--rates"):
+        _rates(text)
 
 
 def test_a_control_has_the_loads_of_its_method_and_its_rate(tiny_data: Path, tmp_path: Path) -> None:

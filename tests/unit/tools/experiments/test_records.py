@@ -312,27 +312,31 @@ def test_domains_and_nats_of_answers_are_told(study: tuple[Path, Study]) -> None
     assert "| `a` | 0.900 0.950 | 0.250 0.750 |" in rows
 
 
-def test_sources_with_further_documents_share_a_column(study: tuple[Path, Study]) -> None:
+def page_of(study: tuple[Path, Study], *records: dict) -> str:
     path, rules = study
     results, page = Path("r.jsonl"), Path("page.md")
-    for arm, source in (("a", "north"), ("b", "north-twice")):
-        answers = {"accuracy": 0.5, "by_source": {source: {"accuracy": 0.25 if arm == "a" else 0.75}}}
-        add_record(results, make_header(path, rules, "a" * 40), {**record(arm, 1, 1.0), "answers": answers})
+    for each in records:
+        add_record(results, make_header(path, rules, "a" * 40), each)
     write_report(rules, page=page, results=results)
-    rows = page.read_text().splitlines()
+    return page.read_text()
+
+
+def test_sources_with_further_documents_share_a_column(study: tuple[Path, Study]) -> None:
+    answers = {
+        arm: {"accuracy": 0.5, "by_source": {source: {"accuracy": right}}}
+        for arm, source, right in (("a", "north", 0.25), ("b", "north-twice", 0.75))
+    }
+    rows = page_of(study, *({**record(arm, 1, 1.0), "answers": each} for arm, each in answers.items())).splitlines()
     assert "| arm | accuracy | north |" in rows
     assert "| `a` | 0.5000 | 0.2500 |" in rows
     assert "| `b` | 0.5000 | 0.7500 |" in rows
 
 
 def test_the_table_of_arms_has_no_empty_or_repeated_columns(study: tuple[Path, Study]) -> None:
-    path, rules = study
-    results, page = Path("r.jsonl"), Path("page.md")
-    for arm, image in (("a", {}), ("b", {"image": 2.0})):
-        mine = {**record(arm, 1, 1.0), "loss": {"all": 1.0, "text": 1.0, **image}}
-        add_record(results, make_header(path, rules, "a" * 40), mine)
-    write_report(rules, page=page, results=results)
-    assert "| arm | what | seeds | all, nats | image, nats | true experts a token |" in page.read_text()
+    alike = {"all": 1.0, "text": 1.0}
+    losses = {"a": alike, "b": {**alike, "image": 2.0}}
+    page = page_of(study, *({**record(arm, 1, 1.0), "loss": each} for arm, each in losses.items()))
+    assert "| arm | what | seeds | all, nats | image, nats | true experts a token |" in page
 
 
 def test_units_of_nats_and_bits_are_not_those_of_shares() -> None:
