@@ -198,14 +198,15 @@ def _check_arms(study: Study) -> None:
 
 def write_comparison(asked: Comparison, study: Study, records: Records) -> str:
     """Writes table.md and the figure from the existing records, and returns the table."""
-    text = "\n".join([*_lines(asked, study, records), ""])
+    text = table_text(asked, study, records)
     write_atomically(asked.folder / "table.md", text)
     if any(of_arm(records, name) for name in asked.methods):
         draw(asked, records, asked.folder / "figure")
     return text
 
 
-def _lines(asked: Comparison, study: Study, records: Records) -> list[str]:
+def table_text(asked: Comparison, study: Study, records: Records) -> str:
+    """Returns the table in Markdown, behind a sentence about what was run."""
     rows, times = [], read_rank_times(asked.folder)
     ranks = sorted({number for _, number in times})
     exchanging = [number for number in ranks if number > 1]
@@ -227,7 +228,7 @@ def _lines(asked: Comparison, study: Study, records: Records) -> list[str]:
                 _difference(records, name, asked.reference, "accuracy.all", 2, 100.0),
                 *([_difference(records, name, f"{name}{SUFFIX}", "accuracy.all", 2, 100.0)] if asked.controls else []),
                 _text(_average([each["flops"] / each["tokens"] / 1e6 for each in mine.values()]), 2),
-                _text(_average([_sent(study, each) for each in mine.values()]), 2),
+                *([] if exchanging else [_text(_average([_sent(study, each) for each in mine.values()]), 2)]),
                 *(_text(time.kilobytes if (time := times.get((name, number))) else None, 2) for number in exchanging),
                 *(_seconds(times.get((name, number))) for number in ranks),
             ]
@@ -238,18 +239,20 @@ def _lines(asked: Comparison, study: Study, records: Records) -> list[str]:
         "true experts per token [lowest, highest seed]", "text / image",
         "loss, nats", f"less {asked.reference}", *less_control,
         "accuracy, %", f"less {asked.reference}", *less_control, "training MFLOP per token",
-        f"kB sent per held-out token at EP {study.measure.wire.ep}",
+        *([] if exchanging else [f"kB sent per held-out token at EP {study.measure.wire.ep}"]),
         *(f"kB sent per token in training, EP {number}" for number in exchanging),
         *(f"seconds of a step, EP {number}" for number in ranks),
     ]  # fmt: skip
     code = f"code of {commits(records.values())}" if records else "no run is finished"
-    return [
+    lines = [
         f"Budget: {asked.budget:g} true experts per token and layer. Seeds {', '.join(map(str, asked.seeds))}; "
         f"differences are paired by seed, in brackets one-sided 95 % bounds to both sides. Seconds: median, lowest and "
         f"highest of {ROUNDS} rounds; {code}.",
         "",
         *table(heads, rows),
+        "",
     ]
+    return "\n".join(lines)
 
 
 def _load(mine: Mapping[int, Record]) -> str:

@@ -1,5 +1,5 @@
 """Plots an experiment with matplotlib: loss against true (not null) experts per token, true experts per token against
-the token's loss, loss against FLOPs and seconds, and the accuracy of each arm."""
+the token's loss, loss against FLOPs, seconds and bytes, and the accuracy of each arm."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,6 +23,11 @@ DOTS = 110
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("o-", "s-", "^-", "D-", "v-", "P-", "X-", "<--", ">--", "*--", "h--")
 ROW_INCHES = 0.28  # height of an arm's row of accuracies
+COSTS = {
+    "flops": "training FLOPs",
+    "seconds": "seconds of training steps",
+    "bytes": "bytes that all ranks send to other ranks",
+}
 LEAST_LOADS = 3  # a picture of loss against load needs this many loads that differ by a tenth
 IN_FRAME = 0.25  # height of the plot in nats above the best arm; arms above this height are only in the legend
 
@@ -36,8 +41,8 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
         panels["loss_over_load"] = [lambda axes: _loss_over_load(axes, study, records)]
     if any(map(_adaptive, records.values())):
         panels["load_over_loss"] = [lambda axes: _load_over_loss(axes, study, records)]
-    if any(record.get("curve") for record in records.values()):
-        for cost, label in (("flops", "training FLOPs"), ("seconds", "seconds of training steps")):
+    for cost, label in COSTS.items():
+        if any(_points(records, arm, cost) for arm in study.arms):
             panels[f"loss_over_{cost}"] = _curves(study, records, cost, label)
     for key, what in (("answers", "documents"), ("questions", "questions")):
         arms = {arm for (arm, _), record in records.items() if key in record}
@@ -127,7 +132,8 @@ def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
 def _curves(study: Study, records: Records, cost: str, label: str) -> list[Callable[["Axes"], None]]:
     """Returns functions that draw one panel each: loss over cost and, if there is a reference arm, each arm's loss minus
     the reference arm's loss at equal cost."""
-    of = {} if study.reference is None else _points(records, study.reference, cost)
+    reference = study.reference or ""
+    of = _points(records, reference, cost)
     found = {name: curves for name in study.with_whole_cost() if (curves := _points(records, name, cost))}
 
     def losses(axes: "Axes") -> None:
@@ -144,7 +150,7 @@ def _curves(study: Study, records: Records, cost: str, label: str) -> list[Calla
         axes.set_ylim(-IN_FRAME / 2, IN_FRAME / 2)
         _logarithmic(axes)
         axes.set_xlabel(label)
-        axes.set_ylabel(f"held-out nats above {study.reference} at equal cost")
+        axes.set_ylabel(f"held-out nats above {study.names.get(reference, reference)} at equal cost")
         axes.set_title("what is farther off is outside the frame", fontsize=8, loc="right")
         axes.grid(alpha=0.3)
 
@@ -152,11 +158,12 @@ def _curves(study: Study, records: Records, cost: str, label: str) -> list[Calla
 
 
 def _points(records: Records, arm: str, cost: str) -> dict[int, np.ndarray]:
-    """Returns each seed's curve, [2, points]: cost and loss. A seed whose curve has a single point is left out."""
+    """Returns each seed's curve, [2, points]: cost and loss. Curves with a single point, and runs that have no such cost
+    (one rank sends no bytes), are left out."""
     return {
         seed: np.array([[point[cost], point["loss"]["all"]] for point in record["curve"]]).T
         for (name, seed), record in sorted(records.items())
-        if name == arm and len(record.get("curve", [])) > 1
+        if name == arm and len(curve := record.get("curve", [])) > 1 and curve[0].get(cost)
     }
 
 
