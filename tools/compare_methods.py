@@ -53,6 +53,12 @@ def main(
     controls: Annotated[
         bool, typer.Option("--controls", help="Train each method's loads of text and image without its choice, too.")
     ] = False,
+    hold: Annotated[
+        bool,
+        typer.Option(
+            "--hold", help="After training, shift load controllers' biases so that validation tokens take the budget."
+        ),
+    ] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Write table and figure of the runs so far; start none.")
     ] = False,
@@ -69,6 +75,7 @@ def main(
         ranks=_numbers(ranks, "--ranks"),
         rates=_rates(rates),
         controls=controls,
+        hold=hold,
     )
     search = make_search(asked) if asked.rates else None
     if report:

@@ -22,6 +22,7 @@ from moe_dist.config.yaml_text import dump_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import check, layout_without_data
 from moe_dist.runtime.files import write_atomically
+from tools.experiments.heldout import check_validation
 from tools.experiments.load_controls import SUFFIX, check_modalities, with_controls
 from tools.experiments.methods import METHODS, unnormalised
 from tools.experiments.rank_seconds import ROUNDS, RankTime, check_ranks, read_rank_times
@@ -34,6 +35,7 @@ from tools.experiments.verdicts import Paired, Record, Records, number_at, of_ar
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+SEQUENCES = 192  # held-out sequences of each source; loads differ between documents, with 64 by up to 9 %
 OFF_BUDGET = 0.05  # relative difference from the budget beyond which a method's losses cannot be compared
 BYTES = 4  # size of an fp32 number
 EXCHANGES = 4  # of each row: dispatch and combine, forward and backward
@@ -55,6 +57,7 @@ class Comparison:
     ranks: tuple[int, ...] = ()  # numbers of ranks on which steps are timed
     rates: tuple[float, ...] = ()  # learning rates that are tried for each method; with none all have the base's
     controls: bool = False  # whether each method is compared with its loads by modality, too
+    hold: bool = False  # whether load controllers' biases are set on validation sequences after training
 
     @property
     def folder(self) -> Path:
@@ -77,8 +80,8 @@ def make_study(asked: Comparison, rates: Mapping[str, float] | None = None) -> S
         rates: The learning rate of each method; None leaves all methods at the base's.
 
     Raises:
-        ConfigError: methods cannot reach the budget or cannot train on the configuration (all are listed, with reasons), or
-            the folder has another comparison.
+        ConfigError: methods cannot reach the budget or cannot train on the configuration (all are listed, with reasons),
+            the folder has another comparison, or the data have no validation sequences, which an option needs.
     """
     values = study_values(asked)
     for name, rate in (rates or {}).items():
@@ -119,7 +122,7 @@ def study_values(asked: Comparison) -> dict[str, Any]:
         "set": dict(asked.overrides),
         "seeds": {"decisive": list(asked.seeds), "other": list(asked.seeds)},
         "pilot": {"seeds": [max(asked.seeds) + 100]},
-        "measure": {"accuracy": True, "sequences": 64},
+        "measure": {"accuracy": True, "sequences": SEQUENCES, **({"hold": True} if asked.hold else {})},
         "runs": str(asked.root),
         "records": str(asked.folder),
         "arms": {
@@ -152,7 +155,20 @@ def write_study(asked: Comparison, path: Path, values: Mapping[str, Any]) -> Stu
         )
     _check_arms(study)
     check_ranks(study, asked.ranks)
+    _check_validation(asked, study)
     return study
+
+
+def _check_validation(asked: Comparison, study: Study) -> None:
+    """Raises ConfigError if options need held-out sequences besides those that the comparison measures, and the data have
+    none."""
+    options = [name for name, given in (("--rates", asked.rates), ("--hold", asked.hold)) if given]
+    try:
+        if options:
+            check_validation(study.measure, config_of(study, jobs_of(study)[0]))
+    except ConfigError as error:
+        way_out = f"{', '.join(options)}: leave it out, or give data with more held-out documents"
+        raise ConfigError([*error.problems, way_out]) from error
 
 
 def _check_base(base: Config) -> None:

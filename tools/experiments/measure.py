@@ -39,6 +39,7 @@ from moe_dist.train.trainer import Loader
 from tools.experiments import probes
 from tools.experiments.disturbance import FOLDER, disturb
 from tools.experiments.domain_probe import domains
+from tools.experiments.held_loads import hold_loads
 from tools.experiments.heldout import heldout_sequences
 from tools.experiments.questions import QuestionRound, make_samples
 from tools.experiments.runner import MEASURED
@@ -183,9 +184,9 @@ class Measurement:
         asked = {"questions": question_round.record(), "oracle": question_round.oracle()}
         return {**made, **asked, "samples": make_samples(out, section)}
 
-    def _batches_by_source(self, sequences: int) -> dict[str, list[Batch]]:
-        """Maps each source on which the run was trained to its held-out batches."""
-        config, validation = self._config, self._side is Side.VALID
+    def _batches_by_source(self, sequences: int, *, validation: bool = False) -> dict[str, list[Batch]]:
+        """Maps each source on which the run was trained to its held-out batches; a pilot has validation sequences."""
+        config, validation = self._config, validation or self._side is Side.VALID
         return {
             source: heldout_sequences(config, self._manifest, source, sequences, validation=validation)
             for source in source_shares(self._manifest, config.data.weights)
@@ -193,7 +194,8 @@ class Measurement:
 
     def _model_at(self, step: int) -> Transformer:
         """Returns the model of a step, with weights averaged over checkpoints. Router thresholds are calibrated again on
-        training sequences that the run has seen, because averaged thresholds would not fit the averaged weights."""
+        training sequences that the run has seen, because averaged thresholds would not fit the averaged weights. With
+        `hold` the biases of load controllers are set on validation sequences."""
         model = self._load(self._averaged(step))
         if by_threshold(model):
             config = self._config
@@ -201,7 +203,14 @@ class Measurement:
             positions = [begin + at * batch for at in range(max(0, step - config.evaluation.calibration), step)]
             trained = [each for position in positions for each in self._loader.batches(position)]
             calibrate(model, trained, group_of_modality=self._groups, world=None, steps=step)
+        if self._section.hold:
+            hold_loads(model, self._validation, self._config.model.moe.active_targets, self._groups)
         return model
+
+    @cached_property
+    def _validation(self) -> list[Batch]:
+        by_source = self._batches_by_source(self._section.sequences, validation=True)
+        return [batch for of_source in by_source.values() for batch in of_source]
 
     @torch.no_grad()
     def _load(self, steps: Sequence[int]) -> Transformer:
@@ -255,12 +264,10 @@ class Measurement:
     def _load_tables(self, model: Transformer) -> dict[str, str]:
         """Writes the mean true experts per token of each MoE layer, by token id and by the id's modality, as tables
         [MoE layers, V] for the router top_k_by_id. Returns the paths of the tables. The means are over the last
-        TABLE_STEPS training steps; an id without a token in these steps has the mean of its modality."""
-        batch, begin = self._config.train.global_batch, self._first_position()
-        steps = range(max(0, self._config.train.steps - TABLE_STEPS), self._config.train.steps)
-        positions = [begin + step * batch for step in steps]
-        trained = [each for at in positions for each in self._loader.batches(at)]
-        tokens = evaluate(model, trained, self._groups, image=self._image)
+        TABLE_STEPS training steps, or with `hold` over validation sequences, on which the loads are set; an id without a
+        token there has the mean of its modality."""
+        batches = self._validation if self._section.hold else self._trained_last()
+        tokens = evaluate(model, batches, self._groups, image=self._image)
         paths = {}
         image_V = np.zeros(self._config.model.vocab_size, bool)
         for first, end in self._manifest.modalities["image"]:
@@ -270,6 +277,11 @@ class Measurement:
             paths[f"{name}_folder"] = str(path := self._folder.path / f"loads_{name}.npy")
             np.save(path, table_LV)
         return paths
+
+    def _trained_last(self) -> list[Batch]:
+        batch, begin = self._config.train.global_batch, self._first_position()
+        steps = range(max(0, self._config.train.steps - TABLE_STEPS), self._config.train.steps)
+        return [each for step in steps for each in self._loader.batches(begin + step * batch)]
 
     def _first_position(self) -> int:
         """Returns the position in the training stream at which the run began; above 0 only with run.keep_position."""

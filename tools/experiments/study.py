@@ -86,6 +86,7 @@ class MeasureSection(Part):
     sequences: PositiveInt = 256
     accuracy: bool = False  # whether to measure the fraction of labels that are the model's most likely token
     curve: CurveSection | None = None
+    hold: bool = False  # whether load controllers' biases are set on validation sequences before a measurement
     wire: WireSection = Field(default_factory=WireSection)
     threshold_loads: tuple[PositiveFloat, ...] = ()
     flips: tuple[PositiveFloat, ...] = ()  # percentages; only for arms whose experts or layers choose tokens

@@ -29,7 +29,7 @@ CHANGES: dict[str, Any] = {
     "placement.policy": "interleaved",
     "train.steps": 20,
 }
-DOCUMENTS = 900  # leave held-out sequences besides the 64 that a comparison measures
+DOCUMENTS = 2700  # leave held-out sequences besides the 192 that a comparison measures
 
 
 def asked(root: Path, data: Path, changes: dict[str, Any] | None = None, **other: Any) -> Comparison:
@@ -158,6 +158,8 @@ def test_table_and_figure_have_paired_differences_and_mark_what_is_off_the_budge
 def test_each_method_gets_the_rate_with_its_lowest_pilot_loss(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--rates: leave it out, or give data with more held-out documents"):
         make_search(asked(tmp_path, tiny_data, rates=(1e-3, 0.01), name="few"))
+    with pytest.raises(ConfigError, match="--hold: leave it out, or give data with more held-out documents"):
+        make_study(asked(tmp_path, tiny_data, hold=True, name="few-held"))
     tiny_dataset(tmp_path / "data", documents=DOCUMENTS)
     one = asked(tmp_path, tmp_path / "data", rates=(1e-3, 0.01))
     search = make_search(one)
