@@ -139,11 +139,12 @@ def _arms(study: Study, records: Records) -> list[str]:
                 f"{_mean(each['flops'] for each in mine.values()) / 1e12:.2f}",
                 f"{_mean(each['seconds'] for each in mine.values()):.0f}",
                 f"{_mean(each['tokens'] / each['seconds'] for each in mine.values()):,.0f}",
+                f"{sent / 1e9:.2f}" if (sent := _mean(each.get("bytes", 0.0) for each in mine.values())) else "-",
             ]
         )
     heads = ["arm", "what", "seeds", *(f"{part.replace('_', ' ')}, nats" for part in LOSSES)]
     missing = [f"`{name}` ({arm.about})" for name, arm in study.arms.items() if not of_arm(records, name)]
-    lines = table(*_compact([*heads, "true experts a token", "TFLOP", "seconds", "tokens/s"], rows))
+    lines = table(*_compact([*heads, "true experts a token", "TFLOP", "seconds", "tokens/s", "GB sent"], rows))
     return [*lines, "", f"Without a run: {'; '.join(missing)}."] if missing else lines
 
 
@@ -287,10 +288,13 @@ def _etas(study: Study, records: Records, loss: Literal["heldout", "training"]) 
     seeds. Empty for training losses that no record has."""
     if (dense := study.reference) is None:
         return []
+    costs = {"FLOPs": "flops", "seconds": "seconds"}
+    if all(record.get("bytes") for record in of_arm(records, dense).values()):  # one rank sends none
+        costs["bytes"] = "bytes"
     rows = []
     for name in study.with_whole_cost():
         cells = []
-        for cost in ("flops", "seconds"):
+        for cost in costs.values():
             for part in ("all", "text", "image"):
                 value = EtaValue(eta=name, of=dense, part=part, cost=cost, loss=loss)
                 seeds = sorted({seed for arm, seed in records if arm == name} & {s for arm, s in records if arm == dense})
@@ -301,7 +305,7 @@ def _etas(study: Study, records: Records, loss: Literal["heldout", "training"]) 
             rows.append([_label(study, name), *cells])
     if loss == "training" and not rows:
         return []
-    heads = [f"{part}, {cost}" for cost in ("FLOPs", "seconds") for part in ("all", "text", "image")]
+    heads = [f"{part}, {cost}" for cost in costs for part in ("all", "text", "image")]
     return [
         f"Cost relative to `{dense}`; in brackets the lowest and the highest value among the seeds. Arms that begin with "
         "another arm's weights have no value, because that training is not counted.",
