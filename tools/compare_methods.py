@@ -55,9 +55,7 @@ def main(
     ] = False,
     hold: Annotated[
         bool,
-        typer.Option(
-            "--hold", help="After training, shift load controllers' biases so that validation tokens take the budget."
-        ),
+        typer.Option("--hold", help="After training, set each method's load to the budget on validation sequences."),
     ] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Write table and figure of the runs so far; start none.")

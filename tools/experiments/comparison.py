@@ -57,7 +57,7 @@ class Comparison:
     ranks: tuple[int, ...] = ()  # numbers of ranks on which steps are timed
     rates: tuple[float, ...] = ()  # learning rates that are tried for each method; with none all have the base's
     controls: bool = False  # whether each method is compared with its loads by modality, too
-    hold: bool = False  # whether load controllers' biases are set on validation sequences after training
+    hold: bool = False  # whether loads are set to the budget on validation sequences, after training
 
     @property
     def folder(self) -> Path:
@@ -122,7 +122,7 @@ def study_values(asked: Comparison) -> dict[str, Any]:
         "set": dict(asked.overrides),
         "seeds": {"decisive": list(asked.seeds), "other": list(asked.seeds)},
         "pilot": {"seeds": [max(asked.seeds) + 100]},
-        "measure": {"accuracy": True, "sequences": SEQUENCES, **({"hold": True} if asked.hold else {})},
+        "measure": {"accuracy": True, "sequences": SEQUENCES, **({"hold": asked.budget} if asked.hold else {})},
         "runs": str(asked.root),
         "records": str(asked.folder),
         "arms": {

@@ -1,13 +1,14 @@
-"""Sets a trained model's load to the budget of its load controllers, on held-out sequences that no table measures.
+"""Sets a trained model's load to a budget, on held-out sequences that no table measures.
 
-A controller holds the mean number of true experts per token in training. On held-out tokens the trained model may take
-another number: the last biases follow the noise of the last steps, and unfamiliar tokens have other scores. So in each
-layer one number is added to the biases of all true experts of a group. Bisection finds the number with which the group's
-tokens take the target; only tokens with a label count, as in the tables. Layers are set in order, because a layer changes
-the inputs of later layers.
+A method holds the mean number of true experts per token in training. On held-out tokens the trained model may take another
+number: the last biases follow the noise of the last steps, and unfamiliar tokens have other scores. So in each layer one
+number is added to the selection biases of all true experts of a group, or taken from the thresholds of experts that choose
+tokens. Bisection finds the number with which the group's tokens take the budget; only tokens with a label count, as in the
+tables. Layers are set in order, because a layer changes the inputs of later layers. Routers that take a given number of
+experts stay.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,12 +17,20 @@ from torch import Tensor, nn
 
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routers.selection import ChoosingRouter
 from moe_dist.moe.routing import Routing, RoutingCache
-from moe_dist.placement.placement import ExpertGroup
 from moe_dist.train.loss import forward
 
 FARTHEST = 64.0  # largest shift; beyond any logit or probability
 HALVINGS = 24  # end at a width of 1e-5
+
+
+class Lever(NamedTuple):
+    """The numbers of a group's true experts that decide how many of them tokens take, as a view of a buffer, and whether a
+    larger number gives more experts (1.0) or fewer (-1.0)."""
+
+    value_n: Tensor
+    sign: float
 
 
 class Call(NamedTuple):
@@ -34,16 +43,15 @@ class Call(NamedTuple):
 
 
 @torch.no_grad()
-def hold_loads(
-    model: Transformer, batches: Sequence[Batch], targets: Mapping[str, float], group_of_modality: Tensor
-) -> None:
-    """Shifts the biases in place, for one rank that holds all experts. Groups without target or without token stay."""
-    for layer in model.moe_modules() if targets else ():
+def hold_loads(model: Transformer, batches: Sequence[Batch], budget: float, group_of_modality: Tensor) -> None:
+    """Shifts biases and thresholds in place, for one rank that holds all experts. Groups without a token stay."""
+    for layer in model.moe_modules():
         router: Any = layer.router
         calls = _calls(model, router, batches, group_of_modality)
-        for index, group in enumerate(router.groups):
-            if group.name in targets:
-                _shift(router, calls, index, group, targets[group.name])
+        for index in range(len(router.groups)):
+            lever = _lever(router, index)
+            if lever is not None:
+                _shift(router, calls, index, lever, budget)
 
 
 def _calls(model: Transformer, router: Any, batches: Sequence[Batch], group_of_modality: Tensor) -> list[Call]:
@@ -63,18 +71,30 @@ def _calls(model: Transformer, router: Any, batches: Sequence[Batch], group_of_m
     return calls
 
 
-def _shift(router: Any, calls: Sequence[Call], index: int, group: ExpertGroup, target: float) -> None:
+def _lever(router: Any, index: int) -> Lever | None:
+    """Returns None if tokens take a given number of true experts."""
+    group = router.groups[index]
+    if isinstance(router, ChoosingRouter):
+        return Lever(router.gates()[index].running_mean()[0], -1.0)
+    if not router.selection_bias:
+        if not group.num_null:
+            return None
+        router.selection_bias = True  # with biases of 0 the router chooses as before
+        router.reset_buffers()
+    return Lever(router.gate(group).bias[: group.num_experts], 1.0)
+
+
+def _shift(router: Any, calls: Sequence[Call], index: int, lever: Lever, budget: float) -> None:
     tokens = sum(int(((each.group_T == index) & each.scored_T).sum()) for each in calls)
     if not tokens:
         return
-    bias_n = router.gate(group).bias[: group.num_experts]
-    before_n, low, high = bias_n.clone(), -FARTHEST, FARTHEST
+    before_n, low, high = lever.value_n.clone(), -FARTHEST, FARTHEST
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        bias_n.copy_(before_n + middle)
+        lever.value_n.copy_(before_n + lever.sign * middle)
         taken = sum(_taken(router, each, index) for each in calls)
-        low, high = (middle, high) if taken < target * tokens else (low, middle)
-    bias_n.copy_(before_n + high)
+        low, high = (middle, high) if taken < budget * tokens else (low, middle)
+    lever.value_n.copy_(before_n + lever.sign * high)
 
 
 def _taken(router: Any, call: Call, index: int) -> int:

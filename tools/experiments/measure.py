@@ -195,7 +195,7 @@ class Measurement:
     def _model_at(self, step: int) -> Transformer:
         """Returns the model of a step, with weights averaged over checkpoints. Router thresholds are calibrated again on
         training sequences that the run has seen, because averaged thresholds would not fit the averaged weights. With
-        `hold` the biases of load controllers are set on validation sequences."""
+        `hold` the loads are set on validation sequences."""
         model = self._load(self._averaged(step))
         if by_threshold(model):
             config = self._config
@@ -203,8 +203,8 @@ class Measurement:
             positions = [begin + at * batch for at in range(max(0, step - config.evaluation.calibration), step)]
             trained = [each for position in positions for each in self._loader.batches(position)]
             calibrate(model, trained, group_of_modality=self._groups, world=None, steps=step)
-        if self._section.hold:
-            hold_loads(model, self._validation, self._config.model.moe.active_targets, self._groups)
+        if self._section.hold is not None:
+            hold_loads(model, self._validation, self._section.hold, self._groups)
         return model
 
     @cached_property
@@ -266,7 +266,7 @@ class Measurement:
         [MoE layers, V] for the router top_k_by_id. Returns the paths of the tables. The means are over the last
         TABLE_STEPS training steps, or with `hold` over validation sequences, on which the loads are set; an id without a
         token there has the mean of its modality."""
-        batches = self._validation if self._section.hold else self._trained_last()
+        batches = self._trained_last() if self._section.hold is None else self._validation
         tokens = evaluate(model, batches, self._groups, image=self._image)
         paths = {}
         image_V = np.zeros(self._config.model.vocab_size, bool)

@@ -86,7 +86,7 @@ class MeasureSection(Part):
     sequences: PositiveInt = 256
     accuracy: bool = False  # whether to measure the fraction of labels that are the model's most likely token
     curve: CurveSection | None = None
-    hold: bool = False  # whether load controllers' biases are set on validation sequences before a measurement
+    hold: PositiveFloat | None = None  # true experts per token that the model is set to, on validation sequences
     wire: WireSection = Field(default_factory=WireSection)
     threshold_loads: tuple[PositiveFloat, ...] = ()
     flips: tuple[PositiveFloat, ...] = ()  # percentages; only for arms whose experts or layers choose tokens

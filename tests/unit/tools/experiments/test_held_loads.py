@@ -1,4 +1,4 @@
-"""After `hold_loads` the tokens of each controlled group take the target, whatever the router; nothing else changes."""
+"""After `hold_loads` the tokens of each layer and group take the budget, whatever the router; nothing else changes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +14,17 @@ from moe_dist.train.loss import forward
 from tests.support.one_rank import OneRank, world_of_one
 from tools.experiments.held_loads import hold_loads
 
-EXPERTS = 4
+EXPERTS, BUDGET = 4, 1.3
+Made = tuple[OneRank, list[Batch]]
 ROUTERS: dict[str, dict[str, Any]] = {
-    "relu": {},
-    "threshold": {},
-    "top_p": {},
-    "predicted_k": {},
-    "top_k": {"normalise": "none", "selection_bias": True},
+    "relu": {"kind": "relu"},
+    "threshold": {"kind": "threshold"},
+    "top_p": {"kind": "top_p"},
+    "predicted_k": {"kind": "predicted_k"},
+    "top_k with nulls": {"kind": "top_k"},
+    "top_k with biases": {"kind": "top_k", "normalise": "none", "selection_bias": True},
+    "expert_choice": {"kind": "expert_choice", "capacity": 0.5, "causal": "threshold"},
+    "expert_threshold": {"kind": "expert_threshold", "capacity": 0.5, "warmup_steps": 1, "causal": "threshold"},
 }
 
 
@@ -30,20 +34,16 @@ def world() -> Iterator[None]:
         yield
 
 
-def made(data: Path, root: Path, router: str, target: dict[str, float]) -> tuple[OneRank, list[Batch]]:
-    null = 4 if router == "top_k" else 0
-    group = {"num_experts": EXPERTS, "num_null": null, "top_k": EXPERTS, "ffn_dim": 8}
-    names = {"text": ["text"], "image": ["image"]}
-    balance = {"kind": "active_experts", "target": target, "rate": 1.0}
+def made(data: Path, root: Path, router: dict[str, Any], *, num_null: int = 0, top_k: int = EXPERTS) -> Made:
+    group = {"num_experts": EXPERTS, "num_null": num_null, "top_k": top_k, "ffn_dim": 8}
     one = OneRank(
         data,
         root,
         **{
-            "model.moe.groups": {name: {**group, "modalities": each} for name, each in names.items()},
-            "model.moe.router": {"kind": router, **ROUTERS[router]},
-            "model.moe.balance": [balance],
+            "model.moe.groups": {name: {**group, "modalities": [name]} for name in ("text", "image")},
+            "model.moe.router": router,
             "placement.policy": "interleaved",
-            "loss.balance.kind": "vanilla",
+            "loss.balance": {"kind": "vanilla", "schedule": [[0, 0.0]]},
         },
     )
     batches = [
@@ -88,35 +88,43 @@ def mean_loads(one: OneRank, batches: list[Batch]) -> dict[str, list[float]]:
     return {name: [sums[name, place][0] / sums[name, place][1] for place in layers] for name in ("text", "image")}
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-def test_each_layer_and_group_takes_its_target(tiny_data: Path, tmp_path: Path, router: str) -> None:
-    target = {"text": 1.3, "image": 2.2}
-    one, batches = made(tiny_data, tmp_path, router, target)
+@pytest.mark.parametrize("name", ROUTERS)
+def test_each_layer_and_group_takes_the_budget(tiny_data: Path, tmp_path: Path, name: str) -> None:
+    one, batches = made(tiny_data, tmp_path, ROUTERS[name], num_null=EXPERTS if name.startswith("top_k") else 0)
     model, groups = one.training.parallel.model.eval(), one.training.step.group_of_modality
-    assert any(abs(load - target[name]) > 0.1 for name, found in mean_loads(one, batches).items() for load in found)
+    assert any(abs(load - BUDGET) > 0.1 for found in mean_loads(one, batches).values() for load in found)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    hold_loads(model, batches, target, groups)
-    for name, found in mean_loads(one, batches).items():
-        assert found == pytest.approx([target[name]] * len(found), abs=0.02), "tokens are discrete"
-    for name, tensor in model.state_dict().items():
-        if name.endswith("bias"):
-            moved = (tensor - before[name])[:EXPERTS]
-            torch.testing.assert_close(moved, moved[:1].expand(EXPERTS))
-            assert torch.equal(tensor[EXPERTS:], before[name][EXPERTS:]), "null experts keep theirs"
+    hold_loads(model, batches, BUDGET, groups)
+    for found in mean_loads(one, batches).values():
+        assert found == pytest.approx([BUDGET] * len(found), abs=0.02), "tokens are discrete"
+    moved = 0
+    for key, tensor in model.state_dict().items():
+        if key.endswith((".bias", ".threshold")):
+            change = tensor - before.get(key, torch.zeros_like(tensor))
+            torch.testing.assert_close(change[:EXPERTS], change[:1].expand(EXPERTS))
+            assert not change[EXPERTS:].any(), "null experts keep their biases"
+            moved += bool(change.any())
         else:
-            assert torch.equal(tensor, before[name]), name
+            assert torch.equal(tensor, before[key]), key
+    assert moved == 4, "two layers, two groups"
 
 
-def test_groups_without_target_or_token_stay(tiny_data: Path, tmp_path: Path) -> None:
-    one, batches = made(tiny_data, tmp_path, "relu", {"text": 1.3})
+def test_a_given_number_of_experts_stays(tiny_data: Path, tmp_path: Path) -> None:
+    one, batches = made(tiny_data, tmp_path, {"kind": "top_k"}, top_k=2)
     model, groups = one.training.parallel.model.eval(), one.training.step.group_of_modality
-    image = mean_loads(one, batches)["image"]
-    hold_loads(model, batches, {"text": 1.3}, groups)
-    after = mean_loads(one, batches)
-    assert after["text"] == pytest.approx([1.3] * len(image), abs=0.02)
-    assert after["image"][0] == image[0]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hold_loads(model, batches, BUDGET, groups)
+    assert mean_loads(one, batches) == {"text": [2.0, 2.0], "image": [2.0, 2.0]}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_group_without_token_stays(tiny_data: Path, tmp_path: Path) -> None:
+    one, batches = made(tiny_data, tmp_path, ROUTERS["relu"])
+    model, groups = one.training.parallel.model.eval(), one.training.step.group_of_modality
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prose = [batch for batch in batches if not bool((batch.modality_BS == 1).any())]
     assert prose
-    hold_loads(model, prose, {"image": 2.0}, groups)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    hold_loads(model, prose, BUDGET, groups)
+    assert not any(torch.equal(model.state_dict()[name], before[name]) for name in before if name.endswith("text.bias"))
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before if name.endswith("image.bias"))
+    assert any(name.endswith("image.bias") for name in before)
