@@ -13,7 +13,7 @@ from tests.support.tiny import tiny_config, tiny_dataset, write_config
 from tools.experiments import rank_seconds
 from tools.experiments.study import load_study
 
-pytestmark = pytest.mark.full  # whole programs: two minutes of CPU time
+pytestmark = pytest.mark.full  # whole programs: four minutes of CPU time
 REPOSITORY = Path(__file__).parents[2]
 CHANGES: dict[str, Any] = {
     "model.moe.groups": {"all": {"num_experts": 4, "top_k": 2, "ffn_dim": 8, "modalities": ["text", "image"]}},

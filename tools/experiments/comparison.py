@@ -25,7 +25,7 @@ from moe_dist.runtime.files import write_atomically
 from tools.experiments.heldout import check_validation
 from tools.experiments.load_controls import SUFFIX, check_modalities, with_controls
 from tools.experiments.methods import METHODS, unnormalised
-from tools.experiments.rank_seconds import ROUNDS, RankTime, check_ranks, read_rank_times
+from tools.experiments.rank_seconds import RankTime, check_ranks, read_rank_times
 from tools.experiments.report import commits, table
 from tools.experiments.results import read_header, results_path
 from tools.experiments.study import Study, config_of, fingerprint, jobs_of, load_study
@@ -259,11 +259,12 @@ def table_text(asked: Comparison, study: Study, records: Records) -> str:
         *(f"kB sent per token in training, EP {number}" for number in exchanging),
         *(f"seconds of a step, EP {number}" for number in ranks),
     ]  # fmt: skip
+    rounds = max((len(time.seconds) for time in times.values()), default=0)
+    timed = {0: "", 1: "Seconds of one round; "}.get(rounds, f"Seconds: median, lowest and highest of {rounds} rounds; ")
     code = f"code of {commits(records.values())}" if records else "no run is finished"
     lines = [
         f"Budget: {asked.budget:g} true experts per token and layer. Seeds {', '.join(map(str, asked.seeds))}; "
-        f"differences are paired by seed, in brackets one-sided 95 % bounds to both sides. Seconds: median, lowest and "
-        f"highest of {ROUNDS} rounds; {code}.",
+        f"differences are paired by seed, in brackets one-sided 95 % bounds to both sides. {timed}{code}.",
         "",
         *table(heads, rows),
         "",
@@ -315,7 +316,10 @@ def _average(values: Sequence[float]) -> float | None:
 
 
 def _seconds(time: RankTime | None) -> str:
-    return f"{median(time.seconds):.3f} [{min(time.seconds):.3f}, {max(time.seconds):.3f}]" if time else "-"
+    if time is None:
+        return "-"
+    bounds = f" [{min(time.seconds):.3f}, {max(time.seconds):.3f}]" if len(time.seconds) > 1 else ""
+    return f"{median(time.seconds):.3f}{bounds}"
 
 
 def _text(value: float | None, digits: int) -> str:

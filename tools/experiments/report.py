@@ -288,7 +288,7 @@ def _etas(study: Study, records: Records, loss: Literal["heldout", "training"]) 
     seeds. Empty for training losses that no record has."""
     if (dense := study.reference) is None:
         return []
-    costs = {"FLOPs": "flops", "seconds": "seconds"}
+    costs: dict[str, Literal["flops", "seconds", "bytes"]] = {"FLOPs": "flops", "seconds": "seconds"}
     if all(record.get("bytes") for record in of_arm(records, dense).values()):  # one rank sends none
         costs["bytes"] = "bytes"
     rows = []
