@@ -261,10 +261,10 @@ def table_text(asked: Comparison, study: Study, records: Records) -> str:
     ]  # fmt: skip
     rounds = max((len(time.seconds) for time in times.values()), default=0)
     timed = {0: "", 1: "Seconds of one round; "}.get(rounds, f"Seconds: median, lowest and highest of {rounds} rounds; ")
-    code = f"code of {commits(records.values())}" if records else "no run is finished"
+    end = timed + (f"code of {commits(records.values())}" if records else "no run is finished")
     lines = [
         f"Budget: {asked.budget:g} true experts per token and layer. Seeds {', '.join(map(str, asked.seeds))}; "
-        f"differences are paired by seed, in brackets one-sided 95 % bounds to both sides. {timed}{code}.",
+        f"differences are paired by seed, in brackets one-sided 95 % bounds to both sides. {end[0].upper()}{end[1:]}.",
         "",
         *table(heads, rows),
         "",
