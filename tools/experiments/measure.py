@@ -185,7 +185,8 @@ class Measurement:
         return {**made, **asked, "samples": make_samples(out, section)}
 
     def _batches_by_source(self, sequences: int, *, validation: bool = False) -> dict[str, list[Batch]]:
-        """Maps each source on which the run was trained to its held-out batches; a pilot has validation sequences."""
+        """Maps each source of the training data to batches of held-out sequences: those of the test or, in a pilot and with
+        `validation`, those of validation."""
         config, validation = self._config, validation or self._side is Side.VALID
         return {
             source: heldout_sequences(config, self._manifest, source, sequences, validation=validation)

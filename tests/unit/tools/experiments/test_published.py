@@ -1,4 +1,4 @@
-"""The comparisons in docs/comparisons: tables say what the records say, and docs/results.md has these tables."""
+"""The tables in docs/comparisons agree with the records there, and docs/results.md shows the same tables."""
 
 from pathlib import Path
 

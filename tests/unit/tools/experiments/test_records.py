@@ -249,6 +249,21 @@ def test_eta_of_the_training_loss_has_a_table_where_records_have_one(study: tupl
     assert "| `b` | 8.00 [8.00, 8.00] |" in table, "b has a's last training loss, 2, from its first point on"
 
 
+@pytest.mark.parametrize("sent", [0.0, 2e9])
+def test_bytes_are_shown_where_ranks_send_them(study: tuple[Path, Study], sent: float) -> None:
+    path, _ = study
+    path.write_text(STUDY.replace("after: a", "seeds: other") + "measure: {curve: {of: a}}\n")
+    points = [
+        {"flops": share, "seconds": share, "bytes": share * sent, "loss": {"all": 3.0 - share}} for share in (0.5, 1.0)
+    ]
+    records = [{**record(arm, 1, 1.0), "bytes": sent, "curve": points} for arm in ("a", "b")]
+    text = page_of((path, load_study(path)), *records)
+    assert ("| tokens/s | GB sent |" in text) is bool(sent)
+    assert ("| all, bytes |" in text) is bool(sent)
+    assert Path("planted_loss_over_bytes.png").exists() is bool(sent)
+    assert Path("planted_loss_over_flops.png").exists()
+
+
 @pytest.mark.parametrize(
     ("loads", "drawn"),
     [
