@@ -22,8 +22,8 @@ class ShutdownTimeouts:
 
     Attributes:
         stop: Time from a stop signal until ranks that still run are killed.
-        peers: Time from the first rank's failure until the other ranks get SIGTERM; meanwhile the other ranks log their own
-            errors.
+        peers: Time from the first rank's failure or stop until the other ranks get SIGTERM; meanwhile the other ranks log
+            their own errors, or stop by agreement.
         kill: Time from the SIGTERM of `peers` until ranks that still run are killed.
     """
 
@@ -39,7 +39,7 @@ class Outcome:
     Attributes:
         codes: Exit code of each rank; a negative code is the signal that killed the rank.
         first_failed: The rank that caused the failure; None if no rank failed by itself.
-        stop: The first stop signal that the launcher got.
+        stop: The first stop signal that the launcher got, or SIGTERM if a rank itself got one; None without a request.
         aborted: True if a second Ctrl-C killed the ranks.
         frozen: Ranks that were suspended by SIGSTOP when the first rank failed; the first frozen rank caused the failure.
         lost: A description for each rank that died with its node or its Ray worker; the code of such a rank is SIGKILL's.
@@ -87,6 +87,7 @@ class RankTracker:
         self._lost: dict[int, str] = {}
         self._terminate_at = self._kill_at = float("inf")
         self._stopping = self._aborted = False
+        self._stopped = False  # whether a rank has stopped on a request, before any failure
 
     @property
     def over(self) -> bool:
@@ -109,6 +110,10 @@ class RankTracker:
             self._lost[rank] = lost
         if code in CLEAN:
             self._kill_at = min(self._kill_at, now + LINGER_SECONDS)
+            if code == StoppedError.exit_code and not self._failed:
+                # A rank that joins the start after rank 0 has stopped would wait for it until parallel.start_seconds.
+                self._stopped = True
+                self._terminate_at = min(self._terminate_at, now + self._timeouts.peers)
         elif lost or self._kill_at > now:  # a rank that the launcher killed for a timeout has not failed by itself
             if not self._failed:
                 self._frozen = frozen()
@@ -117,8 +122,8 @@ class RankTracker:
             self._failed.append(rank)
 
     def signals_due(self, signals: StopSignals, now: float) -> list[signal.Signals]:
-        """Returns the signals that all running ranks must get now: the first stop signal once, SIGTERM once after a
-        failure, and SIGKILL after a timeout or a second Ctrl-C."""
+        """Returns the signals that all running ranks must get now: the first stop signal once, SIGTERM after a rank's
+        failure or stop, and SIGKILL after a timeout or a second Ctrl-C."""
         due: list[signal.Signals] = []
         if signals.first is not None and not self._stopping:
             again = "; Ctrl-C again ends now" if signals.first == signal.SIGINT else ""
@@ -138,4 +143,6 @@ class RankTracker:
         killed = [rank for rank in self._failed if self.codes[rank] in SUDDEN]
         cause = next(iter([*killed, *self._frozen, *self._failed]), None)
         codes = tuple(self.codes[rank] for rank in range(self._num_ranks))
+        if stop is None and self._stopped:
+            stop = signal.SIGTERM
         return Outcome(codes, cause, stop, self._aborted, self._frozen, self._lost)

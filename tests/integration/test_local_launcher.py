@@ -27,6 +27,24 @@ ROOT = Path(__file__).parents[2]
 CTRL_C = b"\x03"
 QUIET = {"evaluation.every": 1000, "evaluation.balance_efficiency": False, "evaluation.ablate_experts": False}
 SINKS = [{"kind": "console"}, {"kind": "jsonl"}]
+# Rank 0 gets SIGTERM before it meets rank 1, which comes to the meeting after rank 0 has ended.
+LATE = """
+import os, signal, time
+from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime import rendezvous
+from moe_dist.train import __main__ as rank
+rendezvous.TELL_SECONDS, train = 1.0, rank.train
+
+def late(plan, *rest):
+    if os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+    while os.environ["RANK"] == "1" and not rank.RunFolder.of(plan.config).has_verdict(os.environ["MOE_DIST_ATTEMPT_ID"]):
+        time.sleep(0.05)
+    train(plan, *rest)
+
+rank.train = late
+run_command(rank.main)
+"""
 
 
 def command(config: Path, *arguments: str) -> list[str]:
@@ -170,6 +188,14 @@ def test_ctrl_c_saves_and_the_run_goes_on_with_the_records_of_any_run_of_its_see
     assert [line["step"] for line in lines(run, "step")] == list(range(1, steps + 1))
     assert [reproducible_part(line) for line in lines(run, "step")[:4]] == undisturbed
     assert [(each.verdict, each.last_step) for each in run.read_status().attempts] == [(75, steps - 2), (0, steps)]
+
+
+def test_a_rank_that_comes_after_rank_0_was_stopped_stops_too(tiny_data: Path, tmp_path: Path) -> None:
+    settings = {**QUIET, "run.name": "late", "parallel.start_seconds": 60.0}
+    config = tiny_config(tiny_data, tmp_path / "runs", settings)
+    assert launch(write_config(config, tmp_path / "x.yaml"), program=("-c", LATE), max_restarts=1) == 75
+    [only] = RunFolder.of(config).read_status().attempts
+    assert (only.verdict, only.rank) == (75, 0)
 
 
 @pytest.mark.full  # 15 s of waiting; tests/unit/monitor/sinks/test_guarded.py has the budget of one rank

@@ -68,6 +68,24 @@ def test_a_stop_is_told_and_sent_once_and_has_its_own_timeout(capsys: pytest.Cap
     assert course.outcome(signal.SIGTERM) == Outcome((75, 75), None, signal.SIGTERM, aborted=False)
 
 
+def test_ranks_that_still_run_are_stopped_after_one_has_stopped_by_itself() -> None:
+    course = tracker(3)
+    course.end(0, 75, 10.0, frozen=nobody)
+    assert course.signals_due(NONE, 11.9) == []
+    assert course.signals_due(NONE, 12.0) == [signal.SIGTERM]
+    course.end(1, 75, 12.1, frozen=nobody)
+    course.end(2, -15, 12.2, frozen=nobody)  # it was not ready to stop by itself
+    assert course.outcome(None) == Outcome((75, 75, -15), 2, signal.SIGTERM, aborted=False)
+
+
+def test_a_rank_that_stops_after_a_failure_is_no_request_to_stop() -> None:
+    course = tracker(3)
+    course.end(2, 1, 10.0, frozen=nobody)
+    course.end(0, 75, 13.0, frozen=nobody)
+    course.end(1, 75, 13.0, frozen=nobody)
+    assert course.outcome(None) == Outcome((75, 75, 1), 2, None, aborted=False)
+
+
 def test_a_second_ctrl_c_kills_at_once() -> None:
     course, signals = tracker(1), StopSignals()
     signals.first, signals.interrupts = signal.SIGINT, 2
