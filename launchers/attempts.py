@@ -11,7 +11,7 @@ from pathlib import Path
 from launchers.rank_tracker import Outcome
 from launchers.restart import STOPPED, AttemptEnd, committed_step, is_final, why_not_restarted
 from moe_dist.config.schema import Config
-from moe_dist.errors import EXIT_DONE, EXIT_FAILED, StoppedError
+from moe_dist.errors import EXIT_DONE, EXIT_FAILED
 from moe_dist.runtime.lease import WAIT_SECONDS, read_holder
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopSignals
@@ -49,7 +49,8 @@ def run_attempts(
         outcome, offsets = run(len(attempts), attempt_id)
         code, reason = conclude(folder, attempt_id, outcome, offsets)
         attempts.append(AttemptEnd(code, begin, committed_step(folder.checkpoints)))
-        if signals.first is not None or is_final(code):  # a stop signal may also have come between two attempts
+        # A stop signal may also have come between two attempts. A lost node may have sent SIGTERM to its ranks.
+        if signals.first is not None or (outcome.stop is not None and not outcome.lost) or is_final(code):
             return code
         obstacle = why_not_restarted(attempts, max_restarts, option=option) or _other_writer(folder, attempt_id)
         if obstacle is not None:
@@ -88,11 +89,18 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
         return EXIT_DONE, reason
     if outcome.aborted:
         print("killed; the last checkpoint is intact", file=sys.stderr)
-    elif cause is not None and outcome.stop is not None and outcome.codes[cause] == -outcome.stop:
+    elif outcome.stop is not None and outcome.unready:
         print(
             f"{outcome.stop.name} came before the ranks were ready; nothing was lost, start the run again", file=sys.stderr
         )
-        return StoppedError.exit_code, reason
+        return STOPPED, reason
+    elif outcome.first_failed is not None and verdict == STOPPED and not outcome.silent:
+        failed = outcome.first_failed
+        print(
+            f"the run stopped on request, but rank {failed} did not: {_describe_end(outcome, failed)}, see "
+            f"{folder.log_of(failed)}",
+            file=sys.stderr,
+        )
     elif cause is not None:
         if outcome.silent or verdict is None:
             detail = _last_problem(last_output(folder.log_of(cause), offsets[cause])) if not outcome.silent else ""

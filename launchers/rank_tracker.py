@@ -13,6 +13,9 @@ ABORTED = 128 + signal.SIGINT
 # A rank killed by one of these signals cannot log a reason. Unlike SIGABRT, these signals are not caused by another rank's
 # failure.
 SUDDEN = tuple(-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
+# Seconds from the first rank's stop until ranks that still run get SIGTERM. Rank 0 may close its sinks for 30 s, and then
+# its trace for 30 s.
+LATE_SECONDS = 60.0
 LINGER_SECONDS = 300.0  # seconds from the first success of a rank until ranks that still run are killed
 
 
@@ -22,8 +25,8 @@ class ShutdownTimeouts:
 
     Attributes:
         stop: Time from a stop signal until ranks that still run are killed.
-        peers: Time from the first rank's failure or stop until the other ranks get SIGTERM; meanwhile the other ranks log
-            their own errors, or stop by agreement.
+        peers: Time from the first rank's failure until the other ranks get SIGTERM; meanwhile the other ranks log their own
+            errors.
         kill: Time from the SIGTERM of `peers` until ranks that still run are killed.
     """
 
@@ -39,7 +42,7 @@ class Outcome:
     Attributes:
         codes: Exit code of each rank; a negative code is the signal that killed the rank.
         first_failed: The rank that caused the failure; None if no rank failed by itself.
-        stop: The first stop signal that the launcher got, or SIGTERM if a rank itself got one; None without a request.
+        stop: The first stop signal that the launcher got, or SIGTERM if a rank stopped on a signal of its own.
         aborted: True if a second Ctrl-C killed the ranks.
         frozen: Ranks that were suspended by SIGSTOP when the first rank failed; the first frozen rank caused the failure.
         lost: A description for each rank that died with its node or its Ray worker; the code of such a rank is SIGKILL's.
@@ -62,10 +65,17 @@ class Outcome:
         return cause is not None and (self.codes[cause] in SUDDEN or cause in self.frozen)
 
     @property
+    def unready(self) -> bool:
+        """True if the stop signal itself ended the rank that failed first, which had not installed its handlers yet."""
+        return self.first_failed is not None and self.stop is not None and self.codes[self.first_failed] == -self.stop
+
+    @property
     def exit_code(self) -> int:
         """Returns the shell exit code of the rank that failed first; without a failure, the largest code of all ranks."""
         if self.aborted:
             return ABORTED
+        if self.unready:
+            return StoppedError.exit_code
         shell_codes = [128 - code if code < 0 else code for code in self.codes]
         return max(shell_codes) if self.first_failed is None else shell_codes[self.first_failed]
 
@@ -87,7 +97,8 @@ class RankTracker:
         self._lost: dict[int, str] = {}
         self._terminate_at = self._kill_at = float("inf")
         self._stopping = self._aborted = False
-        self._stopped = False  # whether a rank has stopped on a request, before any failure
+        self._stopped = False  # whether a rank has stopped on a signal that did not come from here
+        self._terminated = False  # whether the ranks got SIGTERM because another rank has ended
 
     @property
     def over(self) -> bool:
@@ -110,10 +121,10 @@ class RankTracker:
             self._lost[rank] = lost
         if code in CLEAN:
             self._kill_at = min(self._kill_at, now + LINGER_SECONDS)
-            if code == StoppedError.exit_code and not self._failed:
+            if code == StoppedError.exit_code and not (self._terminated or self._stopping):
                 # A rank that joins the start after rank 0 has stopped would wait for it until parallel.start_seconds.
                 self._stopped = True
-                self._terminate_at = min(self._terminate_at, now + self._timeouts.peers)
+                self._terminate_at = min(self._terminate_at, now + LATE_SECONDS)
         elif lost or self._kill_at > now:  # a rank that the launcher killed for a timeout has not failed by itself
             if not self._failed:
                 self._frozen = frozen()
@@ -122,8 +133,8 @@ class RankTracker:
             self._failed.append(rank)
 
     def signals_due(self, signals: StopSignals, now: float) -> list[signal.Signals]:
-        """Returns the signals that all running ranks must get now: the first stop signal once, SIGTERM after a rank's
-        failure or stop, and SIGKILL after a timeout or a second Ctrl-C."""
+        """Returns the signals that all running ranks must get now: the first stop signal once, SIGTERM once after
+        a rank's failure or stop, and SIGKILL after a timeout or a second Ctrl-C."""
         due: list[signal.Signals] = []
         if signals.first is not None and not self._stopping:
             again = "; Ctrl-C again ends now" if signals.first == signal.SIGINT else ""
@@ -133,7 +144,9 @@ class RankTracker:
         if signals.interrupts > 1 and not self._aborted:
             self._aborted, self._kill_at = True, now
         if now >= self._terminate_at:
-            self._terminate_at = float("inf")
+            self._terminate_at, self._terminated = float("inf"), True
+            if not self._failed:
+                self._say("a rank has stopped on request; SIGTERM to the ranks that still run")
             due.append(signal.SIGTERM)
         return [*due, signal.SIGKILL] if now >= self._kill_at else due
 

@@ -190,12 +190,17 @@ def test_ctrl_c_saves_and_the_run_goes_on_with_the_records_of_any_run_of_its_see
     assert [(each.verdict, each.last_step) for each in run.read_status().attempts] == [(75, steps - 2), (0, steps)]
 
 
-def test_a_rank_that_comes_after_rank_0_was_stopped_stops_too(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_rank_that_comes_after_rank_0_was_stopped_stops_too(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launchers.rank_tracker.LATE_SECONDS", 3.0)
     settings = {**QUIET, "run.name": "late", "parallel.start_seconds": 60.0}
     config = tiny_config(tiny_data, tmp_path / "runs", settings)
     assert launch(write_config(config, tmp_path / "x.yaml"), program=("-c", LATE), max_restarts=1) == 75
     [only] = RunFolder.of(config).read_status().attempts
     assert (only.verdict, only.rank) == (75, 0)
+    said = RunFolder.of(config).log_of(1).read_text()
+    assert "stopped on request while rank 1 waited for rank 0" in said
 
 
 @pytest.mark.full  # 15 s of waiting; tests/unit/monitor/sinks/test_guarded.py has the budget of one rank

@@ -1,5 +1,6 @@
 """The verdict of an attempt whose ranks have ended."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,40 @@ def test_a_rank_that_took_the_end_of_all_ranks_for_a_stop_is_not_the_cause(tmp_p
     latest = folder.read_status().latest
     assert latest is not None
     assert (latest.verdict, latest.rank) == (65, 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (-signal.SIGTERM, "SIGTERM came before the ranks were ready"),
+        (1, "the run stopped on request, but rank 1 did not: exit code 1, see "),
+    ],
+)
+def test_a_rank_that_does_not_stop_as_the_others_do_is_named_and_changes_no_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int, said: str
+) -> None:
+    config = tiny_config(tmp_path / "data", tmp_path / "runs")
+    folder = RunFolder.of(config)
+    lease = folder.open(config, RankEnv(0, 2, 0, 2, "published", 0, "local-x"))
+    assert folder.write_status(verdict=75, reason="stopped on request", last_step=0, attempt_id="local-x", rank=0)
+    lease.release()
+    outcome = Outcome((75, code), 1, signal.SIGTERM, aborted=False)
+    assert conclude(folder, "local-x", outcome, begin_logs(folder, 2, "local-x")) == (75, "stopped on request")
+    assert said in (error := capsys.readouterr().err)
+    assert "failed first" not in error
+
+
+def test_a_run_that_was_asked_to_stop_is_not_restarted_whatever_ended_a_rank(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "data", tmp_path / "runs")
+    folder, attempts = RunFolder.of(config), []
+
+    def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
+        attempts.append(attempt_id)
+        folder.open(config, RankEnv(0, 2, 0, 2, "published", 0, attempt_id)).release()
+        return Outcome((75, -9), 1, signal.SIGTERM, aborted=False), begin_logs(folder, 2, attempt_id)
+
+    assert run_attempts(folder, run, StopSignals(), prefix="local", max_restarts=3, option="--max-restarts") == 1
+    assert len(attempts) == 1
 
 
 @pytest.mark.parametrize("prefix", ["local", "ray"])

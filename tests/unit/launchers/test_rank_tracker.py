@@ -64,26 +64,41 @@ def test_a_stop_is_told_and_sent_once_and_has_its_own_timeout(capsys: pytest.Cap
     assert course.signals_due(signals, 160.0) == [signal.SIGKILL]
     for rank in range(2):
         course.end(rank, 75, 120.0, frozen=nobody)
+        assert signal.SIGTERM not in course.signals_due(signals, 200.0)
     assert not course.failed
     assert course.outcome(signal.SIGTERM) == Outcome((75, 75), None, signal.SIGTERM, aborted=False)
 
 
-def test_ranks_that_still_run_are_stopped_after_one_has_stopped_by_itself() -> None:
+def test_ranks_that_still_run_are_stopped_after_one_has_stopped_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
     course = tracker(3)
     course.end(0, 75, 10.0, frozen=nobody)
-    assert course.signals_due(NONE, 11.9) == []
-    assert course.signals_due(NONE, 12.0) == [signal.SIGTERM]
-    course.end(1, 75, 12.1, frozen=nobody)
-    course.end(2, -15, 12.2, frozen=nobody)  # it was not ready to stop by itself
-    assert course.outcome(None) == Outcome((75, 75, -15), 2, signal.SIGTERM, aborted=False)
+    assert course.signals_due(NONE, 69.9) == []  # rank 1 may close what it has open
+    assert course.signals_due(NONE, 70.0) == [signal.SIGTERM]
+    assert "SIGTERM to the ranks that still run" in capsys.readouterr().out
+    course.end(1, 75, 85.0, frozen=nobody)
+    assert course.signals_due(NONE, 309.9) == []  # once, and no early end
+    assert course.signals_due(NONE, 310.0) == [signal.SIGKILL]
+    course.end(2, -15, 86.0, frozen=nobody)
+    outcome = course.outcome(None)
+    assert outcome == Outcome((75, 75, -15), 2, signal.SIGTERM, aborted=False)
+    assert (outcome.unready, outcome.exit_code) == (True, 75)
 
 
-def test_a_rank_that_stops_after_a_failure_is_no_request_to_stop() -> None:
+def test_a_rank_that_stops_by_the_sigterm_after_a_failure_is_no_request_to_stop() -> None:
     course = tracker(3)
     course.end(2, 1, 10.0, frozen=nobody)
+    assert course.signals_due(NONE, 12.0) == [signal.SIGTERM]
     course.end(0, 75, 13.0, frozen=nobody)
     course.end(1, 75, 13.0, frozen=nobody)
     assert course.outcome(None) == Outcome((75, 75, 1), 2, None, aborted=False)
+
+
+def test_a_rank_that_stops_before_the_sigterm_after_a_failure_was_asked_to() -> None:
+    course = tracker(2)
+    course.end(1, 1, 10.0, frozen=nobody)  # it lost the store of rank 0, which was stopped
+    course.end(0, 75, 10.1, frozen=nobody)
+    assert course.signals_due(NONE, 12.0) == [signal.SIGTERM]
+    assert course.outcome(None).stop == signal.SIGTERM
 
 
 def test_a_second_ctrl_c_kills_at_once() -> None:
