@@ -56,7 +56,7 @@ def own_losses(run_in_world: Callable[..., list[Any]], tiny_data: Path) -> Calla
         pytest.param(2, {**ranks(1, 2), **megatron(tp=2)}, 1, id="tp2", marks=pytest.mark.exhaustive),
         pytest.param(2, {**ranks(1, 2), **megatron(pp=2)}, 1, id="pp2", marks=pytest.mark.exhaustive),
         pytest.param(
-            2, {**ranks(1, 2), **megatron(pp=2, vpp=2)}, 1, id="pp2-vpp2", marks=pytest.mark.full("with each version"),
+            2, {**ranks(1, 2), **megatron(pp=2, vpp=2)}, 1, id="pp2-vpp2", marks=pytest.mark.full,
         ),
         pytest.param(2, {**ranks(2), **megatron(cp=2)}, 1, id="ep2-cp2"),
         pytest.param(2, {**ranks(2), **megatron()}, 2, id="ep2", marks=pytest.mark.exhaustive),
@@ -107,7 +107,9 @@ NO_NULLS = {f"model.moe.groups.{name}.num_null": 0 for name in ("text", "image")
 
 
 @pytest.mark.parametrize(
-    "router", [full_with_each_version(ROUTERS[0]), *map(full, ROUTERS[1:])], ids=["group_limited", "true_all", "logit_bias"]
+    "router",
+    [full_with_each_version(ROUTERS[0]), exhaustive(ROUTERS[1]), full(ROUTERS[2])],
+    ids=["group_limited", "true_all", "logit_bias"],
 )
 def test_every_router_by_tokens(
     run_with_megatron: Callable[..., list[Any]],

@@ -21,7 +21,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.plan.preflight import Preflight, check_file
 from moe_dist.train.build import build_loader, build_model, build_plan, build_training, state_specs
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.one_rank import world_of_one
 from tests.support.tiny import IMAGE_IDS
 
@@ -261,7 +261,11 @@ def run(numbers: range, seed: int, data: Path, root: Path) -> None:
     assert count // 5 <= built <= count - count // 5, f"{built} of {count} built: both outcomes must be seen"
 
 
-@pytest.mark.parametrize(("seed", "numbers"), [(0, range(80)), full(0, range(80, 200)), full(1, range(2000))], ids=str)
+@pytest.mark.parametrize(
+    ("seed", "numbers"),
+    [(0, range(80)), full(0, range(80, 200)), full(1, range(600)), exhaustive(1, range(600, 2000))],
+    ids=str,
+)
 def test_combinations_are_refused_in_words_or_take_a_step(
     tiny_data: Path, tmp_path: Path, seed: int, numbers: range
 ) -> None:

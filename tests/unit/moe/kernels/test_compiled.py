@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cover import rest_exhaustive
+
 SHARED = {"swiglu backward": 16, "choose": 2048, "choose backward": 4096}  # most bytes; others need no shared memory
 SHARED |= {"plan: scan": 32, "plan: count": 512, "plan: collect": 256, "plan: place": 4096}
 SHARED |= {"plan: static pad": 16, "plan: static place": 4096, "plan: static runs": 4096}
@@ -19,19 +21,17 @@ MOST_REGISTERS = 128  # of a thread: 4 blocks of 128 threads fit on a multiproce
 
 @pytest.mark.slow
 @pytest.mark.full
-def test_no_kernel_spills_registers() -> None:
-    architectures = ["80", "90", "100"]
-    command = [sys.executable, "-m", "tests.support.compiled_kernels", *architectures]
+@pytest.mark.parametrize("architecture", rest_exhaustive(["90", "80", "100"]))
+def test_no_kernel_spills_registers(architecture: str) -> None:
+    command = [sys.executable, "-m", "tests.support.compiled_kernels", architecture]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[4], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    reports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(reports) == len(architectures)
-    for kernels in reports:
-        assert len(kernels) == 67
-        for name, report in kernels.items():
-            assert report["stores"] == report["loads"] == report["stack"] == 0, f"{name} spills registers: {report}"
-            assert report["registers"] <= MOST_REGISTERS, f"{name}: {report}"
-            assert report["shared"] <= SHARED.get(name.partition(",")[0], 0), f"{name}: {report}"
-            narrow = name.startswith(("plan", "experts choose: take")) or "neighbours" in name  # integers of 8 bytes; pairs
-            assert report["vectors"] or narrow, f"{name} reads or writes no 16 bytes at once: {report}"
+    [kernels] = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) == 67
+    for name, report in kernels.items():
+        assert report["stores"] == report["loads"] == report["stack"] == 0, f"{name} spills registers: {report}"
+        assert report["registers"] <= MOST_REGISTERS, f"{name}: {report}"
+        assert report["shared"] <= SHARED.get(name.partition(",")[0], 0), f"{name}: {report}"
+        narrow = name.startswith(("plan", "experts choose: take")) or "neighbours" in name  # integers of 8 bytes; pairs
+        assert report["vectors"] or narrow, f"{name} reads or writes no 16 bytes at once: {report}"
