@@ -49,7 +49,8 @@ def run_attempts(
         outcome, offsets = run(len(attempts), attempt_id)
         code, reason = conclude(folder, attempt_id, outcome, offsets)
         attempts.append(AttemptEnd(code, begin, committed_step(folder.checkpoints)))
-        # A stop signal may also have come between two attempts. A lost node may have sent SIGTERM to its ranks.
+        # A stop signal may also have come between two attempts. Not a request to stop is the SIGTERM that ranks get from a
+        # node that shuts down and is then lost.
         if signals.first is not None or (outcome.stop is not None and not outcome.lost) or is_final(code):
             return code
         obstacle = why_not_restarted(attempts, max_restarts, option=option) or _other_writer(folder, attempt_id)

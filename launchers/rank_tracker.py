@@ -13,8 +13,8 @@ ABORTED = 128 + signal.SIGINT
 # A rank killed by one of these signals cannot log a reason. Unlike SIGABRT, these signals are not caused by another rank's
 # failure.
 SUDDEN = tuple(-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
-# Seconds from the first rank's stop until ranks that still run get SIGTERM. Rank 0 may close its sinks for 30 s, and then
-# its trace for 30 s.
+# After a rank has stopped, the ranks that still run this many seconds later get SIGTERM. Closing a run can take 60 s: 30 s
+# for the sinks, then 30 s for the trace.
 LATE_SECONDS = 60.0
 LINGER_SECONDS = 300.0  # seconds from the first success of a rank until ranks that still run are killed
 
@@ -66,7 +66,8 @@ class Outcome:
 
     @property
     def unready(self) -> bool:
-        """True if the stop signal itself ended the rank that failed first, which had not installed its handlers yet."""
+        """True if the rank that failed first had no signal handlers yet when the stop signal came, so that the signal
+        killed it."""
         return self.first_failed is not None and self.stop is not None and self.codes[self.first_failed] == -self.stop
 
     @property
@@ -97,8 +98,8 @@ class RankTracker:
         self._lost: dict[int, str] = {}
         self._terminate_at = self._kill_at = float("inf")
         self._stopping = self._aborted = False
-        self._stopped = False  # whether a rank has stopped on a signal that did not come from here
-        self._terminated = False  # whether the ranks got SIGTERM because another rank has ended
+        self._stopped = False  # whether a rank has stopped on a signal that this launcher did not send
+        self._terminated = False  # whether SIGTERM was sent to the other ranks after a rank's failure or stop
 
     @property
     def over(self) -> bool:
@@ -122,7 +123,7 @@ class RankTracker:
         if code in CLEAN:
             self._kill_at = min(self._kill_at, now + LINGER_SECONDS)
             if code == StoppedError.exit_code and not (self._terminated or self._stopping):
-                # A rank that joins the start after rank 0 has stopped would wait for it until parallel.start_seconds.
+                # A rank that starts after rank 0 has stopped would otherwise wait parallel.start_seconds for rank 0.
                 self._stopped = True
                 self._terminate_at = min(self._terminate_at, now + LATE_SECONDS)
         elif lost or self._kill_at > now:  # a rank that the launcher killed for a timeout has not failed by itself
@@ -133,8 +134,8 @@ class RankTracker:
             self._failed.append(rank)
 
     def signals_due(self, signals: StopSignals, now: float) -> list[signal.Signals]:
-        """Returns the signals that all running ranks must get now: the first stop signal once, SIGTERM once after
-        a rank's failure or stop, and SIGKILL after a timeout or a second Ctrl-C."""
+        """Returns the signals that all running ranks must get now: the launcher's first stop signal, SIGTERM some time
+        after a rank has failed or stopped, and SIGKILL after a timeout or a second Ctrl-C."""
         due: list[signal.Signals] = []
         if signals.first is not None and not self._stopping:
             again = "; Ctrl-C again ends now" if signals.first == signal.SIGINT else ""
