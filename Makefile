@@ -49,7 +49,7 @@ test: $(INSTALLED)  ## Run the tests but those of test-full, test-faults and tes
 test-full: $(INSTALLED) $(NEXT_MEGATRON)/.installed promtool  ## Run the tests of make test, long ones, and layouts with all pairs of options
 	@$(call BOTH_HALVES,-m "not exhaustive")
 
-test-exhaustive: $(INSTALLED) $(NEXT_MEGATRON)/.installed promtool  ## Run the tests of test-full, and all others of these files (an hour more)
+test-exhaustive: $(INSTALLED) $(NEXT_MEGATRON)/.installed promtool  ## Run the tests of test-full, and all others of these files (over an hour more)
 	@$(call BOTH_HALVES,-m "")
 
 # Debian's promtool, unpacked and not installed. Where there is no Debian, its test fails until promtool is on the path.
@@ -91,7 +91,7 @@ test-slurm: $(INSTALLED) data cluster-packages  ## Run the part of test-clusters
 	@$(TEST) -m "$(CASES)" $(filter-out $(ON_RAY),$(wildcard tests/clusters/test_*.py))
 
 test-ray: $(INSTALLED) data cluster-packages  ## Run the part of test-clusters for Ray
-	@$(TEST) -m "" $(ON_RAY)
+	@$(TEST) -m "$(CASES)" $(ON_RAY)
 
 # Debian's own Slurm; modules for a prelude, network namespaces for the nodes.
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge environment-modules iproute2 util-linux

@@ -50,7 +50,7 @@ def worlds_of_next_megatron() -> Iterator[Worlds]:
     standing.close()
 
 
-@pytest.fixture(params=["installed", pytest.param("0.19", marks=pytest.mark.full)])
+@pytest.fixture(params=["installed", pytest.param("0.19", marks=pytest.mark.full("next version"))])
 def run_with_megatron(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
     """`run_in_world` with each of the two versions of megatron-core in turn."""
     name = "worlds" if request.param == "installed" else "worlds_of_next_megatron"
@@ -67,14 +67,15 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks a case `exhaustive` that is marked `full` twice, for example for its layout and its version of megatron-core.
-    Marks with an argument do not count (`tests.support.cover.full_with_each_version`).
+    """Marks a case `exhaustive` that is marked `full` twice, and each for the next version of megatron-core but those of
+    `tests.support.cover.full_with_each_version`.
 
     Long files come first, so that no worker is left with one of them at the end.
     """
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
     for item in items:
-        if sum(not mark.args for mark in item.iter_markers("full")) > 1:
+        marks = [mark.args for mark in item.iter_markers("full")]
+        if marks.count(()) > 1 or (("next version",) in marks and ("with each version",) not in marks):
             item.add_marker("exhaustive")
 
 

@@ -111,6 +111,7 @@ def test_a_killed_worker_and_a_lost_node_cost_steps_and_change_no_bit(
     assert list(map(reproducible_part, steps(job.run))) == list(map(reproducible_part, undisturbed[0]))
 
 
+@pytest.mark.exhaustive
 def test_a_killed_rank_of_megatrons_engine_is_followed_by_an_attempt_with_its_losses(
     cluster: RayCluster, root: Path, tmp_path: Path
 ) -> None:

@@ -132,6 +132,7 @@ def test_our_own_submission_returns_the_verdict_and_a_stop_waits_for_the_save(
     assert "step 1/1000" in printed  # the log was followed
 
 
+@pytest.mark.exhaustive
 def test_the_tutorial_runs(ray_head: StartedRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").symlink_to(ray_cluster.DATA)
     run_tutorial(TUTORIALS / "ray.ipynb", tmp_path, monkeypatch)

@@ -84,6 +84,7 @@ def test_75_alone_is_followed_by_a_requeue_until_the_site_has_enough(stage: Stag
     assert stage.verdicts() == [75, 75, 0], "the command that is printed works as printed"
 
 
+@pytest.mark.exhaustive
 def test_a_task_of_an_array_is_requeued_by_itself(stage: Stage) -> None:
     """Also the last one, whose id is that of the whole array."""
     sweep = stage.folder / "sweep.txt"
@@ -143,7 +144,8 @@ def test_a_time_limit_that_leaves_one_step_is_warned_of_and_ends_after_two_attem
     assert "not requeued: 2 attempts in a row were stopped at their first step, the last at step 2" in job.said
 
 
-@pytest.mark.parametrize("mode", rest_exhaustive(PREEMPTION))
+@pytest.mark.exhaustive  # test_slurm_training.py takes a node in the mode of the drawn cluster
+@pytest.mark.parametrize("mode", PREEMPTION)
 def test_a_preempted_job_goes_on_in_either_mode(stage: Stage, mode: str) -> None:
     """Slurm requeues it, or cancels it and the batch script submits it again."""
     stage.cluster.scontrol("update", f"PartitionName={drawn().partition}", f"PreemptMode={mode}")

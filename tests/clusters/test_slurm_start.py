@@ -38,6 +38,7 @@ def test_plain_srun_starts_one_run_on_its_nodes(slurm: SlurmCluster, tiny_data: 
     assert threads(run) == "1", "each node has given the job one core"
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_starts_late_is_waited_for_by_name(slurm: SlurmCluster, tiny_data: Path, tmp_path: Path) -> None:
     path, run = tiny(tiny_data, tmp_path)
     late, cpus = drawn().late_rank, drawn().late_cpus
@@ -51,6 +52,7 @@ def test_a_rank_that_starts_late_is_waited_for_by_name(slurm: SlurmCluster, tiny
     assert threads(run) == str(cpus), "the CPUs of a rank are its threads"
 
 
+@pytest.mark.exhaustive
 def test_the_tutorial_runs(slurm: SlurmCluster, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "site.yaml").write_text(site.read_text())
     (tmp_path / "data").symlink_to(ROOT / ".cache" / "data" / "openmoji")

@@ -158,6 +158,7 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
         assert SECOND not in hosts(run, attempt=1)
 
 
+@pytest.mark.exhaustive
 def test_a_node_that_takes_the_batch_script_along_is_named_by_the_next_attempt(
     runs: Runs, undisturbed: tuple[SlurmJob, RunFolder], tmp_path: Path
 ) -> None:
@@ -176,6 +177,7 @@ def test_a_node_that_takes_the_batch_script_along_is_named_by_the_next_attempt(
     assert records(run) == records(undisturbed[1])[:SHORT]
 
 
+@pytest.mark.exhaustive
 def test_a_suspended_job_goes_on_and_one_with_a_frozen_rank_is_requeued(
     runs: Runs, undisturbed: tuple[SlurmJob, RunFolder]
 ) -> None:

@@ -20,6 +20,7 @@ from launchers.local import launch
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from tests.clusters.conftest import DEFAULT, QUICK
+from tests.support.cover import exhaustive
 from tests.support.faults import PROGRAM, fault
 from tests.support.shape import drawn
 from tests.support.slurm import ROOT, overrides
@@ -131,7 +132,7 @@ def frozen(agent: subprocess.Popen[bytes]) -> bool:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("backend", ["static", "c10d"])
+@pytest.mark.parametrize("backend", [exhaustive("static"), "c10d"])
 def test_torchrun_on_two_nodes_loses_an_agent_and_ends_with_the_undisturbed_bits(
     nodes: tuple[Node, Node], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:

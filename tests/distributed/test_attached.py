@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moe_dist.errors import ConfigError
 from moe_dist.monitor import attach, attached_folder
 from moe_dist.monitor.trace.reader import read_trace
-from tests.support.cover import full_with_each_version
+from tests.support.cover import exhaustive, full_with_each_version
 from tests.support.megatron_model import (
     MOE_LAYERS,
     ONE_GROUP,
@@ -131,9 +131,10 @@ def watched_megatron(rank: RankContext, ep: int, options: dict[str, Any]) -> lis
 @pytest.mark.parametrize(
     ("variant", "ep"),
     [
-        (variant, ep) if (variant, ep) == ("sigmoid, recompute", 2) else full_with_each_version(variant, ep)
-        for variant in VARIANTS
-        for ep in (1, 2)
+        exhaustive("aux loss", 1),
+        full_with_each_version("aux loss", 2),
+        exhaustive("sigmoid, recompute", 1),
+        ("sigmoid, recompute", 2),
     ],
 )
 def test_counts_of_megatrons_own_router(run_with_megatron: Callable[..., list[Any]], ep: int, variant: str) -> None:

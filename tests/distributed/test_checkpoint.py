@@ -197,7 +197,7 @@ def test_every_layout_loads_every_other(
     run_in_world(layout.world_size, load_body, layout, list(map(saved, writers)))
 
 
-@pytest.mark.full
+@pytest.mark.exhaustive
 def test_eight_ranks_load_them_all_and_are_loaded(
     run_in_world: Callable[..., list[Any]], saved: Callable[[Layout], Path], tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from moe_dist.train.build import build_optimizer
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
 from tests.support.agreement import Arrays, merged
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.layouts import SEQ_LEN, Layout, build, config_of, placement_for
 from tests.support.whole_tensors import logical
 from tests.support.worlds import RankContext
@@ -57,7 +57,7 @@ def loader_of(data: Path, manifest: Manifest, rank: RankContext, dealing: Dealin
 @pytest.mark.parametrize(
     ("layout", "terms"),
     [
-        full(Layout(1, 2), True),
+        exhaustive(Layout(1, 2), True),
         full(Layout(1, 2), False),
         (Layout(2, 1, "pinned", "fsdp2"), True),
         full(Layout(2, 1, "pinned", "fsdp2"), False),

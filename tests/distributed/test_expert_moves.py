@@ -27,19 +27,19 @@ from moe_dist.train.expert_moves import move_experts, same_shapes
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
 from tests.support.agreement import Arrays, merged
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.layouts import HIDDEN_DIM, MICRO_BATCHES, SEQUENCES, Layout, batch_of, build, config_of, placement_for
 from tests.support.whole_tensors import carry
 from tests.support.worlds import RankContext
 
 AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
 LAYOUTS = [
-    full(Layout(2, 1)),
-    full(Layout(2, 1, "interleaved", "fsdp2", "block", overlap=True, chunks=2)),
+    exhaustive(Layout(2, 1)),
+    exhaustive(Layout(2, 1, "interleaved", "fsdp2", "block", overlap=True, chunks=2)),
     Layout(2, 2, "interleaved", "fsdp2"),  # 3 and 2 experts over edp 2: some stacks are cut inside experts, others between
-    full(Layout(4, 1, "uneven")),  # a rank without experts
+    exhaustive(Layout(4, 1, "uneven")),  # a rank without experts
     full(Layout(4, 1, "uneven", "fsdp2", "block", ranks_per_node=2)),
-    full(Layout(2, 2, optimizer="muon")),
+    exhaustive(Layout(2, 2, optimizer="muon")),
     full(Layout(2, 1, ffn_lora="each")),
     full(Layout(2, 2, "interleaved", "fsdp2", fsdp_gather="step", chunks=2)),
 ]

@@ -20,25 +20,25 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.replicas import Replica
 from tests.distributed.test_expert_moves import AUX, Run
 from tests.support.agreement import Arrays, merged
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.layouts import LAYERS, MICRO_BATCHES, SEQUENCES, Layout, batch_of, placement_for
 from tests.support.replicas import of_both_groups, on_others, replicate
 from tests.support.whole_tensors import carry
 from tests.support.worlds import RankContext
 
 LAYOUTS = [
-    full(Layout(2, 1, replicas=True)),
-    full(Layout(2, 2, "interleaved", "fsdp2", "block", replicas=True)),
+    exhaustive(Layout(2, 1, replicas=True)),
+    exhaustive(Layout(2, 2, "interleaved", "fsdp2", "block", replicas=True)),
     Layout(2, 2, "interleaved", "fsdp2", "block", overlap=True, chunks=2, replicas=True),
-    full(Layout(4, 1, "uneven", overlap=True, replicas=True)),
+    exhaustive(Layout(4, 1, "uneven", overlap=True, replicas=True)),
     full(Layout(4, 1, "uneven", pair_budget=7, replicas=True)),  # a rank without experts of its own
     full(Layout(4, 1, "uneven", "fsdp2", "experts", replicas=True)),
     full(Layout(2, 2, replicas=True, optimizer="muon")),
-    full(Layout(2, 2, "interleaved", "fsdp2", fsdp_gather="step", replicas=True)),
-    full(Layout(4, 1, "uneven", "fsdp2", chunks=3, replicas=True)),
+    exhaustive(Layout(2, 2, "interleaved", "fsdp2", fsdp_gather="step", replicas=True)),
+    exhaustive(Layout(4, 1, "uneven", "fsdp2", chunks=3, replicas=True)),
     full(Layout(2, 1, "pinned", "ddp", "experts", pair_budget=5, overlap=True, chunks=2, replicas=True)),
     full(Layout(2, 2, "interleaved", "fsdp2", fsdp_gather="step", chunks=2, replicas=True)),
-    full(Layout(4, 1, "interleaved", "ddp", "block", overlap=True, chunks=4, replicas=True)),
+    exhaustive(Layout(4, 1, "interleaved", "ddp", "block", overlap=True, chunks=4, replicas=True)),
     full(Layout(4, 1, "uneven", "fsdp2", "block", ranks_per_node=2, replicas=True)),
 ]
 

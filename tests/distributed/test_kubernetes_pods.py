@@ -64,7 +64,7 @@ def records(folder: RunFolder) -> list[dict[str, Any]]:
     return [reproducible_part(each) for each in read_lines(folder.metrics_jsonl)]
 
 
-@pytest.mark.full
+@pytest.mark.exhaustive  # three minutes; test_plain_launchers.py breaks one pod in four ways
 def test_pods_lose_a_rank_stop_and_resume(tmp_path: Path) -> None:
     tiny_dataset(tmp_path / "data")
     changed = tiny_config(tmp_path / "data", tmp_path / "runs", CHANGES)

@@ -267,7 +267,7 @@ def held(rank: RankContext, data: Path, root: Path) -> tuple[dict[str, list[floa
     return loads, losses
 
 
-@pytest.mark.full  # 160 steps; tests/unit/moe/balance holds the same controllers to their targets
+@pytest.mark.exhaustive  # 160 steps; tests/unit/moe/balance holds the same controllers to their targets
 def test_a_training_holds_the_mean_load_of_each_modality(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
 ) -> None:

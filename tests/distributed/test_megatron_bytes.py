@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.megatron_model import HIDDEN_DIM, TWO_GROUPS, Layout, transformer_config
 from tests.support.megatron_run import megatron
 from tests.support.worlds import RankContext
@@ -94,7 +94,9 @@ def layouts_of(world_size: int) -> list[Layout]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "seeds"), [full(4, range(12)), full(1, range(40)), full(2, range(40)), full(4, range(12, 40))], ids=str
+    ("world_size", "seeds"),
+    [full(4, range(12)), exhaustive(1, range(40)), exhaustive(2, range(40)), exhaustive(4, range(12, 40))],
+    ids=str,
 )
 def test_bytes_equal_the_closed_form_on_random_routings(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range

@@ -43,7 +43,7 @@ def outcome(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Outcome
     ("world_size", "readers", "router", "layout"),
     [
         full(4, 1, {**THRESHOLD, "scope": "rank"}, {"parallel.ep": 2, "parallel.edp": 2, **megatron(tp=2, pp=2)}),
-        full(2, 2, {**CHOICE, "scope": "world"}, {"parallel.ep": 2, **megatron()}),
+        exhaustive(2, 2, {**CHOICE, "scope": "world"}, {"parallel.ep": 2, **megatron()}),
         exhaustive(4, 2, {**CHOICE, "scope": "world"}, {"parallel.ep": 4, **megatron(cp=2)}),
         exhaustive(4, 2, {**THRESHOLD, "scope": "world"}, {"parallel.ep": 2, "parallel.edp": 2, **megatron(tp=2)}),
         exhaustive(2, 1, {**CHOICE, "scope": "rank"}, {"parallel.ep": 1, "parallel.edp": 2, **LATE, **megatron(pp=2)}),

@@ -111,10 +111,10 @@ def test_there_and_back_changes_no_bit(
     assert any(name.endswith(".safetensors") for name in exported[0])
 
 
-@pytest.mark.parametrize("precision", [full("fp32"), "bf16"])
+@pytest.mark.parametrize("precision", [exhaustive("fp32"), "bf16"])
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [full(4, BLOCK), (2, {**TWO, **megatron(distributed_optimizer=True)}), full(4, INTERLEAVED)],
+    [full(4, BLOCK), (2, {**TWO, **megatron(distributed_optimizer=True)}), exhaustive(4, INTERLEAVED)],
     ids=["block", "sharded", "interleaved"],
 )
 def test_a_resumed_run_goes_on_bit_for_bit(

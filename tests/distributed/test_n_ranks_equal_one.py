@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from moe_dist.comm.names import EXPERT_IDS, PAIR_ROWS
-from tests.support.cover import full, others_full, rest_full
+from tests.support.cover import exhaustive, full, others_full, rest_full
 from tests.support.layouts import HIDDEN_DIM, LAYERS, MICRO_BATCHES, STEPS, Layout, Outcome, train
 from tests.support.outcomes import assert_same_tensors, merged_outcomes
 
@@ -248,9 +248,10 @@ def test_the_loss_in_parts_of_tied_words(run_in_world: Callable[..., list[Any]],
     assert_same_tensors(outcomes, oracle)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
-    "layout", [Layout(2, data="fsdp2", recompute="block", compiled=True), Layout(2, compiled=True)], ids=str
+    "layout",
+    [full(Layout(2, data="fsdp2", recompute="block", compiled=True)), exhaustive(Layout(2, compiled=True))],
+    ids=str,
 )
 def test_compiled_dense_parts(
     run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
@@ -262,10 +263,10 @@ def test_compiled_dense_parts(
     "layout",
     [
         Layout(2, 2, "interleaved", "fsdp2", optimizer="muon"),  # stacks by whole experts, and cut inside each expert
-        full(Layout(2, 1, "pinned", "ddp", "block", optimizer="muon")),
+        exhaustive(Layout(2, 1, "pinned", "ddp", "block", optimizer="muon")),
         full(Layout(4, 1, "uneven", "fsdp2", optimizer="muon")),
-        full(Layout(2, 2, "pinned", "ddp", optimizer="muon")),
-        full(Layout(4, 2, "interleaved", "fsdp2", "block", optimizer="muon")),  # ranks without a row of a matrix
+        exhaustive(Layout(2, 2, "pinned", "ddp", optimizer="muon")),
+        exhaustive(Layout(4, 2, "interleaved", "fsdp2", "block", optimizer="muon")),  # ranks without a row of a matrix
     ],
     ids=str,
 )

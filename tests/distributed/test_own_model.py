@@ -131,7 +131,13 @@ def test_a_loop_by_the_api_has_the_losses_of_the_own_trainer(
 @pytest.mark.parametrize("ranks", [exhaustive(1), 2])
 @pytest.mark.parametrize(
     "name",
-    [full("own_ddp"), full("own_fsdp2"), full("own_trainer"), exhaustive("own_accelerate"), exhaustive("own_lightning")],
+    [
+        exhaustive("own_ddp"),
+        full("own_fsdp2"),
+        exhaustive("own_trainer"),
+        exhaustive("own_accelerate"),
+        exhaustive("own_lightning"),
+    ],
 )
 def test_frameworks_train_the_model_of_the_plain_loop(name: str, ranks: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

@@ -144,7 +144,7 @@ RAISED = (1, "raise", [1, 1], "RuntimeError: a fault that a test injected")  # a
 @pytest.mark.parametrize(
     ("variables", "breaks"),
     [
-        full(mpirun, (KILLED, RAISED)),
+        exhaustive(mpirun, (KILLED, RAISED)),
         exhaustive(srun, (FROZEN, FIRST_KILLED)),
         full(pod, (KILLED, FROZEN, RAISED, FIRST_KILLED)),
     ],

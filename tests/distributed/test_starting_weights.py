@@ -1,7 +1,7 @@
 """Beginning with another model's weights, as a whole run does: a trained top-k model with copied null rows is itself, to
 the last bit, and a dense one is itself when its experts are copies; whatever else is refused before a step is taken."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,16 @@ from moe_dist.train.loss import AuxSettings
 from moe_dist.train.resume import Resumable
 from moe_dist.train.starting_weights import begin_with_weights
 from moe_dist.train.trainer import Progress
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
 
 AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
 GROUPS = "model.moe.groups"
+
+
+def on_two_ranks(cases: Iterable[str]) -> list[Any]:
+    return [(full if "sharded" in case else exhaustive)(2, case) for case in cases]
 
 
 def groups(text: tuple[int, int, int], image: tuple[int, int, int]) -> dict[str, Any]:
@@ -166,7 +170,7 @@ COPIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("world_size", "case"), [(1, "top-3 of 5"), *(full(2, case) for case in COPIES)])
+@pytest.mark.parametrize(("world_size", "case"), [(1, "top-3 of 5"), *on_two_ranks(COPIES)])
 def test_a_trained_top_k_model_begins_as_it_is_to_the_last_bit(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, world_size: int, case: str
 ) -> None:
@@ -234,7 +238,7 @@ UPCYCLED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("world_size", "case"), [(1, "one expert a group"), *(full(2, case) for case in UPCYCLED)])
+@pytest.mark.parametrize(("world_size", "case"), [(1, "one expert a group"), *on_two_ranks(UPCYCLED)])
 def test_an_upcycled_model_computes_what_it_was_made_of(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, world_size: int, case: str
 ) -> None:
@@ -328,7 +332,7 @@ SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("world_size", "case"), [(1, "one expert a group"), *(full(2, case) for case in SPLITS)])
+@pytest.mark.parametrize(("world_size", "case"), [(1, "one expert a group"), *on_two_ranks(SPLITS)])
 def test_the_parts_of_an_ffn_together_are_the_ffn(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, world_size: int, case: str
 ) -> None:
@@ -413,7 +417,7 @@ EXPERTS_SPLIT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     [
         (1, "two parts"),
         (2, "biases"),
-        *(pytest.param(2, case, marks=pytest.mark.full) for case in EXPERTS_SPLIT if case != "biases"),
+        *on_two_ranks(case for case in EXPERTS_SPLIT if case != "biases"),
     ],
 )
 def test_the_parts_of_experts_are_chosen_together_and_are_the_experts(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.tiny import IMAGE_IDS, tiny_config
 from tests.support.tuning_samples import made_samples
 from tests.support.whole_run import WholeRun, whole_run
@@ -57,7 +57,7 @@ def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
     return ours.keys() == theirs.keys() and all(np.array_equal(value, theirs[name]) for name, value in ours.items())
 
 
-@pytest.mark.parametrize("data", [full("ddp"), full("fsdp2")])
+@pytest.mark.parametrize("data", [exhaustive("ddp"), full("fsdp2")])
 def test_chosen_routers_move_and_the_run_resumes_to_the_same_bits(site: Site, data: str) -> None:
     """Refreshed after steps 2 and 4, interrupted after 3: the resumed run must have the targets of step 2."""
     options: dict[str, Any] = {"section": {"refresh_every": 2}, "parallel__data": data, "parallel__recompute": "block"}
@@ -77,7 +77,7 @@ def test_chosen_routers_move_and_the_run_resumes_to_the_same_bits(site: Site, da
         assert outcome.ended.position == 24
 
 
-@pytest.mark.parametrize("weight", [1.0, full(0.0)])
+@pytest.mark.parametrize("weight", [1.0, exhaustive(0.0)])
 def test_choices_resume_to_the_same_bits(site: Site, weight: float) -> None:
     """Two micro-batches a rank; with `weight=0` the released code's training, where nothing but choices has a gradient."""
     options: dict[str, Any] = {"section": {"objective": "choices", "weight": weight}, "parallel__data": "fsdp2"}

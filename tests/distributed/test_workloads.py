@@ -27,7 +27,7 @@ from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.reference.layer import ReferenceWeights, expected_node_traffic, expected_traffic, moe_forward
 from tests.reference.workloads import hidden_states, router_weight
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.worlds import RankContext
 from tools.bench.workloads import (
     WORKLOADS,
@@ -218,9 +218,9 @@ CASES = [
     full(dispatch_only, "all_to_all", 4),
     *((mode, "all_to_all", 4) for mode in MODES if mode is not dispatch_only),
     full(dispatch_only, "hierarchical", 4),
-    full(moe_fwd_bwd, "hierarchical", 4),
+    exhaustive(moe_fwd_bwd, "hierarchical", 4),
     full(training_step, "hierarchical", 4),  # test_n_ranks_equal_one.py trains over nodes too
-    *(full(mode, kind, 2) for mode in MODES for kind in ("all_to_all", "hierarchical")),
+    *(exhaustive(mode, kind, 2) for mode in MODES for kind in ("all_to_all", "hierarchical")),
 ]
 
 

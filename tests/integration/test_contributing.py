@@ -119,7 +119,7 @@ def test_expert_type_and_controller(tree: Path) -> None:
     assert (folder / "checkpoints" / "latest").exists()
 
 
-@pytest.mark.full  # of the test itself
+@pytest.mark.exhaustive  # of the test itself
 def test_an_incomplete_recipe_would_fail(tree: Path) -> None:
     """Without its line in the table a kind has a section and no class."""
     router = RECIPES["A router"]

@@ -16,7 +16,7 @@ from moe_dist.monitor.tags import reproducible_part
 from moe_dist.monitor.trace.reader import read_trace
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.runtime.run_folder import RunFolder
-from tests.support.cover import exhaustive, full
+from tests.support.cover import exhaustive
 from tests.support.faults import PROGRAM, fault
 from tests.support.tiny import tiny_config, write_config
 
@@ -62,7 +62,7 @@ def undisturbed(start: Callable[[str], tuple[int, RunFolder]]) -> list[dict[str,
 @pytest.mark.parametrize(
     ("name", "breaks"),
     [
-        full("kill", [(fault(rank=1, step=4, phase="before_step", kind="kill"), 1, 2)]),
+        exhaustive("kill", [(fault(rank=1, step=4, phase="before_step", kind="kill"), 1, 2)]),
         pytest.param(
             "commit", [(fault(rank=0, step=4, phase="before_commit", kind="kill"), 1, 2)], marks=pytest.mark.exhaustive
         ),
@@ -70,7 +70,7 @@ def undisturbed(start: Callable[[str], tuple[int, RunFolder]]) -> list[dict[str,
             "stop", [(fault(rank=1, step=3, phase="after_step", kind="stop"), 75, 4)], marks=pytest.mark.exhaustive
         ),
         # The stop leaves an evaluation owed, which the second attempt takes before it is killed, and the third again.
-        full(
+        exhaustive(
             "stop-kill",
             [
                 (fault(rank=1, step=3, phase="after_step", kind="stop"), 75, 4),
@@ -181,8 +181,8 @@ def test_a_rank_killed_in_a_move_loses_nothing(tiny_data: Path, tmp_path: Path, 
 REPLICATING = {**MOVING, "rank_balance": {"replicating": {"every": 2, "slots": 4, "flops_per_byte": 1e-3}}}
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("pipelined", [exhaustive({}), {"overlap": True, "chunks": 2}], ids=["plain", "overlap and chunks"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("pipelined", [{}, {"overlap": True, "chunks": 2}], ids=["plain", "overlap and chunks"])
 def test_a_rank_killed_with_replicas_loses_nothing(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipelined: dict[str, Any]
 ) -> None:

@@ -62,7 +62,7 @@ def test_a_kernel_that_is_wrong_at_one_size_fails_by_name(job: CheckJob) -> None
     ]
 
 
-@pytest.mark.full
+@pytest.mark.exhaustive
 def test_a_run_that_forgets_its_checkpoint_fails(job: CheckJob) -> None:
     outcome = run(job, planted("forgotten_checkpoint"))["forgotten_checkpoint"]
     assert outcome.reason == "resumed from a checkpoint: ranks with equal bits 0 (>= 2)"
@@ -75,7 +75,7 @@ def test_a_hang_ends_at_its_limit_and_says_where(job: CheckJob) -> None:
     assert "in hang" in reason
 
 
-@pytest.mark.full  # waits for a rank's own time limit; the test above has a hang of the check itself
+@pytest.mark.exhaustive  # waits for a rank's own time limit; the test above has a hang of the check itself
 def test_a_rank_that_hangs_says_where(job: CheckJob) -> None:
     reason = run(job, planted("hanging_rank"))["hanging_rank"].reason
     assert reason.startswith("RuntimeError: rank 0 of 1 on cpu: the process ended with exit code 1")

@@ -23,7 +23,7 @@ from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import meaning
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.train.resume import saved_config
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.tiny import tiny_dataset
 from tools import compare_runs, inspect_checkpoint, verify_checkpoint
 
@@ -67,7 +67,7 @@ def said(command: Any, *arguments: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("run", [full("top_k"), full("expert_choice"), full("fixed_load")], indirect=True)
+@pytest.mark.parametrize("run", [full("top_k"), exhaustive("expert_choice"), exhaustive("fixed_load")], indirect=True)
 def test_it_goes_on_to_the_same_bits(run: Path) -> None:
     config = run.parents[1] / "today.yaml"
     config.write_text(resolved_yaml(load_stored_config(run / "config.yaml")))

@@ -8,7 +8,7 @@ from tests.support.cover import exhaustive
 from tests.support.notebooks import TUTORIALS, run_tutorial
 
 DATA = Path(__file__).parents[2] / ".cache" / "data"
-LONG = ("routing_report", "own_data", "hugging_face")  # a minute each
+LONG = ("routing_report", "own_data", "hugging_face", "planning")  # a minute each
 HERE = [path for path in sorted(TUTORIALS.glob("*.ipynb")) if path.stem not in ("slurm", "ray")]
 
 

@@ -64,7 +64,7 @@ def steps(run: RunFolder) -> list[dict[str, Any]]:
     return [reproducible_part(line) for line in lines if line["kind"] == "step"]
 
 
-@pytest.mark.full  # two whole programs, and half a minute in which nothing runs
+@pytest.mark.exhaustive  # two whole programs, and half a minute in which nothing runs
 def test_a_run_suspended_for_longer_than_its_timeout_comes_to_the_same_records(tiny_data: Path, tmp_path: Path) -> None:
     """As by `scontrol suspend`: it goes on, or begins again from its checkpoint if a collective has timed out."""
     changes = {"train.steps": 6, "checkpoint.every": 2, "evaluation.every": 6, "parallel.timeout_seconds": SECONDS}

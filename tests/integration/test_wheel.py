@@ -112,6 +112,7 @@ def test_names_of_before_and_names_that_are_almost_right(call: Callable[..., Don
     assert f"did you mean {CONFIG}" in done.stderr
 
 
+@pytest.mark.exhaustive  # compiles C++
 def test_a_step_is_counted_without_a_gpu(call: Callable[..., Done]) -> None:
     """By the C++ source in the wheel, and in a process of its own."""
     done = call("bench", "--count", "olmoe_1b7b_8gpu", "--ranks", "16", "model.num_layers=1")

@@ -1,7 +1,8 @@
 """Which cases of a product run when.
 
 `make test` runs a small cover of all values of layouts, or the few of its cases that switch on most, where the layouts are
-not what the test is about; `make test-full` runs a cover of all pairs of values, `make test-exhaustive` every case.
+not what the test is about; `make test-full` runs a cover of all pairs of values, or of all values where the layouts are not
+what the test is about; `make test-exhaustive` runs every case.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,12 +22,13 @@ def others_full(cases: Sequence[Any], keep: int | None = None) -> list[Any]:
     field: `full` on those of a cover of all pairs of values, `exhaustive` on the rest.
 
     Args:
-        keep: Number of cases of the first cover that are not marked; the others are marked `full`. Each is the one that
-            switches on most of what the earlier ones leave off. test_n_ranks_equal_one.py has all values of layouts.
+        keep: Number of cases of the first cover that are not marked; its others are marked `full`, and all outside of it
+            `exhaustive`. Each kept one switches on most of what the earlier ones leave off. test_n_ranks_equal_one.py gives
+            no number: it has all values of layouts and all pairs of values.
     """
     small = [position for position, case in enumerate(cases) if _layout_of(case).world_size <= MOST_RANKS]
     cover = _cover(cases, small, pairs=False)
-    larger = _cover(cases, range(len(cases)), pairs=True, begun=cover)
+    larger = cover if keep is not None else _cover(cases, range(len(cases)), pairs=True, begun=cover)
     kept = cover if keep is None else _most_telling(cases, cover, keep)
     return [
         case
@@ -68,8 +70,8 @@ def full(*case: Any) -> Any:
 
 
 def full_with_each_version(*case: Any) -> Any:
-    """A case that `make test` leaves out, and that `make test-full` runs with each version of megatron-core: this mark does
-    not count where two marks `full` make a case exhaustive."""
+    """A case that `make test` leaves out, and that `make test-full` runs with each version of megatron-core. It runs no
+    other case with the next version."""
     return pytest.param(*case, marks=pytest.mark.full("with each version"))
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cover import rest_exhaustive
-
 SHARED = {"swiglu backward": 16, "choose": 2048, "choose backward": 4096}  # most bytes; others need no shared memory
 SHARED |= {"plan: scan": 32, "plan: count": 512, "plan: collect": 256, "plan: place": 4096}
 SHARED |= {"plan: static pad": 16, "plan: static place": 4096, "plan: static runs": 4096}
@@ -20,8 +18,8 @@ MOST_REGISTERS = 128  # of a thread: 4 blocks of 128 threads fit on a multiproce
 
 
 @pytest.mark.slow
-@pytest.mark.full
-@pytest.mark.parametrize("architecture", rest_exhaustive(["90", "80", "100"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("architecture", ["90", "80", "100"])
 def test_no_kernel_spills_registers(architecture: str) -> None:
     command = [sys.executable, "-m", "tests.support.compiled_kernels", architecture]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
