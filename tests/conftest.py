@@ -67,8 +67,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks a case `exhaustive` that is marked `full` twice, and each for the next version of megatron-core but those of
-    `tests.support.cover.full_with_each_version`.
+    """Marks a case `exhaustive` if it is marked `full` twice, or if it is for the next version of megatron-core and not
+    marked by `tests.support.cover.full_with_each_version`.
 
     Long files come first, so that no worker is left with one of them at the end.
     """

@@ -10,7 +10,7 @@ from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS
 from moe_dist.data.batch import Batch
 from moe_dist.moe.routing import LayerReport
 from moe_dist.plan.pipeline_memory import stage_memory
-from tests.support.cover import exhaustive, full, full_with_each_version
+from tests.support.cover import exhaustive, full, full_with_each_version, rest_exhaustive
 from tests.support.engine_run import losses, megatron, started_run, take_steps
 from tests.support.worlds import RankContext
 
@@ -169,7 +169,7 @@ DISPATCH: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", [next(iter(DISPATCH)), *map(exhaustive, list(DISPATCH)[1:])])
+@pytest.mark.parametrize("name", rest_exhaustive(DISPATCH))
 def test_other_dispatchers_send_what_they_send_in_the_own_engine(
     run_with_megatron: Callable[..., list[Any]],
     run_in_world: Callable[..., list[Any]],
@@ -325,7 +325,8 @@ def test_the_dry_run_counts_the_weights_of_the_fullest_rank(
     assert max(own for own, _ in counted) == pytest.approx(counted[0][1], abs=32)
 
 
-@pytest.mark.parametrize("sharded", [exhaustive(False), exhaustive(True)], ids=["whole", "sharded"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
 def test_bf16_stays_within_its_rounding(
     run_with_megatron: Callable[..., list[Any]],
     own_losses: Callable[..., list[dict[str, Any]]],

@@ -1,7 +1,7 @@
 """N ranks equal one rank: losses, gradients, norm, and parameters after three optimizer steps.
 
 `make test` trains every value of each axis in the first test and the most telling layouts in the others, `make test-full`
-every pair of values, and `make test-exhaustive` the whole product.
+every pair of values in the first test and more layouts in the others, and `make test-exhaustive` the whole product.
 
 The batches hold a sequence that is all padding, one of text alone and one of pictures alone, so that with 8 ranks there are
 ranks without a token and ranks of one modality.

@@ -35,8 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "moma_1b4_4t4i_32gpu": {"reads": TOKENS, "kernels": (46, 35)},
     "mole_llama3_8b_8gpu": {"reads": {"forward LoRA pairs of each expert": 4, **TOKENS}, "kernels": (124, 172)},
 }
-SHORT = ("adamoe_moma_small_1gpu", 8)
-FULL = [full(*SHORT), full("adamoe_mixtral8x7b_64gpu", 1024)]
+FULL = [full("adamoe_moma_small_1gpu", 8), full("adamoe_mixtral8x7b_64gpu", 1024)]
 MORE = [(preset, ranks) for preset in PRESETS for ranks in (8, 64, 1024)]
 FULL += [exhaustive(*case) for case in MORE if full(*case) not in FULL]
 
