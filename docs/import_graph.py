@@ -47,6 +47,12 @@ class Source:
     def room(self) -> str:
         return room_of(self.module)
 
+    @property
+    def folder(self) -> str:
+        """The folder of the file; a loose file of moe_dist stands for itself, as in the rooms."""
+        folder = str(Path(self.path).parent)
+        return self.path if folder == "moe_dist" else folder
+
     @cached_property
     def imports(self) -> list[Import]:
         return list(self._imports(self.tree, "module"))
@@ -114,6 +120,14 @@ class ImportGraph:
     def circles(self) -> list[list[str]]:
         """Files that import each other over any number of files between, whatever the kind of import."""
         return circles({module: set(others) for module, others in self.files.items()})
+
+    def folder_circles(self) -> list[list[str]]:
+        """Folders whose files import each other's, over any number of folders between."""
+        arrows: dict[str, set[str]] = defaultdict(set)
+        for module, others in self.files.items():
+            folder = self.sources[module].folder
+            arrows[folder] |= {self.sources[other].folder for other in others} - {folder}
+        return circles(arrows)
 
     def thin_arrows(self) -> list[tuple[str, str, str]]:
         """(room, imported room, path) where one file of a room is the only one that imports the other room."""

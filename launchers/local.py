@@ -20,10 +20,10 @@ from launchers.rank_tracker import Outcome, ShutdownTimeouts
 from launchers.supervise import Ranks
 from moe_dist.config.cluster import MAX_RESTARTS
 from moe_dist.config.load import read_draft
-from moe_dist.doctor.node_facts import nvml
 from moe_dist.errors import EXIT_DONE, ResourceError
 from moe_dist.plan.preflight import check_file, layout_of_file
 from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_command
+from moe_dist.runtime.node.facts import nvml
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
 

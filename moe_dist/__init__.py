@@ -14,8 +14,8 @@ _MODULES = {
     "CommStats": "moe_dist.comm.collectives",
     "ExpertGroup": "moe_dist.placement.placement",
     "ExpertPlacement": "moe_dist.placement.placement",
-    "Experts": "moe_dist.moe.experts",
-    "LayerReport": "moe_dist.moe.routing",
+    "Experts": "moe_dist.moe.experts.experts",
+    "LayerReport": "moe_dist.moe.routing.types",
     "MoELayer": "moe_dist.moe.layer",
     "TopKRouter": "moe_dist.moe.routers.top_k",
     **dict.fromkeys(

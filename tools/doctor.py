@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from launchers.doctor.examine import examine
-from moe_dist.doctor.check_result import CheckResult, Level, exit_code
 from moe_dist.runtime.command_line import reports_errors, run_command
+from moe_dist.runtime.node.check_result import CheckResult, Level, exit_code
 
 _MARKS = {
     Level.OK: ("ok", "green"),

@@ -18,7 +18,7 @@ from moe_dist.config.load import load_config, model_violations, resolved_yaml, r
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.card_peaks import peak_tflops
-from moe_dist.monitor.report.replay import capped, replay, without_nulls
+from moe_dist.monitor.report.replayed_counts import capped, replay, without_nulls
 from moe_dist.monitor.report.routing import Routing, group_of_modality
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan.answers import answers, hot_expert, modality_answer, picture

@@ -17,7 +17,7 @@ import typer
 
 from moe_dist.config.schema import Config
 from moe_dist.errors import DataError
-from moe_dist.monitor.report.replay import replay
+from moe_dist.monitor.report.replayed_counts import replay
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.estimate import LIBRARIES, SLACK, Estimate, Planner
 from moe_dist.plan.memory import ITEMSIZE

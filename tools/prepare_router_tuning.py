@@ -7,12 +7,11 @@ from typing import Annotated
 
 import torch
 import typer
+from moe_dist.formats.tuning_manifest import TuningManifest
 
 from moe_dist.checkpoint.base import content_hash
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.config.schema import Config
-from moe_dist.config.tuning_manifest import TuningManifest
-from moe_dist.config.tuning_rules import tokenizer_digest
 from moe_dist.errors import ConfigError
 from moe_dist.inference.loaded_run import LoadedRun, choose_device, find_trained
 from moe_dist.inference.multiple_choice import Measure, Prompts, ask, check_vocabulary, write
@@ -21,6 +20,7 @@ from moe_dist.inference.questions.split import Side
 from moe_dist.inference.router_tuning.embedder import PACKAGED, Embedder
 from moe_dist.inference.router_tuning.scoring import embedded_text, scored_samples
 from moe_dist.parallel.mesh import one_group
+from moe_dist.plan.tuning_rules import tokenizer_digest
 from moe_dist.runtime.command_line import reports_errors, run_command, takes
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.train.router_tuning.loader import SampleMaker

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from moe_dist.formats.manifest import load_manifest
 
 from moe_dist.checkpoint.directory import CheckpointDirectory, run_path
 from moe_dist.config.load import load_stored_config
-from moe_dist.config.manifest import load_manifest
-from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection
+from moe_dist.config.parallel.section import ExplicitSection, InterleavedSection, PinnedSection
 from moe_dist.config.partial import draft
 from moe_dist.config.yaml_text import read_mapping
 from moe_dist.data.codebook import load_codebook

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from moe_dist.formats.split_files import data_digest
 
 from moe_dist.checkpoint.base import content_hash
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
-from moe_dist.config.split_files import data_digest
 from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError
 from moe_dist.inference.loaded_run import choose_device
@@ -18,8 +18,8 @@ from moe_dist.model.distillation import TeacherOutput
 from moe_dist.plan.preflight import check_file
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.progress import shown_progress
-from moe_dist.train.build import build_distillation, build_loader
-from moe_dist.train.top_logits import TopLogitsManifest, sequence_settings, write_top_logits
+from moe_dist.train.build.training import build_distillation, build_loader
+from moe_dist.train.objective.top_logits import TopLogitsManifest, sequence_settings, write_top_logits
 
 
 @reports_errors("teach")

@@ -16,7 +16,7 @@ from moe_dist.parallel.mesh import one_group
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import make_writable
-from moe_dist.train.tracing import trace_heldout
+from moe_dist.train.step.tracing import trace_heldout
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def _expected(state: StateFile | None) -> tuple[Mapping[str, TensorSpec] | None,
     """Returns the tensors that a checkpoint must have by its configuration. Returns None and a remark if the checkpoint has
     no readable configuration."""
     from moe_dist.config.schema import Config
-    from moe_dist.train.build import state_specs
+    from moe_dist.train.build.training import state_specs
 
     saved = state.values.get("config") if state is not None else None
     try:

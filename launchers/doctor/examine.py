@@ -12,11 +12,11 @@ from launchers.doctor.slurm_checks import check_graces, check_slurm
 from launchers.doctor.slurm_nodes import run_on_nodes, srun_command
 from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.config.schema import Config
-from moe_dist.doctor.check_result import CheckResult, Level, error, note, ok
-from moe_dist.doctor.node_checks import check_cores, check_folders, check_nodes
-from moe_dist.doctor.node_facts import Questions, look, nearest
 from moe_dist.errors import ConfigError, MoeDistError, ResourceError
 from moe_dist.plan.preflight import check_file
+from moe_dist.runtime.node.check_result import CheckResult, Level, error, note, ok
+from moe_dist.runtime.node.checks import check_cores, check_folders, check_nodes
+from moe_dist.runtime.node.facts import Questions, look, nearest
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 from moe_dist.runtime.status import measured_save_seconds

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moe_dist.doctor.check_result import CheckResult, names, note, ok, warning
-from moe_dist.doctor.node_facts import node_name
 from moe_dist.errors import MoeDistError
 from moe_dist.parallel.round_robin import Pair, PairExchange, usual
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
+from moe_dist.runtime.node.check_result import CheckResult, names, note, ok, warning
+from moe_dist.runtime.node.facts import node_name
 from moe_dist.runtime.rendezvous import StartWait
 
 CHECK = "fabric"

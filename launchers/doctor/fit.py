@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moe_dist.doctor.check_result import CheckResult, error, names, ok
 from moe_dist.plan.matching import match
+from moe_dist.runtime.node.check_result import CheckResult, error, names, ok
 
 CHECK = "nodes"
 

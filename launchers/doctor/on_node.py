@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moe_dist.doctor.node_facts import (
+from moe_dist.errors import ConfigError
+from moe_dist.runtime.files import write_atomically
+from moe_dist.runtime.node.facts import (
     NodeFacts,
     Questions,
     look,
@@ -24,8 +26,6 @@ from moe_dist.doctor.node_facts import (
     unreachable,
     unresolved,
 )
-from moe_dist.errors import ConfigError
-from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.rendezvous import HOST_VARIABLE, node_address
 
 WAIT_SECONDS = 45.0  # timeout of the connection test; the scheduler may start the nodes one after the other

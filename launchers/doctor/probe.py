@@ -13,11 +13,11 @@ from pathlib import Path
 from launchers.command import JobPlan
 from launchers.doctor import fabric
 from moe_dist.config.schema import Config
-from moe_dist.doctor.check_result import CheckResult, error
-from moe_dist.doctor.node_checks import Needs, answered_at, check_cores, check_nodes
-from moe_dist.doctor.node_facts import NodeFacts, Questions, from_line, nearest
 from moe_dist.errors import MoeDistError
 from moe_dist.plan.memory import folder_bytes
+from moe_dist.runtime.node.check_result import CheckResult, error
+from moe_dist.runtime.node.checks import Needs, answered_at, check_cores, check_nodes
+from moe_dist.runtime.node.facts import NodeFacts, Questions, from_line, nearest
 
 PROBE_MINUTES, FABRIC_MINUTES = 2, 10
 # (module, argument, tasks per node, minutes) -> (Unix time of arrival, line) of each line that

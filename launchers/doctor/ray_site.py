@@ -20,8 +20,8 @@ from launchers.ray.gang import live_nodes
 from launchers.ray.nodes import RayNode, assign, bundle_of_rank
 from launchers.ray.submit import STOP_WAIT
 from moe_dist.config.cluster import Cluster
-from moe_dist.doctor.check_result import CheckResult, Level, note, ok, warning
 from moe_dist.errors import ResourceError
+from moe_dist.runtime.node.check_result import CheckResult, Level, note, ok, warning
 from moe_dist.runtime.rendezvous import HOST_VARIABLE
 
 START_SECONDS = 300.0  # seconds that a task may wait for its start, because other jobs may use the GPUs

@@ -7,8 +7,8 @@ from launchers.command import JobPlan, rank_ranges
 from launchers.doctor.fit import Offer, Want, check_fit
 from launchers.slurm.nodes import SlurmError, ask
 from moe_dist.config.cluster import Cluster, seconds_of
-from moe_dist.doctor.check_result import CheckResult, error, note, ok, warning
 from moe_dist.errors import ConfigError
+from moe_dist.runtime.node.check_result import CheckResult, error, note, ok, warning
 
 # States of nodes in which jobs run, now or after other jobs end
 UP = frozenset(("idle", "mixed", "allocated", "completing", "planned", "reserved"))

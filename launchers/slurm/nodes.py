@@ -10,8 +10,8 @@ from pathlib import Path
 
 from launchers.command import JobPlan
 from launchers.slurm.script import ScriptPart, parts
-from moe_dist.doctor.check_result import names
 from moe_dist.errors import MoeDistError
+from moe_dist.runtime.node.check_result import names
 from moe_dist.runtime.signals import child_of
 
 _SECONDS = 60.0  # timeout of a Slurm command; a busy slurmctld answers late

@@ -21,7 +21,7 @@ from moe_dist.checkpoint.fits import misfit
 from moe_dist.checkpoint.index import Index, listed
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.placement.roles import EXPERT_NAME, Role, role_of_name
+from moe_dist.placement.parameter_names import EXPERT_NAME, Role, role_of_name
 
 KEY = "base"  # key of the base's path and content hash in `CheckpointState.values`
 GUIDE = "docs/lora-experts.md"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from moe_dist.checkpoint.index import ITEMSIZE, Entry, Index, StateFile
-from moe_dist.placement.roles import ADAPTERS, EXPERT_NAME, ROUTERS, role_of_name
+from moe_dist.placement.parameter_names import ADAPTERS, EXPERT_NAME, ROUTERS, role_of_name
 
 _MOMENT = re.compile(r"optimizer\.(?P<moment>\w+?)\.(?P<parameter>.+)")
 

@@ -14,7 +14,7 @@ from moe_dist.checkpoint.contents import Contents
 from moe_dist.checkpoint.index import Entry, Index, Source, index_problems, listed, stored_name
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError
-from moe_dist.placement.roles import EXPERT_NAME
+from moe_dist.placement.parameter_names import EXPERT_NAME
 
 # Torch dtypes by their names in safetensors files; `index.ITEMSIZE` has the same names.
 DTYPES = {

@@ -53,7 +53,7 @@ from moe_dist.checkpoint.storage import (
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 from moe_dist.optim.optimizer import set_step_count
-from moe_dist.placement.roles import EXPERT_NAME
+from moe_dist.placement.parameter_names import EXPERT_NAME
 
 SLACK = 1 << 20  # bytes that must be free on the disk besides 1.01 x the bytes of the tensors
 

@@ -13,7 +13,7 @@ from moe_dist.checkpoint.index import Cut, Source, listed
 from moe_dist.checkpoint.state import TensorSpec
 from moe_dist.checkpoint.upcycle import experts_by_layer, norms, nothing, source_of
 from moe_dist.errors import ConfigError
-from moe_dist.placement.roles import EXPERT_NAME
+from moe_dist.placement.parameter_names import EXPERT_NAME
 
 HIDDEN_DIM = {"gate": 0, "up": 0, "down": 1}  # the dim of each weight that runs over the hidden values
 

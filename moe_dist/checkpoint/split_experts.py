@@ -16,7 +16,7 @@ from moe_dist.checkpoint.state import TensorSpec
 from moe_dist.checkpoint.storage import pieces_of, read_tensors
 from moe_dist.checkpoint.upcycle import experts_by_layer
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.placement.roles import EXPERT_NAME
+from moe_dist.placement.parameter_names import EXPERT_NAME
 
 
 def fitting_or_split_experts(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, Source]:

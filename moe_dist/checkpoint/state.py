@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 
 from moe_dist.optim.adamw import MOMENTS, moment_dtype
 from moe_dist.optim.optimizer import is_empty_here, materialise_moments, moments_of
+from moe_dist.placement.parameter_names import EXPERTS, logical_name, named_parameters
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.roles import EXPERTS, logical_name, named_parameters
 
 OPTIMIZER_PREFIX = "optimizer."
 Part = Literal["all", "trained", "frozen"]

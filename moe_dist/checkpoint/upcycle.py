@@ -21,7 +21,7 @@ from moe_dist.checkpoint.fits import fitting, misfit
 from moe_dist.checkpoint.index import Index, listed
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError
-from moe_dist.placement.roles import EXPERT_NAME
+from moe_dist.placement.parameter_names import EXPERT_NAME
 
 _NORM = re.compile(r"(?P<layer>layers\.\d+)\.moe\.norm\.weight")
 

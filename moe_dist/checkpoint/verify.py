@@ -16,7 +16,7 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.checkpoint.storage import open_tensors
 from moe_dist.errors import DataError
 from moe_dist.optim.optimizer import MOMENTS
-from moe_dist.placement.roles import EXPERT_NAME
+from moe_dist.placement.parameter_names import EXPERT_NAME
 
 # Functions that make a CheckpointProblem of a tensor in index.json from a detail text and the tensor's name.
 _incomplete = partial(CheckpointProblem, "incomplete", INDEX_FILE)

@@ -14,10 +14,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from moe_dist.config.base.section import Count, Name, PathText, Section, Violation
 from moe_dist.config.bundled import find_config, source_root
 from moe_dist.config.kubernetes import KubernetesSection
 from moe_dist.config.partial import draft
-from moe_dist.config.section import Count, Name, PathText, Section, Violation
 from moe_dist.config.yaml_text import read_mapping
 from moe_dist.errors import ConfigError
 

@@ -3,8 +3,8 @@ because it needs the checkpoint's configuration. Imports no torch."""
 
 from collections.abc import Iterator, Mapping
 
+from moe_dist.config.base.section import Violation, WholeConfig
 from moe_dist.config.model_schema import GroupSection
-from moe_dist.config.section import Violation, WholeConfig
 from moe_dist.config.split_experts_rule import split_experts_violations
 from moe_dist.config.split_rule import split_violations
 

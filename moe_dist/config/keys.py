@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, Tag
 from pydantic.fields import FieldInfo
 
-from moe_dist.config.section import GROUP_PATTERN, LABEL_PATTERN, NAME_PATTERN, PATH_PATTERN, UNIX_GROUP_PATTERN
+from moe_dist.config.base.section import GROUP_PATTERN, LABEL_PATTERN, NAME_PATTERN, PATH_PATTERN, UNIX_GROUP_PATTERN
 
 NAME = "<name>"  # stands for any key of a mapping in a dotted path
 ITEM = "<index>"  # stands for any item of a list in a dotted path

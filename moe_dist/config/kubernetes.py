@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
-from moe_dist.config.section import PathText, Section
+from moe_dist.config.base.section import PathText, Section
 
 # Kubernetes' own rules: names of objects are DNS labels; keys of labels may have a DNS prefix.
 OBJECT_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from pydantic_core import to_jsonable_python
 
+from moe_dist.config.base.section import Violation, sections_in
 from moe_dist.config.bundled import find_config, hint_for_missing
 from moe_dist.config.keys import bare, find, tag_key, type_text, unknown_key
 from moe_dist.config.partial import PartialConfig, draft
 from moe_dist.config.renamed import Rename, new_key, translate
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
-from moe_dist.config.section import Violation, sections_in
 from moe_dist.config.yaml_text import dump_yaml, load_yaml, read_mapping
 from moe_dist.errors import ConfigError
 

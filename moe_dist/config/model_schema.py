@@ -8,15 +8,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from moe_dist.config import attention, controllers, experts, rope, routers
 from moe_dist.config.attention.base import AttentionSection
 from moe_dist.config.attention.grouped_query import GroupedQuerySection
-from moe_dist.config.controllers.base import ControllerSection
-from moe_dist.config.experts.base import ExpertsSection
-from moe_dist.config.experts.ffn import FFNExpertsSection
-from moe_dist.config.experts.lora import AttentionLoRASection
-from moe_dist.config.kinds import kinds_in
-from moe_dist.config.rope.base import RopeScalingSection
-from moe_dist.config.routers.base import RouterSection
-from moe_dist.config.routers.top_k import TopKRouterSection
-from moe_dist.config.section import (
+from moe_dist.config.base.kinds import kinds_in
+from moe_dist.config.base.section import (
     Count,
     Decay,
     Experts,
@@ -30,6 +23,13 @@ from moe_dist.config.section import (
     WholeConfig,
     default_kind,
 )
+from moe_dist.config.controllers.base import ControllerSection
+from moe_dist.config.experts.base import ExpertsSection
+from moe_dist.config.experts.ffn import FFNExpertsSection
+from moe_dist.config.experts.lora import AttentionLoRASection
+from moe_dist.config.rope.base import RopeScalingSection
+from moe_dist.config.routers.base import RouterSection
+from moe_dist.config.routers.top_k import TopKRouterSection
 
 if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time, so they get the base class
     AnyRouter = RouterSection

@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from moe_dist.config.base.section import VIOLATIONS_LATER, Violation, did_you_mean
 from moe_dist.config.keys import (
     ITEM,
     NAME,
@@ -29,7 +30,6 @@ from moe_dist.config.keys import (
     variants_of,
 )
 from moe_dist.config.renamed import translation
-from moe_dist.config.section import VIOLATIONS_LATER, Violation, did_you_mean
 
 MOST_FAULTS = 50  # faults that one round of `draft` reports; the search for a similar key takes milliseconds for each
 _ROUNDS = 20  # most rounds of `draft`: each may find missing keys one level deeper; schemas have fewer than 20 levels

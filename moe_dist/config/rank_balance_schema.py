@@ -5,8 +5,8 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from moe_dist.config.base.section import Section, Violation, WholeConfig
 from moe_dist.config.experts.ffn import FFNExpertsSection
-from moe_dist.config.section import Section, Violation, WholeConfig
 
 
 class MovingSection(Section):

@@ -10,16 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from moe_dist.config import engines, optimizers, sinks
-from moe_dist.config.engines.base import EngineSection
-from moe_dist.config.engines.own import OwnEngineSection
-from moe_dist.config.experts.lora import adapter_violations
-from moe_dist.config.init_rules import init_violations
-from moe_dist.config.kinds import kinds_in
-from moe_dist.config.model_schema import ModelSection
-from moe_dist.config.optimizers.base import OptimizerSection
-from moe_dist.config.parallel_schema import InterleavedSection, ParallelSection, PlacementSection
-from moe_dist.config.rank_balance_schema import RankBalanceSection
-from moe_dist.config.section import (
+from moe_dist.config.base.kinds import kinds_in
+from moe_dist.config.base.section import (
     UNIX_GROUP_PATTERN,
     Count,
     GroupName,
@@ -34,6 +26,14 @@ from moe_dist.config.section import (
     unknown_name,
     unordered,
 )
+from moe_dist.config.engines.base import EngineSection
+from moe_dist.config.engines.own import OwnEngineSection
+from moe_dist.config.experts.lora import adapter_violations
+from moe_dist.config.init_rules import init_violations
+from moe_dist.config.model_schema import ModelSection
+from moe_dist.config.optimizers.base import OptimizerSection
+from moe_dist.config.parallel.section import InterleavedSection, ParallelSection, PlacementSection
+from moe_dist.config.rank_balance_schema import RankBalanceSection
 from moe_dist.config.sinks.base import SinkSection
 from moe_dist.config.sinks.console import ConsoleSinkSection
 from moe_dist.config.sinks.jsonl import JsonlSinkSection
@@ -326,6 +326,6 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "monitor",
     "run.root",
     "run.group",
-    "data.path",  # the data's folder may move: digests check its content (config/split_files.py)
+    "data.path",  # the data's folder may move: digests check its content (formats/split_files.py)
     "router_tuning.data",  # the folder may move, like data.path's
 )

@@ -9,8 +9,8 @@ their sum, `scale` does not change. Imports no torch.
 
 from collections.abc import Iterator, Mapping
 
+from moe_dist.config.base.section import Violation, WholeConfig
 from moe_dist.config.model_schema import GroupSection
-from moe_dist.config.section import Violation, WholeConfig
 
 ROUTER = "model.moe.router"
 

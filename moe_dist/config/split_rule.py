@@ -8,7 +8,7 @@ exactly 1. Imports no torch."""
 
 from collections.abc import Iterator
 
-from moe_dist.config.section import Violation, WholeConfig
+from moe_dist.config.base.section import Violation, WholeConfig
 
 ROUTER = "model.moe.router"
 

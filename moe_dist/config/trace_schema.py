@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pydantic import Field, PositiveInt
 
-from moe_dist.config.section import Count, Section, Violation, WholeConfig
+from moe_dist.config.base.section import Count, Section, Violation, WholeConfig
 
 MAX_TRACE_ID = 2**15 - 3  # expert ids are int16, and a dropped (token, expert) pair of router column c is stored as -2 - c
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from moe_dist.config.section import Count, NonNegative, PathText, Section, Violation, WholeConfig, default_kind
+from moe_dist.config.base.section import Count, NonNegative, PathText, Section, Violation, WholeConfig, default_kind
 
 KEY = "router_tuning"
 

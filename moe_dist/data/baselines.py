@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_dist.config.manifest import Manifest, SplitSection
 from moe_dist.data.indexed import IndexedSplit
+from moe_dist.formats.manifest import Manifest, SplitSection
 
 BIGRAM_PRIOR = 200.0  # gives nearly the lowest held-out loss for text and image codes of the default corpus
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from moe_dist.config.manifest import Manifest, SourceSection, write_manifest
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.chat import HubTokenizer
 from moe_dist.data.corpus import Recipe, Skip, content_family, refuse
@@ -17,6 +16,7 @@ from moe_dist.data.families import hold_out, join
 from moe_dist.data.picture_coding import Document
 from moe_dist.data.tables import table_rows
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import Manifest, SourceSection, write_manifest
 from moe_dist.runtime.progress import Report
 
 MESSAGES = "messages"  # name of the source of conversations

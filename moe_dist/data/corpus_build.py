@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from moe_dist.config.manifest import ImageSection, Manifest, SourceSection, SplitSection, write_manifest
-from moe_dist.config.split_files import count_by_modality
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.codebook import GRID, load_codebook
 from moe_dist.data.corpus import Corpus, HoldOut, Instruction, Item, Picture, Recipe, Skip, Source, Text, refuse
@@ -22,6 +20,8 @@ from moe_dist.data.picture_coding import Division, Document, PictureCoder, divid
 from moe_dist.data.pictures import rasterise
 from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS, PAD, encode_texts, fit_tokenizer, load_tokenizer, special_ids
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import ImageSection, Manifest, SourceSection, SplitSection, write_manifest
+from moe_dist.formats.split_files import count_by_modality
 from moe_dist.runtime.progress import Report
 
 TOKENIZER_FILE = "tokenizer.json"

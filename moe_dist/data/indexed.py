@@ -17,10 +17,10 @@ from types import ModuleType
 
 import numpy as np
 
-from moe_dist.config.index_header import index_paths, list_offsets
-from moe_dist.config.manifest import SplitSection
-from moe_dist.config.split_files import BITS, Bits, check_split
 from moe_dist.errors import DataError, StorageError
+from moe_dist.formats.index_header import index_paths, list_offsets
+from moe_dist.formats.manifest import SplitSection
+from moe_dist.formats.split_files import BITS, Bits, check_split
 
 
 class CheckedFile:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_dist.config.manifest import Manifest, SplitSection
-from moe_dist.config.split_files import tokens_by_modality
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.data.dealing import Deal, Dealing, deal
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.order import Mixture, Packing, Pieces, ShuffledEpochs, cut, micro_batches, pack
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import Manifest, SplitSection
+from moe_dist.formats.split_files import tokens_by_modality
 
 _HELDOUT_WINDOW = 512
 

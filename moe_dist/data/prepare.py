@@ -16,10 +16,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
-from moe_dist.config.manifest import MANIFEST_FILE, Manifest, load_manifest
-from moe_dist.config.section import Name
+from moe_dist.config.base.section import Name
 from moe_dist.data.corpus import Corpus, Recipe, Skip, refuse
 from moe_dist.errors import ConfigError, DataError, StorageError
+from moe_dist.formats.manifest import MANIFEST_FILE, Manifest, load_manifest
 from moe_dist.runtime.progress import Report
 
 # Errors of the disk: lack of space, or failed I/O. Packages write with errors without a number.
@@ -106,7 +106,7 @@ def _as_json(inputs: Inputs, recipe: Recipe) -> dict:
 def _finished(out: Path, asked: dict, skip: Skip) -> Manifest | None:
     """Returns the manifest of a complete data set in `out` with equal options; None if `out` is empty or missing. Calls
     `skip` for each file that was left out."""
-    from moe_dist.config.split_files import check_split
+    from moe_dist.formats.split_files import check_split
 
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None

@@ -36,7 +36,7 @@ from moe_dist.hf.exporting import checked_config, new_folder, tensor_reader
 from moe_dist.hf.forms import Form, choose_form
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.names import projection_name
-from moe_dist.moe.lora import PROJECTIONS
+from moe_dist.moe.experts.lora import PROJECTIONS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MODEL = "base_model.model.model.layers"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config.manifest import Manifest, load_manifest
-from moe_dist.config.split_files import data_digest, digest_problems
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import Manifest, load_manifest
+from moe_dist.formats.split_files import data_digest, digest_problems
 
 TOKENIZER_FILE, README = "tokenizer.json", "README.md"
 

@@ -22,7 +22,7 @@ from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
 from moe_dist.config.experts.lora import LoRAExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
-from moe_dist.placement.roles import EXPERT_NAME
+from moe_dist.placement.parameter_names import EXPERT_NAME
 
 Read = Callable[[str], Tensor]
 

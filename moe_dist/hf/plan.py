@@ -24,7 +24,7 @@ from moe_dist.hf.names import EMBEDDING, HEAD, Slot, idle_places, router_name, s
 from moe_dist.hf.source import Source
 from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.moe.routers.copy_init import uneven_twins
-from moe_dist.placement.roles import Role, role_of_name
+from moe_dist.placement.parameter_names import Role, role_of_name
 
 ITEMSIZE = torch.float32.itemsize  # bytes per element: checkpoints have fp32 weights
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.config.experts.clamped_ffn import ClampedFFNExpertsSection
-from moe_dist.config.manifest import Manifest
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import Manifest
 from moe_dist.hf.attention_fields import layer_types, max_positions, read_rope, sliding_layers, write_rope
 from moe_dist.hf.family import ModelFamily, SharedExpert, SoftmaxRouter
 from moe_dist.hf.fields import Fields

@@ -11,8 +11,8 @@ from enum import IntEnum
 
 import numpy as np
 
-from moe_dist.config.manifest import Manifest
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import Manifest
 
 IMAGE = "image"
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from moe_dist.comm.collectives import sum_over
-from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import IGNORED
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import Manifest
 from moe_dist.model.layers import token_losses
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train.loss import forward
+from moe_dist.train.objective.loss import forward
 from moe_dist.train.router_tuning.loader import SampleMaker, batches_by_length
 from moe_dist.train.router_tuning.samples import TuningSample
 

@@ -10,11 +10,11 @@ from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import CheckpointDirectory, find_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import capture
-from moe_dist.config.manifest import Manifest, load_manifest
-from moe_dist.config.parallel_schema import InterleavedSection
+from moe_dist.config.parallel.section import InterleavedSection
 from moe_dist.config.schema import Config
-from moe_dist.config.split_files import data_digest, digest_problems
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import Manifest, load_manifest
+from moe_dist.formats.split_files import data_digest, digest_problems
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.model.transformer import Transformer
@@ -22,9 +22,9 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 from moe_dist.plan.preflight import manifest_violations
-from moe_dist.train.base_weights import load_base
-from moe_dist.train.build import build_for_inference, freeze, group_of_modality, rank_layout, saved_part
-from moe_dist.train.resume import mapping_of, saved_config
+from moe_dist.train.build.training import build_for_inference, freeze, group_of_modality, rank_layout, saved_part
+from moe_dist.train.start.base_weights import load_base
+from moe_dist.train.start.resume import mapping_of, saved_config
 
 
 class CheckpointReader:

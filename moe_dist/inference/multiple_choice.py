@@ -19,9 +19,9 @@ import numpy as np
 
 from moe_dist.data.tokenizer import encode_texts
 from moe_dist.errors import DataError
+from moe_dist.inference.fact import Codes, Part, Question
 from moe_dist.inference.grammar import IMAGE
 from moe_dist.inference.likelihood import Continuation, Likelihood, Score, check_lengths
-from moe_dist.inference.questions.fact import Codes, Part, Question
 from moe_dist.inference.vocabulary import Vocabulary
 
 Measure = Literal["normalised", "plain"]

@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from moe_dist.config.manifest import Manifest
 from moe_dist.data.codebook import GRID, decode, encode, load_codebook, to_patches
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.pictures import plain, rasterise
 from moe_dist.data.tokenizer import BOS, encode_texts, load_tokenizer, special_ids
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import Manifest
 from moe_dist.inference.grammar import Grammar, grammar_of
 
 _SCALE = 8  # a pixel of a picture becomes 8 x 8 pixels of the PNG file

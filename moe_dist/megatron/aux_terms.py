@@ -1,9 +1,9 @@
 """Adds balance and z losses in Megatron: Megatron's scaler adds the losses' gradients in backward, Megatron's tracker logs
 the values.
 
-As in `moe_dist.train.loss`, both losses use counts of a micro-batch over all ranks of the pipeline stage (TP x CP x DP).
-Each layer sums its counts by one all-reduce of a few integers, but only with gradients enabled: full recompute thus sums
-the counts only once.
+As in `moe_dist.train.objective.loss`, both losses use counts of a micro-batch over all ranks of the pipeline stage
+(TP x CP x DP). Each layer sums its counts by one all-reduce of a few integers, but only with gradients enabled: full
+recompute thus sums the counts only once.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_dist.comm.collectives import sum_over
 from moe_dist.megatron.versions import Record
 from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
-from moe_dist.moe.routing import RouterSums
+from moe_dist.moe.routing.types import RouterSums
 from moe_dist.placement.placement import ExpertGroup
 
 

@@ -26,13 +26,13 @@ from moe_dist.megatron.sharding import sharded_layer_state
 from moe_dist.megatron.versions import tracker
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.interface import Dispatcher
-from moe_dist.moe.experts import Experts
-from moe_dist.moe.layer import MoELayer, Recompute
+from moe_dist.moe.experts.experts import Experts
+from moe_dist.moe.experts.static_experts import StaticExperts
+from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import NO_REQUEST
-from moe_dist.moe.static_experts import StaticExperts
+from moe_dist.moe.routing.types import NO_REQUEST, Recompute
+from moe_dist.placement.parameter_names import group_module, named_parameters
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.roles import group_module, named_parameters
 
 
 class UntimedCommStats(CommStats):

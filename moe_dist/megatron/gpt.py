@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_dist.config.parallel_schema import ExplicitSection
+from moe_dist.config.parallel.section import ExplicitSection
 from moe_dist.config.schema import Config
 from moe_dist.megatron.core_attention import DocumentAttention
 from moe_dist.megatron.decoder_layer import decoder_layer_spec

@@ -19,7 +19,7 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.schema import Config
 from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.losses import AuxSettings, ColumnTables, balance_terms, z_terms
-from moe_dist.moe.routing import NO_REQUEST, ChoiceSums, ChosenColumns, LayerReport, RouterSums, RoutingRequest
+from moe_dist.moe.routing.types import NO_REQUEST, ChoiceSums, ChosenColumns, LayerReport, RouterSums, RoutingRequest
 from moe_dist.placement.placement import ExpertPlacement
 
 

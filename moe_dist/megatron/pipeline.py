@@ -17,7 +17,7 @@ from moe_dist.megatron.core_attention import mask_of_rank, positions_of_rank
 from moe_dist.megatron.gpt import Gpt
 from moe_dist.megatron.layer_watch import LayerWatch
 from moe_dist.megatron.modality import PADDING
-from moe_dist.moe.routing import NO_REQUEST, RoutingRequest
+from moe_dist.moe.routing.types import NO_REQUEST, RoutingRequest
 
 COLLECTIVES = "Megatron's pipeline or gradient sums"  # names the collectives that the watchdog does not see
 NO_LABEL = -100  # a position that adds no loss has a label below 0

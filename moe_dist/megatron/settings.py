@@ -11,11 +11,11 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
+from moe_dist.config.base.section import Count, GroupName, Section, Violation
 from moe_dist.config.model_schema import GroupSection, MoESection, modality_violations
-from moe_dist.config.parallel_schema import InterleavedSection, PlacementSection
+from moe_dist.config.parallel.section import InterleavedSection, PlacementSection
 from moe_dist.config.partial import draft
 from moe_dist.config.routers.top_k import TopKRouterSection
-from moe_dist.config.section import Count, GroupName, Section, Violation
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
-from moe_dist.placement.roles import group_module, logical_name
+from moe_dist.placement.parameter_names import group_module, logical_name
 
 Offsets = tuple[tuple[int, int, int], ...]
 

@@ -2,7 +2,7 @@
 
 Megatron joins queries, keys and values, and gate and up, in one matrix each, numbers the layers of a pipeline stage from 0,
 and cuts matrices over tensor-parallel ranks. Initial weights and checkpoints use logical names, which do not depend on how
-Megatron joins, numbers or cuts (`moe_dist.placement.roles`).
+Megatron joins, numbers or cuts (`moe_dist.placement.parameter_names`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_dist.placement.parameter_names import logical_name
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.roles import logical_name
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import Entry, LayerCache
 from moe_dist.model.layers import ModelArgs, Projection, QKNorm, RMSNorm, RopePairs, project, rotate
-from moe_dist.moe.draws import recomputed
-from moe_dist.moe.routing import GlobalBatchInfo
+from moe_dist.moe.routing.draws import recomputed
+from moe_dist.moe.routing.types import GlobalBatchInfo
 
 
 @dataclass(frozen=True)

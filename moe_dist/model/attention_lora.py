@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from moe_dist.moe.draws import dropped
-from moe_dist.moe.lora import Adapter, adapter_draw
-from moe_dist.moe.routing import GlobalBatchInfo
+from moe_dist.moe.experts.lora import Adapter, adapter_draw
+from moe_dist.moe.routing.draws import dropped
+from moe_dist.moe.routing.types import GlobalBatchInfo
 
 PROJECTIONS = ("q", "k", "v", "o", "q_down", "q_up", "kv_down", "kv_up")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_dist.model.attention import CausalAttention
 from moe_dist.model.layers import ModelArgs, Projection, RMSNorm
 from moe_dist.model.rope import YarnScaling
-from moe_dist.moe.routing import GlobalBatchInfo
+from moe_dist.moe.routing.types import GlobalBatchInfo
 
 EPS = 1e-6  # eps of the norms of latents, for which transformers ignores rms_norm_eps
 

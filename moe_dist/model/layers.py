@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.model.rope import RopeScaling, frequencies
-from moe_dist.placement.roles import Role
+from moe_dist.placement.parameter_names import Role
 
 QKNorm = Literal["none", "head", "full"]
 RopePairs = Literal["halves", "adjacent"]

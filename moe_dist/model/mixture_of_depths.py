@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.comm.names import DEPTH_SCORES
-from moe_dist.moe.dispatch.rows import accumulation_dtype
+from moe_dist.moe.kernels.torch_kernels import accumulation_dtype
 from moe_dist.moe.routers.selection import (
     OUTSIDE,
     AuxiliaryRouter,
@@ -37,8 +37,8 @@ from moe_dist.moe.routers.selection import (
     SelectionScope,
     capacity_of_tokens,
 )
-from moe_dist.moe.routing import DepthSums
-from moe_dist.placement.roles import Role
+from moe_dist.moe.routing.types import DepthSums
+from moe_dist.placement.parameter_names import Role
 
 _SHAPES = 8  # most different values of C on CUDA, because flex attention compiles for each C
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from moe_dist.model.layers import Projection, SwiGLU
-from moe_dist.moe.lora import PROJECTIONS, Adapter
+from moe_dist.moe.experts.lora import PROJECTIONS, Adapter
 
 
 class AdaptedProjection(Projection):

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from moe_dist.model.attention import Attention, AttentionMask, _compiled, attend
 from moe_dist.model.layers import ModelArgs
-from moe_dist.moe.routing import GlobalBatchInfo
+from moe_dist.moe.routing.types import GlobalBatchInfo
 
 
 class SinkAttention(Attention):

@@ -19,9 +19,9 @@ from moe_dist.model.mixture_of_depths import DepthRouter, slot_documents
 from moe_dist.model.objective import Objective
 from moe_dist.model.token_loss import tiled_token_losses
 from moe_dist.model.two_batches import run_layers
+from moe_dist.moe.experts.lora import LoRALayer
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.lora import LoRALayer
-from moe_dist.moe.routing import NO_REQUEST, LayerReport, RoutingRequest
+from moe_dist.moe.routing.types import NO_REQUEST, LayerReport, RoutingRequest
 
 
 class DenseFFN(SwiGLU):

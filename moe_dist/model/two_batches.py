@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.moe.dispatch.two_batches import Chain
-from moe_dist.moe.routing import ChosenColumns, LayerReport, RouterSums, RoutingRequest
+from moe_dist.moe.routing.types import ChosenColumns, LayerReport, RouterSums, RoutingRequest
 
 Half = tuple[Tensor, tuple[Tensor, ...], Any, Tensor]  # x [B / 2, S, D], rotary table, masks by window, groups
 R = TypeVar("R")

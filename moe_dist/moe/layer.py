@@ -2,18 +2,16 @@
 attribute."""
 
 from collections.abc import Generator
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from moe_dist.moe.dispatch.interface import Dispatcher, RunExperts
 from moe_dist.moe.dispatch.two_batches import Chain, TwoBatchDispatcher
-from moe_dist.moe.draws import recomputed
-from moe_dist.moe.experts import Experts
-from moe_dist.moe.routing import NO_REQUEST, LayerReport, Routing, RoutingCache, RoutingRequest
-from moe_dist.moe.zero_computation import ZeroComputationExperts
-
-Recompute = Literal["none", "experts", "block"]
+from moe_dist.moe.experts.experts import Experts
+from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
+from moe_dist.moe.routing.draws import recomputed
+from moe_dist.moe.routing.types import NO_REQUEST, LayerReport, Recompute, Routing, RoutingCache, RoutingRequest
 
 
 class Router(Protocol):

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_dist.moe.routing import group_columns
+from moe_dist.moe.routing.types import group_columns
 from moe_dist.placement.placement import ExpertGroup
 
 BalanceKind = Literal["null_averaged", "vanilla", "null_split", "weighted"]

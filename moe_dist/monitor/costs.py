@@ -59,8 +59,8 @@ def cost_table(
     Args:
         policy: Placement policy of the run.
         by_placement: Number of rows of the same steps under the run's and other placements, by policy
-            (`moe_dist.train.placement_rows`), one row per token and rank. Other placements are left out if the run sends a
-            row more than once (dispatch `hierarchical`).
+            (`moe_dist.train.rank_balance.placement_rows`), one row per token and rank. Other placements are left
+            out if the run sends a row more than once (dispatch `hierarchical`).
         untimed: Why this run's timings are meaningless; empty if the timings are meaningful.
     """
     steps = len(results)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_dist.config.manifest import RESERVED_MODALITIES
+from moe_dist.config.base.section import RESERVED_MODALITIES
 from moe_dist.monitor.statistics import DepthStatistics, LeverDecision, StepResult, StepStatistics
 from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, tag_plan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -283,7 +283,7 @@ class GroupChoices(NamedTuple):
 
 
 def group_choices(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> list[GroupChoices]:
-    """Splits `choices_LC`, with columns in the order of `moe_dist.moe.routing.group_columns`, by group."""
+    """Splits `choices_LC`, with columns in the order of `moe_dist.moe.routing.types.group_columns`, by group."""
     counts = [(g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in groups]
     by_kind = [count for kind in zip(*counts, strict=True) for count in kind]
     parts = np.split(choices_LC, np.cumsum(by_kind)[:-1], axis=1)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_dist.placement.counts import StepCounts
+from moe_dist.moe.routing.counts import StepCounts
 from moe_dist.placement.placement import ExpertPlacement
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from moe_dist.config.manifest import RESERVED_MODALITIES
+from moe_dist.config.base.section import RESERVED_MODALITIES
 
 MAX_SCALARS = 40
 

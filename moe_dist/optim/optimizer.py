@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from moe_dist.comm.collectives import from_host
 from moe_dist.errors import ConfigError
 from moe_dist.optim.adamw import MOMENTS, AdamW, Moments, add_moments, counts_by_group
-from moe_dist.placement.roles import EXPERTS, OUTPUT_NAME, ROUTERS, NamedParameter, Role, named_parameters
+from moe_dist.placement.parameter_names import EXPERTS, OUTPUT_NAME, ROUTERS, NamedParameter, Role, named_parameters
 
 MATRIX_MOMENTS = MOMENTS[:1]  # the moment of matrices under an optimizer that orthogonalises them
 NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # vectors of any role do not decay either

@@ -10,8 +10,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.model.transformer import Transformer
+from moe_dist.placement.parameter_names import ADAPTERS, EXPERTS, Role, named_parameters, role_of_name
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.roles import ADAPTERS, EXPERTS, Role, named_parameters, role_of_name
 
 
 def initialise(

@@ -21,14 +21,14 @@ from moe_dist.errors import ConfigError
 from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.planning import Planner
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts.experts import Experts
+from moe_dist.moe.experts.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.losses import ColumnTables, balance_terms
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import LayerReport
-from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_computation_experts
+from moe_dist.moe.routing.types import LayerReport
+from moe_dist.placement.parameter_names import EXPERTS, Role, group_module, named_parameters
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.roles import EXPERTS, Role, group_module, named_parameters
 
 
 def build_moe_layer(

@@ -25,9 +25,9 @@ from moe_dist.comm.collectives import sum_gradients
 from moe_dist.comm.names import EXPERT_GRADIENTS, ROUTER_GRADIENTS
 from moe_dist.errors import ConfigError
 from moe_dist.model.transformer import Layer, Transformer
-from moe_dist.moe.experts import ExpertStack
+from moe_dist.moe.experts.experts import ExpertStack
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.placement.roles import EXPERTS, ROUTERS, NamedParameter, Role, named_parameters
+from moe_dist.placement.parameter_names import EXPERTS, ROUTERS, NamedParameter, Role, named_parameters
 
 _NOT_IN_DDP = ROUTERS | EXPERTS  # roles whose gradients DDP leaves to `reduce_gradients`
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moe_dist.config.base.section import Violation
 from moe_dist.config.schema import Config
-from moe_dist.config.section import Violation
 from moe_dist.runtime.secrets import secrets_of
 
 

@@ -4,7 +4,7 @@ domain of fast interconnect. Pure functions."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moe_dist.config.parallel_schema import NodeSection, PlacementSection
+from moe_dist.config.parallel.section import NodeSection, PlacementSection
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertPlacement
 

@@ -13,7 +13,7 @@ from math import comb
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.config.parallel_schema import InterleavedSection, PinnedSection
+from moe_dist.config.parallel.section import InterleavedSection, PinnedSection
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import make_placement

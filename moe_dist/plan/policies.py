@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from moe_dist.config.base.section import did_you_mean, unknown_name
 from moe_dist.config.model_schema import MoESection
-from moe_dist.config.parallel_schema import ExplicitSection, PinnedSection, PlacementSection
-from moe_dist.config.section import did_you_mean, unknown_name
+from moe_dist.config.parallel.section import ExplicitSection, PinnedSection, PlacementSection
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement, even_runs
 

@@ -7,19 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_dist.config.index_header import largest_id
+from moe_dist.config.base.section import Violation, unknown_name
 from moe_dist.config.load import GUIDE, load_config, model_violations, read_draft, rule_violations
-from moe_dist.config.manifest import Manifest, SplitSection, load_manifest
 from moe_dist.config.partial import PartialConfig
 from moe_dist.config.schema import Config
-from moe_dist.config.section import Violation, unknown_name
-from moe_dist.config.split_files import check_split, tokens_by_modality
-from moe_dist.config.tuning_rules import check_tuning_data
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.index_header import largest_id
+from moe_dist.formats.manifest import Manifest, SplitSection, load_manifest
+from moe_dist.formats.split_files import check_split, tokens_by_modality
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.host import host_violations
 from moe_dist.plan.planner import PlanComparison, compare
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
+from moe_dist.plan.tuning_rules import check_tuning_data
 
 _LOOKED_AT = 256 << 20  # most bytes of token ids that are read per split
 _MIX_SCALE = 1_000_000  # tokens in the token mix of a run with data.weights

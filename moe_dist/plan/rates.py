@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from moe_dist.config.base.section import NonNegative, Section, Violation
 from moe_dist.config.partial import draft
-from moe_dist.config.section import NonNegative, Section, Violation
 from moe_dist.config.yaml_text import dump_yaml, read_mapping
 from moe_dist.errors import ConfigError
 

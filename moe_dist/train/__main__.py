@@ -73,16 +73,17 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     from moe_dist.parallel.determinism import make_deterministic
     from moe_dist.parallel.mesh import destroy_world
     from moe_dist.runtime.log import setup_logging
-    from moe_dist.train import build, session
-    from moe_dist.train.engines import started_engine
-    from moe_dist.train.fixed_top_k import beside_fixed_top_k
-    from moe_dist.train.garbage import collected_by_steps
-    from moe_dist.train.levers import LeverParts, build_levers
-    from moe_dist.train.placement_rows import build_placement_rows
-    from moe_dist.train.profiling import profiled_steps
-    from moe_dist.train.resume import Resumable
-    from moe_dist.train.tracing import traced_steps
-    from moe_dist.train.trainer import WINDOW, Trainer
+    from moe_dist.train.build import training as build
+    from moe_dist.train.build.engines import started_engine
+    from moe_dist.train.loop import session
+    from moe_dist.train.loop.fixed_top_k import beside_fixed_top_k
+    from moe_dist.train.loop.garbage import collected_by_steps
+    from moe_dist.train.loop.profiling import profiled_steps
+    from moe_dist.train.loop.trainer import WINDOW, Trainer
+    from moe_dist.train.rank_balance.levers import LeverParts, build_levers
+    from moe_dist.train.rank_balance.placement_rows import build_placement_rows
+    from moe_dist.train.start.resume import Resumable
+    from moe_dist.train.step.tracing import traced_steps
 
     config, manifest, placement = plan.config, plan.manifest, plan.placement
     if config.parallel.deterministic:
@@ -166,7 +167,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
 
 
 def _dry_run(config: Path, overrides: list[str], tokens_per_second: float | None) -> int:
-    from moe_dist.train.dry_run import dry_run
+    from moe_dist.train.start.dry_run import dry_run
 
     dry_run(load_config(config, overrides), tokens_per_second=tokens_per_second)
     return EXIT_DONE

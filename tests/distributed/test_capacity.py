@@ -16,11 +16,11 @@ import torch.distributed as dist
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts.experts import Experts
+from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.zero_computation import ZeroComputationExperts
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.reference.layer import ReferenceWeights, moe_forward

@@ -32,7 +32,7 @@ from moe_dist.optim.optimizer import (
 from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel
-from moe_dist.train.build import build_optimizer
+from moe_dist.train.build.training import build_optimizer
 from tests.support.cover import exhaustive, full
 from tests.support.layouts import Layout, batch_of, build, config_of, placement_of
 from tests.support.worlds import RankContext

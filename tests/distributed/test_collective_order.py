@@ -14,11 +14,11 @@ import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.names import BACKWARD, REPLICAS
-from moe_dist.moe.routing import Routing, RoutingRequest
+from moe_dist.moe.routing.types import Routing, RoutingRequest
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.train.loss import AuxSettings
-from moe_dist.train.step import TrainingStep
+from moe_dist.train.objective.loss import AuxSettings
+from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import full
 from tests.support.layouts import LAYERS, Layout, batch_of, build, placement_for, placement_of
 from tests.support.replicas import of_both_groups, replicate

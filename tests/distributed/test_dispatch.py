@@ -15,7 +15,7 @@ from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.planning import SPLIT_SIZES
-from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.reference.layer import expected_traffic

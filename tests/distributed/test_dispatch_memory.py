@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dist.comm.all_to_all import AllToAll, RowBuffers
 from moe_dist.comm.collectives import CommStats
-from moe_dist.moe.dispatch import rows
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows
 from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.kernels import torch_kernels as rows
+from moe_dist.moe.routing.types import Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.cover import full, full_unless

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
 
 from moe_dist.comm.collectives import CommStats
-from moe_dist.config.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.data.batch import Batch
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import ABSENT
+from moe_dist.moe.routing.types import ABSENT
 from moe_dist.monitor.statistics import ComputeMap
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
@@ -19,8 +19,8 @@ from moe_dist.train.evaluation.balance import EvenRouter, balance_efficiency
 from moe_dist.train.evaluation.compute_map import Mapper
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.evaluation.heldout import heldout_losses
-from moe_dist.train.loss import AuxSettings
-from moe_dist.train.step import TrainingStep
+from moe_dist.train.objective.loss import AuxSettings
+from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import full
 from tests.support.layouts import GROUPS, IMAGE, SEQUENCES, TEXT, Layout, batch_of, build, placement_of
 from tests.support.whole_tensors import logical

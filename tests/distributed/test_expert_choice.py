@@ -17,11 +17,11 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.names import CHOICE_LOGITS
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsFirst, KnownCountsPlan
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.selection import SelectionScope
-from moe_dist.moe.routing import GlobalBatchInfo, RoutingCache, RoutingRequest
+from moe_dist.moe.routing.types import GlobalBatchInfo, RoutingCache, RoutingRequest
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.train.evaluation.calibration import calibrate

@@ -19,13 +19,13 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.parallel.mesh import Mesh, make_mesh
+from moe_dist.placement.parameter_names import EXPERTS
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.roles import EXPERTS
-from moe_dist.train.build import build_optimizer
-from moe_dist.train.build_dispatch import DispatchParts, dispatch_with
-from moe_dist.train.expert_moves import move_experts, same_shapes
-from moe_dist.train.loss import AuxSettings
-from moe_dist.train.step import TrainingStep
+from moe_dist.train.build.dispatch import DispatchParts, dispatch_with
+from moe_dist.train.build.training import build_optimizer
+from moe_dist.train.objective.loss import AuxSettings
+from moe_dist.train.rank_balance.expert_moves import move_experts, same_shapes
+from moe_dist.train.step.training_step import TrainingStep
 from tests.support.agreement import Arrays, merged
 from tests.support.cover import exhaustive, full
 from tests.support.layouts import HIDDEN_DIM, MICRO_BATCHES, SEQUENCES, Layout, batch_of, build, config_of, placement_for

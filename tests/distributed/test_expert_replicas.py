@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from moe_dist.comm.names import REPLICAS
-from moe_dist.moe.replicas import ExpertsWithReplicas
+from moe_dist.moe.experts.experts_with_replicas import ExpertsWithReplicas
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.replicas import Replica
+from moe_dist.placement.replica_slots import Replica
 from tests.distributed.test_expert_moves import AUX, Run
 from tests.support.agreement import Arrays, merged
 from tests.support.cover import exhaustive, full

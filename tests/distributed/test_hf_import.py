@@ -26,7 +26,7 @@ from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.plan.policies import expert_groups, make_placement
-from moe_dist.train.build import build_model
+from moe_dist.train.build.training import build_model
 from tests.support.agreement import SMALLEST_GAP, Arrays, arrays, assert_agree, merged
 from tests.support.cover import exhaustive, full
 from tests.support.hf_families import choice_gap, gradients, under_our_names

@@ -20,10 +20,10 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.model.layers import SwiGLU
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts.experts import Experts
+from moe_dist.moe.experts.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.agreement import SMALLEST_GAP, Arrays, arrays, assert_agree, merged, smallest_gap

@@ -12,7 +12,7 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ResourceError
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.hierarchical_planning import SPLIT_SIZES
-from moe_dist.moe.routing import ABSENT
+from moe_dist.moe.routing.types import ABSENT
 from moe_dist.parallel.mesh import make_mesh
 from tests.reference.layer import expected_node_traffic
 from tests.support.cover import full

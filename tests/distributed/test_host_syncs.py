@@ -14,17 +14,17 @@ import torch
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
-from moe_dist.moe.dispatch import rows
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.hierarchical_planning import SPLIT_SIZES as SPLIT_SIZES_OF_BOTH
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.planning import SPLIT_SIZES
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts.experts import Experts
+from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
+from moe_dist.moe.kernels import torch_kernels as rows
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.zero_computation import ZeroComputationExperts
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.cover import full

@@ -15,7 +15,7 @@ from moe_dist.comm.names import BACKWARD, DISPATCH_ROWS
 from moe_dist.errors import IntegrityError
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.exchange import Exchange, ExchangePlan
-from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.cover import exhaustive, full

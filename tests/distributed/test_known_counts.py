@@ -14,7 +14,7 @@ from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.exchange import AllToAllPlan
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsFirst, KnownCountsPlan
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.routing.types import Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.routings import D, random_case, round_trip

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.train.loss import forward
+from moe_dist.train.objective.loss import forward
 from tests.support.cover import full, others_full
 from tests.support.layouts import SEQUENCES, Layout, Outcome, batch_of, build, train
 from tests.support.outcomes import assert_same_tensors

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from moe_dist.formats.manifest import load_manifest
 
-from moe_dist.config.manifest import load_manifest
 from moe_dist.monitor.statistics import EvaluationResult
-from moe_dist.train.build import build_evaluator
+from moe_dist.train.build.training import build_evaluator
 from tests.support.cover import exhaustive, full
 from tests.support.engine_run import megatron, started_run, take_steps
 from tests.support.worlds import RankContext

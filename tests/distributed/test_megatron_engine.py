@@ -8,7 +8,7 @@ import pytest
 
 from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS
 from moe_dist.data.batch import Batch
-from moe_dist.moe.routing import LayerReport
+from moe_dist.moe.routing.types import LayerReport
 from moe_dist.plan.pipeline_memory import stage_memory
 from tests.support.cover import exhaustive, full, full_with_each_version, rest_exhaustive
 from tests.support.engine_run import losses, megatron, started_run, take_steps

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from moe_dist.formats.manifest import load_manifest
 
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout
-from moe_dist.config.manifest import load_manifest
 from moe_dist.hf.exporting import export_model
-from moe_dist.train.resume import Resumable
+from moe_dist.train.start.resume import Resumable
 from tests.support.cover import exhaustive, full
 from tests.support.engine_run import megatron, started_run, take_steps
 from tests.support.worlds import RankContext

@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from moe_dist.formats.manifest import load_manifest
 
-from moe_dist.config.manifest import load_manifest
 from moe_dist.monitor.costs import Cost, cost_table
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
 from moe_dist.plan.preflight import check
-from moe_dist.train.build import build_evaluator
+from moe_dist.train.build.training import build_evaluator
 from moe_dist.train.evaluation.balance import even_routing
 from moe_dist.train.evaluation.heldout import heldout_losses
-from moe_dist.train.placement_rows import build_placement_rows
+from moe_dist.train.rank_balance.placement_rows import build_placement_rows
 from tests.support.cover import full
 from tests.support.engine_run import config_of, megatron, started_run, step_results
 from tests.support.worlds import RankContext

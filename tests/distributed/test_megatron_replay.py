@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.moe.replay import Replay
+from moe_dist.moe.replayed_routers import Replay
 from tests.support.cover import full, full_with_each_version
 from tests.support.megatron_model import ONE_GROUP, Layout, causal_mask, gradients_of, with_layers_of
 from tests.support.megatron_run import build, megatron, tracked

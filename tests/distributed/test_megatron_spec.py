@@ -11,7 +11,7 @@ import pytest
 
 from moe_dist.errors import ConfigError
 from moe_dist.megatron.cpu_trial import megatron_on_cpu
-from moe_dist.placement.roles import group_module
+from moe_dist.placement.parameter_names import group_module
 from tests.support.megatron_model import MOE_LAYERS, Layout, gpt_model, transformer_config, with_layers_of
 from tests.support.megatron_run import megatron
 from tests.support.worlds import RankContext

@@ -14,7 +14,7 @@ from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS, REPLICAS
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.planning import SPLIT_SIZES
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.routing.types import Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.distributed.test_collective_order import recorded_pass

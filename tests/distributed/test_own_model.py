@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 import moe_dist
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.train.loss import forward
+from moe_dist.train.objective.loss import forward
 from tests.support.cover import exhaustive, full
 from tests.support.engine_run import losses as trainer_losses
 from tests.support.engine_run import started_run

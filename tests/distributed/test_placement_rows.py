@@ -9,9 +9,9 @@ import torch
 from moe_dist.comm.collectives import CommStats
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.train.loss import AuxSettings
-from moe_dist.train.placement_rows import PlacementRows
-from moe_dist.train.step import TrainingStep
+from moe_dist.train.objective.loss import AuxSettings
+from moe_dist.train.rank_balance.placement_rows import PlacementRows
+from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import full
 from tests.support.layouts import SEQUENCES, Layout, batch_of, build, placement_for, placement_of
 from tests.support.worlds import RankContext

@@ -13,8 +13,8 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.routers.capacity import capacity_of, over_capacity
-from moe_dist.moe.routing import Assignments
-from moe_dist.monitor.report.replay import capped, replay, without_nulls
+from moe_dist.moe.routing.types import Assignments
+from moe_dist.monitor.report.replayed_counts import capped, replay, without_nulls
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.worlds import RankContext

@@ -17,8 +17,8 @@ from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.collectives import CommStats
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.train.loss import AuxSettings
-from moe_dist.train.step import TrainingStep
+from moe_dist.train.objective.loss import AuxSettings
+from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import exhaustive
 from tests.support.layouts import MICRO_BATCHES, SEQUENCES, Layout, batch_of, build, placement_of
 from tests.support.worlds import RankContext

@@ -13,14 +13,14 @@ from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.placement.roles import named_parameters
+from moe_dist.placement.parameter_names import named_parameters
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.build import build_loader, build_training
-from moe_dist.train.loss import AuxSettings
-from moe_dist.train.resume import Resumable
-from moe_dist.train.starting_weights import begin_with_weights
-from moe_dist.train.trainer import Progress
+from moe_dist.train.build.training import build_loader, build_training
+from moe_dist.train.loop.trainer import Progress
+from moe_dist.train.objective.loss import AuxSettings
+from moe_dist.train.start.resume import Resumable
+from moe_dist.train.start.starting_weights import begin_with_weights
 from tests.support.cover import exhaustive, full
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext

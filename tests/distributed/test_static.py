@@ -15,20 +15,20 @@ from torch.utils._pytree import tree_leaves
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ResourceError
-from moe_dist.moe.dispatch import rows
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.static import StaticDispatcher
 from moe_dist.moe.dispatch.static_planning import StaticRoom
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts.experts import Experts
+from moe_dist.moe.experts.static_experts import StaticExperts
+from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
+from moe_dist.moe.kernels import torch_kernels as rows
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import Assignments
-from moe_dist.moe.static_experts import StaticExperts
-from moe_dist.moe.zero_computation import ZeroComputationExperts
+from moe_dist.moe.routing.types import Assignments
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.train.build_dispatch import room_for
+from moe_dist.train.build.dispatch import room_for
 from tests.distributed.test_dispatch import Case, random_case
 from tests.distributed.test_host_syncs import GROUPS, PLACEMENTS, D, T
 from tests.support.cover import exhaustive, full

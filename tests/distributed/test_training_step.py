@@ -17,10 +17,10 @@ from moe_dist.monitor.metrics import group_metrics
 from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.optimizer import make_optimizer, split_parameters, step_count
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.placement.roles import EXPERTS, ROUTERS, Role
-from moe_dist.train import step as training_step
-from moe_dist.train.loss import AuxSettings, forward
-from moe_dist.train.step import TrainingStep
+from moe_dist.placement.parameter_names import EXPERTS, ROUTERS, Role
+from moe_dist.train.objective.loss import AuxSettings, forward
+from moe_dist.train.step import training_step
+from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import full
 from tests.support.layouts import Layout, batch_of, build, placement_of
 from tests.support.whole_tensors import logical

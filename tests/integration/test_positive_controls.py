@@ -24,9 +24,10 @@ from moe_dist.model.layers import RMSNorm, SwiGLU
 from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts.experts import Experts
+from moe_dist.moe.experts.lora import LoRAExperts, LoRALayer
+from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.lora import LoRAExperts, LoRALayer
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms
 from moe_dist.moe.routers.adaptive import AdaptiveRouter
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
@@ -35,14 +36,13 @@ from moe_dist.moe.routers.predicted_k import PredictedKRouter
 from moe_dist.moe.routers.relu import ReLURouter
 from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter
 from moe_dist.moe.routers.threshold import ThresholdRouter
-from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routers.top_k_by_id import TopKByIdRouter
 from moe_dist.moe.routers.top_p import TopPRouter
-from moe_dist.moe.routing import LayerReport, Routing, RoutingCache
-from moe_dist.moe.zero_computation import ZeroComputationExperts
+from moe_dist.moe.routing.types import LayerReport, Routing, RoutingCache
+from moe_dist.moe.thresholds import ThresholdUpdater
+from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.roles import group_module
 from tests.support.counts import counts_with
 from tools.experiments.methods import LOGIT_RATE, RATE, WARMUP_SHARE
 

@@ -22,7 +22,7 @@ from moe_dist.monitor.compare import first_difference
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import meaning
 from moe_dist.runtime.run_folder import RunFolder, Start
-from moe_dist.train.resume import saved_config
+from moe_dist.train.start.resume import saved_config
 from tests.support.cover import exhaustive, full
 from tests.support.tiny import tiny_dataset
 from tools import compare_runs, inspect_checkpoint, verify_checkpoint

@@ -1,4 +1,4 @@
-"""LoRA experts as a loop over tokens and experts: slow, and obviously right. What `moe_dist.moe.lora` is held to."""
+"""LoRA experts as a loop over tokens and experts: slow, and obviously right. `moe_dist.moe.experts.lora` must equal it."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.moe.lora import LoRALayer, Weight
+from moe_dist.moe.experts.lora import LoRALayer, Weight
+from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertGroup
-from moe_dist.placement.roles import group_module
 
 
 def reference_lora_layer(

@@ -13,8 +13,8 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import initialise
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.plan.preflight import layout_without_data
-from moe_dist.train.base_weights import begin_on_base
-from moe_dist.train.build import build_model, freeze
+from moe_dist.train.build.training import build_model, freeze
+from moe_dist.train.start.base_weights import begin_on_base
 
 ONE = {"num_experts": 1, "top_k": 1}
 MOLE = {"num_experts": 3, "num_null": 1, "top_k": 2}

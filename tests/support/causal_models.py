@@ -8,7 +8,7 @@ from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups
-from moe_dist.train.build import build_model
+from moe_dist.train.build.training import build_model
 
 
 def evaluated_model(config: Config) -> Transformer:

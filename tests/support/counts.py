@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moe_dist.placement.counts import StepCounts
+from moe_dist.moe.routing.counts import StepCounts
 
 
 def counts_with(**fields: Any) -> StepCounts[Any]:

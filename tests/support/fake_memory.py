@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from moe_dist.train.step import TrainingStep
+from moe_dist.train.step.training_step import TrainingStep
 from tools.bench import fake_cuda, fake_step
 
 

@@ -16,9 +16,9 @@ import torch
 
 from moe_dist.checkpoint.storage import Snapshot
 from moe_dist.data.batch import Batch
-from moe_dist.train import resume
-from moe_dist.train.build import build_evaluator
+from moe_dist.train.build.training import build_evaluator
 from moe_dist.train.evaluation.evaluator import Evaluator
+from moe_dist.train.start import resume
 from tools.bench import fake_cuda, fake_step
 
 

@@ -48,8 +48,8 @@ def inject(spec: Mapping[str, Any]) -> None:
     from moe_dist.comm.all_to_all import AllToAll
     from moe_dist.comm.names import MOVED_EXPERTS, REPLICAS
     from moe_dist.moe.layer import MoELayer
-    from moe_dist.train.step import TrainingStep
-    from moe_dist.train.trainer import Trainer
+    from moe_dist.train.loop.trainer import Trainer
+    from moe_dist.train.step.training_step import TrainingStep
 
     def around(owner: type, name: str, wrap: Callable[..., Any]) -> None:
         original = getattr(owner, name)

@@ -22,10 +22,10 @@ from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.top_k import column_counts
 from moe_dist.parallel.initialise import initialise, logical_expert_names
+from moe_dist.placement.parameter_names import logical_name, named_parameters
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.roles import logical_name, named_parameters
 from moe_dist.plan.policies import expert_groups, make_placement
-from moe_dist.train.build import build_model
+from moe_dist.train.build.training import build_model
 from tests.support.agreement import Arrays, arrays, smallest_gap
 
 Kind = Literal["same", "router", "bias", "gate_up", "down"]

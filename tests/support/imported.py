@@ -13,7 +13,7 @@ from moe_dist.config.load import load_config
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import initialise
 from moe_dist.plan.policies import expert_groups, make_placement
-from moe_dist.train.build import build_model
+from moe_dist.train.build.training import build_model
 
 
 def load_imported(folder: Path) -> tuple[Transformer, CheckpointState]:

@@ -54,9 +54,9 @@ class Injection:
         from moe_dist.checkpoint import manager
         from moe_dist.data.loader import TrainLoader
         from moe_dist.moe.layer import MoELayer
-        from moe_dist.train import step as training_step
-        from moe_dist.train.step import TrainingStep
-        from moe_dist.train.trainer import Trainer
+        from moe_dist.train.loop.trainer import Trainer
+        from moe_dist.train.step import training_step
+        from moe_dist.train.step.training_step import TrainingStep
 
         _wrap(Trainer, "fit", self._fit)
         _wrap(TrainingStep, "__call__", self._take_step)

@@ -17,20 +17,20 @@ from moe_dist.model.distillation import Divergence
 from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.moe.balance.step_load import StepLoad
 from moe_dist.moe.losses import BalanceKind
-from moe_dist.moe.routers.thresholds import ThresholdUpdater
+from moe_dist.moe.thresholds import ThresholdUpdater
 from moe_dist.monitor.statistics import StepResult
 from moe_dist.parallel.initialise import initialise, set_whole
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel, shard
+from moe_dist.placement.parameter_names import logical_name, named_parameters
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.roles import logical_name, named_parameters
 from moe_dist.plan.policies import replicated_placement
-from moe_dist.train.build import build_model, build_optimizer, freeze
-from moe_dist.train.build_routing import build_balance, build_scopes, depth_thresholds
-from moe_dist.train.distillation import Distillation, Teacher
-from moe_dist.train.loss import AuxSettings
+from moe_dist.train.build.routing import build_balance, build_scopes, depth_thresholds
+from moe_dist.train.build.training import build_model, build_optimizer, freeze
+from moe_dist.train.objective.distillation import Distillation, Teacher
+from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
-from moe_dist.train.step import TrainingStep
+from moe_dist.train.step.training_step import TrainingStep
 from tests.support.agreement import gap_of_choices
 from tests.support.parted_set import PartedSet
 from tests.support.whole_tensors import carry, logical

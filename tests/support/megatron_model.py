@@ -18,12 +18,12 @@ from moe_dist.megatron.settings import ExpertSettings
 from moe_dist.model.layers import ModelArgs, RMSNorm, SwiGLU
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.roles import group_module
 
 HIDDEN_DIM, NUM_HEADS, KV_HEADS, VOCAB_SIZE, SEQ_LEN, LAYERS = 16, 4, 2, 64, 12, 4
 SHARED_FFN_DIM, DENSE_FFN_DIM, EPS, STD = 8, 20, 1e-5, 0.3
@@ -207,7 +207,7 @@ def our_model(settings: ExpertSettings, *, seed: int = 3) -> Transformer:
 
 
 def _interleaved() -> Any:
-    from moe_dist.config.parallel_schema import InterleavedSection
+    from moe_dist.config.parallel.section import InterleavedSection
 
     return InterleavedSection()
 

@@ -15,10 +15,10 @@ from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import StopRequest
-from moe_dist.train.build import build_evaluator, build_loader, build_plan, build_training
-from moe_dist.train.resume import Controller, Resumable
-from moe_dist.train.session import open_sinks, watched_devices
-from moe_dist.train.trainer import Progress, Trainer
+from moe_dist.train.build.training import build_evaluator, build_loader, build_plan, build_training
+from moe_dist.train.loop.session import open_sinks, watched_devices
+from moe_dist.train.loop.trainer import Progress, Trainer
+from moe_dist.train.start.resume import Controller, Resumable
 from tests.support.tiny import tiny_config
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.moe.routers.selection import OUTSIDE, SelectionScope
-from moe_dist.moe.routing import ExpertsChoice
+from moe_dist.moe.routing.types import ExpertsChoice
 from tests.reference.mixture_of_depths import choose
 
 

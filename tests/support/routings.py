@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from moe_dist.comm.collectives import CommStats
-from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 D = 3

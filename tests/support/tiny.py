@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import yaml
+from moe_dist.formats.manifest import ImageSection, Manifest, SourceSection, SplitSection, write_manifest
 
-from moe_dist.config.manifest import ImageSection, Manifest, SourceSection, SplitSection, write_manifest
 from moe_dist.config.schema import Config
 from moe_dist.data.indexed import write_indexed
 

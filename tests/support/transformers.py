@@ -11,7 +11,7 @@ from moe_dist.model.layers import ModelArgs, RMSNorm
 from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.initialise import initialise

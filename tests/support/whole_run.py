@@ -14,13 +14,13 @@ from moe_dist.config.schema import Config
 from moe_dist.monitor.statistics import EvaluationResult, StepResult
 from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.placement.roles import logical_name, named_parameters
+from moe_dist.placement.parameter_names import logical_name, named_parameters
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import StopRequest
-from moe_dist.train import build
-from moe_dist.train.resume import Resumable
-from moe_dist.train.trainer import Progress, Trainer
+from moe_dist.train.build import training as build
+from moe_dist.train.loop.trainer import Progress, Trainer
+from moe_dist.train.start.resume import Resumable
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
 

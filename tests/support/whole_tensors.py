@@ -11,8 +11,8 @@ from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel
+from moe_dist.placement.parameter_names import EXPERTS
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.roles import EXPERTS
 
 
 def carry(

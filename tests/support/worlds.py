@@ -46,7 +46,7 @@ START_SECONDS = 600.0
 CALL_SECONDS = 600.0
 # A group that somebody still holds keeps threads of gloo that wake 100 times a second each: hundreds of them fill a core.
 MAX_THREADS = 48
-IMPORTED = ["tests.support.layouts", "moe_dist.train.build", "torch._dynamo"]  # which the first optimizer imports
+IMPORTED = ["tests.support.layouts", "moe_dist.train.build.training", "torch._dynamo"]  # which the first optimizer imports
 SETTLE_SECONDS = 0.5  # after the first failure, time for the others to report: the earliest one is the cause
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moe_dist.train.step import _BusyClock
+from moe_dist.train.step.training_step import _BusyClock
 
 
 @pytest.fixture

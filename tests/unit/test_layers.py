@@ -15,7 +15,7 @@ from docs.import_graph import DRAWING, TOPS, ImportGraph, Source, draw, reachabl
 
 ROOT = Path(__file__).parents[2]
 
-MOST_FLOORS, MOST_ROOMS, MOST_ARROWS = 8, 22, 110
+MOST_FLOORS, MOST_ROOMS, MOST_ARROWS = 8, 22, 112
 LOOSE_FILES = ("__init__.py", "__main__.py", "errors.py")
 # The bench measures Megatron-Core itself.
 MEASURED_PEER = ("tools/bench/megatron_core.py",)
@@ -78,7 +78,10 @@ def longest_chain(graph: ImportGraph) -> list[str]:
 
 
 def circle_faults(graph: ImportGraph) -> list[str]:
-    return [f"these files import each other: {', '.join(circle)}" for circle in graph.circles()]
+    return [
+        *(f"these files import each other: {', '.join(circle)}" for circle in graph.circles()),
+        *(f"these folders import each other: {', '.join(circle)}" for circle in graph.folder_circles()),
+    ]
 
 
 def loose_file_faults(files: list[Source]) -> list[str]:
@@ -102,7 +105,9 @@ def package_faults(files: list[Source]) -> list[str]:
 
 def forward_faults(graph: ImportGraph) -> list[str]:
     """Whatever a training step imports, over any number of files, is no evaluation."""
-    reached = reachable({module: set(others) for module, others in graph.files.items()}, "moe_dist.train.step")
+    reached = reachable(
+        {module: set(others) for module, others in graph.files.items()}, "moe_dist.train.step.training_step"
+    )
     return [f"a training step imports {module}" for module in sorted(reached) if module.startswith(EVALUATION)]
 
 
@@ -218,7 +223,7 @@ def name_faults(files: list[Source]) -> list[str]:
 RULES: dict[Callable[[list[Source]], list[str]], tuple[Source, ...]] = {
     loose_file_faults: (planted("moe_dist/trainer.py", "pass"), planted("moe_dist/sizes.py", "pass")),
     package_faults: (
-        planted("moe_dist/doctor/x.py", "from launchers.doctor import fit"),
+        planted("moe_dist/runtime/x.py", "from launchers.doctor import fit"),
         planted("moe_dist/train/x.py", "def f():\n    import tools.evaluate"),
         planted("moe_dist/hf/x.py", "if TYPE_CHECKING:\n    from tools import import_hf"),
         planted("moe_dist/__init__.py", "from launchers import command"),
@@ -226,7 +231,7 @@ RULES: dict[Callable[[list[Source]], list[str]], tuple[Source, ...]] = {
     single_device_faults: (
         planted("moe_dist/moe/x.py", "from moe_dist.config.schema import Config"),
         planted("moe_dist/model/x.py", "from moe_dist.parallel import mesh"),
-        planted("moe_dist/moe/x.py", "def f():\n    from moe_dist.train.step import Step"),
+        planted("moe_dist/moe/x.py", "def f():\n    from moe_dist.train.step.training_step import Step"),
         planted("moe_dist/model/x.py", "import moe_dist.megatron"),
     ),
     comm_faults: (planted("moe_dist/comm/x.py", "from moe_dist.placement.placement import ExpertPlacement"),),
@@ -306,28 +311,42 @@ def test_a_larger_graph_would_fail(files: list[tuple[str, str]]) -> None:
 @pytest.mark.parametrize(
     "back",
     [
-        "from moe_dist.train import resume",
-        "def f():\n    from moe_dist.train.resume import x",
-        "if TYPE_CHECKING:\n    from moe_dist.train.resume import x",
-        "from .resume import x",
+        "from moe_dist.train import c",
+        "def f():\n    from moe_dist.train.c import x",
+        "if TYPE_CHECKING:\n    from moe_dist.train.c import x",
+        "from .c import x",
     ],
 )
 def test_a_circle_of_files_would_fail(back: str) -> None:
-    there = planted("moe_dist/train/build.py", "from moe_dist.train.trainer import Trainer")
-    between = planted("moe_dist/train/trainer.py", back)
-    close = planted("moe_dist/train/resume.py", "import moe_dist.train.build")
+    there = planted("moe_dist/train/a.py", "from moe_dist.train.b import B")
+    between = planted("moe_dist/train/b.py", back)
+    close = planted("moe_dist/train/c.py", "import moe_dist.train.a")
     assert circle_faults(ImportGraph([there, between, close]))
     assert not circle_faults(ImportGraph([there, between, planted(close.path, "import torch")]))
 
 
+def test_a_circle_of_folders_would_fail() -> None:
+    """train/step/a imports train/loop/b, and train/loop/c imports train/step/d: a circle of folders, not of files."""
+    step = [
+        planted("moe_dist/train/step/a.py", "import moe_dist.train.loop.b"),
+        planted("moe_dist/train/step/d.py", "pass"),
+    ]
+    loop = [
+        planted("moe_dist/train/loop/b.py", "pass"),
+        planted("moe_dist/train/loop/c.py", "import moe_dist.train.step.d"),
+    ]
+    assert circle_faults(ImportGraph([*step, *loop]))
+    assert not circle_faults(ImportGraph([*step, loop[0]]))
+
+
 def test_a_training_step_imports_no_evaluation(graph: ImportGraph) -> None:
-    assert "moe_dist.train.step" in graph.sources
+    assert "moe_dist.train.step.training_step" in graph.sources
     assert not (problems := forward_faults(graph)), "\n".join(problems)
 
 
 def test_importing_the_forward_of_evaluation_would_fail() -> None:
-    step = planted("moe_dist/train/step.py", "from moe_dist.train.loss import forward")
-    loss = planted("moe_dist/train/loss.py", "from moe_dist.train.evaluation.heldout import forward")
+    step = planted("moe_dist/train/step/training_step.py", "from moe_dist.train.objective.loss import forward")
+    loss = planted("moe_dist/train/objective/loss.py", "from moe_dist.train.evaluation.heldout import forward")
     assert forward_faults(ImportGraph([step, loss, planted("moe_dist/train/evaluation/heldout.py", "pass")]))
 
 

@@ -13,7 +13,7 @@ TORCH_FREE = (
     "moe_dist/placement",
     "moe_dist/plan",
     "moe_dist/runtime",
-    "moe_dist/doctor",
+    "moe_dist/formats",
     "moe_dist/train/__main__.py",
     "moe_dist/checkpoint/contents.py",
     "moe_dist/checkpoint/describe.py",

@@ -30,8 +30,8 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.rows import gather_rows, weighted_row_sum
-from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.moe.kernels.torch_kernels import gather_rows, weighted_row_sum
+from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tools.bench.points import Point, draw, slots

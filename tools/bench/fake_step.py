@@ -34,8 +34,9 @@ from moe_dist.parallel import parallelize
 from moe_dist.parallel.mesh import Mesh, make_mesh, pretend_world
 from moe_dist.plan.planner import group_shares, reached
 from moe_dist.plan.preflight import PlannedLayout, layout_without_data
-from moe_dist.train import build, step
-from moe_dist.train.loss import AuxSettings
+from moe_dist.train.build import training as build
+from moe_dist.train.objective.loss import AuxSettings
+from moe_dist.train.step import training_step as step
 from tools.bench import fake_cuda
 
 MICRO_BATCHES = 2

@@ -17,7 +17,7 @@ from moe_dist.config.bundled import source_root
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
@@ -26,10 +26,10 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement
-from moe_dist.train.build import build_model
-from moe_dist.train.build_dispatch import DispatchParts, build_dispatcher
-from moe_dist.train.loss import AuxSettings
-from moe_dist.train.step import TrainingStep
+from moe_dist.train.build.dispatch import DispatchParts, build_dispatcher
+from moe_dist.train.build.training import build_model
+from moe_dist.train.objective.loss import AuxSettings
+from moe_dist.train.step.training_step import TrainingStep
 from tools.bench.measure import Effort, measured_row
 from tools.bench.megatron_core import MegatronMoE, Variant, copy_experts, variants
 from tools.bench.points import Point, slots

@@ -133,7 +133,7 @@ def _rank(
     import torch
 
     from moe_dist.parallel.mesh import destroy_world, init_world
-    from moe_dist.train.garbage import collected_by_steps
+    from moe_dist.train.loop.garbage import collected_by_steps
 
     torch.set_num_threads(1)
     init_world(init_method=method, rank=rank, world_size=world, device=torch.device("cpu"), timeout=TIMEOUT)
@@ -178,7 +178,7 @@ class _Job:
 
         from moe_dist.data.loader import ReadAhead
         from moe_dist.parallel.mesh import make_mesh
-        from moe_dist.train import build
+        from moe_dist.train.build import training as build
 
         plan = layout.checked()
         self.layout, self.plan, self.config = layout, plan, plan.config
@@ -227,7 +227,7 @@ class _Job:
         """Returns a context in which the routers take the workload's expert choices."""
         from contextlib import nullcontext
 
-        from moe_dist.moe.replay import Replay
+        from moe_dist.moe.replayed_routers import Replay
 
         if self.layout.workload is None:
             return nullcontext()
@@ -249,7 +249,7 @@ class _Job:
 
 
 class _Choices:
-    """A `moe_dist.train.tracing.StepWatcher` that keeps the choices of a step."""
+    """A `moe_dist.train.step.tracing.StepWatcher` that keeps the choices of a step."""
 
     def __init__(self, sequences: Sequence[range]) -> None:
         self._sequences, self._parts = sequences, []

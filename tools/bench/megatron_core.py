@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moe_dist.megatron.plain_layers import PLAIN
 from moe_dist.moe.layer import Router
-from moe_dist.moe.routing import ABSENT, NO_REQUEST, LayerReport, RoutingRequest
+from moe_dist.moe.routing.types import ABSENT, NO_REQUEST, LayerReport, RoutingRequest
 from moe_dist.placement.placement import ExpertPlacement
 from tools.bench.contenders import Case, Run
 

@@ -16,8 +16,8 @@ from moe_dist.errors import ConfigError
 from moe_dist.parallel.mesh import Mesh, destroy_world, init_world, make_mesh
 from moe_dist.plan.preflight import Preflight, check_file
 from moe_dist.runtime.command_line import reports_errors, run_command
-from moe_dist.train.build import Training, build_loader, build_training
-from moe_dist.train.loss import AuxSettings
+from moe_dist.train.build.training import Training, build_loader, build_training
+from moe_dist.train.objective.loss import AuxSettings
 from tools.bench.measure import Effort, time_interleaved
 
 

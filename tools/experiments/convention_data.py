@@ -18,9 +18,9 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection, load_manifest
 from tokenizers import Tokenizer
 
-from moe_dist.config.manifest import Manifest, SourceSection, SplitSection, load_manifest
 from moe_dist.data.codebook import load_codebook
 from moe_dist.data.corpus_openmoji import LANGUAGES
 from moe_dist.data.indexed import IndexedSplit

@@ -15,8 +15,8 @@ from torch import Tensor
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.errors import DataError
+from moe_dist.inference.fact import NUM_CHOICES
 from moe_dist.inference.loaded_run import CheckpointReader
-from moe_dist.inference.questions.fact import NUM_CHOICES
 from moe_dist.model.transformer import Transformer
 from moe_dist.train.router_tuning.tuning import router_parameters
 from tools.experiments.study import DisturbanceSection

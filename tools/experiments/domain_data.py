@@ -28,8 +28,8 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from moe_dist.formats.manifest import Manifest, SourceSection, write_manifest
 
-from moe_dist.config.manifest import Manifest, SourceSection, write_manifest
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.prepare import renamed_when_complete
 from moe_dist.errors import ConfigError

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import ABSENT
-from moe_dist.train.loss import forward
+from moe_dist.moe.routing.types import ABSENT
+from moe_dist.train.objective.loss import forward
 from tools.experiments.tokens import TokenPairs, recorded_routers
 
 PENALTY = 1e-4  # on the squares of the probe's weights, so that separable domains have a finite fit

@@ -15,8 +15,8 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from moe_dist.formats.manifest import Manifest, write_manifest
 
-from moe_dist.config.manifest import Manifest, write_manifest
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.corpus import Corpus, Picture, Recipe, Source, Text, content_family
 from moe_dist.data.corpus_build import build

@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_dist.inference.likelihood import Continuation
 from moe_dist.inference.router_tuning.scoring import first_tokens
 from moe_dist.model.transformer import Transformer
-from moe_dist.train.loss import forward
+from moe_dist.train.objective.loss import forward
 from moe_dist.train.router_tuning.loader import SampleMaker, batches_by_length
 from moe_dist.train.router_tuning.samples import TuningSample
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import ChoosingRouter
-from moe_dist.moe.routing import Routing, RoutingCache
-from moe_dist.train.loss import forward
+from moe_dist.moe.routing.types import Routing, RoutingCache
+from moe_dist.train.objective.loss import forward
 
 FARTHEST = 64.0  # largest shift; beyond any logit or probability
 HALVINGS = 24  # end at a width of 1e-5

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection, write_manifest
+from moe_dist.formats.split_files import count_by_modality
 
-from moe_dist.config.manifest import Manifest, SourceSection, SplitSection, write_manifest
-from moe_dist.config.split_files import count_by_modality
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.indexed import write_indexed
 from moe_dist.data.prepare import renamed_when_complete

@@ -8,7 +8,8 @@ modalities and layers, and not by its choice for each token.
 from collections.abc import Mapping
 from typing import Any
 
-from moe_dist.config.manifest import Manifest
+from moe_dist.formats.manifest import Manifest
+
 from moe_dist.errors import ConfigError
 
 SUFFIX = "_loads"

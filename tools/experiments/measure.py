@@ -15,11 +15,11 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from moe_dist.formats.manifest import load_manifest
 from torch import nn
 
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import CheckpointDirectory
-from moe_dist.config.manifest import load_manifest
 from moe_dist.data.batch import Batch
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.loader import source_shares
@@ -32,10 +32,10 @@ from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.build import TrainingPlan, build_loader, build_plan, group_of_modality
+from moe_dist.train.build.training import TrainingPlan, build_loader, build_plan, group_of_modality
 from moe_dist.train.evaluation.calibration import by_threshold, calibrate
-from moe_dist.train.loss import forward
-from moe_dist.train.trainer import Loader
+from moe_dist.train.loop.trainer import Loader
+from moe_dist.train.objective.loss import forward
 from tools.experiments import probes
 from tools.experiments.disturbance import FOLDER, disturb
 from tools.experiments.domain_probe import domains

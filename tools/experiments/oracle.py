@@ -23,7 +23,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.inference.likelihood import Continuation
 from moe_dist.model.transformer import Transformer
 from moe_dist.plan.policies import expert_groups
-from moe_dist.train.loss import forward
+from moe_dist.train.objective.loss import forward
 from moe_dist.train.router_tuning.loader import SampleBatch, SampleMaker
 from moe_dist.train.router_tuning.samples import TuningSample
 

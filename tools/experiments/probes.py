@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
-from moe_dist.moe.routing import ABSENT, Assignments, Routing
+from moe_dist.moe.routing.types import ABSENT, Assignments, Routing
 
 Change = Callable[[int, nn.Module, tuple[Any, ...], Any], Any]  # (index, module, arguments, result) -> changed result
 

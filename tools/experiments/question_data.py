@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from moe_dist.formats.index_header import index_paths
+from moe_dist.formats.manifest import Manifest, SourceSection, load_manifest
+from moe_dist.formats.split_files import BITS
 
-from moe_dist.config.index_header import index_paths
-from moe_dist.config.manifest import Manifest, SourceSection, load_manifest
-from moe_dist.config.split_files import BITS
+from moe_dist.inference.fact import Part, Question
 from moe_dist.inference.multiple_choice import Prompts
 from moe_dist.inference.questions.catalogue import FAMILIES, WORDNET, Catalogue
-from moe_dist.inference.questions.fact import Part, Question
 from moe_dist.inference.questions.reasoning import SIZE, key_of, reasoning
 from moe_dist.inference.questions.split import Side, make_questions
 from moe_dist.inference.vocabulary import Vocabulary

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_dist.formats.manifest import Manifest, load_manifest
 from torch import Tensor
 
 from moe_dist.checkpoint.base import content_hash
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
-from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.inference.fact import Question
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.multiple_choice import MEASURES, Prompts, ask, write
 from moe_dist.inference.questions.catalogue import Catalogue, task_names
-from moe_dist.inference.questions.fact import Question
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.router_tuning.embedder import PACKAGED, Embedder
 from moe_dist.inference.vocabulary import Vocabulary

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 
-from moe_dist.config.section import NAME_PATTERN
+from moe_dist.config.base.section import NAME_PATTERN
 
 CONFIDENCE = 0.95
 

@@ -28,7 +28,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.inference.loaded_run import CheckpointReader, LoadedRun, causal_problems, find_trained
 from moe_dist.model.transformer import Transformer
 from moe_dist.runtime.command_line import reports_errors, run_command
-from moe_dist.train.loss import forward
+from moe_dist.train.objective.loss import forward
 from tools.experiments.domain_probe import recorded_inputs
 from tools.experiments.instructed import check_new
 

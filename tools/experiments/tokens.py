@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from moe_dist.config.parallel_schema import InterleavedSection
+from moe_dist.config.parallel.section import InterleavedSection
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.dispatch.ledger import compare
-from moe_dist.moe.routing import Routing
+from moe_dist.moe.routing.types import Routing
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import make_placement
-from moe_dist.train.loss import forward
+from moe_dist.train.objective.loss import forward
 
 ROWS = ("rows_remote", "rows_per_pair", "rows_topk", "rows_same_active", "rows_null_remapped")
 

@@ -7,12 +7,12 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
-from moe_dist.config.parallel_schema import ParallelSection
+from moe_dist.config.parallel.section import ParallelSection
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.own_model import build_moe_layer
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.host import installed
-from moe_dist.train.build_dispatch import DispatchParts, build_dispatcher
+from moe_dist.train.build.dispatch import DispatchParts, build_dispatcher
 from tools.gpu_check.kernels import difference
 from tools.gpu_check.layers import CONFIG, MOST, passes, single_group
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_dist.moe.dispatch.rows import TORCH
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.parallel.mesh import Mesh
 from tools.gpu_check.kernels import difference
 from tools.gpu_check.layers import MOST, make_layer, passes, single_group, static_layer, triton_or_none

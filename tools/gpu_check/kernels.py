@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_dist.moe.dispatch.rows import TORCH
-from moe_dist.moe.kernels import trial
-from moe_dist.moe.kernels.choice import why_not_triton
+from moe_dist.moe.kernel_choice import trial
+from moe_dist.moe.kernel_choice.choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowIndex, RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 
 SHAPES = ((13, 5, 24), (3, 40, 7), (4, 2, 2056), (1, 1, 1), (0, 3, 8), (0, 0, 8))  # numbers of pairs and rows, width

@@ -17,18 +17,18 @@ from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
 from moe_dist.model.attention import attend, dense_mask, make_mask
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.dispatch.static import StaticDispatcher
-from moe_dist.moe.experts import ExpertGemm, Experts
-from moe_dist.moe.kernels.choice import why_not_triton
+from moe_dist.moe.experts.experts import ExpertGemm, Experts
+from moe_dist.moe.experts.static_experts import StaticExperts
+from moe_dist.moe.kernel_choice.choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.static_experts import StaticExperts
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.own_model import build_moe_layer
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.train.build_dispatch import DispatchParts, build_dispatcher, room_for
+from moe_dist.train.build.dispatch import DispatchParts, build_dispatcher, room_for
 from tools.gpu_check.kernels import difference
 from tools.gpu_check.outcome import CheckJob, Reading
 from tools.gpu_check.process import on_ranks

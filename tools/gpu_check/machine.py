@@ -9,9 +9,9 @@ from torch.cuda import nccl
 
 from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
-from moe_dist.doctor.node_facts import nvml
 from moe_dist.monitor.devices import MIB, DeviceMonitor
-from moe_dist.train.dry_run import estimate
+from moe_dist.runtime.node.facts import nvml
+from moe_dist.train.start.dry_run import estimate
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 
 OURS = ("moe_dist", "launchers", "tools")

@@ -9,7 +9,7 @@ import torch
 from moe_dist.megatron.cpu_trial import megatron_on_cpu
 from moe_dist.megatron.process_groups import model_parallel
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train.loss import AuxSettings
+from moe_dist.train.objective.loss import AuxSettings
 from tools.bench.layers import LEARNING_RATE, random_batches, training_step
 from tools.bench.megatron_core import Variant
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.moe.dispatch.rows import TORCH
-from moe_dist.moe.experts import ExpertStack, why_not_grouped
+from moe_dist.moe.experts.experts import ExpertStack, why_not_grouped
 from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer
-from moe_dist.placement.roles import group_module
+from moe_dist.placement.parameter_names import group_module
 from tools.gpu_check.kernels import difference
 from tools.gpu_check.layers import make_layer, passes, single_group, triton_or_none
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading

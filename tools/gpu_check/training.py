@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
 
 from moe_dist.checkpoint.fingerprint import fingerprint
 from moe_dist.checkpoint.manager import CheckpointManager
@@ -22,7 +23,6 @@ from moe_dist.checkpoint.saver import CheckpointWriter
 from moe_dist.checkpoint.state import capture
 from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
-from moe_dist.config.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import BatchMaker, Segment
 from moe_dist.errors import MoeDistError
@@ -36,9 +36,9 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.plan.flops import expected_experts, model_flops_per_token
 from moe_dist.plan.planner import group_shares
 from moe_dist.plan.preflight import layout_without_data
-from moe_dist.train.build import build_training, rank_layout
-from moe_dist.train.dry_run import estimate
-from moe_dist.train.loss import AuxSettings
+from moe_dist.train.build.training import build_training, rank_layout
+from moe_dist.train.objective.loss import AuxSettings
+from moe_dist.train.start.dry_run import estimate
 from tools.bench.count import count
 from tools.bench.fake_step import MICRO_BATCHES
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.kernels.interface import RowKernels
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.routing.types import Assignments
 from tools.bench.workloads import WORKLOADS, WorkloadShape, WorkloadStep, workload_step
 from tools.gpu_check.kernels import difference
 from tools.gpu_check.layers import MOST, make_layer, same_direction, single_group, triton_or_none
@@ -99,7 +99,7 @@ def trials(device: torch.device) -> str | None:
     """Runs the trials of all kernels. Returns None, or a text about a difference from torch."""
     from moe_dist.model.kernels import trial as dense_trial
     from moe_dist.model.kernels.triton_kernels import TRITON as DENSE
-    from moe_dist.moe.kernels import trial
+    from moe_dist.moe.kernel_choice import trial
     from moe_dist.moe.kernels.triton_kernels import TRITON
 
     return trial.why_not(TRITON, device, torch.bfloat16) or dense_trial.why_not(DENSE, device, torch.bfloat16)

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
-from moe_dist.config.section import Section, Violation
+from moe_dist.config.base.section import Section, Violation
 
 WholeModel = Any  # means `model_schema.ModelSection`, which cannot be imported here (circular import)
 

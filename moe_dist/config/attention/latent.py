@@ -4,7 +4,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from moe_dist.config.attention.base import AttentionSection, WholeModel
-from moe_dist.config.section import Violation
+from moe_dist.config.base.section import Violation
 
 
 class LatentAttentionSection(AttentionSection):

@@ -3,8 +3,8 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from moe_dist.config.base.section import Count, GroupName, NonNegative, Violation, WholeConfig, unknown_name, unordered
 from moe_dist.config.controllers.base import ControllerSection
-from moe_dist.config.section import Count, GroupName, NonNegative, Violation, WholeConfig, unknown_name, unordered
 
 
 class ActiveExpertsSection(ControllerSection):

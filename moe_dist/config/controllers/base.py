@@ -1,7 +1,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_dist.config.section import Section
+from moe_dist.config.base.section import Section
 
 
 class ControllerSection(Section):

@@ -4,7 +4,7 @@ compares `kind`, so that a new kind of dispatcher needs no change elsewhere."""
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from moe_dist.config.section import Section, Violation, WholeConfig
+from moe_dist.config.base.section import Section, Violation, WholeConfig
 
 KIND = "parallel.dispatch.kind"
 FIX = f"or set {KIND}=all_to_all"

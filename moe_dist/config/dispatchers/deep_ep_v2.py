@@ -1,8 +1,8 @@
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
+from moe_dist.config.base.section import Violation, WholeConfig
 from moe_dist.config.dispatchers.base import FIX, KIND, KernelDispatchSection
-from moe_dist.config.section import Violation, WholeConfig
 
 WIDTH = 256  # DeepEP's combine reads a row by the 32 threads of a warp, 16 bytes each
 MOST_CHOICES = 32  # DeepEP uses one thread of a warp for each choice of a token

@@ -1,8 +1,8 @@
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
+from moe_dist.config.base.section import Violation, WholeConfig
 from moe_dist.config.dispatchers.base import FIX, KIND, DispatchSection
-from moe_dist.config.section import Violation, WholeConfig
 
 
 class KnownCountsDispatchSection(DispatchSection):

@@ -3,8 +3,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from moe_dist.config.base.section import Violation, WholeConfig
 from moe_dist.config.dispatchers.base import FIX, KIND, DispatchSection
-from moe_dist.config.section import Violation, WholeConfig
 
 
 class StaticDispatchSection(DispatchSection):

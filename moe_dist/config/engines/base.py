@@ -1,13 +1,13 @@
 """The base class of the sections of engines. Other code reads the properties of an engine's section and never compares
-`kind`. A new kind of engine also needs an entry in `moe_dist.train.engines.ENGINES` and in
+`kind`. A new kind of engine also needs an entry in `moe_dist.train.build.engines.ENGINES` and in
 `moe_dist.plan.rank_memory.MEMORY`."""
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moe_dist.config.section import Section
+from moe_dist.config.base.section import Section
 
 if TYPE_CHECKING:
-    from moe_dist.config.parallel_schema import ParallelSection
+    from moe_dist.config.parallel.section import ParallelSection
 
 
 class EngineSection(Section):

@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
+from moe_dist.config.base.section import Ranks, Violation, WholeConfig
 from moe_dist.config.engines.base import EngineSection
-from moe_dist.config.parallel_schema import ParallelSection
-from moe_dist.config.section import Ranks, Violation, WholeConfig
+from moe_dist.config.parallel.section import ParallelSection
 
 KIND = "engine.kind=megatron"
 

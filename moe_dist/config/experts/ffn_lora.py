@@ -5,10 +5,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from moe_dist.config.base.section import Violation, WholeConfig
 from moe_dist.config.experts.base import ExpertsSection
 from moe_dist.config.experts.ffn import FFNExpertsSection
 from moe_dist.config.experts.lora import AdapterSection
-from moe_dist.config.section import Violation, WholeConfig
 
 
 class AdaptedFFNExpertsSection(AdapterSection, ExpertsSection):

@@ -5,8 +5,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from moe_dist.config.base.section import Decay, Section, Violation, WholeConfig
 from moe_dist.config.experts.base import ExpertsSection
-from moe_dist.config.section import Decay, Section, Violation, WholeConfig
 
 EXPERTS = "model.moe.experts.kind"
 

@@ -1,8 +1,8 @@
 from collections.abc import Iterator
 from typing import Literal
 
+from moe_dist.config.base.section import Violation
 from moe_dist.config.optimizers.base import OptimizerSection
-from moe_dist.config.section import Violation
 
 
 class AdamWSection(OptimizerSection):

@@ -3,7 +3,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from moe_dist.config.section import Count, Decay, Fraction, NonNegative, Section, Violation
+from moe_dist.config.base.section import Count, Decay, Fraction, NonNegative, Section, Violation
 
 
 class ConstantSchedule(Section):

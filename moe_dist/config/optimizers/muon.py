@@ -3,8 +3,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from moe_dist.config.base.section import Decay, Violation, WholeConfig
 from moe_dist.config.optimizers.base import OptimizerSection
-from moe_dist.config.section import Decay, Violation, WholeConfig
 
 
 class MuonSection(OptimizerSection):

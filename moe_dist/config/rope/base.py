@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PositiveFloat
 
-from moe_dist.config.section import Section
+from moe_dist.config.base.section import Section
 
 
 class RopeScalingSection(Section):

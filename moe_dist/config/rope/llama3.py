@@ -3,8 +3,8 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from moe_dist.config.base.section import Violation
 from moe_dist.config.rope.base import RopeScalingSection
-from moe_dist.config.section import Violation
 
 
 class Llama3RopeSection(RopeScalingSection):

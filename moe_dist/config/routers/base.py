@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from moe_dist.config.section import Section, Violation, WholeConfig
+from moe_dist.config.base.section import Section, Violation, WholeConfig
 
 ROUTER = "model.moe.router"
 OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group's null and zero-computation experts

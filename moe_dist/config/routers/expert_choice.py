@@ -3,8 +3,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from moe_dist.config.routers.base import ROUTER, RouterSection
-from moe_dist.config.section import (
+from moe_dist.config.base.section import (
     Count,
     Decay,
     NonNegative,
@@ -14,6 +13,7 @@ from moe_dist.config.section import (
     unknown_name,
     unordered,
 )
+from moe_dist.config.routers.base import ROUTER, RouterSection
 
 # Not strict, because `default_kind` makes pydantic validate Python lists, and a strict tuple refuses a list.
 _Step = Annotated[tuple[Count, PositiveFloat], Field(strict=False)]

@@ -3,8 +3,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
+from moe_dist.config.base.section import Violation, WholeConfig
 from moe_dist.config.routers.base import ROUTER, RouterSection
-from moe_dist.config.section import Violation, WholeConfig
 
 
 class GatingResidualRouterSection(RouterSection):

@@ -3,8 +3,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from moe_dist.config.base.section import GroupName, NonNegative, Violation, WholeConfig
 from moe_dist.config.routers.base import ROUTER, DrawnRouterSection
-from moe_dist.config.section import GroupName, NonNegative, Violation, WholeConfig
 
 # Not strict, because `default_kind` makes pydantic validate a Python list, and a strict tuple refuses a list.
 LayerActiveExperts = Annotated[tuple[NonNegative, ...], Field(strict=False)]

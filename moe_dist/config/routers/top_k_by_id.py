@@ -4,8 +4,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from moe_dist.config.base.section import PathText, Violation, WholeConfig
 from moe_dist.config.routers.base import ROUTER, DrawnRouterSection
-from moe_dist.config.section import PathText, Violation, WholeConfig
 
 KEY = f"{ROUTER}.table"
 

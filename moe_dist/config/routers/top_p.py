@@ -2,8 +2,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
+from moe_dist.config.base.section import Share
 from moe_dist.config.routers.base import AdaptiveRouterSection
-from moe_dist.config.section import Share
 
 
 class TopPRouterSection(AdaptiveRouterSection):

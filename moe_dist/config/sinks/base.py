@@ -1,6 +1,6 @@
 from typing import Any
 
-from moe_dist.config.section import Section
+from moe_dist.config.base.section import Section
 
 
 class SinkSection(Section):

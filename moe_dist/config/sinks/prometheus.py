@@ -1,6 +1,6 @@
 from typing import Literal
 
-from moe_dist.config.section import PathText
+from moe_dist.config.base.section import PathText
 from moe_dist.config.sinks.base import SinkSection
 
 

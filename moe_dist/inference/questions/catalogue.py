@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.questions.fact import Fact, Question
+from moe_dist.inference.fact import Fact, Question
 from moe_dist.inference.questions.pictures import OPENMOJI, openmoji_families, pictures
 from moe_dist.inference.questions.reasoning import GENERATORS, reasoning
 from moe_dist.inference.questions.split import Side, make_questions

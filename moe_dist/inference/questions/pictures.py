@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.questions.fact import Codes, Fact, lemma_keys
+from moe_dist.inference.fact import Codes, Fact, lemma_keys
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary
 

@@ -2,7 +2,7 @@
 
 import re
 
-from moe_dist.inference.questions.fact import Fact
+from moe_dist.inference.fact import Fact
 
 # Generators of short questions with one short text as answer. Each generator makes thousands of questions within seconds.
 GENERATORS = (

@@ -14,7 +14,7 @@ from enum import StrEnum
 import numpy as np
 
 from moe_dist.errors import DataError
-from moe_dist.inference.questions.fact import NUM_CHOICES, Fact, Part, Question
+from moe_dist.inference.fact import NUM_CHOICES, Fact, Part, Question
 
 # Fraction of the keys on each side. A fact with two keys is on the test side with probability TEST_SHARE squared.
 TRAIN_SHARE, VALID_SHARE, TEST_SHARE = 0.5, 0.2, 0.3

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_dist.errors import DataError
-from moe_dist.inference.questions.fact import Fact, lemma_keys
+from moe_dist.inference.fact import Fact, lemma_keys
 
 _INNERMOST = re.compile(r"\{([^{}\[\]]*)\}|\[([^{}\[\]]*)\]")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from moe_dist.errors import DataError
-from moe_dist.inference.questions.fact import Fact, lemma_keys
+from moe_dist.inference.fact import Fact, lemma_keys
 
 LONGEST_GLOSS = 120  # largest number of characters of a definition in a question
 _Parsed = TypeVar("_Parsed")

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_dist.errors import ConfigError
+from moe_dist.inference.fact import Question
 from moe_dist.inference.likelihood import Continuation
 from moe_dist.inference.multiple_choice import Answered, Measure, Written
-from moe_dist.inference.questions.fact import Question
 from moe_dist.train.router_tuning.samples import Scored, TuningSample
 
 

@@ -11,7 +11,7 @@ from moe_dist.model.kernels import trial
 from moe_dist.model.kernels.interface import DenseKernels
 from moe_dist.model.layers import RMSNorm
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.kernels.choice import KernelKind
+from moe_dist.moe.kernel_choice.choice import KernelKind
 from moe_dist.moe.layer import MoELayer
 
 logger = logging.getLogger(__name__)

@@ -1,12 +1,12 @@
-"""Tries the kernels of dense parts on a device before a run uses them, like `moe_dist.moe.kernels.trial`."""
+"""Tries the kernels of dense parts on a device before a run uses them, like `moe_dist.moe.kernel_choice.trial`."""
 
 import torch
 from torch import Tensor
 
 from moe_dist.model.kernels.interface import TORCH, DenseKernels
 from moe_dist.model.layers import rotary_table
-from moe_dist.moe.kernels import trial
-from moe_dist.moe.kernels.trial import Results, random
+from moe_dist.moe.kernel_choice import trial
+from moe_dist.moe.kernel_choice.trial import Results, random
 
 HEADS, LENGTH, WIDTH, WORDS = 3, 40, 72, 5000  # more words than one block of a kernel
 

@@ -16,8 +16,8 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from moe_dist.errors import DataError
-from moe_dist.moe.routing import group_columns
-from moe_dist.placement.counts import StepCounts
+from moe_dist.moe.routing.counts import StepCounts
+from moe_dist.moe.routing.types import group_columns
 from moe_dist.placement.placement import ExpertGroup
 
 

@@ -25,9 +25,9 @@ each of the Q pairs, and 4 for each row into which others are summed.
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
 from moe_dist.moe.dispatch.planning import Planner
-from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.kernels.interface import RowKernels
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.routing.types import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 

@@ -9,7 +9,7 @@ from moe_dist.comm.collectives import from_host
 from moe_dist.moe.dispatch.exchange import AllToAllPlan
 from moe_dist.moe.dispatch.planning import Counts, OwnPairs, Planner, starts_of
 from moe_dist.moe.kernels.plan import plan_arrive, plan_collect, plan_count, plan_place, plan_scan
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.routing.types import Assignments
 
 
 class CountingPlanner(Planner):

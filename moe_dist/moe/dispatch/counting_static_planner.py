@@ -7,7 +7,7 @@ from moe_dist.comm.names import PAIR_ROWS
 from moe_dist.moe.dispatch.static_planning import StaticPlan, StaticPlanner
 from moe_dist.moe.kernels.plan import plan_collect, plan_count, plan_scan
 from moe_dist.moe.kernels.static_plan import static_arrive, static_pad, static_place, static_runs
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.routing.types import Assignments
 
 
 class CountingStaticPlanner(StaticPlanner):

@@ -21,7 +21,7 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.errors import ConfigError
 from moe_dist.moe.dispatch.kernels import Arrival, KernelDispatcher, KernelPlan, require_card
-from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 _WEIGHT_BYTES = 4  # bytes of an fp32 weight

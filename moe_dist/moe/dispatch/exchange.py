@@ -27,8 +27,8 @@ from torch.autograd.function import once_differentiable
 from moe_dist.comm.all_to_all import AllToAll, Pending, RowBuffers, Splits
 from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS, DISPATCH_WEIGHTS
 from moe_dist.moe.dispatch.interface import DispatchedRows, SentCounts, SentOnDevice, TwoStepDispatcher
-from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.kernels.interface import Items, RowIndex, RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from moe_dist.comm.names import COUNTS, EXPERT_IDS, INTER, INTRA
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, ExchangePlan
 from moe_dist.moe.dispatch.interface import SentCounts
 from moe_dist.moe.dispatch.planning import ExchangeSizes, check_receive_rows
-from moe_dist.moe.dispatch.rows import compact, counting_order
-from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.moe.kernels.torch_kernels import compact, counting_order
+from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 SPLIT_SIZES = "split sizes of both hops"  # name of the host sync in CommStats

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.kernels import Arrival, KernelDispatcher, KernelPlan, require_card
-from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 _ARRIVED = 3  # index in HybridEP's handle of the number of arrived rows, int32 [1], in host memory

@@ -14,7 +14,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 from torch import Tensor
 
 from moe_dist.moe.kernels.interface import Items
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.routing.types import Assignments
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class SentCounts(NamedTuple):
 
 
 class SentOnDevice(NamedTuple):
-    """Replaces `SentCounts` where the counts are on the device only, in `sent_5` (see `LayerReport` in moe/routing.py). The
-    inherited fields of this record are 0."""
+    """Replaces `SentCounts` where the counts are on the device only, in `sent_5` (see `LayerReport` in
+    moe/routing/types.py). The inherited fields of this record are 0."""
 
     rows_remote: int
     pairs: int

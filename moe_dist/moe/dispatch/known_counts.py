@@ -31,9 +31,9 @@ from moe_dist.errors import ConfigError
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows, DispatchPlan, TwoStepDispatcher
 from moe_dist.moe.dispatch.planning import check_receive_rows
-from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.kernels.interface import Items, RowKernels
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.routing.types import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 Counts = tuple[tuple[int, ...], ...]

@@ -39,9 +39,9 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, CombineReceive, DispatchSend, Exchange
 from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, RunExperts, RunShared, SentCounts
 from moe_dist.moe.dispatch.planning import OwnPairs, Planner
-from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.kernels.interface import RowKernels
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.routing.types import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 

@@ -24,8 +24,8 @@ from moe_dist.comm.collectives import from_host
 from moe_dist.comm.names import COUNTS, PAIR_ROWS
 from moe_dist.errors import ResourceError
 from moe_dist.moe.dispatch.exchange import AllToAllPlan
-from moe_dist.moe.dispatch.rows import counting_order
-from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.moe.kernels.torch_kernels import counting_order
+from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 SPLIT_SIZES = "split sizes"  # name of a layer's one host sync in CommStats

@@ -27,10 +27,10 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.exchange import Exchange
 from moe_dist.moe.dispatch.interface import DispatchedRows, TwoStepDispatcher
-from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.dispatch.static_planning import StaticPlan, StaticPlanner, StaticRoom
 from moe_dist.moe.kernels.interface import RowKernels
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.routing.types import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 

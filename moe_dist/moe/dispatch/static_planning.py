@@ -14,9 +14,9 @@ from moe_dist.comm.names import COUNTS, PAIR_ROWS
 from moe_dist.moe.dispatch.exchange import ExchangePlan
 from moe_dist.moe.dispatch.interface import SentOnDevice
 from moe_dist.moe.dispatch.planning import Planner
-from moe_dist.moe.dispatch.rows import counting_order
 from moe_dist.moe.kernels.interface import Items, RowIndex
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.kernels.torch_kernels import counting_order
+from moe_dist.moe.routing.types import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 KEPT_SIZES = 8  # number of cached tables: one for each number of tokens, in training or evaluation

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import Normalise, TopKRouter, _Chosen
-from moe_dist.moe.routing import RoutingCache
+from moe_dist.moe.routing.types import RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
 

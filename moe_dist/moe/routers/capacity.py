@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_dist.moe.dispatch.rows import counting_order
+from moe_dist.moe.kernels.torch_kernels import counting_order
 
 Drop = Literal["probability", "position"]
 

@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.moe.dispatch.rows import TORCH, accumulation_dtype
-from moe_dist.moe.draws import logistic
 from moe_dist.moe.kernels.interface import ExpertsSums, ExpertsTables, RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH, accumulation_dtype
 from moe_dist.moe.routers.selection import (
     OUTSIDE,
     AuxiliaryRouter,
@@ -37,7 +36,8 @@ from moe_dist.moe.routers.selection import (
     token_pairs,
 )
 from moe_dist.moe.routers.top_k import GroupGate
-from moe_dist.moe.routing import (
+from moe_dist.moe.routing.draws import logistic
+from moe_dist.moe.routing.types import (
     ABSENT,
     Assignments,
     ChoiceSums,
@@ -47,8 +47,8 @@ from moe_dist.moe.routing import (
     Routing,
     RoutingCache,
 )
+from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertGroup
-from moe_dist.placement.roles import group_module
 
 Score = Literal["sigmoid", "softmax"]
 STATISTICS = 2  # rows of `ChoiceGate.statistics`: the running mean of the k-th largest score, and the number of steps
@@ -57,7 +57,7 @@ STATISTICS = 2  # rows of `ChoiceGate.statistics`: the running mean of the k-th 
 class ChoiceGate(GroupGate):
     """Holds one group's router rows, `true` [n, D], and the thresholds of the group's experts.
 
-    `threshold` [n] and `statistics` [2, n] (see `moe_dist.moe.routers.thresholds`) are buffers without gradient, equal on
+    `threshold` [n] and `statistics` [2, n] (see `moe_dist.moe.thresholds`) are buffers without gradient, equal on
     all ranks and saved with the weights. `auxiliary` exists if evaluation uses auxiliary routers.
     """
 

@@ -20,11 +20,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moe_dist.moe.dispatch.rows import TORCH
 from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, Score
 from moe_dist.moe.routers.selection import Causal, SelectionScope
-from moe_dist.moe.routing import ExpertsChoice, RoutingCache
+from moe_dist.moe.routing.types import ExpertsChoice, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
 

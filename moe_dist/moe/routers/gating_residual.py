@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import Normalise, TopKRouter
-from moe_dist.moe.routing import Routing, RoutingCache, group_columns
+from moe_dist.moe.routing.types import Routing, RoutingCache, group_columns
 from moe_dist.placement.placement import ExpertGroup
 
 

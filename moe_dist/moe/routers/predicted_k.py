@@ -19,11 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moe_dist.moe.dispatch.rows import accumulation_dtype
+from moe_dist.moe.kernels.torch_kernels import accumulation_dtype
 from moe_dist.moe.routers.adaptive import AdaptiveRouter
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import _Chosen
-from moe_dist.moe.routing import Routing, RoutingCache
+from moe_dist.moe.routing.types import Routing, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
 

@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moe_dist.moe.draws import logistic
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import Normalise, TopKRouter, _Chosen
-from moe_dist.moe.routing import RoutingCache
+from moe_dist.moe.routing.draws import logistic
+from moe_dist.moe.routing.types import RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
 HELD_OUT = -1  # used instead of the step in the names of evaluation's random numbers

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from moe_dist.comm.collectives import CommStats, from_host, sum_over
 from moe_dist.comm.names import CHOICE_LOGITS
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
-from moe_dist.moe.dispatch.rows import counting_order
-from moe_dist.moe.routing import ABSENT, Assignments, ChosenColumns, ExpertsChoice, GlobalBatchInfo
-from moe_dist.placement.roles import Role
+from moe_dist.moe.kernels.torch_kernels import counting_order
+from moe_dist.moe.routing.types import ABSENT, Assignments, ChosenColumns, ExpertsChoice, GlobalBatchInfo
+from moe_dist.placement.parameter_names import Role
 
 ScopeKind = Literal["rank", "ep_group", "world"]
 Causal = Literal["threshold", "auxiliary"]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from moe_dist.moe.routers.adaptive import AdaptiveRouter
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import KINDS, _Chosen
-from moe_dist.moe.routing import RoutingCache
+from moe_dist.moe.routing.types import RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
 TINY = 1e-20  # prevents 0 / 0 where all scores underflow

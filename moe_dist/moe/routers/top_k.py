@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.moe.dispatch.rows import TORCH, accumulation_dtype
 from moe_dist.moe.kernels.interface import RowKernels, TopK
+from moe_dist.moe.kernels.torch_kernels import TORCH, accumulation_dtype
 from moe_dist.moe.routers.capacity import Capacity, capacity_of, over_capacity
-from moe_dist.moe.routing import ABSENT, Assignments, ChosenColumns, RouterSums, Routing, RoutingCache, group_columns
+from moe_dist.moe.routing.types import ABSENT, Assignments, ChosenColumns, RouterSums, Routing, RoutingCache, group_columns
+from moe_dist.placement.parameter_names import Role, group_module
 from moe_dist.placement.placement import ExpertGroup
-from moe_dist.placement.roles import Role, group_module
 
 Normalise = Literal["true_chosen", "all_chosen", "true_all", "none"]
 NullLogit = Literal["each", "single"]

@@ -15,7 +15,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter
 from moe_dist.moe.routers.top_k import Normalise
-from moe_dist.moe.routing import RoutingCache
+from moe_dist.moe.routing.types import RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
 

@@ -17,7 +17,7 @@ from moe_dist.monitor.report.findings import dead_experts, too_few, work_of_rank
 from moe_dist.monitor.report.routing import Frame, Routing, Subject, merged
 from moe_dist.monitor.report.token_panels import coactivation, compute_maps, experts_a_token, ledger, specialisation
 from moe_dist.monitor.trace.reader import count_choices
-from moe_dist.placement.replicas import PlacementWithReplicas
+from moe_dist.placement.replica_slots import PlacementWithReplicas
 
 
 def load(subject: Subject) -> str:

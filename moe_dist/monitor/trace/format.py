@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.replicas import PlacementWithReplicas, Replica
+from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
 
 FORMAT, VERSION = "moe_dist trace", 1
 NO_CHOICE = -1

@@ -20,10 +20,10 @@ from moe_dist.comm.collectives import max_over
 from moe_dist.comm.names import SLOWEST_RANK
 from moe_dist.data.batch import Batch
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import ABSENT, Routing, RoutingCache
+from moe_dist.moe.routing.types import ABSENT, Routing, RoutingCache
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.train.loss import forward
+from moe_dist.train.objective.loss import forward
 
 REPEATS = 5
 

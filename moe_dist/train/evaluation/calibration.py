@@ -25,7 +25,7 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import Batch
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import ChoosingRouter, choice_of_training
-from moe_dist.train.loss import forward
+from moe_dist.train.objective.loss import forward
 
 HALVINGS = 30  # 30 halvings of [0, 1] end at a width of 1e-9, below the resolution of fp32 scores
 

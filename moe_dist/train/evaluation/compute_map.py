@@ -18,16 +18,16 @@ from torch import Tensor
 
 from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.names import MAPPED_EXPERTS
-from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import Batch
 from moe_dist.data.codebook import load_codebook
 from moe_dist.data.tokenizer import read_tokenizer
+from moe_dist.formats.manifest import Manifest
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import LayerReport, RoutingRequest
+from moe_dist.moe.routing.types import LayerReport, RoutingRequest
 from moe_dist.monitor.statistics import ComputeMap, MappedPicture
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup
-from moe_dist.train.loss import forward
+from moe_dist.train.objective.loss import forward
 
 T = TypeVar("T")
 SHORTEST_LINE, LONGEST_LINE = 12, 100  # characters of a line of text in the map

@@ -8,9 +8,9 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import Batch
 from moe_dist.data.loader import heldout_batches
+from moe_dist.formats.manifest import Manifest
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import choice_of_training
 from moe_dist.monitor.metrics import busiest_over_mean, reduce_known, rows_by_rank, weighted_rows
@@ -21,7 +21,7 @@ from moe_dist.train.evaluation.balance import BalanceEfficiency, balance_efficie
 from moe_dist.train.evaluation.calibration import calibrate
 from moe_dist.train.evaluation.compute_map import Mapper
 from moe_dist.train.evaluation.heldout import Heldout, heldout_losses
-from moe_dist.train.loss import depth_statistics
+from moe_dist.train.objective.loss import depth_statistics
 
 TIMED_BATCHES = 4
 

@@ -13,8 +13,8 @@ from moe_dist.comm.names import EVALUATION_COUNTS, EVALUATION_SUMS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import LayerReport, RoutingRequest
-from moe_dist.train.loss import forward, sums_by_modality
+from moe_dist.moe.routing.types import LayerReport, RoutingRequest
+from moe_dist.train.objective.loss import forward, sums_by_modality
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from moe_dist.comm.collectives import queue_copy
-from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import IGNORED, Batch, BatchMaker, Segment
 from moe_dist.data.order import ShuffledEpochs, micro_batches
 from moe_dist.errors import DataError
+from moe_dist.formats.manifest import Manifest
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.router_tuning.samples import Samples, TuningSample
 

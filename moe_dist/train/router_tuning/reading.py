@@ -13,9 +13,9 @@ from torch import Tensor
 from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.names import SAMPLE_ROUTING
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import LayerReport, RoutingRequest
+from moe_dist.moe.routing.types import LayerReport, RoutingRequest
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train.loss import forward
+from moe_dist.train.objective.loss import forward
 from moe_dist.train.router_tuning.loader import SampleMaker, batches_by_length
 from moe_dist.train.router_tuning.samples import TuningSample
 

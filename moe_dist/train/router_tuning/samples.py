@@ -1,6 +1,7 @@
 """Reads the samples of router tuning from memory-mapped files, and writes such files so that no incomplete folder appears.
 
-See `moe_dist.config.tuning_manifest` for the files. Shape letters: S samples, E embedding width, L MoE layers, C columns.
+See `moe_dist.formats.tuning_manifest` for the files. Shape letters: S samples, E embedding width, L MoE layers,
+C columns.
 """
 
 import hashlib
@@ -12,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_dist.config.manifest import MANIFEST_FILE, write_manifest
-from moe_dist.config.split_files import sampled_digest
-from moe_dist.config.tuning_manifest import ARRAYS, TuningManifest, file_problems, load_tuning_manifest, open_array
 from moe_dist.errors import ConfigError, DataError, StorageError
+from moe_dist.formats.manifest import MANIFEST_FILE, write_manifest
+from moe_dist.formats.split_files import sampled_digest
+from moe_dist.formats.tuning_manifest import ARRAYS, TuningManifest, file_problems, load_tuning_manifest, open_array
 from moe_dist.runtime.files import make_writable
 
 

@@ -24,9 +24,9 @@ from moe_dist.comm.collectives import queue_copy
 from moe_dist.data.batch import Batch
 from moe_dist.errors import DataError
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import LayerReport
-from moe_dist.placement.roles import named_parameters
-from moe_dist.train.loss import MicroLoss
+from moe_dist.moe.routing.types import LayerReport
+from moe_dist.placement.parameter_names import named_parameters
+from moe_dist.train.objective.loss import MicroLoss
 from moe_dist.train.router_tuning.loader import SampleBatch
 from moe_dist.train.router_tuning.neighbours import Neighbours
 from moe_dist.train.router_tuning.reading import RoutingReader, routing_of

@@ -19,7 +19,7 @@ from moe_dist.optim.optimizer import (
     step_count,
 )
 from moe_dist.parallel.initialise import initialise
-from moe_dist.train.build import build_model
+from moe_dist.train.build.training import build_model
 from tests.support.cover import full
 from tests.support.fake_ranks import load_all, save_all
 from tests.support.layouts import Layout, config_of, placement_of

@@ -7,8 +7,8 @@ from torch import nn
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.checkpoint.storage import take_snapshot
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
+from moe_dist.placement.parameter_names import Role
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.roles import Role
 from tests.support.messages import refused
 
 TEXT = ExpertGroup("text", 3, 0, 2, 6, 0, ("text",))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moe_dist.formats.index_header import index_paths, largest_id, read_index_header
 
-from moe_dist.config.index_header import index_paths, largest_id, read_index_header
 from moe_dist.errors import DataError, StorageError
 from tests.support.messages import refused
 
@@ -47,7 +47,7 @@ def test_agrees_with_megatron(tmp_path: Path) -> None:
 
 
 def test_large_files_are_sampled_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_dist.config.index_header._BLOCK_BYTES", 4)
+    monkeypatch.setattr("moe_dist.formats.index_header._BLOCK_BYTES", 4)
     prefix = write_pair(tmp_path / "d", [[1, 1, 9, 9, 3, 7]])
     assert largest_id(prefix) == 9
     assert largest_id(prefix, max_bytes=8) == 7  # the first and the last block

@@ -16,7 +16,7 @@ from moe_dist.config.load import (
     resolved_yaml,
 )
 from moe_dist.config.optimizers.base import ConstantSchedule, WsdSchedule
-from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection
+from moe_dist.config.parallel.section import ExplicitSection, InterleavedSection, PinnedSection
 from moe_dist.config.sinks.jsonl import JsonlSinkSection
 from moe_dist.config.sinks.tensorboard import TensorBoardSinkSection
 from moe_dist.errors import ConfigError

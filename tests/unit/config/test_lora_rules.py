@@ -11,7 +11,7 @@ from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.model.attention_lora import AttentionLoRA
-from moe_dist.moe.lora import LoRAExperts
+from moe_dist.moe.experts.lora import LoRAExperts
 from moe_dist.plan.preflight import check_file, layout_without_data
 from tests.support.tiny import tiny_config, write_config
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from moe_dist.formats.manifest import load_manifest, write_manifest
 
-from moe_dist.config.manifest import load_manifest, write_manifest
 from moe_dist.errors import ConfigError, DataError
 from tests.support.messages import refused
 

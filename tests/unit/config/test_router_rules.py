@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from moe_dist.config.base.section import Violation
 from moe_dist.config.routers.expert_choice import ExpertChoiceRouterSection
 from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.config.schema import Config
-from moe_dist.config.section import Violation
 from moe_dist.errors import ConfigError
 from moe_dist.plan.planner import expected_plan
 from moe_dist.plan.policies import expert_groups, make_placement

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection, write_manifest
+from moe_dist.formats.split_files import count_by_modality
 
-from moe_dist.config.manifest import Manifest, SourceSection, SplitSection, write_manifest
-from moe_dist.config.split_files import count_by_modality
 from moe_dist.data import pictures as pictures_module
 from moe_dist.data.corpus import Picture, Recipe, Source
 from moe_dist.data.indexed import write_indexed

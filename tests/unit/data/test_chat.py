@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from moe_dist.formats.manifest import Manifest
 from typer import Typer
 from typer.testing import CliRunner
 
-from moe_dist.config.manifest import Manifest
 from moe_dist.data import chat
 from moe_dist.data.batch import IGNORED
 from moe_dist.data.chat import HubTokenizer

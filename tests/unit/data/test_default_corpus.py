@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moe_dist.formats.manifest import SplitSection
 
-from moe_dist.config.manifest import SplitSection
 from moe_dist.data.codebook import encode, fit, load_codebook, to_patches
 from moe_dist.data.corpus import HoldOut
 from moe_dist.data.corpus_openmoji import openmoji

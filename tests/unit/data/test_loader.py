@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from moe_dist.formats.manifest import Manifest
 
-from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.data.dealing import Dealing, SequenceCosts
 from moe_dist.data.loader import TrainLoader, heldout_batches, source_shares

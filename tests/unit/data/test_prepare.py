@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from moe_dist.formats.manifest import load_manifest
 from PIL import Image, ImageDraw
 from typer import Typer
 from typer.testing import CliRunner
 
-from moe_dist.config.manifest import load_manifest
 from moe_dist.data import corpus_build, picture_coding
 from moe_dist.data.corpus import Corpus, HoldOut, Recipe
 from moe_dist.data.corpus_files import picture_files

@@ -8,7 +8,7 @@ import pytest
 
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.plan.preflight import check
-from moe_dist.train.build import build_loader
+from moe_dist.train.build.training import build_loader
 from tests.support.special_files import SPECIAL, at_once
 from tests.support.tiny import tiny_config
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from moe_dist.doctor.check_result import CheckResult, error, exit_code, names, note, ok, raise_errors, warning
 from moe_dist.errors import ConfigError, DataError, ResourceError
+from moe_dist.runtime.node.check_result import CheckResult, error, exit_code, names, note, ok, raise_errors, warning
 from tests.support.messages import refused
 
 CONFIG = error("a", "x", "y", kind=ConfigError)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from moe_dist.doctor.check_result import CheckResult, Level
-from moe_dist.doctor.node_checks import Needs, answered_at, check_cores, check_nodes
-from moe_dist.doctor.node_facts import NO_LIMIT, NodeFacts
+from moe_dist.runtime.node.check_result import CheckResult, Level
+from moe_dist.runtime.node.checks import Needs, answered_at, check_cores, check_nodes
+from moe_dist.runtime.node.facts import NO_LIMIT, NodeFacts
 
 GIB = 1 << 30
 GOOD = NodeFacts(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.doctor.node_facts import (
+from moe_dist.runtime.node.facts import (
     NodeFacts,
     Questions,
     apex_kind,

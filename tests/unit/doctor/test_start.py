@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from moe_dist.config.schema import Config
-from moe_dist.doctor import start
-from moe_dist.doctor.check_result import CheckResult
-from moe_dist.doctor.node_facts import NodeFacts, look
-from moe_dist.doctor.start import check_at_start
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.node.check_result import CheckResult
+from moe_dist.runtime.node.facts import NodeFacts, look
+from moe_dist.train.start import node_check as start
+from moe_dist.train.start.node_check import check_at_start
 from tests.support.tiny import tiny_config
 
 

@@ -20,9 +20,9 @@ from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import ImportOptions
 from moe_dist.parallel.initialise import logical_expert_names
-from moe_dist.placement.roles import EXPERTS, named_parameters
+from moe_dist.placement.parameter_names import EXPERTS, named_parameters
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.peft_folder import write_adapters
+from moe_dist.train.loop.peft_folder import write_adapters
 from tests.support.adapted import MOLE, Adapted
 from tests.support.agreement import arrays, assert_agree
 from tests.support.chat_folders import chat_folder

@@ -24,7 +24,7 @@ from moe_dist.hf.families import read_section
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.names import idle_places, slots
 from moe_dist.hf.plan import ImportOptions, changed_section
-from moe_dist.train.build import state_specs
+from moe_dist.train.build.training import state_specs
 from tests.support.messages import refused
 from tests.support.tiny_hf import save, tiny_config, tiny_model
 

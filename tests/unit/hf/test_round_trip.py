@@ -22,7 +22,7 @@ from moe_dist.hf.importing import import_model
 from moe_dist.hf.names import TensorPlace
 from moe_dist.hf.plan import ImportOptions
 from moe_dist.plan.flops import parameters
-from moe_dist.train.build import state_specs
+from moe_dist.train.build.training import state_specs
 from tests.support.cover import full, rest_full
 from tests.support.imported import load_imported
 from tests.support.messages import refused

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from moe_dist.formats.manifest import Manifest
 
-from moe_dist.config.manifest import Manifest
 from moe_dist.errors import ConfigError
 from moe_dist.inference.grammar import Grammar, GrammarState, grammar_of
 from tests.support.messages import refused
@@ -14,7 +14,7 @@ CELLS = 16
 
 @pytest.fixture
 def manifest(tiny_data: object) -> Manifest:
-    from moe_dist.config.manifest import load_manifest
+    from moe_dist.formats.manifest import load_manifest
 
     return load_manifest(str(tiny_data))
 

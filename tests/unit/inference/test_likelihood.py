@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from moe_dist.formats.manifest import load_manifest
 
-from moe_dist.config.manifest import load_manifest
 from moe_dist.errors import ConfigError
+from moe_dist.inference.fact import Question
 from moe_dist.inference.likelihood import Continuation, Likelihood, Score
 from moe_dist.inference.multiple_choice import Answered, likeliest
-from moe_dist.inference.questions.fact import Question
 from moe_dist.model.transformer import Transformer
 from tests.support.messages import refused
 from tests.support.tiny import IMAGE_IDS

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_dist.config.schema import Config
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import choice_of_training
-from moe_dist.moe.routing import ABSENT
+from moe_dist.moe.routing.types import ABSENT
 from tests.support.causal_models import evaluated_model
 from tests.support.layouts import IMAGE, LAYERS, SEQ_LEN, Layout, config_of
 

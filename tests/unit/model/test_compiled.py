@@ -11,7 +11,7 @@ from moe_dist.model import compiled
 from moe_dist.model.compiled import compile_dense
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import initialise
-from moe_dist.train.build import build_model
+from moe_dist.train.build.training import build_model
 from tests.support.layouts import Layout, batch_of, config_of, placement_for
 
 STEPS = 200

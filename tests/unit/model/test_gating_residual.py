@@ -12,10 +12,10 @@ from moe_dist.config.schema import Config
 from moe_dist.model.attention import make_mask
 from moe_dist.model.layers import rotary_table
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import RoutingRequest
+from moe_dist.moe.routing.types import RoutingRequest
 from moe_dist.parallel.initialise import initialise
 from moe_dist.plan.policies import expert_groups, make_placement
-from moe_dist.train.build import build_model
+from moe_dist.train.build.training import build_model
 from tests.support.tiny import IMAGE_IDS, tiny_config
 
 CHANGES: dict[str, Any] = {  # MoE layers 1, 3 and 5, with dense layers between them

@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 from moe_dist.checkpoint.state import RankLayout, capture
-from moe_dist.config.section import GROUP_PATTERN
+from moe_dist.config.base.section import GROUP_PATTERN
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts.experts import Experts
+from moe_dist.moe.experts.lora import LoRAExperts
+from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.lora import LoRAExperts
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.zero_computation import ZeroComputationExperts
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.initialise import initialise
+from moe_dist.placement.parameter_names import Role, named_parameters
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.roles import Role, named_parameters
 from moe_dist.plan.policies import expert_groups
-from moe_dist.train.build import build_model, freeze
+from moe_dist.train.build.training import build_model, freeze
 from tests.support.tiny import tiny_config
 
 GROUP = ExpertGroup("text", 2, 1, 1, 4, 0, ("text",), num_identity=1, num_constant=1)

@@ -17,10 +17,10 @@ from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers import selection
 from moe_dist.moe.routers.selection import Causal, capacity_of_tokens
-from moe_dist.moe.routers.thresholds import ThresholdUpdater
-from moe_dist.moe.routing import ABSENT
-from moe_dist.placement.roles import named_parameters
-from moe_dist.train.loss import depth_auxiliary, global_counts
+from moe_dist.moe.routing.types import ABSENT
+from moe_dist.moe.thresholds import ThresholdUpdater
+from moe_dist.placement.parameter_names import named_parameters
+from moe_dist.train.objective.loss import depth_auxiliary, global_counts
 from tests.reference.mixture_of_depths import choose, depth_forward
 from tests.support.counts import counts_with
 from tests.support.transformers import DIM, make_transformer

@@ -10,7 +10,7 @@ from moe_dist.hf.attention_fields import ROPE_SCALINGS as SECTIONS
 from moe_dist.model.layers import ModelArgs, rotary_table
 from moe_dist.model.rope import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling, frequencies
 from moe_dist.model.transformer import Transformer
-from moe_dist.train.build import ROPE_SCALINGS
+from moe_dist.train.build.training import ROPE_SCALINGS
 
 WIDTH, BASE = 16, 1e4
 POSITIONS = torch.arange(24)[None]

@@ -16,7 +16,7 @@ from moe_dist.data.batch import IGNORED
 from moe_dist.model import token_loss
 from moe_dist.model.layers import token_losses
 from moe_dist.model.token_loss import tiled_token_losses
-from moe_dist.train.build import model_args
+from moe_dist.train.build.training import model_args
 
 SEQUENCES, LENGTH, DIM, VOCABULARY = 3, 7, 5, 37
 GB = 1e9

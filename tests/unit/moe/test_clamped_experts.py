@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.moe.adapted_clamped_experts import AdaptedClampedStack
-from moe_dist.moe.clamped_experts import ClampedStack
-from moe_dist.moe.experts import ExpertStack
+from moe_dist.moe.experts.adapted_clamped_experts import AdaptedClampedStack
+from moe_dist.moe.experts.clamped_experts import ClampedStack
+from moe_dist.moe.experts.experts import ExpertStack
 
 COUNTS, ALPHA, LIMIT, RANK, SCALE = (5, 0, 3), 1.3, 0.4, 4, 1.5
 STACKS = {

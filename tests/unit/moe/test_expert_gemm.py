@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.moe import experts as experts_file
-from moe_dist.moe.experts import GROUPED_ON_CPU, choose_gemm, grouped_swiglu, loop_swiglu, why_not_grouped
+from moe_dist.moe.experts import experts as experts_file
+from moe_dist.moe.experts.experts import GROUPED_ON_CPU, choose_gemm, grouped_swiglu, loop_swiglu, why_not_grouped
 from tests.support.messages import refused
 
 CPU = torch.device("cpu")

@@ -11,12 +11,12 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.exchange import AllToAllPlan
 from moe_dist.moe.dispatch.interface import DispatchedRows
-from moe_dist.moe.experts import Experts, slot_chunks
+from moe_dist.moe.experts.experts import Experts, slot_chunks
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import Assignments, RoutingRequest
+from moe_dist.moe.routing.types import Assignments, RoutingRequest
+from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.roles import group_module
 from tests.reference.layer import ReferenceWeights, moe_forward
 
 D = 6

@@ -12,14 +12,14 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts.experts import Experts
+from moe_dist.moe.experts.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import RoutingCache, RoutingRequest
-from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_computation_experts
+from moe_dist.moe.routing.types import RoutingCache, RoutingRequest
+from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.roles import group_module
 from tests.reference.layer import ReferenceWeights, moe_forward
 
 D = 6

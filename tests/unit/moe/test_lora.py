@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from moe_dist.model.layers import RMSNorm, SwiGLU
-from moe_dist.moe.draws import dropped
-from moe_dist.moe.lora import LoRAExperts, LoRALayer
+from moe_dist.moe.experts.lora import LoRAExperts, LoRALayer
 from moe_dist.moe.losses import ColumnTables, balance_terms
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import GlobalBatchInfo, RoutingRequest
+from moe_dist.moe.routing.draws import dropped
+from moe_dist.moe.routing.types import GlobalBatchInfo, RoutingRequest
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.lora import reference_lora_layer
 

@@ -7,8 +7,8 @@ import torch
 
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertGroup
-from moe_dist.placement.roles import group_module
 from tests.reference.layer import balance_loss, picks_of, split_loss
 
 D = 5

@@ -13,9 +13,9 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.replay import Replay
+from moe_dist.moe.replayed_routers import Replay
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter

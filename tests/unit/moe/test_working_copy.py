@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.moe.experts import ExpertGemm, ExpertStack, grouped_swiglu, loop_swiglu
+from moe_dist.moe.experts.experts import ExpertGemm, ExpertStack, grouped_swiglu, loop_swiglu
 
 COUNTS = (3, 0, 2)
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_dist.moe.routing.counts import StepCounts
 from moe_dist.monitor.metrics import Record, build_record
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import EvaluationResult, StepResult, StepStatistics
-from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 MODALITIES = ("text", "image")

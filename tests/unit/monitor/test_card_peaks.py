@@ -10,8 +10,8 @@ import torch
 from moe_dist.config.load import load_config
 from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.plan.preflight import layout_without_data
-from moe_dist.train.build import build_plan
-from moe_dist.train.session import card_name
+from moe_dist.train.build.training import build_plan
+from moe_dist.train.loop.session import card_name
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moe_dist.monitor.devices import DeviceMonitor
-from moe_dist.train.step import largest_memory
+from moe_dist.train.step.training_step import largest_memory
 
 
 class FakeNvml:

@@ -9,7 +9,7 @@ from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject, heat_maps, loads, relative_entropy
 from moe_dist.monitor.sinks.tensorboard import Window
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.replicas import PlacementWithReplicas, Replica
+from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
 
 MakeRecord = Callable[..., Record]
 

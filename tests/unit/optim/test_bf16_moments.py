@@ -16,7 +16,7 @@ from moe_dist.optim.adamw import AdamW
 from moe_dist.optim.muon import Muon
 from moe_dist.optim.optimizer import make_optimizer, step_count
 from moe_dist.plan.memory import checkpoint_bytes, rank_memory
-from moe_dist.train.build import state_specs
+from moe_dist.train.build.training import state_specs
 from tests.reference import muon as reference
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.tiny import tiny_config, tiny_dataset

@@ -11,9 +11,9 @@ from torch import nn
 from moe_dist.checkpoint.verify import verify
 from moe_dist.optim.muon import Muon, orthogonalise
 from moe_dist.optim.optimizer import materialise_moments, set_step_count, split_parameters, step_count
-from moe_dist.placement.roles import Role
+from moe_dist.placement.parameter_names import Role
 from moe_dist.plan.memory import checkpoint_bytes, rank_memory
-from moe_dist.train.build import state_specs
+from moe_dist.train.build.training import state_specs
 from tests.reference import muon as reference
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.tiny import tiny_config, tiny_dataset

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
-from moe_dist.placement.roles import Role
+from moe_dist.placement.parameter_names import Role
 from tests.support.worlds import RankContext
 
 pytestmark = pytest.mark.slow

@@ -7,10 +7,10 @@ import torch
 
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.initialise import initialise
+from moe_dist.placement.parameter_names import named_parameters
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.roles import named_parameters
 from moe_dist.plan.policies import expert_groups
-from moe_dist.train.build import build_model
+from moe_dist.train.build.training import build_model
 from tests.support.tiny import tiny_config
 
 

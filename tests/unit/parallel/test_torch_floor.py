@@ -13,7 +13,7 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError
 from moe_dist.parallel.mesh import destroy_world, make_mesh, pretend_world
 from moe_dist.parallel.parallelize import ParallelModel
-from moe_dist.placement.roles import Role
+from moe_dist.placement.parameter_names import Role
 from tests.support.layouts import Layout, build
 
 ROOT = Path(__file__).parents[3]

@@ -5,7 +5,7 @@ import pytest
 
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.replicas import PlacementWithReplicas, Replica, servers, shares
+from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica, servers, shares
 
 GROUPS = (ExpertGroup("text", 3, 1, 2, 8), ExpertGroup("image", 2, 1, 1, 12, first_expert=3))
 SLOTS = ((1, 3), (0, 4), (2,), ())

@@ -14,10 +14,10 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.parallel.parallelize import shard
+from moe_dist.placement.parameter_names import Role, named_parameters, role_of_name
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.roles import Role, named_parameters, role_of_name
 from moe_dist.plan.policies import expert_groups
-from moe_dist.train.build import build_model
+from moe_dist.train.build.training import build_model
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
 

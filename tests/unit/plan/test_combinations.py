@@ -20,7 +20,7 @@ from moe_dist.config.yaml_text import dump_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.plan.preflight import Preflight, check_file
-from moe_dist.train.build import build_loader, build_model, build_plan, build_training, state_specs
+from moe_dist.train.build.training import build_loader, build_model, build_plan, build_training, state_specs
 from tests.support.cover import exhaustive, full
 from tests.support.one_rank import world_of_one
 from tests.support.tiny import IMAGE_IDS

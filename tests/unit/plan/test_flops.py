@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.model.objective import Choices
-from moe_dist.moe.routing import NO_REQUEST
+from moe_dist.moe.routing.types import NO_REQUEST
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan.flops import (
     active_parameters,
@@ -23,7 +23,7 @@ from moe_dist.plan.flops import (
     training_flops,
 )
 from moe_dist.plan.policies import expert_groups, make_placement
-from moe_dist.train.build import build_model, freeze
+from moe_dist.train.build.training import build_model, freeze
 
 
 def group(num_experts: int, num_null: int, top_k: int, ffn_dim: int, **others: int) -> dict[str, int]:

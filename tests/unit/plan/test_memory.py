@@ -19,7 +19,7 @@ from moe_dist.plan.memory import (
     rank_memory,
 )
 from moe_dist.plan.policies import expert_groups, make_placement
-from moe_dist.train.build import build_model
+from moe_dist.train.build.training import build_model
 from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
 
 

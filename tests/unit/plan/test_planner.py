@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from moe_dist.config.parallel_schema import PinnedSection
+from moe_dist.config.parallel.section import PinnedSection
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.planner import PlanComparison, compare, expected_plan, experts_text, group_shares, render, verdict
 from moe_dist.plan.policies import make_placement

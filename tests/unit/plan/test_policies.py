@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_dist.config.model_schema import MoESection
-from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection
+from moe_dist.config.parallel.section import ExplicitSection, InterleavedSection, PinnedSection
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, group_load, make_placement

@@ -5,7 +5,7 @@ from dataclasses import replace
 from moe_dist.config.load import load_config
 from moe_dist.plan.preflight import layout_without_data
 from moe_dist.plan.summary import start_text
-from moe_dist.train.dry_run import estimate
+from moe_dist.train.start.dry_run import estimate
 
 
 def test_the_start_says_model_data_and_where_to_look() -> None:

@@ -9,7 +9,7 @@ import pytest
 import tools.plan
 from moe_dist.config.load import load_config, rule_violations
 from moe_dist.plan.flops import parameters
-from moe_dist.train.dry_run import estimate
+from moe_dist.train.start.dry_run import estimate
 from tests.support.invoked import invoke
 
 CONFIG = "adamoe_mixtral8x7b_64gpu_megatron"

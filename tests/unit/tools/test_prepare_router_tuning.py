@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from moe_dist.formats.tuning_manifest import load_tuning_manifest
 
-from moe_dist.config.tuning_manifest import load_tuning_manifest
 from moe_dist.inference.loaded_run import LoadedRun, find_trained
 from moe_dist.inference.router_tuning.embedder import Embedder
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.train.loss import forward
+from moe_dist.train.objective.loss import forward
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.samples import Samples
 from tests.support.invoked import invoke

@@ -18,7 +18,7 @@ from moe_dist.monitor.report.panels import PANELS
 from moe_dist.monitor.report.routing import FRAMES, Layout, Subject, frames_of_records, merged, total
 from moe_dist.monitor.trace.format import TOKEN, Manifest
 from moe_dist.monitor.trace.writer import TraceWriter
-from moe_dist.placement.replicas import Replica
+from moe_dist.placement.replica_slots import Replica
 from moe_dist.plan.policies import expert_groups
 from tests.support.cover import full
 from tests.support.invoked import invoke

@@ -11,10 +11,10 @@ from typer.testing import Result
 from moe_dist.data.batch import IGNORED
 from moe_dist.data.loader import heldout_batches
 from moe_dist.inference.loaded_run import find_trained
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.routing.types import Assignments
 from moe_dist.monitor.trace.reader import read_trace
 from moe_dist.train.evaluation.heldout import heldout_losses
-from moe_dist.train.loss import forward
+from moe_dist.train.objective.loss import forward
 from tests.support.cover import rest_full
 from tests.support.invoked import invoke
 from tests.support.one_rank import OneRank

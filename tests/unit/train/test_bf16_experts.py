@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from moe_dist.moe.experts import ExpertStack
-from moe_dist.train import build
+from moe_dist.moe.experts.experts import ExpertStack
+from moe_dist.train.build import training as build
 from tests.support.one_rank import OneRank, world_of_one
 
 

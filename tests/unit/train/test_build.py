@@ -8,7 +8,7 @@ import torch
 
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
-from moe_dist.train.build import check_expert_gemm, state_specs
+from moe_dist.train.build.training import check_expert_gemm, state_specs
 from tests.support.messages import refused
 
 

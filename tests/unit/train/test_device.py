@@ -15,8 +15,8 @@ from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
 from moe_dist.runtime.rendezvous import StartError, StartWait
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train import session
-from moe_dist.train.session import choose_device, claim_gpu
+from moe_dist.train.loop import session
+from moe_dist.train.loop.session import choose_device, claim_gpu
 from tests.support.tiny import tiny_config
 
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
-from moe_dist.train.dry_run import bytes_text, count_text, dry_run, estimate, render
+from moe_dist.train.start.dry_run import bytes_text, count_text, dry_run, estimate, render
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PRESETS = sorted(path.name for path in CONFIGS.glob("*.yaml"))

@@ -6,17 +6,17 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from moe_dist.formats.manifest import Manifest
+from moe_dist.formats.split_files import data_digest
 
 from moe_dist.config.load import difference, load_config
-from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
-from moe_dist.config.split_files import data_digest
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.fixed_top_k import FIGURES, beside_fixed_top_k
-from moe_dist.train.session import conclude
-from moe_dist.train.trainer import Finished
+from moe_dist.train.loop.fixed_top_k import FIGURES, beside_fixed_top_k
+from moe_dist.train.loop.session import conclude
+from moe_dist.train.loop.trainer import Finished
 from tests.support.tiny import tiny_config, tiny_dataset
 
 HELD_OUT, TRUE = {"text": 3.25, "image": 1.5, "image_no_filler": 2.0}, {"text": 1.125, "image": 0.75}

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.train import trainer
-from moe_dist.train.build import build_loader, build_plan
-from moe_dist.train.garbage import collected_by_steps
+from moe_dist.train.build.training import build_loader, build_plan
+from moe_dist.train.loop import trainer
+from moe_dist.train.loop.garbage import collected_by_steps
 from tests.support.one_rank import OneRank, world_of_one
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from moe_dist.data.batch import IGNORED
-from moe_dist.train.loss import labels_by_modality, sums_by_modality
+from moe_dist.train.objective.loss import labels_by_modality, sums_by_modality
 
 
 def test_ignored_labels_do_not_count() -> None:

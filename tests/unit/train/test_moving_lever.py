@@ -11,7 +11,7 @@ import pytest
 from moe_dist.errors import DataError
 from moe_dist.monitor.statistics import LeverDecision
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.train.moving_lever import MovingLever
+from moe_dist.train.rank_balance.moving_lever import MovingLever
 from tools.bench.workloads import WorkloadShape, workload_step
 
 EVERY = 16

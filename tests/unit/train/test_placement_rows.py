@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from moe_dist.train.placement_rows import remote_rows
+from moe_dist.train.rank_balance.placement_rows import remote_rows
 
 
 def test_rows_equal_a_loop_over_tokens() -> None:

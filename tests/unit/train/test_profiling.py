@@ -11,9 +11,9 @@ import torch
 from moe_dist.config.trace_schema import ProfileSection
 from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import check
-from moe_dist.train import build
-from moe_dist.train.profiling import StepProfiler
-from moe_dist.train.trainer import Trainer
+from moe_dist.train.build import training as build
+from moe_dist.train.loop.profiling import StepProfiler
+from moe_dist.train.loop.trainer import Trainer
 from tests.support.messages import refused
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.tiny import tiny_config

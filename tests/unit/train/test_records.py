@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.sinks import tensorboard
 from moe_dist.monitor.sinks.tensorboard import Window
-from moe_dist.placement.roles import group_module
+from moe_dist.placement.parameter_names import group_module
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.trainer import Trainer
+from moe_dist.train.loop.trainer import Trainer
 from tests.support.cover import rest_full
 from tests.support.one_rank import OneRank, world_of_one
 

@@ -11,9 +11,9 @@ import pytest
 from moe_dist.errors import DataError
 from moe_dist.monitor.statistics import LeverDecision
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.replicas import PlacementWithReplicas, Replica
-from moe_dist.train.moving_lever import MovingLever
-from moe_dist.train.replicating_lever import ReplicatingLever
+from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
+from moe_dist.train.rank_balance.moving_lever import MovingLever
+from moe_dist.train.rank_balance.replicating_lever import ReplicatingLever
 
 EVERY = 16
 ONE = (ExpertGroup("all", 32, 0, 2, 8),)

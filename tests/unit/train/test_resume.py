@@ -15,8 +15,8 @@ from moe_dist.checkpoint.generators import generator_states, restore_generators
 from moe_dist.checkpoint.manager import Restored
 from moe_dist.errors import DataError
 from moe_dist.optim.optimizer import step_count
-from moe_dist.train.resume import progress_of
-from moe_dist.train.trainer import Progress
+from moe_dist.train.loop.trainer import Progress
+from moe_dist.train.start.resume import progress_of
 from tests.support.messages import refused
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.tiny import tiny_config, tiny_dataset

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from moe_dist.formats.manifest import load_manifest
+from moe_dist.formats.split_files import data_digest
 
-from moe_dist.config.manifest import load_manifest
 from moe_dist.config.schema import Config
-from moe_dist.config.split_files import data_digest
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.model.distillation import divergences
-from moe_dist.train.build import build_distillation, build_loader
-from moe_dist.train.top_logits import TopLogits
+from moe_dist.train.build.training import build_distillation, build_loader
+from moe_dist.train.objective.top_logits import TopLogits
 from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tests.support.served import saved_model

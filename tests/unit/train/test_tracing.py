@@ -16,9 +16,9 @@ from moe_dist.monitor.trace.writer import TraceWriter
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.build import build_loader, build_plan
-from moe_dist.train.step import TrainingStep
-from moe_dist.train.tracing import StepTracer, traced_steps
+from moe_dist.train.build.training import build_loader, build_plan
+from moe_dist.train.step.tracing import StepTracer, traced_steps
+from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import full
 from tests.support.messages import refused
 from tests.support.one_rank import OneRank, world_of_one

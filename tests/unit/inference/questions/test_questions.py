@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.inference.fact import Codes, Fact, Question, lemma_keys
 from moe_dist.inference.questions.catalogue import task_names
-from moe_dist.inference.questions.fact import Codes, Fact, Question, lemma_keys
 from moe_dist.inference.questions.pictures import pictures
 from moe_dist.inference.questions.split import Side, make_questions, on_side, side_of
 from moe_dist.inference.questions.trivia import alternatives, trivia

@@ -3,9 +3,9 @@
 import pytest
 
 from moe_dist.errors import ConfigError
+from moe_dist.inference.fact import Codes, Question
 from moe_dist.inference.likelihood import Continuation
 from moe_dist.inference.multiple_choice import Answered
-from moe_dist.inference.questions.fact import Codes, Question
 from moe_dist.inference.router_tuning.scoring import embedded_text, first_tokens, scored_samples
 from tests.support.messages import refused
 

@@ -3,8 +3,8 @@
 from itertools import combinations
 
 from launchers.doctor.fabric import judge, read_report, report_line
-from moe_dist.doctor.check_result import Level
 from moe_dist.parallel.round_robin import Pair, PairExchange
+from moe_dist.runtime.node.check_result import Level
 
 NODES = ["n1", "n2", "n3", "n4"]
 

@@ -1,8 +1,8 @@
 """Whether the nodes of a cluster meet the requirements of a plan."""
 
 from launchers.doctor.fit import Offer, Want, check_fit
-from moe_dist.doctor.check_result import CheckResult, Level
 from moe_dist.plan.matching import match
+from moe_dist.runtime.node.check_result import CheckResult, Level
 
 TEXT, VISION = frozenset(["text"]), frozenset(["vision"])
 

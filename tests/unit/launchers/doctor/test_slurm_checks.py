@@ -6,7 +6,7 @@ from launchers.command import JobPlan, NodePlan
 from launchers.doctor.slurm_checks import check_graces, check_slurm, gpus_of, read_offers
 from launchers.slurm.nodes import SlurmError, ask
 from moe_dist.config.cluster import Cluster
-from moe_dist.doctor.check_result import CheckResult, Level
+from moe_dist.runtime.node.check_result import CheckResult, Level
 from tests.support.messages import refused
 
 NODES = """\

@@ -21,7 +21,7 @@ from moe_dist.model.kernels.triton_kernels import TRITON
 from moe_dist.model.layers import Projection, RMSNorm, RopePairs, rotary_table
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups
-from moe_dist.train.build import build_model
+from moe_dist.train.build.training import build_model
 from tests.support.cover import full, full_unless
 from tests.unit.plan.test_memory import config as small_config
 

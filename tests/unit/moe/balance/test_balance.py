@@ -13,7 +13,7 @@ from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.placement.counts import StepCounts
+from moe_dist.moe.routing.counts import StepCounts
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.layer import bias_steps
 from tests.support.counts import counts_with

@@ -8,7 +8,7 @@ import torch
 from moe_dist.errors import DataError
 from moe_dist.moe.balance.step_load import StepLoad
 from moe_dist.moe.losses import ColumnTables, balance_terms
-from moe_dist.placement.counts import StepCounts
+from moe_dist.moe.routing.counts import StepCounts
 from moe_dist.placement.placement import ExpertGroup
 from tests.support.counts import counts_with
 

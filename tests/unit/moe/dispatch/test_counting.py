@@ -13,9 +13,9 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.planning import Planner, _by_slot
-from moe_dist.moe.dispatch.rows import counting_order
+from moe_dist.moe.kernels.torch_kernels import counting_order
 from moe_dist.moe.routers.capacity import over_capacity
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.routing.types import Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 

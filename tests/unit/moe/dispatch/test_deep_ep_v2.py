@@ -5,7 +5,7 @@ import torch
 from moe_dist.errors import ConfigError
 from moe_dist.moe.dispatch.deep_ep_v2 import topk_idx_of
 from moe_dist.moe.dispatch.kernels import SlotNumbers
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.routing.types import Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.messages import refused
 

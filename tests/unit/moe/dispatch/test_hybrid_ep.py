@@ -3,7 +3,7 @@
 import torch
 
 from moe_dist.moe.dispatch.hybrid_ep import routing_map_of
-from moe_dist.moe.routing import Assignments
+from moe_dist.moe.routing.types import Assignments
 
 
 def test_the_map_leaves_no_mark_for_an_absent_pair() -> None:

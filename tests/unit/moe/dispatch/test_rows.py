@@ -4,7 +4,7 @@ from unittest import mock
 
 import torch
 
-from moe_dist.moe.dispatch import rows
+from moe_dist.moe.kernels import torch_kernels as rows
 
 
 def test_rows_of_another_dtype_are_added_in_slices_and_in_order() -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from moe_dist.errors import ConfigError
-from moe_dist.moe.dispatch.rows import TORCH
-from moe_dist.moe.kernels import trial
-from moe_dist.moe.kernels.choice import choose_kernels
+from moe_dist.moe.kernel_choice import trial
+from moe_dist.moe.kernel_choice.choice import choose_kernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.kernels.triton_kernels import TRITON
-from moe_dist.train.build import row_kernels
+from moe_dist.train.build.training import row_kernels
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config
 

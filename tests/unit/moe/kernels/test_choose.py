@@ -5,10 +5,10 @@ from itertools import product
 import pytest
 import torch
 
-from moe_dist.moe.dispatch.rows import TORCH
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.kernels.triton_kernels import TRITON
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import Routing, RoutingCache
+from moe_dist.moe.routing.types import Routing, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
 D = 5

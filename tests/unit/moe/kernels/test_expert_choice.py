@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.moe.dispatch.rows import TORCH
+from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.kernels.triton_kernels import TRITON
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
-from moe_dist.moe.routing import GlobalBatchInfo, Routing, RoutingCache
+from moe_dist.moe.routing.types import GlobalBatchInfo, Routing, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 from tests.support.cover import full_unless
 

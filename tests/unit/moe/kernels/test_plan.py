@@ -24,7 +24,7 @@ from moe_dist.moe.dispatch.static_planning import StaticPlanner, StaticRoom
 from moe_dist.moe.kernels import plan as kernels
 from moe_dist.moe.kernels import static_plan as static_kernels
 from moe_dist.moe.kernels.interface import RowIndex
-from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.cover import full, full_unless
 

@@ -15,9 +15,9 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
-from moe_dist.moe.dispatch.rows import TORCH, add_rows
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.kernels.interface import RowIndex, RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH, add_rows
 from moe_dist.moe.kernels.triton_kernels import TRITON
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from moe_dist.moe.kernel_choice.trial import why_not
 from moe_dist.moe.kernels.operation import LARGEST_BLOCK
-from moe_dist.moe.kernels.trial import why_not
 from moe_dist.moe.kernels.triton_kernels import TRITON, TritonKernels
 from tests.support.cover import full
 

@@ -16,7 +16,7 @@ from moe_dist.moe.routers.predicted_k import PredictedKRouter
 from moe_dist.moe.routers.relu import ReLURouter
 from moe_dist.moe.routers.threshold import ThresholdRouter
 from moe_dist.moe.routers.top_p import TopPRouter
-from moe_dist.moe.routing import ABSENT, RoutingCache
+from moe_dist.moe.routing.types import ABSENT, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference import adaptive as slow
 from tests.support.counts import counts_with

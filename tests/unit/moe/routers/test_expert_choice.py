@@ -14,17 +14,17 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsFirst
-from moe_dist.moe.draws import logistic
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, Score, softmax_logits
 from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
 from moe_dist.moe.routers.selection import capacity_of_tokens
 from moe_dist.moe.routers.selection import choice_of_training as as_in_training
-from moe_dist.moe.routers.thresholds import ThresholdUpdater
-from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, Routing, RoutingCache, RoutingRequest
+from moe_dist.moe.routing.draws import logistic
+from moe_dist.moe.routing.types import ABSENT, GlobalBatchInfo, Routing, RoutingCache, RoutingRequest
+from moe_dist.moe.thresholds import ThresholdUpdater
+from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.roles import group_module
 from tests.reference.adaptive import expert_threshold
 from tests.reference.expert_choice import (
     auxiliary_loss,

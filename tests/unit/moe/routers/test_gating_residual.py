@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.moe.routers.gating_residual import GatingResidualRouter
-from moe_dist.moe.routing import Routing, RoutingCache, group_columns
+from moe_dist.moe.routing.types import Routing, RoutingCache, group_columns
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.gating_residual import chained_logits, top_k_weights
 

@@ -12,7 +12,7 @@ from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.losses import ColumnTables, balance_terms
 from moe_dist.moe.routers.group_limited import GroupLimitedRouter
-from moe_dist.moe.routing import Routing, RoutingCache
+from moe_dist.moe.routing.types import Routing, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.group_limited import limited_balance_loss, limited_weights
 from tests.support.counts import counts_with

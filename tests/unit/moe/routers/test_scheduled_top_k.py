@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from moe_dist.moe.draws import logistic
 from moe_dist.moe.routers.scheduled_top_k import HELD_OUT, ScheduledTopKRouter
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, Routing, RoutingCache
+from moe_dist.moe.routing.draws import logistic
+from moe_dist.moe.routing.types import ABSENT, GlobalBatchInfo, Routing, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.scheduled_top_k import fixed_load_weights
 

@@ -7,10 +7,10 @@ import torch
 
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.selection import choice_of_training
-from moe_dist.moe.routers.thresholds import ThresholdUpdater, updated
+from moe_dist.moe.thresholds import ThresholdUpdater, updated
 from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.placement import ExpertGroup
-from moe_dist.train.build import build_model
+from moe_dist.train.build.training import build_model
 from moe_dist.train.evaluation.calibration import calibrate
 from moe_dist.train.evaluation.heldout import heldout_losses
 from tests.support.counts import counts_with

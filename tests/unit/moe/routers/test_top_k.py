@@ -9,9 +9,9 @@ from torch import Tensor
 
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import ABSENT, RoutingCache
+from moe_dist.moe.routing.types import ABSENT, RoutingCache
+from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertGroup
-from moe_dist.placement.roles import group_module
 from tests.reference.layer import choose, weights_of
 
 D = 6

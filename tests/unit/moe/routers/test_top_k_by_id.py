@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from moe_dist.errors import ConfigError
-from moe_dist.moe.draws import logistic
 from moe_dist.moe.routers.scheduled_top_k import HELD_OUT, ScheduledTopKRouter
 from moe_dist.moe.routers.top_k_by_id import TopKByIdRouter
-from moe_dist.moe.routing import Routing, RoutingCache
+from moe_dist.moe.routing.draws import logistic
+from moe_dist.moe.routing.types import Routing, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.scheduled_top_k import fixed_load_weights
 

@@ -7,7 +7,7 @@ import pytest
 
 from moe_dist.monitor.report import numbers
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.replicas import PlacementWithReplicas, Replica
+from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
 from tests.unit.monitor.report.conftest import draw_routing
 
 

@@ -17,7 +17,7 @@ from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult, LeverDecision
 from moe_dist.monitor.tags import MAX_SCALARS, curve_of, picture_meaning
-from moe_dist.placement.replicas import PlacementWithReplicas, Replica
+from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
 from tests.support.messages import refused
 
 MakeRecord = Callable[..., Record]

@@ -18,7 +18,7 @@ from moe_dist.monitor.trace.format import ENTRY, TOKEN, Manifest
 from moe_dist.monitor.trace.reader import read_trace
 from moe_dist.monitor.trace.writer import WAITING, TraceWriter
 from moe_dist.placement.placement import ExpertGroup
-from moe_dist.placement.replicas import PlacementWithReplicas, Replica
+from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
 from tests.support.messages import refused
 
 GROUPS = (ExpertGroup("text", 4, 2, 2, 8, 0, ("text",)), ExpertGroup("image", 2, 1, 1, 8, 4, ("image",)))

@@ -15,7 +15,7 @@ import torch
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.plan.preflight import layout_without_data
-from moe_dist.train.dry_run import estimate
+from moe_dist.train.start.dry_run import estimate
 from tests.support.cover import exhaustive, full
 from tools.bench.count import count, kernels, leasts, table
 from tools.bench.fake_cuda import Work, child

@@ -5,8 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from moe_dist.formats.manifest import (
+    ImageSection,
+    Manifest,
+    SourceSection,
+    SplitSection,
+    load_manifest,
+    write_manifest,
+)
 
-from moe_dist.config.manifest import ImageSection, Manifest, SourceSection, SplitSection, load_manifest, write_manifest
 from moe_dist.data.batch import BatchMaker, Segment
 from moe_dist.data.indexed import IndexedSplit, write_indexed
 from moe_dist.data.pictures import BACKGROUNDS

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moe_dist.formats.manifest import Manifest, SplitSection, load_manifest
 
-from moe_dist.config.manifest import Manifest, SplitSection, load_manifest
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.errors import ConfigError
 from tests.support.messages import refused

@@ -10,12 +10,12 @@ import torch
 from moe_dist.config.load import load_config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import ABSENT, Assignments, RouterSums, Routing
+from moe_dist.moe.routing.types import ABSENT, Assignments, RouterSums, Routing
 from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups
-from moe_dist.train.build import build_model
-from moe_dist.train.loss import forward
+from moe_dist.train.build.training import build_model
+from moe_dist.train.objective.loss import forward
 from tools.experiments.domain_probe import domains, first_choice, mutual_information, probe
 from tools.experiments.tokens import TokenPairs, accuracy, answers, evaluate
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from moe_dist.formats.manifest import load_manifest
 
-from moe_dist.config.manifest import load_manifest
 from moe_dist.data.corpus import Picture, Recipe, Source
 from moe_dist.data.corpus_files import picture_files
 from moe_dist.data.indexed import IndexedSplit

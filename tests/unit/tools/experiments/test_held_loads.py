@@ -9,8 +9,8 @@ import torch
 
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.data.loader import heldout_batches
-from moe_dist.moe.routing import RoutingRequest
-from moe_dist.train.loss import forward
+from moe_dist.moe.routing.types import RoutingRequest
+from moe_dist.train.objective.loss import forward
 from tests.support.one_rank import OneRank, world_of_one
 from tools.experiments.held_loads import hold_loads
 

@@ -15,7 +15,7 @@ from moe_dist.data.batch import BatchMaker, Segment
 from moe_dist.model.mixture_of_depths import Chosen, DepthRouter
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import ABSENT, Assignments, RouterSums, Routing
+from moe_dist.moe.routing.types import ABSENT, Assignments, RouterSums, Routing
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.messages import refused
 from tools.experiments.measure import Spent, planned, spent_by_step

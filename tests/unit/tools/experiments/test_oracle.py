@@ -4,19 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from moe_dist.formats.manifest import Manifest
 
 from moe_dist.config.load import load_config
-from moe_dist.config.manifest import Manifest
 from moe_dist.errors import ConfigError
 from moe_dist.inference.likelihood import Continuation, Likelihood
 from moe_dist.inference.multiple_choice import likeliest
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import Routing
+from moe_dist.moe.routing.types import Routing
 from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups
-from moe_dist.train.build import build_model
-from moe_dist.train.loss import forward
+from moe_dist.train.build.training import build_model
+from moe_dist.train.objective.loss import forward
 from moe_dist.train.router_tuning.loader import SampleMaker
 from tools.experiments import oracle
 from tools.experiments.oracle import Oracle, check_routers

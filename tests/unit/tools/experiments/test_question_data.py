@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from moe_dist.formats.manifest import Manifest, load_manifest
 
-from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.inference.loaded_run import find_trained

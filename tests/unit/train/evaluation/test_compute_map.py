@@ -10,13 +10,13 @@ import torch
 
 from moe_dist.data.batch import Batch
 from moe_dist.data.loader import heldout_batches
-from moe_dist.moe.routing import RoutingRequest
+from moe_dist.moe.routing.types import RoutingRequest
 from moe_dist.monitor.compute_map import console_text, draw_map
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
-from moe_dist.train.build import build_evaluator
+from moe_dist.train.build.training import build_evaluator
 from moe_dist.train.evaluation.compute_map import mean_by_kind
 from moe_dist.train.evaluation.evaluator import Evaluator
-from moe_dist.train.loss import forward
+from moe_dist.train.objective.loss import forward
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.tiny import BEGIN_IMAGE, FILLER_CODE, GRID, IMAGE_IDS, tiny_config
 

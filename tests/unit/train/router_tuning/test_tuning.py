@@ -10,12 +10,12 @@ from torch import Tensor
 
 from moe_dist.errors import DataError
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import RoutingRequest
+from moe_dist.moe.routing.types import RoutingRequest
 from moe_dist.parallel.initialise import initialise
-from moe_dist.placement.roles import named_parameters
+from moe_dist.placement.parameter_names import named_parameters
 from moe_dist.plan.policies import expert_groups, make_placement
-from moe_dist.train.build import build_model
-from moe_dist.train.loss import MicroLoss, forward
+from moe_dist.train.build.training import build_model
+from moe_dist.train.objective.loss import MicroLoss, forward
 from moe_dist.train.router_tuning.loader import SampleBatch, SampleLoader, SampleMaker
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex
 from moe_dist.train.router_tuning.reading import RoutingReader

@@ -1,0 +1,1 @@
+"""The base class of all sections, and the unions of kinds."""

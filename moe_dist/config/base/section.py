@@ -1,0 +1,122 @@
+"""The base class of every section of a schema, and types of single values."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=0)]
+# The upper bound makes absurd numbers an error, because memory grows with the numbers of experts, ranks and layers.
+Experts = Ranks = Layers = Annotated[int, Field(ge=1, le=1 << 20)]
+NullExperts = Annotated[int, Field(ge=0, le=1 << 20)]
+# Allows no path separator, quote or leading dash, because a name becomes a folder, a job name and part of shell lines.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"  # no dot, because an expert group's name is one part of dotted keys
+UNIX_GROUP_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
+PATH_PATTERN = r"^[^\x00-\x1f\x7f-\x9f]+$"
+LABEL_PATTERN = r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$"  # a label of a Ray node: `ray.io/accelerator-type`
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+GroupName = Annotated[str, Field(pattern=GROUP_PATTERN)]
+# One share for all groups, or a share for each named group.
+ShareByGroup = Annotated[
+    Annotated[Share, Tag("number")] | Annotated[dict[GroupName, Share], Tag("mapping")],
+    Discriminator(lambda value: "mapping" if isinstance(value, dict) else "number"),
+]
+PathText = Annotated[str, Field(pattern=PATH_PATTERN)]
+Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
+# Names that no modality may have, because the tags loss/<name> of other losses use these names.
+RESERVED_MODALITIES: tuple[str, ...] = ("total", "balance", "z", "auxiliary")
+
+WATCHDOG_SHARE = 0.8  # watchdog's time limit divided by the process groups' timeout; between the two, ranks write reports
+
+WholeConfig = Any  # means `schema.Config`, which cannot be imported here (circular import)
+
+VIOLATIONS_LATER = "relations_later"  # key of pydantic's validation context: true if the caller itself calls `violations`
+
+
+class Violation(NamedTuple):
+    """A violated rule."""
+
+    keys: tuple[str, ...]  # dotted keys that the rule compares; `violations` gives the keys relative to its section
+    problem: str  # error text with key, value, rule and fix
+
+
+class Section(BaseModel):
+    """The base class of all sections. A field is explained by its `description`, or by a docstring below the field if the
+    text is too long for one line."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Gives the field `kind` or `policy` the class docstring as description; puts each description on one line."""
+        for name, field in cls.model_fields.items():
+            named = (cls.__doc__ or "") if name in ("kind", "policy") else None
+            text = field.description or named
+            field.description = text if text is None else " ".join(text.split())
+
+    def violations(self) -> Iterable[Violation]:
+        """Returns the violated rules between keys of this section."""
+        return ()
+
+    def violations_in(self, config: WholeConfig) -> Iterable[Violation]:
+        """Returns the violated rules between this section and other sections. The rules' keys are full paths, such as
+        `parallel.ep`."""
+        return ()
+
+    @model_validator(mode="after")
+    def _no_violations(self, info: ValidationInfo) -> "Section":
+        if not (info.context or {}).get(VIOLATIONS_LATER) and (broken := [*self.violations()]):
+            raise ValueError("; ".join(violation.problem for violation in broken))
+        return self
+
+
+def sections_in(value: Any, path: str = "") -> Iterator[tuple[str, Section]]:
+    """Yields every section of a configuration with its dotted key; a section comes before the sections inside it."""
+    if isinstance(value, Section):
+        yield path, value
+        value = dict(value)
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple) else ()
+    for name, item in items:
+        yield from sections_in(item, f"{path}.{name}" if path else str(name))
+
+
+def default_kind(kind: str) -> BeforeValidator:
+    """Fills in `kind` in a section that lacks this key, as in `router: {normalise: none}`."""
+    return BeforeValidator(
+        lambda value: {"kind": kind, **value} if isinstance(value, dict) and "kind" not in value else value
+    )
+
+
+def did_you_mean(name: object, names: Iterable[object]) -> str:
+    """Returns the end of an error text, with the name in `names` most similar to `name`; empty if none is similar."""
+    close = difflib.get_close_matches(str(name), [str(known) for known in names], 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unordered(schedule: Iterable[tuple[int, float]], key: str = "schedule") -> Iterator[Violation]:
+    """Yields a violation unless the first steps of a schedule begin at 0 and rise."""
+    starts = [start for start, _ in schedule]
+    if starts[:1] != [0] or starts != sorted(set(starts)):
+        problem = (
+            f"{key} must start at step 0 and rise, got first steps {starts}; begin with step 0, and let each later pair "
+        )
+        yield Violation((key,), problem + "have a later step")
+
+
+def unknown_name(what: str, name: str, names: Iterable[str]) -> str:
+    """Returns an error text that lists `names` if `name` is not among them; else empty text."""
+    known = list(names)
+    return "" if name in known else f"no such {what}; there are {', '.join(known)}{did_you_mean(name, known)}"

@@ -1,0 +1,1 @@
+"""File formats of data sets on disk: manifests, index files, split files. No file here imports torch."""

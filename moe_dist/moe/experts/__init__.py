@@ -1,0 +1,1 @@
+"""The experts of a layer, and the experts that compute nothing."""

@@ -1,0 +1,208 @@
+"""Computes replicas of experts (`placement/replica_slots.py`). Each forward fetches the replicas' weights from the
+experts' own slots.
+
+Replicas have no parameters that must be kept equal: backward sends the gradients of replicas to the experts' own slots and
+adds the gradients there, and the optimizer, the gradient norm and checkpoints see each expert once.
+
+A layer exchanges weights once in each pass, however many times its dispatcher runs the experts. Forward issues the exchange
+before all other exchanges of the layer, and waits for the weights when the first experts run. Backward sends the gradients,
+summed over all runs, after the layer's last exchange of rows: the layer's input passes through the same autograd node, so
+that every rank issues its collectives in the same order with any dispatcher.
+
+The weights of a replica stay in memory, in the dtype of the rows, from forward to backward.
+
+Shape letters: T tokens, Q pairs, D hidden size, F hidden width of an expert, c replicas of a group on this rank, V
+parameters of an expert.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_dist.comm.all_to_all import AllToAll, Pending, Splits
+from moe_dist.comm.names import BACKWARD, REPLICAS
+from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout, RunExperts
+from moe_dist.moe.experts.experts import Activation, Experts, ExpertStack, Inputs, RunStack, choose_gemm
+from moe_dist.placement.parameter_names import group_module
+from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.replica_slots import PlacementWithReplicas
+
+TENSORS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Route:
+    """Says which weights of one group's experts one rank sends and receives, in one layer.
+
+    Attributes:
+        group: Name of the group.
+        send: Slots (in this rank's stack) of the experts whose weights are sent, in the order of the destination ranks. An
+            expert may be sent to several ranks.
+        splits: Numbers of experts whose weights are sent to and received from each rank.
+    """
+
+    group: str
+    send: list[int]
+    splits: Splits
+
+    @classmethod
+    def of(cls, placement: PlacementWithReplicas, layer: int, group: ExpertGroup, rank: int) -> "Route":
+        """Makes the route of rank `rank`."""
+        home, ranks, local = placement.rank_of_expert, range(placement.num_ranks), placement.local_experts(rank, group)
+        replicas = placement.ordered(layer, group)
+        sent = [[local.index(e) for e, host in replicas if host == to and home[e] == rank] for to in ranks]
+        received = tuple(sum(home[e] == source and host == rank for e, host in replicas) for source in ranks)
+        return cls(group.name, [slot for each in sent for slot in each], Splits(tuple(map(len, sent)), received))
+
+    @property
+    def num_replicas(self) -> int:
+        """Number of the group's replicas on this rank."""
+        return sum(self.splits.receive)
+
+
+@dataclass(frozen=True)
+class ReplicaWeights:
+    """Fetches the weights of one layer's replicas to this rank. `routes` has the groups with replicas on any rank."""
+
+    layer: str
+    wire: AllToAll
+    routes: tuple[Route, ...]
+
+    @classmethod
+    def of(cls, placement: PlacementWithReplicas, layer: int, name: str, wire: AllToAll) -> "ReplicaWeights | None":
+        """Returns None for a layer without replicas."""
+        groups = [group for group in placement.groups if placement.ordered(layer, group)]
+        routes = tuple(Route.of(placement, layer, group, wire.rank) for group in groups)
+        return cls(name, wire, routes) if routes else None
+
+    def start(self, items: Tensor, route: Route, *, back: bool = False) -> Pending:
+        """Issues the exchange of one group: weights [., V] to the replicas, or with `back` their gradients home."""
+        name, splits = (REPLICAS + BACKWARD, route.splits.reversed()) if back else (REPLICAS, route.splits)
+        return self.wire.start(items, splits, name=name, layer=self.layer)
+
+
+Stacks = list[tuple[int, RunStack]]  # see `Experts._run`
+
+
+class ExpertsWithReplicas(Experts):
+    """FFN experts of this rank and, in layers with replicas, the replicas on this rank. For arguments see `Experts`.
+
+    Attributes:
+        replicas: Fetches the weights of this rank's replicas; None for a layer without replicas.
+    """
+
+    replicas: ReplicaWeights | None = None
+
+    def start(self, h_TD: Tensor, *, recompute: bool = False) -> tuple[Tensor, RunExperts]:
+        """See `Experts.start`. Issues the exchange of the layer's weights."""
+        found = self.replicas
+        if found is None:
+            return super().start(h_TD, recompute=recompute)
+        stacks: list[Any] = [self.get_submodule(group_module(route.group)) for route in found.routes]
+        weights, pending = [getattr(stack, name) for stack in stacks for name in TENSORS], list[Pending]()
+        h_TD, *arriving = _Fetch.apply(h_TD, found, pending, *weights)  # pyright: ignore[reportGeneralTypeIssues]
+
+        @cache
+        def arrived() -> Stacks:
+            """Waits for the weights, at the first call."""
+            for each in pending:
+                each.wait()
+            parts = zip(found.routes, stacks, arriving, strict=True)
+            return [(each.num_replicas, partial(_run, stack, *_cut(stack, all_cV))) for each, stack, all_cV in parts]
+
+        return h_TD, partial(self, recompute=recompute, replicas=arrived)
+
+    def forward(
+        self,
+        dispatched: DispatchedRows,
+        plan: PairLayout,
+        *,
+        recompute: bool = False,
+        replicas: Callable[[], Stacks] = list,
+    ) -> Tensor:
+        """See `Experts.forward`. The rows of replicas come behind those of the rank's own slots. `replicas` returns their
+        weights."""
+        own: Stacks = [(count, self.get_submodule(group_module(name))) for name, count in self.local]
+        more = [each for each in replicas() if each[0]]
+        return self._run(dispatched, plan, [*own, *more], recompute=recompute)
+
+
+def _cut(stack: ExpertStack, all_cV: Tensor) -> list[Tensor]:
+    """Returns gate, up [c, F, D] and down [c, D, F] of replicas, from all their parameters [c, V]."""
+    shapes = [getattr(stack, name).shape[1:] for name in TENSORS]
+    pieces = all_cV.split([shape.numel() for shape in shapes], dim=1)
+    # contiguous, as all other stacks that the grouped product gets
+    return [piece.unflatten(1, shape).contiguous() for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _run(
+    stack: ExpertStack,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    x_QD: Inputs,
+    counts: Sequence[int],
+    activate: Activation,
+) -> Tensor:
+    """Computes replicas with the weights `gate`, `up` and `down`, by the function that `stack` would use for its
+    experts."""
+    like = x_QD[0] if isinstance(x_QD, tuple) else x_QD
+    options: dict[str, Any] = {"dtype": like.dtype, "device": like.device, "widths": stack.widths}
+    swiglu: Callable[..., Tensor] = choose_gemm(stack.gemm, num_experts=len(counts), **options)
+    return swiglu(x_QD, gate, up, down, counts, activate)
+
+
+class _Fetch(torch.autograd.Function):
+    """Forward issues one exchange for each group, which sends the weights of experts to the ranks of their replicas. It
+    appends the exchanges to `pending` and returns the received weights, [c, V] for each group; the caller waits for them.
+    Backward sends the weights' gradients back. The layer's input [T, D] passes through unchanged, so that this node's
+    backward runs on every rank, after all exchanges of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, h_TD: Tensor, replicas: ReplicaWeights, pending: list[Pending], *weights: Tensor) -> Any:
+        ctx.replicas, ctx.weights = replicas, weights  # not save_for_backward: backward needs no values
+        for route, three in zip(replicas.routes, _of_groups(weights), strict=True):
+            sent = torch.cat([_slots(each, route.send).to(h_TD.dtype).flatten(1) for each in three], dim=1)
+            pending.append(replicas.start(sent, route))
+        arriving = [each.received for each in pending]
+        if not any(ctx.needs_input_grad[3:]):  # the experts are frozen, on all ranks
+            ctx.mark_non_differentiable(*arriving)
+        return h_TD.view_as(h_TD), *arriving
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        replicas, found = ctx.replicas, list[Tensor | None]()
+        if not any(ctx.needs_input_grad[3:]):
+            return grad_TD, None, None, *(None for _ in ctx.weights)
+        for route, weights, sent in zip(replicas.routes, _of_groups(ctx.weights), gradients, strict=True):
+            returned = replicas.start(sent, route, back=True).wait()
+            pieces = returned.split([each.shape[1:].numel() for each in weights], dim=1)
+            found += [_with(weight, piece, route.send) for weight, piece in zip(weights, pieces, strict=True)]
+        return grad_TD, None, None, *found
+
+
+def _of_groups(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """Cuts a list of all groups' tensors into one list per group."""
+    return [tensors[at : at + len(TENSORS)] for at in range(0, len(tensors), len(TENSORS))]
+
+
+def _slots(stack: Tensor, slots: Sequence[int]) -> Tensor:
+    """Returns slots of a stack by slices, because a list as index would sync with the host."""
+    return torch.cat([stack[:0], *(stack[slot : slot + 1] for slot in slots)])
+
+
+def _with(weight: Tensor, gradient: Tensor, slots: Sequence[int]) -> Tensor | None:
+    """Returns the gradient of the stack `weight`, made of the gradients of its replicas. If the stack has a gradient
+    already, adds to the stack's gradient in place and returns None, as `experts._WorkingCopy` does."""
+    if not slots or not weight.requires_grad:
+        return None
+    total = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    for slot, each in zip(slots, gradient, strict=True):  # in a fixed order, because `slots` may name an expert twice
+        total[slot] += each.view_as(total[slot]).to(total.dtype)
+    return total if weight.grad is None else None

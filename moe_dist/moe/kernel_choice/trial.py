@@ -1,0 +1,134 @@
+"""Tests kernels on a device before training uses the kernels: compares their values and gradients on small tensors with
+torch's.
+
+Shape letters are those of `interface`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.collectives import CommStats
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.static import StaticDispatcher
+from moe_dist.moe.dispatch.static_planning import StaticRoom
+from moe_dist.moe.kernels.interface import RowIndex, RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_dist.moe.routers.top_k import Normalise, TopKRouter
+from moe_dist.moe.routing.types import ABSENT, Assignments
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+ROWS, PAIRS, HIDDEN, WIDTH = 40, 60, 1040, 1100  # wider than one block of a kernel
+GROUPS = (ExpertGroup("one", 12, 4, 3, WIDTH, 0, ("one",)), ExpertGroup("other", 6, 2, 2, WIDTH, 12, ("other",)))
+NORMALISE: tuple[Normalise, ...] = ("none", "true_chosen")
+MOST = 0.02  # norm of a difference / norm of the result; bf16 changes a value by at most 0.4 %
+Results = list[tuple[str, Tensor]]
+
+
+def why_not(kernels: RowKernels, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns None if the kernels' results equal torch's, else a text that names the difference or failure. Compiles the
+    kernels, and syncs."""
+    return why_differ(lambda: _results(kernels, dtype), lambda: _results(TORCH, dtype), device)
+
+
+def why_differ(ours: Callable[[], Results], torchs: Callable[[], Results], device: torch.device) -> str | None:
+    """Returns None if the results of kernels equal torch's, else a text that names the difference or failure."""
+    try:
+        with device:  # the default device may be meta while a model is built
+            pairs = list(zip(ours(), torchs(), strict=True))
+        for (_, found), (name, expected) in pairs:
+            difference = float((found.double() - expected.double()).norm() / expected.double().norm())
+            if not difference <= MOST:  # also for NaN
+                return f"in a trial on {device} the {name} of the Triton kernels differs from torch's by {difference:.2g}"
+    except Exception as error:  # compilers and drivers raise errors of any class
+        return (
+            f"in a trial on {device} the Triton kernels failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        )
+    return None
+
+
+def _results(kernels: RowKernels, dtype: torch.dtype) -> Results:
+    choices = [each for normalise in NORMALISE for each in _choice(kernels, normalise)]
+    return _experts(kernels, dtype) + choices + _experts_choice(kernels) + _plan(kernels)
+
+
+def _plan(kernels: RowKernels) -> Results:
+    """Returns the dispatch plans of a layer on one rank, which sends no row: three experts for a token, some null."""
+    group, num_tokens = GROUPS[0], 300  # several blocks of tokens
+    first_T = torch.arange(num_tokens) * 7
+    columns_TK = torch.stack([first_T, first_T + 5, first_T + 9], dim=1) % (group.num_experts + group.num_null)
+    expert_N = torch.where(columns_TK < group.num_experts, columns_TK, ABSENT).flatten()
+    pairs = Assignments(torch.arange(num_tokens).repeat_interleave(3), expert_N, torch.ones(len(expert_N)), num_choices=3)
+    placement = ExpertPlacement((group,), (tuple(group.experts),))
+    wire = AllToAll(None, CommStats())
+    plan = AllToAllDispatcher(placement, wire, kernels=kernels).plan(pairs, num_tokens)
+    rows = RowIndex((plan.row_of_pair_Q,), plan.num_own_rows, plan.row_items)
+    items = (*rows.items_of_rows, *plan.table_index.items_of_rows)
+    lists = (plan.pair_P, plan.order_Q, plan.row_of_pair_Q, plan.row_O, *items)
+    room = StaticRoom((0,), (0,), ((len(expert_N),),))
+    fixed = StaticDispatcher(placement, wire, room=room, kernels=kernels).plan(pairs, num_tokens)
+    lists += (fixed.pair_P, fixed.arrival_Q, fixed.row_of_pair_Q, fixed.counts_X, fixed.end_X, fixed.sent_5)
+    for index in (fixed.table_index, fixed.pair_index(num_tokens + 1)):
+        order, first = index.items_of_rows
+        lists += (order[: first[-1]], first)
+    return [("plan", each.double()) for each in lists if each is not None]
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    """Returns the same fp32 numbers on every device."""
+    drawn = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    return drawn.to(torch.get_default_device())
+
+
+def _experts(kernels: RowKernels, dtype: torch.dtype) -> Results:
+    """Applies one expert to all pairs, with gradients, and sums base, own and received rows. Some rows have no pair."""
+    row_Q = torch.arange(PAIRS) * 7 % (ROWS - 3)
+    shapes = ((ROWS, HIDDEN), (WIDTH, HIDDEN), (WIDTH, HIDDEN), (WIDTH, HIDDEN), (ROWS, HIDDEN))
+    rows_RD, gate, up, down, grad_RD = (random(n, *each).to(dtype) for n, each in enumerate(shapes))
+    leaves = {"rows": rows_RD, "gate": gate, "up": up, "down": down, "weights": random(5, PAIRS).sigmoid()}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    index = RowIndex((row_Q,), ROWS)
+    for_gate_QD, for_up_QD = kernels.gather(rows_RD, index)
+    hidden_QF = kernels.swiglu(leaves["weights"], for_gate_QD @ gate.T / HIDDEN**0.5, for_up_QD @ up.T / HIDDEN**0.5)
+    out_RD = kernels.sum_pairs(hidden_QF @ down / WIDTH**0.5, leaves["weights"], index, dtype)
+    out_RD.backward(grad_RD)
+    tables = RowIndex((row_Q[:ROWS], row_Q[ROWS:]), ROWS)
+    received_SD = random(6, PAIRS - ROWS, HIDDEN).to(dtype)
+    with torch.no_grad():
+        summed_MD = kernels.sum_rows(rows_RD, lambda: received_SD, tables, rows_RD)
+    gradients = [(f"gradient of {name}", leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
+    return [("output of experts", out_RD.detach()), ("sum of rows", summed_MD), *gradients]
+
+
+def _experts_choice(kernels: RowKernels) -> Results:
+    """Lets experts choose among tokens of their group, and computes the sums of a report."""
+    groups = tuple(replace(group, num_null=0, first_expert=first) for group, first in zip(GROUPS, (0, 12), strict=True))
+    router = ExpertChoiceRouter(HIDDEN, groups, kernels=kernels)
+    for n, parameter in enumerate(router.parameters()):
+        parameter.data = random(10 + n, *parameter.shape) / HIDDEN**0.5
+    pairs, sums, *_ = router(random(9, ROWS, HIDDEN), torch.arange(ROWS) % 3 - 1)
+    assert sums.choice is not None
+    named = {"experts' choice": pairs.expert_N, "scores": sums.prob_C, "entropies of scores": sums.entropy_G}
+    named |= {"k-th scores": sums.choice.kth_score_E, "tokens without an expert": sums.choice.unrouted_G + 1}
+    return [(name, each.detach().double()) for name, each in named.items()]
+
+
+def _choice(kernels: RowKernels, normalise: Normalise) -> Results:
+    """Lets tokens of two groups with null experts, and padding, choose; computes weights, sums, and the gradient of the
+    input."""
+    h_TD = random(7, ROWS, HIDDEN).requires_grad_()
+    router = TopKRouter(HIDDEN, GROUPS, normalise=normalise, kernels=kernels)
+    for n, parameter in enumerate(router.parameters()):
+        parameter.data = random(8 + n, *parameter.shape) / HIDDEN**0.5
+    pairs, sums, *_ = router(h_TD, torch.arange(ROWS) % 3 - 1)
+    results = [("choice", pairs.expert_N), ("weights", pairs.weight_N), ("numbers of choices", sums.choices_C)]
+    results += [("probabilities", sums.prob_C), ("squares of log z", sums.log_z_squared_G), ("entropies", sums.entropy_G)]
+    losses = [each @ torch.arange(each.numel(), dtype=each.dtype) for _, each in results if each.requires_grad]
+    torch.stack(losses).sum().backward()
+    assert h_TD.grad is not None
+    return [*((name, each.detach()) for name, each in results), ("gradient of the router's input", h_TD.grad)]

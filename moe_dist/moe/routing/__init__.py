@@ -1,0 +1,1 @@
+"""The types that pass between router, dispatcher and experts."""

@@ -1,0 +1,283 @@
+"""Defines the records that router, dispatcher and training step exchange: assignments, sums, reports.
+
+Shape letters: T tokens on this rank, E true experts (logical, over all groups), K choices per token, N (token, expert)
+pairs, G expert groups, W ranks, A probe tokens (whose probabilities are reported), F zero-computation columns (identity and
+constant experts), C choice columns: the E true experts, then all groups' null, identity and constant experts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from moe_dist.placement.placement import ExpertGroup
+
+Recompute = Literal["none", "experts", "block"]  # which forwards backward runs again
+ABSENT = -1  # expert id of an absent pair, as in DeepEP
+
+
+class Assignments(NamedTuple):
+    """The (token, expert) pairs of one layer on this rank. The dispatcher reads no other result of the router.
+
+    N, the number of pairs, does not depend on the routing (N = T x K for token choice), so that the host knows shapes
+    without a sync. A pair that no expert computes (a null choice, padding) is therefore kept in the list as an absent pair.
+    All other pairs are called taken; no taken pair occurs twice.
+
+    Attributes:
+        token_N: int64, token of each pair.
+        expert_N: int64, logical expert of each pair; ABSENT for absent pairs.
+        weight_N: Routing weight with gradient, fp32 (float64 in a float64 model); 0 for absent pairs.
+        counts_WE: Number of pairs of each EP rank's tokens with each logical expert, the same table on all ranks.
+            `counts_WE` is None if the numbers of pairs depend on the routing, as in token choice. If `counts_WE` is given,
+            as in expert choice within one rank, every pair is taken and pairs are sorted by expert.
+        num_choices: K, if every token has K pairs and pairs are sorted by token, as in token choice; else None.
+    """
+
+    token_N: Tensor
+    expert_N: Tensor
+    weight_N: Tensor
+    counts_WE: tuple[tuple[int, ...], ...] | None = None
+    num_choices: int | None = None
+
+    def taken(self) -> "Assignments":
+        """Returns the taken pairs alone, for tests and pictures. Syncs on CUDA, because the host reads the number of taken
+        pairs."""
+        keep = self.expert_N != ABSENT
+        return Assignments(self.token_N[keep], self.expert_N[keep], self.weight_N[keep])
+
+
+class ChoiceSums(NamedTuple):
+    """The sums over this rank's tokens in one layer that only expert choice has: float64, without gradient.
+
+    Attributes:
+        kth_score_E: The k-th largest score of each expert in its selection scope, times the number of this rank's tokens of
+            the expert's group.
+        above_E: Number of tokens whose score is above the threshold of each expert.
+        unrouted_G: Number of tokens that no expert takes.
+    """
+
+    kth_score_E: Tensor
+    above_E: Tensor
+    unrouted_G: Tensor
+
+
+class RouterSums(NamedTuple):
+    """Sums over this rank's routed tokens in one layer, for balance losses and monitoring.
+
+    Attributes:
+        choices_C: int64, number of choices of each column, including choices that a capacity drops.
+        prob_C: Sum over tokens of each column's probability, differentiable. In expert choice `prob_C` sums scores, without
+            gradient.
+        tokens_G: int64, number of routed tokens.
+        log_z_squared_G: Sum over tokens of the squared log-sum-exp of the group's logits, differentiable.
+        entropy_G: Sum over tokens of the entropy of the probabilities in nats, without gradient.
+        dropped_E: int64, number of choices of each true expert that a capacity dropped.
+        choice: The sums that only expert choice has; None in token choice.
+        auxiliary_G: Cross entropy of auxiliary routers, summed over tokens and experts, differentiable; None if no
+            auxiliary router is trained.
+    """
+
+    choices_C: Tensor
+    prob_C: Tensor
+    tokens_G: Tensor
+    log_z_squared_G: Tensor
+    entropy_G: Tensor
+    dropped_E: Tensor
+    choice: ChoiceSums | None = None
+    auxiliary_G: Tensor | None = None
+
+
+class ChosenColumns(NamedTuple):
+    """The choices of T tokens, for a trace (`moe_dist.monitor.trace`).
+
+    Attributes:
+        column_TK: int16, chosen columns, the best first; -1 is no choice, -2 - c a dropped pair of column c.
+        weight_TK: float16, routing weight; 0 for null experts and dropped pairs.
+    """
+
+    column_TK: Tensor
+    weight_TK: Tensor
+
+
+class Routing(NamedTuple):
+    """The result of a router for T tokens.
+
+    Attributes:
+        zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 if not chosen.
+            Zero-computation experts run on the token's own rank, so they are in no (token, expert) pair. `zero_weight_TF`
+            is None if no group has zero-computation experts.
+        prob_AC: Probabilities of the probe tokens, 0 in columns of other groups than the token's; fp32 with gradient. None
+            without probe tokens.
+        chosen: Each token's choices, if the request asks for them.
+        logits_TC: Logits with gradient, for the next layer; None unless its router adds them to its own.
+    """
+
+    assignments: Assignments
+    sums: RouterSums
+    zero_weight_TF: Tensor | None = None
+    prob_AC: Tensor | None = None
+    chosen: ChosenColumns | None = None
+    logits_TC: Tensor | None = None
+
+
+class DepthSums(NamedTuple):
+    """Sums over this rank's tokens in a mixture-of-depths layer (`moe_dist.model.mixture_of_depths`).
+
+    Attributes:
+        tokens: int64, number of this rank's tokens that are not padding.
+        taken: int64, number of tokens that the layer computes.
+        agreed: int64, number of tokens for which evaluation's causal rule and training's selection agree.
+        cut: float64, lowest selected score in the selection scope, times `tokens`.
+        weight: float64, sum of the weights of the computed tokens, without gradient.
+        auxiliary: Binary cross entropy of the auxiliary router, summed over `tokens`, differentiable; None without an
+            auxiliary router.
+    """
+
+    tokens: Tensor
+    taken: Tensor
+    agreed: Tensor
+    cut: Tensor
+    weight: Tensor
+    auxiliary: Tensor | None
+
+
+class LayerReport(NamedTuple):
+    """The report that an MoE layer returns besides its output. The report is a NamedTuple, so that FSDP2's hooks find its
+    tensors.
+
+    Attributes:
+        sums: Sums of the router over this rank's tokens.
+        rows_remote: Rows that this rank sent to other ranks in forward, one for each distinct (token, other rank).
+        pairs: Number of taken (token, expert) pairs of this rank's tokens.
+        pairs_remote: Pairs whose expert is on another rank.
+        sent_5: None if `rows_remote`, `pairs` and `pairs_remote` are known on the host. Otherwise `rows_remote`, `pairs`
+            and `pairs_remote` are 0, and `sent_5` (int64, on the device) has their values, the number of padding rows sent
+            to other ranks, and the number of rows and pairs beyond the fixed sizes.
+        depth: Sums of a mixture-of-depths layer; None in other layers.
+        members_G: int64, number of tokens of each group in a mixture-of-depths layer, skipped tokens included; None in
+            other layers.
+        prob_AC, chosen: See `Routing`.
+        late_TD: Output [T, D] that the transformer adds after the next layer; None without a shortcut, and in the
+            transformer's reports.
+        logits_TC: See `Routing`; None in the transformer's reports.
+    """
+
+    sums: RouterSums
+    rows_remote: int
+    pairs: int
+    pairs_remote: int
+    sent_5: Tensor | None = None
+    depth: DepthSums | None = None
+    members_G: Tensor | None = None
+    prob_AC: Tensor | None = None
+    chosen: ChosenColumns | None = None
+    logits_TC: Tensor | None = None
+    late_TD: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GlobalBatchInfo:
+    """Token counts of a training micro-batch on all ranks, which are in host memory before any layer runs.
+
+    Attributes:
+        step: Optimizer step, counted from 0. Random draws and scheduled capacities depend on it.
+        first_token: Index of the micro-batch's first token among all tokens of the step.
+        rank: Global rank of this process. Ranks that share sequences count as one rank in all fields.
+        tokens_W: Number of tokens of each rank of the world, padding included.
+        members_WG: Number of tokens of each group on each rank of the world, without padding.
+    """
+
+    step: int
+    first_token: int
+    rank: int
+    tokens_W: tuple[int, ...]
+    members_WG: tuple[tuple[int, ...], ...]
+
+    def first_token_of(self, rank: int) -> int:
+        """Returns the index, among all tokens of the step, of a rank's first token. The index does not depend on the layout
+        of ranks."""
+        return self.first_token + sum(self.tokens_W[:rank])
+
+
+@dataclass(frozen=True)
+class RoutingRequest:
+    """The inputs of all routers and MoE layers of a forward besides the tokens.
+
+    Attributes:
+        batch_info: Token counts of the micro-batch on all ranks; None in evaluation.
+        probe_tokens_A: int64, indices of the tokens whose probabilities the reports contain as `prob_AC`, or None.
+        token_T: int64, index of each token in its micro-batch; None if token i has index i.
+        id_T: int64, id of each token in the vocabulary. The transformer sets it.
+        experts_off: If true, routed experts add 0 to the output. The routed experts and their collectives still run.
+        keep_choices: If true, the reports contain each token's choices as `chosen`.
+        on_reports: The transformer calls `on_reports` once with the reports of all MoE layers, before the output layer.
+            Training starts the sum of routing counts in this call.
+        previous_TC: `LayerReport.logits_TC` of the MoE layer before. The transformer sets it for each layer.
+    """
+
+    batch_info: GlobalBatchInfo | None = None
+    probe_tokens_A: Tensor | None = None
+    token_T: Tensor | None = None
+    id_T: Tensor | None = None
+    experts_off: bool = False
+    keep_choices: bool = False
+    on_reports: "Callable[[Sequence[LayerReport]], None] | None" = None
+    previous_TC: Tensor | None = None
+
+
+NO_REQUEST = RoutingRequest()
+
+
+class ExpertsChoice(NamedTuple):
+    """The tokens that each expert (expert choice) or the layer (mixture of depths) takes. Has no gradient; recomputation
+    uses the same choice.
+
+    Attributes:
+        taken_TE: bool, true if the expert takes this rank's token.
+        order_TE: int64, for each expert this rank's tokens sorted by falling logit; None if the selection scope has several
+            ranks.
+        kth_score_E: For each expert, which takes k tokens, the k-th largest score without noise in the selection scope; 0
+            if the expert takes no token or, by its capacity, all tokens of its group.
+    """
+
+    taken_TE: Tensor
+    order_TE: Tensor | None
+    kth_score_E: Tensor
+
+
+@dataclass
+class RoutingCache:
+    """The discrete decisions of one layer's forward, and the layer's request. The first forward writes the decisions, and
+    the recomputed forward reads them. The recomputed forward must not choose again: recomputed logits may differ in the
+    last bits, and a different choice would change the sizes that this rank sends.
+
+    Attributes:
+        choice_TK: The columns that each token chose, under token choice.
+        kept_TK: bool, the chosen columns that the token takes, in adaptive routers.
+        number_T: Predicted number of choices, with gradient, recomputed in each forward.
+        previous_TC: `RoutingRequest.previous_TC`.
+        logits_TC: The router's logits, with gradient, only while the router runs.
+        choice: The tokens that experts take, in expert choice.
+    """
+
+    choice_TK: Tensor | None = None
+    kept_TK: Tensor | None = None
+    number_T: Tensor | None = None
+    previous_TC: Tensor | None = None
+    logits_TC: Tensor | None = None
+    dropped_TK: Tensor | None = None
+    batch_info: GlobalBatchInfo | None = None
+    probe_tokens_A: Tensor | None = None
+    token_T: Tensor | None = None
+    id_T: Tensor | None = None
+    keep_choices: bool = False
+    choice: ExpertsChoice | None = None
+    plan: Any = None  # the dispatcher's plan
+
+
+def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:
+    """Returns the group's index of each choice column. The columns are all true experts, then all null, all identity and
+    all constant experts, each sorted by group. True experts are the first columns, to win ties in a stable sort."""
+    kinds = zip(*((g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in groups), strict=True)
+    return [group for counts in kinds for group, count in enumerate(counts) for _ in range(count)]

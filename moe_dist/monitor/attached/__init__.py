@@ -1,0 +1,1 @@
+"""Records the routing of a model that another trainer trains."""

@@ -1,0 +1,220 @@
+"""Watches the routers of a model that another trainer trains, with the records, pictures and traces of moe_dist's runs.
+
+    with attach(model, "runs/mixtral") as watch:
+        for batch in batches:
+            ...                       # forwards, backwards, optimizer.step()
+            watch.step(loss)
+
+Forward hooks on the routers count the choices that the routers return. The hooks change no value and no gradient. Shape
+letters as in `attached_routers.py`.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moe_dist.errors import ConfigError
+from moe_dist.moe.routing.counts import StepCounts
+from moe_dist.monitor.attached.folder import open_together
+from moe_dist.monitor.attached.routers import EXTRA, GUIDE, Counts, RouterHook, Routers, find_routers
+from moe_dist.monitor.metrics import Record, build_record
+from moe_dist.monitor.pictures import Subject
+from moe_dist.monitor.sinks.sink import Sink
+from moe_dist.monitor.statistics import StepResult, StepStatistics
+from moe_dist.monitor.trace.foreign import routed_group
+from moe_dist.monitor.trace.format import Manifest
+from moe_dist.placement.placement import ExpertPlacement
+
+GIVEN = 4  # numbers appended to the summed counts: loss and gradient norm, and for each the number of ranks that pass it
+
+# Tags of scalars that only moe_dist's own trainer knows.
+UNKNOWN = ("comm/", "loss/balance", "loss/z", "data/", "device/", "optim/skipped_steps", "perf/mfu")
+NO_LEDGER = ("payload_bytes", "rows_remote", "rows_topk", "rows_same_active", "rows_per_pair")
+
+
+class Attached:
+    """Watches the routers of `model` until `detach`, which the end of a `with` block calls. With several ranks the
+    constructor is collective (two small all-reduces).
+
+    Args:
+        model: A model of transformers or Megatron-Core, also wrapped (DDP, FSDP2), whose routers are in `ROUTERS`.
+        folder: Folder of the records, which `moe-dist report` reads.
+        sinks: Names of `attached_folder.SINKS`, or sinks made by the caller. Only rank 0 uses sinks.
+        trace_every: Steps between traced steps, beginning with the first; 0 for no trace.
+        trace_tokens: Largest number of traced tokens of a rank in a step; None for all.
+        tokenizer: tokenizer.json with the names of the tokens, for the report.
+        last_step: Last step before this call, if training is resumed, else 0; records of later steps in `folder` are
+            dropped.
+        group: Process group of the ranks that have the same layers and route different tokens; by default all ranks.
+
+    Raises:
+        ConfigError: the model has no known routers or is watched already; the folder has records of another model or
+            training; a sink cannot be opened; another process group took the folder at the same time; the ranks' models
+            differ; or another rank failed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: str | Path,
+        *,
+        sinks: Sequence[str | Sink] = ("hints", "jsonl", "tensorboard"),
+        trace_every: int = 100,
+        trace_tokens: int | None = 4096,
+        tokenizer: str | Path | None = None,
+        last_step: int = 0,
+        group: dist.ProcessGroup | None = None,  # pyright: ignore[reportPrivateImportUsage]
+    ) -> None:
+        if min(trace_every, last_step) < 0 or (trace_tokens is not None and trace_tokens < 1):
+            raise ConfigError(
+                f"attach: trace_every={trace_every}, trace_tokens={trace_tokens}, last_step={last_step}: none may be "
+                "negative, and trace_tokens not 0; give larger numbers",
+                see=GUIDE,
+            )
+        self._group = group = dist.group.WORLD if group is None and dist.is_initialized() else group
+        rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        routers, self._step, self._tokens = find_routers(model), last_step, 0
+        self._placement = ExpertPlacement.interleaved([routed_group(routers.num_experts, routers.top_k)], routers.ranks)
+        manifest = Manifest(
+            attempt=1,
+            from_step=last_step,
+            ranks=ranks,
+            layers=routers.layers,
+            choices=routers.top_k,
+            weights=True,
+            groups=self._placement.groups,
+            rank_of_expert=self._placement.rank_of_expert,
+            modalities=self._placement.groups[0].modalities,
+            every=trace_every,
+            tokens=trace_tokens,
+            tokenizer=None if tokenizer is None else str(Path(tokenizer).absolute()),
+            configuration=_configuration(model, routers),
+        )
+        subject = Subject(self._placement.groups, self._placement, routers.layers, num_modalities=1)
+        sequence_first, device = routers.kind.sequence_first, routers.device
+        self._writer, self._sinks = open_together(
+            Path(folder), sinks, subject, manifest, sequence_first=sequence_first, rank=rank, group=group, device=device
+        )
+        counts = self._counts = Counts(routers)
+        self._handles = [
+            model.register_forward_pre_hook(counts.see, with_kwargs=True),
+            model.register_forward_hook(counts.forget, always_call=True),
+            *(  # prepended, to run before FSDP2 reshards the router's weight and before another hook replaces the output
+                router.register_forward_hook(RouterHook(counts, routers.kind, layer), prepend=True)
+                for layer, router in enumerate(routers.modules)
+            ),
+        ]
+        self._prepare()
+
+    def step(
+        self, loss: Tensor | float | None = None, *, lr: float | None = None, grad_norm: Tensor | float | None = None
+    ) -> Record | None:
+        """Records an optimizer step with all forwards since the last call. All ranks of the group must call `step`
+        together.
+
+        Sums L x (E + 2) + 4 numbers over the ranks by one all-reduce, and waits once for the device; in a traced step the
+        host also waits for the choices of experts. A DTensor, such as FSDP2's gradient norm, costs one more all-reduce.
+
+        Args:
+            loss, grad_norm: Values on this rank; the record has the means over the ranks that pass a value.
+            lr: Learning rate, which rank 0 records.
+
+        Returns:
+            The record of the step on rank 0, else None.
+        """
+        self._step += 1
+        sums_LX, parts = self._counts.take()
+        values = torch.cat([sums_LX.flatten(), sums_LX.new_zeros(GIVEN)])
+        for at, number in ((-4, loss), (-2, grad_norm)):
+            if number is not None:
+                number = number.full_tensor() if isinstance(number, DTensor) else number
+                values[at], values[at + 1] = number.detach() if isinstance(number, Tensor) else number, 1.0
+        if self._group is not None:
+            dist.all_reduce(values, group=self._group)
+        host = values.cpu().numpy()  # the only host sync of an untraced step
+        if self._counts.keep and self._writer is not None:
+            self._writer.write(self._step, parts)
+        record = None
+        if self._sinks is not None:
+            mean_loss, mean_norm = (float(total / ranks) if ranks else None for total, ranks in host[-GIVEN:].reshape(2, 2))
+            record = self._record(host[:-GIVEN].reshape(sums_LX.shape), mean_loss, mean_norm, lr)
+            self._sinks.step(record)
+        self._prepare()
+        return record
+
+    def detach(self) -> None:
+        """Removes the hooks and closes the files. A second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        if self._writer is not None:
+            self._writer.close()
+        if self._sinks is not None:
+            self._sinks.close()
+        self._sinks = None
+
+    def __enter__(self) -> "Attached":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def _prepare(self) -> None:
+        self._began = time.perf_counter()
+        self._counts.keep = self._writer is not None and self._writer.due(self._step + 1)
+
+    def _record(self, sums_LX: np.ndarray, loss: float | None, grad_norm: float | None, lr: float | None) -> Record:
+        choices_LC, tokens_L1 = sums_LX[:, :-EXTRA].astype(np.int64), sums_LX[:, -2:-1].astype(np.int64)
+        tokens, none = int(tokens_L1.max()), np.zeros((len(sums_LX), 0))
+        self._tokens += tokens
+        result = StepResult(
+            nll_M=np.array([0.0 if loss is None else loss]) * max(1, tokens),
+            labels_M=np.array([0 if loss is None else max(1, tokens)]),
+            balance=0.0,
+            z=0.0,
+            auxiliary=0.0,
+            grad_norm=math.nan,
+            skipped=False,
+            tokens=tokens,
+            counts=StepCounts(choices_LC, tokens_L1, sums_LX[:, -1:], np.zeros_like(choices_LC), *[none] * 9),
+            ledger=dict.fromkeys(NO_LEDGER, 0),
+            comm_seconds=0.0,
+            busy_seconds_W=np.zeros(0),
+            memory_W3=np.zeros((0, 3)),
+        )
+        stats = StepStatistics(
+            result,
+            step=self._step,
+            balance_coefficient=math.nan,
+            lr=math.nan,
+            skipped_steps=0,
+            tokens=self._tokens,
+            step_seconds=time.perf_counter() - self._began,
+        )
+        groups = self._placement.groups
+        record = build_record(stats, groups=groups, placement=self._placement, modalities=groups[0].modalities)
+        known = {tag: None if tag.startswith(UNKNOWN) else value for tag, value in record.scalars.items()}
+        return replace(record, ledger={}, scalars={**known, "optim/lr": lr, "optim/grad_norm": grad_norm})
+
+
+attach = Attached
+
+
+def _configuration(model: nn.Module, routers: Routers) -> dict[str, Any]:
+    """Returns the values that the byte ledger of a report needs, under the keys of a run's configuration."""
+    hidden = cast(Tensor, routers.modules[0].weight).shape[-1]
+    dtype = next(each.dtype for each in model.parameters() if each.is_floating_point())
+    return {
+        "model": {"hidden_dim": hidden},
+        "parallel": {"precision": "bf16" if dtype.itemsize == 2 else "fp32"},
+        "train": {"micro_batch": 1},
+        "attached": type(model).__name__,
+    }

@@ -1,0 +1,239 @@
+"""Finds the routers of other systems' models, and counts the routers' choices. `ROUTERS` has a line for each router class.
+
+Shape letters: B sequences, S positions, T = B x S tokens, D hidden size, L MoE layers, E experts, K choices of a token.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.errors import ConfigError
+
+GUIDE = "docs/monitoring.md"
+EXTRA = 2  # numbers after a layer's E expert counts: number of tokens, and sum of the tokens' entropies
+
+
+class Choices(NamedTuple):
+    """The decisions of a router: experts int64 [T, K], the best first, the routing weights, and the logits [T, E]."""
+
+    ids_TK: Tensor
+    weights_TK: Tensor
+    logits_TE: Tensor
+
+
+class RouterKind(NamedTuple):
+    """Describes how to read the routers of one system.
+
+    Attributes:
+        shape: Returns the numbers of experts, of choices per token, and of ranks that share the experts.
+        read: Returns the choices, given the router, its input and its output.
+        sequence_first: True if tokens are ordered [S, B], False for [B, S].
+        fault: Returns why a router's choices cannot be read from its output; "" if they can be read.
+    """
+
+    shape: Callable[[Any], tuple[int, int, int]]
+    read: Callable[[Any, Tensor, Any], Choices]
+    sequence_first: bool = False
+    fault: Callable[[Any], str] = lambda _: ""
+
+
+def _of_transformers(router: Any, hidden: Tensor, output: Any) -> Choices:
+    # The logits are computed again, because some versions of transformers return probabilities instead of logits.
+    _, weights_TK, ids_TK = output
+    return Choices(ids_TK, weights_TK, F.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight))
+
+
+def _of_megatron(router: Any, hidden: Tensor, output: Any) -> Choices:
+    probs_TE, map_TE = output  # weights, and a boolean map of the chosen (token, expert) pairs
+    weights_TK, ids_TK = torch.where(map_TE, probs_TE, -1.0).topk(router.topk, dim=-1)
+    return Choices(ids_TK, weights_TK, router.gating(hidden).flatten(0, -2))
+
+
+def _megatron_fault(router: Any) -> str:
+    factor = router.config.moe_expert_capacity_factor
+    if factor is None:
+        return ""
+    return (
+        f"moe_expert_capacity_factor={factor:g}: the router's output lacks the dropped choices; set it to None, or give "
+        "Megatron-Core's own trace (--moe-routing-trace-path) to moe-dist report"
+    )
+
+
+TRANSFORMERS = RouterKind(lambda router: (router.num_experts, router.top_k, 1), _of_transformers)
+MEGATRON = RouterKind(
+    lambda router: (router.num_experts, router.topk, router.config.expert_model_parallel_size),
+    _of_megatron,
+    sequence_first=True,
+    fault=_megatron_fault,
+)
+# Class of a router -> functions that read its choices.
+ROUTERS: dict[str, RouterKind] = {
+    "transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter": TRANSFORMERS,
+    "transformers.models.olmoe.modeling_olmoe.OlmoeTopKRouter": TRANSFORMERS,
+    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeTopKRouter": TRANSFORMERS,
+    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeTopKRouter": TRANSFORMERS,
+    "megatron.core.transformer.moe.router.TopKRouter": MEGATRON,
+}
+
+
+class Routers(NamedTuple):
+    """The routers of a model, which all have the same shape: modules, layer indices (L), and the numbers of
+    `RouterKind.shape`."""
+
+    modules: tuple[nn.Module, ...]
+    layers: tuple[int, ...]
+    kind: RouterKind
+    num_experts: int
+    top_k: int
+    ranks: int
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first router."""
+        return next(self.modules[0].parameters()).device
+
+
+def find_routers(model: nn.Module) -> Routers:
+    """Finds the routers of a model.
+
+    Raises:
+        ConfigError: the model has no router of a known class, the routers' shapes or classes differ, a router is watched
+            already, or choices cannot be read from a router's output.
+    """
+    found = {name: (module, kind) for name, module in model.named_modules() if (kind := _kind_of(module)) is not None}
+    if not found:
+        known = ", ".join(name.rpartition(".")[2] for name in ROUTERS)
+        raise ConfigError(
+            f"attach: {type(model).__name__} has no router of a known class ({known}); give a model with such routers, or "
+            "add a line to ROUTERS in moe_dist/monitor/attached/routers.py",
+            see=GUIDE,
+        )
+    first, (module, kind) = next(iter(found.items()))
+    shape = kind.shape(module)
+    for name, (other, its_kind) in found.items():
+        if (its_kind, its_kind.shape(other)) != (kind, shape):
+            raise ConfigError(
+                f"attach: {name} has {its_kind.shape(other)[:2]} experts and choices a token, but {first} has {shape[:2]}; "
+                "all routers must have one shape: attach to the part of the model that has routers of one shape",
+                see=GUIDE,
+            )
+        if any(isinstance(hook, RouterHook) for hook in other._forward_hooks.values()):
+            raise ConfigError(
+                f"attach: {name} is watched already, and would be counted twice; detach() the earlier one first", see=GUIDE
+            )
+        if fault := kind.fault(other):
+            raise ConfigError(f"attach: {name}, {fault}", see=GUIDE)
+    return Routers(tuple(module for module, _ in found.values()), _layers(found), kind, *shape)
+
+
+def _kind_of(module: nn.Module) -> RouterKind | None:
+    names = (f"{each.__module__}.{each.__qualname__}" for each in type(module).__mro__)  # FSDP2 makes subclasses
+    return next((ROUTERS[name] for name in names if name in ROUTERS), None)
+
+
+def _layers(found: dict[str, Any]) -> tuple[int, ...]:
+    """Returns layer indices: Megatron's `layer_number` - 1, else the number in names such as model.layers.3.mlp.gate, else
+    0, 1, ..."""
+    layers = []
+    for name, (module, _) in found.items():
+        number, digits = getattr(module, "layer_number", None), re.search(r"\d+", name)
+        layers.append(number - 1 if number is not None else int(digits[0]) if digits else -1)
+    return tuple(layers) if len({-1, *layers}) == 1 + len(layers) else tuple(range(len(layers)))
+
+
+class MicroBatch(NamedTuple):
+    """Arguments of the model's forward: token ids and attention mask (0 is padding), each [B, S], or None if not given."""
+
+    tokens_BS: Tensor | None
+    mask_BS: Tensor | None
+
+
+class Traced(NamedTuple):
+    """One router's forward: ids of the chosen experts, int16, and weights, float16, both [T, K], and the micro-batch."""
+
+    ids_TK: Tensor
+    weights_TK: Tensor
+    batch: MicroBatch
+
+
+class Counts:
+    """Sums over the forwards of a step, on the routers' devices.
+
+    Attributes:
+        keep: Whether single choices are kept for a trace: (2 + 2) x K bytes per token and layer.
+
+    In a copied or pickled model the hooks do nothing, because only the original model is watched.
+    """
+
+    def __init__(self, routers: Routers) -> None:
+        self._routers, self.keep, self._batch = routers, False, MicroBatch(None, None)
+        self._start()
+
+    def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Stores the arguments of the model's forward before the forward runs."""
+        found = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+        self._batch = MicroBatch(*(each if isinstance(each, Tensor) and each.ndim == 2 else None for each in found))
+
+    def forget(self, *_: Any) -> None:
+        """Drops the stored arguments after the model's forward."""
+        self._batch = MicroBatch(None, None)
+
+    def add(self, layer: int, choices: Choices) -> None:
+        """Adds the choices of one forward of a layer (index in L), without a device sync."""
+        ids_TK, batch = choices.ids_TK, self._batch
+        real_T = self._real(batch.mask_BS, ids_TK)
+        entropy_T = torch.special.entr(choices.logits_TE.float().softmax(-1)).sum(-1)
+        new = torch.zeros(self._routers.num_experts + EXTRA, dtype=torch.float64, device=ids_TK.device)
+        new[:-EXTRA].scatter_add_(0, ids_TK.flatten(), real_T[:, None].expand_as(ids_TK).flatten().double())
+        new[-2], new[-1] = real_T.sum(), torch.where(real_T, entropy_T, 0.0).sum()
+        self._sums[layer] = new + self._sums[layer].to(ids_TK.device)
+        if self.keep:
+            self._parts[layer].append(Traced(ids_TK.to(torch.int16), choices.weights_TK.detach().half(), batch))
+
+    def take(self) -> tuple[Tensor, list[list[Traced]]]:
+        """Returns the sums float64 [L, E + EXTRA], and the kept forwards of each layer; resets sums and kept forwards."""
+        sums, parts = torch.stack([each.to(self._sums[0].device) for each in self._sums]), self._parts
+        self._start()
+        return sums, parts
+
+    def _start(self) -> None:
+        width = self._routers.num_experts + EXTRA
+        devices = [next(module.parameters()).device for module in self._routers.modules]
+        self._sums = [torch.zeros(width, dtype=torch.float64, device=device) for device in devices]
+        self._parts: list[list[Traced]] = [[] for _ in devices]
+
+    def _real(self, mask_BS: Tensor | None, ids_TK: Tensor) -> Tensor:
+        """Returns which tokens are not padding, bool [T]. Ignores an attention mask of another size than the tokens."""
+        if mask_BS is None or mask_BS.numel() != len(ids_TK):
+            return torch.ones(len(ids_TK), dtype=torch.bool, device=ids_TK.device)
+        ordered = mask_BS.T if self._routers.kind.sequence_first else mask_BS
+        return ordered.flatten().to(ids_TK.device).bool()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _NoHook, ()
+
+
+class RouterHook:
+    """The forward hook of one router. The hook counts only in training mode, and not if backward recomputes the forward."""
+
+    def __init__(self, counts: Counts, kind: RouterKind, layer: int) -> None:
+        self._counts, self._kind, self._layer = counts, kind, layer
+
+    @torch.no_grad()
+    def __call__(self, router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        recomputed = torch._C._current_graph_task_id() != -1  # true while a backward runs in this thread
+        if router.training and not recomputed:
+            self._counts.add(self._layer, self._kind.read(router, inputs[0], output))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _NoHook, ()
+
+
+class _NoHook:
+    def __call__(self, *_: Any) -> None: ...
+
+    see = forget = __call__

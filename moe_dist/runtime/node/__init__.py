@@ -1,0 +1,1 @@
+"""Facts about this node, and the checks of them."""

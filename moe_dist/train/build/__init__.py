@@ -1,0 +1,1 @@
+"""Builds a run's objects from the sections of its configuration."""

@@ -1,0 +1,453 @@
+"""Makes model, optimizer, data loader and evaluator from the configuration, together with the other `build_*` files."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from moe_dist.checkpoint.collective_status import CollectiveStatus
+from moe_dist.checkpoint.state import CheckpointState, Part, RankLayout, TensorSpec, capture, moment_specs
+from moe_dist.comm.collectives import CommStats
+from moe_dist.comm.tracker import CollectiveTracker
+from moe_dist.config.parallel.section import AllToAllDispatchSection
+from moe_dist.config.schema import Config
+from moe_dist.data.loader import TrainLoader
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import Manifest
+from moe_dist.formats.split_files import data_digest
+from moe_dist.model.attention import Attention, CausalAttention
+from moe_dist.model.compiled import compile_dense
+from moe_dist.model.kernels.choice import use_triton
+from moe_dist.model.latent_attention import LatentAttention
+from moe_dist.model.layers import ModelArgs
+from moe_dist.model.mixture_of_depths import DepthRouter
+from moe_dist.model.rope import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from moe_dist.model.sink_attention import SinkAttention
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.balance.controller import BiasController
+from moe_dist.moe.balance.step_load import StepLoad
+from moe_dist.moe.experts.experts import choose_gemm
+from moe_dist.moe.kernel_choice.choice import choose_kernels
+from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.routers.selection import SelectionScope
+from moe_dist.moe.thresholds import ThresholdUpdater
+from moe_dist.monitor.card_peaks import peak_tflops
+from moe_dist.optim.muon import Muon
+from moe_dist.optim.optimizer import lr_at, make_optimizer, split_parameters
+from moe_dist.parallel.initialise import allocate, initialise
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.parallelize import ParallelModel, freeze_all_but, shard
+from moe_dist.placement.parameter_names import ADAPTERS, ROUTERS, Role
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.plan.flops import model_flops_per_token
+from moe_dist.plan.policies import expert_groups, replicated_placement
+from moe_dist.train.build.dealing import build_dealing
+from moe_dist.train.build.dispatch import DispatchParts, NodeGroups, build_all_to_all
+from moe_dist.train.build.experts import EXPERTS, LayerParts, attention_adapters
+from moe_dist.train.build.routing import build_balance, build_scopes, build_targets, depth_thresholds
+from moe_dist.train.build.tuning import build_tuning
+from moe_dist.train.evaluation.compute_map import Mapper
+from moe_dist.train.evaluation.evaluator import Evaluator
+from moe_dist.train.objective.distillation import Distillation, Teacher, load_teacher, teacher_section
+from moe_dist.train.objective.loss import AuxSettings, aux_at
+from moe_dist.train.objective.top_logits import TopLogits
+from moe_dist.train.router_tuning.loader import MAKERS, SampleLoader
+from moe_dist.train.router_tuning.samples import Samples
+from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
+from moe_dist.train.step.training_step import TrainingStep
+
+logger = logging.getLogger(__name__)
+
+TRAINED_ROLES = {"auxiliary_routers": {Role.AUXILIARY_ROUTER}, "adapters": ROUTERS | ADAPTERS}
+ROPE_SCALINGS: dict[str, Callable[..., RopeScaling]] = {
+    "linear": LinearScaling,
+    "dynamic": DynamicScaling,
+    "yarn": YarnScaling,
+    "llama3": Llama3Scaling,
+}
+ATTENTIONS: dict[str, Callable[..., CausalAttention]] = {
+    "grouped_query": Attention,
+    "latent": LatentAttention,
+    "sinks": SinkAttention,
+}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw": lambda groups, dtype, **fields: make_optimizer(groups, **fields),
+    "muon": lambda groups, dtype, **fields: Muon(groups, dtype=dtype, **fields),
+}
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def model_args(config: Config, compute_dtype: torch.dtype) -> ModelArgs:
+    """Copies the transformer's arguments from the configuration, because the package `model` imports no configuration."""
+    section = config.model
+    named = {each.name: getattr(section, each.name) for each in fields(ModelArgs) if hasattr(section, each.name)}
+    named["head_dim"] = section.resolved_head_dim
+    if (scaling := section.rope_scaling) is not None:
+        named["rope_scaling"] = ROPE_SCALINGS[scaling.kind](**scaling.model_dump(exclude={"kind"}))
+    named["loss_words"] = config.parallel.loss_words_of(section.vocab_size)
+    named["two_batch_overlap"] = config.parallel.two_batch_overlap
+    return ModelArgs(**named, compute_dtype=compute_dtype, recompute_blocks=config.parallel.recompute == "block")
+
+
+def build_model(
+    config: Config,
+    placement: ExpertPlacement,
+    *,
+    ep_rank: int,
+    ep_group: dist.ProcessGroup | None,
+    node_groups: NodeGroups = (None, None),
+    comm_stats: CommStats | None = None,
+    tracker: CollectiveTracker | None = None,
+    compute_dtype: torch.dtype | None = None,
+    choice_scope: SelectionScope | None = None,
+    depth_scope: SelectionScope | None = None,
+    kernels: RowKernels = TORCH,
+) -> Transformer:
+    """Makes the transformer with this rank's experts, on torch's default device (meta in a dry run and before sharding).
+
+    Args:
+        placement: Experts of each EP rank. The model can run without an `ep_group` only if one rank holds all experts.
+        node_groups: Process groups between nodes and inside this node, for the hierarchical dispatcher.
+        comm_stats: Counts bytes and seconds of the exchanges of all layers.
+        tracker: Records the all-to-alls for the watchdog.
+        compute_dtype: Overrides `parallel.precision`, for tests in float64.
+        choice_scope: With expert choice, the ranks whose tokens compete for an expert; None if only this rank's tokens
+            compete.
+        depth_scope: Ranks whose tokens compete in mixture-of-depths layers; None if only this rank's tokens compete.
+        kernels: Functions for the arithmetic on rows before and after the experts' matrix products.
+    """
+    section, stats = config.model, comm_stats or CommStats()
+    dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
+    all_to_all = build_all_to_all(config.parallel, ep_group, stats, tracker)
+    parts = LayerParts(config, placement, ep_rank, all_to_all, node_groups, choice_scope, kernels)
+
+    def make_depths(layer: int) -> DepthRouter:
+        assert section.mixture_of_depths is not None
+        fields = section.mixture_of_depths.model_dump(exclude={"every", "first", "scope"})
+        return DepthRouter(section.hidden_dim, selection_scope=depth_scope, name=f"layers.{layer}", **fields)
+
+    return Transformer(
+        model_args(config, dtype),
+        EXPERTS[section.moe.experts.kind](parts),
+        make_depths,
+        attention_adapters(config),
+        partial(ATTENTIONS[section.attention.kind], **section.attention.model_dump(exclude={"kind"})),
+    )
+
+
+def build_for_inference(
+    config: Config, placement: ExpertPlacement, device: torch.device, mesh: Mesh | None = None
+) -> Transformer:
+    """Makes the model in evaluation mode, with uninitialised tensors, which the caller must load. Ignores how the training
+    run was laid out over ranks. The ranks of an EP group of `mesh` share the experts; without `mesh` this rank has all
+    experts."""
+    ep, ep_rank, ep_group = (1, 0, None) if mesh is None else (mesh.ep_size, mesh.ep_rank, mesh.ep)
+    alone = {"ep": ep, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": AllToAllDispatchSection()}
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
+    with torch.device("meta"):
+        model = build_model(config, placement, ep_rank=ep_rank, ep_group=ep_group)
+    allocate(model, device)
+    return model.eval()
+
+
+def state_specs(config: Config) -> dict[str, TensorSpec]:
+    """Returns shape and dtype of each tensor in a checkpoint of the configured model, by logical name: parameters, buffers,
+    and the optimizer's moments of trained parameters. Allocates no memory for tensors."""
+    everything = replicated_placement(expert_groups(config.model.moe))
+    with torch.device("meta"):
+        model = build_model(config, everything, ep_rank=0, ep_group=None)
+    freeze(model, config)
+    layout = RankLayout(everything)
+    dtype = torch.bfloat16 if config.optimizer.moments == "bf16" else None
+    moments = moment_specs(model, layout, orthogonal=config.optimizer.orthogonal, dtype=dtype)
+    return {**capture(model, None, layout, part=saved_part(config)).specs, **moments}
+
+
+def freeze(model: Transformer, config: Config) -> None:
+    """Disables the gradients of parameters that `router_tuning` or `train.only` does not train or `train.frozen` names."""
+    if config.router_tuning is not None:
+        freeze_all_but_routers(model, config.router_tuning.chosen_layers(config.model.moe_layers))
+    elif config.train.only is not None:
+        frozen = ROUTERS if config.model.moe.experts.adapts_ffns else frozenset()
+        freeze_all_but(model, TRAINED_ROLES[config.train.only] - frozen)
+    elif config.train.frozen is not None:
+        freeze_all_but(model, frozenset(Role) - ROUTERS)
+
+
+def saved_part(config: Config) -> Part:
+    """Returns the part of the model that checkpoints contain: trained parameters if the run trains adapters, else all."""
+    return "trained" if config.train.only == "adapters" else "all"
+
+
+def rank_layout(placement: ExpertPlacement, mesh: Mesh | None) -> RankLayout:
+    """Returns this rank's position among the ranks that share a checkpoint. `mesh` is None for a single rank."""
+    if mesh is None:
+        return RankLayout(placement)
+    return RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
+
+
+@dataclass(frozen=True)
+class Training:
+    """The model (wrapped for data parallelism), its optimizer, its controllers and its training step."""
+
+    parallel: ParallelModel
+    optimizer: Optimizer
+    step: TrainingStep
+    dispatch: DispatchParts | None = None  # kept to make another dispatcher if experts move
+    balance: BiasController | None = None
+    tuning: RouterTuning | None = None
+    load: StepLoad | None = None
+
+    def capture(self, layout: RankLayout, **options: Any) -> CheckpointState:
+        """Returns the state of this rank's model and optimizer, as `moe_dist.checkpoint.state.capture` does."""
+        return capture(self.parallel.model, self.optimizer, layout, **options)
+
+    def loaded(self, state: CheckpointState) -> None:
+        """Must be called after a checkpoint is loaded into the tensors of `state`, which `capture` returned."""
+
+    def controllers(self) -> dict[str, BiasController | RouterTuning | StepLoad]:
+        """Returns the controllers whose state a checkpoint saves, by name."""
+        found = {"balance": self.balance, "router_tuning": self.tuning, "balance_loss": self.load}
+        return {name: each for name, each in found.items() if each is not None}
+
+
+def build_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:
+    """Builds the model on the meta device, shards it, initialises its weights, and wraps it for data parallelism. Then
+    makes the optimizer and the training step.
+
+    The model is sharded before memory is allocated, so that no rank ever allocates the whole model.
+    """
+    comm_stats = CommStats()
+    check_expert_gemm(config, mesh.device)
+    choice_scope, depth_scope = build_scopes(config, mesh, comm_stats)
+    kernels = row_kernels(config, mesh.device)
+    with torch.device("meta"):
+        model = build_model(
+            config,
+            placement,
+            ep_rank=mesh.ep_rank,
+            ep_group=mesh.ep,
+            node_groups=(mesh.inter_node, mesh.intra_node),
+            comm_stats=comm_stats,
+            tracker=mesh.tracker,
+            choice_scope=choice_scope,
+            depth_scope=depth_scope,
+            kernels=kernels,
+        )
+    freeze(model, config)  # frozen before sharding, so that FSDP2 reduces no gradients of frozen parameters
+    if config.parallel.compile:
+        compile_dense(model)
+    elif kernels is not TORCH:  # torch.compile fuses these operations itself
+        use_triton(model, config.parallel.kernels.kind, device=mesh.device, dtype=model.args.compute_dtype)
+    if config.parallel.data == "fsdp2":
+        shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
+    initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)
+    parallel = ParallelModel(model, mesh, config.parallel.data, fsdp_gather=config.parallel.fsdp_gather)
+    optimizer = build_optimizer(config, model)
+    groups = group_of_modality(manifest, placement)
+    whole = config.train.only is None  # if False, routers keep the thresholds of the loaded model
+    tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
+    layers = model.moe_modules()
+    balance = build_balance(config.model.moe, [layer.router for layer in layers], placement.groups, mesh.device)
+    thresholds = (ThresholdUpdater.of(layers), depth_thresholds(model)) if whole else ()
+    load = StepLoad(placement.groups, len(layers), mesh.device) if config.loss.balance.scope == "step" and layers else None
+    distillation, taught = None, config.loss.distillation
+    if taught is not None:
+        status = CollectiveStatus(taught.teacher or taught.top_logits or "", mesh.checkpoint, mesh.tracker)
+        read = partial(build_distillation, config, manifest, mesh.device)
+        distillation = status.phase("load the teacher", read, kind=DataError)  # the load fails on all ranks, or on none
+    step = TrainingStep(
+        parallel,
+        optimizer,
+        placement=placement,
+        group_of_modality=groups,
+        clip_norm=config.optimizer.clip_norm,
+        comm_stats=comm_stats,
+        controllers=[each for each in (balance, *thresholds, load) if each is not None],
+        needs_global_batch_info=config.model.moe.router.needs_global_batch_info or config.model.largest_dropout > 0.0,
+        tuning=tuning if config.router_tuning is not None and config.router_tuning.weight else None,
+        distillation=distillation,
+        load=load,
+    )
+    wire, nodes = build_all_to_all(config.parallel, mesh.ep, comm_stats, mesh.tracker), (mesh.inter_node, mesh.intra_node)
+    tokens = config.train.micro_batch * config.data.seq_len
+    dispatch = DispatchParts(config.parallel, placement, wire, config.model.hidden_dim, nodes, kernels, tokens=tokens)
+    return Training(parallel, optimizer, step, dispatch, balance, tuning, load)
+
+
+def build_distillation(config: Config, manifest: Manifest, device: torch.device) -> Distillation:
+    """Makes the distillation term of the loss, and loads the teacher, or opens its stored output, on this rank."""
+    section = config.loss.distillation
+    assert section is not None, "the caller checks the section"
+    if section.top_logits is not None:
+        digest = data_digest(config.data.path, manifest)
+        return Distillation(TopLogits(section.top_logits, config, digest), weight=section.weight)
+    assert section.teacher is not None, "the section has one of the two"
+    folder, model = teacher_section(section.teacher, config.model, manifest, seq_len=config.data.seq_len)
+    placement = replicated_placement(expert_groups(model.moe))
+    teacher = build_for_inference(config.model_copy(update={"model": model}), placement, device)
+    load_teacher(teacher, folder, placement)
+    of_modality = torch.tensor(group_of_modality(manifest, placement), device=device)
+    return Distillation(Teacher(teacher, of_modality, divergence=section.divergence), weight=section.weight)
+
+
+def build_optimizer(config: Config, model: Transformer) -> Optimizer:
+    """Makes the optimizer of the model's trained parameters, after sharding."""
+    section = config.optimizer
+    groups = split_parameters(model, weight_decay=section.weight_decay, orthogonal=section.orthogonal)
+    fields = section.model_dump(exclude={"kind", "weight_decay", "clip_norm", "schedule"})
+    return OPTIMIZERS[section.kind](groups, COMPUTE_DTYPES[config.parallel.precision], **fields)
+
+
+def check_expert_gemm(config: Config, device: torch.device) -> None:
+    """Raises ConfigError if the run needs a grouped matrix product that this device lacks for the model's experts."""
+    dtype, kind = COMPUTE_DTYPES[config.parallel.precision], config.parallel.expert_gemm
+    if config.parallel.dispatch.kind == "static" and device.type == "cuda":
+        kind = "grouped"  # a loop over experts would need each expert's number of rows on the host
+    for group in config.model.moe.groups.values():
+        widths = (config.model.hidden_dim, group.ffn_dim)
+        try:
+            choose_gemm(kind, dtype=dtype, device=device, widths=widths, num_experts=group.num_experts)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def row_kernels(config: Config, device: torch.device) -> RowKernels:
+    """Returns the kernels of `parallel.kernels`. If `auto` cannot use the Triton kernels on CUDA, the log says why.
+
+    Raises:
+        ConfigError: `parallel.kernels` is triton, but this device cannot use Triton kernels.
+    """
+    dtype = COMPUTE_DTYPES[config.parallel.precision]
+    try:
+        kernels, reason = choose_kernels(config.parallel.kernels.kind, device=device, dtype=dtype)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if reason is not None:
+        logger.warning("parallel.kernels.kind=auto takes torch: %s (docs/gpu.md)", reason)
+    return kernels
+
+
+def group_of_modality(manifest: Manifest, placement: ExpertPlacement) -> list[int]:
+    """Returns the index of each modality's expert group, in the order of the manifest's modalities."""
+    index = {name: i for i, group in enumerate(placement.groups) for name in group.modalities}
+    return [index[name] for name in manifest.modalities]
+
+
+def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: int) -> TrainLoader | SampleLoader:
+    """Makes the loader of one rank's training batches."""
+    share: dict[str, int] = {
+        "seed": config.run.seed,
+        "global_batch": config.train.global_batch,
+        "micro_batch": config.train.micro_batch,
+        "rank": rank,
+        "world_size": world_size,
+    }
+    if config.router_tuning is not None:
+        return SampleLoader(Samples(config.router_tuning.data), MAKERS[config.router_tuning.objective](manifest), **share)
+    data = config.data
+    return TrainLoader(
+        data.path,
+        manifest,
+        seq_len=data.seq_len,
+        weights=data.weights,
+        pack_window=data.pack_window,
+        dealing=build_dealing(config, tuple(manifest.modalities)),
+        **share,
+    )
+
+
+def build_evaluator(config: Config, manifest: Manifest, training: Training, placement: ExpertPlacement) -> Evaluator:
+    """Makes the held-out evaluation of the model in training."""
+    section, folder, depths = config.monitor.compute_map, Path(config.data.path), config.model.mixture_of_depths
+    router = config.model.moe.router
+    causal = (getattr(router, "causal", None), None if depths is None else depths.causal)
+    return Evaluator(
+        training.parallel.model,
+        training.parallel.mesh,
+        placement,
+        reader=training.parallel.reader,
+        counts_tokens=training.parallel.counts_tokens,
+        folder=folder,
+        manifest=manifest,
+        seq_len=config.data.seq_len,
+        sequences=config.evaluation.sequences,
+        final_sequences=config.evaluation.final_sequences,
+        micro_batch=config.train.micro_batch,
+        group_of_modality=training.step.group_of_modality,
+        measure_balance=config.evaluation.balance_efficiency and not config.model.moe.experts.replicated,
+        ablate=config.evaluation.ablate_experts,
+        mapper=None if section is None else Mapper(folder, manifest, placement.groups, **section.model_dump()),
+        layer_ranks=training.parallel.layer_ranks,
+        experts_choose=router.experts_choose,
+        calibration=config.evaluation.calibration if "threshold" in causal else 0,
+    )
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Settings of the training loop, as plain values.
+
+    Attributes:
+        flops_per_token: Function that returns the FLOPs per token of forward and backward. The function's arguments map
+            each group's name to the mean number of true (not null) experts per token, and to the group's fraction of all
+            tokens.
+        active_target: By group: the function of `build_targets`.
+        even_active: By group: the mean number of true experts per token with balanced routing. It has only the groups in
+            which a controller or a null weight of the balance loss sets this number. In the other groups the number is
+            top_k x true experts / all experts.
+    """
+
+    placement: ExpertPlacement
+    policy: str  # name of the placement policy
+    modalities: tuple[str, ...]
+    baselines: Mapping[str, float]  # held-out losses of unigram and bigram models, in nats per token
+    steps: int  # number of steps of the run
+    global_batch: int  # sequences per step, over all ranks
+    lr: Callable[[int], float]  # learning rate of a step (0-based)
+    aux: Callable[[int], AuxSettings]  # coefficients of the auxiliary terms in a step (0-based)
+    evaluate_every: int  # steps between two evaluations
+    save_every: int  # steps between two checkpoints
+    max_skipped_in_a_row: int  # the run ends with an error after this many skipped steps in a row
+    flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
+    peak_flops: float | None  # peak FLOPs per second, summed over all devices; None if unknown
+    peak_source: str  # the configuration key, or the name of the card, that `peak_flops` comes from
+    active_target: Mapping[str, Callable[[int], float]]
+    even_active: Mapping[str, float]
+    checks: tuple[str, ...]  # names of the checks at the end of the run (evaluation.checks)
+
+
+def build_plan(config: Config, manifest: Manifest, placement: ExpertPlacement, card: str | None = None) -> TrainingPlan:
+    """Makes the settings of the training loop from the configuration. `card` is the name of the ranks' GPU."""
+    optimizer, balance = config.optimizer, config.loss.balance
+    peak, source = config.monitor.peak_tflops, "monitor.peak_tflops"
+    if peak is None and card is not None and config.parallel.precision == "bf16":
+        peak, source = peak_tflops(card), card
+    names = [group.name for group in placement.groups]
+    weights = tuple(balance.null_weight.get(name, 1.0) for name in names) if balance.null_weight else None
+    return TrainingPlan(
+        placement=placement,
+        policy=config.placement.policy,
+        modalities=tuple(manifest.modalities),
+        baselines=manifest.baselines,
+        steps=config.train.steps,
+        global_batch=config.train.global_batch,
+        lr=partial(lr_at, peak=optimizer.lr, total_steps=config.train.steps, **optimizer.schedule.model_dump()),
+        aux=partial(aux_at, schedule=balance.schedule, kind=balance.kind, z=config.loss.z, null_weight_G=weights),
+        evaluate_every=config.evaluation.every,
+        save_every=config.checkpoint.every,
+        max_skipped_in_a_row=config.train.max_skipped_in_a_row,
+        flops_per_token=partial(model_flops_per_token, config=config),
+        active_target=build_targets(config.model.moe, placement.groups),
+        even_active=config.even_active,
+        checks=config.evaluation.checks,
+        peak_flops=None if peak is None else peak * 1e12 * config.parallel.ep * config.parallel.edp,
+        peak_source=source,
+    )

@@ -1,0 +1,141 @@
+"""Replays a step of a trace (routers take the traced expert choices), and computes the loss with other expert choices.
+
+Shape letters: B sequences, S positions, T tokens of this rank, L MoE layers, K choices.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_dist.data.batch import Batch
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.replayed_routers import Replay, replayable_routers
+from moe_dist.moe.routing.types import ABSENT, RoutingRequest
+from moe_dist.monitor.trace.foreign import NO_ID
+from moe_dist.monitor.trace.reader import TracedStep
+from moe_dist.placement.placement import ExpertGroup
+from moe_dist.train.objective.loss import forward
+
+
+def replay_step(
+    model: torch.nn.Module,
+    traced: TracedStep,
+    batches: Sequence[Batch],
+    sequences: Sequence[Sequence[int]],
+    group_of_modality: Tensor,
+    *,
+    source: str,
+) -> Replay:
+    """Returns the replay of a traced step for this rank's micro-batches, which may differ from the traced run's
+    micro-batches. The replay finds tokens by sequence and position, so that the number of ranks and the placement may
+    differ from the traced run.
+
+    Args:
+        traced: A step of a run's trace (`read_trace`), or of another system's trace (`read_foreign`).
+        batches, sequences: This rank's micro-batches on the host, and for each micro-batch the numbers of its sequences in
+            the trace. In a run's trace `data.order.micro_batches` gives the numbers; in another system's trace each file is
+            a sequence, counted from 0.
+        group_of_modality: Index of the expert group of each modality of the batches.
+        source: File or folder of the trace, named in error messages.
+
+    Raises:
+        ConfigError: the model has a router that cannot replay.
+        DataError: the traced step has another model or other tokens, or lacks tokens of the batches.
+    """
+    routers, recorded = replayable_routers(model), traced.manifest
+    ours, theirs = _columns(routers[0].groups), _columns(recorded.groups)
+    if ours != theirs or len(routers) != len(recorded.layers):
+        raise DataError(
+            f"{source}: groups={theirs} (true, null, identity, constant experts, and choices of a token) in "
+            f"{len(recorded.layers)} MoE layers, but the model has {ours} in {len(routers)} layers; a replay needs equal "
+            "numbers, so give the trace of this model"
+        )
+    real_T = ~torch.cat([batch.padding_BS.flatten() for batch in batches]).numpy()
+    modality_T = torch.cat([batch.modality_BS.flatten() for batch in batches]).numpy()
+    token_T = torch.cat([batch.tokens_BS.flatten() for batch in batches]).numpy()
+    ids_TLK = np.full((len(real_T), *traced.ids.shape[1:]), ABSENT, np.int16)
+    ids_TLK[real_T] = traced.ids[_rows(traced, batches, sequences, real_T, token_T, source)]
+    return Replay(model, ids_TLK, np.where(real_T, group_of_modality.cpu().numpy()[modality_T], -1), source=source)
+
+
+def _columns(groups: Sequence[ExpertGroup]) -> list[tuple[int, ...]]:
+    return [(g.num_experts, g.num_null, g.num_identity, g.num_constant, g.top_k) for g in groups]
+
+
+def _rows(
+    traced: TracedStep,
+    batches: Sequence[Batch],
+    sequences: Sequence[Sequence[int]],
+    real_T: np.ndarray,
+    token_T: np.ndarray,
+    source: str,
+) -> np.ndarray:
+    """Returns the index in the trace of each token of this rank that is not padding."""
+    length = batches[0].tokens_BS.shape[1]
+    number_T = np.repeat(np.concatenate([np.asarray(part) for part in sequences]), length)
+    if len(number_T) != len(real_T):
+        raise ConfigError(
+            f"sequences={list(sequences)}: {len(number_T) // length} sequences, but the batches have "
+            f"{len(real_T) // length}; give one range for each micro-batch"
+        )
+    place_T = np.tile(np.arange(length), len(number_T) // length)
+    number_T, place_T, token_T = (each[real_T] for each in (number_T, place_T, token_T))
+    key, wanted_T = _key(traced.tokens["sequence"], traced.tokens["position"]), _key(number_T, place_T)
+    missing_T = np.isin(wanted_T, key, invert=True)
+    if missing_T.any():
+        first = int(missing_T.argmax())
+        raise DataError(
+            f"{source}: sequence={number_T[first]}, position={place_T[first]} is not among the {len(key)} traced tokens; "
+            "a replay needs all tokens of the batch, so give the batch of that step, traced with monitor.trace.tokens=null"
+        )
+    order = np.argsort(key)
+    found_T = order[np.searchsorted(key, wanted_T, sorter=order)]
+    recorded_T = traced.tokens["token"][found_T]
+    other_T = (recorded_T != token_T) & (recorded_T != NO_ID)
+    if other_T.any():
+        first = int(other_T.argmax())
+        raise DataError(
+            f"{source}: token={recorded_T[first]} at sequence={number_T[first]}, position={place_T[first]}, but the batch "
+            f"has token {token_T[first]} there; a replay needs the tokens of the trace, so give the batch of that step"
+        )
+    return found_T
+
+
+def _key(sequence: np.ndarray, position: np.ndarray) -> np.ndarray:
+    return sequence.astype(np.int64) << 32 | position
+
+
+@torch.no_grad()
+def counterfactual(
+    model: Transformer, batch: Batch, group_of_modality: Tensor, *, token: int, layer: int, choice: Sequence[int]
+) -> Tensor:
+    """Returns by how much the cross entropy of each label [B, S] rises if one token takes other experts in one MoE layer
+    and all other expert choices, also in later layers, stay the same. Costs two forward passes. Collective: every rank of
+    an EP group calls the function, with a token of its own batch.
+
+    Args:
+        token: Index of the token in the batch, counted along B x S.
+        layer: Index of the layer among the MoE layers.
+        choice: The k expert columns that the token takes, where k is top_k of the token's group.
+
+    Raises:
+        ConfigError: there is no such token or layer, or the model has a router that cannot replay.
+        DataError: the token cannot take the columns in `choice`.
+    """
+    replayable_routers(model)
+    before_BS, reports = forward(model, batch, group_of_modality, RoutingRequest(keep_choices=True), losses=True)
+    ids_TLK = torch.stack([each.chosen.column_TK for each in reports if each.chosen is not None], 1).long().cpu().numpy()
+    tokens, layers, choices = ids_TLK.shape
+    if not (0 <= token < tokens and 0 <= layer < layers and len(choice) <= choices):
+        raise ConfigError(
+            f"counterfactual: token={token}, layer={layer}, {len(choice)} choices, but the batch has {tokens} tokens, and "
+            f"the model {layers} MoE layers with at most {choices} choices; take smaller numbers, counted from 0"
+        )
+    ids_TLK[token, layer] = [*choice, *[ABSENT] * (choices - len(choice))]
+    group_BS = group_of_modality[batch.modality_BS].masked_fill(batch.padding_BS, -1)
+    with Replay(model, ids_TLK, group_BS.flatten().cpu().numpy(), source="counterfactual"):
+        after_BS, _ = forward(model, batch, group_of_modality, losses=True)
+    return after_BS - before_BS

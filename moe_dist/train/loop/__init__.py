@@ -1,0 +1,1 @@
+"""The loop over steps, and the session around it."""

@@ -1,0 +1,272 @@
+"""Makes what a rank needs around the training loop: device, process groups, watchdog, sinks of records, summary."""
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from rich.console import Console
+
+from moe_dist.comm.tracker import CollectiveTracker
+from moe_dist.config.load import resolved_yaml
+from moe_dist.config.schema import Config
+from moe_dist.errors import ResourceError
+from moe_dist.monitor.card_peaks import peak_tflops
+from moe_dist.monitor.compute_map import console_text, draw_map
+from moe_dist.monitor.costs import render_costs
+from moe_dist.monitor.devices import DeviceMonitor
+from moe_dist.monitor.hints import HintWatch
+from moe_dist.monitor.pictures import Subject
+from moe_dist.monitor.sinks.console import ConsoleSink, choice_lines, summary_table
+from moe_dist.monitor.sinks.jsonl import JsonlSink
+from moe_dist.monitor.sinks.mlflow import MlflowSink
+from moe_dist.monitor.sinks.prometheus import PrometheusSink, RaySink
+from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch, Sink
+from moe_dist.monitor.sinks.wandb import WandbSink
+from moe_dist.parallel.mesh import Mesh, init_world, make_mesh, own_gpu
+from moe_dist.parallel.rendezvous import meeting
+from moe_dist.plan.planner import render
+from moe_dist.plan.preflight import Preflight
+from moe_dist.plan.summary import start_text
+from moe_dist.runtime.attempt import Attempt
+from moe_dist.runtime.environment import RAY_METRICS, RankEnv
+from moe_dist.runtime.place import Found, RunPlace, check_place
+from moe_dist.runtime.rendezvous import StartWait
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.watchdog import Watchdog
+from moe_dist.train.build.training import COMPUTE_DTYPES
+from moe_dist.train.loop.peft_folder import write_adapters
+from moe_dist.train.loop.trainer import Finished
+from moe_dist.train.start.node_check import check_at_start
+from moe_dist.train.start.resume import Progress
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(config: Config, env: RankEnv) -> torch.device:
+    """Returns this rank's device: the CPU, or its GPU. Raises ResourceError if there is no GPU for this rank."""
+    wanted = config.parallel.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return own_gpu(env)  # `claim_gpu` detects two ranks that take one GPU
+
+
+def claim_gpu(store: dist.Store, env: RankEnv, device: torch.device) -> None:  # pyright: ignore[reportPrivateImportUsage]
+    """Reserves this rank's GPU for this rank alone; does nothing on a CPU.
+
+    Raises:
+        ResourceError: another rank has claimed the same GPU.
+    """
+    if device.type != "cuda":
+        return
+    uuid = torch.cuda.get_device_properties(device).uuid
+    if store.add(f"ranks on GPU {uuid}", 1) > 1:
+        raise ResourceError(
+            f"rank {env.rank}, number {env.local_rank} on {socket.gethostname()}: another rank uses the same GPU {uuid}; "
+            "give each rank a GPU of its own (--gpus-per-task=1, CUDA_VISIBLE_DEVICES), or start fewer ranks"
+        )
+
+
+def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt, *, stopped: Callable[[], bool]) -> Mesh:
+    """Waits for all other ranks and makes the process groups. A stop signal, which `stopped` reports, ends the wait.
+
+    Raises:
+        ResourceError: a rank is on another node than planned, or has no GPU.
+        MoeDistError: a check of this node fails; a rank does not join; or the ranks' run folders or starts differ.
+    """
+    section, device = config.parallel, choose_device(config, env)
+    wait = StartWait(env.rank, section.start_seconds, stopped=stopped, grace_seconds=env.grace_seconds)
+    with meeting(env, folder.path, wait) as (store, attempt_id):
+        env = attempt.join(attempt_id)
+        check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
+        check_at_start(config, env, folder.path)  # before the process group is made, so that no rank waits for a bad node
+        claim_gpu(store, env, device)
+        timeout = section.timeout_seconds
+        init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
+    return make_mesh(ep=section.ep, device=device, timeout=timeout, ranks_per_node=section.dispatch.node_size)
+
+
+def card_name(config: Config, mesh: Mesh) -> str | None:
+    """Returns the name of this rank's GPU; None on a CPU. If the GPU's peak FLOPs are unknown, rank 0 logs how to get
+    perf/mfu."""
+    if mesh.device.type != "cuda":
+        return None
+    card, precision = torch.cuda.get_device_name(mesh.device), config.parallel.precision
+    known = config.monitor.peak_tflops is not None or (precision == "bf16" and peak_tflops(card) is not None)
+    if mesh.rank == 0 and not known:
+        logger.warning(
+            "no perf/mfu: the peak rate of %r in %s is unknown; set monitor.peak_tflops to the TFLOP/s of one GPU, without "
+            "sparsity (docs/monitoring.md)",
+            card,
+            precision,
+        )
+    return card
+
+
+def start_watchdog(
+    config: Config, env: RankEnv, folder: RunFolder, tracker: CollectiveTracker, attempt: Attempt
+) -> Watchdog:
+    """Starts the watchdog of this rank's collectives, unless the run has a single rank. Call this function after
+    `join_world`."""
+    watchdog = Watchdog(
+        tracker,
+        rank=env.rank,
+        world_size=env.world_size,
+        attempt_id=attempt.attempt_id,
+        seconds=config.parallel.resolved_watchdog_seconds,
+        logs=folder.logs,
+        step=attempt.last_step,
+        end=attempt.give_up,
+    )
+    return watchdog.start() if env.world_size > 1 else watchdog
+
+
+@contextmanager
+def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Iterator[DeviceMonitor | None]:
+    """Reads the device's utilisation and memory in a thread during the `with` block on rank 0; yields None on other
+    ranks."""
+    if env.rank != 0:
+        yield None
+        return
+    gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
+    monitor = DeviceMonitor(seconds=config.monitor.device_seconds, gpu=gpu)  # without device syncs
+    try:
+        yield monitor
+    finally:
+        monitor.stop()
+
+
+@contextmanager
+def open_sinks(
+    plan: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
+) -> Iterator[list[Sink]]:
+    """Yields a list, which is empty except on rank 0, where it has one sink, which passes the records of steps and
+    evaluations to all sinks. The sinks are closed even after an error, so that no record stays in a buffer.
+
+    Before each record, rank 0 checks its lease of the run. A checkpoint is committed only if all records are on disk.
+    """
+    if env.rank != 0:
+        yield []
+        return
+    console = Console()
+    print(start_text(plan, str(folder.path), plan.config.run.root))
+    print(placement_text(plan, width=min(120, console.width) if console.is_terminal else 120))
+    attempt.lease.check()  # another attempt may have taken the lease of the run meanwhile
+    sinks = GuardedSinks([LeaseWatch(attempt.lease.check), *_build_sinks(plan, folder, progress)])
+    attempt.require(sinks.check_written)
+    try:
+        yield [sinks]
+    finally:
+        sinks.close()
+
+
+@dataclass(frozen=True)
+class SinkParts:
+    """The values, besides the sections of `monitor.sinks`, from which sinks are made."""
+
+    plan: Preflight
+    folder: RunFolder
+    subject: Subject
+    evaluation_owed: bool
+
+
+def _tensorboard(parts: SinkParts, **fields: Any) -> Sink:
+    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # imported only here, because the import takes seconds
+
+    modalities = tuple(parts.plan.manifest.modalities)
+    fields |= {"subject": parts.subject, "modalities": modalities, "evaluation_owed": parts.evaluation_owed}
+    return TensorBoardSink(folder=parts.folder.tensorboard, **fields)
+
+
+SINKS: dict[str, Callable[..., Sink]] = {
+    "console": lambda parts, **fields: ConsoleSink(
+        total_steps=parts.plan.config.train.steps,
+        hints=HintWatch(parts.plan.placement.groups, parts.plan.config.model.moe_layers),
+        **fields,
+    ),
+    "jsonl": lambda parts, **fields: JsonlSink(
+        path=parts.folder.metrics_jsonl, evaluation_owed=parts.evaluation_owed, **fields
+    ),
+    "tensorboard": _tensorboard,
+    "prometheus": lambda parts, path, **fields: PrometheusSink(
+        path=path or parts.folder.path / "metrics.prom", run_name=parts.plan.config.run.name, **fields
+    ),
+    "mlflow": lambda parts, **fields: MlflowSink(run_name=parts.plan.config.run.name, **fields),
+    "wandb": lambda parts, **fields: WandbSink(run_name=parts.plan.config.run.name, folder=parts.folder.path, **fields),
+}
+
+
+def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list[Sink]:
+    """Makes one sink per section of `monitor.sinks`, and one for Ray if Ray started the run. Writes the configuration and
+    the placement of experts to each sink as text."""
+    config, placement = plan.config, plan.placement
+    subject = Subject(
+        placement.groups,
+        placement,
+        config.model.moe_layers,
+        len(plan.manifest.modalities),
+        mixture_of_depths=config.model.mixture_of_depths is not None,
+    )
+    owed = progress.owes_evaluation(config.evaluation.every, config.train.steps)
+    parts = SinkParts(plan, folder, subject, owed)
+    sinks = [
+        SINKS[section.kind](parts, **section.model_dump(exclude={"kind"}), resume_step=progress.step)
+        for section in config.monitor.sinks
+    ]
+    if path := os.environ.get(RAY_METRICS):
+        sinks.append(RaySink(socket_path=path, run_name=config.run.name, resume_step=progress.step))
+    for sink in sinks:
+        sink.text("configuration", f"```yaml\n{resolved_yaml(config)}```")
+        sink.text("placement", f"```\n{placement_text(plan)}```")
+    return sinks
+
+
+def placement_text(plan: Preflight, *, width: int = 120) -> str:
+    """Returns a text of `width` columns with the placement of a run's experts, and with the costs that each placement
+    policy would have for the run's token mix."""
+    if plan.config.model.moe.experts.replicated:
+        return "LoRA experts: every rank holds all of them, nothing is exchanged\n"
+    return render(
+        plan.comparison,
+        plan.placement,
+        plan.token_mix,
+        policy=plan.config.placement.policy,
+        width=width,
+        itemsize=COMPUTE_DTYPES[plan.config.parallel.precision].itemsize,
+    )
+
+
+def conclude(finished: Finished, folder: RunFolder, plan: Preflight, *, beside: str) -> None:
+    """Prints and stores the summary. If another attempt has finished the run, prints that attempt's summary.
+
+    Args:
+        beside: The sentence that `beside_fixed_top_k` returns; "" adds no line to the summary.
+    """
+    if not finished.took_steps and folder.summary_txt.is_file():  # another attempt finished the run meanwhile
+        print(folder.read_summary())
+        return
+    console = Console(record=True, highlight=False, width=None if Console().is_terminal else 110)
+    title = f"Run {plan.config.run.name}, {finished.evaluation.step} steps"
+    held_out = ", ".join(f"{name.replace('_', ' ')} {loss:.3f}" for name, loss in finished.evaluation.loss.items())
+    console.print(summary_table(finished.checks, title=title) if finished.checks else f"{title}: held-out {held_out}")
+    for line in (*choice_lines(finished.evaluation), *([beside] if beside else [])):
+        console.print(line)
+    if finished.costs is not None:
+        console.print(render_costs(finished.costs))
+    if (found := finished.evaluation.compute_map) is not None:
+        picture = draw_map(found, title=f"Compute map of run {plan.config.run.name} after step {finished.evaluation.step}")
+        Image.fromarray(picture).save(folder.compute_map_png)
+        for line in (*console_text(found, console.width), f"the same with more pictures: {folder.compute_map_png}"):
+            console.print(line)
+    console.print(f"records {folder.metrics_jsonl}; curves and heat maps: tensorboard --logdir {plan.config.run.root}")
+    if adapters := write_adapters(plan.config, folder, finished.evaluation.step):
+        console.print(adapters)
+    if finished.checks and not finished.took_steps:
+        console.print("no routing checks: this attempt took no step; the last steps' routing is in the records")
+    folder.write_summary(console.export_text())

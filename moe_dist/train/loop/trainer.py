@@ -1,0 +1,278 @@
+"""The training loop: step, record, evaluate, save, until the last step, a stop request, or divergence."""
+
+import gc
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import KW_ONLY, dataclass, field, replace
+
+import numpy as np
+
+from moe_dist.data.batch import Batch
+from moe_dist.data.loader import ReadAhead, TrainLoader
+from moe_dist.errors import DivergedError, StoppedError
+from moe_dist.moe.routing.counts import StepCounts
+from moe_dist.monitor.costs import CostTable, cost_table
+from moe_dist.monitor.devices import DeviceMonitor
+from moe_dist.monitor.evaluation_metrics import evaluation_scalars
+from moe_dist.monitor.metrics import build_record
+from moe_dist.monitor.sinks.sink import Sink
+from moe_dist.monitor.statistics import EvaluationResult, LeverDecision, StepResult, StepStatistics
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.runtime.signals import StopRequest
+from moe_dist.train.build.training import TrainingPlan
+from moe_dist.train.evaluation.acceptance import Check, run_checks
+from moe_dist.train.evaluation.balance import ranks_outnumber_cores
+from moe_dist.train.evaluation.evaluator import Evaluator
+from moe_dist.train.loop.garbage import COLLECT_EVERY
+from moe_dist.train.objective.loss import AuxSettings
+from moe_dist.train.rank_balance.levers import Lever
+from moe_dist.train.rank_balance.placement_rows import PlacementRows
+from moe_dist.train.router_tuning.loader import SampleLoader
+from moe_dist.train.start.resume import Progress, Resumable
+from moe_dist.train.step.tracing import StepWatcher
+from moe_dist.train.step.training_step import TrainingStep
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 100  # number of last steps whose routing counts the checks at the end of a run use
+Loader = TrainLoader | SampleLoader
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that reached its last step."""
+
+    took_steps: bool  # False if an earlier attempt at the run took the last step
+    evaluation: EvaluationResult
+    checks: list[Check]
+    costs: CostTable | None = None  # traffic; None without `monitor.cost_table` or without steps in this attempt
+
+
+@dataclass(eq=False, repr=False)  # because a repr would print the model
+class Trainer:
+    """Runs the training loop on one rank. Every rank runs the same loop; only rank 0 has sinks of records.
+
+    Attributes:
+        take_step: Takes one optimizer step.
+        loader: Returns this rank's batches of the step that begins at a position of the stream of all ranks.
+        devices: Reads the state of this rank's device; None on ranks without sinks.
+        saver: Saves the state of the run; all ranks call it at the same steps.
+        stop: Tells whether this process got a stop signal, which each step passes on to all ranks.
+        progress: The counters of the run, which begin with the values of the loaded checkpoint.
+        profile: Returns a context manager for the step with a given number (the first step is 1).
+        watchers: Objects that get every token's expert choices in the steps for which their `due` returns True.
+        levers: Levers, by name, that keep the ranks equally busy (`rank_balance`).
+        placement_rows: The watcher that counts token rows under other placements; None without `monitor.cost_table`.
+    """
+
+    plan: TrainingPlan
+    take_step: TrainingStep
+    loader: Loader
+    evaluator: Evaluator
+    _: KW_ONLY
+    sinks: Sequence[Sink]
+    devices: DeviceMonitor | None
+    saver: Resumable
+    stop: StopRequest
+    progress: Progress
+    profile: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()
+    watchers: Sequence[StepWatcher] = ()
+    levers: Mapping[str, Lever] = field(default_factory=dict)
+    placement_rows: PlacementRows | None = None
+    _reader: ReadAhead = field(init=False)
+    _recent: deque[StepResult] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
+
+    def __post_init__(self) -> None:
+        self._reader = ReadAhead(self.loader.batches)
+
+    def fit(self) -> Finished:
+        """Trains until the last step.
+
+        Raises:
+            StoppedError: a rank got a stop signal. The state has been saved.
+            DivergedError: too many steps in a row were skipped. The last checkpoint is unchanged.
+        """
+        plan, progress = self.plan, self.progress
+        evaluation: EvaluationResult | None = None
+        if self._owes_evaluation() and progress.step < plan.steps:
+            evaluation = self._evaluate(final=False)
+        while progress.step < plan.steps:
+            result = self._step()
+            self.saver.writer.poll()
+            last = progress.step == plan.steps
+            stop = result.stop_requested and not last
+            if last or (self._owes_evaluation() and not stop):  # a stop signal leaves time only for a save
+                evaluation = self._evaluate(final=last)
+            if progress.skipped_in_a_row >= plan.max_skipped_in_a_row:
+                self.saver.writer.wait()  # a thread may still be writing the last save
+                raise DivergedError(self._divergence())
+            if last or stop or progress.step % plan.save_every == 0:
+                self._save(must=last or stop)
+            if stop:
+                raise StoppedError(f"stopped on request after step {progress.step}; the state is saved, start me again")
+        if evaluation is None:  # the loaded checkpoint is of the last step
+            evaluation = self._evaluate(final=True)
+        return Finished(bool(self._recent), evaluation, self._checks(evaluation), self._costs())
+
+    def _owes_evaluation(self) -> bool:
+        return self.progress.owes_evaluation(self.plan.evaluate_every, self.plan.steps)
+
+    def _step(self) -> StepResult:
+        begin = time.perf_counter()
+        plan, progress = self.plan, self.progress
+        lr, aux = plan.lr(progress.step), plan.aux(progress.step)
+        following = progress.position + plan.global_batch if progress.step + 1 < plan.steps else None
+        batches = self._reader.batches(progress.position, following=following)
+        with self.profile(progress.step + 1):
+            result = self.take_step(
+                batches,
+                lr=lr,
+                aux=aux,
+                stop_requested=self.stop.requested,
+                began=begin,
+                number=progress.step,
+                watchers=[each for each in self.watchers if each.due(progress.step)],
+            )
+        progress.step += 1
+        progress.position += plan.global_batch
+        progress.tokens += result.tokens
+        progress.skipped_steps += result.skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
+        self._recent.append(result)
+        decisions = self._pull_levers(result)
+        _collect(progress.step)
+        if self.sinks:
+            self._show(result, lr, aux, time.perf_counter() - begin, decisions)
+        for each in decisions:
+            if each.placement is not None:
+                self.follow(each.placement)
+        return result
+
+    def _pull_levers(self, result: StepResult) -> list[LeverDecision]:
+        """Calls the levers after a step, and returns their decisions."""
+        step, position = self.progress.step, self.progress.position - self.plan.global_batch
+        found = [lever.after_step(result, step=step, position=position) for lever in self.levers.values()]
+        decisions = [each for each in found if each is not None]
+        for each in decisions:
+            logger.info("rank balance: %s", each.text)
+        return decisions
+
+    def follow(self, placement: ExpertPlacement) -> None:
+        """Uses the new placement, after experts have moved or got replicas, for records, evaluations, traces and
+        checkpoints."""
+        self.plan = replace(self.plan, placement=placement)
+        self.evaluator.placement = self.saver.placement = placement
+        for watcher in self.watchers:
+            watcher.follow(placement, self.progress.step)
+
+    def _show(
+        self, result: StepResult, lr: float, aux: AuxSettings, seconds: float, levers: Sequence[LeverDecision]
+    ) -> None:
+        updates = self.progress.step - 1 - (self.progress.skipped_steps - result.skipped)  # before this step
+        stats = StepStatistics(
+            result,
+            step=self.progress.step,
+            balance_coefficient=aux.balance,
+            lr=lr,
+            skipped_steps=self.progress.skipped_steps,
+            tokens=self.progress.tokens,
+            step_seconds=seconds,
+            epochs=self.loader.epochs(self.progress.position),
+            flops_per_token=self._flops_per_token(result.counts) if self.plan.peak_flops is not None else None,
+            active_target={name: target_at(updates) for name, target_at in self.plan.active_target.items()},
+            levers=levers,
+        )
+        record = build_record(
+            stats,
+            groups=self.plan.placement.groups,
+            placement=self.plan.placement,
+            modalities=self.plan.modalities,
+            readings=self.devices.latest if self.devices else None,
+            peak_flops=self.plan.peak_flops,
+            peak_source=self.plan.peak_source,
+        )
+        for sink in self.sinks:
+            sink.step(record)
+
+    def _flops_per_token(self, counts: StepCounts[np.ndarray]) -> float:
+        """Returns a step's FLOPs per token, from each group's true experts per token and its fraction of the tokens."""
+        placement = self.plan.placement
+        taken_E = (counts.choices_LC[:, : placement.num_experts] - counts.dropped_LE).sum(0)
+        experts, share = {}, {}
+        for group, tokens in zip(placement.groups, counts.tokens_LG.sum(0), strict=True):
+            experts[group.name] = float(taken_E[group.experts].sum() / max(1, tokens))
+            share[group.name] = float(tokens / max(1, counts.tokens_LG.sum()))
+        return self.plan.flops_per_token(experts, share)
+
+    def _evaluate(self, *, final: bool) -> EvaluationResult:
+        result = self.evaluator(self.progress.step, final=final, trained=self._last_batches(self.evaluator.calibration))
+        if self.progress.evaluated < self.progress.step:  # else an earlier attempt has recorded this evaluation
+            scalars = evaluation_scalars(result, self.plan.modalities, len(self.plan.placement.groups))
+            for sink in self.sinks:
+                sink.evaluation(result, scalars)
+        self.progress.evaluated = self.progress.step
+        return result
+
+    def _last_batches(self, count: int) -> list[Batch]:
+        """Returns this rank's last training micro-batches, at most `count`, from the latest step backwards."""
+        self._reader.settle()
+        position, batches = self.progress.position - self.plan.global_batch, []
+        while len(batches) < count and position >= self.progress.first_position:
+            batches += self.loader.batches(position)
+            position -= self.plan.global_batch
+        return batches[:count]
+
+    def _save(self, *, must: bool) -> None:
+        """Saves the run's state. With `must` the method returns after the files are written; otherwise a thread may write
+        the files during the next steps."""
+        for sink in self.sinks:
+            sink.flush()  # before the save: a run that resumes from the save does not repeat these records
+        for watcher in self.watchers:
+            watcher.flush()
+        self.saver.save(self.progress, durable=must)
+
+    def _checks(self, evaluation: EvaluationResult) -> list[Check]:
+        counts = [result.counts for result in self._recent]  # empty if this attempt took no step
+        groups = self.plan.placement.groups
+        no_choices_LC = np.zeros((1, sum(group.num_columns for group in groups)), np.int64)
+        return run_checks(
+            self.plan.checks,
+            evaluation,
+            self.plan.baselines,
+            choices_LC=np.sum([each.choices_LC for each in counts], axis=0) if counts else no_choices_LC,
+            tokens_LG=np.sum([each.tokens_LG for each in counts], axis=0) if counts else no_choices_LC[:, : len(groups)],
+            dropped_L=np.sum([each.dropped_LE.sum(1) for each in counts], axis=0) if counts else no_choices_LC[:, 0],
+            groups=groups,
+            skipped_steps=self.progress.skipped_steps,
+            window=len(counts),
+            even_active=self.plan.even_active,
+        )
+
+    def _costs(self) -> CostTable | None:
+        """Returns the traffic of the last steps, and of the same expert choices with other placements and dispatch methods.
+        Collective."""
+        if self.placement_rows is None or not self._recent:
+            return None
+        mesh, plan = self.evaluator.mesh, self.plan
+        rows = self.placement_rows.total(mesh.world, mesh.tracker)
+        return cost_table(self._recent, plan.placement, plan.policy, rows, untimed=ranks_outnumber_cores(mesh))
+
+    def _divergence(self) -> str:
+        """Returns the error text of a diverged run."""
+        last = [f"{float(r.nll_M.sum() / max(1, r.labels_M.sum())):.4g}/{r.grad_norm:.4g}" for r in self._recent]
+        return (
+            f"loss or gradient not finite in {self.progress.skipped_in_a_row} steps in a row, up to step "
+            f"{self.progress.step} (train.max_skipped_in_a_row={self.plan.max_skipped_in_a_row}); loss/norm of the last "
+            f"steps: {', '.join(last[-self.progress.skipped_in_a_row - 3 :])}; the last checkpoint is untouched: lower "
+            "optimizer.lr, lengthen its warm-up, or lower optimizer.clip_norm (docs/monitoring.md)"
+        )
+
+
+def _collect(step: int) -> None:
+    """Runs Python's garbage collector after every COLLECT_EVERY-th step, if automatic collections are off
+    (`garbage.collected_by_steps`)."""
+    if step % COLLECT_EVERY == 0 and not gc.isenabled():
+        gc.collect()

@@ -1,0 +1,1 @@
+"""The loss of a step: cross entropy, balance and z terms, distillation."""

@@ -1,0 +1,95 @@
+"""The interface of levers, objects that keep the ranks equally busy during a run (section `rank_balance`). All levers are
+off by default."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+from moe_dist.config.schema import Config
+from moe_dist.data.loader import TrainLoader
+from moe_dist.monitor.statistics import LeverDecision, StepResult
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.replica_slots import PlacementWithReplicas
+from moe_dist.train.build.dispatch import dispatch_with
+from moe_dist.train.build.training import COMPUTE_DTYPES, Training
+from moe_dist.train.rank_balance.dealing_lever import DealingLever
+from moe_dist.train.rank_balance.expert_moves import move_experts
+from moe_dist.train.rank_balance.expert_replicas import give_replicas
+from moe_dist.train.rank_balance.moving_lever import MovingLever
+from moe_dist.train.rank_balance.replicating_lever import ReplicatingLever
+from moe_dist.train.router_tuning.loader import SampleLoader
+
+
+class Lever(Protocol):
+    """Moves computation between ranks, which changes the loss only by rounding. All ranks make the same decisions."""
+
+    def after_step(self, result: StepResult, *, step: int, position: int) -> LeverDecision | None:
+        """Is called after each step. May issue collectives. Returns a decision to show, or None.
+
+        Args:
+            step: Number of the step; the first step of a run is 1.
+            position: Position of the step's first sequence in the stream.
+        """
+        ...
+
+
+class LeverParts(NamedTuple):
+    """The values from which `build_levers` makes levers."""
+
+    config: Config
+    placement: ExpertPlacement
+    training: Training
+    loader: TrainLoader | SampleLoader
+
+
+def _dealing(parts: LeverParts) -> Lever | None:
+    on = parts.config.rank_balance.dealing and isinstance(parts.loader, TrainLoader)
+    return DealingLever(parts.loader) if on else None  # pyright: ignore[reportArgumentType]
+
+
+def _moving(parts: LeverParts) -> MovingLever | None:
+    section, training = parts.config.rank_balance.moving, parts.training
+    if section is None or parts.placement.num_ranks == 1:
+        return None
+
+    assert training.dispatch is not None, "preflight refuses moves where an engine cannot take them"
+    dispatch = training.dispatch
+
+    def move(old: ExpertPlacement, new: ExpertPlacement) -> None:
+        move_experts(training.parallel, training.optimizer, old, new)
+        dispatch_with(training.parallel.model, replace(dispatch, placement=new))
+        training.step.placement = new
+
+    return MovingLever(parts.placement, move, edp=training.parallel.mesh.edp_size, **section.model_dump())
+
+
+def _replicating(parts: LeverParts) -> ReplicatingLever | None:
+    section, training, config = parts.config.rank_balance.replicating, parts.training, parts.config
+    if section is None or parts.placement.num_ranks == 1:
+        return None
+
+    assert training.dispatch is not None, "preflight refuses replicas where an engine cannot have them"
+    dispatch, mesh, layers = training.dispatch, training.parallel.mesh, training.parallel.model.moe_modules()
+
+    def replicate(placement: PlacementWithReplicas) -> None:
+        give_replicas(training.parallel, dispatch, placement)
+        training.step.placement = placement
+
+    micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.world_size)
+    exchanges = micro_batches * (3 if config.parallel.recompute == "block" else 2)
+    size = COMPUTE_DTYPES[config.parallel.precision].itemsize
+    fields = {"edp": mesh.edp_size, "bytes_per_value": exchanges * size, **section.model_dump()}
+    return ReplicatingLever(parts.placement, replicate, layers=len(layers), **fields)
+
+
+LEVERS: dict[str, Callable[[LeverParts], Lever | None]] = {
+    "dealing": _dealing,
+    "moving": _moving,
+    "replicating": _replicating,
+}
+
+
+def build_levers(parts: LeverParts) -> dict[str, Lever]:
+    """Makes the levers that the configuration switches on, by name."""
+    made = {name: make(parts) for name, make in LEVERS.items()}
+    return {name: lever for name, lever in made.items() if lever is not None}

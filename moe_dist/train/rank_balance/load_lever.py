@@ -1,0 +1,54 @@
+"""The base class of levers that decide by the experts' loads in a window of steps.
+
+Shape letters: S steps, L MoE layers, E true experts.
+"""
+
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from pydantic import JsonValue
+
+from moe_dist.monitor.statistics import LeverDecision, StepResult
+from moe_dist.placement.placement import ExpertPlacement
+
+P = TypeVar("P", bound=ExpertPlacement)
+
+
+class LoadLever(Generic[P]):
+    """See `moe_dist.train.rank_balance.levers.Lever`.
+
+    Args:
+        placement: Where the experts are now.
+        every: Number of steps of a window; the lever decides after the window's last step.
+    """
+
+    def __init__(self, placement: P, every: int) -> None:
+        self.placement, self._every = placement, every
+        self._width_E = np.array(placement.width_of_expert)
+        self._pairs_SLE: list[np.ndarray] = []  # computed (token, expert) pairs since the last decision
+
+    def after_step(self, result: StepResult, *, step: int, position: int) -> LeverDecision | None:
+        """See `Lever`. Decides in every `every`-th step. Returns None if the loads need no change."""
+        counts = result.counts
+        self._pairs_SLE.append(counts.choices_LC[:, : len(self._width_E)] - counts.dropped_LE)
+        if step % self._every:
+            return None
+        pairs_SLE, self._pairs_SLE = np.array(self._pairs_SLE), []
+        decision = self._decide(pairs_SLE * self._width_E) if len(pairs_SLE) > 1 else None
+        if decision is not None and decision.placement is not None:
+            self._place(decision.placement)  # pyright: ignore[reportArgumentType]  # made by `_decide`
+        return decision
+
+    def _decide(self, load_SLE: np.ndarray) -> LeverDecision | None:
+        """Decides by the loads, (token, expert) pairs x FFN width, of at least two steps."""
+        raise NotImplementedError
+
+    def _place(self, placement: P) -> None:
+        """Moves or replicates experts as `placement` says."""
+        raise NotImplementedError
+
+    def _stored_pairs(self) -> JsonValue:
+        return np.array(self._pairs_SLE, np.int64).tolist()
+
+    def _read_pairs(self, stored: Any) -> list[np.ndarray]:
+        return [np.array(each, np.int64).reshape(-1, len(self._width_E)) for each in stored]

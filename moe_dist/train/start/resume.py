@@ -1,0 +1,314 @@
+"""Saves a run's state to checkpoints, and resumes the run from them. A checkpoint contains:
+
+parameters, moments, optimizer step count     tensors and state.json, see `moe_dist.checkpoint.state`
+values["progress"]                            `Progress`: the step (which sets the schedules), the data position, counters
+values["config"], values["data"]              resolved configuration; digests of the data
+values["base"]                                only if adapters are trained: path and content hash of the adapters' base
+values["controllers"]                         state of each controller, by name
+values["levers"]                              state of the levers of `rank_balance`, by name; a checkpoint may lack levers
+rank_values["generators"]                     states of each rank's random number generators
+placement, versions                           only for human readers; a load ignores both entries
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from pydantic import JsonValue, ValidationError
+
+from moe_dist.checkpoint.base import KEY as BASE
+from moe_dist.checkpoint.base import Base
+from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.checkpoint.directory import find_checkpoint
+from moe_dist.checkpoint.generators import generator_states, restore_generators
+from moe_dist.checkpoint.manager import CheckpointManager, Restored
+from moe_dist.checkpoint.saver import CheckpointWriter
+from moe_dist.checkpoint.state import CheckpointState, RankLayout
+from moe_dist.config.load import changes_on_resume, difference
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import Manifest
+from moe_dist.formats.split_files import data_digest, digest_problems
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.train.build.training import Training, rank_layout, saved_part
+from moe_dist.train.start.base_weights import begin_on_base, load_base
+from moe_dist.train.start.starting_weights import begin_with_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """The counters of a run."""
+
+    step: int = 0  # number of steps taken, skipped steps included
+    position: int = 0  # number of sequences drawn from the global stream by all ranks
+    tokens: int = 0  # number of tokens trained on, without padding
+    skipped_steps: int = 0  # number of steps without an update, because loss or gradient was not finite
+    skipped_in_a_row: int = 0  # number of skipped steps since the last step that was not skipped
+    evaluated: int = 0  # step after which the last evaluation was made
+    first_position: int = 0  # `position` at the start of the run; above 0 only with run.keep_position
+
+    def owes_evaluation(self, every: int, last: int) -> bool:
+        """Returns True if an evaluation is due (every `every` steps and after step `last`) but has not been made yet. If a
+        stop request prevents the evaluation, the resumed run makes the evaluation."""
+        return self.step > self.evaluated and (self.step % every == 0 or self.step == last)
+
+
+@runtime_checkable
+class Controller(Protocol):
+    """An object with a state that is not a tensor of the model and that changes during a run, equally on all ranks."""
+
+    def state(self) -> JsonValue:
+        """Returns a copy of the state as a JSON value."""
+        ...
+
+    def restore(self, state: JsonValue) -> None:
+        """Restores a state that `state` returned. Raises DataError if the state is invalid."""
+        ...
+
+
+class Resumable:
+    """Saves and restores one rank's part of a run's state. All methods are collective over all ranks.
+
+    Args:
+        controllers: Objects, by name, whose state is saved with the model; by default the controllers of `training`.
+        levers: The levers of the run, by name. The levers' states are saved, and restored if a checkpoint has them.
+        report_save: Function that rank 0 calls after each save with the seconds of the save.
+
+    Attributes:
+        placement: Where the experts are now.
+        writer: Writes the checkpoints, and logs or raises the errors of the writing thread.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        placement: ExpertPlacement,
+        checkpoints: CheckpointManager,
+        config: Config,
+        manifest: Manifest,
+        *,
+        controllers: Mapping[str, Controller] | None = None,
+        levers: Mapping[str, object] | None = None,
+        report_save: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        mesh = training.parallel.mesh
+        self._training, self._checkpoints, self._config, self._manifest = training, checkpoints, config, manifest
+        self._controllers = training.controllers() if controllers is None else controllers
+        self.writer = CheckpointWriter(
+            checkpoints, asynchronous=config.checkpoint.asynchronous, tracker=mesh.tracker, report=report_save
+        )
+        self._device = mesh.device
+        self._data: dict[str, str] = {}
+        self._base: Base | None = None
+        self.placement, self._mesh = placement, mesh
+        self._levers = {name: each for name, each in (levers or {}).items() if isinstance(each, Controller)}
+
+    def save(self, progress: Progress, *, durable: bool) -> None:
+        """Saves the state of the run, as `CheckpointWriter.write` does.
+
+        Raises:
+            CheckpointError: raised on all ranks if `durable` is true and the save failed. The previous checkpoint is still
+                valid.
+        """
+        values: dict[str, JsonValue] = {
+            "progress": {**asdict(progress)},
+            "config": self._config.model_dump(mode="json"),
+            "data": {**self._data},
+            "controllers": {name: controller.state() for name, controller in self._controllers.items()},
+            "levers": {name: lever.state() for name, lever in self._levers.items()},
+            **({} if self._base is None else {BASE: {**asdict(self._base)}}),
+        }
+        rank_values: dict[str, JsonValue] = {"generators": generator_states(self._device)}
+        self.writer.write(progress.step, self._capture(values, rank_values), durable=durable)
+
+    def restore(self) -> Progress:
+        """Loads the newest checkpoint into model and optimizer and returns the run's progress. Without a checkpoint loads
+        the weights of `run.init_from`, if it is set, and returns the progress of a new run.
+
+        Raises:
+            DataError: the checkpoint is damaged or of another run, or the run's data have changed.
+            ConfigError: the checkpoint's model differs from the configured model.
+        """
+        found = self._checkpoints.agree("look at the data", lambda: data_digest(self._config.data.path, self._manifest))
+        self._data = found or {}  # `found` is None except on rank 0, because only rank 0 compares data digests
+        self._checkpoints.clear()  # before `latest`, because a suspended process could still commit an unfinished save
+        newest = self._checkpoints.latest()
+        if newest is None:
+            if self._config.run.init_from is not None:
+                report = self._begin()
+                if self._checkpoints.rank == 0:
+                    print(f"run.init_from: {report}")
+                if self._config.run.keep_position:
+                    return self._at_kept_position(Path(self._config.run.init_from))
+            return Progress()
+        state = self._capture()  # creates the moments
+        restored = self._checkpoints.load(newest, state)
+        self._training.loaded(state)
+        self._checkpoints.agree("go on", lambda: self._check_origin(newest, restored))
+        progress = progress_of(restored, self._config, newest)
+        model = self._training.parallel.model
+        if saved_part(self._config) == "trained":
+            self._base = load_base(restored.values, newest, self._checkpoints, model, self._layout)
+        self._restore_controllers(restored, newest)
+        for name, lever in self._levers.items():
+            if (state := mapping_of({"levers": {}, **restored.values}, "levers", newest).get(name)) is not None:
+                lever.restore(state)
+        if restored.rank_values:
+            restore_generators(mapping_of(restored.rank_values, "generators", newest), self._device)
+        logger.info("going on from %s", newest)
+        return progress
+
+    @property
+    def _layout(self) -> RankLayout:
+        return rank_layout(self.placement, self._mesh)
+
+    def _begin(self) -> str:
+        """Loads the weights of `run.init_from`; returns a report to print."""
+        model = self._training.parallel.model
+        if saved_part(self._config) == "trained":
+            self._base, report = begin_on_base(self._config, self._checkpoints, model, self._layout)
+            return report
+        state = self._capture()
+        report = begin_with_weights(self._config, self._checkpoints, state, model)
+        self._training.loaded(state)
+        return report
+
+    def _capture(
+        self, values: Mapping[str, JsonValue] | None = None, rank_values: Mapping[str, JsonValue] | None = None
+    ) -> CheckpointState:
+        part = saved_part(self._config)
+        return self._training.capture(self._layout, part=part, values=values, rank_values=rank_values)
+
+    def _check_origin(self, folder: Path, restored: Restored) -> None:
+        """Checks that the checkpoint is of this run and that the run's data are unchanged. Runs on rank 0."""
+        saved = saved_config(restored.values, folder)
+        if changes := [each for each in changes_on_resume(saved, self._config) if each.key != "run.name"]:
+            raise DataError(
+                [
+                    f"{folder}: another run saved this checkpoint; put this run's own back, or start a new run with "
+                    f"run.init_from={folder} to go on from its weights",
+                    *(f"{key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in changes),
+                ],
+                see="docs/checkpoints.md",
+            )
+        if problems := digest_problems(mapping_of(restored.values, "data", folder), self._data):
+            raise DataError(
+                [
+                    f"data.path={self._config.data.path!r}: these are not the data that {folder} was trained on; put those "
+                    "back, or start a new run with run.init_from to go on with other data",
+                    *problems,
+                ],
+                see="docs/checkpoints.md",
+            )
+
+    def _at_kept_position(self, init_from: Path) -> Progress:
+        """Returns the progress of a new run whose data begin at the position where the run `init_from` ended.
+
+        Raises:
+            ConfigError: the two runs do not draw the same stream of sequences.
+        """
+        position = self._checkpoints.broadcast(
+            "keep the position", lambda: kept_position(find_checkpoint(init_from), self._config, self._data)
+        )
+        if self._checkpoints.rank == 0:
+            print(f"run.keep_position: the data go on at sequence {position:,}")
+        return Progress(position=position, first_position=position)
+
+    def _restore_controllers(self, restored: Restored, folder: Path) -> None:
+        saved = mapping_of(restored.values, "controllers", folder)
+        if saved.keys() != self._controllers.keys():
+            raise DataError(f"{folder} has states of {sorted(saved)}, the run needs those of {sorted(self._controllers)}")
+        for name, controller in self._controllers.items():
+            controller.restore(saved[name])
+
+
+def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
+    """Returns the progress that a checkpoint contains.
+
+    Raises:
+        DataError: a counter is invalid, or contradicts another counter or the configuration.
+    """
+    saved, names = mapping_of(restored.values, "progress", folder), [field.name for field in fields(Progress)]
+    saved = {"first_position": 0, **saved}  # earlier versions did not save first_position, which was 0
+    numbers = {name: value for name, value in saved.items() if type(value) is int and 0 <= value < 1 << 62}
+    if sorted(saved) != sorted(names) or numbers.keys() != saved.keys():
+        raise DataError(f"{folder}: the counters in its state.json must be whole numbers {', '.join(names)}, not {saved!r}")
+    progress = Progress(**numbers)
+    batch, first = config.train.global_batch, progress.first_position
+    rules = {
+        f"step={progress.step} is the step {restored.step} of the checkpoint": progress.step == restored.step,
+        f"position={progress.position} is step x train.global_batch={batch} behind first_position={first}": (
+            progress.position - first == progress.step * batch
+        ),
+        f"tokens={progress.tokens} are at most those of the positions since, x data.seq_len": progress.tokens
+        <= (progress.position - first) * config.data.seq_len,
+        f"skipped_in_a_row={progress.skipped_in_a_row} <= skipped_steps={progress.skipped_steps} <= step": (
+            progress.skipped_in_a_row <= progress.skipped_steps <= progress.step
+        ),
+        f"evaluated={progress.evaluated} <= step": progress.evaluated <= progress.step,
+    }
+    if broken := [rule for rule, holds in rules.items() if not holds]:
+        raise DataError([f"{folder}: its counters contradict each other; it should hold that {rule}" for rule in broken])
+    return progress
+
+
+def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
+    """Returns the `position` of another run's checkpoint, where a new run continues to read the same stream of sequences.
+
+    The data set, the section `data` and the seed must be equal in both runs, because these three determine the stream.
+
+    Raises:
+        ConfigError: the data set, the section `data` or the seed differs, or the other run tuned routers.
+        DataError: the checkpoint lacks the values of a run, for example because an import wrote the checkpoint.
+    """
+    state = open_checkpoint(folder).state
+    saved = saved_config(state.values, folder)
+    problems = [
+        f"run.keep_position=true: {key} is {old!r} in {folder} and {new!r} here, so that its position is of another "
+        f"stream; set it to {old!r}, or run.keep_position=false"
+        for key, old, new in difference(saved, config)
+        if key == "run.seed" or (key.startswith("data.") and key != "data.path")
+    ]
+    problems += [
+        f"run.keep_position=true: {problem}; take the data of {folder}, or run.keep_position=false"
+        for problem in digest_problems(mapping_of(state.values, "data", folder), data)
+    ]
+    if saved.router_tuning is not None:
+        problems.append(
+            f"run.keep_position=true: {folder} stands among samples of router tuning; set run.keep_position=false"
+        )
+    if problems:
+        raise ConfigError(problems, see="docs/checkpoints.md")
+    return progress_of(Restored(state.step, state.values, {}), saved, folder).position
+
+
+def saved_config(values: Mapping[str, JsonValue], folder: Path) -> Config:
+    """Returns the configuration of the run that saved a checkpoint.
+
+    Raises:
+        DataError: this version cannot read the configuration.
+    """
+    try:
+        return Config.model_validate_json(json.dumps(mapping_of(values, "config", folder)))
+    except ValidationError as error:
+        raise DataError(
+            f"{folder}: the configuration in its state.json cannot be read by this version of moe_dist; go on with the "
+            f"version in provenance.json: {error!s:.200}"
+        ) from error
+
+
+def mapping_of(values: Mapping[str, JsonValue], name: str, folder: Path) -> dict[str, JsonValue]:
+    """Returns `values[name]` of a checkpoint, which must be a mapping.
+
+    Raises:
+        DataError: the value is missing or is not a mapping.
+    """
+    found = values.get(name)
+    if not isinstance(found, dict):
+        raise DataError(f"{folder}: it holds no {name!r} of a run, but {found!r:.80}")
+    return found

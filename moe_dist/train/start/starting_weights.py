@@ -1,0 +1,263 @@
+"""Starts a new run from the weights of another run's checkpoint (`run.init_from`): tensors of equal name, shape and dtype
+are loaded, all other tensors stay as initialised. The rules in `run.init_rules`:
+
+upcycle       all experts of a group become copies of a dense FFN or of one expert (checkpoint/upcycle.py)
+split         a dense FFN is cut into the experts of a group, whose outputs sum to the FFN's (checkpoint/split.py)
+split_experts each expert of an MoE model is cut into finer experts, chosen together (checkpoint/split_experts.py)
+copy_nulls    router rows of null experts become copies of true experts' rows; the function stays the same (AdaMoE)
+
+All checks run before the first step. The report lists the loaded tensors, and any reason why the model's function differs
+from the checkpoint's.
+"""
+
+from collections.abc import Callable, Mapping
+from itertools import cycle
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from moe_dist.checkpoint.base import GUIDE, KEY, content_hash
+from moe_dist.checkpoint.contents import Contents, open_checkpoint
+from moe_dist.checkpoint.directory import find_checkpoint
+from moe_dist.checkpoint.fits import ABSENT, Taken, fitting
+from moe_dist.checkpoint.index import Source
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.split import fitting_or_split
+from moe_dist.checkpoint.split_experts import fitting_or_split_experts
+from moe_dist.checkpoint.state import CheckpointState, TensorSpec
+from moe_dist.checkpoint.upcycle import fitting_or_upcycled
+from moe_dist.config.attention.grouped_query import GroupedQuerySection
+from moe_dist.config.init_rules import source_problems
+from moe_dist.config.schema import Config
+from moe_dist.config.split_experts_rule import split_experts_problems
+from moe_dist.errors import ConfigError
+from moe_dist.formats.tuning_manifest import load_tuning_manifest
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routers.top_k import GroupGate
+from moe_dist.placement.parameter_names import EXPERT_NAME, Role, group_module, role_of_name
+from moe_dist.train.start.split_routers import split_routers
+
+# Maps a rule to the rounding difference from the checkpoint's function that remains.
+_SAME = {
+    "upcycle": "",
+    "split": "; the output of an FFN is the sum of its parts, added in order, so its last bits may differ",
+    "split_experts": "; the output of an expert is the sum of its parts, and routers have more rows: last bits may differ",
+    "copy_nulls": ", to the last bit",
+}
+_SOURCES: Mapping[str, Callable[[Contents, Mapping[str, TensorSpec]], Mapping[str, Source]]] = {
+    "upcycle": fitting_or_upcycled,
+    "split": fitting_or_split,
+    "split_experts": fitting_or_split_experts,
+}
+# Rules that set router tensors, or leave them as initialised on purpose.
+_RULES_OF_ROUTERS = {"upcycle", "split", "split_experts"}
+STAIR = 0.02  # step between the biases of a split model's null experts, as a fraction of the score of a router row of 0
+_MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
+# Keys of `model` that are not compared: they do not change the function, or tensor names and shapes show the difference.
+_NO_PART = {"moe", "init_std", "max_seq_len", "dense_ffn_dim", "vocab_size"}
+
+
+def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: CheckpointState, model: Transformer) -> str:
+    """Loads the weights of `run.init_from` into the model; returns a report to print. Collective over all ranks.
+
+    Raises:
+        ConfigError: there is no checkpoint, no tensor fits, or a rule cannot be applied. The error message tells what to
+            change.
+        DataError: the checkpoint is damaged.
+    """
+    assert config.run.init_from is not None
+    path, rules = Path(config.run.init_from), config.run.init_rules
+    upcycle, split, copy = "upcycle" in rules, "split" in rules, "copy_nulls" in rules
+    sources = next((each for rule, each in _SOURCES.items() if rule in rules), fitting)
+    source: dict[str, JsonValue] = {}
+
+    def check(contents: Contents) -> None:
+        found = contents.state.values.get("config")
+        source.update(found if isinstance(found, dict) else {})
+        if KEY in contents.state.values:
+            raise ConfigError(
+                f"run.init_from={config.run.init_from!r}: {path} holds adapters and not the model under them; export it "
+                "(tools.export_hf) and import that, or begin with the base",
+                see=GUIDE,
+            )
+        if config.train.only == "auxiliary_routers" and (problem := _other_score(config, source)):
+            raise ConfigError(f"run.init_from={config.run.init_from!r}: {problem}", see="docs/routing.md")
+        # Upcycling does not need `source_problems`: a group's experts are equal, so their choice changes no token's output.
+        checks = {"split_experts": split_experts_problems, **({} if upcycle else {"copy_nulls": source_problems})}
+        if problems := [
+            f"run.init_rules: {rule}: {path}: {problem}"
+            for rule, problems_of in checks.items()
+            if rule in rules
+            for problem in problems_of(config, source)
+        ]:
+            raise ConfigError(problems, see="docs/routing.md")
+
+    if config.router_tuning is not None:
+        checkpoints.agree("look at the weights to be tuned", lambda: _check_scored(config))
+    taken = checkpoints.load_fitting(path, state, sources=sources, check=check)
+    lines = [taken.report()]
+    if copy:
+        rows = sum(gate.copy_true_rows() for gate in _gates(model, config))  # every rank has all router rows
+        lines.append(f"copied {rows} null rows from true ones")
+    if split:
+        scores = [config.model.moe.router.equal_score(group) for group in config.model.moe.groups.values()]
+        gates = _gates(model, config)  # ordered by layer, then by group
+        rows = sum(gate.zero_rows(STAIR * score) for gate, score in zip(gates, cycle(scores)))
+        lines.append(f"set {rows} router rows to 0, so that every token takes all parts of an FFN, each with the weight 1")
+    if "split_experts" in rules:
+        divides = config.model.moe.router.softmax_top_k
+        rows = checkpoints.on_each("read the routers", lambda: split_routers(model, path, divides_bias=divides))
+        lines.append(f"filled {rows} router rows, those of the parts of an expert with the expert's row")
+    if rules:
+        misfits, changes = _misfits(config, source, taken), _changes(config, source, taken)
+        if misfits or (changes and not upcycle):
+            name = next(each for each in _SAME if each in rules)
+            raise ConfigError(
+                [f"run.init_rules: {name}: {path}: {each}" for each in (misfits if upcycle else [*misfits, *changes])],
+                see="docs/routing.md",
+            )
+        same = "the same as the checkpoint's" + next(each for rule, each in _SAME.items() if rule in rules)
+        lines.append(f"function of the model before its first step: {'; '.join(changes) if changes else same}")
+    return "\n".join(lines)
+
+
+def _check_scored(config: Config) -> None:
+    """Raises ConfigError if the samples of router tuning were not made with the weights of `run.init_from`."""
+    assert config.router_tuning is not None, "the caller checks the section"
+    assert config.run.init_from is not None, "preflight checks it"
+    manifest = load_tuning_manifest(config.router_tuning.data)
+    folder = find_checkpoint(Path(config.run.init_from))
+    found = content_hash(open_checkpoint(folder).index)
+    if found != manifest.checkpoint:
+        raise ConfigError(
+            f"router_tuning.data={config.router_tuning.data!r}: made from the weights {manifest.checkpoint[:16]}... (step "
+            f"{manifest.step} of {manifest.run}), but {folder} has {found[:16]}...; set run.init_from to that "
+            "checkpoint, or prepare the folder from this one",
+            see="docs/router-tuning.md",
+        )
+
+
+def _gates(model: Transformer, config: Config) -> list[GroupGate]:
+    """Returns the gates (router weights) of all MoE layers and groups. Every rank has all gates unsharded."""
+    names = [group_module(name) for name in config.model.moe.groups]
+    gates = [moe.router.get_submodule(name) for moe in model.moe_modules() for name in names]
+    return [gate for gate in gates if isinstance(gate, GroupGate)]
+
+
+def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
+    """Returns the differences between checkpoint and model that no rule of `run.init_rules` allows: a tensor with another
+    shape, a tensor that the model lacks, a key of `model` with another value. Router tensors are not compared."""
+    odd = [name for name in _kept(config, taken) if taken.kept[name] != ABSENT]
+    problems = [
+        f"{name} stays as initialised ({taken.kept[name]}); give the model what the checkpoint has" for name in odd[:1]
+    ]
+    problems += [
+        f"{name} of the checkpoint has no place in the model; give the model what it is part of"
+        for name in taken.left
+        if role_of_name(name) not in _MOE_ROUTERS
+    ][:1]
+    other = _other_keys(config, source)
+    if "upcycle" in config.run.init_rules:
+        other.pop("mixture_of_depths", None)  # an upcycled model may add mixture of depths
+    return problems + [f"{problem}; take that" for problem in other.values()]
+
+
+def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
+    """Returns the reasons, besides the results of `_misfits`, why the model computes another function than the checkpoint's
+    model. Without such reasons both models compute the same function (an upcycled model up to rounding)."""
+    new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
+    changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
+    changes += _other_experts(config, source.get("model"))
+    if "split" in config.run.init_rules:
+        return changes + _scaled(source.get("model"), taken)
+    if "upcycle" not in config.run.init_rules:
+        return changes
+    mixture_of_depths = [problem for key, problem in _other_keys(config, source).items() if key == "mixture_of_depths"]
+    return [*changes, *mixture_of_depths, *_upcycled_changes(config, source.get("model"), taken)]
+
+
+def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, str]:
+    """Maps each key of `model` that has another value in the checkpoint's configuration to a message with both values."""
+    before, here = source.get("model"), config.model.model_dump(mode="json", exclude=_NO_PART)
+    if not isinstance(before, dict):
+        return {}
+    here["head_dim"] = config.model.resolved_head_dim  # a null in `model.head_dim` means hidden_dim / num_heads
+    width, heads = before.get("hidden_dim"), before.get("num_heads")
+    each = width // heads if isinstance(width, int) and isinstance(heads, int) else None
+    fields = type(config.model).model_fields.items()
+    defaults = {key: field.default for key, field in fields if not field.is_required()}  # for keys newer than a checkpoint
+    defaults["attention"] = GroupedQuerySection().model_dump()
+    there = {**defaults, **before, "head_dim": before.get("head_dim") or each}
+    return {
+        key: f"model.{key}={value!r}, the checkpoint's is {there[key]!r}"
+        for key, value in here.items()
+        if key in there and there[key] != value
+    }
+
+
+def _kept(config: Config, taken: Taken) -> list[str]:
+    """Returns the names of tensors that keep their initial values, without router tensors that a rule leaves as
+    initialised."""
+    routers = [name for name in taken.kept if role_of_name(name) in _MOE_ROUTERS]
+    if not _RULES_OF_ROUTERS & {*config.run.init_rules}:
+        routers = [name for name in routers if name.endswith((".null", ".bias"))]
+    return [name for name in taken.kept if name not in routers]
+
+
+def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[str]:
+    """Returns the reasons for `_changes` that concern upcycled experts. Because a group's upcycled experts are equal, the
+    weighted sum of their outputs is the output of one expert if the weights sum to 1."""
+    moe, router = config.model.moe, config.model.moe.router
+    total, changes, scale = router.sum_of_weights, [], _old_scale(before, taken)
+    if total is None:
+        changes.append(f"with this model.moe.router ({router.said}) a token's weights need not sum to 1")
+    if total is not None and total != scale:
+        changes.append(f"model.moe.router.scale={total:g}, the experts were scaled by {scale}")
+    for name, group in moe.groups.items():
+        if group.num_identity + group.num_constant:
+            changes.append(f"zero-computation experts of group {name} add something of their own")
+        elif group.top_k <= group.num_null and "copy_nulls" not in config.run.init_rules:
+            changes.append(
+                f"a token of group {name} may choose null experts alone (top_k={group.top_k}, num_null={group.num_null})"
+            )
+    return changes
+
+
+def _other_experts(config: Config, before: JsonValue) -> list[str]:
+    """Returns reasons for `_changes` if the experts' output is added after another layer than in the checkpoint's model, or
+    if clamped experts have other limits than there."""
+    moe, reasons = before.get("moe") if isinstance(before, dict) else None, list[str]()
+    old, new = isinstance(moe, dict) and moe.get("shortcut", False), config.model.moe.shortcut
+    if old != new:
+        reasons.append(f"model.moe.shortcut={str(new).lower()}, the checkpoint's is {str(old).lower()}")
+    here, there = config.model.moe.experts.model_dump(mode="json"), moe.get("experts") if isinstance(moe, dict) else None
+    if here["kind"] == "clamped_ffn" and here != there:
+        reasons.append(f"model.moe.experts={here}, the checkpoint's is {there}")
+    return reasons
+
+
+def _other_score(config: Config, source: Mapping[str, JsonValue]) -> str:
+    """Says how the router's scores differ from those of the checkpoint, whose choices auxiliary routers learn; empty if
+    they are the same."""
+    found: JsonValue = dict(source)
+    for key in ("model", "moe", "router"):
+        found = found.get(key) if isinstance(found, dict) else None
+    old = found.get("score", "sigmoid") if isinstance(found, dict) else "sigmoid"  # older checkpoints have no score
+    new = getattr(config.model.moe.router, "score", "sigmoid")
+    return (
+        "" if old == new else f"model.moe.router.score={new}, the checkpoint's is {old}; set model.moe.router.score={old}"
+    )
+
+
+def _old_scale(before: JsonValue, taken: Taken) -> JsonValue:
+    """Returns the scale of the checkpoint's router if experts of the checkpoint are copied or split, else 1.0."""
+    moe = before.get("moe") if isinstance(before, dict) else None
+    router = moe.get("router") if isinstance(moe, dict) else None
+    used = any(EXPERT_NAME.fullmatch(there) for there in taken.made_of.values())
+    return router.get("scale", 1.0) if used and isinstance(router, dict) else 1.0
+
+
+def _scaled(before: JsonValue, taken: Taken) -> list[str]:
+    """Returns a reason for `_changes` if the split expert had a weight other than 1 in the checkpoint's model."""
+    scale = _old_scale(before, taken)
+    return [] if scale == 1.0 else [f"the checkpoint's model.moe.router.scale={scale}, but the parts start with weight 1"]

@@ -1,0 +1,1 @@
+"""One training step, with this project's own engine or with Megatron's pipeline."""
