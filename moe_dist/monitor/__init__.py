@@ -9,4 +9,4 @@ def __getattr__(name: str) -> Any:
     if name != "attach":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # imported late, because some modules of this package need no torch
-    return import_module("moe_dist.monitor.attach.attach.attach").attach
+    return import_module("moe_dist.monitor.attached.attach").attach

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from moe_dist.monitor.attach import folder as attached_folder
+from moe_dist.monitor.attached import folder as attached_folder
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -240,7 +240,7 @@ def unwritable(rank: RankContext, failing: int, target: str) -> str:
 
 @pytest.mark.parametrize(
     ("failing", "target"),
-    [(0, "moe_dist.monitor.trace.format.Manifest.to_json"), (1, "moe_dist.monitor.attach.attach.folder.TraceWriter")],
+    [(0, "moe_dist.monitor.trace.format.Manifest.to_json"), (1, "moe_dist.monitor.attached.folder.TraceWriter")],
 )
 def test_an_error_of_one_rank_is_an_error_of_all(run_in_world: Callable[..., list[Any]], failing: int, target: str) -> None:
     messages = run_in_world(2, unwritable, failing, target)
