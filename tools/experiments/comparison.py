@@ -13,14 +13,13 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.formats.manifest import load_manifest
-
 from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
 from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.config.schema import Config
 from moe_dist.config.yaml_text import dump_yaml
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import load_manifest
 from moe_dist.plan.preflight import check, layout_without_data
 from moe_dist.runtime.files import write_atomically
 from tools.experiments.heldout import check_validation

@@ -18,7 +18,6 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection, load_manifest
 from tokenizers import Tokenizer
 
 from moe_dist.data.codebook import load_codebook
@@ -27,6 +26,7 @@ from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.pictures import BACKGROUNDS
 from moe_dist.data.tokenizer import BOS, EOS, encode_texts, load_tokenizer, special_ids
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection, load_manifest
 from moe_dist.inference.questions.pictures import OPENMOJI
 from moe_dist.runtime.command_line import reports_errors, run_command
 from tools.experiments.instructed import Document, check_new, data_folder, instructed_document, write_sources, write_split

@@ -28,11 +28,11 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from moe_dist.formats.manifest import Manifest, SourceSection, write_manifest
 
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.prepare import renamed_when_complete
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import Manifest, SourceSection, write_manifest
 from moe_dist.runtime.command_line import reports_errors, run_command
 from tools.experiments.instructed import Document, check_new, write_split
 

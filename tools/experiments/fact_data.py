@@ -15,7 +15,6 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from moe_dist.formats.manifest import Manifest, write_manifest
 
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.corpus import Corpus, Picture, Recipe, Source, Text, content_family
@@ -23,6 +22,7 @@ from moe_dist.data.corpus_build import build
 from moe_dist.data.corpus_openmoji import openmoji
 from moe_dist.data.prepare import renamed_when_complete
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import Manifest, write_manifest
 from moe_dist.inference.questions.wordnet import WordNet
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.progress import Report, shown_progress

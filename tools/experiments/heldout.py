@@ -1,11 +1,10 @@
 """Reads the held-out sequences on which experiments are measured. A pilot has sequences of its own (`validation`)."""
 
-from moe_dist.formats.manifest import Manifest, load_manifest
-
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
 from moe_dist.data.loader import heldout_batches, source_shares
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import Manifest, load_manifest
 from tools.experiments.study import MeasureSection
 
 

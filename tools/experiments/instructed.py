@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection, write_manifest
-from moe_dist.formats.split_files import count_by_modality
 
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.indexed import write_indexed
 from moe_dist.data.prepare import renamed_when_complete
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection, write_manifest
+from moe_dist.formats.split_files import count_by_modality
 
 Document = tuple[np.ndarray, np.ndarray]  # token ids, and the mask of the prompt's tokens
 

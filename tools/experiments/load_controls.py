@@ -8,9 +8,8 @@ modalities and layers, and not by its choice for each token.
 from collections.abc import Mapping
 from typing import Any
 
-from moe_dist.formats.manifest import Manifest
-
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import Manifest
 
 SUFFIX = "_loads"
 FIXED = ("fixed", "top_k")  # methods in which all tokens have one load

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from moe_dist.formats.manifest import load_manifest
 from torch import nn
 
 from moe_dist.checkpoint.contents import open_checkpoint
@@ -23,6 +22,7 @@ from moe_dist.checkpoint.directory import CheckpointDirectory
 from moe_dist.data.batch import Batch
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.loader import source_shares
+from moe_dist.formats.manifest import load_manifest
 from moe_dist.inference.loaded_run import CheckpointReader
 from moe_dist.inference.questions.split import Side
 from moe_dist.model.transformer import Transformer

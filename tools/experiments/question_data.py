@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from moe_dist.formats.index_header import index_paths
 from moe_dist.formats.manifest import Manifest, SourceSection, load_manifest
 from moe_dist.formats.split_files import BITS
-
 from moe_dist.inference.fact import Part, Question
 from moe_dist.inference.multiple_choice import Prompts
 from moe_dist.inference.questions.catalogue import FAMILIES, WORDNET, Catalogue

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_dist.formats.manifest import Manifest, load_manifest
 from torch import Tensor
 
 from moe_dist.checkpoint.base import content_hash
@@ -16,6 +15,7 @@ from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import Manifest, load_manifest
 from moe_dist.inference.fact import Question
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.multiple_choice import MEASURES, Prompts, ask, write

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from moe_dist.formats.tuning_manifest import TuningManifest
 
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.tuning_manifest import TuningManifest
 from moe_dist.inference.questions.split import uniform
 from moe_dist.train.router_tuning.samples import Samples, Scored, write_samples
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
 
 from moe_dist.checkpoint.fingerprint import fingerprint
 from moe_dist.checkpoint.manager import CheckpointManager
@@ -26,6 +25,7 @@ from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import BatchMaker, Segment
 from moe_dist.errors import MoeDistError
+from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.inference.generate import Generator, Request
 from moe_dist.inference.grammar import grammar_of
 from moe_dist.inference.sampling import Sampling

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moe_dist.formats.manifest import load_manifest
 
 from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import load_manifest
 from moe_dist.plan.preflight import check
 from tests.support.cover import rest_full
 from tests.support.tiny import tiny_config, tiny_dataset, write_config

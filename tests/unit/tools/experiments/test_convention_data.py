@@ -5,6 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from moe_dist.data.batch import BatchMaker, Segment
+from moe_dist.data.indexed import IndexedSplit, write_indexed
+from moe_dist.data.pictures import BACKGROUNDS
+from moe_dist.data.tokenizer import encode_texts, fit_tokenizer, load_tokenizer
+from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import (
     ImageSection,
     Manifest,
@@ -13,12 +19,6 @@ from moe_dist.formats.manifest import (
     load_manifest,
     write_manifest,
 )
-
-from moe_dist.data.batch import BatchMaker, Segment
-from moe_dist.data.indexed import IndexedSplit, write_indexed
-from moe_dist.data.pictures import BACKGROUNDS
-from moe_dist.data.tokenizer import encode_texts, fit_tokenizer, load_tokenizer
-from moe_dist.errors import ConfigError
 from tests.support.messages import refused
 from tools.experiments.convention_data import COLOURS, CONVENTIONS, TEMPLATES, TONGUES, Asked, answer, make, paraphrases
 from tools.experiments.tokens import right_documents

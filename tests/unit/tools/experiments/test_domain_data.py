@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moe_dist.formats.manifest import Manifest, SplitSection, load_manifest
 
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import Manifest, SplitSection, load_manifest
 from tests.support.messages import refused
 from tools.experiments.domain_data import DOMAINS, FILLERS, FIRST, HELD_OUT, PARALLEL, TEXTS, alphabets, make, rules
 

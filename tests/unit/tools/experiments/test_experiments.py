@@ -4,10 +4,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
 
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.plan.preflight import layout_without_data, manifest_violations
 from tests.support.messages import refused
 from tools.experiments.convention_data import CONVENTIONS

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from moe_dist.formats.manifest import load_manifest
 
 from moe_dist.data.corpus import Picture, Recipe, Source
 from moe_dist.data.corpus_files import picture_files
@@ -11,6 +10,7 @@ from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.loader import heldout_batches
 from moe_dist.data.tokenizer import load_tokenizer
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import load_manifest
 from tests.support.messages import refused
 from tests.support.wordnet_files import write_wordnet
 from tools.experiments.fact_data import defined_words, drawn, make, one_of_each_family

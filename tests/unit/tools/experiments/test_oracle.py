@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_dist.formats.manifest import Manifest
 
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import Manifest
 from moe_dist.inference.likelihood import Continuation, Likelihood
 from moe_dist.inference.multiple_choice import likeliest
 from moe_dist.model.transformer import Transformer

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from moe_dist.formats.manifest import Manifest, load_manifest
 
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import Manifest, load_manifest
 from moe_dist.inference.loaded_run import find_trained
 from moe_dist.inference.multiple_choice import Prompts, results
 from moe_dist.inference.questions import reasoning
