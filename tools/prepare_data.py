@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from moe_dist.formats.manifest import Manifest
 from rich.console import Console
 from rich.table import Table
 
 from moe_dist.data.corpus import VARIATIONS, HoldOut, Recipe
 from moe_dist.data.prepare import RECIPE_FILE, Inputs, prepare
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import Manifest
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.progress import shown_progress
 

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import torch
 import typer
-from moe_dist.formats.tuning_manifest import TuningManifest
 
 from moe_dist.checkpoint.base import content_hash
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
+from moe_dist.formats.tuning_manifest import TuningManifest
 from moe_dist.inference.loaded_run import LoadedRun, choose_device, find_trained
 from moe_dist.inference.multiple_choice import Measure, Prompts, ask, check_vocabulary, write
 from moe_dist.inference.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from moe_dist.formats.manifest import load_manifest
 
 from moe_dist.checkpoint.directory import CheckpointDirectory, run_path
 from moe_dist.config.load import load_stored_config
@@ -21,6 +20,7 @@ from moe_dist.config.yaml_text import read_mapping
 from moe_dist.data.codebook import load_codebook
 from moe_dist.data.tokenizer import read_tokenizer
 from moe_dist.errors import ConfigError, DataError, MoeDistError
+from moe_dist.formats.manifest import load_manifest
 from moe_dist.inference.loaded_run import trained_placement
 from moe_dist.monitor.report.findings import facts, problems, verdict
 from moe_dist.monitor.report.page import render

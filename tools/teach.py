@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from moe_dist.formats.split_files import data_digest
 
 from moe_dist.checkpoint.base import content_hash
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError
+from moe_dist.formats.split_files import data_digest
 from moe_dist.inference.loaded_run import choose_device
 from moe_dist.model.distillation import TeacherOutput
 from moe_dist.plan.preflight import check_file

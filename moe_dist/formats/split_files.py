@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from moe_dist.formats.index_header import IndexHeader, index_paths, read_index_header
-from moe_dist.formats.manifest import MANIFEST_FILE, Manifest, SplitSection
 
 from moe_dist.config.regular_file import open_regular
 from moe_dist.errors import DataError
+from moe_dist.formats.index_header import IndexHeader, index_paths, read_index_header
+from moe_dist.formats.manifest import MANIFEST_FILE, Manifest, SplitSection
 
 Bits = Literal["filler", "prompt"]  # keys of a split that name a file with one bit per token
 BITS: tuple[Bits, ...] = ("filler", "prompt")

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from moe_dist.formats.manifest import MANIFEST_FILE
-from moe_dist.formats.split_files import sampled_digest
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import MANIFEST_FILE
+from moe_dist.formats.split_files import sampled_digest
 
 GUIDE = "docs/router-tuning.md"
 ARRAYS: Mapping[str, type[np.generic]] = {

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from moe_dist.monitor.attached import folder as attached_folder
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_dist.errors import ConfigError
 from moe_dist.monitor import attach
+from moe_dist.monitor.attached import folder as attached_folder
 from moe_dist.monitor.trace.reader import read_trace
 from tests.support.cover import exhaustive, full_with_each_version
 from tests.support.megatron_model import (

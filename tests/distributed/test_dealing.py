@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from moe_dist.formats.manifest import Manifest, load_manifest
 
 from moe_dist.comm.collectives import CommStats
 from moe_dist.data.dealing import Dealing, SequenceCosts
 from moe_dist.data.loader import TrainLoader
+from moe_dist.formats.manifest import Manifest, load_manifest
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.build.training import build_optimizer
 from moe_dist.train.objective.loss import AuxSettings

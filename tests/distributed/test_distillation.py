@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moe_dist.formats.manifest import load_manifest
 
 from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.formats.manifest import load_manifest
 from moe_dist.train.build.training import build_plan
 from tests.distributed.test_starting_weights import AUX, PARTS, SEED, Run, groups
 from tests.support.cover import full

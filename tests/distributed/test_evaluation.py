@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
 
 from moe_dist.comm.collectives import CommStats
 from moe_dist.data.batch import Batch
+from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import ABSENT
 from moe_dist.monitor.statistics import ComputeMap

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from moe_dist.formats.manifest import load_manifest
 
+from moe_dist.formats.manifest import load_manifest
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.train.build.training import build_evaluator
 from tests.support.cover import exhaustive, full

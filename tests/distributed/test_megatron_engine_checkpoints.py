@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from moe_dist.formats.manifest import load_manifest
 
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout
+from moe_dist.formats.manifest import load_manifest
 from moe_dist.hf.exporting import export_model
 from moe_dist.train.start.resume import Resumable
 from tests.support.cover import exhaustive, full

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from moe_dist.formats.manifest import load_manifest
 
+from moe_dist.formats.manifest import load_manifest
 from moe_dist.monitor.costs import Cost, cost_table
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
 from moe_dist.plan.preflight import check

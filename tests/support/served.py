@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_dist.formats.manifest import load_manifest
-from moe_dist.formats.split_files import data_digest
 from torch import Tensor, nn
 
 from moe_dist.checkpoint.state import RankLayout, capture
+from moe_dist.formats.manifest import load_manifest
+from moe_dist.formats.split_files import data_digest
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement

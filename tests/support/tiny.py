@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import yaml
-from moe_dist.formats.manifest import ImageSection, Manifest, SourceSection, SplitSection, write_manifest
 
 from moe_dist.config.schema import Config
 from moe_dist.data.indexed import write_indexed
+from moe_dist.formats.manifest import ImageSection, Manifest, SourceSection, SplitSection, write_manifest
 
 PAD, EOS, BEGIN_IMAGE, END_IMAGE = 0, 1, 2, 3
 TEXT_IDS = (0, 48)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from moe_dist.formats.manifest import Manifest
 from torch.distributed.tensor import DTensor
 
 from moe_dist.comm.collectives import CommStats
+from moe_dist.formats.manifest import Manifest
 from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from moe_dist.formats.tuning_manifest import TuningManifest
 
 from moe_dist.checkpoint.base import content_hash
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
+from moe_dist.formats.tuning_manifest import TuningManifest
 from moe_dist.train.router_tuning.samples import Scored, TuningSample, write_samples
 
 WIDTH = 6

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
 
 from moe_dist.checkpoint.fingerprint import fingerprint
 from moe_dist.checkpoint.manager import CheckpointManager
@@ -26,6 +25,7 @@ from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import BatchMaker, Segment
 from moe_dist.errors import MoeDistError
+from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.inference.generate import Generator, Request
 from moe_dist.inference.grammar import grammar_of
 from moe_dist.inference.sampling import Sampling
@@ -39,8 +39,8 @@ from moe_dist.plan.preflight import layout_without_data
 from moe_dist.train.build.training import build_training, rank_layout
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.start.dry_run import estimate
-from tools.bench.count import count
-from tools.bench.fake_step import MICRO_BATCHES
+from tools.fake_gpu.count import count
+from tools.fake_gpu.fake_step import MICRO_BATCHES
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
 from tools.gpu_check.profiled import profiled

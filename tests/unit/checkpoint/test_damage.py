@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_dist.formats.manifest import load_manifest
-from moe_dist.formats.split_files import data_digest, digest_problems, load_bits
 
 from moe_dist.checkpoint import manager
 from moe_dist.checkpoint.contents import Contents, examine
@@ -20,6 +18,8 @@ from moe_dist.checkpoint.shard_header import ShardHeader
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.checkpoint.verify import verify
 from moe_dist.errors import DataError, MoeDistError
+from moe_dist.formats.manifest import load_manifest
+from moe_dist.formats.split_files import data_digest, digest_problems, load_bits
 from moe_dist.plan.preflight import data_set_problems
 from tests.support.damage import KINDS, damage
 from tests.support.fake_ranks import load_all, save_all

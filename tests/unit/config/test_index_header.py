@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moe_dist.formats.index_header import index_paths, largest_id, read_index_header
 
 from moe_dist.errors import DataError, StorageError
+from moe_dist.formats.index_header import index_paths, largest_id, read_index_header
 from tests.support.messages import refused
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moe_dist.formats.manifest import load_manifest, write_manifest
 
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import load_manifest, write_manifest
 from tests.support.messages import refused
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moe_dist.formats.manifest import load_manifest
-from moe_dist.formats.tuning_manifest import load_tuning_manifest
 
 from moe_dist.config.load import resolved_yaml, rule_violations
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import load_manifest
+from moe_dist.formats.tuning_manifest import load_tuning_manifest
 from moe_dist.plan.preflight import check
 from moe_dist.plan.tuning_rules import check_tuning_data, model_problems
 from tests.support.messages import refused

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection, write_manifest
-from moe_dist.formats.split_files import count_by_modality
 
 from moe_dist.data import pictures as pictures_module
 from moe_dist.data.corpus import Picture, Recipe, Source
 from moe_dist.data.indexed import write_indexed
 from moe_dist.data.picture_coding import Division
 from moe_dist.data.pictures import Render
+from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection, write_manifest
+from moe_dist.formats.split_files import count_by_modality
 
 MODALITIES = {"text": ((0, 100), (200, 10_000)), "image": ((100, 200),)}
 Documents = Sequence[Sequence[int]]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moe_dist.formats.manifest import Manifest
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -20,6 +19,7 @@ from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.loader import TrainLoader
 from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import Manifest
 from tests.support.chat_folders import CHATML, KINDS, TOOLS, chat_folder, conversations, write_lines
 from tests.support.cover import rest_full
 from tests.support.messages import refused

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moe_dist.formats.manifest import SplitSection
 
 from moe_dist.data.indexed import CheckedFile, IndexedSplit, write_indexed
 from moe_dist.errors import DataError, StorageError
+from moe_dist.formats.manifest import SplitSection
 from tests.support.messages import refused
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moe_dist.formats.manifest import SplitSection
 
 from moe_dist.data.codebook import encode, fit, load_codebook, to_patches
 from moe_dist.data.corpus import HoldOut
@@ -18,6 +17,7 @@ from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.picture_coding import divide
 from moe_dist.data.pictures import augmented, plain, rasterise
 from moe_dist.data.tokenizer import SPECIALS, load_tokenizer
+from moe_dist.formats.manifest import SplitSection
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]  # preparing all of the default data takes 45 s
 

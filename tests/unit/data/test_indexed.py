@@ -6,11 +6,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from moe_dist.formats.manifest import SplitSection
-from moe_dist.formats.split_files import check_split, count_by_modality, load_bits
 
 from moe_dist.data.indexed import IndexedSplit, write_indexed
 from moe_dist.errors import DataError
+from moe_dist.formats.manifest import SplitSection
+from moe_dist.formats.split_files import check_split, count_by_modality, load_bits
 from tests.support.messages import refused
 
 

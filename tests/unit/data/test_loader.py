@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from moe_dist.formats.manifest import Manifest
 
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.data.dealing import Dealing, SequenceCosts
 from moe_dist.data.loader import TrainLoader, heldout_batches, source_shares
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import Manifest
 from tests.support.messages import refused
 
 SEQ_LEN = 16

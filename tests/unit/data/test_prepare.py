@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
-from moe_dist.formats.manifest import load_manifest
 from PIL import Image, ImageDraw
 from typer import Typer
 from typer.testing import CliRunner
@@ -24,6 +23,7 @@ from moe_dist.data.loader import TrainLoader, heldout_batches
 from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.data.tokenizer import load_tokenizer
 from moe_dist.errors import ConfigError, DataError, StorageError
+from moe_dist.formats.manifest import load_manifest
 from tests.support.messages import refused
 from tools.prepare_data import main
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import pytest
 import torch
 import yaml
-from moe_dist.formats.manifest import load_manifest
 
 from moe_dist.config.routers.relu import ReLURouterSection
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import load_manifest
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.forms import choose_form
 from moe_dist.hf.importing import import_model

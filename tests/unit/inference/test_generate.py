@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moe_dist.formats.manifest import load_manifest
 from torch import Tensor
 
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import load_manifest
 from moe_dist.inference.generate import Generator, Request, check_lengths
 from moe_dist.inference.grammar import grammar_of
 from moe_dist.inference.sampling import Sampling

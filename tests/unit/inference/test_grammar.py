@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from moe_dist.formats.manifest import Manifest
 
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import Manifest
 from moe_dist.inference.grammar import Grammar, GrammarState, grammar_of
 from tests.support.messages import refused
 from tests.support.tiny import BEGIN_IMAGE, END_IMAGE, EOS, IMAGE_IDS, PAD, TEXT_IDS

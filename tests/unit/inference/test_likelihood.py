@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_dist.formats.manifest import load_manifest
 
 from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import load_manifest
 from moe_dist.inference.fact import Question
 from moe_dist.inference.likelihood import Continuation, Likelihood, Score
 from moe_dist.inference.multiple_choice import Answered, likeliest

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moe_dist.formats.manifest import load_manifest
 
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import load_manifest
 from moe_dist.plan.preflight import Preflight, check, check_file, layout_without_data, token_mix
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config, tiny_dataset, write_config

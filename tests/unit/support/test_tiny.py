@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import numpy as np
+
 from moe_dist.formats.index_header import read_index_header
 from moe_dist.formats.manifest import load_manifest
-
 from tests.support.tiny import FILLER_CODE, tiny_config, tiny_dataset, write_config
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from moe_dist.formats.split_files import data_digest
 
 from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError
+from moe_dist.formats.split_files import data_digest
 from moe_dist.inference.loaded_run import find_trained
 from moe_dist.train.start import resume
 from moe_dist.train.start.resume import kept_position

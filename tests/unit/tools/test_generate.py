@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
-from moe_dist.formats.manifest import load_manifest, write_manifest
 from PIL import Image
 
 from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.expert_choice import ExpertChoiceRouterSection
 from moe_dist.config.routers.scheduled_top_k import ScheduledTopKRouterSection
+from moe_dist.formats.manifest import load_manifest, write_manifest
 from moe_dist.inference.loaded_run import LoadedRun, causal_problems, find_trained
 from moe_dist.inference.tasks import choose_captions
 from moe_dist.inference.vocabulary import picture_of

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from moe_dist.formats.tuning_manifest import load_tuning_manifest
 
+from moe_dist.formats.tuning_manifest import load_tuning_manifest
 from moe_dist.inference.loaded_run import LoadedRun, find_trained
 from moe_dist.inference.router_tuning.embedder import Embedder
 from moe_dist.moe.routers.top_k import TopKRouter

@@ -1,0 +1,50 @@
+"""Adds a control to each method of a comparison: the method's loads without its choice by token.
+
+In each layer a token of the control takes as many experts as the method's tokens of the same modality do in the mean; a
+random draw decides about the fraction. A method that is no better than its control gains by moving experts between
+modalities and layers, and not by its choice for each token.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_dist.errors import ConfigError
+from moe_dist.formats.manifest import Manifest
+
+SUFFIX = "_loads"
+FIXED = ("fixed", "top_k")  # methods in which all tokens have one load
+MODALITIES = {"text", "image"}
+
+
+def check_modalities(manifest: Manifest) -> None:
+    """Raises ConfigError for data without the two modalities whose loads the controls take."""
+    if set(manifest.modalities) != MODALITIES:
+        there = ", ".join(manifest.modalities)
+        raise ConfigError(f"--controls: loads are taken by text and image, and the data have {there}; leave it out")
+
+
+def with_controls(
+    arms: Mapping[str, dict[str, Any]], router: Mapping[str, Any], top_k: Mapping[str, int]
+) -> dict[str, Any]:
+    """Returns a study's arms with a control behind each method.
+
+    Args:
+        router: Settings of the controls' weights.
+        top_k: Most experts of a token, by override of a group.
+    """
+    found: dict[str, Any] = {}
+    for name, arm in arms.items():
+        found[name] = arm
+        if name not in FIXED:
+            found[name] = {**arm, "asks": ["load_tables"]}
+            found[f"{name}{SUFFIX}"] = {
+                "about": f"the loads of {name} for text and image in each layer, by a random draw",
+                "seeds": "decisive",
+                "set": {**top_k, "model.moe.router": {**router, "kind": "top_k_by_id"}, **_rate(arm)},
+                "measured": {"model.moe.router.table": {"arm": name, "metric": "load_tables.by_modality_folder"}},
+            }
+    return found
+
+
+def _rate(arm: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in arm["set"].items() if key == "optimizer.lr"}
