@@ -148,7 +148,7 @@ docs: $(INSTALLED)  ## Build the documentation site in .cache/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(INSTALLED)  ## Measure dispatch against its floor and its peers (ARGS="--only tokens")
-	@$(BIN)/python -m tools.bench $$ARGS
+	@$(BIN)/python -m research.bench $$ARGS
 
 check: $(INSTALLED)  ## Lint and types
 	$(BIN)/ruff check .
@@ -175,24 +175,24 @@ reproduce-data: $(INSTALLED)  ## Prepare the data of the experiments
 CONVENTIONS_DATA := .cache/data/conventions
 conventions-data: reproduce-data
 	@test -f $(CONVENTIONS_DATA)/manifest.json || \
-	  $(BIN)/python -m tools.experiments.convention_data --base $(REPRODUCE_DATA) --out $(CONVENTIONS_DATA)
+	  $(BIN)/python -m research.experiments.convention_data --base $(REPRODUCE_DATA) --out $(CONVENTIONS_DATA)
 
 # Questions in alphabets that share no token, which contradict each other.
 DOMAINS_DATA := .cache/data/domains
 domains-data: $(INSTALLED)
-	@test -f $(DOMAINS_DATA)/manifest.json || $(BIN)/python -m tools.experiments.domain_data --out $(DOMAINS_DATA)
+	@test -f $(DOMAINS_DATA)/manifest.json || $(BIN)/python -m research.experiments.domain_data --out $(DOMAINS_DATA)
 
 # The data of reproduce-data with questions of WordNet and reasoning-gym.
 QUESTIONS_DATA := .cache/data/questions
 questions-data: reproduce-data wordnet
 	@test -f $(QUESTIONS_DATA)/manifest.json || \
-	  $(BIN)/python -m tools.experiments.question_data --base $(REPRODUCE_DATA) --wordnet $(WORDNET) --out $(QUESTIONS_DATA)
+	  $(BIN)/python -m research.experiments.question_data --base $(REPRODUCE_DATA) --wordnet $(WORDNET) --out $(QUESTIONS_DATA)
 
 # A closed set of definitions and pictures, to be stored.
 FACTS_DATA := .cache/data/facts
 facts-data: $(INSTALLED) wordnet
 	@test -f $(FACTS_DATA)/manifest.json || \
-	  $(BIN)/python -m tools.experiments.fact_data --out $(FACTS_DATA) --wordnet $(WORDNET)
+	  $(BIN)/python -m research.experiments.fact_data --out $(FACTS_DATA) --wordnet $(WORDNET)
 
 reproduce-mole: conventions-data
 reproduce-mole-2: domains-data
@@ -205,15 +205,15 @@ SMOLLM2_IMPORT := .cache/hf/smollm2-import
 SMOLLM2_SPLIT := .cache/hf/smollm2-split
 smollm2-split: smollm2 wordnet
 	@test -f $(WORDS_DATA)/manifest.json || \
-	  $(BIN)/python -m tools.experiments.words_data $(SMOLLM2_MODEL) --wordnet $(WORDNET) --out $(WORDS_DATA)
+	  $(BIN)/python -m research.experiments.words_data $(SMOLLM2_MODEL) --wordnet $(WORDNET) --out $(WORDS_DATA)
 	@test -d $(SMOLLM2_IMPORT) || $(BIN)/python -m tools.import_hf $(SMOLLM2_MODEL) --out $(SMOLLM2_IMPORT)
 	@test -d $(SMOLLM2_SPLIT) || { rm -rf $(SMOLLM2_SPLIT).part && \
-	  $(BIN)/python -m tools.experiments.split_base $(SMOLLM2_IMPORT) --data $(WORDS_DATA) --out $(SMOLLM2_SPLIT).part && \
+	  $(BIN)/python -m research.experiments.split_base $(SMOLLM2_IMPORT) --data $(WORDS_DATA) --out $(SMOLLM2_SPLIT).part && \
 	  mv $(SMOLLM2_SPLIT).part $(SMOLLM2_SPLIT); }
 
 reproduce-roma-2-smollm2 reproduce-roma-2-equal reproduce-roma-2-disturbed: smollm2-split embedder
 $(REPRODUCTIONS): reproduce-%: $(INSTALLED) reproduce-data
-	@$(BIN)/python -m tools.experiments $* $$ARGS
+	@$(BIN)/python -m research.experiments $* $$ARGS
 
 # Its metadata ask for sentence-transformers, which is not used: its folder is read as it is.
 MINILM := .cache/minilm

@@ -69,7 +69,7 @@ EXTRAS = {
 FOLDERS = ("configs", "launchers", "slurm", "tools")
 LIBRARY = find_packages(include=["moe_dist", "moe_dist.*"])
 PROGRAMS = find_packages(include=["launchers", "launchers.*", "tools", "tools.*"])
-DATA = ["configs", "configs.clusters", "configs.compare", "configs.reproduce", "slurm"]
+DATA = ["configs", "configs.clusters", "slurm"]
 
 setup(
     name="moe_dist",
@@ -96,7 +96,7 @@ setup(
     package_dir={f"moe_dist.bundled.{name}": name for name in FOLDERS},
     package_data={
         "moe_dist": ["py.typed"],
-        "moe_dist.bundled.tools.bench": ["*.cpp"],
+        "moe_dist.bundled.tools.fake_gpu": ["*.cpp"],
         **{f"moe_dist.bundled.{name}": ["*.yaml", "*.json", "*.md", "*.sh", "*.sbatch"] for name in DATA},
     },
     entry_points={"console_scripts": ["moe-dist = moe_dist.__main__:main"]},

@@ -44,10 +44,7 @@ COMMANDS = (
     ("inspect", "tools.inspect_checkpoint:main", "Show the content of a checkpoint."),
     ("verify", "tools.verify_checkpoint:main", "Check every byte of a checkpoint."),
     ("compare", "tools.compare_runs:main", "Compare the records of two runs."),
-    ("compare-methods", "tools.compare_methods:main", "Compare routing methods at one budget."),
-    ("bench", "tools.bench.__main__:main", "Measure dispatch on this machine."),
     ("gpu-check", "tools.gpu_check.__main__:main", "Check and measure the GPUs of this machine."),
-    ("reproduce", "tools.experiments.__main__:main", "Run and report an experiment."),
 )
 
 

@@ -5,11 +5,11 @@ import sys
 RENAMED = {
     "launchers.slurm_job": "launchers.slurm.job",
     "launchers.slurm_step": "launchers.slurm.step",
-    "tools.bench_dispatch": "tools.bench",
-    "tools.bench_router_tuning": "tools.bench.router_tuning",
-    "tools.experiments.conventions": "tools.experiments.convention_data",
-    "tools.reproduce": "tools.experiments",
-    "tools.reproduction": "tools.experiments",
+    "tools.bench_dispatch": "research.bench",
+    "tools.bench_router_tuning": "research.bench.router_tuning",
+    "research.experiments.conventions": "research.experiments.convention_data",
+    "tools.reproduce": "research.experiments",
+    "tools.reproduction": "research.experiments",
 }
 
 

@@ -29,7 +29,7 @@ from tests.reference.layer import ReferenceWeights, expected_node_traffic, expec
 from tests.reference.workloads import hidden_states, router_weight
 from tests.support.cover import exhaustive, full
 from tests.support.worlds import RankContext
-from tools.bench.workloads import (
+from tools.gpu_check.token_imbalance import (
     WORKLOADS,
     WorkloadShape,
     WorkloadStep,

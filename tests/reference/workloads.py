@@ -1,11 +1,12 @@
-"""Hidden rows and router weights with which a real router makes the choices of a workload of `tools/bench/workloads.py`.
+"""Hidden rows and router weights with which a real router makes the choices of a workload of
+`tools/gpu_check/token_imbalance.py`.
 
 Shape letters: T tokens, E experts, K choices a token, D hidden size.
 """
 
 import numpy as np
 
-from tools.bench.workloads import WorkloadStep
+from tools.gpu_check.token_imbalance import WorkloadStep
 
 
 def hidden_states(step: WorkloadStep, *, num_experts: int, hidden_dim: int, seed: int) -> np.ndarray:

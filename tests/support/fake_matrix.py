@@ -1,9 +1,9 @@
 """Options on fake CUDA tensors: a cover of all pairs of values, on a tiny model of eight ranks.
 
-`python -m tests.support.fake_matrix NUMBER`, in a process that `tools.bench.fake_cuda.child` started, prints lines of JSON:
-for each pair that preflight refuses, the pair and the problems; then for each of the first NUMBER cases its `options`, and
-what `tests.support.fake_run.observed` found on the last rank, or an `error`. "first rank" has the collectives of the first
-rank's first step.
+`python -m tests.support.fake_matrix NUMBER`, in a process that `tools.fake_gpu.fake_cuda.child` started, prints lines of
+JSON: for each pair that preflight refuses, the pair and the problems; then for each of the first NUMBER cases its
+`options`, and what `tests.support.fake_run.observed` found on the last rank, or an `error`. "first rank" has the
+collectives of the first rank's first step.
 """
 
 import json
@@ -25,7 +25,7 @@ from moe_dist.plan.preflight import layout_without_data
 from moe_dist.train.router_tuning.loader import SampleBatch
 from tests.support.fake_run import observed
 from tests.support.tuning_samples import made_samples
-from tools.bench import fake_cuda, fake_step
+from tools.fake_gpu import fake_cuda, fake_step
 
 RANKS, VOCABULARY = 8, 512
 GROUP = {"num_experts": 4, "num_null": 4, "top_k": 2, "ffn_dim": 32}

@@ -1,6 +1,6 @@
 """What a run does beside training steps, on fake CUDA tensors: a held-out evaluation, and the copies of asynchronous saves.
 
-`python -m tests.support.fake_run CONFIG RANK RANKS [key=value ...]`, in a process that `tools.bench.fake_cuda.child`
+`python -m tests.support.fake_run CONFIG RANK RANKS [key=value ...]`, in a process that `tools.fake_gpu.fake_cuda.child`
 started, prints JSON of `observed`.
 """
 
@@ -19,7 +19,7 @@ from moe_dist.data.batch import Batch
 from moe_dist.train.build.training import build_evaluator
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.start import resume
-from tools.bench import fake_cuda, fake_step
+from tools.fake_gpu import fake_cuda, fake_step
 
 
 def observed(run: fake_step.Built, trained: Sequence[Batch], *, held_out: int = 2) -> dict[str, Any]:

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 MOST_FLOORS, MOST_ROOMS, MOST_ARROWS = 8, 22, 112
 LOOSE_FILES = ("__init__.py", "__main__.py", "errors.py")
-# The bench measures Megatron-Core itself.
-MEASURED_PEER = ("tools/bench/megatron_core.py",)
+# gpu-check measures Megatron-Core itself.
+MEASURED_PEER = ("tools/gpu_check/megatron_core.py",)
 SINGLE_DEVICE = ("moe", "model")
 EVALUATION = ("moe_dist.train.evaluation", "moe_dist.inference")
 
@@ -333,7 +333,7 @@ def test_a_circle_of_folders_would_fail() -> None:
     ]
     loop = [
         planted("moe_dist/train/loop/b.py", "pass"),
-        planted("moe_dist/train/loop/c.py", "import moe_dist.train.step.d"),
+        planted("moe_dist/train/loop/c.py", "import moe_dist.train.step.training_step.d"),
     ]
     assert circle_faults(ImportGraph([*step, *loop]))
     assert not circle_faults(ImportGraph([*step, loop[0]]))

@@ -21,8 +21,8 @@ from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertPlacement
-from tools.bench.megatron_core import MegatronMoE, Variant, copy_experts
 from tools.gpu_check.layers import make_layer, passes, single_group, triton_or_none
+from tools.gpu_check.megatron_core import MegatronMoE, Variant, copy_experts
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
 from tools.gpu_check.profiled import profiled

@@ -39,8 +39,8 @@ from moe_dist.plan.preflight import layout_without_data
 from moe_dist.train.build.training import build_training, rank_layout
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.start.dry_run import estimate
-from tools.bench.count import count
-from tools.bench.fake_step import MICRO_BATCHES
+from tools.fake_gpu.count import count
+from tools.fake_gpu.fake_step import MICRO_BATCHES
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
 from tools.gpu_check.profiled import profiled

@@ -52,7 +52,7 @@ def test_only_a_near_name_is_suggested(given: str, hint: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("tools.bench_dispatch", "tools.bench"), ("tools.reproduction.x", "tools.experiments")]
+    ("old", "new"), [("tools.bench_dispatch", "research.bench"), ("tools.reproduction.x", "research.experiments")]
 )
 def test_an_old_module_is_told_its_new_name(old: str, new: str) -> None:
     with pytest.raises(ImportError, match=f"is now {new}"):

@@ -12,7 +12,7 @@ from moe_dist.errors import DataError
 from moe_dist.monitor.statistics import LeverDecision
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.train.rank_balance.moving_lever import MovingLever
-from tools.bench.workloads import WorkloadShape, workload_step
+from tools.gpu_check.token_imbalance import WorkloadShape, workload_step
 
 EVERY = 16
 SHAPE = WorkloadShape(num_tokens=2048, num_experts=64, top_k=4, num_shards=4)

@@ -1,0 +1,35 @@
+"""Reads what was added to an experiment after its first run, when its own file may not change any more: the file
+FILE in the folder of the records, which maps names of experiments to `Additions`."""
+
+from pathlib import Path
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from moe_dist.config.yaml_text import load_yaml
+from moe_dist.errors import ConfigError
+from research.experiments.rules import ArmName, Part
+
+FILE = "additions.yaml"
+
+
+class Additions(Part):
+    not_testable: str = ""  # as `Study.not_testable`
+    names: dict[ArmName, str] = Field(default_factory=dict)  # short names of arms
+
+
+def read_additions(folder: Path, experiment: str) -> Additions:
+    """Returns what FILE in `folder` adds to an experiment; an empty `Additions` if FILE does not name the experiment.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = folder / FILE
+    values, problems = load_yaml(path.read_text()) if path.is_file() else ({}, [])
+    if problems:
+        raise ConfigError([f"{path}: {problem}" for problem in problems])
+    try:
+        return TypeAdapter(dict[str, Additions]).validate_python(values).get(experiment, Additions())
+    except ValidationError as error:
+        places = [(".".join(map(str, each["loc"])) or "the file", each["msg"]) for each in error.errors()]
+        keys = "; under the name of each experiment write not_testable: TEXT, names: {ARM: TEXT}, or both"
+        raise ConfigError([f"{path}: {place}: {text}{keys}" for place, text in places]) from error

@@ -1,0 +1,107 @@
+"""Tells apart the versions of the code that made the records of an experiment.
+
+Two commits are of one version if the folders FOLDERS have the same contents in both. Without git, the version is that of
+the package.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import moe_dist
+from moe_dist.errors import ConfigError
+from research.experiments.results import code_of_now, results_path, run_git
+from research.experiments.study import Study, jobs_of
+from research.experiments.verdicts import Records
+
+# The last two are former names of research/experiments.
+FOLDERS = ("moe_dist", "launchers", "research/experiments", "tools/experiments", "tools/reproduction")
+UNNAMED = "0.1.0"  # version of the package in records that name neither commit nor version
+Code = Mapping[str, Any]  # the "code" of a record: "commit", "changed" and, without commit, "version"
+
+
+def check_same_code(study: Study, records: Records, *, pilot: bool = False) -> None:
+    """Raises ConfigError if the code of now is of another version than the code of a record."""
+    now = code_of_now()
+    for old in {
+        (name_of(record["code"]), record["code"]["changed"]): record["code"] for record in records.values()
+    }.values():
+        if reason := _difference(old, now):
+            path = results_path(study, pilot=pilot)
+            runs = path.parent if pilot else Path(study.runs) / study.name
+            raise ConfigError(
+                f"{path} has records of {name_of(old)}, and the code is now {name_of(now)}: {reason}. Records of one "
+                "experiment are judged together, so they need the same code; "
+                f"{_way_out(old, path, runs)}, or begin anew under another name"
+            )
+
+
+def _difference(old: Code, now: Code) -> str:
+    """Says in what two versions differ; empty if they do not."""
+    if old["changed"] != now["changed"]:
+        return "one of them has uncommitted changes"
+    if name_of(old) == name_of(now):
+        return ""
+    if not (old["commit"] and now["commit"]):
+        return "these are two versions"
+    before, after = _contents(old), _contents(now)
+    if before is None or after is None:
+        return "the repository of the code lacks one of these commits (git fetch may bring it)"
+    folders = sorted({line.split("\t")[1] for line in before ^ after})
+    return f"they differ in {', '.join(folders)}" if folders else ""
+
+
+def _way_out(old: Code, path: Path, runs: Path) -> str:
+    if not old["commit"]:
+        return f"install {name_of(old)} to go on"
+    return (
+        f"go on in a worktree of that commit (git worktree add FOLDER {old['commit']}; copy {path}, {runs} and .cache to "
+        "the same places there, and start python -m research.compare_methods or research.experiments in that folder)"
+    )
+
+
+def tell_versions(study: Study, records: Records) -> str:
+    """Says in a sentence which runs are of which version of the code, the version with most runs first; empty if all runs
+    are of one version without uncommitted changes."""
+    codes = {name_of(record["code"]): record["code"] for record in records.values()}
+    contents = {name: _contents(code) for name, code in codes.items()}
+    versions: dict[tuple[frozenset[str] | str, bool], list[tuple[str, int]]] = {}
+    for run in [(job.label, job.seed) for job in jobs_of(study) if (job.label, job.seed) in records]:
+        name = name_of(records[run]["code"])
+        versions.setdefault((contents[name] or name, records[run]["code"]["changed"]), []).append(run)
+    if len(versions) < 2:
+        changed = any(changed for _, changed in versions)
+        return "All runs are of code with uncommitted changes, which were not kept and may differ." if changed else ""
+    parts = []
+    for (_, changed), runs in sorted(versions.items(), key=lambda each: -len(each[1])):
+        found = {name_of(records[run]["code"]): short_name(records[run]["code"]) for run in runs}
+        lacking = ", which this repository lacks," if None in map(contents.get, found) else ""
+        what = f"made {_listed(runs)}" if parts else f"made {len(runs)} runs"
+        parts.append(f"{' and '.join(sorted(found.values()))}{' with changes' if changed else ''}{lacking} {what}")
+    differ = len({each for each in contents.values() if each is not None}) > 1
+    return f"The code {'is not' if differ else 'may not be'} the same in all runs: {'; '.join(parts)}."
+
+
+def name_of(code: Code) -> str:
+    """Returns the commit, or without git the version of the package."""
+    return f"commit {code['commit']}" if code["commit"] else f"moe_dist {code.get('version', UNNAMED)}"
+
+
+def short_name(code: Code) -> str:
+    return f"`{name_of(code).removeprefix('commit ')[:12]}`"
+
+
+def _contents(code: Code) -> frozenset[str] | None:
+    """Returns the git trees of FOLDERS as lines of `git ls-tree`, or without git the version of the package; None if the
+    repository of the code lacks the commit."""
+    if not code["commit"]:
+        return frozenset([name_of(code)])
+    listed = run_git("-C", str(Path(moe_dist.__file__).parent), "ls-tree", "--full-tree", code["commit"], "--", *FOLDERS)
+    return None if listed is None else frozenset(listed.splitlines())
+
+
+def _listed(runs: list[tuple[str, int]]) -> str:
+    seeds: dict[str, list[str]] = {}
+    for arm, seed in runs:
+        seeds.setdefault(arm, []).append(str(seed))
+    return ", ".join(f"`{arm}` ({'seed' if len(each) == 1 else 'seeds'} {', '.join(each)})" for arm, each in seeds.items())

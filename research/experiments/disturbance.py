@@ -1,0 +1,99 @@
+"""Disturbs the routers of a trained model: a positive control, whose routing is known to be improvable.
+
+Adds Gaussian noise to the router rows of the last MoE layers, and raises the noise until enough of the accuracy on the
+validation side is lost. The undisturbed routers answer more, so routers alone can regain what the noise took.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.errors import DataError
+from moe_dist.inference.fact import NUM_CHOICES
+from moe_dist.inference.loaded_run import CheckpointReader
+from moe_dist.model.transformer import Transformer
+from moe_dist.train.router_tuning.tuning import router_parameters
+from research.experiments.study import DisturbanceSection
+
+CHANCE = 1 / NUM_CHOICES
+FOLDER = "disturbed"  # folder, inside that of the run, of the checkpoint with disturbed routers
+
+
+@dataclass
+class Noise:
+    """Adds noise to router rows. The noise of every scale has the same directions."""
+
+    rows: Sequence[Tensor]  # router rows, which `add` changes
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._clean = [each.detach().clone() for each in self.rows]
+
+    @torch.no_grad()
+    def add(self, scale: float) -> None:
+        """Sets the rows to their undisturbed values plus Gaussian noise, whose standard deviation is `scale` times that of
+        the undisturbed rows."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for rows, clean in zip(self.rows, self._clean, strict=True):
+            rows.copy_(clean + scale * clean.std() * torch.randn(clean.shape, generator=generator))
+
+
+def router_rows(model: Transformer, layers: Sequence[int]) -> list[Tensor]:
+    """Returns the router parameters of the layers with the indices `layers`, in the order of their names."""
+    return [parameter for _, parameter in sorted(router_parameters(model, layers).items())]
+
+
+def find_scale(section: DisturbanceSection, accuracy: Callable[[float], float]) -> tuple[float, dict[str, float]]:
+    """Returns the first scale of the section at which the accuracy above chance is at most `keep` times that without noise
+    (the last scale if there is none), and the accuracy at each tried scale. `accuracy` measures a scale."""
+    found = {"0": accuracy(0.0)}
+    most = CHANCE + section.keep * (found["0"] - CHANCE)
+    for scale in section.scales:
+        found[f"{scale:g}"] = accuracy(scale)
+        if found[f"{scale:g}"] <= most:
+            return scale, found
+    return section.scales[-1], found
+
+
+def disturb(
+    reader: CheckpointReader,
+    checkpoint: Path,
+    out: Path,
+    layers: Sequence[int],
+    section: DisturbanceSection,
+    *,
+    seed: int,
+    accuracy: Callable[[], float],
+) -> dict[str, Any]:
+    """Disturbs the routers of a reader's model, and saves the model as the only checkpoint of the folder `out`.
+
+    Args:
+        checkpoint: The checkpoint without noise; the new checkpoint has its configuration.
+        layers: Indices of the layers whose routers are disturbed.
+        accuracy: Measures the share of right answers of the reader's model on the validation side.
+
+    Raises:
+        DataError: `out` holds a checkpoint.
+    """
+    if (out / "checkpoints").is_dir():
+        raise DataError(f"{out}: holds a disturbed checkpoint, maybe of other noise; remove it, and start again")
+    contents = open_checkpoint(checkpoint)
+    model = reader.read(checkpoint)
+    noise = Noise(router_rows(model, layers), seed)
+
+    def measured(scale: float) -> float:
+        noise.add(scale)
+        return accuracy()
+
+    scale, tried = find_scale(section, measured)
+    noise.add(scale)
+    step = contents.state.step
+    manager = CheckpointManager(out / "checkpoints", keep=1, lease_check=lambda: None)
+    manager.save(step, replace(reader.state, values=contents.state.values))
+    return {"folder": str(out), "scale": scale, "valid": tried, "layers": list(layers)}

@@ -1,0 +1,71 @@
+"""Medians and their intervals against slow oracles: counted coverage, and the definition written out."""
+
+import itertools
+from math import comb
+
+import numpy as np
+import pytest
+
+from research.bench.measure import log_log_slope, median_interval, paired_ratio
+from tests.support.messages import refused
+
+
+def slow_rank(n: int) -> int:
+    """Largest l with 2 P(Binomial(n, 1/2) < l) <= 0.05, from all 2^n outcomes counted by their number of ones."""
+    best = 0
+    for rank in range(1, n // 2 + 1):
+        if 2 * sum(comb(n, k) for k in range(rank)) / 2**n <= 0.05:
+            best = rank
+    return best
+
+
+@pytest.mark.parametrize("n", [6, 9, 20, 21, 40])
+def test_the_interval_lies_between_the_ranks_of_the_sign_test(n: int) -> None:
+    values = np.random.default_rng(n).permutation(np.arange(1.0, n + 1))  # the value is its rank
+    interval = median_interval(values)
+    assert (interval.low, interval.high) == (slow_rank(n), n + 1 - slow_rank(n))
+    assert interval.median == np.median(values)
+    assert interval.n == n
+
+
+def test_twenty_rounds_use_the_sixth_and_the_fifteenth() -> None:
+    """The textbook value for n = 20: 95.9 % coverage."""
+    interval = median_interval(list(range(1, 21)))
+    assert (interval.low, interval.high) == (6.0, 15.0)
+
+
+def test_all_outcomes_of_six_coins_are_covered() -> None:
+    """Each of 6 values falls below or above the true median: the interval misses in 2 of 64 cases."""
+    missed = 0
+    for signs in itertools.product([-1.0, 1.0], repeat=6):
+        interval = median_interval([sign * (1 + 0.1 * index) for index, sign in enumerate(signs)])
+        missed += not interval.low <= 0.0 <= interval.high
+    assert missed == 2
+
+
+def test_coverage_on_skewed_times() -> None:
+    """Of 2,000 experiments with lognormal times at least 95 % hold the true median, 1."""
+    rng = np.random.default_rng(0)
+    held = [median_interval(rng.lognormal(0.0, 1.0, 20)) for _ in range(2000)]
+    assert sum(each.low <= 1.0 <= each.high for each in held) >= 0.945 * 2000
+
+
+def test_few_values_give_all_of_them() -> None:
+    interval = median_interval([3.0, 1.0, 2.0])
+    assert (interval.low, interval.median, interval.high) == (1.0, 2.0, 3.0)
+    with refused(ValueError):
+        median_interval([])
+
+
+def test_ratios_are_paired() -> None:
+    """A slow machine doubles both times of a round; the ratio does not see it, a ratio of medians would."""
+    slow = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
+    interval = paired_ratio(3 * slow, 2 * slow)
+    assert (interval.low, interval.median, interval.high) == (1.5, 1.5, 1.5)
+    with refused(ValueError):
+        paired_ratio([1.0], [1.0, 2.0])
+
+
+def test_slope() -> None:
+    assert log_log_slope([1, 2, 4], [5, 10, 20]) == pytest.approx(1.0)
+    assert log_log_slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2.0)

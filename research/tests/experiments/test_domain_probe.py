@@ -1,0 +1,136 @@
+"""What routers see of the domain, and what their choices tell of it, against cases drawn by hand."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.config.load import load_config
+from moe_dist.data.batch import Batch, BatchMaker, Segment
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routing.types import ABSENT, Assignments, RouterSums, Routing
+from moe_dist.parallel.initialise import initialise
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.plan.policies import expert_groups
+from moe_dist.train.build.training import build_model
+from moe_dist.train.objective.loss import forward
+from research.experiments.domain_probe import domains, first_choice, mutual_information, probe
+from research.experiments.tokens import TokenPairs, accuracy, answers, evaluate
+
+BASE = Path(__file__).parents[2] / "configs/reproduce/base.yaml"
+VOCAB = 32
+GROUPS = torch.tensor([0])
+
+
+def drawn(seed: int, tokens: int, *, apart: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three domains whose means lie `apart` standard deviations apart along axes of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    domain_N = torch.arange(tokens) % 3
+    x_ND = torch.randn(tokens, 6, generator=generator) * 4.0 + 7.0
+    x_ND[torch.arange(tokens), domain_N] += 4.0 * apart
+    return x_ND, domain_N
+
+
+@pytest.mark.parametrize(("apart", "low", "high"), [(8.0, 0.995, 1.0), (0.0, 0.25, 0.42)])
+def test_a_probe_tells_what_is_there_and_no_more(apart: float, low: float, high: float) -> None:
+    found = probe(*drawn(1, 600, apart=apart), *drawn(2, 600, apart=apart), 3)
+    assert low <= found <= high
+
+
+def test_a_probe_is_judged_on_the_other_tokens() -> None:
+    """40 tokens of 60 numbers: a plane separates any labels of the tokens it is fitted to, drawn ones too."""
+    generator = torch.Generator().manual_seed(0)
+    x_ND, domain_N = torch.randn(40, 60, generator=generator), torch.randint(3, (40,), generator=generator)
+    other_ND, other_N = torch.randn(300, 60, generator=generator), torch.randint(3, (300,), generator=generator)
+    assert probe(x_ND, domain_N, x_ND, domain_N, 3) == 1.0
+    assert probe(x_ND, domain_N, other_ND, other_N, 3) < 0.45
+
+
+@pytest.mark.parametrize(
+    ("experts", "bits"),
+    [
+        ([0, 0, 1, 1, 2, 2, 3, 3], 2.0),
+        ([0, 0, 0, 0, 0, 0, 0, 0], 0.0),
+        ([0, 1, 0, 1, 0, 1, 0, 1], 0.0),
+        ([0, 0, 0, 0, 1, 1, 1, 1], 1.0),
+        ([ABSENT, ABSENT, 0, 0, 0, 0, 0, 0], 2 - 0.75 * math.log2(3)),
+    ],
+)
+def test_bits_by_hand(experts: list[int], bits: float) -> None:
+    domain_N = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    assert mutual_information(torch.tensor(experts), domain_N) == pytest.approx(bits)
+
+
+def test_the_expert_with_the_largest_weight_comes_first() -> None:
+    """Token 0: experts 3 (0.2) and 1 (0.7); token 1: only a null; token 2: expert 2."""
+    pairs = Assignments(torch.tensor([0, 0, 1, 2]), torch.tensor([3, 1, ABSENT, 2]), torch.tensor([0.2, 0.7, 0.9, 0.1]))
+    zeros = torch.zeros(1)
+    sums = RouterSums(torch.zeros(4), torch.zeros(4), torch.tensor([3]), zeros, zeros, torch.zeros(4, dtype=torch.int64))
+    seen = TokenPairs(Routing(pairs, sums), torch.arange(3))
+    assert first_choice(seen, 3).tolist() == [1, ABSENT, 2]
+
+
+def make_model() -> Transformer:
+    sizes = {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "vocab_size": VOCAB, "max_seq_len": 16}
+    group = "{num_experts: 4, top_k: 1, ffn_dim: 16, modalities: [text, image]}"
+    overrides = [f"model.{key}={value}" for key, value in sizes.items()]
+    config = load_config(BASE, [*overrides, f"model.moe.groups={{all: {group}}}"])
+    groups = expert_groups(config.model.moe)
+    placement = ExpertPlacement(groups, (tuple(groups[0].experts),))
+    with torch.device("meta"):
+        model = build_model(config, placement, ep_rank=0, ep_group=None)
+    initialise(model, placement, ep_rank=0, device=torch.device("cpu"), seed=3, std=0.1)
+    return model.eval()
+
+
+def batch_of(ids: range, *, seed: int, sequences: int = 100) -> Batch:
+    """Documents of three prompt tokens and a scored one, drawn from `ids`; the end of each sequence is padding."""
+    rng, prompt = np.random.default_rng(seed), np.array([True, True, True, False])
+    maker = BatchMaker(seq_len=10, pad_id=0, modalities=(((0, VOCAB),),))
+
+    def segment() -> Segment:
+        return Segment(rng.integers(ids.start, ids.stop, 4), np.zeros(4, bool), 4, prompt)
+
+    return maker.make([[segment(), segment()] for _ in range(sequences)])
+
+
+def test_routers_see_alphabets_apart_and_not_a_domain_that_no_token_shows() -> None:
+    model = make_model()
+    apart = domains(model, {"a": [batch_of(range(1, 16), seed=1)], "b": [batch_of(range(16, 32), seed=2)]}, GROUPS)
+    same = domains(model, {"a": [batch_of(range(1, 32), seed=1)], "b": [batch_of(range(1, 32), seed=2)]}, GROUPS)
+    assert isinstance(apart["by_layer"], list)
+    assert len(apart["by_layer"]) == 2
+    assert apart["least"] == min(apart["by_layer"]) > 0.9
+    assert isinstance(same["least"], float)
+    assert same["least"] < 0.6
+    for found in (apart, same):
+        assert isinstance(found["bits_by_layer"], list)
+        assert found["bits"] == pytest.approx(sum(found["bits_by_layer"]) / 2)
+        assert all(0 <= each <= 1 for each in found["bits_by_layer"])
+
+
+def test_nats_of_an_answer_are_those_of_its_scored_tokens() -> None:
+    model, batch = make_model(), batch_of(range(1, 32), seed=5)
+    found = answers(model, {"a": [batch], "b": [batch, batch]}, GROUPS)
+    with torch.no_grad():
+        logits_BSV, _ = forward(model, batch, GROUPS)
+    scored_BS = batch.labels_BS >= 0
+    nats_N = -logits_BSV.log_softmax(-1)[scored_BS].gather(1, batch.labels_BS[scored_BS][:, None])
+    assert len(nats_N) == 200
+    assert found["by_source"]["a"]["nats"] == pytest.approx(float(nats_N.mean()), rel=1e-5)
+    assert found["nats"] == pytest.approx(found["by_source"]["b"]["nats"])
+
+
+def test_only_the_named_modality_counts_as_pictures() -> None:
+    maker = BatchMaker(seq_len=4, pad_id=0, modalities=(((0, 8),), ((8, 16),), ((16, VOCAB),)))
+    ids = np.array([1, 9, 17, 18])
+    batch, groups = maker.make([[Segment(ids, np.zeros(4, bool), 4)]]), torch.tensor([0, 0, 0])
+    model = make_model()
+    for image, kinds in ((1, [True, False, False]), (2, [False, True, True]), (-1, [False] * 3)):
+        found = evaluate(model, [batch], groups, image=image)
+        assert found.label_image_N.tolist() == kinds
+        assert found.input_image_N.tolist() == [False, *kinds[:2]]
+    shares = accuracy(model, [batch], groups, image=-1)
+    assert set(shares) == {"all", "text"}

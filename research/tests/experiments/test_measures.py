@@ -1,0 +1,258 @@
+"""What is measured of a run, against cases drawn by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moe_dist.data.batch import BatchMaker, Segment
+from moe_dist.model.mixture_of_depths import Chosen, DepthRouter
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routing.types import ABSENT, Assignments, RouterSums, Routing
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from research.experiments.measure import Spent, planned, spent_by_step
+from research.experiments.probes import (
+    bound_for_load,
+    changed_routing,
+    flip,
+    flip_depths,
+    second_weights,
+    swapped,
+    threshold,
+)
+from research.experiments.tokens import SentRows, Tokens, binned, input_filler, loads, losses, rank_of_tokens, tables_of
+from tests.support.messages import refused
+
+GROUP = ExpertGroup("all", num_experts=4, num_null=2, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",))
+
+R = TypeVar("R", bound=nn.Module)
+
+
+def routing(pairs: list[tuple[int, int]], *, tokens: int, nulls: int = 0) -> Routing:
+    token_N, expert_N = (torch.tensor([pair[i] for pair in pairs]) for i in (0, 1))
+    choices_C = torch.bincount(expert_N[expert_N != ABSENT], minlength=6)
+    choices_C[4] += nulls
+    zeros_G = torch.zeros(1)
+    sums = RouterSums(
+        choices_C, torch.zeros(6), torch.tensor([tokens]), zeros_G, zeros_G, torch.zeros(4, dtype=torch.int64)
+    )
+    return Routing(Assignments(token_N, expert_N, torch.full((len(pairs),), 0.5)), sums)
+
+
+def test_rows_on_the_wire_by_hand() -> None:
+    """Experts 0 1 | 2 3 on ranks 0 | 1; tokens 0 and 1 are rank 0's, 2 and 3 rank 1's.
+
+    token 0: experts 0, 1    both at home                       0 rows, 0 remote pairs
+    token 1: experts 2, 3    both on rank 1                     1 row,  2 remote pairs
+    token 2: expert 1, null  on rank 0                          1 row,  1 remote pair
+    token 3: expert 2, null  at home                            0 rows, 0 remote pairs
+    """
+    count = SentRows(ExpertPlacement((GROUP,), ((0, 1), (2, 3))))
+    pairs = [(0, 0), (0, 1), (1, 2), (1, 3), (2, 1), (2, ABSENT), (3, 2), (3, ABSENT)]
+    count.add(routing(pairs, tokens=4, nulls=2), np.array([0, 0, 1, 1]))
+    found = {key: 4 * value for key, value in count.per_token().items()}
+    assert found["rows_remote"] == 2
+    assert found["rows_per_pair"] == 3
+    assert found["rows_topk"] == 4 * 2 * 0.5, "half of a choice's experts are elsewhere"
+    assert found["rows_same_active"] == 6 * 0.5
+    assert found["rows_null_remapped"] == 3 + 2 * 0.5
+
+
+def test_sequences_are_dealt_out_in_turn() -> None:
+    assert rank_of_tokens(3, 2, 2).tolist() == [0, 0, 1, 1, 0, 0]
+
+
+def test_a_token_is_filler_by_its_own_cell_and_not_by_the_next_ones() -> None:
+    maker = BatchMaker(seq_len=7, pad_id=0, modalities=(((0, 4),), ((4, 8),)))
+    one = Segment(np.array([1, 4, 5, 2]), np.array([False, True, False, False]), 4)
+    other = Segment(np.array([5, 6]), np.array([True, True]), 2)
+    batch = maker.make([[one, other]])
+    assert batch.filler_BS[0].tolist() == [True, False, False, False, True, False, False]
+    # The first token of a document is nobody's label, so nothing says that the 5 is filler.
+    assert input_filler(batch)[0].tolist() == [False, True, False, False, False, True, False]
+
+
+def tokens() -> Tokens:
+    image = np.array([False, False, True, True, True])
+    filler = np.array([False, False, True, False, True])
+    return Tokens(
+        loss_N=np.array([4.0, 2.0, 0.5, 3.0, 0.25]),
+        load_NL=np.array([[2.0, 2.0], [2.0, 1.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]),
+        input_N=np.arange(5),
+        label_N=np.arange(5),
+        input_filler_N=filler,
+        label_filler_N=np.roll(filler, -1),
+        input_image_N=image,
+        label_image_N=np.array([False, True, True, True, False]),
+    )
+
+
+def test_losses_and_loads_by_hand() -> None:
+    found = losses(tokens())
+    assert found == {
+        "all": 9.75 / 5, "text": 4.25 / 2, "image": 5.5 / 3, "image_no_filler": pytest.approx(0.5),
+    }  # fmt: skip
+    load = loads(tokens())
+    assert load["all"] == pytest.approx(1.0)
+    assert load["by_layer"] == [1.0, 1.0]
+    assert load["idle"] == pytest.approx(0.3)
+    assert load["by_input"] == {"text": 1.75, "image": 0.5, "image_filler": 0.25, "image_drawn": 1.0}
+    assert load["by_label"]["text"] == 1.0
+
+
+def test_bins_hold_each_token_once_and_modalities_apart() -> None:
+    table = binned(tokens(), tokens().loss_N, bins=2)
+    assert [(row["text"]["tokens"], row["image"]["tokens"]) for row in table] == [(0, 2), (2, 1)]
+    assert table[0]["text"]["load"] is None
+    assert table[0]["image"]["load"] == pytest.approx(0.25)
+    assert table[1]["text"]["load"] == pytest.approx(1.75)
+    assert sum(row[name]["tokens"] for row in binned(tokens(), np.zeros(5)) for name in ("text", "image")) == 5
+
+
+def test_tables_of_loads_by_hand() -> None:
+    """Id 2 is an image code with two tokens, id 4 an image code without a token, id 1 a text id without a token."""
+    seen = replace(tokens(), input_N=np.array([0, 0, 2, 3, 2]))
+    by_id_LV, by_modality_LV = tables_of(seen, np.array([False, False, True, True, True]))
+    np.testing.assert_allclose(by_id_LV, [[2.0, 2.0, 0.0, 1.0, 1 / 3], [1.5, 1.5, 0.5, 1.0, 2 / 3]])
+    np.testing.assert_allclose(by_modality_LV, [[2.0, 2.0, 1 / 3, 1 / 3, 1 / 3], [1.5, 1.5, 2 / 3, 2 / 3, 2 / 3]])
+
+
+def test_costs_count_each_groups_experts_whatever_the_scalars_are_named(tmp_path: Path) -> None:
+    """Two layers; group a (experts 0, 1) has 10 tokens in each, with 10 and 15 choices of which one is dropped; b has 0."""
+    other = ExpertGroup("b", num_experts=1, num_null=0, top_k=1, ffn_dim=4, first_expert=2, modalities=("image",))
+    groups = (ExpertGroup("a", num_experts=2, num_null=0, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",)), other)
+    arrays = {"choices_LC": [[4, 6, 0], [8, 7, 0]], "tokens_LG": [[10, 0], [10, 0]], "dropped_LG": [[0, 0], [1, 0]]}
+    line = {
+        "kind": "step", "step": 1, "arrays": arrays, "ledger": {"payload_bytes": 3, "metadata_bytes": 1},
+        "scalars": {"optim/tokens": 10, "perf/step_seconds": 0.5, "moe/experts_per_token/mean": 9.0},
+    }  # fmt: skip
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    asked = []
+
+    def flops(experts: dict[str, float], share: dict[str, float]) -> float:
+        asked.append((experts, share))
+        return 100.0
+
+    plan: Any = SimpleNamespace(placement=ExpertPlacement(groups, ((0, 1, 2),)), flops_per_token=flops)
+    assert spent_by_step(path, plan, Spent(tokens=5, flops=1.0)) == {1: Spent(10 + 5, 1001.0, 0.5, 4.0)}
+    assert asked == [({"a": 24 / 20, "b": 0.0}, {"a": 1.0, "b": 0.0})]
+
+
+FOUR = ExpertGroup("all", num_experts=4, num_null=0, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",))
+
+
+def router() -> TopKRouter:
+    return with_identity_rows(TopKRouter(4, [FOUR]))
+
+
+def choosing_router(**settings: Any) -> ExpertChoiceRouter:
+    return with_identity_rows(ExpertChoiceRouter(4, [FOUR], **settings))
+
+
+def with_identity_rows(made: R) -> R:
+    with torch.no_grad():
+        made.get_parameter("group:all.true").copy_(torch.eye(4))
+    return made
+
+
+def test_second_experts_below_the_bound_are_dropped_and_the_first_has_all() -> None:
+    h_TD = torch.tensor([[3.0, 1.0, 0.0, -1.0], [0.0, 2.0, 1.9, 0.0]])
+    plain = router()(h_TD, torch.zeros(2, dtype=torch.int64))
+    second_T = second_weights(plain, 2)
+    assert second_T.tolist() == pytest.approx([1 / (1 + np.exp(2.0)), 1 / (1 + np.exp(0.1))])
+    module = router()
+    with changed_routing([module], threshold(bound_for_load(second_T, 1.5))):
+        pairs = module(h_TD, torch.zeros(2, dtype=torch.int64)).assignments.taken()
+    assert list(zip(pairs.token_N.tolist(), pairs.expert_N.tolist(), strict=True)) == [(0, 0), (1, 1), (1, 2)]
+    assert pairs.weight_N.tolist() == pytest.approx([1.0, 1 - float(second_T[1]), float(second_T[1])])
+    assert len(module(h_TD, torch.zeros(2, dtype=torch.int64)).assignments.taken().token_N) == 4, "as it was again"
+    with refused(ValueError):
+        bound_for_load(second_T, 0.9)
+
+
+def test_swapping_keeps_the_number_and_changes_the_share_that_it_says() -> None:
+    taken_T = torch.arange(10_000) % 2 == 0
+    may_T = torch.arange(10_000) < 8_000
+    generator = torch.Generator().manual_seed(0)
+    found_T = swapped(taken_T, may_T, 2.0, generator)
+    assert int(found_T.sum()) == 5_000
+    given_up = int((taken_T & ~found_T).sum())
+    assert abs(given_up - 100) < 4 * 100**0.5
+    assert not (found_T & ~taken_T & ~may_T).any(), "none goes to who may not"
+    assert torch.equal(swapped(taken_T, may_T, 0.0, generator), taken_T)
+    ones_T = torch.ones(5, dtype=torch.bool)
+    assert torch.equal(swapped(ones_T, ones_T, 50.0, generator), ones_T)
+
+
+def test_a_flip_repeats_and_weighs_by_the_routers_own_score() -> None:
+    h_TD = torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
+    group_T = torch.zeros(200, dtype=torch.int64)
+    module = choosing_router()
+
+    def pairs(percent: float) -> Assignments:
+        with changed_routing([module], flip(percent, seed=0)):
+            return module(h_TD, group_T).assignments
+
+    once, again = pairs(10.0), pairs(10.0)
+    assert torch.equal(once.token_N, again.token_N)
+    assert torch.equal(once.expert_N, again.expert_N)
+    assert len(once.token_N) == 400
+    torch.testing.assert_close(once.weight_N, h_TD.sigmoid()[once.token_N, once.expert_N])
+    chosen, unflipped = (set(zip(*(each.tolist() for each in found[:2]), strict=True)) for found in (once, pairs(0.0)))
+    assert chosen != unflipped
+
+
+def test_a_flip_of_softmax_scores_keeps_the_weights_of_kept_choices() -> None:
+    """A flip of so few choices that none is swapped changes no weight."""
+    module = choosing_router(score="softmax")
+    h_TD = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
+    group_T = torch.zeros(40, dtype=torch.int64)
+    plain = module(h_TD, group_T).assignments.taken()
+    with changed_routing([module], flip(1e-6, seed=0)):
+        flipped = module(h_TD, group_T).assignments
+    weights = dict(
+        zip(zip(plain.token_N.tolist(), plain.expert_N.tolist(), strict=True), plain.weight_N.tolist(), strict=True)
+    )
+    assert len(flipped.token_N) == len(weights)
+    for token, expert, weight in zip(*(each.tolist() for each in flipped[:3]), strict=True):
+        assert weight == pytest.approx(weights[token, expert])
+
+
+def test_a_flip_of_depths_exchanges_tokens_and_weighs_by_the_routers_own_score() -> None:
+    """200 tokens, the last 20 padding; the first component decides, and the threshold lets about half of the others in."""
+    x_TD = torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
+    real_T = torch.arange(200) < 180
+    module = DepthRouter(4, capacity=0.5, causal="threshold").eval()
+    with torch.no_grad():
+        module.router.copy_(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+        module.threshold.fill_(0.5)
+
+    def chosen(percent: float | None) -> Chosen:
+        with changed_routing([module] if percent is not None else [], flip_depths(percent or 0.0, seed=0)):
+            return module(x_TD, real_T)
+
+    alone, none, some, again = (chosen(percent) for percent in (None, 0.0, 20.0, 20.0))
+    taken = ((x_TD[:, 0] > 0) & real_T).nonzero().flatten()
+    assert torch.equal(alone.index_C, taken)
+    assert torch.equal(none.index_C, taken)
+    torch.testing.assert_close(none.weight_C, alone.weight_C)
+    assert torch.equal(some.index_C, again.index_C)
+    assert len(some.index_C) == len(taken)
+    assert some.full_C.all()
+    assert some.index_C.max() < 180, "padding is not taken"
+    assert torch.equal(some.index_C, some.index_C.sort().values), "in the order of the sequence"
+    given_up = set(taken.tolist()) - set(some.index_C.tolist())
+    assert abs(len(given_up) - 0.2 * len(taken)) < 4 * (0.2 * len(taken)) ** 0.5
+    torch.testing.assert_close(some.weight_C, module.takes(x_TD)[1][some.index_C])
+
+
+def test_the_checkpoint_of_a_stop_counts_in_no_mean() -> None:
+    assert planned([73, 82, 146, 219, 220], every=73, last=220) == [73, 146, 219, 220]

@@ -1,0 +1,394 @@
+"""The rules come before the results: what the tool refuses, and what its files hold."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from moe_dist.errors import ConfigError, DataError
+from research.experiments.report import write_report
+from research.experiments.results import add_record, check_rules, code_of_now, make_header, read_records, rounded
+from research.experiments.rules import ValueRule
+from research.experiments.study import Study, fingerprint, jobs_of, load_study
+from research.experiments.verdict_figure import unit_of
+from tests.support.messages import refused
+
+STUDY = """
+name: planted
+question: Is a below b?
+base: base.yaml
+seeds: {decisive: [1, 2], other: [1, 2]}
+pilot: {seeds: [9], found: lr 0.1, arms: [b], variants: {a: {fast: {optimizer.lr: 0.01}}}}
+arms:
+  a: {about: first}
+  b: {about: second, after: a}
+rules:
+  - {claim: b is below a, lower: {arm: b, metric: loss.all}, higher: {arm: a, metric: loss.all}}
+"""
+
+
+def git(*arguments: str) -> None:
+    identity = {f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    subprocess.run(["git", *arguments], check=True, capture_output=True, env={**os.environ, **identity})
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Study]:
+    """A study in a repository of its own, committed, with the working directory there."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("planted.yaml")
+    path.write_text(STUDY)
+    Path("base.yaml").write_text("run: {name: x}\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "rules")
+    return path, load_study(path)
+
+
+def record(arm: str, seed: int, loss: float) -> dict:
+    part = {name: {"tokens": 1, "load": 2.0} for name in ("text", "image")}
+    return {
+        "arm": arm, "seed": seed, "code": {"commit": "c0ffee", "changed": False}, "tokens": 10, "seconds": 2.0,
+        "flops": 1e12, "loss": {"all": loss}, "load": {"all": 1.5, "by_layer": [1.0, 2.0], "idle": 0.0},
+        "load_by_loss": [{"from": 0.0, "to": 1.0, **part}], "curve": [], "probes": {},
+        "wire": dict.fromkeys(("rows_remote", "rows_per_pair", "rows_topk", "rows_same_active", "rows_null_remapped"), 1.0),
+    }  # fmt: skip
+
+
+def test_rules_that_are_committed_may_run(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    assert len(check_rules(Path("r.jsonl"), path, rules)) == 40
+
+
+def test_rules_without_a_pilot_are_refused(study: tuple[Path, Study]) -> None:
+    path, _ = study
+    path.write_text(STUDY.replace("found: lr 0.1, ", ""))
+    with refused(ConfigError, "pilot.found"):
+        check_rules(Path("r.jsonl"), path, load_study(path))
+
+
+def test_rules_that_are_not_committed_are_refused(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    git("rm", "-q", "--cached", str(path))
+    with refused(ConfigError):
+        check_rules(Path("r.jsonl"), path, rules)
+
+
+@pytest.mark.parametrize("changed", ["planted.yaml", "base.yaml"])
+def test_rules_that_differ_from_the_commit_are_refused(study: tuple[Path, Study], changed: str) -> None:
+    path, rules = study
+    with Path(changed).open("a") as stream:
+        stream.write("# more\n")
+    with refused(ConfigError):
+        check_rules(Path("r.jsonl"), path, rules)
+
+
+@pytest.mark.parametrize("changed", ["planted.yaml", "base.yaml"])
+def test_rules_changed_after_the_first_results_are_refused_even_if_committed(
+    study: tuple[Path, Study], changed: str
+) -> None:
+    path, rules = study
+    results = Path("r.jsonl")
+    add_record(results, make_header(path, rules, check_rules(results, path, rules)), record("a", 1, 1.0))
+    assert check_rules(results, path, rules)
+    with Path(changed).open("a") as stream:
+        stream.write("# more\n")
+    git("commit", "-qam", "other rules")
+    with refused(ConfigError):
+        check_rules(results, path, rules)
+
+
+def test_changed_code_is_refused_where_records_must_be_rebuilt(
+    study: tuple[Path, Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rules = study
+    strict = rules.model_copy(update={"committed_code": True})
+    monkeypatch.setattr("research.experiments.results.code_of_now", lambda: {"commit": "c0ffee", "changed": True})
+    assert check_rules(Path("r.jsonl"), path, rules)
+    with refused(ConfigError, "committed_code"):
+        check_rules(Path("r.jsonl"), path, strict)
+    monkeypatch.setattr("research.experiments.results.code_of_now", lambda: {"commit": "c0ffee", "changed": False})
+    assert check_rules(Path("r.jsonl"), path, strict)
+
+
+def test_records_come_back_and_a_second_of_the_same_run_takes_its_place(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    results, header = Path("deep/r.jsonl"), make_header(path, rules, "abc")
+    for loss in (1.0, 2.0):
+        add_record(results, header, record("a", 1, loss))
+    add_record(results, header, record("b", 1, 3.0))
+    assert {key: each["loss"]["all"] for key, each in read_records(results).items()} == {("a", 1): 2.0, ("b", 1): 3.0}
+    results.write_text(results.read_text() + "{torn\n")
+    with refused(DataError):
+        read_records(results)
+
+
+def test_numbers_are_written_to_six_digits_and_never_as_nan() -> None:
+    assert rounded({"x": [1.23456789, 2], "y": "1.23456789", "z": True}) == {
+        "x": [1.23457, 2],
+        "y": "1.23456789",
+        "z": True,
+    }
+    with refused(ValueError):
+        json.dumps(rounded({"x": float("nan")}), allow_nan=False)
+
+
+def test_pilot_has_its_arms_with_what_they_need_and_variants(study: tuple[Path, Study]) -> None:
+    _, rules = study
+    assert [(job.label, job.seed) for job in jobs_of(rules, pilot=True)] == [("a", 9), ("a~fast", 9), ("b", 9)]
+    assert [(job.label, job.seed) for job in jobs_of(rules)] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("  b: {about: second, after: c}", "c: no such arm"),
+        ("  b: {about: second, after: b}", "which must stand before it"),
+        ("  b: {about: second, seeds: decisive, after: a}", "has seeds that a lacks"),
+        ("  b: {about: second, later: a}", "Extra inputs"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused(study: tuple[Path, Study], line: str, fault: str) -> None:
+    path, _ = study
+    text = STUDY.replace("decisive: [1, 2]", "decisive: [1, 2, 3]").replace("  b: {about: second, after: a}", line)
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=fault):
+        load_study(path)
+
+
+def test_a_pilot_on_a_seed_that_counts_is_refused(study: tuple[Path, Study]) -> None:
+    path, _ = study
+    path.write_text(STUDY.replace("pilot: {seeds: [9]", "pilot: {seeds: [2]"))
+    with refused(ConfigError):
+        load_study(path)
+
+
+def test_report_is_written_whatever_it_says_and_an_earlier_attempt_stays(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    results, page = Path("r.jsonl"), Path("page.md")
+    page.write_text("# Reproductions\n\nText.\n")
+    header = make_header(path, rules, "a" * 40)
+    for arm, load, losses in (("a", 1.5, (1.0, 1.1)), ("b", 1.25, (1.2, 1.3))):
+        for seed, loss in enumerate(losses, 1):
+            mine = record(arm, seed, loss)
+            add_record(results, header, {**mine, "load": {**mine["load"], "all": load + seed / 10}})
+    assert write_report(rules, page=page, results=results).startswith("fail: b is below a +0.2000")
+    once = page.read_text()
+    write_report(rules, page=page, results=results)
+    assert page.read_text() == once, "written anew, not twice"
+    assert once.startswith("# Reproductions\n\nText.\n")
+    assert "**fail**" in once
+    for name in ("loss_over_load", "verdicts"):
+        for format in ("png", "svg", "pdf"):
+            assert Path(f"planted_{name}.{format}").stat().st_size > 1000
+    assert "b is below a" in Path("planted_verdicts.svg").read_text()
+    results.rename("old.jsonl")
+    add_record(results, {**header, "fingerprint": "other"}, record("a", 1, 1.0))
+    text = write_report(rules, page=page, results=results)
+    assert text.startswith("not testable here: b is below a (no record yet of")
+    assert page.read_text().startswith(once.rstrip()), "the earlier attempt stays"
+
+
+def test_a_reason_found_after_the_runs_leaves_the_rules_and_the_numbers(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    path.write_text(STUDY.replace("base: base.yaml", "base: base.yaml\nrecords: ."))
+    before = fingerprint(path, rules := load_study(path))
+    for arm, losses in (("a", (1.0, 1.1)), ("b", (1.2, 1.3))):
+        for seed, loss in enumerate(losses, 1):
+            add_record(Path("planted.jsonl"), make_header(path, rules, "a" * 40), record(arm, seed, loss))
+    assert write_report(rules).startswith("fail: b is below a +0.2000")
+    Path("additions.yaml").write_text("planted: {not_testable: 'gate of 3, has 2', names: {b: below}}\n")
+    rules = load_study(path)
+    assert fingerprint(path, rules) == before
+    assert write_report(rules).startswith("not testable here: b is below a +0.2000")
+    assert "n = 2; asked: upper < 0 (gate of 3, has 2) | **not testable here** |" in Path("planted.md").read_text()
+    assert "not testable here" in Path("planted_verdicts.svg").read_text()
+    for text in ("planted: [", "- planted", "planted: {name: x}", "planted: {names: {c: x}}"):
+        Path("additions.yaml").write_text(text)
+        with refused(ConfigError, "additions.yaml"):
+            load_study(path)
+
+
+@pytest.mark.parametrize("rows", [1.0, 0.99, 0.5])
+def test_rows_on_the_wire_are_told_where_arms_differ(study: tuple[Path, Study], rows: float) -> None:
+    path, rules = study
+    rules = rules.model_copy(update={"names": {"b": "below"}})
+    results, page = Path("r.jsonl"), Path("page.md")
+    header = make_header(path, rules, "a" * 40)
+    wire = {**record("b", 1, 1.0)["wire"], "rows_remote": rows, "rows_topk": 1.01}
+    add_record(results, header, record("a", 1, 1.0))
+    add_record(results, header, {**record("b", 1, 1.0), "wire": wire})
+    write_report(rules, page=page, results=results)
+    text = page.read_text()
+    assert ("## Rows on the wire" in text) is (rows == 0.5)
+    if rows == 0.5:
+        table = text.partition("## Rows on the wire")[2].partition("##")[0]
+        alike = "one row a (token, expert), 1.00; naive top-k of the same k, 1.00; top-k at equal active experts, 1.00; "
+        assert f"Alike in all arms: {alike}nulls sent to true experts, 1.00." in table
+        lines = [line for line in table.splitlines() if line.startswith("|")]
+        assert lines == ["| arm | one row a (token, rank) |", "| --- | --- |", "| `a` | 1.000 |", "| below (`b`) | 0.500 |"]
+
+
+def test_eta_of_the_training_loss_has_a_table_where_records_have_one(study: tuple[Path, Study]) -> None:
+    path, _ = study
+    path.write_text(STUDY.replace("after: a", "seeds: other") + "measure: {curve: {of: a}}\n")
+    rules, results, page = load_study(path), Path("r.jsonl"), Path("page.md")
+    points = [{"flops": 1.0, "seconds": 1.0, "loss": {"all": 3.0}}, {"flops": 8.0, "seconds": 8.0, "loss": {"all": 2.0}}]
+    for trained in (False, True):
+        for arm, last in (("a", 2.0), ("b", 1.0)):
+            curve = [
+                {**point, **({"training": {"all": loss}} if trained else {})}
+                for point, loss in zip(points, (2.0, last), strict=True)
+            ]
+            add_record(results, make_header(path, rules, "a" * 40), {**record(arm, 1, 1.0), "curve": curve})
+        write_report(rules, page=page, results=results)
+        assert ("## eta of the training loss" in page.read_text()) is trained
+    table = page.read_text().partition("## eta of the training loss")[2]
+    assert "| `b` | 8.00 [8.00, 8.00] |" in table, "b has a's last training loss, 2, from its first point on"
+
+
+@pytest.mark.parametrize("sent", [0.0, 2e9])
+def test_bytes_are_shown_where_ranks_send_them(study: tuple[Path, Study], sent: float) -> None:
+    path, _ = study
+    path.write_text(STUDY.replace("after: a", "seeds: other") + "measure: {curve: {of: a}}\n")
+    points = [
+        {"flops": share, "seconds": share, "bytes": share * sent, "loss": {"all": 3.0 - share}} for share in (0.5, 1.0)
+    ]
+    records = [{**record(arm, 1, 1.0), "bytes": sent, "curve": points} for arm in ("a", "b")]
+    text = page_of((path, load_study(path)), *records)
+    assert ("| tokens/s | GB sent |" in text) is bool(sent)
+    assert ("| all, bytes |" in text) is bool(sent)
+    assert Path("planted_loss_over_bytes.png").exists() is bool(sent)
+    assert Path("planted_loss_over_flops.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("loads", "drawn"),
+    [
+        ({"a": (2.0, 2.0), "b": (2.0, 2.0)}, set()),
+        ({"a": (2.0, 2.0), "b": (8.0, 8.0)}, set()),
+        ({"a": (2.0, 2.0), "b": (1.0, 3.0)}, {"planted_loss_over_load.png"}),
+        ({"a": (1.5, 1.5), "b": (1.5, 1.5)}, {"planted_load_over_loss.png"}),
+    ],
+)
+def test_no_picture_is_drawn_that_would_show_nothing(
+    study: tuple[Path, Study], loads: dict[str, tuple[float, float]], drawn: set[str]
+) -> None:
+    path, rules = study
+    results, page = Path("r.jsonl"), Path("page.md")
+    for arm, of_seeds in loads.items():
+        for seed, load in enumerate(of_seeds, 1):
+            mine = record(arm, seed, 1.0)
+            add_record(results, make_header(path, rules, "a" * 40), {**mine, "load": {**mine["load"], "all": load}})
+    write_report(rules, page=page, results=results)
+    assert {found.name for found in Path().glob("*.png")} == {*drawn, "planted_verdicts.png"}
+
+
+def test_questions_are_told_with_what_routing_fitted_to_their_labels_gives(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    results, page = Path("r.jsonl"), Path("page.md")
+    for arm in ("a", "b"):
+        for seed in (1, 2):
+            right = {"questions": 40, "accuracy": 0.5 + seed / 100, "by_task": {"gcd": {"accuracy": 0.5 + seed / 100}}}
+            oracle = {**right, "accuracy": 0.75, "before": 0.25, "by_task": {"gcd": {"accuracy": 0.75, "before": 0.25}}}
+            more = {"questions": right, "oracle": {**oracle, "questions": 10}} if arm == "a" else {"questions": right}
+            if arm == "b":
+                more["disturbed"] = {"questions": {**oracle, "accuracy": 0.375}, "oracle": {**oracle, "questions": 9}}
+            add_record(results, make_header(path, rules, "a" * 40), {**record(arm, seed, 1.0), **more})
+    write_report(rules, page=page, results=results)
+    rows = page.read_text().partition("## Questions")[2].splitlines()
+    assert "| `a` | 40 | 0.5150 ± 0.0071 | 0.515 ± 0.007 |" in rows
+    assert "| `a`, the first questions | 10 | 0.2500 ± 0.0000 | 0.250 ± 0.000 |" in rows
+    assert "| `a`, these with routing fitted to their labels | 10 | 0.7500 ± 0.0000 | 0.750 ± 0.000 |" in rows
+    assert "| `b` | 40 | 0.5150 ± 0.0071 | 0.515 ± 0.007 |" in rows
+    assert "| `b`, with disturbed routers | 40 | 0.3750 ± 0.0000 | 0.750 ± 0.000 |" in rows
+    fitted = "| `b`, disturbed, these with routing fitted to their labels | 9 | 0.7500 ± 0.0000 | 0.750 ± 0.000 |"
+    assert fitted in rows
+    assert not any("`a`, disturbed" in row for row in rows)
+    assert Path("planted_questions.png").stat().st_size > 1000
+
+
+def test_domains_and_nats_of_answers_are_told(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    results, page = Path("r.jsonl"), Path("page.md")
+    for arm in ("a", "b"):
+        for seed in (1, 2):
+            answers = {"accuracy": 0.5, "by_source": {"north": {"accuracy": 0.5}}}
+            domains = {"by_layer": [0.9, 0.8 + seed / 10], "bits_by_layer": [0.25, seed / 2]}
+            more = {"answers": {**answers, "nats": float(seed)}, "domains": domains} if arm == "a" else {"answers": answers}
+            add_record(results, make_header(path, rules, "a" * 40), {**record(arm, seed, 1.0), **more})
+    write_report(rules, page=page, results=results)
+    rows = page.read_text().splitlines()
+    assert "| arm | accuracy | nats of an answer | north |" in rows
+    assert "| `a` | 0.5000 ± 0.0000 | 1.5000 ± 0.7071 | 0.5000 ± 0.0000 |" in rows
+    assert "| `b` | 0.5000 ± 0.0000 | - | 0.5000 ± 0.0000 |" in rows
+    assert "| `a` | 0.900 0.950 | 0.250 0.750 |" in rows
+
+
+def page_of(study: tuple[Path, Study], *records: dict) -> str:
+    path, rules = study
+    results, page = Path("r.jsonl"), Path("page.md")
+    for each in records:
+        add_record(results, make_header(path, rules, "a" * 40), each)
+    write_report(rules, page=page, results=results)
+    return page.read_text()
+
+
+def test_sources_with_further_documents_share_a_column(study: tuple[Path, Study]) -> None:
+    answers = {
+        arm: {"accuracy": 0.5, "by_source": {source: {"accuracy": right}}}
+        for arm, source, right in (("a", "north", 0.25), ("b", "north-twice", 0.75))
+    }
+    rows = page_of(study, *({**record(arm, 1, 1.0), "answers": each} for arm, each in answers.items())).splitlines()
+    assert "| arm | accuracy | north |" in rows
+    assert "| `a` | 0.5000 | 0.2500 |" in rows
+    assert "| `b` | 0.5000 | 0.7500 |" in rows
+
+
+def test_the_table_of_arms_has_no_empty_or_repeated_columns(study: tuple[Path, Study]) -> None:
+    alike = {"all": 1.0, "text": 1.0}
+    losses = {"a": alike, "b": {**alike, "image": 2.0}}
+    page = page_of(study, *({**record(arm, 1, 1.0), "loss": each} for arm, each in losses.items()))
+    assert "| arm | what | seeds | all, nats | image, nats | true experts a token |" in page
+
+
+def test_units_of_nats_and_bits_are_not_those_of_shares() -> None:
+    def unit(metric: str) -> str:
+        values = {"claim": "", "lower": {"constant": 1.0}, "higher": {"arm": "a", "metric": metric}}
+        return unit_of(ValueRule.model_validate(values))
+
+    assert [unit(f"answers.{name}") for name in ("accuracy", "nats")] == ["share of answers", "nats of an answer"]
+    assert [unit(f"domains.{name}") for name in ("least", "bits")] == ["share of tokens", "bits"]
+
+
+def test_an_arm_asks_only_what_the_experiment_says_it_asks(study: tuple[Path, Study]) -> None:
+    path, _ = study
+    path.write_text(STUDY.replace("a: {about: first}", "a: {about: first, asks: [oracle]}"))
+    with refused(ConfigError, "arms.a.asks"):
+        load_study(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "new", "changed"),
+    [
+        ((), "notes.txt", False),
+        (("docs/reproductions.md", "docs/reproductions/roma.jsonl"), "docs/pictures.py", False),
+        (("docs/a.md", "moe_dist/b.py"), "notes.txt", True),
+        ((), "tools/new.py", True),
+    ],
+)
+def test_documents_are_no_change_of_the_code(
+    monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...], new: str, changed: bool
+) -> None:
+    diff = "".join(f"diff --git a/{file} b/{file}\n--- a/{file}\n+++ b/{file}\n@@ -1 +1 @@\n-1\n+2\n" for file in files)
+    monkeypatch.setattr("research.experiments.results.code_state", lambda _: ("c0ffee", diff.encode(), [new]))
+    assert code_of_now() == {"commit": "c0ffee", "changed": changed}
+
+
+@pytest.mark.parametrize("names", ["a/docs/a.py b/moe_dist/a.py", '"a/moe_dist/\\303.py" "b/moe_dist/\\303.py"'])
+def test_what_may_be_code_is_a_change(monkeypatch: pytest.MonkeyPatch, names: str) -> None:
+    diff = f"diff --git {names}\n"
+    monkeypatch.setattr("research.experiments.results.code_state", lambda _: ("c0ffee", diff.encode(), []))
+    assert code_of_now()["changed"]

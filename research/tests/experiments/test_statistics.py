@@ -1,0 +1,231 @@
+"""Statistics and verdicts of experiments against numbers worked out by hand."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from research.experiments.study import Study
+from research.experiments.verdicts import at_equal_cost, cost_to_reach, judge, log_eta, numbers, on_lines, paired
+from tests.support.messages import refused
+
+T_095_4 = 2.131846786  # tables of Student's t: one-sided 95 %, 4 degrees of freedom
+T_0975_4 = 2.776445105  # one-sided 97.5 %
+T_095_2 = 2.919985580
+
+
+def test_bounds_of_five_pairs_are_those_of_the_table() -> None:
+    # mean 3, squared deviations 4 + 1 + 0 + 1 + 4 = 10, s = sqrt(10 / 4), s / sqrt(5) = sqrt(0.5)
+    found = paired([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (found.n, found.mean) == (5, 3.0)
+    assert found.deviation == pytest.approx(math.sqrt(2.5))
+    assert found.upper == pytest.approx(3.0 + T_095_4 * math.sqrt(0.5), rel=1e-9)
+    assert found.lower == pytest.approx(3.0 - T_095_4 * math.sqrt(0.5), rel=1e-9)
+
+
+def test_bounds_of_three_pairs_and_of_equal_ones() -> None:
+    assert paired([0.0, 0.0, 3.0]).upper == pytest.approx(1.0 + T_095_2 * math.sqrt(3.0) / math.sqrt(3.0), rel=1e-9)
+    equal = paired([0.25, 0.25])
+    assert (equal.lower, equal.mean, equal.upper) == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, math.nan], [1.0, math.inf]])
+def test_no_bound_without_two_finite_pairs(values: list[float]) -> None:
+    with refused(ValueError):
+        paired(values)
+
+
+def test_lines_between_points_and_a_little_beyond() -> None:
+    points = [(2.0, 3.0), (1.5, 4.0), (1.75, 3.2)]
+    assert on_lines(points, 1.6, reach=0.1) == pytest.approx(4.0 - 0.8 * 0.4)
+    assert on_lines(points, 1.75, reach=0.0) == pytest.approx(3.2)
+    assert on_lines(points, 1.45, reach=0.1) == pytest.approx(4.0 + 0.8 * 0.2)  # the first line goes on
+    assert on_lines(points, 1.39, reach=0.1) is None
+    assert on_lines(points, 2.11, reach=0.1) is None
+    assert on_lines([(1.5, 4.0), (1.5, 3.0)], 1.5, reach=0.1) is None
+    assert on_lines([(1.5, 4.0)], 1.5, reach=0.1) is None
+
+
+def test_eta_by_hand() -> None:
+    dense = [(1.0, 4.0), (10.0, 3.0), (100.0, 2.0)]
+    # 2.0 lies half way from 3 to 1, so at 10^0.5: eta = 100 / 10^0.5
+    sparse = [(1.0, 3.0), (10.0, 1.0)]
+    assert cost_to_reach(sparse, 2.0) == pytest.approx(10**0.5)
+    assert log_eta(sparse, dense) == pytest.approx(math.log(100 / 10**0.5))
+    # It never gets to 2.0: dense is at its 2.5 after 10^1.5, of the arm's 100.
+    late = [(1.0, 5.0), (100.0, 2.5)]
+    assert log_eta(late, dense) == pytest.approx(math.log(10**1.5 / 100))
+    assert log_eta(dense, dense) == pytest.approx(0.0)
+    assert log_eta([], dense) is None
+    # Below it from the first point on: when it got there is not known.
+    assert cost_to_reach([(1.0, 1.5), (2.0, 1.0)], 2.0) is None
+    assert cost_to_reach([(1.0, 2.0), (2.0, 1.0)], 2.0) == 1.0
+    assert log_eta([(1.0, 1.5), (2.0, 1.0)], dense) is None
+    assert log_eta([(0.5, 5.0)], dense) is None
+
+
+@pytest.mark.parametrize(("loss", "eta"), [("heldout", 10.0), ("training", 100.0)])
+def test_eta_is_of_the_loss_that_the_rule_names(loss: str, eta: float) -> None:
+    """b reaches a's last held-out loss, 2, at 10 of 100; and its last training loss, 1, at 1."""
+
+    def curve(heldout: list[float], training: list[float]) -> list[dict[str, Any]]:
+        return [
+            {"flops": cost, "loss": {"all": held}, "training": {"all": trained}}
+            for cost, held, trained in zip((1.0, 10.0, 100.0), heldout, training, strict=True)
+        ]
+
+    curves = {"a": curve([4.0, 3.0, 2.0], [3.0, 2.0, 1.0]), "b": curve([3.0, 2.0, 1.0], [1.0, 0.5, 0.2])}
+    value = {"eta": "b", "of": "a", "part": "all", "loss": loss}
+    rule = {"claim": "", "lower": {"constant": 0.0}, "higher": value}
+    records: dict[Any, Any] = {(arm, seed): {"curve": curves[arm]} for arm in curves for seed in range(1, 6)}
+    (verdict,) = judge(study_of([rule]), records)
+    assert verdict.paired is not None
+    assert verdict.paired.mean == pytest.approx(-math.log(eta))
+
+
+def test_records_without_training_losses_are_not_judged_by_them() -> None:
+    points = [{"flops": 1.0, "loss": {"all": 3.0}}, {"flops": 10.0, "loss": {"all": 2.0}}]
+    records: dict[Any, Any] = {(arm, seed): {"curve": points} for arm in "ab" for seed in range(1, 6)}
+    for loss, outcome in (("heldout", "fail"), ("training", "not testable here")):
+        value = {"eta": "b", "of": "a", "part": "all", "loss": loss}
+        rule = {"claim": "", "lower": {"constant": 0.0}, "higher": value}
+        assert judge(study_of([rule]), records)[0].outcome == outcome
+
+
+def study_of(rules: list[dict], **more: Any) -> Study:
+    arm = {"about": "", "seeds": "decisive"}
+    values = {
+        "name": "planted", "question": "", "base": "none", "seeds": {"decisive": [1, 2, 3, 4, 5], "other": [1, 2]},
+        "pilot": {"seeds": [9]}, "arms": {"a": arm, "b": arm, "c": arm}, "rules": rules, **more,
+    }  # fmt: skip
+    return Study.model_validate(values, strict=False)
+
+
+def records_of(**losses: list[float]) -> dict:
+    return {(arm, seed): {"loss": {"all": loss}} for arm, five in losses.items() for seed, loss in enumerate(five, 1)}
+
+
+NOT_WORSE = {"claim": "", "lower": {"arm": "a", "metric": "loss.all"}, "higher": {"arm": "b", "metric": "loss.all"}}
+
+
+@pytest.mark.parametrize(
+    ("shift", "margin", "outcome"),
+    [
+        (0.0, 0.02, "pass"),
+        (0.0199, 0.02, "pass"),
+        (0.02, 0.02, "fail"),
+        (0.1, 0.02, "fail"),
+        (-0.01, 0.0, "pass"),
+        (0.0, 0.0, "fail"),
+    ],
+)
+def test_planted_differences_pass_below_the_margin_alone(shift: float, margin: float, outcome: str) -> None:
+    """Equal differences have their mean as bound: at the margin itself the rule does not hold."""
+    base = [1.0, 2.0, 0.5, 4.0, 8.0]
+    records = records_of(a=[loss + shift for loss in base], b=base)
+    # In binary, loss + 0.02 - loss is 0.02 but for its last bits; the boundary is put where it is exact.
+    if shift == margin:
+        records = records_of(a=[shift] * 5, b=[0.0] * 5)
+    assert judge(study_of([{**NOT_WORSE, "margin": margin}]), records)[0].outcome == outcome
+
+
+def test_a_mean_below_the_margin_fails_where_seeds_scatter() -> None:
+    scattered = [-0.09, 0.09, -0.05, 0.05, 0.0]
+    records = records_of(a=scattered, b=[0.0] * 5)
+    by_bound, by_mean = judge(
+        study_of([{**NOT_WORSE, "margin": 0.02}, {**NOT_WORSE, "margin": 0.02, "by": "mean"}]), records
+    )
+    assert by_bound.outcome == "fail"
+    assert by_bound.paired is not None
+    assert by_bound.paired.mean == pytest.approx(0.0)
+    # s^2 = 2 (0.0081 + 0.0025) / 4 = 0.0053
+    assert by_bound.paired.upper == pytest.approx(T_095_4 * math.sqrt(0.0053 / 5), rel=1e-6)
+    assert by_mean.outcome == "pass"
+
+
+def test_a_missing_run_is_not_testable_and_named() -> None:
+    records = records_of(a=[1.0] * 5, b=[1.0] * 4)
+    verdict = judge(study_of([NOT_WORSE]), records)[0]
+    assert verdict.outcome == "not testable here"
+    assert "b seed 5" in verdict.reason
+
+
+def test_a_load_out_of_reach_is_not_testable() -> None:
+    value = {"through": ["b", "c"], "x": "load.all", "y": "loss.all", "at": "a", "reach": 0.1}
+    rule = {"claim": "", "lower": {"arm": "a", "metric": "loss.all"}, "higher": value}
+    records = {
+        (arm, seed): {"loss": {"all": loss}, "load": {"all": load}}
+        for arm, loss, load in (("a", 1.0, 1.6), ("b", 1.2, 1.5), ("c", 1.1, 1.75))
+        for seed in range(1, 6)
+    }
+    verdict = judge(study_of([rule]), records)[0]
+    assert verdict.outcome == "pass"
+    assert verdict.paired is not None
+    assert verdict.paired.mean == pytest.approx(1.0 - (1.2 - 0.1 * 0.1 / 0.25))
+    records["a", 3]["load"]["all"] = 1.2
+    verdict = judge(study_of([rule]), records)[0]
+    assert verdict.outcome == "not testable here"
+    assert "seed 3" in verdict.reason
+
+
+def test_a_sum_of_records_by_hand() -> None:
+    """Half of the gap between b and c: 0.5 x 1 + 0.5 x 3 = 2 lies below a = 2.5 and above a = 1.5."""
+    half = [{"arm": arm, "metric": "loss.all", "times": 0.5} for arm in ("b", "c")]
+    rule = {"claim": "", "lower": {"sum": half}, "higher": {"arm": "a", "metric": "loss.all"}}
+    for a, outcome in ((2.5, "pass"), (1.5, "fail")):
+        verdict = judge(study_of([rule]), records_of(a=[a] * 5, b=[1.0] * 5, c=[3.0] * 5))[0]
+        assert verdict.outcome == outcome
+        assert verdict.paired is not None
+        assert verdict.paired.mean == pytest.approx(2.0 - a)
+    assert "c seed 2" in judge(study_of([rule]), records_of(a=[1.0] * 5, b=[1.0] * 5, c=[1.0]))[0].reason
+
+
+def test_a_gate_that_was_not_passed_leaves_nothing_to_judge() -> None:
+    study = study_of([NOT_WORSE]).model_copy(update={"not_testable": "the gap was 1 point"})
+    verdict = judge(study, records_of(a=[1.0] * 5, b=[2.0] * 5))[0]
+    assert (verdict.outcome, verdict.reason) == ("not testable here", "the gap was 1 point")
+    assert verdict.paired is not None
+    assert verdict.paired.mean == pytest.approx(-1.0)
+    assert numbers(verdict).startswith("-1.0000 [-1.0000, -1.0000], n = 5")
+
+
+GATE = {
+    "claim": "c is 0.1 below b",
+    "lower": {"arm": "c", "metric": "loss.all"},
+    "higher": {"arm": "b", "metric": "loss.all"},
+}
+
+
+@pytest.mark.parametrize(("c", "outcome"), [(1.85, "pass"), (1.95, "not testable here")])
+def test_a_gate_is_measured_before_rules_are_judged(c: float, outcome: str) -> None:
+    study = study_of([NOT_WORSE], gates=[{**GATE, "margin": -0.1}])
+    records = records_of(a=[1.0] * 5, b=[2.0] * 5, c=[c] * 5)
+    (verdict,) = judge(study, records)
+    assert verdict.outcome == outcome
+    if outcome != "pass":
+        assert verdict.reason.startswith("gate not held: c is 0.1 below b -0.0500 [-0.0500, -0.0500], n = 5")
+    del records["b", 4]
+    assert judge(study, records)[0].reason.startswith("gate not judged: c is 0.1 below b (no record yet of b seed 4")
+
+
+def test_arms_of_gates_include_what_they_begin_with() -> None:
+    arm = {"about": "", "seeds": "decisive"}
+    study = study_of([NOT_WORSE], gates=[GATE], arms={"a": arm, "b": arm, "d": arm, "c": {**arm, "after": "d"}})
+    assert study.gate_arms == {"b", "c", "d"}
+
+
+def test_corrected_bounds_hold_for_all_rules_at_once() -> None:
+    scattered = [-0.09, 0.09, -0.05, 0.05, 0.0]
+    records = records_of(a=scattered, b=[0.0] * 5)
+    for corrected, t in ((False, T_095_4), (True, T_0975_4)):
+        found = judge(study_of([NOT_WORSE] * 2, corrected=corrected), records)[0].paired
+        assert found is not None
+        assert found.upper == pytest.approx(t * math.sqrt(0.0053 / 5), rel=1e-6)
+
+
+def test_distance_at_equal_cost_by_hand() -> None:
+    dense = np.array([[1.0, 10.0, 100.0], [4.0, 3.0, 2.0]])
+    sparse = np.array([[0.5, 10**0.5, 100.5, 110.0], [9.0, 3.0, 2.5, 1.0]])
+    # At 10^0.5 dense is half way from 4 to 3; 100.5 is taken for its end, 0.5 and 110 lie outside.
+    np.testing.assert_allclose(at_equal_cost(sparse, dense), [sparse[0], [np.nan, -0.5, 0.5, np.nan]])

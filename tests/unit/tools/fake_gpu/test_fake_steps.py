@@ -1,0 +1,292 @@
+"""Training steps of the GPU presets on fake CUDA tensors: they run on the device alone, and wait for it only where stated.
+
+Two layers of each preset, since all layers are alike; two micro-batches. Each case takes 10 s of CPU time.
+"""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dist.comm.collectives import CommStats
+from moe_dist.errors import ConfigError, ResourceError
+from moe_dist.plan.preflight import layout_without_data
+from moe_dist.train.start.dry_run import estimate
+from tests.support.cover import exhaustive, full
+from tools.fake_gpu.count import count, kernels
+from tools.fake_gpu.fake_cuda import child
+from tools.fake_gpu.fake_step import MICRO_BATCHES, Uniform, scaled
+
+READS_OF_A_STEP = 2  # at its end: the counts of this rank, and all sums over the ranks
+SPLIT_SIZES = {"forward split sizes": 4}  # of two layers in two micro-batches
+IN_HALVES = {"forward split sizes": 8}
+TOKENS = {"step tokens of each rank and group": 1}  # for expert choice, and for the draws of dropout
+PRESETS: dict[str, dict[str, Any]] = {
+    # the named reads with their numbers in a step; and the most kernels of an MoE layer in forward and backward, for each
+    # half if there are two
+    "adamoe_moma_small_1gpu": {"reads": SPLIT_SIZES, "kernels": (38, 54)},
+    "olmoe_1b7b_8gpu": {"reads": IN_HALVES, "kernels": (30, 31)},
+    "adamoe_mixtral8x7b_64gpu": {"reads": SPLIT_SIZES, "kernels": (31, 38)},
+    "moma_1b4_4t4i_32gpu": {"reads": TOKENS, "kernels": (46, 35)},
+    "mole_llama3_8b_8gpu": {"reads": {"forward LoRA pairs of each expert": 4, **TOKENS}, "kernels": (124, 172)},
+}
+FULL = [full("adamoe_moma_small_1gpu", 8), full("adamoe_mixtral8x7b_64gpu", 1024)]
+MORE = [(preset, ranks) for preset in PRESETS for ranks in (8, 64, 1024)]
+FULL += [exhaustive(*case) for case in MORE if full(*case) not in FULL]
+
+
+@pytest.mark.parametrize(("preset", "ranks"), FULL)
+def test_a_step_on_the_device(preset: str, ranks: int) -> None:
+    expected = PRESETS[preset]
+    overrides = ["model.num_layers=2", *(["parallel.ep=8"] if preset == "adamoe_moma_small_1gpu" else [])]
+    counted = count(f"configs/{preset}.yaml", ranks, overrides, rank=ranks - 1)
+    assert not counted.mixed
+    assert not counted.copies
+    assert set(counted.sorted_sums) <= {"model"}, "an index in a layer has a backward that sorts"
+    assert {name: counted.syncs[name] for name in expected["reads"]} == expected["reads"]
+    others = {name: number for name, number in counted.syncs.items() if name not in expected["reads"]}
+    assert list(others.values()) == [1] * READS_OF_A_STEP
+    assert all(name.startswith("step step.py:") for name in others)
+    assert counted.tracked <= 1  # entries of collectives, each with a CUDA event
+    exchanges = preset != "mole_llama3_8b_8gpu"  # every rank holds all LoRA experts
+    assert (counted.exchange_seconds > 0) == exchanges  # without it, the slowest rank looks as busy as the others
+    for phase, most in zip(("forward", "backward"), expected["kernels"], strict=True):
+        runs = counted.layers["moe"] * (2 if expected["reads"] is IN_HALVES else 1)
+        assert kernels(counted).micro_batch["moe", phase] <= runs * most
+    assert counted.kernels["step step"] <= 120
+
+
+def observed(path: str, rank: int, ep: bool) -> dict[str, Any]:
+    overrides = ["model.num_layers=2", *(["parallel.ep=8"] if ep else [])]
+    done = child("tests.support.fake_run", [path, str(rank), "8", *overrides])
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def exchanges_between_gathers(order: str) -> list[int]:
+    """Numbers of all-to-alls in a row with no gather or reduction of parameters between them."""
+    names = [name for name in order.split() if name.startswith(("alltoall", "_allgather", "allgather", "_reduce_scatter"))]
+    runs = "".join("x" if name.startswith("alltoall") else " " for name in names).split()
+    return [len(run) for run in runs]
+
+
+@pytest.mark.parametrize("halves", [exhaustive(False), full(True)])
+def test_no_gather_comes_between_the_exchanges_of_a_layer(halves: bool) -> None:
+    """FSDP2 with experts on several edp ranks. A layer has 5 exchanges in forward and 3 in backward; no other sum of these
+    is a part of a layer. In halves no gather or reduction comes between any exchanges of a step."""
+    overrides = ["model.num_layers=2", "train.micro_batch=2", f"parallel.two_batch_overlap={halves}"]
+    counted = count("configs/adamoe_mixtral8x7b_64gpu.yaml", 64, overrides)
+    runs = exchanges_between_gathers(counted.order)
+    layers = 2 * 2 * MICRO_BATCHES * (1 + halves)  # of two steps
+    assert sum(runs) == layers * (5 + 3)
+    if halves:
+        assert len(runs) == 2
+    else:
+        assert len(runs) > 2
+        assert not {1, 2, 4, 7} & set(runs), runs
+
+
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no library from earlier
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ResourceError, match=r"fake_cuda\.cpp by .*'no-such-compiler'.*install g\+\+ or set CXX"):
+        count("configs/olmoe_1b7b_8gpu.yaml", 8)
+
+
+@pytest.mark.slow
+def test_a_wrong_number_of_ranks_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"yaml: --ranks 12: must be a multiple of parallel\.ep=8; .*take 16"):
+        count("configs/olmoe_1b7b_8gpu.yaml", 12)
+
+
+def test_each_group_and_expert_gets_its_share_of_the_tokens() -> None:
+    config = scaled([], "configs/moma_1b4_4t4i_32gpu.yaml", 32)
+    uniform, tokens = Uniform(config, layout_without_data(config), rank=0), 4 * 4096
+    reads = torch.empty(32 * MICRO_BATCHES * 2)  # by rank, micro-batch and group
+    assert uniform(CommStats(), "tokens of each rank and group", reads) == [tokens // 2] * len(reads)
+    assert uniform.entry(0) == [tokens // 8] * 2  # one expert on each rank takes a quarter of its group's tokens
+
+    config = scaled([], "configs/olmoe_1b7b_8gpu.yaml", 8)
+    for whole, sequences in ((False, 2), (True, 4)):  # of a half, and of a micro-batch
+        rows, *pairs = Uniform(config, layout_without_data(config), rank=0, whole=whole).entry(7)
+        assert pairs == [sequences * 4096 * 8 // 64] * 8
+        assert rows == int(sequences * 4096 * (1 - math.comb(56, 8) / math.comb(64, 8)))
+
+    config = scaled([], "configs/mole_llama3_8b_8gpu.yaml", 8)
+    layout = layout_without_data(config)
+    (group,) = layout.groups
+    pairs = Uniform(config, layout, rank=0)(CommStats(), "LoRA pairs of each expert", torch.empty(group.num_experts))
+    assert pairs == [4096 // 3] * 3
+
+
+@pytest.mark.full
+def test_exchanges_of_fixed_sizes_need_no_read() -> None:
+    """Forward and backward of all micro-batches read nothing, so that no shape depends on the routing."""
+    options = ["model.num_layers=2", "parallel.dispatch.kind=static", "parallel.two_batch_overlap=false"]
+    counted = count("configs/olmoe_1b7b_8gpu.yaml", 8, options, rank=7)
+    assert list(counted.syncs.values()) == [1] * READS_OF_A_STEP
+    assert all(name.startswith("step step.py:") for name in counted.syncs)
+    assert not counted.copies
+    assert not counted.mixed
+    assert set(counted.sorted_sums) <= {"model"}
+    assert kernels(counted).micro_batch["moe", "forward"] <= 2 * 31
+    assert kernels(counted).micro_batch["moe", "backward"] <= 2 * 33
+
+
+@pytest.mark.full
+def test_both_hops_of_a_layer_need_one_read() -> None:
+    options = ["model.num_layers=2", "parallel.two_batch_overlap=false"]
+    options.append("parallel.dispatch={kind: hierarchical, ranks_per_node: 4}")
+    counted = count("configs/olmoe_1b7b_8gpu.yaml", 8, options)
+    assert counted.syncs["forward split sizes of both hops"] == 4
+    assert not counted.mixed
+    assert not counted.copies
+    assert set(counted.sorted_sums) <= {"model"}
+
+
+@pytest.mark.full
+def test_auxiliary_routers_copy_nothing_to_the_device() -> None:
+    """They are trained alone, in a second stage, which no preset has. An index by a list is such a copy."""
+    options = ["model.num_layers=2", "train.only=auxiliary_routers", "run.init_from=runs/first"]
+    options.append("model.moe.router={kind: expert_choice, causal: auxiliary}")
+    counted = count("configs/moma_1b4_4t4i_32gpu.yaml", 8, options)
+    assert counted.copies == {}
+    assert counted.mixed == {}
+    assert sum(counted.syncs.values()) == READS_OF_A_STEP + 1, counted.syncs  # one for the tokens of each rank and group
+
+
+IN_SAVE = {"storage": 1, "optimizer": 1, "state of the device's generator": 1}  # end of copies, step count, generator
+BALANCE_LOSS = {"step_load": 2}  # counts of the balance loss over a whole step, which a checkpoint has
+EVALUATED = {"heldout": 4}  # counts and sums over all ranks, with experts and without; MoMa's also as in training
+TIMED = {"balance": 36}  # 12 times: begin and end of a time, and the slowest rank's
+SLOWEST = {"balance": 12}  # a time of this rank; "planning" are tables, which MoMa's training needs not
+RUNS: dict[str, tuple[dict[str, int], ...]] = {  # reads of the last evaluation and of a save, copies of the evaluation
+    "adamoe_moma_small_1gpu": ({**EVALUATED, **TIMED, "split sizes": 56}, {**IN_SAVE, **BALANCE_LOSS}, SLOWEST),
+    "olmoe_1b7b_8gpu": ({**EVALUATED, **TIMED, "split sizes": 56}, {**IN_SAVE, **BALANCE_LOSS}, SLOWEST),
+    "adamoe_mixtral8x7b_64gpu": ({**EVALUATED, **TIMED, "split sizes": 56}, {**IN_SAVE, **BALANCE_LOSS}, SLOWEST),
+    "moma_1b4_4t4i_32gpu": (
+        {"heldout": 6, **TIMED, "split sizes": 64},
+        IN_SAVE,
+        {**SLOWEST, "planning": 3},
+    ),
+    "mole_llama3_8b_8gpu": ({"heldout": 2, "LoRA pairs of each expert": 4}, {**IN_SAVE, **BALANCE_LOSS}, {}),
+}
+
+
+@pytest.mark.parametrize(
+    "preset", [(full if preset.startswith("adamoe_mixtral") else exhaustive)(preset) for preset in RUNS]
+)
+def test_evaluation_and_save_on_the_device(preset: str) -> None:
+    """The copies to the host are queued, and the host waits once for all of them; a second save allocates no memory."""
+    evaluated, saved, copies = RUNS[preset]
+    found = observed(f"configs/{preset}.yaml", 7, preset == "adamoe_moma_small_1gpu")
+    assert not any(found[phase]["mixed"] for phase in found.keys() - {"snapshot"})
+    assert not found["step"]["copies"]
+    assert found["evaluation"]["reads"] == evaluated
+    assert found["evaluation"]["copies"] == copies
+    assert found["save"]["reads"] == found["first save"]["reads"] == saved
+    assert not found["save"]["copies"]
+    assert not found["save"]["order"]
+    kept = found["snapshot"]
+    assert kept["on host"]
+    assert kept["same memory"]
+    assert 0 <= kept["copies"] - kept["tensors"] <= 2
+
+
+WHOLE = "parallel.two_batch_overlap=false"
+OPTIONS = {  # those that test_fake_matrix.py does not combine
+    "pair budget and loop": ("olmoe_1b7b_8gpu", [WHOLE, "parallel.expert_pair_budget=8192", "parallel.expert_gemm=loop",
+                             "parallel.fsdp_gather=micro_batch"]),
+    "depths and bf16 moments": ("moma_1b4_4t4i_32gpu", ["model.mixture_of_depths={every: 2}", "optimizer.moments=bf16"]),
+}  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [exhaustive("pair budget and loop"), "depths and bf16 moments"])
+def test_options_mix_no_devices_and_copy_nothing(name: str) -> None:
+    preset, options = OPTIONS[name]
+    counted = count(f"configs/{preset}.yaml", 8, ["model.num_layers=2", *options])
+    assert not counted.mixed
+    assert not counted.copies
+    reads = [*SPLIT_SIZES, *TOKENS, "step step.py:"]
+    assert all(name.startswith(tuple(reads)) for name in counted.syncs), counted.syncs
+
+
+@pytest.mark.full
+def test_triton_kernels_move_fewer_bytes() -> None:
+    options = ["model.num_layers=2", "parallel.kernels.kind="]
+    torchs, tritons = (
+        count("configs/olmoe_1b7b_8gpu.yaml", 8, [options[0], options[1] + kind]) for kind in ("torch", "triton")
+    )
+    for phase in ("moe forward", "moe backward"):
+        assert tritons.num_bytes[phase] < torchs.num_bytes[phase] / 2
+        assert tritons.kernels[phase] < torchs.kernels[phase]
+    kernels = torchs.kernels["moe forward"] + torchs.kernels["moe backward"]
+    assert kernels < 1500, "1,342; rows that are widened in slices of 16 MiB, as on the host, make them 2,462"
+
+
+@pytest.mark.full
+def test_parameters_gathered_once_per_step() -> None:
+    """The experts' ranks are on different nodes, so each gather and each sum of gradients crosses the network."""
+    options = ["model.num_layers=2", "parallel.recompute=none", "parallel.two_batch_overlap=false"]
+    found = {}
+    for gather in ("micro_batch", "step"):
+        counted = count("configs/adamoe_mixtral8x7b_64gpu.yaml", 64, [*options, f"parallel.fsdp_gather={gather}"])
+        found[gather] = Counter[str]()
+        for name, number in counted.collectives.items():
+            found[gather][name.split()[2]] += number
+        again = {sent[2] for sent in counted.more_sent} & {"_allgather_base_", "_reduce_scatter_base_"}
+        assert bool(again) == (gather == "micro_batch"), "what FSDP2 copies around them would be copied again, too"
+    layers, meshes = 2, 2  # an MoE layer is sharded over edp (experts) and over all ranks, attention over all ranks
+    units = 1 + layers * (1 + meshes)
+    assert found["step"]["_allgather_base_"] == found["step"]["_reduce_scatter_base_"] == units
+    assert found["micro_batch"]["_reduce_scatter_base_"] == 2 * units
+    assert found["micro_batch"]["_allgather_base_"] == 2 * (2 * units - 1)  # the root keeps its parameters until backward
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("preset", "ranks", "more"),
+    [
+        ("olmoe_1b7b_8gpu", 8, []),
+        exhaustive("olmoe_1b7b_8gpu", 8, ["parallel.two_batch_overlap=false", "train.micro_batch=1"]),
+        exhaustive("adamoe_mixtral8x7b_64gpu", 64, []),
+        exhaustive("adamoe_mixtral8x7b_64gpu", 64, ["parallel.recompute=none"]),
+        exhaustive("moma_1b4_4t4i_32gpu", 32, []),
+    ],
+)
+def test_the_dry_run_knows_the_memory_within_a_tenth(preset: str, ranks: int, more: list[str]) -> None:
+    """By the difference between models of four and of two layers, since layers are nearly all of a preset's memory."""
+    found = []
+    for layers in (2, 4):
+        path, overrides = f"configs/{preset}.yaml", [f"model.num_layers={layers}", *more]
+        done = child("tests.support.fake_memory", [path, "0", str(ranks), *overrides])
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append((int(done.stdout.split()[-1]), estimate(scaled(overrides, path, ranks)).rank_memory.total))
+    measured, estimated = (large - small for small, large in zip(*found, strict=True))
+    assert 0.9 * measured <= estimated <= 1.1 * measured, (measured / 2**30, estimated / 2**30)
+
+
+@pytest.mark.full
+def test_the_memory_of_a_count_is_that_of_torchs_tracker() -> None:
+    options = ["model.num_layers=2", "train.micro_batch=1", "parallel.two_batch_overlap=false"]
+    options.append("parallel.fsdp_gather=micro_batch")  # frees gathered parameters after each layer
+    done = child("tests.support.fake_memory", ["configs/olmoe_1b7b_8gpu.yaml", "0", "8", *options])
+    assert done.returncode == 0, done.stderr[-2000:]
+    memory = count("configs/olmoe_1b7b_8gpu.yaml", 8, options).memory
+    assert max(live for _, live, _ in memory.values()) == pytest.approx(int(done.stdout.split()[-1]), rel=3e-3)
+    pairs = 2 * MICRO_BATCHES * 4096 * 8  # each keeps its input, gate, up and hidden values
+    assert 1.0 <= memory["moe forward"][0] / (pairs * (2048 + 3 * 1024) * 2) <= 1.5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "preset", [exhaustive("olmoe_1b7b_8gpu"), "adamoe_mixtral8x7b_64gpu", exhaustive("moma_1b4_4t4i_32gpu")]
+)
+def test_all_ranks_issue_the_same_collectives(preset: str) -> None:
+    orders = {count(f"configs/{preset}.yaml", 8, ["model.num_layers=2"], rank=rank).order for rank in (0, 7)}
+    assert len(orders) == 1

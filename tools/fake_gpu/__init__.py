@@ -1,0 +1,1 @@
+"""Fake CUDA tensors and the counts of a training step on them, without a GPU."""
