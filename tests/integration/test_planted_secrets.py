@@ -27,7 +27,7 @@ SINKS = [
 FAILING = """
 import os, sys
 from moe_dist.runtime.command_line import run_command
-from moe_dist.train.trainer import Trainer
+from moe_dist.train.loop.trainer import Trainer
 from moe_dist.train.__main__ import main
 taken = Trainer._step
 def step(self):

@@ -326,17 +326,11 @@ def test_a_circle_of_files_would_fail(back: str) -> None:
 
 
 def test_a_circle_of_folders_would_fail() -> None:
-    """train/step/a imports train/loop/b, and train/loop/c imports train/step/d: a circle of folders, not of files."""
-    step = [
-        planted("moe_dist/train/step/a.py", "import moe_dist.train.loop.b"),
-        planted("moe_dist/train/step/d.py", "pass"),
-    ]
-    loop = [
-        planted("moe_dist/train/loop/b.py", "pass"),
-        planted("moe_dist/train/loop/c.py", "import moe_dist.train.step.training_step.d"),
-    ]
-    assert circle_faults(ImportGraph([*step, *loop]))
-    assert not circle_faults(ImportGraph([*step, loop[0]]))
+    """left/a imports right/b, and right/c imports left/d: a circle of folders, not of files."""
+    left = [planted("moe_dist/moe/left/a.py", "import moe_dist.moe.right.b"), planted("moe_dist/moe/left/d.py", "pass")]
+    right = [planted("moe_dist/moe/right/b.py", "pass"), planted("moe_dist/moe/right/c.py", "import moe_dist.moe.left.d")]
+    assert circle_faults(ImportGraph([*left, *right]))
+    assert not circle_faults(ImportGraph([*left, right[0]]))
 
 
 def test_a_training_step_imports_no_evaluation(graph: ImportGraph) -> None:
