@@ -293,7 +293,7 @@ def test_a_single_null_logit_stands_in_every_null_column() -> None:
     torch.testing.assert_close(ours.assignments.weight_N, theirs.assignments.weight_N, rtol=0, atol=1e-15)
     for got, expected in zip(ours.sums, theirs.sums, strict=True):
         torch.testing.assert_close(got, expected)
-    # A token takes the null columns one after the other, or none, so the null logit acts as a threshold.
+    # Equal null logits are contiguous in a token's order of columns, so the null logit acts as a threshold.
     ours.sums.prob_C.square().sum().backward()
     theirs.sums.prob_C.square().sum().backward()
     for group in (TEXT, IMAGE):
