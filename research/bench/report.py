@@ -41,26 +41,27 @@ NOT_EXPLAINED = "not explained yet"
 EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
     "dispatch, combine / floor": {
         "": "this floor leaves out the rows for experts on the own rank, half of all rows at two ranks; 'floor, all' has "
-        "them; tried: copying these rows during the exchange (no gain where the exchange runs on the same cores), "
-        "embedding_bag for the sums (0.3 ms of 11), index_copy_ for first terms (slower)",
+        "them. Tried: copying these rows during the exchange (no gain where the exchange runs on the same cores), "
+        "embedding_bag for the sums (saves 0.3 ms of 11), index_copy_ for first terms (slower)",
     },
     "dispatch, combine / floor, all": {
-        "": "the exchange of weights and the sums over a token's rows cost 0.7 ms more than the floor at 256 tokens and "
-        "3.3 ms more at 16,384, so that the ratio falls from 1.87 to 1.15; tried: the exchange of weights already overlaps "
-        "the exchange of rows",
-        "null fraction": "with so few rows the fixed costs show: the exchange of weights, and writing all of y; tried: the "
-        "exchange of weights already overlaps the exchange of rows; without it the rows would have to carry the weights",
+        "": "the floor has no exchange of weights, and no sums over a token's rows. They cost 0.7 ms at 256 tokens and "
+        "3.3 ms at 16,384. The ratio falls from 1.87 to 1.15. Tried: the exchange of weights already overlaps the exchange "
+        "of rows",
+        "null fraction": "few rows leave the fixed costs visible: the exchange of weights, and writing all of y. Tried: "
+        "the exchange of weights already overlaps the exchange of rows. Without it the rows would have to carry the "
+        "weights",
     },
     "ours / naive": {
-        "": "the median meets the rule, but the interval is wide; tried: nothing, because the neighbours of the row meet it"
+        "": "the median meets the rule, but the interval is wide. Tried: nothing, because the neighbours of the row meet it"
     },
     "time over tokens": {
-        "": "time grows more slowly than the tokens because of fixed costs of 1 to 4 ms: the exchange of weights and, with "
-        "the plan, the exchanges of counts and indices and a host sync; tried: indices of pairs are exchanged while tokens "
+        "": "fixed costs of 1 to 4 ms make time grow more slowly than the tokens. They are the exchange of weights and, "
+        "with the plan, the exchanges of counts and indices and a host sync. Tried: indices of pairs are exchanged while tokens "
         "are looked up",
     },
     "cost a row / the first's": {
-        "": "the interval of the ratio includes 1; tried: nothing, because the rows of 16 to 64 experts meet the rule"
+        "": "the interval of the ratio includes 1. Tried: nothing, because the rows of 16 to 64 experts meet the rule"
     },
 }
 
@@ -137,7 +138,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     holds = sum(comparison.met for comparison in comparisons)
     parts = ["### Judgement", "", f"{holds} of {len(comparisons)} comparisons hold. Those that do not:", ""]
     parts += [f"- {line}" for line in _failures(comparisons)] or ["none"]
-    parts += ["", "`a / b` is the time of a over the time of b, in brackets its interval."]
+    parts += ["", "`a / b` is the time of a over the time of b, with its 95 % interval in brackets."]
     for title, table in tables(results):
         parts += ["", f"### {title}", "", _pipes(table)]
     return "\n".join(parts) + "\n"

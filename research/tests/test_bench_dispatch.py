@@ -1,5 +1,5 @@
-"""The benchmark from end to end on tiny points: every contender gives the same sums, the file is complete and goes on where
-it was interrupted. No time is asserted."""
+"""The whole benchmark on tiny points: all contenders have the same sums, and an interrupted file is completed. No test
+asserts a time."""
 
 import json
 import subprocess

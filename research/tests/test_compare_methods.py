@@ -1,4 +1,4 @@
-"""The comparison of methods from the command line: run whole, gone on with, and not run again."""
+"""The comparison of methods from the command line: run whole, continued, and not repeated when it is done."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def compare(folder: Path, *arguments: str) -> str:
 
 
 def test_run_whole_and_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_dataset(tmp_path / "data", documents=2700)  # leaves held-out sequences to --rates and --hold
+    tiny_dataset(tmp_path / "data", documents=2700)  # enough documents for the held-out sequences of --rates and --hold
     write_config(tiny_config(tmp_path / "data", tmp_path / "runs", CHANGES), tmp_path / "base.yaml")
     given = ("--budget", "1.5", "--methods", "fixed,remoe", "--ranks", "", "--rates", "1e-2,1e-6")
     given = (*given, "--controls", "--hold")

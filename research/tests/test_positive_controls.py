@@ -1,8 +1,8 @@
-"""Positive controls: tasks made so that a method must win if it is built rightly. Each test also breaks the method on
-purpose and sees that it no longer wins.
+"""Positive controls: tasks on which a correctly built method must win. Each test also breaks the method, and requires that
+it then loses.
 
-The tasks are tables of facts: a token is a fixed random vector (the key), and its answer is a random class. One layer with
-residual and a linear output learns them, so what counts is how much the layer can store and who gets which key.
+The tasks are tables of facts. A token is a fixed random vector (the key), and its answer is a random class. One layer with
+a residual and a linear output learns them. Its loss depends on how much it can store, and on which expert gets which key.
 """
 
 import math
@@ -48,7 +48,7 @@ from tests.support.counts import counts_with
 
 pytestmark = pytest.mark.full  # each up to half a minute of one core
 D, CLASSES, BATCH = 32, 64, 256
-N, STEPS = 8, 500  # experts and steps of the controls with random drop
+N, STEPS = 8, 500  # experts and steps of the tests against random drop
 After = Callable[[LayerReport], None]
 
 
@@ -85,7 +85,7 @@ def drawn(model: Net) -> Net:
 
 
 def facts(count: int, seed: int = 1, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
-    """Keys [count, D] and their classes."""
+    """Returns keys [count, D] and their classes."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, D, generator=generator), torch.randint(0, classes, (count,), generator=generator)
 
@@ -102,7 +102,7 @@ def fit(
     kind: BalanceKind = "null_averaged",
     after: After = lambda report: None,
 ) -> float:
-    """Trains and returns the mean cross entropy of all facts."""
+    """Trains the model. Returns the mean cross entropy of all facts."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
@@ -154,8 +154,8 @@ def test_experts_beat_a_dense_layer_of_equal_flops_where_memory_counts() -> None
 
 
 def test_grouped_experts_beat_mixed_ones_where_modalities_differ() -> None:
-    """The same keys have other answers in each modality. A vector in the key tells the modality, so that mixed experts can
-    learn it; the groups tell it the router beforehand."""
+    """The same keys have different answers in each modality. A vector in the key encodes the modality, so mixed experts can
+    learn it. With groups the router knows it from the start."""
     x_ND, text_N = facts(500)
     _, image_N = facts(500, seed=5)
     modality_D = 0.5 * torch.randn(D, generator=torch.Generator().manual_seed(6))
@@ -165,7 +165,7 @@ def test_grouped_experts_beat_mixed_ones_where_modalities_differ() -> None:
 
     def loss(groups: Sequence[ExpertGroup], group_N: Tensor, *, broken: bool = False) -> float:
         model = net(groups, TopKRouter(D, groups, normalise="none", scale=float(groups[0].num_experts)))
-        if broken:  # each token has the group of another token, so that both groups must learn all facts
+        if broken:  # each token has the group of a random token, so both groups must learn all facts
             generator = torch.Generator().manual_seed(9)
             model.layer.register_forward_pre_hook(
                 lambda _, inputs: (inputs[0], inputs[1][torch.randperm(len(inputs[1]), generator=generator)])
@@ -185,7 +185,7 @@ def test_tuned_routers_recover_a_planted_disturbance() -> None:
     group_N = torch.zeros(800, dtype=torch.int64)
 
     def tuned(*, broken: bool = False) -> tuple[float, float, float]:
-        """Loss before the disturbance, after it, and after tuning the router alone."""
+        """Returns the loss before the disturbance, after it, and after tuning only the router."""
         groups = whole(8, top_k=2)
         model = net(groups, TopKRouter(D, groups, normalise="none", scale=4.0))
         before = fit(model, x_ND, label_N, group_N, steps=800, balance=0.02)
@@ -195,7 +195,7 @@ def test_tuned_routers_recover_a_planted_disturbance() -> None:
         after = evaluated(model, x_ND, label_N, group_N)
         model.requires_grad_(False)
         model.layer.router.requires_grad_(True)
-        if broken:  # the weights carry no gradient to the router, so that the balance loss alone trains it
+        if broken:  # the weights pass no gradient to the router, so only the balance loss trains it
             router = model.layer.router
             weights = router._weights
             router._weights = lambda *arguments: weights(*arguments).detach()  # pyright: ignore
@@ -212,7 +212,7 @@ def test_tuned_routers_recover_a_planted_disturbance() -> None:
 
 
 def test_lora_experts_beat_one_lora_where_domains_contradict() -> None:
-    """Each domain renames the same items by a permutation of its own; the token shows item and domain."""
+    """Each domain permutes the answers of the same items. The token is the sum of an item and a domain vector."""
     domains, items = 6, 64
     generator = torch.Generator().manual_seed(1)
     item_ID = torch.randn(items, D, generator=generator)
@@ -247,13 +247,13 @@ def test_lora_experts_beat_one_lora_where_domains_contradict() -> None:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Tokens of two kinds: all of one kind need more experts than all of the other.
+    """A task with two kinds of tokens: tokens of one kind need more experts than tokens of the other.
 
     Attributes:
-        needy_N: bool, the tokens that need more.
-        budget: Mean number of experts per token that each method has.
-        loads: Experts that a token of each kind takes if each kind has a load of its own, the needy first.
-        solved_D: Direction of tokens with label 0 that the output knows from the start; None where it knows nothing.
+        needy_N: bool, the tokens that need more experts.
+        budget: Mean number of experts per token of each method.
+        loads: Experts per token of each kind (needy first) under `two_loads`.
+        solved_D: Direction of tokens with label 0, which the output knows from the start; None if it knows nothing.
     """
 
     x_ND: Tensor
@@ -266,7 +266,8 @@ class Task:
 
 
 def half_are_facts(budget: float, loads: tuple[int, int], width: int) -> Task:
-    """The other half needs no expert: it shares a direction from which the output tells its answer."""
+    """Half of the tokens are facts. The others share one direction, from which the output knows their answer without
+    experts."""
     x_ND, label_N = facts(600)
     generator = torch.Generator().manual_seed(4)
     u_D = F.normalize(torch.randn(D, generator=generator), dim=0) * D**0.5
@@ -276,8 +277,8 @@ def half_are_facts(budget: float, loads: tuple[int, int], width: int) -> Task:
 
 
 def half_are_pairs() -> Task:
-    """Half of the tokens are two items, whose answers the label has both. The others are one item, twice as large, so that
-    a softmax is surer of them."""
+    """Half of the tokens contain two items, and the label combines both answers. The others contain one item with twice the
+    length, so that the router's softmax is more certain of them."""
     generator = torch.Generator().manual_seed(1)
     item_2ID = torch.randn(2, 100, D // 2, generator=generator)
     answer_2I = torch.randint(0, 8, (2, 100), generator=generator)
@@ -290,7 +291,7 @@ def half_are_pairs() -> Task:
 
 
 class Method(NamedTuple):
-    """A router, and the rule of the controller that holds its mean number of experts; None if the capacity does."""
+    """A router, and the rule of the controller that holds its mean number of experts. None if a capacity holds it."""
 
     groups: tuple[ExpertGroup, ...]
     router: Any
@@ -340,7 +341,8 @@ def random_drop(task: Task) -> Method:
 
 
 class LoadOfKind(TopKByIdRouter):
-    """A fixed load for each kind of tokens; both kinds choose among all experts. Takes the kind in place of the group."""
+    """Gives each kind of tokens a fixed number of experts, chosen among all experts. Gets the kind in place of the
+    group."""
 
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
         cache = cache or RoutingCache()
@@ -357,7 +359,7 @@ def two_loads(task: Task) -> Method:
 
 
 class Found(NamedTuple):
-    """Loss of all tokens, and the experts that a token of each kind takes."""
+    """The loss of all tokens, and the experts per token of each kind."""
 
     loss: float
     needy: float
@@ -374,7 +376,7 @@ def trained(make: Callable[[Task], Method], task: Task, *, broken: bool = False)
     if task.solved_D is not None:
         with torch.no_grad():
             model.output.weight[0] = 12.0 * task.solved_D / D
-    if broken:  # the router sees another token than the experts
+    if broken:  # the router gets the hidden states of other tokens
         generator = torch.Generator().manual_seed(9)
         router.register_forward_pre_hook(
             lambda _, inputs: (inputs[0][torch.randperm(len(inputs[0]), generator=generator)], *inputs[1:])
@@ -399,11 +401,12 @@ def trained(make: Callable[[Task], Method], task: Task, *, broken: bool = False)
     return Found(loss, float(taken_T[task.needy_N].mean()), float(taken_T[~task.needy_N].mean()))
 
 
-# FACTS has a budget of 0.5 experts per token: the half of the tokens that are facts need one. Predicted k and top-p give
-# each token at least one expert, so their budget is 1.5, and half of the tokens need two. Top-p gives more experts to the
-# tokens of which its softmax is less sure. These are the tokens in need only in PAIRS.
+# FACTS has a budget of 0.5 experts per token, because half of the tokens need one expert. Predicted k and top-p give each
+# token at least one expert. Their budget is 1.5, and half of the tokens need two experts. Top-p gives more experts to
+# tokens with a less certain softmax, which are the needy tokens only in PAIRS.
 FACTS, NARROW, PAIRS = half_are_facts(0.5, (1, 0), 16), half_are_facts(1.5, (2, 1), 3), half_are_pairs()
-METHODS: dict[str, tuple[Callable[[Task], Method], Task, float]] = {  # and the largest share of random drop's loss
+# the last number bounds the loss relative to random drop
+METHODS: dict[str, tuple[Callable[[Task], Method], Task, float]] = {
     "nulls": (among_nulls, FACTS, 0.6),
     "longcat": (longcat, FACTS, 0.6),
     "relu": (adaptive(ReLURouter, LOGIT_RATE), FACTS, 0.6),
@@ -434,7 +437,8 @@ def test_experts_for_tokens_in_need_beat_random_drop(name: str) -> None:
 
 @pytest.mark.parametrize("task", [FACTS, NARROW, PAIRS], ids=["facts", "narrow", "pairs"])
 def test_a_fixed_load_for_each_kind_beats_random_drop_too(task: Task) -> None:
-    """So the test above shows that a method tells the two kinds apart, and nothing about tokens of one kind."""
+    """A router that only knows the kind also wins. The test above therefore shows that a method separates the kinds, and
+    nothing about single tokens of a kind."""
     found, drop = trained(two_loads, task), dropped(task)
     print(f"two loads {found}, random drop {drop}")
     assert found.loss < 0.7 * drop.loss

@@ -1,4 +1,4 @@
-"""An experiment from the command line: killed in the middle, gone on with, measured, and not run again."""
+"""An experiment from the command line: killed, continued, measured, and not repeated when it is done."""
 
 import json
 import os
@@ -57,7 +57,7 @@ STUDY: dict[str, Any] = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A working directory with a study, its base and its data."""
+    """Returns a working directory with a study, its base and its data."""
     tiny_dataset(tmp_path / "data")
     group = {"num_experts": 4, "top_k": 2, "ffn_dim": 8, "modalities": ["text", "image"]}
     changes = {

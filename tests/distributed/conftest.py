@@ -1,10 +1,10 @@
-"""What the ranks of some of these files import, which their servers import for all of them."""
+"""Imports slow modules once in the servers from which the ranks of some test files are forked."""
 
 import pytest
 
 from tests.support import worlds
 
-# 2 s of CPU time a rank each.
+# Each import would take 2 s of CPU time on each rank.
 HEAVY = {
     "test_megatron_": ["megatron.core.models.gpt", "megatron.core.distributed", "megatron.core.optimizer"],
     "test_hf_": ["transformers.modeling_utils"],

@@ -1,5 +1,5 @@
-"""Routers in which the number of experts depends on the token, with a controller that holds it: N ranks equal one. With
-these and other routers a resumed run is the run that did not stop."""
+"""Routers that choose the number of experts by token, under a controller of the mean number: N ranks equal one rank. A
+resumed run with these and other routers equals an uninterrupted run."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +20,7 @@ ALONE["expert_threshold"] = Layout(adaptive="expert_threshold", choice="world")
 
 
 def layouts() -> list[Any]:
-    """A bias by expert and choices of experts on two ranks; the rest is for `make test-full`."""
+    """Returns the layouts of each router kind. `make test` runs two kinds on two ranks; `make test-full` runs all."""
     found: list[Any] = []
     for number, (kind, alone) in enumerate(ALONE.items()):
         data = ("ddp", "fsdp2")[number % 2]
@@ -36,7 +36,7 @@ def layouts() -> list[Any]:
 
 @pytest.fixture(scope="module")
 def one_rank(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """Outcome of one rank by kind, and the folder of its initial weights."""
+    """Returns, for a router kind, the outcome on one rank and the folder of its initial weights."""
     found: dict[str, tuple[Outcome, Path]] = {}
 
     def of(kind: str) -> tuple[Outcome, Path]:
@@ -106,7 +106,7 @@ RESUMED: dict[str, dict[str, Any]] = {
         "model.moe.groups": {"text": NULLS, "image": NULLS},
     },
 }
-KEPT = ("top_p", "gating_residual")  # by the bias of a controller, and by a further parameter
+KEPT = ("top_p", "gating_residual")  # `make test` runs these: one has a controller's bias, one a further parameter
 
 
 @pytest.mark.parametrize("kind", [kind if kind in KEPT else full(kind) for kind in RESUMED])

@@ -1,4 +1,4 @@
-"""`attach` on several ranks: Megatron-Core's MoE layers, and sums over the ranks of a model of transformers."""
+"""`attach` on several ranks: Megatron-Core's MoE layers, and a transformers model whose counts are summed over ranks."""
 
 import errno
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ from tests.support.tiny_hf import VOCAB, tiny_model
 from tests.support.worlds import RankContext
 
 EXPERTS, TOP_K, STEPS = 8, 2, 2
-# Names of options of Megatron's TransformerConfig that change what its router does.
+# Options of Megatron's TransformerConfig that change its router.
 VARIANTS: dict[str, dict[str, Any]] = {
     "aux loss": {"moe_router_load_balancing_type": "aux_loss"},
     "sigmoid, recompute": {
@@ -49,7 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def router_outputs() -> Iterator[list[tuple[int, np.ndarray, np.ndarray]]]:
-    """The oracle: (layer number, weights, map) of each call of Megatron's router outside of a recomputation."""
+    """Records (layer number, weights, map) of each call of Megatron's router, without recomputed calls. This is the
+    oracle."""
     from megatron.core.tensor_parallel.random import CheckpointFunction
     from megatron.core.transformer.moe.router import TopKRouter
 
@@ -74,7 +75,7 @@ def router_outputs() -> Iterator[list[tuple[int, np.ndarray, np.ndarray]]]:
 
 
 def stock_model(layout: Layout) -> Any:
-    """Megatron's GPTModel with Megatron's own MoELayer."""
+    """Returns Megatron's GPTModel with Megatron's own MoELayer."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     config = transformer_config(layout)
@@ -89,7 +90,7 @@ def trained(model: Any, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 
 def watched_megatron(rank: RankContext, ep: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Trains with and without attach; returns the oracle's counts of this rank, and rank 0's records."""
+    """Trains with and without `attach`. Returns the oracle's counts of this rank, and rank 0's records."""
     layout, found = Layout(ep=ep, values=ONE_GROUP, options=options), []
     with megatron(layout):
         gradients: list[Any] = []
@@ -98,7 +99,8 @@ def watched_megatron(rank: RankContext, ep: int, options: dict[str, Any]) -> lis
             torch.manual_seed(7)
             model = stock_model(layout).train()
             generator = torch.Generator().manual_seed(rank.rank)
-            batches = torch.randint(0, VOCAB_SIZE, (STEPS, 2, 2, SEQ_LEN), generator=generator)  # two micro-batches a step
+            # two micro-batches in each step
+            batches = torch.randint(0, VOCAB_SIZE, (STEPS, 2, 2, SEQ_LEN), generator=generator)
             if not watches:
                 losses = [trained(model, tokens) for tokens in batches.flatten(0, 1)]
                 gradients = [parameter.grad for parameter in model.parameters()]
@@ -149,7 +151,7 @@ def test_counts_of_megatrons_own_router(run_with_megatron: Callable[..., list[An
         assert trace.manifest.layers == MOE_LAYERS
         assert np.array_equal(trace.choices(), total)
         rows = 0
-        for ranks in results:  # the rank's tokens of both micro-batches, in the router's order
+        for ranks in results:  # this rank's tokens of both micro-batches, in the router's order
             for micro in range(2):
                 calls = [ranks[step]["seen"][micro * len(MOE_LAYERS) + at] for at in range(len(MOE_LAYERS))]
                 part = slice(rows, rows + 2 * SEQ_LEN)
@@ -178,7 +180,7 @@ def test_a_capacity_of_megatron_is_refused(run_with_megatron: Callable[..., list
 
 
 def summed(rank: RankContext) -> dict[str, Any]:
-    """A record over ranks with unequal batches, the collectives of a step, and errors that all ranks see."""
+    """Returns a record over ranks with unequal batches, the collectives of one step, and the errors that all ranks see."""
     model = tiny_model("mixtral").train()
     tokens = torch.randint(0, VOCAB, (1 + rank.rank, 5), generator=torch.Generator().manual_seed(rank.rank))
     with attach(model, rank.folder / "a", sinks=["jsonl"], trace_every=1) as watch:
@@ -229,12 +231,13 @@ def test_a_record_sums_over_the_ranks(run_in_world: Callable[..., list[Any]]) ->
 
 
 def unwritable(rank: RankContext, failing: int, target: str) -> str:
-    """`attach` where rank `failing` has a full disk when it calls `target`; each rank has a disk of its own."""
+    """Calls `attach` while the disk of rank `failing` is full for `target`. Each rank has its own disk. Returns the
+    error."""
     folder = rank.folder / f"disk_{rank.rank}"
     full = mock.patch(target, side_effect=OSError(errno.ENOSPC, "No space left on device"))
     with full if rank.rank == failing else nullcontext(), pytest.raises(ConfigError) as found:
         attach(tiny_model("mixtral"), folder, sinks=["jsonl"])
-    attach(tiny_model("mixtral"), folder, sinks=["jsonl"]).detach()  # with room on the disk the same folder will do
+    attach(tiny_model("mixtral"), folder, sinks=["jsonl"]).detach()  # once the disk has space, the same folder works
     return str(found.value)
 
 
@@ -250,7 +253,7 @@ def test_an_error_of_one_rank_is_an_error_of_all(run_in_world: Callable[..., lis
 
 
 def two_groups(rank: RankContext) -> str:
-    """Two groups of one rank, which both find the folder empty before either takes it."""
+    """Attaches two groups of one rank to the same folder. Both find it empty before either writes to it."""
     groups: list[Any] = [dist.new_group([each]) for each in range(2)]
     find = attached_folder._next_attempt
 

@@ -1,7 +1,7 @@
-"""Capacity over ranks: one process that chooses over the same sets, the ranks' micro-batches, gives the same to 1e-10.
+"""Capacity on N ranks equals one process that drops within each rank's micro-batch, to 1e-10.
 
-The layer has everything a group can have (null, identity and constant experts, a selection bias), ranks without tokens and
-ranks of one modality among them.
+The layer has null, identity and constant experts and a selection bias. Some ranks have no tokens, or tokens of one
+modality.
 """
 
 from collections.abc import Callable
@@ -33,12 +33,12 @@ GROUPS = (
     ExpertGroup("text", 4, 2, 4, 5, 0, ("text",), num_identity=2, num_constant=3),
     ExpertGroup("image", 3, 1, 2, 7, 4, ("image",), num_constant=1),
 )
-# Tokens of each rank by world size: none on one rank; rank 1 has text alone.
+# Tokens of each rank, by world size. One rank has none; rank 1 has only text.
 TOKENS = {1: (40,), 2: (23, 17), 4: (14, 11, 0, 15)}
 
 
 def weights() -> dict[str, torch.Tensor]:
-    """All parameters under logical names."""
+    """Returns random values of all parameters by logical name."""
     generator = torch.Generator().manual_seed(7)
     shapes: dict[str, tuple[int, ...]] = {}
     for group in GROUPS:
@@ -58,7 +58,7 @@ def weights() -> dict[str, torch.Tensor]:
 def tokens_of(world_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(11)
     h_TD = torch.randn(40, D, generator=generator, dtype=torch.double)
-    h_TD[30:36] = h_TD[29]  # equal tokens: ties for an expert's room
+    h_TD[30:36] = h_TD[29]  # equal tokens tie when an expert is over its capacity
     group_T = torch.randint(-1, 2, (40,), generator=generator)
     if world_size > 1:
         group_T[TOKENS[world_size][0] :][: TOKENS[world_size][1]] = 0
@@ -68,7 +68,7 @@ def tokens_of(world_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 def run_layer(
     rank: RankContext, drop: str, recompute: str
 ) -> tuple[np.ndarray, np.ndarray, list[int], dict[str, np.ndarray]]:
-    """Body of a standing world: output, input gradient, dropped counts and parameter gradients of this rank."""
+    """Returns this rank's output, input gradient, dropped counts and parameter gradients."""
     size = rank.world_size
     mesh = make_mesh(ep=size, device=torch.device("cpu"), timeout=600.0)
     slots = tuple(tuple(range(7))[position::size] for position in range(size))

@@ -1,8 +1,8 @@
-"""Checkpoints over ranks: every layout saved once and loaded by every other (`make test`: four of them), and failures seen
-by all ranks.
+"""Checkpoints on several ranks: each layout loads the checkpoints of every other, and a failure of one rank reaches all.
 
-Initial weights come from (seed, logical name), by code that knows nothing of checkpoints. A model that was loaded from
-another layout must therefore equal one that was initialised where it stands, to the last bit.
+`make test` saves four layouts and reads them in two. Initial weights come from (seed, logical name), by code that knows
+nothing of checkpoints. A model that was loaded from another layout must therefore equal a freshly initialised one to the
+last bit.
 """
 
 import functools
@@ -43,27 +43,27 @@ LAYOUTS = [
     Layout(2, 1, "pinned"),
     Layout(2, 1, "interleaved", "fsdp2"),
     Layout(1, 2),
-    Layout(1, 2, data="fsdp2"),  # 5 and 3 experts over edp 2: cut inside each expert
+    Layout(1, 2, data="fsdp2"),  # 5 and 3 experts over edp 2: FSDP2 shards the rows of each expert
     Layout(3, 1, "pinned"),
     Layout(3, 1, "uneven", "fsdp2"),
     Layout(4, 1, "uneven"),  # a rank without experts
     Layout(4, 1, "uneven", "fsdp2"),
     Layout(2, 2, "interleaved"),
-    Layout(2, 2, "interleaved", "fsdp2"),  # some stacks by whole experts, some cut inside
+    Layout(2, 2, "interleaved", "fsdp2"),  # FSDP2 shards some stacks by experts, and some inside experts
     Layout(2, 2, "pinned", "fsdp2"),
-    Layout(1, 4, data="fsdp2"),  # neither 5 and 3 experts nor 6 and 10 rows divide by 4: ranks with no piece of a stack
+    Layout(1, 4, data="fsdp2"),  # 4 divides neither 5 and 3 experts nor 6 and 10 rows, so some ranks have no shard
 ]
 COVER = [
     LAYOUTS[1],
     LAYOUTS[4],
     LAYOUTS[7],
     LAYOUTS[10],
-]  # in `make test`, which has two of them as readers; test-full has all writers
+]  # the writers of `make test`, which reads them in READERS; `make test-full` has all writers
 READERS = [Layout(2, 1, "pinned"), Layout(2, 2, "interleaved", "fsdp2")]
 
 
 class Setup:
-    """A model of a layout on this rank, initialised from a seed, with moments that follow from its weights."""
+    """A model on this rank, initialised from a seed, with optimizer moments that are computed from its weights."""
 
     def __init__(self, rank: RankContext, layout: Layout, seed: int) -> None:
         self.layout = layout
@@ -98,7 +98,7 @@ class Setup:
         )
 
     def pieces(self) -> dict[str, torch.Tensor]:
-        """Copies of everything this rank holds, by the model's own names."""
+        """Copies all local tensors, by the model's own names."""
         named = {}
         for name, parameter in self.parallel.model.named_parameters():
             state = self.optimizer.state.get(parameter, {})
@@ -113,7 +113,7 @@ def manager(folder: Path, **settings: Any) -> CheckpointManager:
 
 
 class NothingPickled:
-    """While it stands, this rank fails if anything is pickled by an object collective or unpickled from a file."""
+    """Fails this rank if an object collective pickles, or anything is unpickled from a file, within the `with` block."""
 
     collectives = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")
     places = (*((dist, name) for name in collectives), (pickle, "load"), (pickle, "loads"), (torch, "load"))
@@ -167,7 +167,7 @@ def load_body(rank: RankContext, layout: Layout, folders: list[Path]) -> int:
 
 @pytest.fixture(scope="module")
 def saved(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Path]:
-    """The checkpoint folder of a layout, which is written at the first call."""
+    """Returns the checkpoint folder of a layout; the first call writes it."""
     root = tmp_path_factory.mktemp("checkpoints")
     totals = set()
 
@@ -201,7 +201,8 @@ def test_every_layout_loads_every_other(
 def test_eight_ranks_load_them_all_and_are_loaded(
     run_in_world: Callable[..., list[Any]], saved: Callable[[Layout], Path], tmp_path: Path
 ) -> None:
-    """Eight processes on a few cores are slow: one call each way. tests/unit/checkpoint/test_resharding.py has the rest."""
+    """Eight processes are slow on few cores, so they load once and save once. tests/unit/checkpoint/test_resharding.py
+    tests further layouts."""
     eight = Layout(4, 2, "uneven", "fsdp2")
     run_in_world(8, load_body, eight, list(map(saved, LAYOUTS)))
     run_in_world(8, save_body, Layout(8, 1, "pinned"), tmp_path)
@@ -210,11 +211,11 @@ def test_eight_ranks_load_them_all_and_are_loaded(
 
 
 class LostError(MoeDistError):
-    """As a lease raises it."""
+    """The error that a lost lease raises."""
 
 
 def test_muons_moments_load_under_another_layout(run_in_world: Callable[..., list[Any]], tmp_path: Path) -> None:
-    """Matrices have one moment, cut by FSDP2 between experts and inside them."""
+    """Muon keeps one moment per matrix. FSDP2 shards some stacks by experts, and some inside experts."""
     written, read = Layout(2, 2, "interleaved", "fsdp2", optimizer="muon"), Layout(2, 1, "pinned", optimizer="muon")
     run_in_world(4, save_body, written, tmp_path)
     names = read_index(tmp_path / "step_5").tensors
@@ -232,7 +233,8 @@ def kind_of_error(action: Callable[[], Any]) -> tuple[str, str]:
 
 
 def failing_body(rank: RankContext, folder: Path) -> dict[str, Any]:
-    """Failures on one rank each, between two good saves: what each rank is told, and where `latest` stands afterwards."""
+    """Makes one rank fail in several ways between two good saves. Returns the error on this rank, and the target of
+    `latest` afterwards."""
     setup = Setup(rank, Layout(2, 1, "pinned"), STEPS_TAKEN)
     state, told = setup.capture(), {}
     manager(folder).save(1, state)

@@ -1,4 +1,4 @@
-"""Whole runs by expert choice: thresholds that resume to the same bits and on other ranks, the second stage, upcycling."""
+"""Whole runs with expert choice: thresholds after a resume (same bits, other ranks), the second stage, upcycling."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +35,7 @@ Run = Callable[..., list[WholeRun]]
 
 @pytest.fixture(scope="module")
 def run(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """`run(changes, ranks=2)`: a run, or its continuation, among the runs of this module."""
+    """Returns `run(changes, ranks=2)`, which starts or continues a run in this module's folder."""
     root = tmp_path_factory.mktemp("runs")
 
     def started(changes: dict[str, Any], ranks: int = 2) -> list[WholeRun]:
@@ -69,9 +69,9 @@ def test_a_run_is_evaluated_by_thresholds_and_tells_what_the_choice_of_training_
         assert evaluation.choice_loss != evaluation.loss
         assert set(evaluation.experts_per_token) == {"text", "image"}
         for group, taken in evaluation.choice_experts_per_token.items():
-            assert 1.0 <= taken < 1.1, group  # ceil(T / n) tokens for each of n experts
+            assert 1.0 <= taken < 1.1, group  # each of n experts takes ceil(T / n) tokens
     named = thresholds(first_stage[0].tensors)
-    assert len(named) == 2 * 2 * 2  # of each layer and group, two
+    assert len(named) == 2 * 2 * 2  # two tensors for each layer and group
     assert all((value[..., :] > 0).all() for name, value in named.items() if name.endswith("threshold"))
     assert all((value[1] == 6).all() for name, value in named.items() if name.endswith("statistics"))
     assert not any(thresholds(first_stage[0].at_start)[name].any() for name in named)
@@ -132,7 +132,7 @@ def test_the_second_stage_trains_auxiliary_routers_alone(run: Run, first_stage: 
         assert all(not np.array_equal(outcome.tensors[name], outcome.at_start[name]) for name in auxiliary)
         assert outcome.steps[-1].auxiliary < outcome.steps[0].auxiliary
         assert outcome.evaluation.loss != before.evaluation.loss
-        # The choice of training is the first stage's: the weights are the same.
+        # The weights equal the first stage's, so the losses under the choice of training are equal too.
         for name, loss in before.evaluation.choice_loss.items():
             assert outcome.evaluation.choice_loss[name] == pytest.approx(loss, rel=1e-6)
 
@@ -153,7 +153,7 @@ def test_the_second_stage_leaves_thresholds_of_depths_alone(run: Run) -> None:
 
 
 def second_stage(run: Run, ranks: int, ep: int) -> list[WholeRun]:
-    """Over one selection scope, that of all ranks."""
+    """Trains the auxiliary routers with one selection scope over all ranks."""
     layout = {"parallel.ep": ep, "parallel.edp": ranks // ep, "train.micro_batch": 8 // ranks}
     layout |= {"run.name": f"world-{ranks}-{ep}", "placement.policy": "interleaved", "train.steps": 4}
     router = {"kind": "expert_choice", "causal": "auxiliary", "scope": "world"}
@@ -210,7 +210,8 @@ def test_a_second_stage_by_other_scores_is_refused(run: Run, first_stage: list[W
 
 
 def test_one_expert_a_group_becomes_several_and_the_data_go_on(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
-    """MoMa's upcycling: copied experts, a fresh router, Gumbel noise, a new schedule, the place in the data kept."""
+    """MoMa's upcycling copies the experts, initialises the router, adds Gumbel noise, starts the schedule anew, and keeps
+    the position in the data."""
     ones = {
         "text": {"num_experts": 1, "top_k": 1, "ffn_dim": 16},
         "image": {"num_experts": 1, "top_k": 1, "ffn_dim": 24},
@@ -234,7 +235,7 @@ def test_one_expert_a_group_becomes_several_and_the_data_go_on(run: Run, capfd: 
         assert not np.array_equal(rows[0], rows[1])
         assert not np.array_equal(rows[0], begun.tensors["layers.0.moe.router.text.true"][0])
         assert np.array_equal(outcome.at_start["embedding.weight"], begun.tensors["embedding.weight"])
-    # Two experts that began alike differ: their router and the noise gave them different tokens.
+    # Two copies of one expert differ after training, because router and noise gave them different tokens.
     assert not np.array_equal(
         outcomes[0].tensors["layers.0.moe.experts.text.0.gate"], outcomes[0].tensors["layers.0.moe.experts.text.1.gate"]
     )

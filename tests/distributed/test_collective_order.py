@@ -1,5 +1,5 @@
-"""FSDP2's gathers and reduces around the exchanges: none between the two of a pass, one a layer and pass, on all ranks;
-and the precision of the router's path through its borders."""
+"""FSDP2 gathers and reduces once per layer and pass, on all ranks in the same order, and never between the two exchanges of
+a pass. The router computes in fp32 through FSDP2's mixed precision."""
 
 import contextlib
 import re
@@ -26,7 +26,7 @@ from tests.support.worlds import RankContext
 
 
 def recorded_pass(rank: RankContext, layout: Layout) -> list[str]:
-    """Events of one forward and backward: exchanges, and FSDP2's collectives with the parameters they move."""
+    """Returns the events of one forward and backward: exchanges, and FSDP2's collectives with their parameters."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     events: list[str] = []
     comm_stats = CommStats(events=events)
@@ -75,10 +75,10 @@ def _unit(name: str) -> str:
 def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
     all_events = run_in_world(layout.world_size, recorded_pass, layout)
     first, last = (" 0", f" {layout.chunks - 1}") if layout.chunks > 1 else ("", "")
-    hop = "inter-node " if layout.ranks_per_node else ""  # of two hops, the one that begins and ends a pass
+    hop = "inter-node " if layout.ranks_per_node else ""  # the hop between nodes comes first and last in a pass
     opening = (f"{hop}dispatch rows{first}", f"{hop}combine rows backward{last}")
     closing = (f"wait {hop}combine rows{last}", f"wait {hop}dispatch rows backward{first}")
-    if layout.replicas:  # their weights go first, their gradients return last
+    if layout.replicas:  # replicas' weights are sent first, and their gradients return last
         opening, closing = (REPLICAS, opening[1]), (closing[0], f"wait {REPLICAS}{BACKWARD}")
     for events in all_events:
         inside = None
@@ -93,17 +93,16 @@ def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., l
         reduces = [event for event in events if event.startswith("reduce")]
         assert len(reduces) == len(set(reduces)), "a unit was reduced more than once in a pass"
         gathers = [event for event in events if event.startswith("gather moe.experts")]
-        # Forward and backward, each once a layer, however many chunks it ran in.
+        # Once per layer in forward and once in backward, for any number of chunks.
         assert all(gathers.count(event) <= 2 for event in gathers)
         assert gathers
-    # A rank without experts, and its edp peers with it, have no expert gradients to reduce; all else is equal.
+    # A rank without experts, and its edp peers, reduce no expert gradients. All other events are equal.
     others = [[event for event in events if not re.search(r"^reduce .*experts\d", event)] for events in all_events]
     assert all(events == others[0] for events in others)
 
 
 def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
-    """Every call of torch.distributed in two training steps, with the number of its ranks, and the events of the exchanges,
-    with their names."""
+    """Returns every call of torch.distributed in two training steps with its number of ranks, and the named exchanges."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     calls: list[str] = []
     comm_stats = CommStats(events=calls)
@@ -148,7 +147,8 @@ def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
 def test_every_rank_issues_the_same_collectives_in_the_same_order(
     run_in_world: Callable[..., list[Any]], layout: Layout
 ) -> None:
-    """Of four ranks one has no token, one no image and one no text; `uneven` leaves a rank without experts of a group."""
+    """Among the four ranks one has no token, one no image and one no text. `uneven` leaves a rank without experts of a
+    group."""
     first, *others = run_in_world(layout.world_size, recorded_step, layout)
     assert first.count(f"all_to_all_single over {layout.ranks_per_node or layout.ep}") > 0
     assert first.count(f"all_reduce over {layout.world_size}") > 0
@@ -156,7 +156,7 @@ def test_every_rank_issues_the_same_collectives_in_the_same_order(
 
 
 def dtypes(rank: RankContext, layout: Layout) -> dict[str, str]:
-    """Dtypes on the router's path in a bf16 run."""
+    """Returns the dtypes along the router's path in a bf16 run."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     parallel = build(layout, mesh, CommStats())
     layer = parallel.model.moe_modules()[0]

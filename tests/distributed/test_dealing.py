@@ -1,4 +1,4 @@
-"""A dealt step has the gradient of the undealt step: in float64, with and without the terms of single micro-batches."""
+"""A step with dealt sequences has the gradient of an undealt step, in float64, with and without losses per micro-batch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,14 +27,14 @@ BATCH = 16
 
 
 class Stepped(NamedTuple):
-    """The gradients of a rank's step, and the step's sequences by micro-batch and rank."""
+    """The gradients of one step on a rank, and the numbers of the step's sequences by micro-batch and rank."""
 
     gradients: Arrays
     numbers: list[list[int]]
 
 
 def step_of(rank: RankContext, layout: Layout, data: Path, dealt: bool, terms: bool) -> Stepped:
-    """The first step on the data of a folder, two sequences a micro-batch and rank."""
+    """Takes one step on a data folder, with two sequences per micro-batch and rank."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats()
     parallel, placement = build(layout, mesh, comm_stats), placement_for(layout)

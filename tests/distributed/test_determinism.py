@@ -1,4 +1,4 @@
-"""parallel.deterministic: two runs with the same bits, several threads a rank, and proof that the switch is in force."""
+"""parallel.deterministic: two runs have equal bits with several threads per rank, and torch's deterministic mode is on."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -25,7 +25,8 @@ STEPS = 5
 
 @contextmanager
 def switched_on(threads: int) -> Iterator[None]:
-    """The switch, and so many threads, for a while: the world stands for other tests as well."""
+    """Turns deterministic mode on, with this number of threads. Restores both, because other tests use the same
+    processes."""
     before, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
     torch.set_num_threads(threads)
     make_deterministic()
@@ -38,7 +39,7 @@ def switched_on(threads: int) -> Iterator[None]:
 
 
 def trained(rank: RankContext, layout: Layout, threads: int) -> str:
-    """A hash over losses, norms and parameters of every step on this rank."""
+    """Returns a hash of this rank's losses, norms and parameters of every step."""
     with switched_on(threads):
         mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
         comm_stats = CommStats()
@@ -66,11 +67,11 @@ def test_two_runs_have_the_same_bits(run_in_world: Callable[..., list[Any]], dat
     layout = Layout(2, 1, "pinned", data, precision="float32")
     first = run_in_world(2, trained, layout, threads)
     assert run_in_world(2, trained, layout, threads) == first
-    assert first[0] != first[1]  # each rank has experts of its own
+    assert first[0] != first[1]  # each rank has its own experts
 
 
 def repeated_write(_rank: RankContext) -> tuple[str, bool]:
-    """Writes twice to one place, whose last value is a matter of luck; without the switch, and with it."""
+    """Writes two values to one element, whose order is undefined: first in normal mode, then in deterministic mode."""
 
     def write() -> None:
         torch.zeros(3).put_(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))

@@ -1,4 +1,4 @@
-"""Dispatch and combine over real ranks: values, gradients, and the ledger equal to its closed form, with no tolerance."""
+"""Dispatch and combine on real ranks: values, gradients, and ledger counts that equal the closed form exactly."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ EXCHANGES = ("counts", "pair rows", "dispatch", "combine")
 
 @dataclass(frozen=True)
 class Case:
-    """One routing: experts on each rank, and on each rank's tokens the chosen experts (ABSENT for a null choice)."""
+    """One routing: the experts on each rank, and each rank's chosen experts per token (ABSENT for a null choice)."""
 
     slots: tuple[tuple[int, ...], ...]
     experts_TK: tuple[np.ndarray, ...]
@@ -41,7 +41,7 @@ class Case:
 
 
 def random_case(seed: int, world_size: int) -> Case:
-    """Uneven placements (ranks without experts among them), uneven token counts (none among them), any share of nulls."""
+    """Draws uneven placements and token counts, some ranks without experts or tokens, and any share of null choices."""
     rng = np.random.default_rng([seed, world_size])
     num_experts = int(rng.integers(1, 9))
     rank_of = rng.integers(0, world_size, num_experts)
@@ -66,13 +66,13 @@ def random_case(seed: int, world_size: int) -> Case:
 
 @dataclass(frozen=True)
 class Timetable:
-    """A mode of the per-rank dispatcher; the plain one has two calls, the others one for the whole way."""
+    """A mode of the all-to-all dispatcher. The plain mode is called in two steps, the other modes in one."""
 
     overlap: bool = False
     chunks: int = 1
 
     def forward_events(self) -> list[str]:
-        """The exchanges of a forward in the order of their calls."""
+        """Returns the exchanges of a forward pass, in the order of their calls."""
         if self == Timetable():
             return FORWARD
         depart = [["dispatch weights" + name, "dispatch rows" + name] for name in self.names()]
@@ -82,7 +82,7 @@ class Timetable:
         return events
 
     def backward_events(self) -> list[str]:
-        """Those of its backward: the last chunk first, its gradients sent on while the next one's are on the way."""
+        """Returns the exchanges of a backward pass: chunks in reverse order, each overlapping with the next."""
         names = self.names()[::-1]
         events = ["combine rows backward" + names[0]]
         for index, name in enumerate(names):
@@ -99,7 +99,7 @@ PLAIN = Timetable()
 
 
 def run_case(rank: int, case: Case, wire: AllToAll, seed: int, timetable: Timetable = PLAIN) -> None:
-    """Sends a case through dispatch and combine, with 'experts' that multiply a row by their id + 1."""
+    """Dispatches and combines a case, with 'experts' that multiply a row by expert id + 1."""
     chosen = torch.from_numpy(case.experts_TK[rank])
     num_tokens, top_k = chosen.shape
     generator = torch.Generator().manual_seed(seed * 100 + rank)
@@ -154,13 +154,13 @@ def run_case(rank: int, case: Case, wire: AllToAll, seed: int, timetable: Timeta
 
 
 def factors(placement: ExpertPlacement, rank: int, plan: PairLayout) -> torch.Tensor:
-    """Expert id + 1 of each pair computed here, in slot order."""
+    """Returns expert id + 1 of each pair that this rank computes, in slot order."""
     ids = torch.tensor(placement.slots[rank], dtype=torch.double) + 1
     return ids.repeat_interleave(torch.tensor(plan.slot_counts, dtype=torch.int64))
 
 
 def run_cases(rank: RankContext, seeds: range, timetable: Timetable = PLAIN) -> int:
-    """Body of a standing world: a run of random cases, and their total payload against 2 R D itemsize each way."""
+    """Runs random cases, and compares their total payload with 2 R D itemsize in each direction."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     wire = AllToAll(mesh.ep if rank.world_size > 1 else None, CommStats(events=[]))
     for seed in seeds:
@@ -179,7 +179,8 @@ TIMETABLES = [Timetable(overlap=True), Timetable(chunks=2), Timetable(True, 3)]
 def test_ledger_equals_the_closed_form_on_random_routings(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
 ) -> None:
-    """1,000 routings in all: ranks without tokens or experts, all-null batches, one expert that takes everything."""
+    """1,000 routings in all, with ranks without tokens or experts, batches of only null choices, and one expert that takes
+    all tokens."""
     cases = [random_case(seed, world_size) for seed in seeds]
     assert any(all((c == ABSENT).all() for c in case.experts_TK) for case in cases)
     assert any(case.experts_TK[0].shape[0] == 0 for case in cases)
@@ -204,7 +205,7 @@ def test_ledger_equals_the_closed_form_on_random_routings(
 def test_so_it_does_on_every_timetable(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range, timetable: Timetable
 ) -> None:
-    """345 routings in all: the same rows and bytes, values and gradients, and exchanges in one order on all ranks."""
+    """345 routings in all: same rows, bytes, values and gradients, and the same order of exchanges on all ranks."""
     assert run_in_world(world_size, run_cases, seeds, timetable) == [len(seeds)] * world_size
 
 
@@ -280,7 +281,7 @@ def overflow(rank: RankContext) -> tuple[str, list[str]]:
     chosen = torch.from_numpy(case.experts_TK[rank.rank])
     assignments = Assignments(torch.arange(len(chosen)), chosen.flatten(), torch.ones(len(chosen)))
     comm_stats = CommStats(events=[])
-    # Rank 0 receives nothing and would go on to the next exchange alone: its bound stops it at the same place.
+    # Rank 0 receives nothing, and without a bound would enter the next exchange alone.
     bound = 4 if rank.rank == 1 else -1
     dispatcher = AllToAllDispatcher(case.placement, AllToAll(mesh.ep, comm_stats), max_receive_rows=bound)
     try:

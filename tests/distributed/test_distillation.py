@@ -1,4 +1,4 @@
-"""Distillation on ranks is that on one rank, and a run begins only with a teacher that fits its model and its data."""
+"""Distillation on N ranks equals one rank, and a run starts only with a teacher that fits its model and its data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ from tests.support.worlds import RankContext
     ids=str,
 )
 def test_ranks_equal_one_rank(run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout) -> None:
-    """The KL, the gradients and three steps; the batches have prompts, padding, and a rank without a label."""
+    """Compares the KL, the gradients and three steps. Batches have prompts, padding, and a rank without labels."""
     start = tmp_path
     alone: Outcome = run_in_world(1, train, Layout(distilled=layout.distilled), start)[0]
     outcomes = run_in_world(layout.world_size, train, layout, start)
@@ -44,8 +44,8 @@ def test_ranks_equal_one_rank(run_in_world: Callable[..., list[Any]], tmp_path: 
 
 
 def taught(rank: RankContext, data: Path, root: Path, changes: dict[str, Any], teacher: dict[str, Any]) -> Any:
-    """Trains a teacher of one expert a group and a student of it for two steps; what the student's steps say, or why it was
-    refused."""
+    """Trains a teacher with one expert per group, and a student for two steps. Returns the KL of each step, or the
+    refusal."""
     Run(rank, data, root, "teacher", {**SEED, **teacher}).train_and_save()
     section = {"loss.distillation": {"teacher": str(root / "teacher"), "weight": 1.0}}
     try:
@@ -59,7 +59,8 @@ def taught(rank: RankContext, data: Path, root: Path, changes: dict[str, Any], t
 
 
 def unreadable_on_rank_1(rank: RankContext, data: Path, root: Path) -> tuple[str, bool]:
-    """Reads a teacher that rank 1 cannot read; what each rank says, and whether another rank knows the reason."""
+    """Reads a teacher that only rank 1 cannot read. Returns the error on this rank, and whether it is a consequence of
+    another's."""
     Run(rank, data, root, "teacher", SEED).train_and_save()
     teacher = root / "teacher"
     if rank.rank == 1:
@@ -83,7 +84,7 @@ def test_a_teacher_that_one_rank_cannot_read_ends_the_run_on_all(
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
 ) -> None:
-    """The parts of the teacher's FFNs: KL 0. With other weights it is above 0 and falls."""
+    """A student split from the teacher's FFNs starts with KL 0. From other weights the KL is positive and falls."""
     same = {
         "run.init_from": str(tmp_path / "same" / "teacher"), "run.init_rules": ["split"], "model.moe.router.scale": 4.0,
         **PARTS,
@@ -96,7 +97,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(
 
 
 def taught_from_it(rank: RankContext, data: Path, root: Path, changes: dict[str, Any]) -> float:
-    """The KL of a student that begins with its teacher's weights."""
+    """Returns the KL of a student that starts with its teacher's weights."""
     Run(rank, data, root, "teacher", SEED).train_and_save()
     student = Run(rank, data, root, "student", {"loss.distillation": {"teacher": str(root / "teacher")}, **changes})
     student.begin()
@@ -108,8 +109,8 @@ def mixture(rank: RankContext, data: Path, root: Path) -> None:
 
 
 def with_nulls(rank: RankContext, data: Path, root: Path, weight: float) -> list[tuple[float, float, float]]:
-    """Trains the mixture with copied null rows, `null_split` that wants fewer true experts, and itself as the teacher.
-    Returns of each step the KL to the teacher, the gradient norm and the true experts per token."""
+    """Trains the mixture with copied null rows, with itself as teacher, and with a `null_split` loss that wants fewer true
+    experts. Returns the KL, the gradient norm and the true experts per token of each step."""
     changes = {
         **groups((4, 4, 4), (2, 2, 2)),
         "run.init_from": str(root / "mixture"),
@@ -121,7 +122,8 @@ def with_nulls(rank: RankContext, data: Path, root: Path, weight: float) -> list
             "schedule": [[0, 1.0]],
         },
         "loss.distillation": {"teacher": str(root / "mixture"), "weight": weight},
-        "train.micro_batch": 8 // rank.world_size,  # one a step, by whose tokens the balance loss is computed
+        # one micro-batch per step, because the balance loss is computed over its tokens
+        "train.micro_batch": 8 // rank.world_size,
     }
     run = Run(rank, data, root, f"student-{rank.world_size}-{weight}", changes)
     run.begin()
@@ -138,8 +140,8 @@ def with_nulls(rank: RankContext, data: Path, root: Path, weight: float) -> list
 def test_null_experts_a_split_balance_loss_and_a_teacher_work_together(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
 ) -> None:
-    """The chain of docs/adapt.md for mixtures: the student begins as its teacher, leaves it while the balance loss takes
-    experts away, and comes back. Without the KL in its loss it does not."""
+    """Tests the chain of docs/adapt.md for mixtures. The student starts equal to its teacher, departs while the balance
+    loss removes experts, and comes back. Without the KL in its loss it stays away."""
     run_in_world(1, mixture, tiny_data, tmp_path)
     (alone,) = run_in_world(1, with_nulls, tiny_data, tmp_path, 0.7)
     for of_rank in run_in_world(2, with_nulls, tiny_data, tmp_path, 0.7):

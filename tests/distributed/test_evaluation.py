@@ -1,4 +1,4 @@
-"""Held-out losses do not depend on the ranks, and measuring leaves no trace in the training."""
+"""Held-out losses are the same on any number of ranks, and an evaluation does not change the training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -67,7 +67,7 @@ def test_losses_are_those_of_one_rank(run_in_world: Callable[..., list[Any]], la
 
 
 def test_layers_of_depths_compute_what_they_do_on_one_rank(run_in_world: Callable[..., list[Any]]) -> None:
-    """By the auxiliary router, each token by itself: layer 0 computes some tokens, layer 1 all."""
+    """The auxiliary router decides for each token alone: layer 0 computes some tokens, layer 1 all tokens."""
     layout = Layout(2, 1, "pinned", mixture_of_depths="rank", depth_causal="auxiliary")
     alone = run_in_world(1, evaluated, Layout(mixture_of_depths="rank", depth_causal="auxiliary"))[0]
     _, tokens_LG, members_LG, taken_LG = alone[3]
@@ -126,7 +126,7 @@ def test_data_without_a_held_out_side_evaluates_to_nothing(run_in_world: Callabl
 
 
 def trained(rank: RankContext, layout: Layout, measure: bool) -> tuple[dict[str, np.ndarray], list[float], float | None]:
-    """Two steps, with or without a measurement between them."""
+    """Takes two steps, with or without an evaluation between them."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats()
     parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)

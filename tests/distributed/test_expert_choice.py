@@ -1,7 +1,7 @@
-"""Expert choice on ranks: three optimizer steps equal those of one process that chooses over the same sets.
+"""Expert choice on N ranks: three optimizer steps equal one process that chooses over the same selection scopes.
 
-One rank whose micro-batches are the sets of the many ranks is that process: there is no balance loss, so that micro-batches
-of one step differ from ranks in nothing but the sets. The batches hold a rank without a token and ranks of one modality.
+The one process has one micro-batch per scope. Without a balance loss, micro-batches of a step differ from ranks only by
+their scopes. One rank has no token, and some ranks have one modality.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ LAYOUTS = [
     Layout(2, 2, "pinned", "fsdp2", "block", choice="world", noise=1.0),
     Layout(2, 1, "interleaved", "ddp", "block", choice="rank", mixture_of_depths="rank"),
     Layout(2, 2, "pinned", "fsdp2", "experts", choice="rank", mixture_of_depths="rank"),
-    # The loss of auxiliary routers is a mean over each micro-batch: only one set over all ranks is one process with it.
+    # The loss of auxiliary routers is a mean over a micro-batch. It equals one process only with one scope over all ranks.
     Layout(2, 1, "interleaved", "fsdp2", "block", choice="world", choice_causal="auxiliary"),
     Layout(4, 1, "uneven", choice="world", choice_causal="auxiliary"),
     Layout(2, 2, "pinned", "ddp", "experts", choice="world", choice_causal="auxiliary"),
@@ -63,7 +63,7 @@ LAYOUTS = [
 
 
 def sets_of(layout: Layout) -> int:
-    """Choice sets of one micro-batch."""
+    """Returns the number of selection scopes of one micro-batch."""
     return {"rank": layout.world_size, "ep_group": layout.edp, "world": 1}[layout.choice or "world"]
 
 
@@ -71,7 +71,7 @@ def sets_of(layout: Layout) -> int:
 def one_process(
     run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Layout], tuple[Path, Outcome]]:
-    """For a layout the folder of the initial weights and the oracle over the same sets; made once a number of sets."""
+    """Returns, for a layout, the folder of its initial weights and the oracle over the same scopes. Oracles are cached."""
     folder = tmp_path_factory.mktemp("choice")
     made: dict[Layout, Outcome] = {}
 
@@ -104,7 +104,7 @@ def test_ranks_equal_one_process_over_the_same_sets(
             np.testing.assert_allclose(step.counts.entropy_LG, expected.counts.entropy_LG, rtol=1e-9)
             np.testing.assert_allclose(step.auxiliary, expected.auxiliary, rtol=1e-9)
             crossings = 5 if layout.recompute == "block" else 4
-            if layout.choice_causal == "auxiliary":  # they learn from inputs without a gradient: nothing goes back
+            if layout.choice_causal == "auxiliary":  # their inputs have no gradient, so backward sends nothing
                 crossings = 2
             assert step.ledger["payload_bytes"] == crossings * step.ledger["rows_remote"] * HIDDEN_DIM * 8
         assert outcome.events == outcomes[0].events, "the recorded order of collectives differs between ranks"
@@ -112,12 +112,12 @@ def test_ranks_equal_one_process_over_the_same_sets(
             np.testing.assert_allclose(outcome.buffers[name], buffer, rtol=0, atol=1e-9, err_msg=name)
             np.testing.assert_array_equal(outcome.buffers[name], outcomes[0].buffers[name])
     assert_same_tensors(outcomes, oracle)
-    # In evaluation, by thresholds; the oracle's last batch is cut otherwise, which must not matter.
+    # Evaluation uses thresholds. The oracle cuts its last batch differently, which must not change the logits.
     logits = np.concatenate([outcome.logits for outcome in outcomes])
     np.testing.assert_allclose(logits, oracle.logits, rtol=0, atol=1e-9)
     exchanged = LAYERS * STEPS * MICRO_BATCHES if layout.choice != "rank" else 0
     assert outcomes[0].events.count(CHOICE_LOGITS) == exchanged, "once a layer and micro-batch, also under recompute"
-    # Pairs whose number is known beforehand exchange no counts; the evaluation at the end, by thresholds, does.
+    # Known counts need no exchange of counts. The evaluation at the end chooses by thresholds, and needs one.
     planned = LAYERS * (1 if layout.per_pair else 1 + STEPS * MICRO_BATCHES)
     hop = "inter-node " if layout.ranks_per_node else ""
     assert outcomes[0].events.count(f"{hop}counts") == planned
@@ -125,11 +125,11 @@ def test_ranks_equal_one_process_over_the_same_sets(
     assert oracle.steps[0].counts.unrouted_LG.any()
 
 
-@pytest.mark.full  # the layouts above recompute as well, up to rounding
+@pytest.mark.full  # the layouts above test recompute up to rounding
 def test_recompute_changes_no_bit(
     run_in_world: Callable[..., list[Any]], one_process: Callable[[Layout], tuple[Path, Outcome]]
 ) -> None:
-    """Choice, noise and weights of a recomputed layer are those of its first forward."""
+    """A recomputed layer has the choice, noise and weights of its first forward pass."""
     for choice in ("rank", "world"):
         runs = []
         for recompute in ("none", "experts", "block"):
@@ -151,7 +151,7 @@ PLACEMENTS = {
 
 
 def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type]:
-    """Reads and named syncs of a layer's forward and backward, and which way it took."""
+    """Returns the reads and named syncs of a layer's forward and backward, and the type of its plan."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     comm_stats, placement = CommStats(events=[]), PLACEMENTS[rank.world_size]
     wire = AllToAll(mesh.ep, comm_stats)
@@ -171,7 +171,7 @@ def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type
     )
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
-    # Every rank's groups, so that each can tell the others' counts; rank 1 has padding alone.
+    # The groups of all ranks, from which each rank knows the others' counts. Rank 1 has only padding.
     groups = [torch.randint(-1, 2, (T,), generator=torch.Generator().manual_seed(r)) for r in ranks]
     if rank.world_size > 1:
         groups[1] = torch.full((T,), -1)
@@ -201,11 +201,13 @@ def test_a_layer_whose_counts_are_known_waits_for_nothing(
 
 
 def uneven(rank: RankContext) -> tuple[list[list[bool]], list[list[bool]]]:
-    """Ranks with different numbers of tokens, none among them, choose in the world's set."""
+    """Ranks with 5, 0, 9 and 2 tokens choose in one scope over all ranks. Returns this choice, and the choice over all
+    tokens on one rank."""
     lengths = (5, 0, 9, 2)
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     generator = torch.Generator().manual_seed(5)
-    h_TD = torch.randint(-2, 3, (sum(lengths), D), generator=generator).double()  # exact products: ties
+    # integers make products exact, so that scores tie
+    h_TD = torch.randint(-2, 3, (sum(lengths), D), generator=generator).double()
     group_T = torch.randint(-1, 2, (sum(lengths),), generator=generator)
     options: dict[str, Any] = {"capacity": 0.3, "causal": "threshold"}
     comm_stats = CommStats(events=[])
@@ -237,7 +239,7 @@ def test_ranks_of_different_lengths_choose_alike(run_in_world: Callable[..., lis
 
 
 def calibrated(rank: RankContext, layout: Layout) -> dict[str, np.ndarray]:
-    """Thresholds that one rank has after a calibration on its part of two micro-batches."""
+    """Returns this rank's thresholds after a calibration on its part of two micro-batches."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     model, each = build(layout, mesh, CommStats()).model, SEQUENCES // rank.world_size
     batches = [batch_of(0, micro, rank.rank * each, each) for micro in range(2)]

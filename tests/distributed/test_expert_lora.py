@@ -1,4 +1,4 @@
-"""LoRA on the experts of a frozen MoE over ranks, also of gpt-oss and DeepSeek-V3: N ranks equal one, in float64."""
+"""LoRA on the experts of a frozen MoE model, gpt-oss and DeepSeek-V3 among them: N ranks equal one rank in float64."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +56,7 @@ BASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # changes of the ba
 def test_adapters_go_on_on_other_ranks(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Two ranks that hold different experts train and save; one rank goes on with the same bits over the same base."""
+    """Two ranks with different experts train and save. One rank continues with the same bits on the same base."""
     base, fields = BASES[kind]
     run_in_world(2, whole_run, tiny_data, tmp_path, {**base, "run.name": "base", "train.steps": 1})
     changes = {

@@ -1,9 +1,9 @@
-"""Experts that change ranks in the middle of training: every bit of weights and moments arrives, and training goes on.
+"""Experts that change ranks during training: weights and moments arrive to the last bit, and training continues.
 
-Three runs of two steps: one without a move, one whose experts move between the steps, and one that resumes from a
-checkpoint of the second, made after its move, with the experts placed so from the start. The last two are equal to the last
-bit. The first differs from them by rounding alone, because a rank sums the outputs of its own experts before it sends the
-sum: in float64 it is equal to 1e-9.
+There are three runs of two steps. One has no move. In one the experts move between the steps. One resumes from a checkpoint
+of the second run, made after its move, with this placement from the start. The last two are equal to the last bit. The
+first differs by rounding alone, because a rank sums the outputs of its own experts before it sends the sum. In float64 it
+is equal to 1e-9.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,8 @@ AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
 LAYOUTS = [
     exhaustive(Layout(2, 1)),
     exhaustive(Layout(2, 1, "interleaved", "fsdp2", "block", overlap=True, chunks=2)),
-    Layout(2, 2, "interleaved", "fsdp2"),  # 3 and 2 experts over edp 2: some stacks are cut inside experts, others between
+    # 3 and 2 experts over edp 2: FSDP2 shards some stacks inside experts, others between them
+    Layout(2, 2, "interleaved", "fsdp2"),
     exhaustive(Layout(4, 1, "uneven")),  # a rank without experts
     full(Layout(4, 1, "uneven", "fsdp2", "block", ranks_per_node=2)),
     exhaustive(Layout(2, 2, optimizer="muon")),
@@ -46,7 +47,7 @@ LAYOUTS = [
 
 
 class Run:
-    """A model of a layout in training."""
+    """A model in training under a layout."""
 
     def __init__(self, rank: RankContext, layout: Layout, mesh: Mesh, placement: ExpertPlacement) -> None:
         self.rank, self.layout, self.mesh, self.placement = rank, layout, mesh, placement
@@ -75,7 +76,7 @@ class Run:
         self.placement = self.training_step.placement = placement
 
     def tensors(self) -> Arrays:
-        """Weights and moments by logical name, whole."""
+        """Returns whole weights and moments by logical name."""
         found: Arrays = {}
         for named in self.parallel.parameters:
             state = self.optimizer.state.get(named.parameter, {})
@@ -94,7 +95,7 @@ class Run:
 
 
 class Seen(NamedTuple):
-    """What one rank saw: before and right after the move, and at the end of the three runs."""
+    """Tensors that one rank saw: before and right after the move, and at the end of the three runs."""
 
     before: Arrays
     after: Arrays
@@ -104,7 +105,7 @@ class Seen(NamedTuple):
 
 
 def rotated(placement: ExpertPlacement) -> ExpertPlacement:
-    """Each expert goes to the rank of the next one of its group."""
+    """Gives each expert the rank of the next expert of its group."""
     slots: list[list[int]] = [[] for _ in placement.slots]
     for group in placement.groups:
         for place, expert in enumerate(group.experts):
@@ -125,7 +126,7 @@ def three_runs(rank: RankContext, layout: Layout) -> Seen:
     before = moved.tensors()
     moved.move(rotated(start))
     after = moved.tensors()
-    for run in (moved, resumed):  # the first writes, the second reads
+    for run in (moved, resumed):  # the first run saves the checkpoint, the second loads it
         carry(rank.folder / "checkpoint", run.parallel, run.optimizer, run.placement, mesh)
         run.step(1)
     return Seen(before, after, plain.tensors(), moved.tensors(), resumed.tensors())

@@ -1,9 +1,9 @@
-"""Replicas of hot experts change no number beyond rounding: weights, moments and gradient norms are those of a run without.
+"""Replicas of hot experts change numbers by rounding alone: weights, moments and gradient norms equal a run without.
 
-Four runs of three steps: one on a single rank; one without replicas; one that gets replicas after the first step, and
-others after the second; and one that resumes from a checkpoint of the third run, made with its first replicas in place. The
-last two are equal to the last bit. The first two differ from them by rounding alone, because the gradients of an expert are
-summed over its slots: in float64 they are equal to 1e-9.
+There are four runs of three steps. One is on a single rank. One has no replicas. One gets replicas after the first step,
+and others after the second. One resumes from a checkpoint of the third run, made with its first replicas. The last two are
+equal to the last bit. The first two differ by rounding alone, because the gradients of an expert are summed over its slots.
+In float64 they are equal to 1e-9.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ LAYOUTS = [
 
 
 class ReplicatedRun(Run):
-    """A model of a layout in training, whose experts may get replicas."""
+    """A model in training whose experts may get replicas."""
 
     def __init__(
         self, rank: RankContext, layout: Layout, mesh: Mesh, placement: ExpertPlacement, *, sequences: int = SEQUENCES
@@ -65,13 +65,13 @@ class ReplicatedRun(Run):
 
     @property
     def exchanges(self) -> int:
-        """The exchanges of replicas' weights and gradients."""
+        """Returns the number of exchanges of replicas' weights and gradients."""
         return sum(event.startswith(f"wait {REPLICAS}") for event in self.comm_stats.events or [])
 
 
 class Seen(NamedTuple):
-    """What one rank of several saw: the tensors of the three runs, of the first two the gradient norms and the pairs that
-    left their rank in each step, and of the second the exchanges of replicas."""
+    """Results of the three runs on one rank. `norms` and `pairs_remote` have one list for each of the first two runs;
+    `exchanges` counts the second run's exchanges of replicas in each step."""
 
     plain: Arrays
     replicated: Arrays
@@ -92,7 +92,8 @@ def on_one_rank(rank: RankContext, layout: Layout) -> tuple[Arrays, list[float]]
 def three_runs(rank: RankContext, layout: Layout) -> Seen:
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     start = placement_for(layout)
-    # an expert on all ranks, and one of the other group; then replicas of two experts of one group, in another layer only
+    # First an expert on all ranks, and one of the other group. Then replicas of two experts of one group, only in another
+    # layer.
     first = [of_both_groups(start), []]
     second = [[], sorted(on_others(start, 1, 1) + on_others(start, 2, 1))]
     plain, replicated, resumed = (ReplicatedRun(rank, layout, mesh, start) for _ in range(3))
@@ -104,7 +105,7 @@ def three_runs(rank: RankContext, layout: Layout) -> Seen:
         replicated.step(number)
         exchanges.append(replicated.exchanges - before)
         if number == 1:
-            for run in (replicated, resumed):  # the first writes, the second reads
+            for run in (replicated, resumed):  # the first run saves the checkpoint, the second loads it
                 carry(rank.folder / "checkpoint", run.parallel, run.optimizer, run.placement, mesh)
     resumed.replicate(*second)
     resumed.step(2)
@@ -153,7 +154,7 @@ def two_runs_with_an_empty_rank(rank: RankContext, layout: Layout) -> tuple[Arra
     full(Layout(2, 2, "pinned", chunks=3, replicas=True)),
 ], ids=str)  # fmt: skip
 def test_replicas_serve_ranks_without_tokens(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
-    """One rank has no token, one no picture and one no text; `uneven` leaves a rank without experts of its own."""
+    """One rank has no token, one no picture and one no text. `uneven` leaves a rank without experts."""
     seen = run_in_world(layout.world_size, two_runs_with_an_empty_rank, layout)
     plain, replicated = (merged([each[run] for each in seen]) for run in range(2))
     for name, value in plain.items():

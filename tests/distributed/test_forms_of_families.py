@@ -1,5 +1,5 @@
-"""Shortcuts with latent attention (LongCat-Flash), sinks with clamped experts (gpt-oss), and gating residuals (MoE++): N
-ranks equal one."""
+"""N ranks equal one rank for shortcuts with latent attention (LongCat-Flash), sinks with clamped experts (gpt-oss), and
+gating residuals (MoE++)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ LAYOUTS = [
     Layout(2, 2, "pinned", "fsdp2", "experts", form=RESIDUAL),
     Layout(2, 2, "interleaved", "ddp", "none", form=RESIDUAL),
 ]
-# One parameter of each part that the form is there for.
+# One parameter of each part that is particular to the family.
 PARTS = {
     LONGCAT: {
         "layers.2.attention.kv_up.weight",

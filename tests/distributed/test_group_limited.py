@@ -1,5 +1,5 @@
-"""The group-limited router under every dispatcher: N ranks equal one, with null and constant experts, controllers of the
-bias, and groups by modality."""
+"""The group-limited router under every dispatcher: N ranks equal one rank, with null and constant experts, a controller of
+the bias, and groups by modality."""
 
 from collections.abc import Callable
 from pathlib import Path

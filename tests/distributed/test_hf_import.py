@@ -1,8 +1,8 @@
-"""Imported models give the numbers of Hugging Face's own code, in fp32 on tiny random models: logits, also with a cache,
-and every gradient.
+"""Imported models equal Hugging Face's own code in fp32 on tiny random models: logits, with and without a cache, and
+gradients.
 
-The way is the user's: `save_pretrained`, import, checkpoint, and EP 1, 2 and 4 load it. A tensor agrees where no entry
-differs by more than 1e-5 of its largest entry, so that gradients of any size are held to the same number of digits.
+Each model takes a user's path: `save_pretrained`, import, checkpoint, load on EP 1, 2 and 4. Tensors agree if no entry
+differs by more than 1e-5 of the largest entry. Gradients of any size are thus compared to the same number of digits.
 """
 
 import re
@@ -53,8 +53,8 @@ VARIANTS = ("qwen3_moe tied", "qwen2_moe dense", "llama biased", "olmoe biased",
 
 
 def our_model(rank: RankContext, folder: Path, tokens: np.ndarray, recompute: str) -> tuple[Arrays, Arrays]:
-    """Body of a standing world: logits of this rank's sequences, as a whole and in two parts with a cache, and this rank's
-    gradients of one loss over all sequences."""
+    """Returns this rank's logits (in one call, and in two calls with a cache) and its gradients of one loss over all
+    sequences."""
     overrides = [f"parallel.ep={rank.world_size}", "parallel.device=cpu", f"parallel.recompute={recompute}"]
     config = load_config(folder / "config.yaml", overrides)
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
@@ -89,8 +89,8 @@ def cached_logits(model: Transformer, ids: Tensor) -> Tensor:
 
 
 def their_numbers(model: nn.Module, tokens: np.ndarray) -> tuple[Arrays, dict[str, Tensor]]:
-    """Logits, as a whole and in two parts with a cache, and each parameter's gradient of the mean cross entropy of the next
-    token."""
+    """Returns transformers' logits (in one call, and in two calls with a cache) and each parameter's gradient of the mean
+    cross entropy."""
     import transformers
 
     ids = torch.from_numpy(tokens)
@@ -108,7 +108,7 @@ def their_numbers(model: nn.Module, tokens: np.ndarray) -> tuple[Arrays, dict[st
     return {"logits": out.logits.detach().numpy(), "cached": torch.cat(parts, dim=1).numpy()}, named
 
 
-# Softmax over all, groups of sigmoids, sinks with clamped experts, and a shortcut: what `make test` has on ranks.
+# `make test` runs on several ranks: softmax over all experts, groups of sigmoids, sinks with clamped experts, a shortcut.
 COVER = ("mixtral", "deepseek_v3", "gpt_oss", "longcat_flash")
 
 

@@ -1,10 +1,10 @@
-"""The numbers of Hugging Face's own MoE blocks, in fp32 with random weights: outputs and every gradient, EP 1, 2, 4.
+"""MoE blocks equal Hugging Face's own blocks in fp32 with random weights: outputs and all gradients, on EP 1, 2 and 4.
 
-Whole models are in test_hf_import.py, through a real import.
+test_hf_import.py tests whole models through a real import.
 
-A tensor agrees where no entry differs by more than 1e-5 of its largest entry, so that gradients of any size are held to the
-same number of digits. Weights are drawn with a standard deviation of 0.2, norms around 1: activations are of order 1. No
-token's choice may hang on the last bits: the smallest gap at the k-th choice is asserted.
+Tensors agree if no entry differs by more than 1e-5 of the largest entry. Weights have a standard deviation of 0.2, and
+norms are near 1, so activations are of order 1. The smallest gap at the k-th choice is asserted, because rounding must not
+decide a choice.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ D = HIDDEN_DIM
 def our_block(
     rank: RankContext, groups: tuple[ExpertGroup, ...], options: dict[str, Any], weights: Arrays, batch: Arrays
 ) -> tuple[np.ndarray, np.ndarray, Arrays]:
-    """Body of a standing world: output and input gradient of this rank's tokens, and its parameters' gradients."""
+    """Returns the output and input gradient of this rank's tokens, and the gradients of its parameters."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     slots: list[list[int]] = [[] for _ in range(rank.world_size)]
     for expert in range(sum(group.num_experts for group in groups)):
@@ -68,7 +68,8 @@ def our_block(
 
 
 def longcat() -> tuple[nn.Module, tuple[ExpertGroup, ...], dict[str, Any]]:
-    """LongCat-Flash: identity experts, a selection bias over all columns, weights of the plain softmax times a factor."""
+    """LongCat-Flash has identity experts, a selection bias over all columns, and weights of the plain softmax times a
+    factor."""
     from transformers.models.longcat_flash.configuration_longcat_flash import LongcatFlashConfig
     from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE
 
@@ -87,7 +88,7 @@ def longcat() -> tuple[nn.Module, tuple[ExpertGroup, ...], dict[str, Any]]:
 
 
 def ernie() -> tuple[nn.Module, tuple[ExpertGroup, ...], dict[str, Any]]:
-    """Ernie 4.5 VL: text and image experts of different widths, each with a router and bias; shared experts beside them."""
+    """Ernie 4.5 VL has text and image experts of different widths, a router and bias for each, and shared experts."""
     from transformers.models.ernie4_5_vl_moe.configuration_ernie4_5_vl_moe import Ernie4_5_VLMoeTextConfig
     from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeMoeBlock
 

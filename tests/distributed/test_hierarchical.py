@@ -1,4 +1,4 @@
-"""Rows distinct by node, then by rank: values, gradients, both hops' bytes equal to their closed form, one host sync."""
+"""Hierarchical dispatch: values and gradients, bytes of both hops equal to their closed form, and one host sync."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +36,7 @@ def make(world_size: int, per_node: int) -> tuple[Callable[[Case], HierarchicalD
 
 
 def run_cases(rank: RankContext, per_node: int, seeds: range) -> int:
-    """Body of a standing world: random cases, each against the oracle and both hops' closed forms."""
+    """Compares random cases with the oracle, and both hops' bytes with their closed forms."""
     dispatcher_of, comm_stats = make(rank.world_size, per_node)
     for seed in seeds:
         case = random_case(seed, rank.world_size)
@@ -87,7 +87,8 @@ def run_cases(rank: RankContext, per_node: int, seeds: range) -> int:
 def test_both_hops_equal_their_closed_forms_on_random_routings(
     run_in_world: Callable[..., list[Any]], world_size: int, per_node: int, seeds: range
 ) -> None:
-    """Ranks without tokens or experts, all-null batches, one expert that takes everything; a node of one rank, one node."""
+    """Includes ranks without tokens or experts, batches of only null choices, one expert that takes all, nodes of one rank,
+    and one node."""
     cases = [random_case(seed, world_size) for seed in seeds]
     assert any(all((c == ABSENT).all() for c in case.experts_TK) for case in cases)
     assert any(case.experts_TK[0].shape[0] == 0 for case in cases)
@@ -132,7 +133,7 @@ def plan_of_hand_case(rank: RankContext) -> dict[str, Any]:
 def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
     seen = run_in_world(4, plan_of_hand_case)
     assert [each.pop("syncs") for each in seen] == [[f"sync {SPLIT_SIZES}"]] * 4
-    # rank 0's middle table: token 1. It keeps that row for expert 0; rank 1 passes it rank 3's token.
+    # Rank 0 forwards its own token 1, and keeps its row for expert 0. Rank 1 forwards rank 3's token to it.
     assert seen == [
         {"between": (0, 1), "inside": (0, 1), "stays": ([1], [0]), "rows by slot": [0, 1], "slots": (2, 0)},
         {"between": (0, 1), "inside": (1, 0), "stays": ([], [0]), "rows by slot": [0, 1], "slots": (2,)},
@@ -142,7 +143,7 @@ def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
 
 
 def roundings(rank: RankContext, per_node: int) -> tuple[float, float]:
-    """bf16 rows: every token takes experts on all four ranks, of which rank 0 gives back 1 and the others 1/256."""
+    """Combines bf16 rows. Each token takes experts on all four ranks; rank 0 returns 1, the others 1/256."""
     dispatcher_of, comm_stats = make(4, per_node)
     every = np.tile(np.arange(8), (64, 1))
     case = Case(((0, 1), (2, 3), (4, 5), (6, 7)), (every, every, every, every))
@@ -160,8 +161,8 @@ def roundings(rank: RankContext, per_node: int) -> tuple[float, float]:
     return float(y_TD.min()), float(y_TD.max())
 
 
-# 1 + 3/256 lies between 1 + 1/128 and 1 + 2/128 and is rounded to the even one. Summed in bf16 it would stay 1.
-# Two nodes round 1 + 1/256 and 2/256 apart, then their sum.
+# The exact sum 1 + 3/256 lies halfway between 1 + 1/128 and 1 + 2/128, and rounds to the even one. A sum in bf16 would stay
+# 1. Two nodes first round their sums, 1 + 1/256 and 2/256, and then the total.
 @pytest.mark.parametrize(("per_node", "rounded"), [(1, 1 + 2 / 128), (2, 1 + 1 / 128), (4, 1 + 2 / 128)])
 def test_rows_travel_in_bf16_and_are_summed_in_fp32(
     run_in_world: Callable[..., list[Any]], per_node: int, rounded: float
@@ -175,7 +176,7 @@ def overflow(rank: RankContext, hop: str) -> str:
     target = {"inter-node": 2, "intra-node": 1}[hop]
     chosen = np.full((5, 1), target)
     case = Case(((0,), (1,), (2,), (3,)), (chosen, chosen[:2], chosen[:0], chosen[:0]))
-    bound = 4 if rank.rank == target else -1  # the others stop at the same place
+    bound = 4 if rank.rank == target else -1  # the other ranks stop at the same exchange
     dispatcher = HierarchicalDispatcher(case.placement, *wires, ranks_per_node=2, max_receive_rows=bound)
     try:
         dispatcher.plan(case.assignments(rank.rank, torch.ones(len(case.experts_TK[rank.rank]))), 5)

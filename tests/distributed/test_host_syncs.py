@@ -1,7 +1,7 @@
-"""The whole layer waits for the device once, where it says so: router, capacity, zero-computation experts, experts, way out
-and home.
+"""A whole MoE layer waits for the device once, in `dispatcher.plan`: router, capacity, zero-computation experts, experts
+and both exchanges add no wait.
 
-Orders by counting are made as on CUDA, so that what is read here is what would be waited for there.
+Pairs are sorted by counting, as on CUDA. Each read that the test records would therefore be a wait on CUDA.
 """
 
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def layer_of(rank: RankContext, mesh: Mesh, comm_stats: CommStats, case: tuple[A
 
 
 def syncs(rank: RankContext, cases: list[tuple[Any, ...]]) -> list[tuple[list[str], list[str]]]:
-    """For each case the named syncs, and all reads, of one forward and backward."""
+    """Returns, for each case, the named syncs and all reads of one forward and backward."""
     found = []
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0, ranks_per_node=rank.world_size)
     for case in cases:

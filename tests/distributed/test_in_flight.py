@@ -1,4 +1,4 @@
-"""`gpu-check`'s watch over rows in flight sees each wrong touch, and no other."""
+"""The check of `gpu-check` for rows in flight finds each forbidden access to them, and reports no allowed one."""
 
 from collections.abc import Callable
 from typing import Any

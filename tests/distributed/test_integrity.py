@@ -1,5 +1,5 @@
-"""Checked exchanges over real ranks: faults injected into the transport, below the check, are found and named; 1,000 clean
-routings are not blamed."""
+"""Checked exchanges on real ranks: faults in the transport below the check are found and named. 1,000 undamaged routings
+raise no error."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,7 @@ TRIALS = 240  # of each world size
 
 
 class FaultyWire(AllToAll):
-    """A transport that damages the result of one named exchange."""
+    """A transport that damages the received rows of one named exchange."""
 
     damage: tuple[str, Callable[[torch.Tensor], None]] | None = None
 
@@ -47,7 +47,7 @@ class FaultyWire(AllToAll):
 
 
 def break_rows(rows: torch.Tensor, kind: str, rng: np.random.Generator) -> None:
-    """Damages rows (of one source) in place. The rows are random, hence all different."""
+    """Damages rows of one source in place. The rows are random, so all differ."""
     count, before = len(rows), rows.clone()
     at = int(rng.integers(0, count))
     if kind == "dropped":
@@ -60,14 +60,14 @@ def break_rows(rows: torch.Tensor, kind: str, rng: np.random.Generator) -> None:
         one, two = rng.choice(count, 2, replace=False).tolist()
         rows[one], rows[two] = before[two], before[one]
     else:
-        bits = rows[at : at + 1].view(torch.uint8).flatten()  # rows are contiguous: a view of them
+        bits = rows[at : at + 1].view(torch.uint8).flatten()  # rows are contiguous, so this is a view
         bits[int(rng.integers(0, len(bits)))] ^= 1 << int(rng.integers(0, 8))
     assert not torch.equal(before.view(torch.uint8), rows.view(torch.uint8))
 
 
 def trials(rank: RankContext, count: int) -> list[tuple[str, str]]:
-    """Exchanges in each of which one rank's receipt from one peer is damaged: that rank must raise, the others must not.
-    Returns what was injected into this rank and what was found."""
+    """Runs exchanges that each damage the rows of one source on one rank. This rank must raise, and the others must not.
+    Returns the expected and the found error of each exchange."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     transport = FaultyWire(mesh.ep, CommStats())
     wire, found = CheckedAllToAll(transport), []
@@ -93,7 +93,7 @@ def trials(rank: RankContext, count: int) -> list[tuple[str, str]]:
 
 
 def _exchange(wire: AllToAll, splits: Splits, dtype: torch.dtype, name: str, *, seed: int) -> None:
-    """One exchange as dispatch makes it, in backward by autograd; integers by the wire itself."""
+    """Runs one exchange: rows as in dispatch, backward by autograd, integers directly."""
     generator = torch.Generator().manual_seed(seed)
     if not dtype.is_floating_point:
         rows = torch.randint(-(1 << 62), 1 << 62, (sum(splits.send),), generator=generator)
@@ -105,7 +105,7 @@ def _exchange(wire: AllToAll, splits: Splits, dtype: torch.dtype, name: str, *, 
         Exchange(wire).dispatch(rows, weights, _plan(splits))
         return
     rows, weights = rows.requires_grad_(), weights.requires_grad_()
-    back = splits.reversed()  # so that the gradients have the sizes of `splits`
+    back = splits.reversed()  # the gradients then have the sizes of `splits`
     shape = (sum(back.send), 5)
     leaves = torch.zeros(shape, dtype=dtype).requires_grad_(), torch.zeros(shape[0]).requires_grad_()
     got, got_weights = Exchange(wire).dispatch(*leaves, _plan(back))
@@ -113,7 +113,7 @@ def _exchange(wire: AllToAll, splits: Splits, dtype: torch.dtype, name: str, *, 
 
 
 def _plan(splits: Splits) -> ExchangePlan:
-    """All rows of a table in order, none of them for this rank, with a weight each."""
+    """Plans to send all rows in order, none to this rank, each with a weight."""
     every, none = torch.arange(sum(splits.send)), torch.zeros(0, dtype=torch.int64)
     return ExchangePlan("layers.5", "", "", len(every), splits, splits, every, none, every, None)
 
@@ -130,11 +130,11 @@ def test_each_kind_of_damage_is_found_and_named(run_in_world: Callable[..., list
 
 
 def pairs_of_disagreement(rank: RankContext, change: str) -> str:
-    """Both ranks start an exchange about which they do not agree; nothing of it may be sent, for it would hang."""
+    """Both ranks start exchanges that do not match. Nothing may be sent, because a send would hang. Returns the error."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     transport = AllToAll(mesh.ep, CommStats(events=[]))
     odd = rank.rank == 1
-    count = change == "count"  # each of the two sends one more than the other expects
+    count = change == "count"  # each rank sends one row more than the other expects
     splits = Splits((4 if odd else 0, 0 if odd else 3), (3 + count if odd else 0, 0 if odd else 4 + count))
     rows = torch.ones(sum(splits.send), 3 if odd and change == "width" else 2)
     layer = "layers.1" if odd and change == "call" else "layers.0"
@@ -164,8 +164,8 @@ def test_ranks_that_disagree_are_told_before_the_exchange(
 
 
 def clean_routings(rank: RankContext, seeds: range) -> int:
-    """Random routings through dispatch, combine and their backward, which give the bits that they give without checks;
-    returns how many exchanges were checked."""
+    """Checked and unchecked dispatch, combine and backward must have the same bits on random routings. Returns the number
+    of checked exchanges."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats(events=[])
     unchecked = AllToAll(mesh.ep, CommStats())
@@ -190,7 +190,7 @@ def clean_routings(rank: RankContext, seeds: range) -> int:
 
 
 def _clean_pass(dispatcher: AllToAllDispatcher, chosen: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Forward and backward; returns the gradient of the hidden states."""
+    """Runs forward and backward; returns the gradient of the hidden states."""
     num_tokens, generator = chosen.shape[0], torch.Generator().manual_seed(seed)
     h_TD = torch.randn(num_tokens, 6, generator=generator).to(dtype).requires_grad_()
     weight_N = torch.rand(chosen.numel(), generator=generator).requires_grad_()

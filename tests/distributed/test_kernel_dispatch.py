@@ -1,4 +1,4 @@
-"""The adaptors to DeepEP and HybridEP over stand-ins with the contracts of the two: formats, values, gradients, bytes,
+"""The adaptors to DeepEP and HybridEP, on stand-ins with the libraries' contracts: formats, values, gradients, bytes,
 recompute."""
 
 from collections.abc import Callable
@@ -32,8 +32,8 @@ MOST_TOKENS = 12
 
 
 def equal_shapes(case: Case, *, tokens: bool) -> Case:
-    """The case with as many choices on every rank, because DeepEP's K is one number. With `tokens` also with as many
-    tokens: HybridEP gathers maps of one shape. What is added are tokens and choices without an expert."""
+    """Pads a case so that all ranks have the same number of choices, as DeepEP needs. With `tokens` also pads to the same
+    number of tokens, as HybridEP needs. The padding chooses no expert."""
     width = max(each.shape[1] for each in case.experts_TK)
     height = max(len(each) for each in case.experts_TK) if tokens else 0
     sizes = [(max(0, height - len(c)), width - c.shape[1]) for c in case.experts_TK]
@@ -47,7 +47,7 @@ def equal_shapes(case: Case, *, tokens: bool) -> Case:
 def make_dispatcher(
     library: str, placement: ExpertPlacement, wire: AllToAll, *, hidden_dim: int, top_k: int, tokens: int
 ) -> DeepEPDispatcher | HybridEPDispatcher:
-    """A dispatcher whose buffer has room for `tokens` tokens."""
+    """Returns a dispatcher with a buffer for `tokens` tokens."""
     if library == "HybridEP":
         return HybridEPDispatcher(placement, wire, hidden_dim=hidden_dim)
     dispatcher = DeepEPDispatcher(placement, wire, hidden_dim=hidden_dim, top_k=top_k)
@@ -61,7 +61,7 @@ def stand_in(library: str, *, strict: bool, domain: int = 0) -> AbstractContextM
 
 
 def run_cases(rank: RankContext, library: str, domain: int, seeds: range) -> int:
-    """Body of a standing world: random cases, ranks with different numbers of slots among them."""
+    """Runs random cases, including ranks with different numbers of expert slots."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats(events=[])
     wire = AllToAll(mesh.ep, comm_stats)
@@ -115,7 +115,7 @@ def run_cases(rank: RankContext, library: str, domain: int, seeds: range) -> int
 def test_equals_the_oracle_on_random_routings(
     run_in_world: Callable[..., list[Any]], library: str, world_size: int, domain: int, seeds: range
 ) -> None:
-    """For HybridEP one NVLink domain, and two of them."""
+    """Runs HybridEP with one and with two NVLink domains."""
     cases = [random_case(seed, world_size) for seed in seeds]
     assert any(len({len(slots) for slots in case.slots}) > 1 for case in cases), "ranks with different numbers of slots"
     assert any(() in case.slots for case in cases)
@@ -139,7 +139,7 @@ def hand(rank: RankContext, library: str) -> dict[str, Any]:
             _ = plan.row_of_pair_Q
         h_TD = (torch.arange(float(len(chosen)))[:, None] + 10 * rank.rank).expand(-1, 256).bfloat16()
         got = dispatcher.dispatch(h_TD, weight_N, plan)
-        again = dispatcher.dispatch(h_TD, weight_N, plan)  # as recompute does: by the handle
+        again = dispatcher.dispatch(h_TD, weight_N, plan)  # recompute repeats dispatch by the handle
         torch.testing.assert_close(again.rows_RD, got.rows_RD, rtol=0, atol=0)
         torch.testing.assert_close(again.weight_Q, got.weight_Q, rtol=0, atol=0)
         assert got.sorted_pairs
@@ -171,7 +171,7 @@ def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]], library:
 
 
 def larger_buffer(rank: RankContext) -> list[Any]:
-    """DeepEP with 32-bit ids, made deterministic, for 4 tokens and then for 8."""
+    """Calls DeepEP with 32-bit ids in deterministic mode, for 4 tokens and then for 8."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     placement = ExpertPlacement((ExpertGroup("all", 2, 0, 1, 4, 0, ("text",)),), ((0,), (1,)))
     dispatcher = DeepEPDispatcher(placement, AllToAll(mesh.ep, CommStats()), hidden_dim=256, top_k=1, deterministic=True)
@@ -196,7 +196,7 @@ PLACEMENT = ExpertPlacement(GROUPS, ((0, 1, 2, 4, 5), (3, 6)))
 
 
 def layers(rank: RankContext, library: str, recompute: str, pair_budget: int | None) -> list[float]:
-    """Largest differences of y and all gradients between the whole layer over a library and over `all_to_all`."""
+    """Returns the largest differences of y and all gradients between a layer over a library and one over `all_to_all`."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     found = []
     with stand_in(library, strict=False):

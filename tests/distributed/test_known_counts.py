@@ -1,4 +1,5 @@
-"""Assignments whose counts are known beforehand: one row a pair, no host sync; and the syncs of the other dispatchers."""
+"""The known-counts dispatcher sends one row per pair without a host sync. Also counts the syncs of the other
+dispatchers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ BACKWARD = ["combine rows backward", "dispatch weights backward", "dispatch rows
 
 
 def expert_choice(seed: int, tokens_W: list[int], capacity_E: list[int], rank: int) -> Assignments:
-    """Each expert takes its capacity of each rank's tokens (all of them where there are fewer), chosen at random."""
+    """Each expert takes its capacity of each rank's tokens at random, or all tokens if there are fewer."""
     counts = tuple(tuple(min(capacity, tokens) for capacity in capacity_E) for tokens in tokens_W)
     rng = np.random.default_rng([seed, rank])
     chosen = [np.sort(rng.permutation(tokens_W[rank])[:count]) for count in counts[rank]]
@@ -36,7 +37,7 @@ def expert_choice(seed: int, tokens_W: list[int], capacity_E: list[int], rank: i
 
 
 def run_cases(rank: RankContext, seeds: range) -> int:
-    """Body of a standing world: random capacities and placements against the oracle, the bytes against the counts."""
+    """Compares random capacities and placements with the oracle, and the bytes with the counts."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats(events=[])
     wire = AllToAll(mesh.ep, comm_stats)
@@ -67,7 +68,7 @@ def run_cases(rank: RankContext, seeds: range) -> int:
 def test_equals_the_oracle_and_its_closed_form(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
 ) -> None:
-    """Experts without capacity, ranks without tokens or experts, ranks with different numbers of tokens."""
+    """Includes experts without capacity, ranks without tokens or experts, and ranks with different numbers of tokens."""
     assert run_in_world(world_size, run_cases, seeds) == [len(seeds)] * world_size
 
 
@@ -92,7 +93,7 @@ def dispatchers(placement: ExpertPlacement, comm_stats: CommStats) -> dict[str, 
 
 
 def count_syncs(rank: RankContext, kind: str, placement: ExpertPlacement) -> dict[str, Any]:
-    """Every read of a tensor by the host in one forward and backward, after one that makes the constant tables."""
+    """Counts the host's reads of tensors in one forward and backward, after a first pass that makes the constant tables."""
     comm_stats = CommStats(events=[])
     dispatcher = dispatchers(placement, comm_stats)[kind]
     seen: list[list[str]] = []
@@ -121,7 +122,7 @@ def test_host_syncs_of_a_layer(
     run_in_world: Callable[..., list[Any]], kind: str, placement: ExpertPlacement, syncs: int, plan: type | None
 ) -> None:
     for seen in run_in_world(4, count_syncs, kind, placement):
-        # Without CUDA the per-rank plan is sorted by numpy, in the tensor's own memory: no copy, and nothing to wait for.
+        # On a CPU numpy sorts the plan in the tensor's own memory, without a copy or a wait.
         reads = [read for read in seen["syncs"] if read != "numpy" or not syncs]
         assert reads == ["tolist"] * syncs
         assert seen["named"] == 2 * syncs, "each sync has a name in the record of events"
@@ -132,7 +133,7 @@ def bytes_of(rank: RankContext, kind: str) -> int:
     comm_stats = CommStats()
     dispatcher = dispatchers(ONE_OF_A_GROUP, comm_stats)[kind]
     tokens_W = [8, 3, 0, 5]
-    # Tokens of a group go to its experts alone: text to 0 1 2 3, image to 4 5 6 7.
+    # Text tokens go only to experts 0 to 3, image tokens only to 4 to 7.
     counts = tuple((min(2, t),) * 4 + (min(1, t),) * 4 for t in tokens_W)
     rng = np.random.default_rng(rank.rank)
     text, image = range(tokens_W[rank.rank] // 2), range(tokens_W[rank.rank] // 2, tokens_W[rank.rank])

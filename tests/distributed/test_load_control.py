@@ -1,4 +1,4 @@
-"""Load controllers over ranks: the same biases to the last bit on every layout, recomputed, and through a checkpoint."""
+"""Load controllers on several ranks: equal bits of the biases on every layout, with recompute, and after a checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -67,7 +67,7 @@ def one_rank(run_in_world: Callable[..., list[Any]], start: Path) -> Outcome:
 
 
 def test_one_rank_equals_the_loops(one_rank: Outcome) -> None:
-    """The biases after three steps, from the steps' counts by the slow reference."""
+    """The slow reference computes the biases after three steps from the steps' counts."""
     assert len(one_rank.biases) == LAYERS * len(GROUPS)
     target: Any = CONTROLLERS[0]["target"]
     for layer in range(LAYERS):
@@ -129,7 +129,7 @@ SAVED_AT, LAST = 3, 7
 
 
 class Controlled:
-    """One rank of a training under controllers, which saves and goes on."""
+    """One rank of a run with controllers, which saves and resumes."""
 
     def __init__(self, rank: RankContext, layout: Layout, folder: Path) -> None:
         self.rank, mesh, comm_stats = rank, make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0), CommStats()
@@ -160,7 +160,7 @@ class Controlled:
         self.balance.restore(states["balance"])
 
     def train(self, first: int, last: int) -> list[tuple[list[float], np.ndarray, dict[str, np.ndarray]]]:
-        """Losses and norm, choices, and biases after each step."""
+        """Returns losses, norm, choices and biases after each step."""
         each, seen = SEQUENCES // self.rank.world_size, []
         for number in range(first, last):
             batches = [batch_of(number, micro, self.rank.rank * each, each) for micro in range(MICRO_BATCHES)]
@@ -207,7 +207,7 @@ def test_biases_and_step_go_on_through_a_checkpoint(
 
 
 def skipped_step(rank: RankContext) -> tuple[bool, float, Any]:
-    """A step whose loss is not finite on one rank."""
+    """Takes a step whose loss is not finite on one rank."""
     layout = Layout(2, 1, "pinned", balance=True)
     run = Controlled(rank, layout, Path("unused"))
     if rank.rank == 1:
@@ -224,7 +224,7 @@ def test_a_skipped_step_moves_no_bias(run_in_world: Callable[..., list[Any]]) ->
 
 
 def test_the_rest_of_the_run_is_as_without(run_in_world: Callable[..., list[Any]]) -> None:
-    """The first step's gradients do not know of a controller; it acts after the optimizer."""
+    """A controller acts after the optimizer, so it does not change the gradients of the first step."""
     with_one: Outcome = run_in_world(1, train, ALONE)[0]
     without: Outcome = run_in_world(1, train, Layout())[0]
     for name, gradient in without.gradients.items():
@@ -233,12 +233,13 @@ def test_the_rest_of_the_run_is_as_without(run_in_world: Callable[..., list[Any]
     assert STEPS == 3
 
 
-TARGETS = {"text": 1.2, "image": 1.2}  # they begin at 1.5 and 0.8 or so
+TARGETS = {"text": 1.2, "image": 1.2}  # the untrained model has about 1.5 and 0.8
 LONG = 160
 
 
 def held(rank: RankContext, data: Path, root: Path) -> tuple[dict[str, list[float]], list[float]]:
-    """A real training of a tiny model under a controller: the load of each group, and the loss, in each step."""
+    """Trains a tiny model under a controller. Returns the true experts per token of each group, and the loss, in each
+    step."""
     changes: dict[str, Any] = {
         f"model.moe.groups.{group}.{key}": value
         for group, sizes in (("text", (3, 3, 3)), ("image", (2, 4, 3)))
@@ -267,12 +268,12 @@ def held(rank: RankContext, data: Path, root: Path) -> tuple[dict[str, list[floa
     return loads, losses
 
 
-@pytest.mark.exhaustive  # 160 steps; tests/unit/moe/balance holds the same controllers to their targets
+@pytest.mark.exhaustive  # 160 steps; tests/unit/moe/balance tests that the same controllers reach their targets
 def test_a_training_holds_the_mean_load_of_each_modality(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
 ) -> None:
-    """A few hundred tokens a step, 32 steps, and a model that learns its data by heart: within a twentieth. The run in
-    docs/routing.md is within a hundredth."""
+    """The mean of the last 32 steps, with a few hundred tokens each, is within 5 % of the target. The run in
+    docs/routing.md is within 1 %."""
     loads, losses = run_in_world(2, held, tiny_data, tmp_path)[0]
     assert losses[-1] < 0.7 * losses[0]
     for name, target in TARGETS.items():

@@ -1,5 +1,7 @@
-"""LoRA experts over ranks: N ranks equal one, whatever ep is; and whole runs of adapters over a frozen base, which is found
-again by its content hash. Nothing crosses the wire, and nothing frozen has a gradient, a moment or a reduction."""
+"""LoRA experts on several ranks: N ranks equal one rank for any ep, also whole runs of adapters on a frozen base.
+
+The base is found by its content hash. No rows are sent. Frozen tensors have no gradient, no moment and no reduction.
+"""
 
 import json
 import shutil
@@ -67,7 +69,7 @@ GROUPS = {
 
 
 def adapters(root: Path, **changes: Any) -> dict[str, Any]:
-    """A run of adapters on the base."""
+    """Returns the changes that train adapters on the base."""
     return {
         "run.name": "adapted",
         "run.init_from": str(root / "base"),
@@ -88,7 +90,7 @@ Run = Callable[..., list[WholeRun]]
 
 @pytest.fixture(scope="module")
 def root(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs with a trained base in it."""
+    """Returns a folder of runs with a trained base."""
     folder = tmp_path_factory.mktemp("runs")
     run_in_world(1, whole_run, tiny_data, folder, BASE)
     return folder
@@ -106,7 +108,7 @@ def test_a_run_moves_adapters_and_routers_alone_and_saves_nothing_else(
     layout = {"parallel__ep": world_size, "parallel__data": data, "model__attention_lora__dropout": 0.1}
     changes = adapters(root, run__name=name, **layout)
     runs = run_in_world(world_size, whole_run, tiny_data, root, changes)
-    # A shard beyond the last row is empty, and has no moments on that rank.
+    # A rank beyond the last row has an empty shard, and no moments for it.
     assert set.union(*(run.trained for run in runs)) == {name for name in runs[0].tensors if is_trained(name)}
     for run in runs:
         for name_, before in run.at_start.items():
@@ -123,9 +125,9 @@ def test_a_run_moves_adapters_and_routers_alone_and_saves_nothing_else(
 
 
 def reduced(rank: RankContext, layout: Layout) -> tuple[int, int, int]:
-    """fp32 numbers that one step brings into reductions, and the numbers that are trained and frozen on all ranks."""
+    """Returns the fp32 numbers that one step reduces, and the numbers of trained and of frozen parameters on all ranks."""
     counted: list[tuple[torch.dtype, int]] = []
-    # torch's versions differ in the name that FSDP2 calls.
+    # FSDP2 calls reduce-scatter by different names in different versions of torch.
     names = [n for n in ("all_reduce", "reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, n)]
     real = {name: getattr(dist, name) for name in names}
 
@@ -165,13 +167,13 @@ def test_nothing_frozen_is_reduced(
 ) -> None:
     layout = Layout(2, 1, data=data, precision="float32", **trained_alone)
     for numbers, trained, frozen in run_in_world(2, reduced, layout):
-        padding = 1.0 if data == "ddp" else 1.35  # FSDP2 pads odd first dims for two ranks
+        padding = 1.0 if data == "ddp" else 1.35  # FSDP2 pads odd first dimensions for two ranks
         assert trained <= numbers <= padding * trained
         assert frozen > trained
 
 
 def test_lora_on_the_attention_of_a_mixture(run_in_world: Run, tiny_data: Path, tmp_path: Path) -> None:
-    """Its experts stay on their ranks, frozen; another layout goes on from the adapters."""
+    """The frozen experts stay on their ranks. Another layout continues from the adapters."""
     run_in_world(2, whole_run, tiny_data, tmp_path, {"run.name": "base", "train.steps": 2})
     changes = {
         "run.name": "adapted",
@@ -194,7 +196,7 @@ def test_lora_on_the_attention_of_a_mixture(run_in_world: Run, tiny_data: Path, 
 
 @pytest.mark.full
 def test_ranks_and_stops_change_nothing(run_in_world: Run, tiny_data: Path, root: Path) -> None:
-    """Stopped and begun again it is the same run to the last bit; and 2 ranks of FSDP2 go on where 1 rank stopped."""
+    """A stopped and resumed run has the same bits. Two ranks with FSDP2 continue a run of one rank."""
     changes = adapters(root, run__name="whole", parallel__ep=1)
     (whole,) = run_in_world(1, whole_run, tiny_data, root, changes)
     changes |= {"run.name": "parted"}

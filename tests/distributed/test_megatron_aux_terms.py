@@ -1,4 +1,5 @@
-"""Balance and z terms inside Megatron: what its reductions make of their gradients, under TP, CP and DP of all sizes."""
+"""Gradients of the balance and z terms in Megatron, after its reductions, equal those of one process, with TP, CP and
+DP."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +16,15 @@ from tests.support.worlds import RankContext
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """All ranks' rows, in the order of ranks."""
+    """Returns the rows of all ranks, in the order of ranks."""
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor)
     return torch.cat(parts)
 
 
 def differences(rank: RankContext, layout: Layout) -> tuple[float, float, int, int]:
-    """Largest difference of the reduced router gradients, their largest value, and the sizes of TP and of TP x CP."""
+    """Returns the largest difference of the reduced router gradients, their largest value, and the sizes of TP and of TP x
+    CP."""
     with megatron(layout) as state:
         from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -36,7 +38,8 @@ def differences(rank: RankContext, layout: Layout) -> tuple[float, float, int, i
         h_TD = torch.randn(24, HIDDEN_DIM, generator=generator)
         group_T = torch.randint(-1, 2, (24,), generator=generator)
         per_token, cp = config.calculate_per_token_loss, groups.cp.size()
-        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0 if per_token else float(cp)]))  # as its schedule does
+        # Megatron's schedule sets the same scale
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0 if per_token else float(cp)]))
 
         def terms(h_TD: torch.Tensor, group_T: torch.Tensor) -> Any:
             return layer.moe.router(h_TD, group_T).sums
@@ -50,14 +53,15 @@ def differences(rank: RankContext, layout: Layout) -> tuple[float, float, int, i
         loss = loss + Z * z_terms(whole.log_z_squared_G[None], whole.tokens_G[None]).sum()
         expected = torch.autograd.grad(loss, parameters)
 
-        # Megatron sums over TP, and averages over DP x CP; or it sums over all and divides by the step's tokens.
+        # Megatron sums over TP and averages over DP x CP. With a loss per token it sums over all ranks, and divides by the
+        # step's tokens.
         divisor = int(whole.tokens_G.sum()) if per_token else state.get_data_parallel_world_size() * cp
         worst = largest = 0.0
         for got, wanted in zip(ours, expected, strict=True):
             dist.all_reduce(got)
             worst = max(worst, float((got / divisor - wanted).abs().max()))
             largest = max(largest, float(wanted.abs().max()))
-        tracked()  # what was recorded goes with the layer
+        tracked()  # clears the terms that Megatron recorded for this layer
         return worst, largest, groups.tp.size(), groups.tp_cp.size()
 
 

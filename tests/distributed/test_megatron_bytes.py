@@ -1,4 +1,4 @@
-"""Payload bytes of our layer inside Megatron on random routings: equal to their closed form, rank by rank, no tolerance."""
+"""Payload bytes of our layer in Megatron equal their closed form exactly, on each rank, for random routings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ ROW_BYTES = HIDDEN_DIM * 4
 
 
 def rows_to(routing: Any, placement: Any) -> torch.Tensor:
-    """Distinct (token, rank) pairs by rank, [ep]: by a loop over the router's choices."""
+    """Counts distinct (token, rank) pairs by rank, [ep], in a loop over the router's choices."""
     taken = routing.assignments.taken()
     pairs = {
         (token, placement.rank_of_expert[expert])
@@ -27,7 +27,7 @@ def rows_to(routing: Any, placement: Any) -> torch.Tensor:
 
 
 def modalities(seed: int, rank: int, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """Ids [batch, sequence]: mixed with padding, of one modality, or (every third rank and seed) nothing but padding."""
+    """Returns ids [batch, sequence]: mixed with padding, of one modality, or only padding (every third rank and seed)."""
     if (seed + rank) % 3 == 0:
         return torch.full(size, -1)
     first, end = ((-1, 2), (0, 1), (1, 2))[seed % 3]
@@ -35,7 +35,7 @@ def modalities(seed: int, rank: int, size: tuple[int, int], generator: torch.Gen
 
 
 def run_routings(rank: RankContext, layouts: list[Layout], seeds: range) -> list[int]:
-    """Body of a standing world: each seed routes other numbers of tokens by another router; rows sent, by layout."""
+    """Each seed draws token counts and a router. Returns the rows that this rank sent, by layout."""
     totals = []
     for layout in layouts:
         with megatron(layout) as state:
@@ -57,10 +57,10 @@ def run_routings(rank: RankContext, layouts: list[Layout], seeds: range) -> list
 
 
 def one_routing(layer: Any, routings: list[Any], rank: int, seed: int, ep_group: Any, *, repeated: bool) -> int:
-    """Forward and backward; holds this rank's bytes of each to the closed form, and returns the rows it sent."""
+    """Compares this rank's bytes of forward and backward with the closed form. Returns its sent rows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in layer.moe.router.parameters():  # the same on all ranks
+        for parameter in layer.moe.router.parameters():  # equal on all ranks
             parameter.normal_(generator=generator)
     own = torch.Generator().manual_seed(1000 * seed + rank)
     length, batch = (int(torch.randint(1, end, (), generator=own)) for end in (7, 4))
@@ -101,7 +101,7 @@ def layouts_of(world_size: int) -> list[Layout]:
 def test_bytes_equal_the_closed_form_on_random_routings(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
 ) -> None:
-    """400 routings: ranks whose tokens are all padding, batches of one modality, a rank without experts (of four)."""
+    """400 routings, with ranks of only padding, batches of one modality, and a rank without experts (of four)."""
     assert TWO_GROUPS["groups"]["text"]["num_null"] > 0
     layouts = layouts_of(world_size)
     if world_size == 4:

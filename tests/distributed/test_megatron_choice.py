@@ -1,5 +1,5 @@
-"""Experts that choose tokens in Megatron-Core's engine choose those of this project's own engine, whose ranks have whole
-micro-batches: in training, and by calibrated thresholds in evaluation."""
+"""Expert choice and thresholds in Megatron-Core's engine equal those of moe_dist's engine: in training, and by calibrated
+thresholds in evaluation. Ranks of moe_dist's engine have whole micro-batches."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Outcome:
-    """All steps, and the evaluation that ends the run."""
+    """Returns all steps, and the run's last evaluation."""
     with started_run(rank, data, {**CHANGES, **changes}) as run:
         steps = take_steps(run, 0, run.config.train.steps)
         evaluator = build_evaluator(run.config, load_manifest(data), run.training, run.placement)

@@ -1,4 +1,4 @@
-"""The engine of Megatron-Core against this project's own: the same sequences, the same losses."""
+"""On the same sequences, the engines of Megatron-Core and of moe_dist have the same losses."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ def close(found: list[dict[str, Any]], expected: list[dict[str, Any]], *, bound:
 
 @pytest.fixture(scope="module")
 def own_losses(run_in_world: Callable[..., list[Any]], tiny_data: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Steps of this project's own engine on so many ranks; each is computed once."""
+    """Returns the steps of moe_dist's engine on this number of ranks; cached."""
     known: dict[str, list[dict[str, Any]]] = {}
 
     def of(world_size: int, **changes: Any) -> list[dict[str, Any]]:
@@ -192,7 +192,7 @@ CHOICE: Mapping[str, Any] = {
 
 
 class Choices:
-    """Keeps what a trace would write of each micro-batch."""
+    """Keeps the choices of each micro-batch that a trace would write."""
 
     own_tokens = False
 
@@ -209,7 +209,7 @@ class Choices:
 
 
 def traced(rank: RankContext, data: str, changes: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """Tokens, columns and weights of a step by micro-batch and layer."""
+    """Returns tokens, columns and weights of a step by micro-batch and layer."""
     watcher: Any = Choices()
     with started_run(rank, data, changes) as run:
         take_steps(run, 0, 1, [watcher])
@@ -243,12 +243,12 @@ def test_a_trace_has_every_token_once_with_its_choices(
                 continue
             assert (tokens == own_tokens).all()
             assert (column == own_column).all()
-            assert weight == pytest.approx(own_weight, rel=2e-3)  # float16
+            assert weight == pytest.approx(own_weight, rel=2e-3)  # weights of a trace are float16
 
 
 def poisoned(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[bool, bool, float]:
-    """A step with a weight that is no number on one rank: whether it was skipped, whether moments moved, and the loss of
-    the next step without that weight."""
+    """Takes a step with a NaN weight on one rank, then one without. Returns whether the first was skipped, whether moments
+    changed, and the second step's loss."""
     with started_run(rank, data, changes) as run:
         weight = next(run.parameters()).data.flatten()
         before = weight[0].item()
@@ -292,7 +292,7 @@ def test_the_ledger_counts_what_the_own_engine_sends(
 
 
 def tracked(rank: RankContext, data: str, changes: Mapping[str, Any]) -> set[str]:
-    """Collectives of a step that the watchdog sees."""
+    """Returns the collectives of a step that the watchdog tracks."""
     seen: set[str] = set()
     with started_run(rank, data, changes) as run:
         tracker: Any = run.mesh.tracker
@@ -310,7 +310,7 @@ def test_the_watchdog_sees_exchanges_and_the_pipeline(run_with_megatron: Callabl
 
 
 def numbers_of_weights(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[int, float]:
-    """Weights on this rank, and those of the fullest by the dry run."""
+    """Returns the number of weights on this rank, and the dry run's estimate for the fullest rank."""
     with started_run(rank, data, changes) as run:
         positions = range(run.config.parallel.ep)
         estimates = [stage_memory(run.config, run.placement, rank=each, rows=1.0, pairs=1.0) for each in positions]
@@ -321,7 +321,7 @@ def test_the_dry_run_counts_the_weights_of_the_fullest_rank(
     run_in_world: Callable[..., list[Any]], tiny_data: Path
 ) -> None:
     counted = run_in_world(4, numbers_of_weights, str(tiny_data), {**ranks(2, 2), **megatron(tp=2, pp=2)})
-    # The estimate spreads norms evenly over stages, but the last stage has one more.
+    # The estimate spreads norms evenly over the stages, although the last stage has one more.
     assert max(own for own, _ in counted) == pytest.approx(counted[0][1], abs=32)
 
 

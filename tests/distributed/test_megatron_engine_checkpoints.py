@@ -1,4 +1,4 @@
-"""A checkpoint of either engine is one of the other, to the last bit, on any ranks."""
+"""Each engine loads the other's checkpoints to the last bit, on any number of ranks."""
 
 import gc
 from collections import Counter
@@ -37,7 +37,7 @@ PINNED = {**TWO, "placement": {"policy": "pinned"}, **megatron(cp=2)}
 def legs(
     rank: RankContext, data: str, changes: Mapping[str, Any], source: str | None, steps: tuple[int, int], target: str
 ) -> list[float]:
-    """Loads the checkpoint in `source`, takes the steps from the first to before the last, and saves to `target`."""
+    """Loads the checkpoint in `source`, takes the steps `steps[0]` to `steps[1]` - 1, and saves to `target`."""
     with started_run(rank, data, changes) as run:
         mesh = run.mesh
         layout = RankLayout(run.placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
@@ -47,7 +47,7 @@ def legs(
 
         if source is not None:
             for parameter in run.parameters():
-                parameter.data.fill_(float("nan"))  # whatever is not loaded shows
+                parameter.data.fill_(float("nan"))  # a tensor that is not loaded then gives NaN
             state, store = run.training.capture(layout), manager(source)
             newest = store.latest()
             assert newest is not None
@@ -64,7 +64,7 @@ def legs(
 
 
 def fingerprints(folder: Path) -> dict[str, Any]:
-    """What tells two checkpoints apart: dtype, shape and fingerprint of each tensor, and the optimizer's steps."""
+    """Returns dtype, shape and fingerprint of each tensor, and the optimizer's steps, to compare two checkpoints."""
     newest = next(each for each in folder.iterdir() if each.is_dir())
     contents = open_checkpoint(newest)
     found: dict[str, Any] = {name: (e.dtype, e.shape, e.fingerprint) for name, e in contents.index.tensors.items()}
@@ -72,7 +72,7 @@ def fingerprints(folder: Path) -> dict[str, Any]:
 
 
 def exported_files(source: Path, out: Path, data: Path) -> dict[str, bytes]:
-    """Exports a checkpoint to Hugging Face's files; returns their contents by name."""
+    """Exports a checkpoint to Hugging Face's format. Returns the files' contents by name."""
     export_model(source, out, data=data)
     return {each.name: each.read_bytes() for each in out.iterdir()}
 
@@ -91,7 +91,7 @@ def test_there_and_back_changes_no_bit(
     layout: Mapping[str, Any],
     readers: dict[str, Any],
 ) -> None:
-    """`readers` are ranks of the own engine that read the sequences of a micro-batch as those of the layout do."""
+    """The ranks `readers` of moe_dist's engine read the same sequences in each micro-batch as the Megatron layout."""
     data, folders = str(tiny_data), [str(tmp_path / name) for name in ("own", "there", "back", "on", "resumed", "again")]
     own, there, back, on, resumed, again = folders
     layout = {**layout, **BIASES}
@@ -136,8 +136,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(
 
 
 def tensors_after_a_save(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Counter[tuple[int, ...]]:
-    """Shapes of the tensors that a save leaves in this process. Vectors are left out, because threads of the standing world
-    make some; most gathered tensors are matrices."""
+    """Returns the shapes of the tensors that a save leaves in this process. Vectors are not counted, because threads of
+    these processes allocate some. Most gathered tensors are matrices."""
 
     def alive() -> Counter[tuple[int, ...]]:
         gc.collect()
@@ -145,7 +145,7 @@ def tensors_after_a_save(rank: RankContext, data: str, changes: Mapping[str, Any
         return Counter(tuple(each.shape) for each in tensors if each.ndim > 1)
 
     with started_run(rank, data, changes) as run:
-        take_steps(run, 0, 1)  # makes the moments
+        take_steps(run, 0, 1)  # allocates the moments
         mesh = run.mesh
         store = CheckpointManager(rank.folder / "saved", keep=1, lease_check=lambda: None, process_group=mesh.checkpoint)
         before = alive()
@@ -161,7 +161,7 @@ def test_a_save_keeps_no_gathered_tensor(run_with_megatron: Callable[..., list[A
 
 
 def begun(rank: RankContext, data: str, changes: Mapping[str, Any]) -> float:
-    """Loss of the first step of a run that begins with other weights."""
+    """Returns the loss of the first step of a run that starts with another run's weights."""
     with started_run(rank, data, changes) as run:
         mesh, folder = run.mesh, rank.folder / "new"
         store = CheckpointManager(folder, keep=1, lease_check=lambda: None, process_group=mesh.checkpoint)

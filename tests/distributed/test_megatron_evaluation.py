@@ -1,4 +1,4 @@
-"""What a run of Megatron-Core's engine shows at its end is what this project's own engine shows."""
+"""The last evaluation and the cost table of Megatron-Core's engine equal those of moe_dist's engine."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,11 +31,11 @@ ALL = {
 class Shown(NamedTuple):
     evaluation: EvaluationResult
     costs: list[Cost]
-    even: Mapping[str, float]  # held-out losses with evenly spread pairs, as balance efficiency times them
+    even: Mapping[str, float]  # held-out losses with evenly spread pairs, which the balance efficiency times
 
 
 def shown(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Shown:
-    """Two steps, then the last evaluation and the cost table."""
+    """Takes two steps. Returns the last evaluation and the cost table."""
     changes = {**ALL, **changes}
     with started_run(rank, data, changes) as run:
         plan, mesh = check(config_of(data, rank.folder, changes), world_size=rank.world_size), run.mesh

@@ -1,6 +1,7 @@
-"""Our layer in Megatron's GPTModel gives what our own model gives: logits, gradients, aux terms, bytes. On gloo.
+"""Our layer in Megatron's GPTModel equals our own model: logits, gradients, auxiliary terms, bytes.
 
-Four ranks; the oracle is our transformer on one rank over the whole batch. Megatron's groups, DDP and gradient reduction.
+Four gloo ranks with Megatron's groups, DDP and gradient reduction. The oracle is our transformer on one rank over the whole
+batch.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,8 @@ from tests.support.worlds import RankContext
 
 
 def remote_rows(ours: Any, whole: TokenBatch, layout: Layout, state: Any) -> int:
-    """Distinct (token, other rank) pairs of this rank's tokens over all layers: by a loop, from our routers' choices."""
+    """Counts distinct (token, other rank) pairs of this rank's tokens over all layers, in a loop over our routers'
+    choices."""
     settings = layout.settings
     placement = settings.place(layout.ep)
     chosen: list[list[set[int]]] = []
@@ -59,7 +61,7 @@ def remote_rows(ours: Any, whole: TokenBatch, layout: Layout, state: Any) -> int
 
 
 def parity(rank: RankContext, layout: Layout) -> dict[str, Any]:
-    """Forward and backward on both sides; the differences, the bytes and the tracked aux terms."""
+    """Runs forward and backward on both sides. Returns the differences, the bytes and the tracked auxiliary terms."""
     with megatron(layout) as state:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -121,10 +123,10 @@ LAYOUTS = [
 
 
 def recompute_of(layout: Layout) -> tuple[str, int]:
-    """Our name for Megatron's recompute, and the exchanges of rows in forward and backward.
+    """Returns our name for Megatron's recompute, and the number of row exchanges in forward and backward.
 
-    `moe` keeps the routing and does not repeat combine, `moe_act` lies between the exchanges, full wraps the layer and
-    repeats both.
+    `moe` keeps the routing and does not repeat combine. `moe_act` recomputes only between the exchanges. `full` recomputes
+    the layer with both exchanges.
     """
     if layout.options.get("recompute_granularity") == "full":
         return "none", 6
@@ -139,7 +141,7 @@ def test_megatrons_model_with_our_layer_gives_what_ours_gives(
     for outcome in run_with_megatron(4, parity, layout):
         difference, where = outcome["gradients"]
         assert outcome["logits"] <= 1e-5
-        assert outcome["scale"] > 1e-2  # the gradients are not small by themselves
+        assert outcome["scale"] > 1e-2  # the gradients are large enough for the comparison
         assert difference <= 1e-5, where
         forward, both, rows = outcome["bytes"]
         assert forward == 2 * rows * HIDDEN_DIM * 4

@@ -1,5 +1,7 @@
-"""Replayed routing in Megatron's GPTModel with our layer: the loss and the reduced gradients of the recorded step, bit for
-bit, over two micro-batches that both go forward before the first goes backward, as in a pipeline."""
+"""Replayed routing in Megatron's GPTModel with our layer has the recorded step's loss and reduced gradients, bit for bit.
+
+Two micro-batches go forward before the first goes backward, as in a pipeline.
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,13 +20,13 @@ from tests.support.worlds import RankContext
 
 
 def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
-    """The worst columns of the token's group win."""
+    """Returns scores by which the token's worst columns win."""
     return masked_TC.detach().neg().masked_fill(masked_TC == float("-inf"), float("-inf"))
 
 
 def three_steps(rank: RankContext, layout: Layout) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Losses and gradients of a recorded step, which chooses by reversed scores, of its replay, and of a plain step; as
-    arrays, because this process cannot load tensors that a later Megatron-Core has pickled."""
+    """Takes a recorded step that chooses by reversed scores, its replay, and a plain step. Returns losses and gradients as
+    numpy arrays, because this process cannot load tensors pickled by a newer Megatron-Core environment."""
     with megatron(layout) as state:
         from megatron.core.distributed import finalize_model_grads
 
@@ -40,7 +42,7 @@ def three_steps(rank: RankContext, layout: Layout) -> list[tuple[np.ndarray, dic
                 for part in parts
             ]
             for hook in hooks:
-                hook.remove()  # what is recomputed is not recorded twice
+                hook.remove()  # the recomputation must not be recorded again
             for loss in losses:
                 loss.mean().backward()
             finalize_model_grads([model], None)

@@ -1,4 +1,4 @@
-"""What Megatron-LM's --spec does with our name: the layer is built from the file that the environment names."""
+"""Megatron-LM's --spec with our name builds the layer from the file that the environment variable names."""
 
 import os
 from collections.abc import Callable
@@ -25,7 +25,7 @@ seed: 4
 
 
 def built_by_name(rank: RankContext, eps: list[int]) -> tuple[str, list[dict[str, np.ndarray]]]:
-    """Megatron's version, and for each EP size this rank's initial weights by logical name."""
+    """Returns Megatron's version, and for each EP size this rank's initial weights by logical name."""
     file = Path(rank.folder) / f"experts_{rank.rank}.yaml"
     file.write_text(EXPERTS)
     os.environ["MOE_DIST_EXPERTS"] = str(file)
@@ -69,7 +69,7 @@ def test_builds_by_name_and_every_layout_starts_equal(
         for name, weight in parted.items():
             np.testing.assert_array_equal(weight, alone[name])
         values = np.concatenate([weight.ravel() for weight in alone.values()])
-        assert len(np.unique(values)) > 0.99 * len(values)  # no two experts start alike
+        assert len(np.unique(values)) > 0.99 * len(values)  # no two experts start equal
     assert together.keys() == results[0][1][0].keys()
 
 

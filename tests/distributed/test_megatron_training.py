@@ -1,4 +1,5 @@
-"""Megatron's own machinery around our layer: its stock MoE layer beside ours, pipeline stages, optimizer, checkpoints."""
+"""Our layer with Megatron's machinery: compared with its own MoE layer, in pipeline stages, with its optimizer and
+checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,14 +41,14 @@ from tests.support.megatron_run import (
 from tests.support.worlds import RankContext
 
 LR, CLIP, STEPS = 1e-2, 0.3, 3
-ADAM_EPS = 1e-3  # not so small that Adam makes whole steps of the last bits of a gradient near zero
+ADAM_EPS = 1e-3  # large enough that rounding of a gradient near zero makes no full Adam step
 
 
 # --- Megatron's own MoE layer
 
 
 def stock_names(tensors: dict[str, torch.Tensor], placement: ExpertPlacement, ep_rank: int) -> dict[str, torch.Tensor]:
-    """Parameters of a rank with our layer, as those with Megatron's: one expert a module, gate and up in one matrix."""
+    """Converts a rank's parameters of our layer to Megatron's form: one module per expert, gate and up in one matrix."""
     renamed = {}
     for name, tensor in tensors.items():
         if ".mlp.moe.experts." not in name:
@@ -70,8 +71,8 @@ def forward_and_gradients(model: Any, batch: TokenBatch) -> tuple[torch.Tensor, 
     losses = model.train()(batch.tokens_BS, batch.positions, causal_mask(), labels=batch.labels_BS)
     losses.mean().backward()
     finalize_model_grads([model], None)
-    # Last: Megatron's dispatcher keeps tensors of its last forward. With their graph they would hold the model and all
-    # groups for ever, and each call of this would wear a world out.
+    # This forward without a graph comes last, because Megatron's dispatcher keeps tensors of its last forward. With a graph
+    # they would keep the model and all process groups alive after each call.
     with torch.no_grad():
         logits = model.eval()(batch.tokens_BS, batch.positions, causal_mask())
     return logits, {name.removeprefix("module."): gradient for name, gradient in gradients_of(model).items()}
@@ -83,7 +84,7 @@ def beside_stock(rank: RankContext, layout: Layout) -> tuple[float, tuple[float,
 
         model, ours, mine, _ = build(layout, state)
         placement, ep_rank = layout.settings.place(layout.ep), state.get_expert_model_parallel_rank()
-        # Megatron's loss is ours over top_k, and the average over data-parallel ranks takes a part of it.
+        # Megatron divides its loss by top_k = 2, and averages it over the data-parallel ranks.
         coefficient = BALANCE * 2 * state.get_data_parallel_world_size()
         config = transformer_config(Layout(ep=layout.ep, values=layout.values, options={"moe_aux_loss_coeff": coefficient}))
         stock = gpt_model(config, get_gpt_decoder_block_spec(config, False, normalization="RMSNorm"))
@@ -111,7 +112,7 @@ def test_megatrons_own_layer_gives_the_same_without_null_experts(
 
 
 def pipeline(rank: RankContext, layout: Layout, micro_batches: int) -> tuple[float, str]:
-    """Two stages under Megatron's 1F1B schedule; every stage gets the modality ids of the whole sequence."""
+    """Runs two stages under Megatron's 1F1B schedule. Every stage gets the modality ids of the whole sequence."""
     with megatron(layout) as state:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -186,7 +187,7 @@ def optimizer_of(model: Any) -> Any:
 
 
 def take_step(model: Any, optimizer: Any, batch: TokenBatch) -> float:
-    """One step of Megatron; returns its gradient norm before clipping."""
+    """Takes one step in Megatron. Returns its gradient norm before clipping."""
     from megatron.core.distributed import finalize_model_grads
 
     model.zero_grad_buffer()
@@ -200,7 +201,7 @@ def take_step(model: Any, optimizer: Any, batch: TokenBatch) -> float:
 
 
 def our_steps(layout: Layout, steps: int) -> tuple[Any, list[float]]:
-    """The oracle: our model on one rank with torch's AdamW; the model, and each step's gradient norm."""
+    """Trains our model on one rank with torch's AdamW, as the oracle. Returns the model and each step's gradient norm."""
     model = our_model(layout.settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), eps=ADAM_EPS, weight_decay=0.0)
     norms = []
@@ -235,7 +236,8 @@ def saved_state(model: Any, optimizer: Any, *, is_loading: bool = False) -> dict
 
 
 def train_save_and_go_on(rank: RankContext, first: Layout, then: list[Layout]) -> dict[str, Any]:
-    """Three steps on one layout, saved; then a fourth on that one and on each other layout, from the checkpoint."""
+    """Takes three steps on one layout and saves. Then takes the fourth step from this checkpoint on each layout of
+    `then`."""
     folder = Path(rank.folder) / "checkpoint"
     folder.mkdir(exist_ok=True)
     after_three, _ = our_steps(first, STEPS)
@@ -255,7 +257,7 @@ def train_save_and_go_on(rank: RankContext, first: Layout, then: list[Layout]) -
             model, _, _, _ = build(layout, state)
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.fill_(float("nan"))  # whatever is not loaded shows
+                    parameter.fill_(float("nan"))  # a tensor that is not loaded then gives NaN
             optimizer = optimizer_of(model)
             loaded = dist_checkpointing.load(saved_state(model, optimizer, is_loading=True), str(folder))
             model.module.load_state_dict(loaded["model"])
@@ -275,6 +277,6 @@ def test_trains_and_goes_on_from_a_checkpoint_at_any_ep(
     for outcome in run_with_megatron(4, train_save_and_go_on, first, then):
         expected = outcome["expected_norms"][:STEPS] + outcome["expected_norms"][STEPS:] * len(then)
         assert outcome["norms"] == pytest.approx(expected, rel=1e-5)
-        assert expected[0] > CLIP  # the bound acts
+        assert expected[0] > CLIP  # clipping is active
         for difference, where in outcome["differences"]:
             assert difference <= 1e-5, where

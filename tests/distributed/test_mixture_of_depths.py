@@ -1,4 +1,4 @@
-"""Mixture of depths: N ranks train what one process trains that chooses over the same sets of tokens."""
+"""Mixture of depths on N ranks equals one process that selects over the same selection scopes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +24,14 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the checkpoints that carry the initial weights, one for each way to evaluate."""
+    """Returns a folder for the checkpoints with the initial weights, one for each causal method."""
     return tmp_path_factory.mktemp("start")
 
 
 @pytest.fixture(scope="module")
 def oracle_of(run_in_world: Callable[..., list[Any]], start: Path) -> Callable[[str, int], Outcome]:
-    """`oracle_of(causal, parts)`: one process whose tokens are so many selection scopes."""
+    """Returns `oracle_of(causal, parts)`: the outcome of one process whose tokens are split into `parts` selection
+    scopes."""
     known: dict[tuple[str, int], Outcome] = {}
 
     def oracle(causal: str, parts: int) -> Outcome:
@@ -55,7 +56,8 @@ def test_layout_equals_one_process_over_the_same_sets(
     first = oracle.steps[0].mixture_of_depths
     assert first is not None
     assert (first.layers, first.capacity, first.groups) == ((0,), 0.3, ("text", "image"))
-    assert 0.29 < first.taken_LG.sum() / first.tokens_LG.sum() < 0.4  # rounded up in each set
+    # the number of selected tokens is rounded up in each scope
+    assert 0.29 < first.taken_LG.sum() / first.tokens_LG.sum() < 0.4
     np.testing.assert_array_equal(oracle.steps[0].counts.tokens_LG, [first.taken_LG[0], first.tokens_LG[0]])
     for outcome in outcomes:
         for step, expected in zip(outcome.steps, oracle.steps, strict=True):
@@ -83,5 +85,5 @@ def test_layout_equals_one_process_over_the_same_sets(
 
 
 def test_sets_differ_where_ranks_do(oracle_of: Callable[[str, int], Outcome]) -> None:
-    """The oracle would notice another set: choosing over parts is not choosing over all."""
+    """The selection over two scopes differs from the selection over all tokens, so the comparison can fail."""
     assert np.abs(oracle_of("threshold", 1).logits - oracle_of("threshold", 2).logits).max() > 1e-3

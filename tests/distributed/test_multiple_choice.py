@@ -1,4 +1,5 @@
-"""Log-likelihoods do not depend on the ranks: experts spread over two, requests dealt out, the last round not full."""
+"""Log-likelihoods do not depend on the ranks: experts are spread over two ranks, and requests are divided, with an
+incomplete last round."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from moe_dist.parallel.mesh import make_mesh
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.worlds import RankContext
 
-# Five batches for two ranks, since each is longer than what goes into one together.
+# Five batches for two ranks, because each request is longer than `batch_tokens`.
 ASKED = [Continuation(list(range(8, 8 + size)), [50, 51, 24, 9][: 1 + size % 4]) for size in (3, 5, 8, 12, 14)]
 
 

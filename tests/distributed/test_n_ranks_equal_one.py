@@ -1,10 +1,10 @@
 """N ranks equal one rank: losses, gradients, norm, and parameters after three optimizer steps.
 
-`make test` trains every value of each axis in the first test and the most telling layouts in the others, `make test-full`
-every pair of values in the first test and more layouts in the others, and `make test-exhaustive` the whole product.
+The first test covers every value of each axis in `make test`, every pair of values in `make test-full`, and the whole
+product in `make test-exhaustive`. The other tests run their most telling layouts in `make test`, and more in the others.
 
-The batches hold a sequence that is all padding, one of text alone and one of pictures alone, so that with 8 ranks there are
-ranks without a token and ranks of one modality.
+One sequence is all padding, one has only text and one only pictures. With 8 ranks there are thus ranks without a token and
+ranks of one modality.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ LAYOUTS = [
         SIZES, ("pinned", "interleaved", "uneven"), ("ddp", "fsdp2"), ("none", "experts", "block")
     )
     if not (ep == 1 and placement != "interleaved")
-    # Between the exchanges `experts` repeats what a rank does by itself: 4 ranks show that, 8 would show it again.
+    # `experts` recomputes only the local part between the exchanges. 4 ranks test it as well as 8.
     and not (ep * edp == 8 and recompute == "experts")
 ]
 ONE_RANK = [
@@ -59,7 +59,7 @@ NODES = [
     Layout(4, 1, "interleaved", "fsdp2", pair_budget=5, ranks_per_node=4),
     Layout(2, 2, "pinned", "ddp", "block", ranks_per_node=1),
 ]
-WHOLE = 1e9  # room for every choice
+WHOLE = 1e9  # no choice exceeds this room
 STATIC = [
     Layout(1, 1, room=WHOLE),
     Layout(2, 1, "pinned", "ddp", "experts", room=WHOLE),
@@ -74,13 +74,13 @@ EXTRA += [Layout(2, 2, "interleaved", "fsdp2", "block", fsdp_gather="step"), Lay
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the checkpoint that carries the oracle's initial weights to every layout."""
+    """Returns the folder of the checkpoint with the initial weights, which every layout loads."""
     return tmp_path_factory.mktemp("start")
 
 
 @pytest.fixture(scope="session")
 def one_rank(run_in_world: Callable[..., list[Any]], start: Path) -> Outcome:
-    """The oracle: one process, no recompute."""
+    """Returns the oracle: one process without recompute."""
     return run_in_world(1, train, Layout(), start)[0]
 
 
@@ -100,8 +100,8 @@ def test_layout_equals_one_rank(
             np.testing.assert_array_equal(step.labels_M, expected.labels_M)
             assert step.tokens == expected.tokens
             assert step.ledger["pairs"] == expected.ledger["pairs"]
-            # Two exchanges forward and two backward; recompute of whole blocks repeats one, of experts none.
-            # Where there are nodes, an exchange has two hops, and `rows_remote` has the rows of both.
+            # Two exchanges in forward and two in backward. Recompute of blocks repeats one, of experts none. With nodes an
+            # exchange has two hops, and `rows_remote` counts both.
             crossings = 5 if layout.recompute == "block" else 4
             rows = step.ledger["rows_remote"] + step.ledger["rows_padding"]
             assert step.ledger["payload_bytes"] == crossings * rows * HIDDEN_DIM * 8
@@ -117,7 +117,7 @@ def test_layout_equals_one_rank(
     logits = np.concatenate([outcome.logits for outcome in outcomes])
     np.testing.assert_allclose(logits, one_rank.logits, rtol=0, atol=1e-9)
     first = outcomes[0].events
-    # Planned once a layer and (half) micro-batch, whatever is recomputed; the last forward is the one for the logits.
+    # One plan per layer and (half) micro-batch, also with recompute. The last forward, for the logits, adds one.
     plans = LAYERS * (STEPS * MICRO_BATCHES * (1 + layout.halves) + 1) if layout.ep > 1 else 0
     ids = PAIR_ROWS if layout.ranks_per_node is None else EXPERT_IDS
     for hop in hops_of(layout):
@@ -127,7 +127,7 @@ def test_layout_equals_one_rank(
 
 
 def hops_of(layout: Layout) -> list[str]:
-    """First words of the names of a layout's exchanges; a hop over one rank has none."""
+    """Returns the prefixes of the layout's exchange names. A hop over one rank has no exchange."""
     if layout.ranks_per_node is None:
         return [""]
     sizes = {"inter-node ": layout.ep // layout.ranks_per_node, "intra-node ": layout.ranks_per_node}
@@ -149,7 +149,8 @@ def hops_of(layout: Layout) -> list[str]:
 def test_free_experts_on_ranks_equal_one_rank(
     run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout
 ) -> None:
-    """Identity and constant experts: replicated or sharded with the dense parameters, through a checkpoint."""
+    """Identity and constant experts are replicated, or sharded with the dense parameters. Weights come from a
+    checkpoint."""
     oracle: Outcome = run_in_world(1, train, Layout(free=True), tmp_path)[0]
     outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
     free = sum(group.num_identity + group.num_constant for group in layout.groups)
@@ -179,7 +180,7 @@ def test_free_experts_on_ranks_equal_one_rank(
 def test_auxiliary_terms_of_a_step_equal_those_of_one_uncut_rank(
     run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout
 ) -> None:
-    """However a step is cut into micro-batches and ranks. Terms of a micro-batch depend on it."""
+    """Terms of a step do not depend on its division into micro-batches and ranks. Terms of a micro-batch do."""
     alone = Layout(balance_loss=layout.balance_loss, balance_scope="step")
     oracle: Outcome = run_in_world(1, train, alone, tmp_path)[0]
     outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
@@ -262,11 +263,12 @@ def test_compiled_dense_parts(
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(2, 2, "interleaved", "fsdp2", optimizer="muon"),  # stacks by whole experts, and cut inside each expert
+        # FSDP2 shards some stacks by experts, and some inside experts
+        Layout(2, 2, "interleaved", "fsdp2", optimizer="muon"),
         exhaustive(Layout(2, 1, "pinned", "ddp", "block", optimizer="muon")),
         full(Layout(4, 1, "uneven", "fsdp2", optimizer="muon")),
         exhaustive(Layout(2, 2, "pinned", "ddp", optimizer="muon")),
-        exhaustive(Layout(4, 2, "interleaved", "fsdp2", "block", optimizer="muon")),  # ranks without a row of a matrix
+        exhaustive(Layout(4, 2, "interleaved", "fsdp2", "block", optimizer="muon")),  # some ranks have no row of a matrix
     ],
     ids=str,
 )
@@ -285,7 +287,7 @@ def test_muon_on_ranks_equals_one_rank(run_in_world: Callable[..., list[Any]], t
 )
 def test_fp32_equals_one_rank_within_rounding(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
     oracle: Outcome = run_in_world(1, train, Layout(precision="float32"))[0]
-    # Only where no choice hangs on the last bits can two layouts be compared in fp32 at all.
+    # Two layouts can be compared in fp32 only if rounding decides no choice.
     assert oracle.smallest_gap > 1e-5
     outcomes = run_in_world(layout.world_size, train, layout)
     for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):

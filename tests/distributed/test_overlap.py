@@ -1,4 +1,5 @@
-"""What is computed while which rows are in flight, by the recorded order; and what the dispatcher syncs."""
+"""The recorded order shows which computations overlap with which exchanges, and how often the dispatcher syncs with the
+host."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,8 @@ T, E, K = 40, 6, 3
 
 
 def events_of(run_in_world: Callable[..., list[Any]], layout: Layout) -> list[str]:
-    """One forward and backward of the whole model; metadata left out, the same on all ranks."""
+    """Returns the events of one forward and backward of the whole model, without metadata exchanges. Exchanges of rows come
+    in the same order on all ranks."""
     everywhere = run_in_world(layout.world_size, recorded_pass, layout)
     exchanged = (DISPATCH_ROWS, COMBINE_ROWS, REPLICAS)
     wanted = (*exchanged, *(f"wait {name}" for name in exchanged), "own pairs", "shared", "pairs")
@@ -70,7 +72,8 @@ def test_a_chunk_is_dispatched_while_the_one_before_is_computed(run_in_world: Ca
 
 
 def test_weights_of_replicas_are_exchanged_once_around_all_chunks(run_in_world: Callable[..., list[Any]]) -> None:
-    """Of both groups: before the rows, beside the shared expert; backward sends the gradients behind the rows."""
+    """Both groups send replica weights before the rows, and the shared expert overlaps with them. In backward the replicas'
+    gradients follow the rows."""
     events = events_of(run_in_world, Layout(2, 1, "interleaved", overlap=True, chunks=2, replicas=True))
     forward = [
         REPLICAS, REPLICAS, "dispatch rows 0", "dispatch rows 1", "shared", "own pairs",
@@ -95,7 +98,7 @@ def test_a_recomputed_block_repeats_the_way_out_alone(run_in_world: Callable[...
 
 
 class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for values of the device: one entry for each operation that does."""
+    """Records the operations for which the host waits for values of the device."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
 
@@ -123,7 +126,7 @@ def assignments_of(rank: int) -> tuple[Assignments, torch.Tensor]:
 
 
 def whole_way(dispatcher: AllToAllDispatcher | PipelinedDispatcher, rank: int, dim: int, *, backward: bool) -> Any:
-    """Plan, dispatch, experts that do nothing, combine, and the gradients; returns the plan."""
+    """Runs plan, dispatch, experts that copy their rows, combine, and backward. Returns the plan."""
     assignments, weight_N = assignments_of(rank)
     h_TD = torch.ones(T, dim).requires_grad_()
     plan: Any = dispatcher.plan(assignments, T)
@@ -143,9 +146,10 @@ def make(rank: RankContext, overlap: bool, chunks: int) -> AllToAllDispatcher | 
 
 
 def syncs(rank: RankContext, overlap: bool, chunks: int) -> tuple[list[str], int, list[str]]:
-    """Named syncs, lists read from tensors, and other operations that wait, in one forward and backward."""
+    """Returns the named syncs, the number of lists read from tensors, and other waiting operations of one forward and
+    backward."""
     dispatcher = make(rank, overlap, chunks)
-    whole_way(dispatcher, rank.rank, 4, backward=True)  # the placement's tables are made once
+    whole_way(dispatcher, rank.rank, 4, backward=True)  # the first pass makes the placement's tables
     events = dispatcher.exchange.all_to_all.comm_stats.events
     assert events is not None
     events.clear()

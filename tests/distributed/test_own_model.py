@@ -1,4 +1,5 @@
-"""The public API as docs/examples use it: N ranks train the same model as one, in a plain loop and under frameworks."""
+"""The public API, as docs/examples use it: N ranks train the same model as one rank, in a plain loop and under
+frameworks."""
 
 import re
 import runpy
@@ -89,7 +90,8 @@ def own_loss() -> float:
 
 
 def own_loop(rank: RankContext, data: str, changes: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Returns losses and gradient norms of a loop by the public API, over model and batches of the own trainer."""
+    """Returns losses and gradient norms of a loop through the public API, with the model and batches of moe_dist's
+    trainer."""
     with started_run(rank, data, changes) as run:
         model, group, groups = run.training.parallel.model, run.mesh.world, run.placement.groups
         section = run.config.optimizer
@@ -144,7 +146,7 @@ def test_frameworks_train_the_model_of_the_plain_loop(name: str, ranks: int) -> 
     done = subprocess.run([*command, str(EXAMPLES / f"{name}.py")], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     (found,) = re.findall(r"^loss ([\d.]+)$", done.stdout, re.MULTILINE)
-    assert float(found) == pytest.approx(own_loss(), abs=2e-9)  # printed with 9 digits
+    assert float(found) == pytest.approx(own_loss(), abs=2e-9)  # the example prints 9 digits
 
 
 @pytest.mark.parametrize("name", ["own_model", *FRAMEWORKS])
@@ -167,7 +169,7 @@ def clipped(_: RankContext, placement: ExpertPlacement | None) -> tuple[float, d
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     state = moe_dist.full_state_dict(model)
     fresh = names["Model"](group if size > 1 else None).to(torch.float64)
-    moe_dist.load_full_state_dict(fresh, state)  # also from another placement
+    moe_dist.load_full_state_dict(fresh, state)  # the fresh model may have another placement
     again = moe_dist.full_state_dict(fresh)
     assert all(torch.equal(state[name], again[name]) for name in state)
     lengths = [len(parameter) for parameter in moe_dist.expert_parameters(model)]
@@ -218,7 +220,7 @@ def with_unused_and_frozen(_: RankContext) -> tuple[float, bool]:
     for expert in experts:
         expert.requires_grad_(False)
     before = [expert.detach().clone() for expert in experts]
-    moe_dist.average_over_ranks(model, group)  # has no hook for a frozen parameter
+    moe_dist.average_over_ranks(model, group)  # adds no hook for a frozen parameter
     names["sum_loss"](model, names["TOKENS_BT"])[0].backward()
     moe_dist.finish_gradients(model, group)
     torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.1, weight_decay=0.5).step()

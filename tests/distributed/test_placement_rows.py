@@ -1,4 +1,5 @@
-"""Rows counted for another placement are those that a run with that placement sends; this placement's are the ledger's."""
+"""Rows counted for another placement equal the rows that a run with that placement sends. Rows counted for the run's own
+placement equal the ledger."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ POLICIES = ("pinned", "interleaved", "uneven")
 
 
 def one_step(rank: RankContext, layout: Layout) -> tuple[int, dict[str, int]]:
-    """Rows that the ledger has, and those counted for each placement."""
+    """Returns the rows of the ledger, and the rows counted for each placement."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats()
     parallel = build(layout, mesh, comm_stats)

@@ -1,5 +1,5 @@
-"""Ranks of launchers that only set variables (mpirun, srun, pods of Kubernetes): how they end, and how the same start goes
-on with the run."""
+"""Launchers that only set variables (mpirun, srun, Kubernetes pods): ranks end after each fault, and the same start resumes
+the run."""
 
 import contextlib
 import os
@@ -52,16 +52,16 @@ def mpirun(rank: int, start: int) -> dict[str, str]:
 
 def srun(rank: int, start: int) -> dict[str, str]:
     task = {"SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(RANKS), "SLURM_LOCALID": str(rank), "SLURM_GTIDS": "0,1"}
-    return {**task, "SLURM_JOB_ID": "17", "SLURM_STEP_ID": str(start)}  # a step for each start
+    return {**task, "SLURM_JOB_ID": "17", "SLURM_STEP_ID": str(start)}  # each start is another job step
 
 
 def pod(rank: int, start: int) -> dict[str, str]:
-    """Of an operator that restarts containers: each has the same variables in every start."""
+    """Returns the variables of an operator that restarts containers: equal in every start."""
     return {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
 
 
 def free_port() -> int:
-    """One that stays free between two starts: the kernel gives connections ports above these."""
+    """Returns a port that stays free between two starts, because the kernel takes higher ports for connections."""
     for port in random.sample(range(20_000, 30_000), 100):
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
@@ -72,15 +72,15 @@ def free_port() -> int:
 def is_frozen(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() == psutil.STATUS_STOPPED
-    except psutil.NoSuchProcess:  # it has ended since
+    except psutil.NoSuchProcess:  # the process has ended
         return False
 
 
 class Job:
-    """A run of the tiny model, each start of which has the variables of one launcher.
+    """A run of the tiny model under one launcher.
 
     Args:
-        variables: Of a rank in the Nth start.
+        variables: Returns the launcher's variables of a rank in the Nth start.
     """
 
     def __init__(self, folder: Path, data: Path, variables: Callable[[int, int], dict[str, str]]) -> None:
@@ -105,7 +105,7 @@ class Job:
         self._starts += 1
 
     def codes(self) -> list[int | None]:
-        """Of all ranks, when all have ended but those that are frozen."""
+        """Waits until all ranks have ended, except frozen ones. Returns all exit codes; None for a frozen rank."""
         for rank in self.ranks:
             while rank.exitcode is None and not is_frozen(rank.pid):
                 rank.join(0.05)
@@ -134,11 +134,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> li
         return job.records()
 
 
-# A fault of each start, at step 3 with a checkpoint of step 2: the rank, the fault, the exit codes, part of the reason.
-KILLED = (1, "kill", [1, -signal.SIGKILL], "RuntimeError: ")  # no launcher tells of the signal: a peer's lost connection
+# Faults at step 3, after the checkpoint of step 2: rank, fault, exit codes, and a part of the recorded reason.
+# no launcher reports the signal, only a peer its lost connection
+KILLED = (1, "kill", [1, -signal.SIGKILL], "RuntimeError: ")
 FIRST_KILLED = (0, "kill", [-signal.SIGKILL, 1], "RuntimeError: ")
 FROZEN = (1, "freeze", [1, None], "rank 1 did not enter it and wrote no report: suspended, dead")
-RAISED = (1, "raise", [1, 1], "RuntimeError: a fault that a test injected")  # as an error of CUDA does
+RAISED = (1, "raise", [1, 1], "RuntimeError: a fault that a test injected")  # like an error of CUDA
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_each_fault_ends_all_ranks_and_the_same_start_goes_on(
 
 
 class Torchrun:
-    """`torchrun` of one node with two ranks, which restarts them once."""
+    """`torchrun` on one node with two ranks, which restarts them once."""
 
     def __init__(self, folder: Path, data: Path) -> None:
         config = tiny_config(data, folder / "runs", SETTINGS)
@@ -256,7 +257,7 @@ def test_ports_are_on_the_interface_of_the_job_survive_garbage_and_close(tmp_pat
                 with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=10.0) as connection:
                     connection.sendall(garbage)
         before = committed_step(job.run.checkpoints)
-        while committed_step(job.run.checkpoints) < before + 6:  # the run goes on
+        while committed_step(job.run.checkpoints) < before + 6:  # the run continues
             assert all(rank.is_alive() for rank in job.ranks), job.log.read_text()
             time.sleep(0.05)
         os.kill(pids[0], signal.SIGTERM)

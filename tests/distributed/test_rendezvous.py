@@ -1,4 +1,4 @@
-"""Ranks that meet at a published address, and what listens during a world and after it."""
+"""Ranks meet at a published address. Also tests which ports listen while they run, and afterwards."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_ranks_meet_and_nothing_listens_but_on_the_loopback_and_nothing_after(tm
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in (2, 1, 0)  # rank 0 comes last: the others see the stale file first
+        for rank in (2, 1, 0)  # rank 0 starts last, so the others first see the stale file
     ]
     try:
         results = []

@@ -1,7 +1,6 @@
-"""Replayed routing: a step that takes recorded choices has the loss and the gradients of the recorded step, bit for bit.
+"""A replayed step takes recorded choices, and has the loss and the gradients of the recorded step, bit for bit.
 
-The recorded step chooses by reversed scores, so the recorded experts are those that lose when the routers of the replayed
-step choose for themselves.
+The recorded step chooses by reversed scores. The routers of the replayed step would therefore choose other experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +46,7 @@ from tests.support.worlds import RankContext
 
 
 class Choices:
-    """Watches a step: the choices [T, L, K], with their weights, and the group of each token."""
+    """Watches a step: keeps the choices [T, L, K], their weights, and the group of each token."""
 
     own_tokens = False
 
@@ -81,7 +80,7 @@ class Step(NamedTuple):
 
 
 def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
-    """The worst columns of the token's group win."""
+    """Returns scores by which the token's worst columns win."""
     outside = masked_TC == float("-inf")
     return masked_TC.detach().neg().masked_fill(outside, float("-inf"))
 
@@ -95,7 +94,7 @@ def take_step(
     replay: Callable[..., Any] | None = None,
     watchers: Sequence[StepWatcher] = (),
 ) -> Step:
-    """One step of a new model. `replay` makes the context of the step from the model."""
+    """Takes one step of a new model. `replay` makes the step's context from the model."""
     comm_stats, placement = CommStats(), placement_for(layout)
     parallel = build(layout, mesh, comm_stats)
     for layer in parallel.model.moe_modules() if backwards else ():
@@ -173,18 +172,18 @@ def test_a_replayed_step_has_the_bits_of_the_recorded_one(run_in_world: Callable
 
 
 def _among(ids_TLK: np.ndarray, wanted_TLK: np.ndarray) -> np.ndarray:
-    """Whether each of a token's wanted choices is among its choices."""
+    """Returns which wanted choices of a token are among its choices."""
     return (wanted_TLK[..., None] == ids_TLK[..., None, :]).any(-1)
 
 
 def sequences_of(rank: int, world_size: int) -> list[range]:
-    """The numbers of the sequences of `batches_of`."""
+    """Returns the numbers of the sequences of `batches_of`."""
     share = {"micro_batch": SEQUENCES // world_size, "rank": rank, "world_size": world_size}
     return micro_batches(0, global_batch=MICRO_BATCHES * SEQUENCES, **share)
 
 
 def traced_by_one(rank: RankContext, folder: Path) -> Step:
-    """One rank alone takes the step and writes its trace."""
+    """Takes the step on one rank, and writes its trace."""
     (folder / "one").mkdir()
     placement = placement_for(Layout())
     fields = {"layers": tuple(range(LAYERS)), "choices": 3, "weights": False, "modalities": ("text", "image")}
@@ -210,7 +209,7 @@ def replayed_from(rank: RankContext, layout: Layout, folder: Path) -> Step:
 
 
 def rows_of(traced: TracedStep, layout: Layout) -> int:
-    """Distinct (token, other rank) of all ranks, by a loop."""
+    """Counts distinct (token, other rank) pairs of all ranks in a loop."""
     rank_of_expert, rows = placement_for(layout).rank_of_expert, 0
     for sequence, ids_LK in zip(traced.tokens["sequence"], traced.ids, strict=True):
         own = sequence % SEQUENCES // (SEQUENCES // layout.world_size) % layout.ep
@@ -238,7 +237,7 @@ def by_one(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.Temp
 def test_another_layout_sends_the_rows_of_the_record(
     run_in_world: Callable[..., list[Any]], by_one: tuple[Path, Step], layout: Layout
 ) -> None:
-    """A trace of one rank, replayed on several with other placements."""
+    """Several ranks with other placements replay the trace of one rank."""
     folder, recorded = by_one
     traced = read_trace(folder).step(1)
     for outcome in run_in_world(layout.world_size, replayed_from, layout, folder):

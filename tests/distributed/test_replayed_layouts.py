@@ -1,4 +1,5 @@
-"""Replayed bytes and drops are those of dispatchers that really run the layout: 32 cases on 2 and 4 ranks, no tolerance."""
+"""Replayed bytes and drops equal those of dispatchers on real ranks of the same layout exactly, in 32 cases on 2 and 4
+ranks."""
 
 import itertools
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def placement_of(name: str, ranks: int) -> ExpertPlacement:
 
 
 def chosen(case: Case, ranks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids [T, 1, K], sequence and group of each token; what a capacity drops is not dropped yet."""
+    """Returns ids [T, 1, K], sequence and group of each token, before a capacity drops any pair."""
     rng, tokens = np.random.default_rng(CASES.index(case)), ranks * MICRO_BATCH * LENGTH
     group_T = rng.integers(0, 2, tokens)
     ids = np.full((tokens, 1, 3), -1, np.int16)
@@ -55,7 +56,8 @@ def chosen(case: Case, ranks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def really_run(context: RankContext) -> list[tuple[int, int]]:
-    """Payload bytes of forward and backward (hierarchical: those between nodes) and drops of each case, on this rank."""
+    """Returns this rank's payload bytes of forward and backward (with hierarchical only between nodes) and drops, for each
+    case."""
     node = max(1, context.world_size // 2)
     mesh = make_mesh(ep=context.world_size, device=torch.device("cpu"), timeout=600.0, ranks_per_node=node)
     found = []
@@ -111,7 +113,7 @@ def test_bytes_and_drops_are_those_of_a_real_run(run_in_world: Callable[..., lis
 def test_nulls_become_other_true_experts_of_the_group() -> None:
     case = CASES[0]
     before, _, group_T = chosen(case, 4)
-    before[0, 0] = -2 - before[0, 0]  # a dropped pair stays as it is
+    before[0, 0] = -2 - before[0, 0]  # a pair that is already dropped stays dropped
     after = without_nulls(before, group_T, GROUPS)
     for t, (old, new) in enumerate(zip(before[:, 0].tolist(), after[:, 0].tolist(), strict=True)):
         true = [e for e in new if e >= 0]

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint, on the layout that wrote it (the same bits for 20 steps and more) and on others."""
+"""A run resumes from a checkpoint with the same bits for 20 steps on its own layout, and within fp32 rounding on others."""
 
 import functools
 import threading
@@ -34,15 +34,15 @@ LAYOUTS = [
     Layout(4, 1, "uneven", precision=FP32),
     Layout(2, 2, "interleaved", "fsdp2", precision=FP32),
 ]
-COVER = [LAYOUTS[1], LAYOUTS[2]]  # the readers and writers of `make test`
-# DDP goes on to the same bits in tests/integration/test_local_launcher.py, too.
+COVER = [LAYOUTS[1], LAYOUTS[2]]  # `make test` reads and writes these
+# tests/integration/test_local_launcher.py tests DDP as well.
 SAME = [LAYOUTS[2], *(exhaustive(layout) for layout in LAYOUTS if layout is not LAYOUTS[2])]
 Losses = list[tuple[float, ...]]
 Undisturbed = Callable[[Layout], tuple[Path, Losses]]
 
 
 class Resumed:
-    """One rank of a training that saves while it goes on, and may begin at a checkpoint."""
+    """One rank of a training that saves during training, and may start from a checkpoint."""
 
     def __init__(self, rank: RankContext, layout: Layout, folder: Path) -> None:
         self.rank, mesh = rank, make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
@@ -66,7 +66,7 @@ class Resumed:
         return capture(self.parallel.model, self.optimizer, self.layout)
 
     def train(self, first: int, last: int, after: Callable[[int], None] = lambda _: None) -> list[tuple[float, ...]]:
-        """Losses by modality and the gradient norm of each step."""
+        """Returns the losses by modality and the gradient norm of each step."""
         each, seen = SEQUENCES // self.rank.world_size, []
         for number in range(first, last):
             batches = [batch_of(number, micro, self.rank.rank * each, each) for micro in range(MICRO_BATCHES)]
@@ -100,7 +100,7 @@ def resumed_body(rank: RankContext, layout: Layout, folder: Path, last: int) -> 
 
 @pytest.fixture(scope="module")
 def undisturbed(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """For a layout the folder of its checkpoint and the losses of its run, which is made at the first call."""
+    """Returns, for a layout, the folder of its checkpoint and the losses of its run; cached."""
     root = tmp_path_factory.mktemp("resume")
 
     @functools.cache
@@ -142,7 +142,7 @@ def test_another_layout_goes_on_within_fp32_rounding(
 
 
 def in_flight_body(rank: RankContext, folder: Path) -> dict[str, Any]:
-    """Rank 1's write is held while all ranks take steps; a twin saves the same step and waits for it."""
+    """Delays rank 1's write while all ranks take steps. A second training saves the same step and waits for the save."""
     layout = Layout(2, 1, "pinned", precision=FP32)
     go, begun, real = threading.Event(), threading.Event(), manager_module.write_shard
 
@@ -163,7 +163,7 @@ def in_flight_body(rank: RankContext, folder: Path) -> dict[str, Any]:
     try:
         saver.write(3, run.state(), durable=False)
         assert begun.wait(600)
-        seen += run.train(3, 6)  # collectives of the training, while the votes of the save wait for rank 1
+        seen += run.train(3, 6)  # training steps, while the collectives of the save wait for rank 1
         told = {"in flight": saver.in_flight, "committed": (folder / "run" / "step_3").exists()}
         go.set()
         saver.wait()

@@ -1,4 +1,4 @@
-"""Router tuning on N ranks equals one rank, and nothing but the chosen routers moves, is reduced, or has moments."""
+"""Router tuning on N ranks equals one rank. Only the chosen routers change, are reduced, and have moments."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def oracle(
     run_in_world: Callable[..., list[Any]], folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Layout, int | None], tuple[Tuned, Path]]:
-    """One process, and the checkpoint that carries its initial weights to the layouts."""
+    """Returns the outcome of one process, and the checkpoint with its initial weights."""
     start = tmp_path_factory.mktemp("start")
     known: dict[tuple[Any, ...], tuple[Tuned, Path]] = {}
 

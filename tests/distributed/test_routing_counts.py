@@ -1,4 +1,5 @@
-"""The sum of routing counts begins before the output layer, ends in the loss, and has the bits of a blocking sum."""
+"""The asynchronous sum of routing counts starts before the output layer, ends in the loss, and has the bits of a blocking
+sum."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +22,8 @@ from tests.support.worlds import RankContext
 
 
 def traced_step(rank: RankContext, layout: Layout) -> tuple[list[str], list[torch.Tensor], list[torch.Tensor]]:
-    """Events of one step with two micro-batches, the first one without tokens on rank 0; the counts; and their blocking
-    sums."""
+    """Returns the events of a step with two micro-batches (the first without tokens on rank 0), the counts, and their
+    blocking sums."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     events: list[str] = []
     parallel, placement = build(layout, mesh, CommStats()), placement_of(layout.placement, layout.ep)
@@ -40,7 +41,7 @@ def traced_step(rank: RankContext, layout: Layout) -> tuple[list[str], list[torc
         return track(tracker, name, **more)
 
     def summed(reports: Any, world: Any, tracker: Any) -> Callable[[], Any]:
-        own = counts(reports, None)()  # of this rank alone
+        own = counts(reports, None)()  # only this rank's counts
         packed = torch.cat([part.to(torch.float64) for part in own[:4]], dim=1)
         dist.all_reduce(packed)
         expected.append(packed)

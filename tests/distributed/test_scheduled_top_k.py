@@ -1,5 +1,7 @@
-"""Loads by layer, and by layer and token id, in whole runs: the same draws on any layout and after a resume; float64 is in
-test_n_ranks_equal_one."""
+"""Whole runs with a number of experts by layer, or by layer and token id: equal draws on any layout and after a resume.
+
+test_n_ranks_equal_one.py tests them in float64.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +36,7 @@ def run(
     tiny_data: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:
-    """`run(name, ranks, ep, changes)`: a run whose micro-batch over all ranks is the whole step."""
+    """Returns `run(name, ranks, ep, changes)`: a run in which one micro-batch over all ranks is the whole step."""
     root = tmp_path_factory.mktemp("runs")
     router = BY_LAYER
     if request.param == "top_k_by_id":

@@ -1,5 +1,8 @@
-"""Beginning with another model's weights, as a whole run does: a trained top-k model with copied null rows is itself, to
-the last bit, and a dense one is itself when its experts are copies; whatever else is refused before a step is taken."""
+"""Whole runs that start with another model's weights.
+
+A trained top-k model with copied null rows equals itself to the last bit. A dense model equals itself after upcycling.
+Weights that do not fit are refused before the first step.
+"""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -34,7 +37,7 @@ def on_two_ranks(cases: Iterable[str]) -> list[Any]:
 
 
 def groups(text: tuple[int, int, int], image: tuple[int, int, int]) -> dict[str, Any]:
-    """True experts, null experts and choices of both groups."""
+    """Returns the numbers of true experts, null experts and choices of both groups, as changes."""
     names = ("num_experts", "num_null", "top_k")
     return {
         f"{GROUPS}.{group}.{name}": value
@@ -61,12 +64,12 @@ class Run:
     def train_and_save(self, steps: int = 3) -> None:
         for number in range(steps):
             self.training.step(self.loader.batches(8 * number), lr=1e-2, aux=AUX)
-        self.resumable.restore()  # looks at the data
+        self.resumable.restore()  # reads the state of the data
         self.resumable.save(Progress(step=3, position=24, tokens=100, evaluated=2), durable=True)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> tuple[Tensor, list[float]]:
-        """Of a batch, and the true experts a token took in each layer, by group."""
+        """Returns the logits of a batch, and the true experts per token in each layer and group."""
         group = torch.where(batch.padding_BS, -1, self.training.step.group_of_modality[batch.modality_BS])
         logits, reports = self.training.parallel.model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group)
         placement = self.training.step.placement
@@ -75,15 +78,15 @@ class Run:
             for report in reports
             for index, each in enumerate(placement.groups)
         ]
-        return logits[~batch.padding_BS], loads  # experts leave padding out, a dense FFN does not
+        return logits[~batch.padding_BS], loads  # experts skip padding, a dense FFN does not
 
     def begin(self) -> str:
-        """As `Resumable.restore` does on a new run; the report."""
+        """Loads the starting weights like `Resumable.restore` in a new run. Returns the report."""
         return begin_with_weights(self.config, self.manager, self.resumable._capture(), self.training.parallel.model)
 
 
 class Trained(NamedTuple):
-    """A trained run as a rank sees it: its folder, a batch, what the model computes of it, and the parameters."""
+    """A trained run on this rank: its folder, a batch with logits and true experts per token, and the parameters."""
 
     folder: Path
     batch: Batch
@@ -92,7 +95,7 @@ class Trained(NamedTuple):
     parameters: dict[str, Tensor]
 
 
-KNOWN: dict[str, Trained] = {}  # of this rank, which lives for many tests; most begin with a few runs
+KNOWN: dict[str, Trained] = {}  # cached, because this process runs many tests, and most start from the same few runs
 
 
 def trained_run(rank: RankContext, data: Path, root: Path, changes: dict[str, Any]) -> Trained:
@@ -108,9 +111,9 @@ def trained_run(rank: RankContext, data: Path, root: Path, changes: dict[str, An
 
 
 def begun(rank: RankContext, data: Path, root: Path, trained: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Begins a run with the weights of a trained one, and compares what they compute."""
+    """Starts a run with the weights of a trained run, and compares their outputs."""
     first = trained_run(rank, data, root, trained)
-    batch = first.batch  # of the second run's seed it would be another
+    batch = first.batch  # the second run has another seed, and would draw another batch
     expected, before = first.logits, first.loads
     start = {"run.init_from": str(first.folder), "run.seed": 5}
     second = Run(rank, data, root, "begun", {**start, **changes})
@@ -135,7 +138,7 @@ def begun(rank: RankContext, data: Path, root: Path, trained: dict[str, Any], ch
 
 
 def begun_unchanged(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Checks on each rank that the second run begins as the function of the first, up to rounding, and trains."""
+    """Checks on each rank that the second run starts equal to the first, up to rounding, and trains."""
     for told in ranks:
         assert not told["fresh"]
         assert "error" not in told, told
@@ -188,7 +191,7 @@ def test_a_trained_top_k_model_begins_as_it_is_to_the_last_bit(
 def test_outside_of_the_range_it_would_not_and_is_refused(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
 ) -> None:
-    """k = 3 with m = 2 n nulls: one true expert a token. What is refused does differ."""
+    """With k = 3 and m = 2 n null experts, a token would take one true expert instead of two."""
     changes = {**COPY, **groups((3, 6, 3), (2, 2, 1))}
     (told,) = run_in_world(1, begun, tiny_data, tmp_path, groups((3, 0, 2), (2, 0, 1)), changes)
     assert (
@@ -251,7 +254,8 @@ def test_an_upcycled_model_computes_what_it_was_made_of(
             router = told["parameters"]["layers.0.moe.router.text.true"]
             assert not torch.equal(router[0], router[1]), "new experts need rows that differ"
             report = told["report"]
-            assert "layers.*.moe.experts.text.*.gate of layers.*.moe.experts.text.*.gate x 6" in report  # 3 more, 2 layers
+            # 3 new experts in each of 2 layers
+            assert "layers.*.moe.experts.text.*.gate of layers.*.moe.experts.text.*.gate x 6" in report
             assert "layers.*.moe.router.text.true x 2 (shape (4, 32) in the model, (1, 32) in the checkpoint)" in report
 
 
@@ -384,7 +388,7 @@ def nodes(**fields: Any) -> dict[str, Any]:
 
 EXPERTS_SPLIT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "two parts": (MIXTURE, FINE),
-    "two and three parts": (  # sigmoids are no shares, so each group may have its own number of parts
+    "two and three parts": (  # each group may have its own number of parts, because sigmoid weights are independent
         {**MIXTURE, "model.moe.router": {"kind": "group_limited", "normalise": "none"}},
         {
             **FINER,
@@ -465,7 +469,8 @@ def test_experts_whose_parts_would_compute_something_else_are_refused(
 
 
 def fully_tuned(rank: RankContext, data: Path, root: Path, changes: dict[str, Any]) -> dict[str, bool]:
-    """Trains a run, tunes its weights for two steps without a balance loss; which parameters those steps moved."""
+    """Trains a run, then fine-tunes it for two steps without a balance loss. Returns which parameters these steps
+    changed."""
     Run(rank, data, root, "trained", {}).train_and_save()
     run = Run(rank, data, root, "tuned", {"run.init_from": str(root / "trained"), **changes})
     run.begin()
@@ -484,7 +489,8 @@ def fully_tuned(rank: RankContext, data: Path, root: Path, changes: dict[str, An
 def test_routers_stay_frozen_in_full_fine_tuning(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """To the last bit, with everything else moving; else they move too, the null rows as well."""
+    """With `train.frozen: routers` the routers keep their bits, and all else changes. Without it all parameters change but
+    null rows."""
     frozen = {**changes, "train.frozen": "routers"}
     for moved in run_in_world(2, fully_tuned, tiny_data, tmp_path, frozen):
         assert {name for name, each in moved.items() if not each} == {name for name in moved if ".router." in name}

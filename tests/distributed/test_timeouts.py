@@ -1,7 +1,7 @@
-"""Every process group of the training has the configured timeout: torch gives a new group its own default, not the world's.
+"""Every process group of the training has the configured timeout. A new group would otherwise have torch's default.
 
-The one exception is by choice: the group over which a thread in the background writes checkpoints, where ranks wait for the
-slowest disk. The training's own wait for it is a collective like others.
+One group is excepted: the group of the thread that writes checkpoints, whose ranks wait for the slowest disk. The wait of
+the training for a save is a collective with the configured timeout.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ TIMEOUT = 47.0
 
 
 def timeouts(rank: RankContext, ep: int, ranks_per_node: int | None) -> dict[str, timedelta]:
-    """Timeout of every group that a mesh makes, as its backend has it, by what the group is for."""
+    """Returns the timeout of each group of a mesh, read from its backend, by the group's purpose."""
     before = set(dist.distributed_c10d._world.pg_map)
     mesh = make_mesh(ep=ep, device=torch.device("cpu"), timeout=TIMEOUT, ranks_per_node=ranks_per_node)
     groups = [group for group in dist.distributed_c10d._world.pg_map if group not in before]

@@ -1,4 +1,4 @@
-"""The vote before each step: a value that is not finite on one rank keeps all ranks from taking it."""
+"""All ranks skip a step if a value is not finite on one rank. Also tests drops, timings and gradient buffers of a step."""
 
 import itertools
 import time
@@ -30,7 +30,7 @@ from tests.support.worlds import RankContext
 def poisoned_training(
     rank: RankContext, layout: Layout, where: str
 ) -> tuple[list[StepResult], list[dict[str, np.ndarray]], int]:
-    """Three steps; in the second, rank 1 gets a NaN in its activations or in one gradient."""
+    """Takes three steps. In the second, rank 1 has a NaN in its activations or in one gradient."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats()
     parallel = build(layout, mesh, comm_stats)
@@ -65,7 +65,7 @@ def poisoned_training(
                     lr=1e-2,
                     aux=AuxSettings("null_averaged", 0.02, 1e-3),
                     stop_requested=rank.rank == 1 and number == 2,
-                    began=time.perf_counter() - 1000.0 * rank.rank,  # as if rank 1 had read data for so long
+                    began=time.perf_counter() - 1000.0 * rank.rank,  # rank 1 seems to have read data for 1000 s
                 )
             )
         parameters.append(logical(parallel, placement, mesh, gradient=False))
@@ -85,7 +85,7 @@ def test_one_bad_rank_makes_all_skip(run_in_world: Callable[..., list[Any]], dat
         changed = [any((a[name] != b[name]).any() for name in a) for a, b in itertools.pairwise(parameters)]
         assert changed == [True, False, True]
         assert steps_taken == 2
-        assert [result.busy_seconds_W.size for result in results] == [0, 2, 2]  # told with the next step
+        assert [result.busy_seconds_W.size for result in results] == [0, 2, 2]  # the times are exchanged in the next step
         for result in results[1:]:
             quick, slow = result.busy_seconds_W
             assert 0.0 <= quick < 1000.0 <= slow
@@ -93,7 +93,7 @@ def test_one_bad_rank_makes_all_skip(run_in_world: Callable[..., list[Any]], dat
 
 
 def capped_step(rank: RankContext, layout: Layout) -> tuple[StepResult, int]:
-    """One step with a capacity, and the pairs that the first layer takes of the same batch in evaluation."""
+    """Takes one step with a capacity. Also returns the pairs that the first layer takes of the same batch in evaluation."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats()
     parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
@@ -123,12 +123,12 @@ def test_what_a_capacity_drops_is_counted_over_ranks_and_never_in_evaluation(
         assert 0 < dropped < result.counts.choices_LC[:, :true].sum()
         assert (result.counts.dropped_LE <= result.counts.choices_LC[:, :true]).all()
         assert result.ledger["pairs"] == result.counts.choices_LC[:, :true].sum() - dropped
-        # The layer that sees the same input in both: every true choice is taken in evaluation.
+        # The first layer has the same input in training and evaluation. Evaluation takes every true choice.
         assert sum(first for _, first in ranks) == result.counts.choices_LC[0, :true].sum()
 
 
 def step_of_two_batches(rank: RankContext, layout: Layout) -> Callable[[], StepResult]:
-    """A step that takes the same two micro-batches each time, and does not change the weights."""
+    """Returns a function that takes a step on the same two micro-batches, without changing the weights."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats()
     parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
@@ -147,7 +147,8 @@ def two_steps(rank: RankContext, layout: Layout) -> list[StepResult]:
 
 
 def kept_gradients(rank: RankContext, layout: Layout) -> tuple[set[Role], bool, bool]:
-    """The roles of parameters whose gradients stay after a step; whether these are zero, and in one place in all steps."""
+    """Returns the roles of parameters whose gradients stay allocated after a step, whether these are zero, and whether
+    their addresses stay the same."""
     take = step_of_two_batches(rank, layout)
     kept = []
     for _ in range(3):
@@ -159,7 +160,7 @@ def kept_gradients(rank: RankContext, layout: Layout) -> tuple[set[Role], bool, 
 
 
 def test_gradients_of_ddp_are_added_up_in_its_buckets(run_in_world: Callable[..., list[Any]]) -> None:
-    """Otherwise each step of several micro-batches would hold dense gradients twice: in the buckets and beside them."""
+    """Otherwise a step of several micro-batches would hold dense gradients twice: in DDP's buckets and beside them."""
     for roles, zero, in_place in run_in_world(2, kept_gradients, Layout(2, 1, "interleaved")):
         assert roles
         assert not roles & (ROUTERS | EXPERTS)

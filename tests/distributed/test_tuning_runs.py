@@ -1,4 +1,5 @@
-"""Whole runs of router tuning: from a trained run, resumed to the same bits, and held to their base and their samples."""
+"""Whole runs of router tuning: start from a trained run, resume to the same bits, and refuse another base or other
+samples."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ CHOSEN = {f"layers.1.moe.router.{group}.{rows}" for group in ("text", "image") f
 
 
 class Site:
-    """Runs in one folder, and samples made from the base among them."""
+    """Runs in one folder, and samples made from the base run."""
 
     def __init__(self, run_in_world: Callable[..., list[Any]], data: Path, root: Path) -> None:
         self._run_in_world, self._data, self.root = run_in_world, data, root
@@ -59,7 +60,8 @@ def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
 
 @pytest.mark.parametrize("data", [exhaustive("ddp"), full("fsdp2")])
 def test_chosen_routers_move_and_the_run_resumes_to_the_same_bits(site: Site, data: str) -> None:
-    """Refreshed after steps 2 and 4, interrupted after 3: the resumed run must have the targets of step 2."""
+    """Targets are refreshed after steps 2 and 4. The run is interrupted after step 3, so it must resume with the targets of
+    step 2."""
     options: dict[str, Any] = {"section": {"refresh_every": 2}, "parallel__data": data, "parallel__recompute": "block"}
     whole = site.tune(f"whole-{data}", **options)
     halfway = site.tune(f"halves-{data}", train__steps=3, **options)
@@ -79,7 +81,7 @@ def test_chosen_routers_move_and_the_run_resumes_to_the_same_bits(site: Site, da
 
 @pytest.mark.parametrize("weight", [1.0, exhaustive(0.0)])
 def test_choices_resume_to_the_same_bits(site: Site, weight: float) -> None:
-    """Two micro-batches a rank; with `weight=0` the released code's training, where nothing but choices has a gradient."""
+    """Two micro-batches per rank. `weight=0` is the training of the released code, where only choices have a gradient."""
     options: dict[str, Any] = {"section": {"objective": "choices", "weight": weight}, "parallel__data": "fsdp2"}
     whole = site.tune(f"choices-{weight}", **options)
     site.tune(f"choice-halves-{weight}", train__steps=3, **options)
@@ -89,7 +91,7 @@ def test_choices_resume_to_the_same_bits(site: Site, weight: float) -> None:
         assert outcome.trained == CHOSEN
         assert same(after.tensors, outcome.tensors)
         moved = {name for name, value in outcome.tensors.items() if not np.array_equal(value, before.tensors[name])}
-        # Null rows have no part in the weights of `true_chosen`, so cross entropy gives them no gradient.
+        # `true_chosen` weights ignore null rows, so the cross entropy gives them no gradient.
         assert moved == (CHOSEN if weight else {name for name in CHOSEN if name.endswith("true")})
         assert (outcome.steps[0].auxiliary > 0.0) == (weight > 0.0)
         assert outcome.steps[0].labels_M.sum() <= 4 < other.steps[0].labels_M.sum(), "one label a sample, and not a token"
@@ -97,7 +99,8 @@ def test_choices_resume_to_the_same_bits(site: Site, weight: float) -> None:
 
 @pytest.mark.full
 def test_arms_by_configuration_alone(site: Site) -> None:
-    """The same samples in the same order; nothing but the pull differs, and each arm ends elsewhere."""
+    """All arms see the same samples in the same order. They differ only in the section `router_tuning`, and end with
+    different weights."""
     arms: dict[str, dict[str, Any]] = {
         "ce": {"weight": 0.0},
         "k1": {"neighbours": {"k": 1}},

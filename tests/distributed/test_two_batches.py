@@ -1,5 +1,5 @@
-"""Two halves of a micro-batch in turns: what is computed while which exchange is in flight, and the same bits as one half
-after the other."""
+"""Two halves of a micro-batch in turns: overlaps of exchanges and computation, and the same bits as one half after the
+other."""
 
 from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
@@ -23,7 +23,7 @@ FSDP2: dict[str, Any] = {"data": "fsdp2", "fsdp_gather": "step"}
 
 
 def one_pass(rank: RankContext, layout: Layout, *, in_turns: bool, dtype: str) -> tuple[list[str], list[Any]]:
-    """Events, and logits and gradients, of one forward and backward."""
+    """Returns the events, logits and gradients of one forward and backward."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     events: list[str] = []
     parallel = build(layout, mesh, CommStats(events=events))
@@ -58,7 +58,7 @@ def one_pass(rank: RankContext, layout: Layout, *, in_turns: bool, dtype: str) -
 
 
 def both_ways(rank: RankContext, layout: Layout) -> tuple[list[str], int]:
-    """Events of the halves in turns; compares all bits with one half after the other."""
+    """Runs the halves in turns, and compares all bits with one half after the other. Returns the events."""
     events, ours = one_pass(rank, layout, in_turns=True, dtype=layout.precision)
     other_events, theirs = one_pass(rank, layout, in_turns=False, dtype=layout.precision)
     assert events != other_events
@@ -94,13 +94,13 @@ def test_one_half_computes_while_the_exchange_of_the_other_is_in_flight(
     for events, _ in run_in_world(layout.world_size, both_ways, layout):
         kept = [event for event in events if event in (*wanted, "attention backward")]
         assert kept == forward + backward
-        for name in EXCHANGES:  # whatever the order: something is computed between the start of each and its wait
+        for name in EXCHANGES:  # for any order, something must be computed between each start and its wait
             starts = [at for at, event in enumerate(kept) if event == name]
             waits = [at for at, event in enumerate(kept) if event == f"wait {name}"]
             assert len(starts) == len(waits) == 2 * LAYERS
             hidden = [any(event in ("pairs", "attention", "pairs backward", "attention backward") for event in kept[a:b])
                       for a, b in zip(starts, waits, strict=True)]  # fmt: skip
-            # the last combine of forward, and the first of backward, have nothing beside them but the output layer
+            # only the output layer can overlap with the last combine of forward and the first of backward
             assert sum(hidden) >= 2 * LAYERS - 2, name
 
 

@@ -1,8 +1,8 @@
-"""W0 to W7 through the real ranks, all eight in three modes, against an exact oracle; a hang is a failure by timeout.
+"""The workloads W0 to W7 on real ranks in three modes, compared with an exact oracle.
 
-dispatch_only     rows to their experts and home: integers and sixteenths, so that sums are exact, with no tolerance
-moe_fwd_bwd       router, dispatch, experts, combine: output and every gradient against the loop over tokens
-training_step     three optimizer steps on three steps of the workload: the parameters against those of one process
+dispatch_only     rows to their experts and back: integers and sixteenths, whose sums are exact
+moe_fwd_bwd       router, dispatch, experts, combine: output and gradients against a loop over tokens
+training_step     three optimizer steps on three steps of the workload: parameters against one process
 """
 
 from collections.abc import Callable
@@ -38,13 +38,13 @@ from tools.gpu_check.token_imbalance import (
 
 E, K, D, F, T = 8, 2, 10, 3, 40
 GROUP = ExpertGroup("all", E, 0, K, F, 0, ("text",))
-STEPS = (3, 4, 5)  # over the edge of W7's burst, and three places of W6's hot spot
+STEPS = (3, 4, 5)  # include the start of W7's burst, and three places of W6's hot spot
 LR = 0.01
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """One rank's place, with a dispatcher over all of them."""
+    """One rank's position, with a dispatcher over all ranks."""
 
     rank: int
     shape: WorkloadShape
@@ -75,7 +75,7 @@ class Ranks:
         return workload_step(workload, seed=0, step=number, shape=self.shape)
 
     def rows_sent(self, step: WorkloadStep) -> tuple[int, int]:
-        """Closed form: all rows this rank sends, and of those the ones between nodes."""
+        """Returns the closed form of this rank's sent rows: all, and between nodes."""
         sources = [step.expert_TK[step.rows_of(source)] for source in range(self.shape.num_shards)]
         tokens = [np.arange(len(each)).repeat(K).tolist() for each in sources]
         experts = [each.ravel().tolist() for each in sources]
@@ -87,7 +87,7 @@ class Ranks:
 
 
 def dispatch_only(context: RankContext, kind: str) -> dict[str, int]:
-    """For each workload the rows that this rank sent, after every value was found equal."""
+    """Checks all values. Returns the rows that this rank sent in each workload."""
     ranks, seen = Ranks.of(context, kind), {}
     ids = torch.tensor(ranks.placement.slots[ranks.rank], dtype=torch.double) + 1
     for workload in WORKLOADS:
@@ -127,7 +127,7 @@ def dispatch_only(context: RankContext, kind: str) -> dict[str, int]:
 
 
 class Pair:
-    """A layer over the ranks, and the one process's weights that it must agree with."""
+    """A layer over the ranks, and the weights of the one process to compare with."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -152,11 +152,11 @@ class Pair:
         return self.layer.get_parameter(where)
 
     def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """What this rank holds of a whole tensor."""
+        """Returns this rank's part of a whole tensor."""
         return whole if name == "router" else whole[self.local]
 
     def pass_through(self, step: WorkloadStep, number: int) -> None:
-        """Forward and backward of both, output and input gradient compared; gradients are left on the parameters."""
+        """Runs forward and backward of both, and compares output and input gradient. Leaves gradients on the parameters."""
         h_TD = torch.from_numpy(hidden_states(step, num_experts=E, hidden_dim=D, seed=number))
         direction = torch.randn(h_TD.shape, dtype=torch.double, generator=torch.Generator().manual_seed(number))
         rows = step.rows_of(self.ranks.rank)
@@ -180,7 +180,7 @@ class Pair:
 
 
 def moe_fwd_bwd(context: RankContext, kind: str) -> dict[str, int]:
-    """For each workload the rows this rank's experts saw, after output and every gradient were found equal."""
+    """Checks outputs and gradients. Returns the rows that this rank's experts computed in each workload."""
     ranks, seen = Ranks.of(context, kind), {}
     for workload in WORKLOADS:
         pair, step = Pair(ranks), ranks.step(workload, 4)
@@ -195,7 +195,7 @@ def moe_fwd_bwd(context: RankContext, kind: str) -> dict[str, int]:
 
 
 def training_step(context: RankContext, kind: str) -> dict[str, float]:
-    """For each workload the size of the update, after the parameters were found equal."""
+    """Checks the parameters. Returns the size of the update in each workload."""
     ranks, seen = Ranks.of(context, kind), {}
     for workload in WORKLOADS:
         pair = Pair(ranks)
@@ -219,7 +219,7 @@ CASES = [
     *((mode, "all_to_all", 4) for mode in MODES if mode is not dispatch_only),
     full(dispatch_only, "hierarchical", 4),
     exhaustive(moe_fwd_bwd, "hierarchical", 4),
-    full(training_step, "hierarchical", 4),  # test_n_ranks_equal_one.py trains over nodes too
+    full(training_step, "hierarchical", 4),  # test_n_ranks_equal_one.py also trains over nodes
     *(exhaustive(mode, kind, 2) for mode in MODES for kind in ("all_to_all", "hierarchical")),
 ]
 
@@ -234,6 +234,6 @@ def test_all_eight_pass_and_none_hangs(
     for each in seen:
         assert list(each) == list(WORKLOADS), "all eight are reported, never a subset"
     if mode is moe_fwd_bwd:
-        # W5 really leaves a rank without a pair, and W2 gives one rank the most.
+        # W5 must leave a rank without pairs, and W2 must give one rank the most.
         assert min(each["W5"] for each in seen) == 0
         assert max(each["W2"] for each in seen) > T * K / world_size

@@ -1,5 +1,4 @@
-"""The recipes of CONTRIBUTING.md, followed to the letter in a copy of the tree, each by a training step with the new
-kind."""
+"""Each recipe of CONTRIBUTING.md, applied to a copy of the tree as it is written, trains one step with the new kind."""
 
 import json
 import os
@@ -23,7 +22,7 @@ ON_ONE_RANK = {"parallel.ep": 1, "placement": {"policy": "interleaved"}}
 
 
 class Block(NamedTuple):
-    """A block of code: its file, how the line above it begins (empty: the block is the whole file), and its text."""
+    """A block of code: its file, the beginning of the line above it (empty: the block is the whole file), and its text."""
 
     path: str
     below: str
@@ -36,7 +35,7 @@ class Recipe(NamedTuple):
 
 
 def read_recipes(page: str) -> Mapping[str, Recipe]:
-    """The recipes by title; the overrides are those of the line that begins with "Train with"."""
+    """Returns the recipes by title. The overrides come from the line that begins with "Train with"."""
     recipes = {}
     for part in page.split("\n### ")[1:]:
         title, _, text = part.partition("\n")
@@ -75,14 +74,14 @@ def tree(tmp_path: Path) -> Path:
 
 
 def follow(tree: Path, *titles: str) -> list[str]:
-    """Applies recipes; returns the overrides that choose the new kinds."""
+    """Applies recipes. Returns the overrides that choose the new kinds."""
     for title in titles:
         apply(RECIPES[title], tree)
     return [override for title in titles for override in RECIPES[title].overrides]
 
 
 def train_one_step(tree: Path, launcher: tuple[str, ...], overrides: Sequence[str], changes: Mapping[str, object]) -> Path:
-    """Trains in the copied tree; returns the run folder."""
+    """Trains in the copied tree. Returns the run folder."""
     config = tiny_config(tree.parent / "data", tree.parent / "runs", {**ONE_STEP, **changes})
     path = write_config(config, tree.parent / "config.yaml")
     command = [sys.executable, "-m", *launcher, str(path), *overrides]
@@ -119,9 +118,9 @@ def test_expert_type_and_controller(tree: Path) -> None:
     assert (folder / "checkpoints" / "latest").exists()
 
 
-@pytest.mark.exhaustive  # of the test itself
+@pytest.mark.exhaustive  # tests the test above
 def test_an_incomplete_recipe_would_fail(tree: Path) -> None:
-    """Without its line in the table a kind has a section and no class."""
+    """A kind without its line in the table has a section, but no class."""
     router = RECIPES["A router"]
     apply(router._replace(blocks=router.blocks[:-1]), tree)
     with pytest.raises(AssertionError, match="KeyError: 'cosine'"):

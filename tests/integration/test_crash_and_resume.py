@@ -1,4 +1,5 @@
-"""A rank that is killed, or asked to stop, at a chosen place: the run goes on from its last checkpoint to the same bits."""
+"""A rank is killed, or gets a stop signal, at a chosen place. The run resumes from its last checkpoint with the same
+bits."""
 
 import json
 import shutil
@@ -21,7 +22,7 @@ from tests.support.faults import PROGRAM, fault
 from tests.support.tiny import tiny_config, write_config
 
 STEPS = 6
-ROW_BYTES = 4 * 32 * 4  # a row of 32 fp32 numbers, in dispatch, combine, and backward of both
+ROW_BYTES = 4 * 32 * 4  # 32 fp32 numbers per row, in dispatch, combine, and backward of both
 SETTINGS = {
     "loss.balance.scope": "step",
     "train.steps": STEPS,
@@ -37,7 +38,7 @@ def records(run: RunFolder) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def start(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[int, RunFolder]]:
-    """Starts, or goes on with, the run of a name: (verdict, folder)."""
+    """Returns a function that starts or resumes the run of a name, and returns (verdict, folder)."""
     root = tmp_path_factory.mktemp("runs")
 
     def started(name: str) -> tuple[int, RunFolder]:
@@ -69,7 +70,7 @@ def undisturbed(start: Callable[[str], tuple[int, RunFolder]]) -> list[dict[str,
         pytest.param(
             "stop", [(fault(rank=1, step=3, phase="after_step", kind="stop"), 75, 4)], marks=pytest.mark.exhaustive
         ),
-        # The stop leaves an evaluation owed, which the second attempt takes before it is killed, and the third again.
+        # The stop comes before an evaluation is due. The second attempt evaluates and is killed; the third evaluates again.
         exhaustive(
             "stop-kill",
             [
@@ -121,7 +122,7 @@ def test_the_run_goes_on_to_the_same_bits(
     shutil.rmtree(run.path)
 
 
-MOVING = {  # experts of one width and two groups, of which every rank has some; a move is cheap, so that it is made
+MOVING = {  # every rank has experts of both groups; moves are cheap, so that the controller accepts them
     "rank_balance": {"dealing": True, "moving": {"every": 2, "flops_per_byte": 1e-3}},
     "placement": {"policy": "interleaved"},
     "model.moe.groups": {
@@ -135,15 +136,16 @@ MOVING = {  # experts of one width and two groups, of which every rank has some;
 
 
 def moves(lines: list[dict[str, Any]]) -> dict[int, list[list[int]]]:
-    """The steps after which experts moved, and where they were then."""
+    """Returns the steps after which experts moved, each with the experts of every rank after the move."""
     found = [(line["step"], each) for line in lines for each in line.get("rank_balance", [])]
     return {step: each["slots"] for step, each in found if each["lever"] == "moving" and each["taken"]}
 
 
 @pytest.mark.full
 def test_a_rank_killed_in_a_move_loses_nothing(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rank dies when some stacks of experts have moved and others have not. The run goes on from the checkpoint before,
-    takes the move again, is killed once more, and ends with the bits of an undisturbed run. Traces and records follow."""
+    """The rank is killed after some expert stacks have moved and before the others. The run resumes from the checkpoint
+    before the move, repeats the move, is killed again, and ends with the bits of an undisturbed run. Traces and records
+    also match."""
 
     def started(name: str) -> tuple[int, RunFolder]:
         config = tiny_config(tiny_data, tmp_path, {**SETTINGS, **MOVING, "run.name": name})
@@ -153,7 +155,7 @@ def test_a_rank_killed_in_a_move_loses_nothing(tiny_data: Path, tmp_path: Path, 
     assert code == 0
     expected, moved = records(whole), moves(records(whole))
     assert min(moved) == 2
-    for step, phase, saved in ((2, "in_move", 1), (5, "before_step", 4)):  # before the move, and with the experts moved
+    for step, phase, saved in ((2, "in_move", 1), (5, "before_step", 4)):  # in the move, and after it
         with monkeypatch.context() as patch:
             for variable, value in fault(rank=1, step=step, phase=phase, kind="kill").items():
                 patch.setenv(variable, value)
@@ -186,8 +188,8 @@ REPLICATING = {**MOVING, "rank_balance": {"replicating": {"every": 2, "slots": 4
 def test_a_rank_killed_with_replicas_loses_nothing(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipelined: dict[str, Any]
 ) -> None:
-    """The rank dies in the first step with replicas, when some weights have arrived and others have not, and once more
-    after the run has resumed with replicas. It ends with the bits of an undisturbed run, whose records show them."""
+    """The rank is killed in the first step with replicas, after some weights have arrived, and again after the resume. The
+    run ends with the bits of an undisturbed run, and its records show the replicas."""
     dispatch = {"parallel.dispatch": {"kind": "all_to_all", **pipelined}}
 
     def started(name: str) -> tuple[int, RunFolder]:
@@ -212,13 +214,13 @@ def test_a_rank_killed_with_replicas_loses_nothing(
     steps = {line["step"]: line for line in expected if line["kind"] == "step"}
     replicas, widths = found[2]["replicas"], np.array([16.0] * 6 + [24.0] * 6)
     assert any(replicas)
-    for layer, replicated in enumerate(replicas):  # on two ranks each slot of an expert with a replica has half of its load
+    for layer, replicated in enumerate(replicas):  # with two ranks, each slot of a replicated expert has half of its load
         load_E = widths * np.array(steps[3]["arrays"]["choices_LC"])[layer, :12]
         shared, first = {expert for expert, _ in replicated}, {e for e in range(12) if e in found[2]["slots"][0]}
         expected_0 = sum(each / 2 if e in shared else each * (e in first) for e, each in enumerate(load_E))
         assert steps[3]["arrays"]["weighted_rows_LR"][layer] == pytest.approx([expected_0, load_E.sum() - expected_0])
     trace = read_trace(run.path)
-    for number, line in steps.items():  # the traced choices give the rows and bytes of the run
+    for number, line in steps.items():  # rows and bytes counted from the trace equal the run's
         step, before = trace.step(number), [found[each]["replicas"] for each in sorted(found) if each < number]
         assert [[[*each] for each in layer] for layer in step.manifest.replicas] == (before[-1] if before else [])
         sent = traffic(step.ids, step.tokens["sequence"] // 2 % 2, step.manifest.placement, (1,))

@@ -1,4 +1,5 @@
-"""The fine-tuning of docs/huggingface.md, as written: from a Hugging Face folder and a JSONL file to an adapter of PEFT."""
+"""Runs the fine-tuning of docs/huggingface.md as it is written: from a Hugging Face folder and a JSONL file to a PEFT
+adapter."""
 
 from pathlib import Path
 

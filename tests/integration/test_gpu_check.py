@@ -1,4 +1,5 @@
-"""`moe-dist gpu-check`: a whole rehearsal on the CPU, and what becomes of wrong kernels, crashes, hangs and cut runs."""
+"""`moe-dist gpu-check` on the CPU: a whole rehearsal, and its reports on wrong kernels, crashes, hangs and interrupted
+runs."""
 
 import json
 import os
@@ -75,7 +76,7 @@ def test_a_hang_ends_at_its_limit_and_says_where(job: CheckJob) -> None:
     assert "in hang" in reason
 
 
-@pytest.mark.exhaustive  # waits for a rank's own time limit; the test above has a hang of the check itself
+@pytest.mark.exhaustive  # waits for the time limit of a rank; the test above covers a hang of the check itself
 def test_a_rank_that_hangs_says_where(job: CheckJob) -> None:
     reason = run(job, planted("hanging_rank"))["hanging_rank"].reason
     assert reason.startswith("RuntimeError: rank 0 of 1 on cpu: the process ended with exit code 1")
@@ -101,7 +102,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_a_gpu_the_command_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", dict(os.environ))  # the command adds to it
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # the command adds variables
     done = invoke(main, "--json", tmp_path / "results.json")
     assert done.exit_code == 69
     assert "sees no GPU" in done.stderr
@@ -127,6 +128,6 @@ def test_the_whole_rehearsal_passes(tmp_path: Path) -> None:
 @pytest.mark.needs_hardware
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_all_checks_on_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET")  # of tests on the CPU
+    monkeypatch.delenv("TRITON_INTERPRET")  # other tests on the CPU set it
     done = command("--minutes", "14", "--json", str(tmp_path / "results.json"))
     assert done.returncode == 0, done.stdout + done.stderr

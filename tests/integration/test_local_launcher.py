@@ -1,4 +1,4 @@
-"""The whole path on two ranks: start, finish, start again, extend, Ctrl-C on a terminal, go on."""
+"""Whole runs on two ranks: start, finish, repeat the command, extend, Ctrl-C on a terminal, resume."""
 
 import contextlib
 import fcntl
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 CTRL_C = b"\x03"
 QUIET = {"evaluation.every": 1000, "evaluation.balance_efficiency": False, "evaluation.ablate_experts": False}
 SINKS = [{"kind": "console"}, {"kind": "jsonl"}]
-# Rank 0 gets SIGTERM before it meets rank 1, which comes to the meeting after rank 0 has ended.
+# Rank 0 gets SIGTERM at the rendezvous, before rank 1 has arrived. Rank 1 arrives after rank 0 has ended.
 LATE = """
 import os, signal, time
 from moe_dist.runtime.command_line import run_command
@@ -56,7 +56,7 @@ def launched(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 class Terminal:
-    """The launcher on a terminal of its own, so that a key press does what it does for a user."""
+    """The launcher on its own pseudo-terminal, so that keys have the effect that a user sees."""
 
     def __init__(self, config: Path, *arguments: str) -> None:
         self._keyboard, screen = pty.openpty()
@@ -107,7 +107,7 @@ def wait_until(condition: Callable[[], bool], terminal: Terminal) -> None:
 
 @pytest.fixture(scope="module")
 def first(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Path, str]:
-    """A run of 4 steps, its configuration file, and what its launcher printed."""
+    """Returns a run of 4 steps, its configuration file, and its launcher's output."""
     root = tmp_path_factory.mktemp("first")
     sinks = [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}]
     shown = {"monitor.compute_map": {"sequences": 4}, "monitor.cost_table": True, "monitor.sinks": sinks}
@@ -135,14 +135,14 @@ def test_a_run_goes_from_start_to_end(first: tuple[RunFolder, Path, str]) -> Non
         path.read_bytes() for path in run.tensorboard.glob("events*")
     )
     assert not run.lease_json.exists()
-    assert "\x1b" not in printed  # no terminal, no bar
+    assert "\x1b" not in printed  # without a terminal there is no progress bar
     assert "This run uses pinned placement, which sends " in printed
     assert "This run's experts are pinned, which sends " in run.read_summary()
     needed = [line["host"].get("needed_capacity_factor/text", 0.0) for line in lines(run, "step")]
     assert (needed[0], min(needed[1:]) >= 1.0) == (0.0, True), "told with the next step"
 
 
-@pytest.mark.full  # whole programs; tests/unit/launchers/test_local.py has the same with small programs for the ranks
+@pytest.mark.full  # whole programs; tests/unit/launchers/test_local.py tests the same with small programs
 def test_a_finished_run_prints_its_summary_another_configuration_is_refused_and_more_steps_extend_it(
     first: tuple[RunFolder, Path, str],
 ) -> None:
@@ -177,7 +177,7 @@ def test_ctrl_c_saves_and_the_run_goes_on_with_the_records_of_any_run_of_its_see
     stopped = run.read_status().latest
     assert stopped is not None
     assert (stopped.verdict, f"step_{stopped.last_step}") == (75, (run.checkpoints / "latest").read_text().strip())
-    assert "\x1b[?25l" in terminal.shown  # rank 0 saw the terminal, and drew its bar
+    assert "\x1b[?25l" in terminal.shown  # rank 0 found the terminal, and drew the progress bar
     assert terminal.shown.endswith("\x1b[?25h")
     assert "SIGINT: saving, then stopping; Ctrl-C again ends now" in terminal.shown
     assert "Traceback" not in terminal.shown
@@ -203,11 +203,11 @@ def test_a_rank_that_comes_after_rank_0_was_stopped_stops_too(
     assert "stopped on request while rank 1 waited for rank 0" in said
 
 
-@pytest.mark.full  # 15 s of waiting; tests/unit/monitor/sinks/test_guarded.py has the budget of one rank
+@pytest.mark.full  # 15 s of waiting; tests/unit/monitor/sinks/test_guarded.py tests the time limit of one rank
 def test_a_sink_that_does_not_close_leaves_the_finished_run_a_success(
     tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All ranks wait for it within its budget, because launchers kill ranks that run on after their peers."""
+    """All ranks wait for the sink within its time limit, because launchers kill ranks that outlive the others."""
     monkeypatch.setenv(slow_close.ENDS, str(tmp_path))
     config = tiny_config(tiny_data, tmp_path / "runs", {**QUIET, "train.steps": 2, "monitor.sinks": SINKS})
     path = write_config(config, tmp_path / "x.yaml")

@@ -1,4 +1,4 @@
-"""Whole runs with Megatron-Core as engine: started by the launcher, stopped, and continued on other ranks and engines."""
+"""Whole runs with Megatron-Core's engine: started by the launcher, stopped, and resumed on other ranks and engines."""
 
 import json
 import os
@@ -24,7 +24,7 @@ COMMON: dict[str, Any] = {
     "train.steps": 8,
     "checkpoint.every": 4,
     "evaluation.every": 4,
-    "evaluation.final_sequences": 4,  # as many as in the evaluations before the last
+    "evaluation.final_sequences": 4,  # the same number as in earlier evaluations
     "monitor.trace": {"every": 3},
     "monitor.sinks": [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}],
 }
@@ -94,6 +94,6 @@ def test_a_run_is_stopped_and_goes_on_on_other_ranks_and_in_the_other_engine(tin
         theirs, ours = (each.step(number) for each in traces)
         orders = [np.lexsort((each.tokens["position"], each.tokens["sequence"])) for each in (theirs, ours)]
         assert (theirs.tokens[orders[0]] == ours.tokens[orders[1]]).all()
-        if number == 1:  # later a token near the border between two experts may take the other one
+        if number == 1:  # in later steps rounding may decide between two experts of nearly equal score
             assert (theirs.ids[orders[0]] == ours.ids[orders[1]]).all()
     assert "events" in " ".join(each.name for each in (run.path / "tensorboard").iterdir())

@@ -1,4 +1,4 @@
-"""Secrets of the environment are nowhere in what a run leaves behind: a real one, with every sink, that fails."""
+"""Secrets of the environment appear nowhere in a run folder. The run is real, has every sink, and fails."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ SINKS = [
     {"kind": "prometheus"},
     {"kind": "wandb", "project": "x", "mode": "offline"},
 ]
-# A rank that fails with a message, and with locals, that hold a secret: as a client of a service may.
+# A rank fails with a secret in its message and in local variables, as a service's client may.
 FAILING = """
 import os, sys
 from moe_dist.runtime.command_line import run_command
@@ -40,7 +40,8 @@ run_command(main)
 """
 
 
-@pytest.mark.full  # a whole program with every sink; tests/unit/runtime/test_secrets.py has what hides a secret
+# a whole program with every sink; tests/unit/runtime/test_secrets.py tests the function that hides secrets
+@pytest.mark.full
 def test_no_byte_of_a_run_has_them(tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config(
         tiny_data,
@@ -52,7 +53,7 @@ def test_no_byte_of_a_run_has_them(tiny_data: Path, tmp_path: Path) -> None:
             "monitor.sinks": SINKS,
             "placement.policy": "interleaved",
             "evaluation.balance_efficiency": False,
-            "checkpoint.asynchronous": False,  # it fails right after a save, whose files are looked at
+            "checkpoint.asynchronous": False,  # the run fails right after a save, whose files are also searched
         },
     )
     path = write_config(config, tmp_path / "x.yaml")

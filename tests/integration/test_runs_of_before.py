@@ -1,4 +1,4 @@
-"""Run folders and checkpoints that commit e0d2e61 wrote (tests/data/run_of_e0d2e61): they load, and go on to the same
+"""Run folders and checkpoints written by commit e0d2e61 (tests/data/run_of_e0d2e61) load, and continue with the same
 bits."""
 
 import json
@@ -35,7 +35,7 @@ STEPS = 7
 
 @pytest.fixture
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A copy of a run folder beside its data."""
+    """Copies a run folder, and writes its data beside it."""
     tiny_dataset(tmp_path / "data")
     folder = tmp_path / "runs" / request.param
     shutil.copytree(WRITTEN / request.param, folder)
@@ -48,7 +48,8 @@ def places(run: Path) -> list[str]:
 
 
 def rounding() -> float:
-    """0 where the bits must agree: with torch, kernels and CPU vendor of then. MKL's kernels depend on the vendor."""
+    """Returns the allowed difference: 0 with the torch, CPU kernels and CPU vendor that wrote the folders, else 1e-4. MKL
+    chooses kernels by vendor."""
     written = json.loads((WRITTEN / "written_with.json").read_text())
     vendor = re.search(r"vendor_id\s*: (\w+)", Path("/proc/cpuinfo").read_text())
     here = {

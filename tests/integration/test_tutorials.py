@@ -1,4 +1,4 @@
-"""Each notebook of docs/tutorials runs in an empty folder, but those for clusters, which run in tests/clusters."""
+"""Each notebook of docs/tutorials runs in an empty folder. Notebooks for clusters run in tests/clusters."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tests.support.cover import exhaustive
 from tests.support.notebooks import TUTORIALS, run_tutorial
 
 DATA = Path(__file__).parents[2] / ".cache" / "data"
-LONG = ("routing_report", "own_data", "hugging_face", "planning")  # a minute each
+LONG = ("routing_report", "own_data", "hugging_face", "planning")  # each takes a minute
 HERE = [path for path in sorted(TUTORIALS.glob("*.ipynb")) if path.stem not in ("slurm", "ray")]
 
 
@@ -18,7 +18,7 @@ HERE = [path for path in sorted(TUTORIALS.glob("*.ipynb")) if path.stem not in (
 )
 def test_a_tutorial_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    if (DATA / "openmoji" / "manifest.json").exists():  # else the notebooks that need it make it in a minute
+    if (DATA / "openmoji" / "manifest.json").exists():  # otherwise the notebooks that need it prepare it in a minute
         (tmp_path / ".cache").mkdir()
         (tmp_path / ".cache" / "data").symlink_to(DATA)
     run_tutorial(path, tmp_path, monkeypatch)

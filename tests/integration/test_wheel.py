@@ -1,4 +1,4 @@
-"""A wheel of this clone, installed by itself, in an empty folder: nothing that it needs is left in the clone."""
+"""A wheel of this clone, installed alone and used in an empty folder, needs nothing from the clone."""
 
 import json
 import os
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.full  # a wheel, an environment and a job: 70 s of CPU 
 ROOT = Path(__file__).parents[2]
 CONFIG = "adamoe_moma_tiny_cpu"
 Done = subprocess.CompletedProcess[str]
-# Every module and the help of every subcommand, in one process, since each of its own would import torch again.
+# Imports every module and prints every subcommand's help in one process, because each process would import torch again.
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 from moe_dist.__main__ import COMMANDS, load_subcommand, main
@@ -46,7 +46,7 @@ print(code_folder())
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new environment with the wheel alone; dependencies are those of this environment, this clone is not seen."""
+    """Makes an environment with only the wheel. It sees this environment's dependencies, but not this clone."""
     folder = tmp_path_factory.mktemp("wheel-environment")
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
@@ -63,7 +63,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = folder.glob("*.whl")
     subprocess.run([*pip, "--python", str(python), "install", *offline, str(wheel)], check=True)
     (packages,) = (folder / "venv").glob("lib/python*/site-packages")
-    # The .pth files inside a folder that a .pth file names are not read: so the editable clone stays out.
+    # Python reads no .pth files inside a folder that a .pth file names. The editable clone is therefore not found.
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
     return folder / "venv"
 
@@ -114,14 +114,14 @@ def test_names_of_before_and_names_that_are_almost_right(call: Callable[..., Don
 
 @pytest.mark.exhaustive  # compiles C++
 def test_a_step_is_counted_without_a_gpu(call: Callable[..., Done]) -> None:
-    """By the C++ source in the wheel, and in a process of its own."""
+    """The C++ source comes from the wheel, and runs in its own process."""
     done = call("bench", "--count", "olmoe_1b7b_8gpu", "--ranks", "16", "model.num_layers=1")
     assert done.returncode == 0, done.stderr
     assert "rank 0 of 16, 1 layers" in done.stdout
 
 
 def test_a_job_in_an_empty_folder(call: Callable[..., Done], tmp_path: Path) -> None:
-    """The default job, shortened, on a few texts and pictures in the place of the default data."""
+    """Runs a shortened default job on a few texts and pictures instead of the default data."""
     assert "Peak learning rate" in call("explain", "optimizer.lr").stdout
     missing = call("launch", "local", CONFIG)
     assert (missing.returncode, "moe-dist prepare-data" in missing.stderr) == (78, True)
@@ -163,7 +163,7 @@ def test_a_job_in_an_empty_folder(call: Callable[..., Done], tmp_path: Path) -> 
 
 
 def test_nodes_get_the_code_laid_out_as_a_clone(call: Callable[..., Done], tmp_path: Path) -> None:
-    """What Slurm's and Ray's nodes run: a copy of the installed files, made once, that needs no installed moe_dist."""
+    """Nodes of Slurm and Ray run a copy of the installed files. The copy is made once, and needs no installed moe_dist."""
     first, second = (call("-c", SHOW_CODE_FOLDER, program="python") for _ in range(2))
     assert first.stdout == second.stdout, first.stderr
     folder = Path(first.stdout.strip())

@@ -1,7 +1,7 @@
-"""The slow oracles of the routers in which the number of columns depends on the token: one token after the other.
+"""Slow references of the routers that choose the number of columns by token: one token after the other.
 
-Each function takes one token's input x [D] and its group's tensors, and returns the weight of each column that the token
-takes, null ones left out. A group's columns are in its own order: true, null, identity, constant. Shares no code with the
+Each function takes one token's input x [D] and its group's tensors. It returns the weight of each column that the token
+takes, without null columns. A group's columns are in the order true, null, identity, constant. Shares no code with the
 routers.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_dist.placement.placement import ExpertGroup
 
-Tensors = Mapping[str, Tensor]  # `rows` [C, D], `bias` [C], and what the router has besides
+Tensors = Mapping[str, Tensor]  # `rows` [C, D], `bias` [C], and further tensors of the router
 
 
 def _null(group: ExpertGroup) -> range:
@@ -66,7 +66,7 @@ def threshold(x: Tensor, tensors: Tensors, group: ExpertGroup, *, temperature: f
         margins.append((cosine / temperature).sigmoid() - level.sigmoid())
     moved = [each.item() + bias.item() for each, bias in zip(margins, tensors["bias"], strict=True)]
     taken = [c for c in _falling(moved)[: group.top_k] if moved[c] > 0 and c not in _null(group)]
-    # the value is 1 / number; the gradient is that of the margin / number
+    # the value is 1 / number, with the gradient of margin / number
     return {c: (1.0 + margins[c] - margins[c].detach()) / len(taken) for c in taken}
 
 
@@ -79,6 +79,6 @@ def predicted_k(x: Tensor, tensors: Tensors, group: ExpertGroup, *, normalise: b
 
 
 def expert_threshold(scores_TE: Tensor, mean_E: Sequence[float]) -> Tensor:
-    """Weights [T, E]: the score where it exceeds the expert's running mean."""
+    """Returns weights [T, E]: the score where it exceeds the expert's running mean, else 0."""
     rows = [[s if s.item() > m else s * 0 for s, m in zip(row, mean_E, strict=True)] for row in scores_TE]
     return torch.stack([torch.stack(row) for row in rows])

@@ -1,6 +1,6 @@
-"""The slow oracle of expert choice: loops over sets, experts and tokens, on one device, obviously right.
+"""The slow reference of expert choice: loops over scopes, experts and tokens on one device.
 
-It shares no code with the router; only the experts' output is the other oracle's.
+It shares no code with the router. Experts' outputs come from the reference of the layer.
 """
 
 import math
@@ -16,7 +16,7 @@ Pairs = set[tuple[int, int]]  # (token, logical expert)
 
 
 def room(capacity: float, tokens: int) -> int:
-    """ceil(c T) where that is at most T; products that are whole but for their last bits are whole."""
+    """Returns ceil(c T), at most T. A product that is whole but for its last bits counts as whole."""
     return min(tokens, math.ceil(round(capacity * tokens, 6)))
 
 
@@ -27,7 +27,7 @@ def choice_of_training(
     capacity_G: Sequence[float],
     choice_sets: Sequence[Sequence[int]],
 ) -> Pairs:
-    """Each expert of each set takes its best tokens, the earlier one on a tie."""
+    """Each expert of each scope takes its best tokens, and the earlier one on a tie."""
     pairs: Pairs = set()
     for tokens in choice_sets:
         for index, group in enumerate(groups):
@@ -39,7 +39,7 @@ def choice_of_training(
 
 
 def cut_of(scores: Sequence[float], capacity: float) -> float:
-    """The k-th largest score of one expert in one set; 0 where it takes all by its capacity."""
+    """Returns the k-th largest score of one expert in one scope; 0 where its capacity takes all tokens."""
     if capacity >= 1 or not scores:
         return 0.0
     return sorted(scores, reverse=True)[room(capacity, len(scores)) - 1]
@@ -48,7 +48,7 @@ def cut_of(scores: Sequence[float], capacity: float) -> float:
 def choice_by_score(
     scores_TE: Sequence[Sequence[float]], group_T: Sequence[int], groups: Sequence[ExpertGroup], bound_E: Sequence[float]
 ) -> Pairs:
-    """Each token by itself: the experts of its group whose score is above their bound."""
+    """Decides for each token alone: returns the experts of its group whose score is above their bound."""
     return {
         (token, expert)
         for token, index in enumerate(group_T)
@@ -59,7 +59,7 @@ def choice_by_score(
 
 
 def logits_of(h_TD: Tensor, groups: Sequence[ExpertGroup], weights: Mapping[str, ReferenceWeights]) -> Tensor:
-    """Logits of every expert for every token, whatever its group, [T, E]."""
+    """Returns the logits [T, E] of every expert for every token of any group."""
     rows = [weights[group.name].true[column] for group in groups for column in range(group.num_experts)]
     return torch.stack([torch.stack([row @ token for row in rows]) for token in h_TD])
 
@@ -73,7 +73,7 @@ def moe_forward(
     *,
     noise_TE: Tensor | None = None,
 ) -> Tensor:
-    """y_TD = sum over the experts that take a token of sigmoid(logit + noise) times their output; 0 where none does."""
+    """Returns y_TD: the sum over a token's experts of sigmoid(logit + noise) times their output; 0 without experts."""
     rows = []
     for token in range(len(group_T)):
         y_D = torch.zeros_like(h_TD[token])
@@ -89,7 +89,8 @@ def moe_forward(
 
 
 def auxiliary_loss(logits_TE: Tensor, pairs: Pairs, group_T: Sequence[int], groups: Sequence[ExpertGroup]) -> Tensor:
-    """Of one layer: for each group the mean over its tokens and experts of -log p(taken or not), p = sigmoid(logit)."""
+    """Returns one layer's loss for each group: the mean over tokens and experts of -log p(decision), with p =
+    sigmoid(logit)."""
     total = logits_TE.new_zeros(())
     for index, group in enumerate(groups):
         members = [token for token, of in enumerate(group_T) if of == index]

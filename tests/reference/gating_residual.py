@@ -1,4 +1,4 @@
-"""The slow oracle of the gating residual: one token after the other, column by column. Shares no code with it."""
+"""The slow reference of the gating residual: one token and column after the other. Shares no code with it."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def chained_logits(
     h_LD: Sequence[Tensor], rows_LCD: Sequence[Tensor], residual_LCC: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    """Logits of one token's own group in each layer: z_l[c] = sum_d W_l[c, d] x_l[d] + sum_b V_l[c, b] z_{l-1}[b].
+    """Returns one token's logits of its group in each layer: z_l[c] = sum_d W_l[c, d] x_l[d] + sum_b V_l[c, b] z_{l-1}[b].
 
     Args:
         h_LD: The router's input in each layer.
@@ -29,7 +29,7 @@ def chained_logits(
 
 
 def top_k_weights(logits_C: Tensor, *, top_k: int, null: range, bias_C: Tensor | None = None) -> dict[int, Tensor]:
-    """Softmax over the chosen columns that are not null. With a bias, tokens choose by softmax + bias."""
+    """Returns the softmax over the chosen columns that are not null. With a bias, tokens choose by softmax + bias."""
     score_C = logits_C if bias_C is None or not bias_C.any() else logits_C.softmax(0) + bias_C
     scores = score_C.tolist()
     chosen = sorted(range(len(scores)), key=lambda column: (-scores[column], column))[:top_k]

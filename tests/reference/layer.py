@@ -1,6 +1,6 @@
-"""The slow oracle: an MoE layer as loops over tokens and groups, on one device, obviously right.
+"""The slow reference of an MoE layer: loops over tokens and groups, on one device.
 
-It shares no code with the router, the dispatcher or the experts; tests hold those to it, values and gradients.
+It shares no code with the router, the dispatcher or the experts. Tests compare values and gradients with it.
 """
 
 import math
@@ -15,9 +15,9 @@ from moe_dist.placement.placement import ExpertGroup
 
 @dataclass(frozen=True)
 class ReferenceWeights:
-    """One group's weights: router rows `true` [n, D] and, where there are any, `null` [m, D], `identity`, `constant`;
-    experts `gate`, `up` [n, F, D], `down` [n, D, F]; of constant experts `vector` [c, D] and `mix` [c, 2, D]; the selection
-    `bias` of all columns."""
+    """One group's weights. Router rows: `true` [n, D], and if present `null` [m, D], `identity`, `constant`. Experts:
+    `gate`, `up` [n, F, D], `down` [n, D, F]. Constant experts: `vector` [c, D] and `mix` [c, 2, D]. `bias` is the selection
+    bias of all columns."""
 
     true: Tensor
     null: Tensor | None
@@ -32,13 +32,13 @@ class ReferenceWeights:
 
     @property
     def rows(self) -> Tensor:
-        """Router rows of all the group's columns: true, null, identity, constant."""
+        """Returns the router rows of all columns of the group: true, null, identity, constant."""
         kinds = (self.true, self.null, self.identity, self.constant)
         return torch.cat([rows for rows in kinds if rows is not None])
 
 
 def choose(scores: Sequence[float], num_true: int, top_k: int) -> list[int]:
-    """The top-k columns of one token, best first; ties go to true experts, then to the lower index."""
+    """Returns the top-k columns of one token, best first. Ties go to true experts, then to the lower index."""
     order = sorted(range(len(scores)), key=lambda column: (-scores[column], column >= num_true, column))
     return order[:top_k]
 
@@ -46,8 +46,8 @@ def choose(scores: Sequence[float], num_true: int, top_k: int) -> list[int]:
 def weights_of(
     logits_C: Tensor, chosen: Sequence[int], num_true: int, normalise: str, *, num_null: int | None = None
 ) -> dict[int, Tensor]:
-    """Routing weight of each chosen column that is not null: columns [num_true, num_true + num_null) are; without a number,
-    all behind the true ones."""
+    """Returns the routing weight of each chosen column that is not null. Null columns are [num_true, num_true + num_null);
+    without `num_null` all columns behind the true ones."""
     first_zero_computation = len(logits_C) if num_null is None else num_true + num_null
     kept = [column for column in chosen if column < num_true or column >= first_zero_computation]
     if normalise == "none":
@@ -62,8 +62,8 @@ def weights_of(
 def kept_pairs(pairs: Sequence[tuple[int, int, float]], capacity: Mapping[int, int], drop: str) -> set[tuple[int, int]]:
     """Returns the (token, expert) pairs that no capacity drops.
 
-    `pairs` are the (token, expert, probability) of tokens that compete for the same capacity (a selection scope). An expert
-    serves its pairs one after the other until it is full: the most probable first, or the earliest token's.
+    `pairs` are the (token, expert, probability) of the tokens of one selection scope. An expert serves its pairs one after
+    the other until it is full: the most probable first, or the earliest token's.
     """
     kept: set[tuple[int, int]] = set()
     for expert, room in capacity.items():
@@ -74,7 +74,7 @@ def kept_pairs(pairs: Sequence[tuple[int, int, float]], capacity: Mapping[int, i
 
 
 def expert_output(x_D: Tensor, column: int, group: ExpertGroup, w: ReferenceWeights) -> Tensor:
-    """What a true, identity or constant column of the group makes of one token."""
+    """Returns the output of a true, identity or constant column of the group for one token."""
     if column < group.num_experts:
         hidden_F = torch.nn.functional.silu(w.gate[column] @ x_D) * (w.up[column] @ x_D)
         return w.down[column] @ hidden_F
@@ -99,12 +99,12 @@ def moe_forward(
     capacity: tuple[float, str] | None = None,
     choice_sets: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
-    """y_TD of the routed and zero-computation experts (no norm, no shared expert); zero for padding and for tokens without
-    an expert.
+    """Returns y_TD of the routed and zero-computation experts, without norm and shared expert. It is zero for padding and
+    for tokens without an expert.
 
     Args:
-        capacity: Factor and what is dropped (`probability`, `position`), or None.
-        choice_sets: The sets of tokens that compete for an expert's room; by default all tokens are one.
+        capacity: Factor and order of drops (`probability`, `position`), or None.
+        choice_sets: The selection scopes, as sets of tokens; by default all tokens are one scope.
     """
     chosen: dict[int, dict[int, Tensor]] = {}
     probability: dict[int, Tensor] = {}
@@ -137,7 +137,7 @@ def _drop(
     probability: Mapping[int, Tensor],
     capacity: tuple[float, str],
 ) -> None:
-    """Takes the choices without room out of `chosen`, for one selection scope."""
+    """Removes the dropped choices of one selection scope from `chosen`."""
     factor, drop = capacity
     for index, group in enumerate(groups):
         members = [token for token in tokens if group_T[token] == index]
@@ -165,12 +165,13 @@ def balance_loss(
     num_identity: int = 0,
     null_weight: float = 1.0,
 ) -> Tensor:
-    """Load-balance loss of one group in one layer, coefficient 1 (AdaMoE section 3.2; vanilla where not averaged).
+    """Returns the balance loss of one group in one layer with coefficient 1 (AdaMoE section 3.2, or vanilla without
+    averaging).
 
-    (n + m) sum_i f_i P_i with f_i the share of tokens that pick column i (so that the f_i sum to k) and P_i its mean
-    probability; averaged, every null column carries the mean load of all null columns, every identity column that of the
-    identity columns. Without a number, all columns behind the true ones are null. With a null weight w, a null column is to
-    carry w times a true one's load: it counts as w columns, and its load is divided by w.
+    The loss is (n + m) sum_i f_i P_i. f_i is the share of tokens that choose column i, so the f_i sum to k. P_i is its mean
+    probability. With averaging, every null column has the mean load of all null columns, and every identity column the mean
+    load of the identity columns. Without `num_null` all columns behind the true ones are null. With a null weight w, a null
+    column counts as w columns, and its load is divided by w.
     """
     num_tokens, num_columns = logits_TC.shape
     load = [count / num_tokens for count in picks_of(logits_TC, num_true, top_k)]
@@ -189,7 +190,7 @@ def balance_loss(
 
 
 def picks_of(logits_TC: Tensor, num_true: int, top_k: int) -> list[float]:
-    """How often each column is among its token's top-k."""
+    """Returns how often each column is among its tokens' top k."""
     picks = [0.0] * logits_TC.shape[1]
     for row in logits_TC.tolist():
         for column in choose(row, num_true, top_k):
@@ -198,8 +199,11 @@ def picks_of(logits_TC: Tensor, num_true: int, top_k: int) -> list[float]:
 
 
 def split_loss(logits_TC: Tensor, num_true: int, top_k: int, *, null_weight: float = 1.0) -> Tensor:
-    """ZEDA's L_GA (arXiv 2605.18643) of one group in one layer, coefficient 1: only how choices divide between true columns
-    and the others, (n + n_Z w) / k (f_E P_E / n + f_Z P_Z / (n_Z w)), with the sums of f and P over either side."""
+    """Returns ZEDA's L_GA (arXiv 2605.18643) of one group in one layer with coefficient 1.
+
+    It depends only on the division of choices between true columns (E) and others (Z): (n + n_Z w) / k (f_E P_E / n + f_Z
+    P_Z / (n_Z w)). f and P are summed over each side.
+    """
     num_tokens, num_columns = logits_TC.shape
     load = [count / num_tokens for count in picks_of(logits_TC, num_true, top_k)]
     prob_C = logits_TC.softmax(-1).mean(0)
@@ -222,10 +226,11 @@ def bias_steps(
     sign_rate: float = 0.0,
     others: bool = True,
 ) -> list[float]:
-    """The biases of one group's true experts in one layer after one step of its controllers.
+    """Returns the biases of one group's true experts in one layer after one step of its controllers.
 
-    LongCat-Flash's rule with a target (per expert as published, or its mean over the experts), then the sign rule of
-    DeepSeek-V3, without its mean where the group has `others`, columns that are not true. Unchanged without tokens.
+    The first is LongCat-Flash's rule with a target, per expert as published, or its mean over the experts. The second is
+    DeepSeek-V3's sign rule, without its mean if the group has columns that are not true (`others`). Without tokens the
+    biases stay.
     """
     n, moved = len(bias_n), list(bias_n)
     if tokens == 0:
@@ -242,7 +247,7 @@ def bias_steps(
 def expected_traffic(
     tokens: Sequence[int], experts: Sequence[int], rank_of_expert: Sequence[int], own_rank: int
 ) -> tuple[int, int]:
-    """Remote rows and remote pairs of one rank for its taken pairs: the closed form of the dispatch contract."""
+    """Returns the rows and pairs that one rank sends for its taken pairs: the closed form of the dispatch contract."""
     remote = [(t, rank_of_expert[e]) for t, e in zip(tokens, experts, strict=True) if rank_of_expert[e] != own_rank]
     return len(set(remote)), len(remote)
 
@@ -255,10 +260,10 @@ def expected_node_traffic(
     ranks_per_node: int,
     own_rank: int,
 ) -> tuple[int, int]:
-    """Rows that one rank sends between nodes, and inside its node, when rows are distinct by node and then by rank.
+    """Returns the rows that one rank sends between nodes, and inside its node, under hierarchical dispatch.
 
-    Between nodes: its own tokens' distinct (token, other node). Inside the node: of all ranks with its position in their
-    nodes, itself among them, distinct (token, other rank of its node): it forwards what arrived.
+    Between nodes it sends distinct (token, other node) of its own tokens. Inside the node it forwards received tokens:
+    distinct (token, other rank of its node) of all ranks with its position in their nodes, itself included.
 
     Args:
         tokens_W, experts_W: For each rank of the EP group its taken pairs.
@@ -279,10 +284,11 @@ def expected_node_traffic(
 
 
 def expected_copies(num_experts: int, top_k: int, parts: int, *, num_null: int = 0) -> float:
-    """Expected number of distinct parts (ranks or nodes with equally many experts) among a token's true choices.
+    """Returns the expected number of distinct parts (ranks or nodes with equally many experts) among a token's true
+    choices.
 
-    Routing is uniform over n + m columns without replacement. It misses a part of n / P experts with probability
-    C(n + m - n / P, k) / C(n + m, k); docs/parallelism.md has the numbers.
+    Routing is uniform over n + m columns without replacement. A token misses a part of n / P experts with probability C(n +
+    m - n / P, k) / C(n + m, k). docs/parallelism.md has examples.
     """
     columns = num_experts + num_null
     return parts * (1.0 - math.comb(columns - num_experts // parts, top_k) / math.comb(columns, top_k))

@@ -1,4 +1,4 @@
-"""LoRA experts as a loop over tokens and experts: slow, and obviously right. `moe_dist.moe.experts.lora` must equal it."""
+"""The slow reference of `moe_dist.moe.experts.lora`: LoRA experts as a loop over tokens and experts."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,8 @@ def reference_lora_layer(
     alpha: float,
     weight: Weight,
 ) -> Tensor:
-    """What a layer without dropout returns for x [T, D], token by token; padding (group -1) passes the frozen FFN alone."""
+    """Returns the output of a layer without dropout for x [T, D], token by token. Padding (group -1) passes only the frozen
+    FFN."""
     rows = []
     for x, index in zip(layer.norm(x_TD), group_T.tolist(), strict=True):
         taken = [] if index < 0 else _taken(layer, x, groups[index], weight)
@@ -41,7 +42,7 @@ def reference_lora_layer(
 
 
 def _taken(layer: LoRALayer, x: Tensor, group: ExpertGroup, weight: Weight) -> list[tuple[int, Tensor]]:
-    """The token's true experts with their weights: the best k columns of the softmax, null ones left out."""
+    """Returns the token's true experts with their weights: the best k columns of the softmax, without null columns."""
     gate = dict(layer.router.get_submodule(group_module(group.name)).named_parameters())
     logits = torch.cat([gate[kind] @ x for kind in ("true", "null") if kind in gate])
     p = logits.softmax(0)

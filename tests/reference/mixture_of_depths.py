@@ -1,6 +1,6 @@
-"""The slow reference for mixture of depths: simple lists and loops on one device, document by document.
+"""The slow reference of mixture of depths: lists and loops on one device, document by document.
 
-It shares no code with the router, the slots or their mask; it calls the layer's own attention and experts on one document
+It shares no code with the router, the slots or their mask. It calls the layer's own attention and experts on one document
 at a time.
 """
 
@@ -16,8 +16,8 @@ Block = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 
 
 def choose(scores: Sequence[float], real: Sequence[bool], capacity: float, scopes: Sequence[Sequence[int]]) -> set[int]:
-    """The selected tokens: in each scope the best ceil(c n) of its n real tokens, earlier ones first on ties. This is
-    expert choice with one expert."""
+    """Returns the selected tokens: in each scope the best ceil(c n) of its n real tokens, earlier ones first on ties. This
+    is expert choice with one expert."""
     one = ExpertGroup("all", 1, 0, 1, 1, 0, ("text",))
     groups = [0 if each else -1 for each in real]
     return {token for token, _ in choice_of_training([[score] for score in scores], groups, [one], [capacity], scopes)}
@@ -26,11 +26,11 @@ def choose(scores: Sequence[float], real: Sequence[bool], capacity: float, scope
 def depth_forward(
     x_TD: Tensor, router_D: Tensor, taken: set[int], document_T: Sequence[object], position_T: Sequence[int], block: Block
 ) -> Tensor:
-    """x + sigmoid(s) block(x) for the selected tokens, x for the others.
+    """Returns x + sigmoid(s) block(x) for the selected tokens, and x for the others.
 
     Args:
-        document_T: Document of each token, distinct over the sequences; tokens of one document stand in order.
-        block: The layer's update for the tokens [1, n, D] of one document at the given positions [1, n]; also gets the
+        document_T: Document of each token, distinct over the sequences. Tokens of a document are in order.
+        block: The layer's update for the tokens [1, n, D] of one document at the given positions [1, n]. It also gets the
             tokens' numbers.
     """
     rows = list(x_TD)

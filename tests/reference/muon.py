@@ -1,10 +1,10 @@
-"""Muon by singular values, for one matrix at a time: slow and plain."""
+"""The slow reference of Muon: by singular values, one matrix at a time."""
 
 import numpy as np
 
 
 def orthogonalised(matrix: np.ndarray) -> np.ndarray:
-    """Sends each singular value s, relative to the Frobenius norm, five times through 3.4445 s - 4.775 s^3 + 2.0315 s^5."""
+    """Applies 3.4445 s - 4.775 s^3 + 2.0315 s^5 five times to each singular value s, relative to the Frobenius norm."""
     norm = np.sqrt((matrix**2).sum())
     if norm < 1e-7:
         norm = 1e-7

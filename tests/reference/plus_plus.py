@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class PlusPlusBlock(nn.Module):
-    """Takes the place of a block of transformers' Qwen3-MoE. `tensors` are those of its layer, by name without prefix."""
+    """Replaces a block of transformers' Qwen3-MoE. `tensors` are its layer's tensors, by name without prefix."""
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         super().__init__()

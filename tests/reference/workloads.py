@@ -1,7 +1,6 @@
-"""Hidden rows and router weights with which a real router makes the choices of a workload of
-`tools/gpu_check/token_imbalance.py`.
+"""Hidden rows and router weights for which a real router makes the choices of a benchmark workload (W0 to W7).
 
-Shape letters: T tokens, E experts, K choices a token, D hidden size.
+Shape letters: T tokens, E experts, K choices per token, D hidden size.
 """
 
 import numpy as np
@@ -10,10 +9,10 @@ from tools.gpu_check.token_imbalance import WorkloadStep
 
 
 def hidden_states(step: WorkloadStep, *, num_experts: int, hidden_dim: int, seed: int) -> np.ndarray:
-    """Hidden rows [T, D], float64, from which a router whose weight is `router_weight` makes the step's choices.
+    """Returns hidden rows [T, D], float64, for which a router with weight `router_weight` makes the step's choices.
 
-    The first E numbers of a row are its logits: at least 3 for chosen experts, no two of a row alike, at most 1 for the
-    others. A margin of 2 outlasts a few small optimizer steps. The rest is noise.
+    The first E numbers of a row are its logits: at least 3 for chosen experts, all different, and at most 1 for the others.
+    A margin of 2 outlasts a few small optimizer steps. The rest is noise.
 
     Raises:
         ValueError: D is smaller than E.
@@ -30,5 +29,5 @@ def hidden_states(step: WorkloadStep, *, num_experts: int, hidden_dim: int, seed
 
 
 def router_weight(num_experts: int, hidden_dim: int) -> np.ndarray:
-    """Router rows [E, D] that read the logits which `hidden_states` wrote."""
+    """Returns router rows [E, D] that read the logits from `hidden_states`."""
     return np.eye(num_experts, hidden_dim)

@@ -1,4 +1,4 @@
-"""Adapters over an imported base, on one rank, in memory and in a checkpoint."""
+"""Adapters on an imported base: on one rank, in memory and in a checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ MOLE = {"num_experts": 3, "num_null": 1, "top_k": 2}
 
 
 class Adapted:
-    """A model of new adapters on the base in `imported`, a folder of `tools.import_hf`.
+    """A model of new adapters on the base in `imported`, a folder written by `moe-dist import-hf`.
 
     Args:
-        group: Of its one group, what differs from the base's.
+        group: Fields of its one group that differ from the base.
         experts: Fields of LoRA experts; None for none.
         ffn: Fields of LoRA on the base's own experts; None for none.
         attention: Fields of LoRA on the attention; None for none.
@@ -42,7 +42,7 @@ class Adapted:
     ) -> None:
         values = yaml.safe_load((imported / "config.yaml").read_text())
         values["run"]["init_rules"], values["train"]["only"] = ["adapt"], "adapters"
-        values["data"]["path"] = str(folder / "no data")  # whatever the machine has prepared
+        values["data"]["path"] = str(folder / "no data")  # data on this machine must not matter
         values["parallel"] |= {"device": "cpu", "precision": "fp32"}
         moe, values["model"]["attention_lora"] = values["model"]["moe"], attention
         if experts is not None:
@@ -50,9 +50,9 @@ class Adapted:
             moe["router"] = {"kind": "top_k", "normalise": "none"}
             moe["groups"]["all"] |= group or {}
         if ffn is not None:
-            moe["experts"] = {"kind": "ffn_lora", **ffn}  # or another kind, in `ffn`
+            moe["experts"] = {"kind": "ffn_lora", **ffn}  # `ffn` may name another kind
         self.config = Config.model_validate(values, strict=False)
-        layout_without_data(self.config)  # as a run would
+        layout_without_data(self.config)  # as a run does
         placement = replicated_placement(expert_groups(self.config.model.moe))
         self.model: Transformer = build_model(self.config, placement, ep_rank=0, ep_group=None)
         initialise(self.model, placement, ep_rank=0, device=torch.device("cpu"), seed=7, std=0.3)
@@ -63,7 +63,7 @@ class Adapted:
         self.base, self.report = begin_on_base(self.config, self.manager, self.model, self.layout)
 
     def draw(self, seed: int = 0) -> None:
-        """Second matrices that are not 0, as after a training."""
+        """Draws the second matrices, which would otherwise be 0, as if they had been trained."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -71,6 +71,6 @@ class Adapted:
                     parameter.normal_(0.0, 0.2, generator=generator)
 
     def save(self) -> Path:
-        """A checkpoint of the adapters."""
+        """Saves a checkpoint of the adapters."""
         values = {"config": self.config.model_dump(mode="json"), "base": {**vars(self.base)}}
         return self.manager.save(3, capture(self.model, None, self.layout, part="trained", values=values))

@@ -1,4 +1,4 @@
-"""Whether two implementations give the same numbers: each tensor to so many parts of its largest entry."""
+"""Compares the numbers of two implementations: each tensor relative to its largest entry."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ SMALLEST_GAP = 1e-5
 
 
 def assert_agree(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> None:
-    """No entry of a tensor differs by more than BOUND of the tensor's largest entry. For the bias of keys the largest entry
-    is the weight's: a softmax ignores a constant that is added to all keys, so the terms of the bias's gradient almost
-    cancel and leave their rounding."""
+    """Asserts that no entry differs by more than BOUND of its tensor's largest entry. For the bias of keys the largest
+    entry is the weight's. A softmax ignores a constant added to all keys, so the terms of this bias's gradient nearly
+    cancel, and only rounding remains."""
     assert ours.keys() == theirs.keys()
     worst = {name: float(np.abs(ours[name] - theirs[name]).max()) for name in theirs}
     scale = {name: re.sub(r"(\.k)\.bias$", r"\1.weight", name) for name in theirs}
@@ -25,14 +25,15 @@ def assert_agree(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray
 
 
 def smallest_gap(scores_TC: Tensor, top_k: int) -> float:
-    """Smallest difference between a token's k-th and next best score: no choice may hang on the last bits."""
+    """Returns the smallest difference between a token's k-th and next best score. If it is large enough, rounding decides
+    no choice."""
     best = scores_TC.detach().sort(-1, descending=True).values
     return float((best[:, top_k - 1] - best[:, top_k]).min())
 
 
 @torch.no_grad()
 def gap_of_choices(router: Any, h_TD: Tensor, group_T: Tensor) -> float:
-    """Smallest difference between a token's k-th and next best logit inside its group."""
+    """Returns the smallest difference between a token's k-th and next best logit in its group."""
     logits_TC = router._logits(h_TD)
     in_group = [logits_TC[group_T == index][:, router.group_of_column_C == index] for index in range(len(router.groups))]
     pairs = zip(in_group, router.groups, strict=True)
@@ -40,12 +41,12 @@ def gap_of_choices(router: Any, h_TD: Tensor, group_T: Tensor) -> float:
 
 
 def arrays(named: Mapping[str, Tensor]) -> Arrays:
-    """Copies of tensors."""
+    """Copies tensors to numpy arrays."""
     return {name: tensor.detach().numpy().copy() for name, tensor in named.items()}
 
 
 def merged(ranks: Sequence[Arrays]) -> Arrays:
-    """All ranks' tensors by name; copies that several ranks hold must be equal to the last bit."""
+    """Returns all ranks' tensors by name. Copies on several ranks must be equal to the last bit."""
     together: Arrays = {}
     for rank in ranks:
         for name, value in rank.items():

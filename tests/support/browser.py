@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome")
-SECONDS = 600.0  # a hang
+SECONDS = 600.0  # longer is a hang
 CHROMIUM = next(filter(None, map(shutil.which, PROGRAMS)), None)
 
 
@@ -21,7 +21,7 @@ class Browser:
 
     Attributes:
         errors: Texts of console messages, exceptions and failed requests so far.
-        requests: Addresses that the page asked for, except data: URIs.
+        requests: Addresses that the page has requested, without data: URIs.
     """
 
     def __init__(self, read: int, write: int) -> None:
@@ -56,7 +56,7 @@ class Browser:
         scale: float = 1,
         script: bool = True,
     ) -> None:
-        """Loads a file or an address; `script` False switches scripts off. A picture has `scale` pixels for a CSS pixel."""
+        """Loads a file or an address. `script=False` turns scripts off. A picture has `scale` pixels per CSS pixel."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self("Emulation.setEmulatedMedia", features=scheme)
         self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False)
@@ -67,7 +67,7 @@ class Browser:
             self._note(self._next())
 
     def value(self, expression: str) -> Any:
-        """The value of a JavaScript expression; also where the page's own scripts are off."""
+        """Returns the value of a JavaScript expression, also if the page's own scripts are off."""
         result = self("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
@@ -106,7 +106,7 @@ class Browser:
 
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """Starts Chromium with an own profile, and ends it."""
+    """Starts Chromium with its own profile, and ends it afterwards."""
     assert CHROMIUM is not None, f"none of {PROGRAMS} is installed"
     (theirs, write), (read, answers) = os.pipe(), os.pipe()
 

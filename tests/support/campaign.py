@@ -1,8 +1,7 @@
-"""Runs with planned faults, each to its end, and what came of them.
+"""Runs with planned faults, and their results.
 
-A campaign is one run of 60 steps on 4 ranks with up to 20 faults; its ranks are started by the local launcher, which
-restarts them by itself where its rules say so; where they do not, somebody mends the data and starts it again, as a user
-would.
+A campaign is one run of 60 steps on 4 ranks with up to 20 faults. The local launcher starts the ranks, and restarts them
+where its rules allow. Otherwise the campaign repairs the data and starts the run again, as a user would.
 """
 
 import random
@@ -22,11 +21,12 @@ from tests.support.site import RANKS, STEPS, Site, read_ends, settings, started
 from tests.support.tiny import tiny_config, write_config
 
 FAULTS = 20
-MOST_FROZEN = 2  # of a campaign: each costs the watchdog's time
+MOST_FROZEN = 2  # per campaign, because each waits for the watchdog
 
 
 def draw(rng: random.Random, wanted: Sequence[Cell] = (), *, count: int = FAULTS) -> tuple[Fault, ...]:
-    """`count` faults at random ranks and steps, that cover every phase and every kind; `wanted` cells first."""
+    """Draws `count` faults at random ranks and steps that cover every phase and every kind, beginning with the `wanted`
+    cells."""
     cells = list(wanted)[:count]
     order = rng.sample(FEASIBLE, len(FEASIBLE))
 
@@ -42,7 +42,8 @@ def draw(rng: random.Random, wanted: Sequence[Cell] = (), *, count: int = FAULTS
         if cell.kind != "SIGSTOP" or frozen() < MOST_FROZEN:
             cells.append(cell)
     rng.shuffle(cells)
-    # A fault of phase import strikes at the start after its predecessor, which therefore has to end its attempt.
+    # A fault of phase import strikes at the start that follows the previous fault. The previous fault must therefore end
+    # its attempt.
     while any(late.phase == "import" and survives(early) for early, late in pairwise(cells)):
         rng.shuffle(cells)
     steps = sorted(rng.sample(range(2, STEPS - 6), len(cells)))
@@ -60,15 +61,15 @@ def draw(rng: random.Random, wanted: Sequence[Cell] = (), *, count: int = FAULTS
 
 @dataclass
 class Report:
-    """What came of a campaign.
+    """The result of a campaign.
 
     Attributes:
-        seed: Of its faults.
-        asynchronous: Whether it saved while it went on.
-        faults: One entry each: cell, rank, step, and what was seen.
-        problems: What must not be; empty is a pass.
-        starts: How often the launcher was called.
-        seconds: Of all.
+        seed: Seed of the faults.
+        asynchronous: Whether saves were asynchronous.
+        faults: One entry each: cell, rank, step, and observations.
+        problems: Violated requirements; empty if the campaign passed.
+        starts: Number of launcher calls.
+        seconds: Duration of the campaign.
     """
 
     seed: int
@@ -80,7 +81,7 @@ class Report:
 
 
 def undisturbed_run(site: Site) -> RunFolder:
-    """The run that all others must equal; made once for a site."""
+    """Returns the run without faults, which all others must equal; made once for a site."""
     config = tiny_config(site.folder / "pristine", site.folder / "runs", settings("undisturbed", ranks=RANKS))
     run = RunFolder.of(config)
     if not run.finished(config):
@@ -94,7 +95,7 @@ def undisturbed_run(site: Site) -> RunFolder:
 def campaign(
     site: Site, seed: int, wanted: Sequence[Cell] = (), *, asynchronous: bool = True, count: int = FAULTS
 ) -> Report:
-    """One run with its faults, to its end."""
+    """Runs one run with its faults to the end."""
     begin, name = time.monotonic(), f"seed-{seed}"
     undisturbed = undisturbed_run(site)
     plan = _planned(site, name, draw(random.Random(seed), wanted, count=count), site.disk)
@@ -120,11 +121,13 @@ def campaign(
 
 
 def killed_while_saving(site: Site, seed: int, kills: int, *, ranks: int = 2) -> Report:
-    """SIGKILL of all ranks at random moments of saves, one launch each; what `latest` names is verified after each."""
+    """Kills all ranks with SIGKILL at random moments of saves, one launch each. Verifies the checkpoint of `latest` after
+    each."""
     begin, rng, name = time.monotonic(), random.Random(seed), f"kills-{seed}"
 
     def kill(number: int) -> Fault:
-        delay = rng.uniform(0.0, 0.3 if number % 2 else 0.02)  # writing takes 20 ms and more, all of it is over in 300
+        # a write takes at least 20 ms, and the whole save at most 300 ms
+        delay = rng.uniform(0.0, 0.3 if number % 2 else 0.02)
         return Fault(number, rng.randrange(ranks), 2 + 2 * number, "checkpoint write", "SIGKILL all", delay)
 
     plan = _planned(site, name, tuple(kill(number) for number in range(kills)), None)
@@ -135,7 +138,7 @@ def killed_while_saving(site: Site, seed: int, kills: int, *, ranks: int = 2) ->
     while report.starts <= 2 * kills + 2:
         report.starts += 1
         code = started(path, log, max_restarts=0, variables=environment(_plan_path(site, name), site.interposer))
-        torn += any(run.checkpoints.glob("step_*.tmp"))  # of this start: each begins with clearing the folder
+        torn += any(run.checkpoints.glob("step_*.tmp"))  # of this start, because each start first clears the folder
         report.problems += [f"start {report.starts}: {each}" for each in unverified(run)]
         if code == 0:
             break
@@ -154,7 +157,7 @@ def killed_while_saving(site: Site, seed: int, kills: int, *, ranks: int = 2) ->
 
 
 def _planned(site: Site, name: str, faults: tuple[Fault, ...], disk: Path | None) -> FaultPlan:
-    """Writes the plan of a run down for its ranks."""
+    """Writes the plan of a run for its ranks."""
     struck = site.folder / f"{name}.struck"
     struck.mkdir()
     plan = FaultPlan(faults, struck, site.data / "captions_train", disk)

@@ -1,4 +1,4 @@
-"""Whole models as evaluation has them, from a configuration: biases and thresholds as training would have left them."""
+"""Whole models in evaluation mode, made from a configuration. Biases and thresholds have values as after a training."""
 
 import torch
 
@@ -12,7 +12,7 @@ from moe_dist.train.build.training import build_model
 
 
 def evaluated_model(config: Config) -> Transformer:
-    """On one rank, with random weights."""
+    """Returns the model on one rank, with random weights."""
     groups = expert_groups(config.model.moe)
     placement = ExpertPlacement(groups, (tuple(range(sum(group.num_experts for group in groups))),))
     model = build_model(config, placement, ep_rank=0, ep_group=None)
@@ -22,7 +22,7 @@ def evaluated_model(config: Config) -> Transformer:
             if path.endswith("bias"):
                 buffer.copy_(torch.linspace(-0.2, 0.2, buffer.numel()))
         for path, parameter in layer.router.named_parameters():
-            if path.endswith("level"):  # of `threshold`
+            if path.endswith("level"):  # a tensor of the `threshold` router
                 parameter.data.copy_(torch.linspace(-0.5, 0.5, parameter.numel()))
         if isinstance(layer.router, ExpertChoiceRouter):
             for gate in layer.router.gates():

@@ -1,4 +1,4 @@
-"""Where a run can break, and how: phases x kinds, with the reason for each cell that cannot be."""
+"""The possible faults of a run: phases x kinds, with the reason for each infeasible cell."""
 
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ SAVING = ("checkpoint write", "commit")
 
 
 class Cell(NamedTuple):
-    """One way to break."""
+    """A phase and a kind of fault."""
 
     phase: str
     kind: str

@@ -1,10 +1,10 @@
-"""Runs that break many times, resume each time, and end with the bits of the undisturbed run.
+"""Runs that fail many times, resume each time, and end with the bits of an undisturbed run.
 
-    python -m tests.support.chaos --rounds 200          # make chaos ROUNDS=200; an interrupted one goes on
-    python -m tests.support.chaos --markdown            # the table of docs/reliability.md, from what was recorded
+    python -m tests.support.chaos --rounds 200          # make chaos ROUNDS=200; continues an interrupted one
+    python -m tests.support.chaos --markdown            # the table of docs/reliability.md, from stored results
 
-Campaigns (`tests.support.campaign`), saving while they go on and not in turn; after them all ranks of other runs are killed
-at random moments while a checkpoint is written.
+Runs campaigns (`tests.support.campaign`), every second one with asynchronous saves. Then kills all ranks of other runs at
+random moments of a save.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tests.support.site import RANKS, ROOT, STEPS, Site, open_site
 
 @dataclass
 class State:
-    """What `make chaos` has done so far, in a file that is replaced after each campaign."""
+    """The results of `make chaos` so far, in a file that is replaced after each campaign."""
 
     path: Path
     seed: int
@@ -66,7 +66,7 @@ class State:
 
 
 def chaos(rounds: int, folder: Path, *, seed: int, kills: int) -> State:
-    """Campaigns until `rounds` faults have struck and no feasible cell is left out, then the kills."""
+    """Runs campaigns until `rounds` faults have struck and every feasible cell has occurred, and then the kills."""
     folder.mkdir(parents=True, exist_ok=True)
     state = State.load(folder / "outcomes.json", seed)
     print(
@@ -101,13 +101,13 @@ def _tell(state: State, report: Report) -> None:
 
 
 def _clear(site: Site, name: str) -> None:
-    """Removes what an interrupted campaign left."""
+    """Removes the files of an interrupted campaign."""
     for path in (*site.folder.glob(f"{name}.*"), site.runs / name, site.folder / "runs" / name):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def markdown(state: State) -> str:
-    """The table of docs/reliability.md."""
+    """Returns the table of docs/reliability.md."""
     counts = {cell: 0 for cell in FEASIBLE}
     for fault in state.faults:
         counts[Cell(fault["phase"], fault["kind"])] += 1

@@ -69,7 +69,7 @@ def _byte_level(specials: list[str], lines: list[str]) -> Tokenizer:
 
 def _unigram(specials: list[str], lines: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()  # changes lengths, so that offsets are not those of the normal form
+    tokenizer.normalizer = normalizers.NFKC()  # changes lengths, so that offsets differ from offsets in the normalised text
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=specials, unk_token=specials[0], show_progress=False)
@@ -80,13 +80,13 @@ def _unigram(specials: list[str], lines: list[str]) -> Tokenizer:
 def _word_piece(specials: list[str], lines: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token=specials[0]))
     tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # drops white space
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # removes white space
     trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=specials, show_progress=False)
     tokenizer.train_from_iterator(lines, trainer)
     return tokenizer
 
 
-# By kind: how it is trained, its special tokens (for unknown text, to begin, others, to end), and its template.
+# By kind: the function that trains it, its special tokens (unknown, begin, others, end), and its template.
 KINDS: dict[str, tuple[Callable[[list[str], list[str]], Tokenizer], list[str], str]] = {
     "chatml": (_byte_level, ["<pad>", "<|im_start|>", "<|im_end|>"], CHATML),
     "headers": (_byte_level, ["<pad>", "<|begin|>", "<|start|>", "<|end|>", "<|eot|>"], HEADERS),
@@ -96,7 +96,7 @@ KINDS: dict[str, tuple[Callable[[list[str], list[str]], Tokenizer], list[str], s
 
 
 def chat_folder(folder: Path, kind: str, *, template: str | None = None) -> Path:
-    """Saves a tokenizer as transformers saves it; `template` replaces the kind's own."""
+    """Saves a tokenizer in transformers' format. `template` replaces the kind's own template."""
     from transformers import PreTrainedTokenizerFast
 
     train, specials, own = KINDS[kind]
@@ -114,7 +114,8 @@ def text(rng: np.random.Generator, most: int) -> str:
 
 
 def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of one to four turns; some begin with a system message, some have tools, and some of these calls and results."""
+    """Returns rows of one to four turns. Some begin with a system message, some have tools, and some of these have calls
+    and results."""
     rng = np.random.default_rng(seed)
     rows = []
     for number in range(count):

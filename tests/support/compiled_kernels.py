@@ -48,7 +48,7 @@ CHOOSE_BACKWARD = (
 KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "gather": (gather_rows_kernel, "table:*bf16 index:*i64 out:*bf16", WIDE),
 }
-for order in ("i64", "i32"):  # of a sort, and of the plan kernels
+for order in ("i64", "i32"):  # integer types of sorts and of the plan kernels
     for words, base, both in (("pairs", False, False), ("rows", True, False), ("gradients of gate and up", False, True)):
         arguments = f"own:*bf16 received:*bf16 base:*bf16 order:*{order} first:*i32 out:*bf16 num_own:i32"
         KERNELS[f"sum of {words}, {order}"] = (row_sum_kernel, arguments, {**WIDE, "HAS_BASE": base, "BOTH": both})
@@ -154,7 +154,7 @@ KERNELS["cross entropy backward"] = (
 
 
 def report(kernel: Any, arguments: str, constants: dict[str, Any], architecture: int) -> dict[str, int]:
-    """Registers of a thread, bytes that are spilled, and bytes of shared memory of a block."""
+    """Returns registers of a thread, spilled bytes, and bytes of shared memory of a block."""
     signature = dict(each.split(":") for each in arguments.split())
     options = {"num_warps": constants.get("num_warps", 4)}
     constants = {name: value for name, value in constants.items() if name != "num_warps"}

@@ -1,4 +1,4 @@
-"""Counts of a step of which a test needs a few fields alone."""
+"""Counts of a step for tests that need only a few fields."""
 
 from typing import Any
 
@@ -6,5 +6,5 @@ from moe_dist.moe.routing.counts import StepCounts
 
 
 def counts_with(**fields: Any) -> StepCounts[Any]:
-    """Those fields; the others are None, so that whoever reads one fails."""
+    """Returns counts with these fields. All others are None, so that a read of them fails."""
     return StepCounts(*[None] * len(StepCounts._fields))._replace(**fields)

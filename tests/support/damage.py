@@ -1,5 +1,5 @@
-"""Damage to files on a disk, drawn from a seed: cut short, bits flipped, swapped, missing, foreign, of another save, all of
-another step."""
+"""Damages files, drawn from a seed: truncated, with flipped bits, swapped, missing, of another format, of another save or
+step."""
 
 import os
 import random
@@ -12,13 +12,13 @@ from pathlib import Path
 FOREIGN = (
     b"",
     b"\x80\x05\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x8c\x06system\x93.",  # a pickle
-    b"PK\x03\x04" + b"\0" * 64,  # as torch.save begins
+    b"PK\x03\x04" + b"\0" * 64,  # the beginning of a torch.save file
     b"[" * 100_000,
     b'{"a":' * 50_000,
     b"{}",
     b"null",
     b"\xff\xfe\x00",
-    struct.pack("<Q", 1 << 62) + b"{}",  # a header that announces exabytes
+    struct.pack("<Q", 1 << 62) + b"{}",  # a header that claims exabytes
     struct.pack("<Q", 64) + b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}          ' + b"\0" * 4,
     struct.pack("<Q", 100_000) + b"[" * 100_000,
     b"# save 0123\n" + b"0" * 64 + b"  index.json\n",
@@ -28,7 +28,7 @@ KINDS = ("truncated", "bit flipped", "missing", "swapped", "foreign", "other sav
 
 @dataclass(frozen=True)
 class Damage:
-    """What was done, for the message of a test that fails."""
+    """A description of the damage, for the message of a failing test."""
 
     kind: str
     file: str

@@ -1,8 +1,8 @@
 """A stand-in for the package deep_ep with `ElasticBuffer` (DeepEP V2, version 2.1), in torch over gloo.
 
-It has the arguments in their order, the results and the demands of `deep_ep/buffers/elastic.py` and
-`csrc/elastic/buffer.hpp` for the expanded layout, and of the kernels where they have more. With `async_with_compute_stream`
-a result is NaN until its event has been waited for.
+Arguments, results and requirements follow `deep_ep/buffers/elastic.py` and `csrc/elastic/buffer.hpp` for the expanded
+layout, and the kernels where these require more. With `async_with_compute_stream` a result is NaN until its event is waited
+for.
 """
 
 import sys
@@ -22,7 +22,7 @@ from tests.support.sorted_pairs_gloo import SortedPairs
 
 @dataclass(frozen=True)
 class EPHandle:
-    """The fields that a user may read, and the routing."""
+    """The public fields of a handle, and the routing."""
 
     do_expand: bool
     num_experts: int
@@ -45,9 +45,9 @@ class EventOverlap:
 
 
 class ElasticBuffer:
-    """The part of `deep_ep.ElasticBuffer` for expert parallelism."""
+    """The expert-parallel part of `deep_ep.ElasticBuffer`."""
 
-    strict = True  # false: rows of any dtype and width
+    strict = True  # if false, accepts rows of any dtype and width
     id_dtype = torch.int64
 
     def __init__(
@@ -63,7 +63,7 @@ class ElasticBuffer:
         self.num_max_tokens_per_rank, self.hidden, self.num_topk = num_max_tokens_per_rank, hidden, num_topk
         self.deterministic, self.allow_multiple_reduction = deterministic, allow_multiple_reduction
         limits = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(limits, torch.tensor([num_max_tokens_per_rank]), group=group)  # every rank makes its buffer
+        dist.all_gather(limits, torch.tensor([num_max_tokens_per_rank]), group=group)  # every rank must create its buffer
         assert len({int(limit) for limit in limits}) == 1, "all ranks have one limit of tokens"
 
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
@@ -171,7 +171,7 @@ class ElasticBuffer:
 
 @contextmanager
 def as_package(buffer: type, **names: Any) -> Iterator[None]:
-    """Puts a module `deep_ep` with the class `buffer` in the place of the package, on a card that it takes."""
+    """Replaces the package by a module `deep_ep` with the class `buffer`, on a GPU that it accepts."""
     module = SimpleNamespace(**{buffer.__name__: buffer}, **names)
     with patch.dict(sys.modules, deep_ep=module), patch("torch.cuda.get_device_capability", return_value=(9, 0)):  # pyright: ignore
         yield
@@ -179,7 +179,7 @@ def as_package(buffer: type, **names: Any) -> Iterator[None]:
 
 @contextmanager
 def deep_ep(*, strict: bool = True, id_dtype: torch.dtype = torch.int64) -> Iterator[None]:
-    """Makes `import deep_ep` give this stand-in."""
+    """Makes `import deep_ep` import this stand-in."""
     with (
         patch.object(ElasticBuffer, "strict", strict),
         patch.object(ElasticBuffer, "id_dtype", id_dtype),

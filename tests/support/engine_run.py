@@ -1,4 +1,4 @@
-"""The same run by both engines: its configuration, and the losses of its steps on one world of ranks."""
+"""The same run with both engines: its configuration, and the losses of its steps."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,8 +32,8 @@ CHANGES: Mapping[str, Any] = {
     "model.moe.shared_gate": True,
     "model.init_std": 0.1,
     "loss.z": 1e-3,
-    "loss.balance.scope": "micro_batch",  # the one that Megatron has
-    "optimizer.eps": 1e-5,  # not so small that Adam makes whole steps of the last bits of a gradient near zero
+    "loss.balance.scope": "micro_batch",  # Megatron has only this scope
+    "optimizer.eps": 1e-5,  # large enough that rounding of a gradient near zero makes no full Adam step
     "placement": {"policy": "interleaved"},
     "evaluation.balance_efficiency": False,
     "evaluation.ablate_experts": False,
@@ -41,18 +41,18 @@ CHANGES: Mapping[str, Any] = {
 
 
 def config_of(data: str | Path, root: str | Path, changes: Mapping[str, Any]) -> Config:
-    """The run with `changes` by dotted key."""
+    """Returns the run's configuration with `changes` by dotted key."""
     return tiny_config(Path(data), Path(root), {**CHANGES, **changes})
 
 
 def megatron(**engine: Any) -> dict[str, Any]:
-    """The change that selects Megatron-Core on a CPU."""
+    """Returns the changes that select Megatron-Core on a CPU."""
     return {"engine": {"kind": "megatron", "cpu_trial": True, **engine}, "loss.balance.scope": "micro_batch"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is built and has taken no step."""
+    """A built run before its first step."""
 
     config: Config
     mesh: Mesh
@@ -69,7 +69,7 @@ class Run:
 
 @contextmanager
 def started_run(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Iterator[Run]:
-    """Builds a run on all ranks of this world, by the engine that `changes` name."""
+    """Builds a run on all ranks of this world, with the engine of `changes`."""
     torch.set_num_threads(1)
     config = config_of(data, rank.folder, changes)
     checked = check(config, world_size=rank.world_size)
@@ -85,7 +85,7 @@ def started_run(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Ite
 
 
 def step_results(run: Run, first: int, last: int, watchers: Sequence[StepWatcher] = ()) -> list[StepResult]:
-    """Takes the steps from `first` to before `last`, which the watchers see."""
+    """Takes the steps `first` to `last` - 1, with the watchers."""
     results = []
     for step in range(first, last):
         batches = run.loader.batches(step * run.config.train.global_batch)
@@ -95,7 +95,7 @@ def step_results(run: Run, first: int, last: int, watchers: Sequence[StepWatcher
 
 
 def take_steps(run: Run, first: int, last: int, watchers: Sequence[StepWatcher] = ()) -> list[dict[str, Any]]:
-    """Takes the steps from `first` to before `last`, which the watchers see; returns what each reports."""
+    """Takes the steps `first` to `last` - 1, with the watchers. Returns a report of each step."""
     return [
         {
             "loss": float(result.nll_M.sum() / result.labels_M.sum()),
@@ -112,6 +112,6 @@ def take_steps(run: Run, first: int, last: int, watchers: Sequence[StepWatcher] 
 
 
 def losses(rank: RankContext, data: str, changes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What each step of a run reports."""
+    """Returns a report of each step of a run."""
     with started_run(rank, data, changes) as run:
         return take_steps(run, 0, run.config.train.steps)

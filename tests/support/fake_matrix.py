@@ -52,7 +52,7 @@ BASE: dict[str, Any] = {
 }
 NO_NULLS = ["model.moe.groups.text.num_null=0", "model.moe.groups.image.num_null=0"]
 STAGE = ["run.init_from=runs/first"]
-FACTORS: dict[str, dict[str, list[str]]] = {  # what each value sets; the first is the default
+FACTORS: dict[str, dict[str, list[str]]] = {  # keys that each value sets; the first value is the default
     "dispatch": {
         "all_to_all": [],
         "chunks": ["parallel.dispatch={kind: all_to_all, overlap: true, chunks: 2}"],
@@ -110,11 +110,11 @@ def pairs_of(case: Case) -> set[Pair]:
 
 
 class Cover:
-    """Cases that hold each pair of values that preflight accepts, alone or with one further value.
+    """Cases that contain each pair of values that preflight accepts, alone or with one further value.
 
     Attributes:
         cases: The cases.
-        refused: The problems of each pair that it refuses so, with all other options at their defaults.
+        refused: The problems of each refused pair, with all other options at their defaults.
     """
 
     def __init__(self, path: Path) -> None:
@@ -134,7 +134,7 @@ class Cover:
                 missing -= pairs_of(case)
 
     def problems(self, case: Case) -> tuple[str, ...]:
-        """Why preflight refuses a case."""
+        """Returns preflight's reasons for refusing a case."""
         case = {**DEFAULTS, **case}
         key = tuple(case.values())
         if key not in self._problems:
@@ -146,7 +146,7 @@ class Cover:
         return self._problems[key]
 
     def _starts(self, pair: Pair) -> Iterator[Case]:
-        """The pair; then with one value more, which it may need."""
+        """Yields the pair alone, and then with one further value, which it may need."""
         yield dict(pair)
         for value in VALUES:
             yield {**dict([value]), **dict(pair)}
@@ -197,7 +197,7 @@ def main(number: int) -> None:
         for case in cover.cases[:number]:
             try:
                 found = run(case, path)
-            except Exception:  # the test reports every case that fails, not the first alone
+            except Exception:  # the test reports all failing cases
                 found = {"error": traceback.format_exc()[-2000:]}
             print(json.dumps({"options": case, **found}))
 

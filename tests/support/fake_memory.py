@@ -16,7 +16,7 @@ def main() -> None:
     path, rank, ranks, *overrides = sys.argv[1:]
     fake_cuda.enter()
     step, peaks = TrainingStep.__call__, []
-    # a count by another dispatch mode at the same time would count what the tracker does
+    # another dispatch mode at the same time would also count the tracker's operations
     fake_cuda.Recorder.__enter__ = lambda self: self  # pyright: ignore[reportAttributeAccessIssue]
     fake_cuda.Recorder.__exit__ = lambda self, *_: None  # pyright: ignore[reportAttributeAccessIssue]
 

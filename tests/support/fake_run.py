@@ -23,12 +23,12 @@ from tools.fake_gpu import fake_cuda, fake_step
 
 
 def observed(run: fake_step.Built, trained: Sequence[Batch], *, held_out: int = 2) -> dict[str, Any]:
-    """Takes two training steps, the last evaluation of a run, on `held_out` batches, and two saves.
+    """Takes two training steps, a run's last evaluation on `held_out` batches, and two saves.
 
-    Returns for "first step", "step", "evaluation", "first save" and "save": reads of the host by name, or by file where the
-    name is a source line; copies for which the host waits, by file; operations with tensors of both devices; and the names
-    of collectives in order. Under "snapshot": of the second save the number of tensors and of copies, whether all tensors
-    are on the host, and whether they are those of the first save.
+    Returns for "first step", "step", "evaluation", "first save" and "save": host reads by name (by file if the name is a
+    source line), copies for which the host waits by file, operations with tensors of both devices, and the names of
+    collectives in order. Under "snapshot", for the second save: the numbers of tensors and copies, whether all tensors are
+    on the host, and whether they are the tensors of the first save.
     """
     found: dict[str, Any] = {}
     recorder, training = run.recorder, run.training
@@ -55,7 +55,7 @@ def observed(run: fake_step.Built, trained: Sequence[Batch], *, held_out: int = 
         note("evaluation", lambda: evaluator(1, final=True, trained=trained[: evaluator.calibration]))
 
     snapshots: list[Snapshot] = []
-    checkpoints: Any = SimpleNamespace(rank=1, write=snapshots.append)  # not rank 0, which logs the committed folder
+    checkpoints: Any = SimpleNamespace(rank=1, write=snapshots.append)  # rank 1, because rank 0 logs the committed folder
     saver = resume.Resumable(training, run.layout.placement, checkpoints, run.config, run.manifest)
     with mock.patch.object(resume, "generator_states", generators):
         for name in ("first save", "save"):
@@ -71,7 +71,7 @@ def observed(run: fake_step.Built, trained: Sequence[Batch], *, held_out: int = 
 
 
 def _by_file(noted: Counter[Any]) -> dict[str, int]:
-    """Leaves out phases, and the numbers of source lines, which any change of a file moves."""
+    """Leaves out phases and line numbers, which change with any edit of a file."""
     found: Counter[str] = Counter()
     for key, number in noted.items():
         found[(key if isinstance(key, str) else key[-1]).split(".py:")[0]] += number

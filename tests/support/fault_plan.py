@@ -1,4 +1,4 @@
-"""Which faults strike a run, as they are handed to its ranks."""
+"""The planned faults of a run, as its ranks read them."""
 
 import contextlib
 import json
@@ -13,13 +13,13 @@ PLAN, PRELOADED = "MOE_DIST_TEST_PLAN", "MOE_DIST_TEST_PRELOADED"
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that goes wrong once.
+    """A fault that strikes once.
 
     Attributes:
-        number: Place in the plan; a fault of phase `import` strikes at the first start after its predecessor.
-        rank: The rank that breaks.
-        step: Optimizer step (1-based) in which it breaks; for the phases of saving, the first save at that step or later.
-        kind, phase: See `tests.support.cells`; the kind 'SIGKILL all' takes every rank with it.
+        number: Place in the plan. A fault of phase `import` strikes at the first start after the previous fault.
+        rank: The rank that fails.
+        step: Optimizer step (1-based) of the fault; for phases of saving, the first save at this step or later.
+        kind, phase: See `tests.support.cells`. The kind 'SIGKILL all' kills every rank.
         delay: Seconds from the beginning of the phase, for 'SIGKILL all'.
     """
 
@@ -36,9 +36,9 @@ class FaultPlan:
     """All faults of a run.
 
     Attributes:
-        folder: Where each fault that struck leaves a file.
-        data: Prefix of the indexed files that truncation is for, with the run's own copy of the data.
-        disk: Folder on a small file system to fill for ENOSPC; None where there is none, then writes are interposed.
+        folder: Each fault that has struck leaves a file here.
+        data: Prefix of the indexed files to truncate, in the run's own copy of the data.
+        disk: Folder on a small file system, filled for ENOSPC. None if there is none; writes then fail by interposition.
     """
 
     faults: tuple[Fault, ...]
@@ -57,7 +57,7 @@ class FaultPlan:
         return cls(tuple(Fault(**each) for each in values["faults"]), Path(values["folder"]), Path(values["data"]), disk)
 
     def struck(self, number: int) -> dict[str, Any] | None:
-        """What a fault that struck left: time, attempt, step taken last; None before."""
+        """Returns time, attempt and last step of a fault that has struck; None before."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             return json.loads((self.folder / f"struck_{number}").read_text())
         return None
@@ -72,5 +72,5 @@ def build_interposer(folder: Path) -> Path:
 
 
 def environment(plan: Path, interposer: Path) -> dict[str, str]:
-    """Variables of a launcher whose ranks run `PROGRAM`."""
+    """Returns the variables of a launcher whose ranks run `PROGRAM`."""
     return {PLAN: str(plan), PRELOADED: str(interposer)}

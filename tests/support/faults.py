@@ -1,13 +1,22 @@
-"""A rank that breaks at a chosen place: `python -m tests.support.faults CONFIG ...` trains as `moe_dist.train` does, until
-the rank, step and phase that MOE_DIST_TEST_FAULT names.
+"""A rank that fails at a chosen place: `python -m tests.support.faults CONFIG ...` trains like `moe_dist.train` until the
+rank, step and phase in MOE_DIST_TEST_FAULT.
 
     MOE_DIST_TEST_FAULT='{"rank": 1, "step": 3, "phase": "before_step", "kind": "kill"}'
 
-Phases: before_step, after_step (of optimizer step `step`, 1-based), before_layer_1 (the second MoE layer's forward in that
-step), before_commit (of the checkpoint of that step), in_move (of experts after that step, in its fourth exchange),
-in_replicas (in the fourth exchange of their weights after that step).
-Kinds: kill (SIGKILL to itself), raise (an exception), stop (SIGTERM to itself: a request), freeze (SIGSTOP to itself),
-sleep (for ever, its threads alive).
+    phase            place
+    before_step      before optimizer step `step` (1-based)
+    after_step       after this step
+    before_layer_1   before the second MoE layer's forward in this step
+    before_commit    before the checkpoint of this step is committed
+    in_move          in the fourth exchange of a move of experts after this step
+    in_replicas      in the fourth exchange of replicas' weights after this step
+
+    kind             effect on the rank itself
+    kill             SIGKILL
+    raise            an exception
+    stop             SIGTERM, a stop request
+    freeze           SIGSTOP
+    sleep            sleeps for ever, with its threads alive
 """
 
 import json
@@ -22,12 +31,12 @@ VARIABLE = "MOE_DIST_TEST_FAULT"
 
 
 def fault(*, rank: int, step: int, phase: str, kind: str | Sequence[str]) -> dict[str, str]:
-    """Environment that makes one rank break. Several kinds are those of the attempts that torchrun counts."""
+    """Returns the environment that makes one rank fail. Several kinds apply to torchrun's attempts in turn."""
     return {VARIABLE: json.dumps({"rank": rank, "step": step, "phase": phase, "kind": kind})}
 
 
 def strike(kind: str) -> None:
-    """Breaks this process."""
+    """Causes the fault in this process."""
     if kind == "raise":
         raise RuntimeError("a fault that a test injected")
     while kind == "sleep":
@@ -37,7 +46,7 @@ def strike(kind: str) -> None:
 
 
 def inject(spec: Mapping[str, Any]) -> None:
-    """Puts the fault in place on the rank it names."""
+    """Installs the fault on the rank that it names."""
     from moe_dist.runtime.environment import RankEnv
 
     if RankEnv.from_environment(os.environ).rank != spec["rank"]:
@@ -84,7 +93,7 @@ def inject(spec: Mapping[str, Any]) -> None:
     first = {"step": 0}
 
     def fit(original: Callable[..., Any], self: Trainer) -> Any:
-        first["step"] = self.progress.step  # a resumed run counts on
+        first["step"] = self.progress.step  # a resumed run continues counting
         return original(self)
 
     def commit(original: Callable[..., Any], self: CheckpointManager, *args: Any) -> Any:

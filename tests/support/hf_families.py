@@ -1,8 +1,8 @@
-"""Weights of Hugging Face's mixture-of-experts blocks under our logical names.
+"""Converts weights of Hugging Face's mixture-of-experts blocks to our logical names.
 
-A family's map is a list of rules. A rule turns one tensor of theirs into one or more of ours: they stack the experts and
-fuse gate and up; we name each expert. It applies to gradients as it does to weights. Only names and shapes are known here:
-nothing imports transformers.
+A family's map is a list of rules. A rule turns one of their tensors into one or more of ours. They stack the experts and
+fuse gate and up; we name each expert. Rules apply to gradients as to weights. They know only names and shapes, and import
+no transformers.
 """
 
 import re
@@ -33,14 +33,14 @@ Kind = Literal["same", "router", "bias", "gate_up", "down"]
 
 @dataclass(frozen=True)
 class Rule:
-    """One name of theirs and what it becomes.
+    """A rule for one of their names.
 
     Attributes:
         pattern: Regular expression of the whole name.
-        target: Our name, with groups of the pattern; of a router its group's gate, of experts their group's stack.
+        target: Our name, with groups of the pattern. For a router its group's gate, for experts their group's stack.
         kind: How the tensor is cut: not at all; router rows by kind of column; a selection bias; gate and up of all experts
-            [E, 2 F, D]; down of all experts [E, D, F]. Rows of `gate_up` beyond the true experts are nobody's:
-            LongCat-Flash allots them to its identity experts and does not use them.
+            [E, 2 F, D]; down of all experts [E, D, F]. Rows of `gate_up` beyond the true experts are unused. LongCat-Flash
+            allocates them for its identity experts.
         group: The expert group.
     """
 
@@ -75,10 +75,10 @@ ERNIE_BLOCK: tuple[Rule, ...] = (
 
 
 def to_logical(named: Mapping[str, Tensor], rules: Sequence[Rule], groups: Sequence[ExpertGroup]) -> dict[str, Tensor]:
-    """Their tensors under our logical names; views, not copies.
+    """Returns views of their tensors under our logical names.
 
     Raises:
-        KeyError: a name that no rule knows.
+        KeyError: No rule has the name.
     """
     by_name = {group.name: group for group in groups}
     logical: dict[str, Tensor] = {}
@@ -114,7 +114,8 @@ def _cut(tensor: Tensor, target: str, kind: Kind, group: ExpertGroup | None) -> 
 
 
 def choice_gap(model: nn.Module, router_logits: Sequence[Tensor]) -> float:
-    """The smallest gap at the last choice of a token, of experts and of groups of experts, in any layer of their model."""
+    """Returns the smallest gap at a token's last choice, of experts and of groups of experts, in any layer of their
+    model."""
     config: Any = model.config
     biases = [bias for name, bias in model.state_dict().items() if name.endswith("e_score_correction_bias")]
     gaps = []
@@ -134,7 +135,7 @@ def choice_gap(model: nn.Module, router_logits: Sequence[Tensor]) -> float:
 
 
 def under_our_names(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Arrays:
-    """All tensors of a model of theirs, as it holds them in memory, under our names; zeros where it has none.
+    """Returns all tensors of their model in memory, under our names; zeros where it has none.
 
     Args:
         config: Its config.json.
@@ -153,7 +154,7 @@ def under_our_names(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> A
 
 @torch.no_grad()
 def load(module: nn.Module, logical: Mapping[str, Tensor], placement: ExpertPlacement, ep_rank: int) -> None:
-    """Fills every parameter and saved buffer of a model or MoE layer with this rank's part; all names must be there."""
+    """Fills every parameter and saved buffer of a model or MoE layer with this rank's part. Every name must exist."""
     for path, tensor in module.state_dict(keep_vars=True).items():
         name = logical_name(path)
         if "experts." in name:
@@ -165,7 +166,7 @@ def load(module: nn.Module, logical: Mapping[str, Tensor], placement: ExpertPlac
 
 
 def gradients(module: nn.Module, placement: ExpertPlacement, ep_rank: int) -> dict[str, Tensor]:
-    """This rank's gradients under logical names, experts one by one."""
+    """Returns this rank's gradients under logical names, expert by expert."""
     named: dict[str, Tensor] = {}
     for _, name, _, parameter in named_parameters(module):
         if parameter.numel() == 0:
@@ -179,7 +180,7 @@ def gradients(module: nn.Module, placement: ExpertPlacement, ep_rank: int) -> di
 
 
 def built(section: ModelSection, logical: Mapping[str, Tensor]) -> Transformer:
-    """A model on one rank with the given weights, in fp32 and evaluation mode."""
+    """Returns a model on one rank with the given weights, in fp32 and evaluation mode."""
     config = run_config(ImportPlan(section, [], {}, {}), Path("model"), ImportOptions(), ".cache/data/none")
     placement = make_placement(config.placement, expert_groups(section.moe), num_ranks=1, token_mix={})
     with torch.device("meta"):

@@ -1,8 +1,8 @@
-"""A stand-in for `deep_ep.HybridEPBuffer` (branch hybrid-ep) in torch over gloo: dispatch with permutation, combine with
-the reverse, and their demands, from `deep_ep/hybrid_ep_buffer.py` and `csrc/hybrid_ep/` of that branch.
+"""A stand-in for `deep_ep.HybridEPBuffer` (branch hybrid-ep) in torch over gloo.
 
-Pairs arrive sorted by expert, and within an expert by source rank and token. `num_permuted_tokens` is unknown to the host
-with a handle, so a repeated dispatch must be told.
+It has dispatch with permutation, combine with the reverse, and their requirements, from `deep_ep/hybrid_ep_buffer.py` and
+`csrc/hybrid_ep/` of that branch. Pairs arrive sorted by expert, and within an expert by source rank and token. With a
+handle the host does not know `num_permuted_tokens`, so a repeated dispatch must pass it.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from torch import Tensor
 from tests.support.deep_ep_gloo import as_package
 from tests.support.sorted_pairs_gloo import SortedPairs
 
-ROUTING, FUSED = 4, 9  # places in the handle where this stand-in keeps the routing, and whether the dispatch was fused
+ROUTING, FUSED = 4, 9  # positions in the handle of the routing, and of the flag for a fused dispatch
 
 
 class HybridEPBuffer:
-    """The part of `deep_ep.HybridEPBuffer` that permutes."""
+    """The permuting part of `deep_ep.HybridEPBuffer`."""
 
-    strict = True  # false: rows of any dtype and width
-    ranks_per_domain = 0  # neighbouring ranks that make an NVLink domain; 0: all
+    strict = True  # if false, accepts rows of any dtype and width
+    ranks_per_domain = 0  # number of neighbouring ranks in an NVLink domain; 0 means all
 
     def __init__(
         self, group: dist.ProcessGroup, hidden_dim: int, max_num_of_tokens_per_rank: int, num_local_experts: int,
@@ -38,7 +38,7 @@ class HybridEPBuffer:
         self.num_of_hybrid_ep_ranks_per_nvlink_domain = self.ranks_per_domain or self.size
         self.hidden_dim, self.num_local_experts = hidden_dim, num_local_experts
         assert num_local_experts * self.num_of_hybrid_ep_ranks_per_nvlink_domain % 4 == 0
-        dist.barrier(group)  # every rank makes its buffer
+        dist.barrier(group)  # every rank must create its buffer
 
     def dispatch_with_permute(
         self, *, hidden: Tensor, topk_idx: None = None, topk_weights: None = None,
@@ -96,7 +96,7 @@ class HybridEPBuffer:
             assert hidden.shape[1] % 16 == 0
 
     def _handle(self, routing_map: Tensor, *, fused: bool) -> tuple[Any, ...]:
-        """Gathers the map, as HybridEP does: every rank has the same number of tokens."""
+        """Gathers the map, as HybridEP does. Every rank has the same number of tokens."""
         assert routing_map.dtype == torch.bool
         assert routing_map.is_contiguous()
         assert routing_map.shape[1] == self.size * self.num_local_experts
@@ -107,13 +107,13 @@ class HybridEPBuffer:
             assert routing_map.shape[0] * self.num_of_hybrid_ep_ranks_per_nvlink_domain % 4 == 0, "TMA 16B alignment"
         routing = SortedPairs(self.group, routing_map)
         arrived = torch.tensor([routing.num_rows], dtype=torch.int32)
-        # the eleven fields of the handle with a dense layout: 3 counts arrived rows, 8 the tokens of this rank
+        # The handle has eleven fields in a dense layout. Field 3 counts arrived rows, field 8 this rank's tokens.
         return None, None, None, arrived, routing, None, None, None, routing_map.shape[0], fused, None
 
 
 @contextmanager
 def hybrid_ep(*, strict: bool = True, ranks_per_domain: int = 0) -> Iterator[None]:
-    """Makes `import deep_ep` give this stand-in."""
+    """Makes `import deep_ep` import this stand-in."""
     package: AbstractContextManager[None] = as_package(HybridEPBuffer)
     domain = patch.object(HybridEPBuffer, "ranks_per_domain", ranks_per_domain)
     with patch.object(HybridEPBuffer, "strict", strict), domain, package:

@@ -17,7 +17,7 @@ from moe_dist.train.build.training import build_model
 
 
 def load_imported(folder: Path) -> tuple[Transformer, CheckpointState]:
-    """The model of an import with its weights, and the state that holds both."""
+    """Returns the imported model with its weights, and the state that holds both."""
     config = load_config(folder / "config.yaml", ["parallel.device=cpu", "parallel.precision=fp32"])
     placement = make_placement(config.placement, expert_groups(config.model.moe), num_ranks=1, token_mix={})
     model = build_model(config, placement, ep_rank=0, ep_group=None)
@@ -29,13 +29,13 @@ def load_imported(folder: Path) -> tuple[Transformer, CheckpointState]:
 
 
 def manager(folder: Path) -> CheckpointManager:
-    """Of the checkpoints in a folder, for one rank."""
+    """Returns the manager of the checkpoints in a folder, for one rank."""
     return CheckpointManager(folder, keep=1, lease_check=lambda: None)
 
 
 @torch.no_grad()
 def logits_of(model: Transformer, tokens_BS: Tensor) -> tuple[Tensor, int]:
-    """Logits [B, S, V] of documents of one modality, and the (token, expert) pairs of all layers."""
+    """Returns logits [B, S, V] of documents of one modality, and the (token, expert) pairs of all layers."""
     zeros, (batch, length) = torch.zeros_like(tokens_BS), tokens_BS.shape
     logits, reports = model(tokens_BS, torch.arange(length).expand(batch, -1), zeros, zeros)
     return logits, sum(report.pairs for report in reports)

@@ -1,5 +1,7 @@
-"""Training with planned faults: `python -m tests.support.injection CONFIG ...` trains as `moe_dist.train` does, and breaks
-where the plan that MOE_DIST_TEST_PLAN names says. Each fault strikes once, whatever number of attempts the run takes.
+"""Training with planned faults: `python -m tests.support.injection CONFIG ...` trains like `moe_dist.train`, and fails as
+planned in the file of MOE_DIST_TEST_PLAN.
+
+Each fault strikes once, for any number of attempts.
 """
 
 import dataclasses
@@ -14,16 +16,16 @@ from tests.support.injector import Injector
 
 
 class Injection:
-    """Puts the faults of one rank around the functions of their phases."""
+    """Wraps the functions of each phase with one rank's faults."""
 
     def __init__(self, injector: Injector) -> None:
         self._injector, self._data = injector, injector.plan.data
-        self._step = 0  # taken so far
+        self._step = 0  # steps taken so far
 
-    # --- before torch is there
+    # --- before torch is imported
 
     def around_start(self) -> None:
-        """Phase import: until the rank begins to build."""
+        """Covers phase import, until the rank begins to build."""
         import moe_dist.train.__main__ as program
         from moe_dist.runtime.run_folder import RunFolder
 
@@ -140,20 +142,20 @@ class Injection:
         return fault
 
     def _strike_if_training(self, phase: str) -> Fault | None:
-        """Not in an evaluation, which takes no step."""
+        """Strikes only in training, because an evaluation takes no step."""
         import torch
 
         return self._strike_if_due(phase) if torch.is_grad_enabled() else None
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Calls of `owner.name` go to `wrapper`, with the original before their arguments."""
+    """Replaces `owner.name` by `wrapper`, which gets the original as its first argument."""
     original = getattr(owner, name)
     setattr(owner, name, lambda *args, **kwargs: wrapper(original, *args, **kwargs))
 
 
 class _AtImport:
-    """Strikes when a module is first looked for."""
+    """Strikes at the first import of a module."""
 
     def __init__(self, name: str, strike: Callable[[], None]) -> None:
         self._name, self._strike = name, strike
@@ -179,7 +181,7 @@ def _halve(folder: Path, number: int) -> None:
 
 if __name__ == "__main__":
     if os.environ.get(PRELOADED) and os.environ.get("LD_PRELOAD") != os.environ[PRELOADED]:
-        # Only the ranks get it, not the launcher; the process keeps its id and its parent.
+        # Only ranks preload the library, not the launcher. exec keeps the process id and the parent.
         os.environ["LD_PRELOAD"] = os.environ[PRELOADED]
         os.execv(sys.executable, [sys.executable, *PROGRAM, *sys.argv[1:]])
 

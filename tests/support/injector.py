@@ -1,4 +1,4 @@
-"""The faults of one rank: which one is due, and how it strikes."""
+"""One rank's faults: finds the due fault, and causes it."""
 
 import contextlib
 import ctypes
@@ -17,19 +17,19 @@ from tests.support.fault_plan import Fault, FaultPlan
 
 
 class Injector:
-    """Takes the faults of a plan for one rank, each once, whatever number of attempts the run takes."""
+    """Takes one rank's faults of a plan, each once, for any number of attempts."""
 
     def __init__(self, plan: FaultPlan, rank: int) -> None:
         self.plan, self._rank = plan, rank
         self._lock = threading.Lock()
         full = [each for each in plan.faults if each.kind == "ENOSPC" and plan.struck(each.number) is not None]
-        if rank == 0 and full and plan.disk is not None:  # a rank that was killed while it filled the disk left it full
+        if rank == 0 and full and plan.disk is not None:  # a rank that was killed while it filled the disk has left it full
             (plan.disk / "filler").unlink(missing_ok=True)
 
-    # --- which fault is due
+    # --- find the due fault
 
     def due(self, phase: str, step: int) -> Fault | None:
-        """Takes the fault of this rank that is due in a phase: it counts as having struck."""
+        """Returns this rank's due fault in a phase, and records that it has struck."""
         for fault in self.plan.faults:
             if (fault.phase, fault.rank) != (phase, self._rank) or self.plan.struck(fault.number) is not None:
                 continue
@@ -52,10 +52,10 @@ class Injector:
             new.rename(path)
         return True
 
-    # --- how it strikes
+    # --- cause a fault
 
     def strike(self, fault: Fault) -> None:
-        """For the kinds that need no more than the process."""
+        """Causes the kinds that need only this process."""
         if fault.kind == "exception":
             raise RuntimeError("a fault that a test injected")
         if fault.kind == "SIGKILL":
@@ -77,7 +77,7 @@ class Injector:
 
     @contextlib.contextmanager
     def _no_files(self, error: int, fragment: str) -> Iterator[None]:
-        """System calls on matching files fail for as long as the block lasts."""
+        """Makes system calls on matching files fail within the block."""
         fail = ctypes.CDLL(None).moe_dist_fail_files
         fail(error, fragment.encode())
         try:
@@ -103,7 +103,7 @@ class Injector:
             filler.unlink()
 
     def around_files(self, fault: Fault | None, fragment: str, call: Callable[[], Any]) -> Any:
-        """The call with its files failing, as the fault wants it."""
+        """Calls `call` while its files fail as the fault demands."""
         if fault is None:
             return call()
         if fault.kind == "ENOSPC":

@@ -1,4 +1,4 @@
-"""What a broken run must come to: the bits of the undisturbed one, and for each fault the end that it should have."""
+"""The requirements of a run with faults: the bits of the undisturbed run, and the expected end of each fault."""
 
 import contextlib
 import json
@@ -21,9 +21,9 @@ from tests.support.cells import SAVING, Cell
 from tests.support.fault_plan import PLAN, Fault, FaultPlan
 from tests.support.site import MEETING_SECONDS, ROOT, SAVE_EVERY, WATCHDOG_SECONDS
 
-START_SECONDS = 60.0  # that a rank may take until it waits for its peers, on a busy machine
-END_SECONDS = 10.0  # from a rank's death to the end of all
-SURVIVED = ("ENOSPC", "EIO", "truncated file")  # while a checkpoint is saved: reported, tried again
+START_SECONDS = 60.0  # limit of a rank's start until it waits for its peers, on a busy machine
+END_SECONDS = 10.0  # limit from a rank's death to the end of all ranks
+SURVIVED = ("ENOSPC", "EIO", "truncated file")  # during a save: reported, and the save is tried again
 TRIED_AGAIN = "training continues, the next interval tries again"
 _BEGUN, _DURABLE = re.compile(r"checkpoint step_(\d+): training went on"), re.compile(r"checkpoint step_(\d+): durable")
 
@@ -34,7 +34,7 @@ Seen = dict[str, Any]
 
 
 def tensors(run: RunFolder) -> dict[tuple[str, str], np.ndarray]:
-    """Every piece of the newest checkpoint, parameters and moments, by name and place."""
+    """Returns all pieces of the newest checkpoint, parameters and moments, by name and place."""
     folder = run.checkpoints / (run.checkpoints / "latest").read_text().strip()
     found: dict[tuple[str, str], np.ndarray] = {}
     for path in sorted(folder.glob("shard_*.safetensors")):
@@ -45,7 +45,7 @@ def tensors(run: RunFolder) -> dict[tuple[str, str], np.ndarray]:
 
 
 def differences(run: RunFolder, undisturbed: RunFolder) -> list[str]:
-    """What is not the same to the last bit; and steps that are missing or there twice."""
+    """Returns differences in any bit, and steps that are missing or repeated."""
     faults = []
     ours, theirs = tensors(run), tensors(undisturbed)
     if ours.keys() != theirs.keys():
@@ -62,12 +62,12 @@ def differences(run: RunFolder, undisturbed: RunFolder) -> list[str]:
 
 
 def unverified(run: RunFolder) -> list[str]:
-    """What is wrong with the checkpoint that `latest` names: by the tool that users have, and by reading every piece."""
+    """Returns the faults of the checkpoint that `latest` names, found by the user's tool and by reading every piece."""
     if not committed_step(run.checkpoints):
         return []
     try:
         odd = [name for name, piece in tensors(run).items() if not np.isfinite(piece).all()]
-    except Exception as error:  # whatever a torn file makes of it
+    except Exception as error:  # a damaged file may raise any error
         return [f"latest cannot be read: {error!r}"]
     if odd:
         return [f"not finite: {odd[:3]}"]
@@ -77,7 +77,7 @@ def unverified(run: RunFolder) -> list[str]:
 
 
 def left_over(plan: Path) -> list[int]:
-    """Processes that still run with the plan in their environment."""
+    """Returns processes that still run with the plan in their environment."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -90,10 +90,10 @@ def left_over(plan: Path) -> list[int]:
 
 
 def look_back(plan: FaultPlan, run: RunFolder, ends: Sequence[Mapping[str, Any]]) -> tuple[list[Seen], list[str]]:
-    """What each fault did to its attempt, and what is not as it should be.
+    """Returns the effect of each fault on its attempt, and all violated requirements.
 
     Args:
-        ends: Of the attempts, as `tests.support.site` notes them.
+        ends: Ends of the attempts, as `tests.support.site` records them.
     """
     attempts = list(run.read_status().attempts)
     ended = {each["attempt"]: each for each in ends}
@@ -115,7 +115,7 @@ def look_back(plan: FaultPlan, run: RunFolder, ends: Sequence[Mapping[str, Any]]
             seen["restarted"] = bool(following) and following[0].restarts > 0
         others = [each for each in plan.faults if each != fault and _strikes(records[each.number], record["attempt"])]
         if survives(fault):
-            # Reported at the latest when the next save waits for this one.
+            # The next save waits for this one, and reports its failure at the latest.
             over = seen.get("verdict") == 0 or end["step"] > record["step"] + SAVE_EVERY
             seen["reported"] = TRIED_AGAIN in log_of(run, fault.rank, record["attempt"]) if over else None
             others = [each for each in others if not survives(each)]
@@ -131,31 +131,31 @@ def look_back(plan: FaultPlan, run: RunFolder, ends: Sequence[Mapping[str, Any]]
 
 
 def survives(fault: Fault | Cell) -> bool:
-    """Whether the run should go on as if nothing had been."""
+    """Returns whether the run must continue in spite of the fault."""
     return fault.phase in SAVING and fault.kind in SURVIVED
 
 
 def not_survived(seen: Mapping[str, Any]) -> list[str]:
-    """Of a fault that a run survives, where nothing else ended its attempt."""
+    """Returns the problem if a fault that a run survives was the only one of its attempt, and the attempt failed."""
     return [] if seen.get("verdict") == 0 else ["a save that failed ended the attempt"]
 
 
 def unreported(seen: Mapping[str, Any]) -> list[str]:
-    """Of a fault that a run survives."""
+    """Returns the problem if the log does not report a fault that a run survives."""
     return ["the log does not say that the next interval tries again"] if seen["reported"] is False else []
 
 
 def unexpected(fault: Fault, seen: Mapping[str, Any]) -> Iterator[str]:
-    """What a fault that ends an attempt should have done and has not, where it was the only one of its attempt."""
+    """Yields the missing effects of a fault that ends an attempt, if it was the only one of its attempt."""
     verdict, reason = seen.get("verdict"), str(seen.get("reason", ""))
     if fault.kind in ("exception", "SIGKILL") and seen["to_end"] > END_SECONDS:
         yield f"the others ended {seen['to_end']} s after it"
-    # Before they meet, each peer waits from when it has started itself.
+    # Before the rendezvous, each peer waits from its own start.
     waited = MEETING_SECONDS + START_SECONDS if fault.phase == "import" else 1.2 * WATCHDOG_SECONDS
     if fault.kind == "SIGSTOP" and seen["to_end"] > waited + END_SECONDS:
         yield f"the others ended {seen['to_end']} s after it"
     if verdict is None:
-        return  # it never opened the run
+        return  # the attempt never opened the run folder
     wanted = {"stop signals": 75, "non-finite gradient": 70, "truncated file": 65}.get(fault.kind, 1)
     if verdict != wanted:
         yield f"the verdict is not {wanted}"
@@ -173,13 +173,13 @@ def unexpected(fault: Fault, seen: Mapping[str, Any]) -> Iterator[str]:
 
 
 def redone(end: Mapping[str, Any]) -> int:
-    """Steps that the next attempt takes again."""
+    """Returns the number of steps that the next attempt repeats."""
     return max(0, int(end["step"]) - int(end["committed"]))
 
 
 def too_many_redone(end: Mapping[str, Any], missed: int, unfinished: int | None) -> bool:
-    """Whether more steps are lost than those since the last save that could be durable: one interval, one more for each
-    save that was made to fail, and those that were taken while a save was still being written.
+    """Returns whether too many steps are lost. Allowed are one interval since the last possible durable save, one more for
+    each failed save, and the steps taken during an unfinished save.
 
     Args:
         missed: Saves of the attempt that a fault made fail.
@@ -190,13 +190,14 @@ def too_many_redone(end: Mapping[str, Any], missed: int, unfinished: int | None)
 
 
 def in_flight(log: str) -> int | None:
-    """Step of the save that rank 0 had begun and not finished, by its log of an attempt; None where there was none."""
+    """Returns the step of the save that rank 0 had begun and not finished, from its log of an attempt; None if there was
+    none."""
     begun, durable = ([int(step) for step in pattern.findall(log)] for pattern in (_BEGUN, _DURABLE))
     return begun[-1] if begun and begun[-1] not in durable else None
 
 
 def log_of(run: RunFolder, rank: int, attempt_id: str) -> str:
-    """A rank's log of one attempt."""
+    """Returns a rank's log of one attempt."""
     text = run.log_of(rank).read_text(errors="replace")
     return text.partition(f"--- attempt {attempt_id},")[2].partition("\n--- attempt ")[0]
 

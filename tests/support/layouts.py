@@ -1,4 +1,4 @@
-"""The same training on any layout of ranks: three optimizer steps of a small float64 model on made-up batches."""
+"""One training on any layout of ranks: three optimizer steps of a small float64 model on made-up batches."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from tests.support.worlds import RankContext
 SEQ_LEN = 12
 HIDDEN_DIM = 16
 LAYERS = 2
-SEQUENCES = 8  # of a micro-batch over all ranks
+SEQUENCES = 8  # sequences of a micro-batch over all ranks
 MICRO_BATCHES = 2
 STEPS = 3
 TEXT, IMAGE = (0, 96), (96, 192)
@@ -52,7 +52,7 @@ E = sum(group.num_experts for group in GROUPS)
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to lay the same run over ranks."""
+    """One distribution of the same run over ranks, with its options."""
 
     ep: int = 1
     edp: int = 1
@@ -64,24 +64,24 @@ class Layout:
     capacity: float | None = None
     free: bool = False  # groups with identity and constant experts beside the null ones, and a selection bias
     balance: bool = False  # load controllers on the selection bias
-    balance_per: str = "expert"  # or group
+    balance_per: str = "expert"  # or "group"
     limited: bool = False  # sigmoid scores, limited to one node group of two
-    fixed: bool = False  # fixed loads; groups have no null experts
-    adaptive: str | None = None  # kind of a router in which the number of experts depends on the token
+    fixed: bool = False  # a fixed number of experts per token; groups have no null experts
+    adaptive: str | None = None  # kind of a router that chooses the number of experts by token
     overlap: bool = False
     chunks: int = 1
-    halves: bool = False  # two halves of a micro-batch in turns
+    halves: bool = False  # parallel.two_batch_overlap
     ranks_per_node: int | None = None
-    choice: str | None = None  # experts choose among the tokens of: rank, ep_group, world
-    choice_causal: str = "threshold"  # auxiliary: their routers alone are trained
+    choice: str | None = None  # expert choice with this scope: rank, ep_group, world
+    choice_causal: str = "threshold"  # with "auxiliary" only the auxiliary routers are trained
     noise: float = 0.0
-    parts: int = 1  # micro-batches that each micro-batch of a rank is cut into
+    parts: int = 1  # number of parts into which each micro-batch of a rank is cut
     per_pair: bool = False
-    room: float | None = None  # exchanges of fixed sizes, with this room
-    mixture_of_depths: str | None = None  # the selection scope of layer 0, which computes 0.3 of the tokens
+    room: float | None = None  # dispatch `static` with this room
+    mixture_of_depths: str | None = None  # selection scope of layer 0, which computes 0.3 of the tokens
     depth_causal: str = "threshold"
-    tuned: tuple[int, ...] = ()  # layers whose routers alone are trained
-    lora: str | None = None  # LoRA experts of that weight, and LoRA on the attention, over a frozen base
+    tuned: tuple[int, ...] = ()  # only the routers of these layers are trained
+    lora: str | None = None  # LoRA experts with this kind of weight, and LoRA on the attention, on a frozen base
     ffn_lora: str | None = None  # LoRA on the FFN experts of a frozen base: each (one for each expert) or shared
     attention_lora: bool = False  # LoRA on attention and shared expert, beside ffn_lora
     null_logit: str = "each"
@@ -89,13 +89,13 @@ class Layout:
     balance_scope: str = "micro_batch"
     fsdp_gather: str = "micro_batch"
     loss_words: int | None = None
-    null_weight: tuple[float, ...] | None = None  # of the balance loss, by group
-    distilled: Divergence | None = None  # seven tenths of the loss are the KL of a teacher of other weights
+    null_weight: tuple[float, ...] | None = None  # null weights of the balance loss, by group
+    distilled: Divergence | None = None  # 0.7 of the loss is the KL of a teacher with other weights
     optimizer: str = "adamw"
     compiled: bool = False  # dense parts by torch.compile, without code generation
-    tied: bool = False  # the output weight is the embedding's
+    tied: bool = False  # the output weight is the embedding
     replicas: bool = False  # experts may get replicas
-    depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are selection scopes of their own
+    depth_parts: int = 1  # for the oracle on one rank: number of equal parts of its tokens, each a selection scope
     form: str | None = None  # a key of FORMS
 
     @property
@@ -150,7 +150,7 @@ CONTROLLERS = (
     {"kind": "loss_free", "rate": 0.01},
 )
 LOADS = {"text": [1.5, 2.0], "image": [0.5, 1.0]}
-# Parts of published families that the layouts above lack: their keys of the section `model`, and of `model.moe`.
+# Parts of published families that the layouts above lack: keys of the section `model`, and of `model.moe`.
 FORMS: dict[str | None, tuple[dict[str, Any], dict[str, Any]]] = {
     None: ({}, {}),
     "longcat_flash": (
@@ -204,20 +204,21 @@ FORMS: dict[str | None, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw. Arrays have logical names; the gradients are the first step's, the parameters the last step's."""
+    """The results of one rank. Arrays have logical names. Gradients are from the first step, parameters from the last."""
 
     steps: list[StepResult]
     gradients: dict[str, np.ndarray]
     parameters: dict[str, np.ndarray]
     events: list[str]
     logits: np.ndarray
-    biases: dict[str, np.ndarray]  # of all layers and groups, empty without a selection bias
+    biases: dict[str, np.ndarray]  # biases of all layers and groups; empty without a selection bias
     buffers: dict[str, np.ndarray]
-    smallest_gap: float  # between a token's last choice and the next column, over all tokens, layers and steps
+    smallest_gap: float  # smallest gap between a token's last choice and the next column, over all tokens, layers and steps
 
 
 def placement_of(name: str, ep: int, groups: tuple[ExpertGroup, ...] = GROUPS) -> ExpertPlacement:
-    """interleaved; pinned (text experts on the first ranks, image experts on the rest); uneven (the last rank has none)."""
+    """Returns a placement: interleaved; pinned (text experts on the first ranks, image experts on the rest); uneven (the
+    last rank has no experts)."""
     slots: list[list[int]] = [[] for _ in range(ep)]
     if name == "interleaved" or ep == 1:
         for expert in range(E):
@@ -235,14 +236,14 @@ def placement_of(name: str, ep: int, groups: tuple[ExpertGroup, ...] = GROUPS) -
 
 
 def placement_for(layout: Layout) -> ExpertPlacement:
-    """Of a layout's experts; those that are LoRA are on every rank."""
+    """Returns the placement of a layout's experts. LoRA experts are on every rank."""
     if layout.lora:
         return replicated_placement(layout.groups)
     return placement_of(layout.placement, layout.ep, layout.groups)
 
 
 def config_of(layout: Layout) -> Config:
-    """A configuration with the layout's keys; its data section is not used."""
+    """Returns a configuration with the layout's keys. Its data section is unused."""
     dispatch: dict[str, Any] = {"kind": "all_to_all", "overlap": layout.overlap, "chunks": layout.chunks}
     if layout.per_pair:
         dispatch = {"kind": "known_counts"}
@@ -346,11 +347,14 @@ def config_of(layout: Layout) -> Config:
 
 
 def batch_of(step: int, micro: int, first: int, count: int) -> Batch:
-    """Sequences [first, first + count) of one micro-batch. Sequence 0 is all padding, 1 all text, 2 all image, the rest are
-    mixed; with 8 ranks that is a rank without a token, and ranks of one modality. A third of the tokens belong to prompts.
+    """Returns sequences [first, first + count) of one micro-batch.
 
-    No token stands twice in it. Where tokens compete (expert choice, depths), two of one id may have equal scores in exact
-    arithmetic, at the start of documents and in layers of depths. Rounding, which layouts do differently, would choose.
+    Sequence 0 is all padding, 1 all text, 2 all image, and the rest are mixed. With 8 ranks there are thus a rank without
+    tokens, and ranks of one modality. A third of the tokens are prompts.
+
+    No token occurs twice. With expert choice or mixture of depths, two tokens of one id may have equal scores in exact
+    arithmetic, at the start of documents and in mixture-of-depths layers. Rounding, which depends on the layout, would then
+    decide between them.
     """
     maker = BatchMaker(seq_len=SEQ_LEN, pad_id=0, modalities=[[TEXT], [IMAGE]])
     shuffled = np.random.default_rng([step, micro])
@@ -369,7 +373,8 @@ def batch_of(step: int, micro: int, first: int, count: int) -> Batch:
 
 
 def build(layout: Layout, mesh: Mesh, comm_stats: CommStats, placement: ExpertPlacement | None = None) -> ParallelModel:
-    """The model of a layout, initialised, on its mesh; its experts where the layout says, or as placed."""
+    """Returns the model of a layout on its mesh, initialised. Experts are placed by the layout or by the given
+    placement."""
     config, placement = config_of(layout), placement or placement_for(layout)
     dtype = getattr(torch, layout.precision)
     master = torch.float64 if layout.precision == "float64" else torch.float32
@@ -408,7 +413,7 @@ def build(layout: Layout, mesh: Mesh, comm_stats: CommStats, placement: ExpertPl
 
 
 def distillation(divergence: Divergence) -> Distillation:
-    """The term of a teacher with the shape of the plain layout's model, whole on each rank."""
+    """Returns the distillation term of a teacher with the plain layout's shape, whole on each rank."""
     placement = placement_of("interleaved", 1)
     teacher = build_model(config_of(Layout()), placement, ep_rank=0, ep_group=None, compute_dtype=torch.float64).double()
     initialise(teacher, placement, ep_rank=0, device=torch.device("cpu"), seed=7, std=0.3)
@@ -417,17 +422,17 @@ def distillation(divergence: Divergence) -> Distillation:
 
 
 def draw_second_matrices(model: nn.Module) -> None:
-    """Adapters' B, which begin at 0 and would leave A without a gradient."""
+    """Draws the adapters' B. At their initial value 0, A would have no gradient."""
     for _, name, _, parameter in named_parameters(model):
         if name.endswith((".b", "_b")):
             set_whole(parameter, normal_tensor(name, tuple(parameter.shape), seed=1, std=0.3))
 
 
 def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> Outcome:
-    """Body of a standing world: trains the layout and returns what this rank saw.
+    """Trains the layout. Returns this rank's results.
 
     Args:
-        checkpoint: Folder from which the initial weights come; one rank alone writes its own there first.
+        checkpoint: Folder of the initial weights. A single rank first writes its own weights there.
     """
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     comm_stats = CommStats(events=[])

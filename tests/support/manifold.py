@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def manifold_sum_reference(r_BR: Tensor, target_BKR: Tensor, weight_BK: Tensor) -> Tensor:
-    """`manifold_sum` of moe_dist.train.router_tuning.tuning."""
+    """The reference of `manifold_sum`."""
     total = torch.zeros((), dtype=r_BR.dtype)
     for i in range(r_BR.shape[0]):
         for j in range(target_BKR.shape[1]):
@@ -17,7 +17,7 @@ def manifold_sum_reference(r_BR: Tensor, target_BKR: Tensor, weight_BK: Tensor) 
 
 
 def neighbour_weights_reference(sample_E: np.ndarray, neighbours_KE: np.ndarray, bandwidth: float) -> np.ndarray:
-    """`neighbour_weights` of moe_dist.train.router_tuning.neighbours, from the embeddings."""
+    """The reference of `neighbour_weights`, from the embeddings."""
     similarities = []
     for other_E in neighbours_KE:
         squared = sum((float(a) - float(b)) ** 2 for a, b in zip(sample_E, other_E, strict=True))

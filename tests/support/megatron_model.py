@@ -1,6 +1,6 @@
-"""Our transformer and Megatron's GPTModel with the same weights: builds both, and says which tensor is which.
+"""Builds our transformer and Megatron's GPTModel with the same weights, and maps their tensors.
 
-The mapping is the same for weights and for gradients, since each of Megatron's parameters is a rearrangement of ours.
+The mapping is the same for weights and gradients, because each of Megatron's parameters is a rearrangement of ours.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from moe_dist.placement.placement import ExpertPlacement
 
 HIDDEN_DIM, NUM_HEADS, KV_HEADS, VOCAB_SIZE, SEQ_LEN, LAYERS = 16, 4, 2, 64, 12, 4
 SHARED_FFN_DIM, DENSE_FFN_DIM, EPS, STD = 8, 20, 1e-5, 0.3
-MOE_LAYERS = (1, 3)  # the others are dense
+MOE_LAYERS = (1, 3)  # all other layers are dense
 BALANCE, Z = 0.02, 1e-3
 
 TWO_GROUPS = {
@@ -40,7 +40,8 @@ ONE_GROUP = {"groups": {"all": {"num_experts": 8, "top_k": 2, "ffn_dim": 6}}}
 
 
 def settings_of(values: Mapping[str, Any], ep: int, *, uneven: bool = False) -> ExpertSettings:
-    """Settings with the experts interleaved, or uneven: the first rank has all but three, the last (of four) has none."""
+    """Returns settings with interleaved experts, or uneven ones: the first rank has all but three, the last (of four)
+    none."""
     settings = ExpertSettings.model_validate_json(_json(values))
     if not uneven or ep == 1:
         return settings
@@ -59,7 +60,7 @@ def _json(values: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """How Megatron's ranks are arranged, and what the experts are."""
+    """The arrangement of Megatron's ranks, and the kind of experts."""
 
     ep: int = 1
     tp: int = 1
@@ -86,7 +87,7 @@ class Layout:
 
 
 def transformer_config(layout: Layout) -> Any:
-    """Megatron's TransformerConfig of the shared sizes."""
+    """Returns Megatron's TransformerConfig of the shared sizes."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     experts = sum(group.num_experts for group in layout.settings.groups.values())
@@ -124,7 +125,7 @@ def transformer_config(layout: Layout) -> Any:
 
 
 def gpt_model(config: Any, spec: Any, *, pre_process: bool = True, post_process: bool = True) -> Any:
-    """Megatron's GPTModel over a layer spec."""
+    """Returns Megatron's GPTModel with a layer spec."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     return GPTModel(
@@ -140,7 +141,7 @@ def gpt_model(config: Any, spec: Any, *, pre_process: bool = True, post_process:
 
 
 class SequenceParallelNorm(torch.nn.RMSNorm):
-    """RMSNorm whose gradient is a part, to be summed over TP: Megatron has none without Transformer Engine or Apex."""
+    """RMSNorm whose gradient is partial, to be summed over TP. Megatron has none without Transformer Engine or Apex."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = EPS, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -148,7 +149,8 @@ class SequenceParallelNorm(torch.nn.RMSNorm):
 
 
 def decoder_spec(layout: Layout, config: Any, *, stage: int = 0) -> Any:
-    """The spec of our decoder layers; under sequence parallelism a block of them with norms of `SequenceParallelNorm`."""
+    """Returns the spec of our decoder layers. Under sequence parallelism it is a block with norms of
+    `SequenceParallelNorm`."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -167,13 +169,13 @@ def decoder_spec(layout: Layout, config: Any, *, stage: int = 0) -> Any:
 
 
 def stage_layers(layout: Layout, stage: int) -> range:
-    """Layers of a pipeline stage."""
+    """Returns the layers of a pipeline stage."""
     each = LAYERS // layout.pp
     return range(stage * each, (stage + 1) * each)
 
 
 def our_model(settings: ExpertSettings, *, seed: int = 3) -> Transformer:
-    """Our transformer on one rank, with weights drawn from `seed`."""
+    """Returns our transformer on one rank, with weights drawn from `seed`."""
     placement, wire = settings.model_copy(update={"placement": _interleaved()}).place(1), AllToAll(None, CommStats())
 
     def make_moe(_: int) -> MoELayer:
@@ -225,12 +227,13 @@ class TokenBatch:
 
     @property
     def positions(self) -> Tensor:
-        """[B, S]."""
+        """Positions [B, S]."""
         return torch.arange(SEQ_LEN).expand(self.tokens_BS.shape)
 
 
 def batch_of(count: int, settings: ExpertSettings, *, seed: int = 5) -> TokenBatch:
-    """Sequence 0 is all of the first modality, 1 all of the last, the rest mixed; a few tokens are padding."""
+    """Returns sequences. Sequence 0 has only the first modality, 1 only the last, the rest are mixed. A few tokens are
+    padding."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCAB_SIZE, (count, SEQ_LEN), generator=generator)
     labels = torch.randint(0, VOCAB_SIZE, (count, SEQ_LEN), generator=generator)
@@ -242,14 +245,15 @@ def batch_of(count: int, settings: ExpertSettings, *, seed: int = 5) -> TokenBat
 
 
 def causal_mask() -> Tensor:
-    """Megatron's mask: true where a query must not see a key."""
+    """Returns Megatron's mask: true where a query must not see a key."""
     return ~torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool).tril()[None, None]
 
 
 def our_loss(
     model: Transformer, batch: TokenBatch, settings: ExpertSettings, *, aux: bool, masked: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The oracle: mean cross entropy over all tokens (masked: that are no padding) plus the aux terms, and the logits."""
+    """The oracle: returns the mean cross entropy over all tokens (with `masked`, without padding) plus the auxiliary terms,
+    and the logits."""
     groups = torch.tensor([*settings.group_of_modality(), -1])[batch.modality_BS]
     logits, reports = model(batch.tokens_BS, batch.positions, torch.zeros_like(batch.tokens_BS), groups)
     labels = batch.labels_BS.masked_fill(batch.modality_BS < 0, -100) if masked else batch.labels_BS
@@ -263,7 +267,7 @@ def our_loss(
 
 
 def aux_values(model: Transformer, batch: TokenBatch, settings: ExpertSettings) -> dict[str, list[float]]:
-    """The aux terms of each MoE layer, coefficient 1."""
+    """Returns the auxiliary terms of each MoE layer with coefficient 1."""
     groups = torch.tensor([*settings.group_of_modality(), -1])[batch.modality_BS]
     _, reports = model(batch.tokens_BS, batch.positions, torch.zeros_like(batch.tokens_BS), groups)
     tables = ColumnTables.on(settings.expert_groups(), torch.device("cpu"))
@@ -275,7 +279,7 @@ def aux_values(model: Transformer, batch: TokenBatch, settings: ExpertSettings) 
     return values
 
 
-# --- which tensor is which
+# --- mapping of tensors
 
 
 def megatron_tensors(
@@ -287,10 +291,10 @@ def megatron_tensors(
     tp_size: int = 1,
     layers: Sequence[int] = range(LAYERS),
 ) -> dict[str, Tensor]:
-    """Our tensors (weights or gradients, by our names) as the parameters of one Megatron rank, by its names.
+    """Returns our tensors (weights or gradients) as one Megatron rank's parameters, by Megatron's names.
 
     Args:
-        layers: Layers of this pipeline stage; Megatron numbers them from 0 on each.
+        layers: Layers of this pipeline stage; Megatron numbers them from 0 on each stage.
     """
 
     def split(tensor: Tensor, dim: int) -> Tensor:
@@ -342,7 +346,7 @@ def _experts(mine: Mapping[str, Tensor], placement: ExpertPlacement, ep_rank: in
 
 
 def with_layers_of(model: Any) -> Iterator[Any]:
-    """The ExpertLayers of a Megatron model, in order."""
+    """Returns the ExpertLayers of a Megatron model, in order."""
     from moe_dist.megatron.expert_layer import ExpertLayer
 
     return (module for module in model.modules() if isinstance(module, ExpertLayer))
@@ -350,7 +354,7 @@ def with_layers_of(model: Any) -> Iterator[Any]:
 
 @torch.no_grad()
 def set_weights(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Sets every parameter of a Megatron model; names and shapes must agree exactly."""
+    """Sets every parameter of a Megatron model. Names and shapes must agree exactly."""
     parameters = dict(model.named_parameters())
     assert parameters.keys() == tensors.keys(), parameters.keys() ^ tensors.keys()
     for name, parameter in parameters.items():
@@ -359,12 +363,12 @@ def set_weights(model: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 def gradients_of(model: Any) -> dict[str, Tensor]:
-    """Megatron's reduced gradients by name, from its DDP's buffers."""
+    """Returns Megatron's reduced gradients by name, from its DDP's buffers."""
     return {name: parameter.main_grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def largest_difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> tuple[float, str]:
-    """Largest absolute difference over all tensors of `left`, and where it is."""
+    """Returns the largest absolute difference over all tensors of `left`, and its tensor's name."""
     worst = (0.0, "")
     for name, tensor in left.items():
         if tensor.numel():

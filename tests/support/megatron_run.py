@@ -1,4 +1,4 @@
-"""Our layer in a running Megatron (groups, DDP, gradients), and the same model of ours beside it; bodies of worlds."""
+"""Our layer in a running Megatron (groups, DDP, gradients), and the same model of ours beside it."""
 
 import contextlib
 import queue
@@ -24,12 +24,12 @@ from tests.support.megatron_model import (
     transformer_config,
 )
 
-SEQUENCES = 8  # of a micro-batch, over all data-parallel ranks
+SEQUENCES = 8  # sequences of a micro-batch over all data-parallel ranks
 
 
 @contextlib.contextmanager
 def megatron(layout: Layout) -> Iterator[Any]:
-    """Megatron stands for a layout on all ranks of the world; gives its `parallel_state`."""
+    """Initialises Megatron for a layout on all ranks of the world. Yields its `parallel_state`."""
     with megatron_on_cpu(), model_parallel(ep=layout.ep, tp=layout.tp, pp=layout.pp, cp=layout.cp):
         from megatron.core import parallel_state
         from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -40,10 +40,10 @@ def megatron(layout: Layout) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def checkpoint_writers() -> Iterator[None]:
-    """Megatron's checkpoint writer with threads in place of processes.
+    """Makes Megatron's checkpoint writer use threads instead of processes.
 
-    It forks workers, which ranks of a standing world (daemons, with gloo's threads) must not, and keeps a process for its
-    results, which would outlive a rank that is killed.
+    Ranks of these tests are daemons with gloo's threads, and must not fork workers. Megatron's process for results would
+    also outlive a killed rank.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -59,7 +59,7 @@ def checkpoint_writers() -> Iterator[None]:
 
 
 def wrapped(model: Any, config: Any, **options: Any) -> Any:
-    """The model in Megatron's DDP."""
+    """Returns the model in Megatron's DDP."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, **options)
@@ -67,7 +67,7 @@ def wrapped(model: Any, config: Any, **options: Any) -> Any:
 
 
 def place_of(state: Any) -> dict[str, int]:
-    """Where this rank stands, as `megatron_tensors` wants it."""
+    """Returns this rank's position, as `megatron_tensors` needs it."""
     return {
         "ep_rank": state.get_expert_model_parallel_rank(),
         "tp_rank": state.get_tensor_model_parallel_rank(),
@@ -76,7 +76,7 @@ def place_of(state: Any) -> dict[str, int]:
 
 
 def build(layout: Layout, state: Any) -> tuple[Any, Any, TokenBatch, TokenBatch]:
-    """Megatron's model (in its DDP) and ours, with the same weights; this rank's batch and all ranks'."""
+    """Returns Megatron's model (in its DDP) and ours with the same weights, this rank's batch, and the whole batch."""
     settings, config = layout.settings, transformer_config(layout)
     ours = our_model(settings)
     model = gpt_model(config, decoder_spec(layout, config))
@@ -89,13 +89,13 @@ def build(layout: Layout, state: Any) -> tuple[Any, Any, TokenBatch, TokenBatch]
 def expected_gradients(
     layout: Layout, ours: Any, state: Any, layers: Sequence[int] = range(LAYERS)
 ) -> dict[str, torch.Tensor]:
-    """Gradients of our model as those of this rank's Megatron parameters."""
+    """Returns gradients of our model in the form of this rank's Megatron parameters."""
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
     return megatron_tensors(gradients, layout.settings.place(layout.ep), layers=layers, **place_of(state))
 
 
 def tracked() -> dict[str, list[float]]:
-    """Megatron's tracker after its own reduction, by layer."""
+    """Returns Megatron's tracked values by layer, after its own reduction."""
     try:
         from megatron.core.transformer.moe.moe_logging import (  # pyright: ignore[reportMissingImports]
             destroy_moe_metrics_tracker,

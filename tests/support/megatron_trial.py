@@ -1,4 +1,4 @@
-"""A short run of Megatron-Core's engine on a cluster, and the same run by the own engine on this machine."""
+"""A short run of Megatron-Core's engine on a cluster, and the same run with moe_dist's engine on this machine."""
 
 import os
 import subprocess
@@ -21,14 +21,14 @@ CHANGES = (
     "evaluation.final_sequences=4",
     "evaluation.balance_efficiency=false",
     "evaluation.ablate_experts=false",
-    "optimizer.eps=1e-5",  # not so small that Adam makes whole steps of the last bits of a gradient near zero
+    "optimizer.eps=1e-5",  # large enough that rounding of a gradient near zero makes no full Adam step
 )
-# One rank reads the micro-batches that the four ranks of a pipeline share, so that balance losses have the same counts.
+# One rank reads the micro-batches of the pipeline's four ranks, so that balance losses have the same counts.
 OWN = ("engine={kind: moe_dist}", "parallel.ep=1", "parallel.edp=1", "placement={policy: interleaved}")
 
 
 def check_losses(run: RunFolder, root: Path) -> None:
-    """Every step's loss is within 1e-5 of the own engine's, whose run comes to lie under `root`."""
+    """Requires that every step's loss is within 1e-5 of moe_dist's engine, whose run is written below `root`."""
     command = [sys.executable, "-m", "launchers.local", CONFIG, *CHANGES, *OWN]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -1,11 +1,10 @@
-"""Texts of errors, held in one golden file: tests assert the error's class and the keys it names, and the file has the
-words.
+"""Error texts in one golden file. Tests assert an error's class and the keys that it names; the file has the words.
 
     with refused(ConfigError, "train.steps=0"):
         load_config(path)
 
-`tests/data/messages.json` maps each case (the test and, if it meets several errors, their number) to the whole text. After
-a change of words run the tests with MESSAGES=write, which writes the new texts, and read the diff.
+`tests/data/messages.json` maps each case to the whole text. A case is a test, with a number if the test meets several
+errors. After a change of words run the tests with MESSAGES=write, which writes the new texts, and read the diff.
 """
 
 import fcntl
@@ -23,7 +22,7 @@ from pydantic import ValidationError
 
 GOLDEN = Path(__file__).parents[1] / "data" / "messages.json"
 ROOT = GOLDEN.parents[2]
-# Parts of a text that differ between machines and runs.
+# Patterns for parts of a text that differ between machines and runs.
 _PASSING = (
     (re.compile(re.escape(str(ROOT))), "<root>"),
     (re.compile(r"(/[\w.-]+)*/pytest-of-\w+/pytest-\d+/(popen-gw\d+/)?[^/\s'\"`;:,]+"), "<tmp>"),
@@ -38,16 +37,16 @@ _PASSING = (
     (re.compile(r"0x[0-9a-f]{6,}"), "<address>"),
 )
 WRITE = os.environ.get("MESSAGES") == "write"
-_met: dict[str, int] = {}  # errors that each test has met
+_met: dict[str, int] = {}  # number of errors that each test has met
 _new: dict[str, str] = {}
 
 
 @contextmanager
 def refused(error: type[Exception], *keys: str, golden: bool = True) -> Iterator[pytest.ExceptionInfo[Exception]]:
-    """Asserts that the block raises `error`, that its text has every one of `keys`, and that the golden file has the text.
+    """Asserts that the block raises `error`, that its text contains all `keys`, and that the golden file has the text.
 
     Args:
-        golden: False where the text is another package's, or differs from run to run.
+        golden: False if the text comes from another package, or differs between runs.
     """
     with pytest.raises(error) as raised:
         yield raised
@@ -59,14 +58,15 @@ def refused(error: type[Exception], *keys: str, golden: bool = True) -> Iterator
 
 
 def _text(error: Exception) -> str:
-    """Of pydantic's errors the places and messages: the rest cuts long values in their middle, where paths are."""
+    """Returns the places and messages of pydantic's errors. The rest of their text cuts long values in the middle, such as
+    paths."""
     if not isinstance(error, ValidationError):
         return str(error)
     return "\n".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
 
 
 def hold(text: str) -> None:
-    """Asserts that the golden file has this text for the test that runs now; with MESSAGES=write, writes it there."""
+    """Asserts that the golden file has this text for the running test. With MESSAGES=write, writes it there."""
     test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0]
     _met[test] = number = _met.get(test, 0) + 1
     case = test if number == 1 else f"{test} #{number}"
@@ -84,7 +84,7 @@ def _golden() -> dict[str, str]:
 
 
 def write_new() -> None:
-    """Called at the end of a session, of a worker too: a test may forbid to write."""
+    """Runs at the end of a session or worker, because a test may forbid writes."""
     if not _new:
         return
     with GOLDEN.with_suffix(".lock").open("w") as lock:

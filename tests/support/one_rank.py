@@ -1,4 +1,4 @@
-"""A whole run on one rank in this process, up to its resumption: for tests of what it saves and goes on from."""
+"""A whole run on one rank in this process, up to its resume: for tests of its saved state."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from tests.support.tiny import tiny_config
 
 @contextmanager
 def world_of_one() -> Iterator[None]:
-    """This process as a world of its own."""
+    """Makes this process a world of one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -33,7 +33,7 @@ def world_of_one() -> Iterator[None]:
 
 
 class OneRank:
-    """A whole run on one rank, up to its resumption."""
+    """A whole run on one rank, up to its resume."""
 
     def __init__(self, data: Path, root: Path, controllers: Mapping[str, Controller] | None = None, **changes: Any) -> None:
         alone = {"parallel.ep": 1, "placement.policy": "interleaved"}
@@ -48,7 +48,7 @@ class OneRank:
 
     @contextmanager
     def trainer(self, further_sinks: Sequence[Any] = ()) -> Iterator[Trainer]:
-        """The trainer of the run from its start, with the run's sinks and further ones."""
+        """Yields the trainer of the run at its start, with the run's sinks and further ones."""
         config, plan = self.plan.config, self.plan
         env = RankEnv(0, 1, 0, 1, init_method="", attempt=0, attempt_id="one")
         attempt = Attempt(env)
@@ -71,7 +71,7 @@ class OneRank:
             )
 
     def train_and_save(self) -> Progress:
-        """A new run of two steps on made-up gradients."""
+        """Takes two steps of a new run on made-up gradients, and saves."""
         assert self.resumable.restore() == Progress()
         for _ in range(2):
             for number, parameter in enumerate(self.training.parallel.model.parameters()):
@@ -86,5 +86,6 @@ class OneRank:
 
     def moments(self) -> torch.Tensor:
         states = self.training.optimizer.state
-        parameters = [each for each in self.training.parallel.model.parameters() if each in states]  # a frozen one has none
+        # a frozen parameter has no state
+        parameters = [each for each in self.training.parallel.model.parameters() if each in states]
         return torch.cat([states[each][name].flatten() for each in parameters for name in ("exp_avg", "exp_avg_sq")])

@@ -1,4 +1,4 @@
-"""Compares the outcomes of a layout's ranks with that of one rank."""
+"""Compares the outcomes of a layout's ranks with one rank's."""
 
 import numpy as np
 
@@ -7,12 +7,12 @@ from tests.support.layouts import Outcome
 
 
 def merged_outcomes(outcomes: list[Outcome], field: str) -> Arrays:
-    """All ranks' tensors under their logical names; copies must be equal to the last bit."""
+    """Returns all ranks' tensors under logical names. Copies must be equal to the last bit."""
     return merged([getattr(each, field) for each in outcomes])
 
 
 def assert_same_tensors(outcomes: list[Outcome], one_rank: Outcome) -> None:
-    """Compares gradients and parameters, in float64."""
+    """Compares gradients and parameters in float64."""
     for field in ("gradients", "parameters"):
         got, expected = merged_outcomes(outcomes, field), getattr(one_rank, field)
         assert got.keys() == expected.keys()

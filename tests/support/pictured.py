@@ -1,4 +1,4 @@
-"""A small data set of one's own with pictures, captions, texts, tokenizer and codebook, and a run on it."""
+"""A small user's data set with pictures, captions, texts, tokenizer and codebook, and a run on it."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ VOCAB = 300 + 16
 
 
 def pictured_data(folder: Path) -> Path:
-    """24 pictures with captions like 'odd picture 7', and 30 texts, prepared in a folder below `folder`."""
+    """Prepares 24 pictures with captions like 'odd picture 7', and 30 texts, in a folder below `folder`."""
     (folder / "pictures").mkdir()
     rng = np.random.default_rng(0)
     for number in range(24):
@@ -36,8 +36,8 @@ def pictured_data(folder: Path) -> Path:
 def pictured_run(
     data: Path, root: Path, *, max_seq_len: int = 96, begin: Callable[[OneRank], None] | None = None, **changes: Any
 ) -> Path:
-    """Folder of a run of two steps on made-up gradients, with depths unless `changes` (of `OneRank`) say otherwise. `begin`
-    may change the model before the steps."""
+    """Returns the folder of a run of two steps on made-up gradients. It has mixture of depths unless `changes` (of
+    `OneRank`) say otherwise. `begin` may change the model before the steps."""
     options: dict[str, Any] = {
         "model__vocab_size": VOCAB,
         "model__max_seq_len": max_seq_len,

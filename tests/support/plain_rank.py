@@ -1,4 +1,4 @@
-"""A rank as launchers that know nothing of moe_dist start it, forked from a process that has imported torch."""
+"""A rank that a launcher without knowledge of moe_dist starts, forked from a process that has imported torch."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from tests.support import faults, slow_close
 
 
 def run(variables: Mapping[str, str], arguments: Sequence[str], log: str) -> None:
-    """Trains as `python -m moe_dist.train ARGUMENTS` with these variables; what it prints is added to the file `log`."""
+    """Trains like `python -m moe_dist.train ARGUMENTS` with these variables. Appends its output to the file `log`."""
     child_of(os.getppid(), ignore_stop=False)()
     os.environ.clear()
     os.environ.update(variables)

@@ -1,4 +1,4 @@
-"""Faults of a cluster, planted on a node of `tests.support.slurm` for the time of a block; only its namespaces see them."""
+"""Faults of a cluster, planted on one node of `tests.support.slurm` within a block. Only the node's namespaces see them."""
 
 import contextlib
 import importlib.metadata
@@ -14,25 +14,25 @@ class Node:
     """One node of a cluster.
 
     Args:
-        name: As Slurm has it: node1, node2, ...
+        name: Slurm's name: node1, node2, ...
     """
 
     def __init__(self, cluster: SlurmCluster, name: str) -> None:
         outer = (cluster.folder / "run" / f"{name}.pid").read_text().strip()
-        # Its child is the first process of the node: it alone is in all of the node's namespaces.
+        # Its child is the node's first process, which alone is in all of the node's namespaces.
         self.name, self._pid = name, Path(f"/proc/{outer}/task/{outer}/children").read_text().strip()
         hosts = (cluster.folder / "hosts").read_text().splitlines()
         self.address = next(line.split()[0] for line in hosts if line.split()[1] == name)
 
     def run(self, *command: str) -> None:
-        """As root on the node."""
+        """Runs a command as root on the node."""
         inside = ["nsenter", f"--target={self._pid}", "--mount", "--net", "--pid", *command]
         done = subprocess.run(inside, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}: {done.stderr}"
 
     @contextmanager
     def showing(self, path: Path, instead: Path) -> Iterator[None]:
-        """The node sees one file or folder in place of another."""
+        """Replaces one file or folder by another on the node."""
         self.run("mount", "--bind", str(instead), str(path))
         try:
             yield
@@ -41,14 +41,14 @@ class Node:
 
     @contextmanager
     def read_only(self, folder: Path) -> Iterator[None]:
-        """The node can only read in a folder, root included."""
+        """Makes a folder read-only on the node, also for root."""
         with self.showing(folder, folder):
             self.run("mount", "-o", "remount,bind,ro", str(folder))
             yield
 
     @contextmanager
     def unknown_host(self, cluster: SlurmCluster, host: str) -> Iterator[None]:
-        """A name does not resolve on the node."""
+        """Makes a host name unresolvable on the node."""
         hosts = [line for line in (cluster.folder / "hosts").read_text().splitlines() if host not in line.split()]
         without = cluster.folder / "hosts.without"
         without.write_text("\n".join(hosts) + "\n")
@@ -57,7 +57,7 @@ class Node:
 
     @contextmanager
     def other_version(self, package: str, version: str, scratch: Path) -> Iterator[None]:
-        """The node has another version of an installed package."""
+        """Gives the node another version of an installed package."""
         distribution = importlib.metadata.distribution(package)
         (metadata,) = [path for path in distribution.files or () if path.name == "METADATA"]
         installed = Path(str(distribution.locate_file(metadata)))
@@ -71,10 +71,11 @@ class Node:
 
 @contextmanager
 def slow_pair(first: Node, second: Node, *, rate: str) -> Iterator[None]:
-    """What two nodes send each other is shaped to `rate`, as '50mbit'; all else is not."""
+    """Limits the traffic between two nodes to `rate`, such as '50mbit'. Other traffic is unlimited."""
     with contextlib.ExitStack() as stack:
         for here, there in ((first, second), (second, first)):
-            here.run("tc", "qdisc", "add", "dev", "eth0", "root", "handle", "1:", "htb")  # unclassified: not shaped
+            # unclassified traffic is not limited
+            here.run("tc", "qdisc", "add", "dev", "eth0", "root", "handle", "1:", "htb")
             stack.callback(here.run, "tc", "qdisc", "del", "dev", "eth0", "root")
             here.run("tc", "class", "add", "dev", "eth0", "parent", "1:", "classid", "1:2", "htb", "rate", rate)
             match = ["u32", "match", "ip", "dst", f"{there.address}/32", "flowid", "1:2"]

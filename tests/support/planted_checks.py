@@ -1,4 +1,4 @@
-"""Checks for `tools.gpu_check` with planted faults; each runs in a process of its own."""
+"""Checks for `moe-dist gpu-check` with planted faults. Each runs in its own process."""
 
 import faulthandler
 import os
@@ -13,7 +13,7 @@ from tools.gpu_check.process import on_ranks
 
 
 def good(job: CheckJob) -> list[Reading]:
-    """Leaves a line for each run."""
+    """Writes a line for each run."""
     with (job.folder / "runs").open("a") as stream:
         stream.write("run\n")
     return [Reading("copy", 5.0, "B/s", least=1.0), job.timed("slow", 0.0, least=1.0)]
@@ -29,7 +29,7 @@ def wrong_kernel(job: CheckJob) -> list[Reading]:
 
 
 def wrong_for_three_pairs(job: CheckJob) -> list[Reading]:
-    """A fault at a size that the trial of a run's start does not have."""
+    """A fault at a size that the trial at a run's start does not cover."""
     from moe_dist.moe.kernels.triton_kernels import TRITON
 
     triton: Any = TRITON
@@ -45,7 +45,7 @@ def forgotten_checkpoint(job: CheckJob) -> list[Reading]:
 
 
 def _forgets(job: CheckJob, mesh: Any, folder: str) -> dict[str, int]:
-    """Runs on a rank, where `training` is as it was, and resumes from new weights instead of those of the checkpoint."""
+    """Runs on a rank with unchanged training, and resumes from new weights instead of the checkpoint's."""
     run: Any = training.RandomRun
     run.load = lambda *_: None
     return training._resumed(job, mesh, folder)
@@ -71,7 +71,7 @@ def hanging_rank(job: CheckJob) -> list[Reading]:
 
 
 def _sleeps(job: CheckJob, mesh: Any) -> None:
-    faulthandler.dump_traceback_later(0.5, exit=True, file=2)  # instead of the end of the time limit
+    faulthandler.dump_traceback_later(0.5, exit=True, file=2)  # instead of waiting for the time limit
     time.sleep(600)
 
 

@@ -1,4 +1,4 @@
-"""A model in the published form of null, copy and constant experts, of which transformers has no class."""
+"""A model in the published form of null, copy and constant experts, for which transformers has no class."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.reference.plus_plus import PlusPlusBlock
 
 
 def their_model(folder: Path) -> Any:
-    """Transformers' Qwen3-MoE whose blocks are the reference's; in fp32 and evaluation mode."""
+    """Returns transformers' Qwen3-MoE with the reference's blocks, in fp32 and evaluation mode."""
     import transformers
 
     config = json.loads((folder / "config.json").read_text())

@@ -1,11 +1,18 @@
-"""A rank that does what the training does around its steps, without torch: opens the run, stands in its place, gains steps,
-ends as it is told. For tests of what clusters and launchers make of that.
+"""A rank that does all of a training but its steps, without torch, for tests of clusters and launchers.
 
-PRETEND says how each attempt ends, the last one all further ones: `stop+5 done` is 5 steps and 75, then 0. One of
+It opens the run, checks its place, gains steps, and ends as PRETEND says. PRETEND has the end of each attempt, and the last
+one repeats: `stop+5 done` means 5 steps and exit code 75, then 0. Ends are:
 
-    done, stop (at once), wait (for a stop signal, then 75), fail (1, without a word), diverge (rank 2; peers are killed),
-    kill (rank 1, by SIGKILL; its peers have a connection error), freeze (rank 1, by SIGSTOP; the collective of its peers
-    times out), gpu (rank 1 has lost its GPU), config (78, on all ranks), close (0, but a sink of rank 0 closes 10 s late)
+    done       exit code 0
+    stop       75, at once
+    wait       75, after a stop signal
+    fail       1, without a message
+    diverge    rank 2 diverges; peers are killed
+    kill       rank 1 is killed by SIGKILL; its peers get a connection error
+    freeze     rank 1 is stopped by SIGSTOP; the collective of its peers times out
+    gpu        rank 1 has lost its GPU
+    config     78, on all ranks
+    close      0, but a sink of rank 0 closes 10 s late
 """
 
 import contextlib
@@ -40,7 +47,7 @@ def main(config_path: Path, overrides: list[str]) -> int:
             time.sleep(0.02)
         check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
         print(f"attempt {env.attempt}: rank {env.rank} is here", file=sys.stderr, flush=True)
-        time.sleep(1.0)  # for the slowest to come
+        time.sleep(1.0)  # waits for the slowest rank
         step = committed_step(folder.checkpoints) + int(gained or 0)
         attempt.follow(lambda: config.train.steps if how in ("done", "close") else step)
         if env.rank == 0 and gained:
@@ -72,7 +79,7 @@ def end(how: str, env: RankEnv, folder: RunFolder, stop: StopRequest, step: int)
     if how == "config":
         raise ConfigError("optimizer.lr=-1: must be positive")
     if how in ("kill", "gpu"):
-        time.sleep(1.0)  # they notice the closed connection
+        time.sleep(1.0)  # the peers notice the closed connection
         raise ConnectionError("connection closed by peer")
     if how == "diverge" and env.rank == 2:
         raise DivergedError("loss was nan for 10 steps in a row")

@@ -1,6 +1,6 @@
-"""A real Ray on this machine: a head and labelled nodes, each at a loopback address of its own, and drivers that run there.
+"""A real Ray on this machine: a head and labelled nodes, each at its own loopback address, and drivers that run there.
 
-Ray keeps everything below RAY_TMPDIR, whose path must be short (Unix sockets lie in it).
+Ray keeps all its files below RAY_TMPDIR, whose path must be short, because it contains Unix sockets.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from tests.support.shape import drawn
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/adamoe_moma_tiny_cpu.yaml"  # the default model
 DATA = ROOT / ".cache" / "data" / "openmoji"
-MODALITIES = ("text", "text", "image", "image")  # of the nodes 0 to 3
+MODALITIES = ("text", "text", "image", "image")  # labels of nodes 0 to 3
 STORE_BYTES = 80_000_000
-MARK = "MOE_DIST_TEST_MARK"  # in the environment of all that a run starts
-# Ranks 0 and 2 hold images, 1 and 3 text; each on a node of that label.
+MARK = "MOE_DIST_TEST_MARK"  # a mark in the environment of all processes that a run starts
+# Ranks 0 and 2 have image experts, 1 and 3 text experts, each on a node with this label.
 INTERLEAVED = (
     "placement.groups={text: {ranks: [1, 3], node: {labels: {modality: text}}}, "
     "image: {ranks: [0, 2], node: {labels: {modality: image}}}}"
@@ -42,7 +42,7 @@ QUICK = (
 
 @contextlib.contextmanager
 def environment(**more: str) -> Iterator[Path]:
-    """What all processes of a test cluster have in their environment; yields its RAY_TMPDIR, removed at the end."""
+    """Sets the environment of all processes of a test cluster. Yields its RAY_TMPDIR, and removes it at the end."""
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     site = folder / "cluster.yaml"
     keys = "cpus_per_rank: 1\n" if drawn().threads == "key" else ""
@@ -51,9 +51,9 @@ def environment(**more: str) -> Iterator[Path]:
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "180",  # a node may take minutes to start on a busy machine
-        "RAY_worker_niceness": "0",  # Ray's own 15 leaves them no time on a machine with other work
+        "RAY_worker_niceness": "0",  # Ray's default 15 would starve them on a busy machine
         "RAY_COLOR_PREFIX": "0",
-        "GLOO_SOCKET_IFNAME": "lo",  # this machine's own name need not be an address
+        "GLOO_SOCKET_IFNAME": "lo",  # the machine's host name may not resolve
         "OMP_NUM_THREADS": "1" if drawn().threads == "user" else None,
         "MOE_DIST_CLUSTER": str(site),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # as in an activated environment
@@ -74,7 +74,7 @@ def set_variables(values: Mapping[str, str | None]) -> None:
 
 
 def address(slot: int) -> str:
-    """The address of a node."""
+    """Returns the address of a node."""
     return f"{drawn().network}.{slot + 2}"
 
 
@@ -82,7 +82,7 @@ class RayCluster:
     """A head without CPUs and four nodes of one CPU, in this process.
 
     Args:
-        folder: RAY_TMPDIR. Each node has a folder of its own in it: in one they would unpack the job's code side by side.
+        folder: RAY_TMPDIR. Each node has its own folder in it. Nodes in one folder would unpack the job's code at once.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -91,7 +91,7 @@ class RayCluster:
         self._folder = folder
 
         head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.100"}
-        head["dashboard_agent_listen_port"] = free_port()  # another Ray of this machine may have the default
+        head["dashboard_agent_listen_port"] = free_port()  # another Ray on this machine may use the default port
         self._cluster = Cluster(initialize_head=True, head_node_args={**head, "object_store_memory": STORE_BYTES})
         self.address: str = self._cluster.address  # pyright: ignore
         self._nodes: list[Any] = [self._add(slot) for slot in range(len(MODALITIES))]
@@ -105,20 +105,20 @@ class RayCluster:
             node_ip_address=address(slot),
             object_store_memory=STORE_BYTES,
             temp_dir=f"{self._folder}/n{slot}",
-            include_log_monitor=True,  # what rank 0 prints is brought to the driver
+            include_log_monitor=True,  # sends rank 0's output to the driver
             env_vars=variables,
         )
 
     def kill(self, slot: int) -> None:
-        """Kills every process of Ray on a node."""
+        """Kills every Ray process of a node."""
         self._cluster.remove_node(self._nodes[slot], allow_graceful=False)
 
     def replace(self, slot: int, **variables: str) -> None:
-        """A new node with the labels of one that was killed, and `variables` in the environment of its workers."""
+        """Starts a new node with the labels of a killed one, and with `variables` in the environment of its workers."""
         self._nodes[slot] = self._add(slot, **variables)
 
     def slot_of(self, pid: int) -> int:
-        """The node that a process descends from, by its ancestors."""
+        """Returns the node of a process, found among its ancestors."""
         raylets = {node.all_processes["raylet"][0].process.pid: slot for slot, node in enumerate(self._nodes)}
         while pid not in raylets:
             pid = parent(pid)
@@ -126,7 +126,7 @@ class RayCluster:
         return raylets[pid]
 
     def metrics_address(self, slot: int) -> str:
-        """Where a node's metrics are read."""
+        """Returns the address of a node's metrics."""
         node = self._nodes[slot]
         return f"{node.node_ip_address}:{node.metrics_export_port}"
 
@@ -135,15 +135,15 @@ class RayCluster:
 
 
 class Driver:
-    """A driver in a process of its own, and the run that it carries out.
+    """A driver in its own process, and its run.
 
     Args:
-        module: What is run.
-        address: Of the cluster.
+        module: The module to run.
+        address: The cluster's address.
         run: The run's folder.
         arguments: Overrides, and options of the module.
-        log: What it prints is added to this file.
-        config: What is trained.
+        log: File to which its output is appended.
+        config: The configuration to train.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Driver:
         return self._log.read_text(errors="replace")
 
     def wait(self) -> int:
-        """Its exit code; nothing of the run may be left."""
+        """Returns its exit code. Requires that no process of the run is left."""
         code = self.process.wait()
         self.wait_until(lambda: not marked(self.mark), "processes of the run are left", alive=False)
         return code
@@ -187,7 +187,7 @@ class Driver:
         self.wait_until(lambda: any(line["step"] >= step for line in steps(self.run)), f"step {step}")
 
     def ranks(self) -> dict[int, int]:
-        """The process of each rank."""
+        """Returns the process of each rank."""
         found = {}
         for pid in marked(self.mark):
             with contextlib.suppress(OSError, KeyError):
@@ -198,12 +198,12 @@ class Driver:
 
 
 def overrides(root: Path, name: str, steps: int, *more: str) -> list[str]:
-    """A short run of the default model."""
+    """Returns overrides for a short run of the default model."""
     return [f"run.root={root}", f"run.name={name}", f"data.path={DATA}", f"train.steps={steps}", *QUICK, *more]
 
 
 def steps(run: RunFolder) -> list[dict[str, Any]]:
-    """The step records that are whole."""
+    """Returns the complete step records."""
     if not run.metrics_jsonl.exists():
         return []
     lines = run.metrics_jsonl.read_text().rpartition("\n")[0].splitlines()
@@ -211,7 +211,7 @@ def steps(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def marked(mark: str) -> list[int]:
-    """Processes with a mark in their environment, whatever session or parent they have; zombies do not count."""
+    """Returns processes with a mark in their environment, in any session and with any parent, without zombies."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -222,7 +222,7 @@ def marked(mark: str) -> list[int]:
 
 
 def variables_of(pid: int) -> Mapping[str, str]:
-    """The environment that a process was started with."""
+    """Returns the environment with which a process was started."""
     words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -232,7 +232,7 @@ def parent(pid: int) -> int:
 
 
 def actor_of(rank_pid: int) -> int:
-    """The worker of Ray that a rank's process descends from."""
+    """Returns the Ray worker that is the ancestor of a rank's process."""
     pid = parent(rank_pid)
     while "launchers.ray.rank_supervisor" in Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0"):
         pid = parent(pid)
@@ -240,7 +240,7 @@ def actor_of(rank_pid: int) -> int:
 
 
 def end_all(folder: Path) -> None:
-    """Kills what carries this RAY_TMPDIR: `ray stop` would end every Ray of the machine."""
+    """Kills all processes with this RAY_TMPDIR. `ray stop` would end every Ray on the machine."""
     ours = f"RAY_TMPDIR={folder}".encode()
     for _ in range(20):
         left = []
@@ -259,7 +259,7 @@ def end_all(folder: Path) -> None:
 
 
 class StartedRay:
-    """A Ray as `ray start` makes it: a head with the job API, and four nodes of one CPU.
+    """A Ray started by `ray start`: a head with the job API, and four nodes of one CPU.
 
     Args:
         folder: RAY_TMPDIR.
@@ -269,10 +269,10 @@ class StartedRay:
         gcs, dashboard = free_port(), free_port()
         self.address = f"127.0.0.100:{gcs}"
         self.dashboard = f"http://127.0.0.1:{dashboard}"
-        # 127.0.0.1 would be rewritten to the machine's outward address; all others of 127/8 are kept.
+        # Ray rewrites 127.0.0.1 to the machine's outward address, but keeps other addresses of 127/8.
         head = ["--head", "--node-ip-address=127.0.0.100", f"--port={gcs}", "--num-cpus=1", "--labels=role=head"]
         self._start(*head, "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}").communicate()
-        # A folder for each: those that start at once in one would take each other's sockets.
+        # Each node has its own folder. Nodes that start at once in one folder would take each other's sockets.
         joining = [
             self._start(
                 f"--address={self.address}",
@@ -291,7 +291,7 @@ class StartedRay:
 
     @staticmethod
     def _start(*options: str) -> subprocess.Popen[bytes]:
-        own_port = f"--dashboard-agent-listen-port={free_port()}"  # else all nodes of this machine want the same one
+        own_port = f"--dashboard-agent-listen-port={free_port()}"  # otherwise all nodes of this machine use the same port
         command = ["ray", "start", *options, own_port, f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
 

@@ -2,7 +2,7 @@
 
     python -m tests.support.ray_launch CONFIG [key=value ...] -- NAME ...
 
-Arguments after `--` are names of variables that the ranks get as well. With PRETEND among them, the ranks are those of
+Arguments after `--` name variables that the ranks also get. With PRETEND among them, the ranks are those of
 `tests.support.pretend`.
 """
 

@@ -1,6 +1,6 @@
-"""A rank as `moe_dist.train` that first leaves a process in a session of its own, and may save slowly.
+"""A rank like `moe_dist.train` that first leaves behind a process in its own session, and may save slowly.
 
-MOE_DIST_TEST_SAVE_SECONDS=30     each commit of a checkpoint takes so much longer
+MOE_DIST_TEST_SAVE_SECONDS=30     each commit of a checkpoint takes 30 s longer
 """
 
 import os
@@ -14,7 +14,7 @@ SAVE_SECONDS = "MOE_DIST_TEST_SAVE_SECONDS"
 
 
 def leave_a_process() -> None:
-    """One that neither its parent's end nor a signal to the process group reaches."""
+    """Starts a process that survives its parent's end and signals to the process group."""
     sleeper = f"import os, time; os.setsid(); os.fork() and os._exit(0); time.sleep({60 * 60})"
     subprocess.run([sys.executable, "-S", "-c", sleeper], check=True)
 

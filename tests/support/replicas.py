@@ -14,13 +14,13 @@ from tests.support.layouts import HIDDEN_DIM, Layout, config_of
 
 
 def on_others(placement: ExpertPlacement, expert: int, number: int) -> list[Replica]:
-    """Replicas of an expert on the next ranks after its own."""
+    """Returns replicas of an expert on the next ranks after its own."""
     home, ranks = placement.rank_of_expert[expert], placement.num_ranks
     return sorted(Replica(expert, (home + after) % ranks) for after in range(1, number + 1))
 
 
 def of_both_groups(placement: ExpertPlacement) -> list[Replica]:
-    """Replicas of the first text expert on all ranks, and of the first picture expert on one."""
+    """Returns replicas of the first text expert on all ranks, and of the first image expert on one."""
     text, image = (group.first_expert for group in placement.groups)
     return sorted(on_others(placement, text, placement.num_ranks - 1) + on_others(placement, image, 1))
 

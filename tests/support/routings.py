@@ -1,6 +1,6 @@
-"""Random and hand-made routings for dispatchers, and the round trip by which any of them is held to the oracle.
+"""Random and hand-made routings for dispatchers, and a round trip that compares any dispatcher with the oracle.
 
-Between dispatch and combine stand 'experts' that multiply a row by their id + 1, so that the oracle is one line.
+Between dispatch and combine stand 'experts' that multiply a row by their id + 1. The oracle is therefore one line.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ D = 3
 
 @dataclass(frozen=True)
 class Case:
-    """One routing: experts on each rank, and on each rank's tokens the chosen experts (ABSENT for a null choice)."""
+    """One routing: the experts on each rank, and each rank's chosen experts per token (ABSENT for a null choice)."""
 
     slots: tuple[tuple[int, ...], ...]
     experts_TK: tuple[np.ndarray, ...]
@@ -30,22 +30,22 @@ class Case:
         return ExpertPlacement((ExpertGroup("all", num_experts, 0, 1, 4, 0, ("text",)),), self.slots)
 
     def assignments(self, rank: int, weight_N: torch.Tensor) -> Assignments:
-        """The routing of one rank; pairs are token-major, as token choice makes them."""
+        """Returns one rank's routing. Pairs are token-major, as in token choice."""
         chosen = torch.from_numpy(self.experts_TK[rank])
         return Assignments(torch.arange(chosen.shape[0]).repeat_interleave(chosen.shape[1]), chosen.flatten(), weight_N)
 
     def taken(self, rank: int) -> tuple[list[int], list[int]]:
-        """Token and expert of each taken pair of one rank."""
+        """Returns token and expert of each taken pair of one rank."""
         chosen = self.experts_TK[rank]
         tokens, columns = np.nonzero(chosen != ABSENT)
         return tokens.tolist(), chosen[tokens, columns].tolist()
 
 
 def random_case(seed: int, world_size: int, *, equal_slots: bool = False) -> Case:
-    """Uneven placements (ranks without experts among them), uneven token counts (none among them), any share of nulls.
+    """Draws uneven placements and token counts, some ranks without experts or tokens, and any share of null choices.
 
     Args:
-        equal_slots: The same number of experts on every rank.
+        equal_slots: Puts the same number of experts on every rank.
     """
     rng = np.random.default_rng([seed, world_size])
     if equal_slots:
@@ -74,7 +74,7 @@ def random_case(seed: int, world_size: int, *, equal_slots: bool = False) -> Cas
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """What a round trip left behind: its plan, the payload bytes of forward, and of forward and backward together."""
+    """The results of a round trip: its plan, the payload bytes of forward, and of forward and backward together."""
 
     plan: Any
     forward_bytes: int
@@ -85,9 +85,9 @@ def round_trip(
     dispatcher: Any, assignments: Assignments, placement: ExpertPlacement, rank: int, num_tokens: int, *,
     comm_stats: CommStats, seed: int, dtype: torch.dtype = torch.double, tolerance: float = 1e-12,
 ) -> RoundTrip:  # fmt: skip
-    """Sends assignments through dispatch and combine, and holds values and gradients to the oracle.
+    """Dispatches and combines assignments, and compares values and gradients with the oracle.
 
-    The assignments' weights are replaced by random ones (float64 for a float64 run, else fp32), zero where absent.
+    Replaces the assignments' weights by random ones (float64 for a float64 run, else fp32), and by zero where absent.
     """
     generator = torch.Generator().manual_seed(seed * 100 + rank)
     weights_dtype = torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,5 @@
-"""Models of a few thousand weights that leave as Hugging Face folders, from configurations of `tests.support.tiny`."""
+"""Models of a few thousand weights, made from configurations of `tests.support.tiny` and exported as Hugging Face
+folders."""
 
 import json
 import re
@@ -25,7 +26,7 @@ from tests.support.imported import manager
 from tests.support.tiny import IMAGE_IDS, tiny_config
 
 GROUP: dict[str, Any] = {"num_experts": 4, "num_null": 3, "top_k": 3, "ffn_dim": 16, "modalities": ["text", "image"]}
-ONE = {"model.moe.groups": {"all": GROUP}}  # one group, and null rows that are no copies
+ONE = {"model.moe.groups": {"all": GROUP}}  # one group, whose null rows are not copies
 
 
 def one_rank_placement(groups: Sequence[ExpertGroup]) -> ExpertPlacement:
@@ -33,10 +34,10 @@ def one_rank_placement(groups: Sequence[ExpertGroup]) -> ExpertPlacement:
 
 
 def saved_model(folder: Path, data: Path, changes: Mapping[str, Any], *, copies: bool = False) -> Transformer:
-    """Saves a checkpoint of a model with random weights in `folder`, as a run on `data` would, and returns the model.
+    """Saves a checkpoint of a model with random weights in `folder`, as a run on `data` would. Returns the model.
 
     Args:
-        copies: Whether null rows of routers are copies of true rows, as at the start of a run.
+        copies: Whether null rows of routers copy true rows, as at the start of a run.
     """
     config = tiny_config(data, folder, changes)
     model = evaluated_model(config)
@@ -50,7 +51,7 @@ def saved_model(folder: Path, data: Path, changes: Mapping[str, Any], *, copies:
 
 
 def theirs(folder: Path, **options: Any) -> nn.Module:
-    """The model that transformers loads from an export."""
+    """Returns the model that transformers loads from an export."""
     import transformers
 
     options = {"dtype": torch.float32, "trust_remote_code": True, "output_loading_info": True, **options}
@@ -75,7 +76,7 @@ def next_token_loss(logits_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
 
 
 def our_gradients(model: Transformer, tokens_BS: Tensor) -> Arrays:
-    """Gradients of the next-token loss in evaluation mode, by logical name; 0 for a parameter that it does not use."""
+    """Returns gradients of the next-token loss in evaluation mode by logical name; 0 for unused parameters."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     positions = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
@@ -85,7 +86,7 @@ def our_gradients(model: Transformer, tokens_BS: Tensor) -> Arrays:
 
 
 def their_gradients(folder: Path, model: nn.Module, tokens_BS: Tensor, more: Mapping[str, Tensor] | None = None) -> Arrays:
-    """The same of a model in an exported folder, and 0 for its buffers.
+    """Returns the same gradients of a model in an exported folder, and 0 for its buffers.
 
     Args:
         more: Tensors besides the model's parameters.
@@ -98,7 +99,8 @@ def their_gradients(folder: Path, model: nn.Module, tokens_BS: Tensor, more: Map
 
 @torch.no_grad()
 def continued(model: Transformer, tokens_BS: Tensor, count: int, *, cached: bool) -> Tensor:
-    """The prompts with `count` more tokens, each the likeliest: by our cache, or from the logits of the whole sequences."""
+    """Returns the prompts with `count` more tokens, each the most likely: by our cache, or from logits of the whole
+    sequences."""
     cache, new = model.make_cache(tokens_BS.shape[0], tokens_BS.shape[1] + count), tokens_BS
     for _ in range(count):
         if cached:
@@ -113,7 +115,7 @@ def continued(model: Transformer, tokens_BS: Tensor, count: int, *, cached: bool
 
 
 def run_readme(folder: Path, monkeypatch: pytest.MonkeyPatch, *, lines: int) -> None:
-    """Runs the lines of Python in the README.md of an exported folder, as its reader would there."""
+    """Runs the Python lines in the README.md of an exported folder, in that folder."""
     (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert len(code.splitlines()) == lines
     monkeypatch.chdir(folder)

@@ -1,6 +1,6 @@
-"""The shape of a test cluster, drawn from a seed, so that tests hold on sites that nobody thought of.
+"""The properties of a test cluster, drawn from a seed, so that the tests cover unexpected sites.
 
-CLUSTER_SEED fixes the seed. The tests print it: the same seed gives the same shape.
+CLUSTER_SEED fixes the seed, which the tests print. The same seed gives the same cluster.
 
     CLUSTER_SEED=31 make test-clusters
 """
@@ -87,7 +87,7 @@ class Shape:
         names, cpus = rng.choice(NAMES), rng.choice((8, 9, 12))
         limits = {
             "MaxTime": rng.choice(("30", "1:00:00", "2-0", "INFINITE")),
-            "DefaultTime": rng.choice((None, "15", "0:20:00")),  # None: MaxTime
+            "DefaultTime": rng.choice((None, "15", "0:20:00")),  # with None the default is MaxTime
             "MaxNodes": rng.choice((4, "UNLIMITED")),
             "MaxCPUsPerNode": rng.choice((cpus, "UNLIMITED")),
         }
@@ -108,7 +108,7 @@ class Shape:
             silent_seconds=rng.choice((10, 20)),
             skew=tuple(rng.choice((0, 0, 2, 6)) for _ in range(4)),
             late_rank=rng.choice((0, 1)),
-            late_seconds=rng.choice((65, 75, 95, 110)),  # all more than 60 s, in which a file is seen on another node
+            late_seconds=rng.choice((65, 75, 95, 110)),  # more than the 60 s until another node sees a file
             late_cpus=rng.choice((1, 2, 3)),
             network=rng.choice(("127.0.0", "127.9.0", "127.0.31")),
             wire=rng.choice(("10.219.77", "172.30.9", "192.168.211")),
@@ -121,9 +121,9 @@ class Shape:
         )
 
     def variables(self) -> dict[str, str]:
-        """Settings of slurm_cluster.sh, and the environment of those who submit jobs."""
+        """Returns settings of slurm_cluster.sh, and the environment of users who submit jobs."""
         settings = {
-            "NAMES": " ".join((*self.names, *self.more_names)),  # those that are too many do not count
+            "NAMES": " ".join((*self.names, *self.more_names)),  # surplus names are ignored
             "DOMAIN": self.domain,
             "PARTITION": self.partition,
             "URGENT": self.urgent,
@@ -138,13 +138,13 @@ class Shape:
 
     @property
     def late(self) -> list[str]:
-        """Shell lines that let each node start as late as `skew` says."""
+        """Returns shell lines that delay each node's start by `skew`."""
         found = zip(self.names, self.skew, strict=True)
         return [f'[ "$SLURMD_NODENAME" != {name} ] || sleep {seconds}' for name, seconds in found if seconds]
 
     def site(self, *, ranks_per_node: int = 1, exclusive: bool = False, **keys: object) -> str:
         """Returns the text of a cluster file. `keys` replace or add lines. A rank has one thread in every job: an
-        `exclusive` job has all cores of its nodes and sets the number, another job has one core for each rank."""
+        `exclusive` job has all cores of its nodes and sets the number; another job has one core per rank."""
         late = [f"'{line}'" for line in self.late]
         lines: dict[str, object] = {"gpus": "{syntax: none}", "ranks_per_node": ranks_per_node, "time": f"'{self.time}'"}
         lines |= {"signal_seconds": self.signal_seconds, "partition": f"'{self.partition}'"}
@@ -155,5 +155,5 @@ class Shape:
 
 @cache
 def drawn() -> Shape:
-    """The shape of this test run."""
+    """Returns the properties for this test run."""
     return Shape.draw(int(os.environ.get(SEED) or random.SystemRandom().randrange(1_000_000)))

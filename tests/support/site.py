@@ -1,6 +1,6 @@
-"""The place of a run that breaks many times: its data, a small disk, its settings, and how it is started.
+"""The folder of a run that fails many times: its data, a small disk, its settings, and its launcher.
 
-python -m tests.support.site CONFIG --ends FILE --max-restarts 3      # one call of the local launcher, noted in FILE
+python -m tests.support.site CONFIG --ends FILE --max-restarts 3      # one call of the local launcher, recorded in FILE
 """
 
 import argparse
@@ -27,16 +27,17 @@ from tests.support.tiny import tiny_dataset
 ROOT = Path(__file__).parents[2]
 RANKS, STEPS, SAVE_EVERY = 4, 60, 5
 DISK_MIB = 32
-WATCHDOG_SECONDS, MEETING_SECONDS = 30.0, 180.0  # for a collective, and for ranks to meet: on a busy machine as well
+WATCHDOG_SECONDS, MEETING_SECONDS = 30.0, 180.0  # limits for a collective and for the rendezvous, also on a busy machine
 
 
 @dataclass
 class Site:
-    """Folder of a campaign: its own copy of the data, a small disk for the run, and the undisturbed run to compare with.
+    """The folder of a campaign: its own copy of the data, a small disk for the run, and the undisturbed run for the
+    comparison.
 
     Attributes:
         folder: On an ordinary file system.
-        disk: A small tmpfs where mounting is permitted, else None: then a full disk is an interposed system call.
+        disk: A small tmpfs if mounting is permitted, else None. With None an interposed system call simulates a full disk.
     """
 
     folder: Path
@@ -52,14 +53,14 @@ class Site:
         return (self.disk or self.folder) / "runs"
 
     def mend(self) -> None:
-        """Puts the data back."""
+        """Restores the data."""
         for path in (self.folder / "pristine").iterdir():
             shutil.copy2(path, self.data / path.name)
 
 
 @contextlib.contextmanager
 def open_site(folder: Path) -> Iterator[Site]:
-    """Makes the place of a campaign, and takes the small disk away at the end."""
+    """Creates a campaign's folder. Removes the small disk at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "pristine").exists():
         tiny_dataset(folder / "pristine")
@@ -77,12 +78,13 @@ def open_site(folder: Path) -> Iterator[Site]:
 
 
 def settings(name: str, *, ranks: int, **changes: Any) -> dict[str, Any]:
-    """What the runs have in common."""
+    """Returns the common settings of the runs."""
     values: dict[str, Any] = {
         "run.name": name,
         "train.steps": STEPS,
         "train.global_batch": 2 * ranks,
-        "train.max_skipped_in_a_row": 1,  # a step that is skipped would change all that follow: the run goes back instead
+        # a skipped step would change all later steps, so the run returns to its checkpoint instead
+        "train.max_skipped_in_a_row": 1,
         "checkpoint.every": SAVE_EVERY,
         "evaluation.every": 20,
         "evaluation.balance_efficiency": False,
@@ -97,7 +99,8 @@ def settings(name: str, *, ranks: int, **changes: Any) -> dict[str, Any]:
 
 
 def started(config: Path, log: Path, *, max_restarts: int, variables: Mapping[str, str] | None = None) -> int:
-    """One call of the local launcher in a process of its own, which dies with us; its verdict. Its ends: `read_ends`."""
+    """Calls the local launcher once, in a process that dies with this one. Returns its verdict; `read_ends` has its
+    ends."""
     command = [sys.executable, "-m", "tests.support.site", str(config), "--ends", f"{log}.ends"]
     with log.open("ab") as stream:
         return subprocess.run(
@@ -111,13 +114,13 @@ def started(config: Path, log: Path, *, max_restarts: int, variables: Mapping[st
 
 
 def read_ends(log: Path) -> list[dict[str, Any]]:
-    """How each attempt of a run ended, as `_launch_and_note` wrote it down."""
+    """Returns the end of each attempt of a run, as `_launch_and_note` recorded it."""
     return [json.loads(line) for line in Path(f"{log}.ends").read_text().splitlines()]
 
 
 def _launch_and_note(config: Path, ends: Path, max_restarts: int) -> int:
-    """The local launcher with the ranks of `injection`; notes for each attempt when its last rank ended, the last step in
-    the records, whether it wrote any itself, and the last committed step."""
+    """Runs the local launcher with the ranks of `injection`. Records for each attempt the end of its last rank, the last
+    recorded step, whether the attempt recorded any step, and the last committed step."""
     from launchers import local
 
     run = local._run
@@ -138,7 +141,7 @@ def _launch_and_note(config: Path, ends: Path, max_restarts: int) -> int:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Differs once a file was replaced or written to."""
+    """Returns a value that changes when a file is replaced or written."""
     with contextlib.suppress(FileNotFoundError):
         found = path.stat()
         return found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,5 +1,8 @@
-"""The training with a pause at each step of a job's first start: time for what is slow on any machine, as Slurm's look at
-time limits is, without the work of more steps. The others wait for rank 0, which pauses before it writes a record."""
+"""A training that pauses at each step of a job's first start.
+
+The pause gives time to slow events, such as Slurm's checks of time limits, without more steps. Rank 0 pauses before it
+writes a record, and the other ranks wait for it.
+"""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""A real Slurm of a few nodes on this machine (slurm_cluster.sh), and the jobs of a test on it."""
+"""A real Slurm of a few nodes on this machine (slurm_cluster.sh), and a test's jobs on it."""
 
 import contextlib
 import os
@@ -18,18 +18,18 @@ from tests.support.shape import Shape
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "support" / "slurm_cluster.sh"
 PACKAGES = "slurmctld slurmd slurm-client munge environment-modules iproute2 util-linux"
-BUSY_SECONDS = 600.0  # for anything that four ranks do on a machine where others compute as well
+BUSY_SECONDS = 600.0  # limit for any action of four ranks on a busy machine
 
 
 class SlurmCluster:
     """Nodes, each with its own network, host name and process tree.
 
     Args:
-        folder: For its state; short, since paths of sockets are.
-        nodes: How many; without a shape they are node1 .. nodeN.
+        folder: For its state; short, because it contains sockets.
+        nodes: Number of nodes. Without a shape their names are node1 .. nodeN.
         shape: Names, limits and settings of four nodes.
-        features: Of each node; the last repeats.
-        gpus: Fake ones of each node.
+        features: Features of each node; the last one repeats.
+        gpus: Number of fake GPUs of each node.
     """
 
     def __init__(self, folder: Path, *, nodes: int, features: str = "", gpus: int = 0, shape: Shape | None = None) -> None:
@@ -51,7 +51,7 @@ class SlurmCluster:
         self._script("stop")
 
     def kill_node(self, name: str) -> None:
-        """The node is gone at once, and every process on it; Slurm is told."""
+        """Kills the node and all its processes at once, and tells Slurm."""
         self._script("kill-node", name, "now")
 
     def start_node(self, name: str) -> None:
@@ -62,25 +62,25 @@ class SlurmCluster:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment of a user of the cluster."""
+        """Returns the environment of a user of the cluster."""
         return self._env
 
     def run(self, *command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
-        """A command as a user of the cluster types it."""
+        """Runs a command as a user of the cluster would type it."""
         env = {**self._env, **variables}
         return subprocess.run(
             command, cwd=cwd, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
         )
 
     def launch(self, *arguments: str, **variables: str) -> "SlurmJob":
-        """`python -m launchers.slurm ...`, which must succeed."""
+        """Runs `python -m launchers.slurm ...`, which must succeed."""
         done = self.run(sys.executable, "-m", "launchers.slurm", *arguments, cwd=ROOT, **variables)
         assert done.returncode == 0, done.stderr
         printed = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[:4])
         return SlurmJob(self, printed["job"], Path(printed["output"]))
 
     def sbatch(self, *arguments: str, output: Path, cwd: Path = ROOT, **variables: str) -> "SlurmJob":
-        """`sbatch ...`, which must succeed; its output goes to `output`."""
+        """Runs `sbatch ...`, which must succeed. Its output goes to `output`."""
         done = self.run("sbatch", "--parsable", f"--output={output}", *arguments, cwd=cwd, **variables)
         assert done.returncode == 0, done.stderr
         return SlurmJob(self, done.stdout.strip(), output)
@@ -102,7 +102,7 @@ class SlurmJob:
     """One job.
 
     Args:
-        number: Slurm's, with `_task` for a task of an array.
+        number: Slurm's number, with `_task` for a task of an array.
         output: File of its output.
     """
 
@@ -114,7 +114,7 @@ class SlurmJob:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def field(self, name: str) -> str:
-        """A field of `scontrol show job`, as JobState or Restarts; of the first part of a heterogeneous job."""
+        """Returns a field of `scontrol show job`, such as JobState or Restarts; of a heterogeneous job's first part."""
         match = re.search(rf"\b{name}=(\S+)", self.cluster.scontrol("--oneliner", "show", "job", self.number))
         assert match is not None, name
         return match[1]
@@ -128,7 +128,7 @@ class SlurmJob:
         return int(self.field("ExitCode").partition(":")[0])
 
     def wait_for(self, condition: Callable[[], bool], what: str, *, seconds: float = BUSY_SECONDS) -> None:
-        """Waits until `condition` holds, and shows everything where it does not."""
+        """Waits until `condition` holds. Shows all state if it does not."""
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
@@ -139,7 +139,7 @@ class SlurmJob:
             time.sleep(0.1)
 
     def end(self) -> int:
-        """Waits for its end; its exit code."""
+        """Waits for the job's end. Returns its exit code."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         self.wait_for(lambda: self.field("JobState") in over, "ended")
         return self.code
@@ -168,7 +168,7 @@ class SlurmJob:
         return found
 
     def burst(self) -> int:
-        """USR2, TERM and TERM to every process of the job within 10 ms; returns how many there were."""
+        """Sends USR2, TERM and TERM to every process of the job within 10 ms. Returns the number of processes."""
         pids = self.processes()
         for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):
             for pid in pids:
@@ -179,7 +179,7 @@ class SlurmJob:
 
 
 def hosts(run: RunFolder, *, attempt: int = 0) -> list[str]:
-    """The node of each of four ranks, from the rank's own log."""
+    """Returns the node of each of four ranks, from the ranks' logs."""
     logs = [run.log_of(rank).read_text().splitlines() for rank in range(4)]
     return [
         [line for line in log if line.startswith("--- attempt")][attempt].rpartition(", ")[2].partition(".")[0]
@@ -188,5 +188,5 @@ def hosts(run: RunFolder, *, attempt: int = 0) -> list[str]:
 
 
 def overrides(values: Mapping[str, Any]) -> Sequence[str]:
-    """As they stand on a command line."""
+    """Returns overrides in the form of a command line."""
     return [f"{key}={value}" for key, value in values.items()]

@@ -1,4 +1,4 @@
-"""A model of a few weights in training on one rank, and the manager of its checkpoints: for tests of saving and loading."""
+"""A model of a few weights in training on one rank, and its checkpoint manager: for tests of saving and loading."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ PLACEMENT = ExpertPlacement((ExpertGroup("text", 2, 0, 1, 4, 0, ("text",)),), ((
 
 
 class SmallRun:
-    """A small model in training, and the manager of its checkpoints."""
+    """A small model in training, and its checkpoint manager."""
 
     def __init__(self, folder: Path, *, keep: int = 2, width: int = 4, lease: Callable[[], None] = lambda: None) -> None:
         self.folder = folder

@@ -1,6 +1,6 @@
-"""The exchange that DeepEP (expanded layout) and HybridEP (with permutation) have in common, in torch over gloo.
+"""The common exchange of DeepEP (expanded layout) and HybridEP (with permutation), in torch over gloo.
 
-One row travels for each (token, rank), none for a token without choices. It arrives by source rank, then by token, and is
+One row is sent per (token, rank), none for a token without choices. Rows arrive by source rank, then by token. Each is
 copied for each of its pairs, sorted by slot. On the way back the pairs of a row are summed and rounded, then the rows of a
 token. Shape letters: T tokens, W ranks, E slots of a rank, X = W E, R arrived rows, Q pairs.
 """
@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 class SortedPairs:
-    """One routing: which tokens have pairs in which slots.
+    """One routing: the pairs of each token and slot.
 
     Args:
         chosen_TX: bool, contiguous.
-        last_first: Reverse the order of a slot's rows, as an order that no library promises.
+        last_first: Reverses the rows of each slot, an order that no library promises.
     """
 
     def __init__(self, group: dist.ProcessGroup, chosen_TX: Tensor, *, last_first: bool = False) -> None:
@@ -68,7 +68,7 @@ class SortedPairs:
 
     @property
     def _tokens(self) -> Tensor:
-        """Token of each row sent, by destination rank."""
+        """Returns the token of each sent row, by destination rank."""
         return torch.cat([column.nonzero()[:, 0] for column in self.in_rank_TW.unbind(1)])
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""A data set of a few kilobytes and the configuration of a run of seconds, for tests of the whole path.
+"""A data set of a few kilobytes and the configuration of a run of seconds, for tests of whole runs.
 
-The data has structure to learn: a picture is fixed by its caption's word, and each text follows a cycle of its own.
+The data can be learned: a caption's word determines the picture, and each text follows a cycle.
 """
 
 import json
@@ -24,8 +24,9 @@ FILLER_CODE = IMAGE_IDS[0]
 
 
 def tiny_dataset(folder: Path, seed: int = 0, *, documents: int = 96) -> Manifest:
-    """Writes a prepared data set into `folder`: sources `captions` (text and image) and `prose` (text), each with a
-    training and a held-out split, filler bits for the pictures.
+    """Writes a prepared data set into `folder`, with filler bits for pictures.
+
+    Its sources are `captions` (text and image) and `prose` (text), each with a training and a held-out split.
 
     Args:
         documents: Training documents of each source; a third as many are held out.
@@ -58,12 +59,12 @@ def tiny_dataset(folder: Path, seed: int = 0, *, documents: int = 96) -> Manifes
 
 
 def tiny_config(data: Path, root: Path, changes: Mapping[str, Any] | None = None) -> Config:
-    """A run of 4 steps on 2 ranks with pinned groups and null experts.
+    """Returns the configuration of a run of 4 steps on 2 ranks with pinned groups and null experts.
 
     Args:
         data: Folder of `tiny_dataset`.
         root: Folder of the runs; the run is called 'tiny'.
-        changes: New values by dotted key, as `{"train.steps": 6}`.
+        changes: New values by dotted key, such as `{"train.steps": 6}`.
     """
     values: dict[str, Any] = {
         "run": {"name": "tiny", "root": str(root), "seed": 0},
@@ -100,13 +101,13 @@ def tiny_config(data: Path, root: Path, changes: Mapping[str, Any] | None = None
 
 
 def write_config(config: Config, path: Path) -> Path:
-    """Writes a configuration as YAML, as a user would have it."""
+    """Writes a configuration as a user's YAML."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     return path
 
 
 def _captions(rng: np.random.Generator, documents: int) -> Iterator[np.ndarray]:
-    """word word BEGIN 16 codes END EOS, where the codes follow from the first word and the border is filler."""
+    """Returns word word BEGIN 16 codes END EOS. The first word determines the codes, and the border is filler."""
     inside = np.zeros(GRID, bool)
     inside[1:, :-1] = True
     for word in rng.choice(WORDS, documents):
@@ -116,7 +117,7 @@ def _captions(rng: np.random.Generator, documents: int) -> Iterator[np.ndarray]:
 
 
 def _prose(rng: np.random.Generator, documents: int) -> Iterator[np.ndarray]:
-    """5 to 40 words in steps of a stride of the document's own, then EOS."""
+    """Returns 5 to 40 words with the document's stride, then EOS."""
     for _ in range(documents):
         start, stride, length = rng.integers(0, 24), rng.integers(1, 4), rng.integers(5, 41)
         yield np.append(24 + (start + stride * np.arange(length)) % 24, EOS)

@@ -1,4 +1,4 @@
-"""A sentence embedder of a few kilobytes with random weights, in the form that sentence-transformers saves."""
+"""A sentence embedder of a few kilobytes with random weights, in sentence-transformers' format."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ LETTERS = tuple(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz012345678
 
 
 def tiny_embedder(folder: Path, *, seed: int = 0, normalise: bool = True) -> Path:
-    """Writes a BERT of one layer, width 8, mean pooling, and Normalize if wanted."""
+    """Writes a BERT of one layer and width 8, mean pooling, and optionally Normalize."""
     import torch
     from transformers import BertConfig, BertModel
 

@@ -15,7 +15,7 @@ HIDDEN_DIM, LENGTH, VOCAB = 32, 12, 64
 
 
 def draw(module: nn.Module, seed: int) -> None:
-    """Weights of order 1: what a fresh model starts with would leave logits and gradients near 0."""
+    """Draws weights of order 1. A fresh model's weights would leave logits and gradients near 0."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -25,13 +25,13 @@ def draw(module: nn.Module, seed: int) -> None:
                 tensor.normal_(0.0, 0.05)
             elif not name.endswith("inv_freq"):
                 tensor.normal_(0.0, 0.2)
-        for experts in module.modules():  # rows that transformers never uses, and an import leaves out
+        for experts in module.modules():  # transformers never uses these rows, and an import leaves them out
             if hasattr(experts, "zero_expert_num") and hasattr(experts, "gate_up_proj"):
                 experts.gate_up_proj[experts.num_routed_experts :] = 0.0  # pyright: ignore
 
 
 def tiny_config(kind: str, **changes: Any) -> Any:
-    """A configuration of transformers: a family, or a family and a variant of it."""
+    """Returns transformers' configuration of a family, or of a family's variant."""
     import transformers
 
     shape: dict[str, Any] = {
@@ -148,7 +148,7 @@ def tiny_config(kind: str, **changes: Any) -> Any:
             transformers.MixtralConfig,
             {**shape, **experts8, "intermediate_size": 24, "sliding_window": 4, "head_dim": 8, "rope_parameters": yarn},
         ),
-        "olmoe dynamic": (  # LENGTH is above the original length
+        "olmoe dynamic": (  # LENGTH exceeds the original length
             transformers.OlmoeConfig,
             {
                 **shape,
@@ -194,7 +194,7 @@ def tiny_config(kind: str, **changes: Any) -> Any:
             transformers.LlamaConfig,
             {**shape, "intermediate_size": 40, "attention_bias": True, "tie_word_embeddings": True, "head_dim": 12},
         ),
-        # The shape of SmolLM2-135M, as its model card and config.json have it; its weights come with no package.
+        # The shape of SmolLM2-135M from its model card and config.json, without its weights.
         "smollm2": (
             transformers.LlamaConfig,
             {
@@ -217,7 +217,7 @@ def tiny_config(kind: str, **changes: Any) -> Any:
 
 
 def tiny_model(kind: str, *, seed: int = 1, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
-    """A model of `tiny_config`, drawn."""
+    """Returns a model of `tiny_config` with drawn weights."""
     import transformers
 
     config = tiny_config(kind, **changes)
@@ -230,7 +230,7 @@ def tiny_model(kind: str, *, seed: int = 1, dtype: torch.dtype = torch.float32, 
 
 
 def save(model: nn.Module, folder: Path, **options: Any) -> Path:
-    """As `save_pretrained` writes it; returns the folder."""
+    """Saves with `save_pretrained`. Returns the folder."""
     model.save_pretrained(folder, **options)  # pyright: ignore[reportCallIssue]
     return folder
 

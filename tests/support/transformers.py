@@ -1,4 +1,4 @@
-"""Small transformers on one device, with random weights large enough that everything matters."""
+"""Small transformers on one device, with random weights large enough that every part affects the results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ def make_transformer(
     make_depths: Callable[[int], DepthRouter] | None = None,
     **args: Any,
 ) -> Transformer:
-    """Three layers; those in `moe_layers` have the layouts' groups with null experts, the others are dense."""
+    """Returns three layers. Layers in `moe_layers` have the layouts' groups with null experts, the others are dense."""
     placement = ExpertPlacement(GROUPS, (tuple(range(sum(group.num_experts for group in GROUPS))),))
     dispatcher = AllToAllDispatcher(placement, AllToAll(None, CommStats(), None))
 

@@ -26,18 +26,18 @@ from tests.support.whole_tensors import carry, logical
 from tests.support.worlds import RankContext
 
 MANIFEST = Manifest.model_construct(modalities={"text": (TEXT,), "image": (IMAGE,)}, pad_id=0)
-BATCH, MICRO_BATCHES = 16, 2  # samples a step, and micro-batches of a rank
+BATCH, MICRO_BATCHES = 16, 2  # samples per step, and micro-batches of a rank
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What one rank saw.
+    """The results of one rank.
 
     Attributes:
-        before, parameters: By logical name.
-        gradients: Of the first step, by name: those that there are.
+        before, parameters: Parameters by logical name.
+        gradients: Gradients of the first step by name, where they exist.
         moments: Names of the parameters with moments.
-        events: Of the exchanges.
+        events: Events of the exchanges.
     """
 
     steps: list[StepResult]
@@ -57,7 +57,7 @@ def tune(
     refresh_every: int | None = None,
     objective: str = "tokens",
 ) -> Tuned:
-    """Body of a standing world: tunes the routers of `layout.tuned` and returns what this rank saw."""
+    """Tunes the routers of `layout.tuned`. Returns this rank's results."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats(events=[])
     parallel = build(layout, mesh, comm_stats)

@@ -1,4 +1,4 @@
-"""Made-up samples for router tuning, in the form that `tools.prepare_router_tuning` writes."""
+"""Made-up samples for router tuning, in the format of `moe-dist prepare-router-tuning`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +17,8 @@ WIDTH = 6
 
 
 def _choices(answer: int, number: int, ids: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """The answer's token and one to three others; in every seventh sample nothing that tells them apart."""
+    """Returns the answer's token and one to three others. In every seventh sample the first tokens do not distinguish the
+    choices."""
     others = rng.choice(np.setdiff1d(np.arange(*ids), [answer]), rng.integers(1, 4), replace=False)
     return np.array([-1] if number % 7 == 6 else [answer, *others])
 
@@ -38,15 +39,15 @@ def made_samples(
     told: bool = True,
     **changes: Any,
 ) -> Path:
-    """A folder of `count` samples of random tokens in [ids), `right` of them successful, with random embeddings of length 1
-    and random routing.
+    """Returns a folder of `count` samples of random tokens in [ids), `right` of them successful, with random unit
+    embeddings and random routing.
 
     Args:
-        model: The section of the run, as JSON has it.
-        base: A run or checkpoint that the manifest is to name.
-        longest: Tokens of a prompt at most; answers have 1 to 3.
-        choices: Whether the folder has choices, as those of older versions have not.
-        told: Whether first tokens tell choices apart, except in every seventh sample.
+        model: The run's section `model` as JSON.
+        base: A run or checkpoint for the manifest to name.
+        longest: Most tokens of a prompt; answers have 1 to 3.
+        choices: Whether the folder has choices, which older versions lack.
+        told: Whether first tokens distinguish the choices, except in every seventh sample.
         changes: Other values of the manifest.
     """
     rng = np.random.default_rng(seed)

@@ -1,14 +1,14 @@
-"""Serves exported folders by vLLM, in the environment of `make test-vllm`; it imports neither moe_dist nor tests.
+"""Serves exported folders with vLLM, in the environment of `make test-vllm`. Imports neither moe_dist nor tests.
 
-python -P tests/support/vllm_serving.py REQUEST RESULT
+    python -P tests/support/vllm_serving.py REQUEST RESULT
 
-REQUEST is a JSON file: {"folders", "prompts": lists of token ids, "tokens": number to generate, "vocab_size"}. RESULT
-becomes one with an entry for each folder:
+REQUEST is a JSON file: {"folders", "prompts": lists of token ids, "tokens": number to generate, "vocab_size"}. RESULT gets
+an entry for each folder:
 
-tokens      for each prompt, the generated ids
-log_probs   for each prompt and generated token, the log-probabilities of all words
-rows        the number of rows in each call of an FFN expert
-experts     the number of FFN experts
+    tokens      for each prompt, the generated ids
+    log_probs   for each prompt and generated token, the log-probabilities of all words
+    rows        the number of rows in each call of an FFN expert
+    experts     the number of FFN experts
 """
 
 import json
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model is in this process, where it can be looked at
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # keeps the model in this process, where hooks can reach it
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
 
 
@@ -44,7 +44,7 @@ def serve(folder: str, asked: dict[str, Any]) -> dict[str, Any]:
     )
 
     def watch(model: Any) -> int:
-        """Counts the rows of every FFN expert; returns the number of experts. vLLM joins gate and up, but not down."""
+        """Counts the rows of every FFN expert. Returns the number of experts. vLLM joins gate and up, but not down."""
         experts = [each for name, each in model.named_modules() if name.endswith(".down_proj") and ".experts." in name]
         for each in experts:
             each.register_forward_hook(

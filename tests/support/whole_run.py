@@ -1,5 +1,5 @@
-"""A whole run inside a standing world, from its configuration to its last evaluation: all of `moe_dist.train` but the run
-folder, the lease and the sinks."""
+"""A whole run on ranks of tests, from its configuration to its last evaluation: all of `moe_dist.train` but the run folder,
+the lease and the sinks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,13 +27,13 @@ from tests.support.worlds import RankContext
 
 @dataclass(frozen=True)
 class WholeRun:
-    """What one rank saw of a run.
+    """The results of a run on one rank.
 
     Attributes:
-        begun, ended: Where it began, in this attempt, and where it ended.
-        tensors: Parameters and persistent buffers by logical name, this rank's experts among them.
+        begun, ended: Progress at the start of this attempt, and at the end.
+        tensors: Parameters and persistent buffers by logical name, with this rank's experts.
         at_start: The same after the weights were loaded, before the first step.
-        trained: Names of the parameters that have moments in the optimizer.
+        trained: Names of the parameters with moments in the optimizer.
         steps: Every step's result.
     """
 
@@ -47,7 +47,7 @@ class WholeRun:
 
 
 def whole_run(rank: RankContext, data: Path, root: Path, changes: Mapping[str, Any]) -> WholeRun:
-    """Body of a standing world: starts the run, or goes on with it."""
+    """Starts or resumes the run."""
     config = tiny_config(data, root, {"evaluation.balance_efficiency": False, **changes})
     plan = check(config, world_size=rank.world_size)
     mesh = make_mesh(ep=config.parallel.ep, device=torch.device("cpu"), timeout=600.0)
@@ -95,7 +95,7 @@ class _Recorded:
 
 
 def tensors_of(config: Config, training: build.Training, placement: Any, ep_rank: int) -> dict[str, np.ndarray]:
-    """Whole tensors by logical name; collective under FSDP2."""
+    """Returns whole tensors by logical name. Collective under FSDP2."""
     found: dict[str, np.ndarray] = {}
     for path, tensor in training.parallel.model.state_dict().items():
         name = logical_name(path)

@@ -1,4 +1,4 @@
-"""A model on many ranks by its logical tensors: through a checkpoint, and gathered whole."""
+"""The logical tensors of a model on many ranks: through a checkpoint, and gathered whole."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from moe_dist.placement.placement import ExpertPlacement
 def carry(
     folder: Path, parallel: ParallelModel, optimizer: torch.optim.Optimizer, placement: ExpertPlacement, mesh: Mesh
 ) -> None:
-    """Initial weights through a real checkpoint: written where there is none, else loaded over spoilt ones."""
+    """Takes initial weights through a real checkpoint: saves them if there is none, else loads them over NaN weights."""
     state = capture(
         parallel.model,
         optimizer,
@@ -37,12 +37,12 @@ def carry(
 
 
 def logical(parallel: ParallelModel, placement: ExpertPlacement, mesh: Mesh, *, gradient: bool) -> dict[str, np.ndarray]:
-    """Whole tensors by logical name: this rank's experts, and all dense parameters. Collective under FSDP2."""
+    """Returns whole tensors by logical name: this rank's experts, and all dense parameters. Collective under FSDP2."""
     named: dict[str, np.ndarray] = {}
     for info in parallel.parameters:
         tensor = info.parameter.grad if gradient else info.parameter.detach()
         if tensor is None and (info.parameter.numel() == 0 or not info.parameter.requires_grad):
-            continue  # an empty stack, or frozen
+            continue  # an empty stack, or a frozen parameter
         assert tensor is not None, f"{info.name} has no gradient"
         whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()
         if info.role in EXPERTS:

@@ -17,8 +17,8 @@ def write_wordnet(
     *,
     uncounted: Sequence[str] = (),
 ) -> Path:
-    """Noun synset i with the words nouns[i] is a kind of synset (i - 1) // 2, of category 4 + i % 25, and is glossed
-    'gloss number i'. Each word's first sense is the first synset that has it; the words in `uncounted` occur in no text."""
+    """Writes synsets. Noun synset i has the words nouns[i], is a kind of synset (i - 1) // 2, has category 4 + i % 25, and
+    the gloss 'gloss number i'. Each word's first sense is its first synset. The words in `uncounted` occur in no text."""
     folder.mkdir(parents=True, exist_ok=True)
     data, senses = [], {}
     for number, words in enumerate(nouns):

@@ -1,4 +1,4 @@
-"""The benchmark's floor moves the rows that ours sends and nothing else, also where those are more than the tokens."""
+"""The benchmark's floor moves exactly the rows that `ours` sends, also if they outnumber the tokens."""
 
 from collections import Counter
 from typing import Any
@@ -34,7 +34,8 @@ class Copies(TorchDispatchMode):
 
 
 def measure_floor(rank: RankContext) -> dict[str, Any]:
-    """Body of a standing world: what the floor does, beside what ours sends; and every contender's sum."""
+    """Compares the sent and copied rows of the floors with the dispatcher's, and the outputs of `ours` and `naive` with the
+    expected sums."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     case = make_case(POINT, mesh, seed=0)
     plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])

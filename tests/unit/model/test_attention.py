@@ -1,4 +1,4 @@
-"""Attention: causal, inside documents only, grouped heads, and the two masks equal to a loop."""
+"""Attention is causal, stays inside documents, groups heads, and equals a loop with both kinds of mask."""
 
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ def by_loop(q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor, window: int =
     return out
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # the slow form is what a CPU has
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # a CPU has only the slow form
 @pytest.mark.parametrize("make_mask", [dense_mask, flex_mask])
 @pytest.mark.parametrize(("kv_heads", "window"), [(1, None), (2, None), (4, None), (2, 1), (2, 2), (2, 6)])
 def test_equals_a_loop_over_what_each_token_may_see(make_mask: object, kv_heads: int, window: int | None) -> None:
@@ -77,7 +77,7 @@ def test_recompute_gives_the_same_gradients() -> None:
 
 
 def test_rotary_scores_depend_on_the_distance_alone() -> None:
-    """RoFormer, equation 16: the product of a query at m and a key at n is a function of m - n."""
+    """RoFormer, equation 16: the product of a query at m and a key at n depends only on m - n."""
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
@@ -91,7 +91,8 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
 
 @pytest.mark.parametrize(("rope_dim", "pairs"), [(8, "halves"), (4, "halves"), (8, "adjacent"), (6, "adjacent")])
 def test_each_pair_of_values_turns_by_its_own_angle(rope_dim: int, pairs: RopePairs) -> None:
-    """By complex numbers, one pair at a time: pair i turns by position x base^(-2 i / rope_dim), other values stay."""
+    """Computes one pair at a time with complex numbers: pair i rotates by position x base^(-2 i / rope_dim). Other values
+    stay."""
     x = torch.randn(2, 3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     positions = 7.0 * torch.arange(5, dtype=torch.float64)
     expected = x.clone()
@@ -105,8 +106,8 @@ def test_each_pair_of_values_turns_by_its_own_angle(rope_dim: int, pairs: RopePa
 
 
 def test_more_shapes_than_torch_compiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mixture of depths asks for 8 shapes in evaluation, besides those of training. At its limit of 8 torch would run the
-    function uncompiled without an error: flex attention with S x S scores."""
+    """Mixture of depths needs 8 shapes in evaluation, besides the training's. At its limit of 8 torch would silently run
+    uncompiled flex attention, with S x S scores."""
     compiled: list[int] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -118,7 +119,7 @@ def test_more_shapes_than_torch_compiles_by_itself(monkeypatch: pytest.MonkeyPat
     def doubled(x: Tensor) -> Tensor:
         return x * 2
 
-    with torch._dynamo.config.patch(recompile_limit=8):  # pytest's own patch would hide the limit afterwards
+    with torch._dynamo.config.patch(recompile_limit=8):  # restores the limit; pytest's monkeypatch would not
         function = attention._compiled(doubled)
         for length in range(2, 14):
             function(torch.ones(length))

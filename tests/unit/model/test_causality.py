@@ -1,4 +1,5 @@
-"""In evaluation no output and no set of experts depends on a later token, whatever the router; the test would see one."""
+"""In evaluation no output and no choice of experts depends on a later token, for every router. The test would see such a
+dependence."""
 
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ EXACT = 1e-5
 
 @pytest.fixture(autouse=True)
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loads by layer and token id, in a folder that the test works in."""
+    """Writes the numbers of experts by layer and token id into the working folder."""
     monkeypatch.chdir(tmp_path)
     np.save(TABLE, np.random.default_rng(0).uniform(0.0, 2.0, (LAYERS, IMAGE[1])))
 
@@ -62,9 +63,9 @@ def model_of(name: str) -> Transformer:
 
 @torch.no_grad()
 def seen(model: Transformer, tokens_BS: Tensor, group_BS: Tensor) -> tuple[Tensor, list[set[tuple[int, int]]]]:
-    """Logits [B, S, V], and in each layer the (token, expert) pairs."""
+    """Returns logits [B, S, V], and the (token, expert) pairs of each layer."""
     pairs: list[set[tuple[int, int]]] = []
-    slots: list[Tensor] = []  # tokens of the layer that is being computed, where it computes some of them
+    slots: list[Tensor] = []  # selected tokens of the current mixture-of-depths layer
 
     def note_slots(_module: Any, _inputs: Any, chosen: Any) -> None:
         slots.append(chosen.index_C)
@@ -85,7 +86,8 @@ def seen(model: Transformer, tokens_BS: Tensor, group_BS: Tensor) -> tuple[Tenso
 
 
 def leak(model: Transformer) -> tuple[float, int]:
-    """Largest change of an earlier output, and number of earlier pairs that changed, over changes of each later part."""
+    """Changes each later part of the tokens. Returns the largest change of an earlier output, and the number of changed
+    earlier pairs."""
     generator = torch.Generator().manual_seed(0)
     worst, changed = 0.0, 0
     tokens_BS = torch.randint(0, IMAGE[1], (2, SEQ_LEN), generator=generator)
@@ -95,8 +97,8 @@ def leak(model: Transformer) -> tuple[float, int]:
     for first in range(1, SEQ_LEN):
         later_BS = tokens_BS.clone()
         later_BS[:, first:] = torch.randint(0, IMAGE[1], (2, SEQ_LEN - first), generator=generator)
-        groups_BS = (later_BS >= IMAGE[0]).long()  # modalities of the later tokens change as well
-        groups_BS[:, -1] = -1  # and the last one is padding
+        groups_BS = (later_BS >= IMAGE[0]).long()  # the later tokens' modalities change as well
+        groups_BS[:, -1] = -1  # the last token is padding
         other_logits, other_pairs = seen(model, later_BS, groups_BS)
         worst = max(worst, float((logits - other_logits)[:, :first].abs().max()))
         for ours, theirs in zip(pairs, other_pairs, strict=True):

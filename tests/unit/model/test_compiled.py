@@ -1,4 +1,4 @@
-"""Compiled dense parts give what they give uncompiled, without graph breaks, and are compiled once."""
+"""Compiled dense parts have the results of uncompiled ones, without graph breaks, and are compiled once."""
 
 from unittest import mock
 
@@ -26,7 +26,7 @@ def model_of(dtype: torch.dtype) -> Transformer:
 
 
 def passed(model: Transformer, step: int, sequences: int = 2) -> tuple[Tensor, tuple[int, ...]]:
-    """Losses of a forward and backward, and the number of choices of each expert."""
+    """Runs forward and backward. Returns the losses, and the number of choices of each expert."""
     batch = batch_of(step, 0, 1, sequences)
     group_BS = torch.where(batch.padding_BS, -1, batch.modality_BS)
     inputs = (batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS)
@@ -50,7 +50,7 @@ def test_no_graph_break_and_no_recompilation_as_the_routing_changes() -> None:
     for found, expected in zip((passed(model, 0)[0], *grads(model)), (passed(other, 0)[0], *grads(other)), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     graphs = counters["stats"]["unique_graphs"]
-    assert graphs == 4  # projections of attention, norm of MoE layers, shared expert, loss: one for all layers
+    assert graphs == 4  # one graph for all layers: attention projections, norm of MoE layers, shared expert, loss
     with torch._dynamo.config.patch(error_on_recompile=True):
         choices = {passed(model, step)[1] for step in range(1, STEPS + 1)}
     assert len(choices) > STEPS / 2
@@ -74,7 +74,7 @@ def test_another_shape_would_be_seen_as_a_recompilation() -> None:
 
 @pytest.mark.full
 def test_generated_code_rounds_alike() -> None:
-    """Relative to the largest loss and the largest gradient of each parameter, in fp32."""
+    """Compares fp32 results, relative to the largest loss and to the largest gradient of each parameter."""
     model, other = model_of(torch.float32), model_of(torch.float32)
     compile_dense(model)
     found, expected = passed(model, 0), passed(other, 0)

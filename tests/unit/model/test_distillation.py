@@ -1,4 +1,4 @@
-"""The KL from a teacher against a slow reference: values and gradients, whole and from the most likely words."""
+"""The KL from a teacher against a slow reference: values and gradients, from all words and from the most likely words."""
 
 import math
 
@@ -15,7 +15,7 @@ B, S, V, K = 2, 3, 11, 4
 def reference(
     logits: Tensor, teacher: Tensor, labels: Tensor, words: list[list[list[int]]], divergence: Divergence
 ) -> Tensor:
-    """Word by word, in Python. Words outside of `words` are one word."""
+    """Computes the KL word by word in Python. All words outside of `words` count as one word."""
     rows = []
     for b in range(B):
         for s in range(S):
@@ -64,7 +64,7 @@ def test_a_part_of_the_words_bounds_the_whole_and_extremes_stay_finite() -> None
     whole = divergences(logits, TeacherOutput(log_p), labels)
     best = log_p.topk(K)
     assert (divergences(logits, TeacherOutput(best.values, best.indices), labels) <= whole + 1e-6).all()
-    sure = torch.full((1, 1, V), -200.0).index_fill(2, torch.tensor([2]), 200.0)  # all but one word have probability 0
+    sure = torch.full((1, 1, V), -200.0).index_fill(2, torch.tensor([2]), 200.0)  # all words but one have probability 0
     other = sure.flip(-1).requires_grad_()
     for output in (
         TeacherOutput(sure.log_softmax(-1)),

@@ -1,4 +1,4 @@
-"""The transformer passes each MoE layer's router logits to the next one, in forward, under recompute and with a cache."""
+"""Each MoE layer gets the router logits of the previous MoE layer: in forward, under recompute and with a cache."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def made(recompute: str = "none") -> Transformer:
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids of both modalities, positions and groups; the last token is padding."""
+    """Returns token ids of both modalities, positions and groups. The last token is padding."""
     ids = torch.randint(4, IMAGE_IDS[1], (2, 9), generator=torch.Generator().manual_seed(0))
     group = (ids >= IMAGE_IDS[0]).long()
     group[1, -1] = -1
@@ -47,7 +47,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_hand(model: Transformer, ids: Tensor, positions: Tensor, group: Tensor) -> Tensor:
-    """The layers one by one; logits of a layer computed beside it, from its own router's first part and its residual."""
+    """Runs the layers one by one. Computes each layer's logits from its router rows and its residual."""
     rotary, mask = rotary_table(positions, model.args.head_dim, model.args.rope_base), make_mask(torch.zeros_like(ids))
     x, previous = F.embedding(ids, model.embedding.weight), None
     for layer in model.layers:

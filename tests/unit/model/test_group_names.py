@@ -1,4 +1,4 @@
-"""A group may have any name, also that of an attribute of the modules that hold it."""
+"""A group may have any name, also the name of an attribute of the modules that hold it."""
 
 import keyword
 import re
@@ -32,7 +32,7 @@ ROLES = {"adapters", "auxiliary", "depths", "embedding", "experts", "free", "gro
 
 
 def names_in_use() -> list[tuple[str, str]]:
-    """Attributes of the modules that hold groups, Python's keywords, and the parts of parameters' names; in pairs."""
+    """Returns, in pairs, attributes of the modules that hold groups, Python's keywords, and parts of parameter names."""
     modules = [Experts(4, (GROUP,), (2,)), TopKRouter(4, (GROUP,)), ZeroComputationExperts(4, (GROUP,))]
     modules += [ExpertChoiceRouter(4, (PLAIN,), causal="auxiliary"), LoRAExperts(4, 4, (GROUP,), rank=1, alpha=1.0)]
     found = {name for module in [*modules, nn.Module()] for name in dir(module)} | ROLES | set(keyword.kwlist)
@@ -57,7 +57,7 @@ def configured(names: tuple[str, str], router: dict[str, Any], **extra: int) -> 
 
 
 def take_a_step(changes: dict[str, Any]) -> None:
-    """Builds, trains for a step, and loads a copy of the state: all parameters of the group get a gradient or are
+    """Builds a model, trains one step, and loads a copy of the state. All parameters of the group get a gradient or are
     frozen."""
     config = tiny_config(Path("data"), Path("runs"), changes)
     groups = expert_groups(config.model.moe)

@@ -1,4 +1,5 @@
-"""Latent attention equals its formula, one token and head at a time, in float64: values and gradients, inside documents."""
+"""Latent attention equals its formula, computed for one token and head at a time in float64: values and gradients, inside
+documents."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Mixture of depths: choice, block, causal forms and cache, against the slow reference and by hand."""
+"""Mixture of depths against the slow reference and by hand: selection, block, causal methods and cache."""
 
 import math
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def make_model(capacity: float, causal: Causal = "auxiliary", **args: Any) -> Tr
 
 
 def draw_tokens(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Tokens, and their groups with padding at the end of the first two sequences."""
+    """Returns tokens and their groups. The first two sequences end with padding."""
     tokens = torch.randint(0, VOCAB, (3, 8), generator=torch.Generator().manual_seed(seed))
     group = (tokens >= 48).to(torch.int64)
     group[0, 7], group[1, 6:] = -1, -1
@@ -52,7 +52,7 @@ def draw_tokens(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def take_best(score_U: Tensor, capacity: float) -> tuple[Tensor, float]:
-    """The tokens that one chooser takes, bool [U], and the score of the last of them."""
+    """Returns the selected tokens, bool [U], and the lowest selected score."""
     score_U1, capacity_1 = score_U[:, None], torch.tensor([capacity], dtype=torch.float64)
     choice = selection.choose(score_U1, score_U1, capacity_1, slice(None))
     return choice.taken_TE[:, 0], choice.kth_score_E.item()
@@ -78,11 +78,11 @@ def test_ties_go_to_the_earlier_token() -> None:
     taken, kth_score = take_best(torch.tensor([1.0, 2.0, 2.0, 2.0]), 0.5)
     assert taken.tolist() == [False, True, True, False]
     assert kth_score == torch.tensor(2.0).sigmoid().item()
-    assert capacity_of_tokens(0.1, 30) == 3  # not 4: 0.1 x 30 is a little more than 3 in floating point
+    assert capacity_of_tokens(0.1, 30) == 3  # not 4, although 0.1 x 30 is a little more than 3 in floating point
 
 
 def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
-    """The whole model: layers that choose by the reference, the others as they are."""
+    """Runs the whole model. Mixture-of-depths layers use the reference, other layers are unchanged."""
     masks = {layer.window: dense_mask(DOCUMENTS, POSITIONS, layer.window) for layer in model.layers}
     rotary = rotary_table(POSITIONS, model.args.head_dim, model.args.rope_base)
     x = model.embedding.weight[tokens]
@@ -121,7 +121,7 @@ def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
 def test_values_and_gradients_are_those_of_the_slow_form(
     capacity: float, windows: tuple[int | None, ...], training: bool
 ) -> None:
-    """At 0.05 two tokens are taken, of which a document has none; at 1.0 all that are not padding."""
+    """At 0.05 two tokens are selected, and one document has none. At 1.0 all tokens but padding are selected."""
     model = make_model(capacity, windows=windows).train(training)
     tokens, group = draw_tokens()
     real = (group >= 0)[..., None]
@@ -155,7 +155,7 @@ def test_reports_count_and_the_others_pass_unchanged() -> None:
     chosen = model.depth_routers()[0](x, group.flatten() >= 0)
     assert len(chosen.index_C) == capacity_of_tokens(
         0.3, 24
-    )  # slots by all tokens, known beforehand; empty beyond those taken
+    )  # the number of slots follows from all tokens; unused slots stay empty
     assert int(chosen.full_C.sum()) == taken
     assert chosen.index_C[chosen.full_C].tolist() == sorted(chosen.index_C[chosen.full_C].tolist())
 
@@ -163,7 +163,8 @@ def test_reports_count_and_the_others_pass_unchanged() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
 def test_counts_are_those_of_a_loop(causal: Causal, training: bool) -> None:
-    """Of the first layer, whose input is the embedding: by group, agreement with the causal decision, and weights."""
+    """Counts the first layer, whose input is the embedding: tokens by group, agreement with the causal decision, and
+    weights."""
     model = make_model(0.3, causal).train(training)
     tokens, group = draw_tokens()
     counts = global_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None)()
@@ -225,12 +226,12 @@ def test_in_evaluation_a_later_token_changes_nothing_before(causal: Causal) -> N
 @pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
 @torch.no_grad()
 def test_in_evaluation_a_later_token_changes_no_earlier_set_of_experts(causal: Causal) -> None:
-    """Layers of depths hand the tokens that they compute to the router in order, so a prefix comes first among them."""
+    """A mixture-of-depths layer passes its computed tokens to the router in order, so the tokens of a prefix come first."""
     model = make_model(0.3, causal).eval()
     tokens, _ = draw_tokens()
 
     def taken(count: int) -> list[tuple[int, set[tuple[int, int]]]]:
-        """By layer, of the first `count` tokens: how many are routed, and the (token, expert) pairs."""
+        """Returns, by layer, how many of the first `count` tokens are routed, and their (token, expert) pairs."""
         found: list[tuple[int, set[tuple[int, int]]]] = []
 
         def note(_module: Any, inputs: Any, routing: Any) -> None:
@@ -291,7 +292,7 @@ def test_auxiliary_routers_learn_the_choice_and_move_nothing_else() -> None:
     for _, name, _, parameter in named_parameters(model):
         moved = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
         assert moved == (".depths.auxiliary." in name), name
-    # By hand for the first layer: mean over the real tokens of -log of the probability of what was chosen.
+    # By hand for the first layer: -log of the decision's probability, mean over the real tokens.
     x = model.embedding.weight[tokens].flatten(0, 1)
     mixture_of_depths, real = model.layers[0].depths, group.flatten() >= 0
     h = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -330,7 +331,7 @@ def test_thresholds_follow_the_last_score_taken() -> None:
             expected += max(1 / seen, 0.25) * (score - expected)
         correction = 0.0 if step < 3 else -0.15
         np.testing.assert_allclose(router.threshold.item(), expected + correction, rtol=1e-6)
-        if step == 2:  # what a calibration sets it off by stays
+        if step == 2:  # the correction by a calibration stays
             router.threshold.sub_(0.15)
     assert router.steps.item() == 5
     x = torch.randn(40, DIM)

@@ -9,7 +9,7 @@ from moe_dist.model.objective import Choices
 from tests.reference.choices import choice_loss_reference
 
 B, S, D, V = 4, 3, 5, 9
-CHOICES = [[3, 1, 8, 0], [7, 2, -1, -1], [4, -1, -1, -1], [-1] * 4]  # the last one has none
+CHOICES = [[3, 1, 8, 0], [7, 2, -1, -1], [4, -1, -1, -1], [-1] * 4]  # the last sample has no choice
 LABELS = [[IGNORED, 3, 3], [7, IGNORED, IGNORED], [IGNORED, IGNORED, 4], [IGNORED] * 3]
 
 

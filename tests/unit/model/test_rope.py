@@ -1,4 +1,4 @@
-"""Scalings of rotary frequencies: what each keeps and divides, by a loop over the frequencies."""
+"""Scalings of rotary frequencies against a loop over the frequencies: kept and divided ones."""
 
 import math
 
@@ -58,7 +58,7 @@ def test_yarn_goes_from_kept_to_divided_frequencies(truncate: bool) -> None:
 
 
 def test_dynamic_counts_no_padding() -> None:
-    """Neither after the documents of a training sequence nor after a prompt that is shorter than others of its batch."""
+    """Padding counts neither after the documents of a training sequence, nor after a short prompt of a batch."""
     sizes = {"vocab_size": 9, "hidden_dim": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": WIDTH}
     args = ModelArgs(**sizes, moe_layers=(), dense_ffn_dim=8, rope_scaling=DynamicScaling(2.0, 8))
     model = Transformer(args, make_moe=lambda _: pytest.fail("no layer has experts")).eval()
@@ -82,4 +82,5 @@ def test_dynamic_counts_each_sequences_own_length() -> None:
     rates, _ = DynamicScaling(2.0, 8)(WIDTH, BASE, positions)
     base = BASE * (2 * 24 / 8 - 1) ** (WIDTH / (WIDTH - 2))
     torch.testing.assert_close(rates[0, 0, 0], torch.tensor([base ** (-2 * i / WIDTH) for i in range(WIDTH // 2)]))
-    assert torch.equal(rates[1, 0, 0], frequencies(WIDTH, BASE, positions))  # documents of 8 tokens are not too long
+    # documents of 8 tokens do not exceed the trained length
+    assert torch.equal(rates[1, 0, 0], frequencies(WIDTH, BASE, positions))

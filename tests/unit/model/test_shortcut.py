@@ -1,4 +1,5 @@
-"""With a shortcut, routed experts are added behind the next layer: values and gradients of the formula, in float64."""
+"""With a shortcut, the output of routed experts is added behind the next layer: values and gradients of the formula in
+float64."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def by_formula(model: Transformer, ids: Tensor) -> Tensor:
             x = a + layer.ffn(a) + late  # pyright: ignore
             continue
         moe: Any = layer.moe
-        moe.shortcut = False  # its output is then the sum of both parts
+        moe.shortcut = False  # the layer's output is then the sum of both parts
         now = moe.shared(moe.norm(a))
         late = moe(a.flatten(0, 1), zeros.flatten())[0].view_as(a) - now
         x = a + now
@@ -55,7 +56,7 @@ def test_experts_are_added_behind_the_next_layer(recompute: str) -> None:
     zeros, positions = torch.zeros_like(ids), torch.arange(9).expand_as(ids)
     weight = torch.randn(2, 9, model.args.vocab_size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ours, reports = model(ids, positions, zeros, zeros)
-    assert [report.late_TD for report in reports] == [None, None]  # no layer's output lives as long as the reports
+    assert [report.late_TD for report in reports] == [None, None]  # reports must not keep a layer's output in memory
     parameters = list(model.parameters())
     found = torch.autograd.grad((ours * weight).sum(), parameters)
     theirs = by_formula(model, ids)

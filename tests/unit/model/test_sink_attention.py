@@ -1,4 +1,5 @@
-"""Attention with sinks equals its formula, one token and head at a time, in float64: values and gradients, in documents."""
+"""Attention with sinks equals its formula, computed for one token and head at a time in float64: values and gradients,
+inside documents."""
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ WINDOW = 3
 
 def drawn() -> list[Tensor]:
     torch.manual_seed(0)
-    shapes = ((2, 4, 6, 5), (2, 2, 6, 5), (2, 2, 6, 5), (4,))  # four heads of queries share two of keys
+    shapes = ((2, 4, 6, 5), (2, 2, 6, 5), (2, 2, 6, 5), (4,))  # four query heads share two key heads
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 

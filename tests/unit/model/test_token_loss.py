@@ -23,7 +23,7 @@ GB = 1e9
 
 
 def inputs(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states, output weight, labels of which some are ignored, and gradients of the losses."""
+    """Returns hidden states, output weight, labels (some ignored), and gradients of the losses."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(SEQUENCES, LENGTH, DIM, generator=generator, dtype=torch.float64)
     weight = torch.randn(VOCABULARY, DIM, generator=generator, dtype=torch.float64)
@@ -64,7 +64,7 @@ def test_values_and_gradients_are_those_of_all_logits(
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 def test_bf16_stays_near_the_exact_gradients(monkeypatch: pytest.MonkeyPatch, weight_dtype: torch.dtype) -> None:
-    """Sums over tiles are fp32. With sums in bf16 the weight's error would be twice that of one product."""
+    """Sums over tiles are fp32. With bf16 sums the weight's error would be twice the error of one product."""
     monkeypatch.setattr(token_loss, "TILE_TOKENS", 1)
     x, weight, labels, gradient = (each.detach() for each in inputs(torch.bfloat16, weight_dtype))
     x, weight = x.double().requires_grad_(), weight.bfloat16().double().requires_grad_()
@@ -112,7 +112,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_batch() -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations made and that still live: all that a fake run would allocate."""
+    """Counts the bytes of live tensors that operations made: all allocations of a fake run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize(("function", "least", "most"), [(plain, 6.2, 9.0), (tiled_token_losses, 0.2, 0.7)])
 def test_loss_memory_of_a_large_vocabulary(function: Any, least: float, most: float) -> None:
-    """151,936 words x 4,096 tokens in bf16: the most bytes beside hidden states, weight and their gradients."""
+    """151,936 words x 4,096 tokens in bf16: peak bytes beside hidden states, weight and their gradients."""
     tokens, vocabulary, dim = 4096, 151_936, 512
     with FakeTensorMode():
         x = torch.empty(1, tokens, dim, dtype=torch.bfloat16, requires_grad=True)
@@ -144,7 +144,7 @@ def test_loss_memory_of_a_large_vocabulary(function: Any, least: float, most: fl
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in Path("configs").glob("*.yaml")))
 def test_only_vocabularies_above_65536_words_are_tiled(name: str) -> None:
-    """So the default job and the reproductions keep their bits."""
+    """The default job and the reproductions therefore keep their bits."""
     config = load_config(f"configs/{name}.yaml")
     expected = 8192 if config.model.vocab_size > 65_536 else None
     assert model_args(config, torch.float32).loss_words == expected

@@ -1,5 +1,5 @@
-"""Experts with biases and a clamped SwiGLU equal their formula, expert by expert, also one without rows; with adapters they
-equal the experts of the sums."""
+"""Experts with biases and a clamped SwiGLU equal their formula, expert by expert, also an expert without rows. With
+adapters they equal experts whose weights include the adapters."""
 
 from typing import Literal
 
@@ -50,4 +50,4 @@ def test_equals_its_formula(kind: str, gemm: Literal["loop", "grouped"], dtype: 
     for out in (stack(x, COUNTS), by_formula(stack, x)):
         found.append((out, torch.autograd.grad((out * weight).sum(), inputs)))
     torch.testing.assert_close(found[0], found[1], rtol=bound, atol=bound)
-    assert not found[0][1][1][1].any()  # zero and not None
+    assert not found[0][1][1][1].any()  # the gradient is zero, not None

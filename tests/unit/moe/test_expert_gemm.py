@@ -1,4 +1,4 @@
-"""Grouped product against the loop and against one expert at a time: values, gradients, empty experts, rows of nobody."""
+"""Grouped products against the loop and against one expert at a time: values, gradients, empty experts, unused rows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,12 +32,12 @@ def inputs(counts: tuple[int, ...], dtype: torch.dtype, tail: int = 0) -> list[T
 
 
 def rounding(exact: Tensor, dtype: torch.dtype) -> float:
-    """Eight last bits of the largest entry."""
+    """Returns eight units in the last place of the largest entry."""
     return 8 * torch.finfo(dtype).eps * float(exact.detach().abs().max() if exact.numel() else 0.0)
 
 
 def by_expert(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """The oracle: one row after the other."""
+    """The oracle: computes one row after the other."""
     owners = [expert for expert, count in enumerate(counts) for _ in range(count)]
     rows = [down[e] @ (F.silu(gate[e] @ x) * (up[e] @ x)) for x, e in zip(x_QD, owners, strict=False)]
     return torch.stack(rows) if rows else x_QD[:0]
@@ -69,7 +69,8 @@ def test_grouped_equals_loop_and_oracle(counts: tuple[int, ...], dtype: torch.dt
 def test_what_a_kernel_leaves_uninitialised_reaches_nobody(
     monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...], tail: int
 ) -> None:
-    """A kernel may leave rows behind the last offset, and gradients of experts without rows, as they were: here NaN."""
+    """A kernel may leave rows behind the last offset, and gradients of experts without rows, uninitialised. Here they are
+    NaN."""
     real = F.grouped_mm
 
     class Poisoned(torch.autograd.Function):
@@ -125,7 +126,7 @@ def test_where_it_is_not_possible_it_says_why(dtype: torch.dtype, widths: tuple[
 
 @pytest.mark.parametrize(("dtype", "odd"), [(torch.bfloat16, 12), (torch.float32, 6), (torch.float16, 4)])
 def test_the_rule_is_torchs_own(dtype: torch.dtype, odd: int) -> None:
-    """What the rule refuses torch refuses too: should a later torch take it, this test says so."""
+    """Torch refuses the same shapes as the rule. The test fails if a later torch accepts them."""
     weight = torch.randn(2, 8, odd).to(dtype)
     with refused(RuntimeError):
         F.grouped_mm(torch.randn(4, odd).to(dtype), weight.transpose(-2, -1), offs=torch.tensor([2, 4], dtype=torch.int32))

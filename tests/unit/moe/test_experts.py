@@ -1,4 +1,4 @@
-"""Experts over slot-sorted rows: against loops, empty experts, and the row budget's chunks."""
+"""Experts on rows sorted by slot: against loops, with empty experts, and in chunks of the pair budget."""
 
 from typing import Any
 
@@ -63,7 +63,7 @@ def test_the_layer_equals_the_oracle(pair_budget: int | None, recompute: str) ->
 
 def test_experts_without_rows_get_zero_gradients_not_none() -> None:
     layer = make_layer(None, "none")
-    y_TD, _ = layer(torch.randn(8, D, dtype=torch.double), torch.zeros(8, dtype=torch.int64))  # text alone
+    y_TD, _ = layer(torch.randn(8, D, dtype=torch.double), torch.zeros(8, dtype=torch.int64))  # only text
     y_TD.sum().backward()
     for parameter in layer.experts.get_submodule("group:image").parameters():
         assert parameter.grad is not None
@@ -96,7 +96,8 @@ def test_chunks_drawn_by_hand() -> None:
 
 
 def kept_bytes(row_of: torch.Tensor, *, recompute: bool, pair_budget: int | None) -> int:
-    """Bytes that autograd keeps of one bf16 forward over 64 rows with `row_of` pairs; parameters, inputs and plan apart."""
+    """Returns the bytes that autograd keeps of one bf16 forward over 64 rows with `row_of` pairs, without parameters,
+    inputs and plan."""
     group = ExpertGroup("all", 4, 0, 4, 16, 0, ("text",))
     experts = Experts(32, (group,), (4,), pair_budget=pair_budget)
     for parameter in experts.parameters():
@@ -132,7 +133,7 @@ def test_what_recompute_and_the_budget_keep_does_not_grow_with_pairs() -> None:
         )
     plain = kept_bytes(many, recompute=False, pair_budget=None)
     assert plain > kept_bytes(few, recompute=False, pair_budget=None)
-    # x and y in bf16, gate, up and two intermediates of SwiGLU in bf16, weight casts of bf16: never y in fp32.
+    # bf16 tensors only: x, y, gate, up, two intermediates of SwiGLU, and converted weights. y is never kept in fp32.
     pairs, dim, ffn = len(many), 32, 16
     assert plain <= pairs * 2 * (2 * dim + 4 * ffn) + 4 * 3 * dim * ffn * 2
 
@@ -140,7 +141,7 @@ def test_what_recompute_and_the_budget_keep_does_not_grow_with_pairs() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("pair_budget", "recompute"), [(None, "none"), (7, "none"), (None, "experts"), (5, "block")])
 def test_grouped_products_give_what_the_loop_gives(dtype: torch.dtype, pair_budget: int | None, recompute: str) -> None:
-    """Through the layer: chunks that cut an expert's run, a group without rows, recomputation."""
+    """Tests through the layer: chunks that divide an expert's rows, a group without rows, recomputation."""
     groups = (ExpertGroup("text", 4, 2, 3, 16, 0, ("text",)), ExpertGroup("image", 3, 0, 2, 8, 4, ("image",)))
     results = []
     for gemm in ("loop", "grouped"):
@@ -155,7 +156,7 @@ def test_grouped_products_give_what_the_loop_gives(dtype: torch.dtype, pair_budg
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         h_TD = torch.randn(30, 16).to(dtype).requires_grad_()
-        y_TD, _ = layer(h_TD, torch.randint(-1, 1, (30,)))  # no image token
+        y_TD, _ = layer(h_TD, torch.randint(-1, 1, (30,)))  # without an image token
         (y_TD * torch.linspace(-1, 1, y_TD.numel()).view_as(y_TD)).sum().backward()
         results.append([y_TD.detach(), h_TD.grad, *(parameter.grad for parameter in layer.parameters())])
     for loop, grouped in zip(*results, strict=True):
@@ -164,7 +165,7 @@ def test_grouped_products_give_what_the_loop_gives(dtype: torch.dtype, pair_budg
 
 
 class Joined(TorchDispatchMode):
-    """Counts the tensors that are made by joining others."""
+    """Counts the tensors that concatenation makes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
-"""The layer with everything a group can have: null, identity and constant experts, a selection bias, a capacity; against
-the loops of the oracle, values and gradients, under every recompute policy."""
+"""The layer with null, identity and constant experts, a selection bias and a capacity against the oracle's loops.
+
+Compares values and gradients under every recompute policy.
+"""
 
 from collections.abc import Sequence
 from itertools import product
@@ -95,7 +97,7 @@ def test_capacity(factor: float, drop: str, recompute: str) -> None:
     groups = CASES["all kinds"]
     layer = make_layer(groups, recompute=recompute, capacity=Capacity(factor, drop))  # pyright: ignore[reportArgumentType]
     h_TD = torch.randn(40, D, dtype=torch.double)
-    h_TD[5:15] = h_TD[4]  # ties: the same token eleven times
+    h_TD[5:15] = h_TD[4]  # the same token eleven times, so that pairs tie
     h_TD.requires_grad_()
     group_T = torch.randint(-1, 2, (40,))
     weights = reference_weights(layer, groups)
@@ -117,7 +119,7 @@ def test_evaluation_drops_nothing() -> None:
 
 
 def test_free_choices_are_no_pairs() -> None:
-    """Tokens whose zero-computation columns win take none of their experts: no pair, no row, no byte."""
+    """Tokens that choose only zero-computation experts have no pair, no row and no byte."""
     group = ExpertGroup("text", 3, 1, 2, 5, 0, ("text",), num_identity=1, num_constant=1)
     layer = make_layer((group,))
     gate = layer.router.get_submodule("group:text")
@@ -146,7 +148,7 @@ def test_without_a_token_every_parameter_has_a_zero_gradient() -> None:
 
 
 def test_recompute_keeps_what_was_dropped() -> None:
-    """The decision is on the tape: a second forward on an input whose last bits differ drops the same pairs."""
+    """The cache keeps the decision. A second forward on another input drops the same pairs."""
     groups = CASES["all kinds"]
     router = make_layer(groups, capacity=Capacity(0.5)).router
     h_TD, group_T = torch.randn(40, D, dtype=torch.double), torch.randint(0, 2, (40,))
@@ -159,7 +161,8 @@ def test_recompute_keeps_what_was_dropped() -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_the_routing_of_asked_tokens_leaves_by_value(recompute: str) -> None:
-    """Softmax over the columns of the token's own group, 0 in the others, with its gradient; nothing where nobody asks."""
+    """Returns for the probed tokens the softmax over their group's columns, 0 in others, with gradient. Without probed
+    tokens it returns None."""
     groups = CASES["all kinds"]
     layer = make_layer(groups, recompute=recompute)
     h_TD = torch.randn(12, D, dtype=torch.double, requires_grad=True)

@@ -1,4 +1,5 @@
-"""LoRA experts against a loop over tokens, values and gradients; who gets a gradient of the task; and draws."""
+"""LoRA experts against a loop over tokens: values, gradients, the parameters with a gradient of the task, and dropout
+draws."""
 
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_ablated_the_frozen_ffn_is_left() -> None:
 
 @pytest.mark.parametrize(("weight", "learns"), [("probability", True), ("straight_through", True), ("published", False)])
 def test_who_learns_the_route_from_the_task(weight: str, learns: bool) -> None:
-    """The published sparse path leaves the router to the balance loss: the task gives it no gradient at all."""
+    """In the published sparse form only the balance loss trains the router; the task gives it no gradient."""
     layer, group_T = make_layer(TOP_1, weight=weight), torch.zeros(9, dtype=torch.int64)
     x_TD = inputs(group_T).requires_grad_()
     y_TD, report = layer(x_TD, group_T)
@@ -167,7 +168,7 @@ def request(step: int = 0, first_token: int = 0, rank: int = 0) -> RoutingReques
 
 @pytest.mark.parametrize("recompute", ["none", "experts", "block"])
 def test_dropout_draws_the_same_again(recompute: str) -> None:
-    """Also in the recomputed forward: the gradient is that of the values."""
+    """The recomputed forward draws the same dropout, so the gradient belongs to the computed values."""
     group_T = torch.zeros(12, dtype=torch.int64)
     plain, layer = (make_layer(TOP_1, dropout=0.4, recompute=each) for each in ("none", recompute))
     x_TD = inputs(group_T).requires_grad_()

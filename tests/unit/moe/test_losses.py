@@ -1,4 +1,4 @@
-"""Balance and z terms against the loops of the oracle: values, gradients, and the sum over ranks."""
+"""Balance and z terms against the oracle's loops: values, gradients, and the sum over ranks."""
 
 import math
 
@@ -73,7 +73,8 @@ def test_tables_are_made_once_for_all_layers() -> None:
 
 
 def test_null_averaging_gives_every_null_the_same_pull() -> None:
-    """d loss / d P_i is equal for all nulls of a group, whatever their own loads (AdaMoE); vanilla's differ."""
+    """With AdaMoE's averaging d loss / d P_i is equal for all null experts of a group, for any loads. With vanilla it
+    differs."""
     prob_LC = torch.rand(1, 11, dtype=torch.double, requires_grad=True)
     choices_LC = torch.tensor([[9, 1, 4, 6, 2, 2, 30, 0, 3, 7, 1]])
     tokens_LG = torch.tensor([[20, 12]])
@@ -87,7 +88,7 @@ def test_null_averaging_gives_every_null_the_same_pull() -> None:
 
 @pytest.mark.parametrize(("kind", "value"), [("null_averaged", 1.96), ("vanilla", 1.84)])
 def test_by_hand(kind: BalanceKind, value: float) -> None:
-    """n = m = k = 2, ten tokens. Averaged, both nulls have load 0.5: 4 (0.6 0.1 + 0.4 0.2 + 0.5 0.3 + 0.5 0.4)."""
+    """n = m = k = 2, ten tokens. Averaged, both null experts have load 0.5: 4 (0.6 0.1 + 0.4 0.2 + 0.5 0.3 + 0.5 0.4)."""
     tables = ColumnTables.on((ExpertGroup("text", 2, 2, 2, 8, 0, ("text",)),), torch.device("cpu"))
     prob_LC, choices_LC = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[6, 4, 8, 2]])
     terms = balance_terms(prob_LC, choices_LC, torch.tensor([[10]]), tables, kind=kind)
@@ -130,7 +131,7 @@ def test_z_is_the_mean_squared_log_sum_exp() -> None:
     with torch.no_grad():
         for parameter in router.parameters():
             parameter.zero_()
-    sums = router(h_TD[:4], torch.tensor([0, 0, 0, 1])).sums  # 7 and 4 equal logits of 0
+    sums = router(h_TD[:4], torch.tensor([0, 0, 0, 1])).sums  # 7 and 4 equal logits with value 0
     by_hand = torch.tensor([(3 * math.log(7) ** 2 + math.log(4) ** 2) / 4], dtype=torch.double)
     torch.testing.assert_close(z_terms(sums.log_z_squared_G[None], sums.tokens_G[None]), by_hand)
 
@@ -174,7 +175,7 @@ def test_the_split_pulls_all_true_columns_alike_and_none_where_there_is_no_other
 
 @pytest.mark.parametrize("kind", ["null_averaged", "null_split", "weighted"])
 def test_a_null_weight_makes_another_load_even(kind: str) -> None:
-    """n = 4, m = 2, k = 3, w = 3: even is k n / (n + m w) = 1.2 true experts a token; there all are pulled alike."""
+    """n = 4, m = 2, k = 3, w = 3. At k n / (n + m w) = 1.2 true experts per token all columns have the same gradient."""
     group = ExpertGroup("text", 4, 2, 3, 8, 0, ("text",))
     tables = ColumnTables.on((group,), torch.device("cpu"))
     share = torch.tensor([[1.0, 1.0, 1.0, 1.0, 3.0, 3.0]], dtype=torch.double) / 10
@@ -195,7 +196,8 @@ def test_a_null_weight_makes_another_load_even(kind: str) -> None:
 
 
 def test_the_weighted_loss_equals_the_sum_of_mixture_plus_plus() -> None:
-    """Per group sum_i eta_i f_i P_i, eta = 1 for true columns and tau for all others, times n + tau^-1 others; by loops."""
+    """Loops compute, per group, sum_i eta_i f_i P_i times n + tau^-1 others, with eta = 1 for true columns and tau for
+    others."""
     groups = (
         ExpertGroup("text", 3, 2, 2, 8, 0, ("text",), num_identity=1, num_constant=1),
         ExpertGroup("image", 2, 0, 2, 8, 3, ("image",), num_constant=2),
@@ -222,8 +224,8 @@ def test_the_weighted_loss_equals_the_sum_of_mixture_plus_plus() -> None:
 
 
 def test_with_a_single_null_logit_the_plain_loss_is_the_averaged_one() -> None:
-    """All m null columns have one probability, so that how their picks divide among them does not matter (Kilian et al.);
-    values and the gradients of all rows."""
+    """All m null columns have one probability, so the division of their choices does not matter (Kilian et al.). Compares
+    values and all gradients."""
     torch.manual_seed(3)
     router = TopKRouter(D, (TEXT, IMAGE), null_logit="single").double()
     for parameter in router.parameters():
@@ -246,5 +248,6 @@ def test_with_a_single_null_logit_the_plain_loss_is_the_averaged_one() -> None:
 
 
 def test_tables_are_made_once() -> None:
-    """Every layer of Megatron's model asks for them; to make them, the host waits for two copies to the device."""
+    """Every layer of a Megatron model uses the tables. Making them costs two copies to the device, for which the host
+    waits."""
     assert ColumnTables.on((TEXT, IMAGE), torch.device("cpu")) is TABLES

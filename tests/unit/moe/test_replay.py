@@ -1,4 +1,4 @@
-"""Recorded choices in a layer: weights by hand, recomputation from outside, memory, and what does not fit."""
+"""A layer that replays recorded choices: weights by hand, recomputation, memory, and refused choices."""
 
 import tracemalloc
 from typing import Any

@@ -1,4 +1,4 @@
-"""An FFN that was split into experts, against the FFN: what is the same to the last bit, and how near the rest is."""
+"""Experts that split an FFN, compared with the FFN: equal bits where they must be equal, and the differences elsewhere."""
 
 from itertools import pairwise
 
@@ -21,8 +21,8 @@ def swiglu(x_TD: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def test_all_parts_are_the_ffn_whose_last_product_is_summed_by_parts() -> None:
-    """In fp32 bit for bit, with every router that a split allows. One product over all hidden values adds in another order;
-    in float64 the difference is lost when the result is rounded to fp32."""
+    """In fp32 the bits are equal, with every router that a split allows. One product over all hidden values adds in another
+    order. In float64 this difference vanishes when the result is rounded to fp32."""
     torch.manual_seed(0)
     x_TD = torch.randn(T, D)
     gate, up, down = torch.randn(F_ALL, D), torch.randn(F_ALL, D), torch.randn(D, F_ALL)
@@ -52,7 +52,7 @@ def test_all_parts_are_the_ffn_whose_last_product_is_summed_by_parts() -> None:
 
 
 def test_a_part_takes_its_rows_from_every_chunk_that_has_some() -> None:
-    """A tensor [10, 3] in chunks of 4, 0, 5 and 1 rows; and its columns."""
+    """Reads rows and columns of a tensor [10, 3] that is stored in chunks of 4, 0, 5 and 1 rows."""
     whole, ends = np.arange(30).reshape(10, 3), (0, 4, 4, 9, 10)
     rows = [slice(*pair) for pair in pairwise(ends)]
     chunks = tuple(Chunk(shard=i, offsets=(r.start, 0), shape=(r.stop - r.start, 3)) for i, r in enumerate(rows))

@@ -1,4 +1,5 @@
-"""Experts' weights in bf16: converted once per training step, with the values and gradients of a conversion each time."""
+"""bf16 copies of expert weights are converted once per training step, with the values and gradients of repeated
+conversions."""
 
 from typing import Any
 
@@ -20,14 +21,14 @@ def stack(gemm: ExpertGemm = "loop") -> ExpertStack:
 
 
 def converted_each_time(made: ExpertStack, x_QD: Tensor) -> Tensor:
-    """The oracle."""
+    """The oracle converts the weights in each forward."""
     gate, up, down = (weight.to(x_QD.dtype) for weight in (made.gate, made.up, made.down))
     return loop_swiglu(x_QD, gate, up, down, COUNTS)
 
 
 @pytest.fixture
 def casts(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The detached fp32 stacks that were converted."""
+    """Records the detached fp32 stacks that are converted."""
     seen, convert = [], Tensor.to
 
     def to(self: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -41,7 +42,8 @@ def casts(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_values_and_gradients_over_steps(casts: list[Tensor], fused: bool) -> None:
-    """A fused optimizer does not raise the versions of the tensors that it changes."""
+    """A fused optimizer does not raise the version counters of the tensors that it changes, so versions cannot invalidate
+    copies."""
     made, plain = stack(), stack()
     optimizers = [torch.optim.AdamW(each.parameters(), lr=0.1, fused=fused) for each in (made, plain)]
     for step in range(3):
@@ -57,7 +59,7 @@ def test_values_and_gradients_over_steps(casts: list[Tensor], fused: bool) -> No
                 assert found.grad.dtype == torch.float32
                 assert torch.equal(found.grad, wanted.grad)  # pyright: ignore[reportArgumentType]
         made.keep_copies(False)
-        assert len(casts) == 3 * (step + 1)  # gate, up and down once per step, in three forwards
+        assert len(casts) == 3 * (step + 1)  # gate, up and down are converted once per step of three forwards
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""A small model's groups and placement, and made-up statistics of its steps."""
+"""Groups and placement of a small model, and made-up statistics of its steps."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -28,14 +28,14 @@ def draw_groups(num_groups: int, num_experts: int, num_null: int, top_k: int) ->
 
 
 def draw_placement(groups: tuple[ExpertGroup, ...], num_ranks: int) -> ExpertPlacement:
-    """Every num_ranks-th expert on a rank."""
+    """Places every num_ranks-th expert on the same rank."""
     total = sum(group.num_experts for group in groups)
     return ExpertPlacement(groups, tuple(tuple(range(rank, total, num_ranks)) for rank in range(num_ranks)))
 
 
 def draw_statistics(placement: ExpertPlacement, num_layers: int, step: int = 1, **changes: Any) -> StepStatistics:
-    """Random choices of a consistent step; `changes` replace fields, of the counts and of the result as well,
-    and `step_tokens` those of the result."""
+    """Draws consistent random choices of a step. `changes` replace fields of counts and result; `step_tokens` replaces
+    `tokens` of the result."""
     rng = np.random.default_rng(step)
     groups = placement.groups
     tokens_G = rng.integers(50, 100, len(groups))
@@ -109,7 +109,7 @@ def groups() -> tuple[ExpertGroup, ...]:
 
 @pytest.fixture
 def placement(groups: tuple[ExpertGroup, ...]) -> ExpertPlacement:
-    """Four ranks: text experts 0-1, text 2-3, image 0-1, image 2-3."""
+    """Four ranks, in order: text experts 0 and 1, text 2 and 3, image 0 and 1, image 2 and 3."""
     return ExpertPlacement(groups, ((0, 1), (2, 3), (4, 5), (6, 7)))
 
 
@@ -120,13 +120,13 @@ def subject(groups: tuple[ExpertGroup, ...], placement: ExpertPlacement) -> Subj
 
 @pytest.fixture
 def make_statistics(placement: ExpertPlacement) -> MakeStatistics:
-    """Statistics of a step of 3 MoE layers; keywords replace fields."""
+    """Returns statistics of a step of 3 MoE layers. Keywords replace fields."""
     return lambda step=1, **changes: draw_statistics(placement, 3, step, **changes)
 
 
 @pytest.fixture
 def make_record(make_statistics: MakeStatistics, placement: ExpertPlacement) -> MakeRecord:
-    """The record of the same step."""
+    """Returns the record of the same step."""
 
     def make(step: int = 1, **changes: Any) -> Record:
         stats = make_statistics(step, **changes)
@@ -136,7 +136,7 @@ def make_record(make_statistics: MakeStatistics, placement: ExpertPlacement) -> 
 
 
 def send(sink: Sink, make_record: MakeRecord) -> None:
-    """Sends a text, steps 5 and 6, and an evaluation after step 6, and closes the sink twice."""
+    """Sends a text, steps 5 and 6, and an evaluation after step 6. Closes the sink twice."""
     sink.text("placement", "| rank | text |")
     for step in (5, 6):
         sink.step(make_record(step))
@@ -148,7 +148,7 @@ def send(sink: Sink, make_record: MakeRecord) -> None:
 
 @pytest.fixture
 def wide_record() -> Callable[..., tuple[Record, Subject]]:
-    """The record and subject of a model with many layers, experts, groups; keywords replace fields of the statistics."""
+    """Returns record and subject of a model with many layers, experts and groups. Keywords replace fields."""
 
     def make(num_groups: int, num_layers: int, num_experts: int, **changes: Any) -> tuple[Record, Subject]:
         groups = draw_groups(num_groups, num_experts, num_experts // 4, top_k=8)

@@ -1,4 +1,4 @@
-"""`attach` on models of transformers: it counts the models' own router outputs, and leaves the training as it is."""
+"""`attach` on transformers models counts their own router outputs, and does not change the training."""
 
 import copy
 import functools
@@ -29,7 +29,7 @@ EXPERTS, LAYERS = 8, 2
 
 
 def batch_of(seed: int, *, batch: int = 2, length: int = 9) -> dict[str, Tensor]:
-    """Token ids, of which the second sequence ends with three tokens of padding."""
+    """Returns token ids. The second sequence ends with three tokens of padding."""
     tokens = torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(tokens)
     mask[1, -3:] = 0
@@ -37,7 +37,7 @@ def batch_of(seed: int, *, batch: int = 2, length: int = 9) -> dict[str, Tensor]
 
 
 def step_of(model: nn.Module, seeds: tuple[int, ...], **options: Any) -> list[Any]:
-    """Forwards and backwards of some micro-batches; returns the outputs."""
+    """Runs forward and backward of some micro-batches. Returns the outputs."""
     outputs = []
     for seed in seeds:
         batch = batch_of(seed)
@@ -48,12 +48,12 @@ def step_of(model: nn.Module, seeds: tuple[int, ...], **options: Any) -> list[An
 
 @dataclass
 class Counted:
-    """The oracle: counts by token loops over the logits that a model returns."""
+    """The oracle: counts in loops over tokens from the logits that a model returns."""
 
     choices: np.ndarray = field(default_factory=lambda: np.zeros((LAYERS, EXPERTS), np.int64))
     entropy: np.ndarray = field(default_factory=lambda: np.zeros(LAYERS))
     tokens: int = 0
-    ids: list[list[list[int]]] = field(default_factory=list)  # by token, layer
+    ids: list[list[list[int]]] = field(default_factory=list)  # indexed by token and layer
     weights: list[list[list[float]]] = field(default_factory=list)
 
     def add(self, output: Any, mask: Tensor, top_k: int, *, normalised: bool) -> None:
@@ -112,7 +112,7 @@ def test_numbers_are_those_of_the_models_own_outputs(family: str, mode: str, tmp
                 assert a.grad is None or torch.equal(a.grad, b.grad)  # pyright: ignore[reportArgumentType]
             model.eval()
             with torch.no_grad():
-                model(**batch_of(9))  # an evaluation does not count
+                model(**batch_of(9))  # evaluations are not counted
             model.train()
             for optimizer in optimizers:
                 optimizer.step()
@@ -133,7 +133,7 @@ def test_numbers_are_those_of_the_models_own_outputs(family: str, mode: str, tmp
     real = batch_of(3)["attention_mask"].bool()
     assert found.tokens["token"].tolist() == batch_of(3)["input_ids"][real].tolist()
     assert found.tokens["position"].tolist() == [*range(9), *range(6)]
-    assert found.tokens["sequence"].tolist() == [4] * 9 + [5] * 6  # after four sequences of step 1
+    assert found.tokens["sequence"].tolist() == [4] * 9 + [5] * 6  # step 1 had four sequences
     for line in read_lines(tmp_path / "metrics.jsonl"):
         assert line["arrays"]["choices_LC"] == trace.step(line["step"]).choices().tolist()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
@@ -202,12 +202,13 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         watch.step()
     with refused(ConfigError, "has records up to step 1", "last_step=N"):
         attach(model, tmp_path / "b")
-    with attach(model.train(), tmp_path / "traced", sinks=[]) as watch:  # without metrics.jsonl
+    with attach(model.train(), tmp_path / "traced", sinks=[]) as watch:  # writes no metrics.jsonl
         step_of(model, (1,))
         watch.step()
     with refused(ConfigError, "has records up to step 1", "last_step=N"):
         attach(model, tmp_path / "traced", sinks=["tensorboard"])
-    attach(model, tmp_path / "shown", sinks=["tensorboard"], trace_every=0).detach()  # neither metrics.jsonl nor a trace
+    # writes neither metrics.jsonl nor a trace
+    attach(model, tmp_path / "shown", sinks=["tensorboard"], trace_every=0).detach()
     with refused(ConfigError, "has TensorBoard events", "last_step=N"):
         attach(model, tmp_path / "shown", sinks=["tensorboard"], trace_every=0)
     with refused(ConfigError, "sinks: 'tensorbord' is unknown", "tensorboard"):

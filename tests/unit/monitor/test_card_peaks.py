@@ -1,4 +1,4 @@
-"""The peak rate of a GPU by the driver's names of cards, and what a run without a known rate says."""
+"""The peak rate of a GPU by the driver's name of the card, and the log line of a run without a known rate."""
 
 import logging
 from types import SimpleNamespace

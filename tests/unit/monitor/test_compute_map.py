@@ -1,4 +1,5 @@
-"""A compute map as picture and as console text: each cell and token has the colour and the shade of its experts."""
+"""A compute map as picture and as console text: each cell and token has the colour and the shade of its number of
+experts."""
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from moe_dist.monitor.statistics import ComputeMap, MappedPicture
 
 EXPERTS = np.array([[0.0, 1.0, 2.0], [4.0, 0.5, 3.0]])
 EMPTY = np.array([[True, False, False], [False, True, False]])
-PIXELS = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)  # 2 x 2 pixels a cell
+PIXELS = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)  # 2 x 2 pixels per cell
 LINES = [[("def ", 4.0), ("f", 0.0), ("():", 2.0)]]
 
 

@@ -1,4 +1,4 @@
-"""The table of costs: each method's rows by hand, and what is left out."""
+"""The cost table: each method's rows by hand, and the lines that are left out."""
 
 import io
 from typing import Any
@@ -48,7 +48,7 @@ def test_each_method_has_its_rows_times_the_bytes_of_a_row() -> None:
 
 
 def test_what_does_not_compare_is_left_out() -> None:
-    """Rows over two hops are no rows per token and rank, and Megatron-Core wants equally many experts on each rank."""
+    """Rows over two hops are not rows per (token, rank). Megatron-Core needs equally many experts on each rank."""
     hierarchical = table(own=399)
     assert "this run, if experts were interleaved" not in [cost.method for cost in hierarchical.costs]
     assert hierarchical.costs[0].row_per == "hop"

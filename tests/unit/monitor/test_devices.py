@@ -1,4 +1,4 @@
-"""With a made-up NVML at the module's boundary, with one that fails, and without any."""
+"""Device readings with a fake NVML, with one that fails, and without NVML."""
 
 import logging
 import sys
@@ -17,7 +17,7 @@ from moe_dist.train.step.training_step import largest_memory
 
 
 class FakeNvml:
-    """Stands for the module pynvml; `power` may be an error."""
+    """Stands in for the module pynvml. `power` may be an exception."""
 
     def __init__(self, power: int | Exception = 250_000) -> None:
         self.power = power
@@ -128,7 +128,7 @@ def test_the_allocator_of_a_gpu_tells_its_largest_memory(monkeypatch: pytest.Mon
     stats = {"allocated_bytes.all.peak": 3 * 2**30, "reserved_bytes.all.peak": 4 * 2**30, "num_alloc_retries": 2}
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
     assert largest_memory(torch.device("cuda", 1)) == (3072.0, 4096.0, 2.0)
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {})  # before the first allocation
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {})  # torch returns this before the first allocation
     assert largest_memory(torch.device("cuda", 1)) == (0.0, 0.0, 0.0)
 
 
@@ -153,7 +153,7 @@ def test_on_the_cpu_the_host_stands_in(monkeypatch: pytest.MonkeyPatch, caplog: 
 
 
 def test_reading_does_not_wait_for_the_driver(install: Callable[[FakeNvml], None]) -> None:
-    """The driver hangs in the background; what was read before is still there."""
+    """The driver hangs in the background. The last reading stays available."""
     fake, hang, release = FakeNvml(), threading.Event(), threading.Event()
     install(fake)
     module = sys.modules["pynvml"]

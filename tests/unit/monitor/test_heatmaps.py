@@ -29,7 +29,8 @@ def contains(picture: np.ndarray, rgb: tuple[int, int, int]) -> int:
 
 
 def test_colours_of_ratios() -> None:
-    """Even is the middle, a factor is as far up as down, beyond four is as four, and zero has its own colour."""
+    """1 has the middle colour. A factor and its inverse are equally far from it. Factors beyond four have the colour of
+    four. Zero has its own colour."""
     scale = ratio_scale("load")
     rgb = colour(np.array([1.0, 4.0, 0.25, 100.0, 0.01, 0.0, np.nan]), scale)
     middle, top, bottom = DIVERGING[4], DIVERGING[-1], DIVERGING[0]
@@ -46,7 +47,7 @@ def test_colours_of_shares() -> None:
 
 
 def test_cells_stand_where_their_numbers_stand() -> None:
-    """One loaded cell in the last row and first column: its colour is in the picture's lower left."""
+    """One loaded cell in the last row and first column colours the picture's lower left."""
     values = np.ones((3, 6))
     values[2, 0] = 4.0
     picture = draw(values, axis("layer", 3), axis("expert", 6), scale=ratio_scale("load"), title="t")
@@ -101,7 +102,7 @@ def test_dead_and_unknown_cells_are_seen() -> None:
 
 
 def test_names_of_few_columns_are_all_written() -> None:
-    """A longer name widens its column rather than drop out."""
+    """A longer name widens its column and is not dropped."""
     short = draw(np.ones((2, 3)), axis("layer", 2), Axis("group", ["a", "b", "c"]), scale=ratio_scale(""), title="")
     names = ["spectrograms", "spectrograms", "spectrograms"]
     wide = draw(np.ones((2, 3)), axis("layer", 2), Axis("group", names), scale=ratio_scale(""), title="")
@@ -109,7 +110,7 @@ def test_names_of_few_columns_are_all_written() -> None:
 
 
 def test_a_dashed_line_follows_the_targets_of_the_steps() -> None:
-    """2.0 up to step 3 and 1.0 from there on, so that the line falls in the middle of steps 1 to 5."""
+    """The target is 2.0 up to step 3 and then 1.0, so the line falls in the middle of steps 1 to 5."""
     none = [float("nan")] * 5
     picture = draw_against_targets(
         [1, 2, 3, 4, 5], {"text": none}, {"text": [2.0, 2.0, 1.0, 1.0, 1.0]}, title="", caption=""
@@ -118,7 +119,7 @@ def test_a_dashed_line_follows_the_targets_of_the_steps() -> None:
     rows, columns = (plot == np.array(COLOURS[0])).all(2).nonzero()
     high, low = np.unique(rows)
     middle = (WIDTH - 170 - LEFT) / 2
-    assert (high, low) == (int(HEIGHT * 0.08 / 1.16), int(HEIGHT * 1.08 / 1.16))  # Pillow cuts off fractions
+    assert (high, low) == (int(HEIGHT * 0.08 / 1.16), int(HEIGHT * 1.08 / 1.16))  # Pillow truncates fractions
     assert columns[rows == high].max() < middle + 6
     assert columns[rows == low].min() >= middle - 1
     assert columns[rows == high].min() < 6

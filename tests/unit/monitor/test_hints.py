@@ -1,4 +1,4 @@
-"""Hand-made cases: what is wrong is said, and nothing is said where nothing is wrong."""
+"""Hand-made cases: each fault gets its hint, and healthy numbers get none."""
 
 from collections.abc import Callable
 
@@ -15,13 +15,14 @@ LAYERS = (1, 3)
 
 
 def choices(text: list[int], image: list[int], text_null: int = 50, image_null: int = 50) -> np.ndarray:
-    """Two layers, the second as the first but for even image experts: columns text 4, image 4, null 2 + 2."""
+    """Returns choices of two layers. The second equals the first, with even image experts. Columns: text 4, image 4, null 2
+    + 2."""
     nulls = [text_null, text_null, image_null, image_null]
     return np.array([[*text, *image, *nulls], [*text, 25, 25, 25, 25, *nulls]])
 
 
 EVEN = [25, 25, 25, 25]
-TOKENS = 100  # of each group
+TOKENS = 100  # tokens of each group
 
 
 def routing(
@@ -42,7 +43,7 @@ def test_a_busy_expert_is_named_with_its_layer(groups: tuple[ExpertGroup, ...]) 
 
 
 def test_a_limit_that_no_load_can_reach_is_not_the_limit(groups: tuple[ExpertGroup, ...]) -> None:
-    """With 100 choices of 40 tokens among 4 experts at most 40 choices are possible, 1.6 x the even load."""
+    """With 100 choices by 40 tokens among 4 experts, an expert can get at most 40 choices, 1.6 times the even load."""
     (hint,) = (each for each in routing(choices(EVEN, [20, 20, 20, 40]), groups, tokens=40) if each.kind == "busy/image")
     assert "image expert 3 takes 100% of its group's tokens in layer 1, 1.6 x the mean expert (62%)" in hint.text
     assert not routing(choices(EVEN, [22, 22, 22, 34]), groups, tokens=40)
@@ -125,7 +126,7 @@ def test_a_run_that_slows_down() -> None:
 
 @pytest.fixture
 def healthy(make_record: MakeRecord) -> Callable[..., Record]:
-    """A step of a run in which nothing is wrong: even choices, even ranks, a falling loss."""
+    """Returns a step without faults: even choices, even ranks, a falling loss."""
 
     def make(step: int, **changes: object) -> Record:
         even: dict[str, object] = {
@@ -143,7 +144,7 @@ def kinds(hints: list[Hint]) -> list[str]:
 
 
 def test_nothing_is_said_about_a_healthy_run(healthy: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:
-    # Wider image experts: their ranks have twice the rows x width of the text ranks, 1.33 x the mean.
+    # Image experts are wider. Their ranks have twice the rows x width of the text ranks, which is 1.33 times the mean.
     watch = HintWatch(groups, (1, 3, 5), window=10)
     assert [hint for step in range(1, 80) for hint in watch.update(healthy(step))] == []
 
@@ -198,7 +199,7 @@ def busy(rank: int | None = None, *, others: float = 0.1, times: float = 1.0) ->
 
 
 def memory(retries: list[float]) -> np.ndarray:
-    """Of three ranks: 60 GB in use and 70 GB reserved."""
+    """Returns memory of three ranks: 60 GB allocated and 70 GB reserved."""
     return np.array([[60_000.0, 70_000.0, each] for each in retries])
 
 
@@ -222,11 +223,11 @@ def test_a_slow_rank_is_named_with_numbers() -> None:
     [
         [busy()] * 20,
         [busy(1, times=1.4)] * 20,
-        [busy(1, times=9.0)] * 5 + [busy()] * 15,  # a few odd steps
-        [busy(1, others=1e-4, times=9.0)] * 20,  # noise
-        [busy(1, times=9.0)] * 3,  # too few to tell
-        [np.zeros(0)] * 20,  # unknown
-        [np.ones(1)] * 20,  # alone
+        [busy(1, times=9.0)] * 5 + [busy()] * 15,  # only a few slow steps
+        [busy(1, others=1e-4, times=9.0)] * 20,  # differences within noise
+        [busy(1, times=9.0)] * 3,  # too few steps
+        [np.zeros(0)] * 20,  # no times known
+        [np.ones(1)] * 20,  # a single rank
     ],
 )
 def test_ranks_that_are_alike_or_noisy_are_not_called_slow(seconds: list[np.ndarray]) -> None:

@@ -1,4 +1,4 @@
-"""Values against slow loops, and against cases worked out by hand."""
+"""Values of records against slow loops and against cases by hand."""
 
 import math
 from collections.abc import Callable
@@ -21,14 +21,14 @@ MakeRecord = Callable[..., Record]
 
 
 def columns_of(groups: tuple[ExpertGroup, ...], g: int) -> tuple[list[int], list[int]]:
-    """Columns of a group's true and null experts, counted one by one."""
+    """Returns the columns of a group's true and null experts, counted one by one."""
     true = [c for c in range(groups[g].first_expert, groups[g].first_expert + groups[g].num_experts)]
     at = sum(group.num_experts for group in groups) + sum(group.num_null for group in groups[:g])
     return true, list(range(at, at + groups[g].num_null))
 
 
 def slow_group_numbers(stats: StepStatistics, groups: tuple[ExpertGroup, ...], g: int) -> dict[str, float]:
-    """The four per-group numbers by loops over layers and experts."""
+    """Computes the four numbers of each group in loops over layers and experts."""
     group = groups[g]
     true, null = columns_of(groups, g)
     taken = nulls = tokens = 0
@@ -192,7 +192,7 @@ def test_columns_of_every_kind_by_hand() -> None:
 
 
 def test_nothing_sent(make_record: MakeRecord) -> None:
-    """One rank: others would send nothing either. All choices null on several ranks: a row's cost was not measured."""
+    """On one rank no method sends anything. If all choices on several ranks are null, the bytes per row are unknown."""
     ledger = {"payload_bytes": 0, "rows_remote": 0, "rows_per_pair": 0, "rows_topk": 0, "rows_same_active": 0}
     alone = make_record(ledger=ledger).scalars
     assert (alone["comm/bytes_saved_vs_topk"], alone["comm/dedup_factor"]) == (0.0, None)
@@ -280,7 +280,7 @@ def test_evaluation_scalars() -> None:
 def test_tokens_that_no_expert_takes_are_in_the_record_and_in_a_map(
     make_statistics: MakeStatistics, make_record: MakeRecord, subject: Subject
 ) -> None:
-    """Where experts choose; the records of token choice have neither."""
+    """Only records of expert choice have these fields."""
     assert not {"idle_LG", "above_LE"} & make_record(1).arrays.keys()
     unrouted_LG = make_statistics(1).result.counts.tokens_LG // 2
     record = make_record(1, unrouted_LG=unrouted_LG, above_LE=np.ones((3, 8), np.int64), auxiliary=0.25, z=0.0)

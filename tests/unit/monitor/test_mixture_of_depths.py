@@ -1,4 +1,4 @@
-"""What is shown of layers that compute a share of the tokens alone, against loops and by hand; nothing in other runs."""
+"""Tags, fields and pictures of mixture-of-depths layers against loops and cases by hand. Other runs have none of them."""
 
 import io
 import json
@@ -27,7 +27,7 @@ MODALITIES = ("text", "image")
 MakeRecord = Callable[..., Record]
 GUIDE = (Path(__file__).parents[3] / "docs" / "monitoring.md").read_text()
 
-# Layers 1 and 3 of a model; 100 text tokens and 60 image tokens, of which a quarter should be computed.
+# Layers 1 and 3 of a model compute a quarter of 100 text tokens and 60 image tokens.
 DEPTHS = DepthStatistics(
     layers=(1, 3),
     capacity=0.25,
@@ -77,7 +77,7 @@ def test_layers_equal_loops(seed: int) -> None:
 
 
 def test_no_token_has_no_numbers(make_record: MakeRecord, tmp_path: Path) -> None:
-    """And one group without tokens has none while the other has some."""
+    """A group without tokens also has no numbers, while the other group has some."""
     empty = replace(
         DEPTHS,
         tokens_LG=np.zeros((2, 2), int),
@@ -135,7 +135,7 @@ def test_what_gives_way_to_depths() -> None:
 
 
 def test_the_map_is_of_all_steps_since_the_last(make_record: MakeRecord) -> None:
-    """Drawn of two steps, and of their sum followed by a step without tokens."""
+    """The map of two steps equals the map of their sum followed by a step without tokens."""
     counted = ("tokens_LG", "taken_LG", "agreed_L", "weight_L")
     other = replace(
         DEPTHS, taken_LG=np.array([[40, 20], [0, 9]]), agreed_L=np.array([10, 160]), weight_L=np.array([50.0, 1.0])

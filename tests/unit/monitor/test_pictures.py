@@ -38,7 +38,7 @@ def test_a_step_without_tokens_does_not_spoil_the_window(make_record: MakeRecord
 
 
 def test_loads_by_hand(groups: tuple[ExpertGroup, ...]) -> None:
-    """text: 4 experts, image: 4, then 2 null columns each; the second layer saw no image token."""
+    """Columns: text has 4 experts, image 4, then 2 null columns each. The second layer has no image token."""
     choices_LC = np.array([[4, 0, 2, 2, 1, 1, 1, 5, 9, 9, 9, 9], [1, 1, 1, 1, 0, 0, 0, 0, 9, 9, 0, 0]])
     by_name = {group.name: load_Ln for group, load_Ln in loads(choices_LC, groups)}
     assert by_name["text"].tolist() == [[2, 0, 1, 1], [1, 1, 1, 1]]
@@ -47,7 +47,8 @@ def test_loads_by_hand(groups: tuple[ExpertGroup, ...]) -> None:
 
 
 def test_a_change_by_hand(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first expert has half of the load; a replica on rank 2 takes half of it, since each serves two of four ranks."""
+    """The first expert has half of the load. Its replica on rank 2 takes half of that, since each slot serves two of four
+    ranks."""
     drawn: list[np.ndarray] = []
     monkeypatch.setattr(pictures, "draw", lambda values, *_, **__: drawn.append(values))
     after = PlacementWithReplicas(subject.groups, subject.placement.slots, ((Replica(0, 2),),))
@@ -73,7 +74,7 @@ def test_which_maps_there_are(make_record: MakeRecord, subject: Subject) -> None
 
 
 def test_maps_without_a_subject_are_left_out(make_record: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:
-    """One rank has no load to compare; groups without null experts no null fraction."""
+    """One rank has no load to compare, and groups without null experts have no null fraction."""
     no_null = tuple(ExpertGroup(g.name, g.num_experts, 0, g.top_k, g.ffn_dim, g.first_expert, g.modalities) for g in groups)
     alone = Subject(no_null, ExpertPlacement(no_null, (tuple(range(8)),)), (1, 3, 5), 2)
     record = make_record(1)
@@ -95,7 +96,8 @@ def test_the_expert_axis_names_the_rank(subject: Subject) -> None:
 def test_the_load_over_its_target_by_hand(
     groups: tuple[ExpertGroup, ...], subject: Subject, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A map of layers x groups and a curve, only where a controller holds a group: the target falls from 2.0 to 1.25."""
+    """A map of layers x groups and a curve exist only for groups with a controller. Here the target falls from 2.0 to
+    1.25."""
     earlier, record = make_record(2, active_target={"image": 2.0}), make_record(3, active_target={"image": 1.25})
     window = Window()
     window.add(earlier)
@@ -130,7 +132,7 @@ def test_the_load_over_its_target_by_hand(
 def test_the_scale_of_experts_per_token_has_room_for_more_than_top_k(
     wide_record: Callable[..., tuple[Record, Subject]],
 ) -> None:
-    """Where experts choose, a token may take more than top_k, which is 8: here four times as many choices a token."""
+    """Under expert choice a token may take more than top_k = 8 experts; here it takes four times as many."""
     record, subject = wide_record(30, 2, 8)
     window = Window()
     window.add(record)

@@ -1,4 +1,4 @@
-"""A simulated router draws each token's choices. Planted faults are named within 100 steps; healthy runs are not accused.
+"""Planted faults get their hint within 100 steps, and healthy runs get none. A simulated router draws each token's choices.
 
 Shape letters: L MoE layers, C columns of a group, T tokens of a group, n true experts of a group.
 """
@@ -18,7 +18,7 @@ from tests.unit.monitor.conftest import draw_groups, draw_placement, draw_statis
 
 @dataclass(frozen=True)
 class Run:
-    """A run to simulate. `bias` changes a group's preferences [L, C] in place; `stops` names modalities without data."""
+    """A run to simulate. `bias` changes a group's preferences [L, C] in place. `stops` names modalities without data."""
 
     groups: tuple[ExpertGroup, ...] = field(default_factory=lambda: draw_groups(2, num_experts=8, num_null=4, top_k=2))
     layers: int = 4
@@ -33,13 +33,13 @@ class Run:
     def placement(self) -> ExpertPlacement:
         if not self.pinned:
             return draw_placement(self.groups, self.ranks)
-        half = len(self.groups[0].experts) // 2  # two ranks for each of two groups
+        half = len(self.groups[0].experts) // 2  # each of the two groups has two ranks
         experts = [tuple(part) for group in self.groups for part in (group.experts[:half], group.experts[half:])]
         return ExpertPlacement(self.groups, tuple(experts))
 
 
 def choose(preference_LC: np.ndarray, tokens: int, top_k: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each column is among the top k of a token, int64 [L, C]: Gumbel noise makes each token's order."""
+    """Returns how often each column is among a token's top k, int64 [L, C]. Gumbel noise draws each token's order."""
     noise_LTC = rng.gumbel(size=(len(preference_LC), tokens, preference_LC.shape[1])).astype(np.float32)
     chosen_LTk = np.argpartition(-(preference_LC[:, None] + noise_LTC), top_k - 1, axis=2)[:, :, :top_k]
     columns = preference_LC.shape[1]

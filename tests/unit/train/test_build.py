@@ -1,4 +1,4 @@
-"""What is only known when the device is: refused before anything is built."""
+"""Errors that depend on the device are raised before anything is built."""
 
 import json
 from typing import Any
@@ -50,7 +50,8 @@ def test_what_can_be_had_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_plan_knows_the_loads_that_it_leads_to() -> None:
-    """4 true and 4 null experts, k = 2: even is 1; a null weight of 3 makes it 2 x 4 / 16, a controller its target."""
+    """4 true and 4 null experts with k = 2: even is 1 true expert per token. A null weight of 3 gives 2 x 4 / 16, a
+    controller its target."""
     values = config("loop").model_dump(mode="json")
     values["model"]["moe"]["groups"]["text"]["num_null"] = 4
 

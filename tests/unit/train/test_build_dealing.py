@@ -1,4 +1,4 @@
-"""What a sequence costs, against the FLOPs of the whole model, and what a run shows of its dealing."""
+"""The cost of a sequence against the FLOPs of the whole model, and the log line about dealing."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ def test_sequences_change_their_micro_batch_only_without_its_terms() -> None:
     off: dict[str, Any] = {"loss__balance__schedule": [[0, 0.0]]}
     alone: dict[str, Any] = {"loss__balance__scope": "micro_batch"}
     assert build_dealing(tiny_config(Path("none"), Path("runs")), ["text"]) is None
-    assert mix(loss__z=1e-3)  # loss.balance.scope=step
+    assert mix(loss__z=1e-3)  # allowed, because loss.balance.scope=step
     assert mix(**alone, **off)
     assert not mix(**alone)
     assert not mix(**alone, loss__balance__schedule=[[0, 0.0], [9, 0.1]])

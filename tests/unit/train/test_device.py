@@ -1,4 +1,4 @@
-"""Which GPU a rank takes: by its local rank, or the only one that it sees, and never one of another rank."""
+"""A rank takes the GPU of its local rank, or the only visible GPU, and never another rank's."""
 
 from pathlib import Path
 from types import SimpleNamespace

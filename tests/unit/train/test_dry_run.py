@@ -1,4 +1,4 @@
-"""Dry runs of all presets, without data; and their figures in configs/README.md."""
+"""Dry runs of all presets without data. Their figures equal configs/README.md."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ PRESETS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
     ("name", "billions", "active"),
     [
         ("olmoe_1b7b_8gpu.yaml", 6.92, 1.28),
-        ("adamoe_mixtral8x7b_64gpu.yaml", 46.7, 10.1),  # 1.5 of 8 experts where Mixtral's 12.9 takes 2
+        ("adamoe_mixtral8x7b_64gpu.yaml", 46.7, 10.1),  # 10.1 with 1.5 of 8 experts; Mixtral's 12.9 has 2
         ("moma_1b4_4t4i_32gpu.yaml", 7.09, 1.47),
         ("adamoe_mixtral8x7b_64gpu_megatron.yaml", 46.7, 10.1),
         ("adamoe_grok1_512gpu_megatron.yaml", 316.5, 65.2),
@@ -47,7 +47,7 @@ def test_prints_everything_without_data() -> None:
 def test_router_tuning_is_told_by_what_it_trains() -> None:
     config = load_config(CONFIGS / "roma_tiny_cpu.yaml", ["router_tuning.data=none"])
     result = estimate(config)
-    routers = 2 * 8 * 96  # two layers of the four, 8 experts, width 96: what docs/router-tuning.md measured
+    routers = 2 * 8 * 96  # two of four layers, 8 experts, width 96, as in docs/router-tuning.md
     assert result.rank_memory.gradients == 4 * routers == 6144
     assert result.rank_memory.optimizer == 8 * routers == 12288
     assert result.checkpoint_bytes == 4 * result.parts.total + 8 * routers

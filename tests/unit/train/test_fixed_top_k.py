@@ -1,4 +1,4 @@
-"""The held-out loss of a fixed top-k is shown beside a run only if its figures belong to that run."""
+"""The held-out loss of a fixed top-k is shown with a run only if its data and configuration match."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ EVALUATION = EvaluationResult(4, HELD_OUT, {}, experts_per_token=TRUE)
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, Path]:
-    """A data set, and the figures of a fixed top-1 on it."""
+    """Returns a data set, and the results of a fixed top-1 on it."""
     data = tmp_path_factory.mktemp("data")
     manifest = tiny_dataset(data)
     theirs = tiny_config(data, Path("elsewhere"), {**_groups(0, 1), "run.name": "fixed"})
@@ -99,7 +99,7 @@ def test_figures_that_cannot_be_read_end_no_run(
     prepared: tuple[Path, Manifest, Path], tmp_path: Path, change: dict[str, Any] | None
 ) -> None:
     data, manifest, path = prepared
-    broken = tmp_path / "figures.json"  # None: there is no such file
+    broken = tmp_path / "figures.json"  # with None the file does not exist
     if change is not None:
         broken.write_text(json.dumps([{**json.loads(path.read_text())[1], **change}]))
     config = tiny_config(data, Path("runs"), _groups(3, 2))

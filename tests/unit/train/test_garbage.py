@@ -1,4 +1,4 @@
-"""Between collections a run keeps nothing that holds memory: no tensor is in a cycle of references."""
+"""No tensor is in a reference cycle, so a run frees all memory without the garbage collector."""
 
 import gc
 from pathlib import Path

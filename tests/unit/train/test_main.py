@@ -1,4 +1,4 @@
-"""The command line of a run, on the side of the ranks and of their launcher."""
+"""The command line of a training run, on the ranks and on their launcher."""
 
 from pathlib import Path
 from types import ModuleType, SimpleNamespace

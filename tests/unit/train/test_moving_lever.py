@@ -1,4 +1,5 @@
-"""When experts move: workloads of the benchmarks, a drifting mix, noise, costs, and the lever's state."""
+"""Decisions to move experts: workloads of the benchmarks, a changing mix of modalities, noise, costs, and the saved
+state."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ CONTIGUOUS = ExpertPlacement(ONE, tuple(tuple(SHAPE.shard(rank)) for rank in ran
 
 
 class Played:
-    """A lever on made-up counts, and what it did."""
+    """A lever on made-up counts, and its moves."""
 
     def __init__(self, placement: ExpertPlacement, **changes: Any) -> None:
         self.moves: list[tuple[ExpertPlacement, ExpertPlacement]] = []
@@ -31,7 +32,7 @@ class Played:
         self.step, self.shown = 0, list[LeverDecision]()
 
     def play(self, pairs_LE: np.ndarray) -> float:
-        """Takes a step; returns its balance efficiency by count."""
+        """Takes a step. Returns its balance efficiency by count."""
         self.step += 1
         placement = self.lever.placement
         weighted_LE = pairs_LE * [group.ffn_dim for group in placement.groups for _ in group.experts]
@@ -50,7 +51,7 @@ def drawn(name: str, step: int) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["W1", "W2", "W6"])
 def test_hot_experts_are_spread(name: str) -> None:
-    """Efficiency by count from at most 0.6 to at least 0.95. W1 begins where its hot experts share a rank."""
+    """Balance efficiency by count rises from at most 0.6 to at least 0.95. W1 starts with its hot experts on one rank."""
     start = CONTIGUOUS
     if name == "W1":
         hot_first = np.argsort(-drawn("W1", 0)[0], kind="stable").reshape(4, -1)
@@ -65,7 +66,8 @@ def test_hot_experts_are_spread(name: str) -> None:
 
 
 def mix(image_share: float, seed: int) -> np.ndarray:
-    """Counts of two layers in a step of 8,192 tokens; the first four experts of a group are four times as likely."""
+    """Returns counts of two layers in a step of 8,192 tokens. The first four experts of a group are four times as
+    likely."""
     rng = np.random.default_rng(seed)
     heat = np.r_[np.full(4, 4.0), np.ones(12)]
     share = np.concatenate([(1 - image_share) * heat, image_share * heat]) / heat.sum()
@@ -73,7 +75,7 @@ def mix(image_share: float, seed: int) -> np.ndarray:
 
 
 def test_it_follows_a_drifting_mix_within_50_steps() -> None:
-    """The hot texts are on one rank, the hot pictures on another. While all tokens are texts, only texts move."""
+    """Hot text experts share one rank, hot image experts another. While all tokens are text, only text experts move."""
     slots = tuple((*range(4 * rank, 4 * rank + 4), *range(28 - 4 * rank, 32 - 4 * rank)) for rank in range(4))
     played = Played(ExpertPlacement(TWO, slots))
     for step in range(40):
@@ -95,8 +97,8 @@ def test_it_does_not_thrash_on_a_noisy_even_load() -> None:
 
 
 def test_a_move_that_does_not_pay_back_is_refused() -> None:
-    """By hand: 4 experts of load 3 3 1 1 on two ranks. One swap saves 2 of 6 pairs a step, and moves one expert in and one
-    out of each rank: 2 F x 100 of F-wide pairs, which is 33 steps of the busiest rank and 100 steps of the saving."""
+    """By hand: 4 experts with loads 3 3 1 1 on two ranks. One swap saves 2 of 6 pairs per step. Each rank sends and
+    receives one expert, at the cost of 200 pairs: 33 steps of the busiest rank, or 100 steps of the saving."""
     groups, pairs = (ExpertGroup("all", 4, 0, 1, 8),), np.array([[3, 3, 1, 1]])
     start = ExpertPlacement(groups, ((0, 1), (2, 3)))
     refused, done = (Played(start, payback_steps=steps) for steps in (99, 100))
@@ -111,7 +113,7 @@ def test_a_move_that_does_not_pay_back_is_refused() -> None:
     assert "pay back after 100 steps" in yes.text
     assert done.moves == [(start, yes.placement)]
     assert json.loads(json.dumps(yes.line))["slots"] == [[*each] for each in done.lever.placement.slots]
-    half = Played(start, payback_steps=199, edp=2)  # each EP group has half of the pairs, so a move saves half
+    half = Played(start, payback_steps=199, edp=2)  # each EP group has half of the pairs, so a move saves half as much
     for _ in range(EVERY):
         half.play(pairs)
     assert half.moves == []

@@ -1,4 +1,4 @@
-"""A profiled step of a tiny model: which ranges the trace has, and that nothing of it stays behind."""
+"""A profiled step of a tiny model: the ranges of its trace, and no effect on later steps."""
 
 import gzip
 import json
@@ -76,7 +76,7 @@ def test_a_trace_names_layers_and_phases(tiny_data: Path, tmp_path: Path) -> Non
 
 @pytest.mark.full
 def test_a_trace_names_layers_in_halves(tiny_data: Path, tmp_path: Path) -> None:
-    """Which run without the hooks of their modules, and in pieces between exchanges."""
+    """Layers of two halves run without their modules' hooks, in pieces between exchanges."""
     with world_of_one():
         one = OneRank(tiny_data, tmp_path, parallel__two_batch_overlap=True, train__micro_batch=2)
         model = one.training.parallel.model

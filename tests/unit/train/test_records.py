@@ -1,4 +1,4 @@
-"""Records and pictures of short runs on one rank, by routers whose tokens take different numbers of experts."""
+"""Records and pictures of short runs on one rank, with routers that choose the number of experts by token."""
 
 import math
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class Kept:
 
 @contextmanager
 def started(data: Path, root: Path, **changes: Any) -> Iterator[tuple[Trainer, Kept, OneRank]]:
-    """A run with its sinks and one more that keeps the records."""
+    """Starts a run with its sinks and a sink that keeps the records."""
     kept: Any = Kept()
     with world_of_one():
         one = OneRank(data, root, **changes)
@@ -43,8 +43,8 @@ def started(data: Path, root: Path, **changes: Any) -> Iterator[tuple[Trainer, K
 
 
 def test_a_record_has_the_target_of_its_step(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 3 experts and 2 choices, 1.2 times 1.5 in the first three updates: 2.0, 1.9 and 1.8 of the ramp. The third step is
-    skipped, so that the fourth step takes the third update; from the fourth update on 1.2."""
+    """3 experts, 2 choices, a target of 1.2 times 1.5 in the first three updates: the ramp gives 2.0, 1.9 and 1.8. The
+    third step is skipped, so the fourth step takes the third update. From the fourth update on the target is 1.2."""
     controller = {"kind": "active_experts", "target": {"text": 1.2}, "rate": 0.5, "ramp_steps": 2}
     changes = {
         "model.moe.balance": [{**controller, "schedule": [[0, 1.5], [3, 1.0]]}],
@@ -91,7 +91,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", rest_full(ROUTERS, keep=2))
 def test_pictures_are_drawn(tiny_data: Path, tmp_path: Path, kind: str) -> None:
-    """At steps 2 and 3, and the compute map of an evaluation."""
+    """Pictures are drawn at steps 2 and 3, and the compute map at an evaluation."""
     sinks = [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard", "pictures_every": 2}]
     quiet = {"evaluation.balance_efficiency": False, "evaluation.ablate_experts": False}
     changes = {"monitor.sinks": sinks, "monitor.compute_map": {"sequences": 2}, **quiet, **ROUTERS[kind]}

@@ -1,5 +1,5 @@
-"""Steps of a trace on disk are replayed, misfits are named, and a counterfactual is what a forward with one choice changed
-gives."""
+"""Steps of a trace on disk are replayed, wrong traces are refused by name, and a counterfactual equals a forward with one
+changed choice."""
 
 import re
 from collections.abc import Iterator
@@ -40,12 +40,12 @@ def world() -> Iterator[None]:
 
 
 def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
-    """The worst columns of the token's group win."""
+    """Returns scores by which the token's worst columns win."""
     return masked_TC.detach().neg().masked_fill(masked_TC == float("-inf"), float("-inf"))
 
 
 class Traced(NamedTuple):
-    """The first step of a run, whose routers chose by reversed scores, and what is needed to take it again."""
+    """The first step of a run whose routers chose by reversed scores, with all that a replay needs."""
 
     folder: Path
     batches: list[Batch]
@@ -79,7 +79,7 @@ def sequences_of(position: int) -> list[range]:
 
 
 def test_a_step_of_a_trace_is_taken_again(tiny_data: Path, tmp_path: Path) -> None:
-    """By the guide's example: losses, norm of the gradients, and weights after the step, bit for bit."""
+    """Runs the guide's example: losses, gradient norm, and weights after the step are equal bit for bit."""
     changes: dict[str, Any] = {"parallel.recompute": "block"}
     traced = traced_run(tiny_data, tmp_path, **changes)
     one = OneRank(tiny_data, tmp_path, **changes)
@@ -96,7 +96,7 @@ def test_a_step_of_a_trace_is_taken_again(tiny_data: Path, tmp_path: Path) -> No
 
 
 def test_a_trace_of_another_system_is_replayed(tiny_data: Path, tmp_path: Path) -> None:
-    """Arrays `routed_experts` [tokens, layers, k], one file for each sequence."""
+    """The trace is arrays `routed_experts` [tokens, layers, k], one file per sequence."""
     group = {"num_experts": 6, "top_k": 2, "ffn_dim": 16, "modalities": ["text", "image"]}
     changes: dict[str, Any] = {"model.moe.groups": {"all": group}}
     one = OneRank(tiny_data, tmp_path, **changes)
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused(tiny_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_counterfactual_changes_one_choice(tiny_data: Path, tmp_path: Path) -> None:
-    """Against a forward whose selection scores name the choices."""
+    """The reference is a forward whose selection scores force the choices."""
     one = OneRank(tiny_data, tmp_path)
     model, batch = one.training.parallel.model, batches_of(one, 0)[0]
     with torch.no_grad():

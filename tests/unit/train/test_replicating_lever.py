@@ -1,4 +1,5 @@
-"""When experts get replicas: an expert hotter than a rank's even share, costs, noise, a hot spot that moves, the state."""
+"""Decisions to replicate experts: an expert hotter than a rank's even share, costs, noise, a moving hot spot, the saved
+state."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +22,7 @@ START = ExpertPlacement.interleaved(ONE, 4)
 
 
 class Played:
-    """A lever on made-up counts of two layers, and what it did."""
+    """A lever on made-up counts of two layers, and its changes."""
 
     def __init__(self, placement: ExpertPlacement = START, layers: int = 2, **changes: Any) -> None:
         self.changes: list[PlacementWithReplicas] = []
@@ -30,7 +31,7 @@ class Played:
         self.step, self.shown = 0, list[LeverDecision]()
 
     def play(self, pairs_LE: np.ndarray) -> float:
-        """Takes a step; returns its balance efficiency by count."""
+        """Takes a step. Returns its balance efficiency by count."""
         self.step += 1
         rows_LR = self.lever.placement.by_rank(pairs_LE)
         decision = self.lever.after_step(result_of(pairs_LE), step=self.step, position=0)
@@ -43,14 +44,15 @@ def result_of(pairs_LE: np.ndarray) -> Any:
 
 
 def hot(step: int, *, expert: int = 5, share: float = 0.5) -> np.ndarray:
-    """Counts of two layers: in the second one expert takes a share of 8,192 pairs, twice the even share of a rank."""
+    """Returns counts of two layers. In the second, one expert takes a share of 8,192 pairs, by default twice a rank's even
+    share."""
     rng = np.random.default_rng(step)
     even, one = np.full(32, 1 / 32), np.eye(32)[expert]
     return np.stack([rng.multinomial(8192, even), rng.multinomial(8192, share * one + (1 - share) * even)])
 
 
 def test_an_expert_hotter_than_a_rank_is_shared() -> None:
-    """Moving finds nothing that helps: the rank of the hot expert keeps it. Replicas in its layer alone mend that."""
+    """Moving does not help, because the hot expert overloads any rank. Replicas in its layer do."""
     moving = MovingLever(START, lambda *_: None, edp=1, every=EVERY, payback_steps=10_000, flops_per_byte=0.0)
     moved = [moving.after_step(result_of(hot(step)), step=step + 1, position=0) for step in range(3 * EVERY)]
     played = Played()
@@ -68,12 +70,12 @@ def test_an_expert_hotter_than_a_rank_is_shared() -> None:
 
 
 def test_replicas_that_cost_more_than_they_save_are_refused() -> None:
-    """By hand: experts of loads 6 0 on two ranks, so a replica of the first takes 3 of 6 pairs from its rank. One rank
-    sends an expert, the other one receives it: 12 bytes of a value x 0.5 FLOPs / 6 is one row of the six that the busiest
-    rank computes in a step; at 2 FLOPs it is four rows, more than the three that are saved."""
+    """By hand: experts with loads 6 and 0 on two ranks, so a replica takes 3 of 6 pairs from its rank. One rank sends an
+    expert, the other receives it. At 12 bytes per value and 0.5 FLOPs per byte this costs one of the six rows that the
+    busiest rank computes in a step. At 2 FLOPs per byte it costs four rows, more than the three that it saves."""
     start, pairs = ExpertPlacement((ExpertGroup("all", 2, 0, 1, 8),), ((0,), (1,))), np.array([[6, 0]])
     cheap, dear = (Played(start, 1, bytes_per_value=12.0, flops_per_byte=flops) for flops in (0.5, 2.0))
-    halved = Played(start, 1, bytes_per_value=12.0, flops_per_byte=1.0, edp=2)  # an EP group has half of the pairs
+    halved = Played(start, 1, bytes_per_value=12.0, flops_per_byte=1.0, edp=2)  # each EP group has half of the pairs
     for _ in range(EVERY):
         for each in (cheap, dear, halved):
             each.play(pairs)
@@ -102,7 +104,7 @@ def test_replicas_follow_a_hot_spot_and_go_when_it_cools() -> None:
 
 
 def test_replicas_go_at_once_if_the_last_steps_need_none() -> None:
-    """The first half of the second window still finds them; in its second half they only cost."""
+    """The first half of the second window still proposes replicas. In the second half they only cost."""
     played = Played(flops_per_byte=600.0)
     for step in range(2 * EVERY):
         played.play(hot(step, share=0.5 if step < EVERY * 3 // 2 else 0.0))
@@ -144,7 +146,7 @@ def test_a_resumed_lever_decides_alike() -> None:
     "damage",
     [
         lambda state: None,
-        lambda state: {**state, "replicas": [[[5, 0]], []]},  # the own rank of expert 5
+        lambda state: {**state, "replicas": [[[5, 0]], []]},  # expert 5 is on rank 0 itself
         lambda state: {**state, "replicas": [[]]},
         lambda state: {**state, "pairs": [[1, 2, 3]]},
         lambda state: {"slots": state["slots"], "replicas": state["replicas"]},

@@ -1,4 +1,5 @@
-"""What a run goes on from, on one rank. Several ranks and layouts: tests/distributed/test_resume.py."""
+"""The saved state of a run on one rank, and its refusals. tests/distributed/test_resume.py tests several ranks and
+layouts."""
 
 import random
 import shutil
@@ -193,7 +194,7 @@ def test_other_data_under_the_same_path_are_refused(tmp_path: Path) -> None:
 
 
 class Counter:
-    """A controller."""
+    """A controller with one number as its state."""
 
     def __init__(self, value: int) -> None:
         self.value = value
@@ -223,8 +224,8 @@ def test_controllers_go_on_by_name(tiny_data: Path, tmp_path: Path) -> None:
         (0, 0, 5, 60, False),
         (10, 5, 5, 60, True),
         (10, 10, 5, 60, False),
-        (10, 5, 4, 60, False),  # the interval was changed on resume
-        (10, 8, 4, 10, True),  # so was the last step
+        (10, 5, 4, 60, False),  # the interval changed on resume
+        (10, 8, 4, 10, True),  # the interval and the last step changed on resume
     ],
 )
 def test_an_evaluation_is_owed_where_one_is_due_and_not_kept(

@@ -1,5 +1,7 @@
-"""How many files a reader enters to follow one training step of the default job: from the loop on rank 0 through loader,
-model, loss and optimizer to the records, traced."""
+"""Counts the files that a training step of the default job visits on rank 0.
+
+The step runs from the loop through loader, model, loss and optimizer to the records, and is traced.
+"""
 
 import sys
 import threading
@@ -18,7 +20,8 @@ ROOM = Path(moe_dist.__file__).parent
 
 
 def files_entered(action: Callable[[], Any]) -> set[str]:
-    """Files of moe_dist in which a function is called, on any thread: autograd runs backward on its own."""
+    """Returns the files of moe_dist in which a function is called, on any thread, because autograd runs backward in its
+    own."""
     entered: set[str] = set()
 
     def note(frame: FrameType, event: str, _: Any) -> None:
@@ -37,7 +40,7 @@ def files_entered(action: Callable[[], Any]) -> set[str]:
 
 @pytest.fixture
 def step_of(tiny_data: Path, tmp_path: Path) -> Any:
-    """One step of a run of the default router, dispatcher and sinks on one rank."""
+    """Returns a step of a run with the default router, dispatcher and sinks on one rank."""
     changes: dict[str, Any] = {
         "loss.balance.scope": "micro_batch",  # as in the default job
         "monitor.sinks": [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}],
@@ -47,7 +50,7 @@ def step_of(tiny_data: Path, tmp_path: Path) -> Any:
 
 
 def test_a_step_is_followed_in_few_files(step_of: Callable[[], Any]) -> None:
-    for _ in range(2):  # these also fill caches; TensorBoard gets its last new tag in the second step
+    for _ in range(2):  # the first steps also fill caches; TensorBoard gets its last new tag in the second step
         step_of()
     entered = files_entered(step_of)
     assert {

@@ -1,4 +1,4 @@
-"""A traced run on one rank: its counts are the records' counts, and its tokens those of the batches."""
+"""A traced run on one rank: its counts equal the records, and its tokens equal the batches."""
 
 import time
 from collections.abc import Callable
@@ -28,8 +28,7 @@ ENV = RankEnv(0, 1, 0, 1, init_method="", attempt=0, attempt_id="one")
 
 
 class Traced(NamedTuple):
-    """The trace of three training steps, and what it is compared with: two numbers of the configuration, and the batches
-    and the result of each step."""
+    """The trace of three training steps, two numbers of the configuration, and the batches and result of each step."""
 
     trace: Trace
     num_experts: int
@@ -55,7 +54,7 @@ def take_steps(tiny_data: Path, tmp_path: Path, changes: dict[str, Any]) -> Trac
 
 
 def real_tokens(batches: list[Batch], name: str) -> np.ndarray:
-    """The values of a field of the batches, without padding."""
+    """Returns a field of the batches without padding."""
     return np.concatenate([getattr(each, name)[~each.padding_BS].numpy() for each in batches])
 
 
@@ -63,7 +62,7 @@ def test_counts_of_a_trace_equal_those_of_the_records(tiny_data: Path, tmp_path:
     changes: dict[str, Any] = {
         "monitor.trace": {"every": 2},
         "parallel.data": "fsdp2",
-        "parallel.recompute": "block",  # the layers run twice
+        "parallel.recompute": "block",  # block recompute runs the layers twice
         "model.moe.capacity": {"factor": 1.0, "drop": "probability", "scope": "rank"},
     }
     run = take_steps(tiny_data, tmp_path, changes)
@@ -86,7 +85,8 @@ def test_counts_of_a_trace_equal_those_of_the_records(tiny_data: Path, tmp_path:
 
 def test_a_trace_of_some_tokens_has_the_first_ones(tiny_data: Path, tmp_path: Path) -> None:
     everything = take_steps(tiny_data, tmp_path / "all", {"monitor.trace": {"every": 3}})
-    tokens = len(real_tokens(everything.steps[0][0][:1], "tokens_BS")) + 5  # those of one micro-batch, and five of the next
+    # the tokens of one micro-batch, and five of the next
+    tokens = len(real_tokens(everything.steps[0][0][:1], "tokens_BS")) + 5
     some = take_steps(tiny_data, tmp_path / "some", {"monitor.trace": {"every": 3, "tokens": tokens, "weights": False}})
     whole, found = everything.trace.step(1), some.trace.step(1)
     assert some.trace.steps == everything.trace.steps == (1,)
@@ -100,8 +100,8 @@ def test_a_trace_of_some_tokens_has_the_first_ones(tiny_data: Path, tmp_path: Pa
 def test_a_trace_costs_at_most_three_percent_of_a_step(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CPU time of the tracer and its writing thread, over that of all threads in the step: other work on the machine does
-    not count. The layers are those of the default job, the vocabulary is smaller, so the step is cheaper."""
+    """Divides the CPU time of the tracer and its writing thread by the CPU time of all threads in the step, so other
+    programs do not count. The layers are the default job's. The vocabulary is smaller, which makes the step cheaper."""
 
     def clock(owner: type, name: str, now: Callable[[], float], spent: list[float]) -> None:
         function = getattr(owner, name)
@@ -137,7 +137,7 @@ def test_a_trace_costs_at_most_three_percent_of_a_step(
 def test_a_trace_of_training_has_the_tokens_that_experts_chose(
     tiny_data: Path, tmp_path: Path, router: dict[str, Any]
 ) -> None:
-    """Up to all experts of a token's group, though top_k is 1."""
+    """A token may take all experts of its group, although top_k is 1."""
     group = {"num_experts": 3, "top_k": 1, "ffn_dim": 16}
     changes = {
         "monitor.trace": {"every": 1},

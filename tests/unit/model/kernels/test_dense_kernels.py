@@ -1,6 +1,6 @@
-"""The Triton kernels of dense parts against operations of torch in float64: values and gradients, in Triton's interpreter.
+"""The Triton kernels of dense parts, in Triton's interpreter, against torch in float64: values and gradients.
 
-Numbers of heads, widths and words do not divide the kernels' blocks.
+The kernels' blocks do not divide the numbers of heads, widths and words.
 """
 
 from copy import deepcopy
@@ -26,14 +26,14 @@ from tests.support.cover import full, full_unless
 from tests.unit.plan.test_memory import config as small_config
 
 CPU = torch.device("cpu")
-HEADS = {  # sequences, heads, positions, head width, width that rotates
+HEADS = {  # sequences, heads, positions, head width, rotated width
     "whole": (2, 16, 5, 64, 64),
     "odd numbers": (2, 3, 7, 20, 12),
     "several programs for a token": (1, 37, 2, 128, 128),
     "one pair": (1, 1, 1, 2, 2),
     "empty": (0, 2, 3, 8, 8),
 }
-# The interpreter cuts off bits when it stores bf16, where a GPU rounds, so results differ by two last bits.
+# The interpreter truncates when it stores bf16, where a GPU rounds. Results may differ by two units in the last place.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-6}
 
 
@@ -82,7 +82,7 @@ def test_rotary_embedding(shape: str, dtype: torch.dtype, pairs: RopePairs) -> N
 def test_norm_with_rotary_embedding(
     shape: tuple[int, ...], dtype: torch.dtype, whole: bool, pairs: RopePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(norm, "PROGRAMS", 4)  # fewer than tokens; the last one has fewer tokens
+    monkeypatch.setattr(norm, "PROGRAMS", 4)  # fewer programs than tokens; the last program has fewer tokens
     batch, length, heads, width = shape
     torch.manual_seed(0)
     x, weight = (
@@ -133,13 +133,13 @@ def test_losses_of_tokens(shape: tuple[int, int], words: int, dtype: torch.dtype
     )
     assert gradient.dtype == dtype
     close(gradient, expected, dtype)
-    TRITON.token_losses(logits, labels).sum().backward()  # a gradient of stride 0
+    TRITON.token_losses(logits, labels).sum().backward()  # sum() gives a gradient with stride 0
     assert logits.grad is not None
     assert not logits.grad.view(-1, words)[1:2].any()
 
 
 def test_a_label_above_the_vocabulary_has_no_loss() -> None:
-    """The kernel reads no logit outside, and the error is not silent."""
+    """The kernel reads no logit out of bounds, and the loss shows the error."""
     logits = torch.randn(1, 3, 5, requires_grad=True)
     losses = TRITON.token_losses(logits, torch.tensor([[4, 5, 2**40]]))
     losses.sum().backward()
@@ -158,7 +158,7 @@ def test_large_logits_do_not_overflow() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(2, 3, 100), (5, 7), (1, 1, 1), (3, 2056), (2, 9, 3, 24), (0, 4, 8), (70, 700)])
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with more rows than programs; the last program then has fewer rows."""
+    """Includes more rows than programs. The last program then has fewer rows."""
     monkeypatch.setattr(norm, "PROGRAMS", 4)
     torch.manual_seed(0)
     x, weight = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape[-1]).requires_grad_()
@@ -175,7 +175,7 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_norm_for_experts_and_router(dtype: torch.dtype) -> None:
-    """The router gets what the experts get, in fp32, and the sum of both gradients is not rounded."""
+    """The router gets the experts' input in fp32. The sum of both gradients is not rounded."""
     torch.manual_seed(0)
     x, weight = torch.randn(6, 40).to(dtype).requires_grad_(), torch.randn(40).requires_grad_()
     exact = [each.detach().double().requires_grad_() for each in (x, weight)]
@@ -212,7 +212,7 @@ def test_several_projections(dtype: torch.dtype, bias: bool, frozen: bool) -> No
             torch.testing.assert_close(got.double(), expected, rtol=0, atol=16 * TOLERANCE[dtype])
 
 
-# A trial takes 7 s. The tests above have each kernel against torch; tests/unit/moe/kernels/test_trial.py has a trial.
+# A trial takes 7 s. The tests above compare each kernel with torch, and tests/unit/moe/kernels/test_trial.py runs a trial.
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_good_kernels_pass_the_trial(dtype: torch.dtype) -> None:
@@ -275,7 +275,7 @@ def test_the_trial_names_a_fault(kernels: DenseKernels, words: str) -> None:
     ],
 )
 def test_a_model_uses_them_all(changes: dict[str, Any], used: set[str]) -> None:
-    """Losses and gradients of a transformer are those of torch's operations."""
+    """Losses and gradients of a transformer equal those from torch's operations."""
     cfg, results, called = small_config(**changes), [], set()
     placement = ExpertPlacement.interleaved(expert_groups(cfg.model.moe), 1)
     tokens = torch.arange(24).view(2, 12) * 7 % 100

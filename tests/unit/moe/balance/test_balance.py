@@ -1,4 +1,4 @@
-"""Rules of the load controllers against loops, by hand and over drawn counts; and closed loops with a real router."""
+"""Load controllers against loops and cases by hand, on drawn counts, and in closed loops with a real router."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +29,7 @@ COLUMNS = sum(group.num_columns for group in GROUPS)
 
 
 class Gate:
-    """Biases of one layer and group."""
+    """The biases of one layer and group."""
 
     def __init__(self, group: ExpertGroup) -> None:
         self.bias = torch.zeros(group.num_columns, dtype=torch.float64)
@@ -42,7 +42,7 @@ def controller(*rules: Any, layers: int = 2) -> tuple[BiasController, list[list[
 
 @st.composite
 def loads(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]]]:
-    """Choices of every column and tokens of every group in two layers; some groups have none."""
+    """Draws the choices of every column, and the tokens of every group, in two layers. Some groups have no tokens."""
     tokens = [[draw(st.sampled_from([0, 1, 7, 40])) for _ in GROUPS] for _ in range(2)]
     choices = []
     for row in tokens:
@@ -89,7 +89,7 @@ def test_biases_equal_the_loops(steps: list[tuple[Any, Any]], per: Any, decay: i
 
 
 def counts_of(true_text: Sequence[int], tokens: int) -> StepCounts[torch.Tensor]:
-    """One layer in which the text group alone was chosen."""
+    """Returns the counts of one layer in which only the text group has tokens."""
     choices = torch.zeros(1, COLUMNS, dtype=torch.float64)
     choices[0, : TEXT.num_experts] = torch.tensor(true_text, dtype=torch.float64)
     return counts_with(choices_LC=choices, tokens_LG=torch.tensor([[tokens, 0, 0]], dtype=torch.float64))
@@ -106,7 +106,7 @@ def test_below_the_target_true_experts_rise_and_above_they_fall() -> None:
 
 
 def test_each_expert_by_the_published_formula() -> None:
-    """mu (K_e / (K N) - T_i / (K T)) by hand: K = 3, N = 4, K_e = 1.5, T = 10."""
+    """mu (K_e / (K N) - T_i / (K T)) by hand, with K = 3, N = 4, K_e = 1.5, T = 10."""
     moved, gates = controller(ActiveExperts({"text": 1.5}, rate=0.2, per="expert"), layers=1)
     moved.after_step(counts_of([0, 10, 3, 2], 10))
     by_hand = [0.2 * (1.5 / 12 - count / 30) for count in (0, 10, 3, 2)]
@@ -125,7 +125,8 @@ def test_the_sign_rule_moves_by_the_rate_and_leaves_the_mean() -> None:
 
 
 def test_the_target_falls_from_all_true_experts_in_a_line() -> None:
-    """Of 4 true experts and 3 choices: 3, 2.5, 2, 1.5, and 1.5 from there on; a load of 1 below it moves biases alike."""
+    """4 true experts and 3 choices: the target is 3, 2.5, 2, 1.5, and then stays 1.5. A step that is 1 below it moves the
+    biases equally each time."""
     group = ExpertGroup("text", 4, 2, 3, 5, 0, ("text",))
     rule = ActiveExperts({"text": 1.5}, rate=3.0 * 4, ramp_steps=3)
     for step, target in enumerate((3.0, 2.5, 2.0, 1.5, 1.5)):
@@ -145,7 +146,8 @@ def test_the_schedule_multiplies_the_target() -> None:
 
 
 def test_a_proportional_integral_controller_is_the_sum_of_errors_and_the_last_one() -> None:
-    """b = (rate sum e + p (e - first e)) / k after each step; a step without tokens changes nothing; a state goes on."""
+    """b = (rate sum e + p (e - first e)) / k after each step. A step without tokens changes nothing. A saved state
+    continues."""
     rule = {"rate": 0.3, "proportional": 0.7}
     moved, gates = controller(ActiveExperts({"text": 1.5}, **rule), layers=1)
     trues = [[0, 0, 0, 0], [2, 3, 1, 4], [9, 1, 1, 1], [0, 0, 0, 0], [0, 2, 0, 0]]
@@ -186,7 +188,8 @@ def test_a_state_that_is_none_is_a_data_error(state: Any) -> None:
 
 
 def closed_loop(rules: Sequence[Any], *, steps: int, skew: float = 1.0) -> tuple[list[float], torch.Tensor]:
-    """Loads of a text group over steps of new tokens, and the last 60 steps' choices of each true expert."""
+    """Returns the true experts per text token over steps with new tokens, and each true expert's choices in the last 60
+    steps."""
     torch.manual_seed(0)
     group = ExpertGroup("text", 6, 6, 4, 8, 0, ("text",))
     router = TopKRouter(D, (group,), selection_bias=True)
@@ -233,7 +236,7 @@ def test_a_bias_chooses_and_never_weighs() -> None:
         torch.nn.init.normal_(parameter)
     h_TD, group_T = torch.randn(50, D, dtype=torch.double), torch.zeros(50, dtype=torch.int64)
     plain = router(h_TD, group_T)
-    gate.bias[:4] += 10.0  # every true expert before every null one
+    gate.bias[:4] += 10.0  # all true experts score above all null experts
     moved = router(h_TD, group_T)
     assert (moved.assignments.expert_N >= 0).all()
     torch.testing.assert_close(moved.sums.prob_C, plain.sums.prob_C, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Loads of the step before: what is kept, the loss from them against a loop, and what a damaged state gets."""
+"""Loads of the previous step: which are kept, their loss against a loop, and the refusal of a damaged state."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def test_a_group_without_tokens_keeps_its_loads() -> None:
 
 
 def test_the_loss_is_the_loads_times_the_probabilities_of_the_step() -> None:
-    """Summed over micro-batches of unequal numbers of tokens."""
+    """The loss is summed over micro-batches with unequal numbers of tokens."""
     torch.manual_seed(0)
     load, tables = load_of([[3, 1, 5, 2, 4]], [[4, 7]]), ColumnTables.on(GROUPS, CPU)
     tokens_I, probabilities_I = [[3, 1], [0, 2], [2, 0]], []

@@ -1,4 +1,4 @@
-"""Orders by counting, held to a stable sort."""
+"""Counting sorts of the dispatch plan equal a stable sort."""
 
 import sys
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ def test_counting_order_is_a_stable_sort(num_keys: int, count: int) -> None:
 
 
 def test_runs_drawn_by_hand() -> None:
-    """Runs of two, no and three pairs, as (length, shift, row): their order of arrival, and their rows."""
+    """Runs of two, zero and three pairs, as (length, shift, row): their order of arrival, and their rows."""
     runs = torch.tensor([[2, 0, 3], [3, 0, -2], [10, 0, 20]])
     order_Q, row_Q = _by_slot(torch.tensor([5, 6, 7, 8, 9]), runs)
     assert order_Q.tolist() == [3, 4, 0, 1, 2]
@@ -35,7 +35,7 @@ def test_runs_drawn_by_hand() -> None:
 
 
 class Sorted(TorchDispatchMode):
-    """Dtypes of what is sorted by comparing; on the host an order by counting is numpy's."""
+    """Records the dtypes of comparison sorts in torch. On a CPU numpy does the counting sorts, which are not recorded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def test_no_plan_sorts_its_pairs_and_capacity_sorts_scores_alone() -> None:
 
 
 class SilentWire:
-    """Stands for an exchange in which no other rank sends anything."""
+    """An exchange in which no other rank sends anything."""
 
     group = object()
 
@@ -82,7 +82,7 @@ def calls_of_a_plan(ranks: int) -> int:
     group = ExpertGroup("all", ranks, 0, 1, 4, 0, ("text",))
     planner = Planner(ExpertPlacement((group,), tuple((i,) for i in range(ranks))), SilentWire(ranks))  # pyright: ignore
     assignments = Assignments(torch.arange(8), torch.arange(8) + 1, torch.ones(8))
-    planner.plan(assignments, 8, "layer")  # makes the tables, once
+    planner.plan(assignments, 8, "layer")  # the first call makes the tables
     calls = 0
 
     def count(frame: object, event: str, _: object) -> None:

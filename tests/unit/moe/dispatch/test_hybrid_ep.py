@@ -1,4 +1,4 @@
-"""HybridEP's index format: a map over all ranks' slots, in which a null choice leaves no mark."""
+"""HybridEP's index format: a boolean map over the slots of all ranks, in which a null choice sets nothing."""
 
 import torch
 

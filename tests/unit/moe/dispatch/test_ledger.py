@@ -1,4 +1,4 @@
-"""The ledger's closed forms against a count over every choice."""
+"""The ledger's closed forms against counts over all choices."""
 
 from itertools import combinations
 
@@ -44,13 +44,13 @@ def test_shares_of_choices_that_leave_the_rank() -> None:
 
 @pytest.mark.parametrize("limit", [(1, 1), (4, 1), (4, 2), (2, 1)])
 def test_the_bound_is_the_largest_number_of_rows_over_every_allowed_choice(limit: tuple[int, int]) -> None:
-    """Some node groups lie on two ranks, and one rank holds no expert."""
+    """Some node groups are spread over two ranks, and one rank has no expert."""
     node_groups, topk = limit
     group = ExpertGroup("text", 8, 0, 3, 8, 0, ("text",), node_groups=node_groups, topk_node_groups=topk)
     placement = ExpertPlacement((group,), ((0, 1, 2), (3, 4), (5, 6, 7), ()))
     size = 8 // node_groups
     for rank in range(4):
-        choices = [choice for count in (1, 2, 3) for choice in combinations(range(8), count)]  # the others are null
+        choices = [choice for count in (1, 2, 3) for choice in combinations(range(8), count)]  # all other choices are null
         allowed = [choice for choice in choices if len({expert // size for expert in choice}) <= topk]
         rows = [len({placement.rank_of_expert[expert] for expert in choice} - {rank}) for choice in allowed]
         assert placement.most_rows(rank, group) == max(rows)
@@ -84,7 +84,7 @@ def test_a_rank_without_experts_sends_every_choice() -> None:
     (64, 8, 8, 5.43), (64, 8, 64, 8.0), (8, 2, 8, 2.0),
 ])  # fmt: skip
 def test_expected_copies_of_known_models(experts: int, top_k: int, parts: int, copies: float) -> None:
-    """DeepSeek-V3, Qwen3, OLMoE and Mixtral: a token's rows by rank at EP 8, 16, 64, or by node of 8."""
+    """Rows per token of DeepSeek-V3, Qwen3, OLMoE and Mixtral: by rank at EP 8, 16, 64, or by node of 8 ranks."""
     assert expected_copies(experts, top_k, parts) == pytest.approx(copies, abs=0.005)
 
 

@@ -1,4 +1,4 @@
-"""Sums of rows: added in slices, with the bits of all at once."""
+"""Sums of rows that are added in slices have the bits of one sum over all rows."""
 
 from unittest import mock
 

@@ -1,4 +1,4 @@
-"""Which kernels run: Triton's on CUDA where they can, else torch's, with a reason."""
+"""The choice of kernels: Triton's on CUDA where possible, else torch's, with a reason."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The router's choice in one Triton kernel against the router of torch: choices, weights, sums and gradients."""
+"""One Triton kernel for the router's choice against torch's router: choices, weights, sums and gradients."""
 
 from itertools import product
 
@@ -15,7 +15,8 @@ D = 5
 ONE = (ExpertGroup("all", 6, 0, 3, 8, 0, ("text",)),)
 NULLS = (ExpertGroup("text", 4, 2, 3, 8, 0, ("text",)), ExpertGroup("image", 3, 1, 2, 8, 4, ("image",)))
 WIDE = (ExpertGroup("all", 70, 8, 10, 8, 0, ("text",)),)
-TOKENS = {"none": [], "one": [0], "padding alone": [-1] * 3, "mixed": [0, -1, 0, 0] * 19}  # 76 tokens: more than one block
+# 76 tokens are more than one block
+TOKENS = {"none": [], "one": [0], "padding alone": [-1] * 3, "mixed": [0, -1, 0, 0] * 19}
 
 
 def route(router: TopKRouter, h_TD: torch.Tensor, group_T: torch.Tensor, cache: RoutingCache | None = None) -> Routing:
@@ -25,7 +26,7 @@ def route(router: TopKRouter, h_TD: torch.Tensor, group_T: torch.Tensor, cache: 
 
 
 def results(routing: Routing, inputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Integers, and numbers with their gradients for some direction."""
+    """Returns the integer results, and the float results with their gradients for a random direction."""
     sums, pairs = routing.sums, routing.assignments
     floats = [pairs.weight_N, sums.prob_C, sums.log_z_squared_G]
     directions = [torch.linspace(-1, 2, each.numel()).view_as(each).cos() for each in floats]
@@ -132,4 +133,5 @@ def test_the_choices_that_a_trace_keeps_change_no_bit() -> None:
     assert torchs.chosen is not None
     assert plain.chosen is None
     assert torch.equal(kept.chosen.column_TK, torchs.chosen.column_TK)
-    torch.testing.assert_close(kept.chosen.weight_TK, torchs.chosen.weight_TK, rtol=2e-3, atol=0)  # float16
+    # recorded weights are float16
+    torch.testing.assert_close(kept.chosen.weight_TK, torchs.chosen.weight_TK, rtol=2e-3, atol=0)

@@ -1,4 +1,4 @@
-"""What NVIDIA's assembler reports of the Triton kernels, compiled here for GPUs that are not here."""
+"""Compiles the Triton kernels for GPUs that this machine lacks, and checks the report of NVIDIA's assembler."""
 
 import json
 import os
@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-SHARED = {"swiglu backward": 16, "choose": 2048, "choose backward": 4096}  # most bytes; others need no shared memory
+# largest allowed bytes; other kernels use no shared memory
+SHARED = {"swiglu backward": 16, "choose": 2048, "choose backward": 4096}
 SHARED |= {"plan: scan": 32, "plan: count": 512, "plan: collect": 256, "plan: place": 4096}
 SHARED |= {"plan: static pad": 16, "plan: static place": 4096, "plan: static runs": 4096}
 SHARED |= {f"experts choose: {name}": size for name, size in (("candidates", 2048), ("take", 4096), ("sums", 2048))}
 SHARED |= {"norm": 16_384, "norm backward": 16_384, "cross entropy": 16}
 SHARED |= {"normed rotary": 64, "normed rotary backward": 4096}
-MOST_REGISTERS = 128  # of a thread: 4 blocks of 128 threads fit on a multiprocessor
+MOST_REGISTERS = 128  # per thread, so that 4 blocks of 128 threads fit on a multiprocessor
 
 
 @pytest.mark.slow
@@ -31,5 +32,6 @@ def test_no_kernel_spills_registers(architecture: str) -> None:
         assert report["stores"] == report["loads"] == report["stack"] == 0, f"{name} spills registers: {report}"
         assert report["registers"] <= MOST_REGISTERS, f"{name}: {report}"
         assert report["shared"] <= SHARED.get(name.partition(",")[0], 0), f"{name}: {report}"
-        narrow = name.startswith(("plan", "experts choose: take")) or "neighbours" in name  # integers of 8 bytes; pairs
+        # loads of 8-byte integers, or of pairs
+        narrow = name.startswith(("plan", "experts choose: take")) or "neighbours" in name
         assert report["vectors"] or narrow, f"{name} reads or writes no 16 bytes at once: {report}"

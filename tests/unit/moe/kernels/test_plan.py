@@ -1,6 +1,6 @@
-"""Plans by counting in Triton's interpreter against plans by operations of torch: every tensor is the same.
+"""Plans by counting kernels in Triton's interpreter equal plans by operations of torch in every tensor.
 
-The ranks come one after the other. Those of the kernels must send what the reference sent, and receive what it received.
+The ranks run one after the other. With the kernels each rank must send the reference's items, and receives the reference's.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,11 +43,12 @@ BATCHES = ("mixed", "all null", "one expert takes all", "a rank without tokens",
 
 
 class NotYetKnownError(Exception):
-    """What this rank receives in an exchange depends on ranks that have not come to it yet."""
+    """This rank receives items from ranks that have not reached the exchange yet."""
 
 
 class Wire(AllToAll):
-    """One rank of an all-to-all. It sends what is in `sent`, to which a first time adds, and receives `arrived`."""
+    """One rank of an all-to-all. The first call of an exchange records its items in `sent`; later calls must repeat them.
+    Returns the items of `arrived`."""
 
     def __init__(self, rank: int, size: int, sent: list[tuple[Tensor, Splits]], arrived: list[Tensor]) -> None:
         super().__init__(None, CommStats())
@@ -88,7 +89,8 @@ def plan_of(planner: Any, pairs: Assignments) -> Any:
 
 
 def reference(make: Callable[[Wire], Any], pairs: list[Assignments]) -> tuple[list[Any], list[Any]]:
-    """The plans of all ranks, and what each sent and received. Each round of plans comes one exchange further."""
+    """Returns the plans of all ranks, and the sent and received items of each. Each round of plans reaches one exchange
+    further."""
     size = len(pairs)
     exchanges: list[tuple[list[tuple[Tensor, Splits]], list[Tensor]]] = [([], []) for _ in range(size)]
     while True:
@@ -120,8 +122,8 @@ def check_equal(plan: Any, expected: Any, *fields: str) -> None:
 
 @pytest.fixture
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)  # fills memory that nobody has written with the largest number
-    monkeypatch.setattr(kernels, "ELEMENTS", 128)  # 16 tokens a block
+    torch.use_deterministic_algorithms(True)  # fills uninitialised integer memory with the largest number
+    monkeypatch.setattr(kernels, "ELEMENTS", 128)  # 16 tokens per block
     monkeypatch.setattr(kernels, "BLOCK", 4)
     monkeypatch.setattr(static_kernels, "BLOCK", 32)
     yield
@@ -159,7 +161,7 @@ LISTS = ("pair_P", "row_S", "row_O", "arrival_Q", "row_of_pair_Q", "counts_X", "
 
 
 def rooms(size: int, rows: int, pairs: int, computed: tuple[int, int]) -> StaticRoom:
-    """Each rank has room of its own."""
+    """Each rank has its own room."""
     return StaticRoom(*(tuple(each + rank for rank in range(size)) for each in (rows, pairs)), (computed,) * size)
 
 
@@ -219,7 +221,7 @@ def test_what_does_not_fit_is_counted_and_no_list_points_beyond_a_tensor(
 
 
 def test_pairs_in_another_order_are_planned_by_torch() -> None:
-    """Expert choice gives no number of choices, and its runs need not ascend."""
+    """Expert choice has no fixed number of choices per token, and its runs need not ascend."""
     placement = ExpertPlacement(GROUPS, PLACEMENTS["one rank"])
     pairs = Assignments(torch.tensor([2, 0, 1]), torch.tensor([1, 1, 0]), torch.ones(3))
     (plan,), _ = CountingPlanner(placement, AllToAll(None, CommStats())).plan(pairs, 3, "layer")

@@ -1,7 +1,7 @@
-"""Triton's kernels against operations of torch in float64: values and gradients, in Triton's interpreter.
+"""Triton's kernels in its interpreter against torch in float64: values and gradients.
 
-The widths and numbers of rows do not divide the kernels' blocks. The interpreter cuts off bits when it stores bf16, where a
-GPU rounds, so bf16 results may differ by two last bits.
+The kernels' blocks do not divide the widths and numbers of rows. The interpreter truncates when it stores bf16, where a GPU
+rounds. bf16 results may therefore differ by two units in the last place.
 """
 
 from itertools import product
@@ -24,7 +24,7 @@ from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.cover import full_unless
 
-SHAPES = {  # pairs, rows, width
+SHAPES = {  # number of pairs, rows, width
     "uneven": (13, 5, 24),
     "a row without pairs": (3, 40, 7),
     "several blocks": (4, 2, 2056),
@@ -32,7 +32,7 @@ SHAPES = {  # pairs, rows, width
     "no pairs": (0, 3, 8),
     "no rows": (0, 0, 8),
 }
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-6}  # bf16: two last bits
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-6}  # bf16: two units in the last place
 CASES = list(product(SHAPES, TOLERANCE))
 
 
@@ -46,7 +46,7 @@ def close(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 
 
 def against_torch(run: Any, inputs: list[Tensor], dtype: torch.dtype) -> None:
-    """Compares results and gradients with those of torch in float64."""
+    """Compares results and gradients with torch in float64."""
     exact = [each.detach().double().requires_grad_() for each in inputs]
     results, expected = run(TRITON, *inputs), run(TORCH, *exact)
     directions = [torch.randn_like(each) for each in results]
@@ -67,25 +67,26 @@ def test_gathered_rows_and_the_sums_of_both_gradients(shape: str, dtype: torch.d
     assert torch.equal(gathered, rows.index_select(0, index.parts[0]))
     assert gathered.data_ptr() == again.data_ptr()
     against_torch(lambda kernels, rows: [x * 1 for x in kernels.gather(rows, index)], [rows], dtype)
-    against_torch(lambda kernels, rows: [kernels.gather(rows, index)[0] * 1], [rows], dtype)  # one product for gate and up
+    # one matrix product gives gate and up
+    against_torch(lambda kernels, rows: [kernels.gather(rows, index)[0] * 1], [rows], dtype)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_weighted_pairs(shape: str, dtype: torch.dtype) -> None:
-    """`swiglu` and `sum_pairs` together: which of them multiplies by the weights is the kernels' choice."""
+    """Tests `swiglu` and `sum_pairs` together, because the kernels may choose which of them multiplies by the weights."""
     torch.manual_seed(0)
     num_pairs, num_rows, width = SHAPES[shape]
     index = RowIndex((torch.randint(0, max(1, num_rows), (num_pairs,)),), num_rows)
     inputs = [drawn(num_pairs), drawn(num_pairs, width, dtype=dtype), drawn(num_pairs, width, dtype=dtype)]
 
     def run(kernels: RowKernels, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor) -> list[Tensor]:
-        # the transpose of a product, so that a kernel must not take strides for granted
+        # transposed tensors, so that a kernel that assumes contiguous strides fails
         gate_QF, up_QF = gate_QF.T.contiguous().T, up_QF.T.contiguous().T
         return [
             kernels.sum_pairs(hidden, weight_Q, index, torch.promote_types(gate_QF.dtype, torch.float32))
             for hidden in (
                 kernels.swiglu(weight_Q, gate_QF, up_QF),
-                kernels.swiglu(weight_Q, torch.cat([gate_QF, up_QF], dim=1), None),  # of one product
+                kernels.swiglu(weight_Q, torch.cat([gate_QF, up_QF], dim=1), None),  # gate and up as one product
             )
         ]
 
@@ -94,7 +95,7 @@ def test_weighted_pairs(shape: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_pairs_that_are_sorted_already_are_not_moved(dtype: torch.dtype) -> None:
-    """As with the dispatchers that permute rows: the same values and gradients, without a gather and a sum."""
+    """Dispatchers that sort rows by expert need no gather and no sum, and give the same values and gradients."""
     torch.manual_seed(0)
     num_pairs, width = 13, 24
     sorted_index = RowIndex((torch.arange(num_pairs),), num_pairs, in_order=True)
@@ -129,7 +130,8 @@ def test_own_and_received_rows(shape: str, dtype: torch.dtype, base: bool) -> No
 def test_sums_have_the_bits_of_sums_in_the_order_of_the_pairs() -> None:
     torch.manual_seed(0)
     index = RowIndex((torch.randint(0, 3, (200,)),), 3)
-    rows = drawn(200, 9).detach() * 10.0 ** torch.randint(-4, 4, (200, 1))  # another order would give other bits
+    # magnitudes differ, so that another order of summation would change bits
+    rows = drawn(200, 9).detach() * 10.0 ** torch.randint(-4, 4, (200, 1))
     in_order = add_rows(torch.zeros(3, 9), index.parts[0], rows)
     assert torch.equal(TRITON.sum_pairs(rows, rows[:, 0], index, torch.float32), in_order)
     assert not torch.equal(add_rows(torch.zeros(3, 9), index.parts[0].flip(0), rows.flip(0)), in_order)
@@ -138,7 +140,7 @@ def test_sums_have_the_bits_of_sums_in_the_order_of_the_pairs() -> None:
 GROUPS = (ExpertGroup("text", 4, 2, 2, 16, 0, ("text",)), ExpertGroup("image", 2, 1, 1, 8, 4, ("image",)))
 BATCHES = {
     "both groups": [0, 1, -1, 0, 0, 1, 0, 1, 1, 0, 0],
-    "one group": [0] * 7,  # no pair for the experts of the other group
+    "one group": [0] * 7,  # no pair for the other group's experts
     "all null": [0, 1, 0, 1],
     "padding alone": [-1, -1],
 }

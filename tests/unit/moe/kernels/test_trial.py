@@ -1,4 +1,4 @@
-"""The trial lets good kernels pass, in Triton's interpreter, and names what is wrong with others."""
+"""The trial of kernels accepts correct kernels in Triton's interpreter, and names the fault of wrong ones."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("dtype", "default"), [full(torch.float32, "meta"), full(torch.bfloat16, "cpu")])
 def test_good_kernels_pass(dtype: torch.dtype, default: str) -> None:
-    """On their device, whatever the default device is."""
+    """The trial runs on the kernels' device, for any default device."""
     with torch.device(default):
         assert why_not(TRITON, CPU, dtype) is None
 

@@ -1,5 +1,8 @@
-"""The routers in which the number of columns depends on the token against loops over tokens, values and gradients; that a
-controller holds each at a budget; what recomputation and padding must be."""
+"""Routers that choose the number of columns by token.
+
+Values and gradients equal loops over tokens. A controller holds each router at a budget. Recompute and padding change
+nothing.
+"""
 
 from collections.abc import Callable
 from itertools import product
@@ -24,13 +27,13 @@ from tests.support.cover import full_unless
 
 T, D = 60, 6
 PLAIN = (ExpertGroup("all", 8, 0, 8, 8, 0, ("text", "image")),)
-MIXED = (  # uneven, with null, identity and constant experts; the first has fewer places than columns
+MIXED = (  # uneven groups with null, identity and constant experts; the first has fewer choices than columns
     ExpertGroup("text", 5, 3, 4, 8, 0, ("text",), num_identity=1),
     ExpertGroup("image", 4, 1, 6, 8, 5, ("image",), num_identity=1, num_constant=1),
 )
 KINDS = ("true", "null", "identity", "constant")
 Case = tuple[type[AdaptiveRouter], dict[str, Any], Callable[..., dict[int, Tensor]], dict[str, Any]]
-CASES: dict[str, Case] = {  # the router and its options, and the loop and its options
+CASES: dict[str, Case] = {  # the router with its options, and the loop with its options
     "top_p": (TopPRouter, {"p": 0.5}, slow.top_p, {"p": 0.5, "normalise": False}),
     "top_p, normalised": (TopPRouter, {"p": 0.7, "normalise": "true_chosen"}, slow.top_p, {"p": 0.7, "normalise": True}),
     "relu": (ReLURouter, {}, slow.relu, {}),
@@ -53,7 +56,7 @@ def made(name: str, groups: tuple[ExpertGroup, ...], *, bias: float = 0.2, **mor
 
 
 def tokens(num_groups: int, count: int = T) -> tuple[Tensor, Tensor]:
-    """Rows, and groups with padding among them."""
+    """Returns rows, and groups with padding among them."""
     generator = torch.Generator().manual_seed(1)
     h_TD = torch.randn(count, D, dtype=torch.double, generator=generator).requires_grad_()
     return h_TD, torch.randint(-1, num_groups, (count,), generator=generator)
@@ -66,7 +69,7 @@ def tensors_of(router: AdaptiveRouter, group: ExpertGroup) -> dict[str, Tensor]:
 
 
 def columns_of(groups: tuple[ExpertGroup, ...], group: ExpertGroup) -> list[int]:
-    """Among all choice columns those of one group, in its own order."""
+    """Returns the columns of one group among all choice columns, in the group's order."""
     counts = [[getattr(each, f"num_{kind}") for each in groups] for kind in ("experts", "null", "identity", "constant")]
     index, first, columns = groups.index(group), 0, []
     for kind in counts:
@@ -77,7 +80,7 @@ def columns_of(groups: tuple[ExpertGroup, ...], group: ExpertGroup) -> list[int]
 
 
 def fast_table(router: AdaptiveRouter, h_TD: Tensor, group_T: Tensor) -> Tensor:
-    """Weight of each token's column [T, C], 0 for null ones."""
+    """Returns the weight of each token's column [T, C], 0 for null columns."""
     routing = router(h_TD, group_T)
     weight_TC = torch.zeros(len(h_TD), sum(group.num_columns for group in router.groups), dtype=torch.double)
     pairs = routing.assignments.taken()
@@ -149,10 +152,10 @@ def test_no_token_at_all(name: str) -> None:
 def test_a_controller_holds_the_mean_number_of_true_experts(name: str, target: float, nulls: int) -> None:
     group = ExpertGroup("all", 8, nulls, 8, 8, 0, ("text",))
     router = made(name, (group,), bias=0.0)
-    rate = 20.0 if name.startswith(("relu", "predicted_k")) else 2.0  # their biases are logits, not probabilities
+    rate = 20.0 if name.startswith(("relu", "predicted_k")) else 2.0  # these biases are logits, not probabilities
     rule = ActiveExperts({"all": target}, rate=rate, decay_steps=50, proportional=rate / 4)
     gate: Any = router.gate(group)
-    gate.bias[:8] += 1.0  # too many experts at the start
+    gate.bias[:8] += 1.0  # starts with too many experts per token
     moved, loads = BiasController([[gate]], (group,), [rule]), []
     generator = torch.Generator().manual_seed(3)
     for _ in range(300):
@@ -166,7 +169,7 @@ def test_a_controller_holds_the_mean_number_of_true_experts(name: str, target: f
 
 
 def test_by_hand() -> None:
-    """Two equal probabilities: p = 0.5 takes one and 0.51 both. ReLU takes what is positive."""
+    """Of two equal probabilities p = 0.5 takes one, and p = 0.51 takes both. ReLU takes only positive logits."""
     group = ExpertGroup("all", 2, 0, 2, 8, 0, ("text",))
     x_1D, group_1 = torch.eye(D, dtype=torch.double)[:1], torch.zeros(1, dtype=torch.int64)
     for kind, options, logits, expected in (
@@ -182,7 +185,8 @@ def test_by_hand() -> None:
 
 
 def test_the_output_is_continuous_where_a_choice_changes() -> None:
-    """ReLU and predicted k: a small step of the input that changes the number of experts changes weights by little."""
+    """With ReLU and predicted k, a small input step that changes the number of experts changes the weights only a
+    little."""
     for name in ("relu", "predicted_k"):
         router = made(name, PLAIN, bias=0.0)
         line = torch.linspace(0, 1, 4001, dtype=torch.double)[:, None]
@@ -193,5 +197,5 @@ def test_the_output_is_continuous_where_a_choice_changes() -> None:
         assert changes.any()
         if name == "relu":
             assert float((table[1:] - table[:-1]).abs().max()) < 5e-3
-        else:  # the number is continuous; at equal probabilities two experts change places
+        else:  # only the sum of weights is continuous, because two experts swap places at equal probabilities
             assert float((table.sum(1)[1:] - table.sum(1)[:-1]).abs().max()) < 5e-3

@@ -1,4 +1,4 @@
-"""Which pairs an expert has no room for, against the oracle's service one after the other, and cases drawn by hand."""
+"""Dropped pairs under a capacity equal the oracle's, which serves pairs one by one. Also cases drawn by hand."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.reference.layer import kept_pairs
 
 #   expert 0 takes 2:   token 0 p .2   token 1 p .5   token 2 p .5   token 3 p .1
 #   expert 1 takes 1:   token 0 p .3                  token 2 p .4
-EXPERTS = torch.tensor([0, 1, 0, -1, 0, 1, 0, -1])  # two choices a token, -1 absent
+EXPERTS = torch.tensor([0, 1, 0, -1, 0, 1, 0, -1])  # two choices per token; -1 is absent
 SCORES = torch.tensor([0.2, 0.3, 0.5, 0.9, 0.5, 0.4, 0.1, 0.9])
 
 
@@ -26,7 +26,7 @@ def test_the_case_drawn_by_hand(drop: str, dropped: list[bool]) -> None:
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 40), st.integers(1, 5), st.sampled_from(["probability", "position"]), st.integers(0, 10_000))
 def test_equals_the_oracle(num_tokens: int, num_experts: int, drop: str, seed: int) -> None:
-    """Few different probabilities, so that many pairs tie: ties stay with the earlier token."""
+    """Many pairs tie, because few probabilities differ. On a tie the earlier token keeps its pair."""
     generator = torch.Generator().manual_seed(seed)
     top_k = min(2, num_experts)
     chosen_TK = torch.rand(num_tokens, num_experts, generator=generator).argsort(1)[:, :top_k]

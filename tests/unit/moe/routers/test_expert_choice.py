@@ -1,4 +1,5 @@
-"""Expert choice against the slow oracle: who takes whom, weights and gradients; ties, padding, empty groups, one token."""
+"""Expert choice against the slow oracle: taken tokens, weights and gradients, with ties, padding, empty groups, one
+token."""
 
 import math
 from dataclasses import replace
@@ -93,10 +94,10 @@ def test_the_choice_equals_the_oracle(
     exact: bool,
     modality: tuple[int, int],
 ) -> None:
-    """Small integers make every product exact, and many tokens equal: the earlier one goes first. Sets of padding alone, of
-    one group alone, of no token."""
+    """Small integers make products exact and many scores equal. On a tie the earlier token is taken. Some scopes have only
+    padding, only one group, or no token."""
     generator = torch.Generator().manual_seed(seed)
-    schedule = ((0, 0.5), (2, factor), (3, 0.5))  # the step is 2
+    schedule = ((0, 0.5), (2, factor), (3, 0.5))  # step 2 has this factor
     router = make_router(seed, capacity=capacity, capacity_schedule=schedule, known_counts=counted)
     h_TD = torch.randn(tokens, D, generator=generator, dtype=torch.double)
     if exact:
@@ -185,14 +186,14 @@ def test_values_and_gradients_of_the_layer_equal_the_oracle(noise: float, counte
 
 
 def softmax_of_groups(h_TD: Tensor, router: ExpertChoiceRouter) -> Tensor:
-    """Softmax scores [T, E] of each group by itself."""
+    """Returns the softmax scores [T, E], computed in each group alone."""
     logits_TE = logits_of(h_TD, GROUPS, reference_weights(router))
     return torch.cat([logits_TE[:, list(group.experts)].softmax(-1) for group in GROUPS], dim=1)
 
 
 @pytest.mark.parametrize("kind", ["choice", "causal", "noncausal"])
 def test_softmax_scores_choose_and_weigh(kind: str) -> None:
-    """In training, in evaluation by thresholds, and in evaluation by the choice of training."""
+    """Tests training, evaluation by thresholds, and evaluation by the choice of training."""
     router = make_router(3, score="softmax", capacity=0.3, known_counts=True)
     generator = torch.Generator().manual_seed(4)
     h_TD = torch.randn(23, D, generator=generator, dtype=torch.double, requires_grad=True)
@@ -229,7 +230,7 @@ def test_softmax_logits_of_far_apart_logits_are_finite() -> None:
     torch.testing.assert_close(found_Tn.sigmoid(), logits_Tn.softmax(-1))
     (gradient_Tn,) = torch.autograd.grad(found_Tn.sum(), [logits_Tn])
     assert gradient_Tn.isfinite().all()
-    near_one_Tn = torch.tensor([[30.0, 0.0, 0.0]])  # 1 - p is 2e-13, below the digits of p in fp32
+    near_one_Tn = torch.tensor([[30.0, 0.0, 0.0]])  # 1 - p is 2e-13, too small for the digits of p in fp32
     assert float(softmax_logits(near_one_Tn)[0, 0]) == pytest.approx(30.0 - math.log(2.0))
 
 
@@ -288,7 +289,8 @@ def test_capacities_follow_the_steps_and_evaluation_those_of_the_last(kind: type
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     h_TD = torch.randn(20, D, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     group_T = torch.tensor([0, 1] * 10)
-    taken = {0.5: [4] * 4 + [3] * 2, 1.0: [8] * 4 + [5] * 2, 0.25: [2] * 4 + [2] * 2}  # of 10: ceil(10 c), text and image
+    # tokens of 10 that each expert takes, ceil(10 c): text and image
+    taken = {0.5: [4] * 4 + [3] * 2, 1.0: [8] * 4 + [5] * 2, 0.25: [2] * 4 + [2] * 2}
     factors = [0.5, 0.5, 0.5, 1.0, 1.0, 0.25, 0.25]
     for step, factor in enumerate(factors):
         routing = router(h_TD, group_T, RoutingCache(batch_info=batch_info_of(group_T, step)))
@@ -348,16 +350,16 @@ def test_arithmetic_and_weights_are_fp32_for_bf16_tokens() -> None:
 
 
 def test_a_choice_drawn_by_hand() -> None:
-    """Rows that pick single coordinates, so that the table is the logits. Text experts 0 to 3 take ceil(5 / 4) = 2 of five
-    text tokens, image experts 4 and 5 one of one; token 3 is padding.
+    """Router rows select single coordinates, so the table shows the logits. Text experts 0 to 3 take ceil(5 / 4) = 2 of
+    five text tokens, image experts 4 and 5 one of one. Token 3 is padding.
 
         token  group    0     1     2     3     4     5
-        0      text     3     1    -1    -5                 expert 0: tokens 0 and, of the equal 1 and 2, the earlier 1
-        1      text     2     1     0    -5                 expert 1: all equal: the earliest, 0 and 1
+        0      text     3     1    -1    -5                 expert 0: token 0, and 1, the earlier of the equal 1 and 2
+        1      text     2     1     0    -5                 expert 1: all equal, so the earliest, 0 and 1
         2      text     2     1     4    -5                 expert 2: 2 and 4
-        3      -        9     9     9     9     9     9     expert 3: all low and equal: 0 and 1 all the same
+        3      -        9     9     9     9     9     9     expert 3: all low and equal, so 0 and 1
         4      text    -3     1     2    -5
-        5      text    -4     1    -2    -5                 token 5: nobody
+        5      text    -4     1    -2    -5                 token 5: no expert
         6      image                            7    -7     experts 4 and 5: token 6, also with a low score
     """
     table = torch.tensor([
@@ -377,12 +379,13 @@ def test_a_choice_drawn_by_hand() -> None:
     torch.testing.assert_close(sums.choice.kth_score_E, cuts)
     router.gates()[0].threshold.copy_(torch.tensor([2.0, 1.0, -9.0, 9.0]).double().sigmoid())
     router.gates()[1].threshold.copy_(torch.tensor([0.0, 0.0]).sigmoid())
-    above = {(0, 0), *((token, 2) for token in (0, 1, 2, 4, 5)), (6, 4)}  # strictly above: 2 is not above 2
+    # scores must exceed the threshold: 2 does not exceed 2
+    above = {(0, 0), *((token, 2) for token in (0, 1, 2, 4, 5)), (6, 4)}
     assert pairs_of(router.eval(), table, group_T) == above
 
 
 def listed(routing: Routing, num_tokens: int, width: int) -> tuple[list[list[int]], list[list[float]]]:
-    """The slow `ChosenColumns`: experts and weights of each token's pairs, the largest weight first."""
+    """The slow `ChosenColumns`: experts and weights of each token's pairs, by descending weight."""
     found: list[list[tuple[float, int]]] = [[] for _ in range(num_tokens)]
     pairs = routing.assignments.taken()
     for token, expert, weight in zip(*(each.tolist() for each in pairs[:3]), strict=True):
@@ -405,7 +408,7 @@ def listed(routing: Routing, num_tokens: int, width: int) -> tuple[list[list[int
 )
 @pytest.mark.parametrize("tokens", [0, 1, 40])
 def test_a_recorded_token_has_its_own_experts_the_best_first(options: dict[str, Any], training: bool, tokens: int) -> None:
-    """Also tokens that no expert takes, padding, and a group with fewer experts than the largest."""
+    """Includes tokens without experts, padding, and a group with fewer experts than the largest."""
     if "warmup_steps" in options:
         router = ExpertThresholdRouter(D, GROUPS, **options).double()
     else:
@@ -436,7 +439,7 @@ def test_a_recorded_token_has_its_own_experts_the_best_first(options: dict[str, 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_expert_threshold_takes_by_competition_and_then_by_its_running_mean(score: Score) -> None:
-    """After the first update each token is judged alone; a calibration of evaluation does not move training."""
+    """After the first update each token is judged alone. A calibration for evaluation does not change training."""
     router = ExpertThresholdRouter(D, GROUPS, warmup_steps=1, score=score).double()
     generator = torch.Generator().manual_seed(1)
     for parameter in router.parameters():
@@ -459,8 +462,8 @@ def test_expert_threshold_takes_by_competition_and_then_by_its_running_mean(scor
     sorted_TE = torch.where(inside_TE, scores_TE, 0.0).sort(dim=0, descending=True).values
     torch.testing.assert_close(mean_E, torch.stack([sorted_TE[k - 1, expert] for expert, k in enumerate(taken_E)]))
     for gate in router.gates():
-        gate.threshold += 0.3  # as a calibration may
-        gate.statistics[0] += 1e-9  # rounding must not decide on the token of the k-th score
+        gate.threshold += 0.3  # as a calibration may change it
+        gate.statistics[0] += 1e-9  # rounding must not decide whether the token with the k-th score is taken
     mean_E = mean_E + 1e-9
     routing = router(h_TD, group_T)
     pairs = routing.assignments.taken()

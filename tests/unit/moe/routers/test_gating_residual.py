@@ -1,4 +1,4 @@
-"""Routers whose logits add a map of the logits of the layer before, against the loop over tokens: values and gradients."""
+"""Routers with gating residuals (a map of the previous layer's logits) against a loop over tokens: values and gradients."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from moe_dist.placement.placement import ExpertGroup
 from tests.reference.gating_residual import chained_logits, top_k_weights
 
 T, D, LAYERS = 40, 6, 3
-# Uneven groups with all kinds of columns, which are not consecutive among those of both groups.
+# Uneven groups with all kinds of columns. A group's columns are not consecutive among all columns.
 TEXT = ExpertGroup("text", 5, 3, 3, 8, 0, ("text",), num_constant=1)
 IMAGE = ExpertGroup("image", 3, 1, 2, 8, 5, ("image",), num_identity=2)
 ALL = ExpertGroup("all", 4, 2, 2, 8, 0, ("text", "image"))
@@ -36,7 +36,7 @@ def gate(router: GatingResidualRouter, group: ExpertGroup) -> dict[str, Tensor]:
 
 
 def inputs(num_groups: int, count: int = T) -> tuple[list[Tensor], Tensor]:
-    """The router's input in each layer, and groups with padding among them."""
+    """Returns the router's input in each layer, and groups with padding among them."""
     rng = torch.Generator().manual_seed(1)
     layers = [torch.randn(count, D, dtype=torch.double, generator=rng).requires_grad_() for _ in range(LAYERS)]
     return layers, torch.randint(-1, num_groups, (count,), generator=rng)
@@ -50,7 +50,7 @@ def chained(routers: list[GatingResidualRouter], layers: list[Tensor], group_T: 
 
 
 def table(router: GatingResidualRouter, routing: Routing) -> Tensor:
-    """Weight of each token's choice column [T, C], of null columns 0."""
+    """Returns the weight of each token's choice column [T, C], 0 for null columns."""
     columns = sum(group.num_columns for group in router.groups)
     pairs, count = routing.assignments.taken(), routing.assignments.token_N.max() + 1
     weight_TC = torch.zeros(int(count), columns, dtype=torch.double)
@@ -90,7 +90,7 @@ def test_equals_the_loop_in_values_and_gradients(groups: tuple[ExpertGroup, ...]
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     over = [*layers, *(parameter for router in routers for parameter in router.parameters())]
     score_TC = torch.randn(fast[-1].shape, dtype=torch.double, generator=torch.Generator().manual_seed(2))
-    # Of the last layer's weights alone: gradients reach the rows of the first layer through two residuals.
+    # Gradients of the last layer's weights reach the first layer's rows through two residuals.
     ours, theirs = (
         torch.autograd.grad((each[-1] * score_TC).sum(), over, allow_unused=True, materialize_grads=True)
         for each in (fast, slow)
@@ -116,7 +116,8 @@ def test_no_token_and_padding_alone() -> None:
 
 
 def test_the_cache_keeps_no_logits() -> None:
-    """Block recompute keeps the cache for backward, and logits would keep the graph that keeps the cache."""
+    """Block recompute keeps the cache until backward. Logits in the cache would keep a graph that in turn keeps the
+    cache."""
     (router, *_), (layers, group_T) = made((ALL,)), inputs(1)
     cache = RoutingCache()
     assert router(layers[0], group_T, cache).logits_TC is not None

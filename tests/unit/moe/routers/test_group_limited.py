@@ -1,4 +1,4 @@
-"""The group-limited router against the loop over tokens and against transformers' router, in values and gradients."""
+"""The group-limited router against a loop over tokens and against transformers' router: values and gradients."""
 
 from itertools import product
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from tests.reference.group_limited import limited_balance_loss, limited_weights
 from tests.support.counts import counts_with
 
 T, D = 60, 6
-# Uneven groups with null experts, and with identity and constant ones; one group of true experts alone.
+# Uneven groups: one with null experts, one with identity and constant experts, one with only true experts.
 TEXT = ExpertGroup("text", 8, 3, 3, 8, 0, ("text",))
 IMAGE = ExpertGroup("image", 4, 1, 2, 8, 8, ("image",), num_identity=1, num_constant=1)
 PLAIN = ExpertGroup("all", 8, 0, 4, 8, 0, ("text", "image"))
@@ -37,7 +37,7 @@ def made(*groups: ExpertGroup, bias: bool = True, **options: Any) -> GroupLimite
 
 
 def tokens(num_groups: int) -> tuple[Tensor, Tensor]:
-    """Rows, and groups with padding among them."""
+    """Returns rows, and groups with padding among them."""
     generator = torch.Generator().manual_seed(1)
     h_TD = torch.randn(T, D, dtype=torch.double, generator=generator).requires_grad_()
     return h_TD, torch.randint(-1, num_groups, (T,), generator=generator)
@@ -49,7 +49,7 @@ def rows_of(router: GroupLimitedRouter, group: ExpertGroup) -> Tensor:
 
 
 def router_module(router: GroupLimitedRouter, group: ExpertGroup) -> str:
-    """Name of a group's part of the router, whatever prefix it has."""
+    """Returns the name of a group's part of the router, with any prefix."""
     return next(name for name, _ in router.named_children() if name.endswith(group.name))
 
 
@@ -58,7 +58,7 @@ def bias_of(router: GroupLimitedRouter, group: ExpertGroup) -> Tensor | None:
 
 
 def columns_of(groups: tuple[ExpertGroup, ...], group: ExpertGroup) -> list[int]:
-    """Among all choice columns those of one group, in its own order."""
+    """Returns the columns of one group among all choice columns, in the group's order."""
     counts = [[getattr(each, f"num_{kind}") for each in groups] for kind in ("experts", "null", "identity", "constant")]
     index, first, columns = groups.index(group), 0, []
     for kind in counts:
@@ -69,7 +69,7 @@ def columns_of(groups: tuple[ExpertGroup, ...], group: ExpertGroup) -> list[int]
 
 
 def table(router: GroupLimitedRouter, routing: Routing, groups: tuple[ExpertGroup, ...]) -> Tensor:
-    """Weight of each token's choice column [T, C], of null columns 0."""
+    """Returns the weight of each token's choice column [T, C], 0 for null columns."""
     weight_TC = torch.zeros(T, sum(group.num_columns for group in groups), dtype=torch.double)
     pairs = routing.assignments.taken()
     weight_TC = weight_TC.index_put((pairs.token_N, pairs.expert_N), pairs.weight_N)
@@ -149,8 +149,8 @@ def test_equals_transformers_router(n_group: int, topk_group: int, normalise: bo
 
 
 def test_by_hand() -> None:
-    """Scores .9 .1 | .6 .5 | null .55: the second node group wins by 1.1 to 1.0; of it and the null column the best two are
-    .6 and the null one. The one true choice has all the weight."""
+    """Scores .9 .1 | .6 .5 | null .55. The second node group wins by 1.1 to 1.0. The best two of its columns and the null
+    column are .6 and null. The one true choice has all the weight."""
     group = ExpertGroup("all", 4, 1, 2, 8, 0, ("text",))
     router = made(group, n_group=2, topk_group=1, scale=3.0, bias=False)
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_the_balance_loss_is_of_normalised_scores() -> None:
 
 
 def test_loss_free_evens_the_load() -> None:
-    """Tokens that all like the same experts spread over the others after some steps of the controller."""
+    """All tokens prefer the same experts at first. Some steps of the controller spread them over the other experts."""
     router = made(PLAIN, n_group=4, topk_group=2, bias=False)
     gate: Any = router.get_submodule(router_module(router, PLAIN))
     controller = BiasController([[gate]], (PLAIN,), [LossFree(rate=0.02)])

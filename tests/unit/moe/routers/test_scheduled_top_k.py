@@ -1,4 +1,4 @@
-"""Fixed loads against a loop over tokens, values and gradients, and what the draws must be."""
+"""A fixed number of experts per token against a loop over tokens: values, gradients, and properties of the draws."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_equals_the_loop_in_values_and_gradients(load: float) -> None:
 
 
 def test_by_hand() -> None:
-    """Logits 3, 2, 1 and a load of 1.5: the best expert alone with weight 1, or the best two with weights as e : 1."""
+    """Logits 3, 2, 1 and 1.5 experts per token: the best expert alone with weight 1, or the best two with weights e : 1."""
     router, (_, group_T) = made([1.5]), inputs(8)
     rows_ND = torch.zeros(N, D, dtype=torch.float64)
     rows_ND[:3, 0] = torch.tensor([3.0, 2.0, 1.0])
@@ -83,7 +83,7 @@ def test_the_mean_is_the_load_and_the_draw_is_of_the_token() -> None:
     h_TD, group_T = inputs(tokens)
     taken_T = (table(router(h_TD, group_T), tokens) > 0).sum(1).double()
     assert set(taken_T.unique().tolist()) == {1.0, 2.0}
-    # 4 standard deviations of a share of 0.3 among 4,000
+    # 4 standard deviations of a share of 0.3 among 4,000 tokens
     assert abs(float(taken_T.mean()) - 1.3) < 4 * (0.3 * 0.7 / tokens) ** 0.5
     sums = router(h_TD, group_T).sums
     assert int(sums.choices_C.sum()) == int(taken_T.sum()), "what is not taken is no choice: the balance loss sees the load"

@@ -1,4 +1,5 @@
-"""The top-k router with null experts, against the slow oracle: values, gradients, ties, padding, and the all-null token."""
+"""The top-k router with null experts against the slow oracle: values, gradients, ties, padding, and tokens with only null
+choices."""
 
 from itertools import product
 from typing import Any
@@ -81,25 +82,25 @@ def test_without_null_experts_fp32_has_the_bits_of_plain_top_k(top_k: int) -> No
     top = (h_TD @ true.T).topk(top_k)
     powers_TK = (top.values - top.values[:, :1]).exp()
     total_T = powers_TK[:, 0]
-    for k in range(1, top_k):  # in this order: a sum's bits depend on it
+    for k in range(1, top_k):  # in this order, because the bits of a sum depend on it
         total_T = total_T + powers_TK[:, k]
     assert torch.equal(assignments.expert_N.view(300, top_k), top.indices)
     assert torch.equal(assignments.weight_N.view(300, top_k), powers_TK / total_T[:, None])
 
 
 def test_ties_go_to_true_experts() -> None:
-    """Null rows that copy the true rows (AdaMoE's start from a trained MoE): n=4, m=4, k=3 leaves the plain top-2."""
+    """Null rows that copy the true rows (AdaMoE's start from a trained MoE): n = 4, m = 4, k = 3 equals the plain top-2."""
     group = ExpertGroup("text", 4, 4, 3, 8, 0, ("text",))
     router = make_router(group)
     gate = router.get_submodule("group:text")
     with torch.no_grad():
         gate.true.copy_(torch.randint(-2, 3, gate.true.shape))  # pyright: ignore[reportCallIssue, reportArgumentType]
         gate.null.copy_(gate.true)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    h_TD = torch.randint(-2, 3, (200, D)).double()  # small integers: every product is exact, so twins tie
+    h_TD = torch.randint(-2, 3, (200, D)).double()  # small integers make products exact, so that copies tie
     taken = router(h_TD, torch.zeros(200, dtype=torch.int64)).assignments.taken()
     logits = h_TD @ gate.true.T  # pyright: ignore[reportCallIssue]
     plain = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :2]
-    # Where more than two true experts tie at the top, the third choice is true as well; elsewhere it is a null twin.
+    # If more than two true experts tie at the top, the third choice is also true. Otherwise it is a null copy.
     for token in range(200):
         experts = taken.expert_N[taken.token_N == token].tolist()
         assert experts[:2] == plain[token].tolist()
@@ -108,7 +109,8 @@ def test_ties_go_to_true_experts() -> None:
 @pytest.mark.parametrize("num_tokens", [1, 2, 33])
 @pytest.mark.parametrize(("n", "m", "dim"), [(5, 5, 128), (5, 5, 4096), (3, 6, 256), (3, 6, 4096), (8, 16, 96)])
 def test_twins_tie_in_floating_point(num_tokens: int, n: int, m: int, dim: int) -> None:
-    """The bits of a product depend on its shape: one over n + m rows would break the ties that the start relies on."""
+    """The bits of a product depend on its shape. One product over n + m rows would break the ties between a true row and
+    its null copy."""
     torch.manual_seed(0)
     group = ExpertGroup("text", n, m, m // n + 2, 8, 0, ("text",))
     router = TopKRouter(dim, (group,))
@@ -150,7 +152,7 @@ def test_weights_stay_finite_for_huge_logits() -> None:
 
 @pytest.mark.parametrize("kind", ["null_averaged", "null_split"])
 def test_permuting_null_columns_changes_nothing(kind: BalanceKind) -> None:
-    """Choice, weights, losses and gradients; those of null rows, and their sums, go with their rows."""
+    """Choice, weights, losses and gradients stay the same. Gradients and sums of null rows are permuted with the rows."""
     router, tables = make_router(TEXT, IMAGE), ColumnTables.on((TEXT, IMAGE), torch.device("cpu"))
     h_TD, group_T = torch.randn(60, D, dtype=torch.double, requires_grad=True), torch.randint(0, 2, (60,))
     factor_N = torch.randn(router(h_TD, group_T).assignments.weight_N.shape, dtype=torch.double)
@@ -242,7 +244,7 @@ def test_arithmetic_and_weights_are_fp32_for_bf16_tokens() -> None:
 
 
 def test_weights_of_all_true_experts_know_no_null_one() -> None:
-    """`none` gives null columns a part of the softmax; `true_all` is what a model without them would have, to the bit."""
+    """`none` gives null columns a share of the softmax. `true_all` has the bits of a model without null columns."""
     torch.manual_seed(0)
     with_nulls, without = (ExpertGroup("text", 5, m, k, 8, 0, ("text",)) for m, k in ((5, 4), (0, 2)))
     router, plain = TopKRouter(16, (with_nulls,), normalise="true_all"), TopKRouter(16, (without,), normalise="none")
@@ -262,7 +264,7 @@ def test_weights_of_all_true_experts_know_no_null_one() -> None:
 
 @pytest.mark.parametrize("top_k", [2, 3, 5, 8])
 def test_weights_do_not_depend_on_null_choices_between(top_k: int) -> None:
-    """A sum over K adds up in an order of its own for each K: the zeros of null choices must not move it."""
+    """The order of additions in a sum over K depends on K. The zeros of null choices must not change the sum."""
     torch.manual_seed(top_k)
     with_nulls, without = (ExpertGroup("text", 8, m, k, 8, 0, ("text",)) for m, k in ((16, 3 * top_k), (0, top_k)))
     router, plain = TopKRouter(96, (with_nulls,)), TopKRouter(96, (without,))
@@ -291,7 +293,7 @@ def test_a_single_null_logit_stands_in_every_null_column() -> None:
     torch.testing.assert_close(ours.assignments.weight_N, theirs.assignments.weight_N, rtol=0, atol=1e-15)
     for got, expected in zip(ours.sums, theirs.sums, strict=True):
         torch.testing.assert_close(got, expected)
-    # A token takes each of the m null places in a row or none: the logit is a threshold.
+    # Equal null logits are contiguous in a token's order of columns, so the null logit acts as a threshold.
     ours.sums.prob_C.square().sum().backward()
     theirs.sums.prob_C.square().sum().backward()
     for group in (TEXT, IMAGE):
@@ -300,7 +302,7 @@ def test_a_single_null_logit_stands_in_every_null_column() -> None:
 
 
 def test_biases_of_zero_choose_by_logits_alone() -> None:
-    """Where a softmax rounds two logits to one probability, their order must not be lost."""
+    """Where a softmax rounds two logits to the same probability, their order must stay."""
     group = ExpertGroup("text", 3, 1, 2, 8, 0, ("text",))
     router = TopKRouter(1, (group, IMAGE), selection_bias=True)
     gate = router.get_submodule("group:text")

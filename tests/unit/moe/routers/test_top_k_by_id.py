@@ -1,4 +1,4 @@
-"""Loads by token id against a loop over tokens, values and gradients."""
+"""A number of experts by token id against a loop over tokens: values and gradients."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.reference.scheduled_top_k import fixed_load_weights
 
 T, D, N, V, SEED = 40, 8, 6, 5, 3
 GROUP = ExpertGroup("all", num_experts=N, num_null=0, top_k=3, ffn_dim=4, first_expert=0, modalities=("text",))
-LOADS = np.array([[9.0] * V, [0.0, 0.4, 1.0, 2.75, 3.0]])  # the router below has the second row
+LOADS = np.array([[9.0] * V, [0.0, 0.4, 1.0, 2.75, 3.0]])  # the router below uses the second row
 ID_T = torch.arange(T) * 7 % V
 
 

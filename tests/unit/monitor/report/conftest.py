@@ -1,4 +1,4 @@
-"""Made-up routings: a simulated router draws each token's choices."""
+"""Made-up routings, in which a simulated router draws each token's choices."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ def draw_routing(
     bias: Callable[[np.ndarray, int], None] = lambda preference_LC, group: None,
     seed: int = 0,
 ) -> Routing:
-    """A routing whose sequences have 30 tokens; `bias` changes the preferences [L, C] of a group."""
+    """Draws a routing with sequences of 30 tokens. `bias` changes the preferences [L, C] of a group."""
     rng = np.random.default_rng(seed)
     placement = ExpertPlacement.interleaved(groups, ranks)
     modality_T = rng.integers(0, len(groups), tokens)

@@ -1,4 +1,4 @@
-"""The compute maps of a report show each token's true experts at its own place."""
+"""The compute maps of a report show the true experts of each token at the token's place."""
 
 import base64
 import io
@@ -15,7 +15,8 @@ from moe_dist.monitor.trace.foreign import NO_ID
 from tests.unit.monitor.report.conftest import draw_routing
 
 GRID = (2, 3)
-# Two sequences of text (ids below 100) and cells: a whole picture, a picture that is cut off, and one of the next sequence.
+# Two sequences with text (ids below 100) and cells. They have a whole picture, a picture that the sequence cuts off, and a
+# whole picture in the next sequence.
 TOKENS = [[7, 8, 101, 102, 103, 104, 105, 106, 9], [107, 108, 109, 110, 1, 101, 101, 101, 102, 102, 103]]
 
 
@@ -74,8 +75,8 @@ def test_texts_alone_and_a_trace_without_ids() -> None:
 def test_texts_are_on_their_colours_line_by_line() -> None:
     page, _ = mapped(grid=(0, 0), name_of=lambda _: None)
     legend, *texts = page.split("<p")[1:]
-    assert "</mark> <mark" in legend  # its numbers do not run together
-    assert "<code>" not in page  # its background would cover the colours
+    assert "</mark> <mark" in legend  # spaces separate the legend's numbers
+    assert "<code>" not in page  # the background of <code> would cover the colours
     assert "7 " in re.findall(r"<mark[^>]*>([^<]*)</mark>", "".join(texts))
     page, _ = mapped(name_of=lambda token: "\n\n    " if token == 8 else "x")
     assert ">⏎<br>⏎<br>    </mark>" in page

@@ -1,4 +1,4 @@
-"""The first lines: a sick run is named, a healthy one is not accused."""
+"""The report's first lines name the faults of a sick run, and report none for a healthy run."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,7 +63,7 @@ def test_few_tokens_are_not_judged() -> None:
 def test_a_part_without_enough_choices_is_counted() -> None:
     routing = draw_routing(tokens=400, steps=1)
     choices_LC = routing.window.choices_LC.copy()
-    choices_LC[0] //= 20  # so that layer 1 has too few
+    choices_LC[0] //= 20  # layer 1 then has too few choices
     routing = replace(routing, window=routing.window._replace(choices_LC=choices_LC))
     words = "too few choices to judge 16 of 64 (layer, expert) pairs (fewer than 20 an expert)"
     page = page_of(routing)
@@ -96,7 +96,7 @@ def test_dead_experts_and_drops_and_a_busy_rank() -> None:
     dropping = replace(routing, window=window)
     assert any(text.startswith("model.moe.capacity drops ") for text in problems(dropping))
     assert any("Capacity overflow: " in text and "were dropped" in text for text in facts(dropping))
-    uneven = draw_routing(bias=towards(1, slice(0, 2), 3), tokens=800)  # both on rank 0
+    uneven = draw_routing(bias=towards(1, slice(0, 2), 3), tokens=800)  # both experts are on rank 0
     assert any("Rank 0 of the EP group computes most rows" in text for text in problems(uneven))
     assert any(text.startswith("Busiest rank: rank 0 of 4 computes ") for text in facts(uneven))
 
@@ -126,7 +126,7 @@ def test_a_starved_modality_of_a_shared_group() -> None:
     assert len(found) == 1
     assert found[0].startswith("Image tokens of the text group take 0.00 true experts a layer, but ")
     assert "of text tokens (even: 2.00), in the trace of held-out tokens; try " in found[0]
-    few = replace(starved, ids_TLK=ids_TLK[:4], modality_T=modality_T[:4])  # 16 expected choices of images
+    few = replace(starved, ids_TLK=ids_TLK[:4], modality_T=modality_T[:4])  # only 16 expected choices of image tokens
     for tokens in (fed, replace(fed, ids_TLK=np.full_like(ids_TLK, 8)), few, None):
         assert problems(replace(routing, tokens=tokens)) == []
 

@@ -1,4 +1,5 @@
-"""The drift compares single tokens only where both traces have the same text; experts a token are counted by its loss."""
+"""Drift compares single tokens only if both traces have the same text. Also experts per token by loss, and small
+drawings."""
 
 import re
 from dataclasses import replace
@@ -30,13 +31,13 @@ def test_a_sequence_with_another_text_is_left_out() -> None:
     routing = draw_routing(tokens=90)
     assert "the same 90 tokens" in drifted(routing, {})
     token_T = tokens_of(routing).token_T.copy()
-    token_T[31] += 1  # in the second of three sequences
+    token_T[31] += 1  # this token is in the second of three sequences
     assert "the same 60 tokens" in drifted(routing, {"token_T": token_T})
     assert "no sequence in common" in drifted(routing, {"token_T": tokens_of(routing).token_T + 1})
 
 
 def test_counts_of_the_same_tokens_are_compared() -> None:
-    routing = draw_routing(steps=2)  # the window has two steps, the trace the last one
+    routing = draw_routing(steps=2)  # the window has two steps, and the trace only the last
     trace = replace(routing, window=routing.frames[-1], split="held-out")
     page = drift(Subject(routing, trace, [], ()))
     picture = page.split("<svg")[2].split("</svg>")[0]
@@ -74,7 +75,7 @@ def test_tokens_without_ids_are_not_compared() -> None:
 
 
 def test_tokens_of_experts_that_choose_may_take_more_than_top_k() -> None:
-    """Groups of top_k 1 without nulls, whose tokens have four ids: all are shown, as where top_k is 4."""
+    """Groups with top_k 1 and no null experts, whose tokens have four ids. All four are shown, as with top_k 4."""
     plain = draw_groups(2, num_experts=8, num_null=0, top_k=4)
     routing = draw_routing(plain)
     placement = replace(routing.placement, groups=tuple(replace(group, top_k=1) for group in plain))

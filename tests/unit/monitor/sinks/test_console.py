@@ -34,7 +34,7 @@ def output(console: Console) -> str:
 
 
 def ticking(seconds: float) -> Callable[[], float]:
-    """A clock that each look moves on."""
+    """A clock that advances with each reading."""
     times: Iterator[float] = iter(i * seconds for i in range(10**6))
     return lambda: next(times)
 
@@ -128,7 +128,7 @@ def test_hints_are_printed_and_logged_once(
     hints = [line for line in output(console).splitlines() if line.startswith("hint")]
     assert len(hints) == 1
     assert hints[0].startswith("hint (step 2): step 2 was skipped on all ranks")
-    (logged,) = caplog.messages  # which rank 0's log file gets
+    (logged,) = caplog.messages  # rank 0's log file gets this line
     assert f"hint (step 2): {logged.removeprefix('hint: ')}" == hints[0]
 
 

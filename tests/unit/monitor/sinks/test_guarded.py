@@ -1,4 +1,4 @@
-"""A sink whose disk fails costs its pictures, never the run; unless a restart needs what it holds."""
+"""A sink that cannot write loses its pictures, but does not end the run, unless a restart needs its content."""
 
 import threading
 from typing import Any
@@ -11,7 +11,7 @@ from tests.support.messages import refused
 
 
 class Recorder:
-    """A sink that notes its calls, and raises what it is told to."""
+    """A sink that records its calls, and raises on request."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -68,7 +68,7 @@ def test_records_that_a_restart_needs_hold_back_the_checkpoint_until_they_are_wr
 
 
 def test_a_checkpoint_is_held_back_until_a_flush_that_failed_before_has_succeeded() -> None:
-    """The thread that writes a checkpoint asks at any time, also while a flush is going on."""
+    """The checkpoint thread may ask at any time, also during a flush."""
     records, sinks = Recorder(), GuardedSinks([])
     records.error = CheckpointError("m.jsonl: cannot be written")
     asked: list[bool] = []
@@ -99,7 +99,7 @@ def test_an_error_of_ours_is_not_hidden() -> None:
 def test_closing_has_a_budget_and_hides_what_a_display_raises(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is done by then: a slow or broken display must not keep or fail it."""
+    """The run is done by then. A slow or broken sink must not delay or fail it."""
     monkeypatch.setattr("moe_dist.monitor.sinks.sink.CLOSE_SECONDS", 0.2)
     slow, broken, healthy, end = Recorder(), Recorder(), Recorder(), threading.Event()
     slow.close = end.wait  # type: ignore[attr-defined]

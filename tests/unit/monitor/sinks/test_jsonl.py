@@ -1,4 +1,4 @@
-"""Each step exactly once after any number of resumes, whatever a crash left."""
+"""Each step stands in the file exactly once after any number of resumes and crashes."""
 
 import errno
 import io
@@ -26,7 +26,7 @@ def evaluation(step: int) -> EvaluationResult:
 
 
 def write(path: Path, make_record: MakeRecord, steps: range, *, resume_step: int = 0, evaluate: int = 5) -> None:
-    """One attempt, killed after its last step: nothing is closed."""
+    """Writes one attempt that is killed after its last step, without closing anything."""
     sink = JsonlSink(path=path, resume_step=resume_step, clock=lambda: 1000.0)
     for step in steps:
         sink.step(make_record(step))
@@ -76,7 +76,7 @@ def test_resuming_drops_what_is_written_again(tmp_path: Path, make_record: MakeR
 
 
 def test_an_evaluation_that_is_owed_is_there_once(tmp_path: Path, make_record: MakeRecord) -> None:
-    """A stop after step 10 saves before it evaluates; the next attempt evaluates, and dies before it saves."""
+    """A stop after step 10 saves before the due evaluation. The next attempt evaluates, and dies before it saves."""
     path, once = tmp_path / "m.jsonl", tmp_path / "once.jsonl"
     write(path, make_record, range(1, 12))
     write(once, make_record, range(1, 11))
@@ -96,7 +96,7 @@ def test_a_first_attempt_that_died_before_its_checkpoint_leaves_nothing(tmp_path
 
 @pytest.mark.parametrize("keep", [1, 40, 400, -1])
 def test_a_torn_last_line_goes(tmp_path: Path, make_record: MakeRecord, keep: int) -> None:
-    """`keep` bytes of the last line are there; -1 is all of it but the end of line."""
+    """Only `keep` bytes of the last line were written; -1 omits only the end of line."""
     path = tmp_path / "m.jsonl"
     write(path, make_record, range(1, 5))
     lines = path.read_bytes().splitlines(keepends=True)
@@ -213,7 +213,7 @@ def test_two_runs_differ_in_times_only(tmp_path: Path, make_record: MakeRecord) 
 
 
 class FailingFile:
-    """A file that takes `room` bytes and then no more."""
+    """A file that accepts `room` bytes and then fails."""
 
     closed = False
 
@@ -249,7 +249,7 @@ def test_lines_wait_for_room_and_no_checkpoint_is_saved_meanwhile(
     assert caplog.text.count("No space left on device; lines wait in memory") == 1
     with refused(CheckpointError, "m.jsonl"):
         sink.flush()
-    assert steps_of(path) == [1]  # a torn line is no line
+    assert steps_of(path) == [1]  # an incomplete line does not count
     full.room = 1 << 20
     sink.step(make_record(4))
     sink.flush()

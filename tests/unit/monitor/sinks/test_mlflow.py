@@ -1,4 +1,4 @@
-"""The real client of MLflow, and a server that answers the few requests of MLflow's REST interface."""
+"""MLflow's real client, and a server that answers the used requests of MLflow's REST interface."""
 
 import json
 import sys

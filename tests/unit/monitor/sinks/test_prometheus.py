@@ -51,7 +51,7 @@ def test_families_have_help_and_are_gauges(make_record: MakeRecord) -> None:
 
 
 def test_names_of_gauges_pass_promtools_rules() -> None:
-    """The rules of `promtool check metrics` for names, for every tag that a run can have."""
+    """Applies the naming rules of `promtool check metrics` to every tag that a run can have."""
     families = [split_tag(tag.replace("{", "").replace("}", ""))[0] for tag in MEANING | DEPTH_MEANING]
     names = {metric_name(family) for family in families} | {"moe_dist_step"}
     assert len(names) == len(set(families)) + 1, "two families share a name"
@@ -67,7 +67,7 @@ def test_names_of_gauges_pass_promtools_rules() -> None:
 
 @pytest.mark.full
 def test_promtool_itself_accepts_every_gauge_of_a_run(tmp_path: Path) -> None:
-    """`make promtool` fetches it: Debian's, 16 MB."""
+    """`make promtool` installs promtool from Debian (16 MB)."""
     promtool = shutil.which("promtool") or str(ROOT / ".cache" / "promtool" / "usr" / "bin" / "promtool")
     assert Path(promtool).exists(), "run `make promtool`, or put promtool on the path"
 
@@ -108,7 +108,7 @@ def test_evaluations_stay_until_the_next(tmp_path: Path, make_record: MakeRecord
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the moment of each rename the old file is whole, and so is the new one."""
+    """At each rename both the old and the new file are complete."""
     path = tmp_path / "metrics.prom"
     seen: list[tuple[Samples, Samples]] = []
     replace = os.replace

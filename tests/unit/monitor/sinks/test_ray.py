@@ -28,9 +28,9 @@ def test_a_step_is_one_datagram_of_samples_and_an_evaluation_another(tmp_path: P
 
 def test_nobody_listening_and_nobody_reading_cost_nothing(tmp_path: Path, make_record: MakeRecord) -> None:
     sink = RaySink(socket_path=str(tmp_path / "s"), run_name="demo")
-    sink.step(make_record(1))  # nobody listens
+    sink.step(make_record(1))  # no process listens
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as reader:
         reader.bind(str(tmp_path / "s"))
-        for step in range(2, 100):  # more than a socket holds
+        for step in range(2, 100):  # more than a socket buffers
             sink.step(make_record(step))
         assert json.loads(reader.recv(1 << 18))[0][3] == 2

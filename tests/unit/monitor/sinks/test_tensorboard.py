@@ -1,4 +1,4 @@
-"""Read back as TensorBoard reads it."""
+"""Events are read back as TensorBoard reads them."""
 
 import io
 from collections.abc import Callable
@@ -35,13 +35,13 @@ def pages(accumulator: EventAccumulator) -> list[str]:
 
 
 def curves(folder: Path) -> dict[tuple[str, str], EventAccumulator]:
-    """(sub-run, tag) of every scalar, with the sub-run's events."""
+    """Returns (sub-run, tag) of every scalar with its events."""
     runs = {"": read(folder)} | {path.name: read(path) for path in folder.iterdir() if path.is_dir()}
     return {(name, tag): events for name, events in runs.items() for tag in events.Tags()["scalars"]}
 
 
 def points(accumulator: EventAccumulator, tag: str) -> list[tuple[int, float]]:
-    """Of all files together; attempts of the same second are read in the order of their names."""
+    """Returns the points of all files. Attempts in the same second are read in the order of their names."""
     return sorted((event.step, event.value) for event in accumulator.Scalars(tag))
 
 
@@ -99,7 +99,7 @@ def test_a_point_of_a_routing_curve_is_the_mean_of_some_steps(
 
 
 def test_each_group_and_modality_has_a_colour_of_its_own(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    """TensorBoard gives each run a colour: the curves of a chart with a group's name are in sub-runs."""
+    """TensorBoard colours runs, so a chart's curves of single groups are in sub-runs."""
     write(tmp_path, subject, [make_record(1), make_record(2)])
     write(tmp_path, subject, [make_record(2)], resume_step=1)
     found = curves(tmp_path)
@@ -150,7 +150,7 @@ def test_after_a_resume_each_step_is_there_once(tmp_path: Path, subject: Subject
     write(tmp_path, subject, [make_record(step, lr=2.0) for step in range(7, 13)], resume_step=6)
     accumulator = read(tmp_path)
     assert points(accumulator, "optim/lr") == [(s, 1.0) for s in range(1, 7)] + [(s, 2.0) for s in range(7, 13)]
-    # Those after steps 8 and 10 of the first attempt are gone.
+    # Pictures of the first attempt after step 8 are gone.
     assert sorted(event.step for event in accumulator.Images("moe/load/text")) == [4, 8, 12]
     assert pages(accumulator) == ["resumed at 0", "resumed at 6"]
 
@@ -159,7 +159,7 @@ def test_after_a_resume_each_step_is_there_once(tmp_path: Path, subject: Subject
 def test_an_evaluation_that_is_owed_is_there_once(
     tmp_path: Path, subject: Subject, make_record: MakeRecord, owed: bool
 ) -> None:
-    """The first attempt stops after step 2, the second evaluates and dies, the third does so again."""
+    """The first attempt stops after step 2. The second evaluates and dies, and so does the third."""
     for attempt in range(3):
         sink = TensorBoardSink(
             folder=tmp_path,
@@ -196,7 +196,7 @@ def test_a_first_attempt_without_a_checkpoint_leaves_nothing(
 def test_resuming_from_an_older_checkpoint_cuts_several_attempts(
     tmp_path: Path, subject: Subject, make_record: MakeRecord
 ) -> None:
-    """And the last one was killed in the middle of a write."""
+    """The last attempt was killed in the middle of a write."""
     write(tmp_path, subject, [make_record(step, lr=1.0) for step in range(1, 5)])
     write(tmp_path, subject, [make_record(step, lr=2.0) for step in range(5, 9)], resume_step=4)
     write(tmp_path, subject, [make_record(step, lr=3.0) for step in range(9, 12)], resume_step=8)
@@ -211,7 +211,8 @@ def test_resuming_from_an_older_checkpoint_cuts_several_attempts(
 
 
 def test_only_the_last_attempts_file_is_written_anew(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    """Also where all its events stay: whoever had it open, and was only asleep, goes on in a file without a name."""
+    """The file is replaced even if all its events stay. A suspended writer that still has it open then continues in an
+    unlinked file."""
     inodes: list[dict[str, int]] = []
     for step in (1, 2, 3):
         write(tmp_path, subject, [make_record(step)], resume_step=step - 1)

@@ -1,4 +1,4 @@
-"""wandb for real, offline: what it wrote is read back, and no connection was tried."""
+"""The real wandb in offline mode: its file is read back, and no connection was tried."""
 
 import json
 import socket
@@ -25,7 +25,7 @@ BLOCK = 32768
 
 @pytest.fixture
 def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Connections to what stands for the network: every proxy, and wandb's own server, is a listener of this test."""
+    """Returns the attempted connections. Listeners of this test stand in for every proxy and for wandb's server."""
     listener = socket.create_server(("127.0.0.1", 0))
     connections: list[Any] = []
 
@@ -53,7 +53,8 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 
 def records_of(folder: Path) -> list[Any]:
-    """wandb's file: seven bytes of its own, then LevelDB's log format, blocks of pieces [crc 4, length 2, type 1, data]."""
+    """Reads wandb's file: seven bytes of its own, then LevelDB's log format, blocks of pieces [crc 4, length 2, type 1,
+    data]."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     content = path.read_bytes()
     assert content[:4] == b":W&B"
@@ -66,7 +67,7 @@ def records_of(folder: Path) -> list[Any]:
         length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
         piece += content[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or last piece
+        if kind in (1, 4):  # a whole record, or its last piece
             records.append(wandb_internal_pb2.Record.FromString(piece))
             piece = b""
     return records
@@ -74,7 +75,7 @@ def records_of(folder: Path) -> list[Any]:
 
 def test_offline_writes_files_and_never_connects(tmp_path: Path, make_record: MakeRecord, tried: list[Any]) -> None:
     send(WandbSink(project="moe", mode="offline", run_name="demo", folder=tmp_path, resume_step=4), make_record)
-    wandb.teardown()  # as at the end of the process: wandb's own process may still be writing after finish()
+    wandb.teardown()  # ends wandb's own process, which may still write after finish()
     assert tried == []
 
     records = records_of(tmp_path)

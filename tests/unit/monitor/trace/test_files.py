@@ -1,4 +1,4 @@
-"""What was written is read back; a killed writer, a resume and damaged files. Shape letters as in the format."""
+"""Traces are read back as written, also after a kill, a resume or damage. Shape letters as in the format."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.support.messages import refused
 
 GROUPS = (ExpertGroup("text", 4, 2, 2, 8, 0, ("text",)), ExpertGroup("image", 2, 1, 1, 8, 4, ("image",)))
 MANIFEST = Manifest(1, 0, 2, (1, 3, 5), 2, True, GROUPS, (0, 0, 1, 1, 0, 1), ("text", "image"))
-REPLICAS = ((Replica(0, 1), Replica(3, 2)), (), ())  # one on a rank without experts of its own
+REPLICAS = ((Replica(0, 1), Replica(3, 2)), (), ())  # the second replica is on a rank without experts
 
 
 class Part(NamedTuple):
@@ -88,7 +88,7 @@ def test_a_token_costs_two_bytes_a_layer_and_choice_and_eighteen(tmp_path: Path)
 
 
 def test_a_resume_on_more_ranks_keeps_every_step_once(tmp_path: Path) -> None:
-    write(tmp_path, MANIFEST, range(1, 6), "b")  # died after step 5, with a checkpoint of step 3
+    write(tmp_path, MANIFEST, range(1, 6), "b")  # killed after step 5, with a checkpoint of step 3
     write(tmp_path, replace(MANIFEST, attempt=2, from_step=3, ranks=3), range(4, 5), "a")
     trace = read_trace(tmp_path)
     assert trace.steps == (1, 2, 3, 4)
@@ -200,7 +200,7 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(
     monkeypatch.setattr("moe_dist.monitor.trace.writer.CLOSE_SECONDS", 0.2)
     writer, answers = TraceWriter(tmp_path, 0, weights=True), threading.Event()
     monkeypatch.setattr(writer, "_write", lambda *_: answers.wait())
-    for step in range(1, WAITING + 2):  # one more is being written
+    for step in range(1, WAITING + 2):  # one more step is being written
         writer.add(step, *part(step, 0))
     writer.close()
     assert "not written within 0.2 s" in caplog.text

@@ -1,4 +1,4 @@
-"""Other systems' traces: those of Megatron-Core and FLAME-MoE by their described formats, and arrays of vLLM and SGLang."""
+"""Traces of other systems: Megatron-Core's and FLAME-MoE's by their documented formats, and arrays of vLLM and SGLang."""
 
 import base64
 import json
@@ -24,7 +24,8 @@ IDS = np.random.default_rng(0).random((12, 3, 8)).argsort(axis=2)[:, :, :2]  # t
 
 
 def megatron(folder: Path, ids: np.ndarray = IDS, layers: tuple[int, ...] = (1, 2, 4)) -> Path:
-    """Two ranks and two steps of two micro-batches, six tokens each, with a block that predicts further tokens."""
+    """Writes a trace of two ranks and two steps, each with two micro-batches of six tokens, and a block for multi-token
+    prediction."""
     folder.mkdir(exist_ok=True)
     for rank in (0, 1):
         lines = []
@@ -68,8 +69,8 @@ def test_a_trace_that_megatron_wrote(tmp_path: Path) -> None:
 
 
 def test_routed_experts_of_vllm_and_sglang(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", IDS[:5].astype(np.int16))  # as vLLM returns it
-    answer = base64.b64encode(IDS[5:].astype(np.int32).tobytes())  # as SGLang returns it
+    np.save(tmp_path / "a.npy", IDS[:5].astype(np.int16))  # vLLM returns this array
+    answer = base64.b64encode(IDS[5:].astype(np.int32).tobytes())  # SGLang returns this text
     np.save(tmp_path / "b.npy", np.frombuffer(base64.b64decode(answer), np.int32).reshape(-1, 3, 2))
     step = read_foreign(tmp_path, 8).step(1)
     assert np.array_equal(step.ids, IDS)
@@ -78,7 +79,7 @@ def test_routed_experts_of_vllm_and_sglang(tmp_path: Path) -> None:
 
 
 def test_layers_without_experts_are_left_out(tmp_path: Path) -> None:
-    """vLLM and SGLang give all layers of the model; a dense layer stays 0."""
+    """vLLM and SGLang return all layers of the model, with zeros for dense layers."""
     dense = np.zeros((len(IDS), 1, 2), IDS.dtype)
     np.save(tmp_path / "a.npy", np.concatenate([dense, IDS], axis=1))
     step = read_foreign(tmp_path, 8).step(1)
@@ -98,7 +99,7 @@ def test_a_token_with_an_expert_twice_is_named(tmp_path: Path) -> None:
 
 
 def flame(folder: Path, columns: Mapping[str, object], name: str = "iter_0540/layer_02") -> Path:
-    """A file as the README of FLAME-MoE-Traces describes it."""
+    """Writes a file as the README of FLAME-MoE-Traces describes it."""
     path = folder / "actives" / f"{name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.table(dict(columns)), path)
@@ -147,7 +148,7 @@ def test_bad_files_of_flame_moe_are_named(tmp_path: Path, columns: Mapping[str, 
 def test_a_damaged_page_of_flame_moe_is_named(tmp_path: Path) -> None:
     path = flame(tmp_path, {"indices": [[1, 2]] * 5000})
     content = path.read_bytes()
-    path.write_bytes(content[:60] + bytes(len(content) // 2 - 60) + content[len(content) // 2 :])  # the footer is whole
+    path.write_bytes(content[:60] + bytes(len(content) // 2 - 60) + content[len(content) // 2 :])  # the footer is undamaged
     with pytest.raises(DataError, match=r"layer_02\.parquet: .+; restore the file") as caught:
         read_foreign(tmp_path, 8)
     assert "None" not in str(caught.value)

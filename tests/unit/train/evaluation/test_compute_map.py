@@ -1,4 +1,4 @@
-"""The compute map of a model equals counts by hand, token by token, and making it changes nothing."""
+"""A model's compute map equals counts by hand for each token, and making it changes nothing."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +36,7 @@ class Case(NamedTuple):
         return self.evaluation.compute_map
 
     def tokens(self) -> Iterator[tuple[int, float]]:
-        """Id and true experts of every token that is not padding."""
+        """Returns id and true experts of every token that is not padding."""
         for batch, experts in self.by_hand:
             for row, column in (~batch.padding_BS).nonzero().tolist():
                 yield int(batch.tokens_BS[row, column]), float(experts[row, column])
@@ -119,7 +119,7 @@ def test_the_map_changes_nothing_else_and_is_the_same_again(case: Case) -> None:
 
 
 def test_the_map_of_experts_that_choose_has_up_to_all_experts(tiny_data: Path, tmp_path: Path) -> None:
-    """With top_k 1 a token may take three experts or none."""
+    """With top_k 1 under expert choice, a token may take three experts or none."""
     group = {"num_experts": 3, "top_k": 1, "ffn_dim": 16}
     changes = {
         "model.moe.router": {"kind": "expert_choice", "causal": "threshold"},

@@ -1,4 +1,4 @@
-"""A folder of samples; not to be written to."""
+"""A folder of samples. Tests must not write to it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A sample a row, scored on its answer; the order a function of the position alone."""
+"""Each row is one sample, scored on its answer. The position alone determines the order."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def loader(folder: Path, rank: int = 0, world_size: int = 1, micro_batch: int = 
 
 
 def test_rows_are_scored_on_the_answer_alone() -> None:
-    """Prompt 1 2 3 and answer 4 5 beside prompt 6 and the picture 100: two rows of four."""
+    """Prompt 1 2 3 with answer 4 5, and prompt 6 with the picture 100, give two rows of four tokens."""
     samples = [TuningSample(np.array([1, 2, 3]), np.array([4, 5])), TuningSample(np.array([6]), np.array([100]))]
     batch = SampleMaker(MANIFEST).make(samples, [7, 9])
     no = IGNORED
@@ -46,7 +46,7 @@ def test_no_sample_is_a_row_of_padding() -> None:
 
 def test_ranks_and_micro_batches_share_one_stream(folder: Path) -> None:
     alone = loader(folder)
-    for position in (0, 16):  # the second one straddles two epochs of 20 samples
+    for position in (0, 16):  # the second batch spans two epochs of 20 samples
         wanted = [number for batch in alone.batches(position) for number in numbers(batch)]
         parts = [loader(folder, rank, 2, 2).batches(position) for rank in range(2)]
         found = [number for micro in range(2) for rank in range(2) for number in numbers(parts[rank][micro])]

@@ -14,7 +14,7 @@ def test_the_term_is_the_sum_of_the_formula(samples: int, neighbours: int) -> No
     torch.manual_seed(0)
     target_BKR = torch.rand(samples, neighbours, 5, dtype=torch.double, requires_grad=True)
     weight_BK = torch.rand(samples, neighbours, dtype=torch.double)
-    weight_BK[0, 1:] = 0.0  # a sample with fewer neighbours
+    weight_BK[0, 1:] = 0.0  # this sample has fewer neighbours
     values, gradients = [], []
     for term in (manifold_sum, manifold_sum_reference):
         r_BR = torch.rand(samples, 5, dtype=torch.double, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -40,6 +40,6 @@ def test_weights_are_the_normalised_gaussian() -> None:
 
 
 def test_far_neighbours_of_a_small_bandwidth_still_weigh_one() -> None:
-    found = neighbour_weights(np.array([2.0, 2.0, 3.0]), 0.01)  # exp(-10000) is 0
+    found = neighbour_weights(np.array([2.0, 2.0, 3.0]), 0.01)  # exp(-10000) underflows to 0
     np.testing.assert_allclose(found, [0.5, 0.5, 0.0], atol=1e-12)
     assert neighbour_weights(np.zeros(0), 1.0).shape == (0,)

@@ -1,4 +1,4 @@
-"""Neighbours against a search over all pairs: nearest, within a radius, at random; never the sample itself."""
+"""Neighbours (nearest, within a radius, random) against a search over all pairs. No sample is its own neighbour."""
 
 from pathlib import Path
 

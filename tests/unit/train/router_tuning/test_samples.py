@@ -1,4 +1,5 @@
-"""Samples come back as they were written, successful ones first; a folder is whole or is refused, file by file."""
+"""Samples are read as they were written, successful ones first. An incomplete or changed folder is refused with the file's
+name."""
 
 import json
 import shutil
@@ -23,7 +24,7 @@ def facts() -> TuningManifest:
 
 
 def scored() -> list[Scored]:
-    """Four samples of the lengths (1, 2), (2, 1), (3, 2), (4, 1), the second and fourth of them right."""
+    """Returns four samples with lengths (1, 2), (2, 1), (3, 2), (4, 1), of which the second and fourth are right."""
     return [
         Scored(
             "a" if n < 3 else "b",
@@ -67,7 +68,8 @@ def test_nothing_is_overwritten(folder: Path) -> None:
 def test_what_is_interrupted_leaves_nothing_that_looks_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """Interrupted at each array, before the manifest, and before the rename; a kill leaves the hidden folder as well."""
+    """The write is interrupted at each array, before the manifest, and before the rename. A kill also leaves the hidden
+    folder."""
     calls = []
 
     def until(action: Callable[..., object]) -> Callable[..., object]:

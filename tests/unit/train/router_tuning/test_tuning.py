@@ -1,4 +1,4 @@
-"""Which parameters get a gradient, from cross entropy and from the manifold term; and the state that a run resumes from."""
+"""Parameters with a gradient of the cross entropy and of the manifold term, and the state for a resume."""
 
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def test_cross_entropy_reaches_the_chosen_routers_and_nothing_else(folder: Path)
 
 
 def test_with_one_normalised_choice_cross_entropy_gives_none(folder: Path) -> None:
-    """What preflight refuses with weight=0: the weight of a token's one choice is 1, whatever its logit."""
+    """With one normalised choice its weight is 1 for any logit. Preflight therefore refuses this with weight=0."""
     model = make_model(0, 1, top_k=1)
     cross_entropy(model, batch_of(folder)).backward()
     assert all((gradient == 0.0).all() for gradient in gradients(model).values())
@@ -102,7 +102,7 @@ def test_with_one_normalised_choice_cross_entropy_gives_none(folder: Path) -> No
 
 
 def test_the_term_is_the_formula_over_what_a_sample_alone_is_routed_by(folder: Path) -> None:
-    """Value and gradient, with r of each sample taken from a forward of its prompt alone."""
+    """Value and gradient of the term equal the formula. Its r comes from a forward of each sample's prompt alone."""
     samples, batch, layers = Samples(folder), batch_of(folder), (0, 1)
     model = make_model(*layers)
     tuning = make_tuning(folder, model, *layers)
@@ -127,7 +127,7 @@ def test_the_term_is_the_formula_over_what_a_sample_alone_is_routed_by(folder: P
             r_j = torch.from_numpy(np.array(samples.routing_SLC[j], np.float64).reshape(-1))
             total = total + 0.5 * weight * (r_R - r_j).square().sum()
     total.backward()
-    assert loss.total.item() == pytest.approx(total.item(), rel=1e-6)  # the embeddings are fp32
+    assert loss.total.item() == pytest.approx(total.item(), rel=1e-6)  # embeddings are fp32
     assert loss.auxiliary.item() == loss.total.item()
     for name, theirs in gradients(model).items():
         torch.testing.assert_close(ours[name], theirs, rtol=1e-6, atol=1e-12)
