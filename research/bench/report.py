@@ -57,8 +57,8 @@ EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
     },
     "time over tokens": {
         "": "fixed costs of 1 to 4 ms make time grow more slowly than the tokens. They are the exchange of weights and, "
-        "with the plan, the exchanges of counts and indices and a host sync. Tried: indices of pairs are exchanged while tokens "
-        "are looked up",
+        "with the plan, the exchanges of counts and indices and a host sync. Tried: indices of pairs are exchanged while "
+        "tokens are looked up",
     },
     "cost a row / the first's": {
         "": "the interval of the ratio includes 1. Tried: nothing, because the rows of 16 to 64 experts meet the rule"
