@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.tracker import CollectiveTracker
-from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
+from moe_dist.errors import CheckpointError, ConfigError, DataError, DivergedError, MoeDistError
 
 _UNWRITABLE = 2  # status of a rank that raised CheckpointError; for another error, 1000 + the error's exit code
 
@@ -84,6 +84,7 @@ def _remote_error(what: str, codes: list[int]) -> MoeDistError:
         _UNWRITABLE: CheckpointError,
         1000 + ConfigError.exit_code: ConfigError,
         1000 + DataError.exit_code: DataError,
+        1000 + DivergedError.exit_code: DivergedError,
     }
     error = kinds.get(code, MoeDistError)(message)
     error.consequence = True  # marks an error whose reason only the failed rank knows and reports

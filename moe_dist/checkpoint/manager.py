@@ -40,9 +40,11 @@ from moe_dist.checkpoint.index import (
 from moe_dist.checkpoint.shard_header import ShardHeader
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, CheckpointState, RankLayout, TensorSpec
 from moe_dist.checkpoint.storage import (
+    HostBuffers,
     Piece,
     Snapshot,
     build_index,
+    check_finite,
     pieces_of,
     read_tensors,
     sync,
@@ -51,7 +53,7 @@ from moe_dist.checkpoint.storage import (
     write_shard,
 )
 from moe_dist.comm.tracker import CollectiveTracker
-from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
+from moe_dist.errors import CheckpointError, ConfigError, DataError, DivergedError, MoeDistError
 from moe_dist.optim.optimizer import set_step_count
 from moe_dist.placement.parameter_names import EXPERT_NAME
 
@@ -72,10 +74,10 @@ class Restored:
 class CheckpointManager:
     """Saves and loads the checkpoints of one run.
 
-    `save`, `write`, `clear`, `latest`, `load` and `load_fitting` are collective over `process_group`: every rank calls
-    these methods in the same order and gets the same result. The methods use small all-reduces on the host: one before
-    writing, and one after each phase, which tells every rank whether any rank failed. `write` may run in a thread during
-    training, if no other thread uses `process_group` meanwhile.
+    `save`, `snapshot`, `write`, `clear`, `latest`, `load` and `load_fitting` are collective over `process_group`: every
+    rank calls these methods in the same order and gets the same result. The methods use small all-reduces on the host: one
+    before writing, and one after each phase, which tells every rank whether any rank failed. `write` may run in a thread
+    during training, if no other thread uses `process_group` meanwhile.
 
     Args:
         folder: Folder of the run's checkpoints, on a file system that all ranks share.
@@ -85,6 +87,9 @@ class CheckpointManager:
         process_group: Gloo group of all ranks; None for a single rank.
         tracker: The watchdog's tracker of collectives. The collectives of `write` are not tracked, because a thread may run
             `write`, and then the order of its collectives among the training's collectives differs between ranks.
+
+    Attributes:
+        newest: The newest checkpoint that this manager has loaded or committed, the same on all ranks; None before.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class CheckpointManager:
     ) -> None:
         self._folder, self._keep, self._lease_check = folder, keep, lease_check
         self._directory = CheckpointDirectory(folder)
+        self.newest: Path | None = None
         self._status = CollectiveStatus(str(folder), process_group, tracker)
         self._untracked = CollectiveStatus(str(folder), process_group)
 
@@ -107,8 +113,32 @@ class CheckpointManager:
 
     def save(self, step: int, state: CheckpointState) -> Path:
         """Saves `state` without making a copy of it, and returns when the checkpoint is committed."""
-        self._check_layout(state.layout)
-        return self.write(take_snapshot(step, state))
+        return self.write(self.snapshot(step, state))
+
+    def snapshot(self, step: int, state: CheckpointState, buffers: HostBuffers | None = None) -> Snapshot:
+        """Takes a snapshot, as `take_snapshot` does. Every save begins here, so that each checkpoint is finite.
+
+        Raises:
+            DivergedError: on all ranks, if tensors that a rank writes contain nan or inf.
+        """
+        self._check_layout(state.layout)  # a wrong layout would write tensors twice or not at all
+        return self.on_each(f"save step_{step}", lambda: take_snapshot(step, state, buffers))
+
+    def check_finite(self, folder: Path, state: CheckpointState) -> None:
+        """Checks the state that was loaded from `folder`, because earlier versions saved states that are not finite.
+
+        Raises:
+            DivergedError: on all ranks, if the tensors contain nan or inf.
+        """
+
+        def check() -> None:
+            try:
+                check_finite(pieces_of(state.written()))
+            except DivergedError as error:
+                fix = self._directory.fix(folder)
+                raise DivergedError(f"{folder}: {error}: it was saved after the run had diverged. {fix}") from None
+
+        self.on_each("resume", check)
 
     def write(self, snapshot: Snapshot) -> Path:
         """Writes the folder `step_N`, commits it, and deletes all but the newest `keep` checkpoints. Does nothing if
@@ -119,10 +149,10 @@ class CheckpointManager:
                 files of this save are deleted, so that a later save may succeed.
             MoeDistError: the lease check failed on rank 0, which raises that error; the other ranks raise a MoeDistError.
         """
-        self._check_layout(snapshot.layout)  # a wrong layout would write tensors twice or not at all
         target = self._directory.path_of(snapshot.step)
         needed, save_id, committed = self._announce(snapshot)
         if committed:  # a resumed run without remaining steps saves the step that it has loaded
+            self.newest = target
             return target
         temporary = self._folder / f"{target.name}.{save_id}.tmp"
         status = self._untracked
@@ -135,6 +165,7 @@ class CheckpointManager:
             if status.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+        self.newest = target
         if status.rank == 0:
             self._tidy(snapshot.step)
         return target
@@ -201,6 +232,7 @@ class CheckpointManager:
             self._check_loaded(contents, state, {name: name for name in shared})
         except DataError as error:
             raise self._with_fix(error, folder) from error
+        self.newest = folder
         return Restored(contents.state.step, contents.state.values, rank_values)
 
     def load_fitting(

@@ -18,7 +18,7 @@ import torch
 
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import CheckpointState
-from moe_dist.checkpoint.storage import HostBuffers, Snapshot, take_snapshot
+from moe_dist.checkpoint.storage import HostBuffers, Snapshot
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
 from moe_dist.errors import CheckpointError
 
@@ -65,12 +65,13 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: this save could not be written; only if `durable`.
+            DivergedError: `state` contains nan or inf. Raised on all ranks, before anything is written.
             MoeDistError: this save or the previous one failed, and a retry cannot help, as after a lost lease.
         """
         began = time.perf_counter()
         self.wait()  # waits, because the previous save writes from the same buffers
         if self._asynchronous:
-            snapshot = take_snapshot(step, state, self._buffers)
+            snapshot = self._checkpoints.snapshot(step, state, self._buffers)
             self._in_flight = threading.Thread(
                 target=self._write_snapshot, args=(snapshot, began), name=f"checkpoint-{step}", daemon=True
             )
@@ -79,7 +80,7 @@ class CheckpointWriter:
             if self._checkpoints.rank == 0:
                 logger.info("checkpoint step_%d: training went on after %.3f s", step, blocked)
         else:
-            snapshot = take_snapshot(step, state)
+            snapshot = self._checkpoints.snapshot(step, state)
             with track_collective(self._tracker, "checkpoint", device=_HOST):
                 self._write_snapshot(snapshot, began)
         if durable:

@@ -82,8 +82,22 @@ class DataSection(Section):
     """Share of sequences from each source of the manifest. Empty means in proportion to the sources' tokens."""
     pack_window: PositiveInt = 512
     """Number of documents that the packer fits into sequences at a time. A larger window needs less padding."""
+    skip: tuple[tuple[Count, Count], ...] = ()
+    """Pairs [first, last]: sequences of the training stream, counted from 0, that the run leaves out. The message of a
+    diverged run, and traces, name the numbers of sequences."""
+
+    def violations(self) -> Iterator[Violation]:
+        ends = [-1, *(end for pair in self.skip for end in pair)]
+        rising = all(before < first for before, first in zip(ends[::2], ends[1::2], strict=False))
+        if not rising or any(first > last for first, last in self.skip):
+            pairs = [list(pair) for pair in self.skip]
+            problem = f"skip={pairs}: each pair is [first, last] and begins behind the pair before it; put them in order"
+            yield Violation(("skip",), problem)
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        if self.skip and config.router_tuning is not None:
+            problem = "data.skip: router tuning trains on samples, not on sequences; set it to []"
+            yield Violation(("data.skip", "router_tuning"), problem)
         longest = config.model.max_seq_len
         if self.seq_len > longest:
             problem = (
@@ -172,7 +186,8 @@ class TrainSection(Section):
     global_batch: PositiveInt = Field(description="Sequences per step, over all ranks and micro-batches.")
     micro_batch: PositiveInt = Field(description="Sequences in a micro-batch: a rank computes them at once.")
     max_skipped_in_a_row: PositiveInt = 10
-    """A step with non-finite gradients is skipped. This many skipped steps in a row end the run with exit code 70."""
+    """A step with non-finite gradients is skipped. This many skipped steps in a row, or a skipped last step, end the run
+    with exit code 70."""
     only: Literal["auxiliary_routers", "adapters", "routers"] | None = None
     """Train only these parameters and freeze all others, which come from run.init_from. auxiliary_routers: the second stage
     of expert choice. adapters: LoRA adapters and routers. routers: router tuning (section router_tuning). null trains all
@@ -311,12 +326,14 @@ class Config(Section):
         return found | self.model.moe.active_targets
 
 
-# Sections and keys that may change when a run is resumed. All other keys (of model, data, optimisation) must not change
-# when a run is resumed.
+# Sections and keys that may change when a run is resumed. All other keys (of model, data, optimisation) must not change.
 MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "train.steps",
     "train.micro_batch",
     "train.max_skipped_in_a_row",
+    "optimizer.lr",
+    "optimizer.schedule",
+    "optimizer.clip_norm",
     "engine",
     "parallel",
     "placement",
@@ -327,5 +344,6 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "run.root",
     "run.group",
     "data.path",  # the data's folder may move: digests check its content (formats/split_files.py)
+    "data.skip",  # only sequences that the run has not reached yet (train/start/resume.py)
     "router_tuning.data",  # the folder may move, like data.path's
 )

@@ -1,6 +1,6 @@
 """Makes batches of training and held-out sequences from a prepared data set.
 
-The training stream is a pure function of (data, seed, position). Because sequence q of the stream is the same for any
+The training stream is a pure function of (data, seed, skip, position). Because sequence q of the stream is the same for any
 number of ranks and any micro-batch size, a checkpoint saves only the number of sequences drawn so far."""
 
 import zlib
@@ -13,7 +13,7 @@ import numpy as np
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.data.dealing import Deal, Dealing, deal
 from moe_dist.data.indexed import IndexedSplit
-from moe_dist.data.order import Mixture, Packing, Pieces, ShuffledEpochs, cut, micro_batches, pack
+from moe_dist.data.order import Mixture, Packing, Pieces, ShuffledEpochs, cut, micro_batches, number_at, pack
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import Manifest, SplitSection
 from moe_dist.formats.split_files import tokens_by_modality
@@ -33,6 +33,7 @@ class TrainLoader:
         weights: Fraction of sequences from each source; other sources are not used. An empty mapping weights sources by
             their tokens.
         pack_window: Number of pieces of documents that are packed together.
+        skip: Pairs (first, last), in rising order: sequences of the stream that are left out. Positions do not count them.
         seed: Seeds all shuffles.
         global_batch: Sequences per step over all ranks; a multiple of world_size x micro_batch.
         micro_batch: Sequences of a micro-batch of a rank.
@@ -58,8 +59,9 @@ class TrainLoader:
         rank: int,
         world_size: int,
         dealing: Dealing | None = None,
+        skip: Sequence[tuple[int, int]] = (),
     ) -> None:
-        self._dealing = dealing
+        self._dealing, self._skip = dealing, skip
         self._dealt: dict[int, Deal] = {}  # position -> deal, of the last steps
         self._share = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world_size": world_size}
         self._mixture = Mixture(source_shares(manifest, weights))
@@ -78,7 +80,7 @@ class TrainLoader:
         return {name: len(stream) for name, stream in self._streams.items()}
 
     def batches(self, position: int) -> list[Batch]:
-        """Returns this rank's micro-batches of the step that starts at sequence `position` of the global stream.
+        """Returns this rank's micro-batches of the step that starts at `position` of the global stream.
 
         Raises:
             DataError: an id in the data lies outside the vocabulary.
@@ -88,8 +90,10 @@ class TrainLoader:
     def numbers(self, position: int) -> Sequence[Sequence[int]]:
         """Returns the numbers of the sequences in `batches(position)`."""
         if self._dealing is None:
-            return micro_batches(position, **self._share)
-        return (position + self.dealt(position).place_IWB[:, self._share["rank"]]).tolist()
+            places = micro_batches(position, **self._share)
+        else:
+            places = (position + self.dealt(position).place_IWB[:, self._share["rank"]]).tolist()
+        return [[number_at(place, self._skip) for place in each] for each in places]
 
     def dealt(self, position: int) -> Deal:
         """Returns the deal of the step that starts at `position`. Keeps the deals of the last steps, because a trace asks
@@ -98,7 +102,7 @@ class TrainLoader:
             assert self._dealing is not None, "the loader deals nothing"
             costs, ep, mix = self._dealing
             ranks, count = self._share["world_size"], self._share["global_batch"]
-            sequences = map(self.sequence, range(position, position + count))
+            sequences = [self.sequence(number_at(place, self._skip)) for place in range(position, position + count)]
             cost_Q2 = np.array([costs.of(*self._maker.count(each)) for each in sequences])
             micro = count // (ranks * self._share["micro_batch"])
             recent = dict(list(self._dealt.items())[-2:])
@@ -113,7 +117,10 @@ class TrainLoader:
     def epochs(self, position: int) -> dict[str, float]:
         """Maps each modality to the mean number of times that the first `position` sequences of the stream have drawn a
         training token of the modality; 0 if the sources in use have no such token."""
-        drawn = self._mixture.drawn(position)
+        drawn = self._mixture.drawn(end := number_at(position, self._skip))
+        for first, last in self._skip:
+            before, behind = (self._mixture.drawn(min(end, each)) for each in (first, last + 1))
+            drawn = {name: count - behind[name] + before[name] for name, count in drawn.items()}
         modalities = next(iter(self._tokens.values()))
         epochs = {}
         for modality in modalities:

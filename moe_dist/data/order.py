@@ -41,6 +41,15 @@ class Packing:
         return self.piece_P[self.first_Q[sequence] : self.first_Q[sequence + 1]].tolist()
 
 
+def number_at(position: int, skip: Sequence[tuple[int, int]]) -> int:
+    """Returns the number of the sequence at `position` among the sequences of the stream outside of `skip`, which has
+    pairs (first, last) in rising order."""
+    for first, last in skip:
+        if position >= first:
+            position += last + 1 - first
+    return position
+
+
 def cut(starts_D: np.ndarray, lengths_D: np.ndarray, *, seq_len: int) -> Pieces:
     """Cuts documents into pieces of at most `seq_len` tokens, in document order; an empty document gives no piece."""
     count_D = -(-lengths_D // seq_len)

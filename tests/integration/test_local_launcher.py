@@ -150,9 +150,9 @@ def test_a_finished_run_prints_its_summary_another_configuration_is_refused_and_
     again = launched(path)
     assert (again.returncode, again.stdout.strip()) == (0, run.read_summary().strip())
 
-    other = launched(path, "optimizer.lr=0.5", "model.num_layers=3")
+    other = launched(path, "optimizer.eps=0.5", "model.num_layers=3")
     assert other.returncode == ConfigError.exit_code
-    assert "optimizer.lr: 0.003 in the folder, 0.5 now" in other.stderr
+    assert "optimizer.eps: 1e-08 in the folder, 0.5 now" in other.stderr
     assert "model.num_layers: 2 in the folder, 3 now" in other.stderr
     assert len(run.read_status().attempts) == 1
 

@@ -47,10 +47,10 @@ class OneRank:
         self.resumable = Resumable(self.training, plan.placement, manager, config, plan.manifest, controllers=controllers)
 
     @contextmanager
-    def trainer(self, further_sinks: Sequence[Any] = ()) -> Iterator[Trainer]:
+    def trainer(self, further_sinks: Sequence[Any] = (), attempt_id: str = "one") -> Iterator[Trainer]:
         """Yields the trainer of the run at its start, with the run's sinks and further ones."""
         config, plan = self.plan.config, self.plan
-        env = RankEnv(0, 1, 0, 1, init_method="", attempt=0, attempt_id="one")
+        env = RankEnv(0, 1, 0, 1, init_method="", attempt=0, attempt_id=attempt_id)
         attempt = Attempt(env)
         folder = attempt.open(config)
         progress = self.resumable.restore()
@@ -69,6 +69,7 @@ class OneRank:
                 stop=StopRequest(),
                 progress=progress,
             )
+        attempt.lease.release()
 
     def train_and_save(self) -> Progress:
         """Takes two steps of a new run on made-up gradients, and saves."""

@@ -359,6 +359,7 @@ def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: i
         seq_len=data.seq_len,
         weights=data.weights,
         pack_window=data.pack_window,
+        skip=data.skip,
         dealing=build_dealing(config, tuple(manifest.modalities)),
         **share,
     )

@@ -92,11 +92,13 @@ class Trainer:
         """Trains until the last step.
 
         Raises:
-            StoppedError: a rank got a stop signal. The state has been saved.
-            DivergedError: too many steps in a row were skipped. The last checkpoint is unchanged.
+            StoppedError: a rank got a stop signal. The state has been saved, unless the last step was skipped.
+            DivergedError: too many steps in a row or the last step were skipped, the held-out loss after the last step is
+                not finite, or the state to be saved is not. The newest checkpoint is finite.
         """
         plan, progress = self.plan, self.progress
         evaluation: EvaluationResult | None = None
+        save_due = False
         if self._owes_evaluation() and progress.step < plan.steps:
             evaluation = self._evaluate(final=False)
         while progress.step < plan.steps:
@@ -104,15 +106,17 @@ class Trainer:
             self.saver.writer.poll()
             last = progress.step == plan.steps
             stop = result.stop_requested and not last
+            if progress.skipped_in_a_row >= (1 if last else plan.max_skipped_in_a_row):
+                raise self._diverged(self._skips())
             if last or (self._owes_evaluation() and not stop):  # a stop signal leaves time only for a save
                 evaluation = self._evaluate(final=last)
-            if progress.skipped_in_a_row >= plan.max_skipped_in_a_row:
-                self.saver.writer.wait()  # a thread may still be writing the last save
-                raise DivergedError(self._divergence())
-            if last or stop or progress.step % plan.save_every == 0:
+            save_due |= progress.step % plan.save_every == 0
+            # While steps are skipped the weights may be broken, and a save would delete an older checkpoint.
+            if (last or stop or save_due) and not result.skipped:
                 self._save(must=last or stop)
+                save_due = False
             if stop:
-                raise StoppedError(f"stopped on request after step {progress.step}; the state is saved, start me again")
+                raise StoppedError(self._stopped(saved=not result.skipped))
         if evaluation is None:  # the loaded checkpoint is of the last step
             evaluation = self._evaluate(final=True)
         return Finished(bool(self._recent), evaluation, self._checks(evaluation), self._costs())
@@ -214,6 +218,9 @@ class Trainer:
             for sink in self.sinks:
                 sink.evaluation(result, scalars)
         self.progress.evaluated = self.progress.step
+        if final and not np.isfinite([*result.loss.values()]).all():
+            losses = ", ".join(f"{name} {loss:.4g}" for name, loss in result.loss.items())
+            raise self._diverged(f"the held-out loss after the last step, {self.progress.step}, is not finite ({losses})")
         return result
 
     def _last_batches(self, count: int) -> list[Batch]:
@@ -260,15 +267,26 @@ class Trainer:
         rows = self.placement_rows.total(mesh.world, mesh.tracker)
         return cost_table(self._recent, plan.placement, plan.policy, rows, untimed=ranks_outnumber_cores(mesh))
 
-    def _divergence(self) -> str:
-        """Returns the error text of a diverged run."""
+    def _diverged(self, what: str) -> DivergedError:
+        self.saver.writer.wait()  # a thread may still be writing the last save
+        return DivergedError(f"{what}; {self.saver.ways_on(self.progress)}")
+
+    def _skips(self) -> str:
+        """Describes the skipped steps at the end of a diverged run."""
         last = [f"{float(r.nll_M.sum() / max(1, r.labels_M.sum())):.4g}/{r.grad_norm:.4g}" for r in self._recent]
         return (
             f"loss or gradient not finite in {self.progress.skipped_in_a_row} steps in a row, up to step "
-            f"{self.progress.step} (train.max_skipped_in_a_row={self.plan.max_skipped_in_a_row}); loss/norm of the last "
-            f"steps: {', '.join(last[-self.progress.skipped_in_a_row - 3 :])}; the last checkpoint is untouched: lower "
-            "optimizer.lr, lengthen its warm-up, or lower optimizer.clip_norm (docs/monitoring.md)"
+            f"{self.progress.step} (train.steps={self.plan.steps}, train.max_skipped_in_a_row="
+            f"{self.plan.max_skipped_in_a_row}); loss/norm of the last steps: "
+            f"{', '.join(last[-self.progress.skipped_in_a_row - 3 :])}"
         )
+
+    def _stopped(self, *, saved: bool) -> str:
+        done = "the state is saved"
+        if not saved:
+            self.saver.writer.wait()
+            done = f"the last step was skipped, so that it is not saved; the newest checkpoint is {self.saver.newest}"
+        return f"stopped on request after step {self.progress.step}; {done}, start me again"
 
 
 def _collect(step: int) -> None:

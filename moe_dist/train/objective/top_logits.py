@@ -51,7 +51,8 @@ class TopLogitsManifest(BaseModel):
 
 def sequence_settings(config: Config) -> dict[str, JsonValue]:
     """Returns the settings that determine the training sequences of a run, besides the data set."""
-    return {**config.data.model_dump(mode="json", exclude={"path"}), "seed": config.run.seed}
+    unset = {"path"} if config.data.skip else {"path", "skip"}  # folders of earlier versions know no `skip`
+    return {**config.data.model_dump(mode="json", exclude=unset), "seed": config.run.seed}
 
 
 def sequence_keys(batch: Batch) -> np.ndarray:

@@ -22,14 +22,15 @@ from pydantic import JsonValue, ValidationError
 from moe_dist.checkpoint.base import KEY as BASE
 from moe_dist.checkpoint.base import Base
 from moe_dist.checkpoint.contents import open_checkpoint
-from moe_dist.checkpoint.directory import find_checkpoint
+from moe_dist.checkpoint.directory import find_checkpoint, step_of
 from moe_dist.checkpoint.generators import generator_states, restore_generators
 from moe_dist.checkpoint.manager import CheckpointManager, Restored
 from moe_dist.checkpoint.saver import CheckpointWriter
 from moe_dist.checkpoint.state import CheckpointState, RankLayout
 from moe_dist.config.load import changes_on_resume, difference
 from moe_dist.config.schema import Config
-from moe_dist.errors import ConfigError, DataError
+from moe_dist.data.order import number_at
+from moe_dist.errors import ConfigError, DataError, DivergedError
 from moe_dist.formats.manifest import Manifest
 from moe_dist.formats.split_files import data_digest, digest_problems
 from moe_dist.placement.placement import ExpertPlacement
@@ -45,7 +46,7 @@ class Progress:
     """The counters of a run."""
 
     step: int = 0  # number of steps taken, skipped steps included
-    position: int = 0  # number of sequences drawn from the global stream by all ranks
+    position: int = 0  # number of sequences that all ranks have drawn from the global stream; data.skip does not count
     tokens: int = 0  # number of tokens trained on, without padding
     skipped_steps: int = 0  # number of steps without an update, because loss or gradient was not finite
     skipped_in_a_row: int = 0  # number of skipped steps since the last step that was not skipped
@@ -114,6 +115,7 @@ class Resumable:
         Raises:
             CheckpointError: raised on all ranks if `durable` is true and the save failed. The previous checkpoint is still
                 valid.
+            DivergedError: raised on all ranks, before anything is written, if the state contains nan or inf.
         """
         values: dict[str, JsonValue] = {
             "progress": {**asdict(progress)},
@@ -124,7 +126,40 @@ class Resumable:
             **({} if self._base is None else {BASE: {**asdict(self._base)}}),
         }
         rank_values: dict[str, JsonValue] = {"generators": generator_states(self._device)}
-        self.writer.write(progress.step, self._capture(values, rank_values), durable=durable)
+        try:
+            self.writer.write(progress.step, self._capture(values, rank_values), durable=durable)
+        except DivergedError as error:
+            told = DivergedError(f"step {progress.step} is not saved, because {error}; {self.ways_on(progress)}")
+            told.consequence = error.consequence
+            raise told from error
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest checkpoint that this attempt has loaded or committed; call `writer.wait` before."""
+        return self._checkpoints.newest
+
+    def ways_on(self, progress: Progress) -> str:
+        """Returns the end of a diverged run's message: where the same command resumes, and what to change before."""
+        config, newest, first = self._config, self.newest, progress.step - progress.skipped_in_a_row + 1
+        saved = 0 if newest is None else step_of(newest) or 0
+        place = "no checkpoint was saved, so that the same command begins at step 1"
+        if newest is not None:
+            before = f" and from before the first skipped step {first}" if saved < first <= progress.step else ""
+            place = f"the newest checkpoint {newest} is finite{before}; the same command resumes from it"
+        # The update before the first skipped step may have made the weights with which that step failed.
+        since = min(max(saved, first - 2), progress.step - 1)
+        begin = progress.position - (progress.step - since) * config.train.global_batch
+        left = [number_at(at, config.data.skip) for at in (begin, progress.position - 1)]
+        skip = sorted([*(list(pair) for pair in config.data.skip if not left[0] < pair[0] < left[1]), left])
+        data = f"data.skip='{skip}' leaves out the sequences of steps {since + 1} to {progress.step}, "
+        clip = config.optimizer.clip_norm
+        clips = "set optimizer.clip_norm" if clip is None else f"lower optimizer.clip_norm={clip:g}"
+        back = "" if newest is None else f", or name an older checkpoint in {newest.parent}/latest"
+        return (
+            f"{place}, and without a change it will probably diverge again: {'' if config.router_tuning else data}lower "
+            f"optimizer.lr={config.optimizer.lr:g}, {clips}, lengthen the warm-up in optimizer.schedule{back} "
+            "(docs/monitoring.md)"
+        )
 
     def restore(self) -> Progress:
         """Loads the newest checkpoint into model and optimizer and returns the run's progress. Without a checkpoint loads
@@ -150,6 +185,7 @@ class Resumable:
         restored = self._checkpoints.load(newest, state)
         self._training.loaded(state)
         self._checkpoints.agree("go on", lambda: self._check_origin(newest, restored))
+        self._checkpoints.check_finite(newest, state)
         progress = progress_of(restored, self._config, newest)
         model = self._training.parallel.model
         if saved_part(self._config) == "trained":
@@ -196,6 +232,7 @@ class Resumable:
                 ],
                 see="docs/checkpoints.md",
             )
+        check_skip(progress_of(restored, saved, folder), saved, self._config, folder)
         if problems := digest_problems(mapping_of(restored.values, "data", folder), self._data):
             raise DataError(
                 [
@@ -255,6 +292,21 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
     if broken := [rule for rule, holds in rules.items() if not holds]:
         raise DataError([f"{folder}: its counters contradict each other; it should hold that {rule}" for rule in broken])
     return progress
+
+
+def check_skip(progress: Progress, saved: Config, config: Config, folder: Path) -> None:
+    """Raises ConfigError if `data.skip` has changed for sequences before the last one that the checkpoint has drawn,
+    because the position would then be another sequence."""
+    drawn = number_at(progress.position - 1, saved.data.skip) if progress.position else -1
+    past, now = (
+        [(first, min(last, drawn)) for first, last in each.data.skip if first <= drawn] for each in (saved, config)
+    )
+    if past != now:
+        raise ConfigError(
+            f"data.skip={json.dumps(config.data.skip)}: {folder} has drawn the sequences up to {drawn} with "
+            f"data.skip={json.dumps(saved.data.skip)}; change only pairs of later sequences, or go back to an older "
+            "checkpoint (docs/checkpoints.md)"
+        )
 
 
 def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:

@@ -13,7 +13,8 @@ import torch
 from moe_dist.checkpoint import manager as manager_module
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.checkpoint.storage import take_snapshot
-from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
+from moe_dist.checkpoint.verify import verify
+from moe_dist.errors import CheckpointError, ConfigError, DataError, DivergedError, MoeDistError
 from moe_dist.optim.optimizer import step_count
 from tests.support.messages import refused
 from tests.support.small_run import PLACEMENT, SmallRun
@@ -62,6 +63,25 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     for step in (2, 9, 10, 11):
         run.save(step)
     assert run.names() == ["latest", "step_10", "step_11"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["weight", "moment"])
+def test_no_save_has_a_value_that_is_not_finite(tmp_path: Path, place: str, value: float) -> None:
+    run = SmallRun(tmp_path, keep=1).train(1)
+    first = run.save(1)
+    weight = run.train(1).model[0].weight
+    tensor = weight.data if place == "weight" else run.optimizer.state[weight]["exp_avg_sq"]  # pyright: ignore
+    tensor[3, 1] = value
+    with pytest.raises(
+        DivergedError, match=r"1 of 12 tensors contain nan or inf, the first is (optimizer.exp_avg_sq.)?0.weight"
+    ):
+        run.save(2)
+    assert run.names() == ["latest", "step_1"]
+    assert verify(first)[1] == []
+    tensor[3, 1] = 1e38  # its square and its sums are not
+    assert run.save(3) == run.manager.newest
+    assert run.names() == ["latest", "step_3"]
 
 
 def test_the_committed_step_is_not_written_again(tmp_path: Path) -> None:

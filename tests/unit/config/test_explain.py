@@ -29,7 +29,8 @@ def test_every_key_has_a_type_and_a_meaning() -> None:
 @pytest.mark.parametrize(
     ("key", "parts"),
     [
-        ("optimizer.lr", ("number, above 0", "required", "Peak learning rate.", "must not change")),
+        ("optimizer.lr", ("number, above 0", "required", "Peak learning rate.", "may change")),
+        ("optimizer.eps", ("AdamW's epsilon.", "must not change")),
         ("train.steps", ("whole number, 1 or more", "may change")),
         ("optimizer.betas", ("[0.9, 0.95]",)),
         ("loss.z", ("default  0.0",)),

@@ -84,6 +84,13 @@ def test_overrides(path: Path) -> None:
     assert config.loss.balance.schedule == ((0, 0.02), (100, 1e-4))
 
 
+@pytest.mark.parametrize("skip", ["[[3, 2]]", "[[0, 4], [4, 5]]", "[[7, 9], [0, 1]]"])
+def test_ranges_of_skipped_sequences_rise(path: Path, skip: str) -> None:
+    (problem,) = problems(path, f"data.skip={skip}")
+    assert problem.startswith(f"data: skip={skip}: each pair is [first, last]")
+    assert load_config(path, ["data.skip=[[0, 4], [5, 5]]"]).data.skip == ((0, 4), (5, 5))
+
+
 def test_one_share_or_a_share_for_each_group(path: Path, tmp_path: Path) -> None:
     one, text = "model.moe.router.capacity=0.5", "model.moe.router.capacity.text=0.25"
     for overrides, expected in (([one], 0.5), ([text], {"text": 0.25}), ([], None)):
@@ -335,19 +342,19 @@ def test_resolved_yaml_loads_back_equal(path: Path, tmp_path: Path) -> None:
 def test_difference(path: Path) -> None:
     old = load_config(path)
     new = load_config(
-        path, ["placement.policy=interleaved", "train.steps=9", "optimizer.lr=1", "model.moe.groups.text.top_k=1"]
+        path, ["placement.policy=interleaved", "train.steps=9", "optimizer.eps=1e-6", "model.moe.groups.text.top_k=1"]
     )
     assert difference(old, old) == []
     assert difference(old, new) == [
         Change("model.moe.groups.text.top_k", 2, 1),
         Change("train.steps", 4, 9),
-        Change("optimizer.lr", 3e-3, 1.0),
+        Change("optimizer.eps", 1e-8, 1e-6),
         Change("placement.policy", "pinned", "interleaved"),
         Change("placement.groups.text.ranks", [0], None),
         Change("placement.groups.text.node.labels", {}, None),
         Change("placement.groups.text.node.own", False, None),
     ]
-    assert [change.key for change in changes_on_resume(old, new)] == ["model.moe.groups.text.top_k", "optimizer.lr"]
+    assert [change.key for change in changes_on_resume(old, new)] == ["model.moe.groups.text.top_k", "optimizer.eps"]
 
 
 def test_a_section_in_place_of_null_is_listed_by_its_keys(path: Path) -> None:

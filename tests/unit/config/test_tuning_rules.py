@@ -92,6 +92,7 @@ def test_chosen_layers() -> None:
             "router_tuning.weight=0: with top_k=1 and normalised weights (kind: top_k, normalise: true_chosen",
             "set router_tuning.weight above 0",
         ),
+        ({**tuned(), "data.skip": [[0, 1]]}, "data.skip: router tuning trains on samples", "set it to []"),
     ],
     ids=lambda value: str(value)[:60],
 )

@@ -83,6 +83,33 @@ def test_the_stream_is_a_pure_function_of_position(folder: tuple[Path, Manifest]
     assert rows(loader(folder, seed=4).batches(0)) != there[0]
 
 
+@pytest.mark.parametrize("dealt", [False, True])
+def test_skipped_sequences_are_left_out_of_the_stream(folder: tuple[Path, Manifest], dealt: bool) -> None:
+    """And only these: the rest keeps its order, on any ranks; traces get the numbers of the whole stream."""
+    skip = ((0, 0), (3, 11), (40, 90), (91, 91))
+    left_out = {number for first, last in skip for number in range(first, last + 1)}
+    whole = global_stream([loader(folder)], 200)
+    expected = [row for number, row in enumerate(whole) if number not in left_out]
+    costs = SequenceCosts(np.arange(SEQ_LEN + 1.0) ** 2, np.array([1.0, 1.0]))
+    dealing = Dealing(costs, ep=1, mix=True) if dealt else None
+    ranks = [loader(folder, world_size=2, rank=rank, skip=skip, dealing=dealing) for rank in range(2)]
+    found = global_stream(ranks, 128)
+    for begin in range(0, 128, 8):
+        rows_of_step = (sorted if dealt else list)(found[begin : begin + 8])
+        assert rows_of_step == (sorted if dealt else list)(expected[begin : begin + 8])
+        numbers = [number for rank in ranks for each in rank.numbers(begin) for number in each]
+        assert [whole[n] for n in sorted(numbers)] == expected[begin : begin + 8]
+
+
+def test_skipped_sequences_count_in_no_epoch(folder: tuple[Path, Manifest]) -> None:
+    skip = ((2, 9), (30, 61))
+    one, all_of_them = loader(folder, skip=skip, global_batch=1), loader(folder, global_batch=1)
+    for position in (0, 2, 3, 21, 22, 23, 90):
+        numbers = [number for at in range(position) for (number,) in one.numbers(at)]
+        steps = [[all_of_them.epochs(number + each)["text"] for each in (0, 1)] for number in numbers]
+        assert one.epochs(position)["text"] == pytest.approx(sum(after - before for before, after in steps))
+
+
 def test_epochs_are_ordered_anew(folder: tuple[Path, Manifest]) -> None:
     one = loader(folder, weights={"a": 1.0}, global_batch=1)
     epoch = one.sequences_per_epoch["a"]

@@ -168,9 +168,9 @@ def test_a_finished_run_shows_its_summary_and_starts_nothing(site: Site, capfd: 
 
 def test_another_configuration_is_refused_unless_the_old_run_is_moved_aside(site: Site) -> None:
     site.attempt("raise StoppedError('saved')")
-    with refused(ConfigError, "optimizer.lr"):
-        site.launch("pass", "optimizer.lr=0.5")
-    assert site.attempt("pass", "optimizer.lr=0.5", overwrite=True) == 0
+    with refused(ConfigError, "optimizer.eps"):
+        site.launch("pass", "optimizer.eps=0.5")
+    assert site.attempt("pass", "optimizer.eps=0.5", overwrite=True) == 0
     assert RunFolder(f"{site.run.path}.old-1").read_config() == site.config
     assert "attempt" in site.run.log_of(1).read_text()
 

@@ -128,10 +128,10 @@ def test_without_a_record_of_the_failed_rank_the_follow_up_error_is_the_reason(t
 def test_another_configuration_ends_with_78_and_leaves_the_status_alone(tmp_path: Path) -> None:
     run(tmp_path, "raise StoppedError('saved')", MOE_DIST_ATTEMPT_ID="first")
     folder = RunFolder(tmp_path / "runs" / "tiny")
-    folder.config_yaml.write_text(folder.config_yaml.read_text().replace("lr: 0.003", "lr: 0.004"))
+    folder.config_yaml.write_text(folder.config_yaml.read_text().replace("weight_decay: 0.1", "weight_decay: 0.2"))
     done, _ = run(tmp_path, "pass")
     assert done.returncode == 78
-    assert "optimizer.lr: 0.004 in the folder, 0.003 now" in done.stderr
+    assert "optimizer.weight_decay: 0.2 in the folder, 0.1 now" in done.stderr
     latest = folder.read_status().latest
     assert latest is not None
     assert (latest.attempt_id, latest.verdict) == ("first", 75)

@@ -74,12 +74,12 @@ def test_a_run_of_a_former_default_says_how_it_resumes(tmp_path: Path) -> None:
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
     folder = attempt(config_with(tmp_path), verdict=75)
-    other = config_with(tmp_path, {"optimizer.lr": 0.5, "model.moe.router": {"scale": 2.0}, "checkpoint.every": 9})
+    other = config_with(tmp_path, {"optimizer.eps": 0.5, "model.moe.router": {"scale": 2.0}, "checkpoint.every": 9})
     with pytest.raises(ConfigError) as caught:
         folder.inspect(other)
     text = str(caught.value)
     assert caught.value.exit_code == 78
-    assert "optimizer.lr: 0.003 in the folder, 0.5 now" in text
+    assert "optimizer.eps: 1e-08 in the folder, 0.5 now" in text
     assert "model.moe.router.scale: 1.0 in the folder, 2.0 now" in text
     assert "checkpoint.every:" not in text
     assert "--overwrite" in text

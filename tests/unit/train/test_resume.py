@@ -12,12 +12,13 @@ import pytest
 import torch
 from pydantic import JsonValue
 
+from moe_dist.checkpoint import storage
 from moe_dist.checkpoint.generators import generator_states, restore_generators
 from moe_dist.checkpoint.manager import Restored
-from moe_dist.errors import DataError
+from moe_dist.errors import ConfigError, DataError, DivergedError
 from moe_dist.optim.optimizer import step_count
 from moe_dist.train.loop.trainer import Progress
-from moe_dist.train.start.resume import progress_of
+from moe_dist.train.start.resume import check_skip, progress_of
 from tests.support.messages import refused
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.tiny import tiny_config, tiny_dataset
@@ -131,7 +132,7 @@ def test_what_an_earlier_writer_left_is_gone_before_anything_is_loaded(tiny_data
 def test_the_checkpoint_of_another_run_is_refused_with_what_differs(tiny_data: Path, tmp_path: Path) -> None:
     a = OneRank(tiny_data, tmp_path, run__name="a")
     a.train_and_save()
-    b = OneRank(tiny_data, tmp_path, run__name="b", run__seed=7, optimizer__lr=1e-2)
+    b = OneRank(tiny_data, tmp_path, run__name="b", run__seed=7, optimizer__eps=1e-6)
     shutil.copytree(a.folder, b.folder)
     with pytest.raises(DataError) as raised:
         b.resumable.restore()
@@ -139,7 +140,7 @@ def test_the_checkpoint_of_another_run_is_refused_with_what_differs(tiny_data: P
     assert raised.value.exit_code == 65
     assert "another run saved this checkpoint" in text
     assert "run.seed: 0 in the checkpoint, 7 now" in text
-    assert "optimizer.lr: 0.003 in the checkpoint, 0.01 now" in text
+    assert "optimizer.eps: 1e-08 in the checkpoint, 1e-06 now" in text
     assert f"run.init_from={b.folder / 'step_2'}" in text
     assert "run.name" not in text
 
@@ -148,9 +149,41 @@ def test_the_checkpoint_of_another_run_is_refused_with_what_differs(tiny_data: P
 def test_what_may_change_on_resume_does_not_make_it_another_run(tiny_data: Path, tmp_path: Path) -> None:
     a = OneRank(tiny_data, tmp_path / "here", run__name="a")
     progress = a.train_and_save()
-    b = OneRank(tiny_data, tmp_path / "there", run__name="b", train__steps=90, checkpoint__every=7)
+    changes = {"train__steps": 90, "checkpoint__every": 7, "optimizer__lr": 1e-4, "data__skip": [[16, 20]]}
+    b = OneRank(tiny_data, tmp_path / "there", run__name="b", **changes)
     shutil.copytree(a.folder, b.folder)
     assert b.resumable.restore() == progress
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [((), ((15, 20),)), (((3, 4),), ()), (((3, 20),), ((3, 12), (14, 14)))], ids=str
+)
+def test_sequences_that_a_run_has_drawn_stay_as_they_were(first: Any, second: Any, tmp_path: Path) -> None:
+    before, now = (tiny_config(tmp_path, tmp_path, {"data.skip": skip}) for skip in (first, second))
+    check_skip(Progress(position=16), before, before, Path("step_2"))
+    with refused(ConfigError):
+        check_skip(Progress(position=16), before, now, Path("step_2"))
+    with refused(ConfigError):
+        check_skip(Progress(position=16), now, before, Path("step_2"))
+    check_skip(Progress(position=0), before, now, Path("step_0"))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_checkpoint_of_a_diverged_run_is_refused_with_the_way_back(tiny_data: Path, tmp_path: Path) -> None:
+    """As earlier versions saved them."""
+    run = OneRank(tiny_data, tmp_path)
+    run.train_and_save()
+    shutil.copytree(run.folder / "step_2", run.folder / "step_1")
+    poisoned = next(run.training.parallel.model.parameters())
+    poisoned.data[0, 0] = float("nan")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "check_finite", lambda _: None)
+        run.resumable.save(Progress(step=3, position=24), durable=True)
+    with pytest.raises(DivergedError) as raised:
+        OneRank(tiny_data, tmp_path).resumable.restore()
+    assert raised.value.exit_code == 70
+    for part in ("step_3", "embedding.weight", "echo step_2 >"):
+        assert part in str(raised.value)
 
 
 @pytest.mark.usefixtures("one_rank")
