@@ -14,6 +14,8 @@ from tests.support.cover import exhaustive, full
 from tests.support.engine_run import megatron, started_run, take_steps
 from tests.support.worlds import RankContext
 
+pytestmark = pytest.mark.megatron
+
 ROUTER = "model.moe.router"
 CHANGES: Mapping[str, Any] = {
     "loss.balance.schedule": [[0, 0.0]],
@@ -42,8 +44,8 @@ def outcome(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Outcome
 @pytest.mark.parametrize(
     ("world_size", "readers", "router", "layout"),
     [
-        full(4, 1, {**THRESHOLD, "scope": "rank"}, {"parallel.ep": 2, "parallel.edp": 2, **megatron(tp=2, pp=2)}),
-        exhaustive(2, 2, {**CHOICE, "scope": "world"}, {"parallel.ep": 2, **megatron()}),
+        full(4, 1, {**CHOICE, "scope": "rank"}, {"parallel.ep": 2, "parallel.edp": 2, **megatron(tp=2, pp=2)}),
+        full(2, 2, {**THRESHOLD, "scope": "world"}, {"parallel.ep": 2, **megatron()}),
         exhaustive(4, 2, {**CHOICE, "scope": "world"}, {"parallel.ep": 4, **megatron(cp=2)}),
         exhaustive(4, 2, {**THRESHOLD, "scope": "world"}, {"parallel.ep": 2, "parallel.edp": 2, **megatron(tp=2)}),
         exhaustive(2, 1, {**CHOICE, "scope": "rank"}, {"parallel.ep": 1, "parallel.edp": 2, **LATE, **megatron(pp=2)}),
@@ -52,7 +54,6 @@ def outcome(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Outcome
     ids=["tp2-pp2", "ep2", "ep4-cp2", "tp2-dp2", "late", "ep_group"],
 )
 def test_experts_choose_what_they_choose_in_the_own_engine(
-    run_with_megatron: Callable[..., list[Any]],
     run_in_world: Callable[..., list[Any]],
     tiny_data: Path,
     world_size: int,
@@ -64,7 +65,7 @@ def test_experts_choose_what_they_choose_in_the_own_engine(
     own |= {ROUTER: router, "parallel.ep": readers, "parallel.edp": 1}
     steps, ours = run_in_world(readers, outcome, str(tiny_data), own)[0]
     assert len({step["choices"].tobytes() for step in steps}) > 1
-    for found, evaluation in run_with_megatron(world_size, outcome, str(tiny_data), {**layout, ROUTER: router}):
+    for found, evaluation in run_in_world(world_size, outcome, str(tiny_data), {**layout, ROUTER: router}):
         for number, (theirs, step) in enumerate(zip(found, steps, strict=True)):
             assert (theirs["choices"] == step["choices"]).all(), f"step {number}"
             assert theirs["loss"] == pytest.approx(step["loss"], rel=1e-5), f"step {number}"

@@ -10,9 +10,11 @@ from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS
 from moe_dist.data.batch import Batch
 from moe_dist.moe.routing import LayerReport
 from moe_dist.plan.pipeline_memory import stage_memory
-from tests.support.cover import exhaustive, full, full_with_each_version, rest_exhaustive
+from tests.support.cover import exhaustive, full
 from tests.support.engine_run import losses, megatron, started_run, take_steps
 from tests.support.worlds import RankContext
+
+pytestmark = pytest.mark.megatron
 
 UNEVEN = [["text/0", "text/1", "image/0"], ["text/2", "image/1"], [], []]  # two ranks without experts
 PINNED = {"policy": "pinned", "groups": {"text": {"ranks": [0]}, "image": {"ranks": [1]}}}
@@ -49,138 +51,85 @@ def own_losses(run_in_world: Callable[..., list[Any]], tiny_data: Path) -> Calla
     return of
 
 
-@pytest.mark.parametrize(
-    ("world_size", "changes", "data_ranks"),
-    [
-        pytest.param(1, {**ranks(1), **megatron()}, 1, id="one rank", marks=pytest.mark.exhaustive),
-        pytest.param(2, {**ranks(1, 2), **megatron(tp=2)}, 1, id="tp2", marks=pytest.mark.exhaustive),
-        pytest.param(2, {**ranks(1, 2), **megatron(pp=2)}, 1, id="pp2", marks=pytest.mark.exhaustive),
-        pytest.param(
-            2, {**ranks(1, 2), **megatron(pp=2, vpp=2)}, 1, id="pp2-vpp2", marks=pytest.mark.full,
-        ),
-        pytest.param(2, {**ranks(2), **megatron(cp=2)}, 1, id="ep2-cp2"),
-        pytest.param(2, {**ranks(2), **megatron()}, 2, id="ep2", marks=pytest.mark.exhaustive),
-        pytest.param(
-            2, {**ranks(2), "placement": PINNED, **megatron(distributed_optimizer=True)}, 2,
-            id="pinned-do", marks=pytest.mark.exhaustive,
-        ),
-        pytest.param(4, {**ranks(2, 2), **megatron(tp=2, pp=2)}, 1, id="tp2-ep2-pp2", marks=pytest.mark.full),
-        pytest.param(4, {**ranks(4), **explicit(UNEVEN), **megatron()}, 4, id="uneven", marks=pytest.mark.exhaustive),
-        pytest.param(
-            4, {**ranks(4), **explicit(UNEVEN), **megatron(tp=2, distributed_optimizer=True)}, 2,
-            id="uneven-tp2-do", marks=pytest.mark.exhaustive,
-        ),
-        pytest.param(4, {**ranks(2, 2), **megatron(tp=2, cp=2)}, 1, id="tp2-cp2", marks=pytest.mark.exhaustive),
-        pytest.param(8, {**ranks(2, 4), **megatron(tp=2, pp=2)}, 2, id="8 ranks", marks=pytest.mark.exhaustive),
-    ],
-)  # fmt: skip
+LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {  # ranks, changes, and ranks that read different sequences
+    "ep2-cp2": (2, {**ranks(2), **megatron(cp=2)}, 1),
+    "tp2-ep2-pp2": (4, {**ranks(2, 2), **megatron(tp=2, pp=2)}, 1),
+    "pp2-vpp2": (2, {**ranks(1, 2), **megatron(pp=2, vpp=2)}, 1),
+    "one rank": (1, {**ranks(1), **megatron()}, 1),
+    "pinned-do": (2, {**ranks(2), "placement": PINNED, **megatron(distributed_optimizer=True)}, 2),
+    "uneven": (4, {**ranks(4), **explicit(UNEVEN), **megatron()}, 4),
+    "uneven-tp2-do": (4, {**ranks(4), **explicit(UNEVEN), **megatron(tp=2, distributed_optimizer=True)}, 2),
+    "tp2-cp2": (4, {**ranks(2, 2), **megatron(tp=2, cp=2)}, 1),
+    "8 ranks": (8, {**ranks(2, 4), **megatron(tp=2, pp=2)}, 2),
+}
+
+
+@pytest.mark.parametrize("name", ["ep2-cp2", *map(full, list(LAYOUTS)[1:3]), *map(exhaustive, list(LAYOUTS)[3:])])
 def test_losses_equal_those_of_the_own_engine(
-    run_with_megatron: Callable[..., list[Any]],
-    own_losses: Callable[..., list[dict[str, Any]]],
-    tiny_data: Path,
-    world_size: int,
-    changes: Mapping[str, Any],
-    data_ranks: int,
+    run_in_world: Callable[..., list[Any]], own_losses: Callable[..., list[dict[str, Any]]], tiny_data: Path, name: str
 ) -> None:
+    world_size, changes, data_ranks = LAYOUTS[name]
     expected = own_losses(data_ranks)
-    for found in run_with_megatron(world_size, losses, str(tiny_data), changes):
+    for found in run_in_world(world_size, losses, str(tiny_data), changes):
         close(found, expected, bound=1e-5)
 
 
-ROUTERS = [
-    {"kind": "group_limited", "selection_bias": False, "scale": 2.0},
-    {"kind": "top_k", "normalise": "true_all", "null_logit": "single"},
-    {"kind": "top_k", "logit_bias": True},
-]
-TARGET = {"text": 1.2, "image": 0.8}
-ACTIVE = {"kind": "active_experts", "target": TARGET, "rate": 0.05, "proportional": 0.1, "per": "expert"}
-LOSS_FREE = {"kind": "loss_free", "rate": 0.01}
-CONTROLLED = {
-    "top_p": ({"kind": "top_p"}, [ACTIVE]),
-    "relu": ({"kind": "relu"}, [ACTIVE]),
-    "threshold": ({"kind": "threshold"}, []),
-    "predicted_k": ({"kind": "predicted_k"}, [ACTIVE]),
-    "group_limited": ({"kind": "group_limited", "selection_bias": True}, [LOSS_FREE]),
-    "top_k": ({"kind": "top_k", "selection_bias": True}, [{**ACTIVE, "per": "group"}, LOSS_FREE]),
-}
 NO_NULLS = {f"model.moe.groups.{name}.num_null": 0 for name in ("text", "image")}
+ACTIVE = {
+    "kind": "active_experts",
+    "target": {"text": 1.2, "image": 0.8},
+    "rate": 0.05,
+    "proportional": 0.1,
+    "per": "expert",
+}
+LOSS_FREE = {"kind": "loss_free", "rate": 0.01}
+TENSOR, STAGES = {**ranks(2), **megatron(tp=2)}, {**ranks(1, 2), **megatron(pp=2)}
+# Routers by which tokens choose, the controllers of their biases, and the layout.
+ROUTERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] = {
+    "top_p": ({"kind": "top_p"}, [ACTIVE], STAGES),
+    "scaled": ({"kind": "group_limited", "selection_bias": False, "scale": 2.0}, [], TENSOR),
+    "group_limited": ({"kind": "group_limited", "selection_bias": True}, [LOSS_FREE], STAGES),
+    "top_k": ({"kind": "top_k", "selection_bias": True}, [{**ACTIVE, "per": "group"}, LOSS_FREE], STAGES),
+    "relu": ({"kind": "relu"}, [ACTIVE], STAGES),
+    "threshold": ({"kind": "threshold"}, [], STAGES),
+    "predicted_k": ({"kind": "predicted_k"}, [ACTIVE], STAGES),
+    "true_all": ({"kind": "top_k", "normalise": "true_all", "null_logit": "single"}, [], TENSOR),
+    "logit_bias": ({"kind": "top_k", "logit_bias": True}, [], TENSOR),
+}
 
 
-@pytest.mark.parametrize(
-    "router",
-    [full_with_each_version(ROUTERS[0]), exhaustive(ROUTERS[1]), exhaustive(ROUTERS[2])],
-    ids=["group_limited", "true_all", "logit_bias"],
-)
-def test_every_router_by_tokens(
-    run_with_megatron: Callable[..., list[Any]],
-    own_losses: Callable[..., list[dict[str, Any]]],
-    tiny_data: Path,
-    router: dict[str, Any],
+@pytest.mark.parametrize("name", ["top_p", full("scaled"), *map(exhaustive, list(ROUTERS)[2:])])
+def test_routers_and_their_biases_follow_the_loads_of_all_ranks(
+    run_in_world: Callable[..., list[Any]], own_losses: Callable[..., list[dict[str, Any]]], tiny_data: Path, name: str
 ) -> None:
-    nulls = NO_NULLS if router.get("logit_bias") else {}
-    changes = {"model.moe.router": router, **nulls}
-    layout = {**changes, **ranks(2), **megatron(tp=2)}
-    close(run_with_megatron(2, losses, str(tiny_data), layout)[0], own_losses(1, **changes), bound=1e-5)
-
-
-@pytest.mark.parametrize(
-    "name", ["top_p", full("top_k"), *map(exhaustive, ("relu", "threshold", "predicted_k", "group_limited"))]
-)
-def test_selection_biases_follow_the_loads_of_all_ranks(
-    run_with_megatron: Callable[..., list[Any]],
-    own_losses: Callable[..., list[dict[str, Any]]],
-    tiny_data: Path,
-    name: str,
-) -> None:
-    router, balance = CONTROLLED[name]
-    changes = {"model.moe.router": router, "model.moe.balance": balance}
+    router, balance, layout = ROUTERS[name]
+    changes = {"model.moe.router": router, "model.moe.balance": balance} | (NO_NULLS if "logit_bias" in router else {})
     expected = own_losses(1, **changes)
-    for found in run_with_megatron(2, losses, str(tiny_data), {**changes, **ranks(1, 2), **megatron(pp=2)}):
+    for found in run_in_world(2, losses, str(tiny_data), {**changes, **layout}):
         close(found, expected, bound=1e-5)
         assert (found[-1]["choices"] == expected[-1]["choices"]).all()
 
 
-SCHEDULED = {"kind": "scheduled_top_k", "active_experts": {"text": [1.5, 1.2], "image": [0.8, 1.6]}}
-
-
-@pytest.mark.parametrize(
-    ("world_size", "layout"),
-    [full(2, {**ranks(2), **megatron(tp=2)}), exhaustive(4, {**ranks(2, 2), **megatron(cp=2, pp=2)})],
-    ids=["ep2-tp2", "cp2-pp2"],
-)
-def test_a_draw_belongs_to_its_token(
-    run_with_megatron: Callable[..., list[Any]],
-    own_losses: Callable[..., list[dict[str, Any]]],
-    tiny_data: Path,
-    world_size: int,
-    layout: Mapping[str, Any],
-) -> None:
-    changes = {"model.moe.router": SCHEDULED, **NO_NULLS}
-    expected = own_losses(1, **changes)
-    found = run_with_megatron(world_size, losses, str(tiny_data), {**changes, **layout})[0]
-    close(found, expected, bound=1e-5)
-    assert (found[0]["choices"] == expected[0]["choices"]).all()
-
-
 DISPATCH: dict[str, dict[str, Any]] = {
+    "uneven": explicit(UNEVEN),
     "overlap": {"parallel.dispatch": {"kind": "all_to_all", "overlap": True, "chunks": 2}},
     "hierarchical": {"parallel.dispatch": {"kind": "hierarchical", "ranks_per_node": 2}, "parallel.check_exchanges": True},
     "static": {"parallel.dispatch": {"kind": "static", "room": 4.0}},
 }
 
 
-@pytest.mark.parametrize("name", rest_exhaustive(DISPATCH))
-def test_other_dispatchers_send_what_they_send_in_the_own_engine(
-    run_with_megatron: Callable[..., list[Any]],
-    run_in_world: Callable[..., list[Any]],
-    tiny_data: Path,
-    name: str,
+@pytest.mark.parametrize("name", ["uneven", "overlap", exhaustive("hierarchical"), exhaustive("static")])
+def test_the_ledger_counts_what_the_own_engine_sends(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, name: str
 ) -> None:
     changes = {"train.steps": 3, **ranks(4), **DISPATCH[name]}
     own = run_in_world(4, losses, str(tiny_data), changes)[0]
-    found = run_with_megatron(4, losses, str(tiny_data), {**changes, **megatron()})[0]
+    found = run_in_world(4, losses, str(tiny_data), {**changes, **megatron()})[0]
     close(found, own, bound=1e-5)
-    assert [step["rows"] for step in found] == [step["rows"] for step in own]
+    for theirs, ours in zip(found, own, strict=True):
+        assert theirs["rows"] == ours["rows"]
+        assert (theirs["choices"] == ours["choices"]).all()
+        assert ours["rows"]["payload_bytes"] > 0
 
 
 CHOICE: Mapping[str, Any] = {
@@ -226,7 +175,6 @@ def traced(rank: RankContext, data: str, changes: Mapping[str, Any]) -> list[tup
     ids=["tp2-pp2", "cp2", "choice"],
 )
 def test_a_trace_has_every_token_once_with_its_choices(
-    run_with_megatron: Callable[..., list[Any]],
     run_in_world: Callable[..., list[Any]],
     tiny_data: Path,
     world_size: int,
@@ -235,7 +183,7 @@ def test_a_trace_has_every_token_once_with_its_choices(
     changes: Mapping[str, Any],
 ) -> None:
     expected = run_in_world(1, traced, str(tiny_data), {**ranks(1), **changes})[0]
-    found = run_with_megatron(world_size, traced, str(tiny_data), {**layout, **changes})
+    found = run_in_world(world_size, traced, str(tiny_data), {**layout, **changes})
     for rank, seen in enumerate(found):
         for (tokens, column, weight), (own_tokens, own_column, own_weight) in zip(seen, expected, strict=True):
             if rank != writer:
@@ -266,29 +214,13 @@ def poisoned(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[
 
 
 def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(
-    run_with_megatron: Callable[..., list[Any]], own_losses: Callable[..., list[dict[str, Any]]], tiny_data: Path
+    run_in_world: Callable[..., list[Any]], own_losses: Callable[..., list[dict[str, Any]]], tiny_data: Path
 ) -> None:
     expected = own_losses(1)[0]["loss"]
-    for skipped, moved, loss in run_with_megatron(2, poisoned, str(tiny_data), {**ranks(1, 2), **megatron(pp=2)}):
+    for skipped, moved, loss in run_in_world(2, poisoned, str(tiny_data), {**ranks(1, 2), **megatron(pp=2)}):
         assert skipped
         assert not moved
         assert loss == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("layout", [ranks(2), full({**ranks(4), **explicit(UNEVEN)})], ids=["ep2", "ep4-uneven"])
-def test_the_ledger_counts_what_the_own_engine_sends(
-    run_with_megatron: Callable[..., list[Any]],
-    run_in_world: Callable[..., list[Any]],
-    tiny_data: Path,
-    layout: dict[str, Any],
-) -> None:
-    changes, world_size = {**layout, "train.steps": 2}, layout["parallel.ep"]
-    own = run_in_world(world_size, losses, str(tiny_data), changes)[0]
-    found = run_with_megatron(world_size, losses, str(tiny_data), {**changes, **megatron()})[0]
-    for theirs, ours in zip(found, own, strict=True):
-        assert theirs["rows"] == ours["rows"]
-        assert (theirs["choices"] == ours["choices"]).all()
-        assert ours["rows"]["payload_bytes"] > 0
 
 
 def tracked(rank: RankContext, data: str, changes: Mapping[str, Any]) -> set[str]:
@@ -303,8 +235,8 @@ def tracked(rank: RankContext, data: str, changes: Mapping[str, Any]) -> set[str
     return seen
 
 
-def test_the_watchdog_sees_exchanges_and_the_pipeline(run_with_megatron: Callable[..., list[Any]], tiny_data: Path) -> None:
-    for seen in run_with_megatron(2, tracked, str(tiny_data), {**ranks(2), **megatron(tp=2)}):
+def test_the_watchdog_sees_exchanges_and_the_pipeline(run_in_world: Callable[..., list[Any]], tiny_data: Path) -> None:
+    for seen in run_in_world(2, tracked, str(tiny_data), {**ranks(2), **megatron(tp=2)}):
         rows = {DISPATCH_ROWS, COMBINE_ROWS, DISPATCH_ROWS + BACKWARD}
         assert seen >= {*rows, "Megatron's pipeline or gradient sums", "the optimizer's step"}
 
@@ -328,7 +260,7 @@ def test_the_dry_run_counts_the_weights_of_the_fullest_rank(
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
 def test_bf16_stays_within_its_rounding(
-    run_with_megatron: Callable[..., list[Any]],
+    run_in_world: Callable[..., list[Any]],
     own_losses: Callable[..., list[dict[str, Any]]],
     tiny_data: Path,
     sharded: bool,
@@ -336,7 +268,7 @@ def test_bf16_stays_within_its_rounding(
     few, bf16 = {"train.steps": 6}, {"parallel.precision": "bf16", "train.steps": 6}
     fp32, own = own_losses(2, **few), own_losses(2, **bf16)
     layout = {**ranks(2), **bf16, **megatron(distributed_optimizer=sharded)}
-    found = run_with_megatron(2, losses, str(tiny_data), layout)[0]
+    found = run_in_world(2, losses, str(tiny_data), layout)[0]
 
     def distance(steps: list[dict[str, Any]]) -> float:
         return max(abs(step["loss"] / exact["loss"] - 1) for step, exact in zip(steps, fp32, strict=True))

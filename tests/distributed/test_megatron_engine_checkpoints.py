@@ -15,9 +15,11 @@ from moe_dist.checkpoint.state import RankLayout
 from moe_dist.config.manifest import load_manifest
 from moe_dist.hf.exporting import export_model
 from moe_dist.train.resume import Resumable
-from tests.support.cover import exhaustive, full
+from tests.support.cover import exhaustive
 from tests.support.engine_run import megatron, started_run, take_steps
 from tests.support.worlds import RankContext
+
+pytestmark = pytest.mark.megatron
 
 ONE = {"parallel.ep": 1, "parallel.edp": 1}
 TWO = {"parallel.ep": 2, "parallel.edp": 1}
@@ -79,11 +81,10 @@ def exported_files(source: Path, out: Path, data: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("ranks", "layout", "readers"),
-    [full(4, BLOCK, ONE), exhaustive(4, INTERLEAVED, TWO), (2, PINNED, ONE)],
+    [(4, BLOCK, ONE), exhaustive(4, INTERLEAVED, TWO), exhaustive(2, PINNED, ONE)],
     ids=["block", "interleaved", "pinned"],
 )
 def test_there_and_back_changes_no_bit(
-    run_with_megatron: Callable[..., list[Any]],
     run_in_world: Callable[..., list[Any]],
     tiny_data: Path,
     tmp_path: Path,
@@ -96,13 +97,13 @@ def test_there_and_back_changes_no_bit(
     own, there, back, on, resumed, again = folders
     layout = {**layout, **BIASES}
     run_in_world(1, legs, data, {**ONE, **BIASES}, None, (0, 3), own)
-    run_with_megatron(ranks, legs, data, layout, own, (3, 3), there)
+    run_in_world(ranks, legs, data, layout, own, (3, 3), there)
     run_in_world(2, legs, data, {**TWO, **BIASES}, there, (3, 3), back)
     assert "layers.1.moe.router.text.bias" in fingerprints(Path(own))
     assert fingerprints(Path(there)) == fingerprints(Path(own))
     assert fingerprints(Path(back)) == fingerprints(Path(own))
     expected = run_in_world(readers["parallel.ep"], legs, data, {**readers, **BIASES}, own, (3, 6), on)[0]
-    found = run_with_megatron(ranks, legs, data, layout, there, (3, 6), resumed)
+    found = run_in_world(ranks, legs, data, layout, there, (3, 6), resumed)
     assert all(losses == pytest.approx(expected, rel=1e-5) for losses in found)
 
     run_in_world(2, legs, data, {**TWO, **BIASES}, resumed, (6, 6), again)
@@ -114,11 +115,11 @@ def test_there_and_back_changes_no_bit(
 @pytest.mark.parametrize("precision", [exhaustive("fp32"), "bf16"])
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [full(4, BLOCK), (2, {**TWO, **megatron(distributed_optimizer=True)}), exhaustive(4, INTERLEAVED)],
+    [exhaustive(4, BLOCK), (2, {**TWO, **megatron(distributed_optimizer=True)}), exhaustive(4, INTERLEAVED)],
     ids=["block", "sharded", "interleaved"],
 )
 def test_a_resumed_run_goes_on_bit_for_bit(
-    run_with_megatron: Callable[..., list[Any]],
+    run_in_world: Callable[..., list[Any]],
     tiny_data: Path,
     tmp_path: Path,
     ranks: int,
@@ -127,9 +128,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(
 ) -> None:
     data, changes = str(tiny_data), {**layout, **BIASES, "parallel.precision": precision}
     whole, first, then = (str(tmp_path / name) for name in ("whole", "first", "then"))
-    expected = run_with_megatron(ranks, legs, data, changes, None, (0, 5), whole)[0]
-    found = run_with_megatron(ranks, legs, data, changes, None, (0, 3), first)[0]
-    found = found + run_with_megatron(ranks, legs, data, changes, first, (3, 5), then)[0]
+    expected = run_in_world(ranks, legs, data, changes, None, (0, 5), whole)[0]
+    found = run_in_world(ranks, legs, data, changes, None, (0, 3), first)[0]
+    found = found + run_in_world(ranks, legs, data, changes, first, (3, 5), then)[0]
     assert found == expected
     assert fingerprints(Path(then)) == fingerprints(Path(whole))
     assert torch.isfinite(torch.tensor(found)).all()
@@ -153,10 +154,10 @@ def tensors_after_a_save(rank: RankContext, data: str, changes: Mapping[str, Any
         return alive() - before
 
 
-@pytest.mark.full("with each version")
-def test_a_save_keeps_no_gathered_tensor(run_with_megatron: Callable[..., list[Any]], tiny_data: Path) -> None:
+@pytest.mark.full
+def test_a_save_keeps_no_gathered_tensor(run_in_world: Callable[..., list[Any]], tiny_data: Path) -> None:
     layout = {**TWO, **megatron(distributed_optimizer=True)}
-    for kept in run_with_megatron(2, tensors_after_a_save, str(tiny_data), layout):
+    for kept in run_in_world(2, tensors_after_a_save, str(tiny_data), layout):
         assert not kept
 
 
@@ -169,9 +170,9 @@ def begun(rank: RankContext, data: str, changes: Mapping[str, Any]) -> float:
         return take_steps(run, 0, 1)[0]["loss"]
 
 
-@pytest.mark.full("with each version")
+@pytest.mark.full
 def test_a_run_begins_with_weights_of_the_other_engine(
-    run_with_megatron: Callable[..., list[Any]], run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
 ) -> None:
     data, source = str(tiny_data), str(tmp_path / "own")
     run_in_world(1, legs, data, ONE, None, (0, 3), source)
@@ -180,5 +181,5 @@ def test_a_run_begins_with_weights_of_the_other_engine(
     expected = run_in_world(1, begun, data, {**ONE, **changes})[0]
     assert abs(new - expected) > 0.1
     for layout in ({**TWO, **megatron(tp=2)}, {**TWO, **megatron(cp=2, distributed_optimizer=True)}):
-        found = run_with_megatron(2, begun, data, {**layout, **changes})
+        found = run_in_world(2, begun, data, {**layout, **changes})
         assert found == pytest.approx([expected] * 2, rel=1e-5)

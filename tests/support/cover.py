@@ -69,12 +69,6 @@ def full(*case: Any) -> Any:
     return pytest.param(*case, marks=pytest.mark.full)
 
 
-def full_with_each_version(*case: Any) -> Any:
-    """A case that `make test` leaves out, and that `make test-full` runs with each version of megatron-core. It runs no
-    other case with the next version."""
-    return pytest.param(*case, marks=pytest.mark.full("with each version"))
-
-
 def rest_full(cases: Iterable[Any], keep: int = 1) -> list[Any]:
     """The cases, each a single value, with those after the first `keep` marked `full`."""
     return [case if position < keep else full(case) for position, case in enumerate(cases)]

@@ -19,7 +19,7 @@ from moe_dist.train.tracing import StepWatcher
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
 
-STEPS = 20
+STEPS = 10
 CHANGES: Mapping[str, Any] = {
     "train.steps": STEPS,
     "train.global_batch": 8,

@@ -3,7 +3,7 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from moe_dist.megatron.cpu_trial import megatron_on_cpu
 from moe_dist.megatron.process_groups import model_parallel
 from tests.support.megatron_model import (
-    LAYERS,
     Layout,
     TokenBatch,
     batch_of,
@@ -20,6 +19,7 @@ from tests.support.megatron_model import (
     gpt_model,
     megatron_tensors,
     our_model,
+    place_of,
     set_weights,
     transformer_config,
 )
@@ -66,32 +66,21 @@ def wrapped(model: Any, config: Any, **options: Any) -> Any:
     return DistributedDataParallel(config, settings, model)
 
 
-def place_of(state: Any) -> dict[str, int]:
-    """Where this rank stands, as `megatron_tensors` wants it."""
-    return {
-        "ep_rank": state.get_expert_model_parallel_rank(),
-        "tp_rank": state.get_tensor_model_parallel_rank(),
-        "tp_size": state.get_tensor_model_parallel_world_size(),
-    }
-
-
 def build(layout: Layout, state: Any) -> tuple[Any, Any, TokenBatch, TokenBatch]:
     """Megatron's model (in its DDP) and ours, with the same weights; this rank's batch and all ranks'."""
     settings, config = layout.settings, transformer_config(layout)
     ours = our_model(settings)
     model = gpt_model(config, decoder_spec(layout, config))
-    set_weights(model, megatron_tensors(dict(ours.named_parameters()), settings.place(layout.ep), **place_of(state)))
+    set_weights(model, megatron_tensors(model, ours, place_of(layout, state)))
     whole = batch_of(SEQUENCES, settings)
+    return wrapped(model, config), ours, whole.part(own_sequences(state)), whole
+
+
+def own_sequences(state: Any) -> slice:
+    """This rank's sequences of a micro-batch."""
     each = SEQUENCES // state.get_data_parallel_world_size()
-    return wrapped(model, config), ours, whole.part(state.get_data_parallel_rank() * each, each), whole
-
-
-def expected_gradients(
-    layout: Layout, ours: Any, state: Any, layers: Sequence[int] = range(LAYERS)
-) -> dict[str, torch.Tensor]:
-    """Gradients of our model as those of this rank's Megatron parameters."""
-    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    return megatron_tensors(gradients, layout.settings.place(layout.ep), layers=layers, **place_of(state))
+    first = state.get_data_parallel_rank() * each
+    return slice(first, first + each)
 
 
 def tracked() -> dict[str, list[float]]:

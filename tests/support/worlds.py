@@ -134,11 +134,9 @@ def _run(call: _Call, rank: int, world_size: int) -> bytes:
     return result
 
 
-def _serve(rank: int, world_size: int, stacks: str, connection: Connection, first_on_path: str | None) -> None:
+def _serve(rank: int, world_size: int, stacks: str, connection: Connection) -> None:
     # The server ends when pytest does. If it has ended already, the connection has no other end either.
     child_of(os.getppid(), ignore_stop=False)()
-    if first_on_path is not None:
-        sys.path.insert(0, first_on_path)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's; it ends us
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     stacks_file = open(stacks, "w")  # noqa: SIM115  # faulthandler keeps the descriptor
@@ -160,13 +158,12 @@ def _serve(rank: int, world_size: int, stacks: str, connection: Connection, firs
 
 
 @functools.cache
-def _servers(first_on_path: str | None) -> list[forkserver.ForkServer]:
-    """Two servers with the imports of the ranks; packages of `first_on_path` stand before all others in them, too."""
+def _servers() -> list[forkserver.ForkServer]:
+    """Two servers with the imports of the ranks."""
     servers = [forkserver.ForkServer() for _ in range(2)]
-    paths = [path for path in (first_on_path, os.environ.get("PYTHONPATH")) if path]
     for server in servers:
         server.set_forkserver_preload(IMPORTED)
-        with patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(paths)):  # before torch is imported
+        with patch.dict(os.environ, OMP_NUM_THREADS="1"):  # before torch is imported
             server.ensure_running()
     return servers
 
@@ -175,7 +172,7 @@ def forked(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Starts a process of its own that calls a function of an importable module; torch and most of moe_dist are imported
     already, as in the ranks of a world."""
     process = get_context("forkserver").Process(target=target, args=arguments, daemon=True)
-    with patch.object(forkserver, "connect_to_new_process", _servers(None)[0].connect_to_new_process):
+    with patch.object(forkserver, "connect_to_new_process", _servers()[0].connect_to_new_process):
         process.start()
     return process
 
@@ -197,16 +194,16 @@ class _World:
     worn: bool = False  # its ranks have gathered threads: the next call starts anew
 
     @classmethod
-    def start(cls, world_size: int, first_on_path: str | None = None) -> "_World":
+    def start(cls, world_size: int) -> "_World":
         world = cls(Path(tempfile.mkdtemp(prefix="moe_dist_world_")))
-        context, servers = get_context("forkserver"), _servers(first_on_path)
+        context, servers = get_context("forkserver"), _servers()
         try:
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
                 stacks = world.folder / f"stacks_{rank}"
                 process = context.Process(
                     target=_serve,
-                    args=(rank, world_size, str(stacks), theirs, first_on_path),
+                    args=(rank, world_size, str(stacks), theirs),
                     name=f"world{world_size}-rank{rank}",
                     daemon=True,
                 )
@@ -303,15 +300,10 @@ class _World:
 
 
 class Worlds:
-    """All standing worlds of a session, by size. The session fixture `worlds` holds the one of pytest.
+    """All standing worlds of a session, by size. The session fixture `worlds` holds the one of pytest."""
 
-    Args:
-        first_on_path: A folder whose packages stand before all others in the ranks: another version of one.
-    """
-
-    def __init__(self, first_on_path: Path | None = None) -> None:
+    def __init__(self) -> None:
         self._worlds: dict[int, _World] = {}
-        self._first_on_path = None if first_on_path is None else str(first_on_path)
 
     def run(
         self, world_size: int, function: Callable[..., Any], *arguments: Any, seconds: float = CALL_SECONDS
@@ -329,7 +321,7 @@ class Worlds:
             WorldError: a rank raised, died or hung.
         """
         if world_size not in self._worlds:
-            self._worlds[world_size] = _World.start(world_size, self._first_on_path)
+            self._worlds[world_size] = _World.start(world_size)
         world = self._worlds[world_size]
         try:
             results = world.call(function, arguments, seconds)
