@@ -25,6 +25,8 @@ REQUIRED = [
     "tensorboard>=2.15",
     "tokenizers>=0.15",
     "torch>=2.11",
+    # megatron-core imports triton without requiring it, and torch for CPUs brings none. Python 3.11 gets an older version.
+    'triton>=3.6; platform_system == "Linux" and python_version >= "3.12"',
     "typer>=0.12",
 ]
 EXTRAS = {
