@@ -44,7 +44,7 @@ def differences(rank: RankContext, layout: Layout) -> tuple[float, float, int, i
             return layer.moe.router(h_TD, group_T).sums
 
         parameters = list(layer.moe.router.parameters())
-        y = layer.aux_terms.attach(h_TD.clone().requires_grad_(), terms(h_TD, group_T))
+        y = layer.watch.attach(1, h_TD.clone().requires_grad_(), terms(h_TD, group_T))
         ours = torch.autograd.grad(y.sum() * 0.0, parameters)
         whole = terms(gathered(h_TD), gathered(group_T))
         tables = ColumnTables.on(layer.placement.groups, torch.device("cpu"))

@@ -139,7 +139,7 @@ def decoder_spec(layout: Layout, config: Any, *, stage: int = 0) -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    from moe_dist.megatron import decoder_layer_spec
+    from moe_dist.megatron.decoder_layer import decoder_layer_spec
     from moe_dist.megatron.gpt import Norm
 
     spec = decoder_layer_spec(layout.settings)
