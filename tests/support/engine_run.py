@@ -45,6 +45,11 @@ def config_of(data: str | Path, root: str | Path, changes: Mapping[str, Any]) ->
     return tiny_config(Path(data), Path(root), {**CHANGES, **changes})
 
 
+def ranks(ep: int, edp: int = 1) -> dict[str, Any]:
+    """The change that sets the number of ranks."""
+    return {"parallel.ep": ep, "parallel.edp": edp}
+
+
 def megatron(**engine: Any) -> dict[str, Any]:
     """The change that selects Megatron-Core on a CPU."""
     return {"engine": {"kind": "megatron", "cpu_trial": True, **engine}, "loss.balance.scope": "micro_batch"}
