@@ -1,13 +1,12 @@
-# Every target sets up what it needs: a virtual environment in .venv, the packages of setup.py, the default data, and for
-# the tests a second megatron-core in .cache.
+# Every target sets up what it needs: a virtual environment in .venv, the packages of setup.py, and the default data.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLING := .cache/installing
 DATA := .cache/data/openmoji
-# The next megatron-core, for its tests: Python 3.11 gets no later one than 0.16, and it wants triton.
-NEXT_MEGATRON := .cache/megatron-0.19
+# An environment with the newest megatron-core, for test-megatron alone: Python 3.11 gets none later than 0.16.
+MEGATRON_ENV := .cache/megatron-env
 # The oldest torch of setup.py, for torch-floor alone.
 OLDEST_TORCH := .cache/torch-2.11
 # A package that ships a real model, and the model in Hugging Face's form.
@@ -29,7 +28,7 @@ REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-full test-exhaustive test-one quick smollm2 test-smollm2 test-vllm torch-floor test-faults test-clusters test-slurm test-ray cluster-packages test-browser pictures chaos gpu-bundle wheel docs bench check format data embedder wordnet tensorboard clean \
+.PHONY: help train test test-full test-exhaustive test-one quick smollm2 test-smollm2 test-vllm test-megatron torch-floor test-faults test-clusters test-slurm test-ray cluster-packages test-browser pictures chaos gpu-bundle wheel docs bench check format data embedder wordnet tensorboard clean \
   reproduce-data conventions-data domains-data questions-data facts-data smollm2-split $(REPRODUCTIONS)
 
 help:  ## List the targets
@@ -46,11 +45,11 @@ BOTH_HALVES = unit=0; $(TEST) $(1) $(BESIDE) tests/unit || unit=$$?; \
 test: $(INSTALLED)  ## Run the tests but those of test-full, test-faults and test-clusters
 	@$(call BOTH_HALVES,)
 
-test-full: $(INSTALLED) $(NEXT_MEGATRON)/.installed promtool  ## Run the tests of make test, long ones, and layouts with all pairs of options
+test-full: $(INSTALLED) promtool  ## Run the tests of make test, long ones, and layouts with all pairs of options
 	@$(call BOTH_HALVES,-m "not exhaustive")
 
-test-exhaustive: $(INSTALLED) $(NEXT_MEGATRON)/.installed promtool  ## Run the tests of test-full, and all others of these files (over an hour more)
-	@$(call BOTH_HALVES,-m "")
+test-exhaustive: $(INSTALLED) promtool  ## Run the tests of test-full, all others of these files, and test-megatron (over an hour more)
+	@exhaustive=0; ( $(call BOTH_HALVES,-m "") ) || exhaustive=$$?; $(MAKE) test-megatron && exit $$exhaustive
 
 # Debian's promtool, unpacked and not installed. Where there is no Debian, its test fails until promtool is on the path.
 PROMTOOL := .cache/promtool
@@ -74,6 +73,12 @@ test-smollm2: smollm2  ## Import, export and fine-tune a real model, SmolLM2-135
 
 test-vllm: $(VLLM)/.installed  ## Serve exported models with null experts by vLLM on this CPU (3.4 GB)
 	@$(TEST) -rP tests/pretrained/test_vllm.py
+
+# tests/megatron needs the newest megatron-core; the marker selects the tests that run on every version.
+test-megatron: $(MEGATRON_ENV)/.installed  ## Run all Megatron tests with the newest Python and megatron-core here (up to 6 GB)
+	@$(MEGATRON_ENV)/bin/python -m pip list 2>/dev/null | grep -E '^(megatron-core|torch|triton) '
+	@$(subst $(BIN),$(MEGATRON_ENV)/bin,$(TEST)) -m megatron $(WORLDS) tests/megatron \
+	  $$(grep -rl --include='test_*.py' 'mark\.megatron' tests/unit tests/distributed tests/integration)
 
 torch-floor: $(OLDEST_TORCH)/.installed  ## Import every module and train under FSDP2 with the oldest torch (4.5 GB)
 	@PYTHONPATH=$(OLDEST_TORCH) $(BIN)/python -m tests.support.import_all
@@ -256,12 +261,19 @@ $(INSTALLED): setup.py pyproject.toml
 	@$(BIN)/python -m pip install -qq --editable '.[test,check]'
 	@touch $@ && rm $(INSTALLING)
 
-$(NEXT_MEGATRON)/.installed: | $(INSTALLED)
-	@echo "installing megatron-core 0.19 and triton (300 MB) for the tests into $(NEXT_MEGATRON)"
-	@rm -rf $(NEXT_MEGATRON)
-	@$(BIN)/python -m pip install -qq --no-deps --ignore-requires-python --target $(NEXT_MEGATRON) \
-	  'megatron-core>=0.19,<0.20' triton
-	@touch $@
+# Pythons from 3.12 on, the newest first: on the path, Debian's, and pyenv's.
+NEWER_PYTHONS = $(shell for minor in $$(seq 30 -1 12); do command -v python3.$$minor; ls /usr/bin/python3.$$minor; \
+  ls $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.$$minor.*/bin/python; done 2>/dev/null)
+
+# Takes the first Python that makes an environment and for which all packages install.
+$(MEGATRON_ENV)/.installed: setup.py
+	@for python in $(NEWER_PYTHONS); do \
+	  $$python -c '' 2>/dev/null && $$python -m venv --clear $(MEGATRON_ENV) || continue; \
+	  echo "installing megatron-core for $$python into $(MEGATRON_ENV): three minutes and 6 GB where torch is a CUDA build"; \
+	  $(MEGATRON_ENV)/bin/python -m pip install -qq --editable '.[test-megatron]' && touch $@ && exit 0; \
+	done; \
+	echo "test-megatron needs Python 3.12 or newer with venv, and megatron-core and torch for it; it looked for" \
+	  "python3.12 to python3.30 on the path, in /usr/bin and in pyenv's versions, and tried: $(NEWER_PYTHONS)" >&2; exit 1
 
 $(OLDEST_TORCH)/.installed: | $(INSTALLED)
 	@echo "installing torch 2.11 (4.5 GB) into $(OLDEST_TORCH)"

@@ -23,7 +23,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 ROOT = Path(__file__).parents[1]
 LONG_FILES = ("test_fake_steps.py", "test_fake_matrix.py", "test_combinations.py")
-NEXT_MEGATRON = ROOT / ".cache" / "megatron-0.19"
 
 
 @pytest.fixture(scope="session")
@@ -41,23 +40,6 @@ def run_in_world(worlds: Worlds) -> Callable[..., list[Any]]:
 
 
 @pytest.fixture(scope="session")
-def worlds_of_next_megatron() -> Iterator[Worlds]:
-    """Standing worlds whose ranks import the next megatron-core, which Python 3.11 gets no other way."""
-    if not (NEXT_MEGATRON / ".installed").exists():
-        pytest.fail(f"{NEXT_MEGATRON} is missing; install it with: make {NEXT_MEGATRON.relative_to(ROOT)}/.installed")
-    standing = Worlds(first_on_path=NEXT_MEGATRON)
-    yield standing
-    standing.close()
-
-
-@pytest.fixture(params=["installed", pytest.param("0.19", marks=pytest.mark.full("next version"))])
-def run_with_megatron(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
-    """`run_in_world` with each of the two versions of megatron-core in turn."""
-    name = "worlds" if request.param == "installed" else "worlds_of_next_megatron"
-    return request.getfixturevalue(name).run
-
-
-@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny prepared data set; not to be written to."""
     folder = tmp_path_factory.mktemp("data") / "tiny"
@@ -67,15 +49,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks a case `exhaustive` if it is marked `full` twice, or if it is for the next version of megatron-core and not
-    marked by `tests.support.cover.full_with_each_version`.
+    """Marks a case `exhaustive` if it is marked `full` twice.
 
     Long files come first, so that no worker is left with one of them at the end.
     """
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
     for item in items:
-        marks = [mark.args for mark in item.iter_markers("full")]
-        if marks.count(()) > 1 or (("next version",) in marks and ("with each version",) not in marks):
+        if len(list(item.iter_markers("full"))) > 1:
             item.add_marker("exhaustive")
 
 

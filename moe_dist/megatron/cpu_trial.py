@@ -7,15 +7,14 @@ functions.
 megatron-core has no CPU path: it asks `torch.cuda` for devices, streams and random states, makes tensors on "cuda", and
 compares `Tensor.type()` with CUDA's names. Inside the context CUDA's names point to stand-ins; on exit each name is
 restored. A stand-in stream does nothing, because a CPU works in order. Functions that Megatron compiles with torch.compile
-stay uncompiled. The stand-ins work with megatron-core 0.16.1 and 0.19.x. Numerical results are right; times are CPU times.
+stay uncompiled. Numerical results are right; times are CPU times.
 """
 
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -23,11 +22,9 @@ import torch
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Replacement:
+class Replacement(NamedTuple):
     """An attribute `name` of `owner` that has the value `value` inside the context."""
 
-    where: str  # dotted name of the attribute, for people to read
     owner: Any
     name: str
     value: Any
@@ -124,30 +121,30 @@ def cuda_replacements() -> Sequence[Replacement]:
     constructors = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like", "rand",
                     "randn")  # fmt: skip
     return [
-        *(Replacement(f"torch.cuda.{name}", torch.cuda, name, value) for name, value in cuda.items()),
-        *(Replacement(f"torch.{name}", torch, name, _on_cpu(getattr(torch, name))) for name in constructors),
+        *(Replacement(torch.cuda, name, value) for name, value in cuda.items()),
+        *(Replacement(torch, name, _on_cpu(getattr(torch, name))) for name in constructors),
         # Megatron wraps its fused functions in torch.compile at import, which loads the whole compiler: 10 s per process.
-        Replacement("torch.compile", torch, "compile", _uncompiled),
-        Replacement("torch.Stream", torch, "Stream", Idle),
-        Replacement("torch.Tensor.cuda", torch.Tensor, "cuda", lambda self, *_, **__: self),
-        Replacement("torch.Tensor.type", torch.Tensor, "type", _typed_as_cuda(torch.Tensor.type)),
-        Replacement("torch.nn.Module.cuda", torch.nn.Module, "cuda", lambda self, *_, **__: self),
+        Replacement(torch, "compile", _uncompiled),
+        Replacement(torch, "Stream", Idle),
+        Replacement(torch.Tensor, "cuda", lambda self, *_, **__: self),
+        Replacement(torch.Tensor, "type", _typed_as_cuda(torch.Tensor.type)),
+        Replacement(torch.nn.Module, "cuda", lambda self, *_, **__: self),
     ]
 
 
 def megatron_replacements() -> Sequence[Replacement]:
     """Lists the attributes of megatron-core that are replaced. Torch's attributes must be replaced before Megatron's."""
-    core = "megatron.core"
-    random, moe = f"{core}.tensor_parallel.random", f"{core}.transformer.moe.moe_utils"
-    dispatchers = f"{core}.transformer.moe.token_dispatcher"
-    values = [
-        (random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
-        (random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
-        (dispatchers, "maybe_move_tensor_to_cpu", _stay),
+    random, moe, dispatchers = (
+        importlib.import_module(f"megatron.core.{name}")
+        for name in ("tensor_parallel.random", "transformer.moe.moe_utils", "transformer.moe.token_dispatcher")
+    )
+    return [
+        Replacement(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
+        Replacement(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
+        Replacement(dispatchers, "maybe_move_tensor_to_cpu", _stay),
         # megatron-core 0.16.1 defines this name only with TransformerEngine, but reads the name in every router.
-        (moe, "te_general_gemm", getattr(importlib.import_module(moe), "te_general_gemm", None)),
+        Replacement(moe, "te_general_gemm", getattr(moe, "te_general_gemm", None)),
     ]
-    return [Replacement(f"{owner}.{name}", importlib.import_module(owner), name, value) for owner, name, value in values]
 
 
 @contextlib.contextmanager

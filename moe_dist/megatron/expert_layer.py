@@ -3,9 +3,7 @@
 Shape letters: s positions on this rank, B sequences, T = s x B tokens, D hidden size.
 """
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,32 +13,18 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError
-from moe_dist.megatron.aux_terms import AuxTerms
 from moe_dist.megatron.layer_watch import LayerWatch
+from moe_dist.megatron.megatron_lm import MegatronLmWatch
 from moe_dist.megatron.modality import PADDING, groups_of_rank
 from moe_dist.megatron.settings import GUIDE, ExpertSettings
 from moe_dist.megatron.sharding import sharded_layer_state
-from moe_dist.megatron.versions import tracker
-from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.experts.static_experts import StaticExperts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing.types import NO_REQUEST, Recompute
+from moe_dist.moe.routing.types import Recompute
 from moe_dist.placement.parameter_names import group_module, named_parameters
 from moe_dist.placement.placement import ExpertPlacement
-
-
-class UntimedCommStats(CommStats):
-    """Counts bytes but not the time of waits, because Megatron's training loop would never collect the CUDA events."""
-
-    @contextlib.contextmanager
-    def timed(self, device: torch.device) -> Iterator[None]:
-        yield
 
 
 class ExpertLayer(MegatronModule):
@@ -51,8 +35,7 @@ class ExpertLayer(MegatronModule):
         layer_number: Number of the layer in the whole model (over all pipeline stages), from 1.
         shared: Megatron's tensor-parallel shared expert, or None.
         watch: Makes the router, has the dispatcher, adds the auxiliary terms, counts bytes, and gets the layer's reports;
-            the caller then sets the weights. Without `watch`, the layer itself adds the auxiliary terms of Megatron's
-            configuration, counts bytes, and draws the weights.
+            the caller then sets the weights. None for a `MegatronLmWatch`; the layer then draws the weights itself.
     """
 
     group_of_modality_M: Tensor
@@ -69,38 +52,18 @@ class ExpertLayer(MegatronModule):
     ) -> None:
         super().__init__(config)
         _check_groups(pg_collection)
-        self.layer_number, self.watch = layer_number, watch
+        self.layer_number = layer_number
         self.tp_group = pg_collection.tp
         self.expert_data_parallel_group = pg_collection.expt_dp
-        ep_group = pg_collection.ep
-        self.ep_rank = ep_group.rank()
-        self.placement = settings.place(ep_group.size())
-        self.comm_stats = UntimedCommStats() if watch is None else watch.comm_stats
-        if watch is None:
-            all_to_all = AllToAll(ep_group if ep_group.size() > 1 else None, self.comm_stats)
-            rows = settings.max_receive_rows
-            dispatcher: Dispatcher[Any] = AllToAllDispatcher(self.placement, all_to_all, max_receive_rows=rows)
-        else:
-            dispatcher = watch.dispatcher
-        self.moe = _build(
-            config, settings, self.placement, dispatcher, ep_rank=self.ep_rank, layer=layer_number - 1, watch=watch
-        )
+        self.ep_rank = pg_collection.ep.rank()
+        self.placement = settings.place(pg_collection.ep.size())
+        self.watch = watch or MegatronLmWatch(config, settings, pg_collection, self.placement)
+        self.comm_stats = self.watch.comm_stats
+        self.moe = _build(config, settings, self.placement, self.watch, ep_rank=self.ep_rank, layer=layer_number - 1)
         self.moe.shared = shared
         group_of_modality = torch.tensor([*settings.group_of_modality(), PADDING], device=_device(config))
         self.register_buffer("group_of_modality_M", group_of_modality, persistent=False)
-        self.aux_terms = AuxTerms(
-            groups=self.placement.groups,
-            kind=settings.balance,
-            balance=0.0 if config.moe_router_load_balancing_type == "none" else float(config.moe_aux_loss_coeff),  # pyright: ignore
-            z=config.moe_z_loss_coeff or 0.0,
-            every_rank=pg_collection.tp_dp_cp,
-            data_parallel_size=pg_collection.tp_dp_cp.size() // pg_collection.tp_cp.size(),
-            per_token_loss=config.calculate_per_token_loss,
-            layer_number=layer_number,
-            num_layers=config.num_layers,
-            record=tracker(),
-        )
-        if watch is None:  # with a watch, the caller sets all weights
+        if watch is None:
             _initialise(self.moe, self.placement, config, ep_rank=self.ep_rank, layer=layer_number - 1, seed=settings.seed)
         _mark_parameters(self.moe, sequence_parallel=config.sequence_parallel)
 
@@ -120,13 +83,8 @@ class ExpertLayer(MegatronModule):
             tp_rank=self.tp_group.rank(),
             tp_size=self.tp_group.size(),
         )
-        request = NO_REQUEST if self.watch is None else self.watch.request
-        y_TD, report = self.moe(hidden_states.flatten(0, 1), group_T, request)
-        if self.watch is not None:
-            y_TD = self.watch(self.layer_number - 1, y_TD, report)
-        elif self.training:
-            y_TD = self.aux_terms.attach(y_TD, report.sums)
-        return y_TD.view_as(hidden_states), None
+        y_TD, report = self.moe(hidden_states.flatten(0, 1), group_T, self.watch.request)
+        return self.watch(self.layer_number - 1, y_TD, report).view_as(hidden_states), None
 
     def sharded_state_dict(
         self,
@@ -150,17 +108,15 @@ def _build(
     config: TransformerConfig,
     settings: ExpertSettings,
     placement: ExpertPlacement,
-    dispatcher: Dispatcher[Any],
+    watch: LayerWatch | MegatronLmWatch,
     *,
     ep_rank: int,
     layer: int,
-    watch: LayerWatch | None,
 ) -> MoELayer:
     """Builds the layer without a shared expert; its parameters are allocated but not initialised."""
-    fields = settings.router.model_dump(exclude={"kind"})
-    experts: Any = StaticExperts if watch and watch.static else Experts
+    experts: Any = StaticExperts if watch.static else Experts
     with torch.device("meta"):
-        router = watch.make_router(layer) if watch else TopKRouter(config.hidden_size, placement.groups, **fields)
+        router: Any = watch.make_router(layer)
         moe = MoELayer(
             norm=nn.Identity(),  # Megatron applies its own pre_mlp_layernorm before the layer
             router=router,
@@ -171,7 +127,7 @@ def _build(
                 pair_budget=settings.expert_pair_budget,
                 gemm=settings.expert_gemm,
             ),
-            dispatcher=dispatcher,
+            dispatcher=watch.dispatcher,
             recompute=_recompute(config),
             name=f"layers.{layer}",
         )

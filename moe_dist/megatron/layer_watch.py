@@ -18,7 +18,7 @@ from moe_dist.comm.names import ROUTING_COUNTS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.schema import Config
 from moe_dist.moe.dispatch.interface import Dispatcher
-from moe_dist.moe.losses import AuxSettings, ColumnTables, balance_terms, z_terms
+from moe_dist.moe.losses import AuxSettings, BalanceKind, ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing.types import NO_REQUEST, ChoiceSums, ChosenColumns, LayerReport, RouterSums, RoutingRequest
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -93,16 +93,10 @@ class LayerWatch:
         aux = self.coefficients
         if aux is None or not (aux.balance or aux.z):
             return y_TD
-        columns = len(sums.choices_C)
-        # As in this project's own engine, a rank divides its sums by the micro-batch's counts over all ranks.
-        local = torch.cat([sums.choices_C, sums.tokens_G]).to(torch.float64)
-        counts = sum_over(local, self.every_rank, name=ROUTING_COUNTS, tracker=self.tracker)[None]
-        choices_LC, tokens_LG = counts[:, :columns], counts[:, columns:]
-        balance_LG = balance_terms(
-            sums.prob_C[None], choices_LC, tokens_LG, self._tables, kind=aux.kind, null_weight_G=aux.null_weight_G
+        balance, z, _ = layer_terms(
+            sums, self._tables, self.every_rank, kind=aux.kind, null_weight_G=aux.null_weight_G, tracker=self.tracker
         )
-        balance = aux.balance * self._share * balance_LG.sum()
-        z = aux.z * self._share * z_terms(sums.log_z_squared_G[None], tokens_LG).sum()
+        balance, z = aux.balance * self._share * balance, aux.z * self._share * z
         self._terms.append(torch.stack([balance.detach(), z.detach()]).to(torch.float64))
         return MoEAuxLossAutoScaler.apply(y_TD, (balance + z).to(torch.float32))  # pyright: ignore[reportReturnType]
 
@@ -126,6 +120,25 @@ class LayerWatch:
         choice = ChoiceSums(real_E, real_E, real_G) if self._experts_choose else None
         sums = RouterSums(zeros(columns), real_C, zeros(len(groups)), real_G, real_G, zeros(experts), choice)
         return LayerReport(sums, 0, 0, 0, zeros(5) if self.static else None)
+
+
+def layer_terms(
+    sums: RouterSums,
+    tables: ColumnTables,
+    every_rank: dist.ProcessGroup,
+    *,
+    kind: BalanceKind,
+    null_weight_G: Sequence[float] | None = None,
+    tracker: CollectiveTracker | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns this rank's summands of the balance loss and of the z loss of one layer and micro-batch, with coefficient 1,
+    and the number of tokens of all ranks. As in this project's own engine, a rank divides its sums by counts over all
+    ranks, which costs one all-reduce."""
+    local = torch.cat([sums.choices_C, sums.tokens_G])
+    counts = sum_over(local, every_rank, name=ROUTING_COUNTS, tracker=tracker)[None]
+    choices_LC, tokens_LG = counts.split([len(sums.choices_C), len(sums.tokens_G)], dim=1)
+    balance_LG = balance_terms(sums.prob_C[None], choices_LC, tokens_LG, tables, kind=kind, null_weight_G=null_weight_G)
+    return balance_LG.sum(), z_terms(sums.log_z_squared_G[None], tokens_LG).sum(), tokens_LG.sum()
 
 
 def _detached(report: LayerReport) -> LayerReport:

@@ -1,6 +1,5 @@
-"""Functions that differ between versions of megatron-core: 0.16 and 0.19 are tested."""
+"""Functions that differ between versions of megatron-core."""
 
-from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -10,35 +9,27 @@ import torch.distributed as dist
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-# Arguments: name, this rank's share of the value, layer number, number of layers, group over which the shares are summed.
-Record = Callable[[str, Tensor, int, int, dist.ProcessGroup], None]
+# megatron-core 0.16 keeps the values in a dict of this module's functions, later versions in an object of another module.
+_IN_OBJECT = find_spec("megatron.core.transformer.moe.moe_logging") is not None
+_LOGGING: Any = import_module(f"megatron.core.transformer.moe.{'moe_logging' if _IN_OBJECT else 'moe_utils'}")
 
 
-def tracker() -> Record:
-    """Returns the function that adds a value to Megatron's tracker, which reduces and prints the value."""
-    if find_spec("megatron.core.transformer.moe.moe_logging") is None:  # megatron-core 0.16
-        return _record_by_function
-    return _record_in_object
-
-
-def _record_in_object(name: str, value: Tensor, layer: int, num_layers: int, group: dist.ProcessGroup) -> None:
-    moe_logging: Any = import_module("megatron.core.transformer.moe.moe_logging")
-    metrics = moe_logging.get_moe_metrics_tracker()
-    metrics.record(name, value, layer, num_layers, reduce_group=group, needs_dp_avg=False)
-
-
-def _record_by_function(name: str, value: Tensor, layer: int, num_layers: int, group: dist.ProcessGroup) -> None:
-    moe_utils: Any = import_module("megatron.core.transformer.moe.moe_utils")
-    moe_utils.save_to_aux_losses_tracker(name, value, layer, num_layers, reduce_group=group, reduce_group_has_dp=True)
+def record(name: str, share: Tensor, layer_number: int, num_layers: int, group: dist.ProcessGroup) -> None:
+    """Adds this rank's share of a value to Megatron's tracker, which sums the shares over `group` and prints the value."""
+    if _IN_OBJECT:
+        metrics = _LOGGING.get_moe_metrics_tracker()
+        metrics.record(name, share, layer_number, num_layers, reduce_group=group, needs_dp_avg=False)
+    else:
+        options = {"reduce_group": group, "reduce_group_has_dp": True}
+        _LOGGING.save_to_aux_losses_tracker(name, share, layer_number, num_layers, **options)
 
 
 def clear_tracker() -> None:
     """Empties Megatron's tracker, which is a module global."""
-    if find_spec("megatron.core.transformer.moe.moe_logging") is None:  # megatron-core 0.16
-        moe_utils: Any = import_module("megatron.core.transformer.moe.moe_utils")
-        moe_utils.get_moe_layer_wise_logging_tracker().clear()
+    if _IN_OBJECT:
+        _LOGGING.destroy_moe_metrics_tracker()
     else:
-        import_module("megatron.core.transformer.moe.moe_logging").destroy_moe_metrics_tracker()
+        _LOGGING.get_moe_layer_wise_logging_tracker().clear()
 
 
 def shared_expert_module(stock: Any, **options: Any) -> Any:

@@ -53,4 +53,5 @@ def megatron_dispatch(case: Case, variant: Variant) -> Run:
     def identity(rows: Tensor, _: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         return rows.mul_(probs[:, None]), None  # Megatron's experts multiply their output rows by weights
 
-    return lambda: run_experts(dispatcher, identity, case.h_TD, probs_TE, map_TE)
+    pairs = int(map_TE.sum())
+    return lambda: run_experts(dispatcher, identity, case.h_TD, probs_TE, map_TE, pairs)

@@ -1,10 +1,14 @@
-"""Imports slow modules once in the servers from which the ranks of some test files are forked."""
+"""Imports of the ranks of some of these files, and runs of an engine."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support import worlds
 
-# Each import would take 2 s of CPU time on each rank.
+# The servers import these modules for all ranks: 2 s of CPU time a rank each.
 HEAVY = {
     "test_megatron_": ["megatron.core.models.gpt", "megatron.core.distributed", "megatron.core.optimizer"],
     "test_hf_": ["transformers.modeling_utils"],
@@ -16,3 +20,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for prefix, modules in HEAVY.items():
         if any(name.startswith(prefix) for name in names):
             worlds.IMPORTED += modules
+
+
+@pytest.fixture(scope="session")
+def run_engine(run_in_world: Callable[..., list[Any]], tiny_data: Path) -> Callable[..., list[Any]]:
+    """`run_engine(changes, function, *arguments)`: results of `function(rank, data, changes, *arguments)` on all ranks."""
+
+    def run(changes: dict[str, Any], function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        world_size = changes["parallel.ep"] * changes["parallel.edp"]
+        return run_in_world(world_size, function, str(tiny_data), changes, *arguments)
+
+    return run

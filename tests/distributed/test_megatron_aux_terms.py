@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
-from tests.support.cover import full
+from tests.support.cover import exhaustive
 from tests.support.megatron_model import BALANCE, HIDDEN_DIM, Layout, Z, transformer_config
 from tests.support.megatron_run import megatron, tracked
 from tests.support.worlds import RankContext
+
+pytestmark = pytest.mark.megatron
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,7 +47,7 @@ def differences(rank: RankContext, layout: Layout) -> tuple[float, float, int, i
             return layer.moe.router(h_TD, group_T).sums
 
         parameters = list(layer.moe.router.parameters())
-        y = layer.aux_terms.attach(h_TD.clone().requires_grad_(), terms(h_TD, group_T))
+        y = layer.watch.attach(1, h_TD.clone().requires_grad_(), terms(h_TD, group_T))
         ours = torch.autograd.grad(y.sum() * 0.0, parameters)
         whole = terms(gathered(h_TD), gathered(group_T))
         tables = ColumnTables.on(layer.placement.groups, torch.device("cpu"))
@@ -66,12 +68,7 @@ def differences(rank: RankContext, layout: Layout) -> tuple[float, float, int, i
 
 
 @pytest.mark.parametrize(
-    ("tp", "cp", "per_token"),
-    [
-        (2, 2, True),
-        full(2, 2, False),
-        *(full(tp, cp, per_token) for tp, cp in ((1, 1), (2, 1), (1, 2), (1, 4)) for per_token in (False, True)),
-    ],
+    ("tp", "cp", "per_token"), [(2, 2, True), (1, 2, False), exhaustive(1, 4, True), exhaustive(2, 1, False)]
 )
 def test_the_shares_of_all_ranks_sum_to_the_term(
     run_in_world: Callable[..., list[Any]], tp: int, cp: int, per_token: bool

@@ -1,4 +1,4 @@
-"""Each engine loads the other's checkpoints to the last bit, on any number of ranks."""
+"""A checkpoint of either engine is one of the other, to the last bit, on any ranks."""
 
 import gc
 from collections import Counter
@@ -15,14 +15,17 @@ from moe_dist.checkpoint.state import RankLayout
 from moe_dist.formats.manifest import load_manifest
 from moe_dist.hf.exporting import export_model
 from moe_dist.train.start.resume import Resumable
-from tests.support.cover import exhaustive, full
-from tests.support.engine_run import megatron, started_run, take_steps
+from tests.support.cover import exhaustive
+from tests.support.engine_run import megatron, ranks, started_run, take_steps
 from tests.support.worlds import RankContext
 
-ONE = {"parallel.ep": 1, "parallel.edp": 1}
-TWO = {"parallel.ep": 2, "parallel.edp": 1}
-FOUR = {"parallel.ep": 2, "parallel.edp": 2}
+pytestmark = pytest.mark.megatron
+Run = Callable[..., list[Any]]
+ONE, TWO, FOUR = ranks(1), ranks(2), ranks(2, 2)
 BLOCK = {**FOUR, **megatron(tp=2, pp=2)}
+INTERLEAVED = {**FOUR, **megatron(pp=2, vpp=2, distributed_optimizer=True)}
+SHARDED = {**TWO, **megatron(distributed_optimizer=True)}
+PINNED = {**TWO, "placement": {"policy": "pinned"}, **megatron(cp=2)}
 BIASES = {
     "model.moe.router": {"kind": "top_k", "selection_bias": True},
     "model.moe.balance": [
@@ -30,14 +33,12 @@ BIASES = {
         {"kind": "loss_free", "rate": 0.01},
     ],
 }
-INTERLEAVED = {**FOUR, **megatron(pp=2, vpp=2, distributed_optimizer=True)}
-PINNED = {**TWO, "placement": {"policy": "pinned"}, **megatron(cp=2)}
 
 
 def legs(
     rank: RankContext, data: str, changes: Mapping[str, Any], source: str | None, steps: tuple[int, int], target: str
 ) -> list[float]:
-    """Loads the checkpoint in `source`, takes the steps `steps[0]` to `steps[1]` - 1, and saves to `target`."""
+    """Loads the checkpoint in `source`, takes the steps from the first to before the last, and saves to `target`."""
     with started_run(rank, data, changes) as run:
         mesh = run.mesh
         layout = RankLayout(run.placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
@@ -47,7 +48,7 @@ def legs(
 
         if source is not None:
             for parameter in run.parameters():
-                parameter.data.fill_(float("nan"))  # a tensor that is not loaded then gives NaN
+                parameter.data.fill_(float("nan"))  # whatever is not loaded shows
             state, store = run.training.capture(layout), manager(source)
             newest = store.latest()
             assert newest is not None
@@ -63,81 +64,64 @@ def legs(
         return [step["loss"] for step in found]
 
 
-def fingerprints(folder: Path) -> dict[str, Any]:
-    """Returns dtype, shape and fingerprint of each tensor, and the optimizer's steps, to compare two checkpoints."""
-    newest = next(each for each in folder.iterdir() if each.is_dir())
+def fingerprints(folder: str) -> dict[str, Any]:
+    """What tells two checkpoints apart: dtype, shape and fingerprint of each tensor, and the optimizer's steps."""
+    newest = next(each for each in Path(folder).iterdir() if each.is_dir())
     contents = open_checkpoint(newest)
     found: dict[str, Any] = {name: (e.dtype, e.shape, e.fingerprint) for name, e in contents.index.tensors.items()}
     return {**found, "steps": contents.state.optimizer_steps, "controllers": contents.state.values["controllers"]}
 
 
-def exported_files(source: Path, out: Path, data: Path) -> dict[str, bytes]:
-    """Exports a checkpoint to Hugging Face's format. Returns the files' contents by name."""
-    export_model(source, out, data=data)
+def exported_files(source: str, data: str) -> dict[str, bytes]:
+    """Exports a checkpoint to Hugging Face's files; returns their contents by name."""
+    out = Path(f"{source}_hf")
+    export_model(Path(source), out, data=Path(data))
     return {each.name: each.read_bytes() for each in out.iterdir()}
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout", "readers"),
-    [full(4, BLOCK, ONE), exhaustive(4, INTERLEAVED, TWO), (2, PINNED, ONE)],
+    ("layout", "readers"),
+    [(BLOCK, ONE), exhaustive(INTERLEAVED, TWO), exhaustive(PINNED, ONE)],
     ids=["block", "interleaved", "pinned"],
 )
 def test_there_and_back_changes_no_bit(
-    run_with_megatron: Callable[..., list[Any]],
-    run_in_world: Callable[..., list[Any]],
-    tiny_data: Path,
-    tmp_path: Path,
-    ranks: int,
-    layout: Mapping[str, Any],
-    readers: dict[str, Any],
+    run_engine: Run, tiny_data: Path, tmp_path: Path, layout: dict[str, Any], readers: dict[str, Any]
 ) -> None:
-    """The ranks `readers` of moe_dist's engine read the same sequences in each micro-batch as the Megatron layout."""
-    data, folders = str(tiny_data), [str(tmp_path / name) for name in ("own", "there", "back", "on", "resumed", "again")]
+    """`readers` are ranks of the own engine that read the sequences of a micro-batch as those of the layout do."""
+    folders = [str(tmp_path / name) for name in ("own", "there", "back", "on", "resumed", "again")]
     own, there, back, on, resumed, again = folders
-    layout = {**layout, **BIASES}
-    run_in_world(1, legs, data, {**ONE, **BIASES}, None, (0, 3), own)
-    run_with_megatron(ranks, legs, data, layout, own, (3, 3), there)
-    run_in_world(2, legs, data, {**TWO, **BIASES}, there, (3, 3), back)
-    assert "layers.1.moe.router.text.bias" in fingerprints(Path(own))
-    assert fingerprints(Path(there)) == fingerprints(Path(own))
-    assert fingerprints(Path(back)) == fingerprints(Path(own))
-    expected = run_in_world(readers["parallel.ep"], legs, data, {**readers, **BIASES}, own, (3, 6), on)[0]
-    found = run_with_megatron(ranks, legs, data, layout, there, (3, 6), resumed)
-    assert all(losses == pytest.approx(expected, rel=1e-5) for losses in found)
+    run_engine({**ONE, **BIASES}, legs, None, (0, 3), own)
+    run_engine({**layout, **BIASES}, legs, own, (3, 3), there)
+    run_engine({**TWO, **BIASES}, legs, there, (3, 3), back)
+    assert "layers.1.moe.router.text.bias" in fingerprints(own)
+    assert fingerprints(there) == fingerprints(back) == fingerprints(own)
+    expected = run_engine({**readers, **BIASES}, legs, own, (3, 6), on)[0]
+    for found in run_engine({**layout, **BIASES}, legs, there, (3, 6), resumed):
+        assert found == pytest.approx(expected, rel=1e-5)
 
-    run_in_world(2, legs, data, {**TWO, **BIASES}, resumed, (6, 6), again)
-    exported = [exported_files(Path(folder), Path(f"{folder}_hf"), tiny_data) for folder in (resumed, again)]
+    run_engine({**TWO, **BIASES}, legs, resumed, (6, 6), again)
+    exported = [exported_files(folder, str(tiny_data)) for folder in (resumed, again)]
     assert exported[0] == exported[1]
     assert any(name.endswith(".safetensors") for name in exported[0])
 
 
 @pytest.mark.parametrize("precision", [exhaustive("fp32"), "bf16"])
 @pytest.mark.parametrize(
-    ("ranks", "layout"),
-    [full(4, BLOCK), (2, {**TWO, **megatron(distributed_optimizer=True)}), exhaustive(4, INTERLEAVED)],
-    ids=["block", "sharded", "interleaved"],
+    "layout", [SHARDED, exhaustive(BLOCK), exhaustive(INTERLEAVED)], ids=["sharded", "block", "interleaved"]
 )
-def test_a_resumed_run_goes_on_bit_for_bit(
-    run_with_megatron: Callable[..., list[Any]],
-    tiny_data: Path,
-    tmp_path: Path,
-    ranks: int,
-    layout: Mapping[str, Any],
-    precision: str,
-) -> None:
-    data, changes = str(tiny_data), {**layout, **BIASES, "parallel.precision": precision}
+def test_a_resumed_run_goes_on_bit_for_bit(run_engine: Run, tmp_path: Path, layout: dict[str, Any], precision: str) -> None:
+    changes = {**layout, **BIASES, "parallel.precision": precision}
     whole, first, then = (str(tmp_path / name) for name in ("whole", "first", "then"))
-    expected = run_with_megatron(ranks, legs, data, changes, None, (0, 5), whole)[0]
-    found = run_with_megatron(ranks, legs, data, changes, None, (0, 3), first)[0]
-    found = found + run_with_megatron(ranks, legs, data, changes, first, (3, 5), then)[0]
+    expected = run_engine(changes, legs, None, (0, 5), whole)[0]
+    found = run_engine(changes, legs, None, (0, 3), first)[0] + run_engine(changes, legs, first, (3, 5), then)[0]
     assert found == expected
-    assert fingerprints(Path(then)) == fingerprints(Path(whole))
+    assert fingerprints(then) == fingerprints(whole)
     assert torch.isfinite(torch.tensor(found)).all()
 
 
 def tensors_after_a_save(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Counter[tuple[int, ...]]:
-    """Returns the shapes of the tensors that a save leaves in this process. Vectors are not counted, because threads of
-    these processes allocate some. Most gathered tensors are matrices."""
+    """Shapes of the tensors that a save leaves in this process. Vectors are left out, because threads of the standing world
+    make some; most gathered tensors are matrices."""
 
     def alive() -> Counter[tuple[int, ...]]:
         gc.collect()
@@ -145,7 +129,7 @@ def tensors_after_a_save(rank: RankContext, data: str, changes: Mapping[str, Any
         return Counter(tuple(each.shape) for each in tensors if each.ndim > 1)
 
     with started_run(rank, data, changes) as run:
-        take_steps(run, 0, 1)  # allocates the moments
+        take_steps(run, 0, 1)  # makes the moments
         mesh = run.mesh
         store = CheckpointManager(rank.folder / "saved", keep=1, lease_check=lambda: None, process_group=mesh.checkpoint)
         before = alive()
@@ -153,15 +137,13 @@ def tensors_after_a_save(rank: RankContext, data: str, changes: Mapping[str, Any
         return alive() - before
 
 
-@pytest.mark.full("with each version")
-def test_a_save_keeps_no_gathered_tensor(run_with_megatron: Callable[..., list[Any]], tiny_data: Path) -> None:
-    layout = {**TWO, **megatron(distributed_optimizer=True)}
-    for kept in run_with_megatron(2, tensors_after_a_save, str(tiny_data), layout):
-        assert not kept
+@pytest.mark.full
+def test_a_save_keeps_no_gathered_tensor(run_engine: Run) -> None:
+    assert not any(run_engine(SHARDED, tensors_after_a_save))
 
 
 def begun(rank: RankContext, data: str, changes: Mapping[str, Any]) -> float:
-    """Returns the loss of the first step of a run that starts with another run's weights."""
+    """Loss of the first step of a run that begins with other weights."""
     with started_run(rank, data, changes) as run:
         mesh, folder = run.mesh, rank.folder / "new"
         store = CheckpointManager(folder, keep=1, lease_check=lambda: None, process_group=mesh.checkpoint)
@@ -169,16 +151,12 @@ def begun(rank: RankContext, data: str, changes: Mapping[str, Any]) -> float:
         return take_steps(run, 0, 1)[0]["loss"]
 
 
-@pytest.mark.full("with each version")
-def test_a_run_begins_with_weights_of_the_other_engine(
-    run_with_megatron: Callable[..., list[Any]], run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
-) -> None:
-    data, source = str(tiny_data), str(tmp_path / "own")
-    run_in_world(1, legs, data, ONE, None, (0, 3), source)
-    changes = {"run.init_from": f"{source}/step_3", "run.seed": 5}
-    new = run_in_world(1, begun, data, {**ONE, "run.seed": 5})[0]
-    expected = run_in_world(1, begun, data, {**ONE, **changes})[0]
+@pytest.mark.full
+def test_a_run_begins_with_weights_of_the_other_engine(run_engine: Run, tmp_path: Path) -> None:
+    source, seed = str(tmp_path / "own"), {"run.seed": 5}
+    run_engine(ONE, legs, None, (0, 3), source)
+    changes = {**seed, "run.init_from": f"{source}/step_3"}
+    (new,), (expected,) = (run_engine({**ONE, **each}, begun) for each in (seed, changes))
     assert abs(new - expected) > 0.1
     for layout in ({**TWO, **megatron(tp=2)}, {**TWO, **megatron(cp=2, distributed_optimizer=True)}):
-        found = run_with_megatron(2, begun, data, {**layout, **changes})
-        assert found == pytest.approx([expected] * 2, rel=1e-5)
+        assert run_engine({**layout, **changes}, begun) == pytest.approx([expected] * 2, rel=1e-5)

@@ -1,7 +1,7 @@
-"""The last evaluation and the cost table of Megatron-Core's engine equal those of moe_dist's engine."""
+"""Experts that choose tokens, and the end of a run, in the engine of Megatron-Core: they equal those of this project's own
+engine."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +15,23 @@ from moe_dist.train.build.training import build_evaluator
 from moe_dist.train.evaluation.balance import even_routing
 from moe_dist.train.evaluation.heldout import heldout_losses
 from moe_dist.train.rank_balance.placement_rows import build_placement_rows
-from tests.support.cover import full
-from tests.support.engine_run import config_of, megatron, started_run, step_results
+from tests.support.cover import exhaustive, full
+from tests.support.engine_run import config_of, megatron, ranks, started_run, step_results, take_steps
 from tests.support.worlds import RankContext
 
+pytestmark = pytest.mark.megatron
+Run = Callable[..., list[Any]]
+ROUTER = "model.moe.router"
+CHOOSING: Mapping[str, Any] = {
+    "run.seed": 5,  # with some seeds equal tokens tie for the last place of an expert, and rounding decides
+    "loss.balance.schedule": [[0, 0.0]],
+    "loss.z": 0.0,
+    "evaluation.final_sequences": 4,
+    **{f"model.moe.groups.{name}.num_null": 0 for name in ("text", "image")},
+}
+THRESHOLD = {"kind": "expert_threshold", "warmup_steps": 3, "threshold_decay": 0.8}
+CHOICE = {"kind": "expert_choice", "causal": "threshold", "noise": 0.5}
+LATE = {"model.moe.first": 3}  # the first of two pipeline stages has no experts
 ALL = {
     "train.steps": 2,
     "evaluation.ablate_experts": True,
@@ -28,14 +41,53 @@ ALL = {
 }
 
 
+def chosen(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[list[dict[str, Any]], EvaluationResult]:
+    """All steps, and the evaluation by calibrated thresholds that ends the run."""
+    with started_run(rank, data, {**CHOOSING, **changes}) as run:
+        steps = take_steps(run, 0, run.config.train.steps)
+        evaluator = build_evaluator(run.config, load_manifest(data), run.training, run.placement)
+        return steps, evaluator(len(steps), final=True, trained=run.loader.batches(0))
+
+
+@pytest.mark.parametrize(
+    ("readers", "router", "layout"),
+    [
+        full(1, {**CHOICE, "scope": "rank"}, {**ranks(2, 2), **megatron(tp=2, pp=2)}),
+        full(2, {**THRESHOLD, "scope": "world"}, {**ranks(2), **megatron()}),
+        exhaustive(2, {**CHOICE, "scope": "world"}, {**ranks(4), **megatron(cp=2)}),
+        exhaustive(2, {**THRESHOLD, "scope": "world"}, {**ranks(2, 2), **megatron(tp=2)}),
+        exhaustive(1, {**CHOICE, "scope": "rank"}, {**ranks(1, 2), **LATE, **megatron(pp=2)}),
+        exhaustive(2, {**CHOICE, "scope": "ep_group"}, {**ranks(2), **megatron()}),
+    ],
+    ids=["tp2-pp2", "ep2", "ep4-cp2", "tp2-dp2", "late", "ep_group"],
+)
+def test_experts_choose_what_they_choose_in_the_own_engine(
+    run_engine: Run, readers: int, router: dict[str, Any], layout: dict[str, Any]
+) -> None:
+    """`readers`: ranks of the own engine, each with whole micro-batches."""
+    first = {key: layout[key] for key in LATE if key in layout}
+    steps, ours = run_engine({**first, ROUTER: router, **ranks(readers)}, chosen)[0]
+    assert len({step["choices"].tobytes() for step in steps}) > 1
+    for found, evaluation in run_engine({**layout, ROUTER: router}, chosen):
+        for number, (theirs, step) in enumerate(zip(found, steps, strict=True)):
+            assert (theirs["choices"] == step["choices"]).all(), f"step {number}"
+            assert theirs["loss"] == pytest.approx(step["loss"], rel=1e-5), f"step {number}"
+            assert theirs["norm"] == pytest.approx(step["norm"], rel=1e-4), f"step {number}"
+        assert evaluation.loss == pytest.approx(ours.loss, rel=1e-5)
+        assert evaluation.choice_loss == pytest.approx(ours.choice_loss, rel=1e-5)
+        assert evaluation.experts_per_token == pytest.approx(ours.experts_per_token, rel=1e-12)
+        assert evaluation.choice_experts_per_token == pytest.approx(ours.choice_experts_per_token, rel=1e-12)
+        assert set(ours.choice_loss) == set(ours.loss)
+
+
 class Shown(NamedTuple):
     evaluation: EvaluationResult
     costs: list[Cost]
-    even: Mapping[str, float]  # held-out losses with evenly spread pairs, which the balance efficiency times
+    even: Mapping[str, float]  # held-out losses with evenly spread pairs, as balance efficiency times them
 
 
 def shown(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Shown:
-    """Takes two steps. Returns the last evaluation and the cost table."""
+    """Two steps, then the last evaluation and the cost table."""
     changes = {**ALL, **changes}
     with started_run(rank, data, changes) as run:
         plan, mesh = check(config_of(data, rank.folder, changes), world_size=rank.world_size), run.mesh
@@ -66,26 +118,18 @@ def same_map(theirs: ComputeMap | None, ours: ComputeMap | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "own", "layout"),
+    ("own_ep", "layout"),
     [
-        full(4, {"parallel.ep": 1}, {"parallel.ep": 2, "parallel.edp": 2, **megatron(tp=2, pp=2)}),
-        full(2, {"parallel.ep": 1}, {"parallel.ep": 2, **megatron(cp=2)}),
-        (2, {"parallel.ep": 2}, {"parallel.ep": 2, **megatron()}),
+        (2, {**ranks(2), **megatron()}),
+        full(1, {**ranks(2, 2), **megatron(tp=2, pp=2)}),
+        exhaustive(1, {**ranks(2), **megatron(cp=2)}),
     ],
-    ids=["tp2-pp2", "cp2", "ep2"],
+    ids=["ep2", "tp2-pp2", "cp2"],
 )
-def test_the_end_of_a_run_shows_what_the_own_engine_shows(
-    run_with_megatron: Callable[..., list[Any]],
-    run_in_world: Callable[..., list[Any]],
-    tiny_data: Path,
-    world_size: int,
-    own: dict[str, int],
-    layout: dict[str, Any],
-) -> None:
-    expected = run_in_world(own["parallel.ep"], shown, str(tiny_data), own)[0]
-    found = run_with_megatron(world_size, shown, str(tiny_data), layout)
+def test_the_end_of_a_run_shows_what_the_own_engine_shows(run_engine: Run, own_ep: int, layout: dict[str, Any]) -> None:
+    expected = run_engine(ranks(own_ep), shown)[0]
+    ours, found = expected.evaluation, run_engine(layout, shown)
     for evaluation, costs, even in found:
-        ours = expected.evaluation
         assert evaluation.tokens == ours.tokens
         for name in ours.loss:
             assert evaluation.loss[name] == pytest.approx(ours.loss[name], rel=1e-5)
@@ -95,8 +139,8 @@ def test_the_end_of_a_run_shows_what_the_own_engine_shows(
         assert evaluation.experts_per_token == pytest.approx(ours.experts_per_token, rel=1e-12)
         others = [cost.method for cost in costs if "if experts were" in cost.method]
         assert len(others) == 1, "the rows counted for the run's own placement are not those that were sent"
-        if own["parallel.ep"] > 1:
+        if own_ep > 1:
             assert evaluation.balance_efficiency_by_count == pytest.approx(ours.balance_efficiency_by_count)
             assert costs == expected.costs
-    same_map(found[0].evaluation.compute_map, expected.evaluation.compute_map)
-    assert [each.evaluation.compute_map for each in found[1:]] == [None] * (world_size - 1)
+    same_map(found[0].evaluation.compute_map, ours.compute_map)
+    assert [each.evaluation.compute_map for each in found[1:]] == [None] * (len(found) - 1)

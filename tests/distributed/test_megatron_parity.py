@@ -1,7 +1,6 @@
-"""Our layer in Megatron's GPTModel equals our own model: logits, gradients, auxiliary terms, bytes.
+"""Our layer in Megatron's GPTModel gives what our own model gives: logits, gradients, aux terms, bytes. On gloo.
 
-Four gloo ranks with Megatron's groups, DDP and gradient reduction. The oracle is our transformer on one rank over the whole
-batch.
+Four ranks; the oracle is our transformer on one rank over the whole batch. Megatron's groups, DDP and gradient reduction.
 """
 
 from collections.abc import Callable
@@ -11,57 +10,53 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support.cover import full, full_with_each_version
+from tests.support.cover import exhaustive
 from tests.support.megatron_model import (
     HIDDEN_DIM,
     MOE_LAYERS,
     ONE_GROUP,
+    RECOMPUTE_ALL,
+    RECOMPUTE_MOE,
     SEQ_LEN,
     Layout,
     TokenBatch,
-    aux_values,
     causal_mask,
+    expert_layers,
     gradients_of,
     largest_difference,
+    megatron_tensors,
     our_loss,
-    with_layers_of,
+    place_of,
 )
-from tests.support.megatron_run import SEQUENCES, build, expected_gradients, megatron, tracked
+from tests.support.megatron_run import build, megatron, own_sequences, tracked
 from tests.support.worlds import RankContext
+
+pytestmark = pytest.mark.megatron
 
 
 def remote_rows(ours: Any, whole: TokenBatch, layout: Layout, state: Any) -> int:
-    """Counts distinct (token, other rank) pairs of this rank's tokens over all layers, in a loop over our routers'
-    choices."""
-    settings = layout.settings
-    placement = settings.place(layout.ep)
-    chosen: list[list[set[int]]] = []
+    """Distinct (token, other rank) pairs of this rank's tokens over all layers, from the choices of our routers."""
+    placement, own = layout.settings.place(layout.ep), state.get_expert_model_parallel_rank()
+    sequences, width = own_sequences(state), SEQ_LEN // layout.tp
+    pairs: set[tuple[int, int, int]] = set()
 
-    def keep(_: Any, inputs: Any, routing: Any) -> None:
+    def keep(router: Any, _: Any, routing: Any) -> None:
         taken = routing.assignments.taken()
-        ranks: list[set[int]] = [set() for _ in range(inputs[0].shape[0])]
         for token, expert in zip(taken.token_N.tolist(), taken.expert_N.tolist(), strict=True):
-            ranks[token].add(placement.rank_of_expert[expert])
-        chosen.append(ranks)
+            sequence, position = divmod(token, SEQ_LEN)
+            if sequences.start <= sequence < sequences.stop and position // width == state.get_tensor_model_parallel_rank():
+                pairs.add((id(router), token, placement.rank_of_expert[expert]))
 
     handles = [layer.router.register_forward_hook(keep) for layer in ours.moe_modules()]
     with torch.no_grad():
-        our_loss(ours, whole, settings, aux=False)
+        our_loss(ours, whole, layout.settings, aux=False)
     for handle in handles:
         handle.remove()
-    own, tp, tp_rank = state.get_expert_model_parallel_rank(), layout.tp, state.get_tensor_model_parallel_rank()
-    each = SEQUENCES // state.get_data_parallel_world_size()
-    first, width = state.get_data_parallel_rank() * each, SEQ_LEN // tp
-    mine = [
-        sequence * SEQ_LEN + position
-        for sequence in range(first, first + each)
-        for position in range(tp_rank * width, (tp_rank + 1) * width)
-    ]
-    return sum(len(layer[token] - {own}) for layer in chosen for token in mine)
+    return sum(rank != own for _, _, rank in pairs)
 
 
 def parity(rank: RankContext, layout: Layout) -> dict[str, Any]:
-    """Runs forward and backward on both sides. Returns the differences, the bytes and the tracked auxiliary terms."""
+    """Forward and backward on both sides; the differences, the bytes and the tracked aux terms."""
     with megatron(layout) as state:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -73,60 +68,51 @@ def parity(rank: RankContext, layout: Layout) -> dict[str, Any]:
             logits = model(mine.tokens_BS, mine.positions, causal_mask(), padding_mask=mine.modality_BS)
             logits = gather_from_tensor_model_parallel_region(logits)
             model.train()
-        for layer in with_layers_of(model):
+        layers = list(expert_layers(model))
+        for layer in layers:
             layer.comm_stats.take()
         losses = model(mine.tokens_BS, mine.positions, causal_mask(), labels=mine.labels_BS, padding_mask=mine.modality_BS)
-        forward = sum(layer.comm_stats.payload_bytes for layer in with_layers_of(model))
+        forward = sum(layer.comm_stats.payload_bytes for layer in layers)
         per_token = model.config.calculate_per_token_loss
         counted = mine.modality_BS >= 0
         (losses[counted].sum() if per_token else losses.mean()).backward()
-        both = sum(layer.comm_stats.payload_bytes for layer in with_layers_of(model))
+        both = sum(layer.comm_stats.payload_bytes for layer in layers)
         finalize_model_grads([model], counted.sum() if per_token else None)
 
-        loss, expected_logits = our_loss(ours, whole, layout.settings, aux=layout.aux, masked=per_token)
+        loss, expected, terms = our_loss(ours, whole, layout.settings, aux=layout.aux, masked=per_token)
         loss.backward()
-        each = mine.tokens_BS.shape[0]
-        first = state.get_data_parallel_rank() * each
-        gradients = {name.removeprefix("module."): grad for name, grad in gradients_of(model).items()}
+        gradients = gradients_of(model)
+        wanted = megatron_tensors(model.module, ours, place_of(layout, state), gradients=True)
         sums = torch.tensor([forward, both, remote_rows(ours, whole, layout, state)])
         dist.all_reduce(sums)
         return {
-            "logits": float((logits - expected_logits[first : first + each]).abs().max()),
-            "gradients": largest_difference(gradients, expected_gradients(layout, ours, state)),
+            "logits": float((logits - expected[own_sequences(state)]).abs().max()),
+            "gradients": largest_difference(gradients, wanted),
             "scale": max(float(grad.abs().max()) for grad in gradients.values()),
             "bytes": sums.tolist(),
             "tracked": tracked(),
-            "aux": aux_values(ours, whole, layout.settings),
-            "recompute": [layer.moe.recompute for layer in with_layers_of(model)],
+            "aux": terms,
+            "recompute": [layer.moe.recompute for layer in layers],
         }
 
 
 LAYOUTS = [
-    full_with_each_version(Layout(ep=1)),
-    full(Layout(ep=2)),
-    full(Layout(ep=4)),
-    full(Layout(ep=2, uneven=True)),
-    full(Layout(ep=4, uneven=True)),
-    full_with_each_version(Layout(ep=4, values=ONE_GROUP)),
-    full(Layout(ep=4, tp=2)),
     Layout(ep=2, tp=2, uneven=True),
-    full_with_each_version(Layout(ep=2, options={"calculate_per_token_loss": True})),
-    full(Layout(ep=4, uneven=True, options={"recompute_granularity": "selective", "recompute_modules": ["moe"]})),
-    full(
-        Layout(
-            ep=4,
-            options={"recompute_granularity": "selective", "recompute_modules": ["moe_act"], "moe_grouped_gemm": True},
-        )
-    ),
-    Layout(ep=4, options={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
+    Layout(ep=4, options=RECOMPUTE_ALL),
+    Layout(ep=4, uneven=True, options=RECOMPUTE_MOE),
+    Layout(ep=2, options={"calculate_per_token_loss": True}),
+    exhaustive(Layout(ep=1)),
+    exhaustive(Layout(ep=4, tp=2)),
+    exhaustive(Layout(ep=4, values=ONE_GROUP)),
+    exhaustive(Layout(ep=4, options={**RECOMPUTE_MOE, "recompute_modules": ["moe_act"], "moe_grouped_gemm": True})),
 ]
 
 
 def recompute_of(layout: Layout) -> tuple[str, int]:
-    """Returns our name for Megatron's recompute, and the number of row exchanges in forward and backward.
+    """Our name for Megatron's recompute, and the exchanges of rows in forward and backward.
 
-    `moe` keeps the routing and does not repeat combine. `moe_act` recomputes only between the exchanges. `full` recomputes
-    the layer with both exchanges.
+    `moe` keeps the routing and does not repeat combine, `moe_act` lies between the exchanges, full wraps the layer and
+    repeats both.
     """
     if layout.options.get("recompute_granularity") == "full":
         return "none", 6
@@ -136,12 +122,12 @@ def recompute_of(layout: Layout) -> tuple[str, int]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_megatrons_model_with_our_layer_gives_what_ours_gives(
-    run_with_megatron: Callable[..., list[Any]], layout: Layout
+    run_in_world: Callable[..., list[Any]], layout: Layout
 ) -> None:
-    for outcome in run_with_megatron(4, parity, layout):
+    for outcome in run_in_world(4, parity, layout):
         difference, where = outcome["gradients"]
         assert outcome["logits"] <= 1e-5
-        assert outcome["scale"] > 1e-2  # the gradients are large enough for the comparison
+        assert outcome["scale"] > 1e-2  # the gradients are not small by themselves
         assert difference <= 1e-5, where
         forward, both, rows = outcome["bytes"]
         assert forward == 2 * rows * HIDDEN_DIM * 4

@@ -1,7 +1,5 @@
-"""Replayed routing in Megatron's GPTModel with our layer has the recorded step's loss and reduced gradients, bit for bit.
-
-Two micro-batches go forward before the first goes backward, as in a pipeline.
-"""
+"""Replayed routing in Megatron's GPTModel with our layer: the loss and the reduced gradients of the recorded step, bit for
+bit, over two micro-batches that both go forward before the first goes backward, as in a pipeline."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,27 +11,28 @@ import torch
 from torch import Tensor
 
 from moe_dist.moe.replayed_routers import Replay
-from tests.support.cover import full, full_with_each_version
-from tests.support.megatron_model import ONE_GROUP, Layout, causal_mask, gradients_of, with_layers_of
+from tests.support.cover import exhaustive
+from tests.support.megatron_model import RECOMPUTE_ALL, RECOMPUTE_MOE, Layout, causal_mask, expert_layers, gradients_of
 from tests.support.megatron_run import build, megatron, tracked
 from tests.support.worlds import RankContext
 
+pytestmark = pytest.mark.megatron
+
 
 def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
-    """Returns scores by which the token's worst columns win."""
+    """The worst columns of the token's group win."""
     return masked_TC.detach().neg().masked_fill(masked_TC == float("-inf"), float("-inf"))
 
 
 def three_steps(rank: RankContext, layout: Layout) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Takes a recorded step that chooses by reversed scores, its replay, and a plain step. Returns losses and gradients as
-    numpy arrays, because this process cannot load tensors pickled by a newer Megatron-Core environment."""
+    """Losses and gradients of a recorded step, which chooses by reversed scores, of its replay, and of a plain step."""
     with megatron(layout) as state:
         from megatron.core.distributed import finalize_model_grads
 
         model, _, mine, _ = build(layout, state)
         half = len(mine.tokens_BS) // 2
-        parts = [mine.part(0, half), mine.part(half, half)]
-        routers = [layer.moe.router for layer in with_layers_of(model)]
+        parts = [mine.part(slice(half)), mine.part(slice(half, None))]
+        routers = [layer.moe.router for layer in expert_layers(model)]
 
         def step() -> tuple[np.ndarray, dict[str, np.ndarray]]:
             model.zero_grad_buffer()
@@ -42,7 +41,7 @@ def three_steps(rank: RankContext, layout: Layout) -> list[tuple[np.ndarray, dic
                 for part in parts
             ]
             for hook in hooks:
-                hook.remove()  # the recomputation must not be recorded again
+                hook.remove()  # what is recomputed is not recorded twice
             for loss in losses:
                 loss.mean().backward()
             finalize_model_grads([model], None)
@@ -74,22 +73,13 @@ def three_steps(rank: RankContext, layout: Layout) -> list[tuple[np.ndarray, dic
 @pytest.mark.parametrize(
     "layout",
     [
-        full_with_each_version(
-            Layout(
-                ep=4, options={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-            )
-        ),
-        Layout(ep=2, uneven=True, options={"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
-        full(Layout(ep=1)),
-        full(Layout(ep=2, tp=2)),
-        full(Layout(ep=4, values=ONE_GROUP)),
+        Layout(ep=2, uneven=True, options=RECOMPUTE_MOE),
+        exhaustive(Layout(ep=2, tp=2, options=RECOMPUTE_ALL)),
     ],
     ids=str,
 )
-def test_a_replay_in_megatron_has_the_bits_of_the_record(
-    run_with_megatron: Callable[..., list[Any]], layout: Layout
-) -> None:
-    for recorded, replayed, plain in run_with_megatron(4, three_steps, layout):
+def test_a_replay_in_megatron_has_the_bits_of_the_record(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
+    for recorded, replayed, plain in run_in_world(4, three_steps, layout):
         assert np.array_equal(replayed[0], recorded[0])
         assert not np.array_equal(plain[0], recorded[0])
         for name, gradient in recorded[1].items():

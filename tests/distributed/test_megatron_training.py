@@ -1,5 +1,4 @@
-"""Our layer with Megatron's machinery: compared with its own MoE layer, in pipeline stages, with its optimizer and
-checkpoints."""
+"""Megatron's own machinery around our layer: its stock MoE layer beside ours, pipeline stages, optimizer, checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from moe_dist.placement.placement import ExpertPlacement
-from tests.support.cover import full, full_with_each_version
+from tests.support.cover import exhaustive
 from tests.support.megatron_model import (
     BALANCE,
     MOE_LAYERS,
@@ -25,30 +24,25 @@ from tests.support.megatron_model import (
     megatron_tensors,
     our_loss,
     our_model,
+    place_of,
     set_weights,
     stage_layers,
     transformer_config,
 )
-from tests.support.megatron_run import (
-    SEQUENCES,
-    build,
-    checkpoint_writers,
-    expected_gradients,
-    megatron,
-    place_of,
-    wrapped,
-)
+from tests.support.megatron_run import SEQUENCES, build, checkpoint_writers, megatron, own_sequences, wrapped
 from tests.support.worlds import RankContext
 
+pytestmark = pytest.mark.megatron
+
 LR, CLIP, STEPS = 1e-2, 0.3, 3
-ADAM_EPS = 1e-3  # large enough that rounding of a gradient near zero makes no full Adam step
+ADAM_EPS = 1e-3  # not so small that Adam makes whole steps of the last bits of a gradient near zero
 
 
 # --- Megatron's own MoE layer
 
 
 def stock_names(tensors: dict[str, torch.Tensor], placement: ExpertPlacement, ep_rank: int) -> dict[str, torch.Tensor]:
-    """Converts a rank's parameters of our layer to Megatron's form: one module per expert, gate and up in one matrix."""
+    """Parameters of a rank with our layer, as those with Megatron's: one expert a module, gate and up in one matrix."""
     renamed = {}
     for name, tensor in tensors.items():
         if ".mlp.moe.experts." not in name:
@@ -71,25 +65,24 @@ def forward_and_gradients(model: Any, batch: TokenBatch) -> tuple[torch.Tensor, 
     losses = model.train()(batch.tokens_BS, batch.positions, causal_mask(), labels=batch.labels_BS)
     losses.mean().backward()
     finalize_model_grads([model], None)
-    # This forward without a graph comes last, because Megatron's dispatcher keeps tensors of its last forward. With a graph
-    # they would keep the model and all process groups alive after each call.
+    # Last: Megatron's dispatcher keeps tensors of its last forward. With their graph they would hold the model and all
+    # groups for ever, and each call of this would wear a world out.
     with torch.no_grad():
         logits = model.eval()(batch.tokens_BS, batch.positions, causal_mask())
-    return logits, {name.removeprefix("module."): gradient for name, gradient in gradients_of(model).items()}
+    return logits, gradients_of(model)
 
 
 def beside_stock(rank: RankContext, layout: Layout) -> tuple[float, tuple[float, str], float]:
     with megatron(layout) as state:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-        model, ours, mine, _ = build(layout, state)
+        model, _, mine, _ = build(layout, state)
         placement, ep_rank = layout.settings.place(layout.ep), state.get_expert_model_parallel_rank()
-        # Megatron divides its loss by top_k = 2, and averages it over the data-parallel ranks.
+        # Megatron's loss is ours over top_k, and the average over data-parallel ranks takes a part of it.
         coefficient = BALANCE * 2 * state.get_data_parallel_world_size()
         config = transformer_config(Layout(ep=layout.ep, values=layout.values, options={"moe_aux_loss_coeff": coefficient}))
         stock = gpt_model(config, get_gpt_decoder_block_spec(config, False, normalization="RMSNorm"))
-        tensors = megatron_tensors(dict(ours.named_parameters()), placement, **place_of(state))
-        set_weights(stock, stock_names(tensors, placement, ep_rank))
+        set_weights(stock, stock_names(dict(model.module.named_parameters()), placement, ep_rank))
         logits, gradients = forward_and_gradients(model, mine)
         stock_logits, stock_gradients = forward_and_gradients(wrapped(stock, config), mine)
         expected = stock_names(gradients, placement, ep_rank)
@@ -98,11 +91,9 @@ def beside_stock(rank: RankContext, layout: Layout) -> tuple[float, tuple[float,
         return float((logits - stock_logits).abs().max()), largest_difference(stock_gradients, expected), scale
 
 
-@pytest.mark.parametrize("ep", [full(1), full(2), 4])
-def test_megatrons_own_layer_gives_the_same_without_null_experts(
-    run_with_megatron: Callable[..., list[Any]], ep: int
-) -> None:
-    for logits, (gradients, where), scale in run_with_megatron(4, beside_stock, Layout(ep=ep, values=ONE_GROUP)):
+@pytest.mark.parametrize("ep", [exhaustive(2), 4])
+def test_megatrons_own_layer_gives_the_same_without_null_experts(run_in_world: Callable[..., list[Any]], ep: int) -> None:
+    for logits, (gradients, where), scale in run_in_world(4, beside_stock, Layout(ep=ep, values=ONE_GROUP)):
         assert logits <= 1e-5
         assert gradients <= 1e-5, where
         assert scale > 1e-2
@@ -112,7 +103,7 @@ def test_megatrons_own_layer_gives_the_same_without_null_experts(
 
 
 def pipeline(rank: RankContext, layout: Layout, micro_batches: int) -> tuple[float, str]:
-    """Runs two stages under Megatron's 1F1B schedule. Every stage gets the modality ids of the whole sequence."""
+    """Two stages under Megatron's 1F1B schedule; every stage gets the modality ids of the whole sequence."""
     with megatron(layout) as state:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -122,13 +113,11 @@ def pipeline(rank: RankContext, layout: Layout, micro_batches: int) -> tuple[flo
         ours = our_model(settings)
         first, last = state.is_pipeline_first_stage(), state.is_pipeline_last_stage()
         model = gpt_model(config, decoder_spec(layout, config, stage=stage), pre_process=first, post_process=last)
-        weights = dict(ours.named_parameters())
-        set_weights(model, megatron_tensors(weights, settings.place(layout.ep), layers=layers, **place_of(state)))
+        set_weights(model, megatron_tensors(model, ours, place_of(layout, state), layers=layers))
         model = wrapped(model, config)
         config.finalize_model_grads_func = finalize_model_grads
         batches = [batch_of(SEQUENCES, settings, seed=seed) for seed in range(micro_batches)]
-        each = SEQUENCES // state.get_data_parallel_world_size()
-        mine = [batch.part(state.get_data_parallel_rank() * each, each) for batch in batches]
+        mine = [batch.part(own_sequences(state)) for batch in batches]
 
         def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return losses.mean(), {}
@@ -148,21 +137,19 @@ def pipeline(rank: RankContext, layout: Layout, micro_batches: int) -> tuple[flo
             model=[model],
             num_microbatches=micro_batches,
             seq_length=mine[0].tokens_BS.shape[1],
-            micro_batch_size=each,
+            micro_batch_size=mine[0].tokens_BS.shape[0],
             forward_only=False,
         )
         for batch in batches:
-            loss, _ = our_loss(ours, batch, settings, aux=True)
+            loss, *_ = our_loss(ours, batch, settings, aux=True)
             (loss / micro_batches).backward()
-        gradients = {name.removeprefix("module."): gradient for name, gradient in gradients_of(model).items()}
-        return largest_difference(gradients, expected_gradients(layout, ours, state, layers))
+        expected = megatron_tensors(model.module, ours, place_of(layout, state), layers=layers, gradients=True)
+        return largest_difference(gradients_of(model), expected)
 
 
-@pytest.mark.parametrize(
-    "layout", [full_with_each_version(Layout(ep=2, pp=2, uneven=True)), Layout(ep=2, tp=2, pp=2)], ids=str
-)
-def test_modality_ids_reach_later_pipeline_stages(run_with_megatron: Callable[..., list[Any]], layout: Layout) -> None:
-    for difference, where in run_with_megatron(4, pipeline, layout, 2):
+@pytest.mark.parametrize("layout", [exhaustive(Layout(ep=2, pp=2, uneven=True)), Layout(ep=2, tp=2, pp=2)], ids=str)
+def test_modality_ids_reach_later_pipeline_stages(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
+    for difference, where in run_in_world(4, pipeline, layout, 2):
         assert difference <= 1e-5, where
 
 
@@ -186,10 +173,11 @@ def optimizer_of(model: Any) -> Any:
     return get_megatron_optimizer(config, [model])
 
 
-def take_step(model: Any, optimizer: Any, batch: TokenBatch) -> float:
-    """Takes one step in Megatron. Returns its gradient norm before clipping."""
+def take_step(model: Any, optimizer: Any, layout: Layout, step: int, state: Any) -> float:
+    """One step of Megatron; returns its gradient norm before clipping."""
     from megatron.core.distributed import finalize_model_grads
 
+    batch = batch_of(SEQUENCES, layout.settings, seed=step).part(own_sequences(state))
     model.zero_grad_buffer()
     optimizer.zero_grad()
     losses = model(batch.tokens_BS, batch.positions, causal_mask(), labels=batch.labels_BS, padding_mask=batch.modality_BS)
@@ -201,32 +189,22 @@ def take_step(model: Any, optimizer: Any, batch: TokenBatch) -> float:
 
 
 def our_steps(layout: Layout, steps: int) -> tuple[Any, list[float]]:
-    """Trains our model on one rank with torch's AdamW, as the oracle. Returns the model and each step's gradient norm."""
+    """The oracle: our model on one rank with torch's AdamW; the model, and each step's gradient norm."""
     model = our_model(layout.settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), eps=ADAM_EPS, weight_decay=0.0)
     norms = []
     for step in range(steps):
         optimizer.zero_grad()
-        loss, _ = our_loss(model, batch_of(SEQUENCES, layout.settings, seed=step), layout.settings, aux=True)
+        loss, *_ = our_loss(model, batch_of(SEQUENCES, layout.settings, seed=step), layout.settings, aux=True)
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()
     return model, norms
 
 
-def batch_at(layout: Layout, step: int, state: Any) -> TokenBatch:
-    each = SEQUENCES // state.get_data_parallel_world_size()
-    return batch_of(SEQUENCES, layout.settings, seed=step).part(state.get_data_parallel_rank() * each, each)
-
-
 def parameter_difference(model: Any, ours: Any, layout: Layout, state: Any) -> tuple[float, str]:
-    expected = megatron_tensors(
-        {name: parameter.detach() for name, parameter in ours.named_parameters()},
-        layout.settings.place(layout.ep),
-        **place_of(state),
-    )
-    parameters = {name.removeprefix("module."): parameter.detach() for name, parameter in model.named_parameters()}
-    return largest_difference(parameters, expected)
+    parameters = {name: parameter.detach() for name, parameter in model.module.named_parameters()}
+    return largest_difference(parameters, megatron_tensors(model.module, ours, place_of(layout, state)))
 
 
 def saved_state(model: Any, optimizer: Any, *, is_loading: bool = False) -> dict[str, Any]:
@@ -236,8 +214,7 @@ def saved_state(model: Any, optimizer: Any, *, is_loading: bool = False) -> dict
 
 
 def train_save_and_go_on(rank: RankContext, first: Layout, then: list[Layout]) -> dict[str, Any]:
-    """Takes three steps on one layout and saves. Then takes the fourth step from this checkpoint on each layout of
-    `then`."""
+    """Three steps on one layout, saved; then a fourth on that one and on each other layout, from the checkpoint."""
     folder = Path(rank.folder) / "checkpoint"
     folder.mkdir(exist_ok=True)
     after_three, _ = our_steps(first, STEPS)
@@ -248,7 +225,7 @@ def train_save_and_go_on(rank: RankContext, first: Layout, then: list[Layout]) -
 
         model, _, _, _ = build(first, state)
         optimizer = optimizer_of(model)
-        outcome["norms"] = [take_step(model, optimizer, batch_at(first, step, state)) for step in range(STEPS)]
+        outcome["norms"] = [take_step(model, optimizer, first, step, state) for step in range(STEPS)]
         outcome["differences"].append(parameter_difference(model, after_three, first, state))
         with checkpoint_writers():
             dist_checkpointing.save(saved_state(model, optimizer), str(folder))
@@ -257,12 +234,12 @@ def train_save_and_go_on(rank: RankContext, first: Layout, then: list[Layout]) -
             model, _, _, _ = build(layout, state)
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.fill_(float("nan"))  # a tensor that is not loaded then gives NaN
+                    parameter.fill_(float("nan"))  # whatever is not loaded shows
             optimizer = optimizer_of(model)
             loaded = dist_checkpointing.load(saved_state(model, optimizer, is_loading=True), str(folder))
             model.module.load_state_dict(loaded["model"])
             optimizer.load_state_dict(loaded["optimizer"])
-            outcome["norms"].append(take_step(model, optimizer, batch_at(layout, STEPS, state)))
+            outcome["norms"].append(take_step(model, optimizer, layout, STEPS, state))
             outcome["differences"].append(parameter_difference(model, after_four, layout, state))
     return outcome
 
@@ -270,13 +247,15 @@ def train_save_and_go_on(rank: RankContext, first: Layout, then: list[Layout]) -
 UNEVEN, EVEN, FOLDED = Layout(ep=4, uneven=True), Layout(ep=2), Layout(ep=4, tp=2)
 
 
-@pytest.mark.parametrize(("first", "then"), [full(UNEVEN, [UNEVEN, EVEN]), (FOLDED, [UNEVEN])], ids=["uneven", "folded"])
+@pytest.mark.parametrize(
+    ("first", "then"), [exhaustive(UNEVEN, [UNEVEN, EVEN]), (FOLDED, [UNEVEN])], ids=["uneven", "folded"]
+)
 def test_trains_and_goes_on_from_a_checkpoint_at_any_ep(
-    run_with_megatron: Callable[..., list[Any]], first: Layout, then: list[Layout]
+    run_in_world: Callable[..., list[Any]], first: Layout, then: list[Layout]
 ) -> None:
-    for outcome in run_with_megatron(4, train_save_and_go_on, first, then):
+    for outcome in run_in_world(4, train_save_and_go_on, first, then):
         expected = outcome["expected_norms"][:STEPS] + outcome["expected_norms"][STEPS:] * len(then)
         assert outcome["norms"] == pytest.approx(expected, rel=1e-5)
-        assert expected[0] > CLIP  # clipping is active
+        assert expected[0] > CLIP  # the bound acts
         for difference, where in outcome["differences"]:
             assert difference <= 1e-5, where

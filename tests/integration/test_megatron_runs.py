@@ -18,6 +18,7 @@ from moe_dist.runtime.run_folder import RunFolder
 from tests.support.engine_run import config_of, megatron
 from tests.support.tiny import write_config
 
+pytestmark = pytest.mark.megatron
 ROOT = Path(__file__).parents[2]
 FOUR = {"parallel.ep": 2, "parallel.edp": 2}
 COMMON: dict[str, Any] = {
@@ -74,8 +75,7 @@ def test_a_run_is_stopped_and_goes_on_on_other_ranks_and_in_the_other_engine(tin
     stopped = len(records(run, "step"))
     assert 0 < stopped < 8
 
-    interleaved = ["engine.tp=1", "engine.cp=2", "engine.vpp=2", "engine.distributed_optimizer=true"]
-    finished(path, *interleaved)
+    finished(path, "parallel.edp=1", "engine.tp=1", "engine.pp=1", "engine.cp=2", "engine.distributed_optimizer=true")
     finished(path, "train.steps=10", "engine={kind: moe_dist}", "parallel.ep=1", "parallel.edp=1")
     finished(write_config(own, tmp_path / "own.yaml"), "train.steps=10")
     both, alone = (records(RunFolder.of(each), "step") for each in (config, own))

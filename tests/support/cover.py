@@ -1,9 +1,8 @@
-"""Chooses the cases of a product that each make target runs.
+"""Which cases of a product run when.
 
-make test             a small cover of all values of the layouts; where layouts are not the subject, a few cases that
-                      switch on most options
-make test-full        a cover of all pairs of values; where layouts are not the subject, of all values
-make test-exhaustive  every case
+`make test` runs a small cover of all values of layouts, or the few of its cases that switch on most, where the layouts are
+not what the test is about; `make test-full` runs a cover of all pairs of values, or of all values where the layouts are not
+what the test is about; `make test-exhaustive` runs every case.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,17 +14,17 @@ import pytest
 
 from tests.support.layouts import Layout
 
-MOST_RANKS = 4  # eight processes that import torch take half a minute on two cores
+MOST_RANKS = 4  # eight processes that import torch take half a minute of two cores
 
 
 def others_full(cases: Sequence[Any], keep: int | None = None) -> list[Any]:
-    """Marks the cases (layouts, or tuples that begin with one) outside of a greedy cover of all values of each field. Cases
-    of a cover of all pairs are marked `full`, the rest `exhaustive`.
+    """The cases, layouts or tuples that begin with one, with marks on those outside of a greedy cover of all values of each
+    field: `full` on those of a cover of all pairs of values, `exhaustive` on the rest.
 
     Args:
-        keep: Number of unmarked cases. Each adds most options to the earlier ones. The rest of the cover of all values is
-            then marked `full`, and all other cases `exhaustive`. test_n_ranks_equal_one.py gives no number, and so has all
-            values of layouts and all pairs of values.
+        keep: Number of cases of the first cover that are not marked; its others are marked `full`, and all outside of it
+            `exhaustive`. Each kept one switches on most of what the earlier ones leave off. test_n_ranks_equal_one.py gives
+            no number: it has all values of layouts and all pairs of values.
     """
     small = [position for position, case in enumerate(cases) if _layout_of(case).world_size <= MOST_RANKS]
     cover = _cover(cases, small, pairs=False)
@@ -66,33 +65,27 @@ def _layout_of(case: Any) -> Layout:
 
 
 def full(*case: Any) -> Any:
-    """Marks a case that `make test` leaves out."""
+    """A case that `make test` leaves out."""
     return pytest.param(*case, marks=pytest.mark.full)
 
 
-def full_with_each_version(*case: Any) -> Any:
-    """Marks a case that `make test` leaves out, and that `make test-full` runs with each version of megatron-core. Only
-    these cases run with the next version."""
-    return pytest.param(*case, marks=pytest.mark.full("with each version"))
-
-
 def rest_full(cases: Iterable[Any], keep: int = 1) -> list[Any]:
-    """Marks all single-value cases after the first `keep` as `full`."""
+    """The cases, each a single value, with those after the first `keep` marked `full`."""
     return [case if position < keep else full(case) for position, case in enumerate(cases)]
 
 
 def full_unless(keep: Callable[..., bool], cases: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Marks the cases of a product as `full` for whose values `keep` returns false."""
+    """The cases of a product, with those marked `full` for which `keep`, called with their values, is false."""
     return [case if keep(*case) else full(*case) for case in cases]
 
 
 def rest_exhaustive(cases: Iterable[Any]) -> list[Any]:
-    """Marks all single-value cases after the first as `exhaustive`."""
+    """The cases, each a single value, with those after the first marked `exhaustive`."""
     return [exhaustive(case) if position else case for position, case in enumerate(cases)]
 
 
 def exhaustive(*case: Any) -> Any:
-    """Marks a case that `make test-full` also leaves out."""
+    """A case that `make test-full` leaves out as well."""
     return pytest.param(*case, marks=pytest.mark.exhaustive)
 
 

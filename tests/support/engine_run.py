@@ -19,7 +19,7 @@ from moe_dist.train.step.tracing import StepWatcher
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
 
-STEPS = 20
+STEPS = 10
 CHANGES: Mapping[str, Any] = {
     "train.steps": STEPS,
     "train.global_batch": 8,
@@ -43,6 +43,11 @@ CHANGES: Mapping[str, Any] = {
 def config_of(data: str | Path, root: str | Path, changes: Mapping[str, Any]) -> Config:
     """Returns the run's configuration with `changes` by dotted key."""
     return tiny_config(Path(data), Path(root), {**CHANGES, **changes})
+
+
+def ranks(ep: int, edp: int = 1) -> dict[str, Any]:
+    """The change that sets the number of ranks."""
+    return {"parallel.ep": ep, "parallel.edp": edp}
 
 
 def megatron(**engine: Any) -> dict[str, Any]:

@@ -1,8 +1,6 @@
-"""Builds our transformer and Megatron's GPTModel with the same weights, and maps their tensors.
+"""Our transformer and Megatron's GPTModel with the same weights."""
 
-The mapping is the same for weights and gradients, because each of Megatron's parameters is a rearrangement of ours.
-"""
-
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,8 +11,10 @@ from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
+from moe_dist.config.parallel.section import InterleavedSection
 from moe_dist.megatron.plain_layers import PLAIN
 from moe_dist.megatron.settings import ExpertSettings
+from moe_dist.megatron.tensors import Place, pieces
 from moe_dist.model.layers import ModelArgs, RMSNorm, SwiGLU
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
@@ -22,12 +22,11 @@ from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.placement.parameter_names import group_module
-from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.parameter_names import Role, named_parameters
 
 HIDDEN_DIM, NUM_HEADS, KV_HEADS, VOCAB_SIZE, SEQ_LEN, LAYERS = 16, 4, 2, 64, 12, 4
 SHARED_FFN_DIM, DENSE_FFN_DIM, EPS, STD = 8, 20, 1e-5, 0.3
-MOE_LAYERS = (1, 3)  # all other layers are dense
+MOE_LAYERS = (1, 3)  # the others are dense
 BALANCE, Z = 0.02, 1e-3
 
 TWO_GROUPS = {
@@ -37,30 +36,14 @@ TWO_GROUPS = {
     }
 }
 ONE_GROUP = {"groups": {"all": {"num_experts": 8, "top_k": 2, "ffn_dim": 6}}}
-
-
-def settings_of(values: Mapping[str, Any], ep: int, *, uneven: bool = False) -> ExpertSettings:
-    """Returns settings with interleaved experts, or uneven ones: the first rank has all but three, the last (of four)
-    none."""
-    settings = ExpertSettings.model_validate_json(_json(values))
-    if not uneven or ep == 1:
-        return settings
-    names = [f"{group.name}/{i}" for group in settings.expert_groups() for i in range(group.num_experts)]
-    slots: list[list[str]] = [[] for _ in range(ep)]
-    for i, name in enumerate(names):
-        slots[0 if i < len(names) - 3 else 1 + i % max(1, ep - 2)].append(name)
-    return ExpertSettings.model_validate_json(_json({**values, "placement": {"policy": "explicit", "slots": slots}}))
-
-
-def _json(values: Mapping[str, Any]) -> str:
-    import json
-
-    return json.dumps(values)
+# Megatron's options of recomputation.
+RECOMPUTE_ALL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+RECOMPUTE_MOE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The arrangement of Megatron's ranks, and the kind of experts."""
+    """How Megatron's ranks are arranged, and what the experts are."""
 
     ep: int = 1
     tp: int = 1
@@ -83,11 +66,20 @@ class Layout:
 
     @property
     def settings(self) -> ExpertSettings:
-        return settings_of(self.values, self.ep, uneven=self.uneven)
+        """The experts are interleaved. If `uneven`, the first rank has all but three, and the last of four has none."""
+        settings = ExpertSettings.model_validate_json(json.dumps(self.values))
+        if not self.uneven:
+            return settings
+        names = [f"{group.name}/{i}" for group in settings.expert_groups() for i in range(group.num_experts)]
+        slots: list[list[str]] = [[] for _ in range(self.ep)]
+        for i, name in enumerate(names):
+            slots[0 if i < len(names) - 3 else 1 + i % max(1, self.ep - 2)].append(name)
+        placement = {"policy": "explicit", "slots": slots}
+        return ExpertSettings.model_validate_json(json.dumps({**self.values, "placement": placement}))
 
 
 def transformer_config(layout: Layout) -> Any:
-    """Returns Megatron's TransformerConfig of the shared sizes."""
+    """Megatron's TransformerConfig of the shared sizes."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     experts = sum(group.num_experts for group in layout.settings.groups.values())
@@ -125,7 +117,7 @@ def transformer_config(layout: Layout) -> Any:
 
 
 def gpt_model(config: Any, spec: Any, *, pre_process: bool = True, post_process: bool = True) -> Any:
-    """Returns Megatron's GPTModel with a layer spec."""
+    """Megatron's GPTModel over a layer spec."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     return GPTModel(
@@ -140,22 +132,15 @@ def gpt_model(config: Any, spec: Any, *, pre_process: bool = True, post_process:
     )
 
 
-class SequenceParallelNorm(torch.nn.RMSNorm):
-    """RMSNorm whose gradient is partial, to be summed over TP. Megatron has none without Transformer Engine or Apex."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = EPS, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def decoder_spec(layout: Layout, config: Any, *, stage: int = 0) -> Any:
-    """Returns the spec of our decoder layers. Under sequence parallelism it is a block with norms of
-    `SequenceParallelNorm`."""
+    """The spec of our decoder layers. Megatron has no norm for sequence parallelism without Transformer Engine or Apex, so
+    with it a block of layers has the norm of the engine."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    from moe_dist.megatron import decoder_layer_spec
+    from moe_dist.megatron.decoder_layer import decoder_layer_spec
+    from moe_dist.megatron.gpt import Norm
 
     spec = decoder_layer_spec(layout.settings)
     if layout.tp == 1:
@@ -163,20 +148,21 @@ def decoder_spec(layout: Layout, config: Any, *, stage: int = 0) -> Any:
     stock: Any = get_gpt_decoder_layer_specs(config, use_transformer_engine=False, normalization="RMSNorm")
     layers = []
     for layer in stage_layers(layout, stage):
-        norms = {"input_layernorm": SequenceParallelNorm, "pre_mlp_layernorm": SequenceParallelNorm}
-        layers.append(ModuleSpec(spec.module, spec.params, replace(stock[layer].submodules, **norms)))
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=SequenceParallelNorm)
+        submodules = replace(stock[layer].submodules, input_layernorm=Norm, pre_mlp_layernorm=Norm)
+        layers.append(ModuleSpec(spec.module, spec.params, submodules))
+    norm: Any = Norm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 def stage_layers(layout: Layout, stage: int) -> range:
-    """Returns the layers of a pipeline stage."""
+    """Layers of a pipeline stage."""
     each = LAYERS // layout.pp
     return range(stage * each, (stage + 1) * each)
 
 
 def our_model(settings: ExpertSettings, *, seed: int = 3) -> Transformer:
-    """Returns our transformer on one rank, with weights drawn from `seed`."""
-    placement, wire = settings.model_copy(update={"placement": _interleaved()}).place(1), AllToAll(None, CommStats())
+    """Our transformer on one rank, with weights drawn from `seed`."""
+    placement, wire = settings.model_copy(update={"placement": InterleavedSection()}).place(1), AllToAll(None, CommStats())
 
     def make_moe(_: int) -> MoELayer:
         return MoELayer(
@@ -208,12 +194,6 @@ def our_model(settings: ExpertSettings, *, seed: int = 3) -> Transformer:
     return model
 
 
-def _interleaved() -> Any:
-    from moe_dist.config.parallel.section import InterleavedSection
-
-    return InterleavedSection()
-
-
 @dataclass(frozen=True)
 class TokenBatch:
     """Sequences of made-up tokens: ids, next tokens, modality ids (-1 for padding)."""
@@ -222,18 +202,17 @@ class TokenBatch:
     labels_BS: Tensor
     modality_BS: Tensor
 
-    def part(self, first: int, count: int) -> "TokenBatch":
-        return TokenBatch(*(each[first : first + count] for each in (self.tokens_BS, self.labels_BS, self.modality_BS)))
+    def part(self, sequences: slice) -> "TokenBatch":
+        return TokenBatch(self.tokens_BS[sequences], self.labels_BS[sequences], self.modality_BS[sequences])
 
     @property
     def positions(self) -> Tensor:
-        """Positions [B, S]."""
+        """[B, S]."""
         return torch.arange(SEQ_LEN).expand(self.tokens_BS.shape)
 
 
 def batch_of(count: int, settings: ExpertSettings, *, seed: int = 5) -> TokenBatch:
-    """Returns sequences. Sequence 0 has only the first modality, 1 only the last, the rest are mixed. A few tokens are
-    padding."""
+    """Sequence 0 is all of the first modality, 1 all of the last, the rest mixed; a few tokens are padding."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCAB_SIZE, (count, SEQ_LEN), generator=generator)
     labels = torch.randint(0, VOCAB_SIZE, (count, SEQ_LEN), generator=generator)
@@ -245,108 +224,68 @@ def batch_of(count: int, settings: ExpertSettings, *, seed: int = 5) -> TokenBat
 
 
 def causal_mask() -> Tensor:
-    """Returns Megatron's mask: true where a query must not see a key."""
+    """Megatron's mask: true where a query must not see a key."""
     return ~torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool).tril()[None, None]
 
 
 def our_loss(
     model: Transformer, batch: TokenBatch, settings: ExpertSettings, *, aux: bool, masked: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The oracle: returns the mean cross entropy over all tokens (with `masked`, without padding) plus the auxiliary terms,
-    and the logits."""
+) -> tuple[Tensor, Tensor, dict[str, list[float]]]:
+    """The oracle: mean cross entropy over all tokens (masked: over tokens that are no padding) plus the aux terms; the
+    logits; and the aux terms of each MoE layer without their coefficients."""
     groups = torch.tensor([*settings.group_of_modality(), -1])[batch.modality_BS]
     logits, reports = model(batch.tokens_BS, batch.positions, torch.zeros_like(batch.tokens_BS), groups)
     labels = batch.labels_BS.masked_fill(batch.modality_BS < 0, -100) if masked else batch.labels_BS
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     tables = ColumnTables.on(settings.expert_groups(), torch.device("cpu"))
-    for report in reports if aux else ():
-        sums = report.sums
-        loss = loss + BALANCE * balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], tables).sum()
-        loss = loss + Z * z_terms(sums.log_z_squared_G[None], sums.tokens_G[None]).sum()
-    return loss, logits
-
-
-def aux_values(model: Transformer, batch: TokenBatch, settings: ExpertSettings) -> dict[str, list[float]]:
-    """Returns the auxiliary terms of each MoE layer with coefficient 1."""
-    groups = torch.tensor([*settings.group_of_modality(), -1])[batch.modality_BS]
-    _, reports = model(batch.tokens_BS, batch.positions, torch.zeros_like(batch.tokens_BS), groups)
-    tables = ColumnTables.on(settings.expert_groups(), torch.device("cpu"))
-    values: dict[str, list[float]] = {"global_load_balancing_loss": [], "z_loss": []}
+    terms: dict[str, list[float]] = {"global_load_balancing_loss": [], "z_loss": []}
     for sums in (report.sums for report in reports):
         balance = balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], tables).sum()
-        values["global_load_balancing_loss"].append(float(balance))
-        values["z_loss"].append(float(z_terms(sums.log_z_squared_G[None], sums.tokens_G[None]).sum()))
-    return values
+        z = z_terms(sums.log_z_squared_G[None], sums.tokens_G[None]).sum()
+        loss = loss + BALANCE * balance + Z * z if aux else loss
+        for values, term in zip(terms.values(), (balance, z), strict=True):
+            values.append(float(term))
+    return loss, logits, terms
 
 
-# --- mapping of tensors
+def place_of(layout: Layout, state: Any) -> Place:
+    """This rank's place in the model; `state` is Megatron's `parallel_state`."""
+    return Place(
+        num_kv_heads=KV_HEADS,
+        queries_per_kv=NUM_HEADS // KV_HEADS,
+        head_dim=HIDDEN_DIM // NUM_HEADS,
+        placement=layout.settings.place(layout.ep),
+        ep_rank=state.get_expert_model_parallel_rank(),
+        tp_rank=state.get_tensor_model_parallel_rank(),
+        tp_size=state.get_tensor_model_parallel_world_size(),
+    )
 
 
 def megatron_tensors(
-    ours: Mapping[str, Tensor],
-    placement: ExpertPlacement,
-    *,
-    ep_rank: int,
-    tp_rank: int = 0,
-    tp_size: int = 1,
-    layers: Sequence[int] = range(LAYERS),
+    model: Any, ours: Transformer, place: Place, *, layers: Sequence[int] = range(LAYERS), gradients: bool = False
 ) -> dict[str, Tensor]:
-    """Returns our tensors (weights or gradients) as one Megatron rank's parameters, by Megatron's names.
+    """Weights or gradients of our model as those of one Megatron rank, by the parameters' names in its `model`.
 
     Args:
-        layers: Layers of this pipeline stage; Megatron numbers them from 0 on each stage.
+        layers: Layers of this pipeline stage; Megatron numbers them from 0 on each.
     """
-
-    def split(tensor: Tensor, dim: int) -> Tensor:
-        return tensor.chunk(tp_size, dim)[tp_rank]
-
-    named: dict[str, Tensor] = {}
-    if layers[0] == 0:
-        named["embedding.word_embeddings.weight"] = split(ours["embedding.weight"], 0)
-    if layers[-1] == LAYERS - 1:
-        named["decoder.final_layernorm.weight"] = ours["norm.weight"]
-        named["output_layer.weight"] = split(ours["output.weight"], 0)
-    for at, layer in enumerate(layers):
-        theirs = f"decoder.layers.{at}."
-        mine = {key.removeprefix(f"layers.{layer}."): t for key, t in ours.items() if key.startswith(f"layers.{layer}.")}
-        named[f"{theirs}input_layernorm.weight"] = mine["attention.norm.weight"]
-        named[f"{theirs}self_attention.linear_qkv.weight"] = split(_qkv(mine), 0)
-        named[f"{theirs}self_attention.linear_proj.weight"] = split(mine["attention.o.weight"], 1)
-        if layer in MOE_LAYERS:
-            named[f"{theirs}pre_mlp_layernorm.weight"] = mine["moe.norm.weight"]
-            for key, tensor in mine.items():
-                if key.startswith("moe.router."):
-                    named[f"{theirs}mlp.{key}"] = tensor
-            named.update(_experts(mine, placement, ep_rank, theirs))
-            gate, up = (split(mine[f"moe.shared.{name}.weight"], 0) for name in ("gate", "up"))
-            named[f"{theirs}mlp.moe.shared.linear_fc1.weight"] = torch.cat([gate, up])
-            named[f"{theirs}mlp.moe.shared.linear_fc2.weight"] = split(mine["moe.shared.down.weight"], 1)
-        else:
-            named[f"{theirs}pre_mlp_layernorm.weight"] = mine["ffn.norm.weight"]
-            gate, up = (split(mine[f"ffn.{name}.weight"], 0) for name in ("gate", "up"))
-            named[f"{theirs}mlp.linear_fc1.weight"] = torch.cat([gate, up])
-            named[f"{theirs}mlp.linear_fc2.weight"] = split(mine["ffn.down.weight"], 1)
-    return named
+    whole: dict[str, Tensor] = {}
+    for each in named_parameters(ours):
+        tensor: Any = each.parameter.grad if gradients else each.parameter.detach()
+        stem, _, leaf = each.name.rpartition(".")
+        stacked = each.role is Role.EXPERT
+        whole |= {f"{stem}.{i}.{leaf}": part for i, part in enumerate(tensor)} if stacked else {each.name: tensor}
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        found[name] = torch.full_like(parameter, float("nan"))  # a value that no piece sets shows
+        for piece in pieces(name, found[name], place, first_layer=layers[0], moe_layers=MOE_LAYERS):
+            tensor = whole[piece.name]
+            piece.set(tensor if piece.dim is None else tensor.chunk(place.tp_size, piece.dim)[place.tp_rank])
+    return found
 
 
-def _qkv(mine: Mapping[str, Tensor]) -> Tensor:
-    """Megatron interleaves queries, keys and values by query group."""
-    parts = [mine[f"attention.{name}.weight"].reshape(KV_HEADS, -1, HIDDEN_DIM) for name in "qkv"]
-    return torch.cat(parts, dim=1).flatten(0, 1)
-
-
-def _experts(mine: Mapping[str, Tensor], placement: ExpertPlacement, ep_rank: int, theirs: str) -> dict[str, Tensor]:
-    named = {}
-    for group in placement.groups:
-        local = [expert - group.first_expert for expert in placement.local_experts(ep_rank, group)]
-        for name in ("gate", "up", "down"):
-            key = f"moe.experts.{group_module(group.name)}.{name}"
-            named[f"{theirs}mlp.{key}"] = mine[key][local]
-    return named
-
-
-def with_layers_of(model: Any) -> Iterator[Any]:
-    """Returns the ExpertLayers of a Megatron model, in order."""
+def expert_layers(model: Any) -> Iterator[Any]:
+    """The ExpertLayers of a Megatron model, in order."""
     from moe_dist.megatron.expert_layer import ExpertLayer
 
     return (module for module in model.modules() if isinstance(module, ExpertLayer))
@@ -354,7 +293,7 @@ def with_layers_of(model: Any) -> Iterator[Any]:
 
 @torch.no_grad()
 def set_weights(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Sets every parameter of a Megatron model. Names and shapes must agree exactly."""
+    """Sets every parameter of a Megatron model; names and shapes must agree exactly."""
     parameters = dict(model.named_parameters())
     assert parameters.keys() == tensors.keys(), parameters.keys() ^ tensors.keys()
     for name, parameter in parameters.items():
@@ -363,12 +302,13 @@ def set_weights(model: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 def gradients_of(model: Any) -> dict[str, Tensor]:
-    """Returns Megatron's reduced gradients by name, from its DDP's buffers."""
-    return {name: parameter.main_grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Megatron's reduced gradients by name, from the buffers of its DDP."""
+    found = ((name, parameter) for name, parameter in model.module.named_parameters() if parameter.requires_grad)
+    return {name: parameter.main_grad for name, parameter in found}
 
 
 def largest_difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> tuple[float, str]:
-    """Returns the largest absolute difference over all tensors of `left`, and its tensor's name."""
+    """Largest absolute difference over all tensors of `left`, and where it is."""
     worst = (0.0, "")
     for name, tensor in left.items():
         if tensor.numel():

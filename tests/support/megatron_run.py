@@ -1,9 +1,9 @@
-"""Our layer in a running Megatron (groups, DDP, gradients), and the same model of ours beside it."""
+"""Our layer in a running Megatron (groups, DDP, gradients), and the same model of ours beside it; bodies of worlds."""
 
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from moe_dist.megatron.cpu_trial import megatron_on_cpu
 from moe_dist.megatron.process_groups import model_parallel
 from tests.support.megatron_model import (
-    LAYERS,
     Layout,
     TokenBatch,
     batch_of,
@@ -20,16 +19,17 @@ from tests.support.megatron_model import (
     gpt_model,
     megatron_tensors,
     our_model,
+    place_of,
     set_weights,
     transformer_config,
 )
 
-SEQUENCES = 8  # sequences of a micro-batch over all data-parallel ranks
+SEQUENCES = 8  # of a micro-batch, over all data-parallel ranks
 
 
 @contextlib.contextmanager
 def megatron(layout: Layout) -> Iterator[Any]:
-    """Initialises Megatron for a layout on all ranks of the world. Yields its `parallel_state`."""
+    """Megatron stands for a layout on all ranks of the world; gives its `parallel_state`."""
     with megatron_on_cpu(), model_parallel(ep=layout.ep, tp=layout.tp, pp=layout.pp, cp=layout.cp):
         from megatron.core import parallel_state
         from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -40,10 +40,10 @@ def megatron(layout: Layout) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def checkpoint_writers() -> Iterator[None]:
-    """Makes Megatron's checkpoint writer use threads instead of processes.
+    """Megatron's checkpoint writer with threads in place of processes.
 
-    Ranks of these tests are daemons with gloo's threads, and must not fork workers. Megatron's process for results would
-    also outlive a killed rank.
+    It forks workers, which ranks of a standing world (daemons, with gloo's threads) must not, and keeps a process for its
+    results, which would outlive a rank that is killed.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -59,43 +59,32 @@ def checkpoint_writers() -> Iterator[None]:
 
 
 def wrapped(model: Any, config: Any, **options: Any) -> Any:
-    """Returns the model in Megatron's DDP."""
+    """The model in Megatron's DDP."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, **options)
     return DistributedDataParallel(config, settings, model)
 
 
-def place_of(state: Any) -> dict[str, int]:
-    """Returns this rank's position, as `megatron_tensors` needs it."""
-    return {
-        "ep_rank": state.get_expert_model_parallel_rank(),
-        "tp_rank": state.get_tensor_model_parallel_rank(),
-        "tp_size": state.get_tensor_model_parallel_world_size(),
-    }
-
-
 def build(layout: Layout, state: Any) -> tuple[Any, Any, TokenBatch, TokenBatch]:
-    """Returns Megatron's model (in its DDP) and ours with the same weights, this rank's batch, and the whole batch."""
+    """Megatron's model (in its DDP) and ours, with the same weights; this rank's batch and all ranks'."""
     settings, config = layout.settings, transformer_config(layout)
     ours = our_model(settings)
     model = gpt_model(config, decoder_spec(layout, config))
-    set_weights(model, megatron_tensors(dict(ours.named_parameters()), settings.place(layout.ep), **place_of(state)))
+    set_weights(model, megatron_tensors(model, ours, place_of(layout, state)))
     whole = batch_of(SEQUENCES, settings)
+    return wrapped(model, config), ours, whole.part(own_sequences(state)), whole
+
+
+def own_sequences(state: Any) -> slice:
+    """This rank's sequences of a micro-batch."""
     each = SEQUENCES // state.get_data_parallel_world_size()
-    return wrapped(model, config), ours, whole.part(state.get_data_parallel_rank() * each, each), whole
-
-
-def expected_gradients(
-    layout: Layout, ours: Any, state: Any, layers: Sequence[int] = range(LAYERS)
-) -> dict[str, torch.Tensor]:
-    """Returns gradients of our model in the form of this rank's Megatron parameters."""
-    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    return megatron_tensors(gradients, layout.settings.place(layout.ep), layers=layers, **place_of(state))
+    first = state.get_data_parallel_rank() * each
+    return slice(first, first + each)
 
 
 def tracked() -> dict[str, list[float]]:
-    """Returns Megatron's tracked values by layer, after its own reduction."""
+    """Megatron's tracker after its own reduction, by layer."""
     try:
         from megatron.core.transformer.moe.moe_logging import (  # pyright: ignore[reportMissingImports]
             destroy_moe_metrics_tracker,

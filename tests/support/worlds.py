@@ -1,18 +1,16 @@
-"""Worlds: processes with a gloo group that many tests share.
+"""Standing worlds: processes with a gloo group that many tests share.
 
     def body(rank: RankContext, rows: np.ndarray) -> float:      # module level, in the test file
-        ...                                                      # with the default process group
+        ...                                                      # the default process group stands here
     def test_it(run_in_world):
-        results = run_in_world(4, body, rows)                    # one result per rank, in the order of the ranks
+        results = run_in_world(4, body, rows)                    # one result a rank, in the order of the ranks
 
-The processes of each world size live until the end of the session. Each call gets a new default process group (25 ms), so
-no group, counter or mesh leaks from one test into the next. Ranks are forked from two servers that have imported torch and
-most of moe_dist, which would take each rank 3 s of CPU time. Even and odd ranks come from different servers with different
-string hashes, so an order that depends on a set still differs between ranks.
-
-Arguments and results are pickled by value. A rank that raises fails the test with its own traceback. A hang fails it with
-the stacks of the ranks that did not answer. In both cases the world is killed by process id, and the next call starts a new
-one.
+The processes of each world size live until the end of the session; the default process group is made anew for each call
+(25 ms), so that no group, counter or mesh leaks from one test into the next. Ranks are forked from two servers that have
+imported torch and most of moe_dist (3 s of CPU time, which each rank would need); ranks of even and of odd number come from
+different servers, whose strings have different hashes: an order that a set decides still differs between the ranks.
+Arguments and results are pickled by value. A rank that raises fails the test with its own traceback; a hang fails it with
+the stacks of the ranks that did not answer. Either way that world is killed, by process id, and the next call starts anew.
 """
 
 import ast
@@ -46,21 +44,19 @@ from moe_dist.runtime.signals import child_of
 
 START_SECONDS = 600.0
 CALL_SECONDS = 600.0
-# A group with a remaining reference keeps gloo threads, each of which wakes 100 times a second. Hundreds of them fill a
-# core.
+# A group that somebody still holds keeps threads of gloo that wake 100 times a second each: hundreds of them fill a core.
 MAX_THREADS = 48
-# torch._dynamo is imported by the first optimizer
-IMPORTED = ["tests.support.layouts", "moe_dist.train.build.training", "torch._dynamo"]
-SETTLE_SECONDS = 0.5  # time after the first failure for other reports, of which the earliest is the cause
+IMPORTED = ["tests.support.layouts", "moe_dist.train.build.training", "torch._dynamo"]  # which the first optimizer imports
+SETTLE_SECONDS = 0.5  # after the first failure, time for the others to report: the earliest one is the cause
 
 
 class WorldError(AssertionError):
-    """A rank raised, died or hung. The message has the first cause."""
+    """A rank raised, died or hung; the message has the first cause."""
 
 
 @dataclass(frozen=True)
 class RankContext:
-    """One rank's context in a body.
+    """What a body knows about its place.
 
     Attributes:
         rank, world_size: As in the default process group.
@@ -87,15 +83,15 @@ class _Report:
     failed: bool
     when: float  # time.monotonic, one clock for all processes of a machine
     payload: bytes  # pickled result, or the traceback as UTF-8
-    threads: int = field(default_factory=lambda: len(os.listdir("/proc/self/task")))  # threads of the rank after the call
+    threads: int = field(default_factory=lambda: len(os.listdir("/proc/self/task")))  # of the rank, after the call
 
 
 # --- in the ranks
 
 
 def _load(file: str, name: str) -> ModuleType:
-    """Returns the module of a body. Test files are loaded from their path, with pytest's assertion messages, under pytest's
-    name for them, so that their classes pickle in both directions."""
+    """The module of a body. Test files are loaded from their path, with pytest's assertion messages, under the name that
+    pytest gave them, so that their classes pickle both ways."""
     if name in sys.modules:
         return sys.modules[name]
     if not Path(file).name.startswith("test_"):
@@ -131,20 +127,17 @@ def _run(call: _Call, rank: int, world_size: int) -> bytes:
     shared = Path(call.folder) / "shared"
     shared.mkdir(exist_ok=True)
     result = pickle.dumps(function(RankContext(rank, world_size, shared), *pickle.loads(call.arguments)))
-    dist.barrier()  # no rank leaves while a peer may still need it
+    dist.barrier()  # nobody leaves while a peer may still need it
     dist.destroy_process_group()
-    gc.collect()  # frees groups that only cycles reference
-    # later collections skip the remaining objects, mainly modules, which saves 0.3 s of CPU time per call and rank
-    gc.freeze()
+    gc.collect()  # groups that only cycles hold
+    gc.freeze()  # what is left, modules above all, is not walked again: 0.3 s of CPU time a call and rank
     return result
 
 
-def _serve(rank: int, world_size: int, stacks: str, connection: Connection, first_on_path: str | None) -> None:
-    # The server ends with pytest. If it has already ended, the connection is closed as well.
+def _serve(rank: int, world_size: int, stacks: str, connection: Connection) -> None:
+    # The server ends when pytest does. If it has ended already, the connection has no other end either.
     child_of(os.getppid(), ignore_stop=False)()
-    if first_on_path is not None:
-        sys.path.insert(0, first_on_path)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # pytest handles Ctrl-C, and ends its ranks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's; it ends us
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     stacks_file = open(stacks, "w")  # noqa: SIM115  # faulthandler keeps the descriptor
     faulthandler.register(signal.SIGUSR1, file=stacks_file, all_threads=False)
@@ -155,9 +148,8 @@ def _serve(rank: int, world_size: int, stacks: str, connection: Connection, firs
     while message := connection.recv_bytes():
         try:
             report = _Report(False, time.monotonic(), _run(pickle.loads(message), rank, world_size))
-        except BaseException:  # also SystemExit, whose traceback belongs to the test
-            # Stays alive and keeps the group. Otherwise peers would fail from the closed connection, and might report
-            # before this rank.
+        except BaseException:  # SystemExit too: its traceback is the test's
+            # Stay alive and keep the group: peers wait for us instead of failing of our failure before we are heard.
             report = _Report(True, time.monotonic(), traceback.format_exc().encode())
         connection.send_bytes(pickle.dumps(report))
 
@@ -166,21 +158,21 @@ def _serve(rank: int, world_size: int, stacks: str, connection: Connection, firs
 
 
 @functools.cache
-def _servers(first_on_path: str | None) -> list[forkserver.ForkServer]:
-    """Starts two servers with the ranks' imports. Packages of `first_on_path` come first in their path as well."""
+def _servers() -> list[forkserver.ForkServer]:
+    """Two servers with the imports of the ranks."""
     servers = [forkserver.ForkServer() for _ in range(2)]
-    paths = [path for path in (first_on_path, os.environ.get("PYTHONPATH")) if path]
     for server in servers:
         server.set_forkserver_preload(IMPORTED)
-        with patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(paths)):  # before torch is imported
+        with patch.dict(os.environ, OMP_NUM_THREADS="1"):  # before torch is imported
             server.ensure_running()
     return servers
 
 
 def forked(target: Callable[..., None], *arguments: Any) -> BaseProcess:
-    """Starts a process that calls a function of an importable module. torch and most of moe_dist are already imported."""
+    """Starts a process of its own that calls a function of an importable module; torch and most of moe_dist are imported
+    already, as in the ranks of a world."""
     process = get_context("forkserver").Process(target=target, args=arguments, daemon=True)
-    with patch.object(forkserver, "connect_to_new_process", _servers(None)[0].connect_to_new_process):
+    with patch.object(forkserver, "connect_to_new_process", _servers()[0].connect_to_new_process):
         process.start()
     return process
 
@@ -199,19 +191,19 @@ class _World:
     folder: Path
     ranks: list[_Rank] = field(default_factory=list)
     calls: int = 0
-    worn: bool = False  # its ranks have too many threads, so the next call starts a new world
+    worn: bool = False  # its ranks have gathered threads: the next call starts anew
 
     @classmethod
-    def start(cls, world_size: int, first_on_path: str | None = None) -> "_World":
+    def start(cls, world_size: int) -> "_World":
         world = cls(Path(tempfile.mkdtemp(prefix="moe_dist_world_")))
-        context, servers = get_context("forkserver"), _servers(first_on_path)
+        context, servers = get_context("forkserver"), _servers()
         try:
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
                 stacks = world.folder / f"stacks_{rank}"
                 process = context.Process(
                     target=_serve,
-                    args=(rank, world_size, str(stacks), theirs, first_on_path),
+                    args=(rank, world_size, str(stacks), theirs),
                     name=f"world{world_size}-rank{rank}",
                     daemon=True,
                 )
@@ -235,11 +227,11 @@ class _World:
         folder = self.folder / f"call_{self.calls}"
         folder.mkdir()
         file, module = inspect.getfile(function), function.__module__
-        # Ranks time out later than this process, so that a hang shows the hanging rank's stack and not its peers' timeouts.
+        # Peers of a hanging rank wait longer than we do: its stack is then the failure, not their timeout.
         call = _Call(file, module, function.__qualname__, pickle.dumps(arguments), str(folder), seconds + 30.0)
         for member in self.ranks:
             member.report = None
-            with contextlib.suppress(OSError):  # the rank has died; _collect reports it
+            with contextlib.suppress(OSError):  # it died in between: found by _collect
                 member.connection.send_bytes(pickle.dumps(call))
         self._collect(time.monotonic() + seconds)
         failed = any(m.died or m.report is None or m.report.failed for m in self.ranks)
@@ -251,7 +243,7 @@ class _World:
         return [pickle.loads(report.payload) for report in reports]
 
     def _collect(self, deadline: float) -> None:
-        """Reads reports until all ranks have one, until the deadline, or until shortly after the first failure."""
+        """Reads reports until all ranks have one, the deadline, or a little after the first failure."""
         while waiting := {m.connection: m for m in self.ranks if m.report is None and not m.died}:
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -269,7 +261,7 @@ class _World:
     def _first_cause(self, seconds: float) -> str:
         size = len(self.ranks)
         for rank, member in enumerate(self.ranks):
-            if member.died:  # a dead rank comes first, because the others fail from closed connections
+            if member.died:  # before any report: the others fail because their connections closed
                 member.process.join(5.0)
                 return f"rank {rank} of {size} died with exit code {member.process.exitcode}, without a traceback"
         failures = [
@@ -304,19 +296,14 @@ class _World:
                 member.connection.send_bytes(b"")
         for member in self.ranks:
             member.process.join(5.0)
-        self.kill()  # for ended ranks this only cleans up
+        self.kill()  # for those that have ended this only cleans up
 
 
 class Worlds:
-    """All worlds of a session, by size. The session fixture `worlds` has pytest's.
+    """All standing worlds of a session, by size. The session fixture `worlds` holds the one of pytest."""
 
-    Args:
-        first_on_path: A folder whose packages come first in the ranks' path, such as another version of a package.
-    """
-
-    def __init__(self, first_on_path: Path | None = None) -> None:
+    def __init__(self) -> None:
         self._worlds: dict[int, _World] = {}
-        self._first_on_path = None if first_on_path is None else str(first_on_path)
 
     def run(
         self, world_size: int, function: Callable[..., Any], *arguments: Any, seconds: float = CALL_SECONDS
@@ -325,20 +312,20 @@ class Worlds:
 
         Args:
             function: A module-level function of a test file or an importable module.
-            seconds: Time limit, after which the call counts as a hang.
+            seconds: After which the call is a hang.
 
         Returns:
             The results in the order of the ranks.
 
         Raises:
-            WorldError: A rank raised, died or hung.
+            WorldError: a rank raised, died or hung.
         """
         if world_size not in self._worlds:
-            self._worlds[world_size] = _World.start(world_size, self._first_on_path)
+            self._worlds[world_size] = _World.start(world_size)
         world = self._worlds[world_size]
         try:
             results = world.call(function, arguments, seconds)
-        except BaseException:  # also a timeout of pytest, because no world may be used again in an unknown state
+        except BaseException:  # a timeout of pytest too: no world is used again in an unknown state
             world.kill()
             del self._worlds[world_size]
             raise
@@ -347,7 +334,7 @@ class Worlds:
         return results
 
     def pids(self, world_size: int) -> list[int]:
-        """Returns the process ids of the world's ranks; empty if it is not running."""
+        """Process ids of the world's ranks; empty when it does not stand."""
         world = self._worlds.get(world_size)
         return [member.process.pid or 0 for member in world.ranks] if world else []
 

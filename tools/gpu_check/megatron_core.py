@@ -4,9 +4,9 @@ replaces the CUDA devices and streams that it uses; the dispatcher's code is unc
     default     expects K experts for each token
     capacity    counts the rows to send; the capacity factor is so large that nothing is dropped
 
-The default branch announces T x K rows, which Megatron's fused permutation needs. The benchmark uses the unfused
-permutation, which sends the (token, expert) pairs of the routing map. Therefore neither branch sends a row for a null
-choice that is not in the routing map.
+The default branch announces T x K rows, although a null choice that is not in the routing map has none. The permutation of
+megatron-core 0.19 then makes rows for null choices, too, and the exchange fails; that of 0.16 ignores the announcement. So
+the benchmark announces the rows of the routing map, and neither branch sends a row for such a null choice.
 
 Shape letters: T tokens, D hidden size, E experts, K choices per token.
 """
@@ -129,10 +129,11 @@ class MegatronMoE(nn.Module):
         expert_TK = assignments.expert_N.view(h_TD.shape[0], -1)
         weight_TK = assignments.weight_N.view_as(expert_TK)
         pairs = int((expert_TK != ABSENT).sum())  # would sync with a CUDA device, but the bench runs on the CPU
+        rows = pairs
         if self.remapped:
-            expert_TK = self._remapped(expert_TK, group_T)
+            expert_TK, rows = self._remapped(expert_TK, group_T), expert_TK.numel()
         probs_TE, map_TE = routing_tables(expert_TK, weight_TK, self._column_E)
-        y_TD = run_experts(self._dispatcher, self.experts, h_TD, probs_TE, map_TE)
+        y_TD = run_experts(self._dispatcher, self.experts, h_TD, probs_TE, map_TE, rows)
         return y_TD, LayerReport(sums=sums, rows_remote=0, pairs=pairs, pairs_remote=0)
 
     def _remapped(self, expert_TK: Tensor, group_T: Tensor) -> Tensor:
@@ -145,8 +146,16 @@ class MegatronMoE(nn.Module):
         return torch.where(expert_TK == ABSENT, free_TE.gather(1, nth_TK), expert_TK)
 
 
-def run_experts(dispatcher: Any, experts: Any, h_TD: Tensor, probs_TE: Tensor, map_TE: Tensor) -> Tensor:
-    """Runs Megatron's forward from router to output, in the order of Megatron's MoELayer."""
+def run_experts(dispatcher: Any, experts: Any, h_TD: Tensor, probs_TE: Tensor, map_TE: Tensor, pairs: int) -> Tensor:
+    """Runs Megatron's forward from router to output, in the order of Megatron's MoELayer. `pairs` is the number of (token,
+    expert) pairs in the routing map."""
+
+    def preprocess(map_TE: Tensor) -> Tensor:
+        tokens_per_expert = type(dispatcher).preprocess(dispatcher, map_TE)
+        dispatcher.num_out_tokens = pairs
+        return tokens_per_expert
+
+    dispatcher.preprocess = preprocess
     rows, probs = dispatcher.dispatch_preprocess(h_TD, map_TE, probs_TE)
     rows, probs = dispatcher.token_dispatch(rows, probs)
     rows, tokens_per_expert, probs = dispatcher.dispatch_postprocess(rows, probs)

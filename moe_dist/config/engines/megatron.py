@@ -1,6 +1,7 @@
 """The section of the engine Megatron-Core, and rules for settings that this engine does not support."""
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -71,12 +72,13 @@ class MegatronEngineSection(EngineSection):
     cpu_trial: bool = False
     """Run on a CPU with gloo: functions of torch.cuda are replaced in the processes of the ranks. For trials and tests."""
 
-    needs_modules: ClassVar[tuple[str, ...]] = ("megatron",)
+    # Python 3.12 gets a megatron-core that imports triton, also on a CPU, but does not require it.
+    needs_modules: ClassVar[tuple[str, ...]] = ("megatron", *(("triton",) if sys.version_info >= (3, 12) else ()))
     own_kernels: ClassVar[bool] = False
     passes_logits: ClassVar[bool] = False
     passes_token_ids: ClassVar[bool] = False
     dense_text: ClassVar[str] = "divided by engine.tp and engine.pp"
-    source: ClassVar[str] = "pip install 'megatron-core>=0.16'"
+    source: ClassVar[str] = "pip install 'megatron-core>=0.16' triton"
 
     def data_ranks(self, parallel: ParallelSection) -> int:
         return max(1, parallel.ep * parallel.edp // (self.tp * self.pp * self.cp))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moe_dist.config.engines.megatron import NEEDED
+from moe_dist.config.engines.megatron import NEEDED, MegatronEngineSection
 from moe_dist.errors import ConfigError
 from moe_dist.plan import host
 from moe_dist.plan.preflight import check
@@ -82,9 +82,11 @@ def test_every_rule_allows_the_value_that_it_advises(tiny_data: Path) -> None:
         assert value in allowed, key
 
 
-def test_a_missing_package_is_told(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "installed", lambda module: module != "megatron")
-    with refused(ConfigError, "engine.kind=megatron: the package megatron is not installed"):
+@pytest.mark.megatron
+@pytest.mark.parametrize("package", MegatronEngineSection.needs_modules)
+def test_a_missing_package_is_told(tiny_data: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setattr(host, "installed", lambda module: module != package)
+    with refused(ConfigError, f"engine.kind=megatron: the package {package} is not installed"):
         check(config_of(tiny_data, "runs", {**FOUR, **megatron(tp=2)}))
 
 

@@ -32,6 +32,7 @@ def test_reads_counts_and_largest_id(tmp_path: Path) -> None:
     assert largest_id(prefix) == 4607
 
 
+@pytest.mark.megatron
 def test_agrees_with_megatron(tmp_path: Path) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

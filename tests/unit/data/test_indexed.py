@@ -32,6 +32,7 @@ def theirs(tmp_path: Path, megatron: ModuleType) -> Path:
     return tmp_path
 
 
+@pytest.mark.megatron
 def test_what_megatron_wrote_is_read(theirs: Path) -> None:
     data = IndexedSplit(theirs, split())
     assert data.starts_D.tolist() == [0, 3, 3]
@@ -42,6 +43,7 @@ def test_what_megatron_wrote_is_read(theirs: Path) -> None:
     assert not data.filler(0, 6).any()
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_499, np.uint16), (65_500, np.int32)])
 def test_what_we_wrote_megatron_reads(tmp_path: Path, megatron: ModuleType, vocab_size: int, dtype: type) -> None:
     documents = [np.array([vocab_size - 1, 0]), np.array([7])]

@@ -9,6 +9,8 @@ from moe_dist.errors import ConfigError
 from moe_dist.megatron.cpu_trial import megatron_on_cpu
 from tests.support.megatron_model import Layout, transformer_config
 
+pytestmark = pytest.mark.megatron
+
 
 def check(layout: Layout, **changes: Any) -> None:
     """Changes are made to the finished configuration: Megatron itself refuses some of them earlier."""

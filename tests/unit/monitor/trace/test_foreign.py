@@ -3,20 +3,17 @@
 import base64
 import json
 from collections.abc import Mapping
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pytest
-import torch
 import typer
 from pyarrow import parquet
 from typer.testing import CliRunner
 
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.monitor.trace.foreign import read_foreign
-from tests.conftest import NEXT_MEGATRON
 from tests.support.messages import refused
 from tools.report import main, open_routing
 
@@ -48,24 +45,6 @@ def test_megatron_router_trace(tmp_path: Path) -> None:
     assert step.manifest.layers == (1, 2, 4)
     expected = [2 * np.bincount(IDS[:, layer].ravel(), minlength=8) for layer in range(3)]
     assert np.array_equal(step.choices(), expected)
-
-
-@pytest.mark.full
-def test_a_trace_that_megatron_wrote(tmp_path: Path) -> None:
-    spec = spec_from_file_location("router_trace", NEXT_MEGATRON / "megatron/core/transformer/moe/router_trace.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    tracer = module.RouterTracer(str(tmp_path), max_steps=9, rank=0, training_mode=True)
-    for step in (10, 11):
-        tracer.record_indices(torch.tensor(IDS), layer_ids=[1, 2, 4])
-        tracer.record_indices(torch.tensor(IDS), block="mtp", mtp_idx=0)
-        tracer.advance_step(step)
-    tracer.flush()
-    trace = read_foreign(tmp_path, 8)
-    assert (trace.steps, trace.step(11).manifest.layers) == ((10, 11), (1, 2, 4))
-    assert np.array_equal(trace.step(11).ids, IDS)
 
 
 def test_routed_experts_of_vllm_and_sglang(tmp_path: Path) -> None:
