@@ -1,4 +1,4 @@
-"""Fixtures of all tests, and the rule about skipped ones."""
+"""Fixtures of all tests, and the rule about skipped tests."""
 
 import gc
 import os
@@ -13,13 +13,13 @@ from tests.support.messages import write_new
 from tests.support.tiny import tiny_dataset
 from tests.support.worlds import Worlds
 
-# A time says nothing on a machine that does other work as well; a test that hangs ends by its timeout.
+# No deadlines, because other programs slow down tests. Timeouts end a test that hangs.
 hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
-# Triton reads this when it is imported: its interpreter then runs kernels on CPU tensors.
+# Triton reads this at import, and then runs kernels on CPU tensors in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-# pydantic looks for plugins in the metadata of all packages: a tenth of a second for each of the hundreds of programs that
-# tests start. There are none.
+# pydantic would search the metadata of all packages for plugins. There are none, and the search takes 0.1 s in each of
+# hundreds of started programs.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 ROOT = Path(__file__).parents[1]
 LONG_FILES = ("test_fake_steps.py", "test_fake_matrix.py", "test_combinations.py")
@@ -27,7 +27,7 @@ LONG_FILES = ("test_fake_steps.py", "test_fake_matrix.py", "test_combinations.py
 
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[Worlds]:
-    """The standing worlds of this session."""
+    """The worlds of this session."""
     standing = Worlds()
     yield standing
     standing.close()
@@ -41,7 +41,7 @@ def run_in_world(worlds: Worlds) -> Callable[..., list[Any]]:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny prepared data set; not to be written to."""
+    """Folder of a tiny prepared data set. Tests must not write to it."""
     folder = tmp_path_factory.mktemp("data") / "tiny"
     tiny_dataset(folder)
     return folder
@@ -51,7 +51,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks a case `exhaustive` if it is marked `full` twice.
 
-    Long files come first, so that no worker is left with one of them at the end.
+    Long files come first, so that none of them runs last on one worker.
     """
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
     for item in items:
@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With CI=true a skipped test is a failure unless it is marked `needs_hardware`: what can run, must."""
+    """With CI=true a skipped test fails unless it is marked `needs_hardware`."""
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("needs_hardware") is None:
         _refuse_skip(report)
@@ -72,7 +72,7 @@ def pytest_runtest_makereport(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """The same for files that skip themselves as a whole."""
+    """Applies the same rule to files that skip themselves."""
     report = yield
     if report.skipped:
         _refuse_skip(report)
@@ -87,7 +87,8 @@ def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Modules and tests stay to the end: to walk them for garbage costs 3 % of the unit tests' CPU time."""
+    """Freezes modules and tests after the collection. Garbage collections would otherwise walk them, which costs 3 % of the
+    unit tests' CPU time."""
     gc.disable()
     try:
         return (yield)

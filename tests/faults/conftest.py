@@ -1,4 +1,5 @@
-"""Tests that break whole runs take minutes: a time limit of their own; `make test-faults` runs them, not `make test`."""
+"""Tests that break whole runs take minutes, and have their own time limit. `make test-faults` runs them, not `make
+test`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """The place of a campaign, with a small disk where mounting is permitted."""
+    """The folder of a campaign, with a small disk if mounting is permitted."""
     with open_site(tmp_path_factory.mktemp("site")) as place:
         yield place

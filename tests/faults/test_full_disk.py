@@ -1,4 +1,5 @@
-"""A disk that is too small for a checkpoint, and then for anything: the run says so, and goes on once there is room."""
+"""A disk too small for a checkpoint, and then for anything: the log reports it, and the run continues once there is
+space."""
 
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from tests.support.tiny import tiny_config, write_config
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """Takes all but `leave` bytes."""
+    """Fills the disk up to `leave` bytes."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as stream:
         try:
@@ -32,7 +33,7 @@ def test_a_run_without_room_for_checkpoints_says_so_and_goes_on_when_there_is(si
     config = tiny_config(site.data, site.runs, changes)
     path, run, log = write_config(config, site.folder / "full.yaml"), RunFolder.of(config), site.folder / "full.log"
     run.logs.mkdir(parents=True)
-    filler = fill(site.disk, leave=700_000)  # records and logs fit, no checkpoint does
+    filler = fill(site.disk, leave=700_000)  # records and logs fit, but no checkpoint
     assert started(path, log, max_restarts=0) == 1
     text = log.read_text()
     assert re.search(r"needs [\d,]+ bytes, but [\d,]+ are free; free space", text)

@@ -1,5 +1,5 @@
-"""The launcher killed with SIGKILL at random moments, its start and its saves included: no rank outlives it, and the same
-command goes on to the bits of the undisturbed run."""
+"""The launcher is killed with SIGKILL at random moments, also during start and saves. No rank outlives it, and the same
+command continues to the bits of the undisturbed run."""
 
 import os
 import random
@@ -30,7 +30,7 @@ def start(config: Path, mark: str) -> subprocess.Popen[bytes]:
 
 
 def marked(mark: str) -> list[int]:
-    """Processes with the mark in their environment that still run."""
+    """Returns running processes with the mark in their environment."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -51,11 +51,11 @@ def test_a_run_whose_launcher_is_killed_at_any_moment_goes_on(tiny_data: Path, t
     path, run = write_config(config, tmp_path / "killed.yaml"), RunFolder.of(config)
     begun = RunFolder.of(wanted).read_status().attempts[0]
     assert begun.ended is not None
-    whole = begun.ended - begun.started + 3.0  # of an attempt, with its start-up
+    whole = begun.ended - begun.started + 3.0  # seconds of an attempt with its start-up
     mark = f"{seed}-{os.getpid()}"
     for number in range(KILLS):
         process = start(path, mark)
-        # Half of the kills fall into start-up, half anywhere.
+        # Half of the kills hit the start-up, half any moment.
         time.sleep(rng.uniform(0.0, 4.0 if number % 2 else whole))
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -1,4 +1,4 @@
-"""SIGKILL of all ranks at random moments of a save: what `latest` names always loads and verifies."""
+"""All ranks are killed with SIGKILL at random moments of a save. The checkpoint of `latest` always loads and verifies."""
 
 import os
 import random

@@ -1,6 +1,7 @@
-"""A run of 60 steps on 4 ranks with 20 random faults that cover every phase and every kind, and ends with the bits of the
-undisturbed run; it saves while it goes on, as is the default. The seed is printed: MOE_DIST_FAULT_SEED=<seed> draws the
-same faults again."""
+"""A run of 60 steps on 4 ranks with 20 random faults of every phase and kind ends with the bits of the undisturbed run.
+
+Saves are asynchronous, as by default. The seed is printed; MOE_DIST_FAULT_SEED=<seed> draws the same faults.
+"""
 
 import os
 import random

@@ -1,6 +1,7 @@
-"""SmolLM2-135M, a real model, through the commands: its logits and gradients are Hugging Face's, and its bits come back.
+"""SmolLM2-135M, a real model, through the commands: logits and gradients equal Hugging Face's, and export restores its
+bits.
 
-tests/support/smollm2.py says where its weights come from. See `make test-smollm2`.
+tests/support/smollm2.py documents the source of its weights. Run with `make test-smollm2`.
 """
 
 import json
@@ -44,7 +45,7 @@ def command(name: str, *arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def theirs() -> Path:
-    """The model as `save_pretrained` writes it, tokenizer included."""
+    """The model as written by `save_pretrained`, with tokenizer."""
     if not (MODEL / "messages.jsonl").is_file():
         pytest.fail(f"{MODEL} is missing; make it with: make smollm2")
     return MODEL
@@ -58,7 +59,7 @@ def ours(theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def passed(model: Any, logits_of: Callable[[Any, Tensor], Tensor], ids_BS: Tensor) -> tuple[Arrays, float]:
-    """Logits [1, S, V] and mean cross entropy of the next token, whose gradients the model has then."""
+    """Returns logits [1, S, V] and the mean cross entropy of the next token, whose gradients are then in the model."""
     logits_BSV = logits_of(model, ids_BS)
     loss = F.cross_entropy(logits_BSV[0, :-1], ids_BS[0, 1:])
     loss.backward()
@@ -66,7 +67,7 @@ def passed(model: Any, logits_of: Callable[[Any, Tensor], Tensor], ids_BS: Tenso
 
 
 def their_pass(folder: Path, ids_BS: Tensor, attention: str) -> tuple[Arrays, Arrays, float]:
-    """Logits, gradients under our names, loss; in fp32."""
+    """Returns logits, gradients under our names, and loss, in fp32."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
@@ -74,7 +75,7 @@ def their_pass(folder: Path, ids_BS: Tensor, attention: str) -> tuple[Arrays, Ar
     logits, loss = passed(model, lambda model, ids: model(ids, use_cache=False).logits, ids_BS)
     named = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
     found = under_our_names(named, model.config.to_dict())
-    # The router of a dense model is a row of zeros, which is not theirs and gets no gradient.
+    # The router of a dense model is a row of zeros without a gradient, which their model lacks.
     return logits, {name: each for name, each in found.items() if ".router." not in name}, loss
 
 
@@ -89,22 +90,22 @@ def our_pass(folder: Path, ids_BS: Tensor) -> tuple[Arrays, Arrays]:
 
 
 def worst_of(got: Arrays, wanted: Arrays) -> float:
-    """The largest difference, in parts of the largest entry of its tensor."""
+    """Returns the largest difference relative to the largest entry of its tensor."""
     assert got.keys() == wanted.keys()
     return max(float(np.abs(got[name] - wanted[name]).max() / np.abs(wanted[name]).max()) for name in wanted)
 
 
 def whole_of(got: Arrays, wanted: Arrays) -> float:
-    """The norm of the difference of all tensors together, in parts of the norm."""
+    """Returns the norm of all differences relative to the norm of all tensors."""
     apart = sum(float(np.square(got[name] - wanted[name], dtype=np.float64).sum()) for name in wanted)
     return (apart / sum(float(np.square(each, dtype=np.float64).sum()) for each in wanted.values())) ** 0.5
 
 
 def test_logits_and_gradients_are_theirs(theirs: Path, ours: Path) -> None:
-    """To 1e-5 of the largest logit, and of the norm of the gradient.
+    """Compares to 1e-5 of the largest logit, and of the gradient's norm.
 
-    No single tensor of the gradient can be held to 1e-5 of its largest entry in fp32, as those of tiny models are: over 30
-    layers transformers' own two ways to compute attention are further apart than that. They are the measure instead.
+    Single gradient tensors cannot agree to 1e-5 of their largest entry in fp32, as in tiny models. Over 30 layers
+    transformers' own two attention implementations differ by more, so this difference is the bound.
     """
     import transformers
 
@@ -140,7 +141,7 @@ def test_every_tensor_comes_back_to_the_bit(theirs: Path, ours: Path) -> None:
 
 
 def test_the_guide_fine_tunes_experts_made_of_it(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT's model with the adapters has the logits of the run's own, and these are not those of the base."""
+    """PEFT's model with the adapters has the run's logits, which differ from the base's."""
     import transformers
     from peft import PeftModel
 
@@ -168,7 +169,7 @@ def test_the_guide_fine_tunes_experts_made_of_it(theirs: Path, tmp_path: Path, m
 
 
 def test_an_adapted_smollm2_leaves(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps of the run of docs/adapt.md, over the guides instead of Python's documentation."""
+    """Takes two steps of the run of docs/adapt.md, on the guides instead of Python's documentation."""
     import transformers
 
     (tmp_path / ".cache/hf").mkdir(parents=True)

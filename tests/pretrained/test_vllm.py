@@ -1,6 +1,6 @@
-"""vLLM serves exported folders on a CPU: its tokens and log-probabilities are ours, and its experts see no null choice.
+"""vLLM serves exported folders on a CPU with our tokens and log-probabilities, and its experts get no null choices.
 
-vLLM has an environment of its own. See `make test-vllm`.
+vLLM has its own environment. Run with `make test-vllm`.
 """
 
 import json
@@ -20,7 +20,7 @@ from tests.support.tiny import IMAGE_IDS, tiny_dataset
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".cache" / "vllm" / "bin" / "python"
 NEW = 8
-HEADS = {"model.head_dim": 32}  # the narrowest that its attention on a CPU has
+HEADS = {"model.head_dim": 32}  # the smallest head width of its CPU attention
 SIGMOID = {"model.moe.router": {"kind": "group_limited", "normalise": "none", "scale": 2.0}}
 FREE = {"model.moe.groups": {"all": {**GROUP, "num_identity": 2, "num_constant": 2, "top_k": 4}}}
 CASES: dict[str, dict[str, Any]] = {
@@ -39,7 +39,7 @@ Served = tuple[Transformer, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
-    """By case, our model and what vLLM answers; see tests/support/vllm_serving.py."""
+    """Returns, by case, our model and vLLM's answers; see tests/support/vllm_serving.py."""
     if not PYTHON.exists():
         pytest.fail(f"{PYTHON} is missing; install it with: make test-vllm")
     root = tmp_path_factory.mktemp("vllm")
@@ -52,7 +52,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
     asked = {"folders": folders, "prompts": [each.tolist() for each in PROMPTS], "tokens": NEW, "vocab_size": IMAGE_IDS[1]}
     (root / "request.json").write_text(json.dumps(asked))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home")}
-    # -P: beside the script lies a transformers.py of the tests
+    # -P, because a transformers.py of the tests is in the script's folder
     command = [PYTHON, "-P", ROOT / "tests/support/vllm_serving.py", root / "request.json", root / "result.json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -68,7 +68,7 @@ def test_tokens_and_log_probabilities_are_ours(served: dict[str, Served], case: 
     for prompt, tokens, log_probs in zip(PROMPTS, found["tokens"], found["log_probs"], strict=True):
         whole = continued(ours, prompt[None], NEW, cached=True)
         assert tokens == whole[0, len(prompt) :].tolist()
-        computed = whole[:, :-1]  # no server needs what follows the last token
+        computed = whole[:, :-1]  # a server does not compute logits after the last token
         expected = logits(ours, computed)[0, -NEW:].log_softmax(-1)
         apart = max(apart, float((torch.tensor(log_probs) - expected).abs().max()))
         zeros, positions = torch.zeros_like(computed), torch.arange(computed.shape[1])[None]

@@ -17,7 +17,7 @@ def own_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def own_run(own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results may be written into it, nothing else."""
+    """A run into which tests may write results, and nothing else."""
     return pictured_run(own_data, tmp_path_factory.mktemp("runs"), max_seq_len=192)
 
 

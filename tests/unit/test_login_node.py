@@ -1,4 +1,4 @@
-"""A login node needs no torch: what it runs imports without it."""
+"""A login node needs no torch: its commands import without it."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Mistakes of new users: the exit code, and the words that name the field, the value, the rule and the fix."""
+"""Mistakes of new users: the exit code, and an error with field, value, rule and fix."""
 
 import os
 import subprocess
@@ -166,7 +166,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix != ".lock")  # a lock's file stays, for the next process
+    return sorted(path for path in folder.rglob("*") if path.suffix != ".lock")  # lock files stay for the next process
 
 
 @pytest.mark.parametrize(("line", "code", "words"), MISTAKES, ids=lambda value: value if isinstance(value, str) else "")
@@ -183,7 +183,7 @@ def test_a_mistake_is_told(line: str, code: int, words: str, folder: Path, monke
 
 
 def train_alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moe_dist", "train", *arguments]  # a rank ends its process by itself
+    command = [sys.executable, "-m", "moe_dist", "train", *arguments]  # a rank calls exit itself
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
@@ -218,7 +218,7 @@ def test_a_finished_run_that_is_asked_for_fewer_steps_says_so(tmp_path: Path, ti
 
 
 def test_a_python_without_the_packages_is_told() -> None:
-    command = [sys.executable, "-S", "-m", "moe_dist", "status"]  # without its site-packages
+    command = [sys.executable, "-S", "-m", "moe_dist", "status"]  # -S: without site-packages
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "lacks the package typer; start the Python that moe_dist was installed for" in done.stderr

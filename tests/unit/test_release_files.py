@@ -1,4 +1,4 @@
-"""Files of a release that no program reads: they agree with the version and with each other."""
+"""Release files that no program reads agree with the version and with each other."""
 
 import json
 import re

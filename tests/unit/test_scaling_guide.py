@@ -1,4 +1,4 @@
-"""docs/scaling.md and README.md: every dry run on the pages runs as written, those of README.md without any data."""
+"""Every dry run in docs/scaling.md and README.md runs as written, README.md's without any data."""
 
 import re
 import shlex
@@ -35,7 +35,7 @@ def test_each_stage_has_a_dry_run_and_says_what_to_check_and_what_goes_wrong() -
 def test_a_dry_run_of_the_guide(command: str, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     module, *words = shlex.split(command)
-    published = "mixtral" in command  # its data are not ours to have
+    published = "mixtral" in command  # its data are not available
     at = words.index("--dry-run")
     data = [] if published else [f"data.path={tiny_data}", "data.weights={}"]
     app = typer.Typer(pretty_exceptions_enable=False)

@@ -1,4 +1,4 @@
-"""Random damage (from a printed seed) is found before training, and the error describes it."""
+"""Random damage, drawn from a printed seed, is found before training, and the error describes it."""
 
 import json
 import os
@@ -33,7 +33,7 @@ RANKS = 3
 
 
 class Replica(SmallRun):
-    """The small run as rank `rank` of three that hold the same."""
+    """The small run as rank `rank` of three ranks with equal tensors."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         super().__init__(folder)
@@ -51,7 +51,7 @@ def states(folder: Path, steps: int, **values: object) -> list[CheckpointState]:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two checkpoints of one run, of three ranks, under one folder."""
+    """Two checkpoints of one run of three ranks, in one folder."""
     folder = tmp_path_factory.mktemp("good")
     for step in (3, 4):
         save_all(states(folder, step, progress={"position": 8 * step}, config={"a": [1.5, None]}), folder, step)
@@ -90,7 +90,7 @@ def test_bits_and_digests_are_read_from_regular_files_only(tmp_path: Path) -> No
 
 
 def test_each_header_is_read_once_inside_the_vote(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fails at a later read would end one rank, and leave the others waiting for it."""
+    """A disk that fails at a later read would end one rank, while the others wait for it."""
     read: Counter[int] = Counter()
     real = manager.open_shard
 
@@ -224,7 +224,7 @@ def test_a_moment_that_is_not_there_is_named(good: Path, tmp_path: Path) -> None
 
 
 class Payload:
-    """Unpickled, it creates a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -251,7 +251,7 @@ def test_planted_pickles_run_nothing(good: Path, tmp_path: Path, place: str) -> 
             with pytest.raises(DataError):
                 load_all(states(tmp_path, 1), folder)
             assert verify(folder)[1]
-        else:  # no part of it: not looked at
+        else:  # the file is not part of the checkpoint, and is not read
             assert load_all(states(tmp_path, 1), folder)[0].step == 4
             assert verify(folder)[1] == []
     assert not target.exists()

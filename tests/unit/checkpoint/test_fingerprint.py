@@ -23,7 +23,7 @@ def mix(x: int) -> int:
 
 
 def oracle(tensor: torch.Tensor, offsets: Sequence[int], shape: Sequence[int]) -> int:
-    """One element at a time."""
+    """Sums one element after the other."""
     size = tensor.element_size()
     raw = (
         tensor.contiguous().view(torch.uint8).numpy().tobytes()

@@ -36,7 +36,7 @@ def test_boxes_that_tile_a_tensor_pass(good: Entry) -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        entry((4, 6)),  # nothing
+        entry((4, 6)),  # no box
         entry((4, 6), ((0, 0), (3, 6))),  # end missing
         entry((4, 6), ((1, 0), (3, 6))),  # begin missing
         entry((4, 6), ((0, 0), (1, 6)), ((2, 0), (2, 6))),  # hole
@@ -44,11 +44,9 @@ def test_boxes_that_tile_a_tensor_pass(good: Entry) -> None:
         entry((4, 6), ((0, 0), (4, 6)), ((0, 0), (4, 6))),  # twice
         entry((4, 6), ((0, 0), (5, 6))),  # too long
         entry((4, 6), ((0, 1), (4, 6))),  # shifted
-        entry((4, 6), ((0, 0), (2, 3)), ((2, 3), (2, 3))),  # two corners
-        entry((4, 6), ((0,), (4,))),  # another rank
-        entry(
-            (4, 6), *[((i, 0), (1, 6)) for i in range(4)], ((0, 0), (0, 6))
-        ),  # an empty box, in a shard that is not there
+        entry((4, 6), ((0, 0), (2, 3)), ((2, 3), (2, 3))),  # two opposite corners
+        entry((4, 6), ((0,), (4,))),  # wrong number of dimensions
+        entry((4, 6), *[((i, 0), (1, 6)) for i in range(4)], ((0, 0), (0, 6))),  # an empty box in a missing shard
         entry((4, 6), ((0, 0), (4, 6)), dtype="F8"),
     ],
 )
@@ -85,7 +83,7 @@ def test_all_that_differs_from_the_model_is_listed() -> None:
         "shape": TensorSpec((3,), torch.float32),
         "dtype": TensorSpec((2,), torch.bfloat16),
         "missing": TensorSpec((2,), torch.float32),
-        "empty": TensorSpec((0, 2), torch.float32),  # null experts of a group that has none
+        "empty": TensorSpec((0, 2), torch.float32),  # null rows of a group without null experts
     }
     with pytest.raises(ConfigError) as raised:
         check_fits(Path("step_1"), stored, specs, ignore_prefix="optimizer.")

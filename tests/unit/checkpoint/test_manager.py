@@ -21,12 +21,12 @@ from tests.support.small_run import PLACEMENT, SmallRun
 
 
 class LostError(MoeDistError):
-    """As a lease raises it."""
+    """The error that a lost lease raises."""
 
 
 @contextmanager
 def no_file_beyond(size: int) -> Iterator[None]:
-    """Writing more than `size` bytes into a file fails, as on a full disk or quota."""
+    """Makes writes beyond `size` bytes of a file fail, as a full disk or quota does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -41,7 +41,7 @@ def test_a_run_goes_on_where_it_was_bit_for_bit(tmp_path: Path) -> None:
     assert first.manager.latest() is None
     folder = first.save(4, position=32, config={"lr": 0.1, "none": None})
     assert first.manager.latest() == folder == tmp_path / "b" / "step_4"
-    resumed = SmallRun(tmp_path / "b").train(1)  # so that there is something to overwrite
+    resumed = SmallRun(tmp_path / "b").train(1)  # the weights then differ from the checkpoint's
     restored = resumed.manager.load(folder, resumed.state())
     assert (restored.step, restored.values) == (4, {"position": 32, "config": {"lr": 0.1, "none": None}})
     assert restored.rank_values == {"rng": "00"}
@@ -104,12 +104,12 @@ def test_a_crash_before_the_pointer_moves_leaves_latest_alone(
 
     def crash(self: Path, target: Path) -> Path:
         if (self.name.startswith("latest")) == (moment == "pointer"):
-            raise KeyboardInterrupt  # nothing that is handled
+            raise KeyboardInterrupt  # an exception that the code does not handle
         return real(self, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", crash)
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process does not clean up
         with pytest.raises(KeyboardInterrupt):
             run.save(2)
     assert len(run.names()) > 2, "the crash should have left something behind"
@@ -302,7 +302,7 @@ def test_a_deleted_latest_does_not_start_a_new_run(tmp_path: Path) -> None:
     (tmp_path / "latest").unlink()
     with refused(DataError):
         run.manager.latest()
-    (tmp_path / "latest").write_text("step_1")  # what echo writes, with or without its newline
+    (tmp_path / "latest").write_text("step_1")  # written by `echo`, with or without the newline
     assert run.manager.latest() == tmp_path / "step_1"
 
 
@@ -341,7 +341,7 @@ def test_matching_parameters_are_loaded(tmp_path: Path) -> None:
     run.save(3)
     wider = SmallRun(tmp_path / "b", width=5)
     before = wider.model[0].weight.detach().clone()
-    taken = wider.manager.load_fitting(tmp_path / "a", wider.state())  # the folder of checkpoints, by its `latest`
+    taken = wider.manager.load_fitting(tmp_path / "a", wider.state())  # reads the checkpoint that `latest` names
     assert taken.taken == ("0.bias", "2.weight", "2.bias")
     assert taken.kept == {"0.weight": "shape (8, 5) in the model, (8, 4) in the checkpoint"}
     assert taken.left == ("0.weight",)

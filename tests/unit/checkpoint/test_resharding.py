@@ -1,7 +1,7 @@
-"""Any layout to any other, in one process: EP 1, 2, 3, 4 and 8, every placement, several data-parallel ranks.
+"""Every layout loads every other in one process: EP 1, 2, 3, 4 and 8, all placements, several data-parallel ranks.
 
-Each fake rank builds its own part of the model; the wire is never used. FSDP2's shards need real ranks:
-tests/distributed/test_checkpoint.py has them.
+Each fake rank builds its own part of the model, and no rows are sent. FSDP2's shards need real ranks: see
+tests/distributed/test_checkpoint.py.
 """
 
 from pathlib import Path
@@ -36,12 +36,12 @@ LAYOUTS = [
     Layout(8, 1, "uneven"),
     Layout(1, 3),
 ]
-# What reads from all in `make test`: replicas with a rank without experts.
+# In `make test` this layout reads all others: replicas, and a rank without experts.
 COVER = [LAYOUTS[3]]
 
 
 def fake_rank(layout: Layout, rank: int, seed: int) -> CheckpointState:
-    """What rank `rank` of a layout holds, initialised from a seed, with moments that follow from its weights."""
+    """Returns the tensors of rank `rank` of a layout, initialised from a seed, with moments computed from the weights."""
     edp_rank, ep_rank = divmod(rank, layout.ep)
     placement = placement_of(layout.placement, layout.ep)
     with torch.device("meta"):
@@ -97,7 +97,7 @@ def test_fingerprints_are_those_of_every_layout(saved: dict[Layout, Path]) -> No
 
 
 def test_a_wrongly_assembled_tensor_is_found(saved: dict[Layout, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As peers had it: the experts of one rank loaded into another's slots, with no error."""
+    """Experts of one rank are loaded into another rank's slots without an error, as has happened in other projects."""
     from moe_dist.checkpoint import manager
     from moe_dist.errors import DataError
 

@@ -19,11 +19,11 @@ from tests.support.small_run import SmallRun
 
 
 class LostError(MoeDistError):
-    """As a lease raises it."""
+    """The error that a lost lease raises."""
 
 
 class HeldWrite:
-    """Writes that wait until they are let go, and then do, or fail, as they are told."""
+    """Makes writes wait until they are released, and then succeed or fail."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.begun, self.go, self.error = threading.Event(), threading.Event(), None
@@ -58,7 +58,7 @@ def test_training_steps_during_a_save_do_not_change_the_saved_state(
     saver.wait()
     assert not saver.in_flight
     found = open_checkpoint(tmp_path / "async" / "step_3")
-    assert found.index.tensors == expected.index.tensors  # fingerprints among them
+    assert found.index.tensors == expected.index.tensors  # also compares fingerprints
     assert found.state.model_dump(exclude={"save_id"}) == expected.state.model_dump(exclude={"save_id"})
     ours, theirs = (load_file(contents.folder / "shard_00000.safetensors") for contents in (found, expected))
     assert ours.keys() == theirs.keys()
@@ -119,7 +119,7 @@ def test_a_lost_lease_ends_the_run(tmp_path: Path, asynchronous: bool) -> None:
 
     with pytest.raises(LostError):
         save()
-    saver.poll()  # told once
+    saver.poll()  # the failure is reported only once
 
 
 def test_buffers_are_used_again(tmp_path: Path) -> None:

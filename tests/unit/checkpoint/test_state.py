@@ -24,13 +24,13 @@ class Stacks(nn.ParameterDict):
 
 
 class Tiny(nn.Module):
-    """Parameters under the names of the real model; each expert is filled with its logical id."""
+    """Parameters with the names of the real model. Each expert is filled with its logical id."""
 
     def __init__(self, placement: ExpertPlacement, ep_rank: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(7, D)
         self.output = nn.Linear(D, 7, bias=False)
-        self.output.weight = self.embedding.weight  # tied
+        self.output.weight = self.embedding.weight  # tied to the embedding
         self.register_buffer("scratch", torch.zeros(2), persistent=False)
         self.register_buffer("load", torch.arange(3))
         moe = nn.Module()

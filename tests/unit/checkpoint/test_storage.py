@@ -29,7 +29,7 @@ def specs_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
 
 
 def written(folder: Path, save_id: str = "a1", *, sign: int = 1) -> Contents:
-    """Two shards: all of TENSORS in the first, and one tensor with the same name and shape in each."""
+    """Writes two shards. The first has all of TENSORS, and each has one tensor with the same name and shape."""
     folder.mkdir(exist_ok=True)
     write_shard(folder, 0, pieces_of(TENSORS), save_id=save_id, step=1, rank_values={"rng": [1, "x"]})
     write_shard(folder, 1, pieces_of({"other": sign * torch.ones(3)}), save_id=save_id, step=1, rank_values={})
@@ -101,7 +101,7 @@ def test_swapped_and_foreign_files_are_refused(tmp_path: Path) -> None:
 
 
 class Payload:
-    """Unpickled, it creates a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -119,7 +119,7 @@ def test_planted_pickles_run_nothing(tmp_path: Path) -> None:
     target.unlink()
     (folder / ".metadata").write_bytes(pickled)
     (folder / "__0_0.distcp").write_bytes(pickled)
-    read_tensors(contents, blank())  # files that are no part of it are not looked at
+    read_tensors(contents, blank())  # files outside of the checkpoint are not read
     torch.save(Payload(target), folder / shard_file(1))
     with pytest.raises(DataError, match=shard_file(1)):
         read_tensors(contents, blank())

@@ -1,4 +1,4 @@
-"""Buffers of rows: the same memory again for whoever comes next, never the same for two at once."""
+"""Row buffers reuse memory after release, and never share it between two users."""
 
 import torch
 

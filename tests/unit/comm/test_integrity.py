@@ -1,4 +1,4 @@
-"""Checksums of rows: every bit counts, the place counts, empty rows are fine. Exchanges are in tests/distributed."""
+"""Checksums of rows: every bit and the place count, and empty rows are allowed. tests/distributed tests exchanges."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.support.messages import refused
 
 
 def slow_sum(row: torch.Tensor) -> int:
-    """Word by word, in Python's integers."""
+    """Sums word by word in Python's integers."""
     data = row.contiguous().view(torch.uint8).numpy().tobytes()
     data += b"\0" * (-len(data) % 4)
     words = [int.from_bytes(data[at : at + 4], "little", signed=True) for at in range(0, len(data), 4)]
@@ -23,7 +23,7 @@ def test_the_sum_is_that_of_a_loop_over_words(dtype: torch.dtype, width: int) ->
     torch.manual_seed(width)
     rows = (torch.randn(5, width) * 1e6).to(dtype)
     assert content_sums(rows).tolist() == [slow_sum(row) for row in rows]
-    assert content_sums(rows[:, 0]).tolist() == [slow_sum(row[:1]) for row in rows]  # one number a row
+    assert content_sums(rows[:, 0]).tolist() == [slow_sum(row[:1]) for row in rows]  # one number per row
 
 
 def test_every_single_bit_changes_the_sum() -> None:
@@ -36,7 +36,7 @@ def test_every_single_bit_changes_the_sum() -> None:
 
 
 def test_the_longest_row_is_summed_exactly() -> None:
-    """All words at their largest; a sum that overflowed would not be that of Python's integers."""
+    """All words have their largest value. An overflow would give another sum than Python's integers."""
     row = torch.full((1, MAX_ROW_BYTES // 4), -(1 << 31), dtype=torch.int32)
     assert content_sums(row).tolist() == [slow_sum(row[0])]
     with refused(AssertionError):
@@ -54,7 +54,7 @@ def test_empty_rows() -> None:
 
 
 def test_every_place_has_a_term_of_its_own() -> None:
-    """Over all pairs of 8 ranks and 50 rows a pair; and both ends agree about them."""
+    """All pairs of 8 ranks with 50 rows per pair have different terms, and both ends compute the same."""
     ranks, rows, cpu = 8, 50, torch.device("cpu")
     sent = torch.stack([position_terms((rows,) * ranks, own=own, sending=True, device=cpu) for own in range(ranks)])
     assert sent.unique().numel() == ranks * ranks * rows

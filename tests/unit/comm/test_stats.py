@@ -1,4 +1,4 @@
-"""The count at the collectives, and the identity wire of a single rank."""
+"""Bytes counted at the collectives, and the identity exchange of a single rank."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What a rank is in: entered, left, in flight on a device, and among collectives that nobody notes."""
+"""The tracker of collectives: entered, left, in flight on a device, and inside of untracked ones."""
 
 import itertools
 import threading
@@ -43,7 +43,7 @@ def test_a_sum_in_flight_is_named_at_its_start_and_at_its_wait(monkeypatch: pyte
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     group: Any = object()
     wait = start_sum(torch.ones(2), group, name="routing counts", tracker=tracker)
-    look()  # the rank computes meanwhile
+    look()  # the rank computes in the meantime
     assert wait().tolist() == [2.0, 2.0]
     look()
     assert seen == [("routing counts", 1), None, ("routing counts", 2), None]
@@ -75,7 +75,7 @@ def test_on_cuda_it_is_left_when_the_stream_has_passed(monkeypatch: pytest.Monke
         pass
     position = tracker.oldest()
     assert position is not None
-    assert position.collective == "rows"  # the call has returned, the collective has not run
+    assert position.collective == "rows"  # the call has returned, but the collective has not run
     passed[0] = True
     assert tracker.oldest() is None
 
@@ -92,12 +92,13 @@ def test_on_cuda_no_entry_stays_when_nobody_asks(monkeypatch: pytest.MonkeyPatch
 def test_on_cuda_a_finished_entry_waits_for_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     numbers = itertools.count()
-    monkeypatch.setattr(watch_file, "_passed", lambda device: partial(asked.append, next(numbers)))  # None: not passed
+    # returns None until the event has passed
+    monkeypatch.setattr(watch_file, "_passed", lambda device: partial(asked.append, next(numbers)))
     tracker = CollectiveTracker()
     for _ in range(3):
         with tracker.inside("rows", device=torch.device("cuda")):
             pass
-    assert asked == [0, 0]  # the oldest alone, so that a collective costs one query
+    assert asked == [0, 0]  # only the oldest event is queried, so that a collective costs one query
     assert len(tracker._unfinished) == 3
 
 

@@ -1,4 +1,4 @@
-"""What sliding windows, rotary scalings and kinds of attention demand of the section `model`."""
+"""Rules of the section `model` for sliding windows, rotary scalings and kinds of attention."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The cluster file: where it comes from, what it holds, what is wrong with it."""
+"""The cluster file: its place, content, and errors."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the engine of Megatron-Core demands of the rest of a configuration."""
+"""Rules of the Megatron-Core engine for the rest of a configuration."""
 
 from pathlib import Path
 from typing import Any

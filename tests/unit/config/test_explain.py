@@ -1,4 +1,4 @@
-"""Every key has a type and a meaning, and can be asked for."""
+"""Every key has a type and a meaning, which `moe-dist explain` prints."""
 
 import pytest
 from rich.console import Console

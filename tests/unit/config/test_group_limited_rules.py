@@ -1,4 +1,4 @@
-"""What the group-limited router demands of the rest of a configuration."""
+"""Rules of the group-limited router for the rest of a configuration."""
 
 from pathlib import Path
 from typing import Any

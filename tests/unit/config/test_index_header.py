@@ -1,4 +1,4 @@
-"""The torch-free reader of Megatron's .idx, held against files written out by hand."""
+"""The torch-free reader of Megatron's .idx against files written by hand."""
 
 import errno
 import struct
@@ -13,7 +13,7 @@ from tests.support.messages import refused
 
 
 def write_pair(prefix: Path, documents: list[list[int]], dtype: str = "uint16", code: int = 8) -> Path:
-    """Writes .idx and .bin by the published layout, one sequence a document."""
+    """Writes .idx and .bin by the published layout, one sequence per document."""
     lengths = np.array([len(d) for d in documents], np.int32)
     offsets = np.concatenate(([0], np.cumsum(lengths[:-1], dtype=np.int64))) * np.dtype(dtype).itemsize
     head = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, code, len(documents), len(documents) + 1)
@@ -51,7 +51,7 @@ def test_large_files_are_sampled_from_end_to_end(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("moe_dist.formats.index_header._BLOCK_BYTES", 4)
     prefix = write_pair(tmp_path / "d", [[1, 1, 9, 9, 3, 7]])
     assert largest_id(prefix) == 9
-    assert largest_id(prefix, max_bytes=8) == 7  # the first and the last block
+    assert largest_id(prefix, max_bytes=8) == 7  # reads only the first and the last block
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The choices at which copied null rows leave a model as it was: the formula against brute force, and what is refused."""
+"""The k at which copied null rows leave a model unchanged: formula against brute force, and refusals."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ HERE = {
 
 @pytest.mark.parametrize(("n", "t", "k0"), list(itertools.product(range(1, 5), range(4), range(1, 5))))
 def test_the_range_is_what_brute_force_finds(n: int, t: int, k0: int) -> None:
-    """Over every order of the true experts' logits, and every k: exactly the best k0 true experts are taken."""
+    """For every order of the true experts' logits and every k: exactly the best k0 true experts are taken."""
     if k0 > n:
         return
     good = []
@@ -49,7 +49,7 @@ def test_the_range_is_what_brute_force_finds(n: int, t: int, k0: int) -> None:
 def test_for_top_2_it_is_the_published_one() -> None:
     for n, m in ((8, 8), (8, 16), (8, 32), (8, 40), (4, 12)):
         assert list(identity_choices(n, m, 2)) == list(range(m // n + 2, 2 * m // n + 3))
-    for m, k in ((8, 3), (16, 4), (32, 6), (40, 8)):  # those of AdaMoE's tables that begin as Mixtral
+    for m, k in ((8, 3), (16, 4), (32, 6), (40, 8)):  # rows of AdaMoE's tables that start from Mixtral
         assert k in identity_choices(8, m, 2)
     assert 4 not in identity_choices(8, 32, 2)
     assert 5 not in identity_choices(8, 32, 2)

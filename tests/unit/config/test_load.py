@@ -1,4 +1,4 @@
-"""Loading a configuration: overrides, every fault at once, and what may differ on resume."""
+"""Loading a configuration: overrides, all problems at once, and keys that may differ on resume."""
 
 import re
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_an_override_reaches_into_a_list_that_the_file_leaves_to_its_default(pat
 
 def test_values_have_their_types(path: Path) -> None:
     config = load_config(path)
-    assert config.optimizer.lr == 3e-3  # YAML 1.1 would read text
+    assert config.optimizer.lr == 3e-3  # YAML 1.1 would read this as text
     assert config.optimizer.schedule == WsdSchedule(warmup_steps=2, decay_steps=1)
     assert config.placement == PinnedSection.model_validate({"groups": {"text": {"ranks": (0,)}}})
     assert list(config.model.moe.groups) == ["text", "image"]
@@ -282,7 +282,7 @@ def test_a_missing_section_is_one_problem(path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_not_judged(path: Path) -> None:
-    """num_heads is replaced by a stand-in, from which nothing must follow about its multiples."""
+    """num_heads is unreadable and replaced by a stand-in. No error may follow about its multiples."""
     (fault,) = problems(path, "model.num_heads=four")
     assert fault.startswith("model.num_heads='four'")
 

@@ -1,4 +1,4 @@
-"""What adapters demand of the rest of a configuration: field, value, rule and way out."""
+"""Rules of adapters for the rest of a configuration: errors name field, value, rule and fix."""
 
 import inspect
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The presets with random mistakes in them: each still plans, or is refused with a message that names the field."""
+"""Presets with random mistakes: each still plans, or is refused with a message that names the field."""
 
 import copy
 import random
@@ -25,7 +25,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def leaves(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths of everything in a configuration, sections as well."""
+    """Returns the paths of all values and sections of a configuration."""
     if path:
         yield path
     items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
@@ -34,7 +34,7 @@ def leaves(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 def mutate(values: dict[str, Any], draw: random.Random) -> tuple[dict[str, Any], str, tuple[Any, ...]]:
-    """A copy with one mistake: what was done, and where."""
+    """Returns a copy with one mistake, and a description of it."""
     changed = copy.deepcopy(values)
     path = draw.choice(list(leaves(values)))
     holder: Any = changed
@@ -58,7 +58,7 @@ def mutate(values: dict[str, Any], draw: random.Random) -> tuple[dict[str, Any],
 
 
 def refusal(path: Path) -> str | None:
-    """Why a configuration is refused; None where it plans."""
+    """Returns the reason of a refusal; None if the configuration plans."""
     try:
         layout_without_data(load_config(path))
     except MoeDistError as error:

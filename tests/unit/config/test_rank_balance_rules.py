@@ -1,4 +1,4 @@
-"""What the levers of `rank_balance` demand of the rest of a configuration."""
+"""Rules of the levers of `rank_balance` for the rest of a configuration."""
 
 from pathlib import Path
 from typing import Any

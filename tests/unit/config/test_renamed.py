@@ -1,4 +1,4 @@
-"""Old names of keys and kinds: refused with the new name, and translated where a run stored them."""
+"""Old names of keys and kinds are refused with the new name in a new file, and translated in a stored run."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What expert choice demands of the rest of a configuration: field, value, rule and way out, all faults at once."""
+"""Rules of expert choice for the rest of a configuration: errors name field, value, rule and fix, all at once."""
 
 from pathlib import Path
 from typing import Any
@@ -222,7 +222,7 @@ def test_adaptive_routers_pass_with_what_fits(tiny_data: Path, tmp_path: Path, k
     run = check(
         tiny_config(tiny_data, tmp_path, {**SOUND, "model.moe.groups": groups, "model.moe.router": {"kind": kind}, **fits})
     )
-    expected = 4.0 if kind == "expert_threshold" else 1.5  # of text: c = top_k / n, or the target
+    expected = 4.0 if kind == "expert_threshold" else 1.5  # true experts per text token: top_k, or the target
     assert run.placement.groups[0].expected_experts_per_token == expected
 
 
@@ -264,7 +264,7 @@ def test_sizes_follow_the_share_that_an_expert_takes() -> None:
         moe = config({**SOUND, "model.moe.router": router}).model.moe
         groups = expert_groups(moe)
         assert [group.expected_experts_per_token for group in groups] == pytest.approx([text, image])
-    # Text experts on one rank, image experts on the other; c = 1: every token goes to all experts of its group.
+    # Text experts are on one rank, image experts on the other. With c = 1 every token goes to all experts of its group.
     plan = expected_plan(make_placement(config(SOUND).placement, groups, num_ranks=2, token_mix={}), {}, name="full")
     assert sum(plan.load_R) == pytest.approx(0.5 * 4 * 16 + 0.5 * 2 * 24)
     assert plan.remote_rows_per_token == pytest.approx(0.5)

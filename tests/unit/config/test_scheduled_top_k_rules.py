@@ -1,4 +1,4 @@
-"""What fixed loads demand of the rest of a configuration: field, value, rule and way out."""
+"""Rules of a fixed number of experts for the rest of a configuration: errors name field, value, rule and fix."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,5 @@
-"""What loads by token id demand of their table and of the rest of a configuration: field, value, rule and way out."""
+"""Rules of a number of experts by token id for its table and the rest of a configuration: errors name field, value, rule
+and fix."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What router tuning demands of a configuration and of its folder: field, value, rule and way out, before training."""
+"""Rules of router tuning for a configuration and its folder: errors name field, value, rule and fix before training."""
 
 import shutil
 from pathlib import Path
@@ -123,7 +123,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data_problems(made: Path, changes: dict[str, Any], **section: Any) -> tuple[list[str], list[str]]:
-    """Faults of the configuration, and of the files."""
+    """Returns the problems of the configuration and of the files."""
     files: list[str] = []
     found = config({**changes, **tuned(data=str(made), **section)})
     return [relation.problem for relation in check_tuning_data(found, None, files)], files

@@ -1,4 +1,4 @@
-"""What several data tests share: small data sets of hand-made documents, and the default corpus with few renders."""
+"""Shared by data tests: small data sets of hand-made documents, and the default corpus with few renders."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +25,7 @@ MakeSet = Callable[..., Manifest]
 
 @dataclass(frozen=True)
 class Prepared:
-    """The default corpus, prepared: its folder, manifest, recipe, what it was made from, how it was divided, and which
-    pictures were rendered for that, by key."""
+    """The prepared default corpus: folder, manifest, recipe, sources, division, and the rendered pictures by key."""
 
     folder: Path
     manifest: Manifest
@@ -38,7 +37,7 @@ class Prepared:
 
 @pytest.fixture(scope="session")
 def megatron() -> ModuleType:
-    """Megatron's own reader and writer."""
+    """Returns Megatron's own reader and writer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets import indexed_dataset
@@ -87,7 +86,7 @@ def make_set() -> MakeSet:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """The default corpus with two renders a picture; takes most of these tests' time."""
+    """The default corpus with two renders per picture, which takes most of these tests' time."""
     from moe_dist.data import corpus_build, picture_coding
     from moe_dist.data.corpus_openmoji import openmoji
     from moe_dist.data.prepare import Inputs, prepare

@@ -1,4 +1,4 @@
-"""Count models against a loop over labels."""
+"""N-gram models against a loop over labels."""
 
 import math
 from collections import Counter
@@ -20,7 +20,7 @@ def is_image(token: int) -> bool:
 
 
 def labels(side: str, sources: Iterable[str]) -> Iterator[tuple[int, int, int]]:
-    """Each label that is scored: the token before it, itself, and its place in its source's file."""
+    """Yields each scored label: the token before it, the label, and its place in its source's file."""
     for source in sources:
         place = 0
         for tokens in (TRAIN if side == "train" else VALID)[source]:
@@ -53,7 +53,7 @@ def test_against_a_loop(tmp_path: Path, make_set) -> None:
     for kind in ("unigram", "left_bigram"):
         for prefix, sources in (("", "ab"), ("a/", "a"), ("b/", "b")):
             expected[f"{prefix}text/{kind}"] = by_loop(kind, False, sources, False)
-            if sources != "b":  # it has no image label
+            if sources != "b":  # source b has no image labels
                 expected[f"{prefix}image/{kind}"] = by_loop(kind, True, sources, False)
                 expected[f"{prefix}image_no_filler/{kind}"] = by_loop(kind, True, sources, True)
     assert count_baselines(tmp_path, manifest) == pytest.approx(expected, rel=1e-12)

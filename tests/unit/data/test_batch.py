@@ -23,8 +23,8 @@ def make(sequences: list[list[Segment]]) -> Batch:
 
 
 def test_by_hand() -> None:
-    whole = segment([1, 4, 5, 2], [0, 0, 1, 0], 4)  # a document
-    piece = segment([7, 3, 6], [1, 0, 1], 2)  # the first two tokens of one that goes on with 6
+    whole = segment([1, 4, 5, 2], [0, 0, 1, 0], 4)  # a whole document
+    piece = segment([7, 3, 6], [1, 0, 1], 2)  # the first two tokens of a document that continues with 6
     batch = make([[whole, piece], []])
     no = IGNORED
     assert batch.tokens_BS.tolist() == [[1, 4, 5, 2, 7, 3, PAD, PAD], [PAD] * 8]
@@ -43,7 +43,8 @@ def test_by_hand() -> None:
 def test_a_prompt_is_read_and_not_scored() -> None:
     prompt = np.array([True, True, True, False, False])
     whole = Segment(np.array([1, 4, 5, 2, 3]), np.array([0, 1, 0, 0, 0], bool), 5, prompt)
-    piece = Segment(np.array([5, 2, 3]), np.zeros(3, bool), 2, np.array([True, False, False]))  # it goes on with 3
+    # the document continues with 3
+    piece = Segment(np.array([5, 2, 3]), np.zeros(3, bool), 2, np.array([True, False, False]))
     batch = make([[whole, piece]])
     no = IGNORED
     assert batch.tokens_BS.tolist() == [[1, 4, 5, 2, 3, 5, 2, PAD]]
@@ -68,7 +69,7 @@ def test_to_moves_every_field() -> None:
 
 
 def test_a_copy_to_a_gpu_is_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an odd number of tokens, so that 4-byte and 1-byte elements would leave the 8-byte ones unaligned."""
+    """An odd number of tokens must not leave 8-byte elements unaligned behind 4-byte and 1-byte elements."""
     generator = torch.Generator().manual_seed(0)
     integers = [torch.randint(-100, 1 << 40, (3, 5), generator=generator) for _ in range(5)]
     flags = [torch.rand(3, 5, generator=generator) < 0.5 for _ in range(2)]

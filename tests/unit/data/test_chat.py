@@ -1,4 +1,4 @@
-"""prepare_data on conversations: tokens and labels are those of transformers, from every form of file, and bad input is
+"""prepare_data on conversations: tokens and labels equal transformers' from every form of file, and bad input is
 refused."""
 
 import json
@@ -41,7 +41,7 @@ def made(folder: Path, tokenizer: Path, *, recipe: dict[str, Any] | None = None,
 
 
 def stored(folder: Path, manifest: Manifest, source: str = "messages", side: str = "train") -> Pairs:
-    """Token ids and mask of the labels of each document."""
+    """Returns token ids and label mask of each document."""
     data = IndexedSplit(folder, getattr(manifest.sources[source], side))
     places = list(zip(data.starts_D.tolist(), data.lengths_D.tolist(), strict=True))
     return [(data.tokens(*place).tolist(), (~data.prompt(*place)).astype(int).tolist()) for place in places]
@@ -92,7 +92,7 @@ def test_without_generation_blocks_turns_give_the_same_labels(tmp_path: Path, fo
 
 
 def test_tables_of_datasets_give_what_their_rows_give(tmp_path: Path, folders: dict[str, Path]) -> None:
-    """In a table each message has every key, with None where it was missing."""
+    """In a table each message has every key, with None for missing ones."""
     import datasets
 
     rows = [{**row, "tools": row.get("tools") and json.dumps(TOOLS)} for row in conversations(40)]
@@ -100,7 +100,7 @@ def test_tables_of_datasets_give_what_their_rows_give(tmp_path: Path, folders: d
     table = datasets.Dataset.from_list(rows)
     assert "tool_calls" in table[0]["messages"][0]
     table.save_to_disk(str(tmp_path / "saved"))
-    (tmp_path / "saved" / "cache-1.arrow").write_bytes(b"")  # as `map` leaves it
+    (tmp_path / "saved" / "cache-1.arrow").write_bytes(b"")  # `map` leaves such a file
     (tmp_path / "hub").mkdir()
     for shard in range(2):
         table.shard(2, shard, contiguous=True).to_parquet(str(tmp_path / f"hub/train-0000{shard}-of-00002.parquet"))
@@ -135,7 +135,7 @@ def test_texts_end_with_the_end_token(tmp_path: Path, folders: dict[str, Path], 
 
 
 def test_labels_of_packed_batches_are_the_assistants_tokens(tmp_path: Path, folders: dict[str, Path]) -> None:
-    """On any number of ranks: each token of an assistant is a label once in an epoch, and no other token is."""
+    """On any number of ranks each assistant token is a label once per epoch, and no other token is."""
     lines = write_lines(tmp_path / "lines.jsonl", ROWS[:60])
     manifest = made(tmp_path / "set", folders["chatml"], messages=str(lines))
     pairs = stored(tmp_path / "set", manifest)
@@ -233,7 +233,7 @@ BOMBS = {
 def test_a_template_without_an_end_is_stopped(
     tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, bomb: str
 ) -> None:
-    """The error names row, tokenizer, seconds and the way out. Other conversations are encoded before and after."""
+    """The error names row, tokenizer, seconds and the fix. Other conversations are encoded before and after."""
     monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 1)
     (tmp_path / "template.jinja").write_text(f"{{% if messages|length > 2 %}}{BOMBS[bomb]}{{% endif %}}{CHATML}")
     hub = HubTokenizer(folders["chatml"], str(tmp_path / "template.jinja"))
@@ -280,7 +280,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path, folders: dict[
     (small / "config.json").write_text('{"vocab_size": 100}')
     with refused(DataError, "vocab_size=100", "another model's"):
         made(tmp_path / "set", small, messages=lines)
-    (small / "config.json").write_text('{"vocab_size": 4096}')  # more rows than ids are usual
+    (small / "config.json").write_text('{"vocab_size": 4096}')  # a vocabulary often has more rows than ids
     assert made(tmp_path / "set", small, messages=lines).vocab_size < 4096
     endless = AutoTokenizer.from_pretrained(folders["chatml"])
     endless.eos_token = None

@@ -1,4 +1,4 @@
-"""A data file that shrinks, moves or fails while it is open."""
+"""A data file that shrinks, is replaced or fails while it is open."""
 
 import errno
 import os

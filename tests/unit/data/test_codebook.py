@@ -1,4 +1,4 @@
-"""Codes of pictures: exact arithmetic, and a codebook that gives back what it was fitted on."""
+"""Codes of pictures: exact arithmetic, and a codebook that restores the pictures from which it was fitted."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def test_encode_is_the_nearest_entry_in_whole_numbers() -> None:
     rng = np.random.default_rng(0)
     patches, codebook = rng.integers(0, 256, (9000, 48), np.uint8), rng.integers(0, 256, (31, 4, 4, 3), np.uint8)
     entries = codebook.reshape(31, 48).astype(np.int64)
-    chosen = np.r_[0:50, 8990:9000]  # both sides of a chunk's border
+    chosen = np.r_[0:50, 8990:9000]  # includes both sides of a chunk's border
     expected = [((patch.astype(np.int64) - entries) ** 2).sum(1).argmin() for patch in patches[chosen]]
     assert encode(patches, codebook)[chosen].tolist() == expected
 
@@ -37,7 +37,7 @@ def test_fit_finds_clusters_and_gives_flat_colours_their_own_entry() -> None:
     restored = codebook.reshape(40, 48)[encode(flat, codebook)]
     np.testing.assert_array_equal(restored, flat)
     error = codebook.reshape(40, 48)[encode(noisy, codebook)].astype(int) - noisy
-    assert (error**2).mean() < 16  # the noise has a variance of 4; a wrong cluster is hundreds away
+    assert (error**2).mean() < 16  # the noise has variance 4; the squared distance to a wrong cluster is in the hundreds
 
 
 def test_fit_refuses_more_codes_than_patches() -> None:

@@ -1,4 +1,4 @@
-"""The default corpus as it lies on disk: its two sides have nothing in common, and it is what it says."""
+"""The default corpus on disk: training and held-out documents share no picture variant, and its manifest is true."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from moe_dist.data.pictures import augmented, plain, rasterise
 from moe_dist.data.tokenizer import SPECIALS, load_tokenizer
 from moe_dist.formats.manifest import SplitSection
 
-pytestmark = [pytest.mark.slow, pytest.mark.full]  # preparing all of the default data takes 45 s
+pytestmark = [pytest.mark.slow, pytest.mark.full]  # preparing the whole default data takes 45 s
 
 Side = list[tuple[int, np.ndarray, np.ndarray]]
 
@@ -33,9 +33,10 @@ def documents(folder: Path, split: SplitSection | None) -> Iterator[tuple[np.nda
 
 @pytest.fixture(scope="module")
 def sides(prepared) -> dict[str, Side]:
-    """For each side its documents in file order, as (number of the picture, tokens, filler), told by the captions.
+    """Returns, for each split, its documents in file order as (picture number, tokens, filler), identified by their
+    captions.
 
-    Captions may fit several pictures; a picture's renders lie one behind another, so its pair of captions tells it.
+    A caption may fit several pictures. Renders of a picture are consecutive, so the picture's two captions identify it.
     """
     tokenizer = load_tokenizer(prepared.folder / "tokenizer.json")
     number_of = {picture.captions[:2]: number for number, picture in enumerate(prepared.pictures.items)}
@@ -49,7 +50,7 @@ def sides(prepared) -> dict[str, Side]:
 
 @pytest.fixture(scope="module")
 def held_out(prepared, sides: dict[str, Side]) -> np.ndarray:
-    """bool [N]: which pictures the files hold out."""
+    """Returns bool [N]: the pictures that the files hold out."""
     train, valid = ({number for number, _, _ in sides[side]} for side in ("train", "valid"))
     assert not train & valid
     assert train | valid == set(range(len(prepared.pictures.items)))
@@ -58,7 +59,7 @@ def held_out(prepared, sides: dict[str, Side]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def patches(prepared) -> tuple[np.ndarray, np.ndarray]:
-    """Of all pictures, as they are and mirrored."""
+    """Returns the patches of all pictures, plain and mirrored."""
     upright, mirrored = (
         to_patches(np.stack([plain(raster, mirrored=flip).pixels for raster in prepared.division.rasters_N]))
         for flip in (False, True)
@@ -68,7 +69,7 @@ def patches(prepared) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def provisional(patches: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """A codebook of all pictures."""
+    """Returns a codebook of all pictures."""
     return fit(patches[0], codes=512, seed=0)
 
 

@@ -17,7 +17,7 @@ def points(text: str) -> tuple[int, ...]:
     [
         ("👍", "👍🏿"),  # skin tone
         ("❤️", "❤"),  # variation selector
-        ("🏃‍♀️", "🏃‍♂️"),  # gender sign behind a joiner
+        ("🏃‍♀️", "🏃‍♂️"),  # gender sign after a joiner
         ("👨🏽‍🚒", "👩‍🚒"),  # man and woman
         ("👩‍🚒", "🧑‍🚒"),  # woman and person
         ("🏃🏽‍♀️‍➡️", "🏃"),  # direction
@@ -87,7 +87,7 @@ def test_no_family_is_most_of_the_held_out_side() -> None:
 
 def test_variants_leave_each_family_its_first() -> None:
     families = ["a", "a", "b", "a", "b", "c", "c"]
-    #                    a0 a1 b2 a3 b4 c5 c6; a3 is near b4, and c6 near a0
+    # items a0 a1 b2 a3 b4 c5 c6; a3 is similar to b4, and c6 to a0
     components = np.array([0, 1, 2, 3, 3, 5, 0])
     assert variants(families, components).tolist() == [False, True, False, True, True, False, False]
     assert not variants(["a", "b"], np.array([0, 1])).any()

@@ -1,4 +1,4 @@
-"""Megatron's files: theirs read by us, ours read by them, damage and disagreement told."""
+"""Megatron's indexed files: reads of theirs, their reads of ours, and errors for damage and disagreement."""
 
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ def split(**changes: object) -> SplitSection:
 
 @pytest.fixture
 def theirs(tmp_path: Path, megatron: ModuleType) -> Path:
-    """Written by Megatron: document 0 of two sequences, document 1 empty, document 2 of one sequence."""
+    """Written by Megatron: document 0 has two sequences, document 1 none, document 2 one."""
     builder = megatron.IndexedDatasetBuilder(str(tmp_path / "set.v1.bin"), dtype=np.int32)
     for sequence in ([70_000, 1], [2]):
         builder.add_item(torch.tensor(sequence))

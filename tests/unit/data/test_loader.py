@@ -1,4 +1,4 @@
-"""The training stream and the held-out batches, on documents whose tokens tell which document they are of."""
+"""The training stream and the held-out batches, on documents whose tokens identify the document."""
 
 import json
 from collections import Counter
@@ -58,7 +58,7 @@ def test_each_document_is_seen_once_an_epoch(folder: tuple[Path, Manifest], worl
 
 
 def global_stream(ranks: list[TrainLoader], count: int) -> list[list[int]]:
-    """The first `count` sequences in the order of the global stream, from the batches of all ranks."""
+    """Returns the first `count` sequences of the global stream, joined from the batches of all ranks."""
     stream: list[list[int]] = []
     for position in range(0, count, 8):
         batches = [rank.batches(position) for rank in ranks]
@@ -136,7 +136,7 @@ def test_labels_follow_their_document_and_nothing_crosses(folder: tuple[Path, Ma
                     assert batch.positions_BS[row][mine].tolist() == list(range(int(mine.sum())))
                     if not batch.padding_BS[row][mine][0]:
                         assert len(((batch.tokens_BS[row][mine] - 200) // 40).unique()) == 1
-    # Every token but a document's first is a label once: the pieces of a cut document go on into one another.
+    # Every token but a document's first is a label once, because the pieces of a cut document are continued.
     expected = Counter(token for number in range(40) for token in document(number, LENGTHS[number])[1:])
     assert labels == expected
 
@@ -260,7 +260,7 @@ def test_prompts_are_read_and_not_scored(tmp_path: Path, make_set) -> None:
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(2, 1), (2, 4), (4, 2), (4, 1)])
 def test_dealt_ranks_have_the_steps_sequences(folder: tuple[Path, Manifest], world_size: int, micro_batch: int) -> None:
-    """Together those of the undealt step; each rank's are a function of the position alone."""
+    """Together the ranks have the sequences of the undealt step. The position alone determines each rank's sequences."""
     dealing = Dealing(SequenceCosts(np.arange(SEQ_LEN + 1.0) ** 2, np.array([1.0, 1.0])), ep=1, mix=True)
     changes = {"world_size": world_size, "micro_batch": micro_batch, "dealing": dealing}
     ranks = [loader(folder, rank=rank, **changes) for rank in range(world_size)]

@@ -1,4 +1,4 @@
-"""Packing: every token once, nothing longer than a sequence, little padding."""
+"""Packing: each token appears once, no sequence is too long, and there is little padding."""
 
 import numpy as np
 from hypothesis import given
@@ -15,7 +15,8 @@ def test_cut_by_hand() -> None:
 
 
 def test_best_fit_by_hand() -> None:
-    # Longest first: 7, 6, 4, 3, 3, 1 of 10. The 4 fits the 6 exactly, the first 3 the 7, and the other 3 opens a sequence.
+    # Longest first: 7, 6, 4, 3, 3, 1 into sequences of 10. 4 joins 6, the first 3 joins 7, and the other 3 starts a
+    # sequence.
     packing = pack(np.array([3, 7, 4, 1, 6, 3]), seq_len=10, window=100)
     assert [packing.pieces_of(q) for q in range(len(packing))] == [[1, 0], [4, 2], [5, 3]]
 

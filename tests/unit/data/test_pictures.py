@@ -1,4 +1,4 @@
-"""Renders: drawn from their names alone, on one of the backgrounds, with empty patches marked."""
+"""Renders of pictures: determined by their names, on one of the backgrounds, with empty patches marked."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from moe_dist.errors import DataError
 
 
 def disc() -> np.ndarray:
-    """A red disc left of the middle, transparent around."""
+    """Returns a red disc left of the centre, transparent around it."""
     y, x = np.mgrid[:RASTER, :RASTER]
     raster = np.zeros((RASTER, RASTER, 4), np.uint8)
     raster[(x - 20) ** 2 + (y - 32) ** 2 < 14**2] = (255, 0, 0, 255)
@@ -76,7 +76,7 @@ def test_rasterise_fits_any_shape_into_a_square(tmp_path: Path) -> None:
 
 def test_rasterise_turns_a_photo_as_its_camera_says(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: lies on its side
+    exif[0x0112] = 6  # orientation: rotated by 90 degrees
     Image.new("RGB", (200, 100)).save(tmp_path / "turned.jpg", exif=exif)
     raster = rasterise(tmp_path / "turned.jpg")
     assert (raster[:, :16, 3] == 0).all()

@@ -1,4 +1,4 @@
-"""prepare_data end to end on a user's own files: the command, what it leaves, and what it refuses."""
+"""prepare_data end to end on a user's own files: the command, its output, and refusals."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 pictures, half of them with captions, and 60 texts."""
+    """Returns a folder with 40 pictures, half of them with captions, and 60 texts."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "pictures").mkdir()
     rng = np.random.default_rng(0)
@@ -269,9 +269,9 @@ def test_an_interrupted_run_leaves_nothing_half(own: Path, tmp_path: Path, error
     with pytest.raises(error):
         prepare(tmp_path / "set", inputs(own), RECIPE, interrupted)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-    (tmp_path / ".set.partial").mkdir()  # as after a kill
+    (tmp_path / ".set.partial").mkdir()  # a killed command leaves this folder
     (tmp_path / ".set.partial/text_train.bin").write_bytes(b"half")
-    (tmp_path / "set").mkdir()  # an empty folder is as good as none
+    (tmp_path / "set").mkdir()  # an empty folder counts as missing
     prepare(tmp_path / "set", inputs(own), RECIPE, silent)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["set"]
 
@@ -342,7 +342,7 @@ def test_without_pictures_nothing_is_asked_of_them(own: Path, tmp_path: Path, as
 
 @pytest.mark.parametrize("one_component", [False, True])
 def test_held_out_variants(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_component: bool) -> None:
-    """Ten families of four pictures; where their variants are all near each other, they are too many to be held out."""
+    """Ten families of four pictures. If all variants are similar to each other, they are too many to hold out."""
     source = picture_files("images", own / "pictures", "CC0-1.0")
     every = [replace(each, family=f"family {number // 4}") for number, each in enumerate(source.items)]
     monkeypatch.setattr("moe_dist.data.prepare._sources", lambda *_: Corpus(replace(source, items=tuple(every))))

@@ -1,4 +1,4 @@
-"""The batches of the next step are read during the current one, and are those of a reader without a thread."""
+"""The next step's batches are read during the current step, and equal those of a reader without a thread."""
 
 import threading
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def test_the_next_step_is_read_in_a_thread() -> None:
     ahead = ReadAhead(reader(log))
     assert ahead.batches(0, following=8) == [0, 1]
     ahead.settle()
-    assert log == [(0, "main"), (8, "ahead")]  # before anybody asks for it
+    assert log == [(0, "main"), (8, "ahead")]  # read before it is requested
     assert ahead.batches(8, following=16) == [8, 9]
     assert ahead.batches(16, following=None) == [16, 17]
     assert log == [(0, "main"), (8, "ahead"), (16, "ahead")]
@@ -48,7 +48,7 @@ def test_damage_ahead_ends_the_step_that_needs_the_data() -> None:
 
 
 def test_no_two_reads_run_at_once() -> None:
-    """A loader is not safe in two threads."""
+    """A loader is not thread-safe."""
     inside, release, most = [0], threading.Event(), [0]
 
     def read(position: int) -> Any:
@@ -62,5 +62,5 @@ def test_no_two_reads_run_at_once() -> None:
     ahead = ReadAhead(read)
     ahead.batches(0, following=8)
     threading.Timer(0.05, release.set).start()
-    ahead.batches(40, following=None)  # has to wait for the thread
+    ahead.batches(40, following=None)  # must wait for the thread
     assert most == [1]

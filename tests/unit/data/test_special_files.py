@@ -1,5 +1,4 @@
-"""A FIFO or a device in place of a file of a data set: the file is named, and nobody waits for a writer, or reads without
-end."""
+"""A FIFO or a device in place of a data file: the error names it, and no read waits or continues without end."""
 
 import shutil
 from pathlib import Path

@@ -15,7 +15,7 @@ def test_each_thing_comes_once_an_epoch_from_any_position_on() -> None:
 
 
 def test_parts_of_a_step_by_hand() -> None:
-    """8 positions from 16 on, 2 a micro-batch: ranks 0 and 1 take 16 17 | 18 19, then 20 21 | 22 23."""
+    """8 positions from 16 on, 2 per micro-batch: ranks 0 and 1 take 16 17 | 18 19, then 20 21 | 22 23."""
     parts = [
         [list(each) for each in micro_batches(16, global_batch=8, micro_batch=2, rank=rank, world_size=2)]
         for rank in range(2)

@@ -1,4 +1,4 @@
-"""Calls in a child process: values, errors and the two ways of its end."""
+"""Calls in a child process: values, errors, its time limit and its death."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The tokenizer: any text back as it was, special tokens only where we put them."""
+"""The tokenizer restores any text, and produces special tokens only where we insert them."""
 
 from pathlib import Path
 

@@ -33,7 +33,7 @@ HEARD = [1000.0] * 3
 
 
 def examine(on_second: dict[str, Any], *, needs: Needs = NEEDS, heard: list[float] | None = HEARD) -> list[CheckResult]:
-    """Three nodes, of which the second is different."""
+    """Examines three nodes, of which the second differs."""
     nodes = [replace(GOOD, node=f"n{index}", **(on_second if index == 1 else {})) for index in range(3)]
     return check_nodes(nodes, needs, heard)
 

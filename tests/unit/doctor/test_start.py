@@ -35,7 +35,7 @@ def folder_of(config: Config) -> Path:
 
 
 def all_ranks(config: Config, variables: dict[str, str] | None = None) -> list[list[CheckResult] | BaseException]:
-    """What each of four ranks on two nodes found, or ended with."""
+    """Returns the facts, or the error, of each of four ranks on two nodes."""
     found: dict[int, list[CheckResult] | BaseException] = {}
 
     def run(rank: int) -> None:
@@ -54,7 +54,7 @@ def all_ranks(config: Config, variables: dict[str, str] | None = None) -> list[l
 
 
 def change_on(node: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One node is different."""
+    """Changes a fact of one node."""
 
     def looked(*arguments: Any, **options: Any) -> NodeFacts:
         facts = look(*arguments, **options)

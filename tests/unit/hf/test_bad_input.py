@@ -1,4 +1,4 @@
-"""Folders that are no model, another's, damaged or planted: each refused by name, and nothing is left behind."""
+"""Folders that are no model, another model, damaged or malicious are refused by name, and leave no files."""
 
 import json
 import os
@@ -27,7 +27,7 @@ EXPERT = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Mixtral in three shards; not to be written to."""
+    """Mixtral in three shards. Tests must not write to it."""
     folder = save(tiny_model("mixtral"), tmp_path_factory.mktemp("hf") / "mixtral")
     tensors = sorted(load_file(folder / "model.safetensors").items())
     (folder / "model.safetensors").unlink()
@@ -63,7 +63,7 @@ def weight_map(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any], *, also_index: bool = True) -> Callable[[Path], None]:
-    """Changes the tensors of the shard that holds EXPERT, and the index with them."""
+    """Changes the tensors of the shard that contains EXPERT, and updates the index."""
 
     def apply(folder: Path) -> None:
         file = json.loads((folder / INDEX).read_text())["weight_map"][EXPERT]
@@ -290,8 +290,8 @@ def test_no_such_folder(tmp_path: Path) -> None:
 
 
 def test_what_is_fine_is_taken(theirs: Path) -> None:
-    """Pickles beside safetensors are not opened, a smaller tokenizer fits, links inside the folder are files. The files of
-    the tokenizer go in and out, SentencePiece's among them."""
+    """Pickles beside safetensors are not opened, a smaller tokenizer fits, and links inside the folder count as files.
+    Import and export copy the tokenizer's files, including SentencePiece's."""
     (theirs / "training_args.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch planted'\ntR.")
     tokenizer(60)(theirs)
     (theirs / "tokenizer.model").write_bytes(b"pieces")

@@ -1,4 +1,4 @@
-"""What an import changes on the way leaves the function as it was: null experts to the bit, copied FFNs up to rounding."""
+"""Changes by an import keep the function: null experts bit for bit, copied FFNs up to rounding."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_null_experts_change_no_bit(tmp_path: Path, kind: str, null: int, choice
 
 
 def test_many_choices_change_no_bit_either(tmp_path: Path) -> None:
-    """Top-8 as Qwen3 and OLMoE have it: the sum over 8 weights must not depend on where the null choices stand."""
+    """Top-8 as in Qwen3 and OLMoE: the sum over 8 weights must not depend on the places of null choices."""
     theirs = save(tiny_model("qwen3_moe", num_experts=16, num_experts_per_tok=8), tmp_path / "theirs")
     import_model(theirs, tmp_path / "plain")
     import_model(theirs, tmp_path / "null", ImportOptions(null_experts=32, top_k=23))
@@ -79,7 +79,8 @@ def test_copies_of_rows_beside_a_selection_bias_are_refused(tmp_path: Path, kind
 
 
 def test_the_range_of_choices_by_trying_every_one() -> None:
-    """A token's choices are its experts in order, each followed by its twins: which k hold the first k_0 alone?"""
+    """A token chooses its experts in order, each followed by its copies. Finds all k that contain exactly the first k_0
+    experts."""
     for top_k in (1, 2, 3, 8):
         for twins in (0, 1, 2, 5):
             run = [(expert, twin) for expert in range(10) for twin in range(twins + 1)]
@@ -96,7 +97,7 @@ def test_null_experts_that_are_still_copies_are_left_out_on_the_way_back(tmp_pat
     model, state = load_imported(tmp_path / "ours")
     rows = model.get_parameter("layers.1.moe.router.group:all.null")
     with torch.no_grad():
-        rows[3, 5] += 1e-3  # as one step of training would
+        rows[3, 5] += 1e-3  # like one step of training
     manager(tmp_path / "trained").save(7, state)
     with refused(ConfigError, "num_null=16"):
         export_model(tmp_path / "trained", tmp_path / "not", family="olmoe")
@@ -125,7 +126,7 @@ def test_what_no_family_can_say_is_not_exported(tmp_path: Path, changed: dict[st
 
 
 def merged(values: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
-    """`changed` over `values`; a section with a kind is replaced."""
+    """Returns `changed` over `values`. Sections with a kind are replaced."""
     return values | {
         key: merged(values[key], value) if isinstance(value, dict) and "kind" not in value and values[key] else value
         for key, value in changed.items()
@@ -133,7 +134,7 @@ def merged(values: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_weights_that_were_trained_are_what_is_written(tmp_path: Path) -> None:
-    """A checkpoint of a run knows nothing of the import but `run.init_from`; it is written in fp32."""
+    """A run's checkpoint knows the import only by `run.init_from`, and is written in fp32."""
     theirs = save(tiny_model("qwen2_moe", dtype=torch.bfloat16), tmp_path / "theirs")
     import_model(theirs, tmp_path / "ours")
     model, state = load_imported(tmp_path / "ours")
@@ -157,12 +158,12 @@ def test_copies_of_a_dense_ffn_are_the_same_function(tmp_path: Path) -> None:
         dense = model(TOKENS).logits
     assert pairs == 2 * 2 * TOKENS.numel()
     torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-4)
-    assert export_model(tmp_path / "ours", tmp_path / "back").family == "mixtral"  # which has what came of it
+    assert export_model(tmp_path / "ours", tmp_path / "back").family == "mixtral"  # Mixtral can express the result
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(again(TOKENS).logits, ours, rtol=1e-4, atol=1e-4)
     routers = [t for n, t in tensors_of(tmp_path / "back").items() if n.endswith("block_sparse_moe.gate.weight")]
-    assert len({float(rows.sum()) for rows in routers}) == 2  # drawn for each layer
+    assert len({float(rows.sum()) for rows in routers}) == 2  # each layer has its own draw
     assert all(0.01 < float(rows.std()) < 0.04 for rows in routers)
 
 
@@ -172,15 +173,15 @@ def test_a_dense_model_has_no_gate_rows_to_copy(tmp_path: Path) -> None:
         import_model(theirs, tmp_path / "ours", ImportOptions(null_experts=4, top_k=4, experts=4, experts_top_k=2))
 
 
-@pytest.mark.full  # a model of 30 layers; the tests above change small ones
+@pytest.mark.full  # a wide model; the tests above use small ones
 def test_the_shape_of_smollm2(tmp_path: Path) -> None:
-    """SmolLM2-135M's config.json with random weights, 2 of its 30 layers: all else, vocabulary included, is its own."""
+    """SmolLM2-135M's config.json with random weights and 2 of its 30 layers. All else is unchanged, vocabulary included."""
     import transformers
 
     theirs = save(tiny_model("smollm2", num_hidden_layers=2, dtype=torch.bfloat16), tmp_path / "theirs")
     import_model(theirs, tmp_path / "ours")
     ours, _ = logits_of(load_imported(tmp_path / "ours")[0], TOKENS[:1, :12])
-    # Loaded anew: a model that was moved to bfloat16 keeps rounded rotary frequencies when it is moved back.
+    # Loaded again, because a model that was converted to bfloat16 keeps rounded rotary frequencies.
     model = transformers.AutoModelForCausalLM.from_pretrained(theirs, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         expected = model(TOKENS[:1, :12]).logits

@@ -1,4 +1,4 @@
-"""`tools.import_hf` and `tools.export_hf` as they are called: what they print, their options, and how they refuse."""
+"""`moe-dist import-hf` and `moe-dist export-hf` on the command line: output, options and refusals."""
 
 import os
 import shutil

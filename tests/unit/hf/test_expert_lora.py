@@ -1,5 +1,5 @@
-"""LoRA on the experts of an imported MoE: PEFT loads what is saved, and has the same logits and gradients; merged it is the
-same model. The frozen base has no gradient, and backward no product for one."""
+"""LoRA on the experts of an imported MoE. PEFT loads the saved adapters with equal logits and gradients, and merging gives
+the same model. The frozen base has no gradient, and backward has no product for one."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def loss_of(adapted: Adapted) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def by_name(adapted: Adapted) -> dict[str, torch.Tensor]:
-    """Gradients by logical name."""
+    """Returns gradients by logical name."""
     found: dict[str, torch.Tensor] = {}
     for each in named_parameters(adapted.model):
         if each.parameter.grad is None:
@@ -91,7 +91,7 @@ def by_name(adapted: Adapted) -> dict[str, torch.Tensor]:
     ],
 )
 def test_experts_have_the_numbers_of_peft(tmp_path: Path, kind: str, case: str) -> None:
-    """Logits and every gradient to 1e-5 of the largest entry, over both layouts of the experts' matrices."""
+    """Compares logits and gradients to 1e-5 of the largest entry, for both layouts of the experts' matrices."""
     import transformers
     from peft import PeftModel
 
@@ -113,7 +113,7 @@ def test_experts_have_the_numbers_of_peft(tmp_path: Path, kind: str, case: str) 
     wanted = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if "lora_" in name}
     model = adapted.config.model
     got = dict(peft_tensors(model, gradients.__getitem__))
-    if CASES[case]["ffn"].get("shared"):  # PEFT has a copy for each expert, and the gradients of the copies
+    if CASES[case]["ffn"].get("shared"):  # PEFT has a copy for each expert, whose gradients must be summed
         wanted = {name: summed(name, gradient, model.moe.groups["all"].num_experts) for name, gradient in wanted.items()}
     assert all(gradient.any() for gradient in wanted.values())
     assert_agree(arrays(got), arrays(wanted))
@@ -129,14 +129,14 @@ def test_experts_have_the_numbers_of_peft(tmp_path: Path, kind: str, case: str) 
 
 
 def summed(name: str, gradient: torch.Tensor, experts: int) -> torch.Tensor:
-    """The sum over the experts of a gradient in PEFT's form, in the place of each expert."""
+    """Replaces each expert's gradient in PEFT's form by the sum over the experts."""
     rows, columns = gradient.shape
     each = gradient.view((experts, -1, columns) if "lora_A" in name else (rows, -1, experts))
     return each.sum(0 if "lora_A" in name else 2, keepdim=True).expand_as(each).reshape(gradient.shape)
 
 
 class WeightProducts(TorchDispatchMode):
-    """Shapes of the matrix products of which no factor is a parameter: gradients of parameters."""
+    """Records the shapes of matrix products without a parameter as factor, which are gradients of parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def test_backward_has_no_product_for_a_frozen_matrix(tmp_path: Path) -> None:
     _, loss = loss_of(adapted)
     with WeightProducts(adapted.model) as products:
         loss.backward()
-    assert len(products.shapes) == 2 * (8 * 4 + 2 * 2)  # of every A and B
+    assert len(products.shapes) == 2 * (8 * 4 + 2 * 2)  # one product for each A and B
     assert all(min(shape) in (2, 3) for shape in products.shapes)
     for each in named_parameters(adapted.model):
         each.parameter.requires_grad_()
@@ -178,7 +178,8 @@ def test_a_checkpoint_holds_the_adapters_alone(tmp_path: Path) -> None:
 def test_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, experts: int
 ) -> None:
-    """It finds the base, or says how to write it where the import made experts; its text is the merged model's."""
+    """The README finds the base, or gives the command that writes it if the import made experts. Its text equals the merged
+    model's."""
     from peft import PeftModel
 
     chat_folder(save(tiny_model(kind, vocab_size=512, intermediate_size=24), tmp_path / "theirs"), "chatml")
@@ -193,7 +194,7 @@ def test_the_readme_runs(
         done = invoke(export_hf, command, "--out", tmp_path / "adapter/BASE")
         assert done.exit_code == 0, done.output
     capsys.readouterr()
-    run_readme(tmp_path / "adapter", monkeypatch, lines=4)  # three, and PEFT
+    run_readme(tmp_path / "adapter", monkeypatch, lines=4)  # three lines, and one for PEFT
     with_adapters = capsys.readouterr().out
     export_model(tmp_path / "run", tmp_path / "merged")
     run_readme(tmp_path / "merged", monkeypatch, lines=3)
@@ -204,7 +205,7 @@ def test_the_readme_runs(
 
 
 def test_a_finished_run_writes_them(tmp_path: Path) -> None:
-    """Once, beside its checkpoints; and says why where PEFT has no such adapters."""
+    """Adapters are written once, beside the checkpoints. The log gives the reason if PEFT has no such adapters."""
     adapted = Adapted(imported(tmp_path), tmp_path / "run/checkpoints", **CASES["each"])
     adapted.save()
     folder, out = RunFolder(tmp_path / "run"), tmp_path / "run/adapters/step_3"
@@ -228,7 +229,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with refused(ConfigError, "model.moe.experts.shared_expert=true"):
         Adapted(base, tmp_path / "other", ffn={**LORA, "shared_expert": True})
     (tmp_path / "gpt").mkdir()
-    for fields in (LORA, CLAMPED):  # over limits of 1.5
+    for fields in (LORA, CLAMPED):  # a clamp at 1.5
         with refused(
             ConfigError, f"kind={fields.get('kind', 'ffn_lora')} adapts the experts", "limit: 1.5", "swiglu_limit"
         ):

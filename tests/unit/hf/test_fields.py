@@ -1,7 +1,7 @@
-"""A config.json means what transformers' own configuration class makes of it, or its import is refused by name.
+"""An import reads a config.json as transformers' own configuration class does, or refuses it by name.
 
-A walk changes every field of every family's class, and every other name that transformers reads of a configuration. If the
-import accepts the changed config.json, our logits are transformers', from the same weights.
+The test changes every field of every family's class, and every other name that transformers reads of a configuration. If
+the import accepts the changed config.json, our logits equal transformers' with the same weights.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from tests.support.tiny_hf import LENGTH, VOCAB, draw, tiny_config
 ABSENT = object()
 BOUND = 1e-5
 
-# Values by field. Each field is also set to null, and left out.
+# Values by field. Each field is also set to null, and removed.
 CHANGES: dict[str, tuple[Any, ...]] = {
     "vocab_size": (80,),
     "hidden_size": (48,),
@@ -72,7 +72,7 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "num_layers": (1, 3),
     "ffn_hidden_size": (36,),
     "expert_ffn_hidden_size": (36, 0),
-    "moe_topk": (2, 99),  # theirs cannot run with 1
+    "moe_topk": (2, 99),  # transformers cannot run with 1
     "zero_expert_num": (0, 2, -1),
     "swiglu_alpha": (0.5, 0.0),
     "swiglu_limit": (0.5, 0.0),
@@ -98,14 +98,14 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "label2id": ({"a": 0},),
     "transformers_version": ("4.40.0",),
     "chunk_size_feed_forward": (4,),
-    "rope_parameters": ({},),  # and ROPES
+    "rope_parameters": ({},),  # further values are in ROPES
     **dict.fromkeys(("attention_dropout", "router_jitter_noise", "router_aux_loss_coef", "initializer_range"), (0.5,)),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (3,)),
     **dict.fromkeys(("use_cache", "output_hidden_states", "return_dict", "is_encoder_decoder", "output_router_logits"),
                     (True, False)),
 }  # fmt: skip
 
-# Names that no class has, and that transformers reads all the same.
+# Names that transformers reads although no class has them.
 FOREIGN: dict[str, tuple[Any, ...]] = {
     **{name: CHANGES[name] for name in ("sliding_window", "use_sliding_window", "layer_types", "head_dim")},
     "num_kv_shared_layers": (1,),
@@ -161,7 +161,7 @@ ROPES: tuple[dict[str, Any], ...] = (
     {"rope_parameters": _LINEAR | {"unknown": 3}},
 )  # fmt: skip
 
-# Several fields at once, by family.
+# Changes of several fields at once, by family.
 TOGETHER: dict[str, tuple[dict[str, Any], ...]] = {
     "mixtral": ({"sliding_window": 4, "use_sliding_window": False},
                 {"sliding_window": 4, "layer_types": ["full_attention"] * 2},
@@ -208,7 +208,7 @@ TOGETHER: dict[str, tuple[dict[str, Any], ...]] = {
     ),
 }  # fmt: skip
 
-# Our words for their fields, in errors of the model's own rules.
+# Our names of their fields, in errors of the model's own rules.
 OURS = {
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
@@ -237,7 +237,7 @@ def quiet() -> Iterator[None]:
 
 
 def base_of(kind: str) -> dict[str, Any]:
-    """A config.json with every field of the class."""
+    """Returns a config.json with every field of the class."""
     values = json.loads(tiny_config(kind).to_json_string(use_diff=False))
     return {name: value for name, value in values.items() if name != "transformers_version"}
 
@@ -252,7 +252,7 @@ def class_of(kind: str) -> Any:
 
 
 def theirs_of(values: dict[str, Any]) -> nn.Module:
-    """transformers' model of a config.json, with drawn weights."""
+    """Returns transformers' model of a config.json, with drawn weights."""
     import transformers
 
     config = class_of(values["model_type"]).from_dict(json.loads(json.dumps(values)))
@@ -260,14 +260,15 @@ def theirs_of(values: dict[str, Any]) -> nn.Module:
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", dtype=torch.float32, **experts
     )
-    config.return_dict = True  # the form of the answer, which some of their code cannot change
+    config.return_dict = True  # some of their code needs this form of results
     draw(model, 1)
     return model.eval()
 
 
 @torch.no_grad()
 def assert_theirs(values: dict[str, Any], change: dict[str, Any], *, buildable: bool = True) -> bool:
-    """Returns True if the import accepts a config.json, whose logits are then theirs, and False if it names the change.
+    """Returns True if the import accepts a config.json, whose logits then equal transformers'. Returns False if the error
+    names the change.
 
     Args:
         buildable: False if transformers may refuse to build the model.
@@ -286,7 +287,7 @@ def assert_theirs(values: dict[str, Any], change: dict[str, Any], *, buildable: 
         model = theirs_of(values)
         theirs = model(ids, use_cache=False).logits
     except (StrictDataclassFieldValidationError, StrictDataclassClassValidationError):
-        # Their class refuses the null of fields, of which none has an effect on the function.
+        # Their class refuses null for these fields, none of which affects the function.
         assert not buildable or all(value is None and name in INERT for name, value in change.items())
         return True
     except (TypeError, ValueError) as error:
@@ -308,7 +309,7 @@ def logits(section: Any, weights: Any, ids: Tensor) -> Tensor:
 def test_every_field_is_used_without_effect_or_refused(kind: str) -> None:
     values = base_of(kind)
     assert assert_theirs(values, {})
-    assert read_section(values)[2] == []  # no field is left unjudged
+    assert read_section(values)[2] == []  # every field is accepted or refused
     fields = {field.name for field in dataclasses.fields(class_of(kind))}
     assert not fields - CHANGES.keys(), "fields that are new in transformers need values here"
     changes = [
@@ -319,7 +320,7 @@ def test_every_field_is_used_without_effect_or_refused(kind: str) -> None:
     assert 70 < sum(accepted) < len(accepted) - 30
 
 
-# Fields of DeepSeek-V3's published config.json that no class of transformers has, and other values of them.
+# Fields of DeepSeek-V3's published config.json that transformers' classes lack, and other values.
 PUBLISHED = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "ep_size": 1, "seq_aux": True,
              "aux_loss_alpha": 0.001}  # fmt: skip
 OTHERS = {"scoring_func": "softmax", "topk_method": "greedy", "moe_layer_freq": 2}
@@ -335,7 +336,7 @@ def test_what_transformers_does_not_read_of_deepseek_is_judged() -> None:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_absent_fields_have_the_defaults_of_the_class(kind: str) -> None:
-    """Those that logits of a few tokens of a tiny model do not show."""
+    """Tests fields whose effect a few tokens of a tiny model do not show."""
     family, defaults = FAMILIES[kind], {field.name: field.default for field in dataclasses.fields(class_of(kind))}
     assert defaults["num_key_value_heads"] == family.heads.kv_heads
     assert class_of(kind).default_theta == family.rope_base
@@ -352,13 +353,13 @@ def test_absent_fields_have_the_defaults_of_the_class(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", rest_full(FAMILIES))
 def test_rotary_positions_are_theirs_or_refused(kind: str) -> None:
-    values = base_of(kind) | ({"head_dim": 8} if kind == "mixtral" else {})  # theirs cannot scale without head_dim
+    values = base_of(kind) | ({"head_dim": 8} if kind == "mixtral" else {})  # transformers cannot scale without head_dim
     accepted = [assert_theirs(changed(values, change), change) for change in ROPES]
     assert sum(accepted) == 22 + (FAMILIES[kind].heads.rope_share is not None)
 
 
 def test_a_part_of_a_head_is_written_as_a_share_that_reads_back() -> None:
-    """transformers rounds head_dim x partial_rotary_factor down, and 98 x (2 / 98) is less than 2 in float64."""
+    """transformers rounds head_dim x partial_rotary_factor down, and in float64 98 x (2 / 98) is less than 2."""
     family, plain, _ = read_section(base_of("glm4_moe"))
     section = changed_section(plain, family, ImportOptions())
     for head_dim in range(98, 130, 2):
@@ -370,7 +371,8 @@ def test_a_part_of_a_head_is_written_as_a_share_that_reads_back() -> None:
 
 @pytest.mark.parametrize("kind", rest_full(FAMILIES, 4))
 def test_every_name_that_transformers_reads_is_judged(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the model code asks a configuration for while it is built, runs and generates, with and without cache."""
+    """Covers every name that the model code reads of a configuration while it is built, runs and generates, with and
+    without cache."""
     import transformers
 
     values, plain = base_of(kind), transformers.PreTrainedConfig.__getattribute__
@@ -385,7 +387,7 @@ def test_every_name_that_transformers_reads_is_judged(kind: str, monkeypatch: py
     for cache in (True, False):
         model.generate(ids, max_new_tokens=2, do_sample=False, use_cache=cache)  # pyright: ignore[reportCallIssue]
     monkeypatch.undo()
-    # Their class's own attributes and the options of generate are no fields.
+    # Attributes of their class and options of `generate` are not fields.
     known = {*dir(class_of(kind)), *transformers.GenerationConfig().to_dict(), *values}
     others = {name for name in asked - known if not name.startswith("_")}
     assert len(others) > 5

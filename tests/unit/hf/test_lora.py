@@ -1,5 +1,4 @@
-"""Adapters on an imported Llama: the base is itself to the last bit at first, PEFT has the same numbers, and what merges
-into a matrix goes out again."""
+"""Adapters on an imported Llama: initially the base's bits, PEFT's numbers, and export of merged weights."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def test_the_base_is_itself_to_the_last_bit(tmp_path: Path, kind: str, group: di
 
 
 def test_with_padding_the_base_is_itself_within_rounding(tmp_path: Path) -> None:
-    """A base of one expert a layer leaves padding out of its products, the frozen FFN does not."""
+    """A base with one expert per layer skips padding in its products, the frozen FFN does not."""
     base = imported(tmp_path)
     group = torch.zeros_like(TOKENS)
     group[:, -4:] = -1
@@ -65,7 +64,7 @@ def test_an_moe_base_keeps_its_experts_and_routers(tmp_path: Path) -> None:
 
 
 def peft_model(theirs: nn.Module, adapted: Adapted) -> nn.Module:
-    """PEFT's LoRA on their model, with our adapters' values."""
+    """Returns PEFT's LoRA on their model, with our adapters' values."""
     from peft import LoraConfig, get_peft_model
 
     names = [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
@@ -80,7 +79,7 @@ def peft_model(theirs: nn.Module, adapted: Adapted) -> nn.Module:
 
 
 def key_of(name: str) -> tuple[str, str, str]:
-    """Layer, projection and matrix of one of PEFT's parameters."""
+    """Returns layer, projection and matrix of one of PEFT's parameters."""
     parts = name.split(".")
     at = parts.index("layers")
     matrix = next(part for part in parts if part.startswith("lora_")).removeprefix("lora_").lower()
@@ -88,7 +87,7 @@ def key_of(name: str) -> tuple[str, str, str]:
 
 
 def our_adapters(adapted: Adapted, named: dict[str, Tensor]) -> dict[tuple[str, str, str], Tensor]:
-    """Tensors of our adapters by layer, projection and matrix; of the one expert."""
+    """Returns tensors of our adapters of the one expert, by layer, projection and matrix."""
     found: dict[tuple[str, str, str], Tensor] = {}
     for name, tensor in named.items():
         if ".adapters." in name:
@@ -101,7 +100,7 @@ def our_adapters(adapted: Adapted, named: dict[str, Tensor]) -> dict[tuple[str, 
 
 @pytest.mark.parametrize("weight", ["probability", "straight_through", "published"])
 def test_one_expert_has_the_numbers_of_peft(tmp_path: Path, weight: str) -> None:
-    """Logits and every gradient to 1e-5 of the largest entry."""
+    """Compares logits and gradients to 1e-5 of the largest entry."""
     base = imported(tmp_path)
     adapted = Adapted(base, tmp_path / "run", group=ONE, experts={**LORA, "weight": weight}, attention=LORA)
     adapted.draw()
@@ -159,7 +158,7 @@ def test_an_moe_base_goes_out_with_its_attention_merged(tmp_path: Path, kind: st
 
     adapted = Adapted(imported(tmp_path, kind), tmp_path / "run", attention=LORA)
     adapted.draw()
-    with torch.no_grad():  # routers are trained as well
+    with torch.no_grad():  # training also changes routers
         for layer in adapted.model.moe_modules():
             layer.router.get_submodule("group:all").get_parameter("true").mul_(1.3)
     expected, _ = logits_of(adapted.model, TOKENS)

@@ -1,4 +1,4 @@
-"""Qwen3-MoE++, the published form of models with null, copy and constant experts: into it and out of it to the last bit."""
+"""Qwen3-MoE++, the published form of models with null, copy and constant experts: import and export to the last bit."""
 
 import json
 import re
@@ -29,11 +29,11 @@ HEAD = {"model.qk_norm": "head"}
 
 
 def published(folder: Path, kinds: dict[str, int], *, normalise: bool, dtype: torch.dtype = torch.float32) -> Path:
-    """A Qwen3-MoE of transformers that gets zero-computation experts, as ZEDA makes them."""
+    """Returns a Qwen3-MoE of transformers with zero-computation experts, made as ZEDA makes them."""
     model = tiny_model("qwen3_moe", norm_topk_prob=normalise, num_experts_per_tok=4)
     save(model.to(dtype), folder)
     tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
-    config["num_experts"] = config.pop("num_local_experts")  # the name in transformers 4, which ZEDA has
+    config["num_experts"] = config.pop("num_local_experts")  # ZEDA uses transformers 4's name
     generator, dim, first = torch.Generator().manual_seed(3), config["hidden_size"], config["num_experts"]
     for layer in range(config["num_hidden_layers"]):
         mlp, index = f"model.layers.{layer}.mlp", first
@@ -105,7 +105,7 @@ def test_a_trained_model_leaves_in_it(tmp_path: Path) -> None:
         run, out = tmp_path / f"run{number}", tmp_path / f"out{number}"
         ours = saved_model(run, tmp_path / "data", free | {"model.moe.router": {"kind": "top_k", "normalise": normalise}})
         assert export_model(run, out, family="qwen3_moe_plus_plus").folded == 0
-        tokens, model = torch.arange(1, 21).view(2, 10), their_model(out)  # a padding token has no gradient there
+        tokens, model = torch.arange(1, 21).view(2, 10), their_model(out)  # padding tokens would have no gradient
         torch.testing.assert_close(model(tokens).logits, logits(ours, tokens), rtol=1e-5, atol=1e-5)
         blocks = {
             f"model.layers.{layer}.mlp.{name}": tensor.requires_grad_()
@@ -120,7 +120,7 @@ def test_a_trained_model_leaves_in_it(tmp_path: Path) -> None:
 
 
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its commands write the model with code; its lines then generate the reference's tokens."""
+    """The README's commands write the model with code. Its lines then generate the reference's tokens."""
     folder = published(tmp_path / "theirs", {"zero": 2, "copy": 2, "constant": 3}, normalise=True)
     import_model(folder, tmp_path / "ours")
     export_model(tmp_path / "ours", tmp_path / "out")
@@ -131,7 +131,7 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         assert done.exit_code == 0, done.output
     assert not commands
     capsys.readouterr()
-    run_readme(tmp_path / "out", monkeypatch, lines=4)  # three, and torch in place of a tokenizer
+    run_readme(tmp_path / "out", monkeypatch, lines=4)  # three lines, and torch in place of a tokenizer
     expected = their_model(folder).generate(torch.tensor([[1, 2, 3]]), max_new_tokens=20)
     assert capsys.readouterr().out == f"{expected}\n"
 

@@ -1,4 +1,4 @@
-"""An import that is killed goes on where it was, and never takes more memory than a shard: also where it goes on."""
+"""A killed import continues where it stopped, and never takes more memory than a shard, also after the restart."""
 
 import json
 import math
@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[3]
 LIMIT = 16 << 20
 SHARD = 2 << 20
 
-# In a process of its own: its private memory (heap and mappings) may grow by so many bytes beyond what it has once all is
-# imported; each shard is told, so that it can be killed at one.
+# Runs in its own process, whose private memory (heap and mappings) may grow by this many bytes after the imports. It
+# reports each shard, so that it can be killed there.
 UNDER_LIMIT = """
 import resource, sys
 from pathlib import Path
@@ -70,7 +70,7 @@ def start(folder: Path, out: Path, *, limit: int = LIMIT, shard_bytes: int = SHA
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model of more than 4 x LIMIT in one file, with tensors larger than a shard."""
+    """Returns a dense model of more than 4 x LIMIT in one file, with tensors larger than a shard."""
     folder = tmp_path_factory.mktemp("large")
     config = tiny_config("llama", hidden_size=256, intermediate_size=12288, num_hidden_layers=4, vocab_size=8192)
     config.save_pretrained(folder)
@@ -103,7 +103,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def killed_and_begun_again(folder: Path, out: Path, **options: int) -> None:
-    """Kills an import after eight shards, and lets the same command end it."""
+    """Kills an import after eight shards. The same command then finishes it."""
     first = start(folder, out, **options)
     assert first.stdout is not None
     for _ in range(8):
@@ -130,7 +130,7 @@ def test_the_growth_of_memory_stays_under_a_quarter_of_the_model_also_after_a_ki
 
 
 def hollow(folder: Path, kind: str, **sizes: int) -> None:
-    """A model of zeros in one file with holes."""
+    """Returns a model of zeros in one sparse file."""
     tiny_config(kind, **sizes).save_pretrained(folder)
     family, values, _ = read_section(json.loads((folder / "config.json").read_text()))
     section = changed_section(values, family, ImportOptions())
@@ -140,7 +140,7 @@ def hollow(folder: Path, kind: str, **sizes: int) -> None:
 
 
 def write_zeros(folder: Path, shapes: Mapping[str, Sequence[int]]) -> int:
-    """Writes bfloat16 tensors of zeros into one file with holes; returns their bytes."""
+    """Writes bfloat16 tensors of zeros into one sparse file. Returns their bytes."""
     entries, end = {}, 0
     for name, each in shapes.items():
         begin, end = end, end + 2 * math.prod(each)
@@ -153,7 +153,7 @@ def write_zeros(folder: Path, shapes: Mapping[str, Sequence[int]]) -> int:
 
 
 def rounds(folder: Path, *, imports: int, exports: int) -> "subprocess.CompletedProcess[str]":
-    """Imports and exports every model in the folder, in shards of so many bytes, in a process whose memory may grow by
+    """Imports and exports every model in the folder, in shards of this many bytes, in a process whose memory may grow by
     LIMIT."""
     command = [sys.executable, "-c", ROUND, str(folder), str(LIMIT), str(imports), str(exports)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -171,7 +171,7 @@ EXPERTS: dict[str, dict[str, int]] = {
 
 @pytest.fixture
 def wide(tmp_path: Path) -> Iterator[Path]:
-    """A model of each family with many experts, of more than 4 x LIMIT."""
+    """Returns a model of each family with many experts, of more than 4 x LIMIT."""
     for kind, experts in EXPERTS.items():
         hollow(tmp_path / kind, kind, **{**WIDE, **experts})
         assert (tmp_path / kind / "model.safetensors").stat().st_size > 4 * LIMIT
@@ -188,7 +188,7 @@ def test_families_of_many_experts_go_in_and_out_under_a_quarter_of_their_size(wi
         assert written == pytest.approx((wide / kind / "model.safetensors").stat().st_size, rel=0.01)
 
 
-@pytest.mark.full  # of the test above itself
+@pytest.mark.full  # tests the test above
 @pytest.mark.parametrize("large_shards", ["imports", "exports"])
 def test_families_of_many_experts_would_meet_the_limit_without_shards(wide: Path, large_shards: str) -> None:
     done = rounds(wide, **{"imports": SHARD, "exports": SHARD, large_shards: 1 << 30})
@@ -198,14 +198,15 @@ def test_families_of_many_experts_would_meet_the_limit_without_shards(wide: Path
 
 @pytest.fixture
 def large_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder whose gigabytes are not kept."""
+    """Returns a folder whose gigabytes are deleted afterwards."""
     yield tmp_path
     shutil.rmtree(tmp_path)
 
 
-@pytest.mark.exhaustive  # the test above shows the same without the interpreter's own memory, on a model of 64 MB
+@pytest.mark.exhaustive  # the test above shows the same on 64 MB, without the interpreter's own memory
 def test_all_memory_of_the_process_stays_under_a_quarter_of_the_model_also_after_a_kill(large_disk: Path) -> None:
-    """Interpreter and torch included: a model of zeros in a file with holes, of more than 4 times the limit."""
+    """Counts all memory, including the interpreter and torch. The model of zeros in a sparse file has more than 4 times the
+    limit."""
     told = subprocess.run(
         [sys.executable, "-c", "import moe_dist.hf.importing; print(open('/proc/self/status').read())"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -238,7 +239,7 @@ def test_all_memory_of_the_process_stays_under_a_quarter_of_the_model_also_after
     assert (large_disk / "out/ours/config.yaml").is_file()
 
 
-@pytest.mark.full  # of the tests above themselves
+@pytest.mark.full  # tests the tests above
 def test_the_limit_would_be_met_without_shards(large: Path, tmp_path: Path) -> None:
     whole = start(large, tmp_path / "ours", shard_bytes=1 << 30)
     _, errors = whole.communicate(timeout=600)
@@ -260,7 +261,7 @@ def test_what_goes_on_is_what_would_have_been(tmp_path: Path, at: int) -> None:
     told: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         import_model(theirs, tmp_path / "ours", options, shard_bytes=20_000, report=stop)
-    # What a kill in the middle of a shard leaves: half a file that is not renamed, and one that was cut by hand.
+    # A kill in the middle of a shard leaves half a file that is not renamed. Another file is truncated by hand.
     shards = sorted((tmp_path / "ours.importing/tree/step_0").iterdir())
     shards[-1].write_bytes(shards[-1].read_bytes()[:-7])
     (tmp_path / "ours.importing/writing/shard_00007.safetensors").write_bytes(b"half")
@@ -269,7 +270,7 @@ def test_what_goes_on_is_what_would_have_been(tmp_path: Path, at: int) -> None:
     one, other = (
         json.loads((tmp_path / name / "step_0/index.json").read_text())["tensors"] for name in ("straight", "ours")
     )
-    assert one == other  # with every fingerprint
+    assert one == other  # also compares all fingerprints
     assert not (tmp_path / "ours.importing").exists()
 
 

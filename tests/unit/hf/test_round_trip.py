@@ -1,4 +1,4 @@
-"""Hugging Face -> checkpoint -> Hugging Face is the same to the last bit, dtypes and config.json included."""
+"""Hugging Face -> checkpoint -> Hugging Face keeps every bit, dtype and config.json."""
 
 import json
 import math
@@ -36,7 +36,7 @@ KINDS = (
     "longcat_flash", "longcat_flash scaled", "gpt_oss", "gpt_oss plain",
 )  # fmt: skip
 
-PARTED = ("longcat_flash", "gpt_oss", "gpt_oss plain")  # a tensor of theirs has parts of several of ours
+PARTED = ("longcat_flash", "gpt_oss", "gpt_oss plain")  # one of their tensors has parts of several of ours
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ def test_bits_and_fields_come_back(tmp_path: Path, kind: str) -> None:
     done = import_model(theirs, tmp_path / "ours", shard_bytes=5000)
     read = open_checkpoint(find_checkpoint(tmp_path / "ours")).index.tensors if kind in PARTED else tensors_of(theirs)
     assert (done.converted, list(done.unread), done.kept) == ({"BF16": len(read)}, [], 0)
-    assert done.shards > 3  # tensors are cut
+    assert done.shards > 3  # tensors are divided over shards
     out = export_model(tmp_path / "ours", tmp_path / "back", shard_bytes=9000)
     assert out.shards > 1
     assert_same(tensors_of(tmp_path / "back"), tensors_of(theirs))
@@ -133,7 +133,7 @@ def test_transformers_computes_and_generates_ours_without_the_original(tmp_path:
 
     model = tiny_model(kind)
     import_model(save(model, tmp_path / "theirs"), tmp_path / "ours")
-    shutil.rmtree(tmp_path / "ours/huggingface")  # config.json then comes from our configuration alone
+    shutil.rmtree(tmp_path / "ours/huggingface")  # config.json then comes only from our configuration
     out = export_model(tmp_path / "ours", tmp_path / "back")
     assert out.like is None
     again, told = transformers.AutoModelForCausalLM.from_pretrained(
@@ -144,7 +144,7 @@ def test_transformers_computes_and_generates_ours_without_the_original(tmp_path:
     ids, (ours, _) = torch.arange(24).view(2, 12), load_imported(tmp_path / "ours")
     for expected in (model(ids).logits, logits(ours, ids)):
         assert float((again(ids).logits - expected).abs().max()) <= 1e-5
-    again.generation_config.eos_token_id = None  # so that all of them go on
+    again.generation_config.eos_token_id = None  # so that no sequence ends early
     for cache in (True, False):
         made = again.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache)
         assert torch.equal(made, continued(ours, ids, 6, cached=cache)), cache
@@ -177,7 +177,7 @@ def test_what_families_do_not_have_is_refused_by_name(tmp_path: Path, change: di
 
 
 def change_config(folder: Path, change: dict[str, Any]) -> None:
-    """Changes `model.moe` in the state.json of an import, with its digest."""
+    """Changes `model.moe` in an import's state.json, and its digest."""
     from moe_dist.checkpoint.contents import checksums_of
 
     step = folder / "step_0"
@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
 def test_weights_too_large_for_the_dtype_are_not_written_as_infinite(tmp_path: Path) -> None:
     model = tiny_model("mixtral")
     with torch.no_grad():
-        model.get_parameter("lm_head.weight")[3, 2] = 1e5  # float16 ends at 65,504
+        model.get_parameter("lm_head.weight")[3, 2] = 1e5  # float16's largest value is 65,504
     import_model(save(model, tmp_path / "theirs"), tmp_path / "ours")
     with pytest.raises(DataError, match=r"lm_head.weight: 1 of .* take --dtype float32 or bfloat16"):
         export_model(tmp_path / "ours", tmp_path / "back", dtype="F16")

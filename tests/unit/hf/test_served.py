@@ -1,4 +1,5 @@
-"""Models that no family of transformers can express leave with their code, and compute the same in transformers."""
+"""Models that no transformers family can express are exported with their code, and have the same results in
+transformers."""
 
 import ast
 import json
@@ -142,7 +143,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prompts() -> torch.Tensor:
-    """Text and pictures, longer than the windows and the original lengths."""
+    """Returns text and pictures, longer than the windows and the original lengths."""
     return torch.randint(0, 64, (3, 14), generator=torch.Generator().manual_seed(5))
 
 
@@ -160,7 +161,7 @@ def test_logits_gradients_and_tokens_are_ours(tmp_path: Path, data: Path, case: 
     torch.testing.assert_close(model(tokens).logits, expected, rtol=BOUND, atol=BOUND)
     wanted = our_gradients(ours, tokens)
     found = their_gradients(tmp_path / "hf", model, tokens)
-    assert_agree({name: found[name] for name in wanted}, wanted)  # `found` also has names of buffers
+    assert_agree({name: found[name] for name in wanted}, wanted)  # `found` also has buffers
     model.generation_config.eos_token_id = None  # so that all of them go on  # pyright: ignore
     for cache in (True, False):
         made = model.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=cache)  # pyright: ignore
@@ -179,8 +180,8 @@ def test_a_cache_may_have_its_older_name(tmp_path: Path, data: Path) -> None:
 
 @torch.no_grad()
 def test_a_server_can_bring_its_own_attention(tmp_path: Path, data: Path) -> None:
-    """vLLM's backend for models of transformers builds the decoder alone, and gives it all tokens as one sequence, with an
-    attention whose output has no batch."""
+    """vLLM's backend for transformers models builds only the decoder, gives it all tokens as one sequence, and uses an
+    attention whose output has no batch dimension."""
     from transformers import AttentionInterface, AutoModel
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -226,7 +227,8 @@ def test_an_expert_wins_a_tie_with_its_null_copies(tmp_path: Path, data: Path) -
 )
 @torch.no_grad()
 def test_imports_compute_the_same_as_their_own_class(tmp_path: Path, kind: str) -> None:
-    """Softmax and sigmoid with selection bias, groups of experts, shared experts without a gate, parts of heads, pairs."""
+    """Covers softmax, sigmoid with selection bias, groups of experts, shared experts without a gate, partial rotary heads,
+    and pairs."""
     model, tokens = tiny_model(kind).eval(), prompts()
     import_model(save(model, tmp_path / "theirs"), tmp_path / "ours")
     export_model(tmp_path / "ours", tmp_path / "hf", family="moe_dist")
@@ -241,7 +243,7 @@ def test_padding_changes_no_token(tmp_path: Path, data: Path) -> None:
     model, tokens = theirs(tmp_path / "hf", attn_implementation="eager"), prompts()[:2]
     model.generation_config.eos_token_id = None  # pyright: ignore
     padded = torch.cat([torch.zeros(2, 5, dtype=torch.long), tokens], dim=1)
-    padded[1] = torch.cat([tokens[1], tokens[1, :5]])  # a longer one beside it
+    padded[1] = torch.cat([tokens[1], tokens[1, :5]])  # a longer sequence in the same batch
     mask = torch.ones_like(padded)
     mask[0, :5] = 0
     made = model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False)  # pyright: ignore
@@ -262,7 +264,7 @@ def test_routers_stay_in_fp32_in_a_bfloat16_model(tmp_path: Path, data: Path) ->
 @pytest.mark.parametrize("case", ["moved nulls", "top_p free", "relu", "threshold free", "predicted_k", "expert_threshold"])
 @torch.no_grad()
 def test_choices_that_count_for_nothing_do_no_work(tmp_path: Path, data: Path, case: str) -> None:
-    """An expert computes the rows of the tokens that took it, and no others. A null choice computes nothing."""
+    """An expert computes only the rows of its tokens. A null choice computes nothing."""
     ours = saved_model(tmp_path / "run", data, CASES[case])
     export_model(tmp_path / "run", tmp_path / "hf")
     model, tokens, rows = theirs(tmp_path / "hf"), prompts(), []
@@ -385,7 +387,7 @@ def test_the_readme_runs(
 ) -> None:
     saved_model(tmp_path / "run", data, {})
     export_model(tmp_path / "run", tmp_path / "hf")
-    run_readme(tmp_path / "hf", monkeypatch, lines=4)  # three, and torch in place of a tokenizer
+    run_readme(tmp_path / "hf", monkeypatch, lines=4)  # three lines, and torch in place of a tokenizer
     assert "tensor([[ 1,  2,  3," in capsys.readouterr().out
 
 
@@ -405,7 +407,7 @@ def test_the_tokenizer_of_the_data_comes_along(
 
 
 def test_a_dense_model_that_was_adapted_leaves(tmp_path: Path, data: Path) -> None:
-    """docs/adapt.md in small: split, null experts, a teacher and a controller; then the folder, with the run's logits."""
+    """docs/adapt.md in small: split, null experts, a teacher and a controller. The exported folder has the run's logits."""
     import_model(
         save(tiny_model("llama"), tmp_path / "theirs"), tmp_path / "dense", ImportOptions(modalities=("text", "image"))
     )

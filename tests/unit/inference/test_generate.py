@@ -1,4 +1,4 @@
-"""Token after token: cached logits are those of the whole sequence, for every kind of layer, step and batch."""
+"""Generation token by token: cached logits equal logits of the whole sequence, for every kind of layer, step and batch."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -98,7 +98,7 @@ def test_cached_logits_of_experts_that_choose(causal: str, mixture_of_depths: st
 
 @torch.no_grad()
 def test_padding_leaves_no_entry_and_shifts_nothing() -> None:
-    """Prompts of 3 and 5 tokens side by side, then two more tokens each: every row as if it were alone."""
+    """Prompts of 3 and 5 tokens in one batch, then two more tokens each: every row equals a run alone."""
     model = make_transformer(moe_layers=(0, 1, 2), dtype=torch.float64).eval()
     tokens = torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(2))
     lengths = [3, 5]
@@ -135,7 +135,7 @@ def generator(tiny_data: str) -> Generator:
 
 
 def slow_generate(generator: Generator, prompt: list[int], length: int) -> list[int]:
-    """The likeliest token each time, by whole forwards; text alone."""
+    """Takes the most likely token each time, by whole forwards, for text only."""
     tokens = list(prompt)
     for _ in range(length):
         logits = whole(generator.model, torch.tensor([tokens]))[0, -1].double()
@@ -177,7 +177,7 @@ def test_seeds_repeat_and_samples_do_not_depend_on_their_number(generator: Gener
     three = generator([[9, 10]] * 3, request)
     assert generator([[9, 10]] * 3, request) == three
     assert generator([[9, 10]] * 5, request)[:3] == three
-    assert generator([[9, 10]] * 70, request)[:3] == three  # more than are computed at once
+    assert generator([[9, 10]] * 70, request)[:3] == three  # more than one batch
     assert generator([[9, 10]] * 3, replace(request, seed=8)) != three
     assert len(set(map(tuple, three))) > 1
 

@@ -1,4 +1,4 @@
-"""What may follow what: pictures of exactly their number of codes, and text around them."""
+"""Allowed next tokens: pictures have exactly their number of codes, with text around them."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_a_picture_is_its_codes_and_its_end(grammar: Grammar) -> None:
     assert [codes.tolist() for codes in grammar.pictures(tokens)] == [list(range(CELLS))]
     assert grammar.text(tokens) == [9, 12]
     assert grammar.state([9], CELLS + 2) is GrammarState.TEXT
-    assert grammar.state([9], CELLS + 1) is GrammarState.TEXT_ONLY  # no room for a whole picture
+    assert grammar.state([9], CELLS + 1) is GrammarState.TEXT_ONLY  # too few positions for a whole picture
     assert grammar.pictures(tokens[:10]) == []
 
 

@@ -1,4 +1,4 @@
-"""The model as lm-evaluation-harness sees it; test_harness_parity.py holds it to the harness's own class."""
+"""The model class for lm-evaluation-harness. test_harness_parity.py compares it with the harness's own class."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ def made(parts: Parts, max_seq_len: int = 192) -> HarnessModel:
 
 
 def asked(arguments: tuple[Any, ...]) -> Instance:
-    return Instance("loglikelihood", {}, arguments, 0)  # the model looks at the arguments alone
+    return Instance("loglikelihood", {}, arguments, 0)  # the model reads only the arguments
 
 
 def nats(parts: Parts, context: list[int], tokens: list[int]) -> float:
@@ -54,7 +54,7 @@ def test_loglikelihood(parts: Parts) -> None:
     model, prompt = made(parts), parts.vocabulary.text_prompt
     requests = [asked(("text", " 12")), asked(("", "text")), asked(("text ", "12")), asked(("x" * 500, " y"))]
     scores = model.loglikelihood(requests)
-    assert scores[0] == scores[2]  # a space between belongs to the continuation
+    assert scores[0] == scores[2]  # a space in between belongs to the continuation
     assert scores[0][0] == pytest.approx(nats(parts, prompt("text"), prompt(" 12")[1:]), rel=1e-5)
     assert scores[1][0] == pytest.approx(nats(parts, prompt(""), prompt("text")[1:]), rel=1e-5)
     bos, *long = prompt("x" * 500)

@@ -1,8 +1,8 @@
-"""lm-evaluation-harness measures the same through our model class as through its own class for Hugging Face models.
+"""lm-evaluation-harness measures the same with our model class as with its own class for Hugging Face models.
 
-A run with random weights is exported in each form, gets a tokenizer in Hugging Face's form beside it, and is loaded by
-`HFLM`. The published form with null, copy and constant experts has no class in transformers: there the reference computes.
-Adapters are merged, or put on their base by PEFT.
+A run with random weights is exported in each form, gets a Hugging Face tokenizer, and is loaded by `HFLM`. transformers has
+no class for the published form with null, copy and constant experts, so the reference computes it. Adapters are merged, or
+loaded on their base by PEFT.
 """
 
 import json
@@ -42,8 +42,8 @@ QUESTIONS = 12
 
 @dataclass(frozen=True)
 class Both:
-    """A run, its model as the harness sees it here, and its export as the harness's own class sees it: with the mark of the
-    beginning before each context, and without, as running texts want it."""
+    """A run: our model for the harness, and its export in the harness's own class. The export is loaded with the begin
+    token before each context, and without, as running texts need."""
 
     run: Path
     ours: HarnessModel
@@ -52,14 +52,14 @@ class Both:
 
 
 ONE = {"all": {"num_experts": 4, "top_k": 2, "ffn_dim": 16, "modalities": ["text", "image"]}}
-# Groups with null, identity and constant experts, chosen by a bias.
+# Groups with null, identity and constant experts, and a selection bias.
 GROUPS = {
     "text": {"num_experts": 4, "num_null": 3, "num_identity": 1, "num_constant": 1, "top_k": 3, "ffn_dim": 16},
     "image": {"num_experts": 2, "num_null": 2, "top_k": 2, "ffn_dim": 24},
 }
 LIMITED = {"model__moe__router": {"kind": "group_limited", "n_group": 2, "topk_group": 1}, "model__moe__shared_ffn_dim": 16}
 ZERO_COMPUTATION = {**ONE["all"], "num_null": 2, "num_identity": 1, "num_constant": 1, "top_k": 3}
-FORMS: dict[str, dict[str, Any]] = {  # the model, by the form in which it leaves
+FORMS: dict[str, dict[str, Any]] = {  # changes of the model, by the form of its export
     "mixtral": {},
     "olmoe": {"model__qk_norm": "full", "model__moe__router": {"kind": "top_k", "normalise": "none"}},
     "qwen2_moe": {"model__attention_bias": "qkv", "model__moe__shared_ffn_dim": 16, "model__moe__shared_gate": True},
@@ -105,13 +105,13 @@ FORMS: dict[str, dict[str, Any]] = {  # the model, by the form in which it leave
 }
 MERGED, PEFT = "adapters, merged", "adapters of PEFT"
 
-# A plain family, the published form, the form that brings its code, and adapters; test-full takes all.
+# A plain family, the published form, the form with its own code, and adapters. test-full runs all.
 COVER = ("mixtral", "qwen3_moe_plus_plus", "moe_dist", PEFT)
 
 
 def adapted(root: Path, form: str) -> tuple[Path, Any]:
-    """Saves adapters on the exported Mixtral in `root` as `root / "adapted"`. Returns the folder of the model with them and
-    what the harness loads."""
+    """Saves adapters on the exported Mixtral in `root` as `root / "adapted"`. Returns the folder of the adapted model, and
+    the model for the harness."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -124,7 +124,7 @@ def adapted(root: Path, form: str) -> tuple[Path, Any]:
         assert export_model(root / "adapted", root / "merged").merged
         return root / "merged", str(root / "merged")
     export_adapters(root / "adapted", root / "peft")
-    base = AutoModelForCausalLM.from_pretrained(root / "hf")  # given its name, the harness would cut its vocabulary
+    base = AutoModelForCausalLM.from_pretrained(root / "hf")  # with only a name, the harness would cut the vocabulary
     return root / "hf", PeftModel.from_pretrained(base, str(root / "peft"))
 
 
@@ -133,14 +133,14 @@ def adapted(root: Path, form: str) -> tuple[Path, Any]:
     params=[form if form in COVER else pytest.param(form, marks=pytest.mark.full) for form in (*FORMS, MERGED, PEFT)],
 )
 def both(request: pytest.FixtureRequest, own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
-    from lm_eval.models.huggingface import HFLM  # transformers: seconds that no other test here needs
+    from lm_eval.models.huggingface import HFLM  # imports transformers, which takes seconds
     from transformers import PreTrainedTokenizerFast
 
     root = tmp_path_factory.mktemp("exported")
     shape: dict[str, Any] = {"model__vocab_size": VOCAB, "model__max_seq_len": LONGEST, "data__seq_len": LONGEST}
     form = "mixtral" if request.param in (MERGED, PEFT) else request.param
     shape |= {"model__moe__groups": ONE, **FORMS[form]}
-    with world_of_one():  # weights so large that log-likelihoods differ by whole nats
+    with world_of_one():  # large weights, so that log-likelihoods differ by whole nats
         made = OneRank(own_data, root / "runs", model__init_std=0.3, **shape)
         made.train_and_save()
     run = made.folder.parent
@@ -169,7 +169,8 @@ def asked(kind: Any, arguments: Sequence[tuple[str, ...]]) -> list[Instance]:
 
 
 def likeliest(model: Any, contexts: Sequence[str]) -> tuple[str, str]:
-    """The first context behind which the likeliest token is text that is read back as it, with that text."""
+    """Returns the first context whose most likely next token is text that survives decoding and encoding, with that
+    text."""
     for context in contexts:
         ids = model.tok_encode(context)
         token = int(model._model_call(torch.tensor([ids]))[0, -1].argmax())
@@ -196,7 +197,7 @@ def test_log_likelihoods_of_continuations(both: Both) -> None:
 
 
 def test_log_likelihoods_of_running_texts(both: Both) -> None:
-    """Longer than the model's window, and shorter."""
+    """One text is longer than the model's window, one shorter."""
     requests = asked("loglikelihood_rolling", [("text 1 text 2 " * 40,), ("text",)])
     ours, theirs = both.ours.loglikelihood_rolling(requests), both.unmarked.loglikelihood_rolling(requests)
     assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-4)
@@ -204,7 +205,7 @@ def test_log_likelihoods_of_running_texts(both: Both) -> None:
 
 
 def written_tasks(folder: Path) -> str:
-    """YAML files of two tasks over questions in a local file, with a comma between."""
+    """Writes YAML files of two tasks over questions in a local file. Returns their names, separated by a comma."""
     lines = []
     for number in range(QUESTIONS):
         choices = [f"{number * 7 % 30} text", f"{number * 5 % 30}", "even picture"]
@@ -238,8 +239,8 @@ def written_tasks(folder: Path) -> str:
 
 
 def measured(model: Any, tasks: str) -> dict[str, Any]:
-    """What the harness measures of the model in each task."""
-    from lm_eval.evaluator import evaluate  # not `simple_evaluate`, which lists the environment's packages each time
+    """Returns the harness's results of the model in each task."""
+    from lm_eval.evaluator import evaluate  # `simple_evaluate` would list the environment's packages each time
     from lm_eval.tasks import TaskManager
 
     loaded = TaskManager(include_defaults=False).load(tasks.split(","))

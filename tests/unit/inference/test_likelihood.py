@@ -1,4 +1,4 @@
-"""Scores against the slow way: one forward over each prefix alone, without padding, batch or labels."""
+"""Scores against the slow method: one forward per prefix, without padding, batch or labels."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.support.transformers import make_transformer
 
 @torch.no_grad()
 def next_token(model: Transformer, prefix: list[int]) -> list[float]:
-    """Log-probabilities of the token behind a prefix, by the definition."""
+    """Returns the log-probabilities of the token after a prefix, by definition."""
     tokens = torch.tensor([prefix])
     group = (tokens >= IMAGE_IDS[0]).to(torch.int64)
     logits, _ = model(tokens, torch.arange(len(prefix))[None], torch.zeros_like(tokens, dtype=torch.int32), group)
@@ -58,7 +58,7 @@ def test_scores_are_the_slow_ones(tiny_data: Path, batch_tokens: int) -> None:
 def test_what_does_not_fit_is_refused(tiny_data: Path) -> None:
     model = make_transformer(moe_layers=(0,))
     score = Likelihood(model, load_manifest(tiny_data), group_of_modality=[0, 1], max_seq_len=8)
-    assert len(score([Continuation([1] * 4, [5] * 5)])) == 1  # the last token is scored and never read
+    assert len(score([Continuation([1] * 4, [5] * 5)])) == 1  # the last token is scored, but is no input
     with refused(ConfigError, "model.max_seq_len"):
         score([Continuation([1] * 5, [5] * 5)])
     with refused(ConfigError):
@@ -71,7 +71,7 @@ def test_the_two_measures() -> None:
     scores = [Score(-3.0, False), Score(-4.0, False), Score(-5.0, False)]
     assert likeliest(scores, choices, "plain") == 0
     assert likeliest(scores, choices, "normalised") == 1
-    assert likeliest([Score(-3.0, False)] * 2, choices[:1] * 2, "plain") == 0  # the first of equal ones
+    assert likeliest([Score(-3.0, False)] * 2, choices[:1] * 2, "plain") == 0  # takes the first of equal scores
 
 
 def test_a_question_is_right_if_it_is_under_each_rotation() -> None:

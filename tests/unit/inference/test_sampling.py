@@ -15,7 +15,7 @@ from moe_dist.inference.sampling import Sampling, UniformDraws, draw, guided, pr
 def slow_probabilities(
     logits: list[float], allowed: list[bool], temperature: float, top_p: float
 ) -> tuple[list[float], bool]:
-    """One row, token by token; and whether the nucleus hangs on the last bits of a sum."""
+    """Computes one row token by token. Also returns whether rounding decides the nucleus."""
     ids = [token for token in range(len(logits)) if allowed[token]]
     ids.sort(key=lambda token: (-logits[token], token))
     if temperature == 0:

@@ -1,4 +1,4 @@
-"""Moments in bf16 between steps: the same steps as a slow reference, on any slices, saved, verified and resumed."""
+"""bf16 moments: steps equal a slow reference for any slices, and moments are saved, verified and resumed."""
 
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def test_any_cut_of_a_parameter_has_the_same_bits(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("beta", "vanishes"), [(0.99, True), (0.999, False)])
 def test_a_moment_without_gradient_vanishes_only_below_the_bound(beta: float, vanishes: bool) -> None:
-    """So configurations with larger betas are refused."""
+    """Configurations with larger betas are therefore refused."""
     parameter = nn.Parameter(torch.ones(1))
     optimizer = AdamW([{"params": [parameter]}], lr=0.0, betas=(beta, beta), eps=1e-8, moments="bf16")
     for step in range(1200):

@@ -30,7 +30,7 @@ def test_float64_stays_exact_and_bf16_is_summed_in_fp32() -> None:
         rtol=1e-14,
         atol=0,  # type: ignore[union-attr]
     )
-    coarse = with_gradient(torch.full((4097,), 1.0, dtype=torch.bfloat16))  # 4097 is not a bf16 number, nor is its root
+    coarse = with_gradient(torch.full((4097,), 1.0, dtype=torch.bfloat16))  # bf16 can represent neither 4097 nor its root
     torch.testing.assert_close(
         local_norm_squared([(coarse, 1)], device=CPU), torch.tensor(4097.0, dtype=torch.float64), rtol=1e-6, atol=0
     )

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def model_of(**parameters: tuple[Role, tuple[int, ...]]) -> nn.Module:
-    """A module with one child for each parameter, which has a role and a `weight` of a shape."""
+    """Returns a module with one child per parameter, with its role and a `weight` of its shape."""
     model = nn.Module()
     for name, (role, shape) in parameters.items():
         child = nn.Module()
@@ -53,7 +53,8 @@ def test_empty_and_frozen_parameters_are_left_out() -> None:
 
 
 def step_over_meshes(rank: RankContext) -> list[set[str]]:
-    """A step over plain tensors and DTensors of two meshes, one of them empty on rank 1; kinds of each group."""
+    """Takes a step over plain tensors and DTensors of two meshes, one of them empty on rank 1. Returns the kinds of tensors
+    in each group."""
     grid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("world", "edp"))
     parameters = {
         "plain": nn.Parameter(torch.ones(2, 2)),

@@ -18,7 +18,7 @@ def test_cosine_reaches_its_floor_at_the_last_step_and_keeps_it() -> None:
     schedule = CosineSchedule(warmup_steps=2, min_ratio=0.1).model_dump()
     values = factors(10, **schedule)
     assert values[:2] == [0.5, 1.0]
-    assert values[5] == pytest.approx(0.55)  # half way between warm-up and end
+    assert values[5] == pytest.approx(0.55)  # halfway between warm-up and end
     assert values[-1] == pytest.approx(0.1)
     assert values[2:] == sorted(values[2:], reverse=True)
     assert lr_factor(25, total_steps=10, **schedule) == pytest.approx(0.1)

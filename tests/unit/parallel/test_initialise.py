@@ -1,4 +1,4 @@
-"""Initial values: a module can set a constant start for a parameter, which the draw would overwrite otherwise."""
+"""Initial values: a module can set a constant start value for a parameter, which the random draw must not overwrite."""
 
 from pathlib import Path
 

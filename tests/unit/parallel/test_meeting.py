@@ -1,4 +1,4 @@
-"""Ranks meet at a start, each in a thread: under any launcher, after earlier starts, and with ranks that do not fit."""
+"""The rendezvous of ranks, each in a thread: under any launcher, after earlier starts, and with ranks that do not fit."""
 
 import socket
 import threading
@@ -41,7 +41,7 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> TCPStore:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a rank: its attempt_id, after it has set a key that all ranks of its start must see."""
+    """Starts a rank. Returns its attempt_id, after it has set a key that all ranks of its start must see."""
 
     def run(env: RankEnv, seconds: float, folder: Path, stopped: Callable[[], bool]) -> str:
         with meeting(env, folder, StartWait(env.rank, seconds, stopped=stopped)) as (store, attempt_id):
@@ -49,7 +49,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
             store.set(str(env.rank), attempt_id)
             store.wait([str(rank) for rank in range(env.world_size)], timedelta(seconds=600))
             store.set(f"{env.rank} has seen all", "")
-            if env.rank == 0:  # without a store of the launcher, the store ends with this thread
+            if env.rank == 0:  # without a launcher's store, rank 0's store ends with this thread
                 store.wait([f"{rank} has seen all" for rank in range(env.world_size)], timedelta(seconds=600))
         return attempt_id
 
@@ -62,7 +62,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def test_ranks_of_other_nodes_wait_while_rank_0_waits_for_the_lease(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another attempt still writes to the run for minutes, by the clock of the waiting rank."""
+    """By the waiting rank's clock, another attempt writes to the run for minutes."""
     now = [0.0]
 
     def sleep(_: float) -> None:
@@ -77,7 +77,7 @@ def test_ranks_of_other_nodes_wait_while_rank_0_waits_for_the_lease(
     zero = RankEnv(0, 2, 0, 1, PUBLISHED, 0, "of-both")
 
     def rank_0() -> str:
-        Attempt(zero).open(config)  # as a rank does before it meets the others
+        Attempt(zero).open(config)  # a rank opens the run before the rendezvous
         return start(zero, folder=folder.path).result(600)
 
     with ThreadPoolExecutor(1) as pool:
@@ -92,7 +92,7 @@ def test_ranks_of_other_nodes_wait_while_rank_0_waits_for_the_lease(
 
 
 def test_all_ranks_take_the_name_of_rank_0_though_each_drew_its_own(start: Start, agent: TCPStore, tmp_path: Path) -> None:
-    """Two restarts in the store of one agent: agents count restarts differently, and old keys are still there."""
+    """Two restarts use the store of one agent. Agents count restarts differently, and old keys remain."""
     for name in ("first", "second", "third"):
         ranks = [start(env) for env in (SECOND, THIRD, replace(FIRST, attempt_id=name))]
         assert [rank.result(600) for rank in ranks] == [name] * 3
@@ -102,7 +102,7 @@ def test_all_ranks_take_the_name_of_rank_0_though_each_drew_its_own(start: Start
 def test_a_process_of_an_earlier_start_delays_no_later_one(start: Start, agent: TCPStore) -> None:
     hellos = Mailbox(PrefixStore("moe_dist/hello", agent))
     hellos.post("a token whose process is gone")
-    PrefixStore("moe_dist/hello", agent).add("count", 1)  # and one that was killed before it wrote its token
+    PrefixStore("moe_dist/hello", agent).add("count", 1)  # also a rank that was killed before it wrote its token
     ranks = [start(env) for env in (FIRST, SECOND, THIRD)]
     assert {rank.result(600) for rank in ranks} == {"of-rank-0"}
 
@@ -110,15 +110,15 @@ def test_a_process_of_an_earlier_start_delays_no_later_one(start: Start, agent: 
 def test_ranks_far_apart_meet_and_rank_0_says_who_is_missing(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without a store of the launcher: rank 0 publishes its address, or owns the store at MASTER_ADDR."""
+    """Without a launcher's store, rank 0 publishes its address, or owns the store at MASTER_ADDR."""
     monkeypatch.setattr(rendezvous, "SAY_SECONDS", 0.2)
-    monkeypatch.setattr(rendezvous, "SHARED_SECONDS", 0.0)  # nobody waits for a late rank with this limit
+    monkeypatch.setattr(rendezvous, "SHARED_SECONDS", 0.0)  # no rank waits for a late rank with this limit
     monkeypatch.setenv("MOE_DIST_RENDEZVOUS_HOST", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)  # as under mpirun, srun or Kubernetes
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)  # unset under mpirun, srun and Kubernetes
     owned = [FIRST, SECOND, THIRD]
     published = [replace(each, init_method=PUBLISHED, attempt_id="job.1") for each in owned]
     for first, second, third in (published, published[::-1], owned, owned[::-1]):
@@ -185,7 +185,7 @@ def test_a_stop_while_rank_0_waits_stops_all_with_75(start: Start, agent: TCPSto
 
 
 def test_a_stop_of_one_rank_before_it_meets_rank_0_stops_all_with_75(start: Start, agent: TCPStore) -> None:
-    """Else the others would wait for the stopped rank until start_seconds are over."""
+    """Otherwise the others would wait for the stopped rank until start_seconds are over."""
     ranks = [start(SECOND, stopped=lambda: True)]
     time.sleep(0.5)
     ranks += [start(FIRST), start(THIRD)]

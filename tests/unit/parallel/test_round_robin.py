@@ -1,4 +1,4 @@
-"""Rounds of disjoint pairs, and which pairs look slow."""
+"""Rounds of disjoint pairs, and the pairs that look slow."""
 
 from itertools import combinations
 
@@ -30,7 +30,7 @@ def test_every_two_meet_once_and_no_node_twice_in_a_round(nodes: int) -> None:
 def measured(
     nodes: int, slow: dict[tuple[int, int], float], *, kind: str = "all_to_all"
 ) -> dict[tuple[int, int], PairExchange]:
-    """Every pair takes 1 s but those in `slow`, in one of the collectives."""
+    """Returns times: 1 s for every pair but those in `slow`, which are slower in one of the collectives."""
     other = "all_reduce" if kind == "all_to_all" else "all_to_all"
     return {pair: PairExchange(**{kind: slow.get(pair, 1.0), other: 1.0}) for pair in combinations(range(nodes), 2)}
 

@@ -1,4 +1,5 @@
-"""The oldest torch of setup.py is enough: torch 2.11 lacks `ShardPlacementResult`, which shards experts over edp ranks."""
+"""The oldest torch of setup.py works, although torch 2.11 lacks `ShardPlacementResult`, which shards experts over edp
+ranks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from moe_dist.placement.parameter_names import Role
 from tests.support.layouts import Layout, build
 
 ROOT = Path(__file__).parents[3]
-# Private names of torch that are imported when a module is; `make torch-floor` shows that torch 2.11 has each.
+# Private names of torch that modules import at once. `make torch-floor` checks that torch 2.11 has each.
 IMPORTED = {
     "torch._subclasses.fake_tensor.FakeTensor",
     "torch._subclasses.fake_tensor.FakeTensorMode",
@@ -26,17 +27,17 @@ IMPORTED = {
     "torch.utils._pytree.tree_leaves",
 }
 LAZY = {
-    "torch._dynamo.utils",  # gpu-check; so is the sanitizer
+    "torch._dynamo.utils",  # imported only by gpu-check, like the sanitizer
     "torch.cuda._sanitizer.CUDASanitizerDispatchMode",
     "torch.distributed.fsdp._fully_shard._fsdp_common.FSDPMeshInfo",
-    "torch.distributed.fsdp._fully_shard._fsdp_common.ShardPlacementResult",  # not in torch 2.11
+    "torch.distributed.fsdp._fully_shard._fsdp_common.ShardPlacementResult",  # torch 2.11 lacks it
     "torch.testing._internal.distributed.fake_pg.FakeStore",
 }
 
 
 @pytest.fixture
 def two_ranks() -> Iterator[None]:
-    """Rank 0 of a world whose collectives do nothing."""
+    """Makes this process rank 0 of a world whose collectives do nothing."""
     pretend_world(rank=0, world_size=2)
     yield
     destroy_world()
@@ -48,7 +49,7 @@ def built(layout: Layout) -> ParallelModel:
 
 @pytest.mark.usefixtures("two_ranks")
 def test_without_other_holders_experts_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(_fsdp_common, "ShardPlacementResult", raising=False)  # torch 2.11 has none
+    monkeypatch.delattr(_fsdp_common, "ShardPlacementResult", raising=False)  # torch 2.11 lacks it
     parallel = built(Layout(2, 1, data="fsdp2"))
     sharded = {each.role: isinstance(each.parameter, DTensor) for each in parallel.parameters}
     assert not sharded[Role.EXPERT]

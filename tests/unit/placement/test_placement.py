@@ -1,4 +1,4 @@
-"""The map itself: where each expert is, and which maps are refused."""
+"""The placement: the rank of each expert, and refused placements."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Roles of parameters, and logical names: checkpoints and initial values of an earlier version hang on the names."""
+"""Roles of parameters, and logical names, on which checkpoints and initial values of earlier versions depend."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from moe_dist.train.build.training import build_model
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
 
-# Of each case and tensor its shape and a hash of its initial bytes, as commit e0d2e61 makes them with seed 3.
+# For each case and tensor, its shape and a hash of its initial bytes, made by commit e0d2e61 with seed 3.
 WRITTEN_BEFORE = json.loads((Path(__file__).parents[2] / "data/names_of_e0d2e61.json").read_text())
 SMALL = {"model.hidden_dim": 8, "model.num_heads": 2, "model.num_kv_heads": 1, "model.vocab_size": 16}
 PAIR = {name: {"num_experts": 2, "top_k": 1, "ffn_dim": width} for name, width in (("text", 4), ("image", 6))}
@@ -63,7 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
         "run.init_rules": ["adapt"],
     },
 }
-LATER: dict[str, dict[str, Any]] = {  # kinds that commit e0d2e61 did not have
+LATER: dict[str, dict[str, Any]] = {  # kinds that commit e0d2e61 lacks
     "ffn_lora": {**CASES["lora"], "model.moe.experts": {"kind": "ffn_lora", "rank": 2, "alpha": 4.0}},
 }
 
@@ -116,7 +116,7 @@ def test_a_group_may_be_called_like_a_role(name: str, role: Role) -> None:
 
 
 def roles_when_sharded(rank: RankContext) -> bool:
-    """Whether FSDP2 and the allocation of memory leave roles and logical names as they were."""
+    """Returns whether FSDP2 and the allocation of memory keep roles and logical names."""
     mesh = make_mesh(ep=1, device=torch.device("cpu"), timeout=60.0)
     same = []
     for case in CASES:
@@ -130,6 +130,6 @@ def roles_when_sharded(rank: RankContext) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.full  # tests/distributed trains sharded models by their roles
+@pytest.mark.full  # tests/distributed trains sharded models with these roles
 def test_roles_survive_sharding(run_in_world: Callable[..., list[Any]]) -> None:
     assert run_in_world(2, roles_when_sharded) == [True, True]

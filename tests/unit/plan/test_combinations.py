@@ -1,7 +1,7 @@
-"""Random combinations of kinds: each is refused by preflight in words, or builds and takes a step on tiny sizes.
+"""Random combinations of kinds: preflight refuses each with a reason, or it builds and takes a step on tiny sizes.
 
-A run of one rank takes a real step and, where it has causal evaluation, a forward pass of evaluation; of several ranks each
-rank's model is built on the meta device, as a dry run builds it.
+A run of one rank takes a real step, and with causal evaluation a forward pass of evaluation. With several ranks, each
+rank's model is built on the meta device, as in a dry run.
 """
 
 import random
@@ -54,10 +54,10 @@ def _alone() -> Iterator[None]:
 
 
 def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
-    """One configuration as plain values; about one choice of five is a rare one."""
+    """Returns one configuration as plain values. About one choice in five is a rare one."""
 
     def rare(*values: Callable[[], Any] | Any, p: float = 0.2) -> Any:
-        """The first value, or with probability `p` one of the others."""
+        """Returns the first value, or with probability `p` another one."""
         value = rng.choice(values[1:]) if rng.random() < p else values[0]
         return value() if callable(value) else value
 
@@ -211,7 +211,7 @@ def refused(values: dict[str, Any], path: Path) -> tuple[Preflight | None, tuple
 
 
 def check_words(problems: tuple[str, ...]) -> None:
-    """Each problem begins with a key of the schema, and has a rule and a way to mend it."""
+    """Checks that each problem begins with a key of the schema, and has a rule and a fix."""
     for problem in problems:
         key = re.match(r"[a-z_.0-9A-Z-]+", problem)
         assert key is not None, problem
@@ -220,7 +220,7 @@ def check_words(problems: tuple[str, ...]) -> None:
         assert re.search(FIXES, problem), problem
 
 
-@cache  # each mesh makes process groups, whose threads would pile up over 2,000 draws
+@cache  # each mesh makes process groups, whose threads would accumulate over 2,000 draws
 def mesh_of(ranks_per_node: int | None) -> Mesh:
     return make_mesh(ep=1, device=torch.device("cpu"), timeout=600.0, ranks_per_node=ranks_per_node)
 
@@ -244,7 +244,7 @@ def build_each_rank(plan: Preflight) -> None:
 
 
 def run(numbers: range, seed: int, data: Path, root: Path) -> None:
-    """Draws up to the last of these numbers, and builds those that are among them."""
+    """Draws all configurations up to the last of these numbers, and builds the numbered ones."""
     rng, built, count = random.Random(seed), 0, len(numbers)
     for number in range(numbers.stop):
         values = drawn(rng, data, root)

@@ -1,4 +1,4 @@
-"""Estimates of layouts: their list, and what must follow from bytes, rates and memory."""
+"""Estimates of layouts: their list, and the effects of bytes, rates and memory."""
 
 import numpy as np
 import pytest
@@ -57,9 +57,9 @@ def test_bytes_are_those_of_the_dispatch_contract() -> None:
     config = load_config("olmoe_1b7b_8gpu")
     found = estimated(config)
     tokens = config.train.global_batch * config.data.seq_len
-    rows = 8 * (1 - np.prod([(56 - i) / (64 - i) for i in range(8)])) * 7 / 8  # distinct ranks of a token, not its own
+    rows = 8 * (1 - np.prod([(56 - i) / (64 - i) for i in range(8)])) * 7 / 8  # distinct other ranks of a token
     assert found.bytes_inside + found.bytes_between == pytest.approx(4 * tokens * 16 * rows * 2048 * 2)
-    assert found.bytes_between > 0  # nodes of four ranks
+    assert found.bytes_between > 0  # nodes have four ranks
     block = estimated(load_config("olmoe_1b7b_8gpu", ["parallel.recompute=block"]))
     assert block.bytes_inside == pytest.approx(found.bytes_inside * 5 / 4)
     assert found.seconds == pytest.approx(found.busy + found.imbalance + found.exchange + found.tail)
@@ -80,7 +80,7 @@ def test_memory_is_that_of_the_dry_run_with_its_spread() -> None:
     assert found.memory[0] < found.memory[1] < found.memory[2]
     assert found.out_of_memory < 1e-6
     tight = estimated(config, most_bytes=found.memory[0])
-    assert tight.out_of_memory == pytest.approx(1.0)  # half of all micro-batches, of which a step has many
+    assert tight.out_of_memory == pytest.approx(1.0)  # half of all micro-batches fail, and a step has many
     assert 0.0 < estimated(config, most_bytes=found.memory[2] + (found.memory[2] - found.memory[1])).out_of_memory < 1.0
 
 
@@ -106,7 +106,7 @@ def test_gathers_slow_the_compute_beside_them_and_the_first_shows() -> None:
     assert slow.busy == quick.busy
     number = sum(vars(parameters(config.model)).values())
     micro_batches = 1024 // (config.train.micro_batch * 4)
-    seconds = 3 / 4 * number * (2 * 2 + 4) / 1e12  # gathered twice in bf16, summed in fp32
+    seconds = 3 / 4 * number * (2 * 2 + 4) / 1e12  # parameters are gathered twice in bf16, and gradients summed in fp32
     assert slow.tail - quick.tail == pytest.approx(micro_batches * seconds * (1 / 16 + SLOWED), rel=0.01)
 
 

@@ -1,4 +1,4 @@
-"""The count of parameters and FLOPs, by hand, by published models, and by torch's own counter on the model that runs."""
+"""Counts of parameters and FLOPs: by hand, against published models, and against torch's counter on the real model."""
 
 import json
 from typing import Any
@@ -81,7 +81,7 @@ def test_flops_by_hand() -> None:
 
 
 def test_free_experts_by_hand() -> None:
-    """Router rows of every column; of constant experts a vector and two gate rows each, of identity ones nothing."""
+    """Counts router rows of every column. A constant expert adds a vector and two gate rows, an identity expert nothing."""
     model = shape(moe={"groups": {"text": group(3, 1, 2, 5, num_identity=2, num_constant=4)}})
     parts = parameters(model)
     assert parts.router == 2 * 8 * (3 + 1 + 2 + 4)
@@ -168,8 +168,8 @@ def config(*, free: bool = False, model: dict[str, Any] | None = None, **paralle
 
 
 def count_training(config: Config, batch: int = 4, choices: int = 0) -> tuple[int, float, int]:
-    """FLOPs of forward and backward as torch counts them, mean experts a token, and tokens. With `choices` the loss is the
-    cross entropy over so many words."""
+    """Returns torch's FLOPs of forward and backward, the mean experts per token, and the tokens. With `choices` the loss is
+    the cross entropy over this many words."""
     placement = make_placement(config.placement, expert_groups(config.model.moe), num_ranks=1, token_mix={})
     torch.manual_seed(0)
     model = build_model(config, placement, ep_rank=0, ep_group=None)
@@ -179,7 +179,7 @@ def count_training(config: Config, batch: int = 4, choices: int = 0) -> tuple[in
     length = config.data.seq_len
     tokens = torch.randint(config.model.vocab_size, (batch, length))
     zeros = torch.zeros(batch, length, dtype=torch.int64)
-    # The math kernel's products are ordinary matrix products, which the counter sees on CPU.
+    # The math kernel uses ordinary matrix products, which the counter sees on a CPU.
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         of_choices = (NO_REQUEST, tokens, Choices(tokens[:, :choices])) if choices else ()
         logits, reports = model(tokens, torch.arange(length).expand(batch, -1), zeros.int(), zeros, *of_choices)
@@ -199,12 +199,11 @@ def test_agrees_with_torchs_counter(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
 def test_depths_agree_with_torchs_counter(causal: str) -> None:
-    """One sequence, since slots of several sequences stand in one row, whose products the CPU's dense mask computes all.
-    Not seen by the counter: scores (sums of products), and the auxiliary routers' backward, whose loss is not here.
-    """
+    """Uses one sequence, because slots of several sequences form one row, and the CPU's dense mask computes all its
+    products. The counter does not see scores (sums of products), and the loss lacks the auxiliary routers' backward."""
     cfg = config(model={"mixture_of_depths": {"first": 1, "every": 1, "capacity": 0.25, "causal": causal}})
     counted, experts, tokens = count_training(cfg, batch=1)
-    assert experts < 0.6  # of all tokens, while those that are taken have 4 / 3
+    assert experts < 0.6  # mean over all tokens; computed tokens have 4 / 3
     model = cfg.model
     assert len(model.depth_layers) == 2
     sizes = {"experts_per_token": {"text": experts / 0.25}, "token_share": {"text": 1.0}}
@@ -270,7 +269,7 @@ def test_a_shared_adapter_is_stored_once_and_multiplied_by_each_expert_of_a_toke
         shape(moe={"groups": groups, "experts": {"kind": "ffn_lora", "rank": 2, "alpha": 2.0, "shared": shared}})
         for shared in (False, True)
     )
-    of_one = 2 * 2 * (8 + 2 * 5 + 5 + 8)  # in two MoE layers
+    of_one = 2 * 2 * (8 + 2 * 5 + 5 + 8)  # of one expert, in two MoE layers
     assert (parameters(own).adapters, parameters(shared).adapters) == (5 * of_one, 2 * of_one)
     share = {"text": 0.5, "image": 0.5}
     for model in (own, shared):
@@ -279,17 +278,16 @@ def test_a_shared_adapter_is_stored_once_and_multiplied_by_each_expert_of_a_toke
 
 
 def test_lora_agrees_with_torchs_counter() -> None:
-    """The forward exactly; the whole up to what has no gradient below the first adapter, which is counted here by hand."""
+    """The forward agrees exactly. The total agrees after subtracting the backward below the first adapter, which is counted
+    here by hand."""
     cfg = lora_config()
     counted, experts, tokens = count_training(cfg)
     model = cfg.model
     forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
     frozen = frozen_flops(model, forward, seq_len=cfg.data.seq_len)
-    below = (
-        2 * (32 * 32 + 2 * 32 * 16) + 2 * 3 * 32
-    )  # of layer 0: q, k, v and q's first matrix need no gradient of their input
-    scores_of_keys = 2 * 32 * 16  # and k has no adapter, so the scores' gradient of the keys is not computed
-    values = 2 * 32 * 16  # nor that of the values
+    below = 2 * (32 * 32 + 2 * 32 * 16) + 2 * 3 * 32  # in layer 0, q, k, v and q's first matrix need no input gradient
+    scores_of_keys = 2 * 32 * 16  # k has no adapter, so the keys get no gradient from the scores
+    values = 2 * 32 * 16  # nor do the values
     expected = training_flops(forward, frozen=frozen) - below - scores_of_keys - values
     assert counted == pytest.approx(expected * tokens, rel=1e-3)
 
@@ -299,7 +297,7 @@ def tuned_config(layers: list[int], objective: str = "tokens") -> Config:
     values["run"] |= {"init_from": "x"}
     values["train"]["only"] = "routers"
     values["router_tuning"] = {"data": "none", "layers": layers, "objective": objective}
-    values["model"]["moe"]["groups"]["text"]["num_null"] = 0  # each layer takes as many experts as the other
+    values["model"]["moe"]["groups"]["text"]["num_null"] = 0  # both layers take equally many experts
     return Config.model_validate_json(json.dumps(values))
 
 
@@ -323,12 +321,12 @@ def test_choices_have_no_output_layer() -> None:
     model = cfg.model
     forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
     expected = training_flops(forward, frozen=flops_left_out(cfg, forward))
-    of_choices = 2 * 2 * 2 * model.hidden_dim  # logits of two words, forward and backward
+    of_choices = 2 * 2 * 2 * model.hidden_dim  # logits of two words, in forward and backward
     assert counted == pytest.approx((expected + of_choices) * tokens, rel=1e-3)
 
 
 def test_a_gating_residual_by_hand() -> None:
-    """A matrix over all columns of each group, in the second of two MoE layers alone."""
+    """One matrix over all columns of each group, only in the second of two MoE layers."""
     share = {"text": 0.75, "image": 0.25}
     plain, residual = shape(), shape(moe={"router": {"kind": "gating_residual"}})
     assert parameters(residual).router - parameters(plain).router == 4 * 4 + 2 * 2

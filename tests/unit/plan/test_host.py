@@ -1,4 +1,4 @@
-"""What a configuration asks of the machine: Apex and a Unix group, found out without torch."""
+"""Requirements of a configuration on the machine: Apex and a Unix group, checked without torch."""
 
 import grp
 import importlib.util
@@ -26,7 +26,7 @@ def with_apex(tmp_path: Path, **changes: object) -> Config:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package called apex, as yet that of the Python index; importing it fails."""
+    """Installs a package called apex, by default the Python index's unrelated one, whose import fails."""
     package = tmp_path / "site" / "apex"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -88,5 +88,6 @@ def test_triton_kernels_need_triton_and_cuda(tmp_path: Path, monkeypatch: pytest
     (missing,) = host_violations(config)
     assert missing.keys == ("parallel.kernels.kind",)
     assert "the package triton is not installed here" in missing.problem
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # torch runs elsewhere, and so may Triton
+    # torch and Triton may be installed only on the nodes
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert host_violations(config) == []

@@ -1,4 +1,4 @@
-"""Memory a rank: states by hand, activations against what autograd really keeps."""
+"""Memory per rank: states by hand, and activations against the tensors that autograd keeps."""
 
 import json
 from typing import Any
@@ -24,7 +24,7 @@ from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
 
 
 def config(*, parallel: dict[str, Any] | None = None, tuned: tuple[int, ...] = (), **model: Any) -> Config:
-    """A run in fp32; with `tuned` of these layers' routers alone."""
+    """Returns an fp32 run. With `tuned` only the routers of these layers are trained."""
     values: dict[str, Any] = {
         "run": {"name": "memory"},
         "model": {
@@ -59,7 +59,8 @@ LATENT: dict[str, Any] = {"attention": {"kind": "latent", "q_rank": 48, "kv_rank
 
 
 def kept_by_autograd(cfg: Config, *tuned: int) -> tuple[int, float, float]:
-    """Bytes that forward keeps beside the weights; rows and pairs a token. With `tuned` only these layers' routers move."""
+    """Returns the bytes that forward keeps beside the weights, and rows and pairs per token. With `tuned` only these
+    layers' routers are trained."""
     placement = make_placement(cfg.placement, expert_groups(cfg.model.moe), num_ranks=1, token_mix={})
     torch.manual_seed(0)
     model = build_model(cfg, placement, ep_rank=0, ep_group=None)
@@ -100,7 +101,7 @@ def test_activations_are_what_autograd_keeps(model: dict[str, Any]) -> None:
 
 
 def test_activations_on_a_cpu_are_known_within_a_twentieth() -> None:
-    cfg = config(parallel={"device": "cpu"}, vocab_size=16)  # the output's share counts a gradient
+    cfg = config(parallel={"device": "cpu"}, vocab_size=16)  # the estimate of the output includes a gradient
     kept, rows, pairs = kept_by_autograd(cfg)
     tokens = cfg.train.micro_batch * cfg.data.seq_len
     assert tokens * sum(layer_bytes_per_token(cfg, rows, pairs)) == pytest.approx(kept, rel=0.05)
@@ -111,7 +112,8 @@ def test_activations_on_a_cpu_are_known_within_a_twentieth() -> None:
 def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_routers(
     layers: tuple[int, ...], model: dict[str, Any]
 ) -> None:
-    cfg = config(tuned=layers, vocab_size=16, **model)  # the output's share counts a gradient, which forward does not keep
+    # the estimate of the output includes a gradient, which forward does not keep
+    cfg = config(tuned=layers, vocab_size=16, **model)
     kept, rows, pairs = kept_by_autograd(cfg, *layers)
     groups = expert_groups(cfg.model.moe)
     placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
@@ -123,7 +125,7 @@ def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_ro
 
 
 def test_router_tuning_keeps_its_lowest_layer_whole_under_recompute_of_blocks() -> None:
-    """What hooks see of a forward: inputs of repeated blocks are held by their closures."""
+    """Hooks do not see the inputs of recomputed blocks, which closures hold."""
     cfg = config(parallel={"recompute": "block"}, vocab_size=16)
     kept, rows, pairs = kept_by_autograd(cfg, 0, 2)
     groups = expert_groups(cfg.model.moe)
@@ -145,7 +147,8 @@ FROZEN_FFN = {"moe": {"groups": {"text": {"num_experts": 4, "top_k": 2, "ffn_dim
 
 @pytest.mark.parametrize("model", [{}, FROZEN_FFN], ids=["experts", "LoRA experts"])
 def test_compiled_dense_parts_have_no_triton_kernels(model: dict[str, Any]) -> None:
-    """Attention keeps the norm and what rotates, three times, and the loss logits in fp32 and their gradient."""
+    """Attention then keeps the norm and the rotated values three times, and the loss keeps fp32 logits and their
+    gradient."""
 
     def estimate(**parallel: Any) -> tuple[float, float]:
         cfg = config(parallel={"device": "cuda", "precision": "bf16", **parallel}, **model)
@@ -201,14 +204,15 @@ def test_states_of_a_rank() -> None:
     assert held_parameters(sharded, placement, rank=0) == (dense - whole.router) / 8 + expert + whole.router
     memory = rank_memory(cfg, placement, rank=0, rows=1.0, pairs=1.0)
     assert (memory.parameters, memory.gradients, memory.optimizer) == (4 * held[0], 4 * held[0], 8 * held[0])
-    assert memory.exchange_bound == 2 * 3 * 256 * 64 * 4  # each way, three other ranks' micro-batches of 256 tokens
+    # in each direction, micro-batches of 256 tokens of three other ranks
+    assert memory.exchange_bound == 2 * 3 * 256 * 64 * 4
     bounded = rank_memory(config(parallel={"ep": 4, "max_receive_rows": 100}), placement, rank=0, rows=1.0, pairs=1.0)
     assert bounded.exchange_bound == (3 * 256 + 100) * 64 * 4
 
 
 @pytest.mark.parametrize(("recompute", "layers"), [("none", 3), ("block", 1)])
 def test_replicas_keep_the_weights_of_experts(recompute: str, layers: int) -> None:
-    """Of two replicas on a rank in each layer the weights from forward to backward, and the gradients in one layer."""
+    """With two replicas per rank and layer, all weights stay from forward to backward, and the gradients of one layer."""
     plain = config(parallel={"ep": 2, "recompute": recompute})
     section = RankBalanceSection.model_validate({"replicating": {"slots": 2}})
     more = plain.model_copy(update={"rank_balance": section})
@@ -218,7 +222,7 @@ def test_replicas_keep_the_weights_of_experts(recompute: str, layers: int) -> No
 
 
 def test_gathering_once_per_step_keeps_all_weights_and_gradients() -> None:
-    """Weights in bf16 and gradients in fp32 of all that FSDP2 shards, from the first micro-batch to the last."""
+    """bf16 weights and fp32 gradients of all FSDP2 parameters stay from the first micro-batch to the last."""
     section = {"ep": 2, "data": "fsdp2", "precision": "bf16"}
     for edp in (1, 2):
         each, once = (config(parallel={**section, "edp": edp, "fsdp_gather": how}) for how in ("micro_batch", "step"))
@@ -230,7 +234,8 @@ def test_gathering_once_per_step_keeps_all_weights_and_gradients() -> None:
         assert after.gradients - before.gradients == 4 * gathered
         assert (after.parameters, after.optimizer) == (before.parameters, before.optimizer)
         once = config(parallel={**section, "edp": edp, "fsdp_gather": "step", "precision": "fp32"})
-        assert rank_memory(once, placement, rank=0, rows=1.0, pairs=1.0).casts == 4 * gathered  # no copies of fp32 experts
+        # unsharded experts need no copy in fp32
+        assert rank_memory(once, placement, rank=0, rows=1.0, pairs=1.0).casts == 4 * gathered
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -238,8 +243,8 @@ def test_adapters_of_experts_are_with_their_experts_and_all_others_on_all_ranks(
     lora = {"kind": "ffn_lora", "rank": 2, "alpha": 4.0, "shared": shared, "shared_expert": True}
     groups = {"text": {"num_experts": 6, "top_k": 2, "ffn_dim": 96}}
     moe = {"shared_ffn_dim": 32, "groups": groups, "experts": lora}
-    each = 3 * 2 * (64 + 2 * 96 + 96 + 64)  # of one expert, or of all if they share it, in three layers
-    others = 3 * (3 * 2 * (64 + 32) + 4 * (64 + 64))  # on the shared expert, and on q and o
+    each = 3 * 2 * (64 + 2 * 96 + 96 + 64)  # adapters of one expert (or shared by all), in three layers
+    others = 3 * (3 * 2 * (64 + 32) + 4 * (64 + 64))  # adapters of the shared expert, and of q and o
 
     def memory(**parallel: Any) -> tuple[float, float]:
         cfg = config(parallel=parallel, moe=moe, attention_lora={"rank": 4, "alpha": 4.0, "targets": ["q"]})

@@ -1,4 +1,4 @@
-"""Expected load and traffic against enumeration of every choice, and the comparison in words."""
+"""Expected load and traffic against enumeration of all choices, and the comparison in words."""
 
 import itertools
 
@@ -16,7 +16,7 @@ MIX = {"text": 30, "image": 10}
 
 
 def enumerate_choices(placement: ExpertPlacement, shares: dict[str, float]) -> tuple[list[float], list[float]]:
-    """Load and remote rows a token, by walking over every source rank and every set of choices."""
+    """Returns load and remote rows per token, from all source ranks and all sets of choices."""
     ranks = placement.num_ranks
     load, remote = [0.0] * ranks, [0.0] * ranks
     for group in placement.groups:
@@ -59,7 +59,7 @@ def even(n: int, first: int, name: str) -> ExpertGroup:
 
 
 def words_of(comparison: PlanComparison, chosen: int = 0, itemsize: int = 2) -> str:
-    """The verdict on one of the two plans."""
+    """Returns the text about one of the two plans."""
     others = [plan for n, plan in enumerate(comparison.plans) if n != chosen]
     return verdict(comparison.plans[chosen], others, comparison.missing, itemsize=itemsize)
 
@@ -72,7 +72,8 @@ def test_a_skewed_mix_gives_the_pinned_ranks_uneven_work_and_fewer_rows() -> Non
     rows = 1 - pinned.remote_rows_per_token / interleaved.remote_rows_per_token
     assert rows > 0
     start = f"This run uses pinned placement, which sends {rows:.1%} fewer rows than interleaved; "
-    assert words_of(comparison).startswith(start + "its busiest rank has 80.0% more work")  # 0.9 x 2/4 of the rows, not 1/4
+    # 0.9 x 2/4 of the rows instead of 1/4
+    assert words_of(comparison).startswith(start + "its busiest rank has 80.0% more work")
     assert f"which sends {rows / (1 - rows):.1%} more rows than pinned; its busiest rank has 44.4% less work" in words_of(
         comparison, 1
     )
@@ -87,7 +88,7 @@ def test_an_even_mix_makes_the_work_equal() -> None:
     ("chosen", "than"), [(0, "interleaved where a rank's link moves less"), (1, "pinned where a rank's link moves more")]
 )
 def test_the_trade_between_work_and_wire(chosen: int, than: str) -> None:
-    """By hand: time of a token on the busiest rank is 6 D load / flops + 2 D itemsize rows / bandwidth."""
+    """By hand: a token's time on the busiest rank is 6 D load / flops + 2 D itemsize rows / bandwidth."""
     of = (ExpertGroup("text", 3, 1, 2, 16, 0, ("text",)), ExpertGroup("image", 2, 2, 2, 24, 3, ("image",)))
     comparison = compare(of, 2, {"text": 2820, "image": 1536})
     pinned, interleaved = comparison.plans

@@ -1,4 +1,4 @@
-"""Policies by hand-drawn cases, and their promises on random ones."""
+"""Placement policies on cases by hand, and their properties on random cases."""
 
 import itertools
 from typing import Any
@@ -16,7 +16,7 @@ from tests.support.messages import refused
 
 
 def groups(*sizes: int, ffn_dim: int = 8) -> tuple[ExpertGroup, ...]:
-    """Groups a, b, ... of these sizes, one choice each."""
+    """Returns groups a, b, ... of these sizes, with one choice each."""
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
     names = "abcdefgh"
     return tuple(ExpertGroup(names[i], n, 0, 1, ffn_dim, firsts[i], (names[i],)) for i, n in enumerate(sizes))
@@ -41,7 +41,7 @@ def test_groups_of_a_configuration() -> None:
 
 
 def test_interleaved_does_not_pile_up_on_rank_0() -> None:
-    #  a: 5 on 4 ranks, one more on rank 0; b: 3, from rank 1 on, where a's odd expert ended
+    # a has 5 experts on 4 ranks, the extra one on rank 0; b has 3, starting at rank 1, after a's last expert
     assert place(InterleavedSection(), groups(5, 3), 4) == ((0, 1), (2, 5), (3, 6), (4, 7))
 
 
@@ -59,10 +59,11 @@ def test_pinned_leaves_ranks_without_experts() -> None:
 
 def test_ranks_divided_by_load() -> None:
     of = groups(4, 4)
-    assert place(PinnedSection(), of, 4, a=300, b=100) == ((0, 1), (2,), (3,), (4, 5, 6, 7))  # 3 to 1
+    assert place(PinnedSection(), of, 4, a=300, b=100) == ((0, 1), (2,), (3,), (4, 5, 6, 7))  # 3 ranks to 1, like the load
     assert place(PinnedSection(), of, 4, a=100, b=100) == ((0, 1), (2, 3), (4, 5), (6, 7))
-    assert place(PinnedSection(), of, 4, a=1, b=999) == ((0, 1, 2, 3), (4, 5), (6,), (7,))  # one at least
-    assert place(PinnedSection(), of, 4) == ((0, 1), (2, 3), (4, 5), (6, 7))  # no mix: all alike
+    # each group gets at least one rank
+    assert place(PinnedSection(), of, 4, a=1, b=999) == ((0, 1, 2, 3), (4, 5), (6,), (7,))
+    assert place(PinnedSection(), of, 4) == ((0, 1), (2, 3), (4, 5), (6, 7))  # without a token mix all groups count equally
 
 
 def test_load_counts_experts_and_width() -> None:
@@ -144,7 +145,7 @@ def test_divided_ranks_have_the_least_busiest_rank(sizes: list[int], spare: int,
         busiest(shares) for shares in itertools.product(range(1, ranks + 1), repeat=len(sizes)) if sum(shares) <= ranks
     )
     assert busiest_of(placement, loads) == pytest.approx(best)
-    for slots in placement.slots:  # a rank holds one group
+    for slots in placement.slots:  # each rank has experts of one group
         assert len({next(g.name for g in of if expert in g.experts) for expert in slots}) <= 1
 
 

@@ -1,4 +1,4 @@
-"""Bad input is refused before anything starts, every fault at once; and what passes fits together."""
+"""Bad input is refused before anything starts, with all problems at once. Accepted input is consistent."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Site:
-    """A configuration and a data set of one's own to break."""
+    """A configuration and a data set for a test to break."""
 
     def __init__(self, root: Path, made: Path) -> None:
         self.data = root / "data"
@@ -37,7 +37,7 @@ class Site:
         return check_file(self.config, overrides, **options)
 
     def problems(self, *overrides: str, error: type[ConfigError | DataError] = ConfigError, **options: Any) -> str:
-        """The error's text; it must be of this very class."""
+        """Returns the error's text. The error must have exactly this class."""
         with pytest.raises((ConfigError, DataError)) as raised:
             self.check(*overrides, **options)
         assert type(raised.value) is error, raised.value
@@ -378,7 +378,7 @@ def test_deep_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch
     sound = (kind, "parallel.precision=bf16", "parallel.device=cuda", "model.hidden_dim=256")
     groups = "model.moe.groups.text={num_experts: 40, num_null: 1, top_k: 33, ffn_dim: 8, modalities: [text]}"
     assert "model.moe.groups.text.top_k=33 must be at most 32" in site.problems(*sound, groups)
-    layout_without_data(load_config(site.config, sound))  # a dry run may be anywhere
+    layout_without_data(load_config(site.config, sound))  # a dry run needs no data
     (tmp_path / "deep_ep").mkdir()
     (tmp_path / "deep_ep" / "__init__.py").write_text("raise ImportError('preflight must not import it')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -450,6 +450,6 @@ def test_a_key_of_the_default_dispatcher_needs_no_kind(site: Site) -> None:
 
 def test_a_target_that_can_be_reached_passes(site: Site) -> None:
     bias = "model.moe.router.selection_bias=true"
-    for text in (1.0, 1.3, 2.0):  # 3 true, 1 null, k = 2: from 1 to 2
+    for text in (1.0, 1.3, 2.0):  # with 3 true and 1 null experts and k = 2, targets from 1 to 2 are possible
         plan = site.check(f"{BALANCE}{{text: {text}, image: 0.1}}, rate: 0.1}}, {{kind: loss_free}}]", bias)
         assert [section.kind for section in plan.config.model.moe.balance] == ["active_experts", "loss_free"]

@@ -1,4 +1,4 @@
-"""The placement solver: never worse than the published greedy, close to the best, and within slots, groups and nodes."""
+"""The placement solver is never worse than the published greedy, near the optimum, and respects slots, groups and nodes."""
 
 import itertools
 import time
@@ -12,7 +12,7 @@ from tests.support.messages import refused
 
 
 def packed(load_E: np.ndarray, ranks: int) -> np.ndarray:
-    """EPLB's packing without copies of experts: the heaviest first, to the lightest rank that has a free slot."""
+    """EPLB's packing without replicas: places the heaviest expert first, on the lightest rank with a free slot."""
     rank_of, work, count = [0] * len(load_E), [0.0] * ranks, [0] * ranks
     for expert in sorted(range(len(load_E)), key=lambda e: -load_E[e]):
         rank = min((r for r in range(ranks) if count[r] < len(load_E) // ranks), key=lambda r: work[r])
@@ -53,8 +53,8 @@ def test_close_to_the_best_of_all_maps() -> None:
 
 
 def test_swaps_stay_in_their_group_and_lower_the_pace() -> None:
-    """By hand: 4 4 | 0 0 becomes 4 0 | 4 0, but not if the two ranks have experts of different groups. On random loads no
-    rank's number of experts of a group changes, no pace rises, and most fall."""
+    """By hand: 4 4 | 0 0 becomes 4 0 | 4 0, unless the ranks have experts of different groups. On random loads, no rank's
+    number of experts per group changes, no maximum load rises, and most fall."""
     one = np.zeros(4)
     start_E = np.array([0, 0, 1, 1])
     assert pace(np.array([[4, 4, 0, 0]]), improve(np.array([[4, 4, 0, 0]]), start_E, one, 2), 2) == 4
@@ -78,7 +78,7 @@ def test_uneven_slots_pinned_groups_and_nodes() -> None:
     rng = np.random.default_rng(2)
     load_LE, slots_R = rng.random((4, 12)), np.array([8, 2, 1, 4])
     allowed_ER = np.zeros((12, 4), bool)
-    allowed_ER[:5, 2:] = allowed_ER[5:, :2] = True  # a pinned group, or experts that stay on their node
+    allowed_ER[:5, 2:] = allowed_ER[5:, :2] = True  # a pinned group, or experts bound to their node
     found = solve(load_LE, slots_R, allowed_ER=allowed_ER)
     assert allowed_ER[np.arange(12), found].all()
     assert (np.bincount(found, minlength=4) <= slots_R).all()
@@ -104,13 +104,13 @@ def test_copies_share_the_work_and_are_close_to_the_best() -> None:
         assert found.pace(load_LE, ranks) == pytest.approx(work_LR.max(1).sum())
         assert found.pace(load_LE, ranks) <= pace(load_LE, solve(load_LE, slots_R, steps=40), ranks) * (1 + 1e-12)
     ranks, theirs = 3, []
-    for _ in range(20):  # two free slots: every way to fill six slots with four experts
+    for _ in range(20):  # with two free slots, compares all ways to fill six slots with four experts
         load_LE = rng.gamma(0.5, size=(2, 4))
         every = [each for each in itertools.product(range(4), repeat=6) if set(each) == set(range(4))]
         best = min(float(shared_work(load_LE, each, ranks).max(1).sum()) for each in every)
         ratios.append(solve_with_copies(load_LE, np.full(ranks, 2)).pace(load_LE, ranks) / best)
         copies_E = np.ones(4)
-        for _ in range(2):  # EPLB's rule
+        for _ in range(2):  # EPLB's greedy rule
             copies_E[(load_LE.sum(0) / copies_E).argmax()] += 1
         expert_P = np.repeat(np.arange(4), copies_E.astype(int))
         rank_P = packed((load_LE.sum(0) / copies_E)[expert_P], ranks)
@@ -135,7 +135,7 @@ def test_a_large_model_takes_a_tenth_of_a_second() -> None:
     load_LE = np.random.default_rng(3).gamma(1.0, size=(60, 256))
     seconds, found = [], np.zeros(0, int)
     for _ in range(3):
-        start = time.process_time()  # of this process: the machine may do other work
+        start = time.process_time()  # CPU time of this process, because other programs may run
         found = solve(load_LE, np.full(64, 4))
         seconds.append(time.process_time() - start)
     greedy = pace(load_LE, packed(load_LE.sum(0), 64), 64)

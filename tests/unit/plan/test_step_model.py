@@ -1,4 +1,4 @@
-"""The simulated micro-batch against a slow queue of single ranks, and against closed forms."""
+"""The simulated micro-batch against a slow event queue over single ranks, and against closed forms."""
 
 import heapq
 import itertools
@@ -33,7 +33,7 @@ RATES = Rates(
 
 
 def slow_play(events: list[Event], ranks: int) -> list[float]:
-    """End of each rank: a heap of what may start, over single ranks and with a meeting place for each exchange."""
+    """Returns the end of each rank, from a heap of startable tasks over single ranks with a barrier for each exchange."""
     todo = [{stream: [i for i, e in enumerate(events) if e.stream == stream] for stream in (0, 1)} for _ in range(ranks)]
     done: list[dict[int, float]] = [{} for _ in range(ranks)]
     came: dict[int, dict[int, float]] = {}
@@ -46,7 +46,7 @@ def slow_play(events: list[Event], ranks: int) -> list[float]:
         index = todo[rank][stream][0]
         event = events[index]
         if any(other not in done[rank] for other in event.after):
-            continue  # woken again when the last of them ends
+            continue  # continued when the last of them ends
         start = max(now, free[rank][stream], *(done[rank][other] for other in event.after), 0.0)
         meeting = {rank: start}
         if stream == WIRE:
@@ -81,7 +81,7 @@ def test_plays_as_a_slow_queue_does(overlap: bool, chunks: int, recompute: str, 
     for ranks in (1, 3):
         events = micro_batch(layers_of(rng, ranks, 3, hops), rng.random(), Order(overlap, chunks, recompute))
         assert play(events, 1, ranks).seconds_S == pytest.approx(max(slow_play(events, ranks)))
-    # Draws of one call are independent.
+    # Draws within one call are independent.
     one, other = (layers_of(rng, 2, 2, hops) for _ in range(2))
     both = [
         LayerCost(
@@ -105,18 +105,20 @@ def seconds(layer: LayerCost, order: Order = Order(), ranks: int = 2) -> float:
 
 def test_closed_forms() -> None:
     compute = 1.0 + 4.0
-    assert seconds(even()) == pytest.approx((1 + BACKWARD) * compute + 4 * 2.0)  # even: a sum
+    assert seconds(even()) == pytest.approx((1 + BACKWARD) * compute + 4 * 2.0)  # with even work the time is a sum
     assert seconds(even(hops=(0.0,))) == pytest.approx((1 + BACKWARD) * compute)  # no bytes, or infinite bandwidth
     assert seconds(even(), Order(recompute="experts")) == pytest.approx(seconds(even()) + 4.0)
-    assert seconds(even(), Order(recompute="block")) == pytest.approx(seconds(even()) + compute + 2.0)  # no second combine
+    # combine is not repeated
+    assert seconds(even(), Order(recompute="block")) == pytest.approx(seconds(even()) + compute + 2.0)
     assert seconds(even(hops=(1.0, 1.0))) == pytest.approx(seconds(even()))
     assert seconds(even(hops=())) == pytest.approx((1 + BACKWARD) * compute)
-    assert seconds(even(weights=0.5)) == pytest.approx(seconds(even()) + 2 * 0.5)  # weights, and their gradients
+    # exchange of weights, and of their gradients
+    assert seconds(even(weights=0.5)) == pytest.approx(seconds(even()) + 2 * 0.5)
     assert seconds(even(weights=0.5), Order(recompute="block")) == pytest.approx(seconds(even()) + 5.0 + 2.0 + 3 * 0.5)
     assert seconds(even(), Order(recompute="experts", again=2.0)) == pytest.approx(seconds(even()) + 2 * 4.0)
     assert seconds(even(), Order(recompute="block", again=2.0)) == pytest.approx(seconds(even()) + 2 * compute + 2.0)
     assert seconds(even(), Order(backward=1.0)) == pytest.approx(2 * compute + 4 * 2.0)  # frozen weights
-    # One rank has all work: the others wait for it in combine, and it sets the pace.
+    # One rank has all the work. The others wait for it in combine.
     busy = even(others=np.array([[8.0, 0.0]]), own=0.0)
     assert seconds(busy) == pytest.approx((1 + BACKWARD) * (1.0 + 8.0) + 4 * 2.0)
     played = play(micro_batch([busy], 0.0, Order()), 1, 2)
@@ -125,12 +127,12 @@ def test_closed_forms() -> None:
 
 
 def test_overlap_and_chunks_hide_what_the_dispatcher_lets_them_hide() -> None:
-    # Forward: own pairs (1) run beside dispatch (2). Backward: own pairs (2) run beside the way back (2).
+    # Forward: own pairs (1) overlap with dispatch (2). Backward: own pairs (2) overlap with the exchange of gradients (2).
     assert seconds(even(), Order(overlap=True)) == pytest.approx(seconds(even()) - 1.0 - 2.0)
     # Two chunks of 1 + 1 on the wire each way, experts 2 + 2 forward: only the first dispatch and the last combine show.
     chunked = even(hops=(1.0,))
     assert seconds(chunked, Order(chunks=2)) == pytest.approx((1 + BACKWARD) * 5.0 + 4 * 1.0)
-    # A wire that is slower than the experts sets the pace: all chunks one after the other.
+    # If the network is slower than the experts, all chunks are sent one after the other.
     slow = even(hops=(50.0,), own=0.0, others=0.2)
     assert seconds(slow, Order(chunks=2)) == pytest.approx(8 * 50.0 + 3.0 + 0.0, abs=0.7)
 

@@ -1,4 +1,4 @@
-"""Every end of an attempt leaves a verdict; each test runs a process, because a failed rank exits."""
+"""Every end of an attempt leaves a verdict. Each test runs a process, because a failed rank exits."""
 
 import errno
 import os
@@ -57,7 +57,7 @@ def run(tmp_path: Path, body: str, **env: str) -> tuple[subprocess.CompletedProc
         ("raise DataError('damaged')", 65, "damaged", "damaged\n"),
         ("raise DivergedError('nan')", 70, "nan", "nan\n"),
         ("raise KeyError('ours')", 1, "KeyError: 'ours'", "Traceback"),
-        # A run that is done stays so, whatever its sinks raise, and whatever threads they leave.
+        # A finished run stays finished, even if its sinks raise or leave threads.
         ("attempt.finish(); raise KeyError('a sink')", 0, "done", "Traceback"),
         (
             "attempt.finish(); import threading, time; threading.Thread(target=time.sleep, args=(900,)).start()",
@@ -95,7 +95,7 @@ def test_a_rank_other_than_0_gives_the_verdict_under_the_lease_of_rank_0(tmp_pat
 
 
 def test_a_rank_that_learned_of_an_error_waits_for_the_failed_rank_to_record_it(tmp_path: Path) -> None:
-    """As after a vote: rank 1 is the first to end, rank 0 has what happened."""
+    """As after a vote, rank 1 ends first, and only rank 0 knows the error."""
     body = """import subprocess; environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "2", "MOE_DIST_INIT_METHOD": "file:///x", "INNER": "1"}
     if "INNER" in os.environ:
@@ -146,7 +146,7 @@ def test_errors_of_a_full_or_lost_disk_name_file_and_fix() -> None:
 
 
 def test_a_lost_lease_ends_the_attempt_before_any_other_obstacle_to_a_commit(tmp_path: Path) -> None:
-    """A save that fails is tried again; an attempt that lost its run must end."""
+    """A failed save is tried again, but an attempt that has lost its run must end."""
     name = tiny_config(tmp_path / "data", tmp_path / "runs").run.name
     body = f"attempt.require(lambda: print('asked')); os.unlink({str(tmp_path / 'runs' / name / 'lease.json')!r}); "
     done, _ = run(tmp_path, body + "attempt.check_commit()")

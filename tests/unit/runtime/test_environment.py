@@ -45,7 +45,7 @@ OPEN_MPI = {
 }
 HYDRA = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
 STEP = {"SLURM_JOB_ID": "17", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
-STEP |= {"SLURM_GTIDS": "4,5,6,7", "SLURM_RESTART_COUNT": "3", "PMI_RANK": "5", "PMI_SIZE": "8"}  # as with --mpi=pmi2
+STEP |= {"SLURM_GTIDS": "4,5,6,7", "SLURM_RESTART_COUNT": "3", "PMI_RANK": "5", "PMI_SIZE": "8"}  # also set with --mpi=pmi2
 
 
 @pytest.mark.parametrize("launcher", [OPEN_MPI, HYDRA, STEP, {**STEP, **OPEN_MPI, "SLURM_STEP_NUM_TASKS": "2"}])
@@ -91,8 +91,8 @@ def test_an_agent_of_torchrun_inside_srun_gives_the_rank_and_every_start_its_own
         (8, 3, {}, "2"),
         (8, 20, {}, "1"),
         (8, 2, {"OMP_NUM_THREADS": "5"}, "5"),
-        (64, 4, {"SLURM_CPUS_ON_NODE": "8"}, "2"),  # a job with a part of a node whose tasks Slurm does not bind
-        (2, 4, {"SLURM_CPUS_ON_NODE": "8"}, "2"),  # it binds each task to its share
+        (64, 4, {"SLURM_CPUS_ON_NODE": "8"}, "2"),  # the job has a part of a node, and Slurm does not bind its tasks
+        (2, 4, {"SLURM_CPUS_ON_NODE": "8"}, "2"),  # Slurm binds each task to its share
     ],
 )
 def test_ranks_share_the_cores_of_their_node(

@@ -1,4 +1,4 @@
-"""One writer: leases between two holders, in one process and in several."""
+"""One writer at a time: leases between two holders, in one process and in several."""
 
 import json
 import os
@@ -30,7 +30,8 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
 
 @contextmanager
 def another_process(path: Path, then: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the lease at `path` with a very short beat, says so, and does what it is told."""
+    """Starts a process that takes the lease at `path` with a very short heartbeat interval, reports it, and runs the given
+    code."""
     program = f"""
         import os, sys, time
         from pathlib import Path
@@ -57,7 +58,7 @@ def another_process(path: Path, then: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def of_another_machine(path: Path) -> Holder:
-    """Leaves a lease whose holder is on a machine that we cannot look into."""
+    """Writes a lease whose holder is on another machine, whose processes cannot be checked."""
     holder = Holder("old", "elsewhere", 1, "another boot and namespace", "77", "token")
     path.write_bytes(b"000000000007\n" + json.dumps(asdict(holder)).encode())
     return holder
@@ -80,7 +81,7 @@ def test_a_second_attempt_ends_naming_the_holder(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     with another_process(path, "time.sleep(100)") as process:
         with pytest.raises(LeaseError, match=rf"attempt other, process {process.pid} on .* did not end within 4 s"):
-            Lease(path, "me", stale_seconds=3.0).acquire(4.0)  # it beats every 0.1 s
+            Lease(path, "me", stale_seconds=3.0).acquire(4.0)  # the heartbeat comes every 0.1 s
         holder = read_holder(path)
         assert holder is not None
         assert holder.pid == process.pid
@@ -111,7 +112,7 @@ def test_a_claim_of_a_killed_process_does_not_block_a_takeover(tmp_path: Path) -
     path = tmp_path / "lease.json"
     holder = of_another_machine(path)
     claim = path.with_name(f"lease.json.{holder.token}")
-    with another_process(claim, "time.sleep(100)") as process:  # its content is a claim's: who makes it, and a beat
+    with another_process(claim, "time.sleep(100)") as process:  # a claim contains its maker and a heartbeat
         process.kill()
         wait_until(lambda: (claimer := read_holder(claim)) is not None and claimer.is_dead(), "claimer is seen as dead")
         Lease(path, "me", stale_seconds=0.2).acquire(600.0).check()
@@ -145,7 +146,7 @@ def test_a_holder_killed_on_this_machine_is_replaced_without_waiting_for_stalene
     path = tmp_path / "lease.json"
     with another_process(path, "time.sleep(100)") as process:
         process.kill()
-        # Not reaped yet: a zombie is dead, too.
+        # The process is a zombie, which also counts as dead.
         wait_until(lambda: (holder := read_holder(path)) is not None and holder.is_dead(), "holder is seen as dead")
         Lease(path, "me", stale_seconds=1000.0).acquire(0.0).check()
 
@@ -179,8 +180,8 @@ def test_a_beat_keeps_a_lease_that_is_older_than_stale(tmp_path: Path) -> None:
 
 def test_a_resumed_writer_is_refused_and_its_heartbeats_have_no_effect(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
-    sleeper = Lease(path, "sleeper", stale_seconds=1000.0).acquire(0.0)  # its thread does not beat in this test's time
-    # Seen from another machine, where its pid says nothing:
+    sleeper = Lease(path, "sleeper", stale_seconds=1000.0).acquire(0.0)  # its thread sends no heartbeat during this test
+    # On another machine its pid cannot be checked.
     record = path.read_bytes()
     holder = read_holder(path)
     assert holder is not None

@@ -1,4 +1,4 @@
-"""Where log lines go, and their prefix."""
+"""Destinations and prefixes of log lines."""
 
 import io
 import logging
@@ -19,7 +19,7 @@ ENV = RankEnv(0, 4, 0, 4, "file:///x", attempt=0, attempt_id="a")
 def _root_logger() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    for handler in handlers:  # pytest's own must not be closed by the set-up
+    for handler in handlers:  # the set-up must not close pytest's handlers
         root.removeHandler(handler)
     yield
     for handler in list(root.handlers):

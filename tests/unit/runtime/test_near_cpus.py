@@ -1,4 +1,4 @@
-"""A rank is bound to the CPUs nearest to its GPU, with a made-up NVML, and a made-up kernel or the real one."""
+"""A rank is bound to the CPUs nearest to its GPU, with a fake NVML, and a fake or the real kernel."""
 
 import os
 import sys
@@ -12,12 +12,12 @@ import pytest
 
 from moe_dist.runtime.near_cpus import bind_near_gpu
 
-NEAR = [{0, 1, 2}, {70, 71, 72}]  # of each GPU
+NEAR = [{0, 1, 2}, {70, 71, 72}]  # nearest CPUs of each GPU
 UUIDS = {"GPU-a": 0, "GPU-b": 1}
 
 
 class Kernel:
-    """Stands for the kernel's binding of this process."""
+    """Stands in for the kernel's CPU binding of this process."""
 
     def __init__(self, cgroup: Iterable[int], bound: Iterable[int] | None = None) -> None:
         self.cgroup = set(cgroup)
@@ -63,7 +63,7 @@ def bound_by(
         (1, {}, 1),
         (0, {"CUDA_VISIBLE_DEVICES": "1,0"}, 1),
         (1, {"CUDA_VISIBLE_DEVICES": "GPU-b, GPU-a"}, 0),
-        (1, {"CUDA_VISIBLE_DEVICES": "0"}, 0),  # each rank sees its own GPU alone
+        (1, {"CUDA_VISIBLE_DEVICES": "0"}, 0),  # each rank sees only its own GPU
     ],
 )
 def test_the_cpus_of_the_ranks_gpu(
@@ -76,10 +76,10 @@ def test_the_cpus_of_the_ranks_gpu(
 @pytest.mark.parametrize(
     ("kernel", "variables"),
     [
-        (Kernel(range(100), bound=range(50)), {}),  # by srun or taskset
+        (Kernel(range(100), bound=range(50)), {}),  # srun or taskset has bound the process
         (Kernel(range(1, 100)), {}),  # the cgroup lacks CPU 0
         (Kernel(range(50, 60)), {}),
-        (Kernel(range(100)), {"CUDA_VISIBLE_DEVICES": "7"}),  # no such GPU
+        (Kernel(range(100)), {"CUDA_VISIBLE_DEVICES": "7"}),  # this GPU does not exist
         (Kernel(range(100)), {"CUDA_VISIBLE_DEVICES": ""}),
         (Kernel(range(100)), {"CUDA_VISIBLE_DEVICES": "GPU-c"}),
     ],
@@ -119,7 +119,7 @@ def test_no_more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch, threads: str
 
 
 def test_ranks_near_the_same_cpus_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml([{0, 1, 2, 3}, {0, 1, 2, 3}, {0, 1, 2, 3}]))  # and two ranks
+    monkeypatch.setitem(sys.modules, "pynvml", nvml([{0, 1, 2, 3}, {0, 1, 2, 3}, {0, 1, 2, 3}]))  # three GPUs, two ranks
     found = bound_by(Kernel(range(8)), monkeypatch, 1, lower=True, OMP_NUM_THREADS="4")
     assert found == ({0, 1, 2, 3}, {"OMP_NUM_THREADS": "2"})
 
@@ -138,7 +138,7 @@ def test_a_kernel_that_refuses_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_kernel_binds_this_thread_and_those_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a thread of its own, because the kernel binds threads one by one."""
+    """Runs in its own thread, because the kernel binds single threads."""
     seen: list[set[int]] = []
 
     def bind() -> None:

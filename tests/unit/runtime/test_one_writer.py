@@ -1,8 +1,8 @@
-"""A writer that is stopped, replaced and woken up: nothing of the run changes under the hands of the second one.
+"""A writer is stopped, replaced and resumed. It then changes nothing in the second writer's run.
 
-The first writer stops at a chosen place, among them the worst ones: after the last look at the lease. Three tests stop a
-real process by SIGSTOP. In the others the first writer is a thread that waits and sends no heartbeat, which the second one
-cannot tell from a stopped process, and which costs no start of Python.
+The first writer stops at a chosen place, including the worst ones: after its last check of the lease. Three tests stop a
+real process with SIGSTOP. In the others the first writer is a thread that waits and sends no heartbeat. The second writer
+cannot distinguish it from a stopped process, and it saves a start of Python.
 """
 
 import errno
@@ -63,7 +63,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 class Sleeper:
-    """The first writer, in a process of its own, stopped somewhere inside `body`."""
+    """The first writer in its own process, stopped inside `body`."""
 
     def __init__(self, tmp_path: Path, body: str) -> None:
         self.config = tiny_config(tmp_path / "data", tmp_path / "runs")
@@ -83,7 +83,8 @@ class Sleeper:
         wait_until(lambda: state_of(self.process) == "T")
 
     def take_over(self) -> Lease:
-        """As a second attempt does: the stopped holder is alive, so its silence has to be waited for."""
+        """Takes the lease as a second attempt does. It must wait for the stale time, because the stopped holder is
+        alive."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(Lease.__init__.__kwdefaults__, "stale_seconds", 0.6)
             env = RankEnv(0, 1, 0, 1, "tcp://x", attempt=0, attempt_id="second")
@@ -100,7 +101,7 @@ class Sleeper:
 
 
 class ThreadSleeper(Sleeper):
-    """The first writer as a thread of this process. `body` must patch nothing that the second one uses."""
+    """The first writer as a thread of this process. `body` must not patch anything that the second writer uses."""
 
     def __init__(self, tmp_path: Path, body: str) -> None:
         self.config = tiny_config(tmp_path / "data", tmp_path / "runs")
@@ -111,7 +112,7 @@ class ThreadSleeper(Sleeper):
         self._asleep, self._woken, self._said = threading.Event(), threading.Event(), io.StringIO()
 
         def sleep_now() -> None:
-            lease._ended.set()  # the heartbeat sleeps as well
+            lease._ended.set()  # the heartbeat stops as well
             self._asleep.set()
             assert self._woken.wait(600)
 
@@ -245,7 +246,7 @@ def test_the_verdict_of_a_writer_that_wakes_up_is_not_written(thread_sleeper: Ca
 
 
 def test_a_writer_suspended_before_renaming_its_verdict_does_not_write_it(sleeper: Callable[[str], Sleeper]) -> None:
-    """The look comes after the new text is on the disk: what slept in the fsync is refused."""
+    """The lease is checked after the new text is on disk, so a writer suspended in fsync is refused."""
     first = sleeper("""
     original = os.fsync
     def fsync(descriptor):
@@ -283,7 +284,8 @@ CHECKPOINTS = """
 
 @pytest.mark.parametrize("look", [full(1), full(2), 3])
 def test_a_resumed_writer_does_not_change_latest(thread_sleeper: Callable[[str], Sleeper], look: int) -> None:
-    """It slept right before its look before writing, before the rename of the folder, before the rename of `latest`."""
+    """The writer was suspended right before its lease check: before writing, before the rename of the folder, or before the
+    rename of `latest`."""
     first = thread_sleeper(
         CHECKPOINTS
         + f"""
@@ -301,7 +303,7 @@ def test_a_resumed_writer_does_not_change_latest(thread_sleeper: Callable[[str],
     lease = first.take_over()
     second = textwrap.dedent(CHECKPOINTS)
     scope: dict[str, object] = {"folder": first.folder}
-    exec(second, scope)  # the same few lines, in this process
+    exec(second, scope)  # the same lines in this process
     save = scope["save"]
     assert callable(save)
     save(lease.check, 20)
@@ -309,7 +311,7 @@ def test_a_resumed_writer_does_not_change_latest(thread_sleeper: Callable[[str],
     assert (first.folder.checkpoints / "latest").read_text() == "step_20\n"
     names = {path.name for path in first.folder.checkpoints.iterdir()}
     assert {"step_10", "step_20"} <= names
-    save(lease.check, 40)  # what the sleeper left is no obstacle
+    save(lease.check, 40)  # files of the suspended writer are no obstacle
     assert (first.folder.checkpoints / "latest").read_text() == "step_40\n"
     lease.release()
 
@@ -318,8 +320,8 @@ def test_a_resumed_writer_does_not_change_latest(thread_sleeper: Callable[[str],
 def test_a_writer_suspended_before_replacing_latest_does_not_replace_it(
     sleeper: Callable[[str], Sleeper], thread_sleeper: Callable[[str], Sleeper], place: str
 ) -> None:
-    """What sleeps in the sync of the new pointer is refused by the look behind it; what sleeps even after that look finds
-    the pointer gone, since the second writer clears the folder before it reads `latest`."""
+    """A writer suspended in the sync of the new pointer is refused by the following check. A writer suspended after this
+    check finds no pointer file, because the second writer clears the folder before it reads `latest`."""
     first = (sleeper if place == "in the sync" else thread_sleeper)(
         CHECKPOINTS
         + f"""

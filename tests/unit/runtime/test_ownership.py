@@ -1,4 +1,4 @@
-"""Owners of run folders, with real users: a process that drops root starts, resumes and reads runs of others."""
+"""Owners of run folders, with real users: a process that drops root starts, resumes and reads other users' runs."""
 
 import grp
 import json
@@ -53,7 +53,7 @@ except MoeDistError as error:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder that every user can look into, unlike pytest's own."""
+    """Returns a folder that every user can read, unlike pytest's."""
     folder = Path(tempfile.mkdtemp(prefix="moe_dist_test_"))
     folder.chmod(0o755)
     yield folder
@@ -61,7 +61,7 @@ def place() -> Iterator[Path]:
 
 
 def as_bob(config: Config, body: str, *, groups: tuple[int, ...] = (), umask: int = 0o022) -> str:
-    """What a process of another user prints; its modules were imported while it was root."""
+    """Returns the output of a process of another user, whose modules were imported as root."""
     path = write_config(config, Path(config.run.root).parent / "x.yaml")
     program = PROGRAM.replace("{body}", textwrap.indent(textwrap.dedent(body), "    ").strip())
     done = subprocess.run(
@@ -97,7 +97,7 @@ def test_another_users_run_is_refused_for_any_permissions(place: Path, mode: int
     folder.path.chmod(mode)
     (place / "runs").chmod(0o777)
     before = snapshot(place / "runs")
-    # One process tries all three: each start of Python costs a second.
+    # One process runs all three cases, because each start of Python takes a second.
     said = as_bob(
         config,
         """
@@ -194,10 +194,10 @@ def test_a_resumed_run_is_given_to_a_new_group(place: Path) -> None:
 
 
 def test_an_owner_mapped_by_the_file_system_is_accepted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root over NFS: the folder is nobody's, and so is all that root makes."""
+    """Root over NFS: the folder belongs to nobody, and so do all files that root creates."""
     config, folder = a_run(place)
     monkeypatch.setattr(os, "geteuid", lambda: 4242)
-    assert folder.inspect(config) is Start.RESUME  # the probe has the folder's owner, too
+    assert folder.inspect(config) is Start.RESUME  # the probe file also has the folder's owner
     assert not list(folder.path.glob(".owner_*"))
 
 
@@ -211,7 +211,7 @@ def test_a_link_planted_by_another_user_is_refused(place: Path, where: str) -> N
     link = folder.path / where
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(target)
-    assert folder.inspect(config) is Start.RESUME  # one's own is meant
+    assert folder.inspect(config) is Start.RESUME  # the user's own folder is accepted
     os.lchown(link, BOB.pw_uid, BOB.pw_gid)
     with refused(ConfigError):
         folder.inspect(config)

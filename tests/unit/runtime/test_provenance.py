@@ -20,7 +20,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A clone with a package `code` and a commit."""
+    """Returns a clone with a package `code` and a commit."""
     clone = tmp_path / "clone"
     (clone / "code").mkdir(parents=True)
     (clone / "code" / "__init__.py").write_text("a = 1\n")

@@ -1,4 +1,4 @@
-"""The address that rank 0 publishes: its owner, its readers, and files that are refused."""
+"""The address that rank 0 publishes: its owner, its readers, and refused files."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_other_ranks_find_the_address_that_rank_0_published(tmp_path: Path) -> N
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert find(path, OTHER, StartWait(3, 0.0)) == address
         assert len(address.secret) == 32
-        with socket.create_connection((address.host, address.port), timeout=10):  # it listens already
+        with socket.create_connection((address.host, address.port), timeout=10):  # the server already listens
             pass
     withdraw(path, address)
     withdraw(path, address)
@@ -52,7 +52,7 @@ def test_what_an_earlier_attempt_left_is_never_taken(tmp_path: Path) -> None:
     waiting.join(600)
     listener.close()
     assert found == [new]
-    withdraw(path, address)  # a late one removes nothing of the new attempt
+    withdraw(path, address)  # a late withdrawal removes nothing of the new attempt
     assert path.exists()
 
 
@@ -80,7 +80,7 @@ def test_a_file_that_others_could_write_a_link_or_a_fifo_is_refused(tmp_path: Pa
     with refused(ConfigError):
         find(path, OTHER, StartWait(3, 0.0))
     path.unlink()
-    os.mkfifo(path, 0o600)  # whoever opens it would wait for a writer
+    os.mkfifo(path, 0o600)  # opening it would wait for a writer
     with refused(ConfigError):
         find(path, OTHER, StartWait(3, 0.0))
 
@@ -89,7 +89,7 @@ def test_a_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.M
     path = address_file(tmp_path)
     _, listener = publish(path, FIRST, "127.0.0.1")
     listener.close()
-    # The folder is ours, the file is not: as seen by a user 4242 to whom the folder belongs.
+    # User 4242 owns the folder, but not the file.
     real = Path.stat
     monkeypatch.setattr(os, "geteuid", lambda: 4242)
 

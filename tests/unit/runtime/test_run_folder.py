@@ -24,7 +24,7 @@ def config_with(tmp_path: Path, changes: dict[str, Any] | None = None) -> Config
 
 
 def attempt(config: Config, env: RankEnv = ENV, *, verdict: int | None, last_step: int = 0) -> RunFolder:
-    """One whole attempt; without a verdict it died without a word."""
+    """Runs one whole attempt. Without a verdict it dies silently."""
     folder = RunFolder.of(config)
     lease = folder.open(config, env, wait_seconds=0.0)
     if verdict is not None:
@@ -86,7 +86,7 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) ->
     with pytest.raises(ConfigError):
         folder.open(other, ENV, wait_seconds=0.0)
     assert folder.read_config() == config_with(tmp_path)
-    Lease(folder.lease_json, "next").acquire(0.0)  # the refused one has given it back
+    Lease(folder.lease_json, "next").acquire(0.0)  # the refused attempt has released the lease
 
 
 def test_the_stored_configuration_is_that_of_the_last_resume(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_configuration_of_another_version_is_refused_in_words(tmp_path: Path) 
 
 
 def test_other_ranks_may_inspect_while_rank_0_opens_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing synchronises the ranks here: a half-opened folder must not look like somebody's own."""
+    """Nothing synchronises the ranks here. A half-opened folder must not look like another run's."""
     config = config_with(tmp_path)
     folder = RunFolder.of(config)
     seen: list[Start] = []
@@ -135,7 +135,7 @@ def test_overwrite_moves_aside_as_often_as_it_is_asked(tmp_path: Path) -> None:
         old = RunFolder(tmp_path / "runs" / f"tiny.old-{number}")
         assert old.read_config().optimizer.lr == 0.1 * number
         assert not old.lease_json.exists()
-    assert folder.start(config, ENV, overwrite=True) is Start.NEW  # nothing to move
+    assert folder.start(config, ENV, overwrite=True) is Start.NEW  # there is nothing to move
 
 
 def test_overwrite_is_ignored_in_a_restart_and_left_to_rank_0(tmp_path: Path) -> None:
@@ -198,7 +198,8 @@ def test_rank_0_may_release_the_lease_while_another_rank_records_the_verdict(
 
     def meanwhile(descriptor: int) -> None:
         monkeypatch.setattr(os, "fsync", fsync)
-        assert not folder.write_status(verdict=75, reason="late", last_step=3, attempt_id="first")  # rank 0 is told so
+        # False tells rank 0 that its attempt is over
+        assert not folder.write_status(verdict=75, reason="late", last_step=3, attempt_id="first")
         lease.release()
         if then != "nobody":
             second = folder.open(config, replace(ENV, attempt_id="second"))
@@ -247,7 +248,7 @@ def test_a_killed_attempt_shows_its_last_record(tmp_path: Path) -> None:
     config = config_with(tmp_path)
     folder = RunFolder.of(config)
     lease = folder.open(config, ENV)
-    folder.metrics_jsonl.write_text('{"step":5,"kind":"step"}\n{"step":6,"ki')  # torn by the kill
+    folder.metrics_jsonl.write_text('{"step":5,"kind":"step"}\n{"step":6,"ki')  # the kill has cut the last line
     lease.release()
     assert folder.amend_status(ENV.attempt_id, verdict=1, reason="killed", rank=0, last_step=0)
     assert json.loads(folder.status_json.read_text())["last_step"] == 5

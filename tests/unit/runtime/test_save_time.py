@@ -1,4 +1,4 @@
-"""How long the last checkpoints took."""
+"""The durations of the last checkpoints."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What counts as a secret, and that it is removed from text."""
+"""The definition of a secret, and its removal from text."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""What a rank compares with rank 0 before it starts with it: the folder, the number of ranks, the name of the attempt."""
+"""A rank compares folder, number of ranks and attempt name with rank 0 before the start."""
 
 import threading
 import time
@@ -52,5 +52,5 @@ def test_ranks_of_two_starts_are_told_what_differs(tmp_path: Path, greeting: Gre
     told = greeting.difference(replace(RANK_1, attempt_id="job-6"), tmp_path)
     assert told.startswith("MOE_DIST_ATTEMPT_ID='job-6' for rank 1 on ")
     assert "'job-7' for rank 0 on node0" in told
-    # Without a name from the launcher each process has drawn its own, and takes that of rank 0.
+    # Without a launcher's name each process draws its own, and takes rank 0's.
     assert greeting.difference(replace(RANK_1, attempt_id="drawn", launched=False), tmp_path) == ""

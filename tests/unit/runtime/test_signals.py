@@ -1,4 +1,4 @@
-"""Stop signals in processes of their own."""
+"""Stop signals, each tested in its own process."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ import pytest
 from moe_dist.runtime.signals import STOP_SIGNALS, StopRequest
 
 ROOT = Path(__file__).parents[3]
-# As in a collective: the GIL is free, and a signal does not bring the main thread back to Python.
+# As in a collective, the GIL is free, and a signal does not return the main thread to Python.
 STUCK = "libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64); [libc.pthread_mutex_lock(lock) for _ in range(2)]"
 
 
@@ -59,7 +59,8 @@ def test_any_mix_many_times_is_one_request(number: signal.Signals) -> None:
             process.send_signal(other)
         out, err = process.communicate("go\n", timeout=600)
     assert (process.returncode, err) == (0, "")
-    assert out.strip() in {s.name for s in STOP_SIGNALS}  # pending signals are delivered in the order of their numbers
+    # the kernel delivers pending signals in the order of their numbers
+    assert out.strip() in {s.name for s in STOP_SIGNALS}
 
 
 def test_the_grace_ends_a_process_whose_main_thread_is_stuck_in_c() -> None:
@@ -127,7 +128,7 @@ def test_children_ignore_stop_signals_and_die_with_their_parent() -> None:
         assert pid.isdecimal()
         assert Path(f"/proc/{pid}").exists()
         process.communicate("go\n", timeout=600)
-    while Path(f"/proc/{pid}").exists():  # the kernel's work, done when it is done; the test's timeout bounds it
+    while Path(f"/proc/{pid}").exists():  # the kernel ends the process at some time; the test's timeout bounds the wait
         if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
             break
 

@@ -1,4 +1,4 @@
-"""Lines from the end of a file, whatever its size; and the save times in a log."""
+"""Lines from the end of a file of any size, and the durations of saves in a log."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A skipped test that could have run is a failure under CI=true."""
+"""With CI=true, a skipped test that could have run fails."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ MODULE = "pytest.importorskip('a_package_that_is_not_there')"
 
 
 def outcome_of(hook: Generator[None, Any, Any]) -> str:
-    """What a wrapper makes of the report of a skipped test or module."""
+    """Returns the outcome that a hook gives to the report of a skipped test or module."""
     next(hook)
     with pytest.raises(StopIteration) as ended:
         hook.send(SimpleNamespace(skipped=True, outcome="skipped", longrepr="x"))
@@ -55,7 +55,7 @@ def test_the_exit_code_of_pytest(tmp_path: Path, mark: str, ci: str, workers: in
     (tmp_path / "test_skips.py").write_text(f"import pytest\n{mark}\ndef test_it(): pass\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "--rootdir", str(tmp_path), str(tmp_path)]
     root = Path(__file__).parents[3]
-    # Without the variables by which a worker knows what it is: the pytest started here may run on one itself.
+    # Removes pytest-xdist's variables, because this test may itself run on a worker.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command += ["-n", str(workers)]
     done = subprocess.run(command, env={**inherited, "CI": ci}, cwd=root, capture_output=True, text=True, check=False)

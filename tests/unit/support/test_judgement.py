@@ -1,4 +1,4 @@
-"""What the campaigns hold against a run: each rule lets the good one pass and finds the bad one."""
+"""The requirements of campaigns: each accepts a correct run, and finds a faulty one."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ EXCEPTION = Fault(1, rank=0, step=12, phase="forward", kind="exception")
 
 
 class Broken:
-    """A run of one attempt that faults struck, as it lies on the disk."""
+    """A run of one attempt after some faults, as it is on disk."""
 
     def __init__(self, tmp_path: Path, *, verdict: int, log: str, problems: tuple[Fault, ...] = (ENOSPC,)) -> None:
         config = tiny_config(tmp_path / "data", tmp_path / "runs")
@@ -74,10 +74,10 @@ def test_or_have_ended_before_it_could_be_told(tmp_path: Path) -> None:
         (20, 15, 0, None, False),
         (21, 15, 0, None, True),
         (21, 15, 1, None, False),
-        (24, 15, 0, 20, False),  # the save of step 20 was in flight
-        (24, 15, 0, 15, True),  # it was not: that of step 15 was, and came through
-        (26, 15, 0, 20, True),  # the save of step 25 should have waited for it
-        (24, 10, 0, 20, True),  # that of step 15 should have been waited for
+        (24, 15, 0, 20, False),  # the save of step 20 was in flight, which is allowed
+        (24, 15, 0, 15, True),  # no save was in flight, because the save of step 15 had finished
+        (26, 15, 0, 20, True),  # the save of step 25 should have waited for the save of step 20
+        (24, 10, 0, 20, True),  # the save of step 20 should have waited for the save of step 15
         (24, 10, 1, 20, False),
         (16, 15, 0, 15, False),
     ],

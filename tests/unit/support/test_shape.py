@@ -1,4 +1,4 @@
-"""The draw of a test cluster: what differs between seeds, and that each is a site which moe_dist accepts."""
+"""The drawn properties of a test cluster: seeds differ, and moe_dist accepts each drawn site."""
 
 from dataclasses import fields
 from pathlib import Path

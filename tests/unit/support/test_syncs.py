@@ -1,4 +1,4 @@
-"""The counter of host syncs sees each way of reading a tensor, and nothing else."""
+"""The counter of host syncs sees every read of a tensor, and nothing else."""
 
 from collections.abc import Callable
 from typing import Any

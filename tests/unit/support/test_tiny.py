@@ -1,4 +1,4 @@
-"""The tiny data set is what its manifest says, and the tiny configuration fits it."""
+"""The tiny data set agrees with its manifest, and the tiny configuration fits it."""
 
 from pathlib import Path
 

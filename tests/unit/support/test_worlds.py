@@ -1,4 +1,4 @@
-"""The harness itself: order, reuse, first causes, hangs."""
+"""The worlds of ranks: order of results, reuse, first causes, hangs."""
 
 import os
 import time

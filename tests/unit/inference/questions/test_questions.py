@@ -1,4 +1,4 @@
-"""Facts from files in the packages' formats, the sides they stand on, and the questions made of them."""
+"""Facts from files in the packages' formats, their division into training and test, and the questions made of them."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def test_facts_of_made_up_files(tmp_path: Path) -> None:
     nouns = [["thing"], ["Living Thing", "organism"], ["tool"], ["cat", "big cat"], ["cat"], ["dust"]]
     wordnet = WordNet(write_wordnet(tmp_path, nouns, [("hot", "cold"), ("hot", "cool")], uncounted=["dust"]))
     definitions = {fact.id: fact for fact in wordnet.definitions()}
-    # The second sense of "cat" and the uncounted "dust" are not asked for.
+    # There are no questions about the second sense of "cat", and about "dust", which occurs in no text.
     assert list(definitions) == [f"n{offset_of(number)}" for number in range(4)]
     cat = definitions[f"n{offset_of(3)}"]
     assert (cat.asked, cat.answer) == ("Which word means: gloss number 3?", "cat")
@@ -79,7 +79,7 @@ def test_damaged_files_are_named_by_line(tmp_path: Path, name: str) -> None:
 def test_nothing_of_training_is_in_any_test(
     tmp_path: Path, nouns: list[list[str]], pictured: list[tuple[str, int, bool]], seed: int
 ) -> None:
-    """Told by synsets, words and families as they were written, not by the facts' keys."""
+    """Compares synsets, words and families as written, and not the facts' keys."""
     wordnet = WordNet(write_wordnet(tmp_path, nouns, list(zip(WORDS[::2], WORDS[1::2], strict=True))))
     trained_families = {family for _, family, trained in pictured if trained}
     pictures = [
@@ -124,7 +124,8 @@ def test_questions_have_even_places_and_choices_of_their_own_side(words: Path) -
 
 
 def test_wrong_answers_are_wrong() -> None:
-    """Of five answers two are as right as the answer: too few are left for the first fact, and the second has the rest."""
+    """Of five answers two are as right as the answer. Too few wrong ones are left for the first fact, and the second takes
+    the rest."""
     everything = [Fact(str(number), str(number), f"answer {number}", frozenset()) for number in range(5)]
     keyed = [Fact(f.id, f.asked, f.answer, lemma_keys(["x"]), frozenset({"answer 1", "answer 2"} if f.id == "0" else ()))
              for f in everything]  # fmt: skip
@@ -166,7 +167,7 @@ def test_tasks_by_name_and_family() -> None:
 
 
 class Pictured:
-    """Stands for a run's data: documents of each side as (caption, number of the picture)."""
+    """Stands in for a run's data: documents of each split as (caption, picture number)."""
 
     def __init__(self, train: list[tuple[str, int]], valid: list[tuple[str, int]]) -> None:
         self._sides = {"train": train, "valid": valid}

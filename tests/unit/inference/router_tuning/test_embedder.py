@@ -1,4 +1,4 @@
-"""Embeddings are the mean over a text's own tokens; folders that would need code or pickles are refused by name."""
+"""An embedding is the mean over a text's own tokens. Folders that need code or pickles are refused by name."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def by_hand(folder: Path, text: str, *, normalise: bool) -> np.ndarray:
-    """One text alone, without padding."""
+    """Embeds one text alone, without padding."""
     from tokenizers import Tokenizer
     from transformers import BertModel
 

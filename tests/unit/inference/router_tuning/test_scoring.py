@@ -1,4 +1,4 @@
-"""What counts as success, what a sample is made of, and what is embedded."""
+"""Router tuning's samples: success, content, and embedded text."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_success_is_being_right_under_every_rotation_by_the_measure() -> None:
     found = scored_samples(answered, [turns] * len(cases), "normalised", listed=True)
     assert [each.right for each in found] == list(cases.values())
     assert all(each.right for each in scored_samples(answered, [turns] * len(cases), "plain", listed=True))
-    for each in found:  # the question as it is, with its right choice
+    for each in found:  # the question as written, with its right choice
         assert (each.sample.prompt.tolist(), each.sample.answer.tolist()) == ([0, 2], [2, 9])
         assert each.sample.choices.tolist() == [2, 0, 1, 3]
         assert (each.task, each.id, each.text) == ("task", "id", "what is it?; a; b; c; d")
@@ -40,8 +40,8 @@ def test_texts_are_embedded_and_pictures_are_not() -> None:
     ("first", "right", "wanted"),
     [
         ([5, 6, 7, 8], 2, [7, 5, 6, 8]),
-        ([5, 6, 7, 5], 1, [6, 5, 7]),  # two wrong ones are alike
-        ([5, 6, 7, 6], 1, [-1]),  # and a wrong one is like the right one
+        ([5, 6, 7, 5], 1, [6, 5, 7]),  # two wrong choices are equal
+        ([5, 6, 7, 6], 1, [-1]),  # a wrong choice equals the right one
         ([5, 5, 5, 5], 0, [-1]),
     ],
 )

@@ -97,7 +97,7 @@ def test_the_choice_equals_the_oracle(
     """Small integers make products exact and many scores equal. On a tie the earlier token is taken. Some scopes have only
     padding, only one group, or no token."""
     generator = torch.Generator().manual_seed(seed)
-    schedule = ((0, 0.5), (2, factor), (3, 0.5))  # step 2 has this factor
+    schedule = ((0, 0.5), (2, factor), (3, 0.5))  # the test is in step 2
     router = make_router(seed, capacity=capacity, capacity_schedule=schedule, known_counts=counted)
     h_TD = torch.randn(tokens, D, generator=generator, dtype=torch.double)
     if exact:

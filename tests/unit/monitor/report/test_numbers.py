@@ -48,12 +48,12 @@ def test_pairs_of_experts() -> None:
 def test_tokens_that_tell_most_of_an_expert() -> None:
     token_T = np.array([7] * 6 + [8] * 6 + [9] * 6 + [3] * 2)
     taken_Tn = np.zeros((20, 2), bool)
-    taken_Tn[0:6, 0] = True  # all tokens of expert 7, and half of the tokens of expert 8
+    taken_Tn[0:6, 0] = True  # expert 0 takes each token 7, and half of the tokens 8
     taken_Tn[9:12, 0] = taken_Tn[12:14, 1] = taken_Tn[18:20, 1] = True
     first, second = numbers.special_tokens(token_T, taken_Tn, most=3)
     assert [(each.token, each.times, each.share, each.row) for each in first] == [(7, 6, 1.0, 0), (8, 3, 0.5, 9)]
     assert first[0].lift == pytest.approx(1 / (9 / 20))
-    assert second == []  # no token appears three times
+    assert second == []  # expert 1 takes no token three times
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_after_a_resume_each_step_is_there_once(tmp_path: Path, subject: Subject
     write(tmp_path, subject, [make_record(step, lr=2.0) for step in range(7, 13)], resume_step=6)
     accumulator = read(tmp_path)
     assert points(accumulator, "optim/lr") == [(s, 1.0) for s in range(1, 7)] + [(s, 2.0) for s in range(7, 13)]
-    # Pictures of the first attempt after step 8 are gone.
+    # The first attempt's pictures at steps 8 and 10 are gone.
     assert sorted(event.step for event in accumulator.Images("moe/load/text")) == [4, 8, 12]
     assert pages(accumulator) == ["resumed at 0", "resumed at 6"]
 
