@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from tools.bench.contenders import expected, make_case, naive, ours
-from tools.bench.measure import count_sent
-from tools.bench.megatron_core import VARIANTS, megatron_dispatch
-from tools.bench.points import Point
 
 from moe_dist.megatron.cpu_trial import megatron_on_cpu
 from moe_dist.megatron.process_groups import model_parallel
 from moe_dist.parallel.mesh import make_mesh
+from research.bench.contenders import expected, make_case, naive, ours
+from research.bench.measure import count_sent
+from research.bench.megatron_variants import VARIANTS, megatron_dispatch
+from research.bench.points import Point
 from tests.support.worlds import RankContext
 
 POINT = Point(tokens=64, hidden=16, experts=8, null=0.5)
