@@ -99,7 +99,7 @@ def test_what_cannot_be_compared_is_refused(
     with pytest.raises(ConfigError) as raised:
         make_study(asked(tmp_path, tiny_data, changes, **other))
     assert text in str(raised.value)
-    assert not (tmp_path / "here" / "here.jsonl").exists()
+    assert not (tmp_path / "here" / "here.jsonl.gz").exists()
 
 
 def test_ranks_share_the_overridden_batch(tiny_data: Path, tmp_path: Path) -> None:
@@ -147,9 +147,8 @@ def test_table_and_figure_have_paired_differences_and_mark_what_is_off_the_budge
     assert rows["fixed"][6:8] == ["5.0000", "-"]
     assert rows["fixed"][10:13] == ["3.00", "1.00", "0.200 [0.100, 0.300]"]
     assert rows["adamoe"][11:13] == ["-", "-"]
-    for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
-        assert (one.folder / f"figure.{kind}").read_bytes().startswith(start)
     before = (one.folder / "figure.svg").read_bytes()
+    assert before.startswith(b"<?xml")
     write_comparison(one, make_study(one), records)
     assert (one.folder / "figure.svg").read_bytes() == before
 
