@@ -1,5 +1,6 @@
 """A comparison of methods: what it refuses, that each method fits its budget, and the table and figure of given records."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def test_nothing_is_overwritten(tiny_data: Path, tmp_path: Path) -> None:
 def test_a_changed_base_is_refused_once_a_run_is_finished(tiny_data: Path, tmp_path: Path) -> None:
     study = make_study(asked(tmp_path, tiny_data))
     header = {"fingerprint": fingerprint(tmp_path / "here" / "study.yaml", study)}
-    results_path(study, pilot=False).write_text(json.dumps(header) + "\n")
+    results_path(study, pilot=False).write_bytes(gzip.compress(json.dumps(header).encode()))
     make_study(asked(tmp_path, tiny_data))
     with pytest.raises(ConfigError, match="has changed since the finished runs"):
         make_study(asked(tmp_path, tiny_data, {"optimizer.lr": 0.5}))
@@ -177,7 +178,8 @@ def test_each_method_gets_the_rate_with_its_lowest_pilot_loss(tiny_data: Path, t
     results = results_path(search, pilot=True)
     assert results.is_relative_to(tmp_path), "comparisons of other folders share no search"
     results.parent.mkdir()
-    results.write_text(json.dumps({"fingerprint": fingerprint(one.folder / "rates.yaml", search)}) + "\n")
+    header = {"fingerprint": fingerprint(one.folder / "rates.yaml", search)}
+    results.write_bytes(gzip.compress(json.dumps(header).encode()))
     make_search(one)
     asked(tmp_path, tmp_path / "data", {"optimizer.lr": 0.5})  # writes another base.yaml
     with pytest.raises(ConfigError, match="has changed since the finished runs"):
