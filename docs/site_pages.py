@@ -22,6 +22,13 @@ OUTSIDE = {
     "configs/README.md": "configurations.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "research/README.md": "research.md",
+}
+# Pages and figures of experiments.
+RECORDS = ROOT / "research" / "records"
+OUTSIDE |= {
+    str(path.relative_to(ROOT)): str(path.relative_to(RECORDS))
+    for path in sorted([*RECORDS.glob("reproductions/*.md"), *RECORDS.rglob("*.svg")])
 }
 _INLINE = re.compile(r"(?P<mark>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^()\s]+)\)")
 _REFERENCE = re.compile(r'^\[(?P<label>[^\]]+)\]: (?P<target>\S+)(?: "(?P<title>[^"]*)")?$', re.MULTILINE)
@@ -30,7 +37,7 @@ _REFERENCE = re.compile(r'^\[(?P<label>[^\]]+)\]: (?P<target>\S+)(?: "(?P<title>
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that are no files of docs/."""
     for source, target in OUTSIDE.items():
-        files.append(File.generated(config, target, content=(ROOT / source).read_text()))
+        files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
     for target, text in reference().items():
         files.append(File.generated(config, target, content=text))
     return files

@@ -16,7 +16,6 @@ from typer.core import TyperGroup
 
 from moe_dist.config.bundled import source_root
 from moe_dist.runtime.command_line import command_app, print_version
-from moe_dist.runtime.renamed import RENAMED
 
 # Each entry has a subcommand, its function, and its line in the help text. The options of a subcommand are defined only at
 # the subcommand's function.
@@ -47,13 +46,22 @@ COMMANDS = (
     ("gpu-check", "tools.gpu_check.__main__:main", "Check and measure the GPUs of this machine."),
 )
 
+# Former subcommands, and their modules in a clone of the repository. An installed package has no research.
+MOVED = {
+    "bench": "research.bench",
+    "compare-methods": "research.compare_methods",
+    "reproduce": "research.experiments",
+}
+
 
 class LazyGroup(TyperGroup):
     """Lists COMMANDS, and imports the function of a subcommand only when the subcommand runs or is completed."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Returns the subcommand's name, its click command and the remaining arguments. If args[0] is a module's name, the
-        error text names the subcommand to use instead."""
+        """Returns the subcommand's name, its click command and the remaining arguments. If args[0] is a module's name or a
+        former subcommand, the error text names the command to use instead."""
+        if args[0] in MOVED:
+            ctx.fail(f"{args[0]} has moved; in a clone of the repository run `python -m {MOVED[args[0]]}`")
         if args[0] not in self.commands and (words := _words_of(args[0])):
             ctx.fail(f"{args[0]} is now `moe-dist {words}`")
         name, command, rest = super().resolve_command(ctx, args)
@@ -61,12 +69,11 @@ class LazyGroup(TyperGroup):
 
 
 def _words_of(name: str) -> str | None:
-    """Returns the subcommand that runs the module `name`, such as 'launch local'; None if no subcommand runs it. `name` may
-    be the module's present or former name, with or without its package."""
+    """Returns the subcommand that runs the module `name`, given with or without its package, such as 'launch local'; None
+    if no subcommand runs it."""
     name = name.replace("-", "_")
     found = {target.partition(":")[0].removesuffix(".__main__"): words for words, target, _ in COMMANDS}
-    module = RENAMED.get(name) or RENAMED.get(f"tools.{name}") or name
-    return next((words for each, words in found.items() if module in (each, each.rpartition(".")[2])), None)
+    return next((words for each, words in found.items() if name in (each, each.rpartition(".")[2])), None)
 
 
 def load_subcommand(name: str) -> Any:

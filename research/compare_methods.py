@@ -3,8 +3,8 @@
 python -m research.compare_methods --budget 1.5 --methods adamoe,longcat,top_p,remoe,expert_choice,fixed
 
 Each method is trained with each seed. With --rates each method first gets the best of these learning rates, by a pilot run
-with each. The folder runs/compare/NAME gets study.yaml (all settings), the records NAME.jsonl, table.md, and the figure as
-PNG, SVG and PDF. After a stop, the same command keeps finished runs and makes the missing runs.
+with each. The folder runs/compare/NAME gets study.yaml (all settings), the records NAME.jsonl.gz, table.md and
+figure.svg. After a stop, the same command keeps finished runs and makes the missing runs.
 """
 
 import json
@@ -87,7 +87,7 @@ def main(
         except Timeout as error:
             raise ConfigError(f"{lock} is held: another process (not {os.getpid()}) runs it; wait for it") from error
     print(write_comparison(asked, study, read_records(results_path(study, pilot=False))))
-    print(f"table and figure: {asked.folder}/table.md, figure.png, figure.svg, figure.pdf")
+    print(f"table and figure: {asked.folder}/table.md, figure.svg")
 
 
 def _run(asked: Comparison, search: Study | None, processes: int, stop_requested: Callable[[], bool]) -> Study:

@@ -56,7 +56,7 @@ def _way_out(old: Code, path: Path, runs: Path) -> str:
         return f"install {name_of(old)} to go on"
     return (
         f"go on in a worktree of that commit (git worktree add FOLDER {old['commit']}; copy {path}, {runs} and .cache to "
-        "the same places there, and start python -m research.compare_methods or research.experiments in that folder)"
+        "where that commit has them, and start the command there as its documents say)"
     )
 
 

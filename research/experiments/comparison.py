@@ -216,7 +216,7 @@ def write_comparison(asked: Comparison, study: Study, records: Records) -> str:
     text = table_text(asked, study, records)
     write_atomically(asked.folder / "table.md", text)
     if any(of_arm(records, name) for name in asked.methods):
-        draw(asked, records, asked.folder / "figure")
+        draw(asked, records, asked.folder / "figure.svg")
     return text
 
 
@@ -325,8 +325,8 @@ def _text(value: float | None, digits: int) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
-def draw(asked: Comparison, records: Records, path: Path) -> list[Path]:
-    """Writes the figure in each format: for each method the differences of loss and accuracy with bounds, the experts per
+def draw(asked: Comparison, records: Records, path: Path) -> None:
+    """Writes the figure: for each method the differences of loss and accuracy with bounds, the experts per
     token of each seed, and the kB and seconds of each round on the most ranks, if these were measured. Methods off the
     budget have hollow marks."""
     import matplotlib as mpl
@@ -360,7 +360,7 @@ def draw(asked: Comparison, records: Records, path: Path) -> list[Path]:
             f"{asked.budget:g} true experts per token; loss and accuracy less {asked.reference}'s, paired by seed; "
             "hollow: off budget"
         )
-    return save(figure, path, dots=200)
+    save(figure, path)
 
 
 def _fill(asked: Comparison, records: Records, name: str) -> str:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 INCHES = (9.5, 4.2)
 BOTH_INCHES = (13.5, 4.6)
 LABEL_CHARACTERS = 44
-DOTS = 110
 # Colours of Okabe and Ito, for colour-blind readers. There are seven; markers tell arms apart beyond that, and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("o-", "s-", "^-", "D-", "v-", "P-", "X-", "<--", ">--", "*--", "h--")
@@ -50,7 +49,7 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
             heights[key] = max(INCHES[1], ROW_INCHES * len(arms))
             label = f"held-out {what} answered right"
             panels[key] = [lambda axes, k=key, x=label: _accuracies(axes, study, records, k, x)]
-    return [_figure(folder / f"{study.name}_{name}.png", *fill, height=heights.get(name)) for name, fill in panels.items()]
+    return [_figure(folder / f"{study.name}_{name}.svg", *fill, height=heights.get(name)) for name, fill in panels.items()]
 
 
 def _figure(path: Path, *fill: Callable[["Axes"], None], height: float | None) -> Path:
@@ -61,10 +60,10 @@ def _figure(path: Path, *fill: Callable[["Axes"], None], height: float | None) -
 
     with mpl.rc_context({"axes.prop_cycle": cycler(color=COLOURS)}):
         width, usual = INCHES if len(fill) == 1 else BOTH_INCHES
-        figure = Figure(figsize=(width, height or usual), dpi=DOTS, layout="constrained")
+        figure = Figure(figsize=(width, height or usual), layout="constrained")
         for panel, axes in zip(fill, figure.subplots(1, len(fill), squeeze=False)[0], strict=True):
             panel(axes)
-    return save(figure, path, dots=DOTS)[0]
+    return save(figure, path)
 
 
 def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:

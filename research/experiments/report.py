@@ -41,13 +41,13 @@ def write_report(study: Study, *, page: Path | None = None, results: Path | None
         DataError: the records are damaged.
     """
     path = results or results_path(study, pilot=False)
-    page = page or path.with_suffix(".md")
+    page = page or path.with_name(f"{study.name}.md")
     header, records = read_header(path), read_records(path)
     if header is None:
         return f"{study.name}: no results yet; python -m research.experiments {study.name} makes them"
     verdicts = judge(study, records)
     pictures = draw(study, records, path.parent)
-    pictures += draw_verdicts(study, records, verdicts, path.parent / f"{study.name}_verdicts.png")[:1]
+    pictures += draw_verdicts(study, records, verdicts, path.parent / f"{study.name}_verdicts.svg")
     text = "\n".join(_section(study, header, records, verdicts, [each.name for each in pictures]))
     write_atomically(page, _replaced(page, study, header, text))
     return "\n".join(f"{each.outcome}: {each.rule.claim} {numbers(each)}" for each in verdicts)
@@ -76,7 +76,7 @@ def _section(
     lines += [
         f"The rules stand in research/configs/reproduce/{study.name}.yaml, of commit `{str(header['rules'])[:12]}`. {done} "
         f"of {len(jobs)} runs are finished, by the code of {commits(records.values())}. Seeds: "
-        f"{', '.join(map(str, study.seeds.decisive))}{others}. The records of all runs are in {study.name}.jsonl; "
+        f"{', '.join(map(str, study.seeds.decisive))}{others}. The records of all runs are in {study.name}.jsonl.gz; "
         f"`make reproduce-{study.name}` makes missing runs, and this page from the records.",
         "",
     ]
@@ -101,12 +101,7 @@ def _section(
     for title, part in parts.items():
         if part:
             lines += [f"## {title}", "", *part, ""]
-    return [*lines, *(line for name in pictures for line in (_picture(name), ""))][:-1]
-
-
-def _picture(name: str) -> str:
-    stem = name.removesuffix(".png")
-    return f"![{name}]({name})\n\nThe same figure as [SVG]({stem}.svg) and as [PDF]({stem}.pdf)."
+    return [*lines, *(line for name in pictures for line in (f"![{name}]({name})", ""))][:-1]
 
 
 def _per_arm(study: Study, records: Records) -> list[tuple[str, dict[int, Record]]]:

@@ -1,12 +1,15 @@
-"""Reads and writes the records of an experiment: a JSON line that identifies the rules, then a JSON line for each run.
+"""Reads and writes the records of an experiment: a JSON line that identifies the rules, then a JSON line for each run,
+compressed by gzip.
 
 The file is committed. A record takes a few kilobytes and has all data for tables, plots and verdicts.
 """
 
+import gzip
 import json
 import os
 import re
 import subprocess
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,8 @@ from research.experiments.study import PILOT, Study, fingerprint
 def results_path(study: Study, *, pilot: bool) -> Path:
     """Returns the path of the records. The records of a pilot are not committed."""
     if pilot:
-        return Path(study.runs) / f"{study.name}-{PILOT}" / "results.jsonl"
-    return Path(study.records) / f"{study.name}.jsonl"
+        return Path(study.runs) / f"{study.name}-{PILOT}" / "results.jsonl.gz"
+    return Path(study.records) / f"{study.name}.jsonl.gz"
 
 
 def check_rules(path: Path, study_path: Path, study: Study) -> str:
@@ -99,7 +102,8 @@ def add_record(path: Path, header: Mapping[str, Any], record: Mapping[str, Any])
     kept = [line for line in lines[1:] if (line["arm"], line["seed"]) != (record["arm"], record["seed"])]
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = [json.dumps(rounded(each), separators=(",", ":"), allow_nan=False) for each in [lines[0], *kept, record]]
-    write_atomically(path, "\n".join(texts) + "\n")
+    content = gzip.compress(("\n".join(texts) + "\n").encode(), mtime=0)  # without a time, equal records give equal bytes
+    write_atomically(path, content)
 
 
 def make_header(study_path: Path, study: Study, rules: str | None) -> dict[str, Any]:
@@ -121,8 +125,12 @@ def code_of_now() -> dict[str, Any]:
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
+    try:
+        texts = gzip.decompress(path.read_bytes()).decode().splitlines()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be decompressed ({error}); take the file from git") from error
     found = []
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in enumerate(texts, 1):
         try:
             found.append(json.loads(text))
         except ValueError as error:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 COLOURS = {"pass": "#0072B2", "fail": "#D55E00", "not testable here": "#000000"}
 MARKERS = {"pass": "o", "fail": "X", "not testable here": "d"}  # tell verdicts apart in print without colours, too
 FAINT = "#999999"
-FORMATS = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}  # values: entries left out, so that files repeat
 WIDTH, ROW_INCHES, LABEL_CHARACTERS = 8.0, 0.42, 46
 UNITS = {  # by the metric, or by its first part
     "loss": "nats",
@@ -33,16 +32,14 @@ UNITS = {  # by the metric, or by its first part
 }
 
 
-def save(figure: "Figure", path: Path, *, dots: int) -> list[Path]:
-    """Writes a figure in each of FORMATS, beside `path`."""
+def save(figure: "Figure", path: Path) -> Path:
+    """Writes a figure as SVG and returns its path. Equal figures give equal files."""
     import matplotlib as mpl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    targets = [path.with_suffix(f".{format}") for format in FORMATS]
-    with mpl.rc_context({"svg.hashsalt": path.stem}):
-        for target, entry in zip(targets, FORMATS.values(), strict=True):
-            figure.savefig(target, dpi=dots, metadata={entry: None})
-    return targets
+    with mpl.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):  # text as text: half the bytes
+        figure.savefig(path, metadata={"Date": None})
+    return path
 
 
 def draw_verdicts(study: Study, records: Records, verdicts: Sequence[Verdict], path: Path) -> list[Path]:
@@ -66,7 +63,7 @@ def draw_verdicts(study: Study, records: Records, verdicts: Sequence[Verdict], p
     figure.suptitle(
         f"{study.name}: negative differences support the claims; bars: one-sided {confidence} bounds", fontsize=9
     )
-    return save(figure, path, dots=150)
+    return [save(figure, path)]
 
 
 def unit_of(rule: ValueRule) -> str:

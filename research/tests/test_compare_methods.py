@@ -1,5 +1,6 @@
 """The comparison of methods from the command line: run whole, continued, and not repeated when it is done."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -52,7 +53,7 @@ def test_run_whole_and_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     first = compare(tmp_path, *given)
     assert first.count("done ") == 4 + 6, "a pilot run of each method with each rate; two seeds of two methods, one control"
     folder = tmp_path / "runs" / "compare" / "budget-1.5"
-    _, *records = (json.loads(line) for line in (folder / "budget-1.5.jsonl").read_text().splitlines())
+    _, *records = (json.loads(line) for line in gzip.decompress((folder / "budget-1.5.jsonl.gz").read_bytes()).splitlines())
     loads = {(each["arm"], each["seed"]): each["load"]["by_input"] for each in records}
     for seed in (1, 2):
         for modality in ("text", "image"):
@@ -61,11 +62,11 @@ def test_run_whole_and_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert each["load"]["all"] == pytest.approx(1.5, rel=0.05)
         assert 0.0 < each["accuracy"]["all"] < 1.0
     assert "| `remoe` | positive logits, held by a bias | 0.01 |" in (folder / "table.md").read_text()
-    assert all((folder / f"figure.{kind}").stat().st_size > 1000 for kind in ("png", "svg", "pdf"))
-    before = (folder / "budget-1.5.jsonl").read_bytes()
+    assert (folder / "figure.svg").stat().st_size > 1000
+    before = (folder / "budget-1.5.jsonl.gz").read_bytes()
     again = compare(tmp_path, *given)
     assert "train " not in again, "what is finished does not run again"
-    assert (folder / "budget-1.5.jsonl").read_bytes() == before
+    assert (folder / "budget-1.5.jsonl.gz").read_bytes() == before
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))

@@ -1,5 +1,6 @@
 """An experiment from the command line: killed, continued, measured, and not repeated when it is done."""
 
+import gzip
 import json
 import os
 import signal
@@ -116,8 +117,8 @@ def test_killed_gone_on_with_measured_and_done_once(folder: Path, monkeypatch: p
     attempts = json.loads((run / "status.json").read_text())["attempts"]
     assert len(attempts) >= 2, "the second call went on with the run of the first"
 
-    results = folder / "runs" / "reproduce" / "tiny-pilot" / "results.jsonl"
-    header, *records = (json.loads(line) for line in results.read_text().splitlines())
+    results = folder / "runs" / "reproduce" / "tiny-pilot" / "results.jsonl.gz"
+    header, *records = (json.loads(line) for line in gzip.decompress(results.read_bytes()).splitlines())
     assert header["study"] == "tiny"
     assert header["rules"] is None
     base, dropped, choice = sorted(records, key=lambda record: list(STUDY["arms"]).index(record["arm"]))

@@ -47,12 +47,13 @@ def planted(path: str, code: str) -> Source:
 
 @pytest.fixture(scope="module")
 def sources() -> list[Source]:
-    return read_sources()
+    """Files of the product, which the graph has, and of research, for which the nevers hold as well."""
+    return [file for file in read_sources(tops=(*TOPS, "research")) if not file.path.startswith("research/tests/")]
 
 
 @pytest.fixture(scope="module")
 def graph(sources: list[Source]) -> ImportGraph:
-    return ImportGraph(sources)
+    return ImportGraph(file for file in sources if file.room != "research")
 
 
 def size_faults(graph: ImportGraph) -> list[str]:
@@ -100,6 +101,16 @@ def package_faults(files: list[Source]) -> list[str]:
         if file.path.startswith("moe_dist/")
         for line, room in rooms_imported(file)
         if room in ("launchers", "tools")
+    ]
+
+
+def research_faults(files: list[Source]) -> list[str]:
+    return [
+        f"{file.path}:{line}: imports {name}; research imports the product, and nothing outside imports research"
+        for file in files
+        if file.room != "research"
+        for line, name in imports(file)
+        if name.partition(".")[0] == "research"
     ]
 
 
@@ -228,6 +239,11 @@ RULES: dict[Callable[[list[Source]], list[str]], tuple[Source, ...]] = {
         planted("moe_dist/hf/x.py", "if TYPE_CHECKING:\n    from tools import import_hf"),
         planted("moe_dist/__init__.py", "from launchers import command"),
     ),
+    research_faults: (
+        planted("tools/x.py", "def f():\n    from research.experiments import study"),
+        planted("moe_dist/moe/x.py", "import research"),
+        planted("tests/x.py", "from research.bench.points import Point"),
+    ),
     single_device_faults: (
         planted("moe_dist/moe/x.py", "from moe_dist.config.schema import Config"),
         planted("moe_dist/model/x.py", "from moe_dist.parallel import mesh"),
@@ -275,6 +291,10 @@ def test_holds(rule: Callable[[list[Source]], list[str]], sources: list[Source])
 def test_would_fail(rule: Callable[[list[Source]], list[str]]) -> None:
     for plant in RULES[rule]:
         assert rule([plant]), f"{rule.__name__} does not see {ast.unparse(plant.tree)!r} in {plant.path}"
+
+
+def test_tests_and_documents_import_no_research() -> None:
+    assert not (problems := research_faults(read_sources(tops=("docs", "tests")))), "\n".join(problems)
 
 
 def test_the_import_graph_stays_small(graph: ImportGraph) -> None:

@@ -61,7 +61,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     monkeypatch.setattr(moe_dist, "__file__", str(tmp_path / FILES[0]))
     Path("planted.yaml").write_text(STUDY)
     Path("base.yaml").write_text("run: {name: x}\n")
-    Path(".gitignore").write_text("runs/\ndocs/reproductions/\n")
+    Path(".gitignore").write_text("runs/\nresearch/records/\n")
     git("init", "-q")
     commit(*FILES)
     return load_study(Path("planted.yaml"))

@@ -1,5 +1,6 @@
 """A comparison of methods: what it refuses, that each method fits its budget, and the table and figure of given records."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def test_what_cannot_be_compared_is_refused(
     with pytest.raises(ConfigError) as raised:
         make_study(asked(tmp_path, tiny_data, changes, **other))
     assert text in str(raised.value)
-    assert not (tmp_path / "here" / "here.jsonl").exists()
+    assert not (tmp_path / "here" / "here.jsonl.gz").exists()
 
 
 def test_ranks_share_the_overridden_batch(tiny_data: Path, tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_nothing_is_overwritten(tiny_data: Path, tmp_path: Path) -> None:
 def test_a_changed_base_is_refused_once_a_run_is_finished(tiny_data: Path, tmp_path: Path) -> None:
     study = make_study(asked(tmp_path, tiny_data))
     header = {"fingerprint": fingerprint(tmp_path / "here" / "study.yaml", study)}
-    results_path(study, pilot=False).write_text(json.dumps(header) + "\n")
+    results_path(study, pilot=False).write_bytes(gzip.compress(json.dumps(header).encode()))
     make_study(asked(tmp_path, tiny_data))
     with pytest.raises(ConfigError, match="has changed since the finished runs"):
         make_study(asked(tmp_path, tiny_data, {"optimizer.lr": 0.5}))
@@ -147,9 +148,8 @@ def test_table_and_figure_have_paired_differences_and_mark_what_is_off_the_budge
     assert rows["fixed"][6:8] == ["5.0000", "-"]
     assert rows["fixed"][10:13] == ["3.00", "1.00", "0.200 [0.100, 0.300]"]
     assert rows["adamoe"][11:13] == ["-", "-"]
-    for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
-        assert (one.folder / f"figure.{kind}").read_bytes().startswith(start)
     before = (one.folder / "figure.svg").read_bytes()
+    assert before.startswith(b"<?xml")
     write_comparison(one, make_study(one), records)
     assert (one.folder / "figure.svg").read_bytes() == before
 
@@ -178,7 +178,8 @@ def test_each_method_gets_the_rate_with_its_lowest_pilot_loss(tiny_data: Path, t
     results = results_path(search, pilot=True)
     assert results.is_relative_to(tmp_path), "comparisons of other folders share no search"
     results.parent.mkdir()
-    results.write_text(json.dumps({"fingerprint": fingerprint(one.folder / "rates.yaml", search)}) + "\n")
+    header = {"fingerprint": fingerprint(one.folder / "rates.yaml", search)}
+    results.write_bytes(gzip.compress(json.dumps(header).encode()))
     make_search(one)
     asked(tmp_path, tmp_path / "data", {"optimizer.lr": 0.5})  # writes another base.yaml
     with pytest.raises(ConfigError, match="has changed since the finished runs"):

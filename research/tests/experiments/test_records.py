@@ -1,5 +1,6 @@
 """The rules come before the results: what the tool refuses, and what its files hold."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -59,21 +60,21 @@ def record(arm: str, seed: int, loss: float) -> dict:
 
 def test_rules_that_are_committed_may_run(study: tuple[Path, Study]) -> None:
     path, rules = study
-    assert len(check_rules(Path("r.jsonl"), path, rules)) == 40
+    assert len(check_rules(Path("r.jsonl.gz"), path, rules)) == 40
 
 
 def test_rules_without_a_pilot_are_refused(study: tuple[Path, Study]) -> None:
     path, _ = study
     path.write_text(STUDY.replace("found: lr 0.1, ", ""))
     with refused(ConfigError, "pilot.found"):
-        check_rules(Path("r.jsonl"), path, load_study(path))
+        check_rules(Path("r.jsonl.gz"), path, load_study(path))
 
 
 def test_rules_that_are_not_committed_are_refused(study: tuple[Path, Study]) -> None:
     path, rules = study
     git("rm", "-q", "--cached", str(path))
     with refused(ConfigError):
-        check_rules(Path("r.jsonl"), path, rules)
+        check_rules(Path("r.jsonl.gz"), path, rules)
 
 
 @pytest.mark.parametrize("changed", ["planted.yaml", "base.yaml"])
@@ -82,7 +83,7 @@ def test_rules_that_differ_from_the_commit_are_refused(study: tuple[Path, Study]
     with Path(changed).open("a") as stream:
         stream.write("# more\n")
     with refused(ConfigError):
-        check_rules(Path("r.jsonl"), path, rules)
+        check_rules(Path("r.jsonl.gz"), path, rules)
 
 
 @pytest.mark.parametrize("changed", ["planted.yaml", "base.yaml"])
@@ -90,7 +91,7 @@ def test_rules_changed_after_the_first_results_are_refused_even_if_committed(
     study: tuple[Path, Study], changed: str
 ) -> None:
     path, rules = study
-    results = Path("r.jsonl")
+    results = Path("r.jsonl.gz")
     add_record(results, make_header(path, rules, check_rules(results, path, rules)), record("a", 1, 1.0))
     assert check_rules(results, path, rules)
     with Path(changed).open("a") as stream:
@@ -106,21 +107,25 @@ def test_changed_code_is_refused_where_records_must_be_rebuilt(
     path, rules = study
     strict = rules.model_copy(update={"committed_code": True})
     monkeypatch.setattr("research.experiments.results.code_of_now", lambda: {"commit": "c0ffee", "changed": True})
-    assert check_rules(Path("r.jsonl"), path, rules)
+    assert check_rules(Path("r.jsonl.gz"), path, rules)
     with refused(ConfigError, "committed_code"):
-        check_rules(Path("r.jsonl"), path, strict)
+        check_rules(Path("r.jsonl.gz"), path, strict)
     monkeypatch.setattr("research.experiments.results.code_of_now", lambda: {"commit": "c0ffee", "changed": False})
-    assert check_rules(Path("r.jsonl"), path, strict)
+    assert check_rules(Path("r.jsonl.gz"), path, strict)
 
 
 def test_records_come_back_and_a_second_of_the_same_run_takes_its_place(study: tuple[Path, Study]) -> None:
     path, rules = study
-    results, header = Path("deep/r.jsonl"), make_header(path, rules, "abc")
+    results, header = Path("deep/r.jsonl.gz"), make_header(path, rules, "abc")
     for loss in (1.0, 2.0):
         add_record(results, header, record("a", 1, loss))
     add_record(results, header, record("b", 1, 3.0))
     assert {key: each["loss"]["all"] for key, each in read_records(results).items()} == {("a", 1): 2.0, ("b", 1): 3.0}
-    results.write_text(results.read_text() + "{torn\n")
+    whole = results.read_bytes()
+    results.write_bytes(whole + gzip.compress(b"{torn\n"))
+    with refused(DataError):
+        read_records(results)
+    results.write_bytes(whole[:-20])
     with refused(DataError):
         read_records(results)
 
@@ -167,7 +172,7 @@ def test_a_pilot_on_a_seed_that_counts_is_refused(study: tuple[Path, Study]) -> 
 
 def test_report_is_written_whatever_it_says_and_an_earlier_attempt_stays(study: tuple[Path, Study]) -> None:
     path, rules = study
-    results, page = Path("r.jsonl"), Path("page.md")
+    results, page = Path("r.jsonl.gz"), Path("page.md")
     page.write_text("# Reproductions\n\nText.\n")
     header = make_header(path, rules, "a" * 40)
     for arm, load, losses in (("a", 1.5, (1.0, 1.1)), ("b", 1.25, (1.2, 1.3))):
@@ -181,10 +186,9 @@ def test_report_is_written_whatever_it_says_and_an_earlier_attempt_stays(study: 
     assert once.startswith("# Reproductions\n\nText.\n")
     assert "**fail**" in once
     for name in ("loss_over_load", "verdicts"):
-        for format in ("png", "svg", "pdf"):
-            assert Path(f"planted_{name}.{format}").stat().st_size > 1000
+        assert Path(f"planted_{name}.svg").stat().st_size > 1000
     assert "b is below a" in Path("planted_verdicts.svg").read_text()
-    results.rename("old.jsonl")
+    results.rename("old.jsonl.gz")
     add_record(results, {**header, "fingerprint": "other"}, record("a", 1, 1.0))
     text = write_report(rules, page=page, results=results)
     assert text.startswith("not testable here: b is below a (no record yet of")
@@ -197,7 +201,7 @@ def test_a_reason_found_after_the_runs_leaves_the_rules_and_the_numbers(study: t
     before = fingerprint(path, rules := load_study(path))
     for arm, losses in (("a", (1.0, 1.1)), ("b", (1.2, 1.3))):
         for seed, loss in enumerate(losses, 1):
-            add_record(Path("planted.jsonl"), make_header(path, rules, "a" * 40), record(arm, seed, loss))
+            add_record(Path("planted.jsonl.gz"), make_header(path, rules, "a" * 40), record(arm, seed, loss))
     assert write_report(rules).startswith("fail: b is below a +0.2000")
     Path("additions.yaml").write_text("planted: {not_testable: 'gate of 3, has 2', names: {b: below}}\n")
     rules = load_study(path)
@@ -215,7 +219,7 @@ def test_a_reason_found_after_the_runs_leaves_the_rules_and_the_numbers(study: t
 def test_rows_on_the_wire_are_told_where_arms_differ(study: tuple[Path, Study], rows: float) -> None:
     path, rules = study
     rules = rules.model_copy(update={"names": {"b": "below"}})
-    results, page = Path("r.jsonl"), Path("page.md")
+    results, page = Path("r.jsonl.gz"), Path("page.md")
     header = make_header(path, rules, "a" * 40)
     wire = {**record("b", 1, 1.0)["wire"], "rows_remote": rows, "rows_topk": 1.01}
     add_record(results, header, record("a", 1, 1.0))
@@ -234,7 +238,7 @@ def test_rows_on_the_wire_are_told_where_arms_differ(study: tuple[Path, Study], 
 def test_eta_of_the_training_loss_has_a_table_where_records_have_one(study: tuple[Path, Study]) -> None:
     path, _ = study
     path.write_text(STUDY.replace("after: a", "seeds: other") + "measure: {curve: {of: a}}\n")
-    rules, results, page = load_study(path), Path("r.jsonl"), Path("page.md")
+    rules, results, page = load_study(path), Path("r.jsonl.gz"), Path("page.md")
     points = [{"flops": 1.0, "seconds": 1.0, "loss": {"all": 3.0}}, {"flops": 8.0, "seconds": 8.0, "loss": {"all": 2.0}}]
     for trained in (False, True):
         for arm, last in (("a", 2.0), ("b", 1.0)):
@@ -260,8 +264,8 @@ def test_bytes_are_shown_where_ranks_send_them(study: tuple[Path, Study], sent: 
     text = page_of((path, load_study(path)), *records)
     assert ("| tokens/s | GB sent |" in text) is bool(sent)
     assert ("| all, bytes |" in text) is bool(sent)
-    assert Path("planted_loss_over_bytes.png").exists() is bool(sent)
-    assert Path("planted_loss_over_flops.png").exists()
+    assert Path("planted_loss_over_bytes.svg").exists() is bool(sent)
+    assert Path("planted_loss_over_flops.svg").exists()
 
 
 @pytest.mark.parametrize(
@@ -269,26 +273,26 @@ def test_bytes_are_shown_where_ranks_send_them(study: tuple[Path, Study], sent: 
     [
         ({"a": (2.0, 2.0), "b": (2.0, 2.0)}, set()),
         ({"a": (2.0, 2.0), "b": (8.0, 8.0)}, set()),
-        ({"a": (2.0, 2.0), "b": (1.0, 3.0)}, {"planted_loss_over_load.png"}),
-        ({"a": (1.5, 1.5), "b": (1.5, 1.5)}, {"planted_load_over_loss.png"}),
+        ({"a": (2.0, 2.0), "b": (1.0, 3.0)}, {"planted_loss_over_load.svg"}),
+        ({"a": (1.5, 1.5), "b": (1.5, 1.5)}, {"planted_load_over_loss.svg"}),
     ],
 )
 def test_no_picture_is_drawn_that_would_show_nothing(
     study: tuple[Path, Study], loads: dict[str, tuple[float, float]], drawn: set[str]
 ) -> None:
     path, rules = study
-    results, page = Path("r.jsonl"), Path("page.md")
+    results, page = Path("r.jsonl.gz"), Path("page.md")
     for arm, of_seeds in loads.items():
         for seed, load in enumerate(of_seeds, 1):
             mine = record(arm, seed, 1.0)
             add_record(results, make_header(path, rules, "a" * 40), {**mine, "load": {**mine["load"], "all": load}})
     write_report(rules, page=page, results=results)
-    assert {found.name for found in Path().glob("*.png")} == {*drawn, "planted_verdicts.png"}
+    assert {found.name for found in Path().glob("*.svg")} == {*drawn, "planted_verdicts.svg"}
 
 
 def test_questions_are_told_with_what_routing_fitted_to_their_labels_gives(study: tuple[Path, Study]) -> None:
     path, rules = study
-    results, page = Path("r.jsonl"), Path("page.md")
+    results, page = Path("r.jsonl.gz"), Path("page.md")
     for arm in ("a", "b"):
         for seed in (1, 2):
             right = {"questions": 40, "accuracy": 0.5 + seed / 100, "by_task": {"gcd": {"accuracy": 0.5 + seed / 100}}}
@@ -307,12 +311,12 @@ def test_questions_are_told_with_what_routing_fitted_to_their_labels_gives(study
     fitted = "| `b`, disturbed, these with routing fitted to their labels | 9 | 0.7500 ± 0.0000 | 0.750 ± 0.000 |"
     assert fitted in rows
     assert not any("`a`, disturbed" in row for row in rows)
-    assert Path("planted_questions.png").stat().st_size > 1000
+    assert Path("planted_questions.svg").stat().st_size > 1000
 
 
 def test_domains_and_nats_of_answers_are_told(study: tuple[Path, Study]) -> None:
     path, rules = study
-    results, page = Path("r.jsonl"), Path("page.md")
+    results, page = Path("r.jsonl.gz"), Path("page.md")
     for arm in ("a", "b"):
         for seed in (1, 2):
             answers = {"accuracy": 0.5, "by_source": {"north": {"accuracy": 0.5}}}
@@ -329,7 +333,7 @@ def test_domains_and_nats_of_answers_are_told(study: tuple[Path, Study]) -> None
 
 def page_of(study: tuple[Path, Study], *records: dict) -> str:
     path, rules = study
-    results, page = Path("r.jsonl"), Path("page.md")
+    results, page = Path("r.jsonl.gz"), Path("page.md")
     for each in records:
         add_record(results, make_header(path, rules, "a" * 40), each)
     write_report(rules, page=page, results=results)
@@ -374,7 +378,8 @@ def test_an_arm_asks_only_what_the_experiment_says_it_asks(study: tuple[Path, St
     ("files", "new", "changed"),
     [
         ((), "notes.txt", False),
-        (("docs/reproductions.md", "docs/reproductions/roma.jsonl"), "docs/pictures.py", False),
+        (("docs/results.md", "research/records/reproductions/roma.jsonl.gz"), "docs/pictures.py", False),
+        ((), "research/records/comparisons/other/study.yaml", False),
         (("docs/a.md", "moe_dist/b.py"), "notes.txt", True),
         ((), "tools/new.py", True),
     ],

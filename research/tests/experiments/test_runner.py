@@ -66,7 +66,7 @@ def run(path: Path, *, side_by_side: int) -> list[list[int]]:
     study = load_study(path)
     made = Runner(path, study, pilot=False, rules=None, side_by_side=side_by_side, stop_requested=lambda: False)
     made.run(jobs_of(study))
-    assert len(read_records(Path(study.records) / "planted.jsonl")) == 6
+    assert len(read_records(Path(study.records) / "planted.jsonl.gz")) == 6
     assert run_folder(study, "four", 1, pilot=False).is_dir()
     return Fake.together
 
