@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
 from moe_dist.config.regular_file import read_regular
 from moe_dist.config.renamed import translate
@@ -113,9 +113,9 @@ class StateFile(StoredModel):
 
     format: Literal[2] = FORMAT
     save_id: str
-    step: int
-    world_size: int
-    optimizer_steps: int | None  # number of steps that the optimizer has taken; None without an optimizer
+    step: NonNegativeInt
+    world_size: PositiveInt
+    optimizer_steps: NonNegativeInt | None  # number of steps that the optimizer has taken; None without an optimizer
     placement: dict[str, JsonValue]  # expert groups and each rank's experts, only for display
     versions: dict[str, str]
     values: dict[str, JsonValue]  # see `CheckpointState.values`

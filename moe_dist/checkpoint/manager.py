@@ -69,6 +69,7 @@ class Restored:
     step: int
     values: dict[str, JsonValue]
     rank_values: dict[str, JsonValue]  # like `CheckpointState.rank_values`; empty if the number of ranks has changed
+    optimizer_steps: int | None = None  # None without an optimizer
 
 
 class CheckpointManager:
@@ -233,7 +234,7 @@ class CheckpointManager:
         except DataError as error:
             raise self._with_fix(error, folder) from error
         self.newest = folder
-        return Restored(contents.state.step, contents.state.values, rank_values)
+        return Restored(contents.state.step, contents.state.values, rank_values, contents.state.optimizer_steps)
 
     def load_fitting(
         self,

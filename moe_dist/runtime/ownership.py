@@ -52,11 +52,13 @@ def other_owner(folder: Path) -> str | None:
 
 
 def refuse_planted_files(folder: Path) -> None:
-    """Raises ConfigError if a run folder, or its folder of logs, checkpoints or events, contains a symbolic link of another
-    user, which could redirect reads and writes, or a FIFO, device or socket, on which a reader may wait forever. Links of
-    this user or root are allowed, for example to checkpoints on another disk."""
-    events = folder / "tensorboard"
-    for place in (folder, folder / "log", folder / "checkpoints", events, *events.glob("*")):
+    """Raises ConfigError if a run folder, or a folder in it that runs write to, contains a symbolic link that leads out of
+    the run folder or belongs to another user, because writes would follow it, or a FIFO, device or socket, on which a
+    reader may wait forever."""
+    inside = os.path.join(os.path.realpath(folder), "")
+    logs, events, traces = (folder / name for name in ("log", "tensorboard", "trace"))
+    below = [each for place in (logs, events, traces) if place.is_dir() for each in place.glob("*/")]
+    for place in (folder, logs, folder / "checkpoints", events, traces, folder / "profile", folder / "slurm", *below):
         for entry in list(os.scandir(place)) if place.is_dir() else ():
             # The folder's listing usually has the types of the entries, so that thousands of logs cost no further requests.
             if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
@@ -69,6 +71,11 @@ def refuse_planted_files(folder: Path) -> None:
                 raise ConfigError(
                     f"{entry.path} is a symbolic link created by {user_name(found.st_uid)}; a run uses no links of "
                     "other users; delete it, and remove that user's write permission (docs/security.md)"
+                )
+            if stat.S_ISLNK(found.st_mode) and not os.path.realpath(entry.path).startswith(inside):
+                raise ConfigError(
+                    f"{entry.path} is a symbolic link out of the run folder, and a run writes through no such link; delete "
+                    "it, or set run.root to the disk that the run is to write to (docs/security.md)"
                 )
             if stat.S_IFMT(found.st_mode) not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
                 raise ConfigError(

@@ -174,9 +174,9 @@ def main() -> None:
 
         fit = Trainer.fit
 
-        def broken(trainer: Trainer) -> Any:
-            diverge(trainer, divergence)
-            return fit(trainer)
+        def broken(self: Trainer) -> Any:
+            diverge(self, divergence)
+            return fit(self)
 
         Trainer.fit = broken
     run_command(train)

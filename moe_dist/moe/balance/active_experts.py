@@ -96,12 +96,8 @@ class ActiveExperts:
             for name, error_Ln in self._last.items()
         }
 
-    def restore(self, state: JsonValue, device: torch.device) -> None:
-        """Restores a state that `state` returned.
-
-        Raises:
-            DataError: the state is not a table of errors.
-        """
+    def restore(self, state: JsonValue, sizes: Mapping[str, tuple[int, int]], device: torch.device) -> None:
+        """See `moe_dist.moe.balance.controller.RememberingRule`."""
         try:
             rows: dict[str, Any] = dict(state)  # pyright: ignore
             filled = {
@@ -109,8 +105,13 @@ class ActiveExperts:
                 for name, error in rows.items()
             }
             found = {name: torch.tensor(each, dtype=torch.float64) for name, each in filled.items()}
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"state of the load controller: {state!r:.80} are not errors by group") from error
-        if any(error_Ln.dim() != 2 or bool(error_Ln.isinf().any()) for error_Ln in found.values()):
-            raise DataError(f"state of the load controller: {state!r:.80} are not errors of layers and experts")
+        for name, error_Ln in found.items():
+            if error_Ln.shape != sizes.get(name) or bool(error_Ln.isinf().any()):
+                here = list(sizes[name]) if name in sizes else "no such group"
+                raise DataError(
+                    f"state of the load controller: group {name!r}: errors of {list(error_Ln.shape)} layers and experts, "
+                    f"but the model has {here}: {rows[name]!r:.80}"
+                )
         self._last = {name: error_Ln.to(device) for name, error_Ln in found.items()}

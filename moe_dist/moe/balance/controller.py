@@ -9,7 +9,7 @@ a token takes.
 Shape letters: L MoE layers, G expert groups, C choice columns, n true experts of a group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -57,7 +57,10 @@ class RememberingRule(Protocol):
 
     def state(self) -> JsonValue: ...
 
-    def restore(self, state: JsonValue, device: torch.device) -> None: ...
+    def restore(self, state: JsonValue, sizes: Mapping[str, tuple[int, int]], device: torch.device) -> None:
+        """Restores a state that `state` returned. `sizes` has the numbers of layers and of true experts of each group.
+        Raises DataError if the state is invalid."""
+        ...
 
 
 class BiasController:
@@ -106,11 +109,12 @@ class BiasController:
         """
         values = state if isinstance(state, dict) else {}
         step, rules = values.get("step"), values.get("rules", {})
-        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        if type(step) is not int or not 0 <= step < 1 << 62:
             raise DataError(f"state of the load controller: {state!r:.80} is not a number of updates")
         if not isinstance(rules, dict):
             raise DataError(f"state of the load controller: rules={rules!r:.80} is no table of states")
         for place, rule in enumerate(self._rules):
             if isinstance(rule, RememberingRule):
-                rule.restore(rules.get(str(place), {}), self._gates_LG[0][0].bias.device)
+                sizes = {group.name: (len(self._gates_LG), group.num_experts) for group in self._groups}
+                rule.restore(rules.get(str(place), {}), sizes, self._gates_LG[0][0].bias.device)
         self.step = step

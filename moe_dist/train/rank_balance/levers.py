@@ -60,7 +60,9 @@ def _moving(parts: LeverParts) -> MovingLever | None:
         dispatch_with(training.parallel.model, replace(dispatch, placement=new))
         training.step.placement = new
 
-    return MovingLever(parts.placement, move, edp=training.parallel.mesh.edp_size, **section.model_dump())
+    layers = len(parts.config.model.moe_layers)
+    edp = training.parallel.mesh.edp_size
+    return MovingLever(parts.placement, move, edp=edp, layers=layers, **section.model_dump())
 
 
 def _replicating(parts: LeverParts) -> ReplicatingLever | None:

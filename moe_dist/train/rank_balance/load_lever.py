@@ -20,10 +20,11 @@ class LoadLever(Generic[P]):
     Args:
         placement: Where the experts are now.
         every: Number of steps of a window; the lever decides after the window's last step.
+        layers: Number of MoE layers.
     """
 
-    def __init__(self, placement: P, every: int) -> None:
-        self.placement, self._every = placement, every
+    def __init__(self, placement: P, every: int, layers: int) -> None:
+        self.placement, self._every, self._layers = placement, every, layers
         self._width_E = np.array(placement.width_of_expert)
         self._pairs_SLE: list[np.ndarray] = []  # computed (token, expert) pairs since the last decision
 
@@ -51,4 +52,8 @@ class LoadLever(Generic[P]):
         return np.array(self._pairs_SLE, np.int64).tolist()
 
     def _read_pairs(self, stored: Any) -> list[np.ndarray]:
-        return [np.array(each, np.int64).reshape(-1, len(self._width_E)) for each in stored]
+        pairs_SLE = [np.array(each, np.int64) for each in stored]
+        shape = (self._layers, len(self._width_E))
+        if wrong := [each.shape for each in pairs_SLE if each.shape != shape or (each < 0).any()]:
+            raise ValueError(f"pairs of shape {wrong[0]} are no counts of {shape[0]} layers and {shape[1]} experts")
+        return pairs_SLE

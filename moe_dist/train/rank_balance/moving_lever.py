@@ -34,6 +34,7 @@ class MovingLever(LoadLever[ExpertPlacement]):
         placement: Where the experts are now.
         move: Moves the experts from the first placement to the second one. Collective.
         edp: Number of EP groups, which share the tokens of a step.
+        layers: Number of MoE layers.
         every, payback_steps, flops_per_byte: See `config.rank_balance_schema.MovingSection`.
     """
 
@@ -43,11 +44,12 @@ class MovingLever(LoadLever[ExpertPlacement]):
         move: Callable[[ExpertPlacement, ExpertPlacement], None],
         *,
         edp: int,
+        layers: int,
         every: int,
         payback_steps: int,
         flops_per_byte: float,
     ) -> None:
-        super().__init__(placement, every)
+        super().__init__(placement, every, layers)
         self._move, self._edp, self._configured = move, edp, placement.slots
         self._payback_steps, self._flops_per_byte = payback_steps, flops_per_byte
         self._group_E = np.array([number for number, group in enumerate(placement.groups) for _ in group.experts])
@@ -104,7 +106,7 @@ class MovingLever(LoadLever[ExpertPlacement]):
             slots = tuple(tuple(map(int, each)) for each in state["slots"])  # pyright: ignore
             pairs_SLE = self._read_pairs(state["pairs"])
             placement = ExpertPlacement(self.placement.groups, slots)
-        except (AssertionError, ConfigError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AssertionError, ConfigError, LookupError, TypeError, ValueError) as error:
             raise DataError(f"state of the lever that moves experts: {state!r:.80} is none ({error!s:.80})") from error
         configured = [[*each] for each in self._configured]
         if same_shapes(self.placement, placement) and state.get("configured", configured) == configured:

@@ -51,7 +51,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         slots: int,
         flops_per_byte: float,
     ) -> None:
-        super().__init__(PlacementWithReplicas(placement.groups, placement.slots, ((),) * layers), every)
+        super().__init__(PlacementWithReplicas(placement.groups, placement.slots, ((),) * layers), every, layers)
         self._replicate, self._edp, self._slots = replicate, edp, slots
         self._home_E = np.array(placement.rank_of_expert)
         self._rows_of_replica = bytes_per_value * flops_per_byte / FLOPS_OF_ROW  # in the time of a replica's exchange
@@ -153,7 +153,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
             slots = tuple(tuple(map(int, each)) for each in state["slots"])  # pyright: ignore
             placement = PlacementWithReplicas(self.placement.groups, slots, tuple(replicas))
             assert len(replicas) == len(self.placement.replicas), "its layers are others"
-        except (AssertionError, ConfigError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AssertionError, ConfigError, LookupError, TypeError, ValueError) as error:
             raise DataError(f"state of the lever of replicas: {state!r:.80} is none ({error!s:.80})") from error
         if slots == self.placement.slots and any(replicas):
             self._place(placement)

@@ -177,7 +177,10 @@ def _packed(parameter: Tensor) -> str:
 
 
 def _unpacked(text: JsonValue, like: Tensor, name: str) -> Tensor:
-    content = base64.b64decode(text) if isinstance(text, str) else b""
+    try:
+        content = base64.b64decode(text) if isinstance(text, str) else b""
+    except ValueError:
+        content = b""
     if len(content) != like.numel() * like.element_size():
         raise DataError(f"a checkpoint's state of router tuning is damaged: {name} has {len(content)} bytes")
     return torch.frombuffer(bytearray(content), dtype=like.dtype).view(like.shape)

@@ -40,6 +40,8 @@ from moe_dist.train.start.starting_weights import begin_with_weights
 
 logger = logging.getLogger(__name__)
 
+MOST_STEPS = 1 << 30  # because a resume looks for the record of each step
+
 
 @dataclass
 class Progress:
@@ -274,7 +276,9 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
     saved = {"first_position": 0, **saved}  # earlier versions did not save first_position, which was 0
     numbers = {name: value for name, value in saved.items() if type(value) is int and 0 <= value < 1 << 62}
     if sorted(saved) != sorted(names) or numbers.keys() != saved.keys():
-        raise DataError(f"{folder}: the counters in its state.json must be whole numbers {', '.join(names)}, not {saved!r}")
+        raise DataError(
+            f"{folder}: the counters in its state.json must be whole numbers {', '.join(names)}, not {saved!r:.400}"
+        )
     progress = Progress(**numbers)
     batch, first = config.train.global_batch, progress.first_position
     rules = {
@@ -288,6 +292,10 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
             progress.skipped_in_a_row <= progress.skipped_steps <= progress.step
         ),
         f"evaluated={progress.evaluated} <= step": progress.evaluated <= progress.step,
+        f"step={progress.step} < {MOST_STEPS}": progress.step < MOST_STEPS,
+        f"optimizer_steps={restored.optimizer_steps} is step - skipped_steps={progress.skipped_steps}": (
+            restored.optimizer_steps in (None, progress.step - progress.skipped_steps)
+        ),
     }
     if broken := [rule for rule, holds in rules.items() if not holds]:
         raise DataError([f"{folder}: its counters contradict each other; it should hold that {rule}" for rule in broken])
@@ -336,7 +344,7 @@ def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
         )
     if problems:
         raise ConfigError(problems, see="docs/checkpoints.md")
-    return progress_of(Restored(state.step, state.values, {}), saved, folder).position
+    return progress_of(Restored(state.step, state.values, {}, state.optimizer_steps), saved, folder).position
 
 
 def saved_config(values: Mapping[str, JsonValue], folder: Path) -> Config:

@@ -1,10 +1,12 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from moe_dist.checkpoint.fits import check_fits
-from moe_dist.checkpoint.index import Chunk, Entry, Index, ShardEntry, index_problems, read_index
+from moe_dist.checkpoint.index import Chunk, Entry, Index, ShardEntry, StateFile, index_problems, read_index, read_stored
 from moe_dist.checkpoint.state import TensorSpec
 from moe_dist.errors import ConfigError, DataError
 from tests.support.messages import refused
@@ -68,6 +70,22 @@ def test_a_missing_or_damaged_index_is_a_data_error(tmp_path: Path) -> None:
         path.write_text(damage)
         with refused(DataError, "index.json"):
             read_index(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [{"optimizer_steps": -1}, {"optimizer_steps": 1.5}, {"world_size": 0}, {"step": -2}])
+def test_counters_that_cannot_be_are_a_data_error(tmp_path: Path, damage: dict[str, Any]) -> None:
+    state = {
+        "save_id": "a",
+        "step": 2,
+        "world_size": 1,
+        "optimizer_steps": 2,
+        "placement": {},
+        "versions": {},
+        "values": {},
+    }
+    (tmp_path / "state.json").write_text(json.dumps({**state, **damage}))
+    with refused(DataError, *damage):
+        read_stored(tmp_path / "state.json", StateFile)
 
 
 def test_all_that_differs_from_the_model_is_listed() -> None:

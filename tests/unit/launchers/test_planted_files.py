@@ -174,5 +174,5 @@ def test_a_damaged_provenance_is_named(run: RunFolder, tmp_path: Path, content: 
 
 
 def test_an_ordinary_run_is_resumed(run: RunFolder, tmp_path: Path) -> None:
-    (run.path / "own").symlink_to(tmp_path)  # a link of this user
+    (run.path / "own").symlink_to("log")  # a link of this user that stays inside
     assert run.inspect(tiny_config(tmp_path / "data", tmp_path / "runs")) is Start.RESUME

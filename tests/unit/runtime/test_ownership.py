@@ -201,12 +201,34 @@ def test_an_owner_mapped_by_the_file_system_is_accepted(place: Path, monkeypatch
     assert not list(folder.path.glob(".owner_*"))
 
 
+@pytest.mark.parametrize(
+    "where",
+    ["log", "log/rank_0.log", "log/reports/x", "checkpoints", "checkpoints/step_4", "tensorboard", "tensorboard/text/x",
+     "trace", "trace/part", "trace/part/rank_0.tokens", "profile", "slurm", "metrics.jsonl", "wandb", "summary.txt"],
+)  # fmt: skip
+def test_nothing_is_written_through_a_link_out_of_the_run_folder(place: Path, where: str) -> None:
+    config, folder = a_run(place)
+    outside, link = place / "outside", folder.path / where
+    outside.mkdir()
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.exists():
+        shutil.rmtree(link) if link.is_dir() else link.unlink()
+    link.symlink_to(outside)
+    for start in (folder.inspect, lambda config: folder.open(config, ENV)):
+        with refused(ConfigError, str(link), golden=False):
+            start(config)
+    assert list(outside.iterdir()) == []
+    link.unlink()
+    link.symlink_to(folder.config_yaml)  # one that stays inside leads nowhere else
+    assert folder.inspect(config) is Start.RESUME
+
+
 @needs_root
 @pytest.mark.needs_hardware
 @pytest.mark.parametrize("where", ["metrics.jsonl", "log/rank_0.log", "checkpoints2", "tensorboard/text/events"])
 def test_a_link_planted_by_another_user_is_refused(place: Path, where: str) -> None:
     config, folder = a_run(place)
-    target = place / "precious"
+    target = folder.path / "precious"
     target.write_text("x")
     link = folder.path / where
     link.parent.mkdir(parents=True, exist_ok=True)

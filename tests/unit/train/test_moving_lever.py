@@ -27,7 +27,7 @@ class Played:
 
     def __init__(self, placement: ExpertPlacement, **changes: Any) -> None:
         self.moves: list[tuple[ExpertPlacement, ExpertPlacement]] = []
-        fields = {"edp": 1, "every": EVERY, "payback_steps": 100, "flops_per_byte": 100.0} | changes
+        fields = {"edp": 1, "layers": 1, "every": EVERY, "payback_steps": 100, "flops_per_byte": 100.0} | changes
         self.lever = MovingLever(placement, lambda old, new: self.moves.append((old, new)), **fields)
         self.step, self.shown = 0, list[LeverDecision]()
 
@@ -144,9 +144,12 @@ def test_a_resumed_lever_decides_alike() -> None:
         lambda state: {**state, "slots": [[0]]},
         lambda state: {**state, "slots": 3},
         lambda state: {**state, "pairs": [[1, 2, 3]]},
+        lambda state: {**state, "pairs": [each * 2 for each in state["pairs"]]},
+        lambda state: {**state, "pairs": [[[-1 for _ in row] for row in each] for each in state["pairs"]]},
+        lambda state: {**state, "pairs": [[[10**30 for _ in row] for row in each] for each in state["pairs"]]},
         lambda state: {"slots": state["slots"]},
     ],
-    ids=["nothing", "one slot", "no slots", "other experts", "no pairs"],
+    ids=["nothing", "one slot", "no slots", "other experts", "other layers", "negative", "huge", "no pairs"],
 )
 def test_a_state_of_another_model_is_refused(damage: Callable[[Any], Any]) -> None:
     played = Played(CONTIGUOUS)

@@ -53,7 +53,7 @@ def hot(step: int, *, expert: int = 5, share: float = 0.5) -> np.ndarray:
 
 def test_an_expert_hotter_than_a_rank_is_shared() -> None:
     """Moving does not help, because the hot expert overloads any rank. Replicas in its layer do."""
-    moving = MovingLever(START, lambda *_: None, edp=1, every=EVERY, payback_steps=10_000, flops_per_byte=0.0)
+    moving = MovingLever(START, lambda *_: None, edp=1, layers=2, every=EVERY, payback_steps=10_000, flops_per_byte=0.0)
     moved = [moving.after_step(result_of(hot(step)), step=step + 1, position=0) for step in range(3 * EVERY)]
     played = Played()
     before = [played.play(hot(step)) for step in range(EVERY)]
@@ -149,9 +149,12 @@ def test_a_resumed_lever_decides_alike() -> None:
         lambda state: {**state, "replicas": [[[5, 0]], []]},  # expert 5 is on rank 0 itself
         lambda state: {**state, "replicas": [[]]},
         lambda state: {**state, "pairs": [[1, 2, 3]]},
+        lambda state: {**state, "pairs": [each * 2 for each in state["pairs"]]},
+        lambda state: {**state, "pairs": [[[-1 for _ in row] for row in each] for each in state["pairs"]]},
+        lambda state: {**state, "pairs": [[[10**30 for _ in row] for row in each] for each in state["pairs"]]},
         lambda state: {"slots": state["slots"], "replicas": state["replicas"]},
     ],
-    ids=["nothing", "own rank", "one layer", "other experts", "no pairs"],
+    ids=["nothing", "own rank", "one layer", "other experts", "other layers", "negative", "huge", "no pairs"],
 )
 def test_a_state_of_another_model_is_refused(damage: Callable[[Any], Any]) -> None:
     played = Played()

@@ -4,6 +4,7 @@ layouts."""
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,24 @@ def test_counters_come_back(tmp_path: Path) -> None:
         {"skipped_in_a_row": 3},
         {"evaluated": 5},
         {"surplus": 0},
+        {"tokens": [[]] * 1000},
+        {"step": 1 << 30, "position": 8 << 30, "evaluated": 0},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:60],
 )
 def test_counters_that_contradict_each_other_are_a_data_error(tmp_path: Path, change: dict[str, Any]) -> None:
     with refused(DataError):
-        found({**GOOD, **change}, tmp_path)
+        found({**GOOD, **change}, tmp_path, step=change.get("step", 4) if len(change) > 1 else 4)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 0])
+def test_the_optimizer_has_taken_the_steps_that_were_not_skipped(tmp_path: Path, steps: int) -> None:
+    restored = Restored(4, {"progress": GOOD}, {}, steps)
+    with refused(DataError):
+        progress_of(restored, tiny_config(tmp_path, tmp_path), Path("step_4"))
+    assert progress_of(replace(restored, optimizer_steps=2), tiny_config(tmp_path, tmp_path), Path("step_4")) == (
+        Progress(**GOOD)
+    )
 
 
 @pytest.mark.parametrize("progress", [None, [], 3, {}, {"step": 4}], ids=str)
@@ -178,7 +191,7 @@ def test_a_checkpoint_of_a_diverged_run_is_refused_with_the_way_back(tiny_data: 
     poisoned.data[0, 0] = float("nan")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "check_finite", lambda _: None)
-        run.resumable.save(Progress(step=3, position=24), durable=True)
+        run.resumable.save(Progress(step=3, position=24, skipped_steps=1), durable=True)
     with pytest.raises(DivergedError) as raised:
         OneRank(tiny_data, tmp_path).resumable.restore()
     assert raised.value.exit_code == 70

@@ -166,7 +166,22 @@ def test_a_proportional_integral_controller_is_the_sum_of_errors_and_the_last_on
         assert gates[0][0].bias[:4].tolist() == pytest.approx([bias] * 4)
 
 
-@pytest.mark.parametrize("rules", [[1], {"0": 3}, {"0": {"text": [1.0]}}, {"0": {"text": "x"}}], ids=str)
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [1],
+        {"0": 3},
+        {"0": {"text": [1.0]}},
+        {"0": {"text": "x"}},
+        {"0": {"text": [[0.1] * 4]}},  # one layer of two
+        {"0": {"text": [[0.1] * 3] * 2}},  # three experts of four
+        {"0": {"text": [[0.1], [0.1]]}},  # which would spread to all experts
+        {"0": {"text": [[0.1] * 4, [0.1]]}},
+        {"0": {"text": [[10**400] * 4] * 2}},
+        {"0": {"texts": [[0.1] * 4] * 2}},
+    ],
+    ids=lambda rules: str(rules)[:60],
+)
 def test_a_state_without_errors_is_a_data_error(rules: Any) -> None:
     with refused(DataError):
         controller(ActiveExperts({"text": 1.5}, rate=1.0, proportional=1.0))[0].restore({"step": 3, "rules": rules})
@@ -181,7 +196,11 @@ def test_the_rate_halves_after_its_steps() -> None:
     torch.testing.assert_close(later, first / 2, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("state", [None, 3, {}, {"step": -1}, {"step": True}, {"step": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "state",
+    [None, 3, {}, {"step": -1}, {"step": True}, {"step": 1.0}, {"step": 10**400}],
+    ids=lambda state: str(state)[:20],
+)
 def test_a_state_that_is_none_is_a_data_error(state: Any) -> None:
     with refused(DataError):
         controller(LossFree(rate=1.0))[0].restore(state)

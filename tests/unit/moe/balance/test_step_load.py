@@ -76,6 +76,7 @@ def test_a_state_comes_back() -> None:
         {"choices": [[3, 1, 5, 2]], "tokens": [[4, 7]]},
         {"choices": [[3, 1, 5, 2, "4"]], "tokens": [[4, 7]]},
         {"choices": [[3, 1, 5, 2, -4]], "tokens": [[4, 7]]},
+        {"choices": [[3, 1, 5, 2, 10**400]], "tokens": [[4, 7]]},
         {"choices": [[3, 1, 5, 2, float("nan")]], "tokens": [[4, 7]]},
     ],
 )

@@ -174,3 +174,6 @@ def test_a_state_of_other_samples_or_none_is_refused(folder: Path, tmp_path: Pat
     for broken in (None, {}, {**state, "refreshed": 2}, {**state, "refreshed": -1.5}, {**state, "routers": {"x": ""}}):
         with refused(DataError):
             tuning.restore(broken)  # pyright: ignore[reportArgumentType]
+    for text in ("A", "AAAA", None):
+        with pytest.raises(DataError, match=r"state of router tuning is damaged: layers"):
+            tuning.restore({**state, "refreshed": 2, "routers": dict.fromkeys(tuning._routers, text)})
