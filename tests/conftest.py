@@ -21,7 +21,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # pydantic looks for plugins in the metadata of all packages: a tenth of a second for each of the hundreds of programs that
 # tests start. There are none.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-ROOT = Path(__file__).parents[1]
 LONG_FILES = ("test_fake_steps.py", "test_fake_matrix.py", "test_combinations.py")
 
 
