@@ -29,7 +29,7 @@ from tests.support.megatron_model import (
     stage_layers,
     transformer_config,
 )
-from tests.support.megatron_run import SEQUENCES, build, checkpoint_writers, megatron, own_sequences, wrapped
+from tests.support.megatron_run import SEQUENCES, backward, build, checkpoint_writers, megatron, own_sequences, wrapped
 from tests.support.worlds import RankContext
 
 pytestmark = pytest.mark.megatron
@@ -59,12 +59,7 @@ def stock_names(tensors: dict[str, torch.Tensor], placement: ExpertPlacement, ep
 
 
 def forward_and_gradients(model: Any, batch: TokenBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    from megatron.core.distributed import finalize_model_grads
-
-    model.zero_grad_buffer()
-    losses = model.train()(batch.tokens_BS, batch.positions, causal_mask(), labels=batch.labels_BS)
-    losses.mean().backward()
-    finalize_model_grads([model], None)
+    backward(model.train(), batch, modalities=False)
     # Last: Megatron's dispatcher keeps tensors of its last forward. With their graph they would hold the model and all
     # groups for ever, and each call of this would wear a world out.
     with torch.no_grad():
@@ -159,30 +154,15 @@ def test_modality_ids_reach_later_pipeline_stages(run_in_world: Callable[..., li
 def optimizer_of(model: Any) -> Any:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=LR,
-        weight_decay=0.0,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        adam_eps=ADAM_EPS,
-        clip_grad=CLIP,
-        use_distributed_optimizer=False,
-        params_dtype=torch.float32,
-    )
+    adam = {"lr": LR, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": ADAM_EPS}
+    config = OptimizerConfig(optimizer="adam", clip_grad=CLIP, params_dtype=torch.float32, **adam)
     return get_megatron_optimizer(config, [model])
 
 
 def take_step(model: Any, optimizer: Any, layout: Layout, step: int, state: Any) -> float:
     """One step of Megatron; returns its gradient norm before clipping."""
-    from megatron.core.distributed import finalize_model_grads
-
-    batch = batch_of(SEQUENCES, layout.settings, seed=step).part(own_sequences(state))
-    model.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = model(batch.tokens_BS, batch.positions, causal_mask(), labels=batch.labels_BS, padding_mask=batch.modality_BS)
-    losses.mean().backward()
-    finalize_model_grads([model], None)
+    backward(model, batch_of(SEQUENCES, layout.settings, seed=step).part(own_sequences(state)))
     successful, norm, _ = optimizer.step()
     assert successful
     return float(norm)

@@ -15,6 +15,7 @@ from tests.support.megatron_model import (
     Layout,
     TokenBatch,
     batch_of,
+    causal_mask,
     decoder_spec,
     gpt_model,
     megatron_tensors,
@@ -74,6 +75,17 @@ def build(layout: Layout, state: Any) -> tuple[Any, Any, TokenBatch, TokenBatch]
     set_weights(model, megatron_tensors(model, ours, place_of(layout, state)))
     whole = batch_of(SEQUENCES, settings)
     return wrapped(model, config), ours, whole.part(own_sequences(state)), whole
+
+
+def backward(model: Any, batch: TokenBatch, *, modalities: bool = True) -> None:
+    """Computes Megatron's reduced gradients of the mean loss."""
+    from megatron.core.distributed import finalize_model_grads
+
+    model.zero_grad_buffer()
+    ids = batch.modality_BS if modalities else None
+    losses = model(batch.tokens_BS, batch.positions, causal_mask(), labels=batch.labels_BS, padding_mask=ids)
+    losses.mean().backward()
+    finalize_model_grads([model], None)
 
 
 def own_sequences(state: Any) -> slice:
