@@ -25,11 +25,12 @@ from moe_dist.megatron.settings import GUIDE, ExpertSettings
 from moe_dist.megatron.sharding import sharded_layer_state
 from moe_dist.megatron.versions import tracker
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.experts.static_experts import StaticExperts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routing.types import NO_REQUEST, Recompute
 from moe_dist.placement.parameter_names import group_module, named_parameters
 from moe_dist.placement.placement import ExpertPlacement
@@ -78,8 +79,8 @@ class ExpertLayer(MegatronModule):
         self.comm_stats = UntimedCommStats() if watch is None else watch.comm_stats
         if watch is None:
             all_to_all = AllToAll(ep_group if ep_group.size() > 1 else None, self.comm_stats)
-            rows = settings.max_receive_rows
-            dispatcher: Dispatcher[Any] = AllToAllDispatcher(self.placement, all_to_all, max_receive_rows=rows)
+            context = DispatchContext(self.placement, all_to_all, max_receive_rows=settings.max_receive_rows)
+            dispatcher: Dispatcher[Any] = AllToAllDispatcher(context)
         else:
             dispatcher = watch.dispatcher
         self.moe = _build(
@@ -157,10 +158,10 @@ def _build(
     watch: LayerWatch | None,
 ) -> MoELayer:
     """Builds the layer without a shared expert; its parameters are allocated but not initialised."""
-    fields = settings.router.model_dump(exclude={"kind"})
     experts: Any = StaticExperts if watch and watch.static else Experts
     with torch.device("meta"):
-        router = watch.make_router(layer) if watch else TopKRouter(config.hidden_size, placement.groups, **fields)
+        context = RouterContext(config.hidden_size, placement.groups, layer=layer)
+        router = watch.make_router(layer) if watch else settings.router.build(context)
         moe = MoELayer(
             norm=nn.Identity(),  # Megatron applies its own pre_mlp_layernorm before the layer
             router=router,

@@ -5,10 +5,10 @@
 from collections.abc import Mapping
 
 from moe_dist.config.schema import Config
-from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.placement import ExpertPlacement, group_shares
 from moe_dist.plan import memory
 from moe_dist.plan.pipeline_memory import stage_memory
-from moe_dist.plan.planner import PlacementPlan, expected_plan, group_shares
+from moe_dist.plan.planner import PlacementPlan, expected_plan
 
 MEMORY = {"moe_dist": memory.rank_memory, "megatron": stage_memory}
 

@@ -19,6 +19,7 @@ from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.initialise import initialise
@@ -26,7 +27,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement
-from moe_dist.train.build.dispatch import DispatchParts, build_dispatcher
+from moe_dist.train.build.dispatch import dispatch_context
 from moe_dist.train.build.training import build_model
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.step.training_step import TrainingStep
@@ -91,9 +92,9 @@ def _our_layer(
     section = load_config(DEFAULT_JOB, []).parallel
     layer = MoELayer(
         norm=nn.Identity(),
-        router=TopKRouter(hidden, placement.groups),
+        router=TopKRouter(RouterContext(hidden, placement.groups)),
         experts=Experts(hidden, placement.groups, [len(placement.local_experts(mesh.ep_rank, group))]),
-        dispatcher=build_dispatcher(DispatchParts(section, placement, AllToAll(mesh.ep, CommStats()), hidden)),
+        dispatcher=section.dispatch.build(dispatch_context(section, placement, AllToAll(mesh.ep, CommStats()), hidden)),
     )
     with torch.no_grad():
         for parameter in layer.parameters():

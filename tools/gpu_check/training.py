@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
 
 from moe_dist.checkpoint.fingerprint import fingerprint
 from moe_dist.checkpoint.manager import CheckpointManager
@@ -26,6 +25,7 @@ from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import BatchMaker, Segment
 from moe_dist.errors import MoeDistError
+from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.inference.generate import Generator, Request
 from moe_dist.inference.grammar import grammar_of
 from moe_dist.inference.sampling import Sampling
@@ -33,8 +33,8 @@ from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.monitor.statistics import StepResult
 from moe_dist.parallel.determinism import make_deterministic
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.placement.placement import group_shares
 from moe_dist.plan.flops import expected_experts, model_flops_per_token
-from moe_dist.plan.planner import group_shares
 from moe_dist.plan.preflight import layout_without_data
 from moe_dist.train.build.training import build_training, rank_layout
 from moe_dist.train.objective.loss import AuxSettings

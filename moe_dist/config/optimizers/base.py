@@ -36,8 +36,6 @@ ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Fie
 # of less than 0.2 to 0.4 %; beta 0.99 changes the moment by 1 %.
 LARGEST_BETA = 0.99
 
-Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]  # a list in JSON becomes a tuple
-
 
 class OptimizerSection(Section):
     """The optimizer, its learning rate and the bound of the gradient norm."""
@@ -47,7 +45,7 @@ class OptimizerSection(Section):
     orthogonal: ClassVar[bool] = False  # true if the optimizer keeps only the first of AdamW's two moments of matrices
 
     lr: PositiveFloat = Field(description="Peak learning rate.")
-    betas: Betas = Field(default=(0.9, 0.95), description="AdamW's decay rates of its two moments.")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), description="AdamW's decay rates of its two moments.")
     eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon.")
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay. Norms, embeddings and routers have none."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
@@ -22,11 +21,10 @@ from moe_dist.moe.experts.zero_computation import ZeroComputationExperts, has_ze
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.selection import SelectionScope
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.train.build.dispatch import DispatchParts, NodeGroups, build_dispatcher
-from moe_dist.train.build.routing import build_router
+from moe_dist.train.build.dispatch import NodeGroups, dispatch_context
+from moe_dist.train.build.routing import build_router, router_context
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,8 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
     config, groups, all_to_all = parts.config, parts.placement.groups, parts.all_to_all
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
     # A dry run makes layers for a placement on many ranks without a process group, because it never runs the layers.
-    dispatcher = build_dispatcher(  # one dispatcher for all layers, because it may allocate large buffers
-        DispatchParts(
+    dispatcher = config.parallel.dispatch.build(  # one dispatcher for all layers, because it may allocate large buffers
+        dispatch_context(
             config.parallel,
             parts.placement,
             all_to_all,
@@ -61,23 +59,14 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
     )
     selection_scope = parts.choice_scope or SelectionScope(moe.router.selection_scope)
     known_counts = dispatcher.takes_known_counts and selection_scope.kind == "rank"
-    make_router = partial(
-        build_router,
-        moe.router,
-        hidden_dim,
-        groups,
-        capacity=None if moe.capacity is None else Capacity(**moe.capacity.model_dump()),
-        selection_scope=selection_scope,
-        seed=config.run.seed,
-        known_counts=known_counts,
-        kernels=parts.kernels,
-    )
+    known = {"selection_scope": selection_scope, "known_counts": known_counts, "kernels": parts.kernels}
+    context = router_context(config, groups, **known)
     fields = moe.experts.model_dump(exclude={"kind", "shared_expert"})
 
     def make(layer: int) -> MoELayer:
         return MoELayer(
             norm=RMSNorm(hidden_dim, section.norm_eps),
-            router=make_router(layer=layer, place=section.moe_layers.index(layer)),
+            router=build_router(section, context, layer),
             experts=experts(
                 hidden_dim,
                 groups,
@@ -109,12 +98,13 @@ def _shared_expert(section: ModelSection) -> SwiGLU:
 def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
     """Returns a function that makes the MoE layer with a given index, with LoRA experts."""
     config, section, groups = parts.config, parts.config.model, parts.placement.groups
+    context = router_context(config, groups)
     fields, ffn_dim = section.moe.experts.model_dump(exclude={"kind"}), groups[0].ffn_dim  # groups have the same ffn_dim
 
     def make(layer: int) -> LoRALayer:
         return LoRALayer(
             norm=RMSNorm(section.hidden_dim, section.norm_eps),
-            router=build_router(section.moe.router, section.hidden_dim, groups),
+            router=build_router(section, context, layer),
             ffn=SwiGLU(section.hidden_dim, ffn_dim),
             adapters=LoRAExperts(section.hidden_dim, ffn_dim, groups, **fields),
             recompute=config.parallel.recompute,

@@ -32,6 +32,7 @@ from moe_dist.model.sink_attention import SinkAttention
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.balance.step_load import StepLoad
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.experts.experts import choose_gemm
 from moe_dist.moe.kernel_choice.choice import choose_kernels
 from moe_dist.moe.kernels.interface import RowKernels
@@ -49,7 +50,7 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.flops import model_flops_per_token
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.train.build.dealing import build_dealing
-from moe_dist.train.build.dispatch import DispatchParts, NodeGroups, build_all_to_all
+from moe_dist.train.build.dispatch import NodeGroups, build_all_to_all, dispatch_context
 from moe_dist.train.build.experts import EXPERTS, LayerParts, attention_adapters
 from moe_dist.train.build.routing import build_balance, build_scopes, build_targets, depth_thresholds
 from moe_dist.train.build.tuning import build_tuning
@@ -200,7 +201,7 @@ class Training:
     parallel: ParallelModel
     optimizer: Optimizer
     step: TrainingStep
-    dispatch: DispatchParts | None = None  # kept to make another dispatcher if experts move
+    dispatch: DispatchContext | None = None  # kept to make another dispatcher if experts move
     balance: BiasController | None = None
     tuning: RouterTuning | None = None
     load: StepLoad | None = None
@@ -278,7 +279,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     )
     wire, nodes = build_all_to_all(config.parallel, mesh.ep, comm_stats, mesh.tracker), (mesh.inter_node, mesh.intra_node)
     tokens = config.train.micro_batch * config.data.seq_len
-    dispatch = DispatchParts(config.parallel, placement, wire, config.model.hidden_dim, nodes, kernels, tokens=tokens)
+    dispatch = dispatch_context(config.parallel, placement, wire, config.model.hidden_dim, nodes, kernels, tokens=tokens)
     return Training(parallel, optimizer, step, dispatch, balance, tuning, load)
 
 
