@@ -96,6 +96,7 @@ class KindSection(Section):
     kind: Any
 
     builds: ClassVar[str]  # class, or function, that makes the object: "package.module:Class"
+    served: ClassVar[str] = ""  # the kind, if exports to Hugging Face have it; a section derived from it has another kind
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:

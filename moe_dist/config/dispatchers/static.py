@@ -37,7 +37,7 @@ class StaticDispatchSection(DispatchSection):
                 f"layers; set model.mixture_of_depths to null, {FIX}",
             ),
             (
-                experts.kind != "ffn",
+                not experts.static,
                 "model.moe.experts.kind",
                 f"model.moe.experts.kind={experts.kind} computes numbers of rows that the host knows; {FIX[3:]}",
             ),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -60,6 +60,10 @@ class MegatronEngineSection(EngineSection):
     """Megatron-Core: tensor, pipeline and context parallelism around this project's MoE layer (docs/megatron.md). The world
     size is parallel.ep x parallel.edp, as with the own engine. Experts are sharded over the ranks of a pipeline stage."""
 
+    builds = "moe_dist.train.build.megatron:megatron_engine"
+    memory = "moe_dist.plan.pipeline_memory:stage_memory"
+    layouts = "tools.plan_megatron:plan_layouts"
+
     kind: Literal["megatron"] = "megatron"
     tp: Ranks = Field(default=1, description="Ranks that share attention, dense and shared FFNs, and the vocabulary.")
     pp: Ranks = Field(default=1, description="Pipeline stages.")
@@ -71,12 +75,12 @@ class MegatronEngineSection(EngineSection):
     cpu_trial: bool = False
     """Run on a CPU with gloo: functions of torch.cuda are replaced in the processes of the ranks. For trials and tests."""
 
-    needs_modules: ClassVar[tuple[str, ...]] = ("megatron",)
-    own_kernels: ClassVar[bool] = False
-    passes_logits: ClassVar[bool] = False
-    passes_token_ids: ClassVar[bool] = False
-    dense_text: ClassVar[str] = "divided by engine.tp and engine.pp"
-    source: ClassVar[str] = "pip install 'megatron-core>=0.16'"
+    needs_modules = ("megatron",)
+    own_kernels = False
+    passes_logits = False
+    passes_token_ids = False
+    dense_text = "divided by engine.tp and engine.pp"
+    source = "pip install 'megatron-core>=0.16'"
 
     def data_ranks(self, parallel: ParallelSection) -> int:
         return max(1, parallel.ep * parallel.edp // (self.tp * self.pp * self.cp))

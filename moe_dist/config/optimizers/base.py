@@ -3,7 +3,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from moe_dist.config.base.section import Count, Decay, Fraction, NonNegative, Section, Violation
+from moe_dist.config.base.section import Count, Decay, Fraction, KindSection, NonNegative, Section, Violation
 
 
 class ConstantSchedule(Section):
@@ -37,10 +37,8 @@ ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Fie
 LARGEST_BETA = 0.99
 
 
-class OptimizerSection(Section):
+class OptimizerSection(KindSection):
     """The optimizer, its learning rate and the bound of the gradient norm."""
-
-    kind: Any
 
     orthogonal: ClassVar[bool] = False  # true if the optimizer keeps only the first of AdamW's two moments of matrices
 
@@ -64,6 +62,10 @@ class OptimizerSection(Section):
                 f"rate is above {LARGEST_BETA}; take rates up to {LARGEST_BETA}, or moments=fp32"
             )
             yield Violation(("moments", "betas"), problem)
+
+    def keywords(self) -> dict[str, Any]:
+        """See `KindSection.keywords`. The training step clips, and sets the rate; the parameter groups have the decay."""
+        return self.model_dump(exclude={"kind", "weight_decay", "clip_norm", "schedule"})
 
     @property
     def decays(self) -> tuple[float, ...]:

@@ -20,6 +20,7 @@ class ExpertChoiceRouterSection(RouterSection):
     """In training each expert chooses its tokens (MoMa). In evaluation each token is routed without other tokens."""
 
     builds = "moe_dist.moe.routers.expert_choice:ExpertChoiceRouter"
+    served = "expert_choice"
 
     # Each true expert takes its share of the tokens, whatever other columns take. So other columns cannot lower the number
     # of a token's true experts, as they do where tokens choose. A null expert would do nothing: a token may have no expert

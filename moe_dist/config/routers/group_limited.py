@@ -11,6 +11,7 @@ class GroupLimitedRouterSection(RouterSection):
     """Top-k of sigmoid scores + bias among the experts of a few node groups (DeepSeek-V3, GLM-4.5, Kimi K2)."""
 
     builds = "moe_dist.moe.routers.group_limited:GroupLimitedRouter"
+    served = "group_limited"
     adapted = True
 
     kind: Literal["group_limited"] = "group_limited"

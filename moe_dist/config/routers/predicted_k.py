@@ -9,6 +9,7 @@ class PredictedKRouterSection(AdaptiveRouterSection):
     """A linear head predicts the number of experts that a token takes, at most top_k."""
 
     builds = "moe_dist.moe.routers.predicted_k:PredictedKRouter"
+    served = "predicted_k"
 
     kind: Literal["predicted_k"] = "predicted_k"
     normalise: Literal["true_chosen", "none"] = "none"

@@ -11,6 +11,7 @@ class TopKRouterSection(RouterSection):
     """Each token takes the top_k experts of one softmax over true, null and zero-computation experts (AdaMoE)."""
 
     builds = "moe_dist.moe.routers.top_k:TopKRouter"
+    served = "top_k"
     softmax_top_k = True
     adapted = True
 

@@ -10,6 +10,7 @@ class TopPRouterSection(AdaptiveRouterSection):
     """Each token takes its most probable experts until their probabilities add up to p, at most top_k (DTop-p)."""
 
     builds = "moe_dist.moe.routers.top_p:TopPRouter"
+    served = "top_p"
     least_columns = 1
 
     kind: Literal["top_p"] = "top_p"

@@ -21,7 +21,7 @@ from moe_dist.placement.parameter_names import role_of_name
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.build.dispatch import build_all_to_all, dispatch_context
 from moe_dist.train.build.routing import build_balance, build_router, build_thresholds, router_context
-from moe_dist.train.build.training import Training, check_expert_gemm, group_of_modality, state_specs
+from moe_dist.train.build.training import EngineContext, Training, check_expert_gemm, group_of_modality, state_specs
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,13 @@ def megatron_world(config: Config) -> Iterator[None]:
             model_parallel(ep=config.parallel.ep, seed=config.run.seed, timeout=config.parallel.timeout_seconds, **degrees)
         )
         yield
+
+
+@contextmanager
+def megatron_engine(context: EngineContext) -> Iterator[Training]:
+    """Makes model, optimizer and training step of `engine.kind=megatron`."""
+    with megatron_world(context.config):
+        yield build_megatron_training(*context)
 
 
 def build_megatron_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:

@@ -13,9 +13,7 @@ from moe_dist.config.model_schema import ModelSection, MoESection
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import AimingRule, BiasController, Rule
-from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.selection import ScopeKind, SelectionScope
@@ -23,11 +21,6 @@ from moe_dist.moe.thresholds import ThresholdUpdater
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertGroup
-
-CONTROLLERS: dict[str, type[Rule]] = {
-    "active_experts": ActiveExperts,
-    "loss_free": LossFree,
-}
 
 
 def router_context(config: Config, groups: Sequence[ExpertGroup], **known: Any) -> RouterContext:
@@ -80,7 +73,7 @@ def build_targets(section: MoESection, groups: Sequence[ExpertGroup]) -> dict[st
 
 
 def _rules(section: MoESection) -> list[Rule]:
-    return [CONTROLLERS[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
+    return [each.build() for each in section.balance]
 
 
 @dataclass
