@@ -12,11 +12,13 @@ _MODULES = {
     "AllToAll": "moe_dist.comm.all_to_all",
     "AllToAllDispatcher": "moe_dist.moe.dispatch.all_to_all",
     "CommStats": "moe_dist.comm.collectives",
+    "DispatchContext": "moe_dist.moe.dispatch.context",
     "ExpertGroup": "moe_dist.placement.placement",
     "ExpertPlacement": "moe_dist.placement.placement",
     "Experts": "moe_dist.moe.experts.experts",
     "LayerReport": "moe_dist.moe.routing.types",
     "MoELayer": "moe_dist.moe.layer",
+    "RouterContext": "moe_dist.moe.routers.context",
     "TopKRouter": "moe_dist.moe.routers.top_k",
     **dict.fromkeys(
         (

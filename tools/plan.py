@@ -13,7 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.config.base.section import named
 from moe_dist.config.cluster import VARIABLE, cluster_file, load_cluster
+from moe_dist.config.engines.base import EngineSection
 from moe_dist.config.load import load_config, model_violations, resolved_yaml, rule_violations
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
@@ -32,11 +34,9 @@ from moe_dist.plan.rows import EXCHANGES, Expected, Traced
 from moe_dist.plan.solver import slots_of, solve
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
 from moe_dist.runtime.files import make_writable, write_atomically
-from tools.plan_megatron import plan_layouts
 
 LIKELY = 0.01  # a layout is ranked if its probability of running out of memory is at most this
 SHOWN = 10
-LISTS = {"megatron": plan_layouts}  # by engine.kind: function that lists layouts, for engines without simulated step times
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ def main(options: PlanOptions) -> None:
     counts = gpu_counts(*gpu_range(str(configured) if options.gpus is None else options.gpus))
     config, mix, rates = planned.config, dict(planned.token_mix), rates_of(options, max(counts))
     if not config.engine.planned:
-        refuse_unused(options, config.engine.kind)
-        best = LISTS[config.engine.kind](config, counts, mix, node=rates.ranks_per_node, most=most_memory(options, rates))
+        refuse_unused(options, config.engine)
+        list_layouts, memory = named(config.engine.layouts), most_memory(options, rates)
+        best = list_layouts(config, counts, mix, node=rates.ranks_per_node, most=memory)
         write_plan(best.config, options.out)
         options.out.with_suffix(".svg").unlink(missing_ok=True)  # a picture of an earlier plan shows other layouts
         print_done(f"{options.out}; {_launch(best.config, options.out, rates.ranks_per_node)}")
@@ -127,20 +128,20 @@ def _launch(config: Config, path: Path, ranks_per_node: int) -> str:
     return f"start it with moe-dist launch slurm {path} --cluster SITE (or launch ray)"
 
 
-def refuse_unused(options: PlanOptions, engine: str) -> None:
+def refuse_unused(options: PlanOptions, engine: EngineSection) -> None:
     """Refuses options about step times for engines without simulated step times, and engines whose layouts are unknown."""
     values = {"--trace": options.trace, "--capacity": options.capacity, "--price": options.price}
     given = [name for name, value in values.items() if value is not None] + ["--nulls real"] * (options.nulls == "real")
     if given:
         raise ConfigError(
-            f"{', '.join(given)}: no step times are simulated for engine.kind={engine}; leave the option out, or set "
+            f"{', '.join(given)}: no step times are simulated for engine.kind={engine.kind}; leave the option out, or set "
             "engine.kind=moe_dist",
             see=GUIDE,
         )
-    if engine not in LISTS:
+    if not engine.layouts:
         raise ConfigError(
-            f"engine.kind={engine}: its layouts are not known; take a dry run (python -m moe_dist.train CONFIG "
-            "--dry-run), or add a function to LISTS in tools/plan.py",
+            f"engine.kind={engine.kind}: its layouts are not known; take a dry run (python -m moe_dist.train CONFIG "
+            "--dry-run)",
             see=GUIDE,
         )
 

@@ -117,13 +117,15 @@ def source_problems(config: WholeConfig, source: Mapping[str, object]) -> list[s
     if router.get("logit_bias"):
         problems.append("the checkpoint's router has biased logits, and null experts have none; remove copy_nulls")
     wanted = "true_all" if router.get("normalise") in ("none", "true_all") else "true_chosen"
-    if own["normalise"] != wanted:
+    normalise = own.get("normalise", "none")
+    if normalise != wanted:
         problems.append(
-            f"model.moe.router.normalise={own['normalise']}: the weights of the checkpoint's {router.get('normalise')} "
+            f"model.moe.router.normalise={normalise}: the weights of the checkpoint's {router.get('normalise')} "
             f"come from true experts only, because it has no null experts; take {wanted}"
         )
-    if router.get("scale", 1.0) != own["scale"]:
-        problems.append(f"model.moe.router.scale={own['scale']:g}: the checkpoint has scale={router.get('scale')}; take it")
+    if router.get("scale", 1.0) != own.get("scale", 1.0):
+        scale = own.get("scale", 1.0)
+        problems.append(f"model.moe.router.scale={scale:g}: the checkpoint has scale={router.get('scale')}; take it")
     for name, group in here.groups.items():
         old = groups.get(name)
         if isinstance(old, Mapping):

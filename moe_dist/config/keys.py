@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, Tag
 from pydantic.fields import FieldInfo
 
+from moe_dist.config.base.kinds import OtherKinds
 from moe_dist.config.base.section import GROUP_PATTERN, LABEL_PATTERN, NAME_PATTERN, PATH_PATTERN, UNIX_GROUP_PATTERN
 
 NAME = "<name>"  # stands for any key of a mapping in a dotted path
@@ -59,20 +60,31 @@ def tag_key(section: type[BaseModel]) -> str | None:
 
 
 def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
-    """Returns the section classes of a type by the value of `tag_key`; {'': class} for a single class, {} for none."""
+    """Returns the section classes of a type by the value of `tag_key`; {'': class} for a single class, {} for none. Imports
+    the kinds that other packages offer."""
     kind = bare(annotation)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {"": kind}
-    if get_origin(kind) in (Union, UnionType):
-        members = [bare(member) for member in get_args(kind)]
-        members = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
-        tags = [tag_key(member) for member in members]
-        return {m.model_fields[t].default: m for m, t in zip(members, tags, strict=True) if t}
-    return {}
+    if get_origin(kind) not in (Union, UnionType):
+        return {}
+    members = [bare(member) for member in get_args(kind)]
+    members = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+    tags = [tag_key(member) for member in members]
+    found = {m.model_fields[t].default: m for m, t in zip(members, tags, strict=True) if t}
+    others = other_kinds(kind)
+    return found if others is None else {**others.sections(), **found}
+
+
+def other_kinds(annotation: Any) -> OtherKinds | None:
+    """Returns the member of a union that takes the kinds of other packages."""
+    marks = [mark for member in get_args(bare(annotation)) for mark in getattr(member, "__metadata__", ())]
+    return next((mark for mark in marks if isinstance(mark, OtherKinds)), None)
 
 
 def members_of(annotation: Any) -> dict[str, Any]:
-    """Returns the types in a tagged union, such as `ShareByGroup`, by their tags; {} for other types."""
+    """Returns the types in a tagged union of values, such as `ShareByGroup`, by their tags; {} for other types."""
+    if variants_of(annotation):
+        return {}
     members = get_args(kind) if get_origin(kind := bare(annotation)) in (Union, UnionType) else ()
     marks = [(mark, member) for member in members for mark in getattr(member, "__metadata__", ())]
     return {mark.tag: member for mark, member in marks if isinstance(mark, Tag)}

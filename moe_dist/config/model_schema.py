@@ -1,7 +1,7 @@
 """The schema of the section `model`: transformer, expert groups, router, controllers, mixture of depths."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -21,7 +21,6 @@ from moe_dist.config.base.section import (
     Share,
     Violation,
     WholeConfig,
-    default_kind,
 )
 from moe_dist.config.controllers.base import ControllerSection
 from moe_dist.config.experts.base import ExpertsSection
@@ -38,11 +37,11 @@ if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time
     AnyRopeScaling = RopeScalingSection
     AnyAttention = AttentionSection
 else:
-    AnyRouter = kinds_in(routers, RouterSection)
+    AnyRouter = kinds_in(routers, RouterSection, default="top_k")
     AnyController = kinds_in(controllers, ControllerSection)
     AnyExperts = kinds_in(experts, ExpertsSection)
     AnyRopeScaling = kinds_in(rope, RopeScalingSection)
-    AnyAttention = kinds_in(attention, AttentionSection)
+    AnyAttention = kinds_in(attention, AttentionSection, default="grouped_query")
 
 
 class GroupSection(Section):
@@ -98,7 +97,7 @@ class MoESection(Section):
     groups: dict[GroupName, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
     experts: AnyExperts = Field(default_factory=FFNExpertsSection)
     """Kind of the true experts: FFNs, or LoRA adapters over a frozen FFN."""
-    router: Annotated[AnyRouter, default_kind("top_k")] = Field(
+    router: AnyRouter = Field(
         default_factory=TopKRouterSection, description="Router: the rule by which tokens choose experts."
     )
     capacity: CapacitySection | None = None
@@ -196,9 +195,7 @@ class ModelSection(Section):
     num_heads: PositiveInt = Field(description="Number of query heads.")
     num_kv_heads: PositiveInt = Field(description="Key-value heads. Fewer than num_heads: grouped-query attention.")
     head_dim: PositiveInt | None = Field(default=None, description="Width of a head. null: hidden_dim / num_heads.")
-    attention: Annotated[AnyAttention, default_kind("grouped_query")] = Field(
-        default_factory=GroupedQuerySection, description="Kind of attention of every layer."
-    )
+    attention: AnyAttention = Field(default_factory=GroupedQuerySection, description="Kind of attention of every layer.")
     vocab_size: PositiveInt = Field(description="Rows of the embedding: text tokens and image codes together.")
     max_seq_len: PositiveInt = Field(description="Largest number of tokens of a sequence.")
     dense_ffn_dim: PositiveInt | None = Field(

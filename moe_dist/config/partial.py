@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from moe_dist.config.base.kinds import OTHERS, PACKAGE
 from moe_dist.config.base.section import VIOLATIONS_LATER, Violation, did_you_mean
 from moe_dist.config.keys import (
     ITEM,
@@ -23,6 +24,7 @@ from moe_dist.config.keys import (
     find,
     members_of,
     nearest,
+    other_kinds,
     pattern_text,
     tag_key,
     type_text,
@@ -108,7 +110,8 @@ def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: E
         tag = tag_key(next(iter(key.sections.values()))) or ""
         given = value.get(tag) if isinstance(value, dict) else None
         shown = f"{path}.{tag}: missing" if kind == "union_tag_not_found" else f"{path}.{tag}={given!r}"
-        return f"{shown}; must be one of {', '.join(map(repr, key.sections))}{did_you_mean(given, key.sections)}"
+        rule = f"must be one of {', '.join(map(repr, key.sections))}{did_you_mean(given, key.sections)}"
+        return f"{shown}; {rule}{_not_installed(value, key)}"
     if value is None:
         return f"{path}: has no value; write {rule}{meaning}"
     hint = ""
@@ -119,6 +122,15 @@ def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: E
     elif key.sections and not isinstance(value, dict):
         hint = f" with the keys {', '.join(children(key.annotation))}"
     return f"{path}={_shown(value)}: must be {rule}{hint}{meaning}"
+
+
+def _not_installed(value: Any, key: Key) -> str:
+    """Returns the end of an error text about an unknown kind, if packages can offer kinds of this section."""
+    if (others := other_kinds(key.annotation)) is None or not isinstance(value, dict) or "kind" not in value:
+        return ""
+    if package := value.get(PACKAGE):
+        return f"; this kind was of the package {package!r}, which is not installed here or offers it no more: install it"
+    return f"; no installed package offers this kind (entry points {others.group})"
 
 
 def dotted(where: Where) -> str:
@@ -147,7 +159,7 @@ def _keys_along(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[tup
         if part in variants:
             annotation = variants[str(part)]
             continue
-        if part == "[key]":
+        if part in ("[key]", OTHERS):
             continue
         below = children(annotation)
         found = next((below[name] for name in (str(part), NAME, ITEM) if name in below), [Key(str(part), Any, None)])

@@ -6,7 +6,6 @@ from typing import Annotated
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from moe_dist.config.base.section import Section, Violation, WholeConfig
-from moe_dist.config.experts.ffn import FFNExpertsSection
 
 
 class MovingSection(Section):
@@ -79,7 +78,7 @@ class RankBalanceSection(Section):
             ("rank_balance.moving", self.moving is not None, "both levers would answer the same load"),
             (
                 "model.moe.experts.kind",
-                model.moe.experts != FFNExpertsSection(),
+                not model.moe.experts.replicas,
                 f"experts of kind={model.moe.experts.kind} have no replicas, only those of kind=ffn",
             ),
             (

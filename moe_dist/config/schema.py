@@ -22,7 +22,6 @@ from moe_dist.config.base.section import (
     Share,
     Violation,
     WholeConfig,
-    default_kind,
     unknown_name,
     unordered,
 )
@@ -262,8 +261,9 @@ if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time
     AnyOptimizer = OptimizerSection
     AnySink = SinkSection
 else:
-    AnyEngine = kinds_in(engines, EngineSection)
-    AnyOptimizer, AnySink = kinds_in(optimizers, OptimizerSection), kinds_in(sinks, SinkSection)
+    AnyEngine = kinds_in(engines, EngineSection, default="moe_dist")
+    AnyOptimizer = kinds_in(optimizers, OptimizerSection, default="adamw")
+    AnySink = kinds_in(sinks, SinkSection)
 
 
 class MonitorSection(Section):
@@ -299,11 +299,11 @@ class Config(Section):
     model: ModelSection
     data: DataSection
     train: TrainSection
-    optimizer: Annotated[AnyOptimizer, default_kind("adamw")]
+    optimizer: AnyOptimizer
     loss: LossSection = Field(default_factory=LossSection)
     router_tuning: RouterTuningSection | None = None
     """Router tuning (RoMA). null: no router tuning."""
-    engine: Annotated[AnyEngine, default_kind("moe_dist")] = Field(default_factory=OwnEngineSection)
+    engine: AnyEngine = Field(default_factory=OwnEngineSection)
     """The engine that computes the training steps: this project's own, or Megatron-Core."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     placement: PlacementSection = Field(default_factory=InterleavedSection)

@@ -25,9 +25,10 @@ def split_experts_violations(config: WholeConfig) -> Iterator[Violation]:
             "kind=group_limited with n_group=topk_group"
         )
         yield Violation(("run.init_rules", ROUTER), problem)
-    if config.model.moe.experts.kind == "clamped_ffn":
+    experts = config.model.moe.experts
+    if experts.num_biases(1, 1):
         problem = (
-            f"{rule}: clamped experts have a bias of their output, which each part would add; take "
+            f"{rule}: experts of kind={experts.kind} have a bias of their output, which each part would add; take "
             "model.moe.experts.kind=ffn, or remove the rule"
         )
         yield Violation(("run.init_rules", "model.moe.experts.kind"), problem)

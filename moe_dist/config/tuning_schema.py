@@ -4,9 +4,10 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
-from moe_dist.config.base.section import Count, NonNegative, PathText, Section, Violation, WholeConfig, default_kind
+from moe_dist.config.base.kinds import kind_or
+from moe_dist.config.base.section import Count, NonNegative, PathText, Section, Violation, WholeConfig
 
 KEY = "router_tuning"
 
@@ -26,7 +27,9 @@ class RadiusSection(Section):
     """Least similarity exp(-d^2 / (2 bandwidth^2)) of a neighbour. RoMA uses 0.5. A sample may have no neighbour."""
 
 
-NeighboursSection = Annotated[NearestSection | RadiusSection, Field(discriminator="kind"), default_kind("nearest")]
+NeighboursSection = Annotated[
+    Annotated[NearestSection, Tag("nearest")] | Annotated[RadiusSection, Tag("radius")], Discriminator(kind_or("nearest"))
+]
 
 
 class RouterTuningSection(Section):

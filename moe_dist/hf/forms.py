@@ -21,7 +21,7 @@ from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.merging import Read
 from moe_dist.hf.names import router_name
 from moe_dist.hf.qwen_moe import PLUS_PLUS
-from moe_dist.hf.served_fields import SERVED, read_served, served_problems
+from moe_dist.hf.served_fields import SERVED, read_served, served_problems, unserved
 from moe_dist.moe.routers.copy_init import folded_choices, uneven_twins
 
 FORMS = {**KNOWN, SERVED.name: SERVED}
@@ -64,6 +64,8 @@ def choose_form(model: ModelSection, read: Read, name: str | None, *, must: bool
     """
     if name is not None and name not in FORMS:
         raise ConfigError(f"--family={name}: known are {', '.join(FORMS)}")
+    if problems := unserved(model):
+        raise ConfigError(problems, see=GUIDE)
     if name == SERVED.name:
         return _served(model)
     fits: list[Callable[[], Form]] = [lambda: _plus_plus(model)] if name == PLUS_PLUS.name else []

@@ -57,24 +57,26 @@ _MOE_FIELDS = {  # key of the section `model.moe` -> field
 }
 
 
-# The keys of ROUTERS in modeling_moe_dist.py.
-ROUTERS = frozenset(
-    ("top_k", "group_limited", "top_p", "relu", "threshold", "predicted_k", "expert_choice", "expert_threshold")
-)
+def unserved(model: ModelSection) -> list[str]:
+    """Returns an error text for each kind in a model that exports do not have, such as a kind of another package."""
+    sections = {
+        "model.attention": model.attention,
+        "model.rope_scaling": model.rope_scaling,
+        "model.moe.experts": model.moe.experts,
+        "model.moe.router": model.moe.router,
+    }
+    return [
+        f"{key}.kind={section.kind}: the exported code has no such {key.rpartition('.')[2]}; train with another {key}.kind"
+        for key, section in sections.items()
+        if section is not None and section.served != section.kind
+    ]
 
 
 def served_problems(section: ModelSection) -> list[str]:
-    """Returns the reasons why `modeling_moe_dist.py` cannot compute a model: the code lacks the router, or the router's
-    choice for a token depends on other tokens even in evaluation."""
-    router = section.moe.router
-    if problem := router.not_causal():
-        return [problem]
-    if router.kind not in ROUTERS:
-        problem = (
-            f"{router.name}: the exported code has no such router; train with another model.moe.router.kind, such as top_k"
-        )
-        return [f"{problem}, or add a class to ROUTERS in moe_dist/hf/served/modeling_moe_dist.py"]
-    return []
+    """Returns the reasons why `modeling_moe_dist.py` cannot compute a model: the code lacks one of its kinds, or the
+    router's choice for a token depends on other tokens even in evaluation."""
+    problem = section.moe.router.not_causal()
+    return [problem] if problem else unserved(section)
 
 
 TokenIds = list[list[int]]  # ranges [first, last + 1]

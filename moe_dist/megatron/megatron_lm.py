@@ -20,8 +20,9 @@ from moe_dist.megatron.layer_watch import layer_terms
 from moe_dist.megatron.settings import ExpertSettings
 from moe_dist.megatron.versions import record
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.losses import ColumnTables
-from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routing.types import NO_REQUEST, LayerReport, RouterSums
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -50,12 +51,12 @@ class MegatronLmWatch(nn.Module):
         self._config, self._settings, self._groups, self._placement = config, settings, groups, placement
         self.comm_stats = UntimedCommStats()
         all_to_all = AllToAll(groups.ep if groups.ep.size() > 1 else None, self.comm_stats)
-        self.dispatcher = AllToAllDispatcher(placement, all_to_all, max_receive_rows=settings.max_receive_rows)
+        context = DispatchContext(placement, all_to_all, max_receive_rows=settings.max_receive_rows)
+        self.dispatcher = AllToAllDispatcher(context)
 
-    def make_router(self, _: int) -> nn.Module:
+    def make_router(self, layer: int) -> nn.Module:
         """Makes the router of the layer."""
-        options = self._settings.router.model_dump(exclude={"kind"})
-        return TopKRouter(self._config.hidden_size, self._placement.groups, **options)
+        return self._settings.router.build(RouterContext(self._config.hidden_size, self._placement.groups, layer=layer))
 
     def forward(self, layer: int, y_TD: Tensor, report: LayerReport) -> Tensor:
         """Returns `y_TD`, whose backward also adds the gradients of the auxiliary terms in training."""

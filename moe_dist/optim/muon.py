@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moe_dist.optim.adamw import AdamW, Moments, add_moments, local
-from moe_dist.optim.optimizer import MATRIX_MOMENTS
+from moe_dist.optim.optimizer import MATRIX_MOMENTS, OptimizerContext
 
 A, B, C = 3.4445, -4.7750, 2.0315  # coefficients of one iteration s -> A s + B s^3 + C s^5 of a singular value s
 ITERATIONS = 5
@@ -85,6 +85,11 @@ class Muon(AdamW):
         if mean is not kept:
             kept.copy_(mean)
         weight.add_(direction.to(weight.dtype), alpha=-lr * 0.2 * math.sqrt(max(parameter.shape[-2:])))
+
+
+def muon(context: OptimizerContext, **fields: Any) -> Muon:
+    """Makes the optimizer of `optimizer.kind=muon`."""
+    return Muon(context.groups, dtype=context.dtype, **fields)
 
 
 def _for_whole_matrices(update: Tensor, parameter: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import importlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,19 @@ def split_parameters(model: nn.Module, *, weight_decay: float, orthogonal: bool 
         group = groups.setdefault((decay, moments, mesh), group)
         group["params"].append(parameter)
     return list(groups.values())
+
+
+class OptimizerContext(NamedTuple):
+    """The values from which an optimizer is made, besides the fields of its section: groups from `split_parameters`, and
+    the data type of the computation."""
+
+    groups: Sequence[dict[str, Any]]
+    dtype: torch.dtype
+
+
+def adamw(context: OptimizerContext, **fields: Any) -> Optimizer:
+    """Makes the optimizer of `optimizer.kind=adamw`."""
+    return make_optimizer(context.groups, **fields)
 
 
 def make_optimizer(

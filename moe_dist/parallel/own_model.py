@@ -20,11 +20,13 @@ from moe_dist.comm.collectives import CommStats, sum_over
 from moe_dist.errors import ConfigError
 from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.planning import Planner
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.experts.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.losses import ColumnTables, balance_terms
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import LayerReport
 from moe_dist.placement.parameter_names import EXPERTS, Role, group_module, named_parameters
@@ -53,8 +55,7 @@ def build_moe_layer(
             order of `groups`.
         ep_group: The ranks that share the experts. Without `ep_group`, this process holds all experts.
         placement: The map of experts to ranks; by default each group's experts are spread over all ranks.
-        router: The layer's router, whose weights stay as they are. Without `router`, the layer gets `TopKRouter(hidden_dim,
-            groups)`.
+        router: The layer's router, whose weights stay as they are. Without `router`, the layer gets a `TopKRouter`.
         name: Name of the layer in logical names and error messages. Each layer of a model needs its own name.
 
     Raises:
@@ -70,9 +71,9 @@ def build_moe_layer(
     local = [placement.local_experts(wire.rank, group) for group in groups]
     layer = MoELayer(
         norm=nn.Identity(),
-        router=router or TopKRouter(hidden_dim, groups),
+        router=router or TopKRouter(RouterContext(hidden_dim, groups)),
         experts=Experts(hidden_dim, groups, [len(experts) for experts in local]),
-        dispatcher=AllToAllDispatcher(placement, wire),
+        dispatcher=AllToAllDispatcher(DispatchContext(placement, wire)),
         free=ZeroComputationExperts(hidden_dim, groups) if has_zero_computation_experts(groups) else None,
         name=name,
     )

@@ -6,9 +6,10 @@ slots to experts.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,21 @@ class ExpertGroup:
         if self.capacity is not None:
             return min(1.0, self.capacity) * self.num_experts
         return self.top_k * self.num_experts / self.num_columns
+
+    def reached(self, here: int) -> float:
+        """Returns the probability, if routing is uniform, that a token of the group takes at least one of `here` given
+        experts."""
+        if self.capacity is not None:
+            return 1 - (1 - min(1.0, self.capacity)) ** here
+        return 1 - comb(self.num_columns - here, self.top_k) / comb(self.num_columns, self.top_k)
+
+
+def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> list[float]:
+    """Returns each group's share of all tokens. If the token mix is empty, all modalities count as having equally many
+    tokens."""
+    mix = token_mix if any(token_mix.values()) else {m: 1 for group in groups for m in group.modalities}
+    tokens = [sum(mix.get(modality, 0) for modality in group.modalities) for group in groups]
+    return [count / max(1, sum(tokens)) for count in tokens]
 
 
 @dataclass(frozen=True)

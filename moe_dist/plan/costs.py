@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from moe_dist.config.schema import Config
-from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.placement import ExpertPlacement, group_shares
 from moe_dist.plan import flops, memory
-from moe_dist.plan.planner import group_shares
 from moe_dist.plan.rates import Rates
 from moe_dist.plan.rows import Load
 from moe_dist.plan.step_model import BACKWARD, LayerCost, Order, exchange_seconds

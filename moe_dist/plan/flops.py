@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.placement.placement import ExpertGroup
@@ -40,30 +39,22 @@ def expert_parameters(model: ModelSection) -> dict[str, int]:
 def expert_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
     """Returns the number of parameters of the adapters on `experts` experts of each group, over all MoE layers, without the
     adapters of the shared expert. An adapter that experts share counts once for each of these experts."""
-    dim, section = model.hidden_dim, model.moe.experts
-    if not isinstance(section, AdaptedFFNExpertsSection):
-        return 0
-    widths = {name: {"gate_up": (dim, 2 * g.ffn_dim), "down": (g.ffn_dim, dim)} for name, g in model.moe.groups.items()}
-    each_layer = sum(adapter_parameters(section, each) * experts[name] for name, each in widths.items())
-    return len(model.moe_layers) * each_layer
+    section, dim = model.moe.experts, model.hidden_dim
+    groups = model.moe.groups.items()
+    return len(model.moe_layers) * sum(section.adapter_parameters(dim, g.ffn_dim) * experts[name] for name, g in groups)
 
 
 def own_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
     """Returns the number of parameters in `expert_adapters` that only the ranks of the adapters' experts hold. An adapter
     that all experts share is on every rank and is left out."""
-    section = model.moe.experts
-    shared = isinstance(section, AdaptedFFNExpertsSection) and section.shared
-    return 0 if shared else expert_adapters(model, experts)
+    return 0 if model.moe.experts.adapter_is_shared else expert_adapters(model, experts)
 
 
 def _replicated_adapters(model: ModelSection) -> float:
     """Returns the number of parameters of adapters on attention and shared expert, and of adapters that experts share."""
     section, found = model.moe.experts, model.num_layers * adapter_parameters(model.attention_lora, model.attention_widths)
-    if isinstance(section, AdaptedFFNExpertsSection):
-        found += expert_adapters(model, dict.fromkeys(model.moe.groups, 1)) if section.shared else 0
-        width = model.hidden_dim + model.moe.shared_ffn_dim
-        found += len(model.moe_layers) * 3 * section.rank * width if section.shared_expert else 0
-    return found
+    found += expert_adapters(model, dict.fromkeys(model.moe.groups, 1)) if section.adapter_is_shared else 0
+    return found + len(model.moe_layers) * 3 * section.shared_expert_rank * (model.hidden_dim + model.moe.shared_ffn_dim)
 
 
 def ffn_dim_for_all(model: ModelSection) -> int:

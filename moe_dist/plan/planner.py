@@ -8,14 +8,13 @@ hidden size, F an expert's width."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from math import comb
 
 from rich.console import Console
 from rich.table import Table
 
 from moe_dist.config.parallel.section import InterleavedSection, PinnedSection
 from moe_dist.errors import ConfigError
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement, group_shares
 from moe_dist.plan.policies import make_placement
 
 _SAME = 1e-9  # relative difference below which two plans are equal
@@ -64,24 +63,8 @@ def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, n
         for rank in range(ranks):
             here = len(placement.local_experts(rank, group))
             load[rank] += share * group.expected_experts_per_token * here / group.num_experts * group.ffn_dim
-            remote[rank] += share * reached(group, here) * (ranks - 1) / ranks
+            remote[rank] += share * group.reached(here) * (ranks - 1) / ranks
     return PlacementPlan(name, placement, tuple(load), tuple(remote))
-
-
-def reached(group: ExpertGroup, here: int) -> float:
-    """Returns the probability that a token of the group takes at least one of `here` given experts."""
-    if group.capacity is not None:
-        return 1 - (1 - min(1.0, group.capacity)) ** here
-    choices = group.num_columns
-    return 1 - comb(choices - here, group.top_k) / comb(choices, group.top_k)
-
-
-def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> list[float]:
-    """Returns each group's share of all tokens. If the token mix is empty, all modalities count as having equally many
-    tokens."""
-    mix = token_mix if any(token_mix.values()) else {m: 1 for group in groups for m in group.modalities}
-    tokens = [sum(mix.get(modality, 0) for modality in group.modalities) for group in groups]
-    return [count / max(1, sum(tokens)) for count in tokens]
 
 
 def compare(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> PlanComparison:

@@ -1,16 +1,12 @@
-"""Estimates the memory of a rank for each engine, from the expected rows of its placement. Imports no torch.
-
-`MEMORY` has a function for each `engine.kind`."""
+"""Estimates the memory of a rank, by the engine's function, from the expected rows of its placement. Imports no torch."""
 
 from collections.abc import Mapping
 
+from moe_dist.config.base.section import named
 from moe_dist.config.schema import Config
-from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.placement import ExpertPlacement, group_shares
 from moe_dist.plan import memory
-from moe_dist.plan.pipeline_memory import stage_memory
-from moe_dist.plan.planner import PlacementPlan, expected_plan, group_shares
-
-MEMORY = {"moe_dist": memory.rank_memory, "megatron": stage_memory}
+from moe_dist.plan.planner import PlacementPlan, expected_plan
 
 
 def fullest_rank(
@@ -34,4 +30,4 @@ def _expected(
     chosen = [group.expected_experts_per_token for group in groups]
     pairs = ranks * sum(share * own * number for share, own, number in zip(shares, held, chosen, strict=True))
     rows = plan.remote_R[rank] * ranks * ranks / (ranks - 1) if ranks > 1 else min(1.0, pairs)
-    return MEMORY[config.engine.kind](config, placement, rank=rank, rows=rows, pairs=pairs)
+    return named(config.engine.memory)(config, placement, rank=rank, rows=rows, pairs=pairs)

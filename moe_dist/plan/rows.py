@@ -12,8 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.plan.planner import group_shares, reached
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement, group_shares
 from moe_dist.plan.rates import Mark
 
 # Exchanges of a row in forward and backward: dispatch, combine, the gradients of both, and repeated exchanges of
@@ -102,9 +101,7 @@ class Expected:
 
 def _reached(groups: Sequence[ExpertGroup], share_G: np.ndarray, here_XG: np.ndarray) -> np.ndarray:
     """Probability that a token takes one of the experts in each row of `here_XG`."""
-    return np.array(
-        [sum(s * reached(g, int(n)) for g, s, n in zip(groups, share_G, here, strict=True)) for here in here_XG]
-    )
+    return np.array([sum(s * g.reached(int(n)) for g, s, n in zip(groups, share_G, here, strict=True)) for here in here_XG])
 
 
 def _pair_variance(groups: Sequence[ExpertGroup], share_G: np.ndarray, here_G: np.ndarray) -> float:

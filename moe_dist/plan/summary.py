@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.placement import ExpertGroup, group_shares
 from moe_dist.plan import flops
-from moe_dist.plan.planner import group_shares
 from moe_dist.plan.preflight import PlannedLayout
 
 

@@ -74,7 +74,6 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     from moe_dist.parallel.mesh import destroy_world
     from moe_dist.runtime.log import setup_logging
     from moe_dist.train.build import training as build
-    from moe_dist.train.build.engines import started_engine
     from moe_dist.train.loop import session
     from moe_dist.train.loop.fixed_top_k import beside_fixed_top_k
     from moe_dist.train.loop.garbage import collected_by_steps
@@ -95,7 +94,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     watchdog = session.start_watchdog(config, env, folder, mesh.tracker, attempt)
     startup.now("building the model")
     stack = contextlib.ExitStack()  # the stack is not closed after an error, because a failed rank ends its process
-    training = stack.enter_context(started_engine(config))(config, manifest, placement, mesh)
+    training = stack.enter_context(config.engine.build(build.EngineContext(config, manifest, placement, mesh)))
     startup.now("reading data")
     reader, readers = training.parallel.reader
     loader = build.build_loader(config, manifest, rank=reader, world_size=readers)

@@ -19,8 +19,8 @@ from moe_dist.config.cluster import load_cluster
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.monitor.card_peaks import peak_tflops
+from moe_dist.placement.placement import group_shares
 from moe_dist.plan import flops
-from moe_dist.plan.planner import group_shares
 from moe_dist.plan.preflight import layout_without_data
 from moe_dist.plan.rates import Rates, published_rates
 from moe_dist.plan.step_model import (

@@ -30,6 +30,7 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.kernels.torch_kernels import gather_rows, weighted_row_sum
 from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.parallel.mesh import Mesh
@@ -78,7 +79,7 @@ def make_case(point: Point, mesh: Mesh, *, seed: int) -> Case:
         weight_TK=weight,
         taken=assignments_of(taken, weight),
         equal_active=assignments_of(equal, weight[:, : equal.shape[1]].contiguous()),
-        dispatcher=AllToAllDispatcher(placement, AllToAll(mesh.ep, CommStats())),
+        dispatcher=AllToAllDispatcher(DispatchContext(placement, AllToAll(mesh.ep, CommStats()))),
     )
 
 

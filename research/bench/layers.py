@@ -17,10 +17,11 @@ from moe_dist.config.bundled import source_root
 from moe_dist.config.load import load_config
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.train.build.dispatch import DispatchParts, build_dispatcher
+from moe_dist.train.build.dispatch import dispatch_context
 from moe_dist.train.objective.loss import AuxSettings
 from research.bench.measure import Effort, measured_row
 from research.bench.megatron_variants import variants
@@ -84,9 +85,9 @@ def _our_layer(
     section = load_config(DEFAULT_JOB, []).parallel
     layer = MoELayer(
         norm=nn.Identity(),
-        router=TopKRouter(hidden, placement.groups),
+        router=TopKRouter(RouterContext(hidden, placement.groups)),
         experts=Experts(hidden, placement.groups, [len(placement.local_experts(mesh.ep_rank, group))]),
-        dispatcher=build_dispatcher(DispatchParts(section, placement, AllToAll(mesh.ep, CommStats()), hidden)),
+        dispatcher=section.dispatch.build(dispatch_context(section, placement, AllToAll(mesh.ep, CommStats()), hidden)),
     )
     with torch.no_grad():
         for parameter in layer.parameters():

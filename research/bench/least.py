@@ -8,8 +8,8 @@ letters: T tokens of the rank, D hidden size, F hidden width of an expert.
 """
 
 from moe_dist.config.schema import Config
+from moe_dist.placement.placement import group_shares
 from moe_dist.plan import flops, memory
-from moe_dist.plan.planner import group_shares
 from moe_dist.plan.preflight import PlannedLayout
 from tools.fake_gpu.fake_step import Uniform
 

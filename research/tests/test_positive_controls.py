@@ -24,12 +24,14 @@ from moe_dist.model.layers import RMSNorm, SwiGLU
 from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.experts.lora import LoRAExperts, LoRALayer
 from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms
 from moe_dist.moe.routers.adaptive import AdaptiveRouter
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
 from moe_dist.moe.routers.predicted_k import PredictedKRouter
@@ -71,7 +73,7 @@ def net(groups: Sequence[ExpertGroup], router: nn.Module) -> Net:
         norm=nn.Identity(),
         router=router,
         experts=Experts(D, groups, [group.num_experts for group in groups]),
-        dispatcher=AllToAllDispatcher(placement, AllToAll(None, CommStats())),
+        dispatcher=AllToAllDispatcher(DispatchContext(placement, AllToAll(None, CommStats()))),
     )
     return drawn(Net(layer))
 
@@ -141,7 +143,7 @@ def test_experts_beat_a_dense_layer_of_equal_flops_where_memory_counts() -> None
 
     def loss(num_experts: int, *, broken: bool = False) -> float:
         groups = whole(num_experts)
-        model = net(groups, TopKRouter(D, groups, normalise="none", scale=float(num_experts)))
+        model = net(groups, TopKRouter(RouterContext(D, groups), normalise="none", scale=float(num_experts)))
         if broken:  # all tokens go to one expert
             model.layer.router.requires_grad_(False)
             next(model.layer.router.parameters()).zero_()
@@ -164,8 +166,8 @@ def test_grouped_experts_beat_mixed_ones_where_modalities_differ() -> None:
     groups = (ExpertGroup("text", 4, 0, 1, 16, 0, ("text",)), ExpertGroup("image", 4, 0, 1, 16, 4, ("image",)))
 
     def loss(groups: Sequence[ExpertGroup], group_N: Tensor, *, broken: bool = False) -> float:
-        model = net(groups, TopKRouter(D, groups, normalise="none", scale=float(groups[0].num_experts)))
-        if broken:  # each token has the group of a random token, so both groups must learn all facts
+        model = net(groups, TopKRouter(RouterContext(D, groups), normalise="none", scale=float(groups[0].num_experts)))
+        if broken:  # each token has the group of another token, so that both groups must learn all facts
             generator = torch.Generator().manual_seed(9)
             model.layer.register_forward_pre_hook(
                 lambda _, inputs: (inputs[0], inputs[1][torch.randperm(len(inputs[1]), generator=generator)])
@@ -187,7 +189,7 @@ def test_tuned_routers_recover_a_planted_disturbance() -> None:
     def tuned(*, broken: bool = False) -> tuple[float, float, float]:
         """Returns the loss before the disturbance, after it, and after tuning only the router."""
         groups = whole(8, top_k=2)
-        model = net(groups, TopKRouter(D, groups, normalise="none", scale=4.0))
+        model = net(groups, TopKRouter(RouterContext(D, groups), normalise="none", scale=4.0))
         before = fit(model, x_ND, label_N, group_N, steps=800, balance=0.02)
         rows = model.layer.router.get_parameter(f"{group_module('all')}.true")
         with torch.no_grad():
@@ -225,7 +227,7 @@ def test_lora_experts_beat_one_lora_where_domains_contradict() -> None:
         groups = (ExpertGroup("all", experts, 0, 1, 4 * D, 0, ("text",)),)
         layer = LoRALayer(
             norm=RMSNorm(D, 1e-5),
-            router=TopKRouter(D, groups, normalise="none"),
+            router=TopKRouter(RouterContext(D, groups), normalise="none"),
             ffn=SwiGLU(D, 4 * D),
             adapters=LoRAExperts(D, 4 * D, groups, rank=1, alpha=2.0),
         )
@@ -306,20 +308,20 @@ def held(task: Task, rate: float, per: Literal["group", "expert"] = "group") -> 
 
 def among_nulls(task: Task) -> Method:
     groups = whole(N, width=task.width, num_null=N)
-    router = TopKRouter(D, groups, normalise="none", scale=2.0 * N, selection_bias=True)
+    router = TopKRouter(RouterContext(D, groups), normalise="none", scale=2.0 * N, selection_bias=True)
     return Method(groups, router, held(task, RATE), kind="null_averaged")
 
 
 def longcat(task: Task) -> Method:
     groups = (replace(whole(N, width=task.width)[0], num_identity=N),)
-    router = TopKRouter(D, groups, normalise="none", scale=2.0 * N, selection_bias=True)
+    router = TopKRouter(RouterContext(D, groups), normalise="none", scale=2.0 * N, selection_bias=True)
     return Method(groups, router, held(task, RATE, "expert"), kind="null_split")
 
 
 def adaptive(kind: type[AdaptiveRouter], rate: float, *, scaled: bool = True) -> Callable[[Task], Method]:
     def method(task: Task) -> Method:
         groups = whole(N, top_k=N, width=task.width)
-        return Method(groups, kind(D, groups, scale=N / task.budget if scaled else 1.0), held(task, rate))
+        return Method(groups, kind(RouterContext(D, groups), scale=N / task.budget if scaled else 1.0), held(task, rate))
 
     return method
 
@@ -327,7 +329,7 @@ def adaptive(kind: type[AdaptiveRouter], rate: float, *, scaled: bool = True) ->
 def choosing(kind: type[ExpertChoiceRouter], **options: Any) -> Callable[[Task], Method]:
     def method(task: Task) -> Method:
         groups = whole(N, top_k=N, width=task.width)
-        router = kind(D, groups, capacity=task.budget / N, causal="threshold", **options)
+        router = kind(RouterContext(D, groups), capacity=task.budget / N, causal="threshold", **options)
         return Method(groups, router, balance=0.0)
 
     return method
@@ -336,7 +338,7 @@ def choosing(kind: type[ExpertChoiceRouter], **options: Any) -> Callable[[Task],
 def random_drop(task: Task) -> Method:
     groups = whole(N, top_k=math.ceil(task.budget), width=task.width)
     loads = {"all": [task.budget]}
-    router = ScheduledTopKRouter(D, groups, active_experts=loads, normalise="none", scale=N / task.budget)
+    router = ScheduledTopKRouter(RouterContext(D, groups), active_experts=loads, normalise="none", scale=N / task.budget)
     return Method(groups, router, kind="null_averaged")
 
 

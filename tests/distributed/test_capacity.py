@@ -16,10 +16,12 @@ import torch.distributed as dist
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -75,9 +77,9 @@ def run_layer(
     placement = ExpertPlacement(GROUPS, slots)
     layer = MoELayer(
         norm=torch.nn.Identity(),
-        router=TopKRouter(D, GROUPS, selection_bias=True, capacity=Capacity(0.6, drop)),  # pyright: ignore
+        router=TopKRouter(RouterContext(D, GROUPS, capacity=Capacity(0.6, drop)), selection_bias=True),  # pyright: ignore
         experts=Experts(D, GROUPS, [len(placement.local_experts(rank.rank, group)) for group in GROUPS]),
-        dispatcher=AllToAllDispatcher(placement, AllToAll(mesh.ep, CommStats())),
+        dispatcher=AllToAllDispatcher(DispatchContext(placement, AllToAll(mesh.ep, CommStats()))),
         free=ZeroComputationExperts(D, GROUPS),
         recompute=recompute,  # pyright: ignore[reportArgumentType]
     ).double()

@@ -12,6 +12,7 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ResourceError
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.planning import SPLIT_SIZES
@@ -117,12 +118,14 @@ def run_case(rank: int, case: Case, wire: AllToAll, seed: int, timetable: Timeta
         return torch.zeros_like(dispatched.rows_RD).index_add(0, layout.row_of_pair_Q, pairs_QD)
 
     if timetable == PLAIN:
-        dispatcher = AllToAllDispatcher(placement, wire)
+        dispatcher = AllToAllDispatcher(DispatchContext(placement, wire))
         plan = dispatcher.plan(assignments, num_tokens)
         received = sum(plan.rows.receive)
         y_TD = dispatcher.combine(experts(dispatcher.dispatch(h_TD, weight_N, plan), plan), plan)
     else:
-        pipelined = PipelinedDispatcher(placement, wire, overlap=timetable.overlap, chunks=timetable.chunks)
+        pipelined = PipelinedDispatcher(
+            DispatchContext(placement, wire), overlap=timetable.overlap, chunks=timetable.chunks
+        )
         plan = pipelined.plan(assignments, num_tokens)
         received = sum(sum(chunk.rows.receive) for chunk in plan.chunks)
         y_TD, _ = pipelined.run(h_TD, weight_N, plan, experts=experts, shared=None, repeated=False)
@@ -235,7 +238,9 @@ def plan_of_hand_case(rank: RankContext) -> dict[str, Any]:
     chosen = torch.from_numpy(HAND.experts_TK[rank.rank])
     weights = torch.ones(chosen.numel())
     assignments = Assignments(torch.arange(chosen.shape[0]).repeat_interleave(2), chosen.flatten(), weights)
-    plan = AllToAllDispatcher(HAND.placement, AllToAll(mesh.ep, CommStats())).plan(assignments, chosen.shape[0])
+    plan = AllToAllDispatcher(DispatchContext(HAND.placement, AllToAll(mesh.ep, CommStats()))).plan(
+        assignments, chosen.shape[0]
+    )
     run_case(rank.rank, HAND, AllToAll(mesh.ep, CommStats(events=[])), 0)
     return {
         "rows": (plan.rows.send, plan.rows.receive),
@@ -283,7 +288,7 @@ def overflow(rank: RankContext) -> tuple[str, list[str]]:
     comm_stats = CommStats(events=[])
     # Rank 0 receives nothing, and without a bound would enter the next exchange alone.
     bound = 4 if rank.rank == 1 else -1
-    dispatcher = AllToAllDispatcher(case.placement, AllToAll(mesh.ep, comm_stats), max_receive_rows=bound)
+    dispatcher = AllToAllDispatcher(DispatchContext(case.placement, AllToAll(mesh.ep, comm_stats), max_receive_rows=bound))
     try:
         dispatcher.plan(assignments, len(chosen))
     except ResourceError as error:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_dist.comm.all_to_all import AllToAll, RowBuffers
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows
 from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher
@@ -73,18 +74,18 @@ def make(rank: RankContext, mode: str) -> Any:
     wire = AllToAll(mesh.ep, comm_stats)
     match mode:
         case "all_to_all":
-            return AllToAllDispatcher(placement, wire)
+            return AllToAllDispatcher(DispatchContext(placement, wire))
         case "known_counts":
-            return KnownCountsDispatcher(placement, wire)
+            return KnownCountsDispatcher(DispatchContext(placement, wire))
         case "hierarchical":
-            wires = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
-            return HierarchicalDispatcher(placement, *wires, ranks_per_node=2)
+            between, inside = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
+            return HierarchicalDispatcher(DispatchContext(placement, between, hops=(between, inside)), ranks_per_node=2)
         case "overlap":
-            return PipelinedDispatcher(placement, wire, overlap=True)
+            return PipelinedDispatcher(DispatchContext(placement, wire), overlap=True)
         case "chunks":
-            return PipelinedDispatcher(placement, wire, chunks=4)
+            return PipelinedDispatcher(DispatchContext(placement, wire), chunks=4)
         case "overlap, chunks":
-            return PipelinedDispatcher(placement, wire, overlap=True, chunks=4)
+            return PipelinedDispatcher(DispatchContext(placement, wire), overlap=True, chunks=4)
     raise AssertionError(mode)
 
 

@@ -10,6 +10,7 @@ import torch
 from moe_dist.comm.collectives import CommStats
 from moe_dist.data.batch import Batch
 from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import ABSENT
 from moe_dist.monitor.statistics import ComputeMap
@@ -163,7 +164,7 @@ def test_measuring_balance_leaves_no_trace(run_in_world: Callable[..., list[Any]
 
 def test_even_routing_keeps_the_number_of_pairs_and_spreads_them() -> None:
     torch.manual_seed(0)
-    router = TopKRouter(6, GROUPS)
+    router = TopKRouter(RouterContext(6, GROUPS))
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter)
     h_TD, group_T = torch.randn(64, 6), torch.randint(-1, 2, (64,))

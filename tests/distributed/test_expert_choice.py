@@ -15,10 +15,11 @@ import torch
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.names import CHOICE_LOGITS
-from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsFirst, KnownCountsPlan
+from moe_dist.moe.dispatch.context import DispatchContext
+from moe_dist.moe.dispatch.known_counts import KnownCountsFirst, KnownCountsPlan
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.selection import SelectionScope
 from moe_dist.moe.routing.types import GlobalBatchInfo, RoutingCache, RoutingRequest
@@ -155,18 +156,16 @@ def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     comm_stats, placement = CommStats(events=[]), PLACEMENTS[rank.world_size]
     wire = AllToAll(mesh.ep, comm_stats)
-    pairs = KnownCountsDispatcher(placement, wire)
     ranks = tuple(range(rank.world_size))
-    router = ExpertChoiceRouter(
-        D, GROUPS, noise=1.0, causal="threshold", known_counts=True,
-        selection_scope=SelectionScope(ranks=(rank.rank,), ep_ranks=ranks),
-    )  # fmt: skip
+    scope = SelectionScope(ranks=(rank.rank,), ep_ranks=ranks)
+    context = RouterContext(D, GROUPS, known_counts=True, selection_scope=scope)
+    router = ExpertChoiceRouter(context, noise=1.0, causal="threshold")
     local = [len(placement.local_experts(rank.rank, group)) for group in GROUPS]
     layer = MoELayer(
         norm=torch.nn.RMSNorm(D),
         router=router,
         experts=Experts(D, GROUPS, local),
-        dispatcher=KnownCountsFirst(pairs, AllToAllDispatcher(placement, wire), always=True),
+        dispatcher=KnownCountsFirst(DispatchContext(placement, wire)),
         recompute=recompute,  # pyright: ignore[reportArgumentType]
     )
     for parameter in layer.parameters():
@@ -212,7 +211,8 @@ def uneven(rank: RankContext) -> tuple[list[list[bool]], list[list[bool]]]:
     options: dict[str, Any] = {"capacity": 0.3, "causal": "threshold"}
     comm_stats = CommStats(events=[])
     where = SelectionScope("world", mesh.world, (0, 1, 2, 3), rank.rank, mesh.ep_ranks, comm_stats)
-    routers = [ExpertChoiceRouter(D, GROUPS, selection_scope=each, **options).double() for each in (where, None)]
+    contexts = [RouterContext(D, GROUPS, selection_scope=each) for each in (where, SelectionScope())]
+    routers = [ExpertChoiceRouter(each, **options).double() for each in contexts]
     for router in routers:
         for parameter in router.parameters():
             torch.nn.init.constant_(parameter, 1.0)

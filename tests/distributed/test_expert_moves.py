@@ -21,7 +21,7 @@ from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.parameter_names import EXPERTS
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.train.build.dispatch import DispatchParts, dispatch_with
+from moe_dist.train.build.dispatch import dispatch_context, dispatch_with
 from moe_dist.train.build.training import build_optimizer
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.rank_balance.expert_moves import move_experts, same_shapes
@@ -72,7 +72,8 @@ class Run:
         move_experts(self.parallel, self.optimizer, self.placement, placement)
         section, nodes = config_of(self.layout).parallel, (self.mesh.inter_node, self.mesh.intra_node)
         wire = AllToAll(self.mesh.ep, self.comm_stats)
-        dispatch_with(self.parallel.model, DispatchParts(section, placement, wire, HIDDEN_DIM, nodes))
+        context = dispatch_context(section, placement, wire, HIDDEN_DIM, nodes)
+        dispatch_with(self.parallel.model, section.dispatch, context)
         self.placement = self.training_step.placement = placement
 
     def tensors(self) -> Arrays:

@@ -20,9 +20,11 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.model.layers import SwiGLU
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.experts.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -47,9 +49,9 @@ def our_block(
     shared_dim = options["shared_ffn_dim"]
     layer = MoELayer(
         norm=nn.Identity(),
-        router=TopKRouter(D, groups, **options["router"]),
+        router=TopKRouter(RouterContext(D, groups), **options["router"]),
         experts=Experts(D, groups, [len(placement.local_experts(rank.rank, group)) for group in groups]),
-        dispatcher=AllToAllDispatcher(placement, AllToAll(mesh.ep, CommStats())),
+        dispatcher=AllToAllDispatcher(DispatchContext(placement, AllToAll(mesh.ep, CommStats()))),
         shared=SwiGLU(D, shared_dim) if shared_dim else None,
         free=ZeroComputationExperts(D, groups) if has_zero_computation_experts(groups) else None,
     )

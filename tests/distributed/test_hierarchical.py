@@ -10,6 +10,7 @@ import torch
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ResourceError
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.hierarchical_planning import SPLIT_SIZES
 from moe_dist.moe.routing.types import ABSENT
@@ -32,7 +33,12 @@ def make(world_size: int, per_node: int) -> tuple[Callable[[Case], HierarchicalD
     mesh = make_mesh(ep=world_size, device=torch.device("cpu"), timeout=600.0, ranks_per_node=per_node)
     comm_stats = CommStats(events=[])
     inter, intra = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
-    return lambda case: HierarchicalDispatcher(case.placement, inter, intra, ranks_per_node=per_node), comm_stats
+
+    def make(case: Case) -> HierarchicalDispatcher:
+        context = DispatchContext(case.placement, inter, hops=(inter, intra))
+        return HierarchicalDispatcher(context, ranks_per_node=per_node)
+
+    return make, comm_stats
 
 
 def run_cases(rank: RankContext, per_node: int, seeds: range) -> int:
@@ -176,8 +182,11 @@ def overflow(rank: RankContext, hop: str) -> str:
     target = {"inter-node": 2, "intra-node": 1}[hop]
     chosen = np.full((5, 1), target)
     case = Case(((0,), (1,), (2,), (3,)), (chosen, chosen[:2], chosen[:0], chosen[:0]))
-    bound = 4 if rank.rank == target else -1  # the other ranks stop at the same exchange
-    dispatcher = HierarchicalDispatcher(case.placement, *wires, ranks_per_node=2, max_receive_rows=bound)
+    bound = 4 if rank.rank == target else -1  # the others stop at the same place
+    dispatcher = HierarchicalDispatcher(
+        DispatchContext(case.placement, wires[0], hops=wires, max_receive_rows=bound),
+        ranks_per_node=2,
+    )
     try:
         dispatcher.plan(case.assignments(rank.rank, torch.ones(len(case.experts_TK[rank.rank]))), 5)
     except ResourceError as error:

@@ -15,6 +15,7 @@ import torch
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.hierarchical_planning import SPLIT_SIZES as SPLIT_SIZES_OF_BOTH
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
@@ -24,6 +25,7 @@ from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
 from moe_dist.moe.kernels import torch_kernels as rows
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -49,15 +51,20 @@ def layer_of(rank: RankContext, mesh: Mesh, comm_stats: CommStats, case: tuple[A
     placement, wire = PLACEMENTS[rank.world_size], AllToAll(mesh.ep, comm_stats)
     if way == "hierarchical":
         wires = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
-        dispatcher: Any = HierarchicalDispatcher(placement, *wires, ranks_per_node=rank.world_size)
+        dispatcher: Any = HierarchicalDispatcher(
+            DispatchContext(placement, wires[0], hops=wires),
+            ranks_per_node=rank.world_size,
+        )
     elif way == "plain":
-        dispatcher = AllToAllDispatcher(placement, wire)
+        dispatcher = AllToAllDispatcher(DispatchContext(placement, wire))
     else:
-        dispatcher = PipelinedDispatcher(placement, wire, **TIMETABLES[way])
+        dispatcher = PipelinedDispatcher(DispatchContext(placement, wire), **TIMETABLES[way])
     local = [len(placement.local_experts(rank.rank, group)) for group in GROUPS]
     layer = MoELayer(
         norm=torch.nn.RMSNorm(D),
-        router=TopKRouter(D, GROUPS, selection_bias=True, capacity=Capacity(0.7, "probability" if budget else "position")),
+        router=TopKRouter(
+            RouterContext(D, GROUPS, capacity=Capacity(0.7, "probability" if budget else "position")), selection_bias=True
+        ),
         experts=Experts(D, GROUPS, local, gemm=gemm, pair_budget=budget),
         dispatcher=dispatcher,
         shared=torch.nn.Linear(D, D),

@@ -14,6 +14,7 @@ from moe_dist.comm.integrity import CheckedAllToAll
 from moe_dist.comm.names import BACKWARD, DISPATCH_ROWS
 from moe_dist.errors import IntegrityError
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.exchange import Exchange, ExchangePlan
 from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
@@ -182,9 +183,9 @@ def clean_routings(rank: RankContext, seeds: range) -> int:
         chosen = chosen.reshape(tokens, min(top_k, num_experts))
         chosen[own.random(chosen.shape) < own.random()] = ABSENT
         given = torch.from_numpy(chosen), DTYPES[seed % 2], seed
-        checked = _clean_pass(AllToAllDispatcher(placement, wire), *given)
+        checked = _clean_pass(AllToAllDispatcher(DispatchContext(placement, wire)), *given)
         if seed % 7 == 0:
-            assert torch.equal(checked, _clean_pass(AllToAllDispatcher(placement, unchecked), *given))
+            assert torch.equal(checked, _clean_pass(AllToAllDispatcher(DispatchContext(placement, unchecked)), *given))
     assert comm_stats.events is not None
     return sum(event.startswith("checksums of") for event in comm_stats.events)
 

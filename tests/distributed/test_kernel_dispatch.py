@@ -12,10 +12,12 @@ import torch
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.deep_ep_v2 import DeepEPDispatcher, DeepEPPlan
 from moe_dist.moe.dispatch.hybrid_ep import HybridEPDispatcher
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
@@ -49,8 +51,8 @@ def make_dispatcher(
 ) -> DeepEPDispatcher | HybridEPDispatcher:
     """Returns a dispatcher with a buffer for `tokens` tokens."""
     if library == "HybridEP":
-        return HybridEPDispatcher(placement, wire, hidden_dim=hidden_dim)
-    dispatcher = DeepEPDispatcher(placement, wire, hidden_dim=hidden_dim, top_k=top_k)
+        return HybridEPDispatcher(DispatchContext(placement, wire, hidden_dim=hidden_dim))
+    dispatcher = DeepEPDispatcher(DispatchContext(placement, wire, hidden_dim=hidden_dim), top_k=top_k)
     token_N = torch.arange(tokens).repeat_interleave(top_k)
     dispatcher.plan(Assignments(token_N, torch.full_like(token_N, ABSENT), torch.zeros(len(token_N))), tokens)
     return dispatcher
@@ -174,7 +176,9 @@ def larger_buffer(rank: RankContext) -> list[Any]:
     """Calls DeepEP with 32-bit ids in deterministic mode, for 4 tokens and then for 8."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     placement = ExpertPlacement((ExpertGroup("all", 2, 0, 1, 4, 0, ("text",)),), ((0,), (1,)))
-    dispatcher = DeepEPDispatcher(placement, AllToAll(mesh.ep, CommStats()), hidden_dim=256, top_k=1, deterministic=True)
+    dispatcher = DeepEPDispatcher(
+        DispatchContext(placement, AllToAll(mesh.ep, CommStats()), hidden_dim=256, deterministic=True), top_k=1
+    )
     found = []
     with deep_ep(id_dtype=torch.int32):
         for tokens in (4, 8, 2):
@@ -208,7 +212,7 @@ def layers(rank: RankContext, library: str, recompute: str, pair_budget: int | N
             local = [len(PLACEMENT.local_experts(rank.rank, group)) for group in GROUPS]
             layer = MoELayer(
                 norm=torch.nn.Identity(),
-                router=TopKRouter(16, GROUPS),
+                router=TopKRouter(RouterContext(16, GROUPS)),
                 experts=Experts(16, GROUPS, local, pair_budget=pair_budget),
                 dispatcher=make(PLACEMENT, AllToAll(mesh.ep, CommStats())),
                 recompute=recompute,  # pyright: ignore[reportArgumentType]

@@ -12,6 +12,7 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.exchange import AllToAllPlan
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsFirst, KnownCountsPlan
@@ -47,7 +48,7 @@ def run_cases(rank: RankContext, seeds: range) -> int:
         capacity_E = rng.integers(0, 5, placement.num_experts).tolist()
         tokens_W = rng.integers(0, 9, rank.world_size).tolist()
         assignments = expert_choice(seed, tokens_W, capacity_E, rank.rank)
-        dispatcher = KnownCountsDispatcher(placement, wire)
+        dispatcher = KnownCountsDispatcher(DispatchContext(placement, wire))
         trip = round_trip(
             dispatcher, assignments, placement, rank.rank, tokens_W[rank.rank], comm_stats=comm_stats, seed=seed
         )
@@ -80,15 +81,13 @@ TWO_OF_A_GROUP = ExpertPlacement(GROUPS, ((0, 1), (2, 3), (4, 5), (6, 7)))
 def dispatchers(placement: ExpertPlacement, comm_stats: CommStats) -> dict[str, Any]:
     mesh = make_mesh(ep=4, device=torch.device("cpu"), timeout=600.0, ranks_per_node=2)
     wire = AllToAll(mesh.ep, comm_stats)
-    all_to_all, per_pair = AllToAllDispatcher(placement, wire), KnownCountsDispatcher(placement, wire)
-    nodes = HierarchicalDispatcher(
-        placement, AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats), ranks_per_node=2
-    )
+    between, inside = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
+    context = DispatchContext(placement, wire, hops=(between, inside))
     return {
-        "all_to_all": all_to_all,
-        "known_counts": per_pair,
-        "hierarchical": nodes,
-        "sync_free": KnownCountsFirst(per_pair, all_to_all),
+        "all_to_all": AllToAllDispatcher(context),
+        "known_counts": KnownCountsDispatcher(context),
+        "hierarchical": HierarchicalDispatcher(context, ranks_per_node=2),
+        "sync_free": KnownCountsFirst(context, always=False),
     }
 
 
@@ -159,7 +158,7 @@ def test_with_one_expert_of_a_group_on_a_rank_nothing_is_left_to_deduplicate(
 
 def test_token_choice_is_refused_with_the_way_out() -> None:
     placement = ExpertPlacement(GROUPS, (tuple(range(8)),))
-    dispatcher = KnownCountsDispatcher(placement, AllToAll(None, CommStats()), max_receive_rows=0)
+    dispatcher = KnownCountsDispatcher(DispatchContext(placement, AllToAll(None, CommStats()), max_receive_rows=0))
     assignments = Assignments(torch.arange(2), torch.tensor([0, 4]), torch.ones(2))
     with pytest.raises(ConfigError, match="kind=known_counts needs the number of pairs"):
         dispatcher.plan(assignments, 2)
@@ -169,7 +168,7 @@ def test_token_choice_is_refused_with_the_way_out() -> None:
 
 def test_a_broken_promise_is_seen_before_anything_is_sent() -> None:
     placement = ExpertPlacement(GROUPS, (tuple(range(8)),))
-    dispatcher = KnownCountsDispatcher(placement, AllToAll(None, CommStats()))
+    dispatcher = KnownCountsDispatcher(DispatchContext(placement, AllToAll(None, CommStats())))
     counts = ((1, 1, 0, 0, 0, 0, 0, 0),)
     for expert_N in ([0, 4], [1, 0], [0, -1]):
         assignments = Assignments(torch.arange(2), torch.tensor(expert_N), torch.ones(2), counts)
@@ -180,7 +179,7 @@ def test_a_broken_promise_is_seen_before_anything_is_sent() -> None:
 def overflow(rank: RankContext) -> str:
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     placement = ExpertPlacement((ExpertGroup("all", 2, 0, 1, 4, 0, ("text",)),), ((0,), (1,)))
-    dispatcher = KnownCountsDispatcher(placement, AllToAll(mesh.ep, CommStats()), max_receive_rows=4)
+    dispatcher = KnownCountsDispatcher(DispatchContext(placement, AllToAll(mesh.ep, CommStats()), max_receive_rows=4))
     try:
         dispatcher.plan(expert_choice(0, [9, 9], [3, 5], rank.rank), 9)
     except ResourceError as error:

@@ -13,6 +13,7 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS, REPLICAS
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.planning import SPLIT_SIZES
 from moe_dist.moe.routing.types import Assignments
@@ -141,8 +142,8 @@ def make(rank: RankContext, overlap: bool, chunks: int) -> AllToAllDispatcher | 
     placement = ExpertPlacement((ExpertGroup("all", E, 0, K, 4, 0, ("text",)),), ((0, 3), (1, 2, 4, 5)))
     wire = AllToAll(mesh.ep, CommStats(events=[]))
     if not overlap and chunks == 1:
-        return AllToAllDispatcher(placement, wire)
-    return PipelinedDispatcher(placement, wire, overlap=overlap, chunks=chunks)
+        return AllToAllDispatcher(DispatchContext(placement, wire))
+    return PipelinedDispatcher(DispatchContext(placement, wire), overlap=overlap, chunks=chunks)
 
 
 def syncs(rank: RankContext, overlap: bool, chunks: int) -> tuple[list[str], int, list[str]]:

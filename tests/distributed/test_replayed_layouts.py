@@ -12,6 +12,7 @@ import torch
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.routers.capacity import capacity_of, over_capacity
 from moe_dist.moe.routing.types import Assignments
@@ -79,10 +80,10 @@ def really_run(context: RankContext) -> list[tuple[int, int]]:
         h_TD = torch.ones(num_tokens, DIM, dtype=torch.double, requires_grad=True)
         weight_N = torch.ones(len(token_N))
         flat = case.kind == "all_to_all"
-        dispatcher: Any = AllToAllDispatcher(placement, AllToAll(mesh.ep, comm_stats))
+        dispatcher: Any = AllToAllDispatcher(DispatchContext(placement, AllToAll(mesh.ep, comm_stats)))
         if not flat:
             hops = AllToAll(mesh.inter_node, comm_stats, between_nodes=True), AllToAll(mesh.intra_node, comm_stats)
-            dispatcher = HierarchicalDispatcher(placement, *hops, ranks_per_node=node)
+            dispatcher = HierarchicalDispatcher(DispatchContext(placement, hops[0], hops=hops), ranks_per_node=node)
         plan = dispatcher.plan(Assignments(token_N, expert_N, weight_N), num_tokens)
         rows = dispatcher.dispatch(h_TD, weight_N, plan)
         dispatcher.combine(rows.rows_RD, plan).sum().backward()

@@ -16,6 +16,7 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ResourceError
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.static import StaticDispatcher
 from moe_dist.moe.dispatch.static_planning import StaticRoom
 from moe_dist.moe.experts.experts import Experts
@@ -24,11 +25,11 @@ from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
 from moe_dist.moe.kernels import torch_kernels as rows
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import Assignments
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.train.build.dispatch import room_for
 from tests.distributed.test_dispatch import Case, random_case
 from tests.distributed.test_host_syncs import GROUPS, PLACEMENTS, D, T
 from tests.support.cover import exhaustive, full
@@ -62,9 +63,9 @@ def trip(rank: int, case: Case, wire: AllToAll, dtype: torch.dtype, *, static: b
         pairs = tuple(tokens * min(choices, len(slots)) for slots in case.slots)
         computed = tuple((wire.size * each,) for each in pairs)
         room = StaticRoom((tokens,) * wire.size, pairs, computed)
-        dispatcher: Any = StaticDispatcher(placement, wire, room=room)
+        dispatcher: Any = StaticDispatcher(DispatchContext(placement, wire), room=room)
     else:
-        dispatcher = AllToAllDispatcher(placement, wire)
+        dispatcher = AllToAllDispatcher(DispatchContext(placement, wire))
     plan = dispatcher.plan(assignments, num_tokens)
     y_TD, _ = dispatcher.run(h_TD, weight_N, plan, experts=experts)
     direction = torch.randn(y_TD.shape, dtype=dtype, generator=generator)
@@ -131,9 +132,9 @@ def passes(rank: RankContext, recompute: Any) -> list[tuple[list[str], list[str]
     local = [len(placement.local_experts(rank.rank, group)) for group in GROUPS]
     layer = MoELayer(
         norm=torch.nn.RMSNorm(D),
-        router=TopKRouter(D, GROUPS, selection_bias=True, capacity=Capacity(0.7, "position")),
+        router=TopKRouter(RouterContext(D, GROUPS, capacity=Capacity(0.7, "position")), selection_bias=True),
         experts=StaticExperts(D, GROUPS, local),
-        dispatcher=StaticDispatcher(placement, wire, room=room_for(placement, T, room=WHOLE)),
+        dispatcher=StaticDispatcher(DispatchContext(placement, wire, tokens=T), room=WHOLE),
         shared=torch.nn.Linear(D, D),
         free=ZeroComputationExperts(D, GROUPS),
         recompute=recompute,
@@ -177,7 +178,7 @@ def overflow(rank: RankContext) -> tuple[str, bool, str]:
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     case = Case(((0,), (1,)), (np.ones((5, 1), np.int64),) * 2)
     chosen = torch.from_numpy(case.experts_TK[rank.rank])
-    dispatcher = StaticDispatcher(case.placement, wire_of(mesh), room=room_for(case.placement, 5, room=1.0))
+    dispatcher = StaticDispatcher(DispatchContext(case.placement, wire_of(mesh), tokens=5), room=1.0)
     try:
         with torch.no_grad():
             dispatcher.plan(Assignments(torch.arange(5), chosen.flatten(), torch.ones(5)), 5)

@@ -17,10 +17,12 @@ import torch.distributed as dist
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import Assignments
 from moe_dist.parallel.mesh import make_mesh
@@ -62,13 +64,15 @@ class Ranks:
         shape = WorkloadShape(T, E, K, world)
         placement = ExpertPlacement((GROUP,), tuple(tuple(shape.shard(rank)) for rank in range(world)))
         comm_stats = CommStats()
-        dispatcher: Dispatcher[Any] = AllToAllDispatcher(placement, AllToAll(mesh.ep, comm_stats))
+        dispatcher: Dispatcher[Any] = AllToAllDispatcher(DispatchContext(placement, AllToAll(mesh.ep, comm_stats)))
         if per_node is not None:
             between, inside = (
                 AllToAll(mesh.inter_node, comm_stats, between_nodes=True),
                 AllToAll(mesh.intra_node, comm_stats),
             )
-            dispatcher = HierarchicalDispatcher(placement, between, inside, ranks_per_node=per_node)
+            dispatcher = HierarchicalDispatcher(
+                DispatchContext(placement, between, hops=(between, inside)), ranks_per_node=per_node
+            )
         return cls(context.rank, shape, placement, dispatcher, comm_stats, mesh.world, per_node)
 
     def step(self, workload: str, number: int) -> WorkloadStep:
@@ -134,7 +138,7 @@ class Pair:
         self.local = list(ranks.placement.slots[ranks.rank])
         self.layer = MoELayer(
             norm=torch.nn.Identity(),
-            router=TopKRouter(D, [GROUP]),
+            router=TopKRouter(RouterContext(D, [GROUP])),
             experts=Experts(D, [GROUP], [len(self.local)]),
             dispatcher=ranks.dispatcher,
         ).double()

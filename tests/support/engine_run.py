@@ -13,8 +13,7 @@ from moe_dist.monitor.statistics import StepResult
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.preflight import check
-from moe_dist.train.build.engines import started_engine
-from moe_dist.train.build.training import Training, TrainingPlan, build_loader, build_plan
+from moe_dist.train.build.training import EngineContext, Training, TrainingPlan, build_loader, build_plan
 from moe_dist.train.step.tracing import StepWatcher
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
@@ -81,8 +80,7 @@ def started_run(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Ite
     mesh = make_mesh(
         ep=config.parallel.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=config.parallel.dispatch.node_size
     )
-    with started_engine(config) as build:
-        training = build(config, checked.manifest, checked.placement, mesh)
+    with config.engine.build(EngineContext(config, checked.manifest, checked.placement, mesh)) as training:
         reader, readers = training.parallel.reader
         loader = build_loader(config, checked.manifest, rank=reader, world_size=readers)
         plan = build_plan(config, checked.manifest, checked.placement)

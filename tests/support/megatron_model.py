@@ -18,9 +18,11 @@ from moe_dist.megatron.tensors import Place, pieces
 from moe_dist.model.layers import ModelArgs, RMSNorm, SwiGLU
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.parameter_names import Role, named_parameters
 
@@ -167,9 +169,9 @@ def our_model(settings: ExpertSettings, *, seed: int = 3) -> Transformer:
     def make_moe(_: int) -> MoELayer:
         return MoELayer(
             norm=RMSNorm(HIDDEN_DIM, EPS),
-            router=TopKRouter(HIDDEN_DIM, placement.groups),
+            router=TopKRouter(RouterContext(HIDDEN_DIM, placement.groups)),
             experts=Experts(HIDDEN_DIM, placement.groups, [group.num_experts for group in placement.groups]),
-            dispatcher=AllToAllDispatcher(placement, wire),
+            dispatcher=AllToAllDispatcher(DispatchContext(placement, wire)),
             shared=SwiGLU(HIDDEN_DIM, SHARED_FFN_DIM),
         )
 

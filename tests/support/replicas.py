@@ -8,7 +8,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
-from moe_dist.train.build.dispatch import DispatchParts
+from moe_dist.train.build.dispatch import dispatch_context
 from moe_dist.train.rank_balance.expert_replicas import give_replicas
 from tests.support.layouts import HIDDEN_DIM, Layout, config_of
 
@@ -36,4 +36,5 @@ def replicate(
     mesh: Mesh = parallel.mesh
     new = PlacementWithReplicas(placement.groups, placement.slots, tuple(map(tuple, replicas)))
     nodes, wire = (mesh.inter_node, mesh.intra_node), AllToAll(mesh.ep, comm_stats)
-    give_replicas(parallel, DispatchParts(config_of(layout).parallel, new, wire, HIDDEN_DIM, nodes), new)
+    section = config_of(layout).parallel
+    give_replicas(parallel, section.dispatch, dispatch_context(section, new, wire, HIDDEN_DIM, nodes))

@@ -11,8 +11,10 @@ from moe_dist.model.layers import ModelArgs, RMSNorm
 from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.placement import ExpertPlacement
@@ -32,12 +34,12 @@ def make_transformer(
 ) -> Transformer:
     """Returns three layers. Layers in `moe_layers` have the layouts' groups with null experts, the others are dense."""
     placement = ExpertPlacement(GROUPS, (tuple(range(sum(group.num_experts for group in GROUPS))),))
-    dispatcher = AllToAllDispatcher(placement, AllToAll(None, CommStats(), None))
+    dispatcher = AllToAllDispatcher(DispatchContext(placement, AllToAll(None, CommStats(), None)))
 
     def make_moe(layer: int) -> MoELayer:
         return MoELayer(
             norm=RMSNorm(DIM, 1e-5),
-            router=TopKRouter(DIM, GROUPS),
+            router=TopKRouter(RouterContext(DIM, GROUPS)),
             experts=Experts(DIM, GROUPS, [group.num_experts for group in GROUPS]),
             dispatcher=dispatcher,
             name=f"layers.{layer}",

@@ -32,7 +32,7 @@ from moe_dist.model.transformer import Layer
 from moe_dist.moe.layer import MoELayer
 from moe_dist.parallel import parallelize
 from moe_dist.parallel.mesh import Mesh, make_mesh, pretend_world
-from moe_dist.plan.planner import group_shares, reached
+from moe_dist.placement.placement import group_shares
 from moe_dist.plan.preflight import PlannedLayout, layout_without_data
 from moe_dist.train.build import training as build
 from moe_dist.train.objective.loss import AuxSettings
@@ -131,7 +131,7 @@ class Uniform:
     def rows(self, ep_ranks: Sequence[int]) -> float:
         """Returns the number of tokens with an expert on at least one of the ranks `ep_ranks`."""
         return sum(
-            tokens * reached(group, sum(len(self.placement.local_experts(rank, group)) for rank in ep_ranks))
+            tokens * group.reached(sum(len(self.placement.local_experts(rank, group)) for rank in ep_ranks))
             for group, tokens in self.tokens_of_groups
         )
 

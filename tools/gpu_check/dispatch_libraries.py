@@ -12,7 +12,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.own_model import build_moe_layer
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.host import installed
-from moe_dist.train.build.dispatch import DispatchParts, build_dispatcher
+from moe_dist.train.build.dispatch import dispatch_context
 from tools.gpu_check.kernels import difference
 from tools.gpu_check.layers import CONFIG, MOST, passes, single_group
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
@@ -55,7 +55,8 @@ def _compare(job: CheckJob, mesh: Mesh, kind: str) -> dict[str, float]:
     for each, dtype in (("all_to_all", torch.float64), (kind, torch.bfloat16)):
         layer = build_moe_layer(HIDDEN, groups, ep_group=mesh.ep, placement=placement, std=HIDDEN**-0.5)
         section = _section(each, mesh.world_size)
-        layer.dispatcher = build_dispatcher(DispatchParts(section, placement, AllToAll(mesh.ep, CommStats()), HIDDEN))
+        context = dispatch_context(section, placement, AllToAll(mesh.ep, CommStats()), HIDDEN)
+        layer.dispatcher = section.dispatch.build(context)
         layer = (layer.double() if dtype == torch.float64 else layer).to(mesh.device)
         group_T = torch.zeros(TOKENS, dtype=torch.int64, device=mesh.device)
         found.append(passes(layer, x_TD.to(mesh.device, dtype), group_T))

@@ -17,6 +17,7 @@ from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
 from moe_dist.model.attention import attend, dense_mask, make_mask
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.static import StaticDispatcher
 from moe_dist.moe.experts.experts import ExpertGemm, Experts
 from moe_dist.moe.experts.static_experts import StaticExperts
@@ -24,11 +25,12 @@ from moe_dist.moe.kernel_choice.choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.own_model import build_moe_layer
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.train.build.dispatch import DispatchParts, build_dispatcher, room_for
+from moe_dist.train.build.dispatch import dispatch_context
 from tools.gpu_check.kernels import difference
 from tools.gpu_check.outcome import CheckJob, Reading
 from tools.gpu_check.process import on_ranks
@@ -78,9 +80,9 @@ def make_layer(
     with torch.device(made_on):
         layer = MoELayer(
             norm=nn.Identity(),
-            router=TopKRouter(hidden, groups, kernels=kernels),
+            router=TopKRouter(RouterContext(hidden, groups, kernels=kernels)),
             experts=Experts(hidden, groups, local, gemm=gemm, kernels=kernels),
-            dispatcher=AllToAllDispatcher(placement, wire, kernels=kernels),
+            dispatcher=AllToAllDispatcher(DispatchContext(placement, wire, kernels=kernels)),
         )
     generator = torch.Generator(made_on).manual_seed(1 + rank)
     with torch.no_grad():
@@ -155,9 +157,8 @@ def _dispatched(job: CheckJob, mesh: Mesh) -> dict[str, float]:
             placement = ExpertPlacement.interleaved(groups, mesh.world_size)
             ours = build_moe_layer(hidden, groups, ep_group=own.ep, placement=placement, std=0.5)
             wire = AllToAll(own.ep, CommStats())
-            ours.dispatcher = build_dispatcher(
-                DispatchParts(section, placement, wire, hidden, (own.inter_node, own.intra_node))
-            )
+            nodes = (own.inter_node, own.intra_node)
+            ours.dispatcher = section.dispatch.build(dispatch_context(section, placement, wire, hidden, nodes))
             alone = build_moe_layer(hidden, groups, std=0.5)
             for each in (ours, alone):
                 _steer(each, case)
@@ -289,5 +290,5 @@ def static_layer(like: MoELayer, hidden: int, groups: Any, tokens: int, mesh: Me
     experts = StaticExperts(hidden, groups, local, kernels=kernels)
     experts.load_state_dict(like.experts.state_dict())
     wire = AllToAll(mesh.ep if mesh is not None and ranks > 1 else None, CommStats())
-    dispatcher = StaticDispatcher(placement, wire, room=room_for(placement, tokens, room=ROOM), kernels=kernels)
+    dispatcher = StaticDispatcher(DispatchContext(placement, wire, kernels=kernels, tokens=tokens), room=ROOM)
     return MoELayer(norm=like.norm, router=like.router, experts=experts, dispatcher=dispatcher)

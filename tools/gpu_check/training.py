@@ -33,8 +33,8 @@ from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.monitor.statistics import StepResult
 from moe_dist.parallel.determinism import make_deterministic
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.placement.placement import group_shares
 from moe_dist.plan.flops import expected_experts, model_flops_per_token
-from moe_dist.plan.planner import group_shares
 from moe_dist.plan.preflight import layout_without_data
 from moe_dist.train.build.training import build_training, rank_layout
 from moe_dist.train.objective.loss import AuxSettings

@@ -5,15 +5,13 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
-from moe_dist.config.base.section import Section, Violation
+from moe_dist.config.base.section import KindSection, Violation
 
 WholeModel = Any  # means `model_schema.ModelSection`, which cannot be imported here (circular import)
 
 
-class AttentionSection(Section):
+class AttentionSection(KindSection):
     """The attention of every layer."""
-
-    kind: Any
 
     def violations_of(self, model: WholeModel) -> Iterable[Violation]:
         """Yields the rules that keys of `model` violate; the keys of a violation are relative to `model`."""

@@ -7,6 +7,9 @@ class GroupedQuerySection(AttentionSection):
     """Grouped-query attention (arXiv 2305.13245): num_kv_heads heads of keys and values serve num_heads heads of
     queries."""
 
+    builds = "moe_dist.model.attention:Attention"
+    served = "grouped_query"
+
     kind: Literal["grouped_query"] = "grouped_query"
 
     def widths(self, model: WholeModel) -> dict[str, tuple[int, int]]:

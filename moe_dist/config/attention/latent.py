@@ -11,6 +11,9 @@ class LatentAttentionSection(AttentionSection):
     """Multi-head latent attention (DeepSeek-V3): queries, keys and values come from narrow latents. The last
     model.rope_dim values of a head's query and key are rotated by RoPE; all heads share the rotated values of a key."""
 
+    builds = "moe_dist.model.latent_attention:LatentAttention"
+    served = "latent"
+
     kind: Literal["latent"] = "latent"
     q_rank: PositiveInt | None = Field(
         default=None, description="Width of the queries' latent. null: queries come from the hidden state."

@@ -1,25 +1,131 @@
-"""Makes a pydantic union of all section classes in a package. A new file in the package adds a kind: there is no list of
-kinds to edit."""
+"""Makes a pydantic union of all kinds of a section: the classes in the files of a package, and the kinds that other
+installed packages offer.
 
+A new file in the package adds a kind: there is no list of kinds to edit. Another package offers a kind by an entry point in
+the group `moe_dist.<folder>`, as `moe_dist.routers`: its name is the kind, its value the section's class. Entry points are
+searched when a configuration has a kind without a file, or when all kinds are listed; only the chosen kind, or all listed
+kinds, are imported. A configuration never names a module to import.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, NamedTuple, Union
 
-from pydantic import Field
+from pydantic import Discriminator, Tag
+from pydantic_core import CoreSchema, core_schema
+from pydantic_core.core_schema import SerializationInfo, ValidationInfo
 
-from moe_dist.config.base.section import Section
+from moe_dist.config.base.section import KindSection
+
+OTHERS = "kind of another package"  # tag of the union's member for the kinds of other packages
+PACKAGE = "package"  # key with the package's name, which the stored section of such a kind has besides its fields
 
 
-def kinds_in(package: ModuleType, base: type[Section]) -> Any:
-    """Returns the type of a field that takes any section in the files of `package`. The key `kind` selects the
-    section. All sections derive from `base`, which is in the file `base.py`."""
+class OtherKinds(NamedTuple):
+    """The member of a union that takes the kinds of other packages.
+
+    Attributes:
+        group: Group of the entry points.
+        base: All sections derive from this class.
+    """
+
+    group: str
+    base: type[KindSection]
+
+    def entry_points(self) -> EntryPoints:
+        return _entry_points(tuple(sys.path)).select(group=self.group)
+
+    def section(self, kind: str) -> type[KindSection]:
+        """Imports the section of an offered kind. Raises ValueError if its package is broken."""
+        found = self.entry_points().select(name=kind)
+        if len({point.value for point in found}) > 1:
+            packages = " and ".join(sorted(map(_package, found)))
+            raise ValueError(f"the packages {packages} both offer the kind {kind!r}; uninstall one of them")
+        point = next(iter(found))
+        offer = f"the package {_package(point)} offers the kind {kind!r} by {point.value}"
+        try:
+            section = point.load()
+        except Exception as error:  # the import of another package's module raises errors of any class
+            raise ValueError(
+                f"{offer}, which cannot be imported ({type(error).__name__}: {error}); repair or uninstall it"
+            ) from error
+        if not (isinstance(section, type) and issubclass(section, self.base) and kind_of(section) == kind):
+            raise ValueError(f"{offer}, which is no {self.base.__name__} of that kind; repair or uninstall it")
+        return section
+
+    def sections(self) -> dict[str, type[KindSection]]:
+        """Imports the sections of all offered kinds, and leaves out those of broken packages."""
+        found = {}
+        for kind in sorted(self.entry_points().names):
+            try:
+                found[kind] = self.section(kind)
+            except ValueError:
+                continue  # reported if a configuration chooses this kind
+        return found
+
+    def __get_pydantic_core_schema__(self, *_: Any) -> CoreSchema:
+        written = core_schema.plain_serializer_function_ser_schema(self._written, info_arg=True)
+        return core_schema.with_info_plain_validator_function(self._read, serialization=written)
+
+    def _read(self, value: Any, info: ValidationInfo) -> KindSection:
+        if isinstance(value, self.base):
+            return value
+        fields = {name: each for name, each in value.items() if name != PACKAGE}
+        section = self.section(value["kind"])
+        return section.model_validate_json(json.dumps(fields), context=info.context)  # from JSON lists become tuples
+
+    def _written(self, section: KindSection, info: SerializationInfo) -> dict[str, Any]:
+        (point, *_) = self.entry_points().select(name=kind_of(type(section)))
+        return {**section.model_dump(mode=info.mode), PACKAGE: _package(point)}
+
+
+def kinds_in(package: ModuleType, base: type[KindSection], *, default: str | None = None) -> Any:
+    """Returns the type of a field that takes a section of any kind; the key `kind` selects the section. All sections derive
+    from `base`, which is in the file `base.py` of `package`. A section without the key `kind` is of the kind `default`."""
     names = sorted(each.name for each in iter_modules(package.__path__) if each.name != "base")
     modules = [import_module(f"{package.__name__}.{name}") for name in names]
-    sections = [
-        each
+    sections = {
+        kind_of(each): each
         for module in modules
         for each in vars(module).values()
         if isinstance(each, type) and issubclass(each, base) and each.__module__ == module.__name__
-    ]
-    return Annotated[Union[tuple(sections)], Field(discriminator="kind")]  # noqa: UP007
+    }
+    others, kind_in = OtherKinds(f"moe_dist.{package.__name__.rpartition('.')[2]}", base), kind_or(default)
+
+    def tag(value: Any) -> str | None:
+        kind = kind_in(value)
+        known = kind is None or kind in sections or kind not in others.entry_points().names
+        return kind if known else OTHERS
+
+    members = [Annotated[each, Tag(kind)] for kind, each in sections.items()]
+    return Annotated[Union[(*members, Annotated[Any, others, Tag(OTHERS)])], Discriminator(tag)]
+
+
+def kind_or(default: str | None) -> Callable[[Any], str | None]:
+    """Returns a function that returns the kind of a section or of its values, and `default` for values without a kind."""
+
+    def kind_in(value: Any) -> str | None:
+        kind = value.get("kind", default) if isinstance(value, Mapping) else getattr(value, "kind", None)
+        return kind if kind is None or isinstance(kind, str) else repr(kind)
+
+    return kind_in
+
+
+def kind_of(section: type[KindSection]) -> str:
+    return section.model_fields["kind"].default
+
+
+@cache
+def _entry_points(path: tuple[str, ...]) -> Any:  # SelectableGroups in Python 3.11, EntryPoints in 3.12
+    """Returns the entry points of all packages on `sys.path`. Reads a file of each installed package."""
+    return entry_points()
+
+
+def _package(point: EntryPoint) -> str:
+    return "of an unknown name" if point.dist is None else point.dist.name

@@ -2,9 +2,10 @@
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, NamedTuple
+from importlib import import_module
+from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -83,6 +84,42 @@ class Section(BaseModel):
         return self
 
 
+class KindSection(Section):
+    """The base class of sections that select one of several kinds of an object.
+
+    A kind's section names the object's class as text, so that sections import without torch. `build` imports the class and
+    calls it with a context and the section's fields as keywords; the context is a frozen dataclass beside the class, which
+    has everything that objects of any kind may need. So neither a table of classes nor a list of arguments needs a new
+    line for a new kind.
+    """
+
+    kind: Any
+
+    builds: ClassVar[str]  # class, or function, that makes the object: "package.module:Class"
+    served: ClassVar[str] = ""  # the kind, if exports to Hugging Face have it; a section derived from it has another kind
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        super().__pydantic_init_subclass__()
+        has_kind = "kind" in cls.__annotations__ and not cls.model_fields["kind"].is_required()
+        if has_kind and "builds" not in vars(cls):
+            raise TypeError(f'{cls.__name__}: name the class that it configures, as builds = "package.module:Class"')
+
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of the class that this section names."""
+        return self.model_dump(exclude={"kind"})
+
+    def build(self, *context: Any) -> Any:
+        """Makes the object. `context` is the one value besides this section that objects of this kind are made from."""
+        return named(self.builds)(*context, **self.keywords())
+
+
+def named(text: str) -> Any:
+    """Imports what `package.module:name` names. The text is always from code, never from data."""
+    module, _, name = text.partition(":")
+    return getattr(import_module(module), name)
+
+
 def sections_in(value: Any, path: str = "") -> Iterator[tuple[str, Section]]:
     """Yields every section of a configuration with its dotted key; a section comes before the sections inside it."""
     if isinstance(value, Section):
@@ -91,13 +128,6 @@ def sections_in(value: Any, path: str = "") -> Iterator[tuple[str, Section]]:
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple) else ()
     for name, item in items:
         yield from sections_in(item, f"{path}.{name}" if path else str(name))
-
-
-def default_kind(kind: str) -> BeforeValidator:
-    """Fills in `kind` in a section that lacks this key, as in `router: {normalise: none}`."""
-    return BeforeValidator(
-        lambda value: {"kind": kind, **value} if isinstance(value, dict) and "kind" not in value else value
-    )
 
 
 def did_you_mean(name: object, names: Iterable[object]) -> str:

@@ -10,6 +10,8 @@ from moe_dist.config.controllers.base import ControllerSection
 class ActiveExpertsSection(ControllerSection):
     """Keep the mean number of true experts per token at a target by changing the bias (LongCat-Flash)."""
 
+    builds = "moe_dist.moe.balance.active_experts:ActiveExperts"
+
     kind: Literal["active_experts"] = "active_experts"
     target: dict[GroupName, PositiveFloat] = Field(min_length=1)
     """Target number of true experts per token, by group. The controller does not change groups that are not named."""

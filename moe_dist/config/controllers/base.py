@@ -1,14 +1,11 @@
 from collections.abc import Mapping
-from typing import Any
 
-from moe_dist.config.base.section import Section
+from moe_dist.config.base.section import KindSection
 
 
-class ControllerSection(Section):
+class ControllerSection(KindSection):
     """A controller: after each step it changes the router's selection biases, depending on the experts' loads in this
     step."""
-
-    kind: Any
 
     @property
     def targets(self) -> Mapping[str, float]:

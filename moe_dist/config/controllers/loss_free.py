@@ -8,5 +8,7 @@ from moe_dist.config.controllers.base import ControllerSection
 class LossFreeSection(ControllerSection):
     """After each step, raise the bias of experts below the mean load of their group and lower the others (DeepSeek-V3)."""
 
+    builds = "moe_dist.moe.balance.loss_free:LossFree"
+
     kind: Literal["loss_free"] = "loss_free"
     rate: PositiveFloat = Field(default=1e-3, description="Amount by which a step raises or lowers a bias.")

@@ -1,4 +1,4 @@
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import PositiveInt
 
@@ -8,7 +8,8 @@ from moe_dist.config.dispatchers.base import DispatchSection
 class AllToAllDispatchSection(DispatchSection):
     """Send one row per (token, destination rank), also if the token takes several experts on that rank."""
 
-    replicas: ClassVar[bool] = True
+    builds = "moe_dist.moe.dispatch.choice:all_to_all"
+    replicas = True
 
     kind: Literal["all_to_all"] = "all_to_all"
     overlap: bool = False

@@ -2,24 +2,22 @@
 compares `kind`, so that a new kind of dispatcher needs no change elsewhere."""
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from moe_dist.config.base.section import Section, Violation, WholeConfig
+from moe_dist.config.base.section import KindSection, Violation, WholeConfig
 
 KIND = "parallel.dispatch.kind"
 FIX = f"or set {KIND}=all_to_all"
 
 
-class DispatchSection(Section):
+class DispatchSection(KindSection):
     """The exchange that brings rows (hidden vectors of tokens) to the ranks of their experts, and the results back."""
-
-    kind: Any
 
     needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that must be installed, with dots inside packages
     source: ClassVar[str] = ""  # the project that these modules come from
     static: ClassVar[bool] = False  # whether exchanges have fixed sizes, so that the host never learns the numbers of rows
     each_pair: ClassVar[bool] = False  # whether each (token, expert) pair is a row, and counts are known before routing
-    replicas: ClassVar[bool] = False  # whether each layer may have slots of its own, as rank_balance.replicating needs
+    replicas: ClassVar[bool] = False  # whether all plans come from its attribute `planner`, which replicas replace
 
     @property
     def name(self) -> str:
@@ -30,10 +28,6 @@ class DispatchSection(Section):
     def node_size(self) -> int | None:
         """Number of ranks of a node; None if the dispatcher does not distinguish nodes."""
         return None
-
-    def keywords(self) -> dict[str, Any]:
-        """Keyword arguments of the dispatcher's constructor."""
-        return self.model_dump(exclude={"kind"})
 
 
 class KernelDispatchSection(DispatchSection):

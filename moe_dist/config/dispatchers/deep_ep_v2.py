@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from moe_dist.config.base.section import Violation, WholeConfig
 from moe_dist.config.dispatchers.base import FIX, KIND, KernelDispatchSection
@@ -11,10 +11,11 @@ MOST_CHOICES = 32  # DeepEP uses one thread of a warp for each choice of a token
 class DeepEPV2DispatchSection(KernelDispatchSection):
     """Use DeepEP's kernels of V2 (ElasticBuffer); needs the package deep_ep."""
 
-    kernels: ClassVar[str] = "DeepEP"
+    builds = "moe_dist.moe.dispatch.deep_ep_v2:DeepEPDispatcher"
+    kernels = "DeepEP"
     # V1 of the package deep_ep lacks the module deep_ep.buffers.elastic
-    needs_modules: ClassVar[tuple[str, ...]] = ("deep_ep.buffers.elastic",)
-    source: ClassVar[str] = "DeepEP V2 from the main branch of its repository"
+    needs_modules = ("deep_ep.buffers.elastic",)
+    source = "DeepEP V2 from the main branch of its repository"
 
     kind: Literal["deep_ep_v2"] = "deep_ep_v2"
 

@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveInt
 
@@ -10,7 +10,8 @@ from moe_dist.config.dispatchers.base import DispatchSection, either
 class HierarchicalDispatchSection(DispatchSection):
     """Send one row per (token, destination node) between nodes, then one row per (token, rank) inside each node."""
 
-    replicas: ClassVar[bool] = True
+    builds = "moe_dist.moe.dispatch.hierarchical:HierarchicalDispatcher"
+    replicas = True
 
     kind: Literal["hierarchical"] = "hierarchical"
     ranks_per_node: PositiveInt = Field(description="Number of consecutive ranks on one node. Must divide parallel.ep.")

@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from moe_dist.config.base.section import Violation, WholeConfig
 from moe_dist.config.dispatchers.base import FIX, KIND, KernelDispatchSection
@@ -8,10 +8,11 @@ from moe_dist.config.dispatchers.base import FIX, KIND, KernelDispatchSection
 class HybridEPDispatchSection(KernelDispatchSection):
     """Use HybridEP's kernels; needs the package deep_ep from its branch hybrid-ep."""
 
-    kernels: ClassVar[str] = "HybridEP"
+    builds = "moe_dist.moe.dispatch.hybrid_ep:HybridEPDispatcher"
+    kernels = "HybridEP"
     # HybridEP's extension is a module of its own, which the main branch of DeepEP lacks.
-    needs_modules: ClassVar[tuple[str, ...]] = ("deep_ep", "hybrid_ep_cpp")
-    source: ClassVar[str] = "DeepEP from the branch hybrid-ep of its repository"
+    needs_modules = ("deep_ep", "hybrid_ep_cpp")
+    source = "DeepEP from the branch hybrid-ep of its repository"
 
     kind: Literal["hybrid_ep"] = "hybrid_ep"
 

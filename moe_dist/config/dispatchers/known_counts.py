@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from moe_dist.config.base.section import Violation, WholeConfig
 from moe_dist.config.dispatchers.base import FIX, KIND, DispatchSection
@@ -9,7 +9,8 @@ class KnownCountsDispatchSection(DispatchSection):
     """Send one row per (token, expert), without a host sync. Works only if the number of tokens that each rank sends to
     each expert is known before routing."""
 
-    each_pair: ClassVar[bool] = True
+    builds = "moe_dist.moe.dispatch.known_counts:KnownCountsFirst"
+    each_pair = True
 
     kind: Literal["known_counts"] = "known_counts"
 

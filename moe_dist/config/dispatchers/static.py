@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -11,7 +11,8 @@ class StaticDispatchSection(DispatchSection):
     """Send rows in exchanges of fixed sizes, padded, without a host sync. More rows than the fixed sizes allow end the
     run."""
 
-    static: ClassVar[bool] = True
+    builds = "moe_dist.moe.dispatch.static:StaticDispatcher"
+    static = True
 
     kind: Literal["static"] = "static"
     room: float = Field(default=1.5, ge=1.0, allow_inf_nan=False)
@@ -36,7 +37,7 @@ class StaticDispatchSection(DispatchSection):
                 f"layers; set model.mixture_of_depths to null, {FIX}",
             ),
             (
-                experts.kind != "ffn",
+                not experts.static,
                 "model.moe.experts.kind",
                 f"model.moe.experts.kind={experts.kind} computes numbers of rows that the host knows; {FIX[3:]}",
             ),

@@ -1,19 +1,23 @@
 """The base class of the sections of engines. Other code reads the properties of an engine's section and never compares
-`kind`. A new kind of engine also needs an entry in `moe_dist.train.build.engines.ENGINES` and in
-`moe_dist.plan.rank_memory.MEMORY`."""
+`kind`."""
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moe_dist.config.base.section import Section
+from moe_dist.config.base.section import KindSection
 
 if TYPE_CHECKING:
     from moe_dist.config.parallel.section import ParallelSection
 
 
-class EngineSection(Section):
-    """The engine that computes the training steps: the model over its ranks, forward, backward, and the optimizer."""
+class EngineSection(KindSection):
+    """The engine that computes the training steps: the model over its ranks, forward, backward, and the optimizer.
 
-    kind: Any
+    `builds` names a context manager that yields a `Training`, and takes an `EngineContext`, which has the whole
+    configuration.
+    """
+
+    memory: ClassVar[str]  # function like `moe_dist.plan.memory.rank_memory`, as "package.module:function"
+    layouts: ClassVar[str] = ""  # function like `tools.plan_megatron.plan_layouts`, for `moe-dist plan`; empty if `planned`
 
     needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that must be installed
     source: ClassVar[str] = ""  # how to install them
@@ -21,7 +25,10 @@ class EngineSection(Section):
     own_kernels: ClassVar[bool] = True  # whether dense parts run this project's kernels (parallel.kernels)
     passes_logits: ClassVar[bool] = True  # whether a layer gets the router logits of the MoE layer before it
     passes_token_ids: ClassVar[bool] = True  # whether a layer gets the ids of its tokens
-    planned: ClassVar[bool] = False  # whether `moe-dist plan` simulates its steps; if not, `tools.plan.LISTS` applies
+    planned: ClassVar[bool] = False  # whether `moe-dist plan` simulates its steps; if not, it lists `layouts`
+
+    def keywords(self) -> dict[str, Any]:
+        return {}
 
     def data_ranks(self, parallel: "ParallelSection") -> int:
         """Number of ranks, or sets of ranks, that read different sequences."""

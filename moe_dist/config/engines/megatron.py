@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -61,6 +61,10 @@ class MegatronEngineSection(EngineSection):
     """Megatron-Core: tensor, pipeline and context parallelism around this project's MoE layer (docs/megatron.md). The world
     size is parallel.ep x parallel.edp, as with the own engine. Experts are sharded over the ranks of a pipeline stage."""
 
+    builds = "moe_dist.train.build.megatron:megatron_engine"
+    memory = "moe_dist.plan.pipeline_memory:stage_memory"
+    layouts = "tools.plan_megatron:plan_layouts"
+
     kind: Literal["megatron"] = "megatron"
     tp: Ranks = Field(default=1, description="Ranks that share attention, dense and shared FFNs, and the vocabulary.")
     pp: Ranks = Field(default=1, description="Pipeline stages.")
@@ -73,12 +77,12 @@ class MegatronEngineSection(EngineSection):
     """Run on a CPU with gloo: functions of torch.cuda are replaced in the processes of the ranks. For trials and tests."""
 
     # Python 3.12 gets a megatron-core that imports triton, also on a CPU, but does not require it.
-    needs_modules: ClassVar[tuple[str, ...]] = ("megatron", *(("triton",) if sys.version_info >= (3, 12) else ()))
-    own_kernels: ClassVar[bool] = False
-    passes_logits: ClassVar[bool] = False
-    passes_token_ids: ClassVar[bool] = False
-    dense_text: ClassVar[str] = "divided by engine.tp and engine.pp"
-    source: ClassVar[str] = "pip install 'megatron-core>=0.16' triton"
+    needs_modules = ("megatron", *(("triton",) if sys.version_info >= (3, 12) else ()))
+    own_kernels = False
+    passes_logits = False
+    passes_token_ids = False
+    dense_text = "divided by engine.tp and engine.pp"
+    source = "pip install 'megatron-core>=0.16' triton"
 
     def data_ranks(self, parallel: ParallelSection) -> int:
         return max(1, parallel.ep * parallel.edp // (self.tp * self.pp * self.cp))

@@ -1,4 +1,4 @@
-from typing import ClassVar, Literal
+from typing import Literal
 
 from moe_dist.config.engines.base import EngineSection
 
@@ -6,6 +6,8 @@ from moe_dist.config.engines.base import EngineSection
 class OwnEngineSection(EngineSection):
     """This project's own engine: expert parallelism with DDP or FSDP2."""
 
-    kind: Literal["moe_dist"] = "moe_dist"
+    builds = "moe_dist.train.build.training:own_engine"
+    memory = "moe_dist.plan.memory:rank_memory"
+    planned = True
 
-    planned: ClassVar[bool] = True
+    kind: Literal["moe_dist"] = "moe_dist"

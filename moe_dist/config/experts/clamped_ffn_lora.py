@@ -10,6 +10,9 @@ class AdaptedClampedFFNExpertsSection(AdaptedFFNExpertsSection):
     """Each true expert is an expert of the frozen base (run.init_from), with its biases and its clamped SwiGLU, and with
     LoRA on its matrices. Routers are frozen, too."""
 
+    builds = "moe_dist.moe.experts.adapted_clamped_experts:AdaptedClampedExperts"
+    served = "clamped_ffn_lora"
+
     kind: Literal["clamped_ffn_lora"] = "clamped_ffn_lora"  # pyright: ignore[reportIncompatibleVariableOverride]
     swiglu_alpha: PositiveFloat = Field(default=1.702, description="The base's factor of the gate inside the sigmoid.")
     swiglu_limit: PositiveFloat = Field(default=7.0, description="The base's largest gate, and largest absolute up.")

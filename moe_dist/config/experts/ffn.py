@@ -6,4 +6,9 @@ from moe_dist.config.experts.base import ExpertsSection
 class FFNExpertsSection(ExpertsSection):
     """Each true expert is a separate SwiGLU FFN."""
 
+    builds = "moe_dist.moe.experts.experts:Experts"
+    served = "ffn"
+    static = True
+    replicas = True
+
     kind: Literal["ffn"] = "ffn"

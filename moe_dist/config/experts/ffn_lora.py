@@ -1,7 +1,7 @@
 """FFN experts of a frozen base, each with LoRA adapters."""
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -15,7 +15,9 @@ class AdaptedFFNExpertsSection(AdapterSection, ExpertsSection):
     """Each true expert is a SwiGLU FFN of the frozen base in run.init_from, with LoRA on its matrices. Routers are frozen,
     too (PEFT's target_parameters)."""
 
-    adapts_ffns: ClassVar[bool] = True
+    builds = "moe_dist.moe.experts.adapted_experts:AdaptedExperts"
+    served = "ffn_lora"
+    adapts_ffns = True
 
     kind: Literal["ffn_lora"] = "ffn_lora"
     targets: tuple[Literal["gate_up", "down"], ...] = ("gate_up", "down")
@@ -23,9 +25,23 @@ class AdaptedFFNExpertsSection(AdapterSection, ExpertsSection):
     shared: bool = Field(default=False, description="One adapter for all experts of a group instead of one for each.")
     shared_expert: bool = Field(default=False, description="LoRA on gate, up and down of the shared expert, too.")
 
+    def keywords(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"kind", "shared_expert"})
+
+    @property
+    def adapter_is_shared(self) -> bool:
+        return self.shared
+
+    @property
+    def shared_expert_rank(self) -> int:
+        return self.rank if self.shared_expert else 0
+
+    def adapter_parameters(self, hidden_dim: int, ffn_dim: int) -> int:
+        ends = {"gate_up": hidden_dim + 2 * ffn_dim, "down": ffn_dim + hidden_dim}
+        return sum(self.rank * ends[target] for target in self.targets)
+
     @property
     def base(self) -> ExpertsSection:
-        """The section of the base model's experts."""
         return FFNExpertsSection()
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:

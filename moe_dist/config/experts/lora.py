@@ -1,11 +1,12 @@
 """LoRA adapters: as experts over a frozen FFN, and on the attention; with the rules of `train.only=adapters`."""
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from moe_dist.config.base.section import Decay, Section, Violation, WholeConfig
+from moe_dist.config.dispatchers.all_to_all import AllToAllDispatchSection
 from moe_dist.config.experts.base import ExpertsSection
 
 EXPERTS = "model.moe.experts.kind"
@@ -36,8 +37,10 @@ class AttentionLoRASection(AdapterSection):
 class LoRAExpertsSection(AdapterSection, ExpertsSection):
     """The true experts are LoRA adapters over one frozen FFN per layer, which computes every token (LLaVA-MoLE)."""
 
-    replicated: ClassVar[bool] = True
-    over_frozen_ffn: ClassVar[bool] = True
+    builds = "moe_dist.moe.experts.lora:LoRAExperts"
+    served = "lora"
+    replicated = True
+    over_frozen_ffn = True
 
     kind: Literal["lora"] = "lora"
     targets: tuple[Literal["gate", "up", "down"], ...] = ("gate", "up", "down")
@@ -60,13 +63,13 @@ class LoRAExpertsSection(AdapterSection, ExpertsSection):
 def _routing(config: WholeConfig) -> Iterator[Violation]:
     moe, key = config.model.moe, "model.moe.router"
     router = moe.router
-    if router.normalise != "none":
+    if getattr(router, "normalise", "none") != "none":
         problem = (
             f"{key}.normalise={router.normalise}: model.moe.experts.weight sets the weights of LoRA experts, from the "
             f"softmax over all columns; set {key}.normalise=none"
         )
         yield Violation((f"{key}.normalise", EXPERTS), problem)
-    if router.scale != 1.0:
+    if getattr(router, "scale", 1.0) != 1.0:
         problem = f"{key}.scale={router.scale:g}: LoRA experts are scaled by model.moe.experts.alpha; set {key}.scale=1"
         yield Violation((f"{key}.scale", EXPERTS), problem)
     if moe.capacity is not None:
@@ -104,7 +107,7 @@ def _sharding(config: WholeConfig) -> Iterator[Violation]:
     found = {}  # key -> the text that shows its value
     if config.placement.policy != "interleaved":
         found["placement"] = f"placement.policy={config.placement.policy}"
-    if dispatch.kind != "all_to_all" or dispatch.overlap or dispatch.chunks > 1:
+    if dispatch != AllToAllDispatchSection():
         found["parallel.dispatch"] = "parallel.dispatch"
     unused = {"expert_pair_budget": None, "max_receive_rows": None, "check_exchanges": False, "expert_gemm": "loop"}
     for name, default in unused.items():

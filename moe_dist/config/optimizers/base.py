@@ -3,7 +3,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from moe_dist.config.base.section import Count, Decay, Fraction, NonNegative, Section, Violation
+from moe_dist.config.base.section import Count, Decay, Fraction, KindSection, NonNegative, Section, Violation
 
 
 class ConstantSchedule(Section):
@@ -36,18 +36,14 @@ ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Fie
 # of less than 0.2 to 0.4 %; beta 0.99 changes the moment by 1 %.
 LARGEST_BETA = 0.99
 
-Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]  # a list in JSON becomes a tuple
 
-
-class OptimizerSection(Section):
+class OptimizerSection(KindSection):
     """The optimizer, its learning rate and the bound of the gradient norm."""
-
-    kind: Any
 
     orthogonal: ClassVar[bool] = False  # true if the optimizer keeps only the first of AdamW's two moments of matrices
 
     lr: PositiveFloat = Field(description="Peak learning rate.")
-    betas: Betas = Field(default=(0.9, 0.95), description="AdamW's decay rates of its two moments.")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), description="AdamW's decay rates of its two moments.")
     eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon.")
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay. Norms, embeddings and routers have none."""
@@ -66,6 +62,10 @@ class OptimizerSection(Section):
                 f"rate is above {LARGEST_BETA}; take rates up to {LARGEST_BETA}, or moments=fp32"
             )
             yield Violation(("moments", "betas"), problem)
+
+    def keywords(self) -> dict[str, Any]:
+        """See `KindSection.keywords`. The training step clips, and sets the rate; the parameter groups have the decay."""
+        return self.model_dump(exclude={"kind", "weight_decay", "clip_norm", "schedule"})
 
     @property
     def decays(self) -> tuple[float, ...]:

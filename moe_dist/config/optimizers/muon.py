@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -10,7 +10,8 @@ from moe_dist.config.optimizers.base import OptimizerSection
 class MuonSection(OptimizerSection):
     """Muon for the matrices of attention, FFNs and experts. AdamW for embedding, output, norms, routers and vectors."""
 
-    orthogonal: ClassVar[bool] = True
+    builds = "moe_dist.optim.muon:muon"
+    orthogonal = True
 
     kind: Literal["muon"] = "muon"
     momentum: Decay = Field(default=0.95, description="Decay rate of the running mean of a matrix's gradients (Nesterov).")

@@ -16,7 +16,6 @@ from moe_dist.config.base.section import (
     Section,
     Violation,
     WholeConfig,
-    default_kind,
 )
 from moe_dist.config.dispatchers.all_to_all import AllToAllDispatchSection
 from moe_dist.config.dispatchers.base import DispatchSection
@@ -24,7 +23,7 @@ from moe_dist.config.dispatchers.base import DispatchSection
 if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time, so they get the base class
     AnyDispatch = DispatchSection
 else:
-    AnyDispatch = kinds_in(dispatchers, DispatchSection)
+    AnyDispatch = kinds_in(dispatchers, DispatchSection, default="all_to_all")
 LOSS_WORDS = 8192  # words whose logits the loss computes at once, for a vocabulary of more than WHOLE_VOCABULARY words
 WHOLE_VOCABULARY = 65_536
 GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements in 16 bytes: grouped GEMM needs row strides that are multiples of 16 bytes
@@ -72,7 +71,7 @@ class ParallelSection(Section):
     max_receive_rows: PositiveInt | None = None
     """Largest number of rows that a rank may receive in one layer. More rows are an error before the buffer is allocated.
     null: no bound, the largest possible number is (ep - 1) x the tokens of a micro-batch."""
-    dispatch: Annotated[AnyDispatch, default_kind("all_to_all")] = Field(default_factory=AllToAllDispatchSection)
+    dispatch: AnyDispatch = Field(default_factory=AllToAllDispatchSection)
     """Exchange that brings rows to the ranks of their experts and back."""
     two_batch_overlap: bool = False
     """Cut each micro-batch of training into halves, and exchange the rows of one half while the other half is computed.

@@ -1,17 +1,15 @@
 """The base class of the sections of rotary scalings."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, PositiveFloat
 
-from moe_dist.config.base.section import Section
+from moe_dist.config.base.section import KindSection
 
 
-class RopeScalingSection(Section):
+class RopeScalingSection(KindSection):
     """A change of the rotary frequencies for sequences that are longer than in pretraining. The keys have the names of
     transformers' `rope_parameters`."""
-
-    kind: Any
 
     length_is_longest: ClassVar[bool] = False  # true if transformers has the original length in max_position_embeddings
     least_head_dim: ClassVar[int] = 2

@@ -10,6 +10,9 @@ from moe_dist.config.rope.base import RopeScalingSection
 class Llama3RopeSection(RopeScalingSection):
     """Divide low frequencies by the factor, and keep high frequencies (Llama 3.1, arXiv 2407.21783)."""
 
+    builds = "moe_dist.model.rope:Llama3Scaling"
+    served = "llama3"
+
     kind: Literal["llama3"] = "llama3"
     original_max_position_embeddings: PositiveInt = Field(description="Longest sequence of pretraining, in tokens.")
     low_freq_factor: PositiveFloat = Field(description="Low: the wavelength is above the original length / this factor.")

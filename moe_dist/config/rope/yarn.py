@@ -1,4 +1,4 @@
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -8,9 +8,9 @@ from moe_dist.config.rope.base import RopeScalingSection
 class YarnRopeSection(RopeScalingSection):
     """Divide low frequencies by the factor, keep high frequencies, and scale cosines and sines (YaRN, arXiv 2309.00071)."""
 
-    null_is_default: ClassVar[frozenset[str]] = frozenset(
-        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-    )
+    builds = "moe_dist.model.rope:YarnScaling"
+    served = "yarn"
+    null_is_default = frozenset(("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"))
 
     kind: Literal["yarn"] = "yarn"
     original_max_position_embeddings: PositiveInt = Field(description="Longest sequence of pretraining, in tokens.")

@@ -6,21 +6,19 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from moe_dist.config.base.section import Section, Violation, WholeConfig
+from moe_dist.config.base.section import KindSection, Violation, WholeConfig
 
 ROUTER = "model.moe.router"
 OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group's null and zero-computation experts
 
 
-class RouterSection(Section):
+class RouterSection(KindSection):
     """The rule that decides which experts compute which tokens.
 
     The properties return the values for a router with which each token takes top_k columns (one column per expert, null
     experts included) of its expert group; other kinds of router override the properties. The keys selection_bias,
     null_logit, normalise, scale and scope mean the same in all kinds that have them.
     """
-
-    kind: Any
 
     softmax_top_k: ClassVar[bool] = False  # true if a token takes the top k of one softmax of this layer's rows alone
     experts_choose: ClassVar[bool] = False  # true if in training each expert chooses its tokens
@@ -125,10 +123,6 @@ class RouterSection(Section):
     def not_causal(self) -> str:
         """Says why a token's routing in evaluation depends on later tokens, with a fix; empty if routing is causal."""
         return ""
-
-    def keywords(self) -> dict[str, Any]:
-        """Keyword arguments of the router's constructor."""
-        return self.model_dump(exclude={"kind"})
 
     def file_violations(self, config: WholeConfig) -> Iterator[Violation]:
         """Checks the files that the section names. A dry run, on a machine that may lack them, does not check them."""

@@ -1,7 +1,7 @@
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import PositiveFloat
 
 from moe_dist.config.base.section import (
     Count,
@@ -15,27 +15,27 @@ from moe_dist.config.base.section import (
 )
 from moe_dist.config.routers.base import ROUTER, RouterSection
 
-# Not strict, because `default_kind` makes pydantic validate Python lists, and a strict tuple refuses a list.
-_Step = Annotated[tuple[Count, PositiveFloat], Field(strict=False)]
-
 
 class ExpertChoiceRouterSection(RouterSection):
     """In training each expert chooses its tokens (MoMa). In evaluation each token is routed without other tokens."""
 
+    builds = "moe_dist.moe.routers.expert_choice:ExpertChoiceRouter"
+    served = "expert_choice"
+
     # Each true expert takes its share of the tokens, whatever other columns take. So other columns cannot lower the number
     # of a token's true experts, as they do where tokens choose. A null expert would do nothing: a token may have no expert
     # anyway. An identity expert would only add s x, and a constant expert s (a1 x + a2 v), to the output of its tokens.
-    only_true_experts: ClassVar[bool] = True
+    only_true_experts = True
 
-    experts_choose: ClassVar[bool] = True
-    fixed_choices: ClassVar[bool] = False
-    needs_global_batch_info: ClassVar[bool] = True
+    experts_choose = True
+    fixed_choices = False
+    needs_global_batch_info = True
 
     kind: Literal["expert_choice"] = "expert_choice"
     capacity: ShareByGroup | None = None
     """Share of its group's tokens in the selection scope that each expert takes (c): one number, or a number for each named
     group. null, and groups without a number: top_k / num_experts, so that top_k experts take a token on average."""
-    capacity_schedule: Annotated[tuple[_Step, ...], Field(strict=False)] = ((0, 1.0),)
+    capacity_schedule: tuple[tuple[Count, PositiveFloat], ...] = ((0, 1.0),)
     """Pairs (first step, factor of the capacities). [[0, 2.0], [1000, 1.0]] doubles the experts per token in the first
     1,000 steps."""
     scope: Literal["rank", "ep_group", "world"] = "rank"

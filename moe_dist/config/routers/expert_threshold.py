@@ -9,6 +9,9 @@ from moe_dist.config.routers.expert_choice import ExpertChoiceRouterSection
 class ExpertThresholdRouterSection(ExpertChoiceRouterSection):
     """Each expert takes the tokens whose score exceeds its running threshold, also in training (Expert Threshold)."""
 
+    builds = "moe_dist.moe.routers.expert_threshold:ExpertThresholdRouter"
+    served = "expert_threshold"
+
     # Fields are frozen, so that a narrower type is sound.
     kind: Literal["expert_threshold"] = "expert_threshold"  # pyright: ignore[reportIncompatibleVariableOverride]
     causal: Literal["threshold"] = "threshold"  # pyright: ignore[reportIncompatibleVariableOverride]

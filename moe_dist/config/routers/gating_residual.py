@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveFloat
 
@@ -10,7 +10,8 @@ from moe_dist.config.routers.base import ROUTER, RouterSection
 class GatingResidualRouterSection(RouterSection):
     """Top-k whose logits add a learned map of the logits of the MoE layer before (the gating residual of MoE++)."""
 
-    needs_previous: ClassVar[bool] = True
+    builds = "moe_dist.moe.routers.gating_residual:GatingResidualRouter"
+    needs_previous = True
 
     kind: Literal["gating_residual"] = "gating_residual"
     normalise: Literal["true_chosen", "all_chosen", "true_all", "none"] = "true_chosen"

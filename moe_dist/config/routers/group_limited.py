@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -10,7 +10,9 @@ from moe_dist.config.routers.base import ROUTER, RouterSection
 class GroupLimitedRouterSection(RouterSection):
     """Top-k of sigmoid scores + bias among the experts of a few node groups (DeepSeek-V3, GLM-4.5, Kimi K2)."""
 
-    adapted: ClassVar[bool] = True
+    builds = "moe_dist.moe.routers.group_limited:GroupLimitedRouter"
+    served = "group_limited"
+    adapted = True
 
     kind: Literal["group_limited"] = "group_limited"
     n_group: PositiveInt = 1

@@ -8,6 +8,9 @@ from moe_dist.config.routers.base import AdaptiveRouterSection
 class PredictedKRouterSection(AdaptiveRouterSection):
     """A linear head predicts the number of experts that a token takes, at most top_k."""
 
+    builds = "moe_dist.moe.routers.predicted_k:PredictedKRouter"
+    served = "predicted_k"
+
     kind: Literal["predicted_k"] = "predicted_k"
     normalise: Literal["true_chosen", "none"] = "none"
     """Routing weights before the factor of the last column. none: softmax over all columns of the group. true_chosen:

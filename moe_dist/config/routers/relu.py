@@ -8,5 +8,8 @@ from moe_dist.config.routers.base import AdaptiveRouterSection
 class ReLURouterSection(AdaptiveRouterSection):
     """Each token takes the experts with a positive logit, at most top_k, with ReLU(logit) as the weight (ReMoE)."""
 
+    builds = "moe_dist.moe.routers.relu:ReLURouter"
+    served = "relu"
+
     kind: Literal["relu"] = "relu"
     scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight.")

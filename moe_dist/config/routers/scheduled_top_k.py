@@ -1,21 +1,21 @@
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from moe_dist.config.base.section import GroupName, NonNegative, Violation, WholeConfig
 from moe_dist.config.routers.base import ROUTER, DrawnRouterSection
 
-# Not strict, because `default_kind` makes pydantic validate a Python list, and a strict tuple refuses a list.
-LayerActiveExperts = Annotated[tuple[NonNegative, ...], Field(strict=False)]
 KEY = f"{ROUTER}.active_experts"
 
 
 class ScheduledTopKRouterSection(DrawnRouterSection):
     """Top-k with a given mean k for each layer, which does not depend on the token: a baseline for null experts."""
 
+    builds = "moe_dist.moe.routers.scheduled_top_k:ScheduledTopKRouter"
+
     kind: Literal["scheduled_top_k"] = "scheduled_top_k"
-    active_experts: dict[GroupName, LayerActiveExperts] = Field(min_length=1)
+    active_experts: dict[GroupName, tuple[NonNegative, ...]] = Field(min_length=1)
     """Mean number of true experts per token, by group and MoE layer; at most the group's top_k. With 1.5 every token takes
     its best expert, and a random half of the tokens also takes the second best."""
 

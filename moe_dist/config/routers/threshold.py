@@ -8,6 +8,9 @@ from moe_dist.config.routers.base import AdaptiveRouterSection
 class ThresholdRouterSection(AdaptiveRouterSection):
     """Each token takes the experts whose score exceeds the expert's learned threshold, at most top_k (DynMoE)."""
 
+    builds = "moe_dist.moe.routers.threshold:ThresholdRouter"
+    served = "threshold"
+
     kind: Literal["threshold"] = "threshold"
     temperature: PositiveFloat = Field(default=0.1, description="Divisor of the cosines of token and router row.")
     scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight.")

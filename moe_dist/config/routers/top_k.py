@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat
 
@@ -10,8 +10,10 @@ from moe_dist.config.routers.base import ROUTER, RouterSection
 class TopKRouterSection(RouterSection):
     """Each token takes the top_k experts of one softmax over true, null and zero-computation experts (AdaMoE)."""
 
-    softmax_top_k: ClassVar[bool] = True
-    adapted: ClassVar[bool] = True
+    builds = "moe_dist.moe.routers.top_k:TopKRouter"
+    served = "top_k"
+    softmax_top_k = True
+    adapted = True
 
     kind: Literal["top_k"] = "top_k"
     normalise: Literal["true_chosen", "all_chosen", "true_all", "none"] = "true_chosen"

@@ -13,6 +13,8 @@ KEY = f"{ROUTER}.table"
 class TopKByIdRouterSection(DrawnRouterSection):
     """Top-k with a given mean k for each layer and token id: a baseline for routers that read the context."""
 
+    builds = "moe_dist.moe.routers.top_k_by_id:TopKByIdRouter"
+
     kind: Literal["top_k_by_id"] = "top_k_by_id"
     table: PathText
     """A NumPy file of floats [MoE layers, model.vocab_size]: the mean number of true experts of each token id in each

@@ -1,4 +1,4 @@
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveFloat
 
@@ -9,7 +9,9 @@ from moe_dist.config.routers.base import AdaptiveRouterSection
 class TopPRouterSection(AdaptiveRouterSection):
     """Each token takes its most probable experts until their probabilities add up to p, at most top_k (DTop-p)."""
 
-    least_columns: ClassVar[int] = 1
+    builds = "moe_dist.moe.routers.top_p:TopPRouter"
+    served = "top_p"
+    least_columns = 1
 
     kind: Literal["top_p"] = "top_p"
     p: Share = 0.4

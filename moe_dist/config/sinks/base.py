@@ -1,9 +1,5 @@
-from typing import Any
-
-from moe_dist.config.base.section import Section
+from moe_dist.config.base.section import KindSection
 
 
-class SinkSection(Section):
+class SinkSection(KindSection):
     """A destination of a run's records, the measured values of each step."""
-
-    kind: Any

@@ -8,5 +8,7 @@ from moe_dist.config.sinks.base import SinkSection
 class ConsoleSinkSection(SinkSection):
     """Show a progress bar on a terminal, and print plain lines if there is no terminal."""
 
+    builds = "moe_dist.monitor.sinks.console:ConsoleSink"
+
     kind: Literal["console"] = "console"
     every: PositiveInt = Field(default=10, description="Steps between two plain lines.")

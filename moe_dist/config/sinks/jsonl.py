@@ -8,6 +8,8 @@ from moe_dist.config.sinks.base import SinkSection
 class JsonlSinkSection(SinkSection):
     """Write one record per step to metrics.jsonl in the run folder."""
 
+    builds = "moe_dist.monitor.sinks.jsonl:JsonlSink"
+
     kind: Literal["jsonl"] = "jsonl"
     arrays_every: PositiveInt = 1
     """Steps between two records that include how often each expert was chosen. These counts take 70 KB per record for 64

@@ -22,41 +22,23 @@ pair of this rank's tokens, 8 for each of the S and O rows, and 16 for each of t
 each of the Q pairs, and 4 for each row into which others are summed.
 """
 
-from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
 from moe_dist.moe.dispatch.planning import Planner
-from moe_dist.moe.kernels.interface import RowKernels
-from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routing.types import Assignments
-from moe_dist.placement.placement import ExpertPlacement
 
 
 class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
-    """Dispatches and combines tokens over one EP group. On a single rank the same code runs without a process group.
+    """Dispatches and combines tokens over one EP group. On a single rank the same code runs without a process group."""
 
-    Args:
-        placement: The map of experts to ranks of the EP group.
-        wire: The EP group's all-to-all; its size must be the placement's number of ranks.
-        max_receive_rows: Largest number of rows that a rank may receive; None for no bound. A rank never receives more than
-            (ep - 1) x T rows: all tokens of the other ranks of the EP group.
-        kernels: Functions that sum the rows of a token. Triton's kernels also make the plans of token choice.
-    """
-
-    def __init__(
-        self,
-        placement: ExpertPlacement,
-        wire: AllToAll,
-        *,
-        max_receive_rows: int | None = None,
-        kernels: RowKernels = TORCH,
-    ) -> None:
+    def __init__(self, context: DispatchContext) -> None:
         kind = Planner
-        if kernels.has_plan:
+        if context.kernels.has_plan:
             from moe_dist.moe.dispatch.counting_planner import CountingPlanner  # imports Triton, which a CPU may lack
 
             kind = CountingPlanner
-        self.planner = kind(placement, wire, max_receive_rows=max_receive_rows)
-        self.exchange = Exchange(wire, kernels=kernels)
+        self.planner = kind(context.placement, context.all_to_all, max_receive_rows=context.max_receive_rows)
+        self.exchange = Exchange(context.all_to_all, kernels=context.kernels)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> AllToAllPlan:
         """Makes the plan by two metadata collectives and the layer's one host sync.

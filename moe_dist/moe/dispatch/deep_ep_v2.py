@@ -18,11 +18,10 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.errors import ConfigError
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.kernels import Arrival, KernelDispatcher, KernelPlan, require_card
 from moe_dist.moe.routing.types import ABSENT, Assignments
-from moe_dist.placement.placement import ExpertPlacement
 
 _WEIGHT_BYTES = 4  # bytes of an fp32 weight
 
@@ -56,20 +55,18 @@ class DeepEPPlan(KernelPlan):
 
 
 class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
-    """Dispatches and combines by a `deep_ep.ElasticBuffer`. See `KernelDispatcher` for the other arguments.
+    """Dispatches and combines by a `deep_ep.ElasticBuffer`.
 
     Args:
-        top_k: K. A token of a group with fewer choices has absent pairs.
-        deterministic: If true, results are reproducible bit for bit.
+        top_k: K, by default the largest of all groups. A token of a group with fewer choices has absent pairs.
     """
 
     LIBRARY = "DeepEP"
 
-    def __init__(
-        self, placement: ExpertPlacement, wire: AllToAll, *, hidden_dim: int, top_k: int, deterministic: bool = False
-    ) -> None:
-        super().__init__(placement, wire, hidden_dim=hidden_dim)
-        self.top_k, self.deterministic = top_k, deterministic
+    def __init__(self, context: DispatchContext, *, top_k: int | None = None) -> None:
+        super().__init__(context)
+        self.top_k = top_k or max(group.top_k for group in context.placement.groups)
+        self.deterministic = context.deterministic
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> DeepEPPlan:
         """Computes DeepEP's ids without a host sync. The first plan also makes DeepEP's buffer, by a collective call.

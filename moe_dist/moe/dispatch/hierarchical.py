@@ -25,44 +25,27 @@ with S2, and T rows of 4 bytes per element to the terms with S1. From forward to
 
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.exchange import Exchange
 from moe_dist.moe.dispatch.hierarchical_planning import HierarchicalPlan, NodePlanner
 from moe_dist.moe.dispatch.interface import DispatchedRows, TwoStepDispatcher
-from moe_dist.moe.kernels.interface import RowKernels
-from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routing.types import Assignments
-from moe_dist.placement.placement import ExpertPlacement
 
 
 class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
-    """Dispatches and combines tokens over one EP group of several nodes.
+    """Dispatches and combines tokens over one EP group of several nodes. A rank never receives more than (G - 1) x T rows
+    from other nodes and (L - 1) x G x T rows inside the node.
 
     Args:
-        placement: The map of experts to EP positions.
-        inter: All-to-all over the ranks at this rank's position in their nodes, one rank per node, in the order of nodes.
-        intra: All-to-all over the ranks of this node.
         ranks_per_node: L, which must divide the number of EP positions.
-        max_receive_rows: Largest number of rows that a rank may receive in each hop; None for no bound. A rank never
-            receives more than (G - 1) x T rows from other nodes and (L - 1) x G x T rows inside the node.
-        kernels: Functions that sum the rows of a token.
     """
 
-    def __init__(
-        self,
-        placement: ExpertPlacement,
-        inter: AllToAll,
-        intra: AllToAll,
-        *,
-        ranks_per_node: int,
-        max_receive_rows: int | None = None,
-        kernels: RowKernels = TORCH,
-    ) -> None:
-        self.planner = NodePlanner(
-            placement, inter, intra, ranks_per_node=ranks_per_node, max_receive_rows=max_receive_rows
-        )
+    def __init__(self, context: DispatchContext, *, ranks_per_node: int) -> None:
+        assert context.hops is not None, "the caller makes them"
+        most = context.max_receive_rows
+        self.planner = NodePlanner(context.placement, *context.hops, ranks_per_node=ranks_per_node, max_receive_rows=most)
         # Send buffers are freed after use, so that the buffer of one hop takes no memory during the other hop.
-        self.inter, self.intra = (Exchange(each, keep_buffers=False, kernels=kernels) for each in (inter, intra))
+        self.inter, self.intra = (Exchange(each, keep_buffers=False, kernels=context.kernels) for each in context.hops)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> HierarchicalPlan:
         """Makes the plan of both hops by four metadata collectives and the layer's one host sync.

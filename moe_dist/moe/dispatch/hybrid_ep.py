@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.kernels import Arrival, KernelDispatcher, KernelPlan, require_card
 from moe_dist.moe.routing.types import ABSENT, Assignments
-from moe_dist.placement.placement import ExpertPlacement
 
 _ARRIVED = 3  # index in HybridEP's handle of the number of arrived rows, int32 [1], in host memory
 
@@ -58,12 +57,12 @@ class HybridEPPlan(KernelPlan):
 
 
 class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
-    """Dispatches and combines tokens by a `deep_ep.HybridEPBuffer`. See `KernelDispatcher` for the arguments."""
+    """Dispatches and combines tokens by a `deep_ep.HybridEPBuffer`."""
 
     LIBRARY = "HybridEP"
 
-    def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, hidden_dim: int) -> None:
-        super().__init__(placement, wire, hidden_dim=hidden_dim, multiple=4)
+    def __init__(self, context: DispatchContext) -> None:
+        super().__init__(context, multiple=4)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> HybridEPPlan:
         """Makes HybridEP's map without a host sync. The first plan also makes HybridEP's buffer, by a collective call.

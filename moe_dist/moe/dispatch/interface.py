@@ -1,9 +1,9 @@
 """The interface of a dispatcher: its method `plan` decides which token goes to which rank, and `run` sends tokens to their
 experts and sums the experts' outputs.
 
-A new dispatcher needs one file in this folder, one section in the tagged union `parallel.dispatch`, and one line in
-build_dispatch.py. Shape letters: T tokens on this rank, D hidden size, N (token, expert) pairs, absent pairs included, R
-rows on this rank for this rank's experts, Q pairs computed here.
+A dispatcher is made from a `DispatchContext` and the fields of its section (CONTRIBUTING.md). Shape letters: T tokens on
+this rank, D hidden size, N (token, expert) pairs, absent pairs included, R rows on this rank for this rank's experts, Q
+pairs computed here.
 """
 
 from abc import ABC, abstractmethod

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.names import BACKWARD
 from moe_dist.comm.tracker import track_collective
 from moe_dist.errors import ConfigError
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.interface import DispatchedRows, SentCounts, TwoStepDispatcher
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -138,20 +138,19 @@ K = TypeVar("K", bound=KernelPlan)
 
 
 class KernelDispatcher(TwoStepDispatcher[K]):
-    """Dispatches and combines over one EP group by the kernels of a library.
+    """Dispatches and combines over one EP group by the kernels of a library. Only the group, rank and statistics of the EP
+    group's all-to-all are used, not its exchanges.
 
     Args:
-        wire: The EP group's all-to-all. Only the group, rank and statistics of `wire` are used, not its exchanges.
-        hidden_dim: D, the hidden size.
         multiple: The number of slots of a rank is rounded up to a multiple of this number.
     """
 
     LIBRARY: ClassVar[str]  # first word of the collectives' names
 
-    def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, hidden_dim: int, multiple: int = 1) -> None:
-        self.placement, self.wire, self.hidden_dim = placement, wire, hidden_dim
-        self.numbers = SlotNumbers.of(placement, multiple=multiple)
-        self.num_slots = self.numbers.slots_per_rank * placement.num_ranks
+    def __init__(self, context: DispatchContext, *, multiple: int = 1) -> None:
+        self.placement, self.wire, self.hidden_dim = context.placement, context.all_to_all, context.hidden_dim
+        self.numbers = SlotNumbers.of(self.placement, multiple=multiple)
+        self.num_slots = self.numbers.slots_per_rank * self.placement.num_ranks
         self.buffer: Any = None  # the library's buffer for all layers, made by the first plan
 
         # cached on the device, because a copy per layer would be a host sync per layer

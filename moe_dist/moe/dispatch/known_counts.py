@@ -25,14 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import AllToAll, Splits, split_sizes
+from moe_dist.comm.all_to_all import Splits, split_sizes
 from moe_dist.comm.collectives import from_host
 from moe_dist.errors import ConfigError
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows, DispatchPlan, TwoStepDispatcher
-from moe_dist.moe.dispatch.planning import check_receive_rows
-from moe_dist.moe.kernels.interface import Items, RowKernels
-from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.dispatch.planning import Planner, check_receive_rows
+from moe_dist.moe.kernels.interface import Items
 from moe_dist.moe.routing.types import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -59,18 +60,12 @@ class _Order:
 
 
 class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
-    """Dispatches and combines over one EP group, with known counts. See `AllToAllDispatcher` for the arguments."""
+    """Dispatches and combines over one EP group, with known counts."""
 
-    def __init__(
-        self,
-        placement: ExpertPlacement,
-        wire: AllToAll,
-        *,
-        max_receive_rows: int | None = None,
-        kernels: RowKernels = TORCH,
-    ) -> None:
-        self.placement, self.wire, self.max_receive_rows = placement, wire, max_receive_rows
-        self.exchange = Exchange(wire, kernels=kernels)
+    def __init__(self, context: DispatchContext) -> None:
+        self.placement, self.wire = context.placement, context.all_to_all
+        self.max_receive_rows = context.max_receive_rows
+        self.exchange = Exchange(self.wire, kernels=context.kernels)
         self._order = lru_cache(maxsize=KEPT_ORDERS)(self._make_order)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> KnownCountsPlan:
@@ -153,24 +148,29 @@ def _blocks(start_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
 
 
 class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
-    """Uses `KnownCountsDispatcher` for assignments with `counts_WE`, and another dispatcher for assignments without
-    `counts_WE`.
+    """Uses `KnownCountsDispatcher` for assignments with `counts_WE`, and `AllToAllDispatcher` for assignments without
+    `counts_WE`, as in evaluation, where tokens choose experts.
 
-    By default `counts_WE` is used only if each rank holds at most one expert of a group, so that the dispatchers `known`
-    and `general` would send the same rows. All ranks choose the same dispatcher, because counts and placement are the same
-    on all ranks.
+    All ranks choose the same dispatcher, because counts and placement are the same on all ranks.
 
     Args:
-        known: Dispatcher for assignments with `counts_WE`.
-        general: Dispatcher for assignments without `counts_WE`, over the same ranks.
-        always: If true, use `counts_WE` even if a rank holds several experts of a group. With `always` a token with several
-            experts on a rank is sent to the rank once for each of these experts.
+        always: If true, use `counts_WE` even if a rank holds several experts of a group: a token with several experts on a
+            rank is then sent to the rank once for each of these experts. If false, only if each rank holds at most one
+            expert of a group, so that both dispatchers would send the same rows.
     """
 
-    def __init__(self, known: KnownCountsDispatcher, general: TwoStepDispatcher[Any], *, always: bool = False) -> None:
-        self.known = known
-        self.general = general
-        self.takes_known_counts = always or pairs_are_rows(known.placement)
+    def __init__(self, context: DispatchContext, *, always: bool = True) -> None:
+        self.known, self.general = KnownCountsDispatcher(context), AllToAllDispatcher(context)
+        self.takes_known_counts = always or pairs_are_rows(context.placement)
+
+    @property
+    def planner(self) -> Planner:
+        """The planner for assignments without `counts_WE`."""
+        return self.general.planner
+
+    @planner.setter
+    def planner(self, planner: Planner) -> None:
+        self.general.planner = planner
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> DispatchPlan:
         known = self.takes_known_counts and assignments.counts_WE is not None

@@ -35,14 +35,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, CombineReceive, DispatchSend, Exchange
 from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, RunExperts, RunShared, SentCounts
 from moe_dist.moe.dispatch.planning import OwnPairs, Planner
-from moe_dist.moe.kernels.interface import RowKernels
-from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routing.types import Assignments
-from moe_dist.placement.placement import ExpertPlacement
 
 
 @dataclass(frozen=True)
@@ -62,24 +59,15 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
     """Sends the same rows as `AllToAllDispatcher`, and runs the experts on some rows while other rows are in flight.
 
     Args:
-        placement, wire, max_receive_rows, kernels: See `AllToAllDispatcher`.
         overlap: If true, own rows and the shared expert are computed while the first remote rows are in flight. With
             `overlap` the experts run once more per layer, each time on fewer rows.
         chunks: Number of ranges of tokens. Each range of tokens is sent while the experts compute the range before.
     """
 
-    def __init__(
-        self,
-        placement: ExpertPlacement,
-        wire: AllToAll,
-        *,
-        max_receive_rows: int | None = None,
-        overlap: bool = False,
-        chunks: int = 1,
-        kernels: RowKernels = TORCH,
-    ) -> None:
-        self.planner = Planner(placement, wire, max_receive_rows=max_receive_rows, chunks=chunks, own_apart=overlap)
-        self.exchange = Exchange(wire, kernels=kernels)
+    def __init__(self, context: DispatchContext, *, overlap: bool = False, chunks: int = 1) -> None:
+        options = {"max_receive_rows": context.max_receive_rows, "chunks": chunks, "own_apart": overlap}
+        self.planner = Planner(context.placement, context.all_to_all, **options)
+        self.exchange = Exchange(context.all_to_all, kernels=context.kernels)
         self.overlap = overlap
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> PipelinedPlan:

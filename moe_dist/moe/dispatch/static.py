@@ -24,34 +24,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.exchange import Exchange
 from moe_dist.moe.dispatch.interface import DispatchedRows, TwoStepDispatcher
 from moe_dist.moe.dispatch.static_planning import StaticPlan, StaticPlanner, StaticRoom
-from moe_dist.moe.kernels.interface import RowKernels
-from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routing.types import Assignments
-from moe_dist.placement.placement import ExpertPlacement
 
 
 class StaticDispatcher(TwoStepDispatcher[StaticPlan]):
     """Dispatches and combines tokens over one EP group in exchanges of fixed sizes.
 
     Args:
-        room: The numbers of places for rows and for (token, expert) pairs, the same on all ranks.
-        placement, wire, kernels: See `AllToAllDispatcher`.
+        room: The numbers of places for rows and for (token, expert) pairs, the same on all ranks; or the factor of
+            `StaticRoom.expected`.
     """
 
-    def __init__(
-        self, placement: ExpertPlacement, wire: AllToAll, *, room: StaticRoom, kernels: RowKernels = TORCH
-    ) -> None:
+    def __init__(self, context: DispatchContext, *, room: float | StaticRoom) -> None:
+        if not isinstance(room, StaticRoom):
+            room = StaticRoom.expected(context.placement, context.tokens, room)
         kind = StaticPlanner
-        if kernels.has_plan:  # the module imports Triton, which a CPU may lack
+        if context.kernels.has_plan:  # the module imports Triton, which a CPU may lack
             from moe_dist.moe.dispatch.counting_static_planner import CountingStaticPlanner
 
             kind = CountingStaticPlanner
-        self.planner = kind(placement, wire, room)
-        self.exchange = Exchange(wire, kernels=kernels)
+        self.planner = kind(context.placement, context.all_to_all, room)
+        self.exchange = Exchange(context.all_to_all, kernels=context.kernels)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> StaticPlan:
         plan = self.planner.static_plan(assignments, num_tokens, layer)

@@ -1,5 +1,6 @@
 """Makes the plans of exchanges of fixed sizes. `static.py` defines the room (numbers of places) and the shape letters."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,7 +18,7 @@ from moe_dist.moe.dispatch.planning import Planner
 from moe_dist.moe.kernels.interface import Items, RowIndex
 from moe_dist.moe.kernels.torch_kernels import counting_order
 from moe_dist.moe.routing.types import Assignments
-from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.placement import ExpertPlacement, group_shares
 
 KEPT_SIZES = 8  # number of cached tables: one for each number of tokens, in training or evaluation
 
@@ -34,6 +35,28 @@ class StaticRoom:
     rows_W: tuple[int, ...]
     pairs_W: tuple[int, ...]
     computed_WG: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def expected(cls, placement: ExpertPlacement, tokens: int, factor: float) -> "StaticRoom":
+        """Returns `factor` times the numbers expected for `tokens` tokens of each rank, but at most the largest possible
+        numbers."""
+        groups, ep = placement.groups, placement.num_ranks
+        rows, pairs, computed = [], [], []
+        for rank in range(ep):
+            held_G = [len(placement.local_experts(rank, group)) for group in groups]
+            groups_of = list(zip(groups, group_shares(groups, {}), held_G, strict=True))
+            reached = sum(share * group.reached(held) for group, share, held in groups_of)
+            pairs_G = [
+                share * group.expected_experts_per_token * held / group.num_experts for group, share, held in groups_of
+            ]
+            most_G = [min(group.top_k, held) for group, _, held in groups_of]
+            rows.append(min(tokens, math.ceil(factor * tokens * reached)))
+            pairs.append(min(tokens * max(most_G), math.ceil(factor * tokens * sum(pairs_G))))
+            of_groups = zip(pairs_G, most_G, strict=True)
+            computed.append(
+                tuple(min(ep * tokens * most, math.ceil(factor * ep * tokens * each)) for each, most in of_groups)
+            )
+        return cls(tuple(rows), tuple(pairs), tuple(computed))
 
 
 @dataclass(frozen=True)

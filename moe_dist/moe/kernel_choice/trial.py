@@ -13,10 +13,12 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.static import StaticDispatcher
 from moe_dist.moe.dispatch.static_planning import StaticRoom
 from moe_dist.moe.kernels.interface import RowIndex, RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.top_k import Normalise, TopKRouter
 from moe_dist.moe.routing.types import ABSENT, Assignments
@@ -65,12 +67,13 @@ def _plan(kernels: RowKernels) -> Results:
     pairs = Assignments(torch.arange(num_tokens).repeat_interleave(3), expert_N, torch.ones(len(expert_N)), num_choices=3)
     placement = ExpertPlacement((group,), (tuple(group.experts),))
     wire = AllToAll(None, CommStats())
-    plan = AllToAllDispatcher(placement, wire, kernels=kernels).plan(pairs, num_tokens)
+    context = DispatchContext(placement, wire, kernels=kernels)
+    plan = AllToAllDispatcher(context).plan(pairs, num_tokens)
     rows = RowIndex((plan.row_of_pair_Q,), plan.num_own_rows, plan.row_items)
     items = (*rows.items_of_rows, *plan.table_index.items_of_rows)
     lists = (plan.pair_P, plan.order_Q, plan.row_of_pair_Q, plan.row_O, *items)
     room = StaticRoom((0,), (0,), ((len(expert_N),),))
-    fixed = StaticDispatcher(placement, wire, room=room, kernels=kernels).plan(pairs, num_tokens)
+    fixed = StaticDispatcher(context, room=room).plan(pairs, num_tokens)
     lists += (fixed.pair_P, fixed.arrival_Q, fixed.row_of_pair_Q, fixed.counts_X, fixed.end_X, fixed.sent_5)
     for index in (fixed.table_index, fixed.pair_index(num_tokens + 1)):
         order, first = index.items_of_rows
@@ -108,7 +111,7 @@ def _experts(kernels: RowKernels, dtype: torch.dtype) -> Results:
 def _experts_choice(kernels: RowKernels) -> Results:
     """Lets experts choose among tokens of their group, and computes the sums of a report."""
     groups = tuple(replace(group, num_null=0, first_expert=first) for group, first in zip(GROUPS, (0, 12), strict=True))
-    router = ExpertChoiceRouter(HIDDEN, groups, kernels=kernels)
+    router = ExpertChoiceRouter(RouterContext(HIDDEN, groups, kernels=kernels))
     for n, parameter in enumerate(router.parameters()):
         parameter.data = random(10 + n, *parameter.shape) / HIDDEN**0.5
     pairs, sums, *_ = router(random(9, ROWS, HIDDEN), torch.arange(ROWS) % 3 - 1)
@@ -122,7 +125,7 @@ def _choice(kernels: RowKernels, normalise: Normalise) -> Results:
     """Lets tokens of two groups with null experts, and padding, choose; computes weights, sums, and the gradient of the
     input."""
     h_TD = random(7, ROWS, HIDDEN).requires_grad_()
-    router = TopKRouter(HIDDEN, GROUPS, normalise=normalise, kernels=kernels)
+    router = TopKRouter(RouterContext(HIDDEN, GROUPS, kernels=kernels), normalise=normalise)
     for n, parameter in enumerate(router.parameters()):
         parameter.data = random(8 + n, *parameter.shape) / HIDDEN**0.5
     pairs, sums, *_ = router(h_TD, torch.arange(ROWS) % 3 - 1)

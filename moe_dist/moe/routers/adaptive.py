@@ -15,34 +15,21 @@ Shape letters: T tokens, C columns, K choices, G expert groups, E true experts.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import Normalise, TopKRouter, _Chosen
 from moe_dist.moe.routing.types import RoutingCache
-from moe_dist.placement.placement import ExpertGroup
 
 
 class AdaptiveRouter(TopKRouter):
-    """Routes T tokens, each inside its expert group, to the columns that `_kept` marks.
+    """Routes T tokens, each inside its expert group, to the columns that `_kept` marks. See `TopKRouter` for the
+    arguments."""
 
-    Args:
-        hidden_dim, groups, normalise, scale, capacity: See `TopKRouter`.
-    """
-
-    def __init__(
-        self,
-        hidden_dim: int,
-        groups: Sequence[ExpertGroup],
-        *,
-        normalise: Normalise = "none",
-        scale: float = 1.0,
-        capacity: Capacity | None = None,
-    ) -> None:
-        super().__init__(hidden_dim, groups, normalise=normalise, scale=scale, selection_bias=True, capacity=capacity)
+    def __init__(self, context: RouterContext, *, normalise: Normalise = "none", scale: float = 1.0) -> None:
+        super().__init__(context, normalise=normalise, scale=scale, selection_bias=True)
 
     @abstractmethod
     def _kept(self, masked_TC: Tensor, probs_TC: Tensor, column_TK: Tensor, group_T: Tensor, cache: RoutingCache) -> Tensor:

@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.moe.kernels.interface import ExpertsSums, ExpertsTables, RowKernels
-from moe_dist.moe.kernels.torch_kernels import TORCH, accumulation_dtype
+from moe_dist.moe.kernels.interface import ExpertsSums, ExpertsTables
+from moe_dist.moe.kernels.torch_kernels import accumulation_dtype
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.selection import (
     OUTSIDE,
     AuxiliaryRouter,
     Causal,
     ChoosingRouter,
-    SelectionScope,
     by_token,
     counted_pairs,
     recorded,
@@ -77,11 +77,13 @@ class ChoiceGate(GroupGate):
 
 
 class ExpertChoiceRouter(ChoosingRouter):
-    """Routes T tokens: experts choose among the tokens of their group.
+    """Routes T tokens: experts choose among the tokens of their group. No group may have null or zero-computation experts.
+
+    The choice of experts, and the noise, use `context` as follows: the tokens of its `selection_scope` compete; with
+    `known_counts` and a scope of one rank, assignments contain `counts_WE` in training, so that dispatch needs no host
+    sync; if its `kernels` have `experts_choose`, they compute the router's sums, and in a scope of one rank the choice.
 
     Args:
-        hidden_dim: D, the hidden size.
-        groups: All expert groups, in the order of their expert ids. No group may have null or zero-computation experts.
         capacity: c, the fraction of its group's tokens that each expert takes, for all groups or by the group's name. For
             other groups c is `ExpertGroup.capacity`, or top_k / num_experts for a group without capacity.
         capacity_schedule: Pairs (first step, factor of c), with first steps rising from 0. The step is that of `batch_info`
@@ -90,12 +92,6 @@ class ExpertChoiceRouter(ChoosingRouter):
         noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa uses 1.
         causal: The rule by which evaluation routes each token alone. If `causal` is None, evaluation raises an error.
         threshold_decay: Decay, per step, of the running means from which thresholds are made.
-        selection_scope: The ranks whose tokens compete for the experts.
-        seed, layer: Parts of the name of each noise value, besides step, token and expert.
-        known_counts: If true, assignments contain `counts_WE` in training if the scope is one rank, so that dispatch needs
-            no host sync.
-        kernels: If `kernels` has `experts_choose`, the kernels compute the router's sums, and in a scope of one rank also
-            the choice.
     """
 
     group_of_expert_E: Tensor
@@ -104,8 +100,7 @@ class ExpertChoiceRouter(ChoosingRouter):
 
     def __init__(
         self,
-        hidden_dim: int,
-        groups: Sequence[ExpertGroup],
+        context: RouterContext,
         *,
         capacity: float | Mapping[str, float] | None = None,
         capacity_schedule: Sequence[tuple[int, float]] = ((0, 1.0),),
@@ -113,25 +108,21 @@ class ExpertChoiceRouter(ChoosingRouter):
         noise: float = 0.0,
         causal: Causal | None = None,
         threshold_decay: float = 0.99,
-        selection_scope: SelectionScope | None = None,
-        seed: int = 0,
-        layer: int = 0,
-        known_counts: bool = False,
-        kernels: RowKernels = TORCH,
     ) -> None:
         super().__init__()
-        self.groups = tuple(groups)
+        self.groups = groups = tuple(context.groups)
         self.causal: Causal | None = causal
-        self.selection_scope = selection_scope or SelectionScope()
+        self.selection_scope, self.known_counts = context.selection_scope, context.known_counts
         self.score: Score = score
-        self.threshold_decay, self.known_counts = threshold_decay, known_counts
-        self.noise, self.seed, self.layer, self.kernels = noise, seed, layer, kernels
+        self.threshold_decay, self.noise = threshold_decay, noise
+        self.seed, self.layer, self.kernels = context.seed, context.layer, context.kernels
         self.num_experts = sum(group.num_experts for group in groups)
         named = capacity if isinstance(capacity, Mapping) else dict.fromkeys([group.name for group in groups], capacity)
         self.share_of_group = tuple(named.get(group.name) or capacity_of_group(group) for group in groups)
         self.capacity_schedule = tuple(capacity_schedule)
         for group in groups:
-            self.add_module(group_module(group.name), ChoiceGate(hidden_dim, group, auxiliary=causal == "auxiliary"))
+            gate = ChoiceGate(context.hidden_dim, group, auxiliary=causal == "auxiliary")
+            self.add_module(group_module(group.name), gate)
         self.reset_buffers()
 
     def reset_buffers(self) -> None:

@@ -15,61 +15,27 @@ scores with m alone, so that calibrations do not change the training.
 Shape letters: T tokens of this rank, E experts of all groups.
 """
 
-from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_dist.moe.kernels.interface import RowKernels
-from moe_dist.moe.kernels.torch_kernels import TORCH
-from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, Score
-from moe_dist.moe.routers.selection import Causal, SelectionScope
+from moe_dist.moe.routers.context import RouterContext
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routing.types import ExpertsChoice, RoutingCache
-from moe_dist.placement.placement import ExpertGroup
 
 
 class ExpertThresholdRouter(ExpertChoiceRouter):
-    """Routes T tokens by thresholds of experts.
+    """Routes T tokens by thresholds of experts. After the factor of `capacity_schedule` has changed, m moves to the new
+    threshold over about 1 / (1 - threshold_decay) steps.
 
     Args:
-        hidden_dim, groups, capacity, score, noise, causal, threshold_decay, selection_scope, seed, layer, kernels: See
-            `ExpertChoiceRouter`.
-        capacity_schedule: See `ExpertChoiceRouter`. After the factor has changed, m moves to the new threshold over about
-            1 / (1 - threshold_decay) steps.
         warmup_steps: Number of updates of m before thresholds replace the competition, at least 1.
+        options: See `ExpertChoiceRouter`.
     """
 
-    def __init__(
-        self,
-        hidden_dim: int,
-        groups: Sequence[ExpertGroup],
-        *,
-        warmup_steps: int = 100,
-        capacity: float | Mapping[str, float] | None = None,
-        capacity_schedule: Sequence[tuple[int, float]] = ((0, 1.0),),
-        score: Score = "sigmoid",
-        noise: float = 0.0,
-        causal: Causal = "threshold",
-        threshold_decay: float = 0.99,
-        selection_scope: SelectionScope | None = None,
-        seed: int = 0,
-        layer: int = 0,
-        kernels: RowKernels = TORCH,
-    ) -> None:
-        super().__init__(
-            hidden_dim,
-            groups,
-            capacity=capacity,
-            capacity_schedule=capacity_schedule,
-            score=score,
-            noise=noise,
-            causal=causal,
-            threshold_decay=threshold_decay,
-            selection_scope=selection_scope,
-            seed=seed,
-            layer=layer,
-            kernels=kernels,
-        )
+    def __init__(self, context: RouterContext, *, warmup_steps: int = 100, **options: Any) -> None:
+        super().__init__(context, **{"causal": "threshold", **options})
         self.warmup_steps = warmup_steps
 
     def _experts_choose(self, logits_TE: Tensor, group_T: Tensor, cache: RoutingCache) -> ExpertsChoice:

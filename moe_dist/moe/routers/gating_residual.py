@@ -7,46 +7,34 @@ A token keeps its group in all layers, so no logit of another group enters. Shap
 columns, c columns of a group.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import Normalise, TopKRouter
 from moe_dist.moe.routing.types import Routing, RoutingCache, group_columns
-from moe_dist.placement.placement import ExpertGroup
 
 
 class GatingResidualRouter(TopKRouter):
     """Routes T tokens by their logits of this layer and of the one before. Except in the first MoE layer, each group's gate
-    also has `residual` [c, c], the V above. Returns its logits, which the transformer passes to the next MoE layer.
-
-    Args:
-        place: Index of the layer among the MoE layers.
-        hidden_dim, groups, normalise, scale, selection_bias, capacity: See `TopKRouter`.
-    """
+    also has `residual` [c, c], the V above. Returns its logits, which the transformer passes to the next MoE layer. See
+    `TopKRouter` for `normalise`, `scale` and `selection_bias`."""
 
     by_group_C: Tensor  # all columns, sorted by group
     place_C: Tensor  # place of each column in `by_group_C`
 
     def __init__(
         self,
-        hidden_dim: int,
-        groups: Sequence[ExpertGroup],
+        context: RouterContext,
         *,
-        place: int,
         normalise: Normalise = "true_chosen",
         scale: float = 1.0,
         selection_bias: bool = False,
-        capacity: Capacity | None = None,
     ) -> None:
-        self.is_first = place == 0
-        super().__init__(
-            hidden_dim, groups, normalise=normalise, scale=scale, selection_bias=selection_bias, capacity=capacity
-        )
-        for group in () if self.is_first else groups:
+        self.is_first = context.place == 0
+        super().__init__(context, normalise=normalise, scale=scale, selection_bias=selection_bias)
+        for group in () if self.is_first else self.groups:
             matrix = nn.Parameter(torch.empty(group.num_columns, group.num_columns))
             self.gate(group).register_parameter("residual", matrix)
 

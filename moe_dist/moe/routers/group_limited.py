@@ -17,16 +17,14 @@ letters: T tokens, D hidden size, C columns, K choices, n true experts of a moda
 group, m experts of a node group.
 """
 
-from collections.abc import Sequence
 from functools import reduce
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter, _Chosen
-from moe_dist.placement.placement import ExpertGroup
 
 TINY = 1e-20  # prevents 0 / 0 where all scores underflow; transformers' DeepseekV3TopkRouter has the same value
 BEST = 2  # a node group's score is the sum of its BEST (two) largest expert scores
@@ -36,30 +34,26 @@ class GroupLimitedRouter(TopKRouter):
     """Routes T tokens, each inside its modality's group and its best node groups.
 
     Args:
-        hidden_dim, groups, scale, capacity: See `TopKRouter`.
         n_group: Number of node groups in each modality group. `n_group` must divide each modality group's number of true
             experts.
         topk_group: Number of node groups that a token may use.
         normalise: `true_chosen`: weights sum to `scale` over the chosen experts that are not null. `none`: weights are
             `scale` times the scores.
+        scale: See `TopKRouter`.
         selection_bias: If true, tokens choose by score + bias. Routing weights do not contain the bias.
     """
 
     def __init__(
         self,
-        hidden_dim: int,
-        groups: Sequence[ExpertGroup],
+        context: RouterContext,
         *,
         n_group: int = 1,
         topk_group: int = 1,
         normalise: Literal["true_chosen", "none"] = "true_chosen",
         scale: float = 1.0,
         selection_bias: bool = True,
-        capacity: Capacity | None = None,
     ) -> None:
-        super().__init__(
-            hidden_dim, groups, normalise=normalise, scale=scale, selection_bias=selection_bias, capacity=capacity
-        )
+        super().__init__(context, normalise=normalise, scale=scale, selection_bias=selection_bias)
         self.n_group, self.topk_group = n_group, topk_group
 
     def _probs(self, masked_TC: Tensor) -> Tensor:

@@ -13,40 +13,28 @@ the softmax over T(x), all weights change when a column is added. b is the budge
 Shape letters: T tokens, D hidden size, C columns, K choices, G expert groups.
 """
 
-from collections.abc import Sequence
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from moe_dist.moe.kernels.torch_kernels import accumulation_dtype
 from moe_dist.moe.routers.adaptive import AdaptiveRouter
-from moe_dist.moe.routers.capacity import Capacity
-from moe_dist.moe.routers.top_k import _Chosen
+from moe_dist.moe.routers.context import RouterContext
+from moe_dist.moe.routers.top_k import Normalise, _Chosen
 from moe_dist.moe.routing.types import Routing, RoutingCache
-from moe_dist.placement.placement import ExpertGroup
 
 
 class PredictedKRouter(AdaptiveRouter):
     """Routes T tokens to a predicted number of columns. Each group's gate also has `number` [1, D], the vector u in k(x).
 
     Args:
-        hidden_dim, groups, scale, capacity: See `TopKRouter`.
         normalise: `true_chosen` or `none`: the softmax v over the chosen columns that are not null, or over all columns.
+        scale: See `TopKRouter`.
     """
 
-    def __init__(
-        self,
-        hidden_dim: int,
-        groups: Sequence[ExpertGroup],
-        *,
-        normalise: Literal["true_chosen", "none"] = "none",
-        scale: float = 1.0,
-        capacity: Capacity | None = None,
-    ) -> None:
-        super().__init__(hidden_dim, groups, normalise=normalise, scale=scale, capacity=capacity)
-        for group in groups:
-            self.gate(group).register_parameter("number", nn.Parameter(torch.empty(1, hidden_dim)))
+    def __init__(self, context: RouterContext, *, normalise: Normalise = "none", scale: float = 1.0) -> None:
+        super().__init__(context, normalise=normalise, scale=scale)
+        for group in self.groups:
+            self.gate(group).register_parameter("number", nn.Parameter(torch.empty(1, context.hidden_dim)))
 
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
         """See `TopKRouter.forward`."""

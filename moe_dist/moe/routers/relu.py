@@ -15,29 +15,19 @@ A token may take no expert. A null column that a token takes adds 0 to the outpu
 choices. Shape letters: T tokens, D hidden size, C columns, K choices.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from moe_dist.moe.routers.adaptive import AdaptiveRouter
-from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routing.types import RoutingCache
-from moe_dist.placement.placement import ExpertGroup
 
 
 class ReLURouter(AdaptiveRouter):
-    """Routes T tokens by positive logits. Args: see `TopKRouter`."""
+    """Routes T tokens by positive logits. See `TopKRouter` for `scale`."""
 
-    def __init__(
-        self,
-        hidden_dim: int,
-        groups: Sequence[ExpertGroup],
-        *,
-        scale: float = 1.0,
-        capacity: Capacity | None = None,
-    ) -> None:
-        super().__init__(hidden_dim, groups, scale=scale, capacity=capacity)
+    def __init__(self, context: RouterContext, *, scale: float = 1.0) -> None:
+        super().__init__(context, scale=scale)
 
     def _logits(self, h_TD: Tensor) -> Tensor:
         return super()._logits(h_TD) + self._bias(h_TD.dtype)

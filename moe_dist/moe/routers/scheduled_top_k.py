@@ -13,50 +13,37 @@ step, and tokens are numbered inside their batch. Shape letters: T tokens, D hid
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_dist.moe.routers.capacity import Capacity
-from moe_dist.moe.routers.top_k import Normalise, TopKRouter, _Chosen
+from moe_dist.moe.routers.context import RouterContext
+from moe_dist.moe.routers.top_k import TopKRouter, _Chosen
 from moe_dist.moe.routing.draws import logistic
 from moe_dist.moe.routing.types import RoutingCache
-from moe_dist.placement.placement import ExpertGroup
 
 HELD_OUT = -1  # used instead of the step in the names of evaluation's random numbers
 
 
 class ScheduledTopKRouter(TopKRouter):
-    """Routes T tokens, each inside its expert group, to L experts on average in this layer.
+    """Routes T tokens, each inside its expert group, to L experts on average in this layer. No group may have null or
+    zero-computation experts.
 
     Args:
-        hidden_dim, groups, normalise, scale, capacity: See `TopKRouter`. No group may have null or zero-computation
-            experts.
         active_experts: For each group's name, a list of the mean numbers L, one for each MoE layer. L is at most the
             group's top_k.
-        place: Index of this layer among the MoE layers.
-        seed: Part of the name of each random number, besides step, layer and token.
+        options: See `TopKRouter`.
     """
 
     load_G: tuple[float, ...] = ()  # L
     whole_G: Tensor  # floor(L), with a last 0 for padding, whose group is -1
     fraction_G: Tensor  # L - floor(L), with a last 0 for padding
 
-    def __init__(
-        self,
-        hidden_dim: int,
-        groups: Sequence[ExpertGroup],
-        *,
-        active_experts: Mapping[str, Sequence[float]],
-        place: int = 0,
-        seed: int = 0,
-        normalise: Normalise = "true_chosen",
-        scale: float = 1.0,
-        capacity: Capacity | None = None,
-    ) -> None:
-        super().__init__(hidden_dim, groups, normalise=normalise, scale=scale, capacity=capacity)
-        self.place, self.seed = place, seed
-        self.load_G = tuple(float(active_experts[group.name][place]) for group in groups)
+    def __init__(self, context: RouterContext, *, active_experts: Mapping[str, Sequence[float]], **options: Any) -> None:
+        super().__init__(context, **options)
+        self.place, self.seed = context.place, context.seed
+        self.load_G = tuple(float(active_experts[group.name][self.place]) for group in self.groups)
         self.reset_buffers()  # again, because `load_G` was still empty in the base class
 
     def reset_buffers(self) -> None:

@@ -16,14 +16,12 @@ Balance loss and entropy use s / (sum of s) as probabilities. Shape letters: T t
 choices.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.moe.routers.adaptive import AdaptiveRouter
-from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import KINDS, _Chosen
 from moe_dist.moe.routing.types import RoutingCache
 from moe_dist.placement.placement import ExpertGroup
@@ -36,22 +34,14 @@ class ThresholdRouter(AdaptiveRouter):
     initially 0.
 
     Args:
-        hidden_dim, groups, scale, capacity: See `TopKRouter`.
+        scale: See `TopKRouter`.
         temperature: Divisor of the cosines. In DynMoE's Tutel code the temperature is learned, with the initial value 0.1.
     """
 
-    def __init__(
-        self,
-        hidden_dim: int,
-        groups: Sequence[ExpertGroup],
-        *,
-        temperature: float = 0.1,
-        scale: float = 1.0,
-        capacity: Capacity | None = None,
-    ) -> None:
-        super().__init__(hidden_dim, groups, scale=scale, capacity=capacity)
+    def __init__(self, context: RouterContext, *, temperature: float = 0.1, scale: float = 1.0) -> None:
+        super().__init__(context, scale=scale)
         self.temperature = temperature
-        for group in groups:
+        for group in self.groups:
             self.gate(group).register_parameter("level", nn.Parameter(torch.zeros(group.num_columns)))
 
     def _gate(self, group: ExpertGroup, name: str) -> Tensor:

@@ -10,7 +10,6 @@ size, C columns, K choices, G expert groups, n true and m null experts of a grou
 columns.
 """
 
-from collections.abc import Sequence
 from functools import reduce
 from typing import ClassVar, Literal, NamedTuple
 
@@ -18,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.moe.kernels.interface import RowKernels, TopK
-from moe_dist.moe.kernels.torch_kernels import TORCH, accumulation_dtype
-from moe_dist.moe.routers.capacity import Capacity, capacity_of, over_capacity
+from moe_dist.moe.kernels.interface import TopK
+from moe_dist.moe.kernels.torch_kernels import accumulation_dtype
+from moe_dist.moe.routers.capacity import capacity_of, over_capacity
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routing.types import ABSENT, Assignments, ChosenColumns, RouterSums, Routing, RoutingCache, group_columns
 from moe_dist.placement.parameter_names import Role, group_module
 from moe_dist.placement.placement import ExpertGroup
@@ -101,9 +101,10 @@ class _Chosen(NamedTuple):
 class TopKRouter(nn.Module):
     """Routes T tokens, each to experts of the token's group.
 
+    If `context.kernels` has `choose`, the kernels compute everything after the logits, unless the router has a selection
+    bias, capacity, zero-computation experts or `true_all`, or the caller asks for probabilities of tokens.
+
     Args:
-        hidden_dim: D, the hidden size.
-        groups: All expert groups, in logical order.
         normalise: The columns over which weights are a softmax. `true_chosen`: the token's choices that are not null
             (AdaMoE). `all_chosen`: all choices of the token. `true_all`: all columns that are not null. `none`: all
             columns.
@@ -116,10 +117,6 @@ class TopKRouter(nn.Module):
             rounding.
         logit_bias: If true, each true expert's logit has a learned bias. With `logit_bias` groups must have true experts
             only.
-        capacity: Limits the pairs of each expert in training; None for no limit. Evaluation drops no pair.
-        kernels: If `kernels` has `choose`, the kernels compute everything after the logits, unless the router has a
-            selection bias, capacity, zero-computation experts or `true_all`, or the caller asks for probabilities of
-            tokens.
     """
 
     group_of_column_C: Tensor
@@ -130,32 +127,28 @@ class TopKRouter(nn.Module):
 
     def __init__(
         self,
-        hidden_dim: int,
-        groups: Sequence[ExpertGroup],
+        context: RouterContext,
         *,
         normalise: Normalise = "true_chosen",
         scale: float = 1.0,
         null_logit: NullLogit = "each",
         selection_bias: bool = False,
         logit_bias: bool = False,
-        capacity: Capacity | None = None,
-        kernels: RowKernels = TORCH,
     ) -> None:
         super().__init__()
-        self.kernels = kernels
-        self.groups = tuple(groups)
+        self.kernels, self.capacity = context.kernels, context.capacity
+        self.groups = groups = tuple(context.groups)
         self.normalise: Normalise = normalise
         self.scale = scale
         self.null_logit: NullLogit = null_logit
         self.selection_bias = selection_bias
         self.logit_bias = logit_bias
-        self.capacity = capacity
         self.num_choices = max(group.top_k for group in groups)
         self.num_experts = sum(group.num_experts for group in groups)
         self.first_zero_computation = self.num_experts + sum(group.num_null for group in groups)
         self.num_zero_computation = sum(group.num_columns for group in groups) - self.first_zero_computation
         for group in groups:
-            gate = GroupGate(hidden_dim, group, null_logit=null_logit, logit_bias=logit_bias)
+            gate = GroupGate(context.hidden_dim, group, null_logit=null_logit, logit_bias=logit_bias)
             self.add_module(group_module(group.name), gate)
         self.reset_buffers()
 

@@ -5,26 +5,24 @@ With L(v) for token id v in place of L, the equations are those of `moe_dist.moe
 is a file, because it has a number for each MoE layer and token id. Shape letters: T tokens, V token ids.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moe_dist.errors import ConfigError
-from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter
-from moe_dist.moe.routers.top_k import Normalise
 from moe_dist.moe.routing.types import RoutingCache
-from moe_dist.placement.placement import ExpertGroup
 
 
 class TopKByIdRouter(ScheduledTopKRouter):
     """Routes T tokens, each inside its expert group, to L(id) experts on average in this layer.
 
     Args:
-        hidden_dim, groups, place, seed, normalise, scale, capacity: See `ScheduledTopKRouter`.
         table: Path of a NumPy file of floats [MoE layers, V]: L of each layer and token id. Not read on the meta device.
+        options: See `TopKRouter`.
 
     Raises:
         ConfigError: the table cannot be read.
@@ -32,21 +30,9 @@ class TopKByIdRouter(ScheduledTopKRouter):
 
     _table: str = ""
 
-    def __init__(
-        self,
-        hidden_dim: int,
-        groups: Sequence[ExpertGroup],
-        *,
-        table: str,
-        place: int = 0,
-        seed: int = 0,
-        normalise: Normalise = "true_chosen",
-        scale: float = 1.0,
-        capacity: Capacity | None = None,
-    ) -> None:
-        shared = {"normalise": normalise, "scale": scale, "capacity": capacity, "place": place, "seed": seed}
-        none_yet = {group.name: [0.0] * (place + 1) for group in groups}
-        super().__init__(hidden_dim, groups, active_experts=none_yet, **shared)
+    def __init__(self, context: RouterContext, *, table: str, **options: Any) -> None:
+        none_yet = {group.name: [0.0] * (context.place + 1) for group in context.groups}
+        super().__init__(context, active_experts=none_yet, **options)
         self._table = table
         self.reset_buffers()  # again, because `_table` was still empty in the base class
 

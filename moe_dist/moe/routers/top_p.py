@@ -14,16 +14,13 @@ not in the loss.
 Shape letters: T tokens, C columns, K choices.
 """
 
-from collections.abc import Sequence
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from moe_dist.moe.routers.adaptive import AdaptiveRouter
-from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.context import RouterContext
+from moe_dist.moe.routers.top_k import Normalise
 from moe_dist.moe.routing.types import RoutingCache
-from moe_dist.placement.placement import ExpertGroup
 
 
 class TopPRouter(AdaptiveRouter):
@@ -31,22 +28,15 @@ class TopPRouter(AdaptiveRouter):
     changed the bound.
 
     Args:
-        hidden_dim, groups, scale, capacity: See `TopKRouter`.
         normalise: `none`: weights are probabilities, as published. `true_chosen`: weights sum to `scale` over the taken
             columns that are not null.
+        scale: See `TopKRouter`.
     """
 
     def __init__(
-        self,
-        hidden_dim: int,
-        groups: Sequence[ExpertGroup],
-        *,
-        p: float = 0.4,
-        normalise: Literal["true_chosen", "none"] = "none",
-        scale: float = 1.0,
-        capacity: Capacity | None = None,
+        self, context: RouterContext, *, p: float = 0.4, normalise: Normalise = "none", scale: float = 1.0
     ) -> None:
-        super().__init__(hidden_dim, groups, normalise=normalise, scale=scale, capacity=capacity)
+        super().__init__(context, normalise=normalise, scale=scale)
         self.p = p
 
     def _selection_scores(self, masked_TC: Tensor, probs_TC: Tensor) -> Tensor:

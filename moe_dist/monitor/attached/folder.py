@@ -15,51 +15,43 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_dist.config.sinks.jsonl import JsonlSinkSection
+from moe_dist.config.sinks.prometheus import PrometheusSinkSection
+from moe_dist.config.sinks.tensorboard import TensorBoardSinkSection
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.monitor.attached.routers import GUIDE, Traced
 from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.routing_hints import for_another_trainer
-from moe_dist.monitor.sinks.jsonl import JsonlSink, read_lines
-from moe_dist.monitor.sinks.prometheus import PrometheusSink
-from moe_dist.monitor.sinks.sink import GuardedSinks, Sink
+from moe_dist.monitor.sinks.jsonl import METRICS, read_lines
+from moe_dist.monitor.sinks.sink import GuardedSinks, Sink, SinkContext
 from moe_dist.monitor.trace.foreign import NO_ID
 from moe_dist.monitor.trace.format import MANIFEST, TOKEN, Manifest
 from moe_dist.monitor.trace.reader import read_trace
 from moe_dist.monitor.trace.writer import TraceWriter
 
 logger = logging.getLogger(__name__)
-METRICS = "metrics.jsonl"
 
 
 class HintSink(Sink):
     """Logs the hints as warnings."""
 
-    def __init__(self, subject: Subject) -> None:
-        self._watch = HintWatch(subject.groups, subject.moe_layers)
+    def __init__(self, context: SinkContext) -> None:
+        assert context.subject is not None
+        self._watch = HintWatch(context.subject.groups, context.subject.moe_layers)
 
     def step(self, record: Record) -> None:
         for hint in self._watch.update(record):
             logger.warning("step %d: %s", record.step, for_another_trainer(hint.text))
 
 
-def _tensorboard(folder: Path, subject: Subject, step: int) -> Sink:
-    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # imported late, because importing takes seconds
-
-    modalities = subject.groups[0].modalities
-    return TensorBoardSink(folder=folder / "tensorboard", subject=subject, modalities=modalities, resume_step=step)
-
-
-# Name of a sink -> function that makes the sink from the folder, the subject of its pictures, and the last step of earlier
-# records.
-SINKS: dict[str, Callable[[Path, Subject, int], Sink]] = {
-    "hints": lambda folder, subject, step: HintSink(subject),
-    "jsonl": lambda folder, subject, step: JsonlSink(path=folder / METRICS, resume_step=step),
-    "tensorboard": _tensorboard,
-    "prometheus": lambda folder, subject, step: PrometheusSink(
-        path=folder / "metrics.prom", run_name=folder.name, resume_step=step
-    ),
+# Name of a sink -> function that makes it.
+SINKS: dict[str, Callable[[SinkContext], Sink]] = {
+    "hints": HintSink,
+    "jsonl": JsonlSinkSection().build,
+    "tensorboard": TensorBoardSinkSection().build,  # imports TensorBoard, which takes seconds
+    "prometheus": PrometheusSinkSection().build,
 }
 
 
@@ -206,9 +198,11 @@ def _open_sinks(sinks: Sequence[str | Sink], folder: Path, subject: Subject, ste
     for sink in sinks:
         if isinstance(sink, str) and sink not in SINKS:
             raise ConfigError(f"attach: sinks: {sink!r} is unknown; give {', '.join(SINKS)}, or a Sink object", see=GUIDE)
+    modalities = subject.groups[0].modalities
+    context = SinkContext(folder, run_name=folder.name, resume_step=step, subject=subject, modalities=modalities)
     for sink in sinks:
         try:
-            opened.append(SINKS[sink](folder, subject, step) if isinstance(sink, str) else sink)
+            opened.append(SINKS[sink](context) if isinstance(sink, str) else sink)
         except (OSError, MoeDistError) as error:
             for each in opened:
                 each.close()

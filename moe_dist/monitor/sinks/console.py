@@ -15,7 +15,7 @@ from rich.text import Text
 from moe_dist.monitor.compute_map import loads_text
 from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.metrics import Record, depth_metrics
-from moe_dist.monitor.sinks.sink import Sink
+from moe_dist.monitor.sinks.sink import Sink, SinkContext
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 
 logger = logging.getLogger(__name__)
@@ -39,33 +39,30 @@ class ConsoleSink(Sink):
     """Shows the run on the console.
 
     Args:
-        total_steps: Number of steps of the run.
         every: Steps between plain lines if the console is no terminal, or cannot redraw a line (TERM=dumb).
-        resume_step: Step from which the run resumes (0 in a new run).
-        hints: Source of the hints; None shows no hints.
         console: Destination; standard output by default.
         clock: Returns seconds, from which the time left is estimated.
     """
 
     def __init__(
         self,
+        context: SinkContext,
         *,
-        total_steps: int,
         every: int = 10,
-        resume_step: int = 0,
-        hints: HintWatch | None = None,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._total, self._every, self._hints, self._clock = total_steps, every, hints, clock
+        self._total, self._every, self._clock = context.total_steps, every, clock
+        subject = context.subject
+        self._hints = None if subject is None else HintWatch(subject.groups, subject.moe_layers)
         self._console = console or Console(highlight=False)
         # start of this attempt, from which the time left is estimated
-        self._began_at, self._began_step = clock(), resume_step
+        self._began_at, self._began_step = clock(), context.resume_step
         self._previous: EvaluationResult | None = None
         self._progress: Progress | None = None
         if self._console.is_interactive:  # a terminal that can redraw a line; false for TERM=dumb
             self._progress = Progress(
-                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total_steps)) + 1)),
+                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(self._total)) + 1)),
                 BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
                 TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
                 # The time left is not rich's estimate, because that estimate omits the time between steps.
@@ -73,7 +70,7 @@ class ConsoleSink(Sink):
                 console=self._console,
                 expand=True,
             )
-            self._task = self._progress.add_task("", total=total_steps, completed=resume_step, numbers="", left="")
+            self._task = self._progress.add_task("", total=self._total, completed=context.resume_step, numbers="", left="")
             self._progress.start()
 
     def step(self, record: Record) -> None:

@@ -21,11 +21,12 @@ from pydantic_core import from_json
 
 from moe_dist.errors import CheckpointError
 from moe_dist.monitor.metrics import Record, depth_line
-from moe_dist.monitor.sinks.sink import Sink
+from moe_dist.monitor.sinks.sink import Sink, SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.tags import in_todays_names
 
 logger = logging.getLogger(__name__)
+METRICS = "metrics.jsonl"
 
 # Every line begins with the keys `step` and `kind`, so that a resume finds its step without parsing JSON.
 LINE_BEGIN = re.compile(rb'\{"step":(\d{1,18}),"kind":"(\w+)",')
@@ -34,26 +35,17 @@ STORED = ("skipped", "scalars", "losses", "labels", "epochs", "balance_coefficie
 
 
 class JsonlSink(Sink):
-    """Appends each record to `path` as a line. A line is written at once, so that a reader can follow the file.
+    """Appends each record to metrics.jsonl as a line. A line is written at once, so that a reader can follow the file.
 
     Args:
-        resume_step, evaluation_owed: See `Sink`.
         arrays_every: Steps between lines that contain the arrays (choices of every expert in every layer).
         clock: Returns seconds since 1970, for the field `time`.
     """
 
-    def __init__(
-        self,
-        *,
-        path: str | Path,
-        resume_step: int = 0,
-        evaluation_owed: bool = False,
-        arrays_every: int = 1,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._path, self._arrays_every, self._clock = Path(path), arrays_every, clock
+    def __init__(self, context: SinkContext, *, arrays_every: int = 1, clock: Callable[[], float] = time.time) -> None:
+        self._path, self._arrays_every, self._clock = context.folder / METRICS, arrays_every, clock
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        drop_lines_after(self._path, resume_step, evaluation_owed=evaluation_owed)
+        drop_lines_after(self._path, context.resume_step, evaluation_owed=context.evaluation_owed)
         self._file = self._path.open("ab", buffering=0)  # unbuffered, so that a kill loses no written line
         self._waiting = bytearray()  # bytes that the disk has not accepted yet
         self._told = False  # True if the current disk error has been logged, so that not every step logs it

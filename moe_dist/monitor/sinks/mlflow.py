@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.sinks.sink import Sink
+from moe_dist.monitor.sinks.sink import Sink, SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
 
 
@@ -19,13 +19,13 @@ class MlflowSink(Sink):
         experiment: Name of the experiment.
         uri: Address of the tracking server; None for MLFLOW_TRACKING_URI. MLflow reads credentials from its own
             environment variables.
-        resume_step: Step from which the run resumes (0 in a new run).
 
     Raises:
         ConfigError: mlflow is not installed, or the server does not answer or refuses the run.
     """
 
-    def __init__(self, *, experiment: str, uri: str | None = None, run_name: str, resume_step: int = 0) -> None:
+    def __init__(self, context: SinkContext, *, experiment: str, uri: str | None = None) -> None:
+        run_name, resume_step = context.run_name, context.resume_step
         try:
             import mlflow  # imported late, because the import takes seconds
         except ImportError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.sinks.sink import Sink
+from moe_dist.monitor.sinks.sink import Sink, SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.tags import meaning, split_tag
 
@@ -25,12 +25,12 @@ class PrometheusSink(Sink):
     """Replaces the file `path` at each step by a rename, so that a reader never sees a partial file.
 
     Args:
-        path: The textfile. node_exporter reads the textfile only if its name ends in .prom.
-        run_name: Value of the label `run` of each sample.
+        path: The textfile; None for metrics.prom in the run folder. node_exporter reads it only if its name ends in .prom.
     """
 
-    def __init__(self, *, path: str | Path, run_name: str, resume_step: int = 0) -> None:
-        self._path, self._run_name, self._step = Path(path), run_name, resume_step
+    def __init__(self, context: SinkContext, *, path: str | None = None) -> None:
+        self._path = Path(path or context.folder / "metrics.prom")
+        self._run_name, self._step = context.run_name, context.resume_step
         self._latest: dict[str, float | None] = {}
         self._path.parent.mkdir(parents=True, exist_ok=True)
 

@@ -9,23 +9,44 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from moe_dist.errors import CheckpointError
 from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.statistics import EvaluationResult
 
 logger = logging.getLogger(__name__)
 CLOSE_SECONDS = 30.0  # time in which all sinks must close; srun kills rank 0 if it outlives another rank by 60 s
 
 
-class Sink:
-    """A destination of records. A method that a sink does not define does nothing.
+@dataclass(frozen=True)
+class SinkContext:
+    """The values from which a sink is made, besides the fields of its section.
 
-    Constructors take `resume_step`, the step from which the run resumes (0 in a new run). The sink drops an earlier
-    attempt's records of later steps, so that each step appears exactly once after any number of resumes. JsonlSink and
-    TensorBoardSink also take `evaluation_owed`, which is true if the resumed run will repeat the evaluation of
-    `resume_step`; the sink then drops the earlier evaluation too.
+    Attributes:
+        folder: Folder of the run.
+        resume_step: The step from which the run resumes (0 in a new run). A sink drops an earlier attempt's records of
+            later steps, so that each step appears exactly once after any number of resumes.
+        evaluation_owed: Whether the resumed run will repeat the evaluation of `resume_step`. A sink that stores
+            evaluations then drops the earlier one.
+        total_steps: Number of steps of the run.
+        subject: The run that pictures and hints show; None without pictures and hints.
+        modalities: Names of the data's modalities.
     """
+
+    folder: Path
+    run_name: str = ""
+    resume_step: int = 0
+    evaluation_owed: bool = False
+    total_steps: int = 0
+    subject: Subject | None = None
+    modalities: tuple[str, ...] = ()
+
+
+class Sink:
+    """A destination of records, made from a `SinkContext`. A method that a sink does not define does nothing."""
 
     def step(self, record: Record) -> None:
         """Is called with the record of each step, in order, once for each step."""

@@ -19,7 +19,7 @@ from moe_dist.monitor.compute_map import draw_map
 from moe_dist.monitor.heatmaps import Axis, draw, draw_against_targets, linear_scale
 from moe_dist.monitor.metrics import Record, depth_metrics
 from moe_dist.monitor.pictures import Subject, change_map, heat_maps, loads
-from moe_dist.monitor.sinks.sink import Sink
+from moe_dist.monitor.sinks.sink import Sink, SinkContext
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.monitor.tags import (
     DEPTH_FAMILY,
@@ -51,37 +51,25 @@ GROUP_CHARTS = dict(  # tag family -> title of its chart
 
 
 class TensorBoardSink(Sink):
-    """Writes event files into `folder`.
+    """Writes event files into the folder tensorboard of the run.
 
     Args:
-        folder: Folder of the event files, runs/<name>/tensorboard.
-        modalities: Modalities of the data, for the charts of the custom scalars page.
         pictures_every: Steps between heat maps and histograms.
         mean_over: Number of steps whose mean is one point of a routing curve (`NOISY`), because single steps vary too much.
-        resume_step, evaluation_owed: See `Sink`.
     """
 
-    def __init__(
-        self,
-        *,
-        folder: str | Path,
-        subject: Subject,
-        modalities: tuple[str, ...],
-        pictures_every: int = 100,
-        mean_over: int = 10,
-        resume_step: int = 0,
-        evaluation_owed: bool = False,
-    ) -> None:
-        self._subject, self._pictures_every, self._mean_over = subject, pictures_every, mean_over
+    def __init__(self, context: SinkContext, *, pictures_every: int = 100, mean_over: int = 10) -> None:
+        assert context.subject is not None, "the caller says what pictures show"
+        self._subject, self._pictures_every, self._mean_over = context.subject, pictures_every, mean_over
         self._recent: dict[str, list[float]] = {}  # tag -> values of the steps after the last point of the tag's curve
-        self._first_step, self._last_step = resume_step + 1, resume_step
+        self._first_step, self._last_step = context.resume_step + 1, context.resume_step
         self._window = Window()
-        self._folder, self._closed = Path(folder), False
+        self._folder, self._closed = context.folder / "tensorboard", False
         for each in (self._folder, *(path for path in self._folder.glob("*") if path.is_dir())):
-            drop_events_after(each, resume_step, evaluation_owed=evaluation_owed)
+            drop_events_after(each, context.resume_step, evaluation_owed=context.evaluation_owed)
         self._writers: dict[str, FileWriter] = {}  # sub-run -> writer; '' is the main run
         self._described: set[tuple[str, str]] = set()
-        self._writer("").add_summary(summary.custom_scalars(layout(subject, modalities)), self._first_step)
+        self._writer("").add_summary(summary.custom_scalars(layout(context.subject, context.modalities)), self._first_step)
 
     def step(self, record: Record) -> None:
         self._add({tag: number for tag, number in record.scalars.items() if not tag.startswith(NOISY)}, record.step)

@@ -1,33 +1,29 @@
 """The Weights & Biases sink. Needs the extra moe_dist[wandb]; wandb is imported only if the sink is configured."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.sinks.sink import Sink
+from moe_dist.monitor.sinks.sink import Sink, SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
 
 
 class WandbSink(Sink):
-    """Starts a wandb run for each attempt (start of the run), because wandb cannot go back in steps. The group `run_name`
-    joins the attempts of a run.
+    """Starts a wandb run for each attempt (start of the run), because wandb cannot go back in steps. The run's name, as
+    group, joins the attempts of a run.
 
     Args:
         project: Project in wandb.
-        mode: 'online' uses the key of `wandb login` or WANDB_API_KEY; 'offline' writes only files under `folder`, which
+        mode: 'online' uses the key of `wandb login` or WANDB_API_KEY; 'offline' writes only files in the run folder, which
             `wandb sync` can upload later.
-        folder: The run folder.
-        resume_step: Step from which the run resumes (0 in a new run).
 
     Raises:
         ConfigError: wandb is not installed, or has no key for online mode.
     """
 
-    def __init__(
-        self, *, project: str, mode: str = "online", run_name: str, folder: str | Path, resume_step: int = 0
-    ) -> None:
+    def __init__(self, context: SinkContext, *, project: str, mode: str = "online") -> None:
+        run_name, resume_step, folder = context.run_name, context.resume_step, context.folder
         try:
             import wandb
         except ImportError as error:
@@ -43,7 +39,7 @@ class WandbSink(Sink):
             disable_git=True,
             x_disable_stats=True,  # off, because moe_dist's scalars have the device readings
         )
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             self._run: Any = wandb.init(project=project, group=run_name, name=name, dir=str(folder), settings=settings)
         except wandb.errors.UsageError as error:  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,32 +1,27 @@
-"""Makes MoE layers from the configuration, by one function per kind of experts, and LoRA adapters of the attention."""
+"""Makes MoE layers from the configuration, and LoRA adapters of the attention."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
+from moe_dist.config.base.section import named
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from moe_dist.model.shared_lora import adapted
-from moe_dist.moe.experts.adapted_clamped_experts import AdaptedClampedExperts
-from moe_dist.moe.experts.adapted_experts import AdaptedExperts
-from moe_dist.moe.experts.clamped_experts import ClampedExperts
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.experts.experts_with_replicas import ExpertsWithReplicas
-from moe_dist.moe.experts.lora import LoRAExperts, LoRALayer
+from moe_dist.moe.experts.lora import LoRALayer
 from moe_dist.moe.experts.static_experts import StaticExperts
 from moe_dist.moe.experts.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.selection import SelectionScope
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.train.build.dispatch import DispatchParts, NodeGroups, build_dispatcher
-from moe_dist.train.build.routing import build_router
+from moe_dist.train.build.dispatch import NodeGroups, dispatch_context
+from moe_dist.train.build.routing import build_router, router_context
 
 
 @dataclass(frozen=True)
@@ -42,14 +37,13 @@ class LayerParts:
     kernels: RowKernels = TORCH
 
 
-def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[[int], MoELayer]:
-    """Returns a function that makes the MoE layer with a given index, with FFN experts. The fields of the section `experts`
-    become keywords of the class `experts`."""
+def ffn_layers(parts: LayerParts) -> Callable[[int], MoELayer]:
+    """Returns a function that makes the MoE layer with a given index, with FFN experts."""
     config, groups, all_to_all = parts.config, parts.placement.groups, parts.all_to_all
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
     # A dry run makes layers for a placement on many ranks without a process group, because it never runs the layers.
-    dispatcher = build_dispatcher(  # one dispatcher for all layers, because it may allocate large buffers
-        DispatchParts(
+    dispatcher = config.parallel.dispatch.build(  # one dispatcher for all layers, because it may allocate large buffers
+        dispatch_context(
             config.parallel,
             parts.placement,
             all_to_all,
@@ -61,23 +55,14 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
     )
     selection_scope = parts.choice_scope or SelectionScope(moe.router.selection_scope)
     known_counts = dispatcher.takes_known_counts and selection_scope.kind == "rank"
-    make_router = partial(
-        build_router,
-        moe.router,
-        hidden_dim,
-        groups,
-        capacity=None if moe.capacity is None else Capacity(**moe.capacity.model_dump()),
-        selection_scope=selection_scope,
-        seed=config.run.seed,
-        known_counts=known_counts,
-        kernels=parts.kernels,
-    )
-    fields = moe.experts.model_dump(exclude={"kind", "shared_expert"})
+    known = {"selection_scope": selection_scope, "known_counts": known_counts, "kernels": parts.kernels}
+    context = router_context(config, groups, **known)
+    experts, fields = _experts_class(config), moe.experts.keywords()
 
     def make(layer: int) -> MoELayer:
         return MoELayer(
             norm=RMSNorm(hidden_dim, section.norm_eps),
-            router=make_router(layer=layer, place=section.moe_layers.index(layer)),
+            router=build_router(section, context, layer),
             experts=experts(
                 hidden_dim,
                 groups,
@@ -101,22 +86,22 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
 def _shared_expert(section: ModelSection) -> SwiGLU:
     moe = section.moe
     shared = (GatedSwiGLU if moe.shared_gate else SwiGLU)(section.hidden_dim, moe.shared_ffn_dim)
-    if not (isinstance(moe.experts, AdaptedFFNExpertsSection) and moe.experts.shared_expert):
-        return shared
-    return adapted(shared, rank=moe.experts.rank, alpha=moe.experts.alpha)
+    rank = moe.experts.shared_expert_rank
+    return adapted(shared, rank=rank, alpha=moe.experts.alpha) if rank else shared  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
     """Returns a function that makes the MoE layer with a given index, with LoRA experts."""
     config, section, groups = parts.config, parts.config.model, parts.placement.groups
-    fields, ffn_dim = section.moe.experts.model_dump(exclude={"kind"}), groups[0].ffn_dim  # groups have the same ffn_dim
+    context = router_context(config, groups)
+    fields, ffn_dim = section.moe.experts.keywords(), groups[0].ffn_dim  # groups have the same ffn_dim
 
     def make(layer: int) -> LoRALayer:
         return LoRALayer(
             norm=RMSNorm(section.hidden_dim, section.norm_eps),
-            router=build_router(section.moe.router, section.hidden_dim, groups),
+            router=build_router(section, context, layer),
             ffn=SwiGLU(section.hidden_dim, ffn_dim),
-            adapters=LoRAExperts(section.hidden_dim, ffn_dim, groups, **fields),
+            adapters=named(section.moe.experts.builds)(section.hidden_dim, ffn_dim, groups, **fields),
             recompute=config.parallel.recompute,
             seed=config.run.seed,
             layer=layer,
@@ -126,19 +111,16 @@ def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
     return make
 
 
-def _ffn_experts(config: Config) -> type[Experts]:
+def make_layers(parts: LayerParts) -> Callable[[int], MoELayer | LoRALayer]:
+    """Returns a function that makes the MoE layer with a given index."""
+    return (lora_layers if parts.config.model.moe.experts.over_frozen_ffn else ffn_layers)(parts)
+
+
+def _experts_class(config: Config) -> type[Experts]:
+    section = config.model.moe.experts
     if config.parallel.dispatch.static:
         return StaticExperts
-    return Experts if config.rank_balance.replicating is None else ExpertsWithReplicas
-
-
-EXPERTS: dict[str, Callable[[LayerParts], Callable[[int], MoELayer | LoRALayer]]] = {
-    "ffn": lambda parts: ffn_layers(parts, _ffn_experts(parts.config)),
-    "ffn_lora": lambda parts: ffn_layers(parts, AdaptedExperts),
-    "clamped_ffn": lambda parts: ffn_layers(parts, ClampedExperts),
-    "clamped_ffn_lora": lambda parts: ffn_layers(parts, AdaptedClampedExperts),
-    "lora": lora_layers,
-}
+    return named(section.builds) if config.rank_balance.replicating is None else ExpertsWithReplicas
 
 
 def attention_adapters(config: Config) -> Callable[[int], AttentionLoRA] | None:

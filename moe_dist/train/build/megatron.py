@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from moe_dist.checkpoint.state import CheckpointState, RankLayout
 from moe_dist.comm.collectives import CommStats
 from moe_dist.config.schema import Config
@@ -21,9 +19,9 @@ from moe_dist.parallel.initialise import initial_value
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.parameter_names import role_of_name
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.train.build.dispatch import DispatchParts, build_all_to_all, build_dispatcher
-from moe_dist.train.build.routing import build_balance, build_router, build_thresholds
-from moe_dist.train.build.training import Training, check_expert_gemm, group_of_modality, state_specs
+from moe_dist.train.build.dispatch import build_all_to_all, dispatch_context
+from moe_dist.train.build.routing import build_balance, build_router, build_thresholds, router_context
+from moe_dist.train.build.training import EngineContext, Training, check_expert_gemm, group_of_modality, state_specs
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,13 @@ def megatron_world(config: Config) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def megatron_engine(context: EngineContext) -> Iterator[Training]:
+    """Makes model, optimizer and training step of `engine.kind=megatron`."""
+    with megatron_world(context.config):
+        yield build_megatron_training(*context)
+
+
 def build_megatron_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:
     """Builds this rank's part of the model with its weights, and Megatron's optimizer. Needs `megatron_world`."""
     from moe_dist.megatron.gpt import Gpt
@@ -80,19 +85,12 @@ def build_megatron_training(config: Config, manifest: Manifest, placement: Exper
     engine: Any = config.engine
     comm_stats = CommStats()
     scope = _selection_scope(config, mesh, comm_stats)
-    make_router = partial(
-        build_router, model.moe.router, model.hidden_dim, placement.groups, seed=seed, selection_scope=scope
-    )
-
-    def make(layer: int) -> nn.Module:
-        return make_router(layer=layer, place=model.moe_layers.index(layer))
-
+    make = partial(build_router, model, router_context(config, placement.groups, selection_scope=scope))
     all_to_all = build_all_to_all(config.parallel, mesh.ep, comm_stats, mesh.tracker)
     nodes, tokens = (mesh.inter_node, mesh.intra_node), config.train.micro_batch * config.data.seq_len
-    parts = DispatchParts(
-        config.parallel, placement, all_to_all, model.hidden_dim, nodes, tokens=tokens // (engine.tp * engine.cp)
-    )
-    dispatcher = build_dispatcher(parts)
+    tokens //= engine.tp * engine.cp
+    context = dispatch_context(config.parallel, placement, all_to_all, model.hidden_dim, nodes, tokens=tokens)
+    dispatcher = config.parallel.dispatch.build(context)
     watch = LayerWatch(placement, config, mesh.device, make, mesh.tracker, comm_stats, dispatcher)
     initial = partial(initial_value, seed=seed, std=model.init_std, num_layers=model.num_layers)
 

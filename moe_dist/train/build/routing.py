@@ -1,70 +1,44 @@
 """Makes routers, load controllers and selection scopes from the configuration."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_dist.comm.collectives import CommStats
-from moe_dist.config.model_schema import MoESection
-from moe_dist.config.routers.base import RouterSection
+from moe_dist.config.model_schema import ModelSection, MoESection
 from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import AimingRule, BiasController, Rule
-from moe_dist.moe.balance.loss_free import LossFree
-from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
-from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
-from moe_dist.moe.routers.gating_residual import GatingResidualRouter
-from moe_dist.moe.routers.group_limited import GroupLimitedRouter
-from moe_dist.moe.routers.predicted_k import PredictedKRouter
-from moe_dist.moe.routers.relu import ReLURouter
-from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter
+from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.selection import ScopeKind, SelectionScope
-from moe_dist.moe.routers.threshold import ThresholdRouter
-from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routers.top_k_by_id import TopKByIdRouter
-from moe_dist.moe.routers.top_p import TopPRouter
 from moe_dist.moe.thresholds import ThresholdUpdater
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertGroup
 
-ROUTERS: dict[str, type[nn.Module]] = {
-    "top_k": TopKRouter,
-    "expert_choice": ExpertChoiceRouter,
-    "gating_residual": GatingResidualRouter,
-    "group_limited": GroupLimitedRouter,
-    "scheduled_top_k": ScheduledTopKRouter,
-    "top_k_by_id": TopKByIdRouter,
-    "top_p": TopPRouter,
-    "relu": ReLURouter,
-    "threshold": ThresholdRouter,
-    "predicted_k": PredictedKRouter,
-    "expert_threshold": ExpertThresholdRouter,
-}
-CONTROLLERS: dict[str, type[Rule]] = {
-    "active_experts": ActiveExperts,
-    "loss_free": LossFree,
-}
+
+def router_context(config: Config, groups: Sequence[ExpertGroup], **known: Any) -> RouterContext:
+    """Returns the values from which the routers of all layers are made. `known` has further fields of `RouterContext`."""
+    limit = config.model.moe.capacity
+    capacity = None if limit is None else Capacity(**limit.model_dump())
+    return RouterContext(config.model.hidden_dim, groups, capacity=capacity, seed=config.run.seed, **known)
 
 
-def build_router(section: RouterSection, hidden_dim: int, groups: Sequence[ExpertGroup], **known: Any) -> nn.Module:
-    """Makes the router of one MoE layer. The fields of `section` become keywords of the router's constructor.
-
-    Args:
-        known: Further values by name: `capacity` (for routers where tokens choose), `seed`, `layer`, `place` (index among
-            the MoE layers), `selection_scope`, `known_counts`, `kernels`. The router's constructor gets the values for
-            which it has a parameter.
-    """
-    router = ROUTERS[section.kind]
-    named = signature(router).parameters
-    # A field of the section overrides a value of `known`: expert choice has a `capacity` of its own.
-    return router(hidden_dim, groups, **{key: known[key] for key in known if key in named} | section.keywords())
+def build_router(section: ModelSection, context: RouterContext, layer: int) -> nn.Module:
+    """Makes the router of the MoE layer with the index `layer`."""
+    router = section.moe.router.build(replace(context, layer=layer, place=section.moe_layers.index(layer)))
+    if context.capacity is not getattr(router, "capacity", None):
+        raise ConfigError(
+            f"model.moe.capacity: {section.moe.router.builds} drops no pair, because it does not keep `context.capacity` "
+            "as its attribute `capacity`; set model.moe.capacity to null, or derive the class from TopKRouter"
+        )
+    return router
 
 
 def build_balance(
@@ -99,7 +73,7 @@ def build_targets(section: MoESection, groups: Sequence[ExpertGroup]) -> dict[st
 
 
 def _rules(section: MoESection) -> list[Rule]:
-    return [CONTROLLERS[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
+    return [each.build() for each in section.balance]
 
 
 @dataclass

@@ -1,11 +1,12 @@
 """Makes model, optimizer, data loader and evaluator from the configuration, together with the other `build_*` files."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,17 +22,14 @@ from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import Manifest
 from moe_dist.formats.split_files import data_digest
-from moe_dist.model.attention import Attention, CausalAttention
 from moe_dist.model.compiled import compile_dense
 from moe_dist.model.kernels.choice import use_triton
-from moe_dist.model.latent_attention import LatentAttention
 from moe_dist.model.layers import ModelArgs
 from moe_dist.model.mixture_of_depths import DepthRouter
-from moe_dist.model.rope import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
-from moe_dist.model.sink_attention import SinkAttention
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.balance.step_load import StepLoad
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.experts.experts import choose_gemm
 from moe_dist.moe.kernel_choice.choice import choose_kernels
 from moe_dist.moe.kernels.interface import RowKernels
@@ -39,8 +37,7 @@ from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routers.selection import SelectionScope
 from moe_dist.moe.thresholds import ThresholdUpdater
 from moe_dist.monitor.card_peaks import peak_tflops
-from moe_dist.optim.muon import Muon
-from moe_dist.optim.optimizer import lr_at, make_optimizer, split_parameters
+from moe_dist.optim.optimizer import OptimizerContext, lr_at, split_parameters
 from moe_dist.parallel.initialise import allocate, initialise
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel, freeze_all_but, shard
@@ -49,8 +46,8 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.flops import model_flops_per_token
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.train.build.dealing import build_dealing
-from moe_dist.train.build.dispatch import DispatchParts, NodeGroups, build_all_to_all
-from moe_dist.train.build.experts import EXPERTS, LayerParts, attention_adapters
+from moe_dist.train.build.dispatch import NodeGroups, build_all_to_all, dispatch_context
+from moe_dist.train.build.experts import LayerParts, attention_adapters, make_layers
 from moe_dist.train.build.routing import build_balance, build_scopes, build_targets, depth_thresholds
 from moe_dist.train.build.tuning import build_tuning
 from moe_dist.train.evaluation.compute_map import Mapper
@@ -65,22 +62,6 @@ from moe_dist.train.step.training_step import TrainingStep
 
 logger = logging.getLogger(__name__)
 
-TRAINED_ROLES = {"auxiliary_routers": {Role.AUXILIARY_ROUTER}, "adapters": ROUTERS | ADAPTERS}
-ROPE_SCALINGS: dict[str, Callable[..., RopeScaling]] = {
-    "linear": LinearScaling,
-    "dynamic": DynamicScaling,
-    "yarn": YarnScaling,
-    "llama3": Llama3Scaling,
-}
-ATTENTIONS: dict[str, Callable[..., CausalAttention]] = {
-    "grouped_query": Attention,
-    "latent": LatentAttention,
-    "sinks": SinkAttention,
-}
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "adamw": lambda groups, dtype, **fields: make_optimizer(groups, **fields),
-    "muon": lambda groups, dtype, **fields: Muon(groups, dtype=dtype, **fields),
-}
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -90,7 +71,7 @@ def model_args(config: Config, compute_dtype: torch.dtype) -> ModelArgs:
     named = {each.name: getattr(section, each.name) for each in fields(ModelArgs) if hasattr(section, each.name)}
     named["head_dim"] = section.resolved_head_dim
     if (scaling := section.rope_scaling) is not None:
-        named["rope_scaling"] = ROPE_SCALINGS[scaling.kind](**scaling.model_dump(exclude={"kind"}))
+        named["rope_scaling"] = scaling.build()
     named["loss_words"] = config.parallel.loss_words_of(section.vocab_size)
     named["two_batch_overlap"] = config.parallel.two_batch_overlap
     return ModelArgs(**named, compute_dtype=compute_dtype, recompute_blocks=config.parallel.recompute == "block")
@@ -135,10 +116,10 @@ def build_model(
 
     return Transformer(
         model_args(config, dtype),
-        EXPERTS[section.moe.experts.kind](parts),
+        make_layers(parts),
         make_depths,
         attention_adapters(config),
-        partial(ATTENTIONS[section.attention.kind], **section.attention.model_dump(exclude={"kind"})),
+        section.attention.build,
     )
 
 
@@ -175,8 +156,9 @@ def freeze(model: Transformer, config: Config) -> None:
     if config.router_tuning is not None:
         freeze_all_but_routers(model, config.router_tuning.chosen_layers(config.model.moe_layers))
     elif config.train.only is not None:
-        frozen = ROUTERS if config.model.moe.experts.adapts_ffns else frozenset()
-        freeze_all_but(model, TRAINED_ROLES[config.train.only] - frozen)
+        routers = frozenset() if config.model.moe.experts.adapts_ffns else ROUTERS
+        trained = {"auxiliary_routers": {Role.AUXILIARY_ROUTER}, "adapters": routers | ADAPTERS}
+        freeze_all_but(model, trained[config.train.only])
     elif config.train.frozen is not None:
         freeze_all_but(model, frozenset(Role) - ROUTERS)
 
@@ -200,7 +182,7 @@ class Training:
     parallel: ParallelModel
     optimizer: Optimizer
     step: TrainingStep
-    dispatch: DispatchParts | None = None  # kept to make another dispatcher if experts move
+    dispatch: DispatchContext | None = None  # kept to make another dispatcher if experts move
     balance: BiasController | None = None
     tuning: RouterTuning | None = None
     load: StepLoad | None = None
@@ -216,6 +198,21 @@ class Training:
         """Returns the controllers whose state a checkpoint saves, by name."""
         found = {"balance": self.balance, "router_tuning": self.tuning, "balance_loss": self.load}
         return {name: each for name, each in found.items() if each is not None}
+
+
+class EngineContext(NamedTuple):
+    """The values from which an engine is made."""
+
+    config: Config
+    manifest: Manifest
+    placement: ExpertPlacement
+    mesh: Mesh
+
+
+@contextmanager
+def own_engine(context: EngineContext) -> Iterator[Training]:
+    """Makes model, optimizer and training step of `engine.kind=moe_dist`."""
+    yield build_training(*context)
 
 
 def build_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:
@@ -278,7 +275,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     )
     wire, nodes = build_all_to_all(config.parallel, mesh.ep, comm_stats, mesh.tracker), (mesh.inter_node, mesh.intra_node)
     tokens = config.train.micro_batch * config.data.seq_len
-    dispatch = DispatchParts(config.parallel, placement, wire, config.model.hidden_dim, nodes, kernels, tokens=tokens)
+    dispatch = dispatch_context(config.parallel, placement, wire, config.model.hidden_dim, nodes, kernels, tokens=tokens)
     return Training(parallel, optimizer, step, dispatch, balance, tuning, load)
 
 
@@ -302,14 +299,13 @@ def build_optimizer(config: Config, model: Transformer) -> Optimizer:
     """Makes the optimizer of the model's trained parameters, after sharding."""
     section = config.optimizer
     groups = split_parameters(model, weight_decay=section.weight_decay, orthogonal=section.orthogonal)
-    fields = section.model_dump(exclude={"kind", "weight_decay", "clip_norm", "schedule"})
-    return OPTIMIZERS[section.kind](groups, COMPUTE_DTYPES[config.parallel.precision], **fields)
+    return section.build(OptimizerContext(groups, COMPUTE_DTYPES[config.parallel.precision]))
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:
     """Raises ConfigError if the run needs a grouped matrix product that this device lacks for the model's experts."""
     dtype, kind = COMPUTE_DTYPES[config.parallel.precision], config.parallel.expert_gemm
-    if config.parallel.dispatch.kind == "static" and device.type == "cuda":
+    if config.parallel.dispatch.static and device.type == "cuda":
         kind = "grouped"  # a loop over experts would need each expert's number of rows on the host
     for group in config.model.moe.groups.values():
         widths = (config.model.hidden_dim, group.ffn_dim)

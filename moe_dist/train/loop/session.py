@@ -5,8 +5,6 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,14 +19,10 @@ from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.monitor.compute_map import console_text, draw_map
 from moe_dist.monitor.costs import render_costs
 from moe_dist.monitor.devices import DeviceMonitor
-from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.pictures import Subject
-from moe_dist.monitor.sinks.console import ConsoleSink, choice_lines, summary_table
-from moe_dist.monitor.sinks.jsonl import JsonlSink
-from moe_dist.monitor.sinks.mlflow import MlflowSink
-from moe_dist.monitor.sinks.prometheus import PrometheusSink, RaySink
-from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch, Sink
-from moe_dist.monitor.sinks.wandb import WandbSink
+from moe_dist.monitor.sinks.console import choice_lines, summary_table
+from moe_dist.monitor.sinks.prometheus import RaySink
+from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch, Sink, SinkContext
 from moe_dist.parallel.mesh import Mesh, init_world, make_mesh, own_gpu
 from moe_dist.parallel.rendezvous import meeting
 from moe_dist.plan.planner import render
@@ -170,42 +164,6 @@ def open_sinks(
         sinks.close()
 
 
-@dataclass(frozen=True)
-class SinkParts:
-    """The values, besides the sections of `monitor.sinks`, from which sinks are made."""
-
-    plan: Preflight
-    folder: RunFolder
-    subject: Subject
-    evaluation_owed: bool
-
-
-def _tensorboard(parts: SinkParts, **fields: Any) -> Sink:
-    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # imported only here, because the import takes seconds
-
-    modalities = tuple(parts.plan.manifest.modalities)
-    fields |= {"subject": parts.subject, "modalities": modalities, "evaluation_owed": parts.evaluation_owed}
-    return TensorBoardSink(folder=parts.folder.tensorboard, **fields)
-
-
-SINKS: dict[str, Callable[..., Sink]] = {
-    "console": lambda parts, **fields: ConsoleSink(
-        total_steps=parts.plan.config.train.steps,
-        hints=HintWatch(parts.plan.placement.groups, parts.plan.config.model.moe_layers),
-        **fields,
-    ),
-    "jsonl": lambda parts, **fields: JsonlSink(
-        path=parts.folder.metrics_jsonl, evaluation_owed=parts.evaluation_owed, **fields
-    ),
-    "tensorboard": _tensorboard,
-    "prometheus": lambda parts, path, **fields: PrometheusSink(
-        path=path or parts.folder.path / "metrics.prom", run_name=parts.plan.config.run.name, **fields
-    ),
-    "mlflow": lambda parts, **fields: MlflowSink(run_name=parts.plan.config.run.name, **fields),
-    "wandb": lambda parts, **fields: WandbSink(run_name=parts.plan.config.run.name, folder=parts.folder.path, **fields),
-}
-
-
 def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list[Sink]:
     """Makes one sink per section of `monitor.sinks`, and one for Ray if Ray started the run. Writes the configuration and
     the placement of experts to each sink as text."""
@@ -217,12 +175,16 @@ def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list
         len(plan.manifest.modalities),
         mixture_of_depths=config.model.mixture_of_depths is not None,
     )
-    owed = progress.owes_evaluation(config.evaluation.every, config.train.steps)
-    parts = SinkParts(plan, folder, subject, owed)
-    sinks = [
-        SINKS[section.kind](parts, **section.model_dump(exclude={"kind"}), resume_step=progress.step)
-        for section in config.monitor.sinks
-    ]
+    context = SinkContext(
+        folder.path,
+        run_name=config.run.name,
+        resume_step=progress.step,
+        evaluation_owed=progress.owes_evaluation(config.evaluation.every, config.train.steps),
+        total_steps=config.train.steps,
+        subject=subject,
+        modalities=tuple(plan.manifest.modalities),
+    )
+    sinks: list[Sink] = [section.build(context) for section in config.monitor.sinks]
     if path := os.environ.get(RAY_METRICS):
         sinks.append(RaySink(socket_path=path, run_name=config.run.name, resume_step=progress.step))
     for sink in sinks:

@@ -57,7 +57,8 @@ def _moving(parts: LeverParts) -> MovingLever | None:
 
     def move(old: ExpertPlacement, new: ExpertPlacement) -> None:
         move_experts(training.parallel, training.optimizer, old, new)
-        dispatch_with(training.parallel.model, replace(dispatch, placement=new))
+        context = replace(dispatch, placement=new)
+        dispatch_with(training.parallel.model, parts.config.parallel.dispatch, context)
         training.step.placement = new
 
     layers = len(parts.config.model.moe_layers)
@@ -74,7 +75,7 @@ def _replicating(parts: LeverParts) -> ReplicatingLever | None:
     dispatch, mesh, layers = training.dispatch, training.parallel.mesh, training.parallel.model.moe_modules()
 
     def replicate(placement: PlacementWithReplicas) -> None:
-        give_replicas(training.parallel, dispatch, placement)
+        give_replicas(training.parallel, config.parallel.dispatch, replace(dispatch, placement=placement))
         training.step.placement = placement
 
     micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.world_size)

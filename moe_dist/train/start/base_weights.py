@@ -19,7 +19,6 @@ from moe_dist.checkpoint.base import GUIDE, KEY, Base, base_sources, content_has
 from moe_dist.checkpoint.contents import Contents
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, TensorSpec, capture
-from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
@@ -111,7 +110,7 @@ def base_problems(model: ModelSection, contents: Contents) -> list[str]:
         if getattr(model, name) != getattr(there, name)
     ]
     experts = model.moe.experts
-    if isinstance(experts, AdaptedFFNExpertsSection) and experts.base != there.moe.experts:
+    if experts.adapts_ffns and experts.base != there.moe.experts:
         ours, theirs = (
             ", ".join(f"{k}: {v}" for k, v in each.model_dump().items()) for each in (experts.base, there.moe.experts)
         )

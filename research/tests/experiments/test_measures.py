@@ -13,6 +13,7 @@ from torch import nn
 
 from moe_dist.data.batch import BatchMaker, Segment
 from moe_dist.model.mixture_of_depths import Chosen, DepthRouter
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import ABSENT, Assignments, RouterSums, Routing
@@ -150,11 +151,11 @@ FOUR = ExpertGroup("all", num_experts=4, num_null=0, top_k=2, ffn_dim=4, first_e
 
 
 def router() -> TopKRouter:
-    return with_identity_rows(TopKRouter(4, [FOUR]))
+    return with_identity_rows(TopKRouter(RouterContext(4, [FOUR])))
 
 
 def choosing_router(**settings: Any) -> ExpertChoiceRouter:
-    return with_identity_rows(ExpertChoiceRouter(4, [FOUR], **settings))
+    return with_identity_rows(ExpertChoiceRouter(RouterContext(4, [FOUR]), **settings))
 
 
 def with_identity_rows(made: R) -> R:

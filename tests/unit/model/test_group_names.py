@@ -16,6 +16,7 @@ from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.experts.lora import LoRAExperts
 from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
@@ -32,9 +33,12 @@ ROLES = {"adapters", "auxiliary", "depths", "embedding", "experts", "free", "gro
 
 
 def names_in_use() -> list[tuple[str, str]]:
-    """Returns, in pairs, attributes of the modules that hold groups, Python's keywords, and parts of parameter names."""
-    modules = [Experts(4, (GROUP,), (2,)), TopKRouter(4, (GROUP,)), ZeroComputationExperts(4, (GROUP,))]
-    modules += [ExpertChoiceRouter(4, (PLAIN,), causal="auxiliary"), LoRAExperts(4, 4, (GROUP,), rank=1, alpha=1.0)]
+    """Attributes of the modules that hold groups, Python's keywords, and the parts of parameters' names; in pairs."""
+    modules = [Experts(4, (GROUP,), (2,)), TopKRouter(RouterContext(4, (GROUP,))), ZeroComputationExperts(4, (GROUP,))]
+    modules += [
+        ExpertChoiceRouter(RouterContext(4, (PLAIN,)), causal="auxiliary"),
+        LoRAExperts(4, 4, (GROUP,), rank=1, alpha=1.0),
+    ]
     found = {name for module in [*modules, nn.Module()] for name in dir(module)} | ROLES | set(keyword.kwlist)
     found |= {name for cls in (MoELayer, Transformer) for name in dir(cls)} | {"smart_apply", "speech-2"}
     names = sorted(name for name in found if re.fullmatch(GROUP_PATTERN, name))

@@ -9,10 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_dist.comm.all_to_all import AllToAll, Splits
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.exchange import AllToAllPlan
 from moe_dist.moe.dispatch.interface import DispatchedRows
 from moe_dist.moe.experts.experts import Experts, slot_chunks
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import Assignments, RoutingRequest
 from moe_dist.placement.parameter_names import group_module
@@ -27,9 +29,11 @@ def make_layer(pair_budget: int | None, recompute: str) -> MoELayer:
     torch.manual_seed(0)
     layer = MoELayer(
         norm=torch.nn.Identity(),
-        router=TopKRouter(D, GROUPS),
+        router=TopKRouter(RouterContext(D, GROUPS)),
         experts=Experts(D, GROUPS, (4, 3), pair_budget=pair_budget),
-        dispatcher=AllToAllDispatcher(ExpertPlacement(GROUPS, (tuple(range(7)),)), AllToAll(None, CommStats())),
+        dispatcher=AllToAllDispatcher(
+            DispatchContext(ExpertPlacement(GROUPS, (tuple(range(7)),)), AllToAll(None, CommStats()))
+        ),
         recompute=recompute,  # pyright: ignore[reportArgumentType]
     ).double()
     for parameter in layer.parameters():
@@ -148,9 +152,11 @@ def test_grouped_products_give_what_the_loop_gives(dtype: torch.dtype, pair_budg
         torch.manual_seed(0)
         layer = MoELayer(
             norm=torch.nn.Identity(),
-            router=TopKRouter(16, groups),
+            router=TopKRouter(RouterContext(16, groups)),
             experts=Experts(16, groups, (4, 3), pair_budget=pair_budget, gemm=gemm),  # pyright: ignore[reportArgumentType]
-            dispatcher=AllToAllDispatcher(ExpertPlacement(groups, (tuple(range(7)),)), AllToAll(None, CommStats())),
+            dispatcher=AllToAllDispatcher(
+                DispatchContext(ExpertPlacement(groups, (tuple(range(7)),)), AllToAll(None, CommStats()))
+            ),
             recompute=recompute,  # pyright: ignore[reportArgumentType]
         )
         for parameter in layer.parameters():
@@ -180,7 +186,7 @@ class Joined(TorchDispatchMode):
 def test_outputs_of_one_group_are_not_copied(num_groups: int, joined: int) -> None:
     groups = tuple(ExpertGroup(name, 2, 0, 1, 8, 2 * i, (name,)) for i, name in enumerate(("text", "image")[:num_groups]))
     placement = ExpertPlacement(groups, (tuple(range(2 * num_groups)),))
-    dispatcher = AllToAllDispatcher(placement, AllToAll(None, CommStats()))
+    dispatcher = AllToAllDispatcher(DispatchContext(placement, AllToAll(None, CommStats())))
     experts = Experts(8, groups, [2] * num_groups, gemm="grouped")
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)

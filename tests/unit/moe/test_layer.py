@@ -14,10 +14,12 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.experts.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import RoutingCache, RoutingRequest
 from moe_dist.placement.parameter_names import group_module
@@ -32,15 +34,17 @@ COPIES = ExpertGroup("image", 3, 0, 3, 7, 4, ("image",), num_identity=2)
 CASES = {"all kinds": (TEXT, IMAGE), "no constants": (PLAIN, COPIES)}
 
 
-def make_layer(groups: Sequence[ExpertGroup], *, recompute: str = "none", **router: Any) -> MoELayer:
+def make_layer(
+    groups: Sequence[ExpertGroup], *, recompute: str = "none", capacity: Capacity | None = None, **router: Any
+) -> MoELayer:
     torch.manual_seed(0)
     num_experts = sum(group.num_experts for group in groups)
     layer = MoELayer(
         norm=torch.nn.Identity(),
-        router=TopKRouter(D, groups, **router),
+        router=TopKRouter(RouterContext(D, groups, capacity=capacity), **router),
         experts=Experts(D, groups, [group.num_experts for group in groups]),
         dispatcher=AllToAllDispatcher(
-            ExpertPlacement(tuple(groups), (tuple(range(num_experts)),)), AllToAll(None, CommStats())
+            DispatchContext(ExpertPlacement(tuple(groups), (tuple(range(num_experts)),)), AllToAll(None, CommStats()))
         ),
         free=ZeroComputationExperts(D, groups) if has_zero_computation_experts(groups) else None,
         recompute=recompute,  # pyright: ignore[reportArgumentType]

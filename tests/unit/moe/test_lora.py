@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_dist.model.layers import RMSNorm, SwiGLU
 from moe_dist.moe.experts.lora import LoRAExperts, LoRALayer
 from moe_dist.moe.losses import ColumnTables, balance_terms
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.draws import dropped
 from moe_dist.moe.routing.types import GlobalBatchInfo, RoutingRequest
@@ -29,7 +30,7 @@ def make_layer(groups: tuple[ExpertGroup, ...], *, recompute: Any = "none", **op
     torch.manual_seed(0)
     layer = LoRALayer(
         norm=RMSNorm(D, 1e-5),
-        router=TopKRouter(D, groups, normalise="none"),
+        router=TopKRouter(RouterContext(D, groups), normalise="none"),
         ffn=SwiGLU(D, F),
         adapters=LoRAExperts(D, F, groups, rank=RANK, alpha=ALPHA, **options),
         recompute=recompute,

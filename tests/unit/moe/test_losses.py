@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertGroup
@@ -19,7 +20,7 @@ TABLES = ColumnTables.on((TEXT, IMAGE), torch.device("cpu"))
 
 def make_router() -> TopKRouter:
     torch.manual_seed(1)
-    router = TopKRouter(D, (TEXT, IMAGE)).double()
+    router = TopKRouter(RouterContext(D, (TEXT, IMAGE))).double()
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter)
     return router
@@ -51,7 +52,7 @@ def test_terms_of_two_ranks_add_up_to_the_oracle(kind: str) -> None:
 def test_identity_columns_share_a_load_and_constant_ones_do_not(kind: str) -> None:
     group = ExpertGroup("text", 3, 2, 4, 8, 0, ("text",), num_identity=3, num_constant=2)
     torch.manual_seed(2)
-    router = TopKRouter(D, (group,)).double()
+    router = TopKRouter(RouterContext(D, (group,))).double()
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter)
     h_TD = torch.randn(50, D, dtype=torch.double, requires_grad=True)
@@ -227,7 +228,7 @@ def test_with_a_single_null_logit_the_plain_loss_is_the_averaged_one() -> None:
     """All m null columns have one probability, so the division of their choices does not matter (Kilian et al.). Compares
     values and all gradients."""
     torch.manual_seed(3)
-    router = TopKRouter(D, (TEXT, IMAGE), null_logit="single").double()
+    router = TopKRouter(RouterContext(D, (TEXT, IMAGE)), null_logit="single").double()
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter)
     h_TD, group_T = torch.randn(60, D, dtype=torch.double), torch.randint(0, 2, (60,))

@@ -13,10 +13,12 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.replayed_routers import Replay
 from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter
 from moe_dist.moe.routers.top_k import TopKRouter
@@ -37,7 +39,7 @@ def layer_with(router: nn.Module, recompute: str = "none") -> MoELayer:
         norm=nn.Identity(),
         router=router,
         experts=Experts(D, GROUPS, [4, 3]),
-        dispatcher=AllToAllDispatcher(placement, AllToAll(None, CommStats())),
+        dispatcher=AllToAllDispatcher(DispatchContext(placement, AllToAll(None, CommStats()))),
         recompute=recompute,  # pyright: ignore[reportArgumentType]
     ).double()
     for parameter in layer.parameters():
@@ -45,8 +47,8 @@ def layer_with(router: nn.Module, recompute: str = "none") -> MoELayer:
     return layer
 
 
-def top_k_layer(recompute: str = "none", **router: Any) -> MoELayer:
-    return layer_with(TopKRouter(D, GROUPS, **router), recompute)
+def top_k_layer(recompute: str = "none", capacity: Capacity | None = None, **router: Any) -> MoELayer:
+    return layer_with(TopKRouter(RouterContext(D, GROUPS, capacity=capacity), **router), recompute)
 
 
 def test_weights_are_computed_anew_with_their_gradient() -> None:
@@ -152,8 +154,8 @@ def test_another_number_of_tokens_is_refused() -> None:
 
 def test_routers_that_cannot_replay_are_named() -> None:
     plain = (ExpertGroup("all", 7, 0, 2, 5, 0, ("text",)),)
-    fixed = ScheduledTopKRouter(D, plain, active_experts={"all": [1.5]})
-    for router in (fixed, ExpertChoiceRouter(D, plain)):
+    fixed = ScheduledTopKRouter(RouterContext(D, plain), active_experts={"all": [1.5]})
+    for router in (fixed, ExpertChoiceRouter(RouterContext(D, plain))):
         with refused(ConfigError, type(router).__name__):
             Replay(layer_with(router), IDS, GROUP)
     with refused(ConfigError, "no MoE layer"):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.checkpoint.index import Chunk, Cut, Entry
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.group_limited import GroupLimitedRouter
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.own_model import build_moe_layer
@@ -29,9 +30,9 @@ def test_all_parts_are_the_ffn_whose_last_product_is_summed_by_parts() -> None:
     parts = list(zip(gate.chunk(N), up.chunk(N), down.chunk(N, dim=1), strict=True))
     group = ExpertGroup("text", N, N, N, F_ALL // N, 0, ("text",))
     for router in (
-        TopKRouter(D, [group], normalise="true_chosen", scale=N),
-        TopKRouter(D, [group], normalise="none", scale=2 * N),
-        GroupLimitedRouter(D, [group], normalise="none", scale=2.0),
+        TopKRouter(RouterContext(D, [group]), normalise="true_chosen", scale=N),
+        TopKRouter(RouterContext(D, [group]), normalise="none", scale=2 * N),
+        GroupLimitedRouter(RouterContext(D, [group]), normalise="none", scale=2.0),
     ):
         layer = build_moe_layer(D, [group], router=router)
         stack = layer.experts.get_submodule("group:text")

@@ -13,6 +13,7 @@ from moe_dist.config.schema import MonitorSection
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject, heat_maps
 from moe_dist.monitor.sinks.jsonl import JsonlSink, read_lines
+from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.sinks.tensorboard import Window
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
 from moe_dist.monitor.tags import MEANING
@@ -36,12 +37,12 @@ def test_every_picture_is_explained(make_record: Callable[..., Record], subject:
 
 
 def test_every_field_of_a_line_is_explained(tmp_path: Path, make_record: Callable[..., Record]) -> None:
-    sink = JsonlSink(path=tmp_path / "m.jsonl")
+    sink = JsonlSink(SinkContext(tmp_path))
     sink.step(make_record(1, grad_norm=float("inf")))
     result = EvaluationResult(1, {"text": 1.0}, {"text": 2}, compute_map=ComputeMap({"text": 1.5}, 2))
     sink.evaluation(result, {"eval/text": 1.0})
     section = GUIDE[GUIDE.index("## metrics.jsonl") : GUIDE.index("## Prometheus")]
-    for line in read_lines(tmp_path / "m.jsonl"):
+    for line in read_lines(tmp_path / "metrics.jsonl"):
         for name in [*line, *line.get("ledger", ()), *line.get("arrays", ())]:
             assert f"`{name}`" in section, name
 

@@ -19,6 +19,7 @@ from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.console import ConsoleSink
 from moe_dist.monitor.sinks.jsonl import JsonlSink
 from moe_dist.monitor.sinks.prometheus import exposition
+from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink, Window
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.monitor.tags import DEPTH_MEANING, GROUP_FAMILIES, MAX_SCALARS, curve_of, meaning, split_tag, tag_plan
@@ -87,8 +88,8 @@ def test_no_token_has_no_numbers(make_record: MakeRecord, tmp_path: Path) -> Non
     )
     record = make_record(1, mixture_of_depths=empty)
     assert [record.scalars[tag] for tag in record.scalars if tag.startswith("mixture_of_depths/")] == [None] * 4
-    JsonlSink(path=tmp_path / "m.jsonl").step(record)
-    assert json.loads((tmp_path / "m.jsonl").read_text())["mixture_of_depths"]["computed"] == [None, None]
+    JsonlSink(SinkContext(tmp_path)).step(record)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["mixture_of_depths"]["computed"] == [None, None]
     text_alone = replace(DEPTHS, tokens_LG=np.array([[100, 0]] * 2), taken_LG=np.array([[25, 0]] * 2))
     scalars = make_record(1, mixture_of_depths=text_alone).scalars
     assert (scalars["mixture_of_depths/computed/text"], scalars["mixture_of_depths/computed/image"]) == (0.25, None)
@@ -100,10 +101,10 @@ def test_runs_without_depths_are_as_before(make_record: MakeRecord, tmp_path: Pa
     assert {f"moe/{family}/{name}" for family in GROUP_FAMILIES for name in MODALITIES} < set(plain.scalars)
     lines: dict[str, list[dict[str, Any]]] = {}
     for name, record, result in (("plain", plain, replace(RESULT, mixture_of_depths=None)), ("deep", deep, RESULT)):
-        sink = JsonlSink(path=tmp_path / name, clock=lambda: 0.0)
+        sink = JsonlSink(SinkContext(tmp_path / name), clock=lambda: 0.0)
         sink.step(record)
         sink.evaluation(result, evaluation_scalars(result, MODALITIES, 2))
-        lines[name] = [json.loads(text) for text in (tmp_path / name).read_text().splitlines()]
+        lines[name] = [json.loads(text) for text in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
     for without, having in zip(lines["plain"], lines["deep"], strict=True):
         assert list(without) == [name for name in having if name != "mixture_of_depths"]
         assert "mixture_of_depths" in having
@@ -157,14 +158,14 @@ def test_the_map_is_of_all_steps_since_the_last(make_record: MakeRecord) -> None
 
 def test_tensorboard_has_curves_charts_and_the_map(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
     deep = replace(subject, mixture_of_depths=True)
-    sink = TensorBoardSink(folder=tmp_path, subject=deep, modalities=MODALITIES, pictures_every=2)
+    sink = TensorBoardSink(SinkContext(tmp_path, subject=deep, modalities=MODALITIES), pictures_every=2)
     for step in (1, 2, 3):
         sink.step(make_record(step, mixture_of_depths=DEPTHS))
     sink.evaluation(RESULT, evaluation_scalars(RESULT, MODALITIES, 2))
     sink.close()
-    accumulator = EventAccumulator(str(tmp_path)).Reload()
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = accumulator.Tags()
-    in_text = EventAccumulator(str(tmp_path / "text")).Reload().Tags()["scalars"]
+    in_text = EventAccumulator(str(tmp_path / "tensorboard" / "text")).Reload().Tags()["scalars"]
     assert "mixture_of_depths/computed" in in_text
     assert {
         "mixture_of_depths/agreement",
@@ -188,7 +189,7 @@ def test_tensorboard_has_curves_charts_and_the_map(tmp_path: Path, subject: Subj
 
 def test_the_console_says_what_the_held_out_tokens_met(make_record: MakeRecord) -> None:
     file = io.StringIO()
-    sink = ConsoleSink(total_steps=4, console=Console(file=file))
+    sink = ConsoleSink(SinkContext(Path(), total_steps=4), console=Console(file=file))
     sink.evaluation(RESULT, {})
     sink.evaluation(replace(RESULT, mixture_of_depths=None), {})
     assert [line for line in file.getvalue().splitlines() if "depths" in line] == [

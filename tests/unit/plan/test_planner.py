@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from moe_dist.config.parallel.section import PinnedSection
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.plan.planner import PlanComparison, compare, expected_plan, experts_text, group_shares, render, verdict
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement, group_shares
+from moe_dist.plan.planner import PlanComparison, compare, expected_plan, experts_text, render, verdict
 from moe_dist.plan.policies import make_placement
 
 TEXT = ExpertGroup("text", 3, 2, 2, 10, 0, ("text",))

@@ -22,7 +22,7 @@ import pytest
 
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.sinks.jsonl import JsonlSink, read_lines
-from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch
+from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch, SinkContext
 from moe_dist.runtime import lease as lease_module
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import Lease, LeaseError
@@ -172,13 +172,13 @@ def sleeper(tmp_path: Path):
 SINKS = """
     import numpy as np
     from moe_dist.monitor.sinks.jsonl import JsonlSink
-    from moe_dist.monitor.sinks.sink import LeaseWatch
+    from moe_dist.monitor.sinks.sink import LeaseWatch, SinkContext
     from moe_dist.monitor.metrics import Record
     from moe_dist.runtime.lease import LeaseError
     def record(step):
         return Record(step=step, skipped=False, scalars={"loss/total": -1.0}, losses={}, labels={}, epochs={},
                       balance_coefficient=0.0, ledger={}, host={}, arrays={})
-    watch, sink = LeaseWatch(lease.check), JsonlSink(path=folder.metrics_jsonl)
+    watch, sink = LeaseWatch(lease.check), JsonlSink(SinkContext(folder.path))
 """
 
 
@@ -218,7 +218,7 @@ def test_records_of_a_writer_that_wakes_up_go_nowhere(
     )
     first = (thread_sleeper if place == "before the look" else sleeper)(body)
     lease = first.take_over()
-    sink = JsonlSink(path=first.folder.metrics_jsonl, resume_step=2)
+    sink = JsonlSink(SinkContext(first.folder.path, resume_step=2))
     sink.step(record(3))
     code, out, err = first.wake()
     sink.step(record(4))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.workloads import hidden_states, router_weight
@@ -101,7 +102,7 @@ def test_w7_is_balanced_but_for_its_burst() -> None:
 
 def test_hidden_states_make_the_router_choose_the_workload() -> None:
     group = ExpertGroup("all", SHAPE.num_experts, 0, SHAPE.top_k, 4, 0, ("text",))
-    router = TopKRouter(20, [group]).double()
+    router = TopKRouter(RouterContext(20, [group])).double()
     with torch.no_grad():
         router.get_submodule("group:all").true.copy_(torch.from_numpy(router_weight(SHAPE.num_experts, 20)))  # pyright: ignore
     for workload in WORKLOADS:

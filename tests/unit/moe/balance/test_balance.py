@@ -12,6 +12,7 @@ from moe_dist.errors import DataError
 from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.balance.loss_free import LossFree
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.counts import StepCounts
 from moe_dist.placement.placement import ExpertGroup
@@ -211,7 +212,7 @@ def closed_loop(rules: Sequence[Any], *, steps: int, skew: float = 1.0) -> tuple
     steps."""
     torch.manual_seed(0)
     group = ExpertGroup("text", 6, 6, 4, 8, 0, ("text",))
-    router = TopKRouter(D, (group,), selection_bias=True)
+    router = TopKRouter(RouterContext(D, (group,)), selection_bias=True)
     gate: Any = router.get_submodule("group:text")
     with torch.no_grad():
         gate.true.normal_(0.0, skew)
@@ -249,7 +250,7 @@ def test_together_they_hold_the_load_and_even_out_the_experts() -> None:
 
 def test_a_bias_chooses_and_never_weighs() -> None:
     torch.manual_seed(0)
-    router = TopKRouter(D, (TEXT,), selection_bias=True).double()
+    router = TopKRouter(RouterContext(D, (TEXT,)), selection_bias=True).double()
     gate: Any = router.get_submodule("group:text")
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter)

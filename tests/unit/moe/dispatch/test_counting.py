@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_dist.comm.all_to_all import AllToAll, Splits
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.planning import Planner, _by_slot
 from moe_dist.moe.kernels.torch_kernels import counting_order
@@ -53,8 +54,8 @@ def test_no_plan_sorts_its_pairs_and_capacity_sorts_scores_alone() -> None:
     expert_N = torch.tensor([3, 0, -1, 1, 1, 0])
     assignments = Assignments(torch.arange(3).repeat_interleave(2), expert_N, torch.ones(6))
     with Sorted() as sorting:
-        AllToAllDispatcher(placement, wire).plan(assignments, 3)
-        HierarchicalDispatcher(placement, wire, wire, ranks_per_node=1).plan(assignments, 3)
+        AllToAllDispatcher(DispatchContext(placement, wire)).plan(assignments, 3)
+        HierarchicalDispatcher(DispatchContext(placement, wire, hops=(wire, wire)), ranks_per_node=1).plan(assignments, 3)
         over_capacity(expert_N, torch.ones(6), torch.ones(4, dtype=torch.int64), "position")
     assert sorting.seen == []
     with Sorted() as sorting:

@@ -7,6 +7,7 @@ import torch
 
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.kernels.triton_kernels import TRITON
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import Routing, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
@@ -47,7 +48,9 @@ def test_one_kernel_routes_as_torch(groups: tuple[ExpertGroup, ...], normalise: 
     if len(groups) > 1 and len(group_T) > 3:
         group_T[1::3] = 1
     torch.manual_seed(0)
-    routers = [TopKRouter(D, groups, normalise=normalise, scale=1.5, kernels=each) for each in (TRITON, TORCH)]  # pyright: ignore
+    routers = [
+        TopKRouter(RouterContext(D, groups, kernels=each), normalise=normalise, scale=1.5) for each in (TRITON, TORCH)
+    ]  # pyright: ignore
     for parameter in routers[0].parameters():
         torch.nn.init.normal_(parameter)
     routers[1].load_state_dict(routers[0].state_dict())
@@ -67,7 +70,7 @@ def test_one_kernel_routes_as_torch(groups: tuple[ExpertGroup, ...], normalise: 
 
 
 def test_of_equal_logits_true_experts_win() -> None:
-    router = TopKRouter(D, NULLS, kernels=TRITON)
+    router = TopKRouter(RouterContext(D, NULLS, kernels=TRITON))
     for parameter in router.parameters():
         torch.nn.init.ones_(parameter)
     routing = route(router, torch.ones(2, D), torch.tensor([0, 1]))
@@ -78,7 +81,7 @@ def test_a_sum_without_a_loss_needs_no_gradient() -> None:
     gradients = []
     for kernels in (TRITON, TORCH):
         torch.manual_seed(0)
-        router, h_TD = TopKRouter(D, NULLS, kernels=kernels), torch.randn(7, D, requires_grad=True)
+        router, h_TD = TopKRouter(RouterContext(D, NULLS, kernels=kernels)), torch.randn(7, D, requires_grad=True)
         for parameter in router.parameters():
             torch.nn.init.normal_(parameter)
         route(router, h_TD, torch.tensor([0, 0, 1, 0, -1, 1, 0])).assignments.weight_N.square().sum().backward()
@@ -96,7 +99,7 @@ def test_replayed_choices_that_would_not_win(normalise: str) -> None:
     found = []
     for kernels in (TORCH, TRITON):
         torch.manual_seed(1)
-        router = TopKRouter(D, NULLS, normalise=normalise, kernels=kernels)  # pyright: ignore[reportArgumentType]
+        router = TopKRouter(RouterContext(D, NULLS, kernels=kernels), normalise=normalise)  # pyright: ignore[reportArgumentType]
         for parameter in router.parameters():
             torch.nn.init.normal_(parameter)
         if kernels is TORCH:
@@ -112,7 +115,7 @@ def test_replayed_choices_that_would_not_win(normalise: str) -> None:
 
 
 def test_a_selection_bias_uses_torch() -> None:
-    biased = TopKRouter(D, NULLS, selection_bias=True, kernels=TRITON)
+    biased = TopKRouter(RouterContext(D, NULLS, kernels=TRITON), selection_bias=True)
     torch.manual_seed(0)
     for parameter in biased.parameters():
         torch.nn.init.normal_(parameter)
@@ -123,7 +126,7 @@ def test_the_choices_that_a_trace_keeps_change_no_bit() -> None:
     found = []
     for kernels, keep in ((TRITON, True), (TRITON, False), (TORCH, True)):
         torch.manual_seed(0)
-        router = TopKRouter(D, NULLS, kernels=kernels)
+        router = TopKRouter(RouterContext(D, NULLS, kernels=kernels))
         for parameter in router.parameters():
             torch.nn.init.normal_(parameter)
         found.append(route(router, torch.randn(6, D), torch.tensor([0, 1, -1, 0, 0, 1]), RoutingCache(keep_choices=keep)))

@@ -8,6 +8,7 @@ import torch
 
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.kernels.triton_kernels import TRITON
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routing.types import GlobalBatchInfo, Routing, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
@@ -21,7 +22,7 @@ TOKENS = {"none": [], "one": [0], "padding alone": [-1] * 3, "mixed": [0, -1, 0,
 
 def router_of(kernels: Any, groups: tuple[ExpertGroup, ...], **options: Any) -> ExpertChoiceRouter:
     torch.manual_seed(0)
-    router = ExpertChoiceRouter(D, groups, causal="threshold", known_counts=True, kernels=kernels, **options)
+    router = ExpertChoiceRouter(RouterContext(D, groups, known_counts=True, kernels=kernels), causal="threshold", **options)
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter)
     for gate in router.gates():

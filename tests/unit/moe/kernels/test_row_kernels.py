@@ -14,12 +14,14 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.kernels.interface import RowIndex, RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH, add_rows
 from moe_dist.moe.kernels.triton_kernels import TRITON
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.cover import full_unless
@@ -149,12 +151,12 @@ BATCHES = {
 def make_layer(kernels: RowKernels, dtype: torch.dtype, budget: int | None, overlap: bool) -> MoELayer:
     torch.manual_seed(0)
     place = ExpertPlacement(GROUPS, (tuple(range(6)),)), AllToAll(None, CommStats())
-    pipelined = PipelinedDispatcher(*place, overlap=True, chunks=2, kernels=kernels) if overlap else None
+    pipelined = PipelinedDispatcher(DispatchContext(*place, kernels=kernels), overlap=True, chunks=2) if overlap else None
     layer = MoELayer(
         norm=torch.nn.Identity(),
-        router=TopKRouter(8, GROUPS),
+        router=TopKRouter(RouterContext(8, GROUPS)),
         experts=Experts(8, GROUPS, (4, 2), pair_budget=budget, gemm="auto", kernels=kernels),
-        dispatcher=pipelined or AllToAllDispatcher(*place, kernels=kernels),
+        dispatcher=pipelined or AllToAllDispatcher(DispatchContext(*place, kernels=kernels)),
         recompute="experts" if budget else "none",
     )
     for name, parameter in layer.named_parameters():

@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.routers.adaptive import AdaptiveRouter
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.predicted_k import PredictedKRouter
 from moe_dist.moe.routers.relu import ReLURouter
 from moe_dist.moe.routers.threshold import ThresholdRouter
@@ -45,7 +46,7 @@ CASES: dict[str, Case] = {  # the router with its options, and the loop with its
 
 def made(name: str, groups: tuple[ExpertGroup, ...], *, bias: float = 0.2, **more: Any) -> AdaptiveRouter:
     kind, options, _, _ = CASES[name]
-    router = kind(D, groups, **options, **more).double()
+    router = kind(RouterContext(D, groups), **options, **more).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in router.parameters():
@@ -177,7 +178,7 @@ def test_by_hand() -> None:
         (TopPRouter, {"p": 0.51}, torch.tensor([1.0, 1.0]), [0.5, 0.5]),
         (ReLURouter, {"scale": 2.0}, torch.tensor([0.25, 0.0]), [0.5, 0.0]),
     ):
-        router = kind(D, (group,), **options).double()
+        router = kind(RouterContext(D, (group,)), **options).double()
         with torch.no_grad():
             router.gate(group).get_parameter("true").zero_()[:, 0] = logits
         table_1C = fast_table(router, x_1D, group_1)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
-from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsFirst
+from moe_dist.moe.dispatch.context import DispatchContext
+from moe_dist.moe.dispatch.known_counts import KnownCountsFirst
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, Score, softmax_logits
 from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
 from moe_dist.moe.routers.selection import capacity_of_tokens
@@ -47,9 +48,17 @@ GROUPS = (TEXT, IMAGE)
 E = 6
 
 
-def make_router(init: int = 0, groups: tuple[ExpertGroup, ...] = GROUPS, **options: Any) -> ExpertChoiceRouter:
+def make_router(
+    init: int = 0,
+    groups: tuple[ExpertGroup, ...] = GROUPS,
+    known_counts: bool = False,
+    seed: int = 0,
+    layer: int = 0,
+    **options: Any,
+) -> ExpertChoiceRouter:
     generator = torch.Generator().manual_seed(init)
-    router = ExpertChoiceRouter(D, groups, **{"causal": "threshold", **options}).double()
+    context = RouterContext(D, groups, known_counts=known_counts, seed=seed, layer=layer)
+    router = ExpertChoiceRouter(context, **{"causal": "threshold", **options}).double()
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
     return router
@@ -150,9 +159,7 @@ def layer_of(router: ExpertChoiceRouter, recompute: str = "none") -> MoELayer:
         norm=torch.nn.Identity(),
         router=router,
         experts=Experts(D, GROUPS, [4, 2]),
-        dispatcher=KnownCountsFirst(
-            KnownCountsDispatcher(placement, wire), AllToAllDispatcher(placement, wire), always=True
-        ),
+        dispatcher=KnownCountsFirst(DispatchContext(placement, wire)),
         recompute=recompute,  # pyright: ignore[reportArgumentType]
     ).double()
     generator = torch.Generator().manual_seed(9)
@@ -284,7 +291,7 @@ def test_evaluation_is_by_threshold_or_by_auxiliary_router() -> None:
 @pytest.mark.parametrize("kind", [ExpertChoiceRouter, ExpertThresholdRouter])
 def test_capacities_follow_the_steps_and_evaluation_those_of_the_last(kind: type[ExpertChoiceRouter]) -> None:
     schedule = ((0, 0.5), (3, 1.0), (5, 0.25))
-    router = kind(D, GROUPS, causal="threshold", capacity={"text": 0.8}, capacity_schedule=schedule).double()
+    router = kind(RouterContext(D, GROUPS), causal="threshold", capacity={"text": 0.8}, capacity_schedule=schedule).double()
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     h_TD = torch.randn(20, D, generator=torch.Generator().manual_seed(1), dtype=torch.double)
@@ -302,7 +309,7 @@ def test_capacities_follow_the_steps_and_evaluation_those_of_the_last(kind: type
 
 
 def test_a_factor_that_makes_the_capacity_one_leaves_no_threshold() -> None:
-    router = ExpertChoiceRouter(D, GROUPS, capacity=1 / 49, capacity_schedule=((0, 49.0),)).double()
+    router = ExpertChoiceRouter(RouterContext(D, GROUPS), capacity=1 / 49, capacity_schedule=((0, 49.0),)).double()
     assert 49 * (1 / 49) < 1.0
     sums = router(torch.randn(6, D, dtype=torch.double), torch.tensor([0, 1] * 3)).sums
     assert sums.choices_C.tolist() == [3] * E
@@ -366,7 +373,7 @@ def test_a_choice_drawn_by_hand() -> None:
         [3, 1, -1, -5, 0, 0], [2, 1, 0, -5, 0, 0], [2, 1, 4, -5, 0, 0], [9, 9, 9, 9, 9, 9],
         [-3, 1, 2, -5, 0, 0], [-4, 1, -2, -5, 0, 0], [0, 0, 0, 0, 7, -7],
     ]).double()  # fmt: skip
-    router = ExpertChoiceRouter(E, GROUPS, causal="threshold").double()
+    router = ExpertChoiceRouter(RouterContext(E, GROUPS), causal="threshold").double()
     for gate, rows in zip(router.gates(), torch.eye(E).double().split([4, 2]), strict=True):
         gate.true.data.copy_(rows)  # pyright: ignore[reportCallIssue, reportArgumentType]
     group_T = torch.tensor([0, 0, 0, -1, 0, 0, 1])
@@ -397,7 +404,7 @@ def listed(routing: Routing, num_tokens: int, width: int) -> tuple[list[list[int
 @pytest.mark.parametrize(
     ("options", "training"),
     [
-        ({"capacity": 0.5, "known_counts": True}, True),
+        ({"capacity": 0.5}, True),
         ({"capacity": 0.5, "noise": 1.0}, True),
         ({"score": "softmax"}, False),
         ({"causal": "auxiliary"}, False),
@@ -410,9 +417,10 @@ def listed(routing: Routing, num_tokens: int, width: int) -> tuple[list[list[int
 def test_a_recorded_token_has_its_own_experts_the_best_first(options: dict[str, Any], training: bool, tokens: int) -> None:
     """Includes tokens without experts, padding, and a group with fewer experts than the largest."""
     if "warmup_steps" in options:
-        router = ExpertThresholdRouter(D, GROUPS, **options).double()
+        router = ExpertThresholdRouter(RouterContext(D, GROUPS), **options).double()
     else:
-        router = ExpertChoiceRouter(D, GROUPS, **{"causal": "threshold", **options}).double()
+        context = RouterContext(D, GROUPS, known_counts=options == {"capacity": 0.5})
+        router = ExpertChoiceRouter(context, **{"causal": "threshold", **options}).double()
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(5))
     for gate in router.gates():
@@ -439,8 +447,8 @@ def test_a_recorded_token_has_its_own_experts_the_best_first(options: dict[str, 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_expert_threshold_takes_by_competition_and_then_by_its_running_mean(score: Score) -> None:
-    """After the first update each token is judged alone. A calibration for evaluation does not change training."""
-    router = ExpertThresholdRouter(D, GROUPS, warmup_steps=1, score=score).double()
+    """After the first update each token is judged alone; a calibration of evaluation does not move training."""
+    router = ExpertThresholdRouter(RouterContext(D, GROUPS), warmup_steps=1, score=score).double()
     generator = torch.Generator().manual_seed(1)
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter, generator=generator)

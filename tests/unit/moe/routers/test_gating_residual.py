@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.gating_residual import GatingResidualRouter
 from moe_dist.moe.routing.types import Routing, RoutingCache, group_columns
 from moe_dist.placement.placement import ExpertGroup
@@ -19,7 +20,9 @@ KINDS = ("true", "null", "identity", "constant")
 
 def made(groups: tuple[ExpertGroup, ...], *, bias: bool = False) -> list[GatingResidualRouter]:
     rng = torch.Generator().manual_seed(0)
-    routers = [GatingResidualRouter(D, groups, place=place, selection_bias=bias).double() for place in range(LAYERS)]
+    routers = [
+        GatingResidualRouter(RouterContext(D, groups, place=place), selection_bias=bias).double() for place in range(LAYERS)
+    ]
     with torch.no_grad():
         for router in routers:
             for name, tensor in [*router.named_parameters(), *router.named_buffers()]:

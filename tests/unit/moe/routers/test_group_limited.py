@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.losses import ColumnTables, balance_terms
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.group_limited import GroupLimitedRouter
 from moe_dist.moe.routing.types import Routing, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
@@ -27,7 +28,7 @@ KINDS = ("true", "null", "identity", "constant")
 
 def made(*groups: ExpertGroup, bias: bool = True, **options: Any) -> GroupLimitedRouter:
     torch.manual_seed(0)
-    router = GroupLimitedRouter(D, groups, **{"n_group": 4, "topk_group": 2, **options}).double()
+    router = GroupLimitedRouter(RouterContext(D, groups), **{"n_group": 4, "topk_group": 2, **options}).double()
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter)
     for name, buffer in router.named_buffers():

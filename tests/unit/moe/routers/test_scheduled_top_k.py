@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.scheduled_top_k import HELD_OUT, ScheduledTopKRouter
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.draws import logistic
@@ -17,7 +18,7 @@ GROUP = ExpertGroup("all", num_experts=N, num_null=0, top_k=3, ffn_dim=4, first_
 
 
 def made(loads: list[float], *, place: int = 0, seed: int = 3) -> ScheduledTopKRouter:
-    router = ScheduledTopKRouter(D, [GROUP], active_experts={"all": loads}, place=place, seed=seed).double()
+    router = ScheduledTopKRouter(RouterContext(D, [GROUP], place=place, seed=seed), active_experts={"all": loads}).double()
     with torch.no_grad():
         router.get_parameter("group:all.true").copy_(torch.randn(N, D, generator=torch.Generator().manual_seed(1)))
     return router
@@ -70,7 +71,7 @@ def test_by_hand() -> None:
 
 def test_a_whole_load_is_top_k_bit_for_bit() -> None:
     router, (h_TD, group_T) = made([3.0]), inputs()
-    plain = TopKRouter(D, [GROUP]).double()
+    plain = TopKRouter(RouterContext(D, [GROUP])).double()
     plain.load_state_dict(router.state_dict())
     ours, theirs = router(h_TD, group_T), plain(h_TD, group_T)
     assert torch.equal(ours.assignments.expert_N, theirs.assignments.expert_N)

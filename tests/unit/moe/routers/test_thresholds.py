@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.selection import choice_of_training
 from moe_dist.moe.thresholds import ThresholdUpdater, updated
@@ -42,7 +43,7 @@ def test_the_threshold_is_the_running_mean_and_its_correction_stays() -> None:
 
 
 def test_all_layers_and_groups_are_followed_and_a_group_without_tokens_waits() -> None:
-    routers = [ExpertChoiceRouter(3, GROUPS, causal="threshold", threshold_decay=0.8) for _ in range(2)]
+    routers = [ExpertChoiceRouter(RouterContext(3, GROUPS), causal="threshold", threshold_decay=0.8) for _ in range(2)]
     updater = ThresholdUpdater([router.gates() for router in routers], 0.8, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     series: dict[tuple[int, int], list[float]] = {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import ABSENT, RoutingCache
 from moe_dist.placement.parameter_names import group_module
@@ -23,7 +24,7 @@ PLAIN = ExpertGroup("all", 4, 0, 2, 8, 0, ("text", "image"))
 
 def make_router(*groups: ExpertGroup, **options: object) -> TopKRouter:
     torch.manual_seed(0)
-    router = TopKRouter(D, groups, **options).double()  # pyright: ignore[reportArgumentType]
+    router = TopKRouter(RouterContext(D, groups), **options).double()  # pyright: ignore[reportArgumentType]
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter)
     return router
@@ -74,7 +75,7 @@ def test_without_null_experts_it_is_plain_top_k() -> None:
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_without_null_experts_fp32_has_the_bits_of_plain_top_k(top_k: int) -> None:
     torch.manual_seed(0)
-    router = TopKRouter(256, (ExpertGroup("all", 8, 0, top_k, 8, 0, ("text",)),))
+    router = TopKRouter(RouterContext(256, (ExpertGroup("all", 8, 0, top_k, 8, 0, ("text",)),)))
     true: Any = router.get_submodule("group:all").true
     torch.nn.init.normal_(true)
     h_TD = torch.randn(300, 256)
@@ -113,7 +114,7 @@ def test_twins_tie_in_floating_point(num_tokens: int, n: int, m: int, dim: int) 
     its null copy."""
     torch.manual_seed(0)
     group = ExpertGroup("text", n, m, m // n + 2, 8, 0, ("text",))
-    router = TopKRouter(dim, (group,))
+    router = TopKRouter(RouterContext(dim, (group,)))
     gate = router.get_submodule("group:text")
     with torch.no_grad():
         gate.true.normal_()  # pyright: ignore[reportCallIssue]
@@ -231,7 +232,7 @@ def test_the_tape_keeps_the_choice_when_the_input_has_moved() -> None:
 
 
 def test_arithmetic_and_weights_are_fp32_for_bf16_tokens() -> None:
-    router = TopKRouter(D, (TEXT,))
+    router = TopKRouter(RouterContext(D, (TEXT,)))
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter)
     h_TD = torch.randn(10, D).bfloat16()
@@ -247,7 +248,10 @@ def test_weights_of_all_true_experts_know_no_null_one() -> None:
     """`none` gives null columns a share of the softmax. `true_all` has the bits of a model without null columns."""
     torch.manual_seed(0)
     with_nulls, without = (ExpertGroup("text", 5, m, k, 8, 0, ("text",)) for m, k in ((5, 4), (0, 2)))
-    router, plain = TopKRouter(16, (with_nulls,), normalise="true_all"), TopKRouter(16, (without,), normalise="none")
+    router, plain = (
+        TopKRouter(RouterContext(16, (with_nulls,)), normalise="true_all"),
+        TopKRouter(RouterContext(16, (without,)), normalise="none"),
+    )
     gate, old = router.get_submodule("group:text"), plain.get_submodule("group:text")
     with torch.no_grad():
         old.true.normal_()  # pyright: ignore[reportCallIssue]
@@ -257,7 +261,7 @@ def test_weights_of_all_true_experts_know_no_null_one() -> None:
     ours, expected = (each(h_TD, group_T).assignments.taken() for each in (router, plain))
     assert torch.equal(ours.expert_N, expected.expert_N)
     assert torch.equal(ours.weight_N, expected.weight_N)
-    half = TopKRouter(16, (with_nulls,), normalise="none")
+    half = TopKRouter(RouterContext(16, (with_nulls,)), normalise="none")
     half.load_state_dict(router.state_dict())
     torch.testing.assert_close(half(h_TD, group_T).assignments.taken().weight_N, expected.weight_N / 2)
 
@@ -267,7 +271,7 @@ def test_weights_do_not_depend_on_null_choices_between(top_k: int) -> None:
     """The order of additions in a sum over K depends on K. The zeros of null choices must not change the sum."""
     torch.manual_seed(top_k)
     with_nulls, without = (ExpertGroup("text", 8, m, k, 8, 0, ("text",)) for m, k in ((16, 3 * top_k), (0, top_k)))
-    router, plain = TopKRouter(96, (with_nulls,)), TopKRouter(96, (without,))
+    router, plain = TopKRouter(RouterContext(96, (with_nulls,))), TopKRouter(RouterContext(96, (without,)))
     gate, old = router.get_submodule("group:text"), plain.get_submodule("group:text")
     with torch.no_grad():
         old.true.normal_()  # pyright: ignore[reportCallIssue]
@@ -304,7 +308,7 @@ def test_a_single_null_logit_stands_in_every_null_column() -> None:
 def test_biases_of_zero_choose_by_logits_alone() -> None:
     """Where a softmax rounds two logits to the same probability, their order must stay."""
     group = ExpertGroup("text", 3, 1, 2, 8, 0, ("text",))
-    router = TopKRouter(1, (group, IMAGE), selection_bias=True)
+    router = TopKRouter(RouterContext(1, (group, IMAGE)), selection_bias=True)
     gate = router.get_submodule("group:text")
     with torch.no_grad():
         gate.true.copy_(torch.tensor([[-200.0], [-190.0], [0.0]]))  # pyright: ignore[reportCallIssue, reportArgumentType]

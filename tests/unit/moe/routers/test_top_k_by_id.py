@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moe_dist.errors import ConfigError
+from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.scheduled_top_k import HELD_OUT, ScheduledTopKRouter
 from moe_dist.moe.routers.top_k_by_id import TopKByIdRouter
 from moe_dist.moe.routing.draws import logistic
@@ -33,7 +34,7 @@ def weights(routing: Routing) -> torch.Tensor:
 
 
 def made(table: str) -> TopKByIdRouter:
-    router = TopKByIdRouter(D, [GROUP], table=table, place=1, seed=SEED).double()
+    router = TopKByIdRouter(RouterContext(D, [GROUP], place=1, seed=SEED), table=table).double()
     with torch.no_grad():
         router.get_parameter("group:all.true").copy_(torch.randn(N, D, generator=torch.Generator().manual_seed(1)))
     return router
@@ -64,7 +65,9 @@ def test_equals_the_loop_in_values_and_gradients(table: str) -> None:
 def test_one_load_for_all_ids_is_scheduled_top_k_bit_for_bit(tmp_path: Path) -> None:
     np.save(tmp_path / "loads.npy", np.full((2, V), 1.6))
     router, (h_TD, group_T) = made(str(tmp_path / "loads.npy")), inputs()
-    scheduled = ScheduledTopKRouter(D, [GROUP], active_experts={"all": [1.6, 1.6]}, place=1, seed=SEED).double()
+    scheduled = ScheduledTopKRouter(
+        RouterContext(D, [GROUP], place=1, seed=SEED), active_experts={"all": [1.6, 1.6]}
+    ).double()
     scheduled.load_state_dict(router.state_dict())
     ours, theirs = router(h_TD, group_T, RoutingCache(id_T=ID_T)), scheduled(h_TD, group_T)
     assert torch.equal(ours.assignments.expert_N, theirs.assignments.expert_N)
@@ -83,6 +86,6 @@ def test_padding_takes_nothing(table: str) -> None:
 def test_a_missing_table_is_an_error_but_on_the_meta_device(tmp_path: Path) -> None:
     missing = str(tmp_path / "elsewhere.npy")
     with torch.device("meta"):
-        TopKByIdRouter(D, [GROUP], table=missing)
+        TopKByIdRouter(RouterContext(D, [GROUP]), table=missing)
     with pytest.raises(ConfigError, match=r"elsewhere\.npy: cannot be read"):
-        TopKByIdRouter(D, [GROUP], table=missing)
+        TopKByIdRouter(RouterContext(D, [GROUP]), table=missing)

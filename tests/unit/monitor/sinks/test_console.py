@@ -2,15 +2,16 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.console import ConsoleSink, duration, line_numbers, summary_table
+from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
 
 MakeRecord = Callable[..., Record]
@@ -41,7 +42,7 @@ def ticking(seconds: float) -> Callable[[], float]:
 
 def test_plain_lines_come_every_few_steps_and_stay_one_line(make_record: MakeRecord) -> None:
     console = plain()
-    sink = ConsoleSink(total_steps=25, every=10, console=console, clock=ticking(2.0))
+    sink = ConsoleSink(SinkContext(Path(), total_steps=25), every=10, console=console, clock=ticking(2.0))
     for step in range(1, 26):
         sink.step(make_record(step))
     sink.close()
@@ -76,14 +77,14 @@ def test_small_rates_are_not_rounded_away(rate: float, shown: str) -> None:
 
 def test_time_left_counts_from_where_the_attempt_began(make_record: MakeRecord) -> None:
     console = plain()
-    sink = ConsoleSink(total_steps=1000, resume_step=900, console=console, clock=ticking(6.0))
+    sink = ConsoleSink(SinkContext(Path(), total_steps=1000, resume_step=900), console=console, clock=ticking(6.0))
     sink.step(make_record(901))
     assert output(console).rstrip().endswith("9:54 left")
 
 
 def test_evaluation_shows_what_changed(make_record: MakeRecord) -> None:
     console = plain()
-    sink = ConsoleSink(total_steps=10, console=console)
+    sink = ConsoleSink(SinkContext(Path(), total_steps=10), console=console)
     sink.evaluation(EvaluationResult(5, {"text": 4.0, "image_no_filler": 3.0}, {}), {})
     sink.evaluation(EvaluationResult(10, {"text": 3.5, "image_no_filler": 3.25}, {}, {}, 0.812, 0.9), {})
     assert output(console).splitlines() == [
@@ -95,7 +96,7 @@ def test_evaluation_shows_what_changed(make_record: MakeRecord) -> None:
 
 def test_losses_over_other_tokens_are_not_compared() -> None:
     console = plain()
-    sink = ConsoleSink(total_steps=10, console=console)
+    sink = ConsoleSink(SinkContext(Path(), total_steps=10), console=console)
     sink.evaluation(EvaluationResult(5, {"text": 4.0, "image": 3.0}, {"text": 100, "image": 50}), {})
     sink.evaluation(EvaluationResult(10, {"text": 3.5, "image": 2.5}, {"text": 100, "image": 60}), {})
     assert output(console).splitlines()[-1] == "evaluation after step 10: held-out text 3.500 (-0.500), image 2.500"
@@ -103,14 +104,16 @@ def test_losses_over_other_tokens_are_not_compared() -> None:
 
 def test_missing_numbers_are_dashes(make_record: MakeRecord) -> None:
     console = plain()
-    ConsoleSink(total_steps=1, console=console).step(make_record(1, labels_M=np.array([40, 0]), step_seconds=0.0))
+    ConsoleSink(SinkContext(Path(), total_steps=1), console=console).step(
+        make_record(1, labels_M=np.array([40, 0]), step_seconds=0.0)
+    )
     assert "image -)" in output(console)
     assert "- tokens/s" in output(console)
 
 
 def test_a_terminal_that_cannot_redraw_a_line_gets_plain_lines(make_record: MakeRecord) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={"TERM": "dumb"})
-    sink = ConsoleSink(total_steps=25, every=10, console=console)
+    sink = ConsoleSink(SinkContext(Path(), total_steps=25), every=10, console=console)
     for step in range(1, 26):
         sink.step(make_record(step))
     sink.close()
@@ -122,7 +125,7 @@ def test_hints_are_printed_and_logged_once(
 ) -> None:
     caplog.set_level("INFO")
     console = plain()
-    sink = ConsoleSink(total_steps=99, every=50, console=console, hints=HintWatch(subject.groups, subject.moe_layers))
+    sink = ConsoleSink(SinkContext(Path(), total_steps=99, subject=subject), every=50, console=console)
     for step in (2, 3, 4):
         sink.step(make_record(step, skipped=True, skipped_steps=step))
     hints = [line for line in output(console).splitlines() if line.startswith("hint")]
@@ -137,7 +140,7 @@ def test_hints_are_printed_and_logged_once(
 )
 def test_a_bar_on_a_terminal(make_record: MakeRecord, width: int, shown: str) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None, highlight=False)
-    sink = ConsoleSink(total_steps=200, console=console, clock=ticking(1.0))
+    sink = ConsoleSink(SinkContext(Path(), total_steps=200), console=console, clock=ticking(1.0))
     for step in range(1, 101):
         sink.step(make_record(step))
     sink.evaluation(EvaluationResult(100, {"text": 4.0}, {}), {})
@@ -177,7 +180,7 @@ def test_duration(seconds: float, text: str) -> None:
 
 def test_the_last_evaluation_tells_what_the_choice_of_training_is_worth() -> None:
     console = plain()
-    sink = ConsoleSink(total_steps=10, console=console)
+    sink = ConsoleSink(SinkContext(Path(), total_steps=10), console=console)
     result = EvaluationResult(
         10,
         {"text": 3.5},

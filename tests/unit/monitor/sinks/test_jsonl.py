@@ -14,6 +14,7 @@ from moe_dist.errors import CheckpointError
 from moe_dist.monitor.evaluation_metrics import evaluation_scalars
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.sinks.jsonl import JsonlSink, drop_lines_after, read_lines
+from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.tags import reproducible_part
 from tests.support.messages import refused
@@ -26,8 +27,8 @@ def evaluation(step: int) -> EvaluationResult:
 
 
 def write(path: Path, make_record: MakeRecord, steps: range, *, resume_step: int = 0, evaluate: int = 5) -> None:
-    """Writes one attempt that is killed after its last step, without closing anything."""
-    sink = JsonlSink(path=path, resume_step=resume_step, clock=lambda: 1000.0)
+    """One attempt, killed after its last step: nothing is closed."""
+    sink = JsonlSink(SinkContext(path.parent, resume_step=resume_step), clock=lambda: 1000.0)
     for step in steps:
         sink.step(make_record(step))
         if step % evaluate == 0:
@@ -55,15 +56,15 @@ def test_a_line_has_the_whole_record(tmp_path: Path, make_record: MakeRecord) ->
 
 
 def test_the_line_is_there_before_the_next_step(tmp_path: Path, make_record: MakeRecord) -> None:
-    sink = JsonlSink(path=tmp_path / "m.jsonl")
+    sink = JsonlSink(SinkContext(tmp_path))
     sink.step(make_record(1))
-    assert steps_of(tmp_path / "m.jsonl") == [1]
+    assert steps_of(tmp_path / "metrics.jsonl") == [1]
     sink.close()
     sink.close()
 
 
 def test_resuming_drops_what_is_written_again(tmp_path: Path, make_record: MakeRecord) -> None:
-    path, once = tmp_path / "m.jsonl", tmp_path / "once.jsonl"
+    path, once = tmp_path / "metrics.jsonl", tmp_path / "once" / "metrics.jsonl"
     write(path, make_record, range(1, 14))
     write(path, make_record, range(11, 18), resume_step=10)
     write(path, make_record, range(11, 13), resume_step=10)
@@ -72,12 +73,12 @@ def test_resuming_drops_what_is_written_again(tmp_path: Path, make_record: MakeR
     assert steps_of(path, "evaluation") == [5, 10, 15, 20]
     write(once, make_record, range(1, 21))
     assert path.read_bytes() == once.read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.jsonl", "once.jsonl"], "nothing is left beside them"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "once"], "nothing is left beside them"
 
 
 def test_an_evaluation_that_is_owed_is_there_once(tmp_path: Path, make_record: MakeRecord) -> None:
-    """A stop after step 10 saves before the due evaluation. The next attempt evaluates, and dies before it saves."""
-    path, once = tmp_path / "m.jsonl", tmp_path / "once.jsonl"
+    """A stop after step 10 saves before it evaluates; the next attempt evaluates, and dies before it saves."""
+    path, once = tmp_path / "metrics.jsonl", tmp_path / "once" / "metrics.jsonl"
     write(path, make_record, range(1, 12))
     write(once, make_record, range(1, 11))
     drop_lines_after(path, 10)
@@ -88,7 +89,7 @@ def test_an_evaluation_that_is_owed_is_there_once(tmp_path: Path, make_record: M
 
 
 def test_a_first_attempt_that_died_before_its_checkpoint_leaves_nothing(tmp_path: Path, make_record: MakeRecord) -> None:
-    path = tmp_path / "m.jsonl"
+    path = tmp_path / "metrics.jsonl"
     write(path, make_record, range(1, 4))
     write(path, make_record, range(1, 6))
     assert steps_of(path) == [1, 2, 3, 4, 5]
@@ -96,8 +97,8 @@ def test_a_first_attempt_that_died_before_its_checkpoint_leaves_nothing(tmp_path
 
 @pytest.mark.parametrize("keep", [1, 40, 400, -1])
 def test_a_torn_last_line_goes(tmp_path: Path, make_record: MakeRecord, keep: int) -> None:
-    """Only `keep` bytes of the last line were written; -1 omits only the end of line."""
-    path = tmp_path / "m.jsonl"
+    """`keep` bytes of the last line are there; -1 is all of it but the end of line."""
+    path = tmp_path / "metrics.jsonl"
     write(path, make_record, range(1, 5))
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-1]) + lines[-1][:keep])
@@ -109,7 +110,7 @@ def test_a_torn_last_line_goes(tmp_path: Path, make_record: MakeRecord, keep: in
 
 
 def test_zeros_of_a_power_cut_go(tmp_path: Path, make_record: MakeRecord) -> None:
-    path = tmp_path / "m.jsonl"
+    path = tmp_path / "metrics.jsonl"
     write(path, make_record, range(1, 4))
     with path.open("ab") as file:
         file.write(b'{"step":2,' + b"\0" * 100 + b"}\n" + b"\0" * 50)
@@ -126,7 +127,7 @@ def missing(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_records_that_are_gone_are_told_and_the_others_stay(
     tmp_path: Path, make_record: MakeRecord, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "m.jsonl"
+    path = tmp_path / "metrics.jsonl"
     write(path, make_record, range(1, 10))
     drop_lines_after(path, 8)
     assert missing(caplog) == []
@@ -145,7 +146,7 @@ def test_records_that_are_gone_are_told_and_the_others_stay(
 def test_a_line_damaged_inside_is_told_and_the_others_stay(
     tmp_path: Path, make_record: MakeRecord, caplog: pytest.LogCaptureFixture, damage: bytes
 ) -> None:
-    path = tmp_path / "m.jsonl"
+    path = tmp_path / "metrics.jsonl"
     write(path, make_record, range(1, 10))
     lines = path.read_bytes().splitlines(keepends=True)
     at = next(index for index, line in enumerate(lines) if line.startswith(b'{"step":4,'))
@@ -159,7 +160,7 @@ def test_a_line_damaged_inside_is_told_and_the_others_stay(
 def test_a_crash_while_dropping_leaves_the_old_file(
     tmp_path: Path, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "m.jsonl"
+    path = tmp_path / "metrics.jsonl"
     write(path, make_record, range(1, 8))
     before = path.read_bytes()
 
@@ -169,14 +170,14 @@ def test_a_crash_while_dropping_leaves_the_old_file(
     with monkeypatch.context() as patch:
         patch.setattr("moe_dist.monitor.sinks.jsonl.os.replace", crash)
         with refused(OSError):
-            JsonlSink(path=path, resume_step=3)
+            JsonlSink(SinkContext(path.parent, resume_step=3))
     assert path.read_bytes() == before
     write(path, make_record, range(4, 8), resume_step=3)
     assert path.read_bytes() == before
 
 
 def test_a_damaged_line_inside_is_named(tmp_path: Path, make_record: MakeRecord) -> None:
-    path = tmp_path / "m.jsonl"
+    path = tmp_path / "metrics.jsonl"
     write(path, make_record, range(1, 4))
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b'{"step":2,\n' + lines[2])
@@ -185,8 +186,10 @@ def test_a_damaged_line_inside_is_named(tmp_path: Path, make_record: MakeRecord)
 
 
 def test_lines_are_strict_json_with_odd_numbers_named(tmp_path: Path, make_record: MakeRecord) -> None:
-    path = tmp_path / "m.jsonl"
-    JsonlSink(path=path).step(make_record(1, grad_norm=-math.inf, nll_M=np.array([math.nan, 1.0]), skipped=True))
+    path = tmp_path / "metrics.jsonl"
+    JsonlSink(SinkContext(path.parent)).step(
+        make_record(1, grad_norm=-math.inf, nll_M=np.array([math.nan, 1.0]), skipped=True)
+    )
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
@@ -197,17 +200,17 @@ def test_lines_are_strict_json_with_odd_numbers_named(tmp_path: Path, make_recor
 
 
 def test_arrays_come_every_few_steps(tmp_path: Path, make_record: MakeRecord) -> None:
-    path = tmp_path / "m.jsonl"
-    sink = JsonlSink(path=path, arrays_every=3)
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(SinkContext(path.parent), arrays_every=3)
     for step in range(1, 8):
         sink.step(make_record(step))
     assert [line["step"] for line in read_lines(path) if "arrays" in line] == [3, 6]
 
 
 def test_two_runs_differ_in_times_only(tmp_path: Path, make_record: MakeRecord) -> None:
-    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    JsonlSink(path=a, clock=lambda: 1.0).step(make_record(1, step_seconds=0.5, comm_seconds=0.1))
-    JsonlSink(path=b, clock=lambda: 2.0).step(make_record(1, step_seconds=0.7, comm_seconds=0.2))
+    a, b = tmp_path / "a" / "metrics.jsonl", tmp_path / "b" / "metrics.jsonl"
+    JsonlSink(SinkContext(a.parent), clock=lambda: 1.0).step(make_record(1, step_seconds=0.5, comm_seconds=0.1))
+    JsonlSink(SinkContext(b.parent), clock=lambda: 2.0).step(make_record(1, step_seconds=0.7, comm_seconds=0.2))
     assert a.read_text() != b.read_text()
     assert [reproducible_part(x) for x in read_lines(a)] == [reproducible_part(x) for x in read_lines(b)]
 
@@ -239,15 +242,15 @@ class FailingFile:
 def test_lines_wait_for_room_and_no_checkpoint_is_saved_meanwhile(
     tmp_path: Path, make_record: MakeRecord, caplog: pytest.LogCaptureFixture, room: int
 ) -> None:
-    path, once = tmp_path / "m.jsonl", tmp_path / "once.jsonl"
+    path, once = tmp_path / "metrics.jsonl", tmp_path / "once" / "metrics.jsonl"
     write(once, make_record, range(1, 5))
-    sink = JsonlSink(path=path, clock=lambda: 1000.0)
+    sink = JsonlSink(SinkContext(path.parent), clock=lambda: 1000.0)
     sink.step(make_record(1))
     sink._file = full = FailingFile(sink._file, room)  # pyright: ignore
     sink.step(make_record(2))
     sink.step(make_record(3))
     assert caplog.text.count("No space left on device; lines wait in memory") == 1
-    with refused(CheckpointError, "m.jsonl"):
+    with refused(CheckpointError, "metrics.jsonl"):
         sink.flush()
     assert steps_of(path) == [1]  # an incomplete line does not count
     full.room = 1 << 20
@@ -258,16 +261,16 @@ def test_lines_wait_for_room_and_no_checkpoint_is_saved_meanwhile(
 
 
 def test_a_disk_that_stays_full_does_not_keep_the_sink_from_closing(tmp_path: Path, make_record: MakeRecord) -> None:
-    sink = JsonlSink(path=tmp_path / "m.jsonl")
+    sink = JsonlSink(SinkContext(tmp_path))
     sink._file = FailingFile(sink._file, 10)  # pyright: ignore
     sink.step(make_record(1))
     sink.close()
-    assert drop_lines_after(tmp_path / "m.jsonl", 0) is None
-    assert (tmp_path / "m.jsonl").read_bytes() == b""
+    assert drop_lines_after(tmp_path / "metrics.jsonl", 0) is None
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
 def test_a_held_load_is_in_the_line_with_its_target(tmp_path: Path, make_record: MakeRecord) -> None:
-    sink = JsonlSink(path=tmp_path / "metrics.jsonl")
+    sink = JsonlSink(SinkContext(tmp_path))
     held = make_record(1, active_target={"text": 1.5})
     sink.step(held)
     sink.step(make_record(2))

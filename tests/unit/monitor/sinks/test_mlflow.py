@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.sinks.mlflow import MlflowSink
+from moe_dist.monitor.sinks.sink import SinkContext
 from tests.support.messages import refused
 from tests.unit.monitor.conftest import send
 
@@ -66,7 +68,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Requests]]:
 
 def test_every_value_arrives_with_its_step(server: tuple[str, Requests], make_record: Callable[..., Record]) -> None:
     uri, seen = server
-    send(MlflowSink(experiment="moe", uri=uri, run_name="demo", resume_step=4), make_record)
+    send(MlflowSink(SinkContext(Path(), run_name="demo", resume_step=4), experiment="moe", uri=uri), make_record)
     (run,) = (body for call, body in seen if call == "runs/create")
     assert (run["experiment_id"], run["run_name"]) == ("7", "demo from step 4")
     assert {"key": "moe_dist.run", "value": "demo"} in run["tags"]
@@ -79,9 +81,9 @@ def test_every_value_arrives_with_its_step(server: tuple[str, Requests], make_re
 def test_without_the_package_the_message_has_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with refused(ConfigError):
-        MlflowSink(experiment="moe", uri="http://x", run_name="demo")
+        MlflowSink(SinkContext(Path(), run_name="demo"), experiment="moe", uri="http://x")
 
 
 def test_a_server_that_does_not_answer_is_named(server: tuple[str, Requests]) -> None:
     with pytest.raises(ConfigError, match=r"kind mlflow, server http://127\.0\.0\.1:9: .*take the sink out"):
-        MlflowSink(experiment="moe", uri="http://127.0.0.1:9", run_name="demo")
+        MlflowSink(SinkContext(Path(), run_name="demo"), experiment="moe", uri="http://127.0.0.1:9")

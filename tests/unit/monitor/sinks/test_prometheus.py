@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.sinks.prometheus import PrometheusSink, exposition, metric_name
+from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.tags import DEPTH_MEANING, MEANING, meaning, split_tag
 
@@ -31,7 +32,7 @@ def parse(text: str) -> Samples:
 def test_every_scalar_is_a_sample(tmp_path: Path, make_record: MakeRecord) -> None:
     path = tmp_path / "node" / "metrics.prom"
     record = make_record(3)
-    PrometheusSink(path=path, run_name="demo").step(record)
+    PrometheusSink(SinkContext(Path(), run_name="demo"), path=str(path)).step(record)
     samples = parse(path.read_text())
     assert samples[("moe_dist_step", (("run", "demo"),))] == 3
     assert samples[("moe_dist_loss", (("run", "demo"), ("term", "total")))] == record.scalars["loss/total"]
@@ -78,7 +79,7 @@ def test_promtool_itself_accepts_every_gauge_of_a_run(tmp_path: Path) -> None:
     scalars: dict[str, float | None] = {tag: 0.5 for tag in tags}
     scalars |= dict(zip(tags, (math.nan, math.inf, -math.inf), strict=False))
     path = tmp_path / "metrics.prom"
-    sink = PrometheusSink(path=path, run_name='a"b\\c\nd {run="x"} é')
+    sink = PrometheusSink(SinkContext(Path(), run_name='a"b\\c\nd {run="x"} é'), path=str(path))
     sink.evaluation(EvaluationResult(1, {"text": 3.0}, {"text": 4}), scalars)
     done = check(path.read_text(encoding="utf-8"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -97,7 +98,7 @@ def test_odd_numbers_and_odd_names() -> None:
 
 def test_evaluations_stay_until_the_next(tmp_path: Path, make_record: MakeRecord) -> None:
     path = tmp_path / "metrics.prom"
-    sink = PrometheusSink(path=path, run_name="r")
+    sink = PrometheusSink(SinkContext(Path(), run_name="r"), path=str(path))
     sink.step(make_record(1))
     sink.evaluation(EvaluationResult(1, {"text": 3.0}, {"text": 4}), {"eval/text": 3.0})
     assert ("moe_dist_optim_lr", (("run", "r"),)) in parse(path.read_text()), "the step's numbers stay beside it"
@@ -119,7 +120,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path, make_record: MakeRecord
         replace(old, new)
 
     monkeypatch.setattr("moe_dist.monitor.sinks.prometheus.os.replace", look)
-    sink = PrometheusSink(path=path, run_name="r")
+    sink = PrometheusSink(SinkContext(Path(), run_name="r"), path=str(path))
     for step in (1, 2):
         sink.step(make_record(step))
     step_of = [tuple(samples.get(("moe_dist_step", (("run", "r"),))) for samples in pair) for pair in seen]

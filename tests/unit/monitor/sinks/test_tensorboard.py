@@ -14,6 +14,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from moe_dist.monitor.evaluation_metrics import evaluation_scalars
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject
+from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult, LeverDecision
 from moe_dist.monitor.tags import MAX_SCALARS, curve_of, picture_meaning
@@ -22,6 +23,12 @@ from tests.support.messages import refused
 
 MakeRecord = Callable[..., Record]
 MAP = ComputeMap({"text": 1.5}, 2)
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Path:
+    """The folder of the event files."""
+    return tmp_path / "tensorboard"
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -55,12 +62,9 @@ def write(
     mean_over: int = 1,
 ) -> None:
     sink = TensorBoardSink(
-        folder=folder,
-        subject=subject,
-        modalities=("text", "image"),
+        SinkContext(folder.parent, subject=subject, modalities=("text", "image"), resume_step=resume_step),
         pictures_every=pictures_every,
         mean_over=mean_over,
-        resume_step=resume_step,
     )
     sink.text("configuration", f"resumed at {resume_step}")
     for record in records:
@@ -110,7 +114,7 @@ def test_each_group_and_modality_has_a_colour_of_its_own(tmp_path: Path, subject
 
 
 def test_every_tag_has_its_description(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    sink = TensorBoardSink(folder=tmp_path, subject=subject, modalities=("text",))
+    sink = TensorBoardSink(SinkContext(tmp_path.parent, subject=subject, modalities=("text",)))
     for step in (1, 2):
         sink.step(make_record(step, active_target={"text": 1.5}, dropped_LE=np.full((3, 8), 1)))
     result = EvaluationResult(2, {"text": 3.0}, {"text": 4}, {}, 0.5, 0.6, compute_map=MAP)
@@ -135,7 +139,7 @@ def test_drops_are_a_heat_map_of_layers_and_groups(tmp_path: Path, subject: Subj
 
 
 def test_an_evaluation_goes_to_its_step(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    sink = TensorBoardSink(folder=tmp_path, subject=subject, modalities=("text", "image"))
+    sink = TensorBoardSink(SinkContext(tmp_path.parent, subject=subject, modalities=("text", "image")))
     result = EvaluationResult(2, {"text": 3.0}, {"text": 4}, {}, 0.5, None)
     sink.step(make_record(2))
     sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
@@ -162,11 +166,13 @@ def test_an_evaluation_that_is_owed_is_there_once(
     """The first attempt stops after step 2. The second evaluates and dies, and so does the third."""
     for attempt in range(3):
         sink = TensorBoardSink(
-            folder=tmp_path,
-            subject=subject,
-            modalities=("text", "image"),
-            resume_step=2 if attempt else 0,
-            evaluation_owed=owed and attempt > 0,
+            SinkContext(
+                tmp_path.parent,
+                subject=subject,
+                modalities=("text", "image"),
+                resume_step=2 if attempt else 0,
+                evaluation_owed=owed and attempt > 0,
+            )
         )
         if attempt == 0:
             sink.step(make_record(1))
@@ -285,7 +291,7 @@ def test_the_custom_page_shows_curves_that_exist(tmp_path: Path, subject: Subjec
 
 
 def test_use_after_close_is_an_error(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    sink = TensorBoardSink(folder=tmp_path, subject=subject, modalities=("text", "image"))
+    sink = TensorBoardSink(SinkContext(tmp_path.parent, subject=subject, modalities=("text", "image")))
     sink.close()
     with refused(RuntimeError):
         sink.step(make_record(1))

@@ -15,6 +15,7 @@ from wandb.proto import wandb_internal_pb2
 
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.sinks.wandb import WandbSink
 from tests.support.messages import refused
 from tests.unit.monitor.conftest import send
@@ -74,8 +75,8 @@ def records_of(folder: Path) -> list[Any]:
 
 
 def test_offline_writes_files_and_never_connects(tmp_path: Path, make_record: MakeRecord, tried: list[Any]) -> None:
-    send(WandbSink(project="moe", mode="offline", run_name="demo", folder=tmp_path, resume_step=4), make_record)
-    wandb.teardown()  # ends wandb's own process, which may still write after finish()
+    send(WandbSink(SinkContext(tmp_path, run_name="demo", resume_step=4), project="moe", mode="offline"), make_record)
+    wandb.teardown()  # as at the end of the process: wandb's own process may still be writing after finish()
     assert tried == []
 
     records = records_of(tmp_path)
@@ -98,7 +99,7 @@ def test_offline_writes_files_and_never_connects(tmp_path: Path, make_record: Ma
 def test_without_the_package_the_message_has_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with refused(ConfigError):
-        WandbSink(project="moe", mode="offline", run_name="demo", folder=tmp_path)
+        WandbSink(SinkContext(tmp_path, run_name="demo"), project="moe", mode="offline")
 
 
 def test_going_online_without_a_key_says_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,4 +108,4 @@ def test_going_online_without_a_key_says_the_way_out(tmp_path: Path, monkeypatch
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
     with refused(ConfigError):
-        WandbSink(project="p", mode="online", run_name="r", folder=tmp_path)
+        WandbSink(SinkContext(tmp_path, run_name="r"), project="p", mode="online")

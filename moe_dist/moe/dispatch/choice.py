@@ -1,0 +1,22 @@
+"""Chooses the dispatcher of `parallel.dispatch.kind=all_to_all`: each sends the same rows at other times."""
+
+from typing import Any
+
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
+from moe_dist.moe.dispatch.interface import Dispatcher
+from moe_dist.moe.dispatch.known_counts import KnownCountsFirst, pairs_are_rows
+from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
+from moe_dist.moe.dispatch.two_batches import TwoBatchDispatcher
+
+
+def all_to_all(context: DispatchContext, *, overlap: bool, chunks: int) -> Dispatcher[Any]:
+    """Makes the dispatcher for halves of a micro-batch, or the pipelined one, if an option asks for it. Otherwise makes
+    the dispatcher with known counts if each sent row serves only one (token, expert) pair, or the plain one."""
+    if context.two_batches:
+        return TwoBatchDispatcher(context)
+    if overlap or chunks > 1:
+        return PipelinedDispatcher(context, overlap=overlap, chunks=chunks)
+    if pairs_are_rows(context.placement):
+        return KnownCountsFirst(context, always=False)
+    return AllToAllDispatcher(context)

@@ -1,0 +1,38 @@
+"""The values from which the router of an MoE layer is made, besides the fields of its configuration section."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.selection import SelectionScope
+from moe_dist.placement.placement import ExpertGroup
+
+OWN_TOKENS = SelectionScope()  # the tokens of this rank compete
+
+
+@dataclass(frozen=True)
+class RouterContext:
+    """The values that every router gets; a router may leave out those that it has no use for, but `capacity`.
+
+    Attributes:
+        hidden_dim: D, the hidden size.
+        groups: All expert groups, in logical order.
+        capacity: Limits the pairs of each expert in training; None for no limit. Evaluation drops no pair.
+        kernels: Functions that may replace the router's own operations.
+        seed, layer: Parts of the names of random draws; `layer` is the layer's index in the model.
+        place: Index of the layer among the MoE layers.
+        selection_scope: The ranks whose tokens compete, if experts choose tokens.
+        known_counts: Whether the dispatcher uses numbers of (token, expert) pairs that are known before routing.
+    """
+
+    hidden_dim: int
+    groups: Sequence[ExpertGroup]
+    capacity: Capacity | None = None
+    kernels: RowKernels = TORCH
+    seed: int = 0
+    layer: int = 0
+    place: int = 0
+    selection_scope: SelectionScope = OWN_TOKENS
+    known_counts: bool = False
