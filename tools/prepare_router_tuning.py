@@ -15,7 +15,8 @@ from moe_dist.errors import ConfigError
 from moe_dist.formats.tuning_manifest import TuningManifest
 from moe_dist.inference.loaded_run import LoadedRun, choose_device, find_trained
 from moe_dist.inference.multiple_choice import Measure, Prompts, ask, check_vocabulary, write
-from moe_dist.inference.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
+from moe_dist.inference.questions.catalogue import Catalogue, task_names
+from moe_dist.inference.questions.files import read_facts
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.router_tuning.embedder import PACKAGED, Embedder
 from moe_dist.inference.router_tuning.scoring import embedded_text, scored_samples
@@ -31,8 +32,11 @@ from moe_dist.train.router_tuning.samples import check_place, write_samples
 @dataclass(frozen=True)
 class PrepareOptions:
     run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
-    tasks: Annotated[str, typer.Option(help="Tasks or families of tasks, separated by commas.")]
     out: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")]
+    tasks: Annotated[
+        str, typer.Option(help="Tasks, separated by commas: pictures, and those of --questions; by default the latter.")
+    ] = ""
+    questions: Annotated[str, typer.Option(help="Files of questions (docs/evaluation.md), separated by commas.")] = ""
     embedder: Annotated[Path, typer.Option(help="Folder of a sentence embedder.")] = PACKAGED
     limit: Annotated[int, typer.Option(min=0, help="Questions of each task, chosen by the seed; 0 for all.")] = 0
     rotations: Annotated[
@@ -40,8 +44,6 @@ class PrepareOptions:
     ] = True
     measure: Annotated[Measure, typer.Option(help="Compare log-likelihoods per token, or whole.")] = "normalised"
     layers: Annotated[str, typer.Option(help="Layers whose routing is kept, separated by commas; by default all.")] = ""
-    wordnet: Annotated[Path, typer.Option(help="Folder with WordNet's files.")] = WORDNET
-    quiz: Annotated[Path, typer.Option(help="Folder with the quiz files of bsdgames.")] = QUIZ
     seed: Annotated[int, typer.Option(min=0, help="Seed of sides and choices.")] = 0
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None
     data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved.")] = None
@@ -54,14 +56,17 @@ def main(options: PrepareOptions) -> None:
     """Score a run on training questions, and write samples for router tuning."""
     env = RankEnv.from_environment(os.environ)
     check_place(options.out)  # all checks come before the model is loaded, which is slow
-    tasks, device = task_names(options.tasks), choose_device(options.device)
+    if not options.tasks and not options.questions:
+        raise ConfigError("no questions: give --questions or --tasks", see="docs/router-tuning.md")
+    facts = read_facts(Path(name.strip()) for name in options.questions.split(",") if name.strip())
+    tasks, device = task_names(options.tasks, facts), choose_device(options.device)
     embedder = Embedder(options.embedder, device)
     trained = find_trained(options.run, step=options.step, data=options.data, allow=_faults)
     layers = _layers(options.layers, trained.config)
     model = trained.config.model
     vocabulary = trained.vocabulary()
     check_vocabulary(vocabulary, vocab_size=model.vocab_size)
-    catalogue = Catalogue(vocabulary, tuple(trained.manifest.sources), options.wordnet, options.quiz, options.seed)
+    catalogue = Catalogue(vocabulary, tuple(trained.manifest.sources), facts, options.seed)
     catalogue.check(tasks)
     questions = [
         question for task in tasks for question in catalogue.questions(task, Side.TRAIN, limit=options.limit or None)

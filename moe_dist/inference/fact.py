@@ -30,6 +30,7 @@ class Fact:
             pool.
         closed: All possible answers, if there are few; the wrong choices on every side are then taken from `closed`.
         trained_on: True if the run was trained on the fact's picture, False if not; None for a fact without a picture.
+        side: The side of the fact ('train', 'valid' or 'test'); None if its keys decide.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Fact:
     pool: str = ""
     closed: tuple[str, ...] = ()
     trained_on: bool | None = None
+    side: str | None = None
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from moe_dist.errors import ConfigError
 from moe_dist.inference.likelihood import Continuation
 from moe_dist.inference.loaded_run import LoadedRun, causal_problems, find_trained
 from moe_dist.inference.multiple_choice import Prompts, ask, results, write
-from moe_dist.inference.questions.catalogue import WORDNET, Catalogue, task_names
-from moe_dist.inference.questions.split import Side
+from moe_dist.inference.questions.split import Side, make_questions
 from moe_dist.runtime.command_line import reports_errors, run_command
 from research.experiments.instructed import check_new
+from research.questions.sources import FAMILIES, WORDNET, make_facts
 
 RESAMPLES = 10_000
 MOST_SHARE, MOST_LOSS, MOST_ACCURACY = 0.55, 0.2, 0.1  # limits of the rules in `verdicts`
@@ -158,10 +158,8 @@ def main(
     """Measure both models and print the verdicts."""
     check_new(out)
     words = Words(read_tokenizer(tokenizer / "tokenizer.json"))
-    catalogue = Catalogue(words, (), wordnet)  # pyright: ignore[reportArgumentType]  # words have no pictures
-    tasks = task_names("wordnet")
-    catalogue.check(tasks)
-    questions = {task: catalogue.questions(task, Side.TEST, limit=limit) for task in tasks}
+    facts = make_facts(FAMILIES["wordnet"], wordnet=wordnet)
+    questions = {task: make_questions(task, each, Side.TEST, seed=0, limit=limit) for task, each in facts.items()}
     measured, found = [], [find_trained(path, data=data, allow=causal_problems) for path in (before, after)]
     for trained in found:
         check_one_group(trained.config, trained.folder)

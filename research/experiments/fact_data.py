@@ -23,10 +23,10 @@ from moe_dist.data.corpus_openmoji import openmoji
 from moe_dist.data.prepare import renamed_when_complete
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest, write_manifest
-from moe_dist.inference.questions.wordnet import WordNet
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.progress import Report, shown_progress
 from research.experiments.instructed import check_new
+from research.questions.wordnet import WordNet
 
 ASKED = ("Which word means: ", "?")  # around the definition in WordNet's questions
 

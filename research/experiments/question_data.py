@@ -21,8 +21,7 @@ from moe_dist.formats.manifest import Manifest, SourceSection, load_manifest
 from moe_dist.formats.split_files import BITS
 from moe_dist.inference.fact import Part, Question
 from moe_dist.inference.multiple_choice import Prompts
-from moe_dist.inference.questions.catalogue import FAMILIES, WORDNET, Catalogue
-from moe_dist.inference.questions.reasoning import SIZE, key_of, reasoning
+from moe_dist.inference.questions.catalogue import Catalogue
 from moe_dist.inference.questions.split import Side, make_questions
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.runtime.command_line import reports_errors, run_command
@@ -35,6 +34,8 @@ from research.experiments.instructed import (
     write_split,
 )
 from research.experiments.study import LEFT
+from research.questions.reasoning import SIZE, key_of, reasoning
+from research.questions.sources import FAMILIES, WORDNET, make_facts
 
 SLOW = ("reasoning-number_sequence",)  # making 2,000 questions takes half a minute; other tasks take a second or less
 TASKS = {name: [task for task in FAMILIES[name] if task not in SLOW] for name in ("wordnet", "reasoning")}
@@ -65,8 +66,8 @@ def make(base: Path, out: Path, *, wordnet: Path, left: int, seeds: int, seed: i
     check_new(out)
     manifest = load_manifest(base)
     vocabulary = Vocabulary(base, manifest, vocab_size=manifest.vocab_size)
-    catalogue = Catalogue(vocabulary, tuple(manifest.sources), wordnet, seed=seed)
-    catalogue.check([task for tasks in TASKS.values() for task in tasks])
+    facts = make_facts([task for tasks in TASKS.values() for task in tasks], wordnet=wordnet, seed=seed)
+    catalogue = Catalogue(vocabulary, tuple(manifest.sources), facts, seed)
     prompts = Prompts(vocabulary, listed=False)
     with data_folder(out, base, manifest, _split_files(manifest)) as folder:
         sections = dict(manifest.sources)

@@ -16,14 +16,16 @@ from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import Manifest, load_manifest
-from moe_dist.inference.fact import Question
+from moe_dist.inference.fact import Fact, Question
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.multiple_choice import MEASURES, Prompts, ask, write
 from moe_dist.inference.questions.catalogue import Catalogue, task_names
+from moe_dist.inference.questions.files import fact_lines
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.router_tuning.embedder import PACKAGED, Embedder
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.model.transformer import Transformer
+from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.signals import child_of
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.samples import Samples
@@ -31,6 +33,7 @@ from research.experiments.first_tokens import FirstTokens, has_own_first_token, 
 from research.experiments.oracle import Oracle
 from research.experiments.study import QuestionsSection
 from research.experiments.subsets import make_subsets
+from research.questions.sources import make_facts, text_tasks
 
 MEASURE = MEASURES[0]  # log-likelihood per token
 SAMPLES = "samples"
@@ -109,11 +112,16 @@ def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) 
     Raises:
         ConfigError: a task is unknown, or a package that a task needs is missing.
     """
-    tasks = task_names(",".join(section.tasks))
+    facts = facts_of(section)
+    tasks = task_names(",".join(section.tasks), facts)
     vocabulary = Vocabulary(config.data.path, manifest, vocab_size=config.model.vocab_size)
-    catalogue = Catalogue(vocabulary, tuple(manifest.sources), Path(section.wordnet))
+    catalogue = Catalogue(vocabulary, tuple(manifest.sources), facts)
     catalogue.check(tasks)
     return tasks, catalogue
+
+
+def facts_of(section: QuestionsSection) -> dict[str, list[Fact]]:
+    return make_facts(text_tasks(section.tasks), wordnet=Path(section.wordnet))
 
 
 def asked(section: QuestionsSection, catalogue: Catalogue, task: str, side: Side) -> list[Question]:
@@ -153,17 +161,20 @@ def make_samples(run: Path, section: QuestionsSection) -> dict[str, Any]:
         DataError: the tool failed and printed the reason, or the existing samples were made with other options.
     """
     folder = run / SAMPLES
+    facts = facts_of(section)
     if not folder.is_dir():
+        questions = run / "facts.jsonl"
+        write_atomically(questions, fact_lines(facts))
         command = [sys.executable, "-m", "tools.prepare_router_tuning", str(run), "--device", "cpu"]
         command += ["--rotations" if section.listed else "--no-rotations"]
-        command += ["--tasks", ",".join(section.tasks), "--limit", str(section.left), "--wordnet", section.wordnet]
+        command += ["--tasks", ",".join(section.tasks), "--questions", str(questions), "--limit", str(section.left)]
         command += ["--embedder", str(_embedder(section)), "--out", str(folder)]
         ended = subprocess.run(command, check=False, preexec_fn=child_of(os.getpid(), ignore_stop=False))
         if ended.returncode:
             raise DataError(f"{folder}: tools.prepare_router_tuning ended with {ended.returncode}")
     manifest = Samples(folder).manifest
     made_and_asked = {
-        "tasks": (list(manifest.tasks), task_names(",".join(section.tasks))),
+        "tasks": (list(manifest.tasks), task_names(",".join(section.tasks), facts)),
         "left": (manifest.options["limit"], section.left),
         "listed": (manifest.options["rotations"], section.listed),
         "embedder": (manifest.embedder, Embedder(_embedder(section)).sha256),

@@ -22,10 +22,10 @@ import typer
 from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS, PAD, load_tokenizer
 from moe_dist.errors import DataError
 from moe_dist.formats.manifest import load_manifest, write_manifest
-from moe_dist.inference.questions.catalogue import WORDNET
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.signals import child_of
 from research.experiments.instructed import check_new
+from research.questions.sources import WORDNET
 
 TOKENIZER = "tokenizer.json"
 MARKS = {"<|endoftext|>": BOS, "<|im_end|>": EOS, "<repo_name>": PAD, "<reponame>": BOI, "<file_sep>": EOI}  # of SmolLM2

@@ -15,7 +15,8 @@ def tiny_embedder(folder: Path, *, seed: int = 0, normalise: bool = True) -> Pat
     import torch
     from transformers import BertConfig, BertModel
 
-    vocab = {word: number for number, word in enumerate((*WORDS, *DIGITS, *"abcdefghijklmnopqrstuvwxyz", *LETTERS))}
+    words = dict.fromkeys((*WORDS, *DIGITS, *"abcdefghijklmnopqrstuvwxyz", *LETTERS))  # "a" is a word and a letter
+    vocab = {word: number for number, word in enumerate(words)}
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
     config = BertConfig(

@@ -1,13 +1,14 @@
-"""A small run with pictures, and WordNet files of 120 made-up nouns."""
+"""A small run with pictures, and a file of questions."""
 
 from pathlib import Path
 
 import pytest
 
+from moe_dist.inference.fact import Fact, lemma_keys
+from moe_dist.inference.questions.files import fact_lines
 from tests.support.pictured import pictured_data, pictured_run
-from tests.support.wordnet_files import write_wordnet
 
-NOUNS = [[f"noun{number}", *([f"other {number}"] if number % 7 == 0 else [])] for number in range(120)]
+KINDS = ("animal", "plant", "tool", "food", "place")
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +23,15 @@ def own_run(own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    opposites = [(f"big{number}", f"small{number}") for number in range(60)]
-    return write_wordnet(tmp_path_factory.mktemp("dict"), NOUNS, opposites)
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of two tasks about 120 made-up nouns."""
+    nouns = {f"noun{number}": KINDS[number % len(KINDS)] for number in range(120)}
+    facts = {
+        "nouns-definition": [Fact(each, f"Which word means: gloss of {each}?", each, lemma_keys([each])) for each in nouns],
+        "nouns-category": [
+            Fact(each, f'What is "{each}"?', kind, lemma_keys([each]), closed=KINDS) for each, kind in nouns.items()
+        ],
+    }
+    path = tmp_path_factory.mktemp("facts") / "nouns.jsonl"
+    path.write_text(fact_lines(facts))
+    return path

@@ -44,11 +44,13 @@ def side_of_key(key: str, seed: int) -> Side:
 
 
 def side_of(fact: Fact, seed: int) -> Side | None:
-    """Returns the side of all keys of a fact; None if the keys are on several sides.
+    """Returns the side that a fact names, else the side of all its keys; None if the keys are on several sides.
 
     The key of a picture family is on the train side if the run was trained on the fact's picture; else the hash puts the
     key on the validation or test side.
     """
+    if fact.side is not None:
+        return Side(fact.side)
     sides = {_side(key, fact.trained_on, seed) for key in fact.keys}
     return sides.pop() if len(sides) == 1 else None
 

@@ -12,8 +12,8 @@ from moe_dist.data.tokenizer import load_tokenizer
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import load_manifest
 from research.experiments.fact_data import defined_words, drawn, make, one_of_each_family
+from research.tests.wordnet_files import write_wordnet
 from tests.support.messages import refused
-from tests.support.wordnet_files import write_wordnet
 
 RECIPE = Recipe(renders=1, val_fraction=0.0, vocab_size=300, codes=16, vary=())
 DEFINITIONS, PICTURES = 12, 10

@@ -12,7 +12,6 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import Manifest, load_manifest
 from moe_dist.inference.loaded_run import find_trained
 from moe_dist.inference.multiple_choice import Prompts, results
-from moe_dist.inference.questions import reasoning
 from moe_dist.inference.questions.catalogue import Catalogue
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.vocabulary import Vocabulary
@@ -22,11 +21,13 @@ from research.experiments import oracle, question_data
 from research.experiments.first_tokens import FirstTokens
 from research.experiments.questions import QuestionRound, check_questions, make_samples
 from research.experiments.study import QuestionsSection
+from research.questions import reasoning
+from research.questions.sources import make_facts
+from research.tests.wordnet_files import write_wordnet
 from tests.support.cover import full
 from tests.support.messages import refused
 from tests.support.pictured import pictured_run
 from tests.support.tiny_embedder import tiny_embedder
-from tests.support.wordnet_files import write_wordnet
 from tools.evaluate import ask, write
 
 pytestmark = pytest.mark.slow
@@ -51,10 +52,12 @@ def made(own_data: Path, words: Path, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
-def catalogue_of(folder: Path, words: Path) -> tuple[Manifest, Vocabulary, Catalogue]:
+def catalogue_of(folder: Path, words: Path, *families: str) -> tuple[Manifest, Vocabulary, Catalogue]:
     manifest = load_manifest(folder)
     vocabulary = Vocabulary(folder, manifest, vocab_size=manifest.vocab_size)
-    return manifest, vocabulary, Catalogue(vocabulary, tuple(manifest.sources), words)
+    tasks = [task for family in families for task in question_data.TASKS[family]]
+    facts = make_facts(tasks, wordnet=words)
+    return manifest, vocabulary, Catalogue(vocabulary, tuple(manifest.sources), facts)
 
 
 def documents(folder: Path, manifest: Manifest, source: str, side: str) -> dict[str, str]:
@@ -74,7 +77,7 @@ def test_documents_are_answered_training_questions_that_are_not_left_to_router_t
     made: Path, own_data: Path, words: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reasoning, "SIZE", SIZE)
-    manifest, vocabulary, catalogue = catalogue_of(made, words)
+    manifest, vocabulary, catalogue = catalogue_of(made, words, "wordnet", "reasoning")
     prompts = Prompts(vocabulary, listed=False)
     assert set(manifest.sources) == {*load_manifest(own_data).sources, "wordnet", "reasoning"}
     for source, tasks in question_data.TASKS.items():
@@ -98,7 +101,7 @@ def test_documents_are_answered_training_questions_that_are_not_left_to_router_t
 
 def test_further_seeds_have_other_questions(made: Path, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reasoning, "SIZE", SIZE)
-    manifest, _, catalogue = catalogue_of(made, words)
+    manifest, _, catalogue = catalogue_of(made, words, "wordnet", "reasoning")
     own = len(catalogue.questions("reasoning-products", Side.TRAIN, limit=None))
     mine = [asked for asked in documents(made, manifest, "reasoning", "train") if "multipl" in asked or "*" in asked]
     assert len(mine) > 1.5 * own, "two seeds, about as many questions each as that of the evaluation"
@@ -132,7 +135,7 @@ def test_a_run_is_asked_as_the_evaluation_asks(
     asked: list[object] = []
     monkeypatch.setattr("research.experiments.questions.ask", lambda *given: asked.append(given[1]) or ask(*given))
     found = question_round.record()
-    _, vocabulary, catalogue = catalogue_of(own_data, words)
+    _, vocabulary, catalogue = catalogue_of(own_data, words, "wordnet")
     likelihood, answered = trained.likelihood(torch.device("cpu")), {}
     for task in section.tasks:
         questions = catalogue.questions(task, side, limit=12)
@@ -156,7 +159,7 @@ def test_by_first_tokens_only_questions_that_they_tell_apart_are_asked(
     trained = find_trained(
         pictured_run(own_data, tmp_path, max_seq_len=192, model__mixture_of_depths=None, model__moe__groups=groups)
     )
-    _, vocabulary, catalogue = catalogue_of(own_data, words)
+    _, vocabulary, catalogue = catalogue_of(own_data, words, "wordnet")
     task, prompts = "wordnet-category", Prompts(vocabulary, listed=False)
     every = catalogue.questions(task, Side.VALID, limit=20)
     told = {each.id for place, each in enumerate(every) if place % 2}

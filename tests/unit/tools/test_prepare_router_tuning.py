@@ -24,7 +24,7 @@ from tools.prepare_router_tuning import main
 
 pytestmark = pytest.mark.slow
 
-TASKS = "wordnet-definition,wordnet-category"
+TASKS = "nouns-definition,nouns-category"
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def options(words: Path, embedder: Path) -> tuple[object, ...]:
-    return ("--wordnet", words, "--embedder", embedder, "--limit", 8)
+def options(questions: Path, embedder: Path) -> tuple[object, ...]:
+    return ("--questions", questions, "--embedder", embedder, "--limit", 8)
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,14 @@ def prepared(plain_run: Path, options: tuple[object, ...], tmp_path_factory: pyt
     out = tmp_path_factory.mktemp("prepared") / "out"
     done = invoke(main, plain_run, "--tasks", TASKS, "--out", out, *options)
     assert done.exit_code == 0, done.output
-    assert "wordnet-definition: " in done.stdout
+    assert "nouns-definition: " in done.stdout
     assert f"{out}: 16 samples" in done.stdout
     assert "of 16 right choices have a first token that no wrong one has" in done.stdout
     return out
 
 
-def test_success_is_what_the_evaluation_says(prepared: Path, plain_run: Path, words: Path, tmp_path: Path) -> None:
-    said = ("--split", "train", "--rotations", "--wordnet", words, "--limit", 8, "--out", tmp_path, "--json")
+def test_success_is_what_the_evaluation_says(prepared: Path, plain_run: Path, questions: Path, tmp_path: Path) -> None:
+    said = ("--split", "train", "--rotations", "--questions", questions, "--limit", 8, "--out", tmp_path, "--json")
     record = json.loads(invoke(evaluate, plain_run, "--tasks", TASKS, *said).stdout)
     wanted = {
         (task, answer["id"]): answer["normalised"] == [answer["answer"]] * 4
@@ -119,7 +119,8 @@ def test_without_rotations_choices_are_not_listed(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--tasks", "wordnet-defintion"), 78, "did you mean wordnet-definition?"),
+        (("--tasks", "nouns-defintion"), 78, "did you mean nouns-definition?"),
+        (("--tasks", "", "--questions", ""), 78, "no questions: give --questions or --tasks"),
         (("--tasks", TASKS, "--layers", "2"), 78, "--layers 2: must be some of the MoE layers 0, 1"),
         (("--tasks", TASKS, "--embedder", "nowhere"), 78, "--embedder nowhere: no modules.json there"),
         (("--tasks", "pictures-naming", "--no-rotations"), 78, "--tasks pictures-naming: its questions are pictures alone"),

@@ -1,4 +1,4 @@
-"""Facts from files in the packages' formats, their division into training and test, and the questions made of them."""
+"""The sides that facts stand on, the questions made of them, and files of facts."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -7,108 +7,44 @@ from typing import cast
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.inference.fact import Codes, Fact, Question, lemma_keys
+from moe_dist.inference.fact import Fact, Question, lemma_keys
 from moe_dist.inference.questions.catalogue import task_names
+from moe_dist.inference.questions.files import fact_lines, read_facts
 from moe_dist.inference.questions.pictures import pictures
 from moe_dist.inference.questions.split import Side, make_questions, on_side, side_of
-from moe_dist.inference.questions.trivia import alternatives, trivia
-from moe_dist.inference.questions.wordnet import WordNet
 from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary
 from tests.support.messages import refused
-from tests.support.wordnet_files import offset_of, write_wordnet
 
-WORDS = [
-    "ant",
-    "bee",
-    "cat",
-    "dog",
-    "elk",
-    "fox",
-    "gnu",
-    "hen",
-    "ibis",
-    "jay",
-    "kite",
-    "lark",
-    "mole",
-    "newt",
-    "owl",
-    "pig",
-]
+KEYS = "abcdefghij"
 
 
-def test_facts_of_made_up_files(tmp_path: Path) -> None:
-    nouns = [["thing"], ["Living Thing", "organism"], ["tool"], ["cat", "big cat"], ["cat"], ["dust"]]
-    wordnet = WordNet(write_wordnet(tmp_path, nouns, [("hot", "cold"), ("hot", "cool")], uncounted=["dust"]))
-    definitions = {fact.id: fact for fact in wordnet.definitions()}
-    # There are no questions about the second sense of "cat", and about "dust", which occurs in no text.
-    assert list(definitions) == [f"n{offset_of(number)}" for number in range(4)]
-    cat = definitions[f"n{offset_of(3)}"]
-    assert (cat.asked, cat.answer) == ("Which word means: gloss number 3?", "cat")
-    assert cat.keys == {"lemma:cat", "lemma:big cat"}
-    assert cat.wrong == {"cat", "big cat"}
-    above = {fact.id: fact for fact in wordnet.hypernyms()}[f"n{offset_of(3)}"]
-    assert (above.asked, above.answer) == ('What is "cat" a kind of?', "Living Thing")
-    assert above.keys == {"lemma:cat", "lemma:big cat", "lemma:living thing", "lemma:organism"}
-    assert above.wrong == {"cat", "big cat", "Living Thing", "organism", "thing"}
-    (first, second, *_) = wordnet.antonyms()
-    assert (first.asked, first.answer, first.wrong) == ('What is the opposite of "hot"?', "cold", {"hot", "cold", "cool"})
-    assert (second.asked, second.answer) == ('What is the opposite of "cold"?', "hot")
-    assert {fact.id: fact.answer for fact in wordnet.categories()}[f"n{offset_of(3)}"] == "attribute"
-
-
-@pytest.mark.parametrize("name", ["data.noun", "index.noun", "data.adj"])
-def test_damaged_files_are_named_by_line(tmp_path: Path, name: str) -> None:
-    write_wordnet(tmp_path, [["a"], ["b"]], [("c", "d")])
-    (tmp_path / name).write_text((tmp_path / name).read_text() + "00000001 n\n")
-    wordnet = WordNet(tmp_path)
-    with pytest.raises(DataError, match=rf"{name}: line \d is not in WordNet's format"):
-        wordnet.antonyms() if name == "data.adj" else wordnet.hypernyms()
-
-
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    nouns=st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=3, unique=True), min_size=8, max_size=40),
-    pictured=st.lists(st.tuples(st.sampled_from(WORDS), st.integers(0, 9), st.booleans()), max_size=20),
+    keys=st.lists(st.frozensets(st.sampled_from(KEYS), min_size=1, max_size=3), min_size=8, max_size=40),
+    families=st.lists(st.tuples(st.sampled_from(KEYS), st.integers(0, 9), st.booleans()), max_size=20),
     seed=st.integers(0, 1000),
 )
-def test_nothing_of_training_is_in_any_test(
-    tmp_path: Path, nouns: list[list[str]], pictured: list[tuple[str, int, bool]], seed: int
+def test_no_key_or_family_is_on_two_sides(
+    keys: list[frozenset[str]], families: list[tuple[str, int, bool]], seed: int
 ) -> None:
-    """Compares synsets, words and families as written, and not the facts' keys."""
-    wordnet = WordNet(write_wordnet(tmp_path, nouns, list(zip(WORDS[::2], WORDS[1::2], strict=True))))
-    trained_families = {family for _, family, trained in pictured if trained}
-    pictures = [
-        Fact(word, word, Codes((number,)), lemma_keys([word]) | {f"family:{family}"}, trained_on=family in trained_families)
-        for number, (word, family, _) in enumerate(pictured)
+    trained = {family for _, family, was in families if was}
+    facts = [Fact(str(n), "?", "!", each) for n, each in enumerate(keys)]
+    facts += [
+        Fact(f"p{n}", "?", "!", frozenset({key, f"family:{family}"}), trained_on=family in trained)
+        for n, (key, family, _) in enumerate(families)
     ]
-    used: dict[Side, set[object]] = {}
-    for side in Side:
-        seen: set[object] = set()
-        for fact in on_side([*wordnet.definitions(), *wordnet.categories()], side, seed):
-            number = (int(fact.id[1:]) - 1740) // 100
-            seen |= {number, *nouns[number]}
-        for fact in on_side(wordnet.hypernyms(), side, seed):
-            number = (int(fact.id[1:]) - 1740) // 100
-            seen |= {number, *nouns[number], (number - 1) // 2, *nouns[(number - 1) // 2]}
-        for fact in on_side(wordnet.antonyms(), side, seed):
-            seen |= {fact.id, fact.answer}
-        for fact in on_side(pictures, side, seed):
-            family = pictured[pictures.index(fact)][1]
-            assert (side is Side.TRAIN) == (family in trained_families)
-            seen |= {fact.asked, ("family", family)}
-        used[side] = seen
-    assert not used[Side.TRAIN] & used[Side.TEST]
-    assert not used[Side.TRAIN] & used[Side.VALID]
-    assert not used[Side.VALID] & used[Side.TEST]
+    sides = {side: on_side(facts, side, seed) for side in Side}
+    used = [{key for fact in of_side for key in fact.keys} for of_side in sides.values()]
+    assert len(set.union(*used)) == sum(map(len, used))
+    assert all((fact.trained_on is not False) == (side is Side.TRAIN) for side, of_side in sides.items() for fact in of_side
+               if fact.trained_on is not None)  # fmt: skip
 
 
-def test_questions_have_even_places_and_choices_of_their_own_side(words: Path) -> None:
-    facts = WordNet(words).definitions()
+def test_questions_have_even_places_and_choices_of_their_own_side() -> None:
+    facts = [Fact(f"{n}", f"Which word has number {n}?", f"noun{n}", lemma_keys([f"noun{n}"])) for n in range(120)]
     questions = make_questions("definition", facts, Side.TEST, seed=3)
     assert len(questions) > 16
     places = Counter(question.answer for question in questions)
@@ -141,29 +77,59 @@ def test_rotations_keep_the_right_choice() -> None:
     assert [question.rotated(by).answer for by in range(5)] == [2, 1, 0, 3, 2]
 
 
-def test_quiz_files(tmp_path: Path) -> None:
-    for file in ("africa", "america", "asia", "europe"):
-        (tmp_path / file).write_text(f"Land of {file}|L:City{{ of}} {file}\n")
-    (tmp_path / "state").write_text("Alaska|AK:June{au}:AK:forget{-| }me{-| }not\nTexas:Aus\\\ntin:TX\nBad:San Jos['\\be\n")
-    facts = trivia(tmp_path, "capitals")
-    assert [(fact.id, fact.asked, fact.answer) for fact in facts[3:]] == [
-        ("europe:Land of europe", "What is the capital of Land of europe?", "City of europe"),
-        ("state:Alaska", "What is the capital of Alaska?", "Juneau"),
-        ("state:Texas", "What is the capital of Texas?", "Austin"),
-    ]
-    assert facts[4].keys == {"lemma:alaska", "lemma:juneau"}
-    assert facts[4].pool == facts[5].pool != facts[3].pool
-    assert alternatives("M[iddle{-}Earth|E]|forget{-| }me") == ["Middle-Earth", "forget-me"]
-    with refused(DataError):
-        trivia(tmp_path, "elements")
-
-
 def test_tasks_by_name_and_family() -> None:
-    assert task_names("trivia-words,wordnet,wordnet-antonym") == [
-        "trivia-words", "wordnet-definition", "wordnet-hypernym", "wordnet-antonym", "wordnet-category",
-    ]  # fmt: skip
-    with refused(ConfigError, "--tasks"):
-        task_names("wordnet-antonyms,trivia")
+    facts = {name: () for name in ("capitals", "words-latin", "words-greek")}
+    assert task_names("words,pictures-finding,words-latin", facts) == ["words-latin", "words-greek", "pictures-finding"]
+    assert task_names("", facts) == list(facts)
+    with refused(ConfigError, "--tasks words-grek", "did you mean words-greek?", "--tasks word:"):
+        task_names("words-grek,word,capitals", facts)
+    with refused(ConfigError, "pictures-naming"):
+        task_names("", {"pictures-naming": ()})
+
+
+def test_a_file_gives_back_the_facts_that_were_written(tmp_path: Path) -> None:
+    facts = {
+        "a": [
+            Fact("1", "Wer?", "der Rüde", frozenset({"x", "y"}), frozenset({"Hund"}), "tiere", ("a", "b"), side="valid"),
+            Fact("2", "Who?", "the dog", frozenset({"y"})),
+        ],
+        "b": [Fact("1", "What?", "it", frozenset({"z"}))],
+    }
+    path = tmp_path / "facts.jsonl"
+    path.write_text(fact_lines(facts))
+    assert read_facts([path]) == facts
+    assert side_of(facts["a"][0], 0) is Side.VALID
+
+
+def test_a_line_needs_a_question_and_an_answer_only(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"asked": "1 + 1?", "answer": "2"}\n{"asked": "1 + 2?", "answer": "3", "task": "sums"}\n')
+    found = read_facts([path])
+    assert found["own"] == [Fact("own:1", "1 + 1?", "2", frozenset({"asked:1 + 1?"}))]
+    assert list(found) == ["own", "sums"]
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("", "line 2: the line: "),
+        ('{"asked": "a"}', "line 2: answer: "),
+        ('{"asked": "a", "answer": 2}', "line 2: answer: "),
+        ('{"asked": "a", "answer": "b", "side": "all"}', "line 2: side: "),
+        ('{"asked": "a", "answer": "b", "hint": "c"}', "line 2: hint: "),
+        ('{"asked": "a", "answer": "b", "id": "x"}', "line 2: id='x'"),
+    ],
+)
+def test_lines_that_are_no_facts_are_named(tmp_path: Path, line: str, key: str) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"asked": "a", "answer": "b", "id": "x"}\n' + line + "\n")
+    with refused(DataError, key, golden=False):
+        read_facts([path])
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with refused(ConfigError, "--questions"):
+        read_facts([tmp_path / "missing.jsonl"])
 
 
 class Pictured:

@@ -1,0 +1,1 @@
+"""Facts of WordNet, of the quiz files of bsdgames, and of reasoning-gym."""
