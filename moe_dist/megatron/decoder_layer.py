@@ -19,7 +19,6 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
-from torch import nn
 
 from moe_dist.megatron.expert_layer import ExpertLayer
 from moe_dist.megatron.layer_watch import LayerWatch
@@ -64,7 +63,10 @@ class DecoderLayer(TransformerLayer):
         super().__init__(config, parts, layer_number, pg_collection=groups, vp_stage=vp_stage, **options)
         if holds_experts:
             self.recompute_mlp = False  # Megatron takes the layer for a dense layer; `ExpertLayer` itself recomputes
-            shared = _shared_expert(stock, config, groups)
+            shared = None
+            if config.moe_shared_expert_intermediate_size is not None:
+                gate = config.moe_shared_expert_gate
+                shared = shared_expert_module(stock, config=config, pg_collection=groups, gate=gate)
             number = self.layer_number
             self.mlp = ExpertLayer(config, settings, pg_collection=groups, layer_number=number, shared=shared, watch=watch)
 
@@ -83,11 +85,3 @@ def _megatrons_own(config: TransformerConfig, number: int) -> TransformerLayerSu
     use_te = config.transformer_impl == "transformer_engine"
     specs: Any = get_gpt_decoder_layer_specs(config, use_transformer_engine=use_te, normalization=config.normalization)
     return specs[number - 1].submodules
-
-
-def _shared_expert(stock: Any, config: TransformerConfig, groups: ProcessGroupCollection) -> nn.Module | None:
-    """Builds Megatron's shared expert; None if the configuration has no shared expert. `stock` describes Megatron's own MoE
-    layer."""
-    if config.moe_shared_expert_intermediate_size is None:
-        return None
-    return shared_expert_module(stock, config=config, pg_collection=groups, gate=config.moe_shared_expert_gate)

@@ -154,7 +154,7 @@ def test_modality_ids_reach_later_pipeline_stages(run_in_world: Callable[..., li
 def optimizer_of(model: Any) -> Any:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    adam = {"lr": LR, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": ADAM_EPS}
+    adam: dict[str, Any] = {"lr": LR, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": ADAM_EPS}
     config = OptimizerConfig(optimizer="adam", clip_grad=CLIP, params_dtype=torch.float32, **adam)
     return get_megatron_optimizer(config, [model])
 
