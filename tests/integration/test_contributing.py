@@ -116,12 +116,3 @@ def test_expert_type_and_controller(tree: Path) -> None:
     step = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     assert step["step"] == 1
     assert (folder / "checkpoints" / "latest").exists()
-
-
-@pytest.mark.exhaustive  # tests the test above
-def test_an_incomplete_recipe_would_fail(tree: Path) -> None:
-    """A kind without its line in the table has a section, but no class."""
-    router = RECIPES["A router"]
-    apply(router._replace(blocks=router.blocks[:-1]), tree)
-    with pytest.raises(AssertionError, match="KeyError: 'cosine'"):
-        train_one_step(tree, ("launchers.local",), [*router.overrides, "--max-restarts", "0"], ON_ONE_RANK)

@@ -21,24 +21,7 @@ from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary
 from tests.support.messages import refused
 from tests.support.wordnet_files import offset_of, write_wordnet
 
-WORDS = [
-    "ant",
-    "bee",
-    "cat",
-    "dog",
-    "elk",
-    "fox",
-    "gnu",
-    "hen",
-    "ibis",
-    "jay",
-    "kite",
-    "lark",
-    "mole",
-    "newt",
-    "owl",
-    "pig",
-]
+WORDS = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "ibis", "jay", "kite", "lark", "mole", "newt"]
 
 
 def test_facts_of_made_up_files(tmp_path: Path) -> None:
