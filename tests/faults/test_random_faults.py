@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from tests.support.campaign import FAULTS, MOST_FROZEN, campaign, draw
-from tests.support.cells import EMPTY, FEASIBLE, KINDS, PHASES, Cell
+from tests.support.cells import KINDS, PHASES
 from tests.support.judgement import survives
 from tests.support.site import STEPS, Site
 
@@ -37,14 +37,3 @@ def test_every_draw_covers_every_phase_and_every_kind(seed: int) -> None:
     assert all(1 < fault.step <= STEPS for fault in faults)
     assert 0 < sum(fault.kind == "SIGSTOP" for fault in faults) <= MOST_FROZEN + 1
     assert draw(random.Random(seed)) == faults
-
-
-def test_wanted_cells_come_first() -> None:
-    wanted = [cell for cell in FEASIBLE if cell.kind == "SIGKILL"]
-    faults = draw(random.Random(0), wanted)
-    assert {Cell(fault.phase, fault.kind) for fault in faults} >= set(wanted)
-
-
-def test_each_cell_is_feasible_or_has_a_reason() -> None:
-    assert set(EMPTY) | set(FEASIBLE) == {Cell(phase, kind) for phase in PHASES for kind in KINDS}
-    assert all(EMPTY.values())

@@ -2,29 +2,10 @@
 
 from typing import NamedTuple
 
-PHASES: tuple[str, ...] = (
-    "import",
-    "data",
-    "forward",
-    "dispatch",
-    "combine",
-    "backward",
-    "optimizer",
-    "checkpoint write",
-    "commit",
-)
-KINDS: tuple[str, ...] = (
-    "exception",
-    "SIGKILL",
-    "SIGSTOP",
-    "stop signals",
-    "non-finite gradient",
-    "ENOSPC",
-    "EIO",
-    "truncated file",
-)
 IN_STEP = ("data", "forward", "dispatch", "combine", "backward", "optimizer")
 SAVING = ("checkpoint write", "commit")
+PHASES = ("import", *IN_STEP, *SAVING)
+KINDS = ("exception", "SIGKILL", "SIGSTOP", "stop signals", "non-finite gradient", "ENOSPC", "EIO", "truncated file")
 
 
 class Cell(NamedTuple):

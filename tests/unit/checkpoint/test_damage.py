@@ -19,7 +19,7 @@ from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.checkpoint.verify import verify
 from moe_dist.errors import DataError, MoeDistError
 from moe_dist.formats.manifest import load_manifest
-from moe_dist.formats.split_files import data_digest, digest_problems, load_bits
+from moe_dist.formats.split_files import data_digest, digest_problems
 from moe_dist.plan.preflight import data_set_problems
 from tests.support.damage import KINDS, damage
 from tests.support.fake_ranks import load_all, save_all
@@ -78,15 +78,6 @@ def test_a_special_file_is_refused_by_name_within_a_second(good: Path, tmp_path:
     assert any(problem.file == name and "is no regular file" in problem.detail for problem in found), found
     with at_once(), pytest.raises(DataError, match=name):
         load_all(states(good, 1), folder)
-
-
-def test_bits_and_digests_are_read_from_regular_files_only(tmp_path: Path) -> None:
-    split = tiny_dataset(tmp_path).sources["captions"].train
-    assert split.filler is not None
-    (tmp_path / split.filler).unlink()
-    os.mkfifo(tmp_path / split.filler)
-    with pytest.raises(DataError, match="is no regular file"):
-        load_bits(tmp_path, split, "filler")
 
 
 def test_each_header_is_read_once_inside_the_vote(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,13 +280,6 @@ def test_a_checkpoint_in_a_folder_of_another_step_is_refused_and_replaced(tmp_pa
     assert torch.equal(other.weights(), run.weights())
 
 
-def test_a_state_of_other_ranks_is_our_bug(tmp_path: Path) -> None:
-    run = SmallRun(tmp_path)
-    state = capture(run.model, run.optimizer, RankLayout(PLACEMENT, rank=1, world_size=2))
-    with refused(AssertionError):
-        run.manager.save(1, state)
-
-
 def test_values_that_are_no_json_are_refused(tmp_path: Path) -> None:
     run = SmallRun(tmp_path)
     with refused(ValueError):

@@ -12,11 +12,9 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from moe_dist.data import chat
-from moe_dist.data.batch import IGNORED
 from moe_dist.data.chat import HubTokenizer
 from moe_dist.data.corpus import Recipe
 from moe_dist.data.indexed import IndexedSplit
-from moe_dist.data.loader import TrainLoader
 from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import Manifest
@@ -132,35 +130,6 @@ def test_texts_end_with_the_end_token(tmp_path: Path, folders: dict[str, Path], 
     special = HubTokenizer(folders[kind]).text(f"a {tokenizer.eos_token} b").tokens.tolist()
     # A Unigram model has its special tokens among its pieces.
     assert special.count(tokenizer.eos_token_id) == (2 if kind == "instruct" else 1)
-
-
-def test_labels_of_packed_batches_are_the_assistants_tokens(tmp_path: Path, folders: dict[str, Path]) -> None:
-    """On any number of ranks each assistant token is a label once per epoch, and no other token is."""
-    lines = write_lines(tmp_path / "lines.jsonl", ROWS[:60])
-    manifest = made(tmp_path / "set", folders["chatml"], messages=str(lines))
-    pairs = stored(tmp_path / "set", manifest)
-    expected = sorted(token for ids, mask in pairs for token, label in zip(ids[1:], mask[1:], strict=True) if label)
-    for world in (1, 2, 4):
-        labels = []
-        for rank in range(world):
-            loader = TrainLoader(
-                tmp_path / "set",
-                manifest,
-                seq_len=64,
-                weights={},
-                pack_window=64,
-                seed=0,
-                global_batch=world,
-                micro_batch=1,
-                rank=rank,
-                world_size=world,
-            )
-            (count,) = loader.sequences_per_epoch.values()
-            for position in range(-(-count // world)):
-                if position * world + rank < count:
-                    (batch,) = loader.batches(position * world)
-                    labels += batch.labels_BS[batch.labels_BS != IGNORED].tolist()
-        assert sorted(labels) == expected
 
 
 def test_equal_questions_are_on_one_side(tmp_path: Path, folders: dict[str, Path]) -> None:

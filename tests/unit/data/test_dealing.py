@@ -36,12 +36,6 @@ def test_the_cost_of_a_sequence_by_hand() -> None:
     assert costs.of([4], np.array([0, 4])) == (16.0, 400.0)
 
 
-def test_equal_parts_by_hand() -> None:
-    """9 8 7 | 6 5 4: paired in opposite order, the sums are 13 13 13."""
-    parts = equal_parts(np.array([4.0, 9.0, 5.0, 8.0, 6.0, 7.0]), 3)
-    assert sorted(map(sorted, parts.tolist())) == [[0, 1], [2, 3], [4, 5]]
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_equal_parts_are_near_the_best(seed: int) -> None:
     """Compared with all ways to halve 8 items, within 2 % of the sum."""

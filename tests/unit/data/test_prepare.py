@@ -453,12 +453,3 @@ def test_a_full_disk_is_told(own: Path, tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(StorageError, match=r"--out .*/set: .*No space left on device; nothing was made"):
         prepare(tmp_path / "set", inputs(own), RECIPE, silent)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
-
-
-def test_too_many_codes_for_the_pictures_is_65(tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    for number in range(3):
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"pictures/{number}.png")
-    result = command("--out", tmp_path / "set", "--images", tmp_path / "pictures")
-    assert result.exit_code == 65
-    assert "--codes 512: the pictures have only" in result.output

@@ -30,10 +30,6 @@ def test_special_tokens_come_first_and_never_from_text(tmp_path: Path) -> None:
         assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == "a <eos> b <boi>"
 
 
-def test_one_corpus_gives_one_tokenizer() -> None:
-    assert fit_tokenizer(TEXTS, vocab_size=320).to_str() == fit_tokenizer(TEXTS, vocab_size=320).to_str()
-
-
 def test_too_small_a_vocabulary_is_refused() -> None:
     with pytest.raises(ConfigError, match=f"vocab_size={SMALLEST_VOCAB - 1}"):
         fit_tokenizer(TEXTS, vocab_size=SMALLEST_VOCAB - 1)

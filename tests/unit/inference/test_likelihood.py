@@ -8,9 +8,8 @@ import torch
 
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import load_manifest
-from moe_dist.inference.fact import Question
 from moe_dist.inference.likelihood import Continuation, Likelihood, Score
-from moe_dist.inference.multiple_choice import Answered, likeliest
+from moe_dist.inference.multiple_choice import likeliest
 from moe_dist.model.transformer import Transformer
 from tests.support.messages import refused
 from tests.support.tiny import IMAGE_IDS
@@ -72,10 +71,3 @@ def test_the_two_measures() -> None:
     assert likeliest(scores, choices, "plain") == 0
     assert likeliest(scores, choices, "normalised") == 1
     assert likeliest([Score(-3.0, False)] * 2, choices[:1] * 2, "plain") == 0  # takes the first of equal scores
-
-
-def test_a_question_is_right_if_it_is_under_each_rotation() -> None:
-    question = Question("t", "1", "?", ("a", "b", "c", "d"), 2)
-    answered = Answered(question, {"normalised": (2, 2, 2, 2), "plain": (2, 3, 2, 2)})
-    assert answered.right("normalised")
-    assert not answered.right("plain")

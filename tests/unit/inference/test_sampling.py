@@ -56,22 +56,6 @@ def test_equals_the_slow_form(rows: list[list[tuple[int, bool]]], temperature: f
         assert all(chance == 0 for chance, (_, each) in zip(found, row, strict=True) if not each)
 
 
-def test_the_nucleus_by_hand() -> None:
-    logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log()
-    everything = torch.ones(1, 4, dtype=torch.bool)
-    np.testing.assert_allclose(
-        probabilities(logits, everything, Sampling(top_p=0.5)).tolist(), [[4 / 7, 0, 3 / 7, 0]], atol=1e-7
-    )
-    np.testing.assert_allclose(probabilities(logits, everything, Sampling(top_p=0.1)).tolist(), [[1, 0, 0, 0]])
-    np.testing.assert_allclose(
-        probabilities(logits, everything, Sampling(temperature=0.5)).tolist(),
-        [[16 / 30, 1 / 30, 9 / 30, 4 / 30]],
-        atol=1e-7,
-    )
-    tie = torch.tensor([[1.0, 2.0, 2.0]])
-    assert probabilities(tie, torch.ones(1, 3, dtype=torch.bool), Sampling(0.0)).tolist() == [[0, 1, 0]]
-
-
 @given(chances=st.lists(st.integers(0, 5), min_size=5, max_size=5).filter(any), uniform=st.floats(0, 1, exclude_max=True))
 def test_a_draw_is_where_the_running_sum_passes(chances: list[int], uniform: float) -> None:
     whole = sum(chances)
@@ -79,13 +63,6 @@ def test_a_draw_is_where_the_running_sum_passes(chances: list[int], uniform: flo
     assert chances[token] > 0
     assert sum(chances[:token]) / whole <= uniform + 1e-12
     assert uniform <= sum(chances[: token + 1]) / whole + 1e-12
-
-
-def test_draws_have_the_frequencies_of_the_chances() -> None:
-    chances = torch.tensor([0.0, 0.1, 0.6, 0.3], dtype=torch.float64).expand(20000, 4)
-    uniform = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    counts = draw(chances, uniform).bincount(minlength=4) / 20000
-    np.testing.assert_allclose(counts, [0, 0.1, 0.6, 0.3], atol=0.015)
 
 
 def test_a_sequence_draws_the_same_numbers_beside_any_others() -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,11 @@ import torch
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import initialise
-from moe_dist.parallel.mesh import make_mesh
-from moe_dist.parallel.parallelize import shard
 from moe_dist.placement.parameter_names import Role, named_parameters, role_of_name
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups
 from moe_dist.train.build.training import build_model
 from tests.support.tiny import tiny_config
-from tests.support.worlds import RankContext
 
 # For each case and tensor, its shape and a hash of its initial bytes, made by commit e0d2e61 with seed 3.
 WRITTEN_BEFORE = json.loads((Path(__file__).parents[2] / "data/names_of_e0d2e61.json").read_text())
@@ -113,23 +109,3 @@ def test_every_role_is_taken() -> None:
 )
 def test_a_group_may_be_called_like_a_role(name: str, role: Role) -> None:
     assert role_of_name(name) is role
-
-
-def roles_when_sharded(rank: RankContext) -> bool:
-    """Returns whether FSDP2 and the allocation of memory keep roles and logical names."""
-    mesh = make_mesh(ep=1, device=torch.device("cpu"), timeout=60.0)
-    same = []
-    for case in CASES:
-        model, placement = made(case, "meta")
-        before = [(each.name, each.role) for each in named_parameters(model)]
-        if case != "lora":
-            shard(model, mesh, torch.float32)
-        initialise(model, placement, ep_rank=0, device=torch.device("cpu"), seed=0, std=0.02)
-        same.append(before == [(each.name, each.role) for each in named_parameters(model)])
-    return all(same) and rank.world_size == 2
-
-
-@pytest.mark.slow
-@pytest.mark.full  # tests/distributed trains sharded models with these roles
-def test_roles_survive_sharding(run_in_world: Callable[..., list[Any]]) -> None:
-    assert run_in_world(2, roles_when_sharded) == [True, True]

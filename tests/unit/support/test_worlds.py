@@ -25,12 +25,6 @@ def summed(rank: RankContext, values: list[float]) -> Answer:
     return Answer(rank.rank, total)
 
 
-def leave_a_group(rank: RankContext) -> str:
-    group = dist.new_group([0])
-    assert group is not None
-    return dist.group.WORLD.group_name  # pyright: ignore[reportOptionalMemberAccess]
-
-
 def hash_of(rank: RankContext, text: str) -> int:
     return hash(text)
 
@@ -71,20 +65,6 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def test_results_come_in_the_order_of_the_ranks_and_the_world_is_reused(worlds: Worlds) -> None:
-    first = worlds.run(2, summed, [1.0, 2.0])
-    pids = worlds.pids(2)
-    second = worlds.run(2, summed, [5.0, 6.0])
-    assert [(a.rank, a.total.item()) for a in first] == [(0, 3.0), (1, 3.0)]
-    assert [(a.rank, a.total.item()) for a in second] == [(0, 11.0), (1, 11.0)]
-    assert worlds.pids(2) == pids
-
-
-def test_groups_do_not_leak_into_the_next_call(worlds: Worlds) -> None:
-    names = [worlds.run(2, leave_a_group)[0] for _ in range(2)]
-    assert names[0] == names[1]
-
-
 def test_a_set_of_strings_may_have_another_order_on_the_next_rank(worlds: Worlds) -> None:
     first, second = worlds.run(2, hash_of, "experts")
     assert first != second
@@ -116,25 +96,3 @@ def test_a_failure_tells_its_first_cause_and_the_world_is_built_anew(
     assert not any(is_alive(pid) for pid in pids)
     assert worlds.run(2, summed, [1.0, 1.0])[1].total.item() == 2.0
     assert not set(pids) & set(worlds.pids(2))
-
-
-KEPT: list[object] = []
-
-
-def keep_groups(rank: RankContext, number: int) -> None:
-    KEPT.extend(dist.new_group([0, 1]) for _ in range(number))
-
-
-@pytest.mark.full
-def test_a_world_that_gathered_threads_makes_way_for_a_new_one() -> None:
-    worlds = Worlds()
-    try:
-        worlds.run(2, keep_groups, 1)
-        before = worlds.pids(2)
-        assert before
-        worlds.run(2, keep_groups, 24)
-        assert worlds.pids(2) == []
-        assert [answer.rank for answer in worlds.run(2, summed, [1.0, 2.0])] == [0, 1]
-        assert not any(map(is_alive, before))
-    finally:
-        worlds.close()

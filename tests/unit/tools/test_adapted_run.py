@@ -60,16 +60,6 @@ def test_base_and_adapters_come_back_together(trained: tuple[Path, OneRank]) -> 
     assert not torch.allclose(logits_of(model, tokens)[0], logits_of(base, tokens)[0])
 
 
-def test_it_is_sampled_and_evaluated(trained: tuple[Path, OneRank], tmp_path: Path) -> None:
-    folder, _ = trained
-    done = call(generate, folder, "--prompt", "text 1", "--tokens", 5)
-    assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("text 1")
-    done = call(evaluate, folder, "--tasks", "pictures", "--split", "train", "--limit", 4, "--out", tmp_path)
-    assert done.exit_code == 0, done.output
-    assert "pictures-naming" in done.stdout
-
-
 def test_it_is_looked_at(trained: tuple[Path, OneRank]) -> None:
     folder, _ = trained
     done = call(inspect_checkpoint, folder)
