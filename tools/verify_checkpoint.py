@@ -1,7 +1,6 @@
 """Checks that a checkpoint is complete and undamaged: every tensor exists once, has the right shape, is finite, and has the
 saved bits."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,7 @@ from moe_dist.checkpoint.contents import examine_files
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.index import MAX_FAULTS, StateFile
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
-from moe_dist.errors import DataError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.runtime.command_line import reports_errors, run_command
 
 
@@ -57,6 +56,7 @@ def _look_at_base(state: StateFile | None, folder: Path) -> Path | None:
 def _expected(state: StateFile | None) -> tuple[Mapping[str, TensorSpec] | None, str]:
     """Returns the tensors that a checkpoint must have by its configuration. Returns None and a remark if the checkpoint has
     no readable configuration."""
+    from moe_dist.config.partial import read_stored
     from moe_dist.config.schema import Config
     from moe_dist.train.build.training import state_specs
 
@@ -64,12 +64,13 @@ def _expected(state: StateFile | None) -> tuple[Mapping[str, TensorSpec] | None,
     try:
         if not isinstance(saved, dict):
             return None, "; it has no configuration to tell which tensors there should be"
-        specs = state_specs(Config.model_validate_json(json.dumps(saved)))
+        specs = state_specs(read_stored(Config, saved))
         if state is not None and state.optimizer_steps is None:  # saved without an optimizer, such as an import
             specs = {name: spec for name, spec in specs.items() if not name.startswith(OPTIMIZER_PREFIX)}
         return specs, ""
-    except ValueError as error:
-        return None, f"; its configuration cannot be read by this version, so layers may be missing ({error!s:.80})"
+    except ConfigError as error:
+        said = "; ".join(error.problems)
+        return None, f"; its configuration cannot be read by this version, so layers may be missing ({said})"
 
 
 if __name__ == "__main__":

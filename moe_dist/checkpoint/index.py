@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
 from moe_dist.config.regular_file import read_regular
-from moe_dist.config.renamed import translate
+from moe_dist.config.stored_format import translate
 from moe_dist.errors import DataError
 
 INDEX_FILE, STATE_FILE = "index.json", "state.json"
@@ -120,9 +120,9 @@ class StateFile(StoredModel):
     versions: dict[str, str]
     values: dict[str, JsonValue]  # see `CheckpointState.values`
 
-    @field_validator("values")  # the configuration of an earlier version may have old names of keys
+    @field_validator("values")
     @classmethod
-    def _in_todays_names(cls, values: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    def _in_present_format(cls, values: dict[str, JsonValue]) -> dict[str, JsonValue]:
         return {name: translate(value) if name == "config" else value for name, value in values.items()}
 
     def to_json(self) -> bytes:

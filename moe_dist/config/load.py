@@ -11,8 +11,8 @@ from moe_dist.config.base.section import Violation, sections_in
 from moe_dist.config.bundled import find_config, hint_for_missing
 from moe_dist.config.keys import bare, find, tag_key, type_text, unknown_key
 from moe_dist.config.partial import PartialConfig, draft
-from moe_dist.config.renamed import Rename, new_key, translate
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
+from moe_dist.config.stored_format import translate
 from moe_dist.config.yaml_text import dump_yaml, load_yaml, read_mapping
 from moe_dist.errors import ConfigError
 
@@ -42,7 +42,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_stored_config(path: Path) -> Config:
-    """Reads the configuration in a run folder, and translates names of an earlier version.
+    """Reads the configuration in a run folder, in this or an earlier format.
 
     Raises:
         ConfigError: lists every fault of the file.
@@ -103,9 +103,6 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
         key = key.strip()
         if not equals or not all(key.split(".")):
             problems.append(f"{override!r}: an override is key=value with a dotted key, as in train.steps=200")
-            continue
-        if today := new_key(key):
-            problems.append(Rename(key, today).problem)
             continue
         if not find(Config, key):
             problems.append(f"{key}: {unknown_key(Config, key)}")

@@ -31,7 +31,7 @@ from moe_dist.config.keys import (
     unknown_key,
     variants_of,
 )
-from moe_dist.config.renamed import translation
+from moe_dist.errors import ConfigError
 
 MOST_FAULTS = 50  # faults that one round of `draft` reports; the search for a similar key takes milliseconds for each
 _ROUNDS = 20  # most rounds of `draft`: each may find missing keys one level deeper; schemas have fewer than 20 levels
@@ -65,10 +65,8 @@ class PartialConfig(Generic[S]):
 
 
 def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
-    """Reads plain values (as in JSON) into `schema`, and replaces wrong values until the schema accepts all of them. A
-    former name of a key or kind is a fault."""
-    values, renames = translation(json.loads(json.dumps(values)))
-    problems: dict[Where, str] = {(rename.old,): rename.problem for rename in renames}
+    """Reads plain values (as in JSON) into `schema`, and replaces wrong values until the schema accepts all of them."""
+    values, problems = json.loads(json.dumps(values)), dict[Where, str]()
     wrong: set[str] = set()
     for _ in range(_ROUNDS):
         try:
@@ -89,6 +87,19 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
             if (more := len(details) - MOST_FAULTS) > 0:
                 return PartialConfig(None, (*problems.values(), f"and {more:,} more faults"), frozenset(wrong))
     return PartialConfig(None, tuple(problems.values()), frozenset(wrong))
+
+
+def read_stored(schema: type[S], values: Any) -> S:
+    """Reads a section that a checkpoint has stored, plain values as in JSON.
+
+    Raises:
+        ConfigError: this version cannot read it. The error lists the faults.
+    """
+    try:
+        return schema.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        problems = draft(schema, values).problems if isinstance(values, dict) else ()
+        raise ConfigError(problems or f"{error!s:.200}") from error
 
 
 def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: ErrorDetails) -> str:

@@ -37,6 +37,7 @@ from moe_dist.config.sinks.base import SinkSection
 from moe_dist.config.sinks.console import ConsoleSinkSection
 from moe_dist.config.sinks.jsonl import JsonlSinkSection
 from moe_dist.config.sinks.tensorboard import TensorBoardSinkSection
+from moe_dist.config.stored_format import FORMAT
 from moe_dist.config.trace_schema import ComputeMapSection, ProfileSection, TraceSection, needs_chosen_experts
 from moe_dist.config.tuning_schema import RouterTuningSection
 
@@ -295,6 +296,7 @@ class MonitorSection(Section):
 class Config(Section):
     """A whole run."""
 
+    format: Literal[1] = Field(default=FORMAT, description="Number of the format of this configuration.")
     run: RunSection
     model: ModelSection
     data: DataSection

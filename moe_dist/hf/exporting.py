@@ -29,6 +29,7 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.storage import open_tensors, sync, write_durably, write_tensors
 from moe_dist.config.experts.clamped_ffn import ClampedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
+from moe_dist.config.partial import read_stored
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 from moe_dist.hf.attention_fields import max_positions
@@ -142,12 +143,12 @@ def _merged(adapters: Contents) -> tuple[Contents, Read]:
 
 def checked_config(contents: Contents) -> Config:
     """Returns the configuration of a checkpoint. Raises DataError if this version of moe_dist cannot read it."""
-    saved = contents.state.values.get("config")
     try:
-        return Config.model_validate_json(json.dumps(saved))
-    except ValidationError as error:
+        return read_stored(Config, contents.state.values.get("config"))
+    except ConfigError as error:
+        said = "; ".join(error.problems)
         raise DataError(
-            f"{contents.folder}: its state.json has no configuration that this version can read: {str(error)[:200]}"
+            f"{contents.folder}: its state.json has no configuration that this version can read: {said}"
         ) from error
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from moe_dist.config.load import changes_on_resume, load_stored_config, resolved_yaml
 from moe_dist.config.regular_file import read_regular
-from moe_dist.config.renamed import FORMER_DEFAULTS
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
+from moe_dist.config.stored_format import FORMER_DEFAULTS
 from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import lines_from_end, write_atomically

@@ -7,12 +7,10 @@ Every rank holds the whole teacher, frozen and in evaluation mode, and runs the 
 the teacher's output from a file (`top_logits.py`). Both ways need no collective.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from moe_dist.checkpoint.base import KEY
@@ -21,6 +19,7 @@ from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.config.model_schema import ModelSection
+from moe_dist.config.partial import read_stored
 from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
@@ -82,9 +81,10 @@ def teacher_section(path: str, student: ModelSection, manifest: Manifest, *, seq
         raise ConfigError(f"{key}: holds adapters without their base; export it merged, and import that as the teacher")
     config = values.get("config")
     try:
-        found = ModelSection.model_validate_json(json.dumps(config.get("model") if isinstance(config, dict) else None))
-    except ValidationError as error:
-        raise ConfigError(f"{key}: its state.json has no model that this version can read: {error!s:.200}") from error
+        found = read_stored(ModelSection, config.get("model") if isinstance(config, dict) else None)
+    except ConfigError as error:
+        said = "; ".join(error.problems)
+        raise ConfigError(f"{key}: its state.json has no model that this version can read: {said}") from error
     problems = []
     if found.vocab_size != student.vocab_size:
         problems.append(

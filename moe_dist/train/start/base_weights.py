@@ -8,11 +8,9 @@ padding. A base with one expert per layer leaves padding out of its matrix produ
 the rounding of a matrix product depends on its number of rows.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import ValidationError
 from torch import nn
 
 from moe_dist.checkpoint.base import GUIDE, KEY, Base, base_sources, content_hash, find_base
@@ -20,6 +18,7 @@ from moe_dist.checkpoint.contents import Contents
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, TensorSpec, capture
 from moe_dist.config.model_schema import ModelSection
+from moe_dist.config.partial import read_stored
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.placement.parameter_names import ADAPTERS, Role, role_of_name
@@ -101,9 +100,9 @@ def base_problems(model: ModelSection, contents: Contents) -> list[str]:
         return ["it holds adapters and not the model under them; export it (tools.export_hf) and import that as the base"]
     config = values.get("config")
     try:
-        there = ModelSection.model_validate_json(json.dumps(config.get("model") if isinstance(config, dict) else None))
-    except ValidationError as error:
-        return [f"its state.json has no model that this version can read: {str(error)[:200]}"]
+        there = read_stored(ModelSection, config.get("model") if isinstance(config, dict) else None)
+    except ConfigError as error:
+        return [f"its state.json has no model that this version can read: {'; '.join(error.problems)}"]
     problems = [
         f"model.{name.removeprefix('resolved_')}={getattr(model, name)!r}, the base's is {getattr(there, name)!r}"
         for name in _FUNCTION

@@ -10,14 +10,13 @@ rank_values["generators"]                     states of each rank's random numbe
 placement, versions                           only for human readers; a load ignores both entries
 """
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
 from moe_dist.checkpoint.base import KEY as BASE
 from moe_dist.checkpoint.base import Base
@@ -28,6 +27,7 @@ from moe_dist.checkpoint.manager import CheckpointManager, Restored
 from moe_dist.checkpoint.saver import CheckpointWriter
 from moe_dist.checkpoint.state import CheckpointState, RankLayout
 from moe_dist.config.load import changes_on_resume, difference
+from moe_dist.config.partial import read_stored
 from moe_dist.config.schema import Config
 from moe_dist.data.order import number_at
 from moe_dist.errors import ConfigError, DataError, DivergedError
@@ -354,11 +354,11 @@ def saved_config(values: Mapping[str, JsonValue], folder: Path) -> Config:
         DataError: this version cannot read the configuration.
     """
     try:
-        return Config.model_validate_json(json.dumps(mapping_of(values, "config", folder)))
-    except ValidationError as error:
+        return read_stored(Config, mapping_of(values, "config", folder))
+    except ConfigError as error:
         raise DataError(
             f"{folder}: the configuration in its state.json cannot be read by this version of moe_dist; go on with the "
-            f"version in provenance.json: {error!s:.200}"
+            f"version in provenance.json: {'; '.join(error.problems)}"
         ) from error
 
 

@@ -1,0 +1,60 @@
+"""Translates configurations that runs and checkpoints have stored before the key `format` existed.
+
+Such a configuration has former names of keys and kinds, and lacks keys whose defaults differ from the behaviour of that
+time. A configuration with a format number is never changed: a change of names or defaults that would change a stored run
+raises the number, and brings its own translation.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+FORMAT = 1  # the present format
+
+# Former key (a dotted path, in which only the last part is a former name; * is an item of a list) -> that part's name now.
+KEYS = {
+    "model.depths": "mixture_of_depths",
+    "model.mixture_of_depths.set": "scope",
+    "model.moe.capacity.set": "scope",
+    "model.moe.router.set": "scope",
+    "model.moe.router.loads": "active_experts",
+}
+# Key -> former value -> present value.
+VALUES = {
+    "model.moe.router.kind": {"fixed_load": "scheduled_top_k"},
+    "model.moe.balance.*.kind": {"load_target": "active_experts"},
+    "parallel.dispatch.kind": {
+        "per_rank": "all_to_all",
+        "per_node": "hierarchical",
+        "per_pair": "known_counts",
+        "deep_ep": "deep_ep_v2",  # V1 of DeepEP, which its makers call legacy
+    },
+}
+# Key -> value of a configuration that lacks the key.
+FORMER_DEFAULTS = {"loss.balance.scope": "micro_batch"}
+
+
+def translate(values: Any) -> Any:
+    """Returns a stored configuration, plain values as in YAML or JSON, in the present format."""
+    if not isinstance(values, Mapping) or "format" in values:
+        return values
+    found = _renamed(values, "")
+    for key, value in FORMER_DEFAULTS.items():
+        *holders, name = key.split(".")
+        section = found
+        for holder in holders:
+            section = section.get(holder) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.setdefault(name, value)
+    return found | {"format": FORMAT}
+
+
+def _renamed(value: Any, key: str) -> Any:
+    if isinstance(value, list | tuple):
+        return [_renamed(item, f"{key}.*") for item in value]
+    if not isinstance(value, Mapping):
+        return VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value
+    below = f"{key}." if key else ""
+    names = {name: KEYS.get(f"{below}{name}", name) for name in value}
+    # If both names exist, the former one stays, and is reported as an unknown key.
+    names = {name: name if now != name and now in value else now for name, now in names.items()}
+    return {now: _renamed(value[name], f"{below}{now}") for name, now in names.items()}

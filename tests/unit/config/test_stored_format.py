@@ -1,0 +1,89 @@
+"""Configurations that runs stored before they had a format number: names and defaults of that time."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.config.keys import find
+from moe_dist.config.load import load_config, load_stored_config, resolved_yaml
+from moe_dist.config.schema import BalanceSection, Config
+from moe_dist.config.stored_format import FORMAT, KEYS, VALUES, translate
+from moe_dist.config.yaml_text import load_yaml
+from moe_dist.errors import ConfigError
+
+OLD = """
+model:
+  depths: {every: 2, set: world}
+  moe:
+    capacity: {factor: 1.25, set: rank}
+    router: {kind: fixed_load, loads: {set: [1.0]}}
+    balance: [{kind: loss_free}, {kind: load_target, target: {loads: 1.5}}]
+parallel: {dispatch: {kind: per_pair}}
+"""
+NEW = """
+model:
+  mixture_of_depths: {every: 2, scope: world}
+  moe:
+    capacity: {factor: 1.25, scope: rank}
+    router: {kind: scheduled_top_k, active_experts: {set: [1.0]}}
+    balance: [{kind: loss_free}, {kind: active_experts, target: {loads: 1.5}}]
+parallel: {dispatch: {kind: known_counts}}
+format: 1
+"""
+
+
+def plain(text: str) -> Any:
+    values, problems = load_yaml(text)
+    assert not problems
+    return values
+
+
+def test_a_stored_configuration_takes_the_new_names_and_a_new_one_stays() -> None:
+    old, new = plain(OLD), plain(NEW)
+    assert translate(old) == new
+    assert old == plain(OLD)
+    assert translate(new) == new
+
+
+def test_a_stored_configuration_gets_the_balance_loss_of_its_time() -> None:
+    assert translate({"loss": {"balance": {"kind": "vanilla"}}})["loss"]["balance"]["scope"] == "micro_batch"
+    for scope in ("step", "micro_batch"):
+        assert translate({"loss": {"balance": {"scope": scope}}})["loss"]["balance"]["scope"] == scope
+    numbered = {"format": FORMAT, "loss": {"balance": {"kind": "vanilla"}}, "model": {"depths": None}}
+    assert translate(numbered) == numbered, "a configuration with a number is as it was written"
+    assert BalanceSection().scope == "step"  # of a new configuration
+
+
+@pytest.mark.parametrize("values", [None, 3, [1]])
+def test_what_is_no_mapping_comes_back(values: Any) -> None:
+    assert translate(values) == values
+
+
+def test_wrong_values_are_kept_for_the_schema_to_refuse() -> None:
+    found = translate({"model": 3, "loss": None, "parallel": {"dispatch": ["per_pair"]}})
+    assert found == {"model": 3, "loss": None, "parallel": {"dispatch": ["per_pair"]}, "format": FORMAT}
+
+
+def test_every_new_name_is_in_the_schema_and_no_old_one() -> None:
+    for old, new in KEYS.items():
+        assert find(Config, f"{old.rpartition('.')[0]}.{new}"), new
+        assert not find(Config, old), old
+    for key, values in VALUES.items():
+        kinds = {kind for each in find(Config, key.replace("*", "0")) for kind in _literals(each.annotation)}
+        assert kinds >= set(values.values()), key
+        assert not kinds & set(values), key
+
+
+def _literals(annotation: Any) -> tuple[str, ...]:
+    return annotation.__args__
+
+
+def test_a_run_stores_the_number_and_another_number_is_refused(path: Path) -> None:
+    text = resolved_yaml(load_config(path))
+    assert text.startswith(f"format: {FORMAT}\n")
+    path.write_text(text)
+    assert load_stored_config(path) == load_config(path)
+    path.write_text(text.replace(f"format: {FORMAT}", "format: 2"))
+    with pytest.raises(ConfigError, match="format=2: must be 1"):
+        load_stored_config(path)
