@@ -104,12 +104,12 @@ class Chunk(NamedTuple):
 
     Attributes:
         pairs: Places of the pairs.
-        index: Returns the row of each pair, among a given number of rows.
+        make_index: Returns the row of each pair, among a given number of rows.
         runs: The rows of each stack.
     """
 
     pairs: slice
-    index: Callable[[int], RowIndex]
+    make_index: Callable[[int], RowIndex]
     runs: Sequence[Runs]
 
 
@@ -166,7 +166,8 @@ class ExpertStack(nn.Module):
         activation: Activation = SWIGLU, adapter: ExpertLoRA | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.widths, self.gemm, self.activation, self.adapter = (hidden_dim, ffn_dim), gemm, activation, adapter
+        self.widths, self.activation, self.adapter = (hidden_dim, ffn_dim), activation, adapter
+        self.gemm: ExpertGemm = gemm
         self.gate = nn.Parameter(torch.empty(num_local, ffn_dim, hidden_dim))
         self.up = nn.Parameter(torch.empty(num_local, ffn_dim, hidden_dim))
         self.down = nn.Parameter(torch.empty(num_local, hidden_dim, ffn_dim))
@@ -250,7 +251,8 @@ class ExpertStack(nn.Module):
         if "gate_up" in weights:
             hidden_QF = activate(product(inputs[0], weights["gate_up"]), None, rows)
         else:
-            hidden_QF = activate(*self._outputs({"gate": inputs[0], "up": inputs[1]}, "gate_up", weights, product), rows)
+            both = {"gate": inputs[0], "up": inputs[1]}
+            hidden_QF = activate(*self._outputs(both, "gate_up", weights, product), rows)  # pyright: ignore[reportCallIssue]
         return self._outputs({"down": hidden_QF}, "down", weights, product)[0]
 
     def _outputs(
@@ -374,7 +376,7 @@ class Experts(nn.Module):
         self, stacks: Sequence[RunStack], rows_RD: Tensor, weight_Q: Tensor, chunk: Chunk, dtype: torch.dtype
     ) -> Tensor:
         """Computes the pairs of one chunk. Returns the sum of each row's weighted outputs, [R, D] in `dtype`."""
-        index = chunk.index(rows_RD.shape[0])
+        index = chunk.make_index(rows_RD.shape[0])
         inputs = self.kernels.gather(rows_RD, index)  # one copy of a row per pair
         outputs, at = [], 0
         for stack, runs in zip(stacks, chunk.runs, strict=True):
