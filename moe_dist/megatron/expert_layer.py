@@ -19,8 +19,8 @@ from moe_dist.megatron.megatron_lm import MegatronLmWatch
 from moe_dist.megatron.modality import PADDING, groups_of_rank
 from moe_dist.megatron.settings import GUIDE, ExpertSettings
 from moe_dist.megatron.sharding import sharded_layer_state
-from moe_dist.moe.experts.experts import Experts
-from moe_dist.moe.experts.static_experts import StaticExperts
+from moe_dist.moe.experts.experts import Experts, on_host
+from moe_dist.moe.experts.static_storage import on_device
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing.types import Recompute
 from moe_dist.placement.parameter_names import group_module, named_parameters
@@ -114,16 +114,16 @@ def _build(
     layer: int,
 ) -> MoELayer:
     """Builds the layer without a shared expert; its parameters are allocated but not initialised."""
-    experts: Any = StaticExperts if watch.static else Experts
     with torch.device("meta"):
         router: Any = watch.make_router(layer)
         moe = MoELayer(
             norm=nn.Identity(),  # Megatron applies its own pre_mlp_layernorm before the layer
             router=router,
-            experts=experts(
+            experts=Experts(
                 config.hidden_size,
                 placement.groups,
                 [len(placement.local_experts(ep_rank, group)) for group in placement.groups],
+                storage=on_device if watch.static else on_host,
                 pair_budget=settings.expert_pair_budget,
                 gemm=settings.expert_gemm,
             ),

@@ -112,5 +112,5 @@ def test_its_records_have_todays_names(run: Path) -> None:
 def test_it_is_the_same_configuration_and_a_users_file_needs_the_new_names(run: Path) -> None:
     stored = run / "config.yaml"
     assert RunFolder(run).inspect(load_stored_config(stored)) is not Start.NEW
-    with pytest.raises(ConfigError, match="unknown key|must be one of|belongs to"):
+    with pytest.raises(ConfigError, match=r"unknown key|must be one of|belongs to"):
         load_config(stored)

@@ -20,7 +20,7 @@ from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.static import StaticDispatcher
 from moe_dist.moe.experts.experts import ExpertGemm, Experts
-from moe_dist.moe.experts.static_experts import StaticExperts
+from moe_dist.moe.experts.static_storage import on_device
 from moe_dist.moe.kernel_choice.choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
@@ -287,7 +287,7 @@ def static_layer(like: MoELayer, hidden: int, groups: Any, tokens: int, mesh: Me
     rank, ranks = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
     placement, kernels = ExpertPlacement.interleaved(groups, ranks), like.experts.kernels
     local = [len(placement.local_experts(rank, group)) for group in groups]
-    experts = StaticExperts(hidden, groups, local, kernels=kernels)
+    experts = Experts(hidden, groups, local, storage=on_device, kernels=kernels)
     experts.load_state_dict(like.experts.state_dict())
     wire = AllToAll(mesh.ep if mesh is not None and ranks > 1 else None, CommStats())
     dispatcher = StaticDispatcher(DispatchContext(placement, wire, kernels=kernels, tokens=tokens), room=ROOM)

@@ -4,7 +4,11 @@ from moe_dist.config.base.section import KindSection
 
 
 class ExpertsSection(KindSection):
-    """The module, such as an FFN, of every true expert: every expert that is not null, identity or constant."""
+    """The module, such as an FFN, of every true expert: every expert that is not null, identity or constant.
+
+    `builds` names the activation of FFNs, the adapter of FFNs with adapters (whose `base` names the activation), or the
+    LoRA experts over one frozen FFN.
+    """
 
     replicated: ClassVar[bool] = False  # true if every rank holds all experts, so that no row is sent
     adapts_ffns: ClassVar[bool] = False  # true if experts are the frozen experts of run.init_from, with adapters

@@ -15,7 +15,7 @@ class AdaptedFFNExpertsSection(AdapterSection, ExpertsSection):
     """Each true expert is a SwiGLU FFN of the frozen base in run.init_from, with LoRA on its matrices. Routers are frozen,
     too (PEFT's target_parameters)."""
 
-    builds = "moe_dist.moe.experts.adapted_experts:AdaptedExperts"
+    builds = "moe_dist.moe.experts.experts.expert_lora:ExpertLoRA"
     served = "ffn_lora"
     adapts_ffns = True
 
@@ -26,7 +26,7 @@ class AdaptedFFNExpertsSection(AdapterSection, ExpertsSection):
     shared_expert: bool = Field(default=False, description="LoRA on gate, up and down of the shared expert, too.")
 
     def keywords(self) -> dict[str, Any]:
-        return self.model_dump(exclude={"kind", "shared_expert"})
+        return self.model_dump(include={"rank", "alpha", "targets", "shared"})
 
     @property
     def adapter_is_shared(self) -> bool:

@@ -4,16 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.config.base.section import named
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from moe_dist.model.shared_lora import adapted
-from moe_dist.moe.experts.experts import Experts
-from moe_dist.moe.experts.experts_with_replicas import ExpertsWithReplicas
+from moe_dist.moe.experts.experts import Experts, on_host
 from moe_dist.moe.experts.lora import LoRALayer
-from moe_dist.moe.experts.static_experts import StaticExperts
+from moe_dist.moe.experts.static_storage import on_device
 from moe_dist.moe.experts.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
@@ -57,20 +55,22 @@ def ffn_layers(parts: LayerParts) -> Callable[[int], MoELayer]:
     known_counts = dispatcher.takes_known_counts and selection_scope.kind == "rank"
     known = {"selection_scope": selection_scope, "known_counts": known_counts, "kernels": parts.kernels}
     context = router_context(config, groups, **known)
-    experts, fields = _experts_class(config), moe.experts.keywords()
+    activation, adapter = moe.experts.base.build(), moe.experts.build() if moe.experts.adapts_ffns else None
 
     def make(layer: int) -> MoELayer:
         return MoELayer(
             norm=RMSNorm(hidden_dim, section.norm_eps),
             router=build_router(section, context, layer),
-            experts=experts(
+            experts=Experts(
                 hidden_dim,
                 groups,
                 [len(parts.placement.local_experts(parts.ep_rank, group)) for group in groups],
+                activation=activation,
+                adapter=adapter,
+                storage=on_device if config.parallel.dispatch.static else on_host,
                 pair_budget=config.parallel.expert_pair_budget,
                 gemm=config.parallel.expert_gemm,
                 kernels=parts.kernels,
-                **fields,
             ),
             dispatcher=dispatcher,
             shared=_shared_expert(section) if moe.shared_ffn_dim else None,
@@ -94,14 +94,14 @@ def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
     """Returns a function that makes the MoE layer with a given index, with LoRA experts."""
     config, section, groups = parts.config, parts.config.model, parts.placement.groups
     context = router_context(config, groups)
-    fields, ffn_dim = section.moe.experts.keywords(), groups[0].ffn_dim  # groups have the same ffn_dim
+    ffn_dim = groups[0].ffn_dim  # groups have the same ffn_dim
 
     def make(layer: int) -> LoRALayer:
         return LoRALayer(
             norm=RMSNorm(section.hidden_dim, section.norm_eps),
             router=build_router(section, context, layer),
             ffn=SwiGLU(section.hidden_dim, ffn_dim),
-            adapters=named(section.moe.experts.builds)(section.hidden_dim, ffn_dim, groups, **fields),
+            adapters=section.moe.experts.build(section.hidden_dim, ffn_dim, groups),
             recompute=config.parallel.recompute,
             seed=config.run.seed,
             layer=layer,
@@ -114,13 +114,6 @@ def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
 def make_layers(parts: LayerParts) -> Callable[[int], MoELayer | LoRALayer]:
     """Returns a function that makes the MoE layer with a given index."""
     return (lora_layers if parts.config.model.moe.experts.over_frozen_ffn else ffn_layers)(parts)
-
-
-def _experts_class(config: Config) -> type[Experts]:
-    section = config.model.moe.experts
-    if config.parallel.dispatch.static:
-        return StaticExperts
-    return named(section.builds) if config.rank_balance.replicating is None else ExpertsWithReplicas
 
 
 def attention_adapters(config: Config) -> Callable[[int], AttentionLoRA] | None:

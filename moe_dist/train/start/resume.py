@@ -10,6 +10,7 @@ rank_values["generators"]                     states of each rank's random numbe
 placement, versions                           only for human readers; a load ignores both entries
 """
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from moe_dist.hf.sections import read_section
 from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
 from moe_dist.hf.attention_fields import DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS, write_rope
-from moe_dist.hf.families import FAMILIES, read_section
+from moe_dist.hf.families import FAMILIES
 from moe_dist.hf.fields import INERT
 from moe_dist.hf.importing import run_config
 from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from moe_dist.hf.sections import read_section
 from safetensors.torch import save_file
 
 from moe_dist.checkpoint.directory import find_checkpoint
@@ -20,7 +21,6 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.verify import verify
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
-from moe_dist.hf.families import read_section
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.names import idle_places, slots
 from moe_dist.hf.plan import ImportOptions, changed_section
