@@ -205,7 +205,7 @@ def layers(rank: RankContext, library: str, recompute: str, pair_budget: int | N
     found = []
     with stand_in(library, strict=False):
         for make in (
-            AllToAllDispatcher,
+            lambda placement, wire: AllToAllDispatcher(DispatchContext(placement, wire)),
             lambda placement, wire: make_dispatcher(library, placement, wire, hidden_dim=16, top_k=2, tokens=12),
         ):
             torch.manual_seed(rank.rank)
