@@ -6,6 +6,7 @@ for all positions of the sequence, like PaLM's model FLOPs; kernels that skip ma
 letters: S sequence length, D hidden size, H query heads, d head width, F an FFN's hidden width, V vocabulary.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan.policies import expert_groups
 
 Recompute = Literal["none", "experts", "block"]
+ROUTER_BUFFERS = ("threshold", "statistics")  # tensors of routers that are no parameters
 
 
 def adapter_parameters(section: Any, widths: Mapping[str, tuple[int, int]]) -> int:
@@ -120,14 +122,15 @@ def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None 
     dim, moe, groups, num_moe_layers = model.hidden_dim, model.moe, expert_groups(model.moe), len(model.moe_layers)
     held = experts_held if experts_held is not None else {group.name: group.num_experts for group in groups}
     attention = sum(i * o for i, o in model.attention_widths.values()) + model.attention.num_vectors(model)
-    auxiliary = sum(max(1, dim // 2) * (dim + g.num_experts) for g in groups) if moe.router.has_auxiliary_routers else 0
+    further = [moe.router.further_tensors(group, dim).items() for group in moe.groups.values()]
+    of_routers = sum(math.prod(shape) for each in further for name, shape in each if name not in ROUTER_BUFFERS)
     experts = num_moe_layers * sum(each * held[name] for name, each in expert_parameters(model).items())
     lora, biases = moe.experts.over_frozen_ffn, sum(g.num_experts for g in groups) * moe.router.has_logit_bias
-    further = max(0, num_moe_layers - 1) * sum(moe.router.further_parameters(g.num_columns) for g in groups)
+    residual = max(0, num_moe_layers - 1) * sum(moe.router.further_parameters(g.num_columns) for g in groups)
     return Parts(
         embedding=model.vocab_size * dim,
         attention=model.num_layers * attention,
-        router=num_moe_layers * (dim * router_rows(model) + biases + auxiliary) + depth_router(model) + further,
+        router=num_moe_layers * (dim * router_rows(model) + biases + of_routers) + depth_router(model) + residual,
         experts=0 if lora else experts,
         free=num_moe_layers * 3 * dim * sum(g.num_constant for g in groups),
         shared=num_moe_layers * dim * (3 * ffn_dim_for_all(model) + moe.shared_gate),

@@ -1,6 +1,6 @@
 """One training on any layout of ranks: three optimizer steps of a small float64 model on made-up batches."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -117,32 +117,13 @@ class Layout:
         return replace(GROUPS[0], num_identity=1, num_constant=2), replace(GROUPS[1], num_constant=1)
 
     def __str__(self) -> str:
-        budget = f"-budget{self.pair_budget}" if self.pair_budget else ""
-        budget += "-free" if self.free else ""
-        budget += f"-balance-{self.balance_per}" if self.balance else ""
-        budget += "-fixed" if self.fixed else ""
-        budget += "-limited" if self.limited else ""
-        budget += f"-{self.adaptive}" if self.adaptive else ""
-        budget += f"-lora-{self.lora}" if self.lora else ""
-        budget += f"-ffn_lora-{self.ffn_lora}" if self.ffn_lora else ""
-        budget += f"-depths-{self.mixture_of_depths}-{self.depth_causal}" if self.mixture_of_depths else ""
-        budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
-        budget += f"-{self.choice}-{self.choice_causal}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
-        budget += "-per_pair" if self.per_pair else ""
-        budget += f"-room{self.room:g}" if self.room else ""
-        budget += "-gather_step" if self.fsdp_gather == "step" else ""
-        budget += "-halves" if self.halves else ""
-        budget += f"-{self.optimizer}" if self.optimizer != "adamw" else ""
-        budget += (f"-words{self.loss_words}" if self.loss_words else "") + ("-tied" if self.tied else "")
-        budget += "-compiled" if self.compiled else ""
-        budget += f"-distilled-{self.distilled}" if self.distilled else ""
-        budget += (f"-{self.form}" if self.form else "") + ("-replicas" if self.replicas else "")
-        budget += f"-{self.null_logit}-{self.balance_loss}" if self.balance_loss != "null_averaged" else ""
-        budget += f"-over_step-parts{self.parts}" if self.balance_scope == "step" else ""
-        budget += f"-tuned{''.join(map(str, self.tuned))}" if self.tuned else ""
-        timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")
-        parts = (f"ep{self.ep}", f"edp{self.edp}", self.placement, self.data, self.recompute, self.precision)
-        return "-".join(parts) + budget + timetable
+        """Returns the number of ranks, and each value that is not the default, for ids of tests."""
+        chosen = [
+            (each.name, getattr(self, each.name)) for each in fields(self)[2:] if getattr(self, each.name) != each.default
+        ]
+        return "-".join(
+            [f"ep{self.ep}-edp{self.edp}", *(name if value is True else f"{name}={value}" for name, value in chosen)]
+        )
 
 
 CONTROLLERS = (

@@ -423,26 +423,12 @@ def test_what_cannot_be_read_is_left_out_and_named_or_refused(own: Path, tmp_pat
     assert not (tmp_path / "strict").exists()
 
 
-def test_no_picture_that_can_be_read_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures/a.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"none of 1 pictures can be read; the first: picture .*a\.png.* damaged; replace"):
-        prepare(tmp_path / "set", Inputs(images=str(tmp_path / "pictures")), RECIPE, silent, lambda _: None)
-
-
 def test_a_set_without_a_held_out_side_says_so(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text("the only text")
     result = command("--out", tmp_path / "set", "--text", tmp_path / "texts", "--vocab-size", "300")
     assert result.exit_code == 0, result.output
     assert "nothing is held out" in " ".join(result.output.split())
-
-
-@pytest.mark.parametrize("out", ["/proc/x", "/dev/null/x", "/proc/self/x/y"])
-def test_an_output_that_cannot_be_made_is_told_at_once(own: Path, out: str) -> None:
-    result = command("--out", out, "--text", own / "texts.jsonl", *OPTIONS)
-    assert result.exit_code == 1
-    assert "no folder can be made in" in result.output
 
 
 def test_a_full_disk_is_told(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """bf16 moments: steps equal a slow reference for any slices, and moments are saved, verified and resumed."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.support.tiny import tiny_config, tiny_dataset
 
 SETTINGS: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 STEPS = 4
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -96,9 +98,9 @@ def test_a_moment_without_gradient_vanishes_only_below_the_bound(beta: float, va
     assert bool(optimizer.state[parameter]["exp_avg_sq"] < first / 1000) == vanishes
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_run_is_saved_verified_and_resumed(tmp_path: Path, kind: str) -> None:
-    data, section = tmp_path / "data", {"optimizer.kind": kind, "optimizer.moments": "bf16"}
+@pytest.mark.parametrize(("kind", "moments"), [("adamw", "bf16"), ("muon", "bf16"), ("muon", "fp32")])
+def test_a_run_is_saved_verified_and_resumed(tmp_path: Path, kind: str, moments: str) -> None:
+    data, section = tmp_path / "data", {"optimizer.kind": kind, "optimizer.moments": moments}
     tiny_dataset(data)
     changes: Any = {key.replace(".", "__"): value for key, value in section.items()}
     with world_of_one():
@@ -113,11 +115,16 @@ def test_a_run_is_saved_verified_and_resumed(tmp_path: Path, kind: str) -> None:
         for one, other in zip(*states, strict=True):
             assert one.keys() == other.keys()
             assert all(torch.equal(one[key], other[key]) and one[key].dtype == other[key].dtype for key in one)
-            assert {one[key].dtype for key in one if key != "step"} == {torch.bfloat16}
+            assert {one[key].dtype for key in one if key != "step"} == {getattr(torch, DTYPES[moments])}
+        # moments of another dtype, or of another optimizer
+        other = OneRank(data, tmp_path, **({"optimizer__kind": kind} if moments == "bf16" else {}))
         with pytest.raises(ConfigError, match="exp_avg"):
-            OneRank(data, tmp_path, optimizer__kind=kind).resumable.restore()
+            other.resumable.restore()
+    assert torch.equal(saved.weights(), resumed.weights())
     config = tiny_config(data, tmp_path, {**section, "parallel.ep": 1, "placement.policy": "interleaved"})
     specs = state_specs(config)
+    matrices = [name for name in specs if re.fullmatch(r"optimizer.exp_avg_sq.*(attention.q.weight|gate|up|down)", name)]
+    assert bool(matrices) == (kind == "adamw"), "Muon has one moment for each matrix of a layer"
     assert verify(saved.folder / "step_2", specs)[1] == []
     sizes = {name: spec.dtype.itemsize * np.prod(spec.shape) for name, spec in specs.items()}
     assert checkpoint_bytes(config) == sum(sizes.values())

@@ -79,11 +79,6 @@ def test_a_skewed_mix_gives_the_pinned_ranks_uneven_work_and_fewer_rows() -> Non
     )
 
 
-def test_an_even_mix_makes_the_work_equal() -> None:
-    comparison = compare((even(4, 0, "text"), even(4, 4, "image")), 4, {"text": 500, "image": 500})
-    assert words_of(comparison).endswith(" fewer rows than interleaved; its busiest rank has no more work.")
-
-
 @pytest.mark.parametrize(
     ("chosen", "than"), [(0, "interleaved where a rank's link moves less"), (1, "pinned where a rank's link moves more")]
 )

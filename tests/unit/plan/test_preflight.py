@@ -101,23 +101,10 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
             ["parallel.expert_gemm=grouped", "parallel.device=cuda"],
             "on CUDA torch has grouped kernels for bf16 only, but parallel.precision=fp32; take bf16",
         ),
-        (["train.stpes=3"], "train.stpes: unknown key; did you mean train.steps?"),
-        (["train.steps=many"], "train.steps='many': must be whole number"),
-        (["run.name=a; touch x"], "run.name='a; touch x'"),
-        (["run.name=../up"], "run.name='../up'"),
-        (['run.name="a\\nb"'], "run.name='a\\nb'"),
-        (["model.moe.groups.text.top_k=5"], "top_k=5 is larger than the group's 3 true + 1 null choices"),
-        (["placement.groups={text: {ranks: [0]}, image: {ranks: [2]}}"], "[2] out of range"),
-        (["placement.groups={text: {ranks: [0]}, image: {ranks: [0]}}"], "pinned groups must not share ranks"),
-        (
-            ["placement.groups={txt: {ranks: [0]}}"],
-            "placement.groups.txt: no such group; there are text, image; did you mean 'text'?",
-        ),
         (
             ["model.mixture_of_depths={first: 2}"],
             "mixture_of_depths.first=2 leaves no mixture-of-depths layer among num_layers=2; lower it",
         ),
-        (["model.mixture_of_depths={capacity: 0}"], "model.mixture_of_depths.capacity=0"),
         (
             ["model.mixture_of_depths={every: 1}", "model.moe.first=1", "model.dense_ffn_dim=8"],
             "depths: layer 0 is a mixture-of-depths layer without",
@@ -127,23 +114,11 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
             ["model.mixture_of_depths={}", "parallel.dispatch.kind=deep_ep_v2"],
             "parallel.dispatch.kind=deep_ep_v2: its buffers have room for one",
         ),
-        (["parallel.ep=1"], "1 of parallel.ep=1 ranks are free for 2 groups"),
-        (["placement.policy=explicit", "placement.slots=[[text/0, text/1, text/2, image/0], []]"], "no rank has image/1"),
-        (
-            ["model.vocab_size=63"],
-            "model.vocab_size=63: smaller than the data's 64 ids; ids of image [48, 64) lie outside",
-        ),
-        (["data.seq_len=65"], "data.seq_len=65: longer than model.max_seq_len=64"),
-        (
-            ["train.global_batch=10"],
-            "must be a multiple of train.micro_batch=2 x 2 ranks (parallel.ep x parallel.edp) = 4; take 8",
-        ),
         (["train.global_batch=2"], "= 4; take 4"),
         (
             ["parallel.edp=512", "train.global_batch=2048"],
             "parallel.ep x parallel.edp = 1024 ranks, but the data has only 192 training documents",
         ),
-        (["data.weights={captoins: 1}"], "data.weights.captoins: no such source; there are captions, prose; did"),
         (["model.moe.groups.text.modalities=[text, image]"], "modality 'image' is routed to text and image"),
         (["model.moe.groups.image.modalities=[picture]"], "no group routes the data's modality 'image'"),
         (["data.path=/nowhere"], "moe-dist prepare-data --out /nowhere"),
@@ -156,16 +131,11 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
             [f"{BALANCE}{{txt: 1.0}}, rate: 0.1}}]"],
             "0.target.txt: no such group; there are text, image; did you mean",
         ),
-        (
-            [f"{BALANCE}{{text: 2.5}}, rate: 0.1}}]"],
-            "target.text=2.5: a token takes at most 2 true experts (top_k=2",
-        ),
+        ([f"{BALANCE}{{text: 2.5}}, rate: 0.1}}]"], "target.text=2.5: a token takes at most 2 true experts (top_k=2"),
         (
             [f"{BALANCE}{{text: 0.5}}, rate: 0.1}}]"],
             "target.text=0.5: a token takes at least 1 true experts, because at most 1",
         ),
-        ([f"{BALANCE}{{text: 0.0}}, rate: 0.1}}]"], "balance.0.target.text=0.0: must be number, above 0"),
-        ([f"{BALANCE}{{text: 1.0}}}}]"], "model.moe.balance.0.rate: missing"),
         (
             [f"{BALANCE}{{image: 2.0}}, rate: 0.1}}]", "model.moe.groups.image.num_null=0"],
             "target.image=2: the group has neither null nor zero-computation experts, so that each token takes top_k=2 "

@@ -76,13 +76,6 @@ def test_what_the_configuration_calls_for_and_is_not_there_is_65(tmp_path: Path)
     assert shown[MAX_FAULTS] == f"and {len(told) - 1 - MAX_FAULTS} more (--every)"
 
 
-@pytest.mark.parametrize("module", [verify_checkpoint, inspect_checkpoint], ids=["verify", "inspect"])
-def test_no_checkpoint_is_78(tmp_path: Path, module: ModuleType) -> None:
-    done = call(module, tmp_path / "none")
-    assert (done.exit_code, done.stdout) == (78, "")
-    assert f"{module.__name__.rpartition('.')[2]}: {tmp_path / 'none'}: no such folder" in done.stderr
-
-
 def test_what_is_in_a_checkpoint_is_shown(checkpoints: Path) -> None:
     done = call(inspect_checkpoint, checkpoints.parent, "--tensors")
     assert done.exit_code == 0, done.output

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,116 +226,53 @@ def test_a_page_of_many_experts_is_small(experts: int) -> None:
     assert pairs.count("<tr>") == 1 + layers
 
 
-def cut(run: Path) -> Path:
-    path = run / "trace" / "a" / "rank_0.ids"
-    path.write_bytes(path.read_bytes()[:-3])
-    return run
+TRACE, MANIFEST, RECORDS = "trace", "trace/a/manifest.json", "metrics.jsonl"
 
 
-def another_model(run: Path) -> Path:
-    path = run / "trace" / "a" / "manifest.json"
-    content = json.loads(path.read_text())
-    content["groups"][1] |= {"num_experts": 1, "num_null": 3}
-    path.write_text(json.dumps(content))
-    return run
+def groups_with(image: dict[str, int]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda manifest: {"groups": [manifest["groups"][0], manifest["groups"][1] | image]}
 
 
-def ids_outside(run: Path) -> Path:
-    path = run / "trace" / "a" / "manifest.json"
-    content = json.loads(path.read_text())
-    content["groups"][1]["num_null"] = 1
-    path.write_text(json.dumps(content))
-    return run / "trace"
-
-
-def unplaced(run: Path) -> Path:
-    path = run / "trace" / "a" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_of_expert": [0, 1]}))
-    return run
-
-
-def misplaced_replicas(run: Path) -> Path:
-    path = run / "trace" / "a" / "manifest.json"
-    replicas = [[[0, 0]], *([[]] * 7)]
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"replicas": replicas[: len(content["layers"])]}))
-    return run
-
-
-def replicas_of_other_layers(run: Path) -> Path:
-    path = run / "trace" / "a" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"replicas": [[[0, 1]]]}))
-    return run
-
-
-def unknown_format(run: Path) -> Path:
-    path = run / "trace" / "a" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 7}))
-    return run / "trace"
-
-
-def unnamed_modality(run: Path) -> Path:
-    path = run / "trace" / "a" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"modalities": ["text", "sound"]}))
-    return run / "trace"
-
-
-def fewer_modalities(run: Path) -> Path:
-    path = run / "trace" / "a" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"modalities": ["text"]}))
-    return run / "trace"
-
-
-def no_records(run: Path) -> Path:
-    (run / "metrics.jsonl").write_text("")
-    return run
-
-
-def no_steps(run: Path) -> Path:
-    (run / "trace" / "a" / "rank_0.index").write_bytes(b"")
-    return run / "trace"
-
-
-def other_records(run: Path) -> Path:
-    path = run / "metrics.jsonl"
-    path.write_text(path.read_text().replace('"dropped_LG":[[0,0],[0,0]]', '"dropped_LG":[[0],[0]]'))
-    return run
-
-
-def torn_records(run: Path) -> Path:
-    path = run / "metrics.jsonl"
-    path.write_text(path.read_text().replace("choices_LC", "choices", 1))
-    return run
-
-
-def neither(run: Path) -> Path:
-    (run / "config.yaml").unlink()
-    return run / "trace" / "a"
+def replicas_of(count: int, expert: int, rank: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Returns replicas of `count` layers (0: of all layers), of which the first has one."""
+    return lambda manifest: {"replicas": [[[expert, rank]], *[[]] * ((count or len(manifest["layers"])) - 1)]}
 
 
 @pytest.mark.parametrize(
-    ("spoil", "error", "key"),
+    ("file", "change", "opened", "error", "key"),
     [
-        (cut, DataError, "rank_0.ids"),
-        (another_model, DataError, "trace/*/manifest.json: groups and layers"),
-        (ids_outside, DataError, "id 7 is outside the model"),
-        (unplaced, DataError, "rank_of_expert"),
-        (misplaced_replicas, DataError, "replicas of layer 0"),
-        (replicas_of_other_layers, DataError, "replicas of 1 layers"),
-        (unknown_format, DataError, "version=7"),
-        (unnamed_modality, DataError, "['sound']"),
-        (fewer_modalities, DataError, "rank_0.tokens, step 1: modality=1 is outside the 1 modalities"),
-        (no_records, DataError, "metrics.jsonl: no line has the arrays"),
-        (no_steps, DataError, "no step that all ranks wrote"),
-        (other_records, DataError, "metrics.jsonl, step 1: arrays.dropped_LG"),
-        (torn_records, DataError, "metrics.jsonl"),
-        (neither, ConfigError, "neither a run"),
+        ("trace/a/rank_0.ids", lambda content: content[:-3], ".", DataError, "rank_0.ids"),
+        ("trace/a/rank_0.index", lambda _: b"", TRACE, DataError, "no step that all ranks wrote"),
+        (MANIFEST, groups_with({"num_experts": 1, "num_null": 3}), ".", DataError, "groups and layers"),
+        (MANIFEST, groups_with({"num_null": 1}), TRACE, DataError, "id 7 is outside the model"),
+        (MANIFEST, lambda _: {"rank_of_expert": [0, 1]}, ".", DataError, "rank_of_expert"),
+        (MANIFEST, replicas_of(0, 0, 0), ".", DataError, "replicas of layer 0"),
+        (MANIFEST, replicas_of(1, 0, 1), ".", DataError, "replicas of 1 layers"),
+        (MANIFEST, lambda _: {"version": 7}, TRACE, DataError, "version=7"),
+        (MANIFEST, lambda _: {"modalities": ["text", "sound"]}, TRACE, DataError, "['sound']"),
+        (MANIFEST, lambda _: {"modalities": ["text"]}, TRACE, DataError, "modality=1 is outside the 1 modalities"),
+        (RECORDS, lambda _: b"", ".", DataError, "metrics.jsonl: no line has the arrays"),
+        (RECORDS, lambda content: content.replace(b'"dropped_LG":[[0,0],[0,0]]', b'"dropped_LG":[[0],[0]]'), ".", DataError,
+         "metrics.jsonl, step 1: arrays.dropped_LG"),
+        (RECORDS, lambda content: content.replace(b"choices_LC", b"choices", 1), ".", DataError, "metrics.jsonl"),
+        ("config.yaml", None, "trace/a", ConfigError, "neither a run"),
     ],
-    ids=lambda each: getattr(each, "__name__", ""),
-)
-def test_bad_input_is_named(run: Path, spoil: Callable[[Path], Path], error: type[Exception], key: str) -> None:
-    with refused(error, key):
-        open_routing(spoil(run))
+    ids=lambda each: each if isinstance(each, str) else "",
+)  # fmt: skip
+def test_bad_input_is_named(
+    run: Path, file: str, change: Callable[[Any], Any] | None, opened: str, error: type[Exception], key: str
+) -> None:
+    path = run / file
+    content = path.read_bytes()
+    if change is None:
+        path.unlink()
+    elif file == MANIFEST:
+        manifest = json.loads(content)
+        path.write_text(json.dumps(manifest | change(manifest)))
+    else:
+        path.write_bytes(change(content))
+    with refused(error, key, golden=False):
+        open_routing(run / opened)
 
 
 def test_what_cannot_be_leaves_the_old_report(run: Path, tmp_path: Path, manifest: Manifest) -> None:
