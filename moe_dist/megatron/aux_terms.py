@@ -15,10 +15,10 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from moe_dist.comm.collectives import sum_over
+from moe_dist.comm.collectives import pack, sum_over, unpack
 from moe_dist.megatron.versions import Record
 from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
-from moe_dist.moe.routing.types import RouterSums
+from moe_dist.moe.routing.types import LayerReport
 from moe_dist.placement.placement import ExpertGroup
 
 
@@ -37,17 +37,16 @@ class AuxTerms:
     num_layers: int
     record: Record
 
-    def attach(self, y: Tensor, sums: RouterSums) -> Tensor:
+    def attach(self, y: Tensor, report: LayerReport) -> Tensor:
         """Returns `y` with the same values; backward through `y` also adds the gradients of both losses. Costs one
         all-reduce, unless both coefficients are 0."""
         if not (self.balance or self.z) or not torch.is_grad_enabled():  # as in the first forward of full recompute
             return y
-        num_columns = sums.choices_C.shape[0]
-        counts = sum_over(torch.cat([sums.choices_C, sums.tokens_G]), self.every_rank)[None]
-        choices_LC, tokens_LG = counts[:, :num_columns], counts[:, num_columns:]
+        local, aux = (report.counts.choices_LC, report.counts.tokens_LG), report.aux
+        choices_LC, tokens_LG = unpack(sum_over(pack(local), self.every_rank), local)
         tables = ColumnTables.on(tuple(self.groups), y.device)
-        balance = balance_terms(sums.prob_C[None], choices_LC, tokens_LG, tables, kind=self.kind).sum()
-        z = z_terms(sums.log_z_squared_G[None], tokens_LG).sum()
+        balance = balance_terms(aux.prob_LC, choices_LC, tokens_LG, tables, kind=self.kind).sum()
+        z = z_terms(aux.log_z_squared_LG, tokens_LG).sum()
         # Megatron sums gradients over TP, and then averages them over DP x CP (its scaler has CP / micro-batches) or
         # divides the sum by the step's tokens. `scale` cancels this division, so that the ranks' shares sum to the loss.
         scale = tokens_LG.sum() if self.per_token_loss else float(self.data_parallel_size)

@@ -125,7 +125,7 @@ class ExpertLayer(MegatronModule):
         if self.watch is not None:
             y_TD = self.watch(self.layer_number - 1, y_TD, report)
         elif self.training:
-            y_TD = self.aux_terms.attach(y_TD, report.sums)
+            y_TD = self.aux_terms.attach(y_TD, report)
         return y_TD.view_as(hidden_states), None
 
     def sharded_state_dict(

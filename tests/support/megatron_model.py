@@ -256,9 +256,9 @@ def our_loss(
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     tables = ColumnTables.on(settings.expert_groups(), torch.device("cpu"))
     for report in reports if aux else ():
-        sums = report.sums
-        loss = loss + BALANCE * balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], tables).sum()
-        loss = loss + Z * z_terms(sums.log_z_squared_G[None], sums.tokens_G[None]).sum()
+        counts = report.counts
+        loss = loss + BALANCE * balance_terms(report.aux.prob_LC, counts.choices_LC, counts.tokens_LG, tables).sum()
+        loss = loss + Z * z_terms(report.aux.log_z_squared_LG, report.counts.tokens_LG).sum()
     return loss, logits
 
 
@@ -268,10 +268,10 @@ def aux_values(model: Transformer, batch: TokenBatch, settings: ExpertSettings) 
     _, reports = model(batch.tokens_BS, batch.positions, torch.zeros_like(batch.tokens_BS), groups)
     tables = ColumnTables.on(settings.expert_groups(), torch.device("cpu"))
     values: dict[str, list[float]] = {"global_load_balancing_loss": [], "z_loss": []}
-    for sums in (report.sums for report in reports):
-        balance = balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], tables).sum()
+    for report in reports:
+        balance = balance_terms(report.aux.prob_LC, report.counts.choices_LC, report.counts.tokens_LG, tables).sum()
         values["global_load_balancing_loss"].append(float(balance))
-        values["z_loss"].append(float(z_terms(sums.log_z_squared_G[None], sums.tokens_G[None]).sum()))
+        values["z_loss"].append(float(z_terms(report.aux.log_z_squared_LG, report.counts.tokens_LG).sum()))
     return values
 
 

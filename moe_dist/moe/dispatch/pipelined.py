@@ -37,10 +37,11 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, CombineReceive, DispatchSend, Exchange
-from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, RunExperts, RunShared, SentCounts
+from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, RunExperts, RunShared
 from moe_dist.moe.dispatch.planning import OwnPairs, Planner
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.moe.routing.types import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -54,8 +55,8 @@ class PipelinedPlan:
 
     @property
     def sent(self) -> SentCounts:
-        rows, pairs, remote = (sum(counts) for counts in zip(*(chunk.sent for chunk in self.chunks), strict=True))
-        return SentCounts(rows, pairs + self.own.pair_P.shape[0], remote)
+        total = SentCounts(*map(sum, zip(*(chunk.sent for chunk in self.chunks), strict=True)))
+        return total._replace(pairs=total.pairs + self.own.pair_P.shape[0])
 
 
 class PipelinedDispatcher(Dispatcher[PipelinedPlan]):

@@ -31,11 +31,11 @@ from moe_dist.model.rope import DynamicScaling, LinearScaling, Llama3Scaling, Ro
 from moe_dist.model.sink_attention import SinkAttention
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.controller import BiasController
-from moe_dist.moe.balance.step_load import StepLoad
 from moe_dist.moe.experts.experts import choose_gemm
 from moe_dist.moe.kernel_choice.choice import choose_kernels
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.losses import StepLoad
 from moe_dist.moe.routers.selection import SelectionScope
 from moe_dist.moe.thresholds import ThresholdUpdater
 from moe_dist.monitor.card_peaks import peak_tflops

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from moe_dist.formats.manifest import Manifest
-from moe_dist.formats.split_files import data_digest
 
 from moe_dist.config.load import difference, load_config
 from moe_dist.config.schema import Config
+from moe_dist.formats.manifest import Manifest
+from moe_dist.formats.split_files import data_digest
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.run_folder import RunFolder

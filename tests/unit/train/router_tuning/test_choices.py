@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moe_dist.formats.tuning_manifest import load_tuning_manifest
 
 from moe_dist.data.batch import IGNORED
 from moe_dist.errors import DataError
+from moe_dist.formats.tuning_manifest import load_tuning_manifest
 from moe_dist.train.objective.loss import forward, labels_by_modality
 from moe_dist.train.router_tuning.loader import ChoiceBatch, ChoiceMaker, SampleLoader, SampleMaker
 from moe_dist.train.router_tuning.samples import Samples, TuningSample

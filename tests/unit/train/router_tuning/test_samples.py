@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moe_dist.formats.manifest import write_manifest
-from moe_dist.formats.tuning_manifest import ARRAYS, TuningManifest
 
 from moe_dist.errors import ConfigError, DataError, MoeDistError
+from moe_dist.formats.manifest import write_manifest
+from moe_dist.formats.tuning_manifest import ARRAYS, TuningManifest
 from moe_dist.train.router_tuning.samples import Samples, Scored, TuningSample, write_samples
 from tests.support.messages import refused
 from tests.support.tuning_samples import made_samples
