@@ -4,10 +4,12 @@ If the process group is None (a single rank), a reduction returns its argument. 
 `name` of the reduction that this rank is inside.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
+
+R = TypeVar("R")
 
 
 @dataclass
@@ -133,6 +137,70 @@ def from_host(values: Sequence[float] | np.ndarray, dtype: torch.dtype, device: 
 def queue_copy(tensor: Tensor, device: torch.device) -> Tensor:
     """Copies a tensor of the host to the device. On CUDA the copy is queued, and the host does not wait."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def pack(record: Any, device: torch.device | None = None) -> Tensor:
+    """Returns the leaves of a record, in order, as one float64 vector, which one all-reduce can sum.
+
+    A record is a tuple, NamedTuple or mapping of records, whose leaves are tensors on one device, numbers and arrays of the
+    host, and None, which takes no place. Leaves of the host need `device`, and cost one queued copy.
+    """
+    leaves = list(_leaves(record))
+    host = [np.ravel(leaf) for leaf in leaves if not isinstance(leaf, Tensor)]
+    assert device is not None or not host, "numbers of the host need a device"
+    copied = from_host(np.concatenate(host), torch.float64, device) if host and device is not None else None
+    parts = [] if copied is None else list(copied.split([len(each) for each in host]))
+    return torch.cat([leaf.flatten().to(torch.float64) if isinstance(leaf, Tensor) else parts.pop(0) for leaf in leaves])
+
+
+def unpack(flat: Any, like: Any) -> Any:
+    """Undoes `pack`: cuts `flat`, a tensor or numpy array, into a record with the names and shapes of `like`."""
+    leaves, first = [], 0
+    for leaf in _leaves(like):
+        shape = tuple(getattr(leaf, "shape", ()))
+        leaves.append(flat[first : first + math.prod(shape)].reshape(shape))
+        first += math.prod(shape)
+    return _filled(like, iter(leaves))
+
+
+def added(records: Sequence[R]) -> R:
+    """Returns the sum of records of one kind, field by field."""
+    return _merged(records, lambda parts: torch.stack(list(parts)).sum(0))
+
+
+def joined(records: Sequence[R]) -> R:
+    """Joins records of one kind along their first axis, field by field. A record without a field is left out of it."""
+    return _merged(records, torch.cat)
+
+
+def _merged(records: Sequence[Any], merge: Callable[[Sequence[Tensor]], Tensor]) -> Any:
+    known = [record for record in records if record is not None]
+    if known and isinstance(known[0], tuple):
+        return _like(known[0], (_merged(parts, merge) for parts in zip(*known, strict=True)))
+    return None if not known else merge(known) if isinstance(known[0], Tensor) else sum(known)
+
+
+# No nested functions: one that calls itself would keep tensors until a garbage collection.
+def _filled(part: Any, leaves: Iterator[Any]) -> Any:
+    """Returns a record like `part` with other leaves."""
+    if isinstance(part, Mapping):
+        return {key: _filled(each, leaves) for key, each in part.items()}
+    if isinstance(part, tuple):
+        return _like(part, (_filled(each, leaves) for each in part))
+    return None if part is None else next(leaves)
+
+
+def _leaves(record: Any) -> Iterator[Any]:
+    if isinstance(record, Mapping | tuple):
+        for each in record.values() if isinstance(record, Mapping) else record:
+            yield from _leaves(each)
+    elif record is not None:
+        yield record
+
+
+def _like(part: Any, fields: Iterable[Any]) -> Any:
+    """Returns a tuple of the type of `part`."""
+    return type(part)(*fields) if hasattr(part, "_fields") else tuple(fields)
 
 
 def sum_over(

@@ -13,7 +13,7 @@ CHOICE_LOGITS = "choice logits"  # all-gathered by the expert-choice router
 DEPTH_SCORES = "depth scores"  # all-gathered by mixture-of-depths layers
 
 # Collectives that the training step and evaluation issue outside of the layers.
-LABEL_COUNTS, ROUTING_COUNTS, DEPTH_COUNTS = "label counts", "routing counts", "depth counts"
+LABEL_COUNTS, ROUTING_COUNTS = "label counts", "routing counts"
 STEP_SUMS, TRACED_CHOICES = "norm, vote and statistics", "traced choices"
 ROUTER_GRADIENTS, EXPERT_GRADIENTS = "router gradients", "expert gradients"
 MOVED_EXPERTS, REPLICAS = "moved experts", "weights of replicas"

@@ -5,7 +5,7 @@ Shape letters: L MoE layers of the whole model, C choice columns, G groups, E tr
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
-from moe_dist.comm.collectives import CommStats, sum_over
+from moe_dist.comm.collectives import CommStats, added, pack, sum_over, unpack
 from moe_dist.comm.names import ROUTING_COUNTS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.schema import Config
 from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.losses import AuxSettings, BalanceKind, ColumnTables, balance_terms, z_terms
-from moe_dist.moe.routing.types import NO_REQUEST, ChoiceSums, ChosenColumns, LayerReport, RouterSums, RoutingRequest
+from moe_dist.moe.routing.counts import AuxSums, RoutingCounts, SentCounts
+from moe_dist.moe.routing.types import NO_REQUEST, ChosenColumns, LayerReport, RoutingRequest
 from moe_dist.placement.placement import ExpertPlacement
 
 
@@ -85,7 +86,6 @@ class LayerWatch:
     def __call__(self, layer: int, y_TD: Tensor, report: LayerReport) -> Tensor:
         """Returns `y_TD`, whose backward also adds the gradients of the auxiliary terms. Costs one all-reduce in training,
         unless both coefficients are 0."""
-        sums = report.sums
         self._reports[layer].append(_detached(report))
         if report.chosen is not None:
             assert self.request.token_T is not None
@@ -94,7 +94,7 @@ class LayerWatch:
         if aux is None or not (aux.balance or aux.z):
             return y_TD
         balance, z, _ = layer_terms(
-            sums, self._tables, self.every_rank, kind=aux.kind, null_weight_G=aux.null_weight_G, tracker=self.tracker
+            report, self._tables, self.every_rank, kind=aux.kind, null_weight_G=aux.null_weight_G, tracker=self.tracker
         )
         balance, z = aux.balance * self._share * balance, aux.z * self._share * z
         self._terms.append(torch.stack([balance.detach(), z.detach()]).to(torch.float64))
@@ -103,7 +103,7 @@ class LayerWatch:
     def take(self) -> tuple[list[LayerReport], Tensor]:
         """Returns the sums since the last call, and clears them: one report for each MoE layer of the model, summed over
         micro-batches (zeros for layers of other stages), and the sums of balance and z terms, float64 [2]."""
-        found = [_sum(self._reports[layer]) if self._reports[layer] else self._nothing() for layer in self._layers]
+        found = [added(self._reports[layer]) if self._reports[layer] else self._nothing() for layer in self._layers]
         terms = torch.stack(self._terms).sum(0) if self._terms else torch.zeros(2, dtype=torch.float64, device=self._device)
         self._reports.clear()
         self._terms.clear()
@@ -113,17 +113,18 @@ class LayerWatch:
         groups = self._placement.groups
         columns, experts = sum(group.num_columns for group in groups), self._placement.num_experts
 
-        def zeros(size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=self._device)
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=self._device)
 
-        real_C, real_E, real_G = (zeros(size, torch.float64) for size in (columns, experts, len(groups)))
-        choice = ChoiceSums(real_E, real_E, real_G) if self._experts_choose else None
-        sums = RouterSums(zeros(columns), real_C, zeros(len(groups)), real_G, real_G, zeros(experts), choice)
-        return LayerReport(sums, 0, 0, 0, zeros(5) if self.static else None)
+        by_C, by_E, by_G = zeros(1, columns), zeros(1, experts), zeros(1, len(groups))
+        counts = RoutingCounts(by_C, by_G, by_G, by_E)
+        if self._experts_choose:
+            counts = counts._replace(kth_score_LE=by_E, above_LE=by_E, unrouted_LG=by_G)
+        return LayerReport(counts, AuxSums(by_C, by_G), zeros(5) if self.static else SentCounts(0, 0, 0))
 
 
 def layer_terms(
-    sums: RouterSums,
+    report: LayerReport,
     tables: ColumnTables,
     every_rank: dist.ProcessGroup,
     *,
@@ -134,35 +135,13 @@ def layer_terms(
     """Returns this rank's summands of the balance loss and of the z loss of one layer and micro-batch, with coefficient 1,
     and the number of tokens of all ranks. As in this project's own engine, a rank divides its sums by counts over all
     ranks, which costs one all-reduce."""
-    local = torch.cat([sums.choices_C, sums.tokens_G])
-    counts = sum_over(local, every_rank, name=ROUTING_COUNTS, tracker=tracker)[None]
-    choices_LC, tokens_LG = counts.split([len(sums.choices_C), len(sums.tokens_G)], dim=1)
-    balance_LG = balance_terms(sums.prob_C[None], choices_LC, tokens_LG, tables, kind=kind, null_weight_G=null_weight_G)
-    return balance_LG.sum(), z_terms(sums.log_z_squared_G[None], tokens_LG).sum(), tokens_LG.sum()
+    local, aux = (report.counts.choices_LC, report.counts.tokens_LG), report.aux
+    choices_LC, tokens_LG = unpack(sum_over(pack(local), every_rank, name=ROUTING_COUNTS, tracker=tracker), local)
+    balance_LG = balance_terms(aux.prob_LC, choices_LC, tokens_LG, tables, kind=kind, null_weight_G=null_weight_G)
+    return balance_LG.sum(), z_terms(aux.log_z_squared_LG, tokens_LG).sum(), tokens_LG.sum()
 
 
 def _detached(report: LayerReport) -> LayerReport:
-    sums = report.sums
-    return LayerReport(
-        sums._replace(prob_C=sums.prob_C.detach(), log_z_squared_G=sums.log_z_squared_G.detach()),
-        report.rows_remote,
-        report.pairs,
-        report.pairs_remote,
-        report.sent_5,
-    )
-
-
-def _sum(reports: Sequence[LayerReport]) -> LayerReport:
-    """Sums the reports of one layer, field by field."""
-    sums = RouterSums(*_added(report.sums[:6] for report in reports))  # pyright: ignore[reportArgumentType]
-    choices = [each.sums.choice for each in reports if each.sums.choice is not None]
-    if choices:
-        sums = sums._replace(choice=ChoiceSums(*_added(choices)))
-    rows = [(each.rows_remote, each.pairs, each.pairs_remote) for each in reports]
-    sent = [(each.sent_5,) for each in reports if each.sent_5 is not None]
-    numbers = (sum(column) for column in zip(*rows, strict=True))
-    return LayerReport(sums, *numbers, sent_5=_added(sent)[0] if sent else None)  # pyright: ignore
-
-
-def _added(rows: Iterable[Sequence[Tensor]]) -> list[Tensor]:
-    return [torch.stack(parts).sum(0) for parts in zip(*rows, strict=True)]
+    """Returns the counts of a report, whose sums have no gradient."""
+    aux = AuxSums(report.aux.prob_LC.detach(), report.aux.log_z_squared_LG.detach())
+    return LayerReport(report.counts, aux, report.sent)

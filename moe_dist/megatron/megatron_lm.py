@@ -23,7 +23,7 @@ from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.losses import ColumnTables
 from moe_dist.moe.routers.context import RouterContext
-from moe_dist.moe.routing.types import NO_REQUEST, LayerReport, RouterSums
+from moe_dist.moe.routing.types import NO_REQUEST, LayerReport
 from moe_dist.placement.placement import ExpertPlacement
 
 
@@ -60,9 +60,9 @@ class MegatronLmWatch(nn.Module):
 
     def forward(self, layer: int, y_TD: Tensor, report: LayerReport) -> Tensor:
         """Returns `y_TD`, whose backward also adds the gradients of the auxiliary terms in training."""
-        return self.attach(layer, y_TD, report.sums) if self.training else y_TD
+        return self.attach(layer, y_TD, report) if self.training else y_TD
 
-    def attach(self, layer: int, y_TD: Tensor, sums: RouterSums) -> Tensor:
+    def attach(self, layer: int, y_TD: Tensor, report: LayerReport) -> Tensor:
         """Returns `y_TD` with the same values; backward through it also adds the gradients of both losses. Costs one
         all-reduce of a few integers, unless both coefficients are 0 or gradients are off, as in the first forward of full
         recompute."""
@@ -72,7 +72,7 @@ class MegatronLmWatch(nn.Module):
         if not any(coefficients) or not torch.is_grad_enabled():
             return y_TD
         tables = ColumnTables.on(self._placement.groups, y_TD.device)
-        *terms, tokens = layer_terms(sums, tables, groups.tp_dp_cp, kind=self._settings.balance)
+        *terms, tokens = layer_terms(report, tables, groups.tp_dp_cp, kind=self._settings.balance)
         # Megatron sums gradients over TP, and then averages them over DP x CP (its scaler has CP / micro-batches) or
         # divides the sum by the step's tokens. `scale` cancels this division, so that the ranks' shares sum to the loss.
         data_ranks = groups.tp_dp_cp.size() // groups.tp_cp.size()

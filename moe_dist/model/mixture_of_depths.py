@@ -37,7 +37,7 @@ from moe_dist.moe.routers.selection import (
     SelectionScope,
     capacity_of_tokens,
 )
-from moe_dist.moe.routing.types import DepthSums
+from moe_dist.moe.routing.counts import DepthCounts
 from moe_dist.placement.parameter_names import Role
 
 _SHAPES = 8  # most different values of C on CUDA, because flex attention compiles for each C
@@ -50,13 +50,16 @@ class Chosen(NamedTuple):
         index_C: int64, index of the token in each slot (place of a computed token); 0 if the slot is empty.
         full_C: bool, true if the slot has a token.
         weight_C: sigmoid(s) of the slot's token with gradient, fp32 (float64 in a float64 model); 0 if the slot is empty.
-        sums: Sums of the router, for the layer's report.
+        counts: Counts of the router, for the layer's report.
+        auxiliary: Binary cross entropy of the auxiliary router, summed over tokens, differentiable, 0-d; None if no such
+            router is trained.
     """
 
     index_C: Tensor
     full_C: Tensor
     weight_C: Tensor
-    sums: DepthSums
+    counts: DepthCounts[Tensor]
+    auxiliary: Tensor | None
 
 
 class DepthRouter(ChoosingRouter):
@@ -112,8 +115,8 @@ class DepthRouter(ChoosingRouter):
     def gates(self) -> "list[DepthRouter]":
         return [self]
 
-    def num_taken(self, sums: DepthSums) -> Tensor:
-        return sums.taken[None]
+    def num_taken(self, found: Chosen) -> Tensor:
+        return found.counts.taken_P
 
     def forward(self, x_TD: Tensor, real_T: Tensor) -> Chosen:
         """Selects tokens among the tokens that are not padding (`real_T`, bool).
@@ -136,15 +139,14 @@ class DepthRouter(ChoosingRouter):
         index_C, full_C = _slots(taken_T, slots)
         weight_C = torch.where(full_C, logit_T[index_C].sigmoid(), 0.0)
         tokens = real_T.sum()
-        sums = DepthSums(
-            tokens=tokens,
-            taken=taken_T.sum(),
-            agreed=((causal_taken_T == taken_T) & real_T).sum(),
-            cut=kth_score.to(torch.float64) * tokens,
-            weight=weight_C.detach().to(torch.float64).sum(),
-            auxiliary=self._auxiliary_loss(causal_T, taken_T, real_T),
+        counts = DepthCounts(
+            tokens_P=tokens[None],
+            taken_P=taken_T.sum()[None],
+            agreed_P=((causal_taken_T == taken_T) & real_T).sum()[None],
+            kth_score_P=(kth_score.to(torch.float64) * tokens)[None],
+            weight_P=weight_C.detach().to(torch.float64).sum()[None],
         )
-        return Chosen(index_C, full_C, weight_C, sums)
+        return Chosen(index_C, full_C, weight_C, counts, self._auxiliary_loss(causal_T, taken_T, real_T))
 
     def scores(self, x_TD: Tensor, real_T: Tensor) -> Tensor:
         """Returns sigmoid(s) [T, 1]; 0 for padding."""

@@ -249,9 +249,12 @@ class Transformer(nn.Module):
         # No two full slots have the same token, and empty slots add 0 to token 0, so the order of additions changes no bit.
         x_TD = x_TD.index_add(0, chosen.index_C, added_CD)
         if report is not None:
-            groups_G = torch.arange(len(report.sums.tokens_G), device=group_T.device)
-            members_G = (group_T[:, None] == groups_G).sum(0)
-            report = report._replace(depth=chosen.sums, members_G=members_G)
+            counts, groups_G = report.counts, torch.arange(report.counts.tokens_LG.shape[1], device=group_T.device)
+            tokens_PG = (group_T[:, None] == groups_G).sum(0, keepdim=True)
+            depth = chosen.counts._replace(tokens_PG=tokens_PG, taken_PG=counts.tokens_LG)
+            report = report._replace(counts=counts._replace(depth=depth))
+            if chosen.auxiliary is not None:
+                report = report._replace(aux=report.aux._replace(depth_auxiliary_P=chosen.auxiliary[None]))
         return x_TD.view_as(x_BSD), report
 
     def depth_routers(self) -> list[DepthRouter]:

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from moe_dist.comm.collectives import added
 from moe_dist.moe.dispatch.two_batches import Chain
-from moe_dist.moe.routing.types import ChosenColumns, LayerReport, RouterSums, RoutingRequest
+from moe_dist.moe.routing.types import ChosenColumns, LayerReport, RoutingRequest
 
 Half = tuple[Tensor, tuple[Tensor, ...], Any, Tensor]  # x [B / 2, S, D], rotary table, masks by window, groups
 R = TypeVar("R")
@@ -63,12 +64,9 @@ def _steps(
 
 
 def _joined(first: LayerReport, second: LayerReport) -> LayerReport:
-    """Returns the joint report of both halves. Expert choice and mixture of depths, whose reports have further fields, do
-    not run in halves."""
-    fields: Any = zip(first.sums, second.sums, strict=True)
-    sums: list[Any] = [None if one is None else one + other for one, other in fields]
+    """Returns the joint report of both halves."""
     chosen = None
     if first.chosen is not None and second.chosen is not None:
         chosen = ChosenColumns(*map(torch.cat, zip(first.chosen, second.chosen, strict=True)))
-    rows = [getattr(first, name) + getattr(second, name) for name in ("rows_remote", "pairs", "pairs_remote")]
-    return LayerReport(RouterSums(*sums), *rows, chosen=chosen)
+    counts, aux = added([first.counts, second.counts]), added([first.aux, second.aux])
+    return LayerReport(counts, aux, added([first.sent, second.sent]), chosen=chosen)

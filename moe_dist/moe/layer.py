@@ -121,7 +121,7 @@ class MoELayer(nn.Module):
             y_TD = y_TD * 0.0  # zeroed only after combine, so that every rank issues the same collectives
         routing, plan = routed.routing, routed.inputs[2]
         known = {"prob_AC": routing.prob_AC, "chosen": routing.chosen, "logits_TC": routing.logits_TC}
-        report = LayerReport(routing.sums, *plan.sent, **known)
+        report = LayerReport(routing.counts, routing.aux, plan.sent, **known)
         if self.shortcut:
             assert shared_TD is not None, "the configuration demands a shared expert"
             return shared_TD, report._replace(late_TD=y_TD)

@@ -23,7 +23,7 @@ from torch import Tensor
 from moe_dist.moe.experts.lora import LoRALayer
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.selection import ChoosingRouter, ThresholdGate
-from moe_dist.moe.routing.counts import StepCounts
+from moe_dist.moe.routing.counts import RoutingCounts
 
 
 class ThresholdUpdater:
@@ -56,12 +56,14 @@ class ThresholdUpdater:
         return cls([router.gates() for router in routers], routers[0].threshold_decay, dtype=torch.float64)
 
     @torch.no_grad()
-    def after_step(self, counts: StepCounts[Tensor]) -> None:
+    def after_step(self, counts: RoutingCounts[Tensor]) -> None:
         """Updates the thresholds from a step's counts over all ranks. The thresholds of a group without tokens do not
         change. Call this method only if the optimizer took the step. Does not sync."""
         kth_score_LE, tokens_LG = counts.kth_score_LE, counts.tokens_LG
         if self._mixture_of_depths:
-            kth_score_LE, tokens_LG = counts.depth_kth_score_P, counts.depth_tokens_P
+            assert counts.depth is not None, "mixture-of-depths layers count"
+            kth_score_LE, tokens_LG = counts.depth.kth_score_P, counts.depth.tokens_P
+        assert kth_score_LE is not None, "routers with thresholds count scores"
         num_layers, buffers = len(self._gates_LG), [gate.running_mean() for gates in self._gates_LG for gate in gates]
         sizes = [len(threshold_n) for threshold_n, _, _ in buffers]
         tokens_E = tokens_LG.to(torch.float64).flatten()  # one number per gate, repeated per chooser in the next line

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from rich.markup import escape
 from rich.table import Table
 
-from moe_dist.monitor.statistics import StepResult
 from moe_dist.placement.placement import ExpertPlacement
 
 
@@ -41,14 +40,16 @@ class CostTable:
 
 
 def cost_table(
-    results: Sequence[StepResult],
+    ledgers: Sequence[Mapping[str, int]],
     placement: ExpertPlacement,
     policy: str,
     by_placement: Mapping[str, int],
     *,
+    tokens: float,
+    seconds: str,
     untimed: str,
 ) -> CostTable:
-    """Compares methods on the choices of the steps `results`.
+    """Compares methods on the choices of some steps.
 
     A method's bytes are the method's rows times the bytes per row of this run (forward, backward and recomputation).
     Numbers of rows are from the ledger (`moe_dist.moe.dispatch.ledger`), except the rows under other placements.
@@ -57,19 +58,21 @@ def cost_table(
     the ledger's number.
 
     Args:
+        ledgers: Each step's ledger, summed over ranks.
         policy: Placement policy of the run.
         by_placement: Number of rows of the same steps under the run's and other placements, by policy
             (`moe_dist.train.rank_balance.placement_rows`), one row per token and rank. Other placements are left
             out if the run sends a row more than once (dispatch `hierarchical`).
+        tokens, seconds: Mean tokens of a step, and `Cost.seconds` of this run.
         untimed: Why this run's timings are meaningless; empty if the timings are meaningful.
     """
-    steps = len(results)
-    ledger = {key: sum(each.ledger[key] for each in results) / steps for key in results[0].ledger}
+    steps = len(ledgers)
+    ledger = {key: sum(each[key] for each in ledgers) / steps for key in ledgers[0]}
     num_rows = ledger["rows_remote"] + ledger["rows_padding"]
     row_bytes = ledger["payload_bytes"] / num_rows if num_rows else 0.0
     choices = "/".join(dict.fromkeys(str(min(group.top_k, group.num_experts)) for group in placement.groups))
     even = len({len(slots) for slots in placement.slots}) == 1
-    comparable = by_placement[policy] == sum(each.ledger["rows_remote"] for each in results)
+    comparable = by_placement[policy] == sum(each["rows_remote"] for each in ledgers)
     elsewhere = {name: count for name, count in by_placement.items() if comparable and name != policy}
     per_rank, per_expert = "token and rank", "token and expert"
     rows: list[tuple[str, str, float | None]] = [
@@ -78,12 +81,11 @@ def cost_table(
         ("fixed top-k, as many true experts", per_expert, ledger["rows_same_active"]),
         (f"top-{choices}, no null experts", per_expert, ledger["rows_topk"]),
     ]
-    seconds = "not timed" if untimed else f"{sum(each.comm_seconds for each in results) / steps:.3f}"
     own_per = per_rank if comparable else "hop"  # dispatch `hierarchical` sends a row over two hops
     own = Cost(f"this run: experts {policy}", own_per, num_rows, ledger["payload_bytes"], seconds)
     others = [Cost(name, per, count, None if count is None else count * row_bytes) for name, per, count in rows]
     placed = _placed(policy, by_placement[policy], elsewhere)
-    return CostTable([own, *others], steps, sum(each.tokens for each in results) / steps, untimed, placed)
+    return CostTable([own, *others], steps, tokens, untimed, placed)
 
 
 def _placed(policy: str, rows: float, rows_of: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Computes the record of a step from the step's global statistics. All functions are pure.
+"""Defines the record of a step, which sinks show and store, and computes its numbers from counts. All functions are pure.
 
 Shape letters: L MoE layers, G groups, C choice columns (all true experts by logical id, then null, identity and constant
 experts), E true experts of all groups, n true experts of one group, R ranks of an EP group, W ranks of the world.
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_dist.config.base.section import RESERVED_MODALITIES
-from moe_dist.monitor.statistics import DepthStatistics, LeverDecision, StepResult, StepStatistics
-from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, tag_plan
+from moe_dist.moe.routing.counts import RoutingCounts
+from moe_dist.monitor.statistics import DepthStatistics, LeverDecision
+from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, TagPlan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 NEEDED = "needed_capacity_factor/"  # key of `Record.host`, with the name of a group: this factor would have dropped nothing
@@ -33,9 +33,9 @@ class Record:
         arrays: int64 counts choices_LC, tokens_LG, rows_LR and dropped_LG; float64 entropy_LG (nats per token) and
             weighted_rows_LR (computed pairs x FFN width). Expert choice adds above_LE (tokens above the threshold) and
             idle_LG (tokens without an expert).
-        ledger: Counts of bytes and rows in dispatch and combine (`StepResult.ledger`).
+        ledger: Counts of bytes and rows in dispatch and combine (`moe_dist.moe.dispatch.ledger`).
         host: CPU and memory readings of rank 0's machine, seconds of work of the slowest rank and of the other ranks, the
-            largest memory of any rank, the peak rate by which perf/mfu divides, and `StepResult.busiest_G` by group.
+            largest memory of any rank, the peak rate by which perf/mfu divides, and `NEEDED` factors.
         busy_seconds_W: Seconds that each rank worked in the previous step, without waits; empty in the first step.
         memory_W3: MiB allocated, MiB reserved and retries of each rank's allocator (`train.step.largest_memory`); empty in
             the first step.
@@ -65,112 +65,34 @@ class Record:
     levers: Sequence[LeverDecision] = ()
 
 
-def build_record(
-    stats: StepStatistics,
-    *,
-    groups: Sequence[ExpertGroup],
-    placement: ExpertPlacement,
-    modalities: Sequence[str],
-    readings: Mapping[str, float | None] | None = None,
-    peak_flops: float | None = None,
-    peak_source: str = "monitor.peak_tflops",
-) -> Record:
-    """Builds the record of a step.
-
-    Args:
-        groups: Groups in the order of the columns G.
-        modalities: All modalities of the data, in the manifest's order.
-        readings: Latest readings of `devices.DeviceMonitor`. Names that begin with device/ become scalars; all other
-            readings go to `Record.host`.
-        peak_flops: Peak FLOPs per second of all devices together; without `peak_flops` perf/mfu is None.
-        peak_source: The card or configuration key from which `peak_flops` comes.
-
-    Raises:
-        ValueError: A modality has the name of a loss term.
-    """
-    result, counts = stats.result, stats.result.counts
-    depths = result.mixture_of_depths
-    plan = tag_plan(len(groups), len(modalities), mixture_of_depths=depths is not None)
-    readings, memory = readings or {}, memory_of_ranks(result.memory_W3)
-    labels = dict(zip(modalities, result.labels_M.tolist(), strict=True))
-    losses = {name: ratio(nll, labels[name]) for name, nll in zip(modalities, result.nll_M.tolist(), strict=True)}
-    epochs = {name: float(stats.epochs.get(name, 0.0)) for name in modalities}
-    choices_LE = counts.choices_LC[:, : placement.num_experts]
-    rows_LR = rows_by_rank(choices_LE - counts.dropped_LE, placement)
-    weighted_LR = weighted_rows(counts.choices_LC, rows_LR, placement)
-    dropped_LG = np.stack([counts.dropped_LE[:, group.experts].sum(1) for group in groups], axis=1)
-    scalars = {
-        **loss_scalars(result, losses, split=plan.loss_per_modality),
-        "optim/lr": stats.lr,
-        "optim/grad_norm": result.grad_norm,
-        "optim/skipped_steps": float(stats.skipped_steps),
-        "optim/tokens": float(stats.tokens),
-        **group_scalars(counts.choices_LC, counts.tokens_LG, groups, split=plan.by_group, dropped_LG=dropped_LG),
-        "moe/rank_imbalance": reduce_known(busiest_over_mean(weighted_LR)),
-        "moe/dropped": float(dropped_LG.sum()),
-        "moe/dead_experts": float((choices_LE == 0).sum()),
-        "moe/router_entropy": ratio(counts.entropy_LG.sum(), counts.tokens_LG.sum()),
-        **comm_scalars(result.ledger, result.comm_seconds),
-        **perf_scalars(stats, peak_flops),
-        "device/utilisation": readings.get("device/utilisation"),
-        "device/memory": memory.get("largest_reserved_mib"),
-        "device/power": readings.get("device/power"),
-    }
-    if plan.epochs_per_modality:
-        scalars |= {f"data/epochs/{name}": value for name, value in epochs.items()}
-    else:
-        scalars["data/epochs/max"] = max(epochs.values(), default=0.0)
-    if depths is not None:
-        scalars |= depth_scalars(depths, split=DEPTH_FAMILY in plan.by_group)
-    return Record(
-        step=stats.step,
-        skipped=result.skipped,
-        scalars=scalars,
-        losses=losses,
-        labels=labels,
-        epochs=epochs,
-        balance_coefficient=stats.balance_coefficient,
-        arrays={
-            "choices_LC": counts.choices_LC,
-            "tokens_LG": counts.tokens_LG,
-            "rows_LR": rows_LR,
-            "dropped_LG": dropped_LG,
-            "entropy_LG": divide(counts.entropy_LG, counts.tokens_LG),  # mean over tokens
-            "weighted_rows_LR": weighted_LR,
-            **({"above_LE": counts.above_LE, "idle_LG": counts.unrouted_LG} if counts.unrouted_LG.size else {}),
-        },
-        ledger=dict(result.ledger),
-        host={
-            **{name: value for name, value in readings.items() if not name.startswith("device/")},
-            **slowest_rank(result.busy_seconds_W),
-            **memory,
-            **needed_factors(result.busiest_G, groups),
-            **({} if peak_flops is None else {"mfu_peak": f"{peak_flops / 1e12:g} TFLOP/s of all ranks ({peak_source})"}),
-        },
-        busy_seconds_W=result.busy_seconds_W,
-        memory_W3=result.memory_W3,
-        load=active_against_target(counts.choices_LC, counts.tokens_LG, groups, stats.active_target),
-        target_G=np.array([stats.active_target.get(group.name, np.nan) for group in groups], np.float64),
-        mixture_of_depths=depths,
-        levers=stats.levers,
-    )
-
-
-def active_against_target(
-    choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], target: Mapping[str, float]
-) -> dict[str, dict[str, float | None]]:
-    """Computes `Record.load` for the groups that `target` names."""
-    chosen_LG = group_metrics(choices_LC, tokens_LG, groups)["experts_per_token"]
+def routing_scalars(
+    counts: RoutingCounts[np.ndarray], arrays: Mapping[str, np.ndarray], placement: ExpertPlacement, plan: TagPlan
+) -> dict[str, float | None]:
+    """Returns the scalars moe/..., from the counts of a step and their `routing_arrays`."""
+    options = {"split": plan.by_group, "dropped_LG": arrays["dropped_LG"]}
     return {
-        group.name: {
-            "target": target[group.name],
-            "achieved": reduce_known(chosen_L),
-            "lowest": reduce_known(chosen_L, np.min),
-            "highest": reduce_known(chosen_L, np.max),
-        }
-        for group, chosen_L in zip(groups, chosen_LG.T, strict=True)
-        if group.name in target
+        **group_scalars(counts.choices_LC, counts.tokens_LG, placement.groups, **options),
+        "moe/rank_imbalance": reduce_known(busiest_over_mean(arrays["weighted_rows_LR"])),
+        "moe/dropped": float(arrays["dropped_LG"].sum()),
+        "moe/dead_experts": float((counts.choices_LC[:, : placement.num_experts] == 0).sum()),
+        "moe/router_entropy": ratio(counts.entropy_LG.sum(), counts.tokens_LG.sum()),
     }
+
+
+def routing_arrays(counts: RoutingCounts[np.ndarray], placement: ExpertPlacement) -> dict[str, np.ndarray]:
+    """Returns `Record.arrays`, from the counts of a step."""
+    rows_LR = rows_by_rank(counts.choices_LC[:, : placement.num_experts] - counts.dropped_LE, placement)
+    arrays = {
+        "choices_LC": counts.choices_LC,
+        "tokens_LG": counts.tokens_LG,
+        "rows_LR": rows_LR,
+        "dropped_LG": np.stack([counts.dropped_LE[:, group.experts].sum(1) for group in placement.groups], axis=1),
+        "entropy_LG": divide(counts.entropy_LG, counts.tokens_LG),  # mean over tokens
+        "weighted_rows_LR": weighted_rows(counts.choices_LC, rows_LR, placement),
+    }
+    if counts.above_LE is not None and counts.unrouted_LG is not None:
+        arrays |= {"above_LE": counts.above_LE, "idle_LG": counts.unrouted_LG}
+    return arrays
 
 
 def depth_metrics(depths: DepthStatistics) -> dict[str, np.ndarray]:
@@ -230,42 +152,6 @@ def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
         "slowest_rank_seconds": float(busy_seconds_W[rank]),
         "other_ranks_seconds": float(np.median(np.delete(busy_seconds_W, rank))),
     }
-
-
-def memory_of_ranks(memory_W3: np.ndarray) -> dict[str, float]:
-    """Returns the largest value of each column of `Record.memory_W3`, the largest difference of reserved and allocated MiB,
-    and for each maximum its rank. Empty in the first step."""
-    if not memory_W3.size:
-        return {}
-    allocated_W, reserved_W, retries_W = memory_W3.T
-    by_name = {"allocated_mib": allocated_W, "reserved_mib": reserved_W, "allocator_retries": retries_W}
-    by_name["unused_mib"] = reserved_W - allocated_W
-    largest = {f"largest_{name}": float(value_W.max()) for name, value_W in by_name.items()}
-    return largest | {f"largest_{name}_rank": int(value_W.argmax()) for name, value_W in by_name.items()}
-
-
-def needed_factors(busiest_G: np.ndarray, groups: Sequence[ExpertGroup]) -> dict[str, float]:
-    """The entries of `Record.host` with `busiest_G` by group; none where it is unknown, or experts choose tokens."""
-    pairs = zip(groups, busiest_G.tolist(), strict=False)  # empty in the first step
-    return {f"{NEEDED}{group.name}": most for group, most in pairs if most and group.capacity is None}
-
-
-def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, split: bool) -> dict[str, float | None]:
-    """Returns each term of the loss, and loss/total = nats / labels (of all modalities) + balance + z + auxiliary.
-
-    Raises:
-        ValueError: A modality has the name of a loss term.
-    """
-    taken = sorted(set(losses if split else ()) & set(RESERVED_MODALITIES))
-    if taken:
-        raise ValueError(f"modalities: {taken} are names of loss terms; rename them in the manifest")
-    nats = ratio(sum(result.nll_M.tolist()), sum(result.labels_M.tolist()))
-    total = None if nats is None else nats + result.balance + result.z + result.auxiliary
-    # Runs with auxiliary routers or router tuning have no z-loss, so that loss/auxiliary can replace loss/z in the 40
-    # scalars.
-    third = {"loss/auxiliary": result.auxiliary} if result.auxiliary else {"loss/z": result.z}
-    by_modality = {f"loss/{name}": value for name, value in losses.items()} if split else {}
-    return {"loss/total": total, **by_modality, "loss/balance": result.balance, **third}
 
 
 class GroupChoices(NamedTuple):
@@ -354,36 +240,6 @@ def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: Expert
     choices_LE = choices_LC[:, : placement.num_experts]  # counted before a capacity drops pairs
     width_LR = divide(rows_by_rank(choices_LE * width_E, placement), rows_by_rank(choices_LE, placement))
     return rows_LR * np.nan_to_num(width_LR)  # a rank without choices has no width and no rows
-
-
-def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float | None]:
-    """Returns the scalars of the step's communication, without metadata bytes.
-
-    The bytes of other dispatch methods are estimated as the methods' rows times this step's bytes per row (padding rows
-    included).
-    """
-    ours = ledger["rows_remote"] + ledger.get("rows_padding", 0)
-    row_bytes = ratio(ledger["payload_bytes"], ours)  # forward, backward and recomputation
-
-    def saved(rows: int) -> float | None:
-        if row_bytes is None:  # without sent rows the bytes per row are unknown
-            return None if rows else 0.0
-        return (rows - ours) * row_bytes
-
-    return {
-        "comm/bytes_sent": float(ledger["payload_bytes"]),
-        "comm/bytes_saved_vs_topk": saved(ledger["rows_topk"]),
-        "comm/bytes_saved_vs_same_active": saved(ledger["rows_same_active"]),
-        "comm/dedup_factor": ratio(ledger["rows_per_pair"], ours),
-        "comm/seconds": seconds,
-    }
-
-
-def perf_scalars(stats: StepStatistics, peak_flops: float | None) -> dict[str, float | None]:
-    """Returns throughput. mfu = FLOPs per token x tokens per second / `peak_flops` (Chowdhery et al. 2022, appendix B)."""
-    rate = ratio(stats.result.tokens, stats.step_seconds)
-    mfu = rate * stats.flops_per_token / peak_flops if rate and stats.flops_per_token and peak_flops else None
-    return {"perf/tokens_per_second": rate, "perf/step_seconds": stats.step_seconds, "perf/mfu": mfu}
 
 
 def busiest_over_mean(load_LX: np.ndarray) -> np.ndarray:

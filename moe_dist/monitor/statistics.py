@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_dist.moe.routing.counts import StepCounts
 from moe_dist.placement.placement import ExpertPlacement
 
 
@@ -36,46 +35,6 @@ class DepthStatistics:
     taken_LG: np.ndarray
     agreed_L: np.ndarray | None = None
     weight_L: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Sums of one optimizer step over all ranks and micro-batches.
-
-    Attributes:
-        nll_M, labels_M: Sum of the label losses (nats), and number of labels, by the modality of the label.
-        balance, z: Balance loss and z-loss as added to the loss, coefficients included.
-        auxiliary: Loss of auxiliary routers or of router tuning as added to the loss; 0 if the run has neither.
-        grad_norm: Global norm of the gradient before clipping; not finite if a gradient was not.
-        skipped: True if no rank took the step, because the loss or a gradient was not finite.
-        tokens: Input tokens without padding.
-        ledger: Counts of bytes and rows in dispatch and combine, with the keys `moe_dist.moe.dispatch.ledger.LEDGER_KEYS`.
-        comm_seconds: Seconds inside dispatch and combine collectives, mean over ranks.
-        busy_seconds_W: Seconds that each rank computed and read data in the previous step, without waits for other ranks;
-            empty in the first step.
-        memory_W3: `train.step.largest_memory` of each rank at the end of the previous step; empty in the first step.
-        busiest_G: Largest load of an expert in a layer and a micro-batch of a rank, over an even share of its group's
-            choices there, in the previous step; 0 if unknown, and empty in the first step.
-        stop_requested: True if a rank got a stop signal.
-        mixture_of_depths: None if the model has no mixture-of-depths layers.
-    """
-
-    nll_M: np.ndarray
-    labels_M: np.ndarray
-    balance: float
-    z: float
-    auxiliary: float
-    grad_norm: float
-    skipped: bool
-    tokens: int
-    counts: StepCounts[np.ndarray]
-    ledger: Mapping[str, int]
-    comm_seconds: float
-    busy_seconds_W: np.ndarray
-    memory_W3: np.ndarray
-    busiest_G: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    stop_requested: bool = False
-    mixture_of_depths: DepthStatistics | None = None
 
 
 class LeverDecision(NamedTuple):
@@ -118,36 +77,6 @@ class LeverDecision(NamedTuple):
             f"{self.lever} {verdict}: busiest rank over mean {self.before:.3f} -> {self.after:.3f}, a gain of "
             f"{self.gain:.1%} of its load in each step, for {self.cost_steps:.2g} steps; {self.why}"
         )
-
-
-@dataclass(frozen=True)
-class StepStatistics:
-    """The result of a step, and values that only the training loop knows.
-
-    Attributes:
-        step: Number of the step; the first step of a run is 1.
-        balance_coefficient: Coefficient of the balance loss in this step.
-        lr: Learning rate of this step.
-        skipped_steps: Skipped steps of the run so far.
-        tokens: Input tokens of the run so far, without padding.
-        step_seconds: Wall time of the step.
-        epochs: Number of passes over the training data of each modality so far.
-        flops_per_token: Forward and backward FLOPs per token, for the measured experts per token; None if unknown.
-        active_target: True experts per token that a load controller aims at in this step, by group.
-        levers: Decisions of the levers of `rank_balance` after this step.
-    """
-
-    result: StepResult
-    step: int
-    balance_coefficient: float
-    lr: float
-    skipped_steps: int
-    tokens: int
-    step_seconds: float
-    epochs: Mapping[str, float] = field(default_factory=dict)
-    flops_per_token: float | None = None
-    active_target: Mapping[str, float] = field(default_factory=dict)
-    levers: Sequence[LeverDecision] = ()
 
 
 class MappedPicture(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.collectives import CommStats, sum_over
+from moe_dist.comm.collectives import CommStats, joined, pack, sum_over, unpack
 from moe_dist.errors import ConfigError
 from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
@@ -130,12 +130,12 @@ def balance_loss(
         averaged: Whether gradients are averaged over ranks and not summed (`average_over_ranks`). With `averaged`, this
             rank's share is multiplied by the number of ranks.
     """
-    sums = [report.sums for report in ([reports] if isinstance(reports, LayerReport) else reports)]
-    choices_LC, tokens_LG = (torch.stack([getattr(each, name) for each in sums]) for name in ("choices_C", "tokens_G"))
-    counts_LN = sum_over(torch.cat([choices_LC, tokens_LG], 1), group)
-    choices_LC, tokens_LG = counts_LN.split([choices_LC.shape[1], tokens_LG.shape[1]], 1)
+    layers = [reports] if isinstance(reports, LayerReport) else reports
+    local, aux = joined([each.counts for each in layers]), joined([each.aux for each in layers])
+    both = (local.choices_LC, local.tokens_LG)
+    choices_LC, tokens_LG = unpack(sum_over(pack(both), group), both)
     tables = ColumnTables.on(tuple(groups), choices_LC.device)
-    share = balance_terms(torch.stack([each.prob_C for each in sums]), choices_LC, tokens_LG, tables).sum()
+    share = balance_terms(aux.prob_LC, choices_LC, tokens_LG, tables).sum()
     return share * group.size() if averaged and group is not None else share
 
 

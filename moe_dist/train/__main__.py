@@ -5,9 +5,7 @@ configuration -> preflight -> rank -> process groups -> model on its mesh -> dat
 
 import contextlib
 import os
-import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,11 +17,10 @@ from moe_dist.plan.preflight import Preflight, check_file
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.environment import RankEnv, limit_fragmentation, share_cores
-from moe_dist.runtime.log import Startup
+from moe_dist.runtime.log import Startup, setup_logging
 from moe_dist.runtime.near_cpus import bind_near_gpu
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopRequest
-from moe_dist.runtime.status import record_save_seconds
 
 
 def main(
@@ -65,103 +62,49 @@ def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
 
 
 def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) -> None:
-    """Builds process groups, model and data loader, loads a checkpoint, and trains. Runs on every rank."""
+    """Trains the run on this rank: process groups, model, data, checkpoint, evaluator and trainer, then `fit`."""
     startup = Startup(enabled=env.rank == 0)
     startup.now("importing torch")
-    from moe_dist.checkpoint.manager import CheckpointManager
-    from moe_dist.monitor.costs import costs_markdown
-    from moe_dist.parallel.determinism import make_deterministic
     from moe_dist.parallel.mesh import destroy_world
-    from moe_dist.runtime.log import setup_logging
     from moe_dist.train.build import training as build
     from moe_dist.train.loop import session
-    from moe_dist.train.loop.fixed_top_k import beside_fixed_top_k
-    from moe_dist.train.loop.garbage import collected_by_steps
-    from moe_dist.train.loop.profiling import profiled_steps
-    from moe_dist.train.loop.trainer import WINDOW, Trainer
+    from moe_dist.train.loop.trainer import Trainer
     from moe_dist.train.rank_balance.levers import LeverParts, build_levers
-    from moe_dist.train.rank_balance.placement_rows import build_placement_rows
-    from moe_dist.train.start.resume import Resumable
-    from moe_dist.train.step.tracing import traced_steps
+    from moe_dist.train.start.resume import build_resumable
 
-    config, manifest, placement = plan.config, plan.manifest, plan.placement
-    if config.parallel.deterministic:
-        make_deterministic()  # called before the first CUDA call, which reads the variables that `make_deterministic` sets
+    config, manifest = plan.config, plan.manifest
     folder = attempt.open(config, stopped=lambda: stop.requested)  # rank 0 waits until it holds the run's lease
     log = setup_logging(env, folder)
     startup.now("waiting for the other ranks")
     mesh = session.join_world(config, env, folder, attempt, stopped=lambda: stop.requested)
     watchdog = session.start_watchdog(config, env, folder, mesh.tracker, attempt)
+    engine = contextlib.ExitStack()  # not closed after an error, because a failed rank ends its process
     startup.now("building the model")
-    stack = contextlib.ExitStack()  # the stack is not closed after an error, because a failed rank ends its process
-    training = stack.enter_context(config.engine.build(build.EngineContext(config, manifest, placement, mesh)))
+    training = engine.enter_context(config.engine.build(build.EngineContext(config, manifest, plan.placement, mesh)))
     startup.now("reading data")
     reader, readers = training.parallel.reader
     loader = build.build_loader(config, manifest, rank=reader, world_size=readers)
-    evaluator = build.build_evaluator(config, manifest, training, placement)
     startup.now("looking for a checkpoint, and loading it")
-    checkpoints = CheckpointManager(
-        folder.checkpoints,
-        keep=config.checkpoint.keep,
-        lease_check=attempt.check_commit,
-        process_group=mesh.checkpoint,
-        tracker=mesh.tracker,
-    )
-    report_save = partial(record_save_seconds, folder.logs)
-    levers = build_levers(LeverParts(config, placement, training, loader))
-    resumable = Resumable(training, placement, checkpoints, config, manifest, levers=levers, report_save=report_save)
-    progress = resumable.restore()
-    plan = replace(plan, placement=training.step.placement)  # the run may have moved experts before it saved the checkpoint
-    resumable.placement = evaluator.placement = plan.placement
+    levers = build_levers(LeverParts(config, plan.placement, training, loader))
+    saver = build_resumable(training, folder, attempt, config, manifest, plan.placement, levers)
+    progress = saver.restore()
+    plan = replace(plan, placement=saver.placement)  # the run may have moved experts before it saved the checkpoint
+    evaluator = build.build_evaluator(config, manifest, training, plan.placement)
     startup.done()
-    attempt.follow(lambda: progress.step)
-    log.follow(lambda: progress.step)
-    with (
-        session.watched_devices(config, mesh.device, env) as devices,
-        profiled_steps(config, training.parallel.model, mesh.device, folder, env) as profile,
-        traced_steps(
-            plan,
-            folder,
-            env,
-            attempt_id=attempt.attempt_id,
-            step=progress.step,
-            position=progress.position,
-            numbers=loader.numbers,
-        ) as tracer,
-        session.open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
-        collected_by_steps(),
-    ):
-        placement_rows = build_placement_rows(config, plan, mesh, last=WINDOW)
+    for each in (attempt, log):
+        each.follow(lambda: progress.step)
+    with session.around_steps(plan, training, loader, progress, folder, env, attempt) as around:
+        settings = build.build_plan(config, manifest, plan.placement, session.card_name(config, mesh))
         trainer = Trainer(
-            build.build_plan(config, manifest, plan.placement, session.card_name(config, mesh)),
-            training.step,
-            loader,
-            evaluator,
-            sinks=sinks,
-            devices=devices,
-            saver=resumable,
-            stop=stop,
-            progress=progress,
-            profile=profile,
-            watchers=[each for each in (tracer, placement_rows) if each is not None],
-            levers=levers,
-            placement_rows=placement_rows,
+            settings, training.step, loader, evaluator, saver=saver, stop=stop, progress=progress, levers=levers, **around
         )
         finished = trainer.fit()
         watchdog.stop()  # a running watchdog would end the ranks that wait until rank 0 has closed its sinks
-        beside = beside_fixed_top_k(config, manifest, finished.evaluation) if sinks else ""
-        costs = "" if finished.costs is None else costs_markdown(finished.costs)
-        for sink in sinks:
-            for title, text in {"fixed top-k": beside, "cost table": costs}.items():
-                if text:
-                    sink.text(title, text)
+        beside = session.write_texts(finished, plan, trainer.sinks)
         attempt.finish()
     # All ranks wait for rank 0's summary, because a launcher kills the ranks that still run after another rank has ended.
-    checkpoints.agree("write the summary", lambda: session.conclude(finished, folder, plan, beside=beside))
-    if env.rank == 0 and stop.first is not None:
-        with contextlib.suppress(OSError, ValueError):  # a closed terminal must not fail a finished run
-            print(f"{stop.first.name} came too late to stop the run: it is complete", file=sys.stderr)
-    stack.close()
+    saver.agree("write the summary", lambda: session.conclude(finished, folder, plan, beside=beside, stopped=stop.first))
+    engine.close()
     destroy_world()
 
 

@@ -63,8 +63,8 @@ class _Load:
 
     def __call__(self, model: object, inputs: object, output: tuple[Any, Any]) -> None:
         for report in output[1]:
-            self.counts[0] += float(report.sums.choices_C[: self.num_experts].sum())
-            self.counts[1] += float(report.sums.tokens_G.sum())
+            self.counts[0] += float(report.counts.choices_LC[0][: self.num_experts].sum())
+            self.counts[1] += float(report.counts.tokens_LG.sum())
 
 
 def heldout(trained: LoadedRun, *, sequences: int, length: int) -> list[Continuation]:

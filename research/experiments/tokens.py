@@ -253,10 +253,10 @@ class SentRows:
         remote_N = self._rank_of_expert[pairs.expert_N] != own_T[pairs.token_N]
         # `Routing` does not tell which token made a null choice. Therefore null choices, and the tokens of each expert
         # group, are divided among the ranks in proportion to the ranks' numbers of tokens.
-        sums, groups = routing.sums, self._placement.groups
+        groups, counts = self._placement.groups, routing.counts
         experts = [group.num_experts for group in groups]
         nulls = [group.num_null for group in groups]
-        null_G = [float(part.sum()) for part in sums.choices_C[sum(experts) :][: sum(nulls)].split(nulls)]
+        null_G = [float(part.sum()) for part in counts.choices_LC[0][sum(experts) :][: sum(nulls)].split(nulls)]
         group_of_expert = torch.tensor([i for i, group in enumerate(groups) for _ in group.experts])
         for rank in range(ranks):
             mine_T = own_T == rank
@@ -268,14 +268,14 @@ class SentRows:
                 rank,
                 true_choices_G=true_G,
                 null_choices_G=[round(share * each) for each in null_G],
-                tokens_G=[round(share * each) for each in sums.tokens_G.tolist()],
+                tokens_G=[round(share * each) for each in counts.tokens_LG[0].tolist()],
                 rows_remote=int(goes_TR[mine_T].sum()),
                 pairs=int(mine_N.sum()),
                 pairs_remote=int((remote_N & mine_N).sum()),
             )
             for key in ROWS:
                 self._sums[key] += ledger[key]
-        self._tokens += int(sums.tokens_G.sum())
+        self._tokens += int(counts.tokens_LG.sum())
 
     def per_token(self) -> Mapping[str, float]:
         """Returns the mean number of sent token rows per token and layer, by dispatch method."""

@@ -115,9 +115,9 @@ def fit(
         logits, report = model(x_ND[pick], group_N[pick])
         loss = F.cross_entropy(logits, label_N[pick])
         if balance:
-            sums, groups = report.sums, model.layer.router.groups
+            groups = model.layer.router.groups
             tables = ColumnTables.on(groups, torch.device("cpu"))
-            terms = balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], tables, kind=kind)
+            terms = balance_terms(report.aux.prob_LC, report.counts.choices_LC, report.counts.tokens_LG, tables, kind=kind)
             loss = loss + balance * terms.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -388,12 +388,11 @@ def trained(make: Callable[[Task], Method], task: Task, *, broken: bool = False)
     thresholds = ThresholdUpdater.of([model.layer])  # pyright: ignore[reportArgumentType]
 
     def after(report: LayerReport) -> None:
-        sums = report.sums
-        counts = {"choices_LC": sums.choices_C[None].double(), "tokens_LG": sums.tokens_G[None].double()}
+        counts = {"choices_LC": report.counts.choices_LC.double(), "tokens_LG": report.counts.tokens_LG.double()}
         if control is not None:
             control.after_step(counts_with(**counts))
-        if thresholds is not None and sums.choice is not None:
-            thresholds.after_step(counts_with(**counts, kth_score_LE=sums.choice.kth_score_E[None]))
+        if thresholds is not None and report.counts.unrouted_LG is not None:
+            thresholds.after_step(counts_with(**counts, kth_score_LE=report.counts.kth_score_LE))
 
     options = {"balance": method.balance, "kind": method.kind, "after": after}
     loss = fit(model, task.x_ND, task.label_N, group_N, steps=STEPS, **options)

@@ -93,7 +93,7 @@ def run_layer(
             dist.all_reduce(parameter.grad)
     assert h_TD.grad is not None
     named = {name: grad.numpy() for name, grad in gradients(layer, placement, rank.rank).items()}
-    return y_TD.detach().numpy(), h_TD.grad.numpy(), report.sums.dropped_E.tolist(), named
+    return y_TD.detach().numpy(), h_TD.grad.numpy(), report.counts.dropped_LE[0].tolist(), named
 
 
 def oracle(world_size: int, drop: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:

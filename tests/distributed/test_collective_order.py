@@ -51,7 +51,7 @@ def recorded_pass(rank: RankContext, layout: Layout) -> list[str]:
         mock.patch.object(param_group, "foreach_reduce", note("reduce", reduce)),
     ):
         logits, reports = parallel(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group)
-        (logits.square().sum() + sum(report.sums.prob_C.square().sum() for report in reports)).backward()
+        (logits.square().sum() + sum(report.aux.prob_LC.square().sum() for report in reports)).backward()
     return events
 
 
@@ -165,7 +165,7 @@ def dtypes(rank: RankContext, layout: Layout) -> dict[str, str]:
     def see_router(_module: Any, inputs: tuple[Any, ...], routing: Routing) -> None:
         seen["hidden"] = str(inputs[0].dtype)
         seen["weights"] = str(routing.assignments.weight_N.dtype)
-        seen["probabilities"] = str(routing.sums.prob_C.dtype)
+        seen["probabilities"] = str(routing.aux.prob_LC[0].dtype)
         seen["router parameter"] = str(next(layer.router.parameters()).dtype)
 
     def see_experts(_module: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

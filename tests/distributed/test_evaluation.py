@@ -45,8 +45,11 @@ def evaluated(rank: RankContext, layout: Layout) -> tuple[dict[str, float], dict
     heldout = heldout_losses(parallel.model, batches, **options)
     experts_off = heldout_losses(parallel.model, batches, **options, experts_off=True).loss
     assert heldout_losses(parallel.model, batches, **options).loss == heldout.loss
-    assert (heldout.depth_2LG is None) == (layout.mixture_of_depths is None)
-    counts = [heldout.choices_LC, heldout.tokens_LG, *([] if heldout.depth_2LG is None else heldout.depth_2LG)]
+    assert heldout.counts is not None
+    depth = heldout.counts.depth
+    assert (depth is None) == (layout.mixture_of_depths is None)
+    counts = [heldout.counts.choices_LC, heldout.counts.tokens_LG]
+    counts += [] if depth is None else [depth.tokens_PG, depth.taken_PG]
     return dict(heldout.loss), dict(heldout.tokens), dict(experts_off), counts
 
 

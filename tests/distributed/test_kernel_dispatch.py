@@ -223,7 +223,7 @@ def layers(rank: RankContext, library: str, recompute: str, pair_budget: int | N
             y_TD, report = layer(x_TD, group_T)
             y_TD.backward(torch.randn(y_TD.shape))
             grads = [parameter.grad for parameter in layer.parameters()]
-            counts = torch.tensor([report.rows_remote, report.pairs, report.pairs_remote])
+            counts = torch.tensor(report.sent[:3])
             found.append([y_TD.detach(), x_TD.grad, counts, *grads])
     scale = [max(1.0, float(theirs.abs().max())) for theirs in found[0] if theirs.numel()]
     pairs = [(ours, theirs) for theirs, ours in zip(*found, strict=True) if theirs.numel()]

@@ -12,13 +12,13 @@ import torch
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.collectives import CommStats
-from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.plan.preflight import check
 from moe_dist.train.build.routing import build_balance
 from moe_dist.train.build.training import build_loader, build_training
 from moe_dist.train.objective.loss import AuxSettings
+from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.training_step import TrainingStep
 from tests.reference.layer import bias_steps
 from tests.support.cover import full, others_full

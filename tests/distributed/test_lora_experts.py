@@ -148,7 +148,7 @@ def reduced(rank: RankContext, layout: Layout) -> tuple[int, int, int]:
     try:
         with parallel.micro_batch(last=True):
             logits, reports = forward(parallel, batch, torch.tensor([0, 1]))
-            (logits.sum() + sum(report.sums.prob_C.sum() for report in reports)).backward()
+            (logits.sum() + sum(report.aux.prob_LC.sum() for report in reports)).backward()
         parallel.reduce_gradients()
     finally:
         for name in names:

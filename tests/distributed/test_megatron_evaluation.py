@@ -95,7 +95,15 @@ def shown(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Shown:
         assert rows is not None
         results = step_results(run, 0, 2, [rows])
         counted = rows.total(mesh.world, mesh.tracker)
-        costs = cost_table(results, run.placement, run.config.placement.policy, counted, untimed="in a test").costs
+        costs = cost_table(
+            [each.ledger for each in results],
+            run.placement,
+            run.config.placement.policy,
+            counted,
+            tokens=sum(each.tokens for each in results) / 2,
+            seconds="not timed",
+            untimed="in a test",
+        ).costs
         evaluator = build_evaluator(run.config, load_manifest(data), run.training, run.placement)
         evaluation = evaluator(2, final=True)
         with even_routing(evaluator.model, run.placement.groups):

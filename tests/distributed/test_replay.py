@@ -19,7 +19,6 @@ from moe_dist.data.batch import Batch
 from moe_dist.data.order import micro_batches
 from moe_dist.moe.replayed_routers import Replay
 from moe_dist.moe.routing.types import LayerReport
-from moe_dist.monitor.statistics import StepResult
 from moe_dist.monitor.trace.format import MANIFEST, Manifest
 from moe_dist.monitor.trace.reader import TracedStep, read_trace
 from moe_dist.monitor.trace.writer import TraceWriter
@@ -27,6 +26,7 @@ from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.train.evaluation.replay_step import replay_step
 from moe_dist.train.objective.loss import AuxSettings
+from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.tracing import StepTracer, StepWatcher
 from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import full, others_full

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.comm import collectives
-from moe_dist.comm.collectives import CommStats
+from moe_dist.comm.collectives import CommStats, pack
 from moe_dist.comm.names import ROUTING_COUNTS
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
@@ -40,16 +40,16 @@ def traced_step(rank: RankContext, layout: Layout) -> tuple[list[str], list[torc
         events.append(name)
         return track(tracker, name, **more)
 
-    def summed(reports: Any, world: Any, tracker: Any) -> Callable[[], Any]:
-        own = counts(reports, None)()  # only this rank's counts
-        packed = torch.cat([part.to(torch.float64) for part in own[:4]], dim=1)
+    def summed(own: Any, world: Any, tracker: Any) -> Callable[[], Any]:
+        packed = pack(own)
         dist.all_reduce(packed)
         expected.append(packed)
-        started = counts(reports, world, tracker)
+        started = counts(own, world, tracker)
 
         def wait() -> Any:
-            found.append(started())
-            return found[-1]
+            seen = started()
+            found.append(pack(seen))
+            return seen
 
         return wait
 
@@ -64,7 +64,7 @@ def traced_step(rank: RankContext, layout: Layout) -> tuple[list[str], list[torc
     ):
         batches = [batch_of(0, 0, rank.rank, 1), batch_of(1, 0, 2 * rank.rank, 2)]
         step(batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3))
-    return events, [torch.cat(list(each[:4]), dim=1) for each in found], expected
+    return events, found, expected
 
 
 @pytest.mark.parametrize("data", ["ddp", "fsdp2"])

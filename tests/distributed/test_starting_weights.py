@@ -74,7 +74,7 @@ class Run:
         logits, reports = self.training.parallel.model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group)
         placement = self.training.step.placement
         loads = [
-            float(report.sums.choices_C[each.experts].sum() / report.sums.tokens_G[index])
+            float(report.counts.choices_LC[0][each.experts].sum() / report.counts.tokens_LG[0][index])
             for report in reports
             for index, each in enumerate(placement.groups)
         ]

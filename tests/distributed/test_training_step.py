@@ -14,12 +14,12 @@ import torch
 
 from moe_dist.comm.collectives import CommStats
 from moe_dist.monitor.metrics import group_metrics
-from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.optimizer import make_optimizer, split_parameters, step_count
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.parameter_names import EXPERTS, ROUTERS, Role
 from moe_dist.train.objective.loss import AuxSettings, forward
 from moe_dist.train.step import training_step
+from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import full
 from tests.support.layouts import Layout, batch_of, build, placement_of
@@ -107,7 +107,7 @@ def capped_step(rank: RankContext, layout: Layout) -> tuple[StepResult, int]:
     with torch.no_grad():
         _, reports = forward(parallel.model, batch, step.group_of_modality)
     parallel.model.train()
-    pairs = reports[0].pairs
+    pairs = reports[0].sent.pairs
     return step([batch], lr=0.0, aux=AuxSettings("null_averaged", 0.02, 1e-3)), pairs
 
 

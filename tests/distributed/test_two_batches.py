@@ -50,10 +50,10 @@ def one_pass(rank: RankContext, layout: Layout, *, in_turns: bool, dtype: str) -
     turns = two_batches.in_turns if in_turns else one_after_the_other
     with mock.patch.object(two_batches, "in_turns", turns), parallel.micro_batch(last=True):
         logits, reports = parallel(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group)
-        (logits.square().sum() + sum(report.sums.prob_C.square().sum() for report in reports)).backward()
+        (logits.square().sum() + sum(report.aux.prob_LC.square().sum() for report in reports)).backward()
     grads = [None if each.parameter.grad is None else each.parameter.grad for each in parallel.parameters]
     local = [g.to_local() if hasattr(g, "to_local") else g for g in grads]  # pyright: ignore
-    counts = [each for report in reports for each in (report.rows_remote, report.pairs, report.sums.choices_C)]
+    counts = [each for report in reports for each in (report.sent.rows_remote, report.sent.pairs, report.counts.choices_LC)]
     return events, [logits.detach(), *(g for g in local if g is not None), *map(torch.as_tensor, counts)]
 
 

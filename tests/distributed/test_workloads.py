@@ -167,7 +167,7 @@ class Pair:
         mine = h_TD[rows].clone().requires_grad_()
         y_TD, report = self.layer(mine, torch.zeros(len(mine), dtype=torch.int64))
         (y_TD * direction[rows]).sum().backward()
-        assert report.pairs == len(mine) * K
+        assert report.sent.pairs == len(mine) * K
         dist.all_reduce(self.parameter("router").grad, group=self.ranks.group)
 
         weights = ReferenceWeights(self.whole["router"], None, *(self.whole[k] for k in ("gate", "up", "down")))
@@ -178,7 +178,7 @@ class Pair:
         assert h_TD.grad is not None
         torch.testing.assert_close(mine.grad, h_TD.grad[rows], rtol=0, atol=1e-11)
         counts = np.bincount(step.expert_TK.ravel(), minlength=E)
-        choices = report.sums.choices_C.clone()
+        choices = report.counts.choices_LC[0].clone()
         dist.all_reduce(choices, group=self.ranks.group)
         assert choices.tolist() == counts.tolist(), "the router chose another workload"
 

@@ -125,8 +125,8 @@ def test_the_router_drops_as_top_k_does(made: Callable[[str], ModuleType]) -> No
     top_k.load_state_dict(router.state_dict())
     h_TD = F.normalize(torch.randn(64, 6, generator=torch.Generator().manual_seed(1)), dim=-1)
     ours, theirs = (each(h_TD, torch.zeros(64, dtype=torch.int64)) for each in (router, top_k))
-    assert ours.sums.dropped_E.sum() == 96, "each of 4 experts keeps 8 of the 128 choices"
-    assert torch.equal(ours.sums.dropped_E, theirs.sums.dropped_E)
+    assert ours.counts.dropped_LE.sum() == 96, "each of 4 experts keeps 8 of the 128 choices"
+    assert torch.equal(ours.counts.dropped_LE, theirs.counts.dropped_LE)
     assert torch.equal(ours.assignments.expert_N, theirs.assignments.expert_N)
 
 

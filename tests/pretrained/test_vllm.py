@@ -73,7 +73,7 @@ def test_tokens_and_log_probabilities_are_ours(served: dict[str, Served], case: 
         apart = max(apart, float((torch.tensor(log_probs) - expected).abs().max()))
         zeros, positions = torch.zeros_like(computed), torch.arange(computed.shape[1])[None]
         reports = ours(computed, positions, zeros, group_of(ours, computed))[1]
-        pairs += sum(report.pairs for report in reports)
+        pairs += sum(report.sent.pairs for report in reports)
         choices += len(reports) * computed.numel() * ours.moe_modules()[0].router.groups[0].top_k  # pyright: ignore
     print(f"{case}: log-probabilities within {apart:.1e}; {pairs} of {choices} choices ran in {found['experts']} experts")
     assert apart <= 1e-5

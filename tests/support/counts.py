@@ -2,9 +2,14 @@
 
 from typing import Any
 
-from moe_dist.moe.routing.counts import StepCounts
+from moe_dist.moe.routing.counts import DepthCounts, RoutingCounts
 
 
-def counts_with(**fields: Any) -> StepCounts[Any]:
-    """Returns counts with these fields. All others are None, so that a read of them fails."""
-    return StepCounts(*[None] * len(StepCounts._fields))._replace(**fields)
+def counts_with(**fields: Any) -> RoutingCounts[Any]:
+    """Those fields; the others are None, so that whoever reads one fails."""
+    return RoutingCounts(*[None] * 4)._replace(**fields)
+
+
+def depth_counts_with(**fields: Any) -> RoutingCounts[Any]:
+    """Those fields of mixture of depths; the others are None."""
+    return counts_with(depth=DepthCounts(*[None] * 5)._replace(**fields))

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from moe_dist.config.schema import Config
-from moe_dist.monitor.statistics import StepResult
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.preflight import check
 from moe_dist.train.build.training import EngineContext, Training, TrainingPlan, build_loader, build_plan
+from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.tracing import StepWatcher
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext

@@ -38,4 +38,4 @@ def logits_of(model: Transformer, tokens_BS: Tensor) -> tuple[Tensor, int]:
     """Returns logits [B, S, V] of documents of one modality, and the (token, expert) pairs of all layers."""
     zeros, (batch, length) = torch.zeros_like(tokens_BS), tokens_BS.shape
     logits, reports = model(tokens_BS, torch.arange(length).expand(batch, -1), zeros, zeros)
-    return logits, sum(report.pairs for report in reports)
+    return logits, sum(report.sent.pairs for report in reports)

@@ -15,10 +15,8 @@ from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.model import compiled
 from moe_dist.model.distillation import Divergence
 from moe_dist.model.initial_weights import normal_tensor
-from moe_dist.moe.balance.step_load import StepLoad
-from moe_dist.moe.losses import BalanceKind
+from moe_dist.moe.losses import BalanceKind, StepLoad
 from moe_dist.moe.thresholds import ThresholdUpdater
-from moe_dist.monitor.statistics import StepResult
 from moe_dist.parallel.initialise import initialise, set_whole
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel, shard
@@ -30,6 +28,7 @@ from moe_dist.train.build.training import build_model, build_optimizer, freeze
 from moe_dist.train.objective.distillation import Distillation, Teacher
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
+from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.training_step import TrainingStep
 from tests.support.agreement import gap_of_choices
 from tests.support.parted_set import PartedSet

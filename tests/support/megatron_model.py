@@ -241,9 +241,9 @@ def our_loss(
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     tables = ColumnTables.on(settings.expert_groups(), torch.device("cpu"))
     terms: dict[str, list[float]] = {"global_load_balancing_loss": [], "z_loss": []}
-    for sums in (report.sums for report in reports):
-        balance = balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], tables).sum()
-        z = z_terms(sums.log_z_squared_G[None], sums.tokens_G[None]).sum()
+    for counts, sums in ((report.counts, report.aux) for report in reports):
+        balance = balance_terms(sums.prob_LC, counts.choices_LC, counts.tokens_LG, tables).sum()
+        z = z_terms(sums.log_z_squared_LG, counts.tokens_LG).sum()
         loss = loss + BALANCE * balance + Z * z if aux else loss
         for values, term in zip(terms.values(), (balance, z), strict=True):
             values.append(float(term))

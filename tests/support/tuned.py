@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor
 
 from moe_dist.comm.collectives import CommStats
 from moe_dist.formats.manifest import Manifest
-from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.parameter_names import named_parameters
@@ -20,6 +19,7 @@ from moe_dist.train.router_tuning.neighbours import NeighbourIndex
 from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning
+from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.training_step import TrainingStep
 from tests.support.layouts import IMAGE, STEPS, TEXT, Layout, build, placement_of
 from tests.support.whole_tensors import carry, logical

@@ -11,7 +11,7 @@ import torch
 
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.config.schema import Config
-from moe_dist.monitor.statistics import EvaluationResult, StepResult
+from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.parameter_names import logical_name, named_parameters
@@ -21,6 +21,7 @@ from moe_dist.runtime.signals import StopRequest
 from moe_dist.train.build import training as build
 from moe_dist.train.loop.trainer import Progress, Trainer
 from moe_dist.train.start.resume import Resumable
+from moe_dist.train.step.result import StepResult
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
 

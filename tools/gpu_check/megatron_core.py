@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moe_dist.megatron.plain_layers import PLAIN
 from moe_dist.moe.layer import Router
+from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.moe.routing.types import ABSENT, NO_REQUEST, LayerReport, RoutingRequest
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -125,7 +126,8 @@ class MegatronMoE(nn.Module):
     def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
         router: Router = self.router  # pyright: ignore[reportAssignmentType]
-        assignments, sums, *_ = router(h_TD, group_T)
+        routing = router(h_TD, group_T)
+        assignments = routing.assignments
         expert_TK = assignments.expert_N.view(h_TD.shape[0], -1)
         weight_TK = assignments.weight_N.view_as(expert_TK)
         pairs = int((expert_TK != ABSENT).sum())  # would sync with a CUDA device, but the bench runs on the CPU
@@ -134,7 +136,7 @@ class MegatronMoE(nn.Module):
             expert_TK, rows = self._remapped(expert_TK, group_T), expert_TK.numel()
         probs_TE, map_TE = routing_tables(expert_TK, weight_TK, self._column_E)
         y_TD = run_experts(self._dispatcher, self.experts, h_TD, probs_TE, map_TE, rows)
-        return y_TD, LayerReport(sums=sums, rows_remote=0, pairs=pairs, pairs_remote=0)
+        return y_TD, LayerReport(routing.counts, routing.aux, SentCounts(rows_remote=0, pairs=pairs, pairs_remote=0))
 
     def _remapped(self, expert_TK: Tensor, group_T: Tensor) -> Tensor:
         """Replaces each absent choice of a token by the next expert of the token's group that the token did not choose."""

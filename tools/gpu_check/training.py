@@ -30,7 +30,6 @@ from moe_dist.inference.generate import Generator, Request
 from moe_dist.inference.grammar import grammar_of
 from moe_dist.inference.sampling import Sampling
 from moe_dist.monitor.card_peaks import peak_tflops
-from moe_dist.monitor.statistics import StepResult
 from moe_dist.parallel.determinism import make_deterministic
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import group_shares
@@ -39,6 +38,7 @@ from moe_dist.plan.preflight import layout_without_data
 from moe_dist.train.build.training import build_training, rank_layout
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.start.dry_run import estimate
+from moe_dist.train.step.result import StepResult
 from tools.fake_gpu.count import count
 from tools.fake_gpu.fake_step import MICRO_BATCHES
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading

@@ -17,7 +17,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from moe_dist.errors import DataError
-from moe_dist.moe.routing.counts import StepCounts
+from moe_dist.moe.routing.counts import RoutingCounts
 from moe_dist.placement.placement import ExpertGroup
 
 
@@ -78,7 +78,7 @@ class BiasController:
         self.step = 0
 
     @torch.no_grad()
-    def after_step(self, counts: StepCounts[Tensor]) -> None:
+    def after_step(self, counts: RoutingCounts[Tensor]) -> None:
         """Updates the biases from the counts of a whole step over all ranks. In a layer without tokens of a group, the
         group's biases do not change. Call this method after the optimizer step, because recompute in backward needs the
         biases of the forward. Costs no collective and no host sync."""

@@ -26,9 +26,10 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.comm.all_to_all import AllToAll, Pending, RowBuffers, Splits
 from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS, DISPATCH_WEIGHTS
-from moe_dist.moe.dispatch.interface import DispatchedRows, SentCounts, SentOnDevice, TwoStepDispatcher
+from moe_dist.moe.dispatch.interface import DispatchedRows, TwoStepDispatcher
 from moe_dist.moe.kernels.interface import Items, RowIndex, RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.routing.counts import SentCounts
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class ExchangePlan:
         return RowIndex((self.row_O, self.row_S), self.table_rows)
 
     @property
-    def sent(self) -> SentCounts | SentOnDevice:
+    def sent(self) -> SentCounts | Tensor:
         return SentCounts(self.num_remote_rows, self.pair_P.shape[0], self.num_remote_pairs)
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll, Splits
 from moe_dist.comm.names import COUNTS, EXPERT_IDS, INTER, INTRA
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, ExchangePlan
-from moe_dist.moe.dispatch.interface import SentCounts
 from moe_dist.moe.dispatch.planning import ExchangeSizes, check_receive_rows
 from moe_dist.moe.kernels.torch_kernels import compact, counting_order
+from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 

@@ -9,11 +9,12 @@ pairs computed here.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 from moe_dist.moe.kernels.interface import Items
+from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.moe.routing.types import Assignments
 
 
@@ -43,38 +44,13 @@ class PairLayout(Protocol):
     def slot_counts(self) -> tuple[int, ...]: ...
 
 
-class SentCounts(NamedTuple):
-    """Counts of the rows that one rank sends, and of the (token, expert) pairs of the rank's tokens, in the forward of one
-    layer.
-
-    Attributes:
-        rows_remote: Rows sent to other ranks.
-        pairs: (token, expert) pairs of this rank's tokens, without absent pairs.
-        pairs_remote: Pairs whose expert is on another rank.
-    """
-
-    rows_remote: int
-    pairs: int
-    pairs_remote: int
-
-
-class SentOnDevice(NamedTuple):
-    """Replaces `SentCounts` where the counts are on the device only, in `sent_5` (see `LayerReport` in
-    moe/routing/types.py). The inherited fields of this record are 0."""
-
-    rows_remote: int
-    pairs: int
-    pairs_remote: int
-    sent_5: Tensor
-
-
 class DispatchPlan(Protocol):
     """Says which tokens go to which ranks, in one layer and micro-batch. A plan has no gradient; recompute uses the same
     plan. Between `dispatch` and `combine` a plan also has the attributes of PairLayout.
     """
 
     @property
-    def sent(self) -> SentCounts | SentOnDevice: ...
+    def sent(self) -> SentCounts | Tensor: ...  # see `LayerReport`
 
 
 P = TypeVar("P", bound=DispatchPlan)

@@ -30,7 +30,8 @@ from moe_dist.comm.names import BACKWARD
 from moe_dist.comm.tracker import track_collective
 from moe_dist.errors import ConfigError
 from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.dispatch.interface import DispatchedRows, SentCounts, TwoStepDispatcher
+from moe_dist.moe.dispatch.interface import DispatchedRows, TwoStepDispatcher
+from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.placement.placement import ExpertPlacement
 
 OLDEST_CARD = (9, 0)  # compute capability from which both libraries' kernels run, because they use TMA

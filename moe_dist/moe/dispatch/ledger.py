@@ -22,21 +22,6 @@ from collections.abc import Mapping, Sequence
 
 from moe_dist.placement.placement import ExpertPlacement
 
-LEDGER_KEYS = (
-    "rows_remote",
-    "pairs",
-    "pairs_remote",
-    "rows_per_pair",
-    "rows_topk",
-    "rows_same_active",
-    "rows_null_remapped",
-    "rows_bound",
-    "rows_padding",
-    "payload_bytes",
-    "inter_node_bytes",
-    "metadata_bytes",
-)
-
 
 def compare(
     placement: ExpertPlacement,

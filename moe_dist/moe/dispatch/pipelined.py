@@ -37,8 +37,9 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, CombineReceive, DispatchSend, Exchange
-from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, RunExperts, RunShared, SentCounts
+from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, RunExperts, RunShared
 from moe_dist.moe.dispatch.planning import OwnPairs, Planner
+from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.moe.routing.types import Assignments
 
 
@@ -51,8 +52,8 @@ class PipelinedPlan:
 
     @property
     def sent(self) -> SentCounts:
-        rows, pairs, remote = (sum(counts) for counts in zip(*(chunk.sent for chunk in self.chunks), strict=True))
-        return SentCounts(rows, pairs + self.own.pair_P.shape[0], remote)
+        total = SentCounts(*map(sum, zip(*(chunk.sent for chunk in self.chunks), strict=True)))
+        return total._replace(pairs=total.pairs + self.own.pair_P.shape[0])
 
 
 class PipelinedDispatcher(Dispatcher[PipelinedPlan]):

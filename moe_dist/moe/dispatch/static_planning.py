@@ -13,7 +13,6 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll, Splits, split_sizes
 from moe_dist.comm.names import COUNTS, PAIR_ROWS
 from moe_dist.moe.dispatch.exchange import ExchangePlan
-from moe_dist.moe.dispatch.interface import SentOnDevice
 from moe_dist.moe.dispatch.planning import Planner
 from moe_dist.moe.kernels.interface import Items, RowIndex
 from moe_dist.moe.kernels.torch_kernels import counting_order
@@ -86,7 +85,7 @@ class StaticPlan(ExchangePlan):
         room_G: Number of pairs of each group, padding included.
         counts_X: int64, number of pairs of each slot.
         end_X: int32, number of pairs of the slot and of the earlier slots of the slot's group, at most the group's room.
-        sent_5: See `LayerReport`.
+        sent_5: `LayerReport.sent`.
         table_items, row_items: See `AllToAllPlan`.
     """
 
@@ -109,8 +108,8 @@ class StaticPlan(ExchangePlan):
         return PaddedIndex((self.row_of_pair_Q,), num_rows, self.row_items, padding=self.table_rows - 1)
 
     @property
-    def sent(self) -> SentOnDevice:
-        return SentOnDevice(0, 0, 0, self.sent_5)
+    def sent(self) -> Tensor:
+        return self.sent_5
 
 
 @dataclass(frozen=True)

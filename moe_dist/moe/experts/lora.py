@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.kernels.torch_kernels import gather_rows
+from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.moe.routing.draws import dropped, recomputed
 from moe_dist.moe.routing.types import (
     ABSENT,
@@ -36,6 +37,7 @@ from moe_dist.moe.routing.types import (
     GlobalBatchInfo,
     LayerReport,
     Recompute,
+    Routing,
     RoutingCache,
     RoutingRequest,
 )
@@ -216,17 +218,17 @@ class LoRALayer(nn.Module):
 
     def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache, experts_off: bool) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
-        assignments, sums, _, prob_AC, chosen, _ = self.router(h_TD, group_T, cache)
-        plan: Any = cache.plan or LoRAPlan.of(assignments, len(sums.dropped_E), self._comm_stats)
+        routing: Routing = self.router(h_TD, group_T, cache)
+        num_experts = routing.counts.dropped_LE.shape[1]
+        plan: Any = cache.plan or LoRAPlan.of(routing.assignments, num_experts, self._comm_stats)
         cache.plan = plan
-        weight_N = assignments.weight_N
+        weight_N = routing.assignments.weight_N
         if self.recompute == "experts" and torch.is_grad_enabled():
             y_TD = recomputed(self._ffn, h_TD, weight_N, plan, cache.batch_info, experts_off)
         else:
             y_TD = self._ffn(h_TD, weight_N, plan, cache.batch_info, experts_off)
-        return y_TD, LayerReport(
-            sums, rows_remote=0, pairs=sum(plan.counts), pairs_remote=0, prob_AC=prob_AC, chosen=chosen
-        )
+        sent = SentCounts(rows_remote=0, pairs=sum(plan.counts), pairs_remote=0)
+        return y_TD, LayerReport(routing.counts, routing.aux, sent, prob_AC=routing.prob_AC, chosen=routing.chosen)
 
     def _ffn(
         self, h_TD: Tensor, weight_N: Tensor, plan: LoRAPlan, batch_info: GlobalBatchInfo | None, experts_off: bool

@@ -36,17 +36,9 @@ from moe_dist.moe.routers.selection import (
     token_pairs,
 )
 from moe_dist.moe.routers.top_k import GroupGate
+from moe_dist.moe.routing.counts import AuxSums, RoutingCounts
 from moe_dist.moe.routing.draws import logistic
-from moe_dist.moe.routing.types import (
-    ABSENT,
-    Assignments,
-    ChoiceSums,
-    ExpertsChoice,
-    GlobalBatchInfo,
-    RouterSums,
-    Routing,
-    RoutingCache,
-)
+from moe_dist.moe.routing.types import ABSENT, Assignments, ExpertsChoice, GlobalBatchInfo, Routing, RoutingCache
 from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertGroup
 
@@ -142,8 +134,8 @@ class ExpertChoiceRouter(ChoosingRouter):
     def gates(self) -> list[ChoiceGate]:
         return [self.get_submodule(group_module(group.name)) for group in self.groups]  # pyright: ignore[reportReturnType]
 
-    def num_taken(self, sums: RouterSums) -> Tensor:
-        return sums.choices_C
+    def num_taken(self, found: Routing) -> Tensor:
+        return found.counts.choices_LC[0]
 
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
         """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed).
@@ -165,14 +157,14 @@ class ExpertChoiceRouter(ChoosingRouter):
                         cache.choice = self._experts_choose(logits_TE, group_T, cache)
                     else:
                         cache.choice = self._tokens_pass(h_TD, logits_TE, self._inside(group_T))
-            sums = self._sums(logits_TE, cache.choice, group_T)
+            counts, aux = self._sums(logits_TE, cache.choice, group_T)
             if self.training and self.causal == "auxiliary":
                 terms_G = self._auxiliary_terms(h_TD, cache.choice.taken_TE, self._inside(group_T))
-                sums = sums._replace(auxiliary_G=terms_G)
+                aux = aux._replace(auxiliary_LG=terms_G[None])
         pairs = self._pairs(cache.choice, weight_TE, group_T, cache.batch_info if by_choice else None)
         if not cache.keep_choices:
-            return Routing(pairs, sums)
-        return Routing(pairs, sums, chosen=recorded(cache.choice.taken_TE, weight_TE, self.columns_GK[group_T]))
+            return Routing(pairs, counts, aux)
+        return Routing(pairs, counts, aux, chosen=recorded(cache.choice.taken_TE, weight_TE, self.columns_GK[group_T]))
 
     def _inside(self, group_T: Tensor) -> Tensor:
         """Returns whether each token is of the expert's group, a temporary bool [T, E]."""
@@ -285,19 +277,20 @@ class ExpertChoiceRouter(ChoosingRouter):
         return pairs if self.known_counts else by_token(pairs, weight_TE.shape[0])  # the sort does not sync
 
     @torch.no_grad()
-    def _sums(self, logits_TE: Tensor, choice: ExpertsChoice, group_T: Tensor) -> RouterSums:
+    def _sums(self, logits_TE: Tensor, choice: ExpertsChoice, group_T: Tensor) -> tuple[RoutingCounts[Tensor], AuxSums]:
         make = self.kernels.experts_sums if self._uses_kernels(logits_TE) else _experts_sums
         made = make(logits_TE, group_T, self._tables, self._thresholds(logits_TE.dtype), choice.taken_TE)
-        kth_score_E = choice.kth_score_E.to(torch.float64) * made.tokens_G[self.group_of_expert_E]
-        return RouterSums(
-            choices_C=made.choices_E,
-            prob_C=made.prob_E,
-            tokens_G=made.tokens_G,
-            log_z_squared_G=logits_TE.new_zeros(len(self.groups)),  # sigmoids have no z-loss
-            entropy_G=made.entropy_G,
-            dropped_E=torch.zeros_like(self.group_of_expert_E),
-            choice=ChoiceSums(kth_score_E=kth_score_E, above_E=made.above_E, unrouted_G=made.unrouted_G),
+        counts = RoutingCounts(
+            choices_LC=made.choices_E[None],
+            tokens_LG=made.tokens_G[None],
+            entropy_LG=made.entropy_G[None],
+            dropped_LE=torch.zeros_like(self.group_of_expert_E)[None],
+            kth_score_LE=(choice.kth_score_E.to(torch.float64) * made.tokens_G[self.group_of_expert_E])[None],
+            above_LE=made.above_E[None],
+            unrouted_LG=made.unrouted_G[None],
         )
+        # Sigmoids have no z-loss.
+        return counts, AuxSums(made.prob_E[None], logits_TE.new_zeros((1, len(self.groups))))
 
 
 def _experts_sums(

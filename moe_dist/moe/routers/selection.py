@@ -92,8 +92,8 @@ class ChoosingRouter(nn.Module, ABC):
         """Returns the scores of tokens for choosers [T, E], 0 if the token does not compete. Arguments as in `forward`."""
 
     @abstractmethod
-    def num_taken(self, sums: Any) -> Tensor:
-        """Returns the number of tokens that each chooser took [E], from the sums that `forward` returned."""
+    def num_taken(self, found: Any) -> Tensor:
+        """Returns the number of tokens that each chooser took [E], from the result of `forward`."""
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from moe_dist.moe.kernels.interface import TopK
 from moe_dist.moe.kernels.torch_kernels import accumulation_dtype
 from moe_dist.moe.routers.capacity import capacity_of, over_capacity
 from moe_dist.moe.routers.context import RouterContext
-from moe_dist.moe.routing.types import ABSENT, Assignments, ChosenColumns, RouterSums, Routing, RoutingCache, group_columns
+from moe_dist.moe.routing.counts import AuxSums, RoutingCounts
+from moe_dist.moe.routing.types import ABSENT, Assignments, ChosenColumns, Routing, RoutingCache, group_columns
 from moe_dist.placement.parameter_names import Role, group_module
 from moe_dist.placement.placement import ExpertGroup
 
@@ -186,14 +187,14 @@ class TopKRouter(nn.Module):
             masked_TC = logits_TC.masked_fill(outside_TC, float("-inf"))
             probs_TC = self._probs(masked_TC)
             chosen = self._choose(masked_TC, probs_TC, group_T, cache)
-            sums = self._sums(masked_TC, probs_TC, chosen, group_T)
+            counts, aux = self._sums(masked_TC, probs_TC, chosen, group_T)
             weight_TK = self._weights(masked_TC, probs_TC, chosen)
             taken_TK = chosen.true_TK
             if self.capacity is not None and self.training:
-                dropped_TK = self._dropped(probs_TC, chosen, sums.tokens_G, cache)
+                dropped_TK = self._dropped(probs_TC, chosen, counts.tokens_LG[0], cache)
                 taken_TK = taken_TK & ~dropped_TK
                 dropped_C = self._count(chosen.column_TK, dropped_TK, masked_TC.shape[1])
-                sums = sums._replace(dropped_E=dropped_C[: self.num_experts])
+                counts = counts._replace(dropped_LE=dropped_C[None, : self.num_experts])
             free_TF = self._free_weights(weight_TK, chosen)
         # If the router drops no choice and has no zero-computation experts, `_weights` has already set the weights of null
         # choices and of padding to 0.
@@ -207,7 +208,7 @@ class TopKRouter(nn.Module):
         )
         prob_AC = None if cache.probe_tokens_A is None else probs_TC[cache.probe_tokens_A]
         recorded = _recorded(chosen, taken_TK, weight_TK) if cache.keep_choices else None
-        return Routing(assignments, sums, free_TF, prob_AC, recorded)
+        return Routing(assignments, counts, aux, free_TF, prob_AC, recorded)
 
     def _one_kernel(self, logits_TC: Tensor, cache: RoutingCache) -> bool:
         """Returns whether `kernels.choose` supports this router's options and the caller's request."""
@@ -220,16 +221,16 @@ class TopKRouter(nn.Module):
         tables = (self.group_of_column_C, self.top_k_G, self.num_experts, self.num_choices)
         made = self.kernels.choose(logits_TC, group_T, TopK(*tables, self.scale, self.normalise), cache.choice_TK)
         cache.choice_TK = made.choice_TK
-        choices_C, tokens_G = made.counts.split([logits_TC.shape[1], len(self.groups)])
-        dropped_E = torch.zeros(self.num_experts, dtype=torch.int64, device=group_T.device)
-        sums = RouterSums(choices_C, made.prob_C, tokens_G, made.log_z_squared_G, made.entropy_G, dropped_E)
+        choices_LC, tokens_LG = made.counts[None].split([logits_TC.shape[1], len(self.groups)], dim=1)
+        counts = RoutingCounts(choices_LC, tokens_LG, made.entropy_G[None], self._none_dropped(group_T))
+        aux = AuxSums(made.prob_C[None], made.log_z_squared_G[None])
         recorded = None
         if cache.keep_choices:
             true_TK, valid_TK = (made.expert_N != ABSENT).view_as(made.choice_TK), self._valid(group_T)
             chosen = _Chosen(made.choice_TK, valid_TK, true_TK, valid_TK ^ true_TK)
             recorded = _recorded(chosen, true_TK, made.weight_N.view_as(true_TK))
         pairs = Assignments(made.token_N, made.expert_N, made.weight_N, num_choices=self.num_choices)
-        return Routing(pairs, sums, chosen=recorded)
+        return Routing(pairs, counts, aux, chosen=recorded)
 
     def _all_logits(self, h_TD: Tensor, cache: RoutingCache) -> Tensor:
         """Returns `_logits`, and what a router adds to them from the cache."""
@@ -355,7 +356,12 @@ class TopKRouter(nn.Module):
         counts = torch.zeros(num_columns, dtype=torch.int64, device=column_TK.device)
         return counts.scatter_add_(0, column_TK.flatten(), marked_TK.flatten().to(torch.int64))
 
-    def _sums(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen, group_T: Tensor) -> RouterSums:
+    def _none_dropped(self, group_T: Tensor) -> Tensor:
+        return torch.zeros((1, self.num_experts), dtype=torch.int64, device=group_T.device)
+
+    def _sums(
+        self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen, group_T: Tensor
+    ) -> tuple[RoutingCounts[Tensor], AuxSums]:
         routed_T = group_T >= 0
         # A one-hot matrix turns sums by group into matrix products, which are deterministic on every device.
         member_TG = group_T[:, None] == torch.arange(len(self.groups), device=group_T.device)
@@ -365,14 +371,14 @@ class TopKRouter(nn.Module):
             share_TC = self._shares(probs_TC)
             # xlogy, because p log p must be 0 at p = 0
             entropy_T = -torch.xlogy(share_TC, share_TC).sum(-1)
-        return RouterSums(
-            choices_C=self._count(chosen.column_TK, chosen.valid_TK, masked_TC.shape[1]),
-            prob_C=(probs_TC * routed_T[:, None]).sum(0),
-            tokens_G=member_TG.sum(0),
-            log_z_squared_G=log_z_T.square() @ member,
-            entropy_G=entropy_T @ member,
-            dropped_E=torch.zeros(self.num_experts, dtype=torch.int64, device=group_T.device),
+        counts = RoutingCounts(
+            choices_LC=self._count(chosen.column_TK, chosen.valid_TK, masked_TC.shape[1])[None],
+            tokens_LG=member_TG.sum(0, keepdim=True),
+            entropy_LG=(entropy_T @ member)[None],
+            dropped_LE=self._none_dropped(group_T),
         )
+        prob_C, log_z_squared_G = (probs_TC * routed_T[:, None]).sum(0), log_z_T.square() @ member
+        return counts, AuxSums(prob_C[None], log_z_squared_G[None])
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""Defines the records that router, dispatcher and training step exchange: assignments, sums, reports.
+"""Defines the records that router, dispatcher and training step exchange: assignments, reports, requests. The counts are in
+`counts.py`.
 
 Shape letters: T tokens on this rank, E true experts (logical, over all groups), K choices per token, N (token, expert)
 pairs, G expert groups, W ranks, A probe tokens (whose probabilities are reported), F zero-computation columns (identity and
@@ -11,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from moe_dist.moe.routing.counts import AuxSums, RoutingCounts, SentCounts
 from moe_dist.placement.placement import ExpertGroup
 
 Recompute = Literal["none", "experts", "block"]  # which forwards backward runs again
@@ -47,47 +49,6 @@ class Assignments(NamedTuple):
         return Assignments(self.token_N[keep], self.expert_N[keep], self.weight_N[keep])
 
 
-class ChoiceSums(NamedTuple):
-    """The sums over this rank's tokens in one layer that only expert choice has: float64, without gradient.
-
-    Attributes:
-        kth_score_E: The k-th largest score of each expert in its selection scope, times the number of this rank's tokens of
-            the expert's group.
-        above_E: Number of tokens whose score is above the threshold of each expert.
-        unrouted_G: Number of tokens that no expert takes.
-    """
-
-    kth_score_E: Tensor
-    above_E: Tensor
-    unrouted_G: Tensor
-
-
-class RouterSums(NamedTuple):
-    """Sums over this rank's routed tokens in one layer, for balance losses and monitoring.
-
-    Attributes:
-        choices_C: int64, number of choices of each column, including choices that a capacity drops.
-        prob_C: Sum over tokens of each column's probability, differentiable. In expert choice `prob_C` sums scores, without
-            gradient.
-        tokens_G: int64, number of routed tokens.
-        log_z_squared_G: Sum over tokens of the squared log-sum-exp of the group's logits, differentiable.
-        entropy_G: Sum over tokens of the entropy of the probabilities in nats, without gradient.
-        dropped_E: int64, number of choices of each true expert that a capacity dropped.
-        choice: The sums that only expert choice has; None in token choice.
-        auxiliary_G: Cross entropy of auxiliary routers, summed over tokens and experts, differentiable; None if no
-            auxiliary router is trained.
-    """
-
-    choices_C: Tensor
-    prob_C: Tensor
-    tokens_G: Tensor
-    log_z_squared_G: Tensor
-    entropy_G: Tensor
-    dropped_E: Tensor
-    choice: ChoiceSums | None = None
-    auxiliary_G: Tensor | None = None
-
-
 class ChosenColumns(NamedTuple):
     """The choices of T tokens, for a trace (`moe_dist.monitor.trace`).
 
@@ -104,6 +65,7 @@ class Routing(NamedTuple):
     """The result of a router for T tokens.
 
     Attributes:
+        counts, aux: Counts and sums over the T tokens, of one layer.
         zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 if not chosen.
             Zero-computation experts run on the token's own rank, so they are in no (token, expert) pair. `zero_weight_TF`
             is None if no group has zero-computation experts.
@@ -114,32 +76,12 @@ class Routing(NamedTuple):
     """
 
     assignments: Assignments
-    sums: RouterSums
+    counts: RoutingCounts[Tensor]
+    aux: AuxSums
     zero_weight_TF: Tensor | None = None
     prob_AC: Tensor | None = None
     chosen: ChosenColumns | None = None
     logits_TC: Tensor | None = None
-
-
-class DepthSums(NamedTuple):
-    """Sums over this rank's tokens in a mixture-of-depths layer (`moe_dist.model.mixture_of_depths`).
-
-    Attributes:
-        tokens: int64, number of this rank's tokens that are not padding.
-        taken: int64, number of tokens that the layer computes.
-        agreed: int64, number of tokens for which evaluation's causal rule and training's selection agree.
-        cut: float64, lowest selected score in the selection scope, times `tokens`.
-        weight: float64, sum of the weights of the computed tokens, without gradient.
-        auxiliary: Binary cross entropy of the auxiliary router, summed over `tokens`, differentiable; None without an
-            auxiliary router.
-    """
-
-    tokens: Tensor
-    taken: Tensor
-    agreed: Tensor
-    cut: Tensor
-    weight: Tensor
-    auxiliary: Tensor | None
 
 
 class LayerReport(NamedTuple):
@@ -147,29 +89,18 @@ class LayerReport(NamedTuple):
     tensors.
 
     Attributes:
-        sums: Sums of the router over this rank's tokens.
-        rows_remote: Rows that this rank sent to other ranks in forward, one for each distinct (token, other rank).
-        pairs: Number of taken (token, expert) pairs of this rank's tokens.
-        pairs_remote: Pairs whose expert is on another rank.
-        sent_5: None if `rows_remote`, `pairs` and `pairs_remote` are known on the host. Otherwise `rows_remote`, `pairs`
-            and `pairs_remote` are 0, and `sent_5` (int64, on the device) has their values, the number of padding rows sent
-            to other ranks, and the number of rows and pairs beyond the fixed sizes.
-        depth: Sums of a mixture-of-depths layer; None in other layers.
-        members_G: int64, number of tokens of each group in a mixture-of-depths layer, skipped tokens included; None in
-            other layers.
+        counts, aux: The router's counts and sums over this rank's tokens, and those of mixture of depths.
+        sent: The numbers of sent rows and pairs; int64 [5] on the device, in the order of `SentCounts`, if the host does
+            not know them.
         prob_AC, chosen: See `Routing`.
         late_TD: Output [T, D] that the transformer adds after the next layer; None without a shortcut, and in the
             transformer's reports.
         logits_TC: See `Routing`; None in the transformer's reports.
     """
 
-    sums: RouterSums
-    rows_remote: int
-    pairs: int
-    pairs_remote: int
-    sent_5: Tensor | None = None
-    depth: DepthSums | None = None
-    members_G: Tensor | None = None
+    counts: RoutingCounts[Tensor]
+    aux: AuxSums
+    sent: SentCounts | Tensor
     prob_AC: Tensor | None = None
     chosen: ChosenColumns | None = None
     logits_TC: Tensor | None = None

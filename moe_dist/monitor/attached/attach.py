@@ -12,7 +12,6 @@ letters as in `attached_routers.py`.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,22 +22,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe_dist.errors import ConfigError
-from moe_dist.moe.routing.counts import StepCounts
+from moe_dist.moe.routing.counts import RoutingCounts
 from moe_dist.monitor.attached.folder import open_together
 from moe_dist.monitor.attached.routers import EXTRA, GUIDE, Counts, RouterHook, Routers, find_routers
-from moe_dist.monitor.metrics import Record, build_record
+from moe_dist.monitor.metrics import Record, ratio, routing_arrays, routing_scalars
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.sink import Sink
-from moe_dist.monitor.statistics import StepResult, StepStatistics
+from moe_dist.monitor.tags import tag_plan
 from moe_dist.monitor.trace.foreign import routed_group
 from moe_dist.monitor.trace.format import Manifest
 from moe_dist.placement.placement import ExpertPlacement
 
 GIVEN = 4  # numbers appended to the summed counts: loss and gradient norm, and for each the number of ranks that pass it
 
-# Tags of scalars that only moe_dist's own trainer knows.
-UNKNOWN = ("comm/", "loss/balance", "loss/z", "data/", "device/", "optim/skipped_steps", "perf/mfu")
-NO_LEDGER = ("payload_bytes", "rows_remote", "rows_topk", "rows_same_active", "rows_per_pair")
+# Tags that only moe_dist's own trainer knows.
+UNKNOWN_COSTS = (
+    "comm/bytes_sent", "comm/bytes_saved_vs_topk", "comm/bytes_saved_vs_same_active", "comm/dedup_factor", "comm/seconds",
+)  # fmt: skip
 
 
 class Attached:
@@ -173,36 +173,39 @@ class Attached:
 
     def _record(self, sums_LX: np.ndarray, loss: float | None, grad_norm: float | None, lr: float | None) -> Record:
         choices_LC, tokens_L1 = sums_LX[:, :-EXTRA].astype(np.int64), sums_LX[:, -2:-1].astype(np.int64)
-        tokens, none = int(tokens_L1.max()), np.zeros((len(sums_LX), 0))
+        tokens, groups, seconds = int(tokens_L1.max()), self._placement.groups, time.perf_counter() - self._began
         self._tokens += tokens
-        result = StepResult(
-            nll_M=np.array([0.0 if loss is None else loss]) * max(1, tokens),
-            labels_M=np.array([0 if loss is None else max(1, tokens)]),
-            balance=0.0,
-            z=0.0,
-            auxiliary=0.0,
-            grad_norm=math.nan,
-            skipped=False,
-            tokens=tokens,
-            counts=StepCounts(choices_LC, tokens_L1, sums_LX[:, -1:], np.zeros_like(choices_LC), *[none] * 9),
-            ledger=dict.fromkeys(NO_LEDGER, 0),
-            comm_seconds=0.0,
-            busy_seconds_W=np.zeros(0),
-            memory_W3=np.zeros((0, 3)),
-        )
-        stats = StepStatistics(
-            result,
+        name, labels = groups[0].modalities[0], 0 if loss is None else max(1, tokens)
+        counts = RoutingCounts(choices_LC, tokens_L1, sums_LX[:, -1:], np.zeros_like(choices_LC))
+        arrays = routing_arrays(counts, self._placement)
+        scalars = {
+            "loss/total": loss,
+            f"loss/{name}": loss,
+            "loss/balance": None,
+            "loss/z": None,
+            "optim/lr": lr,
+            "optim/grad_norm": grad_norm,
+            "optim/skipped_steps": None,
+            "optim/tokens": float(self._tokens),
+            **routing_scalars(counts, arrays, self._placement, tag_plan(1, 1)),
+            **dict.fromkeys(UNKNOWN_COSTS),
+            "perf/tokens_per_second": ratio(tokens, seconds),
+            "perf/step_seconds": seconds,
+            "perf/mfu": None,
+            **dict.fromkeys(("device/utilisation", "device/memory", "device/power", f"data/epochs/{name}")),
+        }
+        return Record(
             step=self._step,
+            skipped=False,
+            scalars=scalars,
+            losses={name: loss},
+            labels={name: labels},
+            epochs={name: 0.0},
             balance_coefficient=math.nan,
-            lr=math.nan,
-            skipped_steps=0,
-            tokens=self._tokens,
-            step_seconds=time.perf_counter() - self._began,
+            arrays=arrays,
+            ledger={},
+            target_G=np.full(len(groups), np.nan),
         )
-        groups = self._placement.groups
-        record = build_record(stats, groups=groups, placement=self._placement, modalities=groups[0].modalities)
-        known = {tag: None if tag.startswith(UNKNOWN) else value for tag, value in record.scalars.items()}
-        return replace(record, ledger={}, scalars={**known, "optim/lr": lr, "optim/grad_norm": grad_norm})
 
 
 attach = Attached

@@ -88,7 +88,7 @@ def _seen(
 
     def note(router: Any, inputs: Any, chosen: Any) -> None:
         scores[router].append(router.scores(*inputs[:2]))  # forward has computed the same scores before
-        taken[router].append(router.num_taken(chosen.sums))
+        taken[router].append(router.num_taken(chosen))
 
     with ExitStack() as stack:
         stack.callback(model.train, model.training)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
@@ -99,7 +98,7 @@ class Evaluator:
             with mesh.tracker.among("compute map"):
                 mapped = self._batches(self.mapper.sequences)
                 compute_map = self.mapper(self.model, mapped, group_of_modality=groups, mesh=mesh)
-        depth = heldout.depth_2LG
+        depth = None if heldout.counts is None else heldout.counts.depth
         return EvaluationResult(
             step=step,
             loss=heldout.loss,
@@ -109,9 +108,9 @@ class Evaluator:
             experts_per_token=self._experts_per_token(heldout),
             choice_experts_per_token=self._experts_per_token(noncausal),
             balance_efficiency=balance.timed,
-            balance_efficiency_by_count=self._by_count(heldout.choices_LC),
+            balance_efficiency_by_count=self._by_count(heldout),
             balance_note=balance.note,
-            mixture_of_depths=None if depth is None else depth_statistics(self.model, self.placement, *depth),
+            mixture_of_depths=None if depth is None else depth_statistics(self.model, self.placement, depth),
             compute_map=compute_map,
         )
 
@@ -130,20 +129,21 @@ class Evaluator:
 
     def _experts_per_token(self, heldout: Heldout) -> dict[str, float]:
         """Returns the number of true (not null) experts per token and layer, by group. Leaves out groups without tokens."""
-        if heldout.choices_LC is None or heldout.tokens_LG is None:
+        if heldout.counts is None:
             return {}
-        tokens_G = heldout.tokens_LG.sum(0)
+        tokens_G = heldout.counts.tokens_LG.sum(0)
         return {
-            group.name: float(heldout.choices_LC[:, group.experts].sum() / tokens_G[index])
+            group.name: float(heldout.counts.choices_LC[:, group.experts].sum() / tokens_G[index])
             for index, group in enumerate(self.placement.groups)
             if tokens_G[index]
         }
 
-    def _by_count(self, choices_LC: np.ndarray | None) -> float | None:
+    def _by_count(self, heldout: Heldout) -> float | None:
         """Returns the ranks' mean of (token, expert) pairs x FFN width, divided by the ranks' maximum. A rank's number of
         pairs follows from the expert choices of this evaluation."""
-        if choices_LC is None:
+        if heldout.counts is None:
             return None
+        choices_LC = heldout.counts.choices_LC
         rows_LR = rows_by_rank(choices_LC, self.placement)
         imbalance = reduce_known(busiest_over_mean(weighted_rows(choices_LC, rows_LR, self.placement)))
         return 1.0 / imbalance if imbalance else None

@@ -2,9 +2,12 @@
 
 import logging
 import os
+import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,15 +17,17 @@ from rich.console import Console
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
+from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import DivergedError, ResourceError
 from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.monitor.compute_map import console_text, draw_map
-from moe_dist.monitor.costs import render_costs
+from moe_dist.monitor.costs import costs_markdown, render_costs
 from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.console import choice_lines, summary_table
 from moe_dist.monitor.sinks.prometheus import RaySink
 from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch, Sink, SinkContext
+from moe_dist.parallel.determinism import make_deterministic
 from moe_dist.parallel.mesh import Mesh, init_world, make_mesh, own_gpu
 from moe_dist.parallel.rendezvous import meeting
 from moe_dist.plan.planner import render
@@ -34,13 +39,45 @@ from moe_dist.runtime.place import Found, RunPlace, check_place
 from moe_dist.runtime.rendezvous import StartWait
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.watchdog import Watchdog
-from moe_dist.train.build.training import COMPUTE_DTYPES
+from moe_dist.train.build.training import COMPUTE_DTYPES, Training
+from moe_dist.train.loop.fixed_top_k import beside_fixed_top_k
+from moe_dist.train.loop.garbage import collected_by_steps
 from moe_dist.train.loop.peft_folder import write_adapters
-from moe_dist.train.loop.trainer import Finished
+from moe_dist.train.loop.profiling import profiled_steps
+from moe_dist.train.loop.trainer import WINDOW, Finished
+from moe_dist.train.rank_balance.placement_rows import build_placement_rows
+from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.start.node_check import check_at_start
 from moe_dist.train.start.resume import Progress
+from moe_dist.train.step.tracing import traced_steps
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def around_steps(
+    plan: Preflight,
+    training: Training,
+    loader: TrainLoader | SampleLoader,
+    progress: Progress,
+    folder: RunFolder,
+    env: RankEnv,
+    attempt: Attempt,
+) -> Iterator[dict[str, Any]]:
+    """Opens what works beside the steps: readings of the device, profiler, traces, sinks, and the garbage collector. Yields
+    the arguments of `Trainer` for them."""
+    config, mesh, model = plan.config, training.parallel.mesh, training.parallel.model
+    start = {"attempt_id": attempt.attempt_id, "step": progress.step, "position": progress.position}
+    with (
+        watched_devices(config, mesh.device, env) as devices,
+        profiled_steps(config, model, mesh.device, folder, env) as profile,
+        traced_steps(plan, folder, env, numbers=loader.numbers, **start) as tracer,
+        open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
+        collected_by_steps(),
+    ):
+        rows = build_placement_rows(config, plan, mesh, last=WINDOW)
+        watchers = [each for each in (tracer, rows) if each is not None]
+        yield {"devices": devices, "profile": profile, "watchers": watchers, "sinks": sinks, "placement_rows": rows}
 
 
 def choose_device(config: Config, env: RankEnv) -> torch.device:
@@ -74,6 +111,8 @@ def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt
         ResourceError: a rank is on another node than planned, or has no GPU.
         MoeDistError: a check of this node fails; a rank does not join; or the ranks' run folders or starts differ.
     """
+    if config.parallel.deterministic:
+        make_deterministic()  # called before the first CUDA call, which reads the variables that `make_deterministic` sets
     section, device = config.parallel, choose_device(config, env)
     wait = StartWait(env.rank, section.start_seconds, stopped=stopped, grace_seconds=env.grace_seconds)
     with meeting(env, folder.path, wait) as (store, attempt_id):
@@ -208,12 +247,34 @@ def placement_text(plan: Preflight, *, width: int = 120) -> str:
     )
 
 
-def conclude(finished: Finished, folder: RunFolder, plan: Preflight, *, beside: str) -> None:
+def write_texts(finished: Finished, plan: Preflight, sinks: Sequence[Sink]) -> str:
+    """Writes to the sinks the table of costs, and the comparison with a run with fixed top-k, which the function returns
+    ("" if there is none)."""
+    beside = beside_fixed_top_k(plan.config, plan.manifest, finished.evaluation) if sinks else ""
+    costs = "" if finished.costs is None else costs_markdown(finished.costs)
+    for sink in sinks:
+        for title, text in {"fixed top-k": beside, "cost table": costs}.items():
+            if text:
+                sink.text(title, text)
+    return beside
+
+
+def conclude(
+    finished: Finished, folder: RunFolder, plan: Preflight, *, beside: str, stopped: signal.Signals | None = None
+) -> None:
     """Prints and stores the summary. If another attempt has finished the run, prints that attempt's summary.
 
     Args:
         beside: The sentence that `beside_fixed_top_k` returns; "" adds no line to the summary.
+        stopped: A stop signal that came too late.
     """
+    _print_summary(finished, folder, plan, beside)
+    if stopped is not None:
+        with suppress(OSError, ValueError):  # a closed terminal must not fail a finished run
+            print(f"{stopped.name} came too late to stop the run: it is complete", file=sys.stderr)
+
+
+def _print_summary(finished: Finished, folder: RunFolder, plan: Preflight, beside: str) -> None:
     if not finished.took_steps and folder.summary_txt.is_file():  # another attempt finished the run meanwhile
         print(folder.read_summary())
         return

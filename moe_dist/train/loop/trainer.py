@@ -13,13 +13,12 @@ import numpy as np
 from moe_dist.data.batch import Batch
 from moe_dist.data.loader import ReadAhead, TrainLoader
 from moe_dist.errors import DivergedError, StoppedError
-from moe_dist.moe.routing.counts import StepCounts
+from moe_dist.moe.routing.counts import RoutingCounts
 from moe_dist.monitor.costs import CostTable, cost_table
 from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.evaluation_metrics import evaluation_scalars
-from moe_dist.monitor.metrics import build_record
 from moe_dist.monitor.sinks.sink import Sink
-from moe_dist.monitor.statistics import EvaluationResult, LeverDecision, StepResult, StepStatistics
+from moe_dist.monitor.statistics import EvaluationResult, LeverDecision
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.runtime.signals import StopRequest
 from moe_dist.train.build.training import TrainingPlan
@@ -27,11 +26,13 @@ from moe_dist.train.evaluation.acceptance import Check, run_checks
 from moe_dist.train.evaluation.balance import ranks_outnumber_cores
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loop.garbage import COLLECT_EVERY
+from moe_dist.train.loop.record import LoopValues, build_record
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.rank_balance.levers import Lever
 from moe_dist.train.rank_balance.placement_rows import PlacementRows
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.start.resume import Progress, Resumable
+from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.tracing import StepWatcher
 from moe_dist.train.step.training_step import TrainingStep
 
@@ -176,22 +177,21 @@ class Trainer:
         self, result: StepResult, lr: float, aux: AuxSettings, seconds: float, levers: Sequence[LeverDecision]
     ) -> None:
         updates = self.progress.step - 1 - (self.progress.skipped_steps - result.skipped)  # before this step
-        stats = StepStatistics(
-            result,
+        loop = LoopValues(
             step=self.progress.step,
             balance_coefficient=aux.balance,
             lr=lr,
             skipped_steps=self.progress.skipped_steps,
             tokens=self.progress.tokens,
-            step_seconds=seconds,
+            seconds=seconds,
             epochs=self.loader.epochs(self.progress.position),
             flops_per_token=self._flops_per_token(result.counts) if self.plan.peak_flops is not None else None,
             active_target={name: target_at(updates) for name, target_at in self.plan.active_target.items()},
             levers=levers,
         )
         record = build_record(
-            stats,
-            groups=self.plan.placement.groups,
+            result,
+            loop,
             placement=self.plan.placement,
             modalities=self.plan.modalities,
             readings=self.devices.latest if self.devices else None,
@@ -201,7 +201,7 @@ class Trainer:
         for sink in self.sinks:
             sink.step(record)
 
-    def _flops_per_token(self, counts: StepCounts[np.ndarray]) -> float:
+    def _flops_per_token(self, counts: RoutingCounts[np.ndarray]) -> float:
         """Returns a step's FLOPs per token, from each group's true experts per token and its fraction of the tokens."""
         placement = self.plan.placement
         taken_E = (counts.choices_LC[:, : placement.num_experts] - counts.dropped_LE).sum(0)
@@ -265,7 +265,16 @@ class Trainer:
             return None
         mesh, plan = self.evaluator.mesh, self.plan
         rows = self.placement_rows.total(mesh.world, mesh.tracker)
-        return cost_table(self._recent, plan.placement, plan.policy, rows, untimed=ranks_outnumber_cores(mesh))
+        steps, untimed = len(self._recent), ranks_outnumber_cores(mesh)
+        return cost_table(
+            [each.ledger for each in self._recent],
+            plan.placement,
+            plan.policy,
+            rows,
+            tokens=sum(each.tokens for each in self._recent) / steps,
+            seconds="not timed" if untimed else f"{sum(each.comm_seconds for each in self._recent) / steps:.3f}",
+            untimed=untimed,
+        )
 
     def _diverged(self, what: str) -> DivergedError:
         self.saver.writer.wait()  # a thread may still be writing the last save

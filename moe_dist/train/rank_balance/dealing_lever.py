@@ -1,7 +1,8 @@
 """Shows how the sequences of a step are dealt to the ranks (`moe_dist.data.dealing`)."""
 
 from moe_dist.data.loader import TrainLoader
-from moe_dist.monitor.statistics import LeverDecision, StepResult
+from moe_dist.monitor.statistics import LeverDecision
+from moe_dist.train.step.result import StepResult
 
 SHOW_EVERY = 100  # steps
 

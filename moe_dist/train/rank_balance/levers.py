@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from moe_dist.config.schema import Config
 from moe_dist.data.loader import TrainLoader
-from moe_dist.monitor.statistics import LeverDecision, StepResult
+from moe_dist.monitor.statistics import LeverDecision
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.replica_slots import PlacementWithReplicas
 from moe_dist.train.build.dispatch import dispatch_with
@@ -18,6 +18,7 @@ from moe_dist.train.rank_balance.expert_replicas import give_replicas
 from moe_dist.train.rank_balance.moving_lever import MovingLever
 from moe_dist.train.rank_balance.replicating_lever import ReplicatingLever
 from moe_dist.train.router_tuning.loader import SampleLoader
+from moe_dist.train.step.result import StepResult
 
 
 class Lever(Protocol):

@@ -8,8 +8,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from pydantic import JsonValue
 
-from moe_dist.monitor.statistics import LeverDecision, StepResult
+from moe_dist.monitor.statistics import LeverDecision
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.train.step.result import StepResult
 
 P = TypeVar("P", bound=ExpertPlacement)
 

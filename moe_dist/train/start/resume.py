@@ -14,8 +14,9 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import JsonValue
 
@@ -35,6 +36,9 @@ from moe_dist.errors import ConfigError, DataError, DivergedError
 from moe_dist.formats.manifest import Manifest
 from moe_dist.formats.split_files import data_digest, digest_problems
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.runtime.attempt import Attempt
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.status import record_save_seconds
 from moe_dist.train.build.training import Training, rank_layout, saved_part
 from moe_dist.train.start.base_weights import begin_on_base, load_base
 from moe_dist.train.start.starting_weights import begin_with_weights
@@ -197,10 +201,15 @@ class Resumable:
         for name, lever in self._levers.items():
             if (state := mapping_of({"levers": {}, **restored.values}, "levers", newest).get(name)) is not None:
                 lever.restore(state)
+        self.placement = self._training.step.placement  # a lever may have restored moved experts
         if restored.rank_values:
             restore_generators(mapping_of(restored.rank_values, "generators", newest), self._device)
         logger.info("going on from %s", newest)
         return progress
+
+    def agree(self, phase: str, act: Callable[[], Any]) -> Any:
+        """Runs `act` on rank 0 while all ranks wait, as `CheckpointManager.agree` does."""
+        return self._checkpoints.agree(phase, act)
 
     @property
     def _layout(self) -> RankLayout:
@@ -265,6 +274,28 @@ class Resumable:
             raise DataError(f"{folder} has states of {sorted(saved)}, the run needs those of {sorted(self._controllers)}")
         for name, controller in self._controllers.items():
             controller.restore(saved[name])
+
+
+def build_resumable(
+    training: Training,
+    folder: RunFolder,
+    attempt: Attempt,
+    config: Config,
+    manifest: Manifest,
+    placement: ExpertPlacement,
+    levers: Mapping[str, object],
+) -> Resumable:
+    """Makes the `Resumable` of a run, with the manager of the run's checkpoints."""
+    mesh = training.parallel.mesh
+    checkpoints = CheckpointManager(
+        folder.checkpoints,
+        keep=config.checkpoint.keep,
+        lease_check=attempt.check_commit,
+        process_group=mesh.checkpoint,
+        tracker=mesh.tracker,
+    )
+    report_save = partial(record_save_seconds, folder.logs)
+    return Resumable(training, placement, checkpoints, config, manifest, levers=levers, report_save=report_save)
 
 
 def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:

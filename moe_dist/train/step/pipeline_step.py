@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.comm.collectives import sum_over
+from moe_dist.comm.collectives import added, joined, sum_over
 from moe_dist.comm.names import TRACED_CHOICES
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.megatron.core_attention import order_of_ranks
@@ -22,8 +22,9 @@ from moe_dist.moe.routing.types import ChosenColumns, LayerReport, RoutingReques
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.objective.loss import MicroLoss, global_counts, sums_by_modality
 from moe_dist.train.router_tuning.tuning import Targets
+from moe_dist.train.step.result import Forwarded, Weights
 from moe_dist.train.step.tracing import StepWatcher
-from moe_dist.train.step.training_step import OwnCounts, TrainingStep, Weights
+from moe_dist.train.step.training_step import TrainingStep
 
 
 class PipelineModel:
@@ -128,11 +129,10 @@ class PipelineStep(TrainingStep):
         batches: Sequence[Batch],
         aux: AuxSettings,
         weights: Weights,
-        own: OwnCounts,
         *,
         targets: Sequence[Targets] | None,
         watchers: Sequence[StepWatcher],
-    ) -> list[MicroLoss]:
+    ) -> Forwarded:
         model, mesh = self.parallel.model, self.parallel.mesh
         watch, pipeline = model.watch, model.pipeline
         watch.coefficients = aux
@@ -159,9 +159,10 @@ class PipelineStep(TrainingStep):
         for number, batch in enumerate(batches if watchers else ()):
             self._show(number, batch, reports, watchers)
         watch.chosen.clear()
-        own.add(reports, by_micro_batch=False)
-        counts = global_counts(reports, mesh.world, mesh.tracker)()
-        return [MicroLoss(nll_M.sum(), nll_M, balance, z, torch.zeros_like(z), counts)]
+        own = joined([report.counts for report in reports])
+        counts = global_counts(own, mesh.world, mesh.tracker)()
+        loss = MicroLoss(nll_M.sum(), nll_M, balance, z, torch.zeros_like(z))
+        return Forwarded(loss, counts, own, added([report.sent for report in reports]))
 
     def _show(self, number: int, batch: Batch, reports: Sequence[LayerReport], watchers: Sequence[StepWatcher]) -> None:
         """Passes a micro-batch's expert choices to the watchers. A watcher with `own_tokens` gets this rank's choices. A

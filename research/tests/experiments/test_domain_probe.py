@@ -10,7 +10,8 @@ import torch
 from moe_dist.config.load import load_config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing.types import ABSENT, Assignments, RouterSums, Routing
+from moe_dist.moe.routing.counts import AuxSums, RoutingCounts
+from moe_dist.moe.routing.types import ABSENT, Assignments, Routing
 from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups
@@ -66,9 +67,9 @@ def test_bits_by_hand(experts: list[int], bits: float) -> None:
 def test_the_expert_with_the_largest_weight_comes_first() -> None:
     """Token 0: experts 3 (0.2) and 1 (0.7); token 1: only a null; token 2: expert 2."""
     pairs = Assignments(torch.tensor([0, 0, 1, 2]), torch.tensor([3, 1, ABSENT, 2]), torch.tensor([0.2, 0.7, 0.9, 0.1]))
-    zeros = torch.zeros(1)
-    sums = RouterSums(torch.zeros(4), torch.zeros(4), torch.tensor([3]), zeros, zeros, torch.zeros(4, dtype=torch.int64))
-    seen = TokenPairs(Routing(pairs, sums), torch.arange(3))
+    zeros_LC, zeros_LG = torch.zeros(1, 4), torch.zeros(1, 1)
+    counts = RoutingCounts(zeros_LC, torch.tensor([[3]]), zeros_LG, zeros_LC.to(torch.int64))
+    seen = TokenPairs(Routing(pairs, counts, AuxSums(zeros_LC, zeros_LG)), torch.arange(3))
     assert first_choice(seen, 3).tolist() == [1, ABSENT, 2]
 
 

@@ -16,7 +16,8 @@ from moe_dist.model.mixture_of_depths import Chosen, DepthRouter
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing.types import ABSENT, Assignments, RouterSums, Routing
+from moe_dist.moe.routing.counts import AuxSums, RoutingCounts
+from moe_dist.moe.routing.types import ABSENT, Assignments, Routing
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from research.experiments.measure import Spent, planned, spent_by_step
 from research.experiments.probes import (
@@ -40,11 +41,10 @@ def routing(pairs: list[tuple[int, int]], *, tokens: int, nulls: int = 0) -> Rou
     token_N, expert_N = (torch.tensor([pair[i] for pair in pairs]) for i in (0, 1))
     choices_C = torch.bincount(expert_N[expert_N != ABSENT], minlength=6)
     choices_C[4] += nulls
-    zeros_G = torch.zeros(1)
-    sums = RouterSums(
-        choices_C, torch.zeros(6), torch.tensor([tokens]), zeros_G, zeros_G, torch.zeros(4, dtype=torch.int64)
-    )
-    return Routing(Assignments(token_N, expert_N, torch.full((len(pairs),), 0.5)), sums)
+    zeros_LG = torch.zeros(1, 1)
+    counts = RoutingCounts(choices_C[None], torch.tensor([[tokens]]), zeros_LG, torch.zeros((1, 4), dtype=torch.int64))
+    assignments = Assignments(token_N, expert_N, torch.full((len(pairs),), 0.5))
+    return Routing(assignments, counts, AuxSums(torch.zeros(1, 6), zeros_LG))
 
 
 def test_rows_on_the_wire_by_hand() -> None:

@@ -103,13 +103,13 @@ def test_logits_move_by_the_offset_in_the_chosen_layer_at_the_scored_tokens() ->
             forward(model, batch, GROUPS)
         seen.append([each.routing for each in routings])
     assert (batch.labels_BS >= 0).tolist() == [[False, False, True, True]]
-    moved, alone = ([each.sums.prob_C for each in routings] for routings in seen)
+    moved, alone = ([each.aux.prob_LC[0] for each in routings] for routings in seen)
     torch.testing.assert_close(moved[0], alone[0], rtol=0, atol=0)
     router = model.moe_modules()[1].router
     h_TD = torch.randn(4, 16)
     logits_TC = h_TD @ router.get_submodule("group:all").true.T  # pyright: ignore[reportOperatorIssue, reportAttributeAccessIssue]
     with torch.no_grad(), changed._moved(torch.tensor([[False, False, True, True]]), offset_BLC):
-        found = router(h_TD, torch.zeros(4, dtype=torch.int64)).sums.prob_C
+        found = router(h_TD, torch.zeros(4, dtype=torch.int64)).aux.prob_LC[0]
     logits_TC[2:] += offset_BLC[0]
     torch.testing.assert_close(found, logits_TC.softmax(-1).sum(0))
 

@@ -275,7 +275,7 @@ def test_choices_that_count_for_nothing_do_no_work(tmp_path: Path, data: Path, c
             expert.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
     model(tokens)
     positions, zeros = torch.arange(14).expand(3, 14), torch.zeros_like(tokens)
-    pairs = sum(report.pairs for report in ours(tokens, positions, zeros, group_of(ours, tokens))[1])
+    pairs = sum(report.sent.pairs for report in ours(tokens, positions, zeros, group_of(ours, tokens))[1])
     assert sum(rows) == pairs < 2 * tokens.numel() * GROUP["top_k"]
     assert min(rows) > 0
 

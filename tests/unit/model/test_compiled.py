@@ -33,7 +33,7 @@ def passed(model: Transformer, step: int, sequences: int = 2) -> tuple[Tensor, t
     losses_BS, reports = model(*inputs, labels_BS=batch.labels_BS)
     model.zero_grad()
     losses_BS.sum().backward()
-    return losses_BS.detach(), tuple(torch.cat([each.sums.choices_C for each in reports]).tolist())
+    return losses_BS.detach(), tuple(torch.cat([each.counts.choices_LC[0] for each in reports]).tolist())
 
 
 @pytest.fixture(autouse=True)

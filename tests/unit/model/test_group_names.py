@@ -73,7 +73,7 @@ def take_a_step(changes: dict[str, Any]) -> None:
     initialise(model, placement, ep_rank=0, device=torch.device("cpu"), seed=0, std=0.1)
     tokens = torch.arange(8)[None]
     logits, reports = model(tokens, tokens, torch.zeros_like(tokens), tokens % 2)
-    (logits.square().mean() + sum(r.sums.auxiliary_G.sum() for r in reports if r.sums.auxiliary_G is not None)).backward()
+    (logits.square().mean() + sum(r.aux.auxiliary_LG.sum() for r in reports if r.aux.auxiliary_LG is not None)).backward()
     trained = [each for each in named_parameters(model) if each.parameter.requires_grad]
     assert {each.role for each in trained} & {Role.ROUTER, Role.AUXILIARY_ROUTER}
     assert all(each.parameter.grad is not None for each in trained if each.role is not Role.ROUTER)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_dist.comm.collectives import joined
 from moe_dist.model.attention import dense_mask
 from moe_dist.model.layers import rotary_table
 from moe_dist.model.mixture_of_depths import DepthRouter
@@ -20,9 +21,9 @@ from moe_dist.moe.routers.selection import Causal, capacity_of_tokens
 from moe_dist.moe.routing.types import ABSENT
 from moe_dist.moe.thresholds import ThresholdUpdater
 from moe_dist.placement.parameter_names import named_parameters
-from moe_dist.train.objective.loss import depth_auxiliary, global_counts
+from moe_dist.train.objective.loss import depth_auxiliary
 from tests.reference.mixture_of_depths import choose, depth_forward
-from tests.support.counts import counts_with
+from tests.support.counts import depth_counts_with
 from tests.support.transformers import DIM, make_transformer
 
 VOCAB = 64
@@ -146,11 +147,11 @@ def test_reports_count_and_the_others_pass_unchanged() -> None:
     model = make_model(0.3)
     tokens, group = draw_tokens()
     reports = model(tokens, POSITIONS, DOCUMENTS, group)[1]
-    assert [report.depth is not None for report in reports] == [True, False, True]
+    assert [report.counts.depth is not None for report in reports] == [True, False, True]
     taken = capacity_of_tokens(0.3, 21)
     for report in (reports[0], reports[2]):
-        assert (int(report.depth.tokens), int(report.depth.taken)) == (21, taken)
-        assert int(report.sums.tokens_G.sum()) == taken
+        assert (int(report.counts.depth.tokens_P), int(report.counts.depth.taken_P)) == (21, taken)
+        assert int(report.counts.tokens_LG.sum()) == taken
     x = torch.randn(24, DIM, dtype=torch.float64)
     chosen = model.depth_routers()[0](x, group.flatten() >= 0)
     assert len(chosen.index_C) == capacity_of_tokens(
@@ -167,8 +168,8 @@ def test_counts_are_those_of_a_loop(causal: Causal, training: bool) -> None:
     weights."""
     model = make_model(0.3, causal).train(training)
     tokens, group = draw_tokens()
-    counts = global_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None)()
-    assert counts is not None
+    counts = joined([report.counts for report in model(tokens, POSITIONS, DOCUMENTS, group)[1]])
+    assert counts.depth is not None
     mixture_of_depths = model.layers[0].depths
     x_TD, groups = model.embedding.weight[tokens].detach().flatten(0, 1), group.flatten().tolist()
     scores = [torch.dot(mixture_of_depths.router[0], x / (x.square().mean() + 1e-6).sqrt()).item() for x in x_TD]
@@ -183,10 +184,10 @@ def test_counts_are_those_of_a_loop(causal: Causal, training: bool) -> None:
                 computed[groups[token]] += 1
                 weight += 1 / (1 + math.exp(-scores[token]))
     assert sum(computed) > 0
-    assert (counts.depth_tokens_PG[0].tolist(), counts.depth_taken_PG[0].tolist()) == (members, computed)
-    assert (int(counts.depth_tokens_P[0]), int(counts.depth_agreed_P[0])) == (21, agreed)
-    assert counts.depth_weight_P[0].item() == pytest.approx(weight, rel=1e-12)
-    assert counts.depth_weight_P.requires_grad is False
+    assert (counts.depth.tokens_PG[0].tolist(), counts.depth.taken_PG[0].tolist()) == (members, computed)
+    assert (int(counts.depth.tokens_P[0]), int(counts.depth.agreed_P[0])) == (21, agreed)
+    assert counts.depth.weight_P[0].item() == pytest.approx(weight, rel=1e-12)
+    assert counts.depth.weight_P.requires_grad is False
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -194,10 +195,11 @@ def test_a_batch_of_padding_computes_nothing_and_has_zero_gradients(training: bo
     model = make_model(0.3).train(training)
     tokens, group = draw_tokens()
     logits, reports = model(tokens, POSITIONS, DOCUMENTS, torch.full_like(group, -1))
-    (logits.sum() + sum(r.depth.auxiliary for r in reports if r.depth and r.depth.auxiliary is not None)).backward()
+    aux = joined([report.aux for report in reports]).depth_auxiliary_P
+    (logits.sum() if aux is None else logits.sum() + aux.sum()).backward()
     assert logits.isfinite().all()
     assert model.layers[0].depths.router.grad.abs().max() == 0
-    assert all(int(report.depth.taken) == 0 for report in reports if report.depth is not None)
+    assert joined([report.counts.depth for report in reports]).taken_P.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
@@ -276,18 +278,17 @@ def test_cached_logits_are_the_whole_ones_and_skipped_tokens_leave_no_entry(caus
         at += length
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-10)
     for layer, report in zip(cache, reports, strict=True):
-        taken = 24 if report.depth is None else int(report.depth.taken)
+        taken = 24 if report.counts.depth is None else int(report.counts.depth.taken_P)
         assert int(layer.lengths.sum()) == taken
-        assert report.depth is None or 0 < taken < 24
+        assert report.counts.depth is None or 0 < taken < 24
 
 
 def test_auxiliary_routers_learn_the_choice_and_move_nothing_else() -> None:
     model = make_model(0.3)
     tokens, group = draw_tokens()
     reports = model(tokens, POSITIONS, DOCUMENTS, group)[1]
-    counts = global_counts(reports, None)()
-    assert counts is not None
-    loss = depth_auxiliary(reports, counts.depth_tokens_P)
+    depth, aux = joined([report.counts.depth for report in reports]), joined([report.aux for report in reports])
+    loss = depth_auxiliary(aux.depth_auxiliary_P, depth.tokens_P)
     loss.backward()
     for _, name, _, parameter in named_parameters(model):
         moved = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
@@ -300,8 +301,8 @@ def test_auxiliary_routers_learn_the_choice_and_move_nothing_else() -> None:
     hidden = h @ mixture_of_depths.auxiliary.inner.T
     chance = ((hidden * hidden.sigmoid()) @ mixture_of_depths.auxiliary.outer[0]).sigmoid()
     terms = [-(chance[t] if t in taken else 1 - chance[t]).log() for t in range(24) if real[t]]
-    torch.testing.assert_close(reports[0].depth.auxiliary, torch.stack(terms).sum())
-    assert int(reports[0].depth.agreed) == sum((chance[t] > 0.5) == (t in taken) for t in range(24) if real[t])
+    torch.testing.assert_close(reports[0].aux.depth_auxiliary_P[0], torch.stack(terms).sum())
+    assert int(depth.agreed_P[0]) == sum((chance[t] > 0.5) == (t in taken) for t in range(24) if real[t])
 
 
 def test_auxiliary_routers_come_to_agree() -> None:
@@ -312,11 +313,11 @@ def test_auxiliary_routers_come_to_agree() -> None:
     optimizer = torch.optim.Adam(router.auxiliary.parameters(), lr=0.02)
     share = 0.0
     for _ in range(150):
-        sums = router(torch.randn(256, DIM), torch.ones(256, dtype=torch.bool)).sums
+        chosen = router(torch.randn(256, DIM), torch.ones(256, dtype=torch.bool))
         optimizer.zero_grad()
-        (sums.auxiliary / 256).backward()
+        (chosen.auxiliary / 256).backward()
         optimizer.step()
-        share = float(sums.agreed) / 256
+        share = float(chosen.counts.agreed_P) / 256
     assert share > 0.9
 
 
@@ -325,7 +326,7 @@ def test_thresholds_follow_the_last_score_taken() -> None:
     updater, expected = ThresholdUpdater([[router]], 0.75, mixture_of_depths=True), 0.0
     for step, (score, tokens) in enumerate([(0.4, 10.0), (0.8, 20.0), (0.0, 0.0), (0.2, 4.0), (0.6, 8.0), (0.9, 1.0)]):
         seen_P = torch.tensor([tokens], dtype=torch.float64)
-        updater.after_step(counts_with(depth_kth_score_P=score * seen_P, depth_tokens_P=seen_P))
+        updater.after_step(depth_counts_with(kth_score_P=score * seen_P, tokens_P=seen_P))
         if tokens:
             seen = step + 1 - (step > 2)
             expected += max(1 / seen, 0.25) * (score - expected)
@@ -344,5 +345,4 @@ def test_thresholds_follow_the_last_score_taken() -> None:
 def test_counts_are_none_without_depths() -> None:
     model = make_transformer(moe_layers=(0,))
     tokens, group = draw_tokens()
-    assert not global_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None)().depth_tokens_P.numel()
-    assert not [report for report in model(tokens, POSITIONS, DOCUMENTS, group)[1] if report.members_G is not None]
+    assert joined([report.counts for report in model(tokens, POSITIONS, DOCUMENTS, group)[1]]).depth is None

@@ -21,6 +21,7 @@ from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.moe.routing.types import RoutingCache, RoutingRequest
 from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -108,9 +109,9 @@ def test_capacity(factor: float, drop: str, recompute: str) -> None:
     expected = moe_forward(h_TD, group_T.tolist(), groups, weights, capacity=(factor, drop))
     assert_equals_the_oracle(layer, h_TD, group_T, expected)
     _, report = layer(h_TD, group_T)
-    dropped = int(report.sums.dropped_E.sum())
+    dropped = int(report.counts.dropped_LE.sum())
     assert (dropped > 0) == (factor < 9)
-    assert report.pairs == int(report.sums.choices_C[:7].sum()) - dropped
+    assert report.sent.pairs == int(report.counts.choices_LC[0][:7].sum()) - dropped
 
 
 def test_evaluation_drops_nothing() -> None:
@@ -119,7 +120,7 @@ def test_evaluation_drops_nothing() -> None:
     h_TD, group_T = torch.randn(40, D, dtype=torch.double, requires_grad=True), torch.randint(-1, 2, (40,))
     expected = moe_forward(h_TD, group_T.tolist(), groups, reference_weights(layer, groups))
     assert_equals_the_oracle(layer, h_TD, group_T, expected)
-    assert (layer(h_TD, group_T)[1].sums.dropped_E == 0).all()
+    assert (layer(h_TD, group_T)[1].counts.dropped_LE == 0).all()
 
 
 def test_free_choices_are_no_pairs() -> None:
@@ -131,8 +132,8 @@ def test_free_choices_are_no_pairs() -> None:
         for kind, value in (("true", -5.0), ("null", -5.0), ("identity", 5.0), ("constant", 5.0)):
             getattr(gate, kind).fill_(value)
     y_TD, report = layer(torch.ones(6, D, dtype=torch.double), torch.zeros(6, dtype=torch.int64))
-    assert report.pairs == report.rows_remote == 0
-    assert report.sums.choices_C.tolist() == [0, 0, 0, 0, 6, 6]
+    assert report.sent == SentCounts(0, 0, 0)
+    assert report.counts.choices_LC[0].tolist() == [0, 0, 0, 0, 6, 6]
     assert (y_TD != 0).all()
 
 
@@ -146,7 +147,7 @@ def test_ablation_zeroes_free_experts_too() -> None:
 def test_without_a_token_every_parameter_has_a_zero_gradient() -> None:
     layer = make_layer(CASES["all kinds"], capacity=Capacity(1.0), selection_bias=True)
     y_TD, report = layer(torch.randn(4, D, dtype=torch.double), torch.full((4,), -1))
-    (y_TD.sum() + report.sums.prob_C.sum() + report.sums.log_z_squared_G.sum()).backward()
+    (y_TD.sum() + report.aux.prob_LC.sum() + report.aux.log_z_squared_LG.sum()).backward()
     assert (y_TD == 0).all()
     assert all(p.grad is not None and (p.grad == 0).all() for p in layer.parameters())
 
@@ -160,7 +161,7 @@ def test_recompute_keeps_what_was_dropped() -> None:
     first = router(h_TD, group_T, cache)
     second = router(h_TD.flip(0), group_T, cache)
     assert torch.equal(first.assignments.expert_N, second.assignments.expert_N)
-    assert torch.equal(first.sums.dropped_E, second.sums.dropped_E)
+    assert torch.equal(first.counts.dropped_LE, second.counts.dropped_LE)
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])

@@ -31,12 +31,12 @@ def test_terms_of_two_ranks_add_up_to_the_oracle(kind: str) -> None:
     router = make_router()
     h_TD = torch.randn(60, D, dtype=torch.double, requires_grad=True)
     group_T = torch.randint(-1, 2, (60,))
-    halves = [router(h_TD[half], group_T[half]).sums for half in (slice(0, 22), slice(22, 60))]
-    choices_LC = sum(sums.choices_C for sums in halves)[None]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-    tokens_LG = sum(sums.tokens_G for sums in halves)[None]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    halves = [router(h_TD[half], group_T[half]) for half in (slice(0, 22), slice(22, 60))]
+    choices_LC = sum(routed.counts.choices_LC[0] for routed in halves)[None]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    tokens_LG = sum(routed.counts.tokens_LG[0] for routed in halves)[None]  # pyright: ignore[reportIndexIssue, reportArgumentType]
     ours = sum(
-        balance_terms(sums.prob_C[None], choices_LC, tokens_LG, TABLES, kind=kind)[0]  # pyright: ignore[reportArgumentType]
-        for sums in halves
+        balance_terms(routed.aux.prob_LC, choices_LC, tokens_LG, TABLES, kind=kind)[0]  # pyright: ignore[reportArgumentType]
+        for routed in halves
     )
     for index, group in enumerate((TEXT, IMAGE)):
         gate = router.get_submodule(group_module(group.name))
@@ -56,9 +56,9 @@ def test_identity_columns_share_a_load_and_constant_ones_do_not(kind: str) -> No
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter)
     h_TD = torch.randn(50, D, dtype=torch.double, requires_grad=True)
-    sums = router(h_TD, torch.zeros(50, dtype=torch.int64)).sums
+    routed = router(h_TD, torch.zeros(50, dtype=torch.int64))
     tables = ColumnTables.on((group,), torch.device("cpu"))
-    ours = balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], tables, kind=kind)[0, 0]  # pyright: ignore
+    ours = balance_terms(routed.aux.prob_LC, routed.counts.choices_LC, routed.counts.tokens_LG, tables, kind=kind)[0, 0]  # pyright: ignore
     gate = router.get_submodule("group:text")
     logits = h_TD @ torch.cat([gate.true, gate.null, gate.identity, gate.constant]).T  # pyright: ignore
     averaged = kind == "null_averaged"
@@ -119,12 +119,12 @@ def test_a_group_without_tokens_contributes_zero() -> None:
 def test_z_is_the_mean_squared_log_sum_exp() -> None:
     router = make_router()
     h_TD, group_T = torch.randn(30, D, dtype=torch.double, requires_grad=True), torch.randint(0, 2, (30,))
-    sums = router(h_TD, group_T).sums
+    routed = router(h_TD, group_T)
     expected = []
     for token, index in enumerate(group_T.tolist()):
         gate = router.get_submodule(group_module((TEXT, IMAGE)[index].name))
         expected.append((torch.cat([gate.true, gate.null]) @ h_TD[token]).logsumexp(0) ** 2)  # pyright: ignore
-    ours, theirs = z_terms(sums.log_z_squared_G[None], sums.tokens_G[None])[0], torch.stack(expected).mean()
+    ours, theirs = z_terms(routed.aux.log_z_squared_LG, routed.counts.tokens_LG)[0], torch.stack(expected).mean()
     torch.testing.assert_close(ours, theirs)
     over = [h_TD, *router.parameters()]
     for got, wanted in zip(*(torch.autograd.grad(each, over, retain_graph=True) for each in (ours, theirs)), strict=True):
@@ -132,9 +132,9 @@ def test_z_is_the_mean_squared_log_sum_exp() -> None:
     with torch.no_grad():
         for parameter in router.parameters():
             parameter.zero_()
-    sums = router(h_TD[:4], torch.tensor([0, 0, 0, 1])).sums  # 7 and 4 equal logits with value 0
+    routed = router(h_TD[:4], torch.tensor([0, 0, 0, 1]))  # 7 and 4 equal logits of 0
     by_hand = torch.tensor([(3 * math.log(7) ** 2 + math.log(4) ** 2) / 4], dtype=torch.double)
-    torch.testing.assert_close(z_terms(sums.log_z_squared_G[None], sums.tokens_G[None]), by_hand)
+    torch.testing.assert_close(z_terms(routed.aux.log_z_squared_LG, routed.counts.tokens_LG), by_hand)
 
 
 @pytest.mark.parametrize("weights", [None, (1.0, 1.0), (2.5, 0.4)])
@@ -142,12 +142,12 @@ def test_the_split_alone_equals_the_loops(weights: tuple[float, float] | None) -
     router = make_router()
     h_TD = torch.randn(60, D, dtype=torch.double, requires_grad=True)
     group_T = torch.randint(-1, 2, (60,))
-    halves = [router(h_TD[half], group_T[half]).sums for half in (slice(0, 22), slice(22, 60))]
-    choices_LC = torch.stack([sums.choices_C for sums in halves]).sum(0)[None]
-    tokens_LG = torch.stack([sums.tokens_G for sums in halves]).sum(0)[None]
+    halves = [router(h_TD[half], group_T[half]) for half in (slice(0, 22), slice(22, 60))]
+    choices_LC = torch.stack([routed.counts.choices_LC[0] for routed in halves]).sum(0)[None]
+    tokens_LG = torch.stack([routed.counts.tokens_LG[0] for routed in halves]).sum(0)[None]
     ours = sum(
-        balance_terms(sums.prob_C[None], choices_LC, tokens_LG, TABLES, kind="null_split", null_weight_G=weights)[0]
-        for sums in halves
+        balance_terms(routed.aux.prob_LC, choices_LC, tokens_LG, TABLES, kind="null_split", null_weight_G=weights)[0]
+        for routed in halves
     )
     for index, group in enumerate((TEXT, IMAGE)):
         gate = router.get_submodule(group_module(group.name))
@@ -234,15 +234,15 @@ def test_with_a_single_null_logit_the_plain_loss_is_the_averaged_one() -> None:
     h_TD, group_T = torch.randn(60, D, dtype=torch.double), torch.randint(0, 2, (60,))
     found = []
     for kind in ("vanilla", "null_averaged"):
-        sums = router(h_TD, group_T).sums
-        terms = balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], TABLES, kind=kind)  # pyright: ignore
+        routed = router(h_TD, group_T)
+        terms = balance_terms(routed.aux.prob_LC, routed.counts.choices_LC, routed.counts.tokens_LG, TABLES, kind=kind)  # pyright: ignore
         found.append([terms.detach(), *torch.autograd.grad(terms.sum(), list(router.parameters()))])
     for vanilla, averaged in zip(*found, strict=True):
         torch.testing.assert_close(vanilla, averaged)
     each = make_router()
-    sums = each(h_TD, group_T).sums
+    routed = each(h_TD, group_T)
     vanilla, averaged = (
-        balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], TABLES, kind=kind)  # pyright: ignore
+        balance_terms(routed.aux.prob_LC, routed.counts.choices_LC, routed.counts.tokens_LG, TABLES, kind=kind)  # pyright: ignore
         for kind in ("vanilla", "null_averaged")
     )
     assert not torch.allclose(vanilla, averaged), "rows of their own make a difference"

@@ -128,9 +128,9 @@ def test_drops_are_replayed_in_training_alone() -> None:
     layer, h_TD = top_k_layer(capacity=Capacity(0.1, "probability")), torch.randn(4, D, dtype=torch.float64)
     with Replay(layer, WRONG["dropped without a capacity"], GROUP):
         _, report = layer(h_TD, torch.tensor(GROUP))
-    assert report.sums.dropped_E.tolist() == [0, 0, 0, 1, 0, 0, 0]
+    assert report.counts.dropped_LE[0].tolist() == [0, 0, 0, 1, 0, 0, 0]
     with Replay(layer, IDS, GROUP):
-        assert layer(h_TD, torch.tensor(GROUP))[1].pairs == 4
+        assert layer(h_TD, torch.tensor(GROUP))[1].sent.pairs == 4
     with refused(DataError, "token 0"):
         Replay(layer, np.where(IDS == 8, -10, IDS), GROUP)
     with refused(DataError, "model.moe.capacity"):

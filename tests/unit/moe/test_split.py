@@ -41,7 +41,7 @@ def test_all_parts_are_the_ffn_whose_last_product_is_summed_by_parts() -> None:
                 stack.get_parameter(name).copy_(torch.stack(whole))
             router.gate(group).zero_rows(0.01)  # pyright: ignore[reportCallIssue]
         y_TD, report = layer(x_TD, torch.zeros(T, dtype=torch.int64))
-        assert report.pairs == N * T, "no null choice"
+        assert report.sent.pairs == N * T, "no null choice"
         by_parts = torch.zeros(T, D)
         for part in parts:
             by_parts = by_parts + swiglu(x_TD, *part)

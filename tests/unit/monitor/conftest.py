@@ -2,20 +2,31 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-from moe_dist.moe.routing.counts import StepCounts
-from moe_dist.monitor.metrics import Record, build_record
+from moe_dist.moe.routing.counts import RoutingCounts
+from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.sink import Sink
-from moe_dist.monitor.statistics import EvaluationResult, StepResult, StepStatistics
+from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.train.loop.record import LoopValues, build_record
+from moe_dist.train.step.result import StepResult
 
 MODALITIES = ("text", "image")
-MakeStatistics = Callable[..., StepStatistics]
+
+
+class Statistics(NamedTuple):
+    """The result of a step, and the values of the loop."""
+
+    result: StepResult
+    loop: LoopValues
+
+
+MakeStatistics = Callable[..., Statistics]
 MakeRecord = Callable[..., Record]
 
 
@@ -33,9 +44,9 @@ def draw_placement(groups: tuple[ExpertGroup, ...], num_ranks: int) -> ExpertPla
     return ExpertPlacement(groups, tuple(tuple(range(rank, total, num_ranks)) for rank in range(num_ranks)))
 
 
-def draw_statistics(placement: ExpertPlacement, num_layers: int, step: int = 1, **changes: Any) -> StepStatistics:
-    """Draws consistent random choices of a step. `changes` replace fields of counts and result; `step_tokens` replaces
-    `tokens` of the result."""
+def draw_statistics(placement: ExpertPlacement, num_layers: int, step: int = 1, **changes: Any) -> Statistics:
+    """Random choices of a consistent step; `changes` replace fields, of the counts and of the result as well,
+    and `step_tokens` those of the result."""
     rng = np.random.default_rng(step)
     groups = placement.groups
     tokens_G = rng.integers(50, 100, len(groups))
@@ -48,17 +59,11 @@ def draw_statistics(placement: ExpertPlacement, num_layers: int, step: int = 1, 
     choices_LC = np.concatenate(true + null, axis=1).astype(np.int64)
     tokens_LG = np.tile(tokens_G, (num_layers, 1))
     names = [name for group in groups for name in group.modalities]
-    none = np.zeros((0, len(groups)), np.int64)
-    counts = StepCounts(
+    counts = RoutingCounts(
         choices_LC=choices_LC,
         tokens_LG=tokens_LG,
         entropy_LG=tokens_LG * 0.7,
         dropped_LE=np.zeros_like(choices_LC[:, : placement.num_experts]),
-        kth_score_LE=choices_LC[:, :0],
-        above_LE=choices_LC[:, :0],
-        unrouted_LG=choices_LC[:, :0],
-        **dict.fromkeys(("depth_tokens_P", "depth_agreed_P", "depth_kth_score_P", "depth_weight_P"), none[:, 0]),
-        **dict.fromkeys(("depth_tokens_PG", "depth_taken_PG"), none),
     )
     result = StepResult(
         nll_M=np.array([100.0 + i for i in range(len(names))]),
@@ -69,7 +74,7 @@ def draw_statistics(placement: ExpertPlacement, num_layers: int, step: int = 1, 
         grad_norm=0.5,
         skipped=False,
         tokens=1000,
-        counts=counts._replace(**{name: changes.pop(name) for name in StepCounts._fields if name in changes}),
+        counts=counts._replace(**{name: changes.pop(name) for name in RoutingCounts._fields if name in changes}),
         ledger={
             "payload_bytes": 80 * 4 * 128,
             "metadata_bytes": 640,
@@ -85,21 +90,20 @@ def draw_statistics(placement: ExpertPlacement, num_layers: int, step: int = 1, 
         busy_seconds_W=np.zeros(0),
         memory_W3=np.zeros((0, 3)),
     )
-    own = {field.name for field in fields(StepStatistics)}
+    own = {field.name for field in fields(LoopValues)}
     changed = {"tokens": changes.pop("step_tokens", 1000)}
     changed |= {name: changes.pop(name) for name in list(changes) if name not in own}
-    stats = StepStatistics(
-        replace(result, **changed),
+    loop = LoopValues(
         step=step,
         balance_coefficient=0.02,
         lr=1e-3,
         skipped_steps=0,
         tokens=1000 * step,
-        step_seconds=0.5,
+        seconds=0.5,
         epochs={name: 0.1 * step for name in names},
         flops_per_token=2e6,
     )
-    return replace(stats, **changes)
+    return Statistics(replace(result, **changed), replace(loop, **changes))
 
 
 @pytest.fixture
@@ -129,8 +133,7 @@ def make_record(make_statistics: MakeStatistics, placement: ExpertPlacement) -> 
     """Returns the record of the same step."""
 
     def make(step: int = 1, **changes: Any) -> Record:
-        stats = make_statistics(step, **changes)
-        return build_record(stats, groups=placement.groups, placement=placement, modalities=MODALITIES)
+        return build_record(*make_statistics(step, **changes), placement=placement, modalities=MODALITIES)
 
     return make
 
@@ -153,9 +156,10 @@ def wide_record() -> Callable[..., tuple[Record, Subject]]:
     def make(num_groups: int, num_layers: int, num_experts: int, **changes: Any) -> tuple[Record, Subject]:
         groups = draw_groups(num_groups, num_experts, num_experts // 4, top_k=8)
         placement = draw_placement(groups, num_ranks=8)
-        stats = draw_statistics(placement, num_layers, **changes)
         modalities = [group.name for group in groups]
-        record = build_record(stats, groups=groups, placement=placement, modalities=modalities)
+        record = build_record(
+            *draw_statistics(placement, num_layers, **changes), placement=placement, modalities=modalities
+        )
         return record, Subject(groups, placement, tuple(range(num_layers)), len(modalities))
 
     return make

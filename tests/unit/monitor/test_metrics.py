@@ -7,17 +7,15 @@ import numpy as np
 import pytest
 
 from moe_dist.monitor.evaluation_metrics import evaluation_scalars
-from moe_dist.monitor.metrics import Record, build_record, group_choices, group_metrics
+from moe_dist.monitor.metrics import Record, group_choices, group_metrics
 from moe_dist.monitor.pictures import Subject, heat_maps, zero_computation_fraction
 from moe_dist.monitor.sinks.tensorboard import Window
-from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
+from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.tags import MAX_SCALARS, MEANING, split_tag
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.train.loop.record import build_record
 from tests.support.messages import refused
-from tests.unit.monitor.conftest import draw_statistics
-
-MakeStatistics = Callable[..., StepStatistics]
-MakeRecord = Callable[..., Record]
+from tests.unit.monitor.conftest import MakeRecord, MakeStatistics, Statistics, draw_statistics
 
 
 def columns_of(groups: tuple[ExpertGroup, ...], g: int) -> tuple[list[int], list[int]]:
@@ -27,8 +25,8 @@ def columns_of(groups: tuple[ExpertGroup, ...], g: int) -> tuple[list[int], list
     return true, list(range(at, at + groups[g].num_null))
 
 
-def slow_group_numbers(stats: StepStatistics, groups: tuple[ExpertGroup, ...], g: int) -> dict[str, float]:
-    """Computes the four numbers of each group in loops over layers and experts."""
+def slow_group_numbers(stats: Statistics, groups: tuple[ExpertGroup, ...], g: int) -> dict[str, float]:
+    """The four per-group numbers by loops over layers and experts."""
     group = groups[g]
     true, null = columns_of(groups, g)
     taken = nulls = tokens = 0
@@ -104,7 +102,7 @@ def test_a_case_by_hand() -> None:
         dropped_LE=np.array([[3, 0, 0, 0]]),
         ledger={"payload_bytes": 4800, "rows_remote": 12, "rows_per_pair": 18, "rows_topk": 20, "rows_same_active": 13},
         comm_seconds=0.125,
-        step_seconds=0.5,
+        seconds=0.5,
         epochs={"text": 0.5},
         flops_per_token=1e3,
         memory_W3=np.array([[10.0, 12.0, 5.0], [30.0, 35.0, 0.0], [20.0, 40.0, 1.0]]),
@@ -112,8 +110,7 @@ def test_a_case_by_hand() -> None:
     )
     readings = {"device/utilisation": 50.0, "device/power": None, "cpu_percent": 7.0}
     record = build_record(
-        stats,
-        groups=groups,
+        *stats,
         placement=placement,
         modalities=("text", "image"),
         readings=readings,
@@ -226,7 +223,7 @@ def test_numbers_that_are_not_finite_stay_visible(make_record: MakeRecord) -> No
 
 def test_a_modality_named_like_a_loss_term_is_refused(make_statistics: MakeStatistics, placement: ExpertPlacement) -> None:
     with refused(ValueError):
-        build_record(make_statistics(), groups=placement.groups, placement=placement, modalities=("text", "z"))
+        build_record(*make_statistics(), placement=placement, modalities=("text", "z"))
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 5, 8, 30])

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from moe_dist.monitor.hints import Hint, HintWatch
-from moe_dist.monitor.metrics import Record, build_record
+from moe_dist.monitor.metrics import Record
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.train.loop.record import build_record
 from tests.unit.monitor.conftest import draw_groups, draw_placement, draw_statistics
 
 
@@ -76,8 +77,7 @@ def records(run: Run, steps: int, seed: int = 0) -> Iterator[Record]:
             nll_M=5.0 * 0.99**step * labels_M,
         )
         read = {name: 0.0 if name in run.stops else 0.1 * step for name in modalities}
-        stats = replace(stats, epochs=read)
-        yield build_record(stats, groups=run.groups, placement=placement, modalities=modalities)
+        yield build_record(stats.result, replace(stats.loop, epochs=read), placement=placement, modalities=modalities)
 
 
 def hints(run: Run, steps: int = 100) -> list[Hint]:

@@ -178,7 +178,7 @@ def count_training(config: Config, batch: int = 4, choices: int = 0) -> tuple[in
         of_choices = (NO_REQUEST, tokens, Choices(tokens[:, :choices])) if choices else ()
         logits, reports = model(tokens, torch.arange(length).expand(batch, -1), zeros.int(), zeros, *of_choices)
         logits.sum().backward()
-    pairs = sum(report.pairs for report in reports)
+    pairs = sum(report.sent.pairs for report in reports)
     return counter.get_total_flops(), pairs / len(reports) / tokens.numel(), tokens.numel()
 
 

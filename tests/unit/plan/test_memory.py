@@ -83,7 +83,7 @@ def kept_by_autograd(cfg: Config, *tuned: int) -> tuple[int, float, float]:
         logits, reports = model(tokens, torch.arange(length).expand(batch, -1), zeros.int(), zeros)
         losses = token_losses(logits, tokens)
     del losses
-    pairs = sum(report.pairs for report in reports) / len(reports) / tokens.numel()
+    pairs = sum(report.sent.pairs for report in reports) / len(reports) / tokens.numel()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), min(1.0, pairs), pairs
 
 

@@ -55,8 +55,8 @@ def test_the_counts_are_those_of_an_evaluation(run: Path) -> None:
         group_of_modality=torch.tensor(trained.group_of_modality),
         world=None,
     )
-    assert heldout.choices_LC is not None
-    assert np.array_equal(found.choices(), heldout.choices_LC)
+    assert heldout.counts is not None
+    assert np.array_equal(found.choices(), heldout.counts.choices_LC)
     assert np.array_equal(found.tokens["token"], np.concatenate([b.tokens_BS[~b.padding_BS].numpy() for b in batches]))
     label_T, modality_T = (
         np.concatenate([getattr(b, name)[~b.padding_BS].numpy() for b in batches])

@@ -16,7 +16,6 @@ from moe_dist.data.batch import Batch
 from moe_dist.data.order import micro_batches
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.moe.routing.types import RoutingRequest
-from moe_dist.monitor.statistics import StepResult
 from moe_dist.monitor.trace.foreign import read_foreign
 from moe_dist.monitor.trace.reader import TracedStep, read_trace
 from moe_dist.runtime.environment import RankEnv
@@ -24,6 +23,7 @@ from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train.build.training import build_loader, build_plan
 from moe_dist.train.evaluation.replay_step import counterfactual, replay_step
 from moe_dist.train.objective.loss import AuxSettings, forward
+from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.tracing import traced_steps
 from tests.support.messages import refused
 from tests.support.one_rank import OneRank, world_of_one

@@ -10,13 +10,13 @@ import pytest
 
 from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError
-from moe_dist.monitor.statistics import StepResult
 from moe_dist.monitor.trace.reader import Trace, read_trace
 from moe_dist.monitor.trace.writer import TraceWriter
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train.build.training import build_loader, build_plan
+from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.tracing import StepTracer, traced_steps
 from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import full

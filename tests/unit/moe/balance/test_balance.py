@@ -14,7 +14,7 @@ from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing.counts import StepCounts
+from moe_dist.moe.routing.counts import RoutingCounts
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.layer import bias_steps
 from tests.support.counts import counts_with
@@ -89,8 +89,8 @@ def test_biases_equal_the_loops(steps: list[tuple[Any, Any]], per: Any, decay: i
     assert moved.state() == {"step": len(steps)}
 
 
-def counts_of(true_text: Sequence[int], tokens: int) -> StepCounts[torch.Tensor]:
-    """Returns the counts of one layer in which only the text group has tokens."""
+def counts_of(true_text: Sequence[int], tokens: int) -> RoutingCounts[torch.Tensor]:
+    """One layer in which the text group alone was chosen."""
     choices = torch.zeros(1, COLUMNS, dtype=torch.float64)
     choices[0, : TEXT.num_experts] = torch.tensor(true_text, dtype=torch.float64)
     return counts_with(choices_LC=choices, tokens_LG=torch.tensor([[tokens, 0, 0]], dtype=torch.float64))
@@ -220,9 +220,9 @@ def closed_loop(rules: Sequence[Any], *, steps: int, skew: float = 1.0) -> tuple
     moved, loads = BiasController([[gate]], (group,), rules), []
     chosen = []
     for _ in range(steps):
-        sums = router(torch.randn(512, D) + 0.3, torch.zeros(512, dtype=torch.int64)).sums
-        moved.after_step(counts_with(choices_LC=sums.choices_C[None].double(), tokens_LG=sums.tokens_G[None].double()))
-        chosen.append(sums.choices_C[:6])
+        routed = router(torch.randn(512, D) + 0.3, torch.zeros(512, dtype=torch.int64))
+        moved.after_step(routed.counts)
+        chosen.append(routed.counts.choices_LC[0][:6])
         loads.append(float(chosen[-1].sum()) / 512)
     return loads, torch.stack(chosen[-60:]).sum(0).double()
 
@@ -259,7 +259,7 @@ def test_a_bias_chooses_and_never_weighs() -> None:
     gate.bias[:4] += 10.0  # all true experts score above all null experts
     moved = router(h_TD, group_T)
     assert (moved.assignments.expert_N >= 0).all()
-    torch.testing.assert_close(moved.sums.prob_C, plain.sums.prob_C, rtol=0, atol=0)
+    torch.testing.assert_close(moved.aux.prob_LC[0], plain.aux.prob_LC[0], rtol=0, atol=0)
     logits = h_TD @ gate.true.T
     top = logits.topk(3)
     assert torch.equal(moved.assignments.expert_N.view(50, 3), top.indices)

@@ -77,7 +77,7 @@ def test_experts_without_rows_get_zero_gradients_not_none() -> None:
 def test_a_batch_of_padding_alone_reaches_every_parameter_with_zeros() -> None:
     layer = make_layer(None, "none")
     y_TD, report = layer(torch.randn(4, D, dtype=torch.double), torch.full((4,), -1))
-    (y_TD.sum() + report.sums.prob_C.sum() + report.sums.log_z_squared_G.sum()).backward()
+    (y_TD.sum() + report.aux.prob_LC.sum() + report.aux.log_z_squared_LG.sum()).backward()
     assert (y_TD == 0).all()
     assert all(p.grad is not None and (p.grad == 0).all() for p in layer.parameters())
 
@@ -88,7 +88,7 @@ def test_ablation_zeroes_the_output_and_nothing_else() -> None:
     _, before = layer(h_TD, group_T)
     y_TD, after = layer(h_TD, group_T, RoutingRequest(experts_off=True))
     assert (y_TD == 0).all()
-    assert torch.equal(before.sums.choices_C, after.sums.choices_C)
+    assert torch.equal(before.counts.choices_LC, after.counts.choices_LC)
 
 
 #   counts 3 0 4 1, budget 3:   aaa | ccc | c d

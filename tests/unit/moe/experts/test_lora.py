@@ -12,6 +12,7 @@ from moe_dist.moe.experts.lora import LoRAExperts, LoRALayer
 from moe_dist.moe.losses import ColumnTables, balance_terms
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.moe.routing.draws import dropped
 from moe_dist.moe.routing.types import GlobalBatchInfo, RoutingRequest
 from moe_dist.placement.placement import ExpertGroup
@@ -91,8 +92,8 @@ def test_equals_the_loop_over_tokens(case: str, recompute: str) -> None:
         if found is not None:
             expected = torch.zeros_like(found) if expected is None else expected
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
-    taken = int(report.sums.choices_C[: sum(g.num_experts for g in groups)].sum())
-    assert (report.pairs, report.rows_remote, report.pairs_remote) == (taken, 0, 0)
+    taken = int(report.counts.choices_LC[0][: sum(g.num_experts for g in groups)].sum())
+    assert report.sent == SentCounts(0, taken, 0)
 
 
 def test_null_choices_pass_the_frozen_ffn_to_the_last_bit() -> None:
@@ -104,7 +105,7 @@ def test_null_choices_pass_the_frozen_ffn_to_the_last_bit() -> None:
     layer.norm.weight.data.fill_(1.0)  # pyright: ignore
     x_TD = inputs(group_T).abs()
     y_TD, report = layer(x_TD, group_T)
-    assert report.pairs == 0
+    assert report.sent.pairs == 0
     assert torch.equal(y_TD, layer.ffn(layer.norm(x_TD)))
 
 
@@ -134,7 +135,7 @@ def test_who_learns_the_route_from_the_task(weight: str, learns: bool) -> None:
     gradient = gradients(y_TD, layer, x_TD)["router.group:all.true"]
     assert (gradient is not None and bool(gradient.abs().max() > 1e-3)) is learns
     (by_balance,) = torch.autograd.grad(
-        report.sums.prob_C[0], [layer.router.get_submodule("group:all").get_parameter("true")]
+        report.aux.prob_LC[0][0], [layer.router.get_submodule("group:all").get_parameter("true")]
     )
     assert by_balance.any()
 
@@ -157,9 +158,8 @@ def test_the_balance_loss_is_the_papers(kind: Any) -> None:
     _, report = layer(x_TD, group_T)
     probs_TE = (layer.norm(x_TD) @ layer.router.get_submodule("group:all").get_parameter("true").T).softmax(-1)
     chosen_TE = torch.nn.functional.one_hot(probs_TE.argmax(-1), 3).double()
-    sums = report.sums
     tables = ColumnTables.on(TOP_1, x_TD.device)
-    (term,) = balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], tables, kind=kind)[0]
+    (term,) = balance_terms(report.aux.prob_LC, report.counts.choices_LC, report.counts.tokens_LG, tables, kind=kind)[0]
     torch.testing.assert_close(term, 3 * (chosen_TE.mean(0) * probs_TE.mean(0)).sum())
 
 

@@ -27,16 +27,13 @@ def route(router: TopKRouter, h_TD: torch.Tensor, group_T: torch.Tensor, cache: 
 
 
 def results(routing: Routing, inputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Returns the integer results, and the float results with their gradients for a random direction."""
-    sums, pairs = routing.sums, routing.assignments
-    floats = [pairs.weight_N, sums.prob_C, sums.log_z_squared_G]
+    """Integers, and numbers with their gradients for some direction."""
+    counts, pairs = routing.counts, routing.assignments
+    floats = [pairs.weight_N, routing.aux.prob_LC, routing.aux.log_z_squared_LG]
     directions = [torch.linspace(-1, 2, each.numel()).view_as(each).cos() for each in floats]
     gradients = torch.autograd.grad(floats, inputs, directions)
-    return [pairs.token_N, pairs.expert_N, sums.choices_C, sums.tokens_G, sums.dropped_E], [
-        *floats,
-        sums.entropy_G,
-        *gradients,
-    ]
+    integers = [pairs.token_N, pairs.expert_N, counts.choices_LC, counts.tokens_LG, counts.dropped_LE]
+    return integers, [*floats, counts.entropy_LG, *gradients]
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

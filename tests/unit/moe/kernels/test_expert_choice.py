@@ -33,16 +33,15 @@ def router_of(kernels: Any, groups: tuple[ExpertGroup, ...], **options: Any) -> 
 def same(got: Routing, wanted: Routing, h_TD: torch.Tensor, routers: list[ExpertChoiceRouter]) -> None:
     pairs, expected = got.assignments, wanted.assignments
     assert pairs.counts_WE == expected.counts_WE
-    sums, others = got.sums, wanted.sums
-    assert sums.choice is not None
-    assert others.choice is not None
     integers = [(pairs.token_N, expected.token_N), (pairs.expert_N, expected.expert_N)]
-    integers += [(sums.choices_C, others.choices_C), (sums.tokens_G, others.tokens_G), (sums.dropped_E, others.dropped_E)]
-    for mine, other in [*integers, *zip(sums.choice[1:], others.choice[1:], strict=True)]:
+    names = ("choices_LC", "tokens_LG", "dropped_LE", "above_LE", "unrouted_LG")
+    integers += [(getattr(got.counts, name), getattr(wanted.counts, name)) for name in names]
+    for mine, other in integers:
         assert torch.equal(mine, other)
         assert mine.dtype == other.dtype
-    floats = [(pairs.weight_N, expected.weight_N), (sums.prob_C, others.prob_C), (sums.entropy_G, others.entropy_G)]
-    floats += [(sums.choice.kth_score_E, others.choice.kth_score_E), (sums.log_z_squared_G, others.log_z_squared_G)]
+    floats = [(pairs.weight_N, expected.weight_N), (got.aux.prob_LC, wanted.aux.prob_LC)]
+    floats += [(getattr(got.counts, name), getattr(wanted.counts, name)) for name in ("entropy_LG", "kth_score_LE")]
+    floats.append((got.aux.log_z_squared_LG, wanted.aux.log_z_squared_LG))
     gradients = []
     for weight_N, router in zip((pairs.weight_N, expected.weight_N), routers, strict=True):
         direction = torch.linspace(-1, 2, weight_N.numel()).cos()

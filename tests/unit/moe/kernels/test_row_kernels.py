@@ -183,7 +183,7 @@ def test_a_layer(dtype: torch.dtype, batch: str, budget: int | None, overlap: bo
                 parameter.data = parameter.data.abs() * (1 if "null" in name else -1)
             x_TD = x_TD.detach().abs().requires_grad_()
         y_TD, report = layer(x_TD, groups)
-        assert batch != "all null" or report.pairs == 0
+        assert batch != "all null" or report.sent.pairs == 0
         inputs = [x_TD, *layer.parameters()]
         direction = torch.linspace(-1, 1, y_TD.numel()).view_as(y_TD).to(dtype)
         gradients = torch.autograd.grad((y_TD * direction).sum(), inputs, allow_unused=True)

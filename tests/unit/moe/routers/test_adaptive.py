@@ -23,7 +23,6 @@ from moe_dist.moe.routers.top_p import TopPRouter
 from moe_dist.moe.routing.types import ABSENT, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference import adaptive as slow
-from tests.support.counts import counts_with
 from tests.support.cover import full_unless
 
 T, D = 60, 6
@@ -128,19 +127,19 @@ def test_counts_are_of_what_is_taken_and_recomputation_takes_the_same(name: str)
     cache = RoutingCache(keep_choices=True)
     first = router(h_TD, group_T, cache)
     taken_E = torch.bincount(first.assignments.taken().expert_N, minlength=router.num_experts)
-    assert torch.equal(first.sums.choices_C[: router.num_experts], taken_E)
+    assert torch.equal(first.counts.choices_LC[0][: router.num_experts], taken_E)
     again = router(h_TD + 0.5, group_T, cache)
     assert torch.equal(again.assignments.expert_N, first.assignments.expert_N)
     assert first.chosen is not None
     number_T = (first.chosen.column_TK != ABSENT).sum(1)
-    assert int(number_T.sum()) == int(first.sums.choices_C.sum()), "the trace has the choices that count"
+    assert int(number_T.sum()) == int(first.counts.choices_LC.sum()), "the trace has the choices that count"
     assert not number_T[group_T < 0].any(), "padding takes nothing"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_token_at_all(name: str) -> None:
     empty = made(name, MIXED)(torch.zeros(0, D, dtype=torch.double), torch.zeros(0, dtype=torch.int64))
-    assert (len(empty.assignments.token_N), int(empty.sums.choices_C.sum())) == (0, 0)
+    assert (len(empty.assignments.token_N), int(empty.counts.choices_LC.sum())) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -162,9 +161,9 @@ def test_a_controller_holds_the_mean_number_of_true_experts(name: str, target: f
     for _ in range(300):
         h_TD = torch.randn(256, D, dtype=torch.double, generator=generator)
         with torch.no_grad():
-            sums = router(h_TD, torch.zeros(256, dtype=torch.int64)).sums
-        moved.after_step(counts_with(choices_LC=sums.choices_C[None].double(), tokens_LG=sums.tokens_G[None].double()))
-        loads.append(float(sums.choices_C[:8].sum()) / 256)
+            routed = router(h_TD, torch.zeros(256, dtype=torch.int64))
+        moved.after_step(routed.counts)
+        loads.append(float(routed.counts.choices_LC[0][:8].sum()) / 256)
     assert loads[0] > target + 0.3
     assert sum(loads[-100:]) / 100 == pytest.approx(target, rel=0.02)
 

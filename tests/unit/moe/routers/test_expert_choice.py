@@ -128,20 +128,18 @@ def test_the_choice_equals_the_oracle(
         torch.testing.assert_close(
             weight, torch.tensor(logits[token][expert], dtype=torch.double).sigmoid(), rtol=0, atol=1e-12
         )
-    sums = routing.sums
-    assert sums.choices_C.tolist() == [sum(e == expert for _, e in expected) for expert in range(E)]
-    assert sums.tokens_G.tolist() == [int((group_T == index).sum()) for index in range(2)]
-    assert sums.choice is not None
+    assert routing.counts.choices_LC[0].tolist() == [sum(e == expert for _, e in expected) for expert in range(E)]
+    assert routing.counts.tokens_LG[0].tolist() == [int((group_T == index).sum()) for index in range(2)]
     without = [token for token in range(tokens) if not any(t == token for t, _ in expected)]
-    assert sums.choice.unrouted_G.tolist() == [sum(int(group_T[t]) == index for t in without) for index in range(2)]
+    assert routing.counts.unrouted_LG[0].tolist() == [sum(int(group_T[t]) == index for t in without) for index in range(2)]
     for expert in range(E):
         index = int(expert >= 4)
         scores = [1 / (1 + 2.718281828459045 ** -logits[t][expert]) for t in range(tokens) if group_T[t] == index]
         cut = cut_of(scores, shares[index]) * len(scores)
-        assert sums.choice.kth_score_E[expert].item() == pytest.approx(cut, abs=1e-9)
+        assert routing.counts.kth_score_LE[0][expert].item() == pytest.approx(cut, abs=1e-9)
     assert routing.assignments.token_N.shape[0] == len(expected), "N is the sum of capacities"
     assert not (routing.assignments.expert_N == ABSENT).any()
-    assert routing.assignments.counts_WE == ((tuple(sums.choices_C.tolist()),) if counted else None)
+    assert routing.assignments.counts_WE == ((tuple(routing.counts.choices_LC[0].tolist()),) if counted else None)
     ordered = routing.assignments.expert_N if counted else routing.assignments.token_N
     assert ordered.tolist() == sorted(ordered.tolist())
 
@@ -301,20 +299,19 @@ def test_capacities_follow_the_steps_and_evaluation_those_of_the_last(kind: type
     factors = [0.5, 0.5, 0.5, 1.0, 1.0, 0.25, 0.25]
     for step, factor in enumerate(factors):
         routing = router(h_TD, group_T, RoutingCache(batch_info=batch_info_of(group_T, step)))
-        assert routing.sums.choices_C.tolist() == taken[factor]
+        assert routing.counts.choices_LC[0].tolist() == taken[factor]
     router.eval()
     for steps, factor in enumerate([0.5, *factors]):  # after 0 steps, 1 step, ...
         with as_in_training([router], steps):
-            assert router(h_TD, group_T).sums.choices_C.tolist() == taken[factor]
+            assert router(h_TD, group_T).counts.choices_LC[0].tolist() == taken[factor]
 
 
 def test_a_factor_that_makes_the_capacity_one_leaves_no_threshold() -> None:
     router = ExpertChoiceRouter(RouterContext(D, GROUPS), capacity=1 / 49, capacity_schedule=((0, 49.0),)).double()
     assert 49 * (1 / 49) < 1.0
-    sums = router(torch.randn(6, D, dtype=torch.double), torch.tensor([0, 1] * 3)).sums
-    assert sums.choices_C.tolist() == [3] * E
-    assert sums.choice is not None
-    assert sums.choice.kth_score_E.tolist() == [0.0] * E
+    routed = router(torch.randn(6, D, dtype=torch.double), torch.tensor([0, 1] * 3))
+    assert routed.counts.choices_LC[0].tolist() == [3] * E
+    assert routed.counts.kth_score_LE[0].tolist() == [0.0] * E
 
 
 def test_auxiliary_routers_learn_the_choice_and_nothing_else_does() -> None:
@@ -323,9 +320,9 @@ def test_auxiliary_routers_learn_the_choice_and_nothing_else_does() -> None:
     h_TD = torch.randn(17, D, generator=generator, dtype=torch.double, requires_grad=True)
     group_T = torch.randint(-1, 2, (17,), generator=generator)
     routing = router(h_TD, group_T)
-    auxiliary_G, tokens_G = routing.sums.auxiliary_G, routing.sums.tokens_G
-    assert auxiliary_G is not None
-    got = (auxiliary_G / (tokens_G * torch.tensor([4, 2]))).sum()
+    assert routing.aux.auxiliary_LG is not None
+    tokens_G = routing.counts.tokens_LG[0]
+    got = (routing.aux.auxiliary_LG[0] / (tokens_G * torch.tensor([4, 2]))).sum()
     logits = logits_of(h_TD.detach(), GROUPS, reference_weights(router))
     pairs = choice_of_training(logits.tolist(), group_T.tolist(), GROUPS, [1 / 4, 1 / 2], [range(17)])
     passes = torch.cat([gate.auxiliary(h_TD.detach()) for gate in router.gates()], dim=1)
@@ -340,9 +337,8 @@ def test_auxiliary_routers_learn_the_choice_and_nothing_else_does() -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.zero_()
-    undecided_G = router(h_TD, group_T).sums.auxiliary_G
-    assert undecided_G is not None
-    torch.testing.assert_close(undecided_G, (tokens_G * torch.tensor([4, 2])).double() * math.log(2))
+    undecided_LG = router(h_TD, group_T).aux.auxiliary_LG
+    torch.testing.assert_close(undecided_LG[0], (tokens_G * torch.tensor([4, 2])).double() * math.log(2))
 
 
 def test_arithmetic_and_weights_are_fp32_for_bf16_tokens() -> None:
@@ -379,11 +375,10 @@ def test_a_choice_drawn_by_hand() -> None:
     group_T = torch.tensor([0, 0, 0, -1, 0, 0, 1])
     expected = {(0, 0), (1, 0), (0, 1), (1, 1), (2, 2), (4, 2), (0, 3), (1, 3), (6, 4), (6, 5)}
     assert pairs_of(router, table, group_T) == expected
-    sums = router(table, group_T).sums
-    assert sums.choice is not None
-    assert sums.choice.unrouted_G.tolist() == [1.0, 0.0]
+    routed = router(table, group_T)
+    assert routed.counts.unrouted_LG[0].tolist() == [1.0, 0.0]
     cuts = torch.tensor([2.0, 1, 2, -5, 7, -7]).double().sigmoid() * torch.tensor([5, 5, 5, 5, 1, 1])
-    torch.testing.assert_close(sums.choice.kth_score_E, cuts)
+    torch.testing.assert_close(routed.counts.kth_score_LE[0], cuts)
     router.gates()[0].threshold.copy_(torch.tensor([2.0, 1.0, -9.0, 9.0]).double().sigmoid())
     router.gates()[1].threshold.copy_(torch.tensor([0.0, 0.0]).sigmoid())
     # scores must exceed the threshold: 2 does not exceed 2
@@ -462,9 +457,8 @@ def test_expert_threshold_takes_by_competition_and_then_by_its_running_mean(scor
     inside_TE = group_T[:, None] == torch.tensor([0] * 4 + [1] * 2)
     competed = router(h_TD, group_T)
     taken_E = [room(1 / 4, members_G[0])] * 4 + [room(1 / 2, members_G[1])] * 2
-    assert competed.sums.choices_C.tolist() == taken_E
-    assert competed.sums.choice is not None
-    kth_score_LE, tokens_LG = competed.sums.choice.kth_score_E[None], torch.tensor([members_G]).double()
+    assert competed.counts.choices_LC[0].tolist() == taken_E
+    kth_score_LE, tokens_LG = competed.counts.kth_score_LE, torch.tensor([members_G]).double()
     ThresholdUpdater([router.gates()], 0.5).after_step(counts_with(kth_score_LE=kth_score_LE, tokens_LG=tokens_LG))
     mean_E = torch.cat([gate.running_mean()[1] for gate in router.gates()])
     sorted_TE = torch.where(inside_TE, scores_TE, 0.0).sort(dim=0, descending=True).values
@@ -478,7 +472,7 @@ def test_expert_threshold_takes_by_competition_and_then_by_its_running_mean(scor
     table_TE = torch.zeros(40, E, dtype=torch.double).index_put((pairs.token_N, pairs.expert_N), pairs.weight_N)
     expected_TE = expert_threshold(scores_TE, mean_E.tolist()) * inside_TE
     torch.testing.assert_close(table_TE, expected_TE, rtol=0, atol=1e-12)
-    assert routing.sums.choices_C.tolist() == [k - 1 for k in taken_E], "above the k-th score"
+    assert routing.counts.choices_LC[0].tolist() == [k - 1 for k in taken_E], "above the k-th score"
     direction_TE = torch.randn(40, E, dtype=torch.double, generator=generator)
     over = [h_TD, *router.parameters()]
     fast, slow = (

@@ -161,7 +161,7 @@ def test_by_hand() -> None:
     routing = router(h_TD, torch.zeros(1, dtype=torch.int64))
     assert [each.tolist() for each in routing.assignments.taken()[:2]] == [[0], [2]]
     torch.testing.assert_close(routing.assignments.taken().weight_N, torch.tensor([3.0], dtype=torch.double))
-    assert routing.sums.choices_C.tolist() == [0, 0, 1, 0, 1]
+    assert routing.counts.choices_LC[0].tolist() == [0, 0, 1, 0, 1]
 
 
 def test_all_choices_null_and_no_token_at_all() -> None:
@@ -173,11 +173,11 @@ def test_all_choices_null_and_no_token_at_all() -> None:
     h_TD = torch.randn(5, D, dtype=torch.double).requires_grad_()
     routing = router(h_TD, torch.tensor([0, 0, -1, 0, 0]))
     assert len(routing.assignments.taken().token_N) == 0
-    assert routing.sums.choices_C.tolist() == [0, 0, 0, 0, 4, 4]
+    assert routing.counts.choices_LC[0].tolist() == [0, 0, 0, 0, 4, 4]
     routing.assignments.weight_N.sum().backward()
     assert not h_TD.grad.any()  # pyright: ignore[reportOptionalMemberAccess]
     empty = router(torch.zeros(0, D, dtype=torch.double), torch.zeros(0, dtype=torch.int64))
-    assert (len(empty.assignments.token_N), int(empty.sums.choices_C.sum())) == (0, 0)
+    assert (len(empty.assignments.token_N), int(empty.counts.choices_LC.sum())) == (0, 0)
 
 
 def test_no_token_leaves_its_node_groups_and_recompute_keeps_the_choice() -> None:
@@ -195,9 +195,10 @@ def test_no_token_leaves_its_node_groups_and_recompute_keeps_the_choice() -> Non
 def test_the_balance_loss_is_of_normalised_scores() -> None:
     router = made(TEXT, n_group=4, topk_group=2)
     h_TD, _ = tokens(1)
-    sums = router(h_TD, torch.zeros(T, dtype=torch.int64)).sums
+    routed = router(h_TD, torch.zeros(T, dtype=torch.int64))
     tables = ColumnTables.on((TEXT,), torch.device("cpu"))
-    fast = balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], tables, kind="vanilla").sum()
+    loads = (routed.counts.choices_LC, routed.counts.tokens_LG)
+    fast = balance_terms(routed.aux.prob_LC, *loads, tables, kind="vanilla").sum()
     logits_TC, bias = h_TD @ rows_of(router, TEXT).T, bias_of(router, TEXT)
     assert bias is not None
     slow = limited_balance_loss(logits_TC, logits_TC.sigmoid() + bias, TEXT, n_group=4, topk_group=2)
@@ -216,7 +217,7 @@ def test_loss_free_evens_the_load() -> None:
     h_TD = torch.randn(512, D, dtype=torch.double) + 1.0
     group_T, spread = torch.zeros(512, dtype=torch.int64), []
     for _ in range(150):
-        choices_C = router(h_TD, group_T).sums.choices_C
+        choices_C = router(h_TD, group_T).counts.choices_LC[0]
         spread.append(float(choices_C.max() / choices_C.double().mean()))
         controller.after_step(counts_with(choices_LC=choices_C[None].double(), tokens_LG=torch.tensor([[512.0]]).double()))
     assert spread[0] > 1.3

@@ -76,7 +76,7 @@ def test_a_whole_load_is_top_k_bit_for_bit() -> None:
     ours, theirs = router(h_TD, group_T), plain(h_TD, group_T)
     assert torch.equal(ours.assignments.expert_N, theirs.assignments.expert_N)
     assert torch.equal(ours.assignments.weight_N, theirs.assignments.weight_N)
-    assert torch.equal(ours.sums.choices_C, theirs.sums.choices_C)
+    assert torch.equal(ours.counts.choices_LC, theirs.counts.choices_LC)
 
 
 def test_the_mean_is_the_load_and_the_draw_is_of_the_token() -> None:
@@ -86,8 +86,9 @@ def test_the_mean_is_the_load_and_the_draw_is_of_the_token() -> None:
     assert set(taken_T.unique().tolist()) == {1.0, 2.0}
     # 4 standard deviations of a share of 0.3 among 4,000 tokens
     assert abs(float(taken_T.mean()) - 1.3) < 4 * (0.3 * 0.7 / tokens) ** 0.5
-    sums = router(h_TD, group_T).sums
-    assert int(sums.choices_C.sum()) == int(taken_T.sum()), "what is not taken is no choice: the balance loss sees the load"
+    routed = router(h_TD, group_T)
+    chosen = int(routed.counts.choices_LC.sum())
+    assert chosen == int(taken_T.sum()), "what is not taken is no choice: the balance loss sees the load"
 
 
 def test_draws_follow_step_and_token_and_not_the_layout() -> None:

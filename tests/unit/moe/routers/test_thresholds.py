@@ -72,7 +72,7 @@ def model_of(layout: Layout = Layout(choice="rank")) -> Any:
 def loads(model: Any, batches: list[Any]) -> Any:
     """Returns the tokens that each expert of each layer takes, [L, E]."""
     options: dict[str, Any] = {"modalities": ("text", "image"), "group_of_modality": torch.tensor([0, 1]), "world": None}
-    return heldout_losses(model, batches, **options).choices_LC
+    return heldout_losses(model, batches, **options).counts.choices_LC
 
 
 def test_calibrated_thresholds_give_each_expert_the_load_of_training() -> None:
@@ -121,9 +121,11 @@ def test_calibrated_depths_compute_the_share_of_training(choice: str | None) -> 
     taken: list[int] = []
     choices: list[torch.Tensor] = []
     (mixture_of_depths,) = model.depth_routers()
-    hooks = [mixture_of_depths.register_forward_hook(lambda module, inputs, chosen: taken.append(int(chosen.sums.taken)))]
     experts = model.moe_modules()[0].router
-    hooks += [experts.register_forward_hook(lambda module, inputs, routing: choices.append(routing.sums.choices_C))]
+    hooks = [
+        mixture_of_depths.register_forward_hook(lambda module, inputs, found: taken.append(int(found.counts.taken_P))),
+        experts.register_forward_hook(lambda module, inputs, found: choices.append(found.counts.choices_LC[0])),
+    ]
     loads(model, batches)
     everything = sum(taken)
     taken.clear()

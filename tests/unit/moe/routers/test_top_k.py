@@ -136,7 +136,7 @@ def test_a_token_of_null_choices_alone_gets_nothing_and_finite_gradients() -> No
     assert (routing.assignments.expert_N == ABSENT).all()
     assert (routing.assignments.weight_N == 0).all()
     (
-        routing.assignments.weight_N.sum() + routing.sums.prob_C.square().sum() + routing.sums.log_z_squared_G.sum()
+        routing.assignments.weight_N.sum() + routing.aux.prob_LC.square().sum() + routing.aux.log_z_squared_LG.sum()
     ).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in [h_TD, *router.parameters()])
 
@@ -163,22 +163,22 @@ def test_permuting_null_columns_changes_nothing(kind: BalanceKind) -> None:
         if permute:
             with torch.no_grad():
                 null.copy_(null[order].clone())
-        assignments, sums = router(h_TD, group_T)[:2]
-        tokens_LG = sums.tokens_G[None]
-        balance = balance_terms(sums.prob_C[None], sums.choices_C[None], tokens_LG, tables, kind=kind).sum()
-        z = z_terms(sums.log_z_squared_G[None], tokens_LG).sum()
-        loss = (factor_N * assignments.weight_N).sum() + balance + z
+        routed = router(h_TD, group_T)
+        tokens_LG = routed.counts.tokens_LG
+        balance = balance_terms(routed.aux.prob_LC, routed.counts.choices_LC, tokens_LG, tables, kind=kind).sum()
+        z = z_terms(routed.aux.log_z_squared_LG, tokens_LG).sum()
+        loss = (factor_N * routed.assignments.weight_N).sum() + balance + z
         found_of = torch.autograd.grad(loss, [h_TD, *router.parameters()])
         gradients = dict(zip(("h", *dict(router.named_parameters())), found_of, strict=True))
-        found.append((assignments, sums, {"balance": balance, "z": z, **gradients}))
-    (before, sums, values), (after, permuted, others) = found
+        found.append((routed.assignments, routed, {"balance": balance, "z": z, **gradients}))
+    (before, routed, values), (after, permuted, others) = found
     assert torch.equal(before.expert_N, after.expert_N)
     torch.testing.assert_close(before.weight_N, after.weight_N, rtol=0, atol=1e-15)
-    moved = torch.arange(len(sums.choices_C))
+    moved = torch.arange(len(routed.counts.choices_LC[0]))
     moved[6:9] = 6 + torch.tensor(order)
-    assert torch.equal(sums.choices_C[moved], permuted.choices_C)
-    assert not torch.equal(sums.choices_C, permuted.choices_C), "the rows differ"
-    torch.testing.assert_close(sums.prob_C[moved], permuted.prob_C, rtol=0, atol=1e-12)
+    assert torch.equal(routed.counts.choices_LC[0][moved], permuted.counts.choices_LC[0])
+    assert not torch.equal(routed.counts.choices_LC, permuted.counts.choices_LC), "the rows differ"
+    torch.testing.assert_close(routed.aux.prob_LC[0][moved], permuted.aux.prob_LC[0], rtol=0, atol=1e-12)
     for name, value in values.items():
         expected = value[order] if name == "group:text.null" else value
         torch.testing.assert_close(
@@ -194,14 +194,14 @@ def test_padding_is_not_routed_and_not_counted() -> None:
     kept = group_T >= 0
     clean = router(h_TD[kept], group_T[kept])
     assert not (padded.assignments.expert_N.view(30, -1)[~kept] != ABSENT).any()
-    for ours, expected in zip(padded.sums, clean.sums, strict=True):
+    for ours, expected in zip((*padded.counts, *padded.aux), (*clean.counts, *clean.aux), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
 def test_sums_equal_loops() -> None:
     router = make_router(TEXT, IMAGE)
     h_TD, group_T = torch.randn(25, D, dtype=torch.double), torch.randint(-1, 2, (25,))
-    sums = router(h_TD, group_T).sums
+    routed = router(h_TD, group_T)
     columns = {"text": [0, 1, 2, 3, 6, 7, 8], "image": [4, 5, 9, 10]}
     choices, probs = torch.zeros(11, dtype=torch.int64), torch.zeros(11, dtype=torch.double)
     z, entropy = torch.zeros(2, dtype=torch.double), torch.zeros(2, dtype=torch.double)
@@ -215,11 +215,11 @@ def test_sums_equal_loops() -> None:
             probs[columns[group.name]] += p
             z[index] += logits.exp().sum().log() ** 2
             entropy[index] -= (p * p.log()).sum()
-    assert torch.equal(sums.choices_C, choices)
-    assert sums.tokens_G.tolist() == [int((group_T == 0).sum()), int((group_T == 1).sum())]
-    torch.testing.assert_close(sums.prob_C, probs)
-    torch.testing.assert_close(sums.log_z_squared_G, z)
-    torch.testing.assert_close(sums.entropy_G, entropy)
+    assert torch.equal(routed.counts.choices_LC[0], choices)
+    assert routed.counts.tokens_LG[0].tolist() == [int((group_T == 0).sum()), int((group_T == 1).sum())]
+    torch.testing.assert_close(routed.aux.prob_LC[0], probs)
+    torch.testing.assert_close(routed.aux.log_z_squared_LG[0], z)
+    torch.testing.assert_close(routed.counts.entropy_LG[0], entropy)
 
 
 def test_the_tape_keeps_the_choice_when_the_input_has_moved() -> None:
@@ -239,9 +239,9 @@ def test_arithmetic_and_weights_are_fp32_for_bf16_tokens() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         routing = router(h_TD, torch.zeros(10, dtype=torch.int64))
     assert routing.assignments.weight_N.dtype == torch.float32
-    assert routing.sums.prob_C.dtype == torch.float32
+    assert routing.aux.prob_LC[0].dtype == torch.float32
     logits = h_TD.float() @ torch.cat([router.get_submodule("group:text").true, router.get_submodule("group:text").null]).T  # pyright: ignore
-    torch.testing.assert_close(routing.sums.prob_C[[0, 1, 2, 3, 4, 5, 6]], logits.softmax(-1).sum(0))
+    torch.testing.assert_close(routing.aux.prob_LC[0][[0, 1, 2, 3, 4, 5, 6]], logits.softmax(-1).sum(0))
 
 
 def test_weights_of_all_true_experts_know_no_null_one() -> None:
@@ -295,11 +295,11 @@ def test_a_single_null_logit_stands_in_every_null_column() -> None:
     ours, theirs = router(h_TD, group_T), each(h_TD, group_T)
     assert torch.equal(ours.assignments.expert_N, theirs.assignments.expert_N)
     torch.testing.assert_close(ours.assignments.weight_N, theirs.assignments.weight_N, rtol=0, atol=1e-15)
-    for got, expected in zip(ours.sums, theirs.sums, strict=True):
+    for got, expected in zip((*ours.counts, *ours.aux), (*theirs.counts, *theirs.aux), strict=True):
         torch.testing.assert_close(got, expected)
-    # Equal null logits are contiguous in a token's order of columns, so the null logit acts as a threshold.
-    ours.sums.prob_C.square().sum().backward()
-    theirs.sums.prob_C.square().sum().backward()
+    # A token takes each of the m null places in a row or none: the logit is a threshold.
+    ours.aux.prob_LC.square().sum().backward()
+    theirs.aux.prob_LC.square().sum().backward()
     for group in (TEXT, IMAGE):
         shared, spread = (r.get_submodule(group_module(group.name)).null.grad for r in (router, each))
         torch.testing.assert_close(shared[0], spread.sum(0))  # pyright: ignore[reportOptionalSubscript, reportIndexIssue]
@@ -316,7 +316,7 @@ def test_biases_of_zero_choose_by_logits_alone() -> None:
         router.get_submodule("group:image").true.zero_()  # pyright: ignore[reportCallIssue]
         router.get_submodule("group:image").null.zero_()  # pyright: ignore[reportCallIssue]
     h_TD, group_T = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
-    assert (router(h_TD, group_T).sums.prob_C[:2] == 0.0).all()
+    assert (router(h_TD, group_T).aux.prob_LC[0][:2] == 0.0).all()
     assert router(h_TD, group_T).assignments.expert_N.tolist() == [2, 1]
     gate.bias[0] = 0.5  # pyright: ignore[reportIndexIssue]
     assert router(h_TD, group_T).assignments.expert_N.tolist() == [2, 0]

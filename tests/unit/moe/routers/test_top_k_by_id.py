@@ -72,7 +72,7 @@ def test_one_load_for_all_ids_is_scheduled_top_k_bit_for_bit(tmp_path: Path) -> 
     ours, theirs = router(h_TD, group_T, RoutingCache(id_T=ID_T)), scheduled(h_TD, group_T)
     assert torch.equal(ours.assignments.expert_N, theirs.assignments.expert_N)
     assert torch.equal(ours.assignments.weight_N, theirs.assignments.weight_N)
-    assert torch.equal(ours.sums.choices_C, theirs.sums.choices_C)
+    assert torch.equal(ours.counts.choices_LC, theirs.counts.choices_LC)
 
 
 def test_padding_takes_nothing(table: str) -> None:

@@ -21,7 +21,6 @@ from moe_dist.train.router_tuning.neighbours import NeighbourIndex
 from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning, freeze_all_but_routers
-from tests.support.counts import counts_with
 from tests.support.layouts import Layout, config_of
 from tests.support.manifold import neighbour_weights_reference
 from tests.support.messages import refused
@@ -73,7 +72,7 @@ def batch_of(folder: Path) -> SampleBatch:
 
 def nothing(total: Tensor) -> MicroLoss:
     zero = torch.zeros(())
-    return MicroLoss(total, zero, zero, zero, zero, counts_with())
+    return MicroLoss(total, zero, zero, zero, zero)
 
 
 def gradients(model: Transformer) -> dict[str, Tensor]:

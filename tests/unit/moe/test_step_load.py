@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from moe_dist.errors import DataError
-from moe_dist.moe.balance.step_load import StepLoad
-from moe_dist.moe.losses import ColumnTables, balance_terms
-from moe_dist.moe.routing.counts import StepCounts
+from moe_dist.moe.losses import ColumnTables, StepLoad, balance_terms
+from moe_dist.moe.routing.counts import RoutingCounts
 from moe_dist.placement.placement import ExpertGroup
 from tests.support.counts import counts_with
 
@@ -18,7 +17,7 @@ GROUPS = (TEXT, IMAGE)
 CPU = torch.device("cpu")
 
 
-def counts_of(choices: list[list[float]], tokens: list[list[float]]) -> StepCounts[Any]:
+def counts_of(choices: list[list[float]], tokens: list[list[float]]) -> RoutingCounts[Any]:
     return counts_with(
         choices_LC=torch.tensor(choices, dtype=torch.float64), tokens_LG=torch.tensor(tokens, dtype=torch.float64)
     )
