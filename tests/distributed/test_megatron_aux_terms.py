@@ -44,20 +44,20 @@ def differences(rank: RankContext, layout: Layout) -> tuple[float, float, int, i
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0 if per_token else float(cp)]))
 
         def terms(h_TD: torch.Tensor, group_T: torch.Tensor) -> Any:
-            return layer.moe.router(h_TD, group_T).sums
+            return layer.moe.router(h_TD, group_T)
 
         parameters = list(layer.moe.router.parameters())
         y = layer.watch.attach(1, h_TD.clone().requires_grad_(), terms(h_TD, group_T))
         ours = torch.autograd.grad(y.sum() * 0.0, parameters)
         whole = terms(gathered(h_TD), gathered(group_T))
         tables = ColumnTables.on(layer.placement.groups, torch.device("cpu"))
-        loss = BALANCE * balance_terms(whole.prob_C[None], whole.choices_C[None], whole.tokens_G[None], tables).sum()
-        loss = loss + Z * z_terms(whole.log_z_squared_G[None], whole.tokens_G[None]).sum()
+        loss = BALANCE * balance_terms(whole.aux.prob_LC, whole.counts.choices_LC, whole.counts.tokens_LG, tables).sum()
+        loss = loss + Z * z_terms(whole.aux.log_z_squared_LG, whole.counts.tokens_LG).sum()
         expected = torch.autograd.grad(loss, parameters)
 
         # Megatron sums over TP and averages over DP x CP. With a loss per token it sums over all ranks, and divides by the
         # step's tokens.
-        divisor = int(whole.tokens_G.sum()) if per_token else state.get_data_parallel_world_size() * cp
+        divisor = int(whole.counts.tokens_LG.sum()) if per_token else state.get_data_parallel_world_size() * cp
         worst = largest = 0.0
         for got, wanted in zip(ours, expected, strict=True):
             dist.all_reduce(got)
