@@ -2,7 +2,6 @@
 imported."""
 
 import importlib
-import os
 import sys
 from typing import Annotated, Any
 
@@ -14,9 +13,8 @@ except ModuleNotFoundError as error:
     )
 from typer.core import TyperGroup
 
-from moe_dist.config.bundled import source_root
+from moe_dist.config.bundled import add_to_path, source_root
 from moe_dist.runtime.command_line import command_app, print_version
-from moe_dist.runtime.renamed import RENAMED
 
 # Each entry has a subcommand, its function, and its line in the help text. The options of a subcommand are defined only at
 # the subcommand's function.
@@ -65,20 +63,15 @@ class LazyGroup(TyperGroup):
 
 def _words_of(name: str) -> str | None:
     """Returns the subcommand that runs the module `name`, such as 'launch local'; None if no subcommand runs it. `name` may
-    be the module's present or former name, with or without its package."""
+    be without its package."""
     name = name.replace("-", "_")
     found = {target.partition(":")[0].removesuffix(".__main__"): words for words, target, _ in COMMANDS}
-    module = RENAMED.get(name) or RENAMED.get(f"tools.{name}") or name
-    return next((words for each, words in found.items() if module in (each, each.rpartition(".")[2])), None)
+    return next((words for each, words in found.items() if name in (each, each.rpartition(".")[2])), None)
 
 
 def load_subcommand(name: str) -> Any:
     """Imports a subcommand and returns its click command."""
-    root = str(source_root())  # this folder holds the packages launchers and tools
-    if root not in sys.path:
-        sys.path.insert(0, root)
-        paths = filter(None, [root, os.environ.get("PYTHONPATH")])
-        os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # so that child processes import the same packages
+    add_to_path(source_root())  # this folder holds the packages launchers and tools
     module, _, function = next(target for words, target, _ in COMMANDS if words.split()[-1] == name).partition(":")
     command = typer.main.get_command(command_app(getattr(importlib.import_module(module), function)))
     command.name = name

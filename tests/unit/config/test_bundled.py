@@ -1,6 +1,5 @@
-"""Which file a name means, and what an old name of a module says."""
+"""Which file a name means."""
 
-import runpy
 from pathlib import Path
 
 import pytest
@@ -49,11 +48,3 @@ def test_only_a_near_name_is_suggested(given: str, hint: str, monkeypatch: pytes
     with pytest.raises(ConfigError) as raised:
         load_config(given)
     assert hint in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"), [("tools.bench_dispatch", "tools.bench"), ("tools.reproduction.x", "tools.experiments")]
-)
-def test_an_old_module_is_told_its_new_name(old: str, new: str) -> None:
-    with pytest.raises(ImportError, match=f"is now {new}"):
-        runpy.run_module(old)
