@@ -2,7 +2,6 @@
 imported."""
 
 import importlib
-import os
 import sys
 from typing import Annotated, Any
 
@@ -14,7 +13,7 @@ except ModuleNotFoundError as error:
     )
 from typer.core import TyperGroup
 
-from moe_dist.config.bundled import source_root
+from moe_dist.config.bundled import add_to_path, source_root
 from moe_dist.runtime.command_line import command_app, print_version
 
 # Each entry has a subcommand, its function, and its line in the help text. The options of a subcommand are defined only at
@@ -78,11 +77,7 @@ def _words_of(name: str) -> str | None:
 
 def load_subcommand(name: str) -> Any:
     """Imports a subcommand and returns its click command."""
-    root = str(source_root())  # this folder holds the packages launchers and tools
-    if root not in sys.path:
-        sys.path.insert(0, root)
-        paths = filter(None, [root, os.environ.get("PYTHONPATH")])
-        os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # so that child processes import the same packages
+    add_to_path(source_root())  # this folder holds the packages launchers and tools
     module, _, function = next(target for words, target, _ in COMMANDS if words.split()[-1] == name).partition(":")
     command = typer.main.get_command(command_app(getattr(importlib.import_module(module), function)))
     command.name = name

@@ -1,7 +1,8 @@
-"""Finds configuration files by name, in the clone or in the installed package."""
+"""Finds configuration files and packages, in the clone or in the installed package."""
 
 import difflib
 import os
+import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +19,15 @@ def source_root() -> Path:
     package = Path(str(files("moe_dist")))
     bundled = package / "bundled"
     return bundled if bundled.is_dir() else package.parent
+
+
+def add_to_path(folder: Path) -> None:
+    """Puts a folder on the search path of this process and of its child processes. The folder's packages can then be
+    imported, and the kinds that its packages offer can be configured (`base/kinds.py`)."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+        paths = filter(None, [str(folder), os.environ.get("PYTHONPATH")])
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
 def find_config(path: str | Path) -> Path:

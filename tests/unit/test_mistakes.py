@@ -80,7 +80,7 @@ MISTAKES: tuple[tuple[str, int, str], ...] = (
     ("launch local x.yaml run.init_from=nowhere", 78, "run.init_from='nowhere': no such folder; give a run folder"),
     ("launch local x.yaml data.weights.pictures=1.0", 78, "remove it, or set data.weights={} to draw from all sources"),
     ("launch local x.yaml parallel.device=cuda", 69, "this machine shows no GPU"),
-    ("launch local x.yaml model.depths=1", 78, "has been renamed; write model.mixture_of_depths"),
+    ("launch local x.yaml model.depths=1", 78, "model.depths: unknown key"),
     ("launch local x.yaml optimizer.lr=-1", 78, "optimizer.lr=-1: must be number, above 0"),
     ("launch local x.yaml optimizer.lr=.nan", 78, "optimizer.lr=nan: must be number, above 0"),
     ("launch local x.yaml parallel.data=fsdp", 78, "did you mean 'fsdp2'?"),
