@@ -111,30 +111,6 @@ def test_there_and_back_changes_no_bit(
     assert any(name.endswith(".safetensors") for name in exported[0])
 
 
-@pytest.mark.parametrize("precision", [exhaustive("fp32"), "bf16"])
-@pytest.mark.parametrize(
-    ("ranks", "layout"),
-    [full(4, BLOCK), (2, {**TWO, **megatron(distributed_optimizer=True)}), exhaustive(4, INTERLEAVED)],
-    ids=["block", "sharded", "interleaved"],
-)
-def test_a_resumed_run_goes_on_bit_for_bit(
-    run_with_megatron: Callable[..., list[Any]],
-    tiny_data: Path,
-    tmp_path: Path,
-    ranks: int,
-    layout: Mapping[str, Any],
-    precision: str,
-) -> None:
-    data, changes = str(tiny_data), {**layout, **BIASES, "parallel.precision": precision}
-    whole, first, then = (str(tmp_path / name) for name in ("whole", "first", "then"))
-    expected = run_with_megatron(ranks, legs, data, changes, None, (0, 5), whole)[0]
-    found = run_with_megatron(ranks, legs, data, changes, None, (0, 3), first)[0]
-    found = found + run_with_megatron(ranks, legs, data, changes, first, (3, 5), then)[0]
-    assert found == expected
-    assert fingerprints(Path(then)) == fingerprints(Path(whole))
-    assert torch.isfinite(torch.tensor(found)).all()
-
-
 def tensors_after_a_save(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Counter[tuple[int, ...]]:
     """Shapes of the tensors that a save leaves in this process. Vectors are left out, because threads of the standing world
     make some; most gathered tensors are matrices."""

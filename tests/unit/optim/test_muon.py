@@ -112,22 +112,14 @@ def test_a_rank_without_parameters_steps() -> None:
     assert step_count(optimizer) == 0
 
 
-def test_a_run_is_saved_verified_and_resumed(tmp_path: Path) -> None:
+def test_a_checkpoint_has_one_moment_of_a_matrix(tmp_path: Path) -> None:
     data = tmp_path / "data"
     tiny_dataset(data)
     changes: Any = {"optimizer__kind": "muon"}
     with world_of_one():
         saved = OneRank(data, tmp_path, **changes)
-        progress = saved.train_and_save()
-        resumed = OneRank(data, tmp_path, **changes)
-        assert resumed.resumable.restore() == progress
+        saved.train_and_save()
     config = tiny_config(data, tmp_path, {"optimizer.kind": "muon", "parallel.ep": 1, "placement.policy": "interleaved"})
-    assert torch.equal(saved.weights(), resumed.weights())
-    states = [run.training.optimizer.state for run in (saved, resumed)]
-    parameters = [list(run.training.parallel.model.parameters()) for run in (saved, resumed)]
-    for one, other in zip(*parameters, strict=True):
-        assert states[0][one].keys() == states[1][other].keys()
-        assert all(torch.equal(states[0][one][key], states[1][other][key]) for key in states[0][one])
     specs = state_specs(config)
     assert verify(saved.folder / "step_2", specs)[1] == []
     assert "optimizer.exp_avg.layers.0.attention.q.weight" in specs

@@ -88,4 +88,4 @@ def test_a_step_is_followed_in_few_files(job: str, tiny_data: Path, tmp_path: Pa
         "data/loader.py",
         "monitor/sinks/jsonl.py",
     } <= entered
-    assert len(entered) <= MOST, '\n'.join(sorted(entered))
+    assert len(entered) <= MOST, "\n".join(sorted(entered))
