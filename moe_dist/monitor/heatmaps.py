@@ -1,10 +1,9 @@
-"""Draws arrays of numbers as heat maps and curves, uint8 [height, width, 3]. Uses only numpy and Pillow.
+"""Draws arrays of numbers as heat maps, uint8 [height, width, 3]. Uses only numpy and Pillow.
 
 The more cells a heat map has, the smaller its cells are: from 44 pixels, with the value written in the cell, to 7 pixels.
 """
 
-from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +15,6 @@ NO_VALUE = (222, 222, 222)
 CANVAS, MARGIN, BAR_WIDTH = 1100, 16, 18
 MIN_CELL, MAX_CELL = 7, 44  # sizes in pixels
 TEXT_WIDTH, TEXT_HEIGHT = 34, 20  # pixels; smaller cells show no number
-WIDTH, HEIGHT, TOP, LEFT, FOOT = 900, 360, 74, 62, 46  # pixels: size and margins of a picture with curves
 
 Colour = tuple[int, int, int]
 
@@ -30,7 +28,6 @@ SEQUENTIAL: tuple[Colour, ...] = (
     (68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142),
     (31, 158, 137), (53, 183, 121), (109, 205, 89), (180, 222, 44), (253, 231, 37),
 )  # fmt: skip
-COLOURS: tuple[Colour, ...] = ((33, 102, 172), (178, 24, 43), (35, 139, 69), (106, 81, 163), (217, 95, 14), (99, 99, 99))
 
 
 @dataclass(frozen=True)
@@ -217,48 +214,3 @@ def page(width: int, height: int, title: str, caption: str) -> tuple[Image.Image
     canvas.text((MARGIN, 12), title, fill=INK, font=font(19))
     canvas.text((MARGIN, 40), caption, fill=GREY, font=font(14))
     return image, canvas
-
-
-def draw_against_targets(
-    steps: Sequence[int],
-    values: Mapping[str, Sequence[float]],
-    targets: Mapping[str, Sequence[float]],
-    *,
-    title: str,
-    caption: str,
-) -> np.ndarray:
-    """Draws for each name in `targets` the name's values over `steps` as a curve, and its targets as a dashed line, which
-    changes at a step with another target. A nan leaves a gap. `steps` has at least one step, in rising order."""
-    image, canvas = page(WIDTH, TOP + HEIGHT + FOOT, title, caption)
-    known = np.array([v for curves in (targets, values) for each in curves.values() for v in each], dtype=np.float64)
-    low, high = float(np.nanmin(known)), float(np.nanmax(known))
-    margin = 0.08 * (high - low) or 0.5  # the margin must not be 0 if all values are equal
-    low, high = low - margin, high + margin
-    first, last = steps[0], max(steps[-1], steps[0] + 1)
-
-    def at(step: float, value: float) -> tuple[float, float]:
-        x = LEFT + (step - first) / (last - first) * (WIDTH - LEFT - 170)
-        return x, TOP + (high - value) / (high - low) * HEIGHT
-
-    for tick in np.linspace(low + margin, high - margin, 5):
-        y = at(first, float(tick))[1]
-        canvas.line((LEFT - 5, y, LEFT, y), fill=GREY)
-        canvas.text((LEFT - 9, y), f"{tick:.3g}", fill=INK, font=font(13), anchor="rm")
-    canvas.line((LEFT, TOP, LEFT, TOP + HEIGHT, WIDTH - 170, TOP + HEIGHT), fill=GREY)
-    for step in dict.fromkeys((first, steps[-1])):
-        canvas.text((at(step, low)[0], TOP + HEIGHT + 8), f"step {step}", fill=INK, font=font(13), anchor="ma")
-    for index, (name, aimed) in enumerate(targets.items()):
-        shade = COLOURS[index % len(COLOURS)]
-        for x in range(LEFT, WIDTH - 170, 12):
-            step = first + (x - LEFT) / (WIDTH - LEFT - 170) * (last - first)
-            y = at(first, aimed[bisect_right(steps, step) - 1])[1]
-            canvas.line((x, y, x + 6, y), fill=shade)
-        points = [None if np.isnan(v) else at(s, v) for s, v in zip(steps, values[name], strict=True)]  # None makes a gap
-        for here, there in zip(points, [*points[1:], None], strict=True):
-            if here is not None:
-                end = here if there is None else there
-                canvas.line((*here, *end), fill=shade, width=2)
-                canvas.ellipse((here[0] - 1, here[1] - 1, here[0] + 1, here[1] + 1), fill=shade)
-        label = f"{name}, target {aimed[-1]:g}"
-        canvas.text((WIDTH - 160, TOP + 20 * index), label, fill=shade, font=font(13))
-    return np.asarray(image)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_dist.moe.routing.counts import RoutingCounts
-from moe_dist.monitor.statistics import DepthStatistics, LeverDecision
-from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, TagPlan
+from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult, LeverDecision
+from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, TagPlan, tag_plan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 NEEDED = "needed_capacity_factor/"  # key of `Record.host`, with the name of a group: this factor would have dropped nothing
@@ -138,6 +138,29 @@ def depth_scalars(depths: DepthStatistics, *, split: bool) -> dict[str, float | 
         scalars["mixture_of_depths/agreement"] = ratio(depths.agreed_L.sum(), tokens_G.sum())
     if depths.weight_L is not None:
         scalars["mixture_of_depths/gate_weight"] = ratio(depths.weight_L.sum(), taken_G.sum())
+    return scalars
+
+
+def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_groups: int) -> dict[str, float | None]:
+    """Returns the scalars of a held-out evaluation: eval/..., the measured balance efficiencies, and
+    mixture_of_depths/load_over_target, which is a mean over the mixture-of-depths layers.
+
+    If there are too many modalities for one scalar each, eval/mean is the mean loss over the tokens of all modalities.
+    """
+    scalars: dict[str, float | None]
+    depths = result.mixture_of_depths
+    if tag_plan(num_groups, len(modalities), mixture_of_depths=depths is not None).loss_per_modality:
+        scalars = {f"eval/{name}": float(value) for name, value in result.loss.items()}
+    else:
+        named = [name for name in modalities if name in result.loss]
+        nats = sum(result.loss[name] * result.tokens[name] for name in named)
+        scalars = {"eval/mean": ratio(nats, sum(result.tokens[name] for name in named))}
+    if result.balance_efficiency_by_count is not None:
+        scalars["moe/balance_efficiency_by_count"] = result.balance_efficiency_by_count
+    if result.balance_efficiency is not None:
+        scalars["perf/balance_efficiency"] = result.balance_efficiency
+    if depths is not None:
+        scalars["mixture_of_depths/load_over_target"] = reduce_known(depth_metrics(depths)["computed"] / depths.capacity)
     return scalars
 
 

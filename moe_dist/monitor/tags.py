@@ -78,7 +78,6 @@ PICTURE_MEANING: dict[str, str] = {
     "moe/dropped_fraction": "Share of (token, expert) pairs that a capacity dropped, by layer and group.",
     "moe/idle_fraction": "Share of tokens that no expert took, by layer and group.",
     "moe/load_over_target": "True experts per token over the target of the load controller, by layer and group.",
-    "moe/load_against_target": "True experts per token at each step, and the target of the load controller.",
     "moe/relative_entropy": "The router's entropy over the entropy of equal probabilities, by layer and group.",
     "perf/rank_seconds": "Seconds that a rank works in a step, without its waits for other ranks, one value for each rank.",
     "device/rank_memory": "MiB as in device/memory, one value for each rank.",

@@ -1,5 +1,4 @@
-"""Routers that choose the number of experts by token, under a controller of the mean number: N ranks equal one rank. A
-resumed run with these and other routers equals an uninterrupted run."""
+"""Routers in which the number of experts depends on the token, with a controller that holds it: N ranks equal one."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,10 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.cover import full
 from tests.support.layouts import Layout, Outcome, train
 from tests.support.outcomes import assert_same_tensors
-from tests.support.whole_run import whole_run
 
 KINDS = ("top_p", "relu", "threshold", "predicted_k")
 ALONE = {kind: Layout(adaptive=kind, free=True) for kind in KINDS}
@@ -70,57 +67,3 @@ def test_ranks_equal_one_rank(
     tokens = sum(step.counts.tokens_LG for step in expected.steps)
     assert (counts[:, :5].sum(1) % tokens[:, 0] != 0).all(), "the number of experts differs between tokens"
     assert layout.choice or any(bias.any() for bias in expected.biases.values())
-
-
-CHANGES: dict[str, Any] = {
-    "model.moe.groups": {
-        "text": {"num_experts": 3, "num_null": 1, "top_k": 3, "ffn_dim": 16},
-        "image": {"num_experts": 2, "num_identity": 1, "top_k": 3, "ffn_dim": 24},
-    },
-    "model.moe.balance": [{"kind": "active_experts", "target": {"text": 1.2}, "rate": 1.0, "proportional": 0.5}],
-    "placement.policy": "interleaved",
-    "parallel.ep": 1,
-    "parallel.edp": 1,
-    "train.micro_batch": 8,
-    "train.steps": 4,
-    "evaluation.every": 100,
-    "evaluation.final_sequences": 4,
-    "checkpoint.every": 2,
-}
-EXPERTS: dict[str, Any] = {
-    "model.moe.groups": {name: {"num_experts": 2, "top_k": 1, "ffn_dim": 16} for name in ("text", "image")},
-    "model.moe.balance": [],
-    "loss.balance.schedule": [[0, 0.0]],
-    "model.moe.router": {"kind": "expert_threshold", "warmup_steps": 1},
-}
-NULLS = {"num_experts": 4, "num_null": 2, "top_k": 3, "ffn_dim": 16}
-RESUMED: dict[str, dict[str, Any]] = {
-    **{kind: {"model.moe.router": {"kind": kind}} for kind in KINDS},
-    "expert_threshold": EXPERTS,
-    "gating_residual": {
-        "model.moe.router": {"kind": "gating_residual", "selection_bias": True},
-        "model.moe.groups": {"text": NULLS, "image": NULLS},
-    },
-    "group_limited": {
-        "model.moe.router": {"kind": "group_limited", "n_group": 2},
-        "model.moe.groups": {"text": NULLS, "image": NULLS},
-    },
-}
-KEPT = ("top_p", "gating_residual")  # `make test` runs these: one has a controller's bias, one a further parameter
-
-
-@pytest.mark.parametrize("kind", [kind if kind in KEPT else full(kind) for kind in RESUMED])
-def test_a_resumed_run_is_the_run_that_did_not_stop(
-    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, kind: str
-) -> None:
-    def run(name: str, steps: int) -> Any:
-        changes = {**CHANGES, **RESUMED[kind], "run.name": name, "train.steps": steps}
-        return run_in_world(1, whole_run, tiny_data, tmp_path, changes)[0]
-
-    alone = run("alone", 4)
-    run("stopped", 2)
-    on = run("stopped", 4)
-    assert on.begun.step == 2
-    assert on.tensors.keys() == alone.tensors.keys()
-    assert all(np.array_equal(value, alone.tensors[name]) for name, value in on.tensors.items())
-    assert on.evaluation.loss == alone.evaluation.loss

@@ -186,13 +186,12 @@ def resumed(rank: RankContext, layout: Layout, folder: Path) -> list[Any]:
 @pytest.mark.parametrize(
     ("writer", "reader"),
     [
-        full(Layout(2, 1, "pinned", "fsdp2", balance=True), Layout(2, 1, "pinned", "fsdp2", balance=True)),
         (Layout(2, 1, "pinned", "fsdp2", balance=True), Layout(4, 1, "uneven", balance=True)),
         full(Layout(2, 2, "interleaved", balance=True), Layout(1, 1, balance=True)),
     ],
     ids=str,
 )
-def test_biases_and_step_go_on_through_a_checkpoint(
+def test_biases_and_step_go_on_on_another_layout(
     run_in_world: Callable[..., list[Any]], tmp_path: Path, writer: Layout, reader: Layout
 ) -> None:
     whole = run_in_world(writer.world_size, undisturbed, writer, tmp_path)[0][SAVED_AT:]
@@ -201,8 +200,6 @@ def test_biases_and_step_go_on_through_a_checkpoint(
             np.testing.assert_array_equal(choices, choices_)
             for name, bias in biases_.items():
                 np.testing.assert_array_equal(biases[name], bias, err_msg=name)
-            if writer == reader:
-                assert losses == losses_
             np.testing.assert_allclose(losses, losses_, rtol=1e-9)
 
 

@@ -195,16 +195,9 @@ def test_lora_on_the_attention_of_a_mixture(run_in_world: Run, tiny_data: Path, 
 
 
 @pytest.mark.full
-def test_ranks_and_stops_change_nothing(run_in_world: Run, tiny_data: Path, root: Path) -> None:
-    """A stopped and resumed run has the same bits. Two ranks with FSDP2 continue a run of one rank."""
+def test_two_ranks_go_on_where_one_stopped(run_in_world: Run, tiny_data: Path, root: Path) -> None:
     changes = adapters(root, run__name="whole", parallel__ep=1)
     (whole,) = run_in_world(1, whole_run, tiny_data, root, changes)
-    changes |= {"run.name": "parted"}
-    run_in_world(1, whole_run, tiny_data, root, {**changes, "train.steps": 2})
-    (again,) = run_in_world(1, whole_run, tiny_data, root, changes)
-    assert (again.begun.step, again.ended.step) == (2, 4)
-    for name, value in whole.tensors.items():
-        np.testing.assert_array_equal(again.tensors[name], value, err_msg=name)
     changes |= {"run.name": "wider"}
     run_in_world(1, whole_run, tiny_data, root, {**changes, "train.steps": 2})
     wide = {**changes, "parallel.ep": 2, "parallel.data": "fsdp2"}

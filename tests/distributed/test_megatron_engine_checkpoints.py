@@ -105,20 +105,6 @@ def test_there_and_back_changes_no_bit(
     assert any(name.endswith(".safetensors") for name in exported[0])
 
 
-@pytest.mark.parametrize("precision", [exhaustive("fp32"), "bf16"])
-@pytest.mark.parametrize(
-    "layout", [SHARDED, exhaustive(BLOCK), exhaustive(INTERLEAVED)], ids=["sharded", "block", "interleaved"]
-)
-def test_a_resumed_run_goes_on_bit_for_bit(run_engine: Run, tmp_path: Path, layout: dict[str, Any], precision: str) -> None:
-    changes = {**layout, **BIASES, "parallel.precision": precision}
-    whole, first, then = (str(tmp_path / name) for name in ("whole", "first", "then"))
-    expected = run_engine(changes, legs, None, (0, 5), whole)[0]
-    found = run_engine(changes, legs, None, (0, 3), first)[0] + run_engine(changes, legs, first, (3, 5), then)[0]
-    assert found == expected
-    assert fingerprints(then) == fingerprints(whole)
-    assert torch.isfinite(torch.tensor(found)).all()
-
-
 def tensors_after_a_save(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Counter[tuple[int, ...]]:
     """Shapes of the tensors that a save leaves in this process. Vectors are left out, because threads of the standing world
     make some; most gathered tensors are matrices."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from moe_dist.train.build.engines import started_engine
 
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.config.schema import Config
@@ -15,11 +16,12 @@ from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.parameter_names import logical_name, named_parameters
-from moe_dist.plan.preflight import check
+from moe_dist.plan.preflight import Preflight, check
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import StopRequest
 from moe_dist.train.build import training as build
 from moe_dist.train.loop.trainer import Progress, Trainer
+from moe_dist.train.rank_balance.levers import LeverParts, build_levers
 from moe_dist.train.start.resume import Resumable
 from moe_dist.train.step.result import StepResult
 from tests.support.tiny import tiny_config
@@ -52,35 +54,45 @@ def whole_run(rank: RankContext, data: Path, root: Path, changes: Mapping[str, A
     config = tiny_config(data, root, {"evaluation.balance_efficiency": False, **changes})
     plan = check(config, world_size=rank.world_size)
     mesh = make_mesh(ep=config.parallel.ep, device=torch.device("cpu"), timeout=600.0)
-    training = build.build_training(config, plan.manifest, plan.placement, mesh)
-    evaluator = build.build_evaluator(config, plan.manifest, training, plan.placement)
+    with started_engine(config) as make:
+        return _run_to_end(config, plan, make(config, plan.manifest, plan.placement, mesh))
+
+
+def _run_to_end(config: Config, plan: Preflight, training: build.Training) -> WholeRun:
+    mesh = training.parallel.mesh
+    reader, readers = training.parallel.reader
+    loader = build.build_loader(config, plan.manifest, rank=reader, world_size=readers)
+    levers = build_levers(LeverParts(config, plan.placement, training, loader))
     folder = RunFolder.of(config).checkpoints
     checkpoints = CheckpointManager(folder, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint)
-    resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest)
+    resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest, levers=levers)
     progress = resumable.restore()
-    begun = replace(progress)
+    plan, begun = replace(plan, placement=resumable.placement), replace(progress)
+    evaluator = build.build_evaluator(config, plan.manifest, training, plan.placement)
     at_start = tensors_of(config, training, plan.placement, mesh.ep_rank)
     steps: list[StepResult] = []
     trainer = Trainer(
         build.build_plan(config, plan.manifest, plan.placement),
         _Recorded(training.step, steps),  # pyright: ignore[reportArgumentType]
-        build.build_loader(config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size),
+        loader,
         evaluator,
         sinks=[],
         devices=None,
         saver=resumable,
         stop=StopRequest(),
         progress=progress,
+        levers=levers,
     )
     finished = trainer.fit()
     resumable.writer.wait()
-    named = {parameter: name for _, name, _, parameter in named_parameters(training.parallel.model)}
+    own = isinstance(training.parallel.model, torch.nn.Module)
+    named = {parameter: name for _, name, _, parameter in named_parameters(training.parallel.model)} if own else {}
     return WholeRun(
         begun=begun,
         ended=trainer.progress,
-        tensors=tensors_of(config, training, plan.placement, mesh.ep_rank),
+        tensors=tensors_of(config, training, trainer.plan.placement, mesh.ep_rank),
         at_start=at_start,
-        trained={named[parameter] for parameter in training.optimizer.state},
+        trained={named[parameter] for parameter in training.optimizer.state} if own else set(),
         evaluation=finished.evaluation,
         steps=steps,
     )
@@ -96,8 +108,10 @@ class _Recorded:
 
 
 def tensors_of(config: Config, training: build.Training, placement: Any, ep_rank: int) -> dict[str, np.ndarray]:
-    """Returns whole tensors by logical name. Collective under FSDP2."""
+    """Whole tensors by logical name; collective under FSDP2. None in Megatron's model, whose ranks have parts."""
     found: dict[str, np.ndarray] = {}
+    if not isinstance(training.parallel.model, torch.nn.Module):
+        return found
     for path, tensor in training.parallel.model.state_dict().items():
         name = logical_name(path)
         whole = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().numpy().copy()

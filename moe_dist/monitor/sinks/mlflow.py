@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_dist.errors import ConfigError
-from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.sinks.sink import Sink, SinkContext
-from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.sinks.sink import ScalarSink, SinkContext
 
 
-class MlflowSink(Sink):
+class MlflowSink(ScalarSink):
     """Starts an MLflow run for each attempt (start of the run), because one MLflow run would show both values of a step
     that a resume repeats. The tag `moe_dist.run` joins the attempts of a run. Threads of MLflow send the values, so that a
     slow server delays no step.
@@ -47,12 +45,6 @@ class MlflowSink(Sink):
             ) from error
         self._run: str | None = run.info.run_id
 
-    def step(self, record: Record) -> None:
-        self._log(record.scalars, record.step)
-
-    def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
-        self._log(scalars, result.step)
-
     def text(self, tag: str, markdown: str) -> None:
         if self._run is not None:
             self._client.set_tag(self._run, tag, markdown[:5000])  # the server refuses longer tags
@@ -64,7 +56,7 @@ class MlflowSink(Sink):
         self._mlflow.flush_async_logging()  # waits for the server
         self._client.set_terminated(run)
 
-    def _log(self, scalars: Mapping[str, float | None], step: int) -> None:
+    def log(self, scalars: Mapping[str, float | None], step: int) -> None:
         now = int(time.time() * 1000)
         known: list[Any] = [
             self._mlflow.entities.Metric(tag, value, now, step) for tag, value in scalars.items() if value is not None

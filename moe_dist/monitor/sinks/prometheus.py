@@ -13,15 +13,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.sinks.sink import Sink, SinkContext
-from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.sinks.sink import ScalarSink, SinkContext
 from moe_dist.monitor.tags import meaning, split_tag
 
 PREFIX = "moe_dist_"
 
 
-class PrometheusSink(Sink):
+class PrometheusSink(ScalarSink):
     """Replaces the file `path` at each step by a rename, so that a reader never sees a partial file.
 
     Args:
@@ -30,23 +28,15 @@ class PrometheusSink(Sink):
 
     def __init__(self, context: SinkContext, *, path: str | None = None) -> None:
         self._path = Path(path or context.folder / "metrics.prom")
-        self._run_name, self._step = context.run_name, context.resume_step
+        self._run_name = context.run_name
         self._latest: dict[str, float | None] = {}
         self._path.parent.mkdir(parents=True, exist_ok=True)
 
-    def step(self, record: Record) -> None:
-        self._step = record.step
-        self._latest.update(record.scalars)
-        self._replace()
-
-    def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
+    def log(self, scalars: Mapping[str, float | None], step: int) -> None:
         self._latest.update(scalars)
-        self._replace()
-
-    def _replace(self) -> None:
         # node_exporter ignores the temporary file, because its name does not end in .prom.
         scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        scratch.write_text(exposition(self._latest, step=self._step, run_name=self._run_name), encoding="utf-8")
+        scratch.write_text(exposition(self._latest, step=step, run_name=self._run_name), encoding="utf-8")
         os.replace(scratch, self._path)  # atomic; fsync is not needed, because the next step replaces the file
 
 
@@ -99,7 +89,7 @@ def _escape(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-class RaySink(Sink):
+class RaySink(ScalarSink):
     """Sends the scalars of each step to the actor of rank 0 (`launchers/ray/metrics.py`), in one datagram to a Unix socket.
 
     The Ray launcher enables the sink by an environment variable, so that a run has the same configuration everywhere. A
@@ -112,21 +102,14 @@ class RaySink(Sink):
     """
 
     def __init__(self, *, socket_path: str, run_name: str, resume_step: int = 0) -> None:
-        self._path, self._run_name, self._step = socket_path, run_name, resume_step
+        self._path, self._run_name = socket_path, run_name
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)  # training must not wait for a reader
-
-    def step(self, record: Record) -> None:
-        self._step = record.step
-        self._send(record.scalars)
-
-    def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
-        self._send(scalars)
 
     def close(self) -> None:
         self._socket.close()
 
-    def _send(self, scalars: Mapping[str, float | None]) -> None:
-        content = json.dumps(list(samples(scalars, step=self._step, run_name=self._run_name)))
+    def log(self, scalars: Mapping[str, float | None], step: int) -> None:
+        content = json.dumps(list(samples(scalars, step=step, run_name=self._run_name)))
         with contextlib.suppress(OSError):  # no reader, or a full buffer
             self._socket.sendto(content.encode(), self._path)

@@ -52,7 +52,7 @@ class Sink:
         """Is called with the record of each step, in order, once for each step."""
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
-        """Is called with a held-out evaluation and its scalars (`evaluation_metrics`), after the record of the same
+        """Is called with a held-out evaluation and its scalars (`metrics.evaluation_scalars`), after the record of the same
         step."""
 
     def text(self, tag: str, markdown: str) -> None:
@@ -64,6 +64,20 @@ class Sink:
 
     def close(self) -> None:
         """Flushes and releases files and threads. A second call of `close` does nothing."""
+
+
+class ScalarSink(Sink):
+    """A sink that stores scalars alone, those of steps and of evaluations alike."""
+
+    def step(self, record: Record) -> None:
+        self.log(record.scalars, record.step)
+
+    def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
+        self.log(scalars, result.step)
+
+    def log(self, scalars: Mapping[str, float | None], step: int) -> None:
+        """Stores the scalars that have a value."""
+        raise NotImplementedError
 
 
 class LeaseWatch(Sink):

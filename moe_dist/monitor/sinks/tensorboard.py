@@ -1,6 +1,5 @@
 """The TensorBoard sink, which writes curves, heat maps, histograms, and pages of text."""
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +15,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import FileWriter, summary
 
 from moe_dist.monitor.compute_map import draw_map
-from moe_dist.monitor.heatmaps import Axis, draw, draw_against_targets, linear_scale
+from moe_dist.monitor.heatmaps import Axis, draw, linear_scale
 from moe_dist.monitor.metrics import Record, depth_metrics
 from moe_dist.monitor.pictures import Subject, change_map, heat_maps, loads
 from moe_dist.monitor.sinks.sink import Sink, SinkContext
@@ -151,12 +150,9 @@ class TensorBoardSink(Sink):
         self._writer("").add_summary(shown, self._last_step if step is None else step)
 
     def _add_pictures(self) -> None:
-        pictures = {
-            "moe/load_against_target": self._window.load_curves(),
-            "mixture_of_depths/layers": self._window.depth_map(),
-        }
+        depths = ("mixture_of_depths/layers", self._window.depth_map())
         sums, steps = self._window.take()
-        for tag, picture in (*pictures.items(), *heat_maps(sums, self._subject, steps)):
+        for tag, picture in (depths, *heat_maps(sums, self._subject, steps)):
             if picture is not None:
                 self._add_picture(summary.image(tag, picture, dataformats="HWC"))
         for group, load_Ln in loads(sums["choices_LC"], self._subject.groups):
@@ -176,7 +172,6 @@ class Window:
     def __init__(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
         self._steps: list[int] = []
-        self._load: list[Mapping[str, Mapping[str, float | None]]] = []
         self._depths: DepthStatistics | None = None
         # arrays of the last record that have a value for each rank; empty with a single rank
         self.by_rank: dict[str, np.ndarray] = {}
@@ -191,24 +186,9 @@ class Window:
         arrays["entropy_sum_LG"] = np.where(tokens_LG > 0, record.arrays["entropy_LG"] * tokens_LG, 0.0)
         self._sums = {name: self._sums.get(name, 0) + array for name, array in arrays.items()}
         self._steps.append(record.step)
-        self._load.append(record.load)
         if len(record.busy_seconds_W) > 1:
             self.by_rank = {"perf/rank_seconds": record.busy_seconds_W, "device/rank_memory": record.memory_W3[:, 1]}
         self._depths = _sum_depths(self._depths, record.mixture_of_depths)
-
-    def load_curves(self) -> np.ndarray | None:
-        """Draws the true experts per token of each step, and the controller's targets; None without a controller."""
-        names = list(self._load[-1]) if self._load else []
-        if not names:
-            return None
-
-        def curves(key: str) -> dict[str, list[float]]:
-            found = {name: [load.get(name, {}).get(key) for load in self._load] for name in names}
-            return {name: [math.nan if value is None else value for value in each] for name, each in found.items()}
-
-        caption = "mean over layers, each step; dashed: the target of the load controller"
-        values, targets = curves("achieved"), curves("target")
-        return draw_against_targets(self._steps, values, targets, title="True experts per token", caption=caption)
 
     def depth_map(self) -> np.ndarray | None:
         """Draws one row for each mixture-of-depths layer; None without such layers."""
@@ -227,7 +207,7 @@ class Window:
     def take(self) -> tuple[dict[str, np.ndarray], str]:
         """Returns the sums and a text that names their steps, and empties the window."""
         taken = self._sums, self._words()
-        self._sums, self._steps, self._load, self._depths = {}, [], [], None
+        self._sums, self._steps, self._depths = {}, [], None
         return taken
 
     def _words(self) -> str:

@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_dist.errors import ConfigError
-from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.sinks.sink import Sink, SinkContext
-from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.sinks.sink import ScalarSink, SinkContext
 
 
-class WandbSink(Sink):
+class WandbSink(ScalarSink):
     """Starts a wandb run for each attempt (start of the run), because wandb cannot go back in steps. The run's name, as
     group, joins the attempts of a run.
 
@@ -47,12 +45,9 @@ class WandbSink(Sink):
                 f"monitor.sinks: kind wandb, mode {mode!r}: {error}; or set WANDB_API_KEY, or take mode: offline"
             ) from error
 
-    def step(self, record: Record) -> None:
-        # Not committed yet, because an evaluation of this step goes into the same wandb row.
-        self._run.log(_known(record.scalars), step=record.step, commit=False)
-
-    def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
-        self._run.log(_known(scalars), step=result.step, commit=False)
+    def log(self, scalars: Mapping[str, float | None], step: int) -> None:
+        known = {tag: value for tag, value in scalars.items() if value is not None}
+        self._run.log(known, step=step, commit=False)  # an evaluation of the step goes into the same wandb row
 
     def text(self, tag: str, markdown: str) -> None:
         self._run.config.update({tag: markdown}, allow_val_change=True)
@@ -61,7 +56,3 @@ class WandbSink(Sink):
         if self._run is not None:
             self._run.finish()
             self._run = None
-
-
-def _known(scalars: Mapping[str, float | None]) -> dict[str, float]:
-    return {tag: value for tag, value in scalars.items() if value is not None}

@@ -4,11 +4,11 @@ Shape letters: M modalities, G groups, W ranks of the world.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from moe_dist.config.base.section import RESERVED_MODALITIES
+from moe_dist.moe.routing.counts import RoutingCounts
 from moe_dist.monitor.metrics import (
     NEEDED,
     Record,
@@ -22,110 +22,87 @@ from moe_dist.monitor.metrics import (
 )
 from moe_dist.monitor.statistics import LeverDecision
 from moe_dist.monitor.tags import DEPTH_FAMILY, tag_plan
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.placement import ExpertGroup
+from moe_dist.train.build.training import TrainingPlan
+from moe_dist.train.start.resume import Progress
 from moe_dist.train.step.result import StepResult
-
-
-@dataclass(frozen=True)
-class LoopValues:
-    """Values of a step that only the training loop knows.
-
-    Attributes:
-        step: Number of the step; the first step of a run is 1.
-        balance_coefficient: Coefficient of the balance loss in this step.
-        lr: Learning rate of this step.
-        skipped_steps: Skipped steps of the run so far.
-        tokens: Input tokens of the run so far, without padding.
-        seconds: Wall time of the step.
-        epochs: Number of passes over the training data of each modality so far.
-        flops_per_token: Forward and backward FLOPs per token, for the measured experts per token; None if unknown.
-        active_target: True experts per token that a load controller aims at in this step, by group.
-        levers: Decisions of the levers of `rank_balance` after this step.
-    """
-
-    step: int
-    balance_coefficient: float
-    lr: float
-    skipped_steps: int
-    tokens: int
-    seconds: float
-    epochs: Mapping[str, float] = field(default_factory=dict)
-    flops_per_token: float | None = None
-    active_target: Mapping[str, float] = field(default_factory=dict)
-    levers: Sequence[LeverDecision] = ()
 
 
 def build_record(
     result: StepResult,
-    loop: LoopValues,
+    plan: TrainingPlan,
+    progress: Progress,
     *,
-    placement: ExpertPlacement,
-    modalities: Sequence[str],
+    seconds: float,
+    epochs: Mapping[str, float],
     readings: Mapping[str, float | None] | None = None,
-    peak_flops: float | None = None,
-    peak_source: str = "monitor.peak_tflops",
+    levers: Sequence[LeverDecision] = (),
 ) -> Record:
     """Builds the record of a step.
 
     Args:
-        modalities: All modalities of the data, in the manifest's order.
+        progress: The counters of the run after the step.
+        seconds: Wall time of the step.
+        epochs: Number of passes over the training data of each modality so far.
         readings: Latest readings of `devices.DeviceMonitor`. Names that begin with device/ become scalars; all other
             readings go to `Record.host`.
-        peak_flops: Peak FLOPs per second of all devices together; without `peak_flops` perf/mfu is None.
-        peak_source: The card or configuration key from which `peak_flops` comes.
+        levers: Decisions of the levers of `rank_balance` after this step.
 
     Raises:
         ValueError: A modality has the name of a loss term.
     """
-    groups, counts, depths = placement.groups, result.counts, result.mixture_of_depths
-    plan = tag_plan(len(groups), len(modalities), mixture_of_depths=depths is not None)
-    readings, memory = readings or {}, memory_of_ranks(result.memory_W3)
+    counts, depths, placement, modalities = result.counts, result.mixture_of_depths, plan.placement, plan.modalities
+    tags = tag_plan(len(placement.groups), len(modalities), mixture_of_depths=depths is not None)
+    readings, memory, step = readings or {}, memory_of_ranks(result.memory_W3), progress.step - 1  # counted from 0
     labels = dict(zip(modalities, result.labels_M.tolist(), strict=True))
     losses = {name: ratio(nll, labels[name]) for name, nll in zip(modalities, result.nll_M.tolist(), strict=True)}
-    epochs = {name: float(loop.epochs.get(name, 0.0)) for name in modalities}
+    epochs = {name: float(epochs.get(name, 0.0)) for name in modalities}
     arrays = routing_arrays(counts, placement)
     scalars = {
-        **loss_scalars(result, losses, split=plan.loss_per_modality),
-        "optim/lr": loop.lr,
+        **loss_scalars(result, losses, split=tags.loss_per_modality),
+        "optim/lr": plan.lr(step),
         "optim/grad_norm": result.grad_norm,
-        "optim/skipped_steps": float(loop.skipped_steps),
-        "optim/tokens": float(loop.tokens),
-        **routing_scalars(counts, arrays, placement, plan),
+        "optim/skipped_steps": float(progress.skipped_steps),
+        "optim/tokens": float(progress.tokens),
+        **routing_scalars(counts, arrays, placement, tags),
         **comm_scalars(result.ledger, result.comm_seconds),
-        **perf_scalars(result, loop, peak_flops),
+        **perf_scalars(result, plan, seconds),
         "device/utilisation": readings.get("device/utilisation"),
         "device/memory": memory.get("largest_reserved_mib"),
         "device/power": readings.get("device/power"),
     }
-    if plan.epochs_per_modality:
+    if tags.epochs_per_modality:
         scalars |= {f"data/epochs/{name}": value for name, value in epochs.items()}
     else:
         scalars["data/epochs/max"] = max(epochs.values(), default=0.0)
     if depths is not None:
-        scalars |= depth_scalars(depths, split=DEPTH_FAMILY in plan.by_group)
+        scalars |= depth_scalars(depths, split=DEPTH_FAMILY in tags.by_group)
+    updates = step - (progress.skipped_steps - result.skipped)  # before this step
+    target = {name: target_at(updates) for name, target_at in plan.active_target.items()}
+    peak, source = plan.peak_flops, plan.peak_source
     return Record(
-        step=loop.step,
+        step=progress.step,
         skipped=result.skipped,
         scalars=scalars,
         losses=losses,
         labels=labels,
         epochs=epochs,
-        balance_coefficient=loop.balance_coefficient,
+        balance_coefficient=plan.aux(step).balance,
         arrays=arrays,
         ledger=dict(result.ledger),
         host={
             **{name: value for name, value in readings.items() if not name.startswith("device/")},
             **slowest_rank(result.busy_seconds_W),
             **memory,
-            **needed_factors(result.busiest_G, groups),
-            **({} if peak_flops is None else {"mfu_peak": f"{peak_flops / 1e12:g} TFLOP/s of all ranks ({peak_source})"}),
+            **needed_factors(result.busiest_G, placement.groups),
+            **({} if peak is None else {"mfu_peak": f"{peak / 1e12:g} TFLOP/s of all ranks ({source})"}),
         },
         busy_seconds_W=result.busy_seconds_W,
         memory_W3=result.memory_W3,
-        load=active_against_target(counts.choices_LC, counts.tokens_LG, groups, loop.active_target),
-        target_G=np.array([loop.active_target.get(group.name, np.nan) for group in groups], np.float64),
+        load=active_against_target(counts.choices_LC, counts.tokens_LG, placement.groups, target),
+        target_G=np.array([target.get(group.name, np.nan) for group in placement.groups], np.float64),
         mixture_of_depths=depths,
-        levers=loop.levers,
+        levers=levers,
     )
 
 
@@ -205,8 +182,21 @@ def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float |
     }
 
 
-def perf_scalars(result: StepResult, loop: LoopValues, peak_flops: float | None) -> dict[str, float | None]:
-    """Returns throughput. mfu = FLOPs per token x tokens per second / `peak_flops` (Chowdhery et al. 2022, appendix B)."""
-    rate = ratio(result.tokens, loop.seconds)
-    mfu = rate * loop.flops_per_token / peak_flops if rate and loop.flops_per_token and peak_flops else None
-    return {"perf/tokens_per_second": rate, "perf/step_seconds": loop.seconds, "perf/mfu": mfu}
+def perf_scalars(result: StepResult, plan: TrainingPlan, seconds: float) -> dict[str, float | None]:
+    """Returns throughput. mfu = FLOPs per token x tokens per second / peak FLOPs per second of all devices (Chowdhery et
+    al. 2022, appendix B); None if the peak is unknown."""
+    rate, mfu = ratio(result.tokens, seconds), None
+    if rate and plan.peak_flops:
+        mfu = rate * flops_per_token(result.counts, plan) / plan.peak_flops
+    return {"perf/tokens_per_second": rate, "perf/step_seconds": seconds, "perf/mfu": mfu}
+
+
+def flops_per_token(counts: RoutingCounts[np.ndarray], plan: TrainingPlan) -> float:
+    """Returns a step's FLOPs per token, from each group's true experts per token and its fraction of the tokens."""
+    placement, tokens_G = plan.placement, counts.tokens_LG.sum(0)
+    taken_E = (counts.choices_LC[:, : placement.num_experts] - counts.dropped_LE).sum(0)
+    experts, share = {}, {}
+    for group, tokens in zip(placement.groups, tokens_G, strict=True):
+        experts[group.name] = float(taken_E[group.experts].sum() / max(1, tokens))
+        share[group.name] = float(tokens / max(1, tokens_G.sum()))
+    return plan.flops_per_token(experts, share)

@@ -7,16 +7,16 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from moe_dist.data.batch import Batch
 from moe_dist.data.loader import ReadAhead, TrainLoader
 from moe_dist.errors import DivergedError, StoppedError
-from moe_dist.moe.routing.counts import RoutingCounts
 from moe_dist.monitor.costs import CostTable, cost_table
 from moe_dist.monitor.devices import DeviceMonitor
-from moe_dist.monitor.evaluation_metrics import evaluation_scalars
+from moe_dist.monitor.metrics import evaluation_scalars
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import EvaluationResult, LeverDecision
 from moe_dist.placement.placement import ExpertPlacement
@@ -26,8 +26,7 @@ from moe_dist.train.evaluation.acceptance import Check, run_checks
 from moe_dist.train.evaluation.balance import ranks_outnumber_cores
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loop.garbage import COLLECT_EVERY
-from moe_dist.train.loop.record import LoopValues, build_record
-from moe_dist.train.objective.loss import AuxSettings
+from moe_dist.train.loop.record import build_record
 from moe_dist.train.rank_balance.levers import Lever
 from moe_dist.train.rank_balance.placement_rows import PlacementRows
 from moe_dist.train.router_tuning.loader import SampleLoader
@@ -128,14 +127,13 @@ class Trainer:
     def _step(self) -> StepResult:
         begin = time.perf_counter()
         plan, progress = self.plan, self.progress
-        lr, aux = plan.lr(progress.step), plan.aux(progress.step)
         following = progress.position + plan.global_batch if progress.step + 1 < plan.steps else None
         batches = self._reader.batches(progress.position, following=following)
         with self.profile(progress.step + 1):
             result = self.take_step(
                 batches,
-                lr=lr,
-                aux=aux,
+                lr=plan.lr(progress.step),
+                aux=plan.aux(progress.step),
                 stop_requested=self.stop.requested,
                 began=begin,
                 number=progress.step,
@@ -150,7 +148,7 @@ class Trainer:
         decisions = self._pull_levers(result)
         _collect(progress.step)
         if self.sinks:
-            self._show(result, lr, aux, time.perf_counter() - begin, decisions)
+            self._show(result, time.perf_counter() - begin, decisions)
         for each in decisions:
             if each.placement is not None:
                 self.follow(each.placement)
@@ -173,43 +171,12 @@ class Trainer:
         for watcher in self.watchers:
             watcher.follow(placement, self.progress.step)
 
-    def _show(
-        self, result: StepResult, lr: float, aux: AuxSettings, seconds: float, levers: Sequence[LeverDecision]
-    ) -> None:
-        updates = self.progress.step - 1 - (self.progress.skipped_steps - result.skipped)  # before this step
-        loop = LoopValues(
-            step=self.progress.step,
-            balance_coefficient=aux.balance,
-            lr=lr,
-            skipped_steps=self.progress.skipped_steps,
-            tokens=self.progress.tokens,
-            seconds=seconds,
-            epochs=self.loader.epochs(self.progress.position),
-            flops_per_token=self._flops_per_token(result.counts) if self.plan.peak_flops is not None else None,
-            active_target={name: target_at(updates) for name, target_at in self.plan.active_target.items()},
-            levers=levers,
-        )
-        record = build_record(
-            result,
-            loop,
-            placement=self.plan.placement,
-            modalities=self.plan.modalities,
-            readings=self.devices.latest if self.devices else None,
-            peak_flops=self.plan.peak_flops,
-            peak_source=self.plan.peak_source,
-        )
+    def _show(self, result: StepResult, seconds: float, levers: Sequence[LeverDecision]) -> None:
+        epochs, readings = self.loader.epochs(self.progress.position), self.devices.latest if self.devices else None
+        options: dict[str, Any] = {"seconds": seconds, "epochs": epochs, "readings": readings, "levers": levers}
+        record = build_record(result, self.plan, self.progress, **options)
         for sink in self.sinks:
             sink.step(record)
-
-    def _flops_per_token(self, counts: RoutingCounts[np.ndarray]) -> float:
-        """Returns a step's FLOPs per token, from each group's true experts per token and its fraction of the tokens."""
-        placement = self.plan.placement
-        taken_E = (counts.choices_LC[:, : placement.num_experts] - counts.dropped_LE).sum(0)
-        experts, share = {}, {}
-        for group, tokens in zip(placement.groups, counts.tokens_LG.sum(0), strict=True):
-            experts[group.name] = float(taken_E[group.experts].sum() / max(1, tokens))
-            share[group.name] = float(tokens / max(1, counts.tokens_LG.sum()))
-        return self.plan.flops_per_token(experts, share)
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
         result = self.evaluator(self.progress.step, final=final, trained=self._last_batches(self.evaluator.calibration))

@@ -1,7 +1,7 @@
 """Groups and placement of a small model, and made-up statistics of its steps."""
 
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,17 +13,53 @@ from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.train.loop.record import LoopValues, build_record
+from moe_dist.train.build.training import TrainingPlan
+from moe_dist.train.loop.record import build_record
+from moe_dist.train.objective.loss import AuxSettings
+from moe_dist.train.start.resume import Progress
 from moe_dist.train.step.result import StepResult
 
 MODALITIES = ("text", "image")
 
 
 class Statistics(NamedTuple):
-    """The result of a step, and the values of the loop."""
+    """The result of a step, and values of the loop, with the names in `LOOP`."""
 
     result: StepResult
-    loop: LoopValues
+    loop: Mapping[str, Any]
+
+
+LOOP: Mapping[str, Any] = {
+    "balance_coefficient": 0.02, "lr": 1e-3, "skipped_steps": 0, "tokens": None, "seconds": 0.5, "epochs": None,
+    "flops_per_token": 2e6, "active_target": {}, "levers": (), "readings": None, "peak_flops": None, "peak_source": "",
+}  # fmt: skip
+
+
+def record_of(stats: Statistics, placement: ExpertPlacement, modalities: Sequence[str]) -> Record:
+    """The record of a step of a run with these settings."""
+    loop, nothing = stats.loop, dict[str, Any]()
+    plan = TrainingPlan(
+        placement=placement,
+        policy="pinned",
+        modalities=tuple(modalities),
+        baselines=nothing,
+        steps=10_000,
+        global_batch=8,
+        lr=lambda _: loop["lr"],
+        aux=lambda _: AuxSettings("null_averaged", loop["balance_coefficient"], 0.0),
+        evaluate_every=100,
+        save_every=100,
+        max_skipped_in_a_row=3,
+        flops_per_token=lambda *_: loop["flops_per_token"],
+        peak_flops=loop["peak_flops"],
+        peak_source=loop["peak_source"],
+        active_target={name: lambda _, value=value: value for name, value in loop["active_target"].items()},
+        even_active=nothing,
+        checks=(),
+    )
+    progress = Progress(step=loop["step"], tokens=loop["tokens"], skipped_steps=loop["skipped_steps"])
+    options = {name: loop[name] for name in ("seconds", "epochs", "readings", "levers")}
+    return build_record(stats.result, plan, progress, **options)
 
 
 MakeStatistics = Callable[..., Statistics]
@@ -90,20 +126,10 @@ def draw_statistics(placement: ExpertPlacement, num_layers: int, step: int = 1, 
         busy_seconds_W=np.zeros(0),
         memory_W3=np.zeros((0, 3)),
     )
-    own = {field.name for field in fields(LoopValues)}
     changed = {"tokens": changes.pop("step_tokens", 1000)}
-    changed |= {name: changes.pop(name) for name in list(changes) if name not in own}
-    loop = LoopValues(
-        step=step,
-        balance_coefficient=0.02,
-        lr=1e-3,
-        skipped_steps=0,
-        tokens=1000 * step,
-        seconds=0.5,
-        epochs={name: 0.1 * step for name in names},
-        flops_per_token=2e6,
-    )
-    return Statistics(replace(result, **changed), replace(loop, **changes))
+    changed |= {name: changes.pop(name) for name in list(changes) if name not in LOOP}
+    usual = {"step": step, "tokens": 1000 * step, "epochs": {name: 0.1 * step for name in names}}
+    return Statistics(replace(result, **changed), {**LOOP, **usual, **changes})
 
 
 @pytest.fixture
@@ -133,7 +159,7 @@ def make_record(make_statistics: MakeStatistics, placement: ExpertPlacement) -> 
     """Returns the record of the same step."""
 
     def make(step: int = 1, **changes: Any) -> Record:
-        return build_record(*make_statistics(step, **changes), placement=placement, modalities=MODALITIES)
+        return record_of(make_statistics(step, **changes), placement, MODALITIES)
 
     return make
 
@@ -157,9 +183,7 @@ def wide_record() -> Callable[..., tuple[Record, Subject]]:
         groups = draw_groups(num_groups, num_experts, num_experts // 4, top_k=8)
         placement = draw_placement(groups, num_ranks=8)
         modalities = [group.name for group in groups]
-        record = build_record(
-            *draw_statistics(placement, num_layers, **changes), placement=placement, modalities=modalities
-        )
+        record = record_of(draw_statistics(placement, num_layers, **changes), placement, modalities)
         return record, Subject(groups, placement, tuple(range(num_layers)), len(modalities))
 
     return make

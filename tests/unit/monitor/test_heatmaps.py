@@ -2,18 +2,12 @@ import numpy as np
 import pytest
 
 from moe_dist.monitor.heatmaps import (
-    COLOURS,
     DIVERGING,
-    HEIGHT,
-    LEFT,
     NO_VALUE,
     SEQUENTIAL,
-    TOP,
-    WIDTH,
     Axis,
     colour,
     draw,
-    draw_against_targets,
     extremes,
     linear_scale,
     ratio_scale,
@@ -107,20 +101,3 @@ def test_names_of_few_columns_are_all_written() -> None:
     names = ["spectrograms", "spectrograms", "spectrograms"]
     wide = draw(np.ones((2, 3)), axis("layer", 2), Axis("group", names), scale=ratio_scale(""), title="")
     assert wide.shape[1] > short.shape[1] + 90
-
-
-def test_a_dashed_line_follows_the_targets_of_the_steps() -> None:
-    """The target is 2.0 up to step 3 and then 1.0, so the line falls in the middle of steps 1 to 5."""
-    none = [float("nan")] * 5
-    picture = draw_against_targets(
-        [1, 2, 3, 4, 5], {"text": none}, {"text": [2.0, 2.0, 1.0, 1.0, 1.0]}, title="", caption=""
-    )
-    plot = picture[TOP : TOP + HEIGHT, LEFT + 1 : WIDTH - 170]
-    rows, columns = (plot == np.array(COLOURS[0])).all(2).nonzero()
-    high, low = np.unique(rows)
-    middle = (WIDTH - 170 - LEFT) / 2
-    assert (high, low) == (int(HEIGHT * 0.08 / 1.16), int(HEIGHT * 1.08 / 1.16))  # Pillow truncates fractions
-    assert columns[rows == high].max() < middle + 6
-    assert columns[rows == low].min() >= middle - 1
-    assert columns[rows == high].min() < 6
-    assert columns[rows == low].max() > 2 * middle - 12

@@ -6,16 +6,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from moe_dist.monitor.evaluation_metrics import evaluation_scalars
-from moe_dist.monitor.metrics import Record, group_choices, group_metrics
+from moe_dist.monitor.metrics import Record, evaluation_scalars, group_choices, group_metrics
 from moe_dist.monitor.pictures import Subject, heat_maps, zero_computation_fraction
 from moe_dist.monitor.sinks.tensorboard import Window
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.tags import MAX_SCALARS, MEANING, split_tag
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.train.loop.record import build_record
 from tests.support.messages import refused
-from tests.unit.monitor.conftest import MakeRecord, MakeStatistics, Statistics, draw_statistics
+from tests.unit.monitor.conftest import MakeRecord, MakeStatistics, Statistics, draw_statistics, record_of
 
 
 def columns_of(groups: tuple[ExpertGroup, ...], g: int) -> tuple[list[int], list[int]]:
@@ -105,18 +103,13 @@ def test_a_case_by_hand() -> None:
         seconds=0.5,
         epochs={"text": 0.5},
         flops_per_token=1e3,
+        readings={"device/utilisation": 50.0, "device/power": None, "cpu_percent": 7.0},
+        peak_flops=1e6,
+        peak_source="NVIDIA X1",
         memory_W3=np.array([[10.0, 12.0, 5.0], [30.0, 35.0, 0.0], [20.0, 40.0, 1.0]]),
         busiest_G=np.array([2.5, 0.0]),
     )
-    readings = {"device/utilisation": 50.0, "device/power": None, "cpu_percent": 7.0}
-    record = build_record(
-        *stats,
-        placement=placement,
-        modalities=("text", "image"),
-        readings=readings,
-        peak_flops=1e6,
-        peak_source="NVIDIA X1",
-    )
+    record = record_of(stats, placement, ("text", "image"))
     assert record.scalars == {
         "loss/total": 3.75,
         "loss/text": 3.0,
@@ -223,7 +216,7 @@ def test_numbers_that_are_not_finite_stay_visible(make_record: MakeRecord) -> No
 
 def test_a_modality_named_like_a_loss_term_is_refused(make_statistics: MakeStatistics, placement: ExpertPlacement) -> None:
     with refused(ValueError):
-        build_record(*make_statistics(), placement=placement, modalities=("text", "z"))
+        record_of(make_statistics(), placement, ("text", "z"))
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 5, 8, 30])

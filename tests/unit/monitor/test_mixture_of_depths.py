@@ -13,8 +13,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from moe_dist.monitor.evaluation_metrics import evaluation_scalars
-from moe_dist.monitor.metrics import Record, depth_line
+from moe_dist.monitor.metrics import Record, depth_line, evaluation_scalars
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.console import ConsoleSink
 from moe_dist.monitor.sinks.jsonl import JsonlSink

@@ -96,18 +96,12 @@ def test_the_expert_axis_names_the_rank(subject: Subject) -> None:
 def test_the_load_over_its_target_by_hand(
     groups: tuple[ExpertGroup, ...], subject: Subject, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A map of layers x groups and a curve exist only for groups with a controller. Here the target falls from 2.0 to
-    1.25."""
+    """A map of layers x groups, only where a controller holds a group: the target falls from 2.0 to 1.25."""
     earlier, record = make_record(2, active_target={"image": 2.0}), make_record(3, active_target={"image": 1.25})
     window = Window()
     window.add(earlier)
     window.add(record)
-    curves = window.load_curves()
-    assert curves is not None
-    assert curves.dtype == np.uint8
-    assert curves.shape[2] == 3
     sums, words = window.take()
-    assert window.load_curves() is None
     drawn: dict[str, np.ndarray] = {}
     monkeypatch.setattr(pictures, "draw", lambda values, *_, title, **__: drawn.update({title: values}))
     assert "moe/load_over_target" in dict(heat_maps(sums, subject, words))
@@ -123,7 +117,6 @@ def test_the_load_over_its_target_by_hand(
         "image": {"target": 1.25, "achieved": true_L.mean(), "lowest": true_L.min(), "highest": true_L.max()}
     }
     window.add(make_record(4))
-    assert window.load_curves() is None
     sums, words = window.take()
     assert "moe/load_over_target" not in dict(heat_maps(sums, subject, words))
     assert make_record(4).load == {}
@@ -147,12 +140,7 @@ def test_the_scale_of_experts_per_token_has_room_for_more_than_top_k(
     assert tops[0][0] <= tops[0][1] == 8.0 < tops[1][0] == tops[1][1]
 
 
-def test_a_curve_has_a_gap_where_there_was_no_token(make_record: MakeRecord) -> None:
-    window = Window()
+def test_a_group_without_tokens_has_no_load(make_record: MakeRecord) -> None:
     empty = np.zeros((3, 2), np.int64)
     record = make_record(1, active_target={"text": 1.0}, tokens_LG=empty, choices_LC=np.zeros((3, 12), np.int64))
     assert record.load["text"] == {"target": 1.0, "achieved": None, "lowest": None, "highest": None}
-    window.add(record)
-    assert window.load_curves() is not None
-    window.add(make_record(2, active_target={"text": 1.0}))
-    assert window.load_curves() is not None

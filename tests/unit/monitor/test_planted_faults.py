@@ -4,7 +4,7 @@ Shape letters: L MoE layers, C columns of a group, T tokens of a group, n true e
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import ceil
 
 import numpy as np
@@ -13,8 +13,7 @@ import pytest
 from moe_dist.monitor.hints import Hint, HintWatch
 from moe_dist.monitor.metrics import Record
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.train.loop.record import build_record
-from tests.unit.monitor.conftest import draw_groups, draw_placement, draw_statistics
+from tests.unit.monitor.conftest import draw_groups, draw_placement, draw_statistics, record_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def records(run: Run, steps: int, seed: int = 0) -> Iterator[Record]:
             nll_M=5.0 * 0.99**step * labels_M,
         )
         read = {name: 0.0 if name in run.stops else 0.1 * step for name in modalities}
-        yield build_record(stats.result, replace(stats.loop, epochs=read), placement=placement, modalities=modalities)
+        yield record_of(stats._replace(loop={**stats.loop, "epochs": read}), placement, modalities)
 
 
 def hints(run: Run, steps: int = 100) -> list[Hint]:

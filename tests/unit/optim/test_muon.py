@@ -107,6 +107,27 @@ def test_a_rank_without_parameters_steps() -> None:
     assert step_count(optimizer) == 0
 
 
+def test_a_checkpoint_has_one_moment_of_a_matrix(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    tiny_dataset(data)
+    changes: Any = {"optimizer__kind": "muon"}
+    with world_of_one():
+        saved = OneRank(data, tmp_path, **changes)
+        saved.train_and_save()
+    config = tiny_config(data, tmp_path, {"optimizer.kind": "muon", "parallel.ep": 1, "placement.policy": "interleaved"})
+    specs = state_specs(config)
+    assert verify(saved.folder / "step_2", specs)[1] == []
+    assert "optimizer.exp_avg.layers.0.attention.q.weight" in specs
+    assert "optimizer.exp_avg_sq.layers.0.attention.q.weight" not in specs
+    assert "optimizer.exp_avg_sq.layers.0.moe.experts.text.0.gate" not in specs
+    assert "optimizer.exp_avg_sq.output.weight" in specs
+    sizes = [4 * np.prod(spec.shape) for spec in specs.values()]
+    assert checkpoint_bytes(config) == sum(sizes)
+    moments = [4 * np.prod(spec.shape) for name, spec in specs.items() if name.startswith("optimizer.")]
+    memory = rank_memory(config, saved.plan.placement, rank=0, rows=1.0, pairs=1.0)
+    assert memory.optimizer == sum(moments)
+
+
 def test_it_is_refused_where_no_matrix_is_trained(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tmp_path, {"optimizer.kind": "muon", "train.only": "adapters"})
     (violation,) = config.optimizer.violations_in(config)

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from moe_dist.errors import CheckpointError
-from moe_dist.monitor.evaluation_metrics import evaluation_scalars
-from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.metrics import Record, evaluation_scalars
 from moe_dist.monitor.sinks.jsonl import JsonlSink, drop_lines_after, read_lines
 from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
