@@ -1,4 +1,4 @@
-"""Whole runs of router tuning: from a trained run, and held to their base and their samples. test_resume.py resumes them."""
+"""Whole runs of router tuning: from a trained run, and held to their base and samples. test_resume.py resumes them."""
 
 from collections.abc import Callable
 from pathlib import Path

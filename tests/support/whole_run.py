@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from moe_dist.train.build.engines import started_engine
 
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.config.schema import Config
@@ -54,8 +53,8 @@ def whole_run(rank: RankContext, data: Path, root: Path, changes: Mapping[str, A
     config = tiny_config(data, root, {"evaluation.balance_efficiency": False, **changes})
     plan = check(config, world_size=rank.world_size)
     mesh = make_mesh(ep=config.parallel.ep, device=torch.device("cpu"), timeout=600.0)
-    with started_engine(config) as make:
-        return _run_to_end(config, plan, make(config, plan.manifest, plan.placement, mesh))
+    with config.engine.build(build.EngineContext(config, plan.manifest, plan.placement, mesh)) as training:
+        return _run_to_end(config, plan, training)
 
 
 def _run_to_end(config: Config, plan: Preflight, training: build.Training) -> WholeRun:

@@ -1,17 +1,22 @@
-"""Muon against its slow reference and torch's Muon, and its state in a checkpoint."""
+"""Muon against its slow reference and torch's, and what a checkpoint of it holds."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from moe_dist.checkpoint.verify import verify
 from moe_dist.optim.muon import Muon, orthogonalise
 from moe_dist.optim.optimizer import materialise_moments, set_step_count, split_parameters, step_count
 from moe_dist.placement.parameter_names import Role
+from moe_dist.plan.memory import checkpoint_bytes, rank_memory
+from moe_dist.train.build.training import state_specs
 from tests.reference import muon as reference
-from tests.support.tiny import tiny_config
+from tests.support.one_rank import OneRank, world_of_one
+from tests.support.tiny import tiny_config, tiny_dataset
 from tests.unit.optim.test_param_groups import model_of
 
 SHAPES = [(5, 8), (8, 5), (6, 6), (1, 4)]
@@ -21,7 +26,7 @@ SHAPES = [(5, 8), (8, 5), (6, 6), (1, 4)]
 def test_a_stack_is_orthogonalised_matrix_by_matrix(shape: tuple[int, int]) -> None:
     stack = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     stack[1] *= 1e-4  # an expert with few tokens
-    stack[2] = 0.0  # an expert without tokens
+    stack[2] = 0.0  # and one without
     got = orthogonalise(stack, torch.float64)
     for matrix, expected in zip(got, stack, strict=True):
         np.testing.assert_allclose(matrix, reference.orthogonalised(expected.numpy()), rtol=0, atol=1e-12)
@@ -68,7 +73,7 @@ def test_steps_follow_the_reference() -> None:
 
 
 def test_it_is_torchs_muon_in_bf16() -> None:
-    """torch computes the iterations in bf16 in another order."""
+    """torch computes the iterations in bf16, in another order."""
     values = torch.randn(16, 24, generator=torch.Generator().manual_seed(2))
     ours, theirs = nn.Parameter(values.clone()), nn.Parameter(values.clone())
     group = {"params": [ours], "weight_decay": 0.1, "moments": ("exp_avg",)}
