@@ -10,7 +10,7 @@ class AdaptedClampedFFNExpertsSection(AdaptedFFNExpertsSection):
     """Each true expert is an expert of the frozen base (run.init_from), with its biases and its clamped SwiGLU, and with
     LoRA on its matrices. Routers are frozen, too."""
 
-    builds = "moe_dist.moe.experts.experts.expert_lora:ExpertLoRA"
+    builds = "moe_dist.moe.experts.expert_lora:ExpertLoRA"
     served = "clamped_ffn_lora"
 
     kind: Literal["clamped_ffn_lora"] = "clamped_ffn_lora"  # pyright: ignore[reportIncompatibleVariableOverride]

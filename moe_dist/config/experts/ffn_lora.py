@@ -15,7 +15,7 @@ class AdaptedFFNExpertsSection(AdapterSection, ExpertsSection):
     """Each true expert is a SwiGLU FFN of the frozen base in run.init_from, with LoRA on its matrices. Routers are frozen,
     too (PEFT's target_parameters)."""
 
-    builds = "moe_dist.moe.experts.experts.expert_lora:ExpertLoRA"
+    builds = "moe_dist.moe.experts.expert_lora:ExpertLoRA"
     served = "ffn_lora"
     adapts_ffns = True
 
