@@ -17,7 +17,7 @@ from moe_dist.checkpoint.directory import CHECKPOINTS, run_path
 from moe_dist.errors import ConfigError
 from moe_dist.inference.generate import Generator
 from moe_dist.inference.likelihood import Likelihood
-from moe_dist.inference.loaded_run import LoadedRun, causal_problems, choose_device, find_trained
+from moe_dist.inference.loaded_run import LoadedRun, RunOptions, causal_problems, choose_device
 from moe_dist.inference.multiple_choice import MEASURES, Prompts, ask, check_vocabulary, results, write
 from moe_dist.inference.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
 from moe_dist.inference.questions.split import Side
@@ -28,9 +28,8 @@ from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import make_writable
 
 
-@dataclass(frozen=True)
-class EvaluateOptions:
-    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(RunOptions):
     tasks: Annotated[str, typer.Option(help="Tasks or families of tasks, separated by commas.")] = ""
     harness: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, names or YAML files, with commas.")] = ""
     split: Annotated[Side, typer.Option(help="Ask the questions of this side.")] = Side.TEST
@@ -41,10 +40,7 @@ class EvaluateOptions:
     wordnet: Annotated[Path, typer.Option(help="Folder with WordNet's files.")] = WORDNET
     quiz: Annotated[Path, typer.Option(help="Folder with the quiz files of bsdgames.")] = QUIZ
     seed: Annotated[int, typer.Option(min=0, help="Seed of sides, choices and intervals.")] = 0
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None
-    data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved.")] = None
     out: Annotated[Path | None, typer.Option(help="Folder for the results; by default `evaluations` in the run.")] = None
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False
 
     @property
@@ -60,7 +56,7 @@ def main(options: EvaluateOptions) -> None:
     env = RankEnv.from_environment(os.environ)
     tasks = _check(options, env)  # checked before the model is loaded, because loading is slow
     device = choose_device(options.device)
-    trained = find_trained(options.run, step=options.step, data=options.data, allow=causal_problems)
+    trained = options.find(causal_problems)
     model = trained.config.model
     vocabulary = trained.vocabulary()
     check_vocabulary(vocabulary, vocab_size=model.vocab_size)
@@ -152,8 +148,7 @@ def _harness(
 
 def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
     """Makes the folder of the results before the evaluation, so that an unwritable folder is an error at once."""
-    directory = trained.folder.parent
-    folder = options.out or (directory.parent if directory.name == "checkpoints" else directory) / "evaluations"
+    folder = options.out or trained.run_folder / "evaluations"
     make_writable(folder, option=f"--out {folder}")
     return folder
 

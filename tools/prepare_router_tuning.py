@@ -13,7 +13,7 @@ from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.formats.tuning_manifest import TuningManifest
-from moe_dist.inference.loaded_run import LoadedRun, choose_device, find_trained
+from moe_dist.inference.loaded_run import LoadedRun, RunOptions, choose_device
 from moe_dist.inference.multiple_choice import Measure, Prompts, ask, check_vocabulary, write
 from moe_dist.inference.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
 from moe_dist.inference.questions.split import Side
@@ -28,9 +28,8 @@ from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import check_place, write_samples
 
 
-@dataclass(frozen=True)
-class PrepareOptions:
-    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions(RunOptions):
     tasks: Annotated[str, typer.Option(help="Tasks or families of tasks, separated by commas.")]
     out: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")]
     embedder: Annotated[Path, typer.Option(help="Folder of a sentence embedder.")] = PACKAGED
@@ -43,9 +42,6 @@ class PrepareOptions:
     wordnet: Annotated[Path, typer.Option(help="Folder with WordNet's files.")] = WORDNET
     quiz: Annotated[Path, typer.Option(help="Folder with the quiz files of bsdgames.")] = QUIZ
     seed: Annotated[int, typer.Option(min=0, help="Seed of sides and choices.")] = 0
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None
-    data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved.")] = None
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
 
 
 @reports_errors("prepare_router_tuning")
@@ -56,7 +52,7 @@ def main(options: PrepareOptions) -> None:
     check_place(options.out)  # all checks come before the model is loaded, which is slow
     tasks, device = task_names(options.tasks), choose_device(options.device)
     embedder = Embedder(options.embedder, device)
-    trained = find_trained(options.run, step=options.step, data=options.data, allow=_faults)
+    trained = options.find(_faults)
     layers = _layers(options.layers, trained.config)
     model = trained.config.model
     vocabulary = trained.vocabulary()
