@@ -117,7 +117,8 @@ def test_a_run_is_saved_verified_and_resumed(tmp_path: Path, kind: str, moments:
             assert all(torch.equal(one[key], other[key]) and one[key].dtype == other[key].dtype for key in one)
             assert {one[key].dtype for key in one if key != "step"} == {getattr(torch, DTYPES[moments])}
         # moments of another dtype, or of another optimizer
-        other = OneRank(data, tmp_path, **({"optimizer__kind": kind} if moments == "bf16" else {}))
+        others: Any = {"optimizer__kind": kind} if moments == "bf16" else {}
+        other = OneRank(data, tmp_path, **others)
         with pytest.raises(ConfigError, match="exp_avg"):
             other.resumable.restore()
     assert torch.equal(saved.weights(), resumed.weights())
