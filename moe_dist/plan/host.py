@@ -62,8 +62,9 @@ def _package_problems(config: Config) -> Iterator[Problem]:
         yield (
             ("optimizer.backend",),
             (
-                "optimizer.backend=apex: NVIDIA Apex is not installed (no apex/optimizers/fused_adam.py; the package `apex` "
-                "on the Python index is another project); build it from NVIDIA's repository, or set optimizer.backend=torch"
+                "optimizer.backend=apex: NVIDIA Apex is not installed (no apex/optimizers/fused_adam.py; the package "
+                "`apex` on the Python index is another project); build it from NVIDIA's repository, or set "
+                "optimizer.backend=torch"
             ),
         )
     triton = ("triton",) if config.parallel.kernels.kind == "triton" else ()
