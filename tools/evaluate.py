@@ -17,7 +17,7 @@ from moe_dist.checkpoint.directory import CHECKPOINTS, run_path
 from moe_dist.errors import ConfigError
 from moe_dist.inference.generate import Generator
 from moe_dist.inference.likelihood import Likelihood
-from moe_dist.inference.loaded_run import LoadedRun, causal_problems, choose_device, find_trained
+from moe_dist.inference.loaded_run import LoadedRun, RunOptions, causal_problems, choose_device
 from moe_dist.inference.multiple_choice import MEASURES, Prompts, ask, check_vocabulary, results, write
 from moe_dist.inference.questions.catalogue import Catalogue, task_names
 from moe_dist.inference.questions.files import read_facts
@@ -29,9 +29,8 @@ from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import make_writable
 
 
-@dataclass(frozen=True)
-class EvaluateOptions:
-    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(RunOptions):
     tasks: Annotated[
         str, typer.Option(help="Tasks, separated by commas: pictures, and those of --questions; by default the latter.")
     ] = ""
@@ -43,10 +42,7 @@ class EvaluateOptions:
         bool, typer.Option("--rotations", help="List the choices; an answer must be right in every rotation of them.")
     ] = False
     seed: Annotated[int, typer.Option(min=0, help="Seed of sides, choices and intervals.")] = 0
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None
-    data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved.")] = None
     out: Annotated[Path | None, typer.Option(help="Folder for the results; by default `evaluations` in the run.")] = None
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False
 
     @property
@@ -69,7 +65,7 @@ def main(options: EvaluateOptions) -> None:
     facts = read_facts(options.question_files)
     tasks = task_names(options.tasks, facts)
     device = choose_device(options.device)
-    trained = find_trained(options.run, step=options.step, data=options.data, allow=causal_problems)
+    trained = options.find(causal_problems)
     model = trained.config.model
     vocabulary = trained.vocabulary()
     check_vocabulary(vocabulary, vocab_size=model.vocab_size)
@@ -159,8 +155,7 @@ def _harness(
 
 def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
     """Makes the folder of the results before the evaluation, so that an unwritable folder is an error at once."""
-    directory = trained.folder.parent
-    folder = options.out or (directory.parent if directory.name == "checkpoints" else directory) / "evaluations"
+    folder = options.out or trained.run_folder / "evaluations"
     make_writable(folder, option=f"--out {folder}")
     return folder
 

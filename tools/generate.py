@@ -12,7 +12,7 @@ import typer
 
 from moe_dist.errors import ConfigError
 from moe_dist.inference.generate import Generator, check_lengths
-from moe_dist.inference.loaded_run import causal_problems, choose_device, find_trained
+from moe_dist.inference.loaded_run import RunOptions, causal_problems, choose_device
 from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.sheet import make_sheet
 from moe_dist.inference.tasks import (
@@ -28,9 +28,8 @@ from moe_dist.inference.vocabulary import Vocabulary, picture_of, png
 from moe_dist.runtime.command_line import reports_errors, run_command, takes
 
 
-@dataclass(frozen=True)
-class GenerateOptions:
-    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(RunOptions):
     prompt: Annotated[str | None, typer.Option(help="Text to continue; with --draw, a caption.")] = None
     draw: Annotated[bool, typer.Option("--draw", help="Draw a picture for the prompt.")] = False
     picture: Annotated[str | None, typer.Option(help="Picture to describe: a file, or a held-out picture's number.")] = None
@@ -44,10 +43,7 @@ class GenerateOptions:
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that reach this probability.")] = 0.95
     guidance: Annotated[float, typer.Option(help="How closely a drawing follows its caption; 1 is without guidance.")] = 1.0
     seed: Annotated[int, typer.Option(min=0, max=(1 << 40) - 1, help="Seed of all draws.")] = 0
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None
-    data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved.")] = None
     out: Annotated[Path, typer.Option(help="Folder for pictures; pictures in it are kept.")] = Path("generated")
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each sample, with its tokens.")] = False
 
     def check(self) -> None:
@@ -70,7 +66,7 @@ def main(options: GenerateOptions) -> None:
     """Sample from a trained run."""
     options.check()  # checked before the model is loaded, because loading is slow
     device = choose_device(options.device)
-    trained = find_trained(options.run, step=options.step, data=options.data, allow=causal_problems)
+    trained = options.find(causal_problems)
     model = trained.config.model
     vocabulary = trained.vocabulary()
     task, labels = _task(options, vocabulary)

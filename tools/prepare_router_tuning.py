@@ -13,7 +13,7 @@ from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.formats.tuning_manifest import TuningManifest
-from moe_dist.inference.loaded_run import LoadedRun, choose_device, find_trained
+from moe_dist.inference.loaded_run import LoadedRun, RunOptions, choose_device
 from moe_dist.inference.multiple_choice import Measure, Prompts, ask, check_vocabulary, write
 from moe_dist.inference.questions.catalogue import Catalogue, task_names
 from moe_dist.inference.questions.files import read_facts
@@ -29,9 +29,8 @@ from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import check_place, write_samples
 
 
-@dataclass(frozen=True)
-class PrepareOptions:
-    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions(RunOptions):
     out: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")]
     tasks: Annotated[
         str, typer.Option(help="Tasks, separated by commas: pictures, and those of --questions; by default the latter.")
@@ -45,9 +44,6 @@ class PrepareOptions:
     measure: Annotated[Measure, typer.Option(help="Compare log-likelihoods per token, or whole.")] = "normalised"
     layers: Annotated[str, typer.Option(help="Layers whose routing is kept, separated by commas; by default all.")] = ""
     seed: Annotated[int, typer.Option(min=0, help="Seed of sides and choices.")] = 0
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None
-    data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved.")] = None
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
 
 
 @reports_errors("prepare_router_tuning")
@@ -61,7 +57,7 @@ def main(options: PrepareOptions) -> None:
     facts = read_facts(Path(name.strip()) for name in options.questions.split(",") if name.strip())
     tasks, device = task_names(options.tasks, facts), choose_device(options.device)
     embedder = Embedder(options.embedder, device)
-    trained = find_trained(options.run, step=options.step, data=options.data, allow=_faults)
+    trained = options.find(_faults)
     layers = _layers(options.layers, trained.config)
     model = trained.config.model
     vocabulary = trained.vocabulary()

@@ -11,7 +11,7 @@ import typer
 from moe_dist.config.schema import Config
 from moe_dist.config.trace_schema import untraceable
 from moe_dist.errors import ConfigError
-from moe_dist.inference.loaded_run import LoadedRun, choose_device, find_trained, placement_for_use, trained_placement
+from moe_dist.inference.loaded_run import LoadedRun, RunOptions, choose_device, placement_for_use, trained_placement
 from moe_dist.parallel.mesh import one_group
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
 from moe_dist.runtime.environment import RankEnv
@@ -19,15 +19,11 @@ from moe_dist.runtime.files import make_writable
 from moe_dist.train.step.tracing import trace_heldout
 
 
-@dataclass(frozen=True)
-class TraceOptions:
-    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions(RunOptions):
     sequences: Annotated[int, typer.Option(min=1, help="Held-out sequences of each source.")] = 64
     weights: Annotated[bool, typer.Option(help="Also store the weight of each choice.")] = True
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None
-    data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved.")] = None
     out: Annotated[Path | None, typer.Option(help="New folder; by default `traces/step_N` in the run.")] = None
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
 
 
 @reports_errors("trace")
@@ -36,7 +32,7 @@ def main(options: TraceOptions) -> None:
     """Trace held-out tokens of a trained run, on one rank, or under torchrun on several ranks that share the experts."""
     env = RankEnv.from_environment(os.environ)
     device = choose_device(options.device)
-    trained = find_trained(options.run, step=options.step, data=options.data, allow=_untraceable)
+    trained = options.find(_untraceable)
     if not any(source.valid for source in trained.manifest.sources.values()):
         raise ConfigError(f"{trained.config.data.path}: no source of its manifest has a held-out split (valid); add one")
     folder = _folder(options, trained)
@@ -67,9 +63,7 @@ def _untraceable(config: Config) -> list[str]:
 
 def _folder(options: TraceOptions, trained: LoadedRun) -> Path:
     """Returns the folder of the trace, which must not exist, and makes its parent before the model is loaded."""
-    directory = trained.folder.parent
-    run = directory.parent if directory.name == "checkpoints" else directory
-    folder = options.out or run / "traces" / f"step_{trained.step}"
+    folder = options.out or trained.run_folder / "traces" / f"step_{trained.step}"
     if folder.exists():
         raise ConfigError(f"--out {folder}: it exists, and a trace is never overwritten; give a new folder, or remove it")
     make_writable(folder.parent, option=f"--out {folder}")

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import CheckpointDirectory, find_checkpoint
@@ -98,6 +100,11 @@ class LoadedRun:
     config: Config
     manifest: Manifest
 
+    @property
+    def run_folder(self) -> Path:
+        """Returns the folder of the run, or the folder with the checkpoint if it belongs to no run."""
+        return self.folder.parent.parent if self.folder.parent.name == "checkpoints" else self.folder.parent
+
     def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
         """Loads and returns the model in evaluation mode, see `CheckpointReader`. With a mesh, all ranks of the mesh call
         `load`."""
@@ -169,6 +176,20 @@ def find_trained(
     elif problems := digest_problems(mapping_of(state.values, "data", folder), data_digest(config.data.path, manifest)):
         raise DataError([f"{config.data.path}: these are not the data that {folder} was trained on", *problems])
     return LoadedRun(folder, state.step, config, manifest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options of every command on a trained run."""
+
+    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None
+    data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved.")] = None
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
+
+    def find(self, allow: Callable[[Config], list[str]]) -> LoadedRun:
+        """Returns the checkpoint, see `find_trained`."""
+        return find_trained(self.run, step=self.step, data=self.data, allow=allow)
 
 
 def _of_step(path: Path, step: int) -> Path:

@@ -12,97 +12,72 @@ from moe_dist.config.base.section import Violation
 from moe_dist.config.schema import Config
 from moe_dist.runtime.secrets import secrets_of
 
+Problem = tuple[tuple[str, ...], str]
+
 
 def host_violations(config: Config) -> list[Violation]:
     """Returns the rules that the configuration violates on this machine."""
-    checks = (
-        apex_violations,
-        _dispatch_violations,
-        _engine_violations,
-        _kernel_violations,
-        group_violations,
-        _secret_violations,
-    )
-    return [violation for check in checks for violation in check(config)]
+    return [Violation(keys, problem) for keys, problem in (*_device_problems(config), *_package_problems(config))] + [
+        *group_violations(config),
+        *_secret_violations(config),
+    ]
 
 
-def apex_violations(config: Config) -> list[Violation]:
-    """Checks for optimizer.backend=apex: Apex must be installed, and its kernels need whole parameters on CUDA.
-
-    Does not import Apex. If torch is missing on this machine, does not look for Apex, because the ranks then run on other
-    machines.
-    """
-    if not config.optimizer.needs_apex:
-        return []
-    found = [
-        (
-            config.parallel.data == "fsdp2",
+def _device_problems(config: Config) -> Iterator[Problem]:
+    """Yields the kernels that do not run on the device, or not on its sharded parameters."""
+    on_cpu = config.parallel.device == "cpu"
+    if config.optimizer.needs_apex and config.parallel.data == "fsdp2":
+        yield (
             ("optimizer.backend", "parallel.data"),
-            "its kernels do not take the sharded parameters of parallel.data=fsdp2; set parallel.data=ddp or "
-            "optimizer.backend=torch",
-        ),
-        (
-            config.parallel.device == "cpu",
+            (
+                "optimizer.backend=apex: its kernels do not take the sharded parameters of parallel.data=fsdp2; set "
+                "parallel.data=ddp or optimizer.backend=torch"
+            ),
+        )
+    if config.optimizer.needs_apex and on_cpu:
+        yield (
             ("optimizer.backend", "parallel.device"),
-            "its kernels need CUDA, but parallel.device=cpu; set optimizer.backend=torch, or another device",
-        ),
-        (
-            importlib.util.find_spec("torch") is not None and not _has_apex(),
-            ("optimizer.backend",),
-            "NVIDIA Apex is not installed (no apex/optimizers/fused_adam.py; the package `apex` on the Python index is "
-            "another project); build it from NVIDIA's repository, or set optimizer.backend=torch",
-        ),
-    ]
-    return [Violation(keys, f"optimizer.backend=apex: {problem}") for holds, keys, problem in found if holds]
+            (
+                "optimizer.backend=apex: its kernels need CUDA, but parallel.device=cpu; set optimizer.backend=torch, or "
+                "another device"
+            ),
+        )
+    if config.parallel.kernels.kind == "triton" and on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
+        yield (
+            ("parallel.kernels.kind", "parallel.device"),
+            (
+                "parallel.kernels.kind=triton: Triton kernels need CUDA, but parallel.device=cpu; set "
+                "parallel.kernels.kind=auto, or another device"
+            ),
+        )
 
 
-def _dispatch_violations(config: Config) -> list[Violation]:
-    """Checks that the dispatcher's packages are installed. Like the check for Apex, does nothing if torch is missing."""
-    dispatch = config.parallel.dispatch
+def _package_problems(config: Config) -> Iterator[Problem]:
+    """Yields the missing packages, without importing any. If torch is missing on this machine, yields none, because the
+    ranks then run on other machines."""
     if importlib.util.find_spec("torch") is None:
-        return []
-    missing = [name for name in dispatch.needs_modules if not installed(name)]
-    if not missing:
-        return []
-    problem = (
-        f"{dispatch.name}: the package {' and '.join(missing)} is not installed here; build {dispatch.source}, or set "
-        "parallel.dispatch.kind=all_to_all"
-    )
-    return [Violation(("parallel.dispatch.kind",), problem)]
-
-
-def _engine_violations(config: Config) -> list[Violation]:
-    """Checks that the engine's packages are installed. Like the check for Apex, does nothing if torch is missing."""
-    missing = [name for name in config.engine.needs_modules if not installed(name)]
-    if not missing or importlib.util.find_spec("torch") is None:
-        return []
-    problem = (
-        f"engine.kind={config.engine.kind}: the package {' and '.join(missing)} is not installed here; "
-        f"{config.engine.source}, or set engine.kind=moe_dist"
-    )
-    return [Violation(("engine.kind",), problem)]
-
-
-def _kernel_violations(config: Config) -> list[Violation]:
-    """Checks for parallel.kernels.kind=triton: the run needs a device that Triton supports and, unless torch is missing
-    too, the package triton."""
-    key = "parallel.kernels.kind"
-    if config.parallel.kernels.kind != "triton":
-        return []
-    found = [
-        (
-            config.parallel.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
-            (key, "parallel.device"),
-            "Triton kernels need CUDA, but parallel.device=cpu; set parallel.kernels.kind=auto, or another device",
-        ),
-        (
-            importlib.util.find_spec("torch") is not None and importlib.util.find_spec("triton") is None,
-            (key,),
-            "the package triton is not installed here; install it (torch for CUDA brings it), or set "
-            "parallel.kernels.kind=auto",
-        ),
-    ]
-    return [Violation(keys, f"{key}=triton: {problem}") for holds, keys, problem in found if holds]
+        return
+    dispatch, engine = config.parallel.dispatch, config.engine
+    if config.optimizer.needs_apex and not installed("apex.optimizers.fused_adam"):
+        yield (
+            ("optimizer.backend",),
+            (
+                "optimizer.backend=apex: NVIDIA Apex is not installed (no apex/optimizers/fused_adam.py; the package "
+                "`apex` on the Python index is another project); build it from NVIDIA's repository, or set "
+                "optimizer.backend=torch"
+            ),
+        )
+    triton = ("triton",) if config.parallel.kernels.kind == "triton" else ()
+    needs = {
+        "parallel.dispatch.kind": (dispatch.needs_modules, f"build {dispatch.source}", "all_to_all"),
+        "engine.kind": (engine.needs_modules, engine.source, "moe_dist"),
+        "parallel.kernels.kind": (triton, "install it (torch for CUDA brings it)", "auto"),
+    }
+    chosen = {"parallel.dispatch.kind": dispatch.kind, "engine.kind": engine.kind, "parallel.kernels.kind": "triton"}
+    for key, (modules, way, other) in needs.items():
+        if missing := [name for name in modules if not installed(name)]:
+            package = " and ".join(missing)
+            yield (key,), f"{key}={chosen[key]}: the package {package} is not installed here; {way}, or set {key}={other}"
 
 
 def installed(module: str) -> bool:
@@ -155,9 +130,3 @@ def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(value, f"{key}.{name}" if key else str(name))
             if isinstance(values, dict):
                 yield key, str(name)
-
-
-def _has_apex() -> bool:
-    spec = importlib.util.find_spec("apex")
-    folders = spec.submodule_search_locations if spec is not None else None
-    return any((Path(folder) / "optimizers" / "fused_adam.py").is_file() for folder in folders or ())

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from launchers.local import launch
-from moe_dist.errors import ConfigError, StoppedError
+from moe_dist.errors import StoppedError
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support import slow_close
@@ -140,26 +140,6 @@ def test_a_run_goes_from_start_to_end(first: tuple[RunFolder, Path, str]) -> Non
     assert "This run's experts are pinned, which sends " in run.read_summary()
     needed = [line["host"].get("needed_capacity_factor/text", 0.0) for line in lines(run, "step")]
     assert (needed[0], min(needed[1:]) >= 1.0) == (0.0, True), "told with the next step"
-
-
-@pytest.mark.full  # whole programs; tests/unit/launchers/test_local.py tests the same with small programs
-def test_a_finished_run_prints_its_summary_another_configuration_is_refused_and_more_steps_extend_it(
-    first: tuple[RunFolder, Path, str],
-) -> None:
-    run, path, _ = first
-    again = launched(path)
-    assert (again.returncode, again.stdout.strip()) == (0, run.read_summary().strip())
-
-    other = launched(path, "optimizer.eps=0.5", "model.num_layers=3")
-    assert other.returncode == ConfigError.exit_code
-    assert "optimizer.eps: 1e-08 in the folder, 0.5 now" in other.stderr
-    assert "model.num_layers: 2 in the folder, 3 now" in other.stderr
-    assert len(run.read_status().attempts) == 1
-
-    longer = launched(path, "train.steps=6")
-    assert longer.returncode == 0, longer.stderr
-    assert [line["step"] for line in lines(run, "step")] == [1, 2, 3, 4, 5, 6]
-    assert run.read_config().train.steps == 6
 
 
 def test_ctrl_c_saves_and_the_run_goes_on_with_the_records_of_any_run_of_its_seed(

@@ -7,22 +7,18 @@ rank, step and phase in MOE_DIST_TEST_FAULT.
     before_step      before optimizer step `step` (1-based)
     after_step       after this step
     before_layer_1   before the second MoE layer's forward in this step
-    before_commit    before the checkpoint of this step is committed
     in_move          in the fourth exchange of a move of experts after this step
     in_replicas      in the fourth exchange of replicas' weights after this step
 
     kind             effect on the rank itself
     kill             SIGKILL
-    raise            an exception
     stop             SIGTERM, a stop request
     freeze           SIGSTOP
-    sleep            sleeps for ever, with its threads alive
 """
 
 import json
 import os
 import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,10 +33,6 @@ def fault(*, rank: int, step: int, phase: str, kind: str | Sequence[str]) -> dic
 
 def strike(kind: str) -> None:
     """Causes the fault in this process."""
-    if kind == "raise":
-        raise RuntimeError("a fault that a test injected")
-    while kind == "sleep":
-        time.sleep(1.0)
     number = {"kill": signal.SIGKILL, "stop": signal.SIGTERM, "freeze": signal.SIGSTOP}[kind]
     os.kill(os.getpid(), number)
 
@@ -53,7 +45,6 @@ def inject(spec: Mapping[str, Any]) -> None:
         return
     if not isinstance(spec["kind"], str):
         spec = {**spec, "kind": spec["kind"][int(os.environ["TORCHELASTIC_RESTART_COUNT"])]}
-    from moe_dist.checkpoint.manager import CheckpointManager
     from moe_dist.comm.all_to_all import AllToAll
     from moe_dist.comm.names import MOVED_EXPERTS, REPLICAS
     from moe_dist.moe.layer import MoELayer
@@ -96,16 +87,9 @@ def inject(spec: Mapping[str, Any]) -> None:
         first["step"] = self.progress.step  # a resumed run continues counting
         return original(self)
 
-    def commit(original: Callable[..., Any], self: CheckpointManager, *args: Any) -> Any:
-        *_, snapshot = args
-        if spec["phase"] == "before_commit" and snapshot.step == spec["step"]:
-            strike(spec["kind"])
-        return original(self, *args)
-
     around(TrainingStep, "__call__", step)
     around(MoELayer, "forward", layer)
     around(Trainer, "fit", fit)
-    around(CheckpointManager, "_commit", commit)
     around(AllToAll, "start", exchange)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
-from moe_dist.plan.host import apex_violations, group_violations, host_violations
+from moe_dist.plan.host import group_violations, host_violations
 from moe_dist.plan.preflight import check_file
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config, write_config
@@ -35,19 +35,19 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_apex_is_found_without_importing_it(tmp_path: Path, installed: Path) -> None:
-    (relation,) = apex_violations(with_apex(tmp_path))
+    (relation,) = host_violations(with_apex(tmp_path))
     assert "NVIDIA Apex is not installed" in relation.problem
     assert "optimizer.backend=torch" in relation.problem
     (installed / "optimizers").mkdir()
     (installed / "optimizers" / "fused_adam.py").touch()
-    assert apex_violations(with_apex(tmp_path)) == []
+    assert host_violations(with_apex(tmp_path)) == []
     assert "apex" not in sys.modules
 
 
 def test_what_apex_cannot_do_is_said_all_at_once(tmp_path: Path) -> None:
     problems = [
         relation.problem
-        for relation in apex_violations(with_apex(tmp_path, parallel__data="fsdp2", parallel__device="cpu"))
+        for relation in host_violations(with_apex(tmp_path, parallel__data="fsdp2", parallel__device="cpu"))
     ]
     assert len(problems) == 3
     assert "parallel.data=ddp" in problems[0]
@@ -56,7 +56,7 @@ def test_what_apex_cannot_do_is_said_all_at_once(tmp_path: Path) -> None:
 
 def test_where_torch_is_missing_too_nothing_is_concluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert apex_violations(with_apex(tmp_path)) == []
+    assert host_violations(with_apex(tmp_path)) == []
 
 
 def test_preflight_tells(tmp_path: Path, tiny_data: Path) -> None:

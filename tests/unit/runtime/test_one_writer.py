@@ -36,7 +36,7 @@ class Overtaken:
 
     def _open(self, attempt_id: str) -> Lease:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(Lease.__init__.__kwdefaults__, "stale_seconds", 0.6)
+            patch.setitem(Lease.__init__.__kwdefaults__, "stale_seconds", 0.6)  # pyright: ignore[reportArgumentType]
             env = RankEnv(0, 1, 0, 1, "tcp://x", attempt=0, attempt_id=attempt_id)
             return self.folder.open(self.config, env, wait_seconds=600.0)
 

@@ -16,56 +16,46 @@ ENOSPC = Fault(0, rank=1, step=4, phase="checkpoint write", kind="ENOSPC")
 EXCEPTION = Fault(1, rank=0, step=12, phase="forward", kind="exception")
 
 
-class Broken:
+OTHER = Fault(1, rank=0, step=12, phase="commit", kind="EIO")
+TOLD, SILENT, LATER = f"{TRIED_AGAIN}\n", "nothing\n", f"nothing\n--- attempt next, 3\n{TRIED_AGAIN}\n"
+ENDED, UNTOLD = "a save that failed ended the attempt", "the log does not say that the next interval tries again"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "log", "faults", "end", "problems"),
+    [
+        (0, TOLD, (ENOSPC,), {}, []),
+        (1, TOLD, (ENOSPC,), {}, [ENDED]),
+        (1, TOLD, (ENOSPC, EXCEPTION), {}, []),  # the exception ended the attempt
+        (1, TOLD, (ENOSPC, OTHER), {}, [ENDED, ENDED]),  # two failed saves are no excuse for each other
+        (0, SILENT, (ENOSPC,), {}, [UNTOLD]),
+        (0, LATER, (ENOSPC,), {}, [UNTOLD]),
+        (1, SILENT, (ENOSPC, EXCEPTION), {"step": 8, "committed": 0}, []),  # the attempt ended before it could tell
+        (1, SILENT, (ENOSPC, EXCEPTION), {"step": 11, "committed": 0}, [UNTOLD, "are taken again"]),
+        (0, TOLD, (ENOSPC,), {"committed": 5}, ["are taken again"]),
+        (0, TOLD, (ENOSPC,), {"committed": 5, "trained": False}, []),  # the steps were lost by the attempt before
+    ],
+)
+def test_a_run_after_faults(
+    tmp_path: Path, verdict: int, log: str, faults: tuple[Fault, ...], end: dict[str, Any], problems: list[str]
+) -> None:
     """A run of one attempt after some faults, as it is on disk."""
-
-    def __init__(self, tmp_path: Path, *, verdict: int, log: str, problems: tuple[Fault, ...] = (ENOSPC,)) -> None:
-        config = tiny_config(tmp_path / "data", tmp_path / "runs")
-        self.run, struck = RunFolder.of(config), tmp_path / "struck"
-        struck.mkdir()
-        lease = self.run.open(config, RankEnv(0, 1, 0, 1, "tcp://x", attempt=0, attempt_id="first"))
-        reason = "RuntimeError: a fault that a test injected" if verdict else "done"
-        assert self.run.write_status(verdict=verdict, reason=reason, last_step=20, attempt_id="first")
-        lease.release()
-        self.plan = FaultPlan(problems, struck, tmp_path / "data", None)
-        for fault in problems:
-            step = 5 if fault is ENOSPC else fault.step
-            record = {"time": 100.0, "attempt": "first", "step": step}
-            (struck / f"struck_{fault.number}").write_text(json.dumps(record))
-        for rank in (0, 1):
-            self.run.log_of(rank).write_text(f"--- attempt none, 1\n{TRIED_AGAIN}\n--- attempt first, 2\n{log}")
-
-    def problems(self, **end: Any) -> list[str]:
-        ends = [{"attempt": "first", "time": 101.0, "step": 20, "committed": 20, "trained": True, **end}]
-        return look_back(self.plan, self.run, ends)[1]
-
-
-def test_a_save_that_failed_must_not_end_the_attempt(tmp_path: Path) -> None:
-    (problem,) = Broken(tmp_path, verdict=1, log=f"{TRIED_AGAIN}\n").problems()
-    assert "a save that failed ended the attempt" in problem
-
-
-def test_unless_something_else_did(tmp_path: Path) -> None:
-    assert Broken(tmp_path, verdict=1, log=f"{TRIED_AGAIN}\n", problems=(ENOSPC, EXCEPTION)).problems() == []
-
-
-def test_two_saves_that_failed_are_no_excuse_for_each_other(tmp_path: Path) -> None:
-    other = Fault(1, rank=0, step=12, phase="commit", kind="EIO")
-    assert len(Broken(tmp_path, verdict=1, log=f"{TRIED_AGAIN}\n", problems=(ENOSPC, other)).problems()) == 2
-
-
-def test_a_save_that_failed_must_be_in_the_log_of_its_attempt(tmp_path: Path) -> None:
-    broken = Broken(tmp_path, verdict=0, log="nothing\n")
-    (problem,) = broken.problems()
-    assert "the log does not say that the next interval tries again" in problem
-    broken.run.log_of(1).write_text(f"--- attempt first, 2\n{TRIED_AGAIN}\n--- attempt next, 3\n")
-    assert broken.problems() == []
-
-
-def test_or_have_ended_before_it_could_be_told(tmp_path: Path) -> None:
-    broken = Broken(tmp_path, verdict=1, log="nothing\n", problems=(ENOSPC, EXCEPTION))
-    assert broken.problems(step=8, committed=0) == []
-    assert broken.problems(step=11, committed=0) != []
+    config = tiny_config(tmp_path / "data", tmp_path / "runs")
+    run, struck = RunFolder.of(config), tmp_path / "struck"
+    struck.mkdir()
+    lease = run.open(config, RankEnv(0, 1, 0, 1, "tcp://x", attempt=0, attempt_id="first"))
+    reason = "RuntimeError: a fault that a test injected" if verdict else "done"
+    assert run.write_status(verdict=verdict, reason=reason, last_step=20, attempt_id="first")
+    lease.release()
+    for fault in faults:
+        record = {"time": 100.0, "attempt": "first", "step": 5 if fault is ENOSPC else fault.step}
+        (struck / f"struck_{fault.number}").write_text(json.dumps(record))
+    for rank in (0, 1):
+        run.log_of(rank).write_text(f"--- attempt none, 1\n{TRIED_AGAIN}\n--- attempt first, 2\n{log}")
+    ends = [{"attempt": "first", "time": 101.0, "step": 20, "committed": 20, "trained": True, **end}]
+    found = look_back(FaultPlan(faults, struck, tmp_path / "data", None), run, ends)[1]
+    assert len(found) == len(problems)
+    assert all(problem in text for problem, text in zip(problems, found, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -86,12 +76,6 @@ def test_what_is_lost_is_one_interval_and_what_was_in_flight(
     step: int, committed: int, missed: int, unfinished: int | None, too_many: bool
 ) -> None:
     assert too_many_redone({"step": step, "committed": committed}, missed, unfinished) is too_many
-
-
-def test_what_an_attempt_lost_that_took_no_step_was_its_predecessors(tmp_path: Path) -> None:
-    broken = Broken(tmp_path, verdict=0, log=f"{TRIED_AGAIN}\n")
-    assert "are taken again" in broken.problems(committed=5)[0]
-    assert broken.problems(committed=5, trained=False) == []
 
 
 def test_the_save_in_flight_is_the_one_that_was_begun_and_not_finished() -> None:

@@ -145,18 +145,9 @@ def table(pairs: Assignments, num_tokens: int) -> torch.Tensor:
     return weight_TE
 
 
-@pytest.mark.parametrize(
-    ("options", "code", "message"),
-    [
-        (("--step", "7"), 78, "has checkpoints of the steps 2"),
-        (("--data", "nowhere"), 78, "no manifest.json"),
-        (("--out", "/dev/null/x/y"), 78, "--out /dev/null/x/y: not writable"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_is_refused(run: Path, options: tuple[str, ...], code: int, message: str) -> None:
-    done = call(run, *options)
-    assert (done.exit_code, message in done.stderr) == (code, True), done.output
+def test_an_unwritable_folder_is_refused(run: Path) -> None:
+    done = call(run, "--out", "/dev/null/x/y")
+    assert (done.exit_code, "--out /dev/null/x/y: not writable" in done.stderr) == (78, True), done.output
 
 
 def test_a_trace_that_could_not_be_written_is_no_success(
