@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launchers.run_progress import RunProgress, RunState, is_run, read_progress
-from moe_dist.errors import EXIT_DONE, ConfigError
+from moe_dist.errors import EXIT_DONE, ConfigError, printable
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.status import AttemptRecord
 
@@ -136,7 +136,7 @@ def _bar(share: float, style: str) -> Text:
 
 def _plain(text: str, style: str = "") -> Text:
     """Shows a string of a run folder, which any user may have written: ignores markup, and escapes control characters."""
-    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), style)
+    return Text(printable(text.replace("\n", "\\n").replace("\t", "\\t")), style)
 
 
 def _facts(run: RunProgress) -> list[tuple[str, str]]:

@@ -8,6 +8,16 @@ from collections.abc import Sequence
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
+LONGEST = 20_000  # characters of a message that is printed or recorded
+
+
+def printable(text: str, *, most: int = LONGEST) -> str:
+    """Returns the first `most` characters of a text for a terminal: control characters except tabs and ends of lines become
+    escapes, because names in files of other users may contain commands to the terminal."""
+    cut = f" ... ({len(text) - most:,} more characters)" if len(text) > most else ""
+    if (text := text[:most]).isprintable():
+        return text + cut
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text) + cut
 
 
 class MoeDistError(Exception):
@@ -23,9 +33,9 @@ class MoeDistError(Exception):
     consequence: bool = False  # True if an error on another rank caused this error; the other rank reports it
 
     def __init__(self, problems: str | Sequence[str], *, see: str | None = None) -> None:
-        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        self.problems = tuple(map(printable, (problems,) if isinstance(problems, str) else problems))
         lines = self.problems if len(self.problems) == 1 else [f"{len(self.problems)} problems:", *self.problems]
-        super().__init__("\n  - ".join(lines) + (f"\nsee {see}" if see else ""))
+        super().__init__(printable("\n  - ".join(lines)) + (f"\nsee {see}" if see else ""))
 
 
 class ConfigError(MoeDistError):

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moe_dist.checkpoint.directory import run_path
-from moe_dist.errors import ConfigError, DataError
+from moe_dist.errors import ConfigError, DataError, printable
 from moe_dist.monitor.compare import first_difference
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.runtime.command_line import reports_errors, run_command
@@ -34,7 +34,7 @@ def main(
         return
     print(f"first difference: step {difference.step}, {difference.kind}; the {difference.same} lines before it are equal")
     for key, one, other in difference.keys[:SHOWN]:
-        print(f"  {key}: {one!r:.60} and {other!r:.60}")
+        print(printable(f"  {key}: {one!r:.60} and {other!r:.60}"))
     if len(difference.keys) > SHOWN:
         print(f"  and {len(difference.keys) - SHOWN} more keys")
     raise typer.Exit(1)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from moe_dist.errors import printable
 from moe_dist.runtime.command_line import reports_errors, run_command
 
 
@@ -30,11 +31,11 @@ def main(
     with shown_progress() as report:
         done = import_model(folder, out, options, data_path=data, shard_bytes=shard_mb * 10**6, report=report)
     if done.ignored:
-        print(f"not opened, since reading them can run code: {', '.join(done.ignored)}")
+        print(printable(f"not opened, since reading them can run code: {', '.join(done.ignored)}"))
     if done.unread:
-        print(f"fields of config.json that were not looked at: {', '.join(done.unread)}")
+        print(printable(f"fields of config.json that were not looked at: {', '.join(done.unread)}"))
     if done.left_out:
-        names = f"{len(done.left_out)} tensors, {done.left_out[0]} to {done.left_out[-1]}"
+        names = printable(f"{len(done.left_out)} tensors, {done.left_out[0]} to {done.left_out[-1]}")
         print(f"left out, because they are no part of the model (as multi-token prediction): {names}")
     stored = ", ".join(f"{count} {dtype}" for dtype, count in done.converted.items())
     print(

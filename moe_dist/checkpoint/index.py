@@ -4,46 +4,84 @@ state.json holds everything except tensors. Does not import torch, so that a log
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
+from moe_dist.config import yaml_text
 from moe_dist.config.regular_file import read_regular
 from moe_dist.config.stored_format import translate
-from moe_dist.errors import DataError
+from moe_dist.errors import DataError, printable
 
 INDEX_FILE, STATE_FILE = "index.json", "state.json"
 FORMAT = 2  # version of the checkpoint format; version 1 had no fingerprints
 MAX_FAULTS = 20  # a message lists at most this many problems
-MAX_JSON_BYTES = 1 << 28  # bytes; the index of 64 layers x 128 experts has only 16 MB
+# Bounds of a JSON file, which are checked before it is parsed. The index of 64 layers x 128 experts has 16 MB.
+MAX_JSON_BYTES, MAX_LISTS, MAX_VALUES = 1 << 27, 1 << 22, 1 << 24
+SHOWN_BOXES = 3  # a message shows this many parts of a tensor
 
 # Bytes per element of each dtype that a checkpoint can contain, by the dtype's name in safetensors files.
 ITEMSIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
 
 class StoredModel(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")  # an unknown key means damage or a newer format
+    most_lists: ClassVar[int] = MAX_LISTS  # lists and mappings in the file
+
+    # Unknown keys are ignored, because pydantic would collect the faults of millions of keys.
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
 
 M = TypeVar("M", bound=StoredModel)
+Length = Annotated[int, Field(ge=0, lt=1 << 63)]
+Shape = Annotated[tuple[Length, ...], Field(max_length=8, strict=False)]  # a list as well
+
+
+def bounded(raw: bytes, most_lists: int) -> bytes:
+    """Returns a JSON text. Raises ValueError, before the text is parsed, if it has more than `most_lists` lists and
+    mappings or more than MAX_VALUES values, because to parse it would take minutes and many GB."""
+    lists, values = raw.count(b"[") + raw.count(b"{"), raw.count(b",")
+    if lists > most_lists or values > MAX_VALUES:
+        most = f"{most_lists:,} lists and mappings, and {MAX_VALUES:,} values"
+        raise ValueError(f"{lists:,} lists and mappings, {values:,} values: a file of a checkpoint has at most {most}")
+    return raw
+
+
+def fault_text(error: ValidationError) -> str:
+    """Returns place and rule of the first fault."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else first["msg"]
 
 
 class Chunk(StoredModel):
     """A part of a tensor in the shard file with the number `shard`: a box with an offset and a length in each dim."""
 
     shard: NonNegativeInt
-    offsets: tuple[NonNegativeInt, ...]
-    shape: tuple[NonNegativeInt, ...]
+    offsets: Shape
+    shape: Shape
 
 
 class Entry(StoredModel):
     """One logical tensor, with the shape and the fingerprint of the whole tensor."""
 
     dtype: str  # a key of ITEMSIZE
-    shape: tuple[NonNegativeInt, ...]
+    shape: Shape
     fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # see `moe_dist.checkpoint.fingerprint`
-    chunks: tuple[Chunk, ...]  # together they contain each element of the tensor exactly once
+    # Together the chunks contain each element of the tensor exactly once.
+    chunks: Annotated[tuple[Chunk, ...], FailFast(), Field(strict=False)]
 
 
 @dataclass(frozen=True)
@@ -100,8 +138,19 @@ class Index(StoredModel):
     format: Literal[2] = FORMAT
     save_id: str  # random id of the save, in all of its files: shows if a folder mixes files of different saves
     step: NonNegativeInt
-    shards: tuple[ShardEntry, ...]  # by shard number; each rank of the save wrote one shard
+    shards: Annotated[tuple[ShardEntry, ...], FailFast()]  # by shard number; each rank of the save wrote one shard
     tensors: dict[str, Entry]
+
+    @field_validator("tensors", mode="wrap")
+    @classmethod
+    def _in_batches(cls, tensors: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """Validates some thousand entries at a time, because pydantic would collect the faults of millions of entries."""
+        if not isinstance(tensors, dict):
+            return validate(tensors)
+        entries, found = iter(tensors.items()), {}
+        while batch := dict(islice(entries, 10_000)):
+            found |= validate(batch)
+        return found
 
     @property
     def num_shards(self) -> int:
@@ -111,23 +160,36 @@ class Index(StoredModel):
 class StateFile(StoredModel):
     """Content of state.json."""
 
+    most_lists: ClassVar[int] = 1 << 18
+
     format: Literal[2] = FORMAT
     save_id: str
     step: NonNegativeInt
     world_size: PositiveInt
     optimizer_steps: NonNegativeInt | None  # number of steps that the optimizer has taken; None without an optimizer
     placement: dict[str, JsonValue]  # expert groups and each rank's experts, only for display
-    versions: dict[str, str]
+    versions: dict[str, JsonValue]  # only for display
     values: dict[str, JsonValue]  # see `CheckpointState.values`
 
     @field_validator("values")
     @classmethod
     def _in_present_format(cls, values: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if not few_values(values.get("config"), most=2 * yaml_text.MAX_VALUES):  # twice, because it has the defaults, too
+            raise ValueError(f"config has more than {2 * yaml_text.MAX_VALUES:,} values")
         return {name: translate(value) if name == "config" else value for name, value in values.items()}
 
     def to_json(self) -> bytes:
         """Returns the content of state.json. A NaN or infinity raises ValueError, because JSON has no such numbers."""
         return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False).encode()
+
+
+def few_values(value: JsonValue, *, most: int) -> bool:
+    """Returns whether a JSON value has at most `most` values, with all lists, mappings and their values."""
+    count, waiting = 0, [value]
+    while waiting and count <= most:
+        count, each = count + 1, waiting.pop()
+        waiting += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+    return count <= most
 
 
 def shard_file(number: int) -> str:
@@ -142,18 +204,19 @@ def read_stored(path: Path, model: type[M]) -> M:
         DataError: the file is missing, too large, of another format version or damaged.
     """
     try:
-        return model.model_validate_json(read_regular(path, most_bytes=MAX_JSON_BYTES))
+        return model.model_validate_json(bounded(read_regular(path, most_bytes=MAX_JSON_BYTES), model.most_lists))
     except OSError as error:
         raise DataError(f"checkpoint file {path}: cannot be read: {error.strerror or error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        if where == "format":
+        if first["loc"] == ("format",):
             raise DataError(
-                f"checkpoint file {path}: format {first['input']!r}, but this version reads {FORMAT}; use the version of "
-                "moe_dist in provenance.json"
+                f"checkpoint file {path}: format {first['input']!r:.80}, but this version reads {FORMAT}; use the version "
+                "of moe_dist in provenance.json"
             ) from error
-        raise DataError(f"checkpoint file {path}: damaged: {where + ': ' if where else ''}{first['msg']}") from error
+        raise DataError(f"checkpoint file {path}: damaged: {fault_text(error)}") from error
+    except ValueError as error:  # of `bounded`
+        raise DataError(f"checkpoint file {path}: damaged: {error}") from error
 
 
 def read_index(folder: Path) -> Index:
@@ -177,8 +240,10 @@ def index_problems(index: Index) -> list[str]:
         if any(chunk.shard >= index.num_shards for chunk in entry.chunks):
             problems.append(f"{name}: names a shard number that is not below the number of shards, {index.num_shards}")
         if not _filled_once(entry):
-            boxes = [(chunk.shard, chunk.offsets, chunk.shape) for chunk in entry.chunks]
-            problems.append(f"{name}: shape {entry.shape} is not covered exactly once by (shard, offsets, shape) {boxes}")
+            boxes = [(chunk.shard, chunk.offsets, chunk.shape) for chunk in entry.chunks[:SHOWN_BOXES]]
+            more = f" and {len(entry.chunks) - SHOWN_BOXES:,} more" if len(entry.chunks) > SHOWN_BOXES else ""
+            covered = f"is not covered exactly once by (shard, offsets, shape) {boxes}{more}"
+            problems.append(f"{name}: shape {entry.shape} {covered}")
     return problems
 
 
@@ -230,7 +295,7 @@ class CheckpointProblem:
     tensor: str = ""  # logical name of a tensor; empty if the problem concerns a file
 
     def __str__(self) -> str:
-        return f"{self.kind}: {': '.join(part for part in (self.file, self.tensor, self.detail) if part)}"
+        return printable(f"{self.kind}: {': '.join(part for part in (self.file, self.tensor, self.detail) if part)}")
 
 
 class DamagedError(DataError):

@@ -9,14 +9,26 @@ moe_dist's own.
 import hashlib
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, JsonValue, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
-from moe_dist.checkpoint.index import ITEMSIZE, CheckpointProblem, Chunk, DamagedError, StoredModel, shard_file
+from moe_dist.checkpoint.index import (
+    ITEMSIZE,
+    MAX_LISTS,
+    CheckpointProblem,
+    Chunk,
+    DamagedError,
+    Length,
+    Shape,
+    StoredModel,
+    bounded,
+    shard_file,
+)
 from moe_dist.config.regular_file import open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors refuses a larger header
@@ -25,15 +37,22 @@ SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 class _Part(StoredModel):
     dtype: str
-    shape: tuple[NonNegativeInt, ...]
-    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+    shape: Shape
+    data_offsets: Annotated[tuple[Length, Length], Field(strict=False)]
 
 
-_METADATA = TypeAdapter(dict[str, str])
-_OFFSETS_OF = TypeAdapter(dict[str, dict[str, tuple[NonNegativeInt, ...]]])
-_SUMS = TypeAdapter(dict[str, Annotated[str, Field(pattern="^[0-9a-f]{16}$")]])
+class _Metadata(StoredModel):
+    format: str
+    DCP_SHARDING_INFO: str
+    fingerprints: str
+    save_id: str
+    step: str
+    rank_values: str
+
+
+# Mappings of any values: each value is checked when it is used, because pydantic would collect the faults of all of them.
 _VALUES = TypeAdapter(dict[str, JsonValue])
-_HEADER = TypeAdapter(dict[str, dict[str, JsonValue]])
+_FINGERPRINT = re.compile("[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -94,7 +113,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
         raise problem("foreign", "not a safetensors file (it does not begin with a header)")
     try:
         shard = _parse(start, raw, number)
-    except (ValidationError, KeyError, ValueError) as error:
+    except (ValidationError, LookupError, TypeError, ValueError) as error:
         raise problem(*_unreadable(raw, error)) from error
     if size < shard.size:
         lost = [name for name, end in shard.ends.items() if end > size]
@@ -106,11 +125,13 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
 
 
 def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
-    entries = _HEADER.validate_json(raw)
-    metadata = _METADATA.validate_python(entries.pop("__metadata__"))
-    parts = {name: _Part.model_validate_json(json.dumps(entry)) for name, entry in entries.items()}
-    offsets = _OFFSETS_OF.validate_json(metadata[SHARDING])
-    sums = _SUMS.validate_json(metadata["fingerprints"])
+    entries = _VALUES.validate_json(bounded(raw, MAX_LISTS))
+    metadata = _Metadata.model_validate(entries.pop("__metadata__"))
+    parts = {name: _Part.model_validate(entry) for name, entry in entries.items()}
+    offsets: dict[str, Any] = _VALUES.validate_json(metadata.DCP_SHARDING_INFO)
+    sums = {name: _FINGERPRINT.fullmatch(str(each)) for name, each in _VALUES.validate_json(metadata.fingerprints).items()}
+    if wrong := [name for name in parts if sums.get(name) is None]:
+        raise ValueError(f"{wrong[0]}: no fingerprint")
     end = 0
     for name, part in sorted(parts.items(), key=lambda item: item[1].data_offsets):
         # A gap between parts is refused, because no fingerprint would cover its bytes.
@@ -119,15 +140,15 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
         end = part.data_offsets[1]
     before = len(start) + len(raw)
     return ShardHeader(
-        save_id=metadata["save_id"],
-        step=int(metadata["step"]),
+        save_id=metadata.save_id,
+        step=int(metadata.step),
         parts={
             name: (part.dtype, Chunk(shard=number, offsets=offsets[name][OFFSETS], shape=part.shape))
             for name, part in parts.items()
         },
-        fingerprints={name: int(sums[name], 16) for name in parts},
+        fingerprints={name: int(sums[name][0], 16) for name in parts},  # pyright: ignore[reportOptionalSubscript]
         ends={name: before + part.data_offsets[1] for name, part in parts.items()},
-        rank_values=_VALUES.validate_json(metadata["rank_values"]),
+        rank_values=_VALUES.validate_json(metadata.rank_values),
         size=before + end,
         sha256=hashlib.sha256(start + raw).hexdigest(),
     )

@@ -92,7 +92,11 @@ class Snapshot:
         """Returns the content of state.json."""
         placement = self.layout.placement
         groups_and_slots = {"groups": [asdict(group) for group in placement.groups], "slots": placement.slots}
-        versions = {"python": platform.python_version(), "torch": str(torch.__version__), "moe_dist": VERSION}
+        versions: dict[str, JsonValue] = {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "moe_dist": VERSION,
+        }
         return StateFile(
             save_id=save_id,
             step=self.step,

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
-from itertools import product
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from moe_dist.errors import DataError
 from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.placement.parameter_names import EXPERT_NAME
 
+MOST_MISSING = 10_000  # state.json may say any number of experts
 # Functions that make a CheckpointProblem of a tensor in index.json from a detail text and the tensor's name.
 _incomplete = partial(CheckpointProblem, "incomplete", INDEX_FILE)
 _foreign = partial(CheckpointProblem, "foreign", INDEX_FILE)
@@ -113,19 +114,21 @@ def _missing_experts(index: Index, state: StateFile) -> list[CheckpointProblem]:
     expected: dict[str, int] = {}
     for group in groups if isinstance(groups, list) else []:
         if isinstance(group, dict) and isinstance(count := group.get("num_experts"), int):
-            expected[str(group["name"])] = count
+            expected[str(group.get("name"))] = count
     seen: dict[tuple[str, str], set[tuple[int, str]]] = defaultdict(set)
     for name in index.tensors:
         if match := EXPERT_NAME.fullmatch(name):
             seen[match["layer"], match["group"]].add((int(match["expert"]), match["tensor"]))
     tensors = {tensor for each in seen.values() for _, tensor in each}
-    problems = [
+    missing = (
         _incomplete("does not exist", f"{layer}.moe.experts.{group}.{expert}.{tensor}")
         for layer in sorted({layer for layer, _ in seen})
         for group, count in expected.items()
-        for expert, tensor in product(range(count), sorted(tensors))
+        for expert in range(count)
+        for tensor in sorted(tensors)
         if (expert, tensor) not in seen[layer, group]
-    ]
+    )
+    problems = [*islice(missing, MOST_MISSING)]
     for (layer, group), each in sorted(seen.items()):
         beyond = sorted({expert for expert, _ in each if expert >= expected.get(group, 0)})
         if beyond:

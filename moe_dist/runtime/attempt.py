@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from moe_dist.config.schema import Config
-from moe_dist.errors import EXIT_DONE, EXIT_FAILED, MoeDistError
+from moe_dist.errors import EXIT_DONE, EXIT_FAILED, LONGEST, MoeDistError, printable
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import WAIT_SECONDS, Lease
 from moe_dist.runtime.run_folder import RunFolder
@@ -172,8 +172,9 @@ class Attempt:
     def _report(self, error: BaseException) -> None:
         """Prints an error, and records it unless the run is done."""
         code, reason = verdict_of(error)
-        reason = without_secrets(reason, os.environ)  # an exception may quote an access key
+        reason = printable(without_secrets(reason, os.environ))  # an exception may quote an access key
         trace_text = without_secrets("".join(traceback.format_exception(error)), os.environ).rstrip("\n")
+        trace_text = printable(trace_text, most=50 * LONGEST)
         _say(reason if isinstance(error, MoeDistError) else trace_text)
         if not self._finished:
             self.exit_code = code

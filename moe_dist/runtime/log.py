@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from moe_dist.errors import LONGEST, printable
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.secrets import without_secrets
@@ -23,10 +24,10 @@ QUIET_SECONDS = 10.0
 
 
 class WithoutSecrets(logging.Formatter):
-    """Removes secrets of the environment from log lines and tracebacks."""
+    """Removes secrets of the environment, and control characters, from log lines and tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return without_secrets(super().format(record), os.environ)
+        return printable(without_secrets(super().format(record), os.environ), most=50 * LONGEST)
 
 
 class StepPrefix(logging.Filter):

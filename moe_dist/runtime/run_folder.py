@@ -25,7 +25,7 @@ from moe_dist.config.load import changes_on_resume, load_stored_config, resolved
 from moe_dist.config.regular_file import read_regular
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
 from moe_dist.config.stored_format import FORMER_DEFAULTS
-from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError
+from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError, printable
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import lines_from_end, write_atomically
 from moe_dist.runtime.lease import WAIT_SECONDS, Holder, Lease, LeaseError, read_holder
@@ -306,7 +306,7 @@ class RunFolder:
     def read_summary(self) -> str:
         """Returns the summary of a finished run; without a stored summary, a line with the run's last step."""
         if self.summary_txt.is_file():
-            return read_regular(self.summary_txt, most_bytes=1 << 20, links=False).decode(errors="replace")
+            return printable(read_regular(self.summary_txt, most_bytes=1 << 20, links=False).decode(errors="replace"))
         latest = self.read_status().latest
         return f"{self.path}: {'no attempt has begun' if latest is None else f'done after step {latest.last_step}'}"
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import FailFast, Field, TypeAdapter, ValidationError
 
 from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import DataError
@@ -68,7 +68,9 @@ def read_status(path: Path) -> Status:
     except FileNotFoundError:
         return Status()
     try:
-        attempts = TypeAdapter(tuple[AttemptRecord, ...]).validate_python(json.loads(text)["attempts"])
+        # pydantic would collect the faults of all attempts
+        all_of_them = TypeAdapter(Annotated[tuple[AttemptRecord, ...], FailFast()])
+        attempts = all_of_them.validate_python(json.loads(text)["attempts"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:  # a ValidationError is a ValueError
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else f"{type(error).__name__}: {error}"

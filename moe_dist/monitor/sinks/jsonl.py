@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from pydantic_core import from_json
 
-from moe_dist.errors import CheckpointError
+from moe_dist.errors import CheckpointError, DataError
 from moe_dist.monitor.metrics import Record, depth_line
 from moe_dist.monitor.sinks.sink import Sink, SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
@@ -30,7 +30,10 @@ METRICS = "metrics.jsonl"
 
 # Every line begins with the keys `step` and `kind`, so that a resume finds its step without parsing JSON.
 LINE_BEGIN = re.compile(rb'\{"step":(\d{1,18}),"kind":"(\w+)",')
-_MAX_LINE_BYTES = 1 << 28  # a line with more bytes is no record, and must not fill the memory
+LONGEST_LINE = 1 << 24  # bytes; a record of 128 layers with 1,024 experts has 4 MB
+MOST_LISTS = 1 << 16  # lists and mappings of a record, whose arrays have one for each layer
+MOST_UNREADABLE = 1 << 26  # bytes; an attempt leaves at most one line that was cut short
+BUFFER = 1 << 20  # bytes; the usual buffer of 8 KB makes reading a long line slow
 STORED = ("skipped", "scalars", "losses", "labels", "epochs", "balance_coefficient", "ledger", "host")  # fields of `Record`
 
 
@@ -135,15 +138,14 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: A line before the last is not a record.
     """
-    with Path(path).open(encoding="utf-8", errors="replace") as file:
-        for number, text in enumerate(file, start=1):
-            try:
-                line = json.loads(text) if text.endswith("\n") else None  # a line without newline was cut
-            except ValueError:
-                line = None
+    number = 0
+    with Path(path).open("rb", buffering=BUFFER) as file:
+        while text := file.readline(LONGEST_LINE):
+            number += 1
+            line = _parsed(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int):
                 yield in_todays_names(line)
-            elif next(file, None) is not None:
+            elif file.read(1):
                 raise ValueError(f"{path}: line {number} is not a record")
 
 
@@ -154,19 +156,28 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
 
     metrics.jsonl is always replaced by one rename. A crash therefore leaves the old file whole, and a suspended earlier
     writer that wakes up writes to a deleted file. The file is read once.
+
+    Raises:
+        DataError: more than MOST_UNREADABLE bytes are no records. The file is unchanged.
     """
     recorded = bytearray(step)  # 1 for each step whose record is kept
     if not path.exists():
         _warn_of_missing(path, recorded)
         return
     kept_path = path.with_name(path.name + ".kept")
-    unreadable = dropped = 0
-    with path.open("rb") as old, kept_path.open("wb") as new:
-        while text := old.readline(_MAX_LINE_BYTES):
+    unreadable = dropped = size = 0
+    with path.open("rb", buffering=BUFFER) as old, kept_path.open("wb") as new:
+        while text := old.readline(LONGEST_LINE):
             begin = LINE_BEGIN.match(text)
-            # the line is incomplete, or its end did not reach the disk
-            if begin is None or not text.endswith(b"\n") or not _is_json(text):
-                unreadable += 1
+            if begin is None or _parsed(text) is None:  # the line is incomplete, or its end did not reach the disk
+                unreadable, size = unreadable + 1, size + len(text)
+                if size >= MOST_UNREADABLE:
+                    kept_path.unlink()
+                    raise DataError(
+                        f"{path}: its lines before byte {old.tell():,} have {size:,} bytes that are no records, and a run "
+                        f"leaves less than {MOST_UNREADABLE:,}; move the file aside, or cut it behind its last record, and "
+                        "start again"
+                    )
             elif int(begin[1]) > step or (evaluation_owed and int(begin[1]) == step and begin[2] == b"evaluation"):
                 dropped += 1
             else:
@@ -182,12 +193,14 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     _warn_of_missing(path, recorded)
 
 
-def _is_json(text: bytes) -> bool:
+def _parsed(text: bytes) -> Any:
+    """Returns the values of a line; None if the line is no JSON, was cut short, or has too many lists to be a record."""
+    if not text.endswith(b"\n") or text.count(b"[") + text.count(b"{") > MOST_LISTS:
+        return None
     try:
-        from_json(text)  # parses some hundred MB per second
+        return from_json(text)  # parses some hundred MB per second
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _warn_of_missing(path: Path, recorded: bytearray) -> None:

@@ -18,7 +18,7 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
 from moe_dist.data.loader import TrainLoader
-from moe_dist.errors import DivergedError, ResourceError
+from moe_dist.errors import DivergedError, ResourceError, printable
 from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.monitor.compute_map import console_text, draw_map
 from moe_dist.monitor.costs import costs_markdown, render_costs
@@ -192,7 +192,7 @@ def open_sinks(
     print(placement_text(plan, width=min(120, console.width) if console.is_terminal else 120))
     for before in folder.read_status().attempts[-2:-1]:
         if before.verdict == DivergedError.exit_code:
-            print(f"the attempt before this one diverged after step {before.last_step}: {before.reason}")
+            print(f"the attempt before this one diverged after step {before.last_step}: {printable(before.reason)}")
             print(f"this attempt goes on after step {progress.step}")
     attempt.lease.check()  # another attempt may have taken the lease of the run meanwhile
     sinks = GuardedSinks([LeaseWatch(attempt.lease.check), *_build_sinks(plan, folder, progress)])

@@ -45,7 +45,7 @@ from moe_dist.train.start.starting_weights import begin_with_weights
 
 logger = logging.getLogger(__name__)
 
-MOST_STEPS = 1 << 30  # because a resume looks for the record of each step
+MOST_STEPS = 1 << 28  # because a resume looks for the record of each step
 
 
 @dataclass

@@ -46,7 +46,7 @@ def test_a_run_is_evaluated_and_earlier_results_stay(own_run: Path, questions: P
 
 
 def test_under_rotations_every_one_must_be_right(own_run: Path, questions: Path, tmp_path: Path) -> None:
-    options: tuple[Any, ...] = (
+    options = (
         "--tasks",
         "nouns-definition",
         "--questions",
