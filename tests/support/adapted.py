@@ -1,5 +1,6 @@
 """Adapters over an imported base, on one rank, in memory and in a checkpoint."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Adapted:
             moe["groups"]["all"] |= group or {}
         if ffn is not None:
             moe["experts"] = {"kind": "ffn_lora", **ffn}  # or another kind, in `ffn`
-        self.config = Config.model_validate(values, strict=False)
+        self.config = Config.model_validate_json(json.dumps(values))
         layout_without_data(self.config)  # as a run would
         placement = replicated_placement(expert_groups(self.config.model.moe))
         self.model: Transformer = build_model(self.config, placement, ep_rank=0, ep_group=None)
