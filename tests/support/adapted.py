@@ -1,5 +1,6 @@
 """Adapters on an imported base: on one rank, in memory and in a checkpoint."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,9 @@ class Adapted:
             moe["router"] = {"kind": "top_k", "normalise": "none"}
             moe["groups"]["all"] |= group or {}
         if ffn is not None:
-            moe["experts"] = {"kind": "ffn_lora", **ffn}  # `ffn` may name another kind
-        self.config = Config.model_validate(values, strict=False)
-        layout_without_data(self.config)  # as a run does
+            moe["experts"] = {"kind": "ffn_lora", **ffn}  # or another kind, in `ffn`
+        self.config = Config.model_validate_json(json.dumps(values))
+        layout_without_data(self.config)  # as a run would
         placement = replicated_placement(expert_groups(self.config.model.moe))
         self.model: Transformer = build_model(self.config, placement, ep_rank=0, ep_group=None)
         initialise(self.model, placement, ep_rank=0, device=torch.device("cpu"), seed=7, std=0.3)

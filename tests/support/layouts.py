@@ -129,8 +129,8 @@ CONTROLLERS = (
     {"kind": "active_experts", "target": {"text": 1.2, "image": 0.9}, "rate": 0.5, "decay_steps": 2, "per": "expert"},
     {"kind": "loss_free", "rate": 0.01},
 )
-LOADS = {"text": [1.5, 2.0], "image": [0.5, 1.0]}
-# Parts of published families that the layouts above lack: keys of the section `model`, and of `model.moe`.
+LOADS = {"text": (1.5, 2.0), "image": (0.5, 1.0)}
+# Parts of published families that the layouts above lack: their keys of the section `model`, and of `model.moe`.
 FORMS: dict[str | None, tuple[dict[str, Any], dict[str, Any]]] = {
     None: ({}, {}),
     "longcat_flash": (
