@@ -105,7 +105,7 @@ def test_losses_over_other_tokens_are_not_compared() -> None:
 def test_missing_numbers_are_dashes(make_record: MakeRecord) -> None:
     console = plain()
     ConsoleSink(SinkContext(Path(), total_steps=1), console=console).step(
-        make_record(1, labels_M=np.array([40, 0]), step_seconds=0.0)
+        make_record(1, labels_M=np.array([40, 0]), seconds=0.0)
     )
     assert "image -)" in output(console)
     assert "- tokens/s" in output(console)

@@ -237,8 +237,8 @@ def test_arrays_come_every_few_steps(tmp_path: Path, make_record: MakeRecord) ->
 
 def test_two_runs_differ_in_times_only(tmp_path: Path, make_record: MakeRecord) -> None:
     a, b = tmp_path / "a" / "metrics.jsonl", tmp_path / "b" / "metrics.jsonl"
-    JsonlSink(SinkContext(a.parent), clock=lambda: 1.0).step(make_record(1, step_seconds=0.5, comm_seconds=0.1))
-    JsonlSink(SinkContext(b.parent), clock=lambda: 2.0).step(make_record(1, step_seconds=0.7, comm_seconds=0.2))
+    JsonlSink(SinkContext(a.parent), clock=lambda: 1.0).step(make_record(1, seconds=0.5, comm_seconds=0.1))
+    JsonlSink(SinkContext(b.parent), clock=lambda: 2.0).step(make_record(1, seconds=0.7, comm_seconds=0.2))
     assert a.read_text() != b.read_text()
     assert [reproducible_part(x) for x in read_lines(a)] == [reproducible_part(x) for x in read_lines(b)]
 
