@@ -224,7 +224,7 @@ def _counts(name: str, saved: object, like: Tensor) -> Tensor:
     """Returns saved counts as a tensor of the shape, dtype and device of `like`."""
     try:
         found = torch.tensor(saved, dtype=like.dtype, device=like.device)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         found = None
     if found is None or found.shape != like.shape or not bool((found.isfinite() & (found >= 0)).all()):
         raise DataError(f"state of the balance loss: {name}={saved!r:.80} are not {tuple(like.shape)} counts")

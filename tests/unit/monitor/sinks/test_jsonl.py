@@ -133,7 +133,7 @@ def test_zeros_of_a_power_cut_go(tmp_path: Path, make_record: MakeRecord) -> Non
 def test_a_file_of_more_than_records_is_refused_after_a_bounded_part_of_it(
     tmp_path: Path, make_record: MakeRecord, damage: Callable[[Path], object]
 ) -> None:
-    path = tmp_path / "m.jsonl"
+    path = tmp_path / "metrics.jsonl"
     write(path, make_record, range(1, 4))
     damage(path)
     size, began = path.stat().st_size, time.process_time()
@@ -143,7 +143,7 @@ def test_a_file_of_more_than_records_is_refused_after_a_bounded_part_of_it(
         list(read_lines(path))
     assert time.process_time() - began < 5.0
     assert path.stat().st_size == size
-    assert [each.name for each in tmp_path.iterdir()] == ["m.jsonl"]
+    assert [each.name for each in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def missing(caplog: pytest.LogCaptureFixture) -> list[str]:
