@@ -63,8 +63,8 @@ class TopK:
 
 
 class Choice(NamedTuple):
-    """Choices of T tokens, and sums over the tokens. `Assignments` and `RouterSums` (moe/routing/types.py) explain the
-    fields without a comment."""
+    """Choices of T tokens, and sums over the tokens. `Assignments` (moe/routing/types.py), `RoutingCounts` and `AuxSums`
+    (moe/routing/counts.py) explain the fields without a comment."""
 
     choice_TK: Tensor  # chosen columns, the best first
     token_N: Tensor
@@ -85,7 +85,7 @@ class ExpertsTables(NamedTuple):
 
 
 class ExpertsSums(NamedTuple):
-    """Sums over T tokens in expert choice. `RouterSums` and `ChoiceSums` (moe/routing/types.py) explain the fields."""
+    """Sums over T tokens in expert choice. `RoutingCounts` and `AuxSums` (moe/routing/counts.py) explain the fields."""
 
     choices_E: Tensor
     tokens_G: Tensor
