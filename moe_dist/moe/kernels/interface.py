@@ -63,7 +63,7 @@ class TopK:
 
 
 class Choice(NamedTuple):
-    """Choices of T tokens, and sums over the tokens. `Assignments` (moe/routing/types.py) and `RoutingCounts`
+    """Choices of T tokens, and sums over the tokens. `Assignments` (moe/routing/types.py), `RoutingCounts` and `AuxSums`
     (moe/routing/counts.py) explain the fields without a comment."""
 
     choice_TK: Tensor  # chosen columns, the best first
@@ -85,7 +85,7 @@ class ExpertsTables(NamedTuple):
 
 
 class ExpertsSums(NamedTuple):
-    """Sums over T tokens in expert choice. `RoutingCounts` (moe/routing/counts.py) explains the fields."""
+    """Sums over T tokens in expert choice. `RoutingCounts` and `AuxSums` (moe/routing/counts.py) explain the fields."""
 
     choices_E: Tensor
     tokens_G: Tensor

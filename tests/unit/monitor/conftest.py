@@ -11,7 +11,7 @@ from moe_dist.moe.routing.counts import RoutingCounts
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.sink import Sink
-from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.train.build.training import TrainingPlan
 from moe_dist.train.loop.record import build_record
@@ -20,6 +20,18 @@ from moe_dist.train.start.resume import Progress
 from moe_dist.train.step.result import StepResult
 
 MODALITIES = ("text", "image")
+
+
+# Layers 1 and 3 of a model; 100 text tokens and 60 image tokens, of which a quarter should be computed.
+DEPTHS = DepthStatistics(
+    layers=(1, 3),
+    capacity=0.25,
+    groups=("text", "image"),
+    tokens_LG=np.array([[100, 60], [100, 60]]),
+    taken_LG=np.array([[10, 30], [36, 4]]),
+    agreed_L=np.array([120, 152]),
+    weight_L=np.array([16.0, 36.0]),
+)
 
 
 class Statistics(NamedTuple):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +11,18 @@ from moe_dist.monitor.metrics import Record, evaluation_scalars, group_choices, 
 from moe_dist.monitor.pictures import Subject, heat_maps, zero_computation_fraction
 from moe_dist.monitor.sinks.tensorboard import Window
 from moe_dist.monitor.statistics import EvaluationResult
-from moe_dist.monitor.tags import MAX_SCALARS, MEANING, split_tag
+from moe_dist.monitor.tags import DEPTH_MEANING, MAX_SCALARS, MEANING, split_tag
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.messages import refused
-from tests.unit.monitor.conftest import MakeRecord, MakeStatistics, Statistics, draw_statistics, record_of
+from tests.unit.monitor.conftest import (
+    DEPTHS,
+    MakeRecord,
+    MakeStatistics,
+    Statistics,
+    draw_groups,
+    draw_statistics,
+    record_of,
+)
 
 
 def columns_of(groups: tuple[ExpertGroup, ...], g: int) -> tuple[list[int], list[int]]:
@@ -219,18 +228,22 @@ def test_a_modality_named_like_a_loss_term_is_refused(make_statistics: MakeStati
         record_of(make_statistics(), placement, ("text", "z"))
 
 
+@pytest.mark.parametrize("deep", [False, True], ids=["plain", "mixture of depths"])
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 5, 8, 30])
 def test_at_most_forty_scalars_whatever_the_model(
-    wide_record: Callable[..., tuple[Record, Subject]], num_groups: int
+    wide_record: Callable[..., tuple[Record, Subject]], num_groups: int, deep: bool
 ) -> None:
-    record, subject = wide_record(num_groups, num_layers=64, num_experts=128)
-    modalities = [group.name for group in subject.groups]
+    modalities = [group.name for group in draw_groups(num_groups, 128, 32, 8)]
+    counts_LG = np.ones((2, num_groups), int)
+    depths = replace(DEPTHS, groups=tuple(modalities), tokens_LG=4 * counts_LG, taken_LG=counts_LG) if deep else None
+    record, _ = wide_record(num_groups, num_layers=4, num_experts=128, mixture_of_depths=depths)
     losses = {name: 2.0 for name in [*modalities, "image_no_filler"]}
-    result = EvaluationResult(1, losses, dict.fromkeys(losses, 10), {}, 0.9, 0.8)
+    result = EvaluationResult(1, losses, dict.fromkeys(losses, 10), {}, 0.9, 0.8, mixture_of_depths=depths)
     scalars = {**record.scalars, **evaluation_scalars(result, modalities, num_groups)}
     assert len(scalars) <= MAX_SCALARS
     families = {split_tag(tag)[0] for tag in scalars}
-    assert families == {family.split("/{")[0] for family in MEANING}, "every family is shown, split or not"
+    known = MEANING | DEPTH_MEANING if deep else MEANING
+    assert families == {family.split("/{")[0] for family in known}, "every family is shown, split or not"
     assert len(record.losses) == num_groups, "the record has what the scalars leave out"
 
 

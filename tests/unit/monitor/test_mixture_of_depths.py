@@ -1,11 +1,10 @@
-"""Tags, fields and pictures of mixture-of-depths layers against loops and cases by hand. Other runs have none of them."""
+"""What is shown of layers that compute a share of the tokens alone, against loops and by hand."""
 
 import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,26 +16,15 @@ from moe_dist.monitor.metrics import Record, depth_line, evaluation_scalars
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.console import ConsoleSink
 from moe_dist.monitor.sinks.jsonl import JsonlSink
-from moe_dist.monitor.sinks.prometheus import exposition
 from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink, Window
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
-from moe_dist.monitor.tags import DEPTH_MEANING, GROUP_FAMILIES, MAX_SCALARS, curve_of, meaning, split_tag, tag_plan
+from moe_dist.monitor.tags import DEPTH_MEANING, GROUP_FAMILIES, MAX_SCALARS, curve_of, tag_plan
+from tests.unit.monitor.conftest import DEPTHS, MODALITIES
 
-MODALITIES = ("text", "image")
 MakeRecord = Callable[..., Record]
 GUIDE = (Path(__file__).parents[3] / "docs" / "monitoring.md").read_text()
 
-# Layers 1 and 3 of a model compute a quarter of 100 text tokens and 60 image tokens.
-DEPTHS = DepthStatistics(
-    layers=(1, 3),
-    capacity=0.25,
-    groups=("text", "image"),
-    tokens_LG=np.array([[100, 60], [100, 60]]),
-    taken_LG=np.array([[10, 30], [36, 4]]),
-    agreed_L=np.array([120, 152]),
-    weight_L=np.array([16.0, 36.0]),
-)
 HELD_OUT = replace(DEPTHS, taken_LG=np.array([[8, 0], [100, 60]]), agreed_L=None, weight_L=None)
 RESULT = EvaluationResult(3, {"text": 3.0}, {"text": 4}, mixture_of_depths=HELD_OUT)
 
@@ -92,39 +80,6 @@ def test_no_token_has_no_numbers(make_record: MakeRecord, tmp_path: Path) -> Non
     text_alone = replace(DEPTHS, tokens_LG=np.array([[100, 0]] * 2), taken_LG=np.array([[25, 0]] * 2))
     scalars = make_record(1, mixture_of_depths=text_alone).scalars
     assert (scalars["mixture_of_depths/computed/text"], scalars["mixture_of_depths/computed/image"]) == (0.25, None)
-
-
-def test_runs_without_depths_are_as_before(make_record: MakeRecord, tmp_path: Path) -> None:
-    plain, deep = make_record(1), make_record(1, mixture_of_depths=DEPTHS)
-    assert not [tag for tag in plain.scalars if tag.startswith("mixture_of_depths/")]
-    assert {f"moe/{family}/{name}" for family in GROUP_FAMILIES for name in MODALITIES} < set(plain.scalars)
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for name, record, result in (("plain", plain, replace(RESULT, mixture_of_depths=None)), ("deep", deep, RESULT)):
-        sink = JsonlSink(SinkContext(tmp_path / name), clock=lambda: 0.0)
-        sink.step(record)
-        sink.evaluation(result, evaluation_scalars(result, MODALITIES, 2))
-        lines[name] = [json.loads(text) for text in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-    for without, having in zip(lines["plain"], lines["deep"], strict=True):
-        assert list(without) == [name for name in having if name != "mixture_of_depths"]
-        assert "mixture_of_depths" in having
-        assert having["mixture_of_depths"]["layers"] == [1, 3]
-    assert lines["plain"][0]["arrays"] == lines["deep"][0]["arrays"]
-
-
-@pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 8, 30])
-def test_at_most_forty_scalars(wide_record: Callable[..., tuple[Record, Subject]], num_groups: int) -> None:
-    counts_LG = np.ones((2, num_groups), int)
-    names = tuple(f"group{g}" for g in range(num_groups))
-    mixture_of_depths = replace(DEPTHS, groups=names, tokens_LG=4 * counts_LG, taken_LG=counts_LG)
-    record, _ = wide_record(num_groups, num_layers=4, num_experts=8, mixture_of_depths=mixture_of_depths)
-    losses = dict.fromkeys([*names, "image_no_filler"], 2.0)
-    result = EvaluationResult(1, losses, dict.fromkeys(losses, 10), {}, 0.9, 0.8, mixture_of_depths=mixture_of_depths)
-    scalars = {**record.scalars, **evaluation_scalars(result, names, num_groups)}
-    assert len(scalars) <= MAX_SCALARS
-    shown = {split_tag(tag)[0] for tag in scalars}
-    assert {family.split("/{")[0] for family in DEPTH_MEANING} < shown
-    assert {f"moe/{family}" for family in GROUP_FAMILIES} < shown
-    assert all(meaning(tag) for tag in scalars)
 
 
 def test_what_gives_way_to_depths() -> None:
@@ -195,12 +150,6 @@ def test_the_console_says_what_the_held_out_tokens_met(make_record: MakeRecord) 
         "mixture-of-depths layers computed 0.525 of the held-out tokens, target 0.25 "
         "(layers 0.050 to 1.000; text 0.540, image 0.500)"
     ]
-
-
-def test_prometheus_labels_the_group(make_record: MakeRecord) -> None:
-    text = exposition(make_record(1, mixture_of_depths=DEPTHS).scalars, step=1, run_name="r")
-    assert 'moe_dist_mixture_of_depths_computed{run="r",group="text"} 0.23' in text
-    assert 'moe_dist_mixture_of_depths_agreement{run="r"} 0.85' in text
 
 
 @pytest.mark.parametrize("name", [*DEPTH_MEANING, "mixture_of_depths/layers"])

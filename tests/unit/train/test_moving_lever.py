@@ -2,7 +2,7 @@
 state."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -117,24 +117,6 @@ def test_a_move_that_does_not_pay_back_is_refused() -> None:
     for _ in range(EVERY):
         half.play(pairs)
     assert half.moves == []
-
-
-def test_a_resumed_lever_decides_alike() -> None:
-    def steps(first: int, last: int) -> Iterator[np.ndarray]:
-        return (drawn("W2", step) for step in range(first, last))
-
-    whole, before, after = Played(CONTIGUOUS), Played(CONTIGUOUS), Played(CONTIGUOUS)
-    for counts in steps(0, 40):
-        whole.play(counts)
-    for counts in steps(0, 25):
-        before.play(counts)
-    after.lever.restore(json.loads(json.dumps(before.lever.state())))
-    after.step = 25
-    assert after.lever.placement == before.lever.placement != CONTIGUOUS
-    for counts in steps(25, 40):
-        after.play(counts)
-    assert after.lever.state() == whole.lever.state()
-    assert after.lever.placement == whole.lever.placement
 
 
 @pytest.mark.parametrize(

@@ -128,20 +128,6 @@ def test_a_rank_has_at_most_its_slots() -> None:
         assert max(map(ranks.count, ranks)) == slots
 
 
-def test_a_resumed_lever_decides_alike() -> None:
-    whole, before, after = Played(), Played(), Played()
-    for step in range(40):
-        whole.play(hot(step))
-    for step in range(25):
-        before.play(hot(step))
-    after.lever.restore(json.loads(json.dumps(before.lever.state())))
-    after.step = 25
-    assert after.changes == [before.lever.placement]
-    for step in range(25, 40):
-        after.play(hot(step))
-    assert after.lever.state() == whole.lever.state()
-
-
 @pytest.mark.parametrize(
     "damage",
     [

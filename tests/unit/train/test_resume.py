@@ -79,14 +79,6 @@ def test_no_counters_are_a_data_error(tmp_path: Path, progress: Any) -> None:
         found(progress, tmp_path)
 
 
-def test_generators_go_on_where_they_were() -> None:
-    cpu = torch.device("cpu")
-    states = generator_states(cpu)
-    drawn = (torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist())
-    restore_generators(states, cpu)
-    assert (torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist()) == drawn
-
-
 @pytest.mark.parametrize(
     "change",
     [
