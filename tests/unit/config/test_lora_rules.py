@@ -81,7 +81,7 @@ LORA_ALONE = {"rank": 2, "alpha": 4.0, "targets": ["q"]}
         ({**SOUND, "model.moe.shared_ffn_dim": 8}, "model.moe.shared_ffn_dim=8", "set model.moe.shared_ffn_dim=0"),
         ({**SOUND, "placement.policy": "pinned"}, "placement.policy=pinned: model.moe.experts.kind=lora: every rank",
          "set placement.policy=interleaved"),
-        ({**SOUND, "parallel.dispatch": {"kind": "all_to_all", "overlap": True}}, "parallel.dispatch: model.moe.experts.kind=lora: every",
+        ({**SOUND, "parallel.dispatch": {"kind": "all_to_all", "overlap": True}}, "parallel.dispatch: model.moe.experts",
          "set parallel.dispatch={"),
         ({**SOUND, "parallel.expert_pair_budget": 10}, "parallel.expert_pair_budget=10: model.moe.experts.kind=lora",
          "set parallel.expert_pair_budget=null"),
