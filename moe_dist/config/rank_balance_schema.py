@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from moe_dist.config.base.section import Section, Violation, WholeConfig
+from moe_dist.config.base.section import Section, Violation, WholeConfig, unmet
 
 
 class MovingSection(Section):
@@ -33,6 +33,27 @@ class ReplicatingSection(Section):
     """FLOPs that a rank computes while it sends one byte: its FLOP/s divided by the bytes per second of its link."""
 
 
+DEALING = (
+    ("model.moe.router.needs_global_batch_info", (False,), "a token's experts must not depend on its place"),
+    ("model.moe.capacity", (None,), "the tokens of one rank compete for a capacity"),
+    ("model.mixture_of_depths", (None,), "the tokens of some ranks compete for a layer"),
+    ("model.attention_lora.dropout", (0.0,), "the dropout of an adapter is drawn by a token's place"),
+    ("model.moe.experts.dropout", (0.0,), "the dropout of an adapter is drawn by a token's place"),
+    ("router_tuning", (None,), "router tuning reads samples, which are not packed"),
+)
+MOVING = (
+    ("model.moe.experts.replicated", (False,), "every rank holds all LoRA experts, so none can move"),
+    ("parallel.dispatch.needs_modules", ((),), "the buffers of the dispatcher are made for one placement"),
+)
+REPLICATING = (
+    ("rank_balance.moving", (None,), "both levers would answer the same load"),
+    ("model.moe.experts.replicas", (True,), "not all experts can have replicas"),
+    ("parallel.dispatch.replicas", (True,), "the dispatcher sends the rows of all layers by one placement"),
+    ("parallel.two_batch_overlap", (False,), "weights would be sent between the exchanges of the other half"),
+    ("model.moe.router.experts_choose", (False,), "where experts take equally many tokens, none is hot"),
+)
+
+
 class RankBalanceSection(Section):
     """Levers that keep the ranks equally busy during the run. The levers change no loss beyond rounding."""
 
@@ -48,55 +69,7 @@ class RankBalanceSection(Section):
     """Give hot experts replicas on further ranks during the run (docs/parallelism.md). null: each expert has one slot."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        yield from self._dealing_violations(config) if self.dealing else ()
-        yield from self._replicating_violations(config) if self.replicating is not None else ()
-        key = "rank_balance.moving"
-        if self.moving is not None and config.model.moe.experts.replicated:
-            problem = f"{key}: every rank holds all LoRA experts, so none can move; set it to null"
-            yield Violation((key, "model.moe.experts.kind"), problem)
-        kind = config.parallel.dispatch.kind
-        if self.moving is not None and config.parallel.dispatch.needs_modules:
-            problem = f"{key}: the buffers of parallel.dispatch.kind={kind} are made for one placement; set it to null"
-            yield Violation((key, "parallel.dispatch.kind"), problem)
-
-    def _dealing_violations(self, config: WholeConfig) -> Iterator[Violation]:
-        model = config.model
-        for key, off, reason in (
-            ("model.moe.router.kind", model.moe.router.needs_global_batch_info, "a token's experts depend on its place"),
-            ("model.moe.capacity", model.moe.capacity is not None, "the tokens of one rank compete for a capacity"),
-            ("model.mixture_of_depths", model.mixture_of_depths is not None, "the tokens of some ranks compete"),
-            ("model", model.largest_dropout > 0.0, "the dropout of an adapter draws by a token's place"),
-            ("router_tuning", config.router_tuning is not None, "router tuning reads samples, which are not packed"),
-        ):
-            if off:
-                problem = f"rank_balance.dealing=true: {reason}, so the deal would change the step; set dealing to false"
-                yield Violation(("rank_balance.dealing", key), problem)
-
-    def _replicating_violations(self, config: WholeConfig) -> Iterator[Violation]:
-        key, parallel, model = "rank_balance.replicating", config.parallel, config.model
-        rules: tuple[tuple[str, bool, str], ...] = (
-            ("rank_balance.moving", self.moving is not None, "both levers would answer the same load"),
-            (
-                "model.moe.experts.kind",
-                not model.moe.experts.replicas,
-                f"experts of kind={model.moe.experts.kind} have no replicas, only those of kind=ffn",
-            ),
-            (
-                "parallel.dispatch.kind",
-                not parallel.dispatch.replicas,
-                f"{parallel.dispatch.name} sends the rows of all layers by one placement, without replicas",
-            ),
-            (
-                "parallel.two_batch_overlap",
-                parallel.two_batch_overlap,
-                "the weights of replicas would be sent between the exchanges of the other half of the batch",
-            ),
-            (
-                "model.moe.router.kind",
-                model.moe.router.experts_choose,
-                f"with {model.moe.router.name} all experts take equally many tokens, so none is hot",
-            ),
-        )
-        for other, broken, reason in rules:
-            if broken:
-                yield Violation((key, other), f"{key}: {reason}; set it to null, or change {other}")
+        for name, needs in (("dealing", DEALING), ("moving", MOVING), ("replicating", REPLICATING)):
+            if getattr(self, name):
+                key = f"rank_balance.{name}"
+                yield from unmet(config, key, key, needs, instead=f"remove {key}")

@@ -45,7 +45,7 @@ def translate(values: Any) -> Any:
             section = section.get(holder) if isinstance(section, dict) else None
         if isinstance(section, dict):
             section.setdefault(name, value)
-    return found | {"format": FORMAT}
+    return found
 
 
 def _renamed(value: Any, key: str) -> Any:

@@ -7,9 +7,19 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
 from moe_dist.config.base.kinds import kind_or
-from moe_dist.config.base.section import Count, NonNegative, PathText, Section, Violation, WholeConfig
+from moe_dist.config.base.section import Count, NonNegative, PathText, Section, Violation, WholeConfig, unmet
 
 KEY = "router_tuning"
+
+
+NEEDS = (
+    ("run.init_rules", ((),), f"{KEY}.data was made from the unchanged model of run.init_from"),
+    ("run.keep_position", (False,), "it reads other data than that checkpoint did"),
+    ("loss.z", (0.0,), "a z-loss would change the routing"),
+    ("model.moe.router.softmax_top_k", (True,), "it compares softmax probabilities of a top-k choice"),
+    ("model.mixture_of_depths", (None,), "a token that skips a layer has no routing there to compare"),
+    ("model.moe.balance", ((),), "controllers would change the selection biases, which stay those of the checkpoint"),
+)
 
 
 class NearestSection(Section):
@@ -89,51 +99,11 @@ class RouterTuningSection(Section):
         if only != "routers":
             problem = f"train.only={only or 'null'}: {KEY} trains routers alone; set train.only=routers, or remove {KEY}"
             yield Violation(("train.only", KEY), problem)
-        yield from _start_violations(config)
-        yield from _model_violations(config)
+        if config.run.init_from is None:
+            problem = f"run.init_from=null: {KEY} tunes a trained model; set it to the run that {KEY}.data is made from"
+            yield Violation(("run.init_from", KEY), problem)
+        yield from unmet(config, KEY, KEY, NEEDS, instead=f"remove {KEY}")
         yield from _layer_violations(self, config)
-
-
-def _start_violations(config: WholeConfig) -> Iterator[Violation]:
-    """Checks that router tuning starts at the data's first sample, with exactly the weights that answered the questions."""
-    run = config.run
-    if run.init_from is None:
-        problem = f"run.init_from=null: {KEY} tunes a trained model; set it to the run that {KEY}.data is made from"
-        yield Violation(("run.init_from", KEY), problem)
-    if run.init_rules:
-        problem = (
-            f"run.init_rules={list(run.init_rules)}: they change the model, but {KEY}.data was made from the unchanged "
-            "model; remove the rules, or train the changed model first"
-        )
-        yield Violation(("run.init_rules", KEY), problem)
-    if run.keep_position:
-        problem = f"run.keep_position=true: {KEY} reads other data than that checkpoint did; set it to false"
-        yield Violation(("run.keep_position", KEY), problem)
-
-
-def _model_violations(config: WholeConfig) -> Iterator[Violation]:
-    moe = config.model.moe
-    if config.loss.z:
-        problem = f"loss.z={config.loss.z:g}: {KEY} has no z-loss, because it would change the routing; set it to 0"
-        yield Violation(("loss.z", KEY), problem)
-    if not moe.router.softmax_top_k:
-        problem = (
-            f"{moe.router.name}: {KEY} compares softmax probabilities of a top-k choice, which this router does not make; "
-            "tune a run with kind=top_k"
-        )
-        yield Violation(("model.moe.router.kind", KEY), problem)
-    if config.model.mixture_of_depths is not None:
-        problem = (
-            f"model.mixture_of_depths: a token that skips a layer has no routing there to compare; {KEY} needs "
-            "model.mixture_of_depths=null"
-        )
-        yield Violation(("model.mixture_of_depths", KEY), problem)
-    if moe.balance:
-        problem = (
-            f"model.moe.balance: controllers would change the selection biases, and {KEY} keeps those of the checkpoint; "
-            "set it to []"
-        )
-        yield Violation(("model.moe.balance", KEY), problem)
 
 
 def _layer_violations(section: RouterTuningSection, config: WholeConfig) -> Iterator[Violation]:

@@ -1,6 +1,7 @@
 """The base class of every section of a schema, and types of single values."""
 
 import difflib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -45,6 +46,11 @@ class Violation(NamedTuple):
 
     keys: tuple[str, ...]  # dotted keys that the rule compares; `violations` gives the keys relative to its section
     problem: str  # error text with key, value, rule and fix
+
+
+# A value that a choice needs elsewhere: a dotted key, or the dotted name of a capability of a section that has a kind; the
+# values that fit, of which the first is proposed; and the reason.
+Need = tuple[str, tuple[Any, ...], str]
 
 
 class Section(BaseModel):
@@ -144,6 +150,30 @@ def unordered(schedule: Iterable[tuple[int, float]], key: str = "schedule") -> I
             f"{key} must start at step 0 and rise, got first steps {starts}; begin with step 0, and let each later pair "
         )
         yield Violation((key,), problem + "have a later step")
+
+
+def unmet(config: WholeConfig, key: str, chosen: str, needs: Iterable[Need], *, instead: str) -> Iterator[Violation]:
+    """Yields a violation for each value that does not fit `chosen`, the value of `key` as on the command line. `instead`
+    says how to do without it."""
+    for other, allowed, reason in needs:
+        *above, name = other.split(".")
+        section = config
+        for part in above:
+            section = getattr(section, part, None)
+        value = getattr(section, name, allowed[0])  # another kind of a section may lack the key
+        if value in allowed:
+            continue
+        fix = f"set {other}={_text(allowed[0])}"
+        if section is not None and name not in type(section).model_fields:  # a capability of the section's kind
+            other, value, fix = f"{'.'.join(above)}.kind", section.kind, "take another kind"
+        shown = other if isinstance(value, Section) else f"{other}={_text(value)}"
+        yield Violation((key, other), f"{shown}: {chosen}: {reason}; {fix}, or {instead}")
+
+
+def _text(value: Any) -> str:
+    """Returns a value as it is written on the command line."""
+    value = list(value) if isinstance(value, tuple) else value
+    return value if isinstance(value, str) else json.dumps(value, default=lambda section: section.model_dump(mode="json"))
 
 
 def unknown_name(what: str, name: str, names: Iterable[str]) -> str:

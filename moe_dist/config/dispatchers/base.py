@@ -4,7 +4,7 @@ compares `kind`, so that a new kind of dispatcher needs no change elsewhere."""
 from collections.abc import Iterator
 from typing import ClassVar
 
-from moe_dist.config.base.section import KindSection, Violation, WholeConfig
+from moe_dist.config.base.section import KindSection, Need, Violation, WholeConfig, unmet
 
 KIND = "parallel.dispatch.kind"
 FIX = f"or set {KIND}=all_to_all"
@@ -16,8 +16,12 @@ class DispatchSection(KindSection):
     needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that must be installed, with dots inside packages
     source: ClassVar[str] = ""  # the project that these modules come from
     static: ClassVar[bool] = False  # whether exchanges have fixed sizes, so that the host never learns the numbers of rows
+    needs: ClassVar[tuple[Need, ...]] = ()  # values that the dispatcher needs elsewhere in the configuration
     each_pair: ClassVar[bool] = False  # whether each (token, expert) pair is a row, and counts are known before routing
     replicas: ClassVar[bool] = False  # whether all plans come from its attribute `planner`, which replicas replace
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from unmet(config, KIND, self.name, self.needs, instead=FIX[3:])
 
     @property
     def name(self) -> str:
@@ -34,45 +38,19 @@ class KernelDispatchSection(DispatchSection):
     """A dispatcher with the GPU kernels of another project, which send rows in bf16 and whose buffers hold a fixed number
     of tokens."""
 
-    kernels: ClassVar[str]
+    needs = (
+        ("model.mixture_of_depths", (None,), "its buffers have room for the same number of tokens in each layer"),
+        ("parallel.precision", ("bf16",), "rows are sent in bf16"),
+        ("parallel.device", ("cuda", "auto"), "its kernels need GPUs"),
+        ("parallel.check_exchanges", (False,), "checks cannot see the rows that its kernels send"),
+        ("parallel.max_receive_rows", (None,), "its kernels allocate the receive buffer themselves"),
+    )
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        parallel = config.parallel
-        if parallel.ep == 1:
+        yield from super().violations_in(config)
+        if config.parallel.ep == 1:
             problem = f"{self.name}: there is no other rank with parallel.ep=1; raise parallel.ep, {FIX}"
             yield Violation((KIND, "parallel.ep"), problem)
-        rules: tuple[tuple[bool, str, str], ...] = (
-            (
-                config.model.mixture_of_depths is not None,
-                "model.mixture_of_depths",
-                "its buffers have room for one number of tokens, and with model.mixture_of_depths this number differs "
-                f"between layers; set {KIND}=all_to_all, or model.mixture_of_depths to null",
-            ),
-            (
-                parallel.precision != "bf16",
-                "parallel.precision",
-                f"rows are sent in bf16, but parallel.precision={parallel.precision}; set it to bf16, {FIX}",
-            ),
-            (
-                parallel.device == "cpu",
-                "parallel.device",
-                f"its kernels need GPUs, but parallel.device=cpu; set it to cuda, {FIX}",
-            ),
-            (
-                parallel.check_exchanges,
-                "parallel.check_exchanges",
-                f"parallel.check_exchanges cannot see the rows that {self.kernels} sends; set it to false, {FIX}",
-            ),
-            (
-                parallel.max_receive_rows is not None,
-                "parallel.max_receive_rows",
-                f"{self.kernels} allocates the receive buffer itself, so that "
-                f"parallel.max_receive_rows={parallel.max_receive_rows} cannot bound it; set it to null, {FIX}",
-            ),
-        )
-        for broken, key, problem in rules:
-            if broken:
-                yield Violation((KIND, key), f"{self.name}: {problem}")
 
 
 def either(values: list[str]) -> str:

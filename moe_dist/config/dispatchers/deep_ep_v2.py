@@ -12,7 +12,6 @@ class DeepEPV2DispatchSection(KernelDispatchSection):
     """Use DeepEP's kernels of V2 (ElasticBuffer); needs the package deep_ep."""
 
     builds = "moe_dist.moe.dispatch.deep_ep_v2:DeepEPDispatcher"
-    kernels = "DeepEP"
     # V1 of the package deep_ep lacks the module deep_ep.buffers.elastic
     needs_modules = ("deep_ep.buffers.elastic",)
     source = "DeepEP V2 from the main branch of its repository"

@@ -21,6 +21,7 @@ class HierarchicalDispatchSection(DispatchSection):
         return self.ranks_per_node
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from super().violations_in(config)
         ep, key = config.parallel.ep, "parallel.dispatch.ranks_per_node"
         if ep % self.ranks_per_node == 0:
             return

@@ -9,7 +9,6 @@ class HybridEPDispatchSection(KernelDispatchSection):
     """Use HybridEP's kernels; needs the package deep_ep from its branch hybrid-ep."""
 
     builds = "moe_dist.moe.dispatch.hybrid_ep:HybridEPDispatcher"
-    kernels = "HybridEP"
     # HybridEP's extension is a module of its own, which the main branch of DeepEP lacks.
     needs_modules = ("deep_ep", "hybrid_ep_cpp")
     source = "DeepEP from the branch hybrid-ep of its repository"

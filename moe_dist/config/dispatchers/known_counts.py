@@ -15,6 +15,7 @@ class KnownCountsDispatchSection(DispatchSection):
     kind: Literal["known_counts"] = "known_counts"
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from super().violations_in(config)
         if reason := config.model.moe.router.counts_unknown():
             problem = f"the number of pairs of each rank and expert must be known before routing, but {reason}, {FIX}"
             yield Violation((KIND, "model.moe.router"), f"{self.name}: {problem}")

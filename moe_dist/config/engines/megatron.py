@@ -1,13 +1,12 @@
 """The section of the engine Megatron-Core, and rules for settings that this engine does not support."""
 
-import json
 import sys
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from moe_dist.config.base.section import Ranks, Violation, WholeConfig
+from moe_dist.config.base.section import Ranks, Violation, WholeConfig, unmet
 from moe_dist.config.engines.base import EngineSection
 from moe_dist.config.parallel.section import ParallelSection
 
@@ -15,7 +14,7 @@ KIND = "engine.kind=megatron"
 
 # Keys, the tuple of values that each key may have with this engine, and the reason. Each key names a section or a key of
 # the whole configuration.
-NEEDED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+NEEDED = (
     ("run.init_rules", ((),), "weights of another run are loaded as they are"),
     ("train.only", (None,), "all parameters are trained"),
     ("train.frozen", (None,), "all parameters are trained"),
@@ -100,7 +99,7 @@ class MegatronEngineSection(EngineSection):
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from self._degrees(config)
         yield from self._sizes(config)
-        yield from _needed(config)
+        yield from unmet(config, "engine.kind", KIND, NEEDED, instead="engine.kind=moe_dist")
         for name, group in config.model.moe.groups.items():
             for field in ("num_identity", "num_constant"):
                 key = f"model.moe.groups.{name}.{field}"
@@ -182,20 +181,3 @@ class MegatronEngineSection(EngineSection):
 def _least_factor(together: int, ep: int) -> int:
     """Returns the smallest number that must divide `edp` so that `together` divides ep x edp."""
     return next(edp for edp in range(1, together + 1) if ep * edp % together == 0)
-
-
-def _needed(config: WholeConfig) -> Iterator[Violation]:
-    for key, allowed, reason in NEEDED:
-        value: Any = config
-        for name in key.split("."):
-            value = getattr(value, name, allowed[0])  # another kind of a section may lack the key
-        if value not in allowed:
-            problem = f"{key}={_text(value)}: {KIND}: {reason}; set {key}={_text(allowed[0])}, or engine.kind=moe_dist"
-            yield Violation((key, "engine.kind"), problem)
-
-
-def _text(value: Any) -> str:
-    """Returns a value as it is written on the command line."""
-    if isinstance(value, tuple):
-        value = list(value)
-    return value if isinstance(value, str) else json.dumps(value, default=lambda section: section.model_dump(mode="json"))

@@ -5,11 +5,28 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from moe_dist.config.base.section import Decay, Section, Violation, WholeConfig
+from moe_dist.config.base.section import Decay, Section, Violation, WholeConfig, unmet
 from moe_dist.config.dispatchers.all_to_all import AllToAllDispatchSection
 from moe_dist.config.experts.base import ExpertsSection
 
 EXPERTS = "model.moe.experts.kind"
+ALL_HERE = "every rank holds all LoRA experts and sends no rows (docs/lora-experts.md)"
+NEEDS = (
+    (
+        "model.moe.router.normalise",
+        ("none",),
+        "model.moe.experts.weight sets the weights, from the softmax of all columns",
+    ),
+    ("model.moe.router.scale", (1.0,), "experts are scaled by model.moe.experts.alpha"),
+    ("model.moe.shared_ffn_dim", (0,), "the frozen FFN is the only shared expert"),
+    ("model.moe.capacity", (None,), ALL_HERE),
+    ("placement.policy", ("interleaved",), ALL_HERE),
+    ("parallel.dispatch", (AllToAllDispatchSection(),), ALL_HERE),
+    ("parallel.expert_pair_budget", (None,), ALL_HERE),
+    ("parallel.max_receive_rows", (None,), ALL_HERE),
+    ("parallel.check_exchanges", (False,), ALL_HERE),
+    ("parallel.expert_gemm", ("auto", "loop"), ALL_HERE),
+)
 
 
 class AdapterSection(Section):
@@ -56,27 +73,8 @@ class LoRAExpertsSection(AdapterSection, ExpertsSection):
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if config.model.moe.router.softmax_top_k:  # `adapter_violations` reports routers without `softmax_top_k`
-            for rule in (_routing, _groups, _sharding):
-                yield from rule(config)
-
-
-def _routing(config: WholeConfig) -> Iterator[Violation]:
-    moe, key = config.model.moe, "model.moe.router"
-    router = moe.router
-    if getattr(router, "normalise", "none") != "none":
-        problem = (
-            f"{key}.normalise={router.normalise}: model.moe.experts.weight sets the weights of LoRA experts, from the "
-            f"softmax over all columns; set {key}.normalise=none"
-        )
-        yield Violation((f"{key}.normalise", EXPERTS), problem)
-    if getattr(router, "scale", 1.0) != 1.0:
-        problem = f"{key}.scale={router.scale:g}: LoRA experts are scaled by model.moe.experts.alpha; set {key}.scale=1"
-        yield Violation((f"{key}.scale", EXPERTS), problem)
-    if moe.capacity is not None:
-        problem = (
-            "model.moe.capacity: every rank holds all LoRA experts, so that dropping pairs gains nothing; set it to null"
-        )
-        yield Violation(("model.moe.capacity", EXPERTS), problem)
+            yield from unmet(config, EXPERTS, f"{EXPERTS}={self.kind}", NEEDS, instead="take another kind of experts")
+            yield from _groups(config)
 
 
 def _groups(config: WholeConfig) -> Iterator[Violation]:
@@ -95,27 +93,6 @@ def _groups(config: WholeConfig) -> Iterator[Violation]:
                 "experts a null expert already leaves the frozen FFN alone; set both to 0"
             )
             yield Violation((f"model.moe.groups.{name}", EXPERTS), problem)
-    if moe.shared_ffn_dim:
-        problem = f"model.moe.shared_ffn_dim={moe.shared_ffn_dim}: the frozen FFN is the only shared expert; set it to 0"
-        yield Violation(("model.moe.shared_ffn_dim", EXPERTS), problem)
-
-
-def _sharding(config: WholeConfig) -> Iterator[Violation]:
-    """Refuses options that place experts or send rows: such options have no effect, because every rank holds all LoRA
-    experts."""
-    parallel, dispatch = config.parallel, config.parallel.dispatch
-    found = {}  # key -> the text that shows its value
-    if config.placement.policy != "interleaved":
-        found["placement"] = f"placement.policy={config.placement.policy}"
-    if dispatch != AllToAllDispatchSection():
-        found["parallel.dispatch"] = "parallel.dispatch"
-    unused = {"expert_pair_budget": None, "max_receive_rows": None, "check_exchanges": False, "expert_gemm": "loop"}
-    for name, default in unused.items():
-        if (value := getattr(parallel, name)) not in (default, "auto"):
-            found[f"parallel.{name}"] = f"parallel.{name}={value}"
-    for key, shown in found.items():
-        problem = f"every rank holds all LoRA experts and sends no rows (docs/lora-experts.md); remove {key}"
-        yield Violation((key, EXPERTS), f"{shown}: {problem}")
 
 
 def adapter_violations(config: WholeConfig) -> Iterator[Violation]:

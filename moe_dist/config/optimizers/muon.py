@@ -3,7 +3,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from moe_dist.config.base.section import Decay, Violation, WholeConfig
+from moe_dist.config.base.section import Decay, Violation, WholeConfig, unmet
 from moe_dist.config.optimizers.base import OptimizerSection
 
 
@@ -21,9 +21,5 @@ class MuonSection(OptimizerSection):
         return (*self.betas, self.momentum)
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        if config.train.only is not None:
-            problem = (
-                f"optimizer.kind=muon: train.only={config.train.only} trains none of the matrices that Muon is for; set "
-                "optimizer.kind=adamw, or train.only to null"
-            )
-            yield Violation(("optimizer.kind", "train.only"), problem)
+        needs = (("train.only", (None,), "only part of a model is trained, without the matrices that Muon is for"),)
+        yield from unmet(config, "optimizer.kind", "optimizer.kind=muon", needs, instead="set optimizer.kind=adamw")

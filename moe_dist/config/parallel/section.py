@@ -16,6 +16,7 @@ from moe_dist.config.base.section import (
     Section,
     Violation,
     WholeConfig,
+    unmet,
 )
 from moe_dist.config.dispatchers.all_to_all import AllToAllDispatchSection
 from moe_dist.config.dispatchers.base import DispatchSection
@@ -147,75 +148,35 @@ class ParallelSection(Section):
                 yield Violation((key, "parallel.expert_gemm", "parallel.precision"), problem)
 
 
+TWO_BATCH = "parallel.two_batch_overlap"
+TWO_BATCH_NEEDS = (
+    ("parallel.dispatch", (AllToAllDispatchSection(),), "rows are sent at once, by the halves in turns"),
+    ("parallel.recompute", ("none", "experts"), "a block would repeat exchanges between those of the other half"),
+    ("model.mixture_of_depths", (None,), "tokens of both halves compete for a layer"),
+    ("model.moe.router.needs_global_batch_info", (False,), "a token's experts must not depend on its micro-batch"),
+    ("model.moe.router.needs_previous", (False,), "a layer must not need the logits of the layer before"),
+    ("model.moe.shortcut", (False,), "the output of experts is added behind the next layer of its half"),
+    ("model.moe.capacity", (None,), "tokens of both halves compete for it"),
+    ("model.moe.experts.replicated", (False,), "only experts that are sharded exchange rows"),
+    ("model.attention_lora.dropout", (0.0,), "the dropout of adapters is drawn for a whole micro-batch"),
+    ("model.moe.experts.dropout", (0.0,), "the dropout of adapters is drawn for a whole micro-batch"),
+    ("router_tuning", (None,), "router tuning reads the probabilities of single tokens of a micro-batch"),
+)
+
+
 def two_batch_violations(config: WholeConfig) -> Iterator[Violation]:
     """Returns a violation for each setting with which `parallel.two_batch_overlap` cannot be combined."""
-    parallel, model, key = config.parallel, config.model, "parallel.two_batch_overlap"
-    rules: tuple[tuple[bool, str, str], ...] = (
-        (
-            config.train.micro_batch % 2 == 1,
-            "train.micro_batch",
-            f"train.micro_batch={config.train.micro_batch} has no two equal halves; make it even",
-        ),
-        (
-            parallel.dispatch != AllToAllDispatchSection(),
-            "parallel.dispatch",
-            f"needs parallel.dispatch.kind=all_to_all without overlap and chunks, not {parallel.dispatch.model_dump()}",
-        ),
-        (
-            parallel.recompute == "block",
-            "parallel.recompute",
-            "parallel.recompute=block would repeat exchanges between those of the other half; take experts or none",
-        ),
-        (
-            parallel.data == "fsdp2" and parallel.fsdp_gather != "step",
-            "parallel.fsdp_gather",
+    parallel, instead = config.parallel, f"set {TWO_BATCH}=false"
+    yield from unmet(config, TWO_BATCH, f"{TWO_BATCH}=true", TWO_BATCH_NEEDS, instead=instead)
+    if config.train.micro_batch % 2:
+        problem = f"train.micro_batch={config.train.micro_batch} has no two equal halves; make it even"
+        yield Violation((TWO_BATCH, "train.micro_batch"), f"{TWO_BATCH}=true: {problem}, or {instead}")
+    if parallel.data == "fsdp2" and parallel.fsdp_gather != "step":
+        problem = (
             "with parallel.data=fsdp2 parameters are gathered before the first layer, so that no gather comes between "
-            "exchanges; set parallel.fsdp_gather=step",
-        ),
-        (
-            model.mixture_of_depths is not None,
-            "model.mixture_of_depths",
-            "tokens of both halves compete in model.mixture_of_depths; set it to null",
-        ),
-        (
-            model.moe.router.needs_global_batch_info,
-            "model.moe.router.kind",
-            f"with {model.moe.router.name} a token's experts depend on its micro-batch; take kind=top_k or group_limited",
-        ),
-        (
-            model.moe.router.needs_previous,
-            "model.moe.router.kind",
-            f"with {model.moe.router.name} a layer needs the logits of the layer before; take kind=top_k or group_limited",
-        ),
-        (
-            model.moe.shortcut,
-            "model.moe.shortcut",
-            "the output of experts is added behind the next layer of its half; set model.moe.shortcut to false",
-        ),
-        (
-            model.moe.capacity is not None,
-            "model.moe.capacity",
-            "tokens of both halves compete for model.moe.capacity; set it to null",
-        ),
-        (
-            model.moe.experts.replicated,
-            "model.moe.experts.kind",
-            "LoRA experts of a dense FFN exchange no rows",
-        ),
-        (
-            model.largest_dropout > 0.0,
-            "model.attention_lora.dropout",
-            "the dropout of adapters is drawn for a whole micro-batch; set it to 0",
-        ),
-        (
-            config.router_tuning is not None,
-            "router_tuning",
-            "router tuning reads the probabilities of single tokens of a micro-batch",
-        ),
-    )
-    for broken, other, problem in rules:
-        if broken:
-            yield Violation((key, other), f"{key}=true: {problem}, or set {key}=false")
+            "exchanges; set parallel.fsdp_gather=step"
+        )
+        yield Violation((TWO_BATCH, "parallel.fsdp_gather"), f"{TWO_BATCH}=true: {problem}, or {instead}")
 
 
 class NodeSection(Section):

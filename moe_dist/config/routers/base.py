@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from moe_dist.config.base.section import KindSection, Violation, WholeConfig
+from moe_dist.config.base.section import KindSection, Need, Violation, WholeConfig, unmet
 
 ROUTER = "model.moe.router"
 OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group's null and zero-computation experts
@@ -26,6 +26,7 @@ class RouterSection(KindSection):
     needs_global_batch_info: ClassVar[bool] = False  # true if a token's choices depend on its place in the global batch
     needs_previous: ClassVar[bool] = False  # true if a layer's logits depend on those of the MoE layer before
     only_true_experts: ClassVar[bool] = False  # true if groups must not have null or zero-computation experts
+    needs: ClassVar[tuple[Need, ...]] = ()  # values that the router needs elsewhere in the configuration
     adapted: ClassVar[bool] = False  # true if a model with this router can be the base of LoRA adapters on its experts
 
     @property
@@ -129,6 +130,7 @@ class RouterSection(KindSection):
         yield from ()
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from unmet(config, f"{ROUTER}.kind", self.name, self.needs, instead=f"set {ROUTER}.kind=top_k")
         if config.train.only == "auxiliary_routers" and not self.has_auxiliary_routers:
             problem = (
                 f"train.only={config.train.only}: {self.name} has no auxiliary routers; set train.only to null, or "

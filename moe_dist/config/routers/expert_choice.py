@@ -11,6 +11,7 @@ from moe_dist.config.base.section import (
     Violation,
     WholeConfig,
     unknown_name,
+    unmet,
     unordered,
 )
 from moe_dist.config.routers.base import ROUTER, RouterSection
@@ -30,6 +31,10 @@ class ExpertChoiceRouterSection(RouterSection):
     experts_choose = True
     fixed_choices = False
     needs_global_batch_info = True
+    needs = (
+        ("loss.z", (0.0,), "expert choice computes no z-loss, because its scores are no softmax"),
+        ("model.moe.capacity", (None,), f"no pair is dropped; {ROUTER}.capacity is the share that an expert takes"),
+    )
 
     kind: Literal["expert_choice"] = "expert_choice"
     capacity: ShareByGroup | None = None
@@ -96,15 +101,13 @@ class ExpertChoiceRouterSection(RouterSection):
         return self.model_dump(exclude={"kind", "scope"})  # the caller passes the scope as an object
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        if self.causal is not None:
-            yield from super().violations_in(config)
+        yield from super().violations_in(config)
         for rule in (_loss, _groups, _score, _causal, _mixture_of_depths, _second_stage):
             yield from rule(self, config)
 
 
 def _loss(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """Refuses a balance loss, because in expert choice each expert takes its share of tokens anyway, and a z-loss, because
-    the scores are no softmax."""
+    """Refuses a balance loss, because in expert choice each expert takes its share of tokens anyway."""
     schedule = config.loss.balance.schedule
     if any(coefficient for _, coefficient in schedule):
         problem = (
@@ -112,17 +115,10 @@ def _loss(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[V
             "expert already takes its share of the tokens: set loss.balance.schedule=[[0, 0]]"
         )
         yield Violation(("loss.balance.schedule", f"{ROUTER}.kind"), problem)
-    if config.loss.z:
-        problem = (
-            f"loss.z={config.loss.z:g}: {section.name} with token-choice losses; expert choice computes no "
-            "z-loss: set loss.z=0"
-        )
-        yield Violation(("loss.z", f"{ROUTER}.kind"), problem)
 
 
 def _groups(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """Checks that no expert must take more than all tokens, that groups with a capacity exist, and that model.moe.capacity
-    is null."""
+    """Checks that no expert must take more than all tokens, and that groups with a capacity exist."""
     name, groups, key = section.name, config.model.moe.groups, f"{ROUTER}.capacity"
     for group_name in section.capacity if isinstance(section.capacity, dict) else ():
         if problem := unknown_name("group", group_name, groups):
@@ -143,12 +139,6 @@ def _groups(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator
                 f"tokens; lower it to at most {group.num_experts}"
             )
             yield Violation((f"{prefix}.top_k", f"{prefix}.num_experts", f"{ROUTER}.kind"), problem)
-    if config.model.moe.capacity is not None:
-        problem = (
-            f"model.moe.capacity: with {name} no pair is dropped; set model.moe.capacity to null, and use "
-            f"{ROUTER}.capacity for the share that an expert takes"
-        )
-        yield Violation(("model.moe.capacity", f"{ROUTER}.kind"), problem)
 
 
 def _score(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
@@ -193,20 +183,19 @@ def _mixture_of_depths(section: ExpertChoiceRouterSection, config: WholeConfig) 
     the experts, and a schedule, because the layer's router does not get the step."""
     if config.model.mixture_of_depths is None:
         return
-    if len({factor for _, factor in section.capacity_schedule}) > 1:
-        problem = (
-            f"{ROUTER}.capacity_schedule with model.mixture_of_depths: the router of such a layer does not get the step; "
-            f"set {ROUTER}.capacity_schedule to one pair, or model.mixture_of_depths to null"
-        )
-        yield Violation((f"{ROUTER}.capacity_schedule", "model.mixture_of_depths"), problem)
-    if section.scope == "rank" and not section.noise:
-        return
-    said = f"scope={section.scope}" if section.scope != "rank" else f"noise={section.noise:g}"
-    problem = (
-        f"{ROUTER}.{said} with model.mixture_of_depths: which tokens reach the experts of such a layer is known "
-        f"only inside the layer; set {ROUTER}.scope=rank and {ROUTER}.noise=0, or model.mixture_of_depths to null"
+    inside = "which tokens reach the experts of such a layer is known only inside the layer"
+    steps = section.capacity_schedule
+    needs = (
+        (f"{ROUTER}.scope", ("rank",), inside),
+        (f"{ROUTER}.noise", (0.0,), inside),
+        (
+            f"{ROUTER}.capacity_schedule",
+            (steps if len({factor for _, factor in steps}) == 1 else steps[:1],),
+            "it gets no step",
+        ),
     )
-    yield Violation((f"{ROUTER}.scope", f"{ROUTER}.noise", "model.mixture_of_depths"), problem)
+    key = "model.mixture_of_depths"
+    yield from unmet(config, key, key, needs, instead=f"set {key}=null")
 
 
 def _second_stage(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:

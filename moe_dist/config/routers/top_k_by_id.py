@@ -14,27 +14,15 @@ class TopKByIdRouterSection(DrawnRouterSection):
     """Top-k with a given mean k for each layer and token id: a baseline for routers that read the context."""
 
     builds = "moe_dist.moe.routers.top_k_by_id:TopKByIdRouter"
+    needs = (
+        ("model.mixture_of_depths", (None,), "layers that skip tokens do not pass on the tokens' ids"),
+        ("engine.passes_token_ids", (True,), "layers need the tokens' ids"),
+    )
 
     kind: Literal["top_k_by_id"] = "top_k_by_id"
     table: PathText
     """A NumPy file of floats [MoE layers, model.vocab_size]: the mean number of true experts of each token id in each
     layer; at most the smallest top_k of the groups."""
-
-    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        yield from super().violations_in(config)
-        model = config.model
-        if model.mixture_of_depths is not None:
-            problem = (
-                f"model.mixture_of_depths: {self.name} needs each token's id, which mixture-of-depths layers do not pass "
-                f"on; set model.mixture_of_depths to null, or {ROUTER}.kind=scheduled_top_k"
-            )
-            yield Violation(("model.mixture_of_depths", f"{ROUTER}.kind"), problem)
-        if not config.engine.passes_token_ids:
-            problem = (
-                f"engine.kind={config.engine.kind}: it passes no token ids to layers, as {self.name} needs; set "
-                f"engine.kind=moe_dist, or {ROUTER}.kind=scheduled_top_k"
-            )
-            yield Violation(("engine.kind", f"{ROUTER}.kind"), problem)
 
     def file_violations(self, config: WholeConfig) -> Iterator[Violation]:
         if problem := self._fault_of_table(config):

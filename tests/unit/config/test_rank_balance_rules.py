@@ -21,14 +21,14 @@ NO_NULLS = {
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({**CHOICE, "model.moe.groups": NO_NULLS}, "a token's experts depend on its place"),
+        ({**CHOICE, "model.moe.groups": NO_NULLS}, "a token's experts must not depend on its place"),
         ({"model.moe.capacity": {"factor": 1.5}}, "compete for a capacity"),
         ({"model.mixture_of_depths": {"capacity": 0.5}}, "the tokens of some ranks compete"),
     ],
     ids=["expert choice", "capacity", "depths"],
 )
 def test_dealing_is_refused_where_it_would_change_the_step(tiny_data: Path, changes: dict[str, Any], key: str) -> None:
-    with refused(ConfigError, "rank_balance.dealing=true", key):
+    with refused(ConfigError, "rank_balance.dealing", key):
         check(tiny_config(tiny_data, Path("runs"), {**DEALING, **changes}))
 
 
@@ -39,15 +39,15 @@ REPLICATING = {"rank_balance.replicating": {}}
     ("changes", "key"),
     [
         ({"rank_balance.moving": {}}, "both levers would answer the same load"),
-        ({"model.moe.experts": {"kind": "clamped_ffn"}}, "experts of kind=clamped_ffn have no replicas"),
-        ({"parallel.dispatch": {"kind": "static", "room": 2.0}}, "static sends the rows of all layers by one placement"),
+        ({"model.moe.experts": {"kind": "clamped_ffn"}}, "model.moe.experts.kind=clamped_ffn"),
+        ({"parallel.dispatch": {"kind": "static", "room": 2.0}}, "parallel.dispatch.kind=static"),
         ({"parallel.two_batch_overlap": True}, "between the exchanges of the other half"),
-        ({**CHOICE, "model.moe.groups": NO_NULLS}, "all experts take equally many tokens"),
+        ({**CHOICE, "model.moe.groups": NO_NULLS}, "where experts take equally many tokens, none is hot"),
     ],
     ids=["moving", "experts", "dispatch", "two batches", "expert choice"],
 )
 def test_replicating_is_refused_where_replicas_get_no_rows(tiny_data: Path, changes: dict[str, Any], key: str) -> None:
-    with refused(ConfigError, "rank_balance.replicating", key, "set it to null"):
+    with refused(ConfigError, "rank_balance.replicating", key, "or remove rank_balance.replicating"):
         check(tiny_config(tiny_data, Path("runs"), {**REPLICATING, **changes}))
 
 

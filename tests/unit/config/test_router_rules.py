@@ -68,7 +68,7 @@ def test_what_fits_passes(changes: dict[str, Any]) -> None:
             "loss.balance.schedule=[[0, 0.02]]: model.moe.router.kind=expert_choice with token-choice losses",
             "set loss.balance.schedule=[[0, 0]]",
         ),
-        ({"loss.z": 1e-3}, "loss.z=0.001: model.moe.router.kind=expert_choice with token-choice losses", "set loss.z=0"),
+        ({"loss.z": 1e-3}, "loss.z=0.001: model.moe.router.kind=expert_choice: ", "set loss.z=0"),
         (
             {"model.moe.groups": {**GROUPS, "text": {**GROUPS["text"], "num_null": 2}}},
             "model.moe.groups.text.num_null=2: model.moe.router.kind=expert_choice needs true experts only",
@@ -81,8 +81,8 @@ def test_what_fits_passes(changes: dict[str, Any]) -> None:
         ),
         (
             {"model.moe.capacity": {"factor": 1.0}},
-            "model.moe.capacity: with model.moe.router.kind=expert_choice",
-            "to null",
+            "model.moe.capacity: model.moe.router.kind=expert_choice: ",
+            "set model.moe.capacity=null",
         ),
         (
             {"model.moe.router": {"kind": "expert_choice"}},
@@ -111,8 +111,8 @@ def test_what_fits_passes(changes: dict[str, Any]) -> None:
                     "model.mixture_of_depths": {},
                     "model.moe.router": {"kind": "expert_choice", "causal": "threshold", **each},
                 },
-                f"model.moe.router.{said} with model.mixture_of_depths: which tokens reach the experts",
-                "set model.moe.router.scope=rank and model.moe.router.noise=0, or model.mixture_of_depths to null",
+                f"model.moe.router.{said}: model.mixture_of_depths: which tokens reach the experts",
+                "or set model.mixture_of_depths=null",
             )
             for each, said in (({"noise": 0.5}, "noise=0.5"), ({"scope": "world"}, "scope=world"))
         ),
@@ -128,8 +128,8 @@ def test_what_fits_passes(changes: dict[str, Any]) -> None:
         ),
         (
             {**of_capacity(capacity_schedule=[[0, 0.5], [5, 0.75]]), "model.mixture_of_depths": {}},
-            "model.moe.router.capacity_schedule with model.mixture_of_depths",
-            "set model.moe.router.capacity_schedule to one pair, or model.mixture_of_depths to null",
+            "model.moe.router.capacity_schedule=[[0, 0.5], [5, 0.75]]: model.mixture_of_depths: ",
+            "set model.moe.router.capacity_schedule=[[0, 0.5]], or set model.mixture_of_depths=null",
         ),
         (
             {**of_capacity(capacity_schedule=[[0, 0.5], [5, 0.75]]), "train.only": "auxiliary_routers"},
@@ -282,16 +282,16 @@ def test_logit_biases_need_true_experts_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"model.mixture_of_depths": {}}, "model.mixture_of_depths: model.moe.router.kind=gating_residual adds the logits"),
+        ({"model.mixture_of_depths": {}}, "model.mixture_of_depths: model.moe.router.kind=gating_residual: a token"),
         (
             {"engine": {"kind": "megatron", "cpu_trial": True}},
-            "engine.kind=megatron: it passes no logits to the next layer, as model.moe.router.kind=gating_residual needs; "
-            "set engine.kind=moe_dist, or model.moe.router.kind=top_k",
+            "engine.kind=megatron: model.moe.router.kind=gating_residual: logits must pass to the next layer; take another "
+            "kind, or set model.moe.router.kind=top_k",
         ),
         (
             {"parallel.two_batch_overlap": True},
-            "parallel.two_batch_overlap=true: with model.moe.router.kind=gating_residual a layer needs the logits of the "
-            "layer before; take kind=top_k or group_limited, or set parallel.two_batch_overlap=false",
+            "model.moe.router.kind=gating_residual: parallel.two_batch_overlap=true: a layer must not need the logits of "
+            "the layer before; take another kind, or set parallel.two_batch_overlap=false",
         ),
     ],
     ids=str,

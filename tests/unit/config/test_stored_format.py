@@ -29,7 +29,6 @@ model:
     router: {kind: scheduled_top_k, active_experts: {set: [1.0]}}
     balance: [{kind: loss_free}, {kind: active_experts, target: {loads: 1.5}}]
 parallel: {dispatch: {kind: known_counts}}
-format: 1
 """
 
 
@@ -62,7 +61,7 @@ def test_what_is_no_mapping_comes_back(values: Any) -> None:
 
 def test_wrong_values_are_kept_for_the_schema_to_refuse() -> None:
     found = translate({"model": 3, "loss": None, "parallel": {"dispatch": ["per_pair"]}})
-    assert found == {"model": 3, "loss": None, "parallel": {"dispatch": ["per_pair"]}, "format": FORMAT}
+    assert found == {"model": 3, "loss": None, "parallel": {"dispatch": ["per_pair"]}}
 
 
 def test_every_new_name_is_in_the_schema_and_no_old_one() -> None:

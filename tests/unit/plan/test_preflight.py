@@ -109,10 +109,10 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
             ["model.mixture_of_depths={every: 1}", "model.moe.first=1", "model.dense_ffn_dim=8"],
             "depths: layer 0 is a mixture-of-depths layer without",
         ),
-        (["model.mixture_of_depths={set: node}"], "model.mixture_of_depths.scope='node'"),
+        (["model.mixture_of_depths={scope: node}"], "model.mixture_of_depths.scope='node'"),
         (
             ["model.mixture_of_depths={}", "parallel.dispatch.kind=deep_ep_v2"],
-            "parallel.dispatch.kind=deep_ep_v2: its buffers have room for one",
+            "parallel.dispatch.kind=deep_ep_v2: its buffers have room for",
         ),
         (["train.global_batch=2"], "= 4; take 4"),
         (
@@ -316,13 +316,13 @@ STATIC = "parallel.dispatch.kind=static"
 @pytest.mark.parametrize(
     ("overrides", "fault"),
     [
-        (["model.moe.router.kind=expert_choice"], "needs top_k choices of each token, but with model.moe.router.kind"),
-        (["model.mixture_of_depths={capacity: 0.5}"], "with model.mixture_of_depths this number differs between layers"),
-        (["parallel.expert_pair_budget=64"], "parallel.expert_pair_budget=64 cuts pairs by numbers"),
-        (["parallel.max_receive_rows=8"], "parallel.max_receive_rows=8: parallel.dispatch.room bounds the rows already"),
+        (["model.moe.router.kind=expert_choice"], f"model.moe.router.kind=expert_choice: {STATIC}: each"),
+        (["model.mixture_of_depths={capacity: 0.5}"], f"model.mixture_of_depths: {STATIC}: the room is for"),
+        (["parallel.expert_pair_budget=64"], f"parallel.expert_pair_budget=64: {STATIC}: pairs cannot be cut"),
+        (["parallel.max_receive_rows=8"], f"parallel.max_receive_rows=8: {STATIC}: parallel.dispatch.room bounds the rows"),
         (["parallel.device=cuda"], "parallel.precision=fp32 and parallel.expert_gemm=auto; set them to bf16 and auto"),
-        (["model.moe.experts={kind: ffn_lora, rank: 2, alpha: 4}"], "model.moe.experts.kind=ffn_lora computes"),
-        (["model.moe.experts={kind: clamped_ffn}"], "model.moe.experts.kind=clamped_ffn computes"),
+        (["model.moe.experts={kind: ffn_lora, rank: 2, alpha: 4}"], f"model.moe.experts.kind=ffn_lora: {STATIC}: the host"),
+        (["model.moe.experts={kind: clamped_ffn}"], f"model.moe.experts.kind=clamped_ffn: {STATIC}: the host"),
         (["parallel.dispatch.chunks=2"], "parallel.dispatch.chunks"),
         (["parallel.dispatch.room=0.5"], "parallel.dispatch.room"),
     ],
@@ -339,10 +339,10 @@ def test_deep_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch
         "the package deep_ep.buffers.elastic is not installed here; build DeepEP V2 from the main branch",
         "there is no other rank with parallel.ep=1",
         " must be a multiple of 256; change it",
-        "rows are sent in bf16, but parallel.precision=fp32",
-        "its kernels need GPUs, but parallel.device=cpu",
-        "parallel.max_receive_rows=8 cannot bound it",
-        "parallel.check_exchanges cannot see the rows that DeepEP sends",
+        f"parallel.precision=fp32: {kind}: rows are sent in bf16",
+        f"parallel.device=cpu: {kind}: its kernels need GPUs",
+        f"parallel.max_receive_rows=8: {kind}: its kernels allocate the receive buffer",
+        f"parallel.check_exchanges=true: {kind}: checks cannot see the rows that its kernels send",
     ):
         assert fault in text
     sound = (kind, "parallel.precision=bf16", "parallel.device=cuda", "model.hidden_dim=256")
@@ -372,18 +372,20 @@ def test_two_halves_of_a_micro_batch_name_what_they_cannot_be_combined_with(site
     )  # fmt: skip
     for fault in (
         "train.micro_batch=1 has no two equal halves; make it even, or set parallel.two_batch_overlap=false",
-        "needs parallel.dispatch.kind=all_to_all without overlap and chunks",
-        "parallel.recompute=block would repeat exchanges",
+        f"parallel.dispatch: {key}: rows are sent at once",
+        f"parallel.recompute=block: {key}: a block would repeat exchanges",
         "set parallel.fsdp_gather=step",
-        "compete in model.mixture_of_depths; set it to null",
-        "compete for model.moe.capacity; set it to null",
+        f"model.mixture_of_depths: {key}: tokens of both halves compete",
+        "set model.mixture_of_depths=null",
+        f"model.moe.capacity: {key}: tokens of both halves compete",
+        "set model.moe.capacity=null",
     ):
         assert f"{key}: " in text
         assert fault in text
     loads = "model.moe.router={kind: scheduled_top_k, active_experts: {text: [1.5, 1.5], image: [1.0, 1.0]}}"
-    assert "a token's experts depend on its micro-batch" in site.problems(key, "train.micro_batch=2", loads)
+    assert "a token's experts must not depend on its micro-batch" in site.problems(key, "train.micro_batch=2", loads)
     choice = "model.moe.router={kind: expert_choice, causal: threshold}"
-    assert "a token's experts depend on its micro-batch" in site.problems(key, "train.micro_batch=2", choice)
+    assert "a token's experts must not depend on its micro-batch" in site.problems(key, "train.micro_batch=2", choice)
     site.check(key, "train.micro_batch=2", "parallel.recompute=experts")
 
 
@@ -398,10 +400,10 @@ def test_hybrid_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPat
         "there is no other rank with parallel.ep=1",
         "a rank's tokens must be a multiple of 4, but train.micro_batch=1 times data.seq_len=30 is 30",
         "model.hidden_dim=72 must be a multiple of 16",
-        "rows are sent in bf16, but parallel.precision=fp32",
-        "its kernels need GPUs, but parallel.device=cpu",
-        "parallel.max_receive_rows=8 cannot bound it",
-        "parallel.check_exchanges cannot see the rows that HybridEP sends",
+        f"parallel.precision=fp32: {kind}: rows are sent in bf16",
+        f"parallel.device=cpu: {kind}: its kernels need GPUs",
+        f"parallel.max_receive_rows=8: {kind}: its kernels allocate the receive buffer",
+        f"parallel.check_exchanges=true: {kind}: checks cannot see the rows that its kernels send",
     ):
         assert fault in text
     sound = (kind, "parallel.precision=bf16", "parallel.device=cuda")
