@@ -92,11 +92,11 @@ def launch(
 
     with StopSignals() as signals:  # also handles signals between two attempts
 
-        def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
+        def run(restarts: int, attempt_id: str) -> Outcome:
             with store_folder() as store:
                 return _run(plan(restarts, attempt_id, store), folder, signals)
 
-        return run_attempts(folder, run, signals, prefix="local", max_restarts=max_restarts, option="--max-restarts")
+        return run_attempts(folder, run, signals, prefix="local", max_restarts=max_restarts)
 
 
 @contextlib.contextmanager
@@ -115,11 +115,11 @@ def store_folder() -> Iterator[str]:
         yield folder
 
 
-def _run(plan: LaunchPlan, folder: RunFolder, signals: StopSignals) -> tuple[Outcome, list[int]]:
-    """Runs one attempt; returns its outcome and, for each log, the offset at which the attempt begins."""
+def _run(plan: LaunchPlan, folder: RunFolder, signals: StopSignals) -> Outcome:
+    """Runs one attempt."""
     folder.prepare()  # called in each attempt, because the folder may have been deleted since the last attempt
     commands = rank_commands(plan)
-    offsets = begin_logs(folder, len(commands), plan.attempt_id)
+    begin_logs(folder, len(commands), plan.attempt_id)
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(folder.log_of(command.rank).open("ab", buffering=0)) for command in commands]
         ranks = Ranks(commands, logs, timeouts=ShutdownTimeouts(stop=plan.grace_seconds + KILL_AFTER_GRACE_SECONDS))
@@ -127,7 +127,7 @@ def _run(plan: LaunchPlan, folder: RunFolder, signals: StopSignals) -> tuple[Out
     if sys.stdout.isatty():
         sys.stdout.write("\x1b[?25h")  # shows the cursor, which a killed progress bar leaves hidden
         sys.stdout.flush()
-    return outcome, offsets
+    return outcome
 
 
 def main(

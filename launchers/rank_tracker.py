@@ -1,12 +1,14 @@
-"""Tracks how the ranks of an attempt (a start of the run) end, and which rank failed first. Callers pass events and
-times."""
+"""Tracks how the ranks of an attempt (start of the run) end, and which rank is at fault. Callers pass events and times."""
 
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 
+from launchers.restart import is_final
 from moe_dist.errors import EXIT_DONE, StoppedError
 from moe_dist.runtime.signals import StopSignals
+from moe_dist.runtime.status import AttemptRecord
 
 CLEAN = (EXIT_DONE, StoppedError.exit_code)
 ABORTED = 128 + signal.SIGINT
@@ -37,52 +39,75 @@ class ShutdownTimeouts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The ends of the ranks.
+    """The ends of the ranks, as their launcher saw them.
 
     Attributes:
         codes: Exit code of each rank; a negative code is the signal that killed the rank.
-        first_failed: The rank that caused the failure; None if no rank failed by itself.
+        failed: Ranks in the order in which they failed, without ranks that the launcher killed.
         stop: The first stop signal that the launcher got, or SIGTERM if a rank stopped on a signal of its own.
         aborted: True if a second Ctrl-C killed the ranks.
-        frozen: Ranks that were suspended by SIGSTOP when the first rank failed; the first frozen rank caused the failure.
+        frozen: Ranks that were suspended by SIGSTOP when the first rank failed.
         lost: A description for each rank that died with its node or its Ray worker; the code of such a rank is SIGKILL's.
+        words: What the system says of a rank's end, such as the memory limit that killed it.
         hosts: Address of each rank's node; empty if all ranks are on this machine.
+        launched: Exit code of the program that started the ranks; counts if no rank failed.
     """
 
     codes: tuple[int, ...]
-    first_failed: int | None
-    stop: signal.Signals | None
-    aborted: bool
+    failed: tuple[int, ...] = ()
+    stop: signal.Signals | None = None
+    aborted: bool = False
     frozen: tuple[int, ...] = ()
     lost: Mapping[int, str] = field(default_factory=dict)
+    words: Mapping[int, str] = field(default_factory=dict)
     hosts: tuple[str, ...] = ()
+    launched: int = EXIT_DONE
 
-    @property
-    def silent(self) -> bool:
-        """True if the rank that failed first was killed or frozen; status.json then has only another rank's follow-up
-        error."""
-        cause = self.first_failed
-        return cause is not None and (self.codes[cause] in SUDDEN or cause in self.frozen)
+    def cause(self, told: Collection[int] = (), record: AttemptRecord | None = None) -> int | None:
+        """Returns the rank at fault; None if there is none, or if it is unknown. All launchers blame
+        the node of this rank. The first of these rules that names a rank decides:
+
+        1. A rank lost with its node.
+        2. A rank that a signal killed, unless an error that would repeat was recorded, or ended a rank before.
+        3. A rank that SIGSTOP suspended.
+        4. A rank that failed without a word, because its peers can only report that they lost a connection.
+        5. The recorded rank: its error is the reason, or it did not enter a collective.
+        6. If the record names no rank: a rank that aborted, or ended with 0, without a word. Without a record: the rank
+           that failed first.
+
+        Args:
+            told: Ranks that ended by themselves: done, stopped, or with an error that they printed.
+            record: The recorded verdict; None if there is none.
+        """
+        repeats = record is not None and is_final(record.verdict or 0)
+        before = takewhile(lambda rank: not is_final(self.codes[rank]), self.failed)
+        dead = [] if repeats else [rank for rank in before if self.codes[rank] in SUDDEN]
+        mute = [rank for rank in self.failed if self.codes[rank] > 0 and rank not in told] if told else []
+        gone = [rank for rank, code in enumerate(self.codes) if code in (0, -signal.SIGABRT) and rank not in told]
+        recorded = [record.rank] if record is not None and record.rank is not None else []
+        last = self.failed if record is None or not self.failed else gone
+        rules = (self.lost, dead, self.frozen, mute, recorded, last)
+        return next((rank for ranks in rules for rank in ranks), None)
 
     @property
     def unready(self) -> bool:
         """True if the rank that failed first had no signal handlers yet when the stop signal came, so that the signal
         killed it."""
-        return self.first_failed is not None and self.stop is not None and self.codes[self.first_failed] == -self.stop
+        return bool(self.failed) and self.stop is not None and self.codes[self.failed[0]] == -self.stop
 
-    @property
-    def exit_code(self) -> int:
-        """Returns the shell exit code of the rank that failed first; without a failure, the largest code of all ranks."""
+    def exit_code(self, cause: int | None) -> int:
+        """Returns the shell exit code of the rank `cause`; if it is None, the largest code of all ranks and of their
+        launcher."""
         if self.aborted:
             return ABORTED
         if self.unready:
             return StoppedError.exit_code
         shell_codes = [128 - code if code < 0 else code for code in self.codes]
-        return max(shell_codes) if self.first_failed is None else shell_codes[self.first_failed]
+        return max([*shell_codes, self.launched]) if cause is None else shell_codes[cause]
 
 
 class RankTracker:
-    """Decides which signals the ranks of an attempt get at which times, and which rank caused a failure.
+    """Decides which signals the ranks of an attempt get at which times, and which ranks failed by themselves.
 
     The caller reports each event with its time (seconds of a monotonic clock), and sends the signals itself.
 
@@ -93,9 +118,9 @@ class RankTracker:
     def __init__(self, num_ranks: int, timeouts: ShutdownTimeouts, say: Callable[[str], None]) -> None:
         self.codes: dict[int, int] = {}
         self._num_ranks, self._timeouts, self._say = num_ranks, timeouts, say
-        self._failed: list[int] = []  # ranks in the order of failure, except ranks that the launcher killed
+        self._failed: list[int] = []
         self._frozen: tuple[int, ...] = ()
-        self._lost: dict[int, str] = {}
+        self._lost, self._words = dict[int, str](), dict[int, str]()
         self._terminate_at = self._kill_at = float("inf")
         self._stopping = self._aborted = False
         self._stopped = False  # whether a rank has stopped on a signal that this launcher did not send
@@ -110,14 +135,19 @@ class RankTracker:
         """True if a rank has failed by itself, without being killed by the launcher."""
         return bool(self._failed)
 
-    def end(self, rank: int, code: int, now: float, *, frozen: Callable[[], tuple[int, ...]], lost: str = "") -> None:
+    def end(
+        self, rank: int, code: int, now: float, *, frozen: Callable[[], tuple[int, ...]], lost: str = "", words: str = ""
+    ) -> None:
         """Reports that a rank has ended.
 
         Args:
             frozen: Returns the ranks suspended by SIGSTOP; called at the first failure.
             lost: A description if the rank's node or Ray worker is gone; empty if the process ended by itself.
+            words: What the system says of the end, such as the memory limit that killed the rank.
         """
         self.codes[rank] = code
+        if words:
+            self._words[rank] = words
         if lost:
             self._lost[rank] = lost
         if code in CLEAN:
@@ -152,11 +182,8 @@ class RankTracker:
         return [*due, signal.SIGKILL] if now >= self._kill_at else due
 
     def outcome(self, stop: signal.Signals | None) -> Outcome:
-        """Returns the outcome; all ranks must have ended. The cause is the first killed rank, else the first frozen rank,
-        else the first failed rank."""
-        killed = [rank for rank in self._failed if self.codes[rank] in SUDDEN]
-        cause = next(iter([*killed, *self._frozen, *self._failed]), None)
+        """Returns the outcome; all ranks must have ended."""
         codes = tuple(self.codes[rank] for rank in range(self._num_ranks))
         if stop is None and self._stopped:
             stop = signal.SIGTERM
-        return Outcome(codes, cause, stop, self._aborted, self._frozen, self._lost)
+        return Outcome(codes, tuple(self._failed), stop, self._aborted, self._frozen, self._lost, self._words)

@@ -9,7 +9,7 @@ from pathlib import Path
 from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import EXIT_DONE, ConfigError, DataError, DivergedError, ResourceError, StoppedError
 
-WITHOUT_GAIN = 2  # number of fruitless attempts in a row (`AttemptEnd.fruitless`) after which there is no restart
+WITHOUT_GAIN = 2  # number of fruitless failures in a row (`AttemptEnd.fruitless`) after which there is no restart
 STOPPED = StoppedError.exit_code
 # Exit codes after which a run is not restarted: errors that would only repeat, success, and a stop on request.
 FINAL = {kind.exit_code for kind in (ConfigError, DataError, DivergedError, ResourceError, StoppedError)} | {EXIT_DONE}
@@ -22,17 +22,18 @@ class AttemptEnd:
     Attributes:
         code: The recorded verdict; without a record, the exit code of the ranks. None while the attempt runs.
         begin, end: Step of the newest committed checkpoint, before and after the attempt; equal while the attempt runs.
+        asked: True if somebody asked the attempt to stop: a preemption, a time limit, a requeue, or the user.
     """
 
     code: int | None
     begin: int
     end: int
+    asked: bool = False
 
     @property
     def fruitless(self) -> bool:
-        """True if the attempt committed no later checkpoint, or only the checkpoint of the attempt's first step, which a
-        stop signal interrupted because the time limit is too short."""
-        return self.end <= self.begin + (self.code == STOPPED)  # a stop signal saves a checkpoint of the interrupted step
+        """True if the attempt committed no later checkpoint."""
+        return self.end <= self.begin
 
 
 def committed_step(checkpoints: Path) -> int:
@@ -50,17 +51,14 @@ def is_final(code: int) -> bool:
 
 
 def why_not_restarted(attempts: Sequence[AttemptEnd], max_restarts: int, *, option: str = "max_restarts") -> str | None:
-    """Returns the reason against a restart: the limit is reached, or the last attempts were fruitless. Returns None if the
+    """Returns the reason against a restart: the limit is reached, or the last failures were fruitless. Returns None if the
     job may be restarted. The limit counts every restart of the job, whatever ended its attempts. The message names
     `option`, which sets the limit; the default is the key in the cluster file."""
     if len(attempts) > max_restarts:  # the first attempt is no restart
         return f"it was restarted {max_restarts} times already ({option})" if max_restarts else f"{option}=0"
-    last = attempts[-WITHOUT_GAIN:]
-    if len(last) < WITHOUT_GAIN or not all(each.fruitless for each in last):
-        return None
-    if last[-1].end > last[0].begin:
-        return (
-            f"{WITHOUT_GAIN} attempts in a row were stopped at their first step, the last at step {last[-1].end}; a longer "
-            "time limit, or a smaller signal_seconds in the cluster file, leaves time for more"
-        )
-    return f"{WITHOUT_GAIN} attempts in a row committed no checkpoint after step {last[-1].end}"
+    # A stop without a checkpoint says nothing about the run: others asked for it, perhaps while the run still started.
+    failures = [each for each in attempts if not (each.fruitless and (each.asked or each.code == STOPPED))]
+    last = failures[-WITHOUT_GAIN:]
+    if len(last) == WITHOUT_GAIN and all(each.fruitless for each in last):
+        return f"{WITHOUT_GAIN} failed attempts in a row committed no checkpoint after step {last[-1].end}"
+    return None

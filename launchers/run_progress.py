@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import FiniteFloat, TypeAdapter
 
 from launchers.restart import committed_step
+from moe_dist.config.regular_file import read_regular
 from moe_dist.config.yaml_text import read_yaml
 from moe_dist.errors import ConfigError, DataError, DivergedError, ResourceError, StoppedError
 from moe_dist.runtime.files import lines_from_end
@@ -20,7 +21,9 @@ from moe_dist.runtime.status import AttemptRecord, measured_save_seconds
 
 RATE_STEPS = 20  # the shown throughput is the median over this many last steps
 RECORDS_READ = 8 << 20  # bytes read from the end of metrics.jsonl
-SILENT_SECONDS = 90.0  # age of a lease that counts as not renewed; far above the renewal's 5 s, because clocks differ
+SILENT_SECONDS = 90.0  # age of a lease that counts as not renewed, unless it is renewed while this process looks
+BEAT_SECONDS = 6.0  # a lease is renewed every 5 s
+LEASE_BYTES = 1 << 16
 _STEP_LINE = b'"kind":"step"'
 
 
@@ -115,9 +118,14 @@ def read_progress(path: Path, *, now: float | None = None) -> RunProgress:
     records = _last_records(folder.metrics_jsonl)
     latest = attempts[-1] if attempts else None
     step = records[0].step if records else 0
-    holder, beat_age = None, _age(folder.lease_json, now)
+    holder = None
     with contextlib.suppress(OSError):
         holder = read_holder(folder.lease_json)
+    if holder is not None and (holder.is_dead() or _has_ended(latest, holder)):
+        holder = None  # it died, or recorded its end, without a release of the lease
+    if holder is not None and (_age(folder.lease_json, now) or 0.0) >= SILENT_SECONDS:
+        now = _time_of_beat(folder.lease_json) or now
+    beat_age = _age(folder.lease_json, now)
     state = RunState.UNREADABLE if unreadable else _state(latest, holder, beat_age)
     committed = committed_step(folder.checkpoints)
     return RunProgress(
@@ -141,16 +149,33 @@ def read_progress(path: Path, *, now: float | None = None) -> RunProgress:
 
 
 def is_run(path: Path) -> bool:
-    """Returns whether a folder is a run folder."""
-    return (path / "config.yaml").is_file() or (path / "status.json").is_file()
+    """Returns whether a folder is a run folder. The snapshot of a Slurm job also has a config.yaml, beside its code."""
+    return (path / "status.json").is_file() or ((path / "config.yaml").is_file() and not (path / "code").is_dir())
+
+
+def _has_ended(latest: AttemptRecord | None, holder: Holder) -> bool:
+    return latest is not None and latest.verdict is not None and latest.attempt_id == holder.attempt_id
 
 
 def _state(latest: AttemptRecord | None, holder: Holder | None, beat_age: float | None) -> RunState:
-    if holder is not None and not holder.is_dead():
+    if holder is not None:
         return RunState.RUNNING if beat_age is not None and beat_age < SILENT_SECONDS else RunState.SILENT
     if latest is None:
         return RunState.NEW
     return RunState.DIED if latest.verdict is None else _STATES.get(latest.verdict, RunState.FAILED)
+
+
+def _time_of_beat(lease_json: Path) -> float | None:
+    """Waits for the next heartbeat of a lease. Returns its time by the clock of the file system, from which the clock of
+    this host may differ; None without a heartbeat."""
+    deadline = time.monotonic() + BEAT_SECONDS
+    with contextlib.suppress(OSError):
+        before = read_regular(lease_json, most_bytes=LEASE_BYTES, links=False)
+        while time.monotonic() < deadline:
+            if read_regular(lease_json, most_bytes=LEASE_BYTES, links=False) != before:
+                return lease_json.stat().st_mtime
+            time.sleep(0.1)
+    return None
 
 
 def _last_records(path: Path) -> list[_StepRecord]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -46,8 +47,8 @@ def main(
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
-    with reports_errors():
-        found = [read_progress(path) for path in find_runs(runs or [], root)]
+    with reports_errors(), ThreadPoolExecutor(32) as pool:  # a silent run is watched for some seconds
+        found = list(pool.map(read_progress, find_runs(runs or [], root)))
     console.print(one_run(found[0]) if len(found) == 1 and runs else many_runs(found, width=console.width))
     raise typer.Exit(EXIT_DONE)
 
@@ -178,7 +179,7 @@ def _attempts(run: RunProgress) -> Table:
             str(number),
             _plain(ending.host),
             time.strftime("%F %T", time.localtime(ending.started)),
-            duration(ending.ended - ending.started) if ending.ended is not None else "",
+            duration(max(0.0, ending.ended - ending.started)) if ending.ended is not None else "",
             str(run.step if current and ending.verdict is None else ending.last_step),
             _verdict(ending, run.state if current else None),
             _plain(_reason(ending)),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from launchers.command import RankCommand
+from launchers.memory_limit import MemoryLimit
 from launchers.rank_tracker import Outcome, RankTracker, ShutdownTimeouts
 from moe_dist.runtime.signals import StopSignals, child_of
 
@@ -79,6 +80,7 @@ class Ranks:
     ) -> None:
         self._ends: queue.SimpleQueue[int] = queue.SimpleQueue()  # ranks in the order in which they ended
         self._ranks: list[subprocess.Popen[bytes]] = []
+        self._memory = MemoryLimit()
         prepare = child_of(os.getpid(), ignore_stop=False)
         try:
             for command, log in zip(commands, logs, strict=True):
@@ -128,7 +130,9 @@ class Ranks:
     def _note_end(self) -> None:
         with contextlib.suppress(queue.Empty):
             rank = self._ends.get(timeout=TICK_SECONDS)  # the main thread's signal handlers run during the wait
-            self._tracker.end(rank, self._ranks[rank].wait(), time.monotonic(), frozen=self._frozen)
+            code = self._ranks[rank].wait()
+            words = self._memory.words() if code == -signal.SIGKILL else ""
+            self._tracker.end(rank, code, time.monotonic(), frozen=self._frozen, words=words)
 
     def _frozen(self) -> tuple[int, ...]:
         return tuple(rank for rank, pid in enumerate(self.pids) if is_stopped(pid))

@@ -96,7 +96,8 @@ def main(
             threads=site.cpus_per_rank,
         )
         commands = [command for command in rank_commands(launch) if command.node == node]
-        raise typer.Exit(run_ranks(commands, signals, grace).exit_code)
+        outcome = run_ranks(commands, signals, grace)
+        raise typer.Exit(outcome.exit_code(outcome.cause()))
 
 
 if __name__ == "__main__":

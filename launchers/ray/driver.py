@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -49,27 +49,31 @@ def drive(job: RayJob, signals: StopSignals) -> int:
             print(text, file=sys.stderr, flush=True)
         job.folder.prepare()  # made before the actors start, because each actor checks that it sees the folder
 
-        faulty: set[str] = set()  # Ray's ids of nodes where an earlier attempt failed first
+        faulty: set[str] = set()  # Ray's ids of nodes at fault in earlier attempts
+        nodes: list[str] = []  # Ray's id of each rank's node
         seconds = grace * (1 - MARGIN) if grace else DEFAULT_GRACE_SECONDS
 
-        def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
-            return _attempt(job, restarts, attempt_id, signals, seconds, faulty)
+        def run(restarts: int, attempt_id: str) -> Outcome:
+            outcome, nodes[:] = _attempt(job, restarts, attempt_id, signals, seconds, faulty)
+            return outcome
 
-        code = run_attempts(job.folder, run, signals, prefix="ray", max_restarts=job.max_restarts, option="--max-restarts")
+        limit, blame = job.max_restarts, lambda rank: faulty.add(nodes[rank])
+        code = run_attempts(job.folder, run, signals, prefix="ray", max_restarts=limit, blame=blame)
         time.sleep(LAST_LINES_SECONDS)  # waits until Ray has forwarded the last output of rank 0
     return code
 
 
 def _attempt(
-    job: RayJob, restarts: int, attempt_id: str, signals: StopSignals, grace_seconds: float, faulty: set[str]
-) -> tuple[Outcome, list[int]]:
-    """Runs one attempt; returns its outcome and, for each rank's log, the offset at which the attempt begins. Adds the node
-    of the rank that failed first to `faulty`."""
+    job: RayJob, restarts: int, attempt_id: str, signals: StopSignals, grace_seconds: float, faulty: Collection[str]
+) -> tuple[Outcome, list[str]]:
+    """Runs one attempt, on `faulty` nodes only if the others do not suffice. Returns its outcome, and Ray's id of each
+    rank's node."""
     wait = REPLACE_SECONDS if restarts else SETTLE_SECONDS
     gang = gather_gang(
         job.plan,
         bundle_of_rank(job.plan, job.cluster.cpus_per_rank),
-        [str(path) for path in (job.config, job.folder.logs, job.data)],
+        [str(path) for path in (job.config, job.folder.logs)],
+        str(job.data),
         together=job.together,
         exclude=job.cluster.exclude,
         avoid=faulty,
@@ -79,7 +83,7 @@ def _attempt(
     )
     try:
         print(workers_table(gang.job, gang.workers), flush=True)
-        offsets = begin_logs(job.folder, job.plan.world_size, attempt_id)
+        begin_logs(job.folder, job.plan.world_size, attempt_id)
         planned = job.commands(
             gang.job, attempt=restarts, attempt_id=attempt_id, grace_seconds=grace_seconds, hosts=gang.hosts
         )
@@ -90,8 +94,7 @@ def _attempt(
         commands = [replace(command, env={**job.variables, **command.env}) for command in commands]
         logs = [job.folder.log_of(command.rank) for command in commands]
         outcome = gang.run(commands, logs, signals, ShutdownTimeouts(stop=grace_seconds * (1 + MARGIN / 2)))
-        faulty.update(() if outcome.first_failed is None else (gang.node(outcome.first_failed).node_id,))
-        return outcome, offsets
+        return outcome, [gang.node(rank).node_id for rank in range(job.plan.world_size)]
     finally:
         gang.close()  # kills the actors, even after an error
 

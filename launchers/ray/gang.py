@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,12 @@ class Gang:
         """Returns the host names in the order of the plan."""
         return tuple(node.host for node in self._nodes)
 
-    def gather(self, paths: Sequence[str], signals: StopSignals) -> None:
+    def gather(self, paths: Sequence[str], data: str, signals: StopSignals) -> None:
         """Starts the actors and waits until each one has answered.
 
         Raises:
             LostError: another job uses a node, or an actor did not start.
-            ConfigError: one of the `paths` does not exist on a node.
+            ConfigError: the data, or one of the `paths`, do not exist on a node.
             StoppedError: a stop signal came before all actors had answered.
         """
         if not self._group.wait(READY_SECONDS):  # another job may have taken the chosen nodes
@@ -87,7 +88,7 @@ class Gang:
             place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
             self._actors.append(actor.options(**size, max_concurrency=4, scheduling_strategy=place).remote(rank))
         faults: dict[str, str] = {}
-        calls = [each.worker.remote(paths) for each in self._actors]
+        calls = [each.worker.remote(paths, data) for each in self._actors]
         for rank, (worker, error) in enumerate(_answers(calls, signals)):
             if error:
                 _refuse_stop(signals)
@@ -128,8 +129,9 @@ class Gang:
             ended, _ = ray.wait(list(running), num_returns=len(running), timeout=TICK_SECONDS)  # one call for all ranks
             for reference in ended:
                 rank = running.pop(reference)
-                code, lost = self._code(rank, reference)
-                tracker.end(rank, code, time.monotonic(), frozen=lambda: self._frozen(running.values()), lost=lost)
+                code, words, lost = self._code(rank, reference)
+                frozen = partial(self._frozen, running.values())
+                tracker.end(rank, code, time.monotonic(), frozen=frozen, lost=lost, words=words)
             for number in tracker.signals_due(signals, time.monotonic()):
                 if number == signal.SIGKILL:
                     self._end_the_rest(tracker, running)
@@ -147,15 +149,15 @@ class Gang:
     def node(self, rank: int) -> RayNode:
         return self._nodes[self.job.node_of(rank).index]
 
-    def _code(self, rank: int, reference: Any) -> tuple[int, str]:
-        """Returns (exit code of a rank, ''); if its Ray worker or node is lost, (code of SIGKILL, description)."""
+    def _code(self, rank: int, reference: Any) -> tuple[int, str, str]:
+        """Returns (exit code of a rank, words about a memory limit, ''); if its Ray worker or node is lost, (code of
+        SIGKILL, '', description)."""
         try:
-            return ray.get(reference), ""
-        except RayError:
+            return *ray.get(reference), ""
+        except RayError as error:
             node = self.node(rank)
-            worker_died = takes_connections(node)
-            what = "its Ray worker died (killed, out of memory?) on" if worker_died else "it was lost with its node"
-            return -signal.SIGKILL, f"{what} {node.address}"
+            why = f"its Ray worker died on {node.address} ({last_line(error)})"
+            return -signal.SIGKILL, "", why if takes_connections(node) else f"lost with its node {node.address}"
 
     def _frozen(self, ranks: Collection[int]) -> tuple[int, ...]:
         calls = {self._actors[rank].frozen.remote(): rank for rank in ranks}
@@ -175,7 +177,7 @@ class Gang:
         for rank in running.values():
             ray.kill(self._actors[rank])
             node = self.node(rank)
-            lost = "" if takes_connections(node) else f"its node {node.address} does not answer"
+            lost = "" if takes_connections(node) else f"node {node.address} does not answer"
             tracker.end(rank, -signal.SIGKILL, time.monotonic(), frozen=tuple, lost=lost)
         running.clear()
 
@@ -213,6 +215,7 @@ def gather_gang(
     job: JobPlan,
     bundle: Mapping[str, float],
     paths: Sequence[str],
+    data: str,
     *,
     together: Sequence[tuple[int, ...]] = (),
     exclude: Collection[str] = (),
@@ -225,7 +228,7 @@ def gather_gang(
     missing, requests the planned nodes from an autoscaler.
 
     Args:
-        paths: Files and folders that must exist on every node.
+        paths, data: New files and folders, and the data, which must exist on every node.
         together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain.
         exclude: Host names or addresses of nodes that must not be used.
         avoid: Ray's ids of nodes that are used only if the other nodes do not suffice.
@@ -271,7 +274,7 @@ def gather_gang(
             else:
                 gang = Gang(assignment.job, assignment.nodes, bundle)
                 try:
-                    gang.gather(paths, signals)
+                    gang.gather(paths, data, signals)
                     return gang
                 except LostError as error:
                     gang.close()

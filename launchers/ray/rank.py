@@ -20,12 +20,13 @@ from typing import Any
 
 import ray
 
+from launchers.memory_limit import MemoryLimit
 from launchers.ray.metrics import serve_metrics
 from launchers.ray.rank_supervisor import Order
 from launchers.supervise import is_stopped
 from moe_dist.runtime.environment import RAY_METRICS
 
-SEEN_SECONDS = 30.0  # an NFS client may take this many seconds to see a new file
+SEEN_SECONDS = 30.0  # an NFS client may take this many seconds to see a new file; the data are older
 POLL_SECONDS = 0.2
 
 
@@ -54,16 +55,17 @@ class RankActor:
         self._rank = rank
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._pid: int | None = None
-        self._socket_folder: tempfile.TemporaryDirectory[str] | None = None
+        self._memory = MemoryLimit()
 
     def __repr__(self) -> str:  # Ray prefixes forwarded output lines with this text
         return f"rank {self._rank}"
 
-    def worker(self, paths: Sequence[str]) -> WorkerInfo:
+    def worker(self, paths: Sequence[str], data: str) -> WorkerInfo:
         """Returns the node and GPUs of this actor; a result proves that the actor runs. Waits up to SEEN_SECONDS for
-        `paths`, the files and folders that must exist on the node."""
-        deadline = time.monotonic() + SEEN_SECONDS
-        while (missing := [path for path in paths if not Path(path).exists()]) and time.monotonic() < deadline:
+        `paths`, the new files and folders that must exist on the node, but not for the data."""
+        deadline, missing = time.monotonic() + SEEN_SECONDS, [] if Path(data).exists() else [data]
+        while not missing and (unseen := [path for path in paths if not Path(path).exists()]):
+            missing = unseen if time.monotonic() >= deadline else []
             time.sleep(POLL_SECONDS)  # an NFS client refreshes its cache only after some time
         context = ray.get_runtime_context()
         return WorkerInfo(
@@ -84,11 +86,10 @@ class RankActor:
             shown: True for rank 0: its output goes to the driver and its metrics to Ray.
         """
         variables = {**os.environ, **env}
+        scratch = tempfile.mkdtemp(prefix="moe_dist_") if shown else ""  # the supervisor, which outlives us, deletes it
         if shown:
-            self._socket_folder = tempfile.TemporaryDirectory(prefix="moe_dist_")
-            path = Path(self._socket_folder.name) / "metrics"
-            serve_metrics(path)  # runs in the actor, because only the actor can use Ray's API
-            variables[RAY_METRICS] = str(path)
+            variables[RAY_METRICS] = str(Path(scratch) / "metrics")
+            serve_metrics(Path(variables[RAY_METRICS]))  # runs in the actor, because only the actor can use Ray's API
         self._supervisor = subprocess.Popen(
             [sys.executable, "-m", "launchers.ray.rank_supervisor"],
             env=variables,
@@ -96,18 +97,20 @@ class RankActor:
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ray kills an ended worker's process group; the supervisor must outlive the worker
         )
-        self._tell(Order([argv[0] or sys.executable, *argv[1:]], variables, log, shown).line())
+        self._tell(Order([argv[0] or sys.executable, *argv[1:]], variables, log, shown, scratch).line())
         self._pid = self._hear().get("pid")  # returns when the rank runs
         if self._pid is None:
             raise RuntimeError(f"{socket.gethostname()}: {argv[0]} could not be started")
 
-    def wait(self) -> int:
-        """Waits for the end of the rank; returns its exit code. A negative code is the signal that killed the rank."""
+    def wait(self) -> tuple[int, str]:
+        """Waits for the end of the rank. Returns its exit code and, if a memory limit of the node killed the rank, words
+        about this limit. A negative code is the signal that killed the rank."""
         code = self._hear().get("code", -signal.SIGKILL)  # no message comes if supervisor and rank were killed
+        words = self._memory.words() if code == -signal.SIGKILL else ""
         self._pid = None
         assert self._supervisor is not None
         self._supervisor.wait()  # the supervisor exits after the last process that the rank has started
-        return code
+        return code, words
 
     def send(self, number: signal.Signals) -> None:
         """Forwards a signal to the rank."""

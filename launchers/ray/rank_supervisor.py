@@ -17,6 +17,7 @@ import ctypes
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,12 +42,14 @@ class Order:
         env: The complete environment.
         log: File to which the output is appended.
         shown: True for rank 0: standard output and standard error go to the driver, and standard error also into the log.
+        scratch: Folder that the supervisor deletes at its end; '' for none.
     """
 
     argv: Sequence[str]
     env: Mapping[str, str]
     log: str
     shown: bool
+    scratch: str = ""
 
     def line(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"
@@ -56,6 +59,7 @@ class RankSupervisor:
     """Runs one rank, until the last process that the rank has started is gone."""
 
     def __init__(self, order: Order) -> None:
+        self._scratch = order.scratch
         self._code: int | None = None
         self._inputs: list[int] = [0]
         with open(order.log, "ab", buffering=0) as log:
@@ -83,6 +87,8 @@ class RankSupervisor:
         self._end_the_adopted(time.monotonic() + (LINGER_SECONDS if 0 in self._inputs else 0.0))
         while self._look(0.0):  # drain the pipe
             pass
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _look(self, seconds: float) -> bool:
         """Waits for input and reaps ended children; returns True if there was input."""

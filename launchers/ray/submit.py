@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # seconds from `ray job stop` until Ray kills the driver
 POLL_SECONDS = 1.0
+LOST_SECONDS = 10.0  # time without an answer after which Ray's head counts as lost
 _VERDICT = re.compile(r"^moe_dist ends with verdict (\d+)$", re.MULTILINE)
 
 
@@ -67,8 +68,19 @@ def submit(address: str, line: str, *, grace_seconds: int, config: Config, forwa
         if_refused.pop_all()  # keeps the file: the job was accepted, and its driver deletes the file
     again = f"moe-dist launch ray --stop {job_id} --submit {address}"
     print(f"job {job_id}: {line}\nto stop it and wait for its save: {again}", file=sys.stderr, flush=True)
+    folder = RunFolder.of(config)
+    known = {each.attempt_id for each in folder.read_status().attempts}
     try:
         return follow_job(client, job_id)
+    except (RuntimeError, OSError) as error:
+        latest = folder.read_status().latest
+        code = latest.verdict if latest is not None and latest.attempt_id not in known else None
+        print(
+            f"Ray's head at {address} does not answer ({str(error).splitlines()[0]}); {folder.status_json} has "
+            + ("no verdict of this job; the same command resumes the run" if code is None else f"the verdict {code}"),
+            file=sys.stderr,
+        )
+        return EXIT_FAILED if code is None else code
     except KeyboardInterrupt:
         print(f"\nno longer following the log; job {job_id} continues. Stop it with: {again}", file=sys.stderr)
         return ABORTED
@@ -132,15 +144,23 @@ def connect(address: str) -> "JobSubmissionClient":
 
 
 def follow_job(client: "JobSubmissionClient", job_id: str) -> int:
-    """Prints a job's log until the job has ended; returns the job's verdict."""
-    shown = _Shown()
+    """Prints a job's log until the job has ended; returns the job's verdict. Raises OSError or RuntimeError if Ray's head
+    does not answer any more."""
+    shown, answered = _Shown(), time.monotonic()
     while True:
         broken: Exception | None = None
         try:
             asyncio.run(_show(client, job_id, shown))
         except (RuntimeError, OSError) as error:  # connection lost; the next lines query the job
             broken = error
-        details = client.get_job_info(job_id)  # polls, because Ray has no call that waits for a job
+        try:
+            details = client.get_job_info(job_id)  # polls, because Ray has no call that waits for a job
+            answered = time.monotonic()
+        except (RuntimeError, OSError):
+            if time.monotonic() - answered > LOST_SECONDS:
+                raise
+            time.sleep(POLL_SECONDS)
+            continue
         if details.status.is_terminal():
             log = client.get_job_logs(job_id)
             print(log[shown.characters :], end="", flush=True)  # the part of the log that was not printed yet

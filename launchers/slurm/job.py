@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -28,16 +29,9 @@ from launchers.slurm.nodes import (
     ranks_by_task,
 )
 from launchers.slurm.script import PROGRAM, interpreter, output_pattern, rank_table, sbatch_line, script, srun_command
-from launchers.slurm.step import (
-    SlurmJob,
-    conclude,
-    hold_signals_prefix,
-    host_at_fault,
-    name_unconcluded,
-    requeue_job,
-    run_step,
-)
+from launchers.slurm.step import SlurmJob, hold_signals_prefix, name_unconcluded, outcome_of, requeue_job, run_step
 from launchers.snapshot import CodeSnapshot, take_snapshot
+from launchers.verdict import conclude
 from moe_dist.config.bundled import find_config
 from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.config.load import load_config
@@ -105,19 +99,27 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     places = ranks_by_task(plan, hosts, allocated)
     ranks_of = {host: [*places.get(host, {}).values()] for host in allocated}
     write_atomically(_ranks_file(path, job.restarts), json.dumps(ranks_of))
-    with StopSignals() as signals:
-        code, ended = run_step(command, env)
-        verdict = conclude(folder, job, code, ended, stopped=signals.first is not None, places=places)
-        ends.append(AttemptEnd(verdict, begin, committed_step(folder.checkpoints)))
+
+    def note_stop() -> None:  # for the next attempt, in case Slurm kills this process before the ranks have saved
+        with contextlib.suppress(OSError):
+            _keep(path, [*ends, AttemptEnd(None, begin, begin, asked=True)])
+
+    with StopSignals():  # also while the job is requeued, when Slurm sends stop signals as well
+        with StopSignals(note_stop) as signals:
+            started, restarts = time.monotonic(), len(ends)
+            outcome = outcome_of(*run_step(command, env), places, stopped=signals.first is not None)
+            verdict = conclude(folder, job.attempt_id, outcome, restarts=restarts, lasted=time.monotonic() - started)
+        print(f"verdict {verdict.code}: {verdict.reason.partition(chr(10))[0]}; logs are in {folder.logs}", file=sys.stderr)
+        ends.append(AttemptEnd(verdict.code, begin, committed_step(folder.checkpoints), outcome.stop is not None))
         _keep(path, ends)
-        if verdict == STOPPED or not is_final(verdict):
+        if verdict.code == STOPPED or not is_final(verdict.code):
             requeue_job(job, snapshot, path, why_not_restarted(ends, cluster.max_restarts))
-        if verdict == EXIT_FAILED and (host := host_at_fault(folder, job, ended, places)):
-            faulty.append(host)
+        if verdict.code == EXIT_FAILED and verdict.rank is not None:
+            faulty.append(outcome.hosts[verdict.rank])
             with contextlib.suppress(OSError):  # on a full disk the next attempt may use the faulty node again
                 write_atomically(faults, " ".join(faulty))
             print(leave_out(job.name, faulty, snapshot.script), file=sys.stderr)
-    return verdict
+    return verdict.code
 
 
 def _read_clone(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> tuple[Cluster, Config]:
@@ -165,7 +167,8 @@ def _begin(job: SlurmJob, folder: RunFolder, path: Path, step: int) -> list[Atte
         before = replace(job, restarts=job.restarts - 1)
         ranks_of = _ranks_file(path, before.restarts)
         known = json.loads(ranks_of.read_text()) if ranks_of.is_file() else {}
-        code = name_unconcluded(folder, before.attempt_id, known)
+        asked = ends[-1].asked
+        code = name_unconcluded(folder, before.attempt_id, known, asked=asked, restarts=len(ends) - 1)
         ends[-1] = AttemptEnd(code, ends[-1].begin, step)
     _keep(path, [*ends, AttemptEnd(None, step, step)])
     return ends

@@ -1,4 +1,4 @@
-"""Runs the srun step of a Slurm job, determines its verdict (the recorded exit code), and requeues the job."""
+"""Runs the srun step of a Slurm job, reads how its tasks ended, and requeues the job."""
 
 import contextlib
 import os
@@ -9,33 +9,32 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.attempts import last_output
-from launchers.command import rank_ranges
-from launchers.rank_tracker import SUDDEN
-from launchers.restart import STOPPED, committed_step, is_final
+from launchers.rank_tracker import CLEAN, Outcome
+from launchers.restart import STOPPED
 from launchers.slurm.nodes import SlurmError, ask, lost_among, outside_jobs
 from launchers.slurm.script import HOLD_SIGNALS
 from launchers.snapshot import CodeSnapshot
+from launchers.verdict import Verdict, ranks_of, write
 from moe_dist.config.cluster import Cluster, PyxisContainer
-from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError
+from moe_dist.errors import EXIT_FAILED, ConfigError
 from moe_dist.runtime.lease import WAIT_SECONDS
 from moe_dist.runtime.run_folder import RunFolder
 
 # Slurm kills this process KillWait (30 s by default) after a node failure, and srun may need longer than KillWait to end.
 NODE_SECONDS = 5.0  # from the node failure until this process kills srun, in time to record the cause
-LEASE_SECONDS = 5.0  # wait until rank 0 releases the run folder's lease, because then the cause can be recorded
+PEER_SECONDS = 6.0  # from a task's failure until srun kills the other tasks, which log their own errors meanwhile
 _ENDED = re.compile(
     r"srun: error: (?:Node failure on (?P<lost>\S+)|"
-    r"(?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>Exited with exit code (?P<code>\d+)|.+?)(?: \(core dumped\))?\s*$)"
+    r"(?P<node>\S+): tasks? (?P<tasks>[\d,-]+): "
+    r"(?:Exited with exit code (?P<code>\d+)|(?P<how>.+?))(?: \(core dumped\))?\s*$)"
 )
 _KILLS = re.compile(r"srun: (?:First task exited|Terminating |Job step aborted|forcing job termination)")
-# srun's words for a task that a signal killed -> the signal. A task that a signal killed cannot record a reason.
-_SIGNALS = {signal.strsignal(-each): f"killed by {signal.Signals(-each).name}" for each in SUDDEN}
-_SIGNALS["Out Of Memory"] = "killed, out of memory"
+_MEMORY = re.compile(r"slurmstepd\S*: error: (.*(?:memory limit|oom.?kill).*)", re.IGNORECASE)
+_CODES = {signal.strsignal(each): -each for each in signal.Signals} | {"Out Of Memory": -signal.SIGKILL}  # srun's words
 Places = Mapping[str, Mapping[int, int]]  # host -> task -> rank
 
 
@@ -107,101 +106,101 @@ def hold_signals_prefix(cluster: Cluster) -> tuple[str, ...]:
 
 
 def run_step(command: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[int, list[str]]:
-    """Runs srun to its end. Returns srun's exit code, and its error lines about failed tasks, in order. `conclude` prints
-    the error lines after the failed rank's own output. Standard output goes to the job's file."""
+    """Runs srun to its end, and ends srun soon after a task has failed. Returns srun's exit code, and its error lines about
+    failed tasks and memory limits, in order. Standard output goes to the job's file."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", env=env
     )
-    ended: list[str] = []
+    kept: list[str] = []
+
+    def later(seconds: float, end: Callable[[], None]) -> None:  # has no effect on a process that has ended
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        timer.start()
+
     assert process.stderr is not None
     for line in process.stderr:
-        if (match := _ENDED.match(line)) or _KILLS.match(line):
-            ended.append(line.strip())
+        match = _ENDED.match(line)
+        if match or _KILLS.match(line) or _MEMORY.match(line):
+            kept.append(line.strip())
         if match and match["lost"]:
-            timer = threading.Timer(NODE_SECONDS, process.kill)  # has no effect on a process that has ended
-            timer.daemon = True
-            timer.start()
+            later(NODE_SECONDS, process.kill)
+        elif match and int(match["code"] or EXIT_FAILED) not in CLEAN:
+            later(PEER_SECONDS, process.terminate)  # srun then kills all tasks
         if not match:
             sys.stderr.write(line)
             sys.stderr.flush()
     code = process.wait()
-    return (128 - code if code < 0 else code), ended  # a shell reports signal N as exit code 128 + N
+    return (128 - code if code < 0 else code), kept  # a shell reports signal N as exit code 128 + N
 
 
-def conclude(folder: RunFolder, job: SlurmJob, code: int, ended: Sequence[str], *, stopped: bool, places: Places) -> int:
-    """Returns the verdict of this attempt, and prints its reason on standard error. A verdict in status.json takes
-    precedence over srun's exit code, which is different if srun has killed tasks; an exit code that is no verdict of
-    moe_dist counts as 1. Writes the verdict into status.json if the ranks recorded no verdict, or only a rank's follow-up
-    error.
+def outcome_of(code: int, lines: Sequence[str], places: Places, *, stopped: bool) -> Outcome:
+    """Returns how the ranks ended.
 
     Args:
-        code, ended: Results of `run_step`.
-        stopped: True if the batch script got a stop signal.
+        code, lines: Results of `run_step`. srun has no line about a task that ended with 0.
         places: The tasks of each host, with the rank of each task.
+        stopped: True if the batch script got a stop signal.
     """
-    record = folder.read_status().of(job.attempt_id)
-    ends = [match for line in ended if (match := _ENDED.match(line))]
-    # A rank that was killed, or lost with its node, recorded no reason. status.json has another rank's follow-up error.
-    silent = _first_death(ended)
-    verdict = EXIT_FAILED if silent else next((int(match["code"]) for match in ends if match["code"]), code)
-    requested = stopped and not (silent and silent["lost"])  # Slurm also sends stop signals after a node failure
-    if record is not None and record.verdict == STOPPED != verdict and ends and not requested:
-        record = replace(record, verdict=None)  # after a failure Slurm ends all tasks, which a rank took for a stop request
-    if record is not None and record.verdict is not None and not (silent and record.verdict == EXIT_FAILED):
-        if record.verdict not in (EXIT_DONE, STOPPED):
-            _show_cause(folder, job, [] if record.rank is None else [record.rank], ended, places)
-        _say(f"verdict {record.verdict}: {record.reason.partition(chr(10))[0]}")
-        return record.verdict
-    if requested:
-        _say("a stop signal ended the ranks before they could save; the last checkpoint is intact")
-        return STOPPED
-    if verdict:
-        first = silent or next(iter(ends), None)
-        reason, ranks = _describe(first, places) if first else (f"srun ended with {code}", [])
-        verdict = verdict if is_final(verdict) else EXIT_FAILED
-        if record is not None:
-            _record(folder, job.attempt_id, verdict, reason, rank=ranks[0] if ranks else None, last_step=record.last_step)
-        _show_cause(folder, job, ranks if first and not first["lost"] else [], ended, places)
-        _say(f"verdict {verdict}: {reason}; the ranks' logs are in {folder.logs}")
-    return verdict
+    host_of = {rank: host for host, ranks in places.items() for rank in ranks.values()}
+    codes, failed, lost, words = dict.fromkeys(sorted(host_of), 0), list[int](), dict[int, str](), dict[int, str]()
+    memory, killed = "", False  # Slurm's words about a memory limit; whether srun has begun to kill tasks
+    for line in lines:
+        killed = killed or _KILLS.match(line) is not None
+        memory = match[1] if (match := _MEMORY.match(line)) else memory
+        if (match := _ENDED.match(line)) is None:
+            continue
+        on_node = places.get(match["lost"] or match["node"], {})
+        ended = -signal.SIGKILL if match["lost"] else int(match["code"] or _CODES.get(match["how"], EXIT_FAILED))
+        ranks = sorted(on_node.values()) if match["lost"] else [on_node[n] for n in _tasks(match["tasks"]) if n in on_node]
+        codes |= dict.fromkeys(ranks, ended)
+        if match["lost"]:
+            lost |= dict.fromkeys(ranks, f"Node failure on {match['lost']}")
+        if match["how"] == "Out Of Memory" or (memory and ended == -signal.SIGKILL and not killed):
+            words |= dict.fromkeys(ranks, memory or "out of memory")
+        if ended not in CLEAN and not (killed and ended in (-signal.SIGKILL, -signal.SIGTERM)):
+            failed += ranks
+    # Slurm also sends stop signals after a node failure. A rank that stopped before any failed got a signal of its own.
+    first = next((match["code"] for line in lines if (match := _ENDED.match(line))), None)
+    stop = signal.SIGTERM if not lost and (stopped or first == str(STOPPED)) else None
+    hosts = tuple(host_of[rank] for rank in codes)
+    return Outcome(tuple(codes.values()), tuple(failed), stop, lost=lost, words=words, hosts=hosts, launched=code)
 
 
-def host_at_fault(folder: RunFolder, job: SlurmJob, ended: Sequence[str], places: Places) -> str | None:
-    """Returns the node that failed, or on which a signal killed a task first; else the node of the rank that recorded the
-    cause; else the node of the task that ended first. Returns None if no node is known. Call it after `conclude`."""
-    if first := _first_death(ended):
-        return first["lost"] or first["node"]
-    record = folder.read_status().of(job.attempt_id)
-    recorded = [host for host, tasks in places.items() if record is not None and record.rank in tasks.values()]
-    return next(iter([*recorded, *(match["node"] for line in ended if (match := _ENDED.match(line)))]), None)
+def _tasks(text: str) -> list[int]:
+    """Returns the numbers in srun's list of tasks: `0-2,5` means 0, 1, 2, 5."""
+    bounds = [part.split("-") for part in text.split(",")]
+    return [number for part in bounds for number in range(int(part[0]), int(part[-1]) + 1)]
 
 
-def name_unconcluded(folder: RunFolder, attempt_id: str, ranks_of: Mapping[str, Sequence[int]]) -> int:
-    """Records and returns the verdict of an attempt whose batch script Slurm killed before `conclude`. The reason names the
-    nodes of this attempt that are down now.
+def name_unconcluded(
+    folder: RunFolder, attempt_id: str, on_host: Mapping[str, Sequence[int]], *, asked: bool, restarts: int
+) -> int:
+    """Records and returns the verdict of an attempt whose batch script Slurm killed before it concluded. The reason names
+    the nodes of this attempt that are down now.
 
     Args:
-        ranks_of: The ranks on each host of the attempt; the first host ran the batch script.
+        on_host: The ranks on each host of the attempt; the first host ran the batch script.
+        asked: True if the batch script had got a stop signal.
+        restarts: Number of restarts before the attempt.
     """
     record = folder.read_status().of(attempt_id)
-    if record is None:
-        return EXIT_FAILED
-    if record.verdict not in (None, EXIT_FAILED):
+    if record is not None and record.verdict not in (None, EXIT_FAILED):
         return record.verdict
-    lost = lost_among([*ranks_of])
-    ranks = sorted(rank for host in lost for rank in ranks_of[host])
+    lost = lost_among([*on_host])
+    ranks = sorted(rank for host in lost for rank in on_host[host])
+    where = f" on {next(iter(on_host))}" if on_host else ""
+    code, killed = EXIT_FAILED, f"Slurm killed the batch script{where}"
     if lost:
-        reason = (f"{_ranks_text(ranks)}: " if ranks else "") + f"Node failure on {', '.join(lost)}"
+        reason = (f"{ranks_of(ranks)}: " if ranks else "") + f"Node failure on {', '.join(lost)}"
+    elif asked:
+        code, reason = STOPPED, f"{killed} after a request to stop, before the ranks had saved: KillWait is too short"
     else:
-        where = f" on {next(iter(ranks_of))}" if ranks_of else ""
-        seen = f"; rank {record.rank} reported: {record.reason}" if record.reason else ""
-        reason = (
-            f"Slurm killed the batch script{where} before it could name the cause: its node failed, or KillWait is too "
-            f"short{seen}"
-        )
-    rank = ranks[0] if ranks else None
-    _record(folder, attempt_id, EXIT_FAILED, reason, rank=rank, last_step=record.last_step, wait_seconds=WAIT_SECONDS)
-    return EXIT_FAILED
+        seen = f"; rank {record.rank} reported: {record.reason}" if record is not None and record.reason else ""
+        reason = f"{killed} before it could name the cause: its node failed, or KillWait is too short{seen}"
+    verdict = Verdict(code, reason, ranks[0] if ranks else None)
+    write(folder, attempt_id, verdict, restarts=restarts, wait_seconds=WAIT_SECONDS)
+    return code
 
 
 def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: str | None) -> None:
@@ -237,72 +236,6 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
             _say(f"Slurm is ending the job ({state}) for good; continue it with: {shlex.join(again)}")
     except SlurmError as error:
         _say(f"Slurm refuses to requeue the job: {error}; continue with: {shlex.join(again)}")
-
-
-def _first_death(ended: Sequence[str]) -> re.Match[str] | None:
-    """Finds srun's line about the node that failed, or about the first task that a signal killed. Returns None if srun
-    itself killed that task, or if a task ended earlier with an exit code that rules out a restart."""
-    matches = [_ENDED.match(line) for line in ended]
-    if lost := next((match for match in matches if match and match["lost"]), None):
-        return lost
-    for match in matches:
-        if match is None or (match["code"] and is_final(int(match["code"]))):  # without a match srun kills the later tasks
-            break
-        if match["how"] in _SIGNALS:
-            return match
-    return None
-
-
-def _describe(match: re.Match[str], places: Places) -> tuple[str, list[int]]:
-    """Rewrites srun's line in terms of ranks; also returns these ranks. Keeps a line about tasks without a planned rank."""
-    node = match["node"] or match["lost"]
-    on_node = places.get(node, {})
-    bounds = [part.split("-") for part in (match["tasks"] or "").split(",") if part]
-    tasks = [task for part in bounds for task in range(int(part[0]), int(part[-1]) + 1)]
-    ranks = sorted(on_node.values()) if match["lost"] else [on_node[task] for task in tasks if task in on_node]
-    if not ranks:
-        return match[0].removeprefix("srun: error: "), []
-    what = f": Node failure on {node}" if match["lost"] else f" on {node}: {_SIGNALS.get(match['how'], match['how'])}"
-    return _ranks_text(ranks) + what, ranks
-
-
-def _ranks_text(ranks: Sequence[int]) -> str:
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {rank_ranges(ranks)}"
-
-
-def _record(
-    folder: RunFolder,
-    attempt_id: str,
-    verdict: int,
-    reason: str,
-    *,
-    rank: int | None,
-    last_step: int,
-    wait_seconds: float = LEASE_SECONDS,
-) -> None:
-    """Writes the end of the run into status.json. Replaces a follow-up error that another rank has already written."""
-    ended = {"verdict": verdict, "reason": reason, "rank": rank, "attempt_id": attempt_id}
-    last = max(last_step, committed_step(folder.checkpoints))
-    with contextlib.suppress(OSError, MoeDistError):  # on a full disk the exit code alone reports the failure
-        # write_status works while rank 0 hangs and holds the lease; amend_status replaces the error of another rank.
-        if not folder.write_status(**ended, last_step=last):
-            folder.amend_status(**ended, last_step=last, wait_seconds=wait_seconds)
-
-
-def _show_cause(folder: RunFolder, job: SlurmJob, candidates: Sequence[int], ended: Sequence[str], places: Places) -> None:
-    """Prints the last output of the rank that failed first, then srun's lines about all failed tasks. `candidates` are the
-    failed rank, or all ranks of the node that srun names; the first candidate with a traceback is shown."""
-    outputs: dict[int, str] = {}
-    for rank in candidates:
-        with contextlib.suppress(OSError):
-            log = folder.log_of(rank)
-            outputs[rank] = last_output(log, max(0, log.read_bytes().rfind(f"--- attempt {job.attempt_id}".encode())))
-    if outputs:
-        rank = next((rank for rank, text in outputs.items() if text.startswith("Traceback")), next(iter(outputs)))
-        where = next((f" on {host}" for host, tasks in places.items() if rank in tasks.values()), "")
-        _say(f"rank {rank} failed first{where}; {folder.log_of(rank)} ends with:\n\n{outputs[rank]}\n")
-    if ended:
-        _say("\n".join(["the tasks ended in this order:", *ended]))
 
 
 def _say(text: str) -> None:

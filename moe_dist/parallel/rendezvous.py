@@ -1,5 +1,6 @@
 """Starts all ranks together: they open one store of torch.distributed, wait for each other, and take rank 0's attempt_id.
 
+    run               name of the run whose rank 0 uses the store, and rank 0's host
     hello/N           token of the Nth process that came
     welcome/TOKEN     rank 0's greeting for that process
     KEY/answer/N      a rank, and an exit code and the reason if it does not start
@@ -10,12 +11,16 @@ All keys begin with moe_dist/. torchrun's store outlives a restart, and so conta
 are therefore random, and a rank reads only keys with its token or this start's KEY.
 """
 
+import concurrent.futures
+import contextlib
 import json
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -39,6 +44,7 @@ from moe_dist.runtime.rendezvous import (
 )
 
 STORE_SECONDS = timedelta(seconds=60.0)
+HANDSHAKE_SECONDS = 2.0  # in which a store answers a new client
 _ERRORS: dict[int, type[MoeDistError]] = {each.exit_code: each for each in (ConfigError, StoppedError)}
 
 
@@ -49,7 +55,8 @@ def meeting(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[tuple[S
     block.
 
     Raises:
-        ConfigError: ranks differ in WORLD_SIZE, MOE_DIST_ATTEMPT_ID or run folder. The error names rank, host and values.
+        ConfigError: ranks differ in WORLD_SIZE, MOE_DIST_ATTEMPT_ID or run folder, and the error names rank, host and
+            values; or another run uses MASTER_PORT.
         StartError, StoppedError: `wait` raised the error on this rank or on rank 0, or the store's owner has ended.
         ResourceError: see `publish`.
     """
@@ -88,6 +95,7 @@ class Mailbox:
 def _receive(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Greeting:
     """Runs on rank 0: greets all ranks, waits for their answers, and tells them the decision."""
     host, folder = socket.gethostname(), str(run_folder.absolute())
+    store.set("run", json.dumps([run_folder.name, host]))  # for ranks of other runs that come to this store by mistake
     greeting = Greeting(env.attempt_id, env.world_size, host, folder, secrets.token_hex(8))
     hellos, start = Mailbox(PrefixStore("hello", store)), PrefixStore(greeting.key, store)
     answers, missing = Mailbox(PrefixStore("answer", start)), set(range(1, env.world_size))
@@ -120,7 +128,9 @@ def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Gree
     token = secrets.token_hex(8)
     Mailbox(PrefixStore("hello", store)).post(token)
     while not store.check([f"welcome/{token}"]):
+        _refuse_other_run(store, run_folder)
         wait.pause("rank 0")
+    _refuse_other_run(store, run_folder)
     greeting = Greeting(**json.loads(store.get(f"welcome/{token}")))
     start, error = PrefixStore(greeting.key, store), StoppedError if wait.stopped() else ConfigError
     problem = wait.stop_text("rank 0") if error is StoppedError else greeting.difference(env, run_folder)
@@ -143,7 +153,7 @@ def _store(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[Store]:
     if env.init_method.startswith("file://"):
         yield FileStore(env.init_method.removeprefix("file://"), env.world_size)
     elif env.init_method != PUBLISHED:
-        yield _store_at(env, *_given_address(env.init_method), wait)
+        yield _store_at(env, *_given_address(env.init_method), run_folder, wait)
     elif env.rank > 0:
         address = find(address_file(run_folder), env, wait)
         yield PrefixStore(address.secret, _client(address.host, address.port, wait))
@@ -178,13 +188,29 @@ def _given_address(init_method: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _store_at(env: RankEnv, host: str, port: int, wait: StartWait) -> Store:
+def _refuse_other_run(store: Store, run_folder: Path) -> None:
+    """Raises ConfigError if rank 0 of another run owns the store."""
+    if store.check(["run"]):
+        name, host = json.loads(store.get("run"))
+        if name != run_folder.name:
+            raise ConfigError(
+                f"MASTER_PORT: the run {name!r}, whose rank 0 is on {host}, uses this port, so {run_folder.name!r} cannot "
+                "use it; set another MASTER_PORT for all its ranks"
+            )
+
+
+def _store_at(env: RankEnv, host: str, port: int, run_folder: Path, wait: StartWait) -> Store:
     agent = env.init_method == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if env.rank > 0 or agent:  # torchrun's agent owns the store
         return _client(host, port, wait)
+    while problem := _unresolved(host):  # in Kubernetes a name may become known some seconds after the start
+        wait.pause(f"a name server that knows the host of MASTER_ADDR: {problem}")
     try:
         return TCPStore(host, port, None, True, STORE_SECONDS, wait_for_workers=False, multi_tenant=True)
     except DistError as error:
+        with contextlib.suppress(DistError, TimeoutError):
+            other = _greet_store(host, port).result(HANDSHAKE_SECONDS)
+            _refuse_other_run(PrefixStore("moe_dist", other), run_folder)
         raise StartError(
             f"rank 0 cannot open a store at {host}:{port} ({str(error).partition(chr(10))[0]}); MASTER_ADDR and "
             "MASTER_PORT must be an address and a free port of its node"
@@ -192,9 +218,42 @@ def _store_at(env: RankEnv, host: str, port: int, wait: StartWait) -> Store:
 
 
 def _client(host: str, port: int, wait: StartWait) -> Store:
+    where = f"rank 0, whose store must be at {host}:{port}"
     while True:
         try:  # tries a plain socket first, because torch would log a warning for every attempt
             socket.create_connection((host, port), timeout=5.0).close()
-            return TCPStore(host, port, None, False, STORE_SECONDS, wait_for_workers=False)
-        except (OSError, DistError) as error:  # no process listens yet, or the host has no address yet
-            wait.pause(f"rank 0, whose store must be at {host}:{port} ({str(error).partition(chr(10))[0]})")
+        except OSError as error:  # no process listens yet, or the host has no address yet
+            wait.pause(f"{where} ({_unresolved(host) or error})")
+            continue
+        answer = _greet_store(host, port)
+        while not answer.done():
+            concurrent.futures.wait([answer], HANDSHAKE_SECONDS)
+            if not answer.done():
+                wait.pause(f"{where} (a process listens there, but does not answer: another program uses MASTER_PORT)")
+        try:
+            return answer.result()
+        except DistError as error:
+            wait.pause(f"{where} ({str(error).partition(chr(10))[0]})")
+
+
+def _greet_store(host: str, port: int) -> Future[TCPStore]:
+    """Connects to a store in a thread, because torch waits without limit for a process that listens but never answers."""
+    answer = Future[TCPStore]()
+
+    def connect() -> None:
+        try:
+            answer.set_result(TCPStore(host, port, None, False, STORE_SECONDS, wait_for_workers=False))
+        except DistError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=connect, name="store", daemon=True).start()
+    return answer
+
+
+def _unresolved(host: str) -> str:
+    """Returns the problem if a host name has no address on this node; otherwise ''."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        return f"MASTER_ADDR={host!r} does not resolve on {socket.gethostname()}: {error.strerror}"
+    return ""

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -30,6 +31,8 @@ CAUSE_SECONDS = 1.5  # seconds that a rank waits until another rank, which faile
 STORAGE_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 )
+# The words of gloo, NCCL and torch's store for a peer that ended or does not answer. Such an error names no cause.
+_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|timed ?out|timeout|remote process exited", re.I)
 
 
 def verdict_of(error: BaseException) -> tuple[int, str]:
@@ -43,6 +46,11 @@ def verdict_of(error: BaseException) -> tuple[int, str]:
             "start again: the run resumes from its last checkpoint (docs/reliability.md)"
         )
     return EXIT_FAILED, f"{type(error).__name__}: {error}"
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Returns whether an exception only says that another rank has ended or does not answer."""
+    return isinstance(error, RuntimeError | ConnectionError) and _PEER.search(str(error)) is not None
 
 
 def _say(text: str) -> None:
@@ -137,18 +145,21 @@ class Attempt:
         """Records that the run is done; call `finish` on every rank after the last save, before the sinks close. An error
         after `finish` is printed, but changes neither the record nor the exit code."""
         if self._env.rank == 0:
-            self._record(EXIT_DONE, "done")
+            self._record(EXIT_DONE, "done", self._env.rank)
         self._finished = True
+        self._tell()
 
     def expire(self) -> None:
         """Records the verdict of a run that did not stop within the grace period; the timer of `StopRequest` calls this
         method."""
-        self._leave(EXIT_FAILED, "did not stop within the grace period after a stop signal; the last checkpoint is intact")
+        reason = "did not stop within the grace period after a stop signal; the last checkpoint is intact"
+        self._leave(EXIT_FAILED, reason, self._env.rank)
 
-    def give_up(self, reason: str) -> NoReturn:
-        """Records the verdict of a run whose main thread hangs, and ends the process. The watchdog's thread calls this."""
+    def give_up(self, reason: str, at_fault: int | None) -> NoReturn:
+        """Records the verdict of a run whose main thread hangs, and ends the process. The watchdog's thread calls this
+        method. `at_fault` is the rank for which the others wait; None if unknown."""
         with contextlib.suppress(Exception):  # the process must end even if the record cannot be written
-            self._leave(EXIT_FAILED, reason)
+            self._leave(EXIT_FAILED, reason, at_fault)
         _say(reason)
         self._end(EXIT_FAILED)
 
@@ -158,7 +169,7 @@ class Attempt:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None and not self._finished:
             if self._env.rank == 0:
-                self._leave(EXIT_DONE, "done")
+                self._leave(EXIT_DONE, "done", self._env.rank)
             return
         if error is not None:
             self._report(error)
@@ -176,11 +187,22 @@ class Attempt:
         trace_text = without_secrets("".join(traceback.format_exception(error)), os.environ).rstrip("\n")
         trace_text = printable(trace_text, most=50 * LONGEST)
         _say(reason if isinstance(error, MoeDistError) else trace_text)
+        consequence = isinstance(error, MoeDistError) and error.consequence
+        at_fault = None if is_lost_peer(error) or consequence else self._env.rank
+        if is_lost_peer(error):
+            reason = f"rank {self._env.rank} on {socket.gethostname()} lost a peer: {reason}"
+            if not self._env.launched:  # moe_dist's launchers compare the ends of all ranks, and replace this reason
+                reason += (
+                    "; a peer left without recording a reason, and srun, mpirun or torchrun do not tell moe_dist which one "
+                    "and why: see their output for its exit code or signal, and the last lines of all ranks' logs"
+                )
+                _say(reason)
+        self._tell()
         if not self._finished:
             self.exit_code = code
             with contextlib.suppress(OSError, MoeDistError):  # on a full disk the exit code alone reports the error
                 self._wait_for_cause(error)
-                self._record(code, reason)
+                self._record(code, reason, at_fault)
 
     @staticmethod
     def _end(code: int) -> NoReturn:
@@ -199,15 +221,24 @@ class Attempt:
         while time.monotonic() < deadline and not self._folder.has_verdict(self._env.attempt_id):  # polls one file
             time.sleep(0.02)
 
-    def _leave(self, verdict: int, reason: str) -> None:
-        self._record(verdict, reason)
+    def _leave(self, verdict: int, reason: str, at_fault: int | None) -> None:
+        self._tell()
+        self._record(verdict, reason, at_fault)
         if self._lease is not None:
             self._lease.release()
 
-    def _record(self, verdict: int, reason: str) -> None:
+    def _tell(self) -> None:
+        if self._folder is not None and self._env.launched:  # read by moe_dist's launchers only
+            self._folder.tell(self._env.attempt_id, self._env.rank)
+
+    def _record(self, verdict: int, reason: str, at_fault: int | None) -> None:
         if self._folder is not None:
-            last, attempt_id = self.last_step(), self._env.attempt_id
-            rank, host = self._env.rank, socket.gethostname()
+            host = socket.gethostname() if at_fault == self._env.rank else ""
             self._folder.write_status(
-                verdict=verdict, reason=reason, last_step=last, attempt_id=attempt_id, rank=rank, rank_host=host
+                verdict=verdict,
+                reason=reason,
+                last_step=self.last_step(),
+                attempt_id=self._env.attempt_id,
+                rank=at_fault,
+                rank_host=host,
             )

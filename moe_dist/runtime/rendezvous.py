@@ -34,6 +34,7 @@ HOST_VARIABLE = "MOE_DIST_RENDEZVOUS_HOST"
 SHARED_SECONDS = 60.0  # time in which a rank must see rank 0's file, which an NFS client may see late
 MOST_BYTES = 1 << 12  # largest size of the file with the address
 POLL_SECONDS = 0.1
+SOON_SECONDS = 5.0  # from the begin of a wait until the log names its reason for the first time
 SAY_SECONDS = 30.0
 TELL_SECONDS = 15.0  # longest time that a rank with a stop signal waits for rank 0, which makes all ranks stop
 _SHOWN = 8  # largest number of ranks in one line
@@ -58,6 +59,8 @@ class Address:
 class StartError(MoeDistError):
     """The ranks did not meet at a start."""
 
+    consequence = True  # a missing rank, or another program, is the cause
+
 
 class StartWait:
     """The wait of one rank for the other ranks at the start of an attempt.
@@ -79,11 +82,12 @@ class StartWait:
     ) -> None:
         self.stopped, self._rank, self._seconds = stopped, rank, seconds
         self._tell_seconds = min(TELL_SECONDS, grace_seconds / 2) if rank else 0.0
-        self._began = self._said = time.monotonic()
+        self._began = time.monotonic()
+        self._say_at = self._began + SOON_SECONDS
         self._stop_at = float("inf")
 
     def pause(self, whom: str) -> None:
-        """Sleeps until the next poll; logs every 30 s that the rank waits for `whom`.
+        """Sleeps until the next poll; logs after 5 s, and then every 30 s, that the rank waits for `whom`.
 
         Raises:
             StartError: the wait has lasted `seconds`.
@@ -99,8 +103,8 @@ class StartWait:
                 f"rank {self._rank} waited {self._seconds:g} s for {whom}; see the logs of launcher and ranks for the "
                 "reason, or raise parallel.start_seconds if they only start slowly"
             )
-        if now - self._said >= SAY_SECONDS:
-            self._said = now
+        if now >= self._say_at:
+            self._say_at = now + SAY_SECONDS
             logger.warning("waiting for %s since %.0f s, for at most %.0f s", whom, now - self._began, self._seconds)
         time.sleep(POLL_SECONDS)
 

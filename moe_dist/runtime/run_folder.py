@@ -14,7 +14,6 @@ import itertools
 import os
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -244,17 +243,19 @@ class RunFolder:
         return self._claim(attempt_id).exists()
 
     def write_status(
-        self, *, verdict: int, reason: str, last_step: int, attempt_id: str, rank: int = 0, rank_host: str = ""
+        self, *, verdict: int, reason: str, last_step: int, attempt_id: str, rank: int | None = 0, rank_host: str = ""
     ) -> bool:
         """Records the end of an attempt. Every rank may call this method, and the first call counts, because a failed rank
         records its verdict before its exit can make another rank fail. Returns False, and writes nothing, if the attempt
-        already has a verdict or has lost the lease."""
+        already has a verdict or has lost the lease. `rank` is the rank at fault."""
         holder = read_holder(self.lease_json)
         if holder is None or holder.attempt_id != attempt_id:
             return False
         try:
             # O_EXCL lets the file server decide which rank is first; a client's cache could be outdated.
-            os.close(os.open(self._claim(attempt_id), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+            claim = os.open(self._claim(attempt_id), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            now = os.fstat(claim).st_mtime
+            os.close(claim)
         except FileExistsError:
             return False
         record = self.read_status().of(attempt_id)
@@ -268,7 +269,7 @@ class RunFolder:
                 raise LeaseError(f"{self.path}: another attempt now writes to this run")
 
         try:
-            ended = replace(record, verdict=verdict, reason=reason, last_step=last_step, ended=time.time())
+            ended = replace(record, verdict=verdict, reason=reason, last_step=last_step, ended=now)
             ended = replace(ended, rank=rank, rank_host=rank_host)
             write_status(self.status_json, ended, before_rename=check)
         except LeaseError:
@@ -276,23 +277,32 @@ class RunFolder:
         return True
 
     def amend_status(
-        self, attempt_id: str, *, verdict: int, reason: str, rank: int | None, last_step: int, wait_seconds: float = 0.0
+        self,
+        attempt_id: str,
+        *,
+        verdict: int,
+        reason: str,
+        rank: int | None,
+        last_step: int = 0,
+        restarts: int = 0,
+        lasted: float = 0.0,
+        wait_seconds: float = 0.0,
     ) -> bool:
         """Replaces the recorded verdict; a launcher calls this method after all ranks have ended. If a rank was killed or
-        froze, the other ranks have recorded only a follow-up error; if all ranks were killed, there is no verdict. Waits up
-        to `wait_seconds` until rank 0 releases the lease, or the lease is stale. Returns False, and writes nothing, if the
-        attempt never began or another attempt writes to the run."""
+        froze, the other ranks have recorded only a follow-up error; if all ranks were killed, there is no verdict. If
+        rank 0 ended before it opened the folder, adds the attempt, with its `restarts` and duration in seconds. Waits up to
+        `wait_seconds` until rank 0 releases the lease, or the lease is stale. Returns False, and writes nothing, if another
+        attempt writes to the run."""
         try:
             lease = Lease(self.lease_json, attempt_id).acquire(wait_seconds)
         except LeaseError:
             return False
         try:
-            record = self.read_status().of(attempt_id)
-            if record is None:
-                return False
-            ended = record.ended or time.time()  # keeps the end that a rank has recorded
-            step = max(last_step, self._recorded_step())  # a killed attempt recorded no last step
-            amended = replace(record, verdict=verdict, reason=reason, last_step=step, ended=ended)
+            now, me = self.lease_json.stat().st_mtime, Holder.this_process(attempt_id)
+            never_opened = AttemptRecord(attempt_id, restarts, me.host, me.pid, now - lasted, last_step=self.last_step())
+            record = self.read_status().of(attempt_id) or never_opened
+            step = max(last_step, record.last_step, self._recorded_step())  # a killed attempt recorded no last step
+            amended = replace(record, verdict=verdict, reason=reason, last_step=step, ended=record.ended or now)
             amended = replace(amended, rank=rank, rank_host="")
             write_status(self.status_json, amended, before_rename=lease.check)
         finally:
@@ -325,10 +335,21 @@ class RunFolder:
 
     def _begin(self, env: RankEnv, lease: Lease) -> None:
         me = Holder.this_process(env.attempt_id)
-        for claim in self.path.glob(".verdict_*"):
-            claim.unlink(missing_ok=True)  # verdict files of earlier attempts, which have ended
-        record = AttemptRecord(env.attempt_id, env.attempt, me.host, me.pid, time.time(), last_step=self.last_step())
+        for claim in (*self.path.glob(".verdict_*"), *self.path.glob(".told_*")):
+            claim.unlink(missing_ok=True)  # of earlier attempts, which have ended
+        now = self.config_yaml.stat().st_mtime  # `open` has just written this file
+        record = AttemptRecord(env.attempt_id, env.attempt, me.host, me.pid, now, last_step=self.last_step())
         write_status(self.status_json, record, before_rename=lease.check)
+
+    def tell(self, attempt_id: str, rank: int) -> None:
+        """Notes that a rank ends by itself: done, stopped, or with an error that it has printed."""
+        with contextlib.suppress(OSError):  # on a full disk
+            (self.path / f".told_{attempt_id}_{rank}").touch()
+
+    def told(self, attempt_id: str) -> frozenset[int]:
+        """Returns the ranks that called `tell`. Any other rank that has ended left without an exception: by a native exit,
+        `os._exit`, a signal or a memory limit."""
+        return frozenset(int(path.name.rpartition("_")[2]) for path in self.path.glob(f".told_{attempt_id}_*"))
 
     def _claim(self, attempt_id: str) -> Path:
         return self.path / f".verdict_{attempt_id}"

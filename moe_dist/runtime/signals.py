@@ -27,13 +27,17 @@ _PR_SET_PDEATHSIG = 1
 class StopSignals:
     """Records the stop signals that reach this process inside a `with` block of the main thread.
 
+    Args:
+        on_first: Called at the first signal, in the main thread.
+
     Attributes:
         first: The first stop signal; None if none has come yet.
         interrupts: Number of SIGINTs so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_first: Callable[[], None] = lambda: None) -> None:
         self.first: signal.Signals | None = None
+        self._on_first = on_first
         self.interrupts = 0
         self._before: dict[signal.Signals, object] = {}
 
@@ -54,7 +58,9 @@ class StopSignals:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  # returned by signal.getsignal
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.first = self.first or signal.Signals(number)
+        if self.first is None:
+            self.first = signal.Signals(number)
+            self._on_first()
         self.interrupts += number == signal.SIGINT
 
 

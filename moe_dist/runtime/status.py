@@ -26,11 +26,12 @@ class AttemptRecord:
     Attributes:
         restarts: Number of restarts before this attempt.
         host, pid: Host and process id of rank 0.
-        started, ended: Unix seconds; `ended` is None while the attempt runs, or if it died without a record.
+        started, ended: Unix seconds by the clock of the run folder's file system, because the clocks of hosts differ.
+            `ended` is None while the attempt runs, or if it died without a record.
         verdict: Exit code; None as long as `ended` is None.
-        rank: The rank that recorded the verdict.
+        rank: The rank at fault: the rank whose error is the reason, or that did not enter a collective; None if unknown.
         last_step: Last completed step at the end; while the attempt runs, the last step of the attempts before it.
-        rank_host: Host of `rank`; empty if a launcher recorded the verdict, because `reason` then names the node.
+        rank_host: Host of `rank`; empty if another process recorded the verdict.
     """
 
     attempt_id: str

@@ -138,8 +138,8 @@ class Watchdog:
     Args:
         seconds: Time limit of a collective.
         step: Returns the current step.
-        end: Function that the watchdog's thread calls with the reason; the function must record the reason and end the
-            process.
+        end: Function that the watchdog's thread calls with the reason and the rank for which the others wait (None if
+            unknown); the function must record both and end the process.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Watchdog:
         seconds: float,
         logs: Path,
         step: Callable[[], int],
-        end: Callable[[str], None],
+        end: Callable[[str, int | None], None],
     ) -> None:
         self._tracker, self._seconds = tracker, seconds
         self._rank, self._world_size, self._attempt_id = rank, world_size, attempt_id
@@ -189,13 +189,14 @@ class Watchdog:
     def _conclude(self) -> None:
         """Ends the process, even if the diagnosis fails."""
         reason = f"a collective did not finish in {self._seconds:g} s; the watchdog could not determine which one"
+        at_fault = None
         try:
-            reason = self._reason()
+            reason, at_fault = self._diagnosis()
         except Exception:
             logger.exception("watchdog")
-        self._end(reason)
+        self._end(reason, at_fault)
 
-    def _reason(self) -> str:
+    def _diagnosis(self) -> tuple[str, int | None]:
         own = self._report(self._tracker.oldest())
         logger.error("%s", own.line())
         try:
@@ -205,12 +206,12 @@ class Watchdog:
             time.sleep(self._poll * SETTLE_POLLS)  # waits until the other ranks have written their reports
             reports = read_reports(self._folder)
         except OSError as error:  # names no culprit, because other ranks' reports may be missing for the same reason
-            return f"{own.line()}; it cannot exchange reports with its peers: {error}"
+            return f"{own.line()}; it cannot exchange reports with its peers: {error}", None
         if not any(each.collective for each in reports):
-            return "the watchdog of a peer ended the run; the peer's log names the collective"
+            return "the watchdog of a peer ended the run; the peer's log names the collective", None
         hang = judge(reports, self._world_size, self._seconds)
         logger.error("%s; the reports of all ranks are in %s", hang.reason, self._folder)
-        return hang.reason
+        return hang.reason, next(iter(hang.culprits), None)
 
     def _report(self, position: Position | None) -> Report:
         return Report(

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_a_killed_worker_and_a_lost_node_cost_steps_and_change_no_bit(
     assert attempts[0].rank == 2
     assert "its Ray worker died" in attempts[0].reason
     assert attempts[1].rank == 1
-    assert f"it was lost with its node {ray_cluster.address(slot)}" in attempts[1].reason
+    assert f"lost with its node {ray_cluster.address(slot)}" in attempts[1].reason
     assert list(map(reproducible_part, steps(job.run))) == list(map(reproducible_part, undisturbed[0]))
 
 
@@ -188,12 +189,15 @@ def ends(job: Driver) -> list[tuple[int | None, int]]:
 
 
 def test_each_fault_of_a_rank_is_followed_by_an_attempt_on_another_node(cluster: RayCluster, root: Path) -> None:
-    job = pretended(cluster, root, "faults", "kill+1 freeze+1 gpu+1 close", max_restarts=3)
+    before = set(Path(tempfile.gettempdir()).glob("moe_dist_*"))
+    job = pretended(cluster, root, "faults", "kill:1+1 freeze:1+1 exit:1+1 gpu+1 close", max_restarts=4)
     assert job.wait() == 0, job.printed
-    assert ends(job) == [(1, 0), (1, 1), (1, 2), (0, 3)]
-    killed, frozen, gpu, _ = job.run.read_status().attempts
+    assert ends(job) == [(1, 0), (1, 1), (1, 2), (1, 3), (0, 4)]
+    killed, frozen, left, gpu, _ = job.run.read_status().attempts
     assert re.match(r"rank 1 on \S+: killed by SIGKILL", killed.reason)
     assert re.match(r"rank 1 on \S+: frozen by SIGSTOP", frozen.reason)
+    assert re.match(r"rank 1 on \S+: exit code 3", left.reason)
+    assert set(Path(tempfile.gettempdir()).glob("moe_dist_*")) <= before, "scratch folders of rank 0 are deleted"
     assert (gpu.rank, gpu.reason) == (1, "RuntimeError: CUDA error: uncorrectable ECC error encountered")
     first, second, *_ = re.findall(r"^rank 1  (\S+)", job.printed, re.MULTILINE)
     assert second != first, "the node at fault is used last"
@@ -220,8 +224,8 @@ def test_the_run_goes_on_elsewhere_when_the_node_of_rank_0_is_lost_as_often_as_m
         cluster.replace(slot)
     assert ends(job) == [(1, 0), (1, 1)]
     lost = job.run.read_status().attempts[0]
-    assert (lost.rank, lost.reason) == (0, f"rank 0: it was lost with its node {ray_cluster.address(slot)}")
-    assert "restart 1 of 1, from the beginning: rank 0: it was lost with its node" in job.printed
+    assert (lost.rank, lost.reason) == (0, f"rank 0: lost with its node {ray_cluster.address(slot)}")
+    assert "restart 1 of 1, from the beginning: rank 0: lost with its node" in job.printed
     assert "not restarted: it was restarted 1 times already" in job.printed
 
 

@@ -196,7 +196,9 @@ def test_a_suspended_job_goes_on_and_one_with_a_frozen_rank_is_requeued(
         os.kill(pid, signal.SIGSTOP)
     job.wait_for_requeue()
     assert job.end() == 0, job.said
-    assert [each.verdict for each in run.read_status().attempts] == [1, 0]
+    first, second = run.read_status().attempts
+    assert (first.verdict, first.rank, second.verdict) == (1, 1, 0)
+    assert f"nodes at fault: {hosts(run)[1]};" in job.said, "not the node of a rank that waited"
     assert records(run) == records(undisturbed[1])[:SHORT]
 
 

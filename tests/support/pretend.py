@@ -3,16 +3,10 @@
 It opens the run, checks its place, gains steps, and ends as PRETEND says. PRETEND has the end of each attempt, and the last
 one repeats: `stop+5 done` means 5 steps and exit code 75, then 0. Ends are:
 
-    done       exit code 0
-    stop       75, at once
-    wait       75, after a stop signal
-    fail       1, without a message
-    diverge    rank 2 diverges; peers are killed
-    kill       rank 1 is killed by SIGKILL; its peers get a connection error
-    freeze     rank 1 is stopped by SIGSTOP; the collective of its peers times out
-    gpu        rank 1 has lost its GPU
-    config     78, on all ranks
-    close      0, but a sink of rank 0 closes 10 s late
+    done, stop (at once), wait (for a stop signal, then 75), fail (1, without a word), diverge (rank 2; peers are killed),
+    kill:R (rank R, by SIGKILL; its peers lose the connection), exit:R (rank R, by a native exit with 3; its peers as
+    before), freeze:R (rank R, by SIGSTOP; the watchdogs of its peers end them), gpu (rank 1 has lost its GPU), config (78,
+    on all ranks), close (0, but a sink of rank 0 closes 10 s late)
 """
 
 import contextlib
@@ -21,8 +15,11 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from launchers.restart import committed_step
+from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError, DivergedError, StoppedError
 from moe_dist.runtime.attempt import Attempt
@@ -30,9 +27,11 @@ from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.place import Found, RunPlace, check_place
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import StopRequest
+from moe_dist.runtime.watchdog import Watchdog
 
 PROGRAM = "-m tests.support.pretend"
 CLOSE_SECONDS = 10.0
+WATCHDOG_SECONDS = 4.0
 
 
 def main(config_path: Path, overrides: list[str]) -> int:
@@ -40,6 +39,7 @@ def main(config_path: Path, overrides: list[str]) -> int:
     attempt = Attempt(env)
     told = os.environ["PRETEND"].split()
     how, _, gained = told[min(env.attempt, len(told) - 1)].partition("+")
+    how, _, victim = how.partition(":")
     with StopRequest(env.grace_seconds, attempt.expire) as stop, attempt:
         config = load_config(config_path, overrides)
         folder = attempt.open(config)
@@ -52,12 +52,31 @@ def main(config_path: Path, overrides: list[str]) -> int:
         attempt.follow(lambda: config.train.steps if how in ("done", "close") else step)
         if env.rank == 0 and gained:
             (folder.checkpoints / "latest").write_text(f"step_{step}")
+        if victim:
+            leave(how, int(victim), env, attempt, folder, step)
         end(how, env, folder, stop, step)
         if how == "close":
             attempt.finish()
             time.sleep(CLOSE_SECONDS if env.rank == 0 else 0.0)
             print("closed", file=sys.stderr, flush=True)
     return attempt.exit_code
+
+
+def leave(how: str, victim: int, env: RankEnv, attempt: Attempt, folder: RunFolder, step: int) -> None:
+    if env.rank == victim:
+        {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "exit": lambda: os._exit(3)}.get(
+            how, lambda: os.kill(os.getpid(), signal.SIGSTOP)
+        )()
+    if how == "freeze":
+        tracker = CollectiveTracker()
+        cpu: Any = SimpleNamespace(type="cpu")
+        ranks = {"rank": env.rank, "world_size": env.world_size, "attempt_id": env.attempt_id}
+        watchdog = {"seconds": WATCHDOG_SECONDS, "logs": folder.logs, "step": lambda: step, "end": attempt.give_up}
+        Watchdog(tracker, **ranks, **watchdog).start()
+        with tracker.inside("combine rows", device=cpu, layer="layers.1"):
+            time.sleep(600.0)
+    time.sleep(0.3)
+    raise RuntimeError("[pair.cc:544] Connection closed by peer [10.0.0.1]:1")  # gloo's words
 
 
 def end(how: str, env: RankEnv, folder: RunFolder, stop: StopRequest, step: int) -> None:
@@ -67,19 +86,12 @@ def end(how: str, env: RankEnv, folder: RunFolder, stop: StopRequest, step: int)
         raise StoppedError(f"stopped on request after step {step}")
     if how == "fail":
         os._exit(1)
-    if how == "kill" and env.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if how == "freeze" and env.rank == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    if how == "freeze":
-        time.sleep(1.0)
-        raise TimeoutError("a collective took too long")
     if how == "gpu" and env.rank == 1:
         raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
     if how == "config":
         raise ConfigError("optimizer.lr=-1: must be positive")
-    if how in ("kill", "gpu"):
-        time.sleep(1.0)  # the peers notice the closed connection
+    if how == "gpu":
+        time.sleep(1.0)  # they notice the closed connection
         raise ConnectionError("connection closed by peer")
     if how == "diverge" and env.rank == 2:
         raise DivergedError("loss was nan for 10 steps in a row")

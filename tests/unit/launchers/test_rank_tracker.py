@@ -31,15 +31,15 @@ def test_a_lost_rank_is_the_cause_although_peers_failed_before() -> None:
     course.end(2, -9, 16.5, frozen=nobody, lost="its node does not answer")
     assert course.over
     outcome = course.outcome(None)
-    assert outcome == Outcome((1, -15, -9), 2, None, aborted=False, lost={2: "its node does not answer"})
-    assert outcome.silent
+    assert outcome == Outcome((1, -15, -9), (0, 1, 2), lost={2: "its node does not answer"})
+    assert outcome.cause() == 2
 
 
 def test_a_rank_killed_for_a_timeout_is_not_the_cause() -> None:
     course = tracker(2)
     course.end(0, 65, 0.0, frozen=nobody)
     course.end(1, -9, 6.0, frozen=nobody)
-    assert course.outcome(None).first_failed == 0
+    assert course.outcome(None).failed == (0,)
 
 
 def test_a_frozen_rank_is_the_cause_and_is_looked_for_once() -> None:
@@ -51,7 +51,7 @@ def test_a_frozen_rank_is_the_cause_and_is_looked_for_once() -> None:
 
     for rank in range(3):
         course.end(rank, 1, float(rank), frozen=look)
-    assert course.outcome(None).first_failed == 2
+    assert course.outcome(None).cause() == 2
     assert len(looks) == 1
 
 
@@ -66,7 +66,7 @@ def test_a_stop_is_told_and_sent_once_and_has_its_own_timeout(capsys: pytest.Cap
         course.end(rank, 75, 120.0, frozen=nobody)
         assert signal.SIGTERM not in course.signals_due(signals, 200.0)
     assert not course.failed
-    assert course.outcome(signal.SIGTERM) == Outcome((75, 75), None, signal.SIGTERM, aborted=False)
+    assert course.outcome(signal.SIGTERM) == Outcome((75, 75), stop=signal.SIGTERM)
 
 
 def test_ranks_that_still_run_are_stopped_after_one_has_stopped_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,8 +80,8 @@ def test_ranks_that_still_run_are_stopped_after_one_has_stopped_by_itself(capsys
     assert course.signals_due(NONE, 310.0) == [signal.SIGKILL]
     course.end(2, -15, 86.0, frozen=nobody)
     outcome = course.outcome(None)
-    assert outcome == Outcome((75, 75, -15), 2, signal.SIGTERM, aborted=False)
-    assert (outcome.unready, outcome.exit_code) == (True, 75)
+    assert outcome == Outcome((75, 75, -15), (2,), signal.SIGTERM)
+    assert (outcome.unready, outcome.exit_code(2)) == (True, 75)
 
 
 def test_a_rank_that_stops_by_the_sigterm_after_a_failure_is_no_request_to_stop() -> None:
@@ -90,7 +90,7 @@ def test_a_rank_that_stops_by_the_sigterm_after_a_failure_is_no_request_to_stop(
     assert course.signals_due(NONE, 12.0) == [signal.SIGTERM]
     course.end(0, 75, 13.0, frozen=nobody)
     course.end(1, 75, 13.0, frozen=nobody)
-    assert course.outcome(None) == Outcome((75, 75, 1), 2, None, aborted=False)
+    assert course.outcome(None) == Outcome((75, 75, 1), (2,))
 
 
 def test_a_rank_that_stops_before_the_sigterm_after_a_failure_was_asked_to() -> None:

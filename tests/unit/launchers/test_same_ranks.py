@@ -235,7 +235,7 @@ def pod_commands(words: Sequence[str], index: int) -> list[Mapping[str, str]]:
 
     def run_ranks(commands: Sequence[Any], *_: Any) -> Outcome:
         found.extend(command.env for command in commands)
-        return Outcome((0,) * len(commands), None, None, False)
+        return Outcome((0,) * len(commands))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pod, "run_ranks", run_ranks)

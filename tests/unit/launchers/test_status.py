@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from launchers import run_progress
 from launchers.run_progress import RunState, read_progress
 from launchers.status import duration, find_runs, main, many_runs, one_run
 from moe_dist.errors import ConfigError
@@ -101,7 +102,8 @@ def test_how_the_latest_attempt_ended(verdict: int | None, state: RunState, tmp_
     assert read_progress(Folder(tmp_path).attempt(0, 1).attempt(1, verdict).path).state is state
 
 
-def test_a_writer_that_is_silent_and_one_that_is_dead(tmp_path: Path) -> None:
+def test_a_writer_that_is_silent_and_one_that_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_progress, "BEAT_SECONDS", 0.3)
     folder = Folder(tmp_path).attempt(0, None)
     me = Holder.this_process("a0")
     elsewhere = {**me.__dict__, "machine": "another", "host": "node7"}
@@ -113,6 +115,28 @@ def test_a_writer_that_is_silent_and_one_that_is_dead(tmp_path: Path) -> None:
     assert "on node7, last heartbeat 10 min ago" in text(one_run(later))
     (folder.path / "lease.json").write_text(f"0\n{json.dumps({**me.__dict__, 'pid': 2**22 - 1})}\n")
     assert read_progress(folder.path).state is RunState.DIED
+    (folder.path / "lease.json").write_text(f"0\n{json.dumps(elsewhere)}\n")
+    folder.attempt(0, 1)
+    assert read_progress(folder.path).state is RunState.FAILED, "rank 0 was killed, and its launcher recorded the end"
+
+
+def test_a_skewed_clock_of_the_viewer_changes_neither_state_nor_ages(tmp_path: Path) -> None:
+    folder = Folder(tmp_path).attempt(0, None).records(1.0)
+    lease = Lease(folder.path / "lease.json", "a0", stale_seconds=0.6).acquire(0.0)
+    record = json.loads((folder.path / "lease.json").read_bytes().partition(b"\n")[2])
+    try:
+        with (folder.path / "lease.json").open("r+") as file:  # held on another host
+            file.write(f"{0:012d}\n{json.dumps({**record, 'machine': 'another'})}\n")
+            file.truncate()
+        run = read_progress(folder.path, now=time.time() + 7200.0)
+    finally:
+        lease._ended.set()
+    assert run.state is RunState.RUNNING
+    assert run.record_age is not None
+    assert run.record_age < 600.0
+    shown = AttemptRecord("a1", 1, "node1", 1, NOW, NOW - 7200.0, 1, "recorded by an older version", 2, 0)
+    write_status(folder.path / "status.json", shown)
+    assert "2 h" not in text(one_run(read_progress(folder.path)))
 
 
 def test_restarts_are_shown_with_their_reasons(tmp_path: Path) -> None:
@@ -218,6 +242,17 @@ def test_runs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
         find_runs(["nigth"], tmp_path)
     with refused(ConfigError):
         find_runs([], tmp_path / "empty")
+
+
+def test_the_snapshot_of_a_job_is_no_run(tmp_path: Path) -> None:
+    night = Folder(tmp_path / "runs").path
+    snapshot = night / "slurm" / "20261201T100000-ab12cd"
+    (snapshot / "code").mkdir(parents=True)
+    (snapshot / "config.yaml").write_text("train: {steps: 1}\n")
+    assert find_runs([], tmp_path / "runs") == [night]
+    for root in (night, night / "slurm"):
+        with refused(ConfigError, golden=False):
+            find_runs([], root)
 
 
 def test_the_command_changes_nothing(tmp_path: Path) -> None:

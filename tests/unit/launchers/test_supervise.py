@@ -6,14 +6,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 
-from launchers.attempts import last_output
 from launchers.command import RankCommand
 from launchers.rank_tracker import ABORTED, Outcome, ShutdownTimeouts
 from launchers.supervise import Ranks
@@ -86,7 +85,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 def test_all_done_is_0_and_each_rank_has_its_log(tmp_path: Path) -> None:
     run = Run(tmp_path, "print('out', rank, flush=True); print('err', rank, file=sys.stderr)")
-    assert run.to_the_end(3) == Outcome((0, 0, 0), None, None, aborted=False)
+    assert run.to_the_end(3) == Outcome((0, 0, 0))
     assert run.log(0).read_text() == "err 0\n"  # its standard output is the terminal's
     assert [run.log(rank).read_text() for rank in (1, 2)] == ["out 1\nerr 1\n", "out 2\nerr 2\n"]
     assert run.terminal.getvalue() == b"err 0\n"
@@ -109,9 +108,9 @@ def test_the_first_failure_is_the_cause_and_all_other_ranks_are_killed(tmp_path:
         ShutdownTimeouts(stop=60.0, peers=3.0, kill=0.5),
     )
     outcome = run.to_the_end(4)
-    assert outcome == Outcome((-9, 1, 1, -9), 2, None, aborted=False)
-    assert outcome.exit_code == 1
-    assert "ValueError: the cause" in last_output(run.log(2), 0)
+    assert outcome == Outcome((-9, 1, 1, -9), (2, 1))
+    assert outcome.exit_code(outcome.cause()) == 1
+    assert "ValueError: the cause" in run.log(2).read_text()
     assert not any(is_alive(int((tmp_path / f"pid.{rank}").read_text())) for rank in range(4))
 
 
@@ -128,7 +127,7 @@ def test_consequences_on_rank_0_are_not_shown_before_the_cause(tmp_path: Path) -
         """,
     )
     outcome = run.to_the_end(2)
-    assert (outcome.codes, outcome.first_failed, outcome.exit_code) == ((1, 65), 1, 65)
+    assert (outcome.codes, outcome.failed, outcome.exit_code(1)) == ((1, 65), (1, 0), 65)
     assert run.terminal.getvalue() == b""
     assert run.log(0).read_text() == "the consequence\n"
 
@@ -139,13 +138,13 @@ def test_a_killed_rank_is_the_cause_and_sets_the_shell_exit_code(tmp_path: Path)
         """
         mark("pid", str(os.getpid()))
         if rank == 0:
-            wait_for("pid.1"); sys.exit(70)
+            wait_for("pid.1"); sys.exit(1)
         wait_for_end(0)
         os.kill(os.getpid(), signal.SIGKILL)
         """,
     )
     outcome = run.to_the_end(2)
-    assert (outcome.codes, outcome.first_failed, outcome.silent, outcome.exit_code) == ((70, -9), 1, True, 137)
+    assert (outcome.codes, outcome.cause(), outcome.exit_code(1)) == ((1, -9), 1, 137)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
@@ -159,8 +158,8 @@ def test_a_stop_is_forwarded_once(tmp_path: Path, number: signal.Signals) -> Non
         if number != signal.SIGINT:  # a second Ctrl-C has a meaning of its own
             os.kill(os.getpid(), number)
         outcome = ranks.supervise(signals)
-    assert outcome == Outcome((75, 75), None, number, aborted=False)
-    assert outcome.exit_code == 75
+    assert outcome == Outcome((75, 75), stop=number)
+    assert outcome.exit_code(None) == 75
     assert [(tmp_path / f"asked.{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
 
 
@@ -173,7 +172,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
         outcome = ranks.supervise(signals)
-    assert (outcome.codes, outcome.aborted, outcome.exit_code) == ((-9, -9), True, ABORTED)
+    assert (outcome.codes, outcome.aborted, outcome.exit_code(None)) == ((-9, -9), True, ABORTED)
 
 
 def test_ranks_that_do_not_stop_within_the_grace_are_killed(tmp_path: Path) -> None:
@@ -219,44 +218,3 @@ with StopSignals() as signals:
         process.kill()
         process.wait()
     wait_until(lambda: not any(is_alive(pid) for pid in pids), "ranks have ended")
-
-
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        ([f"line {i}" for i in range(30)], [f"line {i}" for i in range(10, 30)]),
-        (
-            ["noise", "Traceback (most recent call last):", "  x", "E: 1"],
-            ["Traceback (most recent call last):", "  x", "E: 1"],
-        ),
-        (
-            [
-                "Traceback (most recent call last):",
-                "Old: handled and logged",
-                "noise",
-                "Traceback (most recent call last):",
-                "First: x",
-                "",
-                "The above exception was the direct cause of the following exception:",
-                "",
-                "Traceback (most recent call last):",
-                "Second: y",
-            ],
-            [
-                "Traceback (most recent call last):",
-                "First: x",
-                "",
-                "The above exception was the direct cause of the following exception:",
-                "",
-                "Traceback (most recent call last):",
-                "Second: y",
-            ],
-        ),
-    ],
-    ids=["no traceback", "traceback", "chain"],
-)
-def test_last_words(tmp_path: Path, said: Sequence[str], expected: Sequence[str]) -> None:
-    log = tmp_path / "log"
-    before = "Traceback (most recent call last):\nof an earlier attempt\n"
-    log.write_text(before + "\n".join(said) + "\n")
-    assert last_output(log, len(before)).splitlines() == list(expected)

@@ -21,6 +21,7 @@ from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
 from moe_dist.runtime.rendezvous import StartError, StartWait
 from moe_dist.runtime.run_folder import RunFolder
+from tests.support.messages import refused
 from tests.support.tiny import tiny_config
 
 FIRST = RankEnv(0, 3, 0, 1, "env://", attempt=0, attempt_id="of-rank-0")
@@ -110,7 +111,8 @@ def test_a_process_of_an_earlier_start_delays_no_later_one(start: Start, agent: 
 def test_ranks_far_apart_meet_and_rank_0_says_who_is_missing(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without a launcher's store, rank 0 publishes its address, or owns the store at MASTER_ADDR."""
+    """Without a store of the launcher: rank 0 publishes its address, or owns the store at MASTER_ADDR."""
+    monkeypatch.setattr(rendezvous, "SOON_SECONDS", 0.2)
     monkeypatch.setattr(rendezvous, "SAY_SECONDS", 0.2)
     monkeypatch.setattr(rendezvous, "SHARED_SECONDS", 0.0)  # no rank waits for a late rank with this limit
     monkeypatch.setenv("MOE_DIST_RENDEZVOUS_HOST", "127.0.0.1")
@@ -149,7 +151,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [
         ({"world_size": 6}, "", "WORLD_SIZE=6 for rank 2 on "),
         ({"launched": True, "attempt_id": "job-6"}, "", "MOE_DIST_ATTEMPT_ID='job-6' for rank 2 on "),
-        ({}, "other", "on this node {folder} does not exist; run.root must be a folder that all nodes share"),
+        ({}, "other/{name}", "on this node {folder} does not exist; run.root must be a folder that all nodes share"),
     ],
 )
 def test_all_ranks_end_at_once_with_what_differs_on_one(
@@ -161,7 +163,7 @@ def test_all_ranks_end_at_once_with_what_differs_on_one(
     elsewhere: str,
     words: str,
 ) -> None:
-    folder = tmp_path / elsewhere
+    folder = tmp_path / elsewhere.format(name=tmp_path.name)
     with quick(monkeypatch):
         ranks = [start(FIRST), start(SECOND), start(replace(THIRD, **change), folder=folder)]  # type: ignore[arg-type]
         errors = [rank.exception(600) for rank in ranks]
@@ -200,8 +202,54 @@ def test_a_name_without_address_or_a_wrong_port_is_said(start: Start, monkeypatc
     monkeypatch.setenv("MASTER_PORT", "29500")
     late = start(SECOND, 0.1).exception(600)
     assert isinstance(late, StartError)
-    assert "rank 0, whose store must be at no.such.host.invalid:29500 (" in str(late)
+    assert "rank 0, whose store must be at no.such.host.invalid:29500 (MASTER_ADDR='no.such.host.invalid' does not" in str(
+        late
+    )
+    assert "MASTER_ADDR='no.such.host.invalid' does not resolve on" in str(start(FIRST, 0.1).exception(600)), "also rank 0"
     monkeypatch.setenv("MASTER_PORT", "http")
     wrong = start(SECOND).exception(600)
     assert isinstance(wrong, ConfigError)
     assert "no.such.host.invalid:http has no port number" in str(wrong)
+
+
+def test_a_silent_listener_on_the_port_is_named_within_ten_seconds(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch would wait for its answer without limit."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as foreign:
+        monkeypatch.setenv("MASTER_PORT", str(foreign.getsockname()[1]))
+        began = time.monotonic()
+        waiting = start(SECOND, 12.0)
+        while not (said := [line for line in caplog.messages if "another program uses MASTER_PORT" in line]):
+            assert not waiting.done()
+            time.sleep(0.05)
+        assert "rank 0, whose store must be at 127.0.0.1:" in said[0]
+        assert time.monotonic() - began < 10.0
+        assert isinstance(waiting.exception(600), StartError)
+        assert "cannot open a store at 127.0.0.1" in str(start(FIRST, 12.0).exception(600))
+
+
+def test_a_second_run_on_the_port_is_told_the_first_and_does_not_disturb_it(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night, day, words = tmp_path / "night", tmp_path / "day", "MASTER_PORT: the run 'night', whose rank 0 is on "
+    night.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    first = [start(FIRST, folder=night), start(SECOND, folder=night)]  # rank 0 owns the store, and waits for rank 2
+    time.sleep(1.0)
+    with refused(ConfigError, words, golden=False):
+        start(SECOND, folder=day).result(600)
+    assert not any(rank.done() for rank in first)
+    first.append(start(THIRD, folder=night))
+    assert {rank.result(600) for rank in first} == {"of-rank-0"}
+
+    taken = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=600), wait_for_workers=False)  # as in another process
+    PrefixStore("moe_dist", taken).set("run", '["night", "node1"]')
+    monkeypatch.setenv("MASTER_PORT", str(taken.port))
+    with refused(ConfigError, words, golden=False):
+        start(FIRST, folder=day).result(600)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.runtime.attempt import verdict_of
+from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import LeaseError
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config, write_config
@@ -115,6 +116,32 @@ def test_a_rank_that_learned_of_an_error_waits_for_the_failed_rank_to_record_it(
     latest = folder.read_status().latest
     assert latest is not None
     assert (latest.verdict, latest.reason, latest.rank) == (65, "latest names nothing", 0)
+
+
+LOST = "[pair.cc:544] Connection closed by peer [127.0.0.1]:1"
+
+
+@pytest.mark.parametrize("launched", ["this", ""])
+def test_a_rank_that_lost_a_peer_blames_nobody_and_tells_where_it_cannot_know(tmp_path: Path, launched: str) -> None:
+    """Only moe_dist's launchers compare the ends of all ranks; srun, mpirun and torchrun tell moe_dist nothing."""
+    done, folder = run(tmp_path, f"raise RuntimeError({LOST!r})", MOE_DIST_ATTEMPT_ID=launched)
+    latest = folder.read_status().latest
+    assert latest is not None
+    assert (done.returncode, latest.verdict, latest.rank, latest.rank_host) == (1, 1, None, "")
+    assert latest.reason.startswith(f"rank 0 on {socket.gethostname()} lost a peer: RuntimeError: {LOST}")
+    for text in (latest.reason, done.stderr):
+        assert ("do not tell moe_dist which one and why" in text) == (not launched)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [("pass", True), ("attempt.finish()", True), ("raise KeyError('x')", True), ("os._exit(3)", False)],
+)
+def test_a_rank_tells_that_it_ends_by_itself(tmp_path: Path, body: str, told: bool) -> None:
+    _, folder = run(tmp_path, body)
+    assert folder.told("this") == ({0} if told else set())
+    folder.open(folder.read_config(), RankEnv(0, 1, 0, 1, "published", 1, "next")).release()
+    assert not list(folder.path.glob(".told_*"))
 
 
 def test_without_a_record_of_the_failed_rank_the_follow_up_error_is_the_reason(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_wait_names_the_missing_until_it_ends_by_time_or_by_a_stop(
             wait.pause(rendezvous.ranks_text({3, 2}))
     assert now == [1100.0]
     assert [record.getMessage() for record in caplog.records] == [
-        f"waiting for ranks 2, 3 since {seconds} s, for at most 100 s" for seconds in (30, 60, 90)
+        f"waiting for ranks 2, 3 since {seconds} s, for at most 100 s" for seconds in (10, 40, 70)
     ]
     with refused(StoppedError):
         StartWait(0, 100.0, stopped=lambda: True).pause(rendezvous.ranks_text({1}))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,20 @@ def test_an_attempt_that_lost_its_lease_writes_no_verdict(tmp_path: Path) -> Non
     lost.release()
     taken.check()
     taken.release()
+
+
+def test_times_come_from_the_clock_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clocks of hosts differ: the attempt begins on one host, and ends on another whose clock is two hours ahead."""
+    config = config_with(tmp_path)
+    folder = RunFolder.of(config)
+    lease, now = folder.open(config, ENV), time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 7200.0)
+    assert folder.write_status(verdict=1, reason="killed", last_step=0, attempt_id=ENV.attempt_id)
+    lease.release()
+    assert folder.amend_status("never-opened", verdict=1, reason="killed", rank=0, restarts=1, lasted=5.0)
+    opened, never = folder.read_status().attempts
+    assert 0.0 <= (opened.ended or 0.0) - opened.started < 600.0
+    assert (never.restarts, never.verdict, round((never.ended or 0.0) - never.started)) == (1, 1, 5)
 
 
 def test_a_killed_attempt_shows_its_last_record(tmp_path: Path) -> None:

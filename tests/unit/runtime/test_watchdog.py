@@ -72,13 +72,13 @@ def dog(
     tracker: CollectiveTracker,
     logs: Path,
     rank: int,
-    ends: list[str],
+    ends: list[tuple[str, int | None]],
     done: threading.Event,
     *,
     step: Callable[[], int] = lambda: 7,
 ) -> Watchdog:
-    def end(reason: str) -> None:
-        ends.append(reason)
+    def end(reason: str, at_fault: int | None) -> None:
+        ends.append((reason, at_fault))
         done.set()
 
     return Watchdog(
@@ -95,8 +95,10 @@ def test_a_late_collective_is_written_down_and_ends_the_process(tmp_path: Path, 
     assert (report.rank, report.step, report.collective, report.layer) == (0, 7, "combine rows", "layers.0")
     assert (report.send, report.receive, report.entered) == ((0, 2), (0, 1), 1)
     assert report.seconds > 0.2
-    assert "'combine rows' of layers.0" in ends[0]
-    assert "rank 1 did not enter it" in ends[0]
+    reason, at_fault = ends[0]
+    assert "'combine rows' of layers.0" in reason
+    assert "rank 1 did not enter it" in reason
+    assert at_fault == 1, "not the rank that reports"
     assert "sends [0, 2], receives [0, 1]" in caplog.text
 
 
@@ -117,9 +119,10 @@ def test_the_process_ends_even_if_its_report_cannot_be_written(tmp_path: Path) -
     with tracker.inside("combine rows", device=torch.device("cpu"), layer="layers.0"):
         dog(tracker, tmp_path / "logs", 0, ends, done)
         assert done.wait(600)
-    assert "rank 0 has been in 'combine rows' of layers.0 for" in ends[0]
-    assert "cannot exchange reports with its peers" in ends[0]
-    assert "Not a directory" in ends[0]
+    reason, at_fault = ends[0]
+    for words in ("rank 0 has been in 'combine rows' of layers.0 for", "cannot exchange reports", "Not a directory"):
+        assert words in reason
+    assert at_fault is None
 
 
 def test_the_process_ends_whatever_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -131,7 +134,7 @@ def test_the_process_ends_whatever_fails(tmp_path: Path, caplog: pytest.LogCaptu
     with tracker.inside("combine rows", device=torch.device("cpu")):
         dog(tracker, tmp_path, 0, ends, done, step=no_step)
         assert done.wait(600)
-    assert ends == ["a collective did not finish in 0.2 s; the watchdog could not determine which one"]
+    assert ends == [("a collective did not finish in 0.2 s; the watchdog could not determine which one", None)]
     assert "no step" in caplog.text
 
 

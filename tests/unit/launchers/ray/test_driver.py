@@ -111,7 +111,7 @@ def test_each_attempt_avoids_the_nodes_where_the_attempts_before_it_failed(
     """`gather_gang` is a stand-in: its own tests show what `avoid` does."""
     folder, avoided = RunFolder(tmp_path / "run"), list[set[str]]()
     plan = JobPlan((NodePlan(0, (0,)), NodePlan(1, (1,))))
-    ends = [((1, -9), 1), ((1, 1), 0), ((0, 0), None)]  # the codes of both ranks, and the rank that failed first
+    ends = [((1, -9), (0, 1)), ((1, 1), (0, 1)), ((0, 0), ())]  # the codes of both ranks, and the ranks that failed
 
     def gather_gang(*_: object, avoid: Collection[str], **__: object) -> Any:
         attempt = len(avoided)
@@ -120,7 +120,7 @@ def test_each_attempt_avoids_the_nodes_where_the_attempts_before_it_failed(
 
         def run(*_: object) -> Outcome:
             (folder.checkpoints / "latest").write_text(f"step_{1 + attempt}")
-            return Outcome(*ends[attempt], stop=None, aborted=False)
+            return Outcome(*ends[attempt])
 
         parts = {"job": plan, "workers": WORKERS[:2], "hosts": ("n0", "n1"), "node": nodes.__getitem__}
         return SimpleNamespace(**parts, run=run, close=lambda: None)

@@ -54,7 +54,7 @@ class Cluster:
         """The nodes on which the actors of a job have started."""
         with StopSignals() as signals:
             settings: dict[str, Any] = {"wait_seconds": 5.0, **options}
-            return gather_gang(job, CPU, [], signals=signals, say=self.said.append, **settings).hosts  # pyright: ignore
+            return gather_gang(job, CPU, [], "data", signals=signals, say=self.said.append, **settings).hosts  # pyright: ignore
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -82,7 +82,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
         def __init__(self, job: JobPlan, nodes: Sequence[RayNode], bundle: object) -> None:
             self.job, self._nodes = job, nodes
 
-        def gather(self, paths: Sequence[str], signals: StopSignals) -> None:
+        def gather(self, paths: Sequence[str], data: str, signals: StopSignals) -> None:
             assert not cluster.requests, "a request holds the resources that the actors need"
             cluster.tried.append([each.node_id for each in self._nodes])
             cluster.now += 1.0
@@ -173,7 +173,7 @@ def test_actors_that_fail_or_do_not_answer_are_told_apart_by_their_nodes(monkeyp
 
     class Actor:
         def __init__(self, rank: int) -> None:
-            self.worker = SimpleNamespace(remote=lambda paths: rank)
+            self.worker = SimpleNamespace(remote=lambda *_: rank)
 
     def get(rank: int) -> WorkerInfo:
         if rank in (1, 3):
@@ -189,7 +189,7 @@ def test_actors_that_fail_or_do_not_answer_are_told_apart_by_their_nodes(monkeyp
     monkeypatch.setattr(ray_gang.time, "monotonic", itertools.count(0.0, 100.0).__next__)
     job = JobPlan((NodePlan(0, (0,)), NodePlan(1, (1, 3)), NodePlan(2, (2,))))
     with StopSignals() as signals, pytest.raises(LostError) as raised:
-        ray_gang.Gang(job, [node("1"), node("2"), node("3")], CPU).gather([], signals)
+        ray_gang.Gang(job, [node("1"), node("2"), node("3")], CPU).gather([], "data", signals)
     assert raised.value.faults == {
         "2": "the actor of rank 1 did not start on 10.0.0.2 (no labels): ModuleNotFoundError: No module named 'x1'",
         "3": "the actor of rank 2 did not start on 10.0.0.3 (no labels): no answer in 300 s",
@@ -197,7 +197,7 @@ def test_actors_that_fail_or_do_not_answer_are_told_apart_by_their_nodes(monkeyp
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(StoppedError):
-            ray_gang.Gang(TWO, [node("1"), node("2")], CPU).gather([], signals)
+            ray_gang.Gang(TWO, [node("1"), node("2")], CPU).gather([], "data", signals)
 
 
 def test_a_rank_that_does_not_start_is_the_cause_and_the_others_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,10 +210,10 @@ def test_a_rank_that_does_not_start_is_the_cause_and_the_others_are_ended(monkey
             start=starts, wait=SimpleNamespace(options=lambda **_: ends), send=SimpleNamespace(remote=sent.append)
         )
 
-    def get(call: str) -> int:
+    def get(call: str) -> tuple[int, str]:
         if call == "start of 1":
             raise RayActorError("1", "died\nRuntimeError: n2: /opt/python could not be started")
-        return -signal.SIGTERM
+        return -signal.SIGTERM, "memory limit reached"
 
     def wait(calls: list[str], **_: object) -> tuple[list[str], list[str]]:
         return (calls, []) if sent or "start of 0" in calls else ([], calls)
@@ -227,7 +227,8 @@ def test_a_rank_that_does_not_start_is_the_cause_and_the_others_are_ended(monkey
     with StopSignals() as signals:
         outcome = gang.run(commands, [Path("0"), Path("1")], signals, ShutdownTimeouts(stop=9.0, peers=0.0))
     assert sent == [signal.SIGTERM]
-    assert (outcome.codes, outcome.first_failed, outcome.hosts) == ((-15, -9), 1, ("10.0.0.1", "10.0.0.2"))
+    assert (outcome.codes, outcome.cause(), outcome.hosts) == ((-15, -9), 1, ("10.0.0.1", "10.0.0.2"))
+    assert outcome.words == {0: "memory limit reached"}
     why = "it did not start on 10.0.0.2 (no labels): RuntimeError: n2: /opt/python could not be started"
     assert outcome.lost == {1: why}
 

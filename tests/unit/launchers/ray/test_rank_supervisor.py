@@ -35,7 +35,7 @@ def escape(path):
 class Kept:
     """A supervisor, started as an actor starts it."""
 
-    def __init__(self, folder: Path, program: str, *, shown: bool = False) -> None:
+    def __init__(self, folder: Path, program: str, *, shown: bool = False, scratch: str = "") -> None:
         self.log, self.escaped = folder / "rank.log", folder / "escaped"
         (folder / "rank.py").write_text(ESCAPED + textwrap.dedent(program))
         self.process = subprocess.Popen(
@@ -47,7 +47,7 @@ class Kept:
             start_new_session=True,
         )
         argv = [sys.executable, str(folder / "rank.py"), str(self.escaped)]
-        self.say(Order(argv, dict(os.environ), str(self.log), shown).line())
+        self.say(Order(argv, dict(os.environ), str(self.log), shown, scratch).line())
         self.pid = int(self.hear()["pid"])
 
     def say(self, line: bytes) -> None:
@@ -110,15 +110,18 @@ def test_the_exit_code_is_reported_and_remaining_processes_are_killed(kept: Call
     assert not is_alive(escaped)
 
 
-def test_nothing_is_left_when_the_actor_dies(kept: Callable[..., Kept]) -> None:
+def test_nothing_is_left_when_the_actor_dies(kept: Callable[..., Kept], tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     refuses = "import signal\nfor s in (15, 12, 2): signal.signal(s, signal.SIG_IGN)\n"
-    supervisor = kept(refuses + "escape(sys.argv[1]); time.sleep(600)")
+    supervisor = kept(refuses + "escape(sys.argv[1]); time.sleep(600)", scratch=str(scratch))
     escaped = supervisor.escaped_pid()
     assert is_alive(supervisor.pid)
     supervisor.actor_dies()
     assert supervisor.process.wait() == 0
     assert not is_alive(supervisor.pid)
     assert not is_alive(escaped)
+    assert not scratch.exists()
 
 
 def test_the_rank_dies_with_its_supervisor(kept: Callable[..., Kept]) -> None:

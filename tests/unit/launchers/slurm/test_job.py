@@ -74,7 +74,8 @@ class Node:
         self.yaml = write_config(self.config, folder / "x.yaml")
         (folder / "site.yaml").write_text("gpus: {syntax: none}\nranks_per_node: 2\nmax_restarts: 5\n")
         answers = {
-            "requeue*": 'echo "$*" >>asked; echo PENDING >state',
+            # As Slurm does, to each process of the job.
+            "requeue*": 'echo "$*" >>asked; kill -TERM $PPID; sleep 0.2; echo PENDING >state',
             "update*": 'echo "$*" >>asked',
             "*hostnames*": "cat hosts",
             "*node*": 'echo "NodeName=n1 State=$(cat node_state) ActiveFeatures="',
@@ -192,7 +193,8 @@ def test_slurm_requeues_after_a_fault_that_may_pass(node: Node, capsys: pytest.C
     for restarts in range(1 + RESTARTS):
         attempt_id = f"slurm--12-{restarts}"
         lease = node.run.open(node.config, RankEnv(0, 2, 0, 2, "published", restarts, attempt_id))
-        assert node.run.write_status(verdict=verdict, reason=reason, last_step=1, attempt_id=attempt_id, rank=1)
+        more = {"rank": 1, "rank_host": "n1"}
+        assert node.run.write_status(verdict=verdict, reason=reason, last_step=1, attempt_id=attempt_id, **more)
         lease.release()
         saves = f"echo step_{1 + restarts} >{node.run.checkpoints}/latest"
         ended = f"echo 'srun: error: n1: tasks 0-1: Exited with exit code {verdict}' >&2; exit {verdict}"
@@ -206,44 +208,47 @@ def test_a_job_that_saves_nothing_after_a_fault_is_requeued_once(node: Node, cap
     fails = "echo 'srun: error: n1: task 1: Killed' >&2; exit 137"
     assert [node.attempt(fails, restarts=restarts) for restarts in range(2)] == [1, 1]
     assert node.requeues == 1
-    assert "not requeued: 2 attempts in a row committed no checkpoint after step 0" in capsys.readouterr().err
+    assert "not requeued: 2 failed attempts in a row committed no checkpoint after step 0" in capsys.readouterr().err
 
 
-def test_a_time_limit_for_one_step_ends_the_job_after_two_attempts(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preemptions_and_time_limits_before_the_first_checkpoint_never_end_a_job(
+    node: Node, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where Slurm kills the batch script before the ranks have saved, and where one saved the step of its stop."""
     limit = {"SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": "1300"}
-    for restarts in range(2):
-        node.save(restarts)
-        stop = f"echo step_{restarts + 1} >{node.run.checkpoints}/latest; exit 75"
-        assert node.attempt(stop, restarts=restarts, **limit) == 75
+    kills = "kill -TERM $PPID; sleep 1; exit 137"  # srun's parent is the batch script
+    for restarts, srun in enumerate(["exit 75", "exit 75", kills, f"echo step_1 >{node.run.checkpoints}/latest; exit 75"]):
+        if restarts == 3:
+            node.save(0)
+        assert node.attempt(srun, restarts=restarts, **limit) == 75
+    assert node.requeues == 4
+    (attempts,) = node.run.path.glob("slurm/job_12_*/job_12.json")
+    assert [each[3] for each in json.loads(attempts.read_text())] == [False, False, True, False]
+    attempts.write_text("[[75, 0, 0, false], [75, 0, 0, true], [null, 0, 0, true]]")  # killed in its stop
+    assert node.attempt("exit 0", restarts=4) == 0
     said = capsys.readouterr().err
-    assert node.requeues == 1
-    assert (
-        said.count("WARNING: the time limit of 300 s leaves an attempt 0 s until its stop signal (signal_seconds=300)") == 2
-    )
-    assert "not requeued: 2 attempts in a row were stopped at their first step, the last at step 2" in said
+    assert said.count("WARNING: the time limit of 300 s leaves an attempt 0 s until its stop signal") == 4
 
 
 def test_the_count_goes_on_after_slurm_itself_requeued_the_job(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
     """As after a node failure that killed the batch script, too: the next attempt finds that one unconcluded."""
     assert node.attempt("exit 75") == 75
     (attempts,) = node.run.path.glob("slurm/job_12_*/job_12.json")
-    assert json.loads(attempts.read_text()) == [[75, 0, 0]]
+    assert json.loads(attempts.read_text()) == [[75, 0, 0, False]]
     attempts.write_text("[[75, 0, 3], [null, 3, 3]]")
     attempts.with_name("job_12_1_ranks.json").write_text('{"n1": [0, 1]}')
     lost = "slurm--12-1"
     node.run.open(node.config, RankEnv(0, 2, 0, 1, "published", 1, lost)).release()
     node.save(3)
     assert node.attempt("exit 0", restarts=2) == 0
-    assert json.loads(attempts.read_text()) == [[75, 0, 3], [1, 3, 3], [0, 3, 3]]
+    assert [each[:3] for each in json.loads(attempts.read_text())] == [[75, 0, 3], [1, 3, 3], [0, 3, 3]]
     record = node.run.read_status().of(lost)
     assert record is not None
     assert record.reason == "ranks 0-1: Node failure on n1"
     assert json.loads(attempts.with_name("job_12_2_ranks.json").read_text()) == {"n1": [0, 1]}
     attempts.write_text("[[75, 0, 3], [1, 3, 3], [null, 3, 3]]")
     assert node.attempt("exit 0", restarts=3) == 1
-    assert "job 12 is not continued: 2 attempts in a row committed no checkpoint after step 3" in capsys.readouterr().err
-    attempts.write_text("[[75, 3, 3], [75, 3, 3]]")
-    assert node.attempt("exit 0", restarts=3) == 75, "the code of the last attempt"
+    assert "job 12 is not continued: 2 failed attempts in a row" in capsys.readouterr().err
 
 
 def test_tasks_are_counted_node_by_node_in_each_component() -> None:

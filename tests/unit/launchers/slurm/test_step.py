@@ -1,6 +1,5 @@
-"""The verdict of a step, and requeueing. srun and scontrol are stand-ins on the path."""
+"""The ends of a step's tasks, and requeueing. srun and scontrol are stand-ins on the path."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from launchers.slurm import step
-from launchers.slurm.step import SlurmJob, conclude, host_at_fault, name_unconcluded, requeue_job, run_step
+from launchers.slurm.step import SlurmJob, name_unconcluded, outcome_of, requeue_job, run_step
 from launchers.snapshot import CodeSnapshot
+from launchers.verdict import conclude
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config
@@ -51,119 +51,55 @@ def test_sruns_lines_about_failed_tasks_are_held_back(capfd: pytest.CaptureFixtu
     assert run_step(["bash", "-c", "kill -9 $$"])[0] == 137
 
 
-def test_the_verdict_comes_from_the_ranks_and_the_failed_rank_is_printed_first(
-    run: RunFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    leave(run, verdict=70, reason="loss was nan")
-    run.log_of(2).write_text(f"--- attempt old\nno\n--- attempt {JOB.attempt_id}, now, n2\nloss was nan\n")
-    ended = ["srun: error: n1: task 0: Killed", "srun: error: n2: tasks 1-2: Exited with exit code 70"]
-    assert conclude(run, JOB, 137, ended, stopped=False, places=PLACES) == 70
-    said = capsys.readouterr().err
-    assert said.startswith(f"rank 2 failed first on n2; {run.log_of(2)} ends with:\n\n--- attempt {JOB.attempt_id}")
-    assert said.index("loss was nan") < said.index("task 0: Killed")
-    assert said.endswith("verdict 70: loss was nan\n")
-
-
-def test_a_killed_task_replaces_a_peers_verdict(run: RunFolder) -> None:
-    leave(run, verdict=1, reason="connection closed")
-    ended = ["srun: error: n1: task 0: Out Of Memory", "srun: error: n2: tasks 1-2: Exited with exit code 1"]
-    assert conclude(run, JOB, 137, ended, stopped=False, places=PLACES) == 1
-    assert recorded(run) == (1, "rank 0 on n1: killed, out of memory", 0)
-
-
-def test_a_failed_node_is_the_cause_although_slurm_kills_the_others(run: RunFolder) -> None:
-    leave(run, verdict=1, reason="connection closed")
-    ended = ["srun: error: n1: tasks 0: Exited with exit code 1", "srun: error: Node failure on n2"]
-    assert conclude(run, JOB, 137, ended, stopped=True, places=PLACES) == 1
-    assert recorded(run)[1:] == ("ranks 1-2: Node failure on n2", 1)
-
-
-def test_without_a_recorded_verdict_the_first_failed_task_sets_it(
-    run: RunFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run.log_of(1).write_text(f"--- attempt {JOB.attempt_id}\nfine\n")
-    run.log_of(2).write_text(f"--- attempt {JOB.attempt_id}\nTraceback (most recent call last):\nImportError: no\n")
-    ended = ["srun: error: n2: task 2: Exited with exit code 78", "srun: error: n1: task 0: Killed"]
-    assert conclude(run, JOB, 137, ended, stopped=False, places=PLACES) == 78
-    said = capsys.readouterr().err
-    assert "rank 2 failed first" in said
-    assert "ImportError: no" in said
-    assert json.loads(run.status_json.read_text())["verdict"] == 78
-
-
-def test_a_rank_that_took_the_end_of_all_tasks_for_a_stop_is_not_the_cause(run: RunFolder) -> None:
-    leave(run, verdict=75, reason="stopped on request while rank 0 waited for ranks 1, 2")
-    ended = ["srun: error: n2: task 1: Exited with exit code 65", "srun: error: n1: task 0: Exited with exit code 75"]
-    assert conclude(run, JOB, 65, ended, stopped=False, places=PLACES) == 65
-    assert recorded(run) == (65, "rank 1 on n2: Exited with exit code 65", 1)
+# --- how the ranks ended, from srun's lines; tests/unit/launchers/test_verdict.py has the verdicts
 
 
 @pytest.mark.parametrize(
-    ("ended", "stopped", "reason"),
-    [
-        (["n2: task 1: Killed", "n1: task 0: Exited with exit code 75"], False, "rank 1 on n2: killed by SIGKILL"),
-        # Slurm asks all processes of a job to stop after it has lost a node.
-        (["Node failure on n2", "n1: task 0: Exited with exit code 75"], True, "ranks 1-2: Node failure on n2"),
-    ],
-)
-def test_a_killed_rank_or_a_lost_node_is_the_cause_although_rank_0_stopped_waiting_for_it(
-    run: RunFolder, ended: list[str], stopped: bool, reason: str
-) -> None:
-    leave(run, verdict=75, reason="stopped on request while rank 0 waited for ranks 1, 2")
-    lines = [f"srun: error: {each}" for each in ended]
-    assert conclude(run, JOB, 137, lines, stopped=stopped, places=PLACES) == 1
-    assert recorded(run) == (1, reason, 1)
-
-
-@pytest.mark.parametrize("stopped", [True, False])
-def test_a_rank_that_dies_after_all_have_saved_leaves_the_stop(run: RunFolder, stopped: bool) -> None:
-    leave(run, verdict=75, reason="stopped on request after step 7")
-    ended = ["srun: error: n1: task 0: Exited with exit code 75", "srun: error: n2: task 1: Killed"]
-    assert conclude(run, JOB, 137, ended, stopped=stopped, places=PLACES) == 75
-    assert recorded(run)[1] == "stopped on request after step 7"
-
-
-def test_a_stop_before_any_record_gives_75(run: RunFolder) -> None:
-    assert conclude(run, JOB, 143, ["srun: error: n1: task 0: Terminated"], stopped=True, places=PLACES) == 75
-    assert conclude(run, JOB, 0, [], stopped=False, places=PLACES) == 0
-
-
-def test_the_killed_rank_is_named_although_its_neighbour_on_the_node_has_a_traceback(
-    run: RunFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    leave(run, verdict=1, reason=CLOSED)
-    run.log_of(1).write_text(f"--- attempt {JOB.attempt_id}\nstep 7\n")
-    run.log_of(2).write_text(f"--- attempt {JOB.attempt_id}\nTraceback (most recent call last):\n{CLOSED}\n")
-    ended = ["srun: error: n2: task 1: Killed", "srun: error: n2: task 2: Exited with exit code 1"]
-    assert conclude(run, JOB, 137, ended, stopped=False, places=PLACES) == 1
-    assert recorded(run)[1:] == ("rank 1 on n2: killed by SIGKILL", 1)
-    said = capsys.readouterr().err
-    assert "rank 1 failed first" in said
-    assert "Traceback" not in said
-
-
-@pytest.mark.parametrize(
-    ("ended", "reason", "rank"),
+    ("lines", "codes", "failed"),
     [
         # A task is no rank: here the ranks of the two nodes alternate.
-        (["n2: task 3: Segmentation fault (core dumped)"], "rank 3 on n2: killed by SIGSEGV", 3),
-        (["n1: task 1: Killed"], "rank 2 on n1: killed by SIGKILL", 2),
-        (["n1: tasks 0-1: Exited with exit code 1", "n2: task 2: Bus error"], "rank 1 on n2: killed by SIGBUS", 1),
-        (["n1: task 0: Exited with exit code 1", "Node failure on n2"], "ranks 1, 3: Node failure on n2", 1),
-        (["n2: task 9: Killed"], "n2: task 9: Killed", None),  # tasks in another order than planned
-        # Consequences: after srun has begun to kill, and a task that its peer's failure aborts.
-        (["n1: task 0: Exited with exit code 1", "srun: First task exited 60s ago", "n2: task 2: Killed"], CLOSED, 2),
-        (["n1: task 0: Aborted (core dumped)", "n2: task 2: Exited with exit code 1"], CLOSED, 2),
+        (["n2: task 3: Segmentation fault (core dumped)"], (0, 0, 0, -11), (3,)),
+        (["n1: task 1: Killed"], (0, 0, -9, 0), (2,)),
+        (["n1: tasks 0-1: Exited with exit code 3", "n2: task 2: Bus error"], (3, -7, 3, 0), (0, 2, 1)),
+        (["n2: task 3,2: Aborted"], (0, -6, 0, -6), (3, 1)),
+        (["n2: task 9: Killed"], (0, 0, 0, 0), ()),  # no planned task
+        # srun, not the rank, is the reason of what ends after its words.
+        (
+            ["n1: task 0: Exited with exit code 3", "srun: First task exited 60s ago", "n2: task 2: Killed"],
+            (3, -9, 0, 0),
+            (0,),
+        ),
+        (
+            ["n1: task 0: Exited with exit code 3", "srun: forcing job termination", "n2: task 2: Terminated"],
+            (3, -15, 0, 0),
+            (0,),
+        ),
+        (["n1: task 0: Exited with exit code 75", "n2: task 2: Exited with exit code 1"], (75, 1, 0, 0), (1,)),
     ],
 )
-def test_the_first_death_is_the_cause_whatever_a_peer_has_recorded(
-    run: RunFolder, ended: list[str], reason: str, rank: int | None
-) -> None:
-    leave(run, verdict=1, reason=CLOSED)
-    lines = [each if each.startswith("srun: ") else f"srun: error: {each}" for each in ended]
+def test_sruns_lines_tell_which_ranks_failed(lines: list[str], codes: tuple[int, ...], failed: tuple[int, ...]) -> None:
     places = {"n1": {0: 0, 1: 2}, "n2": {2: 1, 3: 3}}
-    assert conclude(run, JOB, 137, lines, stopped=False, places=places) == 1
-    assert recorded(run)[1:] == (reason, rank)
+    shown = [each if each.startswith("srun: ") else f"srun: error: {each}" for each in lines]
+    outcome = outcome_of(137, shown, places, stopped=False)
+    assert (outcome.codes, outcome.failed, outcome.hosts) == (codes, failed, ("n1", "n2", "n1", "n2"))
+    assert (outcome.stop is not None) == (codes[0] == 75)
+
+
+def test_a_failed_task_ends_the_others_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun itself waits LINGER_SECONDS."""
+    monkeypatch.setattr(step, "PEER_SECONDS", 0.2)
+    waits = "trap 'echo srun: forcing job termination >&2; exit 143' TERM; sleep 600 2>/dev/null & wait"
+    began = time.monotonic()
+    code, lines = run_step(["bash", "-c", f"echo 'srun: error: n2: task 1: Exited with exit code 78' >&2; {waits}"])
+    assert (code, lines) == (143, ["srun: error: n2: task 1: Exited with exit code 78", "srun: forcing job termination"])
+    assert time.monotonic() - began < 300
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_task_that_is_done_or_stopped_ends_no_other(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr(step, "PEER_SECONDS", 0.0)
+    words = f"echo 'srun: error: n2: task 1: Exited with exit code {code}' >&2; sleep 0.5; exit 5"
+    assert run_step(["bash", "-c", words])[0] == 5
 
 
 def test_a_node_failure_is_recorded_at_once_although_srun_and_rank_0_hang(
@@ -174,47 +110,11 @@ def test_a_node_failure_is_recorded_at_once_although_srun_and_rank_0_hang(
     lease = run.open(run.read_config(), RankEnv(0, 3, 0, 1, "published", 1, JOB.attempt_id))
     began = time.monotonic()
     code, ended = run_step(["bash", "-c", "echo 'srun: error: Node failure on n2' >&2; exec sleep 600"])
-    assert conclude(run, JOB, code, ended, stopped=True, places=PLACES) == 1
+    outcome = outcome_of(code, ended, PLACES, stopped=True)
+    assert conclude(run, JOB.attempt_id, outcome).code == 1
     assert time.monotonic() - began < 300
     lease.release()
     assert recorded(run) == (1, "ranks 1-2: Node failure on n2", 1)
-
-
-def test_an_exit_code_outside_the_table_becomes_1(run: RunFolder) -> None:
-    assert conclude(run, JOB, 143, ["srun: error: n1: task 0: Exited with exit code 9"], stopped=False, places=PLACES) == 1
-    assert recorded(run)[:2] == (1, "rank 0 on n1: Exited with exit code 9")
-
-
-@pytest.mark.parametrize("code", [2, 7, 127, 130, 137, 143])
-def test_without_any_record_an_exit_code_outside_the_table_is_1_too(tmp_path: Path, code: int) -> None:
-    """As where a program is missing, where srun itself fails, or where a signal ends it."""
-    run = RunFolder(tmp_path / "none")
-    assert conclude(run, JOB, code, [], stopped=False, places=PLACES) == 1
-    for own, verdict in ((code, 1), (65, 65)):
-        ended = [f"srun: error: n1: task 0: Exited with exit code {own}"]
-        assert conclude(run, JOB, code, ended, stopped=False, places=PLACES) == verdict
-
-
-@pytest.mark.parametrize(
-    ("ended", "host"),
-    [
-        (["n1: task 0: Exited with exit code 1", "Node failure on n2"], "n2"),
-        (["n1: task 0: Killed", "n2: tasks 1-2: Exited with exit code 1"], "n1"),
-        (["n1: task 0: Exited with exit code 1", "n2: tasks 1-2: Exited with exit code 1"], "n2"),  # rank 2 told the cause
-        ([], "n2"),
-    ],
-)
-def test_the_node_at_fault_is_that_of_the_first_death_or_of_the_rank_that_told_the_cause(
-    run: RunFolder, ended: list[str], host: str
-) -> None:
-    leave(run, verdict=1, reason="CUDA error")
-    assert host_at_fault(run, JOB, [f"srun: error: {each}" for each in ended], PLACES) == host
-
-
-def test_without_a_record_the_node_at_fault_is_that_of_the_task_that_ended_first(run: RunFolder) -> None:
-    ended = ["srun: error: n1: task 0: Exited with exit code 1", "srun: error: n2: task 1: Exited with exit code 1"]
-    assert host_at_fault(run, JOB, ended, PLACES) == "n1"
-    assert host_at_fault(run, JOB, ["srun: Job step aborted: Waiting up to 32 seconds"], PLACES) is None
 
 
 @pytest.mark.parametrize(
@@ -244,18 +144,27 @@ def test_a_batch_script_that_slurm_killed_is_named_by_the_next_attempt(
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     leave(run, verdict=1, reason=CLOSED)
-    assert name_unconcluded(run, JOB.attempt_id, {"n1": [0, 2], "n2": [1]}) == 1
+    assert name_unconcluded(run, JOB.attempt_id, {"n1": [0, 2], "n2": [1]}, asked=False, restarts=1) == 1
     found = recorded(run)
     assert (found[0], found[2]) == (1, rank)
     assert found[1].startswith(reason)
     assert (CLOSED in found[1]) == (rank is None), "a peer's error is shown only where no node is known"
-    assert name_unconcluded(run, "slurm-none", {}) == 1
 
 
 def test_what_the_ranks_recorded_before_the_batch_script_was_killed_stays(run: RunFolder) -> None:
     leave(run, verdict=75, reason="stopped on request after step 7")
-    assert name_unconcluded(run, JOB.attempt_id, {}) == 75
+    assert name_unconcluded(run, JOB.attempt_id, {}, asked=False, restarts=1) == 75
     assert recorded(run)[1] == "stopped on request after step 7"
+
+
+def test_a_batch_script_that_was_killed_after_a_stop_signal_was_asked_to_stop(run: RunFolder) -> None:
+    """A preemption at the start: the ranks import torch for longer than KillWait. Also before they open the run."""
+    for attempt_id in (JOB.attempt_id, "slurm-c1-12-2"):
+        assert name_unconcluded(run, attempt_id, {}, asked=True, restarts=2) == 75
+        record = run.read_status().of(attempt_id)
+        assert record is not None
+        assert (record.verdict, record.rank) == (75, None)
+        assert "KillWait is too short" in record.reason
 
 
 # --- the next attempt
