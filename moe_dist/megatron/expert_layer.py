@@ -26,8 +26,8 @@ from moe_dist.megatron.sharding import sharded_layer_state
 from moe_dist.megatron.versions import tracker
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.interface import Dispatcher
-from moe_dist.moe.experts.experts import Experts
-from moe_dist.moe.experts.static_experts import StaticExperts
+from moe_dist.moe.experts.experts import Experts, on_host
+from moe_dist.moe.experts.static_storage import on_device
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import NO_REQUEST, Recompute
@@ -158,16 +158,16 @@ def _build(
 ) -> MoELayer:
     """Builds the layer without a shared expert; its parameters are allocated but not initialised."""
     fields = settings.router.model_dump(exclude={"kind"})
-    experts: Any = StaticExperts if watch and watch.static else Experts
     with torch.device("meta"):
         router = watch.make_router(layer) if watch else TopKRouter(config.hidden_size, placement.groups, **fields)
         moe = MoELayer(
             norm=nn.Identity(),  # Megatron applies its own pre_mlp_layernorm before the layer
             router=router,
-            experts=experts(
+            experts=Experts(
                 config.hidden_size,
                 placement.groups,
                 [len(placement.local_experts(ep_rank, group)) for group in placement.groups],
+                storage=on_device if watch and watch.static else on_host,
                 pair_budget=settings.expert_pair_budget,
                 gemm=settings.expert_gemm,
             ),

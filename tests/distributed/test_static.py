@@ -18,8 +18,8 @@ from moe_dist.errors import ResourceError
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.static import StaticDispatcher
 from moe_dist.moe.dispatch.static_planning import StaticRoom
-from moe_dist.moe.experts.experts import Experts
-from moe_dist.moe.experts.static_experts import StaticExperts
+from moe_dist.moe.experts.experts import Experts, on_host
+from moe_dist.moe.experts.static_storage import on_device
 from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
 from moe_dist.moe.kernels import torch_kernels as rows
 from moe_dist.moe.layer import MoELayer
@@ -54,7 +54,8 @@ def trip(rank: int, case: Case, wire: AllToAll, dtype: torch.dtype, *, static: b
     weight_N = torch.rand(num_tokens * top_k, dtype=dtype, generator=generator).requires_grad_()
     assignments = Assignments(torch.arange(num_tokens).repeat_interleave(top_k), chosen.flatten(), weight_N)
     local, gemm = [len(case.slots[rank])], "loop" if dtype == torch.float64 else "grouped"
-    experts = (StaticExperts if static else Experts)(HIDDEN, placement.groups, local, gemm=gemm).to(dtype)
+    storage = on_device if static else on_host
+    experts = Experts(HIDDEN, placement.groups, local, storage=storage, gemm=gemm).to(dtype)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
     if static:
@@ -132,7 +133,7 @@ def passes(rank: RankContext, recompute: Any) -> list[tuple[list[str], list[str]
     layer = MoELayer(
         norm=torch.nn.RMSNorm(D),
         router=TopKRouter(D, GROUPS, selection_bias=True, capacity=Capacity(0.7, "position")),
-        experts=StaticExperts(D, GROUPS, local),
+        experts=Experts(D, GROUPS, local, storage=on_device),
         dispatcher=StaticDispatcher(placement, wire, room=room_for(placement, T, room=WHOLE)),
         shared=torch.nn.Linear(D, D),
         free=ZeroComputationExperts(D, GROUPS),

@@ -19,7 +19,7 @@ from moe_dist.model.attention import attend, dense_mask, make_mask
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.static import StaticDispatcher
 from moe_dist.moe.experts.experts import ExpertGemm, Experts
-from moe_dist.moe.experts.static_experts import StaticExperts
+from moe_dist.moe.experts.static_storage import on_device
 from moe_dist.moe.kernel_choice.choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
@@ -286,7 +286,7 @@ def static_layer(like: MoELayer, hidden: int, groups: Any, tokens: int, mesh: Me
     rank, ranks = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
     placement, kernels = ExpertPlacement.interleaved(groups, ranks), like.experts.kernels
     local = [len(placement.local_experts(rank, group)) for group in groups]
-    experts = StaticExperts(hidden, groups, local, kernels=kernels)
+    experts = Experts(hidden, groups, local, storage=on_device, kernels=kernels)
     experts.load_state_dict(like.experts.state_dict())
     wire = AllToAll(mesh.ep if mesh is not None and ranks > 1 else None, CommStats())
     dispatcher = StaticDispatcher(placement, wire, room=room_for(placement, tokens, room=ROOM), kernels=kernels)

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.moe.experts.experts import ExpertStack, why_not_grouped
+from moe_dist.moe.experts.experts import ExpertStack
+from moe_dist.moe.experts.products import why_not_grouped
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer
-from moe_dist.placement.parameter_names import group_module
 from tools.gpu_check.kernels import difference
 from tools.gpu_check.layers import make_layer, passes, single_group, triton_or_none
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
@@ -92,9 +92,7 @@ PACKAGED = {"Hugging Face's grouped product": hugging_face, "ScatterMoE": scatte
 
 def _stack(like: MoELayer) -> ExpertStack:
     ((name, _),) = like.experts.local
-    stack = like.experts.get_submodule(group_module(name))
-    assert isinstance(stack, ExpertStack)
-    return stack
+    return like.experts.stack(name)
 
 
 def _layer(job: CheckJob, kernels: RowKernels, *, loop: bool = False) -> MoELayer:

@@ -1,55 +1,142 @@
-"""The true (not null) experts of this rank: SwiGLU FFNs. The weights of each expert group are stacked in one tensor, and
-input rows are sorted by slot (the expert's place on this rank).
+"""The true (not null) experts of this rank: FFNs, whose weights are stacked in one tensor for each expert group. Input rows
+are sorted by slot (the expert's place on this rank).
+
+    y = W_down a(W_gate x, W_up x)
+
+`Experts` is composed of values: an activation a (`activations.py`), an adapter of the matrices
+(`expert_lora.py`) and a storage, which tells where the experts' numbers of rows are (`on_host`, or `on_device` of
+static_storage.py). Replicas (`replicas.py`) add experts for one forward.
 
 Shape letters: Q (token, expert) pairs computed here, R dispatched rows, D hidden size, F hidden width of a group's experts,
 e number of a group's experts on this rank.
-
-Two functions compute the experts of a group, `loop_swiglu` and `grouped_swiglu`, with the same contract:
-
-    swiglu(x_QD, gate, up, down, counts, activate)  ->  y_QD
-
-gate, up [e, F, D] and down [e, D, F] have the dtype of x. `counts`, on the host, has the number of rows of each expert, in
-order. Rows of x beyond the sum of `counts` belong to no expert, have no output, and get a zero gradient. The weights
-of an expert without rows get a zero gradient, not None. `activate(gate_QF, up_QF, rows)` returns the hidden values of a
-slice of rows, by default silu(gate) * up. `grouped_swiglu` also takes gate and up as one stack [e, 2 F, D], with None for
-`up`: one matrix product then reads x once, and `activate` gets [Q, 2 F] and None. x may be a pair of tensors with equal
-values, one for the product with gate and one for the product with up, so that each product has a gradient of its own.
-
-Tests on CPU with torch 2.13 show what `torch.nn.functional.grouped_mm` accepts: fp32, bf16 and fp16, not float64; int32
-offsets; strides in multiples of 16 bytes, so D and F in multiples of 8 (bf16, fp16) or 4 (fp32). `grouped_mm` leaves the
-rows beyond the last offset uninitialised, in the output and in the gradient. On CUDA, by torch's documentation,
-`grouped_mm` takes bf16 on compute capability 8.0 and up.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from moe_dist.comm.collectives import from_host
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout, RunExperts
-from moe_dist.moe.kernels.interface import Items, RowIndex, RowKernels
+from moe_dist.moe.experts.activations import SWIGLU, Activation
+from moe_dist.moe.experts.expert_lora import ExpertLoRA
+from moe_dist.moe.experts.products import ExpertGemm, Product, grouped_product, why_not_grouped
+from moe_dist.moe.experts.working_copy import working_copy
+from moe_dist.moe.kernels.interface import RowIndex, RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH, gate_and_up
 from moe_dist.moe.routing.draws import recomputed
 from moe_dist.placement.parameter_names import Role, group_module
 from moe_dist.placement.placement import ExpertGroup
 
-ExpertGemm = Literal["auto", "grouped", "loop"]
-Activation = Callable[[Tensor, Tensor | None, slice], Tensor]  # the top of this file explains `Activation` and `Inputs`
-Inputs = Tensor | tuple[Tensor, Tensor]
-StackedSwiGLU = Callable[[Inputs, Tensor, Tensor, Tensor, Sequence[int], Activation], Tensor]
-RunStack = Callable[[Inputs, Sequence[int], Activation], Tensor]
-ALIGNMENT = 16  # a stride must be a multiple of this many bytes
 GROUPED_ON_CPU = 16  # number of experts from which grouped_mm (a C++ loop on CPU) was measured to be faster
+Inputs = Tensor | tuple[Tensor, Tensor]  # the rows for gate and for up: equal values, each with a gradient of its own
+Activate = Callable[[Tensor, Tensor | None, slice], Tensor]  # gate [Q, F], up [Q, F] and their place among a stack's rows
 
 
-def silu_product(gate_QF: Tensor, up_QF: Tensor | None, rows: slice) -> Tensor:
-    gate_QF, up_QF = gate_and_up(gate_QF, up_QF)
-    return F.silu(gate_QF) * up_QF
+@dataclass(frozen=True)
+class Runs:
+    """The rows of one stack: a run of consecutive rows for each expert, in order. The lengths of the runs are on the
+    host."""
+
+    lengths: Sequence[int]
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows of x, padding included."""
+        return sum(self.lengths)
+
+    def counts(self) -> Sequence[int]:
+        """Returns the number of rows of each expert, on the host."""
+        return self.lengths
+
+    def grouped(self, kind: ExpertGemm, like: Tensor, widths: Sequence[int]) -> bool:
+        """Returns whether products are grouped, for rows of the dtype and device of `like`."""
+        options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        return choose_gemm(kind, widths=widths, num_experts=len(self.lengths), **options)
+
+    def product(self, device: torch.device) -> Product:
+        """Returns the grouped product, for one row or more."""
+        return grouped_product(self.lengths, device)
+
+    def of_rows(self, bias_eO: Tensor) -> Tensor:
+        """Returns the bias of each row's expert, [Q, O]."""
+        rows_e = from_host(self.lengths, torch.int64, bias_eO.device)
+        return bias_eO.repeat_interleave(rows_e, dim=0, output_size=self.num_rows)
+
+
+RunStack = Callable[[Inputs, Runs, Activate], Tensor]
+
+
+def choose_gemm(
+    kind: ExpertGemm, *, dtype: torch.dtype, device: torch.device, widths: Sequence[int], num_experts: int
+) -> bool:
+    """Returns whether the products of `num_experts` experts with these widths of matrices are grouped. Each forward may
+    call it.
+
+    On CUDA `auto` means grouped if `why_not_grouped` allows it, because a grouped product is one kernel instead of one per
+    expert. On CPU `auto` means grouped only for GROUPED_ON_CPU or more experts (docs/parallelism.md).
+
+    Raises:
+        ValueError: kind is `grouped`, and `why_not_grouped` returns a reason.
+    """
+    few = device.type != "cuda" and num_experts < GROUPED_ON_CPU
+    if kind == "loop" or (kind == "auto" and few):
+        return False
+    reason = why_not_grouped(dtype, device, widths)
+    if reason is None:
+        return True
+    if kind == "auto":
+        return False
+    raise ValueError(f"parallel.expert_gemm=grouped: {reason}; take loop or auto (docs/parallelism.md)")
+
+
+class Chunk(NamedTuple):
+    """Some of this rank's (token, expert) pairs, which are computed at once.
+
+    Attributes:
+        pairs: Places of the pairs.
+        make_index: Returns the row of each pair, among a given number of rows.
+        runs: The rows of each stack.
+    """
+
+    pairs: slice
+    make_index: Callable[[int], RowIndex]
+    runs: Sequence[Runs]
+
+
+# Cuts the pairs of a plan into chunks, for stacks with these numbers of slots, and the budget of `Experts`.
+Storage = Callable[[DispatchedRows, Any, Sequence[int], int | None], list[Chunk]]
+
+
+def on_host(dispatched: DispatchedRows, plan: PairLayout, slots: Sequence[int], budget: int | None) -> list[Chunk]:
+    """Cuts pairs, whose numbers the host knows, into chunks of at most `budget` pairs."""
+    chunks = slot_chunks(plan.slot_counts, budget or sum(plan.slot_counts))
+    known: dict[str, Any] = {"items": dispatched.items, "in_order": dispatched.sorted_pairs} if len(chunks) == 1 else {}
+    found, at = [], 0
+    for counts in chunks:
+        end = at + sum(counts)
+        runs = [Runs(counts[last - number : last]) for number, last in zip(slots, accumulate(slots), strict=True)]
+        row_Q = rows_between(plan.row_of_pair_Q, at, end)
+        found.append(Chunk(slice(at, end), partial(RowIndex, (row_Q,), **known), runs))
+        at = end
+    return found
+
+
+def slot_chunks(counts: Sequence[int], budget: int) -> list[tuple[int, ...]]:
+    """Cuts pairs that are sorted by slot into chunks of at most `budget` pairs. Returns per chunk the number of pairs of
+    each slot. There is at least one chunk, so that the gradients of experts without rows are zero and not None."""
+    runs = list(zip(counts, accumulate(counts), strict=True))
+    edges = range(0, sum(counts), budget) if any(counts) else [0]
+    return [tuple(max(0, min(end, edge + budget) - max(end - count, edge)) for count, end in runs) for edge in edges]
 
 
 def rows_between(x: Tensor, start: int, end: int) -> Tensor:
@@ -65,147 +152,33 @@ def inputs_between(x_QD: Inputs, start: int, end: int) -> tuple[Tensor, Tensor]:
     return cut, cut if second is first else rows_between(second, start, end)
 
 
-def row_slices(counts: Sequence[int]) -> list[slice]:
-    """Returns the slice of input rows of each expert."""
-    return [slice(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True)]
-
-
-def loop_swiglu(
-    x_QD: Inputs, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int], activate: Activation = silu_product
-) -> Tensor:
-    """Computes one expert after the other, for any dtype, device and width. An expert without rows is computed, too, so
-    that the gradient of its weights is zero and not None."""
-    # unbind, because the backward of an index would fill a whole weight stack with zeros for each expert
-    stacks = [weight.unbind() for weight in (gate, up, down)]
-    gate_runs, up_runs = (each.split(list(counts)) for each in inputs_between(x_QD, 0, sum(counts)))
-    outputs = [
-        F.linear(activate(F.linear(for_gate, gate), F.linear(for_up, up), place), down)
-        for for_gate, for_up, place, gate, up, down in zip(gate_runs, up_runs, row_slices(counts), *stacks, strict=True)
-    ]
-    return torch.cat(outputs)
-
-
-def grouped_swiglu(
-    x_QD: Inputs, gate: Tensor, up: Tensor | None, down: Tensor, counts: Sequence[int], activate: Activation = silu_product
-) -> Tensor:
-    """Computes all experts by two or three grouped matrix products. Call this function only if `why_not_grouped` returns
-    None."""
-    if not sum(counts):  # without rows no grouped kernel is called
-        first, second = gate.chunk(2, dim=1) if up is None else (gate, up)
-        return loop_swiglu(x_QD, first, second, down, counts, activate)
-    for_gate_QD, for_up_QD = inputs_between(x_QD, 0, sum(counts))
-    product = grouped_product(counts, for_gate_QD.device)
-    up_QF = None if up is None else product(for_up_QD, up)
-    return product(activate(product(for_gate_QD, gate), up_QF, slice(0, sum(counts))), down)
-
-
-def grouped_product(counts: Sequence[int], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """Returns a function (x [Q, I], stack [e, O, I]) -> y [Q, O] that multiplies each expert's rows with the expert's
-    matrix, by one grouped product. At least one expert must have a row."""
-    offsets = torch.tensor(counts).cumsum(0).to(torch.int32).to(device, non_blocking=True)  # does not sync
-    empty = [expert for expert, count in enumerate(counts) if not count]
-
-    def product(x_QI: Tensor, weight_eOI: Tensor) -> Tensor:
-        weight_eOI = _zero_gradient_of(weight_eOI, empty) if empty else weight_eOI
-        y_QO = F.grouped_mm(x_QI, weight_eOI.transpose(-2, -1), offs=offsets)
-        if y_QO.requires_grad:
-            y_QO.register_hook(Tensor.contiguous)  # grouped_mm refuses gradients of stride 0, which `expand` makes
-        return y_QO
-
-    return product
-
-
-def choose_gemm(
-    kind: ExpertGemm, *, dtype: torch.dtype, device: torch.device, widths: Sequence[int], num_experts: int
-) -> StackedSwiGLU:
-    """Chooses the function that computes `num_experts` experts with the widths D and F. Each forward may call it.
-
-    On CUDA `auto` chooses `grouped_swiglu` if `why_not_grouped` allows it, because a grouped product is one kernel instead
-    of one per expert. On CPU `auto` chooses `grouped_swiglu` only for GROUPED_ON_CPU or more experts (docs/parallelism.md).
-
-    Raises:
-        ValueError: kind is `grouped`, and `why_not_grouped` returns a reason.
-    """
-    few = device.type != "cuda" and num_experts < GROUPED_ON_CPU
-    if kind == "loop" or (kind == "auto" and few):
-        return loop_swiglu
-    reason = why_not_grouped(dtype, device, widths)
-    if reason is None:
-        return grouped_swiglu
-    if kind == "auto":
-        return loop_swiglu
-    raise ValueError(f"parallel.expert_gemm=grouped: {reason}; take loop or auto (docs/parallelism.md)")
-
-
-def why_not_grouped(dtype: torch.dtype, device: torch.device, widths: Sequence[int]) -> str | None:
-    """Returns the reason why `grouped_swiglu` cannot be used, or None if `grouped_swiglu` can be used."""
-    if not hasattr(F, "grouped_mm"):
-        return f"torch {torch.__version__} has no grouped_mm, which came with 2.11"
-    if device.type == "cuda" and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0)):
-        return "on CUDA torch has a grouped kernel for bf16 on compute capability 8.0 and up only"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"torch has no grouped product in {dtype}"
-    odd = [width for width in widths if width * dtype.itemsize % ALIGNMENT]
-    if odd:
-        step = ALIGNMENT // dtype.itemsize
-        return f"hidden_dim and ffn_dim must be multiples of {step} in {dtype}, not {', '.join(map(str, odd))}"
-    return None
-
-
-def _zero_gradient_of(weight: Tensor, experts: list[int]) -> Tensor:
-    """Returns the weight with a hook that sets the gradients of `experts` to 0, because torch does not document the
-    gradient that the grouped product's backward writes for an expert without rows."""
-
-    def zero(gradient: Tensor) -> Tensor:
-        for expert in experts:
-            gradient[expert].zero_()  # in place, because no other product uses this gradient's buffer
-        return gradient
-
-    weight = weight.view_as(weight)  # a view, because a hook on the parameter would persist after this forward
-    if weight.requires_grad:
-        weight.register_hook(zero)
-    return weight
-
-
-class _WorkingCopy(torch.autograd.Function):
-    """Returns a copy of one or more weights (in another dtype, joined along dim 1), for use instead of the weights.
-    Backward passes the copy's gradient to the weights, in the weights' dtype. If a weight has a gradient already, one pass
-    converts the new gradient and adds it in place."""
-
-    @staticmethod
-    def forward(ctx: Any, copy: Tensor, *weights: Tensor) -> Tensor:
-        ctx.weights = weights  # not save_for_backward, because backward does not need the parameters' values
-        return copy.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        parts = gradient.split([each.shape[1] for each in ctx.weights], dim=1)
-        return None, *map(_added_or_converted, ctx.weights, parts)
-
-
-def _added_or_converted(weight: Tensor, gradient: Tensor) -> Tensor | None:
-    if weight.grad is None:
-        return gradient.to(weight.dtype)
-    weight.grad.add_(gradient)
-    return None
-
-
 class ExpertStack(nn.Module):
-    """The experts of one group on this rank: `gate`, `up` [e, F, D] and `down` [e, D, F].
+    """The experts of one group on this rank: `gate`, `up` [e, F, D] and `down` [e, D, F]; with biases also `gate_bias`,
+    `up_bias` [e, F] and `down_bias` [e, D].
 
     Each forward pass converts weights to the rows' dtype if it differs, unless `keep_copies` keeps the converted copies.
     """
 
     role = Role.EXPERT
 
-    def __init__(self, hidden_dim: int, ffn_dim: int, num_local: int, *, gemm: ExpertGemm = "loop") -> None:
+    def __init__(
+        self, hidden_dim: int, ffn_dim: int, num_local: int, *, gemm: ExpertGemm = "loop",
+        activation: Activation = SWIGLU, adapter: ExpertLoRA | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.widths = (hidden_dim, ffn_dim)
+        self.widths, self.activation, self.adapter = (hidden_dim, ffn_dim), activation, adapter
         self.gemm: ExpertGemm = gemm
         self.gate = nn.Parameter(torch.empty(num_local, ffn_dim, hidden_dim))
         self.up = nn.Parameter(torch.empty(num_local, ffn_dim, hidden_dim))
         self.down = nn.Parameter(torch.empty(num_local, hidden_dim, ffn_dim))
+        biases = {"gate_bias": ffn_dim, "up_bias": ffn_dim, "down_bias": hidden_dim} if activation.has_bias else {}
+        own = adapter.stacked(hidden_dim, ffn_dim) if adapter else {}
+        for name, shape in [*((name, (width,)) for name, width in biases.items()), *own.items()]:
+            self.register_parameter(name, nn.Parameter(torch.empty(num_local, *shape)))
+        self.initial_values = dict.fromkeys(biases, 0.0)
+        self.roles = dict.fromkeys(own, Role.EXPERT_ADAPTER)  # of parameters whose role differs from the stack's
+        self.adapters = adapter.modules(hidden_dim, ffn_dim) if adapter else None
+        self.tensors = ("gate", "up", "down", *biases)  # an expert without its adapter
         self._copies: dict[str, Tensor] | None = None  # converted weights by name; None if copies are not kept
 
     def keep_copies(self, keep: bool) -> None:
@@ -218,41 +191,96 @@ class ExpertStack(nn.Module):
         weight = self.get_parameter(name)
         if weight.dtype == dtype or self._copies is None:
             return weight.to(dtype)
-        copy = self._copies.get(name)
-        if copy is None or copy.dtype != dtype:
-            copy = self._copies[name] = weight.detach().to(dtype)
-        return _WorkingCopy.apply(copy, weight)  # pyright: ignore[reportReturnType]
+        return working_copy(self._copies, name, dtype, weight)
 
-    def _gate_up(self, copies: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Returns the weights of gate and up as one stack [e, 2 F, D]. Copying the stack costs as much as copying gate and
-        up."""
-        copy, width = copies.get("gate_up"), self.widths[1]
-        if copy is None or copy.dtype != dtype:
-            copy = self.gate.detach().new_empty((self.gate.shape[0], 2 * width, self.gate.shape[2]), dtype=dtype)
-            copy[:, :width], copy[:, width:] = self.gate.detach(), self.up.detach()
-            copies["gate_up"] = copy
-        return _WorkingCopy.apply(copy, self.gate, self.up)  # pyright: ignore[reportReturnType]
+    def _weights(self, dtype: torch.dtype, *, grouped: bool) -> dict[str, Tensor]:
+        """Returns all stacked weights by name. If a converted copy is kept for grouped products, gate and up are one stack
+        `gate_up` [e, 2 F, D], so that one product reads x once."""
+        joint = grouped and self.activation.in_row_kernels and not (self.activation.has_bias or self.adapter)
+        if joint and self._copies is not None and self.gate.dtype != dtype:
+            both = working_copy(self._copies, "gate_up", dtype, self.gate, self.up)
+            return {"gate_up": both, "down": self.weight("down", dtype)}
+        return {name: self.weight(name, dtype) for name in (*self.tensors, *self.roles)}
 
-    def forward(self, x_QD: Inputs, counts: Sequence[int], activate: Activation = silu_product) -> Tensor:
-        """Applies each expert to its block of consecutive rows: x [sum(counts), D] -> y [sum(counts), D]."""
-        if not counts:
+    def forward(
+        self, x_QD: Inputs, runs: Runs, activate: Activate | None = None, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Applies each expert to its run of rows: x [Q, D] -> y [Q, D].
+
+        Args:
+            activate: Computes the hidden values; by default the activation alone.
+            weights: `tensors` of other experts with the same sizes, instead of the stack's own.
+        """
+        like = x_QD[0] if isinstance(x_QD, tuple) else x_QD
+        if not runs.num_experts:
             # An empty stack gets no gradient, because FSDP2's reduce-scatter refuses empty tensors but skips a parameter
             # without a gradient. FSDP2 shards a stack over ranks with the same experts, so the stack is empty on all
-            # these ranks, and all skip it.
-            return inputs_between(x_QD, 0, 0)[0]
-        like = x_QD[0] if isinstance(x_QD, tuple) else x_QD
-        swiglu = choose_gemm(self.gemm, dtype=like.dtype, device=like.device, widths=self.widths, num_experts=len(counts))
-        if swiglu is grouped_swiglu:
-            return grouped_swiglu(x_QD, *self.grouped_weights(like.dtype), counts, activate)
-        gate, up, down = (self.weight(name, like.dtype) for name in ("gate", "up", "down"))
-        return swiglu(x_QD, gate, up, down, counts, activate)
+            # these ranks, and all skip it. Every rank holds a shared adapter, whose gradient must be zero here, not None.
+            return like + sum(0.0 * each.sum() for each in self.adapters.parameters()) if self.adapters else like
+        activate = activate or self._activate
+        grouped = runs.grouped(self.gemm, like, (*self.widths, *([self.adapter.rank] if self.adapter else ())))
+        weights = dict(weights or self._weights(like.dtype, grouped=grouped))
+        weights |= {name: runs.of_rows(weights[name]) for name in self.initial_values}
+        if not grouped or not runs.num_rows:
+            return self._one_by_one(x_QD, runs, weights, activate)
+        inputs = inputs_between(x_QD, 0, runs.num_rows)
+        return self._ffn(inputs, slice(0, runs.num_rows), weights, runs.product(like.device), activate)
 
-    def grouped_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Returns the weights for `grouped_swiglu`: gate and up are one stack if a converted copy is kept."""
-        down = self.weight("down", dtype)
-        if self._copies is not None and self.gate.dtype != dtype:
-            return self._gate_up(self._copies, dtype), None, down
-        return self.weight("gate", dtype), self.weight("up", dtype), down
+    def _one_by_one(self, x_QD: Inputs, runs: Runs, weights: Mapping[str, Tensor], activate: Activate) -> Tensor:
+        """Computes one expert after the other, for any dtype, device and width. An expert without rows is computed, too, so
+        that the gradient of its weights is zero and not None."""
+        counts = list(runs.counts())
+        # unbind, because the backward of an index would fill a whole weight stack with zeros for each expert
+        stacks = [
+            rows_between(each, 0, sum(counts)).split(counts) if name in self.initial_values else each.unbind()
+            for name, each in weights.items()
+        ]
+        inputs = zip(*(each.split(counts) for each in inputs_between(x_QD, 0, sum(counts))), strict=True)
+        rows = [slice(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True)]
+        y_QD = torch.cat([
+            self._ffn(two, place, dict(zip(weights, one, strict=True)), F.linear, activate)
+            for two, place, *one in zip(inputs, rows, *stacks, strict=True)
+        ])  # fmt: skip
+        padding = runs.num_rows - len(y_QD)
+        return F.pad(y_QD, (0, 0, 0, padding)) if padding else y_QD
+
+    def _ffn(
+        self, inputs: Sequence[Tensor], rows: slice, weights: Mapping[str, Tensor], product: Product, activate: Activate
+    ) -> Tensor:
+        # gate and up are in no variable, so that they are freed before the next product if nothing saves them
+        if "gate_up" in weights:
+            hidden_QF = activate(product(inputs[0], weights["gate_up"]), None, rows)
+        else:
+            both = {"gate": inputs[0], "up": inputs[1]}
+            hidden_QF = activate(*self._outputs(both, "gate_up", weights, product), rows)  # pyright: ignore[reportCallIssue]
+        return self._outputs({"down": hidden_QF}, "down", weights, product)[0]
+
+    def _outputs(
+        self, inputs: Mapping[str, Tensor], target: str, weights: Mapping[str, Tensor], product: Product
+    ) -> Sequence[Tensor]:
+        """Returns the outputs of the matrices that `inputs` names, which together are the adapter's target."""
+        outputs = []
+        for name, x_QI in inputs.items():
+            y_QO, bias_QO = product(x_QI, weights[name]), weights.get(f"{name}_bias")
+            outputs.append(y_QO if bias_QO is None else y_QO + bias_QO)
+        if self.adapter is None or target not in self.adapter.targets:
+            return outputs
+        delta_QO = self.adapter.delta(target, next(iter(inputs.values())), weights, product, self.adapters)
+        return [y + delta for y, delta in zip(outputs, delta_QO.chunk(len(outputs), dim=-1), strict=True)]
+
+    def _activate(self, gate_QF: Tensor, up_QF: Tensor | None, rows: slice) -> Tensor:
+        return self.activation(*gate_and_up(gate_QF, up_QF))
+
+
+class Replicas(Protocol):
+    """Experts of other ranks that this rank also computes (`replicas.py`)."""
+
+    def start(
+        self, h_TD: Tensor, stacks: Callable[[str], ExpertStack]
+    ) -> tuple[Tensor, Callable[[], list[tuple[int, RunStack]]]]:
+        """Begins to fetch the replicas' weights. Returns the layer's input, and a function that waits for the weights and
+        returns for each stack its number of slots, and a function like `ExpertStack.forward`."""
+        ...
 
 
 class Experts(nn.Module):
@@ -266,13 +294,20 @@ class Experts(nn.Module):
         hidden_dim: D.
         groups: All expert groups in logical order, which is also the order of this rank's slots.
         num_local: Number of experts of each group on this rank.
+        activation: The function of gate and up.
+        adapter: Low-rank adapters of the experts' matrices, or None.
+        storage: `on_host`, or `on_device` for plans of fixed sizes.
         pair_budget: Largest number of (token, expert) pairs computed at once; None for no bound. If there are more pairs,
             chunks of pairs are computed, which backward recomputes, so that unbalanced routing costs time but no more
-            memory.
+            memory. `on_device` has no bound.
         gemm: See `choose_gemm`.
-        stack: Makes the stack of a group, with the arguments of `ExpertStack`.
         kernels: Functions that gather rows, compute silu(gate) * up, and sum pairs.
+
+    Attributes:
+        replicas: Fetches the weights of this rank's replicas in each forward; None for a layer without replicas.
     """
+
+    replicas: Replicas | None = None
 
     def __init__(
         self,
@@ -280,96 +315,79 @@ class Experts(nn.Module):
         groups: Sequence[ExpertGroup],
         num_local: Sequence[int],
         *,
+        activation: Activation = SWIGLU,
+        adapter: ExpertLoRA | None = None,
+        storage: Storage = on_host,
         pair_budget: int | None = None,
         gemm: ExpertGemm = "loop",
-        stack: Callable[..., ExpertStack] = ExpertStack,
         kernels: RowKernels = TORCH,
     ) -> None:
         super().__init__()
-        self.kernels = kernels
+        self.activation, self.adapter, self.storage, self.pair_budget = activation, adapter, storage, pair_budget
+        self.kernels = kernels if activation.in_row_kernels else TORCH
         self.local = tuple((group.name, count) for group, count in zip(groups, num_local, strict=True))
-        self.pair_budget = pair_budget
         for group, count in zip(groups, num_local, strict=True):
-            self.add_module(group_module(group.name), stack(hidden_dim, group.ffn_dim, count, gemm=gemm))
+            stack = ExpertStack(hidden_dim, group.ffn_dim, count, gemm=gemm, activation=activation, adapter=adapter)
+            self.add_module(group_module(group.name), stack)
+
+    def stack(self, group: str) -> ExpertStack:
+        return self.get_submodule(group_module(group))  # pyright: ignore[reportReturnType]
 
     def start(self, h_TD: Tensor, *, recompute: bool = False) -> tuple[Tensor, RunExperts]:
         """Begins the forward of a layer, before any row is sent. Returns the layer's input, which the dispatcher sends, and
-        `forward` for one call or several."""
-        return h_TD, partial(self, recompute=recompute)
+        `forward` for one call or several. Issues the exchange of replicas' weights."""
+        if self.replicas is None:
+            return h_TD, partial(self, recompute=recompute)
+        h_TD, arrived = self.replicas.start(h_TD, self.stack)
+        return h_TD, partial(self, recompute=recompute, replicas=arrived)
 
-    def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
-        """Returns for each dispatched row the weighted sum of its experts' outputs: [R, D] in the rows' dtype, summed in
-        fp32 and rounded once. With `recompute`, backward computes the FFNs again instead of keeping their activations."""
-        stacks = [(count, self.get_submodule(group_module(name))) for name, count in self.local]
-        return self._run(dispatched, plan, stacks, recompute=recompute)
-
-    def _run(
-        self, dispatched: DispatchedRows, plan: PairLayout, stacks: Sequence[tuple[int, RunStack]], *, recompute: bool
+    def forward(
+        self,
+        dispatched: DispatchedRows,
+        plan: PairLayout,
+        *,
+        recompute: bool = False,
+        replicas: Callable[[], Sequence[tuple[int, RunStack]]] = tuple,
     ) -> Tensor:
-        """See `forward`. `stacks` has, for each stack of this rank, the stack's number of slots and a function with the
-        arguments of `ExpertStack.forward`."""
+        """Returns for each dispatched row the weighted sum of its experts' outputs: [R, D] in the rows' dtype, summed in
+        fp32 and rounded once. With `recompute`, backward computes the FFNs again instead of keeping their activations. The
+        rows of replicas come behind those of the rank's own slots."""
         rows_RD, weight_Q = dispatched.rows_RD, dispatched.weight_Q
-        budget = self.pair_budget or sum(plan.slot_counts)
-        out_RD: Tensor | None = None
-        chunks = slot_chunks(plan.slot_counts, budget)
+        if self.adapter is not None and torch.is_grad_enabled() and not rows_RD.requires_grad:
+            # Rows from frozen layers: all ranks, also ranks without experts, must issue the exchange of combine's backward.
+            rows_RD = rows_RD.detach().requires_grad_()
+        own = [(count, self.stack(name)) for name, count in self.local]
+        slots, stacks = zip(*own, *(each for each in replicas() if each[0]), strict=True)
+        chunks = self.storage(dispatched, plan, slots, self.pair_budget)
         recompute = recompute or len(chunks) > 1  # keeping the activations of all chunks would exceed the budget
         dtype = weight_Q.dtype if len(chunks) > 1 else rows_RD.dtype
-        whole = len(chunks) == 1
-        items = dispatched.items if whole else None  # the items of all pairs
-        in_order = dispatched.sorted_pairs and whole
-        at = 0
-        for counts in chunks:
-            end = at + sum(counts)
-            row_Q, weights = (rows_between(each, at, end) for each in (plan.row_of_pair_Q, weight_Q))
-            if recompute:
-                part_RD = recomputed(self._weighted_sum, stacks, rows_RD, weights, row_Q, counts, dtype, items, in_order)
-            else:
-                part_RD = self._weighted_sum(stacks, rows_RD, weights, row_Q, counts, dtype, items, in_order)
+        out_RD: Tensor | None = None
+        for chunk in chunks:
+            weights = rows_between(weight_Q, chunk.pairs.start, chunk.pairs.stop)
+            run = partial(recomputed, self._weighted_sum) if recompute else self._weighted_sum
+            part_RD = run(stacks, rows_RD, weights, chunk, dtype)
             # `+` saves no tensor for backward: a recomputed chunk of pairs keeps its arguments, but no activation of its
             # pairs.
             out_RD = part_RD if out_RD is None else out_RD + part_RD
-            at = end
         assert out_RD is not None, "there is always one chunk"
         return out_RD.to(rows_RD.dtype)  # a sum of chunks is rounded only here
 
     def _weighted_sum(
-        self,
-        stacks: Sequence[tuple[int, RunStack]],
-        rows_RD: Tensor,
-        weight_Q: Tensor,
-        row_Q: Tensor,
-        counts: Sequence[int],
-        dtype: torch.dtype,
-        items: Items | None,
-        in_order: bool,
+        self, stacks: Sequence[RunStack], rows_RD: Tensor, weight_Q: Tensor, chunk: Chunk, dtype: torch.dtype
     ) -> Tensor:
         """Computes the pairs of one chunk. Returns the sum of each row's weighted outputs, [R, D] in `dtype`."""
-        index = RowIndex((row_Q,), rows_RD.shape[0], items, in_order)
+        index = chunk.make_index(rows_RD.shape[0])
         inputs = self.kernels.gather(rows_RD, index)  # one copy of a row per pair
-        outputs, at, slot = [], 0, 0
-        for num_local, stack in stacks:
-            group_counts = counts[slot : slot + num_local]
-            end = at + sum(group_counts)
+        outputs, at = [], 0
+        for stack, runs in zip(stacks, chunk.runs, strict=True):
+            end = at + runs.num_rows
             activate = partial(self._activate, rows_between(weight_Q, at, end))
-            outputs.append(stack(inputs_between(inputs, at, end), group_counts, activate))
-            at, slot = end, slot + num_local
+            outputs.append(stack(inputs_between(inputs, at, end), runs, activate))
+            at = end
         y_QD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # a cat copies as many bytes as the gather
         return self.kernels.sum_pairs(y_QD, weight_Q, index, dtype)
 
     def _activate(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor | None, rows: slice) -> Tensor:
-        return self.kernels.swiglu(rows_between(weight_Q, rows.start, rows.stop), gate_QF, up_QF)
-
-
-def slot_chunks(counts: Sequence[int], budget: int) -> list[tuple[int, ...]]:
-    """Cuts pairs that are sorted by slot into chunks of at most `budget` pairs. Returns per chunk the number of pairs of
-    each slot. There is at least one chunk, so that the gradients of experts without rows are zero and not None."""
-    total = sum(counts)
-    starts = [sum(counts[:slot]) for slot in range(len(counts))]
-    edges = range(0, total, budget) if total else [0]
-    return [
-        tuple(
-            max(0, min(start + count, edge + budget) - max(start, edge))
-            for start, count in zip(starts, counts, strict=True)
-        )
-        for edge in edges
-    ]
+        if self.activation.in_row_kernels:
+            return self.kernels.swiglu(rows_between(weight_Q, rows.start, rows.stop), gate_QF, up_QF)
+        return self.activation(*gate_and_up(gate_QF, up_QF))

@@ -3,21 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.config.experts.base import ExpertsSection
 from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from moe_dist.model.shared_lora import adapted
-from moe_dist.moe.experts.adapted_clamped_experts import AdaptedClampedExperts
-from moe_dist.moe.experts.adapted_experts import AdaptedExperts
-from moe_dist.moe.experts.clamped_experts import ClampedExperts
-from moe_dist.moe.experts.experts import Experts
-from moe_dist.moe.experts.experts_with_replicas import ExpertsWithReplicas
+from moe_dist.moe.experts.activations import SWIGLU, Activation
+from moe_dist.moe.experts.clamped_swiglu import ClampedSwiGLU
+from moe_dist.moe.experts.expert_lora import ExpertLoRA
+from moe_dist.moe.experts.experts import Experts, on_host
 from moe_dist.moe.experts.lora import LoRAExperts, LoRALayer
-from moe_dist.moe.experts.static_experts import StaticExperts
+from moe_dist.moe.experts.static_storage import on_device
 from moe_dist.moe.experts.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
@@ -42,9 +43,8 @@ class LayerParts:
     kernels: RowKernels = TORCH
 
 
-def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[[int], MoELayer]:
-    """Returns a function that makes the MoE layer with a given index, with FFN experts. The fields of the section `experts`
-    become keywords of the class `experts`."""
+def ffn_layers(parts: LayerParts, activation: Activation = SWIGLU) -> Callable[[int], MoELayer]:
+    """Returns a function that makes the MoE layer with a given index, with FFN experts."""
     config, groups, all_to_all = parts.config, parts.placement.groups, parts.all_to_all
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
     # A dry run makes layers for a placement on many ranks without a process group, because it never runs the layers.
@@ -72,20 +72,21 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
         known_counts=known_counts,
         kernels=parts.kernels,
     )
-    fields = moe.experts.model_dump(exclude={"kind", "shared_expert"})
 
     def make(layer: int) -> MoELayer:
         return MoELayer(
             norm=RMSNorm(hidden_dim, section.norm_eps),
             router=make_router(layer=layer, place=section.moe_layers.index(layer)),
-            experts=experts(
+            experts=Experts(
                 hidden_dim,
                 groups,
                 [len(parts.placement.local_experts(parts.ep_rank, group)) for group in groups],
+                activation=activation,
+                adapter=_adapter(moe.experts),
+                storage=on_device if config.parallel.dispatch.static else on_host,
                 pair_budget=config.parallel.expert_pair_budget,
                 gemm=config.parallel.expert_gemm,
                 kernels=parts.kernels,
-                **fields,
             ),
             dispatcher=dispatcher,
             shared=_shared_expert(section) if moe.shared_ffn_dim else None,
@@ -96,6 +97,19 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
         )
 
     return make
+
+
+def clamped_layers(parts: LayerParts) -> Callable[[int], MoELayer]:
+    """Returns a function that makes the MoE layer with a given index, with the experts of gpt-oss."""
+    section: Any = parts.config.model.moe.experts
+    form = section.base if section.adapts_ffns else section
+    return ffn_layers(parts, ClampedSwiGLU(form.alpha, form.limit))
+
+
+def _adapter(section: ExpertsSection) -> ExpertLoRA | None:
+    if not isinstance(section, AdaptedFFNExpertsSection):
+        return None
+    return ExpertLoRA(section.rank, section.alpha, section.targets, section.shared)
 
 
 def _shared_expert(section: ModelSection) -> SwiGLU:
@@ -126,17 +140,11 @@ def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
     return make
 
 
-def _ffn_experts(config: Config) -> type[Experts]:
-    if config.parallel.dispatch.static:
-        return StaticExperts
-    return Experts if config.rank_balance.replicating is None else ExpertsWithReplicas
-
-
 EXPERTS: dict[str, Callable[[LayerParts], Callable[[int], MoELayer | LoRALayer]]] = {
-    "ffn": lambda parts: ffn_layers(parts, _ffn_experts(parts.config)),
-    "ffn_lora": lambda parts: ffn_layers(parts, AdaptedExperts),
-    "clamped_ffn": lambda parts: ffn_layers(parts, ClampedExperts),
-    "clamped_ffn_lora": lambda parts: ffn_layers(parts, AdaptedClampedExperts),
+    "ffn": ffn_layers,
+    "ffn_lora": ffn_layers,
+    "clamped_ffn": clamped_layers,
+    "clamped_ffn_lora": clamped_layers,
     "lora": lora_layers,
 }
 

@@ -1,5 +1,5 @@
 """Gives experts replicas on other ranks of their EP group. No weights are sent here: each forward sends the weights of
-replicas (`moe/experts/experts_with_replicas.py`)."""
+replicas (`moe/experts/replicas.py`)."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.replica_planner import ReplicaPlanner
-from moe_dist.moe.experts.experts_with_replicas import ExpertsWithReplicas, ReplicaWeights
+from moe_dist.moe.experts.experts import Experts
+from moe_dist.moe.experts.replicas import ReplicaWeights
 from moe_dist.moe.routing.types import ABSENT
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.replica_slots import PlacementWithReplicas
@@ -27,7 +28,7 @@ def give_replicas(parallel: ParallelModel, parts: DispatchParts, placement: Plac
     dispatcher: Any = make(replace(parts, placement=placement))
     of_layer: dict[str, tuple[Tensor, Any]] = {}
     for number, layer in enumerate(layers):
-        assert isinstance(layer.experts, ExpertsWithReplicas), "the configuration refuses replicas of other experts"
+        assert isinstance(layer.experts, Experts), "the configuration refuses replicas of other experts"
         layer.dispatcher = dispatcher
         layer.experts.replicas = ReplicaWeights.of(placement, number, str(layer.name), wire)
         if placement.replicas[number]:

@@ -26,13 +26,11 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.comm.all_to_all import AllToAll, Pending, Splits
 from moe_dist.comm.names import BACKWARD, REPLICAS
-from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout, RunExperts
-from moe_dist.moe.experts.experts import Activation, Experts, ExpertStack, Inputs, RunStack, choose_gemm
-from moe_dist.placement.parameter_names import group_module
+from moe_dist.moe.experts.experts import ExpertStack, RunStack
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.replica_slots import PlacementWithReplicas
 
-TENSORS = ("gate", "up", "down")
+Stacks = list[tuple[int, RunStack]]  # see `Replicas` in experts.py
 
 
 @dataclass(frozen=True)
@@ -80,81 +78,34 @@ class ReplicaWeights:
         routes = tuple(Route.of(placement, layer, group, wire.rank) for group in groups)
         return cls(name, wire, routes) if routes else None
 
-    def start(self, items: Tensor, route: Route, *, back: bool = False) -> Pending:
+    def exchange(self, items: Tensor, route: Route, *, back: bool = False) -> Pending:
         """Issues the exchange of one group: weights [., V] to the replicas, or with `back` their gradients home."""
         name, splits = (REPLICAS + BACKWARD, route.splits.reversed()) if back else (REPLICAS, route.splits)
         return self.wire.start(items, splits, name=name, layer=self.layer)
 
-
-Stacks = list[tuple[int, RunStack]]  # see `Experts._run`
-
-
-class ExpertsWithReplicas(Experts):
-    """FFN experts of this rank and, in layers with replicas, the replicas on this rank. For arguments see `Experts`.
-
-    Attributes:
-        replicas: Fetches the weights of this rank's replicas; None for a layer without replicas.
-    """
-
-    replicas: ReplicaWeights | None = None
-
-    def start(self, h_TD: Tensor, *, recompute: bool = False) -> tuple[Tensor, RunExperts]:
-        """See `Experts.start`. Issues the exchange of the layer's weights."""
-        found = self.replicas
-        if found is None:
-            return super().start(h_TD, recompute=recompute)
-        stacks: list[Any] = [self.get_submodule(group_module(route.group)) for route in found.routes]
-        weights, pending = [getattr(stack, name) for stack in stacks for name in TENSORS], list[Pending]()
-        h_TD, *arriving = _Fetch.apply(h_TD, found, pending, *weights)  # pyright: ignore[reportGeneralTypeIssues]
+    def start(self, h_TD: Tensor, stacks: Callable[[str], ExpertStack]) -> tuple[Tensor, Callable[[], Stacks]]:
+        """See `Replicas` in experts.py. Issues the exchange of the layer's weights."""
+        found, pending = [stacks(route.group) for route in self.routes], list[Pending]()
+        weights = [stack.get_parameter(name) for stack in found for name in stack.tensors]
+        h_TD, *arriving = _Fetch.apply(h_TD, self, pending, *weights)  # pyright: ignore[reportGeneralTypeIssues]
 
         @cache
         def arrived() -> Stacks:
             """Waits for the weights, at the first call."""
             for each in pending:
                 each.wait()
-            parts = zip(found.routes, stacks, arriving, strict=True)
-            return [(each.num_replicas, partial(_run, stack, *_cut(stack, all_cV))) for each, stack, all_cV in parts]
+            parts = zip(self.routes, found, arriving, strict=True)
+            return [(route.num_replicas, partial(stack, weights=_cut(stack, all_cV))) for route, stack, all_cV in parts]
 
-        return h_TD, partial(self, recompute=recompute, replicas=arrived)
-
-    def forward(
-        self,
-        dispatched: DispatchedRows,
-        plan: PairLayout,
-        *,
-        recompute: bool = False,
-        replicas: Callable[[], Stacks] = list,
-    ) -> Tensor:
-        """See `Experts.forward`. The rows of replicas come behind those of the rank's own slots. `replicas` returns their
-        weights."""
-        own: Stacks = [(count, self.get_submodule(group_module(name))) for name, count in self.local]
-        more = [each for each in replicas() if each[0]]
-        return self._run(dispatched, plan, [*own, *more], recompute=recompute)
+        return h_TD, arrived
 
 
-def _cut(stack: ExpertStack, all_cV: Tensor) -> list[Tensor]:
-    """Returns gate, up [c, F, D] and down [c, D, F] of replicas, from all their parameters [c, V]."""
-    shapes = [getattr(stack, name).shape[1:] for name in TENSORS]
-    pieces = all_cV.split([shape.numel() for shape in shapes], dim=1)
+def _cut(stack: ExpertStack, all_cV: Tensor) -> dict[str, Tensor]:
+    """Returns gate, up [c, F, D], down [c, D, F] and any biases of replicas, from all their parameters [c, V]."""
+    shapes = {name: stack.get_parameter(name).shape[1:] for name in stack.tensors}
+    pieces = all_cV.split([shape.numel() for shape in shapes.values()], dim=1)
     # contiguous, as all other stacks that the grouped product gets
-    return [piece.unflatten(1, shape).contiguous() for piece, shape in zip(pieces, shapes, strict=True)]
-
-
-def _run(
-    stack: ExpertStack,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    x_QD: Inputs,
-    counts: Sequence[int],
-    activate: Activation,
-) -> Tensor:
-    """Computes replicas with the weights `gate`, `up` and `down`, by the function that `stack` would use for its
-    experts."""
-    like = x_QD[0] if isinstance(x_QD, tuple) else x_QD
-    options: dict[str, Any] = {"dtype": like.dtype, "device": like.device, "widths": stack.widths}
-    swiglu: Callable[..., Tensor] = choose_gemm(stack.gemm, num_experts=len(counts), **options)
-    return swiglu(x_QD, gate, up, down, counts, activate)
+    return {name: piece.unflatten(1, shapes[name]).contiguous() for name, piece in zip(shapes, pieces, strict=True)}
 
 
 class _Fetch(torch.autograd.Function):
@@ -166,9 +117,9 @@ class _Fetch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_TD: Tensor, replicas: ReplicaWeights, pending: list[Pending], *weights: Tensor) -> Any:
         ctx.replicas, ctx.weights = replicas, weights  # not save_for_backward: backward needs no values
-        for route, three in zip(replicas.routes, _of_groups(weights), strict=True):
-            sent = torch.cat([_slots(each, route.send).to(h_TD.dtype).flatten(1) for each in three], dim=1)
-            pending.append(replicas.start(sent, route))
+        for route, tensors in zip(replicas.routes, _of_groups(weights, replicas), strict=True):
+            sent = torch.cat([_slots(each, route.send).to(h_TD.dtype).flatten(1) for each in tensors], dim=1)
+            pending.append(replicas.exchange(sent, route))
         arriving = [each.received for each in pending]
         if not any(ctx.needs_input_grad[3:]):  # the experts are frozen, on all ranks
             ctx.mark_non_differentiable(*arriving)
@@ -180,16 +131,17 @@ class _Fetch(torch.autograd.Function):
         replicas, found = ctx.replicas, list[Tensor | None]()
         if not any(ctx.needs_input_grad[3:]):
             return grad_TD, None, None, *(None for _ in ctx.weights)
-        for route, weights, sent in zip(replicas.routes, _of_groups(ctx.weights), gradients, strict=True):
-            returned = replicas.start(sent, route, back=True).wait()
+        for route, weights, sent in zip(replicas.routes, _of_groups(ctx.weights, replicas), gradients, strict=True):
+            returned = replicas.exchange(sent, route, back=True).wait()
             pieces = returned.split([each.shape[1:].numel() for each in weights], dim=1)
             found += [_with(weight, piece, route.send) for weight, piece in zip(weights, pieces, strict=True)]
         return grad_TD, None, None, *found
 
 
-def _of_groups(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+def _of_groups(tensors: Sequence[Tensor], replicas: ReplicaWeights) -> list[Sequence[Tensor]]:
     """Cuts a list of all groups' tensors into one list per group."""
-    return [tensors[at : at + len(TENSORS)] for at in range(0, len(tensors), len(TENSORS))]
+    number = len(tensors) // len(replicas.routes)
+    return [tensors[at : at + number] for at in range(0, len(tensors), number)]
 
 
 def _slots(stack: Tensor, slots: Sequence[int]) -> Tensor:

@@ -6,49 +6,44 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.moe.experts.experts import ExpertGemm, ExpertStack, grouped_swiglu, loop_swiglu
+from moe_dist.moe.experts.experts import ExpertStack, Runs
+from moe_dist.moe.experts.products import ExpertGemm
 
-COUNTS = (3, 0, 2)
+RUNS = Runs((3, 0, 2))
 
 
 def stack(gemm: ExpertGemm = "loop") -> ExpertStack:
-    made = ExpertStack(8, 16, len(COUNTS), gemm=gemm)
+    made = ExpertStack(8, 16, RUNS.num_experts, gemm=gemm)
     generator = torch.Generator().manual_seed(0)
     for weight in made.parameters():
         torch.nn.init.normal_(weight, generator=generator)
     return made
 
 
-def converted_each_time(made: ExpertStack, x_QD: Tensor) -> Tensor:
-    """The oracle."""
-    gate, up, down = (weight.to(x_QD.dtype) for weight in (made.gate, made.up, made.down))
-    return loop_swiglu(x_QD, gate, up, down, COUNTS)
-
-
 @pytest.fixture
 def casts(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The detached fp32 stacks that were converted."""
-    seen, convert = [], Tensor.to
+    seen, copy = [], Tensor.copy_
 
-    def to(self: Tensor, *args: Any, **options: Any) -> Tensor:
-        if self.dim() == 3 and not self.requires_grad and args == (torch.bfloat16,):
-            seen.append(self)
-        return convert(self, *args, **options)
+    def copy_(self: Tensor, source: Tensor, *args: Any) -> Tensor:
+        if source.dim() == 3 and (self.dtype, source.dtype) == (torch.bfloat16, torch.float32):
+            seen.append(source)
+        return copy(self, source, *args)
 
-    monkeypatch.setattr(Tensor, "to", to)
+    monkeypatch.setattr(Tensor, "copy_", copy_)
     return seen
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_values_and_gradients_over_steps(casts: list[Tensor], fused: bool) -> None:
     """A fused optimizer does not raise the versions of the tensors that it changes."""
-    made, plain = stack(), stack()
+    made, plain = stack(), stack()  # the second converts its weights in each forward
     optimizers = [torch.optim.AdamW(each.parameters(), lr=0.1, fused=fused) for each in (made, plain)]
     for step in range(3):
         made.keep_copies(True)
         for micro_batch in range(3):
             x_QD = torch.randn(5, 8, generator=torch.Generator().manual_seed(3 * step + micro_batch)).to(torch.bfloat16)
-            ours, theirs = made(x_QD, COUNTS), converted_each_time(plain, x_QD)
+            ours, theirs = made(x_QD, RUNS), plain(x_QD, RUNS)
             assert torch.equal(ours, theirs)
             ours.float().sum().backward()
             theirs.float().sum().backward()
@@ -63,28 +58,26 @@ def test_values_and_gradients_over_steps(casts: list[Tensor], fused: bool) -> No
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("counts", [COUNTS, (0, 0, 0)])
-def test_one_grouped_product_for_gate_and_up(monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...]) -> None:
-    made, products = stack("grouped"), []
+@pytest.mark.parametrize("runs", [RUNS, Runs((0, 0, 0))], ids=str)
+def test_one_grouped_product_for_gate_and_up(monkeypatch: pytest.MonkeyPatch, runs: Runs) -> None:
+    made, plain, products = stack("grouped"), stack("grouped"), []
+    x_QD = torch.randn(runs.num_rows, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).requires_grad_()
+    theirs = plain(x_QD, runs)
+    wanted = torch.autograd.grad(theirs.float().square().sum(), [x_QD, *plain.parameters()])
     grouped_mm = torch.nn.functional.grouped_mm
     monkeypatch.setattr(
         torch.nn.functional, "grouped_mm", lambda x, *rest, **options: products.append(x) or grouped_mm(x, *rest, **options)
     )
     made.keep_copies(True)
-    x_QD = torch.randn(sum(counts), 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).requires_grad_()
-    leaves = [x_QD, made.gate, made.up, made.down]
-    ours = made(x_QD, counts)
-    found = torch.autograd.grad(ours.float().square().sum(), leaves)
-    assert len(products) == (2 if sum(counts) else 0)
-    gate, up, down = (each.to(torch.bfloat16) for each in leaves[1:])
-    theirs = grouped_swiglu(x_QD, gate, up, down, counts)
-    wanted = torch.autograd.grad(theirs.float().square().sum(), leaves)
+    ours = made(x_QD, runs)
+    found = torch.autograd.grad(ours.float().square().sum(), [x_QD, *made.parameters()])
+    assert len(products) == (2 if runs.num_rows else 0)
     for a, b in zip((ours, *found), (theirs, *wanted), strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=2.0**-6, atol=2.0**-6 * float(b.detach().abs().max()) if b.numel() else 0.0)
     first = dict(made._copies or {})
     assert sorted(first) == ["down", "gate_up"]
-    made(x_QD, counts)
+    made(x_QD, runs)
     assert all(each is first[name] for name, each in (made._copies or {}).items()), "converted again"
 
 
@@ -92,17 +85,17 @@ def test_a_changed_weight_is_converted_again_where_no_copies_are_kept(casts: lis
     made, other = stack(), stack()
     x_QD = torch.randn(5, 8).to(torch.bfloat16)
     with torch.no_grad():
-        before = made(x_QD, COUNTS)
+        before = made(x_QD, RUNS)
         other.gate.mul_(2.0)
         made.load_state_dict(other.state_dict())
-        after = made(x_QD, COUNTS)
+        after = made(x_QD, RUNS)
     assert not torch.equal(before, after)
-    assert torch.equal(after, converted_each_time(made, x_QD))
+    assert torch.equal(after, other(x_QD, RUNS))
     assert not casts
 
 
 def test_fp32_rows_use_the_weights_themselves(casts: list[Tensor]) -> None:
     made = stack()
-    made(torch.randn(5, 8), COUNTS).sum().backward()
+    made(torch.randn(5, 8), RUNS).sum().backward()
     assert not casts
     assert made.weight("gate", torch.float32) is made.gate

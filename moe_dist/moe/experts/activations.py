@@ -1,0 +1,39 @@
+"""The activation of experts. A new activation is a class like `SwiGLU` in a file of its own, and a value of `Experts`.
+
+Shape letters: Q (token, expert) pairs, F hidden width of experts.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Activation(Protocol):
+    """The function of gate and up that gives the hidden values of (token, expert) pairs.
+
+    Attributes:
+        has_bias: Whether gate, up and down have biases.
+        in_row_kernels: Whether `RowKernels.swiglu` computes the function. Otherwise the experts use torch's row kernels,
+            which multiply each expert's output, bias included, by the routing weight.
+    """
+
+    has_bias: ClassVar[bool]
+    in_row_kernels: ClassVar[bool]
+
+    def __call__(self, gate_QF: Tensor, up_QF: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    """silu(gate) * up."""
+
+    has_bias: ClassVar[bool] = False
+    in_row_kernels: ClassVar[bool] = True
+
+    def __call__(self, gate_QF: Tensor, up_QF: Tensor) -> Tensor:
+        return F.silu(gate_QF) * up_QF
+
+
+SWIGLU = SwiGLU()

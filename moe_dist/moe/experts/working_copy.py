@@ -1,0 +1,43 @@
+"""Weights of experts in the dtype of the rows, converted once for several forward passes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def working_copy(copies: dict[str, Tensor], name: str, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+    """Returns the weights in `dtype`, joined along dim 1, with gradient. Takes the copy `name` from `copies`, or makes and
+    adds it. Copying joined weights costs as much as copying each."""
+    copy = copies.get(name)
+    if copy is None or copy.dtype != dtype:
+        first, widths = weights[0].detach(), [each.shape[1] for each in weights]
+        copy = copies[name] = first.new_empty((len(first), sum(widths), *first.shape[2:]), dtype=dtype)
+        for part, weight in zip(copy.split(widths, dim=1), weights, strict=True):
+            part.copy_(weight.detach())
+    return _WorkingCopy.apply(copy, *weights)  # pyright: ignore[reportReturnType]
+
+
+class _WorkingCopy(torch.autograd.Function):
+    """Returns a copy of one or more weights (in another dtype, joined along dim 1), for use instead of the weights.
+    Backward passes the copy's gradient to the weights, in the weights' dtype. If a weight has a gradient already, one pass
+    converts the new gradient and adds it in place."""
+
+    @staticmethod
+    def forward(ctx: Any, copy: Tensor, *weights: Tensor) -> Tensor:
+        ctx.weights = weights  # not save_for_backward, because backward does not need the parameters' values
+        return copy.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        parts = gradient.split([each.shape[1] for each in ctx.weights], dim=1)
+        return None, *map(_added_or_converted, ctx.weights, parts)
+
+
+def _added_or_converted(weight: Tensor, gradient: Tensor) -> Tensor | None:
+    if weight.grad is None:
+        return gradient.to(weight.dtype)
+    weight.grad.add_(gradient)
+    return None
