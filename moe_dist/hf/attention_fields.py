@@ -166,7 +166,7 @@ def layer_types(section: ModelSection) -> list[str]:
 
 
 def write_windows(section: ModelSection, windows: Windows) -> dict[str, Any]:
-    """Returns config.json's fields of sliding windows, for a section `model` for which `windows_fit` returns True."""
+    """Returns config.json's fields of sliding windows."""
     fields: Mapping[Windows, dict[str, Any]] = {
         "none": {},
         "always": {"sliding_window": section.sliding_window},
@@ -182,10 +182,3 @@ def write_windows(section: ModelSection, windows: Windows) -> dict[str, Any]:
         },
     }
     return fields[windows]
-
-
-def windows_fit(section: ModelSection, windows: Windows) -> bool:
-    """Returns whether the config.json of a family can express the section's sliding windows."""
-    if windows == "none":
-        return section.sliding_window is None
-    return windows in ("layers", "alternate") or len(set(section.windows)) == 1

@@ -4,8 +4,9 @@ not read."""
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moe_dist.errors import ConfigError, DataError
 
@@ -32,14 +33,14 @@ def setting(name: str, value: object) -> str:
     return f"{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Reads a JSON object from a file; `what` names it in error messages.
+def read_json(path: Path, what: str, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Reads a JSON object from a file of at most `most_bytes`; `what` names it in error messages.
 
     Raises:
         DataError: the file is missing, too large or not a JSON object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        if path.stat().st_size > most_bytes:
             raise DataError(f"{what} {path}: {path.stat().st_size:,} bytes, too large to be one")
         values = json.loads(path.read_bytes())
     except OSError as error:
@@ -127,3 +128,37 @@ class Fields:
     def unread(self) -> Sequence[str]:
         """Returns the names of the fields that have a value, were not read, and may change the logits."""
         return sorted(name for name, value in self._values.items() if value is not None and name not in self._read | INERT)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A field of config.json whose value is the value of a key of a section."""
+
+    name: str
+    kind: Literal["whole", "count", "positive", "flag"] = "whole"  # method of `Fields` that reads it
+    default: Any = _MISSING
+
+
+@dataclass(frozen=True)
+class Part:
+    """The values of a section by key, as fields of config.json: a `Value`, `Choices`, or a constant."""
+
+    keys: Mapping[str, Any] = field(hash=False)
+
+    def read(self, read: Fields) -> dict[str, Any]:
+        return {
+            key: getattr(read, each.kind)(each.name, each.default)
+            if isinstance(each, Value)
+            else (read.choice(each) if isinstance(each, Mapping) else each)
+            for key, each in self.keys.items()
+        }
+
+    def write(self, section: Any) -> dict[str, Any]:
+        """Returns the fields; none for a value that no choice has."""
+        fields: dict[str, Any] = {}
+        for key, each in self.keys.items():
+            if isinstance(each, Value):
+                fields[each.name] = getattr(section, key)
+            elif isinstance(each, Mapping):
+                fields |= each.get(getattr(section, key), {})
+        return fields

@@ -6,7 +6,6 @@ same as a model without null experts and with a smaller top_k. If training has c
 true experts differs between tokens, which no plain family can compute.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,11 +15,11 @@ import torch
 from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
 from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.errors import ConfigError
-from moe_dist.hf.families import FAMILIES, KNOWN, misfits, read_section
+from moe_dist.hf.families import FAMILIES, KNOWN, PLUS_PLUS
 from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.merging import Read
 from moe_dist.hf.names import router_name
-from moe_dist.hf.qwen_moe import PLUS_PLUS
+from moe_dist.hf.sections import misfits, read_section
 from moe_dist.hf.served_fields import SERVED, read_served, served_problems
 from moe_dist.moe.routers.copy_init import folded_choices, uneven_twins
 
@@ -43,13 +42,8 @@ class Form:
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any], Sequence[str]]:
-    """Reads a config.json of any form; see `families.read_section`."""
+    """Reads a config.json of any form; see `sections.read_section`."""
     return read_served(config) if config.get("model_type") == SERVED.name else read_section(config)
-
-
-def parsed_section(values: Mapping[str, Any]) -> ModelSection:
-    """Raises pydantic.ValidationError if the values are no section `model`."""
-    return ModelSection.model_validate_json(json.dumps(values))
 
 
 def choose_form(model: ModelSection, read: Read, name: str | None, *, must: bool) -> Form:

@@ -1,37 +1,12 @@
 """Reads and writes the fields of config.json about the kind and the widths of attention heads."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from moe_dist.config.attention.latent import LatentAttentionSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
-from moe_dist.hf.fields import Fields, setting
-
-
-class HeadFields(Protocol):
-    """The fields of attention heads."""
-
-    @property
-    def kv_heads(self) -> int | None:
-        """Default of num_key_value_heads; None if an absent or null field means num_attention_heads."""
-        ...
-
-    @property
-    def rope_share(self) -> float | None:
-        """Default of partial_rotary_factor; None if the family has no such field."""
-        ...
-
-    def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
-        """Returns values of the section `model`, and the number of values that rotate if partial_rotary_factor is 1."""
-        ...
-
-    def write(self, section: ModelSection) -> dict[str, Any]: ...
-
-    def held(self, section: ModelSection) -> Mapping[str, bool]:
-        """Maps each setting (key and value) to whether config.json can express the setting."""
-        ...
+from moe_dist.hf.fields import Fields
 
 
 @dataclass(frozen=True)
@@ -42,10 +17,11 @@ class GroupedHeads:
     width: int | None = None  # default of head_dim; None for hidden_size / num_attention_heads
     field: bool = True  # config.json has the field head_dim
     null: bool = False  # head_dim may be null, which means hidden_size / num_attention_heads
-    kv_heads: int | None = None
-    rope_share: float | None = None
+    kv_heads: int | None = None  # default of num_key_value_heads; None: num_attention_heads, also if null
+    rope_share: float | None = None  # default of partial_rotary_factor; None if the family has no such field
 
     def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
+        """Returns values of the section `model`, and the number of values that rotate if partial_rotary_factor is 1."""
         width = read.whole("head_dim", self.width, **({"null": None} if self.null else {}))
         if not self.field and width is not None and width * num_heads != read.whole("hidden_size"):
             raise ConfigError(
@@ -62,19 +38,12 @@ class GroupedHeads:
         width = {"head_dim": section.resolved_head_dim} if self.field else {}
         return {"num_key_value_heads": section.num_kv_heads, **width}
 
-    def held(self, section: ModelSection) -> Mapping[str, bool]:
-        width = section.resolved_head_dim
-        return {
-            f"attention.kind={section.attention.kind}": section.attention.kind == self.kind,
-            f"head_dim={section.head_dim}": self.field or width == section.hidden_dim // section.num_heads,
-            f"rope_dim={section.rope_dim}": self.rope_share is not None or section.rope_dim in (None, width),
-        }
-
 
 @dataclass(frozen=True)
 class LatentHeads:
     """Heads of multi-head latent attention, which have a plain part and a rotated part."""
 
+    kind: ClassVar[str] = "latent"
     kv_heads: int | None = 128
     rope_share: float | None = None
     head_dim: int | None = None  # default of head_dim; None for qk_rope_head_dim
@@ -114,13 +83,4 @@ class LatentHeads:
             "q_lora_rank": attention.q_rank,
             "kv_lora_rank": attention.kv_rank,
             "v_head_dim": attention.value_dim,
-        }
-
-    def held(self, section: ModelSection) -> Mapping[str, bool]:
-        attention = section.attention
-        if not isinstance(attention, LatentAttentionSection):
-            return {f"attention.kind={attention.kind}": False}
-        return {
-            setting("attention.scaled", attention.scaled): attention.scaled == self.scaled,
-            f"attention.q_rank={attention.q_rank}": self.plain_queries or attention.q_rank is not None,
         }

@@ -7,7 +7,7 @@ element. gpt-oss has gate_up_proj [n, D, 2 F], in which columns of gate and up a
 in these tensors also has strides.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -155,16 +155,22 @@ def _swiglu(ours: str, theirs: str, dim: int, ffn_dim: int) -> Iterator[Slot]:
         yield _whole(f"{ours}.{part}.weight", f"{theirs}.{part}_proj.weight", *shape)
 
 
-def _plain(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
+def _mixture(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
+    """Yields router and experts of one group. In router and list of experts, zero-computation experts follow all others."""
     ((name, group),) = section.moe.groups.items()
-    dim, num, ours = section.hidden_dim, group.num_experts, f"{ours}.moe"
-    router = f"{ours}.router.{name}"
-    gates = family.gates if family.experts else ()
-    yield Slot(f"{router}.true", (num, dim), tuple(TensorPlace(f"{theirs}.{gate}", (num, dim)) for gate in gates))
+    router, dim = f"{ours}.moe.router.{name}", section.hidden_dim
+    gates = [f"{theirs}.{gate}" for gate in family.gates] if family.experts else []
+    nulls = group.num_null if family.layout == "zero_computation" else 0
+    yield from _router_rows(section, group, router, gates, nulls)
     if section.moe.router.has_selection_bias:
-        shape = (*[1] * (family.selection_bias_dims - 1), num)
-        yield Slot(f"{router}.bias", (num,), tuple(TensorPlace(f"{theirs}.{b}", shape) for b in family.selection_bias))
-    yield from _experts(section, group, family, f"{ours}.experts.{name}", theirs)
+        columns = group.num_experts + group.num_identity
+        shape = (*[1] * (family.selection_bias_dims - 1), columns)
+        yield Slot(f"{router}.bias", (columns,), tuple(TensorPlace(f"{theirs}.{b}", shape) for b in family.selection_bias))
+    yield from _experts(section, group, family, f"{ours}.moe.experts.{name}", theirs)
+    first, count = group.num_experts + group.num_null + group.num_identity, group.num_constant
+    for ours_part, theirs_part, box in (("vector", "constant", (dim,)), ("gate", "wg.weight", (2, dim))) if count else ():
+        places = [TensorPlace(f"{theirs}.mlp.experts.{first + each}.{theirs_part}", box) for each in range(count)]
+        yield Slot(f"{ours}.moe.free.{name}.{ours_part}", (count, *box), (places[0],), tuple(places[1:]))
 
 
 def _shared_expert(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
@@ -182,37 +188,17 @@ def _experts(section: ModelSection, group: GroupSection, family: ModelFamily, ou
             yield Slot(f"{ours}.{expert}.{part}", shape, places)
 
 
-def _router_rows(section: ModelSection, group: GroupSection, ours: str, theirs: str) -> Iterator[Slot]:
-    """Yields the router rows of true, null, identity and constant experts, in their order in the tensor `theirs`."""
-    nulls = min(group.num_null, 1) if section.moe.router.single_null_row else group.num_null
+def _router_rows(
+    section: ModelSection, group: GroupSection, ours: str, theirs: Sequence[str], nulls: int
+) -> Iterator[Slot]:
+    """Yields the router rows of true, `nulls` null, identity and constant experts, in their order in a tensor with one of
+    the names `theirs`."""
     kinds = {"true": group.num_experts, "null": nulls, "identity": group.num_identity, "constant": group.num_constant}
-    dim, begin = section.hidden_dim, 0
+    dim, begin, whole = section.hidden_dim, 0, (sum(kinds.values()), section.hidden_dim)
     for kind, count in kinds.items():
         if count:
-            whole = (sum(kinds.values()), dim)
-            yield Slot(f"{ours}.{kind}", (count, dim), (TensorPlace(theirs, whole, begin * dim),))
+            yield Slot(f"{ours}.{kind}", (count, dim), tuple(TensorPlace(name, whole, begin * dim) for name in theirs))
             begin += count
-
-
-def _zero_computation(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
-    """Yields the tensors of Qwen3-MoE++. In router and list of experts, zero-computation experts follow all others."""
-    ((name, group),) = section.moe.groups.items()
-    dim = section.hidden_dim
-    yield from _router_rows(section, group, f"{ours}.moe.router.{name}", f"{theirs}.mlp.gate.weight")
-    yield from _experts(section, group, family, f"{ours}.moe.experts.{name}", theirs)
-    first, count = group.num_experts + group.num_null + group.num_identity, group.num_constant
-    for ours_part, theirs_part, box in (("vector", "constant", (dim,)), ("gate", "wg.weight", (2, dim))) if count else ():
-        places = [TensorPlace(f"{theirs}.mlp.experts.{first + each}.{theirs_part}", box) for each in range(count)]
-        yield Slot(f"{ours}.moe.free.{name}.{ours_part}", (count, *box), (places[0],), tuple(places[1:]))
-
-
-def _identity(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
-    """Yields the tensors of LongCat-Flash. Router rows and biases of identity experts follow all others."""
-    ((name, group),) = section.moe.groups.items()
-    router, (gate,), (bias,) = f"{ours}.moe.router.{name}", family.gates, family.selection_bias
-    yield from _router_rows(section, group, router, f"{theirs}.{gate}")
-    yield _whole(f"{router}.bias", f"{theirs}.{bias}", group.num_experts + group.num_identity)
-    yield from _experts(section, group, family, f"{ours}.moe.experts.{name}", theirs)
 
 
 def _interleaved(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
@@ -240,7 +226,8 @@ def _served(section: ModelSection, family: ModelFamily, ours: str, theirs: str) 
     dim, router = section.hidden_dim, section.moe.router
     for index, (name, group) in enumerate(section.moe.groups.items()):
         to = f"{theirs}.mlp.groups.{index}"
-        yield from _router_rows(section, group, f"{ours}.moe.router.{name}", f"{to}.router.weight")
+        nulls = min(group.num_null, 1) if router.single_null_row else group.num_null
+        yield from _router_rows(section, group, f"{ours}.moe.router.{name}", [f"{to}.router.weight"], nulls)
         if router.has_selection_bias:
             columns = group.num_experts + group.num_null + group.num_zero_computation
             yield _whole(f"{ours}.moe.router.{name}.bias", f"{to}.router.e_score_correction_bias", columns)
@@ -270,10 +257,8 @@ def _depth_router(section: ModelSection, ours: str, theirs: str) -> Iterator[Slo
 
 
 _LAYOUTS: Mapping[Layout, Callable[[ModelSection, ModelFamily, str, str], Iterator[Slot]]] = {
-    "plain": _plain,
-    "identity": _identity,
+    **dict.fromkeys(("plain", "identity", "zero_computation"), _mixture),
     "interleaved": _interleaved,
-    "zero_computation": _zero_computation,
     "moe_dist": _served,
 }
 

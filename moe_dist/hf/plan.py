@@ -16,11 +16,10 @@ from moe_dist.checkpoint.storage import Piece
 from moe_dist.config.init_rules import identity_choices
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.hf.families import GROUP
 from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import Fields
-from moe_dist.hf.forms import parsed_section
 from moe_dist.hf.names import EMBEDDING, HEAD, Slot, idle_places, router_name, shards, slots
+from moe_dist.hf.sections import GROUP, parsed_section
 from moe_dist.hf.source import Source
 from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.moe.routers.copy_init import uneven_twins

@@ -14,11 +14,11 @@ from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
 from moe_dist.hf.attention_fields import layer_types, max_positions, read_rope, sliding_layers, write_rope
-from moe_dist.hf.family import ModelFamily, SharedExpert, SoftmaxRouter
-from moe_dist.hf.fields import Fields
+from moe_dist.hf.family import ModelFamily, SharedExpert
+from moe_dist.hf.fields import Fields, Part
 
 SERVED = ModelFamily(  # `read_served` and `write_served` read and write this family's fields
-    "moe_dist", "MoeDistForCausalLM", SoftmaxRouter({}), (), "intermediate_size", layout="moe_dist",
+    "moe_dist", "MoeDistForCausalLM", Part({}), (), "intermediate_size", layout="moe_dist",
     shared=SharedExpert("shared_expert_intermediate_size", "mlp.shared_expert"),
     expert="experts.{expert}.{part}_proj.weight",
 )  # fmt: skip
@@ -73,7 +73,7 @@ def served_problems(section: ModelSection) -> list[str]:
         problem = (
             f"{router.name}: the exported code has no such router; train with another model.moe.router.kind, such as top_k"
         )
-        return [f"{problem}, or add a class to ROUTERS in moe_dist/hf/served/modeling_moe_dist.py"]
+        return [f"{problem}, or add a rule to ROUTERS in moe_dist/hf/served/modeling_moe_dist.py"]
     return []
 
 

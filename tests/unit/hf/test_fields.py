@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
 from moe_dist.hf.attention_fields import DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS, write_rope
-from moe_dist.hf.families import FAMILIES, read_section
+from moe_dist.hf.families import FAMILIES
 from moe_dist.hf.fields import INERT
 from moe_dist.hf.importing import run_config
 from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section
+from moe_dist.hf.sections import read_section
 from tests.support.cover import rest_full
 from tests.support.hf_families import built, under_our_names
 from tests.support.tiny_hf import LENGTH, VOCAB, draw, tiny_config

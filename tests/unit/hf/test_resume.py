@@ -20,10 +20,10 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.verify import verify
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
-from moe_dist.hf.families import read_section
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.names import idle_places, slots
 from moe_dist.hf.plan import ImportOptions, changed_section
+from moe_dist.hf.sections import read_section
 from moe_dist.train.build.training import state_specs
 from tests.support.messages import refused
 from tests.support.tiny_hf import save, tiny_config, tiny_model
