@@ -1,8 +1,8 @@
 """Storage for plans of fixed sizes (`dispatch/static.py`): the experts' numbers of rows stay on the device.
 
 (token, expert) pairs of a group are consecutive: the pairs of each expert in order, then padding. The grouped product reads
-the experts' rows from offsets on the device. The grouped product's results in padding rows are undefined and never used. The gradient of an
-adapter that experts share would use them, and the configuration refuses such adapters with fixed sizes.
+the experts' rows from offsets on the device. The grouped product's results in padding rows are undefined and never used.
+The gradient of an adapter that experts share would use them, and the configuration refuses such adapters with fixed sizes.
 Shape letters as in `products.py`.
 """
 
