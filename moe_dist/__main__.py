@@ -39,6 +39,7 @@ COMMANDS = (
     ("generate", "tools.generate:main", "Continue text and pictures with a trained run."),
     ("import-hf", "tools.import_hf:main", "Convert a Hugging Face model into starting weights."),
     ("export-hf", "tools.export_hf:main", "Convert a checkpoint into a Hugging Face model."),
+    ("verify-export", "tools.verify_export:main", "Check that an exported folder brings no foreign code."),
     ("inspect", "tools.inspect_checkpoint:main", "Show the content of a checkpoint."),
     ("verify", "tools.verify_checkpoint:main", "Check every byte of a checkpoint."),
     ("compare", "tools.compare_runs:main", "Compare the records of two runs."),

@@ -68,6 +68,7 @@ def readme(family: str, *, brings_code: bool, tokenizer: bool, in_transformers: 
     told, folder = [f"A language model of the type `{family}`, exported by moe_dist."], "."
     if brings_code:
         told[0] += " Its code is in this folder, needs transformers 5.4 or later, and nothing of moe_dist."
+        told[0] += " `moe-dist verify-export FOLDER` compares the code with that of the installed moe_dist."
     if not in_transformers:
         folder = "served"
         told[0] += (

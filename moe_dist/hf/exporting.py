@@ -31,17 +31,18 @@ from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.partial import read_stored
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
+from moe_dist.hf.code_checks import refuse_code
 from moe_dist.hf.data_files import README, TOKENIZER_FILE, DataFiles, find_data, readme
 from moe_dist.hf.families import FAMILIES
 from moe_dist.hf.family import ModelFamily
-from moe_dist.hf.fields import INERT, read_json
+from moe_dist.hf.fields import INERT
 from moe_dist.hf.forms import choose_form, read_config
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.merging import Read, check_mergeable, merged_reader
 from moe_dist.hf.names import Slot, TensorPlace, idle_places, router_name, shards, slots
 from moe_dist.hf.sections import meaning, parsed_section, write_fields
 from moe_dist.hf.served_fields import CODE, CODE_FILES, SERVED, token_ids, write_served
-from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE
+from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE, inside, read_configuration
 from moe_dist.runtime.progress import Report
 
 SHARD_BYTES = 2 * 10**9
@@ -102,6 +103,8 @@ def export_model(
     form = choose_form(config.model, read, family or noted, must=family is not None)
     found = _account(contents, config.model, form.section, form.family)
     like = like or _like(contents.folder, config)
+    if like is not None:
+        refuse_code(like)
     wanted = {slot.name: dtype or dtypes.get(slot.name) or _stored(contents, slot.name) for slot in found}
     about = _data(contents, config, data, must=data is not None)
     said = _said_fields(form.family, form.section, like, about)
@@ -113,7 +116,7 @@ def export_model(
         num_shards = _write(folder, read, stored, shard_bytes, report)
         write_durably(folder / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
         files = about.tokenizer_files() if isinstance(about, DataFiles) and like is None else {}
-        files |= {name: (like / name).read_bytes() for name in COMPANIONS if like and (like / name).is_file()}
+        files |= {name: inside(like, name).read_bytes() for name in COMPANIONS if like and (like / name).is_file()}
         files |= {name: (CODE / name).read_bytes() for name in CODE_FILES if form.family is SERVED}
         files[README] = readme(
             form.family.name,
@@ -212,7 +215,7 @@ def _said_fields(
     if isinstance(data, DataFiles):
         ids = token_ids(section, data.manifest)
     else:
-        base = read_json(like / CONFIG_FILE, "model") if like else {}
+        base = read_configuration(like, CONFIG_FILE) if like else {}
         said = base.get("expert_groups") if base.get("model_type") == SERVED.name else None
         ids = {group.get("name"): group.get("token_ids") for group in said or ()}
         if len(groups) > 1 and not all(ids.get(name) for name in groups):
@@ -226,7 +229,7 @@ def _fields(
 ) -> dict[str, Any]:
     """Returns the fields of config.json: the fields of `like` if they describe the model; else the fields that follow from
     the section `model`, and other fields of `like`."""
-    base = read_json(like / CONFIG_FILE, "model") if like else {}
+    base = read_configuration(like, CONFIG_FILE) if like else {}
     inert = {name: value for name, value in base.items() if name in INERT}
     dtype = str(DTYPES[max(DTYPES, key=dtypes.count)]).removeprefix("torch.")
     of_family = base if base.get("model_type") == family.name else inert

@@ -33,14 +33,14 @@ def setting(name: str, value: object) -> str:
     return f"{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Reads a JSON object from a file; `what` names it in error messages.
+def read_json(path: Path, what: str, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Reads a JSON object from a file of at most `most_bytes`; `what` names it in error messages.
 
     Raises:
         DataError: the file is missing, too large or not a JSON object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        if path.stat().st_size > most_bytes:
             raise DataError(f"{what} {path}: {path.stat().st_size:,} bytes, too large to be one")
         values = json.loads(path.read_bytes())
     except OSError as error:

@@ -34,6 +34,7 @@ from moe_dist.checkpoint.storage import Snapshot, build_index, sync, write_durab
 from moe_dist.config.load import resolved_yaml, rule_violations
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError, DataError
+from moe_dist.hf.code_checks import refuse_code
 from moe_dist.hf.data_files import TOKENIZER_FILE
 from moe_dist.hf.forms import read_config
 from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section, check_copies, make_plan, refused
@@ -81,6 +82,7 @@ def import_model(
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; nothing is overwritten: remove it, or choose another folder")
     source = open_source(folder)
+    refuse_code(folder)
     family, plain, unread = read_config(source.config)
     section = changed_section(plain, family, options)
     check_tokenizer(source, vocab_size=section.vocab_size)

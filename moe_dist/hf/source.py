@@ -30,6 +30,7 @@ COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+CONFIG_BYTES, MOST_FIELDS = 16 << 20, 10_000  # of a configuration file, and of config.json
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -104,7 +105,7 @@ def open_source(folder: Path) -> Source:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE} in it")
-    config = read_json(inside(folder, CONFIG_FILE), "model")
+    config = read_configuration(folder, CONFIG_FILE)
     names = sorted(path.name for path in folder.iterdir())
     pickles = [name for name in names if name.endswith(PICKLES)]
     index = _weight_map(folder, names, pickles)
@@ -137,6 +138,18 @@ def open_source(folder: Path) -> Source:
         raise DataError(problems, see="docs/huggingface.md")
     companions = [name for name in COMPANIONS if name in names and inside(folder, name)]
     return Source(folder, config, tensors, files, pickles, companions)
+
+
+def read_configuration(folder: Path, name: str) -> dict[str, Any]:
+    """Reads config.json or another configuration file of a folder.
+
+    Raises:
+        DataError: the file is missing, no JSON object, or too large to be a configuration.
+    """
+    values = read_json(inside(folder, name), "configuration", CONFIG_BYTES)
+    if name == CONFIG_FILE and len(values) > MOST_FIELDS:
+        raise DataError(f"{folder / name}: has {len(values):,} fields, and a model's configuration has a few hundred")
+    return values
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -312,7 +312,7 @@ def stand_ins(recorder: Recorder) -> Iterator[None]:
     """Removes calls of the CUDA driver, and replaces reads of fake values by zeros, counted by `recorder`. Norm and
     attention become one kernel each, as on a GPU."""
     from moe_dist.model import attention, transformer
-    from moe_dist.moe.kernel_choice import trial
+    from moe_dist.moe import kernel_choice
 
     stream, real_backward = Idle(), Tensor.backward
 
@@ -358,7 +358,7 @@ def stand_ins(recorder: Recorder) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(owner, name, value, create=True))
         stack.enter_context(mock.patch.object(attention, "attend", lambda q, k, v, *_: _Attention.apply(recorder, q, k, v)))
         stack.enter_context(mock.patch.object(transformer, "make_mask", attention.dense_mask))
-        stack.enter_context(mock.patch.object(trial, "why_differ", return_value=None))  # fake values would all differ
+        stack.enter_context(mock.patch.object(kernel_choice, "why_differ", return_value=None))  # fake values differ
         yield
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_dist.moe.kernel_choice import trial
-from moe_dist.moe.kernel_choice.choice import why_not_triton
+from moe_dist.moe.kernel_choice import why_not, why_not_triton
 from moe_dist.moe.kernels.interface import RowIndex, RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
@@ -33,12 +32,12 @@ def kernels(job: CheckJob) -> list[Reading]:
     device, readings = torch.device(job.device), []
     if reason := why_not_triton(device, torch.bfloat16):
         raise NotPossibleError(reason)
-    from moe_dist.model.kernels import trial as dense_trial
+    from moe_dist.model.kernels.choice import why_not as why_not_dense
     from moe_dist.model.kernels.triton_kernels import TRITON as DENSE
     from moe_dist.moe.kernels.triton_kernels import TRITON
 
     for dtype, most in MOST.items():
-        if reason := trial.why_not(TRITON, device, dtype) or dense_trial.why_not(DENSE, device, dtype):
+        if reason := why_not(TRITON, device, dtype) or why_not_dense(DENSE, device, dtype):
             raise AssertionError(reason)
         for name, run in {"gather": _gather, "weighted pairs": _weighted_pairs, "sums of rows": _sum_rows}.items():
             shapes = SHAPES if job.rehearse else (*SHAPES, *LARGE_SHAPES)

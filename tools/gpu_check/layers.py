@@ -21,7 +21,7 @@ from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.static import StaticDispatcher
 from moe_dist.moe.experts.experts import ExpertGemm, Experts
 from moe_dist.moe.experts.static_storage import on_device
-from moe_dist.moe.kernel_choice.choice import why_not_triton
+from moe_dist.moe.kernel_choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer

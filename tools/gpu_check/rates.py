@@ -15,7 +15,7 @@ from torch.utils.benchmark import Timer
 from moe_dist.megatron.cpu_trial import megatron_on_cpu
 from moe_dist.megatron.process_groups import model_parallel
 from moe_dist.moe.experts.products import grouped_product, why_not_grouped
-from moe_dist.moe.kernel_choice.choice import why_not_triton
+from moe_dist.moe.kernel_choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowIndex
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer

@@ -97,12 +97,12 @@ def sanitizer(job: CheckJob) -> list[Reading]:
 
 def trials(device: torch.device) -> str | None:
     """Runs the trials of all kernels. Returns None, or a text about a difference from torch."""
-    from moe_dist.model.kernels import trial as dense_trial
+    from moe_dist.model.kernels.choice import why_not as why_not_dense
     from moe_dist.model.kernels.triton_kernels import TRITON as DENSE
-    from moe_dist.moe.kernel_choice import trial
+    from moe_dist.moe.kernel_choice import why_not
     from moe_dist.moe.kernels.triton_kernels import TRITON
 
-    return trial.why_not(TRITON, device, torch.bfloat16) or dense_trial.why_not(DENSE, device, torch.bfloat16)
+    return why_not(TRITON, device, torch.bfloat16) or why_not_dense(DENSE, device, torch.bfloat16)
 
 
 if __name__ == "__main__":

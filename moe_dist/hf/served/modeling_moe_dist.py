@@ -233,21 +233,32 @@ ATTENTIONS = {
 }
 
 
+# The rule of each kind of router: the score of a logit, and the methods of MoeDistRouter that say which columns come first,
+# which share of its weight each of the first `top_k` columns gets, and what the weights are.
+ROUTERS = {
+    "top_k": ("softmax", "biased", "whole", "normalised"),
+    "group_limited": ("sigmoid", "limited", "whole", "among_taken"),  # DeepSeek-V3
+    "top_p": ("softmax", "shifted", "until_p", "normalised"),
+    "relu": ("relu", "by_logit", "positive", "normalised"),  # ReMoE
+    "threshold": ("sigmoid", "above_level", "admitted_by_level", "equal"),  # DynMoE
+    "predicted_k": ("softmax", "shifted", "predicted", "normalised"),
+    "expert_threshold": ("sigmoid", "biased", "admitted", "normalised"),
+    "expert_choice": ("sigmoid", "biased", "admitted", "normalised"),  # by the rule of evaluation, not that of training
+}
+SCORES = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid, "relu": torch.relu}
+
+
 class MoeDistRouter(nn.Module):
-    """Chooses columns for each token, and weighs them: the base class takes the best `top_k` of a softmax. Computes in
-    fp32.
-
-    Subclasses override how columns are scored and ranked, and which of the best columns a token takes.
-    """
-
-    has_selection_bias = False  # default if config.router has no such field
+    """Chooses columns for each token, and weighs them, by the rule of its kind. Computes in fp32."""
 
     def __init__(self, config: MoeDistConfig, group: dict):
         super().__init__()
-        self.options = config.router
+        self.options, hidden_size = config.router, config.hidden_size
+        score, *self.methods = ROUTERS[config.router["kind"]]
+        self.score = SCORES[config.router.get("score", score)]  # older exports have no score
         self.normalise, self.scale = config.router.get("normalise", "none"), config.router.get("scale", 1.0)
-        self.top_k = group["top_k"]
         self.num_experts, self.num_null = group["num_experts"], group["num_null"]
+        self.top_k = self.num_experts if "admitted" in self.methods else group["top_k"]
         # Router rows are multiplied in parts of `num_experts` rows, as in training, because the bits of a product depend on
         # its shape. A null expert's row that copies an expert's row must give the same logit, because the expert must win
         # this tie.
@@ -260,11 +271,23 @@ class MoeDistRouter(nn.Module):
                 starts = range(0, count, self.num_experts)
                 self.parts += [(min(self.num_experts, count - start),) * 2 for start in starts]
         self.num_columns = sum(columns for _, columns in self.parts)
-        self.weight = nn.Parameter(torch.empty(sum(rows for rows, _ in self.parts), config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(sum(rows for rows, _ in self.parts), hidden_size))
         self.bias = nn.Parameter(torch.empty(self.num_experts)) if config.router.get("logit_bias") else None
-        self.has_selection_bias = config.router.get("selection_bias", self.has_selection_bias)
-        if self.has_selection_bias:
+        # In adaptive routers the experts' mean bias shifts how many columns a token takes.
+        adaptive = self.methods[0] in ("shifted", "by_logit", "above_level")
+        if config.router.get("selection_bias", adaptive):
             self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_columns))
+        if "above_level" in self.methods:
+            self.level = nn.Parameter(torch.empty(self.num_columns))
+        if "predicted" in self.methods:
+            self.number = nn.Parameter(torch.empty(1, hidden_size))
+        if "admitted" in self.methods:
+            self.threshold = nn.Buffer(torch.zeros(self.num_experts))
+            self.statistics = nn.Buffer(torch.zeros(2, self.num_experts))  # only training reads these
+            if config.router["causal"] == "auxiliary":
+                inner_size = max(1, hidden_size // 2)
+                self.auxiliary_inner = nn.Parameter(torch.empty(inner_size, hidden_size))
+                self.auxiliary_outer = nn.Parameter(torch.empty(self.num_experts, inner_size))
 
     def forward(self, x):
         """Takes [tokens, hidden_size]; returns columns and their weights [tokens, choices].
@@ -272,42 +295,107 @@ class MoeDistRouter(nn.Module):
         A choice that the token does not take has the column `num_columns`, which no expert has.
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+        first, share, weigh = (getattr(self, name) for name in self.methods)
         logits = self.logits(x)
         # With a stable sort the first columns, which are the experts, win ties.
-        chosen = self.ranking(logits).sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
-        shares = self.shares(x, logits, chosen)
+        chosen = first(logits).sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        shares = share(x, logits, chosen)
         taken = shares > 0
         counted = taken & ((chosen < self.num_experts) | (chosen >= self.num_experts + self.num_null))
-        weights = self.scale * shares * self.weights(logits, chosen, counted)
+        weights = self.scale * shares * weigh(logits, chosen, counted)
         return chosen.masked_fill(~taken, self.num_columns), weights.masked_fill(~counted, 0.0)
 
     def logits(self, x):
-        logits = self.products(x, self.weight)
-        return logits if self.bias is None else logits + self.bias.to(x.dtype)
+        rows, cosine = self.weight.to(x.dtype), "above_level" in self.methods
+        if cosine:
+            x, rows = F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1).to(x.dtype)
+        parts = rows.split([rows for rows, _ in self.parts])
+        products = [F.linear(x, each).expand(-1, part[1]) for each, part in zip(parts, self.parts, strict=True)]
+        logits = torch.cat(products, dim=-1)
+        if self.bias is not None:
+            logits = logits + self.bias.to(x.dtype)
+        if "by_logit" in self.methods:
+            logits = logits + self.e_score_correction_bias.to(x.dtype)
+        return logits / self.options["temperature"] if cosine else logits
 
-    def products(self, x, rows):
-        rows = rows.to(x.dtype).split([rows for rows, _ in self.parts])
-        products = [F.linear(x, each).expand(-1, part[1]) for each, part in zip(rows, self.parts, strict=True)]
-        return torch.cat(products, dim=-1)
+    def shift(self):
+        return self.e_score_correction_bias[: self.num_experts].mean()
 
-    def scores(self, logits):
-        return logits.softmax(-1)
+    # Which columns come first: values [tokens, columns], the largest first.
 
-    def ranking(self, logits):
-        """Returns the values [tokens, columns] of which the largest are chosen."""
-        if not self.has_selection_bias:
+    def biased(self, logits):
+        if not hasattr(self, "e_score_correction_bias"):
             return logits
         bias = self.e_score_correction_bias.to(logits.dtype)
-        return torch.where(bias.any(), self.scores(logits) + bias, logits)
+        return torch.where(bias.any(), self.score(logits) + bias, logits)
 
-    def shares(self, x, logits, chosen):
-        """Returns the factor of each choice's weight: 1, or 0 if the token does not take the choice."""
+    def limited(self, logits):
+        """Keeps only the experts of the `topk_group` node groups with the largest sums of their two best scores."""
+        ranking, kept, node_groups = self.score(logits), self.options["topk_group"], self.options["n_group"]
+        if hasattr(self, "e_score_correction_bias"):
+            ranking = ranking + self.e_score_correction_bias.to(logits.dtype)
+        if kept == node_groups:
+            return ranking
+        experts, others = ranking.split([self.num_experts, self.num_columns - self.num_experts], dim=1)
+        experts = experts.unflatten(1, (node_groups, -1))
+        best = experts.sort(dim=-1, descending=True).values[..., :2].sum(-1)
+        order = best.sort(dim=-1, descending=True, stable=True).indices[:, :kept]
+        outside = torch.ones_like(best, dtype=torch.bool).scatter(1, order, False)
+        return torch.cat([experts.masked_fill(outside[..., None], float("-inf")).flatten(1), others], dim=1)
+
+    def shifted(self, logits):
+        """Only deviations of the experts' biases from their mean change the order."""
+        experts, others = self.e_score_correction_bias.tensor_split([self.num_experts])
+        return self.score(logits) + torch.cat([experts - self.shift(), others]).to(logits.dtype)
+
+    def by_logit(self, logits):
+        return logits
+
+    def margins(self, logits):
+        return self.score(logits) - self.level.to(logits.dtype).sigmoid()
+
+    def above_level(self, logits):
+        return self.margins(logits) + self.e_score_correction_bias.to(logits.dtype)
+
+    # The share of each choice's weight that the token takes: 1, or 0 if it does not take the choice.
+
+    def whole(self, x, logits, chosen):
         return torch.ones_like(chosen, dtype=logits.dtype)
 
-    def weights(self, logits, chosen, counted):
-        """Returns the weights before scaling. `counted` is true for choices that the token takes, except null choices."""
+    def until_p(self, x, logits, chosen):
+        """A token takes its most probable columns until their probabilities add up to `p`."""
+        probabilities = self.score(logits).gather(1, chosen)
+        before = probabilities.cumsum(1) - probabilities
+        bound = (self.options["p"] + self.shift().to(logits.dtype)).clamp(min=torch.finfo(logits.dtype).tiny)
+        return (before < bound).to(logits.dtype)
+
+    def positive(self, x, logits, chosen):
+        return (logits.gather(1, chosen) > 0).to(logits.dtype)
+
+    def admitted_by_level(self, x, logits, chosen):
+        taken = self.above_level(logits).gather(1, chosen) > 0
+        margins = self.margins(logits).gather(1, chosen)  # give the weights a gradient, as in training
+        return torch.where(taken, 1.0 + (margins - margins.detach()), 0.0)
+
+    def predicted(self, x, logits, chosen):
+        """A linear head predicts the number of columns. The last column's share is the number's fractional part."""
+        number = self.top_k * (F.linear(x, self.number.to(x.dtype)) + self.shift().to(x.dtype)).sigmoid()
+        return (number - torch.arange(self.top_k, device=x.device)).clamp(min=0.0, max=1.0)
+
+    def admitted(self, x, logits, chosen):
+        """An expert takes each token whose score exceeds its threshold, or that two layers which learned the choice
+        admit."""
+        if hasattr(self, "auxiliary_inner"):
+            margins = F.linear(F.silu(F.linear(x, self.auxiliary_inner.to(x.dtype))), self.auxiliary_outer.to(x.dtype))
+        else:
+            margins = self.score(logits) - self.threshold.to(x.dtype)
+        return (margins > 0).to(x.dtype).gather(1, chosen)
+
+    # The weights before scaling. `counted` is true for choices that the token takes, except null choices.
+
+    def normalised(self, logits, chosen, counted):
         if self.normalise == "none":
-            return self.scores(logits).gather(1, chosen)
+            return self.score(logits).gather(1, chosen)
         if self.normalise == "true_all":
             null = slice(self.num_experts, self.num_experts + self.num_null)
             logits = logits.clone()
@@ -318,149 +406,12 @@ class MoeDistRouter(nn.Module):
             logits = logits.masked_fill(~counted, torch.finfo(logits.dtype).min)
         return logits.softmax(-1)
 
-
-class MoeDistGroupLimitedRouter(MoeDistRouter):
-    """The best `top_k` sigmoids, of experts in the best node groups (DeepSeek-V3)."""
-
-    def scores(self, logits):
-        return logits.sigmoid()
-
-    def ranking(self, logits):
-        ranking = self.scores(logits)
-        if self.has_selection_bias:
-            ranking = ranking + self.e_score_correction_bias.to(logits.dtype)
-        if self.options["topk_group"] == self.options["n_group"]:
-            return ranking
-        # Keeps only the experts of the `topk_group` node groups with the largest sums of their two best scores.
-        experts, others = ranking.split([self.num_experts, self.num_columns - self.num_experts], dim=1)
-        experts = experts.unflatten(1, (self.options["n_group"], -1))
-        best = experts.sort(dim=-1, descending=True).values[..., :2].sum(-1)
-        order = best.sort(dim=-1, descending=True, stable=True).indices[:, : self.options["topk_group"]]
-        outside = torch.ones_like(best, dtype=torch.bool).scatter(1, order, False)
-        return torch.cat([experts.masked_fill(outside[..., None], float("-inf")).flatten(1), others], dim=1)
-
-    def weights(self, logits, chosen, counted):
-        weights = self.scores(logits).gather(1, chosen).masked_fill(~counted, 0.0)
+    def among_taken(self, logits, chosen, counted):
+        weights = self.score(logits).gather(1, chosen).masked_fill(~counted, 0.0)
         return weights if self.normalise == "none" else weights / (weights.sum(-1, keepdim=True) + 1e-20)
 
-
-class MoeDistAdaptiveRouter(MoeDistRouter):
-    """The number of choices depends on the token, and is at most `top_k`.
-
-    The experts' mean bias shifts how many columns a token takes; deviations from the mean change the columns' order.
-    """
-
-    has_selection_bias = True
-
-    def shift(self):
-        return self.e_score_correction_bias[: self.num_experts].mean()
-
-    def ranking(self, logits):
-        experts, others = self.e_score_correction_bias.tensor_split([self.num_experts])
-        return self.scores(logits) + torch.cat([experts - self.shift(), others]).to(logits.dtype)
-
-
-class MoeDistTopPRouter(MoeDistAdaptiveRouter):
-    """A token takes its most probable columns until their probabilities add up to `p`."""
-
-    def shares(self, x, logits, chosen):
-        probabilities = self.scores(logits).gather(1, chosen)
-        before = probabilities.cumsum(1) - probabilities
-        bound = (self.options["p"] + self.shift().to(logits.dtype)).clamp(min=torch.finfo(logits.dtype).tiny)
-        return (before < bound).to(logits.dtype)
-
-
-class MoeDistReLURouter(MoeDistAdaptiveRouter):
-    """A token takes the columns with a positive logit, which is the weight (ReMoE)."""
-
-    def logits(self, x):
-        return super().logits(x) + self.e_score_correction_bias.to(x.dtype)
-
-    def scores(self, logits):
-        return logits.relu()
-
-    def ranking(self, logits):
-        return logits
-
-    def shares(self, x, logits, chosen):
-        return (logits.gather(1, chosen) > 0).to(logits.dtype)
-
-
-class MoeDistThresholdRouter(MoeDistAdaptiveRouter):
-    """A token takes the columns whose score exceeds the column's learned threshold, all with the same weight (DynMoE)."""
-
-    def __init__(self, config: MoeDistConfig, group: dict):
-        super().__init__(config, group)
-        self.level = nn.Parameter(torch.empty(self.num_columns))
-
-    def logits(self, x):
-        return self.products(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1)) / self.options["temperature"]
-
-    def margins(self, logits):
-        return logits.sigmoid() - self.level.to(logits.dtype).sigmoid()
-
-    def ranking(self, logits):
-        return self.margins(logits) + self.e_score_correction_bias.to(logits.dtype)
-
-    def shares(self, x, logits, chosen):
-        taken = self.ranking(logits).gather(1, chosen) > 0
-        margins = self.margins(logits).gather(1, chosen)  # give the weights a gradient, as in training
-        return torch.where(taken, 1.0 + (margins - margins.detach()), 0.0)
-
-    def weights(self, logits, chosen, counted):
+    def equal(self, logits, chosen, counted):
         return 1.0 / counted.sum(-1, keepdim=True).clamp(min=1)
-
-
-class MoeDistPredictedKRouter(MoeDistAdaptiveRouter):
-    """A linear head predicts the number of columns. The fractional part of the predicted number is a factor of the last
-    column's weight."""
-
-    def __init__(self, config: MoeDistConfig, group: dict):
-        super().__init__(config, group)
-        self.number = nn.Parameter(torch.empty(1, config.hidden_size))
-
-    def shares(self, x, logits, chosen):
-        number = self.top_k * (F.linear(x, self.number.to(x.dtype)) + self.shift().to(x.dtype)).sigmoid()
-        return (number - torch.arange(self.top_k, device=x.device)).clamp(min=0.0, max=1.0)
-
-
-class MoeDistExpertChoiceRouter(MoeDistRouter):
-    """An expert takes each token that its rule admits: a threshold of its score, a sigmoid or a softmax, or two layers that
-    learned the choice."""
-
-    def __init__(self, config: MoeDistConfig, group: dict):
-        super().__init__(config, group)
-        self.top_k = self.num_experts
-        self.threshold = nn.Buffer(torch.zeros(self.num_experts))
-        self.statistics = nn.Buffer(torch.zeros(2, self.num_experts))  # only training reads these
-        self.softmax = config.router.get("score") == "softmax"  # older exports have no score
-        self.has_auxiliary = config.router["causal"] == "auxiliary"
-        if self.has_auxiliary:
-            inner_size = max(1, config.hidden_size // 2)
-            self.auxiliary_inner = nn.Parameter(torch.empty(inner_size, config.hidden_size))
-            self.auxiliary_outer = nn.Parameter(torch.empty(self.num_experts, inner_size))
-
-    def scores(self, logits):
-        return logits.softmax(-1) if self.softmax else logits.sigmoid()
-
-    def shares(self, x, logits, chosen):
-        if self.has_auxiliary:
-            margins = F.linear(F.silu(F.linear(x, self.auxiliary_inner.to(x.dtype))), self.auxiliary_outer.to(x.dtype))
-        else:
-            margins = self.scores(logits) - self.threshold.to(x.dtype)
-        return (margins > 0).to(x.dtype).gather(1, chosen)
-
-
-ROUTERS = {
-    "top_k": MoeDistRouter,
-    "group_limited": MoeDistGroupLimitedRouter,
-    "top_p": MoeDistTopPRouter,
-    "relu": MoeDistReLURouter,
-    "threshold": MoeDistThresholdRouter,
-    "predicted_k": MoeDistPredictedKRouter,
-    "expert_threshold": MoeDistExpertChoiceRouter,
-    "expert_choice": MoeDistExpertChoiceRouter,  # by the router's rule of evaluation, not its noncausal rule of training
-}
 
 
 class MoeDistExpertGroup(nn.Module):
@@ -469,7 +420,7 @@ class MoeDistExpertGroup(nn.Module):
     def __init__(self, config: MoeDistConfig, group: dict):
         super().__init__()
         self.num_identity, self.num_constant = group["num_identity"], group["num_constant"]
-        self.router = ROUTERS[config.router["kind"]](config, group)
+        self.router = MoeDistRouter(config, group)
         make_expert = EXPERTS[config.experts["kind"]]
         self.experts = nn.ModuleList(make_expert(config, group["ffn_dim"]) for _ in range(group["num_experts"]))
         if self.num_constant:
@@ -652,10 +603,13 @@ class MoeDistModel(MoeDistPreTrainedModel):
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
 
-        group_ids = self.group_ids(input_ids, inputs_embeds, attention_mask)
-        given = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, CACHE: cache}
-        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        masks = {kind: makers[kind](**given, position_ids=position_ids) for kind in set(self.config.layer_types)}
+        # `generate` with a cache of fixed size makes the masks of all kinds of layers itself.
+        masks = attention_mask if isinstance(attention_mask, dict) else None
+        group_ids = self.group_ids(input_ids, inputs_embeds, None if masks else attention_mask)
+        if masks is None:
+            given = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, CACHE: cache}
+            makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+            masks = {kind: makers[kind](**given, position_ids=position_ids) for kind in set(self.config.layer_types)}
         hidden_states, rotary = inputs_embeds, self.rotary_emb(inputs_embeds, position_ids)
         kwargs |= {"position_embeddings": rotary, "cache": cache}
         late = None

@@ -1,4 +1,4 @@
-"""Lets the dense parts of a transformer use Triton kernels."""
+"""Lets the dense parts of a transformer use Triton kernels, after a trial on this machine (see `moe/kernel_choice.py`)."""
 
 import logging
 from functools import partial
@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from moe_dist.model.attention import CausalAttention
-from moe_dist.model.kernels import trial
-from moe_dist.model.kernels.interface import DenseKernels
-from moe_dist.model.layers import RMSNorm
+from moe_dist.model.kernels.interface import TORCH, DenseKernels
+from moe_dist.model.layers import RMSNorm, rotary_table
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.kernel_choice.choice import KernelKind
+from moe_dist.moe import kernel_choice
+from moe_dist.moe.kernel_choice import KernelKind, Results, random
 from moe_dist.moe.layer import MoELayer
 
 logger = logging.getLogger(__name__)
+HEADS, LENGTH, WIDTH, WORDS = 3, 40, 72, 5000  # more words than one block of a kernel
 
 
 def use(model: Transformer, kernels: DenseKernels) -> None:
@@ -39,8 +40,59 @@ def use_triton(model: Transformer, kind: KernelKind, *, device: torch.device, dt
     kernels are tried first, and the log has the reason if they are not used."""
     from moe_dist.model.kernels.triton_kernels import TRITON  # imports Triton, which a CPU need not have
 
-    reason = trial.why_not(TRITON, device, dtype) if kind == "auto" else None
+    reason = why_not(TRITON, device, dtype) if kind == "auto" else None
     if reason is None:
         use(model, TRITON)
     else:
         logger.warning("parallel.kernels.kind=auto takes torch for norms, attention and loss: %s (docs/gpu.md)", reason)
+
+
+def why_not(kernels: DenseKernels, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns None if the kernels' results equal torch's, else a text that names the difference or failure. Compiles the
+    kernels, and syncs."""
+    return kernel_choice.why_differ(lambda: _results(kernels, dtype), lambda: _results(TORCH, dtype), device)
+
+
+def _results(kernels: DenseKernels, dtype: torch.dtype) -> Results:
+    x_BHSd = random(20, 2, HEADS, LENGTH, WIDTH).to(dtype).requires_grad_()
+    table = rotary_table(torch.arange(2 * LENGTH).view(2, LENGTH), WIDTH - 8, 1e4)  # 8 values of a head are not rotated
+    turned = [kernels.rotate(x_BHSd, table), kernels.rotate(x_BHSd, table, "adjacent")]
+    torch.stack([each.float().square().sum() for each in turned]).dot(torch.tensor([1.0, 2.0])).backward()
+    logits_BSV = (4 * random(21, 2, 7, WORDS)).to(dtype).requires_grad_()
+    labels_BS = torch.arange(14).view(2, 7) * 350 - 1
+    losses_BS = kernels.token_losses(logits_BSV, labels_BS.where(labels_BS >= 0, -100))
+    (losses_BS * (labels_BS + 2)).sum().backward()
+    wide_MD, weight_D = random(22, 5, WORDS).to(dtype).requires_grad_(), random(23, WORDS).requires_grad_()
+    normed_MD = kernels.rms_norm(wide_MD, weight_D, 1e-5)
+    for_experts_MD, for_router_MD = kernels.norm_for_router(wide_MD, weight_D, 1e-5)
+    (normed_MD.float() + 2 * for_experts_MD + 3 * for_router_MD).square().sum().backward()
+    assert wide_MD.grad is not None
+    assert weight_D.grad is not None
+    assert x_BHSd.grad is not None
+    assert logits_BSV.grad is not None
+    named = {"rotated halves": turned[0], "rotated neighbours": turned[1], "gradient of rotation": x_BHSd.grad}
+    named |= {"losses of tokens": losses_BS, "gradient of logits": logits_BSV.grad}
+    named |= _normed_and_rotated(kernels, dtype) | {
+        "norm": normed_MD,
+        "norm for the router": for_router_MD,
+        "gradient of the norm": wide_MD.grad,
+        "gradient of its weight": weight_D.grad,
+    }
+    return [(name, each.detach()) for name, each in named.items()]
+
+
+def _normed_and_rotated(kernels: DenseKernels, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns queries normed over all heads, and over each head."""
+    table, found = rotary_table(torch.arange(2 * LENGTH).view(2, LENGTH), WIDTH, 1e4), {}
+    for words, width in (("all heads", HEADS * WIDTH), ("each head", WIDTH)):
+        x_BSHd, weight = random(24, 2, LENGTH, HEADS, WIDTH).to(dtype).requires_grad_(), random(25, width).requires_grad_()
+        turned = kernels.norm_and_rotate(x_BSHd, weight, 1e-5, table, "halves")
+        if turned is None:
+            normed = kernels.rms_norm(x_BSHd.flatten(-2).unflatten(-1, (-1, width)), weight, 1e-5)
+            turned = kernels.rotate(normed.view(x_BSHd.shape).transpose(1, 2), table)
+        turned.float().pow(3).sum().backward()
+        assert x_BSHd.grad is not None
+        assert weight.grad is not None
+        found |= {f"norm of {words}, rotated": turned, f"gradient of {words}": x_BSHd.grad}
+        found[f"gradient of the weight of {words}"] = weight.grad
+    return found

@@ -30,7 +30,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.experts.experts import choose_gemm
-from moe_dist.moe.kernel_choice.choice import choose_kernels
+from moe_dist.moe.kernel_choice import choose_kernels
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.losses import StepLoad

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
-from moe_dist.hf.sections import read_section
 from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
@@ -22,6 +21,7 @@ from moe_dist.hf.families import FAMILIES
 from moe_dist.hf.fields import INERT
 from moe_dist.hf.importing import run_config
 from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section
+from moe_dist.hf.sections import read_section
 from tests.support.cover import rest_full
 from tests.support.hf_families import built, under_our_names
 from tests.support.tiny_hf import LENGTH, VOCAB, draw, tiny_config

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from moe_dist.hf.sections import read_section
 from safetensors.torch import save_file
 
 from moe_dist.checkpoint.directory import find_checkpoint
@@ -24,6 +23,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.names import idle_places, slots
 from moe_dist.hf.plan import ImportOptions, changed_section
+from moe_dist.hf.sections import read_section
 from moe_dist.train.build.training import state_specs
 from tests.support.messages import refused
 from tests.support.tiny_hf import save, tiny_config, tiny_model

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from moe_dist.data.batch import IGNORED
 from moe_dist.model.kernels import norm
-from moe_dist.model.kernels.choice import use
+from moe_dist.model.kernels.choice import use, why_not
 from moe_dist.model.kernels.interface import TORCH, DenseKernels
-from moe_dist.model.kernels.trial import why_not
 from moe_dist.model.kernels.triton_kernels import TRITON
 from moe_dist.model.layers import Projection, RMSNorm, RopePairs, rotary_table
 from moe_dist.placement.placement import ExpertPlacement

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moe_dist.errors import ConfigError
-from moe_dist.moe.kernel_choice import trial
-from moe_dist.moe.kernel_choice.choice import choose_kernels
+from moe_dist.moe import kernel_choice
+from moe_dist.moe.kernel_choice import choose_kernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.kernels.triton_kernels import TRITON
 from moe_dist.train.build.training import row_kernels
@@ -22,7 +22,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(trial, "why_not", lambda *_: None)
+    monkeypatch.setattr(kernel_choice, "why_not", lambda *_: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -34,7 +34,7 @@ def test_auto_takes_triton_on_cuda_alone(dtype: torch.dtype) -> None:
 
 
 def test_auto_does_not_take_kernels_that_fail_their_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "why_not", lambda kernels, device, dtype: f"wrong on {device}")
+    monkeypatch.setattr(kernel_choice, "why_not", lambda kernels, device, dtype: f"wrong on {device}")
     assert choose_kernels("auto", device=CUDA, dtype=torch.bfloat16) == (TORCH, "wrong on cuda:0")
     assert choose_kernels("triton", device=CUDA, dtype=torch.bfloat16) == (TRITON, None), "asked for by name"
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.moe.kernel_choice.trial import why_not
+from moe_dist.moe.kernel_choice import why_not
 from moe_dist.moe.kernels.operation import LARGEST_BLOCK
 from moe_dist.moe.kernels.triton_kernels import TRITON, TritonKernels
 from tests.support.cover import full

@@ -1,11 +1,14 @@
-"""Tests kernels on a device before training uses the kernels: compares their values and gradients on small tensors with
-torch's.
+"""Chooses between Triton kernels and operations of torch for the arithmetic on rows, after a trial of the Triton kernels on
+this machine: their values and gradients on small tensors must equal torch's.
 
-Shape letters are those of `interface`.
+Shape letters are those of `kernels.interface`.
 """
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,11 +27,49 @@ from moe_dist.moe.routers.top_k import Normalise, TopKRouter
 from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
+KernelKind = Literal["auto", "torch", "triton"]
 ROWS, PAIRS, HIDDEN, WIDTH = 40, 60, 1040, 1100  # wider than one block of a kernel
 GROUPS = (ExpertGroup("one", 12, 4, 3, WIDTH, 0, ("one",)), ExpertGroup("other", 6, 2, 2, WIDTH, 12, ("other",)))
 NORMALISE: tuple[Normalise, ...] = ("none", "true_chosen")
 MOST = 0.02  # norm of a difference / norm of the result; bf16 changes a value by at most 0.4 %
 Results = list[tuple[str, Tensor]]
+
+
+def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype) -> tuple[RowKernels, str | None]:
+    """Returns the kernels, and for `auto` on CUDA the reason if the kernels are torch's. `auto` first tries Triton's
+    kernels (`why_not`).
+
+    Raises:
+        ValueError: kind is `triton`, and `why_not_triton` returns a reason.
+    """
+    if kind == "torch" or (kind == "auto" and device.type != "cuda"):
+        return TORCH, None
+    reason = why_not_triton(device, dtype)
+    if reason is None:
+        from moe_dist.moe.kernels.triton_kernels import TRITON  # imports Triton, which a CPU may lack
+
+        reason = why_not(TRITON, device, dtype) if kind == "auto" else None
+        if reason is None:
+            return TRITON, None
+    if kind == "triton":
+        raise ValueError(f"parallel.kernels.kind=triton: {reason}; take auto or torch (docs/gpu.md)")
+    return TORCH, reason
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns the reason why the Triton kernels cannot be used, else None. On a CPU Triton's interpreter can run the Triton
+    kernels."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if dtype == torch.float64:
+        return "the kernels sum in fp32, which is not enough for a float64 model"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"the kernels are for compute capability 8.0 and up, and this GPU has {'.'.join(map(str, capability))}"
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the kernels need CUDA, and this rank computes on {device.type}"
+    return None
 
 
 def why_not(kernels: RowKernels, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -1,0 +1,97 @@
+"""Finds in a model's folder whatever could make transformers, its pipelines or PEFT run code. Reads JSON files, and runs
+nothing.
+
+Only three files of moe_dist's own may bring code: an export of the form `moe_dist` has them beside the weights, and
+`verify_export` compares them with those of the installed package.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.hf.data_files import README
+from moe_dist.hf.served_fields import AUTO_MAP, CODE, CODE_FILES, OLD_AUTO_MAP, SERVED
+from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, INDEX_FILE, read_configuration
+
+ADAPTER_CONFIG = "adapter_config.json"
+# Keys at any depth of a JSON file, and who runs which code for them.
+_KEYS = {
+    "auto_map": "transformers would run the classes that it names",
+    "auto_mapping": "PEFT would import the library that it names",
+    "custom_pipelines": "transformers' pipelines would run the classes that it names",
+    "custom_generate": "transformers would generate by the code that it names",
+}
+# Keys whose value may name a repository of kernels, which transformers downloads and runs.
+_KERNELS = ("attn_implementation", "experts_implementation")
+# Files of a folder of a model, or of adapters, beside config.json, weights and code.
+_PLAIN = (*COMPANIONS, CONFIG_FILE, INDEX_FILE, README, ADAPTER_CONFIG, "LICENSE", ".gitattributes")
+
+
+def code_keys(values: Any) -> Iterator[str]:
+    """Yields a problem for each key that could make a library run code, at any depth."""
+    rest = [values]
+    while rest:
+        value = rest.pop()
+        rest += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        for key, each in value.items() if isinstance(value, dict) else ():
+            if key in _KEYS and each:
+                yield f"{key}={each!r:.80}: {_KEYS[key]}"
+            elif key.removeprefix("_").removesuffix("_internal") in _KERNELS and "/" in json.dumps(each):
+                yield f"{key}={each!r:.80}: transformers would download and run these kernels"
+
+
+def config_problems(folder: Path, names: Sequence[str]) -> list[str]:
+    """Returns a problem for each key in the folder's configuration files that could make a library run code. A config.json
+    of the form `moe_dist` may have the `auto_map` of an export.
+
+    Args:
+        names: Names of the folder's files.
+    """
+    problems = []
+    for name in sorted(name for name in names if name == CONFIG_FILE or name.endswith("_config.json")):
+        values = read_configuration(folder, name)
+        own = values.get("model_type") == SERVED.name and values.get("auto_map") in (AUTO_MAP, OLD_AUTO_MAP)
+        if name == CONFIG_FILE and own:
+            del values["auto_map"]
+        problems += [f"{name}: {problem}" for problem in code_keys(values)]
+    return problems
+
+
+def refuse_code(folder: Path) -> None:
+    """Raises ConfigError if a configuration file of the folder could make a library run code; names every such key."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    if problems := config_problems(folder, [path.name for path in folder.iterdir()]):
+        fix = "code of a model is never run or copied; if the model needs none, remove the key"
+        raise ConfigError([f"{folder}: {problem}; {fix}" for problem in problems], see="docs/huggingface.md")
+
+
+def verify_export(folder: Path) -> list[str]:
+    """Returns the reasons why loading an exported folder with trust_remote_code=True could run other code than that of the
+    installed moe_dist; empty if there is none."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    names, problems = sorted(path.name for path in folder.iterdir()), []
+    for name in names:
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            problems.append(f"{name}: an export has plain files only")
+        elif name in CODE_FILES:
+            if _digest(path) != _digest(CODE / name):
+                problems.append(f"{name}: differs from the file of this moe_dist, sha256 {_digest(path)}")
+        elif name not in _PLAIN and not name.endswith(".safetensors"):
+            problems.append(f"{name}: no export writes such a file")
+    if CONFIG_FILE not in names and ADAPTER_CONFIG not in names:
+        problems.append(f"{CONFIG_FILE}: is missing")
+    elif CONFIG_FILE in names and ADAPTER_CONFIG in names:
+        problems.append(f"{ADAPTER_CONFIG}: beside {CONFIG_FILE} it makes transformers load another model")
+    plain = [name for name in names if (folder / name).is_file() and not (folder / name).is_symlink()]
+    return problems + config_problems(folder, plain)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
