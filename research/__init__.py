@@ -1,1 +1,17 @@
-"""Experiments, comparisons and benchmarks of moe_dist's makers; they import the product, which never imports them."""
+"""Experiments, comparisons and benchmarks of moe_dist's makers. They import the product, which never imports them.
+
+The control routers (`research.routers`) are kinds of another package, whose metadata is in research/installed. Importing
+`research` puts the metadata on the path of this process and its children, as an installation would.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+for _folder in (str(_HERE.parent), str(_HERE / "installed")):
+    if _folder not in sys.path:
+        sys.path.append(_folder)
+    _paths = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
+    if _folder not in _paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*_paths, _folder])

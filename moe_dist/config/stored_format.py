@@ -16,11 +16,9 @@ KEYS = {
     "model.mixture_of_depths.set": "scope",
     "model.moe.capacity.set": "scope",
     "model.moe.router.set": "scope",
-    "model.moe.router.loads": "active_experts",
 }
 # Key -> former value -> present value.
 VALUES = {
-    "model.moe.router.kind": {"fixed_load": "scheduled_top_k"},
     "model.moe.balance.*.kind": {"load_target": "active_experts"},
     "parallel.dispatch.kind": {
         "per_rank": "all_to_all",

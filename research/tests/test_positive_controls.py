@@ -36,16 +36,16 @@ from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
 from moe_dist.moe.routers.predicted_k import PredictedKRouter
 from moe_dist.moe.routers.relu import ReLURouter
-from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter
 from moe_dist.moe.routers.threshold import ThresholdRouter
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routers.top_k_by_id import TopKByIdRouter
 from moe_dist.moe.routers.top_p import TopPRouter
 from moe_dist.moe.routing.types import LayerReport, Routing, RoutingCache
 from moe_dist.moe.thresholds import ThresholdUpdater
 from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from research.experiments.methods import LOGIT_RATE, RATE, WARMUP_SHARE
+from research.routers.scheduled_top_k import ScheduledTopKRouter
+from research.routers.top_k_by_id import TopKByIdRouter
 from tests.support.counts import counts_with
 
 pytestmark = pytest.mark.full  # each up to half a minute of one core
@@ -356,7 +356,7 @@ def two_loads(task: Task) -> Method:
     groups = whole(N, top_k=max(task.loads), width=task.width)
     with NamedTemporaryFile(suffix=".npy") as table:
         np.save(table.name, np.array([task.loads], dtype=np.float64))
-        router = LoadOfKind(D, groups, table=table.name, normalise="none", scale=N / task.budget)
+        router = LoadOfKind(RouterContext(D, groups), table=table.name, normalise="none", scale=N / task.budget)
     return Method(groups, router, kind="null_averaged")
 
 

@@ -211,18 +211,15 @@ def test_auxiliary_terms_of_a_micro_batch_depend_on_how_a_step_is_cut(
             Layout(4, 1, "uneven", "ddp", "block", balance_loss="vanilla"),
             Layout(2, 1, "pinned", balance_loss="null_split"),
             Layout(2, 1, "pinned", "fsdp2", balance_loss="weighted", null_weight=(2.0, 0.5), free=True),
-            Layout(2, 1, "pinned", "fsdp2", "block", fixed=True),
-            Layout(4, 1, "uneven", "ddp", "experts", fixed=True),
-            Layout(2, 2, "interleaved", "fsdp2", fixed=True, overlap=True, chunks=2),
         ],
         keep=3,
     ),
     ids=str,
 )
-def test_one_logit_for_all_nulls_the_other_losses_and_fixed_loads(
+def test_one_logit_for_all_nulls_and_the_other_losses(
     run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout
 ) -> None:
-    kept = ("null_logit", "balance_loss", "null_weight", "free", "fixed")
+    kept = ("null_logit", "balance_loss", "null_weight", "free")
     alone = Layout(**{name: getattr(layout, name) for name in kept})
     oracle: Outcome = run_in_world(1, train, alone, tmp_path)[0]
     outcomes = run_in_world(layout.world_size, train, layout, tmp_path)

@@ -64,10 +64,6 @@ FACTORS: dict[str, dict[str, list[str]]] = {  # keys that each value sets; the f
         "top_k": [],
         "group_limited": ["model.moe.router={kind: group_limited, normalise: none}"],
         "top_p": ["model.moe.router.kind=top_p"],
-        "scheduled_top_k": [
-            "model.moe.router={kind: scheduled_top_k, normalise: none, active_experts: {text: [1, 1], image: [0.5, 1]}}",
-            *NO_NULLS,
-        ],
         "thresholds": ["model.moe.router={kind: expert_choice, causal: threshold}", *NO_NULLS],
         "auxiliary": [
             "model.moe.router={kind: expert_choice, causal: auxiliary}",

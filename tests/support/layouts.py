@@ -65,7 +65,6 @@ class Layout:
     balance: bool = False  # load controllers on the selection bias
     balance_per: str = "expert"  # or "group"
     limited: bool = False  # sigmoid scores, limited to one node group of two
-    fixed: bool = False  # a fixed number of experts per token; groups have no null experts
     adaptive: str | None = None  # kind of a router that chooses the number of experts by token
     overlap: bool = False
     chunks: int = 1
@@ -109,7 +108,7 @@ class Layout:
             return tuple(replace(group, num_null=0, top_k=top_k) for group, top_k in zip(GROUPS, (2, 1), strict=True))  # pyright: ignore
         if self.limited:
             return replace(GROUPS[0], num_experts=4), replace(GROUPS[1], num_experts=4, first_expert=4, num_constant=1)
-        if self.fixed or (self.form or "").startswith("gpt_oss"):
+        if (self.form or "").startswith("gpt_oss"):
             return tuple(replace(group, num_null=0, top_k=2) for group in GROUPS)
         if not self.free:
             return GROUPS
@@ -129,8 +128,7 @@ CONTROLLERS = (
     {"kind": "active_experts", "target": {"text": 1.2, "image": 0.9}, "rate": 0.5, "decay_steps": 2, "per": "expert"},
     {"kind": "loss_free", "rate": 0.01},
 )
-LOADS = {"text": (1.5, 2.0), "image": (0.5, 1.0)}
-# Parts of published families that the layouts above lack: their keys of the section `model`, and of `model.moe`.
+# Parts of published families that the layouts above lack: keys of the section `model`, and of `model.moe`.
 FORMS: dict[str | None, tuple[dict[str, Any], dict[str, Any]]] = {
     None: ({}, {}),
     "longcat_flash": (
@@ -253,8 +251,6 @@ def config_of(layout: Layout) -> Config:
     if layout.adaptive:
         more = {"warmup_steps": 1} if layout.choice else {}
         router = {**(router if layout.choice else {}), "kind": layout.adaptive, **more}
-    if layout.fixed:
-        router = {"kind": "scheduled_top_k", "active_experts": LOADS}
     each = max(1, SEQUENCES // layout.world_size)
     of_model, of_moe = FORMS[layout.form]
     return Config.model_validate(
@@ -435,7 +431,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         clip_norm=0.5,
         comm_stats=comm_stats,
         controllers=[each for each in controllers if each is not None],
-        needs_global_batch_info=layout.choice is not None or layout.fixed,
+        needs_global_batch_info=layout.choice is not None,
         distillation=distillation(layout.distilled) if layout.distilled else None,
         load=load,
     )
@@ -443,7 +439,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         carry(checkpoint, parallel, optimizer, placement, mesh)
     gradients: dict[str, np.ndarray] = {}
     gaps: list[float] = []
-    if not (layout.choice or layout.fixed or layout.adaptive):
+    if not (layout.choice or layout.adaptive):
         for layer in parallel.model.moe_modules():
             layer.router.register_forward_hook(lambda router, inputs, _: gaps.append(gap_of_choices(router, *inputs[:2])))
 

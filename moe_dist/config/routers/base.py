@@ -4,8 +4,6 @@
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat
-
 from moe_dist.config.base.section import KindSection, Need, Violation, WholeConfig, unmet
 
 ROUTER = "model.moe.router"
@@ -143,20 +141,6 @@ class RouterSection(KindSection):
                     key = f"model.moe.groups.{group}.{name}"
                     problem = f"{key}={count}: {self.name} needs true experts only; set it to 0, or {ROUTER}.kind=top_k"
                     yield Violation((key, f"{ROUTER}.kind"), problem)
-
-
-class DrawnRouterSection(RouterSection):
-    """The base of top-k routers in which a random draw decides whether a token takes one expert more."""
-
-    needs_global_batch_info: ClassVar[bool] = True  # the draw of a token depends on the token's number in the step
-    only_true_experts: ClassVar[bool] = True
-
-    normalise: Literal["true_chosen", "none"] = "true_chosen"
-    """Routing weights are a softmax over the chosen experts (true_chosen) or over all experts of the group (none)."""
-    scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight.")
-
-    def not_causal(self) -> str:
-        return f"{self.name}: its choice depends on the position in a batch; generate from a run with another router"
 
 
 class AdaptiveRouterSection(RouterSection):

@@ -1,11 +1,8 @@
 """Rules of the judgement on made-up numbers, and the tables and the picture of a file."""
 
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from research.bench.report import COLOURS, LABEL_WIDTH, LEGEND, MARGIN, PLOT_WIDTH, ROW_HEIGHT, draw, judge, markdown, text
+from research.bench.report import judge, markdown, text
 
 
 def interval(median: float, low: float | None = None, high: float | None = None) -> dict[str, float]:
@@ -96,17 +93,3 @@ def test_rows_that_fail_for_one_reason_stand_together() -> None:
     lost = {f"tokens/{tokens}": row({"ours / megatron": interval(tokens / 4096, 1.4, 1.6)}) for tokens in (4096, 8192)}
     (line,) = [line for line in markdown({"rows": lost}).splitlines() if "NOT MET" in line]
     assert "in 2 rows, from 1.00 [1.40, 1.60] (tokens/4096) to 2.00 [1.40, 1.60] (tokens/8192). Why" in line
-
-
-def test_the_picture_has_a_line_for_each_row_and_a_dot_for_each_rival(tmp_path: Path) -> None:
-    one = {"rows": {"a/b": row({"ours / naive": interval(0.5)}), "a/c": row({}), "scaling/x": scaling("tokens", 1.0, 1.0)}}
-    more = {"rows": {f"a/{number}": row({"ours / naive": interval(9.0)}) for number in range(5)}}
-    path = tmp_path / "x.png"
-    sizes = []
-    for results in (one, more):
-        draw(results, path)
-        with Image.open(path) as picture:
-            sizes.append(picture.size)
-            dot = picture.getpixel((int(LABEL_WIDTH + PLOT_WIDTH), LEGEND + MARGIN + 3)) == COLOURS["ours / naive"]
-        assert dot == (results is more), "a ratio of 9 is drawn at the edge"
-    assert sizes[1][1] - sizes[0][1] == 2 * ROW_HEIGHT, "5 rows in two columns"

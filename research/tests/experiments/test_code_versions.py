@@ -7,19 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 import moe_dist
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
-from research import compare_methods
 from research.experiments import __main__ as command
 from research.experiments.code_versions import check_same_code, tell_versions
 from research.experiments.results import add_record, code_of_now, make_header, read_records, results_path
 from research.experiments.runner import MEASURED, Runner
 from research.experiments.study import Study, jobs_of, load_study, run_folder
 from tests.support.messages import refused
-from tests.support.tiny import tiny_config, write_config
 
 STUDY = """
 name: planted
@@ -198,31 +195,6 @@ def test_experiments_of_committed_code_need_the_same_code(
     commit(FILES[0])
     with pytest.raises(ConfigError if committed else StartedError):
         command._run(path, study, jobs_of(study), pilot=False, processes=2)
-
-
-def test_a_comparison_needs_the_same_code(
-    study: Study, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`study` gives the repository of the code."""
-    group = {"num_experts": 4, "top_k": 2, "ffn_dim": 8, "modalities": ["text", "image"]}
-    changes = {"model.moe.groups": {"all": group}, "parallel.ep": 1, "placement.policy": "interleaved", "train.steps": 20}
-    base = str(write_config(tiny_config(tiny_data, tmp_path / "runs", changes), tmp_path / "own.yaml"))
-    monkeypatch.setattr(Runner, "_launch", no_process)
-
-    def compare() -> None:
-        compare_methods.main(methods="fixed,remoe", seeds="1,2", base=base, name="here", root=tmp_path, ranks="")
-
-    with pytest.raises(StartedError):
-        compare()
-    made = tmp_path / "here" / "study.yaml"
-    old = git("rev-parse", "HEAD")
-    add(load_study(made), made, [("fixed", 1)])
-    with pytest.raises(StartedError):
-        compare()
-    commit(FILES[0])
-    with pytest.raises(typer.Exit):
-        compare()
-    assert f"git worktree add FOLDER {old}" in capsys.readouterr().err
 
 
 def test_a_page_tells_which_runs_are_of_which_version(study: Study) -> None:

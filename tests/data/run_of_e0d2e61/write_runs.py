@@ -42,13 +42,6 @@ RUNS: dict[str, dict[str, Any]] = {
         "loss.balance": {"schedule": [[0, 0.0]]},
         "placement": {"policy": "interleaved"},
     },
-    "fixed_load": {
-        "model.moe.groups": {"text": group(3, 2, 4), "image": group(2, 1, 6)},
-        "model.moe.router": {"kind": "fixed_load", "loads": {"text": [1.5, 2.0], "image": [0.5, 1.0]}},
-        "model.depths": {"every": 2, "first": 1, "capacity": 0.5, "causal": "auxiliary", "set": "ep_group"},
-        "parallel.ep": 1,
-        "placement": {"policy": "interleaved"},
-    },
 }
 
 

@@ -112,8 +112,6 @@ def test_what_would_not_begin_as_it_was_is_refused(
         ({"model__moe__router": {"null_logit": "single"}}, "null_logit=single has one null row"),
         ({"model__moe__router": {"kind": "expert_choice", "causal": "threshold"}},
          "with a router of kind expert_choice copies of true rows change"),
-        ({"model__moe__router": {"kind": "scheduled_top_k", "active_experts": {"text": [1.0, 1.0], "image": [1.0, 1.0]}}},
-         "with a router of kind scheduled_top_k copies of true rows change"),
         ({"model__moe__groups__text__num_identity": 1}, "num_identity=1"),
         ({"model__moe__groups__text__num_null": 0, "model__moe__groups__text__top_k": 2,
           "model__moe__groups__image__num_null": 0, "model__moe__groups__image__top_k": 1}, "no group has null experts"),

@@ -17,7 +17,7 @@ model:
   depths: {every: 2, set: world}
   moe:
     capacity: {factor: 1.25, set: rank}
-    router: {kind: fixed_load, loads: {set: [1.0]}}
+    router: {kind: expert_choice, set: world}
     balance: [{kind: loss_free}, {kind: load_target, target: {loads: 1.5}}]
 parallel: {dispatch: {kind: per_pair}}
 """
@@ -26,7 +26,7 @@ model:
   mixture_of_depths: {every: 2, scope: world}
   moe:
     capacity: {factor: 1.25, scope: rank}
-    router: {kind: scheduled_top_k, active_experts: {set: [1.0]}}
+    router: {kind: expert_choice, scope: world}
     balance: [{kind: loss_free}, {kind: active_experts, target: {loads: 1.5}}]
 parallel: {dispatch: {kind: known_counts}}
 """

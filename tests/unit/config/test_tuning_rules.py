@@ -24,7 +24,6 @@ SOUND: dict[str, Any] = {
     "router_tuning": {"data": "none", "last_layers": 1},
 }
 CHOICE = {"kind": "expert_choice", "causal": "threshold"}
-FIXED = {"kind": "scheduled_top_k", "active_experts": {"text": [1, 1], "image": [1, 1]}}
 ONE = {
     "text": {"num_experts": 3, "top_k": 1, "ffn_dim": 16},
     "image": {"num_experts": 2, "top_k": 1, "ffn_dim": 24},
@@ -73,7 +72,6 @@ def test_chosen_layers() -> None:
         ({"loss.z": 0.1}, "loss.z=0.1: router_tuning: a z-loss", "set loss.z=0"),
         ({"run.keep_position": True}, "run.keep_position=true: router_tuning: ", "set run.keep_position=false"),
         ({"model.moe.router": CHOICE}, "model.moe.router.kind=expert_choice: router_tuning", "take another kind"),
-        ({"model.moe.router": FIXED}, "model.moe.router.kind=scheduled_top_k: router_tuning", "take another kind"),
         (
             {"model.mixture_of_depths": {"capacity": 0.5}},
             "model.mixture_of_depths: router_tuning: a token that skips a layer",

@@ -349,9 +349,8 @@ def test_a_data_set_of_other_modalities_is_refused(tmp_path: Path, data: Path) -
     ("fields", "key"),
     [
         ({"kind": "expert_choice", "causal": None}, "causal=null"),
-        ({"kind": "scheduled_top_k", "active_experts": {"all": [2, 1]}}, "kind=scheduled_top_k"),
     ],
-    ids=["later tokens", "position"],
+    ids=["later tokens"],
 )
 def test_a_token_must_be_routed_alone(tmp_path: Path, data: Path, fields: dict[str, Any], key: str) -> None:
     saved_model(tmp_path / "run", data, one(num_null=0) | router(**fields))

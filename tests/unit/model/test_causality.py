@@ -1,11 +1,8 @@
 """In evaluation no output and no choice of experts depends on a later token, for every router. The test would see such a
 dependence."""
 
-import json
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,20 +12,14 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import choice_of_training
 from moe_dist.moe.routing.types import ABSENT
 from tests.support.causal_models import evaluated_model
-from tests.support.layouts import IMAGE, LAYERS, SEQ_LEN, Layout, config_of
+from tests.support.layouts import IMAGE, SEQ_LEN, Layout, config_of
 
-TABLE = "loads.npy"
 ROUTERS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "top_k with nulls": (Layout(), {}),
     "top_k, zero-computation experts, capacity": (Layout(free=True, capacity=0.5), {}),
     "top_k, one logit for all nulls": (Layout(null_logit="single"), {}),
     "top_k, weights over all true experts": (Layout(), {"normalise": "true_all"}),
     "top_k, bias of a controller": (Layout(balance=True), {}),
-    "scheduled_top_k": (
-        Layout(choice="rank"),
-        {"kind": "scheduled_top_k", "active_experts": {"text": [0.5, 1.5], "image": [1.0, 0.5]}},
-    ),
-    "top_k_by_id": (Layout(fixed=True), {"kind": "top_k_by_id", "table": TABLE}),
     "group_limited": (Layout(limited=True, balance=True), {}),
     "threshold": (Layout(choice="rank"), {"causal": "threshold"}),
     "threshold, softmax": (Layout(choice="rank"), {"causal": "threshold", "score": "softmax"}),
@@ -44,13 +35,6 @@ ROUTERS: dict[str, tuple[Layout, dict[str, Any]]] = {
     ),
 }
 EXACT = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes the numbers of experts by layer and token id into the working folder."""
-    monkeypatch.chdir(tmp_path)
-    np.save(TABLE, np.random.default_rng(0).uniform(0.0, 2.0, (LAYERS, IMAGE[1])))
 
 
 def model_of(name: str) -> Transformer:

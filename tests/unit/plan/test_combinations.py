@@ -62,10 +62,10 @@ def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
         return value() if callable(value) else value
 
     lora = rng.random() < 0.15
-    kinds = (_top_k, _expert_choice, _scheduled_top_k, _group_limited, _adaptive, _gating_residual)
+    kinds = (_top_k, _expert_choice, _group_limited, _adaptive, _gating_residual)
     router = (_top_k if lora and rng.random() < 0.9 else rng.choice(kinds))(rng)
     names = rng.sample(NAMES, rng.choice((1, 2)))
-    plain = router["kind"] in ("expert_choice", "scheduled_top_k")
+    plain = router["kind"] == "expert_choice"
     groups = {}
     for index, name in enumerate(names):
         others = {} if rng.random() < (0.92 if plain else 0.4) else {
@@ -76,11 +76,6 @@ def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
         modalities = ["text", "image"] if len(names) == 1 else [("text", "image")[index]]
         groups[name] = {"num_experts": rare(4, 2, 3, p=0.1), "top_k": rng.choice((1, 2)), "ffn_dim": 8, **others}
         groups[name]["modalities"] = modalities
-    if router["kind"] == "scheduled_top_k":
-        loads = (0.5, 1.0) if rng.random() < 0.5 else (1.0, 1.0)
-        router["active_experts"] = {
-            name: list(rare(loads, (1.0,), (1.0, 3.0), p=0.1)) for name in rare(names, ["text"], p=0.1)
-        }
     ep = rng.choice((1, 1, 1, 2, 4))
     only: dict[str, Any] = {}
     init: dict[str, Any] = {}
@@ -182,10 +177,6 @@ def _expert_choice(rng: random.Random) -> dict[str, Any]:
         "causal": rng.choice(("threshold", "threshold", "threshold", "auxiliary", None)),
         "capacity": rng.choice((None, 0.5)),
     }
-
-
-def _scheduled_top_k(rng: random.Random) -> dict[str, Any]:
-    return {"kind": "scheduled_top_k", "normalise": rng.choice(("true_chosen", "none"))}
 
 
 def _adaptive(rng: random.Random) -> dict[str, Any]:

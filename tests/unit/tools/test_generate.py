@@ -12,7 +12,6 @@ from PIL import Image
 
 from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.expert_choice import ExpertChoiceRouterSection
-from moe_dist.config.routers.scheduled_top_k import ScheduledTopKRouterSection
 from moe_dist.formats.manifest import load_manifest, write_manifest
 from moe_dist.inference.loaded_run import LoadedRun, causal_problems, find_trained
 from moe_dist.inference.tasks import choose_captions
@@ -167,5 +166,3 @@ def test_only_routers_that_route_each_token_by_itself_generate(tiny_data: Path, 
     assert problems(ExpertChoiceRouterSection(kind="expert_choice", causal="threshold")) == []
     (fault,) = problems(ExpertChoiceRouterSection(kind="expert_choice"))
     assert fault.startswith("model.moe.router.causal=null: the choice of experts looks at later tokens")
-    (fault,) = problems(ScheduledTopKRouterSection(kind="scheduled_top_k", active_experts={"text": (1.5,)}))
-    assert fault.startswith("model.moe.router.kind=scheduled_top_k: its choice depends on the position in a batch")

@@ -1,4 +1,4 @@
-"""The slow reference of `moe_dist.moe.routers.scheduled_top_k`: a loop over tokens, with given uniform numbers."""
+"""The slow reference of `research.routers.scheduled_top_k`: a loop over tokens, with given uniform numbers."""
 
 import math
 from collections.abc import Sequence

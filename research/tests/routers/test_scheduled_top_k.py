@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from moe_dist.moe.routers.context import RouterContext
-from moe_dist.moe.routers.scheduled_top_k import HELD_OUT, ScheduledTopKRouter
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.draws import logistic
 from moe_dist.moe.routing.types import ABSENT, GlobalBatchInfo, Routing, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
-from tests.reference.scheduled_top_k import fixed_load_weights
+from research.routers.scheduled_top_k import HELD_OUT, ScheduledTopKRouter
+from research.tests.routers.reference import fixed_load_weights
 
 T, D, N = 40, 8, 6
 GROUP = ExpertGroup("all", num_experts=N, num_null=0, top_k=3, ffn_dim=4, first_expert=0, modalities=("text",))

@@ -1,7 +1,7 @@
 """Top-k with a fixed mean number of active experts for each token id in each layer: the baseline that tells apart the
 routers that choose by the token's context and the routers that choose by the token's id or modality.
 
-With L(v) for token id v in place of L, the equations are those of `moe_dist.moe.routers.scheduled_top_k`. The table of L(v)
+With L(v) for token id v in place of L, the equations are those of `research.routers.scheduled_top_k`. The table of L(v)
 is a file, because it has a number for each MoE layer and token id. Shape letters: T tokens, V token ids.
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moe_dist.errors import ConfigError
 from moe_dist.moe.routers.context import RouterContext
-from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter
 from moe_dist.moe.routing.types import RoutingCache
+from research.routers.scheduled_top_k import ScheduledTopKRouter
 
 
 class TopKByIdRouter(ScheduledTopKRouter):

@@ -1,7 +1,4 @@
-"""Whole runs with a number of experts by layer, or by layer and token id: equal draws on any layout and after a resume.
-
-test_n_ranks_equal_one.py tests them in float64.
-"""
+"""Whole runs with the control routers: equal draws on any layout and after a resume."""
 
 from collections.abc import Callable
 from pathlib import Path

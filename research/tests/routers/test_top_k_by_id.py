@@ -8,15 +8,15 @@ import torch
 
 from moe_dist.errors import ConfigError
 from moe_dist.moe.routers.context import RouterContext
-from moe_dist.moe.routers.scheduled_top_k import HELD_OUT, ScheduledTopKRouter
-from moe_dist.moe.routers.top_k_by_id import TopKByIdRouter
 from moe_dist.moe.routing.draws import logistic
-from moe_dist.moe.routing.types import Routing, RoutingCache
-from moe_dist.placement.placement import ExpertGroup
-from tests.reference.scheduled_top_k import fixed_load_weights
+from moe_dist.moe.routing.types import RoutingCache
+from research.routers.scheduled_top_k import HELD_OUT, ScheduledTopKRouter
+from research.routers.top_k_by_id import TopKByIdRouter
+from research.tests.routers.reference import fixed_load_weights
+from research.tests.routers.test_scheduled_top_k import GROUP, D, N, T, inputs
+from research.tests.routers.test_scheduled_top_k import table as table_of
 
-T, D, N, V, SEED = 40, 8, 6, 5, 3
-GROUP = ExpertGroup("all", num_experts=N, num_null=0, top_k=3, ffn_dim=4, first_expert=0, modalities=("text",))
+V, SEED = 5, 3
 LOADS = np.array([[9.0] * V, [0.0, 0.4, 1.0, 2.75, 3.0]])  # the router below uses the second row
 ID_T = torch.arange(T) * 7 % V
 
@@ -27,12 +27,6 @@ def table(tmp_path: Path) -> str:
     return str(tmp_path / "loads.npy")
 
 
-def weights(routing: Routing) -> torch.Tensor:
-    pairs = routing.assignments.taken()
-    weight_TE = torch.zeros(T, N, dtype=torch.float64)
-    return weight_TE.index_put((pairs.token_N, pairs.expert_N), pairs.weight_N)
-
-
 def made(table: str) -> TopKByIdRouter:
     router = TopKByIdRouter(RouterContext(D, [GROUP], place=1, seed=SEED), table=table).double()
     with torch.no_grad():
@@ -40,14 +34,9 @@ def made(table: str) -> TopKByIdRouter:
     return router
 
 
-def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    h_TD = torch.randn(T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    return h_TD, torch.zeros(T, dtype=torch.int64)
-
-
 def test_equals_the_loop_in_values_and_gradients(table: str) -> None:
     router, (h_TD, group_T) = made(table), inputs()
-    fast_TE = weights(router(h_TD, group_T, RoutingCache(id_T=ID_T)))
+    fast_TE = table_of(router(h_TD, group_T, RoutingCache(id_T=ID_T)))
     column = torch.zeros(1, dtype=torch.int64)
     uniform = logistic((SEED, HELD_OUT, 1), torch.arange(T), column, torch.float64).sigmoid()[:, 0].tolist()
     rows_ND = router.get_parameter("group:all.true")
@@ -78,7 +67,7 @@ def test_one_load_for_all_ids_is_scheduled_top_k_bit_for_bit(tmp_path: Path) -> 
 def test_padding_takes_nothing(table: str) -> None:
     router, (h_TD, group_T) = made(table), inputs()
     group_T[5:20] = -1
-    taken_T = (weights(router(h_TD, group_T, RoutingCache(id_T=ID_T))) > 0).any(1)
+    taken_T = (table_of(router(h_TD, group_T, RoutingCache(id_T=ID_T))) > 0).any(1)
     assert not taken_T[5:20].any()
     assert taken_T[20:].any()
 
