@@ -1,6 +1,7 @@
 """In evaluation no output and no choice of experts depends on a later token, for every router. The test would see such a
 dependence."""
 
+import json
 from typing import Any
 
 import pytest
