@@ -17,7 +17,6 @@ from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers import selection
 from moe_dist.moe.routers.selection import Causal, capacity_of_tokens
-from moe_dist.moe.routing.types import ABSENT
 from moe_dist.moe.thresholds import ThresholdUpdater
 from moe_dist.placement.parameter_names import named_parameters
 from moe_dist.train.objective.loss import depth_auxiliary, global_counts
@@ -197,65 +196,6 @@ def test_a_batch_of_padding_computes_nothing_and_has_zero_gradients(training: bo
     assert logits.isfinite().all()
     assert model.layers[0].depths.router.grad.abs().max() == 0
     assert all(int(report.depth.taken) == 0 for report in reports if report.depth is not None)
-
-
-@pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
-@torch.no_grad()
-def test_in_evaluation_a_later_token_changes_nothing_before(causal: Causal) -> None:
-    model = make_model(0.3, causal).eval()
-    tokens, _ = draw_tokens()
-    documents, positions = torch.zeros_like(tokens, dtype=torch.int32), torch.arange(8).expand(3, 8)
-
-    def logits(tokens: Tensor) -> Tensor:
-        return model(tokens, positions, documents, (tokens >= 48).to(torch.int64))[0]
-
-    before, moved_in_training = logits(tokens), 0.0
-    for place in range(1, 8):
-        changed = tokens.clone()
-        changed[:, place] = (changed[:, place] + 7) % VOCAB
-        after = logits(changed)
-        assert (after[:, :place] - before[:, :place]).abs().max() <= 1e-5
-        assert (after[:, place:] - before[:, place:]).abs().max() > 1e-3
-        model.train()
-        moved_in_training += float((logits(changed) - logits(tokens))[:, :place].abs().max())
-        model.eval()
-    assert moved_in_training > 1e-3  # the choice of training does look ahead
-
-
-@pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
-@torch.no_grad()
-def test_in_evaluation_a_later_token_changes_no_earlier_set_of_experts(causal: Causal) -> None:
-    """Layers of depths hand the tokens that they compute to the router in order, so a prefix comes first among them."""
-    model = make_model(0.3, causal).eval()
-    tokens, _ = draw_tokens()
-
-    def taken(count: int) -> list[tuple[int, set[tuple[int, int]]]]:
-        """By layer, of the first `count` tokens: how many are routed, and the (token, expert) pairs."""
-        found: list[tuple[int, set[tuple[int, int]]]] = []
-
-        def note(_module: Any, inputs: Any, routing: Any) -> None:
-            kept = routing.assignments.expert_N != ABSENT
-            pairs = (part[kept].tolist() for part in (routing.assignments.token_N, routing.assignments.expert_N))
-            found.append((int((inputs[1] >= 0).sum()), set(zip(*pairs, strict=True))))
-
-        hooks = [layer.router.register_forward_hook(note) for layer in model.moe_modules()]
-        mine = tokens[2:, :count]
-        model(mine, torch.arange(count)[None], torch.zeros_like(mine, dtype=torch.int32), (mine >= 48).to(torch.int64))
-        for hook in hooks:
-            hook.remove()
-        return found
-
-    def differ() -> int:
-        return sum(
-            {pair for pair in whole if pair[0] < routed} != alone
-            for count in range(1, 8)
-            for (_, whole), (routed, alone) in zip(taken(8), taken(count), strict=True)
-        )
-
-    assert {routed for routed, _ in taken(8)} > {8}, "a layer of depths computes fewer"
-    assert differ() == 0
-    model.train()
-    assert differ() > 0  # the choice of training does look ahead
 
 
 @pytest.mark.parametrize("parts", [[1] * 8, [5, 1, 1, 1], [8]], ids=str)
