@@ -1,4 +1,4 @@
-"""A killed import continues where it stopped, and never takes more memory than a shard, also after the restart."""
+"""An import that is killed goes on where it was, and never takes more memory than a shard: also where it goes on."""
 
 import json
 import math
@@ -7,13 +7,11 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
-from safetensors.torch import save_file
 
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
@@ -34,8 +32,8 @@ ROOT = Path(__file__).parents[3]
 LIMIT = 16 << 20
 SHARD = 2 << 20
 
-# Runs in its own process, whose private memory (heap and mappings) may grow by this many bytes after the imports. It
-# reports each shard, so that it can be killed there.
+# In a process of its own: its private memory (heap and mappings) may grow by so many bytes beyond what it has once all is
+# imported; each shard is told, so that it can be killed at one.
 UNDER_LIMIT = """
 import resource, sys
 from pathlib import Path
@@ -70,40 +68,15 @@ def start(folder: Path, out: Path, *, limit: int = LIMIT, shard_bytes: int = SHA
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a dense model of more than 4 x LIMIT in one file, with tensors larger than a shard."""
+    """A dense model of more than 4 x LIMIT in one file, with tensors larger than a shard."""
     folder = tmp_path_factory.mktemp("large")
-    config = tiny_config("llama", hidden_size=256, intermediate_size=12288, num_hidden_layers=4, vocab_size=8192)
-    config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-
-    def rows(*shape: int) -> torch.Tensor:
-        return torch.randint(-9, 9, shape, dtype=torch.int8, generator=generator).to(torch.bfloat16)
-
-    tensors = {
-        "model.embed_tokens.weight": rows(8192, 256),
-        "lm_head.weight": rows(8192, 256),
-        "model.norm.weight": rows(256),
-    }
-    for layer in range(4):
-        for name, shape in {
-            "input_layernorm": (256,),
-            "post_attention_layernorm": (256,),
-            "self_attn.q_proj": (256, 256),
-            "self_attn.k_proj": (128, 256),
-            "self_attn.v_proj": (128, 256),
-            "self_attn.o_proj": (256, 256),
-            "mlp.gate_proj": (12288, 256),
-            "mlp.up_proj": (12288, 256),
-            "mlp.down_proj": (256, 12288),
-        }.items():
-            tensors[f"model.layers.{layer}.{name}.weight"] = rows(*shape)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    hollow(folder, "llama", hidden_size=256, intermediate_size=12288, num_hidden_layers=4, vocab_size=8192)
     assert (folder / "model.safetensors").stat().st_size > 4 * LIMIT
     return folder
 
 
 def killed_and_begun_again(folder: Path, out: Path, **options: int) -> None:
-    """Kills an import after eight shards. The same command then finishes it."""
+    """Kills an import after eight shards, and lets the same command end it."""
     first = start(folder, out, **options)
     assert first.stdout is not None
     for _ in range(8):
@@ -130,30 +103,24 @@ def test_the_growth_of_memory_stays_under_a_quarter_of_the_model_also_after_a_ki
 
 
 def hollow(folder: Path, kind: str, **sizes: int) -> None:
-    """Returns a model of zeros in one sparse file."""
+    """A model of bfloat16 zeros in one file with holes."""
     tiny_config(kind, **sizes).save_pretrained(folder)
     family, values, _ = read_section(json.loads((folder / "config.json").read_text()))
     section = changed_section(values, family, ImportOptions())
     places = [place for slot in slots(section, family) for place in slot.places[:1]]
     places += [place for place, _ in idle_places(section, family)]
-    write_zeros(folder, {place.name: place.shape for place in places})
-
-
-def write_zeros(folder: Path, shapes: Mapping[str, Sequence[int]]) -> int:
-    """Writes bfloat16 tensors of zeros into one sparse file. Returns their bytes."""
     entries, end = {}, 0
-    for name, each in shapes.items():
-        begin, end = end, end + 2 * math.prod(each)
-        entries[name] = {"dtype": "BF16", "shape": list(each), "data_offsets": [begin, end]}
+    for place in places:
+        begin, end = end, end + 2 * math.prod(place.shape)
+        entries[place.name] = {"dtype": "BF16", "shape": list(place.shape), "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
     with (folder / "model.safetensors").open("wb") as stream:
         stream.write(struct.pack("<Q", len(header)) + header)
         stream.truncate(8 + len(header) + end)
-    return end
 
 
 def rounds(folder: Path, *, imports: int, exports: int) -> "subprocess.CompletedProcess[str]":
-    """Imports and exports every model in the folder, in shards of this many bytes, in a process whose memory may grow by
+    """Imports and exports every model in the folder, in shards of so many bytes, in a process whose memory may grow by
     LIMIT."""
     command = [sys.executable, "-c", ROUND, str(folder), str(LIMIT), str(imports), str(exports)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -171,7 +138,7 @@ EXPERTS: dict[str, dict[str, int]] = {
 
 @pytest.fixture
 def wide(tmp_path: Path) -> Iterator[Path]:
-    """Returns a model of each family with many experts, of more than 4 x LIMIT."""
+    """A model of each family with many experts, of more than 4 x LIMIT."""
     for kind, experts in EXPERTS.items():
         hollow(tmp_path / kind, kind, **{**WIDE, **experts})
         assert (tmp_path / kind / "model.safetensors").stat().st_size > 4 * LIMIT
@@ -188,7 +155,7 @@ def test_families_of_many_experts_go_in_and_out_under_a_quarter_of_their_size(wi
         assert written == pytest.approx((wide / kind / "model.safetensors").stat().st_size, rel=0.01)
 
 
-@pytest.mark.full  # tests the test above
+@pytest.mark.full  # of the test above itself
 @pytest.mark.parametrize("large_shards", ["imports", "exports"])
 def test_families_of_many_experts_would_meet_the_limit_without_shards(wide: Path, large_shards: str) -> None:
     done = rounds(wide, **{"imports": SHARD, "exports": SHARD, large_shards: 1 << 30})
@@ -196,50 +163,7 @@ def test_families_of_many_experts_would_meet_the_limit_without_shards(wide: Path
     assert "alloc" in done.stderr or "MemoryError" in done.stderr
 
 
-@pytest.fixture
-def large_disk(tmp_path: Path) -> Iterator[Path]:
-    """Returns a folder whose gigabytes are deleted afterwards."""
-    yield tmp_path
-    shutil.rmtree(tmp_path)
-
-
-@pytest.mark.exhaustive  # the test above shows the same on 64 MB, without the interpreter's own memory
-def test_all_memory_of_the_process_stays_under_a_quarter_of_the_model_also_after_a_kill(large_disk: Path) -> None:
-    """Counts all memory, including the interpreter and torch. The model of zeros in a sparse file has more than 4 times the
-    limit."""
-    told = subprocess.run(
-        [sys.executable, "-c", "import moe_dist.hf.importing; print(open('/proc/self/status').read())"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    interpreter = next(int(line.split()[1]) * 1024 for line in told.splitlines() if line.startswith("VmData"))
-    growth = 64 << 20
-    limit, dim, ffn_dim, vocab = interpreter + growth, 1024, 8192, 64
-    layers = 4 * limit // (2 * 3 * dim * ffn_dim) + 1
-    shape = {"hidden_size": dim, "intermediate_size": ffn_dim, "num_hidden_layers": layers, "vocab_size": vocab}
-    folder = large_disk / "zeros/theirs"
-    tiny_config("llama", **shape, head_dim=256).save_pretrained(folder)
-    shapes = {"model.embed_tokens.weight": [vocab, dim], "lm_head.weight": [vocab, dim], "model.norm.weight": [dim]}
-    for layer in range(layers):
-        own = {
-            "input_layernorm": [dim],
-            "post_attention_layernorm": [dim],
-            "self_attn.q_proj": [1024, dim],
-            "self_attn.k_proj": [512, dim],
-            "self_attn.v_proj": [512, dim],
-            "self_attn.o_proj": [dim, 1024],
-            "mlp.gate_proj": [ffn_dim, dim],
-            "mlp.up_proj": [ffn_dim, dim],
-            "mlp.down_proj": [dim, ffn_dim],
-        }
-        shapes |= {f"model.layers.{layer}.{name}.weight": each for name, each in own.items()}
-    end = write_zeros(folder, shapes)
-    assert end > 4 * limit
-    (large_disk / "out").mkdir()
-    killed_and_begun_again(folder, large_disk / "out/ours", limit=growth, shard_bytes=16 << 20)
-    assert (large_disk / "out/ours/config.yaml").is_file()
-
-
-@pytest.mark.full  # tests the tests above
+@pytest.mark.full  # of the tests above themselves
 def test_the_limit_would_be_met_without_shards(large: Path, tmp_path: Path) -> None:
     whole = start(large, tmp_path / "ours", shard_bytes=1 << 30)
     _, errors = whole.communicate(timeout=600)
@@ -261,7 +185,7 @@ def test_what_goes_on_is_what_would_have_been(tmp_path: Path, at: int) -> None:
     told: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         import_model(theirs, tmp_path / "ours", options, shard_bytes=20_000, report=stop)
-    # A kill in the middle of a shard leaves half a file that is not renamed. Another file is truncated by hand.
+    # What a kill in the middle of a shard leaves: half a file that is not renamed, and one that was cut by hand.
     shards = sorted((tmp_path / "ours.importing/tree/step_0").iterdir())
     shards[-1].write_bytes(shards[-1].read_bytes()[:-7])
     (tmp_path / "ours.importing/writing/shard_00007.safetensors").write_bytes(b"half")
@@ -270,7 +194,7 @@ def test_what_goes_on_is_what_would_have_been(tmp_path: Path, at: int) -> None:
     one, other = (
         json.loads((tmp_path / name / "step_0/index.json").read_text())["tensors"] for name in ("straight", "ours")
     )
-    assert one == other  # also compares all fingerprints
+    assert one == other  # with every fingerprint
     assert not (tmp_path / "ours.importing").exists()
 
 

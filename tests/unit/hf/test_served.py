@@ -25,6 +25,7 @@ from moe_dist.hf.served import modeling_moe_dist
 from moe_dist.hf.served_fields import CODE, CODE_FILES, OLD_AUTO_MAP, read_served, served_problems, token_ids
 from moe_dist.inference.loaded_run import find_trained
 from tests.support.agreement import assert_agree
+from tests.support.cover import exhaustive, full
 from tests.support.imported import load_imported
 from tests.support.messages import refused
 from tests.support.one_rank import OneRank, world_of_one
@@ -127,10 +128,15 @@ CASES: dict[str, dict[str, Any]] = {
     "depths sigmoid": ONE | router("group_limited") | {"model.mixture_of_depths": {**DEPTHS, "every": 1}},
 }  # fmt: skip
 
+# Cases that have every value of a field; the others are products of these values.
 COVER = (
     "groups", "single null row", "free all_chosen bias", "sigmoid groups", "adapted", "dense first",
     "partial dynamic adjacent", "latent attention", "shortcut", "sinks", "depths window", "top_p free", "relu",
-    "predicted_k", "expert_choice auxiliary",
+    "predicted_k", "expert_choice auxiliary", "threshold free",
+)  # fmt: skip
+FULL = (
+    "normalise true_all", "scale", "shared gate", "linear", "llama3", "attention", "olmoe attention", "depths",
+    "expert_threshold groups", "expert_choice softmax",
 )  # fmt: skip
 
 
@@ -150,11 +156,12 @@ def prompts() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case in COVER else pytest.mark.full) for case in CASES], ids=list(CASES)
+    "case", [case if case in COVER else (full if case in FULL else exhaustive)(case) for case in CASES], ids=list(CASES)
 )
-def test_logits_gradients_and_tokens_are_ours(tmp_path: Path, data: Path, case: str) -> None:
+def test_logits_gradients_and_tokens_are_ours_and_bits_come_back(tmp_path: Path, data: Path, case: str) -> None:
     ours = saved_model(tmp_path / "run", data, CASES[case])
-    done = export_model(tmp_path / "run", tmp_path / "hf")
+    done = export_model(tmp_path / "run", tmp_path / "hf", shard_bytes=9000)
+    assert_comes_back(tmp_path, ours)
     assert done.family == "moe_dist"
     assert done.reasons
     model, tokens = theirs(tmp_path / "hf"), prompts()
@@ -168,6 +175,19 @@ def test_logits_gradients_and_tokens_are_ours(tmp_path: Path, data: Path, case: 
     for cache in (True, False):
         made = model.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=cache)  # pyright: ignore
         assert torch.equal(made, continued(ours, tokens, 8, cached=cache)), cache
+
+
+def assert_comes_back(folder: Path, ours: Any) -> None:
+    """The export in `hf`, imported and exported again, has the same bits and fields."""
+    import_model(folder / "hf", folder / "ours", shard_bytes=5000)
+    again, _ = load_imported(folder / "ours")
+    for (name, wanted), (_, found) in zip(ours.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(found, wanted), name
+    export_model(folder / "ours", folder / "back")
+    assert_same(tensors_of(folder / "back"), tensors_of(folder / "hf"))
+    assert read_served(json.loads((folder / "hf/config.json").read_text()) | {"auto_map": OLD_AUTO_MAP})[1]["attention"]
+    for file in ("config.json", *CODE_FILES):
+        assert (folder / "back" / file).read_bytes() == (folder / "hf" / file).read_bytes(), file
 
 
 @torch.no_grad()
@@ -224,7 +244,7 @@ def test_an_expert_wins_a_tie_with_its_null_copies(tmp_path: Path, data: Path) -
         "deepseek_v3",
         "longcat_flash",
         "gpt_oss",
-        *(pytest.param(kind, marks=pytest.mark.full) for kind in VARIANTS),
+        *(exhaustive(kind) for kind in VARIANTS),
     ],
 )
 @torch.no_grad()
@@ -278,37 +298,6 @@ def test_choices_that_count_for_nothing_do_no_work(tmp_path: Path, data: Path, c
     pairs = sum(report.sent.pairs for report in ours(tokens, positions, zeros, group_of(ours, tokens))[1])
     assert sum(rows) == pairs < 2 * tokens.numel() * GROUP["top_k"]
     assert min(rows) > 0
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        "free all_chosen bias",
-        "depths window",
-        "dense first",
-        "dynamic",
-        "sigmoid groups",
-        "partial dynamic adjacent",
-        "latent attention",
-        "shortcut",
-        "sinks",
-        "threshold free",
-        "predicted_k",
-        "expert_choice auxiliary",
-    ],
-)
-def test_bits_and_fields_come_back(tmp_path: Path, data: Path, case: str) -> None:
-    ours = saved_model(tmp_path / "run", data, CASES[case])
-    export_model(tmp_path / "run", tmp_path / "hf", shard_bytes=9000)
-    import_model(tmp_path / "hf", tmp_path / "ours", shard_bytes=5000)
-    again, _ = load_imported(tmp_path / "ours")
-    for (name, wanted), (_, found) in zip(ours.state_dict().items(), again.state_dict().items(), strict=True):
-        assert torch.equal(found, wanted), name
-    export_model(tmp_path / "ours", tmp_path / "back")
-    assert_same(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "hf"))
-    assert read_served(json.loads((tmp_path / "hf/config.json").read_text()) | {"auto_map": OLD_AUTO_MAP})[1]["attention"]
-    for file in ("config.json", *CODE_FILES):
-        assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "hf" / file).read_bytes(), file
 
 
 def test_an_import_of_the_form_takes_no_options_and_no_other_code(tmp_path: Path, data: Path) -> None:

@@ -29,6 +29,10 @@ ROUTERS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "expert_threshold, softmax": (Layout(choice="rank", adaptive="expert_threshold"), {"score": "softmax"}),
     **{f"router {kind}": (Layout(adaptive=kind, free=True), {}) for kind in ("top_p", "relu", "threshold", "predicted_k")},
     "gating_residual": (Layout(form="gating_residual", free=True), {}),
+    **{
+        f"depths, {causal}": (Layout(mixture_of_depths="rank", depth_causal=causal), {})
+        for causal in ("threshold", "auxiliary")
+    },
     "threshold, under depths": (Layout(choice="rank", mixture_of_depths="rank"), {"causal": "threshold"}),
     "auxiliary, under depths": (
         Layout(choice="rank", mixture_of_depths="rank", depth_causal="auxiliary"),

@@ -25,6 +25,7 @@ from moe_dist.placement.parameter_names import Role, named_parameters
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups
 from moe_dist.train.build.training import build_model, freeze
+from tests.support.cover import exhaustive
 from tests.support.tiny import tiny_config
 
 GROUP = ExpertGroup("text", 2, 1, 1, 4, 0, ("text",), num_identity=1, num_constant=1)
@@ -85,17 +86,20 @@ def take_a_step(changes: dict[str, Any]) -> None:
     model.train(False)
 
 
-TOP_K = {"kind": "top_k", "selection_bias": True}
+ROUTERS: dict[str, dict[str, Any]] = {
+    "top_k": {"router": {"kind": "top_k", "selection_bias": True}, "num_null": 1, "num_identity": 1, "num_constant": 1},
+    "expert_choice": {"router": {"kind": "expert_choice", "causal": "threshold"}},
+}
+NAMES = names_in_use()
+PRODUCT = [(router, names) for router in ROUTERS for names in NAMES]
 
 
-@pytest.mark.parametrize("names", names_in_use(), ids="-".join)
-def test_any_name_trains_with_top_k(names: tuple[str, str]) -> None:
-    take_a_step(configured(names, TOP_K, num_null=1, num_identity=1, num_constant=1))
-
-
-@pytest.mark.parametrize("names", names_in_use(), ids="-".join)
-def test_any_name_trains_with_expert_choice(names: tuple[str, str]) -> None:
-    take_a_step(configured(names, {"kind": "expert_choice", "causal": "threshold"}))
+@pytest.mark.parametrize(
+    ("router", "names"), [case if n % 2 == (n >= len(NAMES)) else exhaustive(*case) for n, case in enumerate(PRODUCT)]
+)
+def test_any_name_trains(router: str, names: tuple[str, str]) -> None:
+    """Every second pair of names with each router, all pairs with one of them."""
+    take_a_step(configured(names, **ROUTERS[router]))
 
 
 @pytest.mark.parametrize("name", sorted(ROLES))

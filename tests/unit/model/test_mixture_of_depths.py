@@ -1,4 +1,4 @@
-"""Mixture of depths against the slow reference and by hand: selection, block, causal methods and cache."""
+"""Mixture of depths: choice, block, causal forms and cache, against the slow reference and by hand."""
 
 import math
 from collections.abc import Sequence
@@ -11,19 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_dist.comm.collectives import joined
 from moe_dist.model.attention import dense_mask
 from moe_dist.model.layers import rotary_table
 from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers import selection
 from moe_dist.moe.routers.selection import Causal, capacity_of_tokens
-from moe_dist.moe.routing.types import ABSENT
 from moe_dist.moe.thresholds import ThresholdUpdater
 from moe_dist.placement.parameter_names import named_parameters
-from moe_dist.train.objective.loss import depth_auxiliary
+from moe_dist.train.objective.loss import depth_auxiliary, global_counts
 from tests.reference.mixture_of_depths import choose, depth_forward
-from tests.support.counts import depth_counts_with
+from tests.support.counts import counts_with
 from tests.support.transformers import DIM, make_transformer
 
 VOCAB = 64
@@ -45,7 +43,7 @@ def make_model(capacity: float, causal: Causal = "auxiliary", **args: Any) -> Tr
 
 
 def draw_tokens(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Returns tokens and their groups. The first two sequences end with padding."""
+    """Tokens, and their groups with padding at the end of the first two sequences."""
     tokens = torch.randint(0, VOCAB, (3, 8), generator=torch.Generator().manual_seed(seed))
     group = (tokens >= 48).to(torch.int64)
     group[0, 7], group[1, 6:] = -1, -1
@@ -53,7 +51,7 @@ def draw_tokens(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def take_best(score_U: Tensor, capacity: float) -> tuple[Tensor, float]:
-    """Returns the selected tokens, bool [U], and the lowest selected score."""
+    """The tokens that one chooser takes, bool [U], and the score of the last of them."""
     score_U1, capacity_1 = score_U[:, None], torch.tensor([capacity], dtype=torch.float64)
     choice = selection.choose(score_U1, score_U1, capacity_1, slice(None))
     return choice.taken_TE[:, 0], choice.kth_score_E.item()
@@ -79,11 +77,11 @@ def test_ties_go_to_the_earlier_token() -> None:
     taken, kth_score = take_best(torch.tensor([1.0, 2.0, 2.0, 2.0]), 0.5)
     assert taken.tolist() == [False, True, True, False]
     assert kth_score == torch.tensor(2.0).sigmoid().item()
-    assert capacity_of_tokens(0.1, 30) == 3  # not 4, although 0.1 x 30 is a little more than 3 in floating point
+    assert capacity_of_tokens(0.1, 30) == 3  # not 4: 0.1 x 30 is a little more than 3 in floating point
 
 
 def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
-    """Runs the whole model. Mixture-of-depths layers use the reference, other layers are unchanged."""
+    """The whole model: layers that choose by the reference, the others as they are."""
     masks = {layer.window: dense_mask(DOCUMENTS, POSITIONS, layer.window) for layer in model.layers}
     rotary = rotary_table(POSITIONS, model.args.head_dim, model.args.rope_base)
     x = model.embedding.weight[tokens]
@@ -122,7 +120,7 @@ def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
 def test_values_and_gradients_are_those_of_the_slow_form(
     capacity: float, windows: tuple[int | None, ...], training: bool
 ) -> None:
-    """At 0.05 two tokens are selected, and one document has none. At 1.0 all tokens but padding are selected."""
+    """At 0.05 two tokens are taken, of which a document has none; at 1.0 all that are not padding."""
     model = make_model(capacity, windows=windows).train(training)
     tokens, group = draw_tokens()
     real = (group >= 0)[..., None]
@@ -147,16 +145,16 @@ def test_reports_count_and_the_others_pass_unchanged() -> None:
     model = make_model(0.3)
     tokens, group = draw_tokens()
     reports = model(tokens, POSITIONS, DOCUMENTS, group)[1]
-    assert [report.counts.depth is not None for report in reports] == [True, False, True]
+    assert [report.depth is not None for report in reports] == [True, False, True]
     taken = capacity_of_tokens(0.3, 21)
     for report in (reports[0], reports[2]):
-        assert (int(report.counts.depth.tokens_P), int(report.counts.depth.taken_P)) == (21, taken)
-        assert int(report.counts.tokens_LG.sum()) == taken
+        assert (int(report.depth.tokens), int(report.depth.taken)) == (21, taken)
+        assert int(report.sums.tokens_G.sum()) == taken
     x = torch.randn(24, DIM, dtype=torch.float64)
     chosen = model.depth_routers()[0](x, group.flatten() >= 0)
     assert len(chosen.index_C) == capacity_of_tokens(
         0.3, 24
-    )  # the number of slots follows from all tokens; unused slots stay empty
+    )  # slots by all tokens, known beforehand; empty beyond those taken
     assert int(chosen.full_C.sum()) == taken
     assert chosen.index_C[chosen.full_C].tolist() == sorted(chosen.index_C[chosen.full_C].tolist())
 
@@ -164,12 +162,11 @@ def test_reports_count_and_the_others_pass_unchanged() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
 def test_counts_are_those_of_a_loop(causal: Causal, training: bool) -> None:
-    """Counts the first layer, whose input is the embedding: tokens by group, agreement with the causal decision, and
-    weights."""
+    """Of the first layer, whose input is the embedding: by group, agreement with the causal decision, and weights."""
     model = make_model(0.3, causal).train(training)
     tokens, group = draw_tokens()
-    counts = joined([report.counts for report in model(tokens, POSITIONS, DOCUMENTS, group)[1]])
-    assert counts.depth is not None
+    counts = global_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None)()
+    assert counts is not None
     mixture_of_depths = model.layers[0].depths
     x_TD, groups = model.embedding.weight[tokens].detach().flatten(0, 1), group.flatten().tolist()
     scores = [torch.dot(mixture_of_depths.router[0], x / (x.square().mean() + 1e-6).sqrt()).item() for x in x_TD]
@@ -184,10 +181,10 @@ def test_counts_are_those_of_a_loop(causal: Causal, training: bool) -> None:
                 computed[groups[token]] += 1
                 weight += 1 / (1 + math.exp(-scores[token]))
     assert sum(computed) > 0
-    assert (counts.depth.tokens_PG[0].tolist(), counts.depth.taken_PG[0].tolist()) == (members, computed)
-    assert (int(counts.depth.tokens_P[0]), int(counts.depth.agreed_P[0])) == (21, agreed)
-    assert counts.depth.weight_P[0].item() == pytest.approx(weight, rel=1e-12)
-    assert counts.depth.weight_P.requires_grad is False
+    assert (counts.depth_tokens_PG[0].tolist(), counts.depth_taken_PG[0].tolist()) == (members, computed)
+    assert (int(counts.depth_tokens_P[0]), int(counts.depth_agreed_P[0])) == (21, agreed)
+    assert counts.depth_weight_P[0].item() == pytest.approx(weight, rel=1e-12)
+    assert counts.depth_weight_P.requires_grad is False
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -195,70 +192,10 @@ def test_a_batch_of_padding_computes_nothing_and_has_zero_gradients(training: bo
     model = make_model(0.3).train(training)
     tokens, group = draw_tokens()
     logits, reports = model(tokens, POSITIONS, DOCUMENTS, torch.full_like(group, -1))
-    aux = joined([report.aux for report in reports]).depth_auxiliary_P
-    (logits.sum() if aux is None else logits.sum() + aux.sum()).backward()
+    (logits.sum() + sum(r.depth.auxiliary for r in reports if r.depth and r.depth.auxiliary is not None)).backward()
     assert logits.isfinite().all()
     assert model.layers[0].depths.router.grad.abs().max() == 0
-    assert joined([report.counts.depth for report in reports]).taken_P.tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
-@torch.no_grad()
-def test_in_evaluation_a_later_token_changes_nothing_before(causal: Causal) -> None:
-    model = make_model(0.3, causal).eval()
-    tokens, _ = draw_tokens()
-    documents, positions = torch.zeros_like(tokens, dtype=torch.int32), torch.arange(8).expand(3, 8)
-
-    def logits(tokens: Tensor) -> Tensor:
-        return model(tokens, positions, documents, (tokens >= 48).to(torch.int64))[0]
-
-    before, moved_in_training = logits(tokens), 0.0
-    for place in range(1, 8):
-        changed = tokens.clone()
-        changed[:, place] = (changed[:, place] + 7) % VOCAB
-        after = logits(changed)
-        assert (after[:, :place] - before[:, :place]).abs().max() <= 1e-5
-        assert (after[:, place:] - before[:, place:]).abs().max() > 1e-3
-        model.train()
-        moved_in_training += float((logits(changed) - logits(tokens))[:, :place].abs().max())
-        model.eval()
-    assert moved_in_training > 1e-3  # the choice of training does look ahead
-
-
-@pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
-@torch.no_grad()
-def test_in_evaluation_a_later_token_changes_no_earlier_set_of_experts(causal: Causal) -> None:
-    """A mixture-of-depths layer passes its computed tokens to the router in order, so the tokens of a prefix come first."""
-    model = make_model(0.3, causal).eval()
-    tokens, _ = draw_tokens()
-
-    def taken(count: int) -> list[tuple[int, set[tuple[int, int]]]]:
-        """Returns, by layer, how many of the first `count` tokens are routed, and their (token, expert) pairs."""
-        found: list[tuple[int, set[tuple[int, int]]]] = []
-
-        def note(_module: Any, inputs: Any, routing: Any) -> None:
-            kept = routing.assignments.expert_N != ABSENT
-            pairs = (part[kept].tolist() for part in (routing.assignments.token_N, routing.assignments.expert_N))
-            found.append((int((inputs[1] >= 0).sum()), set(zip(*pairs, strict=True))))
-
-        hooks = [layer.router.register_forward_hook(note) for layer in model.moe_modules()]
-        mine = tokens[2:, :count]
-        model(mine, torch.arange(count)[None], torch.zeros_like(mine, dtype=torch.int32), (mine >= 48).to(torch.int64))
-        for hook in hooks:
-            hook.remove()
-        return found
-
-    def differ() -> int:
-        return sum(
-            {pair for pair in whole if pair[0] < routed} != alone
-            for count in range(1, 8)
-            for (_, whole), (routed, alone) in zip(taken(8), taken(count), strict=True)
-        )
-
-    assert {routed for routed, _ in taken(8)} > {8}, "a layer of depths computes fewer"
-    assert differ() == 0
-    model.train()
-    assert differ() > 0  # the choice of training does look ahead
+    assert all(int(report.depth.taken) == 0 for report in reports if report.depth is not None)
 
 
 @pytest.mark.parametrize("parts", [[1] * 8, [5, 1, 1, 1], [8]], ids=str)
@@ -278,22 +215,23 @@ def test_cached_logits_are_the_whole_ones_and_skipped_tokens_leave_no_entry(caus
         at += length
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-10)
     for layer, report in zip(cache, reports, strict=True):
-        taken = 24 if report.counts.depth is None else int(report.counts.depth.taken_P)
+        taken = 24 if report.depth is None else int(report.depth.taken)
         assert int(layer.lengths.sum()) == taken
-        assert report.counts.depth is None or 0 < taken < 24
+        assert report.depth is None or 0 < taken < 24
 
 
 def test_auxiliary_routers_learn_the_choice_and_move_nothing_else() -> None:
     model = make_model(0.3)
     tokens, group = draw_tokens()
     reports = model(tokens, POSITIONS, DOCUMENTS, group)[1]
-    depth, aux = joined([report.counts.depth for report in reports]), joined([report.aux for report in reports])
-    loss = depth_auxiliary(aux.depth_auxiliary_P, depth.tokens_P)
+    counts = global_counts(reports, None)()
+    assert counts is not None
+    loss = depth_auxiliary(reports, counts.depth_tokens_P)
     loss.backward()
     for _, name, _, parameter in named_parameters(model):
         moved = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
         assert moved == (".depths.auxiliary." in name), name
-    # By hand for the first layer: -log of the decision's probability, mean over the real tokens.
+    # By hand for the first layer: mean over the real tokens of -log of the probability of what was chosen.
     x = model.embedding.weight[tokens].flatten(0, 1)
     mixture_of_depths, real = model.layers[0].depths, group.flatten() >= 0
     h = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -301,8 +239,8 @@ def test_auxiliary_routers_learn_the_choice_and_move_nothing_else() -> None:
     hidden = h @ mixture_of_depths.auxiliary.inner.T
     chance = ((hidden * hidden.sigmoid()) @ mixture_of_depths.auxiliary.outer[0]).sigmoid()
     terms = [-(chance[t] if t in taken else 1 - chance[t]).log() for t in range(24) if real[t]]
-    torch.testing.assert_close(reports[0].aux.depth_auxiliary_P[0], torch.stack(terms).sum())
-    assert int(depth.agreed_P[0]) == sum((chance[t] > 0.5) == (t in taken) for t in range(24) if real[t])
+    torch.testing.assert_close(reports[0].depth.auxiliary, torch.stack(terms).sum())
+    assert int(reports[0].depth.agreed) == sum((chance[t] > 0.5) == (t in taken) for t in range(24) if real[t])
 
 
 def test_auxiliary_routers_come_to_agree() -> None:
@@ -313,11 +251,11 @@ def test_auxiliary_routers_come_to_agree() -> None:
     optimizer = torch.optim.Adam(router.auxiliary.parameters(), lr=0.02)
     share = 0.0
     for _ in range(150):
-        chosen = router(torch.randn(256, DIM), torch.ones(256, dtype=torch.bool))
+        sums = router(torch.randn(256, DIM), torch.ones(256, dtype=torch.bool)).sums
         optimizer.zero_grad()
-        (chosen.auxiliary / 256).backward()
+        (sums.auxiliary / 256).backward()
         optimizer.step()
-        share = float(chosen.counts.agreed_P) / 256
+        share = float(sums.agreed) / 256
     assert share > 0.9
 
 
@@ -326,13 +264,13 @@ def test_thresholds_follow_the_last_score_taken() -> None:
     updater, expected = ThresholdUpdater([[router]], 0.75, mixture_of_depths=True), 0.0
     for step, (score, tokens) in enumerate([(0.4, 10.0), (0.8, 20.0), (0.0, 0.0), (0.2, 4.0), (0.6, 8.0), (0.9, 1.0)]):
         seen_P = torch.tensor([tokens], dtype=torch.float64)
-        updater.after_step(depth_counts_with(kth_score_P=score * seen_P, tokens_P=seen_P))
+        updater.after_step(counts_with(depth_kth_score_P=score * seen_P, depth_tokens_P=seen_P))
         if tokens:
             seen = step + 1 - (step > 2)
             expected += max(1 / seen, 0.25) * (score - expected)
         correction = 0.0 if step < 3 else -0.15
         np.testing.assert_allclose(router.threshold.item(), expected + correction, rtol=1e-6)
-        if step == 2:  # the correction by a calibration stays
+        if step == 2:  # what a calibration sets it off by stays
             router.threshold.sub_(0.15)
     assert router.steps.item() == 5
     x = torch.randn(40, DIM)
@@ -345,4 +283,5 @@ def test_thresholds_follow_the_last_score_taken() -> None:
 def test_counts_are_none_without_depths() -> None:
     model = make_transformer(moe_layers=(0,))
     tokens, group = draw_tokens()
-    assert joined([report.counts for report in model(tokens, POSITIONS, DOCUMENTS, group)[1]]).depth is None
+    assert not global_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None)().depth_tokens_P.numel()
+    assert not [report for report in model(tokens, POSITIONS, DOCUMENTS, group)[1] if report.members_G is not None]
