@@ -8,6 +8,7 @@ one expert per layer.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,13 @@ class Base:
 
     path: str  # folder of the base's checkpoint (step_N)
     content: str  # `content_hash` of that checkpoint
+    beside: str = ""  # `path` from the folder of the adapters' checkpoints; empty in checkpoints of older versions
+
+    @classmethod
+    def of(cls, contents: Contents, checkpoints: Path) -> "Base":
+        """Names an opened base for adapters whose checkpoints are in the folder `checkpoints`. Reads no tensor."""
+        path = contents.folder.absolute()
+        return cls(str(path), content_hash(contents.index), os.path.relpath(path, checkpoints.absolute()))
 
     @classmethod
     def noted(cls, values: Mapping[str, JsonValue], folder: Path) -> "Base":
@@ -59,7 +67,19 @@ class Base:
         path, content = (found.get("path"), found.get("content")) if isinstance(found, dict) else (None, None)
         if not isinstance(path, str) or not isinstance(content, str):
             raise DataError(f"{folder}: it contains adapters but names no base: state.json has {KEY}={found!r:.80}")
-        return cls(path, content)
+        beside = found.get("beside", "") if isinstance(found, dict) else ""
+        return cls(path, content, beside if isinstance(beside, str) else "")
+
+    def places(self, adapters: Path) -> list[Path]:
+        """Returns the folders where the base may be: at its path; where the adapters' checkpoint has it beside itself, if
+        both were moved together; and, for a relative path, below each folder that contains the adapters."""
+        folder = adapters.absolute()
+        places = [Path(self.path)]
+        if self.beside:
+            places.append(Path(os.path.normpath(folder.parent / self.beside)))
+        if not places[0].is_absolute():
+            places += [parent / self.path for parent in folder.parents]
+        return list(dict.fromkeys(places))
 
     def check(self, contents: Contents, adapters: Path) -> None:
         """Checks that `contents` is the base on which the adapters in the folder `adapters` were trained.
@@ -77,21 +97,30 @@ class Base:
 
 
 def find_base(base: Base, adapters: Path) -> Contents:
-    """Opens the checkpoint of the base of the adapters in the folder `adapters`, and checks the base's content hash.
+    """Opens the checkpoint of the base of the adapters in the folder `adapters`: the first of its places with the base's
+    content hash.
 
     Raises:
         DataError: the base is missing or damaged, or has another content hash.
     """
-    try:
-        contents = open_checkpoint(find_checkpoint(Path(base.path)))  # reads JSON files only; tensors are read later
-    except ConfigError as error:
-        raise DataError(
-            f"{adapters}: its base {base.path} (content hash {base.content}) is missing; restore it (or a link to it): a "
-            "checkpoint of adapters does not contain the base's weights",
-            see=GUIDE,
-        ) from error
-    base.check(contents, adapters)
-    return contents
+    others = []
+    for place in base.places(adapters):
+        try:
+            contents = open_checkpoint(find_checkpoint(place))  # reads JSON files only; tensors are read later
+        except ConfigError:
+            continue
+        if content_hash(contents.index) == base.content:
+            return contents
+        others.append(contents)
+    if others:
+        base.check(others[0], adapters)
+    path, *more = base.places(adapters)
+    also = f", nor at {', '.join(map(str, more))}" if more else ""
+    raise DataError(
+        f"{adapters}: its base {path} (content hash {base.content}) is missing{also}; restore it (or a link to it): a "
+        "checkpoint of adapters does not contain the base's weights",
+        see=GUIDE,
+    )
 
 
 def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:

@@ -112,6 +112,10 @@ class CheckpointManager:
     def rank(self) -> int:
         return self._status.rank
 
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
     def save(self, step: int, state: CheckpointState) -> Path:
         """Saves `state` without making a copy of it, and returns when the checkpoint is committed."""
         return self.write(self.snapshot(step, state))

@@ -167,6 +167,4 @@ _MLA = "its attention (MLA, model.attention.kind=latent)"
 REFUSED = {
     "deepseek_v2": f"{_MLA} is in the model, but its choice by softmax inside the best groups of experts is not",
     "kimi_k2": f"transformers has no class of this name; {_MLA} and its router (kind=group_limited) are in the model",
-    "qwen3_next": "its linear attention is not in the model",
-    "llama4_text": "its chunked attention is not in the model",
 }

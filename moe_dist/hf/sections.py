@@ -12,6 +12,7 @@ from moe_dist.hf.attention_fields import max_positions, read_rope, read_windows,
 from moe_dist.hf.families import ANY_FAMILY, KNOWN, REFUSED
 from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import Fields, Part, Value, setting
+from moe_dist.hf.unknown_families import difference
 
 GROUP = "all"  # name of the only expert group of an imported model
 
@@ -24,7 +25,7 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in KNOWN:
-        reason = REFUSED.get(name, "this family is not known here") if isinstance(name, str) else "it must name a family"
+        reason = _what_is_missing(config) if isinstance(name, str) else "it must name a family"
         raise ConfigError(f"config.json: model_type={name!r}: {reason}; known are {', '.join(KNOWN)}")
     family = KNOWN[name]
     for key in ("quantization_config", "compression_config"):
@@ -34,6 +35,11 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
     if classes and classes != [family.architecture]:
         raise ConfigError(f"config.json: architectures={classes!r} must be [{family.architecture!r}], a language model")
     return family
+
+
+def _what_is_missing(config: Mapping[str, Any]) -> str:
+    told = [REFUSED.get(config["model_type"]), difference(config)]
+    return "; ".join(each for each in told if each) or "this family is not known here"
 
 
 def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any], Sequence[str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from moe_dist.checkpoint.base import GUIDE, KEY, Base, base_sources, content_hash, find_base
+from moe_dist.checkpoint.base import GUIDE, KEY, Base, base_sources, find_base
 from moe_dist.checkpoint.contents import Contents
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, TensorSpec, capture
@@ -56,7 +56,7 @@ def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Modu
     def check(contents: Contents) -> None:
         if problems := base_problems(config.model, contents):
             raise ConfigError([f"run.init_rules: adapt: {contents.folder}: {problem}" for problem in problems], see=GUIDE)
-        found.append(Base(str(contents.folder), content_hash(contents.index)))  # reads no tensor
+        found.append(Base.of(contents, checkpoints.folder))
 
     def sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
         return base_sources(contents, {name: spec for name, spec in specs.items() if _of_base(name, config.model)})
@@ -83,13 +83,13 @@ def load_base(
     Raises:
         DataError: the base is missing or damaged, or has another content hash.
     """
-    base = Base.noted(values, adapters)  # pyright: ignore[reportArgumentType]
+    noted = Base.noted(values, adapters)  # pyright: ignore[reportArgumentType]
     state = capture(model, None, layout, part="frozen")
-    checkpoints.agree("find the base", lambda: find_base(base, adapters))
+    base = checkpoints.on_each("find the base", lambda: find_base(noted, adapters))
     checkpoints.load_fitting(
-        Path(base.path), state, sources=base_sources, check=lambda contents: base.check(contents, adapters)
+        base.folder, state, sources=base_sources, check=lambda contents: noted.check(contents, adapters)
     )
-    return base
+    return Base.of(base, checkpoints.folder)  # the next checkpoint names the place where the base is now
 
 
 def base_problems(model: ModelSection, contents: Contents) -> list[str]:

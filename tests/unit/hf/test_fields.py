@@ -22,6 +22,8 @@ from moe_dist.hf.fields import INERT
 from moe_dist.hf.importing import run_config
 from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section
 from moe_dist.hf.sections import read_section
+from moe_dist.hf.unknown_families import TABLE
+from tests.support import unknown_families
 from tests.support.cover import rest_full
 from tests.support.hf_families import built, under_our_names
 from tests.support.tiny_hf import LENGTH, VOCAB, draw, tiny_config
@@ -321,7 +323,20 @@ def test_every_field_is_used_without_effect_or_refused(kind: str) -> None:
     assert 70 < sum(accepted) < len(accepted) - 30
 
 
-# Fields of DeepSeek-V3's published config.json that transformers' classes lack, and other values.
+def test_the_message_for_an_unknown_family_says_what_is_missing() -> None:
+    """All types of language models in transformers, by a table that is generated from their configuration classes."""
+    found = unknown_families.table()
+    assert TABLE.read_text() == unknown_families.text(found), "run python -m tests.support.unknown_families"
+    assert len(found) > 200
+    for name, (nearest, *fields) in found.items():
+        with pytest.raises(ConfigError) as refused:
+            read_section({"model_type": name})
+        assert all(field in str(refused.value) for field in (f"{nearest}, the nearest known family", *fields[:8])), name
+    with pytest.raises(ConfigError, match=r"linear_conv_kernel_dim=4, .*; known are mixtral"):
+        read_section({"model_type": "qwen3_next", "linear_conv_kernel_dim": 4})
+
+
+# Fields of DeepSeek-V3's published config.json that no class of transformers has, and other values of them.
 PUBLISHED = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "ep_size": 1, "seq_aux": True,
              "aux_loss_alpha": 0.001}  # fmt: skip
 OTHERS = {"scoring_func": "softmax", "topk_method": "greedy", "moe_layer_freq": 2}

@@ -1,5 +1,6 @@
 """Adapters on an imported Llama: initially the base's bits, PEFT's numbers, and export of merged weights."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,26 @@ def test_what_is_no_matrix_is_refused(tmp_path: Path, group: dict[str, Any], wei
     with refused(ConfigError, reason):
         export_model(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_base_given_by_a_relative_path_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bool
+) -> None:
+    """Also by checkpoints of older versions, which have only the relative path."""
+    monkeypatch.chdir(tmp_path)
+    imported(Path("models"))
+    adapted = Adapted(Path("models/ours"), Path("run"), group=ONE, experts=LORA)
+    assert Path(adapted.base.path).is_absolute()
+    if older:
+        adapted.base = replace(adapted.base, path="models/ours/step_0", beside="")
+    adapted.save()
+    monkeypatch.chdir("/")
+    assert export_model(tmp_path / "run", tmp_path / "out").merged
+    (tmp_path / "later").mkdir()
+    for name in ("models", "run"):
+        (tmp_path / name).rename(tmp_path / "later" / name)
+    assert export_model(tmp_path / "later/run", tmp_path / "again").merged
 
 
 def test_a_base_that_changed_is_not_merged(tmp_path: Path) -> None:

@@ -110,9 +110,9 @@ def hollow(folder: Path, kind: str, **sizes: int) -> None:
     places = [place for slot in slots(section, family) for place in slot.places[:1]]
     places += [place for place, _ in idle_places(section, family)]
     entries, end = {}, 0
-    for place in places:
-        begin, end = end, end + 2 * math.prod(place.shape)
-        entries[place.name] = {"dtype": "BF16", "shape": list(place.shape), "data_offsets": [begin, end]}
+    for name, shape in {place.name: place.shape for place in places}.items():  # several may be in one tensor
+        begin, end = end, end + 2 * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
     with (folder / "model.safetensors").open("wb") as stream:
         stream.write(struct.pack("<Q", len(header)) + header)
