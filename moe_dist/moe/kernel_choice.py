@@ -155,10 +155,13 @@ def _experts_choice(kernels: RowKernels) -> Results:
     router = ExpertChoiceRouter(RouterContext(HIDDEN, groups, kernels=kernels))
     for n, parameter in enumerate(router.parameters()):
         parameter.data = random(10 + n, *parameter.shape) / HIDDEN**0.5
-    pairs, sums, *_ = router(random(9, ROWS, HIDDEN), torch.arange(ROWS) % 3 - 1)
-    assert sums.choice is not None
-    named = {"experts' choice": pairs.expert_N, "scores": sums.prob_C, "entropies of scores": sums.entropy_G}
-    named |= {"k-th scores": sums.choice.kth_score_E, "tokens without an expert": sums.choice.unrouted_G + 1}
+    routing = router(random(9, ROWS, HIDDEN), torch.arange(ROWS) % 3 - 1)
+    counts = routing.counts
+    assert counts.kth_score_LE is not None
+    assert counts.unrouted_LG is not None
+    named = {"experts' choice": routing.assignments.expert_N, "scores": routing.aux.prob_LC}
+    named |= {"entropies of scores": counts.entropy_LG, "k-th scores": counts.kth_score_LE}
+    named |= {"tokens without an expert": counts.unrouted_LG + 1}
     return [(name, each.detach().double()) for name, each in named.items()]
 
 
@@ -169,10 +172,15 @@ def _choice(kernels: RowKernels, normalise: Normalise) -> Results:
     router = TopKRouter(RouterContext(HIDDEN, GROUPS, kernels=kernels), normalise=normalise)
     for n, parameter in enumerate(router.parameters()):
         parameter.data = random(8 + n, *parameter.shape) / HIDDEN**0.5
-    pairs, sums, *_ = router(h_TD, torch.arange(ROWS) % 3 - 1)
-    results = [("choice", pairs.expert_N), ("weights", pairs.weight_N), ("numbers of choices", sums.choices_C)]
-    results += [("probabilities", sums.prob_C), ("squares of log z", sums.log_z_squared_G), ("entropies", sums.entropy_G)]
-    losses = [each @ torch.arange(each.numel(), dtype=each.dtype) for _, each in results if each.requires_grad]
+    routing = router(h_TD, torch.arange(ROWS) % 3 - 1)
+    pairs, counts, aux = routing.assignments, routing.counts, routing.aux
+    results = [("choice", pairs.expert_N), ("weights", pairs.weight_N), ("numbers of choices", counts.choices_LC)]
+    results += [
+        ("probabilities", aux.prob_LC),
+        ("squares of log z", aux.log_z_squared_LG),
+        ("entropies", counts.entropy_LG),
+    ]
+    losses = [each.flatten() @ torch.arange(each.numel(), dtype=each.dtype) for _, each in results if each.requires_grad]
     torch.stack(losses).sum().backward()
     assert h_TD.grad is not None
     return [*((name, each.detach()) for name, each in results), ("gradient of the router's input", h_TD.grad)]

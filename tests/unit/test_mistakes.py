@@ -139,7 +139,7 @@ MISTAKES: tuple[tuple[str, int, str], ...] = (
         "runs/nope: no such folder; give the folder of a checkpoint (step_N), a folder of checkpoints, or a run folder",
     ),
     ("evaluate runs/nope", 78, "runs/nope: no such folder; give the folder of a checkpoint (step_N)"),
-    ("evaluate runs/fe-one", 78, "nothing to evaluate: give --tasks or --harness"),
+    ("evaluate runs/fe-one", 78, "nothing to evaluate: give --tasks, --questions or --harness"),
     ("verify runs/nope", 78, "runs/nope: no such folder; give the folder of a checkpoint (step_N)"),
     ("inspect runs/nope", 78, "runs/nope: no such folder; give the folder of a checkpoint (step_N)"),
     ("inspect runs/fe-one", 78, "contains no checkpoint"),

@@ -4,9 +4,10 @@ Shape letters: L MoE layers, P mixture-of-depths layers, G expert groups, C choi
 then the groups' null, identity and constant experts), E true experts.
 """
 
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from torch import Tensor
+if TYPE_CHECKING:  # a login node has no torch
+    from torch import Tensor
 
 Array = TypeVar("Array")
 
@@ -76,10 +77,10 @@ class AuxSums(NamedTuple):
             router is trained.
     """
 
-    prob_LC: Tensor
-    log_z_squared_LG: Tensor
-    auxiliary_LG: Tensor | None = None
-    depth_auxiliary_P: Tensor | None = None
+    prob_LC: "Tensor"
+    log_z_squared_LG: "Tensor"
+    auxiliary_LG: "Tensor | None" = None
+    depth_auxiliary_P: "Tensor | None" = None
 
 
 class SentCounts(NamedTuple):

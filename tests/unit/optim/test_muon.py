@@ -137,6 +137,6 @@ def test_it_is_refused_where_no_matrix_is_trained(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tmp_path, {"optimizer.kind": "muon", "train.only": "adapters"})
     (violation,) = config.optimizer.violations_in(config)
     assert violation.keys == ("optimizer.kind", "train.only")
-    assert "set optimizer.kind=adamw, or train.only to null" in violation.problem
+    assert "or set optimizer.kind=adamw" in violation.problem
     trained = tiny_config(tmp_path, tmp_path, {"optimizer.kind": "muon"})
     assert not list(trained.optimizer.violations_in(trained))

@@ -90,7 +90,7 @@ def test_each_kind_of_model_has_the_counted_parameters_and_forward_flops(layout:
     zeros, positions = torch.zeros_like(tokens), torch.arange(cfg.data.seq_len).expand(4, -1)
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         _, reports = model(tokens, positions, zeros.int(), zeros)
-    experts = sum(report.pairs for report in reports) / len(reports) / tokens.numel()
+    experts = sum(report.sent.pairs for report in reports) / len(reports) / tokens.numel()
     taken, share = {"text": experts, "image": 0.0}, {"text": 1.0, "image": 0.0}
     forward = forward_flops(cfg.model, seq_len=cfg.data.seq_len, experts_per_token=taken, token_share=share)
     assert counter.get_total_flops() == pytest.approx(forward.total * tokens.numel(), rel=3e-3)

@@ -117,7 +117,7 @@ def test_numbers_of_rank_0_reach_rays_gauges(tmp_path: Path, monkeypatch: pytest
     sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     sender.sendto(json.dumps(samples).encode(), os.environ[{RAY_METRICS!r}])
     """
-    temporary = tmp_path / "temporary"
+    temporary = tmp_path / "t"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     actor = started(tmp_path, send, shown=True)
