@@ -19,6 +19,7 @@ from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -83,7 +84,7 @@ def run_cases(rank: RankContext, library: str, domain: int, seeds: range) -> int
             tokens, experts = case.taken(rank.rank)
             rows, pairs = expected_traffic(tokens, experts, case.placement.rank_of_expert, rank.rank)
             plan = trip.plan
-            assert tuple(plan.sent) == (rows, len(experts), pairs)
+            assert plan.sent == SentCounts(rows_remote=rows, pairs=len(experts), pairs_remote=pairs)
             own = {(token, rank.rank) for token, expert in zip(tokens, experts, strict=True)
                    if case.placement.rank_of_expert[expert] == rank.rank}  # fmt: skip
             assert plan.own_rows == len(own)
