@@ -83,7 +83,7 @@ torch-floor: $(OLDEST_TORCH)/.installed  ## Import every module and train under 
 	@PYTHONPATH=$(OLDEST_TORCH) $(TEST) tests/distributed/test_training_step.py tests/unit/parallel/test_torch_floor.py
 
 test-faults: $(INSTALLED)  ## Break whole runs at random and hold their ends to the undisturbed run
-	@$(TEST) -m "" tests/faults
+	@$(TEST) -m "$(CASES)" tests/faults
 
 test-clusters: test-slurm test-ray  ## Start a real Slurm and a real Ray here, as root, and run jobs on them
 
