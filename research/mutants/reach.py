@@ -1,0 +1,96 @@
+"""Which tests execute which seeded places: all tests run once over a copy with a probe before each place.
+
+A probe notes (fault, test) in a file. Tests start ranks and launchers as processes of their own, so the running test's name
+lies in a file whose folder all children find in the environment; ranks of standing worlds inherit it from their pytest.
+"""
+
+import ast
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from research.mutants.seeds import Fault
+
+FOLDER = "MUTANTS_REACH"  # variable: folder of one pytest process
+NO_TEST = "between tests"
+# Written into the copy. It must import in processes without torch, and cost little in loops.
+PROBE = f'''import os
+_seen = set()
+def reached(fault):
+    folder = os.environ.get("{FOLDER}")
+    if folder is None:
+        return
+    try:
+        with open(folder + "/test") as file:
+            test = file.read()
+        if (fault, test) not in _seen:
+            _seen.add((fault, test))
+            with open(folder + "/reached", "a") as file:
+                file.write(fault + "\\t" + test + "\\n")
+    except OSError:
+        pass
+'''
+
+
+def add_probes(root: Path, faults: Iterable[Fault]) -> None:
+    """Writes probes into the copy of the product in `root`."""
+    (root / "moe_dist" / "_probe.py").write_text(PROBE)
+    by_path: dict[str, list[Fault]] = {}
+    for fault in faults:
+        by_path.setdefault(fault.path, []).append(fault)
+    for path, here in by_path.items():
+        if not path.endswith(".py"):
+            continue
+        source = (root / path).read_text()
+        lines = source.splitlines()
+        calls = {(_statement(source, fault.line(source)), fault.id) for fault in here}
+        for line, name in sorted(calls, reverse=True):
+            indent = lines[line - 1][: len(lines[line - 1]) - len(lines[line - 1].lstrip())]
+            lines.insert(line - 1, f'{indent}__import__("moe_dist._probe")._probe.reached("{name}")')
+        (root / path).write_text("\n".join(lines) + "\n")
+        compile((root / path).read_text(), path, "exec")
+
+
+def _statement(source: str, line: int) -> int:
+    """Returns the first line of the innermost statement that holds `line` and before which a call may stand."""
+    found = 1
+    for node in ast.walk(ast.parse(source)):
+        for body in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
+            for each in body if isinstance(body, list) else ():
+                start = min([each.lineno, *(item.lineno for item in getattr(each, "decorator_list", ()))])
+                if start <= line <= (each.end_lineno or each.lineno):
+                    found = max(found, start)
+    return found
+
+
+def read_reached(folder: Path) -> dict[str, set[str]]:
+    """Returns the tests that reach each fault, from the folders of all pytest processes below `folder`."""
+    tests: dict[str, set[str]] = {}
+    for path in folder.glob("*/reached"):
+        for line in path.read_text().splitlines():
+            fault, _, test = line.partition("\t")
+            tests.setdefault(fault, set()).add(test)
+    return tests
+
+
+# --- the plugin, given to pytest as -p research.mutants.reach
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives this pytest process, a worker of xdist or the only one, a folder of its own."""
+    if base := os.environ.get("MUTANTS_REACH_BASE"):
+        folder = Path(base) / str(os.getpid())
+        folder.mkdir(parents=True)
+        (folder / "test").write_text(NO_TEST)
+        os.environ[FOLDER] = str(folder)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    folder = os.environ.get(FOLDER)
+    if folder is not None:
+        (Path(folder) / "next").write_text(item.nodeid)
+        os.replace(Path(folder) / "next", Path(folder) / "test")
+    return (yield)

@@ -1,0 +1,64 @@
+"""The seeded faults: texts of the product, each with the text that takes its place.
+
+A file of faults is YAML, a list of mappings:
+
+    - id: loss-sign                           # unique
+      path: moe_dist/moe/losses.py            # of the product
+      kind: swapped sign
+      old: "loss = z * z"                     # stands exactly once in the file
+      new: "loss = -z * z"
+      at: "def z_loss("                       # optional: line of the probe, where none can stand before `old` (Triton)
+
+`seeded.yaml` chose CI's tests; `held_out.yaml` was written afterwards, by another reader, and only judges them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from moe_dist.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+FILES = {name: Path(__file__).parent / f"{name}.yaml" for name in ("seeded", "held_out")}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A text of the product and the faulty text that takes its place."""
+
+    id: str
+    path: str
+    kind: str
+    old: str
+    new: str
+    at: str = ""
+
+    def applied(self, source: str) -> str:
+        """Returns the faulty source. Raises ConfigError unless `old` stands exactly once in `source`."""
+        return source.replace(self._once(self.old, source), self.new)
+
+    def line(self, source: str) -> int:
+        """Returns the number, from 1, of the line before which the probe goes."""
+        text = self.at or self.old
+        return source[: source.index(self._once(text, source))].count("\n") + 1
+
+    def _once(self, text: str, source: str) -> str:
+        if (count := source.count(text)) != 1:
+            raise ConfigError(
+                f"{self.id}: {text!r} stands {count} times in {self.path}; a fault needs a text that stands once"
+            )
+        return text
+
+
+def load_faults(path: Path, root: Path = ROOT) -> list[Fault]:
+    """Reads a file of faults. Raises ConfigError for an id that stands twice, or a fault that does not apply to `root`."""
+    faults = [Fault(**each) for each in yaml.safe_load(path.read_text())]
+    if len({fault.id for fault in faults}) < len(faults):
+        raise ConfigError(f"{path}: two faults have the same id")
+    for fault in faults:
+        source = (root / fault.path).read_text()
+        if fault.applied(source) == source:
+            raise ConfigError(f"{fault.id}: old and new are equal")
+        fault.line(source)
+    return faults
