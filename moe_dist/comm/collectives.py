@@ -170,7 +170,7 @@ def added(records: Sequence[R]) -> R:
 
 def joined(records: Sequence[R]) -> R:
     """Joins records of one kind along their first axis, field by field. A record without a field is left out of it."""
-    return _merged(records, torch.cat)
+    return _merged(records, lambda parts: torch.cat(list(parts)))
 
 
 def _merged(records: Sequence[Any], merge: Callable[[Sequence[Tensor]], Tensor]) -> Any:
