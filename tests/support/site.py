@@ -127,14 +127,14 @@ def _launch_and_note(config: Path, ends: Path, max_restarts: int) -> int:
 
     def noted(plan: LaunchPlan, folder: RunFolder, *rest: Any) -> Any:
         before = _stamp(folder.metrics_jsonl)
-        outcome, offsets = run(plan, folder, *rest)
+        outcome = run(plan, folder, *rest)
         end = {"attempt": plan.attempt_id, "time": time.time(), "codes": outcome.codes}
         steps = [line["step"] for line in read_lines(folder.metrics_jsonl)] if folder.metrics_jsonl.exists() else []
         end |= {"step": max(steps, default=0), "committed": committed_step(folder.checkpoints)}
         end["trained"] = _stamp(folder.metrics_jsonl) != before
         with ends.open("a") as stream:
             stream.write(json.dumps(end) + "\n")
-        return outcome, offsets
+        return outcome
 
     local._run = noted  # pyright: ignore
     return local.launch(config, program=PROGRAM, max_restarts=max_restarts)
