@@ -26,5 +26,5 @@ def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_
     if result.balance_efficiency is not None:
         scalars["perf/balance_efficiency"] = result.balance_efficiency
     if depths is not None:
-        scalars["mixture_of_depths/load_over_target"] = reduce_known(depth_metrics(depths)["computed"] / depths.capacity)
+        scalars["mixture_of_depths/load_over_target"] = reduce_known(depth_metrics(depths)["computed"] / depths.token_share)
     return scalars

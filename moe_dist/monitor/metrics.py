@@ -198,7 +198,7 @@ def depth_line(depths: DepthStatistics) -> dict[str, Any]:
     by_group_LG = metrics.pop("computed_by_group")
     return {
         "layers": list(depths.layers),
-        "target": depths.capacity,
+        "target": depths.token_share,
         **{name: values_L.tolist() for name, values_L in metrics.items()},
         "computed_by_group": dict(zip(depths.groups, by_group_LG.T.tolist(), strict=True)),
     }
@@ -247,7 +247,7 @@ def memory_of_ranks(memory_W3: np.ndarray) -> dict[str, float]:
 def needed_factors(busiest_G: np.ndarray, groups: Sequence[ExpertGroup]) -> dict[str, float]:
     """The entries of `Record.host` with `busiest_G` by group; none where it is unknown, or experts choose tokens."""
     pairs = zip(groups, busiest_G.tolist(), strict=False)  # empty in the first step
-    return {f"{NEEDED}{group.name}": most for group, most in pairs if most and group.capacity is None}
+    return {f"{NEEDED}{group.name}": most for group, most in pairs if most and group.token_share is None}
 
 
 def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, split: bool) -> dict[str, float | None]:

@@ -133,7 +133,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     ):
         placement_rows = build_placement_rows(config, plan, mesh, last=WINDOW)
         trainer = Trainer(
-            build.build_plan(config, manifest, plan.placement, session.card_name(config, mesh)),
+            build.loop_settings(config, manifest, plan.placement, session.card_name(config, mesh)),
             training.step,
             loader,
             evaluator,

@@ -61,7 +61,7 @@ def whole_run(rank: RankContext, data: Path, root: Path, changes: Mapping[str, A
     at_start = tensors_of(config, training, plan.placement, mesh.ep_rank)
     steps: list[StepResult] = []
     trainer = Trainer(
-        build.build_plan(config, plan.manifest, plan.placement),
+        build.loop_settings(config, plan.manifest, plan.placement),
         _Recorded(training.step, steps),  # pyright: ignore[reportArgumentType]
         build.build_loader(config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size),
         evaluator,

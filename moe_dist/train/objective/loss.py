@@ -144,8 +144,8 @@ def depth_statistics(
 ) -> DepthStatistics:
     """Returns statistics of the model's mixture-of-depths layers. All counts must be sums over all ranks."""
     groups = tuple(group.name for group in placement.groups)
-    layers, capacity = model.args.depth_layers, model.depth_routers()[0].capacity
-    return DepthStatistics(layers, capacity, groups, tokens_LG, taken_LG, **more)
+    layers, share = model.args.depth_layers, model.depth_routers()[0].token_share
+    return DepthStatistics(layers, share, groups, tokens_LG, taken_LG, **more)
 
 
 def on_host(counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:

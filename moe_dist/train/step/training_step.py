@@ -455,7 +455,7 @@ class OwnCounts:
         """Returns for each group the largest load of an expert in a layer and micro-batch, over an even share of the
         group's choices: float64 [G], 0 without tokens. A capacity factor of this size drops nothing. Returns None if the
         counts are not those of single micro-batches, or if experts choose tokens. Costs no sync."""
-        if not self._by_micro_batch or any(group.capacity is not None for group in self._groups):
+        if not self._by_micro_batch or any(group.token_share is not None for group in self._groups):
             return None
         choices_NC, tokens_NG = (torch.stack([each[at] for each in self._sums]).to(torch.float64) for at in (0, 2))
         most_G = []

@@ -16,7 +16,7 @@ from moe_dist.model.layers import rotary_table
 from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers import selection
-from moe_dist.moe.routers.selection import Causal, capacity_of_tokens
+from moe_dist.moe.routers.selection import Causal, tokens_of_share
 from moe_dist.moe.routing.types import ABSENT
 from moe_dist.moe.thresholds import ThresholdUpdater
 from moe_dist.placement.parameter_names import named_parameters
@@ -53,8 +53,8 @@ def draw_tokens(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def take_best(score_U: Tensor, capacity: float) -> tuple[Tensor, float]:
     """The tokens that one chooser takes, bool [U], and the score of the last of them."""
-    score_U1, capacity_1 = score_U[:, None], torch.tensor([capacity], dtype=torch.float64)
-    choice = selection.choose(score_U1, score_U1, capacity_1, slice(None))
+    score_U1, share_1 = score_U[:, None], torch.tensor([capacity], dtype=torch.float64)
+    choice = selection.choose(score_U1, score_U1, share_1, slice(None))
     return choice.taken_TE[:, 0], choice.kth_score_E.item()
 
 
@@ -71,14 +71,14 @@ def test_the_best_are_those_of_the_loop(scores: list[int], real: list[bool], cap
     assert set(taken.nonzero().flatten().tolist()) == expected
     last = torch.tensor([scores[token] for token in expected], dtype=torch.float64).sigmoid()
     assert kth_score == (min(last.tolist()) if expected else 0.0)
-    assert len(expected) <= capacity_of_tokens(capacity, len(scores))
+    assert len(expected) <= tokens_of_share(capacity, len(scores))
 
 
 def test_ties_go_to_the_earlier_token() -> None:
     taken, kth_score = take_best(torch.tensor([1.0, 2.0, 2.0, 2.0]), 0.5)
     assert taken.tolist() == [False, True, True, False]
     assert kth_score == torch.tensor(2.0).sigmoid().item()
-    assert capacity_of_tokens(0.1, 30) == 3  # not 4: 0.1 x 30 is a little more than 3 in floating point
+    assert tokens_of_share(0.1, 30) == 3  # not 4: 0.1 x 30 is a little more than 3 in floating point
 
 
 def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
         normed = x_TD / (x_TD.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         scores = (normed @ router).tolist()
         if model.training:
-            taken = choose(scores, (group.flatten() >= 0).tolist(), mixture_of_depths.capacity, [range(24)])
+            taken = choose(scores, (group.flatten() >= 0).tolist(), mixture_of_depths.token_share, [range(24)])
         else:
             takes = mixture_of_depths.takes(x_TD)[0]
             taken = {token for token in range(24) if takes[token] and group.flatten()[token] >= 0}
@@ -147,13 +147,13 @@ def test_reports_count_and_the_others_pass_unchanged() -> None:
     tokens, group = draw_tokens()
     reports = model(tokens, POSITIONS, DOCUMENTS, group)[1]
     assert [report.depth is not None for report in reports] == [True, False, True]
-    taken = capacity_of_tokens(0.3, 21)
+    taken = tokens_of_share(0.3, 21)
     for report in (reports[0], reports[2]):
         assert (int(report.depth.tokens), int(report.depth.taken)) == (21, taken)
         assert int(report.sums.tokens_G.sum()) == taken
     x = torch.randn(24, DIM, dtype=torch.float64)
     chosen = model.depth_routers()[0](x, group.flatten() >= 0)
-    assert len(chosen.index_C) == capacity_of_tokens(
+    assert len(chosen.index_C) == tokens_of_share(
         0.3, 24
     )  # slots by all tokens, known beforehand; empty beyond those taken
     assert int(chosen.full_C.sum()) == taken

@@ -31,7 +31,7 @@ GUIDE = (Path(__file__).parents[3] / "docs" / "monitoring.md").read_text()
 # Layers 1 and 3 of a model; 100 text tokens and 60 image tokens, of which a quarter should be computed.
 DEPTHS = DepthStatistics(
     layers=(1, 3),
-    capacity=0.25,
+    token_share=0.25,
     groups=("text", "image"),
     tokens_LG=np.array([[100, 60], [100, 60]]),
     taken_LG=np.array([[10, 30], [36, 4]]),
