@@ -51,20 +51,20 @@ def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
     attempt = Attempt(env)
     # Stop signals are caught from this line on, also during the import of torch, which takes seconds.
     with StopRequest(env.grace_seconds, attempt.expire, told=env.rank == 0) as stop, attempt:
-        plan = check_file(config, overrides, world_size=env.world_size)
-        start = RunFolder.of(plan.config).start(plan.config, env, overwrite=overwrite)
+        checked = check_file(config, overrides, world_size=env.world_size)
+        start = RunFolder.of(checked.config).start(checked.config, env, overwrite=overwrite)
         if start is not Start.FINISHED:
-            if not plan.config.parallel.dispatch.needs_modules:  # DeepEP and HybridEP share memory that must not grow
+            if not checked.config.parallel.dispatch.needs_modules:  # DeepEP and HybridEP share memory that must not grow
                 limit_fragmentation(os.environ)
-            if plan.config.parallel.device != "cpu":
+            if checked.config.parallel.device != "cpu":
                 bind_near_gpu(env.local_rank, env.local_world_size, os.environ, lower_threads=shared)
-            train(plan, env, attempt, stop)
+            train(checked, env, attempt, stop)
         elif env.rank == 0:
-            print(RunFolder.of(plan.config).finished_text(plan.config))
+            print(RunFolder.of(checked.config).finished_text(checked.config))
     return attempt.exit_code
 
 
-def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) -> None:
+def train(checked: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) -> None:
     """Builds process groups, model and data loader, loads a checkpoint, and trains. Runs on every rank."""
     startup = Startup(enabled=env.rank == 0)
     startup.now("importing torch")
@@ -84,7 +84,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     from moe_dist.train.start.resume import Resumable
     from moe_dist.train.step.tracing import traced_steps
 
-    config, manifest, placement = plan.config, plan.manifest, plan.placement
+    config, manifest, placement = checked.config, checked.manifest, checked.placement
     if config.parallel.deterministic:
         make_deterministic()  # called before the first CUDA call, which reads the variables that `make_deterministic` sets
     folder = attempt.open(config, stopped=lambda: stop.requested)  # rank 0 waits until it holds the run's lease
@@ -111,8 +111,10 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     levers = build_levers(LeverParts(config, placement, training, loader))
     resumable = Resumable(training, placement, checkpoints, config, manifest, levers=levers, report_save=report_save)
     progress = resumable.restore()
-    plan = replace(plan, placement=training.step.placement)  # the run may have moved experts before it saved the checkpoint
-    resumable.placement = evaluator.placement = plan.placement
+    checked = replace(
+        checked, placement=training.step.placement
+    )  # the run may have moved experts before it saved the checkpoint
+    resumable.placement = evaluator.placement = checked.placement
     startup.done()
     attempt.follow(lambda: progress.step)
     log.follow(lambda: progress.step)
@@ -120,7 +122,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         session.watched_devices(config, mesh.device, env) as devices,
         profiled_steps(config, training.parallel.model, mesh.device, folder, env) as profile,
         traced_steps(
-            plan,
+            checked,
             folder,
             env,
             attempt_id=attempt.attempt_id,
@@ -128,12 +130,12 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
             position=progress.position,
             numbers=loader.numbers,
         ) as tracer,
-        session.open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
+        session.open_sinks(checked, folder, env, attempt, progress=progress) as sinks,
         collected_by_steps(),
     ):
-        placement_rows = build_placement_rows(config, plan, mesh, last=WINDOW)
+        placement_rows = build_placement_rows(config, checked, mesh, last=WINDOW)
         trainer = Trainer(
-            build.loop_settings(config, manifest, plan.placement, session.card_name(config, mesh)),
+            build.loop_settings(config, manifest, checked.placement, session.card_name(config, mesh)),
             training.step,
             loader,
             evaluator,
@@ -157,7 +159,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
                     sink.text(title, text)
         attempt.finish()
     # All ranks wait for rank 0's summary, because a launcher kills the ranks that still run after another rank has ended.
-    checkpoints.agree("write the summary", lambda: session.conclude(finished, folder, plan, beside=beside))
+    checkpoints.agree("write the summary", lambda: session.conclude(finished, folder, checked, beside=beside))
     if env.rank == 0 and stop.first is not None:
         with contextlib.suppress(OSError, ValueError):  # a closed terminal must not fail a finished run
             print(f"{stop.first.name} came too late to stop the run: it is complete", file=sys.stderr)
