@@ -33,7 +33,7 @@ def router_context(config: Config, groups: Sequence[ExpertGroup], **known: Any) 
 def build_router(section: ModelSection, context: RouterContext, layer: int) -> nn.Module:
     """Makes the router of the MoE layer with the index `layer`."""
     router = section.moe.router.build(replace(context, layer=layer, place=section.moe_layers.index(layer)))
-    if context.capacity is not getattr(router, "capacity", None):
+    if context.capacity is not None and getattr(router, "capacity", None) is not context.capacity:
         raise ConfigError(
             f"model.moe.capacity: {section.moe.router.builds} drops no pair, because it does not keep `context.capacity` "
             "as its attribute `capacity`; set model.moe.capacity to null, or derive the class from TopKRouter"

@@ -6,8 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
+from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.context import RouterContext
+from moe_dist.placement.placement import ExpertGroup
+from moe_dist.train.build.routing import build_router
 from moe_dist.train.build.training import check_expert_gemm, state_specs
 from tests.support.messages import refused
 
@@ -31,6 +36,21 @@ def config(expert_gemm: str, precision: str = "bf16") -> Config:
         "parallel": {"expert_gemm": expert_gemm, "precision": precision},
     }
     return Config.model_validate_json(json.dumps(values))
+
+
+class Careless(torch.nn.Module):
+    """A router that takes no notice of a capacity."""
+
+    def __init__(self, context: RouterContext, **_: Any) -> None:
+        super().__init__()
+
+
+def test_a_router_that_ignores_the_capacity_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TopKRouterSection, "builds", f"{__name__}:Careless")
+    model, group = config("auto").model, ExpertGroup("text", 4, 0, 2, 16, 0, ("text",))
+    assert isinstance(build_router(model, RouterContext(32, (group,)), layer=0), Careless)
+    with refused(ConfigError, "model.moe.capacity", "drops no pair", golden=False):
+        build_router(model, RouterContext(32, (group,), capacity=Capacity(0.25)), layer=0)
 
 
 @pytest.mark.parametrize(("capability", "precision"), [((7, 5), "bf16"), ((9, 0), "fp32")])
