@@ -130,7 +130,7 @@ def plan_job(layout: PlannedLayout, cluster: Cluster) -> JobPlan:
     packed = pack(
         demands(config.placement, placement),
         edp=config.parallel.edp,
-        capacity=gpus or cluster.ranks_per_node,  # one rank per GPU
+        ranks_per_node=gpus or cluster.ranks_per_node,  # one rank per GPU
         domain_nodes=cluster.domain_nodes,  # an EP group stays in one domain
         stage=config.engine.groups_of_stage(config.parallel),
     )

@@ -19,7 +19,7 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import DataError
 from moe_dist.monitor.report.replayed_counts import replay
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.plan.estimate import LIBRARIES, SLACK, Estimate, Planner
+from moe_dist.plan.estimate import LIBRARIES, SLACK, Estimate, LayoutEstimator
 from moe_dist.plan.memory import ITEMSIZE
 from moe_dist.plan.rates import Rates, ScaleSection, read_rates
 from moe_dist.plan.rows import EXCHANGES, Traced
@@ -155,7 +155,7 @@ class Predicted:
     """Estimates step times and memory of runs. Values that do not depend on the fitted factors are computed once."""
 
     def __init__(self, runs: Sequence[Observed], rates: Rates) -> None:
-        self._runs = [(run, Planner(rates, run.source, run.mix, rates.memory)) for run in runs]
+        self._runs = [(run, LayoutEstimator(rates, run.source, run.mix, rates.memory)) for run in runs]
 
     def __call__(self, rates: Rates) -> list[Estimate]:
         found = []

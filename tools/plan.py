@@ -24,7 +24,7 @@ from moe_dist.monitor.report.replayed_counts import capped, replay, without_null
 from moe_dist.monitor.report.routing import Routing, group_of_modality
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan.answers import answers, hot_expert, modality_answer, picture
-from moe_dist.plan.estimate import Estimate, Planner
+from moe_dist.plan.estimate import Estimate, LayoutEstimator
 from moe_dist.plan.layouts import Placements, gpu_counts, layouts
 from moe_dist.plan.memory import ITEMSIZE
 from moe_dist.plan.policies import expert_groups
@@ -87,7 +87,7 @@ def main(options: PlanOptions) -> None:
         counted = np.bincount(routing.tokens.modality_T, minlength=len(routing.modalities))
         mix = dict(zip(routing.modalities, counted.tolist(), strict=True))
     most = most_memory(options, rates)
-    planner, load_LE = Planner(rates, source, mix, most), None
+    planner, load_LE = LayoutEstimator(rates, source, mix, most), None
     if isinstance(source, Traced):
         width_E = planned.placement.width_of_expert
         load_LE = source.pairs_of_experts(len(width_E)).sum(0) * np.array(width_E)

@@ -17,7 +17,7 @@ _NEVER = torch.iinfo(torch.int64).max  # position of an entry that holds no toke
 
 
 class LayerCache:
-    """Holds the entries of one layer, at most `capacity` for each of `batch` sequences.
+    """Holds the entries of one layer, at most `max_tokens` for each of `batch` sequences.
 
     With a sliding window (`window`) a token sees only the entries within the window. Older entries stay in memory.
     """
@@ -27,7 +27,7 @@ class LayerCache:
         entry: Entry,
         *,
         batch: int,
-        capacity: int,
+        max_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
         window: int | None = None,
@@ -35,24 +35,24 @@ class LayerCache:
         # Unmarked tokens are written to the extra last place, which is never visible. Buffers start at 0, because a NaN in
         # an unused place would make attention NaN although the mask excludes the place.
         self.keys, self.values = (
-            torch.zeros(batch, heads, capacity + 1, width, dtype=dtype, device=device) for heads, width in entry
+            torch.zeros(batch, heads, max_tokens + 1, width, dtype=dtype, device=device) for heads, width in entry
         )
-        self.positions = torch.full((batch, capacity + 1), _NEVER, device=device)
+        self.positions = torch.full((batch, max_tokens + 1), _NEVER, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.capacity, self.window = capacity, window
+        self.max_tokens, self.window = max_tokens, window
         self._seen = 0  # tokens passed to `append` so far: an upper bound of the number of entries, known without a sync
 
     def append(self, key_BHNd: Tensor, value_BHNd: Tensor, positions_BN: Tensor, taken_BN: Tensor) -> None:
         """Adds the entries of the tokens that `taken_BN` marks.
 
         Raises:
-            ValueError: all calls together passed more tokens per sequence than the capacity.
+            ValueError: all calls together passed more than `max_tokens` tokens of a sequence.
         """
         self._seen += taken_BN.shape[1]
-        if self._seen > self.capacity:
-            raise ValueError(f"{self._seen} tokens were offered to a cache made for {self.capacity}")
+        if self._seen > self.max_tokens:
+            raise ValueError(f"{self._seen} tokens were offered to a cache made for {self.max_tokens}")
         place_BN = self.lengths[:, None] + taken_BN.cumsum(1) - 1
-        place_BN = torch.where(taken_BN, place_BN, self.capacity)  # shapes are fixed, so nothing syncs with the host
+        place_BN = torch.where(taken_BN, place_BN, self.max_tokens)  # shapes are fixed, so nothing syncs with the host
         at = place_BN[:, None, :, None]
         self.keys.scatter_(2, at.expand_as(key_BHNd), key_BHNd)
         self.values.scatter_(2, at.expand_as(value_BHNd), value_BHNd)

@@ -35,7 +35,7 @@ from moe_dist.moe.routers.selection import (
     Causal,
     ChoosingRouter,
     SelectionScope,
-    capacity_of_tokens,
+    tokens_of_share,
 )
 from moe_dist.moe.routing.counts import DepthCounts
 from moe_dist.placement.parameter_names import Role
@@ -81,7 +81,7 @@ class DepthRouter(ChoosingRouter):
     threshold: Tensor
     mean: Tensor
     steps: Tensor
-    capacity_1: Tensor
+    share_1: Tensor
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class DepthRouter(ChoosingRouter):
         name: str = "",
     ) -> None:
         super().__init__()
-        self.capacity, self.causal, self.threshold_decay, self.name = capacity, causal, threshold_decay, name
+        self.token_share, self.causal, self.threshold_decay, self.name = capacity, causal, threshold_decay, name
         self.selection_scope = selection_scope or SelectionScope()
         self.router = nn.Parameter(torch.empty(1, hidden_dim))
         self.auxiliary = AuxiliaryRouter(hidden_dim, 1) if causal == "auxiliary" else None
@@ -103,7 +103,7 @@ class DepthRouter(ChoosingRouter):
     def reset_buffers(self) -> None:
         """Creates the buffers on the default device: the capacity, and a threshold of 0. Call `reset_buffers` again after a
         move from the meta device, which loses the values of buffers."""
-        self.register_buffer("capacity_1", torch.tensor([self.capacity], dtype=torch.float64), persistent=False)
+        self.register_buffer("share_1", torch.tensor([self.token_share], dtype=torch.float64), persistent=False)
         if self.causal == "threshold":
             for buffer in ("threshold", "mean", "steps"):
                 self.register_buffer(buffer, torch.zeros(1))
@@ -132,10 +132,10 @@ class DepthRouter(ChoosingRouter):
         if self.training or self.noncausal:
             logit_T1 = logit_T.detach().masked_fill(~real_T, OUTSIDE)[:, None]  # [T, 1]: one column, the layer
             lengths = self.selection_scope.lengths(len(logit_T), None)
-            choice = self.selection_scope.choose(logit_T1, self.capacity_1, lengths, name=DEPTH_SCORES, layer=self.name)
+            choice = self.selection_scope.choose(logit_T1, self.share_1, lengths, name=DEPTH_SCORES, layer=self.name)
             taken_T, kth_score = choice.taken_TE[:, 0], choice.kth_score_E[0]
             if choice.order_TE is not None:  # in the scope `rank` the number of tokens gives a bound of C without a sync
-                slots = capacity_of_tokens(self.capacity, len(logit_T))
+                slots = tokens_of_share(self.token_share, len(logit_T))
         index_C, full_C = _slots(taken_T, slots)
         weight_C = torch.where(full_C, logit_T[index_C].sigmoid(), 0.0)
         tokens = real_T.sum()

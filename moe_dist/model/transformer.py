@@ -208,12 +208,12 @@ class Transformer(nn.Module):
                 x_BND = x_BND + (weight_BN[..., None] * (a_BND + y_BND)).to(x_BND.dtype)
         return self._logits(x_BND)
 
-    def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
-        """Returns an empty cache for `batch` sequences of at most `capacity` tokens, padding included. The cache takes
-        layers x batch x capacity x itemsize bytes for each value of an entry: 2 x num_kv_heads x head_dim values with
+    def make_cache(self, batch: int, max_tokens: int) -> KeyValueCache:
+        """Returns an empty cache for `batch` sequences of at most `max_tokens` tokens, padding included. The cache takes
+        layers x batch x max_tokens x itemsize bytes for each value of an entry: 2 x num_kv_heads x head_dim values with
         grouped-query attention, kv_rank + rope_dim with latent attention."""
         device, dtype = self.embedding.weight.device, self.args.compute_dtype
-        sizes: dict[str, Any] = {"batch": batch, "capacity": capacity, "dtype": dtype, "device": device}
+        sizes: dict[str, Any] = {"batch": batch, "max_tokens": max_tokens, "dtype": dtype, "device": device}
         return tuple(LayerCache(layer.attention.entry, **sizes, window=layer.window) for layer in self.layers)  # pyright: ignore
 
     def _rotary(self, positions_BS: Tensor, group_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,7 @@ def depth_line(depths: DepthStatistics) -> dict[str, Any]:
     by_group_LG = metrics.pop("computed_by_group")
     return {
         "layers": list(depths.layers),
-        "target": depths.capacity,
+        "target": depths.token_share,
         **{name: values_L.tolist() for name, values_L in metrics.items()},
         "computed_by_group": dict(zip(depths.groups, by_group_LG.T.tolist(), strict=True)),
     }
@@ -160,7 +160,7 @@ def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_
     if result.balance_efficiency is not None:
         scalars["perf/balance_efficiency"] = result.balance_efficiency
     if depths is not None:
-        scalars["mixture_of_depths/load_over_target"] = reduce_known(depth_metrics(depths)["computed"] / depths.capacity)
+        scalars["mixture_of_depths/load_over_target"] = reduce_known(depth_metrics(depths)["computed"] / depths.token_share)
     return scalars
 
 

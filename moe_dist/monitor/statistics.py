@@ -20,7 +20,7 @@ class DepthStatistics:
 
     Attributes:
         layers: Index of each mixture-of-depths layer in the model.
-        capacity: Fraction of the tokens that each layer should compute.
+        token_share: Fraction of the tokens that each layer should compute.
         groups: Names of the expert groups (G).
         tokens_LG, taken_LG: int64, numbers of tokens, and of computed tokens, of each group.
         agreed_L: int64, number of tokens for which the causal decision equals the top-k selection of training; None in
@@ -29,7 +29,7 @@ class DepthStatistics:
     """
 
     layers: tuple[int, ...]
-    capacity: float
+    token_share: float
     groups: tuple[str, ...]
     tokens_LG: np.ndarray
     taken_LG: np.ndarray

@@ -21,7 +21,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.dispatch.planning import Planner
+from moe_dist.moe.dispatch.planning import DispatchPlanner
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.experts.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.moe.layer import MoELayer
@@ -250,7 +250,7 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(own)
 
 
-def _expert_stacks(model: nn.Module) -> Iterator[tuple[str, Tensor, ExpertGroup, Planner]]:
+def _expert_stacks(model: nn.Module) -> Iterator[tuple[str, Tensor, ExpertGroup, DispatchPlanner]]:
     """Yields the path, parameter and expert group of each stack of experts, and its layer's planner."""
     for name, layer in model.named_modules():
         if isinstance(layer, MoELayer) and isinstance(layer.dispatcher, AllToAllDispatcher):

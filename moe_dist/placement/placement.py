@@ -30,8 +30,8 @@ class ExpertGroup:
         first_expert: Logical id of the group's first true expert.
         modalities: Modalities whose tokens are routed in the group.
         num_identity, num_constant: Numbers of identity and constant experts, which every rank computes for its own tokens.
-        capacity: Share of the group's tokens that each expert takes in expert choice (c), or on average under a target in
-            an adaptive router; None where each token has top_k choices.
+        token_share: Share of the group's tokens that each expert takes in expert choice (c), or on average under a target
+            in an adaptive router; None where each token has top_k choices.
         node_groups: Number of node groups into which the true experts are divided, in order.
         topk_node_groups: Number of node groups whose experts a token may take.
     """
@@ -45,7 +45,7 @@ class ExpertGroup:
     modalities: tuple[str, ...] = ()
     num_identity: int = 0
     num_constant: int = 0
-    capacity: float | None = None
+    token_share: float | None = None
     node_groups: int = 1
     topk_node_groups: int = 1
 
@@ -62,15 +62,15 @@ class ExpertGroup:
     @property
     def expected_experts_per_token(self) -> float:
         """Returns the mean number of true experts per token if routing is uniform: k n / columns; c n in expert choice."""
-        if self.capacity is not None:
-            return min(1.0, self.capacity) * self.num_experts
+        if self.token_share is not None:
+            return min(1.0, self.token_share) * self.num_experts
         return self.top_k * self.num_experts / self.num_columns
 
     def reached(self, here: int) -> float:
         """Returns the probability, if routing is uniform, that a token of the group takes at least one of `here` given
         experts."""
-        if self.capacity is not None:
-            return 1 - (1 - min(1.0, self.capacity)) ** here
+        if self.token_share is not None:
+            return 1 - (1 - min(1.0, self.token_share)) ** here
         return 1 - comb(self.num_columns - here, self.top_k) / comb(self.num_columns, self.top_k)
 
 
@@ -170,7 +170,7 @@ class ExpertPlacement:
             for part in even_runs(group.experts, group.node_groups)
         ]
         largest = sorted(map(len, away), reverse=True)[: group.topk_node_groups]
-        choices = group.top_k if group.capacity is None else group.num_experts
+        choices = group.top_k if group.token_share is None else group.num_experts
         return min(sum(largest), len(set().union(*away)), choices)
 
     def name_of(self, expert: int) -> str:

@@ -6,7 +6,7 @@ from html import escape
 import numpy as np
 
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.plan.estimate import Estimate, Planner
+from moe_dist.plan.estimate import Estimate, LayoutEstimator
 from moe_dist.plan.layouts import Placements
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.rates import Rates
@@ -57,7 +57,7 @@ def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterat
             )
 
 
-def modality_answer(fitting: Sequence[Estimate], planner: Planner) -> str:
+def modality_answer(fitting: Sequence[Estimate], planner: LayoutEstimator) -> str:
     """Returns a sentence that says for which shares of the second group's modality the best pinned layout is faster than
     the same layout with interleaved experts; empty without pinned layouts of two groups."""
     pinned = [each for each in fitting if each.config.placement.policy == "pinned" and not is_interleaved(each.placement)]
@@ -71,7 +71,7 @@ def modality_answer(fitting: Sequence[Estimate], planner: Planner) -> str:
     sections = Placements(config, planner.token_mix).of(config.parallel.ep)
     for share in shares:
         mix = {name: round(1e6 * share), other: round(1e6 * (1 - share))}
-        each = Planner(planner.rates, Expected(mix), mix, planner.most_bytes)
+        each = LayoutEstimator(planner.rates, Expected(mix), mix, planner.most_bytes)
         seconds = [
             each.estimate(config.model_copy(update={"placement": section}), placement).seconds
             for section, placement in sections

@@ -76,7 +76,7 @@ class Estimate:
         return f"{', '.join(words)}, {parallel.data}{gather}, {parallel.recompute}, mb {self.config.train.micro_batch}"
 
 
-class Planner:
+class LayoutEstimator:
     """Estimates layouts; loads, times and memory that several layouts share are computed once.
 
     Args:

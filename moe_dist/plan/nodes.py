@@ -39,7 +39,12 @@ def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Dema
 
 
 def pack(
-    demand_of_position: Sequence[Demand], *, edp: int, capacity: int, domain_nodes: int | None, stage: int | None = None
+    demand_of_position: Sequence[Demand],
+    *,
+    edp: int,
+    ranks_per_node: int,
+    domain_nodes: int | None,
+    stage: int | None = None,
 ) -> list[tuple[Demand, tuple[int, ...]]]:
     """Assigns ranks to nodes, one block of EP groups after the other. A block has as many EP groups as fit into a domain of
     fast interconnect; without domains, all EP groups are one block. If a domain has room for a whole pipeline stage, no
@@ -48,7 +53,7 @@ def pack(
     Args:
         demand_of_position: Demand of each position in an EP group.
         edp: Number of EP groups.
-        capacity: Largest number of ranks on a node.
+        ranks_per_node: Largest number of ranks on a node.
         domain_nodes: Number of nodes in a domain of fast interconnect; None if no domain is declared.
         stage: Number of EP groups in a pipeline stage, a divisor of `edp`; `edp` or None without a pipeline.
 
@@ -61,26 +66,26 @@ def pack(
     """
     ep = len(demand_of_position)
     if domain_nodes is None:
-        return _pack_block(demand_of_position, range(edp), capacity)
-    needed = len(_pack_block(demand_of_position, range(1), capacity))
+        return _pack_block(demand_of_position, range(edp), ranks_per_node)
+    needed = len(_pack_block(demand_of_position, range(1), ranks_per_node))
     if needed > domain_nodes:
         kinds = len({(d.feature, *sorted(d.labels.items()), d.owner) for d in demand_of_position})
         raise ConfigError(
-            f"parallel.ep={ep}: an EP group needs {needed} nodes of {capacity} ranks (its ranks ask for {kinds} kinds of "
-            f"nodes), but the cluster file has domain_nodes={domain_nodes}; lower parallel.ep, ask less in "
+            f"parallel.ep={ep}: an EP group needs {needed} nodes of {ranks_per_node} ranks (its ranks ask for {kinds} "
+            f"kinds of nodes), but the cluster file has domain_nodes={domain_nodes}; lower parallel.ep, ask less in "
             "placement.groups.<group>.node, or raise domain_nodes, so that rows may cross the network between nodes"
         )
     together = 1
-    while together < edp and len(_pack_block(demand_of_position, range(together + 1), capacity)) <= domain_nodes:
+    while together < edp and len(_pack_block(demand_of_position, range(together + 1), ranks_per_node)) <= domain_nodes:
         together += 1
     if stage is not None and together > stage:
         together -= together % stage
     blocks = [range(first, min(first + together, edp)) for first in range(0, edp, together)]
-    return [node for block in blocks for node in _pack_block(demand_of_position, block, capacity)]
+    return [node for block in blocks for node in _pack_block(demand_of_position, block, ranks_per_node)]
 
 
 def _pack_block(
-    demand_of_position: Sequence[Demand], ep_groups: range, capacity: int
+    demand_of_position: Sequence[Demand], ep_groups: range, ranks_per_node: int
 ) -> list[tuple[Demand, tuple[int, ...]]]:
     """Places ranks with a demand first; different demands get different nodes. Ranks without a demand then fill the free
     places: first on nodes with ranks of their own EP group, then on other used nodes, and last on new nodes."""
@@ -89,12 +94,12 @@ def _pack_block(
     ranks = [(group * ep + position, demand) for group in ep_groups for position, demand in enumerate(demand_of_position)]
     for rank, demand in ranks:
         if demand != Demand():
-            _place(rank, demand, [node for node in nodes if node[0] == demand], nodes, capacity)
+            _place(rank, demand, [node for node in nodes if node[0] == demand], nodes, ranks_per_node)
     for rank, demand in ranks:
         if demand == Demand():
             sharing = [node for node in nodes if not node[0].owner]
             sharing.sort(key=lambda node: all(other // ep != rank // ep for other in node[1]))
-            _place(rank, demand, sharing, nodes, capacity)
+            _place(rank, demand, sharing, nodes, ranks_per_node)
     return sorted(((demand, tuple(sorted(held))) for demand, held in nodes), key=lambda node: node[1])
 
 
@@ -103,10 +108,10 @@ def _place(
     demand: Demand,
     allowed: Sequence[tuple[Demand, list[int]]],
     nodes: list[tuple[Demand, list[int]]],
-    capacity: int,
+    ranks_per_node: int,
 ) -> None:
     for _, held in allowed:
-        if len(held) < capacity:
+        if len(held) < ranks_per_node:
             held.append(rank)
             return
     nodes.append((demand, [rank]))

@@ -21,7 +21,7 @@ _SAME = 1e-9  # relative difference below which two plans are equal
 
 
 @dataclass(frozen=True)
-class PlacementPlan:
+class PlacementCosts:
     """One placement and its expected costs per token."""
 
     name: str  # placement policy
@@ -46,11 +46,11 @@ class PlacementPlan:
 class PlanComparison:
     """The costs of pinned and of interleaved placement of the same groups."""
 
-    plans: tuple[PlacementPlan, ...]  # a plan for each of the two policies that is possible
+    plans: tuple[PlacementCosts, ...]  # a plan for each of the two policies that is possible
     missing: Mapping[str, str]  # impossible policy -> reason
 
 
-def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, name: str) -> PlacementPlan:
+def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, name: str) -> PlacementCosts:
     """Returns the expected load and traffic of a placement.
 
     A token with k of n + m choices takes at least one of a rank's e experts with probability 1 - C(n + m - e, k) / C(n + m,
@@ -64,7 +64,7 @@ def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, n
             here = len(placement.local_experts(rank, group))
             load[rank] += share * group.expected_experts_per_token * here / group.num_experts * group.ffn_dim
             remote[rank] += share * group.reached(here) * (ranks - 1) / ranks
-    return PlacementPlan(name, placement, tuple(load), tuple(remote))
+    return PlacementCosts(name, placement, tuple(load), tuple(remote))
 
 
 def compare(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> PlanComparison:
@@ -119,7 +119,7 @@ def render(
 
 
 def verdict(
-    chosen: PlacementPlan, others: Sequence[PlacementPlan], missing: Mapping[str, str], *, itemsize: int = 2
+    chosen: PlacementCosts, others: Sequence[PlacementCosts], missing: Mapping[str, str], *, itemsize: int = 2
 ) -> str:
     """Returns sentences that say how many rows and how much work the chosen placement has, compared with each other one.
 
@@ -159,7 +159,7 @@ def _more_or_less(own: float, other: float, less: str, unit: str) -> str:
     return f"more {unit}" if not other else f"{abs(own / other - 1):.1%} {'more' if own > other else less} {unit}"
 
 
-def _trade(chosen: PlacementPlan, other: PlacementPlan, name: str, itemsize: int) -> str:
+def _trade(chosen: PlacementCosts, other: PlacementCosts, name: str, itemsize: int) -> str:
     """Returns when the chosen placement is faster; empty if no plan has both less work and more rows than the other.
 
     Per token, the busiest rank takes 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward, so D cancels.

@@ -30,7 +30,7 @@ def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
                 modalities=section.modalities or (name,),
                 num_identity=section.num_identity,
                 num_constant=section.num_constant,
-                capacity=moe.router.expert_capacity(name, section, moe.active_targets.get(name)),
+                token_share=moe.router.token_share(name, section, moe.active_targets.get(name)),
                 node_groups=node_groups,
                 topk_node_groups=topk_node_groups,
             )

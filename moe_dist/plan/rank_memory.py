@@ -6,12 +6,12 @@ from moe_dist.config.base.section import named
 from moe_dist.config.schema import Config
 from moe_dist.placement.placement import ExpertPlacement, group_shares
 from moe_dist.plan import memory
-from moe_dist.plan.planner import PlacementPlan, expected_plan
+from moe_dist.plan.planner import PlacementCosts, expected_plan
 
 
 def fullest_rank(
     config: Config, placement: ExpertPlacement, token_mix: Mapping[str, int]
-) -> tuple[int, memory.RankMemory, PlacementPlan]:
+) -> tuple[int, memory.RankMemory, PlacementCosts]:
     """Returns the position in an EP group that needs most memory, its memory, and the plan of `placement`."""
     plan = expected_plan(placement, token_mix, name=config.placement.policy)
     memories = [_expected(config, placement, plan, rank, token_mix) for rank in range(placement.num_ranks)]
@@ -20,7 +20,7 @@ def fullest_rank(
 
 
 def _expected(
-    config: Config, placement: ExpertPlacement, plan: PlacementPlan, rank: int, token_mix: Mapping[str, int]
+    config: Config, placement: ExpertPlacement, plan: PlacementCosts, rank: int, token_mix: Mapping[str, int]
 ) -> memory.RankMemory:
     """Returns the memory of the EP rank `rank`. `plan` has rows per token of the whole EP group, which this function
     converts to rows and (token, expert) pairs per token of each rank."""

@@ -144,7 +144,7 @@ def published_rates(card: str, peak: float | None, *, ranks_per_node: int, betwe
             "with moe-dist calibrate and give --rates",
             see=GUIDE,
         )
-    memory_rate, link, capacity = PUBLISHED[card.upper()]
+    memory_rate, link, memory = PUBLISHED[card.upper()]
     copy, sizes, shares = 0.8 * memory_rate, (1.0, 64.0, 256.0, 1024.0, 4096.0), (1.0, 1.0, 0.7, 0.9, 1.0)
 
     def curve(share: float) -> CurveSection:  # with few rows, reading the weights limits the rate
@@ -156,7 +156,7 @@ def published_rates(card: str, peak: float | None, *, ranks_per_node: int, betwe
         machine="data sheet",
         card=card,
         source="extrapolated",
-        memory=capacity,
+        memory=memory,
         gemm=curve(0.71),
         grouped=curve(0.56),
         attention=0.4 * peak,

@@ -109,7 +109,7 @@ def _pair_variance(groups: Sequence[ExpertGroup], share_G: np.ndarray, here_G: n
     experts take fixed numbers of tokens."""
     mean = square = 0.0
     for group, share, here in zip(groups, share_G, here_G, strict=True):
-        if group.capacity is not None:
+        if group.token_share is not None:
             continue
         chance, columns = here / group.num_columns, group.num_columns
         each = group.top_k * chance * (1 - chance) * (columns - group.top_k) / max(1, columns - 1)

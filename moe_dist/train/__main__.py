@@ -48,20 +48,20 @@ def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
     attempt = Attempt(env)
     # Stop signals are caught from this line on, also during the import of torch, which takes seconds.
     with StopRequest(env.grace_seconds, attempt.expire, told=env.rank == 0) as stop, attempt:
-        plan = check_file(config, overrides, world_size=env.world_size)
-        start = RunFolder.of(plan.config).start(plan.config, env, overwrite=overwrite)
+        checked = check_file(config, overrides, world_size=env.world_size)
+        start = RunFolder.of(checked.config).start(checked.config, env, overwrite=overwrite)
         if start is not Start.FINISHED:
-            if not plan.config.parallel.dispatch.needs_modules:  # DeepEP and HybridEP share memory that must not grow
+            if not checked.config.parallel.dispatch.needs_modules:  # DeepEP and HybridEP share memory that must not grow
                 limit_fragmentation(os.environ)
-            if plan.config.parallel.device != "cpu":
+            if checked.config.parallel.device != "cpu":
                 bind_near_gpu(env.local_rank, env.local_world_size, os.environ, lower_threads=shared)
-            train(plan, env, attempt, stop)
+            train(checked, env, attempt, stop)
         elif env.rank == 0:
-            print(RunFolder.of(plan.config).finished_text(plan.config))
+            print(RunFolder.of(checked.config).finished_text(checked.config))
     return attempt.exit_code
 
 
-def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) -> None:
+def train(checked: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) -> None:
     """Trains the run on this rank: process groups, model, data, checkpoint, evaluator and trainer, then `fit`."""
     startup = Startup(enabled=env.rank == 0)
     startup.now("importing torch")
@@ -72,7 +72,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     from moe_dist.train.rank_balance.levers import LeverParts, build_levers
     from moe_dist.train.start.resume import build_resumable
 
-    config, manifest = plan.config, plan.manifest
+    config, manifest = checked.config, checked.manifest
     folder = attempt.open(config, stopped=lambda: stop.requested)  # rank 0 waits until it holds the run's lease
     log = setup_logging(env, folder)
     startup.now("waiting for the other ranks")
@@ -80,30 +80,30 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     watchdog = session.start_watchdog(config, env, folder, mesh.tracker, attempt)
     engine = contextlib.ExitStack()  # not closed after an error, because a failed rank ends its process
     startup.now("building the model")
-    training = engine.enter_context(config.engine.build(build.EngineContext(config, manifest, plan.placement, mesh)))
+    training = engine.enter_context(config.engine.build(build.EngineContext(config, manifest, checked.placement, mesh)))
     startup.now("reading data")
     reader, readers = training.parallel.reader
     loader = build.build_loader(config, manifest, rank=reader, world_size=readers)
     startup.now("looking for a checkpoint, and loading it")
-    levers = build_levers(LeverParts(config, plan.placement, training, loader))
-    saver = build_resumable(training, folder, attempt, config, manifest, plan.placement, levers)
+    levers = build_levers(LeverParts(config, checked.placement, training, loader))
+    saver = build_resumable(training, folder, attempt, config, manifest, checked.placement, levers)
     progress = saver.restore()
-    plan = replace(plan, placement=saver.placement)  # the run may have moved experts before it saved the checkpoint
-    evaluator = build.build_evaluator(config, manifest, training, plan.placement)
+    checked = replace(checked, placement=saver.placement)  # the run may have moved experts before it saved the checkpoint
+    evaluator = build.build_evaluator(config, manifest, training, checked.placement)
     startup.done()
     for each in (attempt, log):
         each.follow(lambda: progress.step)
-    with session.around_steps(plan, training, loader, progress, folder, env, attempt) as around:
-        settings = build.build_plan(config, manifest, plan.placement, session.card_name(config, mesh))
+    with session.around_steps(checked, training, loader, progress, folder, env, attempt) as around:
+        settings = build.loop_settings(config, manifest, checked.placement, session.card_name(config, mesh))
         trainer = Trainer(
             settings, training.step, loader, evaluator, saver=saver, stop=stop, progress=progress, levers=levers, **around
         )
         finished = trainer.fit()
         watchdog.stop()  # a running watchdog would end the ranks that wait until rank 0 has closed its sinks
-        beside = session.write_texts(finished, plan, trainer.sinks)
+        beside = session.write_texts(finished, checked, trainer.sinks)
         attempt.finish()
     # All ranks wait for rank 0's summary, because a launcher kills the ranks that still run after another rank has ended.
-    saver.agree("write the summary", lambda: session.conclude(finished, folder, plan, beside=beside, stopped=stop.first))
+    saver.agree("write the summary", lambda: session.conclude(finished, folder, checked, beside=beside, stopped=stop.first))
     engine.close()
     destroy_world()
 

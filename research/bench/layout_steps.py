@@ -186,7 +186,7 @@ class _Job:
         nodes, cpu = section.dispatch.node_size, torch.device("cpu")
         self.mesh = make_mesh(ep=section.ep, device=cpu, timeout=TIMEOUT, ranks_per_node=nodes)
         self.training = build.build_training(plan.config, plan.manifest, plan.placement, self.mesh)
-        self.aux = build.build_plan(plan.config, plan.manifest, plan.placement).aux(0)
+        self.aux = build.loop_settings(plan.config, plan.manifest, plan.placement).aux(0)
         self.read = build.build_loader(plan.config, plan.manifest, rank=rank, world_size=world).batches
         self.reader = ReadAhead(self.read)
         self.share = {"micro_batch": plan.config.train.micro_batch, "rank": rank, "world_size": world}

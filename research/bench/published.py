@@ -12,7 +12,7 @@ from rich.table import Table
 
 from moe_dist.config.load import load_config
 from moe_dist.monitor.card_peaks import peak_tflops
-from moe_dist.plan.estimate import Planner
+from moe_dist.plan.estimate import LayoutEstimator
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.plan.rates import published_rates
 from moe_dist.plan.rows import Expected
@@ -90,7 +90,7 @@ def tokens_per_second(row: Row) -> tuple[float, float]:
     assert peak is not None
     rates = published_rates(row.card, 1e12 * peak, ranks_per_node=row.node, between=row.between)
     placement = make_placement(config.placement, expert_groups(config.model.moe), num_ranks=row.ep, token_mix={})
-    found = Planner(rates, Expected({}), {}, 1e15).estimate(config, placement)
+    found = LayoutEstimator(rates, Expected({}), {}, 1e15).estimate(config, placement)
     return found.tokens_per_second / row.gpus, (found.exchange + found.tail) / found.seconds
 
 

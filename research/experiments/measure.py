@@ -32,7 +32,7 @@ from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.build.training import TrainingPlan, build_loader, build_plan, group_of_modality
+from moe_dist.train.build.training import LoopSettings, build_loader, group_of_modality, loop_settings
 from moe_dist.train.evaluation.calibration import by_threshold, calibrate
 from moe_dist.train.loop.trainer import Loader
 from moe_dist.train.objective.loss import forward
@@ -73,7 +73,7 @@ class Spent:
     bytes: float = 0.0  # bytes that all ranks sent to other ranks, by the ledger
 
 
-def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int, Spent]:
+def spent_by_step(metrics: Path, plan: LoopSettings, before: Spent) -> dict[int, Spent]:
     """Maps each step to the cost of training up to and including this step, plus the cost `before` the run."""
     spent, sums, groups = {}, before, plan.placement.groups
     for record in read_lines(metrics):
@@ -122,7 +122,7 @@ class Measurement:
         """Returns the run's record, with all measurements. `wanted` names the probes; `asks` may name `oracle`,
         `samples`, `disturbed` and `load_tables`."""
         last = max(self._directory.steps())
-        plan = build_plan(self._config, self._manifest, self._placement)
+        plan = loop_settings(self._config, self._manifest, self._placement)
         spent = spent_by_step(self._folder.metrics_jsonl, plan, self._before)
         section, by_source = self._section, self._batches_by_source(self._section.sequences)
         batches = [batch for of_source in by_source.values() for batch in of_source]

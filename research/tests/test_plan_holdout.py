@@ -9,7 +9,7 @@ import pytest
 
 from moe_dist.config.load import load_config, rule_violations
 from moe_dist.errors import DataError
-from moe_dist.plan.estimate import Planner
+from moe_dist.plan.estimate import LayoutEstimator
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.plan.rates import LinkSection, Rates, ScaleSection
 from moe_dist.plan.rows import Expected
@@ -28,7 +28,7 @@ class Expectations(Predicted):
     """Predictions without traces."""
 
     def __init__(self, runs: Sequence[Observed], rates: Rates) -> None:
-        self._runs = [(run, Planner(rates, Expected({}), {}, 1e12)) for run in runs]
+        self._runs = [(run, LayoutEstimator(rates, Expected({}), {}, 1e12)) for run in runs]
 
 
 def runs() -> list[Observed]:

@@ -9,7 +9,7 @@ import pytest
 
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.formats.manifest import load_manifest
-from moe_dist.train.build.training import build_plan
+from moe_dist.train.build.training import loop_settings
 from tests.distributed.test_starting_weights import AUX, PARTS, SEED, Run, groups
 from tests.support.cover import full
 from tests.support.layouts import Layout, Outcome, train
@@ -127,7 +127,7 @@ def with_nulls(rank: RankContext, data: Path, root: Path, weight: float) -> list
     }
     run = Run(rank, data, root, f"student-{rank.world_size}-{weight}", changes)
     run.begin()
-    plan = build_plan(run.config, load_manifest(data), run.training.step.placement)
+    plan = loop_settings(run.config, load_manifest(data), run.training.step.placement)
     told = []
     for number in range(16):
         step = run.training.step(run.loader.batches(8 * number), lr=1e-2, aux=plan.aux(number))

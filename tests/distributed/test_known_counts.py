@@ -27,13 +27,13 @@ FORWARD = ["dispatch weights", "dispatch rows", "combine rows"]
 BACKWARD = ["combine rows backward", "dispatch weights backward", "dispatch rows backward"]
 
 
-def expert_choice(seed: int, tokens_W: list[int], capacity_E: list[int], rank: int) -> Assignments:
+def expert_choice(seed: int, tokens_W: list[int], share_E: list[int], rank: int) -> Assignments:
     """Each expert takes its capacity of each rank's tokens at random, or all tokens if there are fewer."""
-    counts = tuple(tuple(min(capacity, tokens) for capacity in capacity_E) for tokens in tokens_W)
+    counts = tuple(tuple(min(capacity, tokens) for capacity in share_E) for tokens in tokens_W)
     rng = np.random.default_rng([seed, rank])
     chosen = [np.sort(rng.permutation(tokens_W[rank])[:count]) for count in counts[rank]]
     token_N = torch.from_numpy(np.concatenate([*chosen, np.zeros(0, np.int64)]).astype(np.int64))
-    expert_N = torch.arange(len(capacity_E)).repeat_interleave(torch.tensor(counts[rank]))
+    expert_N = torch.arange(len(share_E)).repeat_interleave(torch.tensor(counts[rank]))
     return Assignments(token_N, expert_N, torch.ones(len(token_N)), counts)
 
 
@@ -45,9 +45,9 @@ def run_cases(rank: RankContext, seeds: range) -> int:
     for seed in seeds:
         rng = np.random.default_rng([seed, rank.world_size])
         placement = random_case(seed, rank.world_size).placement
-        capacity_E = rng.integers(0, 5, placement.num_experts).tolist()
+        share_E = rng.integers(0, 5, placement.num_experts).tolist()
         tokens_W = rng.integers(0, 9, rank.world_size).tolist()
-        assignments = expert_choice(seed, tokens_W, capacity_E, rank.rank)
+        assignments = expert_choice(seed, tokens_W, share_E, rank.rank)
         dispatcher = KnownCountsDispatcher(DispatchContext(placement, wire))
         trip = round_trip(
             dispatcher, assignments, placement, rank.rank, tokens_W[rank.rank], comm_stats=comm_stats, seed=seed

@@ -55,7 +55,7 @@ def test_layout_equals_one_process_over_the_same_sets(
     outcomes = run_in_world(layout.world_size, train, layout, start / layout.depth_causal)
     first = oracle.steps[0].mixture_of_depths
     assert first is not None
-    assert (first.layers, first.capacity, first.groups) == ((0,), 0.3, ("text", "image"))
+    assert (first.layers, first.token_share, first.groups) == ((0,), 0.3, ("text", "image"))
     # the number of selected tokens is rounded up in each scope
     assert 0.29 < first.taken_LG.sum() / first.tokens_LG.sum() < 0.4
     np.testing.assert_array_equal(oracle.steps[0].counts.tokens_LG, [first.taken_LG[0], first.tokens_LG[0]])

@@ -12,7 +12,7 @@ from moe_dist.config.schema import Config
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.preflight import check
-from moe_dist.train.build.training import EngineContext, Training, TrainingPlan, build_loader, build_plan
+from moe_dist.train.build.training import EngineContext, LoopSettings, Training, build_loader, loop_settings
 from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.tracing import StepWatcher
 from tests.support.tiny import tiny_config
@@ -63,7 +63,7 @@ class Run:
     placement: ExpertPlacement
     training: Training
     loader: Any
-    plan: TrainingPlan
+    plan: LoopSettings
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         model: Any = self.training.parallel.model
@@ -83,7 +83,7 @@ def started_run(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Ite
     with config.engine.build(EngineContext(config, checked.manifest, checked.placement, mesh)) as training:
         reader, readers = training.parallel.reader
         loader = build_loader(config, checked.manifest, rank=reader, world_size=readers)
-        plan = build_plan(config, checked.manifest, checked.placement)
+        plan = loop_settings(config, checked.manifest, checked.placement)
         yield Run(config, mesh, checked.placement, training, loader, plan)
 
 

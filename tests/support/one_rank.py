@@ -15,7 +15,7 @@ from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import StopRequest
-from moe_dist.train.build.training import build_evaluator, build_loader, build_plan, build_training
+from moe_dist.train.build.training import build_evaluator, build_loader, build_training, loop_settings
 from moe_dist.train.loop.session import open_sinks, watched_devices
 from moe_dist.train.loop.trainer import Progress, Trainer
 from moe_dist.train.start.resume import Controller, Resumable
@@ -59,7 +59,7 @@ class OneRank:
             open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
         ):
             yield Trainer(
-                build_plan(config, plan.manifest, plan.placement),
+                loop_settings(config, plan.manifest, plan.placement),
                 self.training.step,
                 build_loader(config, plan.manifest, rank=0, world_size=1),
                 build_evaluator(config, plan.manifest, self.training, plan.placement),

@@ -18,12 +18,12 @@ class PartedSet(SelectionScope):
         super().__init__()
         object.__setattr__(self, "parts", parts)
 
-    def choose(self, logits_TE: Tensor, capacity_E: Tensor, lengths: Sequence[int], **_: Any) -> ExpertsChoice:
+    def choose(self, logits_TE: Tensor, share_E: Tensor, lengths: Sequence[int], **_: Any) -> ExpertsChoice:
         parts: int = self.parts  # pyright: ignore[reportAttributeAccessIssue]
         (length,), scores = lengths, logits_TE[:, 0].tolist()
         sets = [range(start, start + length // parts) for start in range(0, length, length // parts)]
         real = [score != OUTSIDE for score in scores]
-        taken = choose(scores, real, capacity_E.item(), sets)
+        taken = choose(scores, real, share_E.item(), sets)
         mask = torch.zeros(length, 1, dtype=torch.bool)
         mask[sorted(taken)] = True
         # The mean over scopes of the lowest selected score, weighted by each scope's tokens.

@@ -71,7 +71,7 @@ def _run_to_end(config: Config, plan: Preflight, training: build.Training) -> Wh
     at_start = tensors_of(config, training, plan.placement, mesh.ep_rank)
     steps: list[StepResult] = []
     trainer = Trainer(
-        build.build_plan(config, plan.manifest, plan.placement),
+        build.loop_settings(config, plan.manifest, plan.placement),
         _Recorded(training.step, steps),  # pyright: ignore[reportArgumentType]
         loader,
         evaluator,

@@ -99,7 +99,7 @@ class RouterSection(KindSection):
         """Number of node groups of each expert group, and number of node groups whose experts a token may take."""
         return (1, 1)
 
-    def expert_capacity(self, name: str, group: Any, target: float | None = None) -> float | None:
+    def token_share(self, name: str, group: Any, target: float | None = None) -> float | None:
         """Returns the mean share of a group's tokens that each expert of the group takes; None if each token chooses top_k
         columns. `target` is the number of true experts per token at which a controller aims."""
         return None
@@ -154,7 +154,7 @@ class AdaptiveRouterSection(RouterSection):
     def has_selection_bias(self) -> bool:
         return True
 
-    def expert_capacity(self, name: str, group: Any, target: float | None = None) -> float | None:
+    def token_share(self, name: str, group: Any, target: float | None = None) -> float | None:
         return None if target is None else target / group.num_experts
 
     def active_range(self, group: Any) -> tuple[float, float]:

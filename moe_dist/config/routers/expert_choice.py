@@ -68,7 +68,7 @@ class ExpertChoiceRouterSection(RouterSection):
         auxiliary = {"auxiliary.inner": (inner_dim, hidden_dim), "auxiliary.outer": (num, inner_dim)}
         return {"threshold": (num,), "statistics": (2, num), **(auxiliary if self.has_auxiliary_routers else {})}
 
-    def expert_capacity(self, name: str, group: Any, target: float | None = None) -> float:
+    def token_share(self, name: str, group: Any, target: float | None = None) -> float:
         return self._named_capacity(name) or group.top_k / group.num_experts
 
     def _named_capacity(self, name: str) -> float | None:
@@ -125,7 +125,7 @@ def _groups(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator
             yield Violation((key, "model.moe.groups"), f"{key}.{group_name}: {problem}")
     most = max((factor for _, factor in section.capacity_schedule), default=1.0)
     for group_name, group in groups.items():
-        prefix, share = f"model.moe.groups.{group_name}", section.expert_capacity(group_name, group)
+        prefix, share = f"model.moe.groups.{group_name}", section.token_share(group_name, group)
         if section._varies and share <= 1.0 and most * share > 1.0 + 1e-9:
             problem = (
                 f"{key}_schedule: the factor {most:g} times the capacity {share:g} of group {group_name} is above 1, but "

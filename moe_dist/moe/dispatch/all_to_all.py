@@ -24,7 +24,7 @@ each of the Q pairs, and 4 for each row into which others are summed.
 
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
-from moe_dist.moe.dispatch.planning import Planner
+from moe_dist.moe.dispatch.planning import DispatchPlanner
 from moe_dist.moe.routing.types import Assignments
 
 
@@ -32,7 +32,7 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
     """Dispatches and combines tokens over one EP group. On a single rank the same code runs without a process group."""
 
     def __init__(self, context: DispatchContext) -> None:
-        kind = Planner
+        kind = DispatchPlanner
         if context.kernels.has_plan:
             from moe_dist.moe.dispatch.counting_planner import CountingPlanner  # imports Triton, which a CPU may lack
 

@@ -7,14 +7,14 @@ import torch
 
 from moe_dist.comm.collectives import from_host
 from moe_dist.moe.dispatch.exchange import AllToAllPlan
-from moe_dist.moe.dispatch.planning import Counts, OwnPairs, Planner, starts_of
+from moe_dist.moe.dispatch.planning import Counts, DispatchPlanner, OwnPairs, starts_of
 from moe_dist.moe.kernels.plan import plan_arrive, plan_collect, plan_count, plan_place, plan_scan
 from moe_dist.moe.routing.types import Assignments
 
 
-class CountingPlanner(Planner):
+class CountingPlanner(DispatchPlanner):
     """Plans by counting if pairs are sorted by token (`Assignments.num_choices`) in one chunk; otherwise calls
-    `Planner.plan`."""
+    `DispatchPlanner.plan`."""
 
     def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> tuple[tuple[AllToAllPlan, ...], OwnPairs]:
         if assignments.num_choices is None or self.chunks > 1 or self.own_apart:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.exchange import Exchange
-from moe_dist.moe.dispatch.hierarchical_planning import HierarchicalPlan, NodePlanner
+from moe_dist.moe.dispatch.hierarchical_planning import HierarchicalPlan, HierarchicalPlanner
 from moe_dist.moe.dispatch.interface import DispatchedRows, TwoStepDispatcher
 from moe_dist.moe.routing.types import Assignments
 
@@ -43,7 +43,9 @@ class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
     def __init__(self, context: DispatchContext, *, ranks_per_node: int) -> None:
         assert context.hops is not None, "the caller makes them"
         most = context.max_receive_rows
-        self.planner = NodePlanner(context.placement, *context.hops, ranks_per_node=ranks_per_node, max_receive_rows=most)
+        self.planner = HierarchicalPlanner(
+            context.placement, *context.hops, ranks_per_node=ranks_per_node, max_receive_rows=most
+        )
         # Send buffers are freed after use, so that the buffer of one hop takes no memory during the other hop.
         self.inter, self.intra = (Exchange(each, keep_buffers=False, kernels=context.kernels) for each in context.hops)
 

@@ -86,7 +86,7 @@ class _Sizes:
     own_pairs: int
 
 
-class NodePlanner:
+class HierarchicalPlanner:
     """Makes the plans of this rank for one EP group of several nodes. See `HierarchicalDispatcher` for the arguments."""
 
     def __init__(

@@ -32,7 +32,7 @@ from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows, DispatchPlan, TwoStepDispatcher
-from moe_dist.moe.dispatch.planning import Planner, check_receive_rows
+from moe_dist.moe.dispatch.planning import DispatchPlanner, check_receive_rows
 from moe_dist.moe.kernels.interface import Items
 from moe_dist.moe.routing.types import Assignments
 from moe_dist.placement.placement import ExpertPlacement
@@ -164,12 +164,12 @@ class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
         self.takes_known_counts = always or pairs_are_rows(context.placement)
 
     @property
-    def planner(self) -> Planner:
+    def planner(self) -> DispatchPlanner:
         """The planner for assignments without `counts_WE`."""
         return self.general.planner
 
     @planner.setter
-    def planner(self, planner: Planner) -> None:
+    def planner(self, planner: DispatchPlanner) -> None:
         self.general.planner = planner
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> DispatchPlan:

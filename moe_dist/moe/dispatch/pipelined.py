@@ -38,7 +38,7 @@ from torch.autograd.function import once_differentiable
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, CombineReceive, DispatchSend, Exchange
 from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, RunExperts, RunShared
-from moe_dist.moe.dispatch.planning import OwnPairs, Planner
+from moe_dist.moe.dispatch.planning import DispatchPlanner, OwnPairs
 from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.moe.routing.types import Assignments
 
@@ -67,7 +67,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
 
     def __init__(self, context: DispatchContext, *, overlap: bool = False, chunks: int = 1) -> None:
         options = {"max_receive_rows": context.max_receive_rows, "chunks": chunks, "own_apart": overlap}
-        self.planner = Planner(context.placement, context.all_to_all, **options)
+        self.planner = DispatchPlanner(context.placement, context.all_to_all, **options)
         self.exchange = Exchange(context.all_to_all, kernels=context.kernels)
         self.overlap = overlap
 

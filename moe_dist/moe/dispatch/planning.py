@@ -131,7 +131,7 @@ class _Cells:
     pair_counts: Tensor
 
 
-class Planner:
+class DispatchPlanner:
     """Makes the plans of this rank for one EP group. See `AllToAllDispatcher` for the other arguments.
 
     Args:
@@ -356,7 +356,7 @@ class Planner:
 
 def _by_slot(index_Q: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
     """Returns order_Q and row_of_pair_Q of the pairs computed here, which arrive sorted by (rank, slot). `index_Q` is the
-    row index of each pair among the rows of its source rank, `runs` is from `Planner._runs`."""
+    row index of each pair among the rows of its source rank, `runs` is from `DispatchPlanner._runs`."""
     length_X, shift_X, row_X = runs
     run_Q = torch.repeat_interleave(length_X, output_size=index_Q.shape[0])
     order_Q = shift_X.index_select(0, run_Q) + torch.arange(len(run_Q), device=run_Q.device)

@@ -31,5 +31,5 @@ class ReplicaPlanner:
         return planner.plan(assignments._replace(expert_N=slot_E[assignments.expert_N]), num_tokens, layer)
 
     def chunk_lengths(self, num_tokens: int) -> tuple[int, ...]:
-        """See `Planner.chunk_lengths`; the same for all layers."""
+        """See `DispatchPlanner.chunk_lengths`; the same for all layers."""
         return self._plain.chunk_lengths(num_tokens)

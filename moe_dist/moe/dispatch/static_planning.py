@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll, Splits, split_sizes
 from moe_dist.comm.names import COUNTS, PAIR_ROWS
 from moe_dist.moe.dispatch.exchange import ExchangePlan
-from moe_dist.moe.dispatch.planning import Planner
+from moe_dist.moe.dispatch.planning import DispatchPlanner
 from moe_dist.moe.kernels.interface import Items, RowIndex
 from moe_dist.moe.kernels.torch_kernels import counting_order
 from moe_dist.moe.routing.types import Assignments
@@ -164,7 +164,7 @@ class _Fixed:
     first_pair_W: Tensor
 
 
-class StaticPlanner(Planner):
+class StaticPlanner(DispatchPlanner):
     """Makes plans of fixed sizes. See `StaticDispatcher` for the arguments."""
 
     def __init__(self, placement: ExpertPlacement, wire: AllToAll, room: StaticRoom) -> None:

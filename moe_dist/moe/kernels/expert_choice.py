@@ -159,7 +159,7 @@ def choice_take(
     inputs = (logits, order, order_of_scores, capacity, candidates, taken, kth_score, num_tokens)
     grid = (max(1, triton.cdiv(num_tokens, blocks["ROWS"])),)  # at least one block, for the scores
 
-    # No fused multiply-add, so that this kernel computes the same number of tokens as the host (`capacity_of_tokens`).
+    # No fused multiply-add, so that this kernel computes the same number of tokens as the host (`tokens_of_share`).
     launch(take_kernel, grid, *inputs, E=num_experts, **blocks, enable_fp_fusion=False)
 
 

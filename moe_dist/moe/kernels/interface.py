@@ -80,7 +80,7 @@ class ExpertsTables(NamedTuple):
     """Says how experts choose tokens."""
 
     group_E: Tensor  # int64, group of each expert
-    capacity_E: Tensor  # float64, fraction of its group's tokens that each expert takes
+    share_E: Tensor  # float64, fraction of its group's tokens that each expert takes
     num_groups: int
 
 

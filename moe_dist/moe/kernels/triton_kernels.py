@@ -39,7 +39,7 @@ class TritonKernels:
         if add_noise is not None:
             order_TE = torch.sort(add_noise(masked_TE), dim=0, descending=True, stable=True).indices
         candidates_E = counts_BE.sum(0)
-        taken_TE, kth_score_E = choice_take(masked_TE, order_TE, by_score_TE, tables.capacity_E, candidates_E)
+        taken_TE, kth_score_E = choice_take(masked_TE, order_TE, by_score_TE, tables.share_E, candidates_E)
         return taken_TE.view(torch.bool), order_TE, kth_score_E
 
     @torch.no_grad()

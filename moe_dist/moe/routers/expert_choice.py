@@ -77,7 +77,7 @@ class ExpertChoiceRouter(ChoosingRouter):
 
     Args:
         capacity: c, the fraction of its group's tokens that each expert takes, for all groups or by the group's name. For
-            other groups c is `ExpertGroup.capacity`, or top_k / num_experts for a group without capacity.
+            other groups c is `ExpertGroup.token_share`, or top_k / num_experts for a group without it.
         capacity_schedule: Pairs (first step, factor of c), with first steps rising from 0. The step is that of `batch_info`
             in training, and `noncausal_step` without `batch_info`.
         score: What the scores are: sigmoids of logits, or the softmax of a group's logits.
@@ -87,7 +87,7 @@ class ExpertChoiceRouter(ChoosingRouter):
     """
 
     group_of_expert_E: Tensor
-    capacity_E: Tensor
+    share_E: Tensor
     columns_GK: Tensor  # experts of each group; the last row, all ABSENT, is for padding (group -1)
 
     def __init__(
@@ -110,7 +110,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         self.seed, self.layer, self.kernels = context.seed, context.layer, context.kernels
         self.num_experts = sum(group.num_experts for group in groups)
         named = capacity if isinstance(capacity, Mapping) else dict.fromkeys([group.name for group in groups], capacity)
-        self.share_of_group = tuple(named.get(group.name) or capacity_of_group(group) for group in groups)
+        self.share_of_group = tuple(named.get(group.name) or share_of_group_tokens(group) for group in groups)
         self.capacity_schedule = tuple(capacity_schedule)
         for group in groups:
             gate = ChoiceGate(context.hidden_dim, group, auxiliary=causal == "auxiliary")
@@ -125,7 +125,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         self.group_of_E = [index for index, group in enumerate(self.groups) for _ in group.experts]
         self.register_buffer("group_of_expert_E", torch.tensor(self.group_of_E), persistent=False)
         shares = torch.tensor([self.share_of_group[index] for index in self.group_of_E], dtype=torch.float64)
-        self.register_buffer("capacity_E", shares, persistent=False)
+        self.register_buffer("share_E", shares, persistent=False)
         self.register_buffer("columns_GK", torch.tensor([*rows, [ABSENT] * most]), persistent=False)
         for gate, group in zip(self.gates(), self.groups, strict=True):
             gate.register_buffer("threshold", torch.zeros(group.num_experts))
@@ -172,7 +172,7 @@ class ExpertChoiceRouter(ChoosingRouter):
 
     @property
     def _tables(self) -> ExpertsTables:
-        return ExpertsTables(self.group_of_expert_E, self.capacity_E, len(self.groups))
+        return ExpertsTables(self.group_of_expert_E, self.share_E, len(self.groups))
 
     def _uses_kernels(self, logits_TE: Tensor) -> bool:
         return self.kernels.has_choose and logits_TE.dtype == torch.float32
@@ -195,7 +195,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return torch.where(group_T[:, None] == self.group_of_expert_E, logits_TE.sigmoid(), 0.0)
 
     def _factor(self, batch_info: GlobalBatchInfo | None) -> float:
-        """Returns the factor of the capacities in this step."""
+        """Returns the factor of the token shares in this step."""
         step = self.noncausal_step if batch_info is None else batch_info.step
         return next(factor for first, factor in reversed(self.capacity_schedule) if first <= step)
 
@@ -229,16 +229,16 @@ class ExpertChoiceRouter(ChoosingRouter):
         noise = add_noise if self.training and self.noise else None
         factor = self._factor(batch_info)
         # Rounded, because 49 x 1/49 is below 1, and an expert with a capacity of 1 has no threshold.
-        capacity_E = self.capacity_E if factor == 1.0 else (factor * self.capacity_E).round(decimals=15)
+        share_E = self.share_E if factor == 1.0 else (factor * self.share_E).round(decimals=15)
         if self._uses_kernels(logits_TE) and len(lengths) == 1:
-            tables = self._tables._replace(capacity_E=capacity_E)
+            tables = self._tables._replace(share_E=share_E)
             taken_TE, order_TE, kth_score_E = self.kernels.experts_choose(logits_TE, group_T, tables, noise)
             return ExpertsChoice(taken_TE, order_TE, kth_score_E)
         masked_TE = logits_TE.masked_fill(~self._inside(group_T), OUTSIDE)
         options: dict[str, Any] = {"layer": f"layers.{self.layer}", "add_noise": noise, "token_T": cache.token_T}
-        choice = where.choose(masked_TE, capacity_E, lengths, **options)
+        choice = where.choose(masked_TE, share_E, lengths, **options)
         # An expert with a capacity of 1 takes all tokens of its group, so its threshold must be 0.
-        return choice._replace(kth_score_E=torch.where(capacity_E < 1.0, choice.kth_score_E, 0.0))
+        return choice._replace(kth_score_E=torch.where(share_E < 1.0, choice.kth_score_E, 0.0))
 
     def _tokens_pass(self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor) -> ExpertsChoice:
         """Decides for each token alone which experts take the token, by the causal rule of evaluation."""
@@ -324,6 +324,6 @@ def softmax_logits(logits_Tn: Tensor) -> Tensor:
     return log_p_Tn - torch.where(largest_Tn, others_T1, torch.log1p(-log_p_Tn.exp().masked_fill(largest_Tn, 0.0)))
 
 
-def capacity_of_group(group: ExpertGroup) -> float:
+def share_of_group_tokens(group: ExpertGroup) -> float:
     """Returns a group's capacity c: its `capacity`, or else the value that gives a token `top_k` experts on average."""
-    return group.capacity if group.capacity is not None else group.top_k / group.num_experts
+    return group.token_share if group.token_share is not None else group.top_k / group.num_experts

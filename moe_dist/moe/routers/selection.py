@@ -75,7 +75,7 @@ class ChoosingRouter(nn.Module, ABC):
     Attributes:
         causal: The rule by which evaluation decides for each token independently.
         noncausal: If true, evaluation selects tokens by competition, as in training, but without noise.
-        noncausal_step: The step, counted from 0, whose capacities `noncausal` uses.
+        noncausal_step: The step, counted from 0, whose token shares `noncausal` uses.
     """
 
     causal: Causal | None
@@ -99,7 +99,7 @@ class ChoosingRouter(nn.Module, ABC):
 @contextmanager
 def choice_of_training(routers: Sequence[nn.Module], steps: int) -> Iterator[None]:
     """In this context tokens compete in evaluation, too, as in training (`ChoosingRouter.noncausal`). `steps` is the number
-    of training steps so far; capacities are those of the last of them."""
+    of training steps so far; token shares are those of the last of them."""
     mine = [router for router in routers if isinstance(router, ChoosingRouter)]
     for router in mine:
         router.noncausal, router.noncausal_step = True, max(0, steps - 1)
@@ -143,7 +143,7 @@ class SelectionScope:
     def choose(
         self,
         logits_TE: Tensor,
-        capacity_E: Tensor,
+        share_E: Tensor,
         lengths: Sequence[int],
         *,
         name: str = CHOICE_LOGITS,
@@ -156,7 +156,7 @@ class SelectionScope:
 
         Args:
             logits_TE: Logits without gradient, OUTSIDE if the token does not compete.
-            capacity_E: float64, fraction of the competing tokens that each chooser takes.
+            share_E: float64, fraction of the competing tokens that each chooser takes.
             lengths: T of each rank of the scope.
             name, layer: Names of the collective and of the layer, for statistics and for reports of a hang.
             add_noise: Adds noise to the logits of the scope's tokens [U, E] before the comparison. The reported k-th scores
@@ -174,8 +174,8 @@ class SelectionScope:
         first = sum(lengths[: self.own])
         mine = slice(first, first + lengths[self.own])
         if token_T is None:
-            return choose(logits_UE, noisy_UE, capacity_E, mine, keep_order=len(lengths) == 1)
-        found = choose(logits_UE, noisy_UE, capacity_E, mine)
+            return choose(logits_UE, noisy_UE, share_E, mine, keep_order=len(lengths) == 1)
+        found = choose(logits_UE, noisy_UE, share_E, mine)
         return found._replace(taken_TE=found.taken_TE[token_T])
 
     def _gather(self, logits_TE: Tensor, lengths: Sequence[int], *, name: str, layer: str) -> Tensor:
@@ -194,32 +194,30 @@ class SelectionScope:
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
-def capacity_of_tokens(capacity: float, tokens: int) -> int:
+def tokens_of_share(capacity: float, tokens: int) -> int:
     """Returns ceil(c T), at most T. A product c T at most 1e-9 above an integer is rounded down."""
     return min(tokens, max(0, math.ceil(capacity * tokens - 1e-9)))
 
 
-def capacities(capacity_E: Tensor, tokens_E: Tensor) -> Tensor:
-    """Computes `capacity_of_tokens` for tensors, int64. The results equal those of `capacity_of_tokens`, because both
+def tokens_of_shares(share_E: Tensor, tokens_E: Tensor) -> Tensor:
+    """Computes `tokens_of_share` for tensors, int64. The results equal those of `tokens_of_share`, because both
     functions use float64."""
-    wanted_E = torch.ceil(capacity_E * tokens_E.to(torch.float64) - 1e-9).to(torch.int64)
+    wanted_E = torch.ceil(share_E * tokens_E.to(torch.float64) - 1e-9).to(torch.int64)
     return torch.minimum(wanted_E.clamp_min(0), tokens_E)
 
 
-def choose(
-    logits_UE: Tensor, noisy_UE: Tensor, capacity_E: Tensor, own: slice, *, keep_order: bool = False
-) -> ExpertsChoice:
+def choose(logits_UE: Tensor, noisy_UE: Tensor, share_E: Tensor, own: slice, *, keep_order: bool = False) -> ExpertsChoice:
     """Lets each chooser take the best ceil(c T) of the T competing tokens. Of two tokens with equal logits, the earlier is
     taken.
 
     Args:
         logits_UE: Logits without noise, OUTSIDE if the token does not compete. The score is sigmoid(logit).
         noisy_UE: The logits that choosers compare: `logits_UE` plus noise, or the same tensor as `logits_UE`.
-        capacity_E: float64, the capacity c of each chooser.
+        share_E: float64, the capacity c of each chooser.
         own: The rows of this rank's tokens.
         keep_order: If true, `order_TE` is returned, too. `keep_order` needs a scope of one rank.
     """
-    room_E = capacities(capacity_E, (logits_UE != OUTSIDE).sum(0))
+    room_E = tokens_of_shares(share_E, (logits_UE != OUTSIDE).sum(0))
     order_UE = torch.sort(noisy_UE, dim=0, descending=True, stable=True).indices  # int64 [U, E]
     place_U = torch.arange(logits_UE.shape[0], device=logits_UE.device)
     taken_UE = torch.zeros_like(order_UE, dtype=torch.bool).scatter_(0, order_UE, place_U[:, None] < room_E)
@@ -242,18 +240,18 @@ def _kth_score(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor) -> Te
 def counted_pairs(
     choice: ExpertsChoice,
     weight_TE: Tensor,
-    capacity_E: Sequence[float],
+    share_E: Sequence[float],
     group_of_E: Sequence[int],
     batch_info: GlobalBatchInfo,
     ep_ranks: Sequence[int],
 ) -> Assignments:
     """Returns the pairs sorted by expert and falling logit. All ranks know the number N of pairs, because N is a sum of
-    capacities."""
+    token shares."""
     assert choice.order_TE is not None, "the number of pairs is known beforehand only if the scope is one rank"
     counts_WE = tuple(
         tuple(
-            capacity_of_tokens(capacity, batch_info.members_WG[rank][group])
-            for capacity, group in zip(capacity_E, group_of_E, strict=True)
+            tokens_of_share(capacity, batch_info.members_WG[rank][group])
+            for capacity, group in zip(share_E, group_of_E, strict=True)
         )
         for rank in ep_ranks
     )

@@ -112,7 +112,7 @@ class GlobalBatchInfo:
     """Token counts of a training micro-batch on all ranks, which are in host memory before any layer runs.
 
     Attributes:
-        step: Optimizer step, counted from 0. Random draws and scheduled capacities depend on it.
+        step: Optimizer step, counted from 0. Random draws and scheduled token shares depend on it.
         first_token: Index of the micro-batch's first token among all tokens of the step.
         rank: Global rank of this process. Ranks that share sequences count as one rank in all fields.
         tokens_W: Number of tokens of each rank of the world, padding included.

@@ -182,7 +182,7 @@ def depth_text(depths: DepthStatistics) -> str:
     taken_G, tokens_G = depths.taken_LG.sum(0), depths.tokens_LG.sum(0)
     shares = [f"{name} {taken_G[g] / tokens_G[g]:.3f}" for g, name in enumerate(depths.groups) if tokens_G[g]]
     return (
-        f"mixture-of-depths layers computed {computed_L.mean():.3f} of the held-out tokens, target {depths.capacity:g} "
+        f"mixture-of-depths layers computed {computed_L.mean():.3f} of the held-out tokens, target {depths.token_share:g} "
         f"(layers {computed_L.min():.3f} to {computed_L.max():.3f}; {', '.join(shares[:SHOWN_GROUPS])})"
     )
 

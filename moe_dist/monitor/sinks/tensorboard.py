@@ -199,7 +199,9 @@ class Window:
         for name in ("agreement", "gate_weight"):
             if name in metrics:
                 names, columns = [*names, name.replace("_", " ")], [*columns, metrics[name]]
-        caption = f"share of tokens computed, target {self._depths.capacity:g}; agreement and gate weight; {self._words()}"
+        caption = (
+            f"share of tokens computed, target {self._depths.token_share:g}; agreement and gate weight; {self._words()}"
+        )
         rows = Axis("layer", [str(layer) for layer in self._depths.layers])
         scale, values = linear_scale(caption, 1.0), np.stack(columns, axis=1)
         return draw(values, rows, Axis("", names), scale=scale, title="Mixture of depths")

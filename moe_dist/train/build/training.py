@@ -389,7 +389,7 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
+class LoopSettings:
     """Settings of the training loop, as plain values.
 
     Attributes:
@@ -421,7 +421,7 @@ class TrainingPlan:
     checks: tuple[str, ...]  # names of the checks at the end of the run (evaluation.checks)
 
 
-def build_plan(config: Config, manifest: Manifest, placement: ExpertPlacement, card: str | None = None) -> TrainingPlan:
+def loop_settings(config: Config, manifest: Manifest, placement: ExpertPlacement, card: str | None = None) -> LoopSettings:
     """Makes the settings of the training loop from the configuration. `card` is the name of the ranks' GPU."""
     optimizer, balance = config.optimizer, config.loss.balance
     peak, source = config.monitor.peak_tflops, "monitor.peak_tflops"
@@ -429,7 +429,7 @@ def build_plan(config: Config, manifest: Manifest, placement: ExpertPlacement, c
         peak, source = peak_tflops(card), card
     names = [group.name for group in placement.groups]
     weights = tuple(balance.null_weight.get(name, 1.0) for name in names) if balance.null_weight else None
-    return TrainingPlan(
+    return LoopSettings(
         placement=placement,
         policy=config.placement.policy,
         modalities=tuple(manifest.modalities),

@@ -48,7 +48,7 @@ def calibrate(
 ) -> None:
     """Sets the thresholds of all layers in place; `world` has the ranks with this rank's layers. Without batches all
     thresholds stay unchanged. An expert that selected no token keeps its threshold. `steps` is the number of training steps
-    so far, on which capacities may depend.
+    so far, on which token shares may depend.
 
     Collective: every rank must pass the same number of batches.
     """

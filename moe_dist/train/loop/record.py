@@ -23,14 +23,14 @@ from moe_dist.monitor.metrics import (
 from moe_dist.monitor.statistics import LeverDecision
 from moe_dist.monitor.tags import DEPTH_FAMILY, tag_plan
 from moe_dist.placement.placement import ExpertGroup
-from moe_dist.train.build.training import TrainingPlan
+from moe_dist.train.build.training import LoopSettings
 from moe_dist.train.start.resume import Progress
 from moe_dist.train.step.result import StepResult
 
 
 def build_record(
     result: StepResult,
-    plan: TrainingPlan,
+    plan: LoopSettings,
     progress: Progress,
     *,
     seconds: float,
@@ -138,7 +138,7 @@ def memory_of_ranks(memory_W3: np.ndarray) -> dict[str, float]:
 def needed_factors(busiest_G: np.ndarray, groups: Sequence[ExpertGroup]) -> dict[str, float]:
     """The entries of `Record.host` with `busiest_G` by group; none where it is unknown, or experts choose tokens."""
     pairs = zip(groups, busiest_G.tolist(), strict=False)  # empty in the first step
-    return {f"{NEEDED}{group.name}": most for group, most in pairs if most and group.capacity is None}
+    return {f"{NEEDED}{group.name}": most for group, most in pairs if most and group.token_share is None}
 
 
 def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, split: bool) -> dict[str, float | None]:
@@ -182,7 +182,7 @@ def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float |
     }
 
 
-def perf_scalars(result: StepResult, plan: TrainingPlan, seconds: float) -> dict[str, float | None]:
+def perf_scalars(result: StepResult, plan: LoopSettings, seconds: float) -> dict[str, float | None]:
     """Returns throughput. mfu = FLOPs per token x tokens per second / peak FLOPs per second of all devices (Chowdhery et
     al. 2022, appendix B); None if the peak is unknown."""
     rate, mfu = ratio(result.tokens, seconds), None
@@ -191,7 +191,7 @@ def perf_scalars(result: StepResult, plan: TrainingPlan, seconds: float) -> dict
     return {"perf/tokens_per_second": rate, "perf/step_seconds": seconds, "perf/mfu": mfu}
 
 
-def flops_per_token(counts: RoutingCounts[np.ndarray], plan: TrainingPlan) -> float:
+def flops_per_token(counts: RoutingCounts[np.ndarray], plan: LoopSettings) -> float:
     """Returns a step's FLOPs per token, from each group's true experts per token and its fraction of the tokens."""
     placement, tokens_G = plan.placement, counts.tokens_LG.sum(0)
     taken_E = (counts.choices_LC[:, : placement.num_experts] - counts.dropped_LE).sum(0)

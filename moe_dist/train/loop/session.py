@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def around_steps(
-    plan: Preflight,
+    checked: Preflight,
     training: Training,
     loader: TrainLoader | SampleLoader,
     progress: Progress,
@@ -66,16 +66,16 @@ def around_steps(
 ) -> Iterator[dict[str, Any]]:
     """Opens what works beside the steps: readings of the device, profiler, traces, sinks, and the garbage collector. Yields
     the arguments of `Trainer` for them."""
-    config, mesh, model = plan.config, training.parallel.mesh, training.parallel.model
+    config, mesh, model = checked.config, training.parallel.mesh, training.parallel.model
     start = {"attempt_id": attempt.attempt_id, "step": progress.step, "position": progress.position}
     with (
         watched_devices(config, mesh.device, env) as devices,
         profiled_steps(config, model, mesh.device, folder, env) as profile,
-        traced_steps(plan, folder, env, numbers=loader.numbers, **start) as tracer,
-        open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
+        traced_steps(checked, folder, env, numbers=loader.numbers, **start) as tracer,
+        open_sinks(checked, folder, env, attempt, progress=progress) as sinks,
         collected_by_steps(),
     ):
-        rows = build_placement_rows(config, plan, mesh, last=WINDOW)
+        rows = build_placement_rows(config, checked, mesh, last=WINDOW)
         watchers = [each for each in (tracer, rows) if each is not None]
         yield {"devices": devices, "profile": profile, "watchers": watchers, "sinks": sinks, "placement_rows": rows}
 
@@ -177,7 +177,7 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 
 @contextmanager
 def open_sinks(
-    plan: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
+    checked: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
 ) -> Iterator[list[Sink]]:
     """Yields a list, which is empty except on rank 0, where it has one sink, which passes the records of steps and
     evaluations to all sinks. The sinks are closed even after an error, so that no record stays in a buffer.
@@ -188,14 +188,14 @@ def open_sinks(
         yield []
         return
     console = Console()
-    print(start_text(plan, str(folder.path), plan.config.run.root))
-    print(placement_text(plan, width=min(120, console.width) if console.is_terminal else 120))
+    print(start_text(checked, str(folder.path), checked.config.run.root))
+    print(placement_text(checked, width=min(120, console.width) if console.is_terminal else 120))
     for before in folder.read_status().attempts[-2:-1]:
         if before.verdict == DivergedError.exit_code:
             print(f"the attempt before this one diverged after step {before.last_step}: {printable(before.reason)}")
             print(f"this attempt goes on after step {progress.step}")
     attempt.lease.check()  # another attempt may have taken the lease of the run meanwhile
-    sinks = GuardedSinks([LeaseWatch(attempt.lease.check), *_build_sinks(plan, folder, progress)])
+    sinks = GuardedSinks([LeaseWatch(attempt.lease.check), *_build_sinks(checked, folder, progress)])
     attempt.require(sinks.check_written)
     try:
         yield [sinks]
@@ -203,15 +203,15 @@ def open_sinks(
         sinks.close()
 
 
-def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list[Sink]:
+def _build_sinks(checked: Preflight, folder: RunFolder, progress: Progress) -> list[Sink]:
     """Makes one sink per section of `monitor.sinks`, and one for Ray if Ray started the run. Writes the configuration and
     the placement of experts to each sink as text."""
-    config, placement = plan.config, plan.placement
+    config, placement = checked.config, checked.placement
     subject = Subject(
         placement.groups,
         placement,
         config.model.moe_layers,
-        len(plan.manifest.modalities),
+        len(checked.manifest.modalities),
         mixture_of_depths=config.model.mixture_of_depths is not None,
     )
     context = SinkContext(
@@ -221,36 +221,36 @@ def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list
         evaluation_owed=progress.owes_evaluation(config.evaluation.every, config.train.steps),
         total_steps=config.train.steps,
         subject=subject,
-        modalities=tuple(plan.manifest.modalities),
+        modalities=tuple(checked.manifest.modalities),
     )
     sinks: list[Sink] = [section.build(context) for section in config.monitor.sinks]
     if path := os.environ.get(RAY_METRICS):
         sinks.append(RaySink(socket_path=path, run_name=config.run.name, resume_step=progress.step))
     for sink in sinks:
         sink.text("configuration", f"```yaml\n{resolved_yaml(config)}```")
-        sink.text("placement", f"```\n{placement_text(plan)}```")
+        sink.text("placement", f"```\n{placement_text(checked)}```")
     return sinks
 
 
-def placement_text(plan: Preflight, *, width: int = 120) -> str:
+def placement_text(checked: Preflight, *, width: int = 120) -> str:
     """Returns a text of `width` columns with the placement of a run's experts, and with the costs that each placement
     policy would have for the run's token mix."""
-    if plan.config.model.moe.experts.replicated:
+    if checked.config.model.moe.experts.replicated:
         return "LoRA experts: every rank holds all of them, nothing is exchanged\n"
     return render(
-        plan.comparison,
-        plan.placement,
-        plan.token_mix,
-        policy=plan.config.placement.policy,
+        checked.comparison,
+        checked.placement,
+        checked.token_mix,
+        policy=checked.config.placement.policy,
         width=width,
-        itemsize=COMPUTE_DTYPES[plan.config.parallel.precision].itemsize,
+        itemsize=COMPUTE_DTYPES[checked.config.parallel.precision].itemsize,
     )
 
 
-def write_texts(finished: Finished, plan: Preflight, sinks: Sequence[Sink]) -> str:
+def write_texts(finished: Finished, checked: Preflight, sinks: Sequence[Sink]) -> str:
     """Writes to the sinks the table of costs, and the comparison with a run with fixed top-k, which the function returns
     ("" if there is none)."""
-    beside = beside_fixed_top_k(plan.config, plan.manifest, finished.evaluation) if sinks else ""
+    beside = beside_fixed_top_k(checked.config, checked.manifest, finished.evaluation) if sinks else ""
     costs = "" if finished.costs is None else costs_markdown(finished.costs)
     for sink in sinks:
         for title, text in {"fixed top-k": beside, "cost table": costs}.items():
@@ -260,7 +260,7 @@ def write_texts(finished: Finished, plan: Preflight, sinks: Sequence[Sink]) -> s
 
 
 def conclude(
-    finished: Finished, folder: RunFolder, plan: Preflight, *, beside: str, stopped: signal.Signals | None = None
+    finished: Finished, folder: RunFolder, checked: Preflight, *, beside: str, stopped: signal.Signals | None = None
 ) -> None:
     """Prints and stores the summary. If another attempt has finished the run, prints that attempt's summary.
 
@@ -268,18 +268,18 @@ def conclude(
         beside: The sentence that `beside_fixed_top_k` returns; "" adds no line to the summary.
         stopped: A stop signal that came too late.
     """
-    _print_summary(finished, folder, plan, beside)
+    _print_summary(finished, folder, checked, beside)
     if stopped is not None:
         with suppress(OSError, ValueError):  # a closed terminal must not fail a finished run
             print(f"{stopped.name} came too late to stop the run: it is complete", file=sys.stderr)
 
 
-def _print_summary(finished: Finished, folder: RunFolder, plan: Preflight, beside: str) -> None:
+def _print_summary(finished: Finished, folder: RunFolder, checked: Preflight, beside: str) -> None:
     if not finished.took_steps and folder.summary_txt.is_file():  # another attempt finished the run meanwhile
         print(folder.read_summary())
         return
     console = Console(record=True, highlight=False, width=None if Console().is_terminal else 110)
-    title = f"Run {plan.config.run.name}, {finished.evaluation.step} steps"
+    title = f"Run {checked.config.run.name}, {finished.evaluation.step} steps"
     held_out = ", ".join(f"{name.replace('_', ' ')} {loss:.3f}" for name, loss in finished.evaluation.loss.items())
     console.print(summary_table(finished.checks, title=title) if finished.checks else f"{title}: held-out {held_out}")
     for line in (*choice_lines(finished.evaluation), *([beside] if beside else [])):
@@ -287,12 +287,14 @@ def _print_summary(finished: Finished, folder: RunFolder, plan: Preflight, besid
     if finished.costs is not None:
         console.print(render_costs(finished.costs))
     if (found := finished.evaluation.compute_map) is not None:
-        picture = draw_map(found, title=f"Compute map of run {plan.config.run.name} after step {finished.evaluation.step}")
+        picture = draw_map(
+            found, title=f"Compute map of run {checked.config.run.name} after step {finished.evaluation.step}"
+        )
         Image.fromarray(picture).save(folder.compute_map_png)
         for line in (*console_text(found, console.width), f"the same with more pictures: {folder.compute_map_png}"):
             console.print(line)
-    console.print(f"records {folder.metrics_jsonl}; curves and heat maps: tensorboard --logdir {plan.config.run.root}")
-    if adapters := write_adapters(plan.config, folder, finished.evaluation.step):
+    console.print(f"records {folder.metrics_jsonl}; curves and heat maps: tensorboard --logdir {checked.config.run.root}")
+    if adapters := write_adapters(checked.config, folder, finished.evaluation.step):
         console.print(adapters)
     if finished.checks and not finished.took_steps:
         console.print("no routing checks: this attempt took no step; the last steps' routing is in the records")

@@ -21,7 +21,7 @@ from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import EvaluationResult, LeverDecision
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.runtime.signals import StopRequest
-from moe_dist.train.build.training import TrainingPlan
+from moe_dist.train.build.training import LoopSettings
 from moe_dist.train.evaluation.acceptance import Check, run_checks
 from moe_dist.train.evaluation.balance import ranks_outnumber_cores
 from moe_dist.train.evaluation.evaluator import Evaluator
@@ -68,7 +68,7 @@ class Trainer:
         placement_rows: The watcher that counts token rows under other placements; None without `monitor.cost_table`.
     """
 
-    plan: TrainingPlan
+    plan: LoopSettings
     take_step: TrainingStep
     loader: Loader
     evaluator: Evaluator

@@ -110,8 +110,8 @@ def depth_statistics(
     assert counts.tokens_PG is not None, "the transformer counts by group"
     assert counts.taken_PG is not None
     groups = tuple(group.name for group in placement.groups)
-    layers, capacity = model.args.depth_layers, model.depth_routers()[0].capacity
-    return DepthStatistics(layers, capacity, groups, counts.tokens_PG, counts.taken_PG, **more)
+    layers, share = model.args.depth_layers, model.depth_routers()[0].token_share
+    return DepthStatistics(layers, share, groups, counts.tokens_PG, counts.taken_PG, **more)
 
 
 def auxiliary_terms(sums: AuxSums, tokens_LG: Tensor, tables: ColumnTables) -> Tensor:

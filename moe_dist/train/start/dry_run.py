@@ -16,7 +16,7 @@ from moe_dist.config.schema import Config
 from moe_dist.placement.parameter_names import EXPERTS, named_parameters
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan import flops, memory
-from moe_dist.plan.planner import PlacementPlan
+from moe_dist.plan.planner import PlacementCosts
 from moe_dist.plan.preflight import PlannedLayout, layout_without_data
 from moe_dist.plan.rank_memory import fullest_rank
 from moe_dist.plan.summary import bytes_text, count_text, per_token
@@ -33,7 +33,7 @@ class DryRun:
     active_parameters: float  # mean number of parameters that compute a token
     forward: flops.Parts  # FLOPs per token by part of the model
     training_flops: tuple[float, float]  # FLOPs per token of forward and backward, without and with recomputation
-    plan: PlacementPlan  # expected expert FLOPs and traffic of each rank
+    plan: PlacementCosts  # expected expert FLOPs and traffic of each rank
     rank: int  # the EP rank that needs the most memory
     rank_memory: memory.RankMemory  # memory of the EP rank `rank`
     exchange_bytes: float  # bytes per token, sent by all layers in forward, backward and recomputation

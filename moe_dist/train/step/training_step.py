@@ -248,7 +248,7 @@ class TrainingStep:
         with record_function("reduce gradients"):
             self.parallel.reduce_gradients()
         of_micro_batches, busiest_G = joined([each.own for each in found]), None
-        if not any(group.capacity is not None for group in self.placement.groups):
+        if not any(group.token_share is not None for group in self.placement.groups):
             busiest_G = busiest_load(of_micro_batches, self.placement.groups)
         return added(found)._replace(busiest_G=busiest_G)
 

@@ -93,7 +93,7 @@ def test_a_cache_keeps_latents_and_gives_the_same() -> None:
     module = made(None, rope_pairs="adjacent")
     x, positions = torch.randn(1, 6, DIM, dtype=torch.float64), torch.arange(6)[None]
     expected = module(x, rotary_table(positions, ROTATED, 1e4), dense_mask(torch.zeros(1, 6)))
-    cache = LayerCache(module.entry, batch=1, capacity=6, dtype=torch.float64, device=x.device)
+    cache = LayerCache(module.entry, batch=1, max_tokens=6, dtype=torch.float64, device=x.device)
     parts = [
         module.with_cache(part, rotary_table(at, ROTATED, 1e4), at, torch.ones_like(at, dtype=torch.bool), cache)
         for part, at in zip(x.split((4, 2), 1), positions.split((4, 2), 1), strict=True)

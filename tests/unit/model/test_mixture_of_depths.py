@@ -16,12 +16,12 @@ from moe_dist.model.layers import rotary_table
 from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers import selection
-from moe_dist.moe.routers.selection import Causal, capacity_of_tokens
+from moe_dist.moe.routers.selection import Causal, tokens_of_share
 from moe_dist.moe.thresholds import ThresholdUpdater
 from moe_dist.placement.parameter_names import named_parameters
-from moe_dist.train.objective.loss import depth_auxiliary, global_counts
+from moe_dist.train.objective.loss import depth_auxiliary
 from tests.reference.mixture_of_depths import choose, depth_forward
-from tests.support.counts import counts_with
+from tests.support.counts import depth_counts_with
 from tests.support.transformers import DIM, make_transformer
 
 VOCAB = 64
@@ -52,8 +52,8 @@ def draw_tokens(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def take_best(score_U: Tensor, capacity: float) -> tuple[Tensor, float]:
     """The tokens that one chooser takes, bool [U], and the score of the last of them."""
-    score_U1, capacity_1 = score_U[:, None], torch.tensor([capacity], dtype=torch.float64)
-    choice = selection.choose(score_U1, score_U1, capacity_1, slice(None))
+    score_U1, share_1 = score_U[:, None], torch.tensor([capacity], dtype=torch.float64)
+    choice = selection.choose(score_U1, score_U1, share_1, slice(None))
     return choice.taken_TE[:, 0], choice.kth_score_E.item()
 
 
@@ -70,14 +70,14 @@ def test_the_best_are_those_of_the_loop(scores: list[int], real: list[bool], cap
     assert set(taken.nonzero().flatten().tolist()) == expected
     last = torch.tensor([scores[token] for token in expected], dtype=torch.float64).sigmoid()
     assert kth_score == (min(last.tolist()) if expected else 0.0)
-    assert len(expected) <= capacity_of_tokens(capacity, len(scores))
+    assert len(expected) <= tokens_of_share(capacity, len(scores))
 
 
 def test_ties_go_to_the_earlier_token() -> None:
     taken, kth_score = take_best(torch.tensor([1.0, 2.0, 2.0, 2.0]), 0.5)
     assert taken.tolist() == [False, True, True, False]
     assert kth_score == torch.tensor(2.0).sigmoid().item()
-    assert capacity_of_tokens(0.1, 30) == 3  # not 4: 0.1 x 30 is a little more than 3 in floating point
+    assert tokens_of_share(0.1, 30) == 3  # not 4: 0.1 x 30 is a little more than 3 in floating point
 
 
 def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
         normed = x_TD / (x_TD.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         scores = (normed @ router).tolist()
         if model.training:
-            taken = choose(scores, (group.flatten() >= 0).tolist(), mixture_of_depths.capacity, [range(24)])
+            taken = choose(scores, (group.flatten() >= 0).tolist(), mixture_of_depths.token_share, [range(24)])
         else:
             takes = mixture_of_depths.takes(x_TD)[0]
             taken = {token for token in range(24) if takes[token] and group.flatten()[token] >= 0}
@@ -145,14 +145,14 @@ def test_reports_count_and_the_others_pass_unchanged() -> None:
     model = make_model(0.3)
     tokens, group = draw_tokens()
     reports = model(tokens, POSITIONS, DOCUMENTS, group)[1]
-    assert [report.depth is not None for report in reports] == [True, False, True]
-    taken = capacity_of_tokens(0.3, 21)
+    assert [report.counts.depth is not None for report in reports] == [True, False, True]
+    taken = tokens_of_share(0.3, 21)
     for report in (reports[0], reports[2]):
-        assert (int(report.depth.tokens), int(report.depth.taken)) == (21, taken)
-        assert int(report.sums.tokens_G.sum()) == taken
+        assert (report.counts.depth.tokens_P.item(), report.counts.depth.taken_P.item()) == (21, taken)
+        assert report.counts.tokens_LG.sum().item() == taken
     x = torch.randn(24, DIM, dtype=torch.float64)
     chosen = model.depth_routers()[0](x, group.flatten() >= 0)
-    assert len(chosen.index_C) == capacity_of_tokens(
+    assert len(chosen.index_C) == tokens_of_share(
         0.3, 24
     )  # slots by all tokens, known beforehand; empty beyond those taken
     assert int(chosen.full_C.sum()) == taken
@@ -165,8 +165,7 @@ def test_counts_are_those_of_a_loop(causal: Causal, training: bool) -> None:
     """Of the first layer, whose input is the embedding: by group, agreement with the causal decision, and weights."""
     model = make_model(0.3, causal).train(training)
     tokens, group = draw_tokens()
-    counts = global_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None)()
-    assert counts is not None
+    depth = model(tokens, POSITIONS, DOCUMENTS, group)[1][0].counts.depth
     mixture_of_depths = model.layers[0].depths
     x_TD, groups = model.embedding.weight[tokens].detach().flatten(0, 1), group.flatten().tolist()
     scores = [torch.dot(mixture_of_depths.router[0], x / (x.square().mean() + 1e-6).sqrt()).item() for x in x_TD]
@@ -181,10 +180,10 @@ def test_counts_are_those_of_a_loop(causal: Causal, training: bool) -> None:
                 computed[groups[token]] += 1
                 weight += 1 / (1 + math.exp(-scores[token]))
     assert sum(computed) > 0
-    assert (counts.depth_tokens_PG[0].tolist(), counts.depth_taken_PG[0].tolist()) == (members, computed)
-    assert (int(counts.depth_tokens_P[0]), int(counts.depth_agreed_P[0])) == (21, agreed)
-    assert counts.depth_weight_P[0].item() == pytest.approx(weight, rel=1e-12)
-    assert counts.depth_weight_P.requires_grad is False
+    assert (depth.tokens_PG[0].tolist(), depth.taken_PG[0].tolist()) == (members, computed)
+    assert (depth.tokens_P.item(), depth.agreed_P.item()) == (21, agreed)
+    assert depth.weight_P.item() == pytest.approx(weight, rel=1e-12)
+    assert depth.weight_P.requires_grad is False
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -192,10 +191,11 @@ def test_a_batch_of_padding_computes_nothing_and_has_zero_gradients(training: bo
     model = make_model(0.3).train(training)
     tokens, group = draw_tokens()
     logits, reports = model(tokens, POSITIONS, DOCUMENTS, torch.full_like(group, -1))
-    (logits.sum() + sum(r.depth.auxiliary for r in reports if r.depth and r.depth.auxiliary is not None)).backward()
+    auxiliary = [report.aux.depth_auxiliary_P.sum() for report in reports if report.aux.depth_auxiliary_P is not None]
+    (logits.sum() + sum(auxiliary)).backward()
     assert logits.isfinite().all()
     assert model.layers[0].depths.router.grad.abs().max() == 0
-    assert all(int(report.depth.taken) == 0 for report in reports if report.depth is not None)
+    assert [report.counts.depth.taken_P.item() for report in (reports[0], reports[2])] == [0, 0]
 
 
 @pytest.mark.parametrize("parts", [[1] * 8, [5, 1, 1, 1], [8]], ids=str)
@@ -215,19 +215,19 @@ def test_cached_logits_are_the_whole_ones_and_skipped_tokens_leave_no_entry(caus
         at += length
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-10)
     for layer, report in zip(cache, reports, strict=True):
-        taken = 24 if report.depth is None else int(report.depth.taken)
+        depth = report.counts.depth
+        taken = 24 if depth is None else depth.taken_P.item()
         assert int(layer.lengths.sum()) == taken
-        assert report.depth is None or 0 < taken < 24
+        assert depth is None or 0 < taken < 24
 
 
 def test_auxiliary_routers_learn_the_choice_and_move_nothing_else() -> None:
     model = make_model(0.3)
     tokens, group = draw_tokens()
     reports = model(tokens, POSITIONS, DOCUMENTS, group)[1]
-    counts = global_counts(reports, None)()
-    assert counts is not None
-    loss = depth_auxiliary(reports, counts.depth_tokens_P)
-    loss.backward()
+    shallow = (reports[0], reports[2])
+    auxiliary_P = torch.cat([report.aux.depth_auxiliary_P for report in shallow])
+    depth_auxiliary(auxiliary_P, torch.cat([report.counts.depth.tokens_P for report in shallow])).backward()
     for _, name, _, parameter in named_parameters(model):
         moved = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
         assert moved == (".depths.auxiliary." in name), name
@@ -239,8 +239,8 @@ def test_auxiliary_routers_learn_the_choice_and_move_nothing_else() -> None:
     hidden = h @ mixture_of_depths.auxiliary.inner.T
     chance = ((hidden * hidden.sigmoid()) @ mixture_of_depths.auxiliary.outer[0]).sigmoid()
     terms = [-(chance[t] if t in taken else 1 - chance[t]).log() for t in range(24) if real[t]]
-    torch.testing.assert_close(reports[0].depth.auxiliary, torch.stack(terms).sum())
-    assert int(reports[0].depth.agreed) == sum((chance[t] > 0.5) == (t in taken) for t in range(24) if real[t])
+    torch.testing.assert_close(auxiliary_P[0], torch.stack(terms).sum())
+    assert reports[0].counts.depth.agreed_P.item() == sum((chance[t] > 0.5) == (t in taken) for t in range(24) if real[t])
 
 
 def test_auxiliary_routers_come_to_agree() -> None:
@@ -251,11 +251,11 @@ def test_auxiliary_routers_come_to_agree() -> None:
     optimizer = torch.optim.Adam(router.auxiliary.parameters(), lr=0.02)
     share = 0.0
     for _ in range(150):
-        sums = router(torch.randn(256, DIM), torch.ones(256, dtype=torch.bool)).sums
+        chosen = router(torch.randn(256, DIM), torch.ones(256, dtype=torch.bool))
         optimizer.zero_grad()
-        (sums.auxiliary / 256).backward()
+        (chosen.auxiliary / 256).backward()
         optimizer.step()
-        share = float(sums.agreed) / 256
+        share = chosen.counts.agreed_P.item() / 256
     assert share > 0.9
 
 
@@ -264,7 +264,7 @@ def test_thresholds_follow_the_last_score_taken() -> None:
     updater, expected = ThresholdUpdater([[router]], 0.75, mixture_of_depths=True), 0.0
     for step, (score, tokens) in enumerate([(0.4, 10.0), (0.8, 20.0), (0.0, 0.0), (0.2, 4.0), (0.6, 8.0), (0.9, 1.0)]):
         seen_P = torch.tensor([tokens], dtype=torch.float64)
-        updater.after_step(counts_with(depth_kth_score_P=score * seen_P, depth_tokens_P=seen_P))
+        updater.after_step(depth_counts_with(kth_score_P=score * seen_P, tokens_P=seen_P))
         if tokens:
             seen = step + 1 - (step > 2)
             expected += max(1 / seen, 0.25) * (score - expected)
@@ -278,10 +278,3 @@ def test_thresholds_follow_the_last_score_taken() -> None:
     takes, weight = router.eval().takes(x)
     assert torch.equal(takes, weight > router.threshold)
     assert torch.equal(router(x, torch.ones(40, dtype=torch.bool)).full_C.sum(), takes.sum())
-
-
-def test_counts_are_none_without_depths() -> None:
-    model = make_transformer(moe_layers=(0,))
-    tokens, group = draw_tokens()
-    assert not global_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None)().depth_tokens_P.numel()
-    assert not [report for report in model(tokens, POSITIONS, DOCUMENTS, group)[1] if report.members_G is not None]

@@ -13,7 +13,7 @@ from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.train.build.training import TrainingPlan
+from moe_dist.train.build.training import LoopSettings
 from moe_dist.train.loop.record import build_record
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.start.resume import Progress
@@ -25,7 +25,7 @@ MODALITIES = ("text", "image")
 # Layers 1 and 3 of a model; 100 text tokens and 60 image tokens, of which a quarter should be computed.
 DEPTHS = DepthStatistics(
     layers=(1, 3),
-    capacity=0.25,
+    token_share=0.25,
     groups=("text", "image"),
     tokens_LG=np.array([[100, 60], [100, 60]]),
     taken_LG=np.array([[10, 30], [36, 4]]),
@@ -50,7 +50,7 @@ LOOP: Mapping[str, Any] = {
 def record_of(stats: Statistics, placement: ExpertPlacement, modalities: Sequence[str]) -> Record:
     """The record of a step of a run with these settings."""
     loop, nothing = stats.loop, dict[str, Any]()
-    plan = TrainingPlan(
+    plan = LoopSettings(
         placement=placement,
         policy="pinned",
         modalities=tuple(modalities),

@@ -10,7 +10,7 @@ import torch
 from moe_dist.config.load import load_config
 from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.plan.preflight import layout_without_data
-from moe_dist.train.build.training import build_plan
+from moe_dist.train.build.training import loop_settings
 from moe_dist.train.loop.session import card_name
 
 
@@ -79,7 +79,7 @@ def test_a_run_takes_the_peak_of_its_card() -> None:
         (["parallel.precision=fp32"], (None, "monitor.peak_tflops")),
     ):
         config = load_config("configs/olmoe_1b7b_8gpu.yaml", overrides)
-        plan = build_plan(config, manifest, layout_without_data(config).placement, "NVIDIA H200")
+        plan = loop_settings(config, manifest, layout_without_data(config).placement, "NVIDIA H200")
         assert (plan.peak_flops, plan.peak_source) == expected
 
 

@@ -20,7 +20,7 @@ from moe_dist.config.yaml_text import dump_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.plan.preflight import Preflight, check_file
-from moe_dist.train.build.training import build_loader, build_model, build_plan, build_training, state_specs
+from moe_dist.train.build.training import build_loader, build_model, build_training, loop_settings, state_specs
 from tests.support.cover import exhaustive, full
 from tests.support.one_rank import world_of_one
 from tests.support.tiny import IMAGE_IDS
@@ -222,7 +222,7 @@ def take_a_step(plan: Preflight) -> None:
     training = build_training(config, plan.manifest, plan.placement, mesh)
     loader = build_loader(config, plan.manifest, rank=0, world_size=1)
     batches = loader.batches(0)
-    settings = build_plan(config, plan.manifest, plan.placement)
+    settings = loop_settings(config, plan.manifest, plan.placement)
     result = training.step(batches, lr=settings.lr(0), aux=settings.aux(0), number=0)
     assert result.grad_norm == result.grad_norm, "the gradient is not a number"
 

@@ -9,7 +9,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan import memory
 from moe_dist.plan.costs import Costs
-from moe_dist.plan.estimate import LIBRARIES, SLACK, SLOWED, Estimate, Planner
+from moe_dist.plan.estimate import LIBRARIES, SLACK, SLOWED, Estimate, LayoutEstimator
 from moe_dist.plan.flops import parameters
 from moe_dist.plan.layouts import Placements, gpu_counts, layouts
 from moe_dist.plan.policies import expert_groups
@@ -23,7 +23,7 @@ FAST = {"launch": 0.0, "sync": 0.0, "between": LinkSection(ranks=8, latency=0.0,
 
 def estimated(config: Config, *, rates: Rates = RATES, most_bytes: float = 80e9) -> Estimate:
     placement = ExpertPlacement.interleaved(expert_groups(config.model.moe), config.parallel.ep)
-    return Planner(rates, Expected({}), {}, most_bytes).estimate(config, placement)
+    return LayoutEstimator(rates, Expected({}), {}, most_bytes).estimate(config, placement)
 
 
 def test_gpu_counts() -> None:

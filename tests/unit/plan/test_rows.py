@@ -76,7 +76,7 @@ def test_expectations_are_the_mean_of_uniform_tokens(wire: Wire) -> None:
 
 
 def test_expert_choice_has_no_spread_of_pairs() -> None:
-    groups = (ExpertGroup("text", 4, 0, 1, 10, 0, ("text",), capacity=0.25),)
+    groups = (ExpertGroup("text", 4, 0, 1, 10, 0, ("text",), token_share=0.25),)
     placement = ExpertPlacement.interleaved(groups, 2)
     load = Expected({}).load(placement, Wire(2), tokens=100, layers=3)
     assert not load.spread[1].any()

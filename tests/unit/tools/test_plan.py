@@ -13,7 +13,7 @@ import tools.report
 from moe_dist.config.load import load_config
 from moe_dist.monitor.report.numbers import traffic
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.plan.estimate import Planner
+from moe_dist.plan.estimate import LayoutEstimator
 from moe_dist.plan.layouts import Placements, layouts
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.rates import Rates, published_rates, rates_text, read_rates
@@ -79,7 +79,7 @@ def test_numbers_of_gpus_that_are_left_out_are_named(tmp_path: Path, monkeypatch
         "12 GPUs are left out, because train.global_batch=16 is not a multiple of them; take train.global_batch=24" in said
     )
     config = load_config(CONFIG, SMALL)
-    planner, placements = Planner(RATES, Expected({}), {}, 1e12), Placements(config, {})
+    planner, placements = LayoutEstimator(RATES, Expected({}), {}, 1e12), Placements(config, {})
     every = [planner.estimate(*next(layouts(config, count, RATES, placements))) for count in (1, 2, 4)]
     odd, full = tools.plan.left_out(config, [1, 2, 3, 4], every, every[2:])
     assert odd.startswith("3 GPUs are left out, because train.global_batch=16 is not a multiple")

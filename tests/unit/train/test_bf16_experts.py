@@ -16,7 +16,7 @@ def test_experts_follow_the_optimizer(tiny_data: Path, tmp_path: Path) -> None:
         one.resumable.restore()
         config, plan = one.plan.config, one.plan
         loader = build.build_loader(config, plan.manifest, rank=0, world_size=1)
-        aux = build.build_plan(config, plan.manifest, plan.placement).aux(0)
+        aux = build.loop_settings(config, plan.manifest, plan.placement).aux(0)
         stacks = [each for each in one.training.parallel.model.modules() if isinstance(each, ExpertStack)]
         before = [each.gate.detach().clone() for each in stacks]
         one.training.step(loader.batches(0), lr=1e-2, aux=aux)

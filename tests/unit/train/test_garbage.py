@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.train.build.training import build_loader, build_plan
+from moe_dist.train.build.training import build_loader, loop_settings
 from moe_dist.train.loop import trainer
 from moe_dist.train.loop.garbage import collected_by_steps
 from tests.support.one_rank import OneRank, world_of_one
@@ -17,7 +17,7 @@ def test_steps_leave_no_tensor_to_the_collector(tiny_data: Path, tmp_path: Path)
         one = OneRank(tiny_data, tmp_path)
         config, manifest = one.plan.config, one.plan.manifest
         loader = build_loader(config, manifest, rank=0, world_size=1)
-        aux = build_plan(config, manifest, one.plan.placement).aux(0)
+        aux = loop_settings(config, manifest, one.plan.placement).aux(0)
 
         def step(number: int) -> None:
             one.training.step(loader.batches(number * config.train.global_batch), lr=1e-3, aux=aux, number=number)

@@ -33,7 +33,7 @@ def hooks(model: torch.nn.Module) -> int:
 def trainer_of(one: OneRank, profiler: StepProfiler) -> Trainer:
     config, plan = one.plan.config, one.plan
     trainer = Trainer(
-        build.build_plan(config, plan.manifest, plan.placement),
+        build.loop_settings(config, plan.manifest, plan.placement),
         one.training.step,
         build.build_loader(config, plan.manifest, rank=0, world_size=1),
         build.build_evaluator(config, plan.manifest, one.training, plan.placement),

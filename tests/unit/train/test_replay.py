@@ -20,7 +20,7 @@ from moe_dist.monitor.trace.foreign import read_foreign
 from moe_dist.monitor.trace.reader import TracedStep, read_trace
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.build.training import build_loader, build_plan
+from moe_dist.train.build.training import build_loader, loop_settings
 from moe_dist.train.evaluation.replay_step import counterfactual, replay_step
 from moe_dist.train.objective.loss import AuxSettings, forward
 from moe_dist.train.step.result import StepResult
@@ -61,7 +61,7 @@ def traced_run(data: Path, root: Path, **changes: Any) -> Traced:
     batches = batches_of(one, 0)
     for layer in one.training.parallel.model.moe_modules():
         layer.router._selection_scores = reversed_scores  # pyright: ignore[reportArgumentType]
-    aux = build_plan(config, plan.manifest, plan.placement).aux(0)
+    aux = loop_settings(config, plan.manifest, plan.placement).aux(0)
     numbers = build_loader(config, plan.manifest, rank=0, world_size=1).numbers
     with traced_steps(plan, folder, ENV, attempt_id="one", step=0, position=0, numbers=numbers) as tracer:
         assert tracer is not None

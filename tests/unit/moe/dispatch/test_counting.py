@@ -13,7 +13,7 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
-from moe_dist.moe.dispatch.planning import Planner, _by_slot
+from moe_dist.moe.dispatch.planning import DispatchPlanner, _by_slot
 from moe_dist.moe.kernels.torch_kernels import counting_order
 from moe_dist.moe.routers.capacity import over_capacity
 from moe_dist.moe.routing.types import Assignments
@@ -81,7 +81,7 @@ class SilentWire:
 def calls_of_a_plan(ranks: int) -> int:
     """Returns the number of function calls of a plan for this number of ranks, with one expert each."""
     group = ExpertGroup("all", ranks, 0, 1, 4, 0, ("text",))
-    planner = Planner(ExpertPlacement((group,), tuple((i,) for i in range(ranks))), SilentWire(ranks))  # pyright: ignore
+    planner = DispatchPlanner(ExpertPlacement((group,), tuple((i,) for i in range(ranks))), SilentWire(ranks))  # pyright: ignore
     assignments = Assignments(torch.arange(8), torch.arange(8) + 1, torch.ones(8))
     planner.plan(assignments, 8, "layer")  # the first call makes the tables
     calls = 0

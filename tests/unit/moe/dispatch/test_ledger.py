@@ -57,7 +57,7 @@ def test_the_bound_is_the_largest_number_of_rows_over_every_allowed_choice(limit
 
 
 def test_without_a_choice_of_tokens_only_the_ranks_bound_the_rows() -> None:
-    group = ExpertGroup("text", 8, 0, 1, 8, 0, ("text",), capacity=0.5)
+    group = ExpertGroup("text", 8, 0, 1, 8, 0, ("text",), token_share=0.5)
     assert ExpertPlacement.interleaved((group,), 4).most_rows(0, group) == 3
 
 

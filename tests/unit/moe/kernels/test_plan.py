@@ -19,7 +19,7 @@ from moe_dist.comm.all_to_all import AllToAll, Splits
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.counting_planner import CountingPlanner
 from moe_dist.moe.dispatch.counting_static_planner import CountingStaticPlanner
-from moe_dist.moe.dispatch.planning import Planner
+from moe_dist.moe.dispatch.planning import DispatchPlanner
 from moe_dist.moe.dispatch.static_planning import StaticPlanner, StaticRoom
 from moe_dist.moe.kernels import plan as kernels
 from moe_dist.moe.kernels import static_plan as static_kernels
@@ -141,7 +141,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_counting_plans_as_torch(name: str, batch: str) -> None:
     placement = ExpertPlacement(GROUPS, PLACEMENTS[name])
     pairs = [drawn(batch, rank, placement.num_ranks) for rank in range(placement.num_ranks)]
-    plans, exchanges = reference(partial(Planner, placement), pairs)
+    plans, exchanges = reference(partial(DispatchPlanner, placement), pairs)
     for rank, expected in enumerate(plans):
         plan = counted(partial(CountingPlanner, placement), pairs[rank], rank, exchanges)
         assert (plan.rows, plan.pairs, plan.slot_counts) == (expected.rows, expected.pairs, expected.slot_counts)

@@ -20,8 +20,8 @@ from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, Score, softmax_logits
 from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
-from moe_dist.moe.routers.selection import capacity_of_tokens
 from moe_dist.moe.routers.selection import choice_of_training as as_in_training
+from moe_dist.moe.routers.selection import tokens_of_share
 from moe_dist.moe.routing.draws import logistic
 from moe_dist.moe.routing.types import ABSENT, GlobalBatchInfo, Routing, RoutingCache, RoutingRequest
 from moe_dist.moe.thresholds import ThresholdUpdater
@@ -147,7 +147,7 @@ def test_the_choice_equals_the_oracle(
 def test_capacities_are_the_reference_s_on_host_and_device() -> None:
     for tokens in range(60):
         for capacity in (1 / 3, 1 / 7, 0.1, 0.3, 1.0, 1 / 49):
-            assert capacity_of_tokens(capacity, tokens) == room(capacity, tokens)
+            assert tokens_of_share(capacity, tokens) == room(capacity, tokens)
 
 
 def layer_of(router: ExpertChoiceRouter, recompute: str = "none") -> MoELayer:
