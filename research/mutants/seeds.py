@@ -7,7 +7,10 @@ A file of faults is YAML, a list of mappings:
       kind: swapped sign
       old: "loss = z * z"                     # stands exactly once in the file
       new: "loss = -z * z"
-      at: "def z_loss("                       # optional: line of the probe, where none can stand before `old` (Triton)
+      at: "return z.mean()"                   # optional: line of the probe, inside a function
+
+A fault needs `at` if no probe can stand before `old`: in a Triton kernel, in an `elif`, or at the level of a module, where
+a probe would run only at import.
 
 `seeded.yaml` chose CI's tests; `held_out.yaml` was written afterwards, by another reader, and only judges them.
 """
