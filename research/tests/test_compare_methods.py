@@ -69,7 +69,6 @@ def test_run_whole_and_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (folder / "budget-1.5.jsonl.gz").read_bytes() == before
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setattr(rank_seconds, "ROUNDS", 1)
     for _ in range(2):  # the second call finds the round finished
         rank_seconds.measure(load_study(folder / "study.yaml"), (2,), folder, lambda: False)

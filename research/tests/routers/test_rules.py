@@ -120,9 +120,12 @@ def test_a_load_out_of_range_is_refused(tiny_data: Path, tmp_path: Path, value: 
     [
         (
             {"model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}},
-            "model.mixture_of_depths: model.moe.router.kind=top_k_by_id: layers that skip tokens",
+            "model.mixture_of_depths: model.moe.router.kind=top_k_by_id needs each token's id",
         ),
-        ({"engine": {"kind": "megatron"}}, "engine.kind=megatron: model.moe.router.kind=top_k_by_id: layers need"),
+        (
+            {"engine": {"kind": "megatron"}},
+            "engine.kind=megatron: it passes no token ids to layers, as model.moe.router.kind=top_k_by_id needs",
+        ),
         (
             {"model.moe.groups": {**GROUPS, "text": {**GROUPS["text"], "num_null": 2}}},
             "model.moe.groups.text.num_null=2: model.moe.router.kind=top_k_by_id needs true experts only",
