@@ -185,7 +185,7 @@ class RankCommand:
     rank: int
     node: int
     argv: tuple[str, ...]
-    env: Mapping[str, str]
+    env: dict[str, str]
 
 
 @dataclass(frozen=True)
