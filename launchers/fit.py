@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from launchers.command import NodePlan, rank_ranges
+from launchers.command import NodePlan, ranks_of
 from moe_dist.errors import ResourceError
 from moe_dist.plan.matching import match
 from moe_dist.runtime.node.check_result import CheckResult, Level, names, note, ok, warning
@@ -52,10 +52,8 @@ def problem(want: Want, wants: Sequence[Want], offers: Sequence[Offer], *, word:
         word: The scheduler's word for a trait: 'feature' or 'label'.
         where: Part of the cluster, such as "partition 'gpu'".
     """
-    ranks, groups = want.node.ranks, want.node.groups
-    who = f"rank{'s' if len(ranks) > 1 else ''} {rank_ranges(ranks)}" + (
-        f" (experts of {', '.join(groups)})" * bool(groups)
-    )
+    groups = want.node.groups
+    who = ranks_of(want.node.ranks) + (f" (experts of {', '.join(groups)})" if groups else "")
     kind = f" with the {word} {' and '.join(sorted(want.traits))}" if want.traits else ""
     having = [offer for offer in offers if want.traits <= offer.traits]
     if not having:

@@ -6,7 +6,7 @@ The driver pins each bundle (Ray resources of a rank) to a node, because no stra
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from launchers.command import JobPlan, NodePlan, rank_ranges
+from launchers.command import JobPlan, NodePlan, ranks_of
 from launchers.fit import Offer, Want, problem
 from moe_dist.plan.matching import match
 
@@ -184,7 +184,7 @@ def _domain_problem(missing: Sequence[NodePlan], nodes: Sequence[RayNode]) -> st
             sizes[node.labels[DOMAIN]] = sizes.get(node.labels[DOMAIN], 0) + 1
     existing = ", ".join(f"{name}: {size} nodes" for name, size in sorted(sizes.items())) or "no labelled node"
     return (
-        f"ranks {rank_ranges(ranks)}: the nodes of an EP group must share one domain (cluster file: domain_nodes) by the "
+        f"{ranks_of(ranks)}: the nodes of an EP group must share one domain (cluster file: domain_nodes) by the "
         f"label {DOMAIN}; the cluster has {existing}; label the nodes, lower parallel.ep, or set another domain_nodes"
     )
 

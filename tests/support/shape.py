@@ -51,6 +51,7 @@ class Shape:
         freezing_rank, freezing_step: What torchrun's lost node does last.
         features: Of the eight nodes.
         gpus: How a job asks for GPUs.
+        victims: Ranks, two on a node, that are killed, frozen, and end by a native exit.
     """
 
     seed: int
@@ -79,6 +80,7 @@ class Shape:
     freezing_step: int
     features: tuple[str, ...]
     gpus: str
+    victims: tuple[int, int, int]
 
     @classmethod
     def draw(cls, seed: int) -> "Shape":
@@ -118,6 +120,7 @@ class Shape:
             freezing_step=rng.choice((3, 4, 5)),
             features=tuple(rng.sample(("text", "vision") * 4, 8)),
             gpus=rng.choice(("gres", "gpus-per-node")),
+            victims=(rng.randrange(4), rng.randrange(4), rng.randrange(4)),
         )
 
     def variables(self) -> dict[str, str]:
