@@ -136,10 +136,10 @@ def _keys_page(title: str, what: str, root: Any) -> str:
 
 
 def _commands_page() -> str:
-    from moe_dist.__main__ import COMMANDS, load_subcommand
+    from moe_dist.__main__ import commands, load_subcommand
 
     lines = ["# Commands", "", "Every command prints this with `--help`. An empty default means that there is none.", ""]
-    for words, _, line in COMMANDS:
+    for words, _, line in commands():
         command = load_subcommand(words.split()[-1])
         lines += [f"## moe-dist {words}", "", line, ""]
         rows = []

@@ -1,1 +1,1 @@
-"""Commands that start a run: `python -m launchers.local`, `.slurm` or `.ray`. Launchers never import torch."""
+"""Commands that start a run, `moe-dist launch NAME`. Launchers never import torch."""

@@ -177,6 +177,11 @@ def rank_ranges(ranks: Sequence[int]) -> str:
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
+def ranks_of(ranks: Sequence[int]) -> str:
+    """Names ranks: 'rank 3', or 'ranks 0-2, 5'."""
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {rank_ranges(ranks)}"
+
+
 @dataclass(frozen=True)
 class RankCommand:
     """Program and arguments that start one rank on its node. The rank gets the node's environment, such as
@@ -185,7 +190,7 @@ class RankCommand:
     rank: int
     node: int
     argv: tuple[str, ...]
-    env: Mapping[str, str]
+    env: dict[str, str]
 
 
 @dataclass(frozen=True)

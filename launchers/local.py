@@ -14,15 +14,28 @@ from typing import Annotated
 import typer
 
 from launchers.attempts import begin_logs, inspect_folder, run_attempts
-from launchers.command import TRAIN, LaunchPlan, commands_text, file_rendezvous, fit_world_size, one_node, rank_commands
+from launchers.command import (
+    TRAIN,
+    JobPlan,
+    LaunchPlan,
+    commands_text,
+    file_rendezvous,
+    fit_world_size,
+    one_node,
+    rank_commands,
+)
+from launchers.fit import check_graces
+from launchers.launcher import Examination, Launcher
 from launchers.options import ConfigPath, Overrides, Overwrite
 from launchers.rank_tracker import Outcome, ShutdownTimeouts
 from launchers.supervise import Ranks
-from moe_dist.config.cluster import MAX_RESTARTS
+from moe_dist.config.cluster import MAX_RESTARTS, Cluster
 from moe_dist.config.load import read_draft
 from moe_dist.errors import EXIT_DONE, ResourceError
-from moe_dist.plan.preflight import check_file, layout_of_file
+from moe_dist.plan.preflight import PlannedLayout, check_file, layout_of_file
 from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_command
+from moe_dist.runtime.node.check_result import CheckResult, note
+from moe_dist.runtime.node.checks import check_cores, check_nodes
 from moe_dist.runtime.node.facts import nvml
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
@@ -147,6 +160,22 @@ def main(
     options = {"nproc": nproc, "overwrite": overwrite, "grace_seconds": grace, "max_restarts": max_restarts}
     with reports_errors(storage=RUN_FOLDER_FIX):
         raise typer.Exit(launch(config, overrides, dry_run=dry_run, **options))
+
+
+class LocalLauncher(Launcher):
+    """This machine, with one process per rank."""
+
+    main = staticmethod(main)
+
+    def plan(self, layout: PlannedLayout, cluster: Cluster) -> JobPlan:
+        return one_node(layout.config.parallel.ep * layout.config.parallel.edp)
+
+    def examine(self, asked: Examination) -> Iterator[CheckResult]:
+        yield from check_nodes([asked.here], asked.needs)
+        yield check_cores([asked.here], asked.needs)
+        yield check_graces({"until the launcher kills (--grace)": DEFAULT_GRACE_SECONDS}, asked.save_seconds)
+        if asked.probe or asked.fabric:
+            yield note("probe", "this node was checked directly; --probe and --fabric need a launcher for clusters")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launchers.run_progress import RunProgress, RunState, is_run, read_progress
+from launchers.table import launcher_table
 from moe_dist.errors import EXIT_DONE, ConfigError, printable
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.status import AttemptRecord
@@ -79,16 +80,13 @@ def find_runs(names: Sequence[str], root: Path) -> list[Path]:
 def many_runs(runs: Sequence[RunProgress], *, width: int = WIDTH) -> RenderableType:
     """Returns a table of `width` characters with one line per run. The last column, the reason, gets the remaining
     width."""
-    names = ("run", "state", "step", "tokens/s", "left", "checkpoint", "starts")
-    rows = [[_plain(cell) for cell in _row(run)] for run in runs]
-    widths = [max(len(name), *(row[column].cell_len for row in rows)) for column, name in enumerate(names)]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, name in enumerate(names):
-        table.add_column(name, width=widths[column], no_wrap=True, justify="left" if column < 2 else "right")
-    left = max(len("last reason"), width - sum(widths) - 2 * len(names))
-    table.add_column("last reason", width=left, overflow="ellipsis", no_wrap=True)
-    for run, row in zip(runs, rows, strict=True):
-        table.add_row(row[0], _state(run), *row[2:], _plain(run.why.partition("\n")[0]))
+    table = Table(box=None, pad_edge=False, header_style="bold", width=width)
+    for column, name in enumerate(("run", "state", "step", "tokens/s", "left", "checkpoint", "starts")):
+        table.add_column(name, no_wrap=True, justify="left" if column < 2 else "right")
+    table.add_column("last reason", ratio=1, overflow="ellipsis", no_wrap=True)
+    for run in runs:
+        name, _, *rest = map(_plain, _row(run))
+        table.add_row(name, _state(run), *rest, _plain(run.why.partition("\n")[0]))
     return table
 
 
@@ -163,20 +161,23 @@ def _facts(run: RunProgress) -> list[tuple[str, str]]:
 
 
 def _attempts(run: RunProgress) -> Table:
-    """Returns a table of the last attempts in order: their beginnings, durations, exit codes and reasons."""
+    """Returns a table of the last attempts in order: their launchers, beginnings, durations, exit codes and reasons."""
     table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
-    for column in ("start", "on", "began", "lasted", "to step"):
+    launchers = launcher_table()
+    for column in ("start", "by", "on", "began", "lasted", "to step"):
         table.add_column(column, no_wrap=True, justify="right" if column in ("start", "lasted", "to step") else "left")
     table.add_column("ended", no_wrap=True)
     table.add_column("reason", overflow="fold")
     shown = run.attempts[-ATTEMPTS_SHOWN:]
     hidden = len(run.attempts) - len(shown)
     if hidden:
-        table.add_row("", "", f"{hidden} earlier", "", "", "", "in status.json", style="dim")
+        table.add_row("", "", "", f"{hidden} earlier", "", "", "", "in status.json", style="dim")
     for number, ending in enumerate(shown, start=hidden + 1):
         current = ending is run.attempts[-1]
+        launcher = ending.attempt_id.partition("-")[0]  # with which the launchers begin each id
         table.add_row(
             str(number),
+            launcher if launcher in launchers else "-",
             _plain(ending.host),
             time.strftime("%F %T", time.localtime(ending.started)),
             duration(max(0.0, ending.ended - ending.started)) if ending.ended is not None else "",

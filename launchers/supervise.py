@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -64,7 +65,7 @@ class Ranks:
     """The rank processes of one attempt on this machine.
 
     Args:
-        logs: Log file of each rank, opened for appending without a buffer.
+        logs: Log file of each rank, opened for appending without a buffer; None if the ranks write where this process does.
         base_env: Environment to which the variables of each command are added.
         terminal: Shows rank 0's standard error; the default is the launcher's own standard error.
     """
@@ -72,7 +73,7 @@ class Ranks:
     def __init__(
         self,
         commands: Sequence[RankCommand],
-        logs: Sequence[IO[bytes]],
+        logs: Sequence[IO[bytes]] | None,
         *,
         timeouts: ShutdownTimeouts,
         base_env: Mapping[str, str] = os.environ,
@@ -83,16 +84,15 @@ class Ranks:
         self._memory = MemoryLimit()
         prepare = child_of(os.getpid(), ignore_stop=False)
         try:
-            for command, log in zip(commands, logs, strict=True):
+            for command, log in zip(commands, logs or [None] * len(commands), strict=True):
                 self._ranks.append(_start(command, log, base_env, prepare))
         except BaseException:
             self.kill()
             raise
         # Threads start only after all forks, because preexec_fn is not safe in a process with threads.
-        stderr = self._ranks[0].stderr
-        assert stderr is not None
-        self._stderr = DelayedStderr(stderr, logs[0], terminal or sys.stderr.buffer)
-        self._tracker = RankTracker(len(commands), timeouts, self._stderr.say)
+        stderr, say = self._ranks[0].stderr, partial(print, file=sys.stderr, flush=True)
+        self._stderr = DelayedStderr(stderr, logs[0], terminal or sys.stderr.buffer) if logs and stderr else None
+        self._tracker = RankTracker(len(commands), timeouts, self._stderr.say if self._stderr else say)
         for rank, pid in enumerate(self.pids):  # one waiting thread per rank records the order in which ranks end
             threading.Thread(target=self._wait_for, args=(rank, pid), name=f"rank{rank}", daemon=True).start()
 
@@ -108,11 +108,12 @@ class Ranks:
                 self._note_end()
                 for number in tracker.signals_due(signals, time.monotonic()):
                     self._send(number)
-                if not tracker.failed:
+                if self._stderr and not tracker.failed:
                     self._stderr.show(at_least=HELD_SECONDS)
         finally:
             self.kill()
-        self._stderr.finish(show=not tracker.failed)
+        if self._stderr:
+            self._stderr.finish(show=not tracker.failed)
         return tracker.outcome(signals.first)
 
     def kill(self) -> None:
@@ -143,17 +144,17 @@ class Ranks:
 
 
 def _start(
-    command: RankCommand, log: IO[bytes], base_env: Mapping[str, str], prepare: Callable[[], None]
+    command: RankCommand, log: IO[bytes] | None, base_env: Mapping[str, str], prepare: Callable[[], None]
 ) -> subprocess.Popen[bytes]:
     """Starts a rank. Rank 0 keeps the launcher's standard output, where it draws its progress bar, and writes
-    standard error to a pipe. Every other rank writes standard output and standard error to its log file."""
+    standard error to a pipe. Every other rank writes both to its log file. Without a log file, a rank keeps both."""
     first = command.rank == 0
     return subprocess.Popen(
         command.argv,
         env={**base_env, **command.env},
         stdin=subprocess.DEVNULL,  # ranks must not read the terminal
         stdout=None if first else log,  # None inherits the terminal
-        stderr=subprocess.PIPE if first else log,
+        stderr=subprocess.PIPE if first and log is not None else log,
         preexec_fn=prepare,  # sets PDEATHSIG: the kernel kills the rank when the launcher dies
     )
 

@@ -5,11 +5,10 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.command import rank_ranges
+from launchers.command import rank_ranges, ranks_of
 from launchers.rank_tracker import SUDDEN, Outcome
 from launchers.restart import STOPPED, committed_step, is_final
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, MoeDistError
@@ -139,11 +138,6 @@ def last_output(log: Path, attempt_id: str, *, most_lines: int = 200) -> str:
     while begins and any(line.startswith(chained) for line in lines[max(0, first - 2) : first]):
         first = begins.pop()
     return "\n".join(lines[first:][-most_lines:])
-
-
-def ranks_of(ranks: Sequence[int]) -> str:
-    """Names ranks: 'rank 3', or 'ranks 0-2, 5'."""
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {rank_ranges(ranks)}"
 
 
 def _last_problem(output: str) -> str:

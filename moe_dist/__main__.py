@@ -17,18 +17,14 @@ from moe_dist.config.bundled import add_to_path, source_root
 from moe_dist.runtime.command_line import command_app, print_version
 
 # Each entry has a subcommand, its function, and its line in the help text. The options of a subcommand are defined only at
-# the subcommand's function.
+# the subcommand's function. `commands` adds the launchers of `launchers/table.py`.
 COMMANDS = (
-    ("launch local", "launchers.local:main", "Run on this machine, with one process per rank."),
-    ("launch slurm", "launchers.slurm.__main__:main", "Submit a run to a Slurm cluster."),
-    ("launch ray", "launchers.ray.__main__:main", "Run on a Ray cluster, or submit a run to a Ray cluster."),
-    ("launch kubernetes", "launchers.kubernetes.__main__:main", "Print the Kubernetes manifests of a run."),
     ("train", "moe_dist.train.__main__:main", "Run one rank of a run, as torchrun starts it."),
     ("status", "launchers.status:main", "Show the state of runs."),
-    ("doctor", "tools.doctor:main", "Check a machine or cluster for a run."),
+    ("doctor", "launchers.doctor.__main__:main", "Check a machine or cluster for a run."),
     ("plan", "tools.plan:main", "Rank layouts by simulated step time."),
     ("calibrate", "tools.calibrate:main", "Measure the rates of this machine for plan."),
-    ("explain", "moe_dist.config.__main__:explain", "Print type, default and meaning of a key."),
+    ("explain", "launchers.explain:main", "Print type, default and meaning of a key."),
     ("show", "moe_dist.config.__main__:show", "Print a whole configuration, defaults included."),
     ("prepare-data", "tools.prepare_data:main", "Prepare the default data or your own data."),
     ("prepare-router-tuning", "tools.prepare_router_tuning:main", "Make the samples for router tuning."),
@@ -68,19 +64,35 @@ class LazyGroup(TyperGroup):
         return name, command if name is None or isinstance(command, LazyGroup) else load_subcommand(name), rest
 
 
+def commands() -> list[tuple[str, str, str]]:
+    """Returns all subcommands in the form of COMMANDS: one for each launcher, then those of COMMANDS."""
+    table = _bundled("launchers.table").launcher_table()
+    return [*((f"launch {name}", target, line) for name, (target, line) in table.items()), *COMMANDS]
+
+
+def _bundled(module: str) -> Any:
+    """Imports a module of the packages launchers and tools."""
+    add_to_path(source_root())  # this folder holds both packages
+    return importlib.import_module(module)
+
+
 def _words_of(name: str) -> str | None:
     """Returns the subcommand that runs the module `name`, given with or without its package, such as 'launch local'; None
     if no subcommand runs it."""
     name = name.replace("-", "_")
-    found = {target.partition(":")[0].removesuffix(".__main__"): words for words, target, _ in COMMANDS}
+    found = {target.partition(":")[0].removesuffix(".__main__"): words for words, target, _ in commands()}
     return next((words for each, words in found.items() if name in (each, each.rpartition(".")[2])), None)
 
 
 def load_subcommand(name: str) -> Any:
     """Imports a subcommand and returns its click command."""
-    add_to_path(source_root())  # this folder holds the packages launchers and tools
-    module, _, function = next(target for words, target, _ in COMMANDS if words.split()[-1] == name).partition(":")
-    command = typer.main.get_command(command_app(getattr(importlib.import_module(module), function)))
+    words, target = next((words, target) for words, target, _ in commands() if words.split()[-1] == name)
+    if words != name:
+        function = _bundled("launchers.table").load_launcher(name).main
+    else:
+        module, _, attribute = target.partition(":")
+        function = getattr(_bundled(module), attribute)
+    command = typer.main.get_command(command_app(function))
     command.name = name
     return command
 
@@ -99,9 +111,10 @@ def make_app() -> typer.Typer:
     ) -> None:
         """Train mixture-of-experts transformers with expert parallelism."""
 
-    launch = _group("Start a run: local, slurm, ray, kubernetes.")
+    found = commands()
+    launch = _group(f"Start a run: {', '.join(words.split()[-1] for words, _, _ in found if ' ' in words)}.")
     app.add_typer(launch, name="launch")
-    for words, _, line in COMMANDS:
+    for words, _, line in found:
         group, _, name = words.rpartition(" ")
         (launch if group else app).command(name, help=line)(lambda: None)  # `resolve_command` loads the real function
     return app

@@ -86,9 +86,9 @@ def measure(folder: Path, device_type: str) -> None:
     env = RankEnv.from_environment({**os.environ, **start})
     import torch  # imported late, because importing torch takes seconds and only the measuring tasks need torch
 
+    from moe_dist.parallel.meeting import meeting
     from moe_dist.parallel.mesh import destroy_world, init_world, own_gpu
     from moe_dist.parallel.pair_bandwidth import NodeRanks, measure_pairs, names_of_nodes
-    from moe_dist.parallel.rendezvous import meeting
 
     torch.set_num_threads(1)  # compute threads would disturb the measurement on CPU
     cuda = device_type == "cuda"

@@ -11,34 +11,16 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.files import write_atomically
-from moe_dist.runtime.node.facts import (
-    NodeFacts,
-    Questions,
-    look,
-    node_name,
-    questions_from,
-    to_line,
-    unreachable,
-    unresolved,
-)
+from moe_dist.runtime.node.facts import NodeFacts, Questions, look, node_name, to_line, unreachable, unresolved
 from moe_dist.runtime.rendezvous import HOST_VARIABLE, node_address
 
 WAIT_SECONDS = 45.0  # timeout of the connection test; the scheduler may start the nodes one after the other
 POLL_SECONDS = 0.1
-
-
-@dataclass(frozen=True)
-class Reachability:
-    """The result of one node's connection test: the resolver's error for each name that does not resolve, and the error of
-    the connection to rank 0's node ('' without an error)."""
-
-    unresolved: Mapping[str, str]
-    unreachable: str = ""
 
 
 def visit(questions: Questions, *, first: bool, env: Mapping[str, str] = os.environ) -> NodeFacts:
@@ -46,21 +28,22 @@ def visit(questions: Questions, *, first: bool, env: Mapping[str, str] = os.envi
     facts = look(questions, env=env)
     if questions.meeting is not None and questions.num_nodes > 1:
         path = Path(questions.meeting)
-        seen = listen(path, questions.num_nodes, env) if first else connect(path)
-        facts = replace(facts, unresolved={**facts.unresolved, **seen.unresolved}, unreachable=seen.unreachable)
+        unknown, error = (listen(path, questions.num_nodes, env), "") if first else connect(path)
+        facts = replace(facts, unresolved={**facts.unresolved, **unknown}, unreachable=error)
     # A scheduler may bind this task to some cores. The clock is read last: the receiver compares it with the arrival time.
     return replace(facts, cores=os.cpu_count(), clock=time.time())
 
 
-def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ) -> Reachability:
-    """Writes the address of rank 0's node to `path`, and waits until the other nodes have connected."""
+def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Writes the address of rank 0's node to `path`, and waits until the other nodes have connected. Returns the name of
+    this node with the resolver's error if the name does not resolve, otherwise {}."""
     name = variables.get(HOST_VARIABLE) or node_name(variables)
     try:
         address = node_address(variables)
         listener = socket.create_server((address, 0), backlog=num_nodes)  # with port 0 the kernel chooses a free port
     except (ConfigError, OSError) as error:
         _publish(path, name, "", 0)  # port 0 tells the other nodes to resolve the name and not to connect
-        return Reachability({name: str(error)})
+        return {name: str(error)}
     with listener:
         _publish(path, name, address, listener.getsockname()[1])
         deadline, missing = time.monotonic() + WAIT_SECONDS, num_nodes - 1
@@ -69,19 +52,20 @@ def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ
             with contextlib.suppress(TimeoutError):
                 listener.accept()[0].close()  # opening a connection is enough; nothing is sent
                 missing -= 1
-    return Reachability({})
+    return {}
 
 
-def connect(path: Path) -> Reachability:
-    """Resolves, on the other nodes, the name of rank 0's node and connects to that node. If `path` never appears, the
-    folder is not shared, which another check reports."""
+def connect(path: Path) -> tuple[dict[str, str], str]:
+    """Resolves, on the other nodes, the name of rank 0's node and connects to that node. Returns the resolver's error by
+    the name, and the error of the connection ('' without one). If `path` never appears, the folder is not shared, which
+    another check reports."""
     deadline = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, ValueError):  # raised while the file does not exist yet or is not readable
             host, address, port = json.loads(path.read_text())
-            return Reachability(unresolved([host]), unreachable(address, port) if address else "")
+            return unresolved([host]), unreachable(address, port) if address else ""
         time.sleep(POLL_SECONDS)
-    return Reachability({})
+    return {}, ""
 
 
 def _publish(path: Path, host: str, address: str, port: int) -> None:
@@ -90,4 +74,5 @@ def _publish(path: Path, host: str, address: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    print(to_line(visit(questions_from(sys.argv[1]), first=os.environ.get("RANK", "0") == "0")), flush=True)
+    questions = Questions(**json.loads(sys.argv[1]))
+    print(to_line(visit(questions, first=os.environ.get("RANK", "0") == "0")), flush=True)

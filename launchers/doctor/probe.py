@@ -12,11 +12,11 @@ from pathlib import Path
 
 from launchers.command import JobPlan
 from launchers.doctor import fabric
+from launchers.launcher import Examination
 from moe_dist.config.schema import Config
 from moe_dist.errors import MoeDistError
-from moe_dist.plan.memory import folder_bytes
-from moe_dist.runtime.node.check_result import CheckResult, error
-from moe_dist.runtime.node.checks import Needs, answered_at, check_cores, check_nodes
+from moe_dist.runtime.node.check_result import CheckResult, Level, error, note
+from moe_dist.runtime.node.checks import answered_at, check_cores, check_folders, check_nodes
 from moe_dist.runtime.node.facts import NodeFacts, Questions, from_line, nearest
 
 PROBE_MINUTES, FABRIC_MINUTES = 2, 10
@@ -25,24 +25,28 @@ PROBE_MINUTES, FABRIC_MINUTES = 2, 10
 RunOnNodes = Callable[[str, str, int, int], Iterator[tuple[float, str]]]
 
 
-def needs_of(config: Config, plan: JobPlan) -> Needs:
-    """Returns the run's requirements on its nodes."""
-    return Needs(
-        world_size=plan.world_size,
-        ranks_per_node=plan.ranks_per_node,
-        gpus_per_node=plan.gpus_per_node,
-        num_nodes=len(plan.nodes),
-        folder_bytes=folder_bytes(config),
-        folder=config.run.root,
-        data=config.data.path,
-    )
+def examine_cluster(asked: Examination, scheduled: list[CheckResult], run: RunOnNodes) -> Iterator[CheckResult]:
+    """Yields the results of a scheduler's checks, then those of the nodes and of the network, as asked for."""
+    yield from scheduled
+    fits = not any(result.level is Level.ERROR for result in scheduled)
+    if asked.probe and fits:
+        yield from probe_nodes(asked, run)
+    else:
+        yield from check_folders([asked.here], asked.needs)
+        if fits:
+            yield note("nodes of the job", "not checked; --probe checks each node, as the job itself does when it starts")
+        elif asked.probe or asked.fabric:
+            yield note("probe", "not started: its job would wait for nodes that the cluster lacks")
+    if asked.fabric and fits:
+        yield from measure_fabric(asked.config, asked.plan, run)
 
 
-def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFacts) -> list[CheckResult]:
+def probe_nodes(asked: Examination, run: RunOnNodes) -> list[CheckResult]:
     """Runs one task on each node for at most two minutes, and checks the facts that each task prints. Also checks the
-    folders of this node; `here` are the facts about this node."""
+    folders of this node."""
+    config, plan, needs = asked.config, asked.plan, asked.needs
     heard: dict[str, tuple[float, NodeFacts]] = {}
-    asked = time.time()
+    began = time.time()
     with _token_folder(config) as (token_file, meeting):
         questions = Questions(
             folder=config.run.root,
@@ -54,7 +58,7 @@ def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFac
         try:
             for seen, line in run("launchers.doctor.on_node", json.dumps(asdict(questions)), 1, PROBE_MINUTES):
                 if (facts := from_line(line)) is not None:
-                    heard[facts.node] = (answered_at(facts.clock, asked=asked, seen=seen), facts)
+                    heard[facts.node] = (answered_at(facts.clock, asked=began, seen=seen), facts)
         except MoeDistError as failed:
             if not heard:
                 return [error("probe", str(failed), "start one task per node by hand and read its error")]
@@ -65,8 +69,7 @@ def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFac
         found.append(error("probe", text, fix))
     answers = [heard[node] for node in sorted(heard, key=lambda name: (len(name), name))]  # node2 before node10
     nodes, when = [facts for _, facts in answers], [when for when, _ in answers]
-    needs = needs_of(config, plan)
-    return [*found, *check_nodes(nodes, needs, when, here=here), check_cores(nodes, needs)]
+    return [*found, *check_nodes(nodes, needs, when, here=asked.here), check_cores(nodes, needs)]
 
 
 def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[CheckResult]:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,14 +10,17 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from launchers.command import paths_of, plan_job, relative_paths
+from launchers.command import JobPlan, paths_of, plan_job, relative_paths
 from launchers.kubernetes.manifests import FILES, Manifest, Manifests, parts_of, uncovered
+from launchers.launcher import Examination, Launcher
 from launchers.options import ClusterName, ConfigPath, Overrides
 from moe_dist.config.bundled import find_config
-from moe_dist.config.cluster import cluster_file, load_cluster
+from moe_dist.config.cluster import Cluster, cluster_file, load_cluster
+from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import layout_of_file
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command
+from moe_dist.runtime.node.check_result import CheckResult, error, note, ok
 
 GUIDE = "docs/kubernetes.md"
 EXAMPLE = "kubernetes: {image: registry.example.org/moe-dist:cuda, claims: {shared: /shared}}"  # of a cluster file
@@ -57,12 +60,29 @@ def manifests(config_path: Path, overrides: Sequence[str], *, cluster: str | Non
     site, file = load_cluster(cluster, os.environ), cluster_file(cluster, os.environ)
     layout = layout_of_file(config_path, overrides)
     config, plan = layout.config, plan_job(layout, site)
-    here = site.kubernetes
-    problems = relative_paths(config)
-    if file is None:
-        raise ConfigError(f"--cluster is missing; give --cluster FILE, a YAML file with `{EXAMPLE}`", see=GUIDE)
+    problems = problems_of(config, plan, site)
+    if kind is Kind.RAYJOB and site.prelude:
+        problems.append("prelude: KubeRay starts pods without a shell; put these lines into the image, or take --kind job")
+    if problems:
+        raise ConfigError(problems, see=GUIDE)
+    files, arguments = {"config.yaml": find_config(config_path).read_text()}, [f"{FILES}/config.yaml", *overrides]
+    if file is not None:
+        files["cluster.yaml"] = file.read_text()
+        arguments.append(f"--cluster={FILES}/cluster.yaml")
+    parts = parts_of(plan, ep=config.parallel.ep, domains=site.domain_nodes is not None)
+    made = Manifests(config.run.name, plan, parts, site, files, tuple(arguments))
+    print(plan.table(), file=sys.stderr)
+    return made.jobs() if kind is Kind.JOB else made.ray_job()
+
+
+def problems_of(config: Config, plan: JobPlan, site: Cluster) -> list[str]:
+    """Returns the reasons why pods could not run the plan; empty if they can."""
+    here, problems = site.kubernetes, relative_paths(config)
     if here.image is None:
-        problems.append("kubernetes.image=null: must name a container image with moe_dist; set it in the cluster file")
+        problems.append(
+            "kubernetes.image=null: must name a container image with moe_dist; set it in the cluster file, which "
+            f"--cluster FILE names, as in `{EXAMPLE}`"
+        )
     absolute = {key: path for key, path in paths_of(config).items() if path.startswith("/")}
     claims = ", ".join(here.claims.values()) or "none"
     problems += [
@@ -75,17 +95,7 @@ def manifests(config_path: Path, overrides: Sequence[str], *, cluster: str | Non
             f"kubernetes.domain_label=null: domain_nodes={site.domain_nodes} asks for one interconnect domain for each EP "
             "group, and an EP group has several nodes; name the label that is equal on all nodes of a domain"
         )
-    if kind is Kind.RAYJOB and site.prelude:
-        problems.append("prelude: KubeRay starts pods without a shell; put these lines into the image, or take --kind job")
-    if problems:
-        raise ConfigError(problems, see=GUIDE)
-    files, arguments = {"config.yaml": find_config(config_path).read_text()}, [f"{FILES}/config.yaml", *overrides]
-    if file is not None:
-        files["cluster.yaml"] = file.read_text()
-        arguments.append(f"--cluster={FILES}/cluster.yaml")
-    made = Manifests(config.run.name, plan, parts, site, files, tuple(arguments))
-    print(plan.table(), file=sys.stderr)
-    return made.jobs() if kind is Kind.JOB else made.ray_job()
+    return problems
 
 
 def main(
@@ -98,6 +108,19 @@ def main(
     with reports_errors():
         found = manifests(config, overrides or [], cluster=cluster, kind=kind)
         print_done(text_of(found).rstrip())
+
+
+class KubernetesLauncher(Launcher):
+    """Kubernetes: prints the objects of a run."""
+
+    main = staticmethod(main)
+
+    def examine(self, asked: Examination) -> Iterator[CheckResult]:
+        problems = problems_of(asked.config, asked.plan, asked.cluster)
+        yield from (error("manifests", problem, f"see {GUIDE}", kind=ConfigError) for problem in problems)
+        if not problems:
+            yield ok("manifests", "the pods mount all folders of the run")
+        yield note("nodes of the job", "not checked: only Kubernetes knows its nodes; each start checks them")
 
 
 if __name__ == "__main__":

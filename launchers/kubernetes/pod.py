@@ -4,27 +4,22 @@ The pod's index in its Job chooses one of the planned nodes. The ranks meet at M
 write to the pod's log, and into their own logs in the run folder.
 """
 
-import contextlib
 import os
-import subprocess
-import sys
-import time
 from typing import Annotated
 
 import typer
 
-from launchers.command import JobPlan, LaunchPlan, RankCommand, plan_job, rank_commands
+from launchers.command import JobPlan, LaunchPlan, plan_job, rank_commands
 from launchers.options import ClusterName, ConfigPath, Overrides
-from launchers.rank_tracker import Outcome, RankTracker, ShutdownTimeouts
-from launchers.supervise import is_stopped
+from launchers.rank_tracker import ShutdownTimeouts
+from launchers.supervise import Ranks
 from moe_dist.config.cluster import load_cluster
 from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import layout_of_file
 from moe_dist.runtime.command_line import reports_errors, run_command
-from moe_dist.runtime.signals import StopSignals, child_of
+from moe_dist.runtime.signals import StopSignals
 
 INDEX = "JOB_COMPLETION_INDEX"  # variable that Kubernetes sets in the pods of an indexed Job
-TICK_SECONDS = 0.1
 PEER_SECONDS = 60.0  # seconds from a rank's failure until the pod's other ranks, which log their errors, get SIGTERM
 END_SECONDS = 5.0  # last seconds of the grace period, in which this process ends after its ranks
 
@@ -44,32 +39,6 @@ def node_of_pod(plan: JobPlan, nodes: str, index: str | None) -> int:
             "the manifests of `moe-dist launch kubernetes`"
         )
     return int(listed[int(index)])
-
-
-def run_ranks(commands: list[RankCommand], signals: StopSignals, grace_seconds: float) -> Outcome:
-    """Starts the ranks and blocks until all have ended. Forwards stop signals, and ends all ranks when one rank fails."""
-    timeouts = ShutdownTimeouts(stop=grace_seconds, peers=PEER_SECONDS)
-    tracker = RankTracker(len(commands), timeouts, lambda line: print(line, file=sys.stderr, flush=True))
-    prepare, ranks = child_of(os.getpid(), ignore_stop=False), list[subprocess.Popen[bytes]]()
-    try:
-        for command in commands:
-            environment = {**os.environ, **command.env}
-            ranks.append(subprocess.Popen(command.argv, env=environment, stdin=subprocess.DEVNULL, preexec_fn=prepare))
-        while not tracker.over:
-            time.sleep(TICK_SECONDS)
-            for position, rank in enumerate(ranks):
-                if position not in tracker.codes and (code := rank.poll()) is not None:
-                    stopped = tuple(each for each, other in enumerate(ranks) if is_stopped(other.pid))
-                    tracker.end(position, code, time.monotonic(), frozen=lambda found=stopped: found)
-            for number in tracker.signals_due(signals, time.monotonic()):
-                for rank in ranks:
-                    rank.send_signal(number)
-    finally:
-        for rank in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                rank.kill()
-            rank.wait()
-    return tracker.outcome(signals.first)
 
 
 def main(
@@ -96,7 +65,7 @@ def main(
             threads=site.cpus_per_rank,
         )
         commands = [command for command in rank_commands(launch) if command.node == node]
-        outcome = run_ranks(commands, signals, grace)
+        outcome = Ranks(commands, None, timeouts=ShutdownTimeouts(stop=grace, peers=PEER_SECONDS)).supervise(signals)
         raise typer.Exit(outcome.exit_code(outcome.cause()))
 
 

@@ -6,28 +6,30 @@ python -m launchers.ray --stop ID [--submit ADDRESS]               stops a job a
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from launchers.command import absolute_paths, commands_text, relative_paths
+from launchers.command import JobPlan, absolute_paths, commands_text, rank_commands, relative_paths
+from launchers.launcher import Examination, Launcher
 from launchers.options import ClusterName, Overrides, Overwrite
 from launchers.ray import submit as ray_submit
 from launchers.ray.job import check_job, path_on_nodes
 from launchers.ray.nodes import bundle_of_rank
 from moe_dist.config.cluster import FOLDER as CLUSTERS
 from moe_dist.config.cluster import VARIABLE as CLUSTER_VARIABLE
-from moe_dist.config.cluster import cluster_file, load_cluster
+from moe_dist.config.cluster import Cluster, cluster_file, load_cluster
 from moe_dist.config.load import load_config
 from moe_dist.errors import EXIT_DONE, ConfigError
-from moe_dist.plan.preflight import layout_of_file
+from moe_dist.plan.preflight import PlannedLayout, layout_of_file
 from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_command
-from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
+from moe_dist.runtime.node.check_result import CheckResult
+from moe_dist.runtime.signals import StopSignals
 
-IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # variable that Ray sets for the driver of a job
 DASHBOARD = "http://127.0.0.1:8265"  # Ray's own default
 
 
@@ -66,12 +68,12 @@ def _print_dry_run(config: Path, overrides: Sequence[str], cluster: str | None) 
     job = check_job(config, overrides, cluster=cluster, read=layout_of_file)  # prints the plan
     if job is None:  # the run is finished
         return
-    commands = job.commands(job.plan, attempt=0, attempt_id="ray-ID", grace_seconds=DEFAULT_GRACE_SECONDS, hosts=())
-    commands = [replace(command, env={**job.cluster.network_variables, **command.env}) for command in commands]
+    commands = rank_commands(job.launch)
+    commands = [replace(command, env=job.cluster.network_variables | command.env) for command in commands]
     lines = commands_text(commands).replace(
         " '' -m ", " python -m "
     )  # `python` stands for the unknown interpreter of the rank's node
-    print(f"resources of a rank: {bundle_of_rank(job.plan, job.cluster.cpus_per_rank)}\n{lines}")
+    print(f"resources of a rank: {bundle_of_rank(job.launch.job, job.cluster.cpus_per_rank)}\n{lines}")
 
 
 def main(
@@ -128,9 +130,29 @@ def main(
             raise typer.Exit(code)
     except typer.Exit as end:
         # Only the driver's log ends with the verdict. Outside a job nobody needs it after the words of an invalid run.
-        if drives and (IN_JOB in os.environ or end.exit_code != ConfigError.exit_code):
+        if drives and (ray_submit.IN_JOB in os.environ or end.exit_code != ConfigError.exit_code):
             print(ray_submit.verdict_line(end.exit_code), flush=True)
         raise
+
+
+class RayLauncher(Launcher):
+    """A Ray cluster, with one actor per rank."""
+
+    main = staticmethod(main)
+
+    def plan(self, layout: PlannedLayout, cluster: Cluster) -> JobPlan:
+        if problems := relative_paths(layout.config):
+            raise ConfigError([f"{problem}; give absolute paths, or use --submit" for problem in problems])
+        return super().plan(layout, cluster)
+
+    def examine(self, asked: Examination) -> Iterator[CheckResult]:
+        from launchers.doctor.probe import examine_cluster
+        from launchers.ray import checks
+        from launchers.ray.driver import connected
+
+        with connected(asked.env) as parts:
+            scheduled = checks.check_ray(asked.plan, asked.cluster, parts, asked.save_seconds, asked.env)
+            yield from examine_cluster(asked, scheduled, partial(checks.run_on_nodes, asked.plan, asked.cluster))
 
 
 if __name__ == "__main__":

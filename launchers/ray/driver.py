@@ -13,14 +13,14 @@ from dataclasses import replace
 import ray
 
 from launchers.attempts import begin_logs, run_attempts
-from launchers.command import JobPlan
+from launchers.command import JobPlan, rank_commands
 from launchers.rank_tracker import Outcome, ShutdownTimeouts
-from launchers.ray.exposure import asks_for_token, exposure_text, listening
+from launchers.ray.checks import MARGIN, check_exposure, check_stop_grace, stop_grace
 from launchers.ray.gang import gather_gang
 from launchers.ray.job import RayJob
 from launchers.ray.nodes import bundle_of_rank
 from launchers.ray.rank import WorkerInfo
-from launchers.ray.submit import STOP_WAIT
+from launchers.ray.submit import IN_JOB
 from launchers.snapshot import code_folder
 from moe_dist.config.cluster import Cluster
 from moe_dist.errors import ResourceError
@@ -29,10 +29,7 @@ from moe_dist.runtime.rendezvous import HOST_VARIABLE
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
 from moe_dist.runtime.status import measured_save_seconds
 
-IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job API in the driver's environment
 CONNECT_SECONDS = 10.0  # timeout of the connection to Ray's head node
-STOP_WAIT_DEFAULT = 3.0  # seconds, Ray's own default
-MARGIN = 0.1  # fraction of Ray's grace period reserved for the driver; the ranks get the rest
 SETTLE_SECONDS = 5.0  # time limit for missing nodes before the first attempt
 LAST_LINES_SECONDS = 1.0  # seconds within which Ray forwards rank 0's last output
 REPLACE_SECONDS = 300.0  # time limit for missing nodes before a restart
@@ -44,9 +41,9 @@ def drive(job: RayJob, signals: StopSignals) -> int:
     grace = stop_grace(os.environ)
     with connected(os.environ) as parts:
         signals.renew()  # ray.init has replaced the signal handlers
-        graces = grace_text(grace, measured_save_seconds(job.folder.logs))
-        for text in filter(None, (graces, exposure_text(listening(parts), token=asks_for_token()))):
-            print(text, file=sys.stderr, flush=True)
+        for result in (check_stop_grace(grace, measured_save_seconds(job.folder.logs)), check_exposure(parts)):
+            if result.is_problem:
+                print(f"{'!' * 100}\nWARNING: {result}\n{'!' * 100}", file=sys.stderr, flush=True)
         job.folder.prepare()  # made before the actors start, because each actor checks that it sees the folder
 
         faulty: set[str] = set()  # Ray's ids of nodes at fault in earlier attempts
@@ -70,9 +67,9 @@ def _attempt(
     rank's node."""
     wait = REPLACE_SECONDS if restarts else SETTLE_SECONDS
     gang = gather_gang(
-        job.plan,
-        bundle_of_rank(job.plan, job.cluster.cpus_per_rank),
-        [str(path) for path in (job.config, job.folder.logs)],
+        job.launch.job,
+        bundle_of_rank(job.launch.job, job.cluster.cpus_per_rank),
+        [str(path) for path in (job.launch.config, job.folder.logs)],
         str(job.data),
         together=job.together,
         exclude=job.cluster.exclude,
@@ -82,19 +79,16 @@ def _attempt(
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     try:
-        print(workers_table(gang.job, gang.workers), flush=True)
-        begin_logs(job.folder, job.plan.world_size, attempt_id)
-        planned = job.commands(
-            gang.job, attempt=restarts, attempt_id=attempt_id, grace_seconds=grace_seconds, hosts=gang.hosts
-        )
-        commands = [
-            replace(command, env={**site_variables(job.cluster, gang.workers, command.rank), **worker, **command.env})
-            for command, worker in zip(planned, worker_variables(gang.job, gang.workers), strict=True)
-        ]
-        commands = [replace(command, env={**job.variables, **command.env}) for command in commands]
+        print(gang.job.table([gang.node(node.ranks[0]).address for node in gang.job.nodes]), flush=True)
+        begin_logs(job.folder, gang.job.world_size, attempt_id)
+        attempt = {"attempt": restarts, "attempt_id": attempt_id, "grace_seconds": grace_seconds}
+        planned = rank_commands(replace(job.launch, job=gang.job, hosts=gang.hosts, **attempt))
+        site = [job.variables | site_variables(job.cluster, gang.workers, command.rank) for command in planned]
+        own = worker_variables(gang.job, gang.workers)
+        commands = [replace(each, env=site[each.rank] | own[each.rank] | each.env) for each in planned]
         logs = [job.folder.log_of(command.rank) for command in commands]
         outcome = gang.run(commands, logs, signals, ShutdownTimeouts(stop=grace_seconds * (1 + MARGIN / 2)))
-        return outcome, [gang.node(rank).node_id for rank in range(job.plan.world_size)]
+        return outcome, [gang.node(rank).node_id for rank in range(gang.job.world_size)]
     finally:
         gang.close()  # kills the actors, even after an error
 
@@ -117,25 +111,12 @@ def site_variables(cluster: Cluster, workers: Sequence[WorkerInfo], rank: int) -
     return cluster.network_variables | host
 
 
-def workers_table(plan: JobPlan, workers: Sequence[WorkerInfo]) -> str:
-    """Returns a table with one line per rank: host, labels, GPUs and expert groups."""
-    lines = []
-    for rank, worker in enumerate(workers):
-        labels = ",".join(
-            f"{name}={value}" for name, value in sorted(worker.labels.items()) if not name.startswith("ray.io/")
-        )
-        gpus = f"  GPU {','.join(worker.gpus)}" if worker.gpus else ""
-        experts = f"  experts of {', '.join(plan.groups[rank])}" if plan.groups and plan.groups[rank] else ""
-        lines.append(f"rank {rank}  {worker.host}  {labels or '-'}{gpus}{experts}")
-    return "\n".join(lines)
-
-
 @contextmanager
 def connected(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Connects to this process's Ray cluster. Yields the network addresses of Ray's GCS and dashboard. Raises ResourceError
     if there is no cluster."""
     # Ray copies the code of a job to the nodes. Outside of a job, `working_dir` makes Ray copy this clone.
-    shipped = {"working_dir": str(code_folder())} if IN_A_JOB not in env else {}
+    shipped = {"working_dir": str(code_folder())} if IN_JOB not in env else {}
     address = env.get("RAY_ADDRESS", "auto")
     host, _, port = address.rpartition(":")
     try:
@@ -154,27 +135,3 @@ def connected(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
         yield {part: address for part, address in addresses.items() if address}
     finally:
         ray.shutdown()  # frees the resources of this job
-
-
-def stop_grace(env: Mapping[str, str]) -> float | None:
-    """Returns the seconds from `ray job stop` until Ray kills the driver; None outside a job, where Ray does not kill the
-    driver."""
-    if IN_A_JOB not in env:
-        return None
-    try:
-        return float(env.get(STOP_WAIT, STOP_WAIT_DEFAULT))  # Ray's job agent reads the same variable
-    except ValueError:
-        return STOP_WAIT_DEFAULT
-
-
-def grace_text(grace: float | None, save_seconds: float | None) -> str:
-    """Returns a line with the grace period and the measured save time, or a warning if the period is too short for a
-    save."""
-    if grace is None:
-        return ""
-    saves = "this run has not saved yet" if save_seconds is None else f"its last saves took up to {save_seconds:.1f} s"
-    text = f"the grace period for a stop is {grace:g} s ({STOP_WAIT}); {saves}"
-    if grace > STOP_WAIT_DEFAULT and (save_seconds is None or save_seconds <= grace * (1 - MARGIN)):
-        return text
-    advice = f'submit with --runtime-env-json \'{{"env_vars": {{"{STOP_WAIT}": "300"}}}}\''
-    return f"WARNING: {text}: `ray job stop` may kill the run before it has saved; {advice}"

@@ -9,13 +9,10 @@ from launchers.attempts import inspect_folder
 from launchers.command import (
     PUBLISHED_RENDEZVOUS,
     TRAIN,
-    JobPlan,
     LaunchPlan,
-    RankCommand,
     ReadRun,
     absolute_paths,
     plan_job,
-    rank_commands,
     relative_paths,
 )
 from launchers.ray.nodes import nodes_sharing_ep_groups
@@ -31,46 +28,22 @@ class RayJob:
     """A checked and planned run.
 
     Attributes:
-        config: Path of the YAML file, valid on every node: absolute, or relative to the job's working directory.
+        launch: The first attempt; the driver replaces plan, hosts, attempt and grace period in each attempt.
         folder, data: Run folder and data folder, on a file system that all nodes share.
         max_restarts: Limit for the restarts of the job; by default the number in the cluster file.
         wait_seconds: Time limit of the wait for nodes that the cluster lacks; None means the default limits in driver.py.
-        program: Arguments of each rank's Python interpreter that precede the configuration's path.
         variables: Environment variables for the ranks; the values may be secrets.
         together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain. Empty without domains.
     """
 
-    config: Path
-    overrides: tuple[str, ...]
-    plan: JobPlan
+    launch: LaunchPlan
     cluster: Cluster
     folder: RunFolder
     data: Path
     max_restarts: int
-    wait_seconds: float | None
-    program: tuple[str, ...]
-    variables: Mapping[str, str] = field(default_factory=dict, repr=False)
+    wait_seconds: float | None = None
+    variables: dict[str, str] = field(default_factory=dict, repr=False)
     together: tuple[tuple[int, ...], ...] = ()
-
-    def commands(
-        self, plan: JobPlan, *, attempt: int, attempt_id: str, grace_seconds: float, hosts: tuple[str, ...]
-    ) -> tuple[RankCommand, ...]:
-        """Returns the command of each rank. The caller adds the environment variables of the site and of the rank's
-        actor."""
-        plan_of_attempt = LaunchPlan(
-            config=self.config,
-            overrides=self.overrides,
-            job=plan,
-            rendezvous=PUBLISHED_RENDEZVOUS,  # the driver cannot know which port of rank 0's node is free
-            attempt=attempt,
-            attempt_id=attempt_id,
-            grace_seconds=grace_seconds,
-            threads=self.cluster.cpus_per_rank,
-            python=self.cluster.python or "",  # an empty string stands for the interpreter of the rank's actor
-            program=self.program,
-            hosts=hosts,
-        )
-        return rank_commands(plan_of_attempt)
 
 
 def check_job(
@@ -105,19 +78,21 @@ def check_job(
     if start is Start.FINISHED:
         return None
     print(f"{plan.world_size} ranks; run folder {folder.path} ({start.value}), logs in {folder.logs}\n{plan.table()}")
-    return RayJob(
+    launch = LaunchPlan(
         config=path_on_nodes(config_path),
         overrides=tuple(overrides),
-        plan=plan,
-        cluster=site,
-        folder=folder,
-        data=Path(config.data.path),
-        max_restarts=site.max_restarts if max_restarts is None else max_restarts,
-        wait_seconds=wait_seconds,
+        job=plan,
+        rendezvous=PUBLISHED_RENDEZVOUS,  # the driver cannot know which port of rank 0's node is free
+        attempt=0,
+        attempt_id="ray-ID",
+        threads=site.cpus_per_rank,
+        python=site.python or "",  # an empty string stands for the interpreter of the rank's actor
         program=program,
-        variables={name: os.environ[name] for name in forwarded},
-        together=() if site.domain_nodes is None else tuple(nodes_sharing_ep_groups(plan, config.parallel.ep)),
     )
+    variables = {name: os.environ[name] for name in forwarded}
+    together = () if site.domain_nodes is None else tuple(nodes_sharing_ep_groups(plan, config.parallel.ep))
+    limit = site.max_restarts if max_restarts is None else max_restarts
+    return RayJob(launch, site, folder, Path(config.data.path), limit, wait_seconds, variables, together)
 
 
 def require_variables(names: Sequence[str], env: Mapping[str, str]) -> None:

@@ -6,12 +6,12 @@ The driver pins each bundle (Ray resources of a rank) to a node, because no stra
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from launchers.command import JobPlan, NodePlan
+from launchers.command import JobPlan, NodePlan, ranks_of
+from launchers.fit import Offer, Want, problem
 from moe_dist.plan.matching import match
 
 NODE_ID = "ray.io/node-id"  # label that Ray sets on every node
 DOMAIN = "ray.io/gpu-domain"  # label of nodes with a common fast interconnect, such as an NVLink rack
-_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class RayNode:
         return all(self.labels.get(name) == value for name, value in labels.items())
 
     def __str__(self) -> str:
-        own = {name: value for name, value in self.labels.items() if not name.startswith("ray.io/")}
-        return f"{self.address} ({_pairs(own) or 'no labels'})"
+        return f"{self.address} ({','.join(sorted(_pairs(self.labels))) or 'no labels'})"
 
 
 @dataclass(frozen=True)
@@ -185,51 +184,19 @@ def _domain_problem(missing: Sequence[NodePlan], nodes: Sequence[RayNode]) -> st
             sizes[node.labels[DOMAIN]] = sizes.get(node.labels[DOMAIN], 0) + 1
     existing = ", ".join(f"{name}: {size} nodes" for name, size in sorted(sizes.items())) or "no labelled node"
     return (
-        f"{_ranks(ranks)}: the nodes of an EP group must share one domain (domain_nodes in the cluster file), by the label "
-        f"{DOMAIN}; the cluster has {existing}; label the nodes, lower parallel.ep, or set another domain_nodes"
+        f"{ranks_of(ranks)}: the nodes of an EP group must share one domain (cluster file: domain_nodes) by the "
+        f"label {DOMAIN}; the cluster has {existing}; label the nodes, lower parallel.ep, or set another domain_nodes"
     )
 
 
 def _node_problem(each: NodePlan, job: JobPlan, nodes: Sequence[RayNode], bundle: Mapping[str, float]) -> str:
-    """Returns why no Ray node fits this planned node: no node has its labels, all nodes with the labels are too small, or
-    there are too few such nodes."""
-    labels = each.ray_labels
-    experts = f" (experts of {', '.join(each.groups)})" if each.groups else ""
-    who = f"{_ranks(each.ranks)}{experts}"
-    what = f"a Ray node with the label {_pairs(labels)}" if labels else "a Ray node"
-    labelled = [node for node in nodes if node.has(labels)]
-    wish = f"placement.groups.{each.groups[0]}.node.labels" if each.groups and labels else "the placement"
-    if not labelled:
-        fix = f"start one with `ray start --labels {_pairs(labels)} ...`, or change {wish}"
-        return f"{who}: needs {what}, and no live node has it; the live nodes are {_shown(nodes)}; {fix}"
-    need = {name: len(each.ranks) * amount for name, amount in bundle.items()}
-    roomy = [node for node in labelled if _fits(each, node, node.total, bundle)]
-    if not roomy:
-        most = {name: max(node.total.get(name, 0.0) for node in labelled) for name in need}
-        return (
-            f"{who}: needs {_amounts(need)} on {what}, but the largest has {_amounts(most)}; put fewer ranks on a node "
-            "(ranks_per_node, gpus.per_node and cpus_per_rank in the cluster file), or start larger nodes"
-        )
-    alike = sum(other.ray_labels == labels for other in job.nodes)
-    return (
-        f"{who}: needs {what} with {_amounts(need)}; the plan needs {alike} such nodes, the cluster has {len(roomy)}: "
-        f"{_shown(roomy)}; start more nodes, or put more ranks on a node (ranks_per_node and gpus.per_node in the cluster "
-        "file)"
-    )
+    wants = [
+        Want(other, _pairs(other.ray_labels), {name: len(other.ranks) * much for name, much in bundle.items()})
+        for other in job.nodes
+    ]
+    offers = [Offer(str(node), _pairs(node.labels), node.total) for node in nodes]
+    return problem(wants[each.index], wants, offers, word="label", where="the cluster")
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-
-def _pairs(labels: Mapping[str, str]) -> str:
-    return ",".join(f"{name}={value}" for name, value in sorted(labels.items()))
-
-
-def _amounts(resources: Mapping[str, float]) -> str:
-    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
-
-
-def _shown(nodes: Sequence[RayNode]) -> str:
-    more = f" and {len(nodes) - _SHOWN} more" if len(nodes) > _SHOWN else ""
-    return (", ".join(map(str, nodes[:_SHOWN])) or "none") + more
+def _pairs(labels: Mapping[str, str]) -> frozenset[str]:
+    return frozenset(f"{name}={value}" for name, value in labels.items() if not name.startswith("ray.io/"))

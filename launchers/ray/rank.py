@@ -22,7 +22,6 @@ import ray
 
 from launchers.memory_limit import MemoryLimit
 from launchers.ray.metrics import serve_metrics
-from launchers.ray.rank_supervisor import Order
 from launchers.supervise import is_stopped
 from moe_dist.runtime.environment import RAY_METRICS
 
@@ -97,7 +96,8 @@ class RankActor:
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ray kills an ended worker's process group; the supervisor must outlive the worker
         )
-        self._tell(Order([argv[0] or sys.executable, *argv[1:]], variables, log, shown, scratch).line())
+        order = [[argv[0] or sys.executable, *argv[1:]], variables, log, shown, scratch]
+        self._tell(json.dumps(order))
         self._pid = self._hear().get("pid")  # returns when the rank runs
         if self._pid is None:
             raise RuntimeError(f"{socket.gethostname()}: {argv[0]} could not be started")
@@ -114,17 +114,17 @@ class RankActor:
 
     def send(self, number: signal.Signals) -> None:
         """Forwards a signal to the rank."""
-        self._tell(f"{number.name}\n".encode())
+        self._tell(number.name)
 
     def frozen(self) -> bool:
         """Returns whether SIGSTOP has suspended the rank."""
         return self._pid is not None and is_stopped(self._pid)
 
-    def _tell(self, line: bytes) -> None:
+    def _tell(self, line: str) -> None:
         assert self._supervisor is not None
         assert self._supervisor.stdin is not None
         with contextlib.suppress(OSError):  # the supervisor has ended
-            self._supervisor.stdin.write(line)
+            self._supervisor.stdin.write(f"{line}\n".encode())
             self._supervisor.stdin.flush()
 
     def _hear(self) -> dict[str, Any]:

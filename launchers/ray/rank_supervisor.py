@@ -2,7 +2,7 @@
 
     python -m launchers.ray.rank_supervisor <started by launchers/ray/rank.py>
 
-    standard input     one line of JSON, an `Order`; then one signal name per line
+    standard input     one line of JSON, the arguments of `RankSupervisor`; then one signal name per line
     standard output    {"pid": ...} once the rank runs, {"code": ...} when it has ended
     standard error     the output of rank 0
 
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from moe_dist.runtime.signals import STOP_SIGNALS, child_of
@@ -34,42 +33,28 @@ LINGER_SECONDS = 2.0  # seconds from the end of the rank until its remaining chi
 ADOPTED_SECONDS = 10.0  # seconds to wait until killed processes have disappeared
 
 
-@dataclass(frozen=True)
-class Order:
-    """The command of a rank.
+class RankSupervisor:
+    """Runs one rank, until the last process that the rank has started is gone.
 
-    Attributes:
-        env: The complete environment.
+    Args:
+        env: The rank's complete environment.
         log: File to which the output is appended.
         shown: True for rank 0: standard output and standard error go to the driver, and standard error also into the log.
-        scratch: Folder that the supervisor deletes at its end; '' for none.
+        scratch: Folder that is deleted at the end; '' for none.
     """
 
-    argv: Sequence[str]
-    env: Mapping[str, str]
-    log: str
-    shown: bool
-    scratch: str = ""
-
-    def line(self) -> bytes:
-        return json.dumps(asdict(self)).encode() + b"\n"
-
-
-class RankSupervisor:
-    """Runs one rank, until the last process that the rank has started is gone."""
-
-    def __init__(self, order: Order) -> None:
-        self._scratch = order.scratch
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str], log: str, shown: bool, scratch: str) -> None:
+        self._scratch = scratch
         self._code: int | None = None
         self._inputs: list[int] = [0]
-        with open(order.log, "ab", buffering=0) as log:
-            self._log: IO[bytes] | None = open(os.dup(log.fileno()), "ab", buffering=0) if order.shown else None  # noqa: SIM115
+        with open(log, "ab", buffering=0) as file:
+            self._log: IO[bytes] | None = open(os.dup(file.fileno()), "ab", buffering=0) if shown else None  # noqa: SIM115
             self._rank = subprocess.Popen(
-                order.argv,
-                env=order.env,
+                argv,
+                env=env,
                 stdin=subprocess.DEVNULL,
-                stdout=2 if order.shown else log,  # standard output (1) carries the messages to the actor
-                stderr=subprocess.PIPE if order.shown else log,
+                stdout=2 if shown else file,  # standard output (1) carries the messages to the actor
+                stderr=subprocess.PIPE if shown else file,
                 preexec_fn=child_of(os.getpid(), ignore_stop=False),  # PDEATHSIG, in case the supervisor is killed
             )
         if self._rank.stderr is not None:
@@ -169,7 +154,7 @@ def main() -> None:
         if not byte:
             return
         line += byte
-    RankSupervisor(Order(**json.loads(line))).keep()
+    RankSupervisor(*json.loads(line)).keep()
 
 
 if __name__ == "__main__":

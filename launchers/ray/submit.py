@@ -26,6 +26,7 @@ from moe_dist.runtime.run_folder import RunFolder
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
+IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job API in the driver's environment
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # seconds from `ray job stop` until Ray kills the driver
 POLL_SECONDS = 1.0
 LOST_SECONDS = 10.0  # time without an answer after which Ray's head counts as lost

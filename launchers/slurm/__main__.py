@@ -9,15 +9,19 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from launchers.command import TRAIN, JobPlan, ReadRun, absolute_paths, plan_job
+from launchers.fit import unmet
+from launchers.launcher import Examination, Launcher
 from launchers.options import ClusterName, ConfigPath, Overrides, Overwrite
+from launchers.slurm import checks
 from launchers.slurm.job import rank_step
 from launchers.slurm.nodes import SlurmError, ask, outside_jobs
 from launchers.slurm.script import PROGRAM, output_pattern, parts, script
@@ -28,6 +32,7 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError, ResourceError
 from moe_dist.plan.preflight import check_file, layout_of_file
 from moe_dist.runtime.command_line import RUN_FOLDER_FIX, print_done, reports_errors, run_command
+from moe_dist.runtime.node.check_result import CheckResult
 from moe_dist.runtime.run_folder import RunFolder, Start
 
 # Errors of sbatch about missing nodes; all other errors of sbatch concern account, partition or limits.
@@ -160,22 +165,14 @@ def _tasks(
 
 
 def _refusal(job: Submission, words: str) -> MoeDistError:
-    """Returns the exception for an error of sbatch. For missing nodes, the message names ranks, expert groups and
-    feature."""
+    """Returns the exception for an error of sbatch. For missing nodes, the message names ranks, groups and feature."""
     if not any(each in words for each in _NO_SUCH_NODES):
         return ConfigError(
             f"{words}; account, partition, QOS, time and GPUs come from the cluster file, dependencies from --dependency"
         )
-    known = set(re.split(r"[,\s]+", ask("sinfo", "--noheader", "--format=%f").strip()))  # all features of the cluster
-    problems = []
-    for part in parts(job.plan):
-        if part.feature is not None and part.feature not in known:
-            ranks = ", ".join(str(rank) for node in part.nodes for rank in node.ranks)
-            groups = ", ".join(dict.fromkeys(name for node in part.nodes for name in node.groups))
-            problems.append(
-                f"ranks {ranks} (experts of {groups}) need nodes with the feature {part.feature!r}, which no node has; the "
-                f"nodes have {', '.join(sorted(known))}; change placement.groups.<group>.node.feature, or ask the site"
-            )
+    offers = checks.read_offers(job.cluster.partition)
+    wanted, where = checks.wants(job.plan, job.cluster), checks.where_of(job.cluster)
+    problems = unmet(wanted, offers, word="feature", where=where)
     return ResourceError(problems or f"the cluster has no such nodes: {words}; the plan is\n{job.plan.table()}")
 
 
@@ -223,18 +220,7 @@ def _commands_text(job: Submission, options: Sequence[str]) -> str:
     and NODE0 for the name of the first node."""
     hosts = tuple(f"NODE{node.index}" for node in job.plan.nodes)
     snapshot, first = CodeSnapshot(job.snapshot), SlurmJob("JOB", 0, None, Path.cwd())
-    table, text, command = rank_step(
-        first,
-        snapshot,
-        job.config,
-        job.cluster,
-        plan=job.plan,
-        hosts=hosts,
-        features={},
-        overrides=(),
-        program=job.program,
-        restarts=0,
-    )
+    table, text, command = rank_step(first, snapshot, job.config, job.cluster, job.plan, hosts, program=job.program)
     submission = shlex.join(_sbatch(job, options))
     return f"# Submission:\n{submission}\n\n# Each attempt:\n{shlex.join(command)}\n\n# {table}:\n{text}"
 
@@ -273,6 +259,18 @@ def _options(limit: str | None, dependency: str | None) -> list[str]:
     if not re.fullmatch(r"[a-z]+(:[0-9_+]+)*([,?][a-z]+(:[0-9_+]+)*)*", dependency):
         raise ConfigError(f"--dependency={dependency!r}: must have the form afterok:1234, afterany:12:13 or singleton")
     return [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
+
+
+class SlurmLauncher(Launcher):
+    """A Slurm cluster; slurm/train.sbatch starts the ranks."""
+
+    main = staticmethod(main)
+
+    def examine(self, asked: Examination) -> Iterator[CheckResult]:
+        from launchers.doctor.probe import examine_cluster
+
+        scheduled = checks.check_slurm(asked.plan, asked.cluster, asked.save_seconds)
+        return examine_cluster(asked, scheduled, partial(checks.run_on_nodes, asked))
 
 
 if __name__ == "__main__":

@@ -14,20 +14,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated
 
 import typer
 
-from launchers.command import PUBLISHED_RENDEZVOUS, TRAIN, JobPlan, LaunchPlan, absolute_paths, plan_job, rank_commands
+from launchers.command import PUBLISHED_RENDEZVOUS, TRAIN, JobPlan, LaunchPlan, absolute_paths, plan_job
 from launchers.restart import STOPPED, AttemptEnd, committed_step, is_final, why_not_restarted
-from launchers.slurm.nodes import (
-    Allocation,
-    differences,
-    hosts_of,
-    inside_job,
-    leave_out,
-    ranks_by_task,
-)
+from launchers.slurm.nodes import Allocation, differences, hosts_of, inside_job, leave_out, ranks_by_task
 from launchers.slurm.script import PROGRAM, interpreter, output_pattern, rank_table, sbatch_line, script, srun_command
 from launchers.slurm.step import SlurmJob, hold_signals_prefix, name_unconcluded, outcome_of, requeue_job, run_step
 from launchers.snapshot import CodeSnapshot, take_snapshot
@@ -82,17 +76,9 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     faulty = faults.read_text().split() if faults.is_file() else []
     hosts = hosts_of(plan, allocation, faulty)
     print(f"attempt {len(ends)} of job {job.id}; run folder {folder.path}\n{plan.table(hosts)}", flush=True)
+    program = tuple(shlex.split(env.get(PROGRAM, ""))) or TRAIN
     table, text, command = rank_step(
-        job,
-        snapshot,
-        config,
-        cluster,
-        plan=plan,
-        hosts=hosts,
-        features=allocation.features,
-        overrides=snapshot.overrides_of(job.task),
-        program=tuple(shlex.split(env.get(PROGRAM, ""))) or TRAIN,
-        restarts=len(ends),
+        job, snapshot, config, cluster, plan, hosts, features=allocation.features, program=program, restarts=len(ends)
     )
     write_atomically(table, text)
     allocated = [host for part in allocation.parts for host in part.hosts]  # the first host runs this script
@@ -203,18 +189,17 @@ def rank_step(
     snapshot: CodeSnapshot,
     config: Config,
     cluster: Cluster,
-    *,
     plan: JobPlan,
     hosts: tuple[str, ...],
-    features: Mapping[str, str],
-    overrides: tuple[str, ...],
-    program: tuple[str, ...],
-    restarts: int,
+    *,
+    features: Mapping[str, str] = MappingProxyType({}),
+    program: tuple[str, ...] = TRAIN,
+    restarts: int = 0,
 ) -> tuple[Path, str, list[str]]:
     """Returns the path and text of a rank table for these hosts, and the srun command that uses it. Writes no file."""
-    rank_plan = LaunchPlan(
+    launch = LaunchPlan(
         config=snapshot.config_yaml,
-        overrides=overrides,
+        overrides=snapshot.overrides_of(job.task),
         job=plan,
         # Only other programs use MASTER_ADDR; moe_dist's ranks read the address that rank 0 publishes.
         rendezvous={**PUBLISHED_RENDEZVOUS, "MASTER_ADDR": hosts[plan.node_of(0).index]},
@@ -226,18 +211,10 @@ def rank_step(
         program=program,
         hosts=hosts,
     )
-    visible = visible_folders(config, snapshot)
-    text = rank_table(
-        rank_commands(rank_plan),
-        cluster,
-        hosts=hosts,
-        features=features,
-        code=snapshot.code,
-        logs=RunFolder.of(config).logs,
-        visible=visible,
-    )
+    code, logs, visible = snapshot.code, RunFolder.of(config).logs, visible_folders(config, snapshot)
+    text = rank_table(launch, cluster, features=features, code=code, logs=logs, visible=visible)
     table = snapshot.folder / f"job_{job.id}_{job.restarts}.sh"
-    node_env, hold = snapshot.code / "slurm" / "node_env.sh", hold_signals_prefix(cluster)
+    node_env, hold = code / "slurm" / "node_env.sh", hold_signals_prefix(cluster)
     command = srun_command(plan, cluster, hosts=hosts, table=table, node_env=node_env, visible=visible, hold=hold)
     return table, text, command
 

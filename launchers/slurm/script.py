@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.command import JobPlan, NodePlan, RankCommand
+from launchers.command import JobPlan, LaunchPlan, NodePlan, rank_commands
 from moe_dist.config.bundled import source_root
 from moe_dist.config.cluster import ApptainerContainer, Cluster, PyxisContainer
 from moe_dist.errors import ConfigError
@@ -136,25 +136,18 @@ def srun_command(
 
 
 def rank_table(
-    commands: Sequence[RankCommand],
-    cluster: Cluster,
-    *,
-    hosts: Sequence[str],
-    features: Mapping[str, str],
-    code: Path,
-    logs: Path,
-    visible: Sequence[str],
+    launch: LaunchPlan, cluster: Cluster, *, features: Mapping[str, str], code: Path, logs: Path, visible: Sequence[str]
 ) -> str:
     """Returns shell text that slurm/node_env.sh sources in every task. The text maps host and SLURM_LOCALID to the
     variables of a rank. SLURM_PROCID may differ from the rank, because ranks on a node need not be consecutive, and Slurm
     numbers the components of a heterogeneous job one after the other.
 
     Args:
-        hosts: Host names in the order of the plan.
         features: Comma-separated features of each allocated host.
         code: Working directory of the ranks.
         visible: Folders to mount in a container under the same path.
     """
+    commands, hosts = rank_commands(launch), launch.hosts
     first = commands[0]
     common = {name: value for name, value in first.env.items() if all(each.env[name] == value for each in commands)}
     lines = ["# The rank of each task; sourced by slurm/node_env.sh.", f"cd {shlex.quote(str(code))} || exit 78"]

@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchers.command import ranks_of
 from launchers.rank_tracker import CLEAN, Outcome
 from launchers.restart import STOPPED
 from launchers.slurm.nodes import SlurmError, ask, lost_among, outside_jobs
 from launchers.slurm.script import HOLD_SIGNALS
 from launchers.snapshot import CodeSnapshot
-from launchers.verdict import Verdict, ranks_of, write
+from launchers.verdict import Verdict, write
 from moe_dist.config.cluster import Cluster, PyxisContainer
 from moe_dist.errors import EXIT_FAILED, ConfigError
 from moe_dist.runtime.lease import WAIT_SECONDS

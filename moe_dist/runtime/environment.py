@@ -32,7 +32,7 @@ class RankEnv:
         init_method: Way in which the ranks meet: PUBLISHED, or torch's env://, tcp://HOST:PORT or file:///PATH.
         attempt: Number of restarts by the launcher; 0 for the first attempt. torchrun's agents may count differently.
         attempt_id: Unique name of this attempt. If the launcher gives no name, each process makes its own name; after the
-            ranks have met, all ranks use rank 0's name (parallel/rendezvous.py).
+            ranks have met, all ranks use rank 0's name (parallel/meeting.py).
         launched: True if a launcher of moe_dist started the process and sends its standard error to the rank's log.
         grace_seconds: Time from a stop signal until the process ends itself.
     """

@@ -84,25 +84,9 @@ def read_reports(folder: Path) -> list[Report]:
     return sorted(reports, key=lambda report: report.rank)
 
 
-@dataclass(frozen=True)
-class Hang:
-    """Diagnosis of a hang.
-
-    Attributes:
-        culprits: Ranks that the others wait for; empty if all ranks are in the same collective.
-        silent: Culprits without a report.
-        waiting: Report of a rank that waits directly for the culprits.
-        reason: The diagnosis as a message.
-    """
-
-    culprits: tuple[int, ...]
-    silent: tuple[int, ...]
-    waiting: Report
-    reason: str
-
-
-def judge(reports: Sequence[Report], world_size: int, seconds: float) -> Hang:
-    """Finds the ranks that the others wait for.
+def judge(reports: Sequence[Report], world_size: int, seconds: float) -> tuple[str, int | None]:
+    """Finds the ranks that the others wait for. Returns the diagnosis as a message, and the first of these ranks; None if
+    all ranks are in the same collective.
 
     The culprits are the ranks without a report; else the ranks outside any collective; else the ranks that have entered
     fewer collectives than others (all ranks issue the same collectives in the same order). Among the waiting ranks, the
@@ -129,7 +113,7 @@ def judge(reports: Sequence[Report], world_size: int, seconds: float) -> Hang:
         why = f"{ranks_text(culprits)} did not enter it: {first.place}, at {first.at}"
     else:
         why = "all ranks have entered it: check the network between them, and their split sizes"
-    return Hang(culprits, silent, waiting, f"{what}; {why}")
+    return f"{what}; {why}", next(iter(culprits), None)
 
 
 class Watchdog:
@@ -209,9 +193,9 @@ class Watchdog:
             return f"{own.line()}; it cannot exchange reports with its peers: {error}", None
         if not any(each.collective for each in reports):
             return "the watchdog of a peer ended the run; the peer's log names the collective", None
-        hang = judge(reports, self._world_size, self._seconds)
-        logger.error("%s; the reports of all ranks are in %s", hang.reason, self._folder)
-        return hang.reason, next(iter(hang.culprits), None)
+        reason, at_fault = judge(reports, self._world_size, self._seconds)
+        logger.error("%s; the reports of all ranks are in %s", reason, self._folder)
+        return reason, at_fault
 
     def _report(self, position: Position | None) -> Report:
         return Report(

@@ -29,7 +29,9 @@ class Doctor:
     def says(self, *arguments: str, **variables: str) -> tuple[int, list[str]]:
         """Exit code and lines."""
         fixed = [f"run.root={self.root}", "--on=slurm", f"--cluster={self.site}"]
-        done = self.cluster.run(sys.executable, "-m", "tools.doctor", DEFAULT, *fixed, *arguments, cwd=ROOT, **variables)
+        done = self.cluster.run(
+            sys.executable, "-m", "launchers.doctor", DEFAULT, *fixed, *arguments, cwd=ROOT, **variables
+        )
         assert not done.stderr, done.stderr
         return done.returncode, done.stdout.splitlines()
 
@@ -73,15 +75,15 @@ def test_a_host_that_does_not_resolve(doctor: Doctor, slurm: SlurmCluster) -> No
 
 def test_a_feature_that_no_node_has(doctor: Doctor) -> None:
     said = doctor.says("placement.groups.image.node.feature=hearing", "--probe")
-    assert_only(said, 69, "^FAIL nodes: rank 2 needs a node with the feature 'hearing'.*existing: text, vision")
+    assert_only(said, 69, r"^FAIL nodes: rank 2 .*: .* no node with the feature hearing; its nodes have text and vision;")
 
 
 @pytest.mark.exhaustive
 def test_more_than_any_node_has(doctor: Doctor, tmp_path: Path) -> None:
     doctor.site = tmp_path / "large.yaml"
     doctor.site.write_text(drawn().site(ranks_per_node=2, cpus_per_rank=7))
-    needs = f"ranks 0-1 need 14 CPU on one node, but no node .* more than {drawn().cpus};"
-    assert_only(doctor.says("--probe"), 69, f"^FAIL nodes: {needs}")
+    needs = f"needs 14 CPU on one node, but the largest of .* has {drawn().cpus} CPU;"
+    assert_only(doctor.says("--probe"), 69, f"^FAIL nodes: ranks 0-1 .*: {needs}")
 
 
 def test_a_run_folder_that_one_node_can_only_read(doctor: Doctor, slurm: SlurmCluster) -> None:

@@ -62,7 +62,7 @@ def test_the_command_of_the_readme_trains(ray_head: StartedRay, tmp_path: Path) 
     printed, _ = done.communicate()
     assert done.returncode == 0, printed
     assert [line["step"] for line in steps(RunFolder(tmp_path / "readme"))] == [1, 2, 3]
-    assert "the grace period for a stop is 300 s (RAY_JOB_STOP_WAIT_TIME_S); this run has not saved yet" in printed
+    assert "WARNING: stop grace" not in printed
     assert "moe_dist ends with verdict 0" in printed
     assert "without a token" not in printed
 
@@ -71,7 +71,7 @@ def test_a_healthy_cluster_gives_no_warning(ray_head: StartedRay, tmp_path: Path
     """Ray's own store of the cluster's state listens at all addresses here: the token is what keeps others out."""
     fixed = [f"run.root={tmp_path}", f"data.path={ray_cluster.DATA}", "--on=ray", "--probe", "--fabric"]
     done = subprocess.run(
-        [sys.executable, "-m", "tools.doctor", CONFIG, *fixed],
+        [sys.executable, "-m", "launchers.doctor", CONFIG, *fixed],
         cwd=ROOT,
         env={**os.environ, "RAY_ADDRESS": ray_head.address},
         capture_output=True,

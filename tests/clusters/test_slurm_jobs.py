@@ -121,19 +121,21 @@ def test_the_node_of_the_rank_at_fault_is_left_out_and_not_that_of_its_peers(sta
     """Two ranks a node. A killed rank, a frozen one whose peers have the watchdog's reports, and one that left by a native
     exit: the peers of each have an exception, and end first."""
     stage.set_site(ranks_per_node=2)  # two of the four nodes: others are left
-    job = stage.launch("kill:1+2 freeze:2+1 exit:3+1 done")
+    victims = drawn().victims
+    job = stage.launch("kill:{}+2 freeze:{}+1 exit:{}+1 done".format(*victims))
     assert job.end() == 0, job.said
     killed, frozen, left, done = stage.run.read_status().attempts
-    assert [(each.verdict, each.rank) for each in (killed, frozen, left)] == [(1, 1), (1, 2), (1, 3)]
+    assert [(each.verdict, each.rank) for each in (killed, frozen, left)] == [(1, rank) for rank in victims]
     assert done.verdict == 0
-    at_fault = [hosts(stage.run, attempt=attempt)[rank] for attempt, rank in ((0, 1), (1, 2), (2, 3))]
-    assert killed.reason == f"rank 1 on {at_fault[0]}: killed by SIGKILL"
-    assert frozen.reason.startswith(f"rank 2 on {at_fault[1]}: collective 'combine rows' of layers.1 did not finish in 4 s")
-    assert left.reason == f"rank 3 on {at_fault[2]}: exit code 3; attempt 2: rank 3 is here"
+    at_fault = [hosts(stage.run, attempt=attempt)[rank] for attempt, rank in enumerate(victims)]
+    of_killed, of_frozen, of_left = (f"rank {rank} on {at_fault[at]}: " for at, rank in enumerate(victims))
+    assert killed.reason == f"{of_killed}killed by SIGKILL"
+    assert frozen.reason.startswith(f"{of_frozen}collective 'combine rows' of layers.1 did not finish in 4 s")
+    assert left.reason == f"{of_left}exit code 3; attempt 2: rank {victims[2]} is here"
     for attempt in (1, 2):
         assert not {*at_fault[:attempt]} & {*hosts(stage.run, attempt=attempt)}, "the next attempt leaves it out"
     assert f"nodes at fault: {at_fault[0]}, {at_fault[1]}; the next attempt leaves them out" in job.said
-    assert f"rank 3 failed first (exit code 3) on {at_fault[2]}" in job.said
+    assert f"rank {victims[2]} failed first (exit code 3) on {at_fault[2]}" in job.said
 
 
 def test_data_that_one_node_lacks_are_named_at_once_with_node_and_path(stage: Stage) -> None:

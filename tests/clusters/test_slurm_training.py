@@ -288,7 +288,7 @@ def test_a_plan_that_nobody_can_satisfy_ends_with_69_and_names_ranks_and_feature
     values["run.root"] = str(tmp_path)
     done = runs.cluster.run(sys.executable, "-m", "launchers.slurm", DEFAULT, *overrides(values))
     assert done.returncode == ResourceError.exit_code, done.stderr
-    assert "ranks 2, 3 (experts of image) need nodes with the feature 'holography', which no node has" in done.stderr
+    assert "(experts of image): the default partition has no node with the feature holography;" in done.stderr
 
 
 def test_the_readmes_sbatch_works_as_written(slurm: SlurmCluster) -> None:

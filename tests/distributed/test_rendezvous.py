@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil, torch
 import torch.distributed as dist
 from moe_dist.parallel.mesh import destroy_world, init_world
-from moe_dist.parallel.rendezvous import meeting
+from moe_dist.parallel.meeting import meeting
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.rendezvous import StartWait
 def listening():

@@ -21,7 +21,7 @@ Done = subprocess.CompletedProcess[str]
 # Imports every module and prints every subcommand's help in one process, because each process would import torch again.
 IMPORT_ALL = """
 import importlib, pkgutil, sys
-from moe_dist.__main__ import COMMANDS, load_subcommand, main
+from moe_dist.__main__ import commands, load_subcommand, main
 load_subcommand("doctor")  # puts launchers and tools on the path
 for top in ("moe_dist", "launchers", "tools"):
     package = importlib.import_module(top)
@@ -29,7 +29,7 @@ for top in ("moe_dist", "launchers", "tools"):
     for found in pkgutil.walk_packages(package.__path__, f"{top}."):
         if not found.name.startswith("moe_dist.bundled"):
             importlib.import_module(found.name)
-for words in ["", "launch", *(words for words, _, _ in COMMANDS)]:
+for words in ["", "launch", *(words for words, _, _ in commands())]:
     sys.argv = ["moe-dist", *words.split(), "--help"]
     try:
         main()

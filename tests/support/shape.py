@@ -41,7 +41,7 @@ class Shape:
             environment of the submission) or `cores` (the job's cores on the node).
         signal_seconds: Of the cluster file.
         time: Time limit, in one of Slurm's forms; always 30 minutes.
-        silent_seconds: Slurm declares a node down after this time without an answer.
+        silent_seconds: Slurm declares a node down after this time without an answer; a busy machine's nodes answer late.
         skew: Seconds by which each node starts late.
         late_rank, late_seconds: Of the test with one rank that starts long after the others.
         late_cpus: CPUs of each rank in that test.
@@ -51,6 +51,7 @@ class Shape:
         freezing_rank, freezing_step: What torchrun's lost node does last.
         features: Of the eight nodes.
         gpus: How a job asks for GPUs.
+        victims: Ranks, two on a node, that are killed, frozen, and end by a native exit.
     """
 
     seed: int
@@ -79,6 +80,7 @@ class Shape:
     freezing_step: int
     features: tuple[str, ...]
     gpus: str
+    victims: tuple[int, int, int]
 
     @classmethod
     def draw(cls, seed: int) -> "Shape":
@@ -105,7 +107,7 @@ class Shape:
             threads=rng.choice(("key", "user", "cores")),
             signal_seconds=rng.choice((60, 75, 120)),
             time=rng.choice(("30", "30:00", "0:30:00", "0-0:30")),
-            silent_seconds=rng.choice((10, 20)),
+            silent_seconds=rng.choice((90, 120)),
             skew=tuple(rng.choice((0, 0, 2, 6)) for _ in range(4)),
             late_rank=rng.choice((0, 1)),
             late_seconds=rng.choice((65, 75, 95, 110)),  # more than the 60 s until another node sees a file
@@ -118,6 +120,7 @@ class Shape:
             freezing_step=rng.choice((3, 4, 5)),
             features=tuple(rng.sample(("text", "vision") * 4, 8)),
             gpus=rng.choice(("gres", "gpus-per-node")),
+            victims=(rng.randrange(4), rng.randrange(4), rng.randrange(4)),
         )
 
     def variables(self) -> dict[str, str]:

@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "support" / "slurm_cluster.sh"
 PACKAGES = "slurmctld slurmd slurm-client munge environment-modules iproute2 util-linux"
 BUSY_SECONDS = 600.0  # limit for any action of four ranks on a busy machine
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
+LATE_SECONDS = 30.0  # for what a job that is over, or that Slurm holds, has still to show
 
 
 class SlurmCluster:
@@ -128,20 +130,23 @@ class SlurmJob:
         return int(self.field("ExitCode").partition(":")[0])
 
     def wait_for(self, condition: Callable[[], bool], what: str, *, seconds: float = BUSY_SECONDS) -> None:
-        """Waits until `condition` holds. Shows all state if it does not."""
-        deadline = time.monotonic() + seconds
+        """Waits until `condition` holds. Shows all state if it does not, or cannot any more because the job is over."""
+        began = moved = look = time.monotonic()
         while not condition():
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now >= look:  # a call of scontrol costs more than a look at a file
+                look = now + 2.0
+                moved = moved if self.field("JobState") in OVER or self.field("Reason").startswith("JobHeld") else now
+            if now - began > seconds or now - moved > LATE_SECONDS:
                 raise AssertionError(
-                    f"job {self.number} ({self.field('JobState')}): not {what} within {seconds:g} s\n{self.said}\n"
-                    f"{self.cluster.run('squeue', '-t', 'all').stdout}\n{self.cluster.logs()}"
+                    f"job {self.number} is not {what}\n{self.cluster.scontrol('show', 'job', self.number)}\n"
+                    f"{self.cluster.scontrol('show', 'node')}\n{self.said}\n{self.cluster.logs()}"
                 )
             time.sleep(0.1)
 
     def end(self) -> int:
         """Waits for the job's end. Returns its exit code."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        self.wait_for(lambda: self.field("JobState") in over, "ended")
+        self.wait_for(lambda: self.field("JobState") in OVER, "over")
         return self.code
 
     def wait_for_requeue(self, restarts: int = 1) -> None:

@@ -20,7 +20,7 @@ TORCH_FREE = (
     "moe_dist/checkpoint/directory.py",
     "moe_dist/monitor/compare.py",
     "tools/compare_runs.py",
-    "tools/doctor.py",
+    "launchers/doctor",
     "tools/inspect_checkpoint.py",
     "tools/plan.py",
     "launchers",

@@ -16,8 +16,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 MARK = "moe_dist node facts: "  # begins the line with the facts, because the cluster file's prelude may print other lines
 CONNECT_SECONDS = 5.0
 INFINIBAND = Path("/sys/class/infiniband")
@@ -192,11 +190,6 @@ def from_line(line: str) -> NodeFacts | None:
         return NodeFacts(**json.loads(text))
     except (ValueError, TypeError):  # the line was cut, or comes from another version of moe_dist
         return None
-
-
-def questions_from(text: str) -> Questions:
-    """Reads a text that `json.dumps(asdict(questions))` wrote; pydantic turns JSON's lists back into tuples."""
-    return TypeAdapter(Questions).validate_json(text)
 
 
 def _version(package: str) -> str | None:

@@ -28,8 +28,8 @@ from moe_dist.monitor.sinks.console import choice_lines, summary_table
 from moe_dist.monitor.sinks.prometheus import RaySink
 from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch, Sink, SinkContext
 from moe_dist.parallel.determinism import make_deterministic
+from moe_dist.parallel.meeting import meeting
 from moe_dist.parallel.mesh import Mesh, init_world, make_mesh, own_gpu
-from moe_dist.parallel.rendezvous import meeting
 from moe_dist.plan.planner import render
 from moe_dist.plan.preflight import Preflight
 from moe_dist.plan.summary import start_text

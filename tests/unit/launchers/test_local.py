@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from launchers.local import launch, main
+from launchers.local import launch
 from moe_dist.errors import ConfigError, ResourceError
-from moe_dist.runtime.command_line import command_app
 from moe_dist.runtime.lease import Lease
 from moe_dist.runtime.run_folder import RunFolder
-from tests.support.cover import full, rest_full
+from tests.support.cover import full
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config, write_config
 
@@ -52,12 +50,6 @@ with Attempt(env) as attempt:
     wait_for("opened.0")
 """
 )
-
-
-def test_an_override_with_dashes_is_told_how_to_write_it() -> None:
-    done = CliRunner().invoke(command_app(main), ["x.yaml", "--train.steps=10"], env={"COLUMNS": "200"})
-    assert done.exit_code == 2
-    assert "--train.steps=10: an override of the configuration has no dashes; write train.steps=10" in done.output
 
 
 def test_cuda_without_a_gpu_is_refused_before_any_rank_starts(
@@ -112,19 +104,13 @@ def test_nproc_stretches_edp_and_the_ranks_hear_of_it(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "options", "message"),
-    [
-        (["trian.steps=3"], {}, ""),
-        (["data.path=/nowhere"], {}, ""),
-        (["train.global_batch=7"], {}, "global_batch=7"),
-        ([], {"nproc": 3}, ""),
-        ([], {"nproc": 8}, ""),  # the data are checked against the ranks that would run
-    ],
+    ("overrides", "options"),
+    [(["data.path=/nowhere"], {}), ([], {"nproc": 3}), ([], {"nproc": 8})],  # the data are checked against the ranks
 )
 def test_a_bad_configuration_costs_no_process_and_no_folder(
-    site: Site, overrides: list[str], options: dict[str, Any], message: str
+    site: Site, overrides: list[str], options: dict[str, Any]
 ) -> None:
-    with refused(ConfigError, message):
+    with refused(ConfigError, golden=False):
         site.launch("pass", *overrides, **options)
     assert site.started == []
     assert not site.run.path.exists()
@@ -173,45 +159,6 @@ def test_another_configuration_is_refused_unless_the_old_run_is_moved_aside(site
     assert site.attempt("pass", "optimizer.eps=0.5", overwrite=True) == 0
     assert RunFolder(f"{site.run.path}.old-1").read_config() == site.config
     assert "attempt" in site.run.log_of(1).read_text()
-
-
-def test_the_first_failed_rank_sets_the_verdict_and_is_printed_first(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
-    body = """
-    if rank == 1:
-        wait_for("opened.0"); raise DataError("shard 3 is damaged")
-    wait_for("never")
-    """
-    assert site.attempt(body) == 65
-    err = capfd.readouterr().err
-    assert "rank 1 failed first (exit code 65)" in err
-    assert err.index("shard 3 is damaged") < err.index("the other ranks ended after it: 0 (killed by SIGTERM)")
-
-
-def test_the_rank_that_recorded_the_verdict_is_the_cause(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
-    body = """
-    if rank == 1:
-        attempt._leave(65, "shard 3 is damaged", 1)
-        open(f"{here}/told", "w").close(); time.sleep(1); sys.exit("slow to leave")
-    wait_for("told"); sys.exit("the consequence")
-    """
-    assert site.attempt(body) == 65
-    assert "rank 1 failed first" in capfd.readouterr().err
-
-
-def test_the_failed_ranks_traceback_is_shown_and_other_ranks_are_listed(
-    site: Site, capfd: pytest.CaptureFixture[str]
-) -> None:
-    body = """
-    if rank == 1:
-        open(f"{here}/failing", "w").close(); raise ValueError("the cause")
-    wait_for("failing"); time.sleep(1); raise ConnectionError("the consequence")
-    """
-    assert site.attempt(body) == 1
-    err = capfd.readouterr().err
-    assert err.count("Traceback") == 1
-    assert "ValueError: the cause" in err
-    assert "the consequence" not in err
-    assert "ConnectionError: the consequence" in site.run.log_of(0).read_text()
 
 
 @pytest.mark.parametrize(
@@ -300,29 +247,16 @@ def test_a_failure_is_followed_by_a_new_start_from_the_last_checkpoint(
     assert [(each.restarts, each.verdict, each.rank) for each in status.attempts] == [(0, 1, 1), (1, 1, 1), (2, 0, 0)]
 
 
-# test_attempts.py has the rule of all codes.
-@pytest.mark.parametrize("error", rest_full(["ConfigError", "DataError", "DivergedError", "StoppedError", "ResourceError"]))
-def test_a_verdict_that_would_repeat_is_not_followed_by_a_start(site: Site, error: str) -> None:
-    site.attempt(f"raise {error}('x')", max_restarts=3)
-    assert len(site.run.read_status().attempts) == 1
-
-
-def test_a_job_without_new_checkpoints_is_not_restarted_forever(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
-    assert site.attempt("raise ValueError('always')", max_restarts=5) == 1
-    assert site.run.log_of(0).read_text().count("--- attempt") == 2
-    assert "not restarted: 2 failed attempts in a row committed no checkpoint after step" in capfd.readouterr().err
-
-
-def test_ranks_that_die_before_they_open_the_run_count_as_attempts(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ranks_that_die_before_they_open_the_run_are_attempts_with_their_reason(site: Site) -> None:
     assert site.launch("raise ImportError('libcuda')", max_restarts=5) == 1
-    err = capfd.readouterr().err
-    assert "restart 1 of 5, from the beginning: rank" in err
-    assert "exit code 1; ImportError: libcuda" in err
-    assert site.run.log_of(0).read_text().count("--- attempt") == 2
-    assert site.launch("os.kill(os.getpid(), 9)") == 1
+    first, second = site.run.read_status().attempts
+    for ending in (first, second):
+        assert ending.reason == f"rank {ending.rank}: exit code 1; ImportError: libcuda"
+    assert (first.restarts, second.restarts) == (0, 1)
+    assert site.launch("sys.exit(69 if rank == 1 else 0)") == 69
 
 
-def test_a_stop_is_no_failure_to_start_again_from(site: Site) -> None:
+def test_a_stop_before_the_ranks_are_ready_is_no_failure_to_start_again_from(site: Site) -> None:
     def stop() -> None:
         while len(site.started) < 2:
             time.sleep(0.01)
@@ -330,9 +264,10 @@ def test_a_stop_is_no_failure_to_start_again_from(site: Site) -> None:
 
     thread = threading.Thread(target=stop)
     thread.start()
-    assert site.launch("signal_came = time.sleep(100)", max_restarts=3) == 75
+    assert site.launch("time.sleep(100)", max_restarts=3) == 75
     thread.join()
-    assert site.run.log_of(0).read_text().count("--- attempt") == 1
+    (ending,) = site.run.read_status().attempts
+    assert (ending.verdict, ending.rank) == (75, None)
 
 
 def test_a_run_that_somebody_else_writes_to_is_not_started_again(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
@@ -348,65 +283,3 @@ def test_a_run_that_somebody_else_writes_to_is_not_started_again(site: Site, cap
     err = capfd.readouterr().err
     assert "not restarted: attempt another, process" in err
     assert site.run.log_of(0).read_text().count("--- attempt") == 1
-
-
-def test_exit_code_of_a_rank_that_fails_at_start_becomes_the_verdict(site: Site) -> None:
-    """As where a file is damaged after rank 0 has read it: seen in a campaign of faults, with the verdict 1."""
-    program = """
-    if rank == 1:
-        wait_for("opened.0")
-        print(DataError("a.idx: cut short", see="docs/data.md"), file=sys.stderr); sys.exit(65)
-    with Attempt(env) as attempt:
-        attempt.open(load_config(sys.argv[1], sys.argv[2:]))
-        open(f"{here}/opened.0", "w").close(); wait_for("never")
-    """
-    assert site.launch(IMPORTS + textwrap.dedent(program), max_restarts=3) == 65
-    attempts = site.run.read_status().attempts
-    assert [(each.verdict, each.rank) for each in attempts] == [(65, 1)]
-    assert attempts[0].reason == "rank 1: exit code 65; a.idx: cut short"
-
-
-def test_without_a_verdict_the_ranks_code_is_ours_if_the_table_has_it(site: Site) -> None:
-    assert site.launch("sys.exit(69 if rank == 1 else 0)") == 69
-    assert site.launch("sys.exit(33 if rank == 1 else 0)") == 1
-
-
-def test_a_verdict_of_an_earlier_attempt_is_not_this_ones(site: Site) -> None:
-    site.attempt("raise StoppedError('saved')")
-    assert site.launch("sys.exit(69)") == 69
-
-
-def test_each_attempt_has_its_part_of_the_log(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
-    site.launch("raise ValueError('yesterday')")
-    capfd.readouterr()
-    site.launch("sys.exit('new')")
-    assert "yesterday" not in capfd.readouterr().err
-    log = site.run.log_of(1).read_text()
-    assert log.count("--- attempt local-") == 2
-    assert log.index("ValueError: yesterday") < log.index("\nnew\n")
-
-
-def test_a_stop_before_the_ranks_are_ready_says_so(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
-    def stop() -> None:
-        while len(site.started) < 2:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=stop)
-    thread.start()
-    code = site.launch("time.sleep(100)")
-    thread.join()
-    assert code == 75
-    assert "SIGTERM ended the ranks before they could save" in capfd.readouterr().err
-
-
-def test_command_line_shows_errors_as_text_and_never_imports_torch(site: Site) -> None:
-    program = (
-        "import sys; sys.modules['torch'] = None; import runpy; runpy.run_module('launchers.local', run_name='__main__')"
-    )
-    command = [sys.executable, "-c", program, str(site.yaml), "train.steps=0", "modle.x=1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 78
-    assert "train.steps" in done.stderr
-    assert "modle.x" in done.stderr
-    assert "Traceback" not in done.stderr

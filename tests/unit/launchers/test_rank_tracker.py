@@ -32,7 +32,7 @@ def test_a_lost_rank_is_the_cause_although_peers_failed_before() -> None:
     assert course.over
     outcome = course.outcome(None)
     assert outcome == Outcome((1, -15, -9), (0, 1, 2), lost={2: "its node does not answer"})
-    assert outcome.cause() == 2
+    assert (outcome.cause(), outcome.exit_code(2)) == (2, 137)
 
 
 def test_a_rank_killed_for_a_timeout_is_not_the_cause() -> None:

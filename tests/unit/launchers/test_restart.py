@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from launchers.restart import AttemptEnd, committed_step, is_final, why_not_restarted
+from moe_dist.runtime.attempt import verdict_of
+from moe_dist.runtime.rendezvous import StartError
 
 FAILED, GAINED = AttemptEnd(1, 10, 10), AttemptEnd(1, 0, 10)
 PREEMPTED = AttemptEnd(75, 10, 10)  # while it still started
@@ -13,9 +15,17 @@ LIMIT = "it was restarted 3 times already (max_restarts)"
 FRUITLESS = "2 failed attempts in a row committed no checkpoint after step 10"
 
 
-@pytest.mark.parametrize("code", [0, 65, 69, 70, 75, 78])
-def test_repeatable_errors_and_successful_ends_are_final(code: int) -> None:
-    assert is_final(code)
+FAULTS = {
+    "a lost GPU": RuntimeError("CUDA error: uncorrectable ECC error encountered"),  # torch's error is also a RuntimeError
+    "a collective that timed out": RuntimeError("[Rank 1] Watchdog caught collective operation timeout"),
+    "a late start": StartError("rank 0 waited 1800 s for rank 1"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_may_pass_is_not_final(fault: str) -> None:
+    """The exit codes that are final have cases in test_attempts.py and slurm/test_job.py."""
+    assert not is_final(verdict_of(FAULTS[fault])[0])
 
 
 @pytest.mark.parametrize(

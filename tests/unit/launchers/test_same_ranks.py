@@ -8,13 +8,16 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from launchers.command import rank_commands
 from launchers.kubernetes import pod
 from launchers.kubernetes.__main__ import Kind, manifests
 from launchers.kubernetes.manifests import FILES
@@ -133,18 +136,8 @@ def by_slurm(job: Job) -> Ranks:
     assert differences(made.plan, allocation) == []
     snapshot = CodeSnapshot(made.snapshot)
     snapshot.code.mkdir(parents=True, exist_ok=True)
-    table, text, _ = rank_step(
-        SlurmJob("7", 0, None, job.folder),
-        snapshot,
-        made.config,
-        made.cluster,
-        plan=made.plan,
-        hosts=hosts_of(made.plan, allocation),
-        features=features,
-        overrides=(),
-        program=made.program,
-        restarts=0,
-    )
+    job_7, hosts = SlurmJob("7", 0, None, job.folder), hosts_of(made.plan, allocation)
+    table, text, _ = rank_step(job_7, snapshot, made.config, made.cluster, made.plan, hosts, features=features)
     table.write_text(text)
     tasks_of = {host: part.tasks[0] for part in given for host in part.hosts}
     tasks = [(host, local) for host, count in tasks_of.items() for local in range(count)]
@@ -167,10 +160,11 @@ def ray_node(name: str, labels: Mapping[str, str], cpus: int) -> RayNode:
 def on_ray(job: Job, nodes: Sequence[RayNode]) -> Ranks:
     checked = check_job(job.run, [], cluster=str(job.site_file), read=layout_of_file)
     assert checked is not None
-    chosen = assign(checked.plan, nodes, bundle_of_rank(checked.plan, CPUS), checked.together)
+    plan = checked.launch.job
+    chosen = assign(plan, nodes, bundle_of_rank(plan, CPUS), checked.together)
     assert (chosen.problems, chosen.waits_for) == ((), ())
     hosts = tuple(node.host for node in chosen.nodes)
-    commands = checked.commands(chosen.job, attempt=0, attempt_id="x", grace_seconds=1.0, hosts=hosts)
+    commands = rank_commands(replace(checked.launch, job=chosen.job, hosts=hosts))
     real = [chosen.nodes[command.node] for command in commands]
     return ranks_of((node.node_id, kind_of(node.labels), command.env) for node, command in zip(real, commands, strict=True))
 
@@ -233,12 +227,12 @@ def pod_commands(words: Sequence[str], index: int) -> list[Mapping[str, str]]:
     """The environments of the ranks that a pod starts."""
     found: list[Mapping[str, str]] = []
 
-    def run_ranks(commands: Sequence[Any], *_: Any) -> Outcome:
+    def ranks(commands: Sequence[Any], *_: Any, **__: Any) -> SimpleNamespace:
         found.extend(command.env for command in commands)
-        return Outcome((0,) * len(commands))
+        return SimpleNamespace(supervise=lambda signals: Outcome((0,) * len(commands)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pod, "run_ranks", run_ranks)
+        patch.setattr(pod, "Ranks", ranks)
         done = CliRunner().invoke(command_app(pod.main), [*words], env={pod.INDEX: str(index)})
     assert done.exit_code == 0, done.output
     return found

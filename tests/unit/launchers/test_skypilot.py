@@ -9,15 +9,14 @@ from typer.testing import CliRunner
 
 import moe_dist.train.__main__
 from moe_dist.runtime.command_line import command_app
+from tests.support.stand_ins import stand_in
 
 ROOT = Path(__file__).parents[3]
 
 
 def test_its_command_starts_each_node_of_a_valid_run(tmp_path: Path) -> None:
     task = yaml.safe_load((ROOT / "docs" / "examples" / "skypilot.yaml").read_text())
-    torchrun = tmp_path / "torchrun"
-    torchrun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    torchrun.chmod(0o755)
+    stand_in(tmp_path, torchrun='printf "%s\\n" "$@"')
     nodes = {"NUM_NODES": "2", "NODE_RANK": "1", "NUM_GPUS_PER_NODE": "8", "NODE_IPS": "10.0.0.1\n10.0.0.2"}
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     env |= {f"SKYPILOT_{name}": value for name, value in nodes.items()}

@@ -5,8 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +15,7 @@ from launchers.command import RankCommand
 from launchers.rank_tracker import ABORTED, Outcome, ShutdownTimeouts
 from launchers.supervise import Ranks
 from moe_dist.runtime.signals import STOP_SIGNALS, StopSignals
+from tests.support.processes import is_alive, wait_until
 
 PATIENT = ShutdownTimeouts(stop=60.0, peers=0.3, kill=60.0)
 PRELUDE = """
@@ -68,21 +67,6 @@ class Run:
         return self.folder / f"rank_{rank}.log"
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 600.0
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
-
-
 def test_all_done_is_0_and_each_rank_has_its_log(tmp_path: Path) -> None:
     run = Run(tmp_path, "print('out', rank, flush=True); print('err', rank, file=sys.stderr)")
     assert run.to_the_end(3) == Outcome((0, 0, 0))
@@ -132,21 +116,6 @@ def test_consequences_on_rank_0_are_not_shown_before_the_cause(tmp_path: Path) -
     assert run.log(0).read_text() == "the consequence\n"
 
 
-def test_a_killed_rank_is_the_cause_and_sets_the_shell_exit_code(tmp_path: Path) -> None:
-    run = Run(
-        tmp_path,
-        """
-        mark("pid", str(os.getpid()))
-        if rank == 0:
-            wait_for("pid.1"); sys.exit(1)
-        wait_for_end(0)
-        os.kill(os.getpid(), signal.SIGKILL)
-        """,
-    )
-    outcome = run.to_the_end(2)
-    assert (outcome.codes, outcome.cause(), outcome.exit_code(1)) == ((1, -9), 1, 137)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 def test_a_stop_is_forwarded_once(tmp_path: Path, number: signal.Signals) -> None:
     run = Run(tmp_path, STOPS)
@@ -173,16 +142,6 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         outcome = ranks.supervise(signals)
     assert (outcome.codes, outcome.aborted, outcome.exit_code(None)) == ((-9, -9), True, ABORTED)
-
-
-def test_ranks_that_do_not_stop_within_the_grace_are_killed(tmp_path: Path) -> None:
-    run = Run(tmp_path, REFUSES + "mark('ready'); time.sleep(100)", ShutdownTimeouts(stop=0.2))
-    with ExitStack() as stack:
-        signals = stack.enter_context(StopSignals())
-        ranks = run.start(stack, 1)
-        wait_until((tmp_path / "ready.0").exists, "rank is ready")
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert ranks.supervise(signals).codes == (-9,)
 
 
 def test_replaced_signal_handlers_can_be_renewed_and_the_original_ones_are_restored() -> None:

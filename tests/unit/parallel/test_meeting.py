@@ -15,7 +15,7 @@ import pytest
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from moe_dist.errors import ConfigError, StoppedError
-from moe_dist.parallel.rendezvous import Mailbox, meeting
+from moe_dist.parallel.meeting import Mailbox, meeting
 from moe_dist.runtime import rendezvous
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import PUBLISHED, RankEnv

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,15 +17,9 @@ import pytest
 from moe_dist.errors import StoppedError
 from moe_dist.runtime.lease import Holder, Lease, LeaseError, _read, read_holder
 from tests.support.messages import refused
+from tests.support.processes import wait_until
 
 ROOT = Path(__file__).parents[3]
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 600.0
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 @contextmanager
@@ -77,27 +71,17 @@ def test_a_lease_is_held_checked_and_given_back(tmp_path: Path) -> None:
     Lease(path, "second").acquire(0.0).release()
 
 
-def test_a_second_attempt_ends_naming_the_holder(tmp_path: Path) -> None:
-    path = tmp_path / "lease.json"
+def test_a_second_attempt_announces_its_wait_and_ends_naming_the_holder(tmp_path: Path) -> None:
+    path, said = tmp_path / "lease.json", list[str]()
     with another_process(path, "time.sleep(100)") as process:
-        with pytest.raises(LeaseError, match=rf"attempt other, process {process.pid} on .* did not end within 4 s"):
-            Lease(path, "me", stale_seconds=3.0).acquire(4.0)  # the heartbeat comes every 0.1 s
-        holder = read_holder(path)
-        assert holder is not None
-        assert holder.pid == process.pid
-
-
-def test_waiting_for_a_lease_is_announced_with_holder_and_time_limit(tmp_path: Path) -> None:
-    path = tmp_path / "lease.json"
-    said: list[str] = []
-    with another_process(path, "time.sleep(100)") as process, pytest.raises(LeaseError):
-        Lease(path, "me", stale_seconds=0.6).acquire(0.5, on_wait=said.append)
+        holder = f"attempt other, process {process.pid} on "
+        with pytest.raises(LeaseError, match=rf"{holder}.* did not end within 4 s"):
+            Lease(path, "me", stale_seconds=3.0).acquire(4.0, on_wait=said.append)  # the heartbeat comes every 0.1 s
     (text,) = said
-    assert f"attempt other, process {process.pid} on " in text
-    assert re.search(rf", since {time.strftime('%Y-')}\d\d-\d\d \d\d:\d\d:\d\d .*; waiting up to 0\.5 s", text)
-    said.clear()
+    assert holder in text
+    assert re.search(rf", since {time.strftime('%Y-')}\d\d-\d\d \d\d:\d\d:\d\d .*; waiting up to 4 s", text)
     Lease(tmp_path / "free.json", "me").acquire(0.5, on_wait=said.append).release()
-    assert not said
+    assert said == [text], "nothing to wait for"
 
 
 def test_a_stop_request_ends_the_wait(tmp_path: Path) -> None:

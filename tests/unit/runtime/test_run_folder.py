@@ -230,21 +230,6 @@ def test_earlier_attempts_are_kept_and_a_later_one_has_its_own_verdict(tmp_path:
     assert not list(folder.path.glob(".verdict_first"))
 
 
-def test_an_attempt_that_lost_its_lease_writes_no_verdict(tmp_path: Path) -> None:
-    config = config_with(tmp_path)
-    folder = RunFolder.of(config)
-    lost = folder.open(config, ENV)
-    folder.lease_json.unlink()
-    taken = folder.open(config, replace(ENV, attempt_id="second"))
-    assert not folder.write_status(verdict=1, reason="woke up", last_step=9, attempt_id="first")
-    latest = folder.read_status().latest
-    assert latest is not None
-    assert (latest.attempt_id, latest.verdict) == ("second", None)
-    lost.release()
-    taken.check()
-    taken.release()
-
-
 def test_times_come_from_the_clock_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clocks of hosts differ: the attempt begins on one host, and ends on another whose clock is two hours ahead."""
     config = config_with(tmp_path)

@@ -1,28 +1,21 @@
 """Messages of a slow start."""
 
 import io
-import time
 
 from moe_dist.runtime.log import Startup
-
-
-def wait_for(stream: io.StringIO, text: str) -> None:
-    deadline = time.monotonic() + 600.0
-    while text not in stream.getvalue():
-        assert time.monotonic() < deadline, stream.getvalue()
-        time.sleep(0.01)
+from tests.support.processes import wait_until
 
 
 def test_a_slow_start_says_what_it_does_until_it_is_done() -> None:
     stream = io.StringIO()
     startup = Startup(enabled=True, quiet_seconds=0.05, stream=stream)
     startup.now("importing torch")
-    wait_for(stream, "still starting after 0 s: importing torch\n")
+    wait_until(lambda: "still starting after 0 s: importing torch\n" in stream.getvalue())
     startup.now("reading data")
-    wait_for(stream, ": reading data\n")
+    wait_until(lambda: ": reading data\n" in stream.getvalue())
     startup.done()
     startup.done()
-    wait_for(stream, "started after 0 s\n")
+    wait_until(lambda: "started after 0 s\n" in stream.getvalue())
     assert stream.getvalue().endswith("started after 0 s\n")
 
 

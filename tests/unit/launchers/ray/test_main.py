@@ -77,9 +77,8 @@ def yaml(tmp_path: Path, tiny_data: Path) -> Path:
 
 
 def test_relative_paths_are_refused_with_an_example(yaml: Path) -> None:
-    with refused(ConfigError, "run.root='runs'") as error:
+    with refused(ConfigError, "run.root='runs'"):
         launch(yaml, ["run.root=runs"])
-    assert error.value.exit_code == 78
 
 
 def test_a_finished_run_needs_no_cluster(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,6 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ from launchers.ray import rank as ray_rank
 from launchers.ray.rank import RankActor, WorkerInfo
 from moe_dist.runtime.environment import RAY_METRICS
 from tests.support.messages import refused
+from tests.support.processes import wait_until
 
 PRELUDE = """
 import os, signal, sys, time
@@ -25,13 +25,6 @@ def ready(path=sys.argv[1]):
     with open(path + ".new", "w") as file: file.write(str(os.getpid()))
     os.rename(path + ".new", path)
 """
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 600.0
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def started(folder: Path, program: str, *, shown: bool = False) -> RankActor:

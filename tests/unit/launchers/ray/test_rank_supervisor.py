@@ -6,15 +6,14 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launchers.ray.rank_supervisor import Order
 from tests.support.cover import full
+from tests.support.processes import is_alive, wait_until
 
 ROOT = Path(__file__).parents[4]
 # A process in a session of its own whose parent is gone; it writes down its pid.
@@ -47,12 +46,12 @@ class Kept:
             start_new_session=True,
         )
         argv = [sys.executable, str(folder / "rank.py"), str(self.escaped)]
-        self.say(Order(argv, dict(os.environ), str(self.log), shown, scratch).line())
+        self.say(json.dumps([argv, dict(os.environ), str(self.log), shown, scratch]))
         self.pid = int(self.hear()["pid"])
 
-    def say(self, line: bytes) -> None:
+    def say(self, line: str) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(line)
+        self.process.stdin.write(f"{line}\n".encode())
         self.process.stdin.flush()
 
     def hear(self) -> dict[str, Any]:
@@ -71,20 +70,6 @@ class Kept:
     def escaped_pid(self) -> int:
         wait_until(lambda: self.escaped.exists() and bool(self.escaped.read_text()))
         return int(self.escaped.read_text())
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 600.0
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 @pytest.fixture
@@ -145,14 +130,14 @@ def test_signals_are_forwarded_and_the_supervisor_ignores_its_own(
     supervisor = kept(program)
     supervisor.escaped_pid()
     os.kill(supervisor.inner_pid(), number)
-    supervisor.say(f"{number.name}\n".encode())
+    supervisor.say(number.name)
     assert supervisor.hear() == {"code": 75}
 
 
 def test_a_rank_can_be_interrupted_as_from_a_terminal(kept: Callable[..., Kept]) -> None:
     supervisor = kept("open(sys.argv[1], 'w').write('0'); time.sleep(600)")
     supervisor.escaped_pid()
-    supervisor.say(b"SIGINT\n")
+    supervisor.say("SIGINT")
     assert supervisor.hear() == {"code": -signal.SIGINT}  # KeyboardInterrupt: no handler was inherited as ignored
 
 

@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 import typer
 
-from launchers.command import TRAIN, JobPlan, NodePlan, one_node
+from launchers.command import JobPlan, NodePlan, one_node
 from launchers.slurm.job import _limit_seconds, _read_clone, main, rank_step, run_attempt, visible_folders
 from launchers.slurm.nodes import ranks_by_task
 from launchers.slurm.script import interpreter
 from launchers.slurm.step import SlurmJob
 from launchers.snapshot import CodeSnapshot
 from moe_dist.config.cluster import Cluster
-from moe_dist.runtime.attempt import verdict_of
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
-from tests.support.cover import full, rest_full
-from tests.support.passing_faults import FAULTS, RESTARTS
+from tests.support.cover import full
+from tests.support.stand_ins import stand_in
 from tests.support.tiny import tiny_config, write_config
 
 ROOT = Path(__file__).parents[4]
@@ -49,18 +48,7 @@ def test_the_cpus_of_a_rank_reach_srun_and_its_threads(tmp_path: Path, tiny_data
     assert _read_clone(job, [str(path)], {})[0].cpus_per_rank is None
     cluster, config = _read_clone(job, [str(path)], {"SLURM_CPUS_PER_TASK": "3"})
     snapshot = CodeSnapshot(tmp_path)
-    _, table, command = rank_step(
-        job,
-        snapshot,
-        config,
-        cluster,
-        plan=one_node(2),
-        hosts=("n1",),
-        features={"n1": ""},
-        overrides=(),
-        program=TRAIN,
-        restarts=0,
-    )
+    _, table, command = rank_step(job, snapshot, config, cluster, one_node(2), ("n1",))
     assert "--cpus-per-task=3" in command
     assert "OMP_NUM_THREADS=3" in table
 
@@ -82,19 +70,14 @@ class Node:
             "*": "echo JobState=$(cat state) Restarts=0 PreemptTime=None",
         }
         cases = " ".join(f"{asked}) {answer} ;;" for asked, answer in answers.items())
-        self.stand_in("scontrol", f'case "$*" in {cases} esac')
-        self.stand_in("sbatch", 'echo "$*" >>asked')  # as with --test-only where the nodes suffice
+        # sbatch answers as with --test-only where the nodes suffice
+        stand_in(folder, monkeypatch, scontrol=f'case "$*" in {cases} esac', sbatch='echo "$*" >>asked')
         self.hosts = ["n1"]
         (folder / "node_state").write_text("DOWN+NOT_RESPONDING")
-        monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
         monkeypatch.chdir(ROOT)  # the clone
 
-    def stand_in(self, name: str, body: str) -> None:
-        (self.folder / name).write_text(f"#!/bin/bash\ncd {self.folder}\n{body}\n")
-        (self.folder / name).chmod(0o755)
-
     def attempt(self, srun: str, *, restarts: int = 0, **variables: str) -> int:
-        self.stand_in("srun", f'echo "$*" >>sruns; {srun}')
+        stand_in(self.folder, srun=f'echo "$*" >>sruns; {srun}')
         (self.folder / "hosts").write_text("\n".join(self.hosts))
         (self.folder / "state").write_text("RUNNING")
         env = {"PATH": os.environ["PATH"], "MOE_DIST_CLUSTER": str(self.folder / "site.yaml")}
@@ -158,7 +141,7 @@ def test_srun_gets_no_option_of_an_outer_job(node: Node, monkeypatch: pytest.Mon
         monkeypatch.setenv(name, value)
     (node.folder / "hosts").write_text("n1")
     (node.folder / "state").write_text("RUNNING")
-    node.stand_in("srun", 'env >srun_env; echo "$*" >sruns')
+    stand_in(node.folder, srun='env >srun_env; echo "$*" >sruns')
     with pytest.raises(typer.Exit) as ended:
         main(str(node.yaml))
     assert ended.value.exit_code == 0
@@ -183,25 +166,6 @@ def test_srun_gets_no_option_of_an_outer_job(node: Node, monkeypatch: pytest.Mon
 def test_slurm_requeues_what_the_other_launchers_restart(node: Node, line: str, verdict: int, requeued: bool) -> None:
     assert node.attempt(f"echo 'srun: error: n1: {line}' >&2; exit {verdict}") == verdict
     assert node.requeues == requeued
-
-
-@pytest.mark.parametrize("fault", rest_full(FAULTS, 0))
-def test_slurm_requeues_after_a_fault_that_may_pass(node: Node, capsys: pytest.CaptureFixture[str], fault: str) -> None:
-    """tests/unit/launchers/test_attempts.py tests that the local launcher and Ray restart as often after these faults."""
-    (node.folder / "site.yaml").write_text(f"gpus: {{syntax: none}}\nranks_per_node: 2\nmax_restarts: {RESTARTS}\n")
-    verdict, reason = verdict_of(FAULTS[fault])
-    for restarts in range(1 + RESTARTS):
-        attempt_id = f"slurm--12-{restarts}"
-        lease = node.run.open(node.config, RankEnv(0, 2, 0, 2, "published", restarts, attempt_id))
-        more = {"rank": 1, "rank_host": "n1"}
-        assert node.run.write_status(verdict=verdict, reason=reason, last_step=1, attempt_id=attempt_id, **more)
-        lease.release()
-        saves = f"echo step_{1 + restarts} >{node.run.checkpoints}/latest"
-        ended = f"echo 'srun: error: n1: tasks 0-1: Exited with exit code {verdict}' >&2; exit {verdict}"
-        assert node.attempt(f"{saves}; {ended}", restarts=restarts) == 1
-    assert node.requeues == RESTARTS
-    assert [each.reason for each in node.run.read_status().attempts] == [reason] * (1 + RESTARTS)
-    assert f"not requeued: it was restarted {RESTARTS} times already (max_restarts)" in capsys.readouterr().err
 
 
 def test_a_job_that_saves_nothing_after_a_fault_is_requeued_once(node: Node, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from launchers.slurm.nodes import (
     outside_jobs,
 )
 from tests.support.messages import refused
+from tests.support.stand_ins import stand_in
 
 PLAN = JobPlan(
     (NodePlan(0, (0, 2), feature="text"), NodePlan(1, (1,), feature="vision"), NodePlan(2, (3, 4), feature="text"))
@@ -79,23 +80,19 @@ def test_missing_gpus_are_reported() -> None:
     assert differences(plan, Allocation((GivenPart(("n1",), (2,), 8),), {})) == []
 
 
-SCONTROL = """#!/bin/bash
-case "$*" in
+SCONTROL = """case "$*" in
   "show hostnames n[1-2]") printf 'n1\\nn2\\n' ;;
   "show hostnames n7") echo n7 ;;
   *"show node n[1-2]") echo "NodeName=n1 Arch=x AvailableFeatures=text,spare ActiveFeatures=text Gres=(null)"
     echo "NodeName=n2 Arch=x AvailableFeatures=(null) ActiveFeatures=(null) Gres=(null)" ;;
   *"show node n7") echo "NodeName=n7 ActiveFeatures=vision,big " ;;
   *) echo "slurm_load: what is $*" >&2; exit 3 ;;
-esac
-"""
+esac"""
 
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "scontrol").write_text(SCONTROL)
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    stand_in(tmp_path, monkeypatch, scontrol=SCONTROL)
 
 
 @pytest.mark.usefixtures("scontrol")
@@ -154,25 +151,20 @@ class Controller:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         self.shows(PLAIN.format(state="COMPLETING", excluded="(null)"))
-        self._stand_in("scontrol", f'if [ "$1" = update ]; then echo "$*" >>{folder}/asked; else cat {folder}/job; fi')
+        stand_in(folder, monkeypatch, scontrol='if [ "$1" = update ]; then echo "$*" >>asked; else cat job; fi')
         self.suffices()
-        monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
     def shows(self, text: str) -> None:
         (self.folder / "job").write_text(text)
 
     def suffices(self, *, nodes: bool = True) -> None:
         refusal = "echo 'allocation failure: Requested node configuration is not available' >&2; exit 1"
-        self._stand_in("sbatch", f'echo "$*" >>{self.folder}/asked' if nodes else refusal)
+        stand_in(self.folder, sbatch='echo "$*" >>asked' if nodes else refusal)
 
     @property
     def asked(self) -> list[str]:
         path = self.folder / "asked"
         return path.read_text().splitlines() if path.exists() else []
-
-    def _stand_in(self, name: str, body: str) -> None:
-        (self.folder / name).write_text(f"#!/bin/bash\n{body}\n")
-        (self.folder / name).chmod(0o755)
 
 
 @pytest.fixture

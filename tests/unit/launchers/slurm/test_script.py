@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.command import PUBLISHED_RENDEZVOUS, JobPlan, LaunchPlan, NodePlan, rank_commands
+from launchers.command import PUBLISHED_RENDEZVOUS, JobPlan, LaunchPlan, NodePlan
 from launchers.slurm.script import (
     LINGER_SECONDS,
     TRAIN_SBATCH,
@@ -24,6 +24,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.monitor.sinks import sink
 from moe_dist.monitor.trace import writer
 from tests.support.messages import refused
+from tests.support.stand_ins import stand_in
 
 ROOT = Path(__file__).parents[4]
 ONE_KIND = JobPlan((NodePlan(0, (0, 1)), NodePlan(1, (2, 3))))
@@ -112,9 +113,9 @@ def test_a_job_runs_the_code_of_its_first_attempt_only_if_it_was_requeued(tmp_pa
     pointer.write_text(str(tmp_path / "first"))
     record = f"JobId=7 ArrayJobId=6 JobName=x Requeue=1 {answer} BatchFlag=1"
     scontrol = f"echo JobId=6 Restarts=4; echo '{record}'" if answer else "echo Unable to contact slurm >&2; exit 1"
-    for name, body in (("scontrol", scontrol), ("python", "pwd")):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    stand_in(tmp_path, scontrol=scontrol)
+    (tmp_path / "python").write_text("#!/bin/bash\npwd\n")  # in the folder that the script has chosen
+    (tmp_path / "python").chmod(0o755)
     own = {"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "c1", "SLURM_RESTART_COUNT": "3"}
     own |= {"SLURM_SUBMIT_DIR": str(tmp_path / "clone")}
     env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MOE_"))} | own
@@ -140,10 +141,7 @@ def test_a_job_runs_with_an_env_that_cannot_block_signals(tmp_path: Path, monkey
     """As coreutils before 8.31."""
     pyxis = Cluster.model_validate({"container": {"kind": "pyxis", "image": "x"}})
     assert hold_signals_prefix(Cluster()) == hold_signals_prefix(pyxis) == ("env", "--block-signal=TERM,USR2,INT")
-    for name, body in (("env", "echo unrecognized option >&2; exit 125"), ("python", 'echo "$@"')):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    stand_in(tmp_path, monkeypatch, env="echo unrecognized option >&2; exit 125", python='echo "$@"')
     assert (hold_signals_prefix(Cluster()), hold_signals_prefix(pyxis)[0]) == ((), "env")
     places = {"table": Path("/t.sh"), "node_env": Path("/node_env.sh"), "visible": ["/runs/x"]}
     assert srun_command(ONE_KIND, Cluster(), **places, hold=())[-4:] == [
@@ -220,15 +218,8 @@ class Task:
             program=("-c", show),
             hosts=("n1", "n2"),
         )
-        text = rank_table(
-            rank_commands(plan),
-            self.site,
-            hosts=plan.hosts,
-            features={"n1": "text,big", "n2": "vision"},
-            code=self.folder,
-            logs=self.folder / "log",
-            visible=["/runs/x"],
-        )
+        places = {"code": self.folder, "logs": self.folder / "log", "visible": ["/runs/x"]}
+        text = rank_table(plan, self.site, features={"n1": "text,big", "n2": "vision"}, **places)
         (self.folder / "table.sh").write_text(text)
         env = {"PATH": os.environ["PATH"], "SLURMD_NODENAME": host, "SLURM_LOCALID": str(local)}
         command = ["bash", str(ROOT / "slurm" / "node_env.sh"), str(self.folder / "table.sh")]
@@ -278,9 +269,7 @@ def test_a_node_that_does_not_see_the_run_folder_says_so(tmp_path: Path) -> None
 
 
 def test_apptainer_runs_the_command_with_the_folders_it_needs(tmp_path: Path) -> None:
-    runtime = tmp_path / "apptainer"
-    runtime.write_text('#!/bin/bash\necho "$@"\n')
-    runtime.chmod(0o755)
+    stand_in(tmp_path, apptainer='echo "$@"')
     container = {"kind": "apptainer", "image": "/img/x y.sif", "mounts": ("/data:/data:ro",)}
     task = Task(tmp_path, container=container, gpus={"syntax": "gres"}, prelude=(f"export PATH={tmp_path}:$PATH",))
     assert task.run("n1", 0, "exit").stdout == (

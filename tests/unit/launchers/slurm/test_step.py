@@ -12,6 +12,7 @@ from launchers.snapshot import CodeSnapshot
 from launchers.verdict import conclude
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
+from tests.support.stand_ins import stand_in
 from tests.support.tiny import tiny_config
 
 JOB = SlurmJob("12", 1, None, Path("/clone"))
@@ -140,9 +141,7 @@ def test_a_batch_script_that_slurm_killed_is_named_by_the_next_attempt(
     rank: int | None,
 ) -> None:
     shown = [f"NodeName=n{1 + index} Arch=x State={state} Weight=1" for index, state in enumerate(states or [])]
-    (tmp_path / "scontrol").write_text(f"#!/bin/bash\n{'; '.join(f'echo {line!r}' for line in shown) or 'exit 1'}\n")
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    stand_in(tmp_path, monkeypatch, scontrol="; ".join(f"echo {line!r}" for line in shown) or "exit 1")
     leave(run, verdict=1, reason=CLOSED)
     assert name_unconcluded(run, JOB.attempt_id, {"n1": [0, 2], "n2": [1]}, asked=False, restarts=1) == 1
     found = recorded(run)
@@ -173,16 +172,15 @@ def test_a_batch_script_that_was_killed_after_a_stop_signal_was_asked_to_stop(ru
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], Path]:
     """`slurm(state, code)`: a scontrol whose job has this state and whose requeue ends with this code; and an sbatch."""
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    asked = tmp_path / "asked"
 
     def make(state: str, code: int) -> Path:
-        requeue = f'[ "$1" = requeue ] && {{ echo no >&2; exit {code}; }}'
-        (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$*" >>{asked}\n{requeue}\necho JobState={state}\n')
-        (tmp_path / "sbatch").write_text(f'#!/bin/bash\necho "$* ${{SLURM_RESTART_COUNT-}}" >>{asked}\necho 99\n')
-        for name in ("scontrol", "sbatch"):
-            (tmp_path / name).chmod(0o755)
-        return asked
+        stand_in(
+            tmp_path,
+            monkeypatch,
+            scontrol=f'echo "$*" >>asked; [ "$1" = requeue ] && {{ echo no >&2; exit {code}; }}; echo JobState={state}',
+            sbatch='echo "$* ${SLURM_RESTART_COUNT-}" >>asked; echo 99',
+        )
+        return tmp_path / "asked"
 
     return make
 

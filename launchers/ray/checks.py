@@ -1,5 +1,6 @@
 """Checks a Ray cluster against a plan, and runs the doctor's tasks on its nodes. Imports Ray."""
 
+import ipaddress
 import os
 import subprocess
 import sys
@@ -8,22 +9,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launchers.command import JobPlan
-from launchers.doctor.slurm_checks import check_graces
-from launchers.ray.driver import STOP_WAIT_DEFAULT, stop_grace
-from launchers.ray.exposure import asks_for_token, exposure_text, listening
+from launchers.fit import check_graces, fit_result
 from launchers.ray.gang import live_nodes
 from launchers.ray.nodes import RayNode, assign, bundle_of_rank
-from launchers.ray.submit import STOP_WAIT
+from launchers.ray.submit import IN_JOB, STOP_WAIT
 from moe_dist.config.cluster import Cluster
 from moe_dist.errors import ResourceError
-from moe_dist.runtime.node.check_result import CheckResult, Level, note, ok, warning
+from moe_dist.runtime.node.check_result import CheckResult, note, ok, warning
 from moe_dist.runtime.rendezvous import HOST_VARIABLE
 
+STOP_WAIT_DEFAULT = 3.0  # seconds, Ray's own default
+MARGIN = 0.1  # fraction of Ray's grace period reserved for the driver; the ranks get the rest
 START_SECONDS = 300.0  # seconds that a task may wait for its start, because other jobs may use the GPUs
 
 
@@ -37,8 +39,10 @@ def check_ray(
         parts: Network address of each part of Ray, such as the dashboard.
         save_seconds: Measured seconds of a save; None if no save was measured.
     """
-    answers, grace = ok("scheduler", f"Ray {ray.__version__} answers"), _grace(stop_grace(env), save_seconds)
-    return [answers, _bundles(plan, cluster, live_nodes(cluster.exclude)), _exposure(parts), grace]
+    answers, nodes = ok("scheduler", f"Ray {ray.__version__} answers"), live_nodes(cluster.exclude)
+    chosen = _chosen(plan, cluster, nodes)
+    fit = fit_result(chosen.problems, len(chosen.nodes), len(nodes), "Ray")
+    return [answers, fit, check_exposure(parts), check_stop_grace(stop_grace(env), save_seconds)]
 
 
 def run_on_nodes(
@@ -93,33 +97,72 @@ def _run(command: Sequence[str], variables: Mapping[str, str], seconds: float) -
     return done.returncode, done.stdout, done.stderr
 
 
-def _bundles(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> CheckResult:
-    assignment = _chosen(plan, cluster, nodes)
-    if not assignment.problems:
-        return ok("nodes", f"the plan fits on {len(assignment.nodes)} of the {len(nodes)} nodes of Ray")
-    more = f" ({len(assignment.problems) - 1} more nodes of the plan likewise)" if len(assignment.problems) > 1 else ""
-    return CheckResult("nodes", Level.ERROR, assignment.problems[0] + more, verdict=ResourceError.exit_code)
-
-
 def _chosen(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> Any:
     """Returns the Ray node of each planned node, as if no other job used the nodes."""
     idle = [replace(node, free=node.total) for node in nodes]
     return assign(plan, idle, bundle_of_rank(plan, cluster.cpus_per_rank))
 
 
-def _exposure(parts: Mapping[str, str]) -> CheckResult:
-    if exposure_text(listening(parts), token=asks_for_token()):
-        text = "Ray accepts connections from other machines without a token: anyone who connects can run any code as you"
-        fix = "start all of Ray with RAY_AUTH_MODE=token, or keep its ports inside a private network (docs/ray.md)"
-        return warning("exposure", text, fix)
-    return ok("exposure", "Ray listens only on the loopback, or requires a token")
+def stop_grace(env: Mapping[str, str]) -> float | None:
+    """Returns the seconds from `ray job stop` until Ray kills the driver; None outside a job, where Ray does not kill the
+    driver."""
+    if IN_JOB not in env:
+        return None
+    try:
+        return float(env.get(STOP_WAIT, STOP_WAIT_DEFAULT))  # Ray's job agent reads the same variable
+    except ValueError:
+        return STOP_WAIT_DEFAULT
 
 
-def _grace(grace: float | None, save_seconds: float | None) -> CheckResult:
+def check_stop_grace(grace: float | None, save_seconds: float | None) -> CheckResult:
+    """Checks whether a stop leaves enough time for a save."""
     if grace is None:
         return note("stop grace", "the driver does not run in a Ray job, so Ray does not kill it after a stop")
     if grace <= STOP_WAIT_DEFAULT:
-        text = f"`ray job stop` kills the driver after {grace:g} s ({STOP_WAIT})"
-        fix = "set this variable in the job's runtime environment, as the command in the README does"
-        return warning("stop grace", text, fix)
-    return check_graces({f"after `ray job stop` ({STOP_WAIT})": grace}, save_seconds)
+        fix = f'submit with --runtime-env-json \'{{"env_vars": {{"{STOP_WAIT}": "300"}}}}\''
+        return warning("stop grace", f"`ray job stop` kills the driver after {grace:g} s ({STOP_WAIT})", fix)
+    return check_graces({f"for the ranks after `ray job stop` ({STOP_WAIT})": grace * (1 - MARGIN)}, save_seconds)
+
+
+def check_exposure(parts: Mapping[str, str]) -> CheckResult:
+    """Checks whether other machines can reach Ray without a token, because Ray runs any code that a client sends. `parts`
+    maps each part of Ray to its announced host:port."""
+    found = listening(parts)
+    beyond = [f"{part} at {each}" for part, listens in found.items() for each in listens if not _is_loopback(each)]
+    if asks_for_token() or not beyond:
+        return ok("exposure", "Ray listens only on the loopback, or requires a token")
+    return warning(
+        "exposure",
+        f"Ray accepts connections from other machines ({', '.join(beyond)}) without a token: anyone who connects can run "
+        "any code as you on every node",
+        "start all of Ray with RAY_AUTH_MODE=token, or keep its ports inside a private network (docs/ray.md)",
+    )
+
+
+def listening(parts: Mapping[str, str]) -> dict[str, Sequence[str]]:
+    """Returns the addresses at which parts of Ray listen. A part of Ray on this machine may listen at more addresses than
+    it announces, so its addresses are read from the list of sockets. Of a part on another machine only the announced
+    address is known."""
+    found: dict[str, Sequence[str]] = {}
+    connections = psutil.net_connections("tcp")  # scans /proc
+    sockets = [each.laddr for each in connections if each.status == psutil.CONN_LISTEN and each.laddr]
+    for part, address in parts.items():
+        host, _, port = address.rpartition(":")
+        found[part] = sorted({each.ip for each in sockets if each.port == int(port)}) or [host.strip("[]")]
+    return found
+
+
+def asks_for_token() -> bool:
+    """Returns whether the connected Ray requires a token."""
+    try:
+        from ray._raylet import AuthenticationMode, get_authentication_mode  # pyright: ignore
+    except ImportError:  # an older Ray without tokens
+        return False
+    return get_authentication_mode() == AuthenticationMode.TOKEN
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"

@@ -9,11 +9,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from launchers.doctor.__main__ import main
 from moe_dist.runtime.status import record_save_seconds
+from tests.support.stand_ins import stand_in
 from tests.support.tiny import tiny_config, write_config
-from tools.doctor import main
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def says(*arguments: str | Path) -> tuple[int, list[str]]:
@@ -48,6 +49,7 @@ def test_a_good_machine(config: Path, tmp_path: Path) -> None:
         (["run.root=/proc/runs"], 78, "FAIL shared folder: run.root='/proc/runs' cannot be written on "),
         (["run.root=/etc/passwd/x"], 78, "FAIL shared folder: run.root='/etc/passwd/x' cannot be written on "),
         (["--cluster=none"], 78, "FAIL configuration: cluster file "),
+        (["--on=slrum"], 78, "FAIL configuration: launcher 'slrum': must be one of local, slurm, ray, kubernetes"),
     ],
 )
 def test_each_fault_is_its_own_line(arguments: list[str], code: int, line: str, config: Path) -> None:
@@ -84,7 +86,17 @@ def test_relative_paths_are_no_paths_for_a_job_of_ray(config: Path) -> None:
     """As `launchers.ray` says: found here without a Ray, and nothing else is asked."""
     code, lines = says(config, "run.root=runs", "--on=ray", "--probe")
     assert code == 78
-    assert [line.partition(": must")[0] for line in lines[2:]] == ["FAIL configuration: run.root='runs'"]
+    assert [line.partition(": must")[0] for line in lines[1:]] == ["FAIL configuration: run.root='runs'"]
+
+
+def test_kubernetes_is_examined_by_what_its_pods_mount(config: Path, tmp_path: Path) -> None:
+    code, lines = says(config, "--on=kubernetes")
+    assert code == 78
+    keys = ["kubernetes.image=null", "run.root=", "data.path="]
+    assert all(f"FAIL manifests: {key}" in line for key, line in zip(keys, problems(lines), strict=True))
+    site = tmp_path / "site.yaml"
+    site.write_text("gpus: {syntax: none}\nkubernetes: {image: x/moe-dist, claims: {all: /}}\n")
+    assert says(config, "--on=kubernetes", f"--cluster={site}")[0] == 0
 
 
 def test_there_is_nothing_to_visit_on_one_machine(config: Path) -> None:
@@ -113,14 +125,10 @@ def test_the_probe_shows_a_container_the_folders_of_the_run(
     commands = {
         "sinfo": "case $* in *--Node*) echo 'n1|idle|(null)|8|(null)|all*' ;; *) echo 'all*|infinite' ;; esac",
         "scontrol": "echo",
-        "srun": f'echo "$*" >{tmp_path}/asked; exit 1',
+        "srun": 'echo "$*" >asked; exit 1',
     }
-    (tmp_path / "bin").mkdir()
-    for name, body in commands.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
+    stand_in(tmp_path / "bin", monkeypatch, **commands)
     code, _ = says(config, "--on=slurm", "--probe", f"--cluster={site}")
     assert code == 69
     mounts = f"--container-mounts={ROOT}:{ROOT},{tmp_path}:{tmp_path},{tiny_data}:{tiny_data}"  # run.root is yet to be made
-    assert mounts in (tmp_path / "asked").read_text().split()
+    assert mounts in (tmp_path / "bin" / "asked").read_text().split()

@@ -16,14 +16,13 @@ from moe_dist.runtime.node.facts import (
     from_line,
     look,
     node_name,
-    questions_from,
     to_line,
     unreachable,
     unresolved,
     write_problem,
 )
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def test_facts_of_this_node(tmp_path: Path) -> None:
@@ -69,11 +68,6 @@ def test_which_apex(made: tuple[str, ...], kind: str, tmp_path: Path, monkeypatc
         (tmp_path / "apex/optimizers/fused_adam.py").touch()
     monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
     assert apex_kind() == kind
-
-
-def test_questions_survive_the_command_line() -> None:
-    asked = Questions("/runs", "/data", ("/runs/t", "x y'z"), ("node1",), "/runs/m", 4)
-    assert questions_from(json.dumps(asdict(asked))) == asked
 
 
 def test_as_a_command_it_needs_no_torch(tmp_path: Path) -> None:

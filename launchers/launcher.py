@@ -1,0 +1,67 @@
+"""The base class of launchers. `launchers/table.py` lists all launchers."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from launchers.command import JobPlan, plan_job
+from moe_dist.config.cluster import Cluster
+from moe_dist.config.schema import Config
+from moe_dist.plan.memory import folder_bytes
+from moe_dist.plan.preflight import PlannedLayout
+from moe_dist.runtime.node.check_result import CheckResult, note
+from moe_dist.runtime.node.checks import Needs, check_folders
+from moe_dist.runtime.node.facts import NodeFacts
+
+
+@dataclass(frozen=True)
+class Examination:
+    """A run and the machine or cluster on which `moe-dist doctor` checks it.
+
+    Attributes:
+        here: Facts about this machine.
+        save_seconds: Measured seconds of a save of the run; None before its first save.
+        probe: Whether to check each node by a short job.
+        fabric: Whether to measure the network between every pair of nodes.
+    """
+
+    config: Config
+    plan: JobPlan
+    cluster: Cluster
+    env: Mapping[str, str]
+    here: NodeFacts
+    save_seconds: float | None = None
+    probe: bool = False
+    fabric: bool = False
+
+    @property
+    def needs(self) -> Needs:
+        """The run's requirements on its nodes."""
+        return Needs(
+            world_size=self.plan.world_size,
+            ranks_per_node=self.plan.ranks_per_node,
+            gpus_per_node=self.plan.gpus_per_node,
+            num_nodes=len(self.plan.nodes),
+            folder_bytes=folder_bytes(self.config),
+            folder=self.config.run.root,
+            data=self.config.data.path,
+        )
+
+
+class Launcher:
+    """One way to start the ranks of a run. A subclass needs `main`; the methods have defaults.
+
+    Attributes:
+        main: Function that starts a run. Its parameters are the arguments and options of `moe-dist launch NAME`.
+    """
+
+    main: ClassVar[Callable[..., None]]
+
+    def plan(self, layout: PlannedLayout, cluster: Cluster) -> JobPlan:
+        """Returns the nodes of a run, and the ranks on each node. Raises the errors of `plan_job`."""
+        return plan_job(layout, cluster)
+
+    def examine(self, asked: Examination) -> Iterator[CheckResult]:
+        """Yields the results of the doctor's checks of machine and cluster. Raises ResourceError if there is no cluster."""
+        yield from check_folders([asked.here], asked.needs)
+        yield note("nodes of the job", "not checked: this launcher brings no checks")
