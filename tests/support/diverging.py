@@ -9,8 +9,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,39 +102,13 @@ class Ended:
     newest: int
 
 
-@contextmanager
-def _trainer(rank: Any, data: str, root: Path, changes: Mapping[str, Any]) -> Iterator[Any]:
-    from moe_dist.checkpoint.manager import CheckpointManager
-    from moe_dist.formats.manifest import load_manifest
-    from moe_dist.runtime.run_folder import RunFolder
-    from moe_dist.runtime.signals import StopRequest
-    from moe_dist.train.build.training import build_evaluator
-    from moe_dist.train.loop.trainer import Trainer
-    from moe_dist.train.start.resume import Resumable
-    from tests.support.engine_run import started_run
-
-    with started_run(rank, data, {"run.root": str(root), **changes}) as run:
-        config, manifest = run.config, load_manifest(Path(data))
-        manager = CheckpointManager(
-            RunFolder.of(config).checkpoints,
-            keep=config.checkpoint.keep,
-            lease_check=lambda: None,
-            process_group=run.mesh.checkpoint,
-        )
-        saver = Resumable(run.training, run.placement, manager, config, manifest)
-        evaluator = build_evaluator(config, manifest, run.training, run.placement)
-        progress, step = saver.restore(), run.training.step
-        yield Trainer(
-            run.plan, step, run.loader, evaluator,
-            sinks=[], devices=None, saver=saver, stop=StopRequest(), progress=progress,
-        )  # fmt: skip
-
-
 def trained(rank: Any, data: str, root: Path, changes: Mapping[str, Any], divergence: Divergence | None) -> Ended:
     """Body of a standing world: starts the run, or goes on with it, to its end or to its divergence."""
     from moe_dist.errors import DivergedError
+    from tests.support.engine_run import started_run
 
-    with _trainer(rank, data, root, changes) as trainer:
+    with started_run(rank, data, {"run.root": str(root), **changes}) as run:
+        trainer = run.trainer(run.saver())
         begun, text = trainer.progress.step, ""
         if divergence is not None:
             diverge(trainer, divergence)
