@@ -1,7 +1,6 @@
-"""A run that stops and goes on is the run that did not stop, to the last bit, for each kind of state. Checkpoints on other
-layouts go on within rounding, and training goes on while a save is in flight."""
+"""A run that stops and goes on is the run that did not stop, to the last bit, for each kind of state, and training goes on
+while a save is in flight. test_checkpoint.py loads checkpoints of other layouts."""
 
-import functools
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -192,20 +191,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert saved(tmp_path / "stopped") == saved(tmp_path / "whole")
 
 
-SAVED_AT, BESIDE = 5, 4
 AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
-FP32 = "float32"
-LAYOUTS = [
-    Layout(1, 1, precision=FP32),
-    Layout(2, 1, "pinned", precision=FP32),
-    Layout(2, 1, "uneven", "fsdp2", precision=FP32),
-    Layout(1, 2, data="fsdp2", precision=FP32),
-    Layout(4, 1, "uneven", precision=FP32),
-    Layout(2, 2, "interleaved", "fsdp2", precision=FP32),
-]
-COVER = LAYOUTS[2], LAYOUTS[1]  # the writer and the reader of `make test`
-Losses = list[tuple[float, ...]]
-Undisturbed = Callable[[Layout], tuple[Path, Losses]]
 
 
 class Resumed(TrainingRank):
@@ -219,75 +205,19 @@ class Resumed(TrainingRank):
     def state(self) -> Any:
         return capture(self.parallel.model, self.optimizer, rank_layout(self.placement, self.mesh))
 
-    def train(self, first: int, last: int, after: Callable[[int], None] = lambda _: None) -> list[tuple[float, ...]]:
+    def train(self, first: int, last: int) -> list[tuple[float, ...]]:
         """Returns the losses by modality and the gradient norm of each step."""
         each, seen = SEQUENCES // self.rank.world_size, []
         for number in range(first, last):
             batches = [batch_of(number, micro, self.rank.rank * each, each) for micro in range(MICRO_BATCHES)]
             result = self.step(batches, lr=1e-2, aux=AUX)
             seen.append((*result.nll_M.tolist(), result.grad_norm))
-            after(number + 1)
         return seen
-
-
-def undisturbed_body(rank: RankContext, layout: Layout, folder: Path) -> list[tuple[float, ...]]:
-    run = Resumed(rank, layout, folder)
-    saver = CheckpointWriter(run.manager, asynchronous=True)
-
-    def after(step: int) -> None:
-        saver.poll()
-        if step == SAVED_AT:
-            saver.write(step, run.state(), durable=False)
-
-    seen = run.train(0, SAVED_AT + BESIDE, after)
-    saver.wait()
-    return seen
-
-
-def resumed_body(rank: RankContext, layout: Layout, folder: Path) -> list[tuple[float, ...]]:
-    run = Resumed(rank, layout, folder)
-    newest = run.manager.latest()
-    assert newest == folder / f"step_{SAVED_AT}"
-    assert run.manager.load(newest, run.state()).step == SAVED_AT
-    return run.train(SAVED_AT, SAVED_AT + BESIDE)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """Returns, for a layout, the folder of its checkpoint and the losses of its run; cached."""
-    root = tmp_path_factory.mktemp("resume")
-
-    @functools.cache
-    def run(layout: Layout) -> tuple[Path, Losses]:
-        results = run_in_world(layout.world_size, undisturbed_body, layout, root / str(layout))
-        assert all(each == results[0] for each in results)
-        return root / str(layout), results[0]
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("layout", "writers"),
-    [
-        (COVER[1], [COVER[0]]),
-        *(exhaustive(layout, [each for each in LAYOUTS if (each, layout) != COVER]) for layout in LAYOUTS),
-    ],
-    ids=lambda value: f"from {len(value)}" if isinstance(value, list) else str(value),
-)
-def test_another_layout_goes_on_within_fp32_rounding(
-    run_in_world: Callable[..., list[Any]], undisturbed: Undisturbed, layout: Layout, writers: list[Layout]
-) -> None:
-    for writer in writers:
-        if writer == layout:
-            continue
-        folder, losses = undisturbed(writer)
-        resumed = run_in_world(layout.world_size, resumed_body, layout, folder)[0]
-        np.testing.assert_allclose(resumed, losses[SAVED_AT:], rtol=2e-5, err_msg=f"from {writer}")
 
 
 def in_flight_body(rank: RankContext, folder: Path) -> dict[str, Any]:
     """Delays rank 1's write while all ranks take steps. A second training saves the same step and waits for the save."""
-    layout = Layout(2, 1, "pinned", precision=FP32)
+    layout = Layout(2, 1, "pinned", precision="float32")
     go, begun, real = threading.Event(), threading.Event(), manager_module.write_shard
 
     def held(*args: Any, **kwargs: Any) -> None:
