@@ -124,9 +124,9 @@ pictures: $(INSTALLED) data  ## Take the screenshots of docs/images from runs/de
 	@test -d runs/sick || $(BIN)/python -m launchers.local $(CONFIG) run.name=sick $(SICK)
 	@PYTHONPATH=. $(BIN)/python docs/pictures.py runs/default runs/sick
 
-ROUNDS ?= 200
-chaos: $(INSTALLED)  ## Go on breaking runs (ROUNDS=200 faults); an interrupted one goes on
-	@$(BIN)/python -m tests.support.chaos --rounds $(ROUNDS)
+CAMPAIGNS ?= 10
+chaos: $(INSTALLED)  ## Break many runs (CAMPAIGNS=10, each with 20 faults)
+	@MOE_DIST_FAULT_CAMPAIGNS=$(CAMPAIGNS) $(TEST) -m "" tests/faults/test_random_faults.py
 
 # One folder for a machine with GPUs, torch and triton but no network: code, and wheels of what else `gpu-check` imports.
 GPU_BUNDLE := .cache/gpu-bundle

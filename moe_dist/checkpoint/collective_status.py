@@ -37,11 +37,16 @@ class CollectiveStatus:
         summed = sum_over(torch.tensor(numbers, dtype=torch.int64), self._group, name=name, tracker=self._watch)
         return summed.tolist()
 
-    def first(self, name: str, action: Callable[[], T], *, kind: type[MoeDistError] = CheckpointError) -> T | None:
+    def first(self, name: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T | None:
         """Like `phase`, but runs `action` on rank 0 only, and returns None on the other ranks."""
         return self.phase(name, lambda: action() if self.rank == 0 else None, kind=kind)
 
-    def phase(self, name: str, action: Callable[[], T], *, kind: type[MoeDistError] = CheckpointError) -> T:
+    def broadcast(self, name: str, action: Callable[[], int]) -> int:
+        """Like `first`, but returns the result on all ranks. Costs two all-reduces."""
+        (number,) = self.add([self.first(name, action) or 0])
+        return number
+
+    def phase(self, name: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T:
         """Runs `action` on all ranks and returns this rank's result. If `action` fails on any rank, all ranks raise. Costs
         one all-reduce.
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch.distributed as dist
 from pydantic import JsonValue
@@ -53,13 +52,11 @@ from moe_dist.checkpoint.storage import (
     write_shard,
 )
 from moe_dist.comm.tracker import CollectiveTracker
-from moe_dist.errors import CheckpointError, ConfigError, DataError, DivergedError, MoeDistError
+from moe_dist.errors import CheckpointError, ConfigError, DataError, DivergedError
 from moe_dist.optim.optimizer import set_step_count
 from moe_dist.placement.parameter_names import EXPERT_NAME
 
 SLACK = 1 << 20  # bytes that must be free on the disk besides 1.01 x the bytes of the tensors
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,9 @@ class CheckpointManager:
             `write`, and then the order of its collectives among the training's collectives differs between ranks.
 
     Attributes:
+        folder: As given.
         newest: The newest checkpoint that this manager has loaded or committed, the same on all ranks; None before.
+        status: Runs further phases that fail on all ranks or on none.
     """
 
     def __init__(
@@ -102,19 +101,15 @@ class CheckpointManager:
         process_group: dist.ProcessGroup | None = None,
         tracker: CollectiveTracker | None = None,
     ) -> None:
-        self._folder, self._keep, self._lease_check = folder, keep, lease_check
+        self.folder, self._keep, self._lease_check = folder, keep, lease_check
         self._directory = CheckpointDirectory(folder)
         self.newest: Path | None = None
-        self._status = CollectiveStatus(str(folder), process_group, tracker)
+        self.status = CollectiveStatus(str(folder), process_group, tracker)
         self._untracked = CollectiveStatus(str(folder), process_group)
 
     @property
     def rank(self) -> int:
-        return self._status.rank
-
-    @property
-    def folder(self) -> Path:
-        return self._folder
+        return self.status.rank
 
     def save(self, step: int, state: CheckpointState) -> Path:
         """Saves `state` without making a copy of it, and returns when the checkpoint is committed."""
@@ -127,7 +122,7 @@ class CheckpointManager:
             DivergedError: on all ranks, if tensors that a rank writes contain nan or inf.
         """
         self._check_layout(state.layout)  # a wrong layout would write tensors twice or not at all
-        return self.on_each(f"save step_{step}", lambda: take_snapshot(step, state, buffers))
+        return self.status.phase(f"save step_{step}", lambda: take_snapshot(step, state, buffers))
 
     def check_finite(self, folder: Path, state: CheckpointState) -> None:
         """Checks the state that was loaded from `folder`, because earlier versions saved states that are not finite.
@@ -143,7 +138,7 @@ class CheckpointManager:
                 fix = self._directory.fix(folder)
                 raise DivergedError(f"{folder}: {error}: it was saved after the run had diverged. {fix}") from None
 
-        self.on_each("resume", check)
+        self.status.phase("resume", check)
 
     def write(self, snapshot: Snapshot) -> Path:
         """Writes the folder `step_N`, commits it, and deletes all but the newest `keep` checkpoints. Does nothing if
@@ -159,13 +154,13 @@ class CheckpointManager:
         if committed:  # a resumed run without remaining steps saves the step that it has loaded
             self.newest = target
             return target
-        temporary = self._folder / f"{target.name}.{save_id}.tmp"
+        temporary = self.folder / f"{target.name}.{save_id}.tmp"
         status = self._untracked
         try:
-            status.first("prepare", lambda: self._prepare(temporary, needed))
+            status.first("prepare", lambda: self._prepare(temporary, needed), kind=CheckpointError)
             write = partial(write_shard, temporary, status.rank, snapshot.pieces, save_id=save_id, step=snapshot.step)
-            status.phase("write", partial(write, rank_values=snapshot.rank_values))
-            status.first("commit", lambda: self._commit(temporary, target, save_id, snapshot))
+            status.phase("write", partial(write, rank_values=snapshot.rank_values), kind=CheckpointError)
+            status.first("commit", lambda: self._commit(temporary, target, save_id, snapshot), kind=CheckpointError)
         except BaseException:
             if status.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -186,10 +181,10 @@ class CheckpointManager:
 
         def remove() -> None:
             self._lease_check()
-            if self._folder.is_dir():
+            if self.folder.is_dir():
                 self._directory.remove_leftovers()
 
-        self.agree("remove leftovers", remove, kind=CheckpointError)
+        self.status.first("remove leftovers", remove, kind=CheckpointError)
 
     def latest(self) -> Path | None:
         """Returns the folder of the newest committed checkpoint, which rank 0 reads from `latest`; None if there is no
@@ -198,26 +193,8 @@ class CheckpointManager:
         Raises:
             DataError: `latest` names no checkpoint, or is missing although there are checkpoints.
         """
-        step = self.broadcast("find the latest", self._directory.latest_step)
+        step = self.status.broadcast("find the latest", self._directory.latest_step)
         return None if step < 0 else self._directory.path_of(step)
-
-    def agree(self, what: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T | None:
-        """Runs `action` on rank 0. If `action` fails, all ranks raise; an OSError becomes an error of class `kind`. Costs
-        one all-reduce.
-
-        Returns the result on rank 0, None on the other ranks.
-        """
-        return self._status.first(what, action, kind=kind)
-
-    def on_each(self, what: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T:
-        """Runs `action` on every rank and returns its result. If `action` fails on any rank, all ranks raise; an OSError
-        becomes an error of class `kind`. Costs one all-reduce."""
-        return self._status.phase(what, action, kind=kind)
-
-    def broadcast(self, what: str, action: Callable[[], int]) -> int:
-        """Runs `action` on rank 0 and returns its result on all ranks. Raises like `agree`. Costs two all-reduces."""
-        (number,) = self._status.add([self.agree(what, action) or 0])
-        return number
 
     def load(self, folder: Path, state: CheckpointState) -> Restored:
         """Loads a checkpoint from any layout of ranks into the tensors of `state`, and sets the step count of the optimizer
@@ -232,7 +209,7 @@ class CheckpointManager:
         """
         self._check_layout(state.layout)
         try:
-            contents, rank_values = self._status.phase("load", lambda: self._read(folder, state), kind=DataError)
+            contents, rank_values = self.status.phase("load", lambda: self._read(folder, state))
             shared = state.specs.keys() & contents.index.tensors.keys()
             self._check_loaded(contents, state, {name: name for name in shared})
         except DataError as error:
@@ -275,12 +252,12 @@ class CheckpointManager:
             read_tensors(contents, {name: held for name, held in state.tensors().items() if name in found}, found)
             return contents, found
 
-        contents, found = self._status.phase("load", read, kind=DataError)
+        contents, found = self.status.phase("load", read)
         self._check_loaded(contents, state, found)
         return taken_from(contents, state.specs, found)
 
     def _check_layout(self, layout: RankLayout) -> None:
-        rank, world_size = self._status.rank, self._status.world_size
+        rank, world_size = self.status.rank, self.status.world_size
         assert (layout.rank, layout.world_size) == (rank, world_size), (
             f"the state is for rank {layout.rank} of {layout.world_size}, but the process group has {rank} of {world_size}"
         )
@@ -288,7 +265,7 @@ class CheckpointManager:
     def _announce(self, snapshot: Snapshot) -> tuple[int, str, bool]:
         """Returns the bytes that all ranks write in total, the save's id, and whether the step is committed already. Costs
         one all-reduce."""
-        first = self._status.rank == 0
+        first = self.status.rank == 0
         # For the save's id and the flag all ranks but rank 0 add 0, so that both sums are rank 0's values.
         mine = [snapshot.nbytes, secrets.randbits(48) if first else 0, int(first and self._is_latest(snapshot.step))]
         total, save_id, committed = self._untracked.add(mine)
@@ -296,15 +273,15 @@ class CheckpointManager:
 
     def _prepare(self, temporary: Path, needed: int) -> None:
         self._lease_check()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._directory.remove_leftovers()
-        free, wanted = shutil.disk_usage(self._folder).free, needed + needed // 100 + SLACK
+        free, wanted = shutil.disk_usage(self.folder).free, needed + needed // 100 + SLACK
         if free < wanted:
             raise CheckpointError(
-                f"checkpoint in {self._folder}: needs {wanted:,} bytes, but {free:,} are free; free space, or lower "
+                f"checkpoint in {self.folder}: needs {wanted:,} bytes, but {free:,} are free; free space, or lower "
                 "checkpoint.keep"
             )
-        if not (self._folder / LATEST_FILE).exists() and not self._directory.steps():
+        if not (self.folder / LATEST_FILE).exists() and not self._directory.steps():
             # `latest` is written already now, because a crash between the two renames of the first commit would otherwise
             # leave a checkpoint but no `latest`.
             self._point(NONE_YET)
@@ -314,7 +291,7 @@ class CheckpointManager:
         """Writes index.json, state.json and SHA256SUMS, then renames the folder and replaces `latest`; runs on rank 0. Each
         file and each rename is on disk before the next action begins. Checks the lease right before each rename."""
         try:
-            ranks = self._status.world_size
+            ranks = self.status.world_size
             index = build_index(temporary, snapshot.specs, step=snapshot.step, save_id=save_id, num_shards=ranks)
         except DataError as error:
             raise CheckpointError(f"the written files cannot be read back: {error}") from error
@@ -325,22 +302,22 @@ class CheckpointManager:
         sync(temporary)  # the names of the files must be on disk before the rename
         self._lease_check()
         if target.exists():  # a crash before `latest` was replaced left this complete folder
-            target.rename(self._folder / f"{target.name}.{save_id}.removed")
+            target.rename(self.folder / f"{target.name}.{save_id}.removed")
         temporary.rename(target)  # atomic on one file system
-        sync(self._folder)
+        sync(self.folder)
         self._point(f"{target.name}\n".encode())
 
     def _point(self, content: bytes) -> None:
         """Replaces `latest` on disk. Checks the lease right before the rename, because the write may take long."""
-        pointer = self._folder / f"{LATEST_FILE}.{secrets.token_hex(6)}.tmp"
+        pointer = self.folder / f"{LATEST_FILE}.{secrets.token_hex(6)}.tmp"
         try:
             write_durably(pointer, content)
             self._lease_check()
-            pointer.rename(self._folder / LATEST_FILE)
+            pointer.rename(self.folder / LATEST_FILE)
         except BaseException:
             pointer.unlink(missing_ok=True)
             raise
-        sync(self._folder)
+        sync(self.folder)
 
     def _tidy(self, step: int) -> None:
         """Deletes old checkpoints and leftovers. Checks the lease first, because files that another process is saving look
@@ -368,12 +345,12 @@ class CheckpointManager:
             if contents.state.optimizer_steps is None:
                 raise DataError(f"checkpoint {folder}: it contains moments, but {STATE_FILE} has no optimizer_steps")
             set_step_count(state.optimizer, contents.state.optimizer_steps)
-        same_ranks = contents.index.num_shards == self._status.world_size
-        return contents, headers[self._status.rank].rank_values if same_ranks else {}
+        same_ranks = contents.index.num_shards == self.status.world_size
+        return contents, headers[self.status.rank].rank_values if same_ranks else {}
 
     def _check_headers(self, contents: Contents) -> dict[int, ShardHeader]:
         """Reads and checks every W-th shard header on each of W ranks, so that the ranks together check all headers."""
-        numbers = range(self._status.rank, contents.index.num_shards, self._status.world_size)
+        numbers = range(self.status.rank, contents.index.num_shards, self.status.world_size)
         return {number: open_shard(contents, number) for number in numbers}
 
     def _check_loaded(self, contents: Contents, state: CheckpointState, sources: Mapping[str, Source]) -> None:
@@ -399,7 +376,7 @@ class CheckpointManager:
                 sums[whole[name]] = signed((sums[whole[name]] + found) % (1 << 64))
             if tuple(piece.tensor.shape) == shape and hexadecimal(found) != entries[name].fingerprint:
                 wrong.append(name)
-        totals = zip(sums, self._status.add(list(sums.values())), strict=True)
+        totals = zip(sums, self.status.add(list(sums.values())), strict=True)
         wrong += [name for name, total in totals if hexadecimal(total) != entries[name].fingerprint]
 
         def report() -> None:
@@ -409,7 +386,7 @@ class CheckpointManager:
                     [_damaged(contents, stored_name(sources[name])) for name in dict.fromkeys(wrong)],
                 )
 
-        self._status.phase("check the loaded tensors", report, kind=DataError)
+        self.status.phase("check the loaded tensors", report)
 
     def _with_fix(self, error: DataError, folder: Path) -> DataError:
         fix = self._directory.fix(folder)

@@ -103,7 +103,9 @@ def train(checked: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest)
         beside = session.write_texts(finished, checked, trainer.sinks)
         attempt.finish()
     # All ranks wait for rank 0's summary, because a launcher kills the ranks that still run after another rank has ended.
-    saver.agree("write the summary", lambda: session.conclude(finished, folder, checked, beside=beside, stopped=stop.first))
+    saver.status.first(
+        "write the summary", lambda: session.conclude(finished, folder, checked, beside=beside, stopped=stop.first)
+    )
     engine.close()
     destroy_world()
 

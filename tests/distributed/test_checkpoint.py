@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_dist.checkpoint.index import read_index
 from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
+from moe_dist.checkpoint.state import CheckpointState, capture
 from moe_dist.checkpoint.storage import take_snapshot
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import MoeDistError
@@ -30,9 +30,8 @@ from moe_dist.optim.optimizer import (
     step_count,
 )
 from moe_dist.parallel.initialise import initialise
-from moe_dist.parallel.mesh import Mesh, make_mesh
-from moe_dist.parallel.parallelize import ParallelModel
-from moe_dist.train.build.training import build_optimizer
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.train.build.training import build_optimizer, rank_layout
 from tests.support.cover import exhaustive, full
 from tests.support.layouts import Layout, batch_of, build, config_of, placement_of
 from tests.support.worlds import RankContext
@@ -66,14 +65,14 @@ class Setup:
     """A model on this rank, initialised from a seed, with optimizer moments that are computed from its weights."""
 
     def __init__(self, rank: RankContext, layout: Layout, seed: int) -> None:
-        self.layout = layout
-        self.mesh: Mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
-        self.parallel: ParallelModel = build(layout, self.mesh, CommStats())
+        self.layout, self.placement = layout, placement_of(layout.placement, layout.ep)
+        self.mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
+        self.parallel = build(layout, self.mesh, CommStats())
         self.fill(seed)
 
     def fill(self, seed: int) -> None:
-        placement = placement_of(self.layout.placement, self.layout.ep)
-        initialise(self.parallel.model, placement, ep_rank=self.mesh.ep_rank, device=self.mesh.device, seed=seed, std=0.3)
+        place = {"ep_rank": self.mesh.ep_rank, "device": self.mesh.device}
+        initialise(self.parallel.model, self.placement, **place, seed=seed, std=0.3)
         self.optimizer = build_optimizer(config_of(self.layout), self.parallel.model)
         materialise_moments(self.optimizer)
         set_step_count(self.optimizer, seed)
@@ -84,18 +83,8 @@ class Setup:
                         moments[moment].copy_(parameter).mul_(factor)
 
     def capture(self, **values: Any) -> CheckpointState:
-        mesh = self.mesh
-        layout = RankLayout(
-            placement_of(self.layout.placement, self.layout.ep),
-            mesh.rank,
-            mesh.world_size,
-            mesh.ep_rank,
-            mesh.edp_rank,
-            mesh.edp_size,
-        )
-        return capture(
-            self.parallel.model, self.optimizer, layout, values=values, rank_values={"rank": mesh.rank, "state": [1, 2]}
-        )
+        layout, own = rank_layout(self.placement, self.mesh), {"rank": self.mesh.rank, "state": [1, 2]}
+        return capture(self.parallel.model, self.optimizer, layout, values=values, rank_values=own)
 
     def pieces(self) -> dict[str, torch.Tensor]:
         """Copies all local tensors, by the model's own names."""
@@ -201,8 +190,7 @@ def test_every_layout_loads_every_other(
 def test_eight_ranks_load_them_all_and_are_loaded(
     run_in_world: Callable[..., list[Any]], saved: Callable[[Layout], Path], tmp_path: Path
 ) -> None:
-    """Eight processes are slow on few cores, so they load once and save once. tests/unit/checkpoint/test_resharding.py
-    tests further layouts."""
+    """Eight processes are slow on few cores, so they load once and save once."""
     eight = Layout(4, 2, "uneven", "fsdp2")
     run_in_world(8, load_body, eight, list(map(saved, LAYOUTS)))
     run_in_world(8, save_body, Layout(8, 1, "pinned"), tmp_path)

@@ -15,12 +15,10 @@ import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.names import BACKWARD, REPLICAS
 from moe_dist.moe.routing.types import Routing, RoutingRequest
-from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.objective.loss import AuxSettings
-from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import full
-from tests.support.layouts import LAYERS, Layout, batch_of, build, placement_for, placement_of
+from tests.support.layouts import LAYERS, Layout, TrainingRank, batch_of, build, placement_for, placement_of
 from tests.support.replicas import of_both_groups, replicate
 from tests.support.worlds import RankContext
 
@@ -103,23 +101,11 @@ def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., l
 
 def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
     """Returns every call of torch.distributed in two training steps with its number of ranks, and the named exchanges."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
-    calls: list[str] = []
-    comm_stats = CommStats(events=calls)
-    parallel = build(layout, mesh, comm_stats)
-    start = placement_for(layout)
+    training = TrainingRank(layout)
+    calls, start = training.comm_stats.events, training.placement
+    assert calls is not None
     if layout.replicas:
-        replicate(parallel, layout, start, comm_stats, [of_both_groups(start)] * LAYERS)
-    groups = split_parameters(parallel.model, weight_decay=0.1)
-    optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    step = TrainingStep(
-        parallel,
-        optimizer,
-        placement=start,
-        group_of_modality=[0, 1],
-        clip_norm=0.5,
-        comm_stats=comm_stats,
-    )
+        replicate(training.parallel, layout, start, training.comm_stats, [of_both_groups(start)] * LAYERS)
 
     def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -133,7 +119,7 @@ def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
             stack.enter_context(mock.patch.object(dist, name, noted(name, getattr(dist, name))))
         for number in range(2):
             batches = [batch_of(number, micro, rank.rank, 1) for micro in range(2)]
-            step(batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3))
+            training.step(batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3))
     return calls
 
 

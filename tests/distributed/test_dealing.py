@@ -6,20 +6,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 
-from moe_dist.comm.collectives import CommStats
 from moe_dist.data.dealing import Dealing, SequenceCosts
 from moe_dist.data.loader import TrainLoader
 from moe_dist.formats.manifest import Manifest, load_manifest
-from moe_dist.parallel.mesh import make_mesh
-from moe_dist.train.build.training import build_optimizer
 from moe_dist.train.objective.loss import AuxSettings
-from moe_dist.train.step.training_step import TrainingStep
 from tests.support.agreement import Arrays, merged
 from tests.support.cover import exhaustive, full
-from tests.support.layouts import SEQ_LEN, Layout, build, config_of, placement_for
-from tests.support.whole_tensors import logical
+from tests.support.layouts import SEQ_LEN, Layout, TrainingRank
 from tests.support.worlds import RankContext
 
 COSTS = SequenceCosts(np.arange(SEQ_LEN + 1.0) ** 2, np.array([3.0, 1.0]))
@@ -35,17 +29,11 @@ class Stepped(NamedTuple):
 
 def step_of(rank: RankContext, layout: Layout, data: Path, dealt: bool, terms: bool) -> Stepped:
     """Takes one step on a data folder, with two sequences per micro-batch and rank."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
-    comm_stats = CommStats()
-    parallel, placement = build(layout, mesh, comm_stats), placement_for(layout)
-    optimizer, found = build_optimizer(config_of(layout), parallel.model), {}
-    optimizer.register_step_pre_hook(lambda *_: found.update(logical(parallel, placement, mesh, gradient=True)))
-    step = TrainingStep(
-        parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=None, comm_stats=comm_stats
-    )
+    training, found = TrainingRank(layout, clip_norm=None), {}
+    training.optimizer.register_step_pre_hook(lambda *_: found.update(training.logical(gradient=True)))
     loader = loader_of(data, load_manifest(data), rank, Dealing(COSTS, layout.ep, mix=not terms) if dealt else None)
     aux = AuxSettings(kind="null_averaged", balance=0.02 if terms else 0.0, z=1e-3 if terms else 0.0)
-    step(loader.batches(BATCH), lr=1e-2, aux=aux)
+    training.step(loader.batches(BATCH), lr=1e-2, aux=aux)
     return Stepped(found, [list(each) for each in loader.numbers(BATCH)])
 
 

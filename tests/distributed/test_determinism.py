@@ -9,15 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.collectives import CommStats
-from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.determinism import make_deterministic
-from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.objective.loss import AuxSettings
-from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import full
-from tests.support.layouts import Layout, batch_of, build, placement_of
-from tests.support.whole_tensors import logical
+from tests.support.layouts import Layout, TrainingRank, batch_of
 from tests.support.worlds import RankContext
 
 STEPS = 5
@@ -41,23 +36,12 @@ def switched_on(threads: int) -> Iterator[None]:
 def trained(rank: RankContext, layout: Layout, threads: int) -> str:
     """Returns a hash of this rank's losses, norms and parameters of every step."""
     with switched_on(threads):
-        mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
-        comm_stats = CommStats()
-        parallel = build(layout, mesh, comm_stats)
-        placement = placement_of(layout.placement, layout.ep)
-        optimizer = make_optimizer(
-            split_parameters(parallel.model, weight_decay=0.1),
-            backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8,
-        )  # fmt: skip
-        step = TrainingStep(
-            parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, comm_stats=comm_stats
-        )
-        digest = hashlib.sha256()
+        training, digest = TrainingRank(layout), hashlib.sha256()
         for number in range(STEPS):
             batches = [batch_of(number, 0, 2 + 2 * rank.rank, 2)]
-            result = step(batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3), stop_requested=False)
+            result = training.step(batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3))
             digest.update(result.nll_M.tobytes() + np.float64(result.grad_norm).tobytes())
-            for name, value in sorted(logical(parallel, placement, mesh, gradient=False).items()):
+            for name, value in sorted(training.logical().items()):
                 digest.update(name.encode() + value.tobytes())
         return digest.hexdigest()
 

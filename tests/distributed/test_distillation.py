@@ -1,4 +1,7 @@
-"""Distillation on N ranks equals one rank, and a run starts only with a teacher that fits its model and its data."""
+"""A run starts only with a teacher that fits its model and its data, and approaches it.
+
+test_n_ranks_equal_one.py compares the KL on several ranks.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,36 +14,7 @@ from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.formats.manifest import load_manifest
 from moe_dist.train.build.training import loop_settings
 from tests.distributed.test_starting_weights import AUX, PARTS, SEED, Run, groups
-from tests.support.cover import full
-from tests.support.layouts import Layout, Outcome, train
-from tests.support.outcomes import assert_same_tensors
 from tests.support.worlds import RankContext
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(2, 1, "pinned", "fsdp2", "block", distilled="forward"),
-        full(Layout(1, 2, distilled="forward")),
-        full(Layout(4, 1, "uneven", "ddp", "experts", distilled="forward")),
-        full(Layout(2, 2, "interleaved", "fsdp2", distilled="reverse")),
-    ],
-    ids=str,
-)
-def test_ranks_equal_one_rank(run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout) -> None:
-    """Compares the KL, the gradients and three steps. Batches have prompts, padding, and a rank without labels."""
-    start = tmp_path
-    alone: Outcome = run_in_world(1, train, Layout(distilled=layout.distilled), start)[0]
-    outcomes = run_in_world(layout.world_size, train, layout, start)
-    for outcome in outcomes:
-        for step, expected in zip(outcome.steps, alone.steps, strict=True):
-            assert expected.auxiliary > 0.01
-            np.testing.assert_allclose(
-                [step.auxiliary, *step.nll_M, step.grad_norm],
-                [expected.auxiliary, *expected.nll_M, expected.grad_norm],
-                rtol=1e-9,
-            )
-    assert_same_tensors(outcomes, alone)
 
 
 def taught(rank: RankContext, data: Path, root: Path, changes: dict[str, Any], teacher: dict[str, Any]) -> Any:

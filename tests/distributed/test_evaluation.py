@@ -14,17 +14,14 @@ from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import ABSENT
 from moe_dist.monitor.statistics import ComputeMap
-from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.evaluation.balance import EvenRouter, balance_efficiency
 from moe_dist.train.evaluation.compute_map import Mapper
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.evaluation.heldout import heldout_losses
 from moe_dist.train.objective.loss import AuxSettings
-from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import full
-from tests.support.layouts import GROUPS, IMAGE, SEQUENCES, TEXT, Layout, batch_of, build, placement_of
-from tests.support.whole_tensors import logical
+from tests.support.layouts import GROUPS, IMAGE, SEQUENCES, TEXT, Layout, TrainingRank, batch_of, build, placement_of
 from tests.support.worlds import RankContext
 
 GROUP_OF_MODALITY = torch.tensor([0, 1])
@@ -131,26 +128,16 @@ def test_data_without_a_held_out_side_evaluates_to_nothing(run_in_world: Callabl
 
 def trained(rank: RankContext, layout: Layout, measure: bool) -> tuple[dict[str, np.ndarray], list[float], float | None]:
     """Takes two steps, with or without an evaluation between them."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
-    comm_stats = CommStats()
-    parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
-    groups = split_parameters(parallel.model, weight_decay=0.1)
-    optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    step = TrainingStep(
-        parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, comm_stats=comm_stats
-    )
-    losses, timed = [], None
-    before = torch.get_rng_state()
+    training, losses, timed = TrainingRank(layout), [], None
+    before, aux = torch.get_rng_state(), AuxSettings("null_averaged", 0.02, 1e-3)
     for number in range(2):
-        result = step([batch_of(number, 0, 4 * rank.rank, 4)], lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3))
+        result = training.step([batch_of(number, 0, 4 * rank.rank, 4)], lr=1e-2, aux=aux)
         losses += [*result.nll_M.tolist(), result.grad_norm]
         if measure:
-            heldout = [batch_of(7, 0, 4 * rank.rank, 4)]
-            timed = balance_efficiency(
-                parallel.model, heldout, group_of_modality=GROUP_OF_MODALITY, placement=placement, mesh=mesh
-            ).timed
+            heldout, where = [batch_of(7, 0, 4 * rank.rank, 4)], {"placement": training.placement, "mesh": training.mesh}
+            timed = balance_efficiency(training.parallel.model, heldout, group_of_modality=GROUP_OF_MODALITY, **where).timed
     assert torch.equal(before, torch.get_rng_state())
-    return logical(parallel, placement, mesh, gradient=False), losses, timed
+    return training.logical(), losses, timed
 
 
 @pytest.mark.parametrize("data", [full("ddp"), "fsdp2"])

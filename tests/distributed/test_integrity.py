@@ -25,7 +25,7 @@ from tests.support.worlds import RankContext
 KINDS = ("dropped", "duplicated", "swapped", "flipped")
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 NAMES = (DISPATCH_ROWS, DISPATCH_ROWS + BACKWARD)
-TRIALS = 240  # of each world size
+TRIALS = 96  # of each world size: four of each kind, dtype and exchange
 
 
 class FaultyWire(AllToAll):
@@ -145,7 +145,7 @@ def pairs_of_disagreement(rank: RankContext, change: str) -> str:
     except IntegrityError as error:
         message = str(error)
     assert transport.comm_stats.events is not None
-    return message or f"sent {len(transport.traffic.events)}"
+    return message or f"sent {len(transport.comm_stats.events)}"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def _clean_pass(dispatcher: AllToAllDispatcher, chosen: torch.Tensor, dtype: tor
 
 @pytest.mark.parametrize(
     ("world_size", "seeds"),
-    [full(2, range(60)), (4, range(500, 540)), exhaustive(2, range(60, 500)), exhaustive(4, range(540, 1000))],
+    [full(2, range(60)), (4, range(500, 516)), exhaustive(2, range(60, 500)), exhaustive(4, range(516, 1000))],
     ids=str,
 )
 def test_a_thousand_clean_routings_are_not_blamed(

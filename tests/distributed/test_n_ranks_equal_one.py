@@ -1,7 +1,7 @@
 """N ranks equal one rank: losses, gradients, norm, and parameters after three optimizer steps.
 
 The first test covers every value of each axis in `make test`, every pair of values in `make test-full`, and the whole
-product in `make test-exhaustive`. The other tests run their most telling layouts in `make test`, and more in the others.
+product in `make test-exhaustive`. The second has variants of the model, each with an oracle of its own.
 
 One sequence is all padding, one has only text and one only pictures. With 8 ranks there are thus ranks without a token and
 ranks of one modality.
@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from moe_dist.comm.names import EXPERT_IDS, PAIR_ROWS
-from tests.support.cover import exhaustive, full, others_full, rest_full
+from tests.support.cover import exhaustive, full, others_full
 from tests.support.layouts import HIDDEN_DIM, LAYERS, MICRO_BATCHES, STEPS, Layout, Outcome, train
-from tests.support.outcomes import assert_same_tensors, merged_outcomes
+from tests.support.outcomes import assert_equal_one_rank, assert_same_tensors, merged_outcomes
 
 SIZES = [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2)]
 LAYOUTS = [
@@ -134,63 +134,84 @@ def hops_of(layout: Layout) -> list[str]:
     return [hop for hop, size in sizes.items() if size > 1]
 
 
-@pytest.mark.parametrize(
-    "layout",
-    others_full(
-        [
-            Layout(2, 2, "pinned", "ddp", "block", free=True),
-            Layout(4, 1, "uneven", "fsdp2", "experts", free=True),
-            Layout(2, 2, "interleaved", "fsdp2", "none", free=True),
-        ],
-        keep=1,
-    ),
-    ids=str,
-)
-def test_free_experts_on_ranks_equal_one_rank(
+LONGCAT, GPT_OSS, CLAMPED, RESIDUAL = "longcat_flash", "gpt_oss", "clamped experts, nulls", "gating_residual"
+VARIANTS = [
+    # Identity and constant experts are replicated, or sharded with the dense parameters.
+    Layout(2, 2, "pinned", "ddp", "block", free=True),
+    full(Layout(4, 1, "uneven", "fsdp2", "experts", free=True)),
+    exhaustive(Layout(2, 2, "interleaved", "fsdp2", "none", free=True)),
+    # Auxiliary terms of a step do not depend on its division into micro-batches and ranks.
+    exhaustive(Layout(parts=4, balance_scope="step")),
+    full(Layout(2, 2, "pinned", "fsdp2", "block", parts=2, balance_scope="step")),
+    Layout(4, 1, "uneven", "ddp", parts=2, balance_scope="step", balance_loss="null_split"),
+    # One logit for all null experts, and the other balance losses.
+    Layout(2, 1, "pinned", "ddp", "block", null_logit="single", balance_loss="null_split"),
+    exhaustive(Layout(4, 1, "uneven", "fsdp2", null_logit="single", balance_loss="null_split")),
+    full(Layout(2, 2, "interleaved", null_logit="single", balance_loss="vanilla")),
+    exhaustive(Layout(4, 1, "uneven", "ddp", "block", balance_loss="vanilla")),
+    exhaustive(Layout(2, 1, "pinned", balance_loss="null_split")),
+    Layout(2, 1, "pinned", "fsdp2", balance_loss="weighted", null_weight=(2.0, 0.5), free=True),
+    # The loss in parts of tied words.
+    Layout(2, 1, "pinned", "fsdp2", "block", loss_words=50, tied=True),
+    full(Layout(2, 1, "pinned", "ddp", "block", loss_words=50, tied=True)),
+    # Dense parts by torch.compile.
+    full(Layout(2, data="fsdp2", recompute="block", compiled=True)),
+    exhaustive(Layout(2, compiled=True)),
+    # FSDP2 shards some stacks by experts, and some inside experts; with 8 ranks some have no row of a matrix.
+    Layout(2, 2, "interleaved", "fsdp2", optimizer="muon"),
+    full(Layout(4, 1, "uneven", "fsdp2", optimizer="muon")),
+    exhaustive(Layout(2, 1, "pinned", "ddp", "block", optimizer="muon")),
+    exhaustive(Layout(2, 2, "pinned", "ddp", optimizer="muon")),
+    exhaustive(Layout(4, 2, "interleaved", "fsdp2", "block", optimizer="muon")),
+    # The KL from a teacher. Batches have prompts, padding, and a rank without labels.
+    Layout(2, 1, "pinned", "fsdp2", "block", distilled="forward"),
+    full(Layout(1, 2, distilled="forward")),
+    full(Layout(4, 1, "uneven", "ddp", "experts", distilled="forward")),
+    full(Layout(2, 2, "interleaved", "fsdp2", distilled="reverse")),
+    # Shortcuts with latent attention (LongCat-Flash), sinks with clamped experts (gpt-oss), gating residuals (MoE++).
+    exhaustive(Layout(2, 2, "interleaved", "fsdp2", "block", form=LONGCAT, free=True)),
+    Layout(4, 1, "uneven", "ddp", "experts", form=LONGCAT, free=True),
+    full(Layout(2, 1, "pinned", "fsdp2", "none", form=LONGCAT, free=True)),
+    exhaustive(Layout(2, 2, "pinned", "ddp", "block", form=LONGCAT, free=True)),
+    full(Layout(2, 2, "interleaved", "fsdp2", "block", form=GPT_OSS)),
+    exhaustive(Layout(4, 1, "uneven", "ddp", "experts", form=GPT_OSS)),
+    exhaustive(Layout(1, 2, "interleaved", "fsdp2", "experts", form=GPT_OSS)),
+    exhaustive(Layout(2, 2, "pinned", "ddp", "block", form=GPT_OSS)),
+    Layout(2, 2, "interleaved", "fsdp2", "none", form=CLAMPED, pair_budget=5),
+    full(Layout(2, 1, "pinned", "ddp", "block", form=RESIDUAL, free=True)),
+    full(Layout(4, 1, "uneven", "fsdp2", "block", form=RESIDUAL, free=True)),
+    exhaustive(Layout(2, 2, "pinned", "fsdp2", "experts", form=RESIDUAL)),
+    exhaustive(Layout(2, 2, "interleaved", "ddp", "none", form=RESIDUAL)),
+]
+# One parameter of each part that is particular to a form.
+PARTS: dict[str | None, set[str]] = {
+    None: set(),
+    LONGCAT: {
+        "layers.2.attention.kv_up.weight",
+        "layers.2.moe.shared.down.weight",
+        "layers.3.ffn.down.weight",
+        "layers.0.moe.free.text.gate",
+    },
+    GPT_OSS: {"layers.1.attention.sinks", "layers.1.moe.router.text.offset", "layers.0.moe.experts.text.0.down_bias"},
+    CLAMPED: {"layers.1.attention.sinks", "layers.0.moe.experts.image.0.gate_bias"},
+    RESIDUAL: {f"layers.{layer}.moe.router.{group}.residual" for layer in (1, 2) for group in ("text", "image")},
+}
+
+
+@pytest.mark.parametrize("layout", VARIANTS, ids=str)
+def test_a_variant_of_the_model_equals_one_rank(
     run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout
 ) -> None:
-    """Identity and constant experts are replicated, or sharded with the dense parameters. Weights come from a
-    checkpoint."""
-    oracle: Outcome = run_in_world(1, train, Layout(free=True), tmp_path)[0]
-    outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
-    free = sum(group.num_identity + group.num_constant for group in layout.groups)
-    assert (oracle.steps[0].counts.choices_LC[:, -free:] > 0).any()
-    for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):
-        np.testing.assert_array_equal(step.counts.choices_LC, expected.counts.choices_LC)
-        assert step.ledger["pairs"] == expected.ledger["pairs"] == expected.counts.choices_LC[:, :8].sum()
-        np.testing.assert_allclose(
-            [step.grad_norm, step.balance, step.z], [expected.grad_norm, expected.balance, expected.z], rtol=1e-9
-        )
-    assert {"layers.0.moe.free.text.vector", "layers.0.moe.free.image.gate"} <= oracle.parameters.keys()
-    assert_same_tensors(outcomes, oracle)
-
-
-@pytest.mark.parametrize(
-    "layout",
-    others_full(
-        [
-            Layout(parts=4, balance_scope="step"),
-            Layout(2, 2, "pinned", "fsdp2", "block", parts=2, balance_scope="step"),
-            Layout(4, 1, "uneven", "ddp", parts=2, balance_scope="step", balance_loss="null_split"),
-        ],
-        keep=1,
-    ),
-    ids=str,
-)
-def test_auxiliary_terms_of_a_step_equal_those_of_one_uncut_rank(
-    run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout
-) -> None:
-    """Terms of a step do not depend on its division into micro-batches and ranks. Terms of a micro-batch do."""
-    alone = Layout(balance_loss=layout.balance_loss, balance_scope="step")
-    oracle: Outcome = run_in_world(1, train, alone, tmp_path)[0]
-    outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
-
-    def terms(outcome: Outcome) -> list[list[float]]:
-        return [[step.grad_norm, step.balance, step.z, *step.nll_M] for step in outcome.steps]
-
-    np.testing.assert_allclose(terms(outcomes[0]), terms(oracle), rtol=1e-9)
-    assert [step.balance > 0 for step in oracle.steps] == [False, True, True]
-    assert_same_tensors(outcomes, oracle)
+    one_rank = assert_equal_one_rank(run_in_world, layout, tmp_path)
+    moved = {name for name, gradient in one_rank.gradients.items() if gradient.any()}
+    assert moved >= PARTS[layout.form]
+    if layout.free:
+        free = sum(group.num_identity + group.num_constant for group in layout.groups)
+        assert (one_rank.steps[0].counts.choices_LC[:, -free:] > 0).any()
+        assert {"layers.0.moe.free.text.vector", "layers.0.moe.free.image.gate"} <= one_rank.parameters.keys()
+    if layout.balance_scope == "step":
+        assert [step.balance > 0 for step in one_rank.steps] == [False, True, True]
+    assert all((step.auxiliary > 0.01) == (layout.distilled is not None) for step in one_rank.steps)
 
 
 def test_auxiliary_terms_of_a_micro_batch_depend_on_how_a_step_is_cut(
@@ -199,82 +220,6 @@ def test_auxiliary_terms_of_a_micro_batch_depend_on_how_a_step_is_cut(
     whole, cut = (run_in_world(1, train, Layout(parts=parts), tmp_path)[0].steps[0] for parts in (1, 4))
     assert whole.nll_M == pytest.approx(cut.nll_M, rel=1e-9)
     assert abs(cut.balance / whole.balance - 1) > 0.01
-
-
-@pytest.mark.parametrize(
-    "layout",
-    others_full(
-        [
-            Layout(2, 1, "pinned", "ddp", "block", null_logit="single", balance_loss="null_split"),
-            Layout(4, 1, "uneven", "fsdp2", null_logit="single", balance_loss="null_split"),
-            Layout(2, 2, "interleaved", null_logit="single", balance_loss="vanilla"),
-            Layout(4, 1, "uneven", "ddp", "block", balance_loss="vanilla"),
-            Layout(2, 1, "pinned", balance_loss="null_split"),
-            Layout(2, 1, "pinned", "fsdp2", balance_loss="weighted", null_weight=(2.0, 0.5), free=True),
-        ],
-        keep=3,
-    ),
-    ids=str,
-)
-def test_one_logit_for_all_nulls_and_the_other_losses(
-    run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout
-) -> None:
-    kept = ("null_logit", "balance_loss", "null_weight", "free")
-    alone = Layout(**{name: getattr(layout, name) for name in kept})
-    oracle: Outcome = run_in_world(1, train, alone, tmp_path)[0]
-    outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
-    for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):
-        np.testing.assert_array_equal(step.counts.choices_LC, expected.counts.choices_LC)
-        np.testing.assert_allclose(
-            [step.grad_norm, step.balance, step.z, *step.nll_M],
-            [expected.grad_norm, expected.balance, expected.z, *expected.nll_M],
-            rtol=1e-9,
-        )
-    assert_same_tensors(outcomes, oracle)
-
-
-@pytest.mark.parametrize(
-    "layout",
-    rest_full([Layout(2, 1, "pinned", data, "block", loss_words=50, tied=True) for data in ("fsdp2", "ddp")]),
-    ids=str,
-)
-def test_the_loss_in_parts_of_tied_words(run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout) -> None:
-    oracle: Outcome = run_in_world(1, train, Layout(tied=True), tmp_path)[0]
-    outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
-    for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):
-        np.testing.assert_allclose([step.grad_norm, *step.nll_M], [expected.grad_norm, *expected.nll_M], rtol=1e-9)
-    assert_same_tensors(outcomes, oracle)
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [full(Layout(2, data="fsdp2", recompute="block", compiled=True)), exhaustive(Layout(2, compiled=True))],
-    ids=str,
-)
-def test_compiled_dense_parts(
-    run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
-) -> None:
-    assert_same_tensors(run_in_world(layout.world_size, train, layout, start), one_rank)
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        # FSDP2 shards some stacks by experts, and some inside experts
-        Layout(2, 2, "interleaved", "fsdp2", optimizer="muon"),
-        exhaustive(Layout(2, 1, "pinned", "ddp", "block", optimizer="muon")),
-        full(Layout(4, 1, "uneven", "fsdp2", optimizer="muon")),
-        exhaustive(Layout(2, 2, "pinned", "ddp", optimizer="muon")),
-        exhaustive(Layout(4, 2, "interleaved", "fsdp2", "block", optimizer="muon")),  # some ranks have no row of a matrix
-    ],
-    ids=str,
-)
-def test_muon_on_ranks_equals_one_rank(run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout) -> None:
-    oracle: Outcome = run_in_world(1, train, Layout(optimizer="muon"), tmp_path)[0]
-    outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
-    for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):
-        np.testing.assert_allclose([step.grad_norm, *step.nll_M], [expected.grad_norm, *expected.nll_M], rtol=1e-9)
-    assert_same_tensors(outcomes, oracle)
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
-from moe_dist.comm.collectives import CommStats
-from moe_dist.optim.optimizer import make_optimizer, split_parameters
-from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.rank_balance.placement_rows import PlacementRows
-from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import full
-from tests.support.layouts import SEQUENCES, Layout, batch_of, build, placement_for, placement_of
+from tests.support.layouts import SEQUENCES, Layout, TrainingRank, batch_of, placement_of
 from tests.support.worlds import RankContext
 
 POLICIES = ("pinned", "interleaved", "uneven")
@@ -22,23 +17,15 @@ POLICIES = ("pinned", "interleaved", "uneven")
 
 def one_step(rank: RankContext, layout: Layout) -> tuple[int, dict[str, int]]:
     """Returns the rows of the ledger, and the rows counted for each placement."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
-    comm_stats = CommStats()
-    parallel = build(layout, mesh, comm_stats)
-    optimizer = make_optimizer(
-        split_parameters(parallel.model, weight_decay=0.1), backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8
-    )
-    step = TrainingStep(
-        parallel, optimizer, placement=placement_for(layout), group_of_modality=[0, 1],
-        clip_norm=None, comm_stats=comm_stats, needs_global_batch_info=layout.choice is not None,
-    )  # fmt: skip
+    training = TrainingRank(layout)
+    mesh = training.mesh
     placements = {policy: placement_of(policy, layout.ep, layout.groups) for policy in POLICIES}
     counter = PlacementRows(placements, ep_rank=mesh.ep_rank, first=3, device=mesh.device)
     assert [counter.due(number) for number in (2, 3)] == [False, True]
     each = SEQUENCES // rank.world_size
     batches = [batch_of(0, micro, rank.rank * each, each) for micro in range(2)]
     aux = AuxSettings("null_averaged", balance=0.0 if layout.choice else 0.02, z=0.0 if layout.choice else 1e-3)
-    result = step(batches, lr=1e-2, aux=aux, number=3, watchers=[counter])
+    result = training.step(batches, lr=1e-2, aux=aux, number=3, watchers=[counter])
     return result.ledger["rows_remote"], counter.total(mesh.world, mesh.tracker)
 
 

@@ -242,6 +242,7 @@ def listening(pids: Sequence[int]) -> set[tuple[str, int]]:
     return found
 
 
+@pytest.mark.full  # a run of many steps
 def test_ports_are_on_the_interface_of_the_job_survive_garbage_and_close(tmp_path: Path, tiny_data: Path) -> None:
     with Job(tmp_path, tiny_data, srun) as job:
         job.start("train.steps=100000", "checkpoint.every=2", MOE_DIST_RENDEZVOUS_HOST="127.0.0.1")

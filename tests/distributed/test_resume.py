@@ -1,7 +1,6 @@
-"""A run that stops and goes on is the run that did not stop, to the last bit, for each kind of state. Checkpoints on other
-layouts go on within rounding, and training goes on while a save is in flight."""
+"""A run that stops and goes on is the run that did not stop, to the last bit, for each kind of state, and training goes on
+while a save is in flight. test_checkpoint.py loads checkpoints of other layouts."""
 
-import functools
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,21 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 
 from moe_dist.checkpoint import manager as manager_module
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.saver import CheckpointWriter
-from moe_dist.checkpoint.state import RankLayout, capture
-from moe_dist.comm.collectives import CommStats
-from moe_dist.optim.optimizer import make_optimizer, split_parameters
-from moe_dist.parallel.mesh import make_mesh
+from moe_dist.checkpoint.state import capture
+from moe_dist.train.build.training import rank_layout
 from moe_dist.train.objective.loss import AuxSettings
-from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import exhaustive, full
 from tests.support.engine_run import megatron
-from tests.support.layouts import MICRO_BATCHES, SEQUENCES, Layout, batch_of, build, placement_of
+from tests.support.layouts import MICRO_BATCHES, SEQUENCES, Layout, TrainingRank, batch_of
 from tests.support.tiny import IMAGE_IDS, tiny_config
 from tests.support.tuning_samples import made_samples
 from tests.support.whole_run import WholeRun, whole_run
@@ -196,115 +191,33 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert saved(tmp_path / "stopped") == saved(tmp_path / "whole")
 
 
-SAVED_AT, BESIDE = 5, 4
 AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
-FP32 = "float32"
-LAYOUTS = [
-    Layout(1, 1, precision=FP32),
-    Layout(2, 1, "pinned", precision=FP32),
-    Layout(2, 1, "uneven", "fsdp2", precision=FP32),
-    Layout(1, 2, data="fsdp2", precision=FP32),
-    Layout(4, 1, "uneven", precision=FP32),
-    Layout(2, 2, "interleaved", "fsdp2", precision=FP32),
-]
-COVER = [LAYOUTS[1], LAYOUTS[2]]  # the readers and writers of `make test`
-Losses = list[tuple[float, ...]]
-Undisturbed = Callable[[Layout], tuple[Path, Losses]]
 
 
-class Resumed:
+class Resumed(TrainingRank):
     """One rank of a training that saves during training, and may start from a checkpoint."""
 
     def __init__(self, rank: RankContext, layout: Layout, folder: Path) -> None:
-        self.rank, mesh = rank, make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
-        comm_stats = CommStats()
-        self.parallel = build(layout, mesh, comm_stats)
-        placement = placement_of(layout.placement, layout.ep)
-        groups = split_parameters(self.parallel.model, weight_decay=0.1)
-        self.optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-        self.step = TrainingStep(
-            self.parallel,
-            self.optimizer,
-            placement=placement,
-            group_of_modality=[0, 1],
-            clip_norm=0.5,
-            comm_stats=comm_stats,
-        )
-        self.layout = RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
-        self.manager = CheckpointManager(folder, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint)
+        super().__init__(layout)
+        self.rank = rank
+        self.manager = CheckpointManager(folder, keep=2, lease_check=lambda: None, process_group=self.mesh.checkpoint)
 
     def state(self) -> Any:
-        return capture(self.parallel.model, self.optimizer, self.layout)
+        return capture(self.parallel.model, self.optimizer, rank_layout(self.placement, self.mesh))
 
-    def train(self, first: int, last: int, after: Callable[[int], None] = lambda _: None) -> list[tuple[float, ...]]:
+    def train(self, first: int, last: int) -> list[tuple[float, ...]]:
         """Returns the losses by modality and the gradient norm of each step."""
         each, seen = SEQUENCES // self.rank.world_size, []
         for number in range(first, last):
             batches = [batch_of(number, micro, self.rank.rank * each, each) for micro in range(MICRO_BATCHES)]
             result = self.step(batches, lr=1e-2, aux=AUX)
             seen.append((*result.nll_M.tolist(), result.grad_norm))
-            after(number + 1)
         return seen
-
-
-def undisturbed_body(rank: RankContext, layout: Layout, folder: Path) -> list[tuple[float, ...]]:
-    run = Resumed(rank, layout, folder)
-    saver = CheckpointWriter(run.manager, asynchronous=True)
-
-    def after(step: int) -> None:
-        saver.poll()
-        if step == SAVED_AT:
-            saver.write(step, run.state(), durable=False)
-
-    seen = run.train(0, SAVED_AT + BESIDE, after)
-    saver.wait()
-    return seen
-
-
-def resumed_body(rank: RankContext, layout: Layout, folder: Path) -> list[tuple[float, ...]]:
-    run = Resumed(rank, layout, folder)
-    newest = run.manager.latest()
-    assert newest == folder / f"step_{SAVED_AT}"
-    assert run.manager.load(newest, run.state()).step == SAVED_AT
-    return run.train(SAVED_AT, SAVED_AT + BESIDE)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """Returns, for a layout, the folder of its checkpoint and the losses of its run; cached."""
-    root = tmp_path_factory.mktemp("resume")
-
-    @functools.cache
-    def run(layout: Layout) -> tuple[Path, Losses]:
-        results = run_in_world(layout.world_size, undisturbed_body, layout, root / str(layout))
-        assert all(each == results[0] for each in results)
-        return root / str(layout), results[0]
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("layout", "writers"),
-    [
-        *((layout, COVER) for layout in COVER),
-        *(exhaustive(layout, [each for each in LAYOUTS if layout not in COVER or each not in COVER]) for layout in LAYOUTS),
-    ],
-    ids=lambda value: f"from {len(value)}" if isinstance(value, list) else str(value),
-)
-def test_another_layout_goes_on_within_fp32_rounding(
-    run_in_world: Callable[..., list[Any]], undisturbed: Undisturbed, layout: Layout, writers: list[Layout]
-) -> None:
-    for writer in writers:
-        if writer == layout:
-            continue
-        folder, losses = undisturbed(writer)
-        resumed = run_in_world(layout.world_size, resumed_body, layout, folder)[0]
-        np.testing.assert_allclose(resumed, losses[SAVED_AT:], rtol=2e-5, err_msg=f"from {writer}")
 
 
 def in_flight_body(rank: RankContext, folder: Path) -> dict[str, Any]:
     """Delays rank 1's write while all ranks take steps. A second training saves the same step and waits for the save."""
-    layout = Layout(2, 1, "pinned", precision=FP32)
+    layout = Layout(2, 1, "pinned", precision="float32")
     go, begun, real = threading.Event(), threading.Event(), manager_module.write_shard
 
     def held(*args: Any, **kwargs: Any) -> None:

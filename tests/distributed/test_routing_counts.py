@@ -10,31 +10,20 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.comm import collectives
-from moe_dist.comm.collectives import CommStats, pack
+from moe_dist.comm.collectives import pack
 from moe_dist.comm.names import ROUTING_COUNTS
-from moe_dist.optim.optimizer import make_optimizer, split_parameters
-from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.step import training_step
-from moe_dist.train.step.training_step import TrainingStep
-from tests.support.layouts import Layout, batch_of, build, placement_of
+from tests.support.layouts import Layout, TrainingRank, batch_of
 from tests.support.worlds import RankContext
 
 
 def traced_step(rank: RankContext, layout: Layout) -> tuple[list[str], list[torch.Tensor], list[torch.Tensor]]:
     """Returns the events of a step with two micro-batches (the first without tokens on rank 0), the counts, and their
     blocking sums."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
-    events: list[str] = []
-    parallel, placement = build(layout, mesh, CommStats()), placement_of(layout.placement, layout.ep)
-    optimizer = make_optimizer(
-        split_parameters(parallel.model, weight_decay=0.1), backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8
-    )
-    step = TrainingStep(
-        parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, comm_stats=CommStats()
-    )
-    found, expected = [], []
-    track, counts, losses = collectives.track_collective, training_step.global_counts, parallel.model.token_losses
+    training, events, found, expected = TrainingRank(layout), list[str](), [], []
+    model = training.parallel.model
+    track, counts, losses = collectives.track_collective, training_step.global_counts, model.token_losses
 
     def tracked(tracker: Any, name: str, **more: Any) -> Any:
         events.append(name)
@@ -60,10 +49,10 @@ def traced_step(rank: RankContext, layout: Layout) -> tuple[list[str], list[torc
     with (
         mock.patch.object(collectives, "track_collective", tracked),
         mock.patch.object(training_step, "global_counts", summed),
-        mock.patch.object(parallel.model, "token_losses", output_layer),
+        mock.patch.object(model, "token_losses", output_layer),
     ):
         batches = [batch_of(0, 0, rank.rank, 1), batch_of(1, 0, 2 * rank.rank, 2)]
-        step(batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3))
+        training.step(batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3))
     return events, found, expected
 
 

@@ -5,6 +5,7 @@ Weights that do not fit are refused before the first step.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,19 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError
-from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.parameter_names import named_parameters
-from moe_dist.plan.preflight import check
-from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.build.training import build_loader, build_training
 from moe_dist.train.loop.trainer import Progress
 from moe_dist.train.objective.loss import AuxSettings
-from moe_dist.train.start.resume import Resumable
 from moe_dist.train.start.starting_weights import begin_with_weights
 from tests.support.cover import exhaustive, full
+from tests.support.engine_run import built_run
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
 
@@ -51,21 +47,15 @@ class Run:
 
     def __init__(self, rank: RankContext, data: Path, root: Path, name: str, changes: dict[str, Any]) -> None:
         layout = {"run.name": name, "parallel.ep": rank.world_size, "placement.policy": "interleaved"}
-        self.config = tiny_config(data, root, {**layout, **changes})
-        plan = check(self.config)
-        mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
-        self.training = build_training(self.config, plan.manifest, plan.placement, mesh)
-        self.manager = CheckpointManager(
-            RunFolder.of(self.config).checkpoints, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint
-        )
-        self.resumable = Resumable(self.training, plan.placement, self.manager, self.config, plan.manifest)
-        self.loader = build_loader(self.config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size)
+        self.config, self._built = tiny_config(data, root, {**layout, **changes}), ExitStack()
+        run = self._built.enter_context(built_run(self.config, world_size=rank.world_size))
+        self.training, self.loader, self.saver = run.training, run.loader, run.saver()
 
     def train_and_save(self, steps: int = 3) -> None:
         for number in range(steps):
             self.training.step(self.loader.batches(8 * number), lr=1e-2, aux=AUX)
-        self.resumable.restore()  # reads the state of the data
-        self.resumable.save(Progress(step=3, position=24, tokens=100, evaluated=2), durable=True)
+        self.saver.restore()  # reads the state of the data
+        self.saver.save(Progress(step=3, position=24, tokens=100, evaluated=2), durable=True)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> tuple[Tensor, list[float]]:
@@ -82,7 +72,8 @@ class Run:
 
     def begin(self) -> str:
         """Loads the starting weights like `Resumable.restore` in a new run. Returns the report."""
-        return begin_with_weights(self.config, self.manager, self.resumable._capture(), self.training.parallel.model)
+        saver, model = self.saver, self.training.parallel.model
+        return begin_with_weights(self.config, saver._checkpoints, saver._capture(), model)
 
 
 class Trained(NamedTuple):
@@ -188,36 +179,6 @@ def test_a_trained_top_k_model_begins_as_it_is_to_the_last_bit(
         assert told["trains"]
 
 
-def test_outside_of_the_range_it_would_not_and_is_refused(
-    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
-) -> None:
-    """With k = 3 and m = 2 n null experts, a token would take one true expert instead of two."""
-    changes = {**COPY, **groups((3, 6, 3), (2, 2, 1))}
-    (told,) = run_in_world(1, begun, tiny_data, tmp_path, groups((3, 0, 2), (2, 0, 1)), changes)
-    assert (
-        "model.moe.groups.text.top_k=3: with num_null=6 copies of 3 true rows, a token takes the checkpoint's 2"
-        in told["error"]
-    )
-    assert "top_k from 4 to 6" in told["error"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "fault"),
-    [
-        ({"model.rope_base": 500.0}, "model.rope_base=500.0, the checkpoint's is 10000.0"),
-        ({"model.sliding_window": 8}, "model.sliding_window=8, the checkpoint's is None"),
-        ({"model.vocab_size": 80}, "embedding.weight stays as initialised (shape (80, 32) in the model, (64, 32) in"),
-        ({"model.num_layers": 1}, "layers.1.attention.k.weight of the checkpoint has no place"),
-    ],
-)
-def test_copied_nulls_in_another_model_are_refused(
-    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, changes: dict[str, Any], fault: str
-) -> None:
-    changes = {**COPY, **groups((3, 3, 3), (2, 2, 2)), **changes}
-    (told,) = run_in_world(1, begun, tiny_data, tmp_path, groups((3, 0, 2), (2, 0, 1)), changes)
-    assert fault in told["error"]
-
-
 UPCYCLE = {"run.init_rules": ["upcycle"]}
 SEED = groups((1, 0, 1), (1, 0, 1))
 ONE_GROUP = {
@@ -257,38 +218,6 @@ def test_an_upcycled_model_computes_what_it_was_made_of(
             # 3 new experts in each of 2 layers
             assert "layers.*.moe.experts.text.*.gate of layers.*.moe.experts.text.*.gate x 6" in report
             assert "layers.*.moe.router.text.true x 2 (shape (4, 32) in the model, (1, 32) in the checkpoint)" in report
-
-
-@pytest.mark.parametrize(
-    ("trained", "changes", "fault"),
-    [
-        (SEED, {**groups((4, 0, 2), (2, 0, 1)), f"{GROUPS}.text.ffn_dim": 20},
-         "layers.0.moe.experts.text.0.gate: shape (20, 32) in the model, (16, 32) in layers.0.moe.experts.text.0.gate"),
-        (groups((2, 0, 2), (1, 0, 1)), groups((4, 0, 2), (2, 0, 1)),
-         "layers.0.moe.experts.text: 4 experts in the model, 2 in the checkpoint; only a single expert can be copied"),
-        (SEED, SEED, "upcycle finds nothing to copy"),
-        (SEED, {**groups((4, 0, 2), (2, 0, 1)), "model.vocab_size": 80},
-         "embedding.weight stays as initialised (shape (80, 32) in the model, (64, 32) in"),
-        (SEED, {**groups((4, 0, 2), (2, 0, 1)), "model.num_kv_heads": 1},
-         "model.num_kv_heads=1, the checkpoint's is 2; take that"),
-        (SEED, {**groups((4, 0, 2), (2, 0, 1)), "model.num_layers": 1},
-         "layers.1.attention.k.weight of the checkpoint has no place in the model"),
-        (SEED, {**groups((4, 4, 4), (2, 4, 3)), "model.rope_base": 500.0, "run.init_rules": ["upcycle", "copy_nulls"]},
-         "model.rope_base=500.0, the checkpoint's is 10000.0; take that"),
-        (SEED, {GROUPS: {"all": {"num_experts": 2, "top_k": 1, "ffn_dim": 16, "modalities": ["text", "image"]}}},
-         "the checkpoint lacks this group in this layer; it has image, text"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_upcycled_is_refused(
-    run_in_world: Callable[..., list[Any]],
-    tiny_data: Path,
-    tmp_path: Path,
-    trained: dict[str, Any],
-    changes: dict[str, Any],
-    fault: str,
-) -> None:
-    (told,) = run_in_world(1, begun, tiny_data, tmp_path, trained, {**UPCYCLE, **changes})
-    assert fault in told["error"]
 
 
 @pytest.mark.parametrize(
@@ -351,32 +280,6 @@ def test_the_parts_of_an_ffn_together_are_the_ffn(
             assert torch.equal(torch.cat([*parts], dim=1 if name == "down" else 0), whole)
 
 
-@pytest.mark.parametrize(
-    ("trained", "changes", "fault"),
-    [
-        (SEED, {**SUMMED, f"{GROUPS}.text.ffn_dim": 5},
-         "model.moe.groups.text: num_experts=4 x ffn_dim=5 must be the width 16 of layers.0.moe.experts.text.0.gate, with "
-         "the same hidden_dim; take ffn_dim=4"),
-        (SEED, {**SPLIT, **PARTS, **SIGMOIDS, **groups((7, 7, 7), (4, 4, 4))}, "take num_experts=8, or another divisor of"),
-        (groups((2, 0, 2), (1, 0, 1)), SUMMED, "4 experts in the model, 2 in the checkpoint; only a single expert can be"),
-        ({**SEED, "model.moe.router.scale": 2.0}, SUMMED, "model.moe.router.scale=2.0, but the parts start with weight 1"),
-        (SEED, {**SUMMED, "model.moe.shared_ffn_dim": 8}, "shared.gate.weight stays as initialised"),
-        (SEED, {**SUMMED, "model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}}, "model.mixture_of_depths="),
-        (groups((4, 0, 2), (1, 0, 1)), SUMMED, "4 experts in the model, 4 in the checkpoint; only a single expert can be"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_split_is_refused(
-    run_in_world: Callable[..., list[Any]],
-    tiny_data: Path,
-    tmp_path: Path,
-    trained: dict[str, Any],
-    changes: dict[str, Any],
-    fault: str,
-) -> None:
-    (told,) = run_in_world(1, begun, tiny_data, tmp_path, trained, changes)
-    assert fault in told["error"]
-
-
 FINER = {"run.init_rules": ["split_experts"], f"{GROUPS}.text.ffn_dim": 8, f"{GROUPS}.image.ffn_dim": 12}
 MIXTURE = groups((4, 2, 2), (2, 0, 1))
 FINE = {**FINER, **groups((8, 4, 4), (4, 0, 2)), "model.moe.router.scale": 2.0}
@@ -418,11 +321,7 @@ EXPERTS_SPLIT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     ("world_size", "case"),
-    [
-        (1, "two parts"),
-        (2, "biases"),
-        *on_two_ranks(case for case in EXPERTS_SPLIT if case != "biases"),
-    ],
+    [(1, "two parts"), (1, "biases"), *on_two_ranks(EXPERTS_SPLIT)],
 )
 def test_the_parts_of_experts_are_chosen_together_and_are_the_experts(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, world_size: int, case: str
@@ -439,24 +338,58 @@ def test_the_parts_of_experts_are_chosen_together_and_are_the_experts(
                 assert torch.equal(torch.cat([*stack[2 * expert :][:2]], dim=1 if name == "down" else 0), whole[expert])
 
 
-@pytest.mark.parametrize(
-    ("trained", "changes", "fault"),
-    [
-        (MIXTURE, {**FINE, f"{GROUPS}.text.top_k": 3}, "model.moe.groups.text.top_k=3: with 2 parts of each of 4 experts a "
-         "token takes what it took only for top_k=4; take it"),
-        (MIXTURE, {**FINE, f"{GROUPS}.text.num_null": 2}, "takes what it took only for num_null=4"),
-        (MIXTURE, {**FINE, "model.moe.router.scale": 1.0}, "model.moe.router.scale=1: 2 parts of an expert in group text "
-         "have the weight of the expert with scale=2; take it"),
-        (MIXTURE, {**FINE, **groups((6, 4, 4), (4, 0, 2))}, "num_experts=6: must be a multiple of the checkpoint's 4"),
-        (MIXTURE, {**FINE, f"{GROUPS}.text.ffn_dim": 7}, "2 parts x ffn_dim=7 must be the width 16 of layers.0.moe"),
-        (MIXTURE, {**FINE, "model.moe.router.normalise": "none"}, "normalise='none': the checkpoint has 'true_chosen'"),
-        ({**MIXTURE, **nodes(topk_group=1), f"{GROUPS}.image.num_experts": 4},
-         {**FINER, **groups((8, 4, 4), (8, 0, 2)), **nodes(scale=2.0)}, "takes experts of 1 of 2 node groups"),
-        (MIXTURE, {**FINE, "model.moe.shared_ffn_dim": 8}, "shared.gate.weight stays as initialised"),
-        (MIXTURE, {**FINE, "model.rope_base": 500.0}, "model.rope_base=500.0, the checkpoint's is 10000.0"),
-    ],
-)  # fmt: skip
-def test_experts_whose_parts_would_compute_something_else_are_refused(
+BARE = groups((3, 0, 2), (2, 0, 1))
+COPIED = {**COPY, **groups((3, 3, 3), (2, 2, 2))}
+MORE = {**UPCYCLE, **groups((4, 0, 2), (2, 0, 1))}
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    # With k = 3 and m = 2 n null experts, a token would take one true expert instead of two.
+    (BARE, {**COPY, **groups((3, 6, 3), (2, 2, 1))}, "top_k from 4 to 6"),
+    (BARE, {**COPIED, "model.rope_base": 500.0}, "model.rope_base=500.0, the checkpoint's is 10000.0"),
+    (BARE, {**COPIED, "model.sliding_window": 8}, "model.sliding_window=8, the checkpoint's is None"),
+    (BARE, {**COPIED, "model.vocab_size": 80}, "embedding.weight stays as initialised (shape (80, 32) in the model, "
+     "(64, 32) in"),
+    (BARE, {**COPIED, "model.num_layers": 1}, "layers.1.attention.k.weight of the checkpoint has no place"),
+    (SEED, {**MORE, f"{GROUPS}.text.ffn_dim": 20},
+     "layers.0.moe.experts.text.0.gate: shape (20, 32) in the model, (16, 32) in layers.0.moe.experts.text.0.gate"),
+    (groups((2, 0, 2), (1, 0, 1)), MORE,
+     "layers.0.moe.experts.text: 4 experts in the model, 2 in the checkpoint; only a single expert can be copied"),
+    (SEED, {**UPCYCLE, **SEED}, "upcycle finds nothing to copy"),
+    (SEED, {**MORE, "model.vocab_size": 80},
+     "embedding.weight stays as initialised (shape (80, 32) in the model, (64, 32) in"),
+    (SEED, {**MORE, "model.num_kv_heads": 1},
+     "model.num_kv_heads=1, the checkpoint's is 2; take that"),
+    (SEED, {**MORE, "model.num_layers": 1},
+     "layers.1.attention.k.weight of the checkpoint has no place in the model"),
+    (SEED, {**groups((4, 4, 4), (2, 4, 3)), "model.rope_base": 500.0, "run.init_rules": ["upcycle", "copy_nulls"]},
+     "model.rope_base=500.0, the checkpoint's is 10000.0; take that"),
+    (SEED, {**UPCYCLE, GROUPS: {"all": {"num_experts": 2, "top_k": 1, "ffn_dim": 16, "modalities": ["text", "image"]}}},
+     "the checkpoint lacks this group in this layer; it has image, text"),
+    (SEED, {**SUMMED, f"{GROUPS}.text.ffn_dim": 5},
+     "model.moe.groups.text: num_experts=4 x ffn_dim=5 must be the width 16 of layers.0.moe.experts.text.0.gate, with "
+     "the same hidden_dim; take ffn_dim=4"),
+    (SEED, {**SPLIT, **PARTS, **SIGMOIDS, **groups((7, 7, 7), (4, 4, 4))}, "take num_experts=8, or another divisor of"),
+    (groups((2, 0, 2), (1, 0, 1)), SUMMED, "4 experts in the model, 2 in the checkpoint; only a single expert can be"),
+    ({**SEED, "model.moe.router.scale": 2.0}, SUMMED, "model.moe.router.scale=2.0, but the parts start with weight 1"),
+    (SEED, {**SUMMED, "model.moe.shared_ffn_dim": 8}, "shared.gate.weight stays as initialised"),
+    (SEED, {**SUMMED, "model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}}, "model.mixture_of_depths="),
+    (groups((4, 0, 2), (1, 0, 1)), SUMMED, "4 experts in the model, 4 in the checkpoint; only a single expert can be"),
+    (MIXTURE, {**FINE, f"{GROUPS}.text.top_k": 3}, "model.moe.groups.text.top_k=3: with 2 parts of each of 4 experts a "
+     "token takes what it took only for top_k=4; take it"),
+    (MIXTURE, {**FINE, f"{GROUPS}.text.num_null": 2}, "takes what it took only for num_null=4"),
+    (MIXTURE, {**FINE, "model.moe.router.scale": 1.0}, "model.moe.router.scale=1: 2 parts of an expert in group text "
+     "have the weight of the expert with scale=2; take it"),
+    (MIXTURE, {**FINE, **groups((6, 4, 4), (4, 0, 2))}, "num_experts=6: must be a multiple of the checkpoint's 4"),
+    (MIXTURE, {**FINE, f"{GROUPS}.text.ffn_dim": 7}, "2 parts x ffn_dim=7 must be the width 16 of layers.0.moe"),
+    (MIXTURE, {**FINE, "model.moe.router.normalise": "none"}, "normalise='none': the checkpoint has 'true_chosen'"),
+    ({**MIXTURE, **nodes(topk_group=1), f"{GROUPS}.image.num_experts": 4},
+     {**FINER, **groups((8, 4, 4), (8, 0, 2)), **nodes(scale=2.0)}, "takes experts of 1 of 2 node groups"),
+    (MIXTURE, {**FINE, "model.moe.shared_ffn_dim": 8}, "shared.gate.weight stays as initialised"),
+    (MIXTURE, {**FINE, "model.rope_base": 500.0}, "model.rope_base=500.0, the checkpoint's is 10000.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("trained", "changes", "fault"), REFUSED)
+def test_weights_that_would_compute_something_else_are_refused(
     run_in_world: Callable[..., list[Any]],
     tiny_data: Path,
     tmp_path: Path,

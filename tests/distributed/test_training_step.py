@@ -12,18 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.collectives import CommStats
 from moe_dist.monitor.metrics import group_metrics
-from moe_dist.optim.optimizer import make_optimizer, split_parameters, step_count
-from moe_dist.parallel.mesh import make_mesh
+from moe_dist.optim.optimizer import step_count
 from moe_dist.placement.parameter_names import EXPERTS, ROUTERS, Role
 from moe_dist.train.objective.loss import AuxSettings, forward
 from moe_dist.train.step import training_step
 from moe_dist.train.step.result import StepResult
-from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import full
-from tests.support.layouts import Layout, batch_of, build, placement_of
-from tests.support.whole_tensors import logical
+from tests.support.layouts import Layout, TrainingRank, batch_of
 from tests.support.worlds import RankContext
 
 
@@ -31,19 +27,9 @@ def poisoned_training(
     rank: RankContext, layout: Layout, where: str
 ) -> tuple[list[StepResult], list[dict[str, np.ndarray]], int]:
     """Takes three steps. In the second, rank 1 has a NaN in its activations or in one gradient."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
-    comm_stats = CommStats()
-    parallel = build(layout, mesh, comm_stats)
-    placement = placement_of(layout.placement, layout.ep)
-    optimizer = make_optimizer(
-        split_parameters(parallel.model, weight_decay=0.1),
-        backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8,
-    )  # fmt: skip
-    step = TrainingStep(
-        parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, comm_stats=comm_stats
-    )
-    poison = {"on": False}
-    target = parallel.model.norm if where == "activation" else parallel.model.layers[0].moe.experts  # pyright: ignore
+    training, poison = TrainingRank(layout), {"on": False}
+    model: Any = training.parallel.model
+    target = model.norm if where == "activation" else model.layers[0].moe.experts
 
     def spoil_output(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output * float("nan") if poison["on"] else output
@@ -53,14 +39,14 @@ def poisoned_training(
             output.register_hook(lambda gradient: gradient * float("inf"))
 
     target.register_forward_hook(spoil_output if where == "activation" else spoil_gradient)
-    results, parameters = [], [logical(parallel, placement, mesh, gradient=False)]
+    results, parameters = [], [training.logical()]
     for number in range(3):
         poison["on"] = rank.rank == 1 and number == 1
         batches = [batch_of(number, 0, 2 + 2 * rank.rank, 2)]
         told = (10.0, 20.0 + rank.rank, 3.0 * rank.rank)
         with mock.patch.object(training_step, "largest_memory", return_value=told):
             results.append(
-                step(
+                training.step(
                     batches,
                     lr=1e-2,
                     aux=AuxSettings("null_averaged", 0.02, 1e-3),
@@ -68,8 +54,8 @@ def poisoned_training(
                     began=time.perf_counter() - 1000.0 * rank.rank,  # rank 1 seems to have read data for 1000 s
                 )
             )
-        parameters.append(logical(parallel, placement, mesh, gradient=False))
-    return results, parameters, step_count(optimizer)
+        parameters.append(training.logical())
+    return results, parameters, step_count(training.optimizer)
 
 
 @pytest.mark.parametrize(
@@ -94,19 +80,12 @@ def test_one_bad_rank_makes_all_skip(run_in_world: Callable[..., list[Any]], dat
 
 def capped_step(rank: RankContext, layout: Layout) -> tuple[StepResult, int]:
     """Takes one step with a capacity. Also returns the pairs that the first layer takes of the same batch in evaluation."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
-    comm_stats = CommStats()
-    parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
-    groups = split_parameters(parallel.model, weight_decay=0.1)
-    optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    step = TrainingStep(
-        parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, comm_stats=comm_stats
-    )
-    batch = batch_of(0, 0, 2 + 2 * rank.rank, 2)
-    parallel.model.eval()
+    training, batch = TrainingRank(layout), batch_of(0, 0, 2 + 2 * rank.rank, 2)
+    model, step = training.parallel.model, training.step
+    model.eval()
     with torch.no_grad():
-        _, reports = forward(parallel.model, batch, step.group_of_modality)
-    parallel.model.train()
+        _, reports = forward(model, batch, step.group_of_modality)
+    model.train()
     pairs = reports[0].sent.pairs
     return step([batch], lr=0.0, aux=AuxSettings("null_averaged", 0.02, 1e-3)), pairs
 
@@ -129,16 +108,8 @@ def test_what_a_capacity_drops_is_counted_over_ranks_and_never_in_evaluation(
 
 def step_of_two_batches(rank: RankContext, layout: Layout) -> Callable[[], StepResult]:
     """Returns a function that takes a step on the same two micro-batches, without changing the weights."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
-    comm_stats = CommStats()
-    parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
-    groups = split_parameters(parallel.model, weight_decay=0.0)
-    optimizer = make_optimizer(groups, backend="torch", lr=0.0, betas=(0.9, 0.95), eps=1e-8)
-    step = TrainingStep(
-        parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=None, comm_stats=comm_stats
-    )
     batches = [batch_of(number, 0, 2 + 2 * rank.rank, 2) for number in range(2)]
-    return partial(step, batches, lr=0.0, aux=AuxSettings("null_averaged", 0.02, 1e-3))
+    return partial(TrainingRank(layout).step, batches, lr=0.0, aux=AuxSettings("null_averaged", 0.02, 1e-3))
 
 
 def two_steps(rank: RankContext, layout: Layout) -> list[StepResult]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.cover import exhaustive, full
+from tests.support.cover import exhaustive
 from tests.support.tiny import IMAGE_IDS, tiny_config
 from tests.support.tuning_samples import made_samples
 from tests.support.whole_run import WholeRun, whole_run
@@ -55,18 +55,6 @@ def site(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path_facto
 
 def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
     return ours.keys() == theirs.keys() and all(np.array_equal(value, theirs[name]) for name, value in ours.items())
-
-
-@pytest.mark.parametrize("data", [exhaustive("ddp"), full("fsdp2")])
-def test_chosen_routers_move_alone(site: Site, data: str) -> None:
-    whole = site.tune(f"whole-{data}", section={"refresh_every": 2}, parallel__data=data, parallel__recompute="block")
-    for outcome, before in zip(whole, site.base, strict=True):
-        assert outcome.trained == CHOSEN, "no moments for what is frozen"
-        assert same(outcome.at_start, before.tensors)
-        moved = {name for name, value in outcome.tensors.items() if not np.array_equal(value, before.tensors[name])}
-        assert moved == CHOSEN
-        assert outcome.steps[0].auxiliary > 0.0
-        assert outcome.ended.position == 24
 
 
 @pytest.mark.parametrize("weight", [1.0, exhaustive(0.0)])

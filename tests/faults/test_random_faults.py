@@ -1,6 +1,7 @@
 """A run of 60 steps on 4 ranks with 20 random faults of every phase and kind ends with the bits of the undisturbed run.
 
-Saves are asynchronous, as by default. The seed is printed; MOE_DIST_FAULT_SEED=<seed> draws the same faults.
+The seed is printed; MOE_DIST_FAULT_SEED=<seed> draws the same faults. MOE_DIST_FAULT_CAMPAIGNS=<n> breaks n runs, every
+second one without asynchronous saves.
 """
 
 import os
@@ -10,15 +11,18 @@ from itertools import pairwise
 import pytest
 
 from tests.support.campaign import FAULTS, MOST_FROZEN, campaign, draw
-from tests.support.cells import KINDS, PHASES
+from tests.support.fault_plan import KINDS, PHASES
 from tests.support.judgement import survives
 from tests.support.site import STEPS, Site
 
+SEED = int(os.environ.get("MOE_DIST_FAULT_SEED", random.SystemRandom().randrange(1_000_000)))
 
-def test_a_run_with_twenty_faults_ends_with_the_bits_of_the_undisturbed_one(site: Site) -> None:
-    seed = int(os.environ.get("MOE_DIST_FAULT_SEED", random.SystemRandom().randrange(1_000_000)))
+
+@pytest.mark.parametrize("number", range(int(os.environ.get("MOE_DIST_FAULT_CAMPAIGNS", "1"))))
+def test_a_run_with_twenty_faults_ends_with_the_bits_of_the_undisturbed_one(site: Site, number: int) -> None:
+    seed = SEED + number
     print(f"seed {seed}")
-    report = campaign(site, seed)
+    report = campaign(site, seed, asynchronous=number % 2 == 0)
     for fault in report.faults:
         print(fault)
     print(f"{report.starts} starts, {report.seconds:.0f} s")

@@ -7,15 +7,13 @@ where its rules allow. Otherwise the campaign repairs the data and starts the ru
 import random
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from moe_dist.runtime.run_folder import RunFolder
-from tests.support.cells import FEASIBLE, Cell
-from tests.support.fault_plan import Fault, FaultPlan, environment
+from tests.support.fault_plan import FEASIBLE, Cell, Fault, FaultPlan, environment
 from tests.support.judgement import differences, left_over, look_back, survives, unverified
 from tests.support.site import RANKS, STEPS, Site, read_ends, settings, started
 from tests.support.tiny import tiny_config, write_config
@@ -24,10 +22,9 @@ FAULTS = 20
 MOST_FROZEN = 2  # per campaign, because each waits for the watchdog
 
 
-def draw(rng: random.Random, wanted: Sequence[Cell] = (), *, count: int = FAULTS) -> tuple[Fault, ...]:
-    """Draws `count` faults at random ranks and steps that cover every phase and every kind, beginning with the `wanted`
-    cells."""
-    cells = list(wanted)[:count]
+def draw(rng: random.Random) -> tuple[Fault, ...]:
+    """Draws FAULTS faults at random ranks and steps that cover every phase and every kind."""
+    cells: list[Cell] = []
     order = rng.sample(FEASIBLE, len(FEASIBLE))
 
     def frozen() -> int:
@@ -35,9 +32,9 @@ def draw(rng: random.Random, wanted: Sequence[Cell] = (), *, count: int = FAULTS
 
     for cell in sorted(order, key=lambda cell: cell.kind == "SIGSTOP"):
         phases, kinds = {each.phase for each in cells}, {each.kind for each in cells}
-        if len(cells) < count and (cell.phase not in phases or cell.kind not in kinds):
+        if len(cells) < FAULTS and (cell.phase not in phases or cell.kind not in kinds):
             cells.append(cell)
-    while len(cells) < count:
+    while len(cells) < FAULTS:
         cell = rng.choice(FEASIBLE)
         if cell.kind != "SIGSTOP" or frozen() < MOST_FROZEN:
             cells.append(cell)
@@ -92,13 +89,11 @@ def undisturbed_run(site: Site) -> RunFolder:
     return run
 
 
-def campaign(
-    site: Site, seed: int, wanted: Sequence[Cell] = (), *, asynchronous: bool = True, count: int = FAULTS
-) -> Report:
+def campaign(site: Site, seed: int, *, asynchronous: bool) -> Report:
     """Runs one run with its faults to the end."""
     begin, name = time.monotonic(), f"seed-{seed}"
     undisturbed = undisturbed_run(site)
-    plan = _planned(site, name, draw(random.Random(seed), wanted, count=count), site.disk)
+    plan = _planned(site, name, draw(random.Random(seed)), site.disk)
     config = tiny_config(site.data, site.runs, settings(name, ranks=RANKS, checkpoint__asynchronous=asynchronous))
     path, run, log = write_config(config, site.folder / f"{name}.yaml"), RunFolder.of(config), site.folder / f"{name}.log"
     report = Report(seed, asynchronous)

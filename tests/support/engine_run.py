@@ -1,4 +1,4 @@
-"""The same run with both engines: its configuration, and the losses of its steps."""
+"""Runs on ranks of tests: built up to their first step, and the same small run with both engines."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,11 +8,23 @@ from typing import Any
 
 import torch
 
+from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.config.schema import Config
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.plan.preflight import check
-from moe_dist.train.build.training import EngineContext, LoopSettings, Training, build_loader, loop_settings
+from moe_dist.plan.preflight import Preflight, check
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.signals import StopRequest
+from moe_dist.train.build.training import (
+    EngineContext,
+    LoopSettings,
+    Training,
+    build_evaluator,
+    build_loader,
+    loop_settings,
+)
+from moe_dist.train.loop.trainer import Trainer
+from moe_dist.train.start.resume import Resumable
 from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.tracing import StepWatcher
 from tests.support.tiny import tiny_config
@@ -56,35 +68,64 @@ def megatron(**engine: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """A built run before its first step."""
+    """One rank of a built run before its first step, without run folder, lease and sinks."""
 
     config: Config
+    checked: Preflight
     mesh: Mesh
-    placement: ExpertPlacement
     training: Training
     loader: Any
-    plan: LoopSettings
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        return self.checked.placement
+
+    @property
+    def plan(self) -> LoopSettings:
+        return loop_settings(self.config, self.checked.manifest, self.placement)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         model: Any = self.training.parallel.model
         for chunk in model.gpt.chunks if hasattr(model, "gpt") else [model]:
             yield from chunk.parameters()
 
+    def saver(self, **options: Any) -> Resumable:
+        """Returns what saves and restores the run. `options` are further arguments of `Resumable`."""
+        manager = CheckpointManager(
+            RunFolder.of(self.config).checkpoints,
+            keep=self.config.checkpoint.keep,
+            lease_check=lambda: None,
+            process_group=self.mesh.checkpoint,
+        )
+        return Resumable(self.training, self.placement, manager, self.config, self.checked.manifest, **options)
+
+    def trainer(self, saver: Resumable, **options: Any) -> Trainer:
+        """Restores the run, and returns its trainer. `options` are arguments of `Trainer` with other values than here."""
+        progress, manifest = saver.restore(), self.checked.manifest
+        own = {"sinks": [], "devices": None, "stop": StopRequest(), "progress": progress, **options}
+        evaluator = build_evaluator(self.config, manifest, self.training, saver.placement)
+        plan = loop_settings(self.config, manifest, saver.placement)
+        return Trainer(plan, self.training.step, self.loader, evaluator, saver=saver, **own)
+
 
 @contextmanager
-def started_run(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Iterator[Run]:
-    """Builds a run on all ranks of this world, with the engine of `changes`."""
-    torch.set_num_threads(1)
-    config = config_of(data, rank.folder, changes)
-    checked = check(config, world_size=rank.world_size)
-    mesh = make_mesh(
-        ep=config.parallel.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=config.parallel.dispatch.node_size
-    )
+def built_run(config: Config, *, world_size: int = 1) -> Iterator[Run]:
+    """Builds a run on all ranks of this world, with the engine of its configuration."""
+    checked = check(config, world_size=world_size)
+    nodes = config.parallel.dispatch.node_size
+    mesh = make_mesh(ep=config.parallel.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=nodes)
     with config.engine.build(EngineContext(config, checked.manifest, checked.placement, mesh)) as training:
         reader, readers = training.parallel.reader
         loader = build_loader(config, checked.manifest, rank=reader, world_size=readers)
-        plan = loop_settings(config, checked.manifest, checked.placement)
-        yield Run(config, mesh, checked.placement, training, loader, plan)
+        yield Run(config, checked, mesh, training, loader)
+
+
+@contextmanager
+def started_run(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Iterator[Run]:
+    """Builds the run of both engines with `changes`."""
+    torch.set_num_threads(1)
+    with built_run(config_of(data, rank.folder, changes), world_size=rank.world_size) as run:
+        yield run
 
 
 def step_results(run: Run, first: int, last: int, watchers: Sequence[StepWatcher] = ()) -> list[StepResult]:

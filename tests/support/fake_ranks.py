@@ -43,7 +43,7 @@ def on_all(
 
     def run(rank: int) -> None:
         manager = CheckpointManager(folder, keep=3, lease_check=lambda: None)
-        manager._status = manager._untracked = FakeStatus(rank, len(states), shared)
+        manager.status = manager._untracked = FakeStatus(rank, len(states), shared)
         try:
             results[rank] = act(manager, states[rank])  # type: ignore[call-overload]
         except BaseException as error:

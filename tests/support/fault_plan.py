@@ -5,10 +5,33 @@ import json
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PROGRAM = ("-m", "tests.support.injection")
 PLAN, PRELOADED = "MOE_DIST_TEST_PLAN", "MOE_DIST_TEST_PRELOADED"
+IN_STEP = ("data", "forward", "dispatch", "combine", "backward", "optimizer")
+SAVING = ("checkpoint write", "commit")
+PHASES = ("import", *IN_STEP, *SAVING)
+KINDS = ("exception", "SIGKILL", "SIGSTOP", "stop signals", "non-finite gradient", "ENOSPC", "EIO", "truncated file")
+
+
+class Cell(NamedTuple):
+    """A phase and a kind of fault."""
+
+    phase: str
+    kind: str
+
+    @property
+    def feasible(self) -> bool:
+        """Whether the phase has gradients, writes or touches a file; docs/reliability.md has the reasons."""
+        if self.kind == "non-finite gradient":
+            return self.phase in ("forward", "dispatch", "combine", "backward")
+        if self.kind == "ENOSPC":
+            return self.phase not in IN_STEP
+        return self.kind not in ("EIO", "truncated file") or self.phase not in IN_STEP or self.phase == "data"
+
+
+FEASIBLE = tuple(cell for phase in PHASES for kind in KINDS if (cell := Cell(phase, kind)).feasible)
 
 
 @dataclass(frozen=True)
@@ -19,7 +42,7 @@ class Fault:
         number: Place in the plan. A fault of phase `import` strikes at the first start after the previous fault.
         rank: The rank that fails.
         step: Optimizer step (1-based) of the fault; for phases of saving, the first save at this step or later.
-        kind, phase: See `tests.support.cells`. The kind 'SIGKILL all' kills every rank.
+        kind, phase: Of KINDS and PHASES. The kind 'SIGKILL all' kills every rank.
         delay: Seconds from the beginning of the phase, for 'SIGKILL all'.
     """
 

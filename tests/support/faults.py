@@ -8,12 +8,12 @@ rank, step and phase in MOE_DIST_TEST_FAULT.
     after_step       after this step
     before_layer_1   before the second MoE layer's forward in this step
     in_move          in the fourth exchange of a move of experts after this step
-    in_replicas      in the fourth exchange of replicas' weights after this step
 
     kind             effect on the rank itself
     kill             SIGKILL
     stop             SIGTERM, a stop request
     freeze           SIGSTOP
+    raise            an exception
 """
 
 import json
@@ -33,6 +33,8 @@ def fault(*, rank: int, step: int, phase: str, kind: str | Sequence[str]) -> dic
 
 def strike(kind: str) -> None:
     """Causes the fault in this process."""
+    if kind == "raise":
+        raise RuntimeError("a fault that a test injected")
     number = {"kill": signal.SIGKILL, "stop": signal.SIGTERM, "freeze": signal.SIGSTOP}[kind]
     os.kill(os.getpid(), number)
 
@@ -46,7 +48,7 @@ def inject(spec: Mapping[str, Any]) -> None:
     if not isinstance(spec["kind"], str):
         spec = {**spec, "kind": spec["kind"][int(os.environ["TORCHELASTIC_RESTART_COUNT"])]}
     from moe_dist.comm.all_to_all import AllToAll
-    from moe_dist.comm.names import MOVED_EXPERTS, REPLICAS
+    from moe_dist.comm.names import MOVED_EXPERTS
     from moe_dist.moe.layer import MoELayer
     from moe_dist.train.loop.trainer import Trainer
     from moe_dist.train.step.training_step import TrainingStep
@@ -75,7 +77,7 @@ def inject(spec: Mapping[str, Any]) -> None:
         return original(self, *args, **kwargs)
 
     def exchange(original: Callable[..., Any], self: AllToAll, *args: Any, **kwargs: Any) -> Any:
-        if kwargs["name"] == {"in_move": MOVED_EXPERTS, "in_replicas": REPLICAS}.get(spec["phase"]):
+        if spec["phase"] == "in_move" and kwargs["name"] == MOVED_EXPERTS:
             steps["exchanges"] += steps["taken"] == spec["step"] - first["step"]
             if steps["exchanges"] == 4:
                 strike(spec["kind"])

@@ -50,14 +50,6 @@ class Rule:
     group: str = "all"
 
 
-LONGCAT_BLOCK: tuple[Rule, ...] = (
-    Rule(r"router\.classifier\.weight", "router.all", "router"),
-    Rule(r"router\.e_score_correction_bias", "router.all", "bias"),
-    Rule(r"experts\.gate_up_proj", "experts.all", "gate_up"),
-    Rule(r"experts\.down_proj", "experts.all", "down"),
-)
-
-
 def _ernie(theirs: str, ours: str) -> tuple[Rule, ...]:
     return (
         Rule(rf"{theirs}\.gate\.weight", f"router.{ours}", "router", ours),

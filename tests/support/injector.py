@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.support.cells import SAVING
-from tests.support.fault_plan import Fault, FaultPlan
+from tests.support.fault_plan import SAVING, Fault, FaultPlan
 
 
 class Injector:

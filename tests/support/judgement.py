@@ -17,8 +17,7 @@ from launchers.restart import committed_step
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
-from tests.support.cells import SAVING, Cell
-from tests.support.fault_plan import PLAN, Fault, FaultPlan
+from tests.support.fault_plan import PLAN, SAVING, Cell, Fault, FaultPlan
 from tests.support.site import MEETING_SECONDS, ROOT, SAVE_EVERY, WATCHDOG_SECONDS
 
 START_SECONDS = 60.0  # limit of a rank's start until it waits for its peers, on a busy machine
@@ -119,7 +118,8 @@ def look_back(plan: FaultPlan, run: RunFolder, ends: Sequence[Mapping[str, Any]]
             over = seen.get("verdict") == 0 or end["step"] > record["step"] + SAVE_EVERY
             seen["reported"] = TRIED_AGAIN in log_of(run, fault.rank, record["attempt"]) if over else None
             others = [each for each in others if not survives(each)]
-            faulty = [*unreported(seen), *([] if others else not_survived(seen))]
+            faulty = ["the log does not say that the next interval tries again"] if seen["reported"] is False else []
+            faulty += ["a save that failed ended the attempt"] if not others and seen.get("verdict") != 0 else []
         else:
             faulty = [] if others else list(unexpected(fault, seen))
         problems += [f"{fault}: {each}; {seen}" for each in faulty]
@@ -133,16 +133,6 @@ def look_back(plan: FaultPlan, run: RunFolder, ends: Sequence[Mapping[str, Any]]
 def survives(fault: Fault | Cell) -> bool:
     """Returns whether the run must continue in spite of the fault."""
     return fault.phase in SAVING and fault.kind in SURVIVED
-
-
-def not_survived(seen: Mapping[str, Any]) -> list[str]:
-    """Returns the problem if a fault that a run survives was the only one of its attempt, and the attempt failed."""
-    return [] if seen.get("verdict") == 0 else ["a save that failed ended the attempt"]
-
-
-def unreported(seen: Mapping[str, Any]) -> list[str]:
-    """Returns the problem if the log does not report a fault that a run survives."""
-    return ["the log does not say that the next interval tries again"] if seen["reported"] is False else []
 
 
 def unexpected(fault: Fault, seen: Mapping[str, Any]) -> Iterator[str]:

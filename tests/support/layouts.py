@@ -404,37 +404,51 @@ def draw_second_matrices(model: nn.Module) -> None:
             set_whole(parameter, normal_tensor(name, tuple(parameter.shape), seed=1, std=0.3))
 
 
+class TrainingRank:
+    """One rank of a layout, ready for training steps.
+
+    Args:
+        options: Arguments of `TrainingStep` with other values than by default.
+    """
+
+    def __init__(self, layout: Layout, **options: Any) -> None:
+        config, device = config_of(layout), torch.device("cpu")
+        self.placement, self.comm_stats = placement_for(layout), CommStats(events=[])
+        self.mesh = make_mesh(ep=layout.ep, device=device, timeout=600.0, ranks_per_node=layout.ranks_per_node)
+        self.parallel = build(layout, self.mesh, self.comm_stats)
+        self.optimizer = build_optimizer(config, self.parallel.model)
+        layers, groups = self.parallel.model.moe_modules(), self.placement.groups
+        load = StepLoad(groups, len(layers), device) if layout.balance_scope == "step" else None
+        controllers = [
+            build_balance(config.model.moe, [layer.router for layer in layers], groups, device),
+            ThresholdUpdater.of(layers) if layout.choice_causal == "threshold" else None,
+            depth_thresholds(self.parallel.model),
+            load,
+        ]
+        own = {
+            "group_of_modality": [0, 1],
+            "clip_norm": 0.5,
+            "controllers": [each for each in controllers if each is not None],
+            "needs_global_batch_info": layout.choice is not None,
+            "distillation": distillation(layout.distilled) if layout.distilled else None,
+            "load": load,
+        }
+        stats, placement = self.comm_stats, self.placement
+        self.step = TrainingStep(self.parallel, self.optimizer, placement=placement, comm_stats=stats, **{**own, **options})
+
+    def logical(self, *, gradient: bool = False) -> dict[str, np.ndarray]:
+        """Returns parameters, or gradients, by logical name; see `whole_tensors.logical`."""
+        return logical(self.parallel, self.placement, self.mesh, gradient=gradient)
+
+
 def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> Outcome:
     """Trains the layout. Returns this rank's results.
 
     Args:
         checkpoint: Folder of the initial weights. A single rank first writes its own weights there.
     """
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
-    comm_stats = CommStats(events=[])
-    parallel = build(layout, mesh, comm_stats)
-    placement = placement_for(layout)
-    optimizer = build_optimizer(config_of(layout), parallel.model)
-    routers = [layer.router for layer in parallel.model.moe_modules()]
-    load = StepLoad(placement.groups, len(routers), mesh.device) if layout.balance_scope == "step" else None
-    controllers = [
-        build_balance(config_of(layout).model.moe, routers, placement.groups, mesh.device),
-        ThresholdUpdater.of(parallel.model.moe_modules()) if layout.choice_causal == "threshold" else None,
-        depth_thresholds(parallel.model),
-        load,
-    ]
-    step = TrainingStep(
-        parallel,
-        optimizer,
-        placement=placement,
-        group_of_modality=[0, 1],
-        clip_norm=0.5,
-        comm_stats=comm_stats,
-        controllers=[each for each in controllers if each is not None],
-        needs_global_batch_info=layout.choice is not None,
-        distillation=distillation(layout.distilled) if layout.distilled else None,
-        load=load,
-    )
+    training = TrainingRank(layout)
+    parallel, placement, mesh, optimizer = training.parallel, training.placement, training.mesh, training.optimizer
     if checkpoint is not None:
         carry(checkpoint, parallel, optimizer, placement, mesh)
     gradients: dict[str, np.ndarray] = {}
@@ -445,7 +459,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
 
     def keep_gradients(*_: Any) -> None:
         if not gradients:
-            gradients.update(logical(parallel, placement, mesh, gradient=True))
+            gradients.update(training.logical(gradient=True))
 
     optimizer.register_step_pre_hook(keep_gradients)
     each = SEQUENCES // rank.world_size
@@ -456,21 +470,21 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         length = each // layout.parts
         starts = [rank.rank * each + part * length for part in range(layout.parts)]
         batches = [batch_of(number, micro, start, length) for micro in range(MICRO_BATCHES) for start in starts]
-        results.append(step(batches, lr=1e-2, aux=aux, number=number))
+        results.append(training.step(batches, lr=1e-2, aux=aux, number=number))
     if layout.choice:
         parallel.model.eval()
     with torch.no_grad():
         last = batch_of(9, 0, rank.rank * each, each)
         group = torch.where(last.padding_BS, -1, last.modality_BS)
         logits, _ = parallel.model(last.tokens_BS, last.positions_BS, last.documents_BS, group)
-    parameters = logical(parallel, placement, mesh, gradient=False)
+    parameters = training.logical()
     buffers = {logical_name(path): each.numpy() for path, each in parallel.model.named_buffers()}
     parameters |= {name: each for name, each in buffers.items() if name.endswith(".threshold")}
     return Outcome(
         steps=results,
         gradients=gradients,
         parameters=parameters,
-        events=comm_stats.events or [],
+        events=training.comm_stats.events or [],
         logits=logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy(),
         biases={name: each.copy() for name, each in buffers.items() if name.endswith(".bias")},
         buffers={name: each.copy() for name, each in buffers.items() if "router" in name},

@@ -1,24 +1,21 @@
 """A whole run on one rank in this process, up to its resume: for tests of its saved state."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.parallel.mesh import destroy_world, make_mesh
-from moe_dist.plan.preflight import check
+from moe_dist.parallel.mesh import destroy_world
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.runtime.signals import StopRequest
-from moe_dist.train.build.training import build_evaluator, build_loader, build_training, loop_settings
 from moe_dist.train.loop.session import open_sinks, watched_devices
 from moe_dist.train.loop.trainer import Progress, Trainer
-from moe_dist.train.start.resume import Controller, Resumable
+from moe_dist.train.start.resume import Controller
+from tests.support.engine_run import built_run
 from tests.support.tiny import tiny_config
 
 
@@ -38,37 +35,26 @@ class OneRank:
     def __init__(self, data: Path, root: Path, controllers: Mapping[str, Controller] | None = None, **changes: Any) -> None:
         alone = {"parallel.ep": 1, "placement.policy": "interleaved"}
         changes = {key.replace("__", "."): value for key, value in changes.items()}
-        config = tiny_config(data, root, {**alone, **changes})
-        self.plan = plan = check(config)
-        mesh = make_mesh(ep=1, device=torch.device("cpu"), timeout=600.0)
-        self.training = build_training(config, plan.manifest, plan.placement, mesh)
-        self.folder = RunFolder.of(config).checkpoints
-        manager = CheckpointManager(self.folder, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint)
-        self.resumable = Resumable(self.training, plan.placement, manager, config, plan.manifest, controllers=controllers)
+        self._built = ExitStack()
+        self.run = self._built.enter_context(built_run(tiny_config(data, root, {**alone, **changes})))
+        self.plan, self.training = self.run.checked, self.run.training
+        self.folder = RunFolder.of(self.run.config).checkpoints
+        self.resumable = self.run.saver(controllers=controllers)
 
     @contextmanager
     def trainer(self, further_sinks: Sequence[Any] = (), attempt_id: str = "one") -> Iterator[Trainer]:
         """Yields the trainer of the run at its start, with the run's sinks and further ones."""
-        config, plan = self.plan.config, self.plan
+        config = self.run.config
         env = RankEnv(0, 1, 0, 1, init_method="", attempt=0, attempt_id=attempt_id)
         attempt = Attempt(env)
         folder = attempt.open(config)
-        progress = self.resumable.restore()
+        trainer = self.run.trainer(self.resumable)
         with (
-            watched_devices(config, self.training.parallel.mesh.device, env) as devices,
-            open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
+            watched_devices(config, self.run.mesh.device, env) as trainer.devices,
+            open_sinks(self.plan, folder, env, attempt, progress=trainer.progress) as sinks,
         ):
-            yield Trainer(
-                loop_settings(config, plan.manifest, plan.placement),
-                self.training.step,
-                build_loader(config, plan.manifest, rank=0, world_size=1),
-                build_evaluator(config, plan.manifest, self.training, plan.placement),
-                sinks=[*sinks, *further_sinks],
-                devices=devices,
-                saver=self.resumable,
-                stop=StopRequest(),
-                progress=progress,
-            )
+            trainer.sinks = [*sinks, *further_sinks]
+            yield trainer
         attempt.lease.release()
 
     def train_and_save(self) -> Progress:

@@ -7,10 +7,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from moe_dist.comm.collectives import CommStats
 from moe_dist.formats.manifest import Manifest
-from moe_dist.optim.optimizer import make_optimizer, split_parameters
-from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.parameter_names import named_parameters
 from moe_dist.train.build.tuning import Savings, savings
 from moe_dist.train.objective.loss import AuxSettings
@@ -20,9 +17,8 @@ from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning
 from moe_dist.train.step.result import StepResult
-from moe_dist.train.step.training_step import TrainingStep
-from tests.support.layouts import IMAGE, STEPS, TEXT, Layout, build, placement_of
-from tests.support.whole_tensors import carry, logical
+from tests.support.layouts import IMAGE, STEPS, TEXT, Layout, TrainingRank
+from tests.support.whole_tensors import carry
 from tests.support.worlds import RankContext
 
 MANIFEST = Manifest.model_construct(modalities={"text": (TEXT,), "image": (IMAGE,)}, pad_id=0)
@@ -58,13 +54,9 @@ def tune(
     objective: str = "tokens",
 ) -> Tuned:
     """Tunes the routers of `layout.tuned`. Returns this rank's results."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
-    comm_stats = CommStats(events=[])
-    parallel = build(layout, mesh, comm_stats)
-    placement = placement_of(layout.placement, layout.ep, layout.groups)
-    groups = split_parameters(parallel.model, weight_decay=0.1)
-    optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    carry(checkpoint, parallel, optimizer, placement, mesh)
+    training = TrainingRank(layout)
+    mesh, parallel, optimizer = training.mesh, training.parallel, training.optimizer
+    carry(checkpoint, parallel, optimizer, training.placement, mesh)
     samples = Samples(folder)
     reader = RoutingReader(
         parallel.model,
@@ -83,15 +75,7 @@ def tune(
         weight=2.0 / BATCH,
         refresh_every=refresh_every,
     )
-    step = TrainingStep(
-        parallel,
-        optimizer,
-        placement=placement,
-        group_of_modality=[0, 1],
-        clip_norm=0.5,
-        comm_stats=comm_stats,
-        tuning=tuning,
-    )
+    training.step.tuning = tuning
     loader = SampleLoader(
         samples,
         MAKERS[objective](MANIFEST),
@@ -109,17 +93,17 @@ def tune(
             gradients.update({name: _whole(each) for name, each in found.items() if each is not None})
 
     optimizer.register_step_pre_hook(keep_gradients)
-    before = logical(parallel, placement, mesh, gradient=False)
+    before = training.logical()
     aux = AuxSettings(kind="null_averaged", balance=0.0, z=0.0)
-    results = [step(loader.batches(number * BATCH), lr=1e-2, aux=aux, number=number) for number in range(STEPS)]
+    results = [training.step(loader.batches(number * BATCH), lr=1e-2, aux=aux, number=number) for number in range(STEPS)]
     named = {parameter: name for _, name, _, parameter in named_parameters(parallel.model)}
     return Tuned(
         steps=results,
         before=before,
-        parameters=logical(parallel, placement, mesh, gradient=False),
+        parameters=training.logical(),
         gradients=gradients,
         moments={named[parameter] for parameter in optimizer.state},
-        events=comm_stats.events or [],
+        events=training.comm_stats.events or [],
         savings=savings(parallel),
     )
 

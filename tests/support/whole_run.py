@@ -1,5 +1,4 @@
-"""A whole run on ranks of tests, from its configuration to its last evaluation: all of `moe_dist.train` but the run folder,
-the lease and the sinks."""
+"""A whole run on ranks of tests, from its configuration to its last evaluation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,20 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.config.schema import Config
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.parallel.initialise import logical_expert_names
-from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.parameter_names import logical_name, named_parameters
-from moe_dist.plan.preflight import Preflight, check
-from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.runtime.signals import StopRequest
-from moe_dist.train.build import training as build
-from moe_dist.train.loop.trainer import Progress, Trainer
+from moe_dist.train.build.training import Training
+from moe_dist.train.loop.trainer import Progress
 from moe_dist.train.rank_balance.levers import LeverParts, build_levers
-from moe_dist.train.start.resume import Resumable
 from moe_dist.train.step.result import StepResult
+from tests.support.engine_run import Run, built_run
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
 
@@ -51,45 +45,27 @@ class WholeRun:
 def whole_run(rank: RankContext, data: Path, root: Path, changes: Mapping[str, Any]) -> WholeRun:
     """Starts or resumes the run."""
     config = tiny_config(data, root, {"evaluation.balance_efficiency": False, **changes})
-    plan = check(config, world_size=rank.world_size)
-    mesh = make_mesh(ep=config.parallel.ep, device=torch.device("cpu"), timeout=600.0)
-    with config.engine.build(build.EngineContext(config, plan.manifest, plan.placement, mesh)) as training:
-        return _run_to_end(config, plan, training)
+    with built_run(config, world_size=rank.world_size) as run:
+        return _run_to_end(run)
 
 
-def _run_to_end(config: Config, plan: Preflight, training: build.Training) -> WholeRun:
-    mesh = training.parallel.mesh
-    reader, readers = training.parallel.reader
-    loader = build.build_loader(config, plan.manifest, rank=reader, world_size=readers)
-    levers = build_levers(LeverParts(config, plan.placement, training, loader))
-    folder = RunFolder.of(config).checkpoints
-    checkpoints = CheckpointManager(folder, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint)
-    resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest, levers=levers)
-    progress = resumable.restore()
-    plan, begun = replace(plan, placement=resumable.placement), replace(progress)
-    evaluator = build.build_evaluator(config, plan.manifest, training, plan.placement)
-    at_start = tensors_of(config, training, plan.placement, mesh.ep_rank)
+def _run_to_end(run: Run) -> WholeRun:
+    training, config = run.training, run.config
+    levers = build_levers(LeverParts(config, run.placement, training, run.loader))
+    saver = run.saver(levers=levers)
+    trainer = run.trainer(saver, levers=levers)
+    begun = replace(trainer.progress)
+    at_start = tensors_of(config, training, saver.placement, run.mesh.ep_rank)
     steps: list[StepResult] = []
-    trainer = Trainer(
-        build.loop_settings(config, plan.manifest, plan.placement),
-        _Recorded(training.step, steps),  # pyright: ignore[reportArgumentType]
-        loader,
-        evaluator,
-        sinks=[],
-        devices=None,
-        saver=resumable,
-        stop=StopRequest(),
-        progress=progress,
-        levers=levers,
-    )
+    trainer.take_step = _Recorded(training.step, steps)  # pyright: ignore[reportAttributeAccessIssue]
     finished = trainer.fit()
-    resumable.writer.wait()
+    saver.writer.wait()
     own = isinstance(training.parallel.model, torch.nn.Module)
     named = {parameter: name for _, name, _, parameter in named_parameters(training.parallel.model)} if own else {}
     return WholeRun(
         begun=begun,
         ended=trainer.progress,
-        tensors=tensors_of(config, training, trainer.plan.placement, mesh.ep_rank),
+        tensors=tensors_of(config, training, trainer.plan.placement, run.mesh.ep_rank),
         at_start=at_start,
         trained={named[parameter] for parameter in training.optimizer.state} if own else set(),
         evaluation=finished.evaluation,
@@ -106,7 +82,7 @@ class _Recorded:
         return self._results[-1]
 
 
-def tensors_of(config: Config, training: build.Training, placement: Any, ep_rank: int) -> dict[str, np.ndarray]:
+def tensors_of(config: Config, training: Training, placement: Any, ep_rank: int) -> dict[str, np.ndarray]:
     """Whole tensors by logical name; collective under FSDP2. None in Megatron's model, whose ranks have parts."""
     found: dict[str, np.ndarray] = {}
     if not isinstance(training.parallel.model, torch.nn.Module):

@@ -7,23 +7,20 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.state import RankLayout, capture
+from moe_dist.checkpoint.state import capture
 from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.parameter_names import EXPERTS
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.train.build.training import rank_layout
 
 
 def carry(
     folder: Path, parallel: ParallelModel, optimizer: torch.optim.Optimizer, placement: ExpertPlacement, mesh: Mesh
 ) -> None:
     """Takes initial weights through a real checkpoint: saves them if there is none, else loads them over NaN weights."""
-    state = capture(
-        parallel.model,
-        optimizer,
-        RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size),
-    )
+    state = capture(parallel.model, optimizer, rank_layout(placement, mesh))
     manager = CheckpointManager(folder, keep=1, lease_check=lambda: None, process_group=mesh.checkpoint)
     newest = manager.latest()
     if newest is None:

@@ -19,7 +19,7 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.parallel.section import AllToAllDispatchSection
 from moe_dist.config.schema import Config
 from moe_dist.data.loader import TrainLoader
-from moe_dist.errors import ConfigError, DataError
+from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
 from moe_dist.formats.split_files import data_digest
 from moe_dist.model.compiled import compile_dense
@@ -259,7 +259,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     if taught is not None:
         status = CollectiveStatus(taught.teacher or taught.top_logits or "", mesh.checkpoint, mesh.tracker)
         read = partial(build_distillation, config, manifest, mesh.device)
-        distillation = status.phase("load the teacher", read, kind=DataError)  # the load fails on all ranks, or on none
+        distillation = status.phase("load the teacher", read)  # the load fails on all ranks, or on none
     step = TrainingStep(
         parallel,
         optimizer,

@@ -85,7 +85,7 @@ def load_base(
     """
     noted = Base.noted(values, adapters)  # pyright: ignore[reportArgumentType]
     state = capture(model, None, layout, part="frozen")
-    base = checkpoints.on_each("find the base", lambda: find_base(noted, adapters))
+    base = checkpoints.status.phase("find the base", lambda: find_base(noted, adapters))
     checkpoints.load_fitting(
         base.folder, state, sources=base_sources, check=lambda contents: noted.check(contents, adapters)
     )

@@ -16,12 +16,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from pydantic import JsonValue
 
 from moe_dist.checkpoint.base import KEY as BASE
 from moe_dist.checkpoint.base import Base
+from moe_dist.checkpoint.collective_status import CollectiveStatus
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint, step_of
 from moe_dist.checkpoint.generators import generator_states, restore_generators
@@ -176,7 +177,7 @@ class Resumable:
             DataError: the checkpoint is damaged or of another run, or the run's data have changed.
             ConfigError: the checkpoint's model differs from the configured model.
         """
-        found = self._checkpoints.agree("look at the data", lambda: data_digest(self._config.data.path, self._manifest))
+        found = self.status.first("look at the data", lambda: data_digest(self._config.data.path, self._manifest))
         self._data = found or {}  # `found` is None except on rank 0, because only rank 0 compares data digests
         self._checkpoints.clear()  # before `latest`, because a suspended process could still commit an unfinished save
         newest = self._checkpoints.latest()
@@ -191,7 +192,7 @@ class Resumable:
         state = self._capture()  # creates the moments
         restored = self._checkpoints.load(newest, state)
         self._training.loaded(state)
-        self._checkpoints.agree("go on", lambda: self._check_origin(newest, restored))
+        self.status.first("go on", lambda: self._check_origin(newest, restored))
         self._checkpoints.check_finite(newest, state)
         progress = progress_of(restored, self._config, newest)
         model = self._training.parallel.model
@@ -207,9 +208,10 @@ class Resumable:
         logger.info("going on from %s", newest)
         return progress
 
-    def agree(self, phase: str, act: Callable[[], Any]) -> Any:
-        """Runs `act` on rank 0 while all ranks wait, as `CheckpointManager.agree` does."""
-        return self._checkpoints.agree(phase, act)
+    @property
+    def status(self) -> CollectiveStatus:
+        """Runs phases that fail on all ranks or on none."""
+        return self._checkpoints.status
 
     @property
     def _layout(self) -> RankLayout:
@@ -261,7 +263,7 @@ class Resumable:
         Raises:
             ConfigError: the two runs do not draw the same stream of sequences.
         """
-        position = self._checkpoints.broadcast(
+        position = self.status.broadcast(
             "keep the position", lambda: kept_position(find_checkpoint(init_from), self._config, self._data)
         )
         if self._checkpoints.rank == 0:

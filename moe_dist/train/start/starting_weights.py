@@ -93,7 +93,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
             raise ConfigError(problems, see="docs/routing.md")
 
     if config.router_tuning is not None:
-        checkpoints.agree("look at the weights to be tuned", lambda: _check_scored(config))
+        checkpoints.status.first("look at the weights to be tuned", lambda: _check_scored(config))
     taken = checkpoints.load_fitting(path, state, sources=sources, check=check)
     lines = [taken.report()]
     if copy:
@@ -106,7 +106,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
         lines.append(f"set {rows} router rows to 0, so that every token takes all parts of an FFN, each with the weight 1")
     if "split_experts" in rules:
         divides = config.model.moe.router.softmax_top_k
-        rows = checkpoints.on_each("read the routers", lambda: split_routers(model, path, divides_bias=divides))
+        rows = checkpoints.status.phase("read the routers", lambda: split_routers(model, path, divides_bias=divides))
         lines.append(f"filled {rows} router rows, those of the parts of an expert with the expert's row")
     if rules:
         misfits, changes = _misfits(config, source, taken), _changes(config, source, taken)

@@ -6,6 +6,7 @@ import pickle
 import random
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,22 @@ def test_each_header_is_read_once_inside_the_vote(good: Path, tmp_path: Path, mo
     assert read == dict.fromkeys(range(RANKS), 1)
 
 
+def test_wrongly_assembled_tensors_are_found(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tensors of equal shape are loaded into each other's place without an error, as has happened in other projects."""
+    real = manager.read_tensors
+
+    def wrong(contents: Contents, tensors: Mapping[str, torch.Tensor]) -> None:
+        real(contents, tensors)
+        one, other = (tensors[f"optimizer.{moment}.0.weight"] for moment in ("exp_avg", "exp_avg_sq"))
+        kept = one.clone()
+        one.copy_(other)
+        other.copy_(kept)
+
+    monkeypatch.setattr(manager, "read_tensors", wrong)
+    with pytest.raises(DataError, match="loaded tensors differ from the saved ones"):
+        load_all(states(tmp_path, 1), good / "step_4")
+
+
 @pytest.mark.full
 def test_damaged_checkpoints_are_found(good: Path, tmp_path: Path) -> None:
     print(f"seed {SEED}")
@@ -173,6 +190,8 @@ def test_kinds_of_damage_are_distinguished(good: Path, tmp_path: Path) -> None:
     fresh()
     shutil.copy(good / "step_3" / "state.json", folder)
     assert kinds_of(folder) == {("mixed up", "state.json")}
+    with pytest.raises(DataError, match=r"state\.json"):
+        load_all(states(tmp_path, 1), folder)
     shard = fresh()
     wider = SmallRun(tmp_path / "wider", width=9)
     shutil.copy(wider.save(4) / shard_file(0), shard)

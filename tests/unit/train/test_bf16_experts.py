@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from moe_dist.moe.experts.experts import ExpertStack
-from moe_dist.train.build import training as build
 from tests.support.one_rank import OneRank, world_of_one
 
 
@@ -14,12 +13,9 @@ def test_experts_follow_the_optimizer(tiny_data: Path, tmp_path: Path) -> None:
     with world_of_one():
         one = OneRank(tiny_data, tmp_path, **{"parallel.precision": "bf16"})
         one.resumable.restore()
-        config, plan = one.plan.config, one.plan
-        loader = build.build_loader(config, plan.manifest, rank=0, world_size=1)
-        aux = build.loop_settings(config, plan.manifest, plan.placement).aux(0)
         stacks = [each for each in one.training.parallel.model.modules() if isinstance(each, ExpertStack)]
         before = [each.gate.detach().clone() for each in stacks]
-        one.training.step(loader.batches(0), lr=1e-2, aux=aux)
+        one.training.step(one.run.loader.batches(0), lr=1e-2, aux=one.run.plan.aux(0))
         for stack, old in zip(stacks, before, strict=True):
             assert not torch.equal(stack.gate, old)
             assert torch.equal(stack.weight("gate", torch.bfloat16), stack.gate.to(torch.bfloat16))

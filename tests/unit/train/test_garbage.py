@@ -6,26 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.train.build.training import build_loader, loop_settings
 from moe_dist.train.loop import trainer
 from moe_dist.train.loop.garbage import collected_by_steps
+from tests.support.engine_run import take_steps
 from tests.support.one_rank import OneRank, world_of_one
 
 
 def test_steps_leave_no_tensor_to_the_collector(tiny_data: Path, tmp_path: Path) -> None:
     with world_of_one():
         one = OneRank(tiny_data, tmp_path)
-        config, manifest = one.plan.config, one.plan.manifest
-        loader = build_loader(config, manifest, rank=0, world_size=1)
-        aux = loop_settings(config, manifest, one.plan.placement).aux(0)
-
-        def step(number: int) -> None:
-            one.training.step(loader.batches(number * config.train.global_batch), lr=1e-3, aux=aux, number=number)
-
-        step(0)
+        take_steps(one.run, 0, 1)
         with collected_by_steps():
-            step(1)
-            step(2)
+            take_steps(one.run, 1, 3)
             gc.set_debug(gc.DEBUG_SAVEALL)
             try:
                 gc.collect()

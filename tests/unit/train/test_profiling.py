@@ -11,7 +11,6 @@ import torch
 from moe_dist.config.trace_schema import ProfileSection
 from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import check
-from moe_dist.train.build import training as build
 from moe_dist.train.loop.profiling import StepProfiler
 from moe_dist.train.loop.trainer import Trainer
 from tests.support.messages import refused
@@ -31,21 +30,7 @@ def hooks(model: torch.nn.Module) -> int:
 
 
 def trainer_of(one: OneRank, profiler: StepProfiler) -> Trainer:
-    config, plan = one.plan.config, one.plan
-    trainer = Trainer(
-        build.loop_settings(config, plan.manifest, plan.placement),
-        one.training.step,
-        build.build_loader(config, plan.manifest, rank=0, world_size=1),
-        build.build_evaluator(config, plan.manifest, one.training, plan.placement),
-        sinks=[],
-        devices=None,
-        saver=one.resumable,
-        stop=None,  # pyright: ignore[reportArgumentType]: replaced below
-        progress=one.resumable.restore(),
-        profile=profiler.step,
-    )
-    trainer.stop = type("Never", (), {"requested": False})()
-    return trainer
+    return one.run.trainer(one.resumable, profile=profiler.step)
 
 
 def test_a_trace_names_layers_and_phases(tiny_data: Path, tmp_path: Path) -> None:

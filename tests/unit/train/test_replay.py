@@ -20,7 +20,6 @@ from moe_dist.monitor.trace.foreign import read_foreign
 from moe_dist.monitor.trace.reader import TracedStep, read_trace
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.build.training import build_loader, loop_settings
 from moe_dist.train.evaluation.replay_step import counterfactual, replay_step
 from moe_dist.train.objective.loss import AuxSettings, forward
 from moe_dist.train.step.result import StepResult
@@ -57,21 +56,14 @@ class Traced(NamedTuple):
 
 def traced_run(data: Path, root: Path, **changes: Any) -> Traced:
     one = OneRank(data, root, **{"monitor.trace": {"every": 1}}, **changes)
-    config, plan, folder = one.plan.config, one.plan, RunFolder.of(one.plan.config)
-    batches = batches_of(one, 0)
+    plan, folder, batches = one.plan, RunFolder.of(one.plan.config), one.run.loader.batches(0)
     for layer in one.training.parallel.model.moe_modules():
         layer.router._selection_scores = reversed_scores  # pyright: ignore[reportArgumentType]
-    aux = loop_settings(config, plan.manifest, plan.placement).aux(0)
-    numbers = build_loader(config, plan.manifest, rank=0, world_size=1).numbers
+    aux, numbers = one.run.plan.aux(0), one.run.loader.numbers
     with traced_steps(plan, folder, ENV, attempt_id="one", step=0, position=0, numbers=numbers) as tracer:
         assert tracer is not None
         result = one.training.step(batches, lr=1e-3, aux=aux, watchers=[tracer])
     return Traced(folder.path, batches, aux, result, one.weights(), read_trace(folder.path).step(1))
-
-
-def batches_of(one: OneRank, position: int) -> list[Batch]:
-    loader = build_loader(one.plan.config, one.plan.manifest, rank=0, world_size=1)
-    return loader.batches(position)  # pyright: ignore[reportReturnType]
 
 
 def sequences_of(position: int) -> list[range]:
@@ -100,7 +92,7 @@ def test_a_trace_of_another_system_is_replayed(tiny_data: Path, tmp_path: Path) 
     group = {"num_experts": 6, "top_k": 2, "ffn_dim": 16, "modalities": ["text", "image"]}
     changes: dict[str, Any] = {"model.moe.groups": {"all": group}}
     one = OneRank(tiny_data, tmp_path, **changes)
-    model, batch = one.training.parallel.model, batches_of(one, 0)[0]
+    model, batch = one.training.parallel.model, one.run.loader.batches(0)[0]
     rng, tokens_B = np.random.default_rng(0), (~batch.padding_BS).sum(1)
     rows = [rng.permuted(np.tile(np.arange(6), (int(n), 2, 1)), axis=2)[..., :2] for n in tokens_B]
     for number, ids in enumerate(rows):
@@ -145,7 +137,7 @@ def test_what_does_not_fit_is_refused(tiny_data: Path, tmp_path: Path) -> None:
 def test_a_counterfactual_changes_one_choice(tiny_data: Path, tmp_path: Path) -> None:
     """The reference is a forward whose selection scores force the choices."""
     one = OneRank(tiny_data, tmp_path)
-    model, batch = one.training.parallel.model, batches_of(one, 0)[0]
+    model, batch = one.training.parallel.model, one.run.loader.batches(0)[0]
     with torch.no_grad():
         before, reports = forward(model, batch, GROUPS, RoutingRequest(keep_choices=True), losses=True)
     (token,) = (batch.modality_BS.flatten() == 0).nonzero().flatten()[[7]].tolist()

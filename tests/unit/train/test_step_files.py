@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import moe_dist
+from tests.support.cover import rest_full
 from tests.support.one_rank import OneRank, world_of_one
 
 MOST = 40
@@ -74,7 +75,7 @@ def files_entered(action: Callable[[], Any]) -> set[str]:
     return {str(Path(name).relative_to(ROOM)) for name in entered if name.startswith(f"{ROOM}/")}
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", rest_full(JOBS))
 def test_a_step_is_followed_in_few_files(job: str, tiny_data: Path, tmp_path: Path) -> None:
     sinks = [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}]
     changes = {**JOBS[job], "monitor.sinks": sinks}

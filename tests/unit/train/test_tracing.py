@@ -15,7 +15,6 @@ from moe_dist.monitor.trace.writer import TraceWriter
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.build.training import build_loader, loop_settings
 from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.tracing import StepTracer, traced_steps
 from moe_dist.train.step.training_step import TrainingStep
@@ -40,8 +39,8 @@ def take_steps(tiny_data: Path, tmp_path: Path, changes: dict[str, Any]) -> Trac
     with world_of_one():
         one = OneRank(tiny_data, tmp_path, **changes)
         plan, config = one.plan, one.plan.config
-        loader, steps = build_loader(config, plan.manifest, rank=0, world_size=1), []
-        folder, aux = RunFolder.of(config), loop_settings(config, plan.manifest, plan.placement).aux(0)
+        loader, steps = one.run.loader, []
+        folder, aux = RunFolder.of(config), one.run.plan.aux(0)
         with traced_steps(plan, folder, ENV, attempt_id="one", step=0, position=0, numbers=loader.numbers) as tracer:
             assert tracer is not None
             for number in range(3):
