@@ -12,72 +12,63 @@ from moe_dist.config.base.section import Violation
 from moe_dist.config.schema import Config
 from moe_dist.runtime.secrets import secrets_of
 
-Problem = tuple[tuple[str, ...], str]
-
 
 def host_violations(config: Config) -> list[Violation]:
     """Returns the rules that the configuration violates on this machine."""
-    return [Violation(keys, problem) for keys, problem in (*_device_problems(config), *_package_problems(config))] + [
+    return [
+        *_device_violations(config),
+        *_package_violations(config),
         *group_violations(config),
         *_secret_violations(config),
     ]
 
 
-def _device_problems(config: Config) -> Iterator[Problem]:
-    """Yields the kernels that do not run on the device, or not on its sharded parameters."""
+def _device_violations(config: Config) -> Iterator[Violation]:
+    """Finds the kernels that do not run on the device, or not on its sharded parameters."""
     on_cpu = config.parallel.device == "cpu"
-    if config.optimizer.needs_apex and config.parallel.data == "fsdp2":
-        yield (
+    apex, device = config.optimizer.needs_apex, "parallel.device"
+    if apex and config.parallel.data == "fsdp2":
+        yield Violation(
             ("optimizer.backend", "parallel.data"),
-            (
-                "optimizer.backend=apex: its kernels do not take the sharded parameters of parallel.data=fsdp2; set "
-                "parallel.data=ddp or optimizer.backend=torch"
-            ),
+            "optimizer.backend=apex: its kernels do not take the sharded parameters of parallel.data=fsdp2; set "
+            "parallel.data=ddp or optimizer.backend=torch",
         )
-    if config.optimizer.needs_apex and on_cpu:
-        yield (
-            ("optimizer.backend", "parallel.device"),
-            (
-                "optimizer.backend=apex: its kernels need CUDA, but parallel.device=cpu; set optimizer.backend=torch, or "
-                "another device"
-            ),
+    if apex and on_cpu:
+        yield Violation(
+            ("optimizer.backend", device),
+            "optimizer.backend=apex: its kernels need CUDA, but parallel.device=cpu; set optimizer.backend=torch, or "
+            "another device",
         )
     if config.parallel.kernels.kind == "triton" and on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
-        yield (
-            ("parallel.kernels.kind", "parallel.device"),
-            (
-                "parallel.kernels.kind=triton: Triton kernels need CUDA, but parallel.device=cpu; set "
-                "parallel.kernels.kind=auto, or another device"
-            ),
+        yield Violation(
+            ("parallel.kernels.kind", device),
+            "parallel.kernels.kind=triton: Triton kernels need CUDA, but parallel.device=cpu; set "
+            "parallel.kernels.kind=auto, or another device",
         )
 
 
-def _package_problems(config: Config) -> Iterator[Problem]:
-    """Yields the missing packages, without importing any. If torch is missing on this machine, yields none, because the
+def _package_violations(config: Config) -> Iterator[Violation]:
+    """Finds the missing packages, without importing any. If torch is missing on this machine, finds none, because the
     ranks then run on other machines."""
     if importlib.util.find_spec("torch") is None:
         return
-    dispatch, engine = config.parallel.dispatch, config.engine
+    dispatch, engine, kernels = config.parallel.dispatch, config.engine, config.parallel.kernels.kind
     if config.optimizer.needs_apex and not installed("apex.optimizers.fused_adam"):
-        yield (
+        yield Violation(
             ("optimizer.backend",),
-            (
-                "optimizer.backend=apex: NVIDIA Apex is not installed (no apex/optimizers/fused_adam.py; the package "
-                "`apex` on the Python index is another project); build it from NVIDIA's repository, or set "
-                "optimizer.backend=torch"
-            ),
+            "optimizer.backend=apex: NVIDIA Apex is not installed (no apex/optimizers/fused_adam.py; the package `apex` "
+            "on the Python index is another project); build it from NVIDIA's repository, or set optimizer.backend=torch",
         )
-    triton = ("triton",) if config.parallel.kernels.kind == "triton" else ()
-    needs = {
-        "parallel.dispatch.kind": (dispatch.needs_modules, f"build {dispatch.source}", "all_to_all"),
-        "engine.kind": (engine.needs_modules, engine.source, "moe_dist"),
-        "parallel.kernels.kind": (triton, "install it (torch for CUDA brings it)", "auto"),
-    }
-    chosen = {"parallel.dispatch.kind": dispatch.kind, "engine.kind": engine.kind, "parallel.kernels.kind": "triton"}
-    for key, (modules, way, other) in needs.items():
-        if missing := [name for name in modules if not installed(name)]:
-            package = " and ".join(missing)
-            yield (key,), f"{key}={chosen[key]}: the package {package} is not installed here; {way}, or set {key}={other}"
+    triton = ("triton",) if kernels == "triton" else ()
+    for key, kind, modules, way, other in (
+        ("parallel.dispatch.kind", dispatch.kind, dispatch.needs_modules, f"build {dispatch.source}", "all_to_all"),
+        ("engine.kind", engine.kind, engine.needs_modules, engine.source, "moe_dist"),
+        ("parallel.kernels.kind", kernels, triton, "install it (torch for CUDA brings it)", "auto"),
+    ):
+        if package := " and ".join(name for name in modules if not installed(name)):
+            yield Violation(
+                (key,), f"{key}={kind}: the package {package} is not installed here; {way}, or set {key}={other}"
+            )
 
 
 def installed(module: str) -> bool:

@@ -7,14 +7,10 @@ then by the best swaps of two experts. No swap makes the sum larger, so the resu
 Shape letters: L layers, E experts, R ranks, P items with a slot each (experts, or their copies), S items and free slots.
 """
 
-from contextlib import suppress
-from typing import NamedTuple
-
 import numpy as np
 
 from moe_dist.errors import ConfigError
 
-PARTS, SWAPPED = 4, 2  # numbers of copies that are tried, and how many of these are improved by swaps
 STEPS = 120  # experts for which all swaps are tried; each takes L x E operations
 
 
@@ -42,67 +38,11 @@ def solve(
     if free < 0:
         raise ConfigError(f"slots={int(slots_R.sum())}: fewer than the {experts} experts; give a rank more slots")
     allowed_ER = np.ones((experts, ranks), bool) if allowed_ER is None else allowed_ER
-    return _placed(load_LE, slots_R, allowed_ER, steps)
+    return placed(load_LE, slots_R, allowed_ER, steps)
 
 
-class Copied(NamedTuple):
-    """Slots of all ranks with their experts: `expert_P[p]` has a slot on `rank_P[p]`. The slots of an expert share its work
-    evenly; a rank that would get two copies of an expert has one copy with twice the share, and a free slot."""
-
-    expert_P: np.ndarray
-    rank_P: np.ndarray
-
-    def pace(self, load_LE: np.ndarray, ranks: int) -> float:
-        """Returns the sum over layers of the busiest rank's load."""
-        return pace(_shared(load_LE, self.expert_P), self.rank_P, ranks)
-
-
-def solve_with_copies(
-    load_LE: np.ndarray, slots_R: np.ndarray, *, allowed_ER: np.ndarray | None = None, steps: int = STEPS
-) -> Copied:
-    """Fills free slots with copies of experts, if the copies lower `pace`. For arguments and errors see `solve`.
-
-    The next copy goes to the expert with the largest work per copy (the rule of highest averages, which DeepSeek's EPLB
-    also uses).
-    """
-    experts, ranks = load_LE.shape[1], len(slots_R)
-    once = Copied(np.arange(experts), solve(load_LE, slots_R, allowed_ER=allowed_ER, steps=steps))
-    free = int(slots_R.sum()) - experts
-    if not free:
-        return once
-    allowed_ER = np.ones((experts, ranks), bool) if allowed_ER is None else allowed_ER
-
-    def filled(expert_P: np.ndarray, steps: int) -> Copied:
-        return Copied(expert_P, _placed(_shared(load_LE, expert_P), slots_R, allowed_ER[expert_P], steps))
-
-    # Orders the copies by the experts' work summed over layers, and by their work in the heaviest layer. Tries each order
-    # with all free slots, and with only some of the free slots.
-    tried: list[Copied] = []
-    for load_E in (load_LE.sum(0), load_LE.max(0)):
-        order = _copied(load_E, free)
-        for count in sorted({-(-len(order) * part // PARTS) for part in range(1, PARTS + 1)}):
-            with suppress(ConfigError):  # raised if the ranks of a pinned group have too few slots for these copies
-                tried.append(filled(np.sort(np.concatenate([np.arange(experts), order[:count]])), 0))
-    best = sorted(tried, key=lambda each: each.pace(load_LE, ranks))[:SWAPPED]
-    return min([once, *(filled(each.expert_P, steps) for each in best)], key=lambda each: each.pace(load_LE, ranks))
-
-
-def _copied(load_E: np.ndarray, free: int) -> np.ndarray:
-    """Returns the experts that get one more slot each, in the order of these slots."""
-    copies_E, order = np.ones(len(load_E), np.int64), np.zeros(free, np.int64)
-    for place in range(free):
-        order[place] = (load_E / copies_E).argmax()
-        copies_E[order[place]] += 1
-    return order
-
-
-def _shared(load_LE: np.ndarray, expert_P: np.ndarray) -> np.ndarray:
-    """Returns the load of each slot, [L, P]."""
-    return (load_LE / np.maximum(1, np.bincount(expert_P, minlength=load_LE.shape[1])))[:, expert_P]
-
-
-def _placed(load_LP: np.ndarray, slots_R: np.ndarray, allowed_PR: np.ndarray, steps: int) -> np.ndarray:
-    """Returns the rank of each item."""
+def placed(load_LP: np.ndarray, slots_R: np.ndarray, allowed_PR: np.ndarray, steps: int) -> np.ndarray:
+    """Returns the rank of each item, such as an expert or one of its copies; arguments as in `solve`."""
     ranks, items = len(slots_R), load_LP.shape[1]
     rank_P = _greedy(load_LP.sum(0), slots_R, allowed_PR)
     # A move is a swap with a free slot, an item without load.

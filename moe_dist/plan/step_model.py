@@ -7,7 +7,7 @@ slowest rank sets the pace. Seconds of an event differ between ranks and between
 Shape letters: S draws of the routing, R ranks of an EP group.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -211,70 +211,13 @@ def micro_batch(
     return queue.events
 
 
-def micro_batch_in_halves(layers: Sequence[LayerCost], head: Seconds, backward: Sequence[LayerCost]) -> list[Event]:
-    """Returns the queue of one micro-batch with `parallel.two_batch_overlap`, in the order of `moe.dispatch.two_batches`:
-    each half of the micro-batch runs up to its next exchange, and then the other half runs. All costs are of one half of
-    the micro-batch."""
-    queue = Queue()
-    last = _in_turns([_half_forward(queue, layers) for _ in range(2)])
-    last = (queue.add("head", COMPUTE, head * (1 + BACKWARD), *last),)
-    _in_turns([_half_backward(queue, backward, last) for _ in range(2)])
-    return queue.events
-
-
-def _in_turns(halves: Sequence[Iterator[int]]) -> tuple[int, ...]:
-    """Runs both halves of a micro-batch in turns, and returns the last event of each half."""
-    last = [0 for _ in halves]
-    for events in zip(*halves, strict=True):
-        last = list(events)
-    return tuple(last)
-
-
-def _half_forward(queue: Queue, layers: Sequence[LayerCost]) -> Iterator[int]:
-    last: tuple[int, ...] = ()
-    for layer in layers:
-        last = (queue.add("dense", COMPUTE, layer.dense, *last),)
-        if not layer.hops:
-            last = (queue.add("experts", COMPUTE, layer.shared + layer.own + layer.others + layer.pack, *last),)
-            continue
-        counted = queue.add("exchange", WIRE, layer.counts, *last)
-        start = queue.add("sync", COMPUTE, layer.sync, counted)
-        sent = _send(queue, layer, 1, queue.add("pack", COMPUTE, layer.pack, start), weights=layer.weights)
-        yield queue.add("experts", COMPUTE, layer.shared)
-        sent = yield from _experts_of_half(queue, layer, 1.0, sent)
-        last = (queue.add("pack", COMPUTE, layer.pack, sent),)
-    yield from last
-
-
-def _half_backward(queue: Queue, layers: Sequence[LayerCost], last: tuple[int, ...]) -> Iterator[int]:
-    for layer in reversed(layers):
-        if not layer.hops:
-            experts = layer.shared + layer.own + layer.others + layer.pack
-            done = queue.add("experts", COMPUTE, BACKWARD * experts, *last)
-            last = (queue.add("dense", COMPUTE, BACKWARD * layer.dense, done),)
-            continue
-        sent = _send(queue, layer, 1, queue.add("pack", COMPUTE, layer.pack, *last))
-        yield sent
-        sent = yield from _experts_of_half(queue, layer, BACKWARD, sent)
-        summed = queue.add("pack", COMPUTE, layer.pack, sent)
-        last = (queue.add("dense", COMPUTE, BACKWARD * (layer.shared + layer.dense), summed),)
-    yield from last
-
-
-def _experts_of_half(queue: Queue, layer: LayerCost, times: float, sent: int) -> Generator[int, None, int]:
-    done = queue.add("experts", COMPUTE, times * (layer.own + layer.others), sent)
-    back = _send(queue, layer, 1, done)
-    yield done
-    return back
-
-
 def _times(layer: LayerCost, factor: float) -> LayerCost:
     """Returns the layer's costs with the seconds of compute multiplied by `factor`."""
     names = ("dense", "shared", "own", "others", "pack")
     return replace(layer, **{name: factor * getattr(layer, name) for name in names})
 
 
-def _send(queue: Queue, layer: LayerCost, chunks: int, *after: int, weights: Seconds = 0.0) -> int:
+def send(queue: Queue, layer: LayerCost, chunks: int, *after: int, weights: Seconds = 0.0) -> int:
     """Adds the hops of one chunk's exchange to the queue, and before the hops the exchange of weights."""
     if np.any(weights):
         after = (queue.add("exchange", WIRE, weights, *after),)
@@ -298,18 +241,18 @@ def _forward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...
     packed = queue.add("pack", COMPUTE, layer.pack, start)
     alone = layer.own if order.overlap else 0.0
     rest = layer.others + (0.0 if order.overlap else layer.own)
-    sent = [_send(queue, layer, n, packed, weights=layer.weights)]
+    sent = [send(queue, layer, n, packed, weights=layer.weights)]
     ends = [packed]
     if not order.overlap:
         ends.append(queue.add("experts", COMPUTE, layer.shared, sent[0]))
     for chunk in range(n):
         if chunk + 1 < n:
-            sent.append(_send(queue, layer, n, packed, weights=layer.weights))
+            sent.append(send(queue, layer, n, packed, weights=layer.weights))
         if order.overlap:
             queue.add("experts", COMPUTE, (alone + layer.shared) / n, packed)
         ends.append(queue.add("experts", COMPUTE, rest / n, sent[chunk]))
         if not repeated:
-            ends.append(_send(queue, layer, n, ends[-1]))
+            ends.append(send(queue, layer, n, ends[-1]))
     return queue.add("pack", COMPUTE, 0.0 if repeated else layer.pack, *ends[-2:])
 
 
@@ -325,12 +268,12 @@ def _backward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ..
     alone = (back + again) * layer.own / n if order.overlap else 0.0
     rest = (back + again) * (layer.others + (0.0 if order.overlap else layer.own)) / n
     packed = queue.add("pack", COMPUTE, layer.pack, *after)
-    sent, ends = [_send(queue, layer, n, packed)], [packed]
+    sent, ends = [send(queue, layer, n, packed)], [packed]
     for chunk in range(n):
         if chunk + 1 < n:
-            sent.append(_send(queue, layer, n, packed))
+            sent.append(send(queue, layer, n, packed))
         done = queue.add("experts", COMPUTE, rest, sent[chunk])
-        ends.append(_send(queue, layer, n, done, weights=layer.weights))
+        ends.append(send(queue, layer, n, done, weights=layer.weights))
         if order.overlap:
             queue.add("experts", COMPUTE, alone, done)
     queue.add("experts", COMPUTE, back * layer.shared, packed)

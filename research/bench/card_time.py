@@ -30,9 +30,9 @@ from moe_dist.plan.step_model import (
     collective_seconds,
     exchange_seconds,
     micro_batch,
-    micro_batch_in_halves,
     play,
 )
+from research.bench.halves import micro_batch_in_halves
 from research.bench.least import Key, masked_scores
 from tools.fake_gpu.fake_cuda import Sent, Work
 from tools.fake_gpu.fake_step import MICRO_BATCHES, Counted, scaled

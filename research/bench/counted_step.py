@@ -1,7 +1,9 @@
 """Prints the counts of a training step on a fake GPU as a table, beside the least possible counts, and the step's time by a
 GPU's rates."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
@@ -13,8 +15,30 @@ from moe_dist.plan.rates import Rates
 from research.bench.card_time import card_rates, card_time
 from research.bench.card_time import table as time_table
 from research.bench.least import Key, least_bytes, least_flops
-from tools.fake_gpu.count import count, flops_of, kernels, num_bytes
+from tools.fake_gpu.count import count
+from tools.fake_gpu.fake_cuda import Work
 from tools.fake_gpu.fake_step import MICRO_BATCHES, Counted, scaled
+
+
+@dataclass(frozen=True)
+class Share:
+    """Counts that each micro-batch adds to a step, and counts that do not depend on the number of micro-batches; by part
+    and phase."""
+
+    micro_batch: Counter[Key]
+    once: Counter[Key]
+
+
+def shares(counted: Counted, value: Callable[[Work], int]) -> Share:
+    """Returns the sums of `value` over the operations: their number, bytes or FLOPs."""
+    found = Share(Counter(), Counter())
+    for listed, number_of in ((counted.more_work, found.micro_batch), (counted.work, found.once)):
+        for *key, number in listed:
+            work = Work(*key)
+            number_of[work.part, work.phase] += number * value(work)
+    for key, number in found.micro_batch.items():
+        found.once[key] -= MICRO_BATCHES * number
+    return found
 
 
 def leasts(counted: Counted, path: str | Path, overrides: Sequence[str]) -> tuple[dict[Key, float], dict[Key, float]]:
@@ -53,8 +77,8 @@ def table(counted: Counted, leasts: tuple[dict[Key, float], dict[Key, float]] = 
     )
     for column in columns:
         made.add_column(column, justify="left" if column in ("part", "phase", "collectives") else "right")
-    flops = flops_of(counted).micro_batch
-    launched, moved = kernels(counted), num_bytes(counted)
+    flops = shares(counted, lambda work: work.flops).micro_batch
+    launched, moved = shares(counted, lambda work: 1), shares(counted, lambda work: work.num_bytes)
     for part, phase in sorted(launched.once.keys() | launched.micro_batch.keys()):
         key, layers = (part, phase), counted.layers.get(part)
         times = (MICRO_BATCHES if phase != "step" else 1) * (layers or 1)

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from moe_dist.plan.solver import Copied, solve_with_copies
 from moe_dist.runtime.command_line import reports_errors, run_command
+from research.bench.expert_copies import Copied, solve_with_copies
 from tools.gpu_check.token_imbalance import WORKLOADS, WorkloadShape, workload_step
 
 Solver = Callable[[np.ndarray, np.ndarray], Copied]

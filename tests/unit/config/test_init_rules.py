@@ -101,37 +101,3 @@ def test_what_would_not_begin_as_it_was_is_refused(
     tmp_path: Path, here: dict[str, Any], trained: dict[str, Any], fault: str
 ) -> None:
     assert any(fault in each for each in source_problems(config(tmp_path, **here), source(**trained)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "fault"),
-    [
-        ({"run__init_from": None}, "set run.init_from"),
-        ({"run__init_rules": ["upcycle", "upcycle"]}, "lists a rule twice"),
-        ({"model__moe__groups__text__num_null": 4}, "num_null=4 is no multiple of num_experts=3"),
-        ({"model__moe__router": {"null_logit": "single"}}, "null_logit=single has one null row"),
-        ({"model__moe__router": {"kind": "expert_choice", "causal": "threshold"}},
-         "with a router of kind expert_choice copies of true rows change"),
-        ({"model__moe__groups__text__num_identity": 1}, "num_identity=1"),
-        ({"model__moe__groups__text__num_null": 0, "model__moe__groups__text__top_k": 2,
-          "model__moe__groups__image__num_null": 0, "model__moe__groups__image__top_k": 1}, "no group has null experts"),
-        ({"run__init_rules": ["split", "upcycle"]}, "takes whole FFNs; remove the other rules"),
-        ({"run__init_rules": ["split"], "model__moe__groups__text__top_k": 2}, "top_k=2 must be at least num_experts=3"),
-        ({"run__init_rules": ["split"]}, "the weights start at scale / 3, and 3 is no power of two"),
-        ({"run__init_rules": ["split"], "model__moe__router": {"normalise": "all_chosen"}},
-         "scale=1: the weights of group text start at scale / 4 and must be 1; take scale=4"),
-        ({"run__init_rules": ["split"], "model__moe__router": {"kind": "group_limited", "n_group": 1, "normalise": "none"}},
-         "start at scale / 2 and must be 1; take scale=2"),
-        ({"run__init_rules": ["split"], "model__moe__router": {"kind": "expert_choice", "causal": "threshold"}},
-         "a token would not start with all parts of the FFN; take kind=top_k"),
-        ({"run__init_rules": ["split"], "model__moe__groups__image__num_constant": 1}, "which the FFN lacks"),
-        ({"run__init_rules": ["split_experts", "copy_nulls"]}, "as they are; remove the other rules"),
-        ({"run__init_rules": ["split_experts"], "model__moe__router": {"kind": "expert_choice", "causal": "threshold"}},
-         "equal router rows change the choice; take kind=top_k"),
-        ({"run__init_rules": ["split_experts"], "model__moe__groups__image__num_constant": 1}, "cannot be cut into parts"),
-        ({"run__init_rules": ["split_experts"], "model__moe__experts": {"kind": "clamped_ffn"}}, "each part would add"),
-        ({"run__init_rules": ["split"], "model__moe__experts": {"kind": "clamped_ffn"}}, "each part would add"),
-    ],
-)  # fmt: skip
-def test_rules_of_the_configuration_alone(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
-    assert any(fault in relation.problem for relation in rule_violations(config(tmp_path, **changes)))

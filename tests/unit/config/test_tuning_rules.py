@@ -23,7 +23,6 @@ SOUND: dict[str, Any] = {
     "run.init_from": "runs/base",
     "router_tuning": {"data": "none", "last_layers": 1},
 }
-CHOICE = {"kind": "expert_choice", "causal": "threshold"}
 ONE = {
     "text": {"num_experts": 3, "top_k": 1, "ffn_dim": 16},
     "image": {"num_experts": 2, "top_k": 1, "ffn_dim": 24},
@@ -38,16 +37,6 @@ def tuned(**changes: Any) -> dict[str, Any]:
     return {"router_tuning": {**SOUND["router_tuning"], **changes}}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, tuned(weight=0.0), tuned(last_layers=2), tuned(layers=[0]), tuned(regulariser="l2"), tuned(weight=1.0)],
-    ids=str,
-)
-def test_what_fits_passes(changes: dict[str, Any]) -> None:
-    assert not list(rule_violations(config(changes)))
-    assert not list(rule_violations(tiny_config(Path("none"), Path("runs"))))
-
-
 def test_chosen_layers() -> None:
     def chosen(**section: Any) -> tuple[int, ...]:
         return RouterTuningSection(data="x", **section).chosen_layers((1, 3, 5, 7))
@@ -55,62 +44,6 @@ def test_chosen_layers() -> None:
     assert chosen(last_layers=2) == (5, 7)
     assert chosen(last_layers=4) == (1, 3, 5, 7)
     assert chosen(layers=(5, 1)) == (1, 5)
-
-
-@pytest.mark.parametrize(
-    ("changes", "text", "way_out"),
-    [
-        ({"router_tuning": None}, "train.only=routers: needs the section router_tuning", "set train.only to null"),
-        ({"train.only": None}, "train.only=null: router_tuning trains routers alone", "set train.only=routers"),
-        ({"train.only": "auxiliary_routers"}, "train.only=auxiliary_routers: router_tuning", "set train.only=routers"),
-        (
-            {"run.init_from": None},
-            "run.init_from=null: router_tuning tunes a trained model",
-            "the run that router_tuning.data",
-        ),
-        ({"run.init_rules": ["upcycle"]}, 'run.init_rules=["upcycle"]: router_tuning: ', "set run.init_rules=[]"),
-        ({"loss.z": 0.1}, "loss.z=0.1: router_tuning: a z-loss", "set loss.z=0"),
-        ({"run.keep_position": True}, "run.keep_position=true: router_tuning: ", "set run.keep_position=false"),
-        ({"model.moe.router": CHOICE}, "model.moe.router.kind=expert_choice: router_tuning", "take another kind"),
-        (
-            {"model.mixture_of_depths": {"capacity": 0.5}},
-            "model.mixture_of_depths: router_tuning: a token that skips a layer",
-            "set model.mixture_of_depths=null",
-        ),
-        (
-            {"model.moe.router": {"selection_bias": True}, "model.moe.balance": [{"kind": "loss_free"}]},
-            "router_tuning: controllers would change the selection biases",
-            "set model.moe.balance=[]",
-        ),
-        (tuned(last_layers=5), "router_tuning.last_layers=5: the model has 2 MoE layers", "take at most all"),
-        (tuned(layers=[1, 2]), "router_tuning.layers=[1, 2]: layers [2] hold no experts", "some of [0, 1], each once"),
-        (tuned(layers=[1, 1]), "router_tuning.layers=[1, 1]: a layer is listed twice", "each once"),
-        (
-            {**tuned(weight=0.0), "model.moe.groups": ONE},
-            "router_tuning.weight=0: with top_k=1 and normalised weights (kind: top_k, normalise: true_chosen",
-            "set router_tuning.weight above 0",
-        ),
-        ({**tuned(), "data.skip": [[0, 1]]}, "data.skip: router tuning trains on samples", "set it to []"),
-    ],
-    ids=lambda value: str(value)[:60],
-)
-def test_each_rule_is_named_with_its_way_out(changes: dict[str, Any], text: str, way_out: str) -> None:
-    problems = [relation.problem for relation in rule_violations(config(changes))]
-    assert any(text in fault and way_out in fault for fault in problems), problems
-
-
-@pytest.mark.parametrize(
-    ("section", "text"),
-    [
-        ({"random_neighbours": True, "neighbours": {"kind": "radius"}}, "neighbours.kind"),
-        ({"refresh_every": 5, "regulariser": "l2"}, "refresh_every=5"),
-        ({"refresh_every": 5, "weight": 0.0}, "refresh_every=5"),
-    ],
-    ids=str,
-)
-def test_rules_inside_the_section(section: dict[str, Any], text: str) -> None:
-    with refused(ValueError, text):
-        config(tuned(**section))
 
 
 @pytest.fixture(scope="module")

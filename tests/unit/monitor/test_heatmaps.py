@@ -6,6 +6,7 @@ from moe_dist.monitor.heatmaps import (
     NO_VALUE,
     SEQUENTIAL,
     Axis,
+    Scale,
     colour,
     draw,
     extremes,
@@ -63,29 +64,26 @@ def test_every_size_gives_a_picture_one_can_open(rows: int, columns: int) -> Non
     assert max(picture.shape) <= 2000
 
 
-def test_a_map_with_small_cells_says_where_its_extremes_are() -> None:
-    values = np.ones((48, 256))
-    values[16, 128], values[5, 40], values[6, 41], values[7, 1] = 9.0, 0.0, 0.0, np.nan
-    layers, experts = axis("layer", 48), axis("expert, and the rank that holds it", 256)
-    assert extremes(values, layers, experts, ratio_scale("load")) == "largest 9: layer 16, expert 128; black cells: 2"
-    share = linear_scale("share", 1.0)
-    assert extremes(values, layers, experts, share) == "largest 9: layer 16, expert 128"
+@pytest.mark.parametrize(
+    ("shape", "largest", "scale", "said"),
+    [
+        ((48, 256), (16, 128), ratio_scale("load"), "largest 9: layer 16, expert 128; black cells: 2"),
+        ((48, 256), (16, 128), linear_scale("share", 1.0), "largest 9: layer 16, expert 128"),
+        ((61, 2), (16, 1), linear_scale("share", 9.0), "largest 9: layer 16, expert 1"),
+    ],
+)
+def test_a_map_with_small_or_low_cells_says_where_its_extremes_are(
+    shape: tuple[int, int], largest: tuple[int, int], scale: Scale, said: str
+) -> None:
+    values = np.ones(shape)
+    values[5, 0], values[6, 1], values[7, 1] = 0.0, 0.0, np.nan
+    values[largest] = 9.0
+    layers, experts = axis("layer", shape[0]), axis("expert, and the rank that holds it", shape[1])
+    assert extremes(values, layers, experts, scale) == said
     other = values.copy()
-    other[16, 128], other[16, 129] = 1.0, 9.0
-    named, moved = (draw(v, layers, experts, scale=ratio_scale("load"), title="t")[:60] for v in (values, other))
+    other[largest], other[17, 1] = 1.0, 9.0
+    named, moved = (draw(v, layers, experts, scale=scale, title="t")[:60] for v in (values, other))
     assert not np.array_equal(named, moved), "the head of the picture has the words"
-
-
-def test_a_map_with_low_cells_says_where_its_extremes_are() -> None:
-    values = np.ones((61, 2))
-    other = values.copy()
-    values[16, 1], other[17, 1] = 9.0, 9.0
-    named, moved = (
-        draw(v, axis("layer", 61), axis("group", 2), scale=linear_scale("share", 9.0), title="t")[:60]
-        for v in (values, other)
-    )
-    assert not np.array_equal(named, moved)
-    assert extremes(values, axis("layer", 61), axis("", 2), linear_scale("share", 9.0)) == "largest 9: layer 16, 1"
 
 
 def test_dead_and_unknown_cells_are_seen() -> None:

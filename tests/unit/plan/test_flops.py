@@ -16,6 +16,7 @@ from moe_dist.moe.routing.types import NO_REQUEST
 from moe_dist.placement.parameter_names import Role, named_parameters
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan.flops import (
+    Parts,
     active_parameters,
     depth_router,
     expected_experts,
@@ -182,13 +183,17 @@ def count_training(config: Config, batch: int = 4, choices: int = 0) -> tuple[in
     return counter.get_total_flops(), pairs / len(reports) / tokens.numel(), tokens.numel()
 
 
+def forward_of(cfg: Config, experts: float) -> Parts:
+    return forward_flops(
+        cfg.model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0}
+    )
+
+
 @pytest.mark.parametrize("changes", [{}, {"free": True}, {"model": LATENT}], ids=["plain", "free", "latent"])
 def test_agrees_with_torchs_counter(changes: dict[str, Any]) -> None:
     cfg = config(**changes)
     counted, experts, tokens = count_training(cfg)
-    model = cfg.model
-    forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
-    assert counted == pytest.approx(training_flops(forward) * tokens, rel=1e-3)
+    assert counted == pytest.approx(training_flops(forward_of(cfg, experts)) * tokens, rel=1e-3)
 
 
 @pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
@@ -198,15 +203,12 @@ def test_depths_agree_with_torchs_counter(causal: str) -> None:
     cfg = config(model={"mixture_of_depths": {"first": 1, "every": 1, "capacity": 0.25, "causal": causal}})
     counted, experts, tokens = count_training(cfg, batch=1)
     assert experts < 0.6  # mean over all tokens; computed tokens have 4 / 3
-    model = cfg.model
-    assert len(model.depth_layers) == 2
-    sizes = {"experts_per_token": {"text": experts / 0.25}, "token_share": {"text": 1.0}}
-    forward = forward_flops(model, seq_len=cfg.data.seq_len, **sizes)
+    assert len(cfg.model.depth_layers) == 2
+    forward = forward_of(cfg, experts / 0.25)
     scores = 2 * cfg.model.hidden_dim
-    unseen = 6 * scores + 4 * (depth_router(model) - scores)
+    unseen = 6 * scores + 4 * (depth_router(cfg.model) - scores)
     assert counted == pytest.approx((training_flops(forward) - unseen) * tokens, rel=1e-3)
-    plain = config().model
-    assert forward.attention < 0.5 * forward_flops(plain, seq_len=16, **sizes).attention
+    assert forward.attention < 0.5 * forward_of(config(), experts / 0.25).attention
 
 
 def lora_config(**parallel: Any) -> Config:
@@ -227,9 +229,8 @@ def test_lora_agrees_with_torchs_counter() -> None:
     here by hand."""
     cfg = lora_config()
     counted, experts, tokens = count_training(cfg)
-    model = cfg.model
-    forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
-    frozen = frozen_flops(model, forward, seq_len=cfg.data.seq_len)
+    forward = forward_of(cfg, experts)
+    frozen = frozen_flops(cfg.model, forward, seq_len=cfg.data.seq_len)
     below = 2 * (32 * 32 + 2 * 32 * 16) + 2 * 3 * 32  # in layer 0, q, k, v and q's first matrix need no input gradient
     scores_of_keys = 2 * 32 * 16  # k has no adapter, so the keys get no gradient from the scores
     values = 2 * 32 * 16  # nor do the values
@@ -246,34 +247,22 @@ def tuned_config(layers: list[int], objective: str = "tokens") -> Config:
     return Config.model_validate_json(json.dumps(values))
 
 
-@pytest.mark.parametrize("layers", [[1], [2], [1, 2]], ids=str)
-def test_router_tuning_agrees_with_torchs_counter(layers: list[int]) -> None:
-    cfg = tuned_config(layers)
-    counted, experts, tokens = count_training(cfg)
-    model = cfg.model
-    forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
-    expected = training_flops(
-        forward,
-        frozen=flops_left_out(cfg, forward),
-    )
-    assert counted == pytest.approx(expected * tokens, rel=1e-3)
-    assert expected < 0.7 * training_flops(forward)
-
-
-def test_choices_have_no_output_layer() -> None:
-    cfg = tuned_config([1, 2], "choices")
-    counted, experts, tokens = count_training(cfg, choices=2)
-    model = cfg.model
-    forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
+@pytest.mark.parametrize(
+    ("layers", "choices"), [([1], 0), ([2], 0), ([1, 2], 0), ([1, 2], 2)], ids=["1", "2", "1 and 2", "choices"]
+)
+def test_router_tuning_agrees_with_torchs_counter(layers: list[int], choices: int) -> None:
+    """Choices have no output layer, only the logits of two words, in forward and backward."""
+    cfg = tuned_config(layers, "choices" if choices else "tokens")
+    counted, experts, tokens = count_training(cfg, choices=choices)
+    forward = forward_of(cfg, experts)
     expected = training_flops(forward, frozen=flops_left_out(cfg, forward))
-    of_choices = 2 * 2 * 2 * model.hidden_dim  # logits of two words, in forward and backward
-    assert counted == pytest.approx((expected + of_choices) * tokens, rel=1e-3)
+    assert counted == pytest.approx((expected + 2 * 2 * choices * cfg.model.hidden_dim) * tokens, rel=1e-3)
+    assert expected < 0.7 * training_flops(forward)
 
 
 def test_recompute_repeats_no_more_than_counted() -> None:
     plain, experts, tokens = count_training(config())
-    model = config().model
-    forward = forward_flops(model, seq_len=16, experts_per_token={"text": experts}, token_share={"text": 1.0})
+    forward = forward_of(config(), experts)
     for recompute in ("experts", "block"):
         repeated = count_training(config(recompute=recompute))[0] - plain
         bound = (training_flops(forward, recompute=recompute) - training_flops(forward)) * tokens

@@ -9,6 +9,7 @@ import torch
 from moe_dist.config.rank_balance_schema import RankBalanceSection
 from moe_dist.config.schema import Config
 from moe_dist.model.layers import token_losses
+from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.flops import parameters
 from moe_dist.plan.memory import (
     RankMemory,
@@ -58,12 +59,19 @@ LATENT: dict[str, Any] = {"attention": {"kind": "latent", "q_rank": 48, "kv_rank
                           "head_dim": 36, "rope_dim": 12}  # fmt: skip
 
 
+def placed(cfg: Config, ranks: int = 1) -> ExpertPlacement:
+    return make_placement(cfg.placement, expert_groups(cfg.model.moe), num_ranks=ranks, token_mix={})
+
+
+def estimated(cfg: Config, ranks: int = 1, rows: float = 1.0, pairs: float = 1.0) -> RankMemory:
+    return rank_memory(cfg, placed(cfg, ranks), rank=0, rows=rows, pairs=pairs)
+
+
 def kept_by_autograd(cfg: Config, *tuned: int) -> tuple[int, float, float]:
     """Returns the bytes that forward keeps beside the weights, and rows and pairs per token. With `tuned` only these
     layers' routers are trained."""
-    placement = make_placement(cfg.placement, expert_groups(cfg.model.moe), num_ranks=1, token_mix={})
     torch.manual_seed(0)
-    model = build_model(cfg, placement, ep_rank=0, ep_group=None)
+    model = build_model(cfg, placed(cfg), ep_rank=0, ep_group=None)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     if tuned:
@@ -94,10 +102,7 @@ def kept_by_autograd(cfg: Config, *tuned: int) -> tuple[int, float, float]:
 def test_activations_are_what_autograd_keeps(model: dict[str, Any]) -> None:
     cfg = config(**model)
     kept, rows, pairs = kept_by_autograd(cfg)
-    groups = expert_groups(cfg.model.moe)
-    placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
-    memory = rank_memory(cfg, placement, rank=0, rows=rows, pairs=pairs)
-    assert 0.75 < memory.activations / kept < 1.25
+    assert 0.75 < estimated(cfg, 1, rows, pairs).activations / kept < 1.25
 
 
 def test_activations_on_a_cpu_are_known_within_a_twentieth() -> None:
@@ -115,9 +120,7 @@ def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_ro
     # the estimate of the output includes a gradient, which forward does not keep
     cfg = config(tuned=layers, vocab_size=16, **model)
     kept, rows, pairs = kept_by_autograd(cfg, *layers)
-    groups = expert_groups(cfg.model.moe)
-    placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
-    memory = rank_memory(cfg, placement, rank=0, rows=rows, pairs=pairs)
+    memory = estimated(cfg, 1, rows, pairs)
     assert 0.75 < memory.activations / kept < 1.25
     routers, whole = len(layers) * 8 * 64, parameters(cfg.model).total
     assert (memory.parameters, memory.gradients, memory.optimizer) == (4 * whole, 4 * routers, 8 * routers)
@@ -128,19 +131,20 @@ def test_router_tuning_keeps_its_lowest_layer_whole_under_recompute_of_blocks() 
     """Hooks do not see the inputs of recomputed blocks, which closures hold."""
     cfg = config(parallel={"recompute": "block"}, vocab_size=16)
     kept, rows, pairs = kept_by_autograd(cfg, 0, 2)
-    groups = expert_groups(cfg.model.moe)
-    placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
 
     def estimate(recompute: str, layers: int) -> float:
         tuning = config(parallel={"recompute": recompute}, tuned=(3 - layers,), vocab_size=16)
-        return rank_memory(tuning, placement, rank=0, rows=rows, pairs=pairs).activations
+        return estimated(tuning, 1, rows, pairs).activations
 
     assert estimate("block", 1) == estimate("none", 1)
     assert 0.75 < estimate("block", 1) / kept < 1.25
     assert estimate("block", 1) < estimate("block", 3) < estimate("none", 3)
     assert estimate("experts", 3) < estimate("none", 3)
+    none, experts, block = (estimated(config(parallel={"recompute": how})).activations for how in RECOMPUTE)
+    assert block < experts < none
 
 
+RECOMPUTE = ("none", "experts", "block")
 FROZEN_FFN = {"moe": {"groups": {"text": {"num_experts": 4, "top_k": 2, "ffn_dim": 96}},
               "experts": {"kind": "lora", "rank": 2, "alpha": 4.0}}}  # fmt: skip
 
@@ -160,41 +164,24 @@ def test_compiled_dense_parts_have_no_triton_kernels(model: dict[str, Any]) -> N
     assert (compiled[0] == torchs[0]) == (model == FROZEN_FFN)
 
 
-def test_recompute_keeps_less() -> None:
-    cfg = config()
-    groups = expert_groups(cfg.model.moe)
-    placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
-    none, experts, block = (
-        rank_memory(config(parallel={"recompute": how}), placement, rank=0, rows=1.0, pairs=1.9).activations
-        for how in ("none", "experts", "block")
-    )
-    assert block < experts < none
-
-
 @pytest.mark.parametrize("data", ["ddp", "fsdp2"])
 def test_a_single_micro_batch_frees_activations_before_it_has_all_gradients(data: str) -> None:
     several = config(parallel={"ep": 4, "data": data})
     single = several.model_copy(update={"train": several.train.model_copy(update={"global_batch": 16})})
-    placement = make_placement(several.placement, expert_groups(several.model.moe), num_ranks=4, token_mix={})
-
-    def memory(cfg: Config, pairs: float) -> RankMemory:
-        return rank_memory(cfg, placement, rank=0, rows=1.0, pairs=pairs)
-
     parts = parameters(several.model)
     in_buckets = 4 * (parts.total - parts.experts - parts.router) if data == "ddp" else 0.0
-    one, more = memory(single, 20.0), memory(several, 20.0)
+    one, more = (estimated(cfg, 4, pairs=20.0) for cfg in (single, several))
     assert one.gradients == more.gradients > in_buckets
     assert more.total - one.total == one.gradients - in_buckets
     short = single.model_copy(update={"data": single.data.model_copy(update={"seq_len": 1})})
-    few = memory(short, 1.0)
+    few = estimated(short, 4)
     states = few.parameters + few.optimizer + few.casts + in_buckets
     assert few.total == states + few.gradients - in_buckets, "more gradients than activations"
 
 
 def test_states_of_a_rank() -> None:
     cfg = config(parallel={"ep": 4})
-    groups = expert_groups(cfg.model.moe)
-    placement = make_placement(cfg.placement, groups, num_ranks=4, token_mix={})
+    placement = placed(cfg, 4)
     whole = parameters(cfg.model)
     expert = whole.experts / 5
     dense = whole.total - whole.experts
@@ -202,12 +189,12 @@ def test_states_of_a_rank() -> None:
     assert held == [dense + count * expert for count in (2, 1, 1, 1)]  # five experts on four ranks
     sharded = config(parallel={"ep": 4, "data": "fsdp2", "edp": 2})
     assert held_parameters(sharded, placement, rank=0) == (dense - whole.router) / 8 + expert + whole.router
-    memory = rank_memory(cfg, placement, rank=0, rows=1.0, pairs=1.0)
+    memory = estimated(cfg, 4)
     assert (memory.parameters, memory.gradients, memory.optimizer) == (4 * held[0], 4 * held[0], 8 * held[0])
     # in each direction, micro-batches of 256 tokens of three other ranks
     assert memory.exchange_bound == 2 * 3 * 256 * 64 * 4
-    bounded = rank_memory(config(parallel={"ep": 4, "max_receive_rows": 100}), placement, rank=0, rows=1.0, pairs=1.0)
-    assert bounded.exchange_bound == (3 * 256 + 100) * 64 * 4
+    bounded = config(parallel={"ep": 4, "max_receive_rows": 100})
+    assert estimated(bounded, 4).exchange_bound == (3 * 256 + 100) * 64 * 4
 
 
 @pytest.mark.parametrize(("recompute", "layers"), [("none", 3), ("block", 1)])
@@ -216,9 +203,8 @@ def test_replicas_keep_the_weights_of_experts(recompute: str, layers: int) -> No
     plain = config(parallel={"ep": 2, "recompute": recompute})
     section = RankBalanceSection.model_validate({"replicating": {"slots": 2}})
     more = plain.model_copy(update={"rank_balance": section})
-    placement = make_placement(plain.placement, expert_groups(plain.model.moe), num_ranks=2, token_mix={})
-    one, two = (rank_memory(each, placement, rank=0, rows=1.0, pairs=2.0) for each in (plain, more))
-    assert two.total - one.total == 2 * (3 * 64 * 96) * (layers + 1) * 4
+    one, two = (estimated(each, 2, pairs=2.0).total for each in (plain, more))
+    assert two - one == 2 * (3 * 64 * 96) * (layers + 1) * 4
 
 
 def test_gathering_once_per_step_keeps_all_weights_and_gradients() -> None:
@@ -226,8 +212,7 @@ def test_gathering_once_per_step_keeps_all_weights_and_gradients() -> None:
     section = {"ep": 2, "data": "fsdp2", "precision": "bf16"}
     for edp in (1, 2):
         each, once = (config(parallel={**section, "edp": edp, "fsdp_gather": how}) for how in ("micro_batch", "step"))
-        placement = make_placement(once.placement, expert_groups(once.model.moe), num_ranks=2, token_mix={})
-        before, after = (rank_memory(cfg, placement, rank=0, rows=1.0, pairs=1.0) for cfg in (each, once))
+        before, after = (estimated(cfg, 2) for cfg in (each, once))
         whole = parameters(once.model, experts_held={"text": 3})
         gathered = whole.total - whole.router - (whole.experts if edp == 1 else 0.0)
         assert after.casts == 2 * (whole.total - whole.router)
@@ -235,7 +220,7 @@ def test_gathering_once_per_step_keeps_all_weights_and_gradients() -> None:
         assert (after.parameters, after.optimizer) == (before.parameters, before.optimizer)
         once = config(parallel={**section, "edp": edp, "fsdp_gather": "step", "precision": "fp32"})
         # unsharded experts need no copy in fp32
-        assert rank_memory(once, placement, rank=0, rows=1.0, pairs=1.0).casts == 4 * gathered
+        assert estimated(once, 2).casts == 4 * gathered
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -248,11 +233,10 @@ def test_adapters_of_experts_are_with_their_experts_and_all_others_on_all_ranks(
 
     def memory(**parallel: Any) -> tuple[float, float]:
         cfg = config(parallel=parallel, moe=moe, attention_lora={"rank": 4, "alpha": 4.0, "targets": ["q"]})
-        placement = make_placement(cfg.placement, expert_groups(cfg.model.moe), num_ranks=2, token_mix={})
-        found = rank_memory(cfg, placement, rank=0, rows=1.0, pairs=1.0)
-        frozen = held_parameters(cfg, placement, rank=0) - found.gradients / 4
+        found = estimated(cfg, 2)
+        frozen = held_parameters(cfg, placed(cfg, 2), rank=0) - found.gradients / 4
         plain = config(parallel=parallel, moe={**moe, "experts": {"kind": "ffn"}})
-        assert frozen == pytest.approx(held_parameters(plain, placement, rank=0))
+        assert frozen == pytest.approx(held_parameters(plain, placed(plain, 2), rank=0))
         return found.gradients / 4, found.optimizer / 8
 
     own, on_all = (0, each + others) if shared else (3 * each, others)

@@ -40,48 +40,37 @@ def test_groups_of_a_configuration() -> None:
     )
 
 
-def test_interleaved_does_not_pile_up_on_rank_0() -> None:
-    # a has 5 experts on 4 ranks, the extra one on rank 0; b has 3, starting at rank 1, after a's last expert
-    assert place(InterleavedSection(), groups(5, 3), 4) == ((0, 1), (2, 5), (3, 6), (4, 7))
-
-
-def test_interleaved_with_fewer_experts_than_ranks() -> None:
-    assert place(InterleavedSection(), groups(2, 1), 4) == ((0,), (1,), (2,), ())
-
-
-def test_pinned_to_given_ranks_with_uneven_counts() -> None:
-    assert place(pinned(a=(2, 0), b=(1, 3)), groups(5, 3), 4) == ((3, 4), (5, 6), (0, 1, 2), (7,))
-
-
-def test_pinned_leaves_ranks_without_experts() -> None:
-    assert place(pinned(a=(0, 1, 2), b=(3,)), groups(2, 1), 5) == ((0,), (1,), (), (2,), ())
-
-
-def test_ranks_divided_by_load() -> None:
-    of = groups(4, 4)
-    assert place(PinnedSection(), of, 4, a=300, b=100) == ((0, 1), (2,), (3,), (4, 5, 6, 7))  # 3 ranks to 1, like the load
-    assert place(PinnedSection(), of, 4, a=100, b=100) == ((0, 1), (2, 3), (4, 5), (6, 7))
-    # each group gets at least one rank
-    assert place(PinnedSection(), of, 4, a=1, b=999) == ((0, 1, 2, 3), (4, 5), (6,), (7,))
-    assert place(PinnedSection(), of, 4) == ((0, 1), (2, 3), (4, 5), (6, 7))  # without a token mix all groups count equally
+@pytest.mark.parametrize(
+    ("section", "sizes", "mix", "slots"),
+    [
+        # a has 5 experts on 4 ranks, the extra one on rank 0; b has 3, starting at rank 1, after a's last expert
+        (InterleavedSection(), (5, 3), {}, ((0, 1), (2, 5), (3, 6), (4, 7))),
+        (InterleavedSection(), (2, 1), {}, ((0,), (1,), (2,), ())),
+        (pinned(a=(2, 0), b=(1, 3)), (5, 3), {}, ((3, 4), (5, 6), (0, 1, 2), (7,))),
+        (pinned(a=(0, 1, 2), b=(3,)), (2, 1), {}, ((0,), (1,), (), (2,), ())),
+        (PinnedSection(), (4, 4), {"a": 300, "b": 100}, ((0, 1), (2,), (3,), (4, 5, 6, 7))),  # 3 ranks to 1, like the load
+        (PinnedSection(), (4, 4), {"a": 100, "b": 100}, ((0, 1), (2, 3), (4, 5), (6, 7))),
+        (
+            PinnedSection(),
+            (4, 4),
+            {"a": 1, "b": 999},
+            ((0, 1, 2, 3), (4, 5), (6,), (7,)),
+        ),  # at least one rank for each
+        (PinnedSection(), (4, 4), {}, ((0, 1), (2, 3), (4, 5), (6, 7))),  # without a mix all groups count equally
+        (pinned(b=(1,)), (3, 2, 1), {"a": 100, "b": 1, "c": 1}, ((0, 1), (3, 4), (2,), (5,))),
+        (PinnedSection(), (1, 2), {"a": 1000, "b": 1}, ((0,), (1,), (2,), (), (), ())),  # no more ranks than experts
+        (ExplicitSection(slots=(("b/0", "a/1"), (), ("a/0", "a/2"))), (3, 1), {}, ((1, 3), (), (0, 2))),
+    ],
+)
+def test_placements_by_hand(
+    section: Any, sizes: tuple[int, ...], mix: dict[str, int], slots: tuple[tuple[int, ...], ...]
+) -> None:
+    assert place(section, groups(*sizes), len(slots), **mix) == slots
 
 
 def test_load_counts_experts_and_width() -> None:
     wide = ExpertGroup("a", 8, 8, 4, 100, 0, ("x", "y"))
     assert group_load(wide, {"x": 10, "y": 5, "z": 99}) == 15 * 2.0 * 100
-
-
-def test_some_ranks_given_and_others_divided() -> None:
-    assert place(pinned(b=(1,)), groups(3, 2, 1), 4, a=100, b=1, c=1) == ((0, 1), (3, 4), (2,), (5,))
-
-
-def test_a_group_gets_no_more_ranks_than_experts() -> None:
-    assert place(PinnedSection(), groups(1, 2), 6, a=1000, b=1) == ((0,), (1,), (2,), (), (), ())
-
-
-def test_explicit_as_written() -> None:
-    section = ExplicitSection(slots=(("b/0", "a/1"), (), ("a/0", "a/2")))
-    assert place(section, groups(3, 1), 3) == ((1, 3), (), (0, 2))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import heapq
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from moe_dist.plan.step_model import (
     exchange_seconds,
     expected_longest,
     micro_batch,
-    micro_batch_in_halves,
     play,
     share_cores,
 )
@@ -135,25 +133,6 @@ def test_overlap_and_chunks_hide_what_the_dispatcher_lets_them_hide() -> None:
     # If the network is slower than the experts, all chunks are sent one after the other.
     slow = even(hops=(50.0,), own=0.0, others=0.2)
     assert seconds(slow, Order(chunks=2)) == pytest.approx(8 * 50.0 + 3.0 + 0.0, abs=0.7)
-
-
-def test_two_halves_by_hand() -> None:
-    """Attention 2, experts 4, exchanges 1. Each line has the end of a part, of half A and of half B.
-
-    forward     attention 2, 4; dispatch 3, 5; experts 8, 12; combine 9, 13; attention 14, 16; dispatch 15, 17;
-                experts 20, 24; combine 21, 25; head 35
-    backward    combine 36, 37; experts 44, 52; dispatch 45, 53; attention 56, 60; combine 57, 61; experts 68, 76;
-                dispatch 69, 77; attention 80, 84
-    """
-    layer = LayerCost(dense=2.0, own=1.0, others=3.0, hops=(1.0,))
-    played = play(micro_batch_in_halves([layer, layer], 10 / 3, [layer, layer]), 1, 1)
-    assert played.seconds_S[0] == pytest.approx(84)
-    assert played.wire_S[0] == 2 * 2 * 4
-    with_sync = replace(layer, sync=1.0, pack=0.5, counts=0.25)
-    more = play(micro_batch_in_halves([with_sync, with_sync], 10 / 3, [layer, layer]), 1, 1)
-    assert more.busy_SR[0, 0] == pytest.approx(played.busy_SR[0, 0] + 2 * 2 * (1 + 2 * 0.5))
-    ffn = LayerCost(dense=2.0, shared=4.0)
-    assert play(micro_batch_in_halves([ffn], 10.0, [ffn]), 1, 1).seconds_S[0] == pytest.approx(3 * (2 * 6 + 10))
 
 
 def test_shared_cores() -> None:

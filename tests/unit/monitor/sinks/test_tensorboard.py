@@ -118,7 +118,7 @@ def test_every_tag_has_its_description(tmp_path: Path, subject: Subject, make_re
         sink.step(make_record(step, active_target={"text": 1.5}, dropped_LE=np.full((3, 8), 1)))
     result = EvaluationResult(2, {"text": 3.0}, {"text": 4}, {}, 0.5, 0.6, compute_map=MAP)
     sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
-    sink.close()
+    sink.flush()
     assert {"moe/compute_map", "moe/dropped_fraction", "moe/load_over_target"} <= set(read(tmp_path).Tags()["images"])
     for folder in (tmp_path, tmp_path / "text", tmp_path / "image"):
         accumulator = read(folder)
@@ -130,17 +130,6 @@ def test_every_tag_has_its_description(tmp_path: Path, subject: Subject, make_re
             assert metadata.data_class
             assert text.endswith("."), tag
             assert not tag.startswith("moe/dropped") or "capacity dropped" in text
-
-
-def test_an_evaluation_goes_to_its_step(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    sink = TensorBoardSink(SinkContext(tmp_path.parent, subject=subject, modalities=("text", "image")))
-    result = EvaluationResult(2, {"text": 3.0}, {"text": 4}, {}, 0.5, None)
-    sink.step(make_record(2))
-    sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
-    sink.flush()
-    accumulator, text = read(tmp_path), read(tmp_path / "text")
-    assert [(e.step, e.value) for e in text.Scalars("eval/modality")] == [(2, 3.0)]
-    assert [(e.step, e.value) for e in accumulator.Scalars("perf/balance_efficiency")] == [(2, 0.5)]
 
 
 def test_after_a_resume_each_step_is_there_once(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
@@ -178,7 +167,7 @@ def test_an_evaluation_that_is_owed_is_there_once(
         sink.close()
     accumulator, evaluations = read(tmp_path), [(2, 5.0)] if owed else [(2, 4.0), (2, 5.0)]
     assert points(read(tmp_path / "text"), "eval/modality") == evaluations
-    assert len(points(accumulator, "perf/balance_efficiency")) == len(evaluations)
+    assert points(accumulator, "perf/balance_efficiency") == [(2, 0.5)] * len(evaluations)
     assert [event.step for event in accumulator.Images("moe/compute_map")] == [2] * len(evaluations)
     assert [step for step, _ in points(accumulator, "loss/total")] == [1, 2, 3], "the steps themselves stay"
 
@@ -232,25 +221,24 @@ def test_pictures_and_histograms(tmp_path: Path, subject: Subject, make_record: 
     assert histogram.max == pytest.approx((loads / loads.mean(1, keepdims=True)).max())
 
 
-def test_a_change_of_the_placement_is_a_picture(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+def test_ranks_have_histograms_and_a_change_of_the_placement_is_a_picture(
+    tmp_path: Path, subject: Subject, make_record: MakeRecord
+) -> None:
     placement = PlacementWithReplicas(subject.groups, subject.placement.slots, ((Replica(0, 2),), (), ()))
     taken = LeverDecision("replicating", True, before=2.0, after=1.0, cost_steps=0.5, why="", placement=placement)
-    not_taken = taken._replace(taken=False, placement=None)
-    write(tmp_path, subject, [replace(make_record(1), levers=(not_taken,)), replace(make_record(2), levers=(taken,))])
+    memory_W3 = np.array([[1.0, 2.0, 0.0], [3.0, 4.0, 0.0], [5.0, 6.0, 0.0]])
+    last = make_record(2, busy_seconds_W=np.array([0.1, 0.1, 0.4]), memory_W3=memory_W3)
+    levers = [(taken._replace(taken=False, placement=None),), (taken,)]
+    write(tmp_path, subject, [replace(make_record(1), levers=levers[0]), replace(last, levers=levers[1])])
     accumulator = read(tmp_path)
     (event,) = accumulator.Images("rank_balance/change")
     assert event.step == 2
-    assert accumulator.SummaryMetadata("rank_balance/change").summary_description == picture_meaning("rank_balance/change")
     assert [each.step for each in accumulator.Tensors("rank_balance/replicating/text_summary")] == [1, 2]
-
-
-def test_histograms_of_the_ranks(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    memory_W3 = np.array([[1.0, 2.0, 0.0], [3.0, 4.0, 0.0], [5.0, 6.0, 0.0]])
-    write(tmp_path, subject, [make_record(4, busy_seconds_W=np.array([0.1, 0.1, 0.4]), memory_W3=memory_W3)])
-    accumulator = read(tmp_path)
-    for tag, most in {"perf/rank_seconds": 0.4, "device/rank_memory": 6.0}.items():
+    most = {"perf/rank_seconds": 0.4, "device/rank_memory": 6.0}
+    for tag, largest in most.items():
         histogram = accumulator.Histograms(tag)[0].histogram_value
-        assert (histogram.num, histogram.max) == (3, most)
+        assert (histogram.num, histogram.max) == (3, largest)
+    for tag in (*most, "rank_balance/change"):
         assert accumulator.SummaryMetadata(tag).summary_description == picture_meaning(tag)
 
 
