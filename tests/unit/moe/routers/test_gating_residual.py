@@ -9,13 +9,13 @@ from moe_dist.moe.routers.gating_residual import GatingResidualRouter
 from moe_dist.moe.routing.types import Routing, RoutingCache, group_columns
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.gating_residual import chained_logits, top_k_weights
+from tests.unit.moe.routers.test_contract import tensors_of, weights_of
 
 T, D, LAYERS = 40, 6, 3
 # Uneven groups with all kinds of columns. A group's columns are not consecutive among all columns.
 TEXT = ExpertGroup("text", 5, 3, 3, 8, 0, ("text",), num_constant=1)
 IMAGE = ExpertGroup("image", 3, 1, 2, 8, 5, ("image",), num_identity=2)
 ALL = ExpertGroup("all", 4, 2, 2, 8, 0, ("text", "image"))
-KINDS = ("true", "null", "identity", "constant")
 
 
 def made(groups: tuple[ExpertGroup, ...], *, bias: bool = False) -> list[GatingResidualRouter]:
@@ -33,11 +33,6 @@ def made(groups: tuple[ExpertGroup, ...], *, bias: bool = False) -> list[GatingR
     return routers
 
 
-def gate(router: GatingResidualRouter, group: ExpertGroup) -> dict[str, Tensor]:
-    module = router.gate(group)
-    return dict([*module.named_parameters(), *module.named_buffers()])
-
-
 def inputs(num_groups: int, count: int = T) -> tuple[list[Tensor], Tensor]:
     """Returns the router's input in each layer, and groups with padding among them."""
     rng = torch.Generator().manual_seed(1)
@@ -52,17 +47,6 @@ def chained(routers: list[GatingResidualRouter], layers: list[Tensor], group_T: 
     return found
 
 
-def table(router: GatingResidualRouter, routing: Routing) -> Tensor:
-    """Returns the weight of each token's choice column [T, C], 0 for null columns."""
-    columns = sum(group.num_columns for group in router.groups)
-    pairs, count = routing.assignments.taken(), routing.assignments.token_N.max() + 1
-    weight_TC = torch.zeros(int(count), columns, dtype=torch.double)
-    weight_TC = weight_TC.index_put((pairs.token_N, pairs.expert_N), pairs.weight_N)
-    if routing.zero_weight_TF is None:
-        return weight_TC
-    return torch.cat([weight_TC[:, : router.first_zero_computation], routing.zero_weight_TF], dim=1)
-
-
 def slow_tables(routers: list[GatingResidualRouter], layers: list[Tensor], group_T: Tensor) -> list[Tensor]:
     groups = routers[0].groups
     owner = torch.tensor(group_columns(groups))
@@ -71,9 +55,9 @@ def slow_tables(routers: list[GatingResidualRouter], layers: list[Tensor], group
         if index < 0:
             continue
         group, columns = groups[index], (owner == index).nonzero()[:, 0]
-        gates = [gate(router, group) for router in routers]
-        rows = [torch.cat([each[kind] for kind in KINDS if kind in each]) for each in gates]
-        logits = chained_logits([h_TD[token] for h_TD in layers], rows, [each.get("residual") for each in gates])
+        gates = [tensors_of(router, group) for router in routers]
+        rows, residuals = [each["rows"] for each in gates], [each.get("residual") for each in gates]
+        logits = chained_logits([h_TD[token] for h_TD in layers], rows, residuals)
         null = range(group.num_experts, group.num_experts + group.num_null)
         for layer, each in enumerate(gates):
             weights = top_k_weights(logits[layer], top_k=group.top_k, null=null, bias_C=each.get("bias"))
@@ -87,7 +71,7 @@ def slow_tables(routers: list[GatingResidualRouter], layers: list[Tensor], group
 def test_equals_the_loop_in_values_and_gradients(groups: tuple[ExpertGroup, ...], bias: bool) -> None:
     routers = made(groups, bias=bias)
     layers, group_T = inputs(len(groups))
-    fast = [table(*pair) for pair in zip(routers, chained(routers, layers, group_T), strict=True)]
+    fast = [weights_of(*pair, T) for pair in zip(routers, chained(routers, layers, group_T), strict=True)]
     slow = slow_tables(routers, layers, group_T)
     for ours, theirs in zip(fast, slow, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
