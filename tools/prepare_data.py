@@ -1,5 +1,6 @@
 """Prepares a data set: the default corpus, or your own texts and pictures. See docs/data.md."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.data.chat_turns import Turns
 from moe_dist.data.corpus import VARIATIONS, HoldOut, Recipe
 from moe_dist.data.prepare import RECIPE_FILE, Inputs, prepare
 from moe_dist.errors import ConfigError, DataError
@@ -45,6 +47,11 @@ def main(
         str | None, typer.Option(help="A Hugging Face folder, or a tokenizer.json of prepare-data, instead of fitting one.")
     ] = None,
     chat_template: Annotated[str | None, typer.Option(help="File with the chat template for --messages.")] = None,
+    turns: Annotated[
+        Turns,
+        typer.Option(help="Turns to train where the chat template rewrites earlier ones: each has a document of its own."),
+    ] = Recipe.turns,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be encoded; name them.")] = False,
     codebook: Annotated[str | None, typer.Option(help="Use this codebook.npy instead of fitting one.")] = None,
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of tokens of the BPE tokenizer.")] = Recipe.vocab_size,
     codes: Annotated[int, typer.Option(min=1, max=65536, help="Number of codes of the image codebook.")] = Recipe.codes,
@@ -90,6 +97,8 @@ def main(
         codes=codes,
         tokenizer=tokenizer,
         chat_template=chat_template,
+        turns=turns,
+        skip_bad=skip_bad,
         codebook=codebook,
         hold_out=hold_out,
         vary=tuple(each for each in VARIATIONS if each in varied),
@@ -100,10 +109,12 @@ def main(
         manifest, built = prepare(out, inputs, recipe, report, _end if strict else skipped.append)
     if built:
         _show(manifest)
+    for note in json.loads((out / RECIPE_FILE).read_text()).get("notes", []):
+        print(f"note: {note}")
     for problem in skipped[:SHOWN]:
         print(f"left out: {problem}")
     if len(skipped) > SHOWN:
-        print(f"left out: {len(skipped) - SHOWN} more; {out / RECIPE_FILE} names them")
+        print(f"left out: {len(skipped) - SHOWN:,} more; {out / RECIPE_FILE} names them")
     if not built:
         print(f"{out} is finished; nothing to do")
         return

@@ -11,7 +11,8 @@ bigram's is therefore the better model.
 c(x), c(a, x) and c(a) count the modality's training labels: labels x, labels x after the token a, all labels after a.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +20,33 @@ import numpy as np
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.formats.manifest import Manifest, SplitSection
 
+_CHUNK = 1 << 21  # tokens read at once
 BIGRAM_PRIOR = 200.0  # gives nearly the lowest held-out loss for text and image codes of the default corpus
 
 
 class _Labels:
-    """All labels of several splits, the token before each label, and whether each label is filler (a background cell)."""
+    """Some labels, the token before each label, and whether each label is filler (a background cell)."""
 
-    def __init__(self, folder: str | Path, splits: list[SplitSection]) -> None:
-        parts = [self._read(IndexedSplit(folder, split)) for split in splits]
-        self.label, self.left, self.filler = (np.concatenate(column) for column in zip(*parts, strict=True))
+    def __init__(self, label: np.ndarray, left: np.ndarray, filler: np.ndarray) -> None:
+        self.label, self.left, self.filler = label, left, filler
 
-    @staticmethod
-    def _read(data: IndexedSplit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        tokens, filler = data.tokens(0, data.header.tokens), data.filler(0, data.header.tokens)
-        is_label = np.ones(len(tokens), bool)
-        is_label[data.starts_D[data.lengths_D > 0]] = False
-        is_label &= ~data.prompt(0, data.header.tokens)
+    def where(self, chosen: np.ndarray) -> "_Labels":
+        return _Labels(self.label[chosen], self.left[chosen], self.filler[chosen])
+
+
+def _read(folder: str | Path, split: SplitSection) -> Iterator[_Labels]:
+    """Yields the labels of a split, in chunks."""
+    data = IndexedSplit(folder, split)
+    firsts = data.starts_D[data.lengths_D > 0]
+    for start in range(0, data.header.tokens, _CHUNK):
+        count = min(_CHUNK, data.header.tokens - start)
+        before = min(1, start)
+        tokens = data.tokens(start - before, count + before)
+        is_label = ~data.prompt(start, count)
+        begin, end = np.searchsorted(firsts, (start, start + count))
+        is_label[firsts[begin:end] - start] = False
         at = np.flatnonzero(is_label)
-        return tokens[at], tokens[at - 1], filler[at]
+        yield _Labels(tokens[at + before], tokens[at + before - 1], data.filler(start, count)[at])
 
 
 def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
@@ -44,73 +54,91 @@ def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
 
     Keys: '<modality>/unigram' and '<modality>/left_bigram' for the held-out labels of all sources.
     '<modality>_no_filler/...' leaves out picture cells of only background, if there are any. '<source>/<modality>/...' has
-    only the labels of one source, if there are several sources. Reads all tokens into memory, about 60 bytes per token.
+    only the labels of one source, if there are several sources. Reads chunks of tokens; memory holds the different pairs of
+    tokens on the held-out side.
 
     Raises:
         DataError: files are damaged or disagree with the manifest.
     """
-    train = _Labels(folder, [source.train for source in manifest.sources.values()])
-    heldout = {name: _Labels(folder, [source.valid]) for name, source in manifest.sources.items() if source.valid}
+    heldout = {name: source.valid for name, source in manifest.sources.items() if source.valid}
     baselines: dict[str, float] = {}
     for modality, ranges in manifest.modalities.items():
-        inside = {name: _within(labels.label, ranges) for name, labels in heldout.items()}
-        subsets = {modality: inside}
-        if any((inside[name] & labels.filler).any() for name, labels in heldout.items()):
-            subsets[f"{modality}_no_filler"] = {name: inside[name] & ~labels.filler for name, labels in heldout.items()}
-        models = {"unigram": _Unigram(train, ranges), "left_bigram": _LeftBigram(train, ranges, manifest.vocab_size)}
-        for subset, masks in subsets.items():
-            for kind, model in models.items():
-                baselines |= _score(model, heldout, masks, f"{subset}/{kind}")
+        model = _Ngrams(ranges, manifest.vocab_size)
+        for split in heldout.values():
+            for labels in _read(folder, split):
+                model.ask(labels)
+        for source in manifest.sources.values() if heldout else ():
+            for labels in _read(folder, source.train):
+                model.count(labels)
+        scores = {name: _Scores(model, _read(folder, split)) for name, split in heldout.items()}
+        subsets = {modality: False, f"{modality}_no_filler": True}
+        for subset, no_filler in subsets.items() if any(each.filler for each in scores.values()) else [(modality, False)]:
+            for kind in ("unigram", "left_bigram"):
+                sums = {name: each.sum(kind, no_filler) for name, each in scores.items()}
+                whole = [sum(column) for column in zip(*sums.values(), strict=True)]
+                named = {"": whole, **({f"{name}/": part for name, part in sums.items()} if len(sums) > 1 else {})}
+                found = {f"{name}{subset}/{kind}": part for name, part in named.items() if part and part[1]}
+                baselines |= {key: nats / count for key, (nats, count) in found.items()}
     return baselines
 
 
-def _score(
-    model: "_Unigram | _LeftBigram", heldout: Mapping[str, _Labels], masks: Mapping[str, np.ndarray], key: str
-) -> dict[str, float]:
-    """Returns mean nats of the labels in `masks`: over all sources together, and in each source if there are several
-    sources."""
-    nats = {name: model.nats(labels.label[masks[name]], labels.left[masks[name]]) for name, labels in heldout.items()}
-    parts = {f"{name}/{key}": part for name, part in nats.items()} if len(nats) > 1 else {}
-    whole = {key: np.concatenate(list(nats.values()))} if nats else {}
-    return {name: float(part.mean()) for name, part in {**whole, **parts}.items() if len(part)}
+class _Scores:
+    """Sums of nats over the held-out labels of one source and one modality."""
+
+    def __init__(self, model: "_Ngrams", chunks: Iterator[_Labels]) -> None:
+        self._sums: Counter[tuple[str, bool]] = Counter()  # by (kind, filler)
+        self._counts: Counter[bool] = Counter()  # by filler
+        for labels in map(model.inside, chunks):
+            for filler in (False, True):
+                part = labels.where(labels.filler == filler)
+                self._counts[filler] += len(part.label)
+                for kind, nats in model.nats(part).items():
+                    self._sums[kind, filler] += float(nats.sum())
+        self.filler = self._counts[True]  # number of labels that are filler
+
+    def sum(self, kind: str, no_filler: bool) -> tuple[float, int]:
+        """Returns the sum of nats, and the number of labels."""
+        sides = (False,) if no_filler else (False, True)
+        return sum(self._sums[kind, side] for side in sides), sum(self._counts[side] for side in sides)
 
 
-class _Unigram:
-    def __init__(self, train: _Labels, ranges: tuple[tuple[int, int], ...]) -> None:
-        labels = train.label[_within(train.label, ranges)]
-        counts = np.bincount(labels, minlength=max(end for _, end in ranges))
-        self.p = (counts + 1) / (len(labels) + sum(end - first for first, end in ranges))
+class _Ngrams:
+    """Counts of one modality's training labels. Pairs of tokens are counted only if the held-out side has them, because an
+    array of all pairs would have vocab_size^2 elements."""
 
-    def nats(self, label: np.ndarray, left: np.ndarray) -> np.ndarray:
-        return -np.log(self.p[label])
+    def __init__(self, ranges: tuple[tuple[int, int], ...], vocab_size: int) -> None:
+        self._ranges, self._vocab_size = ranges, vocab_size
+        self._counts, self._left_counts = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, np.int64)
+        self._pairs, self._pair_counts = np.empty(0, np.int64), np.empty(0, np.int64)
 
+    def inside(self, labels: _Labels) -> _Labels:
+        """Returns the labels of this modality."""
+        chosen = np.zeros(len(labels.label), bool)
+        for first, end in self._ranges:
+            chosen |= (labels.label >= first) & (labels.label < end)
+        return labels.where(chosen)
 
-class _LeftBigram:
-    """Counts (token, label) pairs by sorting, because an array of all pairs would have vocab_size^2 elements."""
+    def ask(self, labels: _Labels) -> None:
+        """Makes room for the pairs of held-out labels. All calls come before the first call of `count`."""
+        self._pairs = np.union1d(self._pairs, self._pair(self.inside(labels)))
+        self._pair_counts = np.zeros(len(self._pairs), np.int64)
 
-    def __init__(self, train: _Labels, ranges: tuple[tuple[int, int], ...], vocab_size: int) -> None:
-        chosen = _within(train.label, ranges)
-        self._vocab_size = vocab_size
-        self._unigram = _Unigram(train, ranges)
-        self._left_counts = np.bincount(train.left[chosen], minlength=vocab_size)
-        pairs, counts = np.unique(self._pair(train.label[chosen], train.left[chosen]), return_counts=True)
-        # The added pair -1 equals no (token, label) pair. A search beyond the last real pair finds the pair -1, and thus
-        # the count 0.
-        self._pairs, self._pair_counts = np.append(pairs, -1), np.append(counts, 0)
+    def count(self, labels: _Labels) -> None:
+        labels = self.inside(labels)
+        self._counts += np.bincount(labels.label, minlength=self._vocab_size)
+        self._left_counts += np.bincount(labels.left, minlength=self._vocab_size)
+        pair = self._pair(labels)
+        at = np.searchsorted(self._pairs, pair)
+        at = at[np.append(self._pairs, -1)[at] == pair]  # no pair is -1
+        self._pair_counts += np.bincount(at, minlength=len(self._pairs))
 
-    def _pair(self, label: np.ndarray, left: np.ndarray) -> np.ndarray:
-        return left * self._vocab_size + label
+    def nats(self, labels: _Labels) -> dict[str, np.ndarray]:
+        """Returns the nats of each held-out label, by kind."""
+        size = sum(end - first for first, end in self._ranges)
+        p = (self._counts[labels.label] + 1) / (self._counts.sum() + size)
+        counts = self._pair_counts[np.searchsorted(self._pairs, self._pair(labels))]
+        bigram = (counts + BIGRAM_PRIOR * p) / (self._left_counts[labels.left] + BIGRAM_PRIOR)
+        return {"unigram": -np.log(p), "left_bigram": -np.log(bigram)}
 
-    def nats(self, label: np.ndarray, left: np.ndarray) -> np.ndarray:
-        pair = self._pair(label, left)
-        at = np.searchsorted(self._pairs[:-1], pair)
-        counts = np.where(self._pairs[at] == pair, self._pair_counts[at], 0)
-        prior = BIGRAM_PRIOR * self._unigram.p[label]
-        return -np.log((counts + prior) / (self._left_counts[left] + BIGRAM_PRIOR))
-
-
-def _within(ids: np.ndarray, ranges: tuple[tuple[int, int], ...]) -> np.ndarray:
-    inside = np.zeros(len(ids), bool)
-    for first, end in ranges:
-        inside |= (ids >= first) & (ids < end)
-    return inside
+    def _pair(self, labels: _Labels) -> np.ndarray:
+        return labels.left * self._vocab_size + labels.label

@@ -1,29 +1,43 @@
 """Encodes conversations and texts as documents, by the tokenizer of a Hugging Face folder.
 
 Token ids and labels of a conversation equal transformers' `apply_chat_template(..., return_dict=True,
-return_assistant_tokens_mask=True)`. Chat templates run in jinja's sandbox, as in transformers, and in a process with a time
-limit, which the sandbox lacks. The template's {% generation %} blocks mark the labels. For a template without generation
-blocks, the labels are the text by which each assistant turn extends the earlier turns and their generation prompt
-(`_by_turns`).
+return_assistant_tokens_mask=True)`. Chat templates run in jinja's sandbox, as in transformers. The sandbox has no time
+limit; `chat_rows` sets one. The template's {% generation %} blocks mark the labels. For a template without generation
+blocks, `chat_masks` finds the labels.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
+from moe_dist.data.chat_losses import check_losses
+from moe_dist.data.chat_masks import Messages, Span, TurnFinder
+from moe_dist.data.chat_turns import Rendered, Turns, UntoldTurnError, marked_turns, rendered_turns
 from moe_dist.data.picture_coding import Document
-from moe_dist.data.timed import TimedCalls
 from moe_dist.errors import ConfigError, DataError
 
 GUIDE = "docs/data.md"
-TEMPLATE_SECONDS = 60  # time limit for one conversation; a usual template takes less than a thousandth of it
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the pattern by which transformers finds {% generation %}
 _WAY_OUT = "put {% generation %} and {% endgeneration %} around what an assistant writes, and pass it with --chat-template"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """An encoded conversation.
+
+    Attributes:
+        documents: One, or several if each turn is a document of its own.
+        notes: Warnings to the user; equal warnings of several conversations have equal texts.
+    """
+
+    documents: tuple[Document, ...]
+    notes: tuple[str, ...]
 
 
 class HubTokenizer:
@@ -32,6 +46,7 @@ class HubTokenizer:
     Args:
         folder: Folder with the tokenizer's files. If it also has a config.json, the tokenizer must fit that model.
         template: File with the chat template to use; None for the tokenizer's own template.
+        turns: The turns to train of a conversation whose earlier turns the template rewrites.
 
     Attributes:
         size: Largest token id + 1.
@@ -42,10 +57,11 @@ class HubTokenizer:
         DataError: the tokenizer cannot be read, or does not fit the model in the folder.
     """
 
-    def __init__(self, folder: Path, template: str | None = None) -> None:
+    def __init__(self, folder: Path, template: str | None = None, turns: Turns = Turns.LAST) -> None:
         self._named = f"--tokenizer {folder}"
         try:
             from transformers import AutoTokenizer
+            from transformers.utils.chat_template_utils import render_jinja_template
         except ImportError as error:
             raise ConfigError(f"{self._named}: needs the package transformers; install moe_dist[hf]") from error
         try:
@@ -64,14 +80,17 @@ class HubTokenizer:
                 f"{self._named}: eos_token is null, and each document needs an end; set eos_token in tokenizer_config.json"
             )
             raise ConfigError(problem, see=GUIDE)
+        found.backend_tokenizer.no_truncation()
+        found.backend_tokenizer.no_padding()
         self._tokenizer = found
         self._template = None if template is None else _read(Path(template))
-        self._marks = tuple(str(token) for token in found.added_tokens_decoder.values())
+        self._render_template: Any = render_jinja_template
+        self._added = {str(token) for token in found.added_tokens_decoder.values()}
+        self._turns = turns
         self.size = max(found.get_vocab().values()) + 1
         self.eos_id = int(found.eos_token_id)
         self.pad_id = self.eos_id if found.pad_token_id is None else int(found.pad_token_id)
         self._check_fit(folder / "config.json")
-        self._encoded = TimedCalls(self._encode, TEMPLATE_SECONDS)
 
     def text(self, text: str) -> Document:
         """Returns the document of a text: its tokens, with the special tokens that the tokenizer puts around a text, then
@@ -80,8 +99,8 @@ class HubTokenizer:
         ids += [self.eos_id] * (ids[-1:] != [self.eos_id])
         return Document(np.array(ids, np.int64), np.zeros(len(ids), bool))
 
-    def conversation(self, row: dict[str, Any], where: str) -> Document:
-        """Returns the document of a conversation. Tokens of assistants are labels; all other tokens are prompt.
+    def conversation(self, row: dict[str, Any], where: str) -> Conversation:
+        """Encodes a conversation. Tokens of assistants are labels; all other tokens are prompt.
 
         Args:
             row: `messages`, a list of objects with a `role`, and optionally `tools`, a list of JSON schemas or its JSON
@@ -89,95 +108,81 @@ class HubTokenizer:
             where: Place of the row, for error texts.
 
         Raises:
-            ConfigError: the chat template is missing or invalid, leaves jinja's sandbox, or does not end in time.
+            ConfigError: the chat template is missing or invalid, or leaves jinja's sandbox.
             DataError: the conversation is malformed, has no text of an assistant, or the template fails on it.
         """
-        try:
-            return self._encoded({key: row[key] for key in ("messages", "tools") if key in row}, where)
-        except (TimeoutError, ChildProcessError) as error:
-            problem = (
-                f"{where}: the chat template of {self._named} {error} on messages; correct its loops or its use of memory, "
-                "and pass it with --chat-template FILE, or remove the row"
-            )
-            raise ConfigError(problem, see=GUIDE) from error
-        except RecursionError as error:
-            raise DataError(
-                f"{where}: values are nested too deeply; make them flatter, or remove the row", see=GUIDE
-            ) from error
-
-    def _encode(self, row: dict[str, Any], where: str) -> Document:
         messages, tools = _checked_messages(row, where), _checked_tools(row, where)
         try:
             template = self._tokenizer.get_chat_template(self._template, tools)
         except ValueError as error:
             problem = f"{self._named}: has no chat template for this ({where}); pass one with --chat-template FILE"
             raise ConfigError(problem, see=GUIDE) from error
+        finder = TurnFinder(partial(self._rendered, template, tools), self._added)
         try:
-            ids, labels = (
-                self._by_marks(messages, tools) if _MARKS.search(template) else self._by_turns(messages, tools, where)
+            if _MARKS.search(template):
+                text, spans = self._marked(template, tools, messages)
+                found = marked_turns(text, spans, finder)
+            else:
+                found = rendered_turns(messages, finder, self._turns)
+        except UntoldTurnError as error:
+            problem = (
+                f"{where}: messages.{error.number}: the chat template of {self._named} has no {{% generation %}} block, "
+                f"and it writes this turn so that the assistant's tokens cannot be told: {_WAY_OUT}"
             )
-        except DataError:
-            raise
+            raise DataError(problem, see=GUIDE) from error
         except (SecurityError, TemplateSyntaxError) as error:
             what = "leaves jinja's sandbox" if isinstance(error, SecurityError) else "is no valid jinja template"
             problem = f"{self._named}: its chat template {what}: {error}; correct it, and pass it with --chat-template FILE"
             raise ConfigError(problem, see=GUIDE) from error
+        except RecursionError as error:
+            problem = f"{where}: values are nested too deeply; make them flatter, or remove the row"
+            raise DataError(problem, see=GUIDE) from error
         except Exception as error:  # a template calls filters and methods, which raise errors of any kind
             problem = (
                 f"{where}: the chat template of {self._named} fails on messages: {type(error).__name__}: {error}; correct "
                 "the conversation, or pass another template with --chat-template FILE"
             )
             raise DataError(problem, see=GUIDE) from error
-        if not any(labels):
+        documents = [self._document(each) for each in found]
+        if not documents or any(document.prompt is None or document.prompt.all() for document in documents):
             roles = ", ".join(each["role"] for each in messages)
             problem = (
                 f"{where}: messages has the roles {roles}, and the chat template marks no token as an assistant's, so that "
                 "nothing can be learned; add an assistant's answer, or remove the row"
             )
             raise DataError(problem, see=GUIDE)
-        return Document(np.array(ids, np.int64), np.zeros(len(ids), bool), ~np.array(labels, bool))
+        notes = check_losses(messages, tools, found[-1].text, where)
+        return Conversation(
+            tuple(documents), tuple(dict.fromkeys([*(note for each in found for note in each.notes), *notes]))
+        )
 
-    def _by_marks(self, messages: list[Any], tools: Any) -> tuple[Sequence[int], Sequence[int]]:
-        found = self._tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            chat_template=self._template,
-            return_dict=True,
+    def _document(self, rendered: Rendered) -> Document:
+        """Encodes a text. A token is a label if it covers a character of a span, as in transformers."""
+        backend = self._tokenizer.backend_tokenizer
+        backend.encode_special_tokens = False
+        found = backend.encode(rendered.text, add_special_tokens=False)
+        prompt = np.ones(len(found.ids), bool)
+        offsets = np.array(found.offsets, np.int64).reshape(-1, 2)
+        for first, last in rendered.spans:
+            prompt &= (offsets[:, 0] >= last) | (offsets[:, 1] <= first)
+        return Document(np.array(found.ids, np.int64), np.zeros(len(prompt), bool), prompt)
+
+    def _marked(self, template: str, tools: Any, messages: Messages) -> tuple[str, list[Span]]:
+        """Returns the text, and the characters that {% generation %} blocks write."""
+        texts, spans = self._render_template(
+            [messages],
+            tools,
+            chat_template=template,
             return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
         )
-        return found["input_ids"], found["assistant_masks"]
+        return texts[0], spans[0]
 
-    def _by_turns(self, messages: list[Any], tools: Any, where: str) -> tuple[Sequence[int], Sequence[bool]]:
-        """Returns ids and labels for a template without {% generation %} blocks. Labels are the tokens of the text by which
-        an assistant's turn extends the text of the earlier turns and their generation prompt. White space after the turn's
-        last special token belongs to the template and has no label. Renders the conversation twice for each assistant
-        turn."""
-        whole, spans = self._rendered(messages, tools), []
-        for number, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = self._rendered(messages[:number], tools, add_generation_prompt=True) if number else ""
-                after = self._rendered(messages[: number + 1], tools)
-                if not (after.startswith(before) and whole.startswith(after)):
-                    problem = (
-                        f"{where}: messages.{number}: the chat template of {self._named} has no {{% generation %}} block, "
-                        "and it writes the messages up to here differently if others follow, so that the assistant's "
-                        f"tokens cannot be told: {_WAY_OUT}"
-                    )
-                    raise DataError(problem, see=GUIDE)
-                bare = after.rstrip()
-                spans.append((len(before), len(bare) if bare.endswith(self._marks) else len(after)))
-        found = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        labels = [any(begin < last and end > first for first, last in spans) for begin, end in found["offset_mapping"]]
-        return found["input_ids"], labels
-
-    def _rendered(self, messages: list[Any], tools: Any, *, add_generation_prompt: bool = False) -> str:
-        return self._tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
+    def _rendered(self, template: str, tools: Any, messages: Messages, *, prompt: bool = False) -> str:
+        texts, _ = self._render_template(
+            [messages], tools, chat_template=template, add_generation_prompt=prompt, **self._tokenizer.special_tokens_map
         )
+        return texts[0]
 
     def _check_fit(self, path: Path) -> None:
         if not path.is_file():

@@ -1,26 +1,24 @@
 """Builds a data set of conversations and texts with the tokenizer of a Hugging Face folder."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.chat import HubTokenizer
-from moe_dist.data.corpus import Recipe, Skip, content_family, refuse
-from moe_dist.data.corpus_build import Figures, write_split
+from moe_dist.data.chat_rows import MESSAGES, Encoded, Part, Row, encode_conversation, encode_text, write_parts
+from moe_dist.data.corpus import Recipe, Skip, refuse
+from moe_dist.data.corpus_build import write_split
 from moe_dist.data.corpus_files import text_files
 from moe_dist.data.families import hold_out, join
 from moe_dist.data.picture_coding import Document
-from moe_dist.data.tables import table_rows
-from moe_dist.errors import ConfigError
-from moe_dist.formats.manifest import Manifest, SourceSection, write_manifest
+from moe_dist.data.tables import holds_table, raw_rows
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection, write_manifest
 from moe_dist.runtime.progress import Report
 
-MESSAGES = "messages"  # name of the source of conversations
-_Found = Iterable[tuple[str, Document]]  # (family, document); either all or no documents of a family are held out
+NAMED = 10  # number of bad rows that an error names
 
 
 def build_chat(
@@ -33,39 +31,35 @@ def build_chat(
     tokenizer: Path,
     recipe: Recipe,
     report: Report,
+    parts: Path,
     skip: Skip = refuse,
-) -> tuple[Manifest, Figures]:
+) -> tuple[Manifest, list[str]]:
     """Writes a whole data set into `folder`, its manifest last.
 
     Args:
         messages: JSONL file, parquet file or datasets folder of conversations; None for no conversations.
         texts: Maps the name of a source to a file or folder as for `messages`, or to a folder of texts.
         tokenizer: The Hugging Face folder.
+        parts: Folder for encoded rows. Rows that an interrupted call has encoded there are not encoded again.
 
     Returns:
-        The manifest, and an empty mapping: chat data have no figures to display.
+        The manifest, and warnings with the numbers of rows that they concern.
 
     Raises:
-        ConfigError, DataError: from `HubTokenizer`, `table_rows` and `text_files`; or a file has no row.
+        ConfigError, DataError: from `HubTokenizer`, `raw_rows` and `text_files`; or a file has no row; or rows are bad, and
+            the recipe does not skip them.
     """
-    hub = HubTokenizer(tokenizer, recipe.chat_template)
+    hub = HubTokenizer(tokenizer, recipe.chat_template, recipe.turns)
     modalities = {"text": ((0, hub.size),)}
-    found: dict[str, _Found] = {}
-    if messages is not None:
-        found[MESSAGES] = _conversations(hub, Path(messages))
-    for source, path in texts.items():
-        items = text_files(source, Path(path), licence, skip).items
-        found[source] = ((item.family, hub.text(item.content)) for item in items)
-    sources = {}
-    for source, pairs in found.items():
-        report(f"encode {source}", 0, 1)
-        splits = {
-            side: write_split(folder, f"{source}_{side}", documents, modalities=modalities, with_filler=False)
-            for side, documents in _divided(pairs, recipe).items()
-        }
+    sources, notes = {}, []
+    inputs = {} if messages is None else {MESSAGES: messages}
+    for source, path in {**inputs, **texts}.items():
+        rows = _SourceRows(source, Path(path), recipe, report, skip)
+        files = rows.encoded(hub, parts, licence)
+        splits = _splits(folder, source, files, modalities, recipe)
         assert splits["train"] is not None  # `hold_out` keeps training data
         sources[source] = SourceSection(train=splits["train"], valid=splits["valid"], licence=licence)
-        report(f"encode {source}", 1, 1)
+        notes += rows.notes()
     manifest = Manifest(
         name=name,
         vocab_size=hub.size,
@@ -74,32 +68,90 @@ def build_chat(
         eos_id=hub.eos_id,
         sources=sources,
     )
+    report("count baselines", 0, 1)
     baselines = {key: round(nats, 6) for key, nats in count_baselines(folder, manifest).items()}
     manifest = manifest.model_copy(update={"baselines": baselines})
     write_manifest(manifest, folder)
-    return manifest, {}
+    report("count baselines", 1, 1)
+    return manifest, notes
 
 
-def _divided(pairs: _Found, recipe: Recipe) -> dict[str, list[Document]]:
-    families, documents = zip(*pairs, strict=True)
-    sizes = np.array([len(document.tokens) for document in documents])
-    held_out = hold_out(join(families), sizes, fraction=recipe.val_fraction, seed=recipe.seed)
-    sides = {"train": ~held_out, "valid": held_out}
-    return {side: [documents[number] for number in np.flatnonzero(chosen).tolist()] for side, chosen in sides.items()}
+class _SourceRows:
+    """Encodes the rows of one source, and counts bad rows and warnings."""
+
+    def __init__(self, source: str, path: Path, recipe: Recipe, report: Report, skip: Skip) -> None:
+        self._source, self._path, self._recipe, self._report, self._skip = source, path, recipe, report, skip
+        self._bytes = path.stat().st_size if path.is_file() and not holds_table(path) else 0
+        self._done, self._documents = 0, 0
+        self._bad: list[str] = []
+        self._notes: dict[str, list[str]] = {}  # places of rows by warning
+
+    def encoded(self, hub: HubTokenizer, parts: Path, licence: str) -> list[Path]:
+        """Returns the files of encoded rows."""
+        self._report(f"encode {self._source}", 0, self._bytes or 1)
+        encode, rows = self._rows(licence)
+        files = write_parts(parts, self._source, rows, encode, hub, self._count)
+        if self._bad and not self._recipe.skip_bad:
+            self._refuse()
+        if not files:
+            example = "conversations" if self._source == MESSAGES else "texts"
+            raise ConfigError(f"--{self._source} {self._path}: holds no row; it needs {example}, one in a line")
+        if not self._documents:
+            raise DataError([f"{self._path}: no row is left", *self._bad[:NAMED]])
+        self._report(f"encode {self._source}", self._bytes or 1, self._bytes or 1)
+        return files
+
+    def notes(self) -> list[str]:
+        return [
+            f"{self._source}: {len(places):,} rows: {note} (the first: {places[0]})" for note, places in self._notes.items()
+        ]
+
+    def _rows(self, licence: str) -> tuple[Callable[..., Encoded], Iterable[Row]]:
+        if self._source == MESSAGES:
+            return encode_conversation, raw_rows("--messages", self._path)
+        if self._path.is_file() or (self._path.exists() and holds_table(self._path)):
+            return encode_text, raw_rows("text", self._path)
+        items = text_files(self._source, self._path, licence, self._skip).items
+        return encode_text, ((item.key, {"text": item.content}) for item in items)
+
+    def _count(self, size: int, part: Part) -> None:
+        self._done += size
+        self._documents += len(part.lengths_D)
+        for note, place in part.notes:
+            self._notes.setdefault(note, []).append(place)
+        self._bad += part.bad
+        if self._recipe.skip_bad:
+            for problem in part.bad:
+                self._skip(DataError(problem))
+        elif len(self._bad) >= NAMED:
+            self._refuse()
+        if size:
+            self._report(f"encode {self._source}", self._done, self._bytes)
+
+    def _refuse(self) -> None:
+        *others, last = self._bad[:NAMED]
+        raise DataError([*others, f"{last}; or leave out all such rows with --skip-bad"])
 
 
-def _conversations(hub: HubTokenizer, path: Path) -> _Found:
-    """Yields conversations. Conversations with equal tools, and equal messages up to the first user message, are one
-    family."""
-    where = None
-    for where, row in table_rows("--messages", path, '{"messages": [...]}'):
-        document = hub.conversation(row, where)
-        roles = [message["role"] for message in row[MESSAGES]]
-        asked = row[MESSAGES][: roles.index("user") + 1 if "user" in roles else None]
-        yield content_family(_json([row.get("tools"), asked])), document
-    if where is None:
-        raise ConfigError(f"--messages {path}: holds no row; it needs conversations, one in a line")
+def _splits(
+    folder: Path, source: str, files: list[Path], modalities: Mapping[str, tuple[tuple[int, int], ...]], recipe: Recipe
+) -> dict[str, SplitSection | None]:
+    """Writes the two sides of a source. Reads the files of encoded rows three times."""
+    sizes: list[np.ndarray] = []
+    families: list[bytes] = []
+    for part in map(Part.load, files):
+        sizes.append(part.lengths_D)
+        families += [family.tobytes() for family in part.families_D]
+    held_out = hold_out(join(families), np.concatenate(sizes), fraction=recipe.val_fraction, seed=recipe.seed)
+    return {
+        side: write_split(folder, f"{source}_{side}", _documents(files, chosen), modalities=modalities, with_filler=False)
+        for side, chosen in (("train", ~held_out), ("valid", held_out))
+    }
 
 
-def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True).encode()
+def _documents(files: list[Path], chosen_D: np.ndarray) -> Iterator[Document]:
+    first = 0
+    for file in files:
+        part = Part.load(file)
+        yield from part.documents(chosen_D[first : first + len(part.lengths_D)])
+        first += len(part.lengths_D)

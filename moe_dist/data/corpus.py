@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from moe_dist.data.chat_turns import Turns
 from moe_dist.errors import DataError
 
 Skip = Callable[[DataError], None]  # gets the reason why an input cannot be read; leaves the input out, or raises
@@ -89,6 +90,8 @@ class Recipe:
     # path of a tokenizer.json from `fit_tokenizer`, or of a Hugging Face folder; None fits a tokenizer
     tokenizer: str | None = None
     chat_template: str | None = None  # path of a chat template to use; None uses the Hugging Face folder's template
+    turns: Turns = Turns.LAST  # turns to train of conversations whose earlier turns the chat template rewrites
+    skip_bad: bool = False  # leaves out rows that cannot be encoded
     codebook: str | None = None  # path of a codebook.npy to use; None fits a codebook
     hold_out: HoldOut = HoldOut.FAMILIES
     vary: tuple[str, ...] = VARIATIONS  # properties in which the augmented copies of a picture differ

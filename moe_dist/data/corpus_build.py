@@ -3,8 +3,9 @@
 Tokenizer and codebook are fitted on training data only, because held-out data must not influence them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -248,36 +249,49 @@ class _Writer:
 def write_split(
     folder: Path,
     path: str,
-    documents: Sequence[Document],
+    documents: Iterable[Document],
     *,
     modalities: Mapping[str, tuple[tuple[int, int], ...]],
     with_filler: bool,
 ) -> SplitSection | None:
     """Writes <folder>/<path>.bin and .idx, and its files of filler and prompt bits; returns its section of the manifest, or
-    None if there is no document.
+    None if there is no document. Memory holds one document and two bytes for each token.
 
     Args:
         modalities: Id ranges of each modality, as in the manifest.
     """
-    if not documents:
+    documents = iter(documents)
+    first = next(documents, None)
+    if first is None:
         return None
     prefix, vocab_size = folder / path, max(end for ranges in modalities.values() for _, end in ranges)
-    write_indexed(prefix, (document.tokens for document in documents), vocab_size=vocab_size)
-    filler = f"{path}_filler.npy" if with_filler else None
-    if filler:
-        np.save(folder / filler, np.packbits(np.concatenate([document.filler for document in documents])))
-    prompts = [document.prompt for document in documents if document.prompt is not None]
-    prompt = f"{path}_prompt.npy" if prompts else None
-    if prompt:
-        np.save(folder / prompt, np.packbits(np.concatenate(prompts)))
+    filler: list[np.ndarray] = []
+    prompts: list[np.ndarray] = []
+    lengths: list[int] = []
+
+    def tokens() -> Iterator[np.ndarray]:
+        for document in chain([first], documents):
+            lengths.append(len(document.tokens))
+            filler.extend([document.filler] if with_filler else [])
+            prompts.extend([] if document.prompt is None else [document.prompt])
+            yield document.tokens
+
+    write_indexed(prefix, tokens(), vocab_size=vocab_size)
     return SplitSection(
         path=path,
-        documents=len(documents),
-        tokens=sum(len(document.tokens) for document in documents),
+        documents=len(lengths),
+        tokens=sum(lengths),
         tokens_by_modality=count_by_modality(prefix, modalities),
-        filler=filler,
-        prompt=prompt,
+        filler=_write_bits(folder, f"{path}_filler.npy", filler),
+        prompt=_write_bits(folder, f"{path}_prompt.npy", prompts),
     )
+
+
+def _write_bits(folder: Path, file: str, bits: Sequence[np.ndarray]) -> str | None:
+    if not bits:
+        return None
+    np.save(folder / file, np.packbits(np.concatenate(bits)))
+    return file
 
 
 def _section(source: Source[Any], splits: dict[str, SplitSection | None]) -> SourceSection:

@@ -129,8 +129,13 @@ def _utf8(path: Path, skip: Skip) -> str:
 
 def _text_rows(path: Path) -> Iterator[tuple[str, str]]:
     for where, row in table_rows("text", path, TEXT_ROW):
-        if "text" not in row:
-            raise DataError(f"{where}: needs an object like {TEXT_ROW}")
-        if not isinstance(row["text"], str):
-            raise DataError(f'{where}: "text" is {type(row["text"]).__name__}, not a string')
-        yield where.rpartition(" ")[2], row["text"]
+        yield where.rpartition(" ")[2], row_text(row, where)
+
+
+def row_text(row: dict[str, Any], where: str) -> str:
+    """Returns the text of a row like TEXT_ROW. Raises DataError if it has none."""
+    if "text" not in row:
+        raise DataError(f"{where}: needs an object like {TEXT_ROW}")
+    if not isinstance(row["text"], str):
+        raise DataError(f'{where}: "text" is {type(row["text"]).__name__}, not a string')
+    return row["text"]

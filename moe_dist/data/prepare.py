@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from moe_dist.config.base.section import Name
+from moe_dist.data.chat_turns import Turns
 from moe_dist.data.corpus import Corpus, Recipe, Skip, refuse
 from moe_dist.errors import ConfigError, DataError, StorageError
 from moe_dist.formats.manifest import MANIFEST_FILE, Manifest, load_manifest
@@ -93,8 +95,8 @@ def _prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Sk
 
         build = _build_chat if recipe.tokenizer and Path(recipe.tokenizer).is_dir() else _build
         with renamed_when_complete(out) as folder:
-            manifest, figures = build(folder, out.name, inputs, recipe, report, noted)
-            written = {**asked, "figures": figures, "skipped": skipped}
+            manifest, found = build(folder, out, inputs, recipe, report, noted)
+            written = {**asked, **found, "skipped": skipped}
             (folder / RECIPE_FILE).write_text(json.dumps(written, indent=1) + "\n")
     return manifest, True
 
@@ -153,28 +155,37 @@ def renamed_when_complete(out: Path) -> Iterator[Path]:
 
 
 def _build(
-    folder: Path, name: str, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip
-) -> tuple[Manifest, dict[str, float]]:
+    folder: Path, out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip
+) -> tuple[Manifest, dict[str, Any]]:
     from moe_dist.data.corpus_build import build  # imported late, because a finished folder does not need it
 
-    for option, value in (("--messages", inputs.messages), ("--chat-template", recipe.chat_template)):
+    turns, skip_bad = None if recipe.turns is Turns.LAST else recipe.turns, recipe.skip_bad or None
+    options = {
+        "--messages": inputs.messages,
+        "--chat-template": recipe.chat_template,
+        "--turns": turns,
+        "--skip-bad": skip_bad,
+    }
+    for option, value in options.items():
         if value is not None:
             raise ConfigError(
                 f"{option} {value}: needs --tokenizer FOLDER, the Hugging Face folder of the model to train; "
                 f"it is {recipe.tokenizer or 'not given'}"
             )
-    return build(folder, name, _sources(inputs, skip), recipe, report, skip)
+    manifest, figures = build(folder, out.name, _sources(inputs, skip), recipe, report, skip)
+    return manifest, {"figures": figures}
 
 
 def _build_chat(
-    folder: Path, name: str, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip
-) -> tuple[Manifest, dict[str, float]]:
+    folder: Path, out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip
+) -> tuple[Manifest, dict[str, Any]]:
     from moe_dist.data.chat_build import build_chat
 
     tokenizer = Path(recipe.tokenizer or "")
     texts = {**({} if inputs.text is None else {"text": inputs.text}), **inputs.extra_text}
     used = Inputs(text=inputs.text, extra_text=inputs.extra_text, licence=inputs.licence, messages=inputs.messages)
-    kept = {key: getattr(recipe, key) for key in ("seed", "val_fraction", "tokenizer", "chat_template")}
+    chat_keys = ("seed", "val_fraction", "tokenizer", "chat_template", "turns", "skip_bad")
+    kept = {key: getattr(recipe, key) for key in chat_keys}
     asked, known = _as_json(inputs, recipe), _as_json(used, Recipe(**kept))
     unused = [f"--{key.replace('_', '-')}" for part in asked for key in asked[part] if asked[part][key] != known[part][key]]
     if unused:
@@ -185,17 +196,42 @@ def _build_chat(
     if inputs.messages is None and not texts:
         raise ConfigError(f"--tokenizer {tokenizer}: there is nothing to encode; add --messages or --text")
     _check_names(inputs)
-    return build_chat(
-        folder,
-        name,
-        messages=inputs.messages,
-        texts=texts,
-        licence=inputs.licence,
-        tokenizer=tokenizer,
-        recipe=recipe,
-        report=report,
-        skip=skip,
-    )
+    read = [each for each in (inputs.messages, *texts.values(), tokenizer, recipe.chat_template) if each is not None]
+    parts = _parts_folder(out, asked, [Path(each) for each in read])
+    try:
+        manifest, notes = build_chat(
+            folder,
+            out.name,
+            messages=inputs.messages,
+            texts=texts,
+            licence=inputs.licence,
+            tokenizer=tokenizer,
+            recipe=recipe,
+            report=report,
+            parts=parts,
+            skip=skip,
+        )
+    except (ConfigError, DataError):  # the same rows would be refused again
+        shutil.rmtree(parts)
+        raise
+    shutil.rmtree(parts)
+    return manifest, {"figures": {}, "notes": notes}
+
+
+def _parts_folder(out: Path, asked: dict, read: list[Path]) -> Path:
+    """Returns a folder beside `out` for the rows that are encoded already. Empties it if other options, or other or changed
+    files, made it."""
+    files = [file for path in read for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
+    states = [(file, file.stat()) for file in files]
+    made_of = {**asked, "files": [[str(file.resolve()), state.st_size, state.st_mtime_ns] for file, state in states]}
+    folder = out.parent / f".{out.name}.parts"
+    made = folder / RECIPE_FILE
+    if made.is_file() and made.read_text() == json.dumps(made_of):
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    made.write_text(json.dumps(made_of))
+    return folder
 
 
 def _sources(inputs: Inputs, skip: Skip) -> Corpus:

@@ -16,23 +16,36 @@ def objects(path: Path, like: str) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         DataError: a line is not a JSON object in UTF-8.
     """
+    for number, where, text in _lines(path):
+        yield number, parsed_row(text, where, like)
+
+
+def parsed_row(row: bytes | dict[str, Any], where: str, like: str) -> dict[str, Any]:
+    """Returns a row of `raw_rows` as an object.
+
+    Raises:
+        DataError: the row is not a JSON object in UTF-8.
+    """
+    if isinstance(row, dict):
+        return row
+    try:
+        line = json.loads(row)
+    except (ValueError, RecursionError) as error:
+        named = Path(where.rpartition(", line ")[0]).suffix in JSON_SUFFIXES
+        fix, reason = f"write it as {like}" if named else "give plain texts as files of a folder", str(error)
+        if isinstance(error, json.JSONDecodeError):
+            where, reason = f"{where}, column {error.colno}", error.msg
+        raise DataError(f"{where}: is not JSON ({reason}); {fix}") from error
+    if not isinstance(line, dict):
+        raise DataError(f"{where}: is {type(line).__name__}, not an object")
+    return line
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str, bytes]]:
     with path.open("rb") as stream:
         for number, text in enumerate(stream, 1):
-            if not text.strip():
-                continue
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                plain = (
-                    "give plain texts as files of a folder" if path.suffix not in JSON_SUFFIXES else f"write it as {like}"
-                )
-                where, reason = f"{path}, line {number}", str(error)
-                if isinstance(error, json.JSONDecodeError):
-                    where, reason = f"{where}, column {error.colno}", error.msg
-                raise DataError(f"{where}: is not JSON ({reason}); {plain}") from error
-            if not isinstance(line, dict):
-                raise DataError(f"{path}, line {number}: is {type(line).__name__}, not an object")
-            yield number, line
+            if text.strip():
+                yield number, f"{path}, line {number}", text
 
 
 def holds_table(path: Path) -> bool:
@@ -43,15 +56,19 @@ def holds_table(path: Path) -> bool:
 
 
 def table_rows(option: str, path: Path, like: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the rows of `raw_rows` as objects. Raises also DataError for a line that is no object."""
+    return ((where, parsed_row(row, where, like)) for where, row in raw_rows(option, path))
+
+
+def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
     """Yields the rows of a JSONL file, of a parquet file, of a folder of one split's parquet files, or of a folder that
-    `Dataset.save_to_disk` wrote, each as (place of the row for error texts, row).
+    `Dataset.save_to_disk` wrote, each as (place of the row for error texts, row). A line of JSONL is not parsed.
 
     A struct column of a parquet or arrow file has every key in every row. Keys without a value are left out of the yielded
     rows.
 
     Args:
         option: Option of the command line that names `path`, for error texts.
-        like: Example of a line of JSONL, for error texts.
 
     Raises:
         ConfigError: `path` does not exist or has several splits; or the package datasets is missing.
@@ -64,7 +81,7 @@ def table_rows(option: str, path: Path, like: str) -> Iterator[tuple[str, dict[s
     if not holds_table(path):
         if path.is_dir():
             raise ConfigError(f"{option} {path}: the folder has no {' or '.join(DATASET_SUFFIXES)} file; give a JSONL file")
-        yield from ((f"{path}, line {number}", row) for number, row in objects(path, like))
+        yield from ((where, text) for _, where, text in _lines(path))
         return
     try:
         import datasets

@@ -3,6 +3,7 @@
 import multiprocessing
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -28,14 +29,23 @@ class TimedCalls:
             TimeoutError: the call took longer than the limit.
             ChildProcessError: the child ended for another reason, such as a lack of memory.
         """
+        self.send(*arguments)
+        return self.receive()
+
+    def send(self, *arguments: Any) -> None:
+        """Starts a call. `receive` must follow before the next call."""
         if self._child is None:
             fork = multiprocessing.get_context("fork")
             self._calls, other = fork.Pipe()
             self._child = fork.Process(target=self._serve, args=(other, self._calls), daemon=True)
             self._child.start()
             other.close()
-        try:
+        with suppress(OSError):  # a child that has ended; `receive` tells how
             self._calls.send(arguments)
+
+    def receive(self) -> Any:
+        """Waits for the call. Returns and raises like `__call__`."""
+        try:
             returned, value = self._calls.recv()
         except (EOFError, OSError) as error:
             self._child.join()

@@ -28,7 +28,7 @@ CHATML = """{%- if tools %}{{ '<|im_start|>system\\n' + tools | tojson + '<|im_e
 {%- for message in messages %}
 {%- if message.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% generation %}{{ message.content or '' }}
 {%- for call in message.tool_calls %}{{ '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}
-{{- '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}
+{{- '<|im_end|>\\n' }}{% endgeneration %}
 {%- else %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
@@ -38,7 +38,7 @@ HEADERS = """{{- bos_token }}
 {%- for message in messages %}
 {{- '<|start|>' + message['role'] + '<|end|>\\n\\n' }}
 {%- if message['role'] == 'assistant' %}{% generation %}
-{%- if message.tool_calls is defined %}{{ message.tool_calls[0].function.arguments | tojson }}{% endif %}
+{%- if message.tool_calls is defined %}{{ message.tool_calls[0].function | tojson }}{% endif %}
 {{- (message['content'] | trim if message['content'] else '') + '<|eot|>' }}{% endgeneration %}
 {%- else %}{{ message['content'] | trim + '<|eot|>' }}{% endif %}
 {%- endfor %}
@@ -52,7 +52,8 @@ INSTRUCT = """{{- bos_token }}{% for message in messages %}
 {%- else %}[INST] {{ message['content'] }} [/INST]{% endif %}
 {%- endfor %}"""
 PLAIN = """{% for message in messages %}
-{%- if message.role == 'assistant' %}Answer:{% generation %} {{ message.content or 'call' }} [EOS]
+{%- if message.role == 'assistant' %}Answer:{% generation %} {{ message.content }}
+{%- for call in message.tool_calls %} {{ call.function | tojson }}{% endfor %} [EOS]
 {%- endgeneration %}{% else %}{{ message.role | capitalize }}: {{ message.content }} {% endif %}{% endfor %}
 {%- if add_generation_prompt %}Answer:{% endif %}"""
 

@@ -11,7 +11,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from moe_dist.data import chat
+from moe_dist.data import chat_rows
 from moe_dist.data.chat import HubTokenizer
 from moe_dist.data.corpus import Recipe
 from moe_dist.data.indexed import IndexedSplit
@@ -82,7 +82,7 @@ def test_without_generation_blocks_turns_give_the_same_labels(tmp_path: Path, fo
     (tmp_path / "bare.jinja").write_text(MARKS.sub("", KINDS[kind][2]))
     marked, turns = HubTokenizer(folders[kind]), HubTokenizer(folders[kind], str(tmp_path / "bare.jinja"))
     for row in ROWS[:100]:
-        one, other = marked.conversation(row, ""), turns.conversation(row, "")
+        (one,), (other,) = marked.conversation(row, "").documents, turns.conversation(row, "").documents
         assert one.tokens.tolist() == other.tokens.tolist()
         assert one.prompt is not None
         assert other.prompt is not None
@@ -175,10 +175,7 @@ TEMPLATES = {
     "raises": ("{{ raise_exception('roles must alternate') }}", DataError, "roles must alternate"),
     "wrong type": ("{{ messages[0].content + 1 }}", DataError, "TypeError"),
     "endless": ("{% for _ in range(10 ** 9) %}{% endfor %}", DataError, "OverflowError"),
-    "earlier answers cut": (
-        "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}{% endfor %}",
-        DataError, "messages.1",
-    ),
+    "all turns differ": ("{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}", DataError, "messages.3"),
     "answers left out": ("{% generation %}{% endgeneration %}{{ messages[0].content }}", DataError, "no token"),
 }  # fmt: skip
 
@@ -202,15 +199,14 @@ BOMBS = {
 def test_a_template_without_an_end_is_stopped(
     tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, bomb: str
 ) -> None:
-    """The error names row, tokenizer, seconds and the fix. Other conversations are encoded before and after."""
-    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 1)
+    """The error names row, seconds and the fix."""
+    monkeypatch.setattr(chat_rows, "BATCH_SECONDS", 1)
     (tmp_path / "template.jinja").write_text(f"{{% if messages|length > 2 %}}{BOMBS[bomb]}{{% endif %}}{CHATML}")
-    hub = HubTokenizer(folders["chatml"], str(tmp_path / "template.jinja"))
-    expected = theirs(folders["chatml"], [{"messages": SHORT}])[0][0]
-    assert hub.conversation({"messages": SHORT}, "").tokens.tolist() == expected
+    rows = [{"messages": SHORT}] * 6 + [{"messages": SHORT + SHORT}]
+    lines = str(write_lines(tmp_path / "lines.jsonl", rows))
+    template = {"chat_template": str(tmp_path / "template.jinja")}
     with refused(ConfigError, "lines.jsonl, line 7", "more than 1 s", "--chat-template FILE", "remove the row"):
-        hub.conversation({"messages": SHORT + SHORT}, "lines.jsonl, line 7")
-    assert hub.conversation({"messages": SHORT}, "").tokens.tolist() == expected
+        made(tmp_path / "set", folders["chatml"], messages=lines, recipe=template)
 
 
 def nested(levels: int) -> list[Any]:
@@ -229,7 +225,7 @@ CONVERSATIONS: dict[str, Any] = {
     "picture": {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, SHORT[1]]},
     "tools": {"messages": SHORT, "tools": "[1"},
     "tools of no objects": {"messages": SHORT, "tools": "[1]"},
-    "nested": {"messages": [{"role": "user", "content": nested(600)}, SHORT[1]]},
+    "nested": {"messages": [SHORT[0] | {"extra": nested(600)}, SHORT[1]]},
 }
 
 
@@ -305,4 +301,6 @@ def test_the_template_of_a_file_replaces_the_tokenizers_own(tmp_path: Path) -> N
     bare = chat_folder(tmp_path / "bare", "chatml", template="{{ raise_exception('not this one') }}")
     (tmp_path / "template.jinja").write_text(CHATML)
     found = HubTokenizer(bare, str(tmp_path / "template.jinja")).conversation({"messages": SHORT}, "")
-    assert found.tokens.tolist() == theirs(chat_folder(tmp_path / "own", "chatml"), [{"messages": SHORT}])[0][0]
+    assert (
+        found.documents[0].tokens.tolist() == theirs(chat_folder(tmp_path / "own", "chatml"), [{"messages": SHORT}])[0][0]
+    )

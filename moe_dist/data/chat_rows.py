@@ -1,0 +1,203 @@
+"""Encodes the rows of a source in several processes, and keeps the encoded rows in files, one for each batch of rows.
+
+Memory holds a few batches. An interrupted command goes on after the last batch that has its file. Chat templates may run
+for ever; a batch therefore has a time limit, and the row that exceeds it is found by encoding one row after the other.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_dist.data.chat import GUIDE, HubTokenizer
+from moe_dist.data.corpus import content_family
+from moe_dist.data.corpus_files import TEXT_ROW, row_text
+from moe_dist.data.picture_coding import Document
+from moe_dist.data.tables import parsed_row
+from moe_dist.errors import ConfigError, DataError
+
+BATCH_SECONDS = 60  # time limit of a batch; a usual conversation takes a thousandth of a second
+MESSAGES = "messages"  # name of the source of conversations
+MESSAGES_ROW = '{"messages": [...]}'
+_BATCH_BYTES, _BATCH_ROWS = 1 << 19, 500
+Row = tuple[str, bytes | dict[str, Any]]  # (place for error texts, row), as from `raw_rows`
+Encoded = tuple[str, Sequence[Document], Sequence[str]]  # (family, documents, notes)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The encoded rows of one batch. D documents, T tokens.
+
+    Attributes:
+        lengths_D, tokens_T, prompt_T: Documents one after the other; prompt_T is empty if all tokens are labels.
+        families_D: SHA-256 of what documents on the same side of the split share, uint8 [D, 32].
+        bad: Reasons why rows are left out.
+        notes: (warning, place of the row) of each warning.
+    """
+
+    lengths_D: np.ndarray
+    tokens_T: np.ndarray
+    prompt_T: np.ndarray
+    families_D: np.ndarray
+    bad: Sequence[str] = ()
+    notes: Sequence[tuple[str, str]] = ()
+
+    def save(self, path: Path) -> None:
+        """Writes the part at once or not at all."""
+        told = np.frombuffer(json.dumps([self.bad, self.notes]).encode(), np.uint8)
+        arrays = {"lengths": self.lengths_D, "tokens": self.tokens_T.astype(np.int32), "families": self.families_D}
+        with path.with_suffix(".new").open("wb") as stream:
+            np.savez(stream, prompt=np.packbits(self.prompt_T), told=told, **arrays)
+        path.with_suffix(".new").replace(path)
+
+    @staticmethod
+    def load(path: Path) -> "Part":
+        with np.load(path, allow_pickle=False) as found:
+            bad, notes = json.loads(found["told"].tobytes())
+            count = len(found["tokens"]) if len(found["prompt"]) else 0
+            prompt_T = np.unpackbits(found["prompt"], count=count).astype(bool)
+            return Part(
+                found["lengths"], found["tokens"], prompt_T, found["families"], bad, [tuple(note) for note in notes]
+            )
+
+    def documents(self, chosen_D: np.ndarray) -> Iterator[Document]:
+        """Yields the chosen documents."""
+        ends = np.cumsum(self.lengths_D)
+        for number in np.flatnonzero(chosen_D).tolist():
+            place = slice(int(ends[number] - self.lengths_D[number]), int(ends[number]))
+            tokens = self.tokens_T[place].astype(np.int64)
+            yield Document(tokens, np.zeros(len(tokens), bool), self.prompt_T[place] if len(self.prompt_T) else None)
+
+
+def encode_conversation(hub: HubTokenizer, row: bytes | dict[str, Any], where: str) -> Encoded:
+    """Encodes a row of conversations. Conversations with equal tools, and equal messages up to the first user message, are
+    one family."""
+    row = parsed_row(row, where, MESSAGES_ROW)
+    found = hub.conversation(row, where)
+    roles = [message["role"] for message in row[MESSAGES]]
+    asked = row[MESSAGES][: roles.index("user") + 1 if "user" in roles else None]
+    return content_family(json.dumps([row.get("tools"), asked], sort_keys=True).encode()), found.documents, found.notes
+
+
+def encode_text(hub: HubTokenizer, row: bytes | dict[str, Any], where: str) -> Encoded:
+    """Encodes a row of texts. Equal texts are one family. An empty text has no document."""
+    text = row_text(parsed_row(row, where, TEXT_ROW), where)
+    return content_family(text.encode()), [hub.text(text)] if text.strip() else [], ()
+
+
+def write_parts(
+    folder: Path,
+    source: str,
+    rows: Iterable[Row],
+    encode: Callable[..., Encoded],
+    hub: HubTokenizer,
+    on_part: Callable[[int, Part], None],
+) -> list[Path]:
+    """Encodes rows, and writes them to files in `folder`. Keeps the files that an earlier call has written.
+
+    Args:
+        encode: Encodes one row; called in other processes.
+        on_part: Called with the bytes of the batch (0 if the rows are objects), and the part.
+
+    Returns:
+        The files, in the order of the rows.
+    """
+    from moe_dist.data.timed import TimedCalls
+
+    def encoded(batch: Sequence[Row]) -> Part:
+        return _encoded(hub, encode, batch)
+
+    children = [TimedCalls(encoded, BATCH_SECONDS) for _ in range(min(8, len(os.sched_getaffinity(0))))]
+    waiting: deque[tuple[TimedCalls, Sequence[Row], Path]] = deque()
+    paths: list[Path] = []
+
+    def finish() -> None:
+        child, batch, path = waiting.popleft()
+        part = _answer(child, batch)
+        part.save(path)
+        on_part(_size(batch), part)
+
+    for number, batch in enumerate(_batches(rows)):
+        paths.append(folder / f"{source}.{number:06}.npz")
+        if paths[-1].is_file():
+            on_part(_size(batch), Part.load(paths[-1]))
+            continue
+        if len(waiting) == len(children):
+            finish()
+        children[number % len(children)].send(batch)
+        waiting.append((children[number % len(children)], batch, paths[-1]))
+    while waiting:
+        finish()
+    return paths
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row[1])
+        if size >= _BATCH_BYTES or len(batch) == _BATCH_ROWS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _size(batch: Sequence[Row]) -> int:
+    return sum(len(row) for _, row in batch if isinstance(row, bytes))
+
+
+def _answer(child: Any, batch: Sequence[Row]) -> Part:
+    try:
+        return child.receive()
+    except (TimeoutError, ChildProcessError):
+        return _joined([_alone(child, row) for row in batch])
+
+
+def _alone(child: Any, row: Row) -> Part:
+    try:
+        return child([row])
+    except (TimeoutError, ChildProcessError) as error:
+        problem = (
+            f"{row[0]}: the chat template {error} on messages; correct its loops or its use of memory, and pass it with "
+            "--chat-template FILE, or remove the row"
+        )
+        raise ConfigError(problem, see=GUIDE) from error
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    arrays = (
+        np.concatenate([getattr(part, key) for part in parts])
+        for key in ("lengths_D", "tokens_T", "prompt_T", "families_D")
+    )
+    return Part(*arrays, [each for part in parts for each in part.bad], [each for part in parts for each in part.notes])
+
+
+def _encoded(hub: HubTokenizer, encode: Callable[..., Encoded], batch: Sequence[Row]) -> Part:
+    documents: list[Document] = []
+    families: list[str] = []
+    bad, notes = [], []
+    for where, row in batch:
+        try:
+            family, found, warned = encode(hub, row, where)
+        except DataError as error:
+            bad.append("; ".join(error.problems))
+            continue
+        documents += found
+        families += [family] * len(found)
+        notes += [(note, where) for note in warned]
+    prompts = [document.prompt for document in documents if document.prompt is not None]
+    return Part(
+        np.array([len(document.tokens) for document in documents], np.int64),
+        np.concatenate([np.empty(0, np.int64), *(document.tokens for document in documents)]),
+        np.concatenate([np.empty(0, bool), *prompts]),
+        np.frombuffer(bytes.fromhex("".join(families)), np.uint8).reshape(-1, 32),
+        bad,
+        notes,
+    )

@@ -1,0 +1,86 @@
+"""Divides a conversation into rendered texts to train on, each with the spans that assistants write.
+
+Most chat templates write a turn in the same way whatever follows, so that one text serves all turns. Others drop or rewrite
+earlier turns (their reasoning, for example), and a model must not learn to write turns in that form. Of such a conversation
+the last turn is trained, or each turn in a text of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from moe_dist.data.chat_masks import Messages, Span, TurnFinder
+
+REWRITTEN = "the chat template rewrites earlier turns"
+NO_STOP = "no token ends an assistant's turn, so that a model does not learn to stop: put one into the chat template"
+
+
+class Turns(StrEnum):
+    """The turns that are trained of a conversation whose earlier turns the template rewrites."""
+
+    LAST = "last"
+    EACH = "each"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation, or its beginning, as text.
+
+    Attributes:
+        spans: Characters that are labels; in rising order.
+        notes: Warnings to the user.
+    """
+
+    text: str
+    spans: Sequence[Span]
+    notes: tuple[str, ...] = ()
+
+
+class UntoldTurnError(Exception):
+    """It cannot be told which text the assistant of messages[number] writes."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def marked_turns(text: str, spans: Sequence[Span], finder: TurnFinder) -> list[Rendered]:
+    """Returns the text of a template whose {% generation %} blocks write `spans`; an empty list without spans."""
+    stops = any(finder.stops(text[first:last]) for first, last in spans)
+    return [Rendered(text, spans, () if stops else (NO_STOP,))] if spans else []
+
+
+def rendered_turns(messages: Messages, finder: TurnFinder, turns: Turns) -> list[Rendered]:
+    """Returns the texts to train on. The list is empty if no message is an assistant's.
+
+    Raises:
+        UntoldTurnError: an assistant's text cannot be told from the other text.
+        Exception: from the template.
+    """
+    assistants = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    whole = finder.render(messages)
+    found = [finder.find(whole, messages, number) for number in assistants]
+    spans = [span for span in found if span is not None]
+    if len(spans) == len(found):
+        return [_stopped(whole, spans, messages, finder)] if spans else []
+    texts = []
+    for number in assistants[-1:] if turns is Turns.LAST else assistants:
+        part = messages[: number + 1]
+        text = finder.render(part)
+        span = finder.find(text, part, number)
+        if span is None:
+            raise UntoldTurnError(number)
+        one = _stopped(text, [span], part, finder)
+        texts.append(Rendered(one.text, one.spans, (f"{REWRITTEN}; --turns {turns} applies", *one.notes)))
+    return texts
+
+
+def _stopped(text: str, spans: list[Span], messages: Messages, finder: TurnFinder) -> Rendered:
+    """Adds the token that ends the last turn, if the template leaves it to the next message."""
+    first, last = spans[-1]
+    if finder.stops(text[first:last]):
+        return Rendered(text, spans)
+    stop = finder.stop_after(text, messages) if last == len(text) else ""
+    if not stop:
+        return Rendered(text, spans, (NO_STOP,))
+    return Rendered(text + stop, [*spans[:-1], (first, last + len(stop))])

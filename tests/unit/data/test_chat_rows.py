@@ -1,0 +1,87 @@
+"""Rows are encoded in batches by several processes: interruption, progress and memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_dist.data import chat_rows
+from moe_dist.data.corpus import Recipe
+from moe_dist.data.prepare import Inputs, prepare
+from moe_dist.runtime.progress import Report
+from tests.support.chat_folders import chat_folder, conversations, write_lines
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_folder(tmp_path_factory.mktemp("tokenizer") / "chatml", "chatml")
+
+
+def make(out: Path, lines: Path, tokenizer: Path, report: Report) -> dict[str, bytes]:
+    out.parent.mkdir(exist_ok=True)
+    prepare(out, Inputs(messages=str(lines)), Recipe(tokenizer=str(tokenizer)), report)
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_an_interrupted_command_goes_on(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, changed: bool
+) -> None:
+    """Encoded batches are kept if the file is the same. The data set equals one that was made at once."""
+    monkeypatch.setattr(chat_rows, "_BATCH_ROWS", 10)
+    lines, parts = write_lines(tmp_path / "lines.jsonl", conversations(100)), tmp_path / "b/.set.parts"
+    reports: list[tuple[str, int, int]] = []
+    during: dict[str, int] = {}
+
+    def times() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
+
+    def interrupted(stage: str, done: int, total: int) -> None:
+        reports.append((stage, done, total))
+        if stage == "encode messages" and done > total / 2:
+            raise KeyboardInterrupt
+
+    def watched(stage: str, done: int, total: int) -> None:
+        during.update(times() if stage == "count baselines" else {})
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "b/set", lines, tokenizer, interrupted)
+    assert [done for _, done, _ in reports] == sorted({done for _, done, _ in reports})
+    assert {total for _, _, total in reports} == {lines.stat().st_size}
+    kept = times()
+    assert 4 <= len(kept) < 10
+    if changed:
+        write_lines(lines, conversations(100, seed=1))
+    found = make(tmp_path / "b/set", lines, tokenizer, watched)
+    assert (kept.items() <= during.items()) != changed
+    assert found == make(tmp_path / "a/set", lines, tokenizer, lambda *_: None)
+    assert not parts.exists()
+
+
+PROGRAM = """
+import resource, sys
+from pathlib import Path
+from tests.unit.data.test_chat_rows import make
+make(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), lambda *_: None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.full
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, tokenizer: Path) -> None:
+    """Ten times the rows take less than 4 MiB more for each MB of the file."""
+    rows, used, sizes = conversations(1000), [], []
+    for times in (1, 10):
+        numbered = [
+            {**row, "messages": [{"role": "system", "content": str(n)}, *row["messages"]]}
+            for n in range(times)
+            for row in rows
+        ]
+        lines = write_lines(tmp_path / f"{times}.jsonl", numbered)
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / f"{times}/set"), str(lines), str(tokenizer)]
+        used.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]))
+        sizes.append(lines.stat().st_size / 1e6)
+    assert used[1] - used[0] < 4 * (sizes[1] - sizes[0]), (used, sizes)
+    assert json.loads((tmp_path / "10/set/manifest.json").read_text())["sources"]["messages"]["train"]["documents"] > 8000
