@@ -114,8 +114,10 @@ class _SourceRows:
         return {"train": ~held_out, "valid": held_out}
 
     def notes(self) -> list[str]:
+        """Returns each warning once, with the number of its rows and the place of the first."""
         return [
-            f"{self._source}: {count:,} rows: {note} (the first: {first})" for note, (count, first) in self._notes.items()
+            f"{self._source}: {count:,} {'rows' if count > 1 else 'row'}: {note} (the first: {first})"
+            for note, (count, first) in self._notes.items()
         ]
 
     def _rows(self, licence: str) -> tuple[Iterable[Row], Callable[..., Encoded]]:

@@ -13,6 +13,8 @@ import pytest
 import trl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from typer import Typer
+from typer.testing import CliRunner
 
 from moe_dist.data.chat import Conversation, HubTokenizer
 from moe_dist.data.chat_turns import NO_STOP, REWRITTEN, Turns
@@ -23,6 +25,7 @@ from moe_dist.errors import DataError
 from tests.support.chat_folders import TOOLS, chat_folder, write_lines
 from tests.support.cover import rest_full
 from tests.support.messages import refused
+from tools.prepare_data import main
 
 PUBLISHED = Path(trl.__file__).parent / "chat_templates"
 FIRST = ["glm4moe", "phi3", "qwen2_5", "qwen3", "gptoss", "llama3_1"]  # the others run in the full set
@@ -233,20 +236,25 @@ def test_a_rewritten_conversation_trains_the_last_turn_or_each(folder, tmp_path:
         assert tokenizer.decode(tokens) == after
         assert tokenizer.decode(tokens[~prompt]) == after.removeprefix(before)
     notes = json.loads((tmp_path / "set/recipe.json").read_text())["notes"]
-    assert notes == [f"messages: 1 rows: {REWRITTEN}; --turns {turns} applies (the first: {lines}, line 1)"]
+    assert notes == [f"messages: 1 row: {REWRITTEN}; --turns {turns} applies (the first: {lines}, line 1)"]
 
 
 def test_bad_rows_are_named_or_skipped(tmp_path: Path) -> None:
-    good, bad = {"messages": [ASKED, YES]}, {"messages": [ASKED]}
-    path = write_lines(tmp_path / "lines.jsonl", [good, *[bad] * 12])
+    """The command names the first ten. With --skip-bad it names the first five, and recipe.json has all."""
+    thought = {"messages": [ASKED, {**YES, "reasoning_content": "It is August."}]}
+    path = write_lines(tmp_path / "lines.jsonl", [thought, *[{"messages": [ASKED]}] * 12])
     with path.open("a") as stream:
         stream.write("no JSON\n")
-    recipe = Recipe(tokenizer=str(chat_folder(tmp_path / "chatml", "chatml")), val_fraction=0.0)
+    tokenizer = chat_folder(tmp_path / "chatml", "chatml")
     with refused(DataError, "10 problems", "line 2:", "line 11:", "--skip-bad"):
-        prepare(tmp_path / "set", Inputs(messages=str(path)), recipe, lambda *_: None)
-    skipped: list[DataError] = []
-    skipping = Recipe(tokenizer=recipe.tokenizer, val_fraction=0.0, skip_bad=True)
-    manifest, _ = prepare(tmp_path / "set", Inputs(messages=str(path)), skipping, lambda *_: None, skipped.append)
-    assert manifest.sources["messages"].train.documents == 1
-    assert [re.search(r"line \d+", str(each)).group() for each in skipped] == [f"line {line}" for line in range(2, 15)]  # pyright: ignore
-    assert len(json.loads((tmp_path / "set/recipe.json").read_text())["skipped"]) == 13
+        prepare(tmp_path / "set", Inputs(messages=str(path)), Recipe(tokenizer=str(tokenizer)), lambda *_: None)
+    app = Typer()
+    app.command()(main)
+    options = ["--tokenizer", tokenizer, "--messages", path, "--out", tmp_path / "set", "--skip-bad"]
+    done = CliRunner().invoke(app, list(map(str, options)))
+    assert done.exit_code == 0, done.output
+    assert done.output.count("left out: ") == 6
+    assert "left out: 8 more" in done.output
+    assert "note: messages: 1 row: the chat template does not print reasoning_content (the first: " in done.output
+    skipped = json.loads((tmp_path / "set/recipe.json").read_text())["skipped"]
+    assert [re.findall(r"line (\d+)", each) for each in skipped] == [[str(line)] for line in range(2, 15)]
