@@ -71,8 +71,10 @@ def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
             for labels in _read(folder, source.train):
                 model.count(labels)
         scores = {name: _Scores(model, _read(folder, split)) for name, split in heldout.items()}
-        subsets = {modality: False, f"{modality}_no_filler": True}
-        for subset, no_filler in subsets.items() if any(each.filler for each in scores.values()) else [(modality, False)]:
+        subsets = {modality: False}
+        if any(each.filler for each in scores.values()):
+            subsets[f"{modality}_no_filler"] = True
+        for subset, no_filler in subsets.items():
             for kind in ("unigram", "left_bigram"):
                 sums = {name: each.sum(kind, no_filler) for name, each in scores.items()}
                 whole = [sum(column) for column in zip(*sums.values(), strict=True)]
