@@ -119,7 +119,7 @@ class HubTokenizer:
         try:
             if is_marked:
                 text, spans = self._marked(template, tools, messages)
-                found = marked_turns(text, spans, finder)
+                found = marked_turns(messages, text, spans, finder)
             else:
                 found = rendered_turns(messages, finder, self._turns)
         except UntoldTurnError as error:
@@ -149,7 +149,7 @@ class HubTokenizer:
                 "nothing can be learned; add an assistant's answer, or remove the row"
             )
             raise DataError(problem, see=GUIDE)
-        notes = check_losses(messages, tools, found[-1].text, where)
+        notes = check_losses(found[-1].messages, tools, found[-1].text, where)
         return Conversation(
             tuple(documents), tuple(dict.fromkeys([*(note for each in found for note in each.notes), *notes]))
         )

@@ -53,7 +53,7 @@ TRL_CALLS_DIFFER = ("diffusion_gemma",)
 
 def conversations(count: int) -> list[dict[str, Any]]:
     """Rows of one to three questions. A fourth begin with a system message, a fifth with the assistant, and a seventh have
-    calls. Each content is one word."""
+    calls; a sixth end with a question. Each content is one word."""
     rows = []
     for number in range(count):
         words = iter(f"w{number}x{place}" for place in range(99))
@@ -66,6 +66,7 @@ def conversations(count: int) -> list[dict[str, Any]]:
                 messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
                 messages.append({"role": "tool", "name": "weather", "content": next(words)})
             messages.append({"role": "assistant", "content": next(words)})
+        messages += [{"role": "user", "content": next(words)}] if number % 6 == 5 else []
         rows.append({"messages": messages} | ({"tools": TOOLS} if number % 7 == 3 else {}))
     return rows
 
@@ -128,14 +129,15 @@ def test_labels_of_published_templates(folder, name: str) -> None:
         try:
             found = hub.conversation(row, "row")
         except DataError as error:
-            if not re.search("fails on messages|does not print (this call|'w)", str(error)):
+            # The template refuses the order of roles, or it has no form for calls and their results.
+            if "fails on messages" not in str(error) and not ("tools" in row and "does not print" in str(error)):
                 raise
             continue
         encoded += 1
         last = max(number for number, message in enumerate(row["messages"]) if message["role"] == "assistant")
         rewritten = any(note.startswith(REWRITTEN) for note in found.notes)
         labels, others = (set(re.findall(r"w\d+x\d+", labelled(tokenizer, found, wanted=side))) for side in (True, False))
-        for number, message in enumerate(row["messages"]):
+        for number, message in enumerate(row["messages"][: last + 1] if rewritten else row["messages"]):
             words = set(re.findall(r"w\d+x\d+", json.dumps(message)))
             own = message["role"] == "assistant" and (number == last or not rewritten)
             assert words <= (labels if own else others), (row, found)
