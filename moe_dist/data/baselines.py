@@ -11,7 +11,7 @@ bigram's is therefore the better model.
 c(x), c(a, x) and c(a) count the modality's training labels: labels x, labels x after the token a, all labels after a.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,7 +88,7 @@ class _Scores:
     """Sums of nats over the held-out labels of one source and one modality."""
 
     def __init__(self, model: "_Ngrams", chunks: Iterator[_Labels]) -> None:
-        self._sums: Counter[tuple[str, bool]] = Counter()  # by (kind, filler)
+        self._sums: defaultdict[tuple[str, bool], float] = defaultdict(float)  # by (kind, filler)
         self._counts: Counter[bool] = Counter()  # by filler
         for labels in map(model.inside, chunks):
             for filler in (False, True):

@@ -57,7 +57,7 @@ def conversations(count: int) -> list[dict[str, Any]]:
     rows = []
     for number in range(count):
         words = iter(f"w{number}x{place}" for place in range(99))
-        messages = [{"role": "system", "content": next(words)}] if number % 4 == 1 else []
+        messages: list[dict[str, Any]] = [{"role": "system", "content": next(words)}] if number % 4 == 1 else []
         messages += [{"role": "assistant", "content": next(words)}] if number % 5 == 4 else []
         for _ in range(1 + number % 3):
             messages.append({"role": "user", "content": next(words)})
