@@ -247,11 +247,6 @@ def test_all_faults_of_a_folder_are_told_at_once(theirs: Path) -> None:
     assert len(told.value.problems) == 2
 
 
-def test_no_such_folder(tmp_path: Path) -> None:
-    with refused(DataError):
-        import_model(tmp_path / "not", tmp_path / "ours")
-
-
 def test_what_is_fine_is_taken(theirs: Path) -> None:
     """Pickles beside safetensors are not opened, a smaller tokenizer fits, and links inside the folder count as files.
     Import and export copy the tokenizer's files, including SentencePiece's."""
