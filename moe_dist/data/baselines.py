@@ -20,7 +20,7 @@ import numpy as np
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.formats.manifest import Manifest, SplitSection
 
-_CHUNK = 1 << 21  # tokens read at once
+_CHUNK = 1 << 18  # tokens read at once
 BIGRAM_PRIOR = 200.0  # gives nearly the lowest held-out loss for text and image codes of the default corpus
 
 

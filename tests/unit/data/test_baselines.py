@@ -48,7 +48,7 @@ def by_loop(kind: str, image: bool, sources: str, skip_filler: bool) -> float:
     return sum(nats) / len(nats)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 1 << 21])
+@pytest.mark.parametrize("chunk", [1, 3, 1 << 18])
 def test_against_a_loop(tmp_path: Path, make_set, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(baselines, "_CHUNK", chunk)
     manifest = make_set(tmp_path, {name: (TRAIN[name], VALID[name]) for name in "ab"}, FILLER, PROMPT)
