@@ -1,4 +1,5 @@
-"""Dispatch and combine on real ranks: values, gradients, and ledger counts that equal the closed form exactly."""
+"""Dispatch and combine on real ranks: values and gradients are right, and the ledger counts exactly the rows,
+pairs and bytes that follow from the routing (`expected_traffic`)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -118,7 +118,7 @@ def tokenizer(size: int) -> Callable[[Path], None]:
     return apply
 
 
-# test_fields.py changes the other fields of config.json.
+# Changes of the values in config.json are in test_fields.py.
 BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     "unknown family": (
         config(model_type="gpt2"),
