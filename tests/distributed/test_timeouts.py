@@ -1,7 +1,7 @@
 """Every process group of the training has the configured timeout. A new group would otherwise have torch's default.
 
-One group is excepted: the group of the thread that writes checkpoints, whose ranks wait for the slowest disk. The wait of
-the training for a save is a collective with the configured timeout.
+One group is excepted: the group of the thread that writes checkpoints, whose ranks wait for the slowest disk. When the
+training waits for a save, the watchdog counts the wait as a collective and limits it.
 """
 
 from collections.abc import Callable

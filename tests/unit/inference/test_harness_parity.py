@@ -124,7 +124,8 @@ def adapted(root: Path, form: str) -> tuple[Path, Any]:
         assert export_model(root / "adapted", root / "merged").merged
         return root / "merged", str(root / "merged")
     export_adapters(root / "adapted", root / "peft")
-    base = AutoModelForCausalLM.from_pretrained(root / "hf")  # with only a name, the harness would cut the vocabulary
+    # Given the adapter's path alone, the harness would shrink the embeddings to the tokenizer's size.
+    base = AutoModelForCausalLM.from_pretrained(root / "hf")
     return root / "hf", PeftModel.from_pretrained(base, str(root / "peft"))
 
 

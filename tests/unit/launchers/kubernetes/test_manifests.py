@@ -1,4 +1,5 @@
-"""The Kubernetes manifests of runs, by the published schemas of their kinds, and the ranks that their pods start."""
+"""Validates the manifests of runs against Kubernetes' published schemas (of a RayJob its pod templates, and its keys by
+KubeRay's reference), and checks which ranks the pods start."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The compute maps of a report show the true experts of each token at the token's place."""
+"""The compute maps of a report show each token's number of true experts (mean over the layers) at the token's place."""
 
 import base64
 import io

@@ -166,7 +166,7 @@ IN_SAVE = {"storage": 1, "optimizer": 1, "state of the device's generator": 1}  
 BALANCE_LOSS = {"step_load": 2}  # counts of the balance loss over a whole step, which a checkpoint has
 EVALUATED = {"heldout": 4}  # counts and sums over all ranks, with experts and without; MoMa's also as in training
 TIMED = {"balance": 36}  # 12 times: begin and end of a time, and the slowest rank's
-SLOWEST = {"balance": 12}  # a time of this rank; "planning" are tables, which MoMa's training needs not
+SLOWEST = {"balance": 12}  # the time of this rank
 RUNS: dict[str, tuple[dict[str, int], ...]] = {  # reads of the last evaluation and of a save, copies of the evaluation
     "adamoe_moma_small_1gpu": ({**EVALUATED, **TIMED, "split sizes": 56}, {**IN_SAVE, **BALANCE_LOSS}, SLOWEST),
     "olmoe_1b7b_8gpu": ({**EVALUATED, **TIMED, "split sizes": 56}, {**IN_SAVE, **BALANCE_LOSS}, SLOWEST),
@@ -174,7 +174,7 @@ RUNS: dict[str, tuple[dict[str, int], ...]] = {  # reads of the last evaluation 
     "moma_1b4_4t4i_32gpu": (
         {"heldout": 6, **TIMED, "split sizes": 64},
         IN_SAVE,
-        {**SLOWEST, "planning": 3},
+        {**SLOWEST, "planning": 3},  # tables of dispatch plans: MoMa's training needs none, its evaluation makes them
     ),
     "mole_llama3_8b_8gpu": ({"heldout": 2, "LoRA pairs of each expert": 4}, {**IN_SAVE, **BALANCE_LOSS}, {}),
 }
