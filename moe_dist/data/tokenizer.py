@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import ConfigError, DataError
 
 PAD, BOS, EOS, BOI, EOI = SPECIALS = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>")
+MAX_BYTES = 1 << 27  # of a tokenizer's file; the largest have 35 MB
 SMALLEST_VOCAB = len(SPECIALS) + 256
 
 
@@ -50,12 +52,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads any tokenizer of the library tokenizers. Raises DataError if the file is missing or damaged."""
+    """Reads any tokenizer of the library tokenizers. Raises DataError if the file is missing, too large or damaged."""
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
+        return Tokenizer.from_buffer(read_regular(Path(path), most_bytes=MAX_BYTES))
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception; a panic of its Rust code is no Exception
+        why = error.strerror if isinstance(error, OSError) else f"{error!s:.200}"
         raise DataError(
-            f"tokenizer {str(path)!r}: must be a tokenizer.json of Hugging Face, or one of prepare-data: {error}"
+            f"tokenizer {str(path)!r}: must be a tokenizer.json of Hugging Face, or one of prepare-data: {why}"
         ) from error
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, Field
 
-from moe_dist.config.base.section import RESERVED_MODALITIES, Count, Name, PathText, Section, Violation
+from moe_dist.config.base.section import RESERVED_MODALITIES, Count, Name, PathText, PositiveInt, Section, Violation
 from moe_dist.config.partial import draft
 from moe_dist.errors import ConfigError, DataError
 

@@ -12,10 +12,15 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=0)]
-# The upper bound makes absurd numbers an error, because memory grows with the numbers of experts, ranks and layers.
-Experts = Ranks = Layers = Annotated[int, Field(ge=1, le=1 << 20)]
+# Upper bounds make absurd numbers an error. float64 represents any integer below 2**53 exactly, and memory grows with the
+# numbers of experts, ranks and layers; see also `model_schema.MAX_EXPERTS`.
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+PositiveInt = Annotated[int, Field(gt=0, lt=1 << 53)]
+Width = Annotated[int, Field(gt=0, lt=1 << 31)]
+Experts = Ranks = Annotated[int, Field(ge=1, le=1 << 20)]
 NullExperts = Annotated[int, Field(ge=0, le=1 << 20)]
+MAX_LAYERS = 1 << 12
+Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 # Allows no path separator, quote or leading dash, because a name becomes a folder, a job name and part of shell lines.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"  # no dot, because an expert group's name is one part of dotted keys
