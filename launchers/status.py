@@ -85,7 +85,7 @@ def many_runs(runs: Sequence[RunProgress], *, width: int = WIDTH) -> RenderableT
         table.add_column(name, no_wrap=True, justify="left" if column < 2 else "right")
     table.add_column("last reason", ratio=1, overflow="ellipsis", no_wrap=True)
     for run in runs:
-        name, _, *rest = map(_plain, _row(run))
+        name, *rest = map(_plain, _row(run))
         table.add_row(name, _state(run), *rest, _plain(run.why.partition("\n")[0]))
     return table
 
@@ -95,7 +95,7 @@ def _row(run: RunProgress) -> list[str]:
     starts = str(len(run.attempts)) if run.attempts else "-"
     left = duration(run.remaining_seconds)
     name = f"{run.folder.parent.name}/{run.name}" if run.name.isdecimal() else run.name  # an array task is <name>/<task>
-    return [name, run.state.value, _steps(run), rate, left, _checkpoint(run), starts]
+    return [name, _steps(run), rate, left, _checkpoint(run), starts]
 
 
 def one_run(run: RunProgress) -> RenderableType:

@@ -21,9 +21,8 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.monitor.report.replayed_counts import capped, replay, without_nulls
-from moe_dist.monitor.report.routing import Routing, group_of_modality
-from moe_dist.placement.placement import ExpertGroup
-from moe_dist.plan.answers import answers, hot_expert, modality_answer, picture
+from moe_dist.monitor.report.routing import Routing, group_of_modality, model_shape
+from moe_dist.plan.answers import answers, best_of_each, hot_expert, modality_answer, picture
 from moe_dist.plan.estimate import Estimate, LayoutEstimator
 from moe_dist.plan.layouts import Placements, gpu_counts, layouts
 from moe_dist.plan.memory import ITEMSIZE
@@ -115,9 +114,9 @@ def main(options: PlanOptions) -> None:
     for sentence in filter(None, says):
         console.print(f"- {sentence}", markup=False, soft_wrap=not console.is_terminal)
     write_plan(best.config, options.out)
-    shown = best_of_each(ranked, counts) if len(counts) > 1 else unlike(ranked)
+    unlike = best_of_each(ranked, lambda e: (e.config.parallel.ep, e.config.placement.policy, e.config.parallel.recompute))
     title = f"{config.run.name}: seconds of a step on {rates.card} ({rates.machine})"
-    write_atomically(options.out.with_suffix(".svg"), picture(shown, title).encode())
+    write_atomically(options.out.with_suffix(".svg"), picture(shown_of(ranked, unlike), title).encode())
     start = _launch(best.config, options.out, rates.ranks_per_node)
     print_done(f"{options.out}, {options.out.with_suffix('.svg')}; {start}")
 
@@ -266,10 +265,8 @@ def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> 
     heads = ("EP", "placement", "rows a token and layer", "bytes a token", "between nodes", "once", "dropped pairs")
     for head in (*heads, "busiest rank / mean", "s a step"):
         table.add_column(head, justify="left" if head == "placement" else "right")
-    best: dict[tuple[tuple[int, ...], ...], Estimate] = {}
-    for each in ranked:
-        best.setdefault(each.placement.slots, each)
-    for each in sorted(best.values(), key=lambda e: e.config.parallel.ep):
+    best = best_of_each(ranked, lambda each: each.placement.slots)
+    for each in sorted(best, key=lambda e: e.config.parallel.ep):
         model, parallel = each.config.model, each.config.parallel
         found = replay(
             tokens.ids_TLK,
@@ -289,14 +286,6 @@ def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> 
     Console(width=None if Console().is_terminal else 200, highlight=False).print(table)
 
 
-def model_shape(groups: Sequence[ExpertGroup], layers: Sequence[int]) -> str:
-    """Returns layers and groups of a model as text for an error message."""
-    each = (
-        f"{g.name}: top {g.top_k} of {g.num_experts} + {g.num_columns - g.num_experts}, width {g.ffn_dim}" for g in groups
-    )
-    return f"{len(layers)} MoE layers ({'; '.join(each)})"
-
-
 def solved_slots(load_LE: np.ndarray, ep: int) -> tuple[tuple[int, ...], ...]:
     """Returns each rank's experts by the placement solver, equally many for each rank."""
     slots_R = np.full(ep, -(-load_LE.shape[1] // ep))
@@ -308,19 +297,10 @@ def cost(each: Estimate, price: float | None) -> float:
     return (each.gpus if price is not None else 1) / each.tokens_per_second
 
 
-def best_of_each(ranked: Sequence[Estimate], counts: Sequence[int]) -> list[Estimate]:
-    """Returns the best layout of each number of GPUs that has a layout."""
-    found = (next((each for each in ranked if each.gpus == count), None) for count in counts)
-    return [each for each in found if each is not None]
-
-
-def unlike(ranked: Sequence[Estimate]) -> list[Estimate]:
-    """Returns the best layout of each EP size, placement and kind of recomputation, at most `SHOWN` layouts."""
-    best: dict[tuple[int, str, str], Estimate] = {}
-    for each in ranked:
-        parallel = each.config.parallel
-        best.setdefault((parallel.ep, each.config.placement.policy, parallel.recompute), each)
-    return list(best.values())[:SHOWN]
+def shown_of(ranked: Sequence[Estimate], one: Sequence[Estimate]) -> list[Estimate]:
+    """Returns the best layout of each number of GPUs; with one number of GPUs the first `SHOWN` layouts of `one`."""
+    each_number = best_of_each(ranked, lambda each: each.gpus)
+    return sorted(each_number, key=lambda each: each.gpus) if len(each_number) > 1 else list(one[:SHOWN])
 
 
 def no_layout(config: Config, counts: Sequence[int], every: Sequence[Estimate], most: float) -> ConfigError:
@@ -361,8 +341,6 @@ WIDE = 120  # terminal width from which on all table columns fit
 
 def print_plan(ranked: Sequence[Estimate], best: Estimate, count: int, rates: Rates, options: PlanOptions) -> None:
     """Prints the best layouts, or with a range the best layout of each number of GPUs, and the numbers' sources."""
-    counts = sorted({each.gpus for each in ranked})
-    shown = best_of_each(ranked, counts) if len(counts) > 1 else ranked[:SHOWN]
     where = "the trace" if options.trace is not None else "expectations of the configuration under uniform routing"
     table = Table(
         title=f"{best.config.run.name}: {count} layouts, {len(ranked)} fit", title_justify="left", caption_justify="left"
@@ -386,7 +364,7 @@ def print_plan(ranked: Sequence[Estimate], best: Estimate, count: int, rates: Ra
             table.add_column(head)
         else:
             table.add_column(head, justify="right", max_width=widest)
-    for each in shown:
+    for each in shown_of(ranked, ranked):
         table.add_row(*(cell(each) for cell in columns.values()), style="bold" if each is best else None)
     console.print(table)
 

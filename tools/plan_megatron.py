@@ -20,6 +20,7 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan import flops
+from moe_dist.plan.answers import best_of_each
 from moe_dist.plan.estimate import LIBRARIES, SLACK
 from moe_dist.plan.layouts import Placements
 from moe_dist.plan.memory import FP32
@@ -144,11 +145,12 @@ def _print(config: Config, fitting: Sequence[PipelineLayout], count: int) -> Non
     )
     for head in ("GPUs", "layout", "idle", "parameters", "GB of memory", "PFLOPs"):
         table.add_column(head, justify="left" if head == "layout" else "right")
-    shown: dict[tuple[int, int, int], PipelineLayout] = {}
-    for each in fitting:
+
+    def degrees(each: PipelineLayout) -> tuple[int, int, int]:
         engine: Any = each.config.engine
-        shown.setdefault((each.gpus, engine.tp, engine.pp), each)
-    for each in list(shown.values())[:SHOWN]:
+        return each.gpus, engine.tp, engine.pp
+
+    for each in best_of_each(fitting, degrees)[:SHOWN]:
         sizes = (f"{each.parameters / 1e9:.3f} G", f"{each.memory / 1e9:.3g}", f"{each.flops / 1e15:.3g}")
         style = "bold" if each is fitting[0] else None
         table.add_row(str(each.gpus), _name(each.config), f"{each.idle:.1%}", *sizes, style=style)

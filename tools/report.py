@@ -33,6 +33,7 @@ from moe_dist.monitor.report.routing import (
     frames_of_trace,
     last_tokens,
     merged,
+    model_shape,
     total,
 )
 from moe_dist.monitor.trace.foreign import READERS, read_foreign
@@ -77,8 +78,8 @@ def main(options: ReportOptions) -> None:
         against = open_routing(options.against, options.data, options.experts, option="--against")
     if against is not None and (against.groups, against.layers) != (routing.groups, routing.layers):
         raise ConfigError(
-            f"--against {options.against}: it has {_shape(against.groups, against.layers)}, but {options.path} has "
-            f"{_shape(routing.groups, routing.layers)}; compare runs of the same model"
+            f"--against {options.against}: it has {model_shape(against.groups, against.layers)}, but {options.path} has "
+            f"{model_shape(routing.groups, routing.layers)}; compare runs of the same model"
         )
     layouts = list(_layouts(routing, sizes))
     if options.placement is not None:
@@ -206,8 +207,8 @@ def _of_run(path: Path, data: Path | None) -> Routing:
         trace, manifest = opened[place]
         if (manifest.groups, manifest.layers) != (groups, layers):
             raise DataError(
-                f"{place}/*/{MANIFEST}: groups and layers are {_shape(manifest.groups, manifest.layers)}, but "
-                f"{folder.config_yaml} describes {_shape(groups, layers)}; remove the trace of the other model"
+                f"{place}/*/{MANIFEST}: groups and layers are {model_shape(manifest.groups, manifest.layers)}, but "
+                f"{folder.config_yaml} describes {model_shape(groups, layers)}; remove the trace of the other model"
             )
     modalities = tuple(name for group in groups for name in group.modalities)
     routing = Routing(
@@ -334,11 +335,6 @@ def _names(configuration: Any, data: Path | None, tokenizer_json: str | None = N
         return codes[token - first] if codes is not None and first <= token < min(end, first + len(codes)) else None
 
     return {"name_of": name_of, "picture_of": picture_of, "grid": manifest.image.grid if manifest.image else (0, 0)}
-
-
-def _shape(groups: Sequence[ExpertGroup], layers: Sequence[int]) -> str:
-    names = ", ".join(f"{g.name} {g.num_experts} + {g.num_columns - g.num_experts}, top {g.top_k}" for g in groups)
-    return f"{len(layers)} MoE layers of {names}"
 
 
 if __name__ == "__main__":

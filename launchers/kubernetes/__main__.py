@@ -58,6 +58,8 @@ def manifests(config_path: Path, overrides: Sequence[str], *, cluster: str | Non
         ConfigError: configuration or cluster file is invalid, or the pods could not reach a folder of the run.
     """
     site, file = load_cluster(cluster, os.environ), cluster_file(cluster, os.environ)
+    if file is None:
+        raise ConfigError(f"--cluster is missing; give --cluster FILE, a YAML file with `{EXAMPLE}`", see=GUIDE)
     layout = layout_of_file(config_path, overrides)
     config, plan = layout.config, plan_job(layout, site)
     problems = problems_of(config, plan, site)
@@ -65,12 +67,10 @@ def manifests(config_path: Path, overrides: Sequence[str], *, cluster: str | Non
         problems.append("prelude: KubeRay starts pods without a shell; put these lines into the image, or take --kind job")
     if problems:
         raise ConfigError(problems, see=GUIDE)
-    files, arguments = {"config.yaml": find_config(config_path).read_text()}, [f"{FILES}/config.yaml", *overrides]
-    if file is not None:
-        files["cluster.yaml"] = file.read_text()
-        arguments.append(f"--cluster={FILES}/cluster.yaml")
+    files = {"config.yaml": find_config(config_path).read_text(), "cluster.yaml": file.read_text()}
+    arguments = (f"{FILES}/config.yaml", *overrides, f"--cluster={FILES}/cluster.yaml")
     parts = parts_of(plan, ep=config.parallel.ep, domains=site.domain_nodes is not None)
-    made = Manifests(config.run.name, plan, parts, site, files, tuple(arguments))
+    made = Manifests(config.run.name, plan, parts, site, files, arguments)
     print(plan.table(), file=sys.stderr)
     return made.jobs() if kind is Kind.JOB else made.ray_job()
 
@@ -79,10 +79,7 @@ def problems_of(config: Config, plan: JobPlan, site: Cluster) -> list[str]:
     """Returns the reasons why pods could not run the plan; empty if they can."""
     here, problems = site.kubernetes, relative_paths(config)
     if here.image is None:
-        problems.append(
-            "kubernetes.image=null: must name a container image with moe_dist; set it in the cluster file, which "
-            f"--cluster FILE names, as in `{EXAMPLE}`"
-        )
+        problems.append("kubernetes.image=null: must name a container image with moe_dist; set it in the cluster file")
     absolute = {key: path for key, path in paths_of(config).items() if path.startswith("/")}
     claims = ", ".join(here.claims.values()) or "none"
     problems += [

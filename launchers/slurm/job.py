@@ -161,7 +161,8 @@ def _begin(job: SlurmJob, folder: RunFolder, path: Path, step: int) -> list[Atte
 
 
 def _ranks_file(path: Path, restarts: int) -> Path:
-    """Returns the path of the file with the ranks on each host of an attempt, beside the job's file of attempts."""
+    """Returns the path of the JSON file that lists the ranks on each host in one attempt. `path` is the job's file of
+    attempts, in the same folder."""
     return path.with_name(f"{path.stem}_{restarts}_ranks.json")
 
 

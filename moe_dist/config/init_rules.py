@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from moe_dist.config.base.section import Violation, WholeConfig
 from moe_dist.config.model_schema import GroupSection
-from moe_dist.config.split_experts_rule import split_experts_violations
+from moe_dist.config.split_experts_rule import old_moe, split_experts_violations
 from moe_dist.config.split_rule import split_violations
 
 KEY = "run.init_rules"
@@ -49,6 +49,13 @@ def init_violations(config: WholeConfig) -> Iterator[Violation]:
         if rule in rules and len(set(rules)) > 1:
             yield Violation((KEY,), f"{KEY}={list(rules)}: {why}; remove the other rules")
         elif rule in rules:
+            experts = config.model.moe.experts
+            if experts.num_biases(1, 1):
+                problem = (
+                    f"{KEY}: {rule}: experts of kind={experts.kind} have a bias of their output, which each part would "
+                    "add; take model.moe.experts.kind=ffn, or remove the rule"
+                )
+                yield Violation((KEY, "model.moe.experts.kind"), problem)
             yield from check(config)
     if "copy_nulls" in rules:
         yield from _copy_violations(config)
@@ -101,9 +108,8 @@ def source_problems(config: WholeConfig, source: Mapping[str, object]) -> list[s
     Only outputs in evaluation must be equal, so capacity and auxiliary losses, which act only in training, do not count.
     """
     here = config.model.moe
-    model = source.get("model")
-    moe = model.get("moe") if isinstance(model, Mapping) else None
-    router, groups = (moe.get("router"), moe.get("groups")) if isinstance(moe, Mapping) else (None, None)
+    moe = old_moe(source)
+    router, groups = moe.get("router"), moe.get("groups")
     if not isinstance(router, Mapping) or not isinstance(groups, Mapping):
         return ["the checkpoint does not say by which router it was trained (model.moe in its state.json)"]
     if not here.router.softmax_top_k or router.get("kind") != here.router.kind:

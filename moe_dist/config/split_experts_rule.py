@@ -25,13 +25,6 @@ def split_experts_violations(config: WholeConfig) -> Iterator[Violation]:
             "kind=group_limited with n_group=topk_group"
         )
         yield Violation(("run.init_rules", ROUTER), problem)
-    experts = config.model.moe.experts
-    if experts.num_biases(1, 1):
-        problem = (
-            f"{rule}: experts of kind={experts.kind} have a bias of their output, which each part would add; take "
-            "model.moe.experts.kind=ffn, or remove the rule"
-        )
-        yield Violation(("run.init_rules", "model.moe.experts.kind"), problem)
     for name, group in config.model.moe.groups.items():
         if group.num_zero_computation:
             key = f"model.moe.groups.{name}"
@@ -107,12 +100,12 @@ def _group_problems(name: str, group: GroupSection, old: Mapping[str, int], part
 
 
 def _old_router(source: Mapping[str, object]) -> dict[str, object]:
-    found = _old_moe(source).get("router")
+    found = old_moe(source).get("router")
     return dict(found) if isinstance(found, Mapping) else {}
 
 
 def _old_groups(source: Mapping[str, object]) -> dict[str, dict[str, int]]:
-    groups = _old_moe(source).get("groups")
+    groups = old_moe(source).get("groups")
     found = groups.items() if isinstance(groups, Mapping) else ()
     return {
         name: {field: value for field, value in old.items() if isinstance(value, int)}
@@ -121,7 +114,8 @@ def _old_groups(source: Mapping[str, object]) -> dict[str, dict[str, int]]:
     }
 
 
-def _old_moe(source: Mapping[str, object]) -> Mapping[str, object]:
+def old_moe(source: Mapping[str, object]) -> Mapping[str, object]:
+    """Returns `model.moe` of a checkpoint's configuration; empty if it is missing."""
     model = source.get("model")
     moe = model.get("moe") if isinstance(model, Mapping) else None
     return moe if isinstance(moe, Mapping) else {}

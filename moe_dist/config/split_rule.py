@@ -17,13 +17,6 @@ def split_violations(config: WholeConfig) -> Iterator[Violation]:
     """Yields the reasons why a split model would not compute the dense model's function at step 0, as far as the
     configuration tells."""
     router, rule = config.model.moe.router, "run.init_rules: split"
-    experts = config.model.moe.experts
-    if experts.num_biases(1, 1):
-        problem = (
-            f"{rule}: experts of kind={experts.kind} have a bias of their output, which each part would add; take "
-            "model.moe.experts.kind=ffn, or remove the rule"
-        )
-        yield Violation(("run.init_rules", "model.moe.experts.kind"), problem)
     for name, group in config.model.moe.groups.items():
         key = f"model.moe.groups.{name}"
         if group.top_k < group.num_experts:

@@ -84,6 +84,8 @@ class HubTokenizer:
         found.backend_tokenizer.no_padding()
         self._tokenizer = found
         self._template = None if template is None else _read(Path(template))
+        self._templates: dict[bool, tuple[str, bool]] = {}
+        self._specials: dict[str, Any] = found.special_tokens_map
         self._render_template: Any = render_jinja_template
         self._added = {str(token) for token in found.added_tokens_decoder.values()}
         self._turns = turns
@@ -112,16 +114,12 @@ class HubTokenizer:
             DataError: the conversation is malformed, has no text of an assistant, or the template fails on it.
         """
         messages, tools = _checked_messages(row, where), _checked_tools(row, where)
-        try:
-            template = self._tokenizer.get_chat_template(self._template, tools)
-        except ValueError as error:
-            problem = f"{self._named}: has no chat template for this ({where}); pass one with --chat-template FILE"
-            raise ConfigError(problem, see=GUIDE) from error
+        template, is_marked = self._template_for(tools, where)
         finder = TurnFinder(partial(self._rendered, template, tools), self._added)
         try:
-            if _MARKS.search(template):
+            if is_marked:
                 text, spans = self._marked(template, tools, messages)
-                found = marked_turns(text, spans, finder)
+                found = marked_turns(messages, text, spans, finder)
             else:
                 found = rendered_turns(messages, finder, self._turns)
         except UntoldTurnError as error:
@@ -151,10 +149,22 @@ class HubTokenizer:
                 "nothing can be learned; add an assistant's answer, or remove the row"
             )
             raise DataError(problem, see=GUIDE)
-        notes = check_losses(messages, tools, found[-1].text, where)
+        notes = check_losses(found[-1].messages, tools, found[-1].text, where)
         return Conversation(
             tuple(documents), tuple(dict.fromkeys([*(note for each in found for note in each.notes), *notes]))
         )
+
+    def _template_for(self, tools: Any, where: str) -> tuple[str, bool]:
+        """Returns the chat template, and whether it has {% generation %} blocks. Some tokenizers have one for tools."""
+        with_tools = tools is not None
+        if with_tools not in self._templates:
+            try:
+                template = self._tokenizer.get_chat_template(self._template, tools)
+            except ValueError as error:
+                problem = f"{self._named}: has no chat template for this ({where}); pass one with --chat-template FILE"
+                raise ConfigError(problem, see=GUIDE) from error
+            self._templates[with_tools] = template, _MARKS.search(template) is not None
+        return self._templates[with_tools]
 
     def _document(self, rendered: Rendered) -> Document:
         """Encodes a text. A token is a label if it covers a character of a span, as in transformers."""
@@ -174,13 +184,13 @@ class HubTokenizer:
             tools,
             chat_template=template,
             return_assistant_tokens_mask=True,
-            **self._tokenizer.special_tokens_map,
+            **self._specials,
         )
         return texts[0], spans[0]
 
     def _rendered(self, template: str, tools: Any, messages: Messages, *, prompt: bool = False) -> str:
         texts, _ = self._render_template(
-            [messages], tools, chat_template=template, add_generation_prompt=prompt, **self._tokenizer.special_tokens_map
+            [messages], tools, chat_template=template, add_generation_prompt=prompt, **self._specials
         )
         return texts[0]
 

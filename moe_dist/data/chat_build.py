@@ -15,7 +15,7 @@ from moe_dist.data.families import hold_out, join
 from moe_dist.data.picture_coding import Document
 from moe_dist.data.tables import holds_table, raw_rows
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection, write_manifest
+from moe_dist.formats.manifest import Manifest, SourceSection, write_manifest
 from moe_dist.runtime.progress import Report
 
 NAMED = 10  # number of bad rows that an error names
@@ -56,7 +56,12 @@ def build_chat(
     for source, path in {**inputs, **texts}.items():
         rows = _SourceRows(source, Path(path), recipe, report, skip)
         files = rows.encoded(hub, parts, licence)
-        splits = _splits(folder, source, files, modalities, recipe)
+        splits = {
+            side: write_split(
+                folder, f"{source}_{side}", _documents(files, chosen), modalities=modalities, with_filler=False
+            )
+            for side, chosen in rows.sides().items()
+        }
         assert splits["train"] is not None  # `hold_out` keeps training data
         sources[source] = SourceSection(train=splits["train"], valid=splits["valid"], licence=licence)
         notes += rows.notes()
@@ -82,43 +87,54 @@ class _SourceRows:
     def __init__(self, source: str, path: Path, recipe: Recipe, report: Report, skip: Skip) -> None:
         self._source, self._path, self._recipe, self._report, self._skip = source, path, recipe, report, skip
         self._bytes = path.stat().st_size if path.is_file() and not holds_table(path) else 0
-        self._done, self._documents = 0, 0
+        self._option, self._done = "--messages" if source == MESSAGES else "text", 0
+        self._sizes: list[np.ndarray] = []
+        self._families: list[bytes] = []
         self._bad: list[str] = []
-        self._notes: dict[str, list[str]] = {}  # places of rows by warning
+        self._notes: dict[str, tuple[int, str]] = {}  # number of rows, and the place of the first, by warning
 
     def encoded(self, hub: HubTokenizer, parts: Path, licence: str) -> list[Path]:
         """Returns the files of encoded rows."""
         self._report(f"encode {self._source}", 0, self._bytes or 1)
-        encode, rows = self._rows(licence)
-        files = write_parts(parts, self._source, rows, encode, hub, self._count)
+        files = write_parts(parts, self._source, *self._rows(licence), hub, self._count)
         if self._bad and not self._recipe.skip_bad:
             self._refuse()
         if not files:
-            example = "conversations" if self._source == MESSAGES else "texts"
-            raise ConfigError(f"--{self._source} {self._path}: holds no row; it needs {example}, one in a line")
-        if not self._documents:
+            rows = "conversations" if self._source == MESSAGES else "texts"
+            raise ConfigError(f"{self._option} {self._path}: holds no row; it needs {rows}, one in a line")
+        if not self._families:
             raise DataError([f"{self._path}: no row is left", *self._bad[:NAMED]])
         self._report(f"encode {self._source}", self._bytes or 1, self._bytes or 1)
         return files
 
+    def sides(self) -> dict[str, np.ndarray]:
+        """Returns which of the encoded documents are on each side of the split."""
+        sizes, seed = np.concatenate(self._sizes), self._recipe.seed
+        held_out = hold_out(join(self._families), sizes, fraction=self._recipe.val_fraction, seed=seed)
+        return {"train": ~held_out, "valid": held_out}
+
     def notes(self) -> list[str]:
+        """Returns each warning once, with the number of its rows and the place of the first."""
         return [
-            f"{self._source}: {len(places):,} rows: {note} (the first: {places[0]})" for note, places in self._notes.items()
+            f"{self._source}: {count:,} {'rows' if count > 1 else 'row'}: {note} (the first: {first})"
+            for note, (count, first) in self._notes.items()
         ]
 
-    def _rows(self, licence: str) -> tuple[Callable[..., Encoded], Iterable[Row]]:
+    def _rows(self, licence: str) -> tuple[Iterable[Row], Callable[..., Encoded]]:
         if self._source == MESSAGES:
-            return encode_conversation, raw_rows("--messages", self._path)
+            return raw_rows(self._option, self._path), encode_conversation
         if self._path.is_file() or (self._path.exists() and holds_table(self._path)):
-            return encode_text, raw_rows("text", self._path)
+            return raw_rows(self._option, self._path), encode_text
         items = text_files(self._source, self._path, licence, self._skip).items
-        return encode_text, ((item.key, {"text": item.content}) for item in items)
+        return ((item.key, {"text": item.content}) for item in items), encode_text
 
     def _count(self, size: int, part: Part) -> None:
         self._done += size
-        self._documents += len(part.lengths_D)
+        self._sizes.append(part.lengths_D)
+        self._families += [family.tobytes() for family in part.families_D]
         for note, place in part.notes:
-            self._notes.setdefault(note, []).append(place)
+            count, first = self._notes.get(note, (0, place))
+            self._notes[note] = count + 1, first
         self._bad += part.bad
         if self._recipe.skip_bad:
             for problem in part.bad:
@@ -131,22 +147,6 @@ class _SourceRows:
     def _refuse(self) -> None:
         *others, last = self._bad[:NAMED]
         raise DataError([*others, f"{last}; or leave out all such rows with --skip-bad"])
-
-
-def _splits(
-    folder: Path, source: str, files: list[Path], modalities: Mapping[str, tuple[tuple[int, int], ...]], recipe: Recipe
-) -> dict[str, SplitSection | None]:
-    """Writes the two sides of a source. Reads the files of encoded rows three times."""
-    sizes: list[np.ndarray] = []
-    families: list[bytes] = []
-    for part in map(Part.load, files):
-        sizes.append(part.lengths_D)
-        families += [family.tobytes() for family in part.families_D]
-    held_out = hold_out(join(families), np.concatenate(sizes), fraction=recipe.val_fraction, seed=recipe.seed)
-    return {
-        side: write_split(folder, f"{source}_{side}", _documents(files, chosen), modalities=modalities, with_filler=False)
-        for side, chosen in (("train", ~held_out), ("valid", held_out))
-    }
 
 
 def _documents(files: list[Path], chosen_D: np.ndarray) -> Iterator[Document]:

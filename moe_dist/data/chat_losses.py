@@ -6,6 +6,7 @@ compared.
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from moe_dist.data.chat_masks import Messages
@@ -79,8 +80,18 @@ def _problems(message: dict[str, Any], printed: _Printed) -> Iterator[tuple[str,
         if isinstance(arguments, str) and any(printed.has(form) for form in _twice(arguments)):
             key = f"tool_calls.{at}.function.arguments"
             yield key, "encodes this text of JSON a second time", "write the arguments as an object"
-        if not printed.has(function.get("name")):
+        if not all(map(printed.has, [function.get("name"), *_strings(arguments)])):
             yield f"tool_calls.{at}", "does not print this call", "remove the row, or use a template with tool calls"
+
+
+def _strings(arguments: Any) -> Iterator[str]:
+    """Yields the texts in a call's arguments. The function's name alone proves nothing, because the tools have it, too."""
+    if isinstance(arguments, str):
+        with suppress(ValueError):
+            arguments = json.loads(arguments)
+    for value in arguments.values() if isinstance(arguments, dict) else [arguments]:
+        if isinstance(value, str):
+            yield value
 
 
 def _twice(arguments: str) -> list[str]:

@@ -172,11 +172,14 @@ def _alone(child: Any, row: Row) -> Part:
 
 
 def _joined(parts: Sequence[Part]) -> Part:
-    arrays = (
-        np.concatenate([getattr(part, key) for part in parts])
-        for key in ("lengths_D", "tokens_T", "prompt_T", "families_D")
+    return Part(
+        lengths_D=np.concatenate([part.lengths_D for part in parts]),
+        tokens_T=np.concatenate([part.tokens_T for part in parts]),
+        prompt_T=np.concatenate([part.prompt_T for part in parts]),
+        families_D=np.concatenate([part.families_D for part in parts]),
+        bad=[each for part in parts for each in part.bad],
+        notes=[each for part in parts for each in part.notes],
     )
-    return Part(*arrays, [each for part in parts for each in part.bad], [each for part in parts for each in part.notes])
 
 
 def _encoded(hub: HubTokenizer, encode: Callable[..., Encoded], batch: Sequence[Row]) -> Part:

@@ -6,7 +6,7 @@ the last turn is trained, or each turn in a text of its own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from moe_dist.data.chat_masks import Messages, Span, TurnFinder
@@ -27,10 +27,12 @@ class Rendered:
     """A conversation, or its beginning, as text.
 
     Attributes:
+        messages: The messages of the text.
         spans: Characters that are labels; in rising order.
         notes: Warnings to the user.
     """
 
+    messages: Messages
     text: str
     spans: Sequence[Span]
     notes: tuple[str, ...] = ()
@@ -44,10 +46,10 @@ class UntoldTurnError(Exception):
         self.number = number
 
 
-def marked_turns(text: str, spans: Sequence[Span], finder: TurnFinder) -> list[Rendered]:
+def marked_turns(messages: Messages, text: str, spans: Sequence[Span], finder: TurnFinder) -> list[Rendered]:
     """Returns the text of a template whose {% generation %} blocks write `spans`; an empty list without spans."""
     stops = any(finder.stops(text[first:last]) for first, last in spans)
-    return [Rendered(text, spans, () if stops else (NO_STOP,))] if spans else []
+    return [Rendered(messages, text, spans, () if stops else (NO_STOP,))] if spans else []
 
 
 def rendered_turns(messages: Messages, finder: TurnFinder, turns: Turns) -> list[Rendered]:
@@ -71,7 +73,7 @@ def rendered_turns(messages: Messages, finder: TurnFinder, turns: Turns) -> list
         if span is None:
             raise UntoldTurnError(number)
         one = _stopped(text, [span], part, finder)
-        texts.append(Rendered(one.text, one.spans, (f"{REWRITTEN}; --turns {turns} applies", *one.notes)))
+        texts.append(replace(one, notes=(f"{REWRITTEN}; --turns {turns} applies", *one.notes)))
     return texts
 
 
@@ -79,8 +81,8 @@ def _stopped(text: str, spans: list[Span], messages: Messages, finder: TurnFinde
     """Adds the token that ends the last turn, if the template leaves it to the next message."""
     first, last = spans[-1]
     if finder.stops(text[first:last]):
-        return Rendered(text, spans)
+        return Rendered(messages, text, spans)
     stop = finder.stop_after(text, messages) if last == len(text) else ""
     if not stop:
-        return Rendered(text, spans, (NO_STOP,))
-    return Rendered(text + stop, [*spans[:-1], (first, last + len(stop))])
+        return Rendered(messages, text, spans, (NO_STOP,))
+    return Rendered(messages, text + stop, [*spans[:-1], (first, last + len(stop))])

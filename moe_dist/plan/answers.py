@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 
@@ -22,16 +23,21 @@ WORDS = {
 }
 
 
+def best_of_each(ranked: Sequence[Any], key: Callable[[Any], object]) -> list[Any]:
+    """Returns the first of the layouts `ranked` for each value of `key`."""
+    best: dict[object, Any] = {}
+    for each in ranked:
+        best.setdefault(key(each), each)
+    return list(best.values())
+
+
 def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterator[str]:
     """Yields sentences that compare the best layout with the best layouts under other choices, such as another EP size, on
     equally many GPUs."""
-    same = [each for each in fitting if each.gpus == best.gpus]
+    same = sorted((each for each in fitting if each.gpus == best.gpus), key=lambda each: each.seconds)
 
     def rivals(choice: Callable[[Estimate], object]) -> list[Estimate]:
-        found: dict[object, Estimate] = {}
-        for each in sorted(same, key=lambda e: e.seconds):
-            found.setdefault(choice(each), each)
-        return [each for value, each in found.items() if value != choice(best)]
+        return [each for each in best_of_each(same, choice) if choice(each) != choice(best)]
 
     for each in sorted(rivals(lambda e: e.config.parallel.ep), key=lambda e: e.config.parallel.ep):
         ep = each.config.parallel.ep

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from moe_dist.config.parallel.section import InterleavedSection, PinnedSection
 from moe_dist.errors import ConfigError
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement, group_shares
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import make_placement
+from moe_dist.plan.rows import Expected, Wire
 
 _SAME = 1e-9  # relative difference below which two plans are equal
 
@@ -58,13 +59,9 @@ def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, n
     - 1) / R.
     """
     ranks = placement.num_ranks
-    load, remote = [0.0] * ranks, [0.0] * ranks
-    for group, share in zip(placement.groups, group_shares(placement.groups, token_mix), strict=True):
-        for rank in range(ranks):
-            here = len(placement.local_experts(rank, group))
-            load[rank] += share * group.expected_experts_per_token * here / group.num_experts * group.ffn_dim
-            remote[rank] += share * group.reached(here) * (ranks - 1) / ranks
-    return PlacementCosts(name, placement, tuple(load), tuple(remote))
+    expected = Expected(token_mix).load(placement, Wire(ranks), tokens=1, layers=1)
+    load_R, rows_R = expected.work[0, 0] / ranks, expected.rows[0, 0] / ranks
+    return PlacementCosts(name, placement, tuple(load_R.tolist()), tuple((rows_R * (ranks - 1) / ranks).tolist()))
 
 
 def compare(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> PlanComparison:

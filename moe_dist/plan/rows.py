@@ -59,7 +59,7 @@ class Wire:
 
 
 class Expected:
-    """Loads under uniform routing, as in `moe_dist.plan.planner`."""
+    """Loads under uniform routing, which `moe_dist.plan.planner` compares by placement."""
 
     mark: Mark = "extrapolated"
 

@@ -66,6 +66,12 @@ class Stage:
         return [ending.verdict for ending in self.run.read_status().attempts]
 
 
+def up(stage: Stage, job: SlurmJob, *, attempt: int = 0) -> None:
+    there = [stage.run.log_of(rank) for rank in range(4)]
+    words = f"attempt {attempt}: rank"
+    job.wait_for(lambda: all(log.exists() and words in log.read_text() for log in there), "up on all ranks")
+
+
 @pytest.fixture
 def stage(slurm: SlurmCluster, tmp_path: Path, tiny_data: Path) -> Stage:
     return Stage(slurm, tmp_path, tiny_data)
@@ -189,17 +195,12 @@ def test_a_rank_that_diverges_while_its_peers_are_killed_gives_the_code_and_spea
 
 def test_a_job_that_was_cancelled_saves_and_stays_away(stage: Stage) -> None:
     job = stage.launch("wait+2")
-    job.wait_for(lambda: all("is here" in log.read_text() for log in logs(stage.run)), "up on all ranks")
+    up(stage, job)
     job.cancel()
     job.wait_for(lambda: "verdict 75" in job.said, "concluded")
     assert "Slurm is ending the job (COMPLETING) for good; continue it with: sbatch " in job.said
     assert (job.field("JobState"), job.field("Restarts")) == ("CANCELLED", "0")
     assert stage.verdicts() == [75]
-
-
-def logs(run: RunFolder) -> list[Path]:
-    found = [run.log_of(rank) for rank in range(4)]
-    return found if all(log.exists() for log in found) else [Path("/dev/null")]
 
 
 def test_where_requeueing_is_refused_the_command_is_printed(stage: Stage) -> None:
@@ -276,7 +277,7 @@ def test_a_rank_whose_node_is_another_than_planned_ends_the_job_with_69(stage: S
 def test_a_dependency_waits_for_the_job_before_it(stage: Stage) -> None:
     first = stage.launch("wait")
     second = stage.launch("done", f"--dependency=afterany:{first.number}", "run.name=after")
-    first.wait_for(lambda: all("is here" in log.read_text() for log in logs(stage.run)), "up on all ranks")
+    up(stage, first)
     assert (second.field("JobState"), second.field("Reason")) == ("PENDING", "Dependency")
     first.cancel()
     assert second.end() == 0, second.said
@@ -308,12 +309,6 @@ def test_our_submission_inside_a_job_starts_a_job_of_its_own(stage: Stage) -> No
     found = SlurmJob(stage.cluster, number, stage.run.path / "slurm" / f"slurm-{number}.out")
     assert found.end() == 0, found.said
     assert [each.attempt_id for each in stage.run.read_status().attempts] == [f"slurm-ci-{number}-0"]
-
-
-def up(stage: Stage, job: SlurmJob, *, attempt: int = 0) -> None:
-    there = [stage.run.log_of(rank) for rank in range(4)]
-    words = f"attempt {attempt}: rank"
-    job.wait_for(lambda: all(log.exists() and words in log.read_text() for log in there), "up on all ranks")
 
 
 def test_a_requeued_job_leaves_out_a_node_at_fault_unless_it_needs_all_nodes(
@@ -361,7 +356,7 @@ def test_environment_modules_as_a_prelude(stage: Stage, tmp_path: Path) -> None:
     show = "import os, sys; print('speed', os.environ['FABRIC_SPEED'], os.environ['PATH'].split(':')[0], file=sys.stderr)"
     job = stage.cluster.launch(str(stage.config), f"--cluster={stage.site}", f"--program={shlex.join(['-c', show])}")
     assert job.end() == 0, job.said
-    assert ["speed 400 /opt/fabric/bin" in log.read_text() for log in logs(stage.run)] == [True] * 4
+    assert ["speed 400 /opt/fabric/bin" in stage.run.log_of(rank).read_text() for rank in range(4)] == [True] * 4
 
     stage.set_site(prelude=[*lines, "module load none-such"])
     broken = stage.launch("done", "run.name=broken")
@@ -404,7 +399,7 @@ def test_a_container_passes_on_environment_signals_and_exit_code(stage: Stage, t
     assert re.search(ASKED[kind].replace("FOLDER", str(shown.path)), job.said + shown.log_of(1).read_text())
 
     waiting = stage.launch("wait+1 done", **path)
-    waiting.wait_for(lambda: all("is here" in log.read_text() for log in logs(stage.run)), "up on all ranks")
+    up(stage, waiting)
     stage.cluster.run("scancel", "--signal=USR2", waiting.number)
     assert waiting.end() == 0, waiting.said
     assert stage.verdicts() == [75, 0]

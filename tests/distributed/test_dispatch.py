@@ -1,4 +1,5 @@
-"""Dispatch and combine on real ranks: values, gradients, and ledger counts that equal the closed form exactly."""
+"""Dispatch and combine on real ranks: values and gradients are right, and the ledger counts exactly the rows,
+pairs and bytes that follow from the routing (`expected_traffic`)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,59 +11,26 @@ import torch
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
+from moe_dist.comm.names import DISPATCH_ROWS
 from moe_dist.errors import ResourceError
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.choice import all_to_all
 from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
+from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
+from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.planning import SPLIT_SIZES
-from moe_dist.moe.routing.types import ABSENT, Assignments
+from moe_dist.moe.routing.counts import SentCounts
+from moe_dist.moe.routing.types import ABSENT
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.placement import ExpertPlacement
 from tests.reference.layer import expected_traffic
 from tests.support.cover import full
+from tests.support.routings import Case, D, random_case, round_trip
 from tests.support.worlds import RankContext
 
-D = 3
 FORWARD = ["counts", "pair rows", "dispatch weights", "dispatch rows", "combine rows"]
 EXCHANGES = ("counts", "pair rows", "dispatch", "combine")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One routing: the experts on each rank, and each rank's chosen experts per token (ABSENT for a null choice)."""
-
-    slots: tuple[tuple[int, ...], ...]
-    experts_TK: tuple[np.ndarray, ...]
-
-    @property
-    def placement(self) -> ExpertPlacement:
-        num_experts = sum(len(slots) for slots in self.slots)
-        return ExpertPlacement((ExpertGroup("all", num_experts, 0, 1, 4, 0, ("text",)),), self.slots)
-
-
-def random_case(seed: int, world_size: int) -> Case:
-    """Draws uneven placements and token counts, some ranks without experts or tokens, and any share of null choices."""
-    rng = np.random.default_rng([seed, world_size])
-    num_experts = int(rng.integers(1, 9))
-    rank_of = rng.integers(0, world_size, num_experts)
-    slots = tuple(tuple(np.flatnonzero(rank_of == rank).tolist()) for rank in range(world_size))
-    kind = ("any", "all null", "one expert", "first half")[int(rng.integers(0, 4)) if seed % 3 == 0 else 0]
-    rows = []
-    for _ in range(world_size):
-        tokens, top_k = int(rng.integers(0, 12)) if rng.random() < 0.8 else 0, int(rng.integers(1, num_experts + 1))
-        pool = num_experts // 2 + 1 if kind == "first half" else num_experts
-        chosen = np.array([rng.permutation(num_experts)[:top_k] for _ in range(tokens)], dtype=np.int64).reshape(
-            tokens, top_k
-        )
-        chosen[(rng.random(chosen.shape) < rng.random()) | (chosen >= pool)] = ABSENT
-        if kind == "all null":
-            chosen[:] = ABSENT
-        elif kind == "one expert":
-            chosen[:] = ABSENT
-            chosen[:, :1] = 0
-        rows.append(chosen)
-    return Case(slots, tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -99,71 +67,31 @@ class Timetable:
 PLAIN = Timetable()
 
 
-def run_case(rank: int, case: Case, wire: AllToAll, seed: int, timetable: Timetable = PLAIN) -> None:
-    """Dispatches and combines a case, with 'experts' that multiply a row by expert id + 1."""
-    chosen = torch.from_numpy(case.experts_TK[rank])
-    num_tokens, top_k = chosen.shape
-    generator = torch.Generator().manual_seed(seed * 100 + rank)
-    h_TD = torch.randn(num_tokens, D, dtype=torch.double, generator=generator).requires_grad_()
-    weight_N = torch.rand(num_tokens * top_k, dtype=torch.double, generator=generator).requires_grad_()
-    assignments = Assignments(torch.arange(num_tokens).repeat_interleave(top_k), chosen.flatten(), weight_N)
-    placement, comm_stats = case.placement, wire.comm_stats
-    comm_stats.take()
-    assert comm_stats.events is not None
-    comm_stats.events.clear()
-
-    def experts(dispatched: DispatchedRows, layout: PairLayout) -> torch.Tensor:
-        factor_Q = factors(placement, rank, layout)
-        pairs_QD = dispatched.rows_RD[layout.row_of_pair_Q] * (dispatched.weight_Q * factor_Q)[:, None]
-        return torch.zeros_like(dispatched.rows_RD).index_add(0, layout.row_of_pair_Q, pairs_QD)
-
-    if timetable == PLAIN:
-        dispatcher = AllToAllDispatcher(DispatchContext(placement, wire))
-        plan = dispatcher.plan(assignments, num_tokens)
-        received = sum(plan.rows.receive)
-        y_TD = dispatcher.combine(experts(dispatcher.dispatch(h_TD, weight_N, plan), plan), plan)
-    else:
-        pipelined = PipelinedDispatcher(
-            DispatchContext(placement, wire), overlap=timetable.overlap, chunks=timetable.chunks
-        )
-        plan = pipelined.plan(assignments, num_tokens)
-        received = sum(sum(chunk.rows.receive) for chunk in plan.chunks)
-        y_TD, _ = pipelined.run(h_TD, weight_N, plan, experts=experts, shared=None, repeated=False)
-
-    taken = assignments.taken()
-    rows, pairs = expected_traffic(taken.token_N.tolist(), taken.expert_N.tolist(), placement.rank_of_expert, rank)
-    assert plan.sent.rows_remote == rows
-    assert plan.sent.pairs_remote == pairs
-    assert plan.sent.pairs == len(taken.token_N)
-    forward_bytes = (rows + received) * D * 8
-    assert comm_stats.payload_bytes == forward_bytes
-
-    scale_T = torch.zeros(num_tokens, dtype=torch.double)
-    scale_T = scale_T.index_add(0, taken.token_N, taken.weight_N * (taken.expert_N + 1))
-    expected = h_TD * scale_T[:, None]
-    torch.testing.assert_close(y_TD, expected, rtol=0, atol=1e-12)
-    direction = torch.randn(y_TD.shape, dtype=torch.double, generator=generator)
-    theirs = torch.autograd.grad((expected * direction).sum(), [h_TD, weight_N])
-    ours = torch.autograd.grad((y_TD * direction).sum(), [h_TD, weight_N])
-    for got, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
-    assert comm_stats.payload_bytes == 2 * forward_bytes
-    expected_events = [] if wire.group is None else timetable.forward_events() + timetable.backward_events()
-    assert [event for event in comm_stats.events if event.startswith(EXCHANGES)] == expected_events
-    assert sorted(event for event in comm_stats.events if event.startswith("wait")) == sorted(
-        f"wait {name}" for name in expected_events
-    )
-    assert [event for event in comm_stats.events if event.startswith("sync")] == [f"sync {SPLIT_SIZES}"]
-
-
-def factors(placement: ExpertPlacement, rank: int, plan: PairLayout) -> torch.Tensor:
-    """Returns expert id + 1 of each pair that this rank computes, in slot order."""
-    ids = torch.tensor(placement.slots[rank], dtype=torch.double) + 1
-    return ids.repeat_interleave(torch.tensor(plan.slot_counts, dtype=torch.int64))
+def run_case(rank: int, case: Case, wire: AllToAll, seed: int, timetable: Timetable = PLAIN) -> Any:
+    """Compares one rank's part of a case with the oracle, with the closed form of its traffic, and with the timetable.
+    Returns the plan."""
+    context, chosen = DispatchContext(case.placement, wire), case.experts_TK[rank]
+    dispatcher: Any = AllToAllDispatcher(context)
+    if timetable != PLAIN:
+        dispatcher = PipelinedDispatcher(context, overlap=timetable.overlap, chunks=timetable.chunks)
+    assignments = case.assignments(rank, torch.empty(chosen.size))
+    trip = round_trip(dispatcher, assignments, case.placement, rank, len(chosen), comm_stats=wire.comm_stats, seed=seed)
+    tokens, experts = case.taken(rank)
+    rows, pairs = expected_traffic(tokens, experts, case.placement.rank_of_expert, rank)
+    assert trip.plan.sent == SentCounts(rows, len(experts), pairs)
+    received = sum(sum(each.rows.receive) for each in getattr(trip.plan, "chunks", [trip.plan]))
+    assert trip.forward_bytes == (rows + received) * D * 8
+    assert trip.total_bytes == 2 * trip.forward_bytes
+    expected = [] if wire.group is None else timetable.forward_events() + timetable.backward_events()
+    events = wire.comm_stats.events or []
+    assert [event for event in events if event.startswith(EXCHANGES)] == expected
+    assert sorted(event for event in events if event.startswith("wait")) == sorted(f"wait {name}" for name in expected)
+    assert [event for event in events if event.startswith("sync")] == [f"sync {SPLIT_SIZES}"]
+    return trip.plan
 
 
 def run_cases(rank: RankContext, seeds: range, timetable: Timetable = PLAIN) -> int:
-    """Runs random cases, and compares their total payload with 2 R D itemsize in each direction."""
+    """Runs random cases."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     wire = AllToAll(mesh.ep if rank.world_size > 1 else None, CommStats(events=[]))
     for seed in seeds:
@@ -235,13 +163,7 @@ HAND = Case(
 
 def plan_of_hand_case(rank: RankContext) -> dict[str, Any]:
     mesh = make_mesh(ep=3, device=torch.device("cpu"), timeout=600.0)
-    chosen = torch.from_numpy(HAND.experts_TK[rank.rank])
-    weights = torch.ones(chosen.numel())
-    assignments = Assignments(torch.arange(chosen.shape[0]).repeat_interleave(2), chosen.flatten(), weights)
-    plan = AllToAllDispatcher(DispatchContext(HAND.placement, AllToAll(mesh.ep, CommStats()))).plan(
-        assignments, chosen.shape[0]
-    )
-    run_case(rank.rank, HAND, AllToAll(mesh.ep, CommStats(events=[])), 0)
+    plan = run_case(rank.rank, HAND, AllToAll(mesh.ep, CommStats(events=[])), 0)
     return {
         "rows": (plan.rows.send, plan.rows.receive),
         "pairs": (plan.pairs.send, plan.pairs.receive),
@@ -280,26 +202,51 @@ def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
     }
 
 
-def overflow(rank: RankContext) -> tuple[str, list[str]]:
-    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
-    case = Case(((0,), (1,)), (np.ones((5, 1), np.int64), np.ones((2, 1), np.int64)))
-    chosen = torch.from_numpy(case.experts_TK[rank.rank])
-    assignments = Assignments(torch.arange(len(chosen)), chosen.flatten(), torch.ones(len(chosen)))
+def dispatchers(placement: ExpertPlacement, comm_stats: CommStats, **bound: int) -> dict[str, Any]:
+    """Returns dispatchers over four ranks, in two nodes for those that send rows in two hops."""
+    mesh = make_mesh(ep=4, device=torch.device("cpu"), timeout=600.0, ranks_per_node=2)
+    hops = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
+    context = DispatchContext(placement, AllToAll(mesh.ep, comm_stats), hops=hops, **bound)  # pyright: ignore
+    return {
+        "all_to_all": AllToAllDispatcher(context),
+        "pipelined": PipelinedDispatcher(context, chunks=2),
+        "known_counts": KnownCountsDispatcher(context),
+        "hierarchical": HierarchicalDispatcher(context, ranks_per_node=2),
+        "by default": all_to_all(context, overlap=False, chunks=1),
+    }
+
+
+def overflow(rank: RankContext, kind: str, target: int) -> tuple[str, list[str]]:
+    """Rank 0 sends five rows to a rank that may receive four."""
+    num_tokens = (5, 2, 0, 0)
+    case = Case(((0,), (1,), (2,), (3,)), tuple(np.full((tokens, 1), target) for tokens in num_tokens))
     comm_stats = CommStats(events=[])
-    # Rank 0 receives nothing, and without a bound would enter the next exchange alone.
-    bound = 4 if rank.rank == 1 else -1
-    dispatcher = AllToAllDispatcher(DispatchContext(case.placement, AllToAll(mesh.ep, comm_stats), max_receive_rows=bound))
+    # Without a bound the other ranks would enter the next exchange alone.
+    bound = 4 if rank.rank == target else -1
+    counts = tuple(tuple(tokens * (expert == target) for expert in range(4)) for tokens in num_tokens)
+    assignments = case.assignments(rank.rank, torch.ones(num_tokens[rank.rank]))._replace(counts_WE=counts)
     try:
-        dispatcher.plan(assignments, len(chosen))
+        dispatcher = dispatchers(case.placement, comm_stats, max_receive_rows=bound)[kind]
+        dispatcher.plan(assignments, num_tokens[rank.rank])
     except ResourceError as error:
         return str(error), comm_stats.events or []
     return "no error", comm_stats.events or []
 
 
+@pytest.mark.parametrize(
+    ("kind", "target", "place"),
+    [
+        ("all_to_all", 1, "one layer"),
+        ("pipelined", 1, "one layer"),
+        ("known_counts", 1, "each layer"),
+        ("hierarchical", 2, "one layer's inter-node hop"),
+        ("hierarchical", 1, "one layer's intra-node hop"),
+    ],
+)
 def test_more_rows_than_the_bound_are_an_error_before_any_row_is_exchanged(
-    run_in_world: Callable[..., list[Any]],
+    run_in_world: Callable[..., list[Any]], kind: str, target: int, place: str
 ) -> None:
-    message, events = run_in_world(2, overflow)[1]
-    assert "would receive 5 rows" in message
-    assert "parallel.max_receive_rows=4" in message
-    assert events == ["counts", "wait counts", f"sync {SPLIT_SIZES}"]
+    message, events = run_in_world(4, overflow, kind, target)[target]
+    words = f"EP position {target} would receive 5 rows in {place}, more than parallel.max_receive_rows=4"
+    assert message.startswith(words)
+    assert not [event for event in events if DISPATCH_ROWS in event]

@@ -70,23 +70,15 @@ class Live(TorchDispatchMode):
 def make(rank: RankContext, mode: str) -> Any:
     nodes = 2 if mode == "hierarchical" else None
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0, ranks_per_node=nodes)
-    placement, comm_stats = PLACEMENTS[rank.world_size], CommStats()
-    wire = AllToAll(mesh.ep, comm_stats)
-    match mode:
-        case "all_to_all":
-            return AllToAllDispatcher(DispatchContext(placement, wire))
-        case "known_counts":
-            return KnownCountsDispatcher(DispatchContext(placement, wire))
-        case "hierarchical":
-            between, inside = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
-            return HierarchicalDispatcher(DispatchContext(placement, between, hops=(between, inside)), ranks_per_node=2)
-        case "overlap":
-            return PipelinedDispatcher(DispatchContext(placement, wire), overlap=True)
-        case "chunks":
-            return PipelinedDispatcher(DispatchContext(placement, wire), chunks=4)
-        case "overlap, chunks":
-            return PipelinedDispatcher(DispatchContext(placement, wire), overlap=True, chunks=4)
-    raise AssertionError(mode)
+    hops = AllToAll(mesh.inter_node, CommStats()), AllToAll(mesh.intra_node, CommStats())
+    context = DispatchContext(PLACEMENTS[rank.world_size], AllToAll(mesh.ep, CommStats()), hops=hops)
+    if mode == "hierarchical":
+        return HierarchicalDispatcher(context, ranks_per_node=2)
+    if mode == "known_counts":
+        return KnownCountsDispatcher(context)
+    if mode == "all_to_all":
+        return AllToAllDispatcher(context)
+    return PipelinedDispatcher(context, overlap="overlap" in mode, chunks=4 if "chunks" in mode else 1)
 
 
 def assignments_of(rank: int, size: int, mode: str) -> Assignments:
@@ -116,12 +108,8 @@ def way(dispatcher: Any, h_TD: Tensor, weight_N: Tensor, plan: Any) -> Tensor:
 
 def sizes_of(plan: Any) -> dict[str, list[int]]:
     """Returns the rows on this rank and the sent rows, of each chunk or hop."""
-    if hasattr(plan, "inter"):
-        hops = [plan.inter, plan.intra]
-    else:
-        chunks = getattr(plan, "chunks", (plan,))
-        return {"R": [len(c.row_O) + sum(c.rows.receive) for c in chunks], "S": [sum(c.rows.send) for c in chunks]}
-    return {"R": [len(h.row_O) + sum(h.rows.receive) for h in hops], "S": [sum(h.rows.send) for h in hops]}
+    parts = [plan.inter, plan.intra] if hasattr(plan, "inter") else getattr(plan, "chunks", (plan,))
+    return {"R": [len(each.row_O) + sum(each.rows.receive) for each in parts], "S": [sum(each.rows.send) for each in parts]}
 
 
 def held(rank: RankContext, mode: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,11 +1,7 @@
-"""Expert choice on N ranks: three optimizer steps equal one process that chooses over the same selection scopes.
-
-The one process has one micro-batch per scope. Without a balance loss, micro-batches of a step differ from ranks only by
-their scopes. One rank has no token, and some ranks have one modality.
-"""
+"""Expert choice on N ranks: recompute has the same bits, known counts need no sync, ranks of different lengths choose
+alike, and calibration is over all ranks. test_kinds_on_ranks.py compares N ranks with one process."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +12,7 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.names import CHOICE_LOGITS
 from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.dispatch.known_counts import KnownCountsFirst, KnownCountsPlan
+from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.context import RouterContext
@@ -26,110 +22,21 @@ from moe_dist.moe.routing.types import GlobalBatchInfo, RoutingCache, RoutingReq
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.train.evaluation.calibration import calibrate
-from tests.support.cover import full, others_full
+from tests.support.cover import full
 from tests.support.layouts import (
-    HIDDEN_DIM,
     LAYERS,
-    MICRO_BATCHES,
     SEQUENCES,
-    STEPS,
     Layout,
-    Outcome,
     batch_of,
     build,
     train,
 )
-from tests.support.outcomes import assert_same_tensors
 from tests.support.syncs import host_syncs
 from tests.support.worlds import RankContext
 
-LAYOUTS = [
-    Layout(4, 1, "uneven", "fsdp2", "block", choice="rank"),
-    Layout(2, 2, "interleaved", "ddp", "block", choice="rank", noise=1.0, per_pair=True),
-    Layout(4, 2, "pinned", "fsdp2", "experts", choice="rank", per_pair=True),
-    Layout(2, 1, "interleaved", "ddp", "block", choice="rank", noise=1.0, overlap=True, chunks=2),
-    Layout(4, 1, "uneven", choice="rank", ranks_per_node=2),
-    Layout(2, 1, "pinned", "fsdp2", "block", choice="ep_group", noise=1.0),
-    Layout(2, 2, "interleaved", "ddp", "block", choice="ep_group", noise=1.0),
-    Layout(4, 2, "pinned", "fsdp2", "experts", choice="ep_group"),
-    Layout(4, 1, "uneven", "ddp", "block", choice="world", noise=1.0),
-    Layout(2, 2, "pinned", "fsdp2", "block", choice="world", noise=1.0),
-    Layout(2, 1, "interleaved", "ddp", "block", choice="rank", mixture_of_depths="rank"),
-    Layout(2, 2, "pinned", "fsdp2", "experts", choice="rank", mixture_of_depths="rank"),
-    # The loss of auxiliary routers is a mean over a micro-batch. It equals one process only with one scope over all ranks.
-    Layout(2, 1, "interleaved", "fsdp2", "block", choice="world", choice_causal="auxiliary"),
-    Layout(4, 1, "uneven", choice="world", choice_causal="auxiliary"),
-    Layout(2, 2, "pinned", "ddp", "experts", choice="world", choice_causal="auxiliary"),
-]
 
-
-def sets_of(layout: Layout) -> int:
-    """Returns the number of selection scopes of one micro-batch."""
-    return {"rank": layout.world_size, "ep_group": layout.edp, "world": 1}[layout.choice or "world"]
-
-
-@pytest.fixture(scope="session")
-def one_process(
-    run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Layout], tuple[Path, Outcome]]:
-    """Returns, for a layout, the folder of its initial weights and the oracle over the same scopes. Oracles are cached."""
-    folder = tmp_path_factory.mktemp("choice")
-    made: dict[Layout, Outcome] = {}
-
-    def of(layout: Layout) -> tuple[Path, Outcome]:
-        same = {"choice_causal": layout.choice_causal, "mixture_of_depths": layout.mixture_of_depths, "noise": layout.noise}
-        oracle = Layout(choice="rank", parts=sets_of(layout), **same)
-        weights = folder / f"{layout.mixture_of_depths}-{layout.choice_causal}"
-        if oracle not in made:
-            made[oracle] = run_in_world(1, train, oracle, weights)[0]
-        return weights, made[oracle]
-
-    return of
-
-
-@pytest.mark.parametrize("layout", others_full(LAYOUTS, keep=3), ids=str)
-def test_ranks_equal_one_process_over_the_same_sets(
-    run_in_world: Callable[..., list[Any]], one_process: Callable[[Layout], tuple[Path, Outcome]], layout: Layout
-) -> None:
-    folder, oracle = one_process(layout)
-    outcomes = run_in_world(layout.world_size, train, layout, folder)
-    for outcome in outcomes:
-        for step, expected in zip(outcome.steps, oracle.steps, strict=True):
-            for counts in ("choices_LC", "tokens_LG", "above_LE", "unrouted_LG"):
-                np.testing.assert_array_equal(
-                    getattr(step.counts, counts), getattr(expected.counts, counts), err_msg=counts
-                )
-            assert step.ledger["pairs"] == expected.ledger["pairs"] == expected.counts.choices_LC.sum()
-            np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
-            np.testing.assert_allclose(step.grad_norm, expected.grad_norm, rtol=1e-9)
-            np.testing.assert_allclose(step.counts.entropy_LG, expected.counts.entropy_LG, rtol=1e-9)
-            np.testing.assert_allclose(step.auxiliary, expected.auxiliary, rtol=1e-9)
-            crossings = 5 if layout.recompute == "block" else 4
-            if layout.choice_causal == "auxiliary":  # their inputs have no gradient, so backward sends nothing
-                crossings = 2
-            assert step.ledger["payload_bytes"] == crossings * step.ledger["rows_remote"] * HIDDEN_DIM * 8
-        assert outcome.events == outcomes[0].events, "the recorded order of collectives differs between ranks"
-        for name, buffer in oracle.buffers.items():
-            np.testing.assert_allclose(outcome.buffers[name], buffer, rtol=0, atol=1e-9, err_msg=name)
-            np.testing.assert_array_equal(outcome.buffers[name], outcomes[0].buffers[name])
-    assert_same_tensors(outcomes, oracle)
-    # Evaluation uses thresholds. The oracle cuts its last batch differently, which must not change the logits.
-    logits = np.concatenate([outcome.logits for outcome in outcomes])
-    np.testing.assert_allclose(logits, oracle.logits, rtol=0, atol=1e-9)
-    exchanged = LAYERS * STEPS * MICRO_BATCHES if layout.choice != "rank" else 0
-    assert outcomes[0].events.count(CHOICE_LOGITS) == exchanged, "once a layer and micro-batch, also under recompute"
-    # Known counts need no exchange of counts. The evaluation at the end chooses by thresholds, and needs one.
-    planned = LAYERS * (1 if layout.per_pair else 1 + STEPS * MICRO_BATCHES)
-    hop = "inter-node " if layout.ranks_per_node else ""
-    assert outcomes[0].events.count(f"{hop}counts") == planned
-    assert oracle.steps[0].counts.choices_LC.any()
-    assert oracle.steps[0].counts.unrouted_LG.any()
-
-
-@pytest.mark.full  # the layouts above test recompute up to rounding
-def test_recompute_changes_no_bit(
-    run_in_world: Callable[..., list[Any]], one_process: Callable[[Layout], tuple[Path, Outcome]]
-) -> None:
+@pytest.mark.full  # test_kinds_on_ranks.py tests recompute up to rounding
+def test_recompute_changes_no_bit(run_in_world: Callable[..., list[Any]]) -> None:
     """A recomputed layer has the choice, noise and weights of its first forward pass."""
     for choice in ("rank", "world"):
         runs = []
@@ -151,8 +58,8 @@ PLACEMENTS = {
 }
 
 
-def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type]:
-    """Returns the reads and named syncs of a layer's forward and backward, and the type of its plan."""
+def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str]]:
+    """Returns the reads and named syncs of a layer's forward and backward."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     comm_stats, placement = CommStats(events=[]), PLACEMENTS[rank.world_size]
     wire = AllToAll(mesh.ep, comm_stats)
@@ -165,7 +72,7 @@ def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type
         norm=torch.nn.RMSNorm(D),
         router=router,
         experts=Experts(D, GROUPS, local),
-        dispatcher=KnownCountsFirst(DispatchContext(placement, wire)),
+        dispatcher=KnownCountsDispatcher(DispatchContext(placement, wire)),
         recompute=recompute,  # pyright: ignore[reportArgumentType]
     )
     for parameter in layer.parameters():
@@ -187,7 +94,7 @@ def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type
             y_TD.sum().backward()
         reads += seen
     assert len(plans) == 2
-    return reads, [event for event in comm_stats.events or [] if event.startswith("sync")], type(plans[0])
+    return reads, [event for event in comm_stats.events or [] if event.startswith("sync")]
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])
@@ -195,8 +102,7 @@ def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type
 def test_a_layer_whose_counts_are_known_waits_for_nothing(
     run_in_world: Callable[..., list[Any]], world_size: int, recompute: str
 ) -> None:
-    for seen, named, plan in run_in_world(world_size, syncs, recompute):
-        assert (seen, named, plan) == ([], [], KnownCountsPlan)
+    assert run_in_world(world_size, syncs, recompute) == [([], [])] * world_size
 
 
 def uneven(rank: RankContext) -> tuple[list[list[bool]], list[list[bool]]]:

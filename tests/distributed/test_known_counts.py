@@ -1,5 +1,4 @@
-"""The known-counts dispatcher sends one row per pair without a host sync. Also counts the syncs of the other
-dispatchers."""
+"""The known-counts dispatcher sends one row per pair without a host sync."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +9,12 @@ import torch
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
-from moe_dist.errors import ConfigError, ResourceError
-from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.dispatch.exchange import AllToAllPlan
-from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
-from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsFirst, KnownCountsPlan
+from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher
 from moe_dist.moe.routing.types import Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.distributed.test_dispatch import dispatchers
 from tests.support.routings import D, random_case, round_trip
 from tests.support.syncs import host_syncs
 from tests.support.worlds import RankContext
@@ -78,19 +74,6 @@ ONE_OF_A_GROUP = ExpertPlacement(GROUPS, ((0, 4), (1, 5), (2, 6), (3, 7)))
 TWO_OF_A_GROUP = ExpertPlacement(GROUPS, ((0, 1), (2, 3), (4, 5), (6, 7)))
 
 
-def dispatchers(placement: ExpertPlacement, comm_stats: CommStats) -> dict[str, Any]:
-    mesh = make_mesh(ep=4, device=torch.device("cpu"), timeout=600.0, ranks_per_node=2)
-    wire = AllToAll(mesh.ep, comm_stats)
-    between, inside = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
-    context = DispatchContext(placement, wire, hops=(between, inside))
-    return {
-        "all_to_all": AllToAllDispatcher(context),
-        "known_counts": KnownCountsDispatcher(context),
-        "hierarchical": HierarchicalDispatcher(context, ranks_per_node=2),
-        "sync_free": KnownCountsFirst(context, always=False),
-    }
-
-
 def count_syncs(rank: RankContext, kind: str, placement: ExpertPlacement) -> dict[str, Any]:
     """Counts the host's reads of tensors in one forward and backward, after a first pass that makes the constant tables."""
     comm_stats = CommStats(events=[])
@@ -107,25 +90,22 @@ def count_syncs(rank: RankContext, kind: str, placement: ExpertPlacement) -> dic
             dispatcher.combine(got.rows_RD * got.weight_Q.sum(), plan).sum().backward()
         seen.append(list(syncs))
     named = [event for event in comm_stats.events or [] if event.startswith("sync ")]
-    return {"syncs": seen[1], "named": len(named), "plan": type(plan)}
+    return {"syncs": seen[1], "named": len(named)}
 
 
-@pytest.mark.parametrize(("kind", "placement", "syncs", "plan"), [
-    ("known_counts", TWO_OF_A_GROUP, 0, KnownCountsPlan),
-    ("sync_free", ONE_OF_A_GROUP, 0, KnownCountsPlan),
-    ("sync_free", TWO_OF_A_GROUP, 1, AllToAllPlan),
-    ("all_to_all", ONE_OF_A_GROUP, 1, AllToAllPlan),
-    ("hierarchical", ONE_OF_A_GROUP, 1, None),
+@pytest.mark.parametrize(("kind", "placement", "syncs"), [
+    ("known_counts", TWO_OF_A_GROUP, 0),
+    ("by default", ONE_OF_A_GROUP, 0),
+    ("by default", TWO_OF_A_GROUP, 1),
 ], ids=lambda each: each if isinstance(each, str) else "")  # fmt: skip
 def test_host_syncs_of_a_layer(
-    run_in_world: Callable[..., list[Any]], kind: str, placement: ExpertPlacement, syncs: int, plan: type | None
+    run_in_world: Callable[..., list[Any]], kind: str, placement: ExpertPlacement, syncs: int
 ) -> None:
     for seen in run_in_world(4, count_syncs, kind, placement):
         # On a CPU numpy sorts the plan in the tensor's own memory, without a copy or a wait.
         reads = [read for read in seen["syncs"] if read != "numpy" or not syncs]
         assert reads == ["tolist"] * syncs
         assert seen["named"] == 2 * syncs, "each sync has a name in the record of events"
-        assert plan is None or seen["plan"] is plan
 
 
 def bytes_of(rank: RankContext, kind: str) -> int:
@@ -151,19 +131,17 @@ def bytes_of(rank: RankContext, kind: str) -> int:
 def test_with_one_expert_of_a_group_on_a_rank_nothing_is_left_to_deduplicate(
     run_in_world: Callable[..., list[Any]],
 ) -> None:
-    deduplicated, pairs = run_in_world(4, bytes_of, "all_to_all"), run_in_world(4, bytes_of, "sync_free")
+    deduplicated, pairs = run_in_world(4, bytes_of, "all_to_all"), run_in_world(4, bytes_of, "by default")
     assert deduplicated == pairs
     assert sum(pairs) > 0
 
 
-def test_token_choice_is_refused_with_the_way_out() -> None:
+def test_wrong_numbers_of_pairs_are_refused() -> None:
     placement = ExpertPlacement(GROUPS, (tuple(range(8)),))
-    dispatcher = KnownCountsDispatcher(DispatchContext(placement, AllToAll(None, CommStats()), max_receive_rows=0))
-    assignments = Assignments(torch.arange(2), torch.tensor([0, 4]), torch.ones(2))
-    with pytest.raises(ConfigError, match="kind=known_counts needs the number of pairs"):
-        dispatcher.plan(assignments, 2)
+    dispatcher = KnownCountsDispatcher(DispatchContext(placement, AllToAll(None, CommStats())))
+    assignments = Assignments(torch.arange(2), torch.tensor([0, 4]), torch.ones(2), ((2, 0, 0, 0, 1, 0, 0, 0),))
     with pytest.raises(AssertionError, match="counts_WE"):
-        dispatcher.plan(assignments._replace(counts_WE=((2, 0, 0, 0, 1, 0, 0, 0),)), 2)
+        dispatcher.plan(assignments, 2)
 
 
 def test_a_broken_promise_is_seen_before_anything_is_sent() -> None:
@@ -174,20 +152,3 @@ def test_a_broken_promise_is_seen_before_anything_is_sent() -> None:
         assignments = Assignments(torch.arange(2), torch.tensor(expert_N), torch.ones(2), counts)
         with pytest.raises(RuntimeError, match="counts_WE: pairs are not as promised"):
             dispatcher.plan(assignments, 2)
-
-
-def overflow(rank: RankContext) -> str:
-    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
-    placement = ExpertPlacement((ExpertGroup("all", 2, 0, 1, 4, 0, ("text",)),), ((0,), (1,)))
-    dispatcher = KnownCountsDispatcher(DispatchContext(placement, AllToAll(mesh.ep, CommStats()), max_receive_rows=4))
-    try:
-        dispatcher.plan(expert_choice(0, [9, 9], [3, 5], rank.rank), 9)
-    except ResourceError as error:
-        return str(error)
-    return "no error"
-
-
-def test_the_receive_buffer_is_known_beforehand(run_in_world: Callable[..., list[Any]]) -> None:
-    first, second = run_in_world(2, overflow)
-    assert first == "no error"
-    assert "EP position 1 would receive 5 rows in each layer, more than parallel.max_receive_rows=4" in second

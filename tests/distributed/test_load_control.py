@@ -1,7 +1,7 @@
-"""Load controllers on several ranks: equal bits of the biases on every layout, with recompute, and after a checkpoint."""
+"""Load controllers: biases equal the loops, go on from a checkpoint on another layout, and stay in a skipped step.
+test_kinds_on_ranks.py has their layouts."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,12 @@ from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.collectives import CommStats
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.plan.preflight import check
 from moe_dist.train.build.routing import build_balance
-from moe_dist.train.build.training import build_loader, build_training
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.training_step import TrainingStep
 from tests.reference.layer import bias_steps
-from tests.support.cover import full, others_full
+from tests.support.cover import full
 from tests.support.layouts import (
     CONTROLLERS,
     GROUPS,
@@ -38,22 +36,10 @@ from tests.support.layouts import (
     placement_of,
     train,
 )
-from tests.support.outcomes import merged_outcomes
-from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
 
 AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
 ALONE = Layout(balance=True)
-BY_GROUP = Layout(balance=True, balance_per="group")
-LAYOUTS = [
-    Layout(recompute="block", balance=True),
-    Layout(1, 2, balance=True),
-    Layout(2, 1, "pinned", balance=True),
-    Layout(2, 1, "interleaved", "fsdp2", "block", balance=True),
-    Layout(4, 1, "uneven", "ddp", "experts", balance=True),
-    Layout(2, 2, "pinned", "fsdp2", balance=True),
-    Layout(4, 1, "uneven", balance=True, overlap=True, chunks=2),
-]
 
 
 @pytest.fixture(scope="module")
@@ -89,40 +75,6 @@ def test_one_rank_equals_the_loops(one_rank: Outcome) -> None:
             assert not got[group.num_experts :].any()
     first, last = (step.counts.choices_LC[:, :E] for step in (one_rank.steps[0], one_rank.steps[-1]))
     assert (first != last).any()
-
-
-@pytest.mark.parametrize("layout", others_full(LAYOUTS, keep=1), ids=str)
-def test_layout_equals_one_rank(
-    run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
-) -> None:
-    outcomes: list[Outcome] = run_in_world(layout.world_size, train, layout, start)
-    for outcome in outcomes:
-        assert outcome.biases.keys() == one_rank.biases.keys()
-        for name, bias in one_rank.biases.items():
-            np.testing.assert_array_equal(outcome.biases[name], bias, err_msg=name)
-        for step, expected in zip(outcome.steps, one_rank.steps, strict=True):
-            np.testing.assert_array_equal(step.counts.choices_LC, expected.counts.choices_LC)
-            np.testing.assert_allclose(
-                [step.grad_norm, step.balance, *step.nll_M],
-                [expected.grad_norm, expected.balance, *expected.nll_M],
-                rtol=1e-9,
-            )
-        assert outcome.events == outcomes[0].events
-    for name, value in merged_outcomes(outcomes, "parameters").items():
-        np.testing.assert_allclose(value, one_rank.parameters[name], rtol=0, atol=1e-9, err_msg=name)
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [full(replace(BY_GROUP, ep=2, placement="pinned")), replace(BY_GROUP, ep=4, placement="uneven", data="fsdp2")],
-    ids=str,
-)
-def test_a_target_by_group_on_ranks_equals_one_rank(
-    run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
-) -> None:
-    alone: Outcome = run_in_world(1, train, BY_GROUP, start)[0]
-    assert any((alone.biases[name] != bias).any() for name, bias in one_rank.biases.items())
-    test_layout_equals_one_rank(run_in_world, start, alone, layout)
 
 
 SAVED_AT, LAST = 3, 7
@@ -228,52 +180,3 @@ def test_the_rest_of_the_run_is_as_without(run_in_world: Callable[..., list[Any]
         np.testing.assert_array_equal(with_one.gradients[name], gradient, err_msg=name)
     assert without.biases == {}
     assert STEPS == 3
-
-
-TARGETS = {"text": 1.2, "image": 1.2}  # the untrained model has about 1.5 and 0.8
-LONG = 160
-
-
-def held(rank: RankContext, data: Path, root: Path) -> tuple[dict[str, list[float]], list[float]]:
-    """Trains a tiny model under a controller. Returns the true experts per token of each group, and the loss, in each
-    step."""
-    changes: dict[str, Any] = {
-        f"model.moe.groups.{group}.{key}": value
-        for group, sizes in (("text", (3, 3, 3)), ("image", (2, 4, 3)))
-        for key, value in zip(("num_experts", "num_null", "top_k"), sizes, strict=True)
-    }
-    changes["model.moe.router"] = {"selection_bias": True}
-    changes["model.moe.balance"] = [
-        {"kind": "active_experts", "target": TARGETS, "rate": 2.0, "decay_steps": 100},
-        {"kind": "loss_free", "rate": 1e-3},
-    ]
-    config = tiny_config(data, root, {**changes, "parallel.ep": rank.world_size, "placement.policy": "interleaved"})
-    plan = check(config)
-    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
-    training, loader = (
-        build_training(config, plan.manifest, plan.placement, mesh),
-        build_loader(config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size),
-    )
-    loads: dict[str, list[float]] = {group.name: [] for group in plan.groups}
-    losses = []
-    for number in range(LONG):
-        result = training.step(loader.batches(config.train.global_batch * number), lr=3e-3, aux=AUX)
-        losses.append(float(result.nll_M.sum() / result.labels_M.sum()))
-        for index, group in enumerate(plan.groups):
-            chosen = result.counts.choices_LC[:, group.experts].sum()
-            loads[group.name].append(float(chosen / result.counts.tokens_LG[:, index].sum()))
-    return loads, losses
-
-
-@pytest.mark.exhaustive  # 160 steps; tests/unit/moe/balance tests that the same controllers reach their targets
-def test_a_training_holds_the_mean_load_of_each_modality(
-    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
-) -> None:
-    """The mean of the last 32 steps, with a few hundred tokens each, is within 5 % of the target. The run in
-    docs/routing.md is within 1 %."""
-    loads, losses = run_in_world(2, held, tiny_data, tmp_path)[0]
-    assert losses[-1] < 0.7 * losses[0]
-    for name, target in TARGETS.items():
-        last = loads[name][-LONG // 5 :]
-        assert abs(loads[name][0] - target) > 0.1, "it did not begin there"
-        assert abs(sum(last) / len(last) - target) <= 0.05 * target

@@ -1,6 +1,7 @@
-"""LoRA experts on several ranks: N ranks equal one rank for any ep, also whole runs of adapters on a frozen base.
+"""Whole runs of adapters on a frozen base: LoRA experts, and LoRA on attention and experts of a mixture.
 
-The base is found by its content hash. No rows are sent. Frozen tensors have no gradient, no moment and no reduction.
+The base is found by its content hash. Frozen tensors have no gradient, no moment and no reduction. test_kinds_on_ranks.py
+compares N ranks with one rank.
 """
 
 import json
@@ -18,41 +19,10 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.objective.loss import forward
-from tests.support.cover import full, others_full
-from tests.support.layouts import SEQUENCES, Layout, Outcome, batch_of, build, train
-from tests.support.outcomes import assert_same_tensors
+from tests.support.cover import full, rest_full
+from tests.support.layouts import SEQUENCES, Layout, batch_of, build
 from tests.support.whole_run import WholeRun, whole_run
 from tests.support.worlds import RankContext
-
-LAYOUTS = [
-    Layout(2, 1, lora="probability"),
-    Layout(4, 1, data="fsdp2", recompute="block", lora="probability"),
-    Layout(2, 1, recompute="block", lora="published"),
-    Layout(2, 2, data="fsdp2", lora="probability"),
-    Layout(1, 2, data="fsdp2", recompute="experts", lora="straight_through"),
-    Layout(4, 1, recompute="experts", lora="straight_through"),
-]
-
-
-@pytest.mark.parametrize("layout", others_full(LAYOUTS, keep=2), ids=str)
-def test_layout_equals_one_rank(run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout) -> None:
-    oracle: Outcome = run_in_world(1, train, Layout(lora=layout.lora), tmp_path)[0]
-    outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
-    for outcome in outcomes:
-        for step, expected in zip(outcome.steps, oracle.steps, strict=True):
-            np.testing.assert_array_equal(step.counts.choices_LC, expected.counts.choices_LC)
-            assert step.ledger["pairs"] == expected.ledger["pairs"] > 0
-            assert not any(step.ledger[key] for key in step.ledger if key != "pairs"), "nothing crosses the wire"
-            np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
-            np.testing.assert_allclose(
-                [step.grad_norm, step.balance, step.z], [expected.grad_norm, expected.balance, expected.z], rtol=1e-9
-            )
-        assert outcome.events == outcomes[0].events
-    assert_same_tensors(outcomes, oracle)
-    assert all(".adapters." in name or ".router." in name for name in oracle.gradients)
-    assert all(gradient.any() for name, gradient in oracle.gradients.items() if ".adapters." in name)
-    np.testing.assert_allclose(np.concatenate([o.logits for o in outcomes]), oracle.logits, rtol=0, atol=1e-9)
-
 
 DENSE = {"all": {"num_experts": 1, "top_k": 1, "ffn_dim": 16, "modalities": ["text", "image"]}}
 BASE = {
@@ -172,14 +142,35 @@ def test_nothing_frozen_is_reduced(
         assert frozen > trained
 
 
-def test_lora_on_the_attention_of_a_mixture(run_in_world: Run, tiny_data: Path, tmp_path: Path) -> None:
-    """The frozen experts stay on their ranks. Another layout continues from the adapters."""
-    run_in_world(2, whole_run, tiny_data, tmp_path, {"run.name": "base", "train.steps": 2})
+def is_matrix(name: str) -> bool:
+    return name.endswith(("_a", "_b"))
+
+
+CLAMPED = {"model.attention": {"kind": "sinks"}, "model.moe.experts": {"kind": "clamped_ffn", "limit": 0.5}}
+SIZES = {"rank": 2, "alpha": 4.0}
+# Changes of the base, changes that add the adapters, and which tensors they train.
+MIXTURES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[str], bool]]] = {
+    "attention": ({}, {"model.attention_lora": SIZES}, is_trained),
+    "experts": ({}, {"model.moe.experts": {"kind": "ffn_lora", **SIZES}}, is_matrix),
+    "clamped experts": (
+        CLAMPED,
+        {"model.moe.experts": {"kind": "clamped_ffn_lora", **SIZES, "swiglu_limit": 0.5}},
+        is_matrix,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", rest_full(MIXTURES, keep=2))
+def test_adapters_of_a_mixture_go_on_on_other_ranks(run_in_world: Run, tiny_data: Path, tmp_path: Path, kind: str) -> None:
+    """Two ranks with different experts train and save. One rank goes on with the same bits on the same base."""
+    base, adapted, trains = MIXTURES[kind]
+    run_in_world(2, whole_run, tiny_data, tmp_path, {**base, "run.name": "base", "train.steps": 1})
     changes = {
+        **base,
+        **adapted,
         "run.name": "adapted",
         "run.init_from": str(tmp_path / "base"),
         "run.init_rules": ["adapt"],
-        "model.attention_lora": {"rank": 2, "alpha": 4.0},
         "train.only": "adapters",
         "parallel.data": "fsdp2",
     }
@@ -189,8 +180,10 @@ def test_lora_on_the_attention_of_a_mixture(run_in_world: Run, tiny_data: Path, 
     assert second.begun.step == 2
     for run in first:
         assert any(step.ledger["payload_bytes"] for step in run.steps)
+        assert any(map(trains, run.tensors))
+        assert all(map(trains, run.trained)), "no moments for what is frozen"
         for name, value in run.tensors.items():
-            assert np.array_equal(run.at_start[name], value) != is_trained(name), name
+            assert np.array_equal(run.at_start[name], value) != trains(name), name
             np.testing.assert_array_equal(second.at_start[name], value, err_msg=name)
 
 

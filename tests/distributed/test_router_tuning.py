@@ -91,9 +91,6 @@ def test_n_ranks_equal_one(
         for name in outcome.parameters.keys() - chosen:
             np.testing.assert_array_equal(outcome.parameters[name], outcome.before[name], err_msg=name)
         assert outcome.events == outcomes[0].events, "the recorded order of collectives differs between ranks"
-        rows = sum(one.parameters[name].size for name in chosen)
-        assert outcome.savings.optimizer[0] == 2 * 8 * rows
-        assert outcome.savings.reduced[0] == 8 * rows < outcome.savings.reduced[1]
     backward = sum("backward" in event for event in outcomes[0].events)
     forward = sum(event.endswith(DISPATCH_ROWS) for event in outcomes[0].events)
     if layout.recompute != "block" and refresh_every is None and layout.ep > 1:

@@ -30,10 +30,10 @@ from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import Assignments
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertPlacement
-from tests.distributed.test_dispatch import Case, random_case
 from tests.distributed.test_host_syncs import GROUPS, PLACEMENTS, D, T
 from tests.support.cover import exhaustive, full
 from tests.support.layouts import Layout, train
+from tests.support.routings import Case, random_case
 from tests.support.syncs import host_syncs
 from tests.support.worlds import RankContext
 
@@ -53,7 +53,7 @@ def trip(rank: int, case: Case, wire: AllToAll, dtype: torch.dtype, *, static: b
     generator = torch.Generator().manual_seed(rank)
     h_TD = torch.randn(num_tokens, HIDDEN, dtype=dtype, generator=generator).requires_grad_()
     weight_N = torch.rand(num_tokens * top_k, dtype=dtype, generator=generator).requires_grad_()
-    assignments = Assignments(torch.arange(num_tokens).repeat_interleave(top_k), chosen.flatten(), weight_N)
+    assignments = case.assignments(rank, weight_N)
     local, gemm = [len(case.slots[rank])], "loop" if dtype == torch.float64 else "grouped"
     storage = on_device if static else on_host
     experts = Experts(HIDDEN, placement.groups, local, storage=storage, gemm=gemm).to(dtype)

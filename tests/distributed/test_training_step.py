@@ -26,7 +26,8 @@ from tests.support.worlds import RankContext
 def poisoned_training(
     rank: RankContext, layout: Layout, where: str
 ) -> tuple[list[StepResult], list[dict[str, np.ndarray]], int]:
-    """Takes three steps. In the second, rank 1 has a NaN in its activations or in one gradient."""
+    """Takes three steps. In the second, rank 1's activations are NaN, or the gradient of one layer's expert output is not
+    finite."""
     training, poison = TrainingRank(layout), {"on": False}
     model: Any = training.parallel.model
     target = model.norm if where == "activation" else model.layers[0].moe.experts

@@ -94,14 +94,6 @@ def test_one_half_computes_while_the_exchange_of_the_other_is_in_flight(
     for events, _ in run_in_world(layout.world_size, both_ways, layout):
         kept = [event for event in events if event in (*wanted, "attention backward")]
         assert kept == forward + backward
-        for name in EXCHANGES:  # for any order, something must be computed between each start and its wait
-            starts = [at for at, event in enumerate(kept) if event == name]
-            waits = [at for at, event in enumerate(kept) if event == f"wait {name}"]
-            assert len(starts) == len(waits) == 2 * LAYERS
-            hidden = [any(event in ("pairs", "attention", "pairs backward", "attention backward") for event in kept[a:b])
-                      for a, b in zip(starts, waits, strict=True)]  # fmt: skip
-            # only the output layer can overlap with the last combine of forward and the first of backward
-            assert sum(hidden) >= 2 * LAYERS - 2, name
 
 
 @pytest.mark.parametrize("edp", [1, 2])

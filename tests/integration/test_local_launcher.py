@@ -170,6 +170,7 @@ def test_ctrl_c_saves_and_the_run_goes_on_with_the_records_of_any_run_of_its_see
     assert [(each.verdict, each.last_step) for each in run.read_status().attempts] == [(75, steps - 2), (0, steps)]
 
 
+@pytest.mark.full  # tests/unit/parallel/test_meeting.py has the stops of single processes
 def test_a_rank_that_comes_after_rank_0_was_stopped_stops_too(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,6 @@
 Between dispatch and combine stand 'experts' that multiply a row by their id + 1. The oracle is therefore one line.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from moe_dist.comm.collectives import CommStats
+from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
 from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -41,19 +41,11 @@ class Case:
         return tokens.tolist(), chosen[tokens, columns].tolist()
 
 
-def random_case(seed: int, world_size: int, *, equal_slots: bool = False) -> Case:
-    """Draws uneven placements and token counts, some ranks without experts or tokens, and any share of null choices.
-
-    Args:
-        equal_slots: Puts the same number of experts on every rank.
-    """
+def random_case(seed: int, world_size: int) -> Case:
+    """Draws uneven placements and token counts, some ranks without experts or tokens, and any share of null choices."""
     rng = np.random.default_rng([seed, world_size])
-    if equal_slots:
-        num_experts = world_size * int(rng.integers(1, 4))
-        rank_of = rng.permutation(np.arange(num_experts) % world_size)
-    else:
-        num_experts = int(rng.integers(1, 9))
-        rank_of = rng.integers(0, world_size, num_experts)
+    num_experts = int(rng.integers(1, 9))
+    rank_of = rng.integers(0, world_size, num_experts)
     slots = tuple(tuple(np.flatnonzero(rank_of == rank).tolist()) for rank in range(world_size))
     kind = ("any", "all null", "one expert", "first half")[int(rng.integers(0, 4)) if seed % 3 == 0 else 0]
     rows = []
@@ -98,12 +90,15 @@ def round_trip(
     if comm_stats.events is not None:
         comm_stats.events.clear()
     plan = dispatcher.plan(assignments._replace(weight_N=weight_N), num_tokens)
-    dispatched = dispatcher.dispatch(h_TD, weight_N, plan)
-    ids = torch.tensor(placement.slots[rank], dtype=weights_dtype) + 1
-    factor_Q = ids.repeat_interleave(torch.tensor(plan.slot_counts, dtype=torch.int64))
-    pairs_QD = dispatched.rows_RD[plan.row_of_pair_Q].to(weights_dtype) * (dispatched.weight_Q * factor_Q)[:, None]
-    summed_RD = torch.zeros(dispatched.rows_RD.shape, dtype=weights_dtype).index_add(0, plan.row_of_pair_Q, pairs_QD)
-    y_TD = dispatcher.combine(summed_RD.to(dtype), plan)
+
+    def experts(dispatched: DispatchedRows, layout: PairLayout) -> torch.Tensor:
+        ids = torch.tensor(placement.slots[rank], dtype=weights_dtype) + 1
+        factor_Q = ids.repeat_interleave(torch.tensor(layout.slot_counts, dtype=torch.int64))
+        pairs_QD = dispatched.rows_RD[layout.row_of_pair_Q].to(weights_dtype) * (dispatched.weight_Q * factor_Q)[:, None]
+        summed_RD = torch.zeros(dispatched.rows_RD.shape, dtype=weights_dtype)
+        return summed_RD.index_add(0, layout.row_of_pair_Q, pairs_QD).to(dtype)
+
+    y_TD, _ = dispatcher.run(h_TD, weight_N, plan, experts=experts)
     forward_bytes = comm_stats.payload_bytes
 
     taken = assignments._replace(weight_N=weight_N).taken()
@@ -117,7 +112,3 @@ def round_trip(
     for got, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
     return RoundTrip(plan, forward_bytes, comm_stats.payload_bytes)
-
-
-def all_ranks(values: Callable[[int], Any], world_size: int) -> list[Any]:
-    return [values(rank) for rank in range(world_size)]

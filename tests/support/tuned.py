@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor
 
 from moe_dist.formats.manifest import Manifest
 from moe_dist.placement.parameter_names import named_parameters
-from moe_dist.train.build.tuning import Savings, savings
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.router_tuning.loader import MAKERS, SampleLoader, SampleMaker
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex
@@ -42,7 +41,6 @@ class Tuned:
     gradients: dict[str, np.ndarray]
     moments: set[str]
     events: list[str]
-    savings: Savings
 
 
 def tune(
@@ -104,7 +102,6 @@ def tune(
         gradients=gradients,
         moments={named[parameter] for parameter in optimizer.state},
         events=training.comm_stats.events or [],
-        savings=savings(parallel),
     )
 
 

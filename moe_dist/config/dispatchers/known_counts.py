@@ -9,7 +9,7 @@ class KnownCountsDispatchSection(DispatchSection):
     """Send one row per (token, expert), without a host sync. Works only if the number of tokens that each rank sends to
     each expert is known before routing."""
 
-    builds = "moe_dist.moe.dispatch.known_counts:KnownCountsFirst"
+    builds = "moe_dist.moe.dispatch.known_counts:KnownCountsDispatcher"
     each_pair = True
 
     kind: Literal["known_counts"] = "known_counts"

@@ -5,7 +5,7 @@ from typing import Any
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.interface import Dispatcher
-from moe_dist.moe.dispatch.known_counts import KnownCountsFirst, pairs_are_rows
+from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, pairs_are_rows
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.two_batches import TwoBatchDispatcher
 
@@ -18,5 +18,5 @@ def all_to_all(context: DispatchContext, *, overlap: bool, chunks: int) -> Dispa
     if overlap or chunks > 1:
         return PipelinedDispatcher(context, overlap=overlap, chunks=chunks)
     if pairs_are_rows(context.placement):
-        return KnownCountsFirst(context, always=False)
+        return KnownCountsDispatcher(context)
     return AllToAllDispatcher(context)

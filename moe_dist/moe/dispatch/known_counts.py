@@ -4,8 +4,8 @@ ids, and no host waits for its device.
 The dispatcher needs assignments with `counts_WE`: the number of pairs of each rank's tokens with each expert. In expert
 choice within one rank the host knows `counts_WE` before routing, because every expert takes a fixed number of each rank's
 tokens. In token choice `counts_WE` depends on the routing. If each rank holds at most one expert of a group, no two pairs
-have the same (token, rank), and one row per (token, rank) would save no rows: `KnownCountsFirst` then uses
-`KnownCountsDispatcher`.
+have the same (token, rank), and one row per (token, rank) would save no rows: the kind `all_to_all` then uses this
+dispatcher, too.
 
 The number of rows that a rank sends is the sum of the rank's row of `counts_WE` over the experts of other ranks. The rows
 are sent in dispatch and returned in combine, and equally many gradients are sent in backward. No row is padding. Shape
@@ -19,7 +19,6 @@ Memory is as in `all_to_all`, where S is the number of (token, expert) pairs sen
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,22 +26,16 @@ from torch import Tensor
 
 from moe_dist.comm.all_to_all import Splits, split_sizes
 from moe_dist.comm.collectives import from_host
-from moe_dist.errors import ConfigError
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
-from moe_dist.moe.dispatch.interface import DispatchedRows, DispatchPlan, TwoStepDispatcher
-from moe_dist.moe.dispatch.planning import DispatchPlanner, check_receive_rows
+from moe_dist.moe.dispatch.exchange import AllToAllPlan
+from moe_dist.moe.dispatch.planning import check_receive_rows
 from moe_dist.moe.kernels.interface import Items
 from moe_dist.moe.routing.types import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 Counts = tuple[tuple[int, ...], ...]
 KEPT_ORDERS = 16  # number of cached orders of pairs; all layers of a micro-batch use the same order
-
-
-class KnownCountsPlan(AllToAllPlan):
-    """The plan of an exchange with one row per pair. Pairs are sent in the order of (rank, expert); own pairs come last."""
 
 
 @dataclass(frozen=True)
@@ -59,29 +52,32 @@ class _Order:
     slot_counts: tuple[int, ...]
 
 
-class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
-    """Dispatches and combines over one EP group, with known counts."""
+class KnownCountsDispatcher(AllToAllDispatcher):
+    """Dispatches and combines over one EP group, with known counts. Assignments without `counts_WE`, as in evaluation,
+    where tokens choose experts, are planned as by `AllToAllDispatcher`. All ranks plan alike, because all have the same
+    counts and placement.
+
+    A token with several experts on a rank is sent to the rank once for each of these experts.
+    """
+
+    takes_known_counts = True
 
     def __init__(self, context: DispatchContext) -> None:
+        super().__init__(context)
         self.placement, self.wire = context.placement, context.all_to_all
         self.max_receive_rows = context.max_receive_rows
-        self.exchange = Exchange(self.wire, kernels=context.kernels)
         self._order = lru_cache(maxsize=KEPT_ORDERS)(self._make_order)
 
-    def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> KnownCountsPlan:
-        """Makes the plan. Costs no collective and no host sync.
+    def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> AllToAllPlan:
+        """Makes the plan. With known counts it costs no collective and no host sync. Pairs are then sent in the order of
+        (rank, expert), own pairs last.
 
         Raises:
-            ConfigError: the assignments have no `counts_WE`, because the router's numbers of pairs are not fixed.
             ResourceError: more rows would arrive than `max_receive_rows`.
         """
         counts = assignments.counts_WE
         if counts is None:
-            raise ConfigError(
-                "parallel.dispatch.kind=known_counts needs the number of pairs of each rank and expert beforehand, which "
-                "this router's choices do not fix (token choice never does); take parallel.dispatch.kind=all_to_all, or a "
-                "router whose experts choose a fixed number of each rank's tokens (docs/parallelism.md)"
-            )
+            return super().plan(assignments, num_tokens, layer=layer)
         self._check(counts, assignments.token_N.shape[0])
         order = self._order(counts, assignments.token_N.device)  # the same order for all layers of a micro-batch
 
@@ -90,7 +86,7 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
         kept = (assignments.expert_N == order.expert_N).all()
         torch._assert_async(kept, "counts_WE: pairs are not as promised")  # pyright: ignore[reportPrivateImportUsage]
         row_S, row_O = assignments.token_N[order.pair_P].tensor_split([sum(order.splits.send)])
-        return KnownCountsPlan(
+        return AllToAllPlan(
             layer=layer,
             prefix="",
             suffix="",
@@ -145,46 +141,6 @@ def _blocks(start_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
     """Concatenates start, start + 1, ..., start + length - 1 of all blocks."""
     shift_X = start_X - (np.cumsum(length_X) - length_X)
     return np.repeat(shift_X, length_X) + np.arange(int(length_X.sum()))
-
-
-class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
-    """Uses `KnownCountsDispatcher` for assignments with `counts_WE`, and `AllToAllDispatcher` for assignments without
-    `counts_WE`, as in evaluation, where tokens choose experts.
-
-    All ranks choose the same dispatcher, because counts and placement are the same on all ranks.
-
-    Args:
-        always: If true, use `counts_WE` even if a rank holds several experts of a group: a token with several experts on a
-            rank is then sent to the rank once for each of these experts. If false, only if each rank holds at most one
-            expert of a group, so that both dispatchers would send the same rows.
-    """
-
-    def __init__(self, context: DispatchContext, *, always: bool = True) -> None:
-        self.known, self.general = KnownCountsDispatcher(context), AllToAllDispatcher(context)
-        self.takes_known_counts = always or pairs_are_rows(context.placement)
-
-    @property
-    def planner(self) -> DispatchPlanner:
-        """The planner for assignments without `counts_WE`."""
-        return self.general.planner
-
-    @planner.setter
-    def planner(self, planner: DispatchPlanner) -> None:
-        self.general.planner = planner
-
-    def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> DispatchPlan:
-        known = self.takes_known_counts and assignments.counts_WE is not None
-        dispatcher: TwoStepDispatcher[Any] = self.known if known else self.general
-        return dispatcher.plan(assignments, num_tokens, layer=layer)
-
-    def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: DispatchPlan) -> DispatchedRows:
-        return self._of(plan).dispatch(h_TD, weight_N, plan)
-
-    def combine(self, rows_RD: Tensor, plan: DispatchPlan) -> Tensor:
-        return self._of(plan).combine(rows_RD, plan)
-
-    def _of(self, plan: DispatchPlan) -> TwoStepDispatcher[Any]:
-        return self.known if isinstance(plan, KnownCountsPlan) else self.general
 
 
 def pairs_are_rows(placement: ExpertPlacement) -> bool:

@@ -30,8 +30,8 @@ TINY = 1e-20  # prevents 0 / 0 where all scores underflow
 
 
 class ThresholdRouter(AdaptiveRouter):
-    """Routes T tokens by learned thresholds. Each group's gate also has `level` [columns], the G of c = sigmoid(G),
-    initially 0.
+    """Routes T tokens by learned thresholds. Each group's gate also has the parameter `level` [columns], initially 0: the
+    G of the module's formula. The threshold of a column is sigmoid(level).
 
     Args:
         scale: See `TopKRouter`.

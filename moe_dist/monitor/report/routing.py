@@ -238,6 +238,12 @@ def frames_of_trace(
     return [frames[place] for place in spaced], [frames[place] for place in window]
 
 
+def model_shape(groups: Sequence[ExpertGroup], layers: Sequence[int]) -> str:
+    """Returns layers and groups of a model as text for an error message."""
+    each = (f"{g.name} {g.num_experts} + {g.num_columns - g.num_experts}, top {g.top_k}, width {g.ffn_dim}" for g in groups)
+    return f"{len(layers)} MoE layers of {', '.join(each)}"
+
+
 def group_of_modality(groups: Sequence[ExpertGroup], modalities: Sequence[str]) -> np.ndarray:
     """Returns the index of each modality's expert group, int64 [M].
 

@@ -82,7 +82,8 @@ def test_a_special_file_is_refused_by_name_within_a_second(good: Path, tmp_path:
 
 
 def test_each_header_is_read_once_inside_the_vote(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fails at a later read would end one rank, while the others wait for it."""
+    """If a rank read a header again after the ranks have voted, a disk error would end that rank alone, and the other
+    ranks would hang."""
     read: Counter[int] = Counter()
     real = manager.open_shard
 

@@ -36,7 +36,7 @@ def test_every_single_bit_changes_the_sum() -> None:
 
 
 def test_the_longest_row_is_summed_exactly() -> None:
-    """All words have their largest value. An overflow would give another sum than Python's integers."""
+    """All words are -2^31, the int32 of largest magnitude. An overflow would give another sum than Python's integers."""
     row = torch.full((1, MAX_ROW_BYTES // 4), -(1 << 31), dtype=torch.int32)
     assert content_sums(row).tolist() == [slow_sum(row[0])]
     with refused(AssertionError):

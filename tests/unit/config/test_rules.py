@@ -341,7 +341,10 @@ def test_what_fits_passes(file: Path, base: str, change: str) -> None:
     assert faults(file, base, change) == []
 
 
-@pytest.mark.parametrize(("base", "change"), [(base, change) for base, every in REFUSED.items() for change in every])
+CASES = {f"{base}-{change}": (base, change) for base, every in REFUSED.items() for change in every}
+
+
+@pytest.mark.parametrize(("base", "change"), CASES.values(), ids=CASES)  # ids in full, which the golden file has as keys
 def test_what_does_not_fit_is_named_with_its_rule_and_fix(file: Path, base: str, change: str) -> None:
     found = faults(file, base, change)
     names = [name for override in change.split(" | ") for name in override.partition("=")[0].split(".")[-2:]]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_dist.data import baselines
 from moe_dist.data.baselines import BIGRAM_PRIOR, count_baselines
 
 TRAIN = {"a": [[300, 100, 101, 100, 1], [301, 101, 101, 300]], "b": [[300, 301, 300, 302, 1]]}
@@ -47,7 +48,9 @@ def by_loop(kind: str, image: bool, sources: str, skip_filler: bool) -> float:
     return sum(nats) / len(nats)
 
 
-def test_against_a_loop(tmp_path: Path, make_set) -> None:
+@pytest.mark.parametrize("chunk", [1, 3, 1 << 18])
+def test_against_a_loop(tmp_path: Path, make_set, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(baselines, "_CHUNK", chunk)
     manifest = make_set(tmp_path, {name: (TRAIN[name], VALID[name]) for name in "ab"}, FILLER, PROMPT)
     expected = {}
     for kind in ("unigram", "left_bigram"):

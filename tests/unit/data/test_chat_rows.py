@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moe_dist.data import chat_rows
+from moe_dist.data.chat import HubTokenizer
+from moe_dist.data.chat_rows import Part, Row, encode_conversation
 from moe_dist.data.corpus import Recipe
 from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.runtime.progress import Report
@@ -58,6 +61,31 @@ def test_an_interrupted_command_goes_on(
     assert (kept.items() <= during.items()) != changed
     assert found == make(tmp_path / "a/set", lines, tokenizer, lambda *_: None)
     assert not parts.exists()
+
+
+class SlowChild:
+    """Stands in for a process that exceeds its time limit on more than one row."""
+
+    def __init__(self, hub: HubTokenizer) -> None:
+        self._hub = hub
+
+    def receive(self) -> Part:
+        raise TimeoutError
+
+    def __call__(self, rows: list[Row]) -> Part:
+        assert len(rows) == 1
+        return chat_rows._encoded(self._hub, encode_conversation, rows)  # pyright: ignore[reportPrivateUsage]
+
+
+def test_rows_of_a_slow_batch_are_encoded_alone(tokenizer: Path) -> None:
+    hub = HubTokenizer(tokenizer)
+    batch: list[Row] = [(f"row {number}", row) for number, row in enumerate(conversations(20))]
+    batch.append(("row 20", {"messages": []}))
+    found = chat_rows._answer(SlowChild(hub), batch)  # pyright: ignore[reportPrivateUsage]
+    wanted = chat_rows._encoded(hub, encode_conversation, batch)  # pyright: ignore[reportPrivateUsage]
+    for name, value in vars(wanted).items():
+        assert np.array_equal(getattr(found, name), value), name
+    assert len(wanted.bad) == 1
 
 
 PROGRAM = """

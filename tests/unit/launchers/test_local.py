@@ -89,14 +89,6 @@ def site(tmp_path: Path, tiny_data: Path) -> Site:
     return Site(tmp_path, tiny_data)
 
 
-def test_ranks_are_started_and_done_is_0(site: Site) -> None:
-    assert site.attempt("attempt.follow(lambda: 4)") == 0
-    assert site.started == ["started.0", "started.1"]
-    latest = site.run.read_status().latest
-    assert latest is not None
-    assert (latest.verdict, latest.last_step) == (0, 4)
-
-
 def test_nproc_stretches_edp_and_the_ranks_hear_of_it(site: Site) -> None:
     assert site.attempt("pass", "train.micro_batch=1", nproc=4) == 0
     assert len(site.started) == 4
@@ -142,14 +134,6 @@ def test_what_a_killed_launcher_left_is_deleted_by_the_next(
         for holder in holders:
             holder.kill()
             holder.wait()
-
-
-def test_a_finished_run_shows_its_summary_and_starts_nothing(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
-    site.attempt("attempt.follow(lambda: 4)")
-    site.run.write_summary("held-out loss: fine\n")
-    assert site.launch("sys.exit(9)") == 0
-    assert "held-out loss: fine" in capfd.readouterr().out
-    assert site.attempt("attempt.follow(lambda: 6)", "train.steps=6") == 0
 
 
 def test_another_configuration_is_refused_unless_the_old_run_is_moved_aside(site: Site) -> None:

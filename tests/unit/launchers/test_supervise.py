@@ -58,10 +58,16 @@ class Run:
         logs = [stack.enter_context(self.log(rank).open("ab")) for rank in range(num_ranks)]
         return Ranks(commands, logs, timeouts=self.timeouts, terminal=self.terminal)
 
-    def to_the_end(self, num_ranks: int) -> Outcome:
+    def to_the_end(self, num_ranks: int, *numbers: signal.Signals) -> Outcome:
+        """Sends this process the signals after all ranks have marked that they are ready."""
         with ExitStack() as stack:
             signals = stack.enter_context(StopSignals())
-            return self.start(stack, num_ranks).supervise(signals)
+            ranks = self.start(stack, num_ranks)
+            marks = [self.folder / f"ready.{rank}" for rank in range(num_ranks if numbers else 0)]
+            wait_until(lambda: all(mark.exists() for mark in marks), "ranks are ready")
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            return ranks.supervise(signals)
 
     def log(self, rank: int) -> Path:
         return self.folder / f"rank_{rank}.log"
@@ -118,29 +124,15 @@ def test_consequences_on_rank_0_are_not_shown_before_the_cause(tmp_path: Path) -
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 def test_a_stop_is_forwarded_once(tmp_path: Path, number: signal.Signals) -> None:
-    run = Run(tmp_path, STOPS)
-    with ExitStack() as stack:
-        signals = stack.enter_context(StopSignals())
-        ranks = run.start(stack, 2)
-        wait_until(lambda: all((tmp_path / f"ready.{rank}").exists() for rank in range(2)), "ranks are ready")
-        os.kill(os.getpid(), number)
-        if number != signal.SIGINT:  # a second Ctrl-C has a meaning of its own
-            os.kill(os.getpid(), number)
-        outcome = ranks.supervise(signals)
+    times = 1 if number == signal.SIGINT else 2  # a second Ctrl-C has a meaning of its own
+    outcome = Run(tmp_path, STOPS).to_the_end(2, *[number] * times)
     assert outcome == Outcome((75, 75), stop=number)
     assert outcome.exit_code(None) == 75
     assert [(tmp_path / f"asked.{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
-    run = Run(tmp_path, REFUSES + "mark('ready'); time.sleep(100)")
-    with ExitStack() as stack:
-        signals = stack.enter_context(StopSignals())
-        ranks = run.start(stack, 2)
-        wait_until(lambda: all((tmp_path / f"ready.{rank}").exists() for rank in range(2)), "ranks are ready")
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-        outcome = ranks.supervise(signals)
+    outcome = Run(tmp_path, REFUSES + "mark('ready'); time.sleep(100)").to_the_end(2, signal.SIGINT, signal.SIGINT)
     assert (outcome.codes, outcome.aborted, outcome.exit_code(None)) == ((-9, -9), True, ABORTED)
 
 

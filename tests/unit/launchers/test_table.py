@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from launchers.table import LAUNCHERS, launcher_table, load_launcher
 from moe_dist.errors import ConfigError
+from moe_dist.runtime.command_line import command_app
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.run_folder import RunFolder
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config, write_config
 
@@ -38,6 +42,22 @@ def test_every_launcher_has_a_command_and_is_examined() -> None:
         assert callable(launcher.examine)
     with refused(ConfigError, "'slrum'", *LAUNCHERS, golden=False):
         load_launcher("slrum")
+
+
+@pytest.mark.parametrize("name", ["local", "slurm", "ray"])
+def test_a_finished_run_shows_its_summary_and_needs_no_cluster(
+    name: str, tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tiny_data, tmp_path / "runs")
+    folder = RunFolder.of(config)
+    lease = folder.open(config, RankEnv(0, 2, 0, 2, "published", 0, "only"))
+    assert folder.write_status(verdict=0, reason="done", last_step=config.train.steps, attempt_id="only")
+    lease.release()
+    folder.write_summary("all is well\n")
+    monkeypatch.setenv("PATH", "")
+    shown = CliRunner().invoke(command_app(load_launcher(name).main), [str(write_config(config, tmp_path / "x.yaml"))])
+    assert (shown.exit_code, "all is well" in shown.output) == (0, True), shown.output
+    assert [each.attempt_id for each in folder.read_status().attempts] == ["only"]
 
 
 def test_an_installed_package_adds_a_launcher_without_an_import(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.collectives import CommStats
-from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.experts.experts import Experts
-from moe_dist.moe.experts.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.context import RouterContext
@@ -24,8 +18,9 @@ from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.moe.routing.types import RoutingCache, RoutingRequest
 from moe_dist.placement.parameter_names import group_module
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.placement import ExpertGroup
 from tests.reference.layer import ReferenceWeights, moe_forward
+from tests.support.one_rank_layer import one_rank_layer
 
 D = 6
 TEXT = ExpertGroup("text", 4, 2, 4, 5, 0, ("text",), num_identity=2, num_constant=3)
@@ -36,23 +31,16 @@ CASES = {"all kinds": (TEXT, IMAGE), "no constants": (PLAIN, COPIES)}
 
 
 def make_layer(
-    groups: Sequence[ExpertGroup], *, recompute: str = "none", capacity: Capacity | None = None, **router: Any
+    groups: Sequence[ExpertGroup],
+    *,
+    recompute: str = "none",
+    capacity: Capacity | None = None,
+    pair_budget: int | None = None,
+    **options: Any,
 ) -> MoELayer:
     torch.manual_seed(0)
-    num_experts = sum(group.num_experts for group in groups)
-    layer = MoELayer(
-        norm=torch.nn.Identity(),
-        router=TopKRouter(RouterContext(D, groups, capacity=capacity), **router),
-        experts=Experts(D, groups, [group.num_experts for group in groups]),
-        dispatcher=AllToAllDispatcher(
-            DispatchContext(ExpertPlacement(tuple(groups), (tuple(range(num_experts)),)), AllToAll(None, CommStats()))
-        ),
-        free=ZeroComputationExperts(D, groups) if has_zero_computation_experts(groups) else None,
-        recompute=recompute,  # pyright: ignore[reportArgumentType]
-    ).double()
-    for tensor in [*layer.parameters(), *(b for name, b in layer.named_buffers() if name.endswith("bias"))]:
-        torch.nn.init.normal_(tensor)
-    return layer
+    router = TopKRouter(RouterContext(D, groups, capacity=capacity), **options)
+    return one_rank_layer(router, D, recompute=recompute, pair_budget=pair_budget).double()
 
 
 def reference_weights(layer: MoELayer, groups: Sequence[ExpertGroup]) -> dict[str, ReferenceWeights]:
@@ -91,6 +79,16 @@ def test_free_experts_and_bias(case: str, normalise: str, selection_bias: bool) 
     h_TD, group_T = torch.randn(30, D, dtype=torch.double, requires_grad=True), torch.randint(-1, 2, (30,))
     weights = reference_weights(layer, groups)
     expected = moe_forward(h_TD, group_T.tolist(), groups, weights, normalise=normalise, scale=1.5)
+    assert_equals_the_oracle(layer, h_TD, group_T, expected)
+
+
+@pytest.mark.parametrize("pair_budget", [None, 1, 7, 1000])
+@pytest.mark.parametrize("recompute", ["none", "experts", "block"])
+def test_recompute_and_chunks_of_pairs(recompute: str, pair_budget: int | None) -> None:
+    groups = CASES["no constants"]
+    layer = make_layer(groups, recompute=recompute, pair_budget=pair_budget)
+    h_TD, group_T = torch.randn(30, D, dtype=torch.double, requires_grad=True), torch.randint(-1, 2, (30,))
+    expected = moe_forward(h_TD, group_T.tolist(), groups, reference_weights(layer, groups))
     assert_equals_the_oracle(layer, h_TD, group_T, expected)
 
 
@@ -137,11 +135,13 @@ def test_free_choices_are_no_pairs() -> None:
     assert (y_TD != 0).all()
 
 
-def test_ablation_zeroes_free_experts_too() -> None:
+def test_ablation_zeroes_the_output_and_nothing_else() -> None:
     layer = make_layer(CASES["all kinds"])
-    ablated = RoutingRequest(experts_off=True)
-    y_TD, _ = layer(torch.randn(10, D, dtype=torch.double), torch.randint(0, 2, (10,)), ablated)
+    h_TD, group_T = torch.randn(10, D, dtype=torch.double), torch.randint(0, 2, (10,))
+    _, before = layer(h_TD, group_T)
+    y_TD, after = layer(h_TD, group_T, RoutingRequest(experts_off=True))
     assert (y_TD == 0).all()
+    assert torch.equal(before.counts.choices_LC, after.counts.choices_LC)
 
 
 def test_without_a_token_every_parameter_has_a_zero_gradient() -> None:

@@ -1,6 +1,7 @@
 """Balance and z terms against the oracle's loops: values, gradients, and the sum over ranks."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -26,24 +27,29 @@ def make_router() -> TopKRouter:
     return router
 
 
-@pytest.mark.parametrize("kind", ["null_averaged", "vanilla"])
-def test_terms_of_two_ranks_add_up_to_the_oracle(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [("null_averaged", None), ("vanilla", None), *(("null_split", each) for each in (None, (1.0, 1.0), (2.5, 0.4)))],
+)
+def test_terms_of_two_ranks_add_up_to_the_oracle(kind: BalanceKind, weights: tuple[float, float] | None) -> None:
     router = make_router()
     h_TD = torch.randn(60, D, dtype=torch.double, requires_grad=True)
     group_T = torch.randint(-1, 2, (60,))
     halves = [router(h_TD[half], group_T[half]) for half in (slice(0, 22), slice(22, 60))]
-    choices_LC = sum(routed.counts.choices_LC[0] for routed in halves)[None]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-    tokens_LG = sum(routed.counts.tokens_LG[0] for routed in halves)[None]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-    ours = sum(
-        balance_terms(routed.aux.prob_LC, choices_LC, tokens_LG, TABLES, kind=kind)[0]  # pyright: ignore[reportArgumentType]
-        for routed in halves
-    )
+    choices_LC = torch.stack([routed.counts.choices_LC[0] for routed in halves]).sum(0)[None]
+    tokens_LG = torch.stack([routed.counts.tokens_LG[0] for routed in halves]).sum(0)[None]
+    options: dict[str, Any] = {"kind": kind, "null_weight_G": weights}
+    terms = [balance_terms(routed.aux.prob_LC, choices_LC, tokens_LG, TABLES, **options)[0] for routed in halves]
+    ours_G = torch.stack(terms).sum(0)
     for index, group in enumerate((TEXT, IMAGE)):
         gate = router.get_submodule(group_module(group.name))
-        logits = h_TD[group_T == index] @ torch.cat([gate.true, gate.null]).T  # pyright: ignore
-        expected = balance_loss(logits, group.num_experts, group.top_k, null_averaged=kind == "null_averaged")
-        torch.testing.assert_close(ours[index], expected)  # pyright: ignore[reportIndexIssue]
-        (g1,) = torch.autograd.grad(ours[index], h_TD, retain_graph=True)  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        logits, sizes = h_TD[group_T == index] @ torch.cat([gate.true, gate.null]).T, (group.num_experts, group.top_k)  # pyright: ignore
+        if kind == "null_split":
+            expected = split_loss(logits, *sizes, null_weight=1.0 if weights is None else weights[index])
+        else:
+            expected = balance_loss(logits, *sizes, null_averaged=kind == "null_averaged")
+        torch.testing.assert_close(ours_G[index], expected)
+        (g1,) = torch.autograd.grad(ours_G[index], h_TD, retain_graph=True)
         (g2,) = torch.autograd.grad(expected, h_TD, retain_graph=True)
         torch.testing.assert_close(g1, g2)
 
@@ -67,10 +73,6 @@ def test_identity_columns_share_a_load_and_constant_ones_do_not(kind: str) -> No
     (g1,) = torch.autograd.grad(ours, h_TD, retain_graph=True)
     (g2,) = torch.autograd.grad(expected, h_TD)
     torch.testing.assert_close(g1, g2)
-
-
-def test_tables_are_made_once_for_all_layers() -> None:
-    assert ColumnTables.on((TEXT, IMAGE), torch.device("cpu")) is TABLES
 
 
 def test_null_averaging_gives_every_null_the_same_pull() -> None:
@@ -135,29 +137,6 @@ def test_z_is_the_mean_squared_log_sum_exp() -> None:
     routed = router(h_TD[:4], torch.tensor([0, 0, 0, 1]))  # 7 and 4 equal logits of 0
     by_hand = torch.tensor([(3 * math.log(7) ** 2 + math.log(4) ** 2) / 4], dtype=torch.double)
     torch.testing.assert_close(z_terms(routed.aux.log_z_squared_LG, routed.counts.tokens_LG), by_hand)
-
-
-@pytest.mark.parametrize("weights", [None, (1.0, 1.0), (2.5, 0.4)])
-def test_the_split_alone_equals_the_loops(weights: tuple[float, float] | None) -> None:
-    router = make_router()
-    h_TD = torch.randn(60, D, dtype=torch.double, requires_grad=True)
-    group_T = torch.randint(-1, 2, (60,))
-    halves = [router(h_TD[half], group_T[half]) for half in (slice(0, 22), slice(22, 60))]
-    choices_LC = torch.stack([routed.counts.choices_LC[0] for routed in halves]).sum(0)[None]
-    tokens_LG = torch.stack([routed.counts.tokens_LG[0] for routed in halves]).sum(0)[None]
-    ours = sum(
-        balance_terms(routed.aux.prob_LC, choices_LC, tokens_LG, TABLES, kind="null_split", null_weight_G=weights)[0]
-        for routed in halves
-    )
-    for index, group in enumerate((TEXT, IMAGE)):
-        gate = router.get_submodule(group_module(group.name))
-        logits = h_TD[group_T == index] @ torch.cat([gate.true, gate.null]).T  # pyright: ignore
-        weight = 1.0 if weights is None else weights[index]
-        expected = split_loss(logits, group.num_experts, group.top_k, null_weight=weight)
-        torch.testing.assert_close(ours[index], expected)  # pyright: ignore[reportIndexIssue]
-        (g1,) = torch.autograd.grad(ours[index], h_TD, retain_graph=True)  # pyright: ignore[reportIndexIssue, reportArgumentType]
-        (g2,) = torch.autograd.grad(expected, h_TD, retain_graph=True)
-        torch.testing.assert_close(g1, g2)
 
 
 def test_the_split_pulls_all_true_columns_alike_and_none_where_there_is_no_other() -> None:

@@ -9,20 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.replayed_routers import Replay
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.placement import ExpertGroup
 from tests.support.messages import refused
+from tests.support.one_rank_layer import one_rank_layer
 
 D = 4
 GROUPS = (ExpertGroup("text", 4, 2, 3, 5, 0, ("text",)), ExpertGroup("image", 3, 1, 2, 7, 4, ("image",)))
@@ -31,23 +27,10 @@ IDS = np.array([[[3, 8, 0]], [[9, 4, -1]], [[-1, -1, -1]], [[7, 8, 2]]], np.int1
 GROUP = np.array([0, 1, -1, 0])
 
 
-def layer_with(router: nn.Module, recompute: str = "none") -> MoELayer:
+def top_k_layer(recompute: str = "none", capacity: Capacity | None = None, **options: Any) -> MoELayer:
     torch.manual_seed(0)
-    placement = ExpertPlacement(GROUPS, (tuple(range(7)),))
-    layer = MoELayer(
-        norm=nn.Identity(),
-        router=router,
-        experts=Experts(D, GROUPS, [4, 3]),
-        dispatcher=AllToAllDispatcher(DispatchContext(placement, AllToAll(None, CommStats()))),
-        recompute=recompute,  # pyright: ignore[reportArgumentType]
-    ).double()
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter)
-    return layer
-
-
-def top_k_layer(recompute: str = "none", capacity: Capacity | None = None, **router: Any) -> MoELayer:
-    return layer_with(TopKRouter(RouterContext(D, GROUPS, capacity=capacity), **router), recompute)
+    router = TopKRouter(RouterContext(D, GROUPS, capacity=capacity), **options)
+    return one_rank_layer(router, D, recompute=recompute).double()
 
 
 def test_weights_are_computed_anew_with_their_gradient() -> None:
@@ -154,6 +137,6 @@ def test_another_number_of_tokens_is_refused() -> None:
 def test_routers_that_cannot_replay_are_named() -> None:
     plain = (ExpertGroup("all", 7, 0, 2, 5, 0, ("text",)),)
     with refused(ConfigError, "ExpertChoiceRouter"):
-        Replay(layer_with(ExpertChoiceRouter(RouterContext(D, plain))), IDS, GROUP)
+        Replay(one_rank_layer(ExpertChoiceRouter(RouterContext(D, plain)), D), IDS, GROUP)
     with refused(ConfigError, "no MoE layer"):
         Replay(nn.Linear(2, 2), IDS, GROUP)

@@ -143,12 +143,6 @@ def kinds(hints: list[Hint]) -> list[str]:
     return [hint.kind for hint in hints]
 
 
-def test_nothing_is_said_about_a_healthy_run(healthy: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:
-    # Image experts are wider. Their ranks have twice the rows x width of the text ranks, which is 1.33 times the mean.
-    watch = HintWatch(groups, (1, 3, 5), window=10)
-    assert [hint for step in range(1, 80) for hint in watch.update(healthy(step))] == []
-
-
 def test_hints_wait_for_a_window_and_are_repeated_after_a_while(
     healthy: MakeRecord, groups: tuple[ExpertGroup, ...]
 ) -> None:

@@ -19,11 +19,10 @@ from moe_dist.monitor.sinks.jsonl import JsonlSink
 from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink, Window
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
-from moe_dist.monitor.tags import DEPTH_MEANING, GROUP_FAMILIES, MAX_SCALARS, curve_of, tag_plan
+from moe_dist.monitor.tags import GROUP_FAMILIES, MAX_SCALARS, curve_of, tag_plan
 from tests.unit.monitor.conftest import DEPTHS, MODALITIES
 
 MakeRecord = Callable[..., Record]
-GUIDE = (Path(__file__).parents[3] / "docs" / "monitoring.md").read_text()
 
 HELD_OUT = replace(DEPTHS, taken_LG=np.array([[8, 0], [100, 60]]), agreed_L=None, weight_L=None)
 RESULT = EvaluationResult(3, {"text": 3.0}, {"text": 4}, mixture_of_depths=HELD_OUT)
@@ -150,10 +149,3 @@ def test_the_console_says_what_the_held_out_tokens_met(make_record: MakeRecord) 
         "mixture-of-depths layers computed 0.525 of the held-out tokens, target 0.25 "
         "(layers 0.050 to 1.000; text 0.540, image 0.500)"
     ]
-
-
-@pytest.mark.parametrize("name", [*DEPTH_MEANING, "mixture_of_depths/layers"])
-def test_every_tag_and_field_is_explained(name: str) -> None:
-    assert f"`{name.replace('{', '<').replace('}', '>')}`" in GUIDE
-    section = GUIDE[GUIDE.index("## metrics.jsonl") : GUIDE.index("## Prometheus")]
-    assert all(f"`{field}`" in section for field in ["mixture_of_depths", *depth_line(DEPTHS)])

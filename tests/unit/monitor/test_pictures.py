@@ -65,14 +65,6 @@ def test_relative_entropy_is_one_for_an_even_choice(groups: tuple[ExpertGroup, .
     assert np.isnan(entropy_LG[0, 1])
 
 
-def test_which_maps_there_are(make_record: MakeRecord, subject: Subject) -> None:
-    window = Window()
-    window.add(make_record(1))
-    sums, words = window.take()
-    tags = [tag for tag, _ in heat_maps(sums, subject, words)]
-    assert tags == ["moe/load/text", "moe/load/image", "moe/rank_load", "moe/null_fraction", "moe/relative_entropy"]
-
-
 def test_maps_without_a_subject_are_left_out(make_record: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:
     """One rank has no load to compare, and groups without null experts have no null fraction."""
     no_null = tuple(ExpertGroup(g.name, g.num_experts, 0, g.top_k, g.ffn_dim, g.first_expert, g.modalities) for g in groups)

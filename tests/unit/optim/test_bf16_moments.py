@@ -111,6 +111,10 @@ def test_a_checkpoint_has_moments_of_two_bytes(tmp_path: Path, kind: str) -> Non
     config = tiny_config(data, tmp_path, {**section, "parallel.ep": 1, "placement.policy": "interleaved"})
     specs = state_specs(config)
     assert verify(saved.folder / "step_2", specs)[1] == []
+    squares = {name.removeprefix("optimizer.exp_avg_sq.") for name in specs if name.startswith("optimizer.exp_avg_sq.")}
+    matrices = {"layers.0.attention.q.weight", "layers.0.moe.experts.text.0.gate"}
+    assert "output.weight" in squares
+    assert matrices & squares == (set() if kind == "muon" else matrices)
     sizes = {name: spec.dtype.itemsize * np.prod(spec.shape) for name, spec in specs.items()}
     assert checkpoint_bytes(config) == sum(sizes.values())
     memory = rank_memory(config, saved.plan.placement, rank=0, rows=1.0, pairs=1.0)

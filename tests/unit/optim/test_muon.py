@@ -1,22 +1,17 @@
-"""Muon against its slow reference and torch's, and what a checkpoint of it holds."""
+"""Muon against its slow reference and torch's. test_bf16_moments.py saves its moments."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from moe_dist.checkpoint.verify import verify
 from moe_dist.optim.muon import Muon, orthogonalise
 from moe_dist.optim.optimizer import materialise_moments, set_step_count, split_parameters, step_count
 from moe_dist.placement.parameter_names import Role
-from moe_dist.plan.memory import checkpoint_bytes, rank_memory
-from moe_dist.train.build.training import state_specs
 from tests.reference import muon as reference
-from tests.support.one_rank import OneRank, world_of_one
-from tests.support.tiny import tiny_config, tiny_dataset
+from tests.support.tiny import tiny_config
 from tests.unit.optim.test_param_groups import model_of
 
 SHAPES = [(5, 8), (8, 5), (6, 6), (1, 4)]
@@ -110,27 +105,6 @@ def test_a_rank_without_parameters_steps() -> None:
     materialise_moments(optimizer)
     optimizer.step()
     assert step_count(optimizer) == 0
-
-
-def test_a_checkpoint_has_one_moment_of_a_matrix(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    tiny_dataset(data)
-    changes: Any = {"optimizer__kind": "muon"}
-    with world_of_one():
-        saved = OneRank(data, tmp_path, **changes)
-        saved.train_and_save()
-    config = tiny_config(data, tmp_path, {"optimizer.kind": "muon", "parallel.ep": 1, "placement.policy": "interleaved"})
-    specs = state_specs(config)
-    assert verify(saved.folder / "step_2", specs)[1] == []
-    assert "optimizer.exp_avg.layers.0.attention.q.weight" in specs
-    assert "optimizer.exp_avg_sq.layers.0.attention.q.weight" not in specs
-    assert "optimizer.exp_avg_sq.layers.0.moe.experts.text.0.gate" not in specs
-    assert "optimizer.exp_avg_sq.output.weight" in specs
-    sizes = [4 * np.prod(spec.shape) for spec in specs.values()]
-    assert checkpoint_bytes(config) == sum(sizes)
-    moments = [4 * np.prod(spec.shape) for name, spec in specs.items() if name.startswith("optimizer.")]
-    memory = rank_memory(config, saved.plan.placement, rank=0, rows=1.0, pairs=1.0)
-    assert memory.optimizer == sum(moments)
 
 
 def test_it_is_refused_where_no_matrix_is_trained(tmp_path: Path) -> None:

@@ -73,24 +73,9 @@ def test_the_cpus_of_the_ranks_gpu(
     assert bound_by(Kernel(range(100)), monkeypatch, local_rank, lower=False, **variables)[0] == NEAR[gpu]
 
 
-@pytest.mark.parametrize(
-    ("kernel", "variables"),
-    [
-        (Kernel(range(100), bound=range(50)), {}),  # srun or taskset has bound the process
-        (Kernel(range(1, 100)), {}),  # the cgroup lacks CPU 0
-        (Kernel(range(50, 60)), {}),
-        (Kernel(range(100)), {"CUDA_VISIBLE_DEVICES": "7"}),  # this GPU does not exist
-        (Kernel(range(100)), {"CUDA_VISIBLE_DEVICES": ""}),
-        (Kernel(range(100)), {"CUDA_VISIBLE_DEVICES": "GPU-c"}),
-    ],
-)
-def test_the_binding_stays(monkeypatch: pytest.MonkeyPatch, kernel: Kernel, variables: dict[str, str]) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml())
-    before = set(kernel.bound)
-    assert bound_by(kernel, monkeypatch, 0, lower=True, **variables, OMP_NUM_THREADS="50") == (
-        before,
-        {**variables, "OMP_NUM_THREADS": "50"},
-    )
+class Refusing(Kernel):
+    def bind(self, _process: int, cpus: Iterable[int]) -> None:
+        raise PermissionError
 
 
 def failing(error: Exception) -> Any:
@@ -98,11 +83,24 @@ def failing(error: Exception) -> Any:
 
 
 @pytest.mark.parametrize(
-    "module", [None, failing(OSError()), failing(pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED))]
+    ("module", "kernel", "variables"),
+    [
+        (nvml(), Kernel(range(100), bound=range(50)), {}),  # srun or taskset has bound the process
+        (nvml(), Kernel(range(1, 100)), {}),  # the cgroup lacks CPU 0
+        (nvml(), Kernel(range(50, 60)), {}),
+        (nvml(), Kernel(range(100)), {"CUDA_VISIBLE_DEVICES": "7"}),  # this GPU does not exist
+        (nvml(), Kernel(range(100)), {"CUDA_VISIBLE_DEVICES": ""}),
+        (nvml(), Kernel(range(100)), {"CUDA_VISIBLE_DEVICES": "GPU-c"}),
+        (nvml(), Refusing(range(100)), {}),
+        (None, Kernel(range(8)), {}),
+        (failing(OSError()), Kernel(range(8)), {}),
+        (failing(pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)), Kernel(range(8)), {}),
+    ],
 )
-def test_without_nvml_the_binding_stays(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+def test_the_binding_stays(monkeypatch: pytest.MonkeyPatch, module: Any, kernel: Kernel, variables: dict[str, str]) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", module)
-    assert bound_by(Kernel(range(8)), monkeypatch, 0)[0] == set(range(8))
+    before, given = set(kernel.bound), {**variables, "OMP_NUM_THREADS": "50"}
+    assert bound_by(kernel, monkeypatch, 0, lower=True, **given) == (before, given)
 
 
 def test_a_fault_of_the_code_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,19 +120,6 @@ def test_ranks_near_the_same_cpus_share_them(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "pynvml", nvml([{0, 1, 2, 3}, {0, 1, 2, 3}, {0, 1, 2, 3}]))  # three GPUs, two ranks
     found = bound_by(Kernel(range(8)), monkeypatch, 1, lower=True, OMP_NUM_THREADS="4")
     assert found == ({0, 1, 2, 3}, {"OMP_NUM_THREADS": "2"})
-
-
-def test_a_kernel_that_refuses_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise PermissionError
-
-    monkeypatch.setitem(sys.modules, "pynvml", nvml())
-    kernel = Kernel(range(100))
-    monkeypatch.setattr(kernel, "bind", refuse)
-    assert bound_by(kernel, monkeypatch, 0, lower=True, OMP_NUM_THREADS="50") == (
-        set(range(100)),
-        {"OMP_NUM_THREADS": "50"},
-    )
 
 
 def test_the_kernel_binds_this_thread_and_those_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:

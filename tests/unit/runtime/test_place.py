@@ -38,7 +38,7 @@ def test_the_planned_place_passes_and_an_unknown_one_too() -> None:
 def test_a_wrong_place_ends_with_69_in_words(found: Found, words: str) -> None:
     with refused(PlacementError, words) as raised:
         check_place(PLACE, found)
-    assert raised.value.exit_code == 69
+    assert PlacementError.exit_code == 69
     assert str(raised.value).startswith("rank 3 (experts of image) is not on its planned node")
 
 

@@ -82,18 +82,6 @@ def test_the_grace_ends_a_process_whose_main_thread_is_stuck_in_c() -> None:
     assert "Current thread" in err
 
 
-def test_it_installs_before_torch_is_there() -> None:
-    text = """
-        import sys
-        sys.modules["torch"] = None
-        from moe_dist.runtime.signals import StopRequest
-        StopRequest().__enter__()
-    """
-    with program(text) as process:
-        _, err = process.communicate(timeout=600)
-    assert (process.returncode, err) == (0, "")
-
-
 def test_uninstall_restores_handlers_and_cancels_the_timer() -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopRequest(grace_seconds=1000.0) as stop:

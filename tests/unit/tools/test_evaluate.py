@@ -1,7 +1,6 @@
-"""The command on a small run: what it prints and keeps, and what it refuses before the model is loaded."""
+"""The command on a small run: what it prints and keeps, and the tasks that the harness lacks."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -9,11 +8,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from click.testing import Result
 
-from moe_dist.data.tokenizer import fit_tokenizer
-from moe_dist.inference.loaded_run import LoadedRun
 from moe_dist.inference.multiple_choice import MEASURES
 from tests.support.invoked import invoke
-from tests.support.one_rank import OneRank, world_of_one
 from tools.evaluate import main
 
 pytestmark = pytest.mark.slow
@@ -46,54 +42,13 @@ def test_a_run_is_evaluated_and_earlier_results_stay(own_run: Path, questions: P
 
 
 def test_under_rotations_every_one_must_be_right(own_run: Path, questions: Path, tmp_path: Path) -> None:
-    options = (
-        "--tasks",
-        "nouns-definition",
-        "--questions",
-        questions,
-        "--limit",
-        8,
-        "--out",
-        tmp_path,
-        "--json",
-    )
+    options = ("--tasks", "nouns-definition", "--questions", questions, "--limit", 8, "--out", tmp_path, "--json")
     done = call(own_run, *options, "--rotations")
     assert done.exit_code == 0, done.output
     task = json.loads(done.stdout)["tasks"]["nouns-definition"]
     for measure in MEASURES:
         assert all(len(each[measure]) == 4 for each in task["answers"])
         assert task[measure]["right"] == sum(set(each[measure]) == {each["answer"]} for each in task["answers"])
-
-
-@pytest.mark.parametrize(
-    ("options", "code", "message"),
-    [
-        ((), 78, "nothing to evaluate: give --tasks, --questions or --harness"),
-        pytest.param(
-            ("--harness", "lambda_openai"),
-            78,
-            "--harness lambda_openai: lm_eval has no such task; did you mean lambada_openai?",
-            marks=pytest.mark.full,
-        ),
-        (
-            ("--tasks", "pictures-namin"),
-            78,
-            "did you mean pictures-naming? the tasks are pictures-naming, ",
-        ),
-        (("--questions", "nowhere"), 78, "--questions nowhere: cannot be read: "),
-        (("--tasks", "pictures-finding", "--split", "train", "--rotations"), 78, "more than model.max_seq_len=192"),
-        (("--tasks", "pictures-naming", "--split", "train", "--out", "/dev/null/x"), 78, "--out /dev/null/x: not writable"),
-        (("--tasks", "pictures-naming", "--split", "train", "--seed", "2", "--data", "nowhere"), 78, "no manifest.json"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_is_refused_before_the_model_is_loaded(
-    own_run: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], code: int, message: str
-) -> None:
-    monkeypatch.setattr(LoadedRun, "load", lambda *_: pytest.fail("the model was loaded"))
-    done = call(own_run, *options)
-    assert done.exit_code == code, done.output
-    assert message in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -111,28 +66,3 @@ def test_a_task_that_the_harness_lacks_is_refused(
     assert done.exit_code == 78, done.output
     assert f"--harness {name}" in done.stderr
     assert guess in done.stderr
-
-
-def test_packages_that_are_not_there_are_named(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    done = call(own_run, "--harness", "lambada")
-    assert done.exit_code == 78, done.output
-    assert "install moe_dist[evaluate]" in done.stderr
-
-
-def test_a_tokenizer_of_other_data_is_refused(own_run: Path, own_data: Path, tmp_path: Path) -> None:
-    moved = tmp_path / "moved"
-    shutil.copytree(own_data, moved)
-    texts = [" ".join(f"{number:03} brown foxes" for number in range(60))]
-    fit_tokenizer(texts, vocab_size=310).save(str(moved / "tokenizer.json"))
-    done = call(own_run, "--tasks", "pictures-naming", "--data", moved)
-    assert done.exit_code == 65, done.output
-    assert "to the data that is a picture code; it is another data set's tokenizer" in done.stderr
-
-
-def test_a_run_without_tokenizer_says_so(tiny_data: Path, tmp_path: Path) -> None:
-    with world_of_one():
-        other = OneRank(tiny_data, tmp_path)
-        other.train_and_save()
-    done = call(other.folder.parent, "--tasks", "pictures-naming")
-    assert (done.exit_code, "names no tokenizer" in done.stderr) == (78, True)

@@ -241,14 +241,12 @@ def replicas_of(count: int, expert: int, rank: int) -> Callable[[dict[str, Any]]
 @pytest.mark.parametrize(
     ("file", "change", "opened", "error", "key"),
     [
-        ("trace/a/rank_0.ids", lambda content: content[:-3], ".", DataError, "rank_0.ids"),
         ("trace/a/rank_0.index", lambda _: b"", TRACE, DataError, "no step that all ranks wrote"),
         (MANIFEST, groups_with({"num_experts": 1, "num_null": 3}), ".", DataError, "groups and layers"),
         (MANIFEST, groups_with({"num_null": 1}), TRACE, DataError, "id 7 is outside the model"),
         (MANIFEST, lambda _: {"rank_of_expert": [0, 1]}, ".", DataError, "rank_of_expert"),
         (MANIFEST, replicas_of(0, 0, 0), ".", DataError, "replicas of layer 0"),
         (MANIFEST, replicas_of(1, 0, 1), ".", DataError, "replicas of 1 layers"),
-        (MANIFEST, lambda _: {"version": 7}, TRACE, DataError, "version=7"),
         (MANIFEST, lambda _: {"modalities": ["text", "sound"]}, TRACE, DataError, "['sound']"),
         (MANIFEST, lambda _: {"modalities": ["text"]}, TRACE, DataError, "modality=1 is outside the 1 modalities"),
         (RECORDS, lambda _: b"", ".", DataError, "metrics.jsonl: no line has the arrays"),
@@ -283,7 +281,7 @@ def test_what_cannot_be_leaves_the_old_report(run: Path, tmp_path: Path, manifes
     other = replace(manifest, groups=(replace(manifest.groups[0], top_k=1), manifest.groups[1]))
     write_trace(tmp_path / "other" / "a", other, range(1, 2))
     for options, message in (
-        ((run, "--against", tmp_path / "other"), "2 MoE layers of text 3 + 1, top 1, image 2 + 2, top 2"),
+        ((run, "--against", tmp_path / "other"), "2 MoE layers of text 3 + 1, top 1, width 16, image 2 + 2, top 2"),
         ((run, "--against", tmp_path / "nowhere"), f"--against {tmp_path / 'nowhere'}: no such folder; give a run"),
         ((run, "--ep", "2,x"), "--ep 2,x: 'x' is no whole number"),
         ((run, "--data", tmp_path), f"--data {tmp_path}: "),
@@ -305,27 +303,22 @@ def test_a_run_without_trace_and_checkpoint(run: Path, manifest: Manifest) -> No
     assert asdict(manifest)["split"] == "training"
 
 
-def test_the_report_is_in_the_folder_of_its_subject(
+def test_the_report_is_in_the_folder_of_its_subject_or_in_the_current_one(
     run: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_trace(tmp_path / "theirs" / "a", manifest, range(1, 3))
-    for subject in (run, run / "trace", tmp_path / "theirs"):
-        before = set(tmp_path.rglob("*.html"))
-        done = call(subject)
-        assert done.exit_code == 0, done.output
-        assert set(tmp_path.rglob("*.html")) - before == {subject / "report.html"}
-        assert done.stdout.splitlines()[-1].startswith(f"{subject / 'report.html'}: ")
-
-
-def test_the_report_on_a_folder_of_others_is_in_the_current_one(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    write_trace(tmp_path / "theirs" / "a", manifest, range(1, 3))
+
+    def written(subject: Path) -> set[Path]:
+        before = set(tmp_path.rglob("*.html"))
+        done = call(subject)
+        assert done.exit_code == 0, done.output
+        (made,) = set(tmp_path.rglob("*.html")) - before
+        return {made, Path(done.stdout.splitlines()[-1].partition(": ")[0])}
+
+    for subject in (run, run / "trace", tmp_path / "theirs"):
+        assert written(subject) == {subject / "report.html"}
+        (subject / "report.html").unlink()
     monkeypatch.setattr("tools.report.os.access", lambda path, mode, **_: Path(path) != run or not mode & os.W_OK)
-    done = call(run)
-    assert done.exit_code == 0, done.output
-    assert done.stdout.splitlines()[-1].startswith("report.html: ")
-    assert [path.name for path in (tmp_path / "here").iterdir()] == ["report.html"]
-    assert not (run / "report.html").exists()
+    assert written(run) == {tmp_path / "here" / "report.html", Path("report.html")}

@@ -81,20 +81,6 @@ def test_relative_paths_are_refused_with_an_example(yaml: Path) -> None:
         launch(yaml, ["run.root=runs"])
 
 
-def test_a_finished_run_needs_no_cluster(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from moe_dist.config.load import load_config
-    from moe_dist.runtime.attempt import Attempt
-    from moe_dist.runtime.environment import RankEnv
-
-    config = load_config(yaml)
-    with Attempt(RankEnv.from_environment({})) as attempt:
-        attempt.open(config)
-        attempt.follow(lambda: config.train.steps)
-    RunFolder.of(config).write_summary("all is well\n")
-    assert launch(yaml) == 0
-    assert "all is well" in capsys.readouterr().out
-
-
 def test_what_ray_ships_is_named_from_the_clone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(source_root() / "configs")
     assert path_on_nodes(Path("x.yaml")) == Path("configs/x.yaml")

@@ -14,7 +14,6 @@ from moe_dist.config.cluster import Cluster
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError, ResourceError
-from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.messages import refused
 from tests.support.stand_ins import stand_in
@@ -186,14 +185,6 @@ def test_a_task_that_cannot_run_is_refused_before_any_is_submitted(
 ) -> None:
     with refused(error, words):
         prepare(login.path, overrides, CPU, sweep=[("run.seed=0",), (line,)])
-
-
-def test_a_finished_run_shows_its_summary_instead(login: Login) -> None:
-    lease = login.run.open(login.config, RankEnv(0, 2, 0, 1, "published", 0, "a-1"))
-    login.run.write_status(verdict=0, reason="done", last_step=4, attempt_id="a-1")
-    lease.release()
-    assert login.launch().stdout == f"{login.run.path}: done after step 4\n"
-    assert login.asked is None
 
 
 def test_a_refused_job_overwrites_nothing(login: Login) -> None:

@@ -1,4 +1,5 @@
-"""Experts on rows sorted by slot: against loops, with empty experts, and in chunks of the pair budget."""
+"""Experts on rows sorted by slot: chunks of the pair budget, memory, and grouped products. test_layer.py compares layers
+with loops."""
 
 from typing import Any
 
@@ -6,89 +7,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_dist.comm.all_to_all import AllToAll, Splits
-from moe_dist.comm.collectives import CommStats
+from moe_dist.comm.all_to_all import Splits
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.exchange import AllToAllPlan
 from moe_dist.moe.dispatch.interface import DispatchedRows
 from moe_dist.moe.experts.experts import Experts, slot_chunks
-from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing.types import Assignments, RoutingRequest
-from moe_dist.placement.parameter_names import group_module
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from tests.reference.layer import ReferenceWeights, moe_forward
-
-D = 6
-GROUPS = (ExpertGroup("text", 4, 2, 3, 5, 0, ("text",)), ExpertGroup("image", 3, 2, 2, 7, 4, ("image",)))
-
-
-def make_layer(pair_budget: int | None, recompute: str) -> MoELayer:
-    torch.manual_seed(0)
-    layer = MoELayer(
-        norm=torch.nn.Identity(),
-        router=TopKRouter(RouterContext(D, GROUPS)),
-        experts=Experts(D, GROUPS, (4, 3), pair_budget=pair_budget),
-        dispatcher=AllToAllDispatcher(
-            DispatchContext(ExpertPlacement(GROUPS, (tuple(range(7)),)), AllToAll(None, CommStats()))
-        ),
-        recompute=recompute,  # pyright: ignore[reportArgumentType]
-    ).double()
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter)
-    return layer
-
-
-@pytest.mark.parametrize("pair_budget", [None, 1, 7, 1000])
-@pytest.mark.parametrize("recompute", ["none", "experts", "block"])
-def test_the_layer_equals_the_oracle(pair_budget: int | None, recompute: str) -> None:
-    layer = make_layer(pair_budget, recompute)
-    h_TD = torch.randn(30, D, dtype=torch.double, requires_grad=True)
-    group_T = torch.randint(-1, 2, (30,))
-    weights = {}
-    for group in GROUPS:
-        gate, stack = (
-            layer.router.get_submodule(group_module(group.name)),
-            layer.experts.get_submodule(group_module(group.name)),
-        )
-        weights[group.name] = ReferenceWeights(gate.true, gate.null, stack.gate, stack.up, stack.down)  # pyright: ignore
-    expected = moe_forward(h_TD, group_T.tolist(), GROUPS, weights)
-    y_TD, _ = layer(h_TD, group_T)
-    torch.testing.assert_close(y_TD, expected, rtol=0, atol=1e-10)
-    direction = torch.randn_like(y_TD)
-    inputs = [h_TD, *layer.parameters()]
-    ours = torch.autograd.grad((y_TD * direction).sum(), inputs)
-    theirs = torch.autograd.grad((expected * direction).sum(), inputs)
-    for got, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
-
-
-def test_experts_without_rows_get_zero_gradients_not_none() -> None:
-    layer = make_layer(None, "none")
-    y_TD, _ = layer(torch.randn(8, D, dtype=torch.double), torch.zeros(8, dtype=torch.int64))  # only text
-    y_TD.sum().backward()
-    for parameter in layer.experts.get_submodule("group:image").parameters():
-        assert parameter.grad is not None
-        assert (parameter.grad == 0).all()
-
-
-def test_a_batch_of_padding_alone_reaches_every_parameter_with_zeros() -> None:
-    layer = make_layer(None, "none")
-    y_TD, report = layer(torch.randn(4, D, dtype=torch.double), torch.full((4,), -1))
-    (y_TD.sum() + report.aux.prob_LC.sum() + report.aux.log_z_squared_LG.sum()).backward()
-    assert (y_TD == 0).all()
-    assert all(p.grad is not None and (p.grad == 0).all() for p in layer.parameters())
-
-
-def test_ablation_zeroes_the_output_and_nothing_else() -> None:
-    layer = make_layer(None, "none")
-    h_TD, group_T = torch.randn(10, D, dtype=torch.double), torch.randint(0, 2, (10,))
-    _, before = layer(h_TD, group_T)
-    y_TD, after = layer(h_TD, group_T, RoutingRequest(experts_off=True))
-    assert (y_TD == 0).all()
-    assert torch.equal(before.counts.choices_LC, after.counts.choices_LC)
+from moe_dist.moe.routing.types import Assignments
+from moe_dist.placement.placement import ExpertGroup
+from tests.support.one_rank_layer import context_of, one_rank_layer
 
 
 #   counts 3 0 4 1, budget 3:   aaa | ccc | c d
@@ -150,17 +78,8 @@ def test_grouped_products_give_what_the_loop_gives(dtype: torch.dtype, pair_budg
     results = []
     for gemm in ("loop", "grouped"):
         torch.manual_seed(0)
-        layer = MoELayer(
-            norm=torch.nn.Identity(),
-            router=TopKRouter(RouterContext(16, groups)),
-            experts=Experts(16, groups, (4, 3), pair_budget=pair_budget, gemm=gemm),  # pyright: ignore[reportArgumentType]
-            dispatcher=AllToAllDispatcher(
-                DispatchContext(ExpertPlacement(groups, (tuple(range(7)),)), AllToAll(None, CommStats()))
-            ),
-            recompute=recompute,  # pyright: ignore[reportArgumentType]
-        )
-        for parameter in layer.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
+        options: dict[str, Any] = {"pair_budget": pair_budget, "gemm": gemm, "recompute": recompute}
+        layer = one_rank_layer(TopKRouter(RouterContext(16, groups)), 16, std=0.3, **options)
         h_TD = torch.randn(30, 16).to(dtype).requires_grad_()
         y_TD, _ = layer(h_TD, torch.randint(-1, 1, (30,)))  # without an image token
         (y_TD * torch.linspace(-1, 1, y_TD.numel()).view_as(y_TD)).sum().backward()
@@ -185,8 +104,7 @@ class Joined(TorchDispatchMode):
 @pytest.mark.parametrize(("num_groups", "joined"), [(1, 0), (2, 1)])
 def test_outputs_of_one_group_are_not_copied(num_groups: int, joined: int) -> None:
     groups = tuple(ExpertGroup(name, 2, 0, 1, 8, 2 * i, (name,)) for i, name in enumerate(("text", "image")[:num_groups]))
-    placement = ExpertPlacement(groups, (tuple(range(2 * num_groups)),))
-    dispatcher = AllToAllDispatcher(DispatchContext(placement, AllToAll(None, CommStats())))
+    dispatcher = AllToAllDispatcher(context_of(groups))
     experts = Experts(8, groups, [2] * num_groups, gemm="grouped")
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)

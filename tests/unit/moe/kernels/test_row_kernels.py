@@ -11,20 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
-from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.kernels.interface import RowIndex, RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH, add_rows
 from moe_dist.moe.kernels.triton_kernels import TRITON
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.placement import ExpertGroup
 from tests.support.cover import full_unless
+from tests.support.one_rank_layer import context_of, one_rank_layer
 
 SHAPES = {  # number of pairs, rows, width
     "uneven": (13, 5, 24),
@@ -150,17 +147,12 @@ BATCHES = {
 
 def make_layer(kernels: RowKernels, dtype: torch.dtype, budget: int | None, overlap: bool) -> MoELayer:
     torch.manual_seed(0)
-    place = ExpertPlacement(GROUPS, (tuple(range(6)),)), AllToAll(None, CommStats())
-    pipelined = PipelinedDispatcher(DispatchContext(*place, kernels=kernels), overlap=True, chunks=2) if overlap else None
-    layer = MoELayer(
-        norm=torch.nn.Identity(),
-        router=TopKRouter(RouterContext(8, GROUPS)),
-        experts=Experts(8, GROUPS, (4, 2), pair_budget=budget, gemm="auto", kernels=kernels),
-        dispatcher=pipelined or AllToAllDispatcher(DispatchContext(*place, kernels=kernels)),
-        recompute="experts" if budget else "none",
-    )
+    context = context_of(GROUPS, kernels=kernels)
+    dispatcher = PipelinedDispatcher(context, overlap=True, chunks=2) if overlap else AllToAllDispatcher(context)
+    options: dict[str, Any] = {"pair_budget": budget, "gemm": "auto", "kernels": kernels}
+    options["recompute"] = "experts" if budget else "none"
+    layer = one_rank_layer(TopKRouter(RouterContext(8, GROUPS)), 8, dispatcher=dispatcher, **options)
     for name, parameter in layer.named_parameters():
-        torch.nn.init.normal_(parameter)
         parameter.data = parameter.data.float() if "router" in name else parameter.data.to(dtype)
     return layer
 

@@ -11,12 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.collectives import CommStats
-from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.dispatch.known_counts import KnownCountsFirst
+from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher
 from moe_dist.moe.experts.experts import Experts
-from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, Score, softmax_logits
 from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
@@ -26,7 +22,7 @@ from moe_dist.moe.routing.draws import logistic
 from moe_dist.moe.routing.types import ABSENT, GlobalBatchInfo, Routing, RoutingCache, RoutingRequest
 from moe_dist.moe.thresholds import ThresholdUpdater
 from moe_dist.placement.parameter_names import group_module
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.placement import ExpertGroup
 from tests.reference.adaptive import expert_threshold
 from tests.reference.expert_choice import (
     auxiliary_loss,
@@ -40,6 +36,7 @@ from tests.reference.expert_choice import (
 from tests.reference.layer import ReferenceWeights
 from tests.support.counts import counts_with
 from tests.support.messages import refused
+from tests.support.one_rank_layer import context_of, one_rank_layer
 
 D = 5
 TEXT = ExpertGroup("text", 4, 0, 1, 6, 0, ("text",))
@@ -150,28 +147,13 @@ def test_capacities_are_the_reference_s_on_host_and_device() -> None:
             assert tokens_of_share(capacity, tokens) == room(capacity, tokens)
 
 
-def layer_of(router: ExpertChoiceRouter, recompute: str = "none") -> MoELayer:
-    placement = ExpertPlacement(GROUPS, (tuple(range(E)),))
-    wire = AllToAll(None, CommStats())
-    layer = MoELayer(
-        norm=torch.nn.Identity(),
-        router=router,
-        experts=Experts(D, GROUPS, [4, 2]),
-        dispatcher=KnownCountsFirst(DispatchContext(placement, wire)),
-        recompute=recompute,  # pyright: ignore[reportArgumentType]
-    ).double()
-    generator = torch.Generator().manual_seed(9)
-    for parameter in layer.experts.parameters():
-        torch.nn.init.normal_(parameter, generator=generator)
-    return layer
-
-
 @pytest.mark.parametrize(("noise", "counted", "recompute"), [
     (0.0, False, "none"), (0.0, True, "block"), (1.0, False, "block"), (1.0, True, "experts"), (0.5, True, "none"),
 ])  # fmt: skip
 def test_values_and_gradients_of_the_layer_equal_the_oracle(noise: float, counted: bool, recompute: str) -> None:
     router = make_router(3, noise=noise, known_counts=counted, seed=5, layer=7)
-    layer = layer_of(router, recompute)
+    dispatcher = KnownCountsDispatcher(context_of(GROUPS))
+    layer = one_rank_layer(router, D, recompute=recompute, dispatcher=dispatcher).double()
     generator = torch.Generator().manual_seed(4)
     h_TD = torch.randn(23, D, generator=generator, dtype=torch.double, requires_grad=True)
     group_T = torch.randint(-1, 2, (23,), generator=generator)

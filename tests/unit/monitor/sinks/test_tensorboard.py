@@ -118,7 +118,7 @@ def test_every_tag_has_its_description(tmp_path: Path, subject: Subject, make_re
         sink.step(make_record(step, active_target={"text": 1.5}, dropped_LE=np.full((3, 8), 1)))
     result = EvaluationResult(2, {"text": 3.0}, {"text": 4}, {}, 0.5, 0.6, compute_map=MAP)
     sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
-    sink.flush()
+    sink.close()
     assert {"moe/compute_map", "moe/dropped_fraction", "moe/load_over_target"} <= set(read(tmp_path).Tags()["images"])
     for folder in (tmp_path, tmp_path / "text", tmp_path / "image"):
         accumulator = read(folder)
@@ -164,6 +164,8 @@ def test_an_evaluation_that_is_owed_is_there_once(
             result = EvaluationResult(2, {"text": 3.0 + attempt}, {"text": 4}, {}, 0.5, None, compute_map=MAP)
             sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
             sink.step(make_record(3))
+            sink.flush()
+            assert points(read(tmp_path / "text"), "eval/modality")[-1] == (2, 3.0 + attempt), "seen before the end"
         sink.close()
     accumulator, evaluations = read(tmp_path), [(2, 5.0)] if owed else [(2, 4.0), (2, 5.0)]
     assert points(read(tmp_path / "text"), "eval/modality") == evaluations

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,38 +137,32 @@ def test_an_incomplete_index_entry_does_not_count(tmp_path: Path, cut: int) -> N
     assert read_trace(tmp_path).steps == (1, 2), "a step of which a rank is missing is left out"
 
 
-def test_a_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path, MANIFEST, range(1, 4), "a") / "rank_1.ids"
-    path.write_bytes(path.read_bytes()[:-1])
-    trace = read_trace(tmp_path)
-    assert len(trace.step(2).ids) == 10
-    with refused(DataError, "rank_1.ids"):
-        trace.step(3)
-
-
-def test_changed_content_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path, MANIFEST, range(1, 3), "a") / "rank_0.weights"
-    path.write_bytes(b"\1" + path.read_bytes()[1:])
-    with refused(DataError, "rank_0"):
-        read_trace(tmp_path).step(1)
-
-
-def test_a_trace_of_another_model_is_refused(tmp_path: Path) -> None:
-    place = write(tmp_path, MANIFEST, range(1, 3), "a")
-    (place / "manifest.json").write_text(replace(MANIFEST, groups=GROUPS[:1]).to_json())
-    with refused(DataError, "groups"):
-        read_trace(tmp_path).step(1)
-
-
 @pytest.mark.parametrize(
-    "content",
-    ['{"format": "moe_dist trace", "version": 9}', '{"format": 1, "version": 1}', "{}", "["],
-    ids=["another version", "another format", "no field", "no JSON"],
+    ("file", "damage", "key"),
+    [
+        ("rank_1.ids", lambda content: content[:-1], "rank_1.ids"),
+        ("rank_0.weights", lambda content: content[:-1] + bytes([content[-1] ^ 1]), "rank_0"),
+        ("manifest.json", lambda _: replace(MANIFEST, groups=GROUPS[:1]).to_json().encode(), "groups"),
+        ("manifest.json", lambda _: b'{"format": "moe_dist trace", "version": 9}', "manifest.json"),
+        ("manifest.json", lambda _: b'{"format": 1, "version": 1}', "manifest.json"),
+        ("manifest.json", lambda _: b"{}", "manifest.json"),
+        ("manifest.json", lambda _: b"[", "manifest.json"),
+        *((name, None, name) for name in ("manifest.json", "rank_0.index", "rank_0.ids")),
+    ],
+    ids=["cut off", "changed", "another model", "version", "format", "no field", "no JSON", *["a FIFO"] * 3],
 )
-def test_an_unknown_format_is_refused(tmp_path: Path, content: str) -> None:
-    (write(tmp_path, MANIFEST, range(1, 2), "a") / "manifest.json").write_text(content)
-    with refused(DataError, "manifest.json"):
-        read_trace(tmp_path)
+def test_damage_is_named(tmp_path: Path, file: str, damage: Callable[[bytes], bytes] | None, key: str) -> None:
+    path = write(tmp_path, MANIFEST, range(1, 4), "a") / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(damage(content))
+    if file == "rank_1.ids":
+        assert len(read_trace(tmp_path).step(2).ids) == 10, "the steps before are whole"
+    with refused(DataError, key):
+        read_trace(tmp_path).step(3)
 
 
 HOSTILE: dict[str, dict[str, Any]] = {
@@ -270,15 +265,6 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(
     monkeypatch.setattr("moe_dist.monitor.trace.writer.CLOSE_SECONDS", 30.0)
     writer.close()
     assert all(file.closed for file in writer._files.values())
-
-
-@pytest.mark.parametrize("name", ["manifest.json", "rank_0.index", "rank_0.ids"])
-def test_a_file_that_is_a_fifo_is_refused(tmp_path: Path, name: str) -> None:
-    place = write(tmp_path, MANIFEST, range(1, 3), "a")
-    (place / name).unlink()
-    os.mkfifo(place / name)
-    with refused(DataError, name):
-        read_trace(tmp_path).step(1)
 
 
 def test_the_manifest_is_json_for_every_reader() -> None:

@@ -1,10 +1,15 @@
-"""Packing: each token appears once, no sequence is too long, and there is little padding."""
+"""Sequences of packed pieces, the mixture of sources, and the ranks' parts of a step."""
+
+from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.data.order import cut, pack
+from moe_dist.data.order import SLOTS, Mixture, cut, micro_batches, pack
+from moe_dist.errors import ConfigError
+from tests.support.messages import refused
 
 
 def test_cut_by_hand() -> None:
@@ -52,3 +57,43 @@ def test_little_is_padding() -> None:
     lengths = np.random.default_rng(0).integers(40, 120, 5000)
     packing = pack(lengths, seq_len=256, window=512)
     assert lengths.sum() / (len(packing) * 256) > 0.95
+
+
+@given(shares=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), position=st.integers(0, 4 * SLOTS))
+def test_places_count_up_within_each_source(shares: list[float], position: int) -> None:
+    mixture = Mixture({f"s{i}": share for i, share in enumerate(shares)})
+    counts = Counter({name: 0 for name in mixture.names})
+    for sequence in range(position):
+        source, index = mixture.place(sequence)
+        assert index == counts[source]
+        counts[source] += 1
+    assert mixture.drawn(position) == counts
+
+
+def test_shares_are_met_at_any_length() -> None:
+    mixture = Mixture({"a": 6.0, "b": 3.0, "c": 1.0})
+    for position in range(1, 2 * SLOTS):
+        drawn = mixture.drawn(position)
+        for name, share in (("a", 0.6), ("b", 0.3), ("c", 0.1)):
+            assert abs(drawn[name] - share * position) <= 1
+
+
+def test_a_tiny_source_is_not_forgotten() -> None:
+    assert Mixture({"a": 1e9, "b": 1.0}).drawn(SLOTS) == {"a": SLOTS - 1, "b": 1}
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, float("nan")])
+def test_shares_must_be_positive(share: float) -> None:
+    with refused(ConfigError, "data.weights"):
+        Mixture({"a": 1.0, "b": share})
+
+
+def test_parts_of_a_step_by_hand() -> None:
+    """8 positions from 16 on, 2 per micro-batch: ranks 0 and 1 take 16 17 | 18 19, then 20 21 | 22 23."""
+    parts = [
+        [list(each) for each in micro_batches(16, global_batch=8, micro_batch=2, rank=rank, world_size=2)]
+        for rank in range(2)
+    ]
+    assert parts == [[[16, 17], [20, 21]], [[18, 19], [22, 23]]]
+    (whole,) = micro_batches(16, global_batch=8, micro_batch=8, rank=0, world_size=1)
+    assert list(whole) == list(range(16, 24))
