@@ -1,6 +1,7 @@
 """Fits and reads byte-level BPE tokenizers, which encode every text and decode its token ids to the same text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -53,20 +54,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """Reads any tokenizer of the library tokenizers. Raises DataError if the file is missing, too large or damaged."""
-    try:
+    with tokenizer_errors(f"tokenizer {str(path)!r}: must be a tokenizer.json of Hugging Face, or one of prepare-data"):
         return Tokenizer.from_buffer(read_regular(Path(path), most_bytes=MAX_BYTES))
+
+
+@contextmanager
+def tokenizer_errors(problem: str) -> Iterator[None]:
+    """Raises a DataError, which begins with `problem`, for every error of the library tokenizers in the block. The library
+    raises bare Exceptions, and a panic of its Rust code is no Exception."""
+    try:
+        yield
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # tokenizers raises bare Exception; a panic of its Rust code is no Exception
+    except BaseException as error:
         why = error.strerror if isinstance(error, OSError) else f"{error!s:.200}"
-        raise DataError(
-            f"tokenizer {str(path)!r}: must be a tokenizer.json of Hugging Face, or one of prepare-data: {why}"
-        ) from error
+        raise DataError(f"{problem}: {why}") from error
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """Returns the token ids of each text, int64, without special tokens around the text."""
-    return [np.array(found.ids, np.int64) for found in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    with tokenizer_errors("the tokenizer fails on a text; give another one"):
+        encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [np.array(found.ids, np.int64) for found in encoded]
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -394,6 +394,20 @@ def test_a_set_that_is_older_than_an_option_was_made_by_its_default(own: Path, t
         prepare(tmp_path / "set", inputs(own), RECIPE, silent)
 
 
+@pytest.mark.parametrize(
+    "content", [b"[]", b"[" * 100_000, b"{}", b"\xff\xfe", None], ids=["list", "deep", "empty", "bytes", "sparse"]
+)
+def test_a_damaged_recipe_is_named(own: Path, tmp_path: Path, content: bytes | None) -> None:
+    out = tmp_path / "set"
+    out.mkdir()
+    (out / "manifest.json").touch()
+    with (out / "recipe.json").open("wb") as stream:
+        stream.write(content or b"")
+        stream.truncate(None if content else 6 << 30)  # holds no block on the disk
+    with pytest.raises(DataError, match=r"recipe\.json: damaged"):
+        prepare(out, inputs(own), RECIPE, silent)
+
+
 def test_what_cannot_be_read_is_left_out_and_named_or_refused(own: Path, tmp_path: Path) -> None:
     texts, pictures = tmp_path / "texts", tmp_path / "pictures"
     texts.mkdir()
