@@ -129,7 +129,7 @@ def test_texts_end_with_the_end_token(tmp_path: Path, folders: dict[str, Path], 
     for form in ("lines.jsonl", "rows.parquet"):
         manifest = made(tmp_path / f"set {form}", folders[kind], text=str(tmp_path / form))
         assert stored(tmp_path / f"set {form}", manifest, "text") == expected
-    special = HubTokenizer(folders[kind]).text(f"a {tokenizer.eos_token} b").tokens.tolist()
+    special = HubTokenizer(folders[kind]).text(f"a {tokenizer.eos_token} b", "row 1").tokens.tolist()
     # A Unigram model has its special tokens among its pieces.
     assert special.count(tokenizer.eos_token_id) == (2 if kind == "instruct" else 1)
 
