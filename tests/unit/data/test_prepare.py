@@ -157,6 +157,19 @@ def test_texts_alone_and_a_tokenizer_and_codebook_of_another_set(own: Path, made
         assert (tmp_path / "reused" / file).read_bytes() == (made / file).read_bytes()
 
 
+def test_a_tokenizer_that_takes_all_memory_is_refused(
+    own: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_build, "_ENCODE_MEMORY", 1 << 28)
+    replacing = {"type": "Replace", "pattern": {"String": "t"}, "content": "t" * 100}
+    values = json.loads((made / "tokenizer.json").read_text())
+    values["normalizer"] = {"type": "Sequence", "normalizers": [replacing] * 5}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    recipe = replace(RECIPE, tokenizer=str(tmp_path / "tokenizer.json"))
+    with refused(DataError, "--tokenizer", "give another tokenizer", golden=False):
+        prepare(tmp_path / "set", Inputs(text=str(own / "texts.jsonl")), recipe, silent)
+
+
 def test_instructions_on_the_ids_of_another_set(own: Path, made: Path, tmp_path: Path) -> None:
     lines = [
         {"prompt": f"What is number {number}?", "answer": f"picture {number}", "image": f"pictures/{number:02}.png"}
