@@ -18,9 +18,9 @@ from moe_dist.config.parallel.section import ExplicitSection, InterleavedSection
 from moe_dist.config.partial import draft
 from moe_dist.config.yaml_text import read_mapping
 from moe_dist.data.codebook import load_codebook
-from moe_dist.data.tokenizer import read_tokenizer
 from moe_dist.errors import ConfigError, DataError, MoeDistError, printable
 from moe_dist.formats.manifest import load_manifest
+from moe_dist.formats.tokenizer_file import read_tokenizer
 from moe_dist.inference.loaded_run import trained_placement
 from moe_dist.monitor.report.findings import facts, problems, verdict
 from moe_dist.monitor.report.page import render

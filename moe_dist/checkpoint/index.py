@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from moe_dist.config import yaml_text
-from moe_dist.config.json_text import MAX_LISTS, bounded
+from moe_dist.config.json_text import MAX_LISTS, bounded, first_fault
 from moe_dist.config.regular_file import read_regular
 from moe_dist.config.stored_format import translate
 from moe_dist.errors import DataError, printable
@@ -48,13 +48,6 @@ M = TypeVar("M", bound=StoredModel)
 Length = Annotated[int, Field(ge=0, lt=1 << 63)]
 Steps = Annotated[int, Field(ge=0, lt=1 << 53)]  # a number of steps, which float64 represents exactly
 Shape = Annotated[tuple[Length, ...], Field(max_length=8, strict=False)]  # a list as well
-
-
-def fault_text(error: ValidationError) -> str:
-    """Returns place and rule of the first fault."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    return f"{where}: {first['msg']}" if where else first["msg"]
 
 
 class Chunk(StoredModel):
@@ -205,7 +198,7 @@ def read_stored(path: Path, model: type[M]) -> M:
                 f"checkpoint file {path}: format {first['input']!r:.80}, but this version reads {FORMAT}; use the version "
                 "of moe_dist in provenance.json"
             ) from error
-        raise DataError(f"checkpoint file {path}: damaged: {fault_text(error)}") from error
+        raise DataError(f"checkpoint file {path}: damaged: {first_fault(error)}") from error
     except ValueError as error:  # of `bounded`
         raise DataError(f"checkpoint file {path}: damaged: {error}") from error
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from moe_dist.config.regular_file import read_regular
 
 # The index of a checkpoint of 64 layers x 128 experts has 16 MB.
@@ -37,3 +39,10 @@ def read_json(path: Path, *, most_bytes: int, links: bool = True) -> Any:
         ValueError: see `parse_json`.
     """
     return parse_json(read_regular(path, most_bytes=most_bytes, links=links), most_bytes >> 4, most_bytes >> 2)
+
+
+def first_fault(error: ValidationError) -> str:
+    """Returns place and rule of the first fault in the values of a JSON text."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else first["msg"]

@@ -22,8 +22,8 @@ from moe_dist.data.chat_losses import check_losses
 from moe_dist.data.chat_masks import Messages, Span, TurnFinder
 from moe_dist.data.chat_turns import Rendered, Turns, UntoldTurnError, marked_turns, rendered_turns
 from moe_dist.data.picture_coding import Document
-from moe_dist.data.tokenizer import MAX_BYTES, tokenizer_errors
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.tokenizer_file import MAX_BYTES, tokenizer_errors
 
 GUIDE = "docs/data.md"
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the pattern by which transformers finds {% generation %}

@@ -1,17 +1,15 @@
 """Fits and reads byte-level BPE tokenizers, which encode every text and decode its token ids to the same text."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.tokenizer_file import read_tokenizer, tokenizer_errors
 
 PAD, BOS, EOS, BOI, EOI = SPECIALS = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>")
-MAX_BYTES = 1 << 27  # of a tokenizer's file; the largest have 35 MB
 SMALLEST_VOCAB = len(SPECIALS) + 256
 
 
@@ -50,25 +48,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if missing:
         raise DataError(f"tokenizer {str(path)!r} lacks {', '.join(missing)}; use one written by prepare-data")
     return _plain_specials(tokenizer)
-
-
-def read_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads any tokenizer of the library tokenizers. Raises DataError if the file is missing, too large or damaged."""
-    with tokenizer_errors(f"tokenizer {str(path)!r}: must be a tokenizer.json of Hugging Face, or one of prepare-data"):
-        return Tokenizer.from_buffer(read_regular(Path(path), most_bytes=MAX_BYTES))
-
-
-@contextmanager
-def tokenizer_errors(problem: str) -> Iterator[None]:
-    """Raises a DataError, which begins with `problem`, for every error of the library tokenizers in the block. The library
-    raises bare Exceptions, and a panic of its Rust code is no Exception."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:
-        why = error.strerror if isinstance(error, OSError) else f"{error!s:.200}"
-        raise DataError(f"{problem}: {why}") from error
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:

@@ -32,8 +32,8 @@ from moe_dist.checkpoint.state import RankLayout, TensorSpec
 from moe_dist.checkpoint.storage import Snapshot, build_index, sync, write_durably, write_shard
 from moe_dist.config.load import resolved_yaml, rule_violations
 from moe_dist.config.schema import Config
-from moe_dist.data.tokenizer import read_tokenizer
 from moe_dist.errors import CheckpointError, ConfigError, DataError
+from moe_dist.formats.tokenizer_file import read_tokenizer
 from moe_dist.hf.code_checks import refuse_code
 from moe_dist.hf.data_files import TOKENIZER_FILE
 from moe_dist.hf.forms import read_config

