@@ -17,7 +17,7 @@ from moe_dist.errors import ConfigError, DataError, DivergedError, ResourceError
 from moe_dist.runtime.files import lines_from_end
 from moe_dist.runtime.lease import Holder, read_holder
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.runtime.status import AttemptRecord, measured_save_seconds
+from moe_dist.runtime.status import AttemptRecord, Number, measured_save_seconds
 
 RATE_STEPS = 20  # the shown throughput is the median over this many last steps
 RECORDS_READ = 8 << 20  # bytes read from the end of metrics.jsonl
@@ -57,7 +57,7 @@ class _StepRecord:
     """The shown part of a line of metrics.jsonl. The types of the values are checked, because another user may have written
     the file."""
 
-    step: int
+    step: Number
     scalars: dict[str, FiniteFloat | None]
 
 
@@ -206,7 +206,7 @@ def _total_steps(config_yaml: Path) -> int | None:
     configuration."""
     try:
         values, _ = read_yaml(config_yaml, links=False)
-        return int(values["train"]["steps"])
+        return steps if 0 < (steps := int(values["train"]["steps"])) < 1 << 53 else None
     except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return None
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from moe_dist.runtime.status import AttemptRecord
 
 WIDTH = 120  # width of the output if standard output is no terminal
 BAR = 60  # width of the progress bar
-ATTEMPTS_SHOWN = 8
+ATTEMPTS_SHOWN, LOSSES_SHOWN = 8, 40
 _STYLES = {
     RunState.RUNNING: "green",
     RunState.DONE: "bold green",
@@ -147,7 +148,7 @@ def _facts(run: RunProgress) -> list[tuple[str, str]]:
             left = "; after its last step: evaluates, then saves"
         facts.append(("pace", f"{_rate(run)} tokens/s, {run.step_seconds or 0.0:.3g} s a step{left}"))
     if run.losses:
-        facts.append(("loss", ", ".join(f"{name} {value:.3f}" for name, value in run.losses.items())))
+        facts.append(("loss", ", ".join(f"{name} {value:.3f}" for name, value in islice(run.losses.items(), LOSSES_SHOWN))))
     saves = f"; the last saves took {run.save_seconds:.1f} s at most" if run.save_seconds is not None else ""
     facts.append(("checkpoint", (f"step {_checkpoint(run)}" if run.checkpoint_step else "none yet") + saves))
     if run.holder is not None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
+MOST_LINES = 40  # of an error's text
 LONGEST = 20_000  # characters of a message that is printed or recorded
 
 
@@ -35,7 +36,10 @@ class MoeDistError(Exception):
     def __init__(self, problems: str | Sequence[str], *, see: str | None = None) -> None:
         self.problems = tuple(map(printable, (problems,) if isinstance(problems, str) else problems))
         lines = self.problems if len(self.problems) == 1 else [f"{len(self.problems)} problems:", *self.problems]
-        super().__init__(printable("\n  - ".join(lines)) + (f"\nsee {see}" if see else ""))
+        shown = "\n  - ".join(lines).split("\n")
+        if len(shown) > MOST_LINES:
+            shown[MOST_LINES - 1 :] = [f"  ... and {len(shown) - MOST_LINES + 1} more lines"]
+        super().__init__(printable("\n".join(shown)) + (f"\nsee {see}" if see else ""))
 
 
 class ConfigError(MoeDistError):

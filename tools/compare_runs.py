@@ -29,10 +29,15 @@ def main(
         difference, same = first_difference(*lines, rtol=rtol, only=only)
     except ValueError as error:
         raise DataError(str(error)) from error
+    if difference is None and not same:
+        raise DataError(
+            f"{first} and {second}: no line of both can be compared; give two runs with records, or another --only"
+        )
     if difference is None:
         print(f"{same} lines, no difference")
         return
-    print(f"first difference: step {difference.step}, {difference.kind}; the {difference.same} lines before it are equal")
+    place = f"step {difference.step}, {difference.kind}"
+    print(printable(f"first difference: {place}; the {difference.same} lines before it are equal"))
     for key, one, other in difference.keys[:SHOWN]:
         print(printable(f"  {key}: {one!r:.60} and {other!r:.60}"))
     if len(difference.keys) > SHOWN:

@@ -1,6 +1,5 @@
 """Prepares a data set: the default corpus, or your own texts and pictures. See docs/data.md."""
 
-import json
 import os
 import time
 from pathlib import Path
@@ -12,8 +11,8 @@ from rich.table import Table
 
 from moe_dist.data.chat_turns import Turns
 from moe_dist.data.corpus import VARIATIONS, HoldOut, Recipe
-from moe_dist.data.prepare import RECIPE_FILE, Inputs, prepare
-from moe_dist.errors import ConfigError, DataError
+from moe_dist.data.prepare import RECIPE_FILE, Inputs, prepare, read_recipe
+from moe_dist.errors import ConfigError, DataError, printable
 from moe_dist.formats.manifest import Manifest
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.progress import shown_progress
@@ -109,8 +108,8 @@ def main(
         manifest, built = prepare(out, inputs, recipe, report, _end if strict else skipped.append)
     if built:
         _show(manifest)
-    for note in json.loads((out / RECIPE_FILE).read_text()).get("notes", []):
-        print(f"note: {note}")
+    for note in read_recipe(out).get("notes", []):
+        print(printable(f"note: {note}"))
     for problem in skipped[:SHOWN]:
         print(f"left out: {problem}")
     if len(skipped) > SHOWN:

@@ -18,9 +18,9 @@ from moe_dist.config.parallel.section import ExplicitSection, InterleavedSection
 from moe_dist.config.partial import draft
 from moe_dist.config.yaml_text import read_mapping
 from moe_dist.data.codebook import load_codebook
-from moe_dist.data.tokenizer import read_tokenizer
-from moe_dist.errors import ConfigError, DataError, MoeDistError
+from moe_dist.errors import ConfigError, DataError, MoeDistError, printable
 from moe_dist.formats.manifest import load_manifest
+from moe_dist.formats.tokenizer_file import read_tokenizer
 from moe_dist.inference.loaded_run import trained_placement
 from moe_dist.monitor.report.findings import facts, problems, verdict
 from moe_dist.monitor.report.page import render
@@ -88,9 +88,9 @@ def main(options: ReportOptions) -> None:
     page = page_of(subject)
     write_atomically(out, page)
     wrong = problems(routing)
-    print(verdict(routing, wrong)[1])
+    print(printable(verdict(routing, wrong)[1]))
     for sentence in (*wrong, *facts(routing)):
-        print(f"- {sentence}")
+        print(printable(f"- {sentence}"))
     print_done(f"{out}: {len(page) / 1e6:.2f} MB, steps {routing.frames[0].first} to {routing.frames[-1].last}")
 
 

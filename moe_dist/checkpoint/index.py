@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from moe_dist.config import yaml_text
+from moe_dist.config.json_text import MAX_LISTS, bounded, first_fault
 from moe_dist.config.regular_file import read_regular
 from moe_dist.config.stored_format import translate
 from moe_dist.errors import DataError, printable
@@ -29,8 +30,7 @@ from moe_dist.errors import DataError, printable
 INDEX_FILE, STATE_FILE = "index.json", "state.json"
 FORMAT = 2  # version of the checkpoint format; version 1 had no fingerprints
 MAX_FAULTS = 20  # a message lists at most this many problems
-# Bounds of a JSON file, which are checked before it is parsed. The index of 64 layers x 128 experts has 16 MB.
-MAX_JSON_BYTES, MAX_LISTS, MAX_VALUES = 1 << 27, 1 << 22, 1 << 24
+MAX_JSON_BYTES = 1 << 27
 SHOWN_BOXES = 3  # a message shows this many parts of a tensor
 
 # Bytes per element of each dtype that a checkpoint can contain, by the dtype's name in safetensors files.
@@ -46,24 +46,8 @@ class StoredModel(BaseModel):
 
 M = TypeVar("M", bound=StoredModel)
 Length = Annotated[int, Field(ge=0, lt=1 << 63)]
+Steps = Annotated[int, Field(ge=0, lt=1 << 53)]  # a number of steps, which float64 represents exactly
 Shape = Annotated[tuple[Length, ...], Field(max_length=8, strict=False)]  # a list as well
-
-
-def bounded(raw: bytes, most_lists: int) -> bytes:
-    """Returns a JSON text. Raises ValueError, before the text is parsed, if it has more than `most_lists` lists and
-    mappings or more than MAX_VALUES values, because to parse it would take minutes and many GB."""
-    lists, values = raw.count(b"[") + raw.count(b"{"), raw.count(b",")
-    if lists > most_lists or values > MAX_VALUES:
-        most = f"{most_lists:,} lists and mappings, and {MAX_VALUES:,} values"
-        raise ValueError(f"{lists:,} lists and mappings, {values:,} values: a file of a checkpoint has at most {most}")
-    return raw
-
-
-def fault_text(error: ValidationError) -> str:
-    """Returns place and rule of the first fault."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    return f"{where}: {first['msg']}" if where else first["msg"]
 
 
 class Chunk(StoredModel):
@@ -164,9 +148,9 @@ class StateFile(StoredModel):
 
     format: Literal[2] = FORMAT
     save_id: str
-    step: NonNegativeInt
+    step: Steps
     world_size: PositiveInt
-    optimizer_steps: NonNegativeInt | None  # number of steps that the optimizer has taken; None without an optimizer
+    optimizer_steps: Steps | None  # number of steps that the optimizer has taken; None without an optimizer
     placement: dict[str, JsonValue]  # expert groups and each rank's experts, only for display
     versions: dict[str, JsonValue]  # only for display
     values: dict[str, JsonValue]  # see `CheckpointState.values`
@@ -214,7 +198,7 @@ def read_stored(path: Path, model: type[M]) -> M:
                 f"checkpoint file {path}: format {first['input']!r:.80}, but this version reads {FORMAT}; use the version "
                 "of moe_dist in provenance.json"
             ) from error
-        raise DataError(f"checkpoint file {path}: damaged: {fault_text(error)}") from error
+        raise DataError(f"checkpoint file {path}: damaged: {first_fault(error)}") from error
     except ValueError as error:  # of `bounded`
         raise DataError(f"checkpoint file {path}: damaged: {error}") from error
 

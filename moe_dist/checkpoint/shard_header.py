@@ -19,16 +19,15 @@ from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
 from moe_dist.checkpoint.index import (
     ITEMSIZE,
-    MAX_LISTS,
     CheckpointProblem,
     Chunk,
     DamagedError,
     Length,
     Shape,
     StoredModel,
-    bounded,
     shard_file,
 )
+from moe_dist.config.json_text import bounded
 from moe_dist.config.regular_file import open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors refuses a larger header
@@ -125,7 +124,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
 
 
 def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
-    entries = _VALUES.validate_json(bounded(raw, MAX_LISTS))
+    entries = _VALUES.validate_json(bounded(raw))
     metadata = _Metadata.model_validate(entries.pop("__metadata__"))
     parts = {name: _Part.model_validate(entry) for name, entry in entries.items()}
     offsets: dict[str, Any] = _VALUES.validate_json(metadata.DCP_SHARDING_INFO)

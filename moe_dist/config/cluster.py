@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from moe_dist.config.base.section import Count, Name, PathText, Section, Violation
+from moe_dist.config.base.section import Count, Name, PathText, PositiveInt, Section, Violation
 from moe_dist.config.bundled import find_config, source_root
 from moe_dist.config.kubernetes import KubernetesSection
 from moe_dist.config.partial import draft

@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from moe_dist.config.base.section import PathText, Section
+from moe_dist.config.base.section import PathText, PositiveInt, Section
 
 # Kubernetes' own rules: names of objects are DNS labels; keys of labels may have a DNS prefix.
 OBJECT_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"

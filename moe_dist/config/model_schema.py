@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
 from moe_dist.config import attention, controllers, experts, rope, routers
 from moe_dist.config.attention.base import AttentionSection
@@ -17,10 +17,12 @@ from moe_dist.config.base.section import (
     Layers,
     Name,
     NullExperts,
+    PositiveInt,
     Section,
     Share,
     Violation,
     WholeConfig,
+    Width,
 )
 from moe_dist.config.controllers.base import ControllerSection
 from moe_dist.config.experts.base import ExpertsSection
@@ -44,6 +46,9 @@ else:
     AnyAttention = kinds_in(attention, AttentionSection, default="grouped_query")
 
 
+MAX_EXPERTS = 1 << 19  # of all layers, null experts included
+
+
 class GroupSection(Section):
     """One group of experts. A token is routed to experts of its modality's group only."""
 
@@ -59,7 +64,7 @@ class GroupSection(Section):
     top_k: PositiveInt
     """Number of experts of its group that a token chooses, null experts included (k). With router.kind=expert_choice: the
     mean number of experts that take a token, unless router.capacity is set."""
-    ffn_dim: PositiveInt
+    ffn_dim: Width
     """Hidden width of each expert's SwiGLU (F). With model.moe.experts.kind=lora: hidden width of the frozen FFN."""
     modalities: tuple[Name, ...] = ()
     """Modalities whose tokens are routed to this group. Empty means the modality with the group's name."""
@@ -190,17 +195,15 @@ class MixtureOfDepthsSection(Section):
 class ModelSection(Section):
     """Sizes and kinds of the transformer's parts."""
 
-    hidden_dim: PositiveInt = Field(description="Width of the residual stream (D).")
+    hidden_dim: Width = Field(description="Width of the residual stream (D).")
     num_layers: Layers = Field(description="Number of transformer layers.")
-    num_heads: PositiveInt = Field(description="Number of query heads.")
-    num_kv_heads: PositiveInt = Field(description="Key-value heads. Fewer than num_heads: grouped-query attention.")
-    head_dim: PositiveInt | None = Field(default=None, description="Width of a head. null: hidden_dim / num_heads.")
+    num_heads: Width = Field(description="Number of query heads.")
+    num_kv_heads: Width = Field(description="Key-value heads. Fewer than num_heads: grouped-query attention.")
+    head_dim: Width | None = Field(default=None, description="Width of a head. null: hidden_dim / num_heads.")
     attention: AnyAttention = Field(default_factory=GroupedQuerySection, description="Kind of attention of every layer.")
-    vocab_size: PositiveInt = Field(description="Rows of the embedding: text tokens and image codes together.")
-    max_seq_len: PositiveInt = Field(description="Largest number of tokens of a sequence.")
-    dense_ffn_dim: PositiveInt | None = Field(
-        default=None, description="Hidden width of the FFN in layers without experts."
-    )
+    vocab_size: Width = Field(description="Rows of the embedding: text tokens and image codes together.")
+    max_seq_len: Width = Field(description="Largest number of tokens of a sequence.")
+    dense_ffn_dim: Width | None = Field(default=None, description="Hidden width of the FFN in layers without experts.")
     rope_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary position embedding (RoPE).")
     rope_scaling: AnyRopeScaling | None = None
     """Change of the rotary frequencies for sequences that are longer than in pretraining. null: no change."""
@@ -269,6 +272,14 @@ class ModelSection(Section):
         return max(self.moe.experts.input_dropout, self.attention_lora.dropout if self.attention_lora else 0.0)
 
     def violations(self) -> Iterator[Violation]:
+        experts = sum(group.num_experts + group.num_null + group.num_zero_computation for group in self.moe.groups.values())
+        if (layers := len(self.moe_layers)) * experts > MAX_EXPERTS:
+            problem = (
+                f"num_layers={self.num_layers}: {layers:,} MoE layers of {experts:,} experts are more than {MAX_EXPERTS:,} "
+                "experts; lower num_layers, or the experts of moe.groups"
+            )
+            yield Violation(("num_layers", "moe.groups", "moe.every", "moe.first"), problem)
+            return  # the other rules would take hours
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads % kv_heads:
             problem = f"num_heads={heads} must be a multiple of num_kv_heads={kv_heads}"

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from moe_dist.config.base.section import Section, Violation, WholeConfig, unmet
+from moe_dist.config.base.section import PositiveInt, Section, Violation, WholeConfig, unmet
 
 
 class MovingSection(Section):

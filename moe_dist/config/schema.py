@@ -7,7 +7,7 @@ sections. `moe_dist.plan.preflight` reports all violated rules at once.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
 from moe_dist.config import engines, optimizers, sinks
 from moe_dist.config.base.kinds import kinds_in
@@ -18,6 +18,7 @@ from moe_dist.config.base.section import (
     Name,
     NonNegative,
     PathText,
+    PositiveInt,
     Section,
     Share,
     Violation,

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from moe_dist.config.base.section import Count, Section, Violation, WholeConfig
+from moe_dist.config.base.section import Count, PositiveInt, Section, Violation, WholeConfig
 
 MAX_TRACE_ID = 2**15 - 3  # expert ids are int16, and a dropped (token, expert) pair of router column c is stored as -2 - c
 

@@ -4,10 +4,10 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
+from pydantic import Discriminator, Field, PositiveFloat, Tag
 
 from moe_dist.config.base.kinds import kind_or
-from moe_dist.config.base.section import Count, NonNegative, PathText, Section, Violation, WholeConfig, unmet
+from moe_dist.config.base.section import Count, NonNegative, PathText, PositiveInt, Section, Violation, WholeConfig, unmet
 
 KEY = "router_tuning"
 

@@ -1,9 +1,9 @@
 """Encodes conversations and texts as documents, by the tokenizer of a Hugging Face folder.
 
 Token ids and labels of a conversation equal transformers' `apply_chat_template(..., return_dict=True,
-return_assistant_tokens_mask=True)`. Chat templates run in jinja's sandbox, as in transformers. The sandbox has no time
-limit; `chat_rows` sets one. The template's {% generation %} blocks mark the labels. For a template without generation
-blocks, `chat_masks` finds the labels.
+return_assistant_tokens_mask=True)`. Chat templates run in jinja's sandbox, as in transformers. The sandbox limits neither
+time nor memory; `chat_rows` limits both. The template's {% generation %} blocks mark the labels. For a template without
+generation blocks, `chat_masks` finds the labels.
 """
 
 import json
@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
+from moe_dist.config.json_text import read_json
+from moe_dist.config.regular_file import read_regular
 from moe_dist.data.chat_losses import check_losses
 from moe_dist.data.chat_masks import Messages, Span, TurnFinder
 from moe_dist.data.chat_turns import Rendered, Turns, UntoldTurnError, marked_turns, rendered_turns
 from moe_dist.data.picture_coding import Document
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.tokenizer_file import MAX_BYTES, tokenizer_errors
 
 GUIDE = "docs/data.md"
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the pattern by which transformers finds {% generation %}
@@ -64,11 +67,11 @@ class HubTokenizer:
             from transformers.utils.chat_template_utils import render_jinja_template
         except ImportError as error:
             raise ConfigError(f"{self._named}: needs the package transformers; install moe_dist[hf]") from error
-        try:
+        for path in sorted(folder.glob("*")):
+            if path.suffix in (".json", ".jinja", ".txt", ".model") and path.stat().st_size > MAX_BYTES:
+                raise DataError(f"{path}: {path.stat().st_size:,} bytes, too large to be of a tokenizer; remove the file")
+        with tokenizer_errors(f"{self._named}: copy or download its files again, because transformers cannot read it"):
             found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers and tokenizers raise many classes, also bare Exception
-            problem = f"{self._named}: transformers cannot read it: {error}; copy or download the tokenizer's files again"
-            raise DataError(problem) from error
         if not found.is_fast:
             problem = (
                 f"{self._named}: {type(found).__name__} does not tell which characters a token covers, which loss masks "
@@ -94,10 +97,11 @@ class HubTokenizer:
         self.pad_id = self.eos_id if found.pad_token_id is None else int(found.pad_token_id)
         self._check_fit(folder / "config.json")
 
-    def text(self, text: str) -> Document:
+    def text(self, text: str, where: str) -> Document:
         """Returns the document of a text: its tokens, with the special tokens that the tokenizer puts around a text, then
         the end token. Names of special tokens in the text are encoded as plain text."""
-        ids = self._tokenizer(text, split_special_tokens=True)["input_ids"]
+        with tokenizer_errors(f"{where}: {self._named} fails on it"):
+            ids = self._tokenizer(text, split_special_tokens=True)["input_ids"]
         ids += [self.eos_id] * (ids[-1:] != [self.eos_id])
         return Document(np.array(ids, np.int64), np.zeros(len(ids), bool))
 
@@ -141,7 +145,7 @@ class HubTokenizer:
                 "the conversation, or pass another template with --chat-template FILE"
             )
             raise DataError(problem, see=GUIDE) from error
-        documents = [self._document(each) for each in found]
+        documents = [self._document(each, where) for each in found]
         if not documents or any(document.prompt is None or document.prompt.all() for document in documents):
             roles = ", ".join(each["role"] for each in messages)
             problem = (
@@ -166,11 +170,12 @@ class HubTokenizer:
             self._templates[with_tools] = template, _MARKS.search(template) is not None
         return self._templates[with_tools]
 
-    def _document(self, rendered: Rendered) -> Document:
+    def _document(self, rendered: Rendered, where: str) -> Document:
         """Encodes a text. A token is a label if it covers a character of a span, as in transformers."""
         backend = self._tokenizer.backend_tokenizer
         backend.encode_special_tokens = False
-        found = backend.encode(rendered.text, add_special_tokens=False)
+        with tokenizer_errors(f"{where}: {self._named} fails on it"):
+            found = backend.encode(rendered.text, add_special_tokens=False)
         prompt = np.ones(len(found.ids), bool)
         offsets = np.array(found.offsets, np.int64).reshape(-1, 2)
         for first, last in rendered.spans:
@@ -198,8 +203,8 @@ class HubTokenizer:
         if not path.is_file():
             return
         try:
-            rows = json.loads(path.read_bytes()).get("vocab_size", self.size)
-        except (ValueError, AttributeError, RecursionError) as error:
+            rows = read_json(path, most_bytes=MAX_BYTES).get("vocab_size", self.size)
+        except (OSError, ValueError, AttributeError) as error:
             raise DataError(f"{path}: no JSON object ({error}); copy or download it again") from error
         if isinstance(rows, int) and rows < self.size:
             raise DataError(
@@ -212,7 +217,7 @@ class HubTokenizer:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path, most_bytes=1 << 20).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template {path}: cannot be read as UTF-8: {error}; name a file of a template") from error
 

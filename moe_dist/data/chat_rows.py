@@ -1,7 +1,8 @@
 """Encodes the rows of a source in several processes, and keeps the encoded rows in files, one for each batch of rows.
 
-Memory holds a few batches. An interrupted command goes on after the last batch that has its file. Chat templates may run
-for ever; a batch therefore has a time limit, and the row that exceeds it is found by encoding one row after the other.
+Memory holds a few batches. An interrupted command goes on after the last batch that has its file. Chat templates and
+tokenizers may run for ever or take all memory; a batch therefore has limits, and the row that exceeds them is found by
+encoding one row after the other.
 """
 
 import json
@@ -21,7 +22,7 @@ from moe_dist.data.picture_coding import Document
 from moe_dist.data.tables import parsed_row
 from moe_dist.errors import ConfigError, DataError
 
-BATCH_SECONDS = 60  # time limit of a batch; a usual conversation takes a thousandth of a second
+BATCH_SECONDS = 10  # time limit of a batch, and of a row; a usual conversation takes a thousandth of a second
 MESSAGES = "messages"  # name of the source of conversations
 MESSAGES_ROW = '{"messages": [...]}'
 _BATCH_BYTES, _BATCH_ROWS = 1 << 19, 500
@@ -87,7 +88,7 @@ def encode_conversation(hub: HubTokenizer, row: bytes | dict[str, Any], where: s
 def encode_text(hub: HubTokenizer, row: bytes | dict[str, Any], where: str) -> Encoded:
     """Encodes a row of texts. Equal texts are one family. An empty text has no document."""
     text = row_text(parsed_row(row, where, TEXT_ROW), where)
-    return content_family(text.encode()), [hub.text(text)] if text.strip() else [], ()
+    return content_family(text.encode()), [hub.text(text, where)] if text.strip() else [], ()
 
 
 def write_parts(
@@ -156,17 +157,17 @@ def _size(batch: Sequence[Row]) -> int:
 def _answer(child: Any, batch: Sequence[Row]) -> Part:
     try:
         return child.receive()
-    except (TimeoutError, ChildProcessError):
+    except (TimeoutError, ChildProcessError, MemoryError):
         return _joined([_alone(child, row) for row in batch])
 
 
 def _alone(child: Any, row: Row) -> Part:
     try:
         return child([row])
-    except (TimeoutError, ChildProcessError) as error:
+    except (TimeoutError, ChildProcessError, MemoryError) as error:
         problem = (
-            f"{row[0]}: the chat template {error} on messages; correct its loops or its use of memory, and pass it with "
-            "--chat-template FILE, or remove the row"
+            f"{row[0]}: the tokenizer or its chat template {str(error) or 'took too much memory'} on this row; correct the "
+            "template's loops or its use of memory, and pass it with --chat-template FILE, or remove the row"
         )
         raise ConfigError(problem, see=GUIDE) from error
 

@@ -3,8 +3,9 @@
 Tokenizer and codebook are fitted on training data only, because held-out data must not influence them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from moe_dist.data.families import hold_out, join
 from moe_dist.data.indexed import write_indexed
 from moe_dist.data.picture_coding import Division, Document, PictureCoder, divide, rasterise_all
 from moe_dist.data.pictures import rasterise
+from moe_dist.data.timed import TimedCalls
 from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS, PAD, encode_texts, fit_tokenizer, load_tokenizer, special_ids
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import ImageSection, Manifest, SourceSection, SplitSection, write_manifest
@@ -29,6 +31,8 @@ TOKENIZER_FILE = "tokenizer.json"
 CODEBOOK_FILE = "codebook.npy"
 _FIT_CHARACTERS = 4_000_000  # characters per source on which the BPE is fitted, within seconds
 _OF_PICTURES = ("hold_out", "vary", "caption_first")  # recipe fields that apply to pictures only
+Encode = Callable[[Sequence[str]], list[np.ndarray]]
+_ENCODE_SECONDS, _ENCODE_MEMORY = 600, 8 << 30  # limits of a call, which encodes many texts, with the user's tokenizer
 _TEXT_CHUNK = 64  # number of texts encoded between two progress reports
 _NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # picture tokens and filler flags of an instruction without a picture
 
@@ -135,12 +139,29 @@ def _tokenizer(fit_on: Iterable[list[str]], recipe: Recipe, report: Report) -> T
     return tokenizer
 
 
+def _limited(encode: Encode, named: str) -> Encode:
+    """Limits time and memory, because a tokenizer that others made can turn a short text into gigabytes."""
+    calls = TimedCalls(encode, _ENCODE_SECONDS, _ENCODE_MEMORY)
+
+    def limited(texts: Sequence[str]) -> list[np.ndarray]:
+        try:
+            return calls(texts)
+        except (TimeoutError, ChildProcessError, MemoryError) as error:
+            problem = f"{str(error) or 'took too much memory'} on {len(texts)} texts"
+            raise DataError(f"--tokenizer {named}: it {problem}; give another tokenizer") from error
+
+    return limited
+
+
 class _Writer:
     """Encodes one source after another, and collects the manifest entries of the sources."""
 
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, recipe: Recipe, report: Report) -> None:
         self._folder, self._name, self._recipe, self._report = folder, name, recipe, report
-        self._tokenizer, self._special = tokenizer, special_ids(tokenizer)
+        self._special = special_ids(tokenizer)
+        self._encode: Encode = partial(encode_texts, tokenizer)
+        if recipe.tokenizer:
+            self._encode = _limited(self._encode, recipe.tokenizer)
         self._text_vocab, self._codes = tokenizer.get_vocab_size(), 0
         self._codebook: np.ndarray | None = None
         self._sources: dict[str, SourceSection] = {}
@@ -175,7 +196,7 @@ class _Writer:
             contents = _shown_texts(source.items, held_out != held)
             stage, documents = f"encode {source.name} ({side})", []
             for start in range(0, len(contents), _TEXT_CHUNK):
-                for ids in encode_texts(self._tokenizer, contents[start : start + _TEXT_CHUNK]):
+                for ids in self._encode(contents[start : start + _TEXT_CHUNK]):
                     tokens = np.concatenate([[self._special[BOS]], ids, [self._special[EOS]]])
                     documents.append(Document(tokens, np.zeros(len(tokens), bool)))
                 self._report(stage, min(start + _TEXT_CHUNK, len(contents)), len(contents))
@@ -194,8 +215,8 @@ class _Writer:
         splits = {}
         for side, chosen in (("train", ~held_out), ("valid", held_out)):
             instructions = _kept(source.items, chosen)
-            prompts = encode_texts(self._tokenizer, [each.prompt for each in instructions])
-            answers = encode_texts(self._tokenizer, [f" {each.answer}" for each in instructions])
+            prompts = self._encode([each.prompt for each in instructions])
+            answers = self._encode([f" {each.answer}" for each in instructions])
             documents = []
             for each, prompt, answer in zip(instructions, prompts, answers, strict=True):
                 image, filler = _NOTHING if each.image is None or coder is None else coder.image(rasterise(each.image))
@@ -213,7 +234,7 @@ class _Writer:
             codebook=codebook,
             first_code=self._text_vocab,
             special=self._special,
-            captions=dict(zip(captions, encode_texts(self._tokenizer, captions), strict=True)),
+            captions=dict(zip(captions, self._encode(captions), strict=True)),
             recipe=self._recipe,
         )
 

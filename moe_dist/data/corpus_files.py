@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moe_dist.config.regular_file import IrregularFileError, read_regular
 from moe_dist.data.corpus import Instruction, Picture, Skip, Source, Text, content_family, refuse
 from moe_dist.data.tables import holds_table, objects, table_rows
 from moe_dist.errors import ConfigError, DataError
 
+MOST_BYTES = 1 << 28  # of a text or picture
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 TEXT_ROW = '{"text": "..."}'
 _CONVERT = "; convert the file, or move it elsewhere"
@@ -58,7 +60,7 @@ def picture_files(name: str, folder: Path, licence: str, skip: Skip = refuse) ->
         if path.suffix.lower() in PICTURE_SUFFIXES:
             beside = path.with_suffix(".txt")
             caption = _utf8(beside, skip).strip() if beside.is_file() else ""
-            family = content_family(path.read_bytes())
+            family = content_family(_picture_bytes(path))
             pictures.append(Picture(str(path.relative_to(folder)), family, path, (caption,) if caption else ()))
     if not pictures:
         raise ConfigError(f"images {str(folder)!r}: holds no {', '.join(PICTURE_SUFFIXES)} file")
@@ -103,7 +105,7 @@ def _instruction(path: Path, number: int, line: dict[str, Any]) -> Instruction:
     image = path.parent / line["image"] if "image" in line else None
     if image is not None and not image.is_file():
         raise DataError(f'{where}: "image" names {str(image)!r}, which does not exist')
-    shown = b"" if image is None else image.read_bytes()
+    shown = b"" if image is None else _picture_bytes(image)
     family = line.get("family") or content_family(line["prompt"].encode() + b"\0" + shown)
     return Instruction(family, line["prompt"], line["answer"], image, side)
 
@@ -121,10 +123,19 @@ def _may_be_text(path: Path) -> bool:
 
 def _utf8(path: Path, skip: Skip) -> str:
     try:
-        return path.read_bytes().decode()
+        return read_regular(path, most_bytes=MOST_BYTES).decode()
+    except IrregularFileError as error:
+        skip(DataError(f"{path}: {error.strerror}; split the file, or move it elsewhere"))
     except UnicodeDecodeError as error:
         skip(DataError(f"{path}: not UTF-8 at byte {error.start:,}{_CONVERT}"))
-        return ""
+    return ""
+
+
+def _picture_bytes(path: Path) -> bytes:
+    try:
+        return read_regular(path, most_bytes=MOST_BYTES)
+    except IrregularFileError as error:
+        raise DataError(f"picture {str(path)!r} {error.strerror}; replace or remove it") from error
 
 
 def _text_rows(path: Path) -> Iterator[tuple[str, str]]:

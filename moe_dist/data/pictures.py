@@ -4,6 +4,7 @@ A raster is uint8 RGBA [RASTER, RASTER, 4].
 """
 
 import io
+import struct
 import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from moe_dist.data.corpus import VARIATIONS
 from moe_dist.errors import DataError
 
 RASTER = 64
+FORMATS = ("PNG", "JPEG")  # no others, because Pillow starts the program `gs` to read EPS, whatever the file's name
 SCALES = (0.75, 1.1)
 # Light colours, so that black outlines stay visible on each background.
 BACKGROUNDS = (
@@ -34,7 +36,7 @@ class Render:
 
 
 def rasterise(path: str | Path) -> np.ndarray:
-    """Rasterises a picture file (SVG, or a format of Pillow). A picture that is not square gets transparent margins.
+    """Rasterises a picture file (SVG, PNG or JPEG). A picture that is not square gets transparent margins.
 
     Raises:
         DataError: the file is damaged or of an unknown kind.
@@ -45,13 +47,13 @@ def rasterise(path: str | Path) -> np.ndarray:
             import resvg_py  # imported late, because only SVG files need it
 
             png = resvg_py.svg_to_bytes(svg_path=str(path), width=RASTER, height=RASTER, skip_system_fonts=True)
-            image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+            image = Image.open(io.BytesIO(bytes(png)), formats=FORMATS).convert("RGBA")
         else:
-            image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+            image = ImageOps.exif_transpose(Image.open(path, formats=FORMATS)).convert("RGBA")
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow raises an error for a picture with more pixels than this
         raise DataError(f"picture {str(path)!r} has more than {limit:,} pixels; scale it down") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error) as error:  # those of Pillow's decoders
         if isinstance(error, OSError) and error.errno:  # of the file system; an error of a decoder has no number
             raise DataError(f"picture {str(path)!r} cannot be read: {error.strerror}") from error
         kind = "SVG" if path.suffix.lower() == ".svg" else "PNG or JPEG"

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from moe_dist.config.base.section import Name
+from moe_dist.config.json_text import read_json
 from moe_dist.data.chat_turns import Turns
 from moe_dist.data.corpus import Corpus, Recipe, Skip, refuse
 from moe_dist.errors import ConfigError, DataError, StorageError
@@ -105,6 +106,20 @@ def _as_json(inputs: Inputs, recipe: Recipe) -> dict:
     return json.loads(json.dumps({"inputs": asdict(inputs), "recipe": asdict(recipe)}))
 
 
+def read_recipe(out: Path) -> dict[str, Any]:
+    """Reads recipe.json of a data set. Raises DataError if the file is damaged."""
+    path = out / RECIPE_FILE
+    try:
+        found = read_json(path, most_bytes=1 << 26)
+        if not all(isinstance(found[section], dict) for section in ("inputs", "recipe")):
+            raise ValueError("inputs and recipe must be objects")
+        if not all(isinstance(each, str) for key in ("notes", "skipped") for each in found.get(key, ())):
+            raise ValueError("notes and skipped must be lists of texts")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path}: damaged ({error!r:.200}); make the data set again in another folder") from error
+    return found
+
+
 def _finished(out: Path, asked: dict, skip: Skip) -> Manifest | None:
     """Returns the manifest of a complete data set in `out` with equal options; None if `out` is empty or missing. Calls
     `skip` for each file that was left out."""
@@ -114,7 +129,7 @@ def _finished(out: Path, asked: dict, skip: Skip) -> Manifest | None:
         return None
     if not (out / MANIFEST_FILE).is_file() or not (out / RECIPE_FILE).is_file():
         raise ConfigError(f"--out {out}: holds files that prepare-data did not write; name an empty or new folder")
-    written = json.loads((out / RECIPE_FILE).read_text())
+    written = read_recipe(out)
     # An option that recipe.json lacks did not exist when the folder was made; its default then applied.
     made = {section: values | written[section] for section, values in _as_json(Inputs(), Recipe()).items()}
     differ = [

@@ -1,12 +1,17 @@
 """Reads a user's tables: JSONL files, parquet files, and folders that Hugging Face datasets saved."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moe_dist.config.json_text import parse_json
+from moe_dist.config.regular_file import open_regular
 from moe_dist.errors import ConfigError, DataError
 
+MOST_LINE = 1 << 26  # bytes of a row
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 JSON_SUFFIXES, DATASET_SUFFIXES = (".jsonl", ".json"), (".parquet", ".arrow")
 
 
@@ -29,8 +34,10 @@ def parsed_row(row: bytes | dict[str, Any], where: str, like: str) -> dict[str, 
     if isinstance(row, dict):
         return row
     try:
-        line = json.loads(row)
-    except (ValueError, RecursionError) as error:
+        line = parse_json(row)
+        if _SURROGATE.search(row):
+            json.dumps(line, ensure_ascii=False).encode()  # fails on half a character
+    except ValueError as error:
         named = Path(where.rpartition(", line ")[0]).suffix in JSON_SUFFIXES
         fix, reason = f"write it as {like}" if named else "give plain texts as files of a folder", str(error)
         if isinstance(error, json.JSONDecodeError):
@@ -42,8 +49,14 @@ def parsed_row(row: bytes | dict[str, Any], where: str, like: str) -> dict[str, 
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, bytes]]:
-    with path.open("rb") as stream:
-        for number, text in enumerate(stream, 1):
+    try:
+        stream = open_regular(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with stream:
+        for number, text in enumerate(iter(lambda: stream.readline(MOST_LINE + 1), b""), 1):
+            if len(text) > MOST_LINE:
+                raise DataError(f"{path}, line {number}: has more than {MOST_LINE:,} bytes; write each row on its own line")
             if text.strip():
                 yield number, f"{path}, line {number}", text
 

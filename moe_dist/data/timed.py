@@ -1,10 +1,12 @@
-"""Calls a function in a child process, which ends itself if a call takes too long."""
+"""Calls a function in a child process, which ends itself if a call takes too long or too much memory."""
 
 import multiprocessing
+import resource
 import signal
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 
@@ -16,10 +18,12 @@ class TimedCalls:
     Args:
         function: Function whose arguments and result can be pickled.
         seconds: Time limit of a call.
+        memory: Bytes that the child may take beyond those of this process. A call that needs more raises MemoryError, or
+            ends the child, if C code cannot tell.
     """
 
-    def __init__(self, function: Callable[..., Any], seconds: int) -> None:
-        self._function, self._seconds = function, seconds
+    def __init__(self, function: Callable[..., Any], seconds: int, memory: int = 2 << 30) -> None:
+        self._function, self._seconds, self._memory = function, seconds, memory
         self._child: Any = None
 
     def __call__(self, *arguments: Any) -> Any:
@@ -61,6 +65,9 @@ class TimedCalls:
         others.close()  # the child's copy of the parent's end of the pipe, which would hide the parent's end from `recv`
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, whose end of the pipe then closes
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + self._memory
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
         while True:
             try:
                 arguments = calls.recv()

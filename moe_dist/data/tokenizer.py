@@ -7,6 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.tokenizer_file import read_tokenizer, tokenizer_errors
 
 PAD, BOS, EOS, BOI, EOI = SPECIALS = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>")
 SMALLEST_VOCAB = len(SPECIALS) + 256
@@ -49,19 +50,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return _plain_specials(tokenizer)
 
 
-def read_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads any tokenizer of the library tokenizers. Raises DataError if the file is missing or damaged."""
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(
-            f"tokenizer {str(path)!r}: must be a tokenizer.json of Hugging Face, or one of prepare-data: {error}"
-        ) from error
-
-
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """Returns the token ids of each text, int64, without special tokens around the text."""
-    return [np.array(found.ids, np.int64) for found in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    with tokenizer_errors("the tokenizer fails on a text; give another one"):
+        encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [np.array(found.ids, np.int64) for found in encoded]
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:

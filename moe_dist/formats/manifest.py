@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, Field
 
-from moe_dist.config.base.section import RESERVED_MODALITIES, Count, Name, PathText, Section, Violation
+from moe_dist.config.base.section import RESERVED_MODALITIES, Count, Name, PathText, PositiveInt, Section, Violation
+from moe_dist.config.json_text import read_json
 from moe_dist.config.partial import draft
 from moe_dist.errors import ConfigError, DataError
 
 MANIFEST_FILE = "manifest.json"
+MAX_BYTES = 1 << 24  # a source and its splits take about 1 KB
 
 
 def _inside(path: str) -> str:
@@ -144,8 +146,10 @@ def load_manifest(folder: str | Path) -> Manifest:
             f"`moe-dist prepare-data --out {shlex.quote(str(folder))}`, or your own (docs/data.md)"
         )
     try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # RecursionError: very deeply nested brackets
+        values = read_json(path, most_bytes=MAX_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}; see docs/data.md") from error
+    except ValueError as error:
         raise DataError(f"{path}: no JSON ({error}); see docs/data.md") from error
     if not isinstance(values, dict):
         raise DataError(f"{path}: must be an object with the keys {', '.join(Manifest.model_fields)}; see docs/data.md")

@@ -13,8 +13,9 @@ from typing import Any
 
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.data_files import README
+from moe_dist.hf.forms import FORMS
 from moe_dist.hf.served_fields import AUTO_MAP, CODE, CODE_FILES, OLD_AUTO_MAP, SERVED
-from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, INDEX_FILE, read_configuration
+from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, INDEX_FILE, read_configuration, read_weight_map
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Keys at any depth of a JSON file, and who runs which code for them.
@@ -84,11 +85,22 @@ def verify_export(folder: Path) -> list[str]:
                 problems.append(f"{name}: differs from the file of this moe_dist, sha256 {_digest(path)}")
         elif name not in _PLAIN and not name.endswith(".safetensors"):
             problems.append(f"{name}: no export writes such a file")
-    if CONFIG_FILE not in names and ADAPTER_CONFIG not in names:
-        problems.append(f"{CONFIG_FILE}: is missing")
-    elif CONFIG_FILE in names and ADAPTER_CONFIG in names:
-        problems.append(f"{ADAPTER_CONFIG}: beside {CONFIG_FILE} it makes transformers load another model")
     plain = [name for name in names if (folder / name).is_file() and not (folder / name).is_symlink()]
+    if ADAPTER_CONFIG in plain:
+        base = read_configuration(folder, ADAPTER_CONFIG).get("base_model_name_or_path")
+        problems.append(
+            f"{ADAPTER_CONFIG}: transformers loads the base model {base!r:.200}, whose code may run and is not checked "
+            "here; check the base's folder, and load it without trust_remote_code"
+        )
+    elif CONFIG_FILE not in plain:
+        problems.append(f"{CONFIG_FILE}: is missing")
+    elif str(kind := read_configuration(folder, CONFIG_FILE).get("model_type")) not in FORMS:
+        problems.append(f"{CONFIG_FILE}: model_type={kind!r:.80}: no export writes this type")
+    if INDEX_FILE in plain:
+        try:
+            read_weight_map(folder)
+        except DataError as error:
+            problems += error.problems
     return problems + config_problems(folder, plain)
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import Manifest, load_manifest
 from moe_dist.formats.split_files import data_digest, digest_problems
+from moe_dist.formats.tokenizer_file import MAX_BYTES
 
 TOKENIZER_FILE, README = "tokenizer.json", "README.md"
 
@@ -30,7 +32,7 @@ class DataFiles:
         """Returns the contents of the tokenizer's files for transformers; none if the data set has no tokenizer."""
         if self.manifest.tokenizer is None:
             return {}
-        content = (self.folder / self.manifest.tokenizer).read_bytes()
+        content = read_regular(self.folder / self.manifest.tokenizer, most_bytes=MAX_BYTES)
         tokens = {token["id"]: token["content"] for token in json.loads(content).get("added_tokens", ())}
         named = {name.removesuffix("_id"): tokens[token] for name, token in self.marks.items() if token in tokens}
         options = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}

@@ -42,7 +42,7 @@ from moe_dist.hf.merging import Read, check_mergeable, merged_reader
 from moe_dist.hf.names import Slot, TensorPlace, idle_places, router_name, shards, slots
 from moe_dist.hf.sections import meaning, parsed_section, write_fields
 from moe_dist.hf.served_fields import CODE, CODE_FILES, SERVED, token_ids, write_served
-from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE, inside, read_configuration
+from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE, companion, read_configuration
 from moe_dist.runtime.progress import Report
 
 SHARD_BYTES = 2 * 10**9
@@ -116,7 +116,7 @@ def export_model(
         num_shards = _write(folder, read, stored, shard_bytes, report)
         write_durably(folder / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
         files = about.tokenizer_files() if isinstance(about, DataFiles) and like is None else {}
-        files |= {name: inside(like, name).read_bytes() for name in COMPANIONS if like and (like / name).is_file()}
+        files |= {name: companion(like, name).read_bytes() for name in COMPANIONS if like and (like / name).is_file()}
         files |= {name: (CODE / name).read_bytes() for name in CODE_FILES if form.family is SERVED}
         files[README] = readme(
             form.family.name,

@@ -1,18 +1,18 @@
 """Reads the fields of a config.json, and records which fields were read, so that an import can report the fields that were
 not read."""
 
-import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_dist.config.json_text import read_json
 from moe_dist.errors import ConfigError, DataError
 
 Choices = Mapping[str, Mapping[str, bool]]  # value of a key (the first is the default) -> names and values of fields
 
-MAX_JSON_BYTES = 1 << 28
+MAX_JSON_BYTES = 1 << 26  # the index of 250,000 tensors has 25 MB
 _MISSING: Any = object()
 
 # Fields that do not change the logits: names, token ids, options of training and of transformers.
@@ -33,20 +33,18 @@ def setting(name: str, value: object) -> str:
     return f"{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def read_json(path: Path, what: str, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_object(path: Path, what: str, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Reads a JSON object from a file of at most `most_bytes`; `what` names it in error messages.
 
     Raises:
         DataError: the file is missing, too large or not a JSON object.
     """
     try:
-        if path.stat().st_size > most_bytes:
-            raise DataError(f"{what} {path}: {path.stat().st_size:,} bytes, too large to be one")
-        values = json.loads(path.read_bytes())
+        values = read_json(path, most_bytes=most_bytes)
     except OSError as error:
         raise DataError(f"{what} {path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{what} {path}: is no JSON: {error!s:.100}") from error
+    except ValueError as error:
+        raise DataError(f"{what} {path}: is no JSON: {error!s:.200}") from error
     if not isinstance(values, dict):
         raise DataError(f"{what} {path}: must be a JSON object, not {type(values).__name__}")
     return values
@@ -73,9 +71,10 @@ class Fields:
             raise ConfigError(f"config.json: {name} is {problem}; a {self.family} model must say it")
         return value
 
-    def whole(self, name: str, default: Any = _MISSING, *, null: Any = _MISSING) -> Any:
-        """Returns the value of a field that must be an integer above 0; `default` and `null` as in `get`."""
-        return self._fitting(name, default, null, "a whole number above 0", lambda v: type(v) is int and v > 0)
+    def whole(self, name: str, default: Any = _MISSING, *, null: Any = _MISSING, most: int = (1 << 53) - 1) -> Any:
+        """Returns the value of a field that must be an integer from 1 to `most`; `default` and `null` as in `get`."""
+        rule = f"a whole number above 0 and at most {most:,}"
+        return self._fitting(name, default, null, rule, lambda v: type(v) is int and 0 < v <= most)
 
     def count(self, name: str, default: Any = _MISSING, *, least: int = 0) -> int:
         """Returns the value of a field that must be an integer of at least `least`, or the default."""

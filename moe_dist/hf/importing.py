@@ -22,7 +22,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import JsonValue, ValidationError
-from tokenizers import Tokenizer
 
 from moe_dist.checkpoint.contents import CHECKSUMS_FILE, checksums_of
 from moe_dist.checkpoint.directory import LATEST_FILE
@@ -34,11 +33,12 @@ from moe_dist.checkpoint.storage import Snapshot, build_index, sync, write_durab
 from moe_dist.config.load import resolved_yaml, rule_violations
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError, DataError
+from moe_dist.formats.tokenizer_file import read_tokenizer
 from moe_dist.hf.code_checks import refuse_code
 from moe_dist.hf.data_files import TOKENIZER_FILE
 from moe_dist.hf.forms import read_config
 from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section, check_copies, make_plan, refused
-from moe_dist.hf.source import CONFIG_FILE, DTYPES, Source, inside, open_source
+from moe_dist.hf.source import CONFIG_FILE, DTYPES, Source, companion, open_source
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.runtime.progress import Report
 
@@ -127,11 +127,8 @@ def check_tokenizer(source: Source, *, vocab_size: int) -> None:
     """
     if TOKENIZER_FILE not in source.companions:
         return
-    path = inside(source.folder, TOKENIZER_FILE)
-    try:
-        vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the package tokenizers raises a bare Exception
-        raise DataError(f"{path}: cannot be read: {error!s:.200}") from error
+    path = companion(source.folder, TOKENIZER_FILE)
+    vocabulary = read_tokenizer(path).get_vocab(with_added_tokens=True)
     token = max(vocabulary, key=lambda each: vocabulary[each], default=None)
     if token is not None and vocabulary[token] >= vocab_size:
         raise DataError(
@@ -274,7 +271,7 @@ def _conclude(
     write_durably(tree / "config.yaml", resolved_yaml(config).encode())
     (tree / HUGGINGFACE).mkdir(exist_ok=True)
     for name in (CONFIG_FILE, *source.companions):
-        write_durably(tree / HUGGINGFACE / name, inside(source.folder, name).read_bytes())
+        write_durably(tree / HUGGINGFACE / name, companion(source.folder, name).read_bytes())
     sync(tree / HUGGINGFACE)
     sync(tree)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from moe_dist.config.base.section import MAX_LAYERS
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.attention_fields import max_positions, read_rope, read_windows, write_rope, write_windows
@@ -50,7 +51,7 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
     """
     family = family_of(config)
     read = Fields(config, family.name)
-    layers, heads = read.whole(family.num_layers) * family.layers_each, read.whole("num_attention_heads")
+    layers, heads = read.whole(family.num_layers, most=MAX_LAYERS) * family.layers_each, read.whole("num_attention_heads")
     max_seq_len = read.whole("max_position_embeddings")
     _check_plain(family, read)
     first, every, dense = _moe_layers(family, read, layers)

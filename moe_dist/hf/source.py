@@ -20,8 +20,9 @@ from torch import Tensor
 
 from moe_dist.checkpoint.index import StoredModel
 from moe_dist.checkpoint.shard_header import MAX_HEADER_BYTES
+from moe_dist.config.json_text import bounded
 from moe_dist.errors import DataError
-from moe_dist.hf.fields import read_json
+from moe_dist.hf.fields import read_object
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
@@ -30,6 +31,7 @@ COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+COMPANION_BYTES = 1 << 27  # of a file of COMPANIONS; the largest tokenizers have 35 MB
 CONFIG_BYTES, MOST_FIELDS = 16 << 20, 10_000  # of a configuration file, and of config.json
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -136,7 +138,7 @@ def open_source(folder: Path) -> Source:
             problems += [f"{path}: {name} is missing, which {INDEX_FILE} says is in it; {AGAIN}" for name in lost]
     if problems:
         raise DataError(problems, see="docs/huggingface.md")
-    companions = [name for name in COMPANIONS if name in names and inside(folder, name)]
+    companions = [name for name in COMPANIONS if name in names and companion(folder, name)]
     return Source(folder, config, tensors, files, pickles, companions)
 
 
@@ -146,7 +148,7 @@ def read_configuration(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         DataError: the file is missing, no JSON object, or too large to be a configuration.
     """
-    values = read_json(inside(folder, name), "configuration", CONFIG_BYTES)
+    values = read_object(inside(folder, name), "configuration", CONFIG_BYTES)
     if name == CONFIG_FILE and len(values) > MOST_FIELDS:
         raise DataError(f"{folder / name}: has {len(values):,} fields, and a model's configuration has a few hundred")
     return values
@@ -168,6 +170,14 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def companion(folder: Path, name: str) -> Path:
+    """Returns the path of a file that is copied along. Raises DataError as `inside`, and for a file that is too large."""
+    path = inside(folder, name)
+    if (size := path.stat().st_size) > COMPANION_BYTES:
+        raise DataError(f"{path}: {size:,} bytes, too large to be copied along; at most {COMPANION_BYTES:,}")
+    return path
+
+
 def _weight_map(folder: Path, names: Sequence[str], pickles: Sequence[str]) -> Mapping[str, str] | None:
     """Maps each tensor's name to its file's name, from the index; None if there is one file and no index."""
     safe = [name for name in names if name.endswith(".safetensors")]
@@ -184,7 +194,16 @@ def _weight_map(folder: Path, names: Sequence[str], pickles: Sequence[str]) -> M
         raise DataError(
             f"{folder}: there is no {WEIGHTS_FILE} and no {INDEX_FILE} in it; give a folder as save_pretrained writes it"
         )
-    found = read_json(inside(folder, INDEX_FILE), "index").get("weight_map")
+    return read_weight_map(folder)
+
+
+def read_weight_map(folder: Path) -> Mapping[str, str]:
+    """Returns the file name of each tensor, from the index of a folder.
+
+    Raises:
+        DataError: the index is missing or damaged, or a name leads out of the folder.
+    """
+    found = read_object(inside(folder, INDEX_FILE), "index").get("weight_map")
     if not isinstance(found, dict) or not found:
         raise DataError(f"{folder / INDEX_FILE}: has no weight_map, the file of each tensor; {AGAIN}")
     odd = [f"{name} in {file!r:.80}" for name, file in found.items() if not _PLAIN.fullmatch(str(file))]
@@ -205,7 +224,7 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
     if len(start) < 8 or (len(raw) < length and length <= MAX_HEADER_BYTES):
         raise DataError(f"{path}: {size:,} bytes, cut short inside its header; {AGAIN}")
     try:
-        entries = _HEADER.validate_json(raw)
+        entries = _HEADER.validate_json(bounded(raw))
         entries.pop("__metadata__", None)
         parts = {name: _Entry.model_validate_json(json.dumps(entry)) for name, entry in entries.items()}
     except (ValidationError, ValueError) as error:

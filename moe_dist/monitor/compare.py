@@ -31,8 +31,8 @@ class Difference:
 def first_difference(
     first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]], *, rtol: float = 0.0, only: Sequence[str] = ()
 ) -> tuple[Difference | None, int]:
-    """Returns the first difference, and the number of equal lines before that difference. Lines of one file beyond the end
-    of the other file are ignored.
+    """Returns the first difference, and the number of equal lines before that difference; a line without one of the keys to
+    compare does not count. Lines of one file beyond the end of the other file are ignored.
 
     Args:
         first, second: Lines of two metrics.jsonl in order.
@@ -41,12 +41,13 @@ def first_difference(
     """
     same = 0
     for one, other in zip(first, second, strict=False):  # the further lines of a longer file are ignored
-        keys = tuple(_differing(_part(one, only), _part(other, only), rtol))
+        part = _part(one, only)
+        keys = tuple(_differing(part, _part(other, only), rtol))
         if (one["step"], one.get("kind")) != (other["step"], other.get("kind")):
             keys = (("step", one["step"], other["step"]), ("kind", one.get("kind"), other.get("kind")))
         if keys:
             return Difference(one["step"], str(one.get("kind")), keys, same), same
-        same += 1
+        same += bool(part)
     return None, same
 
 

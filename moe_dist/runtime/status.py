@@ -16,6 +16,7 @@ from moe_dist.runtime.files import write_atomically
 SAVE_SECONDS = "save_seconds.json"  # in the log folder of a run
 SAVES = 5  # number of saves in SAVE_SECONDS
 MAX_STATUS_BYTES = 1 << 24  # about 50,000 attempts
+Number = Annotated[int, Field(ge=0, lt=1 << 53)]  # a number that can be shown and divided
 UnixSeconds = Annotated[float, Field(ge=0.0, lt=1e11)]  # a date that can be shown
 
 
@@ -35,15 +36,15 @@ class AttemptRecord:
     """
 
     attempt_id: str
-    restarts: int
+    restarts: Number
     host: str
-    pid: int
+    pid: Number
     started: UnixSeconds
     ended: UnixSeconds | None = None
-    verdict: int | None = None
+    verdict: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
     reason: str = ""
-    rank: int | None = None
-    last_step: int = 0
+    rank: Number | None = None
+    last_step: Number = 0
     rank_host: str = ""
 
 
@@ -113,4 +114,5 @@ def _saves(logs: Path) -> list[float]:
         found = json.loads(read_regular(logs / SAVE_SECONDS, most_bytes=1 << 16, links=False))
     except (OSError, ValueError, RecursionError):
         return []
-    return [float(each) for each in found if isinstance(each, int | float)] if isinstance(found, list) else []
+    values = found if isinstance(found, list) else []
+    return [float(each) for each in values if isinstance(each, int | float) and 0 <= each < 1e9]

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 
 from moe_dist.config.schema import Config
 from moe_dist.data.indexed import IndexedSplit
-from moe_dist.data.tokenizer import read_tokenizer
 from moe_dist.errors import ConfigError
+from moe_dist.formats.tokenizer_file import read_tokenizer
 from moe_dist.inference.likelihood import Continuation
 from moe_dist.inference.loaded_run import LoadedRun, causal_problems, find_trained
 from moe_dist.inference.multiple_choice import Prompts, ask, results, write

@@ -43,6 +43,13 @@ def test_an_error_is_safe_to_print_and_short() -> None:
     assert error.problems[0] == ESCAPED
 
 
+@pytest.mark.parametrize("problems", [[f"p{number}" for number in range(211)], "line\n" * 211])
+def test_an_error_has_few_lines(problems: str | list[str]) -> None:
+    error = DataError(problems)
+    assert len(str(error).splitlines()) == 40
+    assert " more lines" in str(error).splitlines()[-1]
+
+
 def test_a_log_line_is_safe() -> None:
     record = logging.LogRecord("moe_dist", logging.WARNING, "", 0, "tensor %s", (EVIL,), None)
     assert WithoutSecrets("%(message)s").format(record) == f"tensor {ESCAPED}"

@@ -1,10 +1,10 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from moe_dist.config.attention.base import AttentionSection, WholeModel
-from moe_dist.config.base.section import Violation
+from moe_dist.config.base.section import PositiveInt, Violation
 
 
 class LatentAttentionSection(AttentionSection):

@@ -6,16 +6,34 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=0)]
-# The upper bound makes absurd numbers an error, because memory grows with the numbers of experts, ranks and layers.
-Experts = Ranks = Layers = Annotated[int, Field(ge=1, le=1 << 20)]
+
+
+def at_most(most: int) -> AfterValidator:
+    """Returns an upper bound that texts about a key name only if a value exceeds it, since no sensible value does."""
+
+    def check(value: int) -> int:
+        if value > most:
+            raise ValueError(f"more than {most:,} is not possible; lower it")
+        return value
+
+    return AfterValidator(check)
+
+
+# Upper bounds make absurd numbers an error. float64 represents all integers up to 2**53, and memory grows with the numbers
+# of experts, ranks and layers; see also `model_schema.MAX_EXPERTS`.
+Count = Annotated[int, Field(ge=0), at_most(1 << 53)]
+PositiveInt = Annotated[int, Field(gt=0), at_most(1 << 53)]
+Width = Annotated[int, Field(gt=0), at_most((1 << 31) - 1)]
+Experts = Ranks = Annotated[int, Field(ge=1, le=1 << 20)]
 NullExperts = Annotated[int, Field(ge=0, le=1 << 20)]
+MAX_LAYERS = 1 << 12
+Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 # Allows no path separator, quote or leading dash, because a name becomes a folder, a job name and part of shell lines.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"  # no dot, because an expert group's name is one part of dotted keys

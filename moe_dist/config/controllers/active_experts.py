@@ -1,9 +1,18 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from moe_dist.config.base.section import Count, GroupName, NonNegative, Violation, WholeConfig, unknown_name, unordered
+from moe_dist.config.base.section import (
+    Count,
+    GroupName,
+    NonNegative,
+    PositiveInt,
+    Violation,
+    WholeConfig,
+    unknown_name,
+    unordered,
+)
 from moe_dist.config.controllers.base import ControllerSection
 
 

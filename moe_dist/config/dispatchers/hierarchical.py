@@ -1,9 +1,9 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from moe_dist.config.base.section import Violation, WholeConfig
+from moe_dist.config.base.section import PositiveInt, Violation, WholeConfig
 from moe_dist.config.dispatchers.base import DispatchSection, either
 
 

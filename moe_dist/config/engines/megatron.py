@@ -4,9 +4,9 @@ import sys
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from moe_dist.config.base.section import Ranks, Violation, WholeConfig, unmet
+from moe_dist.config.base.section import PositiveInt, Ranks, Violation, WholeConfig, unmet
 from moe_dist.config.engines.base import EngineSection
 from moe_dist.config.parallel.section import ParallelSection
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from moe_dist.config.base.section import Decay, Section, Violation, WholeConfig, unmet
+from moe_dist.config.base.section import Decay, PositiveInt, Section, Violation, WholeConfig, unmet
 from moe_dist.config.dispatchers.all_to_all import AllToAllDispatchSection
 from moe_dist.config.experts.base import ExpertsSection
 

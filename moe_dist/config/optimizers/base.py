@@ -1,9 +1,9 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from moe_dist.config.base.section import Count, Decay, Fraction, KindSection, NonNegative, Section, Violation
+from moe_dist.config.base.section import Count, Decay, Fraction, KindSection, NonNegative, PositiveInt, Section, Violation
 
 
 class ConstantSchedule(Section):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
 from moe_dist.config import dispatchers
 from moe_dist.config.base.kinds import kinds_in
@@ -12,6 +12,7 @@ from moe_dist.config.base.section import (
     Count,
     Label,
     Name,
+    PositiveInt,
     Ranks,
     Section,
     Violation,

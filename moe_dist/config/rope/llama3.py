@@ -1,9 +1,9 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from moe_dist.config.base.section import Violation
+from moe_dist.config.base.section import PositiveInt, Violation
 from moe_dist.config.rope.base import RopeScalingSection
 
 

@@ -1,7 +1,8 @@
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
+from moe_dist.config.base.section import PositiveInt
 from moe_dist.config.rope.base import RopeScalingSection
 
 

@@ -1,7 +1,6 @@
 from typing import Literal
 
-from pydantic import PositiveInt
-
+from moe_dist.config.base.section import PositiveInt
 from moe_dist.config.routers.base import ROUTER
 from moe_dist.config.routers.expert_choice import ExpertChoiceRouterSection
 

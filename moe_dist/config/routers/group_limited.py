@@ -1,9 +1,9 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from moe_dist.config.base.section import Violation, WholeConfig
+from moe_dist.config.base.section import PositiveInt, Violation, WholeConfig
 from moe_dist.config.routers.base import ROUTER, RouterSection
 
 

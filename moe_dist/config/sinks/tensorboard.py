@@ -1,7 +1,8 @@
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
+from moe_dist.config.base.section import PositiveInt
 from moe_dist.config.sinks.base import SinkSection
 
 

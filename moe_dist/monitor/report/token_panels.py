@@ -167,11 +167,13 @@ def ledger(subject: Subject, tokens: Tokens) -> str:
     """Shows a table of the bytes that the traced choices send at several EP sizes, placements and node sizes."""
     routing, configuration = subject.routing, subject.routing.configuration
     try:
-        hidden, precision = configuration["model"]["hidden_dim"], configuration["parallel"]["precision"]
-        micro_batch = configuration["train"]["micro_batch"]
-    except (KeyError, TypeError):
+        hidden, micro_batch = int(configuration["model"]["hidden_dim"]), int(configuration["train"]["micro_batch"])
+        itemsize = {"bf16": 2, "fp32": 4}[configuration["parallel"]["precision"]]
+    except (KeyError, TypeError, ValueError, OverflowError):
+        hidden = micro_batch = itemsize = 0
+    if not (0 < hidden < 1 << 31 and 0 < micro_batch < 1 << 31):
         return "<p>The configuration of this trace does not tell the hidden size, so that bytes are unknown.</p>"
-    row_bytes = 4 * hidden * {"bf16": 2, "fp32": 4}[precision]  # dispatch and combine, and the gradient of each
+    row_bytes = 4 * hidden * itemsize  # dispatch and combine, and the gradient of each
     rows, total = [], max(1, len(tokens.token_T))
     for layout in subject.layouts:
         size = layout.placement.num_ranks

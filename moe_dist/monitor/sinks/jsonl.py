@@ -143,7 +143,8 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
         while text := file.readline(LONGEST_LINE):
             number += 1
             line = _parsed(text)
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
+            record = isinstance(line, dict) and isinstance(line.get("step"), int)
+            if record and isinstance(line.get("scalars", {}), dict):
                 yield in_todays_names(line)
             elif file.read(1):
                 raise ValueError(f"{path}: line {number} is not a record")

@@ -15,12 +15,16 @@ Shape letters: L MoE layers, K largest number of choices of a token, C columns, 
 """
 
 import json
+import re
 import zlib
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 
+from moe_dist.config.base.section import MAX_LAYERS, NAME_PATTERN, Count, Name, PositiveInt, Ranks
+from moe_dist.config.model_schema import MAX_EXPERTS
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
 
@@ -28,10 +32,30 @@ FORMAT, VERSION = "moe_dist trace", 1
 NO_CHOICE = -1
 MANIFEST = "manifest.json"
 
+MAX_COLUMNS = (1 << 15) - 1  # an int16 also holds -2 - c for each column c
+MAX_EP = 1 << 14  # EP ranks
+
 # Number of the sequence in the run's stream, index in the sequence, token id, and index into `Manifest.modalities`.
 TOKEN = np.dtype([("sequence", "<i8"), ("position", "<i4"), ("token", "<i4"), ("modality", "<i2")])
 # Step, index of the step's first token, number of its tokens, crc32 of its bytes in the other files, crc32 of the entry.
 ENTRY = np.dtype([("step", "<i8"), ("first", "<i8"), ("rows", "<i8"), ("content", "<u4"), ("check", "<u4")])
+
+
+def _checked_group(group: ExpertGroup) -> ExpertGroup:
+    counts = [value for value in asdict(group).values() if isinstance(value, int)]
+    if not all(re.fullmatch(NAME_PATTERN, name) for name in (group.name, *group.modalities)):
+        raise ValueError(f"a group's name or modality is no name: {group.name!r:.80}, {group.modalities!r:.80}")
+    if not 0 <= min(counts) <= max(counts) < 1 << 31 or group.num_columns > MAX_COLUMNS:
+        raise ValueError(
+            f"group {group.name}: its numbers must be from 0 to 2**31, and its columns at most {MAX_COLUMNS:,}"
+        )
+    return group
+
+
+_EPRank = Annotated[int, Field(ge=0, lt=MAX_EP)]
+_Columns = Annotated[int, Field(ge=1, le=MAX_COLUMNS)]
+_Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
+_Group = Annotated[ExpertGroup, AfterValidator(_checked_group)]
 
 
 @dataclass(frozen=True)
@@ -57,20 +81,22 @@ class Manifest:
         split: `training`, or `held-out` for the trace of a trained run, whose only step is the checkpoint's step.
     """
 
-    attempt: int
-    from_step: int
-    ranks: int
-    layers: tuple[int, ...]
-    choices: int
+    __pydantic_config__ = ConfigDict(extra="forbid")  # for `from_json`; a constructor checks nothing
+
+    attempt: Count
+    from_step: Count
+    ranks: Ranks
+    layers: Annotated[tuple[_Layer, ...], Field(min_length=1, max_length=MAX_LAYERS)]
+    choices: _Columns
     weights: bool
-    groups: tuple[ExpertGroup, ...]
-    rank_of_expert: tuple[int, ...]
-    modalities: tuple[str, ...]
-    every: int = 1
-    tokens: int | None = None
+    groups: Annotated[tuple[_Group, ...], Field(min_length=1)]
+    rank_of_expert: tuple[_EPRank, ...]
+    modalities: tuple[Name, ...]
+    every: PositiveInt = 1
+    tokens: PositiveInt | None = None
     tokenizer: str | None = None
     configuration: dict[str, Any] = field(default_factory=dict)
-    split: str = "training"
+    split: Literal["training", "held-out", "recorded"] = "training"
     losses: bool = False
     replicas: tuple[tuple[Replica, ...], ...] = ()
 
@@ -86,7 +112,10 @@ class Manifest:
             ConfigError: see `PlacementWithReplicas`.
         """
         last = max([*self.rank_of_expert, *(each.rank for layer in self.replicas for each in layer)])
-        slots = tuple(tuple(e for e, at in enumerate(self.rank_of_expert) if at == rank) for rank in range(last + 1))
+        found: list[list[int]] = [[] for _ in range(last + 1)]
+        for expert, rank in enumerate(self.rank_of_expert):
+            found[rank].append(expert)
+        slots = tuple(map(tuple, found))
         if not self.replicas:
             return ExpertPlacement(self.groups, slots)
         return PlacementWithReplicas(self.groups, slots, self.replicas)
@@ -97,17 +126,17 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Manifest":
-        """Makes a manifest from the parsed text of `to_json`. Raises KeyError, TypeError or ValueError if fields are
-        missing, unknown or do not fit each other."""
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
-        values["groups"] = tuple(ExpertGroup(**{**g, "modalities": tuple(g["modalities"])}) for g in content["groups"])
-        replicas = values["replicas"] = tuple(
-            tuple(Replica(*each) for each in layer) for layer in content.get("replicas", ())
-        )
-        if len(replicas) not in (0, len(values["layers"])):
-            raise ValueError(f"replicas of {len(replicas)} layers, but layers={content['layers']}")
-        del values["format"], values["version"]
-        return cls(**values)
+        """Makes a manifest from the parsed text of `to_json`. Raises ValueError if fields are missing, unknown, out of
+        bounds, or do not fit each other."""
+        values = {key: value for key, value in content.items() if key not in ("format", "version")}
+        found = TypeAdapter(cls).validate_python(values)
+        if len(found.replicas) not in (0, len(found.layers)):
+            raise ValueError(f"replicas of {len(found.replicas)} layers, but layers={list(found.layers)!s:.80}")
+        if not all(0 <= each.rank < MAX_EP for layer in found.replicas for each in layer):
+            raise ValueError(f"the ranks of replicas must be from 0 to {MAX_EP - 1:,}")
+        if len(found.layers) * found.num_columns > MAX_EXPERTS:
+            raise ValueError(f"{len(found.layers):,} layers of {found.num_columns:,} columns are more than {MAX_EXPERTS:,}")
+        return found
 
 
 def content_check(*arrays: np.ndarray | None) -> int:

@@ -3,7 +3,6 @@
 Shape letters as in `format.py`; T tokens of all ranks.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -14,8 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 
-from moe_dist.config.regular_file import open_regular
+from moe_dist.config.json_text import first_fault, parse_json
+from moe_dist.config.regular_file import open_regular, read_regular
 from moe_dist.errors import DataError
 from moe_dist.monitor.trace.format import (
     ENTRY,
@@ -28,6 +29,9 @@ from moe_dist.monitor.trace.format import (
     content_check,
     entry_check,
 )
+
+MOST_MANIFEST, MOST_INDEX = 1 << 24, 1 << 28  # bytes of these files
+MOST_STEP = 1 << 31  # bytes of a step in each of a rank's files
 
 
 class TracedStep(NamedTuple):
@@ -130,20 +134,22 @@ def read_trace(folder: str | Path) -> Trace:
 def _attempt(folder: Path) -> Attempt:
     path = folder / MANIFEST
     try:
-        with open_file(path) as stream:
-            content = json.loads(stream.read())
+        content = parse_json(_content(path, MOST_MANIFEST), most_lists=1 << 18)
         known = (content["format"], content["version"]) == (FORMAT, VERSION)
         manifest = Manifest.from_json(content) if known else None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: not the manifest of a trace ({type(error).__name__}: {error}); restore the file"
-        ) from None
+        why = first_fault(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error!s:.200}"
+        raise DataError(f"{path}: not the manifest of a trace ({why}); restore the file") from None
     if manifest is None:
         raise DataError(
-            f"{path}: format={content['format']!r}, version={content['version']!r}: this reader knows {FORMAT!r}, version "
-            f"{VERSION}; read it with the version of moe_dist that wrote it"
+            f"{path}: format={content['format']!r:.80}, version={content['version']!r:.80}: this reader knows {FORMAT!r}, "
+            f"version {VERSION}; read it with the version of moe_dist that wrote it"
         )
-    by_rank = [_index(folder / f"rank_{rank}.index") for rank in range(manifest.ranks)]
+    by_rank: list[dict[int, np.ndarray]] = []
+    for rank in range(manifest.ranks):
+        by_rank.append(_index(folder / f"rank_{rank}.index"))
+        if not by_rank[-1]:
+            break  # no step is whole, however many ranks follow
     whole = set.intersection(*(set(entries) for entries in by_rank))  # a killed rank's index may lack the last step
     return Attempt(folder, manifest, {step: tuple(entries[step] for entries in by_rank) for step in whole})
 
@@ -152,8 +158,7 @@ def _index(path: Path) -> dict[int, np.ndarray]:
     """Returns the entries of an index by step, up to the first incomplete entry, which a killed writer may leave."""
     if not path.exists():
         return {}
-    with open_file(path) as stream:
-        content = stream.read()
+    content = _content(path, MOST_INDEX)
     entries = np.frombuffer(content, ENTRY, count=len(content) // ENTRY.itemsize)
     found = {}
     for entry in entries:
@@ -179,9 +184,10 @@ def _rows(stem: Path, entry: np.ndarray, manifest: Manifest) -> Sequence[np.ndar
             f"{stem}.ids, step {step}: id {column.max()} is outside the model, which has {manifest.num_columns} columns "
             f"({MANIFEST}, groups); take the manifest that belongs to these files"
         )
-    if len(tokens) and (modality := int(tokens["modality"].max())) >= len(manifest.modalities):
+    modalities = tokens["modality"]
+    if (wrong := modalities[(modalities < 0) | (modalities >= len(manifest.modalities))]).size:
         raise DataError(
-            f"{stem}.tokens, step {step}: modality={modality} is outside the {len(manifest.modalities)} modalities of "
+            f"{stem}.tokens, step {step}: modality={wrong[0]} is outside the {len(manifest.modalities)} modalities of "
             f"{MANIFEST}; take the manifest that belongs to these files"
         )
     return tokens, ids, weights, losses
@@ -192,14 +198,23 @@ def _read(path: Path, entry: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]
     first, rows, numbers = int(entry["first"]), int(entry["rows"]), math.prod(shape)
     width = dtype.itemsize * numbers
     with open_file(path) as stream:
-        found = np.fromfile(stream, dtype, count=rows * numbers, offset=first * width)
         size = os.fstat(stream.fileno()).st_size
-    if len(found) < rows * numbers:
+        within = min(first, rows) >= 0 and (first + rows) * width <= size and rows * width <= MOST_STEP
+        found = np.fromfile(stream, dtype, count=rows * numbers, offset=first * width) if within else np.empty(0, dtype)
+    if not within or len(found) < rows * numbers:
         raise DataError(
             f"{path}: {size} bytes, but step {entry['step']} ends at byte {(first + rows) * width}; the file was cut off: "
             "restore it, or read earlier steps"
         )
     return found.reshape(rows, *shape)
+
+
+def _content(path: Path, most_bytes: int) -> bytes:
+    """Returns the bytes of a file of the trace. An OSError becomes a DataError."""
+    try:
+        return read_regular(path, most_bytes=most_bytes)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; restore the file") from error
 
 
 @contextmanager

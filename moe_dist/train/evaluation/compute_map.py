@@ -20,8 +20,8 @@ from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.names import MAPPED_EXPERTS
 from moe_dist.data.batch import Batch
 from moe_dist.data.codebook import load_codebook
-from moe_dist.data.tokenizer import read_tokenizer
 from moe_dist.formats.manifest import Manifest
+from moe_dist.formats.tokenizer_file import read_tokenizer
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing.types import LayerReport, RoutingRequest
 from moe_dist.monitor.statistics import ComputeMap, MappedPicture

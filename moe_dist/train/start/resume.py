@@ -199,8 +199,9 @@ class Resumable:
         if saved_part(self._config) == "trained":
             self._base = load_base(restored.values, newest, self._checkpoints, model, self._layout)
         self._restore_controllers(restored, newest)
+        states = mapping_of({"levers": {}, **restored.values}, "levers", newest)
         for name, lever in self._levers.items():
-            if (state := mapping_of({"levers": {}, **restored.values}, "levers", newest).get(name)) is not None:
+            if (state := states.get(name)) is not None:
                 lever.restore(state)
         self.placement = self._training.step.placement  # a lever may have restored moved experts
         if restored.rank_values:

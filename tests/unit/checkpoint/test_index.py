@@ -124,7 +124,17 @@ def test_a_tensor_of_many_parts_is_named_in_few_words(tmp_path: Path) -> None:
         read_index(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [{"optimizer_steps": -1}, {"optimizer_steps": 1.5}, {"world_size": 0}, {"step": -2}])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"optimizer_steps": -1},
+        {"optimizer_steps": 1.5},
+        {"optimizer_steps": 10**30},
+        {"world_size": 0},
+        {"step": -2},
+        {"step": 10**30},
+    ],
+)
 def test_counters_that_cannot_be_are_a_data_error(tmp_path: Path, damage: dict[str, Any]) -> None:
     state = {
         "save_id": "a",

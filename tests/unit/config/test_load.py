@@ -175,6 +175,12 @@ def test_an_absent_optional_text_stays_absent(path: Path) -> None:
         (["data.path="], "data.path=''"),
         (["model.moe.groups={a.b: {num_experts: 1, top_k: 1, ffn_dim: 2}}"], "the name 'a.b' must be text of 1 to 32"),
         (["data.weights={a b: 1}"], "the name 'a b' must be text of 1 to 64"),
+        (["model.num_layers=1048576"], "model.num_layers=1048576: must be whole number from 1 to 4,096"),
+        (["model.moe.groups.text.num_experts=1048576"], "experts are more than 524,288 experts; lower num_layers"),
+        (["model.num_layers=4000", "model.moe.groups.text.num_experts=100000"], "lower num_layers"),
+        (["model.hidden_dim=4000000000000000"], "model.hidden_dim: more than 2,147,483,647 is not possible"),
+        (["model.vocab_size=1000000000000000000"], "model.vocab_size: more than 2,147,483,647 is not possible"),
+        ([f"train.steps={10**4200}"], "train.steps: more than 9,007,199,254,740,992 is not possible"),
         (["data.weights={openmoji:0.5,python: 0.5}"], "put a space after the colon"),
         (["model.moe.groups={text:1}"], "put a space after the colon"),
         (["model.num_heads=four"], "model.num_heads='four'"),  # and no error about the multiples of a stand-in

@@ -3,6 +3,8 @@ refused."""
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +129,7 @@ def test_texts_end_with_the_end_token(tmp_path: Path, folders: dict[str, Path], 
     for form in ("lines.jsonl", "rows.parquet"):
         manifest = made(tmp_path / f"set {form}", folders[kind], text=str(tmp_path / form))
         assert stored(tmp_path / f"set {form}", manifest, "text") == expected
-    special = HubTokenizer(folders[kind]).text(f"a {tokenizer.eos_token} b").tokens.tolist()
+    special = HubTokenizer(folders[kind]).text(f"a {tokenizer.eos_token} b", "row 1").tokens.tolist()
     # A Unigram model has its special tokens among its pieces.
     assert special.count(tokenizer.eos_token_id) == (2 if kind == "instruct" else 1)
 
@@ -207,6 +209,42 @@ def test_a_template_without_an_end_is_stopped(
     template = {"chat_template": str(tmp_path / "template.jinja")}
     with refused(ConfigError, "lines.jsonl, line 7", "more than 1 s", "--chat-template FILE", "remove the row"):
         made(tmp_path / "set", folders["chatml"], messages=lines, recipe=template)
+
+
+def blown_up() -> dict[str, Any]:
+    """A normaliser that makes 10 GB of one letter."""
+    replace = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
+    return {"normalizer": {"type": "Sequence", "normalizers": [replace] * 5}}
+
+
+def panicking() -> dict[str, Any]:
+    """A pattern without an end, at which the Rust code of tokenizers panics."""
+    pattern = {"Regex": "^(([a-z])+.)+[A-Z]([a-z])+$|(x+x+)+y"}
+    return {"pre_tokenizer": {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}}
+
+
+@pytest.mark.parametrize("spoil", [blown_up, panicking])
+def test_a_hostile_tokenizer_ends_no_more_than_its_row(
+    tmp_path: Path, folders: dict[str, Path], spoil: Callable[[], dict[str, Any]]
+) -> None:
+    hostile = shutil.copytree(folders["plain"], tmp_path / "hostile")
+    path = hostile / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | spoil()))
+    lines = write_lines(tmp_path / "lines.jsonl", [{"text": "b"}, {"text": "a" + "x" * 40_000}])
+    with refused((ConfigError, DataError), "lines.jsonl, line 2", golden=False):  # pyright: ignore[reportArgumentType]
+        made(tmp_path / "set", hostile, text=str(lines))
+
+
+def test_a_template_that_takes_all_memory_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
+    (tmp_path / "template.jinja").write_text("{% set x = 'a' * 9000000000 %}{{ x }}" + CHATML)
+    lines = write_lines(tmp_path / "lines.jsonl", [{"messages": SHORT}])
+    with refused(DataError, "lines.jsonl, line 1", "MemoryError", "--chat-template FILE", golden=False):
+        made(
+            tmp_path / "set",
+            folders["chatml"],
+            messages=str(lines),
+            recipe={"chat_template": str(tmp_path / "template.jinja")},
+        )
 
 
 def nested(levels: int) -> list[Any]:

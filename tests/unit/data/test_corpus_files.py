@@ -8,6 +8,7 @@ from PIL import Image
 from moe_dist.data.corpus_files import instruction_files, picture_files, text_files
 from moe_dist.errors import ConfigError, DataError
 from tests.support.messages import refused
+from tests.support.special_files import at_once
 
 
 def test_texts_of_a_folder(tmp_path: Path) -> None:
@@ -48,12 +49,26 @@ def test_texts_of_a_jsonl(tmp_path: Path) -> None:
         ('{"txt": 1}', "line 2: needs"),
         ("[]", "line 2: is list, not an object"),
         ('{"text": 1}', "is int"),
+        ('{"text": "\\ud800 a"}', "line 2: is not JSON"),
+        ('{"text": ' + "[" * 100_000, "line 2: is not JSON"),
+        ('{"text": ' + "9" * 5000 + "}", "line 2: is not JSON"),
     ],
+    ids=lambda each: each[:20],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, words: str) -> None:
     (tmp_path / "t.jsonl").write_text(f'{{"text": "one"}}\n{line}\n')
     with pytest.raises(DataError, match=words):
         text_files("t", tmp_path / "t.jsonl", "")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "texts/b.log"])
+def test_a_file_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("hello")
+    with (tmp_path / name).open("wb") as stream:
+        stream.truncate(6 << 30)  # holds no block on the disk
+    with at_once(), pytest.raises(DataError, match=name):
+        text_files("t", tmp_path / name.partition("/")[0], "")
 
 
 def test_pictures_with_and_without_captions(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Renders of pictures: determined by their names, on one of the backgrounds, with empty patches marked."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +84,16 @@ def test_rasterise_turns_a_photo_as_its_camera_says(tmp_path: Path) -> None:
     assert (raster[:, 16:48, 3] == 255).all()
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.svg"])
-def test_a_damaged_picture_is_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"no picture")
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n(evil) print\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.png", b"no picture"), ("a.svg", b"no picture"), ("a.png", EPS)])
+def test_a_damaged_picture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    gs = tmp_path / "gs"  # Pillow's reader of EPS starts this program
+    gs.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\nexit 1\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(DataError, match=name):
         rasterise(tmp_path / name)
+    assert not (tmp_path / "ran").exists()

@@ -157,6 +157,19 @@ def test_texts_alone_and_a_tokenizer_and_codebook_of_another_set(own: Path, made
         assert (tmp_path / "reused" / file).read_bytes() == (made / file).read_bytes()
 
 
+def test_a_tokenizer_that_takes_all_memory_is_refused(
+    own: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_build, "_ENCODE_MEMORY", 1 << 28)
+    replacing = {"type": "Replace", "pattern": {"String": "t"}, "content": "t" * 100}
+    values = json.loads((made / "tokenizer.json").read_text())
+    values["normalizer"] = {"type": "Sequence", "normalizers": [replacing] * 5}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    recipe = replace(RECIPE, tokenizer=str(tmp_path / "tokenizer.json"))
+    with refused(DataError, "--tokenizer", "give another tokenizer", golden=False):
+        prepare(tmp_path / "set", Inputs(text=str(own / "texts.jsonl")), recipe, silent)
+
+
 def test_instructions_on_the_ids_of_another_set(own: Path, made: Path, tmp_path: Path) -> None:
     lines = [
         {"prompt": f"What is number {number}?", "answer": f"picture {number}", "image": f"pictures/{number:02}.png"}
@@ -392,6 +405,20 @@ def test_a_set_that_is_older_than_an_option_was_made_by_its_default(own: Path, t
     path.write_text(json.dumps(older))
     with refused(ConfigError, "recipe.colours"):
         prepare(tmp_path / "set", inputs(own), RECIPE, silent)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"[" * 100_000, b"{}", b"\xff\xfe", None], ids=["list", "deep", "empty", "bytes", "sparse"]
+)
+def test_a_damaged_recipe_is_named(own: Path, tmp_path: Path, content: bytes | None) -> None:
+    out = tmp_path / "set"
+    out.mkdir()
+    (out / "manifest.json").touch()
+    with (out / "recipe.json").open("wb") as stream:
+        stream.write(content or b"")
+        stream.truncate(None if content else 6 << 30)  # holds no block on the disk
+    with pytest.raises(DataError, match=r"recipe\.json: damaged"):
+        prepare(out, inputs(own), RECIPE, silent)
 
 
 def test_what_cannot_be_read_is_left_out_and_named_or_refused(own: Path, tmp_path: Path) -> None:

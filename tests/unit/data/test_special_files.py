@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.manifest import load_manifest
 from moe_dist.plan.preflight import check
 from moe_dist.train.build.training import build_loader
 from tests.support.special_files import SPECIAL, at_once
@@ -21,6 +22,13 @@ FILES = [
     ),
     "captions_train.filler",
 ]
+
+
+def test_a_manifest_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "manifest.json").open("wb") as stream:
+        stream.truncate(5 << 30)  # holds no block on the disk
+    with at_once(), pytest.raises(DataError, match="is larger than"):
+        load_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device"])

@@ -17,6 +17,8 @@ def work(what: str, *values: int) -> object:
         raise DataError(["one", "two"], see="docs/data.md")
     if what == "sleep":
         time.sleep(600)
+    if what == "memory":
+        return len(b"a" * values[0])
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     return sum(values)
@@ -38,6 +40,9 @@ def test_calls_have_values_errors_and_an_end() -> None:
     with pytest.raises(ChildProcessError, match="exit code -9"):
         call("die")
     assert call("sum", 2) == 2
+    with pytest.raises(MemoryError):
+        call("memory", 9 << 30)
+    assert call("memory", 1 << 20) == 1 << 20
 
 
 def test_the_child_ends_with_its_owner() -> None:

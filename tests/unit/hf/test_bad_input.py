@@ -118,6 +118,26 @@ def tokenizer(size: int) -> Callable[[Path], None]:
     return apply
 
 
+def sparse(name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        with (folder / name).open("wb") as stream:
+            stream.truncate(5 << 30)  # holds no block on the disk
+
+    return apply
+
+
+def header_of_lists(folder: Path) -> None:
+    header = b'{"a":[' + b"[]," * (1 << 22) + b"[]]}"
+    (folder / SECOND).write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def panicking(folder: Path) -> None:
+    """A tokenizer with which the Rust code of the library tokenizers panics."""
+    tokenizer(10)(folder)
+    normaliser = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    edit(folder / "tokenizer.json", lambda values: values.update(normalizer=normaliser))
+
+
 # Changes of the values in config.json are in test_fields.py.
 BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     "unknown family": (
@@ -208,10 +228,23 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     "float8": (tensors(lambda t: t.update({EXPERT: t[EXPERT].to(torch.float8_e4m3fn)})), DataError, "F8_E4M3"),
     "float64": (tensors(lambda t: t.update({EXPERT: t[EXPERT].double()})), DataError, "F64"),
     "another tokenizer": (tokenizer(65), DataError, "gives 'w64' the id 64, but the model's vocab_size=64"),
+    "sparse tokenizer": (sparse("tokenizer.json"), DataError, "tokenizer.json: 5,368,709,120 bytes, too large"),
+    "sparse template": (sparse("chat_template.jinja"), DataError, "chat_template.jinja: 5,368,709,120 bytes, too large"),
+    "sparse index": (sparse(INDEX), DataError, f"{INDEX}: .* is larger than"),
+    "index of lists": (
+        lambda folder: (folder / INDEX).write_bytes(b'{"weight_map":[' + b"[]," * (1 << 22) + b"[]]}"),
+        DataError,
+        f"{INDEX}: .* lists and mappings",
+    ),
+    "header of lists": (header_of_lists, DataError, f"{SECOND}: .* lists and mappings"),
+    "nested index": (lambda folder: (folder / INDEX).write_bytes(b"[" * 100_000), DataError, f"{INDEX}: .* nested"),
+    "layers without end": (config(num_hidden_layers=10**8), ConfigError, "num_hidden_layers=100000000 must be"),
+    "experts without end": (config(num_local_experts=10**9), ConfigError, "num_experts=1000000000"),
+    "tokenizer that panics": (panicking, DataError, "tokenizer.json"),
     "damaged tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text("{}"),
         DataError,
-        "tokenizer.json: cannot be",
+        "tokenizer.json.: must be",
     ),
 }
 

@@ -15,6 +15,7 @@ from moe_dist.hf.code_checks import verify_export
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.served_fields import CODE_FILES
+from moe_dist.hf.source import INDEX_FILE
 from tests.support.invoked import invoke
 from tests.support.tiny_hf import save, tiny_model
 from tools.verify_export import main as verify
@@ -102,6 +103,11 @@ def other_code(folder: Path) -> None:
     path.write_text(path.read_text() + "\nprint('more')\n")
 
 
+def adapters_alone(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "somebody/base"}))
+
+
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     **{place: (lambda folder, of=of: plant(folder, *of), of[0]) for place, of in PLACES.items()},
     "changed code": (other_code, "modeling_moe_dist.py: differs"),
@@ -110,7 +116,13 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a way to generate": (lambda folder: (folder / "custom_generate").mkdir(), "custom_generate: an export has plain"),
     "a pickle": (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin: no export"),
     "a link": (lambda folder: (folder / "vocab.json").symlink_to("/etc/passwd"), "vocab.json: an export has plain"),
-    "another model": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "load another model"),
+    "another model": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "loads the base model None"),
+    "adapters alone": (adapters_alone, "loads the base model 'somebody/base'"),
+    "another type": (lambda folder: plant(folder, "config.json", {"model_type": "theirs"}), "model_type='theirs'"),
+    "a path in the index": (
+        lambda folder: plant(folder, INDEX_FILE, {"weight_map": {"a": "../a.safetensors"}}),
+        "plain names of .safetensors",
+    ),
     "no model": (lambda folder: (folder / "config.json").unlink(), "config.json: is missing"),
 }
 
@@ -137,7 +149,7 @@ def test_the_command(copies: dict[str, Path]) -> None:
 def test_millions_of_fields_are_refused_at_once(copies: dict[str, Path], name: str) -> None:
     (copies["theirs"] / name).write_text(json.dumps({f"k{number}": 1 for number in range(3_000_000)}))
     begun = time.process_time()
-    with pytest.raises(DataError, match=f"{name}: .* too large"):
+    with pytest.raises(DataError, match=f"{name}: .* is larger than"):
         import_model(copies["theirs"], copies["theirs"].parent / "ours")
     assert time.process_time() - begun < 1.0
 

@@ -221,6 +221,23 @@ def test_a_date_that_cannot_be_shown_is_damage(tmp_path: Path, started: object) 
     text(one_run(run))
 
 
+@pytest.mark.parametrize(("key", "value"), [("last_step", 100), ("pid", 1), ("restarts", 0), ("verdict", 1)])
+def test_a_number_that_cannot_be_shown_is_damage_and_hides_no_other_run(tmp_path: Path, key: str, value: int) -> None:
+    folder = Folder(tmp_path, "hostile").attempt(0, 1, "r", step=100)
+    Folder(tmp_path, "sound").attempt(0, 0, "done", step=100)
+    path = folder.path / "status.json"
+    records = json.loads(path.read_text())
+    records["attempts"][-1][key] = 10**4000
+    path.write_text(json.dumps(records))
+    (folder.path / "config.yaml").write_text(f"train: {{steps: {10**4000}}}\n")
+    (folder.path / "log").mkdir(exist_ok=True)
+    (folder.path / "log" / "save_seconds.json").write_text(f"[1e999, -5, {10**400}]")
+    runs = [read_progress(found) for found in sorted(find_runs([], tmp_path))]
+    assert [run.state for run in runs] == [RunState.UNREADABLE, RunState.DONE]
+    assert "sound" in text(many_runs(runs))
+    text(one_run(runs[0]))
+
+
 def test_several_runs_are_a_table_as_wide_as_the_terminal(tmp_path: Path) -> None:
     Folder(tmp_path, "a-night").attempt(0, 1, "a reason that goes on and on " * 9).records(1e6)
     Folder(tmp_path, "new")

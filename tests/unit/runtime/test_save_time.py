@@ -13,7 +13,7 @@ def test_the_longest_of_the_last_saves(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_counts_as_none_and_is_replaced(tmp_path: Path) -> None:
-    for content in ("[1.0, 2", "{}", '["a", null]'):
+    for content in ("[1.0, 2", "{}", '["a", null]', f"[1e999, -5, {10**400}]"):
         (tmp_path / SAVE_SECONDS).write_text(content)
         assert measured_save_seconds(tmp_path) is None
     record_save_seconds(tmp_path, 2.0)

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import Result
 
 from tests.support.invoked import invoke
@@ -41,7 +42,24 @@ def test_the_first_difference_is_shown_and_1(tmp_path: Path) -> None:
     ]
     assert call(a, b, "--rtol", "0.5").stdout.startswith("first difference: step 3")
     assert "scalars" not in call(a, b, "--only", "losses").stdout
-    assert call(a, b, "--only", "ledger").exit_code == 0
+    assert call(a, b, "--only", "ledger").exit_code == 65, "no line has such a key"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"), [({"scalars": 5}, 65), ({"scalars": [1]}, 65), ({"scalars": None}, 65), ({"kind": "\x1b[31mX"}, 1)]
+)
+def test_a_hostile_record_is_refused_or_escaped(tmp_path: Path, change: dict[str, Any], code: int) -> None:
+    a, b = record(tmp_path / "a", [3.0, 2.0]), record(tmp_path / "b", [3.0, 2.0])
+    (b / "metrics.jsonl").write_text(f"{json.dumps(line(1, 3.0) | change)}\n" * 2)
+    done = call(b, a)
+    assert (done.exit_code, "\x1b" in done.output) == (code, False)
+
+
+@pytest.mark.parametrize("content", ["", "5\n"], ids=["empty", "no record"])
+def test_nothing_to_compare_is_65(tmp_path: Path, content: str) -> None:
+    a, b = record(tmp_path / "a", [3.0]), record(tmp_path / "b", [])
+    (b / "metrics.jsonl").write_text(content)
+    assert call(a, b).exit_code == 65
 
 
 def test_no_record_is_78_and_a_damaged_one_65(tmp_path: Path) -> None:

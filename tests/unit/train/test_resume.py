@@ -256,6 +256,25 @@ def test_controllers_go_on_by_name(tiny_data: Path, tmp_path: Path) -> None:
         OneRank(tiny_data, tmp_path, {"bias": Counter(0)}).resumable.restore()
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_states_of_levers_that_are_no_mapping_are_refused(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a run without levers."""
+    OneRank(tiny_data, tmp_path).train_and_save()
+    resumable = OneRank(tiny_data, tmp_path).resumable
+    checkpoints = resumable._checkpoints  # pyright: ignore[reportPrivateUsage]
+    load = checkpoints.load
+
+    def spoilt(*arguments: Any) -> Restored:
+        restored = load(*arguments)
+        return replace(restored, values={**restored.values, "levers": 5})
+
+    monkeypatch.setattr(checkpoints, "load", spoilt)
+    with refused(DataError, "levers", golden=False):
+        resumable.restore()
+
+
 @pytest.mark.parametrize(
     ("step", "evaluated", "every", "last", "owed"),
     [

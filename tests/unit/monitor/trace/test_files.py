@@ -7,20 +7,21 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from moe_dist.errors import DataError
-from moe_dist.monitor.trace.format import ENTRY, TOKEN, Manifest
+from moe_dist.monitor.trace.format import ENTRY, TOKEN, Manifest, entry_check
 from moe_dist.monitor.trace.reader import read_trace
 from moe_dist.monitor.trace.writer import WAITING, TraceWriter
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
 from tests.support.messages import refused
+from tests.support.special_files import at_once
 
 GROUPS = (ExpertGroup("text", 4, 2, 2, 8, 0, ("text",)), ExpertGroup("image", 2, 1, 1, 8, 4, ("image",)))
 MANIFEST = Manifest(1, 0, 2, (1, 3, 5), 2, True, GROUPS, (0, 0, 1, 1, 0, 1), ("text", "image"))
@@ -162,6 +163,67 @@ def test_damage_is_named(tmp_path: Path, file: str, damage: Callable[[bytes], by
         assert len(read_trace(tmp_path).step(2).ids) == 10, "the steps before are whole"
     with refused(DataError, key):
         read_trace(tmp_path).step(3)
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    **{f"ranks {value!r:.9}": {"ranks": value} for value in (10**9, "x", 0, -1, None)},
+    **{f"layers {value!r:.9}": {"layers": value} for value in (5, ["\x1b[31m"], [], [-1], [10**9])},
+    **{f"choices {value!r:.9}": {"choices": value} for value in (10**12, "x", 0)},
+    **{f"experts' ranks {value!r:.9}": {"rank_of_expert": value} for value in ([10**9] * 6, ["a"] * 6, 5)},
+    **{f"modalities {value!r:.9}": {"modalities": value} for value in (["\x1b[31mM"], 5)},
+    **{f"replicas {value!r:.12}": {"replicas": [value, [], []]} for value in ([["a", "b"]], [[0, 10**9]], 5)},
+    "configuration": {"configuration": 5},
+    "split": {"split": "\x1b[31mS"},
+    "attempt": {"attempt": "x"},
+    "first step": {"from_step": "x"},
+    "tokenizer": {"tokenizer": 5},
+    "unknown field": {"more": 1},
+    **{
+        f"group {key} {value!r:.9}": {"groups": [{**asdict(GROUPS[0]), key: value}, asdict(GROUPS[1])]}
+        for key, value in (
+            ("name", "\x1b]0;pwn\x07"), ("name", 5), ("num_experts", 10**9), ("num_experts", "a"), ("num_null", 10**10),
+            ("ffn_dim", "z"), ("ffn_dim", -5), ("top_k", 10**10), ("modalities", ["\x1b[2J"]),
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_manifest_is_refused(tmp_path: Path, case: str) -> None:
+    path = write(tmp_path, MANIFEST, range(1, 2), "a") / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | HOSTILE[case]))
+    with at_once(), refused(DataError, "manifest.json", golden=False) as error:
+        read_trace(tmp_path)
+    assert "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"format":[' + b"[]," * (1 << 18) + b"[]]}"], ids=["deep", "long"])
+def test_a_bomb_of_lists_is_refused(tmp_path: Path, content: bytes) -> None:
+    (write(tmp_path, MANIFEST, range(1, 2), "a") / "manifest.json").write_bytes(content)
+    with at_once(), refused(DataError, "manifest.json", golden=False):
+        read_trace(tmp_path)
+
+
+@pytest.mark.parametrize(("first", "rows"), [(0, 10**13), (10**18, 4), (0, -4), (-4, 4)])
+def test_an_index_entry_outside_its_files_is_refused(tmp_path: Path, first: int, rows: int) -> None:
+    place = write(tmp_path, MANIFEST, range(1, 2), "a")
+    entry = np.array([(1, first, rows, 0, 0)], ENTRY)
+    entry["check"] = entry_check(entry)
+    entry.tofile(place / "rank_0.index")
+    with at_once(), refused(DataError, "rank_0.tokens", golden=False):
+        read_trace(tmp_path).step(1)
+
+
+def test_a_negative_modality_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "a"
+    place.mkdir()
+    (place / "manifest.json").write_text(replace(MANIFEST, ranks=1).to_json())
+    writer, wrong = TraceWriter(place, 0, weights=True), part(1, 0)
+    wrong.tokens["modality"] = -5
+    writer.add(1, *wrong[:3])
+    writer.close()
+    with refused(DataError, "rank_0.tokens", golden=False):
+        read_trace(tmp_path).step(1)
 
 
 def test_no_trace_and_a_step_without_trace(tmp_path: Path) -> None:
