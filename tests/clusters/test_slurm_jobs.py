@@ -145,10 +145,10 @@ def test_the_node_of_the_rank_at_fault_is_left_out_and_not_that_of_its_peers(sta
 
 
 def test_data_that_one_node_lacks_are_named_at_once_with_node_and_path(stage: Stage) -> None:
-    data = load_config(stage.config).data.path
-    hides = f'[ "$SLURMD_NODENAME" != {THIRD} ] || mount -t tmpfs none {data}'  # each node has mounts of its own
-    stage.set_site(prelude=[hides])
-    job = stage.launch("", f"--program={shlex.join(TRAIN)}", "train.steps=3")
+    # A copy: each node has mounts of its own, and this one stays on its node after the test.
+    data = shutil.copytree(load_config(stage.config).data.path, stage.folder / "data")
+    stage.set_site(prelude=[f'[ "$SLURMD_NODENAME" != {THIRD} ] || mount -t tmpfs none {data}'])
+    job = stage.launch("", f"--program={shlex.join(TRAIN)}", "train.steps=3", f"data.path={data}")
     assert job.end() == ConfigError.exit_code, job.said
     (ending,) = stage.run.read_status().attempts
     assert (ending.verdict, ending.rank) == (ConfigError.exit_code, 2)
