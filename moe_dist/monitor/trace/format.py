@@ -92,7 +92,7 @@ class Manifest:
     groups: Annotated[tuple[_Group, ...], Field(min_length=1)]
     rank_of_expert: tuple[_EPRank, ...]
     modalities: tuple[Name, ...]
-    every: PositiveInt = 1
+    every: Count = 1  # 0: a folder of `attach` without a trace
     tokens: PositiveInt | None = None
     tokenizer: str | None = None
     configuration: dict[str, Any] = field(default_factory=dict)

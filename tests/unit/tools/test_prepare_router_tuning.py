@@ -148,7 +148,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("spoil", "code", "message"),
     [
-        (lambda folder, _: (folder / "tokenizer.json").write_text("{}"), 65, "tokenizer.json: cannot be read"),
+        (lambda folder, _: (folder / "tokenizer.json").write_text("{}"), 65, "Cannot instantiate Tokenizer"),
         (lambda folder, _: (folder / "model.safetensors").write_bytes(b"x" * 99), 65, "its model cannot be loaded"),
         (
             lambda _, patch: patch.setattr("importlib.util.find_spec", lambda name: None),
