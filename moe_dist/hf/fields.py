@@ -71,10 +71,12 @@ class Fields:
             raise ConfigError(f"config.json: {name} is {problem}; a {self.family} model must say it")
         return value
 
-    def whole(self, name: str, default: Any = _MISSING, *, null: Any = _MISSING, most: int = (1 << 53) - 1) -> Any:
-        """Returns the value of a field that must be an integer from 1 to `most`; `default` and `null` as in `get`."""
-        rule = f"a whole number above 0 and at most {most:,}"
-        return self._fitting(name, default, null, rule, lambda v: type(v) is int and 0 < v <= most)
+    def whole(self, name: str, default: Any = _MISSING, *, null: Any = _MISSING, most: int | None = None) -> Any:
+        """Returns the value of a field that must be an integer from 1 to `most` (None: 2^53 - 1). `default` and `null`: see
+        `get`."""
+        limit = (1 << 53) - 1 if most is None else most
+        rule = f"a whole number above 0 and at most {limit:,}"
+        return self._fitting(name, default, null, rule, lambda v: type(v) is int and 0 < v <= limit)
 
     def count(self, name: str, default: Any = _MISSING, *, least: int = 0) -> int:
         """Returns the value of a field that must be an integer of at least `least`, or the default."""
