@@ -58,7 +58,8 @@ def problem(want: Want, wants: Sequence[Want], offers: Sequence[Offer], *, word:
     having = [offer for offer in offers if want.traits <= offer.traits]
     if not having:
         existing = sorted({trait for offer in offers for trait in offer.traits})
-        fix = f"change placement.groups.<group>.node, or add a node with this {word}" if want.traits else "add nodes"
+        keys = " and ".join(f"placement.groups.{group}.node" for group in groups) or "placement.groups.<group>.node"
+        fix = f"change {keys}, or add a node with this {word}" if want.traits else "add nodes"
         return f"{who}: {where} has no node{kind}; its nodes have {names(existing) or 'none'}; {fix}"
     fitting = [offer for offer in having if want.fits(offer)]
     if not fitting:

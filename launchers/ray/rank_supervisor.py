@@ -34,7 +34,7 @@ ADOPTED_SECONDS = 10.0  # seconds to wait until killed processes have disappeare
 
 
 class RankSupervisor:
-    """Runs one rank, until the last process that the rank has started is gone.
+    """Runs one rank, and waits until every process that it started has ended.
 
     Args:
         env: The rank's complete environment.

@@ -1,4 +1,4 @@
-"""Finds contents of a conversation that its chat template loses or misprints.
+"""Finds contents and calls of messages that a chat template leaves out, or prints in another form.
 
 Each content must occur in the rendered text, as it is or in its JSON form. Templates trim contents, so white space is not
 compared.
@@ -34,11 +34,7 @@ def check_losses(messages: Messages, tools: Sequence[dict[str, Any]] | None, tex
         str(_function(tool).get("name", "")) for tool in tools or () if not printed.has(_function(tool).get("name"))
     ]:
         notes.append(f"the chat template does not print all tools ({', '.join(names)})")
-    notes += [
-        f"the chat template does not print {key}"
-        for key in REASONING
-        if any(not printed.has(message.get(key)) for message in messages[-1:])
-    ]
+    notes += [f"the chat template does not print {key}" for key in REASONING if not printed.has(messages[-1].get(key))]
     return notes
 
 

@@ -103,7 +103,7 @@ class TurnFinder:
         return shared if closed else None
 
     def _shared(self, one: str, other: str) -> int:
-        """Returns the length of the text with which both begin: all of `one`, or up to an added token's or a line's end."""
+        """Returns the length of the longest common prefix that ends where `one`, an added token, or a line ends."""
         pairs = enumerate(zip(one, other, strict=False))
         shared = next((at for at, (left, right) in pairs if left != right), min(len(one), len(other)))
         if shared == len(one):

@@ -58,6 +58,7 @@ class Part:
 
     @staticmethod
     def load(path: Path) -> "Part":
+        """Reads a file of `save`."""
         with np.load(path, allow_pickle=False) as found:
             bad, notes = json.loads(found["told"].tobytes())
             count = len(found["tokens"]) if len(found["prompt"]) else 0

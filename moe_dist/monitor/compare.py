@@ -31,8 +31,8 @@ class Difference:
 def first_difference(
     first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]], *, rtol: float = 0.0, only: Sequence[str] = ()
 ) -> tuple[Difference | None, int]:
-    """Returns the first difference, and the number of equal lines before that difference; a line without one of the keys to
-    compare does not count. Lines of one file beyond the end of the other file are ignored.
+    """Compares two files line by line. Returns the first difference, and the number of equal lines before it. Lines
+    that have none of the compared keys are not counted. Lines of one file beyond the end of the other are ignored.
 
     Args:
         first, second: Lines of two metrics.jsonl in order.

@@ -48,8 +48,8 @@ def _device_violations(config: Config) -> Iterator[Violation]:
 
 
 def _package_violations(config: Config) -> Iterator[Violation]:
-    """Finds the missing packages, without importing any. If torch is missing on this machine, finds none, because the
-    ranks then run on other machines."""
+    """Yields the packages that the run needs and this machine lacks. Imports none of them. Yields nothing on a machine
+    without torch, because the ranks then run on other machines."""
     if importlib.util.find_spec("torch") is None:
         return
     dispatch, engine, kernels = config.parallel.dispatch, config.engine, config.parallel.kernels.kind

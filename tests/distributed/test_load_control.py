@@ -1,5 +1,5 @@
-"""Load controllers: biases equal the loops, go on from a checkpoint on another layout, and stay in a skipped step.
-test_kinds_on_ranks.py has their layouts."""
+"""Load controllers set the same biases as slow loops, continue from a checkpoint of another layout, and change no bias in a
+skipped step. test_kinds_on_ranks.py compares their layouts with one rank."""
 
 from collections.abc import Callable
 from pathlib import Path

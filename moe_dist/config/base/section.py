@@ -15,7 +15,7 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 
 
 def at_most(most: int) -> AfterValidator:
-    """Returns an upper bound that texts about a key name only if a value exceeds it, since no sensible value does."""
+    """Returns a check of an upper bound. `moe-dist explain` does not show this bound, because no useful value is above."""
 
     def check(value: int) -> int:
         if value > most:

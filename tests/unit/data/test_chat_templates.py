@@ -47,7 +47,8 @@ TRL_PROMPTS = {
     "qwen3_8": "<think>\n",
 }
 TRL_TAILS = {"llava_next": " "}  # elsewhere TRL labels white space behind the end of a turn
-# TRL leaves out the token at which generation ends after a call, and the header that follows a call without a prompt.
+# Templates whose tool calls are not compared with TRL. Its labels lack two things: the token that ends generation after a
+# call, and the header of an assistant's turn that follows a call.
 TRL_CALLS_DIFFER = ("diffusion_gemma",)
 
 
