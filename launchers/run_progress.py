@@ -206,7 +206,8 @@ def _total_steps(config_yaml: Path) -> int | None:
     configuration."""
     try:
         values, _ = read_yaml(config_yaml, links=False)
-        return steps if 0 < (steps := int(values["train"]["steps"])) < 1 << 53 else None
+        steps = int(values["train"]["steps"])
+        return steps if 0 < steps < 1 << 53 else None
     except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return None
 

@@ -96,8 +96,8 @@ class RankActor:
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ray kills an ended worker's process group; the supervisor must outlive the worker
         )
-        order = [[argv[0] or sys.executable, *argv[1:]], variables, log, shown, scratch]
-        self._tell(json.dumps(order))
+        command = [argv[0] or sys.executable, *argv[1:]]
+        self._tell(json.dumps({"argv": command, "env": variables, "log": log, "shown": shown, "scratch": scratch}))
         self._pid = self._hear().get("pid")  # returns when the rank runs
         if self._pid is None:
             raise RuntimeError(f"{socket.gethostname()}: {argv[0]} could not be started")

@@ -154,7 +154,7 @@ def main() -> None:
         if not byte:
             return
         line += byte
-    RankSupervisor(*json.loads(line)).keep()
+    RankSupervisor(**json.loads(line)).keep()
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class Fields:
         """Returns the value of a field that must be an integer from 1 to `most` (None: 2^53 - 1). `default` and `null`: see
         `get`."""
         limit = (1 << 53) - 1 if most is None else most
-        rule = f"a whole number above 0 and at most {limit:,}"
+        rule = f"a whole number above 0 and {'below 2^53' if most is None else f'at most {most:,}'}"
         return self._fitting(name, default, null, rule, lambda v: type(v) is int and 0 < v <= limit)
 
     def count(self, name: str, default: Any = _MISSING, *, least: int = 0) -> int:

@@ -40,16 +40,16 @@ def capacity_of(factor: float, choices: Tensor, columns: Tensor) -> Tensor:
     return torch.ceil(factor * choices.to(torch.float64) / columns.to(torch.float64) - 1e-9).to(torch.int64)
 
 
-def over_capacity(expert_N: Tensor, score_N: Tensor, share_E: Tensor, drop: Drop) -> Tensor:
+def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: Drop) -> Tensor:
     """Returns a bool [N] that marks the pairs beyond their expert's capacity. Costs no host sync.
 
     Args:
         expert_N: int64, logical expert of each pair; negative for an absent pair (absent pairs are never dropped).
         score_N: Probability of each pair, without gradient.
-        share_E: int64, largest number of pairs of each expert.
+        capacity_E: int64, largest number of pairs of each expert.
         drop: See `Capacity`.
     """
-    num_experts = share_E.shape[0]
+    num_experts = capacity_E.shape[0]
     bin_N = torch.where(expert_N < 0, num_experts, expert_N)  # the last bin takes absent pairs
 
     # Sorts pairs by preference, then stably by expert. `position` needs no sort by preference, because pairs are in token
@@ -63,5 +63,5 @@ def over_capacity(expert_N: Tensor, score_N: Tensor, share_E: Tensor, drop: Drop
     counts.scatter_add_(0, bin_N, torch.ones_like(bin_N))
     first = counts.cumsum(0) - counts
     place_N = torch.arange(bin_N.shape[0], device=bin_N.device) - first[sorted_N]
-    over_N = (place_N >= share_E[sorted_N.clamp_max(num_experts - 1)]) & (sorted_N < num_experts)
+    over_N = (place_N >= capacity_E[sorted_N.clamp_max(num_experts - 1)]) & (sorted_N < num_experts)
     return torch.zeros_like(over_N).scatter_(0, order_N, over_N)  # from sorted order back to the order of pairs

@@ -194,9 +194,10 @@ class SelectionScope:
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
-def tokens_of_share(capacity: float, tokens: int) -> int:
-    """Returns ceil(c T), at most T. A product c T at most 1e-9 above an integer is rounded down."""
-    return min(tokens, max(0, math.ceil(capacity * tokens - 1e-9)))
+def tokens_of_share(share: float, tokens: int) -> int:
+    """Returns ceil(c T) for the share c of T tokens, at most T. A product c T at most 1e-9 above an integer is rounded
+    down."""
+    return min(tokens, max(0, math.ceil(share * tokens - 1e-9)))
 
 
 def tokens_of_shares(share_E: Tensor, tokens_E: Tensor) -> Tensor:
@@ -213,7 +214,7 @@ def choose(logits_UE: Tensor, noisy_UE: Tensor, share_E: Tensor, own: slice, *, 
     Args:
         logits_UE: Logits without noise, OUTSIDE if the token does not compete. The score is sigmoid(logit).
         noisy_UE: The logits that choosers compare: `logits_UE` plus noise, or the same tensor as `logits_UE`.
-        share_E: float64, the capacity c of each chooser.
+        share_E: float64, the share c of the tokens that each chooser takes.
         own: The rows of this rank's tokens.
         keep_order: If true, `order_TE` is returned, too. `keep_order` needs a scope of one rank.
     """

@@ -46,7 +46,9 @@ class Kept:
             start_new_session=True,
         )
         argv = [sys.executable, str(folder / "rank.py"), str(self.escaped)]
-        self.say(json.dumps([argv, dict(os.environ), str(self.log), shown, scratch]))
+        self.say(
+            json.dumps({"argv": argv, "env": dict(os.environ), "log": str(self.log), "shown": shown, "scratch": scratch})
+        )
         self.pid = int(self.hear()["pid"])
 
     def say(self, line: str) -> None:
