@@ -1,12 +1,13 @@
-"""`python -m research.mutants reach`, then `run --tests ci`, `run --tests all` and `table`.
+"""`python -m research.mutants reach`, then `run`, for both also with `--tests clusters` and `--tests rest`, and `table`.
 
-`reach` runs all tests once over a copy with probes. `run` breaks a copy by one fault after the other and runs the tests
-that reach the fault, the quickest first, until one fails. All results are lines of JSON below OUT; an interrupted command
-goes on where it stopped.
+`reach` runs tests over a copy with a probe at the place of each fault. `run` breaks a copy by one fault after the other and
+runs the tests that reach the fault, the quickest first, until one fails. A failed test counts only if it passes without
+the fault. All results are lines of JSON below OUT; an interrupted `run` goes on where it stopped.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,16 +16,22 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_dist.runtime.command_line import run_command
-from research.mutants.reach import add_probes, read_reached
+from moe_dist.errors import ConfigError
+from research.mutants.reach import ORDER, REACH_BASE, add_probes, read_durations, read_reached
 from research.mutants.seeds import FILES, ROOT, Fault, load_faults
 
-PARTS = ("tests/unit", "tests/integration tests/distributed", "tests/clusters", "tests/faults", "tests/browser")
-SELECTED = {"ci": "not exhaustive", "all": ""}
+DEFAULT = "not full and not exhaustive"
+# Names of sets of tests, in the order in which faults meet them: (folders, marks). The first two are CI's.
+SETS: dict[str, list[tuple[str, str]]] = {
+    "test": [("tests/unit", DEFAULT), ("tests/integration tests/distributed", DEFAULT)],
+    "clusters": [("tests/faults tests/browser", "not exhaustive"), ("tests/clusters", "not exhaustive")],
+    "rest": [("tests/unit", "full or exhaustive"), ("tests/integration tests/distributed", "full or exhaustive")],
+}
 LIMIT_SECONDS = 3600.0  # of all tests of one fault
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Out = Annotated[Path, typer.Option(help="Folder of results.")]
+Tests = Annotated[str, typer.Option(help=f"A set of tests: {', '.join(SETS)}.")]
 OUT = Path(".cache/mutants")
 
 
@@ -39,82 +46,102 @@ def copy_of_tree(out: Path, name: str) -> Path:
     return tree
 
 
-def pytest_in(tree: Path, *arguments: str, seconds: float | None = None, **variables: str) -> int:
-    """Runs pytest in a copy and returns its exit code; a run that passes `seconds` counts as a failed test."""
+def pytest_in(tree: Path, *arguments: str, **variables: str) -> tuple[int, str]:
+    """Runs pytest in a copy. Returns its exit code, 1 if it takes longer than LIMIT_SECONDS, and its output."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", **variables}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "research.mutants.reach", *arguments]
     try:
-        return subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        return 1
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        return 1, (error.stdout or b"").decode(errors="replace")
+    return done.returncode, done.stdout
 
 
 def all_faults() -> list[Fault]:
-    return [fault for path in FILES.values() if path.exists() for fault in load_faults(path)]
+    return [fault for path in FILES.values() for fault in load_faults(path)]
 
 
 @app.command()
-def reach(out: Out = OUT, parts: Annotated[str, typer.Option(help="Folders of tests; default: all.")] = "") -> None:
-    """Run all tests over a copy with probes, to learn which test reaches which fault."""
+def reach(out: Out = OUT, tests: Tests = "test", workers: Annotated[int, typer.Option(help="pytest's -n.")] = 3) -> None:
+    """Run a set of tests over a copy with probes, to learn which test reaches which fault, and how long each takes."""
     tree = copy_of_tree(out, "probed")
     add_probes(tree, all_faults())
-    for part in [parts] if parts else PARTS:
-        report = (out / f"durations_{part.replace('/', '_').replace(' ', '_')}.xml").absolute()
-        base = str((out / "reached").absolute())
-        pytest_in(
-            tree, "-m", "", "-p", "research.mutants.reach", f"--junitxml={report}", *part.split(), MUTANTS_REACH_BASE=base
-        )
+    for number, (folders, marks) in enumerate(SETS[tests]):
+        report = f"--junitxml={(out / f'durations_{tests}_{number}.xml').absolute()}"
+        base = str((out / "reached" / tests).absolute())
+        beside = ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"] if tests != "clusters" else []
+        _, output = pytest_in(tree, "-m", marks, *beside, report, *folders.split(), **{REACH_BASE: base})
+        print(output[-3000:], flush=True)
 
 
 @app.command()
 def run(
     out: Out = OUT,
-    tests: Annotated[str, typer.Option(help="ci: CI's tests; all: the others, for faults that CI's tests miss.")] = "ci",
-    only: Annotated[str, typer.Option(help="One fault.")] = "",
+    tests: Tests = "test",
+    part: Annotated[int, typer.Option(help="With `--of N`: only every Nth fault, from this one.")] = 0,
+    of: Annotated[int, typer.Option(help="Parts that run beside each other, each in a copy of its own.")] = 1,
 ) -> None:
-    """Break a copy by each fault, and run the tests that reach the fault until one fails."""
-    done = {(each["fault"], each["tests"]): each["killed"] for each in _lines(out / "results.jsonl")}
-    reached, chosen = read_reached(out / "reached"), _selected(out, SELECTED["ci"])
-    tree = copy_of_tree(out, "broken")
-    for fault in all_faults():
-        if (only and fault.id != only) or (fault.id, tests) in done or (tests == "all" and done.get((fault.id, "ci"))):
+    """Break a copy by each fault that no earlier set has killed, and run the tests that reach it until one fails."""
+    reached, seconds = read_reached(out / "reached" / tests), read_durations(out, tests)
+    tree = copy_of_tree(out, f"broken_{part}")
+    for fault in all_faults()[part::of]:
+        if any(each["fault"] == fault.id and (each["killed"] or each["tests"] == tests) for each in _results(out)):
             continue
-        candidates = sorted(test for test in reached.get(fault.id, ()) if (test in chosen) == (tests == "ci"))
-        path = tree / fault.path
+        candidates = sorted(reached.get(fault.id, ()), key=lambda test: (seconds.get(test, 0.0), test))
+        path, begun, killer = tree / fault.path, time.monotonic(), None
         source = path.read_text()
-        path.write_text(fault.applied(source))
-        begun = time.monotonic()
-        code = pytest_in(tree, "-x", "-m", "", *candidates, seconds=LIMIT_SECONDS) if candidates else 0
-        path.write_text(source)
-        result = {"fault": fault.id, "tests": tests, "killed": code != 0, "candidates": len(candidates)}
-        with (out / "results.jsonl").open("a") as file:
-            file.write(json.dumps({**result, "seconds": round(time.monotonic() - begun, 1)}) + "\n")
+        while candidates:
+            path.write_text(fault.applied(source))
+            failed = _first_failed(tree, candidates)
+            path.write_text(source)
+            if failed is None:
+                break
+            if _first_failed(tree, [failed]) is None:
+                killer = failed
+                break
+            candidates = candidates[candidates.index(failed) + 1 :]  # it fails without the fault too
+        result = {"fault": fault.id, "tests": tests, "killed": killer is not None, "by": killer}
+        result |= {"candidates": len(reached.get(fault.id, ())), "seconds": round(time.monotonic() - begun, 1)}
+        with (out / f"results_{part}.jsonl").open("a") as file:
+            file.write(json.dumps(result) + "\n")
         print(result, flush=True)
 
 
-def _selected(out: Path, marks: str) -> set[str]:
-    """Returns the names of the tests that `-m marks` selects."""
-    tree = copy_of_tree(out, "broken")
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", marks, *" ".join(PARTS).split()]
-    lines = subprocess.run(command, cwd=tree, capture_output=True, text=True).stdout.splitlines()
-    return {line for line in lines if "::" in line}
+def _first_failed(tree: Path, candidates: list[str]) -> str | None:
+    """Runs these tests in order, until one fails; returns the one that failed. A hang blames the first."""
+    order = tree / ".git_order"
+    order.write_text("\n".join(candidates))
+    files = dict.fromkeys(test.partition("::")[0] for test in candidates)
+    code, output = pytest_in(tree, "-x", "-m", "", *files, **{ORDER: str(order)})
+    order.unlink()
+    if code == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (tests/\S+::.*?)(?: - .*)?$", output, re.MULTILINE)
+    if found and found[1] in candidates:
+        return found[1]
+    if re.search(r"^ERROR (tests/\S+)", output, re.MULTILINE) or code == 1:  # the fault breaks the import, or hangs
+        return candidates[0]
+    raise ConfigError(f"pytest ended with {code} and no failed test of {candidates[0]}, ...: {output[-1000:]}")
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def _results(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for path in sorted(out.glob("results_*.jsonl")) for line in path.read_text().splitlines()]
 
 
 @app.command()
 def table(out: Out = OUT) -> None:
-    """Print the table of faults: seeded, killed by CI's tests, killed by all tests."""
-    killed = {(each["fault"], each["tests"]) for each in _lines(out / "results.jsonl") if each["killed"]}
-    print("| faults | seeded | killed by CI's tests | killed by all tests |\n|---|---|---|---|")
+    """Print the table of faults: seeded, killed by each set of tests, and the minutes that took."""
+    results = _results(out)
+    print(f"| faults | seeded | {' | '.join(f'killed by {name}' for name in SETS)} | missed | minutes |")
+    print("|---|---|" + "---|" * (len(SETS) + 2))
     for name, path in FILES.items():
-        faults = load_faults(path) if path.exists() else []
-        by_ci = sum((fault.id, "ci") in killed for fault in faults)
-        by_all = sum(bool({(fault.id, "ci"), (fault.id, "all")} & killed) for fault in faults)
-        print(f"| {name} | {len(faults)} | {by_ci} | {by_all} |")
+        ids = {fault.id for fault in load_faults(path)}
+        by = [sum(each["killed"] and each["tests"] == tests and each["fault"] in ids for each in results) for tests in SETS]
+        minutes = sum(each["seconds"] for each in results if each["fault"] in ids) / 60
+        print(f"| {name} | {len(ids)} | {' | '.join(map(str, by))} | {len(ids) - sum(by)} | {minutes:.0f} |")
+    killed = {each["fault"] for each in results if each["killed"]}
+    print("missed:", ", ".join(fault.id for fault in all_faults() if fault.id not in killed) or "none")
 
 
 if __name__ == "__main__":
-    run_command(app)
+    app()

@@ -8,12 +8,15 @@ import ast
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from research.mutants.seeds import Fault
 
 FOLDER = "MUTANTS_REACH"  # variable: folder of one pytest process
+REACH_BASE = "MUTANTS_REACH_BASE"  # variable: folder of these folders
+ORDER = "MUTANTS_ORDER"  # variable: file with the names of the tests to run, in order
 NO_TEST = "between tests"
 # Written into the copy. It must import in processes without torch, and cost little in loops.
 PROBE = f'''import os
@@ -75,16 +78,34 @@ def read_reached(folder: Path) -> dict[str, set[str]]:
     return tests
 
 
+def read_durations(out: Path, tests: str) -> dict[str, float]:
+    """Returns the seconds of each test of a set, from pytest's reports in `out`."""
+    seconds: dict[str, float] = {}
+    for path in out.glob(f"durations_{tests}_*.xml"):
+        for case in ElementTree.parse(path).iter("testcase"):
+            file = case.attrib["classname"].replace(".", "/") + ".py"
+            seconds[f"{file}::{case.attrib['name']}"] = float(case.attrib["time"])
+    return seconds
+
+
 # --- the plugin, given to pytest as -p research.mutants.reach
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Gives this pytest process, a worker of xdist or the only one, a folder of its own."""
-    if base := os.environ.get("MUTANTS_REACH_BASE"):
+    if base := os.environ.get(REACH_BASE):
         folder = Path(base) / str(os.getpid())
         folder.mkdir(parents=True)
         (folder / "test").write_text(NO_TEST)
         os.environ[FOLDER] = str(folder)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the tests that the file ORDER names, in its order."""
+    if path := os.environ.get(ORDER):
+        place = {name: number for number, name in enumerate(Path(path).read_text().splitlines())}
+        items[:] = sorted((item for item in items if item.nodeid in place), key=lambda item: place[item.nodeid])
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
