@@ -27,6 +27,7 @@ _KEYS = {
 }
 # Keys whose value may name a repository of kernels, which transformers downloads and runs.
 _KERNELS = ("attn_implementation", "experts_implementation")
+_SPECIAL_TOKENS = "special_tokens_map.json"  # transformers adds its fields to those of tokenizer_config.json
 # Files of a folder of a model, or of adapters, beside config.json, weights and code.
 _PLAIN = (*COMPANIONS, CONFIG_FILE, INDEX_FILE, README, ADAPTER_CONFIG, "LICENSE", ".gitattributes")
 
@@ -52,7 +53,7 @@ def config_problems(folder: Path, names: Sequence[str]) -> list[str]:
         names: Names of the folder's files.
     """
     problems = []
-    for name in sorted(name for name in names if name == CONFIG_FILE or name.endswith("_config.json")):
+    for name in sorted(name for name in names if name in (CONFIG_FILE, _SPECIAL_TOKENS) or name.endswith("_config.json")):
         values = read_configuration(folder, name)
         own = values.get("model_type") == SERVED.name and values.get("auto_map") in (AUTO_MAP, OLD_AUTO_MAP)
         if name == CONFIG_FILE and own:
@@ -94,7 +95,9 @@ def verify_export(folder: Path) -> list[str]:
         )
     elif CONFIG_FILE not in plain:
         problems.append(f"{CONFIG_FILE}: is missing")
-    elif str(kind := read_configuration(folder, CONFIG_FILE).get("model_type")) not in FORMS:
+    elif (kind := str(read_configuration(folder, CONFIG_FILE).get("model_type"))) == SERVED.name:
+        problems += [f"{code}: is missing, and {CONFIG_FILE} names it" for code in CODE_FILES if code not in names]
+    elif kind not in FORMS:
         problems.append(f"{CONFIG_FILE}: model_type={kind!r:.80}: no export writes this type")
     if INDEX_FILE in plain:
         try:

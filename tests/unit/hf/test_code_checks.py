@@ -32,6 +32,7 @@ PLACES: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("config.json", {"_experts_implementation": "somebody/kernels"}),
     "tokenizer": ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["planted.Planted", None]}}),
     "another's tokenizer": ("tokenizer_config.json", {"auto_map": ["somebody/else--planted.Planted", None]}),
+    "special tokens": ("special_tokens_map.json", {"auto_map": {"AutoTokenizer": ["planted.Planted", None]}}),
     "processor": ("processor_config.json", {"auto_map": {"AutoProcessor": "planted.Planted"}}),
     "pictures": ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "planted.Planted"}}),
     "generation": ("generation_config.json", {"auto_map": {"GenerationConfig": "planted.Planted"}}),
@@ -111,6 +112,7 @@ def adapters_alone(folder: Path) -> None:
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     **{place: (lambda folder, of=of: plant(folder, *of), of[0]) for place, of in PLACES.items()},
     "changed code": (other_code, "modeling_moe_dist.py: differs"),
+    "code is missing": (lambda folder: (folder / CODE_FILES[1]).unlink(), "modeling_moe_dist.py: is missing"),
     "more code": (lambda folder: (folder / "more.py").write_text(""), "more.py: no export writes"),
     "compiled code": (lambda folder: (folder / "modeling_moe_dist.so").write_bytes(b""), "modeling_moe_dist.so: no export"),
     "a way to generate": (lambda folder: (folder / "custom_generate").mkdir(), "custom_generate: an export has plain"),
