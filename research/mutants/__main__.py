@@ -7,7 +7,6 @@ the fault. All results are lines of JSON below OUT; an interrupted `run` goes on
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -116,10 +115,11 @@ def _first_failed(tree: Path, candidates: list[str]) -> str | None:
     order.unlink()
     if code == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) (tests/\S+::.*?)(?: - .*)?$", output, re.MULTILINE)
-    if found and found[1] in candidates:
-        return found[1]
-    if re.search(r"^ERROR (tests/\S+)", output, re.MULTILINE) or code == 1:  # the fault breaks the import, or hangs
+    lines = [line.partition(" ")[2] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    failed = [test for test in candidates if any(line.startswith(test) for line in lines)]
+    if failed:
+        return max(failed, key=len)  # the name of one test may begin another's
+    if lines or code == 1:  # the fault breaks the import, or hangs
         return candidates[0]
     raise ConfigError(f"pytest ended with {code} and no failed test of {candidates[0]}, ...: {output[-1000:]}")
 
