@@ -74,7 +74,8 @@ def read_reached(folder: Path) -> dict[str, set[str]]:
     for path in folder.glob("*/reached"):
         for line in path.read_text().splitlines():
             fault, _, test = line.partition("\t")
-            tests.setdefault(fault, set()).add(test)
+            if test != NO_TEST:
+                tests.setdefault(fault, set()).add(test)
     return tests
 
 
