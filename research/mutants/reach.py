@@ -80,10 +80,12 @@ def read_reached(folder: Path) -> dict[str, set[str]]:
 
 
 def read_durations(out: Path, tests: str) -> dict[str, float]:
-    """Returns the seconds of each test of a set, from pytest's reports in `out`."""
+    """Returns the seconds of each test of a set that passed, from pytest's reports in `out`."""
     seconds: dict[str, float] = {}
     for path in out.glob(f"durations_{tests}_*.xml"):
         for case in ElementTree.parse(path).iter("testcase"):
+            if len(case.findall("./failure") + case.findall("./error") + case.findall("./skipped")):
+                continue
             file = case.attrib["classname"].replace(".", "/") + ".py"
             seconds[f"{file}::{case.attrib['name']}"] = float(case.attrib["time"])
     return seconds
