@@ -9,15 +9,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+WAITS = 6  # A call may wait for disks and busy processors: its wall clock may show WAITS times the limit of CPU time.
+
 
 class TimedCalls:
     """Calls a function in one child process, which the first call forks.
 
-    The child sets an alarm before each call. The alarm ends the child even inside C code, and even if the parent is gone.
+    The child sets timers before each call. They end the child even inside C code, and even if the parent is gone.
 
     Args:
         function: Function whose arguments and result can be pickled.
-        seconds: Time limit of a call.
+        seconds: CPU seconds that a call may take. The wall clock may show WAITS times as many.
         memory: Bytes that the child may take beyond those of this process. A call that needs more raises MemoryError, or
             ends the child, if C code cannot tell.
     """
@@ -54,7 +56,7 @@ class TimedCalls:
         except (EOFError, OSError) as error:
             self._child.join()
             ended, self._child = self._child.exitcode, None
-            if ended == -signal.SIGALRM:
+            if ended in (-signal.SIGPROF, -signal.SIGALRM):
                 raise TimeoutError(f"took more than {self._seconds} s") from error
             raise ChildProcessError(f"ended its process with exit code {ended}") from error
         if returned:
@@ -73,10 +75,12 @@ class TimedCalls:
                 arguments = calls.recv()
             except EOFError:
                 return
-            signal.alarm(self._seconds)
+            signal.setitimer(signal.ITIMER_PROF, self._seconds)
+            signal.alarm(self._seconds * WAITS)
             try:
                 answer = True, self._function(*arguments)
             except Exception as error:  # raised again in the parent
                 answer = False, error
             signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             calls.send(answer)

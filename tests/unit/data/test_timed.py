@@ -16,7 +16,9 @@ def work(what: str, *values: int) -> object:
     if what == "raise":
         raise DataError(["one", "two"], see="docs/data.md")
     if what == "sleep":
-        time.sleep(600)
+        time.sleep(values[0])
+    while what == "compute":
+        pass
     if what == "memory":
         return len(b"a" * values[0])
     if what == "die":
@@ -34,8 +36,11 @@ def test_calls_have_values_errors_and_an_end() -> None:
     assert raised.value.problems == ("one", "two")
     assert "see docs/data.md" in str(raised.value)
     assert call("pid") == child
-    with pytest.raises(TimeoutError, match="more than 1 s"):
-        call("sleep")
+    call("sleep", 2)  # a busy machine lets a call wait
+    assert call("pid") == child
+    for endless in (("sleep", 600), ("compute",)):
+        with pytest.raises(TimeoutError, match="more than 1 s"):
+            call(*endless)
     assert call("pid") != child
     with pytest.raises(ChildProcessError, match="exit code -9"):
         call("die")
