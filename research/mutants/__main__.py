@@ -5,6 +5,7 @@ runs the tests that passed and reach the fault, until one fails. All results are
 `run` goes on where it stopped.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -80,6 +81,7 @@ def run(
     tests: Tests = "test",
     part: Annotated[int, typer.Option(help="With `--of N`: only every Nth fault, from this one.")] = 0,
     of: Annotated[int, typer.Option(help="Parts that run beside each other, each in a copy of its own.")] = 1,
+    most: Annotated[float, typer.Option(help="Seconds of tests for a fault; survivors wait for a call without it.")] = 0.0,
 ) -> None:
     """Break a copy by each fault that no earlier set has killed, and run the tests that reach it until one fails."""
     reached, seconds = read_reached(out / "reached" / tests), read_durations(out, tests)
@@ -88,12 +90,18 @@ def run(
         if any(each["fault"] == fault.id and (each["killed"] or each["tests"] == tests) for each in _results(out)):
             continue
         candidates = sorted(reached.get(fault.id, set()) & seconds.keys(), key=lambda test: _order(fault, test, seconds))
+        if most:
+            ends = itertools.accumulate(seconds[test] for test in candidates)
+            candidates = [test for test, end in zip(candidates, ends, strict=True) if end <= most]
         path, begun, killer = tree / fault.path, time.monotonic(), None
         source = path.read_text()
         path.write_text(fault.applied(source))
         for chunk in (candidates[:FIRST], candidates[FIRST:]):
             killer = killer or (_first_failed(tree, chunk) if chunk else None)
         path.write_text(source)
+        if most and killer is None:
+            print(fault.id, "survives", len(candidates), "tests", flush=True)
+            continue
         result = {"fault": fault.id, "tests": tests, "killed": killer is not None, "by": killer}
         result |= {"candidates": len(candidates), "seconds": round(time.monotonic() - begun, 1)}
         with (out / f"results_{part}.jsonl").open("a") as file:
