@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.metrics import Gauge
 
 from launchers.memory_limit import MemoryLimit
-from launchers.ray.metrics import serve_metrics
 from launchers.supervise import is_stopped
 from moe_dist.runtime.environment import RAY_METRICS
 
 SEEN_SECONDS = 30.0  # an NFS client may take this many seconds to see a new file; the data are older
 POLL_SECONDS = 0.2
+LARGEST = 1 << 18  # bytes of the largest datagram; 40 scalars take 10 KB
 
 
 @dataclass(frozen=True)
@@ -133,3 +135,21 @@ class RankActor:
         assert self._supervisor.stdout is not None
         line = self._supervisor.stdout.readline()
         return json.loads(line) if line else {}
+
+
+def serve_metrics(path: Path) -> None:
+    """Starts a daemon thread that forwards rank 0's metrics to Ray, which exports them as `ray_moe_dist_...` at the metrics
+    port of this node. The rank is a plain process and cannot use Ray's API: it sends datagrams
+    (`monitor/sinks/prometheus.py`) to the Unix socket `path`, which may have at most 107 characters."""
+    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    receiver.bind(str(path))  # the caller starts the rank afterwards, and the rank connects at its first step
+    threading.Thread(target=_serve, args=(receiver,), name="metrics", daemon=True).start()
+
+
+def _serve(receiver: socket.socket) -> None:
+    gauges: dict[str, Gauge] = {}
+    while True:
+        for name, meaning, labels, value in json.loads(receiver.recv(LARGEST)):
+            if name not in gauges:  # only one gauge per name, because Ray rejects a second gauge with other labels
+                gauges[name] = Gauge(name, description=meaning, tag_keys=tuple(labels))
+            gauges[name].set(value, tags=labels)

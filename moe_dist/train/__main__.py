@@ -67,6 +67,7 @@ def train(checked: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest)
     startup.now("importing torch")
     from moe_dist.parallel.mesh import destroy_world
     from moe_dist.train.build import training as build
+    from moe_dist.train.evaluation.evaluator import Evaluator
     from moe_dist.train.loop import session
     from moe_dist.train.loop.trainer import Trainer
     from moe_dist.train.rank_balance.levers import LeverParts, build_levers
@@ -89,7 +90,7 @@ def train(checked: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest)
     saver = build_resumable(training, folder, attempt, config, manifest, checked.placement, levers)
     progress = saver.restore()
     checked = replace(checked, placement=saver.placement)  # the run may have moved experts before it saved the checkpoint
-    evaluator = build.build_evaluator(config, manifest, training, checked.placement)
+    evaluator = Evaluator(config, manifest, training.parallel, checked.placement, training.step.group_of_modality)
     startup.done()
     for each in (attempt, log):
         each.follow(lambda: progress.step)

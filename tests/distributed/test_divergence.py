@@ -39,7 +39,7 @@ CAUSES = ("rate", "data", "weight", "router", "moment")
 
 def diverge(trainer: Any, cause: str) -> None:
     """Makes a trainer diverge after GOOD steps. The same call on each rank."""
-    step, training, batch = trainer._step, trainer.saver._training, trainer.plan.global_batch
+    step, training, batch = trainer._step, trainer.saver._training, trainer.plan.config.train.global_batch
     bad = range(GOOD * batch, (GOOD + PATIENCE) * batch)
     norm_squared, now = training.step._norm_squared, {"bad": False}
 

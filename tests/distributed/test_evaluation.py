@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moe_dist.comm.collectives import CommStats
+from moe_dist.config.load import load_config
 from moe_dist.data.batch import Batch
 from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.moe.routers.context import RouterContext
@@ -111,12 +112,10 @@ def nothing_held_out(rank: RankContext) -> tuple[dict[str, float], float | None]
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     parallel = build(Layout(2), mesh, CommStats())
     manifest = train_only_manifest()
-    evaluate = Evaluator(
-        parallel.model, mesh, placement_of("interleaved", 2), reader=parallel.reader, counts_tokens=True,
-        folder=rank.folder, manifest=manifest, seq_len=12, sequences=4, final_sequences=4, micro_batch=2,
-        group_of_modality=GROUP_OF_MODALITY, measure_balance=True, ablate=True, layer_ranks=mesh.world,
-        mapper=Mapper(rank.folder, manifest, GROUPS, sequences=4, pictures=1, lines=1),
-    )  # fmt: skip
+    overrides = ["data.seq_len=12", "train.micro_batch=2", "evaluation.sequences=4", "evaluation.final_sequences=4"]
+    overrides += [f"data.path={rank.folder}", "monitor.compute_map={sequences: 4, pictures: 1, lines: 1}"]
+    config = load_config("configs/adamoe_moma_tiny_cpu.yaml", overrides)
+    evaluate = Evaluator(config, manifest, parallel, placement_of("interleaved", 2), GROUP_OF_MODALITY)
     result = evaluate(3, final=True)
     assert result.compute_map is None
     return dict(result.loss), result.balance_efficiency_by_count

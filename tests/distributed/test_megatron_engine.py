@@ -9,6 +9,7 @@ from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS
 from moe_dist.data.batch import Batch
 from moe_dist.moe.routing.types import LayerReport
 from moe_dist.plan.pipeline_memory import stage_memory
+from moe_dist.train.step.tracing import StepWatcher
 from tests.support.cover import exhaustive, full
 from tests.support.engine_run import losses, megatron, ranks, started_run, take_steps
 from tests.support.worlds import RankContext
@@ -122,7 +123,7 @@ CHOICE: Mapping[str, Any] = {
 }
 
 
-class Choices:
+class Choices(StepWatcher):
     """Keeps the tokens, columns and weights that a trace would write of each micro-batch and layer."""
 
     own_tokens = False
@@ -136,11 +137,9 @@ class Choices:
             assert report.chosen is not None
             self.seen.append(tuple(each.numpy() for each in (tokens, *(part[tokens] for part in report.chosen))))
 
-    def finish(self, number: int) -> None: ...
-
 
 def traced(rank: RankContext, data: str, changes: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    watcher: Any = Choices()
+    watcher = Choices()
     with started_run(rank, data, changes) as run:
         take_steps(run, 0, 1, [watcher])
     return watcher.seen

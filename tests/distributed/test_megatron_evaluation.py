@@ -16,8 +16,8 @@ from moe_dist.moe.routing.types import ExpertsChoice
 from moe_dist.monitor.costs import Cost, cost_table
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
 from moe_dist.plan.preflight import check
-from moe_dist.train.build.training import build_evaluator
 from moe_dist.train.evaluation.balance import even_routing
+from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.evaluation.heldout import heldout_losses
 from moe_dist.train.rank_balance.placement_rows import build_placement_rows
 from tests.support.cover import exhaustive, full
@@ -55,7 +55,8 @@ def chosen(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[li
     by_rounded = mock.patch.object(selection, "choose", choose_by_rounded)
     with by_rounded, started_run(rank, data, {**CHOOSING, **changes}) as run:
         steps = take_steps(run, 0, run.config.train.steps)
-        evaluator = build_evaluator(run.config, load_manifest(data), run.training, run.placement)
+        groups = run.training.step.group_of_modality
+        evaluator = Evaluator(run.config, load_manifest(data), run.training.parallel, run.placement, groups)
         return steps, evaluator(len(steps), final=True, trained=run.loader.batches(0))
 
 
@@ -114,12 +115,13 @@ def shown(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Shown:
             seconds="not timed",
             untimed="in a test",
         ).costs
-        evaluator = build_evaluator(run.config, load_manifest(data), run.training, run.placement)
+        groups = run.training.step.group_of_modality
+        evaluator = Evaluator(run.config, load_manifest(data), run.training.parallel, run.placement, groups)
         evaluation = evaluator(2, final=True)
         with even_routing(evaluator.model, run.placement.groups):
             even = heldout_losses(
                 evaluator.model, evaluator._batches(4), modalities=run.plan.modalities, world=mesh.world,
-                group_of_modality=evaluator.group_of_modality, counts_tokens=evaluator.counts_tokens,
+                group_of_modality=evaluator.group_of_modality, counts_tokens=run.training.parallel.counts_tokens,
             )  # fmt: skip
         return Shown(evaluation, list(costs), even.loss)
 

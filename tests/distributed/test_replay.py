@@ -45,8 +45,8 @@ from tests.support.whole_tensors import logical
 from tests.support.worlds import RankContext
 
 
-class Choices:
-    """Watches a step: keeps the choices [T, L, K], their weights, and the group of each token."""
+class Choices(StepWatcher):
+    """Keeps the choices [T, L, K], their weights, and the group of each token."""
 
     own_tokens = False
 
@@ -63,12 +63,6 @@ class Choices:
         self.ids.append(torch.stack([each.column_TK for each in chosen], 1))
         self.weights.append(torch.stack([each.weight_TK for each in chosen], 1))
         self.group.append(torch.where(batch.padding_BS, -1, batch.modality_BS).flatten())
-
-    def finish(self, number: int) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
 
 
 class Step(NamedTuple):

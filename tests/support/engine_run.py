@@ -19,10 +19,10 @@ from moe_dist.train.build.training import (
     EngineContext,
     LoopSettings,
     Training,
-    build_evaluator,
     build_loader,
     loop_settings,
 )
+from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loop.trainer import Trainer
 from moe_dist.train.start.resume import Resumable
 from moe_dist.train.step.result import StepResult
@@ -103,7 +103,9 @@ class Run:
         """Restores the run, and returns its trainer. `options` are arguments of `Trainer` with other values than here."""
         progress, manifest = saver.restore(), self.checked.manifest
         own = {"sinks": [], "devices": None, "stop": StopRequest(), "progress": progress, **options}
-        evaluator = build_evaluator(self.config, manifest, self.training, saver.placement)
+        evaluator = Evaluator(
+            self.config, manifest, self.training.parallel, saver.placement, self.training.step.group_of_modality
+        )
         plan = loop_settings(self.config, manifest, saver.placement)
         return Trainer(plan, self.training.step, self.loader, evaluator, saver=saver, **own)
 

@@ -16,7 +16,6 @@ import torch
 
 from moe_dist.checkpoint.storage import Snapshot
 from moe_dist.data.batch import Batch
-from moe_dist.train.build.training import build_evaluator
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.start import resume
 from tools.fake_gpu import fake_cuda, fake_step
@@ -49,7 +48,9 @@ def observed(run: fake_step.Built, trained: Sequence[Batch], *, held_out: int = 
 
     for number, name in enumerate(("first step", "step")):
         note(name, lambda number=number: training.step(trained, lr=1e-4, aux=run.aux, number=number))
-    evaluator = build_evaluator(run.config, run.manifest, training, run.layout.placement)
+    evaluator = Evaluator(
+        run.config, run.manifest, training.parallel, run.layout.placement, training.step.group_of_modality
+    )
     batches = [fake_step.batch_of(run.config) for _ in range(held_out)]
     with mock.patch.object(Evaluator, "_batches", return_value=batches):
         note("evaluation", lambda: evaluator(1, final=True, trained=trained[: evaluator.calibration]))

@@ -90,7 +90,7 @@ def _escape(text: str) -> str:
 
 
 class RaySink(ScalarSink):
-    """Sends the scalars of each step to the actor of rank 0 (`launchers/ray/metrics.py`), in one datagram to a Unix socket.
+    """Sends the scalars of each step to the actor of rank 0 (`launchers/ray/rank.py`), in one datagram to a Unix socket.
 
     The Ray launcher enables the sink by an environment variable, so that a run has the same configuration everywhere. A
     datagram is lost if nothing reads the socket or its buffer is full, because training must not wait; metrics.jsonl has

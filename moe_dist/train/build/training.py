@@ -1,11 +1,10 @@
-"""Makes model, optimizer, data loader and evaluator from the configuration, together with the other `build_*` files."""
+"""Makes model, optimizer and data loader from the configuration, together with the other `build_*` files."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -50,8 +49,6 @@ from moe_dist.train.build.dispatch import NodeGroups, build_all_to_all, dispatch
 from moe_dist.train.build.experts import LayerParts, attention_adapters, make_layers
 from moe_dist.train.build.routing import build_balance, build_scopes, build_targets, depth_thresholds
 from moe_dist.train.build.tuning import build_tuning
-from moe_dist.train.evaluation.compute_map import Mapper
-from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.objective.distillation import Distillation, Teacher, load_teacher, teacher_section
 from moe_dist.train.objective.loss import AuxSettings, aux_at
 from moe_dist.train.objective.top_logits import TopLogits
@@ -361,64 +358,27 @@ def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: i
     )
 
 
-def build_evaluator(config: Config, manifest: Manifest, training: Training, placement: ExpertPlacement) -> Evaluator:
-    """Makes the held-out evaluation of the model in training."""
-    section, folder, depths = config.monitor.compute_map, Path(config.data.path), config.model.mixture_of_depths
-    router = config.model.moe.router
-    causal = (getattr(router, "causal", None), None if depths is None else depths.causal)
-    return Evaluator(
-        training.parallel.model,
-        training.parallel.mesh,
-        placement,
-        reader=training.parallel.reader,
-        counts_tokens=training.parallel.counts_tokens,
-        folder=folder,
-        manifest=manifest,
-        seq_len=config.data.seq_len,
-        sequences=config.evaluation.sequences,
-        final_sequences=config.evaluation.final_sequences,
-        micro_batch=config.train.micro_batch,
-        group_of_modality=training.step.group_of_modality,
-        measure_balance=config.evaluation.balance_efficiency and not config.model.moe.experts.replicated,
-        ablate=config.evaluation.ablate_experts,
-        mapper=None if section is None else Mapper(folder, manifest, placement.groups, **section.model_dump()),
-        layer_ranks=training.parallel.layer_ranks,
-        experts_choose=router.experts_choose,
-        calibration=config.evaluation.calibration if "threshold" in causal else 0,
-    )
-
-
 @dataclass(frozen=True)
 class LoopSettings:
-    """Settings of the training loop, as plain values.
+    """Functions and constants of the training loop, made from the configuration.
 
     Attributes:
         flops_per_token: Function that returns the FLOPs per token of forward and backward. The function's arguments map
             each group's name to the mean number of true (not null) experts per token, and to the group's fraction of all
             tokens.
         active_target: By group: the function of `build_targets`.
-        even_active: By group: the mean number of true experts per token with balanced routing. It has only the groups in
-            which a controller or a null weight of the balance loss sets this number. In the other groups the number is
-            top_k x true experts / all experts.
     """
 
+    config: Config
     placement: ExpertPlacement
-    policy: str  # name of the placement policy
     modalities: tuple[str, ...]
     baselines: Mapping[str, float]  # held-out losses of unigram and bigram models, in nats per token
-    steps: int  # number of steps of the run
-    global_batch: int  # sequences per step, over all ranks
     lr: Callable[[int], float]  # learning rate of a step (0-based)
     aux: Callable[[int], AuxSettings]  # coefficients of the auxiliary terms in a step (0-based)
-    evaluate_every: int  # steps between two evaluations
-    save_every: int  # steps between two checkpoints
-    max_skipped_in_a_row: int  # the run ends with an error after this many skipped steps in a row
     flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
     peak_flops: float | None  # peak FLOPs per second, summed over all devices; None if unknown
     peak_source: str  # the configuration key, or the name of the card, that `peak_flops` comes from
     active_target: Mapping[str, Callable[[int], float]]
-    even_active: Mapping[str, float]
-    checks: tuple[str, ...]  # names of the checks at the end of the run (evaluation.checks)
 
 
 def loop_settings(config: Config, manifest: Manifest, placement: ExpertPlacement, card: str | None = None) -> LoopSettings:
@@ -430,21 +390,14 @@ def loop_settings(config: Config, manifest: Manifest, placement: ExpertPlacement
     names = [group.name for group in placement.groups]
     weights = tuple(balance.null_weight.get(name, 1.0) for name in names) if balance.null_weight else None
     return LoopSettings(
+        config=config,
         placement=placement,
-        policy=config.placement.policy,
         modalities=tuple(manifest.modalities),
         baselines=manifest.baselines,
-        steps=config.train.steps,
-        global_batch=config.train.global_batch,
         lr=partial(lr_at, peak=optimizer.lr, total_steps=config.train.steps, **optimizer.schedule.model_dump()),
         aux=partial(aux_at, schedule=balance.schedule, kind=balance.kind, z=config.loss.z, null_weight_G=weights),
-        evaluate_every=config.evaluation.every,
-        save_every=config.checkpoint.every,
-        max_skipped_in_a_row=config.train.max_skipped_in_a_row,
         flops_per_token=partial(model_flops_per_token, config=config),
         active_target=build_targets(config.model.moe, placement.groups),
-        even_active=config.even_active,
-        checks=config.evaluation.checks,
         peak_flops=None if peak is None else peak * 1e12 * config.parallel.ep * config.parallel.edp,
         peak_source=source,
     )

@@ -1,20 +1,19 @@
 """Held-out evaluation during a run: loss by modality, loss without the experts' output, and balance efficiency."""
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
+from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
 from moe_dist.data.loader import heldout_batches
 from moe_dist.formats.manifest import Manifest
-from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import choice_of_training
 from moe_dist.monitor.metrics import busiest_over_mean, reduce_known, rows_by_rank, weighted_rows
 from moe_dist.monitor.statistics import EvaluationResult
-from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.evaluation.balance import BalanceEfficiency, balance_efficiency
 from moe_dist.train.evaluation.calibration import calibrate
@@ -25,72 +24,61 @@ from moe_dist.train.objective.loss import depth_statistics
 TIMED_BATCHES = 4
 
 
-@dataclass(eq=False, repr=False)  # a repr would print the model
 class Evaluator:
-    """Evaluates the model on the held-out documents of every source.
+    """Evaluates the model in training on the held-out documents of every source.
+
+    Args:
+        group_of_modality: int64 [M], expert group of each modality, on the model's device.
 
     Attributes:
-        reader: This rank's index among the ranks that read different sequences, and the number of such ranks.
-        counts_tokens: False if another rank counts this rank's tokens and losses.
-        folder, manifest: Folder and manifest of the data set.
-        sequences, final_sequences: Held-out sequences per source in an evaluation during the run, and in the last
-            evaluation.
-        micro_batch: Sequences per batch of a rank.
-        group_of_modality: int64 [M], expert group of each modality, on the model's device.
-        measure_balance: True to measure the balance efficiency.
-        ablate: True to measure, in the last evaluation, also the loss without the output of routed experts.
-        layer_ranks: The ranks with the same layers as this rank; None for a single rank.
+        placement: Where the experts are now.
         mapper: Makes the compute map (true experts of single tokens); None without `monitor.compute_map`.
-        experts_choose: Whether experts choose tokens in training.
         calibration: Number of training micro-batches that calibrate thresholds before each evaluation; 0 if no router has
             thresholds.
     """
 
-    model: Transformer
-    mesh: Mesh
-    placement: ExpertPlacement
-    _: KW_ONLY
-    reader: tuple[int, int]
-    counts_tokens: bool
-    folder: str | Path
-    manifest: Manifest
-    seq_len: int
-    sequences: int
-    final_sequences: int
-    micro_batch: int
-    group_of_modality: Tensor
-    measure_balance: bool
-    ablate: bool
-    layer_ranks: dist.ProcessGroup | None
-    mapper: Mapper | None = None
-    experts_choose: bool = False
-    calibration: int = 0
-    _cached: dict[int, list[Batch]] = field(default_factory=dict, init=False)  # results of `_batches`, by argument
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        parallel: ParallelModel,
+        placement: ExpertPlacement,
+        group_of_modality: Tensor,
+    ) -> None:
+        self.model, self.mesh, self.placement = parallel.model, parallel.mesh, placement
+        self.group_of_modality = group_of_modality
+        self._config, self._manifest, self._parallel = config, manifest, parallel
+        section, depths, router = config.monitor.compute_map, config.model.mixture_of_depths, config.model.moe.router
+        folder = Path(config.data.path)
+        self.mapper = None if section is None else Mapper(folder, manifest, placement.groups, **section.model_dump())
+        causal = (getattr(router, "causal", None), None if depths is None else depths.causal)
+        self.calibration = config.evaluation.calibration if "threshold" in causal else 0
+        self._cached: dict[int, list[Batch]] = {}  # results of `_batches`, by argument
 
     def __call__(self, step: int, *, final: bool = False, trained: Sequence[Batch] = ()) -> EvaluationResult:
         """Evaluates the model after step `step`. Collective. The evaluation calibrates thresholds of routers, and changes
         nothing else: no gradients, random generators or loader.
 
         Args:
-            final: True for the last evaluation, which uses `final_sequences`, and also measures the loss without experts
-                and, if experts choose tokens in training, the loss with the training's selection of tokens.
+            final: True for the last evaluation, which uses `evaluation.final_sequences`, and also measures the loss without
+                experts and, if experts choose tokens in training, the loss with the training's selection of tokens.
             trained: This rank's last `calibration` training micro-batches, or fewer at the start of the run.
         """
-        mesh, groups = self.mesh, self.group_of_modality
+        mesh, groups, section = self.mesh, self.group_of_modality, self._config.evaluation
+        world, moe = self._parallel.layer_ranks, self._config.model.moe
         with mesh.tracker.among("calibration"):
-            calibrate(
-                self.model, trained, group_of_modality=groups, world=self.layer_ranks, tracker=mesh.tracker, steps=step
-            )
-        batches = self._batches(self.final_sequences if final else self.sequences)
+            calibrate(self.model, trained, group_of_modality=groups, world=world, tracker=mesh.tracker, steps=step)
+        batches = self._batches(section.final_sequences if final else section.sequences)
         heldout = self._losses(batches)
-        ablated = self._losses(batches, experts_off=True) if final and self.ablate else Heldout({}, {}, None)
-        noncausal = Heldout({}, {}, None)
-        if final and self.experts_choose:
+        ablated = noncausal = Heldout({}, {}, None)
+        if final and section.ablate_experts:
+            ablated = self._losses(batches, experts_off=True)
+        if final and moe.router.experts_choose:
             # Experts choose tokens as in training, so that their choice depends on later tokens.
             with choice_of_training([layer.router for layer in self.model.moe_modules()], step):
                 noncausal = self._losses(batches)
         balance = BalanceEfficiency(None, "switched off")
-        if self.measure_balance:
+        if section.balance_efficiency and not moe.experts.replicated:
             some = batches[:: max(1, len(batches) // TIMED_BATCHES)][:TIMED_BATCHES]  # batches of every source
             balance = balance_efficiency(self.model, some, group_of_modality=groups, placement=self.placement, mesh=mesh)
         compute_map = None
@@ -119,12 +107,12 @@ class Evaluator:
             return heldout_losses(
                 self.model,
                 batches,
-                modalities=tuple(self.manifest.modalities),
+                modalities=tuple(self._manifest.modalities),
                 group_of_modality=self.group_of_modality,
                 world=self.mesh.world,
                 tracker=self.mesh.tracker,
                 experts_off=experts_off,
-                counts_tokens=self.counts_tokens,
+                counts_tokens=self._parallel.counts_tokens,
             )
 
     def _experts_per_token(self, heldout: Heldout) -> dict[str, float]:
@@ -151,18 +139,12 @@ class Evaluator:
     def _batches(self, sequences: int) -> list[Batch]:
         """Returns this rank's held-out batches of all sources, on the host."""
         if sequences not in self._cached:
+            config, (rank, readers) = self._config, self._parallel.reader
+            share = {"micro_batch": config.train.micro_batch, "rank": rank, "world_size": readers}
+            options: dict[str, Any] = {"seq_len": config.data.seq_len, "sequences": sequences, **share}
             self._cached[sequences] = [
                 batch
-                for source in self.manifest.sources
-                for batch in heldout_batches(
-                    self.folder,
-                    self.manifest,
-                    source=source,
-                    seq_len=self.seq_len,
-                    sequences=sequences,
-                    micro_batch=self.micro_batch,
-                    rank=self.reader[0],
-                    world_size=self.reader[1],
-                )
+                for source in self._manifest.sources
+                for batch in heldout_batches(config.data.path, self._manifest, source=source, **options)
             ]
         return self._cached[sequences]

@@ -96,21 +96,21 @@ class Trainer:
             DivergedError: too many steps in a row or the last step were skipped, the held-out loss after the last step is
                 not finite, or the state to be saved is not. The newest checkpoint is finite.
         """
-        plan, progress = self.plan, self.progress
+        config, progress = self.plan.config, self.progress
         evaluation: EvaluationResult | None = None
         save_due = False
-        if self._owes_evaluation() and progress.step < plan.steps:
+        if self._owes_evaluation() and progress.step < config.train.steps:
             evaluation = self._evaluate(final=False)
-        while progress.step < plan.steps:
+        while progress.step < config.train.steps:
             result = self._step()
             self.saver.writer.poll()
-            last = progress.step == plan.steps
+            last = progress.step == config.train.steps
             stop = result.stop_requested and not last
-            if progress.skipped_in_a_row >= (1 if last else plan.max_skipped_in_a_row):
+            if progress.skipped_in_a_row >= (1 if last else config.train.max_skipped_in_a_row):
                 raise self._diverged(self._skips())
             if last or (self._owes_evaluation() and not stop):  # a stop signal leaves time only for a save
                 evaluation = self._evaluate(final=last)
-            save_due |= progress.step % plan.save_every == 0
+            save_due |= progress.step % config.checkpoint.every == 0
             # While steps are skipped the weights may be broken, and a save would delete an older checkpoint.
             if (last or stop or save_due) and not result.skipped:
                 self._save(must=last or stop)
@@ -122,12 +122,12 @@ class Trainer:
         return Finished(bool(self._recent), evaluation, self._checks(evaluation), self._costs())
 
     def _owes_evaluation(self) -> bool:
-        return self.progress.owes_evaluation(self.plan.evaluate_every, self.plan.steps)
+        return self.progress.owes_evaluation(self.plan.config.evaluation.every, self.plan.config.train.steps)
 
     def _step(self) -> StepResult:
         begin = time.perf_counter()
-        plan, progress = self.plan, self.progress
-        following = progress.position + plan.global_batch if progress.step + 1 < plan.steps else None
+        plan, progress, train = self.plan, self.progress, self.plan.config.train
+        following = progress.position + train.global_batch if progress.step + 1 < train.steps else None
         batches = self._reader.batches(progress.position, following=following)
         with self.profile(progress.step + 1):
             result = self.take_step(
@@ -140,7 +140,7 @@ class Trainer:
                 watchers=[each for each in self.watchers if each.due(progress.step)],
             )
         progress.step += 1
-        progress.position += plan.global_batch
+        progress.position += train.global_batch
         progress.tokens += result.tokens
         progress.skipped_steps += result.skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
@@ -156,7 +156,7 @@ class Trainer:
 
     def _pull_levers(self, result: StepResult) -> list[LeverDecision]:
         """Calls the levers after a step, and returns their decisions."""
-        step, position = self.progress.step, self.progress.position - self.plan.global_batch
+        step, position = self.progress.step, self.progress.position - self.plan.config.train.global_batch
         found = [lever.after_step(result, step=step, position=position) for lever in self.levers.values()]
         decisions = [each for each in found if each is not None]
         for each in decisions:
@@ -193,10 +193,11 @@ class Trainer:
     def _last_batches(self, count: int) -> list[Batch]:
         """Returns this rank's last training micro-batches, at most `count`, from the latest step backwards."""
         self._reader.settle()
-        position, batches = self.progress.position - self.plan.global_batch, []
+        size, batches = self.plan.config.train.global_batch, []
+        position = self.progress.position - size
         while len(batches) < count and position >= self.progress.first_position:
             batches += self.loader.batches(position)
-            position -= self.plan.global_batch
+            position -= size
         return batches[:count]
 
     def _save(self, *, must: bool) -> None:
@@ -213,7 +214,7 @@ class Trainer:
         groups = self.plan.placement.groups
         no_choices_LC = np.zeros((1, sum(group.num_columns for group in groups)), np.int64)
         return run_checks(
-            self.plan.checks,
+            self.plan.config.evaluation.checks,
             evaluation,
             self.plan.baselines,
             choices_LC=np.sum([each.choices_LC for each in counts], axis=0) if counts else no_choices_LC,
@@ -222,7 +223,7 @@ class Trainer:
             groups=groups,
             skipped_steps=self.progress.skipped_steps,
             window=len(counts),
-            even_active=self.plan.even_active,
+            even_active=self.plan.config.even_active,
         )
 
     def _costs(self) -> CostTable | None:
@@ -236,7 +237,7 @@ class Trainer:
         return cost_table(
             [each.ledger for each in self._recent],
             plan.placement,
-            plan.policy,
+            plan.config.placement.policy,
             rows,
             tokens=sum(each.tokens for each in self._recent) / steps,
             seconds="not timed" if untimed else f"{sum(each.comm_seconds for each in self._recent) / steps:.3f}",
@@ -249,11 +250,12 @@ class Trainer:
 
     def _skips(self) -> str:
         """Describes the skipped steps at the end of a diverged run."""
+        train = self.plan.config.train
         last = [f"{float(r.nll_M.sum() / max(1, r.labels_M.sum())):.4g}/{r.grad_norm:.4g}" for r in self._recent]
         return (
             f"loss or gradient not finite in {self.progress.skipped_in_a_row} steps in a row, up to step "
-            f"{self.progress.step} (train.steps={self.plan.steps}, train.max_skipped_in_a_row="
-            f"{self.plan.max_skipped_in_a_row}); loss/norm of the last steps: "
+            f"{self.progress.step} (train.steps={train.steps}, train.max_skipped_in_a_row="
+            f"{train.max_skipped_in_a_row}); loss/norm of the last steps: "
             f"{', '.join(last[-self.progress.skipped_in_a_row - 3 :])}"
         )
 

@@ -1,6 +1,7 @@
 """Gives experts replicas on other ranks of their EP group. No weights are sent here: each forward sends the weights of
-replicas (`moe/experts/replicas.py`)."""
+replicas (`moe/experts/replicas.py`). Shape letter: E true experts."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +11,36 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.config.dispatchers.base import DispatchSection
 from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.dispatch.replica_planner import ReplicaPlanner
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.experts.replicas import ReplicaWeights
-from moe_dist.moe.routing.types import ABSENT
+from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.replica_slots import PlacementWithReplicas
+
+
+class ReplicaPlanner:
+    """Takes the place of a dispatcher's planner: sends this rank's tokens to the replicas that serve this rank
+    (`placement/replica_slots.py`). The planner of a layer treats each replica as a separate expert.
+
+    Args:
+        plain: The dispatcher's planner until now, for layers without replicas.
+        of_layer: By name of the layer, the id of each expert's slot (int64 [E + 1]; the last is that of absent pairs), and
+            a planner of the same kind for the layer's slots.
+    """
+
+    def __init__(self, plain: Any, of_layer: Mapping[str, tuple[Tensor, Any]]) -> None:
+        self._plain, self._of_layer = plain, of_layer
+
+    def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> Any:
+        if layer not in self._of_layer:
+            return self._plain.plan(assignments, num_tokens, layer)
+        slot_E, planner = self._of_layer[layer]
+        # the index -1 of absent pairs means the last
+        return planner.plan(assignments._replace(expert_N=slot_E[assignments.expert_N]), num_tokens, layer)
+
+    def chunk_lengths(self, num_tokens: int) -> tuple[int, ...]:
+        """See `DispatchPlanner.chunk_lengths`; the same for all layers."""
+        return self._plain.chunk_lengths(num_tokens)
 
 
 def give_replicas(parallel: ParallelModel, section: DispatchSection, context: DispatchContext) -> None:

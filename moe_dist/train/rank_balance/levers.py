@@ -12,13 +12,14 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.replica_slots import PlacementWithReplicas
 from moe_dist.train.build.dispatch import dispatch_with
 from moe_dist.train.build.training import COMPUTE_DTYPES, Training
-from moe_dist.train.rank_balance.dealing_lever import DealingLever
 from moe_dist.train.rank_balance.expert_moves import move_experts
 from moe_dist.train.rank_balance.expert_replicas import give_replicas
 from moe_dist.train.rank_balance.moving_lever import MovingLever
 from moe_dist.train.rank_balance.replicating_lever import ReplicatingLever
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.step.result import StepResult
+
+SHOW_EVERY = 100  # steps between two shown decisions of the loader
 
 
 class Lever(Protocol):
@@ -32,6 +33,22 @@ class Lever(Protocol):
             position: Position of the step's first sequence in the stream.
         """
         ...
+
+
+class DealingLever:
+    """Shows how the loader deals the sequences of a step to the ranks (`moe_dist.data.dealing`), in the first and every
+    `SHOW_EVERY`-th step. The loader keeps the order of the stream if no other deal is more even."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self._loader = loader
+
+    def after_step(self, result: StepResult, *, step: int, position: int) -> LeverDecision | None:
+        if step != 1 and step % SHOW_EVERY:
+            return None
+        deal = self._loader.dealt(position)
+        taken = deal.dealt < deal.undealt
+        why = "it pays at once, because the batch alone decides" if taken else "no deal is better than the stream's order"
+        return LeverDecision("dealing", taken, before=deal.undealt, after=deal.dealt, cost_steps=0.0, why=why)
 
 
 class LeverParts(NamedTuple):

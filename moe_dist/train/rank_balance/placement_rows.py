@@ -18,10 +18,12 @@ from moe_dist.moe.routing.types import LayerReport
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.preflight import Preflight
+from moe_dist.train.step.tracing import StepWatcher
 
 
-class PlacementRows:
-    """Counts token rows from step number `first` (0-based) on: one row for each rank to which a forward sends a token.
+class PlacementRows(StepWatcher):
+    """Counts token rows from step number `first` (0-based) on: one row for each rank to which a forward sends a token. The
+    counted placements stay the same if experts move.
 
     Args:
         placements: Maps names to placements; all placements have the same expert groups.
@@ -40,7 +42,6 @@ class PlacementRows:
         self._rows_P = torch.zeros(len(tables), dtype=torch.int64, device=device)
 
     def due(self, number: int) -> bool:
-        """Returns whether step `number` (0-based) is counted."""
         return number >= self._first
 
     def add(self, batch: Batch, reports: Sequence[LayerReport]) -> None:
@@ -48,16 +49,6 @@ class PlacementRows:
         for report in reports:
             if report.chosen is not None:
                 self._rows_P += remote_rows(report.chosen.column_TK, self._rank_PE, self._ranks, self._ep_rank)
-
-    def finish(self, number: int) -> None:
-        """Does nothing: `add` has counted the step."""
-
-    def flush(self) -> None:
-        """Does nothing: the counts are not written to disk."""
-
-    def follow(self, placement: ExpertPlacement, step: int) -> None:
-        """Does nothing: the counted placements stay the same. After experts have moved `monitor.cost_table` shows no other
-        placement policy."""
 
     def total(self, world: dist.ProcessGroup | None, tracker: CollectiveTracker | None) -> dict[str, int]:
         """Returns the rows sent by all ranks, by placement. Collective."""

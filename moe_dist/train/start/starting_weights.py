@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from itertools import cycle
 from pathlib import Path
 
+import torch
 from pydantic import JsonValue
 
 from moe_dist.checkpoint.base import GUIDE, KEY, content_hash
@@ -23,7 +24,7 @@ from moe_dist.checkpoint.fits import ABSENT, Taken, fitting
 from moe_dist.checkpoint.index import Source
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.split import fitting_or_split
-from moe_dist.checkpoint.split_experts import fitting_or_split_experts
+from moe_dist.checkpoint.split_experts import fitting_or_split_experts, stored_tensors
 from moe_dist.checkpoint.state import CheckpointState, TensorSpec
 from moe_dist.checkpoint.upcycle import fitting_or_upcycled
 from moe_dist.config.attention.grouped_query import GroupedQuerySection
@@ -34,8 +35,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.formats.tuning_manifest import load_tuning_manifest
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.top_k import GroupGate
-from moe_dist.placement.parameter_names import EXPERT_NAME, Role, group_module, role_of_name
-from moe_dist.train.start.split_routers import split_routers
+from moe_dist.placement.parameter_names import EXPERT_NAME, Role, group_module, logical_name, role_of_name
 
 # Maps a rule to the rounding difference from the checkpoint's function that remains.
 _SAME = {
@@ -261,3 +261,28 @@ def _scaled(before: JsonValue, taken: Taken) -> list[str]:
     """Returns a reason for `_changes` if the split expert had a weight other than 1 in the checkpoint's model."""
     scale = _old_scale(before, taken)
     return [] if scale == 1.0 else [f"the checkpoint's model.moe.router.scale={scale}, but the parts start with weight 1"]
+
+
+@torch.no_grad()
+def split_routers(model: Transformer, path: Path, *, divides_bias: bool) -> int:
+    """Fills a model's router rows and selection biases from a checkpoint with fewer experts. A model with m times as many
+    experts gets each router row and bias m times in succession. Returns the number of filled router rows. Every rank reads
+    the checkpoint.
+
+    Args:
+        path: A path for `find_checkpoint`.
+        divides_bias: Whether to divide biases by m: true for biases that are added to probabilities, which are m times
+            smaller for m times as many experts.
+
+    Raises:
+        DataError: a file or a tensor is damaged.
+    """
+    own = {logical_name(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
+    own = {name: tensor for name, tensor in own.items() if role_of_name(name) is Role.ROUTER}
+    rows = 0
+    for name, stored in stored_tensors(open_checkpoint(find_checkpoint(path)), list(own)).items():
+        times = own[name].shape[0] // stored.shape[0]
+        is_bias = name.endswith(".bias")
+        own[name].copy_(stored.repeat_interleave(times, dim=0) / (times if is_bias and divides_bias else 1))
+        rows += own[name].shape[0] if own[name].ndim == 2 else 0
+    return rows

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +32,9 @@ from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train.objective.loss import forward
 
 
-class StepWatcher(Protocol):
-    """Gets the expert choices of every token, in the steps for which `due` returns True.
+class StepWatcher:
+    """Gets the expert choices of every token, in the steps for which `due` returns True. A method that a watcher does not
+    define does nothing.
 
     Attributes:
         own_tokens: If several ranks share sequences: True if each of these ranks gets the tokens that the rank routes, in
@@ -44,27 +45,24 @@ class StepWatcher(Protocol):
 
     def due(self, number: int) -> bool:
         """Returns whether step `number` (0-based) is watched."""
-        ...
+        raise NotImplementedError
 
     def add(self, batch: Batch, reports: Sequence[LayerReport]) -> None:
         """Is called for each micro-batch of the step."""
-        ...
+        raise NotImplementedError
 
     def finish(self, number: int) -> None:
         """Is called at the end of the step."""
-        ...
 
     def flush(self) -> None:
         """Is called before a checkpoint is saved; returns when the data of all finished steps are on disk."""
-        ...
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
         """Is called after step `step` (counted from 1) with the new placement if experts have moved or got other
         replicas."""
-        ...
 
 
-class StepTracer:
+class StepTracer(StepWatcher):
     """Traces every `every`-th step, beginning with step 1.
 
     Args:
@@ -92,7 +90,6 @@ class StepTracer:
         self._parts: list[tuple[Batch, Tensor, Tensor, Tensor | None]] = []  # batch, ids, weights [T, L, K], losses
 
     def due(self, number: int) -> bool:
-        """Returns whether step `number` (0-based) is traced."""
         return number % self._every == 0
 
     def add(self, batch: Batch, reports: Sequence[LayerReport], losses_BS: Tensor | None = None) -> None:
@@ -125,7 +122,6 @@ class StepTracer:
         self._writer.add(number + 1, tokens, ids, weights, losses)
 
     def flush(self) -> None:
-        """Waits until all traced steps are on disk."""
         self._writer.flush()
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:

@@ -50,24 +50,18 @@ LOOP: Mapping[str, Any] = {
 def record_of(stats: Statistics, placement: ExpertPlacement, modalities: Sequence[str]) -> Record:
     """The record of a step of a run with these settings."""
     loop, nothing = stats.loop, dict[str, Any]()
+    config: Any = None  # a record needs no key of it
     plan = LoopSettings(
+        config=config,
         placement=placement,
-        policy="pinned",
         modalities=tuple(modalities),
         baselines=nothing,
-        steps=10_000,
-        global_batch=8,
         lr=lambda _: loop["lr"],
         aux=lambda _: AuxSettings("null_averaged", loop["balance_coefficient"], 0.0),
-        evaluate_every=100,
-        save_every=100,
-        max_skipped_in_a_row=3,
         flops_per_token=lambda *_: loop["flops_per_token"],
         peak_flops=loop["peak_flops"],
         peak_source=loop["peak_source"],
         active_target={name: lambda _, value=value: value for name, value in loop["active_target"].items()},
-        even_active=nothing,
-        checks=(),
     )
     progress = Progress(step=loop["step"], tokens=loop["tokens"], skipped_steps=loop["skipped_steps"])
     options = {name: loop[name] for name in ("seconds", "epochs", "readings", "levers")}

@@ -10,7 +10,7 @@ import pytest
 from moe_dist.data.dealing import Deal
 from moe_dist.plan.flops import forward_flops
 from moe_dist.train.build.dealing import build_dealing, sequence_costs
-from moe_dist.train.rank_balance.dealing_lever import SHOW_EVERY, DealingLever
+from moe_dist.train.rank_balance.levers import SHOW_EVERY, DealingLever
 from tests.support.tiny import tiny_config
 
 WINDOWS = {"model.sliding_window": 5, "model.sliding_layers": [0]}

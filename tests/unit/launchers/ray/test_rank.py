@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from launchers.ray import metrics as ray_metrics
 from launchers.ray import rank as ray_rank
 from launchers.ray.rank import RankActor, WorkerInfo
 from moe_dist.runtime.environment import RAY_METRICS
@@ -102,7 +101,7 @@ def test_numbers_of_rank_0_reach_rays_gauges(tmp_path: Path, monkeypatch: pytest
             assert tuple(tags) == self.tag_keys
             set_to[self.name] = (self.description, tags, value)
 
-    monkeypatch.setattr(ray_metrics, "Gauge", Gauge)
+    monkeypatch.setattr(ray_rank, "Gauge", Gauge)
     send = f"""
     import json, socket
     loss = ["moe_dist_loss", "Nats.", {{"run": "x", "term": "total"}}, 2.5]

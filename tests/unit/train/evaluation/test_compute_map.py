@@ -13,7 +13,6 @@ from moe_dist.data.loader import heldout_batches
 from moe_dist.moe.routing.types import RoutingRequest
 from moe_dist.monitor.compute_map import console_text, draw_map
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
-from moe_dist.train.build.training import build_evaluator
 from moe_dist.train.evaluation.compute_map import mean_by_kind
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.objective.loss import forward
@@ -48,12 +47,16 @@ def world() -> Iterator[None]:
         yield
 
 
+def evaluator_of(one: OneRank) -> Evaluator:
+    plan, training = one.plan, one.training
+    return Evaluator(plan.config, plan.manifest, training.parallel, plan.placement, training.step.group_of_modality)
+
+
 @pytest.fixture(scope="module")
 def case(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     changes = {"evaluation.balance_efficiency": False, "evaluation.ablate_experts": False}
     one = OneRank(tiny_data, tmp_path_factory.mktemp("runs"), **changes, **MAP)
-    plan = one.plan
-    evaluator = build_evaluator(plan.config, plan.manifest, one.training, plan.placement)
+    evaluator = evaluator_of(one)
     before = torch.get_rng_state()
     evaluation = evaluator(0)
     states = before, torch.get_rng_state()
@@ -130,8 +133,7 @@ def test_the_map_of_experts_that_choose_has_up_to_all_experts(tiny_data: Path, t
     one = OneRank(tiny_data, tmp_path, **changes)
     for layer in one.training.parallel.model.moe_modules():
         layer.router.gates()[0].threshold.fill_(0.5)  # pyright: ignore[reportCallIssue]
-    plan = one.plan
-    found = build_evaluator(plan.config, plan.manifest, one.training, plan.placement)(0).compute_map
+    found = evaluator_of(one)(0).compute_map
     experts = np.concatenate([experts[~batch.padding_BS.numpy()] for batch, experts in by_hand(one)])
     assert found is not None
     assert found.most == 3
