@@ -184,8 +184,7 @@ def ranks_of(ranks: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class RankCommand:
-    """Program and arguments that start one rank on its node. The rank gets the node's environment, such as
-    CUDA_VISIBLE_DEVICES, with the variables of `env` added."""
+    """Program and arguments that start one rank on its node, and variables that are added to the node's environment."""
 
     rank: int
     node: int
@@ -272,8 +271,7 @@ def paths_of(config: Config) -> dict[str, str]:
 
 
 def absolute_paths(config: Config, base: Path) -> tuple[str, ...]:
-    """Returns overrides that make a run's paths absolute, so that the paths are valid in every working directory. Relative
-    paths start at `base`."""
+    """Returns overrides with absolute paths, which are valid in every working directory. Relative paths start at `base`."""
     return tuple(f"{key}={os.path.normpath(base / path)}" for key, path in paths_of(config).items())
 
 

@@ -91,8 +91,7 @@ class Outcome:
 
     @property
     def unready(self) -> bool:
-        """True if the rank that failed first had no signal handlers yet when the stop signal came, so that the signal
-        killed it."""
+        """True if the first failed rank had no signal handlers yet when the stop signal came, which therefore killed it."""
         return bool(self.failed) and self.stop is not None and self.codes[self.failed[0]] == -self.stop
 
     def exit_code(self, cause: int | None) -> int:

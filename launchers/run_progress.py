@@ -54,8 +54,7 @@ _STATES = {
 
 @dataclass(frozen=True)
 class _StepRecord:
-    """The shown part of a line of metrics.jsonl. The types of the values are checked, because another user may have written
-    the file."""
+    """The shown part of a line of metrics.jsonl. Types are checked, because another user may have written the file."""
 
     step: Number
     scalars: dict[str, FiniteFloat | None]
@@ -99,8 +98,7 @@ class RunProgress:
 
     @property
     def remaining_seconds(self) -> float | None:
-        """Returns the seconds to the last step at the current throughput; None if the run is not running or has no
-        throughput yet."""
+        """Seconds to the last step at the current throughput; None if the run is not running or has no throughput yet."""
         if self.state is not RunState.RUNNING or self.total_steps is None or self.step_seconds is None:
             return None
         return max(0, self.total_steps - self.step) * self.step_seconds
@@ -202,8 +200,7 @@ def _losses(record: _StepRecord) -> dict[str, float]:
 
 
 def _total_steps(config_yaml: Path) -> int | None:
-    """Returns train.steps, or None. Reads only train.steps, because this version may reject other keys of an old
-    configuration."""
+    """Returns train.steps, or None. Reads no other key, because this version may reject keys of an old configuration."""
     try:
         values, _ = read_yaml(config_yaml, links=False)
         steps = int(values["train"]["steps"])

@@ -1,5 +1,4 @@
-"""Concludes an attempt (start of the run) after its ranks have ended: which rank is at fault, why, and the exit code. One
-rule for the local, the Slurm and the Ray launcher."""
+"""Concludes an attempt (start of the run): rank at fault, reason and exit code, by one rule for all launchers."""
 
 import contextlib
 import os

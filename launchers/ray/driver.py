@@ -63,8 +63,7 @@ def drive(job: RayJob, signals: StopSignals) -> int:
 def _attempt(
     job: RayJob, restarts: int, attempt_id: str, signals: StopSignals, grace_seconds: float, faulty: Collection[str]
 ) -> tuple[Outcome, list[str]]:
-    """Runs one attempt, on `faulty` nodes only if the others do not suffice. Returns its outcome, and Ray's id of each
-    rank's node."""
+    """Runs one attempt, on `faulty` nodes only if needed. Returns its outcome, and Ray's id of each rank's node."""
     wait = REPLACE_SECONDS if restarts else SETTLE_SECONDS
     gang = gather_gang(
         job.launch.job,

@@ -150,8 +150,7 @@ class Gang:
         return self._nodes[self.job.node_of(rank).index]
 
     def _code(self, rank: int, reference: Any) -> tuple[int, str, str]:
-        """Returns (exit code of a rank, words about a memory limit, ''); if its Ray worker or node is lost, (code of
-        SIGKILL, '', description)."""
+        """Returns (exit code of a rank, words on a memory limit, ''); of a lost rank (code of SIGKILL, '', description)."""
         try:
             return *ray.get(reference), ""
         except RayError as error:
@@ -172,8 +171,7 @@ class Gang:
         return tuple(sorted(frozen))
 
     def _end_the_rest(self, tracker: RankTracker, running: dict[Any, int]) -> None:
-        """Kills the actors of all running ranks. A rank whose node does not answer counts as lost, and therefore as the
-        cause of the failure."""
+        """Kills the actors of all running ranks. A rank whose node does not answer counts as lost, and so as the cause."""
         for rank in running.values():
             ray.kill(self._actors[rank])
             node = self.node(rank)

@@ -113,8 +113,7 @@ class RankSupervisor:
         return False
 
     def _end_the_adopted(self, kill_at: float) -> None:
-        """Waits until `kill_at` for the rank's other processes, then kills them. Orphaned processes of the rank are
-        children of this process."""
+        """Waits until `kill_at` for the rank's orphaned processes, which this process has adopted, then kills them."""
         while self._reap() and (now := time.monotonic()) < kill_at + ADOPTED_SECONDS:
             if now >= kill_at:
                 for pid in _children():

@@ -113,8 +113,7 @@ def take_over(path: Path) -> tuple[str, ...]:
 
 
 def stop(address: str, job_id: str) -> int:
-    """Stops a job, waits until the job has saved and ended, and returns its verdict. Raises ConfigError if there is no such
-    job."""
+    """Stops a job, waits until it has saved and ended, and returns its verdict. Raises ConfigError if there is none."""
     client = connect(address)
     try:
         running = client.stop_job(job_id)
@@ -145,8 +144,7 @@ def connect(address: str) -> "JobSubmissionClient":
 
 
 def follow_job(client: "JobSubmissionClient", job_id: str) -> int:
-    """Prints a job's log until the job has ended; returns the job's verdict. Raises OSError or RuntimeError if Ray's head
-    does not answer any more."""
+    """Prints a job's log to its end; returns its verdict. Raises OSError or RuntimeError if Ray's head is gone."""
     shown, answered = _Shown(), time.monotonic()
     while True:
         broken: Exception | None = None

@@ -139,8 +139,7 @@ def _tasks(
     plan: JobPlan,
     read: ReadRun,
 ) -> tuple[tuple[str, ...], ...]:
-    """Returns the overrides of each array task; the overrides also set the task's run name. All tasks must need the same
-    nodes."""
+    """Returns each array task's overrides, which also set its run name. All tasks must need the same nodes."""
     if not sweep:
         return ()
     if len(parts(plan)) > 1:

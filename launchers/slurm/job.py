@@ -161,8 +161,7 @@ def _begin(job: SlurmJob, folder: RunFolder, path: Path, step: int) -> list[Atte
 
 
 def _ranks_file(path: Path, restarts: int) -> Path:
-    """Returns the path of the JSON file that lists the ranks on each host in one attempt. `path` is the job's file of
-    attempts, in the same folder."""
+    """Returns the JSON file with the ranks on each host in one attempt, beside the job's file of attempts at `path`."""
     return path.with_name(f"{path.stem}_{restarts}_ranks.json")
 
 
@@ -171,15 +170,13 @@ def _keep(path: Path, ends: Sequence[AttemptEnd]) -> None:
 
 
 def _limit_seconds(env: Mapping[str, str]) -> float:
-    """Returns the time limit of this attempt in seconds; infinite if Slurm does not name the limit (versions before
-    22.05)."""
+    """Returns the time limit of this attempt in seconds; infinite if Slurm does not name it (versions before 22.05)."""
     begin, end = (env.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
     return float(int(end) - int(begin)) if begin.isdecimal() and end.isdecimal() else float("inf")
 
 
 def visible_folders(config: Config, snapshot: CodeSnapshot) -> list[str]:
-    """Returns the folders of the node that the ranks use. A container must mount each folder at the path that it has on
-    the node."""
+    """Returns the folders of the node that the ranks use, each of which a container must mount at the same path."""
     weights = config.run.init_from
     begin = [weights] if weights is not None and Path(weights).exists() else []  # only the first attempt needs this folder
     return list(dict.fromkeys([str(RunFolder.of(config).path), str(snapshot.folder), config.data.path, *begin]))

@@ -188,8 +188,7 @@ def differences(job: JobPlan, allocation: Allocation, spare: int = 0) -> list[st
 
 
 def hosts_of(job: JobPlan, allocation: Allocation, faulty: Sequence[str] = ()) -> tuple[str, ...]:
-    """Returns the host name of each planned node. The allocation must match the plan. Spare hosts replace `faulty`
-    hosts."""
+    """Returns the host of each planned node. The allocation must match the plan. Spare hosts replace `faulty` hosts."""
     host_of = {
         node.index: host
         for part, have in zip(parts(job), allocation.parts, strict=True)

@@ -36,8 +36,7 @@ class ScriptPart:
 
 
 def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
-    """Groups a plan's nodes by feature, number of ranks, and whether other jobs may use the nodes. Rank 0 is in the first
-    part."""
+    """Groups a plan's nodes by feature, number of ranks, and exclusive use. Rank 0 is in the first part."""
     kinds: dict[tuple[str | None, int, bool], list[NodePlan]] = {}
     for node in job.nodes:
         kinds.setdefault((node.feature, len(node.ranks), node.own), []).append(node)
@@ -45,8 +44,7 @@ def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
 
 
 def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
-    """Returns the options of sbatch for the nodes of one part, without the site's options. Raises ConfigError for spare
-    nodes in a heterogeneous job."""
+    """Returns sbatch's options for the nodes of one part. Raises ConfigError for spare nodes in a heterogeneous job."""
     if cluster.spare_nodes and len(parts(job)) > 1:
         raise ConfigError(
             f"spare_nodes={cluster.spare_nodes}: must be 0, because the groups of this run need several kinds of nodes "
@@ -76,8 +74,7 @@ def site_options(cluster: Cluster) -> list[str]:
 
 
 def sbatch_line(job: JobPlan, cluster: Cluster, arguments: Sequence[str]) -> str:
-    """Returns the sbatch command that requests exactly the nodes of the plan; `arguments` are the script and its
-    options."""
+    """Returns the sbatch command that requests the nodes of the plan; `arguments` are the script and its options."""
     options = " : ".join(shlex.join([*part_options(part, job, cluster), *site_options(cluster)]) for part in parts(job))
     return f"sbatch {options} {shlex.join(arguments)}"
 
@@ -168,14 +165,12 @@ def rank_table(
 
 
 def interpreter(cluster: Cluster) -> str:
-    """Returns the Python that runs the ranks: the cluster file's Python, else this interpreter (`python3` in a
-    container)."""
+    """Returns the Python of the ranks: the cluster file's, else this interpreter (`python3` in a container)."""
     return cluster.python or (sys.executable if cluster.container.kind == "none" else "python3")
 
 
 def pyxis_options(cluster: Cluster, visible: Sequence[str]) -> list[str]:
-    """Returns srun's options for a pyxis container that mounts the `visible` folders at the same path; none without
-    pyxis."""
+    """Returns srun's options for a pyxis container that mounts `visible` folders at the same path; none without pyxis."""
     container = cluster.container
     if not isinstance(container, PyxisContainer):
         return []

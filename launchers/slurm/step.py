@@ -59,8 +59,7 @@ class SlurmJob:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "SlurmJob":
-        """Reads SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_ARRAY_TASK_ID, SLURM_ARRAY_JOB_ID and SLURM_SUBMIT_DIR. Raises
-        ConfigError outside a Slurm job."""
+        """Reads the variables of Slurm below, and SLURM_SUBMIT_DIR. Raises ConfigError outside a Slurm job."""
         if "SLURM_JOB_ID" not in env:
             raise ConfigError(
                 "SLURM_JOB_ID is not set: this command runs inside a Slurm job; submit slurm/train.sbatch, or use "
@@ -77,8 +76,7 @@ class SlurmJob:
 
     @property
     def name(self) -> str:
-        """The name by which Slurm's commands find only this job. The id of an array's last task would not do, because it is
-        also the id of the whole array."""
+        """The name of this job alone. The id of an array's last task would not do: it is also the id of the whole array."""
         return self.id if self.array is None else f"{self.array}_{self.task}"
 
     @property

@@ -99,8 +99,7 @@ class CommStats:
 
     @contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
-        """Adds the time of the enclosed wait to `seconds`. On CUDA only records events, from which `drain` takes the
-        time."""
+        """Adds the time of the enclosed wait to `seconds`. On CUDA records events, from which `drain` takes the time."""
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()  # the event is queued on the stream, without a sync
@@ -113,8 +112,7 @@ class CommStats:
             self.seconds += time.perf_counter() - begin
 
     def drain(self) -> None:
-        """Adds the stream's waiting times on CUDA to `seconds`. Syncs with the device, so call `drain` only once per step,
-        at the end."""
+        """Adds the stream's waiting times on CUDA to `seconds`. Syncs, so call it only once per step, at the end."""
         for start, end in self._pending:
             end.synchronize()  # host sync
             self.seconds += start.elapsed_time(end) / 1e3

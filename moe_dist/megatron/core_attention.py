@@ -27,8 +27,7 @@ def positions_of_rank(length: int, cp_rank: int, cp_size: int) -> Tensor:
 
 
 def order_of_ranks(length: int, cp_size: int) -> Tensor:
-    """Returns the index that brings the joined positions of all ranks, in the order of ranks, into the order of positions:
-    int64 [length]."""
+    """Returns the index that brings positions joined in the order of ranks into their own order: int64 [length]."""
     return torch.cat([positions_of_rank(length, rank, cp_size) for rank in range(cp_size)]).argsort()
 
 

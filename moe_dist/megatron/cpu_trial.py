@@ -71,8 +71,7 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """Replaces `torch.compile`: returns the function uncompiled or, without a function, a decorator that returns functions
-    uncompiled."""
+    """Replaces `torch.compile`: returns the function uncompiled or, without a function, a decorator that does so."""
     return function or (lambda decorated: decorated)
 
 
@@ -87,8 +86,7 @@ def _typed_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stay(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Converts split sizes to numpy if `as_numpy` is true. Megatron's `maybe_move_tensor_to_cpu` converts no CPU
-    tensors."""
+    """Converts split sizes to numpy if `as_numpy`. Megatron's `maybe_move_tensor_to_cpu` converts no CPU tensors."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 

@@ -142,8 +142,7 @@ def _device(config: TransformerConfig) -> torch.device:
 
 
 def _recompute(config: TransformerConfig) -> Recompute:
-    """Returns the layer's mode for Megatron's selective recompute. The mode is 'none' for Megatron's full recompute, which
-    wraps the whole layer."""
+    """Returns the mode for Megatron's selective recompute; 'none' for full recompute, which wraps the layer."""
     modules = (config.recompute_modules or []) if config.recompute_granularity == "selective" else []
     return "block" if "moe" in modules else "experts" if "moe_act" in modules else "none"
 

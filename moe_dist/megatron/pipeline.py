@@ -24,8 +24,7 @@ NO_LABEL = -100  # a position that adds no loss has a label below 0
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch of whole sequences, equal on all ranks of a TP x CP x PP block. All tensors except `share` are [B,
-    S]."""
+    """A micro-batch of whole sequences, equal on all ranks of a TP x CP x PP block. Tensors but `share` are [B, S]."""
 
     tokens_BS: Tensor
     documents_BS: Tensor

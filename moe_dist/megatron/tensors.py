@@ -119,8 +119,7 @@ def _in_layer(name: str, tensor: Tensor, place: Place, *, experts: bool) -> Iter
 
 
 def _attention(joined: Tensor, place: Place) -> Iterator[Piece]:
-    """Cuts Megatron's joined matrix, which has for each key-value head the rows of the queries, then of the key, then of
-    the value."""
+    """Cuts Megatron's joined matrix, which has for each key-value head the rows of queries, key and value."""
     heads, width = place.num_kv_heads // place.tp_size, joined.shape[1]
     split = joined.view(heads, place.queries_per_kv + 2, place.head_dim, width)
     parts = split.split([place.queries_per_kv, 1, 1], dim=1)

@@ -45,8 +45,7 @@ def dense_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window:
 
 
 def flex_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: int | None = None) -> FlexMask:
-    """Returns `dense_mask` as a block mask. The function is compiled on CUDA, because eager mode would make the dense mask
-    first."""
+    """Returns `dense_mask` as a block mask. Compiled on CUDA, because eager mode would make the dense mask first."""
 
     def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
@@ -117,8 +116,7 @@ class CausalAttention(nn.Module, ABC):
     def forward(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, batch_info: GlobalBatchInfo | None = None
     ) -> Tensor:
-        """Returns the output [B, S, D] for x [B, S, D]. `batch_info` has the step and tokens that seed the LoRA adapters'
-        dropout."""
+        """Returns the output [B, S, D] for x [B, S, D]. `batch_info` seeds the dropout of LoRA adapters."""
         if self.recompute and x_BSD.requires_grad:
             return recomputed(self._forward, x_BSD, rotary, mask, batch_info)
         return self._forward(x_BSD, rotary, mask, batch_info)

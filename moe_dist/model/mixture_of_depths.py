@@ -173,8 +173,7 @@ class DepthRouter(ChoosingRouter):
         return logit_T.sigmoid() - self.threshold.to(logit_T.dtype)
 
     def _auxiliary_loss(self, causal_T: Tensor, taken_T: Tensor, real_T: Tensor) -> Tensor | None:
-        """Returns the auxiliary router's cross entropy against the selection, summed over tokens; None without an auxiliary
-        router."""
+        """Returns the auxiliary router's cross entropy against the selection, summed over tokens; None without it."""
         if self.auxiliary is None or not self.training:
             return None
         losses_T = F.binary_cross_entropy_with_logits(causal_T, taken_T.to(causal_T.dtype), reduction="none")

@@ -16,8 +16,7 @@ RopeScaling = Callable[[int, float, Tensor], tuple[Tensor, float]]
 
 
 def frequencies(head_dim: int, base: float | Tensor, positions_BS: Tensor) -> Tensor:
-    """Returns base^(-2 i / d) for i = 0 ... d / 2 - 1, always in fp32, because in bf16 neighbouring angles would be
-    equal."""
+    """Returns base^(-2 i / d), i = 0 ... d / 2 - 1, in fp32, because in bf16 neighbouring angles would be equal."""
     exponents = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
     return base**-exponents
 
@@ -53,8 +52,7 @@ class DynamicScaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """Keeps high frequencies, divides low frequencies by the factor, with a ramp between (arXiv 2309.00071, eq. 17 to
-    23)."""
+    """Keeps high frequencies, divides low ones by the factor, with a ramp between (arXiv 2309.00071, eq. 17 to 23)."""
 
     factor: float
     original_max_position_embeddings: int

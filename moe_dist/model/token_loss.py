@@ -87,8 +87,7 @@ def _tiles(labels_BS: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _columns(labels_N: Tensor, first: int, words: int) -> tuple[Tensor, Tensor]:
-    """Returns the labels' columns among `words` words from `first` on, and whether each label is one of these words: [N, 1]
-    each."""
+    """Returns the labels' columns among `words` words from `first` on, and whether each label is one: [N, 1] each."""
     column_N = labels_N - first
     inside_N = (column_N >= 0) & (column_N < words) & (labels_N >= 0)
     return column_N.clamp(0, words - 1)[:, None], inside_N[:, None]

@@ -36,8 +36,7 @@ class DenseFFN(SwiGLU):
 
 
 class Layer(nn.Module):
-    """Holds attention, and an MoE layer or a dense FFN. With `mixture_of_depths` the layer computes only selected
-    tokens."""
+    """Attention, and an MoE layer or a dense FFN. With `mixture_of_depths` it computes only selected tokens."""
 
     def __init__(
         self,
@@ -300,8 +299,7 @@ class Transformer(nn.Module):
 def _joined(
     x_BSD: Tensor, late_TD: Tensor | None, report: LayerReport | None
 ) -> tuple[Tensor, Tensor | None, LayerReport | None]:
-    """Adds the late output of the previous layer, and takes this layer's late output, which the next layer adds, from the
-    report."""
+    """Adds the late output of the previous layer, and takes this layer's from the report for the next layer."""
     x_BSD = x_BSD if late_TD is None else x_BSD + late_TD.view_as(x_BSD)
     return (x_BSD, None, None) if report is None else (x_BSD, report.late_TD, report._replace(late_TD=None))
 

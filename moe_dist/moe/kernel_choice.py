@@ -57,8 +57,7 @@ def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns the reason why the Triton kernels cannot be used, else None. On a CPU Triton's interpreter can run the Triton
-    kernels."""
+    """Returns why the Triton kernels cannot be used, else None. On a CPU Triton's interpreter can run them."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if dtype == torch.float64:
@@ -73,8 +72,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def why_not(kernels: RowKernels, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns None if the kernels' results equal torch's, else a text that names the difference or failure. Compiles the
-    kernels, and syncs."""
+    """Returns None if the kernels' results equal torch's, else the difference or failure. Compiles kernels; syncs."""
     return why_differ(lambda: _results(kernels, dtype), lambda: _results(TORCH, dtype), device)
 
 
@@ -166,8 +164,7 @@ def _experts_choice(kernels: RowKernels) -> Results:
 
 
 def _choice(kernels: RowKernels, normalise: Normalise) -> Results:
-    """Lets tokens of two groups with null experts, and padding, choose; computes weights, sums, and the gradient of the
-    input."""
+    """Lets tokens of two groups with null experts, and padding, choose; computes weights, sums, and a gradient."""
     h_TD = random(7, ROWS, HIDDEN).requires_grad_()
     router = TopKRouter(RouterContext(HIDDEN, GROUPS, kernels=kernels), normalise=normalise)
     for n, parameter in enumerate(router.parameters()):

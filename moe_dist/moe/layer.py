@@ -1,5 +1,4 @@
-"""The mixture-of-experts layer, which runs norm, router, dispatch, experts and combine. Forward sets no module
-attribute."""
+"""The mixture-of-experts layer: norm, router, dispatch, experts and combine. Forward sets no attribute."""
 
 from collections.abc import Generator
 from typing import Any, NamedTuple, Protocol

@@ -1,5 +1,4 @@
-"""Makes one record for each step and shows the record through sinks. `attach` records a model that another trainer
-trains."""
+"""Makes a record of each step and shows it through sinks. `attach` records a model that another trainer trains."""
 
 from importlib import import_module
 from typing import Any

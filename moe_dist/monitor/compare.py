@@ -1,5 +1,4 @@
-"""Compares the records (lines of metrics.jsonl) of two runs, without times, and finds the first line that differs. Needs no
-torch."""
+"""Finds the first difference between the metrics.jsonl of two runs, without times. Needs no torch."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -75,8 +74,7 @@ def _close(a: Any, b: Any, rtol: float) -> bool:
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields each leaf of a nested mapping as (dotted key, value). A list of numbers is one value, because arrays are
-    compared as a whole."""
+    """Yields each leaf of a nested mapping as (dotted key, value). A list of numbers, an array, is one value."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))

@@ -37,8 +37,7 @@ def loads_text(found: ComputeMap) -> str:
 
 
 def draw_map(found: ComputeMap, *, title: str) -> np.ndarray:
-    """Draws pictures, each above the map of its cells, then lines of text, each token on a background whose colour shows
-    its number of experts."""
+    """Draws pictures, each above the map of its cells, then text whose background colours show each token's experts."""
     caption = f"held-out, mean over layers: {loads_text(found)}"
     scale = linear_scale("", float(found.most))
     across = max(1, (CANVAS - 2 * MARGIN) // (SIDE + GAP))
@@ -69,8 +68,7 @@ def draw_map(found: ComputeMap, *, title: str) -> np.ndarray:
 def _picture(
     image: Image.Image, canvas: ImageDraw.ImageDraw, at: tuple[int, int], picture: MappedPicture, scale: Scale
 ) -> None:
-    """Pastes a picture, and below the picture the mean number of experts in words and the map. If a picture has no pixels,
-    drawn cells are grey."""
+    """Pastes a picture, its mean number of experts in words, and the map. Without pixels, drawn cells are grey."""
     x, y = at
     factor = SIDE / max(picture.experts.shape)
     height, width = (max(1, round(cells * factor)) for cells in picture.experts.shape)

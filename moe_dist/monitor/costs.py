@@ -1,5 +1,4 @@
-"""Compares the rows and bytes that a step sends with the rows and bytes that other placements and dispatch methods would
-send for the same choices. Pure functions."""
+"""Compares a step's rows and bytes with those of other placements and dispatch methods for the same choices."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

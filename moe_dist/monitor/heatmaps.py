@@ -53,8 +53,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Axis:
-    """The name of the rows or the columns of a heat map, and a label for each row or column. Optional sublabels are drawn
-    below the labels."""
+    """Name and labels of the rows or the columns of a heat map. Optional sublabels are drawn below the labels."""
 
     name: str
     labels: Sequence[str]
@@ -124,8 +123,7 @@ def extremes(values: np.ndarray, rows: Axis, columns: Axis, scale: Scale) -> str
 
 
 def colour(values: np.ndarray, scale: Scale) -> np.ndarray:
-    """Interpolates linearly between the colours of the scale, uint8 [..., 3]; nan is grey, an exact zero has the colour
-    `scale.zero`."""
+    """Interpolates linearly between the scale's colours, uint8 [..., 3]; nan is grey, an exact zero `scale.zero`."""
     known = ~np.isnan(values)
     unit = scale.to_unit(np.where(known, values, 0.0))
     stops = np.linspace(0.0, 1.0, len(scale.colours))
@@ -183,8 +181,7 @@ def _cell_size(space: int, count: int, top: int = MAX_CELL) -> int:
 
 
 def labelled(count: int, cell: int, needed: int) -> range:
-    """Returns the indices of the rows or columns that get a label: all, or every 2nd, 4th, 8th ... row or column if space
-    is short."""
+    """Returns the indices of the labelled rows or columns: all, or every 2nd, 4th, 8th ... if space is short."""
     stride = 1
     while stride * cell < needed:
         stride *= 2

@@ -95,8 +95,7 @@ def unread_modality(records: Sequence[Record]) -> Iterator[Hint]:
 
 
 def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
-    """Warns if each layer's busiest EP rank has much more work than the mean rank, because all other ranks wait for the
-    busiest rank in each layer."""
+    """Warns if each layer's busiest EP rank, for which the others wait, has much more work than the mean rank."""
     if weighted_rows_LR.shape[1] < 2 or not weighted_rows_LR.any():  # one rank, or no rows
         return
     ratio = float(weighted_rows_LR.max(1).sum() / weighted_rows_LR.mean(1).sum())
@@ -111,8 +110,7 @@ def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
 
 
 def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
-    """Warns about a rank that computes much longer than the other ranks. Time that a rank waits for other ranks does not
-    count."""
+    """Warns about a rank that computes much longer than the others. Time in which it waits for them does not count."""
     known = [each for each in busy_seconds if each.size > 1]
     if len(known) < RECENT:
         return

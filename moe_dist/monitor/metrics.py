@@ -165,8 +165,7 @@ def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_
 
 
 def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
-    """Returns the rank that computed longest, the rank's seconds, and the other ranks' median seconds; empty for a single
-    rank."""
+    """Returns the slowest rank, its seconds, and the other ranks' median seconds; empty for a single rank."""
     if busy_seconds_W.size < 2:
         return {}
     rank = int(busy_seconds_W.argmax())
@@ -229,8 +228,7 @@ def group_scalars(
     split: Sequence[str],
     dropped_LG: np.ndarray,
 ) -> dict[str, float | None]:
-    """Returns moe/<family>/<group> for each family in `split`, and for other families moe/<family>/mean, the mean over the
-    groups with tokens."""
+    """Returns moe/<family>/<group> for families in `split`, else moe/<family>/mean over the groups with tokens."""
     over_layers = [counts.sum(0, keepdims=True) for counts in (choices_LC, tokens_LG, dropped_LG)]
     summed = group_metrics(over_layers[0], over_layers[1], groups, dropped_LG=over_layers[2])
     layers = group_metrics(choices_LC, tokens_LG, groups)
@@ -257,8 +255,7 @@ def rows_by_rank(pairs_LC: np.ndarray, placement: ExpertPlacement) -> np.ndarray
 
 
 def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """Returns the work of each EP rank, float64 [L, R]: the rank's computed (token, expert) pairs times the pairs' mean FFN
-    width."""
+    """Returns the work of each EP rank, float64 [L, R]: its computed (token, expert) pairs x their mean FFN width."""
     width_E = np.array(placement.width_of_expert, dtype=np.float64)
     choices_LE = choices_LC[:, : placement.num_experts]  # counted before a capacity drops pairs
     width_LR = divide(rows_by_rank(choices_LE * width_E, placement), rows_by_rank(choices_LE, placement))

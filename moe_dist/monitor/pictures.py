@@ -91,8 +91,7 @@ def loads(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[tup
 
 
 def zero_computation_fraction(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
-    """Returns the fraction of each group's choices that are identity or constant experts, float64 [L, G]; nan without
-    choices."""
+    """Returns the fraction of choices that are identity or constant experts, float64 [L, G]; nan without choices."""
     split = group_choices(choices_LC, groups)
     return np.stack([divide(c.identity_Li.sum(1) + c.constant_Lc.sum(1), c.total) for c in split], axis=1)
 

@@ -35,8 +35,7 @@ class Hint:
 
 
 class WindowSums(NamedTuple):
-    """Sums over the records of a window of steps: int64 arrays of `Record.arrays`, and numbers for the texts of the
-    hints."""
+    """Sums of `Record.arrays` over the records of a window of steps, int64, and numbers for the texts of the hints."""
 
     choices_LC: np.ndarray
     tokens_LG: np.ndarray
@@ -64,8 +63,7 @@ class GroupWindow:
 
     @property
     def even(self) -> np.ndarray:
-        """Returns each layer's number of (token, true expert) pairs if all columns are chosen equally often, float64
-        [L]."""
+        """Each layer's number of (token, true expert) pairs if all columns are chosen equally often, float64 [L]."""
         return self.tokens_L * self.group.expected_experts_per_token
 
     @property
@@ -123,8 +121,7 @@ def busy_expert(window: GroupWindow) -> Iterator[Hint]:
 def busy_text(
     group: ExpertGroup, true_Ln: np.ndarray, tokens_L: np.ndarray, moe_layers: Sequence[int], layer: int, expert: int
 ) -> str:
-    """Returns an expert's load as a text for hints and reports. The heat map moe/load also has the quotient of the expert's
-    load and the mean load."""
+    """Returns an expert's load as text for hints and reports, relative to the group's tokens and to the mean load."""
     load, mean = true_Ln[layer, expert], true_Ln[layer].mean()
     return (
         f"{group.name} expert {expert} takes {load / tokens_L[layer]:.0%} of its group's tokens in layer "

@@ -134,8 +134,7 @@ def tag_plan(num_groups: int, num_modalities: int, *, mixture_of_depths: bool = 
 
 
 def split_tag(tag: str) -> tuple[str, str | None, str | None]:
-    """Splits a tag into family, label name and label value: 'moe/null_fraction/text' gives ('moe/null_fraction', 'group',
-    'text')."""
+    """Splits a tag into family, label name and value: 'moe/null_fraction/text' is 'moe/null_fraction', 'group', 'text'."""
     head, _, rest = tag.partition("/")
     if head in ("loss", "eval"):
         return head, "term" if head == "loss" else "part", rest

@@ -88,8 +88,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def _slices(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields lists of parameters whose converted moments together have at most WIDE_BYTES, or lists of one larger
-    parameter."""
+    """Yields lists of parameters whose converted moments have at most WIDE_BYTES, or of one larger parameter."""
     part: list[Tensor] = []
     size = 0
     for parameter in parameters:

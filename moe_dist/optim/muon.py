@@ -93,8 +93,7 @@ def muon(context: OptimizerContext, **fields: Any) -> Muon:
 
 
 def _for_whole_matrices(update: Tensor, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """Orthogonalises this rank's part of an update of `parameter`. Costs an all-gather if ranks hold only parts of a
-    matrix."""
+    """Orthogonalises this rank's part of an update. Costs an all-gather if ranks hold parts of the matrix."""
     if not isinstance(parameter, DTensor) or all(
         isinstance(each, Shard) and each.dim == 0 and parameter.ndim == 3 for each in parameter.placements
     ):

@@ -139,8 +139,7 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def materialise_moments(optimizer: Optimizer) -> None:
-    """Creates moments and step counts of 0, as the first step would, so that a checkpoint before the first step can save or
-    load them."""
+    """Creates moments and step counts of 0, so that a checkpoint before the first step can save or load them."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             add_moments(optimizer, group, parameter)
@@ -249,6 +248,5 @@ def lr_at(step: int, *, peak: float, **schedule: Any) -> float:
 
 
 def coefficient_at(schedule: Sequence[tuple[int, float]], step: int) -> float:
-    """Returns the value at `step` of a piecewise constant schedule: pairs (first step, value), with first steps rising from
-    0."""
+    """Returns the value at `step` of a piecewise constant schedule: pairs (first step, value), rising from 0."""
     return next(value for first, value in reversed(schedule) if first <= step)

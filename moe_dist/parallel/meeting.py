@@ -82,8 +82,7 @@ class Mailbox:
         self._store.set(str(self._store.add("count", 1)), text)
 
     def new(self) -> list[str]:
-        """Returns the messages that came since the last call. If there are no messages, the call costs one request to the
-        store."""
+        """Returns the messages since the last call. Without messages the call costs one request to the store."""
         before, self._count = self._count, self._store.add("count", 0)
         due = [*self._due, *range(before + 1, self._count + 1)]
         # a process that posts a message may have died before `set`
@@ -148,8 +147,7 @@ def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Gree
 
 @contextmanager
 def _store(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[Store]:
-    """Yields the store that all ranks of a start open. Rank 0 or torchrun's agent owns the store, unless the store is a
-    file."""
+    """Yields the store of all ranks of a start, owned by rank 0 or torchrun's agent, unless it is a file."""
     if env.init_method.startswith("file://"):
         yield FileStore(env.init_method.removeprefix("file://"), env.world_size)
     elif env.init_method != PUBLISHED:

@@ -89,8 +89,7 @@ def init_world(
 
 
 def pretend_world(*, rank: int, world_size: int) -> None:
-    """Creates a default process group without peers, whose collectives do nothing, for counting the work of one rank
-    alone."""
+    """Creates a default process group without peers, whose collectives do nothing, to count one rank's work."""
     # imported here, because the import registers a backend
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -237,8 +237,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_full_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads the result of `full_state_dict`, on any number of ranks and with any placement. Raises RuntimeError if names or
-    shapes differ."""
+    """Loads `full_state_dict`'s result on any ranks and placement. Raises RuntimeError if names or shapes differ."""
     own = dict(state)
     for path, _, experts, planner in _expert_stacks(model):
         if path in state and len(state[path]) == experts.num_experts:  # otherwise load_state_dict reports the wrong shape

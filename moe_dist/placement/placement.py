@@ -67,16 +67,14 @@ class ExpertGroup:
         return self.top_k * self.num_experts / self.num_columns
 
     def reached(self, here: int) -> float:
-        """Returns the probability, if routing is uniform, that a token of the group takes at least one of `here` given
-        experts."""
+        """Returns the probability, if routing is uniform, that a token of the group takes one of `here` given experts."""
         if self.token_share is not None:
             return 1 - (1 - min(1.0, self.token_share)) ** here
         return 1 - comb(self.num_columns - here, self.top_k) / comb(self.num_columns, self.top_k)
 
 
 def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> list[float]:
-    """Returns each group's share of all tokens. If the token mix is empty, all modalities count as having equally many
-    tokens."""
+    """Returns each group's share of all tokens. If the mix is empty, all modalities have equally many tokens."""
     mix = token_mix if any(token_mix.values()) else {m: 1 for group in groups for m in group.modalities}
     tokens = [sum(mix.get(modality, 0) for modality in group.modalities) for group in groups]
     return [count / max(1, sum(tokens)) for count in tokens]
@@ -153,8 +151,7 @@ class ExpertPlacement:
         return np.stack([pairs_LE[:, rank_E == rank].sum(1) for rank in range(self.num_ranks)], axis=1)
 
     def computing_ranks(self, layer: int) -> np.ndarray:
-        """Returns the rank that computes each expert for the tokens of each source rank, int64 [R, E]; the same in all
-        layers."""
+        """Returns the rank that computes each expert for each source rank's tokens, int64 [R, E]; equal in all layers."""
         return np.tile(np.array(self.rank_of_expert), (self.num_ranks, 1))
 
     @property

@@ -45,8 +45,7 @@ class PlacementWithReplicas(ExpertPlacement):
                 raise ConfigError(f"replicas of layer {layer}: {each} must be sorted, each on a rank without the expert")
 
     def in_layer(self, layer: int) -> ExpertPlacement:
-        """Returns a placement in which each replica is an expert of a further group, with the ids E, E + 1, ... in the
-        order of `ordered`."""
+        """Returns a placement whose replicas are experts of further groups, with ids E, E + 1, ... as in `ordered`."""
         first, groups = self.num_experts, list(self.groups)
         slots, ids = [list(each) for each in self.slots], itertools.count(first)
         for group in self.groups:
@@ -59,8 +58,7 @@ class PlacementWithReplicas(ExpertPlacement):
         return ExpertPlacement(tuple(groups), tuple(map(tuple, slots)))
 
     def ordered(self, layer: int, group: ExpertGroup) -> list[Replica]:
-        """Returns a group's replicas in one layer, in the order in which their weights arrive: by the rank of the own slot,
-        then by id."""
+        """Returns a group's replicas in the order in which their weights arrive: by the own slot's rank, then by id."""
         of_group = (each for each in self.replicas[layer] if each.expert in group.experts)
         return sorted(of_group, key=lambda each: (self.rank_of_expert[each.expert], each))
 
@@ -102,8 +100,7 @@ class PlacementWithReplicas(ExpertPlacement):
 
 
 def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict[int, list[int]]:
-    """Returns the ranks of each expert with replicas. The expert's own rank is last, so that it serves the fewest other
-    ranks."""
+    """Returns the ranks of each expert with replicas; the own rank is last and so serves the fewest ranks."""
     found: dict[int, list[int]] = {}
     for expert, rank in sorted(replicas):
         found.setdefault(expert, []).append(rank)
@@ -111,8 +108,7 @@ def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict
 
 
 def servers(hosts: Sequence[int], ranks: int) -> list[int]:
-    """Returns for each source rank the rank of the slot that serves the source rank: itself if it has a slot, else one of
-    `hosts`, in turns."""
+    """Returns for each source rank the rank that serves it: itself if it has a slot, else one of `hosts` in turns."""
     turns = itertools.cycle(hosts)
     return [rank if rank in hosts else next(turns) for rank in range(ranks)]
 

@@ -32,8 +32,7 @@ def best_of_each(ranked: Sequence[Any], key: Callable[[Any], object]) -> list[An
 
 
 def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterator[str]:
-    """Yields sentences that compare the best layout with the best layouts under other choices, such as another EP size, on
-    equally many GPUs."""
+    """Yields sentences that compare the best layout with the best of other choices on equally many GPUs."""
     same = sorted((each for each in fitting if each.gpus == best.gpus), key=lambda each: each.seconds)
 
     def rivals(choice: Callable[[Estimate], object]) -> list[Estimate]:
@@ -102,8 +101,7 @@ def is_interleaved(placement: ExpertPlacement) -> bool:
 
 
 def hot_expert(load_LE: np.ndarray, layers: Sequence[int], placement: ExpertPlacement) -> str:
-    """Names the expert and layer whose load above the layer's mean load adds most to the work of the busiest ranks, by
-    measured loads."""
+    """Names the expert and layer whose measured load above the mean adds most to the busiest ranks' work."""
     rank_E, ranks = np.array(placement.rank_of_expert), placement.num_ranks
     work_LR = rank_loads(load_LE, rank_E, ranks)
     pace, worst = work_LR.max(1).sum(), (0.0, 0, 0)

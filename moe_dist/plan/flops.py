@@ -60,8 +60,7 @@ def _replicated_adapters(model: ModelSection) -> float:
 
 
 def ffn_dim_for_all(model: ModelSection) -> int:
-    """Returns the width of the FFN that computes all tokens of an MoE layer: the shared expert, or the FFN under LoRA
-    experts."""
+    """Returns the width of an MoE layer's FFN for all tokens: the shared expert, or the FFN under LoRA experts."""
     moe = model.moe
     return next(iter(moe.groups.values())).ffn_dim if moe.experts.over_frozen_ffn else moe.shared_ffn_dim
 
@@ -80,8 +79,7 @@ def layers_passed_by(model: ModelSection) -> float:
 
 
 def depth_router(model: ModelSection) -> int:
-    """Returns the number of parameters of all mixture-of-depths routers. Every token uses all parameters of these
-    routers."""
+    """Returns the parameters of all mixture-of-depths routers; every token uses all of them."""
     depths, dim = model.mixture_of_depths, model.hidden_dim
     auxiliary = max(1, dim // 2) * (dim + 1) if depths is not None and depths.causal == "auxiliary" else 0
     return len(model.depth_layers) * (dim + auxiliary)

@@ -1,5 +1,4 @@
-"""Checks that a configuration can run on this machine: packages, the group of `run.group`, and secrets. Imports no
-torch."""
+"""Checks packages, the group of `run.group`, and secrets of this machine for a configuration. Imports no torch."""
 
 import grp
 import importlib.util
@@ -96,8 +95,7 @@ def group_violations(config: Config) -> list[Violation]:
 
 
 def _secret_violations(config: Config) -> list[Violation]:
-    """Finds values of secret environment variables in the configuration, which is saved in the run folder and
-    checkpoints."""
+    """Finds secret environment variables in the configuration, which run folder and checkpoints save."""
     found = secrets_of(os.environ)
     return [
         Violation(

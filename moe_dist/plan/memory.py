@@ -178,8 +178,7 @@ def checkpoint_bytes(config: Config) -> float:
 
 
 def folder_bytes(config: Config) -> int:
-    """Returns the most bytes of a run's checkpoints on disk: `checkpoint.keep` checkpoints, and one that is being
-    written."""
+    """Returns the most bytes of a run's checkpoints: `checkpoint.keep` of them, and one that is being written."""
     return (config.checkpoint.keep + 1) * round(checkpoint_bytes(config))
 
 
@@ -220,8 +219,7 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
 
 
 def _replicas(config: Config) -> float:
-    """Returns the largest number of replica parameters that a rank keeps until backward, plus the gradients of one layer's
-    replicas."""
+    """Returns the most replica parameters that a rank keeps until backward, plus one layer's replica gradients."""
     section, model = config.rank_balance.replicating, config.model
     if section is None or config.parallel.ep == 1:
         return 0.0
@@ -236,8 +234,7 @@ def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> fl
 
 
 class LayerBytes(NamedTuple):
-    """Bytes per token of all layers: tensors that autograd keeps, and recomputed tensors, which exist for one layer at a
-    time."""
+    """Bytes per token of all layers: tensors that autograd keeps, and recomputed ones, of one layer at a time."""
 
     kept: float
     once: float

@@ -32,8 +32,7 @@ class PlacementCosts:
 
     @property
     def efficiency(self) -> float:
-        """Returns mean load / maximum load of the ranks. The throughput is at most this ratio times the throughput under
-        equal loads."""
+        """Returns mean / maximum load of the ranks: the bound of throughput / throughput under equal loads."""
         return sum(self.load_R) / len(self.load_R) / max(self.load_R)
 
     @property

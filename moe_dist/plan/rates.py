@@ -89,8 +89,7 @@ class Rates(Section):
             yield Violation(("inside",), problem)
 
     def link(self, ranks: int) -> LinkSection:
-        """Returns the link inside a node for `ranks` ranks: the entry with the least sufficient number of ranks, or the
-        last entry."""
+        """Returns the link inside a node for `ranks` ranks: the smallest sufficient entry, or the last."""
         return next((link for link in self.inside if link.ranks >= ranks), self.inside[-1])
 
 

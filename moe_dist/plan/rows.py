@@ -168,8 +168,7 @@ class Traced:
         return np.repeat(np.arange(len(self.first_Q)), self.tokens_Q)
 
     def pairs_of_experts(self, num_experts: int) -> np.ndarray:
-        """Number of each sequence's tokens that chose each true expert, [Q, L, E]; dropped and null choices do not
-        count."""
+        """Number of each sequence's tokens that chose each true expert, [Q, L, E], without dropped and null choices."""
         found = np.zeros((len(self.first_Q), self.ids_TLK.shape[1], num_experts))
         token, layer, place = np.nonzero((self.ids_TLK >= 0) & (self.ids_TLK < num_experts))
         np.add.at(found, (self._sequence_of_token[token], layer, self.ids_TLK[token, layer, place]), 1)

@@ -257,8 +257,7 @@ def _forward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...
 
 
 def _backward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...]) -> int:
-    """Adds the events of a layer's backward to the queue: gradients of outputs go to the experts' ranks, gradients of rows
-    come back."""
+    """Adds a layer's backward to the queue: output gradients go to the experts' ranks, row gradients come back."""
     back, again = order.backward, order.again if order.recompute == "experts" else 0.0
     if not layer.hops:
         experts = (back + again) * (layer.own + layer.others) + back * (layer.shared + layer.pack)

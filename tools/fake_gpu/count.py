@@ -1,5 +1,4 @@
-"""Counts kernels, bytes, FLOPs, host syncs, collectives and memory of a training step by part of the model and phase,
-without a GPU."""
+"""Counts kernels, bytes, FLOPs, syncs, collectives and memory of a step by part of the model, without a GPU."""
 
 import json
 from collections.abc import Sequence

@@ -85,8 +85,7 @@ class Counted:
 
 
 def scaled(overrides: Sequence[str], path: str, ranks: int) -> Config:
-    """Returns the configuration on `ranks` ranks, with EP groups of the configured size, or of `ranks` ranks if that is
-    smaller."""
+    """Returns the configuration on `ranks` ranks, with EP groups of the configured size, or of `ranks` if smaller."""
     config = load_config(path, overrides)
     ep = min(config.parallel.ep, ranks)
     if ranks % ep:
@@ -161,8 +160,7 @@ class Uniform:
 
 
 def watch_parts(model: nn.Module, recorder: fake_cuda.Recorder) -> Counter[str]:
-    """Sets hooks that tell the recorder which part of the model runs, in forward and in backward. Returns the number of
-    layers with each part."""
+    """Sets hooks that tell the recorder which part of the model runs. Returns the number of layers with each part."""
     names = []
 
     def at(name: str, layer: int) -> None:
@@ -235,8 +233,7 @@ def batch_of(config: Config) -> Batch:
 
 
 class _NoMeta:
-    """Replaces torch in `build`, to build the model on the fake device, because fake tensors cannot leave the meta
-    device."""
+    """Replaces torch in `build`, to build on the fake device, because fake tensors cannot leave the meta device."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)

@@ -1,5 +1,4 @@
-"""The table of checks, in the order in which they run: first checks whether results are right, then measurements of
-speed."""
+"""The table of checks in their order: first whether results are right, then measurements of speed."""
 
 from collections.abc import Mapping
 

@@ -1,5 +1,4 @@
-"""Checks the dispatchers that call another project's kernels, if that project's package is installed and the machine has
-two GPUs."""
+"""Checks the dispatchers that call other projects' kernels; needs their packages and two GPUs."""
 
 import torch
 

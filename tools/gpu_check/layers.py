@@ -108,8 +108,7 @@ def same_direction(y_TD: Tensor) -> Tensor:
 
 
 def layer(job: CheckJob) -> list[Reading]:
-    """Measures the largest relative difference of an MoE layer from float64 on the CPU, for each dtype, kernels and
-    experts' product."""
+    """Measures the largest difference of an MoE layer from float64 on the CPU, by dtype, kernels and experts' product."""
     device, (tokens, hidden, ffn) = torch.device(job.device), (48, 32, 24) if job.rehearse else (4096, 512, 768)
     groups, readings = single_group(8, 4, 3, ffn), []
     for precision, dtype in DTYPES.items():
@@ -136,8 +135,7 @@ def dispatch(job: CheckJob) -> list[Reading]:
 
 
 def _dispatched(job: CheckJob, mesh: Mesh) -> dict[str, float]:
-    """Returns, by dispatcher, an MoE layer's largest float64 difference from one rank with all tokens: of output, and
-    gradients of input and experts."""
+    """Returns, by dispatcher, the largest float64 difference of output and gradients from one rank with all tokens."""
     hidden, groups = 16, single_group(2 * mesh.world_size, 2, 2, 24)
     worst: dict[str, float] = {}
     for kind in DISPATCH:
@@ -205,8 +203,7 @@ def _exact(alone: MoELayer, inputs: Sequence[Tensor], rank: int, experts: Sequen
 
 
 def attention(job: CheckJob) -> list[Reading]:
-    """Checks grouped-query attention inside packed documents, with and without a window; on CUDA the checked implementation
-    is compiled flex attention."""
+    """Checks grouped-query attention in packed documents, with and without a window; compiled flex attention on CUDA."""
     device, readings = torch.device(job.device), []
     length, width = (48, 16) if job.rehearse else (1024, 64)
     generator = torch.Generator().manual_seed(3)
@@ -253,8 +250,7 @@ def syncs(job: CheckJob) -> list[Reading]:
 
 
 def _step_waits(job: CheckJob, mesh: Mesh) -> tuple[int, int]:
-    """Returns the number of the host's waits in a step, and its limit: one wait per MoE layer and micro-batch, and two at
-    the end."""
+    """Returns the host's waits in a step, and their limit: one per MoE layer and micro-batch, and two at the end."""
     config = configure(job, mesh, MODES["FSDP2, bf16"], sequences=2)
     run, batches = RandomRun(mesh, config), config.train.global_batch // config.train.micro_batch
     run.take(2)

@@ -31,8 +31,7 @@ TIMES = 5  # number of timed steps, equal on all ranks
 
 
 def megatron_step(job: CheckJob) -> list[Reading]:
-    """Measures the largest relative difference of the first step's loss and gradient norm, and the ratio of the steps'
-    times."""
+    """Measures the largest difference of the first step's loss and gradient norm, and the ratio of the steps' times."""
     found = on_ranks(_steps, job)[0]
     return [
         Reading("difference of loss and gradient norm", found["apart"], most=10 * MOST["fp32"]),
@@ -73,8 +72,7 @@ def random_batches(config: Config, mesh: Mesh, seed: int) -> list[Batch]:
 
 
 def training_step(config: Config, mesh: Mesh, variant: Variant | None) -> TrainingStep:
-    """Makes a training step over a new model. The model's MoE layers are ours if `variant` is None, else
-    Megatron-Core's."""
+    """Makes a training step over a new model, whose MoE layers are ours if `variant` is None, else Megatron-Core's."""
     groups, comm_stats = expert_groups(config.model.moe), CommStats()
     placement = make_placement(config.placement, groups, num_ranks=mesh.ep_size, token_mix={})
     with torch.device("meta"):

@@ -41,8 +41,7 @@ def function_of(target: str) -> Callable[..., Any]:
 
 
 def run_check(name: str, target: str, job: CheckJob) -> Outcome:
-    """Runs the check `target` for at most `job.seconds`, and returns the check's outcome, even if the check's process
-    crashed."""
+    """Runs the check `target` for at most `job.seconds`, and returns its outcome, even if its process crashed."""
     out = job.folder / f"{name}.json"
     out.unlink(missing_ok=True)
     began = time.monotonic()
@@ -61,8 +60,7 @@ def run_check(name: str, target: str, job: CheckJob) -> Outcome:
 
 
 def _quoted(text: str) -> str:
-    """Returns the beginning of faulthandler's output in `text`, where the innermost call is; without such output the end of
-    `text`."""
+    """Returns the beginning of faulthandler's output, where the innermost call is; without it the end of `text`."""
     found = max(text.rfind(mark) for mark in ("Timeout (", "Fatal Python error"))
     return text[found : found + TAIL] if found >= 0 else text[-TAIL:].strip()
 

@@ -1,5 +1,4 @@
-"""Reads from torch's profiler the number of kernels that a function launches, and the fraction of time without a running
-kernel."""
+"""Reads from torch's profiler how many kernels a function launches, and the share of time without a kernel."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +11,14 @@ from tools.gpu_check.outcome import CheckJob
 
 
 class Profiled(NamedTuple):
-    """Number of launched kernels, and the fraction of the time from the first kernel's start to the last kernel's end in
-    which no kernel runs."""
+    """Number of launched kernels, and the share of the time from the first to the last kernel in which none runs."""
 
     launches: int
     idle: float
 
 
 def profiled(job: CheckJob, run: Callable[[], Any], trace: Path | None = None) -> Profiled:
-    """Calls `run` once. A rehearsal counts CPU operations instead of kernels. `trace` is a file to write in Chrome's trace
-    format."""
+    """Calls `run` once. A rehearsal counts CPU operations. `trace` is a file to write in Chrome's trace format."""
     activities = [ProfilerActivity.CPU, *([] if job.rehearse else [ProfilerActivity.CUDA])]
     with profile(activities=activities) as found:
         run()

@@ -66,8 +66,7 @@ def drawn(job: CheckJob, *shape: int, dtype: torch.dtype = torch.bfloat16) -> to
 
 
 def ceilings(job: CheckJob) -> list[Reading]:
-    """Measures the rates with which other checks compare their rates: bytes per second of a copy (read and written), and
-    bf16 FLOP/s."""
+    """Measures the rates that other checks divide by: bytes per second of a copy (read and written), bf16 FLOP/s."""
     count, width = (1 << 10, 32) if job.rehearse else (1 << 29, 8192)
     source = drawn(job, count)
     target, x = torch.empty_like(source), drawn(job, width, width)
@@ -90,8 +89,7 @@ def ceilings(job: CheckJob) -> list[Reading]:
 
 
 def kernel_rates(job: CheckJob) -> list[Reading]:
-    """Measures kernels' rates by the bytes that they must read and write; a row of several (token, expert) pairs is read
-    for each pair."""
+    """Measures kernels' rates by the bytes that they must read and write; a row is read for each of its pairs."""
     if reason := why_not_triton(torch.device(job.device), torch.bfloat16):
         raise NotPossibleError(reason)
     from moe_dist.model.kernels.cross_entropy import cross_entropy, cross_entropy_backward
@@ -192,8 +190,7 @@ def layer_rate(job: CheckJob) -> list[Reading]:
 
 
 def layer_shapes(job: CheckJob) -> dict[str, tuple[int, ...]]:
-    """Returns T, D, F, E and K of each model. If E is one rank's number of experts, T is the number of tokens that reach
-    this rank's experts."""
+    """Returns T, D, F, E and K of each model; T tokens reach this rank's experts if E is one rank's number of experts."""
     return {OLMOE: sizes(job)} if job.rehearse else {OLMOE: sizes(job), **SHAPES}
 
 
@@ -242,8 +239,7 @@ def _megatron_seconds(job: CheckJob, ours: Any, x_TD: torch.Tensor, group_T: tor
 
 
 def null_fraction(job: CheckJob) -> list[Reading]:
-    """Measures the milliseconds of forward and backward with 8 true experts, while null experts take 0 to about 0.9 of the
-    choices."""
+    """Measures the milliseconds of forward and backward with 8 true experts, at null fractions of 0 to about 0.9."""
     T, D, F, _, K = sizes(job)
     device, experts = torch.device(job.device), 8
     torch.manual_seed(0)

@@ -34,8 +34,7 @@ class Check:
 
 
 def header(job: CheckJob, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the facts that all results in one file share: code, machine and versions. `found` has the facts about the
-    card."""
+    """Returns the facts that all results in one file share: `found`, the card's facts, and code, machine, versions."""
     versions = {}
     for package in PACKAGES:
         try:

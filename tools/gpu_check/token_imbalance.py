@@ -124,8 +124,7 @@ def _hot_experts(workload: str, step: int, shape: WorkloadShape, fixed: np.rando
 
 
 def _balanced(shape: WorkloadShape, alive: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Gives each token K consecutive experts of a shuffled ring, so that the experts' token counts differ by at most
-    one."""
+    """Gives each token K consecutive experts of a shuffled ring, so that experts' token counts differ by at most one."""
     ring = rng.permutation(alive)
     place_TK = np.arange(shape.num_tokens * shape.top_k).reshape(-1, shape.top_k) % len(ring)
     return rng.permutation(ring[place_TK].astype(np.int64), axis=0)

@@ -146,8 +146,7 @@ class RandomRun:
 
 
 def steps(job: CheckJob) -> list[Reading]:
-    """Measures the largest relative difference of losses and gradient norms from a run on one CPU rank, for each of
-    `MODES`."""
+    """Measures the largest difference of losses and gradient norms from one CPU rank, for each of `MODES`."""
     (exact,) = on_ranks(_losses, job, ["DDP, fp32"], world=1, device="cpu")
     found = on_ranks(_losses, job, list(MODES))[0]
     readings = []
@@ -192,8 +191,7 @@ def _deterministic(job: CheckJob, mesh: Mesh) -> RandomRun:
 
 
 def _repeated(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, dict[str, int]]:
-    """Returns the final fingerprints of two runs of three steps. The first run saves a checkpoint of step 2 while step 3 is
-    computed."""
+    """Returns the bits of two runs of three steps. The first saves step 2 while it computes step 3."""
     first = _deterministic(job, mesh)
     first.take(2)
     writer = first.save(folder)

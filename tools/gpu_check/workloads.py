@@ -1,5 +1,4 @@
-"""Checks an MoE layer under the eight token-imbalance workloads, W0 to W7, and runs the kernels under NVIDIA's
-compute-sanitizer."""
+"""Checks an MoE layer under the workloads W0 to W7, and the kernels under NVIDIA's compute-sanitizer."""
 
 import os
 import shutil

@@ -48,8 +48,7 @@ def use_triton(model: Transformer, kind: KernelKind, *, device: torch.device, dt
 
 
 def why_not(kernels: DenseKernels, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns None if the kernels' results equal torch's, else a text that names the difference or failure. Compiles the
-    kernels, and syncs."""
+    """Returns None if the kernels' results equal torch's, else the difference or failure. Compiles kernels; syncs."""
     return kernel_choice.why_differ(lambda: _results(kernels, dtype), lambda: _results(TORCH, dtype), device)
 
 

@@ -1,5 +1,4 @@
-"""The interface of the kernels of dense parts. `TORCH` uses operations of torch, on any device, and is the reference of
-`triton_kernels.TRITON`."""
+"""The interface of the kernels of dense parts. `TORCH` is the reference of `triton_kernels.TRITON`, on any device."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -90,8 +90,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, wide: bool) -> Iterator[list
 def rms_norm_backward(
     grad: Tensor, grad_wide: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Returns dx [M, D], and sums over the rows of each program, fp32 [P, D], whose sum is dw. With `grad_wide`, fp32 [M,
-    D], dy is `grad` + `grad_wide`."""
+    """Returns dx [M, D], and each program's part of dw, fp32 [P, D]. dy is `grad` + `grad_wide`, fp32 [M, D], if given."""
     (rows, width), sizes = x.shape, blocks(x.shape[1])
     tiles = triton.cdiv(rows, sizes["ROWS"])
     steps = triton.cdiv(tiles, PROGRAMS)

@@ -20,8 +20,7 @@ from moe_dist.moe.kernels.operation import launch, operation
 
 @triton.jit
 def places(H: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr):
-    """Returns, for all pairs of rotated values, the index of the first value inside a token, whether the pair exists, and
-    the pair's number."""
+    """Returns each pair of rotated values: index of its first value in a token, whether it exists, its number."""
     head = tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
     return head * D + pair * STEP, (head < H) & (pair < D // 2), pair
@@ -152,8 +151,7 @@ def normed_rotary_backward(
 
 
 def sizes(x: Tensor, weight: Tensor, adjacent: bool) -> dict[str, int]:
-    """Returns the compile-time constants of both kernels, and the number of warps, with which each thread has at most 8
-    pairs of values."""
+    """Returns the constants of both kernels, and the number of warps that gives each thread at most 8 pairs."""
     _, heads, width = x.shape
     blocks = {"HEADS": triton.next_power_of_2(heads), "PAIRS": triton.next_power_of_2(width // 2)}
     warps = max(4, blocks["HEADS"] * blocks["PAIRS"] // 256)

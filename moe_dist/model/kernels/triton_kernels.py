@@ -30,8 +30,7 @@ def _rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor], pairs: RopePairs = "ha
 def _norm_and_rotate(
     x_BSHd: Tensor, weight: Tensor, eps: float, table: tuple[Tensor, Tensor], pairs: RopePairs
 ) -> Tensor | None:
-    """Returns None for cases that the kernel does not support: rotation of a part of a head, or heads that are together too
-    wide."""
+    """Returns None where the kernel does not fit: rotation of a part of a head, or too wide heads normed together."""
     batch, length, heads, width = x_BSHd.shape
     if 2 * table[0].shape[-1] != width or heads * width > norm.LARGEST:
         return None

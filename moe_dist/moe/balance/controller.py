@@ -52,8 +52,7 @@ class AimingRule(Protocol):
 
 @runtime_checkable
 class RememberingRule(Protocol):
-    """A rule whose updates depend on the counts of earlier steps, and not only on the number of steps. Checkpoints save the
-    rule's state."""
+    """A rule whose updates depend on the counts of earlier steps. Checkpoints save the rule's state."""
 
     def state(self) -> JsonValue: ...
 

@@ -13,8 +13,7 @@ from moe_dist.moe.routing.types import Assignments
 
 
 class CountingPlanner(DispatchPlanner):
-    """Plans by counting if pairs are sorted by token (`Assignments.num_choices`) in one chunk; otherwise calls
-    `DispatchPlanner.plan`."""
+    """Plans by counting if pairs are sorted by token (`Assignments.num_choices`) in one chunk; else as the parent."""
 
     def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> tuple[tuple[AllToAllPlan, ...], OwnPairs]:
         if assignments.num_choices is None or self.chunks > 1 or self.own_apart:
@@ -51,8 +50,7 @@ class CountingPlanner(DispatchPlanner):
         return (plan,), OwnPairs(pair_P[:0], token_N[:0], ())
 
     def _arrivals(self, counts: Counts) -> tuple[np.ndarray, int, np.ndarray]:
-        """Returns the arguments `runs` and `longest` of `plan_arrive`, and the number of rows of each source rank, the own
-        rank first."""
+        """Returns `runs` and `longest` of `plan_arrive`, and the number of rows of each source rank, the own first."""
         own = self.wire.rank
         arriving_HX = counts.arriving_WCX[[own, *(rank for rank in self._ranks if rank != own)], 0]
         row_H, pairs_HX = arriving_HX[:, 0], arriving_HX[:, 1:]

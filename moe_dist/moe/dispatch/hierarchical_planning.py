@@ -172,8 +172,7 @@ class HierarchicalPlanner:
 
     @staticmethod
     def _exchange_codes(wire: AllToAll, pairs: Splits, slot_P: Tensor, first_P: Tensor, prefix: str, layer: str) -> Tensor:
-        """Sends the codes of pairs in one hop. Returns the codes of pairs that stay on this rank, then the received
-        codes."""
+        """Sends the codes of pairs in one hop. Returns the codes that stay on this rank, then the received codes."""
         code_P, num_out = slot_P * 2 + first_P, sum(pairs.send)
         ids = code_P[:num_out].to(torch.int32)  # int32 instead of int64 halves the bytes
         arrived = wire.exchange(ids, pairs, name=prefix + EXPERT_IDS, layer=layer)

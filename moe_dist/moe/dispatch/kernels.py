@@ -51,8 +51,7 @@ class SlotNumbers:
 
     @classmethod
     def of(cls, placement: ExpertPlacement, *, multiple: int = 1) -> "SlotNumbers":
-        """Numbers the experts of a placement. E' is the largest number of slots of a rank, rounded up to a multiple of
-        `multiple`."""
+        """Numbers the experts of a placement. E' is the most slots of a rank, rounded up to a multiple of `multiple`."""
         slots_per_rank = max(1, *(len(slots) for slots in placement.slots))
         slots_per_rank = -(-slots_per_rank // multiple) * multiple
         places = zip(placement.rank_of_expert, placement.slot_of_expert, strict=True)
@@ -188,8 +187,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
 
     @abstractmethod
     def reduce(self, rows_QD: Tensor, plan: K, weight_Q: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Calls the kernels' combine, which sums returned rows for each of this rank's tokens. Weights, if given, are
-        returned as [T, X]."""
+        """Calls the kernels' combine, which sums returned rows by token. Given weights are returned as [T, X]."""
 
     @abstractmethod
     def weight_bytes(self, plan: K) -> int:
@@ -217,8 +215,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
             return self.reduce(rows_QD, plan, weight_Q)
 
     def _count(self, name: str, rows: int, like: Tensor, weight_bytes: int) -> None:
-        """Counts the bytes of rows and weights sent to other ranks. The count leaves out the bytes that the kernels'
-        protocol adds."""
+        """Counts the bytes of rows and weights sent to other ranks, without those of the kernels' protocol."""
         comm_stats = self.wire.comm_stats
         comm_stats.count(f"{self.LIBRARY} {name}", rows * like.shape[1] * like.element_size(), payload=True)
         if weight_bytes:

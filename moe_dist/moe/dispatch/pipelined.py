@@ -147,8 +147,7 @@ class Flight:
 
 
 class StartDispatch(torch.autograd.Function):
-    """Forward starts sending rows and pair weights to the experts' ranks. Backward waits for the gradients of rows and
-    weights."""
+    """Forward starts sending rows and pair weights to the experts' ranks. Backward waits for their gradients."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, h_TD: Tensor, weight_N: Tensor, flight: Flight) -> Tensor:
@@ -179,8 +178,7 @@ class _Gate(torch.autograd.Function):
 
 
 class EndDispatch(torch.autograd.Function):
-    """Forward waits for rows [R, D] and pair weights [Q]. Backward starts sending the gradients of rows and weights
-    back."""
+    """Forward waits for rows [R, D] and pair weights [Q]. Backward starts sending their gradients back."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, flight: Flight) -> Any:

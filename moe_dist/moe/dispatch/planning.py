@@ -204,8 +204,7 @@ class DispatchPlanner:
         return max(1, -(-num_tokens // self.chunks))
 
     def _cells(self, assignments: Assignments, num_tokens: int, tables: _Tables) -> _Cells:
-        """Counts the pairs of each bin, and by a bitmap (run, token) of W x T x 5 bytes the rows of each run. Does not
-        sync."""
+        """Counts pairs by bin, and by a bitmap (run, token) of W x T x 5 bytes the rows of each run. Does not sync."""
         size, chunks, length = self.wire.size, self.chunks, self._chunk_length(num_tokens)
         num_remote = self.placement.num_experts - len(self.placement.slots[self.wire.rank])
         num_own = self.placement.num_experts - num_remote

@@ -37,8 +37,7 @@ class StaticRoom:
 
     @classmethod
     def expected(cls, placement: ExpertPlacement, tokens: int, factor: float) -> "StaticRoom":
-        """Returns `factor` times the numbers expected for `tokens` tokens of each rank, but at most the largest possible
-        numbers."""
+        """Returns `factor` times the numbers expected for `tokens` tokens of each rank, at most the largest possible."""
         groups, ep = placement.groups, placement.num_ranks
         rows, pairs, computed = [], [], []
         for rank in range(ep):
@@ -60,8 +59,7 @@ class StaticRoom:
 
 @dataclass(frozen=True)
 class PaddedIndex(RowIndex):
-    """A `RowIndex` whose row `padding` takes the items that belong to no row. `items_of_rows` leaves the items of row
-    `padding` out."""
+    """A `RowIndex` whose row `padding` takes the items of no row, which `items_of_rows` leaves out."""
 
     padding: int = 0
 
@@ -233,8 +231,7 @@ class StaticPlanner(DispatchPlanner):
         return self.wire.exchange(message, splits, name=COUNTS, layer=layer).view(size, lengths[own])
 
     def _by_slot(self, arriving_HX: Tensor, places: _Places, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns `arrival_Q`, `counts_X` and `end_X` of the plan, and the number of each group's pairs beyond the room
-        [G]."""
+        """Returns `arrival_Q`, `counts_X` and `end_X` of the plan, and each group's pairs beyond the room [G]."""
         total_X = arriving_HX.sum(0)
         total_G = torch.zeros_like(fixed.computed_G).scatter_add_(0, fixed.group_X, total_X)
         padding_G = (fixed.computed_G - total_G).clamp_min(0)

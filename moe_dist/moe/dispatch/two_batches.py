@@ -29,16 +29,14 @@ from moe_dist.moe.dispatch.pipelined import EndCombine, EndDispatch, Flight, Sta
 
 
 class Chain:
-    """An empty tensor, passed through the autograd nodes of both halves of a micro-batch. `end` is the last node's
-    output."""
+    """An empty tensor that passes through the autograd nodes of both halves. `end` is the last node's output."""
 
     def __init__(self, like: Tensor) -> None:
         self.end: Any = like.new_empty(0)
 
 
 class TwoBatchDispatcher(AllToAllDispatcher):
-    """Dispatches as `AllToAllDispatcher`. The method `run` dispatches whole micro-batches, as in evaluation; `steps`
-    dispatches one half of a micro-batch."""
+    """Dispatches as `AllToAllDispatcher`: `run` whole micro-batches, as in evaluation; `steps` a half of one."""
 
     def steps(
         self,
@@ -50,8 +48,7 @@ class TwoBatchDispatcher(AllToAllDispatcher):
         experts: RunExperts,
         shared: RunShared = None,
     ) -> Generator[None, None, tuple[Tensor, Tensor | None]]:
-        """See `Dispatcher.run`. Yields while the rows of dispatch are in flight, and again while the rows of combine
-        are."""
+        """See `Dispatcher.run`. Yields while the rows of dispatch are in flight, and again while those of combine are."""
         flight, mark = Flight(plan, self.exchange, repeated=False), self.exchange.all_to_all.comm_stats.mark
         chain.end = StartDispatch.apply(chain.end, h_TD, weight_N, flight)
         shared_TD = None if shared is None else shared(h_TD)

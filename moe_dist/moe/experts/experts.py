@@ -40,8 +40,7 @@ Activate = Callable[[Tensor, Tensor | None, slice], Tensor]  # gate [Q, F], up [
 
 @dataclass(frozen=True)
 class Runs:
-    """The rows of one stack: a run of consecutive rows for each expert, in order. The lengths of the runs are on the
-    host."""
+    """The rows of one stack: a run of consecutive rows for each expert, with lengths on the host."""
 
     lengths: Sequence[int]
 
@@ -145,8 +144,7 @@ def rows_between(x: Tensor, start: int, end: int) -> Tensor:
 
 
 def inputs_between(x_QD: Inputs, start: int, end: int) -> tuple[Tensor, Tensor]:
-    """Returns the input rows for gate and for up: the same tensor twice if x is one tensor, so that one sum gives the
-    gradient."""
+    """Returns the input rows for gate and for up: twice the same tensor if x is one, so that one sum gives its gradient."""
     first, second = x_QD if isinstance(x_QD, tuple) else (x_QD, x_QD)
     cut = rows_between(first, start, end)
     return cut, cut if second is first else rows_between(second, start, end)

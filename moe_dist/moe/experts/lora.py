@@ -73,8 +73,7 @@ class LoRAPlan:
 
 
 def expert_weights(weight_N: Tensor, kind: Weight) -> Tensor:
-    """Computes the weight w_e of each pair from its probability in `weight_N`. The top of this file defines the values of
-    `kind`."""
+    """Computes each pair's weight w_e from its probability in `weight_N`; the top of this file defines `kind`."""
     if kind == "probability":
         return weight_N
     if kind == "published":

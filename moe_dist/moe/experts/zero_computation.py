@@ -18,8 +18,7 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class ConstantStack(nn.Module):
-    """The constant experts of one group: v as `vector` [c, D] and W as `gate` [c, 2, D]. Every rank holds all vectors and
-    gates."""
+    """The constant experts of one group, on every rank: v as `vector` [c, D] and W as `gate` [c, 2, D]."""
 
     role = Role.ZERO_COMPUTATION
 

@@ -111,8 +111,7 @@ class RowKernels(Protocol):
     has_plan: bool
 
     def choose(self, logits_TC: Tensor, group_T: Tensor, top_k: TopK, choice_TK: Tensor | None) -> Choice:
-        """Lets tokens of the groups `group_T` (-1: padding) choose columns, or uses the columns that the tokens chose
-        before."""
+        """Lets tokens of the groups `group_T` (-1: padding) choose columns, or uses their earlier choice."""
         ...
 
     def experts_choose(
@@ -139,8 +138,7 @@ class RowKernels(Protocol):
         ...
 
     def sum_pairs(self, y_QD: Tensor, weight_Q: Tensor, index: RowIndex, dtype: torch.dtype) -> Tensor:
-        """Returns for each row the sum of the outputs of the row's pairs, [R, D] in `dtype`, weighted if `swiglu` applied
-        no weights."""
+        """Returns the sum of each row's pair outputs, [R, D] in `dtype`, weighted if `swiglu` applied no weights."""
         ...
 
     def sum_rows(

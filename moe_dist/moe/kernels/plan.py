@@ -189,8 +189,7 @@ def collect_kernel(own, arrived, runs, order, first, num_own, X, H, steps, R, RO
 
 
 def blocks(num_places: int, num_bins: int) -> dict[str, int]:
-    """Returns the sizes of a program: its tokens (ROWS), and the powers of 2 that hold all experts (BINS) and ranks
-    (PLACES)."""
+    """Returns a program's sizes: its tokens (ROWS), and powers of 2 for all experts (BINS) and ranks (PLACES)."""
     places, bins = triton.next_power_of_2(max(1, num_places)), triton.next_power_of_2(max(1, num_bins))
     return {"ROWS": max(1, ELEMENTS // max(places, bins)), "BINS": bins, "PLACES": places}
 

@@ -66,8 +66,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def gather_rows(table_TD: Tensor, index_Q: Tensor) -> Tensor:
-    """Returns table[index], [Q, D]. If a row is gathered several times, its gradients are summed in fp32 and rounded
-    once."""
+    """Returns table[index], [Q, D]. Gradients of a row that is gathered several times are summed in fp32."""
     return _Gather.apply(table_TD, index_Q)  # pyright: ignore[reportReturnType]
 
 
@@ -77,8 +76,7 @@ def weighted_row_sum(y_QD: Tensor, weight_Q: Tensor, row_Q: Tensor, num_rows: in
 
 
 def sum_rows(rows_QD: Tensor, index_Q: Tensor, num_rows: int) -> Tensor:
-    """Returns for each index the sum of the rows with the index, [num_rows, D] in fp32 (float64 for float64 rows). It has
-    no gradient."""
+    """Returns for each index the sum of its rows, [num_rows, D] in fp32 (float64 for float64). No gradient."""
     dtype = accumulation_dtype(rows_QD.dtype)
     return add_rows(torch.zeros(num_rows, rows_QD.shape[1], dtype=dtype, device=rows_QD.device), index_Q, rows_QD)
 
@@ -127,8 +125,7 @@ def compact(items_N: Tensor, keep_N: Tensor, num_kept: int) -> Tensor:
 
 
 class TorchKernels:
-    """`RowKernels` by operations of torch, on any device. `sum_pairs` applies the weights. Routers choose without these
-    kernels."""
+    """`RowKernels` by torch, on any device. `sum_pairs` applies the weights. Routers choose without these kernels."""
 
     has_choose = False
     has_plan = False

@@ -20,8 +20,7 @@ from moe_dist.moe.kernels.swiglu import swiglu, swiglu_backward
 
 
 class TritonKernels:
-    """`swiglu` applies the routing weights, so that backward needs neither the experts' outputs nor a pass over the
-    outputs."""
+    """`swiglu` applies the routing weights, so that backward needs neither outputs nor a pass over them."""
 
     has_choose = True
     has_plan = True

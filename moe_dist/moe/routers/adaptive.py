@@ -25,8 +25,7 @@ from moe_dist.moe.routing.types import RoutingCache
 
 
 class AdaptiveRouter(TopKRouter):
-    """Routes T tokens, each inside its expert group, to the columns that `_kept` marks. See `TopKRouter` for the
-    arguments."""
+    """Routes tokens, each inside its expert group, to the columns that `_kept` marks. Arguments as `TopKRouter`."""
 
     def __init__(self, context: RouterContext, *, normalise: Normalise = "none", scale: float = 1.0) -> None:
         super().__init__(context, normalise=normalise, scale=scale, selection_bias=True)
@@ -52,8 +51,7 @@ class AdaptiveRouter(TopKRouter):
         return torch.stack([*means, torch.zeros_like(means[0])]).to(dtype)
 
     def _by_probability(self, probs_TC: Tensor, masked_TC: Tensor) -> Tensor:
-        """Returns the scores [T, C] that order the columns: probability plus deviation of the bias; -inf outside the
-        group."""
+        """Returns scores [T, C] that order columns: probability plus deviation of the bias; -inf outside the group."""
         bias_C = self._bias(probs_TC.dtype)
         true_E = bias_C[: self.num_experts] - self._shift(probs_TC.dtype)[self.group_of_expert_E]
         score_TC = probs_TC.detach() + torch.cat([true_E, bias_C[self.num_experts :]])

@@ -8,8 +8,7 @@ experts, then its second best true expert and r null experts, and so on. Imports
 
 
 def folded_choices(num_experts: int, num_null: int, top_k: int) -> int:
-    """Returns the number of true experts that a token chooses with k choices after the copy of router rows: ceil(k / (r +
-    1))."""
+    """Returns the true experts that a token chooses with k choices after the copy of router rows: ceil(k / (r + 1))."""
     return -(-top_k // (num_null // num_experts + 1))
 
 

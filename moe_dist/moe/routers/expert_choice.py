@@ -62,8 +62,7 @@ class ChoiceGate(GroupGate):
             self.auxiliary = AuxiliaryRouter(hidden_dim, group.num_experts)
 
     def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns three buffers [n]: each expert's threshold, running mean of the k-th largest score, and number of
-        steps."""
+        """Returns buffers [n]: each expert's threshold, running mean of the k-th largest score, and number of steps."""
         mean_n, steps_n = self.statistics
         return self.threshold, mean_n, steps_n
 
@@ -178,8 +177,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return self.kernels.has_choose and logits_TE.dtype == torch.float32
 
     def _logits(self, h_TD: Tensor) -> Tensor:
-        """Returns the logits [T, E] whose sigmoids are the scores of all experts for all tokens, also for tokens of other
-        groups than the expert's."""
+        """Returns logits [T, E], whose sigmoids are all experts' scores, also for tokens of other groups."""
         logits_TE = F.linear(h_TD, torch.cat([gate.get_parameter("true") for gate in self.gates()]).to(h_TD.dtype))
         if self.score == "sigmoid":
             return logits_TE
@@ -214,8 +212,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return self.noise * logistic((self.seed, batch_info.step, self.layer), token_T, expert_E, dtype)
 
     def _experts_choose(self, logits_TE: Tensor, group_T: Tensor, cache: RoutingCache) -> ExpertsChoice:
-        """Lets experts choose tokens, as in training. Every rank computes the noise of the whole selection scope, so that
-        only logits are sent."""
+        """Lets experts choose tokens. Each rank draws the noise of the whole scope, so that only logits are sent."""
         where, device, batch_info = self.selection_scope, logits_TE.device, cache.batch_info
         lengths = where.lengths(logits_TE.shape[0], batch_info)
 
@@ -257,8 +254,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return torch.cat([gate.auxiliary(h_TD) for gate in self.gates()], dim=1)
 
     def _auxiliary_terms(self, h_TD: Tensor, taken_TE: Tensor, inside_TE: Tensor) -> Tensor:
-        """Returns the auxiliary routers' binary cross entropy against the choice of training, summed over tokens and each
-        group's experts."""
+        """Returns the auxiliary routers' binary cross entropy against training's choice, summed over tokens and experts."""
         logits_TE = self._auxiliary_logits(h_TD.detach())  # detached, to train only the auxiliary routers
         losses_TE = F.binary_cross_entropy_with_logits(logits_TE, taken_TE.to(logits_TE.dtype), reduction="none")
         by_expert_E = torch.where(inside_TE, losses_TE, 0.0).sum(0)

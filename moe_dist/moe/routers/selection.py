@@ -195,14 +195,12 @@ class SelectionScope:
 
 
 def tokens_of_share(share: float, tokens: int) -> int:
-    """Returns ceil(c T) for the share c of T tokens, at most T. A product c T at most 1e-9 above an integer is rounded
-    down."""
+    """Returns ceil(c T) for the share c of T tokens, at most T; a product at most 1e-9 above an integer rounds down."""
     return min(tokens, max(0, math.ceil(share * tokens - 1e-9)))
 
 
 def tokens_of_shares(share_E: Tensor, tokens_E: Tensor) -> Tensor:
-    """Computes `tokens_of_share` for tensors, int64. The results equal those of `tokens_of_share`, because both
-    functions use float64."""
+    """Computes `tokens_of_share` for tensors, int64, with equal results, because both use float64."""
     wanted_E = torch.ceil(share_E * tokens_E.to(torch.float64) - 1e-9).to(torch.int64)
     return torch.minimum(wanted_E.clamp_min(0), tokens_E)
 
@@ -227,8 +225,7 @@ def choose(logits_UE: Tensor, noisy_UE: Tensor, share_E: Tensor, own: slice, *, 
 
 
 def _kth_score(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor) -> Tensor:
-    """Returns each chooser's k-th largest score without noise, k = `room_E`; 0 where k is 0. `order_UE`, if given, sorts
-    `logits_UE`."""
+    """Returns each chooser's k-th largest score without noise, k = `room_E`, or 0. `order_UE` sorts `logits_UE`."""
     if not logits_UE.shape[0]:
         return logits_UE.new_zeros(logits_UE.shape[1])
     if order_UE is None:  # with noise, finding the k-th largest score needs a second sort
@@ -246,8 +243,7 @@ def counted_pairs(
     batch_info: GlobalBatchInfo,
     ep_ranks: Sequence[int],
 ) -> Assignments:
-    """Returns the pairs sorted by expert and falling logit. All ranks know the number N of pairs, because N is a sum of
-    token shares."""
+    """Returns the pairs sorted by expert and falling logit. All ranks know their number N, a sum of token shares."""
     assert choice.order_TE is not None, "the number of pairs is known beforehand only if the scope is one rank"
     counts_WE = tuple(
         tuple(
@@ -266,8 +262,7 @@ def counted_pairs(
 
 @lru_cache(maxsize=KEPT)
 def _expert_of_pairs(counts_E: tuple[int, ...], device: torch.device) -> Tensor:
-    """Returns the expert of each pair, int64 [N]: each expert is repeated by its count. All layers of a micro-batch use the
-    same result."""
+    """Returns each pair's expert, int64 [N], by the counts. All layers of a micro-batch share the result."""
     return from_host(np.repeat(np.arange(len(counts_E)), counts_E), torch.int64, device)
 
 

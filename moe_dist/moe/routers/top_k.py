@@ -266,8 +266,7 @@ class TopKRouter(nn.Module):
         return self._of_columns("bias", dtype)
 
     def _of_columns(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Returns a value for each column [C], from the gates' tensors `name`, whose entries are in the order of
-        `KINDS`."""
+        """Returns a value for each column [C], from the gates' tensors `name`, with entries in the order of `KINDS`."""
         parts = [self._gate(group, name).split(list(column_counts(group).values())) for group in self.groups]
         return torch.cat([part[kind] for kind in range(len(KINDS)) for part in parts]).to(dtype)
 
@@ -392,8 +391,7 @@ def _recorded(chosen: _Chosen, taken_TK: Tensor, weight_TK: Tensor) -> ChosenCol
 
 
 def _softmax_among(logits_TK: Tensor, among_TK: Tensor) -> Tensor:
-    """Returns each row's softmax over the entries that `among_TK` marks; 0 elsewhere. A row without marked entries gets no
-    gradient."""
+    """Returns each row's softmax over the entries of `among_TK`; 0 elsewhere. A row without entries has no gradient."""
     safe_TK = torch.where(among_TK, logits_TK, 0.0)  # -inf - -inf would give NaN gradients despite the mask
     top_T1 = torch.where(among_TK, logits_TK, float("-inf")).amax(-1, keepdim=True).detach()
     top_T1 = torch.where(top_T1.isfinite(), top_T1, 0.0)

@@ -61,6 +61,5 @@ def _mix(word: Tensor) -> Tensor:
 
 
 def _times(word: Tensor, factor: int) -> Tensor:
-    """Returns the product modulo 2^32, computed from the upper and lower 16 bits of `factor`, because the whole product
-    would overflow int64."""
+    """Returns the product modulo 2^32, from the halves of `factor`, because the whole product would overflow int64."""
     return (word * (factor & 0xFFFF) + (((word * (factor >> 16)) & 0xFFFF) << 16)) & _WORD

@@ -43,8 +43,7 @@ class Assignments(NamedTuple):
     num_choices: int | None = None
 
     def taken(self) -> "Assignments":
-        """Returns the taken pairs alone, for tests and pictures. Syncs on CUDA, because the host reads the number of taken
-        pairs."""
+        """Returns the taken pairs alone, for tests and pictures. Syncs on CUDA, to read their number."""
         keep = self.expert_N != ABSENT
         return Assignments(self.token_N[keep], self.expert_N[keep], self.weight_N[keep])
 
@@ -126,8 +125,7 @@ class GlobalBatchInfo:
     members_WG: tuple[tuple[int, ...], ...]
 
     def first_token_of(self, rank: int) -> int:
-        """Returns the index, among all tokens of the step, of a rank's first token. The index does not depend on the layout
-        of ranks."""
+        """Returns the index of a rank's first token in the step, which does not depend on the layout of ranks."""
         return self.first_token + sum(self.tokens_W[:rank])
 
 

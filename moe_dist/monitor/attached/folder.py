@@ -235,8 +235,7 @@ class ChoiceWriter:
         return (step - 1) % self._manifest.every == 0
 
     def write(self, step: int, parts: Sequence[Sequence[Traced]]) -> None:
-        """Writes the choices of each layer's forwards. Copies the choices to the host, with one device sync for each
-        forward."""
+        """Writes the choices of each layer's forwards. The copy to the host costs one device sync for each forward."""
         if len({tuple(len(each.ids_TK) for each in forwards) for forwards in parts}) > 1:
             logger.error("step %d is not traced, because the routers saw different tokens", step)
             return

@@ -81,8 +81,7 @@ ROUTERS: dict[str, RouterKind] = {
 
 
 class Routers(NamedTuple):
-    """The routers of a model, which all have the same shape: modules, layer indices (L), and the numbers of
-    `RouterKind.shape`."""
+    """The routers of a model, all of one shape: modules, layer indices (L), and the numbers of `RouterKind.shape`."""
 
     modules: tuple[nn.Module, ...]
     layers: tuple[int, ...]

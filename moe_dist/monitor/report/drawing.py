@@ -65,8 +65,7 @@ def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, titl
 def curves(
     lines: Mapping[str, Sequence[float]], at: Sequence[float], *, title: str, x: str, y: str, top: float = 0.0
 ) -> str:
-    """Returns curves over the common positions `at`, on an axis from 0 to at least `top`; nan is a gap. If there is only
-    one position, returns bars."""
+    """Returns curves over the positions `at`, on an axis from 0 to at least `top`; nan is a gap. Bars for one position."""
     width, height, left, head = 620, 220, 56, 14
     known = [value for line in lines.values() for value in line if np.isfinite(value)]
     if len(at) == 1 and known:
@@ -127,8 +126,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str, r
 
 
 def slider(frames: Sequence[tuple[str, str]], *, legend: str) -> str:
-    """Returns a slider over at most `MOST_FRAMES` frames (label, HTML). Shows one frame at a time, initially the last
-    frame."""
+    """Returns a slider over at most `MOST_FRAMES` frames (label, HTML), of which one shows, at first the last."""
     if len(frames) == 1:
         return f"<p>{escape(legend)}: {escape(frames[0][0])}</p>{frames[0][1]}"
     name, buttons = f"slider{next(_numbers)}", []

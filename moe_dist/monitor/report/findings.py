@@ -53,8 +53,7 @@ def facts(routing: Routing) -> list[str]:
 
 
 def work_of_ranks(routing: Routing) -> np.ndarray:
-    """Returns the work of each rank of an EP group in the window of steps: (token, expert) pairs x FFN width, float64 [L,
-    R]."""
+    """Returns the work of each EP rank in the window of steps: (token, expert) pairs x FFN width, float64 [L, R]."""
     window, placement = routing.window, routing.placement
     choices_LC = window.choices_LC.astype(np.float64)
     for g, part in enumerate(group_choices(window.choices_LC, routing.groups)):

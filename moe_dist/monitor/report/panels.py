@@ -105,8 +105,7 @@ def concentration(subject: Subject) -> str:
 
 
 def dead(subject: Subject) -> str:
-    """Shows a table of the experts that no token took, with the last frame (interval of steps) in which a token took the
-    expert."""
+    """Shows a table of the experts that no token took, with the last frame in which a token took the expert."""
     routing, rows = subject.routing, []
     unjudged, few = too_few(routing)
     few = f"<p>{few[0].upper()}{few[1:]}.</p>" if few else ""
@@ -186,8 +185,7 @@ def drift(subject: Subject) -> str:
 
 
 def _compared(routing: Routing, against: Routing) -> tuple[Frame, Frame, str]:
-    """Returns the two arrays of counts to compare, of held-out tokens if both traces have such tokens, and a text that
-    names the tokens."""
+    """Returns the two frames to compare, of held-out tokens if both traces have such, and a text that names the tokens."""
     one, two = routing.tokens, against.tokens
     if one is not None and two is not None and one.split == two.split == "held-out":
         columns = routing.window.choices_LC.shape[1]

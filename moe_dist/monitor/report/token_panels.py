@@ -278,8 +278,7 @@ def _coloured(experts: float, html: str, scale: Scale) -> str:
 
 
 def _classes(tokens: Tokens, modalities: Sequence[str]) -> dict[str, np.ndarray]:
-    """Returns a mask of the tokens of each class, bool [T], by the name of the class. Classes of picture tokens are `one
-    colour` and `drawn`."""
+    """Returns a mask of each class of tokens, bool [T], by name. Picture tokens are `one colour` or `drawn`."""
     ids, first, at = np.unique(tokens.token_T, return_index=True, return_inverse=True)
     names = []
     for token, row in zip(ids.tolist(), first.tolist(), strict=True):

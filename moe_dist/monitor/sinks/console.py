@@ -1,5 +1,4 @@
-"""The console sink: shows a progress bar on a terminal, or else plain lines; and evaluations, hints, and the final
-table."""
+"""The console sink: shows a progress bar on a terminal, else lines; and evaluations, hints, and the final table."""
 
 import logging
 import time
@@ -134,15 +133,13 @@ def line_numbers(scalars: Mapping[str, float | None]) -> str:
 
 
 def _dropped(scalars: Mapping[str, float | None]) -> list[str]:
-    """Returns a text with the number of (token, expert) pairs that a capacity dropped in this step; no text without
-    drops."""
+    """Returns the number of (token, expert) pairs that a capacity dropped in this step as text; none without drops."""
     pairs = scalars.get("moe/dropped") or 0.0
     return [f"dropped {_thousands(pairs)} pairs"] if pairs else []
 
 
 def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:
-    """Returns the held-out losses, and their changes if the previous evaluation had equally many tokens. (The final
-    evaluation has more tokens.)"""
+    """Returns the held-out losses, and their changes if the previous evaluation had equally many tokens."""
     parts = []
     for name, loss in result.loss.items():
         change = ""
@@ -162,8 +159,7 @@ def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None)
 
 
 def choice_lines(result: EvaluationResult) -> list[str]:
-    """Returns, for expert choice, held-out losses and experts per token with causal selection and with training's
-    selection."""
+    """Returns held-out losses and experts per token of expert choice with causal and with training's selection."""
     losses = [
         f"held-out {name.replace('_', ' ')} {result.loss[name]:.3f}, "
         f"with the selection of training, which sees later tokens, {seen:.3f} ({seen - result.loss[name]:+.3f})"

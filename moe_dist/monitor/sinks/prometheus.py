@@ -61,8 +61,7 @@ def samples(scalars: Mapping[str, float | None], *, step: int, run_name: str) ->
 
 
 def metric_name(family: str) -> str:
-    """Returns the metric name of a family of tags. Adds an s to endings such as `_count`, which Prometheus reserves for
-    counters and histograms."""
+    """Returns a family's metric name; adds s to endings such as `_count`, which Prometheus reserves."""
     name = PREFIX + family.replace("/", "_")
     return f"{name}s" if name.endswith(("_bucket", "_count", "_sum", "_total")) else name
 

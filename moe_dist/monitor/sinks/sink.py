@@ -52,8 +52,7 @@ class Sink:
         """Is called with the record of each step, in order, once for each step."""
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
-        """Is called with a held-out evaluation and its scalars (`metrics.evaluation_scalars`), after the record of the same
-        step."""
+        """Is called with a held-out evaluation and its scalars (`metrics.evaluation_scalars`), after the step's record."""
 
     def text(self, tag: str, markdown: str) -> None:
         """Is called with a page of text, such as the configuration."""

@@ -126,8 +126,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Manifest":
-        """Makes a manifest from the parsed text of `to_json`. Raises ValueError if fields are missing, unknown, out of
-        bounds, or do not fit each other."""
+        """Makes a manifest from the parsed text of `to_json`. Raises ValueError if fields are invalid or do not fit."""
         values = {key: value for key, value in content.items() if key not in ("format", "version")}
         found = TypeAdapter(cls).validate_python(values)
         if len(found.replicas) not in (0, len(found.layers)):

@@ -52,8 +52,7 @@ class TracedStep(NamedTuple):
     losses: np.ndarray | None = None
 
     def choices(self) -> np.ndarray:
-        """Returns the number of choices of each column, dropped pairs included, int64 [L, C]:
-        `Record.arrays['choices_LC']`."""
+        """Returns the choices of each column, dropped pairs included, int64 [L, C]: `Record.arrays['choices_LC']`."""
         return count_choices(self.ids, self.manifest.num_columns)
 
     def dropped(self) -> np.ndarray:
@@ -62,8 +61,7 @@ class TracedStep(NamedTuple):
 
 
 def count_choices(ids_TLK: np.ndarray, columns: int) -> np.ndarray:
-    """Returns the number of choices of each column, dropped (token, expert) pairs included, int64 [L, C]. `ids_TLK` is as
-    in `TracedStep`."""
+    """Returns the choices of each column, dropped pairs included, int64 [L, C]. `ids_TLK` is as in `TracedStep`."""
     column_TLK = np.where(ids_TLK < NO_CHOICE, -2 - ids_TLK, ids_TLK)
     layers = range(column_TLK.shape[1])
     return np.stack([np.bincount(column_TLK[:, i].ravel() + 1, minlength=columns + 1)[1:] for i in layers])

@@ -1,5 +1,4 @@
-"""Writes one rank's part of a trace on a thread, so that training waits only if `WAITING` steps already wait for the
-disk."""
+"""Writes one rank's part of a trace on a thread. Training waits only if `WAITING` steps wait for the disk."""
 
 import contextlib
 import logging

@@ -25,8 +25,7 @@ def build_all_to_all(
     *,
     between_nodes: bool = False,
 ) -> AllToAll:
-    """Makes the all-to-all of one process group. The all-to-all checks each exchange if `parallel.check_exchanges` is
-    set."""
+    """Makes the all-to-all of one group, which checks each exchange if `parallel.check_exchanges` is set."""
     all_to_all = AllToAll(group, comm_stats, tracker, between_nodes=between_nodes)
     return CheckedAllToAll(all_to_all) if section.check_exchanges else all_to_all
 

@@ -26,8 +26,7 @@ from moe_dist.train.build.training import EngineContext, Training, check_expert_
 
 @dataclass(frozen=True)
 class MegatronTraining(Training):
-    """Model and optimizer of Megatron-Core. Checkpoints store model and optimizer under the logical names that all engines
-    use."""
+    """Megatron-Core's model and optimizer, which checkpoints store under the logical names of all engines."""
 
     state: Any = None  # a `GptState`
     config: Config | None = None
@@ -49,8 +48,7 @@ class MegatronTraining(Training):
 
 @contextmanager
 def megatron_world(config: Config) -> Iterator[None]:
-    """Makes Megatron's process groups for the `with` block; with engine.cpu_trial also runs Megatron on the
-    CPU, by `megatron_on_cpu`."""
+    """Makes Megatron's process groups for the `with` block; with engine.cpu_trial also runs Megatron on the CPU."""
     engine: Any = config.engine
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

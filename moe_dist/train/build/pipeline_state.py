@@ -43,8 +43,7 @@ class GptState:
 
     @property
     def counted(self) -> Optimizer:
-        """The optimizer of the dense parameters. This optimizer's step count is the run's, because every rank has dense
-        parameters."""
+        """The optimizer of the dense parameters, whose step count is the run's: every rank has dense parameters."""
         return self._optimizers[0].optimizer
 
     def held(self) -> dict[str, LocalShard]:
@@ -89,8 +88,7 @@ class GptState:
                 yield chunk, name, kind, parameter
 
     def _buffers(self) -> Iterator[tuple[str, LocalShard]]:
-        """Yields the selection biases. A checkpoint load writes directly into the yielded biases, which all ranks of a
-        pipeline stage have."""
+        """Yields the selection biases, into which a load writes directly; all ranks of a pipeline stage have them."""
         same = self._gpt.groups.tp_dp_cp
         for layer, router in self._gpt.routers.items():
             for name, tensor in router.state_dict(keep_vars=True).items():
@@ -104,8 +102,7 @@ class GptState:
             yield prefix + piece.name, piece
 
     def _whole(self, kind: str, parameter: nn.Parameter) -> Tensor:
-        """Returns the whole local weight (kind "") or moment: the optimizer's own tensor, or a tensor gathered from
-        shards."""
+        """Returns the whole local weight (kind "") or moment: the optimizer's own, or gathered from shards."""
         place = self._slice(parameter)
         if not place.sharded:
             return _updated(place, kind)

@@ -86,8 +86,7 @@ class _Elsewhere:
 def build_thresholds(
     section: MoESection, routers: Sequence[nn.Module | None], groups: Sequence[ExpertGroup], device: torch.device
 ) -> ThresholdUpdater | None:
-    """Makes the controller of the thresholds of experts that choose tokens; returns None if tokens choose experts.
-    `build_balance` describes `routers`."""
+    """Makes the controller of expert choice's thresholds; None if tokens choose. See `build_balance` for `routers`."""
     if not section.router.experts_choose:
         return None
     gates_LG: list[Any] = [
@@ -125,8 +124,7 @@ def build_scopes(config: Config, mesh: Mesh, comm_stats: CommStats) -> tuple[Sel
 
 
 def depth_thresholds(model: Transformer) -> ThresholdUpdater | None:
-    """Makes the controller that updates the thresholds of mixture-of-depths routers; returns None if no router has a
-    threshold."""
+    """Makes the controller of mixture-of-depths thresholds; returns None if no router has a threshold."""
     routers = [router for router in model.depth_routers() if router.causal == "threshold"]
     if not routers:
         return None

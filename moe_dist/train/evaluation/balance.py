@@ -37,8 +37,7 @@ class BalanceEfficiency:
 
 
 class EvenRouter(nn.Module):
-    """Makes as many (token, expert) pairs as `router`, with the same weights, but assigns pairs to a group's experts in
-    turn."""
+    """Makes as many pairs as `router`, with the same weights, but assigns them to a group's experts in turn."""
 
     def __init__(self, router: nn.Module, groups: Sequence[ExpertGroup]) -> None:
         super().__init__()

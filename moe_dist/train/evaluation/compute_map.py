@@ -101,8 +101,7 @@ class Mapper:
         return patches.transpose(0, 2, 1, 3, 4).reshape(rows * patch, columns * patch, 3)
 
     def _lines(self, seen: Sequence[tuple[Batch, np.ndarray]]) -> list[list[tuple[str, float]]]:
-        """Returns consecutive lines of one document without pictures, or of several documents if one document has too few
-        lines."""
+        """Returns consecutive lines of a document without pictures, or of several if one has too few lines."""
         texts = [text for batch, experts in seen for text in _texts(batch, experts, self.manifest)]
         lines: list[list[tuple[str, float]]] = []
         for tokens, experts in _draw(texts, len(texts)):
@@ -133,16 +132,14 @@ def _draw(found: Sequence[T], count: int) -> list[T]:
 
 
 def true_experts(reports: Sequence[LayerReport], num_experts: int) -> Tensor:
-    """Returns the number of true experts of each token, a mean over layers, float64 [T]. Choices that the capacity dropped
-    do not count."""
+    """Returns each token's true experts, mean over layers, float64 [T], without pairs that a capacity dropped."""
     chosen = [report.chosen for report in reports if report.chosen is not None]
     ids_LTK = torch.stack([each.column_TK for each in chosen])
     return ((ids_LTK >= 0) & (ids_LTK < num_experts)).sum(2).to(torch.float64).mean(0)
 
 
 def _filler(batch: Batch) -> Tensor:
-    """Returns which tokens are background cells, bool [B, S]. `Batch.filler_BS` marks the token before each background
-    cell."""
+    """Returns which tokens are background cells, bool [B, S]. `Batch.filler_BS` marks the tokens before them."""
     filler_BS = torch.zeros_like(batch.filler_BS)
     filler_BS[:, 1:] = batch.filler_BS[:, :-1] & (batch.positions_BS[:, 1:] > 0)
     return filler_BS
@@ -179,8 +176,7 @@ def _documents(batch: Batch) -> Iterator[tuple[int, slice]]:
 def _pictures(
     batch: Batch, experts_BS: np.ndarray, manifest: Manifest
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields, for the cells of each whole picture, codes, numbers of true experts and background flags, each [rows,
-    columns]."""
+    """Yields codes, numbers of true experts and background flags of whole pictures, each [rows, columns]."""
     image = manifest.image
     if image is None:
         return

@@ -58,8 +58,7 @@ class StepProfiler:
             self.close()
 
     def close(self) -> None:
-        """Ends a running profile and writes the profile's files. If the files cannot be written, logs the error; the run
-        goes on."""
+        """Ends a running profile and writes its files. If they cannot be written, logs the error; the run goes on."""
         if self._profile is None:
             return
         ended, self._profile = self._profile, None

@@ -126,8 +126,7 @@ def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt
 
 
 def card_name(config: Config, mesh: Mesh) -> str | None:
-    """Returns the name of this rank's GPU; None on a CPU. If the GPU's peak FLOPs are unknown, rank 0 logs how to get
-    perf/mfu."""
+    """Returns the name of this rank's GPU; None on a CPU. Rank 0 logs how to get perf/mfu if the peak is unknown."""
     if mesh.device.type != "cuda":
         return None
     card, precision = torch.cuda.get_device_name(mesh.device), config.parallel.precision
@@ -145,8 +144,7 @@ def card_name(config: Config, mesh: Mesh) -> str | None:
 def start_watchdog(
     config: Config, env: RankEnv, folder: RunFolder, tracker: CollectiveTracker, attempt: Attempt
 ) -> Watchdog:
-    """Starts the watchdog of this rank's collectives, unless the run has a single rank. Call this function after
-    `join_world`."""
+    """Starts the watchdog of this rank's collectives, unless the run has one rank. Call it after `join_world`."""
     watchdog = Watchdog(
         tracker,
         rank=env.rank,
@@ -162,8 +160,7 @@ def start_watchdog(
 
 @contextmanager
 def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Iterator[DeviceMonitor | None]:
-    """Reads the device's utilisation and memory in a thread during the `with` block on rank 0; yields None on other
-    ranks."""
+    """Reads the device in a thread during the `with` block on rank 0; yields None on other ranks."""
     if env.rank != 0:
         yield None
         return
@@ -248,8 +245,7 @@ def placement_text(checked: Preflight, *, width: int = 120) -> str:
 
 
 def write_texts(finished: Finished, checked: Preflight, sinks: Sequence[Sink]) -> str:
-    """Writes to the sinks the table of costs, and the comparison with a run with fixed top-k, which the function returns
-    ("" if there is none)."""
+    """Writes the cost table and the comparison with fixed top-k to the sinks; returns the comparison, or ""."""
     beside = beside_fixed_top_k(checked.config, checked.manifest, finished.evaluation) if sinks else ""
     costs = "" if finished.costs is None else costs_markdown(finished.costs)
     for sink in sinks:

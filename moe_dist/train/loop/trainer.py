@@ -164,8 +164,7 @@ class Trainer:
         return decisions
 
     def follow(self, placement: ExpertPlacement) -> None:
-        """Uses the new placement, after experts have moved or got replicas, for records, evaluations, traces and
-        checkpoints."""
+        """Uses the new placement, after a lever's change, for records, evaluations, traces and checkpoints."""
         self.plan = replace(self.plan, placement=placement)
         self.evaluator.placement = self.saver.placement = placement
         for watcher in self.watchers:
@@ -227,8 +226,7 @@ class Trainer:
         )
 
     def _costs(self) -> CostTable | None:
-        """Returns the traffic of the last steps, and of the same expert choices with other placements and dispatch methods.
-        Collective."""
+        """Returns the traffic of the last steps, and of the same choices with other methods. Collective."""
         if self.placement_rows is None or not self._recent:
             return None
         mesh, plan = self.evaluator.mesh, self.plan
@@ -268,7 +266,6 @@ class Trainer:
 
 
 def _collect(step: int) -> None:
-    """Runs Python's garbage collector after every COLLECT_EVERY-th step, if automatic collections are off
-    (`garbage.collected_by_steps`)."""
+    """Collects garbage after every COLLECT_EVERY-th step, if automatic collections are off (`garbage`)."""
     if step % COLLECT_EVERY == 0 and not gc.isenabled():
         gc.collect()

@@ -47,8 +47,7 @@ class Distillation:
 
 
 class Teacher:
-    """A frozen model, of which this rank holds all weights. `group_of_modality` maps each modality to the index of the
-    teacher's expert group."""
+    """A frozen model with all weights on this rank. `group_of_modality` maps modalities to the teacher's groups."""
 
     def __init__(self, model: nn.Module, group_of_modality: Tensor, *, divergence: Divergence = "forward") -> None:
         self._model, self._group_of_modality = model, group_of_modality

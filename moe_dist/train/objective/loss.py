@@ -29,8 +29,7 @@ from moe_dist.placement.placement import ExpertPlacement
 
 
 def aux_at(step: int, *, schedule: Sequence[tuple[int, float]], **settings: Any) -> AuxSettings:
-    """Returns the settings of step `step` (0-based): `settings`, but with the balance coefficient of `schedule` at this
-    step."""
+    """Returns the settings of step `step` (0-based), with the balance coefficient of `schedule` at this step."""
     return AuxSettings(balance=coefficient_at(schedule, step), **settings)
 
 

@@ -55,8 +55,7 @@ class Route:
 
 
 def same_shapes(one: ExpertPlacement, other: ExpertPlacement) -> bool:
-    """Returns whether each rank has equally many experts of each modality group in both placements, as a move of experts
-    requires."""
+    """Returns whether each rank has as many experts of each group in both placements, as a move requires."""
     if one.groups != other.groups or one.num_ranks != other.num_ranks:
         return False
     ranks = range(one.num_ranks)

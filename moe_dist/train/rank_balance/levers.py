@@ -1,5 +1,4 @@
-"""The interface of levers, objects that keep the ranks equally busy during a run (section `rank_balance`). All levers are
-off by default."""
+"""Levers, which keep the ranks equally busy during a run (section `rank_balance`). All are off by default."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -76,8 +76,7 @@ class MovingLever(LoadLever[ExpertPlacement]):
         return LeverDecision("moving", taken, before / mean, after / mean, cost_steps=cost, why=why, placement=placement)
 
     def _cost(self, rank_E: np.ndarray, new_E: np.ndarray, layers: int) -> float:
-        """Returns a move's cost, as the (token, expert) pairs x FFN width that the busiest sender or receiver could compute
-        during the move."""
+        """Returns a move's cost: the pairs x FFN width that the busiest sender or receiver could compute meanwhile."""
         moved_E = rank_E != new_E
         sent, received = (np.bincount(each[moved_E], self._width_E[moved_E]) for each in (rank_E, new_E))
         most = max(sent.max(initial=0.0), received.max(initial=0.0))
@@ -88,8 +87,7 @@ class MovingLever(LoadLever[ExpertPlacement]):
         self.placement = placement
 
     def state(self) -> JsonValue:
-        """Returns the current and the configured placement of the experts, and the routing counts since the last
-        decision."""
+        """Returns the current and the configured placement, and the routing counts since the last decision."""
         slots: list[JsonValue] = [[*each] for each in self.placement.slots]
         configured: list[JsonValue] = [[*each] for each in self._configured]
         return {"slots": slots, "configured": configured, "pairs": self._stored_pairs()}

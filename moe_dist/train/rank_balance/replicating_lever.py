@@ -84,8 +84,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return LeverDecision("replicating", taken, before / mean, after / mean, cost, why, placement)
 
     def _found(self, load_E: np.ndarray) -> list[Replicas]:
-        """Returns growing sets of replicas for the loads of one layer: the empty set, then sets with one more replica
-        each."""
+        """Returns growing sets of replicas for one layer's loads: the empty set, then one more replica each."""
         ranks, chain = self.placement.num_ranks, list[Replicas]([()])
         load_R, free_R = np.bincount(self._home_E, load_E, minlength=ranks), np.full(ranks, self._slots)
         while True:

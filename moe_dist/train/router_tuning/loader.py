@@ -178,6 +178,5 @@ class SampleLoader:
         return self._epochs.at(position)
 
     def epochs(self, position: int) -> dict[str, float]:
-        """Maps each modality to the number of epochs over the samples up to a position (the same number for all
-        modalities)."""
+        """Maps each modality to the number of epochs over the samples up to a position, equal for all modalities."""
         return dict.fromkeys(self._maker.modality_names, position / len(self._samples))

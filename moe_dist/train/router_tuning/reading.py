@@ -61,8 +61,7 @@ class RoutingReader:
         return sum_over(found, world, name=SAMPLE_ROUTING, tracker=tracker).cpu()
 
     def _own_part(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        """Returns the softmax [S, L, C], with zeros for other ranks' prompts, so that the sum over the ranks has all
-        prompts."""
+        """Returns the softmax [S, L, C], with zeros for other ranks' prompts, so that a sum over ranks has all."""
         lengths, vocab_size = [len(each) for each in prompts], self._model.args.vocab_size
         found: Tensor | None = None
         for indices in batches_by_length(lengths, tokens=self._batch_tokens, vocab_size=vocab_size, mesh=self._mesh):

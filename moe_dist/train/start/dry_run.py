@@ -183,8 +183,7 @@ def _experts_text(result: DryRun) -> str:
 
 
 def _others_text(group: ExpertGroup) -> str:
-    """Returns a text with a group's top_k and numbers of null, identity and constant experts; empty without such
-    experts."""
+    """Returns a group's top_k and numbers of null, identity and constant experts; empty without such experts."""
     counts = {"null": group.num_null, "identity": group.num_identity, "constant": group.num_constant}
     named = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     return f" (top {group.top_k} with {named})" if named else ""

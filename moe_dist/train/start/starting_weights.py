@@ -196,8 +196,7 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
 
 
 def _kept(config: Config, taken: Taken) -> list[str]:
-    """Returns the names of tensors that keep their initial values, without router tensors that a rule leaves as
-    initialised."""
+    """Returns the tensors that keep their initial values, without router tensors that a rule leaves on purpose."""
     routers = [name for name in taken.kept if role_of_name(name) in _MOE_ROUTERS]
     if not _RULES_OF_ROUTERS & {*config.run.init_rules}:
         routers = [name for name in routers if name.endswith((".null", ".bias"))]
@@ -237,8 +236,7 @@ def _other_experts(config: Config, before: JsonValue) -> list[str]:
 
 
 def _other_score(config: Config, source: Mapping[str, JsonValue]) -> str:
-    """Says how the router's scores differ from those of the checkpoint, whose choices auxiliary routers learn; empty if
-    they are the same."""
+    """Says how the router's scores differ from the checkpoint's, which auxiliary routers learn; empty if equal."""
     found: JsonValue = dict(source)
     for key in ("model", "moe", "router"):
         found = found.get(key) if isinstance(found, dict) else None

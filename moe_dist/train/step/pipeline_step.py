@@ -28,8 +28,7 @@ from moe_dist.train.step.training_step import TrainingStep
 
 
 class PipelineModel:
-    """The model over all pipeline stages. A call has the arguments of `Transformer`, and returns losses and MoE layers'
-    reports."""
+    """The model over all pipeline stages. A call has the arguments of `Transformer`, returns losses and reports."""
 
     def __init__(self, gpt: Gpt, pipeline: Pipeline, watch: LayerWatch) -> None:
         self.gpt, self.pipeline, self.watch = gpt, pipeline, watch
@@ -39,8 +38,7 @@ class PipelineModel:
         self, tokens_BS: Tensor, _positions_BS: Tensor, documents_BS: Tensor, group_BS: Tensor, request: RoutingRequest,
         labels_BS: Tensor | None,
     ) -> tuple[Tensor, Sequence[LayerReport]]:  # fmt: skip
-        """Returns the cross entropy of each label [B, S] (zeros on all stages but the last, and without labels), and one
-        report per MoE layer."""
+        """Returns each label's cross entropy [B, S] (0 on all stages but the last), and a report per MoE layer."""
         one = torch.ones((), device=tokens_BS.device)
         labels_BS = torch.full_like(tokens_BS, IGNORED) if labels_BS is None else labels_BS
         batch = MicroBatch(tokens_BS, documents_BS, group_BS, labels_BS, one, request)

@@ -58,8 +58,7 @@ class StepWatcher:
         """Is called before a checkpoint is saved; returns when the data of all finished steps are on disk."""
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
-        """Is called after step `step` (counted from 1) with the new placement if experts have moved or got other
-        replicas."""
+        """Is called after step `step` (from 1) with the new placement if experts moved or got other replicas."""
 
 
 class StepTracer(StepWatcher):

@@ -51,8 +51,7 @@ class AfterStep(Protocol):
     """A controller that changes biases or thresholds of routers after the optimizer's step, equally on all ranks."""
 
     def after_step(self, counts: RoutingCounts[Tensor]) -> None:
-        """Is called after each step that was not skipped, with the step's counts over all ranks. Must issue no collective
-        and no host sync."""
+        """Is called after each step that was not skipped, with all ranks' counts. Must issue no collective or sync."""
         ...
 
 
@@ -261,8 +260,7 @@ class TrainingStep:
         targets: Targets | None,
         watchers: Sequence[StepWatcher],
     ) -> Forwarded:
-        """Runs forward and backward of micro-batch `i`. Keeps no node of the autograd graph, whose nodes hold the dispatch
-        plans even after backward."""
+        """Runs forward and backward of micro-batch `i`. Keeps no autograd node, because nodes hold dispatch plans."""
         mesh, running = self.parallel.mesh, []
 
         def start_counts(reports: Sequence[LayerReport]) -> None:
@@ -408,8 +406,7 @@ class TrainingStep:
 
 
 def busiest_load(counts: RoutingCounts[Tensor], groups: Sequence[ExpertGroup]) -> Tensor:
-    """Returns `Forwarded.busiest_G`, float64 [G], from counts whose rows are the layers of single micro-batches. Costs no
-    sync."""
+    """Returns `Forwarded.busiest_G`, float64 [G], from counts whose rows are layers of micro-batches. No sync."""
     choices_LC, tokens_LG = counts.choices_LC.to(torch.float64), counts.tokens_LG.to(torch.float64)
     most_G = []
     for g, group in enumerate(groups):
