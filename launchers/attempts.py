@@ -40,7 +40,6 @@ def run_attempts(
     """Runs an attempt, and another one after each failure that allows a restart; returns the last attempt's exit code.
 
     Args:
-        prefix: Start of every attempt_id.
         blame: Called with the rank at fault after each failed attempt.
     """
     attempts: list[AttemptEnd] = []

@@ -198,9 +198,7 @@ class LaunchPlan:
 
     Attributes:
         config: Path of the YAML file, readable on every node.
-        overrides: `key=value` strings.
         rendezvous: Environment variables for torch's rendezvous: PUBLISHED_RENDEZVOUS or the result of `file_rendezvous`.
-        attempt: Number of restarts before this attempt.
         grace_seconds: Time from a stop signal until a rank that has not ended is killed.
         loopback: True if all ranks are on this machine; gloo then binds to the loopback interface.
         threads: OMP_NUM_THREADS of each rank; None lets each rank take its share of the cores (`environment.share_cores`).

@@ -15,7 +15,6 @@ class Offer:
 
     Attributes:
         traits: Features, or labels in the form 'name=value'.
-        amounts: Countable resources, such as {'GPU': 8, 'CPU': 96}.
         down: The reason why no job can run on the node; empty if jobs can, now or after other jobs end.
     """
 

@@ -19,10 +19,7 @@ class Examination:
     """A run and the machine or cluster on which `moe-dist doctor` checks it.
 
     Attributes:
-        here: Facts about this machine.
         save_seconds: Measured seconds of a save of the run; None before its first save.
-        probe: Whether to check each node by a short job.
-        fabric: Whether to measure the network between every pair of nodes.
     """
 
     config: Config

@@ -77,7 +77,6 @@ class Outcome:
 
         Args:
             told: Ranks that ended by themselves: done, stopped, or with an error that they printed.
-            record: The recorded verdict; None if there is none.
         """
         repeats = record is not None and is_final(record.verdict or 0)
         before = takewhile(lambda rank: not is_final(self.codes[rank]), self.failed)
@@ -109,9 +108,6 @@ class RankTracker:
     """Decides which signals the ranks of an attempt get at which times, and which ranks failed by themselves.
 
     The caller reports each event with its time (seconds of a monotonic clock), and sends the signals itself.
-
-    Args:
-        say: Prints a line for the user.
     """
 
     def __init__(self, num_ranks: int, timeouts: ShutdownTimeouts, say: Callable[[str], None]) -> None:

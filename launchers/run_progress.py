@@ -74,8 +74,6 @@ class RunProgress:
         record_age, beat_age, checkpoint_age: Seconds since the last record, lease renewal and checkpoint commit.
         checkpoint_step: Step of the newest committed checkpoint; 0 without a checkpoint.
         save_seconds: Longest of the last saves; None before the first save.
-        losses: Losses of the last step, by name.
-        attempts: All attempts, the latest last.
         holder: The process that holds the lease; None without a holder.
     """
 

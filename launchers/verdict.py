@@ -24,7 +24,6 @@ class Verdict:
     """The end of an attempt.
 
     Attributes:
-        code: The exit code.
         rank: The rank at fault, whose node the next attempt avoids; None if no rank is, or if it is unknown.
     """
 

@@ -47,8 +47,6 @@ def examine(
     """Yields the results of all checks.
 
     Args:
-        on: Name of the launcher.
-        cluster: Name or path of the cluster file.
         probe: Whether to start a job of at most two minutes that checks each node.
         fabric: Whether to measure the network between every pair of nodes.
     """

@@ -30,9 +30,6 @@ class Part:
     """Planned nodes whose pods are equal.
 
     Attributes:
-        name: Name of the part, unique in the run.
-        nodes: The nodes, ordered by index.
-        labels: Labels that the nodes must have.
         domain: Number of the set of nodes that must share an interconnect domain; None if the nodes may be anywhere.
     """
 
@@ -73,7 +70,6 @@ class Manifests:
     """Makes the objects of one run.
 
     Attributes:
-        run: Name of the run.
         files: Names and texts of the files at `FILES`: the configuration, and the cluster file if there is one.
         arguments: Configuration, overrides and options for the launcher inside the pods.
     """

@@ -52,12 +52,7 @@ class LostError(Exception):
 
 class Gang:
     """The actors of one attempt. Each attempt makes a new placement group, because after a node has died, Ray still reports
-    the old group on that node as ready for many seconds.
-
-    Args:
-        nodes: The Ray node of each planned node.
-        bundle: Resources of one rank.
-    """
+    the old group on that node as ready for many seconds."""
 
     def __init__(self, job: JobPlan, nodes: Sequence[RayNode], bundle: Mapping[str, float]) -> None:
         self.job, self._nodes = job, nodes

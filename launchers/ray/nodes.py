@@ -19,10 +19,7 @@ class RayNode:
     """A live node of Ray.
 
     Attributes:
-        node_id: Ray's id of the node.
-        address, port: Address and port of the node's raylet.
         labels: All labels, including labels that Ray sets.
-        total: Amount of each resource.
         free: Amount of each resource that is not in use.
     """
 
@@ -89,7 +86,6 @@ def assign(
 
     Args:
         nodes: Live nodes; nodes earlier in the sequence are preferred.
-        bundle: Resources of one rank.
         together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain. Empty without domains.
         most: Largest number of ranks on a node if the ranks are distributed again; None for no limit.
     """

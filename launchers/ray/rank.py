@@ -36,10 +36,7 @@ class WorkerInfo:
     """The node and GPUs of an actor.
 
     Attributes:
-        node_id: Ray's id of the node.
         host: Address at which other nodes reach this node.
-        gpus: Ids of the GPUs that Ray has assigned to this actor.
-        missing: Requested paths that do not exist on this node.
     """
 
     node_id: str
@@ -82,8 +79,6 @@ class RankActor:
 
         Args:
             argv: Program and arguments; an empty program means this interpreter.
-            env: Variables added to this node's environment.
-            log: File for the rank's output.
             shown: True for rank 0: its output goes to the driver and its metrics to Ray.
         """
         variables = {**os.environ, **env}

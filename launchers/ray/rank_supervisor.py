@@ -37,7 +37,6 @@ class RankSupervisor:
     """Runs one rank, and waits until every process that it started has ended.
 
     Args:
-        env: The rank's complete environment.
         log: File to which the output is appended.
         shown: True for rank 0: standard output and standard error go to the driver, and standard error also into the log.
         scratch: Folder that is deleted at the end; '' for none.

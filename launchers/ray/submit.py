@@ -49,7 +49,6 @@ def submit(address: str, line: str, *, grace_seconds: int, config: Config, forwa
 
     Args:
         address: Address of Ray's dashboard, such as http://127.0.0.1:8265.
-        line: Shell command of the job.
         grace_seconds: Time from a stop until Ray kills the driver.
         forwarded: Names of environment variables that are passed to the ranks.
 

@@ -53,7 +53,6 @@ class Submission:
         sweep: Overrides of each array task; empty for a single run.
         folder: Run folder; in an array, the parent of all run folders.
         snapshot: Folder for the copy of the code.
-        text: The batch script.
         program: Arguments of the ranks' Python interpreter that precede the configuration's path.
     """
 

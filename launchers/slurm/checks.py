@@ -168,7 +168,6 @@ def srun_command(
 
     Args:
         module, argument: A task runs `python -m MODULE ARGUMENT` with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
-        minutes: Time limit of the job.
         visible: Further folders of the node, which the site's container mounts at the same paths.
     """
     visible = list(dict.fromkeys([str(code_folder()), *visible]))

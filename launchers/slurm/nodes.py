@@ -36,8 +36,6 @@ class GivenPart:
     """The nodes allocated to a job, or to one component of a heterogeneous job.
 
     Attributes:
-        hosts: Host names, in Slurm's order.
-        tasks: Number of tasks on each node.
         gpus: GPUs per node; -1 if unknown.
     """
 
@@ -52,7 +50,6 @@ class Allocation:
 
     Attributes:
         parts: One element per component of a heterogeneous job; any other job has one element.
-        features: Comma-separated features of each host.
     """
 
     parts: tuple[GivenPart, ...]
@@ -201,7 +198,6 @@ def ranks_by_task(job: JobPlan, hosts: Sequence[str], allocated: Sequence[str]) 
     """Returns the tasks of each host, with the rank of each task. Slurm numbers the tasks of a component node by node.
 
     Args:
-        hosts: Host of each planned node.
         allocated: The job's hosts in Slurm's order; the plan's order differs if a node was at fault.
     """
     found = {}

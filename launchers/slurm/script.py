@@ -114,8 +114,6 @@ def srun_command(
     Args:
         hosts: Host names of the planned nodes; passed to srun if the job has spare nodes.
         hold: Command prefix that blocks the stop signals; empty for no prefix.
-        table: File with the text of `rank_table`.
-        node_env: slurm/node_env.sh in the snapshot.
         visible: Folders to mount in a container under the same path.
     """
     (first, *others) = parts(job)
@@ -140,8 +138,6 @@ def rank_table(
     numbers the components of a heterogeneous job one after the other.
 
     Args:
-        features: Comma-separated features of each allocated host.
-        code: Working directory of the ranks.
         visible: Folders to mount in a container under the same path.
     """
     commands, hosts = rank_commands(launch), launch.hosts

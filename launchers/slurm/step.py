@@ -44,10 +44,7 @@ class SlurmJob:
     """The Slurm job in which this process runs.
 
     Attributes:
-        id: Job id; each array task has its own id.
-        restarts: Number of times that Slurm has requeued the job.
         task: Number of the array task; None if the job is no array.
-        submitted: Folder in which sbatch was called.
         array: Job id of the array; None if the job is no array.
     """
 
@@ -138,8 +135,6 @@ def outcome_of(code: int, lines: Sequence[str], places: Places, *, stopped: bool
 
     Args:
         code, lines: Results of `run_step`. srun has no line about a task that ended with 0.
-        places: The tasks of each host, with the rank of each task.
-        stopped: True if the batch script got a stop signal.
     """
     host_of = {rank: host for host, ranks in places.items() for rank in ranks.values()}
     codes, failed, lost, words = dict.fromkeys(sorted(host_of), 0), list[int](), dict[int, str](), dict[int, str]()
@@ -180,8 +175,6 @@ def name_unconcluded(
 
     Args:
         on_host: The ranks on each host of the attempt; the first host ran the batch script.
-        asked: True if the batch script had got a stop signal.
-        restarts: Number of restarts before the attempt.
     """
     record = folder.read_status().of(attempt_id)
     if record is not None and record.verdict not in (None, EXIT_FAILED):

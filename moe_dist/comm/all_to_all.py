@@ -29,7 +29,6 @@ class Pending:
     """An all-to-all in flight. Until `wait` returns, the sent items must not be changed, and `received` is undefined.
 
     Attributes:
-        wire: The `AllToAll` that issued the exchange.
         layer, name: Names of the layer and of the exchanged content, for statistics and for reports of a hang.
         received: Buffer for the items that arrive, [sum(receive), ...].
     """
@@ -86,7 +85,6 @@ class AllToAll:
     """Exchanges items over one process group. If `group` is None, there is one rank, whose exchanges move nothing.
 
     Args:
-        tracker: Tracks each exchange for the watchdog.
         between_nodes: True if the group's ranks are on different nodes, so that `CommStats` also counts the payload as
             inter-node bytes.
     """
@@ -115,8 +113,6 @@ class AllToAll:
         because a peer may have something to send.
 
         Args:
-            layer: See `Pending`.
-            name: See `Pending`.
             payload: True if the items are hidden states or their gradients, False if they are metadata.
             out: Contiguous tensor [sum(receive), ...] for the received items; None allocates one.
         """

@@ -118,14 +118,12 @@ class Gpt:
     """The parts (chunks) of the model on this rank, in Megatron's DDP: several with an interleaved pipeline, else one.
 
     Args:
-        watch: Sees each MoE layer.
         initial: Returns the whole initial value of a logical tensor, fp32 on the host. The arguments are a part of the
             model, the parameter's name in this part, and the tensor's logical name and shape.
         decays: Returns, by logical name and shape, whether a tensor has weight decay.
 
     Attributes:
         chunks: The parts of the model, wrapped for data parallelism, in the order of their layers.
-        groups: Megatron's process groups.
         place: The rank's place in the model, which determines the logical names of its parameters.
         routers: The router of each MoE layer of this rank, by index of the layer.
         last_stage: Whether this rank has the last part of the model, which computes the losses.

@@ -28,11 +28,8 @@ class LayerWatch:
     """Gives all MoE layers of this rank an engine's routers, dispatcher, auxiliary terms and reports.
 
     Args:
-        config: Configuration of the run.
         tracker: Tracks the collectives of all layers for the watchdog.
-        make_router: Makes the router of the layer with an index.
         comm_stats: Counts bytes and seconds of the exchanges of all layers.
-        dispatcher: The dispatcher of all layers.
 
     Attributes:
         coefficients: Coefficients of the step's auxiliary terms; None in evaluation.
@@ -77,7 +74,6 @@ class LayerWatch:
         """Begins the forward of a micro-batch in one part of the model.
 
         Args:
-            number: Number of the micro-batch in the step.
             share: Weight of the micro-batch in the step, 0-d.
             request: Has the index in the micro-batch of each token of this rank.
         """

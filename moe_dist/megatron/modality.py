@@ -20,7 +20,6 @@ def modality_of_tokens(tokens_BS: Tensor, ranges: Sequence[Sequence[tuple[int, i
     """Returns the modality id of each token, int64 [B, S], for Megatron's argument `padding_mask`.
 
     Args:
-        tokens_BS: Token ids.
         ranges: For each modality its vocabulary ranges [first, end), in the order in which the settings' groups list the
             modalities. A token in no range counts as padding, -1.
     """

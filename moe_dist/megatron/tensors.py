@@ -33,7 +33,6 @@ class Piece:
     """A part of a local tensor.
 
     Attributes:
-        name: Logical name.
         view: The part of the local tensor, sharing its memory. The view has the elements of `shape` in order, but may have
             more dimensions.
         shape: Shape of this rank's part of the logical tensor.

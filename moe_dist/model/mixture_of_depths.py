@@ -70,11 +70,9 @@ class DepthRouter(ChoosingRouter):
     (`moe_dist.train.evaluation.calibration`) writes them. Checkpoints contain the buffers.
 
     Args:
-        hidden_dim: D, the hidden size.
         capacity: c, the share of the scope's tokens that the layer computes.
         threshold_decay: Decay of the running mean per step.
         selection_scope: The ranks whose tokens compete; each rank must have the same number of tokens.
-        name: Name of the layer, for reports of a hang.
     """
 
     role = Role.DEPTH_ROUTER

@@ -66,7 +66,6 @@ class Transformer(nn.Module):
         make_moe: Makes the MoE layer of each layer index in `args.moe_layers`.
         make_depths: Makes the depth router of each layer index in `args.depth_layers`, which must be MoE layers.
         make_adapters: Makes the LoRA adapters of the attention of each layer index.
-        make_attention: Makes the attention of a layer.
 
     Attributes:
         token_losses: Computes cross entropies from all logits (`kernels.choice.use`).
@@ -182,7 +181,6 @@ class Transformer(nn.Module):
             tokens_BN, group_BN: See `forward`. Padding (group -1) may be anywhere. Padding adds no entry to the cache, and
                 its logits are meaningless.
             positions_BN: int64, position of each token in its sequence.
-            cache: From `make_cache`.
         """
         rotary = self._rotary(positions_BN, group_BN)
         real_BN = group_BN >= 0

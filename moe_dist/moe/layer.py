@@ -26,9 +26,6 @@ class MoELayer(nn.Module):
     arXiv 2509.01322, section 2.2). The caller adds `late_TD` after the next layer.
 
     Args:
-        norm: Norm of the layer's input, or identity.
-        router: A `Router`, which chooses the experts of each token.
-        experts: This rank's true experts.
         dispatcher: Sends rows to their experts' ranks, and sums the experts' outputs for each token.
         shared: An expert that processes every token on the token's rank, or None.
         free: Identity and constant experts (without dispatch), if a group has any.

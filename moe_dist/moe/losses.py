@@ -38,7 +38,6 @@ class ColumnTables:
     would sync.
 
     Attributes:
-        groups: All expert groups, in logical order.
         group_C: int64, group of each column.
         member_CG: bool, whether a column belongs to a group.
         size_G: Number of columns of each group.

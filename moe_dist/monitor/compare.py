@@ -16,7 +16,6 @@ class Difference:
     """The first line of metrics.jsonl that differs between two runs.
 
     Attributes:
-        step, kind: Step and kind of the first run's line.
         keys: (dotted key, value in the first line, value in the second line); None stands for a missing key.
         same: Number of equal lines before the first differing line.
     """
@@ -34,7 +33,6 @@ def first_difference(
     that have none of the compared keys are not counted. Lines of one file beyond the end of the other are ignored.
 
     Args:
-        first, second: Lines of two metrics.jsonl in order.
         rtol: Numbers, also those in lists, may differ by this fraction of the larger number; 0 compares exactly.
         only: Dotted prefixes of the keys to compare, such as `losses` or `scalars.loss/total`; empty compares all keys.
     """

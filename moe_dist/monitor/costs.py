@@ -26,7 +26,6 @@ class CostTable:
     """The mean costs of the last `steps` steps; the first line is the cost of the run itself.
 
     Attributes:
-        tokens: Tokens of a step.
         untimed: Why the run has no timings; empty if the run has timings.
         placed: A sentence on the run's placement: how many rows it sends compared with each other placement.
     """
@@ -58,7 +57,6 @@ def cost_table(
 
     Args:
         ledgers: Each step's ledger, summed over ranks.
-        policy: Placement policy of the run.
         by_placement: Number of rows of the same steps under the run's and other placements, by policy
             (`moe_dist.train.rank_balance.placement_rows`), one row per token and rank. Other placements are left
             out if the run sends a row more than once (dispatch `hierarchical`).

@@ -36,9 +36,6 @@ class Scale:
 
     Attributes:
         colours: Colours for evenly spaced numbers from 0 to 1; between these numbers the scale interpolates.
-        to_unit: Maps numbers to [0, 1].
-        ticks: Numbers that are written beside the colour bar.
-        write: Formats a number as a short text.
         caption: A line under the title that explains the numbers.
         zero: Colour of exact zeros; None for no special colour.
     """

@@ -29,8 +29,6 @@ class HintWatch:
 
     Args:
         groups: Expert groups in the order of the columns of `Record.arrays`.
-        moe_layers: Layer index of each MoE layer.
-        window: Steps in a window.
         quiet: Number of steps before a hint of the same kind may be repeated.
     """
 

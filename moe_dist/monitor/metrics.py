@@ -29,7 +29,6 @@ class Record:
         losses: Nats per token by modality. The loss is None if the step had no label of the modality.
         labels: Number of unmasked labels by modality.
         epochs: Number of passes over each modality's training data so far.
-        balance_coefficient: Coefficient of the balance loss.
         arrays: int64 counts choices_LC, tokens_LG, rows_LR and dropped_LG; float64 entropy_LG (nats per token) and
             weighted_rows_LR (computed pairs x FFN width). Expert choice adds above_LE (tokens above the threshold) and
             idle_LG (tokens without an expert).

@@ -21,7 +21,6 @@ class Subject:
 
     Attributes:
         groups: Expert groups, in the order of the columns of `Record.arrays`.
-        moe_layers: Layer index of each MoE layer.
         num_modalities: Number of modalities of the data, which determines which scalars are split by group.
         mixture_of_depths: True if some layers compute only a fraction of the tokens.
     """

@@ -21,7 +21,6 @@ class DepthStatistics:
     Attributes:
         layers: Index of each mixture-of-depths layer in the model.
         token_share: Fraction of the tokens that each layer should compute.
-        groups: Names of the expert groups (G).
         tokens_LG, taken_LG: int64, numbers of tokens, and of computed tokens, of each group.
         agreed_L: int64, number of tokens for which the causal decision equals the top-k selection of training; None in
             evaluation, which makes only causal decisions.
@@ -46,7 +45,6 @@ class LeverDecision(NamedTuple):
             are equal.
         cost_steps: Time that the change takes, in steps: a move of experts takes it once, replicas in sum until the lever's
             next decision.
-        why: The reason.
         placement: Placement after this step, if the lever moved experts or changed replicas; else None.
     """
 

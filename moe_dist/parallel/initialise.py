@@ -46,7 +46,6 @@ def initial_value(
         path: Name in `model` of the parameter that holds the tensor, alone or stacked with other tensors. The module that
             owns this parameter can set the initial value to a constant.
         name: Logical name, with the index of an expert. The name decides the value if the module sets no constant.
-        shape: Shape of the logical tensor.
     """
     owner, _, leaf = path.rpartition(".")
     constant = getattr(model.get_submodule(owner), "initial_values", {}).get(leaf)

@@ -47,7 +47,6 @@ def measure_pairs(
 
     Args:
         payload_bytes: Bytes that each rank sends to the other node in an all-to-all, and bytes of its all-reduced tensor.
-        timeout: Timeout of every collective, in seconds.
     """
     task = PairMeasurement(ranks, payload_bytes, device)
     measured: dict[Pair, PairExchange] = {}

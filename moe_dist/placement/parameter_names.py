@@ -58,7 +58,6 @@ class NamedParameter(NamedTuple):
     """A parameter of a model.
 
     Attributes:
-        path: Name in the model's state dict.
         name: Logical name. The name of a stack of experts has no expert index.
     """
 

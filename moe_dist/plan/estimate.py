@@ -31,7 +31,6 @@ class Estimate:
     """The planner's estimates of one layout.
 
     Attributes:
-        config: The configuration with this layout.
         seconds: Seconds of a step. `busy`, `imbalance`, `exchange` and `tail` are the parts of a step: the mean rank's
             compute and syncs with its host, the wait for the busiest rank, the part of exchanges that no compute covers,
             and the time of sums, gathers and optimizer.
@@ -81,7 +80,6 @@ class LayoutEstimator:
 
     Args:
         source: Source of the loads: expected loads, or a trace.
-        most_bytes: Memory of a rank.
     """
 
     def __init__(self, rates: Rates, source: Expected | Traced, token_mix: Mapping[str, int], most_bytes: float) -> None:

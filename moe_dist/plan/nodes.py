@@ -51,9 +51,6 @@ def pack(
     stage is split between two blocks of EP groups.
 
     Args:
-        demand_of_position: Demand of each position in an EP group.
-        edp: Number of EP groups.
-        ranks_per_node: Largest number of ranks on a node.
         domain_nodes: Number of nodes in a domain of fast interconnect; None if no domain is declared.
         stage: Number of EP groups in a pipeline stage, a divisor of `edp`; `edp` or None without a pipeline.
 

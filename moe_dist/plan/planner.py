@@ -89,7 +89,6 @@ def render(
     """Returns, as plain text, the chosen placement rank by rank, and the costs of pinned and interleaved placement.
 
     Args:
-        policy: Policy of the chosen placement.
         itemsize: Bytes of an element of a sent row.
     """
     plan = expected_plan(chosen, token_mix, name=f"{policy} (chosen)")

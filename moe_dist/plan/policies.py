@@ -43,7 +43,6 @@ def make_placement(section: PlacementSection, groups: Groups, *, num_ranks: int,
     """Places every expert by the section's policy.
 
     Args:
-        num_ranks: Ranks of an EP group.
         token_mix: Training tokens of each modality, which decide how many ranks a pinned group gets; empty: all equal.
 
     Raises:

@@ -70,7 +70,6 @@ class Expected:
         """Returns the expected load. For `spread`, tokens are assumed to choose experts independently.
 
         Args:
-            tokens: Tokens of a rank in a micro-batch.
             layers: Number of MoE layers; the spread of a mean over more independent layers is smaller.
         """
         groups, ranks = placement.groups, placement.num_ranks

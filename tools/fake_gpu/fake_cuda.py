@@ -130,7 +130,6 @@ class Recorder(TorchDispatchMode):
         mixed: Source lines of operations with both CPU and CUDA tensors.
         sorted_sums: Number of backward passes of indexing, by part; on CUDA each of these passes sorts, to add without
             atomics.
-        order: Names of all collectives, in call order.
         memory: Bytes of live tensors, by (part, phase).
     """
 

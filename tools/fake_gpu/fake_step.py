@@ -247,7 +247,6 @@ class Built:
     """One rank's model on fake CUDA tensors, with its training step.
 
     Attributes:
-        manifest: Manifest with names of modalities, but no token ids.
         told: Seconds of exchanges that the busy clock subtracted, for each step.
     """
 

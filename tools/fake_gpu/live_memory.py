@@ -18,7 +18,6 @@ class LiveMemory:
     subtracted at `place`, the (part, phase) of the last `note`.
 
     Attributes:
-        live: Bytes of all storages that are alive.
         grown: Bytes allocated minus bytes freed, by (part, phase).
         most: The largest number of live bytes, by (part, phase).
         layer: Index of the running layer, which the caller sets; outside the layers, the index of the last layer that ran.

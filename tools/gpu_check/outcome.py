@@ -22,10 +22,7 @@ class CheckJob:
     Attributes:
         gpus: Number of ranks, which on CUDA is also the number of GPUs.
         rehearse: True for tiny shapes on the CPU, with Triton's interpreter, and no bars (limits) of times.
-        folder: Folder for files of the checks.
-        card: Name of the GPU.
         rates: Rates that the check `ceilings` measured, per second: `copy` (bytes read and written), `gemm` (FLOPs).
-        seconds: Time limit of the check.
     """
 
     gpus: int
@@ -82,7 +79,6 @@ class Outcome:
     Attributes:
         verdict: "pass", "fail", "not possible" or "not run", see docs/gpu.md.
         reason: The readings outside their bars (limits), the error, or what the machine lacks; empty if the check passed.
-        seconds: Time that the check took.
     """
 
     verdict: Verdict

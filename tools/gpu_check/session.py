@@ -25,7 +25,6 @@ class Check:
     Attributes:
         target: Function 'module:name' that takes a `CheckJob` and returns the check's readings.
         seconds: Time limit, several times the check's expected time on a GPU.
-        says: The printed table's text about the check.
     """
 
     target: str

@@ -36,8 +36,6 @@ class WorkloadShape:
 
     Attributes:
         num_tokens: T, summed over all source ranks.
-        num_experts: E.
-        top_k: K.
         num_shards: W; shard w holds experts [w E / W, (w + 1) E / W).
     """
 

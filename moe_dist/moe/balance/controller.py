@@ -68,7 +68,6 @@ class BiasController:
 
     Args:
         gates_LG: The gate of each layer and group. Each update reads `bias` again, because a model may replace its buffers.
-        groups: All expert groups, in logical order.
         rules: All rules get the same counts, and their updates are added up.
     """
 

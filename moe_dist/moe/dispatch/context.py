@@ -13,13 +13,10 @@ class DispatchContext:
     """The values that every dispatcher gets.
 
     Attributes:
-        placement: The map of experts to ranks of the EP group.
         all_to_all: The EP group's all-to-all; its size must be the placement's number of ranks.
-        hidden_dim: D, the hidden size.
         max_receive_rows: Largest number of rows that a rank may receive in a layer (in each hop, if rows take two); None
             for no bound. A rank never receives more than (ep - 1) x T rows: all tokens of the other ranks of the EP group.
         kernels: Functions that sum the rows of a token. Triton's kernels also make the plans of token choice.
-        tokens: Number of tokens of a rank's micro-batch.
         hops: Two all-to-alls, for rows that are sent in two hops: over the ranks at this rank's position in their nodes,
             one rank for each node, in the order of nodes; and over the ranks of this node.
         deterministic: Whether results must be reproducible bit for bit.

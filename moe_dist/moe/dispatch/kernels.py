@@ -77,7 +77,6 @@ class Arrival:
         handle: The library's record of the rows' routes, for combine and for repeated dispatches.
         weight_Q: Received weights. A repeated dispatch sends no weights.
         num_rows: Number of arrived rows, one for each (token, this rank).
-        slot_counts: See `PairLayout`.
     """
 
     handle: Any
@@ -91,7 +90,6 @@ class KernelPlan:
     """The plan of one layer and micro-batch. The first dispatch sets `arrived`.
 
     Attributes:
-        rank: This rank's index in the EP group.
         counts: Returns 2 W integers: the number of rows to each rank, then the number of pairs to each rank.
     """
 

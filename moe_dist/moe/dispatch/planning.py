@@ -66,7 +66,6 @@ class _Tables:
             pairs.
         bin_E: Position of each expert in the order of (place of its rank, slot); E for absent pairs.
         message_M: Index of each count to send, rank by rank, in the concatenation of row counts and pair counts.
-        one: int64, the number 1.
     """
 
     place_E: Tensor
@@ -135,7 +134,6 @@ class DispatchPlanner:
     """Makes the plans of this rank for one EP group. See `AllToAllDispatcher` for the other arguments.
 
     Args:
-        chunks: Number of ranges of tokens.
         own_apart: True if the pairs of this rank's tokens with this rank's experts are computed outside of the chunks.
     """
 

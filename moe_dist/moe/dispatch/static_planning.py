@@ -83,7 +83,6 @@ class StaticPlan(ExchangePlan):
         room_G: Number of pairs of each group, padding included.
         counts_X: int64, number of pairs of each slot.
         end_X: int32, number of pairs of the slot and of the earlier slots of the slot's group, at most the group's room.
-        sent_5: `LayerReport.sent`.
         table_items, row_items: See `AllToAllPlan`.
     """
 
@@ -123,7 +122,6 @@ class _Places:
         row_A: Row in [0, R) of the first row of the rank from which each pair arrives; 0 for own pairs.
         first_H: Place in the order of arrival of the first pair from each rank.
         token_O: The row of the table of each own row.
-        number_Q: 0 to Q - 1.
     """
 
     place_J: Tensor
@@ -143,7 +141,6 @@ class _Fixed:
     Attributes:
         first_bin: Bin of the first expert of each place, then E.
         source_H: Ranks in the order of arrival.
-        group_X: Group of each slot.
         run_order: Place of each run's length among the lengths of (slot, source rank), then of each group's padding. Runs
             are sorted by slot, then source rank; the padding of a group follows its last slot.
         rows_W, pairs_W, computed_G: The room, by place (without the own rank) and by group.

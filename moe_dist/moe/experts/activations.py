@@ -14,7 +14,6 @@ class Activation(Protocol):
     """The function of gate and up that gives the hidden values of (token, expert) pairs.
 
     Attributes:
-        has_bias: Whether gate, up and down have biases.
         in_row_kernels: Whether `RowKernels.swiglu` computes the function. Otherwise the experts use torch's row kernels,
             which multiply each expert's output, bias included, by the routing weight.
     """

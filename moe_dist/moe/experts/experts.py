@@ -102,9 +102,7 @@ class Chunk(NamedTuple):
     """Some of this rank's (token, expert) pairs, which are computed at once.
 
     Attributes:
-        pairs: Places of the pairs.
         make_index: Returns the row of each pair, among a given number of rows.
-        runs: The rows of each stack.
     """
 
     pairs: slice
@@ -289,16 +287,11 @@ class Experts(nn.Module):
     all ranks hung.
 
     Args:
-        hidden_dim: D.
         groups: All expert groups in logical order, which is also the order of this rank's slots.
-        num_local: Number of experts of each group on this rank.
-        activation: The function of gate and up.
-        adapter: Low-rank adapters of the experts' matrices, or None.
         storage: `on_host`, or `on_device` for plans of fixed sizes.
         pair_budget: Largest number of (token, expert) pairs computed at once; None for no bound. If there are more pairs,
             chunks of pairs are computed, which backward recomputes, so that unbalanced routing costs time but no more
             memory. `on_device` has no bound.
-        gemm: See `choose_gemm`.
         kernels: Functions that gather rows, compute silu(gate) * up, and sum pairs.
 
     Attributes:

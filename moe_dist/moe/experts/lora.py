@@ -114,10 +114,8 @@ class LoRAExperts(nn.Module):
 
     Args:
         hidden_dim, ffn_dim: D and F.
-        groups: All expert groups in logical order.
         rank, alpha: r, and alpha of the scale alpha / r.
         dropout: Fraction of the elements of an adapter's input that dropout sets to 0 in training.
-        targets: The projections that have adapters.
         weight: Kind of weights w_e; the top of this file defines the values of `weight`.
     """
 
@@ -185,7 +183,6 @@ class LoRALayer(nn.Module):
         recompute: The part of the layer that backward computes again. `experts`: the FFN and the adapters. `block`: the
             whole layer except the choice of experts.
         seed, layer: Parts of the name of dropout's random numbers, beside the step and the first token.
-        comm_stats: Records the host syncs.
     """
 
     def __init__(

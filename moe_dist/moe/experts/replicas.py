@@ -38,7 +38,6 @@ class Route:
     """Says which weights of one group's experts one rank sends and receives, in one layer.
 
     Attributes:
-        group: Name of the group.
         send: Slots (in this rank's stack) of the experts whose weights are sent, in the order of the destination ranks. An
             expert may be sent to several ranks.
         splits: Numbers of experts whose weights are sent to and received from each rank.

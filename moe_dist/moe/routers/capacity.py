@@ -47,7 +47,6 @@ def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: D
         expert_N: int64, logical expert of each pair; negative for an absent pair (absent pairs are never dropped).
         score_N: Probability of each pair, without gradient.
         capacity_E: int64, largest number of pairs of each expert.
-        drop: See `Capacity`.
     """
     num_experts = capacity_E.shape[0]
     bin_N = torch.where(expert_N < 0, num_experts, expert_N)  # the last bin takes absent pairs

@@ -17,8 +17,6 @@ class RouterContext:
     """The values that every router gets; a router may leave out those that it has no use for, but `capacity`.
 
     Attributes:
-        hidden_dim: D, the hidden size.
-        groups: All expert groups, in logical order.
         capacity: Limits the pairs of each expert in training; None for no limit. Evaluation drops no pair.
         kernels: Functions that may replace the router's own operations.
         seed, layer: Parts of the names of random draws; `layer` is the layer's index in the model.

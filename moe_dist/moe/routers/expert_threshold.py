@@ -31,7 +31,6 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
 
     Args:
         warmup_steps: Number of updates of m before thresholds replace the competition, at least 1.
-        options: See `ExpertChoiceRouter`.
     """
 
     def __init__(self, context: RouterContext, *, warmup_steps: int = 100, **options: Any) -> None:

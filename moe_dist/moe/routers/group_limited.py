@@ -39,7 +39,6 @@ class GroupLimitedRouter(TopKRouter):
         topk_group: Number of node groups that a token may use.
         normalise: `true_chosen`: weights sum to `scale` over the chosen experts that are not null. `none`: weights are
             `scale` times the scores.
-        scale: See `TopKRouter`.
         selection_bias: If true, tokens choose by score + bias. Routing weights do not contain the bias.
     """
 

@@ -28,7 +28,6 @@ class PredictedKRouter(AdaptiveRouter):
 
     Args:
         normalise: `true_chosen` or `none`: the softmax v over the chosen columns that are not null, or over all columns.
-        scale: See `TopKRouter`.
     """
 
     def __init__(self, context: RouterContext, *, normalise: Normalise = "none", scale: float = 1.0) -> None:

@@ -34,7 +34,6 @@ class ThresholdRouter(AdaptiveRouter):
     G of the module's formula. The threshold of a column is sigmoid(level).
 
     Args:
-        scale: See `TopKRouter`.
         temperature: Divisor of the cosines. In DynMoE's Tutel code the temperature is learned, with the initial value 0.1.
     """
 

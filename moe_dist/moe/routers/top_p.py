@@ -30,7 +30,6 @@ class TopPRouter(AdaptiveRouter):
     Args:
         normalise: `none`: weights are probabilities, as published. `true_chosen`: weights sum to `scale` over the taken
             columns that are not null.
-        scale: See `TopKRouter`.
     """
 
     def __init__(

@@ -47,7 +47,6 @@ class Attached:
 
     Args:
         model: A model of transformers or Megatron-Core, also wrapped (DDP, FSDP2), whose routers are in `ROUTERS`.
-        folder: Folder of the records, which `moe-dist report` reads.
         sinks: Names of `attached_folder.SINKS`, or sinks made by the caller. Only rank 0 uses sinks.
         trace_every: Steps between traced steps, beginning with the first; 0 for no trace.
         trace_tokens: Largest number of traced tokens of a rank in a step; None for all.
@@ -126,7 +125,6 @@ class Attached:
 
         Args:
             loss, grad_norm: Values on this rank; the record has the means over the ranks that pass a value.
-            lr: Learning rate, which rank 0 records.
 
         Returns:
             The record of the step on rank 0, else None.

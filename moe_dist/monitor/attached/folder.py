@@ -217,7 +217,6 @@ class ChoiceWriter:
     """Writes this rank's part of the trace.
 
     Args:
-        place: Folder of the attempt.
         sequence_first: True if the routers order tokens [S, B], False for [B, S].
 
     Raises:

@@ -119,7 +119,6 @@ def traffic(ids_TLK: np.ndarray, home_T: np.ndarray, placement: ExpertPlacement,
     """Counts the rows that the choices `ids_TLK` send under a placement.
 
     Args:
-        home_T: EP rank of each token.
         node_sizes: Node sizes to count for, in ranks; consecutive ranks share a node.
     """
     ranks, experts = placement.num_ranks, placement.num_experts

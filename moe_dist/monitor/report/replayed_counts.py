@@ -46,7 +46,6 @@ def replay(
     turns: each rank takes the next `micro_batch` sequences.
 
     Args:
-        row_bytes: Bytes of one row.
         exchanges: How often a row is sent in forward and backward (`moe_dist.plan.rows.EXCHANGES`).
     """
     home_T = sequence_T // micro_batch % placement.num_ranks
@@ -88,11 +87,7 @@ def capped(
 ) -> np.ndarray:
     """Drops (token, expert) pairs like `model.moe.capacity` with drop=position: each expert keeps its first ceil(factor k T
     / columns) pairs of each micro-batch, where T is the number of the group's traced tokens. May keep pairs that the run
-    dropped.
-
-    Args:
-        batch_T: Index of each token's micro-batch.
-    """
+    dropped."""
     num_experts = sum(group.num_experts for group in groups)
     made = np.where(ids_TLK < -1, -2 - ids_TLK, ids_TLK)
     _, batch_T = np.unique(batch_T, return_inverse=True)

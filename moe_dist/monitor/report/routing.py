@@ -88,15 +88,9 @@ class Routing:
     """The routing of one run or trace.
 
     Attributes:
-        name: Path that the user gave.
-        source: Source of the counts, in words.
-        placement: Rank of each expert in the run.
-        layers: Layer index of each MoE layer (L).
         frames: At most `FRAMES` frames, in the order of the steps.
         window: Sums over the last `WINDOW` recorded steps; `window_steps` is their number.
-        configuration: The run's configuration.
         balance_coefficient: Coefficient of the balance loss in the last step; nan if it is unknown.
-        tokens: Single tokens; None without a trace.
         split: Split of the counted tokens: `training`, or the split of the trace.
     """
 

@@ -39,8 +39,6 @@ class ConsoleSink(Sink):
 
     Args:
         every: Steps between plain lines if the console is no terminal, or cannot redraw a line (TERM=dumb).
-        console: Destination; standard output by default.
-        clock: Returns seconds, from which the time left is estimated.
     """
 
     def __init__(

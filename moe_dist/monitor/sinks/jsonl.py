@@ -42,7 +42,6 @@ class JsonlSink(Sink):
 
     Args:
         arrays_every: Steps between lines that contain the arrays (choices of every expert in every layer).
-        clock: Returns seconds since 1970, for the field `time`.
     """
 
     def __init__(self, context: SinkContext, *, arrays_every: int = 1, clock: Callable[[], float] = time.time) -> None:

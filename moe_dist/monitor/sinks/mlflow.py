@@ -14,7 +14,6 @@ class MlflowSink(ScalarSink):
     slow server delays no step.
 
     Args:
-        experiment: Name of the experiment.
         uri: Address of the tracking server; None for MLFLOW_TRACKING_URI. MLflow reads credentials from its own
             environment variables.
 

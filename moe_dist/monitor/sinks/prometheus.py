@@ -94,10 +94,6 @@ class RaySink(ScalarSink):
     The Ray launcher enables the sink by an environment variable, so that a run has the same configuration everywhere. A
     datagram is lost if nothing reads the socket or its buffer is full, because training must not wait; metrics.jsonl has
     all records.
-
-    Args:
-        socket_path: Path of the socket that the actor reads.
-        run_name: Value of the label `run` of each sample.
     """
 
     def __init__(self, *, socket_path: str, run_name: str, resume_step: int = 0) -> None:

@@ -26,14 +26,11 @@ class SinkContext:
     """The values from which a sink is made, besides the fields of its section.
 
     Attributes:
-        folder: Folder of the run.
         resume_step: The step from which the run resumes (0 in a new run). A sink drops an earlier attempt's records of
             later steps, so that each step appears exactly once after any number of resumes.
         evaluation_owed: Whether the resumed run will repeat the evaluation of `resume_step`. A sink that stores
             evaluations then drops the earlier one.
-        total_steps: Number of steps of the run.
         subject: The run that pictures and hints show; None without pictures and hints.
-        modalities: Names of the data's modalities.
     """
 
     folder: Path

@@ -12,7 +12,6 @@ class WandbSink(ScalarSink):
     group, joins the attempts of a run.
 
     Args:
-        project: Project in wandb.
         mode: 'online' uses the key of `wandb login` or WANDB_API_KEY; 'offline' writes only files in the run folder, which
             `wandb sync` can upload later.
 

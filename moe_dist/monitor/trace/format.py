@@ -69,14 +69,10 @@ class Manifest:
         ranks: Number of ranks, each of which wrote files.
         layers: Layer index of each MoE layer (L).
         choices: Largest number of choices of a token (K).
-        weights: Whether weights were written.
         groups: Expert groups, in the order of their columns.
         rank_of_expert: EP rank of each true expert.
-        modalities: Names of the modalities.
         every, tokens: Steps between traced steps, and largest number of a rank's tokens per step (None for all).
         tokenizer: Path of the tokenizers JSON file with the names of the tokens, or None.
-        configuration: The run's configuration.
-        losses: Whether losses were written.
         replicas: Expert and EP rank of the replicas in each layer, sorted; empty if there are none.
         split: `training`, or `held-out` for the trace of a trained run, whose only step is the checkpoint's step.
     """

@@ -41,7 +41,6 @@ class TracedStep(NamedTuple):
         tokens: `format.TOKEN` [T].
         ids: int16 [T, L, K]; -2 - c is a pair of column c that a capacity dropped, -1 no choice.
         weights: float16 [T, L, K], or None.
-        manifest: Manifest of the attempt that took the step.
         losses: float16 [T], loss of the prediction at each token in nats; nan without a label, or None.
     """
 
@@ -80,7 +79,6 @@ class Trace:
     """The steps of a run's trace. If a resume repeated a step, only the last version of the step counts.
 
     Attributes:
-        attempts: The attempts, from the first to the last.
         steps: Numbers of the traced steps that all ranks wrote, rising; the first step of a run is 1.
     """
 

@@ -39,12 +39,7 @@ def dispatch_context(
     kernels: RowKernels = TORCH,
     tokens: int = 0,
 ) -> DispatchContext:
-    """Returns the values from which `section.dispatch` builds a dispatcher.
-
-    Args:
-        all_to_all: All-to-all of the EP group.
-        tokens: Tokens of a rank's micro-batch.
-    """
+    """Returns the values from which `section.dispatch` builds a dispatcher."""
     between, inside = (
         build_all_to_all(section, group, all_to_all.comm_stats, all_to_all.tracker, between_nodes=place == 0)
         for place, group in enumerate(node_groups)

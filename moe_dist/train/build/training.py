@@ -94,7 +94,6 @@ def build_model(
         placement: Experts of each EP rank. The model can run without an `ep_group` only if one rank holds all experts.
         node_groups: Process groups between nodes and inside this node, for the hierarchical dispatcher.
         comm_stats: Counts bytes and seconds of the exchanges of all layers.
-        tracker: Records the all-to-alls for the watchdog.
         compute_dtype: Overrides `parallel.precision`, for tests in float64.
         choice_scope: With expert choice, the ranks whose tokens compete for an expert; None if only this rank's tokens
             compete.
@@ -366,7 +365,6 @@ class LoopSettings:
         flops_per_token: Function that returns the FLOPs per token of forward and backward. The function's arguments map
             each group's name to the mean number of true (not null) experts per token, and to the group's fraction of all
             tokens.
-        active_target: By group: the function of `build_targets`.
     """
 
     config: Config

@@ -39,7 +39,6 @@ def replay_step(
             the trace. In a run's trace `data.order.micro_batches` gives the numbers; in another system's trace each file is
             a sequence, counted from 0.
         group_of_modality: Index of the expert group of each modality of the batches.
-        source: File or folder of the trace, named in error messages.
 
     Raises:
         ConfigError: the model has a router that cannot replay.

@@ -33,7 +33,6 @@ class StepProfiler:
 
     Args:
         model: The transformer, whose `layers` get profiler ranges.
-        folder: Folder of the files; created with the first file.
         name: Beginning of the files' names, such as 'rank_0'.
     """
 

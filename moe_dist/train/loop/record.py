@@ -41,8 +41,6 @@ def build_record(
     """Builds the record of a step.
 
     Args:
-        progress: The counters of the run after the step.
-        seconds: Wall time of the step.
         epochs: Number of passes over the training data of each modality so far.
         readings: Latest readings of `devices.DeviceMonitor`. Names that begin with device/ become scalars; all other
             readings go to `Record.host`.

@@ -56,7 +56,6 @@ class Trainer:
     """Runs the training loop on one rank. Every rank runs the same loop; only rank 0 has sinks of records.
 
     Attributes:
-        take_step: Takes one optimizer step.
         loader: Returns this rank's batches of the step that begins at a position of the stream of all ranks.
         devices: Reads the state of this rank's device; None on ranks without sinks.
         saver: Saves the state of the run; all ranks call it at the same steps.

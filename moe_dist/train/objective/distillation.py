@@ -66,7 +66,6 @@ def teacher_section(path: str, student: ModelSection, manifest: Manifest, *, seq
 
     Args:
         path: Run folder, checkpoint or import (`loss.distillation.teacher`).
-        student: The model that is to learn from the teacher.
         manifest: Manifest of the data set on which the student learns.
 
     Raises:

@@ -19,9 +19,7 @@ class LoadLever(Generic[P]):
     """See `moe_dist.train.rank_balance.levers.Lever`.
 
     Args:
-        placement: Where the experts are now.
         every: Number of steps of a window; the lever decides after the window's last step.
-        layers: Number of MoE layers.
     """
 
     def __init__(self, placement: P, every: int, layers: int) -> None:

@@ -31,10 +31,8 @@ class MovingLever(LoadLever[ExpertPlacement]):
     """See `moe_dist.train.rank_balance.levers.Lever`. The lever's state is saved in checkpoints.
 
     Args:
-        placement: Where the experts are now.
         move: Moves the experts from the first placement to the second one. Collective.
         edp: Number of EP groups, which share the tokens of a step.
-        layers: Number of MoE layers.
         every, payback_steps, flops_per_byte: See `config.rank_balance_schema.MovingSection`.
     """
 

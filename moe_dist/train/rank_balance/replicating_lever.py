@@ -31,9 +31,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
     """See `moe_dist.train.rank_balance.levers.Lever`. The lever's state is saved in checkpoints.
 
     Args:
-        placement: Where the experts are.
         replicate: Makes the replicas in a placement. No collective.
-        layers: Number of MoE layers.
         edp: Number of EP groups, which share the tokens of a step.
         bytes_per_value: Bytes that a rank sends in a step for each parameter of a replica.
         every, slots, flops_per_byte: See `config.rank_balance_schema.ReplicatingSection`.

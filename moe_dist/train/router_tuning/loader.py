@@ -30,7 +30,6 @@ def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, m
     Args:
         lengths: Number of tokens of each sequence; all ranks pass the same lengths.
         tokens: Most tokens per batch, padding included; fewer with a large `vocab_size`, to limit the logits' memory.
-        mesh: All ranks; None for a single rank.
     """
     rank, world_size = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
     most = max(1, min(tokens, _BATCH_LOGITS // vocab_size))
@@ -141,7 +140,6 @@ class SampleLoader:
 
     Args:
         samples: The samples; each epoch contains every sample once, in another order.
-        maker: Makes the batches.
         global_batch: Samples per step, over all ranks; a multiple of world_size * micro_batch.
         micro_batch: Samples per micro-batch of a rank.
     """

@@ -24,10 +24,8 @@ class RoutingReader:
     """Computes the routing of samples with one model; each rank runs the model on some of the samples.
 
     Args:
-        model: The model with this rank's experts.
         group_of_modality: int64 [M], index of the expert group of each modality, on the model's device.
         places: Indices of the chosen layers among the MoE layers.
-        mesh: All ranks; None for a single rank.
         batch_tokens: Largest number of tokens per batch of a rank, padding included.
     """
 

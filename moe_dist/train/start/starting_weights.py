@@ -268,7 +268,6 @@ def split_routers(model: Transformer, path: Path, *, divides_bias: bool) -> int:
     the checkpoint.
 
     Args:
-        path: A path for `find_checkpoint`.
         divides_bias: Whether to divide biases by m: true for biases that are added to probabilities, which are m times
             smaller for m times as many experts.
 

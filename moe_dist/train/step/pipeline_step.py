@@ -106,7 +106,6 @@ class PipelineParallel:
         counts_tokens: True on exactly one of the ranks that read the same sequences.
         counts_losses: True on the ranks whose losses are summed; together these ranks have each position of each sequence
             once.
-        layer_ranks: The ranks with the same layers as this rank.
     """
 
     model: PipelineModel
