@@ -58,7 +58,7 @@ def launch(
 ) -> int:
     """Checks a run, starts its ranks on this machine and waits for their end. Failed ranks are restarted from the last
     checkpoint. Must be called in the main thread, because the function installs signal handlers. Returns the run's exit
-    code.
+    code. Raises MoeDistError if the run is invalid; no process was started.
 
     Args:
         nproc: Number of ranks; None takes parallel.ep x parallel.edp. If `nproc` is another multiple of parallel.ep,
@@ -66,9 +66,6 @@ def launch(
         overwrite: Rename the folder of an old run of this name before the first attempt; restarts keep the new folder.
         program: Arguments of each rank's Python interpreter that precede the configuration's path.
         dry_run: Print the ranks' commands and variables, and start nothing; needs no data.
-
-    Raises:
-        MoeDistError: the run is invalid; no process was started.
     """
     read = read_draft(config_path, overrides)
     if read.value is not None:  # an invalid configuration is reported by `check_file` below

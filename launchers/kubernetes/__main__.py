@@ -52,11 +52,8 @@ def text_of(found: Sequence[Manifest]) -> str:
 
 
 def manifests(config_path: Path, overrides: Sequence[str], *, cluster: str | None, kind: Kind) -> list[Manifest]:
-    """Plans a run and returns its Kubernetes objects. Needs neither data nor a cluster.
-
-    Raises:
-        ConfigError: configuration or cluster file is invalid, or the pods could not reach a folder of the run.
-    """
+    """Plans a run and returns its Kubernetes objects. Needs neither data nor a cluster. Raises ConfigError if configuration
+    or cluster file is invalid, or the pods could not reach a folder of the run."""
     site, file = load_cluster(cluster, os.environ), cluster_file(cluster, os.environ)
     if file is None:
         raise ConfigError(f"--cluster is missing; give --cluster FILE, a YAML file with `{EXAMPLE}`", see=GUIDE)

@@ -36,11 +36,8 @@ DASHBOARD = "http://127.0.0.1:8265"  # Ray's own default
 def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> int:
     """Runs the driver: checks a run, starts its ranks on this process's Ray cluster, waits for them, and returns the run's
     exit code. Must be called in the main thread, because the function installs signal handlers. `options` go to
-    `check_job`.
-
-    Raises:
-        MoeDistError: the run is invalid, or the cluster lacks the nodes of the plan; no rank was started.
-    """
+    `check_job`. Raises MoeDistError if the run is invalid, or the cluster lacks the nodes of the plan; no rank was
+    started."""
     with StopSignals() as signals:  # also handles signals that come before the first attempt
         if (job := check_job(config_path, overrides, **options)) is None:
             return EXIT_DONE

@@ -60,10 +60,7 @@ def check_job(
 ) -> RayJob | None:
     """Checks a run and plans its nodes. For a finished run, prints the summary and returns None. `RayJob` explains the
     arguments. `cluster` is the name or path of the cluster file. If `read` is `layout_of_file`, the run needs no data.
-
-    Raises:
-        MoeDistError: the configuration is invalid, or does not fit the cluster.
-    """
+    Raises MoeDistError if the configuration is invalid, or does not fit the cluster."""
     require_variables(forwarded, os.environ)
     site = load_cluster(cluster, os.environ)
     layout = read(config_path, overrides)

@@ -75,15 +75,13 @@ def prepare(
     program: Sequence[str] = TRAIN,
     read: ReadRun = check_file,
 ) -> Submission:
-    """Plans a job and renders its script; writes no file. Each array task is a run in `<root>/<name>/<task>`.
+    """Plans a job and renders its script; writes no file. Each array task is a run in `<root>/<name>/<task>`. Raises
+    ConfigError or DataError or ResourceError if the run, a task or the nodes are invalid.
 
     Args:
         program: Arguments of the ranks' Python interpreter that precede the configuration's path; the default starts the
             training.
         read: Reads and checks the run; `layout_of_file` needs no data.
-
-    Raises:
-        ConfigError, DataError, ResourceError: the run, a task or the nodes are invalid.
     """
     loaded = read(config_path, overrides).config
     fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))  # absolute, because the job runs in another folder

@@ -121,12 +121,9 @@ def run_on_nodes(
 
 
 def run_srun(command: Sequence[str], *, minutes: int) -> Iterator[tuple[float, str]]:
-    """Runs an `srun_command` with its time limit; yields the lines that the tasks print, each with its arrival time.
-
-    Raises:
-        ResourceError: Slurm refuses the job or does not start the job in time, or the job fails. The message has srun's
-            errors.
-    """
+    """Runs an `srun_command` with its time limit; yields the lines that the tasks print, each with its arrival time. Raises
+    ResourceError if Slurm refuses the job or does not start the job in time, or the job fails. The message has srun's
+    errors."""
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=code_folder()
     ) as srun:

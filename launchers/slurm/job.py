@@ -39,15 +39,13 @@ from moe_dist.runtime.signals import StopSignals
 
 
 def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> int:
-    """Runs one attempt of a job; returns the job's exit code.
+    """Runs one attempt of a job; returns the job's exit code. Raises MoeDistError if the run or its allocation is invalid;
+    no task was started.
 
     Args:
         arguments: Configuration and overrides on the first attempt of `sbatch slurm/train.sbatch`; otherwise the snapshot
             in MOE_DIST_SNAPSHOT replaces these arguments.
         env: Environment of the batch script, as `inside_job` returns it.
-
-    Raises:
-        MoeDistError: the run or its allocation is invalid; no task was started.
     """
     snapshot = CodeSnapshot(Path(env["MOE_DIST_SNAPSHOT"])) if env.get("MOE_DIST_SNAPSHOT") else None
     if snapshot:

@@ -81,11 +81,8 @@ class CheckedAllToAll(AllToAll):
         self, items: Tensor, splits: Splits, *, name: str, layer: str = "", payload: bool = False, out: Tensor | None = None
     ) -> Pending:
         """Compares numbers and sizes of rows with all ranks, then starts the exchanges of rows and of checksums. See
-        `AllToAll.start`.
-
-        Raises:
-            IntegrityError: sender and receiver disagree about the exchange or its sizes; no row has been sent yet.
-        """
+        `AllToAll.start`. Raises IntegrityError if sender and receiver disagree about the exchange or its sizes; no row has
+        been sent yet."""
         transport = self.transport
         if self.group is None:
             return transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
@@ -114,12 +111,8 @@ class CheckedAllToAll(AllToAll):
                 )
 
     def verify(self, received: Tensor, checks: Tensor, rows: Pending) -> None:
-        """Compares the received rows with their checksums. Costs one host sync.
-
-        Raises:
-            IntegrityError: a row differs from its checksum. The error names the layer, the ranks and the first damaged
-                rows.
-        """
+        """Compares the received rows with their checksums. Costs one host sync. Raises IntegrityError if a row differs from
+        its checksum. The error names the layer, the ranks and the first damaged rows."""
         place = position_terms(rows.splits.receive, own=self.rank, sending=False, device=received.device)
         content = content_sums(received) % MODULUS
         wrong = checks != (content + place) % MODULUS

@@ -35,19 +35,16 @@ def groups_of_rank(
 ) -> Tensor:
     """Returns the expert group of each token of this rank, int64 [T], in the order of hidden states; -1 for padding.
 
-    Megatron scatters the mask over the TP ranks only on the first pipeline stage, if that stage computes the embeddings.
-    A mask that Megatron does not scatter has the whole sequence, and this function takes the rank's slice. Nothing is
-    communicated.
+    Megatron scatters the mask over the TP ranks only on the first pipeline stage, if that stage computes the embeddings. A
+    mask that Megatron does not scatter has the whole sequence, and this function takes the rank's slice. Nothing is
+    communicated. Raises ConfigError if there are several modalities and no ids, the ids do not have the shape of the hidden
+    states, or, on a CPU, an id is of no modality. On CUDA an id of no modality fails an assertion of the device, without a
+    host sync.
 
     Args:
         mask_BS: Integer modality ids (-1 for padding), bools that are true for padding, or None without padding.
         group_of_modality_M: int64, group of each modality, then a -1: padding, with the index -1, reads this last element.
         length, batch: s and B.
-
-    Raises:
-        ConfigError: there are several modalities and no ids, the ids do not have the shape of the hidden states, or, on a
-            CPU, an id is of no modality. On CUDA an id of no modality fails an assertion of the device, without a host
-            sync.
     """
     num_modalities = group_of_modality_M.shape[0] - 1
     if mask_BS is None or mask_BS.dtype == torch.bool:

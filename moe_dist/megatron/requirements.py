@@ -40,11 +40,8 @@ _BALANCE_TYPES = ("global_aux_loss", "none")
 
 
 def check(config: TransformerConfig, settings: ExpertSettings) -> None:
-    """Checks Megatron's configuration.
-
-    Raises:
-        ConfigError: the configuration is not compatible. The error lists all problems.
-    """
+    """Checks Megatron's configuration. Raises ConfigError if the configuration is not compatible. The error lists all
+    problems."""
     if problems := [*_parallel_problems(config), *_expert_problems(config, settings), *_option_problems(config)]:
         raise ConfigError(problems, see=GUIDE)
 

@@ -58,11 +58,7 @@ class ExpertSettings(Section):
         return tuple(index for index, group in enumerate(self.expert_groups()) for _ in group.modalities)
 
     def place(self, num_ranks: int) -> ExpertPlacement:
-        """Assigns the experts to the `num_ranks` ranks of an EP group.
-
-        Raises:
-            ConfigError: the placement is invalid.
-        """
+        """Assigns the experts to the `num_ranks` ranks of an EP group. Raises ConfigError if the placement is invalid."""
         return make_placement(self.placement, self.expert_groups(), num_ranks=num_ranks, token_mix={})
 
     def violations(self) -> list[Violation]:
@@ -83,11 +79,7 @@ class ExpertSettings(Section):
 
 
 def read_settings(path: str | Path) -> ExpertSettings:
-    """Reads the settings' YAML file.
-
-    Raises:
-        ConfigError: the file is invalid. The error lists all problems.
-    """
+    """Reads the settings' YAML file. Raises ConfigError if the file is invalid. The error lists all problems."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
@@ -105,11 +97,7 @@ def read_settings(path: str | Path) -> ExpertSettings:
 
 
 def settings_from_environment(environment: Mapping[str, str] = os.environ) -> ExpertSettings:
-    """Reads the file named by MOE_DIST_EXPERTS.
-
-    Raises:
-        ConfigError: the variable is not set, or its file is invalid.
-    """
+    """Reads the file named by MOE_DIST_EXPERTS. Raises ConfigError if the variable is not set, or its file is invalid."""
     path = environment.get(VARIABLE)
     if not path:
         raise ConfigError(

@@ -43,11 +43,8 @@ class LayerCache:
         self._seen = 0  # tokens passed to `append` so far: an upper bound of the number of entries, known without a sync
 
     def append(self, key_BHNd: Tensor, value_BHNd: Tensor, positions_BN: Tensor, taken_BN: Tensor) -> None:
-        """Adds the entries of the tokens that `taken_BN` marks.
-
-        Raises:
-            ValueError: all calls together passed more than `max_tokens` tokens of a sequence.
-        """
+        """Adds the entries of the tokens that `taken_BN` marks. Raises ValueError if all calls together passed more than
+        `max_tokens` tokens of a sequence."""
         self._seen += taken_BN.shape[1]
         if self._seen > self.max_tokens:
             raise ValueError(f"{self._seen} tokens were offered to a cache made for {self.max_tokens}")

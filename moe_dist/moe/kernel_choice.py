@@ -37,11 +37,7 @@ Results = list[tuple[str, Tensor]]
 
 def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype) -> tuple[RowKernels, str | None]:
     """Returns the kernels, and for `auto` on CUDA the reason if the kernels are torch's. `auto` first tries Triton's
-    kernels (`why_not`).
-
-    Raises:
-        ValueError: kind is `triton`, and `why_not_triton` returns a reason.
-    """
+    kernels (`why_not`). Raises ValueError if kind is `triton`, and `why_not_triton` returns a reason."""
     if kind == "torch" or (kind == "auto" and device.type != "cuda"):
         return TORCH, None
     reason = why_not_triton(device, dtype)

@@ -209,11 +209,8 @@ class StepLoad:
         return {"choices": self.choices_LC.tolist(), "tokens": self.tokens_LG.tolist()}
 
     def restore(self, state: JsonValue) -> None:
-        """Restores a state that `state` returned.
-
-        Raises:
-            DataError: the state lacks counts for this model's layers, columns and groups.
-        """
+        """Restores a state that `state` returned. Raises DataError if the state lacks counts for this model's layers,
+        columns and groups."""
         rows = state if isinstance(state, dict) else {}
         self.choices_LC = _counts("choices", rows.get("choices"), self.choices_LC)
         self.tokens_LG = _counts("tokens", rows.get("tokens"), self.tokens_LG)

@@ -95,11 +95,8 @@ class Replay:
 
 
 def replayable_routers(model: nn.Module) -> list[TopKRouter]:
-    """Returns the routers of the model's MoE layers, in order.
-
-    Raises:
-        ConfigError: the model has no MoE layer, or a router that does not choose as `TopKRouter` does.
-    """
+    """Returns the routers of the model's MoE layers, in order. Raises ConfigError if the model has no MoE layer, or a
+    router that does not choose as `TopKRouter` does."""
     routers = [module.router for module in model.modules() if isinstance(module, MoELayer | LoRALayer)]
     others = [module for module in model.modules() if isinstance(module, ChoosingRouter)]  # also in mixture of depths
     others += [router for router in routers if not _keeps_choices(router)]

@@ -163,21 +163,14 @@ def curve_of(tag: str) -> tuple[str, str]:
 
 @cache
 def meaning(tag: str) -> str:
-    """Returns the text of `MEANING` or `DEPTH_MEANING` for a tag.
-
-    Raises:
-        KeyError: The tag does not exist.
-    """
+    """Returns the text of `MEANING` or `DEPTH_MEANING` for a tag. Raises KeyError if the tag does not exist."""
     family, label, _ = split_tag(tag)
     return (MEANING | DEPTH_MEANING)[f"{family}/{{{label}}}" if label else family]
 
 
 def picture_meaning(tag: str) -> str:
-    """Returns the text of `PICTURE_MEANING`, or else of `MEANING`, for the tag of a picture or histogram.
-
-    Raises:
-        KeyError: The tag does not exist.
-    """
+    """Returns the text of `PICTURE_MEANING`, or else of `MEANING`, for the tag of a picture or histogram. Raises KeyError
+    if the tag does not exist."""
     known = [tag, tag.rpartition("/")[0]]
     found = next((PICTURE_MEANING[name] for name in known if name in PICTURE_MEANING), None)
     return meaning(f"{tag}/mean") if found is None else found

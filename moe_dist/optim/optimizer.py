@@ -88,12 +88,9 @@ def make_optimizer(
     weight_decay: float = 0.0,
     moments: Moments = "fp32",
 ) -> Optimizer:
-    """Makes AdamW, of torch or of NVIDIA Apex if installed, for groups from `split_parameters`. `weight_decay`
-    applies to groups that have no weight decay of their own.
-
-    Raises:
-        ConfigError: backend=apex, but Apex is missing or does not support the parameters.
-    """
+    """Makes AdamW, of torch or of NVIDIA Apex if installed, for groups from `split_parameters`. `weight_decay` applies to
+    groups that have no weight decay of their own. Raises ConfigError if backend=apex, but Apex is missing or does not
+    support the parameters."""
     apex_adam = _apex_fused_adam() if backend != "torch" else None
     parameters = [parameter for group in groups for parameter in group["params"]]
     # text with the reason why Apex cannot be used, or None

@@ -19,11 +19,7 @@ _NCCL = ("NCCL_ALGO", "^NVLS,NVLSTree,CollNetDirect,CollNetChain")
 
 def deterministic_variables(given: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables for deterministic cuBLAS and NCCL that `given` lacks. cuBLAS and NCCL read these variables at
-    their first use.
-
-    Raises:
-        ConfigError: the variable in `given` has a value with which cuBLAS is not deterministic.
-    """
+    their first use. Raises ConfigError if the variable in `given` has a value with which cuBLAS is not deterministic."""
     name, value, good = _CUBLAS
     if given.get(name, value) not in good:
         raise ConfigError(
@@ -35,11 +31,8 @@ def deterministic_variables(given: Mapping[str, str]) -> dict[str, str]:
 
 def make_deterministic() -> None:
     """Makes torch and the CUDA libraries deterministic in this process. Call this function right after importing torch.
-    Afterwards an operation without a deterministic implementation raises a RuntimeError that names the operation.
-
-    Raises:
-        ConfigError: see `deterministic_variables`.
-    """
+    Afterwards an operation without a deterministic implementation raises a RuntimeError that names the operation. Raises
+    ConfigError: see `deterministic_variables`."""
     os.environ.update(deterministic_variables(os.environ))
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False  # timing may choose other kernels in each run

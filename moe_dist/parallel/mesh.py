@@ -184,11 +184,8 @@ def destroy_world() -> None:
 
 def own_gpu(env: RankEnv) -> torch.device:
     """Returns this rank's GPU, and makes it the current device. The rank's GPU is the GPU whose index is the local rank, or
-    the only GPU that the rank sees: a scheduler may show each rank only its own GPU, as srun --gpus-per-task does.
-
-    Raises:
-        ResourceError: the node shows no GPU, or several GPUs but fewer than the node has ranks.
-    """
+    the only GPU that the rank sees: a scheduler may show each rank only its own GPU, as srun --gpus-per-task does. Raises
+    ResourceError if the node shows no GPU, or several GPUs but fewer than the node has ranks."""
     index = 0 if torch.cuda.device_count() == 1 else env.local_rank
     if index >= torch.cuda.device_count():
         raise ResourceError(

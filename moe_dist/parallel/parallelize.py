@@ -166,11 +166,7 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
     collective between the layer's two exchanges (dispatch and combine). If the experts were a separate unit, its
     reduce-scatter would run between the exchanges of backward, where ranks can deadlock. With edp = 1 no other rank holds
     this rank's experts, so they stay plain tensors: FSDP2 would copy them and their gradients in each micro-batch without
-    need.
-
-    Raises:
-        ConfigError: see `_expert_placement`.
-    """
+    need. Raises ConfigError: see `_expert_placement`."""
     # cast_forward_inputs=False, because routing weights and loss are fp32 and must not be rounded at a unit's boundary
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
     if precision not in (torch.bfloat16, torch.float16):
@@ -205,11 +201,8 @@ def _gather_all(model: nn.Module, _inputs: Any) -> None:
 
 def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
     """Shards expert stacks over edp by experts. If the edp size divides only the number of rows of each expert, shards by
-    these rows. Returns None if no expert must be sharded.
-
-    Raises:
-        ConfigError: the installed torch shards all parameters of an FSDP2 unit over the same ranks.
-    """
+    these rows. Returns None if no expert must be sharded. Raises ConfigError if the installed torch shards all parameters
+    of an FSDP2 unit over the same ranks."""
     experts = {each.parameter for each in named_parameters(moe) if each.role in EXPERTS}
     if not experts or mesh.edp_size == 1:
         return None

@@ -83,11 +83,8 @@ def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) ->
 @dataclass(frozen=True)
 class ExpertPlacement:
     """The logical ids of the experts in the slots of each rank of an EP group. The slots of a rank are sorted by logical
-    id, so that the experts of a group are in consecutive slots.
-
-    Raises:
-        ConfigError: an expert has no slot or several slots, or the slots of a rank are not sorted.
-    """
+    id, so that the experts of a group are in consecutive slots. Raises ConfigError if an expert has no slot or several
+    slots, or the slots of a rank are not sorted."""
 
     groups: tuple[ExpertGroup, ...]
     slots: tuple[tuple[int, ...], ...]

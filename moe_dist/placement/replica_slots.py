@@ -28,12 +28,8 @@ class Replica(NamedTuple):
 @dataclass(frozen=True)
 class PlacementWithReplicas(ExpertPlacement):
     """A placement whose experts may have replicas. `slots` has each expert's own slot, in which its weights are trained and
-    saved. `replicas` has one sorted tuple of replicas for each layer; a tuple may be empty.
-
-    Raises:
-        ConfigError: see `ExpertPlacement`, or the replicas of a layer are not sorted, or a replica is on the rank of its
-            expert's own slot.
-    """
+    saved. `replicas` has one sorted tuple of replicas for each layer; a tuple may be empty. Raises ConfigError: see
+    `ExpertPlacement`, or the replicas of a layer are not sorted, or a replica is on the rank of its expert's own slot."""
 
     replicas: tuple[tuple[Replica, ...], ...] = ()
 

@@ -48,7 +48,7 @@ def pack(
 ) -> list[tuple[Demand, tuple[int, ...]]]:
     """Assigns ranks to nodes, one block of EP groups after the other. A block has as many EP groups as fit into a domain of
     fast interconnect; without domains, all EP groups are one block. If a domain has room for a whole pipeline stage, no
-    stage is split between two blocks of EP groups.
+    stage is split between two blocks of EP groups. Raises ConfigError if one EP group needs more nodes than a domain has.
 
     Args:
         domain_nodes: Number of nodes in a domain of fast interconnect; None if no domain is declared.
@@ -57,9 +57,6 @@ def pack(
     Returns:
         Demand and ranks of each node. A node's ranks are in the order of local ranks; a block's nodes are in the order of
             their first ranks.
-
-    Raises:
-        ConfigError: one EP group needs more nodes than a domain has.
     """
     ep = len(demand_of_position)
     if domain_nodes is None:

@@ -40,13 +40,10 @@ def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
 
 
 def make_placement(section: PlacementSection, groups: Groups, *, num_ranks: int, token_mix: Mix) -> ExpertPlacement:
-    """Places every expert by the section's policy.
+    """Places every expert by the section's policy. Raises ConfigError, which lists every fault of the section.
 
     Args:
         token_mix: Training tokens of each modality, which decide how many ranks a pinned group gets; empty: all equal.
-
-    Raises:
-        ConfigError: lists every fault of the section.
     """
     return POLICIES[section.policy](section, groups, num_ranks, token_mix)
 
@@ -77,11 +74,8 @@ def group_load(group: ExpertGroup, token_mix: Mix) -> float:
 def pinned_ranks(
     section: PinnedSection, groups: Groups, *, num_ranks: int, token_mix: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the ranks of each group: the ranks that the section names, else a part of the remaining ranks.
-
-    Raises:
-        ConfigError: lists every fault.
-    """
+    """Returns the ranks of each group: the ranks that the section names, else a part of the remaining ranks. Raises
+    ConfigError if lists every fault."""
     given = {name: pinned.ranks for name, pinned in section.groups.items() if pinned.ranks}
     problems = _pinned_problems(section, given, groups, num_ranks)
     if problems:

@@ -60,20 +60,13 @@ def check(config: Config, *, manifest: Manifest | None = None, world_size: int |
 
 def check_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Preflight:
     """Does the same as `check` for a configuration file, and reports the file's misspelt keys and wrong types together with
-    all other faults.
-
-    Raises:
-        ConfigError, DataError: see `check`.
-    """
+    all other faults. Raises ConfigError or DataError: see `check`."""
     return _check(read_draft(path, overrides), None, world_size)
 
 
 def layout_without_data(config: Config) -> PlannedLayout:
     """Checks, for a dry run, everything that needs no data. If the data set's manifest exists, checks the manifest too.
-
-    Raises:
-        ConfigError, DataError: see `check`.
-    """
+    Raises ConfigError or DataError: see `check`."""
     groups = expert_groups(config.model.moe)
     violations = [*model_violations(config), *rule_violations(config)]
     data_problems: list[str] = []

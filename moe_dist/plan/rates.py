@@ -94,11 +94,8 @@ class Rates(Section):
 
 
 def read_rates(path: Path) -> Rates:
-    """Reads a rates file, which `moe-dist calibrate` wrote.
-
-    Raises:
-        ConfigError: the file cannot be read, or has faults; the error lists all faults.
-    """
+    """Reads a rates file, which `moe-dist calibrate` wrote. Raises ConfigError if the file cannot be read, or has faults;
+    the error lists all faults."""
     try:
         values, problems = read_mapping(path, "keys (machine, gemm, inside, ...)")
     except (OSError, UnicodeDecodeError) as error:

@@ -22,16 +22,13 @@ def pace(load_LE: np.ndarray, rank_E: np.ndarray, ranks: int) -> float:
 def solve(
     load_LE: np.ndarray, slots_R: np.ndarray, *, allowed_ER: np.ndarray | None = None, steps: int = STEPS
 ) -> np.ndarray:
-    """Returns the rank of each expert, int64 [E].
+    """Returns the rank of each expert, int64 [E]. Raises ConfigError if the slots cannot hold the experts.
 
     Args:
         load_LE: Work of each expert in each layer.
         slots_R: Largest number of experts on each rank, as the rank's memory allows.
         allowed_ER: Whether a rank may hold an expert, for example only the ranks of its pinned group, or of its node. None
             allows all.
-
-    Raises:
-        ConfigError: the slots cannot hold the experts.
     """
     experts, ranks = load_LE.shape[1], len(slots_R)
     free = int(slots_R.sum()) - experts

@@ -51,11 +51,7 @@ WAIT_SECONDS = 1e-3  # seconds between any two fake CUDA events
 
 def preloaded() -> dict[str, str]:
     """Returns the environment of a process that simulates a CUDA device. The first call compiles a library (5 s of CPU
-    time).
-
-    Raises:
-        ResourceError: the C++ compiler is missing or failed.
-    """
+    time). Raises ResourceError if the C++ compiler is missing or failed."""
     spec = find_spec("torch")
     assert spec is not None
     assert spec.origin is not None

@@ -83,11 +83,7 @@ class WorkloadStep:
 
 
 def workload_step(workload: str, *, seed: int, step: int, shape: WorkloadShape) -> WorkloadStep:
-    """Draws the choices of one step.
-
-    Raises:
-        KeyError: `workload` is not in `WORKLOADS`.
-    """
+    """Draws the choices of one step. Raises KeyError if `workload` is not in `WORKLOADS`."""
     if workload not in WORKLOADS:
         raise KeyError(f"no workload {workload!r}; there are {', '.join(WORKLOADS)}")
     index = list(WORKLOADS).index(workload)

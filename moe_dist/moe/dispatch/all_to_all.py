@@ -41,10 +41,7 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
         self.exchange = Exchange(context.all_to_all, kernels=context.kernels)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> AllToAllPlan:
-        """Makes the plan by two metadata collectives and the layer's one host sync.
-
-        Raises:
-            ResourceError: more rows would arrive than `max_receive_rows`. Nothing has been allocated yet.
-        """
+        """Makes the plan by two metadata collectives and the layer's one host sync. Raises ResourceError if more rows would
+        arrive than `max_receive_rows`. Nothing has been allocated yet."""
         (plan,), _ = self.planner.plan(assignments, num_tokens, layer)
         return plan

@@ -27,11 +27,8 @@ _WEIGHT_BYTES = 4  # bytes of an fp32 weight
 
 
 def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of_expert_E: Tensor) -> Tensor:
-    """Returns DeepEP's `topk_idx` [T, K], int64, -1 for no expert, from assignments sorted by token.
-
-    Raises:
-        ConfigError: there are not T x K pairs, so the router is not token choice.
-    """
+    """Returns DeepEP's `topk_idx` [T, K], int64, -1 for no expert, from assignments sorted by token. Raises ConfigError if
+    there are not T x K pairs, so the router is not token choice."""
     if assignments.expert_N.shape[0] != num_tokens * top_k:
         raise ConfigError(
             f"parallel.dispatch.kind=deep_ep_v2 takes {top_k} choices of each of {num_tokens} tokens, and got "
@@ -70,10 +67,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> DeepEPPlan:
         """Computes DeepEP's ids without a host sync. The first plan also makes DeepEP's buffer, by a collective call.
-
-        Raises:
-            ConfigError: see `topk_idx_of` and `require_card`.
-        """
+        Raises ConfigError: see `topk_idx_of` and `require_card`."""
         deep_ep = import_module("deep_ep")  # preflight has checked that deep_ep is installed
         if self.buffer is None or num_tokens > self.buffer.num_max_tokens_per_rank:
             require_card("DeepEP")

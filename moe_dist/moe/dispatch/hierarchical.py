@@ -50,11 +50,8 @@ class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
         self.inter, self.intra = (Exchange(each, keep_buffers=False, kernels=context.kernels) for each in context.hops)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> HierarchicalPlan:
-        """Makes the plan of both hops by four metadata collectives and the layer's one host sync.
-
-        Raises:
-            ResourceError: more rows would arrive in a hop than `max_receive_rows`. Nothing has been allocated yet.
-        """
+        """Makes the plan of both hops by four metadata collectives and the layer's one host sync. Raises ResourceError if
+        more rows would arrive in a hop than `max_receive_rows`. Nothing has been allocated yet."""
         return self.planner.plan(assignments, num_tokens, layer)
 
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: HierarchicalPlan) -> DispatchedRows:

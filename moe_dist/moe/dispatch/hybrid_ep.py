@@ -66,11 +66,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> HybridEPPlan:
         """Makes HybridEP's map without a host sync. The first plan also makes HybridEP's buffer, by a collective call.
-        HybridEP enlarges the buffer if a later plan has more tokens.
-
-        Raises:
-            ConfigError: see `require_card`.
-        """
+        HybridEP enlarges the buffer if a later plan has more tokens. Raises ConfigError: see `require_card`."""
         if self.buffer is None:
             require_card("HybridEP")
             self.buffer = import_module("deep_ep").HybridEPBuffer(  # preflight has checked that deep_ep is installed

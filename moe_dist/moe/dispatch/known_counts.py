@@ -70,11 +70,7 @@ class KnownCountsDispatcher(AllToAllDispatcher):
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> AllToAllPlan:
         """Makes the plan. With known counts it costs no collective and no host sync. Pairs are then sent in the order of
-        (rank, expert), own pairs last.
-
-        Raises:
-            ResourceError: more rows would arrive than `max_receive_rows`.
-        """
+        (rank, expert), own pairs last. Raises ResourceError if more rows would arrive than `max_receive_rows`."""
         counts = assignments.counts_WE
         if counts is None:
             return super().plan(assignments, num_tokens, layer=layer)

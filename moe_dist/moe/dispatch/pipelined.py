@@ -72,11 +72,8 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         self.overlap = overlap
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> PipelinedPlan:
-        """Makes the plans of all chunks by two metadata collectives and the layer's one host sync.
-
-        Raises:
-            ResourceError: more rows would arrive in all chunks together than `max_receive_rows`.
-        """
+        """Makes the plans of all chunks by two metadata collectives and the layer's one host sync. Raises ResourceError if
+        more rows would arrive in all chunks together than `max_receive_rows`."""
         return PipelinedPlan(*self.planner.plan(assignments, num_tokens, layer))
 
     def run(

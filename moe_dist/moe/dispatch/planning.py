@@ -234,11 +234,8 @@ class DispatchPlanner:
         )
 
     def _exchange_counts(self, message: Tensor, layer: str) -> Counts:
-        """Exchanges the counts for each rank, and reads the sizes of all chunks in the layer's one host sync.
-
-        Raises:
-            ResourceError: more rows would arrive than `max_receive_rows`.
-        """
+        """Exchanges the counts for each rank, and reads the sizes of all chunks in the layer's one host sync. Raises
+        ResourceError if more rows would arrive than `max_receive_rows`."""
         own, size, chunks, comm_stats = self.wire.rank, self.wire.size, self.chunks, self.wire.comm_stats
         lengths = [chunks * (1 + len(slots)) for slots in self.placement.slots]
         if self.wire.group is None:  # a single rank receives its own counts

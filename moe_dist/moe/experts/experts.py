@@ -82,11 +82,8 @@ def choose_gemm(
     call it.
 
     On CUDA `auto` means grouped if `why_not_grouped` allows it, because a grouped product is one kernel instead of one per
-    expert. On CPU `auto` means grouped only for GROUPED_ON_CPU or more experts (docs/parallelism.md).
-
-    Raises:
-        ValueError: kind is `grouped`, and `why_not_grouped` returns a reason.
-    """
+    expert. On CPU `auto` means grouped only for GROUPED_ON_CPU or more experts (docs/parallelism.md). Raises ValueError if
+    kind is `grouped`, and `why_not_grouped` returns a reason."""
     few = device.type != "cuda" and num_experts < GROUPED_ON_CPU
     if kind == "loop" or (kind == "auto" and few):
         return False

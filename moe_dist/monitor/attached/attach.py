@@ -43,7 +43,9 @@ UNKNOWN_COSTS = (
 
 class Attached:
     """Watches the routers of `model` until `detach`, which the end of a `with` block calls. With several ranks the
-    constructor is collective (two small all-reduces).
+    constructor is collective (two small all-reduces). Raises ConfigError if the model has no known routers or is watched
+    already; the folder has records of another model or training; a sink cannot be opened; another process group took the
+    folder at the same time; the ranks' models differ; or another rank failed.
 
     Args:
         model: A model of transformers or Megatron-Core, also wrapped (DDP, FSDP2), whose routers are in `ROUTERS`.
@@ -54,11 +56,6 @@ class Attached:
         last_step: Last step before this call, if training is resumed, else 0; records of later steps in `folder` are
             dropped.
         group: Process group of the ranks that have the same layers and route different tokens; by default all ranks.
-
-    Raises:
-        ConfigError: the model has no known routers or is watched already; the folder has records of another model or
-            training; a sink cannot be opened; another process group took the folder at the same time; the ranks' models
-            differ; or another rank failed.
     """
 
     def __init__(

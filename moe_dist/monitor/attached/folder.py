@@ -67,14 +67,11 @@ def open_together(
     device: torch.device,
 ) -> tuple["ChoiceWriter | None", Sink | None]:
     """Opens the sinks on rank 0, and the files of the trace on each rank. With a group, all ranks make two small
-    all-reduces, and all ranks raise an error if one rank fails.
+    all-reduces, and all ranks raise an error if one rank fails. Raises ConfigError: see `Attached`.
 
     Returns:
         The writer of this rank's trace, or None if `manifest` traces no steps; and the sinks on rank 0, None on other
             ranks.
-
-    Raises:
-        ConfigError: see `Attached`.
     """
     attempt, failed, opened, writer = 0, None, None, None
     if rank == 0:
@@ -111,11 +108,8 @@ def open_together(
 
 
 def _agree(folder: Path, failed: ConfigError | None, values: Sequence[int], group: Any, device: torch.device) -> list[int]:
-    """Returns for each value the maximum over the ranks.
-
-    Raises:
-        ConfigError: `failed` is not None on this rank or on another rank.
-    """
+    """Returns for each value the maximum over the ranks. Raises ConfigError if `failed` is not None on this rank or on
+    another rank."""
     told = torch.tensor([failed is not None, *values], dtype=torch.int64, device=device)
     if group is not None:
         dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
@@ -136,11 +130,8 @@ def _place(folder: Path, from_step: int, attempt: int) -> Path:
 
 
 def _take_attempt(folder: Path, manifest: Manifest) -> int:
-    """Writes the manifest of the next attempt, and returns the attempt's number.
-
-    Raises:
-        ConfigError: see `_next_attempt`; or another process group took the attempt at the same time.
-    """
+    """Writes the manifest of the next attempt, and returns the attempt's number. Raises ConfigError: see `_next_attempt`;
+    or another process group took the attempt at the same time."""
     attempt = _next_attempt(folder, manifest)
     place = _place(folder, manifest.from_step, attempt)
     try:
@@ -159,11 +150,8 @@ def _take_attempt(folder: Path, manifest: Manifest) -> int:
 
 
 def _next_attempt(folder: Path, manifest: Manifest) -> int:
-    """Makes the folder, and returns the number of the attempt that begins after step `from_step`.
-
-    Raises:
-        ConfigError: the folder cannot be made, or has records of another training or another model.
-    """
+    """Makes the folder, and returns the number of the attempt that begins after step `from_step`. Raises ConfigError if the
+    folder cannot be made, or has records of another training or another model."""
     path, step, earlier = folder / METRICS, manifest.from_step, ()
     try:
         (folder / "trace").mkdir(parents=True, exist_ok=True)
@@ -189,11 +177,8 @@ def _next_attempt(folder: Path, manifest: Manifest) -> int:
 
 
 def _open_sinks(sinks: Sequence[str | Sink], folder: Path, subject: Subject, step: int) -> list[Sink]:
-    """Makes the sinks that are given by name; sink objects are used unchanged.
-
-    Raises:
-        ConfigError: a name is unknown, or a sink cannot be opened.
-    """
+    """Makes the sinks that are given by name; sink objects are used unchanged. Raises ConfigError if a name is unknown, or
+    a sink cannot be opened."""
     opened: list[Sink] = []
     for sink in sinks:
         if isinstance(sink, str) and sink not in SINKS:
@@ -214,13 +199,10 @@ def _open_sinks(sinks: Sequence[str | Sink], folder: Path, subject: Subject, ste
 
 
 class ChoiceWriter:
-    """Writes this rank's part of the trace.
+    """Writes this rank's part of the trace. Raises OSError if the files cannot be opened.
 
     Args:
         sequence_first: True if the routers order tokens [S, B], False for [B, S].
-
-    Raises:
-        OSError: the files cannot be opened.
     """
 
     def __init__(self, place: Path, rank: int, manifest: Manifest, *, sequence_first: bool) -> None:

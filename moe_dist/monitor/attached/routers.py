@@ -97,12 +97,8 @@ class Routers(NamedTuple):
 
 
 def find_routers(model: nn.Module) -> Routers:
-    """Finds the routers of a model.
-
-    Raises:
-        ConfigError: the model has no router of a known class, the routers' shapes or classes differ, a router is watched
-            already, or choices cannot be read from a router's output.
-    """
+    """Finds the routers of a model. Raises ConfigError if the model has no router of a known class, the routers' shapes or
+    classes differ, a router is watched already, or choices cannot be read from a router's output."""
     found = {name: (module, kind) for name, module in model.named_modules() if (kind := _kind_of(module)) is not None}
     if not found:
         known = ", ".join(name.rpartition(".")[2] for name in ROUTERS)

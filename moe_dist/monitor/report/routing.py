@@ -158,7 +158,7 @@ def total(frames: Sequence[Frame]) -> Frame:
 def frames_of_records(
     path: Path, shape: tuple[int, int, int], names: Sequence[str] = ()
 ) -> tuple[list[Frame], list[Frame], float]:
-    """Reads metrics.jsonl.
+    """Reads metrics.jsonl. Raises DataError if a line is damaged or has arrays of another model, or no line has arrays.
 
     Args:
         shape: Numbers of MoE layers, columns and groups of the model (L, C, G).
@@ -167,9 +167,6 @@ def frames_of_records(
     Returns:
         At most 2 x FRAMES frames, a frame for each of the last WINDOW steps, and the last coefficient of the balance loss.
         All frames have equally many records, but the last frame has up to twice as many.
-
-    Raises:
-        DataError: a line is damaged or has arrays of another model, or no line has arrays.
     """
     frames: list[Frame] = []
     window: deque[Frame] = deque(maxlen=WINDOW)
@@ -238,11 +235,7 @@ def model_shape(groups: Sequence[ExpertGroup], layers: Sequence[int]) -> str:
 
 
 def group_of_modality(groups: Sequence[ExpertGroup], modalities: Sequence[str]) -> np.ndarray:
-    """Returns the index of each modality's expert group, int64 [M].
-
-    Raises:
-        DataError: a modality has no group.
-    """
+    """Returns the index of each modality's expert group, int64 [M]. Raises DataError if a modality has no group."""
     found = [[g for g, group in enumerate(groups) if name in group.modalities] for name in modalities]
     if lost := [name for name, owners in zip(modalities, found, strict=True) if not owners]:
         raise DataError(f"modalities={list(modalities)}: {lost} in no group's modalities; take the manifest of this trace")

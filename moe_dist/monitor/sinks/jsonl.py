@@ -86,12 +86,8 @@ class JsonlSink(Sink):
         )
 
     def flush(self) -> None:
-        """Returns when all lines are on disk.
-
-        Raises:
-            CheckpointError: The disk does not accept the lines. The lines stay in memory, and the next checkpoint must
-                wait.
-        """
+        """Returns when all lines are on disk. Raises CheckpointError if the disk does not accept the lines. The lines stay
+        in memory, and the next checkpoint must wait."""
         if self._file.closed:
             return
         try:
@@ -132,11 +128,8 @@ class JsonlSink(Sink):
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a metrics.jsonl in order, with current key names. Omits an incomplete last line.
-
-    Raises:
-        ValueError: A line before the last is not a record.
-    """
+    """Yields the lines of a metrics.jsonl in order, with current key names. Omits an incomplete last line. Raises
+    ValueError if a line before the last is not a record."""
     number = 0
     with Path(path).open("rb", buffering=BUFFER) as file:
         while text := file.readline(LONGEST_LINE):
@@ -155,11 +148,8 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     steps up to `step` have no record.
 
     metrics.jsonl is always replaced by one rename. A crash therefore leaves the old file whole, and a suspended earlier
-    writer that wakes up writes to a deleted file. The file is read once.
-
-    Raises:
-        DataError: more than MOST_UNREADABLE bytes are no records. The file is unchanged.
-    """
+    writer that wakes up writes to a deleted file. The file is read once. Raises DataError if more than MOST_UNREADABLE
+    bytes are no records. The file is unchanged."""
     recorded = bytearray(step)  # 1 for each step whose record is kept
     if not path.exists():
         _warn_of_missing(path, recorded)

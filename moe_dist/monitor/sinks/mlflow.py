@@ -11,14 +11,12 @@ from moe_dist.monitor.sinks.sink import ScalarSink, SinkContext
 class MlflowSink(ScalarSink):
     """Starts an MLflow run for each attempt (start of the run), because one MLflow run would show both values of a step
     that a resume repeats. The tag `moe_dist.run` joins the attempts of a run. Threads of MLflow send the values, so that a
-    slow server delays no step.
+    slow server delays no step. Raises ConfigError if mlflow is not installed, or the server does not answer or refuses the
+    run.
 
     Args:
         uri: Address of the tracking server; None for MLFLOW_TRACKING_URI. MLflow reads credentials from its own
             environment variables.
-
-    Raises:
-        ConfigError: mlflow is not installed, or the server does not answer or refuses the run.
     """
 
     def __init__(self, context: SinkContext, *, experiment: str, uri: str | None = None) -> None:

@@ -102,11 +102,7 @@ class Manifest:
 
     @property
     def placement(self) -> ExpertPlacement:
-        """Where the experts were.
-
-        Raises:
-            ConfigError: see `PlacementWithReplicas`.
-        """
+        """Where the experts were. Raises ConfigError: see `PlacementWithReplicas`."""
         last = max([*self.rank_of_expert, *(each.rank for layer in self.replicas for each in layer)])
         found: list[list[int]] = [[] for _ in range(last + 1)]
         for expert, rank in enumerate(self.rank_of_expert):

@@ -91,11 +91,8 @@ class Trace:
         self.steps = tuple(sorted(self._of_step))
 
     def step(self, number: int) -> TracedStep:
-        """Reads a step.
-
-        Raises:
-            DataError: the step was not traced, its files are damaged, or the files have ids outside the model.
-        """
+        """Reads a step. Raises DataError if the step was not traced, its files are damaged, or the files have ids outside
+        the model."""
         if number not in self._of_step:
             raise DataError(f"trace: step {number} is not among the {len(self.steps)} traced steps; take one of `steps`")
         attempt = self._of_step[number]
@@ -111,13 +108,11 @@ class Trace:
 
 
 def read_trace(folder: str | Path) -> Trace:
-    """Reads the manifests and indices of a trace.
+    """Reads the manifests and indices of a trace. Raises DataError if there is no trace, its format is unknown, or a file
+    is shorter than its index says.
 
     Args:
         folder: A run folder, or its folder trace.
-
-    Raises:
-        DataError: there is no trace, its format is unknown, or a file is shorter than its index says.
     """
     folder = Path(folder)
     folder = folder / "trace" if (folder / "trace").is_dir() else folder

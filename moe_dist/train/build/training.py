@@ -312,11 +312,8 @@ def check_expert_gemm(config: Config, device: torch.device) -> None:
 
 
 def row_kernels(config: Config, device: torch.device) -> RowKernels:
-    """Returns the kernels of `parallel.kernels`. If `auto` cannot use the Triton kernels on CUDA, the log says why.
-
-    Raises:
-        ConfigError: `parallel.kernels` is triton, but this device cannot use Triton kernels.
-    """
+    """Returns the kernels of `parallel.kernels`. If `auto` cannot use the Triton kernels on CUDA, the log says why. Raises
+    ConfigError if `parallel.kernels` is triton, but this device cannot use Triton kernels."""
     dtype = COMPUTE_DTYPES[config.parallel.precision]
     try:
         kernels, reason = choose_kernels(config.parallel.kernels.kind, device=device, dtype=dtype)

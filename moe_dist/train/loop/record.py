@@ -38,16 +38,13 @@ def build_record(
     readings: Mapping[str, float | None] | None = None,
     levers: Sequence[LeverDecision] = (),
 ) -> Record:
-    """Builds the record of a step.
+    """Builds the record of a step. Raises ValueError if a modality has the name of a loss term.
 
     Args:
         epochs: Number of passes over the training data of each modality so far.
         readings: Latest readings of `devices.DeviceMonitor`. Names that begin with device/ become scalars; all other
             readings go to `Record.host`.
         levers: Decisions of the levers of `rank_balance` after this step.
-
-    Raises:
-        ValueError: A modality has the name of a loss term.
     """
     counts, depths, placement, modalities = result.counts, result.mixture_of_depths, plan.placement, plan.modalities
     tags = tag_plan(len(placement.groups), len(modalities), mixture_of_depths=depths is not None)
@@ -140,11 +137,8 @@ def needed_factors(busiest_G: np.ndarray, groups: Sequence[ExpertGroup]) -> dict
 
 
 def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, split: bool) -> dict[str, float | None]:
-    """Returns each term of the loss, and loss/total = nats / labels (of all modalities) + balance + z + auxiliary.
-
-    Raises:
-        ValueError: A modality has the name of a loss term.
-    """
+    """Returns each term of the loss, and loss/total = nats / labels (of all modalities) + balance + z + auxiliary. Raises
+    ValueError if a modality has the name of a loss term."""
     taken = sorted(set(losses if split else ()) & set(RESERVED_MODALITIES))
     if taken:
         raise ValueError(f"modalities: {taken} are names of loss terms; rename them in the manifest")

@@ -89,11 +89,8 @@ def choose_device(config: Config, env: RankEnv) -> torch.device:
 
 
 def claim_gpu(store: dist.Store, env: RankEnv, device: torch.device) -> None:  # pyright: ignore[reportPrivateImportUsage]
-    """Reserves this rank's GPU for this rank alone; does nothing on a CPU.
-
-    Raises:
-        ResourceError: another rank has claimed the same GPU.
-    """
+    """Reserves this rank's GPU for this rank alone; does nothing on a CPU. Raises ResourceError if another rank has claimed
+    the same GPU."""
     if device.type != "cuda":
         return
     uuid = torch.cuda.get_device_properties(device).uuid

@@ -66,12 +66,10 @@ def write_top_logits(
     out: Path, outputs: Iterable[tuple[Batch, TeacherOutput]], manifest: TopLogitsManifest, *, seq_len: int
 ) -> TopLogitsManifest:
     """Writes the folder `out` from log-probabilities [B, S, V]; returns the manifest with the number of stored sequences.
+    Raises ConfigError if `out` exists.
 
     Args:
         outputs: Batches, of at most `manifest.drawn` sequences in all, and the teacher's output for each batch.
-
-    Raises:
-        ConfigError: `out` exists.
     """
     if out.exists():
         raise ConfigError(f"--out {out}: exists; nothing is overwritten: remove it, or choose another folder")
@@ -125,11 +123,8 @@ class TopLogits:
         self._sorted_N = np.asarray(keys_N)[self._order_N]
 
     def __call__(self, batch: Batch) -> TeacherOutput:
-        """Returns the teacher's output for a batch, on the batch's device.
-
-        Raises:
-            DataError: a sequence is not in the folder.
-        """
+        """Returns the teacher's output for a batch, on the batch's device. Raises DataError if a sequence is not in the
+        folder."""
         keys = sequence_keys(batch)
         at = np.searchsorted(self._sorted_N, keys).clip(max=len(self._sorted_N) - 1)
         if not np.array_equal(self._sorted_N[at], keys):

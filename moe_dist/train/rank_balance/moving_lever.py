@@ -92,11 +92,8 @@ class MovingLever(LoadLever[ExpertPlacement]):
 
     def restore(self, state: JsonValue) -> None:
         """Moves the experts to the saved placement. Collective. The experts keep the configured placement if the saved
-        placement has other numbers of experts per rank, or if the configured placement has changed since the save.
-
-        Raises:
-            DataError: the state was not made by `state`.
-        """
+        placement has other numbers of experts per rank, or if the configured placement has changed since the save. Raises
+        DataError if the state was not made by `state`."""
         try:
             assert isinstance(state, dict)
             slots = tuple(tuple(map(int, each)) for each in state["slots"])  # pyright: ignore

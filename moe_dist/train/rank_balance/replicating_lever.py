@@ -138,11 +138,8 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return {**self.placement.line, "pairs": self._stored_pairs()}
 
     def restore(self, state: JsonValue) -> None:
-        """Makes the saved replicas again. Makes no replicas if experts have other ranks than in `state`.
-
-        Raises:
-            DataError: the state was not made by `state`.
-        """
+        """Makes the saved replicas again. Makes no replicas if experts have other ranks than in `state`. Raises DataError
+        if the state was not made by `state`."""
         try:
             assert isinstance(state, dict)
             pairs_SLE = self._read_pairs(state["pairs"])

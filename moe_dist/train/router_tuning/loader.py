@@ -87,11 +87,8 @@ class SampleMaker:
         self.modality_names = tuple(manifest.modalities)
 
     def make(self, samples: Sequence[TuningSample], numbers: Sequence[int] = ()) -> SampleBatch:
-        """Makes a batch with one sequence per sample, or with one sequence of padding if there are no samples.
-
-        Raises:
-            DataError: a token id lies outside the vocabulary.
-        """
+        """Makes a batch with one sequence per sample, or with one sequence of padding if there are no samples. Raises
+        DataError if a token id lies outside the vocabulary."""
         rows = []
         for each in samples:
             tokens = np.concatenate([each.prompt, each.answer])
@@ -111,11 +108,8 @@ class ChoiceMaker(SampleMaker):
     A sample without choices has no label."""
 
     def make(self, samples: Sequence[TuningSample], numbers: Sequence[int] = ()) -> SampleBatch:
-        """See `SampleMaker.make`. All samples have equally many places for choices.
-
-        Raises:
-            DataError: a token id lies outside the vocabulary.
-        """
+        """See `SampleMaker.make`. All samples have equally many places for choices. Raises DataError if a token id lies
+        outside the vocabulary."""
         batch = super().make([replace(each, answer=each.answer[:1]) for each in samples], numbers)
         rows = [each.choices for each in samples] or [np.full(1, -1)]  # of the row of padding
         choice_BK = torch.from_numpy(np.stack(rows).astype(np.int64))

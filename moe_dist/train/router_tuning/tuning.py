@@ -140,11 +140,8 @@ class RouterTuning:
         return {"samples": self._samples.digest, "refreshed": step, "routers": dict(routers)}
 
     def restore(self, state: JsonValue) -> None:
-        """Restores a state that `state` returned. The model's weights must be loaded already. Collective.
-
-        Raises:
-            DataError: the state is invalid, or belongs to other samples.
-        """
+        """Restores a state that `state` returned. The model's weights must be loaded already. Collective. Raises DataError
+        if the state is invalid, or belongs to other samples."""
         if not isinstance(state, dict) or state.keys() != {"samples", "refreshed", "routers"}:
             raise DataError(
                 f"a checkpoint's state of router tuning must hold samples, refreshed and routers, not {state!r:.80}"

@@ -75,13 +75,11 @@ def load_base(
     values: Mapping[str, object], adapters: Path, checkpoints: CheckpointManager, model: nn.Module, layout: RankLayout
 ) -> Base:
     """Loads the base that a checkpoint of adapters names into the model's frozen parameters. Collective over all ranks.
+    Raises DataError if the base is missing or damaged, or has another content hash.
 
     Args:
         values: `CheckpointState.values` of the checkpoint of adapters.
         adapters: Folder of the checkpoint of adapters, named in error messages.
-
-    Raises:
-        DataError: the base is missing or damaged, or has another content hash.
     """
     noted = Base.noted(values, adapters)  # pyright: ignore[reportArgumentType]
     state = capture(model, None, layout, part="frozen")

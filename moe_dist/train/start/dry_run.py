@@ -42,14 +42,11 @@ class DryRun:
 
 
 def dry_run(config: Config, *, tokens_per_second: float | None = None, console: Console | None = None) -> DryRun:
-    """Prints the estimates of a run and returns them.
+    """Prints the estimates of a run and returns them. Raises ConfigError or DataError if the run is not possible. The error
+    message lists every problem that can be found without the data.
 
     Args:
         tokens_per_second: Throughput of all ranks together, from which the run's hours are computed; None for no hours.
-
-    Raises:
-        ConfigError, DataError: the run is not possible. The error message lists every problem that can be found without the
-            data.
     """
     result = estimate(config)
     console = console or Console()

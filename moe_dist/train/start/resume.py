@@ -259,11 +259,8 @@ class Resumable:
             )
 
     def _at_kept_position(self, init_from: Path) -> Progress:
-        """Returns the progress of a new run whose data begin at the position where the run `init_from` ended.
-
-        Raises:
-            ConfigError: the two runs do not draw the same stream of sequences.
-        """
+        """Returns the progress of a new run whose data begin at the position where the run `init_from` ended. Raises
+        ConfigError if the two runs do not draw the same stream of sequences."""
         position = self.status.broadcast(
             "keep the position", lambda: kept_position(find_checkpoint(init_from), self._config, self._data)
         )
@@ -302,11 +299,8 @@ def build_resumable(
 
 
 def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
-    """Returns the progress that a checkpoint contains.
-
-    Raises:
-        DataError: a counter is invalid, or contradicts another counter or the configuration.
-    """
+    """Returns the progress that a checkpoint contains. Raises DataError if a counter is invalid, or contradicts another
+    counter or the configuration."""
     saved, names = mapping_of(restored.values, "progress", folder), [field.name for field in fields(Progress)]
     saved = {"first_position": 0, **saved}  # earlier versions did not save first_position, which was 0
     numbers = {name: value for name, value in saved.items() if type(value) is int and 0 <= value < 1 << 62}
@@ -383,11 +377,8 @@ def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
 
 
 def saved_config(values: Mapping[str, JsonValue], folder: Path) -> Config:
-    """Returns the configuration of the run that saved a checkpoint.
-
-    Raises:
-        DataError: this version cannot read the configuration.
-    """
+    """Returns the configuration of the run that saved a checkpoint. Raises DataError if this version cannot read the
+    configuration."""
     try:
         return read_stored(Config, mapping_of(values, "config", folder))
     except ConfigError as error:
@@ -398,11 +389,8 @@ def saved_config(values: Mapping[str, JsonValue], folder: Path) -> Config:
 
 
 def mapping_of(values: Mapping[str, JsonValue], name: str, folder: Path) -> dict[str, JsonValue]:
-    """Returns `values[name]` of a checkpoint, which must be a mapping.
-
-    Raises:
-        DataError: the value is missing or is not a mapping.
-    """
+    """Returns `values[name]` of a checkpoint, which must be a mapping. Raises DataError if the value is missing or is not a
+    mapping."""
     found = values.get(name)
     if not isinstance(found, dict):
         raise DataError(f"{folder}: it holds no {name!r} of a run, but {found!r:.80}")

@@ -204,6 +204,7 @@ def trace_heldout(
     weights: bool,
 ) -> int:
     """Writes choices and losses of held-out tokens into the folder `place`, as step `step` of a new trace. Collective.
+    Raises MoeDistError if this rank could not write its files.
 
     Args:
         model: The model in evaluation mode, on the device of `group_of_modality`.
@@ -212,9 +213,6 @@ def trace_heldout(
 
     Returns:
         The number of tokens that this rank wrote.
-
-    Raises:
-        MoeDistError: this rank could not write its files.
     """
     place.mkdir(parents=True, exist_ok=True)
     if env.rank == 0:
