@@ -38,10 +38,7 @@ def run_attempts(
     blame: Callable[[int], None] = lambda rank: None,
 ) -> int:
     """Runs an attempt, and another one after each failure that allows a restart; returns the last attempt's exit code.
-
-    Args:
-        blame: Called with the rank at fault after each failed attempt.
-    """
+    Calls `blame` with the rank at fault after each failed attempt."""
     attempts: list[AttemptEnd] = []
     while True:
         begin = committed_step(folder.checkpoints)  # compared with the newest committed step after the attempt

@@ -16,11 +16,8 @@ from moe_dist.runtime.node.facts import NodeFacts
 
 @dataclass(frozen=True)
 class Examination:
-    """A run and the machine or cluster on which `moe-dist doctor` checks it.
-
-    Attributes:
-        save_seconds: Measured seconds of a save of the run; None before its first save.
-    """
+    """A run and the machine or cluster on which `moe-dist doctor` checks it. `save_seconds` is the measured time of a save;
+    None before the first save."""
 
     config: Config
     plan: JobPlan
@@ -46,11 +43,8 @@ class Examination:
 
 
 class Launcher:
-    """One way to start the ranks of a run. A subclass needs `main`; the methods have defaults.
-
-    Attributes:
-        main: Function that starts a run. Its parameters are the arguments and options of `moe-dist launch NAME`.
-    """
+    """One way to start the ranks of a run. A subclass needs `main`; the methods have defaults. Its `main` starts a run, and
+    has the arguments and options of `moe-dist launch NAME` as parameters."""
 
     main: ClassVar[Callable[..., None]]
 

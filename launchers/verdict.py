@@ -21,11 +21,8 @@ LEASE_SECONDS = 5.0  # wait until rank 0, which has just ended, releases the run
 
 @dataclass(frozen=True)
 class Verdict:
-    """The end of an attempt.
-
-    Attributes:
-        rank: The rank at fault, whose node the next attempt avoids; None if no rank is, or if it is unknown.
-    """
+    """The end of an attempt. The next attempt avoids the node of `rank`, the rank at fault; None if no rank is, or if it is
+    unknown."""
 
     code: int
     reason: str = ""
@@ -34,12 +31,8 @@ class Verdict:
 
 def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, *, restarts: int = 0, lasted: float = 0.0) -> Verdict:
     """Prints on standard error why an attempt failed. Writes verdict and reason into status.json, unless the rank at fault
-    has recorded the cause itself. Returns the verdict.
-
-    Args:
-        restarts, lasted: Number of restarts before the attempt, and its seconds; recorded if rank 0 ended before it opened
-            the run folder.
-    """
+    has recorded the cause itself. Returns the verdict. Records `restarts`, the number before the attempt, and its seconds
+    `lasted` if rank 0 never opened the run folder."""
     record = folder.read_status().of(attempt_id)
     if record is not None and record.verdict == STOPPED and outcome.failed and outcome.stop is None:
         record = None  # SIGTERM, sent after a rank failed, which another rank took for a request to stop

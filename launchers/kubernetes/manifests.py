@@ -27,11 +27,8 @@ _MOST_NAME = 40  # largest number of characters of a run's name in an object's n
 
 @dataclass(frozen=True)
 class Part:
-    """Planned nodes whose pods are equal.
-
-    Attributes:
-        domain: Number of the set of nodes that must share an interconnect domain; None if the nodes may be anywhere.
-    """
+    """Planned nodes whose pods are equal. `domain` numbers the set of nodes that must share an interconnect domain; None
+    allows any nodes."""
 
     name: str
     nodes: tuple[NodePlan, ...]

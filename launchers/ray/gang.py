@@ -39,11 +39,8 @@ _CONNECTIONS = 32
 
 
 class LostError(Exception):
-    """An actor or a node was lost before the attempt began.
-
-    Args:
-        faults: Reasons why the actors of a node did not start, by Ray's id of the node.
-    """
+    """An actor or a node was lost before the attempt began. `faults` has the reasons why the actors of a node did not
+    start, by Ray's id of the node."""
 
     def __init__(self, text: str, faults: Mapping[str, str] | None = None) -> None:
         super().__init__(text)

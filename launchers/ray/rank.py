@@ -33,11 +33,7 @@ LARGEST = 1 << 18  # bytes of the largest datagram; 40 scalars take 10 KB
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """The node and GPUs of an actor.
-
-    Attributes:
-        host: Address at which other nodes reach this node.
-    """
+    """The node and GPUs of an actor. Other nodes reach this node at the address `host`."""
 
     node_id: str
     host: str

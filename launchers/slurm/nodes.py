@@ -33,11 +33,8 @@ class SlurmError(MoeDistError):
 
 @dataclass(frozen=True)
 class GivenPart:
-    """The nodes allocated to a job, or to one component of a heterogeneous job.
-
-    Attributes:
-        gpus: GPUs per node; -1 if unknown.
-    """
+    """The nodes allocated to a job, or to one component of a heterogeneous job. `gpus` is the number of GPUs of a node; -1
+    if unknown."""
 
     hosts: tuple[str, ...]
     tasks: tuple[int, ...]
@@ -46,11 +43,7 @@ class GivenPart:
 
 @dataclass(frozen=True)
 class Allocation:
-    """All nodes allocated to a job.
-
-    Attributes:
-        parts: One element per component of a heterogeneous job; any other job has one element.
-    """
+    """All nodes allocated to a job. A heterogeneous job has one part per component, any other job has one part."""
 
     parts: tuple[GivenPart, ...]
     features: Mapping[str, str]
@@ -196,10 +189,7 @@ def hosts_of(job: JobPlan, allocation: Allocation, faulty: Sequence[str] = ()) -
 
 def ranks_by_task(job: JobPlan, hosts: Sequence[str], allocated: Sequence[str]) -> dict[str, dict[int, int]]:
     """Returns the tasks of each host, with the rank of each task. Slurm numbers the tasks of a component node by node.
-
-    Args:
-        allocated: The job's hosts in Slurm's order; the plan's order differs if a node was at fault.
-    """
+    `allocated` are the job's hosts in Slurm's order, from which the plan's order differs if a node was at fault."""
     found = {}
     for part in parts(job):
         in_order = sorted(part.nodes, key=lambda node: allocated.index(hosts[node.index]))

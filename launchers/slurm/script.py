@@ -135,11 +135,8 @@ def rank_table(
 ) -> str:
     """Returns shell text that slurm/node_env.sh sources in every task. The text maps host and SLURM_LOCALID to the
     variables of a rank. SLURM_PROCID may differ from the rank, because ranks on a node need not be consecutive, and Slurm
-    numbers the components of a heterogeneous job one after the other.
-
-    Args:
-        visible: Folders to mount in a container under the same path.
-    """
+    numbers the components of a heterogeneous job one after the other. A container mounts the folders `visible` under the
+    same path."""
     commands, hosts = rank_commands(launch), launch.hosts
     first = commands[0]
     common = {name: value for name, value in first.env.items() if all(each.env[name] == value for each in commands)}

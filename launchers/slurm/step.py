@@ -131,11 +131,8 @@ def run_step(command: Sequence[str], env: Mapping[str, str] | None = None) -> tu
 
 
 def outcome_of(code: int, lines: Sequence[str], places: Places, *, stopped: bool) -> Outcome:
-    """Returns how the ranks ended.
-
-    Args:
-        code, lines: Results of `run_step`. srun has no line about a task that ended with 0.
-    """
+    """Returns how the ranks ended. `code` and `lines` are results of `run_step`; srun has no line about a task that ended
+    with 0."""
     host_of = {rank: host for host, ranks in places.items() for rank in ranks.values()}
     codes, failed, lost, words = dict.fromkeys(sorted(host_of), 0), list[int](), dict[int, str](), dict[int, str]()
     memory, killed = "", False  # Slurm's words about a memory limit; whether srun has begun to kill tasks
@@ -171,11 +168,8 @@ def name_unconcluded(
     folder: RunFolder, attempt_id: str, on_host: Mapping[str, Sequence[int]], *, asked: bool, restarts: int
 ) -> int:
     """Records and returns the verdict of an attempt whose batch script Slurm killed before it concluded. The reason names
-    the nodes of this attempt that are down now.
-
-    Args:
-        on_host: The ranks on each host of the attempt; the first host ran the batch script.
-    """
+    the nodes of this attempt that are down now. `on_host` has the ranks on each host of the attempt; the first host ran the
+    batch script."""
     record = folder.read_status().of(attempt_id)
     if record is not None and record.verdict not in (None, EXIT_FAILED):
         return record.verdict
@@ -198,12 +192,8 @@ def name_unconcluded(
 def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: str | None) -> None:
     """Makes Slurm run the job again, unless `limit` has a reason against a restart, or the job was cancelled. Slurm itself
     requeues a job after a node failure and after a preemption with PreemptMode=REQUEUE. After a preemption with
-    PreemptMode=CANCEL, this function submits the job again.
-
-    Args:
-        attempts: File with the job's attempts. A new submission takes over the file with the job's attempts, and the file
-            of the nodes at fault.
-    """
+    PreemptMode=CANCEL, this function submits the job again. A new submission takes over the file `attempts` of the job's
+    attempts, and the file of the nodes at fault."""
     array = [] if job.task is None else [f"--array={job.task}"]
     again = ["sbatch", *array, str(snapshot.script)]
     if limit is not None:

@@ -82,12 +82,8 @@ class Pending:
 
 
 class AllToAll:
-    """Exchanges items over one process group. If `group` is None, there is one rank, whose exchanges move nothing.
-
-    Args:
-        between_nodes: True if the group's ranks are on different nodes, so that `CommStats` also counts the payload as
-            inter-node bytes.
-    """
+    """Exchanges items over one process group. If `group` is None, there is one rank, whose exchanges move nothing. With
+    `between_nodes`, all payload counts as inter-node bytes, too."""
 
     def __init__(
         self,
@@ -134,13 +130,9 @@ class RowBuffers:
     """A pool of buffers for hidden rows. An exchange takes a buffer and returns it to the pool, and the next layer uses the
     same buffer.
 
-    A buffer grows to the largest requested size. Use the pool only for rows that backward does not read: rows to
-    send, and received rows that are added to a sum. The pool saves time on the host, where a new allocation costs one page
-    fault per 4 KiB, which takes longer than copying the rows.
-
-    Args:
-        keep: If false, a buffer is freed when it is given back.
-    """
+    A buffer grows to the largest requested size. Use the pool only for rows that backward does not read: rows to send, and
+    received rows that are added to a sum. The pool saves time on the host, where a new allocation costs one page fault per
+    4 KiB, which takes longer than copying the rows. Without `keep`, a buffer is freed when it is given back."""
 
     def __init__(self, *, keep: bool = True) -> None:
         self._keep = keep

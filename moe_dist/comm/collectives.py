@@ -249,12 +249,8 @@ def sum_gradients(
     name: str = "gradients",
     tracker: CollectiveTracker | None = None,
 ) -> None:
-    """Sums the gradients of `parameters` over `group`, in place.
-
-    Args:
-        flat: If True, one all-reduce of a concatenated copy of all gradients, for many small gradients. If `flat` is False,
-            one all-reduce per gradient, without a copy, for few large gradients.
-    """
+    """Sums the gradients of `parameters` over `group`, in place. With `flat`, one all-reduce sums a concatenated copy, for
+    many small gradients; else one all-reduce per gradient makes no copy, for few large gradients."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if len(gradients) != len(parameters):  # otherwise the ranks would sum different tensors
         raise AssertionError("a parameter has no gradient; an expert without rows must get zeros")

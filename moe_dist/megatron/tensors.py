@@ -79,11 +79,8 @@ _ROUTER, _EXPERTS = "mlp.moe.router.", "mlp.moe.experts."
 
 
 def pieces(name: str, tensor: Tensor, place: Place, *, first_layer: int, moe_layers: tuple[int, ...]) -> Iterator[Piece]:
-    """Yields the pieces of the parameter `name` of a GPTModel, whose values (or moments) are `tensor`.
-
-    Args:
-        first_layer: Index of the first layer of this part of the model.
-    """
+    """Yields the pieces of the parameter `name` of a GPTModel, whose values (or moments) are `tensor`. `first_layer` is the
+    index of the first layer of this part of the model."""
     if name in _OUTSIDE:
         logical, dim = _OUTSIDE[name]
         yield Piece(logical, tensor, tuple(tensor.shape), dim)

@@ -21,11 +21,8 @@ class Objective(Protocol):
 @dataclass(frozen=True)
 class Choices:
     """Cross entropy over the words of a sequence's choices alone: log(sum over choices c of exp(z_c)) - z_0, where z_c is
-    the logit of choice c, and choice 0 is the right one. The label's id has no part in it.
-
-    Attributes:
-        choice_BK: int64, different words of each sequence; -1 in place of missing choices, which come last.
-    """
+    the logit of choice c, and choice 0 is the right one. The label's id has no part in it. `choice_BK` are different words
+    of each sequence, int64; -1 in place of missing choices, which come last."""
 
     choice_BK: Tensor
 

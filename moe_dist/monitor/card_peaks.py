@@ -31,11 +31,7 @@ PARTIAL = "MIG"  # word in the name of a MIG part of a card, whose peak rate is 
 
 def peak_tflops(card: str) -> float | None:
     """Returns the dense peak rate of one GPU in bf16, in TFLOP/s; None for a MIG part of a card, or if the table lacks the
-    card.
-
-    Args:
-        card: Name of the GPU as `torch.cuda.get_device_name` gives it, for example "NVIDIA H100 80GB HBM3".
-    """
+    card. `card` is the name of `torch.cuda.get_device_name`, for example "NVIDIA H100 80GB HBM3"."""
     words = set(re.split(r"[\s-]+", card.upper()))
     known = (peak for name, peak in PEAK_BF16_TFLOPS.items() if words.issuperset(name.split()))
     return None if PARTIAL in words else next(known, None)

@@ -101,11 +101,8 @@ DEPTH_SCALARS = 3  # mixture_of_depths/{agreement,gate_weight,load_over_target}
 
 @dataclass(frozen=True)
 class TagPlan:
-    """The tag families that have one scalar per group or modality; other families have a single scalar.
-
-    Attributes:
-        by_group: The families of `GROUP_FAMILIES` and `DEPTH_FAMILY` that have one scalar per group.
-    """
+    """The tag families that have one scalar per group or modality; other families have a single scalar. `by_group` has the
+    families of `GROUP_FAMILIES` and `DEPTH_FAMILY` with one scalar per group."""
 
     by_group: tuple[str, ...]
     epochs_per_modality: bool

@@ -23,11 +23,7 @@ Moments = Literal["fp32", "bf16"]
 
 class AdamW(torch.optim.AdamW):
     """Takes parameter groups from `split_parameters`. The method `step` skips groups with the key "moments", which Muon
-    updates.
-
-    Attributes:
-        moment_dtype: Dtype of moments; None: the parameter's dtype.
-    """
+    updates. By default moments have the dtype of their parameter."""
 
     def __init__(
         self,

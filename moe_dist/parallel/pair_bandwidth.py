@@ -43,11 +43,8 @@ def measure_pairs(
     """Returns the best times of each pair of nodes, and the list of slow pairs. The result is the same on all ranks.
 
     A pair that looks slow is measured again without other traffic, in turn with a pair of usual speed. A temporary load on
-    the network then slows both pairs of the comparison, and so makes no pair look slow.
-
-    Args:
-        payload_bytes: Bytes that each rank sends to the other node in an all-to-all, and bytes of its all-reduced tensor.
-    """
+    the network then slows both pairs of the comparison, and so makes no pair look slow. Each rank sends `payload_bytes` to
+    the other node in an all-to-all, and all-reduces as many."""
     task = PairMeasurement(ranks, payload_bytes, device)
     measured: dict[Pair, PairExchange] = {}
     for pairs in round_robin(ranks.nodes):

@@ -55,11 +55,7 @@ _ROLES_OF_NAMES = (  # special names first, because the first match counts
 
 
 class NamedParameter(NamedTuple):
-    """A parameter of a model.
-
-    Attributes:
-        name: Logical name. The name of a stack of experts has no expert index.
-    """
+    """A parameter of a model. The logical name of a stack of experts has no expert index."""
 
     path: str
     name: str

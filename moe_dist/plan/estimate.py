@@ -76,11 +76,8 @@ class Estimate:
 
 
 class LayoutEstimator:
-    """Estimates layouts; loads, times and memory that several layouts share are computed once.
-
-    Args:
-        source: Source of the loads: expected loads, or a trace.
-    """
+    """Estimates layouts; loads, times and memory that several layouts share are computed once. The `source` of loads is
+    expected loads, or a trace."""
 
     def __init__(self, rates: Rates, source: Expected | Traced, token_mix: Mapping[str, int], most_bytes: float) -> None:
         self.rates, self.source, self.token_mix, self.most_bytes = rates, source, token_mix, most_bytes

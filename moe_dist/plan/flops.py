@@ -112,11 +112,8 @@ def expected_experts(groups: Sequence[ExpertGroup]) -> dict[str, float]:
 
 def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None = None) -> Parts:
     """Returns the number of parameters of each part of the model. The part of routers includes the rows of zero-computation
-    experts.
-
-    Args:
-        experts_held: Number of experts per layer to count, by group; by default all experts. May be fractional.
-    """
+    experts. `experts_held` has the number of experts per layer to count, by group, perhaps fractional; by default all
+    experts."""
     dim, moe, groups, num_moe_layers = model.hidden_dim, model.moe, expert_groups(model.moe), len(model.moe_layers)
     held = experts_held if experts_held is not None else {group.name: group.num_experts for group in groups}
     attention = sum(i * o for i, o in model.attention_widths.values()) + model.attention.num_vectors(model)
@@ -264,10 +261,7 @@ def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: flo
     backward does not repeat.
 
     Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) does not count recomputation: use `recompute="none"`.
-
-    Args:
-        frozen: Result of `frozen_flops` or `untuned_flops`.
-    """
+    `frozen` is the result of `frozen_flops` or `untuned_flops`."""
     repeated = {
         "none": 0.0,
         # LoRA experts are counted as `adapters`. With LoRA experts, `experts` is 0, and `shared` is the frozen FFN.

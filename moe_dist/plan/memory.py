@@ -78,11 +78,8 @@ class RankMemory:
 
 
 def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: float, pairs: float) -> RankMemory:
-    """Estimates the memory of the rank at position `rank` of an EP group.
-
-    Args:
-        rows, pairs: Expected rows that the rank receives, and (token, expert) pairs that it computes, per own token.
-    """
+    """Estimates the memory of the rank at position `rank` of an EP group. The rank receives `rows` and computes `pairs`
+    (token, expert) pairs per own token, as expected."""
     parallel, itemsize = config.parallel, ITEMSIZE[config.parallel.precision]
     tokens = config.train.micro_batch * config.data.seq_len
     held, trained = (each(config, placement, rank=rank) for each in (held_parameters, trained_parameters))

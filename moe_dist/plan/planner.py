@@ -87,10 +87,7 @@ def render(
     itemsize: int = 2,
 ) -> str:
     """Returns, as plain text, the chosen placement rank by rank, and the costs of pinned and interleaved placement.
-
-    Args:
-        itemsize: Bytes of an element of a sent row.
-    """
+    `itemsize` is the bytes of an element of a sent row."""
     plan = expected_plan(chosen, token_mix, name=f"{policy} (chosen)")
     ranks = Table(title=f"Placement: {policy}, {chosen.num_ranks} ranks an EP group", title_justify="left")
     for column in ("rank", "experts", "work", "rows received a token"):

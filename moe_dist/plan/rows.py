@@ -67,11 +67,8 @@ class Expected:
         self.token_mix = token_mix
 
     def load(self, placement: ExpertPlacement, wire: Wire, *, tokens: int, layers: int) -> Load:
-        """Returns the expected load. For `spread`, tokens are assumed to choose experts independently.
-
-        Args:
-            layers: Number of MoE layers; the spread of a mean over more independent layers is smaller.
-        """
+        """Returns the expected load. For `spread`, tokens are assumed to choose experts independently. The spread of a mean
+        over more independent `layers` is smaller."""
         groups, ranks = placement.groups, placement.num_ranks
         share_G = np.array(group_shares(groups, self.token_mix))
         here_RG = np.array([[len(placement.local_experts(rank, group)) for group in groups] for rank in range(ranks)])

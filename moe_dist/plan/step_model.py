@@ -56,12 +56,8 @@ class Played:
 
 
 def play(events: Sequence[Event], draws: int, ranks: int, *, cores: float | None = None) -> Played:
-    """Simulates the events of a queue.
-
-    Args:
-        cores: Number of cores that the ranks share, below 1 if other ranks share them too; None if each rank computes on a
-            device of its own.
-    """
+    """Simulates the events of a queue. The ranks share `cores` cores, below 1 if other ranks share them too; None if each
+    rank computes on a device of its own."""
     clock, busy = np.zeros((2, draws, ranks)), np.zeros((2, draws, ranks))
     ended: list[np.ndarray] = []
     for event in events:
@@ -119,10 +115,7 @@ def expected_longest(seconds_S: np.ndarray, groups: int) -> float:
 def exchange_seconds(rates: Rates, ranks: int, inside: Seconds, between: Seconds) -> Seconds:
     """Returns the seconds of one exchange. `inside` and `between` are the bytes that a rank sends or receives, whichever
     are more, inside its node and between nodes. The bytes inside the node and between nodes are sent at the same time.
-
-    Args:
-        ranks: Number of ranks of a node that take part.
-    """
+    `ranks` ranks of a node take part."""
     near, far = rates.link(ranks), rates.between
     seconds = np.where(np.asarray(inside) > 0, inside / near.bytes_per_second, 0.0) + near.latency * (ranks > 1)
     if far is not None and np.any(between):
@@ -194,11 +187,8 @@ class Order:
 def micro_batch(
     layers: Sequence[LayerCost], head: Seconds, order: Order, backward: Sequence[LayerCost] | None = None
 ) -> list[Event]:
-    """Returns the queue of one micro-batch: forward of all layers, output layer with loss, backward.
-
-    Args:
-        backward: Costs of the layers in backward, before the factor `order.backward`; None: the costs of forward.
-    """
+    """Returns the queue of one micro-batch: forward of all layers, output layer with loss, backward. `backward` has the
+    layers' costs in backward before the factor `order.backward`; None takes the costs of forward."""
     queue = Queue()
     last: tuple[int, ...] = ()
     for layer in layers:

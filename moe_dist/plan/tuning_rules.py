@@ -18,11 +18,7 @@ _NO_PART = ("init_std", "max_seq_len", "moe.capacity", "moe.balance")
 
 def check_tuning_data(config: Config, data: Manifest | None, data_problems: list[str]) -> list[Violation]:
     """Returns the rules that the folder of samples and the configuration violate together. Adds faults of the folder's
-    files to `data_problems`.
-
-    Args:
-        data: Manifest of `data.path`; None if it could not be read.
-    """
+    files to `data_problems`. `data` is the manifest of `data.path`; None if it could not be read."""
     section = config.router_tuning
     if section is None:
         return []

@@ -244,11 +244,8 @@ class _NoMeta:
 
 @dataclass(frozen=True)
 class Built:
-    """One rank's model on fake CUDA tensors, with its training step.
-
-    Attributes:
-        told: Seconds of exchanges that the busy clock subtracted, for each step.
-    """
+    """One rank's model on fake CUDA tensors, with its training step. `told` has the seconds of exchanges that the busy
+    clock subtracted in each step."""
 
     config: Config
     layout: PlannedLayout

@@ -41,10 +41,7 @@ def extent(tensor: Tensor) -> tuple[int, int]:
 
 class InFlight(TorchDispatchMode):
     """Raises AssertionError if an operation reads or writes rows that arrive, or writes rows that are being sent.
-
-    Attributes:
-        exchanges: Number of exchanges started so far.
-    """
+    `exchanges` counts the exchanges started so far."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -43,11 +43,8 @@ H100 = {"copy": 2.7e12, "gemm": 700e12}  # limits: about 0.8 and 0.7 of the data
 
 def seconds_of(job: CheckJob, run: Callable[[], Any], *, times: int = 0) -> float:
     """Returns the median seconds of a call of `run`. On CUDA torch's timer queues many calls between two syncs, so that
-    launches overlap with kernels. A rehearsal times one call.
-
-    Args:
-        times: Number of calls, equal on all ranks, if `run` has collectives; the result is then the calls' mean.
-    """
+    launches overlap with kernels. A rehearsal times one call. If `run` has collectives, all ranks call it `times` times;
+    the result is then the mean."""
     timer = Timer("run()", globals={"run": run})
     if job.rehearse:
         return timer.timeit(1).median

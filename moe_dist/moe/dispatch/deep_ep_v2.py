@@ -52,11 +52,8 @@ class DeepEPPlan(KernelPlan):
 
 
 class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
-    """Dispatches and combines by a `deep_ep.ElasticBuffer`.
-
-    Args:
-        top_k: K, by default the largest of all groups. A token of a group with fewer choices has absent pairs.
-    """
+    """Dispatches and combines by a `deep_ep.ElasticBuffer`. `top_k` is K, by default the largest of all groups. A token of
+    a group with fewer choices has absent pairs."""
 
     LIBRARY = "DeepEP"
 

@@ -34,11 +34,8 @@ from moe_dist.moe.routing.types import Assignments
 
 class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
     """Dispatches and combines tokens over one EP group of several nodes. A rank never receives more than (G - 1) x T rows
-    from other nodes and (L - 1) x G x T rows inside the node.
-
-    Args:
-        ranks_per_node: L, which must divide the number of EP positions.
-    """
+    from other nodes and (L - 1) x G x T rows inside the node. L (`ranks_per_node`) must divide the number of EP
+    positions."""
 
     def __init__(self, context: DispatchContext, *, ranks_per_node: int) -> None:
         assert context.hops is not None, "the caller makes them"

@@ -46,11 +46,7 @@ def _spread(values_N: Tensor, cell_N: Tensor, num_tokens: int, num_slots: int) -
 
 @dataclass(kw_only=True)
 class HybridEPPlan(KernelPlan):
-    """The plan of one layer and micro-batch, with HybridEP's map.
-
-    Attributes:
-        routing_map_TX, cell_N: From `routing_map_of`.
-    """
+    """The plan of one layer and micro-batch, with HybridEP's map. The map and `cell_N` are from `routing_map_of`."""
 
     routing_map_TX: Tensor
     cell_N: Tensor

@@ -59,11 +59,8 @@ RunShared = Callable[[Tensor], Tensor] | None
 
 
 class Dispatcher(ABC, Generic[P]):
-    """Sends tokens through the experts of one EP group, whose ranks all issue the same collectives in the same order.
-
-    Attributes:
-        takes_known_counts: True if the dispatcher uses `Assignments.counts_WE`, which routers should then set.
-    """
+    """Sends tokens through the experts of one EP group, whose ranks all issue the same collectives in the same order. With
+    `takes_known_counts`, routers should set `Assignments.counts_WE`, which the dispatcher uses."""
 
     takes_known_counts: bool = False
 

@@ -87,11 +87,8 @@ class Arrival:
 
 @dataclass(kw_only=True)
 class KernelPlan:
-    """The plan of one layer and micro-batch. The first dispatch sets `arrived`.
-
-    Attributes:
-        counts: Returns 2 W integers: the number of rows to each rank, then the number of pairs to each rank.
-    """
+    """The plan of one layer and micro-batch. The first dispatch sets `arrived`. `counts` returns 2 W integers: the number
+    of rows to each rank, then the number of pairs to each rank."""
 
     layer: str
     rank: int
@@ -137,11 +134,8 @@ K = TypeVar("K", bound=KernelPlan)
 
 class KernelDispatcher(TwoStepDispatcher[K]):
     """Dispatches and combines over one EP group by the kernels of a library. Only the group, rank and statistics of the EP
-    group's all-to-all are used, not its exchanges.
-
-    Args:
-        multiple: The number of slots of a rank is rounded up to a multiple of this number.
-    """
+    group's all-to-all are used, not its exchanges. The number of slots of a rank is rounded up to a multiple of
+    `multiple`."""
 
     LIBRARY: ClassVar[str]  # first word of the collectives' names
 

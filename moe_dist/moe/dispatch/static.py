@@ -32,12 +32,8 @@ from moe_dist.moe.routing.types import Assignments
 
 
 class StaticDispatcher(TwoStepDispatcher[StaticPlan]):
-    """Dispatches and combines tokens over one EP group in exchanges of fixed sizes.
-
-    Args:
-        room: The numbers of places for rows and for (token, expert) pairs, the same on all ranks; or the factor of
-            `StaticRoom.expected`.
-    """
+    """Dispatches and combines tokens over one EP group in exchanges of fixed sizes. `room` is the numbers of places for
+    rows and (token, expert) pairs, equal on all ranks, or the factor of `StaticRoom.expected`."""
 
     def __init__(self, context: DispatchContext, *, room: float | StaticRoom) -> None:
         if not isinstance(room, StaticRoom):

@@ -11,12 +11,9 @@ from torch import Tensor
 
 
 class Activation(Protocol):
-    """The function of gate and up that gives the hidden values of (token, expert) pairs.
-
-    Attributes:
-        in_row_kernels: Whether `RowKernels.swiglu` computes the function. Otherwise the experts use torch's row kernels,
-            which multiply each expert's output, bias included, by the routing weight.
-    """
+    """The function of gate and up that gives the hidden values of (token, expert) pairs. If `in_row_kernels` is false, the
+    experts do not use `RowKernels.swiglu`, but torch's row kernels, which multiply each expert's output, bias included, by
+    the routing weight."""
 
     has_bias: ClassVar[bool]
     in_row_kernels: ClassVar[bool]

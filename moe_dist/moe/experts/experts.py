@@ -96,11 +96,8 @@ def choose_gemm(
 
 
 class Chunk(NamedTuple):
-    """Some of this rank's (token, expert) pairs, which are computed at once.
-
-    Attributes:
-        make_index: Returns the row of each pair, among a given number of rows.
-    """
+    """Some of this rank's (token, expert) pairs, which are computed at once. `make_index` returns the row of each pair,
+    among a given number of rows."""
 
     pairs: slice
     make_index: Callable[[int], RowIndex]

@@ -145,11 +145,7 @@ class LoRAExperts(nn.Module):
         """Adds the weighted LoRA outputs of each token's experts to y, the output of the projection `target`.
 
         Every expert gets a gradient, which is zero if no token took the expert. For each pair, autograd keeps the input row
-        and two vectors of length r.
-
-        Args:
-            draw: Name of the random numbers for dropout, see `adapter_draw`.
-        """
+        and two vectors of length r. `draw` names the random numbers for dropout, see `adapter_draw`."""
         if target not in self._widths:
             return y_TO
         if self.training and self._dropout:

@@ -27,11 +27,8 @@ from moe_dist.moe.routing.types import ExpertsChoice, RoutingCache
 
 class ExpertThresholdRouter(ExpertChoiceRouter):
     """Routes T tokens by thresholds of experts. After the factor of `capacity_schedule` has changed, m moves to the new
-    threshold over about 1 / (1 - threshold_decay) steps.
-
-    Args:
-        warmup_steps: Number of updates of m before thresholds replace the competition, at least 1.
-    """
+    threshold over about 1 / (1 - threshold_decay) steps. Thresholds replace the competition after `warmup_steps` updates of
+    m, at least 1."""
 
     def __init__(self, context: RouterContext, *, warmup_steps: int = 100, **options: Any) -> None:
         super().__init__(context, **{"causal": "threshold", **options})

@@ -25,10 +25,8 @@ from moe_dist.moe.routing.types import Routing, RoutingCache
 
 class PredictedKRouter(AdaptiveRouter):
     """Routes T tokens to a predicted number of columns. Each group's gate also has `number` [1, D], the vector u in k(x).
-
-    Args:
-        normalise: `true_chosen` or `none`: the softmax v over the chosen columns that are not null, or over all columns.
-    """
+    `normalise` takes the softmax v over the chosen columns that are not null (`true_chosen`), or over all columns
+    (`none`)."""
 
     def __init__(self, context: RouterContext, *, normalise: Normalise = "none", scale: float = 1.0) -> None:
         super().__init__(context, normalise=normalise, scale=scale)

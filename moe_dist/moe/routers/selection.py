@@ -279,11 +279,8 @@ def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assi
 
     K is the number of experts of the largest group. A list of fewer than T x K pairs might not hold all pairs: a threshold
     does not limit the number of tokens of an expert, and a scope of several ranks does not limit an expert's number of
-    tokens from one rank.
-
-    Args:
-        columns_TK: int64, the experts of each token's group, then ABSENT up to K; all ABSENT for padding.
-    """
+    tokens from one rank. `columns_TK` has the experts of each token's group, int64, then ABSENT up to K; padding has only
+    ABSENT."""
     safe_TK = columns_TK.clamp_min(0)
     kept_TK = taken_TE.gather(1, safe_TK) & (columns_TK != ABSENT)
     token_T = torch.arange(taken_TE.shape[0], device=taken_TE.device)

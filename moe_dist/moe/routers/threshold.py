@@ -30,12 +30,9 @@ TINY = 1e-20  # prevents 0 / 0 where all scores underflow
 
 
 class ThresholdRouter(AdaptiveRouter):
-    """Routes T tokens by learned thresholds. Each group's gate also has the parameter `level` [columns], initially 0: the
-    G of the module's formula. The threshold of a column is sigmoid(level).
-
-    Args:
-        temperature: Divisor of the cosines. In DynMoE's Tutel code the temperature is learned, with the initial value 0.1.
-    """
+    """Routes T tokens by learned thresholds. Each group's gate also has the parameter `level` [columns], initially 0: the G
+    of the module's formula. The threshold of a column is sigmoid(level). The divisor of the cosines is `temperature`;
+    DynMoE's Tutel code learns it, from 0.1."""
 
     def __init__(self, context: RouterContext, *, temperature: float = 0.1, scale: float = 1.0) -> None:
         super().__init__(context, scale=scale)

@@ -25,12 +25,8 @@ from moe_dist.moe.routing.types import RoutingCache
 
 class TopPRouter(AdaptiveRouter):
     """Routes T tokens by cumulative probability. `p` is the bound on the cumulative probability before a controller has
-    changed the bound.
-
-    Args:
-        normalise: `none`: weights are probabilities, as published. `true_chosen`: weights sum to `scale` over the taken
-            columns that are not null.
-    """
+    changed the bound. `normalise` is `none`, by which weights are probabilities, as published, or `true_chosen`, by which
+    they sum to `scale` over the taken columns that are not null."""
 
     def __init__(
         self, context: RouterContext, *, p: float = 0.4, normalise: Normalise = "none", scale: float = 1.0

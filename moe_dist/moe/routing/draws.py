@@ -41,12 +41,8 @@ def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch
 
 def dropped(x: Tensor, share: float, *, name: tuple[int, ...]) -> Tensor:
     """Applies dropout: sets the fraction `share` of the elements to 0 and divides all others by 1 - share, which keeps the
-    mean.
-
-    Args:
-        name: Identifies the draw, for example (seed, step, layer, first token, projection). Equal names give equal draws on
-            devices of the same kind.
-    """
+    mean. Equal names of draws, for example (seed, step, layer, first token, projection), give equal draws on devices of the
+    same kind."""
     digest = hashlib.sha256("/".join(str(part) for part in name).encode()).digest()
     generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # a seed must be below 2^63
     kept = torch.empty_like(x, dtype=torch.float32).bernoulli_(1.0 - share, generator=generator)

@@ -199,11 +199,8 @@ def _open_sinks(sinks: Sequence[str | Sink], folder: Path, subject: Subject, ste
 
 
 class ChoiceWriter:
-    """Writes this rank's part of the trace. Raises OSError if the files cannot be opened.
-
-    Args:
-        sequence_first: True if the routers order tokens [S, B], False for [B, S].
-    """
+    """Writes this rank's part of the trace. Raises OSError if the files cannot be opened. With `sequence_first` the routers
+    order tokens [S, B], else [B, S]."""
 
     def __init__(self, place: Path, rank: int, manifest: Manifest, *, sequence_first: bool) -> None:
         place.mkdir(parents=True, exist_ok=True)  # rank 0 may have made the folder on another node's disk

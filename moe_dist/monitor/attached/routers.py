@@ -156,13 +156,8 @@ class Traced(NamedTuple):
 
 
 class Counts:
-    """Sums over the forwards of a step, on the routers' devices.
-
-    Attributes:
-        keep: Whether single choices are kept for a trace: (2 + 2) x K bytes per token and layer.
-
-    In a copied or pickled model the hooks do nothing, because only the original model is watched.
-    """
+    """Sums over the forwards of a step, on the routers' devices. With `keep`, single choices are kept for a trace: (2 + 2)
+    x K bytes per token and layer."""
 
     def __init__(self, routers: Routers) -> None:
         self._routers, self.keep, self._batch = routers, False, MicroBatch(None, None)

@@ -116,11 +116,8 @@ class Traffic(NamedTuple):
 
 
 def traffic(ids_TLK: np.ndarray, home_T: np.ndarray, placement: ExpertPlacement, node_sizes: tuple[int, ...]) -> Traffic:
-    """Counts the rows that the choices `ids_TLK` send under a placement.
-
-    Args:
-        node_sizes: Node sizes to count for, in ranks; consecutive ranks share a node.
-    """
+    """Counts the rows that the choices `ids_TLK` send under a placement. `node_sizes` are sizes of nodes in ranks;
+    consecutive ranks share a node."""
     ranks, experts = placement.num_ranks, placement.num_experts
     width_E = np.array(placement.width_of_expert, np.float64)
     pairs = pairs_remote = rows = 0

@@ -43,11 +43,8 @@ def replay(
     exchanges: int,
 ) -> Replayed:
     """Counts the rows and bytes that a run with `placement` sends for the choices `ids_TLK`. As in training, the ranks take
-    turns: each rank takes the next `micro_batch` sequences.
-
-    Args:
-        exchanges: How often a row is sent in forward and backward (`moe_dist.plan.rows.EXCHANGES`).
-    """
+    turns: each rank takes the next `micro_batch` sequences. A row is sent `exchanges` times in forward and backward
+    (`moe_dist.plan.rows.EXCHANGES`)."""
     home_T = sequence_T // micro_batch % placement.num_ranks
     found = traffic(ids_TLK, home_T, placement, (node_size,))
     each = exchanges * row_bytes

@@ -243,11 +243,8 @@ def group_of_modality(groups: Sequence[ExpertGroup], modalities: Sequence[str]) 
 
 
 def last_tokens(trace: Trace | ForeignTrace, **names: Any) -> Tokens:
-    """Reads the tokens of a trace's last steps, at most MOST_TOKENS tokens.
-
-    Args:
-        names: The fields `name_of`, `picture_of` and `grid` of `Tokens`.
-    """
+    """Reads the tokens of a trace's last steps, at most MOST_TOKENS tokens. `names` are the fields `name_of`, `picture_of`
+    and `grid` of `Tokens`."""
     steps: list[TracedStep] = []
     for number in reversed(trace.steps):
         if steps and sum(len(step.tokens) for step in steps) + len(steps[-1].tokens) > MOST_TOKENS:

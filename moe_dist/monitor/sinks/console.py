@@ -35,11 +35,8 @@ class Check:
 
 
 class ConsoleSink(Sink):
-    """Shows the run on the console.
-
-    Args:
-        every: Steps between plain lines if the console is no terminal, or cannot redraw a line (TERM=dumb).
-    """
+    """Shows the run on the console. A console that is no terminal, or cannot redraw a line (TERM=dumb), gets a line every
+    `every` steps."""
 
     def __init__(
         self,

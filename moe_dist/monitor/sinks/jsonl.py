@@ -39,10 +39,7 @@ STORED = ("skipped", "scalars", "losses", "labels", "epochs", "balance_coefficie
 
 class JsonlSink(Sink):
     """Appends each record to metrics.jsonl as a line. A line is written at once, so that a reader can follow the file.
-
-    Args:
-        arrays_every: Steps between lines that contain the arrays (choices of every expert in every layer).
-    """
+    Every `arrays_every` steps a line also has the arrays (choices of every expert in every layer)."""
 
     def __init__(self, context: SinkContext, *, arrays_every: int = 1, clock: Callable[[], float] = time.time) -> None:
         self._path, self._arrays_every, self._clock = context.folder / METRICS, arrays_every, clock

@@ -20,11 +20,8 @@ PREFIX = "moe_dist_"
 
 
 class PrometheusSink(ScalarSink):
-    """Replaces the file `path` at each step by a rename, so that a reader never sees a partial file.
-
-    Args:
-        path: The textfile; None for metrics.prom in the run folder. node_exporter reads it only if its name ends in .prom.
-    """
+    """Replaces the file `path` at each step by a rename, so that a reader never sees a partial file. The default of `path`
+    is metrics.prom in the run folder; node_exporter reads only files whose names end in .prom."""
 
     def __init__(self, context: SinkContext, *, path: str | None = None) -> None:
         self._path = Path(path or context.folder / "metrics.prom")

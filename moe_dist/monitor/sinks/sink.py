@@ -78,11 +78,7 @@ class ScalarSink(Sink):
 
 class LeaseWatch(Sink):
     """Checks the lease before each record, by reading one small file. Must come before the sinks that write, in the list of
-    sinks.
-
-    Args:
-        check: Function that raises if this process may no longer write to the run folder.
-    """
+    sinks. `check` raises if this process may no longer write to the run folder."""
 
     def __init__(self, check: Callable[[], None]) -> None:
         self._check = check

@@ -76,11 +76,8 @@ class Attempt:
 
 
 class Trace:
-    """The steps of a run's trace. If a resume repeated a step, only the last version of the step counts.
-
-    Attributes:
-        steps: Numbers of the traced steps that all ranks wrote, rising; the first step of a run is 1.
-    """
+    """The steps of a run's trace. If a resume repeated a step, only the last version of the step counts. `steps` are the
+    traced steps that all ranks wrote, rising, from 1 on."""
 
     def __init__(self, attempts: list[Attempt]) -> None:
         self.attempts = tuple(attempts)
@@ -109,11 +106,7 @@ class Trace:
 
 def read_trace(folder: str | Path) -> Trace:
     """Reads the manifests and indices of a trace. Raises DataError if there is no trace, its format is unknown, or a file
-    is shorter than its index says.
-
-    Args:
-        folder: A run folder, or its folder trace.
-    """
+    is shorter than its index says. `folder` is a run folder, or its folder trace."""
     folder = Path(folder)
     folder = folder / "trace" if (folder / "trace").is_dir() else folder
     found = [_attempt(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))]

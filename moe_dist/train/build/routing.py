@@ -45,10 +45,7 @@ def build_balance(
     section: MoESection, routers: Sequence[nn.Module | None], groups: Sequence[ExpertGroup], device: torch.device
 ) -> BiasController | None:
     """Makes the controller of selection biases with one rule per section of `balance`; returns None without sections.
-
-    Args:
-        routers: The router of each MoE layer of the whole model; None for a layer that this rank does not have.
-    """
+    `routers` has the router of each MoE layer of the whole model; None for a layer that this rank does not have."""
     rules = _rules(section)
     if not rules:
         return None

@@ -356,13 +356,9 @@ def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: i
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Functions and constants of the training loop, made from the configuration.
-
-    Attributes:
-        flops_per_token: Function that returns the FLOPs per token of forward and backward. The function's arguments map
-            each group's name to the mean number of true (not null) experts per token, and to the group's fraction of all
-            tokens.
-    """
+    """Functions and constants of the training loop, made from the configuration. `flops_per_token` returns the FLOPs per
+    token of forward and backward, by each group's mean number of true experts per token, and each group's fraction of all
+    tokens."""
 
     config: Config
     placement: ExpertPlacement

@@ -116,11 +116,7 @@ def depth_statistics(
 def auxiliary_terms(sums: AuxSums, tokens_LG: Tensor, tables: ColumnTables) -> Tensor:
     """Returns this rank's share of the auxiliary routers' loss, [L, G] ([0, G] without auxiliary routers). For each layer
     and group the loss is the mean binary cross entropy over the group's tokens and experts (MoMa, arXiv 2407.21770, section
-    2.4).
-
-    Args:
-        tokens_LG: Number of tokens over all ranks; the loss of a group without tokens is 0.
-    """
+    2.4). `tokens_LG` counts tokens over all ranks; the loss of a group without tokens is 0."""
     if sums.auxiliary_LG is None:
         return tokens_LG.new_zeros((0, tokens_LG.shape[1]))
     return sums.auxiliary_LG / (tokens_LG.clamp_min(1.0) * tables.size_G).to(sums.auxiliary_LG.dtype)

@@ -66,11 +66,8 @@ def write_top_logits(
     out: Path, outputs: Iterable[tuple[Batch, TeacherOutput]], manifest: TopLogitsManifest, *, seq_len: int
 ) -> TopLogitsManifest:
     """Writes the folder `out` from log-probabilities [B, S, V]; returns the manifest with the number of stored sequences.
-    Raises ConfigError if `out` exists.
-
-    Args:
-        outputs: Batches, of at most `manifest.drawn` sequences in all, and the teacher's output for each batch.
-    """
+    Raises ConfigError if `out` exists. `outputs` has batches, of at most `manifest.drawn` sequences in all, and the
+    teacher's output for each batch."""
     if out.exists():
         raise ConfigError(f"--out {out}: exists; nothing is overwritten: remove it, or choose another folder")
     place = out.with_name(f"{out.name}.writing")

@@ -16,11 +16,7 @@ P = TypeVar("P", bound=ExpertPlacement)
 
 
 class LoadLever(Generic[P]):
-    """See `moe_dist.train.rank_balance.levers.Lever`.
-
-    Args:
-        every: Number of steps of a window; the lever decides after the window's last step.
-    """
+    """See `moe_dist.train.rank_balance.levers.Lever`. Decides after the last step of each window of `every` steps."""
 
     def __init__(self, placement: P, every: int, layers: int) -> None:
         self.placement, self._every, self._layers = placement, every, layers

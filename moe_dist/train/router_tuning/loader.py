@@ -62,11 +62,8 @@ class SampleBatch(Batch):
 
 @dataclass(frozen=True)
 class ChoiceBatch(SampleBatch):
-    """A micro-batch whose labels are told apart among each row's choices. The result of `to` keeps the choices.
-
-    Attributes:
-        choice_BK: int64, as in `model.objective.Choices`; a row of -1 has no label.
-    """
+    """A micro-batch whose labels are told apart among each row's choices. The result of `to` keeps the choices. A row of
+    `choice_BK` (`model.objective.Choices`) that has only -1 has no label."""
 
     choice_BK: torch.Tensor
 

@@ -36,11 +36,8 @@ class TuningSample:
 
 class Samples:
     """The samples in a folder that `tools.prepare_router_tuning` made. All arrays except the lengths are memory-mapped.
-    Raises ConfigError or DataError if the folder is missing or damaged.
-
-    Attributes:
-        digest: SHA-256 of the manifest, which contains the digests of the files.
-    """
+    Raises ConfigError or DataError if the folder is missing or damaged. The digest is the SHA-256 of the manifest, which
+    contains the digests of the files."""
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)

@@ -43,11 +43,8 @@ class DryRun:
 
 def dry_run(config: Config, *, tokens_per_second: float | None = None, console: Console | None = None) -> DryRun:
     """Prints the estimates of a run and returns them. Raises ConfigError or DataError if the run is not possible. The error
-    message lists every problem that can be found without the data.
-
-    Args:
-        tokens_per_second: Throughput of all ranks together, from which the run's hours are computed; None for no hours.
-    """
+    message lists every problem that can be found without the data. The run's hours follow from `tokens_per_second` of all
+    ranks together; None prints no hours."""
     result = estimate(config)
     console = console or Console()
     console.print(render(config, result, tokens_per_second))

@@ -41,11 +41,7 @@ def check_at_start(
     """Checks the nodes of a job. Rank 0 checks all nodes, and the first rank of each other node checks its own node. These
     ranks return the results; other ranks return an empty list. Call this function on every rank after rank 0 has opened the
     run folder. Only rank 0 logs warnings. Raises ConfigError or ResourceError if a checked node does not meet the run's
-    requirements.
-
-    Args:
-        wait_seconds: How long rank 0 waits for the facts of the other nodes; later facts are not compared.
-    """
+    requirements. Rank 0 waits `wait_seconds` for the facts of the other nodes; later facts are not compared."""
     if env.local_rank > 0:
         return []
     began, needs = time.time(), _needs(config, env, variables)

@@ -265,12 +265,8 @@ def _scaled(before: JsonValue, taken: Taken) -> list[str]:
 def split_routers(model: Transformer, path: Path, *, divides_bias: bool) -> int:
     """Fills a model's router rows and selection biases from a checkpoint with fewer experts. A model with m times as many
     experts gets each router row and bias m times in succession. Returns the number of filled router rows. Every rank reads
-    the checkpoint. Raises DataError if a file or a tensor is damaged.
-
-    Args:
-        divides_bias: Whether to divide biases by m: true for biases that are added to probabilities, which are m times
-            smaller for m times as many experts.
-    """
+    the checkpoint. Raises DataError if a file or a tensor is damaged. With `divides_bias`, biases are divided by m: biases
+    that are added to probabilities, which are m times smaller for m times as many experts."""
     own = {logical_name(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
     own = {name: tensor for name, tensor in own.items() if role_of_name(name) is Role.ROUTER}
     rows = 0
