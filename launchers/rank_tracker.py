@@ -27,8 +27,7 @@ class ShutdownTimeouts:
 
     Attributes:
         stop: Time from a stop signal until ranks that still run are killed.
-        peers: Time from the first rank's failure until the other ranks get SIGTERM; meanwhile the other ranks log their own
-            errors.
+        peers: From the first failure until the other ranks, which meanwhile log their own errors, get SIGTERM.
         kill: Time from the SIGTERM of `peers` until ranks that still run are killed.
     """
 

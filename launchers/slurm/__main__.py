@@ -79,8 +79,7 @@ def prepare(
     ConfigError or DataError or ResourceError if the run, a task or the nodes are invalid.
 
     Args:
-        program: Arguments of the ranks' Python interpreter that precede the configuration's path; the default starts the
-            training.
+        program: Arguments of the ranks' interpreter that precede the configuration's path; by default the training.
         read: Reads and checks the run; `layout_of_file` needs no data.
     """
     loaded = read(config_path, overrides).config

@@ -33,8 +33,7 @@ class Piece:
     """A part of a local tensor.
 
     Attributes:
-        view: The part of the local tensor, sharing its memory. The view has the elements of `shape` in order, but may have
-            more dimensions.
+        view: The part of the local tensor, sharing its memory; `shape`'s elements in order, perhaps in more dimensions.
         shape: Shape of this rank's part of the logical tensor.
         dim: Dimension in which the logical tensor is cut over tensor-parallel ranks; None if the rank has the whole tensor.
         expert: True for a tensor of one expert, which the ranks with the same experts hold.

@@ -51,8 +51,7 @@ class Chosen(NamedTuple):
         full_C: bool, true if the slot has a token.
         weight_C: sigmoid(s) of the slot's token with gradient, fp32 (float64 in a float64 model); 0 if the slot is empty.
         counts: Counts of the router, for the layer's report.
-        auxiliary: Binary cross entropy of the auxiliary router, summed over tokens, differentiable, 0-d; None if no such
-            router is trained.
+        auxiliary: Binary cross entropy of the auxiliary router, summed over tokens, differentiable, 0-d, or None.
     """
 
     index_C: Tensor

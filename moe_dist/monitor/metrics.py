@@ -36,8 +36,7 @@ class Record:
         host: CPU and memory readings of rank 0's machine, seconds of work of the slowest rank and of the other ranks, the
             largest memory of any rank, the peak rate by which perf/mfu divides, and `NEEDED` factors.
         busy_seconds_W: Seconds that each rank worked in the previous step, without waits; empty in the first step.
-        memory_W3: MiB allocated, MiB reserved and retries of each rank's allocator (`train.step.largest_memory`); empty in
-            the first step.
+        memory_W3: MiB allocated, MiB reserved and retries of each rank's allocator; empty in the first step.
         load: For each group with a load controller, true experts per token: the step's `target`, the mean over layers
             (`achieved`), and the `lowest` and `highest` layer's number, all before a capacity drops pairs. A number is None
             if the group had no tokens.

@@ -41,10 +41,8 @@ class LeverDecision(NamedTuple):
 
     Attributes:
         taken: False if the change was refused.
-        before, after: Load of the busiest rank / load of the mean rank, without and with the change; 1 if the ranks' loads
-            are equal.
-        cost_steps: Time that the change takes, in steps: a move of experts takes it once, replicas in sum until the lever's
-            next decision.
+        before, after: Busiest / mean rank's load without and with the change; 1 if the ranks' loads are equal.
+        cost_steps: Time of the change in steps: of a move once, of replicas in sum until the next decision.
         placement: Placement after this step, if the lever moved experts or changed replicas; else None.
     """
 
@@ -116,16 +114,14 @@ class EvaluationResult:
         loss: Nats per token by modality; also 'image_no_filler' if the data mark filler cells.
         tokens: Number of labels over which each loss is a mean.
         ablated_loss: The held-out losses with the experts' output set to zero.
-        balance_efficiency: Throughput with the real routing divided by throughput with evenly spread routing; None if not
-            measured.
+        balance_efficiency: Throughput with the real routing / with evenly spread routing; None if not measured.
         balance_efficiency_by_count: Mean / maximum work of the ranks (pairs x FFN width): the balance_efficiency if time
             were proportional to work.
         balance_note: How balance_efficiency was measured, or why it was not measured.
         choice_loss: With expert choice, the losses under the selection of training, which sees later tokens.
         experts_per_token: True experts per token in this evaluation, by group.
         choice_experts_per_token: With expert choice, true experts per token under the selection of training, by group.
-        mixture_of_depths: Sums over the mixture-of-depths layers, which decide causally in evaluation; None without such
-            layers.
+        mixture_of_depths: Sums over the mixture-of-depths layers, which decide causally here; None without any.
         compute_map: None without `monitor.compute_map`, and on ranks other than 0.
     """
 

@@ -149,8 +149,7 @@ class LayerCost:
         pack: Packing of rows before an exchange, and summing of rows after the exchange.
         counts: Exchange of row counts and indices; 0 if there is no such exchange.
         sync: Host sync that reads the split sizes.
-        weights: Exchange of one chunk's pair weights before its rows, and of their gradients; 0 if the weights are sent
-            with the rows.
+        weights: Exchange of a chunk's pair weights before its rows, and of their gradients; 0 if sent with rows.
         hops: The exchanges of one chunk's dispatch, one after the other; combine takes the same time. Empty with one rank.
     """
 

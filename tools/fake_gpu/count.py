@@ -14,8 +14,7 @@ def count(path: str | Path, ranks: int, overrides: Sequence[str] = (), *, rank: 
     """Counts one step of a configuration on one of `ranks` ranks. Counting takes some seconds, in a separate process.
 
     Raises:
-        ConfigError: the configuration is refused, or the step failed. The message has the reason or the last lines of
-            output.
+        ConfigError: the configuration is refused, or the step failed; with the reason or the last output.
         ResourceError: from `fake_cuda.preloaded`.
     """
     done = child("tools.fake_gpu.fake_step", [str(find_config(path).resolve()), str(rank), str(ranks), *overrides])

@@ -124,8 +124,7 @@ class Recorder(TorchDispatchMode):
         syncs: Number of times that the host waits for the device, by (phase, name or source line).
         copies: Number of copies between host and device for which the host waits, by (phase, source line).
         mixed: Source lines of operations with both CPU and CUDA tensors.
-        sorted_sums: Number of backward passes of indexing, by part; on CUDA each of these passes sorts, to add without
-            atomics.
+        sorted_sums: Backward passes of indexing, by part; on CUDA each of them sorts, to add without atomics.
         memory: Bytes of live tensors, by (part, phase).
     """
 

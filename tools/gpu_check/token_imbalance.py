@@ -67,8 +67,7 @@ class WorkloadStep:
 
     Attributes:
         expert_TK: int64, the K distinct experts of each token.
-        weight_TK: float64, routing weights: multiples of 1/16 up to 1, so that floating-point sums of few products are
-            exact.
+        weight_TK: float64, multiples of 1/16 up to 1, so that floating-point sums of few products are exact.
         tokens_S: Number of tokens of each source rank. The source ranks take consecutive slices of the [T, K] arrays.
     """
 

@@ -40,8 +40,7 @@ class ActiveExperts:
         target: Target number of true experts per token, by name of the group. Groups that are not named are not controlled.
         rate: mu of the first step.
         decay_steps: Number of updates after which mu is half of `rate`; None keeps mu constant.
-        ramp_steps: Number of updates in which the target moves in a straight line from the most true experts that a token
-            can take to `target`.
+        ramp_steps: Updates in which the target moves in a straight line from a token's most true experts to `target`.
         schedule: Pairs (first update, factor of the target), with first updates rising from 0.
         proportional: p; with 0 the controller is only integral.
     """

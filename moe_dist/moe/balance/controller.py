@@ -34,8 +34,7 @@ class Rule(Protocol):
 
         Args:
             true_Ln: float64, number of choices of each true expert over all ranks, including choices that a capacity drops.
-            tokens_L1: float64, number of the group's tokens over all ranks. Where no token is counted, the returned change
-                is not used.
+            tokens_L1: float64, the group's tokens over all ranks. Where it is 0, the returned change is not used.
             step: Number of updates before this update.
         """
         ...

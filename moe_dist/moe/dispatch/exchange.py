@@ -38,8 +38,7 @@ class ExchangePlan:
 
     Attributes:
         layer: Name of the layer, for statistics and reports of a hang.
-        prefix, suffix: Text before and after the names of the plan's collectives: prefix names the hop, suffix the chunk's
-            number.
+        prefix, suffix: Text around the names of the plan's collectives: the hop, and the number of the chunk.
         table_rows: M, the number of rows of the table.
         rows, pairs: Numbers of rows and of pairs to and from each other rank.
         row_S, row_O: int64, table index of each row for another rank (in sending order), and of each own row.

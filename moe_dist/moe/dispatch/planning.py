@@ -62,8 +62,7 @@ class _Tables:
     is -1.
 
     Attributes:
-        place_E: Place of each expert's rank in the order of sending: other ranks in order, then the own rank; W for absent
-            pairs.
+        place_E: Place of each expert's rank in the order of sending: other ranks, own rank; W for absent pairs.
         bin_E: Position of each expert in the order of (place of its rank, slot); E for absent pairs.
         message_M: Index of each count to send, rank by rank, in the concatenation of row counts and pair counts.
     """

@@ -144,8 +144,7 @@ class _Fixed:
         run_order: Place of each run's length among the lengths of (slot, source rank), then of each group's padding. Runs
             are sorted by slot, then source rank; the padding of a group follows its last slot.
         rows_W, pairs_W, computed_G: The room, by place (without the own rank) and by group.
-        first_row_W, first_pair_W: Numbers of rows and of pairs before the first row and pair of each place; the own rank is
-            last.
+        first_row_W, first_pair_W: Rows and pairs before the first of each place; the own rank is last.
     """
 
     first_bin: Tensor

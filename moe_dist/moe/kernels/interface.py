@@ -101,8 +101,7 @@ class RowKernels(Protocol):
     All methods but `sum_rows` have gradients. Sums are fp32 (float64 for float64 rows) and rounded once.
 
     Attributes:
-        has_choose: True if `choose`, `experts_choose` and `experts_sums` exist. If `has_choose` is false, routers choose by
-            operations of torch.
+        has_choose: Whether `choose`, `experts_choose` and `experts_sums` exist; otherwise routers choose by torch.
         has_plan: True if this implementation also has kernels that plan an exchange (in `dispatch/counting_planner.py` and
             `dispatch/counting_static_planner.py`).
     """

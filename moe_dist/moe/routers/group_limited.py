@@ -34,11 +34,9 @@ class GroupLimitedRouter(TopKRouter):
     """Routes T tokens, each inside its modality's group and its best node groups.
 
     Args:
-        n_group: Number of node groups in each modality group. `n_group` must divide each modality group's number of true
-            experts.
+        n_group: Number of node groups in each modality group; divides the group's number of true experts.
         topk_group: Number of node groups that a token may use.
-        normalise: `true_chosen`: weights sum to `scale` over the chosen experts that are not null. `none`: weights are
-            `scale` times the scores.
+        normalise: `true_chosen`: weights of chosen true experts sum to `scale`. `none`: `scale` times the scores.
         selection_bias: If true, tokens choose by score + bias. Routing weights do not contain the bias.
     """
 

@@ -159,10 +159,8 @@ class SelectionScope:
             share_E: float64, fraction of the competing tokens that each chooser takes.
             lengths: T of each rank of the scope.
             name, layer: Names of the collective and of the layer, for statistics and for reports of a hang.
-            add_noise: Adds noise to the logits of the scope's tokens [U, E] before the comparison. The reported k-th scores
-                contain no noise.
-            token_T: Index of each of this rank's tokens in its micro-batch; None if this rank's tokens are the micro-batch,
-                in order.
+            add_noise: Adds noise to the scope's logits [U, E] before the comparison; the k-th scores contain none.
+            token_T: Index of each of this rank's tokens in its micro-batch; None if the tokens are the micro-batch.
         """
         if token_T is not None:
             local_TE, logits_TE = logits_TE, logits_TE.new_zeros(lengths[self.own], logits_TE.shape[1])

@@ -116,8 +116,7 @@ class TopKRouter(nn.Module):
             2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add the bias to a softmax). Biases start at 0. While all
             biases of a group are 0, its tokens choose by logits, whose order is that of the softmax but without ties by
             rounding.
-        logit_bias: If true, each true expert's logit has a learned bias. With `logit_bias` groups must have true experts
-            only.
+        logit_bias: Whether each true expert's logit has a learned bias; groups must then have true experts only.
     """
 
     group_of_column_C: Tensor

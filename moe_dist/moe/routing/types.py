@@ -68,8 +68,7 @@ class Routing(NamedTuple):
         zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 if not chosen.
             Zero-computation experts run on the token's own rank, so they are in no (token, expert) pair. `zero_weight_TF`
             is None if no group has zero-computation experts.
-        prob_AC: Probabilities of the probe tokens, 0 in columns of other groups than the token's; fp32 with gradient. None
-            without probe tokens.
+        prob_AC: Probabilities of the probe tokens, 0 in other groups' columns; fp32 with gradient, or None.
         chosen: Each token's choices, if the request asks for them.
         logits_TC: Logits with gradient, for the next layer; None unless its router adds them to its own.
     """
@@ -89,11 +88,9 @@ class LayerReport(NamedTuple):
 
     Attributes:
         counts, aux: The router's counts and sums over this rank's tokens, and those of mixture of depths.
-        sent: The numbers of sent rows and pairs; int64 [5] on the device, in the order of `SentCounts`, if the host does
-            not know them.
+        sent: The numbers of sent rows and pairs; int64 [5] in the order of `SentCounts` if only the device has them.
         prob_AC, chosen: See `Routing`.
-        late_TD: Output [T, D] that the transformer adds after the next layer; None without a shortcut, and in the
-            transformer's reports.
+        late_TD: Output [T, D] that is added after the next layer; None without a shortcut, and in final reports.
         logits_TC: See `Routing`; None in the transformer's reports.
     """
 
@@ -164,8 +161,7 @@ class ExpertsChoice(NamedTuple):
 
     Attributes:
         taken_TE: bool, true if the expert takes this rank's token.
-        order_TE: int64, for each expert this rank's tokens sorted by falling logit; None if the selection scope has several
-            ranks.
+        order_TE: int64, this rank's tokens by expert and falling logit; None if the scope has several ranks.
         kth_score_E: For each expert, which takes k tokens, the k-th largest score without noise in the selection scope; 0
             if the expert takes no token or, by its capacity, all tokens of its group.
     """

@@ -53,8 +53,7 @@ class Attached:
         trace_every: Steps between traced steps, beginning with the first; 0 for no trace.
         trace_tokens: Largest number of traced tokens of a rank in a step; None for all.
         tokenizer: tokenizer.json with the names of the tokens, for the report.
-        last_step: Last step before this call, if training is resumed, else 0; records of later steps in `folder` are
-            dropped.
+        last_step: Last step before this call if training resumes, else 0; later records in `folder` are dropped.
         group: Process group of the ranks that have the same layers and route different tokens; by default all ranks.
     """
 

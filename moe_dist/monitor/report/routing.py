@@ -53,8 +53,7 @@ class Tokens:
     """Single tokens of a trace.
 
     Attributes:
-        token_T, modality_T, sequence_T, position_T: Token id, index of the modality, number of the sequence, and position
-            in the sequence.
+        token_T, modality_T, sequence_T, position_T: Token id, modality's index, sequence's number, position in it.
         ids_TLK: Chosen columns; -2 - c is a choice of column c that a capacity dropped, -1 no choice.
         steps: Numbers of the steps from which the tokens come; `of` is the number of all traced steps.
         split: `training` or `held-out`.

@@ -95,8 +95,7 @@ def build_model(
         node_groups: Process groups between nodes and inside this node, for the hierarchical dispatcher.
         comm_stats: Counts bytes and seconds of the exchanges of all layers.
         compute_dtype: Overrides `parallel.precision`, for tests in float64.
-        choice_scope: With expert choice, the ranks whose tokens compete for an expert; None if only this rank's tokens
-            compete.
+        choice_scope: Ranks whose tokens compete for an expert in expert choice; None: only this rank's tokens.
         depth_scope: Ranks whose tokens compete in mixture-of-depths layers; None if only this rank's tokens compete.
         kernels: Functions for the arithmetic on rows before and after the experts' matrix products.
     """

@@ -34,8 +34,7 @@ def run_checks(
     Args:
         names: Names of the checks (`evaluation.checks`), in the order of display.
         baselines: Held-out losses of unigram and bigram models in nats per token, from the manifest.
-        choices_LC, tokens_LG, dropped_L: Routing counts, and (token, expert) pairs that a capacity dropped, summed over the
-            last `window` steps.
+        choices_LC, tokens_LG, dropped_L: Routing counts, and dropped pairs, summed over the last `window` steps.
         window: Number of steps over which routing counts are summed; 0 if no step was taken.
         even_active: Maps a group to its expected number of true experts per token, if a controller or a weight of null
             experts makes this number differ from top_k x true experts / all experts.

@@ -33,8 +33,7 @@ class Evaluator:
     Attributes:
         placement: Where the experts are now.
         mapper: Makes the compute map (true experts of single tokens); None without `monitor.compute_map`.
-        calibration: Number of training micro-batches that calibrate thresholds before each evaluation; 0 if no router has
-            thresholds.
+        calibration: Training micro-batches that calibrate thresholds before an evaluation; 0 without thresholds.
     """
 
     def __init__(

@@ -151,8 +151,7 @@ def micro_loss(
         losses_BS: Cross entropy of each label, 0 where the label is IGNORED.
         sums: Sums of all layers over this rank's tokens (`joined`).
         labels_in_step: Number of labels (without IGNORED) of the step, over all ranks and micro-batches.
-        share: Weight of the micro-batch in the step. The auxiliary terms are means over the micro-batch's tokens on all
-            ranks.
+        share: Weight of the micro-batch in the step. Auxiliary terms are means over its tokens on all ranks.
         counts: Routing counts of the micro-batch over all ranks (`global_counts`).
         share_G: Weight of each group's balance and auxiliary-router terms; None to use `share`.
         load: Expert loads for the balance loss; None to use the loads in the micro-batch.

@@ -28,11 +28,9 @@ class Route:
     """What one rank sends and receives when one group's experts move.
 
     Attributes:
-        send: Indices, in this rank's stacked tensor of the group's experts, of the experts that leave, ordered by their new
-            ranks.
+        send: Indices, in this rank's stack of the group, of the experts that leave, ordered by their new ranks.
         splits: Numbers of experts sent to and received from each rank.
-        take: For each expert of the new stacked tensor: the index of this expert in the old stacked tensor with the
-            received experts appended.
+        take: For each expert of the new stack its index in the old stack with the received experts appended.
     """
 
     send: list[int]

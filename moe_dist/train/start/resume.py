@@ -121,8 +121,7 @@ class Resumable:
         """Saves the state of the run, as `CheckpointWriter.write` does.
 
         Raises:
-            CheckpointError: raised on all ranks if `durable` is true and the save failed. The previous checkpoint is still
-                valid.
+            CheckpointError: raised on all ranks if a durable save failed. The previous checkpoint is still valid.
             DivergedError: raised on all ranks, before anything is written, if the state contains nan or inf.
         """
         values: dict[str, JsonValue] = {

@@ -61,8 +61,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     """Loads the weights of `run.init_from` into the model; returns a report to print. Collective over all ranks.
 
     Raises:
-        ConfigError: there is no checkpoint, no tensor fits, or a rule cannot be applied. The error message tells what to
-            change.
+        ConfigError: there is no checkpoint, no tensor fits, or a rule cannot be applied; the message says a fix.
         DataError: the checkpoint is damaged.
     """
     assert config.run.init_from is not None

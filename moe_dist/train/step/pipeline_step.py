@@ -104,8 +104,7 @@ class PipelineParallel:
     Attributes:
         reader: This rank's index among the ranks that read different sequences, and the number of such ranks.
         counts_tokens: True on exactly one of the ranks that read the same sequences.
-        counts_losses: True on the ranks whose losses are summed; together these ranks have each position of each sequence
-            once.
+        counts_losses: True on the ranks whose losses are summed; together they have each position once.
     """
 
     model: PipelineModel

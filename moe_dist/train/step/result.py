@@ -119,8 +119,7 @@ class StepResult:
         busy_seconds_W: Seconds that each rank computed and read data in the previous step, without waits for other ranks;
             empty in the first step.
         memory_W3: `largest_memory` of each rank at the end of the previous step; empty in the first step.
-        busiest_G: `Forwarded.busiest_G` of the busiest rank in the previous step; 0 if unknown, and empty in the first
-            step.
+        busiest_G: `Forwarded.busiest_G` of the busiest rank of the previous step; 0 if unknown, empty at first.
         stop_requested: True if a rank got a stop signal.
         mixture_of_depths: None if the model has no mixture-of-depths layers.
     """

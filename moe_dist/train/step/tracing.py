@@ -68,8 +68,7 @@ class StepTracer(StepWatcher):
         tokens: Largest number of this rank's tokens per step that are written; None for all tokens.
         weights: Whether the chosen experts' router weights are written.
         sequences: Returns for a step (0-based) the numbers of the sequences of each of this rank's micro-batches.
-        begin: Opens the files of a new part of the trace, given this part's placement and the number of steps before this
-            part.
+        begin: Opens the files of a new part of the trace, by its placement and the number of steps before it.
     """
 
     own_tokens = False
@@ -148,8 +147,7 @@ def traced_steps(
     """Yields this rank's tracer; None without `monitor.trace`. Rank 0 writes the manifest before the first step.
 
     Args:
-        step, position: Number of steps before the attempt, and position of the attempt's first sequence in the stream
-            (`Progress`).
+        step, position: Steps before the attempt, and stream position of its first sequence (`Progress`).
         numbers: Method of the loader that returns the numbers of a step's sequences on this rank.
     """
     config, section = plan.config, plan.config.monitor.trace

@@ -60,11 +60,9 @@ class TrainingStep:
     (`PipelineStep`) overrides `_losses`, `_norm_squared`, `_apply` and `_clear`.
 
     Args:
-        placement: Experts of each EP rank. From the placement the ledger computes the token rows that other dispatchers
-            would send.
+        placement: Experts of each EP rank, from which the ledger computes the rows of other dispatchers.
         group_of_modality: Index of the expert group of each modality, in the order of the manifest.
-        clip_norm: Largest norm of the gradient of all parameters; a larger gradient is scaled down. None not to limit the
-            norm.
+        clip_norm: Largest norm of the whole gradient; a larger gradient is scaled down. None does not limit it.
         controllers: Controllers, called in this order after each step that was not skipped.
         needs_global_batch_info: True if a router or dropout needs the token counts of all ranks. The token counts cost a
             host sync at the beginning of the step.
