@@ -5,15 +5,19 @@ Shape letters: T tokens, Q = T K (token, expert) pairs, N (token, expert) pairs 
 width of experts, E experts, K choices of a token.
 """
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch._dynamo.utils
+import torch.nn.functional as functional
 from torch.utils.benchmark import Timer
 
 from moe_dist.megatron.cpu_trial import megatron_on_cpu
 from moe_dist.megatron.process_groups import model_parallel
+from moe_dist.model.attention import attend, make_mask
 from moe_dist.moe.experts.products import grouped_product, why_not_grouped
 from moe_dist.moe.kernel_choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowIndex
@@ -250,3 +254,35 @@ def null_fraction(job: CheckJob) -> list[Reading]:
         seconds[fraction] = seconds_of(job, lambda made=made: passes(made, x_TD, group_T, x_TD))
         readings.append(job.timed(f"null fraction {1 - taken:.2f}", seconds[fraction] * 1e3, "ms"))
     return [*readings, job.timed("seconds at 0.9 / at 0", seconds[0.9] / seconds[0.0], most=0.5)]
+
+
+def attention_rate(job: CheckJob) -> list[Reading]:
+    """Measures (rate of attention restricted to packed documents) / (rate of torch's causal attention), forward and
+    backward, both rates by the scores of a whole sequence; counts compiled graphs, and warnings of uncompiled attention,
+    for several lengths."""
+    device, heads, width = torch.device(job.device), 2 if job.rehearse else 16, 16 if job.rehearse else 128
+    lengths = (8, 16) if job.rehearse else (4096, 2048, 1024, 512)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        seconds = [_attention_seconds(job, device, heads, length, width) for length in lengths]
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled
+    uncompiled = sum("without torch.compile" in str(each.message) for each in caught)
+    return [
+        *(
+            job.timed(f"{each} positions: rate / causal", b / a, least=0.6 if each >= 2048 else 0.0)
+            for each, (a, b) in zip(lengths, seconds, strict=True)
+        ),
+        Reading("graphs compiled for a length", made / len(lengths), most=2.0),
+        Reading("warnings of uncompiled attention", uncompiled, most=0.0),
+    ]
+
+
+def _attention_seconds(job: CheckJob, device: torch.device, heads: int, length: int, width: int) -> tuple[float, float]:
+    """Returns the seconds of attention inside one document, and of causal attention without documents."""
+    q, k, v = (drawn(job, 2, heads, length, width).requires_grad_() for _ in range(3))
+    direction = drawn(job, 2, heads, length, width)
+    mask = make_mask(torch.zeros(2, length, dtype=torch.int32, device=device))
+    runs = (lambda: attend(q, k, v, mask), lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    inside, causal = (seconds_of(job, lambda run=run: torch.autograd.grad(run(), (q, k, v), direction)) for run in runs)
+    return inside, causal
