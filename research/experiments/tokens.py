@@ -23,6 +23,7 @@ from moe_dist.config.parallel.section import InterleavedSection
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.dispatch.ledger import compare
+from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.moe.routing.types import Routing
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import make_placement
@@ -266,12 +267,10 @@ class SentRows:
             ledger = compare(
                 self._placement,
                 rank,
+                SentCounts(int(goes_TR[mine_T].sum()), int(mine_N.sum()), int((remote_N & mine_N).sum())),
                 true_choices_G=true_G,
                 null_choices_G=[round(share * each) for each in null_G],
                 tokens_G=[round(share * each) for each in counts.tokens_LG[0].tolist()],
-                rows_remote=int(goes_TR[mine_T].sum()),
-                pairs=int(mine_N.sum()),
-                pairs_remote=int((remote_N & mine_N).sum()),
             )
             for key in ROWS:
                 self._sums[key] += ledger[key]

@@ -20,28 +20,26 @@ the node (0 if the dispatcher does not distinguish nodes), and `metadata_bytes` 
 
 from collections.abc import Mapping, Sequence
 
+from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.placement.placement import ExpertPlacement
 
 
 def compare(
     placement: ExpertPlacement,
     ep_rank: int,
+    sent: SentCounts,
     *,
     true_choices_G: Sequence[int],
     null_choices_G: Sequence[int],
     tokens_G: Sequence[int],
-    rows_remote: int,
-    pairs: int,
-    pairs_remote: int,
-    rows_padding: int = 0,
 ) -> Mapping[str, float]:
     """Returns the rows and pairs of one rank's ledger, from sums over layers and micro-batches.
 
     Args:
+        sent: Sums over the layers' reports.
         true_choices_G: Number of true (not null) choices of this rank's tokens of each group, without dropped choices.
         null_choices_G: Number of null choices of this rank's tokens of each group.
         tokens_G: Number of this rank's routed tokens of each group.
-        rows_remote, pairs, pairs_remote, rows_padding: Sums over the layers' reports.
     """
     topk = same_active = nulls = bound = 0.0
     by_group = zip(placement.groups, true_choices_G, null_choices_G, tokens_G, strict=True)
@@ -52,13 +50,13 @@ def compare(
         nulls += remote_share * null
         bound += placement.most_rows(ep_rank, group) * tokens
     return {
-        "rows_remote": rows_remote,
-        "pairs": pairs,
-        "pairs_remote": pairs_remote,
-        "rows_per_pair": pairs_remote,
+        "rows_remote": sent.rows_remote,
+        "pairs": sent.pairs,
+        "pairs_remote": sent.pairs_remote,
+        "rows_per_pair": sent.pairs_remote,
         "rows_topk": topk,
         "rows_same_active": same_active,
-        "rows_null_remapped": pairs_remote + nulls,
+        "rows_null_remapped": sent.pairs_remote + nulls,
         "rows_bound": bound,
-        "rows_padding": rows_padding,
+        "rows_padding": sent.rows_padding,
     }

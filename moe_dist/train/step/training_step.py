@@ -349,13 +349,10 @@ class TrainingStep:
         ledger = compare(
             self.placement,
             self.parallel.mesh.ep_rank % self.placement.num_ranks,  # num_ranks is 1 with LoRA experts
+            sent,
             true_choices_G=true_G,
             null_choices_G=null_G,
             tokens_G=tokens_G,
-            rows_remote=sent.rows_remote,
-            pairs=sent.pairs,
-            pairs_remote=sent.pairs_remote,
-            rows_padding=sent.rows_padding,
         )
         return sent, ledger
 

@@ -5,6 +5,7 @@ from itertools import combinations
 import pytest
 
 from moe_dist.moe.dispatch.ledger import compare
+from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.reference.layer import expected_copies
 
@@ -21,13 +22,10 @@ def test_shares_of_choices_that_leave_the_rank() -> None:
     ledger = compare(
         PLACEMENT,
         0,
+        SentCounts(rows_remote=9, pairs=20, pairs_remote=11, rows_padding=3),
         true_choices_G=[12, 8],
         null_choices_G=[18, 0],
         tokens_G=[10, 4],
-        rows_remote=9,
-        pairs=20,
-        pairs_remote=11,
-        rows_padding=3,
     )
     assert ledger == {
         "rows_remote": 9,
@@ -64,17 +62,13 @@ def test_without_a_choice_of_tokens_only_the_ranks_bound_the_rows() -> None:
 def test_top_k_cannot_choose_more_experts_than_there_are() -> None:
     group = ExpertGroup("text", 2, 6, 5, 8, 0, ("text",))
     placement = ExpertPlacement((group,), ((0,), (1,)))
-    ledger = compare(
-        placement, 0, true_choices_G=[10], null_choices_G=[15], tokens_G=[10], rows_remote=5, pairs=10, pairs_remote=5
-    )
+    ledger = compare(placement, 0, SentCounts(5, 10, 5), true_choices_G=[10], null_choices_G=[15], tokens_G=[10])
     assert ledger["rows_topk"] == pytest.approx(10.0)
 
 
 def test_a_rank_without_experts_sends_every_choice() -> None:
     placement = ExpertPlacement((TEXT,), (tuple(range(4)), ()))
-    ledger = compare(
-        placement, 1, true_choices_G=[7], null_choices_G=[8], tokens_G=[5], rows_remote=5, pairs=7, pairs_remote=7
-    )
+    ledger = compare(placement, 1, SentCounts(5, 7, 7), true_choices_G=[7], null_choices_G=[8], tokens_G=[5])
     assert ledger["rows_same_active"] == 7
     assert ledger["rows_topk"] == 15
 
