@@ -42,10 +42,11 @@ def started(data: Path, root: Path, skipped: set[int], **changes: Any) -> Iterat
 
 
 def test_a_save_waits_for_the_next_step_that_is_not_skipped(tiny_data: Path, tmp_path: Path) -> None:
-    changes = {"train.steps": 9, "checkpoint.every": 3, "evaluation.every": 9}
-    with started(tiny_data, tmp_path, {2, 3, 4}, **changes) as (trainer, _, saved):
+    """Step 5 ends the first row of skipped steps, so that the row of step 6 has one step."""
+    changes = {"train.steps": 9, "train.max_skipped_in_a_row": 4, "checkpoint.every": 3, "evaluation.every": 9}
+    with started(tiny_data, tmp_path, {2, 3, 4, 6}, **changes) as (trainer, _, saved):
         trainer.fit()
-    assert saved == [5, 6, 9]
+    assert saved == [5, 7, 9]
 
 
 def test_a_stop_in_a_skipped_step_saves_nothing(tiny_data: Path, tmp_path: Path) -> None:
