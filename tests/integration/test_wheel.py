@@ -111,15 +111,6 @@ def test_launchers_and_tools_are_no_names_of_the_environment(call: Callable[...,
         assert "ModuleNotFoundError" in call("-c", f"import {name}.doctor", program="python").stderr
 
 
-def test_names_of_before_and_names_that_are_almost_right(call: Callable[..., Done]) -> None:
-    assert "moe-dist export-hf`" in call("export_hf").stderr
-    assert "python -m research.experiments`" in call("reproduce", "adamoe").stderr
-    assert "'compare'" in call("compar").stderr
-    done = call("launch", "local", "adamoe_moma_tiny")
-    assert done.returncode == 78
-    assert f"did you mean {CONFIG}" in done.stderr
-
-
 @pytest.mark.exhaustive  # compiles C++
 def test_a_step_is_counted_without_a_gpu(call: Callable[..., Done]) -> None:
     """The C++ source comes from the wheel, and runs in its own process."""

@@ -59,11 +59,11 @@ def checkpoint_writers() -> Iterator[None]:
         filesystem_async._results_queue = None
 
 
-def wrapped(model: Any, config: Any, **options: Any) -> Any:
+def wrapped(model: Any, config: Any) -> Any:
     """The model in Megatron's DDP."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, **options)
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
     return DistributedDataParallel(config, settings, model)
 
 
@@ -77,12 +77,12 @@ def build(layout: Layout, state: Any) -> tuple[Any, Any, TokenBatch, TokenBatch]
     return wrapped(model, config), ours, whole.part(own_sequences(state)), whole
 
 
-def backward(model: Any, batch: TokenBatch, *, modalities: bool = True) -> None:
+def backward(model: Any, batch: TokenBatch) -> None:
     """Computes Megatron's reduced gradients of the mean loss."""
     from megatron.core.distributed import finalize_model_grads
 
     model.zero_grad_buffer()
-    ids = batch.modality_BS if modalities else None
+    ids = batch.modality_BS
     losses = model(batch.tokens_BS, batch.positions, causal_mask(), labels=batch.labels_BS, padding_mask=ids)
     losses.mean().backward()
     finalize_model_grads([model], None)

@@ -64,31 +64,6 @@ def test_a_later_token_or_another_document_changes_nothing() -> None:
     assert (after[~untouched] - before[~untouched]).abs().max() > 1e-3
 
 
-def test_recompute_gives_the_same_gradients() -> None:
-    rotary, mask = rotary_table(torch.arange(6).expand(2, 6), 4, 1e4), dense_mask(DOCUMENTS)
-    gradients = []
-    for recompute in (False, True):
-        module = make_attention(recompute_blocks=recompute)
-        x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        module(x, rotary, mask).square().sum().backward()
-        gradients.append([x.grad, *(p.grad for p in module.parameters())])
-    for plain, again in zip(*gradients, strict=True):
-        assert torch.equal(plain, again)
-
-
-def test_rotary_scores_depend_on_the_distance_alone() -> None:
-    """RoFormer, equation 16: the product of a query at m and a key at n depends only on m - n."""
-    torch.manual_seed(0)
-    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-
-    def score(m: int, n: int) -> Tensor:
-        at = [rotate(x, rotary_table(torch.tensor([[p]]), 8, 1e4)) for x, p in ((q, m), (k, n))]
-        return (at[0] * at[1]).sum()
-
-    torch.testing.assert_close(score(7, 3), score(14, 10))
-    assert (score(7, 3) - score(7, 4)).abs() > 1e-3
-
-
 @pytest.mark.parametrize(("rope_dim", "pairs"), [(8, "halves"), (4, "halves"), (8, "adjacent"), (6, "adjacent")])
 def test_each_pair_of_values_turns_by_its_own_angle(rope_dim: int, pairs: RopePairs) -> None:
     """Computes one pair at a time with complex numbers: pair i rotates by position x base^(-2 i / rope_dim). Other values

@@ -103,11 +103,6 @@ def test_norm_with_rotary_embedding(
     close(gradients[1], expected[1], torch.float32)
 
 
-def test_a_part_of_a_head_is_normed_and_rotated_by_two_kernels() -> None:
-    table = rotary_table(torch.arange(5)[None], 6, 1e4)
-    assert TRITON.norm_and_rotate(torch.randn(1, 5, 2, 8), torch.ones(8), 1e-5, table, "halves") is None
-
-
 def test_one_table_for_all_sequences() -> None:
     x, table = torch.randn(3, 2, 5, 8), rotary_table(torch.arange(5)[None], 8, 1e4)
     torch.testing.assert_close(TRITON.rotate(x, table), TORCH.rotate(x, table))

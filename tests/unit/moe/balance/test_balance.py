@@ -96,35 +96,6 @@ def counts_of(true_text: Sequence[int], tokens: int) -> RoutingCounts[torch.Tens
     return counts_with(choices_LC=choices, tokens_LG=torch.tensor([[tokens, 0, 0]], dtype=torch.float64))
 
 
-def test_below_the_target_true_experts_rise_and_above_they_fall() -> None:
-    for true, sign in (([2, 3, 1, 4], 1), ([20, 3, 7, 8], -1), ([5, 0, 9, 1], 0)):
-        moved, gates = controller(ActiveExperts({"text": 1.5}, rate=1.0), layers=1)
-        moved.after_step(counts_of(true, 10))
-        load = sum(true) / 10
-        assert torch.sign(gates[0][0].bias[:4]).tolist() == [sign] * 4
-        assert gates[0][0].bias[0] == pytest.approx((1.5 - load) / (3 * 4))
-        assert not gates[0][1].bias.any(), "a group without a target, and without tokens"
-
-
-def test_each_expert_by_the_published_formula() -> None:
-    """mu (K_e / (K N) - T_i / (K T)) by hand, with K = 3, N = 4, K_e = 1.5, T = 10."""
-    moved, gates = controller(ActiveExperts({"text": 1.5}, rate=0.2, per="expert"), layers=1)
-    moved.after_step(counts_of([0, 10, 3, 2], 10))
-    by_hand = [0.2 * (1.5 / 12 - count / 30) for count in (0, 10, 3, 2)]
-    assert gates[0][0].bias[:4].tolist() == pytest.approx(by_hand)
-
-
-def test_the_sign_rule_moves_by_the_rate_and_leaves_the_mean() -> None:
-    moved, gates = controller(LossFree(rate=1e-3), layers=1)
-    moved.after_step(counts_of([1, 1, 1, 5], 10))  # mean 2
-    assert gates[0][0].bias[:4].tolist() == pytest.approx([0.5e-3, 0.5e-3, 0.5e-3, -1.5e-3])
-    choices = torch.zeros(1, COLUMNS, dtype=torch.float64)
-    choices[0, 6:9] = torch.tensor([2, 2, 5])
-    moved, gates = controller(LossFree(rate=1e-3), layers=1)
-    moved.after_step(counts_with(choices_LC=choices, tokens_LG=torch.tensor([[0, 0, 9]], dtype=torch.float64)))
-    assert gates[0][2].bias.tolist() == pytest.approx([1e-3, 1e-3, -1e-3]), "without other columns, as published"
-
-
 def test_the_target_falls_from_all_true_experts_in_a_line() -> None:
     """4 true experts and 3 choices: the target is 3, 2.5, 2, 1.5, and then stays 1.5. A step that is 1 below it moves the
     biases equally each time."""
@@ -186,15 +157,6 @@ def test_a_proportional_integral_controller_is_the_sum_of_errors_and_the_last_on
 def test_a_state_without_errors_is_a_data_error(rules: Any) -> None:
     with refused(DataError):
         controller(ActiveExperts({"text": 1.5}, rate=1.0, proportional=1.0))[0].restore({"step": 3, "rules": rules})
-
-
-def test_the_rate_halves_after_its_steps() -> None:
-    rule = ActiveExperts({"text": 1.5}, rate=0.4, decay_steps=100)
-    true, tokens = torch.zeros(1, 4, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-    first, later = (rule.delta(TEXT, true, tokens, step) for step in (0, 100))
-    assert first is not None
-    assert later is not None
-    torch.testing.assert_close(later, first / 2, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -174,14 +174,6 @@ def test_where_it_is_not_possible_it_says_why(dtype: torch.dtype, widths: tuple[
     assert not choose_gemm("auto", dtype=dtype, device=CPU, widths=widths, num_experts=64)
 
 
-@pytest.mark.parametrize(("dtype", "odd"), [(torch.bfloat16, 12), (torch.float32, 6), (torch.float16, 4)])
-def test_the_rule_is_torchs_own(dtype: torch.dtype, odd: int) -> None:
-    """What the rule refuses torch refuses too: should a later torch take it, this test says so."""
-    weight = torch.randn(2, 8, odd).to(dtype)
-    with refused(RuntimeError):
-        F.grouped_mm(torch.randn(4, odd).to(dtype), weight.transpose(-2, -1), offs=torch.tensor([2, 4], dtype=torch.int32))
-
-
 def test_auto_is_what_was_measured_on_cpu_and_the_kernel_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
 

@@ -8,9 +8,6 @@ import torch
 
 from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController
-from moe_dist.moe.routers.context import RouterContext
-from moe_dist.moe.routers.relu import ReLURouter
-from moe_dist.moe.routers.top_p import TopPRouter
 from moe_dist.placement.placement import ExpertGroup
 from tests.support.cover import full_unless
 from tests.unit.moe.routers.test_contract import D, made, weights_of
@@ -42,22 +39,6 @@ def test_a_controller_holds_the_mean_number_of_true_experts(name: str, target: f
         loads.append(float(routed.counts.choices_LC[0][:8].sum()) / 256)
     assert loads[0] > target + 0.3
     assert sum(loads[-100:]) / 100 == pytest.approx(target, rel=0.02)
-
-
-def test_by_hand() -> None:
-    """Of two equal probabilities p = 0.5 takes one, and p = 0.51 takes both. ReLU takes only positive logits."""
-    group = ExpertGroup("all", 2, 0, 2, 8, 0, ("text",))
-    x_1D, group_1 = torch.eye(D, dtype=torch.double)[:1], torch.zeros(1, dtype=torch.int64)
-    for kind, options, logits, expected in (
-        (TopPRouter, {"p": 0.5}, torch.tensor([1.0, 1.0]), [0.5, 0.0]),
-        (TopPRouter, {"p": 0.51}, torch.tensor([1.0, 1.0]), [0.5, 0.5]),
-        (ReLURouter, {"scale": 2.0}, torch.tensor([0.25, 0.0]), [0.5, 0.0]),
-    ):
-        router = kind(RouterContext(D, (group,)), **options).double()
-        with torch.no_grad():
-            router.gate(group).get_parameter("true").zero_()[:, 0] = logits
-        table_1C = weights_of(router, router(x_1D, group_1), 1)
-        torch.testing.assert_close(table_1C[0], torch.tensor(expected, dtype=torch.double), rtol=1e-6, atol=0)
 
 
 def test_the_output_is_continuous_where_a_choice_changes() -> None:
