@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -137,6 +138,31 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
         assert re.fullmatch(rf"ranks \d-\d: Node failure on {SECOND}", first.reason), "whatever its peers have seen"
         assert SECOND in hosts(run)
         assert SECOND not in hosts(run, attempt=1)
+
+
+@pytest.mark.exhaustive
+def test_a_suspended_job_goes_on_and_one_with_a_frozen_rank_is_requeued(
+    runs: Runs, undisturbed: tuple[SlurmJob, RunFolder]
+) -> None:
+    """No peer waits for a rank while all are suspended; the peers of a single one wait until the timeout."""
+    job, run = runs.start("suspended", SHORT, **{"parallel.timeout_seconds": 60, "checkpoint.every": 5})
+    job.wait_for(lambda: steps_taken(run) >= 7, "at step 7")
+    job.cluster.scontrol("suspend", job.number)
+    time.sleep(10.0)
+    taken = steps_taken(run)
+    job.cluster.scontrol("resume", job.number)
+    job.wait_for(lambda: steps_taken(run) > taken, "resumed")
+    assert job.field("Restarts") == "0"
+    frozen = job.processes(rank=1)
+    assert frozen
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    job.wait_for_requeue()
+    assert job.end() == 0, job.said
+    first, second = run.read_status().attempts
+    assert (first.verdict, first.rank, second.verdict) == (1, 1, 0)
+    assert f"nodes at fault: {hosts(run)[1]};" in job.said, "not the node of a rank that waited"
+    assert records(run) == records(undisturbed[1])[:SHORT]
 
 
 def test_a_killed_rank_of_megatrons_engine_is_followed_by_an_attempt_with_its_losses(

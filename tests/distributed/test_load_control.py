@@ -27,7 +27,7 @@ AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
 
 
 def test_one_rank_equals_the_loops(run_in_world: Callable[..., list[Any]]) -> None:
-    """The slow reference computes the biases after three steps from the steps' counts."""
+    """The slow reference computes the biases after two steps from the steps' counts."""
     one_rank: Outcome = run_in_world(1, train, Layout(balance=True))[0]
     assert len(one_rank.biases) == LAYERS * len(GROUPS)
     target: Any = CONTROLLERS[0]["target"]

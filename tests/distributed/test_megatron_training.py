@@ -1,4 +1,4 @@
-"""Megatron's own optimizer and checkpoints around our layer."""
+"""Megatron's own machinery around our layer: its stock MoE layer beside ours, optimizer, checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,23 +7,92 @@ from typing import Any
 import pytest
 import torch
 
+from moe_dist.placement.placement import ExpertPlacement
 from tests.support.cover import exhaustive
 from tests.support.megatron_model import (
+    BALANCE,
+    MOE_LAYERS,
+    ONE_GROUP,
     Layout,
+    TokenBatch,
     batch_of,
+    causal_mask,
+    gpt_model,
+    gradients_of,
     largest_difference,
     megatron_tensors,
     our_loss,
     our_model,
     place_of,
+    set_weights,
+    transformer_config,
 )
-from tests.support.megatron_run import SEQUENCES, backward, build, checkpoint_writers, megatron, own_sequences
+from tests.support.megatron_run import SEQUENCES, backward, build, checkpoint_writers, megatron, own_sequences, wrapped
 from tests.support.worlds import RankContext
 
 pytestmark = pytest.mark.megatron
 
 LR, CLIP, STEPS = 1e-2, 0.3, 3
 ADAM_EPS = 1e-3  # not so small that Adam makes whole steps of the last bits of a gradient near zero
+
+
+# --- Megatron's own MoE layer
+
+
+def stock_names(tensors: dict[str, torch.Tensor], placement: ExpertPlacement, ep_rank: int) -> dict[str, torch.Tensor]:
+    """Parameters of a rank with our layer, as those with Megatron's: one expert a module, gate and up in one matrix."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if ".mlp.moe.experts." not in name:
+            name = name.replace("mlp.moe.router.group:all.true", "mlp.router.weight")
+            renamed[name.replace("mlp.moe.shared.", "mlp.shared_experts.")] = tensor
+    for layer in MOE_LAYERS:
+        prefix = f"decoder.layers.{layer}.mlp"
+        gate, up, down = (tensors[f"{prefix}.moe.experts.group:all.{name}"] for name in ("gate", "up", "down"))
+        for slot in range(len(placement.slots[ep_rank])):
+            expert = f"{prefix}.experts.local_experts.{slot}"
+            renamed[f"{expert}.linear_fc1.weight"] = torch.cat([gate[slot], up[slot]])
+            renamed[f"{expert}.linear_fc2.weight"] = down[slot]
+    return renamed
+
+
+def forward_and_gradients(model: Any, batch: TokenBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    backward(model.train(), batch, modalities=False)
+    # Last: Megatron's dispatcher keeps tensors of its last forward. With their graph they would hold the model and all
+    # groups for ever, and each call of this would wear a world out.
+    with torch.no_grad():
+        logits = model.eval()(batch.tokens_BS, batch.positions, causal_mask())
+    return logits, gradients_of(model)
+
+
+def beside_stock(rank: RankContext, layout: Layout) -> tuple[float, tuple[float, str], float]:
+    with megatron(layout) as state:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+        model, _, mine, _ = build(layout, state)
+        placement, ep_rank = layout.settings.place(layout.ep), state.get_expert_model_parallel_rank()
+        # Megatron's loss is ours over top_k, and the average over data-parallel ranks takes a part of it.
+        coefficient = BALANCE * 2 * state.get_data_parallel_world_size()
+        config = transformer_config(Layout(ep=layout.ep, values=layout.values, options={"moe_aux_loss_coeff": coefficient}))
+        stock = gpt_model(config, get_gpt_decoder_block_spec(config, False, normalization="RMSNorm"))
+        set_weights(stock, stock_names(dict(model.module.named_parameters()), placement, ep_rank))
+        logits, gradients = forward_and_gradients(model, mine)
+        stock_logits, stock_gradients = forward_and_gradients(wrapped(stock, config), mine)
+        expected = stock_names(gradients, placement, ep_rank)
+        assert stock_gradients.keys() == expected.keys()
+        scale = max(float(gradient.abs().max()) for gradient in stock_gradients.values())
+        return float((logits - stock_logits).abs().max()), largest_difference(stock_gradients, expected), scale
+
+
+@pytest.mark.parametrize("ep", [exhaustive(2), 4])
+def test_megatrons_own_layer_gives_the_same_without_null_experts(run_in_world: Callable[..., list[Any]], ep: int) -> None:
+    for logits, (gradients, where), scale in run_in_world(4, beside_stock, Layout(ep=ep, values=ONE_GROUP)):
+        assert logits <= 1e-5
+        assert gradients <= 1e-5, where
+        assert scale > 1e-2
+
+
+# --- optimizer and checkpoints
 
 
 def optimizer_of(model: Any) -> Any:

@@ -4,8 +4,11 @@ the run."""
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
@@ -20,12 +23,14 @@ from moe_dist.errors import ConfigError, StoppedError
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.signals import child_of
 from tests.support import plain_rank, slow_close
 from tests.support.cover import exhaustive, full
-from tests.support.faults import fault
+from tests.support.faults import PROGRAM, fault
 from tests.support.tiny import tiny_config, write_config
 from tests.support.worlds import forked
 
+ROOT = Path(__file__).parents[2]
 RANKS, STEPS = 2, 6
 WATCHDOG_SECONDS = 10.0
 SETTINGS = {
@@ -171,6 +176,60 @@ def test_each_fault_ends_all_ranks_and_the_same_start_goes_on(
             assert slow_close.seconds_apart(tmp_path) < slow_close.BUDGET_SECONDS - 5
         assert [each.verdict for each in job.run.read_status().attempts] == [1] * len(breaks) + [StoppedError.exit_code, 0]
         assert job.records() == undisturbed
+
+
+class Torchrun:
+    """`torchrun` on one node with two ranks, which restarts them once."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        config = tiny_config(data, folder / "runs", SETTINGS)
+        self.path, self.run = write_config(config, folder / "x.yaml"), RunFolder.of(config)
+
+    def start(self, *overrides: str, **broken: str) -> subprocess.Popen[str]:
+        agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **broken}
+        return subprocess.Popen(
+            [*agent, "--max-restarts=1", *PROGRAM, str(self.path), *overrides],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=child_of(os.getpid(), ignore_stop=False),
+        )
+
+    def ends(self) -> list[int | None]:
+        return [each.verdict for each in self.run.read_status().attempts]
+
+
+@pytest.mark.exhaustive  # six processes that import torch, and 30 s until torchrun kills a frozen rank
+def test_torchrun_restarts_its_ranks_whatever_their_code_and_passes_a_stop_on(tmp_path: Path, tiny_data: Path) -> None:
+    job = Torchrun(tmp_path, tiny_data)
+    wrong = job.start("train.global_batch=7")
+    printed, _ = wrong.communicate()
+    assert wrong.returncode == 1
+    assert printed.count("train.global_batch=7: ") >= 2, "in both attempts"
+    assert re.search(r"exitcode  : 78 ", printed), printed
+    assert not job.run.status_json.exists()
+
+    breaks = fault(rank=1, step=3, phase="before_step", kind=("freeze", "kill"))
+    broken = job.start(f"parallel.watchdog_seconds={WATCHDOG_SECONDS}", **breaks)
+    printed, _ = broken.communicate()
+    assert (broken.returncode, job.ends()) == (1, [1, 1]), printed
+    assert "Signal 9 (SIGKILL) received" in printed
+    assert FROZEN[3] in job.run.read_status().attempts[0].reason
+
+    stopped = job.start("train.steps=100000", "checkpoint.every=100000")
+    while not any(line["step"] >= 5 for line in read_lines(job.run.metrics_jsonl)):
+        assert stopped.poll() is None, stopped.communicate()[0]
+        time.sleep(0.05)
+    stopped.terminate()
+    printed, _ = stopped.communicate()
+    latest = job.run.read_status().latest
+    assert latest is not None
+    assert (latest.verdict, committed_step(job.run.checkpoints)) == (StoppedError.exit_code, latest.last_step), printed
+    assert latest.last_step >= 5
+    assert stopped.returncode == 1, "torchrun has codes of its own"
 
 
 def listening(pids: Sequence[int]) -> set[tuple[str, int]]:

@@ -77,12 +77,12 @@ def build(layout: Layout, state: Any) -> tuple[Any, Any, TokenBatch, TokenBatch]
     return wrapped(model, config), ours, whole.part(own_sequences(state)), whole
 
 
-def backward(model: Any, batch: TokenBatch) -> None:
+def backward(model: Any, batch: TokenBatch, *, modalities: bool = True) -> None:
     """Computes Megatron's reduced gradients of the mean loss."""
     from megatron.core.distributed import finalize_model_grads
 
     model.zero_grad_buffer()
-    ids = batch.modality_BS
+    ids = batch.modality_BS if modalities else None
     losses = model(batch.tokens_BS, batch.positions, causal_mask(), labels=batch.labels_BS, padding_mask=ids)
     losses.mean().backward()
     finalize_model_grads([model], None)
