@@ -53,22 +53,6 @@ def test_torch_is_fused_and_follows_the_formula() -> None:
     assert step_count(optimizer) == 3
 
 
-def test_materialised_moments_change_nothing() -> None:
-    def run(materialise: bool) -> torch.Tensor:
-        parameter = nn.Parameter(torch.ones(3))
-        optimizer = make_optimizer([{"params": [parameter]}], backend="torch", **SETTINGS)
-        if materialise:
-            materialise_moments(optimizer)
-            assert step_count(optimizer) == 0
-        for _ in range(2):
-            parameter.grad = torch.tensor([0.1, 0.2, 0.3])
-            optimizer.step()
-        assert step_count(optimizer) == 2
-        return parameter.detach()
-
-    assert torch.equal(run(True), run(False))
-
-
 def test_auto_takes_apex_for_cuda_parameters(apex: ModuleType) -> None:
     groups = [{"params": [nn.Parameter(torch.ones(1))], "weight_decay": 0.1}]
     assert isinstance(make_optimizer(groups, backend="auto", **SETTINGS), torch.optim.AdamW)

@@ -55,13 +55,6 @@ def test_router_tuning_is_told_by_what_it_trains() -> None:
     assert "moments of the tuned routers in fp32" in console.export_text()
 
 
-def test_no_hours_without_a_rate() -> None:
-    config = load_config(CONFIGS / "olmoe_1b7b_8gpu.yaml")
-    console = Console(width=200, record=True)
-    console.print(render(config, estimate(config)))
-    assert "hours" not in console.export_text()
-
-
 def test_a_placement_that_cannot_work_is_refused() -> None:
     path = CONFIGS / "moma_1b4_4t4i_32gpu.yaml"
     for overrides, words in (

@@ -1,4 +1,4 @@
-"""Decisions to move and to replicate experts: workloads of the benchmarks, a changing mix of modalities, an expert hotter
+"""Decisions to move and to replicate experts: workloads of the benchmarks, an expert hotter
 than a rank's even share, noise, costs, and the saved state."""
 
 import json

@@ -31,10 +31,6 @@ def found(progress: Any, tmp_path: Path, *, step: int = 4) -> Progress:
     return progress_of(restored, tiny_config(tmp_path, tmp_path), Path("step_4"))
 
 
-def test_counters_come_back(tmp_path: Path) -> None:
-    assert found(GOOD, tmp_path) == Progress(**GOOD)
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -197,24 +193,6 @@ def test_a_checkpoint_without_a_configuration_is_a_data_error(tiny_data: Path, t
     for config in (None, {"run": {"nam": "x"}}):
         with refused(DataError):
             run.resumable._check_origin(run.folder / "step_2", Restored(2, {"config": config}, {}))
-
-
-@pytest.mark.usefixtures("one_rank")
-def test_a_new_run_may_begin_with_the_weights_of_another(
-    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    a = OneRank(tiny_data, tmp_path, run__name="a")
-    a.train_and_save()
-    b = OneRank(tiny_data, tmp_path, run__name="b", run__seed=7, run__init_from=str(tmp_path / "a"))
-    assert b.resumable.restore() == Progress()
-    assert torch.equal(b.weights(), a.weights())
-    assert step_count(b.training.optimizer) == 0
-    assert not b.moments().any()
-    told = capsys.readouterr().out
-    assert f"run.init_from: weights from {a.folder / 'step_2'}" in told
-    assert f"{a.weights().numel():,} numbers" in told
-    assert "kept 0 tensors" in told
-    assert "left 0 tensors" in told
 
 
 @pytest.mark.usefixtures("one_rank")

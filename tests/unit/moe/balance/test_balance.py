@@ -18,7 +18,6 @@ from moe_dist.moe.routing.counts import RoutingCounts
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.layer import bias_steps
 from tests.support.counts import counts_with
-from tests.support.cover import full
 from tests.support.messages import refused
 
 D = 8
@@ -167,47 +166,6 @@ def test_a_state_without_errors_is_a_data_error(rules: Any) -> None:
 def test_a_state_that_is_none_is_a_data_error(state: Any) -> None:
     with refused(DataError):
         controller(LossFree(rate=1.0))[0].restore(state)
-
-
-def closed_loop(rules: Sequence[Any], *, steps: int, skew: float = 1.0) -> tuple[list[float], torch.Tensor]:
-    """Returns the true experts per text token over steps with new tokens, and each true expert's choices in the last 60
-    steps."""
-    torch.manual_seed(0)
-    group = ExpertGroup("text", 6, 6, 4, 8, 0, ("text",))
-    router = TopKRouter(RouterContext(D, (group,)), selection_bias=True)
-    gate: Any = router.get_submodule("group:text")
-    with torch.no_grad():
-        gate.true.normal_(0.0, skew)
-        gate.null.normal_(0.0, skew)
-    moved, loads = BiasController([[gate]], (group,), rules), []
-    chosen = []
-    for _ in range(steps):
-        routed = router(torch.randn(512, D) + 0.3, torch.zeros(512, dtype=torch.int64))
-        moved.after_step(routed.counts)
-        chosen.append(routed.counts.choices_LC[0][:6])
-        loads.append(float(chosen[-1].sum()) / 512)
-    return loads, torch.stack(chosen[-60:]).sum(0).double()
-
-
-@pytest.mark.parametrize(
-    ("target", "per"),
-    [(0.5, "group"), full(0.5, "expert"), full(1.25, "group"), (1.25, "expert"), full(3.0, "group"), full(3.0, "expert")],
-)
-def test_the_mean_load_converges_to_its_target(target: float, per: Any) -> None:
-    loads, _ = closed_loop([ActiveExperts({"text": target}, rate=1.0, decay_steps=60, per=per)], steps=400)
-    assert abs(loads[0] - target) > 0.2
-    last = loads[-150:]
-    assert abs(sum(last) / 150 - target) <= 0.01 * target
-    assert max(abs(load - target) for load in last) < 0.3
-
-
-def test_together_they_hold_the_load_and_even_out_the_experts() -> None:
-    alone, before = closed_loop([ActiveExperts({"text": 1.5}, rate=0.3, decay_steps=60)], steps=300)
-    both, after = closed_loop([ActiveExperts({"text": 1.5}, rate=0.3, decay_steps=60), LossFree(rate=1e-3)], steps=300)
-    for loads in (alone, both):
-        assert sum(loads[-60:]) / 60 == pytest.approx(1.5, rel=0.01)
-    assert before.max() / before.mean() > 1.5
-    assert after.max() / after.mean() < 1.1
 
 
 def test_a_bias_chooses_and_never_weighs() -> None:
