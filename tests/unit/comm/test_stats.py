@@ -2,7 +2,7 @@
 
 import torch
 
-from moe_dist.comm.all_to_all import AllToAll, Splits
+from moe_dist.comm.all_to_all import AllToAll, Splits, split_sizes
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.exchange import Exchange, ExchangePlan
 
@@ -29,3 +29,8 @@ def test_the_identity_wire_moves_and_counts_nothing() -> None:
     assert rows.grad is not None
     assert comm_stats.take() == (0, 0, 0.0)
     assert comm_stats.events == []
+
+
+def test_own_entries_are_left_out_of_the_splits() -> None:
+    assert split_sizes([3, 4, 5], own=1) == (3, 0, 5)
+    assert Splits((1, 2), (3, 4)).reversed() == Splits((3, 4), (1, 2))

@@ -4,13 +4,19 @@ import pytest
 import torch
 
 from moe_dist.errors import ConfigError
-from moe_dist.megatron.modality import groups_of_rank
+from moe_dist.megatron.modality import groups_of_rank, modality_of_tokens
 from tests.support.messages import refused
 
 IDS_BS = torch.tensor([[0, 1, 2, -1], [2, 0, 0, 1]])
 GROUP_OF_MODALITY = torch.tensor([0, 1, 1, -1])
 # Hidden states are [s, B, D]: position 0 of both sequences, then position 1 of both, ...
 GROUPS = [0, 1, 1, 0, 1, 0, -1, 1]
+
+
+def test_modality_by_vocabulary_range() -> None:
+    tokens_BS = torch.tensor([[0, 9, 10, 19], [20, 29, 30, 31]])
+    ids_BS = modality_of_tokens(tokens_BS, [[(0, 10), (30, 31)], [(10, 20)], [(20, 30)]])
+    assert ids_BS.tolist() == [[0, 0, 1, 1], [2, 2, 0, -1]]
 
 
 @pytest.mark.parametrize("tp_rank", [0, 1])
