@@ -16,7 +16,7 @@ from launchers.slurm.nodes import leave_out
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.runtime.run_folder import RunFolder
-from tests.support.cover import rest_exhaustive
+from tests.support.cover import exhaustive
 from tests.support.pretend import PROGRAM
 from tests.support.shape import drawn
 from tests.support.slurm import ROOT, SlurmCluster, SlurmJob, hosts
@@ -288,7 +288,7 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("kind", rest_exhaustive(RUNTIMES))
+@pytest.mark.parametrize("kind", ["apptainer", exhaustive("pyxis")])
 def test_a_container_passes_on_environment_signals_and_exit_code(stage: Stage, tmp_path: Path, kind: str) -> None:
     """By a stand-in runtime on the path, which says what it is asked for, then runs the command."""
     name, body = RUNTIMES[kind]

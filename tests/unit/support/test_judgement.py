@@ -9,7 +9,7 @@ import pytest
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.fault_plan import Fault, FaultPlan
-from tests.support.judgement import TRIED_AGAIN, look_back, unexpected
+from tests.support.judgement import TRIED_AGAIN, look_back
 from tests.support.tiny import tiny_config
 
 ENOSPC = Fault(0, rank=1, step=4, phase="checkpoint write", kind="ENOSPC")
@@ -56,11 +56,3 @@ def test_a_run_after_faults(
     found = look_back(FaultPlan(faults, struck, tmp_path / "data", None), run, ends)[1]
     assert len(found) == len(problems)
     assert all(problem in text for problem, text in zip(problems, found, strict=True))
-
-
-def test_an_attempt_must_end_as_its_fault_says() -> None:
-    seen = {"to_end": 1.0, "verdict": 1, "reason": "RuntimeError: a fault that a test injected", "named": 0}
-    assert list(unexpected(EXCEPTION, seen)) == []
-    assert list(unexpected(EXCEPTION, {**seen, "to_end": 11.0})) == ["the others ended 11.0 s after it"]
-    assert list(unexpected(EXCEPTION, {**seen, "verdict": 65})) == ["the verdict is not 1"]
-    assert list(unexpected(EXCEPTION, {**seen, "reason": "lost"})) == ["the reason is not the exception"]
