@@ -147,13 +147,6 @@ def test_a_job_that_was_cancelled_saves_and_stays_away(stage: Stage) -> None:
     assert stage.verdicts() == [75]
 
 
-def test_where_requeueing_is_refused_the_command_is_printed(stage: Stage) -> None:
-    job = stage.sbatch("stop+2", "--no-requeue", "--nodes=4", "--ntasks=4", "--ntasks-per-node=1", *plain(stage))
-    assert job.end() == StoppedError.exit_code
-    assert "Slurm refuses to requeue the job: " in job.said
-    assert re.search(r"continue with: sbatch .*/it/slurm/job_\d+_\w+/train\.sbatch", job.said)
-
-
 def plain(stage: Stage) -> list[str]:
     return ["slurm/train.sbatch", str(stage.config)]
 
@@ -256,22 +249,6 @@ def test_a_spare_node_replaces_the_one_at_fault_and_the_sites_options_reach_srun
 
 
 # --- preludes and containers: what the site wants around a rank
-
-
-def test_environment_modules_as_a_prelude(stage: Stage, tmp_path: Path) -> None:
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "fabric").write_text("#%Module\nsetenv FABRIC_SPEED 400\nprepend-path PATH /opt/fabric/bin\n")
-    lines = ["source /usr/share/modules/init/bash", f"module use {tmp_path}/modules", "module load fabric"]
-    stage.set_site(prelude=lines)
-    show = "import os, sys; print('speed', os.environ['FABRIC_SPEED'], os.environ['PATH'].split(':')[0], file=sys.stderr)"
-    job = stage.cluster.launch(str(stage.config), f"--cluster={stage.site}", f"--program={shlex.join(['-c', show])}")
-    assert job.end() == 0, job.said
-    assert ["speed 400 /opt/fabric/bin" in stage.run.log_of(rank).read_text() for rank in range(4)] == [True] * 4
-
-    stage.set_site(prelude=[*lines, "module load none-such"])
-    broken = stage.launch("done", "run.name=broken")
-    assert broken.end() == ConfigError.exit_code
-    assert "this line of the cluster file's prelude failed: module load none-such" in broken.said
 
 
 RUNTIMES = {

@@ -260,13 +260,5 @@ def test_balance_loss_of_several_layers_is_their_sum() -> None:
     assert single[0] != single[1]
 
 
-def test_groups_without_numbers_are_numbered_in_order() -> None:
-    groups = [moe_dist.ExpertGroup(name, num_experts=2, num_null=1, top_k=1, ffn_dim=4) for name in "ab"]
-    layer = moe_dist.build_moe_layer(8, groups)
-    report = layer(torch.randn(6, 8), torch.tensor([0, 0, 0, 1, 1, 1]))[1]
-    assert report.counts.tokens_LG[0].tolist() == [3, 3]
-    assert moe_dist.balance_loss(report, groups).isfinite()
-
-
 def test_importing_the_package_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", "import moe_dist, sys; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)

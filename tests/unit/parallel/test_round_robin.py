@@ -38,7 +38,3 @@ def test_a_slow_node_does_not_become_the_reference(nodes: int) -> None:
     its_own = {pair: 5.0 for pair in combinations(range(nodes), 2) if 1 in pair}
     assert slow_pairs(measured(nodes, its_own)) == sorted(its_own)
     assert 1 not in usual_pair(measured(nodes, its_own))
-
-
-def test_two_nodes_have_nothing_to_be_compared_with() -> None:
-    assert slow_pairs(measured(2, {(0, 1): 9.0})) == []

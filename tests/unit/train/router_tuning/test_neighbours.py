@@ -47,11 +47,6 @@ def test_all_members_that_are_similar_enough(embeddings: np.ndarray) -> None:
     assert len(counts) > 3, "the case is of no use if all have as many"
 
 
-def test_a_sample_may_have_no_neighbour(embeddings: np.ndarray) -> None:
-    index = NeighbourIndex(embeddings, MEMBERS, bandwidth=0.7, similarity=0.999)
-    assert any(not len(index(sample).number_K) for sample in range(SAMPLES))
-
-
 def test_random_neighbours_are_members_and_the_same_each_time(embeddings: np.ndarray) -> None:
     drawn = [
         [
