@@ -96,9 +96,9 @@ def take_step(
         layer.router._selection_scores = reversed_scores  # pyright: ignore[reportArgumentType]
     gradients: dict[str, np.ndarray] = {}
     training.optimizer.register_step_pre_hook(lambda *_: gradients.update(training.logical(gradient=True)))
-    aux = AuxSettings("null_averaged", 0.02, 1e-3)
+    aux, watching = AuxSettings("null_averaged", 0.02, 1e-3), list[Any]([choices, *watchers])
     with nullcontext() if replay is None else replay(model):
-        result = training.step(batches, lr=1e-2, aux=aux, watchers=[choices, *watchers])
+        result = training.step(batches, lr=1e-2, aux=aux, watchers=watching)
     arrays = (torch.cat(each).numpy() for each in (choices.ids, choices.weights, choices.group))
     return Step(result, gradients, *arrays)
 
