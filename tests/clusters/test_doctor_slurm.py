@@ -1,6 +1,5 @@
 """The doctor on a real Slurm: no complaint where nothing is wrong, and of each planted fault exactly its own line."""
 
-import importlib.metadata
 import re
 import sys
 from collections.abc import Sequence
@@ -65,51 +64,10 @@ def test_a_healthy_cluster_gives_no_warning(doctor: Doctor) -> None:
     assert not list(doctor.root.iterdir()), "nothing is left in run.root"
 
 
-def test_a_host_that_does_not_resolve(doctor: Doctor, slurm: SlurmCluster) -> None:
-    with Node(slurm, THIRD).unknown_host(slurm, FIRST):
-        said = doctor.says("--probe")
-    assert_only(
-        said, 78, f"^FAIL rendezvous host: '{FIRST}' does not resolve on {THIRD}: .*; enter it in the DNS or /etc/hosts"
-    )
-
-
-def test_a_feature_that_no_node_has(doctor: Doctor) -> None:
-    said = doctor.says("placement.groups.image.node.feature=hearing", "--probe")
-    assert_only(said, 69, r"^FAIL nodes: rank 2 .*: .* no node with the feature hearing; its nodes have text and vision;")
-
-
-@pytest.mark.exhaustive
-def test_more_than_any_node_has(doctor: Doctor, tmp_path: Path) -> None:
-    doctor.site = tmp_path / "large.yaml"
-    doctor.site.write_text(drawn().site(ranks_per_node=2, cpus_per_rank=7))
-    needs = f"needs 14 CPU on one node, but the largest of .* has {drawn().cpus} CPU;"
-    assert_only(doctor.says("--probe"), 69, f"^FAIL nodes: ranks 0-1 .*: {needs}")
-
-
 def test_a_run_folder_that_one_node_can_only_read(doctor: Doctor, slurm: SlurmCluster) -> None:
     with Node(slurm, SECOND).read_only(doctor.root):
         said = doctor.says("--probe")
     assert_only(said, 78, f"^FAIL shared folder: run.root=.* cannot be written on {SECOND}: .*Read-only file system;")
-
-
-@pytest.mark.exhaustive
-def test_another_version_of_torch_on_one_node(doctor: Doctor, slurm: SlurmCluster, tmp_path: Path) -> None:
-    with Node(slurm, THIRD).other_version("torch", "2.11.0", tmp_path):
-        said = doctor.says("--probe")
-    version = re.escape(importlib.metadata.version("torch"))
-    a, b, c = sorted((FIRST, SECOND, FOURTH), key=lambda name: (len(name), name))  # by number
-    assert_only(said, 69, f"^FAIL versions: torch {version} on {a}, {b} and {c}, 2.11.0 on {THIRD}; use one")
-
-
-@pytest.mark.exhaustive
-def test_the_package_that_is_called_apex_and_is_not_nvidias(doctor: Doctor, slurm: SlurmCluster, tmp_path: Path) -> None:
-    empty, other = tmp_path / "empty", tmp_path / "other"
-    empty.mkdir()
-    (other / "apex").mkdir(parents=True)
-    (other / "apex" / "__init__.py").write_text("")
-    with Node(slurm, SECOND).showing(empty, other):
-        said = doctor.says("--probe", PYTHONPATH=str(empty))
-    assert_only(said, 1, f"^WARN apex: the package `apex` on {SECOND} is not NVIDIA Apex but an unrelated package")
 
 
 def test_a_slow_pair_of_nodes(doctor: Doctor, slurm: SlurmCluster) -> None:

@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe_dist.errors import ConfigError
 from moe_dist.monitor import attach
-from moe_dist.monitor.attached import folder as attached_folder
 from moe_dist.monitor.trace.reader import read_trace
 from tests.support.cover import exhaustive, full
 from tests.support.megatron_model import (
@@ -246,28 +245,3 @@ def test_an_error_of_one_rank_is_an_error_of_all(run_in_world: Callable[..., lis
     assert "No space left on device" in messages[failing]
     assert "give a new folder that can be written" in messages[failing]
     assert "another rank cannot use it" in messages[1 - failing]
-
-
-def two_groups(rank: RankContext) -> str:
-    """Attaches two groups of one rank to the same folder. Both find it empty before either writes to it."""
-    groups: list[Any] = [dist.new_group([each]) for each in range(2)]
-    find = attached_folder._next_attempt
-
-    def both(*arguments: Any) -> int:
-        attempt = find(*arguments)
-        dist.barrier()
-        return attempt
-
-    with mock.patch.object(attached_folder, "_next_attempt", both):
-        try:
-            attach(tiny_model("mixtral"), rank.folder, sinks=["jsonl"], group=groups[rank.rank]).detach()
-        except ConfigError as error:
-            return str(error)
-    return ""
-
-
-def test_a_folder_takes_one_of_two_groups(run_in_world: Callable[..., list[Any]]) -> None:
-    first, second = sorted(run_in_world(2, two_groups))
-    assert first == ""
-    assert "was taken by another group" in second
-    assert "give each group a folder of its own" in second

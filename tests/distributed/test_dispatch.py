@@ -2,7 +2,6 @@
 pairs and bytes that follow from the routing (`expected_traffic`)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,51 +28,13 @@ from tests.support.cover import full
 from tests.support.routings import Case, D, random_case, round_trip
 from tests.support.worlds import RankContext
 
-FORWARD = ["counts", "pair rows", "dispatch weights", "dispatch rows", "combine rows"]
 EXCHANGES = ("counts", "pair rows", "dispatch", "combine")
 
 
-@dataclass(frozen=True)
-class Timetable:
-    """A mode of the all-to-all dispatcher. The plain mode is called in two steps, the other modes in one."""
-
-    overlap: bool = False
-    chunks: int = 1
-
-    def forward_events(self) -> list[str]:
-        """Returns the exchanges of a forward pass, in the order of their calls."""
-        if self == Timetable():
-            return FORWARD
-        depart = [["dispatch weights" + name, "dispatch rows" + name] for name in self.names()]
-        events = ["counts", "pair rows", *depart[0]]
-        for index, name in enumerate(self.names()):
-            events += [*(depart[index + 1] if index + 1 < self.chunks else []), "combine rows" + name]
-        return events
-
-    def backward_events(self) -> list[str]:
-        """Returns the exchanges of a backward pass: chunks in reverse order, each overlapping with the next."""
-        names = self.names()[::-1]
-        events = ["combine rows backward" + names[0]]
-        for index, name in enumerate(names):
-            if index + 1 < self.chunks:
-                events.append("combine rows backward" + names[index + 1])
-            events += ["dispatch weights backward" + name, "dispatch rows backward" + name]
-        return events
-
-    def names(self) -> list[str]:
-        return [f" {chunk}" for chunk in range(self.chunks)] if self.chunks > 1 else [""]
-
-
-PLAIN = Timetable()
-
-
-def run_case(rank: int, case: Case, wire: AllToAll, seed: int, timetable: Timetable = PLAIN) -> Any:
-    """Compares one rank's part of a case with the oracle, with the closed form of its traffic, and with the timetable.
-    Returns the plan."""
+def run_case(rank: int, case: Case, wire: AllToAll, seed: int, options: dict[str, Any]) -> None:
+    """Compares one rank's part of a case with the oracle and with the closed form of its traffic."""
     context, chosen = DispatchContext(case.placement, wire), case.experts_TK[rank]
-    dispatcher: Any = AllToAllDispatcher(context)
-    if timetable != PLAIN:
-        dispatcher = PipelinedDispatcher(context, overlap=timetable.overlap, chunks=timetable.chunks)
+    dispatcher: Any = PipelinedDispatcher(context, **options) if options else AllToAllDispatcher(context)
     assignments = case.assignments(rank, torch.empty(chosen.size))
     trip = round_trip(dispatcher, assignments, case.placement, rank, len(chosen), comm_stats=wire.comm_stats, seed=seed)
     tokens, experts = case.taken(rank)
@@ -82,24 +43,19 @@ def run_case(rank: int, case: Case, wire: AllToAll, seed: int, timetable: Timeta
     received = sum(sum(each.rows.receive) for each in getattr(trip.plan, "chunks", [trip.plan]))
     assert trip.forward_bytes == (rows + received) * D * 8
     assert trip.total_bytes == 2 * trip.forward_bytes
-    expected = [] if wire.group is None else timetable.forward_events() + timetable.backward_events()
     events = wire.comm_stats.events or []
-    assert [event for event in events if event.startswith(EXCHANGES)] == expected
-    assert sorted(event for event in events if event.startswith("wait")) == sorted(f"wait {name}" for name in expected)
+    exchanges = [event for event in events if event.startswith(EXCHANGES)]
+    assert sorted(event for event in events if event.startswith("wait")) == sorted(f"wait {name}" for name in exchanges)
     assert [event for event in events if event.startswith("sync")] == [f"sync {SPLIT_SIZES}"]
-    return trip.plan
 
 
-def run_cases(rank: RankContext, seeds: range, timetable: Timetable = PLAIN) -> int:
-    """Runs random cases."""
+def run_cases(rank: RankContext, seeds: range, options: dict[str, Any]) -> int:
+    """Runs random cases. The plain dispatcher is called in two steps, a pipelined one with options in one step."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     wire = AllToAll(mesh.ep if rank.world_size > 1 else None, CommStats(events=[]))
     for seed in seeds:
-        run_case(rank.rank, random_case(seed, rank.world_size), wire, seed, timetable)
+        run_case(rank.rank, random_case(seed, rank.world_size), wire, seed, options)
     return len(seeds)
-
-
-TIMETABLES = [Timetable(overlap=True), Timetable(chunks=2), Timetable(True, 3)]
 
 
 @pytest.mark.parametrize(
@@ -117,89 +73,24 @@ def test_ledger_equals_the_closed_form_on_random_routings(
     assert any(case.experts_TK[0].shape[0] == 0 for case in cases)
     if world_size > 1:
         assert any(() in case.slots for case in cases)
-    assert run_in_world(world_size, run_cases, seeds) == [len(seeds)] * world_size
+    assert run_in_world(world_size, run_cases, seeds, {}) == [len(seeds)] * world_size
 
 
 @pytest.mark.parametrize(
-    ("world_size", "seeds", "timetable"),
+    ("world_size", "options"),
     [
-        (4, range(20), Timetable(True, 3)),
-        *(full(4, range(20), timetable) for timetable in TIMETABLES[:2]),
-        *(
-            full(size, seeds, timetable)
-            for size, seeds in ((1, range(20)), (2, range(20)), (2, range(20, 50)), (4, range(20, 45)))
-            for timetable in TIMETABLES
-        ),
+        (4, {"overlap": True, "chunks": 3}),
+        full(4, {"overlap": True}),
+        full(4, {"chunks": 2}),
+        *(full(size, options) for size in (1, 2) for options in ({"overlap": True}, {"chunks": 2})),
     ],
     ids=str,
 )
-def test_so_it_does_on_every_timetable(
-    run_in_world: Callable[..., list[Any]], world_size: int, seeds: range, timetable: Timetable
+def test_so_it_does_with_overlap_and_chunks(
+    run_in_world: Callable[..., list[Any]], world_size: int, options: dict[str, Any]
 ) -> None:
-    """345 routings in all: same rows, bytes, values and gradients, and the same order of exchanges on all ranks."""
-    assert run_in_world(world_size, run_cases, seeds, timetable) == [len(seeds)] * world_size
-
-
-#   rank 0 holds experts 0 1 3, rank 1 holds expert 2, rank 2 holds none; x marks a null choice
-#
-#   rank 0   token 0 -> 0 2      own row 0, remote row to rank 1
-#            token 1 -> 2 x      remote row to rank 1
-#            token 2 -> x x      nothing
-#   rank 1   token 0 -> 3 1      ONE row to rank 0 for both
-#            token 1 -> 1 2      row to rank 0, own row 1
-#   rank 2   no token
-#
-#   rank 0 computes, own rows first:  rows [t0 | r1.t0 r1.t1]      slots 0 1 3:  [t0] [r1.t0 r1.t1] [r1.t0]
-#   rank 1 computes:                  rows [t1 | r0.t0 r0.t1]      slot  2:      [t1 r0.t0 r0.t1]
-HAND = Case(
-    slots=((0, 1, 3), (2,), ()),
-    experts_TK=(
-        np.array([[0, 2], [2, ABSENT], [ABSENT, ABSENT]]),
-        np.array([[3, 1], [1, 2]]),
-        np.zeros((0, 2), np.int64),
-    ),
-)
-
-
-def plan_of_hand_case(rank: RankContext) -> dict[str, Any]:
-    mesh = make_mesh(ep=3, device=torch.device("cpu"), timeout=600.0)
-    plan = run_case(rank.rank, HAND, AllToAll(mesh.ep, CommStats(events=[])), 0)
-    return {
-        "rows": (plan.rows.send, plan.rows.receive),
-        "pairs": (plan.pairs.send, plan.pairs.receive),
-        "row tokens": plan.row_S.tolist(),
-        "own tokens": plan.row_O.tolist(),
-        "rows by slot": plan.row_of_pair_Q.tolist(),
-        "slots": plan.slot_counts,
-    }
-
-
-def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
-    first, second, third = run_in_world(3, plan_of_hand_case)
-    assert first == {
-        "rows": ((0, 2, 0), (0, 2, 0)),
-        "pairs": ((0, 2, 0), (0, 3, 0)),
-        "row tokens": [0, 1],
-        "own tokens": [0],
-        "rows by slot": [0, 1, 2, 1],
-        "slots": (1, 2, 1),
-    }
-    assert second == {
-        "rows": ((2, 0, 0), (2, 0, 0)),
-        "pairs": ((3, 0, 0), (2, 0, 0)),
-        "row tokens": [0, 1],
-        "own tokens": [1],
-        "rows by slot": [0, 1, 2],
-        "slots": (3,),
-    }
-    assert third == {
-        "rows": ((0, 0, 0), (0, 0, 0)),
-        "pairs": ((0, 0, 0), (0, 0, 0)),
-        "row tokens": [],
-        "own tokens": [],
-        "rows by slot": [],
-        "slots": (),
-    }
+    """test_overlap.py tests the order of the exchanges."""
+    assert run_in_world(world_size, run_cases, range(20), options) == [20] * world_size
 
 
 def dispatchers(placement: ExpertPlacement, comm_stats: CommStats, **bound: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_dist.comm.all_to_all import AllToAll, RowBuffers
+from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
@@ -172,26 +172,3 @@ def test_memory_is_as_stated(run_in_world: Callable[..., list[Any]], mode: str, 
             assert 0.8 * backward <= seen["backward"] <= backward
         else:
             assert (seen["forward"], seen["backward"]) == (forward, backward)
-
-
-def free_bytes(buffers: RowBuffers) -> int:
-    return sum(storage.nbytes for storage in buffers._free)
-
-
-def buffer_rows(rank: RankContext) -> tuple[list[float], int]:
-    """Returns the rows in the shared buffers after dispatch, combine and backward, and the number S of sent rows."""
-    dispatcher, assignments = make(rank, "all_to_all"), assignments_of(rank.rank, rank.world_size, "all_to_all")
-    buffers, found = dispatcher.exchange.buffers, []
-    h_TD, plan = torch.ones(T, D).requires_grad_(), dispatcher.plan(assignments, T)
-    here = dispatcher.dispatch(h_TD, assignments.weight_N, plan)
-    found.append(free_bytes(buffers) / (D * 4))
-    y_TD = dispatcher.combine(here.rows_RD, plan)
-    found.append(free_bytes(buffers) / (D * 4))
-    y_TD.backward(torch.ones_like(y_TD))
-    found.append(free_bytes(buffers) / (D * 4))
-    return found, plan.sent.rows_remote
-
-
-def test_one_buffer_of_the_rows_sent_serves_every_exchange(run_in_world: Callable[..., list[Any]]) -> None:
-    for found, sent in run_in_world(2, buffer_rows):
-        assert found == [sent] * 3

@@ -7,13 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.formats.manifest import load_manifest
-from moe_dist.train.build.training import loop_settings
-from tests.distributed.test_starting_weights import AUX, PARTS, SEED, Run, groups
+from tests.distributed.test_starting_weights import AUX, PARTS, SEED, Run
 from tests.support.worlds import RankContext
 
 
@@ -76,56 +73,6 @@ def taught_from_it(rank: RankContext, data: Path, root: Path, changes: dict[str,
     student = Run(rank, data, root, "student", {"loss.distillation": {"teacher": str(root / "teacher")}, **changes})
     student.begin()
     return student.training.step(student.loader.batches(0), lr=1e-2, aux=AUX).auxiliary
-
-
-def mixture(rank: RankContext, data: Path, root: Path) -> None:
-    Run(rank, data, root, "mixture", {**groups((4, 0, 2), (2, 0, 1)), "parallel.ep": 1}).train_and_save(steps=16)
-
-
-def with_nulls(rank: RankContext, data: Path, root: Path, weight: float) -> list[tuple[float, float, float]]:
-    """Trains the mixture with copied null rows, with itself as teacher, and with a `null_split` loss that wants fewer true
-    experts. Returns the KL, the gradient norm and the true experts per token of each step."""
-    changes = {
-        **groups((4, 4, 4), (2, 2, 2)),
-        "run.init_from": str(root / "mixture"),
-        "run.init_rules": ["copy_nulls"],
-        "loss.balance": {
-            "kind": "null_split",
-            "scope": "micro_batch",
-            "null_weight": {"text": 2.0, "image": 2.0},
-            "schedule": [[0, 1.0]],
-        },
-        "loss.distillation": {"teacher": str(root / "mixture"), "weight": weight},
-        # one micro-batch per step, because the balance loss is computed over its tokens
-        "train.micro_batch": 8 // rank.world_size,
-    }
-    run = Run(rank, data, root, f"student-{rank.world_size}-{weight}", changes)
-    run.begin()
-    plan = loop_settings(run.config, load_manifest(data), run.training.step.placement)
-    told = []
-    for number in range(16):
-        step = run.training.step(run.loader.batches(8 * number), lr=1e-2, aux=plan.aux(number))
-        counts = step.counts
-        active = float(counts.choices_LC[:, :6].sum() / counts.tokens_LG.sum())
-        told.append((step.auxiliary / weight, step.grad_norm, active))
-    return told
-
-
-def test_null_experts_a_split_balance_loss_and_a_teacher_work_together(
-    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
-) -> None:
-    """Tests the chain of docs/adapt.md for mixtures. The student starts equal to its teacher, departs while the balance
-    loss removes experts, and comes back. Without the KL in its loss it stays away."""
-    run_in_world(1, mixture, tiny_data, tmp_path)
-    (alone,) = run_in_world(1, with_nulls, tiny_data, tmp_path, 0.7)
-    for of_rank in run_in_world(2, with_nulls, tiny_data, tmp_path, 0.7):
-        np.testing.assert_allclose(of_rank, alone, rtol=1e-5, atol=1e-7)
-    (untaught,) = run_in_world(1, with_nulls, tiny_data, tmp_path, 1e-9)
-    kl, active = [step[0] for step in alone], [step[2] for step in alone]
-    assert kl[0] < 1e-6
-    assert active[-1] < 0.8 * active[0]
-    assert kl[-1] < 0.5 * max(kl)
-    assert kl[-1] < 0.5 * untaught[-1][0]
 
 
 @pytest.mark.parametrize(

@@ -29,26 +29,9 @@ from tests.support.layouts import (
     Layout,
     batch_of,
     build,
-    train,
 )
 from tests.support.syncs import host_syncs
 from tests.support.worlds import RankContext
-
-
-@pytest.mark.full  # test_kinds_on_ranks.py tests recompute up to rounding
-def test_recompute_changes_no_bit(run_in_world: Callable[..., list[Any]]) -> None:
-    """A recomputed layer has the choice, noise and weights of its first forward pass."""
-    for choice in ("rank", "world"):
-        runs = []
-        for recompute in ("none", "experts", "block"):
-            layout = Layout(2, 1, "interleaved", "ddp", recompute, "float32", choice=choice, noise=1.0)
-            runs.append(run_in_world(2, train, layout))
-        for run in runs[1:]:
-            for outcome, plain in zip(run, runs[0], strict=True):
-                assert all(np.array_equal(outcome.gradients[name], value) for name, value in plain.gradients.items())
-                assert all(np.array_equal(outcome.parameters[name], value) for name, value in plain.parameters.items())
-                assert all(np.array_equal(outcome.buffers[name], value) for name, value in plain.buffers.items())
-
 
 T, D = 20, 8
 GROUPS = (ExpertGroup("text", 4, 0, 1, 8, 0, ("text",)), ExpertGroup("image", 4, 0, 1, 8, 4, ("image",)))

@@ -13,13 +13,9 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.integrity import CheckedAllToAll
 from moe_dist.comm.names import BACKWARD, DISPATCH_ROWS
 from moe_dist.errors import IntegrityError
-from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.exchange import Exchange, ExchangePlan
-from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from tests.support.cover import exhaustive, full
+from tests.support.cover import full
 from tests.support.worlds import RankContext
 
 KINDS = ("dropped", "duplicated", "swapped", "flipped")
@@ -162,57 +158,3 @@ def test_ranks_that_disagree_are_told_before_the_exchange(
     first, second = run_in_world(2, pairs_of_disagreement, change)
     assert said in first
     assert "from rank 0 to rank 1" in second
-
-
-def clean_routings(rank: RankContext, seeds: range) -> int:
-    """Checked and unchecked dispatch, combine and backward must have the same bits on random routings. Returns the number
-    of checked exchanges."""
-    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
-    comm_stats = CommStats(events=[])
-    unchecked = AllToAll(mesh.ep, CommStats())
-    wire = CheckedAllToAll(AllToAll(mesh.ep, comm_stats))
-    for seed in seeds:
-        shared = np.random.default_rng([seed, 0])
-        num_experts, top_k = int(shared.integers(1, 9)), int(shared.integers(1, 4))
-        owner = shared.integers(0, rank.world_size, num_experts)
-        slots = tuple(tuple(np.flatnonzero(owner == each).tolist()) for each in range(rank.world_size))
-        placement = ExpertPlacement((ExpertGroup("all", num_experts, 0, 1, 4, 0, ("text",)),), slots)
-        own = np.random.default_rng([seed, 1, rank.rank])
-        tokens = int(own.integers(0, 12)) if own.random() < 0.8 else 0
-        chosen = np.array([own.permutation(num_experts)[:top_k] for _ in range(tokens)], np.int64)
-        chosen = chosen.reshape(tokens, min(top_k, num_experts))
-        chosen[own.random(chosen.shape) < own.random()] = ABSENT
-        given = torch.from_numpy(chosen), DTYPES[seed % 2], seed
-        checked = _clean_pass(AllToAllDispatcher(DispatchContext(placement, wire)), *given)
-        if seed % 7 == 0:
-            assert torch.equal(checked, _clean_pass(AllToAllDispatcher(DispatchContext(placement, unchecked)), *given))
-    assert comm_stats.events is not None
-    return sum(event.startswith("checksums of") for event in comm_stats.events)
-
-
-def _clean_pass(dispatcher: AllToAllDispatcher, chosen: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Runs forward and backward; returns the gradient of the hidden states."""
-    num_tokens, generator = chosen.shape[0], torch.Generator().manual_seed(seed)
-    h_TD = torch.randn(num_tokens, 6, generator=generator).to(dtype).requires_grad_()
-    weight_N = torch.rand(chosen.numel(), generator=generator).requires_grad_()
-    token_N = torch.arange(num_tokens).repeat_interleave(chosen.shape[1] if num_tokens else 0)
-    plan = dispatcher.plan(Assignments(token_N, chosen.flatten(), weight_N), num_tokens)
-    dispatched = dispatcher.dispatch(h_TD, weight_N, plan)
-    rows = dispatched.rows_RD.index_add(
-        0, plan.row_of_pair_Q, dispatched.rows_RD[plan.row_of_pair_Q] * dispatched.weight_Q[:, None].to(dtype)
-    )
-    dispatcher.combine(rows, plan).float().square().sum().backward()
-    assert h_TD.grad is not None
-    return h_TD.grad
-
-
-@pytest.mark.parametrize(
-    ("world_size", "seeds"),
-    [full(2, range(60)), (4, range(500, 516)), exhaustive(2, range(60, 500)), exhaustive(4, range(516, 1000))],
-    ids=str,
-)
-def test_a_thousand_clean_routings_are_not_blamed(
-    run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
-) -> None:
-    checked = run_in_world(world_size, clean_routings, seeds)
-    assert checked == [8 * len(seeds)] * world_size  # five exchanges forward, three backward

@@ -1,5 +1,5 @@
 """N ranks equal one rank for every kind of router, controller and adapter: losses, counts, gradients, and parameters after
-three optimizer steps. test_n_ranks_equal_one.py has all layouts of the default kinds, and variants of the model.
+two optimizer steps. test_n_ranks_equal_one.py has all layouts of the default kinds, and variants of the model.
 
 Experts, or layers with mixture of depths, choose among the tokens of a selection scope. A capacity counts within a rank.
 The reference is then one process whose tokens are cut into as many parts as the layout has scopes.

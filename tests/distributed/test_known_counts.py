@@ -108,34 +108,6 @@ def test_host_syncs_of_a_layer(
         assert seen["named"] == 2 * syncs, "each sync has a name in the record of events"
 
 
-def bytes_of(rank: RankContext, kind: str) -> int:
-    comm_stats = CommStats()
-    dispatcher = dispatchers(ONE_OF_A_GROUP, comm_stats)[kind]
-    tokens_W = [8, 3, 0, 5]
-    # Text tokens go only to experts 0 to 3, image tokens only to 4 to 7.
-    counts = tuple((min(2, t),) * 4 + (min(1, t),) * 4 for t in tokens_W)
-    rng = np.random.default_rng(rank.rank)
-    text, image = range(tokens_W[rank.rank] // 2), range(tokens_W[rank.rank] // 2, tokens_W[rank.rank])
-    chosen = [rng.permutation(text if expert < 4 else image)[:count] for expert, count in enumerate(counts[rank.rank])]
-    counts = tuple(
-        tuple(min(count, (t // 2) if expert < 4 else t - t // 2) for expert, count in enumerate(row))
-        for row, t in zip(counts, tokens_W, strict=True)
-    )
-    token_N = torch.from_numpy(np.concatenate(chosen).astype(np.int64))
-    expert_N = torch.arange(8).repeat_interleave(torch.tensor(counts[rank.rank]))
-    assignments = Assignments(token_N, expert_N, torch.ones(len(token_N)), counts)
-    round_trip(dispatcher, assignments, ONE_OF_A_GROUP, rank.rank, tokens_W[rank.rank], comm_stats=comm_stats, seed=0)
-    return comm_stats.payload_bytes
-
-
-def test_with_one_expert_of_a_group_on_a_rank_nothing_is_left_to_deduplicate(
-    run_in_world: Callable[..., list[Any]],
-) -> None:
-    deduplicated, pairs = run_in_world(4, bytes_of, "all_to_all"), run_in_world(4, bytes_of, "by default")
-    assert deduplicated == pairs
-    assert sum(pairs) > 0
-
-
 def test_wrong_numbers_of_pairs_are_refused() -> None:
     placement = ExpertPlacement(GROUPS, (tuple(range(8)),))
     dispatcher = KnownCountsDispatcher(DispatchContext(placement, AllToAll(None, CommStats())))

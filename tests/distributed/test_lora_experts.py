@@ -12,15 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
 
-from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.parallel.mesh import make_mesh
-from moe_dist.train.objective.loss import forward
 from tests.support.cover import full, rest_full
-from tests.support.layouts import SEQUENCES, Layout, batch_of, build
 from tests.support.whole_run import WholeRun, whole_run
 from tests.support.worlds import RankContext
 
@@ -94,54 +88,6 @@ def test_a_run_moves_adapters_and_routers_alone_and_saves_nothing_else(
     assert len(base["content"]) == 64
 
 
-def reduced(rank: RankContext, layout: Layout) -> tuple[int, int, int]:
-    """Returns the fp32 numbers that one step reduces, and the numbers of trained and of frozen parameters on all ranks."""
-    counted: list[tuple[torch.dtype, int]] = []
-    # FSDP2 calls reduce-scatter by different names in different versions of torch.
-    names = [n for n in ("all_reduce", "reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, n)]
-    real = {name: getattr(dist, name) for name in names}
-
-    def counting(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            tensor = options["input"] if "input" in options else args[0]
-            counted.append((tensor.dtype, tensor.numel()))
-            return real[name](*args, **options)
-
-        return call
-
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
-    parallel = build(layout, mesh, CommStats())
-    each = SEQUENCES // rank.world_size
-    batch = batch_of(0, 0, rank.rank * each, each)
-    for name in names:
-        setattr(dist, name, counting(name))
-    try:
-        with parallel.micro_batch(last=True):
-            logits, reports = forward(parallel, batch, torch.tensor([0, 1]))
-            (logits.sum() + sum(report.aux.prob_LC.sum() for report in reports)).backward()
-        parallel.reduce_gradients()
-    finally:
-        for name in names:
-            setattr(dist, name, real[name])
-    trained, frozen = (
-        sum(each.parameter.numel() for each in parallel.parameters if each.parameter.requires_grad is flag)
-        for flag in (True, False)
-    )
-    return sum(n for dtype, n in counted if dtype == torch.float32), trained, frozen
-
-
-@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("trained_alone", [{"lora": "probability"}, {"tuned": (1,)}], ids=["adapters", "routers"])
-def test_nothing_frozen_is_reduced(
-    run_in_world: Callable[..., list[Any]], data: str, trained_alone: dict[str, Any]
-) -> None:
-    layout = Layout(2, 1, data=data, precision="float32", **trained_alone)
-    for numbers, trained, frozen in run_in_world(2, reduced, layout):
-        padding = 1.0 if data == "ddp" else 1.35  # FSDP2 pads odd first dimensions for two ranks
-        assert trained <= numbers <= padding * trained
-        assert frozen > trained
-
-
 def is_matrix(name: str) -> bool:
     return name.endswith(("_a", "_b"))
 
@@ -185,19 +131,6 @@ def test_adapters_of_a_mixture_go_on_on_other_ranks(run_in_world: Run, tiny_data
         for name, value in run.tensors.items():
             assert np.array_equal(run.at_start[name], value) != trains(name), name
             np.testing.assert_array_equal(second.at_start[name], value, err_msg=name)
-
-
-@pytest.mark.full
-def test_two_ranks_go_on_where_one_stopped(run_in_world: Run, tiny_data: Path, root: Path) -> None:
-    changes = adapters(root, run__name="whole", parallel__ep=1)
-    (whole,) = run_in_world(1, whole_run, tiny_data, root, changes)
-    changes |= {"run.name": "wider"}
-    run_in_world(1, whole_run, tiny_data, root, {**changes, "train.steps": 2})
-    wide = {**changes, "parallel.ep": 2, "parallel.data": "fsdp2"}
-    for run in run_in_world(2, whole_run, tiny_data, root, wide):
-        assert run.begun.step == 2
-        for step, expected in zip(run.steps, whole.steps[2:], strict=True):
-            np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-5)
 
 
 def refused(rank: RankContext, data: Path, root: Path, changes: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Megatron's own machinery around our layer: its stock MoE layer beside ours, pipeline stages, optimizer, checkpoints."""
+"""Megatron's own machinery around our layer: its stock MoE layer beside ours, optimizer, checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,6 @@ from tests.support.megatron_model import (
     TokenBatch,
     batch_of,
     causal_mask,
-    decoder_spec,
     gpt_model,
     gradients_of,
     largest_difference,
@@ -26,7 +25,6 @@ from tests.support.megatron_model import (
     our_model,
     place_of,
     set_weights,
-    stage_layers,
     transformer_config,
 )
 from tests.support.megatron_run import SEQUENCES, backward, build, checkpoint_writers, megatron, own_sequences, wrapped
@@ -92,60 +90,6 @@ def test_megatrons_own_layer_gives_the_same_without_null_experts(run_in_world: C
         assert logits <= 1e-5
         assert gradients <= 1e-5, where
         assert scale > 1e-2
-
-
-# --- pipeline stages
-
-
-def pipeline(rank: RankContext, layout: Layout, micro_batches: int) -> tuple[float, str]:
-    """Two stages under Megatron's 1F1B schedule; every stage gets the modality ids of the whole sequence."""
-    with megatron(layout) as state:
-        from megatron.core.distributed import finalize_model_grads
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        stage = state.get_pipeline_model_parallel_rank()
-        layers, settings, config = stage_layers(layout, stage), layout.settings, transformer_config(layout)
-        ours = our_model(settings)
-        first, last = state.is_pipeline_first_stage(), state.is_pipeline_last_stage()
-        model = gpt_model(config, decoder_spec(layout, config, stage=stage), pre_process=first, post_process=last)
-        set_weights(model, megatron_tensors(model, ours, place_of(layout, state), layers=layers))
-        model = wrapped(model, config)
-        config.finalize_model_grads_func = finalize_model_grads
-        batches = [batch_of(SEQUENCES, settings, seed=seed) for seed in range(micro_batches)]
-        mine = [batch.part(own_sequences(state)) for batch in batches]
-
-        def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            return losses.mean(), {}
-
-        def step(iterator: Any, stage_model: Any) -> tuple[torch.Tensor, Any]:
-            batch = next(iterator)
-            labels = batch.labels_BS if last else None
-            output = stage_model(
-                batch.tokens_BS, batch.positions, causal_mask(), labels=labels, padding_mask=batch.modality_BS
-            )
-            return output, loss_of
-
-        model.zero_grad_buffer()
-        get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iter(mine),
-            model=[model],
-            num_microbatches=micro_batches,
-            seq_length=mine[0].tokens_BS.shape[1],
-            micro_batch_size=mine[0].tokens_BS.shape[0],
-            forward_only=False,
-        )
-        for batch in batches:
-            loss, *_ = our_loss(ours, batch, settings, aux=True)
-            (loss / micro_batches).backward()
-        expected = megatron_tensors(model.module, ours, place_of(layout, state), layers=layers, gradients=True)
-        return largest_difference(gradients_of(model), expected)
-
-
-@pytest.mark.parametrize("layout", [exhaustive(Layout(ep=2, pp=2, uneven=True)), Layout(ep=2, tp=2, pp=2)], ids=str)
-def test_modality_ids_reach_later_pipeline_stages(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
-    for difference, where in run_in_world(4, pipeline, layout, 2):
-        assert difference <= 1e-5, where
 
 
 # --- optimizer and checkpoints

@@ -1,4 +1,4 @@
-"""N ranks equal one rank: losses, gradients, norm, and parameters after three optimizer steps.
+"""N ranks equal one rank: losses, gradients, norm, and parameters after two optimizer steps.
 
 The first test covers every value of each axis in `make test`, every pair of values in `make test-full`, and the whole
 product in `make test-exhaustive`. The second has variants of the model, each with an oracle of its own.
@@ -210,16 +210,8 @@ def test_a_variant_of_the_model_equals_one_rank(
         assert (one_rank.steps[0].counts.choices_LC[:, -free:] > 0).any()
         assert {"layers.0.moe.free.text.vector", "layers.0.moe.free.image.gate"} <= one_rank.parameters.keys()
     if layout.balance_scope == "step":
-        assert [step.balance > 0 for step in one_rank.steps] == [False, True, True]
+        assert [step.balance > 0 for step in one_rank.steps] == [False, True]
     assert all((step.auxiliary > 0.01) == (layout.distilled is not None) for step in one_rank.steps)
-
-
-def test_auxiliary_terms_of_a_micro_batch_depend_on_how_a_step_is_cut(
-    run_in_world: Callable[..., list[Any]], tmp_path: Path
-) -> None:
-    whole, cut = (run_in_world(1, train, Layout(parts=parts), tmp_path)[0].steps[0] for parts in (1, 4))
-    assert whole.nll_M == pytest.approx(cut.nll_M, rel=1e-9)
-    assert abs(cut.balance / whole.balance - 1) > 0.01
 
 
 @pytest.mark.parametrize(

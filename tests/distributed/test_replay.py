@@ -4,6 +4,7 @@ The recorded step chooses by reversed scores. The routers of the replayed step w
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.comm.collectives import CommStats
 from moe_dist.data.batch import Batch
 from moe_dist.data.order import micro_batches
 from moe_dist.moe.replayed_routers import Replay
@@ -22,13 +22,10 @@ from moe_dist.moe.routing.types import LayerReport
 from moe_dist.monitor.trace.format import MANIFEST, Manifest
 from moe_dist.monitor.trace.reader import TracedStep, read_trace
 from moe_dist.monitor.trace.writer import TraceWriter
-from moe_dist.optim.optimizer import make_optimizer, split_parameters
-from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.train.evaluation.replay_step import replay_step
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.tracing import StepTracer, StepWatcher
-from moe_dist.train.step.training_step import TrainingStep
 from tests.support.cover import full, others_full
 from tests.support.layouts import (
     GROUPS,
@@ -37,11 +34,10 @@ from tests.support.layouts import (
     MICRO_BATCHES,
     SEQUENCES,
     Layout,
+    TrainingRank,
     batch_of,
-    build,
     placement_for,
 )
-from tests.support.whole_tensors import logical
 from tests.support.worlds import RankContext
 
 
@@ -81,7 +77,6 @@ def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
 
 def take_step(
     layout: Layout,
-    mesh: Mesh,
     batches: list[Batch],
     *,
     backwards: bool = False,
@@ -89,29 +84,15 @@ def take_step(
     watchers: Sequence[StepWatcher] = (),
 ) -> Step:
     """Takes one step of a new model. `replay` makes the step's context from the model."""
-    comm_stats, placement = CommStats(), placement_for(layout)
-    parallel = build(layout, mesh, comm_stats)
-    for layer in parallel.model.moe_modules() if backwards else ():
+    training, choices = TrainingRank(layout, clip_norm=None), Choices()
+    model = training.parallel.model
+    for layer in model.moe_modules() if backwards else ():
         layer.router._selection_scores = reversed_scores  # pyright: ignore[reportArgumentType]
-    optimizer = make_optimizer(
-        split_parameters(parallel.model, weight_decay=0.1), backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8
-    )
     gradients: dict[str, np.ndarray] = {}
-    optimizer.register_step_pre_hook(
-        lambda *_: gradients.update(logical(parallel, placement, mesh, gradient=True))  # pyright: ignore
-    )
-    step, choices = (
-        TrainingStep(
-            parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=None, comm_stats=comm_stats
-        ),
-        Choices(),
-    )
-    take = partial(step, batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3), watchers=[choices, *watchers])
-    if replay is None:
-        result = take()
-    else:
-        with replay(parallel.model):
-            result = take()
+    training.optimizer.register_step_pre_hook(lambda *_: gradients.update(training.logical(gradient=True)))
+    aux, watching = AuxSettings("null_averaged", 0.02, 1e-3), list[Any]([choices, *watchers])
+    with nullcontext() if replay is None else replay(model):
+        result = training.step(batches, lr=1e-2, aux=aux, watchers=watching)
     arrays = (torch.cat(each).numpy() for each in (choices.ids, choices.weights, choices.group))
     return Step(result, gradients, *arrays)
 
@@ -122,8 +103,7 @@ def batches_of(rank: int, world_size: int) -> list[Batch]:
 
 
 def recorded_replayed_plain(rank: RankContext, layout: Layout) -> list[Step]:
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
-    take = partial(take_step, layout, mesh, batches_of(rank.rank, rank.world_size))
+    take = partial(take_step, layout, batches_of(rank.rank, rank.world_size))
     recorded = take(backwards=True)
     return [recorded, take(replay=lambda model: Replay(model, recorded.ids, recorded.group)), take()]
 
@@ -185,21 +165,19 @@ def traced_by_one(rank: RankContext, folder: Path) -> Step:
     (folder / "one" / MANIFEST).write_text(manifest.to_json())
     writer = TraceWriter(folder / "one", 0, weights=False)
     tracer = StepTracer(writer, every=1, tokens=None, weights=False, sequences=lambda _: sequences_of(0, 1))
-    mesh = make_mesh(ep=1, device=torch.device("cpu"), timeout=600.0)
     try:
-        return take_step(Layout(), mesh, batches_of(0, 1), backwards=True, watchers=[tracer])
+        return take_step(Layout(), batches_of(0, 1), backwards=True, watchers=[tracer])
     finally:
         writer.close()
 
 
 def replayed_from(rank: RankContext, layout: Layout, folder: Path) -> Step:
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     batches, sequences = batches_of(rank.rank, rank.world_size), sequences_of(rank.rank, rank.world_size)
     traced, groups = read_trace(folder).step(1), torch.tensor([0, 1])
     make = partial(
         replay_step, traced=traced, batches=batches, sequences=sequences, group_of_modality=groups, source="trace"
     )
-    return take_step(layout, mesh, batches, replay=make)
+    return take_step(layout, batches, replay=make)
 
 
 def rows_of(traced: TracedStep, layout: Layout) -> int:

@@ -72,48 +72,6 @@ def test_choices_train_chosen_routers(site: Site, weight: float) -> None:
         assert outcome.steps[0].labels_M.sum() <= 4 < other.steps[0].labels_M.sum(), "one label a sample, and not a token"
 
 
-@pytest.mark.full
-def test_arms_by_configuration_alone(site: Site) -> None:
-    """All arms see the same samples in the same order. They differ only in the section `router_tuning`, and end with
-    different weights."""
-    arms: dict[str, dict[str, Any]] = {
-        "ce": {"weight": 0.0},
-        "k1": {"neighbours": {"k": 1}},
-        "k3": {},
-        "radius": {"neighbours": {"kind": "radius", "similarity": 0.5}},
-        "random": {"random_neighbours": True},
-        "unfiltered": {"filter_by_success": False},
-        "l2": {"regulariser": "l2"},
-        "all": {"last_layers": 2},
-    }
-    ends = {name: site.tune(name, section=section, train__steps=2)[0] for name, section in arms.items()}
-    assert len({end.tensors["layers.1.moe.router.text.true"].tobytes() for end in ends.values()}) == len(arms)
-    assert len({end.steps[0].nll_M.tobytes() for end in ends.values()}) == 1, "the first forward is the base's"
-    assert ends["ce"].steps[0].auxiliary == 0.0
-    assert ends["l2"].steps[0].auxiliary > 0.0, "made-up routing is not the model's own"
-    assert "layers.0.moe.router.text.true" in ends["all"].trained
-
-
-def test_a_tuned_run_is_an_ordinary_checkpoint(site: Site, run_in_world: Callable[..., list[Any]], tiny_data: Path) -> None:
-    tuned = site.tune("k3", train__steps=2)
-    (alone,) = run_in_world(
-        1,
-        whole_run,
-        tiny_data,
-        site.root,
-        {
-            **BASE,
-            "run.name": "on",
-            "run.init_from": str(site.root / "k3"),
-            "parallel.ep": 1,
-            "placement.policy": "interleaved",
-        },
-    )
-    shared = tuned[0].tensors.keys() & alone.at_start.keys()
-    assert shared > CHOSEN
-    assert all(np.array_equal(tuned[0].tensors[name], alone.at_start[name]) for name in shared)
-
-
 def test_other_weights_than_the_scored_ones_are_refused(site: Site) -> None:
     other = site.made("of-other", checkpoint="f" * 64, base=None)
     with pytest.raises(

@@ -7,22 +7,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import pytest
-import torch
-import torch.nn.functional as F
 
-from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.collectives import CommStats
-from moe_dist.config.routers.top_k import TopKRouterSection
-from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.routers.capacity import Capacity
-from moe_dist.moe.routers.context import RouterContext
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -99,50 +89,6 @@ def train_one_step(tree: Path, launcher: tuple[str, ...], overrides: Sequence[st
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return tree.parent / "runs" / "tiny"
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Runs the blocks of a recipe as modules, and returns that of the section."""
-
-    def make(title: str) -> ModuleType:
-        for block in RECIPES[title].blocks:
-            module = ModuleType(block.path.removesuffix(".py").replace("/", "."))
-            monkeypatch.setitem(sys.modules, module.__name__, module)
-            exec(compile(block.text, block.path, "exec"), vars(module))
-        return module
-
-    return make
-
-
-def test_the_router_drops_as_top_k_does(made: Callable[[str], ModuleType]) -> None:
-    """At the temperature 1, tokens of length 1 have the logits of top_k."""
-    group = ExpertGroup("all", 4, 0, 2, 8, 0, ("text",))
-    context = RouterContext(6, (group,), capacity=Capacity(0.25))
-    router = made("A router").CosineRouterSection(temperature=1.0).build(context)
-    top_k = TopKRouterSection().build(context)
-    torch.nn.init.normal_(router.get_submodule("group:all").true, generator=torch.Generator().manual_seed(0))
-    top_k.load_state_dict(router.state_dict())
-    h_TD = F.normalize(torch.randn(64, 6, generator=torch.Generator().manual_seed(1)), dim=-1)
-    ours, theirs = (each(h_TD, torch.zeros(64, dtype=torch.int64)) for each in (router, top_k))
-    assert ours.counts.dropped_LE.sum() == 96, "each of 4 experts keeps 8 of the 128 choices"
-    assert torch.equal(ours.counts.dropped_LE, theirs.counts.dropped_LE)
-    assert torch.equal(ours.assignments.expert_N, theirs.assignments.expert_N)
-
-
-def test_the_dispatcher_bounds_its_received_rows(made: Callable[[str], ModuleType]) -> None:
-    placement = ExpertPlacement((ExpertGroup("all", 2, 0, 1, 8, 0, ("text",)),), ((0, 1),))
-    context = DispatchContext(placement, AllToAll(None, CommStats()), max_receive_rows=3)
-    assert made("A dispatcher").StayDispatchSection().build(context).planner.max_receive_rows == 3
-
-
-def test_the_page_has_each_kind() -> None:
-    assert list(RECIPES) == ["A router", "A dispatcher", "An expert type", "A controller", "A sink", "A launcher"]
-    for title, recipe in RECIPES.items():
-        most = 1 if title == "A launcher" else 2
-        assert len({block.path for block in recipe.blocks if not block.below}) <= most, f"{title}: section, class"
-        assert recipe.overrides or title == "A launcher", f"{title}: no line begins with `Train with`"
-    assert PAGE.count("```python") == sum(len(recipe.blocks) for recipe in RECIPES.values()), "a block that nobody applies"
 
 
 @pytest.mark.full  # a copy of the tree and a run; the test above reads the recipes

@@ -1,4 +1,4 @@
-"""Whole runs on two ranks: start, finish, repeat the command, extend, Ctrl-C on a terminal, resume."""
+"""Whole runs on two ranks: start, Ctrl-C on a terminal, resume, finish."""
 
 import contextlib
 import fcntl
@@ -18,7 +18,6 @@ import pytest
 
 from launchers.local import launch
 from moe_dist.errors import StoppedError
-from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support import slow_close
 from tests.support.tiny import tiny_config, write_config
@@ -105,69 +104,57 @@ def wait_until(condition: Callable[[], bool], terminal: Terminal) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture(scope="module")
-def first(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Path, str]:
-    """Returns a run of 4 steps, its configuration file, and its launcher's output."""
-    root = tmp_path_factory.mktemp("first")
+def stopped(data: Path, root: Path) -> tuple[RunFolder, Path, str]:
+    """Returns a run that Ctrl-C stopped on a terminal, its configuration file, and what the terminal shows."""
     sinks = [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}]
     shown = {"monitor.compute_map": {"sequences": 4}, "monitor.cost_table": True, "monitor.sinks": sinks}
-    config = tiny_config(tiny_data, root / "runs", {**QUIET, **shown, "run.name": "first"})
-    path = write_config(config, root / "x.yaml")
-    done = launched(path)
-    assert done.returncode == 0, done.stderr
-    return RunFolder.of(config), path, done.stdout
+    settings = {**QUIET, **shown, "train.steps": 100_000, "checkpoint.every": 100_000}
+    config = tiny_config(data, root / "runs", settings)
+    path, run = write_config(config, root / "x.yaml"), RunFolder.of(config)
+    terminal = Terminal(path)
+    wait_until(lambda: len(lines(run, "step")) >= 3, terminal)
+    terminal.press(CTRL_C)
+    assert terminal.close() == StoppedError.exit_code, terminal.shown
+    return run, path, terminal.shown
 
 
-def test_a_run_goes_from_start_to_end(first: tuple[RunFolder, Path, str]) -> None:
-    run, _, printed = first
+def test_ctrl_c_saves_and_the_run_goes_on_to_its_end(tiny_data: Path, tmp_path: Path) -> None:
+    """tests/distributed/test_resume.py compares the steps of such a run with those of an undisturbed one."""
+    run, path, shown = stopped(tiny_data, tmp_path)
     latest = run.read_status().latest
     assert latest is not None
-    assert (latest.verdict, latest.last_step) == (0, 4)
-    assert [line["step"] for line in lines(run, "step")] == [1, 2, 3, 4]
-    assert (run.checkpoints / "latest").read_text().strip() == "step_4"
-    assert run.read_summary().strip() in printed
+    last_step = latest.last_step
+    assert (latest.verdict, f"step_{last_step}") == (75, (run.checkpoints / "latest").read_text().strip())
+    assert "\x1b[?25l" in shown  # rank 0 found the terminal, and drew the progress bar
+    assert shown.endswith("\x1b[?25h")
+    assert "SIGINT: saving, then stopping; Ctrl-C again ends now" in shown
+    assert "Traceback" not in shown
+
+    steps = last_step + 2
+    done = launched(path, f"train.steps={steps}")
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in lines(run, "step")] == list(range(1, steps + 1))
+    assert [(each.verdict, each.last_step) for each in run.read_status().attempts] == [(75, last_step), (0, steps)]
+    assert (run.checkpoints / "latest").read_text().strip() == f"step_{steps}"
+    assert "\x1b" not in done.stdout  # without a terminal there is no progress bar
+    assert "This run uses pinned placement, which sends " in done.stdout
+    assert run.read_summary().strip() in done.stdout
+    assert not run.lease_json.exists()
+
+    for words in (
+        "This run's experts are pinned, which sends ",
+        "this run, if experts were interleaved",
+        "Compute map of held-out tokens: text ",
+    ):
+        assert words in run.read_summary()
     assert run.compute_map_png.read_bytes().startswith(b"\x89PNG")
     means = [line["experts_by_kind_of_token"] for line in lines(run, "evaluation")]
     assert [set(mean) for mean in means] == [{"text", "drawn cells", "background"}]
-    for words in ("this run, if experts were interleaved", "Compute map of held-out tokens: text "):
-        assert words in run.read_summary()
     assert b"this run, if experts were interleaved" in b"".join(
         path.read_bytes() for path in run.tensorboard.glob("events*")
     )
-    assert not run.lease_json.exists()
-    assert "\x1b" not in printed  # without a terminal there is no progress bar
-    assert "This run uses pinned placement, which sends " in printed
-    assert "This run's experts are pinned, which sends " in run.read_summary()
-    needed = [line["host"].get("needed_capacity_factor/text", 0.0) for line in lines(run, "step")]
+    needed = [line["host"].get("needed_capacity_factor/text", 0.0) for line in lines(run, "step")[:last_step]]
     assert (needed[0], min(needed[1:]) >= 1.0) == (0.0, True), "told with the next step"
-
-
-def test_ctrl_c_saves_and_the_run_goes_on_with_the_records_of_any_run_of_its_seed(
-    first: tuple[RunFolder, Path, str], tiny_data: Path, tmp_path: Path
-) -> None:
-    undisturbed = [reproducible_part(line) for line in lines(first[0], "step")[:4]]
-    settings = {**QUIET, "run.name": "second", "train.steps": 100_000, "checkpoint.every": 100_000}
-    config = tiny_config(tiny_data, tmp_path / "runs", settings)
-    path, run = write_config(config, tmp_path / "x.yaml"), RunFolder.of(config)
-
-    terminal = Terminal(path)
-    wait_until(lambda: len(lines(run, "step")) >= 5, terminal)
-    terminal.press(CTRL_C)
-    assert terminal.close() == StoppedError.exit_code, terminal.shown
-    stopped = run.read_status().latest
-    assert stopped is not None
-    assert (stopped.verdict, f"step_{stopped.last_step}") == (75, (run.checkpoints / "latest").read_text().strip())
-    assert "\x1b[?25l" in terminal.shown  # rank 0 found the terminal, and drew the progress bar
-    assert terminal.shown.endswith("\x1b[?25h")
-    assert "SIGINT: saving, then stopping; Ctrl-C again ends now" in terminal.shown
-    assert "Traceback" not in terminal.shown
-
-    steps = stopped.last_step + 2
-    gone_on = launched(path, f"train.steps={steps}")
-    assert gone_on.returncode == 0, gone_on.stderr
-    assert [line["step"] for line in lines(run, "step")] == list(range(1, steps + 1))
-    assert [reproducible_part(line) for line in lines(run, "step")[:4]] == undisturbed
-    assert [(each.verdict, each.last_step) for each in run.read_status().attempts] == [(75, steps - 2), (0, steps)]
 
 
 @pytest.mark.full  # tests/unit/parallel/test_meeting.py has the stops of single processes

@@ -281,14 +281,3 @@ def expected_node_traffic(
         if to // ranks_per_node == node and to != own_rank
     ]
     return len(crossing), len(inside)
-
-
-def expected_copies(num_experts: int, top_k: int, parts: int, *, num_null: int = 0) -> float:
-    """Returns the expected number of distinct parts (ranks or nodes with equally many experts) among a token's true
-    choices.
-
-    Routing is uniform over n + m columns without replacement. A token misses a part of n / P experts with probability C(n +
-    m - n / P, k) / C(n + m, k). docs/parallelism.md has examples.
-    """
-    columns = num_experts + num_null
-    return parts * (1.0 - math.comb(columns - num_experts // parts, top_k) / math.comb(columns, top_k))

@@ -79,11 +79,6 @@ def full_unless(keep: Callable[..., bool], cases: Iterable[tuple[Any, ...]]) -> 
     return [case if keep(*case) else full(*case) for case in cases]
 
 
-def rest_exhaustive(cases: Iterable[Any]) -> list[Any]:
-    """The cases, each a single value, with those after the first marked `exhaustive`."""
-    return [exhaustive(case) if position else case for position, case in enumerate(cases)]
-
-
 def exhaustive(*case: Any) -> Any:
     """A case that `make test-full` leaves out as well."""
     return pytest.param(*case, marks=pytest.mark.exhaustive)

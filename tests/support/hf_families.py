@@ -5,11 +5,9 @@ fuse gate and up; we name each expert. Rules apply to gradients as to weights. T
 no transformers.
 """
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,89 +18,12 @@ from moe_dist.hf.importing import run_config
 from moe_dist.hf.names import slots
 from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routers.top_k import column_counts
 from moe_dist.parallel.initialise import initialise, logical_expert_names
 from moe_dist.placement.parameter_names import logical_name, named_parameters
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.train.build.training import build_model
 from tests.support.agreement import Arrays, arrays, smallest_gap
-
-Kind = Literal["same", "router", "bias", "gate_up", "down"]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A rule for one of their names.
-
-    Attributes:
-        pattern: Regular expression of the whole name.
-        target: Our name, with groups of the pattern. For a router its group's gate, for experts their group's stack.
-        kind: How the tensor is cut: not at all; router rows by kind of column; a selection bias; gate and up of all experts
-            [E, 2 F, D]; down of all experts [E, D, F]. Rows of `gate_up` beyond the true experts are unused. LongCat-Flash
-            allocates them for its identity experts.
-        group: The expert group.
-    """
-
-    pattern: str
-    target: str
-    kind: Kind = "same"
-    group: str = "all"
-
-
-def _ernie(theirs: str, ours: str) -> tuple[Rule, ...]:
-    return (
-        Rule(rf"{theirs}\.gate\.weight", f"router.{ours}", "router", ours),
-        Rule(rf"{theirs}\.gate\.moe_statics\.e_score_correction_bias", f"router.{ours}", "bias", ours),
-        Rule(rf"{theirs}\.experts\.gate_up_proj", f"experts.{ours}", "gate_up", ours),
-        Rule(rf"{theirs}\.experts\.down_proj", f"experts.{ours}", "down", ours),
-    )
-
-
-ERNIE_BLOCK: tuple[Rule, ...] = (
-    *_ernie("text_moe", "text"),
-    *_ernie("vision_moe", "image"),
-    Rule(r"shared_experts\.(?P<part>gate|up|down)_proj\.weight", r"shared.\g<part>.weight"),
-)
-
-
-def to_logical(named: Mapping[str, Tensor], rules: Sequence[Rule], groups: Sequence[ExpertGroup]) -> dict[str, Tensor]:
-    """Returns views of their tensors under our logical names.
-
-    Raises:
-        KeyError: No rule has the name.
-    """
-    by_name = {group.name: group for group in groups}
-    logical: dict[str, Tensor] = {}
-    for name, tensor in named.items():
-        rule, target = _rule_of(name, rules)
-        logical |= _cut(tensor, target, rule.kind, by_name[rule.group] if rule.kind != "same" else None)
-    return logical
-
-
-def _rule_of(name: str, rules: Sequence[Rule]) -> tuple[Rule, str]:
-    for rule in rules:
-        if match := re.fullmatch(rule.pattern, name):
-            return rule, match.expand(rule.target)
-    raise KeyError(f"{name}: no rule of this family knows it")
-
-
-def _cut(tensor: Tensor, target: str, kind: Kind, group: ExpertGroup | None) -> dict[str, Tensor]:
-    if group is None:
-        return {target: tensor}
-    if kind == "bias":
-        return {f"{target}.bias": tensor.flatten()}
-    if kind == "router":
-        counts = column_counts(group)
-        rows = tensor.split(list(counts.values()))
-        return {f"{target}.{column}": part for column, part in zip(counts, rows, strict=True) if len(part)}
-    logical: dict[str, Tensor] = {}
-    for expert, weight in enumerate(tensor[: group.num_experts]):
-        if kind == "down":
-            logical[f"{target}.{expert}.down"] = weight
-        else:
-            logical[f"{target}.{expert}.gate"], logical[f"{target}.{expert}.up"] = weight.chunk(2)
-    return logical
 
 
 def choice_gap(model: nn.Module, router_logits: Sequence[Tensor]) -> float:

@@ -1,7 +1,7 @@
 """Our transformer and Megatron's GPTModel with the same weights."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -118,7 +118,7 @@ def transformer_config(layout: Layout) -> Any:
     return TransformerConfig(**{**options, **layout.options})
 
 
-def gpt_model(config: Any, spec: Any, *, pre_process: bool = True, post_process: bool = True) -> Any:
+def gpt_model(config: Any, spec: Any) -> Any:
     """Megatron's GPTModel over a layer spec."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -127,14 +127,12 @@ def gpt_model(config: Any, spec: Any, *, pre_process: bool = True, post_process:
         transformer_layer_spec=spec,
         vocab_size=VOCAB_SIZE,
         max_sequence_length=SEQ_LEN,
-        pre_process=pre_process,
-        post_process=post_process,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
     )
 
 
-def decoder_spec(layout: Layout, config: Any, *, stage: int = 0) -> Any:
+def decoder_spec(layout: Layout, config: Any) -> Any:
     """The spec of our decoder layers. Megatron has no norm for sequence parallelism without Transformer Engine or Apex, so
     with it a block of layers has the norm of the engine."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
@@ -149,17 +147,11 @@ def decoder_spec(layout: Layout, config: Any, *, stage: int = 0) -> Any:
         return spec
     stock: Any = get_gpt_decoder_layer_specs(config, use_transformer_engine=False, normalization="RMSNorm")
     layers = []
-    for layer in stage_layers(layout, stage):
+    for layer in range(LAYERS):
         submodules = replace(stock[layer].submodules, input_layernorm=Norm, pre_mlp_layernorm=Norm)
         layers.append(ModuleSpec(spec.module, spec.params, submodules))
     norm: Any = Norm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
-
-
-def stage_layers(layout: Layout, stage: int) -> range:
-    """Layers of a pipeline stage."""
-    each = LAYERS // layout.pp
-    return range(stage * each, (stage + 1) * each)
 
 
 def our_model(settings: ExpertSettings, *, seed: int = 3) -> Transformer:
@@ -263,14 +255,8 @@ def place_of(layout: Layout, state: Any) -> Place:
     )
 
 
-def megatron_tensors(
-    model: Any, ours: Transformer, place: Place, *, layers: Sequence[int] = range(LAYERS), gradients: bool = False
-) -> dict[str, Tensor]:
-    """Weights or gradients of our model as those of one Megatron rank, by the parameters' names in its `model`.
-
-    Args:
-        layers: Layers of this pipeline stage; Megatron numbers them from 0 on each.
-    """
+def megatron_tensors(model: Any, ours: Transformer, place: Place, *, gradients: bool = False) -> dict[str, Tensor]:
+    """Weights or gradients of our model as those of one Megatron rank, by the parameters' names in its `model`."""
     whole: dict[str, Tensor] = {}
     for each in named_parameters(ours):
         tensor: Any = each.parameter.grad if gradients else each.parameter.detach()
@@ -280,7 +266,7 @@ def megatron_tensors(
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         found[name] = torch.full_like(parameter, float("nan"))  # a value that no piece sets shows
-        for piece in pieces(name, found[name], place, first_layer=layers[0], moe_layers=MOE_LAYERS):
+        for piece in pieces(name, found[name], place, first_layer=0, moe_layers=MOE_LAYERS):
             tensor = whole[piece.name]
             piece.set(tensor if piece.dim is None else tensor.chunk(place.tp_size, piece.dim)[place.tp_rank])
     return found

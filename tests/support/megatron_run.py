@@ -59,11 +59,11 @@ def checkpoint_writers() -> Iterator[None]:
         filesystem_async._results_queue = None
 
 
-def wrapped(model: Any, config: Any, **options: Any) -> Any:
+def wrapped(model: Any, config: Any) -> Any:
     """The model in Megatron's DDP."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, **options)
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
     return DistributedDataParallel(config, settings, model)
 
 

@@ -1,4 +1,4 @@
-"""Router tuning on any layout of ranks: three optimizer steps of the float64 model of `layouts` on made-up samples."""
+"""Router tuning on any layout of ranks: two optimizer steps of the float64 model of `layouts` on made-up samples."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -19,11 +19,6 @@ def test_modality_by_vocabulary_range() -> None:
     assert ids_BS.tolist() == [[0, 0, 1, 1], [2, 2, 0, -1]]
 
 
-def test_ids_in_the_order_of_hidden_states() -> None:
-    groups_T = groups_of_rank(IDS_BS, GROUP_OF_MODALITY, length=4, batch=2, tp_rank=0, tp_size=1)
-    assert groups_T.tolist() == GROUPS
-
-
 @pytest.mark.parametrize("tp_rank", [0, 1])
 def test_a_rank_slices_a_whole_mask_and_uses_a_scattered_one_unchanged(tp_rank: int) -> None:
     expected = GROUPS[tp_rank * 4 : tp_rank * 4 + 4]

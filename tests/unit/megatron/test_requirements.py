@@ -22,11 +22,6 @@ def check(layout: Layout, **changes: Any) -> None:
         check(config, layout.settings)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(ep=4, tp=2, pp=2, uneven=True)], ids=str)
-def test_accepts_what_the_tests_train_with(layout: Layout) -> None:
-    check(layout)
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [

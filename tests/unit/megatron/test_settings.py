@@ -24,14 +24,6 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def test_reads_groups_modalities_and_placement(tmp_path: Path) -> None:
-    settings = read_settings(written(tmp_path, GOOD))
-    assert settings.group_of_modality() == (0, 1, 1)
-    placement = settings.place(3)
-    assert placement.slots == ((0, 1, 2, 3, 4), (5, 6, 7), ())
-    assert [group.num_null for group in placement.groups] == [3, 0]
-
-
 def test_says_every_fault_at_once(tmp_path: Path) -> None:
     text = """
 groups:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_dist.model import attention
 from moe_dist.model.attention import Attention, attend, dense_mask, flex_mask
-from moe_dist.model.layers import ModelArgs, RopePairs, rotary_table, rotate
+from moe_dist.model.layers import ModelArgs, rotary_table
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 0]], dtype=torch.int32)
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
@@ -62,47 +62,6 @@ def test_a_later_token_or_another_document_changes_nothing() -> None:
     untouched[0, 2] = untouched[1, 5] = False
     torch.testing.assert_close(after[untouched], before[untouched], rtol=0, atol=1e-6)
     assert (after[~untouched] - before[~untouched]).abs().max() > 1e-3
-
-
-def test_recompute_gives_the_same_gradients() -> None:
-    rotary, mask = rotary_table(torch.arange(6).expand(2, 6), 4, 1e4), dense_mask(DOCUMENTS)
-    gradients = []
-    for recompute in (False, True):
-        module = make_attention(recompute_blocks=recompute)
-        x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        module(x, rotary, mask).square().sum().backward()
-        gradients.append([x.grad, *(p.grad for p in module.parameters())])
-    for plain, again in zip(*gradients, strict=True):
-        assert torch.equal(plain, again)
-
-
-def test_rotary_scores_depend_on_the_distance_alone() -> None:
-    """RoFormer, equation 16: the product of a query at m and a key at n depends only on m - n."""
-    torch.manual_seed(0)
-    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-
-    def score(m: int, n: int) -> Tensor:
-        at = [rotate(x, rotary_table(torch.tensor([[p]]), 8, 1e4)) for x, p in ((q, m), (k, n))]
-        return (at[0] * at[1]).sum()
-
-    torch.testing.assert_close(score(7, 3), score(14, 10))
-    assert (score(7, 3) - score(7, 4)).abs() > 1e-3
-
-
-@pytest.mark.parametrize(("rope_dim", "pairs"), [(8, "halves"), (4, "halves"), (8, "adjacent"), (6, "adjacent")])
-def test_each_pair_of_values_turns_by_its_own_angle(rope_dim: int, pairs: RopePairs) -> None:
-    """Computes one pair at a time with complex numbers: pair i rotates by position x base^(-2 i / rope_dim). Other values
-    stay."""
-    x = torch.randn(2, 3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    positions = 7.0 * torch.arange(5, dtype=torch.float64)
-    expected = x.clone()
-    for i in range(rope_dim // 2):
-        first, second = (i, i + rope_dim // 2) if pairs == "halves" else (2 * i, 2 * i + 1)
-        turn = torch.polar(torch.ones(5, dtype=torch.float64), positions * 100.0 ** (-2 * i / rope_dim))
-        turned = torch.complex(x[..., first], x[..., second]) * turn
-        expected[..., first], expected[..., second] = turned.real, turned.imag
-    table = rotary_table(positions.long().expand(2, 5), rope_dim, 100.0)
-    torch.testing.assert_close(rotate(x, table, pairs), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_more_shapes_than_torch_compiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

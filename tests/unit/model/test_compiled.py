@@ -62,16 +62,6 @@ def grads(model: Transformer) -> list[Tensor]:
     return [each.grad for each in model.parameters() if each.grad is not None]
 
 
-@pytest.mark.slow
-def test_another_shape_would_be_seen_as_a_recompilation() -> None:
-    model = model_of(torch.float32)
-    with mock.patch.object(compiled, "BACKEND", "eager"):
-        compile_dense(model)
-    passed(model, 0)
-    with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(torch._dynamo.exc.RecompileError):
-        passed(model, 0, sequences=3)
-
-
 @pytest.mark.full
 def test_generated_code_rounds_alike() -> None:
     """Compares fp32 results, relative to the largest loss and to the largest gradient of each parameter."""

@@ -1,4 +1,5 @@
-"""The KL from a teacher against a slow reference: values and gradients, from all words and from the most likely words."""
+"""The KL from a teacher against a slow reference: values and gradients, from all words and from the most likely words;
+its share in the loss."""
 
 import math
 
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from moe_dist.data.batch import IGNORED
 from moe_dist.model.distillation import Divergence, TeacherOutput, divergences
+from moe_dist.train.objective.distillation import Distillation
+from moe_dist.train.objective.loss import MicroLoss
 
 B, S, V, K = 2, 3, 11, 4
 
@@ -77,3 +80,13 @@ def test_a_part_of_the_words_bounds_the_whole_and_extremes_stay_finite() -> None
         assert math.isclose(float(kl.detach()), 400.0, rel_tol=1e-5)
         assert other.grad is not None
         assert other.grad.isfinite().all()
+
+
+def test_the_kl_replaces_a_share_of_the_cross_entropy() -> None:
+    """Of four labels in the step this micro-batch has three."""
+    losses_BS, kl_BS = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.5, 0.25, 0.75]])
+    none = torch.zeros(1, dtype=torch.float64)
+    loss = MicroLoss(total=losses_BS.sum() / 4, nll_M=none, balance=none, z=none, auxiliary=none)
+    found = Distillation(lambda _: TeacherOutput(losses_BS), weight=0.7).add(loss, losses_BS, kl_BS, torch.tensor(4))
+    torch.testing.assert_close(found.total, torch.tensor(0.3 * 6.0 / 4 + 0.7 * 1.5 / 4))
+    torch.testing.assert_close(found.auxiliary, torch.tensor([0.7 * 1.5 / 4], dtype=torch.float64))

@@ -40,15 +40,6 @@ def test_it_is_the_reference_at_labels_and_nothing_elsewhere() -> None:
     assert ours[0][3].abs().max() == 0.0, "a sequence without choices has no gradient, and no NaN"
 
 
-def test_over_all_words_it_is_the_cross_entropy() -> None:
-    x, weight = made(torch.float64)
-    labels = torch.tensor([[5] * S] * B)
-    words = [5, *(word for word in range(V) if word != 5)]
-    found = Choices(torch.tensor([words] * B)).losses(x, weight, labels)
-    torch.testing.assert_close(found.flatten(), torch.nn.functional.cross_entropy((x @ weight.t()).flatten(0, 1),
-                               labels.flatten(), reduction="none"))  # fmt: skip
-
-
 @pytest.mark.parametrize("large", [1.0, 1e4])
 def test_losses_of_bf16_are_fp32_and_finite(large: float) -> None:
     x, weight = made(torch.bfloat16)

@@ -1,58 +1,20 @@
 """Scalings of rotary frequencies against a loop over the frequencies: kept and divided ones."""
 
-import math
-
 import pytest
 import torch
 
 from moe_dist.config.rope.base import RopeScalingSection
 from moe_dist.hf.attention_fields import ROPE_SCALINGS as SECTIONS
-from moe_dist.model.layers import ModelArgs, rotary_table
-from moe_dist.model.rope import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling, frequencies
+from moe_dist.model.layers import ModelArgs
+from moe_dist.model.rope import DynamicScaling, frequencies
 from moe_dist.model.transformer import Transformer
 
 WIDTH, BASE = 16, 1e4
 POSITIONS = torch.arange(24)[None]
-PLAIN = [BASE ** (-2 * i / WIDTH) for i in range(WIDTH // 2)]
 
 
 def test_every_kind_has_a_place_in_transformers() -> None:
     assert set(SECTIONS.values()) == set(RopeScalingSection.__subclasses__())
-
-
-def test_linear_divides_every_frequency() -> None:
-    rates, size = LinearScaling(4.0)(WIDTH, BASE, POSITIONS)
-    torch.testing.assert_close(rates, torch.tensor(PLAIN) / 4)
-    assert size == 1
-
-
-def test_llama3_divides_long_waves_and_keeps_short_ones() -> None:
-    rates, size = Llama3Scaling(8.0, 64, low_freq_factor=1.0, high_freq_factor=4.0)(WIDTH, BASE, POSITIONS)
-    expected, waves = [], {"short": 0, "middle": 0, "long": 0}
-    for rate in PLAIN:
-        wave = 2 * math.pi / rate
-        kind = "short" if wave < 64 / 4 else "long" if wave > 64 else "middle"
-        kept = {"short": 1.0, "middle": (64 / wave - 1) / 3, "long": 0.0}[kind]
-        expected.append((1 - kept) * rate / 8 + kept * rate)
-        waves[kind] += 1
-    torch.testing.assert_close(rates, torch.tensor(expected))
-    assert waves == {"short": 1, "middle": 2, "long": 5}
-    assert size == 1
-
-
-@pytest.mark.parametrize("truncate", [True, False])
-def test_yarn_goes_from_kept_to_divided_frequencies(truncate: bool) -> None:
-    rates, size = YarnScaling(4.0, 256, beta_fast=16.0, truncate=truncate)(WIDTH, BASE, POSITIONS)
-    low, high = (WIDTH * math.log(256 / (turns * 2 * math.pi)) / (2 * math.log(BASE)) for turns in (16.0, 1.0))
-    if truncate:
-        low, high = math.floor(low), math.ceil(high)
-    shares = [min(1.0, max(0.0, (i - low) / (high - low))) for i in range(WIDTH // 2)]
-    expected = [rate / 4 * share + rate * (1 - share) for rate, share in zip(PLAIN, shares, strict=True)]
-    torch.testing.assert_close(rates, torch.tensor(expected))
-    assert sum(0 < share < 1 for share in shares) > 0
-    assert size == pytest.approx(0.1 * math.log(4) + 1)
-    cos, _ = rotary_table(POSITIONS, WIDTH, BASE, YarnScaling(4.0, 256, attention_factor=1.5))
-    assert float(cos[0, 0, 0, 0]) == 1.5
 
 
 def test_dynamic_counts_no_padding() -> None:

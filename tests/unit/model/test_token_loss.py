@@ -1,6 +1,5 @@
 """The loss by tiles of words and tokens against the loss from all logits: values, gradients, memory, equal bits."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from moe_dist.config.load import load_config
 from moe_dist.data.batch import IGNORED
 from moe_dist.model import token_loss
 from moe_dist.model.layers import token_losses
 from moe_dist.model.token_loss import tiled_token_losses
-from moe_dist.train.build.training import model_args
 
 SEQUENCES, LENGTH, DIM, VOCABULARY = 3, 7, 5, 37
 GB = 1e9
@@ -140,11 +137,3 @@ def test_loss_memory_of_a_large_vocabulary(function: Any, least: float, most: fl
             function(x, weight, labels, 8192).sum().backward()
     gradients = 2 * dim * (tokens + vocabulary)
     assert least < (live.most - gradients) / GB < most
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in Path("configs").glob("*.yaml")))
-def test_only_vocabularies_above_65536_words_are_tiled(name: str) -> None:
-    """The default job and the reproductions therefore keep their bits."""
-    config = load_config(f"configs/{name}.yaml")
-    expected = 8192 if config.model.vocab_size > 65_536 else None
-    assert model_args(config, torch.float32).loss_words == expected

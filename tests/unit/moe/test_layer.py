@@ -16,7 +16,7 @@ from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.counts import SentCounts
-from moe_dist.moe.routing.types import RoutingCache, RoutingRequest
+from moe_dist.moe.routing.types import RoutingRequest
 from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.layer import ReferenceWeights, moe_forward
@@ -150,18 +150,6 @@ def test_without_a_token_every_parameter_has_a_zero_gradient() -> None:
     (y_TD.sum() + report.aux.prob_LC.sum() + report.aux.log_z_squared_LG.sum()).backward()
     assert (y_TD == 0).all()
     assert all(p.grad is not None and (p.grad == 0).all() for p in layer.parameters())
-
-
-def test_recompute_keeps_what_was_dropped() -> None:
-    """The cache keeps the decision. A second forward on another input drops the same pairs."""
-    groups = CASES["all kinds"]
-    router = make_layer(groups, capacity=Capacity(0.5)).router
-    h_TD, group_T = torch.randn(40, D, dtype=torch.double), torch.randint(0, 2, (40,))
-    cache = RoutingCache()
-    first = router(h_TD, group_T, cache)
-    second = router(h_TD.flip(0), group_T, cache)
-    assert torch.equal(first.assignments.expert_N, second.assignments.expert_N)
-    assert torch.equal(first.counts.dropped_LE, second.counts.dropped_LE)
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])

@@ -1,13 +1,11 @@
 """A layer that replays recorded choices: weights by hand, recomputation, memory, and refused choices."""
 
-import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.moe.layer import MoELayer
@@ -54,37 +52,6 @@ def test_weights_are_computed_anew_with_their_gradient() -> None:
     assert ours[0][[0, 3]].abs().min() > 0
     layer(h_TD, torch.tensor(GROUP))
     assert not torch.allclose(found[1], expected), "the routers choose for themselves again"
-
-
-@pytest.mark.parametrize(("recompute", "outside"), [("block", False), ("none", True), ("experts", True), ("block", True)])
-def test_recomputation_takes_the_same_choices(recompute: str, outside: bool) -> None:
-    """Two micro-batches go forward before the first goes backward, as in a pipeline."""
-    parts = torch.randn(2, 2, D, dtype=torch.float64, requires_grad=True)
-    found = []
-    for layer, wrap in ((top_k_layer(), False), (top_k_layer(recompute), outside)):
-        with Replay(layer, IDS, GROUP):
-            inputs = list(zip(parts, torch.tensor(GROUP).split(2), strict=True))
-            run = (lambda *each, layer=layer: checkpoint(layer, *each, use_reentrant=False)) if wrap else layer
-            outputs = [run(*each)[0] for each in inputs]
-            for output in outputs:
-                output.square().sum().backward(retain_graph=False, inputs=[parts, *layer.parameters()])
-        found.append([parts.grad, *(each.grad for each in layer.parameters())])
-        parts.grad = None
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-
-
-def test_host_memory_is_two_bytes_a_token_layer_and_choice() -> None:
-    tokens, layers = 4096, 6
-    model = nn.ModuleList(top_k_layer() for _ in range(layers))
-    ids = np.tile(IDS[:1], (tokens, layers, 1)).astype(np.int64)
-    tracemalloc.start()
-    replay = Replay(model, ids)
-    kept, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert replay.ids_TLK.nbytes == 2 * tokens * layers * 3
-    assert kept <= replay.ids_TLK.nbytes + 20_000
-    narrow = ids.astype(np.int16)
-    assert Replay(model, narrow).ids_TLK is narrow
 
 
 WRONG = {

@@ -59,13 +59,6 @@ def test_the_loss_is_the_loads_times_the_probabilities_of_the_step() -> None:
     assert total == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_state_comes_back() -> None:
-    load, fresh = load_of([[3, 1, 5, 2, 4]], [[4, 7]]), StepLoad(GROUPS, 1, CPU)
-    fresh.restore(load.state())
-    assert fresh.state() == load.state()
-    assert fresh.choices_LC.dtype == torch.float64
-
-
 @pytest.mark.parametrize(
     "state",
     [

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moe_dist.errors import ConfigError
-from moe_dist.optim.optimizer import make_optimizer, materialise_moments, set_lr, set_step_count, step_count
+from moe_dist.optim.optimizer import make_optimizer, materialise_moments, set_step_count, step_count
 from tests.support.messages import refused
 
 SETTINGS: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
@@ -51,43 +51,6 @@ def test_torch_is_fused_and_follows_the_formula() -> None:
         optimizer.step()
     torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=0)
     assert step_count(optimizer) == 3
-
-
-def test_a_rank_without_parameters_steps() -> None:
-    optimizer = make_optimizer([], backend="torch", **SETTINGS)
-    materialise_moments(optimizer)
-    optimizer.step()
-    assert step_count(optimizer) == 0
-
-
-def test_materialised_moments_change_nothing() -> None:
-    def run(materialise: bool) -> torch.Tensor:
-        parameter = nn.Parameter(torch.ones(3))
-        optimizer = make_optimizer([{"params": [parameter]}], backend="torch", **SETTINGS)
-        if materialise:
-            materialise_moments(optimizer)
-            assert step_count(optimizer) == 0
-        for _ in range(2):
-            parameter.grad = torch.tensor([0.1, 0.2, 0.3])
-            optimizer.step()
-        assert step_count(optimizer) == 2
-        return parameter.detach()
-
-    assert torch.equal(run(True), run(False))
-
-
-def test_the_step_count_drives_the_bias_correction() -> None:
-    parameters = [nn.Parameter(torch.ones(1)) for _ in range(2)]
-    optimizers = [make_optimizer([{"params": [p]}], backend="torch", **SETTINGS) for p in parameters]
-    for optimizer, count in zip(optimizers, (0, 1000), strict=True):
-        materialise_moments(optimizer)
-        set_step_count(optimizer, count)
-        set_lr(optimizer, 0.01)
-    for parameter, optimizer in zip(parameters, optimizers, strict=True):
-        parameter.grad = torch.ones(1)
-        optimizer.step()
-    assert parameters[0].item() == pytest.approx(1 - 0.01)
-    assert parameters[1].item() == pytest.approx(1 - 0.01 * 0.1 / 0.05**0.5, rel=1e-4)
 
 
 def test_auto_takes_apex_for_cuda_parameters(apex: ModuleType) -> None:

@@ -84,18 +84,6 @@ def test_any_cut_of_a_parameter_has_the_same_bits(monkeypatch: pytest.MonkeyPatc
         assert all(torch.equal(*pair) for pair in zip(whole, run(cuts, wide_bytes), strict=True))
 
 
-@pytest.mark.parametrize(("beta", "vanishes"), [(0.99, True), (0.999, False)])
-def test_a_moment_without_gradient_vanishes_only_below_the_bound(beta: float, vanishes: bool) -> None:
-    """So configurations with larger betas are refused."""
-    parameter = nn.Parameter(torch.ones(1))
-    optimizer = AdamW([{"params": [parameter]}], lr=0.0, betas=(beta, beta), eps=1e-8, moments="bf16")
-    for step in range(1200):
-        parameter.grad = torch.full((1,), float(step == 0))
-        optimizer.step()
-    first = 1 - beta
-    assert bool(optimizer.state[parameter]["exp_avg_sq"] < first / 1000) == vanishes
-
-
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_checkpoint_has_moments_of_two_bytes(tmp_path: Path, kind: str) -> None:
     data, section = tmp_path / "data", {"optimizer.kind": kind, "optimizer.moments": "bf16"}

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from moe_dist.optim.optimizer import clip_by_norm, local_norm_squared, scale_gradients
+from moe_dist.optim.optimizer import clip_by_norm, local_norm_squared
 
 CPU = torch.device("cpu")
 
@@ -34,19 +34,6 @@ def test_float64_stays_exact_and_bf16_is_summed_in_fp32() -> None:
     torch.testing.assert_close(
         local_norm_squared([(coarse, 1)], device=CPU), torch.tensor(4097.0, dtype=torch.float64), rtol=1e-6, atol=0
     )
-
-
-def test_none_and_empty_gradients_add_nothing() -> None:
-    empty = with_gradient(torch.empty(0, 3))
-    assert local_norm_squared([(nn.Parameter(torch.ones(2)), 1), (empty, 1)], device=CPU).item() == 0.0
-    assert local_norm_squared([], device=CPU).item() == 0.0
-
-
-def test_scale_multiplies_in_place_whatever_the_dtype() -> None:
-    parameters = [with_gradient(torch.ones(2)), with_gradient(torch.ones(2, dtype=torch.float64))]
-    before = [parameter.grad for parameter in parameters]
-    scale_gradients([*parameters, nn.Parameter(torch.ones(1))], torch.tensor(0.5, dtype=torch.float64))
-    assert all(p.grad is g and p.grad.eq(0.5).all() for p, g in zip(parameters, before, strict=True))
 
 
 def test_clip_leaves_small_gradients_and_scales_large_ones() -> None:

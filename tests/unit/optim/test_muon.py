@@ -29,13 +29,6 @@ def test_a_stack_is_orthogonalised_matrix_by_matrix(shape: tuple[int, int]) -> N
     assert orthogonalise(empty, torch.bfloat16).shape == empty.shape
 
 
-def test_singular_values_end_near_one() -> None:
-    matrix = torch.randn(64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalise(matrix, torch.float64))
-    assert values.min() > 0.68
-    assert values.max() < 1.21
-
-
 def test_steps_follow_the_reference() -> None:
     generator = torch.Generator().manual_seed(1)
     model = model_of(q=(Role.DENSE, (4, 6)), experts=(Role.EXPERT, (2, 6, 4)), norm=(Role.NORM, (4,))).double()

@@ -5,7 +5,7 @@ import pytest
 
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica, servers, shares
+from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
 
 GROUPS = (ExpertGroup("text", 3, 1, 2, 8), ExpertGroup("image", 2, 1, 1, 12, first_expert=3))
 SLOTS = ((1, 3), (0, 4), (2,), ())
@@ -31,11 +31,6 @@ def test_by_hand() -> None:
     assert PLACED.in_layer(1).slots == SLOTS
 
 
-def test_the_home_rank_serves_the_fewest() -> None:
-    assert servers([2, 3, 0], 8) == [0, 2, 2, 3, 3, 0, 2, 3]
-    assert shares([2, 3, 0], 8).tolist() == [2 / 8, 0, 3 / 8, 3 / 8, 0, 0, 0, 0]
-
-
 def test_shares_are_those_of_drawn_tokens() -> None:
     """Compares the expected load of a rank with a count of the pairs from all ranks, each with its own tokens."""
     rng, share_E = np.random.default_rng(0), np.array([0.4, 0.2, 0.1, 0.1, 0.2])
@@ -58,11 +53,3 @@ def test_shares_are_those_of_drawn_tokens() -> None:
 def test_other_replicas_are_refused(replicas: tuple[Replica, ...]) -> None:
     with pytest.raises(ConfigError, match="replicas of layer 0"):
         PlacementWithReplicas(GROUPS, SLOTS, (replicas,))
-
-
-def test_each_rank_s_tokens_are_computed_where_their_slots_are() -> None:
-    for layer in range(2):
-        rank_of = np.array(PLACED.in_layer(layer).rank_of_expert)
-        expected_RE = [rank_of[PLACED.id_of_expert(layer, source)].tolist() for source in range(4)]
-        assert PLACED.computing_ranks(layer).tolist() == expected_RE
-    assert PLACED.computing_ranks(1).tolist() == [list(PLACED.rank_of_expert)] * 4

@@ -9,7 +9,7 @@ import pytest
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.fault_plan import Fault, FaultPlan
-from tests.support.judgement import TRIED_AGAIN, in_flight, look_back, too_many_redone, unexpected
+from tests.support.judgement import TRIED_AGAIN, look_back
 from tests.support.tiny import tiny_config
 
 ENOSPC = Fault(0, rank=1, step=4, phase="checkpoint write", kind="ENOSPC")
@@ -56,39 +56,3 @@ def test_a_run_after_faults(
     found = look_back(FaultPlan(faults, struck, tmp_path / "data", None), run, ends)[1]
     assert len(found) == len(problems)
     assert all(problem in text for problem, text in zip(problems, found, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("step", "committed", "missed", "unfinished", "too_many"),
-    [
-        (20, 15, 0, None, False),
-        (21, 15, 0, None, True),
-        (21, 15, 1, None, False),
-        (24, 15, 0, 20, False),  # the save of step 20 was in flight, which is allowed
-        (24, 15, 0, 15, True),  # no save was in flight, because the save of step 15 had finished
-        (26, 15, 0, 20, True),  # the save of step 25 should have waited for the save of step 20
-        (24, 10, 0, 20, True),  # the save of step 20 should have waited for the save of step 15
-        (24, 10, 1, 20, False),
-        (16, 15, 0, 15, False),
-    ],
-)
-def test_what_is_lost_is_one_interval_and_what_was_in_flight(
-    step: int, committed: int, missed: int, unfinished: int | None, too_many: bool
-) -> None:
-    assert too_many_redone({"step": step, "committed": committed}, missed, unfinished) is too_many
-
-
-def test_the_save_in_flight_is_the_one_that_was_begun_and_not_finished() -> None:
-    begun, durable = "x checkpoint step_{}: training went on after 0.1 s\n", "checkpoint step_{}: durable after 1 s\n"
-    assert in_flight("") is None
-    assert in_flight(begun.format(5) + durable.format(5)) is None
-    assert in_flight(begun.format(5) + durable.format(5) + begun.format(10)) == 10
-    assert in_flight(durable.format(5) + begun.format(5)) is None
-
-
-def test_an_attempt_must_end_as_its_fault_says() -> None:
-    seen = {"to_end": 1.0, "verdict": 1, "reason": "RuntimeError: a fault that a test injected", "named": 0}
-    assert list(unexpected(EXCEPTION, seen)) == []
-    assert list(unexpected(EXCEPTION, {**seen, "to_end": 11.0})) == ["the others ended 11.0 s after it"]
-    assert list(unexpected(EXCEPTION, {**seen, "verdict": 65})) == ["the verdict is not 1"]
-    assert list(unexpected(EXCEPTION, {**seen, "reason": "lost"})) == ["the reason is not the exception"]

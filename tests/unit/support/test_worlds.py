@@ -25,10 +25,6 @@ def summed(rank: RankContext, values: list[float]) -> Answer:
     return Answer(rank.rank, total)
 
 
-def hash_of(rank: RankContext, text: str) -> int:
-    return hash(text)
-
-
 def fail_on_one(rank: RankContext) -> None:
     if rank.rank == 1:
         left, right = 3, 4
@@ -63,11 +59,6 @@ def is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def test_a_set_of_strings_may_have_another_order_on_the_next_rank(worlds: Worlds) -> None:
-    first, second = worlds.run(2, hash_of, "experts")
-    assert first != second
 
 
 @pytest.mark.parametrize(

@@ -63,12 +63,6 @@ def test_a_device_without_the_grouped_kernel_is_named(
     check_expert_gemm(config("auto", precision), torch.device("cuda"))
 
 
-def test_what_can_be_had_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
-    check_expert_gemm(config("grouped"), torch.device("cuda"))
-    check_expert_gemm(config("grouped", "fp32"), torch.device("cpu"))
-
-
 def test_a_plan_knows_the_loads_that_it_leads_to() -> None:
     """4 true and 4 null experts with k = 2: even is 1 true expert per token. A null weight of 3 gives 2 x 4 / 16, a
     controller its target."""

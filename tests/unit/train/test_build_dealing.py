@@ -1,16 +1,12 @@
 """The cost of a sequence against the FLOPs of the whole model, and the log line about dealing."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
-from moe_dist.data.dealing import Deal
 from moe_dist.plan.flops import forward_flops
 from moe_dist.train.build.dealing import build_dealing, sequence_costs
-from moe_dist.train.rank_balance.levers import SHOW_EVERY, DealingLever
 from tests.support.tiny import tiny_config
 
 WINDOWS = {"model.sliding_window": 5, "model.sliding_layers": [0]}
@@ -53,16 +49,3 @@ def test_sequences_change_their_micro_batch_only_without_its_terms() -> None:
     assert not mix(**alone)
     assert not mix(**alone, loss__balance__schedule=[[0, 0.0], [9, 0.1]])
     assert not mix(**alone, **off, loss__z=1e-3)
-
-
-def test_the_dealing_is_shown_in_few_steps() -> None:
-    deals = {0: Deal(np.zeros((1, 1, 1)), 1.5, 1.0), 8: Deal(np.zeros((1, 1, 1)), 1.2, 1.2)}
-    lever = DealingLever(SimpleNamespace(dealt=deals.__getitem__))  # pyright: ignore[reportArgumentType]
-    result: Any = None
-    first, refused = lever.after_step(result, step=1, position=0), lever.after_step(result, step=SHOW_EVERY, position=8)
-    assert first is not None
-    assert (first.taken, first.gain) == (True, pytest.approx(1 / 3))
-    assert "1.500 -> 1.000" in first.text
-    assert refused is not None
-    assert not refused.taken
-    assert lever.after_step(result, step=2, position=0) is None

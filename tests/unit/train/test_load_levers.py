@@ -1,4 +1,4 @@
-"""Decisions to move and to replicate experts: workloads of the benchmarks, a changing mix of modalities, an expert hotter
+"""Decisions to move and to replicate experts: workloads of the benchmarks, an expert hotter
 than a rank's even share, noise, costs, and the saved state."""
 
 import json
@@ -21,7 +21,6 @@ EVERY = 16
 SHAPE = WorkloadShape(num_tokens=2048, num_experts=64, top_k=4, num_shards=4)
 MANY = (ExpertGroup("all", 64, 0, 4, 8),)
 ONE = (ExpertGroup("all", 32, 0, 2, 8),)
-TWO = (ExpertGroup("text", 16, 0, 1, 8), ExpertGroup("image", 16, 0, 1, 16, first_expert=16))
 CONTIGUOUS = ExpertPlacement(MANY, tuple(tuple(SHAPE.shard(rank)) for rank in range(4)))
 START = ExpertPlacement.interleaved(ONE, 4)
 
@@ -86,29 +85,6 @@ def test_hot_experts_are_spread(name: str) -> None:
     assert np.mean(after) >= 0.95
     assert len(played.changes) == 1
     assert 1 / played.shown[0].after == pytest.approx(np.mean(after), abs=0.02), "as predicted"
-
-
-def mix(image_share: float, seed: int) -> np.ndarray:
-    """Returns counts of two layers in a step of 8,192 tokens. The first four experts of a group are four times as
-    likely."""
-    rng = np.random.default_rng(seed)
-    heat = np.r_[np.full(4, 4.0), np.ones(12)]
-    share = np.concatenate([(1 - image_share) * heat, image_share * heat]) / heat.sum()
-    return rng.multinomial(8192, share, size=2)
-
-
-def test_it_follows_a_drifting_mix_within_50_steps() -> None:
-    """Hot text experts share one rank, hot image experts another. While all tokens are text, only text experts move."""
-    slots = tuple((*range(4 * rank, 4 * rank + 4), *range(28 - 4 * rank, 32 - 4 * rank)) for rank in range(4))
-    played = Moving(ExpertPlacement(TWO, slots))
-    for step in range(40):
-        played.play(mix(0.0, step))
-    settled = len(played.changes)
-    worst = played.play(mix(0.9, 40))
-    drifted = [played.play(mix(0.9, step)) for step in range(41, 140)]
-    assert worst < 0.7
-    assert min(drifted[49:]) >= 0.93
-    assert settled + 1 <= len(played.changes) <= settled + 2
 
 
 def test_a_move_that_does_not_pay_back_is_refused() -> None:
@@ -192,14 +168,6 @@ def test_replicas_follow_a_hot_spot_and_go_when_it_cools() -> None:
     experts = [{expert for expert, _ in change.replicas[1]} for change in played.changes]
     assert experts == [{5}, {14}, set()]
     assert min(followed) >= 0.95
-
-
-def test_replicas_go_at_once_if_the_last_steps_need_none() -> None:
-    """The first half of the second window still proposes replicas. In the second half they only cost."""
-    played = Replicating(flops_per_byte=600.0)
-    for step in range(2 * EVERY):
-        played.play(hot(step, share=0.5 if step < EVERY * 3 // 2 else 0.0))
-    assert [any(change.replicas) for change in played.changes] == [True, False]
 
 
 def test_a_rank_has_at_most_its_slots() -> None:

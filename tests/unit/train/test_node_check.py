@@ -92,17 +92,6 @@ def test_the_rendezvous_host_must_resolve(config: Config) -> None:
     assert "'nowhere.invalid' does not resolve" in str(found[2])
 
 
-def test_warnings_are_logged_once_and_end_nothing(
-    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    change_on("node1", {"apex": "other"}, monkeypatch)
-    with caplog.at_level(logging.WARNING):
-        assert all(isinstance(each, list) for each in all_ranks(config))
-    assert [record.getMessage().partition(" is not")[0] for record in caplog.records] == [
-        "apex: the package `apex` on node1"
-    ]
-
-
 @pytest.mark.parametrize("seconds", [-60.0, 60.0])
 def test_a_clock_that_is_off_is_told(
     seconds: float, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -59,24 +59,6 @@ def test_a_trace_names_layers_and_phases(tiny_data: Path, tmp_path: Path) -> Non
     assert memory["ranges_mib"].keys() >= found.keys()
 
 
-@pytest.mark.full
-def test_a_trace_names_layers_in_halves(tiny_data: Path, tmp_path: Path) -> None:
-    """Layers of two halves run without their modules' hooks, in pieces between exchanges."""
-    with world_of_one():
-        one = OneRank(tiny_data, tmp_path, parallel__two_batch_overlap=True, train__micro_batch=2)
-        model = one.training.parallel.model
-        names = [*vars(model.layers[0].attention)]
-        profiler = StepProfiler(model, tmp_path / "p", "rank_0", first=1, last=1, device=torch.device("cpu"))
-        trainer_of(one, profiler)._step()
-    found = ranges(tmp_path / "p")
-    halves = 2 * found["forward"]
-    for layer in one.plan.config.model.moe_layers:
-        for part, times in (("attention", 1), ("moe", 3), ("moe.router", 1), ("moe.experts", 1), ("plan", 1)):
-            assert found[f"layer {layer}/{part}"] == times * halves, part
-    assert [*vars(model.layers[0].attention)] == names
-    assert not any("steps" in vars(moe) for moe in model.moe_modules())
-
-
 def profiler_of(folder: Path, last: int) -> StepProfiler:
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import JsonValue
 
 from moe_dist.checkpoint import storage
 from moe_dist.checkpoint.generators import generator_states, restore_generators
@@ -30,10 +29,6 @@ GOOD = {"step": 4, "position": 32, "tokens": 1000, "skipped_steps": 2, "skipped_
 def found(progress: Any, tmp_path: Path, *, step: int = 4) -> Progress:
     restored = Restored(step, {"progress": progress}, {})
     return progress_of(restored, tiny_config(tmp_path, tmp_path), Path("step_4"))
-
-
-def test_counters_come_back(tmp_path: Path) -> None:
-    assert found(GOOD, tmp_path) == Progress(**GOOD)
 
 
 @pytest.mark.parametrize(
@@ -201,24 +196,6 @@ def test_a_checkpoint_without_a_configuration_is_a_data_error(tiny_data: Path, t
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_new_run_may_begin_with_the_weights_of_another(
-    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    a = OneRank(tiny_data, tmp_path, run__name="a")
-    a.train_and_save()
-    b = OneRank(tiny_data, tmp_path, run__name="b", run__seed=7, run__init_from=str(tmp_path / "a"))
-    assert b.resumable.restore() == Progress()
-    assert torch.equal(b.weights(), a.weights())
-    assert step_count(b.training.optimizer) == 0
-    assert not b.moments().any()
-    told = capsys.readouterr().out
-    assert f"run.init_from: weights from {a.folder / 'step_2'}" in told
-    assert f"{a.weights().numel():,} numbers" in told
-    assert "kept 0 tensors" in told
-    assert "left 0 tensors" in told
-
-
-@pytest.mark.usefixtures("one_rank")
 def test_other_data_under_the_same_path_are_refused(tmp_path: Path) -> None:
     data = tmp_path / "data"
     tiny_dataset(data)
@@ -229,31 +206,6 @@ def test_other_data_under_the_same_path_are_refused(tmp_path: Path) -> None:
         OneRank(data, tmp_path).resumable.restore()
     assert raised.value.exit_code == 65
     assert "captions_train.bin: 4032 bytes, sha256" in str(raised.value)
-
-
-class Counter:
-    """A controller with one number as its state."""
-
-    def __init__(self, value: int) -> None:
-        self.value = value
-
-    def state(self) -> JsonValue:
-        return {"value": self.value}
-
-    def restore(self, state: JsonValue) -> None:
-        assert isinstance(state, dict)
-        assert isinstance(state["value"], int)
-        self.value = state["value"]
-
-
-@pytest.mark.usefixtures("one_rank")
-def test_controllers_go_on_by_name(tiny_data: Path, tmp_path: Path) -> None:
-    OneRank(tiny_data, tmp_path, {"bias": Counter(5), "decay": Counter(6)}).train_and_save()
-    mine = {"bias": Counter(0), "decay": Counter(0)}
-    OneRank(tiny_data, tmp_path, mine).resumable.restore()
-    assert {name: counter.value for name, counter in mine.items()} == {"bias": 5, "decay": 6}
-    with refused(DataError):
-        OneRank(tiny_data, tmp_path, {"bias": Counter(0)}).resumable.restore()
 
 
 @pytest.mark.usefixtures("one_rank")

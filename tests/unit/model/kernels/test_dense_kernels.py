@@ -103,16 +103,6 @@ def test_norm_with_rotary_embedding(
     close(gradients[1], expected[1], torch.float32)
 
 
-def test_a_part_of_a_head_is_normed_and_rotated_by_two_kernels() -> None:
-    table = rotary_table(torch.arange(5)[None], 6, 1e4)
-    assert TRITON.norm_and_rotate(torch.randn(1, 5, 2, 8), torch.ones(8), 1e-5, table, "halves") is None
-
-
-def test_one_table_for_all_sequences() -> None:
-    x, table = torch.randn(3, 2, 5, 8), rotary_table(torch.arange(5)[None], 8, 1e4)
-    torch.testing.assert_close(TRITON.rotate(x, table), TORCH.rotate(x, table))
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("shape", "words"), [((2, 5), 37), ((1, 3), 4096), ((1, 3), 9001), ((1, 1), 1), ((0, 4), 8)])
 def test_losses_of_tokens(shape: tuple[int, int], words: int, dtype: torch.dtype) -> None:

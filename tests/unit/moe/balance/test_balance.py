@@ -18,7 +18,6 @@ from moe_dist.moe.routing.counts import RoutingCounts
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.layer import bias_steps
 from tests.support.counts import counts_with
-from tests.support.cover import full
 from tests.support.messages import refused
 
 D = 8
@@ -96,35 +95,6 @@ def counts_of(true_text: Sequence[int], tokens: int) -> RoutingCounts[torch.Tens
     return counts_with(choices_LC=choices, tokens_LG=torch.tensor([[tokens, 0, 0]], dtype=torch.float64))
 
 
-def test_below_the_target_true_experts_rise_and_above_they_fall() -> None:
-    for true, sign in (([2, 3, 1, 4], 1), ([20, 3, 7, 8], -1), ([5, 0, 9, 1], 0)):
-        moved, gates = controller(ActiveExperts({"text": 1.5}, rate=1.0), layers=1)
-        moved.after_step(counts_of(true, 10))
-        load = sum(true) / 10
-        assert torch.sign(gates[0][0].bias[:4]).tolist() == [sign] * 4
-        assert gates[0][0].bias[0] == pytest.approx((1.5 - load) / (3 * 4))
-        assert not gates[0][1].bias.any(), "a group without a target, and without tokens"
-
-
-def test_each_expert_by_the_published_formula() -> None:
-    """mu (K_e / (K N) - T_i / (K T)) by hand, with K = 3, N = 4, K_e = 1.5, T = 10."""
-    moved, gates = controller(ActiveExperts({"text": 1.5}, rate=0.2, per="expert"), layers=1)
-    moved.after_step(counts_of([0, 10, 3, 2], 10))
-    by_hand = [0.2 * (1.5 / 12 - count / 30) for count in (0, 10, 3, 2)]
-    assert gates[0][0].bias[:4].tolist() == pytest.approx(by_hand)
-
-
-def test_the_sign_rule_moves_by_the_rate_and_leaves_the_mean() -> None:
-    moved, gates = controller(LossFree(rate=1e-3), layers=1)
-    moved.after_step(counts_of([1, 1, 1, 5], 10))  # mean 2
-    assert gates[0][0].bias[:4].tolist() == pytest.approx([0.5e-3, 0.5e-3, 0.5e-3, -1.5e-3])
-    choices = torch.zeros(1, COLUMNS, dtype=torch.float64)
-    choices[0, 6:9] = torch.tensor([2, 2, 5])
-    moved, gates = controller(LossFree(rate=1e-3), layers=1)
-    moved.after_step(counts_with(choices_LC=choices, tokens_LG=torch.tensor([[0, 0, 9]], dtype=torch.float64)))
-    assert gates[0][2].bias.tolist() == pytest.approx([1e-3, 1e-3, -1e-3]), "without other columns, as published"
-
-
 def test_the_target_falls_from_all_true_experts_in_a_line() -> None:
     """4 true experts and 3 choices: the target is 3, 2.5, 2, 1.5, and then stays 1.5. A step that is 1 below it moves the
     biases equally each time."""
@@ -188,15 +158,6 @@ def test_a_state_without_errors_is_a_data_error(rules: Any) -> None:
         controller(ActiveExperts({"text": 1.5}, rate=1.0, proportional=1.0))[0].restore({"step": 3, "rules": rules})
 
 
-def test_the_rate_halves_after_its_steps() -> None:
-    rule = ActiveExperts({"text": 1.5}, rate=0.4, decay_steps=100)
-    true, tokens = torch.zeros(1, 4, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-    first, later = (rule.delta(TEXT, true, tokens, step) for step in (0, 100))
-    assert first is not None
-    assert later is not None
-    torch.testing.assert_close(later, first / 2, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(
     "state",
     [None, 3, {}, {"step": -1}, {"step": True}, {"step": 1.0}, {"step": 10**400}],
@@ -205,47 +166,6 @@ def test_the_rate_halves_after_its_steps() -> None:
 def test_a_state_that_is_none_is_a_data_error(state: Any) -> None:
     with refused(DataError):
         controller(LossFree(rate=1.0))[0].restore(state)
-
-
-def closed_loop(rules: Sequence[Any], *, steps: int, skew: float = 1.0) -> tuple[list[float], torch.Tensor]:
-    """Returns the true experts per text token over steps with new tokens, and each true expert's choices in the last 60
-    steps."""
-    torch.manual_seed(0)
-    group = ExpertGroup("text", 6, 6, 4, 8, 0, ("text",))
-    router = TopKRouter(RouterContext(D, (group,)), selection_bias=True)
-    gate: Any = router.get_submodule("group:text")
-    with torch.no_grad():
-        gate.true.normal_(0.0, skew)
-        gate.null.normal_(0.0, skew)
-    moved, loads = BiasController([[gate]], (group,), rules), []
-    chosen = []
-    for _ in range(steps):
-        routed = router(torch.randn(512, D) + 0.3, torch.zeros(512, dtype=torch.int64))
-        moved.after_step(routed.counts)
-        chosen.append(routed.counts.choices_LC[0][:6])
-        loads.append(float(chosen[-1].sum()) / 512)
-    return loads, torch.stack(chosen[-60:]).sum(0).double()
-
-
-@pytest.mark.parametrize(
-    ("target", "per"),
-    [(0.5, "group"), full(0.5, "expert"), full(1.25, "group"), (1.25, "expert"), full(3.0, "group"), full(3.0, "expert")],
-)
-def test_the_mean_load_converges_to_its_target(target: float, per: Any) -> None:
-    loads, _ = closed_loop([ActiveExperts({"text": target}, rate=1.0, decay_steps=60, per=per)], steps=400)
-    assert abs(loads[0] - target) > 0.2
-    last = loads[-150:]
-    assert abs(sum(last) / 150 - target) <= 0.01 * target
-    assert max(abs(load - target) for load in last) < 0.3
-
-
-def test_together_they_hold_the_load_and_even_out_the_experts() -> None:
-    alone, before = closed_loop([ActiveExperts({"text": 1.5}, rate=0.3, decay_steps=60)], steps=300)
-    both, after = closed_loop([ActiveExperts({"text": 1.5}, rate=0.3, decay_steps=60), LossFree(rate=1e-3)], steps=300)
-    for loads in (alone, both):
-        assert sum(loads[-60:]) / 60 == pytest.approx(1.5, rel=0.01)
-    assert before.max() / before.mean() > 1.5
-    assert after.max() / after.mean() < 1.1
 
 
 def test_a_bias_chooses_and_never_weighs() -> None:

@@ -7,7 +7,6 @@ import pytest
 from moe_dist.moe.dispatch.ledger import compare
 from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from tests.reference.layer import expected_copies
 
 TEXT = ExpertGroup("text", 4, 4, 3, 8, 0, ("text",))
 IMAGE = ExpertGroup("image", 2, 0, 2, 8, 4, ("image",))
@@ -71,19 +70,3 @@ def test_a_rank_without_experts_sends_every_choice() -> None:
     ledger = compare(placement, 1, SentCounts(5, 7, 7), true_choices_G=[7], null_choices_G=[8], tokens_G=[5])
     assert ledger["rows_same_active"] == 7
     assert ledger["rows_topk"] == 15
-
-
-@pytest.mark.parametrize(("experts", "top_k", "parts", "copies"), [
-    (256, 8, 8, 5.29), (256, 8, 16, 6.52), (256, 8, 64, 7.68), (128, 8, 8, 5.34), (128, 8, 64, 7.78),
-    (64, 8, 8, 5.43), (64, 8, 64, 8.0), (8, 2, 8, 2.0),
-])  # fmt: skip
-def test_expected_copies_of_known_models(experts: int, top_k: int, parts: int, copies: float) -> None:
-    """Rows per token of DeepSeek-V3, Qwen3, OLMoE and Mixtral: by rank at EP 8, 16, 64, or by node of 8 ranks."""
-    assert expected_copies(experts, top_k, parts) == pytest.approx(copies, abs=0.005)
-
-
-@pytest.mark.parametrize(("experts", "null", "top_k", "parts"), [(6, 0, 3, 3), (8, 0, 2, 4), (4, 3, 3, 2), (4, 4, 1, 4)])
-def test_expected_copies_are_the_mean_over_every_choice(experts: int, null: int, top_k: int, parts: int) -> None:
-    choices = list(combinations(range(experts + null), top_k))
-    total = sum(len({e // (experts // parts) for e in choice if e < experts}) for choice in choices)
-    assert expected_copies(experts, top_k, parts, num_null=null) == pytest.approx(total / len(choices), rel=1e-12)

@@ -5,26 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dist.comm.all_to_all import Splits
-from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.exchange import AllToAllPlan
 from moe_dist.moe.dispatch.interface import DispatchedRows
-from moe_dist.moe.experts.experts import Experts, slot_chunks
+from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing.types import Assignments
 from moe_dist.placement.placement import ExpertGroup
-from tests.support.one_rank_layer import context_of, one_rank_layer
-
-
-#   counts 3 0 4 1, budget 3:   aaa | ccc | c d
-def test_chunks_drawn_by_hand() -> None:
-    assert slot_chunks((3, 0, 4, 1), 3) == [(3, 0, 0, 0), (0, 0, 3, 0), (0, 0, 1, 1)]
-    assert slot_chunks((3, 0, 4, 1), 8) == [(3, 0, 4, 1)]
-    assert slot_chunks((0, 0), 5) == [(0, 0)]
-    assert slot_chunks((), 5) == [()]
+from tests.support.one_rank_layer import one_rank_layer
 
 
 def kept_bytes(row_of: torch.Tensor, *, recompute: bool, pair_budget: int | None) -> int:
@@ -87,30 +76,3 @@ def test_grouped_products_give_what_the_loop_gives(dtype: torch.dtype, pair_budg
     for loop, grouped in zip(*results, strict=True):
         bound = 16 * torch.finfo(dtype).eps * float(loop.abs().max())
         torch.testing.assert_close(grouped, loop, rtol=0, atol=bound)
-
-
-class Joined(TorchDispatchMode):
-    """Counts the tensors that concatenation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ == "cat"
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("num_groups", "joined"), [(1, 0), (2, 1)])
-def test_outputs_of_one_group_are_not_copied(num_groups: int, joined: int) -> None:
-    groups = tuple(ExpertGroup(name, 2, 0, 1, 8, 2 * i, (name,)) for i, name in enumerate(("text", "image")[:num_groups]))
-    dispatcher = AllToAllDispatcher(context_of(groups))
-    experts = Experts(8, groups, [2] * num_groups, gemm="grouped")
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter)
-    rows_RD = torch.randn(6, 8)
-    assignments = Assignments(torch.arange(6), torch.arange(6) % (2 * num_groups), torch.ones(6))
-    (plan,), _ = dispatcher.planner.plan(assignments, 6, "layer")
-    with Joined() as seen:
-        experts(DispatchedRows(rows_RD, torch.ones(6)), plan)
-    assert seen.count == joined

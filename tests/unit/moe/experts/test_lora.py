@@ -9,11 +9,9 @@ from torch import Tensor
 
 from moe_dist.model.layers import RMSNorm, SwiGLU
 from moe_dist.moe.experts.lora import LoRAExperts, LoRALayer
-from moe_dist.moe.losses import ColumnTables, balance_terms
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.counts import SentCounts
-from moe_dist.moe.routing.draws import dropped
 from moe_dist.moe.routing.types import GlobalBatchInfo, RoutingRequest
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.lora import reference_lora_layer
@@ -150,19 +148,6 @@ def test_a_probability_that_underflows_has_a_weight_of_one() -> None:
     assert all(g is None or g.isfinite().all() for g in gradients(y_TD, layer, x_TD).values())
 
 
-@pytest.mark.parametrize("kind", ["null_averaged", "vanilla"])
-def test_the_balance_loss_is_the_papers(kind: Any) -> None:
-    """n sum_j mean(c_j) mean(p_j) for top-1 without nulls."""
-    layer, group_T = make_layer(TOP_1), torch.zeros(20, dtype=torch.int64)
-    x_TD = inputs(group_T)
-    _, report = layer(x_TD, group_T)
-    probs_TE = (layer.norm(x_TD) @ layer.router.get_submodule("group:all").get_parameter("true").T).softmax(-1)
-    chosen_TE = torch.nn.functional.one_hot(probs_TE.argmax(-1), 3).double()
-    tables = ColumnTables.on(TOP_1, x_TD.device)
-    (term,) = balance_terms(report.aux.prob_LC, report.counts.choices_LC, report.counts.tokens_LG, tables, kind=kind)[0]
-    torch.testing.assert_close(term, 3 * (chosen_TE.mean(0) * probs_TE.mean(0)).sum())
-
-
 def request(step: int = 0, first_token: int = 0, rank: int = 0) -> RoutingRequest:
     return RoutingRequest(GlobalBatchInfo(step, first_token, rank, (12, 12), ((12,), (12,))))
 
@@ -196,10 +181,3 @@ def test_bf16_keeps_routing_weights_in_fp32() -> None:
     assert y_TD.dtype == torch.bfloat16
     assert layer.router(layer.norm(x_TD.to(torch.bfloat16)), group_T).assignments.weight_N.dtype == torch.float32
     assert (y_TD.float() - expected_TD).abs().max() < 0.05 * expected_TD.abs().max()
-
-
-def test_dropout_keeps_the_mean() -> None:
-    x = torch.ones(200, 100)
-    y = dropped(x, 0.25, name=(1, 2, 3))
-    torch.testing.assert_close(y.unique(), torch.tensor([0.0, 4 / 3]))
-    assert y.mean().item() == pytest.approx(1.0, abs=0.02)

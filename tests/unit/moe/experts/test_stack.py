@@ -106,21 +106,6 @@ def test_every_composition_equals_its_formula(gemm: Any, storage: str, counts: t
             assert not found[0][1][1][expert].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_grouped_products_in_half_precision_differ_by_rounding(dtype: torch.dtype) -> None:
-    counts = (5, 0, 2)
-    made = [make(SWIGLU, None, gemm, torch.float32) for gemm in ("loop", "grouped")]
-    x = torch.randn(7, D).to(dtype)
-    inputs = [(x.clone().requires_grad_(), stack) for stack in made]
-    found = []
-    for each, stack in inputs:
-        y = stack(each, Runs(counts))
-        found.append([y, *torch.autograd.grad(y.float().square().sum(), [each, *stack.parameters()])])
-    for ours, theirs in zip(*found, strict=True):
-        bound = 16 * torch.finfo(dtype).eps * float(theirs.detach().abs().max())
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=bound)
-
-
 @pytest.mark.parametrize("storage", ["host", "device"])
 @pytest.mark.parametrize("counts", [counts for counts in COUNTS.values() if 0 in counts and any(counts)], ids=str)
 def test_what_a_kernel_leaves_uninitialised_reaches_nobody(
@@ -172,14 +157,6 @@ def test_where_it_is_not_possible_it_says_why(dtype: torch.dtype, widths: tuple[
         choose_gemm("grouped", dtype=dtype, device=CPU, widths=widths, num_experts=64)
     assert reason in str(raised.value)
     assert not choose_gemm("auto", dtype=dtype, device=CPU, widths=widths, num_experts=64)
-
-
-@pytest.mark.parametrize(("dtype", "odd"), [(torch.bfloat16, 12), (torch.float32, 6), (torch.float16, 4)])
-def test_the_rule_is_torchs_own(dtype: torch.dtype, odd: int) -> None:
-    """What the rule refuses torch refuses too: should a later torch take it, this test says so."""
-    weight = torch.randn(2, 8, odd).to(dtype)
-    with refused(RuntimeError):
-        F.grouped_mm(torch.randn(4, odd).to(dtype), weight.transpose(-2, -1), offs=torch.tensor([2, 4], dtype=torch.int32))
 
 
 def test_auto_is_what_was_measured_on_cpu_and_the_kernel_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

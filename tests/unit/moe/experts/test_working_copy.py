@@ -59,29 +59,6 @@ def test_values_and_gradients_over_steps(casts: list[Tensor], fused: bool) -> No
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("runs", [RUNS, Runs((0, 0, 0))], ids=str)
-def test_one_grouped_product_for_gate_and_up(monkeypatch: pytest.MonkeyPatch, runs: Runs) -> None:
-    made, plain, products = stack("grouped"), stack("grouped"), []
-    x_QD = torch.randn(runs.num_rows, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).requires_grad_()
-    theirs = plain(x_QD, runs)
-    wanted = torch.autograd.grad(theirs.float().square().sum(), [x_QD, *plain.parameters()])
-    grouped_mm = torch.nn.functional.grouped_mm
-    monkeypatch.setattr(
-        torch.nn.functional, "grouped_mm", lambda x, *rest, **options: products.append(x) or grouped_mm(x, *rest, **options)
-    )
-    made.keep_copies(True)
-    ours = made(x_QD, runs)
-    found = torch.autograd.grad(ours.float().square().sum(), [x_QD, *made.parameters()])
-    assert len(products) == (2 if runs.num_rows else 0)
-    for a, b in zip((ours, *found), (theirs, *wanted), strict=True):
-        assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=2.0**-6, atol=2.0**-6 * float(b.detach().abs().max()) if b.numel() else 0.0)
-    first = dict(made._copies or {})
-    assert sorted(first) == ["down", "gate_up"]
-    made(x_QD, runs)
-    assert all(each is first[name] for name, each in (made._copies or {}).items()), "converted again"
-
-
 def test_a_changed_weight_is_converted_again_where_no_copies_are_kept(casts: list[Tensor]) -> None:
     made, other = stack(), stack()
     x_QD = torch.randn(5, 8).to(torch.bfloat16)
@@ -93,10 +70,3 @@ def test_a_changed_weight_is_converted_again_where_no_copies_are_kept(casts: lis
     assert not torch.equal(before, after)
     assert torch.equal(after, other(x_QD, RUNS))
     assert not casts
-
-
-def test_fp32_rows_use_the_weights_themselves(casts: list[Tensor]) -> None:
-    made = stack()
-    made(torch.randn(5, 8), RUNS).sum().backward()
-    assert not casts
-    assert made.weight("gate", torch.float32) is made.gate

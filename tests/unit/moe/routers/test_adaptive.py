@@ -8,12 +8,9 @@ import torch
 
 from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController
-from moe_dist.moe.routers.context import RouterContext
-from moe_dist.moe.routers.relu import ReLURouter
-from moe_dist.moe.routers.top_p import TopPRouter
 from moe_dist.placement.placement import ExpertGroup
 from tests.support.cover import full_unless
-from tests.unit.moe.routers.test_contract import D, made, weights_of
+from tests.unit.moe.routers.test_contract import D, made
 
 NAMES = ("top_p", "top_p, normalised", "relu", "threshold", "predicted_k", "predicted_k, normalised")
 
@@ -42,37 +39,3 @@ def test_a_controller_holds_the_mean_number_of_true_experts(name: str, target: f
         loads.append(float(routed.counts.choices_LC[0][:8].sum()) / 256)
     assert loads[0] > target + 0.3
     assert sum(loads[-100:]) / 100 == pytest.approx(target, rel=0.02)
-
-
-def test_by_hand() -> None:
-    """Of two equal probabilities p = 0.5 takes one, and p = 0.51 takes both. ReLU takes only positive logits."""
-    group = ExpertGroup("all", 2, 0, 2, 8, 0, ("text",))
-    x_1D, group_1 = torch.eye(D, dtype=torch.double)[:1], torch.zeros(1, dtype=torch.int64)
-    for kind, options, logits, expected in (
-        (TopPRouter, {"p": 0.5}, torch.tensor([1.0, 1.0]), [0.5, 0.0]),
-        (TopPRouter, {"p": 0.51}, torch.tensor([1.0, 1.0]), [0.5, 0.5]),
-        (ReLURouter, {"scale": 2.0}, torch.tensor([0.25, 0.0]), [0.5, 0.0]),
-    ):
-        router = kind(RouterContext(D, (group,)), **options).double()
-        with torch.no_grad():
-            router.gate(group).get_parameter("true").zero_()[:, 0] = logits
-        table_1C = weights_of(router, router(x_1D, group_1), 1)
-        torch.testing.assert_close(table_1C[0], torch.tensor(expected, dtype=torch.double), rtol=1e-6, atol=0)
-
-
-def test_the_output_is_continuous_where_a_choice_changes() -> None:
-    """With ReLU and predicted k, a small input step that changes the number of experts changes the weights only a
-    little."""
-    for name in ("relu", "predicted_k"):
-        router = made(name, (ExpertGroup("all", 8, 0, 8, 8, 0, ("text",)),), bias=0.0)
-        line = torch.linspace(0, 1, 4001, dtype=torch.double)[:, None]
-        ends = torch.randn(2, D, dtype=torch.double, generator=torch.Generator().manual_seed(5))
-        inputs = ends[0] + line * (ends[1] - ends[0])
-        routing = router(inputs, torch.zeros(4001, dtype=torch.int64))
-        table = weights_of(router, routing, 4001).detach()
-        changes = ((table[1:] > 0) != (table[:-1] > 0)).any(1)
-        assert changes.any()
-        if name == "relu":
-            assert float((table[1:] - table[:-1]).abs().max()) < 5e-3
-        else:  # only the sum of weights is continuous, because two experts swap places at equal probabilities
-            assert float((table.sum(1)[1:] - table.sum(1)[:-1]).abs().max()) < 5e-3

@@ -1,26 +1,11 @@
 """Dropped pairs under a capacity equal the oracle's, which serves pairs one by one. Also cases drawn by hand."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_dist.moe.routers.capacity import capacity_of, over_capacity
 from tests.reference.layer import kept_pairs
-
-#   expert 0 takes 2:   token 0 p .2   token 1 p .5   token 2 p .5   token 3 p .1
-#   expert 1 takes 1:   token 0 p .3                  token 2 p .4
-EXPERTS = torch.tensor([0, 1, 0, -1, 0, 1, 0, -1])  # two choices per token; -1 is absent
-SCORES = torch.tensor([0.2, 0.3, 0.5, 0.9, 0.5, 0.4, 0.1, 0.9])
-
-
-@pytest.mark.parametrize(
-    ("drop", "dropped"),
-    [("probability", [True, True, False, False, False, False, True, False]),
-     ("position", [False, False, False, False, True, True, True, False])],
-)  # fmt: skip
-def test_the_case_drawn_by_hand(drop: str, dropped: list[bool]) -> None:
-    assert over_capacity(EXPERTS, SCORES, torch.tensor([2, 1]), drop).tolist() == dropped  # pyright: ignore[reportArgumentType]
 
 
 @settings(deadline=None, max_examples=100)

@@ -17,7 +17,6 @@ from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, Score, softmax_logits
 from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
 from moe_dist.moe.routers.selection import choice_of_training as as_in_training
-from moe_dist.moe.routers.selection import tokens_of_share
 from moe_dist.moe.routing.draws import logistic
 from moe_dist.moe.routing.types import ABSENT, GlobalBatchInfo, Routing, RoutingCache, RoutingRequest
 from moe_dist.moe.thresholds import ThresholdUpdater
@@ -139,12 +138,6 @@ def test_the_choice_equals_the_oracle(
     assert routing.assignments.counts_WE == ((tuple(routing.counts.choices_LC[0].tolist()),) if counted else None)
     ordered = routing.assignments.expert_N if counted else routing.assignments.token_N
     assert ordered.tolist() == sorted(ordered.tolist())
-
-
-def test_capacities_are_the_reference_s_on_host_and_device() -> None:
-    for tokens in range(60):
-        for capacity in (1 / 3, 1 / 7, 0.1, 0.3, 1.0, 1 / 49):
-            assert tokens_of_share(capacity, tokens) == room(capacity, tokens)
 
 
 @pytest.mark.parametrize(("noise", "counted", "recompute"), [
@@ -332,40 +325,6 @@ def test_arithmetic_and_weights_are_fp32_for_bf16_tokens() -> None:
     logits = h_TD.float() @ router.gates()[0].true.T  # pyright: ignore[reportCallIssue, reportArgumentType]
     taken = routing.assignments.taken()
     torch.testing.assert_close(taken.weight_N, logits.sigmoid()[taken.token_N, taken.expert_N])
-
-
-def test_a_choice_drawn_by_hand() -> None:
-    """Router rows select single coordinates, so the table shows the logits. Text experts 0 to 3 take ceil(5 / 4) = 2 of
-    five text tokens, image experts 4 and 5 one of one. Token 3 is padding.
-
-        token  group    0     1     2     3     4     5
-        0      text     3     1    -1    -5                 expert 0: token 0, and 1, the earlier of the equal 1 and 2
-        1      text     2     1     0    -5                 expert 1: all equal, so the earliest, 0 and 1
-        2      text     2     1     4    -5                 expert 2: 2 and 4
-        3      -        9     9     9     9     9     9     expert 3: all low and equal, so 0 and 1
-        4      text    -3     1     2    -5
-        5      text    -4     1    -2    -5                 token 5: no expert
-        6      image                            7    -7     experts 4 and 5: token 6, also with a low score
-    """
-    table = torch.tensor([
-        [3, 1, -1, -5, 0, 0], [2, 1, 0, -5, 0, 0], [2, 1, 4, -5, 0, 0], [9, 9, 9, 9, 9, 9],
-        [-3, 1, 2, -5, 0, 0], [-4, 1, -2, -5, 0, 0], [0, 0, 0, 0, 7, -7],
-    ]).double()  # fmt: skip
-    router = ExpertChoiceRouter(RouterContext(E, GROUPS), causal="threshold").double()
-    for gate, rows in zip(router.gates(), torch.eye(E).double().split([4, 2]), strict=True):
-        gate.true.data.copy_(rows)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    group_T = torch.tensor([0, 0, 0, -1, 0, 0, 1])
-    expected = {(0, 0), (1, 0), (0, 1), (1, 1), (2, 2), (4, 2), (0, 3), (1, 3), (6, 4), (6, 5)}
-    assert pairs_of(router, table, group_T) == expected
-    routed = router(table, group_T)
-    assert routed.counts.unrouted_LG[0].tolist() == [1.0, 0.0]
-    cuts = torch.tensor([2.0, 1, 2, -5, 7, -7]).double().sigmoid() * torch.tensor([5, 5, 5, 5, 1, 1])
-    torch.testing.assert_close(routed.counts.kth_score_LE[0], cuts)
-    router.gates()[0].threshold.copy_(torch.tensor([2.0, 1.0, -9.0, 9.0]).double().sigmoid())
-    router.gates()[1].threshold.copy_(torch.tensor([0.0, 0.0]).sigmoid())
-    # scores must exceed the threshold: 2 does not exceed 2
-    above = {(0, 0), *((token, 2) for token in (0, 1, 2, 4, 5)), (6, 4)}
-    assert pairs_of(router.eval(), table, group_T) == above
 
 
 def listed(routing: Routing, num_tokens: int, width: int) -> tuple[list[list[int]], list[list[float]]]:

@@ -100,12 +100,3 @@ def test_no_token_and_padding_alone() -> None:
         found = chained(routers, layers, torch.full((count,), -1))
         assert all(len(routing.assignments.taken().token_N) == 0 for routing in found)
         assert all(routing.logits_TC is not None and routing.logits_TC.shape == (count, 15) for routing in found)
-
-
-def test_the_cache_keeps_no_logits() -> None:
-    """Block recompute keeps the cache until backward. Logits in the cache would keep a graph that in turn keeps the
-    cache."""
-    (router, *_), (layers, group_T) = made((ALL,)), inputs(1)
-    cache = RoutingCache()
-    assert router(layers[0], group_T, cache).logits_TC is not None
-    assert cache.logits_TC is None

@@ -16,7 +16,6 @@ from tests.unit.moe.routers.test_contract import tensors_of
 
 T, D = 60, 6
 TEXT = ExpertGroup("text", 8, 3, 3, 8, 0, ("text",))
-PLAIN = ExpertGroup("all", 8, 0, 4, 8, 0, ("text", "image"))
 
 
 def made(*groups: ExpertGroup, bias: bool = True, **options: Any) -> GroupLimitedRouter:
@@ -61,21 +60,6 @@ def test_equals_transformers_router(n_group: int, topk_group: int, normalise: bo
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_by_hand() -> None:
-    """Scores .9 .1 | .6 .5 | null .55. The second node group wins by 1.1 to 1.0. The best two of its columns and the null
-    column are .6 and null. The one true choice has all the weight."""
-    group = ExpertGroup("all", 4, 1, 2, 8, 0, ("text",))
-    router = made(group, n_group=2, topk_group=1, scale=3.0, bias=False)
-    with torch.no_grad():
-        for parameter, scores in zip(router.parameters(), ([0.9, 0.1, 0.6, 0.5], [0.55]), strict=True):
-            parameter.zero_()[:, 0] = torch.tensor(scores, dtype=torch.double).logit()
-    h_TD = torch.eye(D, dtype=torch.double)[:1]
-    routing = router(h_TD, torch.zeros(1, dtype=torch.int64))
-    assert [each.tolist() for each in routing.assignments.taken()[:2]] == [[0], [2]]
-    torch.testing.assert_close(routing.assignments.taken().weight_N, torch.tensor([3.0], dtype=torch.double))
-    assert routing.counts.choices_LC[0].tolist() == [0, 0, 1, 0, 1]
-
-
 def test_all_choices_null() -> None:
     group = ExpertGroup("all", 4, 2, 2, 8, 0, ("text",))
     router = made(group, n_group=2, topk_group=1)
@@ -86,16 +70,6 @@ def test_all_choices_null() -> None:
     assert routing.counts.choices_LC[0].tolist() == [0, 0, 0, 0, 4, 4]
     routing.assignments.weight_N.sum().backward()
     assert not h_TD.grad.any()  # pyright: ignore[reportOptionalMemberAccess]
-
-
-def test_no_token_leaves_its_node_groups() -> None:
-    router = made(PLAIN, n_group=4, topk_group=2)
-    h_TD = tokens()
-    group_T = torch.zeros(T, dtype=torch.int64)
-    pairs = router(h_TD, group_T).assignments.taken()
-    used = torch.zeros(T, 4, dtype=torch.bool).index_put((pairs.token_N, pairs.expert_N // 2), torch.tensor(True))
-    assert (used.sum(1) <= 2).all()
-    assert torch.bincount(pairs.token_N, minlength=T).eq(4).all()
 
 
 def test_the_balance_loss_is_of_normalised_scores() -> None:

@@ -82,10 +82,3 @@ def test_a_controlled_load_moves_the_null_share_that_is_asked_for() -> None:
         routing = ROUTING | {"choices_LC": np.array([[true, true, 7, *nulls]])}
         checks = run_checks(ALL, result, {}, **routing, even_active={"text": load})
         assert {check.name: check.passed for check in checks}["null fraction of text"] == good
-
-
-def test_only_the_named_checks_are_made() -> None:
-    result = EvaluationResult(1, GOOD, {})
-    assert run_checks((), result, BASELINES, **ROUTING) == []
-    named = run_checks(("no_step_skipped", "no_dead_expert"), result, BASELINES, **ROUTING)
-    assert [check.name for check in named] == ["no step skipped", "no dead expert"]

@@ -47,11 +47,6 @@ def test_all_members_that_are_similar_enough(embeddings: np.ndarray) -> None:
     assert len(counts) > 3, "the case is of no use if all have as many"
 
 
-def test_a_sample_may_have_no_neighbour(embeddings: np.ndarray) -> None:
-    index = NeighbourIndex(embeddings, MEMBERS, bandwidth=0.7, similarity=0.999)
-    assert any(not len(index(sample).number_K) for sample in range(SAMPLES))
-
-
 def test_random_neighbours_are_members_and_the_same_each_time(embeddings: np.ndarray) -> None:
     drawn = [
         [
@@ -75,16 +70,3 @@ def test_many_with_the_same_embedding_are_neighbours_of_each_other() -> None:
         assert len(found.number_K) == 3
         assert sample not in found.number_K
         np.testing.assert_allclose(found.weight_K, 1 / 3)
-
-
-def test_answers_do_not_depend_on_what_was_asked_before(embeddings: np.ndarray) -> None:
-    forward, backward = (NeighbourIndex(embeddings, MEMBERS, bandwidth=1.0, k=3) for _ in range(2))
-    first = {sample: forward(sample) for sample in range(SAMPLES)}
-    for sample in reversed(range(SAMPLES)):
-        np.testing.assert_array_equal(backward(sample).number_K, first[sample].number_K)
-        np.testing.assert_array_equal(backward(sample).weight_K, first[sample].weight_K)
-
-
-def test_the_file_is_not_copied(embeddings: np.ndarray) -> None:
-    index = NeighbourIndex(embeddings, MEMBERS, bandwidth=1.0, k=3)
-    assert np.shares_memory(index._search._fit_X, embeddings)
