@@ -6,10 +6,8 @@ from typer.testing import CliRunner
 
 from moe_dist.config.__main__ import app
 from moe_dist.config.explain import default_text, explain
-from moe_dist.config.keys import find, nearest, type_text, walk
+from moe_dist.config.keys import find, type_text, walk
 from moe_dist.config.schema import Config
-from moe_dist.errors import ConfigError
-from tests.support.messages import refused
 
 
 def text_of(key: str) -> str:
@@ -62,24 +60,6 @@ def test_explains(key: str, parts: tuple[str, ...]) -> None:
 
 def test_defaults_of_sections_are_short() -> None:
     assert [default_text(key) for key in find(Config, "loss")] == ["all defaults"]
-
-
-@pytest.mark.parametrize(
-    ("wrong", "right"),
-    [
-        ("optimiser.lr", "optimizer.lr"),
-        ("optimizer.Lr", "optimizer.lr"),
-        ("lr", "optimizer.lr"),
-        ("top_k", "model.moe.groups.<name>.top_k"),
-        ("model.moe.groups.text.expert", "model.moe.groups.text.num_experts"),
-        ("paralel.ep", "parallel.ep"),
-        ("qqqqqq", None),
-    ],
-)
-def test_nearest(wrong: str, right: str | None) -> None:
-    assert nearest(Config, wrong) == right
-    with refused(ConfigError):
-        explain(wrong)
 
 
 def test_command_line(path) -> None:

@@ -53,10 +53,6 @@ def test_a_prompt_is_read_and_not_scored() -> None:
     assert batch.filler_BS.int().tolist() == [[1, 0, 0, 0, 0, 0, 0, 0]]
 
 
-def test_a_document_of_one_token_has_no_label() -> None:
-    assert (make([[segment([3], [0], 1)]]).labels_BS == IGNORED).all()
-
-
 @pytest.mark.parametrize(("tokens", "length"), [([1, 10], 2), ([1, 10], 1), ([-1, 2], 2)])
 def test_ids_outside_the_vocabulary_are_refused(tokens: list[int], length: int) -> None:
     with refused(DataError, "vocab_size=10"):

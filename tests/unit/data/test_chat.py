@@ -235,18 +235,6 @@ def test_a_hostile_tokenizer_ends_no_more_than_its_row(
         made(tmp_path / "set", hostile, text=str(lines))
 
 
-def test_a_template_that_takes_all_memory_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
-    (tmp_path / "template.jinja").write_text("{% set x = 'a' * 9000000000 %}{{ x }}" + CHATML)
-    lines = write_lines(tmp_path / "lines.jsonl", [{"messages": SHORT}])
-    with refused(DataError, "lines.jsonl, line 1", "MemoryError", "--chat-template FILE", golden=False):
-        made(
-            tmp_path / "set",
-            folders["chatml"],
-            messages=str(lines),
-            recipe={"chat_template": str(tmp_path / "template.jinja")},
-        )
-
-
 def nested(levels: int) -> list[Any]:
     value: list[Any] = []
     for _ in range(levels):
@@ -333,12 +321,3 @@ def test_options_that_do_not_go_together_are_refused(
     with refused(ConfigError, said):
         prepare(Path("set"), Inputs(**inputs), Recipe(**{"tokenizer": str(folders["chatml"]), **options}), silent)
     assert not Path("set").exists()
-
-
-def test_the_template_of_a_file_replaces_the_tokenizers_own(tmp_path: Path) -> None:
-    bare = chat_folder(tmp_path / "bare", "chatml", template="{{ raise_exception('not this one') }}")
-    (tmp_path / "template.jinja").write_text(CHATML)
-    found = HubTokenizer(bare, str(tmp_path / "template.jinja")).conversation({"messages": SHORT}, "")
-    assert (
-        found.documents[0].tokens.tolist() == theirs(chat_folder(tmp_path / "own", "chatml"), [{"messages": SHORT}])[0][0]
-    )

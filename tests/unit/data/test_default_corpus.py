@@ -2,20 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moe_dist.data.codebook import encode, fit, load_codebook, to_patches
-from moe_dist.data.corpus import HoldOut
 from moe_dist.data.corpus_openmoji import openmoji
 from moe_dist.data.corpus_python import python_library
 from moe_dist.data.families import near_pairs
 from moe_dist.data.indexed import IndexedSplit
-from moe_dist.data.picture_coding import divide
-from moe_dist.data.pictures import augmented, plain, rasterise
+from moe_dist.data.pictures import plain
 from moe_dist.data.tokenizer import SPECIALS, load_tokenizer
 from moe_dist.formats.manifest import SplitSection
 
@@ -79,12 +76,6 @@ def assert_no_twins(patches: tuple[np.ndarray, np.ndarray], codebook: np.ndarray
     assert near_pairs(grids[held_out], flipped[~held_out], most=8) == []
 
 
-def test_every_picture_is_there_with_all_its_renders(prepared, sides: dict[str, Side]) -> None:
-    assert len(prepared.pictures.items) > 3900
-    assert len(sides["train"]) + len(sides["valid"]) == 2 * len(prepared.pictures.items)
-    assert len(sides["valid"]) == pytest.approx(0.1 * 2 * len(prepared.pictures.items), rel=0.1)
-
-
 def test_no_family_crosses(prepared, held_out: np.ndarray) -> None:
     sides_of = defaultdict(set)
     for picture, held in zip(prepared.pictures.items, held_out.tolist(), strict=True):
@@ -98,37 +89,6 @@ def test_near_equal_grids_are_on_one_side(
 ) -> None:
     for codebook in (load_codebook(prepared.folder / "codebook.npy"), provisional):
         assert_no_twins(patches, codebook, held_out)
-
-
-def test_held_out_variants_have_kin_and_no_twin_in_training(
-    prepared, patches: tuple[np.ndarray, np.ndarray], provisional: np.ndarray
-) -> None:
-    pictures, rasters = prepared.pictures.items, prepared.division.rasters_N
-    recipe = replace(prepared.recipe, hold_out=HoldOut.VARIANTS)
-    division = divide(pictures, rasters, recipe, lambda stage, done, total: None)
-    held_out = division.held_out_N
-    trained = {picture.family for picture, held in zip(pictures, held_out.tolist(), strict=True) if not held}
-    assert trained == {picture.family for picture in pictures}
-    assert 0.06 * len(pictures) < held_out.sum() <= 0.1 * len(pictures)
-    tones = sum("skin tone" in pictures[number].captions[0] for number in np.flatnonzero(held_out))
-    assert tones > 0.5 * held_out.sum()
-    for codebook in (division.codebook, provisional):
-        assert_no_twins(patches, codebook, held_out)
-
-
-def test_codes_and_filler_bits_are_those_of_a_new_render(prepared, sides: dict[str, Side]) -> None:
-    codebook = load_codebook(prepared.folder / "codebook.npy")
-    for side in sides.values():
-        for place in range(0, len(side), 97):
-            number, tokens, filler = side[place]
-            picture = prepared.pictures.items[number]
-            raster = rasterise(picture.path)
-            np.testing.assert_array_equal(raster, prepared.division.rasters_N[number])
-            render = augmented(raster, seed=prepared.recipe.seed, key=picture.key, index=place % 2)
-            codes = tokens >= 4096
-            np.testing.assert_array_equal(tokens[codes] - 4096, encode(to_patches(render.pixels[None]), codebook))
-            np.testing.assert_array_equal(filler[codes], render.empty.reshape(-1))
-            assert not filler[~codes].any()
 
 
 def test_captions_rotate_over_languages(prepared) -> None:
