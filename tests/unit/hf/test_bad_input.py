@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, models
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
-from moe_dist.hf.plan import ImportOptions
 from moe_dist.hf.source import open_source
 from tests.support.messages import refused
 from tests.support.tiny_hf import save, tiny_model
@@ -259,19 +258,6 @@ def test_is_refused(theirs: Path, case: str, capfd: pytest.CaptureFixture[str]) 
     assert not list(theirs.parent.rglob("planted"))
 
 
-@pytest.mark.parametrize(
-    ("options", "data", "message"),
-    [
-        (ImportOptions(modalities=("",)), "data", ""),
-        (ImportOptions(), "", "data.path"),
-    ],
-)
-def test_an_option_that_cannot_be(original: Path, tmp_path: Path, options: ImportOptions, data: str, message: str) -> None:
-    with refused(ConfigError, message):
-        import_model(original, tmp_path / "ours", options, data_path=data)
-    assert not list(tmp_path.iterdir())
-
-
 def test_all_faults_of_a_folder_are_told_at_once(theirs: Path) -> None:
     truncated(theirs)
     (theirs / FIRST).unlink()
@@ -328,9 +314,3 @@ def test_a_snapshot_of_the_hubs_cache_is_taken_and_other_links_out_of_it_are_not
         (snapshot / "config.json").symlink_to(outside / "x")
         with pytest.raises(DataError, match="leads out of the folder"):
             open_source(snapshot)
-
-
-def test_a_header_that_announces_exabytes_takes_no_memory(theirs: Path) -> None:
-    (theirs / FIRST).write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
-    with refused(DataError):
-        open_source(theirs)

@@ -3,14 +3,13 @@
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moe_dist.errors import ConfigError, DataError, MoeDistError
+from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.hf.code_checks import verify_export
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
@@ -143,15 +142,6 @@ def test_the_command(copies: dict[str, Path]) -> None:
     done = invoke(verify, copies["served"])
     assert (done.exit_code, "modeling_moe_dist.py: differs" in done.stderr) == (65, True)
     assert "moe-dist verify-export" in (copies["served"] / "README.md").read_text()
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_millions_of_fields_are_refused_at_once(copies: dict[str, Path], name: str) -> None:
-    (copies["theirs"] / name).write_text(json.dumps({f"k{number}": 1 for number in range(3_000_000)}))
-    begun = time.process_time()
-    with pytest.raises(DataError, match=f"{name}: .* is larger than"):
-        import_model(copies["theirs"], copies["theirs"].parent / "ours")
-    assert time.process_time() - begun < 1.0
 
 
 def test_many_fields_in_a_small_file_are_refused(copies: dict[str, Path]) -> None:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-import yaml
 
 from moe_dist.config.keys import variants_of
 from moe_dist.config.model_schema import MoESection
@@ -18,17 +17,14 @@ from moe_dist.config.routers.relu import ReLURouterSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import load_manifest
 from moe_dist.hf.exporting import export_model
-from moe_dist.hf.forms import choose_form
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import ImportOptions
 from moe_dist.hf.served import modeling_moe_dist
 from moe_dist.hf.served_fields import CODE, CODE_FILES, OLD_AUTO_MAP, read_served, served_problems, token_ids
-from moe_dist.inference.loaded_run import find_trained
 from tests.support.agreement import assert_agree
 from tests.support.cover import exhaustive, full
 from tests.support.imported import load_imported
 from tests.support.messages import refused
-from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import VOCAB
 from tests.support.served import (
     GROUP,
@@ -188,16 +184,6 @@ def assert_comes_back(folder: Path, ours: Any) -> None:
     assert read_served(json.loads((folder / "hf/config.json").read_text()) | {"auto_map": OLD_AUTO_MAP})[1]["attention"]
     for file in ("config.json", *CODE_FILES):
         assert (folder / "back" / file).read_bytes() == (folder / "hf" / file).read_bytes(), file
-
-
-@torch.no_grad()
-def test_a_cache_may_have_its_older_name(tmp_path: Path, data: Path) -> None:
-    ours = saved_model(tmp_path / "run", data, {})
-    export_model(tmp_path / "run", tmp_path / "hf")
-    model, tokens = theirs(tmp_path / "hf"), prompts()
-    begun = model(tokens[:, :9], use_cache=True)
-    rest = model(tokens[:, 9:], past_key_values=getattr(begun, "cache", None) or begun.past_key_values).logits
-    torch.testing.assert_close(rest, logits(ours, tokens)[:, 9:], rtol=BOUND, atol=BOUND)
 
 
 @torch.no_grad()
@@ -368,15 +354,6 @@ def test_a_plain_family_comes_first(tmp_path: Path, data: Path) -> None:
         export_model(tmp_path / "nulls", tmp_path / "not", family="mixtral")
 
 
-def test_the_readme_runs(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    saved_model(tmp_path / "run", data, {})
-    export_model(tmp_path / "run", tmp_path / "hf")
-    run_readme(tmp_path / "hf", monkeypatch, lines=4)  # three lines, and torch in place of a tokenizer
-    assert "tensor([[ 1,  2,  3," in capsys.readouterr().out
-
-
 def test_the_tokenizer_of_the_data_comes_along(
     tmp_path: Path, own_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -392,37 +369,6 @@ def test_the_tokenizer_of_the_data_comes_along(
     assert capsys.readouterr().out.startswith("The")
 
 
-def test_a_dense_model_that_was_adapted_leaves(tmp_path: Path, data: Path) -> None:
-    """docs/adapt.md in small: split, null experts, a teacher and a controller. The exported folder has the run's logits."""
-    import_model(
-        save(tiny_model("llama"), tmp_path / "theirs"), tmp_path / "dense", ImportOptions(modalities=("text", "image"))
-    )
-    model = yaml.safe_load((tmp_path / "dense/config.yaml").read_text())["model"]
-    changes = {f"model__{name}": value for name, value in model.items() if name != "moe"}
-    with world_of_one():
-        run = OneRank(
-            data,
-            tmp_path / "runs",
-            run__init_from=str(tmp_path / "dense"),
-            run__init_rules=["split"],
-            model__moe__groups={"all": {**GROUP, "num_experts": 8, "num_null": 8, "top_k": 8, "ffn_dim": 5}},
-            model__moe__router={"kind": "group_limited", "normalise": "none", "scale": 2.0},
-            model__moe__balance=[{"kind": "active_experts", "target": {"all": 4.0}, "rate": 0.5, "ramp_steps": 2}],
-            loss__balance__schedule=[[0, 0.0]],
-            loss__distillation={"teacher": str(tmp_path / "dense"), "weight": 0.5},
-            **changes,
-        )
-        run.train_and_save()
-    done = export_model(run.folder.parent, tmp_path / "hf")
-    assert (done.family, "num_null=8" in done.reasons[0]) == ("moe_dist", True)
-    ours = find_trained(run.folder.parent).load(torch.device("cpu"))
-    tokens = torch.randint(0, 64, (3, 24), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        found, expected = theirs(tmp_path / "hf")(tokens).logits, logits(ours, tokens)
-    assert (found - expected).abs().max() <= BOUND * expected.abs().max()
-    assert (expected - logits(load_imported(tmp_path / "dense")[0], tokens)).abs().max() > 1e-2
-
-
 @pytest.mark.parametrize("file", CODE_FILES)
 def test_the_code_needs_transformers_only(file: str) -> None:
     tree = ast.parse((CODE / file).read_text())
@@ -435,10 +381,3 @@ def test_the_code_needs_transformers_only(file: str) -> None:
         "transformers",
         "configuration_moe_dist",
     }
-
-
-def test_a_gating_residual_is_in_no_form(data: Path, tmp_path: Path) -> None:
-    model = tiny_config(data, tmp_path, one() | router("gating_residual")).model
-    for name in (None, "qwen3_moe", "qwen3_moe_plus_plus", "moe_dist"):
-        with pytest.raises(ConfigError, match=r"router\.kind=gating_residual: the exported code has no such router"):
-            choose_form(model, lambda _: pytest.fail("no tensor is needed"), name, must=False)

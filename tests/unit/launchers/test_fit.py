@@ -3,7 +3,7 @@
 import pytest
 
 from launchers.command import NodePlan
-from launchers.fit import Offer, Want, check_graces, fit_result, unmet
+from launchers.fit import Offer, Want, fit_result, unmet
 from moe_dist.runtime.node.check_result import Level
 
 TEXT, VISION = frozenset(["text"]), frozenset(["vision"])
@@ -60,15 +60,3 @@ def test_each_planned_node_without_a_node_is_named_with_the_reason(
     assert [problem[: len(words)] for problem, words in zip(found, problems, strict=True)] == problems
     result = fit_result(found, len(wants), len(offers), "the pool")
     assert (result.level, result.verdict) == ((Level.ERROR, 69) if problems else (Level.OK, 0))
-
-
-@pytest.mark.parametrize(
-    ("graces", "save", "level"),
-    [
-        ({"x": 1.0}, None, Level.NOTE),
-        ({"x": 1.0, "y": 60.0}, 0.5, Level.OK),
-        ({"x": 1.0, "y": 60.0}, 20.0, Level.WARNING),
-    ],
-)
-def test_a_grace_is_compared_with_the_measured_saves(graces: dict[str, float], save: float | None, level: Level) -> None:
-    assert check_graces(graces, save).level is level

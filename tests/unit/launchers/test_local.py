@@ -89,12 +89,6 @@ def site(tmp_path: Path, tiny_data: Path) -> Site:
     return Site(tmp_path, tiny_data)
 
 
-def test_nproc_stretches_edp_and_the_ranks_hear_of_it(site: Site) -> None:
-    assert site.attempt("pass", "train.micro_batch=1", nproc=4) == 0
-    assert len(site.started) == 4
-    assert site.run.read_config().parallel.edp == 2
-
-
 @pytest.mark.parametrize(
     ("overrides", "options"),
     [(["data.path=/nowhere"], {}), ([], {"nproc": 3}), ([], {"nproc": 8})],  # the data are checked against the ranks
@@ -172,24 +166,6 @@ def test_a_rank_that_leaves_without_an_exception_is_the_cause_whatever_its_peers
         assert latest.rank == 1
         assert f"rank 1 failed first ({words})" in capfd.readouterr().err
     assert not site.run.lease_json.exists()
-
-
-@pytest.mark.full  # waits for 5 s; test_rank_tracker.py has the rule
-def test_a_frozen_rank_is_the_cause_of_a_peers_timeout(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
-    body = """
-    if rank == 1:
-        open(f"{here}/freezing", "w").close(); os.kill(os.getpid(), 19)
-    wait_for("freezing"); time.sleep(0.5); raise TimeoutError("a collective took too long")
-    """
-    assert site.attempt(body) == 1
-    assert "rank 1 failed first (frozen by SIGSTOP" in capfd.readouterr().err
-    latest = site.run.read_status().latest
-    assert latest is not None
-    assert latest.rank == 1
-    assert latest.reason == (
-        "rank 1: frozen by SIGSTOP, and killed after a peer's collective timed out; "
-        "TimeoutError: a collective took too long"
-    )
 
 
 def test_a_rank_that_dies_after_the_run_was_done_changes_nothing(site: Site, capfd: pytest.CaptureFixture[str]) -> None:

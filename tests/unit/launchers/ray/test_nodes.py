@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from launchers.command import JobPlan, NodePlan
-from launchers.ray.nodes import DOMAIN, RayNode, assign, bundle_of_rank, nodes_sharing_ep_groups
+from launchers.ray.nodes import DOMAIN, RayNode, assign, nodes_sharing_ep_groups
 
 TEXT, IMAGE = {"modality": "text"}, {"modality": "image"}
 
@@ -29,11 +29,6 @@ def names(job: JobPlan, *nodes: RayNode, bundle: Mapping[str, float] | None = No
     found = assign(job, nodes, bundle or {"CPU": 1.0})
     assert not found.problems
     return [each.node_id for each in found.nodes]
-
-
-def test_an_interleaved_plan_finds_its_labels_in_any_order_of_the_nodes() -> None:
-    nodes = [node("a", TEXT), node("b", IMAGE), node("c", IMAGE), node("d", TEXT)]
-    assert names(plan(IMAGE, TEXT, IMAGE, TEXT), *nodes) == ["b", "a", "c", "d"]
 
 
 def test_matching_leaves_a_node_to_the_only_rank_that_needs_it() -> None:
@@ -81,11 +76,6 @@ def test_nodes_that_others_use_are_waited_for_and_free_ones_taken() -> None:
 def test_requirements_that_no_node_meets_are_named(job: JobPlan, nodes: list[RayNode], message: str) -> None:
     (fault,) = assign(job, nodes, {"CPU": 1.0}).problems
     assert fault.startswith(message)
-
-
-def test_a_rank_takes_a_gpu_where_the_plan_has_gpus() -> None:
-    assert bundle_of_rank(plan({}), None) == {"CPU": 1.0}
-    assert bundle_of_rank(JobPlan(plan({}).nodes, gpus_per_node=8), 6) == {"CPU": 6.0, "GPU": 1.0}
 
 
 def test_nodes_that_share_ep_groups_are_grouped() -> None:

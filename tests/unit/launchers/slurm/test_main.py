@@ -148,14 +148,6 @@ def test_invalid_options_are_refused(login: Login, options: list[str], words: st
     assert words in login.launch(*options, code=ConfigError.exit_code).stderr
 
 
-def test_relative_paths_are_made_absolute_from_where_it_is_typed(
-    login: Login, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(login.folder)
-    job = prepare(login.path, ["run.root=my/runs", f"data.path={os.path.relpath(tiny_data)}"], CPU)
-    assert (job.config.run.root, job.config.data.path) == (f"{login.folder}/my/runs", str(tiny_data))
-
-
 def test_each_task_of_an_array_is_a_run_of_its_own_and_the_site_limits_their_number(login: Login) -> None:
     (login.folder / "sweep.txt").write_text("train.steps=5\noptimizer.lr=0.5 run.name=mine\nrun.seed=2\n")
     login.site.write_text(login.site.read_text() + "array_tasks: 2\n")

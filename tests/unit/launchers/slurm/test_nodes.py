@@ -11,7 +11,6 @@ from launchers.slurm.nodes import (
     SlurmError,
     ask,
     differences,
-    expand_counts,
     hosts_of,
     inside_job,
     leave_out,
@@ -29,13 +28,6 @@ RIGHT = Allocation((GivenPart(("n1", "n2"), (2, 2), 0), GivenPart(("n7",), (1,),
 
 def test_an_answer_comes_although_slurm_sends_stop_signals_to_the_whole_job() -> None:
     assert ask("sh", "-c", "kill -TERM $$; kill -USR2 $$; echo here") == "here\n"
-
-
-def test_counts_are_written_out() -> None:
-    assert expand_counts("2(x3),1") == (2, 2, 2, 1)
-    assert expand_counts("4") == (4,)
-    with refused(SlurmError):
-        expand_counts("2y")
 
 
 def test_nodes_of_the_plan_get_the_hosts_of_their_part_in_order() -> None:
