@@ -23,12 +23,3 @@ def test_the_dev_container_is_a_stage_of_the_dockerfile_whose_images_do_not_run_
     assert build["target"] in stages
     for image in ("cpu", "cuda"):
         assert re.search(r"^USER [1-9]\d*$", stages[image], re.MULTILINE)
-
-
-def test_issue_templates_are_forms_of_github() -> None:
-    forms = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
-    assert forms
-    for path in forms:
-        form = yaml.safe_load(path.read_text())
-        assert {"name", "description", "body"} <= form.keys(), path
-        assert all("label" in part["attributes"] for part in form["body"] if part["type"] != "markdown"), path

@@ -116,14 +116,6 @@ def test_a_gigantic_file_is_refused_at_once_and_in_few_words(
     assert len(str(raised.value)) < 1000
 
 
-def test_a_tensor_of_many_parts_is_named_in_few_words(tmp_path: Path) -> None:
-    parts = tuple(Chunk(shard=0, offsets=(number,), shape=(1,)) for number in range(10_000))
-    wrong = Entry(dtype="F32", shape=(10_001,), fingerprint="0" * 16, chunks=parts)
-    (tmp_path / "index.json").write_text(index(w=wrong).model_dump_json())
-    with refused(DataError, "9,997 more"):
-        read_index(tmp_path)
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -174,10 +166,3 @@ def test_all_that_differs_from_the_model_is_listed() -> None:
     assert "(2,)" in lines[1]
     with refused(ConfigError):
         check_fits(Path("step_1"), stored, specs)
-
-
-def test_a_long_list_is_cut() -> None:
-    specs = {f"w{i}": TensorSpec((1,), torch.float32) for i in range(100)}
-    with refused(ConfigError) as raised:
-        check_fits(Path("step_1"), index(), specs)
-    assert str(raised.value).count("\n") == 21

@@ -1,4 +1,3 @@
-import json
 import os
 import re
 import resource
@@ -49,15 +48,6 @@ def test_a_run_goes_on_where_it_was_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(resumed.train(3).weights(), undisturbed.weights())
 
 
-def test_state_json_is_readable_without_torch(tmp_path: Path) -> None:
-    folder = SmallRun(tmp_path).train(3).save(3, progress={"tokens": 10})
-    stored = json.loads((folder / "state.json").read_text())
-    assert (stored["step"], stored["optimizer_steps"], stored["world_size"]) == (3, 3, 1)
-    assert stored["values"] == {"progress": {"tokens": 10}}
-    assert stored["placement"]["slots"] == [[0, 1]]
-    assert stored["versions"]["torch"] == torch.__version__
-
-
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     run = SmallRun(tmp_path, keep=2)
     for step in (2, 9, 10, 11):
@@ -82,14 +72,6 @@ def test_no_save_has_a_value_that_is_not_finite(tmp_path: Path, place: str, valu
     tensor[3, 1] = 1e38  # its square and its sums are not
     assert run.save(3) == run.manager.newest
     assert run.names() == ["latest", "step_3"]
-
-
-def test_the_committed_step_is_not_written_again(tmp_path: Path) -> None:
-    run = SmallRun(tmp_path).train(1)
-    index = run.save(1) / "index.json"
-    before = index.read_bytes()
-    run.save(1)
-    assert index.read_bytes() == before
 
 
 @pytest.mark.parametrize("moment", ["commit", "pointer"])
@@ -262,13 +244,6 @@ def test_a_checkpoint_in_a_folder_of_another_step_is_refused_and_replaced(tmp_pa
     other = SmallRun(tmp_path)
     assert other.manager.load(folder, other.state()).step == 4
     assert torch.equal(other.weights(), run.weights())
-
-
-def test_values_that_are_no_json_are_refused(tmp_path: Path) -> None:
-    run = SmallRun(tmp_path)
-    with refused(ValueError):
-        run.save(1, loss=float("nan"))
-    assert run.manager.latest() is None
 
 
 def test_a_deleted_latest_does_not_start_a_new_run(tmp_path: Path) -> None:

@@ -58,13 +58,6 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert open_shard(contents, 0).rank_values == {"rng": [1, "x"]}
 
 
-def test_a_rank_without_anything_writes_a_file_too(tmp_path: Path) -> None:
-    write_shard(tmp_path, 0, {}, save_id="a1", step=1, rank_values={"x": 1})
-    index = build_index(tmp_path, {}, step=1, save_id="a1", num_shards=1)
-    assert index.tensors == {}
-    assert open_shard(contents_of(tmp_path, index), 0).rank_values == {"x": 1}
-
-
 def test_torchs_own_reader_understands_the_files(tmp_path: Path) -> None:
     written(tmp_path)
     metadata = HuggingFaceStorageReader(str(tmp_path)).read_metadata()

@@ -1,6 +1,5 @@
 """The peak rate of a GPU by the driver's name of the card, and the log line of a run without a known rate."""
 
-import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,34 +40,6 @@ def test_the_peak_of_a_card(card: str, tflops: float | None) -> None:
 
 def run_of(precision: str, tflops: float | None) -> Any:
     return SimpleNamespace(parallel=SimpleNamespace(precision=precision), monitor=SimpleNamespace(peak_tflops=tflops))
-
-
-@pytest.mark.parametrize(
-    ("card", "precision", "tflops", "rank", "told"),
-    [
-        ("NVIDIA H100 80GB HBM3", "bf16", None, 0, False),
-        ("NVIDIA H100 80GB HBM3", "fp32", None, 0, True),
-        ("NVIDIA X1", "bf16", None, 0, True),
-        ("NVIDIA X1", "bf16", None, 1, False),
-        ("NVIDIA X1", "bf16", 12.0, 0, False),
-    ],
-)
-def test_an_unknown_card_is_said_once(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    *,
-    card: str,
-    precision: str,
-    tflops: float | None,
-    rank: int,
-    told: bool,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
-    mesh: Any = SimpleNamespace(device=torch.device("cuda", 0), rank=rank)
-    with caplog.at_level(logging.WARNING):
-        assert card_name(run_of(precision, tflops), mesh) == card
-    expected = f"no perf/mfu: the peak rate of {card!r} in {precision} is unknown; set monitor.peak_tflops to the TFLOP/s"
-    assert [record.message.startswith(expected) for record in caplog.records] == [True] * told
 
 
 def test_a_run_takes_the_peak_of_its_card() -> None:

@@ -4,7 +4,7 @@ experts."""
 import numpy as np
 import pytest
 
-from moe_dist.monitor.compute_map import HEAD, LABEL, SIDE, console_text, draw_map, loads_text
+from moe_dist.monitor.compute_map import HEAD, LABEL, SIDE, console_text, draw_map
 from moe_dist.monitor.heatmaps import GREY, MARGIN, NO_VALUE, SEQUENTIAL, colour, linear_scale
 from moe_dist.monitor.statistics import ComputeMap, MappedPicture
 
@@ -42,20 +42,3 @@ def test_a_log_shows_drawn_cells_shades_and_numbers() -> None:
         "  def f():",
         "  4   02",
     ]
-
-
-def test_data_without_pictures_and_text_leave_the_means() -> None:
-    bare = ComputeMap({"sound": 0.5}, 2)
-    assert loads_text(bare) == "sound 0.5 true experts a token"
-    assert len(console_text(bare, 110)) == 1
-    assert draw_map(bare, title="Compute map").ndim == 3
-
-
-def test_a_narrow_console_shows_fewer_pictures_and_cuts_lines() -> None:
-    picture = mapped().pictures[0]
-    found = ComputeMap({"text": 1.0}, 4, [picture] * 3, [[("word " * 20, 2.0)]])
-    for width, pictures in ((50, 3), (40, 2), (20, 1), (5, 1)):
-        texts = [text.plain for text in console_text(found, width)]
-        assert max(len(text) for text in texts if text.startswith("  ")) <= width
-        assert texts[0].endswith("a token")
-        assert texts[2].count("::==") == (pictures if width > 5 else 0)

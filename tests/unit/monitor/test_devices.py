@@ -84,14 +84,6 @@ def test_readings_of_a_gpu(install: Callable[[FakeNvml], None]) -> None:
     assert not any(thread.name == "devices" for thread in threading.enumerate())
 
 
-@pytest.mark.parametrize("gpu", ["GPU-1234", "1234"])
-def test_a_uuid_with_or_without_its_prefix(install: Callable[[FakeNvml], None], gpu: str) -> None:
-    fake = FakeNvml()
-    install(fake)
-    DeviceMonitor(seconds=60, gpu=gpu).stop()
-    assert fake.asked == ["GPU-1234"]
-
-
 def test_one_reading_that_fails_is_said_once(install: Callable[[FakeNvml], None], caplog: pytest.LogCaptureFixture) -> None:
     fake = FakeNvml(power=RuntimeError("Not Supported"))
     install(fake)

@@ -19,10 +19,6 @@ def axis(name: str, count: int) -> Axis:
     return Axis(name, [str(i) for i in range(count)])
 
 
-def contains(picture: np.ndarray, rgb: tuple[int, int, int]) -> int:
-    return int((picture == np.array(rgb, np.uint8)).all(-1).sum())
-
-
 def test_colours_of_ratios() -> None:
     """1 has the middle colour. A factor and its inverse are equally far from it. Factors beyond four have the colour of
     four. Zero has its own colour."""
@@ -84,18 +80,3 @@ def test_a_map_with_small_or_low_cells_says_where_its_extremes_are(
     other[largest], other[17, 1] = 1.0, 9.0
     named, moved = (draw(v, layers, experts, scale=scale, title="t")[:60] for v in (values, other))
     assert not np.array_equal(named, moved), "the head of the picture has the words"
-
-
-def test_dead_and_unknown_cells_are_seen() -> None:
-    values = np.array([[0.0, 1.0], [np.nan, 1.0]])
-    picture = draw(values, axis("layer", 2), axis("expert", 2), scale=ratio_scale("load"), title="t")
-    assert contains(picture, (0, 0, 0)) > 500
-    assert contains(picture, NO_VALUE) > 500
-
-
-def test_names_of_few_columns_are_all_written() -> None:
-    """A longer name widens its column and is not dropped."""
-    short = draw(np.ones((2, 3)), axis("layer", 2), Axis("group", ["a", "b", "c"]), scale=ratio_scale(""), title="")
-    names = ["spectrograms", "spectrograms", "spectrograms"]
-    wide = draw(np.ones((2, 3)), axis("layer", 2), Axis("group", names), scale=ratio_scale(""), title="")
-    assert wide.shape[1] > short.shape[1] + 90

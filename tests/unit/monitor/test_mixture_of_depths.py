@@ -1,7 +1,6 @@
 """What is shown of layers that compute a share of the tokens alone, against loops and by hand."""
 
 import io
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,10 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from moe_dist.monitor.metrics import Record, depth_line, evaluation_scalars
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.console import ConsoleSink
-from moe_dist.monitor.sinks.jsonl import JsonlSink
 from moe_dist.monitor.sinks.sink import SinkContext
-from moe_dist.monitor.sinks.tensorboard import TensorBoardSink, Window
+from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
-from moe_dist.monitor.tags import GROUP_FAMILIES, MAX_SCALARS, curve_of, tag_plan
+from moe_dist.monitor.tags import MAX_SCALARS, curve_of
 from tests.unit.monitor.conftest import DEPTHS, MODALITIES
 
 MakeRecord = Callable[..., Record]
@@ -61,52 +59,6 @@ def test_layers_equal_loops(seed: int) -> None:
         assert line["computed"][layer] == taken / tokens
         assert line["agreement"][layer] == int(agreed_L[layer]) / tokens
         assert line["gate_weight"][layer] == pytest.approx(weight_L[layer] / taken)
-
-
-def test_no_token_has_no_numbers(make_record: MakeRecord, tmp_path: Path) -> None:
-    """A group without tokens also has no numbers, while the other group has some."""
-    empty = replace(
-        DEPTHS,
-        tokens_LG=np.zeros((2, 2), int),
-        taken_LG=np.zeros((2, 2), int),
-        agreed_L=np.zeros(2, int),
-        weight_L=np.zeros(2),
-    )
-    record = make_record(1, mixture_of_depths=empty)
-    assert [record.scalars[tag] for tag in record.scalars if tag.startswith("mixture_of_depths/")] == [None] * 4
-    JsonlSink(SinkContext(tmp_path)).step(record)
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["mixture_of_depths"]["computed"] == [None, None]
-    text_alone = replace(DEPTHS, tokens_LG=np.array([[100, 0]] * 2), taken_LG=np.array([[25, 0]] * 2))
-    scalars = make_record(1, mixture_of_depths=text_alone).scalars
-    assert (scalars["mixture_of_depths/computed/text"], scalars["mixture_of_depths/computed/image"]) == (0.25, None)
-
-
-def test_what_gives_way_to_depths() -> None:
-    assert tag_plan(2, 2, mixture_of_depths=True).by_group == ("computed", "experts_per_token")
-    assert tag_plan(1, 2, mixture_of_depths=True).by_group == ("computed", *GROUP_FAMILIES)
-    assert tag_plan(3, 3, mixture_of_depths=True).by_group == ()
-    assert tag_plan(2, 2).by_group == GROUP_FAMILIES
-
-
-def test_the_map_is_of_all_steps_since_the_last(make_record: MakeRecord) -> None:
-    """The map of two steps equals the map of their sum followed by a step without tokens."""
-    counted = ("tokens_LG", "taken_LG", "agreed_L", "weight_L")
-    other = replace(
-        DEPTHS, taken_LG=np.array([[40, 20], [0, 9]]), agreed_L=np.array([10, 160]), weight_L=np.array([50.0, 1.0])
-    )
-    summed = replace(DEPTHS, **{name: getattr(DEPTHS, name) + getattr(other, name) for name in counted})
-    nothing = replace(DEPTHS, **{name: 0 * getattr(DEPTHS, name) for name in counted})
-    window, maps = Window(), []
-    for steps in ((DEPTHS, other), (summed, nothing), (DEPTHS, DEPTHS)):
-        for step, mixture_of_depths in enumerate(steps, start=2):
-            window.add(make_record(step, mixture_of_depths=mixture_of_depths))
-        maps.append(window.depth_map())
-        window.take()
-    assert maps[0] is not None
-    assert np.array_equal(maps[0], maps[1])
-    assert not np.array_equal(maps[0], maps[2])
-    window.add(make_record(4))
-    assert window.depth_map() is None
 
 
 def test_tensorboard_has_curves_charts_and_the_map(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:

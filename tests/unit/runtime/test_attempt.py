@@ -144,14 +144,6 @@ def test_a_rank_tells_that_it_ends_by_itself(tmp_path: Path, body: str, told: bo
     assert not list(folder.path.glob(".told_*"))
 
 
-def test_without_a_record_of_the_failed_rank_the_follow_up_error_is_the_reason(tmp_path: Path) -> None:
-    body = "error = DataError('it failed on ranks [3]'); error.consequence = True; raise error"
-    _, folder = run(tmp_path, body)
-    latest = folder.read_status().latest
-    assert latest is not None
-    assert (latest.verdict, latest.reason) == (65, "it failed on ranks [3]")
-
-
 def test_another_configuration_ends_with_78_and_leaves_the_status_alone(tmp_path: Path) -> None:
     run(tmp_path, "raise StoppedError('saved')", MOE_DIST_ATTEMPT_ID="first")
     folder = RunFolder(tmp_path / "runs" / "tiny")

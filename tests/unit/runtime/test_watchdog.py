@@ -125,11 +125,3 @@ def test_the_process_ends_whatever_fails(tmp_path: Path, caplog: pytest.LogCaptu
         assert done.wait(600)
     assert ends == [("a collective did not finish in 0.2 s; the watchdog could not determine which one", None)]
     assert "no step" in caplog.text
-
-
-def test_nothing_is_written_while_all_goes_well(tmp_path: Path) -> None:
-    ends, done = [], threading.Event()
-    watchdog = dog(CollectiveTracker(), tmp_path, 0, ends, done)
-    assert not done.wait(0.5)
-    watchdog.stop()
-    assert list(tmp_path.iterdir()) == []

@@ -60,22 +60,6 @@ def test_few_tokens_are_not_judged() -> None:
         assert "Every expert was taken" not in panel
 
 
-def test_a_part_without_enough_choices_is_counted() -> None:
-    routing = draw_routing(tokens=400, steps=1)
-    choices_LC = routing.window.choices_LC.copy()
-    choices_LC[0] //= 20  # layer 1 then has too few choices
-    routing = replace(routing, window=routing.window._replace(choices_LC=choices_LC))
-    words = "too few choices to judge 16 of 64 (layer, expert) pairs (fewer than 20 an expert)"
-    page = page_of(routing)
-    assert f">No rule finds a fault in the routing; {words}</h2>" in page
-    assert f"Dead experts: none of 48 (layer, expert) pairs; {words}." in page
-    choices_LC[2, 3] = 0
-    page = page_of(routing)
-    assert f">What is wrong in step 1; {words}</h2>" in page
-    assert f"no token took 1 of 48 (layer, expert) pairs: layer 3 text/3; {words}." in page
-    assert f"T{words[1:]}" in page.split('<section id="dead-experts"')[1].split("</section>")[0]
-
-
 def test_all_tokens_to_one_expert() -> None:
     routing = draw_routing(bias=towards(1, slice(4, 5), 50, slice(2, 3)))
     first = problems(routing)[0]
@@ -99,15 +83,6 @@ def test_dead_experts_and_drops_and_a_busy_rank() -> None:
     uneven = draw_routing(bias=towards(1, slice(0, 2), 3), tokens=800)  # both experts are on rank 0
     assert any("Rank 0 of the EP group computes most rows" in text for text in problems(uneven))
     assert any(text.startswith("Busiest rank: rank 0 of 4 computes ") for text in facts(uneven))
-
-
-def test_no_choice_at_all() -> None:
-    routing = draw_routing()
-    empty = routing.window._replace(
-        choices_LC=np.zeros_like(routing.window.choices_LC), tokens_LG=np.zeros_like(routing.window.tokens_LG)
-    )
-    assert problems(replace(routing, window=empty)) == []
-    assert facts(replace(routing, window=empty))[0] == "No token took a true expert in these steps."
 
 
 def test_a_starved_modality_of_a_shared_group() -> None:

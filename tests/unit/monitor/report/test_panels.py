@@ -5,14 +5,11 @@ import re
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
-from moe_dist.monitor.heatmaps import Axis, ratio_scale
-from moe_dist.monitor.report.drawing import heat, short
-from moe_dist.monitor.report.panels import drift, percentiles
+from moe_dist.monitor.report.drawing import short
+from moe_dist.monitor.report.panels import drift
 from moe_dist.monitor.report.routing import Routing, Subject, Tokens
 from moe_dist.monitor.report.token_panels import coactivation, compute_maps, experts_a_token
-from moe_dist.monitor.trace.foreign import NO_ID
 from tests.unit.monitor.conftest import draw_groups
 from tests.unit.monitor.report.conftest import draw_routing
 
@@ -34,44 +31,6 @@ def test_a_sequence_with_another_text_is_left_out() -> None:
     token_T[31] += 1  # this token is in the second of three sequences
     assert "the same 60 tokens" in drifted(routing, {"token_T": token_T})
     assert "no sequence in common" in drifted(routing, {"token_T": tokens_of(routing).token_T + 1})
-
-
-def test_counts_of_the_same_tokens_are_compared() -> None:
-    routing = draw_routing(steps=2)  # the window has two steps, and the trace only the last
-    trace = replace(routing, window=routing.frames[-1], split="held-out")
-    page = drift(Subject(routing, trace, [], ()))
-    picture = page.split("<svg")[2].split("</svg>")[0]
-    assert re.findall(r'style="fill:[^>]*>([^<]*)<', picture) == ["0"] * 8
-    assert "held-out tokens of both" in page
-    page = drift(Subject(routing, replace(trace, tokens=None), [], ()))
-    assert "other tokens: training against held-out" in page
-    assert "training tokens of both" in drift(Subject(routing, replace(routing, tokens=None), [], ()))
-
-
-@pytest.mark.parametrize("name", ["capacity", "expert, and the rank that holds it"])
-def test_the_legend_of_a_small_heat_map_is_free(name: str) -> None:
-    picture = heat(np.ones((1, 1)), Axis("layer", ["1"]), Axis(name, ["0"]), scale=ratio_scale(""), title="")
-    middle = int(re.findall(rf'<text x="(\d+)" y="\d+" class="m q">{name}<', picture)[0])
-    legend = int(re.findall(r'<rect x="(\d+)"', picture)[0])
-    width = int(re.findall(r'viewBox="0 0 (\d+)', picture)[0])
-    half = 3.5 * len(name)  # a character has at most 7 user units
-    assert middle - half >= 0
-    assert middle + half < legend < width - 30
-
-
-def test_one_step_is_drawn_as_bars() -> None:
-    routing = draw_routing(steps=1)
-    load = routing.window.choices_LC[:, :8] / routing.window.choices_LC[:, :8].mean(1, keepdims=True)
-    picture = percentiles(Subject(routing, None, [], ())).split("</svg>")[0]
-    assert "<path" not in picture
-    texts = [re.sub("<[^>]*>", "", text).strip() for text in re.findall(r"<text[^>]*>(.*?)</text>", picture)]
-    assert texts == [each for p in (50, 75, 90, 99) for each in (f"p{p}", short(np.percentile(load, p)))]
-
-
-def test_tokens_without_ids_are_not_compared() -> None:
-    routing = draw_routing(tokens=90)
-    nameless = replace(routing, tokens=replace(tokens_of(routing), token_T=np.full(90, NO_ID)))
-    assert "with their ids" in drifted(nameless, {})
 
 
 def test_tokens_of_experts_that_choose_may_take_more_than_top_k() -> None:

@@ -108,15 +108,6 @@ def test_a_torn_last_line_goes(tmp_path: Path, make_record: MakeRecord, keep: in
     assert steps_of(path) == [1, 2, 3, 4, 5, 6]
 
 
-def test_zeros_of_a_power_cut_go(tmp_path: Path, make_record: MakeRecord) -> None:
-    path = tmp_path / "metrics.jsonl"
-    write(path, make_record, range(1, 4))
-    with path.open("ab") as file:
-        file.write(b'{"step":2,' + b"\0" * 100 + b"}\n" + b"\0" * 50)
-    write(path, make_record, range(4, 6), resume_step=3)
-    assert steps_of(path) == [1, 2, 3, 4, 5]
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -269,13 +260,3 @@ def test_lines_wait_for_room_and_no_checkpoint_is_saved_meanwhile(
     sink.flush()
     assert path.read_bytes() == once.read_bytes()
     sink.close()
-
-
-def test_a_disk_that_stays_full_does_not_keep_the_sink_from_closing(tmp_path: Path, make_record: MakeRecord) -> None:
-    sink = JsonlSink(SinkContext(tmp_path))
-    sink._file = FailingFile(sink._file, 10)  # pyright: ignore
-    sink.step(make_record(1))
-    sink.close()
-    sink.close()
-    assert drop_lines_after(tmp_path / "metrics.jsonl", 0) is None
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b""

@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar import layout_pb2
 
 from moe_dist.monitor.metrics import Record, evaluation_scalars
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult, LeverDecision
-from moe_dist.monitor.tags import MAX_SCALARS, curve_of, picture_meaning
+from moe_dist.monitor.tags import curve_of, picture_meaning
 from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
-from tests.support.messages import refused
 
 MakeRecord = Callable[..., Record]
 MAP = ComputeMap({"text": 1.5}, 2)
@@ -242,30 +240,3 @@ def test_ranks_have_histograms_and_a_change_of_the_placement_is_a_picture(
         assert (histogram.num, histogram.max) == (3, largest)
     for tag in (*most, "rank_balance/change"):
         assert accumulator.SummaryMetadata(tag).summary_description == picture_meaning(tag)
-
-
-def test_many_groups_turn_into_heat_maps(tmp_path: Path, wide_record: Callable[..., tuple[Record, Subject]]) -> None:
-    record, subject = wide_record(8, num_layers=4, num_experts=8)
-    write(tmp_path, subject, [record], pictures_every=1)
-    accumulator = read(tmp_path)
-    families = {"moe/experts_per_token", "moe/null_fraction", "moe/load_imbalance", "moe/capacity_used"}
-    assert families <= set(accumulator.Tags()["images"])
-    assert len(curves(tmp_path)) <= MAX_SCALARS
-
-
-def test_the_custom_page_shows_curves_that_exist(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    write(tmp_path, subject, [make_record(1)])
-    accumulator = read(tmp_path)
-    layout = layout_pb2.Layout.FromString(accumulator.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    tags = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
-    measured_elsewhere = {"eval/.*", "perf/balance_efficiency", "moe/balance_efficiency_by_count"}
-    assert measured_elsewhere < set(tags)
-    assert set(tags) - measured_elsewhere <= {curve_of(tag)[1] for tag in make_record(1).scalars}
-    assert {"moe/load_imbalance", "moe/dropped", "moe/capacity_used", "loss/modality"} < set(tags)
-
-
-def test_use_after_close_is_an_error(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    sink = TensorBoardSink(SinkContext(tmp_path.parent, subject=subject, modalities=("text", "image")))
-    sink.close()
-    with refused(RuntimeError):
-        sink.step(make_record(1))

@@ -81,14 +81,6 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert np.array_equal(step.dropped(), dropped_LC)
 
 
-def test_a_token_costs_two_bytes_a_layer_and_choice_and_eighteen(tmp_path: Path) -> None:
-    place = write(tmp_path, replace(MANIFEST, weights=False), range(1, 2), "a")
-    assert (place / "rank_0.ids").stat().st_size == 5 * 2 * 3 * 2
-    assert (place / "rank_0.tokens").stat().st_size == 5 * 18
-    assert not (place / "rank_0.weights").exists()
-    assert read_trace(tmp_path).step(1).weights is None
-
-
 def test_a_resume_on_more_ranks_keeps_every_step_once(tmp_path: Path) -> None:
     write(tmp_path, MANIFEST, range(1, 6), "b")  # killed after step 5, with a checkpoint of step 3
     write(tmp_path, replace(MANIFEST, attempt=2, from_step=3, ranks=3), range(4, 5), "a")
@@ -214,18 +206,6 @@ def test_an_index_entry_outside_its_files_is_refused(tmp_path: Path, first: int,
         read_trace(tmp_path).step(1)
 
 
-def test_a_negative_modality_is_refused(tmp_path: Path) -> None:
-    place = tmp_path / "a"
-    place.mkdir()
-    (place / "manifest.json").write_text(replace(MANIFEST, ranks=1).to_json())
-    writer, wrong = TraceWriter(place, 0, weights=True), part(1, 0)
-    wrong.tokens["modality"] = -5
-    writer.add(1, *wrong[:3])
-    writer.close()
-    with refused(DataError, "rank_0.tokens", golden=False):
-        read_trace(tmp_path).step(1)
-
-
 def test_no_trace_and_a_step_without_trace(tmp_path: Path) -> None:
     with refused(DataError):
         read_trace(tmp_path)
@@ -265,9 +245,3 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(
     monkeypatch.setattr("moe_dist.monitor.trace.writer.CLOSE_SECONDS", 30.0)
     writer.close()
     assert all(file.closed for file in writer._files.values())
-
-
-def test_the_manifest_is_json_for_every_reader() -> None:
-    content = json.loads(MANIFEST.to_json())
-    assert (content["format"], content["version"]) == ("moe_dist trace", 1)
-    assert [group["name"] for group in content["groups"]] == ["text", "image"]

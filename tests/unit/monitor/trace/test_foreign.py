@@ -124,21 +124,6 @@ def test_bad_files_of_flame_moe_are_named(tmp_path: Path, columns: Mapping[str, 
         read_foreign(tmp_path, 8)
 
 
-def test_a_damaged_page_of_flame_moe_is_named(tmp_path: Path) -> None:
-    path = flame(tmp_path, {"indices": [[1, 2]] * 5000})
-    content = path.read_bytes()
-    path.write_bytes(content[:60] + bytes(len(content) // 2 - 60) + content[len(content) // 2 :])  # the footer is undamaged
-    with pytest.raises(DataError, match=r"layer_02\.parquet: .+; restore the file") as caught:
-        read_foreign(tmp_path, 8)
-    assert "None" not in str(caught.value)
-
-
-def test_records_beside_another_systems_trace_are_not_its_counts(tmp_path: Path) -> None:
-    megatron(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text("not of this trace\n")
-    assert open_routing(tmp_path, experts=8).source == "counted in the trace"
-
-
 def test_the_report_of_another_system(tmp_path: Path) -> None:
     one = open_routing(megatron(tmp_path / "trace"), experts=8)
     assert [frame.label for frame in one.frames] == ["10", "11"]
