@@ -59,13 +59,6 @@ def test_renders_differ_in_what_varies_alone(vary: tuple[str, ...]) -> None:
         assert [each.pixels[0, 0].tolist() for each in every] == [each.pixels[0, 0].tolist() for each in full], "same draws"
 
 
-def test_plain_is_whole_and_white_and_may_be_mirrored() -> None:
-    render, mirrored = plain(disc()), plain(disc(), mirrored=True)
-    assert (render.pixels[0, 0] == 255).all()
-    np.testing.assert_array_equal(mirrored.pixels, render.pixels[:, ::-1])
-    assert (render.pixels != mirrored.pixels).any()
-
-
 def test_rasterise_fits_any_shape_into_a_square(tmp_path: Path) -> None:
     Image.new("RGB", (200, 100), (0, 0, 255)).save(tmp_path / "wide.png")
     raster = rasterise(tmp_path / "wide.png")

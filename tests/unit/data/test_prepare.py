@@ -274,16 +274,6 @@ def test_what_cannot_be_is_78(tmp_path: Path, arguments: tuple[str, str], words:
     assert not (tmp_path / "set").exists()
 
 
-def test_without_variants_none_can_be_held_out(own: Path, tmp_path: Path) -> None:
-    result = command("--out", tmp_path / "set", "--images", own / "pictures", "--hold-out", "variants", *OPTIONS)
-    assert result.exit_code == 78
-    assert "no picture has a variant in training" in result.output.replace("\n", " ")
-    assert not (tmp_path / "set").exists()
-    recipe = replace(RECIPE, hold_out=HoldOut.VARIANTS, val_fraction=0.0)
-    manifest, _ = prepare(tmp_path / "all", Inputs(images=str(own / "pictures")), recipe, silent)
-    assert manifest.sources["images"].valid is None, "nothing is asked for, nothing is refused"
-
-
 @pytest.mark.parametrize("asked", ["--hold-out variants", "--vary place", "--vary , --caption-first 1"])
 def test_without_pictures_nothing_is_asked_of_them(own: Path, tmp_path: Path, asked: str) -> None:
     result = command("--out", tmp_path / "set", "--text", own / "texts.jsonl", *asked.split(), *OPTIONS)

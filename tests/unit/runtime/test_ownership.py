@@ -176,9 +176,8 @@ def test_an_owner_mapped_by_the_file_system_is_accepted(place: Path, monkeypatch
 
 @pytest.mark.parametrize(
     "where",
-    ["log", "log/rank_0.log", "log/reports/x", "checkpoints", "checkpoints/step_4", "tensorboard", "tensorboard/text/x",
-     "trace", "trace/part", "trace/part/rank_0.tokens", "profile", "slurm", "metrics.jsonl", "wandb", "summary.txt"],
-)  # fmt: skip
+    ["log", "log/rank_0.log", "checkpoints/step_4", "tensorboard", "trace/part/rank_0.tokens", "slurm", "summary.txt"],
+)
 def test_nothing_is_written_through_a_link_out_of_the_run_folder(place: Path, where: str) -> None:
     config, folder = a_run(place)
     outside, link = place / "outside", folder.path / where
@@ -235,10 +234,7 @@ def test_writing_never_goes_through_a_link_or_leaves_half_a_file(tmp_path: Path)
     [
         "",
         "{",
-        "[]",
-        "{}",
         '{"attempts": 3}',
-        '{"attempts": [{"attempt_id": 7}]}',
         '{"attempts": [{"attempt_id": "a"}]}',
         "\0" * 50,
     ],

@@ -65,7 +65,9 @@ def test_numbers_of_gpus_that_are_left_out_are_named(tmp_path: Path, monkeypatch
     planner, placements = LayoutEstimator(RATES, Expected({}), {}, 1e12), Placements(config, {})
     every = [planner.estimate(*next(layouts(config, count, RATES, placements))) for count in (1, 2, 4)]
     odd, full = tools.plan.left_out(config, [1, 2, 3, 4], every, every[2:])
-    assert odd.startswith("3 GPUs are left out, because train.global_batch=16 is not a multiple of them; take train.global_")
+    assert odd.startswith(
+        "3 GPUs are left out, because train.global_batch=16 is not a multiple of them; take train.global_"
+    )
     assert re.fullmatch(
         r"1, 2 GPUs are left out, because no layout fits; on 2 the nearest, ep 1 .*, needs [\d.]+ GB\.", full
     )
