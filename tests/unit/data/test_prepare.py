@@ -274,15 +274,6 @@ def test_what_cannot_be_is_78(tmp_path: Path, arguments: tuple[str, str], words:
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize("asked", ["--hold-out variants", "--vary place", "--vary , --caption-first 1"])
-def test_without_pictures_nothing_is_asked_of_them(own: Path, tmp_path: Path, asked: str) -> None:
-    result = command("--out", tmp_path / "set", "--text", own / "texts.jsonl", *asked.split(), *OPTIONS)
-    assert result.exit_code == 78
-    named = ", ".join(word for word in asked.split() if word.startswith("--"))
-    assert f"{named}: applies to pictures, and this data set has none; leave it out" in result.output.replace("\n", " ")
-    assert not (tmp_path / "set").exists()
-
-
 @pytest.mark.parametrize("one_component", [False, True])
 def test_held_out_variants(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_component: bool) -> None:
     """Ten families of four pictures. If all variants are similar to each other, they are too many to hold out."""

@@ -87,16 +87,6 @@ def test_an_export_copies_no_code(copies: dict[str, Path], place: str) -> None:
     assert not (copies["served"].parent / "out").exists()
 
 
-def test_the_planted_code_would_run(copies: dict[str, Path]) -> None:
-    """Of the tests themselves: transformers runs a tokenizer's code where the README's argument allows it."""
-    from transformers import AutoTokenizer
-
-    ran = plant(copies["served"], *PLACES["tokenizer"])
-    with pytest.raises(Exception, match="Planted"):
-        AutoTokenizer.from_pretrained(copies["served"], trust_remote_code=True)
-    assert ran.exists()
-
-
 def other_code(folder: Path) -> None:
     path = folder / CODE_FILES[1]
     path.write_text(path.read_text() + "\nprint('more')\n")

@@ -9,7 +9,6 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 GROUPS = (ExpertGroup("text", 4, 4, 2, 8), ExpertGroup("image", 4, 4, 2, 8, first_expert=4))
 PINNED = ExpertPlacement(GROUPS, ((0, 1, 2, 3), (4, 5, 6, 7)))
-UNEVEN = ExpertPlacement(GROUPS, ((0, 1, 2), (3, 4, 5, 6, 7)))
 
 
 def ledger(rows: int) -> dict[str, int]:
@@ -37,16 +36,6 @@ def test_each_method_has_its_rows_times_the_bytes_of_a_row() -> None:
         ("top-2, no null experts", "token and expert", 800, 32000),
     ]
     assert [cost.seconds for cost in found.costs] == ["0.250", *["counted"] * 4]
-
-
-def test_what_does_not_compare_is_left_out() -> None:
-    """Rows over two hops are not rows per (token, rank). Megatron-Core needs equally many experts on each rank."""
-    hierarchical = table(own=399)
-    assert "this run, if experts were interleaved" not in [cost.method for cost in hierarchical.costs]
-    assert hierarchical.costs[0].row_per == "hop"
-    assert [cost.rows for cost in table(UNEVEN).costs if "Megatron" in cost.method] == [None]
-    alone = costs_of([0], PINNED, {"pinned": 0})
-    assert {cost.bytes for cost in alone.costs} == {0.0}
 
 
 @pytest.mark.parametrize(

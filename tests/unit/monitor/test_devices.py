@@ -131,34 +131,3 @@ def test_on_the_cpu_the_largest_memory_is_that_of_the_process() -> None:
     assert first[2] == 0
     del touched
     assert largest_memory(torch.device("cpu"))[0] >= first[0]
-
-
-def test_on_the_cpu_the_host_stands_in(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(psutil, "cpu_percent", lambda: 42.0)
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    monitor = DeviceMonitor(seconds=60)
-    readings = monitor.latest
-    monitor.stop()
-    assert readings["device/utilisation"] == readings["cpu_percent"] == 42.0
-    assert readings["device/power"] is None
-    assert not caplog.records, "NVML is nobody's business here"
-
-
-def test_reading_does_not_wait_for_the_driver(install: Callable[[FakeNvml], None]) -> None:
-    """The driver hangs in the background. The last reading stays available."""
-    fake, hang, release = FakeNvml(), threading.Event(), threading.Event()
-    install(fake)
-    module = sys.modules["pynvml"]
-
-    def stuck(handle: str) -> SimpleNamespace:
-        if threading.current_thread().name == "devices":
-            hang.set()
-            release.wait(600)
-        return SimpleNamespace(used=2**20)
-
-    module.nvmlDeviceGetMemoryInfo = stuck
-    monitor = DeviceMonitor(seconds=0.001, gpu=0)
-    assert hang.wait(600)
-    assert monitor.latest["gpu_used_mib"] == 1.0
-    release.set()
-    monitor.stop()

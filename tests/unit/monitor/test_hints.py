@@ -42,21 +42,6 @@ def test_a_busy_expert_is_named_with_its_layer(groups: tuple[ExpertGroup, ...]) 
     assert not routing(choices(EVEN, [10, 10, 10, 70]), groups)
 
 
-def test_a_limit_that_no_load_can_reach_is_not_the_limit(groups: tuple[ExpertGroup, ...]) -> None:
-    """With 100 choices by 40 tokens among 4 experts, an expert can get at most 40 choices, 1.6 times the even load."""
-    (hint,) = (each for each in routing(choices(EVEN, [20, 20, 20, 40]), groups, tokens=40) if each.kind == "busy/image")
-    assert "image expert 3 takes 100% of its group's tokens in layer 1, 1.6 x the mean expert (62%)" in hint.text
-    assert not routing(choices(EVEN, [22, 22, 22, 34]), groups, tokens=40)
-    assert not routing(choices(EVEN, [20, 20, 20, 30]), groups, tokens=30), "less than 1.5 x the even load is possible"
-
-
-def test_one_expert_of_a_group_is_never_busy() -> None:
-    alone = (ExpertGroup("text", 1, 0, 1, 8, 0, ("text",)),)
-    assert not routing(np.array([[99]]), alone)
-    two = (ExpertGroup("text", 2, 0, 1, 8, 0, ("text",)),)
-    assert len(routing(np.array([[95, 5]]), two)) == 1, "three times the even share is out of reach"
-
-
 def test_few_choices_prove_nothing(groups: tuple[ExpertGroup, ...]) -> None:
     assert not routing(np.array([[0, 1, 9, 2] * 2 + [5, 5, 5, 5]]), groups, tokens=9)
 
@@ -122,15 +107,6 @@ def test_one_odd_batch_says_nothing(healthy: MakeRecord, groups: tuple[ExpertGro
     odd = np.array([[25] * 4 + [0, 0, 100, 0] + [20] * 4] * 3)
     records = [healthy(step, choices_LC=odd) if step == 25 else healthy(step) for step in range(1, 40)]
     assert not [hint for record in records for hint in watch.update(record)]
-
-
-def test_losses_that_are_not_finite_do_not_hide_the_trend(healthy: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:
-    watch = HintWatch(groups, (1, 3, 5), window=10)
-    said = []
-    for step in range(1, 60):
-        loss = float("nan") if step % 3 == 0 else 60.0 if step < 30 else 90.0
-        said += watch.update(healthy(step, nll_M=np.array([loss, loss])))
-    assert kinds(said) == ["loss"]
 
 
 def test_a_flat_loss_late_in_a_run_is_no_news(healthy: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:

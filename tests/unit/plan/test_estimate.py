@@ -8,7 +8,6 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan import memory
-from moe_dist.plan.costs import Costs
 from moe_dist.plan.estimate import LIBRARIES, SLACK, Estimate, LayoutEstimator
 from moe_dist.plan.layouts import Placements, gpu_counts, layouts
 from moe_dist.plan.policies import expert_groups
@@ -81,28 +80,6 @@ def test_memory_is_that_of_the_dry_run_with_its_spread() -> None:
     tight = estimated(config, most_bytes=found.memory[0])
     assert tight.out_of_memory == pytest.approx(1.0)  # half of all micro-batches fail, and a step has many
     assert 0.0 < estimated(config, most_bytes=found.memory[2] + (found.memory[2] - found.memory[1])).out_of_memory < 1.0
-
-
-def test_latent_attention_takes_longer_with_wider_latents() -> None:
-    def busy(kv_rank: int) -> float:
-        latent = f"model.attention={{kind: latent, kv_rank: {kv_rank}, value_dim: 128}}"
-        config = load_config("olmoe_1b7b_8gpu", [latent, "model.rope_dim=64", "model.qk_norm=none"])
-        return estimated(config).busy
-
-    assert 0.0 < busy(256) < busy(512)
-
-
-def test_frozen_weights_have_no_gradient_to_compute_or_sum() -> None:
-    whole = load_config("olmoe_1b7b_8gpu", ["parallel.edp=2"])
-    adapted = load_config("mole_llama3_8b_8gpu", ["parallel.edp=8"])
-    for config, ratio in ((whole, 2.0), (adapted, 1.0)):
-        placement = ExpertPlacement.interleaved(expert_groups(config.model.moe), config.parallel.ep)
-        assert Costs(config, placement, RATES, {}).backward == pytest.approx(ratio, abs=0.25)
-    links = (LinkSection(ranks=8, latency=0.0, bytes_per_second=1e15),)
-    found = estimated(adapted, rates=RATES.model_copy(update=FAST | {"ranks_per_node": 8, "inside": links}))
-    held = memory.trained_parameters(adapted, found.placement, rank=0)
-    assert found.tail < 28 * memory.held_parameters(adapted, found.placement, rank=0) / RATES.copy_rate
-    assert found.tail > 28 * held / RATES.copy_rate
 
 
 def test_hierarchical_nodes_are_those_of_the_dispatcher() -> None:

@@ -126,21 +126,6 @@ def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_ro
     assert checkpoint_bytes(cfg) == 4 * whole + 8 * routers
 
 
-@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
-def test_a_single_micro_batch_frees_activations_before_it_has_all_gradients(data: str) -> None:
-    several = config(parallel={"ep": 4, "data": data})
-    single = several.model_copy(update={"train": several.train.model_copy(update={"global_batch": 16})})
-    parts = parameters(several.model)
-    in_buckets = 4 * (parts.total - parts.experts - parts.router) if data == "ddp" else 0.0
-    one, more = (estimated(cfg, 4, pairs=20.0) for cfg in (single, several))
-    assert one.gradients == more.gradients > in_buckets
-    assert more.total - one.total == one.gradients - in_buckets
-    short = single.model_copy(update={"data": single.data.model_copy(update={"seq_len": 1})})
-    few = estimated(short, 4)
-    states = few.parameters + few.optimizer + few.casts + in_buckets
-    assert few.total == states + few.gradients - in_buckets, "more gradients than activations"
-
-
 def test_states_of_a_rank() -> None:
     cfg = config(parallel={"ep": 4})
     placement = placed(cfg, 4)

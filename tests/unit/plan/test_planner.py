@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from moe_dist.config.parallel.section import PinnedSection
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement, group_shares
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.planner import PlanComparison, compare, expected_plan, render, verdict
 from moe_dist.plan.policies import make_placement
 
@@ -42,12 +42,6 @@ def test_expectations_are_exact() -> None:
     assert plan.efficiency == pytest.approx(sum(load) / 3 / max(load))
 
 
-def test_shares_without_a_mix_are_those_of_modalities() -> None:
-    both = ExpertGroup("text", 3, 2, 2, 10, 0, ("text", "code"))
-    assert group_shares((both, IMAGE), {}) == pytest.approx([2 / 3, 1 / 3])
-    assert group_shares((both, IMAGE), {"text": 1, "code": 0, "image": 3}) == [0.25, 0.75]
-
-
 def test_one_rank_exchanges_nothing() -> None:
     plan = expected_plan(ExpertPlacement((TEXT, IMAGE), ((0, 1, 2, 3, 4),)), MIX, name="x")
     assert plan.remote_rows_per_token == 0
@@ -79,35 +73,11 @@ def test_a_skewed_mix_gives_the_pinned_ranks_uneven_work_and_fewer_rows() -> Non
     )
 
 
-@pytest.mark.parametrize(
-    ("chosen", "than"), [(0, "interleaved where a rank's link moves less"), (1, "pinned where a rank's link moves more")]
-)
-def test_the_trade_between_work_and_wire(chosen: int, than: str) -> None:
-    """By hand: a token's time on the busiest rank is 6 D load / flops + 2 D itemsize rows / bandwidth."""
-    of = (ExpertGroup("text", 3, 1, 2, 16, 0, ("text",)), ExpertGroup("image", 2, 2, 2, 24, 3, ("image",)))
-    comparison = compare(of, 2, {"text": 2820, "image": 1536})
-    pinned, interleaved = comparison.plans
-    work = 6 * (max(pinned.load_R) - max(interleaved.load_R))
-    wire = 2 * 2 * (max(interleaved.remote_R) - max(pinned.remote_R))
-    assert work > 0
-    assert wire > 0
-    bound = f" than {wire / work * 1000:.3g} GB/s for each TFLOP/s it computes."
-    assert words_of(comparison, chosen).endswith(f"; it is faster than {than}{bound}")
-
-
 def test_what_cannot_be_is_said() -> None:
     comparison = compare((TEXT, IMAGE), 1, MIX)
     assert [plan.name for plan in comparison.plans] == ["interleaved"]
     assert words_of(comparison).startswith("This run uses interleaved placement. Pinned is not possible: ")
     assert "raise parallel.ep" in words_of(comparison)
-
-
-def test_one_group_is_the_same_either_way() -> None:
-    comparison = compare((even(8, 0, "text"),), 4, {})
-    same = "This run uses pinned placement, which sends no more rows than interleaved; its busiest rank has no more work."
-    assert words_of(comparison) == same
-    shown = render(comparison, comparison.plans[0].placement, {}, policy="pinned")
-    assert shown.splitlines()[-1] == "This run uses pinned placement."
 
 
 def test_another_pinned_placement_is_compared_by_name() -> None:

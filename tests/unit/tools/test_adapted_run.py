@@ -8,19 +8,15 @@ import pytest
 import torch
 from click.testing import Result
 
-from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError
-from moe_dist.formats.split_files import data_digest
 from moe_dist.inference.loaded_run import find_trained
-from moe_dist.train.start import resume
-from moe_dist.train.start.resume import kept_position
 from tests.support.imported import logits_of
 from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import VOCAB, pictured_data
 from tests.support.tiny_embedder import tiny_embedder
-from tools import evaluate, generate, inspect_checkpoint, prepare_router_tuning, verify_checkpoint
+from tools import evaluate, generate, prepare_router_tuning, verify_checkpoint
 
 DENSE = {"all": {"num_experts": 1, "top_k": 1, "ffn_dim": 16, "modalities": ["text", "image"]}}
 SIZES: dict[str, Any] = {"model__vocab_size": VOCAB, "model__max_seq_len": 192, "data__seq_len": 96}
@@ -60,18 +56,6 @@ def test_base_and_adapters_come_back_together(trained: tuple[Path, OneRank]) -> 
     assert not torch.allclose(logits_of(model, tokens)[0], logits_of(base, tokens)[0])
 
 
-def test_it_is_looked_at(trained: tuple[Path, OneRank]) -> None:
-    folder, _ = trained
-    done = call(inspect_checkpoint, folder)
-    assert done.exit_code == 0, done.output
-    assert "content hash" in done.stdout
-    assert "adapters" in done.stdout
-    assert "dense" not in done.stdout.split("tensors")[1]
-    done = call(verify_checkpoint, folder)
-    assert done.exit_code == 0, done.output
-    assert "is there, with the content hash that the adapters name" in done.stdout.replace("\n", " ")
-
-
 def test_without_its_base_it_is_refused(trained: tuple[Path, OneRank]) -> None:
     folder, _ = trained
     base, away = folder.parent / "base", folder.parent / "away"
@@ -96,18 +80,6 @@ def test_adapters_are_no_start_of_another_run_and_no_run_to_tune(trained: tuple[
     done = call(prepare_router_tuning, folder, "--tasks", "pictures", "--out", tmp_path / "out", "--embedder", embedder)
     assert done.exit_code == 78
     assert "take a run without adapters" in done.stderr
-
-
-def test_a_place_among_samples_of_router_tuning_is_none_in_the_data(
-    trained: tuple[Path, OneRank], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = find_trained(trained[0].parent / "base")
-    digest = data_digest(found.config.data.path, found.manifest)
-    assert kept_position(found.folder, found.config, digest) == 16
-    tuned = found.config.model_copy(update={"router_tuning": RouterTuningSection(data="x")})
-    monkeypatch.setattr(resume, "saved_config", lambda values, folder: tuned)
-    with refused(ConfigError, "run.keep_position"):
-        kept_position(found.folder, found.config, digest)
 
 
 @pytest.mark.parametrize("shared", [False, True])

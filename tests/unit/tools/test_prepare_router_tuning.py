@@ -1,7 +1,6 @@
 """The command on a small run: what it writes is what the run makes of the questions, and what it refuses."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -132,19 +131,4 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
     done = invoke(main, plain_run, "--out", tmp_path / "out", *options, *arguments)
     assert done.exit_code == code, done.output
     assert message in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_runs_without_a_routing_to_compare_and_foreign_tokenizers_are_refused(
-    own_run: Path, plain_run: Path, own_data: Path, options: tuple[object, ...], tmp_path: Path
-) -> None:
-    done = invoke(main, own_run, "--tasks", TASKS, "--out", tmp_path / "out", *options)
-    assert done.exit_code == 78, done.output
-    assert "model.mixture_of_depths: a token that a layer passes by" in done.stderr
-    moved = shutil.copytree(own_data, tmp_path / "moved")
-    tokenizer = json.loads((moved / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["foreign"] = 310
-    (moved / "tokenizer.json").write_text(json.dumps(tokenizer))
-    done = invoke(main, plain_run, "--tasks", TASKS, "--out", tmp_path / "out", "--data", moved, *options)
-    assert done.exit_code == 65, done.output
     assert not (tmp_path / "out").exists()

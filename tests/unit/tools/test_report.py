@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from typer.testing import Result
 from moe_dist.config.load import resolved_yaml
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.monitor.report.panels import PANELS
-from moe_dist.monitor.report.routing import FRAMES, frames_of_records, merged
+from moe_dist.monitor.report.routing import FRAMES
 from moe_dist.monitor.trace.format import TOKEN, Manifest
 from moe_dist.monitor.trace.writer import TraceWriter
 from moe_dist.plan.policies import expert_groups
@@ -25,32 +24,9 @@ from tests.support.messages import refused
 from tests.support.tiny import tiny_config
 from tools.report import main, open_routing
 
-VOID = {"meta", "link", "input", "img"}
-
 
 def call(*arguments: object) -> Result:
     return invoke(main, *arguments)
-
-
-class Tags(HTMLParser):
-    """Checks that tags are closed in order; collects the attributes that load something."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.loads: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.open += [tag] if tag not in VOID else []
-        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
-        assert tag != "script"
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.loads += [value or "" for name, value in attrs if name == "href"]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 def write_trace(place: Path, manifest: Manifest, steps: range, tokens: int = 40) -> list[dict[str, list[list[int]]]]:
@@ -145,10 +121,8 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
     first, *printed, _ = done.output.splitlines()
     assert f"<h2>{first}</h2>" in text
     assert len(printed) == text.count("<li>", 0, text.index("<nav"))
-    page = Tags(text)
-    assert page.open == []
-    assert all(place.startswith(("data:", "#")) for place in page.loads)
-    assert re.search(r"url\(|@import|https?:", text) is None
+    assert all(place.startswith(("data:", "#")) for place in re.findall(r'\b(?:src|href|srcset)="([^"]*)"', text))
+    assert re.search(r"<script|url\(|@import|https?:", text) is None
     assert text.count("<section ") == len(PANELS)
     assert "The same tokens." in text
     assert re.findall(r'<td class="e">(\d+)</td><td>(pinned|interleaved|as in the run)', text) == [
@@ -163,24 +137,6 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
     rows = dict(re.findall(r'<tr><td class="e">2</td><td>(as in the run|placed\.yaml)</td>(.*?)</tr>', text))
     assert rows["as in the run"] == rows["placed.yaml"]
     assert len(out.read_bytes()) < 5_000_000
-
-
-def test_a_long_file_of_records_is_joined_into_few_frames(tmp_path: Path) -> None:
-    arrays = {"choices_LC": [[1, 2]], "tokens_LG": [[3]], "dropped_LG": [[0]]}
-    line = {"kind": "step", "balance_coefficient": 0.5, "scalars": {}, "arrays": arrays}
-    lines = [json.dumps({"step": step, **line}) for step in range(1, 1001)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    frames, window, coefficient = frames_of_records(tmp_path / "metrics.jsonl", (1, 2, 1))
-    assert FRAMES / 2 < len(frames) <= 2 * FRAMES
-    for each in (frames, merged(frames, FRAMES), merged(frames, 12)):  # of equal width, but the last one
-        *widths, last = [frame.last - frame.first + 1 for frame in each]
-        assert len(set(widths)) == 1
-        assert widths[0] <= last < 2 * widths[0]
-        assert (each[0].first, each[-1].last) == (1, 1000)
-    assert [len(merged(frames[:1] * n, 60)) for n in (1, 2, 59, 60, 61)] == [1, 2, 59, 60, 30]
-    assert [frame.first for frame in frames] == [1, *(frame.last + 1 for frame in frames[:-1])]
-    assert all(frame.choices_LC.tolist() == [[n, 2 * n]] for frame in frames for n in [frame.last - frame.first + 1])
-    assert ([frame.first for frame in window], coefficient) == ([*range(951, 1001)], 0.5)
 
 
 TRACE, MANIFEST, RECORDS = "trace", "trace/a/manifest.json", "metrics.jsonl"

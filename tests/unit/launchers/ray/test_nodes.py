@@ -51,31 +51,9 @@ def test_nodes_that_others_use_are_waited_for_and_free_ones_taken() -> None:
     assert [each.index for each in found.waits_for] == [0]
 
 
-@pytest.mark.parametrize(
-    ("job", "nodes", "message"),
-    [
-        (
-            plan(TEXT, {"modality": "video"}),
-            [node("a", TEXT), node("b", IMAGE)],
-            "rank 1 (experts of video): the cluster has no node with the label modality=video; ",
-        ),
-        (
-            plan({}, ranks=3),
-            [node("a", cpus=2)],
-            "ranks 0-2: needs 3 CPU on one node, but the largest of the cluster has 2",
-        ),
-        (
-            plan(TEXT, TEXT, TEXT),
-            [node("a", TEXT), node("b", TEXT), node("c", IMAGE)],
-            "rank 2 (experts of text): the plan needs 3 nodes with the label modality=text, but the cluster has 2 ",
-        ),
-        (plan({}), [], "rank 0: the cluster has no node; "),
-    ],
-    ids=["label", "room", "too few", "none at all"],
-)
-def test_requirements_that_no_node_meets_are_named(job: JobPlan, nodes: list[RayNode], message: str) -> None:
-    (fault,) = assign(job, nodes, {"CPU": 1.0}).problems
-    assert fault.startswith(message)
+def test_a_label_that_no_node_has_is_named() -> None:
+    (fault,) = assign(plan(TEXT, {"modality": "video"}), [node("a", TEXT), node("b", IMAGE)], {"CPU": 1.0}).problems
+    assert fault.startswith("rank 1 (experts of video): the cluster has no node with the label modality=video; ")
 
 
 def test_nodes_that_share_ep_groups_are_grouped() -> None:

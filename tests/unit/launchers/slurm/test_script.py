@@ -17,7 +17,6 @@ from launchers.slurm.script import (
     script,
     srun_command,
 )
-from launchers.slurm.step import hold_signals_prefix
 from moe_dist.config.cluster import Cluster
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.sinks import sink
@@ -111,25 +110,6 @@ def test_a_job_runs_the_code_of_its_first_attempt_only_if_it_was_requeued(tmp_pa
     done = subprocess.run(["bash", TRAIN_SBATCH, "x.yaml"], env=env, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == str(tmp_path / {"clone": "clone", "first": "first/code"}[code]), done.stderr
     assert pointer.exists() == (code == "first")
-
-
-def test_a_job_runs_with_an_env_that_cannot_block_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As coreutils before 8.31."""
-    pyxis = Cluster.model_validate({"container": {"kind": "pyxis", "image": "x"}})
-    assert hold_signals_prefix(Cluster()) == hold_signals_prefix(pyxis) == ("env", "--block-signal=TERM,USR2,INT")
-    stand_in(tmp_path, monkeypatch, env="echo unrecognized option >&2; exit 125", python='echo "$@"')
-    assert (hold_signals_prefix(Cluster()), hold_signals_prefix(pyxis)[0]) == ((), "env")
-    places = {"table": Path("/t.sh"), "node_env": Path("/node_env.sh"), "visible": ["/runs/x"]}
-    assert srun_command(ONE_KIND, Cluster(), **places, hold=())[-4:] == [
-        "--ntasks-per-node=2",
-        "bash",
-        "/node_env.sh",
-        "/t.sh",
-    ]
-    variables = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "MOE_DIST_PYTHON": str(tmp_path / "python")}
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MOE_"))} | variables
-    done = subprocess.run(["bash", TRAIN_SBATCH, "x.yaml"], env=env, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("-m launchers.slurm.job x.yaml\n", "")
 
 
 def test_options_of_the_site_reach_srun_and_sbatch() -> None:

@@ -11,7 +11,6 @@ from PIL import Image
 from moe_dist.monitor.heatmaps import colour, linear_scale
 from moe_dist.monitor.report.routing import Routing, Subject
 from moe_dist.monitor.report.token_panels import compute_maps
-from moe_dist.monitor.trace.foreign import NO_ID
 from tests.unit.monitor.report.conftest import draw_routing
 
 GRID = (2, 3)
@@ -53,10 +52,3 @@ def test_whole_pictures_and_texts_have_their_tokens_experts() -> None:
     _, *texts = page.split("<p")[1:]  # without the legend
     titles = [re.findall(r'title="([\d.]+)"', text) for text in texts]
     assert titles == [[f"{experts_T[i]:.2f}" for i in rows] for rows in ((0, 1), (8,), (13,))]
-
-
-def test_texts_alone_and_a_trace_without_ids() -> None:
-    page, _ = mapped(grid=(0, 0))
-    assert "<img" not in page
-    assert "<mark" in page
-    assert "no token ids" in mapped(token_T=np.full(20, NO_ID))[0]

@@ -104,15 +104,3 @@ def test_a_starved_modality_of_a_shared_group() -> None:
     few = replace(starved, ids_TLK=ids_TLK[:4], modality_T=modality_T[:4])  # only 16 expected choices of image tokens
     for tokens in (fed, replace(fed, ids_TLK=np.full_like(ids_TLK, 8)), few, None):
         assert problems(replace(routing, tokens=tokens)) == []
-
-
-def test_the_factor_that_drops_nothing_is_the_largest_of_all_steps() -> None:
-    routing = draw_routing()
-    assert not [text for text in facts(routing) if "Capacity factor" in text], "unknown"
-    most = iter([(1.5, 0.0), (2.121, 3.0)] + [(1.0, 1.0)] * len(routing.frames))
-    frames = tuple(frame._replace(needed_G=np.array(next(most))) for frame in routing.frames)
-    (text,) = [text for text in facts(replace(routing, frames=frames)) if text.startswith("Capacity factor: ")]
-    name = routing.groups[1].name
-    assert f"an expert ({name}) takes 3.00 x an even share at most, so model.moe.capacity.factor=3.00 drops nothing" in text
-    frames = tuple(frame._replace(needed_G=np.array([2.121, 1.0])) for frame in routing.frames)
-    assert any("capacity.factor=2.13 drops" in text for text in facts(replace(routing, frames=frames)))

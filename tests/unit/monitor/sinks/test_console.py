@@ -1,7 +1,6 @@
 import io
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,19 +8,11 @@ from rich.console import Console
 
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject
-from moe_dist.monitor.sinks.console import ConsoleSink, summary_table
+from moe_dist.monitor.sinks.console import ConsoleSink
 from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
 
 MakeRecord = Callable[..., Record]
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    value: str
-    rule: str
-    passed: bool
 
 
 def plain() -> Console:
@@ -112,17 +103,3 @@ def test_a_bar_on_a_terminal(make_record: MakeRecord, width: int, shown: str) ->
     assert len(last) <= width
     assert "evaluation after step 100: held-out text 4.000" in text
     assert "step 10/200 " not in text, "no plain lines beside the bar"
-
-
-def test_summary_says_pass_or_fail() -> None:
-    console = Console(file=io.StringIO(), force_terminal=False, width=100)
-    checks = [Check("held-out image", "2.51", "< 2.82 [left bigram]", True), Check("no dead expert", "2 dead", "0", False)]
-    console.print(summary_table(checks, title="demo"))
-    lines = output(console).splitlines()
-    assert lines[0].strip() == "demo"
-    (image,) = (line for line in lines if "held-out image" in line)
-    (dead,) = (line for line in lines if "no dead expert" in line)
-    assert "pass" in image
-    assert "< 2.82 [left bigram]" in image, "brackets are text, not markup"
-    assert "FAIL" in dead
-    assert lines[-1].strip() == "1 of 2 passed"

@@ -122,16 +122,6 @@ def test_both_hops_of_a_layer_need_one_read() -> None:
     assert mixes_and_copies_nothing(counted)
 
 
-@pytest.mark.full
-def test_auxiliary_routers_copy_nothing_to_the_device() -> None:
-    """They are trained alone, in a second stage, which no preset has. An index by a list is such a copy."""
-    options = ["model.num_layers=2", "train.only=auxiliary_routers", "run.init_from=runs/first"]
-    options.append("model.moe.router={kind: expert_choice, causal: auxiliary}")
-    counted = count("configs/moma_1b4_4t4i_32gpu.yaml", 8, options)
-    assert mixes_and_copies_nothing(counted)
-    assert sum(counted.syncs.values()) == READS_OF_A_STEP + 1, counted.syncs  # one for the tokens of each rank and group
-
-
 IN_SAVE = {"storage": 1, "optimizer": 1, "state of the device's generator": 1}  # end of copies, step count, generator
 BALANCE_LOSS = {"step_load": 2}  # counts of the balance loss over a whole step, which a checkpoint has
 EVALUATED = {"heldout": 4}  # counts and sums over all ranks, with experts and without; MoMa's also as in training
@@ -168,19 +158,6 @@ def test_evaluation_and_save_on_the_device(preset: str) -> None:
     assert kept["on host"]
     assert kept["same memory"]
     assert 0 <= kept["copies"] - kept["tensors"] <= 2
-
-
-@pytest.mark.full
-def test_triton_kernels_move_fewer_bytes() -> None:
-    options = ["model.num_layers=2", "parallel.kernels.kind="]
-    torchs, tritons = (
-        count("configs/olmoe_1b7b_8gpu.yaml", 8, [options[0], options[1] + kind]) for kind in ("torch", "triton")
-    )
-    for phase in ("moe forward", "moe backward"):
-        assert tritons.num_bytes[phase] < torchs.num_bytes[phase] / 2
-        assert tritons.kernels[phase] < torchs.kernels[phase]
-    kernels = torchs.kernels["moe forward"] + torchs.kernels["moe backward"]
-    assert kernels < 1500, "1,342; rows that are widened in slices of 16 MiB, as on the host, make them 2,462"
 
 
 @pytest.mark.full
