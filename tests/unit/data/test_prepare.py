@@ -253,14 +253,11 @@ def test_a_second_writer_waits_and_finds_it_done(own: Path, made: Path, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--extra-text", "nothing"), "NAME=PATH"),
         (("--extra-text", "../x=."), "letters, digits"),
         (("--extra-text", "python=."), "rename"),
         (("--text", "missing"), "no such file or folder"),
-        (("--images", "missing"), "no such folder"),
         (("--instructions", "nothing"), "NAME=PATH"),
         (("--instructions", "text=missing"), "rename"),
-        (("--instructions", "asked=missing"), "no such file"),
         (("--instructions", "a=missing", "--extra-text", "a=missing"), "has the same name"),
         (("--vary", "place,colour"), "--vary colour: renders differ in some of place,flip,background"),
         (("--languages", "en,it"), "--languages it: the pictures have names in en, de, fr, ja, es"),

@@ -21,8 +21,6 @@ TOKENS = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(3
     ("kind", "null", "choices"),
     [
         ("mixtral", 8, (3, 4)),
-        ("mixtral", 16, (4, 5, 6)),
-        ("olmoe", 8, (5, 6)),
         ("olmoe", 16, (7, 8, 9)),
         ("qwen3_moe", 24, (9, 12)),
         ("qwen2_moe dense", 8, (5, 6)),

@@ -104,11 +104,7 @@ def test_an_moe_base_goes_out_with_its_attention_merged(tmp_path: Path, kind: st
     [
         ({"num_experts": 3, "top_k": 1}, "probability", "top_k=1"),
         ({"num_experts": 1, "num_null": 1, "top_k": 1}, "published", "num_null=1"),
-        (
-            {"num_experts": 2, "top_k": 2},
-            "probability",
-            "weight=probability",
-        ),
+        ({"num_experts": 2, "top_k": 2}, "probability", "weight=probability"),
     ],
 )
 def test_what_is_no_matrix_is_refused(tmp_path: Path, group: dict[str, Any], weight: str, reason: str) -> None:

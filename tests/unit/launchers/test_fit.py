@@ -29,11 +29,6 @@ def offer(name: str, traits: frozenset[str] = frozenset(), *, down: str = "", **
             ["rank 2 (experts of hearing): the pool has no node with the feature hearing; its nodes have text and"],
         ),
         (
-            [want(0, TEXT | VISION)],
-            [offer("a", TEXT), offer("b", VISION)],
-            ["rank 0 (experts of text, vision): the pool has no node with the feature text and vision; "],
-        ),
-        (
             [want(0, TEXT, count=8, GPU=8)],
             [offer("a", TEXT, GPU=4), offer("b", VISION, GPU=8)],
             [
@@ -51,7 +46,7 @@ def offer(name: str, traits: frozenset[str] = frozenset(), *, down: str = "", **
         ),
         ([want(0)], [], ["rank 0: the pool has no node; "]),
     ],
-    ids=["enough", "demanding first", "down but spare", "no such trait", "not both", "too small", "too few", "empty"],
+    ids=["enough", "demanding first", "down but spare", "no such trait", "too small", "too few", "empty"],
 )
 def test_each_planned_node_without_a_node_is_named_with_the_reason(
     wants: list[Want], offers: list[Offer], problems: list[str]

@@ -86,14 +86,6 @@ def test_domains_that_are_too_small_or_missing_are_named() -> None:
     [
         (plan({}, {}, ranks=3), [node("a", cpus=2), node("b", cpus=4)], 1, None, {"b": (0, 1, 2, 3), "a": (4, 5)}),
         (plan({}, ranks=6), [node("a", cpus=4), node("b", cpus=4)], 1, 6, {"a": (0, 1, 2, 3), "b": (4, 5)}),
-        (plan({}, ranks=6), [node("a", cpus=5), node("b", cpus=3)], 2, None, {"a": (0, 1, 2, 3), "b": (4, 5)}),
-        (
-            plan({}, ranks=6),
-            [node("a", cpus=5, free=0), node("b", cpus=3), node("c", cpus=3)],
-            1,
-            None,
-            {"b": (0, 1, 2), "c": (3, 4, 5)},
-        ),
         (
             plan(TEXT, IMAGE, ranks=2),
             [node("a", IMAGE), node("b", TEXT, cpus=2), node("c", IMAGE)],
@@ -102,7 +94,7 @@ def test_domains_that_are_too_small_or_missing_are_named() -> None:
             {"b": (0, 1), "a": (2,), "c": (3,)},
         ),
     ],
-    ids=["4 + 2 for 3 + 3", "4 + 2 for 6", "pairs", "free ones", "labels"],
+    ids=["4 + 2 for 3 + 3", "4 + 2 for 6", "labels"],
 )
 def test_uneven_nodes_that_hold_the_ranks_are_used(
     job: JobPlan, nodes: list[RayNode], block: int, most: int | None, ranks: dict[str, tuple[int, ...]]
