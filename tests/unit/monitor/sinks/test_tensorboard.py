@@ -128,6 +128,22 @@ def test_after_a_resume_each_step_is_there_once(tmp_path: Path, subject: Subject
     assert pages(accumulator) == ["resumed at 0", "resumed at 6"]
 
 
+def test_an_evaluation_that_is_owed_is_there_once(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    """The first attempt stops after step 2. The second evaluates and dies, and so does the third."""
+    write(tmp_path, subject, [make_record(1), make_record(2)])
+    for attempt in (1, 2):
+        context = SinkContext(tmp_path.parent, subject=subject, modalities=("text",), resume_step=2, evaluation_owed=True)
+        sink = TensorBoardSink(context)
+        result = EvaluationResult(2, {"text": 3.0 + attempt}, {"text": 4}, {}, 0.5, None, compute_map=MAP)
+        sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
+        sink.close()
+    accumulator = read(tmp_path)
+    assert points(read(tmp_path / "text"), "eval/modality") == [(2, 5.0)]
+    assert points(accumulator, "perf/balance_efficiency") == [(2, 0.5)]
+    assert [event.step for event in accumulator.Images("moe/compute_map")] == [2]
+    assert [step for step, _ in points(accumulator, "loss/total")] == [1, 2], "the steps themselves stay"
+
+
 def test_resuming_from_an_older_checkpoint_cuts_several_attempts(
     tmp_path: Path, subject: Subject, make_record: MakeRecord
 ) -> None:
