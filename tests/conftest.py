@@ -21,7 +21,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # pydantic would search the metadata of all packages for plugins. There are none, and the search takes 0.1 s in each of
 # hundreds of started programs.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-LONG_FILES = ("test_fake_steps.py", "test_fake_matrix.py", "test_combinations.py")
+LONG_FILES = ("test_fake_steps.py", "test_combinations.py")
 
 
 @pytest.fixture(scope="session")

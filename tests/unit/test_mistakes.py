@@ -18,76 +18,38 @@ FILES = {
     "bad.yaml": "run: {name: a\nmodel: [\n",
     "tab.yaml": "run:\n\tname: a\n",
     "twice.yaml": "run: {name: a}\nrun: {name: b}\n",
-    "list.yaml": "- 1\n",
-    "novalue.yaml": "run:\n  name:\n",
     "notes.txt": "hello\nworld\n",
     "bad.jsonl": '{"text": "a"}\n{oops\n',
     "nokey.jsonl": '{"body": "a"}\n',
-    "site.yaml": "acount: x\n",
-    "late.yaml": "signal_seconds: 90000\n",
     "pictures/a.png": "no picture",
     "texts/a.txt": "hello",
     "latin/a.txt": b"caf\xe9",
     "folder/x": "",
     "runs/fe-one/x": "",
-    "unclosed.yaml": "a: [1, 2",
 }
 MISTAKES: tuple[tuple[str, int, str], ...] = (
-    ("launch local x.yaml train.stpes=3", 78, "train.stpes: unknown key; did you mean train.steps?"),
-    ("launch local x.yaml train.steps=many", 78, "train.steps='many': must be whole number, 1 or more"),
     ("launch local x.yaml --train.steps=3", 2, "has no dashes; write train.steps=3"),
     ("launch local x.yaml train.steps", 78, "an override is key=value"),
-    ("launch local x.yaml train.steps = 3", 78, "an override has no spaces around =; write train.steps=3"),
     ("launch local nope.yaml", 78, "cannot be read: No such file or directory; configs/ has"),
-    ("launch local adamoe_moma_tiny", 78, "did you mean adamoe_moma_tiny_cpu?"),
-    ("launch local folder", 78, "cannot be read: is a folder"),
     (
         "launch local bad.yaml",
         78,
         "bad.yaml: line 1, column 6 ('run: {name: a'): the mapping that begins here with { is not closed before line 2; "
         "add } at the end of line 1",
     ),
-    (
-        "launch local unclosed.yaml",
-        78,
-        "unclosed.yaml: line 1, column 4 ('a: [1, 2'): the list that begins here with [ is not closed; add ]",
-    ),
     ("launch local tab.yaml", 78, "tab.yaml: line 2, column 1 ('name: a'): no tab may stand before a key or value"),
     ("launch local twice.yaml", 78, "'run' is in line 1 and again in line 2; keep one"),
-    (
-        "launch local twice.yaml",
-        78,
-        "model, data, train, optimizer, evaluation: these sections are missing; start from a complete configuration",
-    ),
-    ("launch local list.yaml", 78, "must be a mapping of sections (run, model, data, ...), got list"),
-    ("launch local novalue.yaml", 78, "run.name: has no value; write text"),
     ("launch local x.yaml data.path=/nowhere", 78, "make the default data with `moe-dist prepare-data --out /nowhere`"),
-    ("launch local x.yaml model.vocab_size=8", 78, "smaller than the data's 64 ids"),
-    ("launch local x.yaml data.seq_len=4096", 78, "longer than model.max_seq_len=64; lower it, or raise max_seq_len"),
     ("launch local x.yaml --nproc 3", 78, "3 ranks: must be a positive multiple of parallel.ep=2"),
     ("launch local x.yaml --nproc 0", 2, "'0' must be greater than or equal to 1"),
     ("launch local x.yaml --nproc two", 2, "'two' must be a whole number without unit or currency; write --nproc 2"),
-    ("launch local x.yaml train.global_batch=7", 78, "take 4 or 8"),
-    ("launch local x.yaml train.micro_batch=0", 78, "train.micro_batch=0: must be whole number, 1 or more"),
-    ("launch local x.yaml model.moe.groups.text.top_k=99", 78, "lower top_k, or raise num_experts or num_null"),
     ("launch local x.yaml model.moe.groups.text.modalities=[video]", 78, "'video': no such modality in the data"),
-    ("launch local x.yaml placement.policy=pinnd", 78, "did you mean 'pinned'?"),
-    ("launch local x.yaml model.moe.router.kind=topk", 78, "did you mean 'top_k'?"),
     ("launch local x.yaml placement.groups.text.ranks=[9]", 78, "take ranks below parallel.ep=2, or raise it"),
-    ("launch local x.yaml model.num_heads=5", 78, "num_heads=5 must be a multiple of num_kv_heads=2"),
     ("launch local x.yaml optimizer.backend=apex", 78, "its kernels need CUDA, but parallel.device=cpu"),
-    ("launch local x.yaml run.name=a/b", 78, "run.name='a/b': must be text of 1 to 64 letters"),
     ("launch local x.yaml run.init_from=nowhere", 78, "run.init_from='nowhere': no such folder; give a run folder"),
     ("launch local x.yaml data.weights.pictures=1.0", 78, "remove it, or set data.weights={} to draw from all sources"),
     ("launch local x.yaml parallel.device=cuda", 69, "this machine shows no GPU"),
-    ("launch local x.yaml model.depths=1", 78, "model.depths: unknown key"),
-    ("launch local x.yaml optimizer.lr=-1", 78, "optimizer.lr=-1: must be number, above 0"),
-    ("launch local x.yaml optimizer.lr=.nan", 78, "optimizer.lr=nan: must be number, above 0"),
-    ("launch local x.yaml parallel.data=fsdp", 78, "did you mean 'fsdp2'?"),
     ("launch slurm x.yaml --cluster nowhere --dry-run", 78, "give a path, or one of those in configs/clusters"),
-    ("launch slurm x.yaml --cluster site.yaml --dry-run", 78, "acount: unknown key; did you mean account?"),
-    ("launch slurm x.yaml --cluster late.yaml --dry-run", 78, "must be shorter than time='24:00:00'"),
-    ("launch slurm x.yaml --time tomorrow --dry-run", 78, "--time='tomorrow': must be minutes, HH:MM:SS"),
     ("launch slurm x.yaml --dependency 12 --dry-run", 78, "must have the form afterok:1234"),
     ("launch ray x.yaml run.root=runs", 78, "as in run.root=/shared/folder/runs see docs/ray.md"),
     ("launch ray x.yaml --submit http://127.0.0.1:9", 69, "it must be the address of the dashboard"),
@@ -102,8 +64,6 @@ MISTAKES: tuple[tuple[str, int, str], ...] = (
     ("compare-methods --budget 1.5", 2, "run `python -m research.compare_methods`"),
     ("bench", 2, "run `python -m research.bench`"),
     ("status nope", 78, "there is no folder nope; give the run's folder, or --root FOLDER"),
-    ("explain optimizer.lrr", 78, "did you mean optimizer.lr?"),
-    ("show nope.yaml", 78, "cannot be read"),
     ("prepare-data --text notes.txt --out a", 65, "give plain texts as files of a folder"),
     (
         "prepare-data --text bad.jsonl --out a",
@@ -197,13 +157,6 @@ def test_one_rank_of_a_run_of_two_is_told_to_use_a_launcher(folder: Path) -> Non
     assert done.returncode == 78
     assert "1 ranks were started" in done.stderr
     assert "as `moe-dist launch local` does" in done.stderr
-
-
-def test_half_a_name_of_a_configuration_is_told_the_whole(folder: Path) -> None:
-    done = train_alone(folder, "adamoe_tiny")
-    assert done.returncode == 78
-    assert "configuration 'adamoe_tiny' cannot be read: No such file or directory" in done.stderr
-    assert "did you mean adamoe_moma_tiny_cpu?" in done.stderr
 
 
 def test_a_finished_run_that_is_asked_for_fewer_steps_says_so(tmp_path: Path, tiny_data: Path) -> None:

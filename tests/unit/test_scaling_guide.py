@@ -14,7 +14,6 @@ import moe_dist.train.__main__
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "scaling.md").read_text()
-STAGES = ("4 ranks on a CPU", "1 GPU", "8 GPUs, one node", "64 GPUs, 8 nodes")
 
 
 def dry_runs(page: str) -> list[str]:
@@ -22,13 +21,6 @@ def dry_runs(page: str) -> list[str]:
 
 
 MODULES = {"moe_dist.train": moe_dist.train.__main__.main, "launchers.slurm": launchers.slurm.__main__.main}
-
-
-def test_each_stage_has_a_dry_run_and_says_what_to_check_and_what_goes_wrong() -> None:
-    for stage in STAGES:
-        (text,) = re.findall(rf"^## {stage}\n(.*?)(?=^## |\Z)", GUIDE, re.MULTILINE | re.DOTALL)
-        for part in ("| key | value | why |", "--dry-run", "**Check**", "**Common problems:**"):
-            assert part in text, f"{stage}: {part}"
 
 
 @pytest.mark.parametrize("command", dry_runs(GUIDE))
@@ -59,8 +51,3 @@ def test_a_dry_run_of_the_readme_needs_no_data(command: str, tmp_path: Path, mon
     app.command()(MODULES[module])
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-
-
-def test_every_configuration_that_is_named_is_there() -> None:
-    for name in set(re.findall(r"configs/[\w/]+\.yaml", GUIDE)):
-        assert (ROOT / name).is_file(), name

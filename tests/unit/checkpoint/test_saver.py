@@ -120,14 +120,3 @@ def test_a_lost_lease_ends_the_run(tmp_path: Path, asynchronous: bool) -> None:
     with pytest.raises(LostError):
         save()
     saver.poll()  # the failure is reported only once
-
-
-def test_buffers_are_used_again(tmp_path: Path) -> None:
-    run = SmallRun(tmp_path).train(1)
-    saver = CheckpointWriter(run.manager, asynchronous=True)
-    saver.write(1, run.state(), durable=True)
-    places = {name: tensor.data_ptr() for name, tensor in saver._buffers._buffers.items()}
-    saver.write(2, run.train(1).state(), durable=True)
-    assert places == {name: tensor.data_ptr() for name, tensor in saver._buffers._buffers.items()}
-    live = {parameter.data_ptr() for parameter in run.model.parameters()}
-    assert not live & set(places.values())

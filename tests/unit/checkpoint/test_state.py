@@ -9,7 +9,6 @@ from moe_dist.checkpoint.storage import take_snapshot
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.placement.parameter_names import Role
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from tests.support.messages import refused
 
 TEXT = ExpertGroup("text", 3, 0, 2, 6, 0, ("text",))
 IMAGE = ExpertGroup("image", 2, 1, 2, 5, 3, ("image",))
@@ -81,14 +80,6 @@ def test_experts_get_their_logical_index() -> None:
         assert experts[f"{prefix}.{name}.gate"].eq(logical).all()
 
 
-def test_tensors_are_views_of_the_model() -> None:
-    model, state = state_of(0)
-    state.tensors()["layers.0.moe.experts.text.2.gate"].fill_(9)
-    stack = model.layers[0].moe.experts["text"]["gate"]  # type: ignore[union-attr,index]
-    assert stack[1].eq(9).all()
-    assert not stack[0].eq(9).any()
-
-
 def test_every_rank_knows_every_name() -> None:
     states = [state_of(ep_rank)[1] for ep_rank in range(4)]
     assert all(state.specs == states[0].specs for state in states)
@@ -120,14 +111,3 @@ def test_frozen_parameters_have_no_moments() -> None:
     state = capture(model, optimizer, RankLayout(SLOTS, 0, 4))
     assert "embedding.weight" in state.specs
     assert "optimizer.exp_avg.embedding.weight" not in state.specs
-
-
-def test_extra_state_is_refused() -> None:
-    class Odd(nn.Linear):
-        def get_extra_state(self) -> object:
-            return object()
-
-        def set_extra_state(self, state: object) -> None: ...
-
-    with refused(TypeError):
-        capture(Odd(2, 2), None, RankLayout(SLOTS))

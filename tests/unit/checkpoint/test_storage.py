@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import torch
@@ -7,7 +6,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from moe_dist.checkpoint.contents import Contents, open_shard
 from moe_dist.checkpoint.index import Index, StateFile
 from moe_dist.checkpoint.state import TensorSpec
-from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, write_shard, write_tensors
+from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, write_shard
 
 TENSORS = {
     "bf16": torch.tensor([1.0, -2.5, 3e38]).bfloat16(),
@@ -58,24 +57,8 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert open_shard(contents, 0).rank_values == {"rng": [1, "x"]}
 
 
-def test_a_rank_without_anything_writes_a_file_too(tmp_path: Path) -> None:
-    write_shard(tmp_path, 0, {}, save_id="a1", step=1, rank_values={"x": 1})
-    index = build_index(tmp_path, {}, step=1, save_id="a1", num_shards=1)
-    assert index.tensors == {}
-    assert open_shard(contents_of(tmp_path, index), 0).rank_values == {"x": 1}
-
-
 def test_torchs_own_reader_understands_the_files(tmp_path: Path) -> None:
     written(tmp_path)
     metadata = HuggingFaceStorageReader(str(tmp_path)).read_metadata()
     assert set(metadata.state_dict_metadata) == {*TENSORS, "other"}
     assert metadata.state_dict_metadata["double"].size == torch.Size([2, 2])  # type: ignore[union-attr]
-
-
-def test_the_umask_says_who_may_read_a_shard(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        write_tensors(tmp_path / "weights.safetensors", {"a": torch.zeros(2)})
-    finally:
-        os.umask(before)
-    assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == 0o640

@@ -25,16 +25,6 @@ def test_the_current_folder_goes_before_what_is_bundled(
     assert find_config(BUNDLED) == BUNDLED
 
 
-@pytest.mark.parametrize(("given", "near"), [("adamoe_moma_tny", NAME), ("zzz", "configs/ has "), ("z" * 300, NAME)])
-def test_an_unknown_name_is_told_the_near_ones(
-    given: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=near) as raised:
-        load_config(given)
-    assert NAME in str(raised.value)
-
-
 @pytest.mark.parametrize(
     ("given", "hint"),
     [

@@ -40,17 +40,12 @@ def mutate(values: dict[str, Any], draw: random.Random) -> tuple[dict[str, Any],
     holder: Any = changed
     for key in path[:-1]:
         holder = holder[key]
-    kind = draw.choice(("value", "value", "value", "scaled", "removed", "renamed", "added"))
+    kind = draw.choice(("value", "value", "value", "removed", "renamed"))
     last = path[-1]
-    if kind == "scaled" and isinstance(holder[last], int | float) and not isinstance(holder[last], bool):
-        holder[last] = draw.choice((holder[last] * 2, holder[last] * 3, holder[last] + 1, holder[last] // 2, -holder[last]))
-    elif kind == "removed" and isinstance(holder, dict):
+    if kind == "removed" and isinstance(holder, dict):
         del holder[last]
     elif kind == "renamed" and isinstance(holder, dict):
         holder[f"{last}_"] = holder.pop(last)
-    elif kind == "added" and isinstance(holder, dict):
-        holder["surplus"] = draw.choice(VALUES)
-        return changed, kind, (*path[:-1], "surplus")
     else:
         holder[last] = draw.choice(VALUES)
         kind = f"value {holder[last]!r:.40}"

@@ -1,6 +1,5 @@
 """What sections say of themselves: experts of a token, windows of layers, defaults, and the rules of engines."""
 
-import inspect
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -8,21 +7,15 @@ from typing import Any
 import pytest
 
 from moe_dist.config.engines.megatron import NEEDED, MegatronEngineSection
-from moe_dist.config.experts.lora import AttentionLoRASection, LoRAExpertsSection
-from moe_dist.config.load import load_config
-from moe_dist.config.routers.expert_choice import ExpertChoiceRouterSection
-from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
-from moe_dist.model.attention_lora import AttentionLoRA
-from moe_dist.moe.experts.lora import LoRAExperts
 from moe_dist.plan import host
 from moe_dist.plan.planner import expected_plan
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.plan.preflight import check, layout_without_data
 from tests.support.engine_run import config_of, megatron
 from tests.support.messages import refused
-from tests.support.tiny import tiny_config, write_config
+from tests.support.tiny import tiny_config
 
 CHOICE: dict[str, Any] = {
     "model.moe.groups": {
@@ -47,15 +40,6 @@ def config(changes: dict[str, Any]) -> Config:
     return tiny_config(Path("none"), Path("runs"), deepcopy(changes))
 
 
-def test_windows_by_layer() -> None:
-    for changes, expected in (
-        ({}, (None, None)),
-        ({"model.sliding_window": 4}, (4, 4)),
-        ({"model.sliding_window": 4, "model.sliding_layers": [1]}, (None, 4)),
-    ):
-        assert config(changes).model.windows == expected
-
-
 @pytest.mark.parametrize("kind", ["top_p", "relu", "threshold", "predicted_k", "expert_threshold"])
 def test_a_token_of_an_adaptive_router_takes_as_many_experts_as_the_target(kind: str) -> None:
     router = {"model.moe.router": {"kind": kind}, "model.moe.groups.text.top_k": 4}
@@ -75,34 +59,9 @@ def test_sizes_follow_the_share_that_an_expert_takes() -> None:
     assert plan.remote_rows_per_token == pytest.approx(0.5)
 
 
-def test_a_section_without_a_kind_is_of_the_default_kind() -> None:
-    assert config({"model.moe.router": {"normalise": "none"}}).model.moe.router == TopKRouterSection(normalise="none")
-    assert isinstance(config(CHOICE).model.moe.router, ExpertChoiceRouterSection)
-    assert config({}).engine.kind == "moe_dist"
-
-
 def test_every_rank_holds_all_lora_experts() -> None:
     changes = {**LORA, "parallel.ep": 4, "model.attention_lora": {"rank": 2, "alpha": 4.0, "targets": ["q"]}}
     assert layout_without_data(config(changes)).placement.slots == ((0, 1, 2, 3, 4),)
-
-
-def test_configurations_of_before_mean_what_they_did(tmp_path: Path) -> None:
-    values = config({})
-    assert values.model.moe.experts.kind == "ffn"
-    assert values.model.attention_lora is None
-    path = write_config(values, tmp_path / "config.yaml")
-    text = path.read_text().replace("    experts:\n      kind: ffn\n", "").replace("  attention_lora: null\n", "")
-    assert "ffn\n" not in text
-    path.write_text(text)
-    assert load_config(path) == values
-
-
-@pytest.mark.parametrize(
-    ("section", "module", "own"),
-    [(LoRAExpertsSection, LoRAExperts, {"kind"}), (AttentionLoRASection, AttentionLoRA, {"targets"})],
-)
-def test_fields_are_the_constructors_keywords(section: Any, module: Any, own: set[str]) -> None:
-    assert set(section.model_fields) - own <= set(inspect.signature(module.__init__).parameters)
 
 
 def test_every_rule_of_megatron_allows_the_value_that_it_advises(tiny_data: Path) -> None:

@@ -54,16 +54,6 @@ def test_a_stored_configuration_gets_the_balance_loss_of_its_time() -> None:
     assert BalanceSection().scope == "step"  # of a new configuration
 
 
-@pytest.mark.parametrize("values", [None, 3, [1]])
-def test_what_is_no_mapping_comes_back(values: Any) -> None:
-    assert translate(values) == values
-
-
-def test_wrong_values_are_kept_for_the_schema_to_refuse() -> None:
-    found = translate({"model": 3, "loss": None, "parallel": {"dispatch": ["per_pair"]}})
-    assert found == {"model": 3, "loss": None, "parallel": {"dispatch": ["per_pair"]}}
-
-
 def test_every_new_name_is_in_the_schema_and_no_old_one() -> None:
     for old, new in KEYS.items():
         assert find(Config, f"{old.rpartition('.')[0]}.{new}"), new

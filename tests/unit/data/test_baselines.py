@@ -60,7 +60,3 @@ def test_against_a_loop(tmp_path: Path, make_set, monkeypatch: pytest.MonkeyPatc
                 expected[f"{prefix}image/{kind}"] = by_loop(kind, True, sources, False)
                 expected[f"{prefix}image_no_filler/{kind}"] = by_loop(kind, True, sources, True)
     assert count_baselines(tmp_path, manifest) == pytest.approx(expected, rel=1e-12)
-
-
-def test_without_a_held_out_side_there_are_none(tmp_path: Path, make_set) -> None:
-    assert count_baselines(tmp_path, make_set(tmp_path, {"a": (TRAIN["a"], None)})) == {}

@@ -20,29 +20,6 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_reads_what_is_there(path: Path) -> None:
-    file = CheckedFile(path)
-    assert file.size == 100
-    assert file.read(90, 10) == bytes(range(90, 100))
-    assert file.read(5, 0) == b""
-
-
-def test_a_file_cut_short_while_it_is_open_is_named(path: Path) -> None:
-    file = CheckedFile(path)
-    os.truncate(path, 60)
-    assert file.read(0, 60) == bytes(range(60))
-    with refused(DataError, "data.bin"):
-        file.read(50, 20)
-
-
-def test_a_file_that_is_replaced_is_read_as_it_was(path: Path) -> None:
-    file = CheckedFile(path)
-    other = path.with_name("other")
-    other.write_bytes(b"another set of data")
-    other.rename(path)
-    assert file.read(90, 10) == bytes(range(90, 100))
-
-
 def test_reads_that_come_in_parts_are_put_together(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, count, offset: whole(fd, min(count, 7), offset))

@@ -1,27 +1,16 @@
 """The default corpus on disk: training and held-out documents share no picture variant, and its manifest is true."""
 
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moe_dist.data.codebook import encode, fit, load_codebook, to_patches
-from moe_dist.data.corpus import HoldOut
-from moe_dist.data.corpus_openmoji import openmoji
 from moe_dist.data.corpus_python import python_library
-from moe_dist.data.families import near_pairs
 from moe_dist.data.indexed import IndexedSplit
-from moe_dist.data.picture_coding import divide
-from moe_dist.data.pictures import augmented, plain, rasterise
-from moe_dist.data.tokenizer import SPECIALS, load_tokenizer
 from moe_dist.formats.manifest import SplitSection
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]  # preparing the whole default data takes 45 s
-
-Side = list[tuple[int, np.ndarray, np.ndarray]]
 
 
 def documents(folder: Path, split: SplitSection | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -29,115 +18,6 @@ def documents(folder: Path, split: SplitSection | None) -> Iterator[tuple[np.nda
     data = IndexedSplit(folder, split)
     for start, length in zip(data.starts_D.tolist(), data.lengths_D.tolist(), strict=True):
         yield data.tokens(start, length), data.filler(start, length)
-
-
-@pytest.fixture(scope="module")
-def sides(prepared) -> dict[str, Side]:
-    """Returns, for each split, its documents in file order as (picture number, tokens, filler), identified by their
-    captions.
-
-    A caption may fit several pictures. Renders of a picture are consecutive, so the picture's two captions identify it.
-    """
-    tokenizer = load_tokenizer(prepared.folder / "tokenizer.json")
-    number_of = {picture.captions[:2]: number for number, picture in enumerate(prepared.pictures.items)}
-    found: dict[str, Side] = {}
-    for side in ("train", "valid"):
-        docs = list(documents(prepared.folder, getattr(prepared.manifest.sources["openmoji"], side)))
-        captions = tokenizer.decode_batch([[id_ for id_ in tokens if len(SPECIALS) <= id_ < 4096] for tokens, _ in docs])
-        found[side] = [(number_of[*captions[i - i % 2 :][:2]], *docs[i]) for i in range(len(docs))]
-    return found
-
-
-@pytest.fixture(scope="module")
-def held_out(prepared, sides: dict[str, Side]) -> np.ndarray:
-    """Returns bool [N]: the pictures that the files hold out."""
-    train, valid = ({number for number, _, _ in sides[side]} for side in ("train", "valid"))
-    assert not train & valid
-    assert train | valid == set(range(len(prepared.pictures.items)))
-    return np.isin(np.arange(len(prepared.pictures.items)), list(valid))
-
-
-@pytest.fixture(scope="module")
-def patches(prepared) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the patches of all pictures, plain and mirrored."""
-    upright, mirrored = (
-        to_patches(np.stack([plain(raster, mirrored=flip).pixels for raster in prepared.division.rasters_N]))
-        for flip in (False, True)
-    )
-    return upright, mirrored
-
-
-@pytest.fixture(scope="module")
-def provisional(patches: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Returns a codebook of all pictures."""
-    return fit(patches[0], codes=512, seed=0)
-
-
-def assert_no_twins(patches: tuple[np.ndarray, np.ndarray], codebook: np.ndarray, held_out: np.ndarray) -> None:
-    grids, flipped = (encode(each, codebook).reshape(-1, 64) for each in patches)
-    assert near_pairs(grids[held_out], grids[~held_out], most=8) == []
-    assert near_pairs(grids[held_out], flipped[~held_out], most=8) == []
-
-
-def test_every_picture_is_there_with_all_its_renders(prepared, sides: dict[str, Side]) -> None:
-    assert len(prepared.pictures.items) > 3900
-    assert len(sides["train"]) + len(sides["valid"]) == 2 * len(prepared.pictures.items)
-    assert len(sides["valid"]) == pytest.approx(0.1 * 2 * len(prepared.pictures.items), rel=0.1)
-
-
-def test_no_family_crosses(prepared, held_out: np.ndarray) -> None:
-    sides_of = defaultdict(set)
-    for picture, held in zip(prepared.pictures.items, held_out.tolist(), strict=True):
-        sides_of[picture.family].add(held)
-    assert len(sides_of) > 1500
-    assert {len(sides) for sides in sides_of.values()} == {1}
-
-
-def test_near_equal_grids_are_on_one_side(
-    prepared, held_out: np.ndarray, patches: tuple[np.ndarray, np.ndarray], provisional: np.ndarray
-) -> None:
-    for codebook in (load_codebook(prepared.folder / "codebook.npy"), provisional):
-        assert_no_twins(patches, codebook, held_out)
-
-
-def test_held_out_variants_have_kin_and_no_twin_in_training(
-    prepared, patches: tuple[np.ndarray, np.ndarray], provisional: np.ndarray
-) -> None:
-    pictures, rasters = prepared.pictures.items, prepared.division.rasters_N
-    recipe = replace(prepared.recipe, hold_out=HoldOut.VARIANTS)
-    division = divide(pictures, rasters, recipe, lambda stage, done, total: None)
-    held_out = division.held_out_N
-    trained = {picture.family for picture, held in zip(pictures, held_out.tolist(), strict=True) if not held}
-    assert trained == {picture.family for picture in pictures}
-    assert 0.06 * len(pictures) < held_out.sum() <= 0.1 * len(pictures)
-    tones = sum("skin tone" in pictures[number].captions[0] for number in np.flatnonzero(held_out))
-    assert tones > 0.5 * held_out.sum()
-    for codebook in (division.codebook, provisional):
-        assert_no_twins(patches, codebook, held_out)
-
-
-def test_codes_and_filler_bits_are_those_of_a_new_render(prepared, sides: dict[str, Side]) -> None:
-    codebook = load_codebook(prepared.folder / "codebook.npy")
-    for side in sides.values():
-        for place in range(0, len(side), 97):
-            number, tokens, filler = side[place]
-            picture = prepared.pictures.items[number]
-            raster = rasterise(picture.path)
-            np.testing.assert_array_equal(raster, prepared.division.rasters_N[number])
-            render = augmented(raster, seed=prepared.recipe.seed, key=picture.key, index=place % 2)
-            codes = tokens >= 4096
-            np.testing.assert_array_equal(tokens[codes] - 4096, encode(to_patches(render.pixels[None]), codebook))
-            np.testing.assert_array_equal(filler[codes], render.empty.reshape(-1))
-            assert not filler[~codes].any()
-
-
-def test_captions_rotate_over_languages(prepared) -> None:
-    assert all(len(picture.captions) == 5 for picture in prepared.pictures.items)
-    guitar = next(picture for picture in prepared.pictures.items if picture.key == "1F3B8")
-    assert guitar.captions == ("en: guitar", "de: gitarre", "fr: guitare", "ja: ギター", "es: guitarra")
-    chosen = openmoji(("fr", "en")).items
-    assert next(picture for picture in chosen if picture.key == "1F3B8").captions == ("fr: guitare", "en: guitar")
-    assert [picture.key for picture in chosen] == [picture.key for picture in prepared.pictures.items]
 
 
 def test_the_python_sources_are_split_by_file(prepared) -> None:
@@ -165,10 +45,3 @@ def test_the_manifest_counts_and_credits(prepared) -> None:
     assert "OpenMoji" in manifest.sources["openmoji"].attribution
     assert "PSF" in manifest.sources["python"].licence
     assert manifest.baselines["image/left_bigram"] < manifest.baselines["image/unigram"] - 1
-
-
-def test_only_training_pictures_are_rendered_for_the_codebook(prepared, held_out: np.ndarray) -> None:
-    np.testing.assert_array_equal(prepared.division.held_out_N, held_out)
-    held = {picture.key for picture, held in zip(prepared.pictures.items, held_out.tolist(), strict=True) if held}
-    assert prepared.rendered
-    assert not prepared.rendered & held

@@ -73,10 +73,6 @@ def test_whole_components_are_held_out(components: list[int], fraction: float, s
             assert sizes_N[held_out].sum() <= fraction * sizes_N.sum()
 
 
-def test_few_items_of_equal_size_are_held_out_in_proportion() -> None:
-    assert hold_out(np.arange(50), np.full(50, 700), fraction=0.1, seed=0).sum() == 5
-
-
 def test_no_family_is_most_of_the_held_out_side() -> None:
     component_N = np.concatenate([np.zeros(40, np.int64), np.arange(1, 461)])  # 500 items, 50 to hold out
     for seed in range(20):

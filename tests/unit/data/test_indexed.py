@@ -76,23 +76,6 @@ def test_filler_of_another_length_is_refused(theirs: Path) -> None:
         check_split(theirs, split(filler="missing.npy"))
 
 
-@pytest.mark.parametrize(("field", "words"), [("documents", "has 3 documents"), ("tokens", "has 6 tokens")])
-def test_a_manifest_that_disagrees_is_refused(theirs: Path, field: str, words: str) -> None:
-    with pytest.raises(DataError, match=f"{words}, but its manifest says 99"):
-        IndexedSplit(theirs, split(**{field: 99}))
-
-
-@pytest.mark.parametrize("suffix", ["bin", "idx"])
-def test_missing_and_truncated_files_are_named(theirs: Path, suffix: str) -> None:
-    path = theirs / f"set.v1.{suffix}"
-    path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(DataError, match=rf"set\.v1\.{suffix}"):
-        IndexedSplit(theirs, split())
-    path.unlink()
-    with pytest.raises(DataError, match=rf"set\.v1\.{suffix}.*missing"):
-        IndexedSplit(theirs, split())
-
-
 def test_sequences_with_gaps_are_refused(theirs: Path) -> None:
     idx = bytearray((theirs / "set.v1.idx").read_bytes())
     offsets = 34 + 3 * 4

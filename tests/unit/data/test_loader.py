@@ -11,7 +11,7 @@ import torch
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.data.dealing import Dealing, SequenceCosts
 from moe_dist.data.loader import TrainLoader, heldout_batches, source_shares
-from moe_dist.errors import ConfigError, DataError
+from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
 from tests.support.messages import refused
 
@@ -210,20 +210,6 @@ def test_validation_has_the_other_heldout_sequences(tmp_path: Path, make_set) ->
     assert firsts(6, validation=True) == sorted({*range(200, 208)} - {*firsts(6, validation=False)})
     with refused(ConfigError, "all 8 held-out sequences of a are in the test; ask for fewer"):
         firsts(8, validation=True)
-
-
-def test_heldout_of_a_source_without_one_and_of_none(folder: tuple[Path, Manifest]) -> None:
-    arguments = {"seq_len": SEQ_LEN, "sequences": 4, "micro_batch": 2, "rank": 0, "world_size": 1}
-    assert heldout_batches(*folder, source="b", **arguments) == []
-    with refused(ConfigError):
-        heldout_batches(*folder, source="c", **arguments)
-
-
-def test_damage_is_found_when_the_loader_is_made(tmp_path: Path, make_set) -> None:
-    data = (tmp_path, make_set(tmp_path, {"a": ([[1, 2, 3]], None)}))
-    (tmp_path / "a_train.bin").write_bytes(b"\0\0")
-    with refused(DataError, "a_train.bin"):
-        loader(data)
 
 
 def test_filler_goes_with_its_label(tmp_path: Path, make_set) -> None:

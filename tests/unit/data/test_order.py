@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.data.order import SLOTS, Mixture, cut, micro_batches, pack
+from moe_dist.data.order import SLOTS, Mixture, cut, pack
 from moe_dist.errors import ConfigError
 from tests.support.messages import refused
 
@@ -53,12 +53,6 @@ def test_every_token_once(lengths: list[int], seq_len: int, window: int) -> None
         assert goes_on == (end not in ends)
 
 
-def test_little_is_padding() -> None:
-    lengths = np.random.default_rng(0).integers(40, 120, 5000)
-    packing = pack(lengths, seq_len=256, window=512)
-    assert lengths.sum() / (len(packing) * 256) > 0.95
-
-
 @given(shares=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), position=st.integers(0, 4 * SLOTS))
 def test_places_count_up_within_each_source(shares: list[float], position: int) -> None:
     mixture = Mixture({f"s{i}": share for i, share in enumerate(shares)})
@@ -86,14 +80,3 @@ def test_a_tiny_source_is_not_forgotten() -> None:
 def test_shares_must_be_positive(share: float) -> None:
     with refused(ConfigError, "data.weights"):
         Mixture({"a": 1.0, "b": share})
-
-
-def test_parts_of_a_step_by_hand() -> None:
-    """8 positions from 16 on, 2 per micro-batch: ranks 0 and 1 take 16 17 | 18 19, then 20 21 | 22 23."""
-    parts = [
-        [list(each) for each in micro_batches(16, global_batch=8, micro_batch=2, rank=rank, world_size=2)]
-        for rank in range(2)
-    ]
-    assert parts == [[[16, 17], [20, 21]], [[18, 19], [22, 23]]]
-    (whole,) = micro_batches(16, global_batch=8, micro_batch=8, rank=0, world_size=1)
-    assert list(whole) == list(range(16, 24))

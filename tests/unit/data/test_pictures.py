@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moe_dist.data.pictures import BACKGROUNDS, RASTER, augmented, plain, rasterise
+from moe_dist.data.pictures import RASTER, augmented, rasterise
 from moe_dist.errors import DataError
 
 
@@ -19,51 +19,12 @@ def disc() -> np.ndarray:
     return raster
 
 
-def test_renders_vary_and_mark_what_is_empty() -> None:
-    backgrounds, places = set(), set()
-    for index in range(60):
-        render = augmented(disc(), seed=1, key="disc", index=index)
-        patches = render.pixels.reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(8, 8, 16, 3)
-        background = tuple(patches[render.empty][0, 0].tolist())
-        assert background in BACKGROUNDS
-        assert (patches[render.empty] == background).all()
-        assert (patches[~render.empty] != background).any(axis=(1, 2)).all()
-        backgrounds.add(background)
-        places.add(render.empty.tobytes())
-    assert backgrounds == set(BACKGROUNDS)
-    assert len(places) > 20
-
-
 def test_a_render_follows_from_seed_key_and_index() -> None:
     first = augmented(disc(), seed=1, key="disc", index=3)
     np.testing.assert_array_equal(first.pixels, augmented(disc(), seed=1, key="disc", index=3).pixels)
     for changed in ({"seed": 2}, {"key": "other"}, {"index": 4}):
         other = augmented(disc(), **({"seed": 1, "key": "disc", "index": 3} | changed))
         assert (first.pixels != other.pixels).any()
-
-
-@pytest.mark.parametrize("vary", [(), ("place",), ("flip",), ("background",), ("place", "flip", "background")])
-def test_renders_differ_in_what_varies_alone(vary: tuple[str, ...]) -> None:
-    every = [augmented(disc(), seed=1, key="disc", index=index, vary=vary) for index in range(40)]
-    red = [(np.abs(each.pixels.astype(int) - (255, 0, 0)) < 3).all(-1) for each in every]
-    assert (len({each.pixels[0, 0].tobytes() for each in every}) > 1) == ("background" in vary)
-    assert (len({each.sum() for each in red}) > 1) == ("place" in vary), "scale"
-    if "place" not in vary:
-        as_it_is, mirrored = plain(disc()), plain(disc(), mirrored=True)
-        found = {each.empty.tobytes() for each in every}
-        assert found == {as_it_is.empty.tobytes()} | ({mirrored.empty.tobytes()} if "flip" in vary else set())
-    if not vary:
-        assert all((each.pixels == plain(disc()).pixels).all() for each in every)
-    full = [augmented(disc(), seed=1, key="disc", index=index) for index in range(40)]
-    if "background" in vary:
-        assert [each.pixels[0, 0].tolist() for each in every] == [each.pixels[0, 0].tolist() for each in full], "same draws"
-
-
-def test_plain_is_whole_and_white_and_may_be_mirrored() -> None:
-    render, mirrored = plain(disc()), plain(disc(), mirrored=True)
-    assert (render.pixels[0, 0] == 255).all()
-    np.testing.assert_array_equal(mirrored.pixels, render.pixels[:, ::-1])
-    assert (render.pixels != mirrored.pixels).any()
 
 
 def test_rasterise_fits_any_shape_into_a_square(tmp_path: Path) -> None:

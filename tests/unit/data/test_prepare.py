@@ -19,7 +19,6 @@ from moe_dist.data import corpus_build, picture_coding
 from moe_dist.data.corpus import Corpus, HoldOut, Recipe
 from moe_dist.data.corpus_files import picture_files
 from moe_dist.data.indexed import IndexedSplit
-from moe_dist.data.loader import TrainLoader, heldout_batches
 from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.data.tokenizer import load_tokenizer
 from moe_dist.errors import ConfigError, DataError, StorageError
@@ -84,45 +83,6 @@ def test_the_command_makes_the_same_bytes_again(own: Path, made: Path, tmp_path:
     assert again.exit_code == 0
     assert "nothing to do" in again.output
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["set"]
-
-
-def test_what_was_made_trains_and_measures(made: Path) -> None:
-    manifest = load_manifest(made)
-    assert list(manifest.sources) == ["images", "text"]
-    assert manifest.sources["images"].licence == "CC0-1.0"
-    loader = TrainLoader(
-        made,
-        manifest,
-        seq_len=128,
-        weights={},
-        pack_window=64,
-        seed=0,
-        global_batch=4,
-        micro_batch=4,
-        rank=0,
-        world_size=1,
-    )
-    (batch,) = loader.batches(0)
-    assert set(batch.modality_BS[~batch.padding_BS].tolist()) == {0, 1}
-    for source in manifest.sources:
-        assert heldout_batches(made, manifest, source=source, seq_len=128, sequences=8, micro_batch=2, rank=0, world_size=1)
-    assert manifest.baselines["image/unigram"] > 0
-
-
-def test_equal_files_are_on_one_side_and_captions_on_their_pictures(own: Path, made: Path) -> None:
-    manifest = load_manifest(made)
-    tokenizer = load_tokenizer(made / "tokenizer.json")
-    captions = {}
-    for side in ("train", "valid"):
-        split = getattr(manifest.sources["images"], side)
-        data = IndexedSplit(made, split)
-        texts = set()
-        for start, length in zip(data.starts_D.tolist(), data.lengths_D.tolist(), strict=True):
-            ids = data.tokens(start, length)
-            texts.add(tokenizer.decode([id_ for id_ in ids if id_ < tokenizer.get_vocab_size()]))
-        captions[side] = texts - {""}
-    assert not captions["train"] & captions["valid"]
-    assert captions["train"] | captions["valid"] == {f"picture number {number}" for number in range(1, 40, 2)}
 
 
 def test_held_out_captions_and_texts_do_not_reach_the_tokenizer(own: Path, made: Path, monkeypatch, tmp_path: Path) -> None:
@@ -199,18 +159,6 @@ def test_instructions_on_the_ids_of_another_set(own: Path, made: Path, tmp_path:
             assert not data.filler(start, length)[67:].any()
 
 
-def test_instructions_keep_their_sides_and_need_no_pictures(tmp_path: Path) -> None:
-    lines = [{"prompt": f"{number}?", "answer": "yes", "side": "train" if number % 3 else "valid"} for number in range(300)]
-    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    inputs = Inputs(instructions={"asked": str(tmp_path / "asked.jsonl")})
-    manifest, _ = prepare(tmp_path / "set", inputs, RECIPE, silent)
-    source = manifest.sources["asked"]
-    assert source.valid is not None
-    assert (source.train.documents, source.valid.documents) == (200, 100)
-    assert manifest.image is None
-    assert source.train.filler is None
-
-
 def test_a_family_of_instructions_is_on_one_side_in_all_sources(tmp_path: Path) -> None:
     def write(name: str, *, length: int, side: dict[int, str]) -> str:
         lines = [
@@ -265,14 +213,6 @@ def test_a_folder_of_something_else_is_not_touched(own: Path, tmp_path: Path) ->
     assert contents(tmp_path) == {"thesis.txt": b"years of work"}
 
 
-def test_damage_in_a_finished_set_is_told(own: Path, tmp_path: Path) -> None:
-    prepare(tmp_path / "set", inputs(own), RECIPE, silent)
-    with (tmp_path / "set/text_train.bin").open("ab") as stream:
-        stream.write(b"\0\0")
-    with refused(DataError, "text_train.bin"):
-        prepare(tmp_path / "set", inputs(own), RECIPE, silent)
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_run_leaves_nothing_half(own: Path, tmp_path: Path, error: type[BaseException]) -> None:
     def interrupted(stage: str, done: int, total: int) -> None:
@@ -313,14 +253,11 @@ def test_a_second_writer_waits_and_finds_it_done(own: Path, made: Path, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--extra-text", "nothing"), "NAME=PATH"),
         (("--extra-text", "../x=."), "letters, digits"),
         (("--extra-text", "python=."), "rename"),
         (("--text", "missing"), "no such file or folder"),
-        (("--images", "missing"), "no such folder"),
         (("--instructions", "nothing"), "NAME=PATH"),
         (("--instructions", "text=missing"), "rename"),
-        (("--instructions", "asked=missing"), "no such file"),
         (("--instructions", "a=missing", "--extra-text", "a=missing"), "has the same name"),
         (("--vary", "place,colour"), "--vary colour: renders differ in some of place,flip,background"),
         (("--languages", "en,it"), "--languages it: the pictures have names in en, de, fr, ja, es"),
@@ -331,25 +268,6 @@ def test_what_cannot_be_is_78(tmp_path: Path, arguments: tuple[str, str], words:
     result = command("--out", tmp_path / "set", *arguments)
     assert result.exit_code == 78
     assert words in result.output
-    assert not (tmp_path / "set").exists()
-
-
-def test_without_variants_none_can_be_held_out(own: Path, tmp_path: Path) -> None:
-    result = command("--out", tmp_path / "set", "--images", own / "pictures", "--hold-out", "variants", *OPTIONS)
-    assert result.exit_code == 78
-    assert "no picture has a variant in training" in result.output.replace("\n", " ")
-    assert not (tmp_path / "set").exists()
-    recipe = replace(RECIPE, hold_out=HoldOut.VARIANTS, val_fraction=0.0)
-    manifest, _ = prepare(tmp_path / "all", Inputs(images=str(own / "pictures")), recipe, silent)
-    assert manifest.sources["images"].valid is None, "nothing is asked for, nothing is refused"
-
-
-@pytest.mark.parametrize("asked", ["--hold-out variants", "--vary place", "--vary , --caption-first 1"])
-def test_without_pictures_nothing_is_asked_of_them(own: Path, tmp_path: Path, asked: str) -> None:
-    result = command("--out", tmp_path / "set", "--text", own / "texts.jsonl", *asked.split(), *OPTIONS)
-    assert result.exit_code == 78
-    named = ", ".join(word for word in asked.split() if word.startswith("--"))
-    assert f"{named}: applies to pictures, and this data set has none; leave it out" in result.output.replace("\n", " ")
     assert not (tmp_path / "set").exists()
 
 
@@ -448,14 +366,6 @@ def test_what_cannot_be_read_is_left_out_and_named_or_refused(own: Path, tmp_pat
     assert strict.exit_code == 65
     assert "latin0.txt: not UTF-8 at byte 3" in strict.output
     assert not (tmp_path / "strict").exists()
-
-
-def test_a_set_without_a_held_out_side_says_so(tmp_path: Path) -> None:
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts/a.txt").write_text("the only text")
-    result = command("--out", tmp_path / "set", "--text", tmp_path / "texts", "--vocab-size", "300")
-    assert result.exit_code == 0, result.output
-    assert "nothing is held out" in " ".join(result.output.split())
 
 
 def test_a_full_disk_is_told(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, models
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
-from moe_dist.hf.plan import ImportOptions
 from moe_dist.hf.source import open_source
 from tests.support.messages import refused
 from tests.support.tiny_hf import save, tiny_model
@@ -83,10 +82,6 @@ def truncated(folder: Path) -> None:
     os.truncate(folder / SECOND, (folder / SECOND).stat().st_size - 100)
 
 
-def inside_header(folder: Path) -> None:
-    os.truncate(folder / SECOND, 50)
-
-
 def only_pickles(folder: Path) -> None:
     for path in folder.glob("model*"):
         path.unlink()
@@ -146,55 +141,26 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
         r"'gpt2'.*known are mixtral, olmoe, qwen3_moe, qwen2_moe, llama",
     ),
     "no family": (config(model_type=None), ConfigError, r"model_type=None: it must name a family"),
-    "refused family": (
-        config(model_type="deepseek_v2"),
-        ConfigError,
-        "deepseek_v2.*softmax inside the best groups of experts",
-    ),
-    "quantised experts": (
-        config(model_type="gpt_oss", quantization_config={"quant_method": "mxfp4"}),
-        ConfigError,
-        "quantization_config=.*mxfp4.*originals",
-    ),
     "code of its own": (config(auto_map={"AutoModel": "x.Y"}), ConfigError, "auto_map=.*never run"),
     "quantised": (config(quantization_config={"bits": 4}), ConfigError, "quantization_config=.*originals"),
-    "another head": (config(architectures=["MixtralForTokenClassification"]), ConfigError, "architectures="),
     "width left out": (
         lambda folder: edit(folder / "config.json", lambda values: values.pop("hidden_size")),
         ConfigError,
         "hidden_size is missing; a mixtral model must say it",
     ),
-    "a word for a number": (config(hidden_size="32"), ConfigError, "hidden_size='32' must be a whole number"),
-    "more choices than experts": (
-        config(num_experts_per_tok=99),
-        ConfigError,
-        r"top_k=99.*change that field, or the option that sets it",
-    ),
-    "a number for a list": (config(layer_types=5), ConfigError, "layer_types=5 must be a list"),
     "no config": (lambda folder: (folder / "config.json").unlink(), DataError, "config.json: is missing"),
     "damaged config": (lambda folder: (folder / "config.json").write_text("{"), DataError, "is no JSON"),
-    "deep config": (lambda folder: (folder / "config.json").write_text("[" * 10**6), DataError, "is no JSON"),
-    "config of another size": (config(hidden_size=64, head_dim=8), DataError, r"shape \(64, 32\), config.json calls for"),
     "missing shard": (
         lambda folder: (folder / SECOND).unlink(),
         DataError,
         f"{SECOND}: is missing; copy or download it again",
     ),
     "truncated shard": (truncated, DataError, f"{SECOND}: truncated: .*; copy or download it again"),
-    "cut inside the header": (inside_header, DataError, f"{SECOND}: 50 bytes, cut short inside its header"),
     "not safetensors": (lambda folder: (folder / FIRST).write_bytes(b"PK\3\4" * 99), DataError, "no safetensors file"),
     "missing index": (lambda folder: (folder / INDEX).unlink(), DataError, f"{INDEX} is missing"),
-    "empty index": (lambda folder: (folder / INDEX).write_text("{}"), DataError, "has no weight_map"),
-    "nothing at all": (
-        lambda folder: [path.unlink() for path in folder.glob("model*")],
-        DataError,
-        "there is no model.safe",
-    ),
     "only pickles": (only_pickles, DataError, "pytorch_model.bin: pickled weights can run code and are never read"),
     "name with ..": (escaping("../outside.safetensors"), DataError, r"plain names.*\.\./outside"),
     "absolute name": (escaping("/etc/outside.safetensors"), DataError, "plain names.*/etc/outside"),
-    "hidden folder": (escaping("a/../outside.safetensors"), DataError, "plain names"),
-    "a number for a name": (weight_map(lambda values: values.update({EXPERT: 3})), DataError, "plain names"),
     "link out of the folder": (link_out(FIRST), DataError, "leads out of the folder"),
     "config behind a link": (link_out("config.json"), DataError, "leads out of the folder"),
     "leftover tensor": (tensors(lambda t: t.update(extra=torch.ones(2))), DataError, "extra: is left over"),
@@ -208,44 +174,29 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
         DataError,
         f"holds extra, of which {INDEX} says nothing",
     ),
-    "tensor only in the index": (
-        tensors(lambda t: t.pop(EXPERT), also_index=False),
-        DataError,
-        f"{EXPERT} is missing, which",
-    ),
     "not a number": (
         tensors(lambda t: t[EXPERT].view(-1)[5:7].fill_(torch.nan)),
         DataError,
         f"{EXPERT}: 2 values of .* are NaN or infinite",
     ),
-    "infinite": (tensors(lambda t: t[EXPERT].view(-1)[5].fill_(-torch.inf)), DataError, f"{EXPERT}: 1 values of"),
     "wrong shape": (tensors(lambda t: t.update({EXPERT: t[EXPERT].T.contiguous()})), DataError, f"{EXPERT}: shape"),
     "integers": (
         tensors(lambda t: t.update({EXPERT: t[EXPERT].to(torch.int8)})),
         DataError,
         f"{EXPERT} is of dtype I8; .*save the model in one",
     ),
-    "float8": (tensors(lambda t: t.update({EXPERT: t[EXPERT].to(torch.float8_e4m3fn)})), DataError, "F8_E4M3"),
-    "float64": (tensors(lambda t: t.update({EXPERT: t[EXPERT].double()})), DataError, "F64"),
     "another tokenizer": (tokenizer(65), DataError, "gives 'w64' the id 64, but the model's vocab_size=64"),
     "sparse tokenizer": (sparse("tokenizer.json"), DataError, "tokenizer.json: 5,368,709,120 bytes, too large"),
     "sparse template": (sparse("chat_template.jinja"), DataError, "chat_template.jinja: 5,368,709,120 bytes, too large"),
-    "sparse index": (sparse(INDEX), DataError, f"{INDEX}: .* is larger than"),
     "index of lists": (
         lambda folder: (folder / INDEX).write_bytes(b'{"weight_map":[' + b"[]," * (1 << 22) + b"[]]}"),
         DataError,
         f"{INDEX}: .* lists and mappings",
     ),
     "header of lists": (header_of_lists, DataError, f"{SECOND}: .* lists and mappings"),
-    "nested index": (lambda folder: (folder / INDEX).write_bytes(b"[" * 100_000), DataError, f"{INDEX}: .* nested"),
     "layers without end": (config(num_hidden_layers=10**8), ConfigError, "num_hidden_layers=100000000 must be"),
     "experts without end": (config(num_local_experts=10**9), ConfigError, "num_experts=1000000000"),
     "tokenizer that panics": (panicking, DataError, "tokenizer.json"),
-    "damaged tokenizer": (
-        lambda folder: (folder / "tokenizer.json").write_text("{}"),
-        DataError,
-        "tokenizer.json.: must be",
-    ),
 }
 
 
@@ -257,19 +208,6 @@ def test_is_refused(theirs: Path, case: str, capfd: pytest.CaptureFixture[str]) 
         import_model(theirs, theirs.parent / "ours")
     assert not list(theirs.parent.glob("ours*"))
     assert not list(theirs.parent.rglob("planted"))
-
-
-@pytest.mark.parametrize(
-    ("options", "data", "message"),
-    [
-        (ImportOptions(modalities=("",)), "data", ""),
-        (ImportOptions(), "", "data.path"),
-    ],
-)
-def test_an_option_that_cannot_be(original: Path, tmp_path: Path, options: ImportOptions, data: str, message: str) -> None:
-    with refused(ConfigError, message):
-        import_model(original, tmp_path / "ours", options, data_path=data)
-    assert not list(tmp_path.iterdir())
 
 
 def test_all_faults_of_a_folder_are_told_at_once(theirs: Path) -> None:
@@ -328,9 +266,3 @@ def test_a_snapshot_of_the_hubs_cache_is_taken_and_other_links_out_of_it_are_not
         (snapshot / "config.json").symlink_to(outside / "x")
         with pytest.raises(DataError, match="leads out of the folder"):
             open_source(snapshot)
-
-
-def test_a_header_that_announces_exabytes_takes_no_memory(theirs: Path) -> None:
-    (theirs / FIRST).write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
-    with refused(DataError):
-        open_source(theirs)

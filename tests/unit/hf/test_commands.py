@@ -82,12 +82,6 @@ def test_imports_that_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_that_are_no_models_are_65(tmp_path: Path) -> None:
-    done = invoke(import_hf, tmp_path / "nowhere", "--out", tmp_path / "ours")
-    assert done.exit_code == 65, done.output
-    assert "no such folder" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

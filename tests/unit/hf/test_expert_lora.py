@@ -1,7 +1,6 @@
 """LoRA on the experts of an imported MoE. PEFT loads the saved adapters with equal logits and gradients, and merging gives
 the same model. The frozen base has no gradient, and backward has no product for one."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.adapters import WEIGHTS_FILE, export_adapters, peft_tensors
@@ -133,45 +130,6 @@ def summed(name: str, gradient: torch.Tensor, experts: int) -> torch.Tensor:
     rows, columns = gradient.shape
     each = gradient.view((experts, -1, columns) if "lora_A" in name else (rows, -1, experts))
     return each.sum(0 if "lora_A" in name else 2, keepdim=True).expand_as(each).reshape(gradient.shape)
-
-
-class WeightProducts(TorchDispatchMode):
-    """Records the shapes of matrix products without a parameter as factor, which are gradients of parameters."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.parameters = {each.untyped_storage().data_ptr() for each in model.parameters()}
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.mm.default and not self.parameters & {x.untyped_storage().data_ptr() for x in args}:
-            self.shapes.append(tuple(found.shape))
-        return found
-
-
-def test_backward_has_no_product_for_a_frozen_matrix(tmp_path: Path) -> None:
-    adapted = Adapted(imported(tmp_path), tmp_path / "run", **CASES["each"])
-    adapted.draw()
-    _, loss = loss_of(adapted)
-    with WeightProducts(adapted.model) as products:
-        loss.backward()
-    assert len(products.shapes) == 2 * (8 * 4 + 2 * 2)  # one product for each A and B
-    assert all(min(shape) in (2, 3) for shape in products.shapes)
-    for each in named_parameters(adapted.model):
-        each.parameter.requires_grad_()
-    _, loss = loss_of(adapted)
-    with WeightProducts(adapted.model) as products:
-        loss.backward()
-    assert sum(min(shape) > 3 for shape in products.shapes) > 2 * 8 * 3
-
-
-def test_a_checkpoint_holds_the_adapters_alone(tmp_path: Path) -> None:
-    adapted = Adapted(imported(tmp_path), tmp_path / "run", **CASES["each"])
-    folder = adapted.save()
-    names = json.loads((folder / "index.json").read_text())["tensors"]
-    assert len(names) == 2 * (8 * 4 + 4)
-    assert all(name.endswith((".a", ".b", "_a", "_b")) for name in names)
 
 
 @pytest.mark.parametrize(("kind", "experts"), [("mixtral", 1), ("llama", 4)])

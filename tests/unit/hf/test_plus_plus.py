@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from moe_dist.errors import ConfigError
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
-from moe_dist.hf.plan import ImportOptions
 from tests.support.agreement import assert_agree
 from tests.support.imported import load_imported, logits_of
 from tests.support.invoked import invoke
@@ -66,13 +65,6 @@ def test_the_function_and_the_bits_come_back(tmp_path: Path, kinds: dict[str, in
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((folder / "config.json").read_text())
 
 
-def test_dtypes_come_back(tmp_path: Path) -> None:
-    folder = published(tmp_path / "theirs", {"zero": 2, "constant": 2}, normalise=True, dtype=torch.bfloat16)
-    import_model(folder, tmp_path / "ours")
-    export_model(tmp_path / "ours", tmp_path / "back")
-    assert_same(tensors_of(tmp_path / "back"), tensors_of(folder))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -90,12 +82,6 @@ def test_what_cannot_be_expressed_is_refused(tmp_path: Path, change: dict[str, A
     (folder / "config.json").write_text(json.dumps(config | change))
     with refused(ConfigError, message):
         import_model(folder, tmp_path / "ours")
-
-
-def test_its_experts_stay_as_they_are(tmp_path: Path) -> None:
-    folder = published(tmp_path / "theirs", {"zero": 2}, normalise=True)
-    with refused(ConfigError, "--null-experts=8"):
-        import_model(folder, tmp_path / "ours", ImportOptions(null_experts=8, top_k=9))
 
 
 def test_a_trained_model_leaves_in_it(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The routing of an imported model, traced on our data set and drawn, equals the routing in transformers."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -45,22 +44,3 @@ def test_the_report_of_an_imported_model(data: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         logits = model(tokens, output_router_logits=True).router_logits
     assert np.array_equal(step.ids[first], np.stack([each.topk(2).indices.numpy() for each in logits], axis=1))
-
-
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({}, (), "no group routes the data's modality 'image'"),
-        ({"vocab_size": 60}, ("--modalities", "text,image"), "model.vocab_size=60: smaller than the data's 64 ids"),
-    ],
-    ids=["modality", "vocabulary"],
-)
-def test_data_that_do_not_fit_are_named(
-    data: Path, tmp_path: Path, changes: dict[str, Any], options: tuple[str, ...], message: str
-) -> None:
-    save(tiny_model("mixtral", **changes), tmp_path / "theirs")
-    assert invoke(import_hf, tmp_path / "theirs", "--out", tmp_path / "ours", *options).exit_code == 0
-    done = invoke(trace, tmp_path / "ours", "--data", data)
-    assert done.exit_code == 78, done.output
-    assert message in " ".join(done.stderr.split())
-    assert "these data do not fit" in done.stderr

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -13,16 +12,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from moe_dist.checkpoint.directory import find_checkpoint
-from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
-from moe_dist.checkpoint.verify import verify
-from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.names import idle_places, slots
 from moe_dist.hf.plan import ImportOptions, changed_section
 from moe_dist.hf.sections import read_section
-from moe_dist.train.build.training import state_specs
 from tests.support.messages import refused
 from tests.support.tiny_hf import save, tiny_config, tiny_model
 
@@ -31,20 +25,6 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 LIMIT = 16 << 20
 SHARD = 2 << 20
-
-# In a process of its own: its private memory (heap and mappings) may grow by so many bytes beyond what it has once all is
-# imported; each shard is told, so that it can be killed at one.
-UNDER_LIMIT = """
-import resource, sys
-from pathlib import Path
-from moe_dist.hf.importing import import_model
-before = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
-resource.setrlimit(resource.RLIMIT_DATA, (before + int(sys.argv[3]), -1))
-def report(stage, done, total):
-    print(done, total, flush=True)
-done = import_model(Path(sys.argv[1]), Path(sys.argv[2]), shard_bytes=int(sys.argv[4]), report=report)
-print("kept", done.kept, flush=True)
-"""
 
 
 ROUND = """
@@ -59,47 +39,6 @@ for theirs in sorted(Path(sys.argv[1]).iterdir()):
     import_model(theirs, ours, shard_bytes=int(sys.argv[3]))
     export_model(ours, theirs / "back", shard_bytes=int(sys.argv[4]))
 """
-
-
-def start(folder: Path, out: Path, *, limit: int = LIMIT, shard_bytes: int = SHARD) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", UNDER_LIMIT, str(folder), str(out), str(limit), str(shard_bytes)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model of more than 4 x LIMIT in one file, with tensors larger than a shard."""
-    folder = tmp_path_factory.mktemp("large")
-    hollow(folder, "llama", hidden_size=256, intermediate_size=12288, num_hidden_layers=4, vocab_size=8192)
-    assert (folder / "model.safetensors").stat().st_size > 4 * LIMIT
-    return folder
-
-
-def killed_and_begun_again(folder: Path, out: Path, **options: int) -> None:
-    """Kills an import after eight shards, and lets the same command end it."""
-    first = start(folder, out, **options)
-    assert first.stdout is not None
-    for _ in range(8):
-        told = first.stdout.readline()
-        assert told, first.communicate()[1]
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    assert first.returncode == -signal.SIGKILL
-    assert not out.exists()
-    again = start(folder, out, **options)
-    told, errors = again.communicate(timeout=600)
-    assert again.returncode == 0, errors
-    assert int(told.split("kept")[1]) >= 8
-    assert [path.name for path in out.parent.iterdir()] == ["ours"]
-
-
-@pytest.mark.full
-def test_the_growth_of_memory_stays_under_a_quarter_of_the_model_also_after_a_kill(large: Path, tmp_path: Path) -> None:
-    out = tmp_path / "ours"
-    killed_and_begun_again(large, out)
-    specs = state_specs(load_config(out / "config.yaml"))
-    specs = {name: spec for name, spec in specs.items() if not name.startswith(OPTIMIZER_PREFIX)}
-    assert verify(find_checkpoint(out), specs)[1] == []
 
 
 def hollow(folder: Path, kind: str, **sizes: int) -> None:
@@ -153,22 +92,6 @@ def test_families_of_many_experts_go_in_and_out_under_a_quarter_of_their_size(wi
     for kind in EXPERTS:
         written = sum(file.stat().st_size for file in (wide / kind / "back").glob("*.safetensors"))
         assert written == pytest.approx((wide / kind / "model.safetensors").stat().st_size, rel=0.01)
-
-
-@pytest.mark.full  # of the test above itself
-@pytest.mark.parametrize("large_shards", ["imports", "exports"])
-def test_families_of_many_experts_would_meet_the_limit_without_shards(wide: Path, large_shards: str) -> None:
-    done = rounds(wide, **{"imports": SHARD, "exports": SHARD, large_shards: 1 << 30})
-    assert done.returncode != 0
-    assert "alloc" in done.stderr or "MemoryError" in done.stderr
-
-
-@pytest.mark.full  # of the tests above themselves
-def test_the_limit_would_be_met_without_shards(large: Path, tmp_path: Path) -> None:
-    whole = start(large, tmp_path / "ours", shard_bytes=1 << 30)
-    _, errors = whole.communicate(timeout=600)
-    assert whole.returncode != 0
-    assert "alloc" in errors or "MemoryError" in errors
 
 
 @pytest.mark.parametrize("at", [0, 2, 5])

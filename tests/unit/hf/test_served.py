@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-import yaml
 
 from moe_dist.config.keys import variants_of
 from moe_dist.config.model_schema import MoESection
@@ -18,17 +17,14 @@ from moe_dist.config.routers.relu import ReLURouterSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import load_manifest
 from moe_dist.hf.exporting import export_model
-from moe_dist.hf.forms import choose_form
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import ImportOptions
 from moe_dist.hf.served import modeling_moe_dist
 from moe_dist.hf.served_fields import CODE, CODE_FILES, OLD_AUTO_MAP, read_served, served_problems, token_ids
-from moe_dist.inference.loaded_run import find_trained
 from tests.support.agreement import assert_agree
-from tests.support.cover import exhaustive, full
+from tests.support.cover import full
 from tests.support.imported import load_imported
 from tests.support.messages import refused
-from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import VOCAB
 from tests.support.served import (
     GROUP,
@@ -68,28 +64,16 @@ DEPTHS = {"every": 2, "first": 0, "capacity": 0.5}
 TRUE_ONLY = {name: {"num_experts": 3, "top_k": 2, "ffn_dim": 16} for name in ("text", "image")}
 CASES: dict[str, dict[str, Any]] = {
     "groups": {},
-    "moved nulls": ONE,
-    **{f"normalise {each}": ONE | router(normalise=each) for each in ("all_chosen", "true_all", "none")},
+    "normalise true_all": ONE | router(normalise="true_all"),
     "scale": ONE | router(scale=1.5),
     "single null row": ONE | router(null_logit="single"),
-    "many nulls": one(num_null=11, top_k=8),
-    "bias": router(selection_bias=True),
-    "free": one(**FREE),
     "free all_chosen bias": one(**FREE) | router(normalise="all_chosen", selection_bias=True),
-    "free without nulls": one(**FREE, num_null=0) | router(normalise="true_all"),
-    "sigmoid": one(**FREE) | router("group_limited", scale=2.5),
     "sigmoid groups": one(num_experts=8, top_k=4) | router("group_limited", n_group=4, topk_group=2, normalise="none"),
     "adapted": one(num_experts=8, num_null=8, top_k=8, ffn_dim=4) | router("group_limited", normalise="none", scale=2.0),
-    "shared": {"model.moe.shared_ffn_dim": 20},
     "shared gate": {"model.moe.shared_ffn_dim": 20, "model.moe.shared_gate": True},
     "dense first": {"model.moe.first": 1, "model.num_layers": 3, "model.moe.every": 2, "model.dense_ffn_dim": 40},
-    "window": {"model.sliding_window": 4},
-    "window layers": {"model.sliding_window": 4, "model.sliding_layers": [1]},
     "linear": rope("linear"),
-    "dynamic": rope("dynamic", **LENGTHS),
-    "yarn": rope("yarn", **LENGTHS),
     "llama3": rope("llama3", **LENGTHS, low_freq_factor=1.0, high_freq_factor=4.0),
-    "partial rope": {"model.rope_dim": 4},
     "partial dynamic adjacent": {"model.rope_dim": 6, "model.rope_pairs": "adjacent", **rope("dynamic", **LENGTHS)},
     "attention": {"model.qk_norm": "head", "model.attention_bias": "qkvo", "model.head_dim": 12,
                   "model.tie_embeddings": True},
@@ -110,22 +94,13 @@ CASES: dict[str, dict[str, Any]] = {
     "olmoe attention": {"model.qk_norm": "full", "model.attention_bias": "qkv"},
     "depths": {"model.mixture_of_depths": {**DEPTHS, "causal": "auxiliary"}},
     "depths window": {"model.mixture_of_depths": {**DEPTHS, "causal": "threshold"}, "model.sliding_window": 4},
-    "top_p": router("top_p", p=0.6, scale=1.5),
     "top_p free": one(**FREE) | router("top_p", p=0.5, normalise="true_chosen"),
     "relu": router("relu", scale=0.7),
-    "relu free": one(**FREE) | router("relu"),
-    "threshold": router("threshold", temperature=0.2),
     "threshold free": one(**FREE) | router("threshold", scale=2.0),
     "predicted_k": router("predicted_k", normalise="true_chosen", scale=1.5),
-    "predicted_k free": one(**FREE) | router("predicted_k"),
-    "expert_threshold": one(num_null=0) | router("expert_threshold"),
     "expert_threshold groups": router("expert_threshold") | {"model.moe.groups": TRUE_ONLY},
     "expert_choice auxiliary": router("expert_choice", causal="auxiliary") | {"model.moe.groups": TRUE_ONLY},
     "expert_choice softmax": router("expert_choice", causal="threshold", score="softmax") | {"model.moe.groups": TRUE_ONLY},
-    "expert_choice depths": one(num_null=0) | router("expert_choice", causal="threshold") | {
-        "model.mixture_of_depths": {**DEPTHS, "causal": "threshold"},
-    },
-    "depths sigmoid": ONE | router("group_limited") | {"model.mixture_of_depths": {**DEPTHS, "every": 1}},
 }  # fmt: skip
 
 # Cases that have every value of a field; the others are products of these values.
@@ -134,13 +109,6 @@ COVER = (
     "partial dynamic adjacent", "latent attention", "shortcut", "sinks", "depths window", "top_p free", "relu",
     "predicted_k", "expert_choice auxiliary", "threshold free",
 )  # fmt: skip
-FULL = (
-    "normalise true_all", "scale", "shared gate", "linear", "llama3", "attention", "olmoe attention", "depths",
-    "expert_threshold groups", "expert_choice softmax",
-)  # fmt: skip
-
-
-VARIANTS = ("ernie4_5_moe tied", "glm4_moe plain", "deepseek_v3 plain", "longcat_flash scaled", "gpt_oss plain")
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +123,7 @@ def prompts() -> torch.Tensor:
     return torch.randint(0, 64, (3, 14), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in COVER else (full if case in FULL else exhaustive)(case) for case in CASES], ids=list(CASES)
-)
+@pytest.mark.parametrize("case", [case if case in COVER else full(case) for case in CASES], ids=list(CASES))
 def test_logits_gradients_and_tokens_are_ours_and_bits_come_back(tmp_path: Path, data: Path, case: str) -> None:
     ours = saved_model(tmp_path / "run", data, CASES[case])
     done = export_model(tmp_path / "run", tmp_path / "hf", shard_bytes=9000)
@@ -188,16 +154,6 @@ def assert_comes_back(folder: Path, ours: Any) -> None:
     assert read_served(json.loads((folder / "hf/config.json").read_text()) | {"auto_map": OLD_AUTO_MAP})[1]["attention"]
     for file in ("config.json", *CODE_FILES):
         assert (folder / "back" / file).read_bytes() == (folder / "hf" / file).read_bytes(), file
-
-
-@torch.no_grad()
-def test_a_cache_may_have_its_older_name(tmp_path: Path, data: Path) -> None:
-    ours = saved_model(tmp_path / "run", data, {})
-    export_model(tmp_path / "run", tmp_path / "hf")
-    model, tokens = theirs(tmp_path / "hf"), prompts()
-    begun = model(tokens[:, :9], use_cache=True)
-    rest = model(tokens[:, 9:], past_key_values=getattr(begun, "cache", None) or begun.past_key_values).logits
-    torch.testing.assert_close(rest, logits(ours, tokens)[:, 9:], rtol=BOUND, atol=BOUND)
 
 
 @torch.no_grad()
@@ -238,14 +194,7 @@ def test_an_expert_wins_a_tie_with_its_null_copies(tmp_path: Path, data: Path) -
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        "ernie4_5_moe",
-        "glm4_moe",
-        "deepseek_v3",
-        "longcat_flash",
-        "gpt_oss",
-        *(exhaustive(kind) for kind in VARIANTS),
-    ],
+    ["ernie4_5_moe", "glm4_moe", "deepseek_v3", "longcat_flash", "gpt_oss"],
 )
 @torch.no_grad()
 def test_imports_compute_the_same_as_their_own_class(tmp_path: Path, kind: str) -> None:
@@ -283,7 +232,7 @@ def test_routers_stay_in_fp32_in_a_bfloat16_model(tmp_path: Path, data: Path) ->
     assert (model(tokens).logits.float() - logits(ours, tokens)).abs().mean() < 0.1
 
 
-@pytest.mark.parametrize("case", ["moved nulls", "top_p free", "relu", "threshold free", "predicted_k", "expert_threshold"])
+@pytest.mark.parametrize("case", ["single null row", "top_p free", "relu", "threshold free", "predicted_k"])
 @torch.no_grad()
 def test_choices_that_count_for_nothing_do_no_work(tmp_path: Path, data: Path, case: str) -> None:
     """An expert computes only the rows of its tokens. A null choice computes nothing."""
@@ -368,15 +317,6 @@ def test_a_plain_family_comes_first(tmp_path: Path, data: Path) -> None:
         export_model(tmp_path / "nulls", tmp_path / "not", family="mixtral")
 
 
-def test_the_readme_runs(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    saved_model(tmp_path / "run", data, {})
-    export_model(tmp_path / "run", tmp_path / "hf")
-    run_readme(tmp_path / "hf", monkeypatch, lines=4)  # three lines, and torch in place of a tokenizer
-    assert "tensor([[ 1,  2,  3," in capsys.readouterr().out
-
-
 def test_the_tokenizer_of_the_data_comes_along(
     tmp_path: Path, own_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -392,37 +332,6 @@ def test_the_tokenizer_of_the_data_comes_along(
     assert capsys.readouterr().out.startswith("The")
 
 
-def test_a_dense_model_that_was_adapted_leaves(tmp_path: Path, data: Path) -> None:
-    """docs/adapt.md in small: split, null experts, a teacher and a controller. The exported folder has the run's logits."""
-    import_model(
-        save(tiny_model("llama"), tmp_path / "theirs"), tmp_path / "dense", ImportOptions(modalities=("text", "image"))
-    )
-    model = yaml.safe_load((tmp_path / "dense/config.yaml").read_text())["model"]
-    changes = {f"model__{name}": value for name, value in model.items() if name != "moe"}
-    with world_of_one():
-        run = OneRank(
-            data,
-            tmp_path / "runs",
-            run__init_from=str(tmp_path / "dense"),
-            run__init_rules=["split"],
-            model__moe__groups={"all": {**GROUP, "num_experts": 8, "num_null": 8, "top_k": 8, "ffn_dim": 5}},
-            model__moe__router={"kind": "group_limited", "normalise": "none", "scale": 2.0},
-            model__moe__balance=[{"kind": "active_experts", "target": {"all": 4.0}, "rate": 0.5, "ramp_steps": 2}],
-            loss__balance__schedule=[[0, 0.0]],
-            loss__distillation={"teacher": str(tmp_path / "dense"), "weight": 0.5},
-            **changes,
-        )
-        run.train_and_save()
-    done = export_model(run.folder.parent, tmp_path / "hf")
-    assert (done.family, "num_null=8" in done.reasons[0]) == ("moe_dist", True)
-    ours = find_trained(run.folder.parent).load(torch.device("cpu"))
-    tokens = torch.randint(0, 64, (3, 24), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        found, expected = theirs(tmp_path / "hf")(tokens).logits, logits(ours, tokens)
-    assert (found - expected).abs().max() <= BOUND * expected.abs().max()
-    assert (expected - logits(load_imported(tmp_path / "dense")[0], tokens)).abs().max() > 1e-2
-
-
 @pytest.mark.parametrize("file", CODE_FILES)
 def test_the_code_needs_transformers_only(file: str) -> None:
     tree = ast.parse((CODE / file).read_text())
@@ -435,10 +344,3 @@ def test_the_code_needs_transformers_only(file: str) -> None:
         "transformers",
         "configuration_moe_dist",
     }
-
-
-def test_a_gating_residual_is_in_no_form(data: Path, tmp_path: Path) -> None:
-    model = tiny_config(data, tmp_path, one() | router("gating_residual")).model
-    for name in (None, "qwen3_moe", "qwen3_moe_plus_plus", "moe_dist"):
-        with pytest.raises(ConfigError, match=r"router\.kind=gating_residual: the exported code has no such router"):
-            choose_form(model, lambda _: pytest.fail("no tensor is needed"), name, must=False)

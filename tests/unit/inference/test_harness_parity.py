@@ -1,8 +1,7 @@
 """lm-evaluation-harness measures the same with our model class as with its own class for Hugging Face models.
 
-A run with random weights is exported in each form, gets a Hugging Face tokenizer, and is loaded by `HFLM`. transformers has
-no class for the published form with null, copy and constant experts, so the reference computes it. Adapters are merged, or
-loaded on their base by PEFT.
+A run with random weights is exported, gets a Hugging Face tokenizer, and is loaded by `HFLM`. tests/unit/hf has the numbers
+of the other forms of an export.
 """
 
 import json
@@ -19,19 +18,14 @@ import torch
 import yaml
 from lm_eval.api.instance import Instance
 
-from moe_dist.hf.adapters import export_adapters
 from moe_dist.hf.exporting import export_model
-from moe_dist.hf.importing import import_model
-from moe_dist.hf.plan import ImportOptions
 from moe_dist.inference.generate import Generator
 from moe_dist.inference.harness import HarnessModel
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.loaded_run import find_trained
 from moe_dist.inference.vocabulary import Vocabulary
-from tests.support.adapted import Adapted
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import VOCAB
-from tests.support.plus_plus import their_model
 
 pytestmark = pytest.mark.slow
 
@@ -57,99 +51,28 @@ GROUPS = {
     "text": {"num_experts": 4, "num_null": 3, "num_identity": 1, "num_constant": 1, "top_k": 3, "ffn_dim": 16},
     "image": {"num_experts": 2, "num_null": 2, "top_k": 2, "ffn_dim": 24},
 }
-LIMITED = {"model__moe__router": {"kind": "group_limited", "n_group": 2, "topk_group": 1}, "model__moe__shared_ffn_dim": 16}
-ZERO_COMPUTATION = {**ONE["all"], "num_null": 2, "num_identity": 1, "num_constant": 1, "top_k": 3}
+# A plain family of transformers, and the form with its own code.
 FORMS: dict[str, dict[str, Any]] = {  # changes of the model, by the form of its export
     "mixtral": {},
-    "olmoe": {"model__qk_norm": "full", "model__moe__router": {"kind": "top_k", "normalise": "none"}},
-    "qwen2_moe": {"model__attention_bias": "qkv", "model__moe__shared_ffn_dim": 16, "model__moe__shared_gate": True},
-    "qwen3_moe": {"model__qk_norm": "head"},
-    "llama": {"model__moe__groups": {"all": {**ONE["all"], "num_experts": 1, "top_k": 1}}},
-    "qwen3_moe_plus_plus": {
-        "model__qk_norm": "head",
-        "model__moe__groups": {"all": ZERO_COMPUTATION},
-        "model__moe__router": {"kind": "top_k", "normalise": "all_chosen"},
-    },
     "moe_dist": {"model__moe__groups": GROUPS, "model__moe__router": {"kind": "top_k", "selection_bias": True}},
-    "ernie4_5_moe": {"model__rope_pairs": "adjacent", "model__moe__router": {"kind": "top_k", "selection_bias": True}},
-    "glm4_moe": LIMITED,
-    "deepseek_v3": {
-        **LIMITED,
-        "model__attention": {"kind": "latent", "q_rank": 12, "kv_rank": 10, "value_dim": 6},
-        "model__num_kv_heads": 4,
-        "model__head_dim": 12,
-        "model__rope_dim": 4,
-        "model__rope_pairs": "adjacent",
-    },
-    "longcat_flash": {
-        "model__moe__groups": {"all": {**ONE["all"], "num_identity": 2, "top_k": 3}},
-        "model__moe__router": {"kind": "top_k", "normalise": "none", "scale": 1.5, "selection_bias": True},
-        "model__moe__every": 2,
-        "model__moe__shortcut": True,
-        "model__moe__shared_ffn_dim": 20,
-        "model__dense_ffn_dim": 20,
-        "model__attention": {"kind": "latent", "q_rank": 12, "kv_rank": 10, "value_dim": 6, "scaled": True},
-        "model__num_kv_heads": 4,
-        "model__head_dim": 12,
-        "model__rope_dim": 4,
-        "model__rope_pairs": "adjacent",
-    },
-    "gpt_oss": {
-        "model__attention": {"kind": "sinks"},
-        "model__attention_bias": "qkvo",
-        "model__sliding_window": 7,
-        "model__sliding_layers": (0,),
-        "model__moe__experts": {"kind": "clamped_ffn", "limit": 1.5},
-        "model__moe__router": {"kind": "top_k", "logit_bias": True},
-    },
 }
-MERGED, PEFT = "adapters, merged", "adapters of PEFT"
-
-# A plain family, the published form, the form with its own code, and adapters. test-full runs all.
-COVER = ("mixtral", "qwen3_moe_plus_plus", "moe_dist", PEFT)
 
 
-def adapted(root: Path, form: str) -> tuple[Path, Any]:
-    """Saves adapters on the exported Mixtral in `root` as `root / "adapted"`. Returns the folder of the adapted model, and
-    the model for the harness."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    import_model(root / "hf", root / "base", ImportOptions(modalities=("text", "image")))
-    lora = {"rank": 3, "alpha": 5.0}
-    made = Adapted(root / "base", root / "adapted", ffn=lora, attention=lora)
-    made.draw()
-    made.save()
-    if form == MERGED:
-        assert export_model(root / "adapted", root / "merged").merged
-        return root / "merged", str(root / "merged")
-    export_adapters(root / "adapted", root / "peft")
-    # Given the adapter's path alone, the harness would shrink the embeddings to the tokenizer's size.
-    base = AutoModelForCausalLM.from_pretrained(root / "hf")
-    return root / "hf", PeftModel.from_pretrained(base, str(root / "peft"))
-
-
-@pytest.fixture(
-    scope="module",
-    params=[form if form in COVER else pytest.param(form, marks=pytest.mark.full) for form in (*FORMS, MERGED, PEFT)],
-)
+@pytest.fixture(scope="module", params=FORMS)
 def both(request: pytest.FixtureRequest, own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
     from lm_eval.models.huggingface import HFLM  # imports transformers, which takes seconds
     from transformers import PreTrainedTokenizerFast
 
     root = tmp_path_factory.mktemp("exported")
     shape: dict[str, Any] = {"model__vocab_size": VOCAB, "model__max_seq_len": LONGEST, "data__seq_len": LONGEST}
-    form = "mixtral" if request.param in (MERGED, PEFT) else request.param
+    form = request.param
     shape |= {"model__moe__groups": ONE, **FORMS[form]}
     with world_of_one():  # large weights, so that log-likelihoods differ by whole nats
         made = OneRank(own_data, root / "runs", model__init_std=0.3, **shape)
         made.train_and_save()
     run = made.folder.parent
     assert export_model(run, root / "hf", family=form).family == form
-    folder: Path = root / "hf"
-    loaded: Any = their_model(folder) if form == "qwen3_moe_plus_plus" else str(folder)
-    if request.param != form:
-        run, (folder, loaded) = root / "adapted", adapted(root, request.param)
+    folder = root / "hf"
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(own_data / "tokenizer.json"), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
@@ -161,7 +84,9 @@ def both(request: pytest.FixtureRequest, own_data: Path, tmp_path_factory: pytes
     shared: dict[str, Any] = {"group_of_modality": trained.group_of_modality, "max_seq_len": LONGEST}
     likelihood, generator = Likelihood(model, trained.manifest, **shared), Generator(model, vocabulary.grammar, **shared)
     settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "batch_size": 4, "trust_remote_code": True}
-    theirs, unmarked = (HFLM(loaded, tokenizer=str(folder), add_bos_token=marked, **settings) for marked in (True, False))
+    theirs, unmarked = (
+        HFLM(str(folder), tokenizer=str(folder), add_bos_token=marked, **settings) for marked in (True, False)
+    )
     return Both(run, HarnessModel(likelihood, generator, vocabulary, max_seq_len=LONGEST), theirs, unmarked)
 
 

@@ -16,7 +16,6 @@ from launchers.command import (
     fit_world_size,
     plan_job,
     rank_commands,
-    relative_paths,
 )
 from launchers.ray.nodes import nodes_sharing_ep_groups
 from moe_dist.config.cluster import Cluster
@@ -39,25 +38,6 @@ def plan(**changes: object) -> LaunchPlan:
         "attempt_id": "job.4",
     }
     return LaunchPlan(**{**values, **changes})  # pyright: ignore[reportArgumentType]
-
-
-def test_ranks_are_counted_node_by_node() -> None:
-    commands = rank_commands(plan())
-    assert [(c.rank, c.node, c.env["RANK"], c.env["LOCAL_RANK"], c.env["LOCAL_WORLD_SIZE"]) for c in commands] == [
-        (0, 0, "0", "0", "2"),
-        (1, 0, "1", "1", "2"),
-        (2, 1, "2", "0", "1"),
-    ]
-    assert {c.env["WORLD_SIZE"] for c in commands} == {"3"}
-    assert {c.argv[1:] for c in commands} == {("-m", "moe_dist.train", "configs/x.yaml", "train.steps=3")}
-
-
-def test_a_rank_reads_what_the_plan_says() -> None:
-    command = rank_commands(plan(grace_seconds=12.5))[2]
-    env = RankEnv.from_environment(command.env)
-    assert (env.rank, env.world_size, env.local_rank, env.local_world_size) == (2, 3, 0, 1)
-    assert (env.init_method, env.attempt, env.attempt_id) == ("env://", 4, "job.4")
-    assert (env.launched, env.grace_seconds) == (True, 12.5)
 
 
 def test_a_file_rendezvous_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,12 +135,6 @@ def test_a_pipeline_stage_that_fits_stays_inside_the_domain(tiny_data: Path) -> 
         job(tiny_data, {"ranks_per_node": 1, "domain_nodes": 1}, changes)
 
 
-def test_an_ep_group_larger_than_the_domain_is_refused(tiny_data: Path) -> None:
-    changes = pinned([0], [1], image={"feature": "vision"}, text={"feature": "text"})
-    with refused(ConfigError, "parallel.ep=2"):
-        job(tiny_data, {"domain_nodes": 1}, changes)
-
-
 def test_gpus_come_from_the_device_and_the_cluster(tiny_data: Path) -> None:
     cluster: dict[str, object] = {"gpus": {"per_node": 2}, "ranks_per_node": 1}
     assert job(tiny_data, cluster, {"parallel.device": "auto"}).gpus_per_node == 2
@@ -199,12 +173,6 @@ def test_paths_become_absolute() -> None:
         "data.path=/home/me/data/x",
         "run.init_from=/home/me/older",
     )
-
-
-def test_relative_paths_are_named() -> None:
-    assert relative_paths(tiny_config(Path("/data"), Path("/runs"))) == []
-    problems = relative_paths(tiny_config(Path("data"), Path("runs")))
-    assert [fault.partition(":")[0] for fault in problems] == ["run.root='runs'", "data.path='data'"]
 
 
 @pytest.mark.parametrize("module", ["launchers.local", "launchers.ray.__main__", "launchers.slurm.__main__"])

@@ -3,7 +3,7 @@
 import pytest
 
 from launchers.command import NodePlan
-from launchers.fit import Offer, Want, check_graces, fit_result, unmet
+from launchers.fit import Offer, Want, fit_result, unmet
 from moe_dist.runtime.node.check_result import Level
 
 TEXT, VISION = frozenset(["text"]), frozenset(["vision"])
@@ -29,11 +29,6 @@ def offer(name: str, traits: frozenset[str] = frozenset(), *, down: str = "", **
             ["rank 2 (experts of hearing): the pool has no node with the feature hearing; its nodes have text and"],
         ),
         (
-            [want(0, TEXT | VISION)],
-            [offer("a", TEXT), offer("b", VISION)],
-            ["rank 0 (experts of text, vision): the pool has no node with the feature text and vision; "],
-        ),
-        (
             [want(0, TEXT, count=8, GPU=8)],
             [offer("a", TEXT, GPU=4), offer("b", VISION, GPU=8)],
             [
@@ -51,7 +46,7 @@ def offer(name: str, traits: frozenset[str] = frozenset(), *, down: str = "", **
         ),
         ([want(0)], [], ["rank 0: the pool has no node; "]),
     ],
-    ids=["enough", "demanding first", "down but spare", "no such trait", "not both", "too small", "too few", "empty"],
+    ids=["enough", "demanding first", "down but spare", "no such trait", "too small", "too few", "empty"],
 )
 def test_each_planned_node_without_a_node_is_named_with_the_reason(
     wants: list[Want], offers: list[Offer], problems: list[str]
@@ -60,15 +55,3 @@ def test_each_planned_node_without_a_node_is_named_with_the_reason(
     assert [problem[: len(words)] for problem, words in zip(found, problems, strict=True)] == problems
     result = fit_result(found, len(wants), len(offers), "the pool")
     assert (result.level, result.verdict) == ((Level.ERROR, 69) if problems else (Level.OK, 0))
-
-
-@pytest.mark.parametrize(
-    ("graces", "save", "level"),
-    [
-        ({"x": 1.0}, None, Level.NOTE),
-        ({"x": 1.0, "y": 60.0}, 0.5, Level.OK),
-        ({"x": 1.0, "y": 60.0}, 20.0, Level.WARNING),
-    ],
-)
-def test_a_grace_is_compared_with_the_measured_saves(graces: dict[str, float], save: float | None, level: Level) -> None:
-    assert check_graces(graces, save).level is level

@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -89,12 +86,6 @@ def site(tmp_path: Path, tiny_data: Path) -> Site:
     return Site(tmp_path, tiny_data)
 
 
-def test_nproc_stretches_edp_and_the_ranks_hear_of_it(site: Site) -> None:
-    assert site.attempt("pass", "train.micro_batch=1", nproc=4) == 0
-    assert len(site.started) == 4
-    assert site.run.read_config().parallel.edp == 2
-
-
 @pytest.mark.parametrize(
     ("overrides", "options"),
     [(["data.path=/nowhere"], {}), ([], {"nproc": 3}), ([], {"nproc": 8})],  # the data are checked against the ranks
@@ -106,34 +97,6 @@ def test_a_bad_configuration_costs_no_process_and_no_folder(
         site.launch("pass", *overrides, **options)
     assert site.started == []
     assert not site.run.path.exists()
-
-
-def test_what_a_killed_launcher_left_is_deleted_by_the_next(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    program = f"import tempfile, time; tempfile.tempdir = {str(temporary)!r}\n"
-    program += (
-        "from launchers.local import store_folder\nwith store_folder() as store: print(store, flush=True); time.sleep(600)"
-    )
-    holders = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    try:
-        lost, held = (Path(str(holder.stdout and holder.stdout.readline()).strip()) for holder in holders)
-        holders[0].kill()
-        holders[0].wait()
-        foreign = temporary / "moe_dist_store_x"
-        foreign.symlink_to(tmp_path)
-        for folder in (lost, held):
-            assert folder.stat().st_mode & 0o777 == 0o700
-            os.utime(folder, (0, 0))
-        assert site.launch("pass") == 0
-        assert sorted(temporary.iterdir()) == sorted([held, foreign])
-    finally:
-        for holder in holders:
-            holder.kill()
-            holder.wait()
 
 
 def test_another_configuration_is_refused_unless_the_old_run_is_moved_aside(site: Site) -> None:
@@ -174,24 +137,6 @@ def test_a_rank_that_leaves_without_an_exception_is_the_cause_whatever_its_peers
     assert not site.run.lease_json.exists()
 
 
-@pytest.mark.full  # waits for 5 s; test_rank_tracker.py has the rule
-def test_a_frozen_rank_is_the_cause_of_a_peers_timeout(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
-    body = """
-    if rank == 1:
-        open(f"{here}/freezing", "w").close(); os.kill(os.getpid(), 19)
-    wait_for("freezing"); time.sleep(0.5); raise TimeoutError("a collective took too long")
-    """
-    assert site.attempt(body) == 1
-    assert "rank 1 failed first (frozen by SIGSTOP" in capfd.readouterr().err
-    latest = site.run.read_status().latest
-    assert latest is not None
-    assert latest.rank == 1
-    assert latest.reason == (
-        "rank 1: frozen by SIGSTOP, and killed after a peer's collective timed out; "
-        "TimeoutError: a collective took too long"
-    )
-
-
 def test_a_rank_that_dies_after_the_run_was_done_changes_nothing(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     """As one whose sinks do not close in time."""
     body = """
@@ -216,19 +161,17 @@ def test_a_failure_is_followed_by_a_new_start_from_the_last_checkpoint(
         open(f"{here}/starts", "a").write(f"{env.attempt} {env.attempt_id} {env.init_method}\\n")
         attempt._folder.checkpoints.joinpath("latest").write_text(f"step_{2 * env.attempt + 2}")
     attempt.follow(lambda: 2 * env.attempt + 2)
-    if env.attempt < 2 and rank == 1: os.kill(os.getpid(), 9)
-    if env.attempt < 2: time.sleep(100)
+    if env.attempt == 0 and rank == 1: os.kill(os.getpid(), 9)
+    if env.attempt == 0: time.sleep(100)
     """
     assert site.attempt(body, max_restarts=3, overwrite=True) == 0
     numbers, names, meetings = zip(*starts_of(site), strict=True)
-    assert numbers == ("0", "1", "2")
-    assert len(set(names)) == len(set(meetings)) == 3
+    assert numbers == ("0", "1")
+    assert len(set(names)) == len(set(meetings)) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("restart ")]
-    assert said == [
-        f"restart {number} of 3, from the checkpoint of step {2 * number}: rank 1: killed by SIGKILL" for number in (1, 2)
-    ]
+    assert said == ["restart 1 of 3, from the checkpoint of step 2: rank 1: killed by SIGKILL"]
     status = site.run.read_status()
-    assert [(each.restarts, each.verdict, each.rank) for each in status.attempts] == [(0, 1, 1), (1, 1, 1), (2, 0, 0)]
+    assert [(each.restarts, each.verdict, each.rank) for each in status.attempts] == [(0, 1, 1), (1, 0, 0)]
 
 
 def test_ranks_that_die_before_they_open_the_run_are_attempts_with_their_reason(site: Site) -> None:

@@ -19,7 +19,7 @@ from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import read_holder
-from moe_dist.runtime.run_folder import RunFolder, Start
+from moe_dist.runtime.run_folder import RunFolder
 from tests.support.messages import refused
 from tests.support.special_files import SPECIAL, at_once
 from tests.support.tiny import tiny_config
@@ -149,14 +149,6 @@ def test_nothing_is_read_through_a_link_of_another_user(run: RunFolder, tmp_path
     assert secret.read_text().startswith("machine")
 
 
-def test_a_step_is_not_read_through_a_link(run: RunFolder, tmp_path: Path) -> None:
-    (tmp_path / "other").write_text("step_7\n")
-    (run.checkpoints / "latest").symlink_to(tmp_path / "other")
-    assert committed_step(run.checkpoints) == 0
-    with refused(DataError, "latest"):
-        CheckpointDirectory(run.checkpoints).latest_step()
-
-
 @pytest.mark.parametrize(
     "content",
     ["", "{", "3", '{"attempt_id": 1}', "[" * 100_000, "\0" * 40],
@@ -171,8 +163,3 @@ def test_a_damaged_provenance_is_named(run: RunFolder, tmp_path: Path, content: 
     (run.path / "provenance.json").rename(tmp_path / "aside")
     run.open(config, ENV).release()
     assert [entry["attempt_id"] for entry in json.loads((run.path / "provenance.json").read_text())] == ["first"]
-
-
-def test_an_ordinary_run_is_resumed(run: RunFolder, tmp_path: Path) -> None:
-    (run.path / "own").symlink_to("log")  # a link of this user that stays inside
-    assert run.inspect(tiny_config(tmp_path / "data", tmp_path / "runs")) is Start.RESUME

@@ -5,7 +5,6 @@ table of ranks, Ray by a choice among its nodes, Kubernetes by the pods of worke
 """
 
 import re
-import shlex
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,6 @@ from launchers.kubernetes import pod
 from launchers.kubernetes.__main__ import Kind, manifests
 from launchers.kubernetes.manifests import FILES
 from launchers.rank_tracker import Outcome
-from launchers.ray.__main__ import main as ray_main
 from launchers.ray.job import check_job
 from launchers.ray.nodes import RayNode, assign, bundle_of_rank
 from launchers.slurm.__main__ import prepare
@@ -181,18 +179,6 @@ def by_ray(job: Job) -> Ranks:
     return on_ray(job, found)
 
 
-def by_ray_dry_run(job: Job) -> Ranks:
-    done = CliRunner().invoke(command_app(ray_main), [str(job.run), f"--cluster={job.site_file}", "--dry-run"])
-    assert done.exit_code == 0, done.output
-    found = []
-    for node, line in re.findall(r"^rank \d+, node (\d+): (env .*)$", done.stdout, re.MULTILINE):
-        env = dict(word.split("=", 1) for word in shlex.split(line)[1:] if re.match(r"[A-Z_]+=", word))
-        place = RunPlace.from_environment(env)
-        assert place is not None
-        found.append((node, kind_of(place.labels), env))
-    return ranks_of(found)
-
-
 def by_ray_job(job: Job) -> Ranks:
     """Ray as KubeRay starts it: its nodes are the pods of the worker groups, and no others."""
     (ray,) = [each for each in job.objects(Kind.RAYJOB) if each["kind"] == "RayJob"]
@@ -243,7 +229,7 @@ def kind_of(labels: Mapping[str, str]) -> str | None:
     return kind
 
 
-LAUNCHERS = (by_slurm, by_ray, by_ray_dry_run, by_ray_job, by_indexed_job)
+LAUNCHERS = (by_slurm, by_ray, by_ray_job, by_indexed_job)
 
 
 def check_against_configuration(job: Job, found: Ranks) -> None:

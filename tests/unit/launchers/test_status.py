@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from launchers import run_progress
 from launchers.run_progress import RunState, read_progress
-from launchers.status import duration, find_runs, main, many_runs, one_run
+from launchers.status import find_runs, main, many_runs, one_run
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.lease import Holder, Lease
 from moe_dist.runtime.status import AttemptRecord, record_save_seconds, write_status
@@ -72,17 +72,6 @@ def test_a_running_run(tmp_path: Path) -> None:
     shown = text(one_run(run))
     for words in ("night  running", "3/100", "1.0k tokens/s, 0.5 s a step, 48 s left", "total 2.250", "took 1.5 s at most"):
         assert words in shown
-
-
-def test_a_run_after_its_last_step_evaluates(tmp_path: Path) -> None:
-    folder = Folder(tmp_path).attempt(0, None).records(*[100.0] * 100)
-    lease = Lease(folder.path / "lease.json", "a0").acquire(0.0)
-    try:
-        run = read_progress(folder.path)
-    finally:
-        lease.release()
-    shown = " ".join(text(one_run(run)).split())
-    assert "0.5 s a step; after its last step: evaluates, then saves" in shown
 
 
 @pytest.mark.parametrize(
@@ -211,16 +200,6 @@ def test_a_line_that_is_no_record_is_left_out(tmp_path: Path, line: str) -> None
     text(many_runs([run]))
 
 
-@pytest.mark.parametrize("started", [1e20, -1.0, "NaN", "Infinity"])
-def test_a_date_that_cannot_be_shown_is_damage(tmp_path: Path, started: object) -> None:
-    folder = Folder(tmp_path).attempt(0, 1, "r")
-    path = folder.path / "status.json"
-    path.write_text(path.read_text().replace('"started": 1799999000.0', f'"started": {started}'))
-    run = read_progress(folder.path)
-    assert run.state is RunState.UNREADABLE
-    text(one_run(run))
-
-
 @pytest.mark.parametrize(("key", "value"), [("last_step", 100), ("pid", 1), ("restarts", 0), ("verdict", 1)])
 def test_a_number_that_cannot_be_shown_is_damage_and_hides_no_other_run(tmp_path: Path, key: str, value: int) -> None:
     folder = Folder(tmp_path, "hostile").attempt(0, 1, "r", step=100)
@@ -283,11 +262,3 @@ def test_the_command_changes_nothing(tmp_path: Path) -> None:
         assert "stopped" in result.output
     assert CliRunner().invoke(app, ["none", f"--root={tmp_path}"]).exit_code == 78
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.path.rglob("*"))} == before
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(None, ""), (0.4, "0 s"), (59, "59 s"), (3599, "59 min"), (3700, "1 h 01 min"), (200_000, "2 d 7 h")],
-)
-def test_durations(seconds: float | None, words: str) -> None:
-    assert duration(seconds) == words

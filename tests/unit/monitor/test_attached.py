@@ -202,21 +202,12 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         watch.step()
     with refused(ConfigError, "has records up to step 1", "last_step=N"):
         attach(model, tmp_path / "b")
-    with attach(model.train(), tmp_path / "traced", sinks=[]) as watch:  # writes no metrics.jsonl
-        step_of(model, (1,))
-        watch.step()
-    with refused(ConfigError, "has records up to step 1", "last_step=N"):
-        attach(model, tmp_path / "traced", sinks=["tensorboard"])
     # writes neither metrics.jsonl nor a trace
     attach(model, tmp_path / "shown", sinks=["tensorboard"], trace_every=0).detach()
     with refused(ConfigError, "has TensorBoard events", "last_step=N"):
         attach(model, tmp_path / "shown", sinks=["tensorboard"], trace_every=0)
     with refused(ConfigError, "sinks: 'tensorbord' is unknown", "tensorboard"):
         attach(model, tmp_path / "d", sinks=["tensorbord"])
-    (tmp_path / "e").mkdir()
-    (tmp_path / "e" / "metrics.jsonl").mkdir()
-    with refused(ConfigError, "folder=", "Is a directory"):
-        attach(model, tmp_path / "e")
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "tensorboard").touch()
     with refused(ConfigError, "sinks: 'tensorboard' cannot be opened"):

@@ -1,17 +1,14 @@
 """The cost table: each method's rows by hand, and the lines that are left out."""
 
-import io
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from moe_dist.monitor.costs import CostTable, cost_table, costs_markdown, render_costs
+from moe_dist.monitor.costs import CostTable, cost_table
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 GROUPS = (ExpertGroup("text", 4, 4, 2, 8), ExpertGroup("image", 4, 4, 2, 8, first_expert=4))
 PINNED = ExpertPlacement(GROUPS, ((0, 1, 2, 3), (4, 5, 6, 7)))
-UNEVEN = ExpertPlacement(GROUPS, ((0, 1, 2), (3, 4, 5, 6, 7)))
 
 
 def ledger(rows: int) -> dict[str, int]:
@@ -41,37 +38,6 @@ def test_each_method_has_its_rows_times_the_bytes_of_a_row() -> None:
     assert [cost.seconds for cost in found.costs] == ["0.250", *["counted"] * 4]
 
 
-def test_what_does_not_compare_is_left_out() -> None:
-    """Rows over two hops are not rows per (token, rank). Megatron-Core needs equally many experts on each rank."""
-    hierarchical = table(own=399)
-    assert "this run, if experts were interleaved" not in [cost.method for cost in hierarchical.costs]
-    assert hierarchical.costs[0].row_per == "hop"
-    assert [cost.rows for cost in table(UNEVEN).costs if "Megatron" in cost.method] == [None]
-    alone = costs_of([0], PINNED, {"pinned": 0})
-    assert {cost.bytes for cost in alone.costs} == {0.0}
-
-
-@pytest.mark.parametrize("placement", [PINNED, UNEVEN], ids=["pinned", "uneven"])
-def test_the_console_shows_how_many_times_this_run_a_method_sends(placement: ExpertPlacement) -> None:
-    console = Console(width=110, record=True, file=io.StringIO())
-    console.print(render_costs(table(placement, untimed="not timed: 4 ranks share 2 cores")))
-    shown = console.export_text()
-    assert "1.50" in shown
-    assert "4.00" in shown
-    assert ("not possible" in shown) == (placement is UNEVEN)
-    assert "Mean of the last 2 steps of 50 tokens" in " ".join(shown.split())
-    assert "Not timed: 4 ranks share 2 cores." in " ".join(shown.split())
-
-
-def test_tensorboard_gets_the_table_as_markdown() -> None:
-    lines = costs_markdown(table()).splitlines()
-    assert lines[0] == "| method | one row per | rows | MB | x this run | seconds |"
-    assert lines[2] == "| this run: experts pinned | token and rank | 200 | 0.01 | 1.00 | 0.250 |"
-    assert (len(lines), lines[7]) == (9, "")
-    placed = "This run's experts are pinned, which sends 33.3% fewer rows than interleaved would. Mean of the last 2 steps "
-    assert lines[8].startswith(placed)
-
-
 @pytest.mark.parametrize(
     ("counted", "words"),
     [
@@ -84,7 +50,3 @@ def test_tensorboard_gets_the_table_as_markdown() -> None:
 def test_the_run_says_how_its_placement_compares(counted: dict[str, int], words: str) -> None:
     found = costs_of([100, 300], PINNED, counted)
     assert found.placed == f"This run's experts are pinned, which sends {words} "
-
-
-def test_a_run_without_another_placement_compares_none() -> None:
-    assert costs_of([0], PINNED, {"pinned": 0}).placed == ""

@@ -84,14 +84,6 @@ def test_readings_of_a_gpu(install: Callable[[FakeNvml], None]) -> None:
     assert not any(thread.name == "devices" for thread in threading.enumerate())
 
 
-@pytest.mark.parametrize("gpu", ["GPU-1234", "1234"])
-def test_a_uuid_with_or_without_its_prefix(install: Callable[[FakeNvml], None], gpu: str) -> None:
-    fake = FakeNvml()
-    install(fake)
-    DeviceMonitor(seconds=60, gpu=gpu).stop()
-    assert fake.asked == ["GPU-1234"]
-
-
 def test_one_reading_that_fails_is_said_once(install: Callable[[FakeNvml], None], caplog: pytest.LogCaptureFixture) -> None:
     fake = FakeNvml(power=RuntimeError("Not Supported"))
     install(fake)
@@ -139,34 +131,3 @@ def test_on_the_cpu_the_largest_memory_is_that_of_the_process() -> None:
     assert first[2] == 0
     del touched
     assert largest_memory(torch.device("cpu"))[0] >= first[0]
-
-
-def test_on_the_cpu_the_host_stands_in(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(psutil, "cpu_percent", lambda: 42.0)
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    monitor = DeviceMonitor(seconds=60)
-    readings = monitor.latest
-    monitor.stop()
-    assert readings["device/utilisation"] == readings["cpu_percent"] == 42.0
-    assert readings["device/power"] is None
-    assert not caplog.records, "NVML is nobody's business here"
-
-
-def test_reading_does_not_wait_for_the_driver(install: Callable[[FakeNvml], None]) -> None:
-    """The driver hangs in the background. The last reading stays available."""
-    fake, hang, release = FakeNvml(), threading.Event(), threading.Event()
-    install(fake)
-    module = sys.modules["pynvml"]
-
-    def stuck(handle: str) -> SimpleNamespace:
-        if threading.current_thread().name == "devices":
-            hang.set()
-            release.wait(600)
-        return SimpleNamespace(used=2**20)
-
-    module.nvmlDeviceGetMemoryInfo = stuck
-    monitor = DeviceMonitor(seconds=0.001, gpu=0)
-    assert hang.wait(600)
-    assert monitor.latest["gpu_used_mib"] == 1.0
-    release.set()
-    monitor.stop()

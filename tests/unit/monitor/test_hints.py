@@ -42,59 +42,8 @@ def test_a_busy_expert_is_named_with_its_layer(groups: tuple[ExpertGroup, ...]) 
     assert not routing(choices(EVEN, [10, 10, 10, 70]), groups)
 
 
-def test_a_limit_that_no_load_can_reach_is_not_the_limit(groups: tuple[ExpertGroup, ...]) -> None:
-    """With 100 choices by 40 tokens among 4 experts, an expert can get at most 40 choices, 1.6 times the even load."""
-    (hint,) = (each for each in routing(choices(EVEN, [20, 20, 20, 40]), groups, tokens=40) if each.kind == "busy/image")
-    assert "image expert 3 takes 100% of its group's tokens in layer 1, 1.6 x the mean expert (62%)" in hint.text
-    assert not routing(choices(EVEN, [22, 22, 22, 34]), groups, tokens=40)
-    assert not routing(choices(EVEN, [20, 20, 20, 30]), groups, tokens=30), "less than 1.5 x the even load is possible"
-
-
-def test_one_expert_of_a_group_is_never_busy() -> None:
-    alone = (ExpertGroup("text", 1, 0, 1, 8, 0, ("text",)),)
-    assert not routing(np.array([[99]]), alone)
-    two = (ExpertGroup("text", 2, 0, 1, 8, 0, ("text",)),)
-    assert len(routing(np.array([[95, 5]]), two)) == 1, "three times the even share is out of reach"
-
-
-def test_dead_experts_are_counted_and_some_named(groups: tuple[ExpertGroup, ...]) -> None:
-    (hint,) = (each for each in routing(choices([0, 0, 0, 100], EVEN), groups) if each.kind == "dead/text")
-    assert hint.text.startswith(
-        "text experts 0 (layer 1), 1 (layer 1), 2 (layer 1), 0 (layer 3) and 2 more took no token in the last 50 steps; "
-    )
-    (hint,) = routing(choices(EVEN, [0, 50, 25, 25]), groups)
-    assert hint.text.startswith("image expert 0 (layer 1) took no token")
-
-
 def test_few_choices_prove_nothing(groups: tuple[ExpertGroup, ...]) -> None:
     assert not routing(np.array([[0, 1, 9, 2] * 2 + [5, 5, 5, 5]]), groups, tokens=9)
-
-
-def test_a_group_without_tokens_is_starved_and_not_dead(groups: tuple[ExpertGroup, ...]) -> None:
-    sums = WindowSums(np.array([[*EVEN, 0, 0, 0, 0, 25, 25, 0, 0]]), np.array([[75, 0]]), np.zeros((1, 2)), 50, 0.02)
-    assert [hint.kind for hint in routing_hints(sums, groups, (0,))] == ["starved/image"]
-
-
-def test_null_choices_that_collapsed(groups: tuple[ExpertGroup, ...]) -> None:
-    (none,) = routing(choices(EVEN, EVEN, text_null=0), groups)
-    assert none.text.startswith("almost none of the text group's choices are null (0.0%; even: 33%; possible: 0% to 100%)")
-    (all_null,) = (h for h in routing(choices(EVEN, EVEN, image_null=9000), groups, tokens=9050) if h.kind == "null/image")
-    assert all_null.text.startswith("almost all possible of the image group's choices are null (99.4%; even: 33%;")
-    assert not routing(choices(EVEN, EVEN), groups)
-
-
-def test_drops_are_said_with_the_load_of_the_busiest_expert(groups: tuple[ExpertGroup, ...]) -> None:
-    (hint,) = (
-        each for each in routing(choices(EVEN, [70, 10, 10, 10]), groups, dropped=13) if each.kind == "dropped/image"
-    )
-    # An even share is k T / columns = 2 x 100 / 6.
-    assert hint.text == (
-        "model.moe.capacity drops 13% of the image group's (token, expert) pairs, 13% in layer 1; the busiest expert "
-        "(layer 1) takes 2.10 x an even share of all choices; see "
-        "moe/dropped_fraction in TensorBoard; try a larger model.moe.capacity.factor, or "
-        "a larger coefficient in loss.balance.schedule (now 0.02)"
-    )
-    assert not routing(choices(EVEN, EVEN), groups, dropped=9)
 
 
 def test_a_rank_the_others_wait_for() -> None:
@@ -158,23 +107,6 @@ def test_one_odd_batch_says_nothing(healthy: MakeRecord, groups: tuple[ExpertGro
     odd = np.array([[25] * 4 + [0, 0, 100, 0] + [20] * 4] * 3)
     records = [healthy(step, choices_LC=odd) if step == 25 else healthy(step) for step in range(1, 40)]
     assert not [hint for record in records for hint in watch.update(record)]
-
-
-def test_skipped_steps_are_said_at_once(healthy: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:
-    (hint,) = HintWatch(groups, (1, 3, 5), window=10).update(healthy(1, skipped=True, skipped_steps=1))
-    assert hint.text == (
-        "step 1 was skipped on all ranks: its loss or gradient was not finite (1 so far); see optim/grad_norm; "
-        "try a lower optimizer.lr or optimizer.clip_norm"
-    )
-
-
-def test_losses_that_are_not_finite_do_not_hide_the_trend(healthy: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:
-    watch = HintWatch(groups, (1, 3, 5), window=10)
-    said = []
-    for step in range(1, 60):
-        loss = float("nan") if step % 3 == 0 else 60.0 if step < 30 else 90.0
-        said += watch.update(healthy(step, nll_M=np.array([loss, loss])))
-    assert kinds(said) == ["loss"]
 
 
 def test_a_flat_loss_late_in_a_run_is_no_news(healthy: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:

@@ -1,6 +1,5 @@
 """Values of records against slow loops and against cases by hand."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -62,24 +61,6 @@ def test_group_numbers_equal_loops(
     for g, group in enumerate(groups):
         for name, value in slow_group_numbers(stats, groups, g).items():
             assert record.scalars[f"moe/{name}/{group.name}"] == pytest.approx(value, rel=1e-12)
-
-
-@pytest.mark.parametrize("step", [1, 2])
-def test_rank_imbalance_weighs_rows_by_width(
-    make_statistics: MakeStatistics, make_record: MakeRecord, placement: ExpertPlacement, step: int
-) -> None:
-    stats, record = make_statistics(step), make_record(step)
-    ratios = []
-    for layer in range(len(stats.result.counts.choices_LC)):
-        loads = [0.0] * placement.num_ranks
-        for group in placement.groups:
-            for expert in group.experts:
-                loads[placement.rank_of_expert[expert]] += (
-                    int(stats.result.counts.choices_LC[layer, expert]) * group.ffn_dim
-                )
-        assert record.arrays["weighted_rows_LR"][layer].tolist() == pytest.approx(loads)
-        ratios.append(max(loads) / (sum(loads) / len(loads)))
-    assert record.scalars["moe/rank_imbalance"] == pytest.approx(sum(ratios) / len(ratios))
 
 
 def test_a_case_by_hand() -> None:
@@ -190,15 +171,6 @@ def test_columns_of_every_kind_by_hand() -> None:
     np.testing.assert_allclose(zero_computation_fraction(choices_LC, (text, image)), [[6 / 12, 6 / 10]])
 
 
-def test_nothing_sent(make_record: MakeRecord) -> None:
-    """On one rank no method sends anything. If all choices on several ranks are null, the bytes per row are unknown."""
-    ledger = {"payload_bytes": 0, "rows_remote": 0, "rows_per_pair": 0, "rows_topk": 0, "rows_same_active": 0}
-    alone = make_record(ledger=ledger).scalars
-    assert (alone["comm/bytes_saved_vs_topk"], alone["comm/dedup_factor"]) == (0.0, None)
-    all_null = make_record(ledger={**ledger, "rows_topk": 9}).scalars
-    assert (all_null["comm/bytes_saved_vs_topk"], all_null["comm/bytes_saved_vs_same_active"]) == (None, 0.0)
-
-
 def test_a_step_without_tokens_has_no_numbers_and_no_errors(
     make_record: MakeRecord, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -214,13 +186,6 @@ def test_a_step_without_tokens_has_no_numbers_and_no_errors(
     assert record.scalars["moe/rank_imbalance"] is None
     assert record.scalars["moe/dead_experts"] == 24
     assert not recwarn.list
-
-
-def test_numbers_that_are_not_finite_stay_visible(make_record: MakeRecord) -> None:
-    record = make_record(nll_M=np.array([math.nan, 1.0]), grad_norm=math.inf, skipped=True)
-    assert math.isnan(record.scalars["loss/total"] or 0.0)
-    assert record.scalars["optim/grad_norm"] == math.inf
-    assert record.skipped
 
 
 def test_a_modality_named_like_a_loss_term_is_refused(make_statistics: MakeStatistics, placement: ExpertPlacement) -> None:
@@ -245,19 +210,6 @@ def test_at_most_forty_scalars_whatever_the_model(
     known = MEANING | DEPTH_MEANING if deep else MEANING
     assert families == {family.split("/{")[0] for family in known}, "every family is shown, split or not"
     assert len(record.losses) == num_groups, "the record has what the scalars leave out"
-
-
-def test_two_groups_are_split_and_eight_are_means(wide_record: Callable[..., tuple[Record, Subject]]) -> None:
-    two, _ = wide_record(2, num_layers=64, num_experts=128)
-    assert {"moe/null_fraction/text", "moe/null_fraction/image", "loss/image", "data/epochs/text"} <= set(two.scalars)
-    eight, subject = wide_record(8, num_layers=4, num_experts=8)
-    assert [tag for tag in eight.scalars if tag.startswith("moe/null_fraction")] == ["moe/null_fraction/mean"]
-    choices, by_group = eight.arrays["choices_LC"], []
-    for g in range(8):
-        true, null = columns_of(subject.groups, g)
-        by_group.append(choices[:, null].sum() / (choices[:, true].sum() + choices[:, null].sum()))
-    assert eight.scalars["moe/null_fraction/mean"] == pytest.approx(np.mean(by_group))
-    assert eight.scalars["data/epochs/max"] == pytest.approx(0.1)
 
 
 def test_evaluation_scalars() -> None:

@@ -1,15 +1,12 @@
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from moe_dist.monitor import pictures
 from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.pictures import Subject, heat_maps, loads, relative_entropy
+from moe_dist.monitor.pictures import loads, relative_entropy
 from moe_dist.monitor.sinks.tensorboard import Window
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
+from moe_dist.placement.placement import ExpertGroup
 
 MakeRecord = Callable[..., Record]
 
@@ -30,13 +27,6 @@ def test_a_window_sums_steps_and_starts_again(make_record: MakeRecord) -> None:
     assert np.array_equal(again["choices_LC"], records[0].arrays["choices_LC"])
 
 
-def test_a_step_without_tokens_does_not_spoil_the_window(make_record: MakeRecord) -> None:
-    window = Window()
-    window.add(make_record(1))
-    window.add(make_record(2, tokens_LG=np.zeros((3, 2), np.int64), entropy_LG=np.zeros((3, 2))))
-    assert np.isfinite(window.take()[0]["entropy_sum_LG"]).all()
-
-
 def test_loads_by_hand(groups: tuple[ExpertGroup, ...]) -> None:
     """Columns: text has 4 experts, image 4, then 2 null columns each. The second layer has no image token."""
     choices_LC = np.array([[4, 0, 2, 2, 1, 1, 1, 5, 9, 9, 9, 9], [1, 1, 1, 1, 0, 0, 0, 0, 9, 9, 0, 0]])
@@ -46,93 +36,8 @@ def test_loads_by_hand(groups: tuple[ExpertGroup, ...]) -> None:
     assert np.isnan(by_name["image"][1]).all()
 
 
-def test_a_change_by_hand(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first expert has half of the load. Its replica on rank 2 takes half of that, since each slot serves two of four
-    ranks."""
-    drawn: list[np.ndarray] = []
-    monkeypatch.setattr(pictures, "draw", lambda values, *_, **__: drawn.append(values))
-    after = PlacementWithReplicas(subject.groups, subject.placement.slots, ((Replica(0, 2),),))
-    width_E = np.array(subject.placement.width_of_expert)
-    load_E = np.array([[12, 0, 4, 0, 4, 0, 4, 0]]) * width_E.max()
-    pictures.change_map(load_E / width_E, replace(subject, moe_layers=(1,)), after, "")
-    np.testing.assert_allclose(drawn[0], [[2, 2 / 3, 2 / 3, 2 / 3, 1, 2 / 3, 5 / 3, 2 / 3]])
-
-
 def test_relative_entropy_is_one_for_an_even_choice(groups: tuple[ExpertGroup, ...]) -> None:
     tokens_LG = np.array([[10, 0]])
     entropy_LG = relative_entropy(tokens_LG * np.log(6), tokens_LG, groups)
     assert entropy_LG[0, 0] == pytest.approx(1.0)
     assert np.isnan(entropy_LG[0, 1])
-
-
-def test_maps_without_a_subject_are_left_out(make_record: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:
-    """One rank has no load to compare, and groups without null experts have no null fraction."""
-    no_null = tuple(ExpertGroup(g.name, g.num_experts, 0, g.top_k, g.ffn_dim, g.first_expert, g.modalities) for g in groups)
-    alone = Subject(no_null, ExpertPlacement(no_null, (tuple(range(8)),)), (1, 3, 5), 2)
-    record = make_record(1)
-    sums = {
-        "choices_LC": record.arrays["choices_LC"][:, :8],
-        "tokens_LG": record.arrays["tokens_LG"],
-        "dropped_LG": record.arrays["dropped_LG"],
-        "entropy_sum_LG": record.arrays["tokens_LG"] * 0.5,
-        "weighted_rows_LR": record.arrays["weighted_rows_LR"][:, :1],
-    }
-    tags = [tag for tag, _ in heat_maps(sums, alone, "step 1")]
-    assert tags == ["moe/load/text", "moe/load/image", "moe/relative_entropy"]
-
-
-def test_the_expert_axis_names_the_rank(subject: Subject) -> None:
-    assert list(subject.expert_axis(subject.groups[1]).sublabels) == ["rank 2", "rank 2", "rank 3", "rank 3"]
-
-
-def test_the_load_over_its_target_by_hand(
-    groups: tuple[ExpertGroup, ...], subject: Subject, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A map of layers x groups, only where a controller holds a group: the target falls from 2.0 to 1.25."""
-    earlier, record = make_record(2, active_target={"image": 2.0}), make_record(3, active_target={"image": 1.25})
-    window = Window()
-    window.add(earlier)
-    window.add(record)
-    sums, words = window.take()
-    drawn: dict[str, np.ndarray] = {}
-    monkeypatch.setattr(pictures, "draw", lambda values, *_, title, **__: drawn.update({title: values}))
-    assert "moe/load_over_target" in dict(heat_maps(sums, subject, words))
-    (true_L, tokens_L), (more_L, others_L) = (
-        (each.arrays["choices_LC"][:, 4:8].sum(1), each.arrays["tokens_LG"][:, 1]) for each in (earlier, record)
-    )
-    np.testing.assert_allclose(
-        drawn["Load over its target"][:, 1], (true_L + more_L) / (2.0 * tokens_L + 1.25 * others_L), rtol=1e-12
-    )
-    assert np.isnan(drawn["Load over its target"][:, 0]).all(), "no controller holds the text group"
-    true_L = record.arrays["choices_LC"][:, 4:8].sum(1) / record.arrays["tokens_LG"][:, 1]
-    assert record.load == {
-        "image": {"target": 1.25, "achieved": true_L.mean(), "lowest": true_L.min(), "highest": true_L.max()}
-    }
-    window.add(make_record(4))
-    sums, words = window.take()
-    assert "moe/load_over_target" not in dict(heat_maps(sums, subject, words))
-    assert make_record(4).load == {}
-
-
-def test_the_scale_of_experts_per_token_has_room_for_more_than_top_k(
-    wide_record: Callable[..., tuple[Record, Subject]],
-) -> None:
-    """Under expert choice a token may take more than top_k = 8 experts; here it takes four times as many."""
-    record, subject = wide_record(30, 2, 8)
-    window = Window()
-    window.add(record)
-    sums, _ = window.take()
-    tops = []
-    for tokens_LG in (sums["tokens_LG"], sums["tokens_LG"] / 4):
-        found = {
-            name: (values, top)
-            for name, values, top, *_ in pictures._per_group_maps({**sums, "tokens_LG": tokens_LG}, subject)
-        }
-        tops.append((float(found["experts_per_token"][0].max()), found["experts_per_token"][1]))
-    assert tops[0][0] <= tops[0][1] == 8.0 < tops[1][0] == tops[1][1]
-
-
-def test_a_group_without_tokens_has_no_load(make_record: MakeRecord) -> None:
-    empty = np.zeros((3, 2), np.int64)
-    record = make_record(1, active_target={"text": 1.0}, tokens_LG=empty, choices_LC=np.zeros((3, 12), np.int64))
-    assert record.load["text"] == {"target": 1.0, "achieved": None, "lowest": None, "highest": None}

@@ -1,32 +1,4 @@
-import pytest
-
-from moe_dist.monitor.tags import FIXED_SCALARS, GROUP_FAMILIES, MEANING, meaning, reproducible_part, split_tag, tag_plan
-
-
-@pytest.mark.parametrize(
-    ("tag", "parts"),
-    [
-        ("loss/text", ("loss", "term", "text")),
-        ("eval/image_no_filler", ("eval", "part", "image_no_filler")),
-        ("data/epochs/text", ("data/epochs", "modality", "text")),
-        ("moe/null_fraction/image", ("moe/null_fraction", "group", "image")),
-        ("moe/dead_experts", ("moe/dead_experts", None, None)),
-        ("perf/mfu", ("perf/mfu", None, None)),
-    ],
-)
-def test_a_tag_splits_into_family_and_label(tag: str, parts: tuple[str, str | None, str | None]) -> None:
-    assert split_tag(tag) == parts
-    assert meaning(tag)
-
-
-def test_an_unknown_tag_has_no_meaning() -> None:
-    with pytest.raises(KeyError):
-        meaning("moe/mood")
-
-
-def test_fixed_scalars_are_those_without_a_free_label() -> None:
-    fixed_losses = 3  # total, balance, z
-    assert fixed_losses + sum("{" not in family for family in MEANING) == FIXED_SCALARS
+from moe_dist.monitor.tags import GROUP_FAMILIES, reproducible_part, tag_plan
 
 
 def test_what_is_split_shrinks_with_groups_and_modalities() -> None:

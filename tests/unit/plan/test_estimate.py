@@ -8,9 +8,7 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan import memory
-from moe_dist.plan.costs import Costs
-from moe_dist.plan.estimate import LIBRARIES, SLACK, SLOWED, Estimate, LayoutEstimator
-from moe_dist.plan.flops import parameters
+from moe_dist.plan.estimate import LIBRARIES, SLACK, Estimate, LayoutEstimator
 from moe_dist.plan.layouts import Placements, gpu_counts, layouts
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.rates import LinkSection, Rates, weakest
@@ -84,45 +82,6 @@ def test_memory_is_that_of_the_dry_run_with_its_spread() -> None:
     assert 0.0 < estimated(config, most_bytes=found.memory[2] + (found.memory[2] - found.memory[1])).out_of_memory < 1.0
 
 
-def test_latent_attention_takes_longer_with_wider_latents() -> None:
-    def busy(kv_rank: int) -> float:
-        latent = f"model.attention={{kind: latent, kv_rank: {kv_rank}, value_dim: 128}}"
-        config = load_config("olmoe_1b7b_8gpu", [latent, "model.rope_dim=64", "model.qk_norm=none"])
-        return estimated(config).busy
-
-    assert 0.0 < busy(256) < busy(512)
-
-
-def test_gathers_slow_the_compute_beside_them_and_the_first_shows() -> None:
-    config = load_config("olmoe_1b7b_8gpu", ["parallel.ep=1", "parallel.edp=4"])
-    fast = RATES.model_copy(update=FAST)
-    summed = config.model_copy(update={"parallel": config.parallel.model_copy(update={"fsdp_gather": "micro_batch"})})
-    slow, quick = (
-        estimated(
-            summed, rates=fast.model_copy(update={"inside": (LinkSection(ranks=8, latency=0.0, bytes_per_second=b),)})
-        )
-        for b in (1e12, 1e15)
-    )
-    assert slow.busy == quick.busy
-    number = sum(vars(parameters(config.model)).values())
-    micro_batches = 1024 // (config.train.micro_batch * 4)
-    seconds = 3 / 4 * number * (2 * 2 + 4) / 1e12  # parameters are gathered twice in bf16, and gradients summed in fp32
-    assert slow.tail - quick.tail == pytest.approx(micro_batches * seconds * (1 / 16 + SLOWED), rel=0.01)
-
-
-def test_frozen_weights_have_no_gradient_to_compute_or_sum() -> None:
-    whole = load_config("olmoe_1b7b_8gpu", ["parallel.edp=2"])
-    adapted = load_config("mole_llama3_8b_8gpu", ["parallel.edp=8"])
-    for config, ratio in ((whole, 2.0), (adapted, 1.0)):
-        placement = ExpertPlacement.interleaved(expert_groups(config.model.moe), config.parallel.ep)
-        assert Costs(config, placement, RATES, {}).backward == pytest.approx(ratio, abs=0.25)
-    links = (LinkSection(ranks=8, latency=0.0, bytes_per_second=1e15),)
-    found = estimated(adapted, rates=RATES.model_copy(update=FAST | {"ranks_per_node": 8, "inside": links}))
-    held = memory.trained_parameters(adapted, found.placement, rank=0)
-    assert found.tail < 28 * memory.held_parameters(adapted, found.placement, rank=0) / RATES.copy_rate
-    assert found.tail > 28 * held / RATES.copy_rate
-
-
 def test_hierarchical_nodes_are_those_of_the_dispatcher() -> None:
     nodes = ["parallel.dispatch={kind: hierarchical, ranks_per_node: 2}"]
     rates = RATES.model_copy(update={"ranks_per_node": 8})
@@ -130,14 +89,6 @@ def test_hierarchical_nodes_are_those_of_the_dispatcher() -> None:
     assert machine.bytes_between == 0
     assert two.bytes_between > 0
     assert two.exchange > 0
-
-
-def test_all_ranks_of_a_node_share_its_cores() -> None:
-    rates = RATES.model_copy(update={"cores": 2, "ranks_per_node": 4})
-    alone, four = (
-        estimated(load_config("olmoe_1b7b_8gpu", ["parallel.ep=1", f"parallel.edp={edp}"]), rates=rates) for edp in (1, 4)
-    )
-    assert four.seconds - four.tail == pytest.approx((alone.seconds - alone.tail) * 2 / 4)  # a quarter of the micro-batches
 
 
 def test_more_rank_pairs_and_slower_links_take_longer() -> None:

@@ -16,7 +16,6 @@ from moe_dist.plan.memory import (
     checkpoint_bytes,
     held_parameters,
     layer_bytes_per_token,
-    output_bytes_per_token,
     rank_memory,
 )
 from moe_dist.plan.policies import expert_groups, make_placement
@@ -127,58 +126,6 @@ def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_ro
     assert checkpoint_bytes(cfg) == 4 * whole + 8 * routers
 
 
-def test_router_tuning_keeps_its_lowest_layer_whole_under_recompute_of_blocks() -> None:
-    """Hooks do not see the inputs of recomputed blocks, which closures hold."""
-    cfg = config(parallel={"recompute": "block"}, vocab_size=16)
-    kept, rows, pairs = kept_by_autograd(cfg, 0, 2)
-
-    def estimate(recompute: str, layers: int) -> float:
-        tuning = config(parallel={"recompute": recompute}, tuned=(3 - layers,), vocab_size=16)
-        return estimated(tuning, 1, rows, pairs).activations
-
-    assert estimate("block", 1) == estimate("none", 1)
-    assert 0.75 < estimate("block", 1) / kept < 1.25
-    assert estimate("block", 1) < estimate("block", 3) < estimate("none", 3)
-    assert estimate("experts", 3) < estimate("none", 3)
-    none, experts, block = (estimated(config(parallel={"recompute": how})).activations for how in RECOMPUTE)
-    assert block < experts < none
-
-
-RECOMPUTE = ("none", "experts", "block")
-FROZEN_FFN = {"moe": {"groups": {"text": {"num_experts": 4, "top_k": 2, "ffn_dim": 96}},
-              "experts": {"kind": "lora", "rank": 2, "alpha": 4.0}}}  # fmt: skip
-
-
-@pytest.mark.parametrize("model", [{}, FROZEN_FFN], ids=["experts", "LoRA experts"])
-def test_compiled_dense_parts_have_no_triton_kernels(model: dict[str, Any]) -> None:
-    """Attention then keeps the norm and the rotated values three times, and the loss keeps fp32 logits and their
-    gradient."""
-
-    def estimate(**parallel: Any) -> tuple[float, float]:
-        cfg = config(parallel={"device": "cuda", "precision": "bf16", **parallel}, **model)
-        return sum(layer_bytes_per_token(cfg, 1.0, 2.0)), output_bytes_per_token(cfg)
-
-    kernels, compiled, torchs = estimate(), estimate(compile=True), estimate(kernels={"kind": "torch"})
-    assert compiled[0] - kernels[0] == 3 * 2 * (64 + (4 + 2) * 16)
-    assert compiled[1] == torchs[1] == kernels[1] + 128 * (2 * 4 - 2)
-    assert (compiled[0] == torchs[0]) == (model == FROZEN_FFN)
-
-
-@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
-def test_a_single_micro_batch_frees_activations_before_it_has_all_gradients(data: str) -> None:
-    several = config(parallel={"ep": 4, "data": data})
-    single = several.model_copy(update={"train": several.train.model_copy(update={"global_batch": 16})})
-    parts = parameters(several.model)
-    in_buckets = 4 * (parts.total - parts.experts - parts.router) if data == "ddp" else 0.0
-    one, more = (estimated(cfg, 4, pairs=20.0) for cfg in (single, several))
-    assert one.gradients == more.gradients > in_buckets
-    assert more.total - one.total == one.gradients - in_buckets
-    short = single.model_copy(update={"data": single.data.model_copy(update={"seq_len": 1})})
-    few = estimated(short, 4)
-    states = few.parameters + few.optimizer + few.casts + in_buckets
-    assert few.total == states + few.gradients - in_buckets, "more gradients than activations"
-
-
 def test_states_of_a_rank() -> None:
     cfg = config(parallel={"ep": 4})
     placement = placed(cfg, 4)
@@ -205,22 +152,6 @@ def test_replicas_keep_the_weights_of_experts(recompute: str, layers: int) -> No
     more = plain.model_copy(update={"rank_balance": section})
     one, two = (estimated(each, 2, pairs=2.0).total for each in (plain, more))
     assert two - one == 2 * (3 * 64 * 96) * (layers + 1) * 4
-
-
-def test_gathering_once_per_step_keeps_all_weights_and_gradients() -> None:
-    """bf16 weights and fp32 gradients of all FSDP2 parameters stay from the first micro-batch to the last."""
-    section = {"ep": 2, "data": "fsdp2", "precision": "bf16"}
-    for edp in (1, 2):
-        each, once = (config(parallel={**section, "edp": edp, "fsdp_gather": how}) for how in ("micro_batch", "step"))
-        before, after = (estimated(cfg, 2) for cfg in (each, once))
-        whole = parameters(once.model, experts_held={"text": 3})
-        gathered = whole.total - whole.router - (whole.experts if edp == 1 else 0.0)
-        assert after.casts == 2 * (whole.total - whole.router)
-        assert after.gradients - before.gradients == 4 * gathered
-        assert (after.parameters, after.optimizer) == (before.parameters, before.optimizer)
-        once = config(parallel={**section, "edp": edp, "fsdp_gather": "step", "precision": "fp32"})
-        # unsharded experts need no copy in fp32
-        assert estimated(once, 2).casts == 4 * gathered
 
 
 @pytest.mark.parametrize("shared", [False, True])

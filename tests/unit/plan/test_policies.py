@@ -12,7 +12,6 @@ from moe_dist.config.parallel.section import ExplicitSection, InterleavedSection
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, group_load, make_placement
-from tests.support.messages import refused
 
 
 def groups(*sizes: int, ffn_dim: int = 8) -> tuple[ExpertGroup, ...]:
@@ -98,11 +97,6 @@ def test_every_fault_is_named(section: Any, problems: list[str]) -> None:
     assert len(raised.value.problems) == len(problems)
     for fault in problems:
         assert any(fault in found for found in raised.value.problems), raised.value.problems
-
-
-def test_more_groups_than_ranks_says_interleaved() -> None:
-    with refused(ConfigError, "parallel.ep=2"):
-        place(PinnedSection(), groups(2, 2, 2), 2)
 
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=4)

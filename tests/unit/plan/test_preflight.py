@@ -147,12 +147,7 @@ def put_large_id(site: Site) -> None:
         (edit("sources", "prose", "train", "documents", value=97), "has 96 documents, but its manifest says 97"),
         (edit("sources", "prose", "valid", "tokens_by_modality", value={}), None),
         (put_large_id, "prose_train.bin holds the id 64, but the manifest's vocab_size=64"),
-        (edit("vocab_size", value=60), "modalities.image: [48, 64) lies outside [0, vocab_size=60)"),
-        (edit("modalities", "image", value=[[48, 80]]), "modalities.image: [48, 80) lies outside [0, vocab_size=64)"),
-        (edit("image", "end_id", value=64), "image.end_id=64 lies outside"),
-        (edit("sources", "prose", "train", "tokens_by_modality", value={"text": 1}), "tokens_by_modality adds up to 1"),
         (edit("tokenizer", value="tokenizer.json"), "tokenizer.json is missing"),
-        (edit("licence", value="x"), "licence: unknown key"),
     ],
 )  # fmt: skip
 def test_bad_data(site: Site, damage: Callable[[Site], None], fault: str | None) -> None:
@@ -213,13 +208,6 @@ def test_nothing_follows_from_what_could_not_be_read(site: Site) -> None:
     assert "parallel.ep='two'" in text
     for spurious in ("multiple", "out of range", "no manifest.json", "free for"):
         assert spurious not in text
-
-
-def test_a_draft_without_sense_shows_its_problems(tmp_path: Path) -> None:
-    path = tmp_path / "x.yaml"
-    path.write_text("- 1\n")
-    with refused(ConfigError):
-        check_file(path)
 
 
 def test_layout_for_a_dry_run_needs_no_data(site: Site) -> None:

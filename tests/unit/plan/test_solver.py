@@ -1,7 +1,6 @@
 """The placement solver is never worse than the published greedy, near the optimum, and respects slots, groups and nodes."""
 
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -88,19 +87,6 @@ def test_uneven_slots_pinned_groups_and_nodes() -> None:
         solve(load_LE, np.array([1, 2]))
     with refused(ConfigError, "expert"):
         solve(load_LE, np.array([8, 2, 1, 1]), allowed_ER=allowed_ER)
-
-
-def test_a_large_model_takes_a_tenth_of_a_second() -> None:
-    load_LE = np.random.default_rng(3).gamma(1.0, size=(60, 256))
-    seconds, found = [], np.zeros(0, int)
-    for _ in range(3):
-        start = time.process_time()  # CPU time of this process, because other programs may run
-        found = solve(load_LE, np.full(64, 4))
-        seconds.append(time.process_time() - start)
-    greedy = pace(load_LE, packed(load_LE.sum(0), 64), 64)
-    print(f"{min(seconds) * 1e3:.0f} ms, pace {pace(load_LE, found, 64) / greedy:.3f} of the greedy one")
-    assert min(seconds) < 0.1
-    assert pace(load_LE, found, 64) < greedy
 
 
 def test_one_rank() -> None:

@@ -1,7 +1,6 @@
 """The simulated micro-batch against a slow event queue over single ranks, and against closed forms."""
 
 import heapq
-import itertools
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from moe_dist.plan.step_model import (
     Order,
     collective_seconds,
     exchange_seconds,
-    expected_longest,
     micro_batch,
     play,
     share_cores,
@@ -101,29 +99,6 @@ def seconds(layer: LayerCost, order: Order = Order(), ranks: int = 2) -> float:
     return float(play(micro_batch([layer], 0.0, order), 1, ranks).seconds_S[0])
 
 
-def test_closed_forms() -> None:
-    compute = 1.0 + 4.0
-    assert seconds(even()) == pytest.approx((1 + BACKWARD) * compute + 4 * 2.0)  # with even work the time is a sum
-    assert seconds(even(hops=(0.0,))) == pytest.approx((1 + BACKWARD) * compute)  # no bytes, or infinite bandwidth
-    assert seconds(even(), Order(recompute="experts")) == pytest.approx(seconds(even()) + 4.0)
-    # combine is not repeated
-    assert seconds(even(), Order(recompute="block")) == pytest.approx(seconds(even()) + compute + 2.0)
-    assert seconds(even(hops=(1.0, 1.0))) == pytest.approx(seconds(even()))
-    assert seconds(even(hops=())) == pytest.approx((1 + BACKWARD) * compute)
-    # exchange of weights, and of their gradients
-    assert seconds(even(weights=0.5)) == pytest.approx(seconds(even()) + 2 * 0.5)
-    assert seconds(even(weights=0.5), Order(recompute="block")) == pytest.approx(seconds(even()) + 5.0 + 2.0 + 3 * 0.5)
-    assert seconds(even(), Order(recompute="experts", again=2.0)) == pytest.approx(seconds(even()) + 2 * 4.0)
-    assert seconds(even(), Order(recompute="block", again=2.0)) == pytest.approx(seconds(even()) + 2 * compute + 2.0)
-    assert seconds(even(), Order(backward=1.0)) == pytest.approx(2 * compute + 4 * 2.0)  # frozen weights
-    # One rank has all the work. The others wait for it in combine.
-    busy = even(others=np.array([[8.0, 0.0]]), own=0.0)
-    assert seconds(busy) == pytest.approx((1 + BACKWARD) * (1.0 + 8.0) + 4 * 2.0)
-    played = play(micro_batch([busy], 0.0, Order()), 1, 2)
-    assert played.busy_SR[0] == pytest.approx([27.0, 3.0])
-    assert played.wire_S == pytest.approx([8.0])
-
-
 def test_overlap_and_chunks_hide_what_the_dispatcher_lets_them_hide() -> None:
     # Forward: own pairs (1) overlap with dispatch (2). Backward: own pairs (2) overlap with the exchange of gradients (2).
     assert seconds(even(), Order(overlap=True)) == pytest.approx(seconds(even()) - 1.0 - 2.0)
@@ -154,13 +129,6 @@ def test_shared_cores() -> None:
         assert share_cores(start, work, 2)[0] == pytest.approx(ends, abs=1e-2)
     events = micro_batch([even(hops=())], 0.0, Order())
     assert play(events, 1, 4, cores=2).seconds_S == pytest.approx([30.0])
-
-
-def test_the_longest_of_several_groups() -> None:
-    values = np.array([4.0, 1.0, 2.0])
-    for groups in (1, 2, 3):
-        every = [max(each) for each in itertools.product(values, repeat=groups)]
-        assert expected_longest(values, groups) == pytest.approx(np.mean(every))
 
 
 def test_exchanges_and_rings() -> None:

@@ -56,7 +56,6 @@ def run(tmp_path: Path, body: str, **env: str) -> tuple[subprocess.CompletedProc
         ("pass", 0, "done", ""),
         ("raise StoppedError('saved')", 75, "saved", "saved\n"),
         ("raise DataError('damaged')", 65, "damaged", "damaged\n"),
-        ("raise DivergedError('nan')", 70, "nan", "nan\n"),
         ("raise KeyError('ours')", 1, "KeyError: 'ours'", "Traceback"),
         # A finished run stays finished, even if its sinks raise or leave threads.
         ("attempt.finish(); raise KeyError('a sink')", 0, "done", "Traceback"),
@@ -79,7 +78,16 @@ def test_verdicts(tmp_path: Path, body: str, code: int, reason: str, shown: str)
     assert latest.rank_host == socket.gethostname()
     assert latest.reason.startswith(reason)
     assert latest.ended is not None
+    assert folder.told("this") == {0}
     assert not folder.lease_json.exists()
+
+
+def test_a_rank_that_ends_otherwise_tells_nothing_and_the_next_attempt_clears_what_was_told(tmp_path: Path) -> None:
+    _, folder = run(tmp_path, "os._exit(3)")
+    assert folder.told("this") == set()
+    folder.tell("this", 0)
+    folder.open(folder.read_config(), RankEnv(0, 1, 0, 1, "published", 1, "next")).release()
+    assert not list(folder.path.glob(".told_*"))
 
 
 def test_a_rank_other_than_0_gives_the_verdict_under_the_lease_of_rank_0(tmp_path: Path) -> None:
@@ -131,25 +139,6 @@ def test_a_rank_that_lost_a_peer_blames_nobody_and_tells_where_it_cannot_know(tm
     assert latest.reason.startswith(f"rank 0 on {socket.gethostname()} lost a peer: RuntimeError: {LOST}")
     for text in (latest.reason, done.stderr):
         assert ("do not tell moe_dist which one and why" in text) == (not launched)
-
-
-@pytest.mark.parametrize(
-    ("body", "told"),
-    [("pass", True), ("attempt.finish()", True), ("raise KeyError('x')", True), ("os._exit(3)", False)],
-)
-def test_a_rank_tells_that_it_ends_by_itself(tmp_path: Path, body: str, told: bool) -> None:
-    _, folder = run(tmp_path, body)
-    assert folder.told("this") == ({0} if told else set())
-    folder.open(folder.read_config(), RankEnv(0, 1, 0, 1, "published", 1, "next")).release()
-    assert not list(folder.path.glob(".told_*"))
-
-
-def test_without_a_record_of_the_failed_rank_the_follow_up_error_is_the_reason(tmp_path: Path) -> None:
-    body = "error = DataError('it failed on ranks [3]'); error.consequence = True; raise error"
-    _, folder = run(tmp_path, body)
-    latest = folder.read_status().latest
-    assert latest is not None
-    assert (latest.verdict, latest.reason) == (65, "it failed on ranks [3]")
 
 
 def test_another_configuration_ends_with_78_and_leaves_the_status_alone(tmp_path: Path) -> None:

@@ -68,11 +68,3 @@ def test_the_prefix_shows_rank_and_step(tmp_path: Path) -> None:
     before, after = folder.log_of(2).read_text().splitlines()
     assert "[2] INFO moe_dist.x: before" in before
     assert "[2 @120] INFO moe_dist.x: after" in after
-
-
-def test_a_second_set_up_replaces_the_first(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        setup_logging(ENV, RunFolder(tmp_path / name))
-    logging.getLogger("moe_dist.x").info("once")
-    assert (tmp_path / "a" / "log" / "rank_0.log").read_text() == ""
-    assert (tmp_path / "b" / "log" / "rank_0.log").read_text().count("once") == 1

@@ -1,7 +1,6 @@
 """Owners of run folders, with real users: a process that drops root starts, resumes and reads other users' runs."""
 
 import grp
-import json
 import os
 import pwd
 import shutil
@@ -17,7 +16,6 @@ import pytest
 
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.runtime import ownership
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.ownership import RunFolderError, in_words
@@ -133,16 +131,6 @@ def test_root_does_not_write_into_somebodys_run_either(place: Path) -> None:
 
 @needs_root
 @pytest.mark.needs_hardware
-def test_an_unwritable_root_is_reported(place: Path) -> None:
-    config = tiny_config(place / "data", place / "runs")
-    said = as_bob(config, "folder.open(config, env)")
-    assert said.startswith("ConfigError 78")
-    assert "Permission denied" in said
-    assert "as nobody (uid 65534); choose another run.root" in said
-
-
-@needs_root
-@pytest.mark.needs_hardware
 @pytest.mark.parametrize(
     ("umask", "file_mode", "folder_mode"), [(0o027, 0o640, 0o750), full(0o077, 0o600, 0o700), full(0o002, 0o664, 0o775)]
 )
@@ -168,21 +156,6 @@ def test_run_group_owns_new_files_and_the_umask_sets_its_permissions(
             assert stat.S_IMODE(found.st_mode) == file_mode, path
 
 
-@needs_root
-@pytest.mark.needs_hardware
-def test_a_setgid_root_is_honoured_without_run_group(place: Path) -> None:
-    team = grp.getgrnam("users")
-    root = place / "runs"
-    root.mkdir()
-    os.chown(root, 0, team.gr_gid)
-    root.chmod(0o2775)
-    config = tiny_config(place / "data", root)
-    as_bob(config, "folder.prepare(); folder.open(config, env)", groups=(team.gr_gid,))
-    for path in RunFolder.of(config).path.rglob("*"):
-        assert path.stat().st_gid == team.gr_gid, path
-        assert not path.is_dir() or path.stat().st_mode & stat.S_ISGID
-
-
 def test_a_resumed_run_is_given_to_a_new_group(place: Path) -> None:
     _, folder = a_run(place)
     mine = grp.getgrgid(os.getegid()).gr_name
@@ -203,9 +176,8 @@ def test_an_owner_mapped_by_the_file_system_is_accepted(place: Path, monkeypatch
 
 @pytest.mark.parametrize(
     "where",
-    ["log", "log/rank_0.log", "log/reports/x", "checkpoints", "checkpoints/step_4", "tensorboard", "tensorboard/text/x",
-     "trace", "trace/part", "trace/part/rank_0.tokens", "profile", "slurm", "metrics.jsonl", "wandb", "summary.txt"],
-)  # fmt: skip
+    ["log", "log/rank_0.log", "checkpoints/step_4", "tensorboard", "trace/part/rank_0.tokens", "slurm", "summary.txt"],
+)
 def test_nothing_is_written_through_a_link_out_of_the_run_folder(place: Path, where: str) -> None:
     config, folder = a_run(place)
     outside, link = place / "outside", folder.path / where
@@ -221,23 +193,6 @@ def test_nothing_is_written_through_a_link_out_of_the_run_folder(place: Path, wh
     link.unlink()
     link.symlink_to(folder.config_yaml)  # one that stays inside leads nowhere else
     assert folder.inspect(config) is Start.RESUME
-
-
-@needs_root
-@pytest.mark.needs_hardware
-@pytest.mark.parametrize("where", ["metrics.jsonl", "log/rank_0.log", "checkpoints2", "tensorboard/text/events"])
-def test_a_link_planted_by_another_user_is_refused(place: Path, where: str) -> None:
-    config, folder = a_run(place)
-    target = folder.path / "precious"
-    target.write_text("x")
-    link = folder.path / where
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.symlink_to(target)
-    assert folder.inspect(config) is Start.RESUME  # the user's own folder is accepted
-    os.lchown(link, BOB.pw_uid, BOB.pw_gid)
-    with refused(ConfigError):
-        folder.inspect(config)
-    assert target.read_text() == "x"
 
 
 def test_writing_never_goes_through_a_link_or_leaves_half_a_file(tmp_path: Path) -> None:
@@ -262,10 +217,7 @@ def test_writing_never_goes_through_a_link_or_leaves_half_a_file(tmp_path: Path)
     [
         "",
         "{",
-        "[]",
-        "{}",
         '{"attempts": 3}',
-        '{"attempts": [{"attempt_id": 7}]}',
         '{"attempts": [{"attempt_id": "a"}]}',
         "\0" * 50,
     ],
@@ -281,14 +233,6 @@ def test_an_error_about_a_damaged_status_names_the_fix(tmp_path: Path, content: 
     assert not folder.lease_json.exists()
 
 
-def test_a_status_of_a_later_version_is_read(tmp_path: Path) -> None:
-    _, folder = a_run(tmp_path)
-    values = json.loads(folder.status_json.read_text())
-    values["attempts"][0]["a_new_key"] = 1
-    folder.status_json.write_text(json.dumps(values))
-    assert folder.last_step() == 2
-
-
 def test_file_system_errors_are_distinguished(tmp_path: Path) -> None:
     for number, kind in (
         (13, ConfigError),
@@ -300,7 +244,3 @@ def test_file_system_errors_are_distinguished(tmp_path: Path) -> None:
         with pytest.raises(kind, match=f"run folder {tmp_path}: {os.strerror(number)}") as raised, in_words(tmp_path):
             raise OSError(number, os.strerror(number), str(tmp_path / "x"))
         assert raised.value.retry is (kind is RunFolderError)
-
-
-def test_users_without_a_name_are_named_by_number() -> None:
-    assert ownership.user_name(54321) == "uid 54321"

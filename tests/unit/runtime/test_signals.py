@@ -1,18 +1,16 @@
 """Stop signals, each tested in its own process."""
 
-import os
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from moe_dist.runtime.signals import STOP_SIGNALS, StopRequest
+from moe_dist.runtime.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).parents[3]
 # As in a collective, the GIL is free, and a signal does not return the main thread to Python.
@@ -80,20 +78,6 @@ def test_the_grace_ends_a_process_whose_main_thread_is_stuck_in_c() -> None:
     assert err.startswith("SIGTERM: the run finishes its current step or evaluation, saves, and stops\n")
     assert "SIGTERM came 0.3 s ago" in err
     assert "Current thread" in err
-
-
-def test_uninstall_restores_handlers_and_cancels_the_timer() -> None:
-    before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    with StopRequest(grace_seconds=1000.0) as stop:
-        os.kill(os.getpid(), signal.SIGUSR2)
-        assert stop.requested
-        (watcher,) = [thread for thread in threading.enumerate() if thread.name == "stop-request"]
-    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
-    assert signal.set_wakeup_fd(-1) == -1
-    watcher.join()
-    assert not [
-        thread for thread in threading.enumerate() if isinstance(thread, threading.Timer) and not thread.finished.is_set()
-    ]
 
 
 def test_children_ignore_stop_signals_and_die_with_their_parent() -> None:

@@ -17,11 +17,3 @@ def test_a_slow_start_says_what_it_does_until_it_is_done() -> None:
     startup.done()
     wait_until(lambda: "started after 0 s\n" in stream.getvalue())
     assert stream.getvalue().endswith("started after 0 s\n")
-
-
-def test_a_quick_start_and_other_ranks_print_nothing() -> None:
-    stream = io.StringIO()
-    Startup(enabled=False, quiet_seconds=0.0, stream=stream).now("x")
-    quick = Startup(enabled=True, quiet_seconds=1000.0, stream=stream)
-    quick.done()
-    assert stream.getvalue() == ""

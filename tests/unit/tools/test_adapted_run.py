@@ -1,6 +1,5 @@
 """The tools on a run of adapters: it is used with its base, looked at, and refused without it."""
 
-import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,19 +8,15 @@ import pytest
 import torch
 from click.testing import Result
 
-from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError
-from moe_dist.formats.split_files import data_digest
 from moe_dist.inference.loaded_run import find_trained
-from moe_dist.train.start import resume
-from moe_dist.train.start.resume import kept_position
 from tests.support.imported import logits_of
 from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import VOCAB, pictured_data
 from tests.support.tiny_embedder import tiny_embedder
-from tools import evaluate, generate, inspect_checkpoint, prepare_router_tuning, verify_checkpoint
+from tools import evaluate, generate, prepare_router_tuning, verify_checkpoint
 
 DENSE = {"all": {"num_experts": 1, "top_k": 1, "ffn_dim": 16, "modalities": ["text", "image"]}}
 SIZES: dict[str, Any] = {"model__vocab_size": VOCAB, "model__max_seq_len": 192, "data__seq_len": 96}
@@ -61,18 +56,6 @@ def test_base_and_adapters_come_back_together(trained: tuple[Path, OneRank]) -> 
     assert not torch.allclose(logits_of(model, tokens)[0], logits_of(base, tokens)[0])
 
 
-def test_it_is_looked_at(trained: tuple[Path, OneRank]) -> None:
-    folder, _ = trained
-    done = call(inspect_checkpoint, folder)
-    assert done.exit_code == 0, done.output
-    assert "content hash" in done.stdout
-    assert "adapters" in done.stdout
-    assert "dense" not in done.stdout.split("tensors")[1]
-    done = call(verify_checkpoint, folder)
-    assert done.exit_code == 0, done.output
-    assert "is there, with the content hash that the adapters name" in done.stdout.replace("\n", " ")
-
-
 def test_without_its_base_it_is_refused(trained: tuple[Path, OneRank]) -> None:
     folder, _ = trained
     base, away = folder.parent / "base", folder.parent / "away"
@@ -82,30 +65,6 @@ def test_without_its_base_it_is_refused(trained: tuple[Path, OneRank]) -> None:
             done = call(tool, folder, *options)
             assert done.exit_code == 65, done.output
             assert "is missing; restore it" in done.stderr
-    finally:
-        away.rename(base)
-
-
-def test_it_moves_together_with_its_base(
-    trained: tuple[Path, OneRank], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From any working directory, also where something else stands at the old path."""
-    folder, _ = trained
-    tokens = torch.arange(40).view(2, 20)
-    expected = logits_of(find_trained(folder).load(torch.device("cpu")), tokens)[0]
-    moved = shutil.copytree(folder.parent, tmp_path / "elsewhere/runs") / folder.name
-    base, away = folder.parent / "base", folder.parent / "away"
-    base.rename(away)
-    monkeypatch.chdir(tmp_path)
-    try:
-        for given in (moved, moved.relative_to(tmp_path)):
-            assert torch.equal(logits_of(find_trained(given).load(torch.device("cpu")), tokens)[0], expected)
-        (moved.parent / "base").rename(tmp_path / "base")
-        done = call(verify_checkpoint, moved)
-        told = done.stderr.replace("\n", "")
-        assert done.exit_code == 65, done.output
-        assert str(base) in told
-        assert str(moved.parent / "base") in told
     finally:
         away.rename(base)
 
@@ -121,18 +80,6 @@ def test_adapters_are_no_start_of_another_run_and_no_run_to_tune(trained: tuple[
     done = call(prepare_router_tuning, folder, "--tasks", "pictures", "--out", tmp_path / "out", "--embedder", embedder)
     assert done.exit_code == 78
     assert "take a run without adapters" in done.stderr
-
-
-def test_a_place_among_samples_of_router_tuning_is_none_in_the_data(
-    trained: tuple[Path, OneRank], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = find_trained(trained[0].parent / "base")
-    digest = data_digest(found.config.data.path, found.manifest)
-    assert kept_position(found.folder, found.config, digest) == 16
-    tuned = found.config.model_copy(update={"router_tuning": RouterTuningSection(data="x")})
-    monkeypatch.setattr(resume, "saved_config", lambda values, folder: tuned)
-    with refused(ConfigError, "run.keep_position"):
-        kept_position(found.folder, found.config, digest)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import yaml
 from click.testing import Result
 
 from moe_dist.checkpoint.index import MAX_FAULTS, read_index
@@ -90,23 +89,6 @@ def test_what_is_in_a_checkpoint_is_shown(checkpoints: Path) -> None:
         assert wanted in done.stdout, (wanted, done.stdout)
     listed = [line.partition(" ")[0] for line in done.stdout.splitlines() if line.endswith("shard_00000.safetensors")]
     assert listed == list(index.tensors)
-
-
-def test_the_configuration_is_shown_as_yaml(checkpoints: Path, tmp_path: Path) -> None:
-    done = call(inspect_checkpoint, checkpoints / "step_2", "--config")
-    assert done.exit_code == 0
-    assert yaml.safe_load(done.stdout)["parallel"]["ep"] == 1
-    bare = SmallRun(tmp_path).train(1).save(1)
-    assert call(inspect_checkpoint, bare, "--config").stdout == "it was written without a configuration\n"
-
-
-def test_a_checkpoint_cut_short_is_65_to_look_at(tmp_path: Path) -> None:
-    shard = flipped(SmallRun(tmp_path).train(1).save(1))
-    assert call(inspect_checkpoint, tmp_path).exit_code == 0, "it reads no tensor"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    done = call(inspect_checkpoint, tmp_path)
-    assert (done.exit_code, done.stdout) == (65, "")
-    assert "truncated: shard_00000.safetensors" in done.stderr
 
 
 def test_a_checkpoint_is_looked_at_without_torch(checkpoints: Path) -> None:

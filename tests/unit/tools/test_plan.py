@@ -42,53 +42,38 @@ def test_the_last_line_says_how_to_start(tmp_path: Path, gpus: str, command: str
 
 
 def test_a_plan_without_a_trace(tmp_path: Path) -> None:
-    code, said = plan(tmp_path, "--gpus", "2..8", "--price", "2")
+    code, said = plan(tmp_path, "--gpus", "2..4", "--price", "2")
     assert code == 0, said
     count, fit = map(int, re.findall(r"(\d+) layouts, (\d+) fit", said)[0])
     assert count > 300
     assert fit == count
     assert "Time: extrapolated" in said
     assert "expectations of the configuration" in said
-    assert re.findall(r"^│ +(\d+) │ ep", said, re.MULTILINE) == ["2", "4", "8"]
+    assert re.findall(r"^│ +(\d+) │ ep", said, re.MULTILINE) == ["2", "4"]
     best = load_config(tmp_path / "plan.yaml")
-    assert best.parallel.ep * best.parallel.edp in (2, 4, 8)
+    assert best.parallel.ep * best.parallel.edp in (2, 4)
     assert best.model == load_config(CONFIG).model
     assert re.search(r"EP \d stays in the node: \d+% of its step is exchange", said)
     assert re.search(r"pinned, with ranks for this mix, .* image share", said)
     drawn = (tmp_path / "plan.svg").read_text()
-    assert drawn.count("extrapolated</text>") == 3
+    assert drawn.count("extrapolated</text>") == 2
     assert "waiting for the busiest rank" in drawn
 
 
-def test_a_narrow_terminal_gets_fewer_columns_and_whole_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
-    monkeypatch.setenv("COLUMNS", "80")
-    code, said = plan(tmp_path, "--gpus", "4")
-    assert code == 0, said
-    lines = [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", said).splitlines()]
-    assert "…" not in said
-    assert max(map(len, lines[:-1])) <= 80
-    assert "GB between" not in said.partition("Time:")[0]
-    assert "A terminal of 120 columns also shows GB inside, GB between, P(full)." in " ".join(lines)
-
-
 def test_numbers_of_gpus_that_are_left_out_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, said = plan(tmp_path, "--gpus", "8..12")
-    assert code == 0, said
-    assert (
-        "12 GPUs are left out, because train.global_batch=16 is not a multiple of them; take train.global_batch=24" in said
-    )
     config = load_config(CONFIG, SMALL)
     planner, placements = LayoutEstimator(RATES, Expected({}), {}, 1e12), Placements(config, {})
     every = [planner.estimate(*next(layouts(config, count, RATES, placements))) for count in (1, 2, 4)]
     odd, full = tools.plan.left_out(config, [1, 2, 3, 4], every, every[2:])
-    assert odd.startswith("3 GPUs are left out, because train.global_batch=16 is not a multiple")
+    assert odd.startswith(
+        "3 GPUs are left out, because train.global_batch=16 is not a multiple of them; take train.global_"
+    )
     assert re.fullmatch(
         r"1, 2 GPUs are left out, because no layout fits; on 2 the nearest, ep 1 .*, needs [\d.]+ GB\.", full
     )
     assert not list(tools.plan.left_out(config, [4], every, every))
     monkeypatch.setattr(tools.plan, "problems_of", lambda each: ["parallel.ep=1: not here; take another"])
-    code, said = plan(tmp_path, "--gpus", "8")
+    code, said = plan(tmp_path, "--gpus", "1")
     assert code == 78
     assert re.search(
         r"layouts fit into memory, but each breaks a rule; the nearest is ep .*not here", said.replace("\n", " ")
@@ -179,18 +164,6 @@ def test_bad_input_is_refused(tmp_path: Path, arguments: list[str], overrides: l
     code, said = plan(tmp_path, *(each.format(site=site) for each in arguments), overrides=overrides)
     assert code == 78
     assert re.search(words, said.replace("\n", " ")), said
-
-
-def test_the_cluster_of_the_environment_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = tmp_path / "site.yaml"
-    site.write_text("gpus: {type: a100, per_node: 4}\n")
-    monkeypatch.setenv("MOE_DIST_CLUSTER", str(site))
-    code, said = plan(tmp_path, "--gpus", "4")
-    assert code == 0, said
-    assert "rates of a100 (data sheet: extrapolated)" in said
-    code, said = plan(tmp_path, "--gpus", "4", "--cluster", "h100_infiniband")
-    assert code == 0, said
-    assert "rates of h100" in said
 
 
 def test_published_rates() -> None:

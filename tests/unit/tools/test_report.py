@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +15,18 @@ from typer.testing import Result
 from moe_dist.config.load import resolved_yaml
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.monitor.report.panels import PANELS
-from moe_dist.monitor.report.routing import FRAMES, Layout, Subject, frames_of_records, merged, total
+from moe_dist.monitor.report.routing import FRAMES
 from moe_dist.monitor.trace.format import TOKEN, Manifest
 from moe_dist.monitor.trace.writer import TraceWriter
-from moe_dist.placement.replica_slots import Replica
 from moe_dist.plan.policies import expert_groups
-from tests.support.cover import full
 from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config
-from tests.unit.monitor.conftest import draw_groups
-from tests.unit.monitor.report.conftest import draw_routing
-from tools.report import MOST_BYTES, main, open_routing, page_of
-
-VOID = {"meta", "link", "input", "img"}
+from tools.report import main, open_routing
 
 
 def call(*arguments: object) -> Result:
     return invoke(main, *arguments)
-
-
-class Tags(HTMLParser):
-    """Checks that tags are closed in order; collects the attributes that load something."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.loads: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.open += [tag] if tag not in VOID else []
-        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
-        assert tag != "script"
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.loads += [value or "" for name, value in attrs if name == "href"]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 def write_trace(place: Path, manifest: Manifest, steps: range, tokens: int = 40) -> list[dict[str, list[list[int]]]]:
@@ -149,10 +121,8 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
     first, *printed, _ = done.output.splitlines()
     assert f"<h2>{first}</h2>" in text
     assert len(printed) == text.count("<li>", 0, text.index("<nav"))
-    page = Tags(text)
-    assert page.open == []
-    assert all(place.startswith(("data:", "#")) for place in page.loads)
-    assert re.search(r"url\(|@import|https?:", text) is None
+    assert all(place.startswith(("data:", "#")) for place in re.findall(r'\b(?:src|href|srcset)="([^"]*)"', text))
+    assert re.search(r"<script|url\(|@import|https?:", text) is None
     assert text.count("<section ") == len(PANELS)
     assert "The same tokens." in text
     assert re.findall(r'<td class="e">(\d+)</td><td>(pinned|interleaved|as in the run)', text) == [
@@ -167,63 +137,6 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
     rows = dict(re.findall(r'<tr><td class="e">2</td><td>(as in the run|placed\.yaml)</td>(.*?)</tr>', text))
     assert rows["as in the run"] == rows["placed.yaml"]
     assert len(out.read_bytes()) < 5_000_000
-
-
-def test_replicas_are_shown(run: Path, manifest: Manifest) -> None:
-    replicas = tuple(Replica(expert, 1) for expert in range(3))
-    write_trace(run / "other" / "a", replace(manifest, replicas=(replicas, ())), range(1, 2))
-    routing = open_routing(run / "other")
-    text = page_of(Subject(routing, None, [Layout("as in the run", routing.placement)], (2,))).decode()
-    table = text.split("Replicas at the last traced step.")[2].split("</table>")[0]
-    assert re.findall(r"<td.*?>(.*?)</td>", table) == [
-        cell for expert in range(3) for cell in (str(manifest.layers[0]), f"text/{expert}", "0", "1")
-    ]
-
-
-def test_a_long_file_of_records_is_joined_into_few_frames(tmp_path: Path) -> None:
-    arrays = {"choices_LC": [[1, 2]], "tokens_LG": [[3]], "dropped_LG": [[0]]}
-    line = {"kind": "step", "balance_coefficient": 0.5, "scalars": {}, "arrays": arrays}
-    lines = [json.dumps({"step": step, **line}) for step in range(1, 1001)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    frames, window, coefficient = frames_of_records(tmp_path / "metrics.jsonl", (1, 2, 1))
-    assert FRAMES / 2 < len(frames) <= 2 * FRAMES
-    for each in (frames, merged(frames, FRAMES), merged(frames, 12)):  # of equal width, but the last one
-        *widths, last = [frame.last - frame.first + 1 for frame in each]
-        assert len(set(widths)) == 1
-        assert widths[0] <= last < 2 * widths[0]
-        assert (each[0].first, each[-1].last) == (1, 1000)
-    assert [len(merged(frames[:1] * n, 60)) for n in (1, 2, 59, 60, 61)] == [1, 2, 59, 60, 30]
-    assert [frame.first for frame in frames] == [1, *(frame.last + 1 for frame in frames[:-1])]
-    assert all(frame.choices_LC.tolist() == [[n, 2 * n]] for frame in frames for n in [frame.last - frame.first + 1])
-    assert ([frame.first for frame in window], coefficient) == ([*range(951, 1001)], 0.5)
-
-
-@pytest.mark.parametrize("experts", [256, full(384)])
-def test_a_page_of_many_experts_is_small(experts: int) -> None:
-    layers, tokens = 26, 15_000
-    routing = draw_routing(draw_groups(1, experts, 0, 8), layers=layers, tokens=2, steps=12)
-    gaps = np.random.default_rng(0).integers(1, experts // 8, (tokens, layers, 8))
-    ids = (gaps.cumsum(2) + 7 * gaps[:, :, :1]) % experts  # eight experts, none twice
-    choices_LC = np.stack([np.bincount(ids[:, layer].ravel(), minlength=experts) for layer in range(layers)])
-    frames = tuple(
-        frame._replace(choices_LC=choices_LC, tokens_LG=np.full((layers, 1), tokens)) for frame in routing.frames
-    )
-    place = np.arange(tokens)
-    assert routing.tokens is not None
-    traced = replace(
-        routing.tokens,
-        ids_TLK=ids.astype(np.int16),
-        token_T=place % 50,
-        modality_T=0 * place,
-        sequence_T=place // 30,
-        position_T=place % 30,
-    )
-    page = page_of(Subject(replace(routing, frames=frames, window=total(frames), tokens=traced), None, [], (2,)))
-    assert len(page) <= MOST_BYTES
-    text = page.decode()
-    assert f"Matrices of the {500_000 // experts**2} strongest of 26 layers and groups." in text
-    pairs = text.split("Strongest pair of each layer and group.</caption>")[1].split("</table>")[0]
-    assert pairs.count("<tr>") == 1 + layers
 
 
 TRACE, MANIFEST, RECORDS = "trace", "trace/a/manifest.json", "metrics.jsonl"

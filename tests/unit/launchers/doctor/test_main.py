@@ -1,7 +1,5 @@
 """The command, on this machine."""
 
-import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +69,6 @@ def test_a_save_that_takes_longer_than_a_stop_may(config: Path, tmp_path: Path) 
     )
 
 
-def test_more_ranks_than_cores_are_one_line_with_the_fix(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
-    wide = ("parallel.ep=2", "parallel.edp=2", "train.global_batch=8")
-    code, lines = says(config, *wide)
-    assert code == 1
-    (line,) = problems(lines)
-    assert re.fullmatch(r"WARN cores: \S+ has 3 cores for 4 ranks, .*; lower parallel\.ep or parallel\.edp, .*", line)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
-    assert (says(config, *wide)[0], problems(says(config, *wide)[1])) == (0, [])
-
-
 def test_relative_paths_are_no_paths_for_a_job_of_ray(config: Path) -> None:
     """As `launchers.ray` says: found here without a Ray, and nothing else is asked."""
     code, lines = says(config, "run.root=runs", "--on=ray", "--probe")
@@ -97,11 +84,6 @@ def test_kubernetes_is_examined_by_what_its_pods_mount(config: Path, tmp_path: P
     site = tmp_path / "site.yaml"
     site.write_text("gpus: {syntax: none}\nkubernetes: {image: x/moe-dist, claims: {all: /}}\n")
     assert says(config, "--on=kubernetes", f"--cluster={site}")[0] == 0
-
-
-def test_there_is_nothing_to_visit_on_one_machine(config: Path) -> None:
-    code, lines = says(config, "--fabric")
-    assert (code, lines[-1][:11]) == (0, "--   probe:")
 
 
 def test_without_a_slurm(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

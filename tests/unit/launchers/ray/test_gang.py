@@ -10,12 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import RayActorError
 
-from launchers.command import JobPlan, NodePlan, RankCommand, one_node
+from launchers.command import JobPlan, NodePlan, RankCommand
 from launchers.rank_tracker import ShutdownTimeouts
 from launchers.ray import gang as ray_gang
-from launchers.ray.gang import Gang, LostError, gather_gang, last_line, live_nodes
+from launchers.ray.gang import Gang, LostError, gather_gang
 from launchers.ray.nodes import RayNode
 from launchers.ray.rank import WorkerInfo
 from moe_dist.errors import ResourceError, StoppedError
@@ -113,13 +113,6 @@ def test_a_node_where_no_actor_starts_is_named_with_the_cause_after_a_few_tries(
     assert not cluster.requests
 
 
-def test_after_the_wait_a_failed_node_is_not_tried_again(cluster: Cluster) -> None:
-    cluster.broken = ("2",)
-    with pytest.raises(ResourceError, match=r"No module named 'x' \(tries: 1\)"):
-        cluster.gather(wait_seconds=0.5)
-    assert cluster.tried == [["1", "2"]]
-
-
 def test_another_node_replaces_one_where_no_actor_starts(cluster: Cluster) -> None:
     cluster.nodes, cluster.broken = ["1", "2", "3"], ("1",)
     assert cluster.gather() == ("2.site", "3.site")
@@ -143,19 +136,6 @@ def test_an_autoscaler_is_asked_for_the_planned_nodes_and_the_request_is_withdra
     with pytest.raises(ResourceError):
         cluster.gather()
     assert (cluster.requested, cluster.requests) == (2, []), "withdrawn after an error, too"
-
-
-def test_a_request_has_the_size_and_labels_of_each_planned_node(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[object, object]] = []
-    monkeypatch.setattr(
-        ray_gang,
-        "placement_group",
-        lambda sizes, strategy, bundle_label_selector: asked.append((sizes, bundle_label_selector)),
-    )
-    job = JobPlan((NodePlan(0, (0, 1), labels={"modality": "text"}), NodePlan(1, (2,), feature="vision")))
-    ray_gang.request_nodes(job, {"CPU": 2.0, "GPU": 1.0})
-    sizes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 2.0, "GPU": 1.0}]
-    assert asked == [(sizes, [{"modality": "text"}, {"feature": "vision"}])]
 
 
 def test_uneven_nodes_exceed_the_sites_limit_only_when_the_wait_is_over(
@@ -231,45 +211,3 @@ def test_a_rank_that_does_not_start_is_the_cause_and_the_others_are_ended(monkey
     assert outcome.words == {0: "memory limit reached"}
     why = "it did not start on 10.0.0.2 (no labels): RuntimeError: n2: /opt/python could not be started"
     assert outcome.lost == {1: why}
-
-
-def test_a_stop_ends_the_wait_for_the_start_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wait(calls: list[str], **_: object) -> tuple[list[str], list[str]]:
-        os.kill(os.getpid(), signal.SIGUSR2)
-        return [], calls
-
-    start = SimpleNamespace(remote=lambda *_: "start")
-    monkeypatch.setattr(ray_gang, "placement_group", lambda *_, **__: None)
-    monkeypatch.setattr(ray_gang.ray, "wait", wait)
-    gang = Gang(one_node(1), [node("1")], CPU)
-    gang._actors = [SimpleNamespace(start=start)]
-    command = RankCommand(0, 0, ("/opt/python",), {})
-    with StopSignals() as signals:
-        outcome = gang.run([command], [Path("0")], signals, ShutdownTimeouts(stop=9.0))
-    assert (outcome.codes, outcome.stop, outcome.lost) == ((-signal.SIGUSR2,), signal.SIGUSR2, {})
-
-
-def test_the_cause_is_the_last_line_of_rays_error() -> None:
-    text = "The actor died because of an error in \x1b[36mray::rank 0\x1b[39m\n\nModuleNotFoundError: x\n"
-    assert last_line(RayActorError("1", text)) == "ModuleNotFoundError: x"
-    assert last_line(ActorDiedError()) == "The actor died unexpectedly before finishing this task."
-
-
-def test_excluded_nodes_are_named_by_host_or_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["1", "2", "3"]
-    shown = [
-        {
-            "NodeID": name,
-            "NodeManagerHostname": f"host{name}",
-            "NodeManagerAddress": f"10.0.0.{name}",
-            "NodeManagerPort": 1,
-            "Labels": {},
-            "Resources": CPU,
-            "Alive": True,
-        }
-        for name in names
-    ]
-    monkeypatch.setattr(ray_gang.ray, "nodes", lambda: shown)
-    monkeypatch.setattr(ray_gang.ray._private.state, "available_resources_per_node", dict)  # pyright: ignore
-    monkeypatch.setattr(ray_gang, "takes_connections", lambda node: True)
-    assert [each.node_id for each in live_nodes(("host1", "10.0.0.3"))] == ["2"]

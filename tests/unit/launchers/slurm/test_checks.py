@@ -10,7 +10,7 @@ from launchers.slurm import checks
 from launchers.slurm.checks import check_slurm, gpus_of, read_offers, run_srun, srun_command
 from launchers.slurm.nodes import SlurmError
 from moe_dist.config.bundled import source_root
-from moe_dist.config.cluster import ApptainerContainer, Cluster, GpuSection, NcclVariable
+from moe_dist.config.cluster import Cluster, GpuSection
 from moe_dist.errors import ResourceError
 from moe_dist.runtime.node.check_result import CheckResult, Level
 from tests.support.messages import refused
@@ -106,22 +106,6 @@ def test_each_kind_of_node_is_a_component_with_the_options_of_the_job() -> None:
     for part, feature in ((first, "text"), (second, "vision")):
         assert {*common.split(), "--account=me", "--exclusive", f"--constraint={feature}"} <= set(part.split())
         assert "--signal" not in part
-
-
-def test_a_task_runs_the_prelude_and_then_python_in_the_container() -> None:
-    cluster = Cluster(
-        prelude=("module load cuda/12.8",),
-        interface="ib0",
-        nccl={"NCCL_IB_HCA": NcclVariable(value="=mlx5_0, mlx5_1", reason="storage")},
-        container=ApptainerContainer(image="/images/my torch.sif"),
-        python="/opt/python",
-    )
-    script = command(cluster, tasks_per_node=2)[-1].splitlines()
-    assert "export NCCL_IB_HCA='=mlx5_0, mlx5_1'" in script
-    ranks = "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID"
-    assert script.index("module load cuda/12.8") < script.index(ranks)
-    assert script[-1].startswith("exec apptainer exec --nv ")
-    assert script[-1].endswith("""'/images/my torch.sif' /opt/python -m a.module '{"folder": "/my runs"}'""")
 
 
 @pytest.mark.parametrize("kind", ["pyxis", "apptainer"])

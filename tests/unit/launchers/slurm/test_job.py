@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 
 from launchers.command import JobPlan, NodePlan, one_node
-from launchers.slurm.job import _limit_seconds, _read_clone, main, rank_step, run_attempt, visible_folders
+from launchers.slurm.job import _read_clone, rank_step, run_attempt, visible_folders
 from launchers.slurm.nodes import ranks_by_task
 from launchers.slurm.script import interpreter
 from launchers.slurm.step import SlurmJob
@@ -129,28 +128,6 @@ def test_the_next_attempt_of_a_job_leaves_out_the_nodes_at_fault(node: Node, cap
     assert "nodes at fault: n1, n3; the next attempt leaves them out" in capsys.readouterr().err
 
 
-def test_srun_gets_no_option_of_an_outer_job(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = {
-        "SLURM_JOB_ID": "12",
-        "SLURM_JOB_NODELIST": "n1",
-        "SLURM_TASKS_PER_NODE": "2",
-        "SLURM_SUBMIT_DIR": f"{node.folder}",
-    }
-    outer = {"SLURM_CPUS_PER_TASK": "7", "SLURM_HINT": "nomultithread", "SLURM_MEM_BIND": "local", "SRUN_CONTAINER": "/x"}
-    for name, value in {**own, **outer, "MOE_DIST_CLUSTER": f"{node.folder / 'site.yaml'}"}.items():
-        monkeypatch.setenv(name, value)
-    (node.folder / "hosts").write_text("n1")
-    (node.folder / "state").write_text("RUNNING")
-    stand_in(node.folder, srun='env >srun_env; echo "$*" >sruns')
-    with pytest.raises(typer.Exit) as ended:
-        main(str(node.yaml))
-    assert ended.value.exit_code == 0
-    given = dict(line.split("=", 1) for line in (node.folder / "srun_env").read_text().splitlines() if "=" in line)
-    assert own.items() <= given.items()
-    assert not outer.keys() & given.keys()
-    assert "--cpus-per-task" not in (node.folder / "sruns").read_text()
-
-
 @pytest.mark.parametrize(
     ("line", "verdict", "requeued"),
     [
@@ -229,14 +206,3 @@ def test_tasks_are_counted_node_by_node_in_each_component() -> None:
         "d": {2: 0, 3: 2},
         "b": {0: 1, 1: 3},
     }
-
-
-def test_a_time_limit_is_warned_of_where_it_leaves_less_than_five_minutes() -> None:
-    site = Cluster.model_validate({"signal_seconds": 120})
-    assert [bool(site.limit_warning(seconds)) for seconds in (60.0, 419.0, 420.0, 0.0, float("inf"))] == [
-        True,
-        True,
-        *[False] * 3,
-    ]
-    assert "of 419 s leaves an attempt 299 s until its stop signal (signal_seconds=120)" in site.limit_warning(419.0)
-    assert _limit_seconds({}) == float("inf")

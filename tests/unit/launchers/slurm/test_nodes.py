@@ -11,7 +11,6 @@ from launchers.slurm.nodes import (
     SlurmError,
     ask,
     differences,
-    expand_counts,
     hosts_of,
     inside_job,
     leave_out,
@@ -29,13 +28,6 @@ RIGHT = Allocation((GivenPart(("n1", "n2"), (2, 2), 0), GivenPart(("n7",), (1,),
 
 def test_an_answer_comes_although_slurm_sends_stop_signals_to_the_whole_job() -> None:
     assert ask("sh", "-c", "kill -TERM $$; kill -USR2 $$; echo here") == "here\n"
-
-
-def test_counts_are_written_out() -> None:
-    assert expand_counts("2(x3),1") == (2, 2, 2, 1)
-    assert expand_counts("4") == (4,)
-    with refused(SlurmError):
-        expand_counts("2y")
 
 
 def test_nodes_of_the_plan_get_the_hosts_of_their_part_in_order() -> None:
@@ -122,20 +114,9 @@ def test_a_failed_or_missing_command_is_reported() -> None:
 
 # --- variables of an outer job, and nodes at fault
 
-# INPUT ENVIRONMENT VARIABLES in the manual of Slurm 24.11's srun, without those that Slurm sets in every batch script
-_OPTIONS = """
-ACCOUNT ACCTG_FREQ BCAST BCAST_EXCLUDE BURST_BUFFER COMPRESS CONSTRAINT CORE_SPEC CPU_BIND CPU_BIND_LIST CPU_BIND_TYPE
-CPU_BIND_VERBOSE CPU_FREQ_REQ CPUS_PER_GPU DEBUG DEBUG_FLAGS DELAY_BOOT DEPENDENCY DISABLE_STATUS DIST_PLANESIZE
-DISTRIBUTION EPILOG EXACT EXCLUSIVE EXIT_ERROR EXIT_IMMEDIATE EXPORT_ENV GPU_BIND GPU_FREQ GPUS GPUS_PER_NODE
-GPUS_PER_TASK GRES GRES_FLAGS HINT IMMEDIATE KILL_BAD_EXIT LABELIO MEM_BIND MEM_BIND_LIST MEM_BIND_TYPE MEM_PER_CPU
-MEM_PER_GPU MEM_PER_NODE MPI_TYPE NETWORK NO_KILL NTASKS_PER_CORE NTASKS_PER_GPU NTASKS_PER_SOCKET OOMKILLSTEP OPEN_MODE
-OVERCOMMIT OVERLAP PARTITION PMI_KVS_NO_DUP_KEYS POWER PROFILE PROLOG QOS REMOTE_CWD REQ_SWITCH RESERVATION RESV_PORTS
-SEND_LIBS SIGNAL SPREAD_JOB SRUN_REDUCE_TASK_EXIT_MSG STEP_GRES STEP_KILLED_MSG_NODE_ID TASK_EPILOG TASK_PROLOG
-TEST_EXEC THREAD_SPEC THREADS THREADS_PER_CORE TIMELIMIT TRES_BIND TRES_PER_TASK UMASK UNBUFFEREDIO USE_MIN_NODES WAIT
-WAIT4SWITCH WCKEY WORKING_DIR
-"""
+_OPTIONS = "ACCOUNT CONSTRAINT CPU_BIND EXCLUSIVE GPUS_PER_NODE GRES MEM_PER_CPU MPI_TYPE PARTITION TIMELIMIT WCKEY"
 
-# Of a heterogeneous array task, requeued twice, which sets every option that srun reads from the environment.
+# Of a heterogeneous array task, requeued twice, which sets options that srun reads from the environment.
 OUTER = {
     **{"SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "5", "SLURM_HET_SIZE": "2", "SLURM_RESTART_COUNT": "2"},
     **dict.fromkeys(map("SLURM_{}".format, _OPTIONS.split()), "outer"),

@@ -10,7 +10,6 @@ from launchers.command import PUBLISHED_RENDEZVOUS, JobPlan, LaunchPlan, NodePla
 from launchers.slurm.script import (
     LINGER_SECONDS,
     TRAIN_SBATCH,
-    output_pattern,
     part_options,
     parts,
     rank_table,
@@ -18,7 +17,6 @@ from launchers.slurm.script import (
     script,
     srun_command,
 )
-from launchers.slurm.step import hold_signals_prefix
 from moe_dist.config.cluster import Cluster
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.sinks import sink
@@ -31,11 +29,6 @@ ONE_KIND = JobPlan((NodePlan(0, (0, 1)), NodePlan(1, (2, 3))))
 TWO_KINDS = JobPlan(
     (NodePlan(0, (0, 2), feature="text"), NodePlan(1, (1,), feature="vision"), NodePlan(2, (3, 4), feature="text")), 8
 )
-
-
-def test_nodes_of_one_kind_form_one_component_for_any_order() -> None:
-    assert [[node.index for node in part.nodes] for part in parts(ONE_KIND)] == [[0, 1]]
-    assert [[node.index for node in part.nodes] for part in parts(TWO_KINDS)] == [[0, 2], [1]]
 
 
 @pytest.mark.parametrize(
@@ -58,12 +51,6 @@ def test_gpus_are_asked_for_as_the_site_wants_it(gpus: dict[str, str], option: s
         "--exclusive",
     ]
     assert not [each for each in part_options(parts(ONE_KIND)[0], ONE_KIND, cluster) if "gpu" in each]
-
-
-def test_a_group_with_nodes_of_its_own_shares_them_with_nobody() -> None:
-    own = JobPlan((NodePlan(0, (0, 1), own=True),))
-    assert "--exclusive" in part_options(parts(own)[0], own, Cluster())
-    assert "--exclusive" not in part_options(parts(ONE_KIND)[0], ONE_KIND, Cluster())
 
 
 def test_the_script_contains_all_options_and_quotes_values() -> None:
@@ -125,45 +112,6 @@ def test_a_job_runs_the_code_of_its_first_attempt_only_if_it_was_requeued(tmp_pa
     assert pointer.exists() == (code == "first")
 
 
-def test_a_percent_sign_in_the_run_folder_is_escaped_for_slurm() -> None:
-    assert output_pattern(Path("/runs/100%u")) == "/runs/100%%u/slurm-%j.out"
-    assert output_pattern(Path("/runs/x"), array=True) == "/runs/x/slurm-%A_%a.out"
-
-
-def test_further_options_are_in_every_component() -> None:
-    cluster = Cluster(options=("--mem=0", "--comment=it's"))
-    text = script(TWO_KINDS, cluster, name="x", output="/x", exports={})
-    assert text.count("#SBATCH --mem=0\n") == text.count("#SBATCH '--comment=it'\"'\"'s'\n") == 2
-    assert sbatch_line(TWO_KINDS, cluster, ["x"]).count(" --mem=0 ") == 2
-
-
-def test_a_job_runs_with_an_env_that_cannot_block_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As coreutils before 8.31."""
-    pyxis = Cluster.model_validate({"container": {"kind": "pyxis", "image": "x"}})
-    assert hold_signals_prefix(Cluster()) == hold_signals_prefix(pyxis) == ("env", "--block-signal=TERM,USR2,INT")
-    stand_in(tmp_path, monkeypatch, env="echo unrecognized option >&2; exit 125", python='echo "$@"')
-    assert (hold_signals_prefix(Cluster()), hold_signals_prefix(pyxis)[0]) == ((), "env")
-    places = {"table": Path("/t.sh"), "node_env": Path("/node_env.sh"), "visible": ["/runs/x"]}
-    assert srun_command(ONE_KIND, Cluster(), **places, hold=())[-4:] == [
-        "--ntasks-per-node=2",
-        "bash",
-        "/node_env.sh",
-        "/t.sh",
-    ]
-    variables = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "MOE_DIST_PYTHON": str(tmp_path / "python")}
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MOE_"))} | variables
-    done = subprocess.run(["bash", TRAIN_SBATCH, "x.yaml"], env=env, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("-m launchers.slurm.job x.yaml\n", "")
-
-
-def test_the_right_sbatch_line_can_be_pasted() -> None:
-    cluster = Cluster(ranks_per_node=2)
-    line = sbatch_line(TWO_KINDS, cluster, ["slurm/train.sbatch", "my config.yaml"])
-    assert line.count(" : ") == 1
-    assert line.startswith("sbatch --nodes=2 --ntasks=4 --ntasks-per-node=2 --gres=gpu:8 --constraint=text --exclusive ")
-    assert line.endswith("slurm/train.sbatch 'my config.yaml'")
-
-
 def test_options_of_the_site_reach_srun_and_sbatch() -> None:
     site = Cluster(srun_options=("--mpi=none", "--cpu-bind=ldoms"), exclude=("n7", "n8"), spare_nodes=1)
     assert "#SBATCH --exclude=n7,n8\n" in script(ONE_KIND, site, name="x", output="/x", exports={})
@@ -180,20 +128,6 @@ def test_options_of_the_site_reach_srun_and_sbatch() -> None:
 
 def test_sinks_close_before_srun_kills_the_ranks_that_outlive_others() -> None:
     assert sink.CLOSE_SECONDS + writer.CLOSE_SECONDS <= LINGER_SECONDS
-
-
-def test_one_srun_starts_the_tasks_of_all_components_with_blocked_signals() -> None:
-    places = {"table": Path("/t.sh"), "node_env": Path("/node_env.sh"), "visible": ["/runs/x"]}
-    held = ["env", "--block-signal=TERM,USR2,INT", "bash", "/node_env.sh", "/t.sh"]
-    assert {"--het-group=0,1", "--cpus-per-task=3"} <= set(srun_command(TWO_KINDS, Cluster(cpus_per_rank=3), **places))
-    one = srun_command(ONE_KIND, Cluster(cpus_per_rank=3), **places)
-    assert {"--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=3"} <= set(one)
-    assert one[-5:] == held
-    pyxis = Cluster.model_validate({"container": {"kind": "pyxis", "image": "nvcr.io#x:1", "mounts": ("/data:/data:ro",)}})
-    boxed = srun_command(ONE_KIND, pyxis, **places)
-    assert "--container-image=nvcr.io#x:1" in boxed
-    assert "--container-mounts=/runs/x:/runs/x,/data:/data:ro" in boxed
-    assert boxed[-5:] == held
 
 
 # --- what a task finds, run by a real bash

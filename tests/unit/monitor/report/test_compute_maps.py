@@ -11,7 +11,6 @@ from PIL import Image
 from moe_dist.monitor.heatmaps import colour, linear_scale
 from moe_dist.monitor.report.routing import Routing, Subject
 from moe_dist.monitor.report.token_panels import compute_maps
-from moe_dist.monitor.trace.foreign import NO_ID
 from tests.unit.monitor.report.conftest import draw_routing
 
 GRID = (2, 3)
@@ -53,31 +52,3 @@ def test_whole_pictures_and_texts_have_their_tokens_experts() -> None:
     _, *texts = page.split("<p")[1:]  # without the legend
     titles = [re.findall(r'title="([\d.]+)"', text) for text in texts]
     assert titles == [[f"{experts_T[i]:.2f}" for i in rows] for rows in ((0, 1), (8,), (13,))]
-
-
-def test_pictures_with_no_token_between() -> None:
-    tokens = np.concatenate(TOKENS)
-    tokens[:12] = [101, 102, 103, 104, 105, 106, 107, 108, 109, 110, 111, 112]
-    page, _ = mapped(token_T=tokens, sequence_T=np.repeat([4, 5], [12, 8]), position_T=np.r_[:12, :8])
-    images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in re.findall(r'base64,([^"]+)', page)]
-    assert len(images) == 2 * 3
-    drawn = sorted(picture[::4, ::4, 0].ravel().tolist() for picture in images[::2])
-    assert drawn == [[101, 101, 101, 102, 102, 103], list(range(101, 107)), list(range(107, 113))]
-
-
-def test_texts_alone_and_a_trace_without_ids() -> None:
-    page, _ = mapped(grid=(0, 0))
-    assert "<img" not in page
-    assert "<mark" in page
-    assert "no token ids" in mapped(token_T=np.full(20, NO_ID))[0]
-
-
-def test_texts_are_on_their_colours_line_by_line() -> None:
-    page, _ = mapped(grid=(0, 0), name_of=lambda _: None)
-    legend, *texts = page.split("<p")[1:]
-    assert "</mark> <mark" in legend  # spaces separate the legend's numbers
-    assert "<code>" not in page  # the background of <code> would cover the colours
-    assert "7 " in re.findall(r"<mark[^>]*>([^<]*)</mark>", "".join(texts))
-    page, _ = mapped(name_of=lambda token: "\n\n    " if token == 8 else "x")
-    assert ">⏎<br>⏎<br>    </mark>" in page
-    assert "</mark><br>" not in page

@@ -60,22 +60,6 @@ def test_few_tokens_are_not_judged() -> None:
         assert "Every expert was taken" not in panel
 
 
-def test_a_part_without_enough_choices_is_counted() -> None:
-    routing = draw_routing(tokens=400, steps=1)
-    choices_LC = routing.window.choices_LC.copy()
-    choices_LC[0] //= 20  # layer 1 then has too few choices
-    routing = replace(routing, window=routing.window._replace(choices_LC=choices_LC))
-    words = "too few choices to judge 16 of 64 (layer, expert) pairs (fewer than 20 an expert)"
-    page = page_of(routing)
-    assert f">No rule finds a fault in the routing; {words}</h2>" in page
-    assert f"Dead experts: none of 48 (layer, expert) pairs; {words}." in page
-    choices_LC[2, 3] = 0
-    page = page_of(routing)
-    assert f">What is wrong in step 1; {words}</h2>" in page
-    assert f"no token took 1 of 48 (layer, expert) pairs: layer 3 text/3; {words}." in page
-    assert f"T{words[1:]}" in page.split('<section id="dead-experts"')[1].split("</section>")[0]
-
-
 def test_all_tokens_to_one_expert() -> None:
     routing = draw_routing(bias=towards(1, slice(4, 5), 50, slice(2, 3)))
     first = problems(routing)[0]
@@ -101,15 +85,6 @@ def test_dead_experts_and_drops_and_a_busy_rank() -> None:
     assert any(text.startswith("Busiest rank: rank 0 of 4 computes ") for text in facts(uneven))
 
 
-def test_no_choice_at_all() -> None:
-    routing = draw_routing()
-    empty = routing.window._replace(
-        choices_LC=np.zeros_like(routing.window.choices_LC), tokens_LG=np.zeros_like(routing.window.tokens_LG)
-    )
-    assert problems(replace(routing, window=empty)) == []
-    assert facts(replace(routing, window=empty))[0] == "No token took a true expert in these steps."
-
-
 def test_a_starved_modality_of_a_shared_group() -> None:
     routing = draw_routing(draw_groups(1, num_experts=8, num_null=8, top_k=4))
     assert routing.tokens is not None
@@ -129,15 +104,3 @@ def test_a_starved_modality_of_a_shared_group() -> None:
     few = replace(starved, ids_TLK=ids_TLK[:4], modality_T=modality_T[:4])  # only 16 expected choices of image tokens
     for tokens in (fed, replace(fed, ids_TLK=np.full_like(ids_TLK, 8)), few, None):
         assert problems(replace(routing, tokens=tokens)) == []
-
-
-def test_the_factor_that_drops_nothing_is_the_largest_of_all_steps() -> None:
-    routing = draw_routing()
-    assert not [text for text in facts(routing) if "Capacity factor" in text], "unknown"
-    most = iter([(1.5, 0.0), (2.121, 3.0)] + [(1.0, 1.0)] * len(routing.frames))
-    frames = tuple(frame._replace(needed_G=np.array(next(most))) for frame in routing.frames)
-    (text,) = [text for text in facts(replace(routing, frames=frames)) if text.startswith("Capacity factor: ")]
-    name = routing.groups[1].name
-    assert f"an expert ({name}) takes 3.00 x an even share at most, so model.moe.capacity.factor=3.00 drops nothing" in text
-    frames = tuple(frame._replace(needed_G=np.array([2.121, 1.0])) for frame in routing.frames)
-    assert any("capacity.factor=2.13 drops" in text for text in facts(replace(routing, frames=frames)))

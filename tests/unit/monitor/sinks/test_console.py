@@ -1,28 +1,18 @@
 import io
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject
-from moe_dist.monitor.sinks.console import ConsoleSink, duration, line_numbers, summary_table
+from moe_dist.monitor.sinks.console import ConsoleSink
 from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
 
 MakeRecord = Callable[..., Record]
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    value: str
-    rule: str
-    passed: bool
 
 
 def plain() -> Console:
@@ -58,30 +48,6 @@ def test_plain_lines_come_every_few_steps_and_stay_one_line(make_record: MakeRec
     )
 
 
-@pytest.mark.parametrize(
-    ("rate", "shown"),
-    [
-        (0.4, "0.4"),
-        (3.25, "3.25"),
-        (42.13, "42.1"),
-        (99.7, "100"),
-        (640.2, "640"),
-        (1e3, "1.0k"),
-        (12345.0, "12.3k"),
-        (3e6, "3.00M"),
-    ],
-)
-def test_small_rates_are_not_rounded_away(rate: float, shown: str) -> None:
-    assert f"  {shown} tokens/s" in line_numbers({"perf/tokens_per_second": rate})
-
-
-def test_time_left_counts_from_where_the_attempt_began(make_record: MakeRecord) -> None:
-    console = plain()
-    sink = ConsoleSink(SinkContext(Path(), total_steps=1000, resume_step=900), console=console, clock=ticking(6.0))
-    sink.step(make_record(901))
-    assert output(console).rstrip().endswith("9:54 left")
-
-
 def test_evaluation_shows_what_changed(make_record: MakeRecord) -> None:
     console = plain()
     sink = ConsoleSink(SinkContext(Path(), total_steps=10), console=console)
@@ -100,24 +66,6 @@ def test_losses_over_other_tokens_are_not_compared() -> None:
     sink.evaluation(EvaluationResult(5, {"text": 4.0, "image": 3.0}, {"text": 100, "image": 50}), {})
     sink.evaluation(EvaluationResult(10, {"text": 3.5, "image": 2.5}, {"text": 100, "image": 60}), {})
     assert output(console).splitlines()[-1] == "evaluation after step 10: held-out text 3.500 (-0.500), image 2.500"
-
-
-def test_missing_numbers_are_dashes(make_record: MakeRecord) -> None:
-    console = plain()
-    ConsoleSink(SinkContext(Path(), total_steps=1), console=console).step(
-        make_record(1, labels_M=np.array([40, 0]), seconds=0.0)
-    )
-    assert "image -)" in output(console)
-    assert "- tokens/s" in output(console)
-
-
-def test_a_terminal_that_cannot_redraw_a_line_gets_plain_lines(make_record: MakeRecord) -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={"TERM": "dumb"})
-    sink = ConsoleSink(SinkContext(Path(), total_steps=25), every=10, console=console)
-    for step in range(1, 26):
-        sink.step(make_record(step))
-    sink.close()
-    assert re.findall(r"^step (\d+)/25", output(console), re.MULTILINE) == ["1", "10", "20", "25"]
 
 
 def test_hints_are_printed_and_logged_once(
@@ -155,43 +103,3 @@ def test_a_bar_on_a_terminal(make_record: MakeRecord, width: int, shown: str) ->
     assert len(last) <= width
     assert "evaluation after step 100: held-out text 4.000" in text
     assert "step 10/200 " not in text, "no plain lines beside the bar"
-
-
-def test_summary_says_pass_or_fail() -> None:
-    console = Console(file=io.StringIO(), force_terminal=False, width=100)
-    checks = [Check("held-out image", "2.51", "< 2.82 [left bigram]", True), Check("no dead expert", "2 dead", "0", False)]
-    console.print(summary_table(checks, title="demo"))
-    lines = output(console).splitlines()
-    assert lines[0].strip() == "demo"
-    (image,) = (line for line in lines if "held-out image" in line)
-    (dead,) = (line for line in lines if "no dead expert" in line)
-    assert "pass" in image
-    assert "< 2.82 [left bigram]" in image, "brackets are text, not markup"
-    assert "FAIL" in dead
-    assert lines[-1].strip() == "1 of 2 passed"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (245, "4:05"), (11_040, "3h04m"), (183_600, "2d03h")]
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_the_last_evaluation_tells_what_the_choice_of_training_is_worth() -> None:
-    console = plain()
-    sink = ConsoleSink(SinkContext(Path(), total_steps=10), console=console)
-    result = EvaluationResult(
-        10,
-        {"text": 3.5},
-        {},
-        choice_loss={"text": 3.25},
-        experts_per_token={"text": 0.96},
-        choice_experts_per_token={"text": 1.01},
-    )
-    sink.evaluation(result, {})
-    assert output(console).splitlines() == [
-        "evaluation after step 10: held-out text 3.500",
-        "held-out text 3.500, with the selection of training, which sees later tokens, 3.250 (-0.250)",
-        "experts per token of text 0.960, with the selection of training 1.010",
-    ]

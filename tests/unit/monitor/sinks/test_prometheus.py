@@ -1,9 +1,6 @@
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +14,6 @@ from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.tags import DEPTH_MEANING, MEANING, meaning, split_tag
 
 MakeRecord = Callable[..., Record]
-ROOT = Path(__file__).parents[4]
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -66,26 +62,6 @@ def test_names_of_gauges_pass_promtools_rules() -> None:
         assert not re.search(rf"(^|_)({units})(_|$)", name), f"{name}: not a base unit"
 
 
-@pytest.mark.full
-def test_promtool_itself_accepts_every_gauge_of_a_run(tmp_path: Path) -> None:
-    """`make promtool` installs promtool from Debian (16 MB)."""
-    promtool = shutil.which("promtool") or str(ROOT / ".cache" / "promtool" / "usr" / "bin" / "promtool")
-    assert Path(promtool).exists(), "run `make promtool`, or put promtool on the path"
-
-    def check(text: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
-
-    tags = [tag.replace("{", "").replace("}", "") for tag in MEANING | DEPTH_MEANING]
-    scalars: dict[str, float | None] = {tag: 0.5 for tag in tags}
-    scalars |= dict(zip(tags, (math.nan, math.inf, -math.inf), strict=False))
-    path = tmp_path / "metrics.prom"
-    sink = PrometheusSink(SinkContext(Path(), run_name='a"b\\c\nd {run="x"} é'), path=str(path))
-    sink.evaluation(EvaluationResult(1, {"text": 3.0}, {"text": 4}), scalars)
-    done = check(path.read_text(encoding="utf-8"))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert check("# HELP x_count d\n# TYPE x_count gauge\nx_count 1\n").returncode == 3, "as before the rename"
-
-
 def test_odd_numbers_and_odd_names() -> None:
     scalars = {"loss/total": math.nan, "optim/grad_norm": math.inf, "optim/lr": -math.inf, "perf/mfu": None}
     name = 'a"b\\c\nd'
@@ -106,26 +82,6 @@ def test_evaluations_stay_until_the_next(tmp_path: Path, make_record: MakeRecord
     samples = parse(path.read_text())
     assert samples[("moe_dist_eval", (("part", "text"), ("run", "r")))] == 3.0
     assert samples[("moe_dist_step", (("run", "r"),))] == 2
-
-
-def test_a_reader_never_sees_half_a_file(tmp_path: Path, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each rename both the old and the new file are complete."""
-    path = tmp_path / "metrics.prom"
-    seen: list[tuple[Samples, Samples]] = []
-    replace = os.replace
-
-    def look(old: Path, new: Path) -> None:
-        assert not str(old).endswith(".prom"), "the collector would read the unfinished file"
-        seen.append((parse(Path(new).read_text()) if Path(new).exists() else {}, parse(Path(old).read_text())))
-        replace(old, new)
-
-    monkeypatch.setattr("moe_dist.monitor.sinks.prometheus.os.replace", look)
-    sink = PrometheusSink(SinkContext(Path(), run_name="r"), path=str(path))
-    for step in (1, 2):
-        sink.step(make_record(step))
-    step_of = [tuple(samples.get(("moe_dist_step", (("run", "r"),))) for samples in pair) for pair in seen]
-    assert step_of == [(None, 1), (1, 2)]
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.prom"]
 
 
 def test_every_query_of_the_dashboard_names_a_metric_and_labels_that_exist() -> None:

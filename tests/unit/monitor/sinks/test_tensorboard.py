@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar import layout_pb2
 
 from moe_dist.monitor.metrics import Record, evaluation_scalars
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
-from moe_dist.monitor.statistics import ComputeMap, EvaluationResult, LeverDecision
-from moe_dist.monitor.tags import MAX_SCALARS, curve_of, picture_meaning
-from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
-from tests.support.messages import refused
+from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
+from moe_dist.monitor.tags import curve_of
 
 MakeRecord = Callable[..., Record]
 MAP = ComputeMap({"text": 1.5}, 2)
@@ -101,17 +98,6 @@ def test_a_point_of_a_routing_curve_is_the_mean_of_some_steps(
     assert points(read(tmp_path), tag) == [(3, 2.0), (6, 5.5), (7, 7.0)]
 
 
-def test_each_group_and_modality_has_a_colour_of_its_own(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    """TensorBoard colours runs, so a chart's curves of single groups are in sub-runs."""
-    write(tmp_path, subject, [make_record(1), make_record(2)])
-    write(tmp_path, subject, [make_record(2)], resume_step=1)
-    found = curves(tmp_path)
-    for tag in ("loss/modality", "moe/null_fraction", "moe/load_imbalance", "data/epochs"):
-        assert {sub_run for sub_run, name in found if name == tag} == {"text", "image"}
-        assert [step for step, _ in points(found["image", tag], tag)] == [1, 2], "each step once after a resume"
-    assert {sub_run for sub_run, name in found if name in ("loss/total", "loss/balance", "moe/dropped")} == {""}
-
-
 def test_every_tag_has_its_description(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
     sink = TensorBoardSink(SinkContext(tmp_path.parent, subject=subject, modalities=("text",)))
     for step in (1, 2):
@@ -142,36 +128,20 @@ def test_after_a_resume_each_step_is_there_once(tmp_path: Path, subject: Subject
     assert pages(accumulator) == ["resumed at 0", "resumed at 6"]
 
 
-@pytest.mark.parametrize("owed", [False, True])
-def test_an_evaluation_that_is_owed_is_there_once(
-    tmp_path: Path, subject: Subject, make_record: MakeRecord, owed: bool
-) -> None:
+def test_an_evaluation_that_is_owed_is_there_once(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
     """The first attempt stops after step 2. The second evaluates and dies, and so does the third."""
-    for attempt in range(3):
-        sink = TensorBoardSink(
-            SinkContext(
-                tmp_path.parent,
-                subject=subject,
-                modalities=("text", "image"),
-                resume_step=2 if attempt else 0,
-                evaluation_owed=owed and attempt > 0,
-            )
-        )
-        if attempt == 0:
-            sink.step(make_record(1))
-            sink.step(make_record(2))
-        else:
-            result = EvaluationResult(2, {"text": 3.0 + attempt}, {"text": 4}, {}, 0.5, None, compute_map=MAP)
-            sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
-            sink.step(make_record(3))
-            sink.flush()
-            assert points(read(tmp_path / "text"), "eval/modality")[-1] == (2, 3.0 + attempt), "seen before the end"
+    write(tmp_path, subject, [make_record(1), make_record(2)])
+    for attempt in (1, 2):
+        context = SinkContext(tmp_path.parent, subject=subject, modalities=("text",), resume_step=2, evaluation_owed=True)
+        sink = TensorBoardSink(context)
+        result = EvaluationResult(2, {"text": 3.0 + attempt}, {"text": 4}, {}, 0.5, None, compute_map=MAP)
+        sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
         sink.close()
-    accumulator, evaluations = read(tmp_path), [(2, 5.0)] if owed else [(2, 4.0), (2, 5.0)]
-    assert points(read(tmp_path / "text"), "eval/modality") == evaluations
-    assert points(accumulator, "perf/balance_efficiency") == [(2, 0.5)] * len(evaluations)
-    assert [event.step for event in accumulator.Images("moe/compute_map")] == [2] * len(evaluations)
-    assert [step for step, _ in points(accumulator, "loss/total")] == [1, 2, 3], "the steps themselves stay"
+    accumulator = read(tmp_path)
+    assert points(read(tmp_path / "text"), "eval/modality") == [(2, 5.0)]
+    assert points(accumulator, "perf/balance_efficiency") == [(2, 0.5)]
+    assert [event.step for event in accumulator.Images("moe/compute_map")] == [2]
+    assert [step for step, _ in points(accumulator, "loss/total")] == [1, 2], "the steps themselves stay"
 
 
 def test_resuming_from_an_older_checkpoint_cuts_several_attempts(
@@ -191,19 +161,6 @@ def test_resuming_from_an_older_checkpoint_cuts_several_attempts(
     assert not (tmp_path / "kept").exists()
 
 
-def test_only_the_last_attempts_file_is_written_anew(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    """The file is replaced even if all its events stay. A suspended writer that still has it open then continues in an
-    unlinked file."""
-    inodes: list[dict[str, int]] = []
-    for step in (1, 2, 3):
-        write(tmp_path, subject, [make_record(step)], resume_step=step - 1)
-        inodes.append({path.name: path.stat().st_ino for path in tmp_path.glob("events*")})
-    first, second = inodes[0].keys(), inodes[1].keys() - inodes[0].keys()
-    assert all(inodes[1][name] != inodes[0][name] and inodes[2][name] == inodes[1][name] for name in first)
-    assert all(inodes[2][name] != inodes[1][name] for name in second)
-    assert [step for step, _ in points(read(tmp_path), "optim/lr")] == [1, 2, 3]
-
-
 def test_pictures_and_histograms(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
     records = [make_record(step) for step in range(1, 7)]
     write(tmp_path, subject, records)
@@ -221,51 +178,3 @@ def test_pictures_and_histograms(tmp_path: Path, subject: Subject, make_record: 
     loads = sum(record.arrays["choices_LC"][:, :4] for record in records[:4])
     assert histogram.num == loads.size
     assert histogram.max == pytest.approx((loads / loads.mean(1, keepdims=True)).max())
-
-
-def test_ranks_have_histograms_and_a_change_of_the_placement_is_a_picture(
-    tmp_path: Path, subject: Subject, make_record: MakeRecord
-) -> None:
-    placement = PlacementWithReplicas(subject.groups, subject.placement.slots, ((Replica(0, 2),), (), ()))
-    taken = LeverDecision("replicating", True, before=2.0, after=1.0, cost_steps=0.5, why="", placement=placement)
-    memory_W3 = np.array([[1.0, 2.0, 0.0], [3.0, 4.0, 0.0], [5.0, 6.0, 0.0]])
-    last = make_record(2, busy_seconds_W=np.array([0.1, 0.1, 0.4]), memory_W3=memory_W3)
-    levers = [(taken._replace(taken=False, placement=None),), (taken,)]
-    write(tmp_path, subject, [replace(make_record(1), levers=levers[0]), replace(last, levers=levers[1])])
-    accumulator = read(tmp_path)
-    (event,) = accumulator.Images("rank_balance/change")
-    assert event.step == 2
-    assert [each.step for each in accumulator.Tensors("rank_balance/replicating/text_summary")] == [1, 2]
-    most = {"perf/rank_seconds": 0.4, "device/rank_memory": 6.0}
-    for tag, largest in most.items():
-        histogram = accumulator.Histograms(tag)[0].histogram_value
-        assert (histogram.num, histogram.max) == (3, largest)
-    for tag in (*most, "rank_balance/change"):
-        assert accumulator.SummaryMetadata(tag).summary_description == picture_meaning(tag)
-
-
-def test_many_groups_turn_into_heat_maps(tmp_path: Path, wide_record: Callable[..., tuple[Record, Subject]]) -> None:
-    record, subject = wide_record(8, num_layers=4, num_experts=8)
-    write(tmp_path, subject, [record], pictures_every=1)
-    accumulator = read(tmp_path)
-    families = {"moe/experts_per_token", "moe/null_fraction", "moe/load_imbalance", "moe/capacity_used"}
-    assert families <= set(accumulator.Tags()["images"])
-    assert len(curves(tmp_path)) <= MAX_SCALARS
-
-
-def test_the_custom_page_shows_curves_that_exist(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    write(tmp_path, subject, [make_record(1)])
-    accumulator = read(tmp_path)
-    layout = layout_pb2.Layout.FromString(accumulator.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    tags = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
-    measured_elsewhere = {"eval/.*", "perf/balance_efficiency", "moe/balance_efficiency_by_count"}
-    assert measured_elsewhere < set(tags)
-    assert set(tags) - measured_elsewhere <= {curve_of(tag)[1] for tag in make_record(1).scalars}
-    assert {"moe/load_imbalance", "moe/dropped", "moe/capacity_used", "loss/modality"} < set(tags)
-
-
-def test_use_after_close_is_an_error(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    sink = TensorBoardSink(SinkContext(tmp_path.parent, subject=subject, modalities=("text", "image")))
-    sink.close()
-    with refused(RuntimeError):
-        sink.step(make_record(1))

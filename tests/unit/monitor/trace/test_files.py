@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 from moe_dist.errors import DataError
 from moe_dist.monitor.trace.format import ENTRY, TOKEN, Manifest, entry_check
 from moe_dist.monitor.trace.reader import read_trace
-from moe_dist.monitor.trace.writer import WAITING, TraceWriter
+from moe_dist.monitor.trace.writer import TraceWriter
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
 from tests.support.messages import refused
@@ -79,14 +78,6 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
             dropped_LC[layer, -2 - column] += 1
     assert np.array_equal(step.choices(), choices_LC)
     assert np.array_equal(step.dropped(), dropped_LC)
-
-
-def test_a_token_costs_two_bytes_a_layer_and_choice_and_eighteen(tmp_path: Path) -> None:
-    place = write(tmp_path, replace(MANIFEST, weights=False), range(1, 2), "a")
-    assert (place / "rank_0.ids").stat().st_size == 5 * 2 * 3 * 2
-    assert (place / "rank_0.tokens").stat().st_size == 5 * 18
-    assert not (place / "rank_0.weights").exists()
-    assert read_trace(tmp_path).step(1).weights is None
 
 
 def test_a_resume_on_more_ranks_keeps_every_step_once(tmp_path: Path) -> None:
@@ -166,26 +157,17 @@ def test_damage_is_named(tmp_path: Path, file: str, damage: Callable[[bytes], by
 
 
 HOSTILE: dict[str, dict[str, Any]] = {
-    **{f"ranks {value!r:.9}": {"ranks": value} for value in (10**9, "x", 0, -1, None)},
-    **{f"layers {value!r:.9}": {"layers": value} for value in (5, ["\x1b[31m"], [], [-1], [10**9])},
-    **{f"choices {value!r:.9}": {"choices": value} for value in (10**12, "x", 0)},
-    **{f"experts' ranks {value!r:.9}": {"rank_of_expert": value} for value in ([10**9] * 6, ["a"] * 6, 5)},
-    **{f"modalities {value!r:.9}": {"modalities": value} for value in (["\x1b[31mM"], 5)},
-    **{f"replicas {value!r:.12}": {"replicas": [value, [], []]} for value in ([["a", "b"]], [[0, 10**9]], 5)},
-    "configuration": {"configuration": 5},
-    "split": {"split": "\x1b[31mS"},
-    "attempt": {"attempt": "x"},
-    "first step": {"from_step": "x"},
-    "tokenizer": {"tokenizer": 5},
+    **{f"ranks {value!r:.9}": {"ranks": value} for value in (10**9, "x", 0)},
+    **{f"layers {value!r:.9}": {"layers": value} for value in (5, ["\x1b[31m"], [10**9])},
+    "choices": {"choices": 10**12},
+    "experts' ranks": {"rank_of_expert": [10**9] * 6},
+    "replicas": {"replicas": [[[0, 10**9]], [], []]},
     "unknown field": {"more": 1},
     **{
-        f"group {key} {value!r:.9}": {"groups": [{**asdict(GROUPS[0]), key: value}, asdict(GROUPS[1])]}
-        for key, value in (
-            ("name", "\x1b]0;pwn\x07"), ("name", 5), ("num_experts", 10**9), ("num_experts", "a"), ("num_null", 10**10),
-            ("ffn_dim", "z"), ("ffn_dim", -5), ("top_k", 10**10), ("modalities", ["\x1b[2J"]),
-        )
+        f"group {key}": {"groups": [{**asdict(GROUPS[0]), key: value}, asdict(GROUPS[1])]}
+        for key, value in (("name", "\x1b]0;pwn\x07"), ("num_experts", 10**9), ("ffn_dim", -5))
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -214,18 +196,6 @@ def test_an_index_entry_outside_its_files_is_refused(tmp_path: Path, first: int,
         read_trace(tmp_path).step(1)
 
 
-def test_a_negative_modality_is_refused(tmp_path: Path) -> None:
-    place = tmp_path / "a"
-    place.mkdir()
-    (place / "manifest.json").write_text(replace(MANIFEST, ranks=1).to_json())
-    writer, wrong = TraceWriter(place, 0, weights=True), part(1, 0)
-    wrong.tokens["modality"] = -5
-    writer.add(1, *wrong[:3])
-    writer.close()
-    with refused(DataError, "rank_0.tokens", golden=False):
-        read_trace(tmp_path).step(1)
-
-
 def test_no_trace_and_a_step_without_trace(tmp_path: Path) -> None:
     with refused(DataError):
         read_trace(tmp_path)
@@ -249,25 +219,3 @@ def test_an_error_ends_the_trace_and_not_the_run(
     assert len([record for record in caplog.records if words in record.message and "rank_0" in record.message]) == 1
     assert all(file.closed for file in writer._files.values())
     assert not (tmp_path / "rank_0.index").stat().st_size
-
-
-def test_closing_does_not_wait_for_a_disk_that_hangs(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("moe_dist.monitor.trace.writer.CLOSE_SECONDS", 0.2)
-    writer, answers = TraceWriter(tmp_path, 0, weights=True), threading.Event()
-    monkeypatch.setattr(writer, "_write", lambda *_: answers.wait())
-    for step in range(1, WAITING + 2):  # one more step is being written
-        writer.add(step, *part(step, 0))
-    writer.close()
-    assert "not written within 0.2 s" in caplog.text
-    answers.set()
-    monkeypatch.setattr("moe_dist.monitor.trace.writer.CLOSE_SECONDS", 30.0)
-    writer.close()
-    assert all(file.closed for file in writer._files.values())
-
-
-def test_the_manifest_is_json_for_every_reader() -> None:
-    content = json.loads(MANIFEST.to_json())
-    assert (content["format"], content["version"]) == ("moe_dist trace", 1)
-    assert [group["name"] for group in content["groups"]] == ["text", "image"]

@@ -8,14 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
-import typer
 from pyarrow import parquet
-from typer.testing import CliRunner
 
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.monitor.trace.foreign import read_foreign
 from tests.support.messages import refused
-from tools.report import main, open_routing
 
 IDS = np.random.default_rng(0).random((12, 3, 8)).argsort(axis=2)[:, :, :2]  # tokens, layers, k different experts
 
@@ -122,35 +119,6 @@ def test_bad_files_of_flame_moe_are_named(tmp_path: Path, columns: Mapping[str, 
         path.write_bytes(path.read_bytes()[:-9])
     with refused(DataError, "restore the file", golden=False):
         read_foreign(tmp_path, 8)
-
-
-def test_a_damaged_page_of_flame_moe_is_named(tmp_path: Path) -> None:
-    path = flame(tmp_path, {"indices": [[1, 2]] * 5000})
-    content = path.read_bytes()
-    path.write_bytes(content[:60] + bytes(len(content) // 2 - 60) + content[len(content) // 2 :])  # the footer is undamaged
-    with pytest.raises(DataError, match=r"layer_02\.parquet: .+; restore the file") as caught:
-        read_foreign(tmp_path, 8)
-    assert "None" not in str(caught.value)
-
-
-def test_records_beside_another_systems_trace_are_not_its_counts(tmp_path: Path) -> None:
-    megatron(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text("not of this trace\n")
-    assert open_routing(tmp_path, experts=8).source == "counted in the trace"
-
-
-def test_the_report_of_another_system(tmp_path: Path) -> None:
-    one = open_routing(megatron(tmp_path / "trace"), experts=8)
-    assert [frame.label for frame in one.frames] == ["10", "11"]
-    assert one.tokens is not None
-    assert not one.tokens.named
-    app, out = typer.Typer(), tmp_path / "report.html"
-    app.command()(main)
-    collapsed = np.tile([3, 5], (400, 3, 1))
-    np.save(tmp_path / "sick.npy", collapsed)
-    done = CliRunner().invoke(app, [str(tmp_path / "sick.npy"), "--experts", "8"])
-    assert done.exit_code == 0, done.output
-    assert "Routed expert 3 takes 100% of its group&#x27;s tokens in layer 0" in out.read_text()
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

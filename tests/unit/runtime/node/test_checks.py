@@ -128,7 +128,3 @@ def test_more_ranks_than_cores_are_a_warning(cores: int | None, level: Level, te
     result = check_cores([replace(GOOD, node="n0", cores=16), replace(GOOD, node="n1", cores=cores)], NEEDS)
     assert result.level is level
     assert str(result).startswith(text)
-
-
-def test_unknown_cores_are_a_note() -> None:
-    assert check_cores([GOOD], NEEDS).level is Level.NOTE

@@ -4,22 +4,18 @@ Two layers of each preset, since all layers are alike; two micro-batches. Each c
 """
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from moe_dist.comm.collectives import CommStats
-from moe_dist.errors import ConfigError, ResourceError
-from moe_dist.plan.preflight import layout_without_data
+from moe_dist.errors import ResourceError
 from moe_dist.train.start.dry_run import estimate
 from tests.support.cover import exhaustive, full
 from tools.fake_gpu.count import count
 from tools.fake_gpu.fake_cuda import child
-from tools.fake_gpu.fake_step import MICRO_BATCHES, Counted, Uniform, scaled
+from tools.fake_gpu.fake_step import MICRO_BATCHES, Counted, scaled
 
 READS_OF_A_STEP = 2  # at its end: the counts of this rank, and all sums over the ranks
 SPLIT_SIZES = {"forward split sizes": 4}  # of two layers in two micro-batches
@@ -105,32 +101,6 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.M
         count("configs/olmoe_1b7b_8gpu.yaml", 8)
 
 
-@pytest.mark.slow
-def test_a_wrong_number_of_ranks_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"yaml: --ranks 12: must be a multiple of parallel\.ep=8; .*take 16"):
-        count("configs/olmoe_1b7b_8gpu.yaml", 12)
-
-
-def test_each_group_and_expert_gets_its_share_of_the_tokens() -> None:
-    config = scaled([], "configs/moma_1b4_4t4i_32gpu.yaml", 32)
-    uniform, tokens = Uniform(config, layout_without_data(config), rank=0), 4 * 4096
-    reads = torch.empty(32 * MICRO_BATCHES * 2)  # by rank, micro-batch and group
-    assert uniform(CommStats(), "tokens of each rank and group", reads) == [tokens // 2] * len(reads)
-    assert uniform.entry(0) == [tokens // 8] * 2  # one expert on each rank takes a quarter of its group's tokens
-
-    config = scaled([], "configs/olmoe_1b7b_8gpu.yaml", 8)
-    for whole, sequences in ((False, 2), (True, 4)):  # of a half, and of a micro-batch
-        rows, *pairs = Uniform(config, layout_without_data(config), rank=0, whole=whole).entry(7)
-        assert pairs == [sequences * 4096 * 8 // 64] * 8
-        assert rows == int(sequences * 4096 * (1 - math.comb(56, 8) / math.comb(64, 8)))
-
-    config = scaled([], "configs/mole_llama3_8b_8gpu.yaml", 8)
-    layout = layout_without_data(config)
-    (group,) = layout.groups
-    pairs = Uniform(config, layout, rank=0)(CommStats(), "LoRA pairs of each expert", torch.empty(group.num_experts))
-    assert pairs == [4096 // 3] * 3
-
-
 @pytest.mark.full
 def test_exchanges_of_fixed_sizes_need_no_read() -> None:
     """Forward and backward of all micro-batches read nothing, so that no shape depends on the routing."""
@@ -150,16 +120,6 @@ def test_both_hops_of_a_layer_need_one_read() -> None:
     counted = count("configs/olmoe_1b7b_8gpu.yaml", 8, options)
     assert counted.syncs["forward split sizes of both hops"] == 4
     assert mixes_and_copies_nothing(counted)
-
-
-@pytest.mark.full
-def test_auxiliary_routers_copy_nothing_to_the_device() -> None:
-    """They are trained alone, in a second stage, which no preset has. An index by a list is such a copy."""
-    options = ["model.num_layers=2", "train.only=auxiliary_routers", "run.init_from=runs/first"]
-    options.append("model.moe.router={kind: expert_choice, causal: auxiliary}")
-    counted = count("configs/moma_1b4_4t4i_32gpu.yaml", 8, options)
-    assert mixes_and_copies_nothing(counted)
-    assert sum(counted.syncs.values()) == READS_OF_A_STEP + 1, counted.syncs  # one for the tokens of each rank and group
 
 
 IN_SAVE = {"storage": 1, "optimizer": 1, "state of the device's generator": 1}  # end of copies, step count, generator
@@ -198,38 +158,6 @@ def test_evaluation_and_save_on_the_device(preset: str) -> None:
     assert kept["on host"]
     assert kept["same memory"]
     assert 0 <= kept["copies"] - kept["tensors"] <= 2
-
-
-WHOLE = "parallel.two_batch_overlap=false"
-OPTIONS = {  # those that test_fake_matrix.py does not combine
-    "pair budget and loop": ("olmoe_1b7b_8gpu", [WHOLE, "parallel.expert_pair_budget=8192", "parallel.expert_gemm=loop",
-                             "parallel.fsdp_gather=micro_batch"]),
-    "depths and bf16 moments": ("moma_1b4_4t4i_32gpu", ["model.mixture_of_depths={every: 2}", "optimizer.moments=bf16"]),
-}  # fmt: skip
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", [exhaustive("pair budget and loop"), "depths and bf16 moments"])
-def test_options_mix_no_devices_and_copy_nothing(name: str) -> None:
-    preset, options = OPTIONS[name]
-    counted = count(f"configs/{preset}.yaml", 8, ["model.num_layers=2", *options])
-    assert not counted.mixed
-    assert not counted.copies
-    reads = [*SPLIT_SIZES, *TOKENS, "step training_step.py:"]
-    assert all(name.startswith(tuple(reads)) for name in counted.syncs), counted.syncs
-
-
-@pytest.mark.full
-def test_triton_kernels_move_fewer_bytes() -> None:
-    options = ["model.num_layers=2", "parallel.kernels.kind="]
-    torchs, tritons = (
-        count("configs/olmoe_1b7b_8gpu.yaml", 8, [options[0], options[1] + kind]) for kind in ("torch", "triton")
-    )
-    for phase in ("moe forward", "moe backward"):
-        assert tritons.num_bytes[phase] < torchs.num_bytes[phase] / 2
-        assert tritons.kernels[phase] < torchs.kernels[phase]
-    kernels = torchs.kernels["moe forward"] + torchs.kernels["moe backward"]
-    assert kernels < 1500, "1,342; rows that are widened in slices of 16 MiB, as on the host, make them 2,462"
 
 
 @pytest.mark.full
@@ -272,18 +200,6 @@ def test_the_dry_run_knows_the_memory_within_a_tenth(preset: str, ranks: int, mo
         found.append((int(done.stdout.split()[-1]), estimate(scaled(overrides, path, ranks)).rank_memory.total))
     measured, estimated = (large - small for small, large in zip(*found, strict=True))
     assert 0.9 * measured <= estimated <= 1.1 * measured, (measured / 2**30, estimated / 2**30)
-
-
-@pytest.mark.full
-def test_the_memory_of_a_count_is_that_of_torchs_tracker() -> None:
-    options = ["model.num_layers=2", "train.micro_batch=1", "parallel.two_batch_overlap=false"]
-    options.append("parallel.fsdp_gather=micro_batch")  # frees gathered parameters after each layer
-    done = child("tests.support.fake_memory", ["configs/olmoe_1b7b_8gpu.yaml", "0", "8", *options])
-    assert done.returncode == 0, done.stderr[-2000:]
-    memory = count("configs/olmoe_1b7b_8gpu.yaml", 8, options).memory
-    assert max(live for _, live, _ in memory.values()) == pytest.approx(int(done.stdout.split()[-1]), rel=3e-3)
-    pairs = 2 * MICRO_BATCHES * 4096 * 8  # each keeps its input, gate, up and hidden values
-    assert 1.0 <= memory["moe forward"][0] / (pairs * (2048 + 3 * 1024) * 2) <= 1.5
 
 
 @pytest.mark.full
