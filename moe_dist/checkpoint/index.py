@@ -70,35 +70,16 @@ class Entry(StoredModel):
 
 @dataclass(frozen=True)
 class Cut:
-    """The part of the tensor `name` with `length` indices from `start` on in the dim `dim`."""
+    """The part of the tensor `name` from the index `start` on in the dim `dim`, as long as the tensor that is loaded."""
 
     name: str
     dim: int
     start: int
-    length: int
 
     def offsets(self, num_dims: int) -> tuple[int, ...]:
         """Returns the index at which the part begins in each dim of the whole tensor: `start` in `dim`, 0 in the other
         dims."""
         return tuple(self.start if dim == self.dim else 0 for dim in range(num_dims))
-
-    def of(self, entry: Entry) -> Entry:
-        """Returns the part as a tensor of its own: one chunk for each chunk of `entry`, in the same order; some of these
-        chunks may be empty. Keeps the fingerprint of the whole tensor."""
-        dim, chunks = self.dim, []
-        for chunk in entry.chunks:
-            first = max(0, chunk.offsets[dim] - self.start)
-            end = min(self.length, chunk.offsets[dim] + chunk.shape[dim] - self.start)
-            length = max(0, end - first)
-            chunks.append(
-                Chunk(
-                    shard=chunk.shard,
-                    offsets=(*chunk.offsets[:dim], first, *chunk.offsets[dim + 1 :]),
-                    shape=(*chunk.shape[:dim], length, *chunk.shape[dim + 1 :]),
-                )
-            )
-        shape = (*entry.shape[:dim], self.length, *entry.shape[dim + 1 :])
-        return Entry(dtype=entry.dtype, shape=shape, fingerprint=entry.fingerprint, chunks=tuple(chunks))
 
 
 Source = str | Cut  # the stored tensor (by name), or the part of a stored tensor, that is loaded into a tensor

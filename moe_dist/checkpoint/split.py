@@ -41,7 +41,7 @@ def fitting_or_split(contents: Contents, specs: Mapping[str, TensorSpec]) -> dic
         stored = index.tensors[source].shape
         if num_experts * width != stored[dim] or spec.shape[1 - dim] != stored[1 - dim]:
             problems[_unfit(group, num_experts, width, stored[dim], source)] = None
-        sources[name] = Cut(source, dim, int(expert["expert"]) * width, width)
+        sources[name] = Cut(source, dim, int(expert["expert"]) * width)
     if problems:
         raise ConfigError(listed(f"run.init_rules: split cannot split the FFNs of {contents.folder}", list(problems)))
     return sources

@@ -47,7 +47,7 @@ def fitting_or_split_experts(contents: Contents, specs: Mapping[str, TensorSpec]
                 f"model.moe.groups.{group}: {parts} parts x ffn_dim={width} must be the width {stored[dim]} of {source}, "
                 "with the same hidden_dim; change num_experts or ffn_dim"
             ] = None
-        sources[name] = Cut(source, dim, part * width, width)
+        sources[name] = Cut(source, dim, part * width)
     if problems:
         raise ConfigError(
             listed(f"run.init_rules: split_experts cannot split the experts of {contents.folder}", list(problems))
