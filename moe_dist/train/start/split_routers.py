@@ -6,7 +6,7 @@ import torch
 
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
-from moe_dist.checkpoint.split_experts import stored_tensors
+from moe_dist.checkpoint.split import stored_tensors
 from moe_dist.model.transformer import Transformer
 from moe_dist.placement.parameter_names import Role, logical_name, role_of_name
 

@@ -3,7 +3,7 @@ are loaded, all other tensors stay as initialised. The rules in `run.init_rules`
 
 upcycle       all experts of a group become copies of a dense FFN or of one expert (checkpoint/upcycle.py)
 split         a dense FFN is cut into the experts of a group, whose outputs sum to the FFN's (checkpoint/split.py)
-split_experts each expert of an MoE model is cut into finer experts, chosen together (checkpoint/split_experts.py)
+split_experts each expert of an MoE model is cut into finer experts, chosen together (checkpoint/split.py)
 copy_nulls    router rows of null experts become copies of true experts' rows; the function stays the same (AdaMoE)
 
 All checks run before the first step. The report lists the loaded tensors, and any reason why the model's function differs
@@ -22,8 +22,7 @@ from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.fits import ABSENT, Taken, fitting
 from moe_dist.checkpoint.index import Source
 from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.split import fitting_or_split
-from moe_dist.checkpoint.split_experts import fitting_or_split_experts
+from moe_dist.checkpoint.split import fitting_or_split, fitting_or_split_experts
 from moe_dist.checkpoint.state import CheckpointState, TensorSpec
 from moe_dist.checkpoint.upcycle import fitting_or_upcycled
 from moe_dist.config.attention.grouped_query import GroupedQuerySection
