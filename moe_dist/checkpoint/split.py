@@ -92,8 +92,8 @@ def _parts(
 
 
 def stored_tensors(contents: Contents, names: list[str]) -> dict[str, Tensor]:
-    """Returns whole tensors of a checkpoint, by name. Omits names that the checkpoint lacks. Raises DataError if a file or a
-    tensor is damaged."""
+    """Returns whole tensors of a checkpoint, by name. Omits names that the checkpoint lacks. Raises DataError if a file or
+    a tensor is damaged."""
     entries = {name: entry for name in names if (entry := contents.index.tensors.get(name)) is not None}
     found = {name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for name, entry in entries.items()}
     read_tensors(contents, found)
