@@ -25,7 +25,7 @@ COMMANDS = (
     ("plan", "tools.plan:main", "Rank layouts by simulated step time."),
     ("calibrate", "tools.calibrate:main", "Measure the rates of this machine for plan."),
     ("explain", "launchers.explain:main", "Print type, default and meaning of a key."),
-    ("show", "moe_dist.config.__main__:show", "Print a whole configuration, defaults included."),
+    ("show", "launchers.explain:show", "Print a whole configuration, defaults included."),
     ("prepare-data", "tools.prepare_data:main", "Prepare the default data or your own data."),
     ("prepare-router-tuning", "tools.prepare_router_tuning:main", "Make the samples for router tuning."),
     ("teach", "tools.teach:main", "Write a teacher's most likely words for distillation."),

@@ -2,13 +2,13 @@
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
-from moe_dist.config.__main__ import app
+from launchers.explain import main, show
 from moe_dist.config.explain import default_text, explain
 from moe_dist.config.keys import find, nearest, type_text, walk
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
+from tests.support.invoked import invoke
 from tests.support.messages import refused
 
 
@@ -83,15 +83,14 @@ def test_nearest(wrong: str, right: str | None) -> None:
 
 
 def test_command_line(path) -> None:
-    run = CliRunner().invoke
-    result = run(app, ["explain", "optimizer.lr"])
+    result = invoke(main, "optimizer.lr")
     assert result.exit_code == 0
     assert "Peak learning rate." in result.stdout
-    result = run(app, ["explain", "optimizer.lrr"])
+    result = invoke(main, "optimizer.lrr")
     assert result.exit_code == 78
     assert "did you mean optimizer.lr?" in result.stderr
-    result = run(app, ["show", str(path), "train.steps=7"])
+    result = invoke(show, path, "train.steps=7")
     assert result.exit_code == 0
     assert "steps: 7" in result.stdout
     assert "weight_decay: 0.1" in result.stdout
-    assert run(app, ["show", str(path), "train.stepz=7"]).exit_code == 78
+    assert invoke(show, path, "train.stepz=7").exit_code == 78
