@@ -121,7 +121,7 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
         ConfigError: an option does not fit the model; gives the reason and valid values.
     """
     if family.layout != "plain":
-        return _unchanged_section(section, family, options)
+        return _parsed({**section["moe"], "groups": _unchanged_groups(section, family, options)}, section)
     group = dict(section["moe"]["groups"][GROUP])
     router = dict(section["moe"]["router"])
     if options.experts != 1 or options.experts_top_k != 1:
@@ -142,29 +142,28 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
     elif options.top_k is not None:
         raise ConfigError(f"--top-k={options.top_k} says how many choices there are with --null-experts; set that as well")
     group["modalities"] = options.modalities
-    moe = {**section["moe"], "groups": {GROUP: group}, "router": router}
+    return _parsed({**section["moe"], "groups": {GROUP: group}, "router": router}, section)
+
+
+def _parsed(moe: Mapping[str, Any], section: Mapping[str, Any]) -> ModelSection:
     try:
         return parsed_section({**section, "moe": moe})
     except ValidationError as error:
         raise refused("config.json and the options describe an invalid model", error) from error
 
 
-def _unchanged_section(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> ModelSection:
-    """Returns the section of a model that is imported without changes, such as a model with zero-computation experts.
+def _unchanged_groups(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> dict[str, Any]:
+    """Returns the groups of a model that is imported without changes, such as a model with zero-computation experts.
     Refuses options that add experts."""
     if replace(options, seed=0, modalities=()) != ImportOptions(modalities=()):
         raise ConfigError(
             f"--null-experts={options.null_experts}, --top-k={options.top_k}, --experts={options.experts}: a {family.name} "
             "model takes no further experts and is imported as it is; leave these options out"
         )
-    groups = {
+    return {
         name: {**group, "modalities": group.get("modalities", options.modalities)}
         for name, group in section["moe"]["groups"].items()
     }
-    try:
-        return parsed_section({**section, "moe": {**section["moe"], "groups": groups}})
-    except ValidationError as error:
-        raise refused("config.json describes an invalid model", error) from error
 
 
 def refused(what: str, error: ValidationError) -> ConfigError:
