@@ -54,11 +54,8 @@ class Examined:
 
 def open_checkpoint(folder: Path) -> Contents:
     """Reads index.json and state.json of a checkpoint; checks their digests, and that both files have the same save and
-    step.
-
-    Raises:
-        DamagedError: files are missing or damaged, or belong to different saves. The error names each faulty file.
-    """
+    step. Raises DamagedError if files are missing or damaged, or belong to different saves. The error names each faulty
+    file."""
     examined = examine_files(folder)
     if examined.file_problems or examined.index is None or examined.state is None:
         raise DamagedError(f"checkpoint {folder} differs from what was saved", examined.file_problems)
@@ -66,11 +63,8 @@ def open_checkpoint(folder: Path) -> Contents:
 
 
 def open_shard(contents: Contents, number: int) -> ShardHeader:
-    """Reads the header of a shard, and checks it against the index.
-
-    Raises:
-        DamagedError: the shard is missing or damaged, belongs to another save, or its header differs from the index.
-    """
+    """Reads the header of a shard, and checks it against the index. Raises DamagedError if the shard is missing or damaged,
+    belongs to another save, or its header differs from the index."""
     header = read_shard_header(contents.folder, number)
     if problem := shard_problem(contents.index, number, header):
         raise DamagedError(f"checkpoint {contents.folder} differs from what was saved", [problem])

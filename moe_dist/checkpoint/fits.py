@@ -62,11 +62,8 @@ def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix:
 
 
 def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> None:
-    """Checks that a checkpoint has exactly the tensors of this model, in names, shapes and dtypes.
-
-    Raises:
-        ConfigError: a tensor differs. The error lists all differences.
-    """
+    """Checks that a checkpoint has exactly the tensors of this model, in names, shapes and dtypes. Raises ConfigError if a
+    tensor differs. The error lists all differences."""
     problems = differences(index, specs, ignore_prefix=ignore_prefix)
     if problems:
         here = sizes({name: spec.shape for name, spec in specs.items()})

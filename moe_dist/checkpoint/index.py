@@ -163,11 +163,8 @@ def shard_file(number: int) -> str:
 
 
 def read_stored(path: Path, model: type[M]) -> M:
-    """Reads the JSON file `path` of a checkpoint and validates it as `model`.
-
-    Raises:
-        DataError: the file is missing, too large, of another format version or damaged.
-    """
+    """Reads the JSON file `path` of a checkpoint and validates it as `model`. Raises DataError if the file is missing, too
+    large, of another format version or damaged."""
     try:
         return model.model_validate_json(bounded(read_regular(path, most_bytes=MAX_JSON_BYTES), model.most_lists))
     except OSError as error:
@@ -185,11 +182,8 @@ def read_stored(path: Path, model: type[M]) -> M:
 
 
 def read_index(folder: Path) -> Index:
-    """Reads and checks the index of a checkpoint.
-
-    Raises:
-        DataError: the index is missing or damaged, or has one of the problems of `index_problems`.
-    """
+    """Reads and checks the index of a checkpoint. Raises DataError if the index is missing or damaged, or has one of the
+    problems of `index_problems`."""
     index = read_stored(folder / INDEX_FILE, Index)
     if problems := index_problems(index):
         raise DataError(listed(f"checkpoint {folder}: {INDEX_FILE} is damaged", problems))

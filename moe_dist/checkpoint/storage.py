@@ -129,11 +129,8 @@ class HostBuffers:
 
 
 def check_finite(pieces: Mapping[str, Piece]) -> None:
-    """Costs one pass over the pieces, as fast as a copy of them, and a device-to-host sync for each device.
-
-    Raises:
-        DivergedError: a piece contains nan or inf.
-    """
+    """Costs one pass over the pieces, as fast as a copy of them, and a device-to-host sync for each device. Raises
+    DivergedError if a piece contains nan or inf."""
     flags: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, piece in pieces.items():
         if piece.tensor.is_floating_point():
@@ -215,11 +212,8 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, save_id: str, num_shards: int) -> Index:
-    """Makes the index of the shard files 0 to `num_shards` - 1 in `folder` from their headers. Reads no tensor.
-
-    Raises:
-        DataError: a file is damaged, or is not of the save `save_id`.
-    """
+    """Makes the index of the shard files 0 to `num_shards` - 1 in `folder` from their headers. Reads no tensor. Raises
+    DataError if a file is damaged, or is not of the save `save_id`."""
     chunks: dict[str, list[Chunk]] = {name: [] for name, spec in specs.items() if 0 not in spec.shape}
     sums = dict.fromkeys(chunks, 0)
     dtypes: dict[str, str] = {}
@@ -292,11 +286,8 @@ def _box(indices: Sequence[range], offsets: Sequence[int]) -> tuple[slice, ...]:
 
 @contextmanager
 def open_tensors(folder: Path, number: int) -> Iterator[Any]:
-    """Opens the shard file `number` for reading; the caller must have checked its header (`open_shard`).
-
-    Raises:
-        DataError: the file cannot be opened, or a read in the `with` block fails.
-    """
+    """Opens the shard file `number` for reading; the caller must have checked its header (`open_shard`). Raises DataError
+    if the file cannot be opened, or a read in the `with` block fails."""
     path = folder / shard_file(number)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -137,10 +137,7 @@ def _syntax_error(error: yaml.YAMLError, text: str) -> str:
 
 def read_yaml(path: Path, *, links: bool = True) -> tuple[Any, list[str]]:
     """Reads a YAML file and returns what `load_yaml` returns for its text. Follows a symbolic link only if `links` is True.
-
-    Raises:
-        OSError, ValueError: the file cannot be read, is larger than MAX_YAML_BYTES, or is no UTF-8.
-    """
+    Raises OSError or ValueError if the file cannot be read, is larger than MAX_YAML_BYTES, or is no UTF-8."""
     return load_yaml(read_regular(path, most_bytes=MAX_YAML_BYTES, links=links).decode())
 
 

@@ -78,11 +78,8 @@ def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> n
 
 
 def load_codebook(path: str | Path) -> np.ndarray:
-    """Reads a codebook, uint8 [K, PATCH, PATCH, 3].
-
-    Raises:
-        DataError: the file is missing, is no .npy file, or has another shape.
-    """
+    """Reads a codebook, uint8 [K, PATCH, PATCH, 3]. Raises DataError if the file is missing, is no .npy file, or has
+    another shape."""
     try:
         codebook = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:

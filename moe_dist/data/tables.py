@@ -17,20 +17,13 @@ JSON_SUFFIXES, DATASET_SUFFIXES = (".jsonl", ".json"), (".parquet", ".arrow")
 
 def objects(path: Path, like: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields the line number and the object of each line of a JSONL file. `like` is an example of a line, for error texts.
-
-    Raises:
-        DataError: a line is not a JSON object in UTF-8.
-    """
+    Raises DataError if a line is not a JSON object in UTF-8."""
     for number, where, text in _lines(path):
         yield number, parsed_row(text, where, like)
 
 
 def parsed_row(row: bytes | dict[str, Any], where: str, like: str) -> dict[str, Any]:
-    """Returns a row of `raw_rows` as an object.
-
-    Raises:
-        DataError: the row is not a JSON object in UTF-8.
-    """
+    """Returns a row of `raw_rows` as an object. Raises DataError if the row is not a JSON object in UTF-8."""
     if isinstance(row, dict):
         return row
     try:

@@ -140,11 +140,8 @@ def file_problems(folder: str | Path, manifest: TuningManifest) -> list[str]:
 
 
 def open_array(folder: Path, name: str, manifest: TuningManifest) -> np.ndarray:
-    """Memory-maps the array file `name`, one of ARRAYS.
-
-    Raises:
-        DataError: the array is missing, not a plain array, or of another shape or type than in the manifest.
-    """
+    """Memory-maps the array file `name`, one of ARRAYS. Raises DataError if the array is missing, not a plain array, or of
+    another shape or type than in the manifest."""
     path, shape = folder / name, manifest.shapes()[name]
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -68,11 +68,8 @@ class TensorPart:
         return math.prod(self.box) * ITEMSIZE
 
     def make(self, source: Source, *, seed: int) -> Piece:
-        """Reads or draws the values of the part, in fp32, which represents each supported dtype exactly.
-
-        Raises:
-            DataError: a value is NaN or infinite.
-        """
+        """Reads or draws the values of the part, in fp32, which represents each supported dtype exactly. Raises DataError
+        if a value is NaN or infinite."""
         offsets = (self.row, *([0] * (len(self.shape) - 1)))
         values = self._tensor(source, seed).to(torch.float32)
         if not values.isfinite().all():
@@ -115,11 +112,8 @@ class ImportPlan:
 
 
 def changed_section(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> ModelSection:
-    """Returns the section `model` of the imported model: the section of config.json, with the changes of `options`.
-
-    Raises:
-        ConfigError: an option does not fit the model; gives the reason and valid values.
-    """
+    """Returns the section `model` of the imported model: the section of config.json, with the changes of `options`. Raises
+    ConfigError if an option does not fit the model; gives the reason and valid values."""
     if family.layout != "plain":
         return _parsed({**section["moe"], "groups": _unchanged_groups(section, family, options)}, section)
     group = dict(section["moe"]["groups"][GROUP])
@@ -241,11 +235,8 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
 
 
 def check_copies(source: Source, plan: ImportPlan, *, shard_bytes: int) -> None:
-    """Compares the two copies of tensors that the folder stores twice, in parts of at most `shard_bytes`.
-
-    Raises:
-        DataError: the copies differ, although the model has only one tensor according to config.json.
-    """
+    """Compares the two copies of tensors that the folder stores twice, in parts of at most `shard_bytes`. Raises DataError
+    if the copies differ, although the model has only one tensor according to config.json."""
     for copy, original in plan.copies.items():
         shape, expected = source.tensors[copy].shape, source.tensors[original].shape
         rows = max(1, shard_bytes // (2 * ITEMSIZE * math.prod(expected[1:])))

@@ -19,11 +19,8 @@ GROUP = "all"  # name of the only expert group of an imported model
 
 
 def family_of(config: Mapping[str, Any]) -> ModelFamily:
-    """Returns the family that config.json names.
-
-    Raises:
-        ConfigError: the family is not supported, or the model is quantised.
-    """
+    """Returns the family that config.json names. Raises ConfigError if the family is not supported, or the model is
+    quantised."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in KNOWN:
         reason = _what_is_missing(config) if isinstance(name, str) else "it must name a family"
@@ -44,11 +41,8 @@ def _what_is_missing(config: Mapping[str, Any]) -> str:
 
 
 def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any], Sequence[str]]:
-    """Returns the family, the values of the `model` section, and the fields of config.json that were not read.
-
-    Raises:
-        ConfigError: moe_dist does not support the family, or the value of a field.
-    """
+    """Returns the family, the values of the `model` section, and the fields of config.json that were not read. Raises
+    ConfigError if moe_dist does not support the family, or the value of a field."""
     family = family_of(config)
     read = Fields(config, family.name)
     layers, heads = read.whole(family.num_layers, most=MAX_LAYERS) * family.layers_each, read.whole("num_attention_heads")

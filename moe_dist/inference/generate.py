@@ -29,11 +29,8 @@ class Request:
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> None:
-    """Checks that each prompt and its new tokens fit into the model's longest sequence.
-
-    Raises:
-        ConfigError: a prompt does not fit or is empty, or `max_new_tokens` is below 1.
-    """
+    """Checks that each prompt and its new tokens fit into the model's longest sequence. Raises ConfigError if a prompt does
+    not fit or is empty, or `max_new_tokens` is below 1."""
     if not all(prompts) or max_new_tokens < 1:
         raise ConfigError("a prompt must have at least one token, and max_new_tokens must be at least 1")
     longest = max(map(len, prompts), default=0)

@@ -53,11 +53,8 @@ class HarnessModel(LM):
         return sums
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Returns for each (context, options) the generated text, up to the first stop string of the option `until`.
-
-        Raises:
-            ConfigError: an option is not supported.
-        """
+        """Returns for each (context, options) the generated text, up to the first stop string of the option `until`. Raises
+        ConfigError if an option is not supported."""
         texts = []
         for request in tqdm(requests, desc="generate", disable=len(requests) < 2):
             context, options = cast("tuple[str, dict[str, Any]]", request.args)

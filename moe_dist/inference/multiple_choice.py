@@ -92,11 +92,8 @@ Written = list[list[list[Continuation]]]  # indices: question, rotation, choice
 
 
 def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, max_seq_len: int) -> Written:
-    """Returns the questions as token ids; with `rotations`, each question in every rotation.
-
-    Raises:
-        ConfigError: a question is longer than the model supports.
-    """
+    """Returns the questions as token ids; with `rotations`, each question in every rotation. Raises ConfigError if a
+    question is longer than the model supports."""
     written = [
         [prompts(question.rotated(by)) for by in range(len(question.choices) if rotations else 1)] for question in questions
     ]
@@ -133,11 +130,8 @@ def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure:
 
 
 def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:
-    """Checks that each token id of the tokenizer is a text token of the data set and is below `vocab_size`.
-
-    Raises:
-        DataError: the tokenizer belongs to another data set.
-    """
+    """Checks that each token id of the tokenizer is a text token of the data set and is below `vocab_size`. Raises
+    DataError if the tokenizer belongs to another data set."""
     grammar = vocabulary.grammar
     image = grammar.modalities.index(IMAGE) if IMAGE in grammar.modalities else None
     numbers = vocabulary.tokenizer.get_vocab(with_added_tokens=True)

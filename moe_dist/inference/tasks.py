@@ -32,11 +32,8 @@ class GeneratedSample:
 
 
 def continue_text(vocabulary: Vocabulary, text: str, *, samples: int, tokens: int, sampling: Sampling, seed: int) -> Task:
-    """Makes the task of writing `samples` continuations of a text. They may contain pictures.
-
-    Raises:
-        ConfigError, DataError: the data set's tokenizer is missing or damaged.
-    """
+    """Makes the task of writing `samples` continuations of a text. They may contain pictures. Raises ConfigError or
+    DataError if the data set's tokenizer is missing or damaged."""
     request = Request(tokens, sampling, seed, text_only=not vocabulary.has_codebook)
     return Task([vocabulary.text_prompt(text)] * samples, request)
 
@@ -44,11 +41,8 @@ def continue_text(vocabulary: Vocabulary, text: str, *, samples: int, tokens: in
 def draw_captions(
     vocabulary: Vocabulary, captions: Sequence[str], *, samples: int, sampling: Sampling, seed: int, guidance: float
 ) -> Task:
-    """Makes the task of drawing `samples` pictures of each caption, one caption after the other.
-
-    Raises:
-        ConfigError, DataError: the data set's tokenizer or codebook is missing or damaged, or `guidance` is below 0.
-    """
+    """Makes the task of drawing `samples` pictures of each caption, one caption after the other. Raises ConfigError or
+    DataError if the data set's tokenizer or codebook is missing or damaged, or `guidance` is below 0."""
     if not 0.0 <= guidance < float("inf"):
         raise ConfigError(f"guidance={guidance}: must be 0 (no caption) or more; 1 is the model's own")
     cells = len(vocabulary.codebook) and vocabulary.grammar.cells
@@ -87,11 +81,8 @@ def run_task(task: Task, generator: Generator, vocabulary: Vocabulary) -> list[G
 
 
 def choose_captions(heldout: Sequence[HeldoutPicture], count: int, *, starting: str, seed: int) -> list[str]:
-    """Returns `count` distinct random captions of `heldout`, or all if there are fewer, in the order of the data.
-
-    Raises:
-        ConfigError: no caption begins with `starting`.
-    """
+    """Returns `count` distinct random captions of `heldout`, or all if there are fewer, in the order of the data. Raises
+    ConfigError if no caption begins with `starting`."""
     known = [each for each in dict.fromkeys(each.caption for each in heldout) if each.startswith(starting)]
     if not known:
         raise ConfigError(

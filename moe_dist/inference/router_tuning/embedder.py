@@ -118,10 +118,7 @@ _FILES = ("config.json", "sentence_bert_config.json", "tokenizer.json", "model.s
 
 def _modules(folder: Path) -> tuple[Path, Path, bool]:
     """Reads modules.json. Returns the transformer's folder, the pooling's config.json, and whether embeddings get length 1.
-
-    Raises:
-        DataError: the modules are not Transformer, Pooling and perhaps Normalize, in this order.
-    """
+    Raises DataError if the modules are not Transformer, Pooling and perhaps Normalize, in this order."""
     found = _read(folder / "modules.json")
     entries = [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
     types = [str(each.get("type")) for each in entries]
