@@ -84,7 +84,6 @@ def main(options: GenerateOptions) -> None:
 
 
 def _task(options: GenerateOptions, vocabulary: Vocabulary) -> tuple[Task, list[str]]:
-    """Returns the generation task, and a label for each sample."""
     sampling = Sampling(options.temperature, options.top_p)
     many = {"samples": options.samples, "sampling": sampling, "seed": options.seed}
     if options.sheet is not None or options.draw:
@@ -112,7 +111,6 @@ def _codes(picture: str, vocabulary: Vocabulary) -> np.ndarray:
 
 
 def _show(options: GenerateOptions, label: str, sample: GeneratedSample, number: int) -> None:
-    """Prints a sample, and writes its pictures."""
     files = [options.out / f"sample_{number}_{index}.png" for index in range(len(sample.pictures))]
     for file, picture in zip(files, sample.pictures, strict=True):
         _write(file, png(picture))

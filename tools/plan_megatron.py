@@ -44,7 +44,6 @@ class PipelineLayout:
 
     @property
     def gpus(self) -> int:
-        """Returns the number of ranks."""
         return self.config.parallel.ep * self.config.parallel.edp
 
     @property
@@ -96,7 +95,6 @@ def plan_layouts(
 
 
 def _layouts(config: Config, gpus: int, token_mix: Mapping[str, int], *, node: int) -> Iterator[PipelineLayout]:
-    """Yields the layouts on `gpus` GPUs that keep the rules of the configuration."""
     groups = expert_groups(config.model.moe)
     placements = Placements(config, token_mix)
     layers = config.model.num_layers

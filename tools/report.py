@@ -133,7 +133,6 @@ def _read_placement(path: Path, groups: tuple[ExpertGroup, ...]) -> ExpertPlacem
 
 
 def _sizes(option: str, text: str) -> tuple[int, ...]:
-    """Returns the distinct whole numbers in an option."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     if wrong := [word for word in words if not word.isdecimal() or not 0 < int(word) <= MOST_RANKS]:
         raise ConfigError(f"{option} {text}: {wrong[0]!r} is no whole number from 1 to {MOST_RANKS}; write them as 2,4,8")
@@ -263,7 +262,6 @@ def _placement(path: Path, manifest: Manifest) -> ExpertPlacement:
 
 
 def _placement_of_run(path: Path, groups: tuple[ExpertGroup, ...], ep: int) -> ExpertPlacement:
-    """Returns the placement of a run without trace, from the run's last checkpoint."""
     directory = CheckpointDirectory(RunFolder(path).checkpoints)
     steps = directory.steps()
     if not steps:

@@ -325,7 +325,6 @@ def _stored_tensors(found: Sequence[Slot], dtypes: Mapping[str, str]) -> list[St
 
 
 def _write(folder: Path, read: Read, stored: Sequence[StoredTensor], shard_bytes: int, report: Report) -> int:
-    """Writes the safetensors files, and an index if there are several files; returns the number of files."""
     parts = list(shards(((each, each.nbytes) for each in stored), shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
     names = [WEIGHTS_FILE] if len(parts) == 1 else names

@@ -109,5 +109,4 @@ class HarnessModel(LM):
 
     @staticmethod
     def _cut(prompt: Sequence[int], length: int) -> list[int]:
-        """Shortens a prompt to `length` tokens: the begin mark and the last `length` - 1 tokens."""
         return list(prompt) if len(prompt) <= length else [*prompt[:1], *prompt[len(prompt) - length + 1 :]]
