@@ -11,7 +11,7 @@ import numpy as np
 import typer
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.generate import Generator, check_lengths
+from moe_dist.inference.generate import Generator, Request, check_lengths
 from moe_dist.inference.loaded_run import RunOptions, causal_problems, choose_device
 from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.sheet import make_sheet
@@ -19,8 +19,6 @@ from moe_dist.inference.tasks import (
     GeneratedSample,
     Task,
     choose_captions,
-    continue_text,
-    describe_picture,
     draw_captions,
     run_task,
 )
@@ -84,19 +82,20 @@ def main(options: GenerateOptions) -> None:
 
 
 def _task(options: GenerateOptions, vocabulary: Vocabulary) -> tuple[Task, list[str]]:
-    sampling = Sampling(options.temperature, options.top_p)
-    many = {"samples": options.samples, "sampling": sampling, "seed": options.seed}
+    """Returns the task, and the text or caption of each of its prompts."""
+    sampling, text = Sampling(options.temperature, options.top_p), options.prompt or ""
     if options.sheet is not None or options.draw:
-        captions = [options.prompt or ""]
+        captions = [text]
         if options.sheet is not None:
             captions = choose_captions(vocabulary.heldout(), options.captions, starting=options.starting, seed=options.seed)
         labels = [caption for caption in captions for _ in range(options.samples)]
-        return draw_captions(vocabulary, captions, guidance=options.guidance, **many), labels
-    labels = [options.prompt or ""] * options.samples
+        return draw_captions(vocabulary, labels, sampling=sampling, seed=options.seed, guidance=options.guidance), labels
     if options.picture is None:
-        return continue_text(vocabulary, options.prompt or "", tokens=options.tokens, **many), labels
-    codes = _codes(options.picture, vocabulary)
-    return describe_picture(vocabulary, codes, options.prompt or "", tokens=options.tokens, **many), labels
+        prompt, text_only = vocabulary.text_prompt(text), not vocabulary.has_codebook
+    else:
+        prompt, text_only = vocabulary.caption_prompt(_codes(options.picture, vocabulary), text), True
+    request = Request(options.tokens, sampling, options.seed, text_only=text_only)
+    return Task([prompt] * options.samples, request), [text] * options.samples
 
 
 def _codes(picture: str, vocabulary: Vocabulary) -> np.ndarray:

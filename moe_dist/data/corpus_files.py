@@ -1,6 +1,5 @@
 """Makes sources from a user's own files: a folder or JSONL of texts, a folder of pictures, a JSONL of instructions."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def text_files(name: str, path: Path, licence: str, skip: Skip = refuse) -> Sour
         unread.append(str(error).removesuffix(_CONVERT))
 
     if path.exists() and (path.is_file() or holds_table(path)):
-        found = list(_text_rows(path))
+        found = [(where.rpartition(" ")[2], row_text(row, where)) for where, row in table_rows("text", path, TEXT_ROW)]
     elif path.is_dir():
         found = [(str(file.relative_to(path)), _utf8(file, noted)) for file in _visible(path) if _may_be_text(file)]
     else:
@@ -136,11 +135,6 @@ def _picture_bytes(path: Path) -> bytes:
         return read_regular(path, most_bytes=MOST_BYTES)
     except IrregularFileError as error:
         raise DataError(f"picture {str(path)!r} {error.strerror}; replace or remove it") from error
-
-
-def _text_rows(path: Path) -> Iterator[tuple[str, str]]:
-    for where, row in table_rows("text", path, TEXT_ROW):
-        yield where.rpartition(" ")[2], row_text(row, where)
 
 
 def row_text(row: dict[str, Any], where: str) -> str:

@@ -68,17 +68,12 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Ski
 
 
 def _prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip) -> tuple[Manifest, bool]:
-    given, out = out, out.resolve()  # if `out` is a link, the rename must replace its target
+    out = out.resolve()  # if `out` is a link, the rename must replace its target
     asked = _as_json(inputs, recipe)
     if done := _finished(out, asked, skip):
         return done, False
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()  # fails at once without write access; the lock would wait forever
-    except OSError as error:
-        if error.errno in DISK:
-            raise
-        raise StorageError(f"--out {given}: no folder can be made in {given.parent}; choose another --out") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()  # fails at once without write access; the lock would wait forever
     lock = FileLock(out.parent / f".{out.name}.lock")
     try:
         held = lock.acquire(timeout=0)

@@ -1,4 +1,4 @@
-"""Makes and runs the three generation tasks: continue a text, draw a caption's picture, write a picture's caption."""
+"""Runs a generation task: continue a text, draw a caption's picture, or write a picture's caption."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,34 +31,18 @@ class GeneratedSample:
     pictures: list[Image.Image]  # pictures that end in the new tokens
 
 
-def continue_text(vocabulary: Vocabulary, text: str, *, samples: int, tokens: int, sampling: Sampling, seed: int) -> Task:
-    """Makes the task of writing `samples` continuations of a text. They may contain pictures. Raises ConfigError or
-    DataError if the data set's tokenizer is missing or damaged."""
-    request = Request(tokens, sampling, seed, text_only=not vocabulary.has_codebook)
-    return Task([vocabulary.text_prompt(text)] * samples, request)
-
-
 def draw_captions(
-    vocabulary: Vocabulary, captions: Sequence[str], *, samples: int, sampling: Sampling, seed: int, guidance: float
+    vocabulary: Vocabulary, captions: Sequence[str], *, sampling: Sampling, seed: int, guidance: float
 ) -> Task:
-    """Makes the task of drawing `samples` pictures of each caption, one caption after the other. Raises ConfigError or
-    DataError if the data set's tokenizer or codebook is missing or damaged, or `guidance` is below 0."""
+    """Makes the task of drawing a picture of each caption. Raises ConfigError or DataError if the data set's tokenizer or
+    codebook is missing or damaged, or `guidance` is below 0."""
     if not 0.0 <= guidance < float("inf"):
         raise ConfigError(f"guidance={guidance}: must be 0 (no caption) or more; 1 is the model's own")
     cells = len(vocabulary.codebook) and vocabulary.grammar.cells
-    prompts = [vocabulary.drawing_prompt(caption) for caption in captions for _ in range(samples)]
+    prompts = [vocabulary.drawing_prompt(caption) for caption in captions]
     # With guidance 1 the prompts without captions have no effect.
     plain = None if guidance == 1.0 else [vocabulary.drawing_prompt("")] * len(prompts)
     return Task(prompts, Request(cells + 1, sampling, seed, one_picture=True, guidance=guidance), plain)
-
-
-def describe_picture(
-    vocabulary: Vocabulary, codes: np.ndarray, beginning: str, *, samples: int, tokens: int, sampling: Sampling, seed: int
-) -> Task:
-    """Makes the task of writing `samples` captions of a picture, which begin with `beginning`. Raises the errors of
-    `draw_captions`."""
-    request = Request(tokens, sampling, seed, text_only=True)
-    return Task([vocabulary.caption_prompt(codes, beginning)] * samples, request)
 
 
 def run_task(task: Task, generator: Generator, vocabulary: Vocabulary) -> list[GeneratedSample]:
