@@ -3,7 +3,7 @@ hidden values of an FFN are divided into equal parts. The expert of a part has t
 down that belong to the part's hidden values. The sum of these experts' outputs is the output of the FFN.
 
 `split` cuts the dense FFN that upcycling would copy (`upcycle.py`) into all n experts of a group; router rows start at 0,
-see `config/split_rule.py`. `split_experts` cuts each expert e of a trained mixture into m parts, the experts m e to
+see `config/init_rules.py`. `split_experts` cuts each expert e of a trained mixture into m parts, the experts m e to
 m e + m - 1; their router rows are copies of expert e's row, see `config/split_experts_rule.py`.
 """
 
