@@ -211,10 +211,7 @@ def _write_sheet(
 
 def _make_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, columns: int) -> bytes:
     """Returns a PNG of entries, `columns` in a row. An entry shows its pictures side by side, and its caption below them.
-
-    Args:
-        rows: Caption and pictures of each entry. All entries have equally many pictures. The font has only Latin letters.
-    """
+    All entries have equally many pictures. The font has only Latin letters."""
     each = len(rows[0][1])
     width, height = each * _SIDE + (each - 1) * 2 + _GAP, _SIDE + _LINES * _LINE + _GAP
     lines = -(-len(rows) // columns)

@@ -62,13 +62,8 @@ def plan_layouts(
     config: Config, counts: Sequence[int], token_mix: Mapping[str, int], *, node: int, most: float
 ) -> PipelineLayout:
     """Prints the first layouts on `counts` GPUs that fit into `most` bytes of memory per GPU, and returns the first layout.
-
-    Args:
-        node: Number of ranks of a node, which is the largest `engine.tp`.
-
-    Raises:
-        ConfigError: no layout keeps the rules of the configuration, or no layout fits into memory.
-    """
+    `node`, the number of ranks of a node, is the largest `engine.tp`. Raises ConfigError if no layout keeps the rules of
+    the configuration, or no layout fits into memory."""
     every = [each for count in counts for each in _layouts(config, count, token_mix, node=node)]
     if not every:
         engine: Any = config.engine

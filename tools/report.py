@@ -227,14 +227,8 @@ def _of_run(path: Path, data: Path | None) -> Routing:
 
 
 def _open_trace(path: Path, *, counted: bool = False) -> tuple[Trace, Manifest]:
-    """Returns a trace, and its last attempt's manifest.
-
-    Args:
-        counted: Whether expert choices are counted in metrics.jsonl, so that the trace need not have a step.
-
-    Raises:
-        DataError: the trace has no step, or attempts have different models.
-    """
+    """Returns a trace, and its last attempt's manifest. If expert choices are `counted` in metrics.jsonl, the trace need
+    not have a step. Raises DataError if it has none, or attempts have different models."""
     trace = read_trace(path)
     if not trace.steps and not counted:
         raise DataError(f"{path}: the trace has no step that all ranks wrote; train on, or give another trace")

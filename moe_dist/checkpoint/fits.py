@@ -35,11 +35,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def misfit(entry: Entry, spec: TensorSpec, source: str = "the checkpoint") -> str:
-    """Returns why a stored tensor cannot be loaded into a tensor of the model; an empty text if the tensor fits.
-
-    Args:
-        source: Name of the stored tensor in the returned text.
-    """
+    """Returns why a stored tensor, named `source` in the text, cannot be loaded into a tensor of the model; an empty text
+    if the tensor fits."""
     if entry.shape != spec.shape:
         return f"shape {spec.shape} in the model, {entry.shape} in {source}"
     return "" if DTYPES.get(entry.dtype) == spec.dtype else f"{spec.dtype} in the model, {entry.dtype} in {source}"

@@ -147,15 +147,8 @@ def check_finite(pieces: Mapping[str, Piece]) -> None:
 
 def take_snapshot(step: int, state: CheckpointState, buffers: HostBuffers | None = None) -> Snapshot:
     """Takes a snapshot of `state`. Costs a device-to-host sync, which reads the optimizer's step count, and the cost of
-    `check_finite`.
-
-    Args:
-        buffers: Memory for copies of the tensors. If `buffers` is None, no copies are made, and the training must wait for
-            the save.
-
-    Raises:
-        DivergedError: a tensor contains nan or inf.
-    """
+    `check_finite`. Copies the tensors to `buffers`; without `buffers` makes no copies, and the training must wait for the
+    save. Raises DivergedError if a tensor contains nan or inf."""
     pieces = pieces_of(state.written())
     check_finite(pieces)
     return Snapshot(

@@ -273,11 +273,8 @@ def write_split(
     with_filler: bool,
 ) -> SplitSection | None:
     """Writes <folder>/<path>.bin and .idx, and its files of filler and prompt bits; returns its section of the manifest, or
-    None if there is no document. Memory holds one document and two bytes for each token.
-
-    Args:
-        modalities: Id ranges of each modality, as in the manifest.
-    """
+    None if there is no document. Memory holds one document and two bytes for each token. `modalities` are id ranges as in
+    the manifest."""
     documents = iter(documents)
     first = next(documents, None)
     if first is None:

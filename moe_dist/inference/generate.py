@@ -58,14 +58,8 @@ class Generator:
         self, prompts: Sequence[Sequence[int]], request: Request, *, plain: Sequence[Sequence[int]] | None = None
     ) -> list[list[int]]:
         """Returns each prompt's new tokens, with the end mark of the document or picture at which the generation stops.
-        Costs one host sync per token and batch.
-
-        Args:
-            plain: The prompts without their captions, for guidance.
-
-        Raises:
-            ConfigError: see `check_lengths`.
-        """
+        Costs one host sync per token and batch. Guidance needs `plain`, the prompts without their captions. Raises the
+        ConfigError of `check_lengths`."""
         made: list[list[int]] = []
         for first in range(0, len(prompts), _BATCH):
             part = slice(first, first + _BATCH)

@@ -48,11 +48,8 @@ class Answered:
 
 
 class Prompts:
-    """Writes questions as token ids, in the form of the training documents: text, or a picture beside its caption.
-
-    Args:
-        listed: True if the text of a question lists all choices.
-    """
+    """Writes questions as token ids, in the form of the training documents: text, or a picture beside its caption. If
+    `listed` is True, the text of a question lists all choices."""
 
     def __init__(self, vocabulary: Vocabulary, *, listed: bool) -> None:
         self._vocabulary, self._listed = vocabulary, listed
@@ -159,11 +156,8 @@ def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[floa
 
 
 def bootstrap_mean(right: Sequence[np.ndarray], *, seed: int) -> tuple[float, float]:
-    """Returns the percentile bootstrap interval of the tasks' mean accuracy. Resamples the questions of each task.
-
-    Args:
-        right: For each task: bool [questions], True for a right answer.
-    """
+    """Returns the percentile bootstrap interval of the tasks' mean accuracy. Resamples the questions of each task, bool
+    [questions], True for a right answer."""
     rng = np.random.default_rng(seed)
     # The number of right answers in a resample has a binomial distribution.
     means = np.mean([rng.binomial(len(each), each.mean(), _RESAMPLES) / len(each) for each in right], axis=0)
