@@ -1,4 +1,4 @@
-"""Explains keys of a configuration, and options of launchers: moe-dist explain KEY, moe-dist explain launch.NAME"""
+"""Explains and shows configurations: moe-dist explain KEY, moe-dist explain launch.NAME, moe-dist show CONFIG"""
 
 from typing import Annotated
 
@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from launchers.table import launcher_table, load_launcher
-from moe_dist.config.__main__ import explain
+from moe_dist.config.explain import explain
+from moe_dist.config.load import load_config, resolved_yaml
 from moe_dist.runtime.command_line import command_app, reports_errors
 
 PLACE = "launch"
@@ -20,10 +21,10 @@ def main(
 ) -> None:
     """Print type, default and meaning of a key, of all keys of a section, or of the options of a launcher."""
     place, _, name = key.partition(".")
-    if place != PLACE:
-        explain(key)
-        return
     with reports_errors():
+        if place != PLACE:
+            Console().print(explain(key))
+            return
         if name:
             command = typer.main.get_command(command_app(load_launcher(name).main))
             print(command.get_help(typer.Context(command, info_name=f"moe-dist {PLACE} {name}")))
@@ -32,3 +33,12 @@ def main(
         for each, (_, line) in launcher_table().items():
             table.add_row(f"{PLACE}.{each}", line)
         Console().print(table)
+
+
+def show(
+    config: Annotated[str, typer.Argument(help="Configuration file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides: key=value, as train.steps=200.")] = None,
+) -> None:
+    """Print the whole configuration, defaults and overrides included."""
+    with reports_errors():
+        typer.echo(resolved_yaml(load_config(config, overrides or [])), nl=False)

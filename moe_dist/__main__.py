@@ -25,7 +25,7 @@ COMMANDS = (
     ("plan", "tools.plan:main", "Rank layouts by simulated step time."),
     ("calibrate", "tools.calibrate:main", "Measure the rates of this machine for plan."),
     ("explain", "launchers.explain:main", "Print type, default and meaning of a key."),
-    ("show", "moe_dist.config.__main__:show", "Print a whole configuration, defaults included."),
+    ("show", "launchers.explain:show", "Print a whole configuration, defaults included."),
     ("prepare-data", "tools.prepare_data:main", "Prepare the default data or your own data."),
     ("prepare-router-tuning", "tools.prepare_router_tuning:main", "Make the samples for router tuning."),
     ("teach", "tools.teach:main", "Write a teacher's most likely words for distillation."),
@@ -54,12 +54,9 @@ class LazyGroup(TyperGroup):
     """Lists COMMANDS, and imports the function of a subcommand only when the subcommand runs or is completed."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Returns the subcommand's name, its click command and the remaining arguments. If args[0] is a module's name or a
-        former subcommand, the error text names the command to use instead."""
+        """Returns the subcommand's name, its click command and the remaining arguments."""
         if args[0] in MOVED:
             ctx.fail(f"{args[0]} has moved; in a clone of the repository run `python -m {MOVED[args[0]]}`")
-        if args[0] not in self.commands and (words := _words_of(args[0])):
-            ctx.fail(f"{args[0]} is now `moe-dist {words}`")
         name, command, rest = super().resolve_command(ctx, args)
         return name, command if name is None or isinstance(command, LazyGroup) else load_subcommand(name), rest
 
@@ -74,14 +71,6 @@ def _bundled(module: str) -> Any:
     """Imports a module of the packages launchers and tools."""
     add_to_path(source_root())  # this folder holds both packages
     return importlib.import_module(module)
-
-
-def _words_of(name: str) -> str | None:
-    """Returns the subcommand that runs the module `name`, given with or without its package, such as 'launch local'; None
-    if no subcommand runs it."""
-    name = name.replace("-", "_")
-    found = {target.partition(":")[0].removesuffix(".__main__"): words for words, target, _ in commands()}
-    return next((words for each, words in found.items() if name in (each, each.rpartition(".")[2])), None)
 
 
 def load_subcommand(name: str) -> Any:

@@ -47,12 +47,10 @@ class EvaluateOptions(RunOptions):
 
     @property
     def harness_tasks(self) -> list[str]:
-        """Returns the names and files that the option --harness lists."""
         return [name.strip() for name in self.harness.split(",") if name.strip()]
 
     @property
     def question_files(self) -> list[Path]:
-        """Returns the files that the option --questions lists."""
         return [Path(name.strip()) for name in self.questions.split(",") if name.strip()]
 
 
@@ -99,7 +97,6 @@ def main(options: EvaluateOptions) -> None:
 
 
 def _check(options: EvaluateOptions, env: RankEnv) -> None:
-    """Raises ConfigError if the folder is missing, no task is given, or the harness cannot run."""
     run_path(options.run, CHECKPOINTS)
     if not (options.tasks or options.questions or options.harness):
         raise ConfigError("nothing to evaluate: give --tasks, --questions or --harness", see="docs/evaluation.md")
@@ -129,7 +126,6 @@ def _check(options: EvaluateOptions, env: RankEnv) -> None:
 def _harness(
     options: EvaluateOptions, trained: LoadedRun, vocabulary: Vocabulary, likelihood: Likelihood
 ) -> dict[str, Any]:
-    """Runs tasks of lm-evaluation-harness; returns the results by task."""
     from lm_eval.api.task import Task
     from lm_eval.evaluator import simple_evaluate  # takes seconds to import
     from lm_eval.tasks import TaskManager
@@ -161,7 +157,6 @@ def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
 
 
 def _keep(folder: Path, step: int, record: dict[str, Any]) -> Path:
-    """Writes the results to a new numbered file beside earlier files."""
     number = 1
     while True:
         path = folder / f"step_{step}_{number}.json"
@@ -174,7 +169,6 @@ def _keep(folder: Path, step: int, record: dict[str, Any]) -> Path:
 
 
 def _show(options: EvaluateOptions, record: dict[str, Any], path: Path) -> None:
-    """Prints a line for each task: for each measure the accuracy with its 95 % interval."""
     if options.as_json:
         print(json.dumps(record))
         return

@@ -1,31 +1,47 @@
 """Generates with a trained model: continues text, draws pictures from captions, describes pictures. See
 docs/generation.md."""
 
+import io
 import json
 import sys
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
+from PIL import Image, ImageDraw, ImageFont
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.generate import Generator, check_lengths
+from moe_dist.inference.generate import Generator, Request, check_lengths
 from moe_dist.inference.loaded_run import RunOptions, causal_problems, choose_device
 from moe_dist.inference.sampling import Sampling
-from moe_dist.inference.sheet import make_sheet
-from moe_dist.inference.tasks import (
-    GeneratedSample,
-    Task,
-    choose_captions,
-    continue_text,
-    describe_picture,
-    draw_captions,
-    run_task,
-)
-from moe_dist.inference.vocabulary import Vocabulary, picture_of, png
+from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, picture_of, png
 from moe_dist.runtime.command_line import reports_errors, run_command, takes
+
+_SIDE, _GAP, _LINE, _LINES = 96, 12, 13, 3  # pixels, except _LINES: most lines of a caption
+_WIDTH = 16  # characters in a caption's line per picture of the entry
+
+
+@dataclass(frozen=True)
+class Task:
+    """Arguments of a `Generator` call: prompts, settings, and, for guidance, the prompts without captions (`plain`)."""
+
+    prompts: list[list[int]]
+    request: Request
+    plain: list[list[int]] | None = None
+
+
+@dataclass(frozen=True)
+class GeneratedSample:
+    """The tokens that were generated for one prompt, and their meaning as text and pictures."""
+
+    tokens: list[int]  # ids of the new tokens
+    modalities: list[str]  # modality of each new token
+    text: str  # text of the new tokens
+    pictures: list[Image.Image]  # pictures that end in the new tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +91,7 @@ def main(options: GenerateOptions) -> None:
     generator = Generator(
         trained.load(device), grammar, group_of_modality=trained.group_of_modality, max_seq_len=model.max_seq_len
     )
-    samples = run_task(task, generator, vocabulary)
+    samples = _run_task(task, generator, vocabulary)
     if options.sheet is not None:
         _write_sheet(options, options.sheet, labels, samples, vocabulary)
         return
@@ -84,20 +100,46 @@ def main(options: GenerateOptions) -> None:
 
 
 def _task(options: GenerateOptions, vocabulary: Vocabulary) -> tuple[Task, list[str]]:
-    """Returns the generation task, and a label for each sample."""
-    sampling = Sampling(options.temperature, options.top_p)
-    many = {"samples": options.samples, "sampling": sampling, "seed": options.seed}
+    """Returns the task, and the text or caption of each of its prompts."""
+    sampling, text = Sampling(options.temperature, options.top_p), options.prompt or ""
     if options.sheet is not None or options.draw:
-        captions = [options.prompt or ""]
+        captions = [text]
         if options.sheet is not None:
             captions = choose_captions(vocabulary.heldout(), options.captions, starting=options.starting, seed=options.seed)
         labels = [caption for caption in captions for _ in range(options.samples)]
-        return draw_captions(vocabulary, captions, guidance=options.guidance, **many), labels
-    labels = [options.prompt or ""] * options.samples
+        return _draw_captions(vocabulary, labels, sampling=sampling, seed=options.seed, guidance=options.guidance), labels
     if options.picture is None:
-        return continue_text(vocabulary, options.prompt or "", tokens=options.tokens, **many), labels
-    codes = _codes(options.picture, vocabulary)
-    return describe_picture(vocabulary, codes, options.prompt or "", tokens=options.tokens, **many), labels
+        prompt, text_only = vocabulary.text_prompt(text), not vocabulary.has_codebook
+    else:
+        prompt, text_only = vocabulary.caption_prompt(_codes(options.picture, vocabulary), text), True
+    request = Request(options.tokens, sampling, options.seed, text_only=text_only)
+    return Task([prompt] * options.samples, request), [text] * options.samples
+
+
+def _draw_captions(
+    vocabulary: Vocabulary, captions: Sequence[str], *, sampling: Sampling, seed: int, guidance: float
+) -> Task:
+    """Makes the task of drawing a picture of each caption. Raises ConfigError or DataError if the data set's tokenizer or
+    codebook is missing or damaged, or `guidance` is below 0."""
+    if not 0.0 <= guidance < float("inf"):
+        raise ConfigError(f"guidance={guidance}: must be 0 (no caption) or more; 1 is the model's own")
+    cells = len(vocabulary.codebook) and vocabulary.grammar.cells
+    prompts = [vocabulary.drawing_prompt(caption) for caption in captions]
+    # With guidance 1 the prompts without captions have no effect.
+    plain = None if guidance == 1.0 else [vocabulary.drawing_prompt("")] * len(prompts)
+    return Task(prompts, Request(cells + 1, sampling, seed, one_picture=True, guidance=guidance), plain)
+
+
+def choose_captions(heldout: Sequence[HeldoutPicture], count: int, *, starting: str, seed: int) -> list[str]:
+    """Returns `count` distinct random captions of `heldout`, or all if there are fewer, in the order of the data. Raises
+    ConfigError if no caption begins with `starting`."""
+    known = [each for each in dict.fromkeys(each.caption for each in heldout) if each.startswith(starting)]
+    if not known:
+        raise ConfigError(
+            f"--starting {starting!r}: none of the held-out captions does; one of them is {heldout[0].caption!r}"
+        )
+    chosen = np.random.default_rng(seed).permutation(len(known))[:count]
+    return [known[number] for number in sorted(chosen.tolist())]
 
 
 def _codes(picture: str, vocabulary: Vocabulary) -> np.ndarray:
@@ -111,8 +153,26 @@ def _codes(picture: str, vocabulary: Vocabulary) -> np.ndarray:
     return heldout[int(picture)].codes
 
 
+def _run_task(task: Task, generator: Generator, vocabulary: Vocabulary) -> list[GeneratedSample]:
+    """Generates one sample per prompt, in the order of the prompts."""
+    grammar = vocabulary.grammar
+    made = generator(task.prompts, task.request, plain=task.plain)
+    samples = []
+    for prompt, tokens in zip(task.prompts, made, strict=True):
+        before = len(grammar.pictures(prompt))
+        codes = grammar.pictures([*prompt, *tokens])[before:]
+        samples.append(
+            GeneratedSample(
+                tokens=tokens,
+                modalities=[grammar.modalities[grammar.modality_of_id[token]] for token in tokens],
+                text=vocabulary.text(tokens),
+                pictures=[picture_of(each, vocabulary.codebook) for each in codes],
+            )
+        )
+    return samples
+
+
 def _show(options: GenerateOptions, label: str, sample: GeneratedSample, number: int) -> None:
-    """Prints a sample, and writes its pictures."""
     files = [options.out / f"sample_{number}_{index}.png" for index in range(len(sample.pictures))]
     for file, picture in zip(files, sample.pictures, strict=True):
         _write(file, png(picture))
@@ -144,9 +204,31 @@ def _write_sheet(
         if options.originals:
             pictures = [picture_of(originals[labels[first]], vocabulary.codebook), *pictures]
         rows.append((labels[first], pictures))
-    _write(path, make_sheet(rows, columns=max(1, 8 // len(rows[0][1]))))
+    _write(path, _make_sheet(rows, columns=max(1, 8 // len(rows[0][1]))))
     beside = ", beside the held-out picture" if options.originals else ""
     print(f"{path}: {each} drawings of each of {len(rows)} held-out captions{beside}")
+
+
+def _make_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, columns: int) -> bytes:
+    """Returns a PNG of entries, `columns` in a row. An entry shows its pictures side by side, and its caption below them.
+    All entries have equally many pictures. The font has only Latin letters."""
+    each = len(rows[0][1])
+    width, height = each * _SIDE + (each - 1) * 2 + _GAP, _SIDE + _LINES * _LINE + _GAP
+    lines = -(-len(rows) // columns)
+    canvas = Image.new("RGB", (columns * width + _GAP, lines * height + _GAP), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    for number, (caption, pictures) in enumerate(rows):
+        row, column = divmod(number, columns)
+        x, y = _GAP + column * width, _GAP + row * height
+        for place, picture in enumerate(pictures):
+            enlarged = picture.resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (x + place * (_SIDE + 2), y))
+        wrapped = textwrap.wrap(caption, _WIDTH * each, max_lines=_LINES, placeholder=" ...")
+        pen.text((x, y + _SIDE + 2), "\n".join(wrapped), fill="black", font=font, spacing=1)
+    buffer = io.BytesIO()
+    # 256 colours make the file small, without a visible difference.
+    canvas.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,22 +1,29 @@
 """Shows the content of a checkpoint: step, layers x groups x experts, bytes, placement, versions. The command loads no
 tensor and needs no GPU."""
 
+import math
+import re
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import JsonValue
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from moe_dist.checkpoint.contents import open_checkpoint, open_shard
-from moe_dist.checkpoint.describe import facts, families, placement_lines
 from moe_dist.checkpoint.directory import find_checkpoint
-from moe_dist.checkpoint.index import shard_file
+from moe_dist.checkpoint.index import ITEMSIZE, Index, StateFile, shard_file
 from moe_dist.config.yaml_text import dump_yaml
 from moe_dist.errors import printable
+from moe_dist.placement.parameter_names import ADAPTERS, EXPERT_NAME, ROUTERS, role_of_name
 from moe_dist.runtime.command_line import reports_errors, run_command
+
+_MOMENT = re.compile(r"optimizer\.(?P<moment>\w+?)\.(?P<parameter>.+)")
 
 
 @reports_errors("inspect_checkpoint")
@@ -36,20 +43,94 @@ def main(
         open_shard(contents, number)  # raises if a shard file is missing or damaged
     console = Console(width=None if sys.stdout.isatty() else 120)
     about = Table(title=Text(printable(str(folder))), show_header=False)
-    for what, how in facts(contents.index, contents.state):
+    for what, how in _facts(contents.index, contents.state):
         about.add_row(what, Text(printable(how)))
-    for line in placement_lines(contents.state):
+    for line in _placement_lines(contents.state):
         about.add_row("placement", Text(printable(line)))
     console.print(about)
     table = Table("tensors", "", "numbers", "bytes", "")
-    for family in families(contents.index):
-        name, detail = Text(printable(family.name)), Text(printable(family.detail))
-        table.add_row(name, f"{family.tensors:,}", f"{family.numbers:,}", f"{family.nbytes:,}", detail)
+    for cells in _families(contents.index):
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     console.print(table)
     if tensors:
         for name, entry in contents.index.tensors.items():
             files = ", ".join(shard_file(chunk.shard) for chunk in entry.chunks)
             print(printable(f"{name}  {entry.dtype} {list(entry.shape)}  {entry.fingerprint}  {files}"))
+
+
+def _families(index: Index) -> Iterator[tuple[str, ...]]:
+    """Yields name, number and size of a checkpoint's tensors by family: first families of parameters, then of moments. The
+    name is `dense`, `routers`, `adapters` or `experts of GROUP`; `MOMENT of` such a name for moments."""
+    members: dict[str, list[str]] = defaultdict(list)
+    for name in index.tensors:
+        moment = _MOMENT.fullmatch(name)
+        kind = _kind(moment["parameter"] if moment else name)
+        members[f"{moment['moment']} of {kind}" if moment else kind].append(name)
+    for kind in sorted(members, key=lambda kind: (" of " in kind.replace("experts of ", ""), kind)):
+        entries = [index.tensors[name] for name in members[kind]]
+        numbers = sum(math.prod(entry.shape) for entry in entries)
+        nbytes = sum(math.prod(entry.shape) * ITEMSIZE[entry.dtype] for entry in entries)
+        found = [match for name in members[kind] if (match := EXPERT_NAME.search(name))]
+        detail = ""
+        if found:
+            layers, experts = {m["layer"] for m in found}, {m["expert"] for m in found}
+            detail = f"{len(layers)} layers x {len(experts)} experts x {', '.join(sorted({m['tensor'] for m in found}))}"
+        yield kind, f"{len(entries):,}", f"{numbers:,}", f"{nbytes:,}", detail
+
+
+def _facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
+    """Returns step, run, progress, layout of ranks and package versions of a checkpoint, as pairs (name, text)."""
+    config = _mapping(state.values.get("config"))
+    run, parallel, placement = (_mapping(config.get(name)) for name in ("run", "parallel", "placement"))
+    base = _mapping(state.values.get("base"))  # only a checkpoint of adapters names a base model
+    taken = f", {state.optimizer_steps} of them by the optimizer" if state.optimizer_steps else ""
+    counters = _mapping(state.values.get("progress")).items()
+    counted = [f"{name} {value:,}" for name, value in counters if isinstance(value, int)]
+    sizes = [shard.size for shard in index.shards]
+    layout = f": ep {parallel.get('ep')} x edp {parallel.get('edp')}, {parallel.get('data')}, {placement.get('policy')}"
+    return [
+        ("step", f"{index.step}{taken}"),
+        ("run", str(run.get("name", "?")) if run else "unknown"),
+        ("save", index.save_id),
+        ("progress", ", ".join(counted) or "none"),
+        ("written by", f"{state.world_size} ranks{layout if parallel and placement else ''}"),
+        ("shards", f"{index.num_shards} of {min(sizes):,} to {max(sizes):,} bytes"),
+        *([("base", f"{base.get('path')}, content hash {base.get('content')}")] if base else []),
+        ("versions", ", ".join(f"{name} {version}" for name, version in state.versions.items())),
+        ("also saved", ", ".join(sorted(state.values)) or "nothing"),
+    ]
+
+
+def _placement_lines(state: StateFile) -> list[str]:
+    """Returns one line per EP rank, which lists the rank's experts."""
+    groups, slots = state.placement.get("groups"), state.placement.get("slots")
+    if not isinstance(groups, list) or not isinstance(slots, list):
+        return ["unknown"]
+    lines = []
+    for rank, experts in enumerate(slots):
+        held = [_expert_name(groups, expert) for expert in experts] if isinstance(experts, list) else []
+        lines.append(f"EP rank {rank}: {' '.join(held) or 'no expert'}")
+    return lines
+
+
+def _kind(name: str) -> str:
+    role = role_of_name(name)
+    if role not in ADAPTERS and (match := EXPERT_NAME.fullmatch(name)):
+        return f"experts of {match['group']}"
+    return "routers" if role in ROUTERS else "adapters" if role in ADAPTERS else "dense"
+
+
+def _mapping(value: JsonValue) -> dict[str, JsonValue]:
+    return value if isinstance(value, dict) else {}
+
+
+def _expert_name(groups: list[JsonValue], expert: JsonValue) -> str:
+    for group in groups:
+        if isinstance(group, dict) and isinstance(expert, int):
+            first, count = group.get("first_expert"), group.get("num_experts")
+            if isinstance(first, int) and isinstance(count, int) and first <= expert < first + count:
+                return f"{group.get('name')}/{expert - first}"
+    return f"?{expert}"
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ class PipelineLayout:
 
     @property
     def gpus(self) -> int:
-        """Returns the number of ranks."""
         return self.config.parallel.ep * self.config.parallel.edp
 
     @property
@@ -63,13 +62,8 @@ def plan_layouts(
     config: Config, counts: Sequence[int], token_mix: Mapping[str, int], *, node: int, most: float
 ) -> PipelineLayout:
     """Prints the first layouts on `counts` GPUs that fit into `most` bytes of memory per GPU, and returns the first layout.
-
-    Args:
-        node: Number of ranks of a node, which is the largest `engine.tp`.
-
-    Raises:
-        ConfigError: no layout keeps the rules of the configuration, or no layout fits into memory.
-    """
+    `node`, the number of ranks of a node, is the largest `engine.tp`. Raises ConfigError if no layout keeps the rules of
+    the configuration, or no layout fits into memory."""
     every = [each for count in counts for each in _layouts(config, count, token_mix, node=node)]
     if not every:
         engine: Any = config.engine
@@ -96,7 +90,6 @@ def plan_layouts(
 
 
 def _layouts(config: Config, gpus: int, token_mix: Mapping[str, int], *, node: int) -> Iterator[PipelineLayout]:
-    """Yields the layouts on `gpus` GPUs that keep the rules of the configuration."""
     groups = expert_groups(config.model.moe)
     placements = Placements(config, token_mix)
     layers = config.model.num_layers

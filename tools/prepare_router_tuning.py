@@ -94,7 +94,6 @@ def main(options: PrepareOptions) -> None:
 
 
 def _faults(config: Config) -> list[str]:
-    """Returns the reasons why a run's routing cannot be tuned."""
     router, problems = config.model.moe.router, []
     if not router.softmax_top_k:
         problems.append(f"{router.name}: router tuning compares softmax probabilities of a top-k choice; take a top_k run")

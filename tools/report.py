@@ -133,7 +133,6 @@ def _read_placement(path: Path, groups: tuple[ExpertGroup, ...]) -> ExpertPlacem
 
 
 def _sizes(option: str, text: str) -> tuple[int, ...]:
-    """Returns the distinct whole numbers in an option."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     if wrong := [word for word in words if not word.isdecimal() or not 0 < int(word) <= MOST_RANKS]:
         raise ConfigError(f"{option} {text}: {wrong[0]!r} is no whole number from 1 to {MOST_RANKS}; write them as 2,4,8")
@@ -228,14 +227,8 @@ def _of_run(path: Path, data: Path | None) -> Routing:
 
 
 def _open_trace(path: Path, *, counted: bool = False) -> tuple[Trace, Manifest]:
-    """Returns a trace, and its last attempt's manifest.
-
-    Args:
-        counted: Whether expert choices are counted in metrics.jsonl, so that the trace need not have a step.
-
-    Raises:
-        DataError: the trace has no step, or attempts have different models.
-    """
+    """Returns a trace, and its last attempt's manifest. If expert choices are `counted` in metrics.jsonl, the trace need
+    not have a step. Raises DataError if it has none, or attempts have different models."""
     trace = read_trace(path)
     if not trace.steps and not counted:
         raise DataError(f"{path}: the trace has no step that all ranks wrote; train on, or give another trace")
@@ -263,7 +256,6 @@ def _placement(path: Path, manifest: Manifest) -> ExpertPlacement:
 
 
 def _placement_of_run(path: Path, groups: tuple[ExpertGroup, ...], ep: int) -> ExpertPlacement:
-    """Returns the placement of a run without trace, from the run's last checkpoint."""
     directory = CheckpointDirectory(RunFolder(path).checkpoints)
     steps = directory.steps()
     if not steps:

@@ -58,11 +58,8 @@ class Base:
 
     @classmethod
     def noted(cls, values: Mapping[str, JsonValue], folder: Path) -> "Base":
-        """Reads path and content hash of the base from `values` of the checkpoint of adapters in `folder`.
-
-        Raises:
-            DataError: `values` has no path or no content hash of a base.
-        """
+        """Reads path and content hash of the base from `values` of the checkpoint of adapters in `folder`. Raises DataError
+        if `values` has no path or no content hash of a base."""
         found = values.get(KEY)
         path, content = (found.get("path"), found.get("content")) if isinstance(found, dict) else (None, None)
         if not isinstance(path, str) or not isinstance(content, str):
@@ -82,11 +79,8 @@ class Base:
         return list(dict.fromkeys(places))
 
     def check(self, contents: Contents, adapters: Path) -> None:
-        """Checks that `contents` is the base on which the adapters in the folder `adapters` were trained.
-
-        Raises:
-            DataError: the content hash of `contents` is not `content`.
-        """
+        """Checks that `contents` is the base on which the adapters in the folder `adapters` were trained. Raises DataError
+        if the content hash of `contents` is not `content`."""
         found = content_hash(contents.index)
         if found != self.content:  # the folder at `path` may hold another model by now
             raise DataError(
@@ -98,11 +92,7 @@ class Base:
 
 def find_base(base: Base, adapters: Path) -> Contents:
     """Opens the checkpoint of the base of the adapters in the folder `adapters`: the first of its places with the base's
-    content hash.
-
-    Raises:
-        DataError: the base is missing or damaged, or has another content hash.
-    """
+    content hash. Raises DataError if the base is missing or damaged, or has another content hash."""
     others = []
     for place in base.places(adapters):
         try:
@@ -124,12 +114,9 @@ def find_base(base: Base, adapters: Path) -> Contents:
 
 
 def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Maps the name of each of the model's tensors in `specs` to the name of the tensor in the base's checkpoint.
-
-    Raises:
-        ConfigError: the base lacks a tensor, has it in another shape or dtype, or has a parameter that the model does not
-            use.
-    """
+    """Maps the name of each of the model's tensors in `specs` to the name of the tensor in the base's checkpoint. Raises
+    ConfigError if the base lacks a tensor, has it in another shape or dtype, or has a parameter that the model does not
+    use."""
     index = contents.index
     only = _only_experts(index)
     sources, problems = {}, []

@@ -8,8 +8,10 @@ of each tensor part in its file.
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from moe_dist.checkpoint.directory import step_of
 from moe_dist.checkpoint.index import (
@@ -24,11 +26,12 @@ from moe_dist.checkpoint.index import (
     shard_file,
 )
 from moe_dist.checkpoint.shard_header import ShardHeader, read_shard_header
-from moe_dist.config.regular_file import open_regular
+from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import DataError
 
 CHECKSUMS_FILE = "SHA256SUMS"
 CHECKED_FILES = (INDEX_FILE, STATE_FILE)
+T = TypeVar("T")
 
 _MAX_BYTES = 4096  # bytes of SHA256SUMS that are read at most; a valid file has about 200 bytes
 
@@ -54,11 +57,8 @@ class Examined:
 
 def open_checkpoint(folder: Path) -> Contents:
     """Reads index.json and state.json of a checkpoint; checks their digests, and that both files have the same save and
-    step.
-
-    Raises:
-        DamagedError: files are missing or damaged, or belong to different saves. The error names each faulty file.
-    """
+    step. Raises DamagedError if files are missing or damaged, or belong to different saves. The error names each faulty
+    file."""
     examined = examine_files(folder)
     if examined.file_problems or examined.index is None or examined.state is None:
         raise DamagedError(f"checkpoint {folder} differs from what was saved", examined.file_problems)
@@ -66,11 +66,8 @@ def open_checkpoint(folder: Path) -> Contents:
 
 
 def open_shard(contents: Contents, number: int) -> ShardHeader:
-    """Reads the header of a shard, and checks it against the index.
-
-    Raises:
-        DamagedError: the shard is missing or damaged, belongs to another save, or its header differs from the index.
-    """
+    """Reads the header of a shard, and checks it against the index. Raises DamagedError if the shard is missing or damaged,
+    belongs to another save, or its header differs from the index."""
     header = read_shard_header(contents.folder, number)
     if problem := shard_problem(contents.index, number, header):
         raise DamagedError(f"checkpoint {contents.folder} differs from what was saved", [problem])
@@ -103,18 +100,19 @@ def examine_files(folder: Path) -> Examined:
     """Checks the JSON files and SHA256SUMS, but no shard."""
     examined = Examined()
     problems = examined.file_problems
-    files = (INDEX_FILE, STATE_FILE, CHECKSUMS_FILE)
-    present = [name for name in files if (folder / name).exists()]
-    problems += [CheckpointProblem("missing", name, "does not exist") for name in files if name not in present]
-    try:
-        examined.index = read_index(folder) if INDEX_FILE in present else None
-    except DataError as error:
-        problems.append(CheckpointProblem("damaged", INDEX_FILE, str(error)))
-    try:
-        examined.state = read_stored(folder / STATE_FILE, StateFile) if STATE_FILE in present else None
-    except DataError as error:
-        problems.append(CheckpointProblem("damaged", STATE_FILE, str(error)))
-    _examine_saves(folder, examined, CHECKSUMS_FILE in present)
+
+    def read(name: str, function: Callable[[], T]) -> T | None:
+        if not (folder / name).exists():
+            problems.append(CheckpointProblem("missing", name, "does not exist"))
+            return None
+        try:
+            return function()
+        except DataError as error:
+            problems.append(CheckpointProblem("damaged", name, str(error)))
+
+    examined.index = read(INDEX_FILE, lambda: read_index(folder))
+    examined.state = read(STATE_FILE, lambda: read_stored(folder / STATE_FILE, StateFile))
+    _examine_saves(folder, examined, read(CHECKSUMS_FILE, lambda: _read_checksums(folder)))
     named = step_of(folder)
     if examined.index and named is not None and named != examined.index.step:
         detail = f"the checkpoint is of step {examined.index.step}, but its folder is named step_{named}"
@@ -141,16 +139,9 @@ def shard_problem(index: Index, number: int, header: ShardHeader) -> CheckpointP
     return None
 
 
-def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> None:
+def _examine_saves(folder: Path, examined: Examined, checksums: tuple[str, dict[str, str]] | None) -> None:
     """Checks that the JSON files belong to the same save and match the digests in SHA256SUMS."""
     problems = examined.file_problems
-    try:
-        checksums = read_checksums(folder) if has_checksums else None
-    except OSError as error:
-        problems.append(CheckpointProblem("damaged", CHECKSUMS_FILE, f"cannot be read: {error.strerror or error}"))
-        return
-    if has_checksums and checksums is None:
-        problems.append(CheckpointProblem("damaged", CHECKSUMS_FILE, "is malformed"))
     ids = {INDEX_FILE: examined.index and examined.index.save_id, STATE_FILE: examined.state and examined.state.save_id}
     ids[CHECKSUMS_FILE] = checksums and checksums[0]
     said = {name: save_id for name, save_id in ids.items() if save_id}
@@ -179,14 +170,16 @@ def checksums_of(contents: dict[str, bytes], save_id: str) -> bytes:
     return "".join([f"# save {save_id}\n", *lines]).encode()
 
 
-def read_checksums(folder: Path) -> tuple[str, dict[str, str]] | None:
-    """Returns the save id and each file's digest from SHA256SUMS; None if SHA256SUMS is malformed. Raises OSError."""
-    with open_regular(folder / CHECKSUMS_FILE) as stream:
-        text = stream.read(_MAX_BYTES)  # the read is bounded, so that a planted file cannot exhaust the memory
+def _read_checksums(folder: Path) -> tuple[str, dict[str, str]]:
+    """Returns the save id and each file's digest from SHA256SUMS."""
+    try:
+        text = read_regular(folder / CHECKSUMS_FILE, most_bytes=_MAX_BYTES)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}") from error
     pattern = rb"# save ([0-9a-f]+)\n" + b"".join(
         rb"([0-9a-f]{64})  %s\n" % re.escape(name.encode()) for name in CHECKED_FILES
     )
     if (match := re.fullmatch(pattern, text)) is None:
-        return None
+        raise DataError("is malformed")
     save_id, *digests = (group.decode() for group in match.groups())
     return save_id, dict(zip(CHECKED_FILES, digests, strict=True))

@@ -47,12 +47,8 @@ class CheckpointDirectory:
         return sorted(step for step in found if step is not None)
 
     def latest_step(self) -> int:
-        """Returns the step of the checkpoint that the file `latest` names; -1 before the first save.
-
-        Raises:
-            DataError: the file names no checkpoint in this folder, is no regular file, or is missing although there are
-                checkpoints.
-        """
+        """Returns the step of the checkpoint that the file `latest` names; -1 before the first save. Raises DataError if
+        the file names no checkpoint in this folder, is no regular file, or is missing although there are checkpoints."""
         path = self.folder / LATEST_FILE
         try:
             content = read_regular(path, most_bytes=64, links=False)  # one read: another process may replace the file

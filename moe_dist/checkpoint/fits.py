@@ -35,11 +35,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def misfit(entry: Entry, spec: TensorSpec, source: str = "the checkpoint") -> str:
-    """Returns why a stored tensor cannot be loaded into a tensor of the model; an empty text if the tensor fits.
-
-    Args:
-        source: Name of the stored tensor in the returned text.
-    """
+    """Returns why a stored tensor, named `source` in the text, cannot be loaded into a tensor of the model; an empty text
+    if the tensor fits."""
     if entry.shape != spec.shape:
         return f"shape {spec.shape} in the model, {entry.shape} in {source}"
     return "" if DTYPES.get(entry.dtype) == spec.dtype else f"{spec.dtype} in the model, {entry.dtype} in {source}"
@@ -62,11 +59,8 @@ def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix:
 
 
 def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> None:
-    """Checks that a checkpoint has exactly the tensors of this model, in names, shapes and dtypes.
-
-    Raises:
-        ConfigError: a tensor differs. The error lists all differences.
-    """
+    """Checks that a checkpoint has exactly the tensors of this model, in names, shapes and dtypes. Raises ConfigError if a
+    tensor differs. The error lists all differences."""
     problems = differences(index, specs, ignore_prefix=ignore_prefix)
     if problems:
         here = sizes({name: spec.shape for name, spec in specs.items()})

@@ -28,11 +28,7 @@ def generator_states(device: torch.device) -> dict[str, JsonValue]:
 
 def restore_generators(states: Mapping[str, JsonValue], device: torch.device) -> None:
     """Sets the generators to `states`, made by `generator_states`. If `states` has no state of the CUDA generator, the CUDA
-    generator is not changed.
-
-    Raises:
-        DataError: a state is invalid.
-    """
+    generator is not changed. Raises DataError if a state is invalid."""
     try:
         torch.set_rng_state(_bytes(states["torch"]))
         version, numbers, gauss = states["python"]  # pyright: ignore

@@ -70,35 +70,16 @@ class Entry(StoredModel):
 
 @dataclass(frozen=True)
 class Cut:
-    """The part of the tensor `name` with `length` indices from `start` on in the dim `dim`."""
+    """The part of the tensor `name` from the index `start` on in the dim `dim`, as long as the tensor that is loaded."""
 
     name: str
     dim: int
     start: int
-    length: int
 
     def offsets(self, num_dims: int) -> tuple[int, ...]:
         """Returns the index at which the part begins in each dim of the whole tensor: `start` in `dim`, 0 in the other
         dims."""
         return tuple(self.start if dim == self.dim else 0 for dim in range(num_dims))
-
-    def of(self, entry: Entry) -> Entry:
-        """Returns the part as a tensor of its own: one chunk for each chunk of `entry`, in the same order; some of these
-        chunks may be empty. Keeps the fingerprint of the whole tensor."""
-        dim, chunks = self.dim, []
-        for chunk in entry.chunks:
-            first = max(0, chunk.offsets[dim] - self.start)
-            end = min(self.length, chunk.offsets[dim] + chunk.shape[dim] - self.start)
-            length = max(0, end - first)
-            chunks.append(
-                Chunk(
-                    shard=chunk.shard,
-                    offsets=(*chunk.offsets[:dim], first, *chunk.offsets[dim + 1 :]),
-                    shape=(*chunk.shape[:dim], length, *chunk.shape[dim + 1 :]),
-                )
-            )
-        shape = (*entry.shape[:dim], self.length, *entry.shape[dim + 1 :])
-        return Entry(dtype=entry.dtype, shape=shape, fingerprint=entry.fingerprint, chunks=tuple(chunks))
 
 
 Source = str | Cut  # the stored tensor (by name), or the part of a stored tensor, that is loaded into a tensor
@@ -182,11 +163,8 @@ def shard_file(number: int) -> str:
 
 
 def read_stored(path: Path, model: type[M]) -> M:
-    """Reads the JSON file `path` of a checkpoint and validates it as `model`.
-
-    Raises:
-        DataError: the file is missing, too large, of another format version or damaged.
-    """
+    """Reads the JSON file `path` of a checkpoint and validates it as `model`. Raises DataError if the file is missing, too
+    large, of another format version or damaged."""
     try:
         return model.model_validate_json(bounded(read_regular(path, most_bytes=MAX_JSON_BYTES), model.most_lists))
     except OSError as error:
@@ -204,11 +182,8 @@ def read_stored(path: Path, model: type[M]) -> M:
 
 
 def read_index(folder: Path) -> Index:
-    """Reads and checks the index of a checkpoint.
-
-    Raises:
-        DataError: the index is missing or damaged, or has one of the problems of `index_problems`.
-    """
+    """Reads and checks the index of a checkpoint. Raises DataError if the index is missing or damaged, or has one of the
+    problems of `index_problems`."""
     index = read_stored(folder / INDEX_FILE, Index)
     if problems := index_problems(index):
         raise DataError(listed(f"checkpoint {folder}: {INDEX_FILE} is damaged", problems))

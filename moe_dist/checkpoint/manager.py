@@ -188,11 +188,8 @@ class CheckpointManager:
 
     def latest(self) -> Path | None:
         """Returns the folder of the newest committed checkpoint, which rank 0 reads from `latest`; None if there is no
-        committed checkpoint.
-
-        Raises:
-            DataError: `latest` names no checkpoint, or is missing although there are checkpoints.
-        """
+        committed checkpoint. Raises DataError if `latest` names no checkpoint, or is missing although there are
+        checkpoints."""
         step = self.status.broadcast("find the latest", self._directory.latest_step)
         return None if step < 0 else self._directory.path_of(step)
 

@@ -90,11 +90,8 @@ class CheckpointWriter:
             self.poll()
 
     def wait(self) -> None:
-        """Waits for the end of the last save, and logs its CheckpointError.
-
-        Raises:
-            MoeDistError: the save failed with an error that is no CheckpointError.
-        """
+        """Waits for the end of the last save, and logs its CheckpointError. Raises MoeDistError if the save failed with an
+        error that is no CheckpointError."""
         self._join()
         self.poll()
 

@@ -83,11 +83,8 @@ def metadata_of(
 
 
 def read_shard_header(folder: Path, number: int) -> ShardHeader:
-    """Reads and checks the header of the shard file `number`, and compares the file's size with the header.
-
-    Raises:
-        DamagedError: the file or its header is missing, truncated, foreign or damaged.
-    """
+    """Reads and checks the header of the shard file `number`, and compares the file's size with the header. Raises
+    DamagedError if the file or its header is missing, truncated, foreign or damaged."""
     path = folder / shard_file(number)
 
     def problem(kind: Any, detail: str) -> DamagedError:

@@ -1,18 +1,26 @@
-"""Splits a dense FFN into fine-grained experts (MoEfication, Zhang et al., arXiv 2110.01786, section 3.1, with consecutive
-neurons). The FFN's hidden values are divided into n equal parts. Expert j has the j-th part: the rows of gate and up and
-the columns of down that belong to the hidden values of this part. The sum of all experts' outputs is the output of the FFN.
+"""Splits FFNs into finer experts (MoEfication, Zhang et al., arXiv 2110.01786, section 3.1, with consecutive neurons). The
+hidden values of an FFN are divided into equal parts. The expert of a part has the rows of gate and up and the columns of
+down that belong to the part's hidden values. The sum of these experts' outputs is the output of the FFN.
 
-Splits the same FFN that upcycling would copy (`upcycle.py`). Router rows are initialised to 0, see `config/split_rule.py`.
+`split` cuts the dense FFN that upcycling would copy (`upcycle.py`) into all n experts of a group; router rows start at 0,
+see `config/init_rules.py`. `split_experts` cuts each expert e of a trained mixture into m parts, the experts m e to
+m e + m - 1; their router rows are copies of expert e's row, see `config/split_experts_rule.py`.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
 
 from moe_dist.checkpoint.contents import Contents
-from moe_dist.checkpoint.fits import fitting
+from moe_dist.checkpoint.fingerprint import hexadecimal
+from moe_dist.checkpoint.fits import DTYPES, fitting
 from moe_dist.checkpoint.index import Cut, Source, listed
 from moe_dist.checkpoint.state import TensorSpec
+from moe_dist.checkpoint.storage import pieces_of, read_tensors
 from moe_dist.checkpoint.upcycle import experts_by_layer, norms, nothing, source_of
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.placement.parameter_names import EXPERT_NAME
 
 HIDDEN_DIM = {"gate": 0, "up": 0, "down": 1}  # the dim of each weight that runs over the hidden values
@@ -20,42 +28,76 @@ HIDDEN_DIM = {"gate": 0, "up": 0, "down": 1}  # the dim of each weight that runs
 
 def fitting_or_split(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, Source]:
     """Maps each parameter that is loaded to its name in the checkpoint, or to a part of the checkpoint's FFN; equal on all
-    ranks.
-
-    Raises:
-        ConfigError: a layer has no FFN to split, or the experts' widths do not add up to the FFN's width.
-    """
+    ranks. Raises ConfigError if a layer has no FFN to split, or the experts' widths do not add up to the FFN's width."""
     index = contents.index
     there, here = experts_by_layer(index.tensors), experts_by_layer(specs)
-    sources: dict[str, Source] = {**fitting(contents, specs), **norms(index, specs)}
+
+    def part_of(expert: re.Match[str]) -> tuple[str, int, int] | str:
+        layer, group = expert["layer"], expert["group"]
+        experts = here[layer][group]
+        source = source_of(expert, index, there[layer], experts)
+        if source is None or len(there[layer].get(group, ())) > 1:
+            return nothing(len(experts), group, there[layer])
+        return source, int(expert["expert"]), len(experts)
+
+    return {**fitting(contents, specs), **norms(index, specs), **_parts(contents, specs, "split", part_of)}
+
+
+def fitting_or_split_experts(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, Source]:
+    """Maps each parameter that is loaded to its name in the checkpoint, or to a part of a stored expert; equal on all
+    ranks. Raises ConfigError if the checkpoint has no experts to split, or the widths of the parts do not add up to an
+    expert's width."""
+    there, here = experts_by_layer(contents.index.tensors), experts_by_layer(specs)
+
+    def part_of(expert: re.Match[str]) -> tuple[str, int, int] | str:
+        layer, group = expert["layer"], expert["group"]
+        old, new = len(there[layer].get(group, ())), len(here[layer][group])
+        if not old or new % old:
+            return f"{new} experts in the model, {old} in the checkpoint"
+        whole, part = divmod(int(expert["expert"]), new // old)
+        return f"{layer}.moe.experts.{group}.{whole}.{expert['tensor']}", part, new // old
+
+    return {**fitting(contents, specs), **_parts(contents, specs, "split_experts", part_of)}
+
+
+def _parts(
+    contents: Contents,
+    specs: Mapping[str, TensorSpec],
+    rule: str,
+    part_of: Callable[[re.Match[str]], tuple[str, int, int] | str],
+) -> dict[str, Source]:
+    """Maps each tensor of an expert to its part of a stored tensor. `part_of` returns the stored tensor, the number of the
+    part and the number of parts; or a problem."""
+    sources: dict[str, Source] = {}
     problems: dict[str, None] = {}  # the keys serve as an ordered set
     for name, spec in specs.items():
         if (expert := EXPERT_NAME.fullmatch(name)) is None:
             continue
-        layer, group, dim = expert["layer"], expert["group"], HIDDEN_DIM[expert["tensor"]]
-        num_experts, width = len(here[layer][group]), spec.shape[dim]
-        source = source_of(expert, index, there[layer], here[layer][group])
-        if source is None or len(there[layer].get(group, ())) > 1:
-            problems[f"{layer}.moe.experts.{group}: {nothing(num_experts, group, there[layer])}"] = None
+        found, dim, group = part_of(expert), HIDDEN_DIM[expert["tensor"]], expert["group"]
+        if isinstance(found, str):
+            problems[f"{expert['layer']}.moe.experts.{group}: {found}"] = None
             continue
-        stored = index.tensors[source].shape
-        if num_experts * width != stored[dim] or spec.shape[1 - dim] != stored[1 - dim]:
-            problems[_unfit(group, num_experts, width, stored[dim], source)] = None
-        sources[name] = Cut(source, dim, int(expert["expert"]) * width, width)
+        source, part, parts = found
+        stored, width = contents.index.tensors[source].shape, spec.shape[dim]
+        if parts * width != stored[dim] or spec.shape[1 - dim] != stored[1 - dim]:
+            whole = stored[dim]
+            near = min((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: abs(n - parts))
+            fix = f"take ffn_dim={whole // near}" if near == parts else f"take {near} parts, or another divisor of {whole}"
+            problem = f"{parts} parts x ffn_dim={width} must be the width {whole} of {source}, with the same hidden_dim"
+            problems[f"model.moe.groups.{group}: {problem}; {fix}"] = None
+        sources[name] = Cut(source, dim, part * width)
     if problems:
-        raise ConfigError(listed(f"run.init_rules: split cannot split the FFNs of {contents.folder}", list(problems)))
+        raise ConfigError(listed(f"run.init_rules: {rule} cannot split the FFNs of {contents.folder}", list(problems)))
     return sources
 
 
-def _unfit(group: str, num_experts: int, width: int, whole: int, source: str) -> str:
-    key = f"model.moe.groups.{group}"
-    divisors = [n for n in range(1, whole + 1) if whole % n == 0]
-    fix = (
-        f"take ffn_dim={whole // num_experts}"
-        if whole % num_experts == 0
-        else f"take num_experts={min(divisors, key=lambda n: abs(n - num_experts))}, or another divisor of {whole}"
-    )
-    return (
-        f"{key}: num_experts={num_experts} x ffn_dim={width} must be the width {whole} of {source}, with the same "
-        f"hidden_dim; {fix}"
-    )
+def stored_tensors(contents: Contents, names: list[str]) -> dict[str, Tensor]:
+    """Returns whole tensors of a checkpoint, by name. Omits names that the checkpoint lacks. Raises DataError if a file or
+    a tensor is damaged."""
+    entries = {name: entry for name in names if (entry := contents.index.tensors.get(name)) is not None}
+    found = {name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for name, entry in entries.items()}
+    read_tensors(contents, found)
+    for name, piece in pieces_of(found).items():
+        if hexadecimal(piece.fingerprint()) != entries[name].fingerprint:
+            raise DataError(f"checkpoint {contents.folder}: {name} differs from what was saved")
+    return found

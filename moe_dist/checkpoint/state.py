@@ -146,7 +146,6 @@ def moment_specs(
 
 
 def _by_moment(model: nn.Module, *, orthogonal: bool) -> dict[str, set[str]]:
-    """Maps each moment to the names of the parameters that have this moment."""
     moments = {each.name: moments_of(each, orthogonal=orthogonal) for each in named_parameters(model)}
     return {moment: {name for name, has in moments.items() if moment in has} for moment in MOMENTS}
 

@@ -1,8 +1,8 @@
 """Writes tensors to shard files and reads them, without collectives and without pickle. Copies tensors to host memory, for
 a save that a thread writes.
 
-The planners of torch.distributed.checkpoint (DCP) compute which parts of the stored tensors a rank needs, whatever layout
-of ranks saved them. DCP's `save` and `load` are not used, because they exchange pickled plans. The files are safetensors
+A rank reads the parts of the stored tensors that intersect its own, whatever layout of ranks saved them. The `save` and
+`load` of torch.distributed.checkpoint (DCP) are not used, because they exchange pickled plans. The files are safetensors
 with the header entry `DCP_SHARDING_INFO`, so that DCP's HuggingFaceStorageReader can read them.
 """
 
@@ -11,7 +11,7 @@ import os
 import platform
 import stat
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,26 +22,17 @@ from pydantic import JsonValue
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moe_dist.checkpoint.contents import Contents, open_shard
 from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
-from moe_dist.checkpoint.fits import DTYPES
-from moe_dist.checkpoint.index import Chunk, Entry, Index, ShardEntry, Source, StateFile, shard_file, stored_name
+from moe_dist.checkpoint.index import Chunk, Cut, Entry, Index, ShardEntry, Source, StateFile, shard_file, stored_name
 from moe_dist.checkpoint.shard_header import metadata_of, read_shard_header
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, TensorSpec
 from moe_dist.config.bundled import VERSION
 from moe_dist.errors import DataError, DivergedError
 from moe_dist.optim.optimizer import step_count
-
-_DIALECT: dict[str, bool] = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 
 
 @dataclass(frozen=True)
@@ -61,14 +52,14 @@ class Piece:
 def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
     """Returns this rank's piece of each tensor, plain or DTensor, by name. A piece is a view into the memory of its
     tensor. Pieces without elements are left out."""
-    planner = DefaultSavePlanner(**_DIALECT)
-    planner.set_up_planner(dict(tensors), is_coordinator=True)
     pieces: dict[str, Piece] = {}
-    for item in planner.create_local_plan().items:
-        tensor = planner.resolve_data(item)
-        assert isinstance(tensor, Tensor)
-        assert item.tensor_data is not None
-        pieces[item.index.fqn] = Piece(tensor.detach(), tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.size))
+    for name, tensor in tensors.items():
+        local, offsets = tensor.detach(), (0,) * tensor.ndim
+        if isinstance(local, DTensor):
+            _, offsets = compute_local_shape_and_global_offset(local.shape, local.device_mesh, local.placements)
+            local = local.to_local()
+        if local.numel():
+            pieces[name] = Piece(local, tuple(offsets), tuple(tensor.shape))
     return pieces
 
 
@@ -138,11 +129,8 @@ class HostBuffers:
 
 
 def check_finite(pieces: Mapping[str, Piece]) -> None:
-    """Costs one pass over the pieces, as fast as a copy of them, and a device-to-host sync for each device.
-
-    Raises:
-        DivergedError: a piece contains nan or inf.
-    """
+    """Costs one pass over the pieces, as fast as a copy of them, and a device-to-host sync for each device. Raises
+    DivergedError if a piece contains nan or inf."""
     flags: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, piece in pieces.items():
         if piece.tensor.is_floating_point():
@@ -159,15 +147,8 @@ def check_finite(pieces: Mapping[str, Piece]) -> None:
 
 def take_snapshot(step: int, state: CheckpointState, buffers: HostBuffers | None = None) -> Snapshot:
     """Takes a snapshot of `state`. Costs a device-to-host sync, which reads the optimizer's step count, and the cost of
-    `check_finite`.
-
-    Args:
-        buffers: Memory for copies of the tensors. If `buffers` is None, no copies are made, and the training must wait for
-            the save.
-
-    Raises:
-        DivergedError: a tensor contains nan or inf.
-    """
+    `check_finite`. Copies the tensors to `buffers`; without `buffers` makes no copies, and the training must wait for the
+    save. Raises DivergedError if a tensor contains nan or inf."""
     pieces = pieces_of(state.written())
     check_finite(pieces)
     return Snapshot(
@@ -224,11 +205,8 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, save_id: str, num_shards: int) -> Index:
-    """Makes the index of the shard files 0 to `num_shards` - 1 in `folder` from their headers. Reads no tensor.
-
-    Raises:
-        DataError: a file is damaged, or is not of the save `save_id`.
-    """
+    """Makes the index of the shard files 0 to `num_shards` - 1 in `folder` from their headers. Reads no tensor. Raises
+    DataError if a file is damaged, or is not of the save `save_id`."""
     chunks: dict[str, list[Chunk]] = {name: [] for name, spec in specs.items() if 0 not in spec.shape}
     sums = dict.fromkeys(chunks, 0)
     dtypes: dict[str, str] = {}
@@ -263,65 +241,49 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
     Raises:
         DataError: a file is missing, truncated, damaged, foreign or of another save.
     """
-    index, planner = contents.index, DefaultLoadPlanner(**_DIALECT)
-    there = {name: (sources or {}).get(name, name) for name in tensors}
-    wanted = {name: tensor for name, tensor in tensors.items() if stored_name(there[name]) in index.tensors}
-    entries = {name: entry_of(index, there[name]) for name in wanted}
-    planner.set_up_planner(dict(wanted), _dcp_metadata(entries))
-    by_shard: dict[int, list[tuple[ReadItem, Chunk, tuple[int, ...]]]] = defaultdict(list)
-    for item in planner.create_local_plan().items:
-        source = there[item.storage_index.fqn]
-        whole = index.tensors[stored_name(source)]
-        for chunk, part in zip(whole.chunks, entries[item.storage_index.fqn].chunks, strict=True):
-            if torch.Size(part.offsets) == item.storage_index.offset and 0 not in part.shape:
-                start = (0,) * len(whole.shape) if isinstance(source, str) else source.offsets(len(whole.shape))
-                shift = tuple(p + s - c for p, s, c in zip(part.offsets, start, chunk.offsets, strict=True))
-                by_shard[chunk.shard].append((item, chunk, shift))
-    for number, items in sorted(by_shard.items()):  # opens each file once
+    index = contents.index
+    by_shard: dict[int, list[tuple[str, Chunk, Tensor, Sequence[range]]]] = defaultdict(list)
+    for name, piece in pieces_of(tensors).items():
+        source = (sources or {}).get(name, name)
+        if (entry := index.tensors.get(stored_name(source))) is None:
+            continue
+        start = source.offsets(len(entry.shape)) if isinstance(source, Cut) else (0,) * len(entry.shape)
+        places = tuple(map(sum, zip(piece.offsets, start, strict=True)))
+        for chunk in entry.chunks:
+            common = _common(places, piece.tensor.shape, chunk.offsets, chunk.shape)
+            if all(common):
+                target = piece.tensor[_box(common, places)]  # a view
+                by_shard[chunk.shard].append((stored_name(source), chunk, target, common))
+    for number, reads in sorted(by_shard.items()):  # opens each file once
         header = open_shard(contents, number)
         with open_tensors(contents.folder, number) as file:
-            for item, chunk, shift in items:
-                name = stored_name(there[item.storage_index.fqn])
+            for name, chunk, target, common in reads:
                 if header.parts.get(name) != (index.tensors[name].dtype, chunk):
                     raise DataError(f"checkpoint file {shard_file(number)}: {name} is not the part that the index lists")
-                starts = map(sum, zip(item.storage_offsets, shift, strict=True))
-                box = tuple(slice(o, o + n) for o, n in zip(starts, item.lengths, strict=True))
-                planner.resolve_tensor(item).detach().copy_(file.get_slice(name)[box])
+                target.copy_(file.get_slice(name)[_box(common, chunk.offsets)])
 
 
-def entry_of(index: Index, source: Source) -> Entry:
-    """Returns the entry of a stored tensor, or of a part of a stored tensor."""
-    entry = index.tensors[stored_name(source)]
-    return entry if isinstance(source, str) else source.of(entry)
+def _common(
+    one_at: Sequence[int], one_shape: Sequence[int], other_at: Sequence[int], other_shape: Sequence[int]
+) -> list[range]:
+    """Returns the intersection of two boxes: a range of indices in each dim, of which one is empty without an
+    intersection."""
+    sides = zip(one_at, one_shape, other_at, other_shape, strict=True)
+    return [range(max(a, b), min(a + length, b + other)) for a, length, b, other in sides]
+
+
+def _box(indices: Sequence[range], offsets: Sequence[int]) -> tuple[slice, ...]:
+    """Returns the slices of a box in a tensor that begins at `offsets`."""
+    return tuple(slice(each.start - at, each.stop - at) for each, at in zip(indices, offsets, strict=True))
 
 
 @contextmanager
 def open_tensors(folder: Path, number: int) -> Iterator[Any]:
-    """Opens the shard file `number` for reading; the caller must have checked its header (`open_shard`).
-
-    Raises:
-        DataError: the file cannot be opened, or a read in the `with` block fails.
-    """
+    """Opens the shard file `number` for reading; the caller must have checked its header (`open_shard`). Raises DataError
+    if the file cannot be opened, or a read in the `with` block fails."""
     path = folder / shard_file(number)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except (OSError, SafetensorError) as error:
         raise DataError(f"checkpoint file {path}: cannot be read: {error}") from error
-
-
-def _dcp_metadata(entries: Mapping[str, Entry]) -> Metadata:
-    return Metadata(
-        {
-            name: TensorStorageMetadata(
-                TensorProperties(dtype=DTYPES[entry.dtype]),
-                torch.Size(entry.shape),
-                [
-                    ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.shape))
-                    for c in entry.chunks
-                    if 0 not in c.shape
-                ],
-            )
-            for name, entry in entries.items()
-        }
-    )

@@ -2,44 +2,31 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
 
 from moe_dist.checkpoint.contents import Examined, examine
 from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
-from moe_dist.checkpoint.fits import misfit
-from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE, CheckpointProblem, Index, StateFile, shard_file
-from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
+from moe_dist.checkpoint.fits import ABSENT, differences
+from moe_dist.checkpoint.index import INDEX_FILE, CheckpointProblem, shard_file
+from moe_dist.checkpoint.state import TensorSpec
 from moe_dist.checkpoint.storage import open_tensors
 from moe_dist.errors import DataError
-from moe_dist.optim.optimizer import MOMENTS
-from moe_dist.placement.parameter_names import EXPERT_NAME
-
-MOST_MISSING = 10_000  # state.json may say any number of experts
-# Functions that make a CheckpointProblem of a tensor in index.json from a detail text and the tensor's name.
-_incomplete = partial(CheckpointProblem, "incomplete", INDEX_FILE)
-_foreign = partial(CheckpointProblem, "foreign", INDEX_FILE)
 
 
 def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple[Examined, list[CheckpointProblem]]:
     """Returns the readable parts of a checkpoint, and all problems of the checkpoint. Reads every byte, one tensor at a
-    time.
-
-    Args:
-        specs: The tensors that the checkpoint must have. If `specs` is None, only experts (by the placement in state.json)
-            and moments (AdamW's, by the names of the parameters) are checked for completeness.
-    """
+    time. The checkpoint must have the tensors `specs`; None checks those that its index lists."""
     examined = examine(folder)
     problems = list(examined.file_problems)
     index = examined.index
     if index is None:
         return examined, problems
-    problems += _missing(index, specs) if specs is not None else _missing_moments(index)
-    if examined.state is not None:
-        problems += _missing_experts(index, examined.state)
+    problems += [
+        CheckpointProblem("incomplete" if difference == ABSENT else "foreign", INDEX_FILE, difference, name)
+        for name, difference in (differences(index, specs) if specs is not None else {}).items()
+    ]
     sums: dict[str, int] = defaultdict(int)
     unread = {shard_file(number) for number in range(index.num_shards) if number not in examined.headers}
     for number in examined.headers:
@@ -72,66 +59,4 @@ def _check_shard(folder: Path, examined: Examined, number: int, sums: dict[str, 
                     problems.append(CheckpointProblem("not finite", file, detail, name))
     except DataError as error:
         problems.append(CheckpointProblem("damaged", file, str(error)))
-    return problems
-
-
-def _missing(index: Index, specs: Mapping[str, TensorSpec]) -> list[CheckpointProblem]:
-    """Finds tensors of `specs` that the index lacks or that do not fit, and tensors of the index that `specs` lacks."""
-    problems = []
-    for name, spec in specs.items():
-        entry = index.tensors.get(name)
-        if 0 in spec.shape:
-            continue
-        if entry is None:
-            problems.append(_incomplete("does not exist", name))
-        elif misfit(entry, spec):
-            detail = f"{entry.dtype} {entry.shape}, but its configuration gives {spec.dtype} {spec.shape}"
-            problems.append(_foreign(detail, name))
-    surplus = sorted(index.tensors.keys() - specs.keys())
-    return problems + [_foreign("its configuration has no such tensor", name) for name in surplus]
-
-
-def _missing_moments(index: Index) -> list[CheckpointProblem]:
-    """Checks AdamW's moments: a parameter with one moment must have both, each in the parameter's shape."""
-    moments = [f"{OPTIMIZER_PREFIX}{moment}." for moment in MOMENTS]
-    known = {name.removeprefix(moment) for moment in moments for name in index.tensors if name.startswith(moment)}
-    problems = []
-    for parameter in sorted(known):
-        for moment in moments:
-            entry = index.tensors.get(moment + parameter)
-            if entry is None:
-                problems.append(_incomplete("does not exist", moment + parameter))
-            elif parameter not in index.tensors:
-                problems.append(_incomplete("does not exist, but its moments do", parameter))
-            elif entry.shape != index.tensors[parameter].shape:
-                problems.append(_foreign("its shape differs from its parameter's", moment + parameter))
-    return problems
-
-
-def _missing_experts(index: Index, state: StateFile) -> list[CheckpointProblem]:
-    """Checks the experts: each layer with experts must have all experts of each group, with the same matrices."""
-    groups = state.placement.get("groups")
-    expected: dict[str, int] = {}
-    for group in groups if isinstance(groups, list) else []:
-        if isinstance(group, dict) and isinstance(count := group.get("num_experts"), int):
-            expected[str(group.get("name"))] = count
-    seen: dict[tuple[str, str], set[tuple[int, str]]] = defaultdict(set)
-    for name in index.tensors:
-        if match := EXPERT_NAME.fullmatch(name):
-            seen[match["layer"], match["group"]].add((int(match["expert"]), match["tensor"]))
-    tensors = {tensor for each in seen.values() for _, tensor in each}
-    missing = (
-        _incomplete("does not exist", f"{layer}.moe.experts.{group}.{expert}.{tensor}")
-        for layer in sorted({layer for layer, _ in seen})
-        for group, count in expected.items()
-        for expert in range(count)
-        for tensor in sorted(tensors)
-        if (expert, tensor) not in seen[layer, group]
-    )
-    problems = [*islice(missing, MOST_MISSING)]
-    for (layer, group), each in sorted(seen.items()):
-        beyond = sorted({expert for expert, _ in each if expert >= expected.get(group, 0)})
-        if beyond:
-            detail = f"group {group} has {expected.get(group, 0)} experts in {STATE_FILE}"
-            problems.append(_foreign(detail, f"{layer}.moe.experts.{group}.{beyond[0]}"))
     return problems

@@ -147,12 +147,8 @@ class Cluster(Section):
         return {name: variable.value for name, variable in self.nccl.items()} | interface
 
     def limit_warning(self, seconds: float | None = None) -> str:
-        """Returns a warning if a time limit leaves an attempt little time until its stop signal; else the empty text, as
-        for the limit 0 (no limit).
-
-        Args:
-            seconds: The time limit of an attempt; by default `time`.
-        """
+        """Returns a warning if the time limit `seconds` (by default `time`) leaves an attempt little time until its stop
+        signal; else the empty text, as for the limit 0 (no limit)."""
         seconds = seconds_of(self.time) if seconds is None else seconds
         left = max(0.0, seconds - self.signal_seconds)
         if seconds == 0.0 or left >= TRAIN_SECONDS:
@@ -195,15 +191,9 @@ def seconds_of(time: str) -> float:
 
 
 def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
-    """Reads the cluster file that the argument or, without an argument, $MOE_DIST_CLUSTER names; without both, returns the
-    defaults.
-
-    Args:
-        name_or_path: A path, or the bare name of a file in configs/clusters.
-
-    Raises:
-        ConfigError: the file cannot be read, or has faults; the error lists all faults.
-    """
+    """Reads the cluster file that the argument or, without an argument, $MOE_DIST_CLUSTER names, by its path or its bare
+    name in configs/clusters; without both, returns the defaults. Raises ConfigError, which lists all faults, if the file
+    cannot be read or has faults."""
     path = cluster_file(name_or_path, env)
     if path is None:
         return Cluster()

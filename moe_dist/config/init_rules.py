@@ -1,17 +1,65 @@
 """Checks `run.init_rules`, the changes to loaded weights. `source_problems` is called only when the checkpoint is loaded,
 because it needs the checkpoint's configuration. Imports no torch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from moe_dist.config.base.section import Violation, WholeConfig
-from moe_dist.config.model_schema import GroupSection
-from moe_dist.config.split_experts_rule import old_moe, split_experts_violations
-from moe_dist.config.split_rule import split_violations
+from moe_dist.config.model_schema import GroupSection, ModelSection
+from moe_dist.config.split_experts_rule import UNKNOWN_ROUTER, split_experts_violations
 
 KEY = "run.init_rules"
+ROUTER = "model.moe.router"
+
+
+def _split_violations(config: WholeConfig) -> Iterator[Violation]:
+    """Yields the reasons why a split model would not compute the dense model's function at step 0, as far as the
+    configuration tells.
+
+    At step 0 the model computes the function of the dense model if a token takes all n experts of its group, each with the
+    weight 1. Every router row is therefore initialised to 0. All router columns then have the same score, true experts
+    precede all others on ties, and the weights of `top_k` choices are scale / N for a number N that follows from the
+    router. `scale` must be N. If N is a power of two, 1 / N and scale / N are exact in any floating-point format, so that
+    the weights are exactly 1.
+    """
+    router, rule = config.model.moe.router, "run.init_rules: split"
+    for name, group in config.model.moe.groups.items():
+        key = f"model.moe.groups.{name}"
+        if group.top_k < group.num_experts:
+            problem = (
+                f"{rule}: {key}.top_k={group.top_k} must be at least num_experts={group.num_experts}, so that a token "
+                "starts with all parts of the FFN; raise it, give the group as many null experts (num_null), and lower the "
+                "load with a controller (model.moe.balance: active_experts)"
+            )
+            yield Violation(("run.init_rules", f"{key}.top_k", f"{key}.num_experts"), problem)
+            continue
+        if group.num_zero_computation:
+            problem = f"{rule}: {key} has identity or constant experts, which the FFN lacks; set their numbers to 0"
+            yield Violation(("run.init_rules", key), problem)
+        parts = router.equal_share(group)
+        if parts is None:
+            problem = (
+                f"{rule}: with {ROUTER}.{router.said} a token would not start with all parts of the FFN; take kind=top_k, "
+                "or kind=group_limited with n_group=topk_group"
+            )
+            yield Violation(("run.init_rules", ROUTER), problem)
+        elif parts & (parts - 1):
+            problem = (
+                f"{rule}: {key}: with {ROUTER}.normalise={getattr(router, 'normalise', None)} the weights start at scale / "
+                f"{parts}, and {parts} is no power of two, so that they would be rounded; change num_experts, num_null or "
+                "top_k, or normalise"
+            )
+            yield Violation(("run.init_rules", key, f"{ROUTER}.normalise"), problem)
+        elif getattr(router, "scale", 1.0) != parts:
+            problem = (
+                f"{rule}: {ROUTER}.scale={getattr(router, 'scale', 1.0):g}: the weights of group {name} start at scale / "
+                f"{parts} and must be 1; take scale={parts}"
+            )
+            yield Violation(("run.init_rules", f"{ROUTER}.scale", key), problem)
+
+
 # Rules of `run.init_rules` that cannot be combined with other rules: the function that checks each rule, and the reason.
 _ALONE = {
-    "split": (split_violations, "split sets all router rows to 0 and takes whole FFNs"),
+    "split": (_split_violations, "split sets all router rows to 0 and takes whole FFNs"),
     "split_experts": (split_experts_violations, "split_experts takes experts and routers of the checkpoint as they are"),
 }
 
@@ -101,62 +149,59 @@ def _no_identity(kind: object) -> str:
     )
 
 
-def source_problems(config: WholeConfig, source: Mapping[str, object]) -> list[str]:
+def source_problems(config: WholeConfig, source: ModelSection | None) -> list[str]:
     """Returns the reasons why the model of `config`, in which null rows copy the checkpoint's true rows, would have
-    other outputs than the checkpoint's model; empty if the outputs are equal. `source` is the checkpoint's configuration.
+    other outputs than the checkpoint's model; empty if the outputs are equal. `source` is the checkpoint's section `model`;
+    None if it has none.
 
     Only outputs in evaluation must be equal, so capacity and auxiliary losses, which act only in training, do not count.
     """
-    here = config.model.moe
-    moe = old_moe(source)
-    router, groups = moe.get("router"), moe.get("groups")
-    if not isinstance(router, Mapping) or not isinstance(groups, Mapping):
-        return ["the checkpoint does not say by which router it was trained (model.moe in its state.json)"]
-    if not here.router.softmax_top_k or router.get("kind") != here.router.kind:
-        return [_no_identity(router.get("kind") if here.router.softmax_top_k else here.router.kind)]
-    problems, own = [], here.router.model_dump()
-    if router.get("selection_bias"):
+    if source is None:
+        return [UNKNOWN_ROUTER]
+    here, router, own = config.model.moe, source.moe.router, config.model.moe.router
+    if not own.softmax_top_k or router.kind != own.kind:
+        return [_no_identity(router.kind if own.softmax_top_k else own.kind)]
+    problems: list[str] = []
+    if router.has_selection_bias:
         problems.append(
             "the checkpoint's router chooses by softmax + bias: m / n copies of each row divide every probability by 1 + m "
             "/ n but not the bias, which changes the choice; remove copy_nulls"
         )
-    if router.get("logit_bias"):
+    if router.has_logit_bias:
         problems.append("the checkpoint's router has biased logits, and null experts have none; remove copy_nulls")
-    wanted = "true_all" if router.get("normalise") in ("none", "true_all") else "true_chosen"
-    normalise = own.get("normalise", "none")
+    before, normalise = (getattr(each, "normalise", "none") for each in (router, own))
+    wanted = "true_all" if before in ("none", "true_all") else "true_chosen"
     if normalise != wanted:
         problems.append(
-            f"model.moe.router.normalise={normalise}: the weights of the checkpoint's {router.get('normalise')} "
-            f"come from true experts only, because it has no null experts; take {wanted}"
+            f"model.moe.router.normalise={normalise}: the weights of the checkpoint's {before} come from true experts "
+            f"only, because it has no null experts; take {wanted}"
         )
-    if router.get("scale", 1.0) != own.get("scale", 1.0):
-        scale = own.get("scale", 1.0)
-        problems.append(f"model.moe.router.scale={scale:g}: the checkpoint has scale={router.get('scale')}; take it")
+    old_scale, scale = (getattr(each, "scale", 1.0) for each in (router, own))
+    if old_scale != scale:
+        problems.append(f"model.moe.router.scale={scale:g}: the checkpoint has scale={old_scale}; take it")
     for name, group in here.groups.items():
-        old = groups.get(name)
-        if isinstance(old, Mapping):
-            problems += _group_problems(name, group, old)
+        if name in source.moe.groups:
+            problems += _group_problems(f"model.moe.groups.{name}", group, source.moe.groups[name])
         else:
-            there = ", ".join(map(str, groups))
-            problems.append(f"model.moe.groups.{name}: the checkpoint has no such group; it has {there}")
+            problems.append(
+                f"model.moe.groups.{name}: the checkpoint has no such group; it has {', '.join(source.moe.groups)}"
+            )
     return problems
 
 
-def _group_problems(name: str, group: GroupSection, old: Mapping[str, object]) -> list[str]:
-    key = f"model.moe.groups.{name}"
-    before = {field: value for field, value in old.items() if isinstance(value, int)}
-    if before.get("num_null") or before.get("num_identity") or before.get("num_constant"):
+def _group_problems(key: str, group: GroupSection, old: GroupSection) -> list[str]:
+    if old.num_null or old.num_zero_computation:
         return [
             f"{key}: the checkpoint's group has null or zero-computation experts already; without copy_nulls their rows "
             "are loaded unchanged if num_null is the same"
         ]
-    if before.get("num_experts") != group.num_experts:
-        return [f"{key}.num_experts={group.num_experts}: the checkpoint has {before.get('num_experts')}; take as many"]
-    fitting = identity_choices(group.num_experts, group.num_null, before.get("top_k", 0))
+    if old.num_experts != group.num_experts:
+        return [f"{key}.num_experts={group.num_experts}: the checkpoint has {old.num_experts}; take as many"]
+    fitting = identity_choices(group.num_experts, group.num_null, old.top_k)
     if group.top_k in fitting:
         return []
     return [
         f"{key}.top_k={group.top_k}: with num_null={group.num_null} copies of {group.num_experts} true rows, a token takes "
-        f"the checkpoint's {before.get('top_k')} true experts only for top_k from {fitting[0]} to {fitting[-1]}; take one "
-        "of these, or another num_null"
+        f"the checkpoint's {old.top_k} true experts only for top_k from {fitting[0]} to {fitting[-1]}; take one of these, "
+        "or another num_null"
     ]

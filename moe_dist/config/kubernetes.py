@@ -7,12 +7,11 @@ from pydantic import Field
 from moe_dist.config.base.section import PathText, PositiveInt, Section
 
 # Kubernetes' own rules: names of objects are DNS labels; keys of labels may have a DNS prefix.
-OBJECT_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-KEY_PATTERN = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
-VALUE_PATTERN = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
-ObjectName = Annotated[str, Field(pattern=OBJECT_PATTERN)]
-LabelKey = Annotated[str, Field(pattern=KEY_PATTERN)]
-LabelValue = Annotated[str, Field(pattern=VALUE_PATTERN)]
+ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+LabelKey = Annotated[
+    str, Field(pattern=r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")
+]
+LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$")]
 
 
 class KubernetesSection(Section):

@@ -90,11 +90,8 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
 
 
 def read_stored(schema: type[S], values: Any) -> S:
-    """Reads a section that a checkpoint has stored, plain values as in JSON.
-
-    Raises:
-        ConfigError: this version cannot read it. The error lists the faults.
-    """
+    """Reads a section that a checkpoint has stored, plain values as in JSON. Raises ConfigError if this version cannot read
+    it. The error lists the faults."""
     try:
         return schema.model_validate_json(json.dumps(values))
     except ValidationError as error:

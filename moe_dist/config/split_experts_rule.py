@@ -7,12 +7,13 @@ router's `scale` must therefore become m times as large. If the routing weights 
 their sum, `scale` does not change. Imports no torch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from moe_dist.config.base.section import Violation, WholeConfig
-from moe_dist.config.model_schema import GroupSection
+from moe_dist.config.model_schema import GroupSection, ModelSection
 
 ROUTER = "model.moe.router"
+UNKNOWN_ROUTER = "the checkpoint does not say by which router it was trained (model.moe in its state.json)"
 
 
 def split_experts_violations(config: WholeConfig) -> Iterator[Violation]:
@@ -35,87 +36,56 @@ def split_experts_violations(config: WholeConfig) -> Iterator[Violation]:
             yield Violation(("run.init_rules", key), problem)
 
 
-def parts_of_experts(config: WholeConfig, source: Mapping[str, object]) -> dict[str, int]:
-    """Returns m for each group, from the numbers of true experts in `config` and in the checkpoint's configuration
-    `source`; 0 if the first number is no multiple of the second."""
-    old = _old_groups(source)
-    parts = {}
-    for name, group in config.model.moe.groups.items():
-        before = old.get(name, {}).get("num_experts", 0)
-        parts[name] = group.num_experts // before if before and group.num_experts % before == 0 else 0
-    return parts
-
-
-def split_experts_problems(config: WholeConfig, source: Mapping[str, object]) -> list[str]:
-    """Returns the reasons why the split model would compute another function than the checkpoint's model; empty if none."""
-    old, here = _old_groups(source), config.model.moe
-    router = _old_router(source)
-    if not old or not router:
-        return ["the checkpoint does not say by which router it was trained (model.moe in its state.json)"]
-    own = here.router.model_dump(mode="json")
+def split_experts_problems(config: WholeConfig, source: ModelSection | None) -> list[str]:
+    """Returns the reasons why the split model would compute another function than the checkpoint's model; empty if none.
+    `source` is the checkpoint's section `model`; None if it has none."""
+    if source is None:
+        return [UNKNOWN_ROUTER]
+    old, here, own = source.moe, config.model.moe, config.model.moe.router.model_dump(mode="json")
     problems = [
         f"{ROUTER}.{key}={own[key]!r}: the checkpoint has {value!r}; take it"
-        for key, value in router.items()
+        for key, value in old.router.model_dump(mode="json").items()
         if key in own and key not in ("scale", "selection_bias", "n_group", "topk_group") and own[key] != value
     ]
-    if router.get("topk_group", 1) != router.get("n_group", 1):
+    n_group, topk_group = old.router.node_limit
+    if topk_group != n_group:
         problems.append(
-            f"the checkpoint's router takes experts of {router.get('topk_group')} of {router.get('n_group')} node groups, "
-            "by their two best scores, which would be those of one expert; split_experts has no place for this"
+            f"the checkpoint's router takes experts of {topk_group} of {n_group} node groups, by their two best scores, "
+            "which would be those of one expert; split_experts has no place for this"
         )
-    if router.get("selection_bias") and not here.router.has_selection_bias:
+    if old.router.has_selection_bias and not here.router.has_selection_bias:
         problems.append(f"{ROUTER}.selection_bias=False: the checkpoint's router chooses with biases; take true")
-    scale = router.get("scale", 1.0)
-    for (name, group), parts in zip(here.groups.items(), parts_of_experts(config, source).values(), strict=True):
-        if name not in old:
-            problems.append(f"model.moe.groups.{name}: the checkpoint has no such group; it has {', '.join(old)}")
-            continue
-        problems += _group_problems(name, group, old[name], parts)
-        growth = here.router.growth_of_scale(parts)
-        if parts and growth and isinstance(scale, float) and getattr(here.router, "scale", 1.0) != scale * growth:
+    old_scale, scale = (getattr(each, "scale", 1.0) for each in (old.router, here.router))
+    for name, group in here.groups.items():
+        key = f"model.moe.groups.{name}"
+        if (before := old.groups.get(name)) is None:
+            problems.append(f"{key}: the checkpoint has no such group; it has {', '.join(old.groups)}")
+        elif group.num_experts % before.num_experts:
             problems.append(
-                f"{ROUTER}.scale={getattr(here.router, 'scale', 1.0):g}: {parts} parts of an expert in group {name} have "
-                f"the weight of the expert with scale={scale * growth:g}; take it"
+                f"{key}.num_experts={group.num_experts}: must be a multiple of the checkpoint's {before.num_experts}"
             )
+        else:
+            parts = group.num_experts // before.num_experts
+            problems += _group_problems(key, group, before, parts)
+            growth = here.router.growth_of_scale(parts)
+            if growth and scale != old_scale * growth:
+                problems.append(
+                    f"{ROUTER}.scale={scale:g}: {parts} parts of an expert in group {name} have the weight of the expert "
+                    f"with scale={old_scale * growth:g}; take it"
+                )
     return problems
 
 
-def _group_problems(name: str, group: GroupSection, old: Mapping[str, int], parts: int) -> list[str]:
-    key, before = f"model.moe.groups.{name}", old.get("num_experts", 0)
-    if parts < 1:
-        return [f"{key}.num_experts={group.num_experts}: must be a multiple of the checkpoint's {before}"]
+def _group_problems(key: str, group: GroupSection, old: GroupSection, parts: int) -> list[str]:
     wanted = {
-        "num_null": parts * old.get("num_null", 0),
-        "top_k": parts * old.get("top_k", 0),
-        "num_identity": old.get("num_identity", 0),
-        "num_constant": old.get("num_constant", 0),
+        "num_null": parts * old.num_null,
+        "top_k": parts * old.top_k,
+        "num_identity": old.num_identity,
+        "num_constant": old.num_constant,
     }
-    found = {field: getattr(group, field) for field in wanted}
     return [
-        f"{key}.{field}={found[field]}: with {parts} parts of each of {before} experts a token takes what it took only for "
-        f"{field}={value}; take it"
+        f"{key}.{field}={found}: with {parts} parts of each of {old.num_experts} experts a token takes what it took only "
+        f"for {field}={value}; take it"
         for field, value in wanted.items()
-        if found[field] != value
+        if (found := getattr(group, field)) != value
     ]
-
-
-def _old_router(source: Mapping[str, object]) -> dict[str, object]:
-    found = old_moe(source).get("router")
-    return dict(found) if isinstance(found, Mapping) else {}
-
-
-def _old_groups(source: Mapping[str, object]) -> dict[str, dict[str, int]]:
-    groups = old_moe(source).get("groups")
-    found = groups.items() if isinstance(groups, Mapping) else ()
-    return {
-        name: {field: value for field, value in old.items() if isinstance(value, int)}
-        for name, old in found
-        if isinstance(old, Mapping)
-    }
-
-
-def old_moe(source: Mapping[str, object]) -> Mapping[str, object]:
-    """Returns `model.moe` of a checkpoint's configuration; empty if it is missing."""
-    model = source.get("model")
-    moe = model.get("moe") if isinstance(model, Mapping) else None
-    return moe if isinstance(moe, Mapping) else {}

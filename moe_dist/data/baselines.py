@@ -35,7 +35,6 @@ class _Labels:
 
 
 def _read(folder: str | Path, split: SplitSection) -> Iterator[_Labels]:
-    """Yields the labels of a split, in chunks."""
     data = IndexedSplit(folder, split)
     firsts = data.starts_D[data.lengths_D > 0]
     for start in range(0, data.header.tokens, _CHUNK):

@@ -82,11 +82,8 @@ class BatchMaker:
                 self._modality_of_id[first:end] = modality
 
     def make(self, sequences: Sequence[Sequence[Segment]]) -> Batch:
-        """Makes a batch whose row i holds the segments of sequences[i]; an empty list gives a row of padding.
-
-        Raises:
-            DataError: an id lies outside the vocabulary.
-        """
+        """Makes a batch whose row i holds the segments of sequences[i]; an empty list gives a row of padding. Raises
+        DataError if an id lies outside the vocabulary."""
         shape = (len(sequences), self.seq_len)
         tokens, labels = np.full(shape, self.pad_id, np.int64), np.full(shape, IGNORED, np.int64)
         positions, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int32)

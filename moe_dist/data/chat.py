@@ -223,11 +223,6 @@ def _read(path: Path) -> str:
 
 
 def _checked_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """Returns row["messages"].
-
-    Raises:
-        DataError: row["messages"] is no list of objects with a role, or a content has parts that are not text.
-    """
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         shown = "is missing" if messages is None else f"is {json.dumps(messages)[:80]}"

@@ -8,7 +8,7 @@ import numpy as np
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.chat import HubTokenizer
 from moe_dist.data.chat_rows import MESSAGES, Encoded, Part, Row, encode_conversation, encode_text, write_parts
-from moe_dist.data.corpus import Recipe, Skip, refuse
+from moe_dist.data.corpus import Recipe, Skip
 from moe_dist.data.corpus_build import write_split
 from moe_dist.data.corpus_files import text_files
 from moe_dist.data.families import hold_out, join
@@ -24,22 +24,19 @@ NAMED = 10  # number of bad rows that an error names
 def build_chat(
     folder: Path,
     name: str,
-    *,
-    messages: str | None,
-    texts: Mapping[str, str],
+    paths: Mapping[str, str],
     licence: str,
-    tokenizer: Path,
     recipe: Recipe,
-    report: Report,
+    *,
     parts: Path,
-    skip: Skip = refuse,
+    report: Report,
+    skip: Skip,
 ) -> tuple[Manifest, list[str]]:
     """Writes a whole data set into `folder`, its manifest last.
 
     Args:
-        messages: JSONL file, parquet file or datasets folder of conversations; None for no conversations.
-        texts: Maps the name of a source to a file or folder as for `messages`, or to a folder of texts.
-        tokenizer: The Hugging Face folder.
+        paths: Maps the name of a source to a JSONL file, parquet file or datasets folder, of conversations for the source
+            MESSAGES, else of texts; or to a folder of texts.
         parts: Folder for encoded rows. Rows that an interrupted call has encoded there are not encoded again.
 
     Returns:
@@ -49,11 +46,10 @@ def build_chat(
         ConfigError, DataError: from `HubTokenizer`, `raw_rows` and `text_files`; or a file has no row; or rows are bad, and
             the recipe does not skip them.
     """
-    hub = HubTokenizer(tokenizer, recipe.chat_template, recipe.turns)
+    hub = HubTokenizer(Path(recipe.tokenizer or ""), recipe.chat_template, recipe.turns)
     modalities = {"text": ((0, hub.size),)}
     sources, notes = {}, []
-    inputs = {} if messages is None else {MESSAGES: messages}
-    for source, path in {**inputs, **texts}.items():
+    for source, path in paths.items():
         rows = _SourceRows(source, Path(path), recipe, report, skip)
         files = rows.encoded(hub, parts, licence)
         splits = {

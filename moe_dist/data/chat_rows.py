@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_dist.data.chat import GUIDE, HubTokenizer
 from moe_dist.data.corpus import content_family
-from moe_dist.data.corpus_files import TEXT_ROW, row_text
+from moe_dist.data.corpus_files import row_text
 from moe_dist.data.picture_coding import Document
 from moe_dist.data.tables import parsed_row
 from moe_dist.errors import ConfigError, DataError
@@ -88,7 +88,7 @@ def encode_conversation(hub: HubTokenizer, row: bytes | dict[str, Any], where: s
 
 def encode_text(hub: HubTokenizer, row: bytes | dict[str, Any], where: str) -> Encoded:
     """Encodes a row of texts. Equal texts are one family. An empty text has no document."""
-    text = row_text(parsed_row(row, where, TEXT_ROW), where)
+    text = row_text(row, where)
     return content_family(text.encode()), [hub.text(text, where)] if text.strip() else [], ()
 
 

@@ -25,14 +25,8 @@ def to_patches(pictures: np.ndarray) -> np.ndarray:
 
 
 def encode(patches_PV: np.ndarray, codebook_KV: np.ndarray) -> np.ndarray:
-    """Returns the index of the codebook entry nearest to each patch; the lowest index if several are equally near.
-
-    Args:
-        codebook_KV: uint8, [K, V] or [K, PATCH, PATCH, 3].
-
-    Returns:
-        uint16 [P].
-    """
+    """Returns the index of the codebook entry nearest to each patch, uint16 [P]; the lowest index if several are equally
+    near. The codebook is uint8, [K, V] or [K, PATCH, PATCH, 3]."""
     entries_KV = codebook_KV.reshape(len(codebook_KV), -1).astype(np.float32)
     squares_K = (entries_KV**2).sum(1)
     codes = [
@@ -78,11 +72,8 @@ def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> n
 
 
 def load_codebook(path: str | Path) -> np.ndarray:
-    """Reads a codebook, uint8 [K, PATCH, PATCH, 3].
-
-    Raises:
-        DataError: the file is missing, is no .npy file, or has another shape.
-    """
+    """Reads a codebook, uint8 [K, PATCH, PATCH, 3]. Raises DataError if the file is missing, is no .npy file, or has
+    another shape."""
     try:
         codebook = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:

@@ -95,11 +95,8 @@ def _shown_texts(texts: Sequence[Text], held_out: np.ndarray) -> list[str]:
 
 def _held_out_instructions(sources: Sequence[Source[Instruction]], recipe: Recipe) -> dict[str, np.ndarray]:
     """Returns for each source a mask of its instructions, true if held out. A family is on the same side of the split in
-    all sources: the side that an instruction of the family names, else a side drawn at random.
-
-    Raises:
-        DataError: instructions of one family name both train and valid, or a source has no training instruction.
-    """
+    all sources: the side that an instruction of the family names, else a side drawn at random. Raises DataError if
+    instructions of one family name both train and valid, or a source has no training instruction."""
     every = [each for source in sources for each in source.items]
     if not every:
         return {}
@@ -276,11 +273,8 @@ def write_split(
     with_filler: bool,
 ) -> SplitSection | None:
     """Writes <folder>/<path>.bin and .idx, and its files of filler and prompt bits; returns its section of the manifest, or
-    None if there is no document. Memory holds one document and two bytes for each token.
-
-    Args:
-        modalities: Id ranges of each modality, as in the manifest.
-    """
+    None if there is no document. Memory holds one document and two bytes for each token. `modalities` are id ranges as in
+    the manifest."""
     documents = iter(documents)
     first = next(documents, None)
     if first is None:

@@ -1,23 +1,23 @@
 """Makes sources from a user's own files: a folder or JSONL of texts, a folder of pictures, a JSONL of instructions."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moe_dist.config.regular_file import IrregularFileError, read_regular
 from moe_dist.data.corpus import Instruction, Picture, Skip, Source, Text, content_family, refuse
-from moe_dist.data.tables import holds_table, objects, table_rows
+from moe_dist.data.tables import holds_table, lines, parsed_row, raw_rows
 from moe_dist.errors import ConfigError, DataError
 
 MOST_BYTES = 1 << 28  # of a text or picture
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 TEXT_ROW = '{"text": "..."}'
+INSTRUCTION_ROW = '{"prompt": "...", "answer": "..."}'
 _CONVERT = "; convert the file, or move it elsewhere"
 INSTRUCTION_KEYS = ("prompt", "answer", "image", "family", "side")
 
 
 def text_files(name: str, path: Path, licence: str, skip: Skip = refuse) -> Source[Text]:
-    """Reads texts from a JSONL file or a table of `table_rows` (each row an object with a "text"), or from all UTF-8 files
+    """Reads texts from a JSONL file or a table of `raw_rows` (each row an object with a "text"), or from all UTF-8 files
     under a folder.
 
     Skips files whose name begins with a dot, pictures, and captions (a .txt beside a picture of the same name). Each file
@@ -34,7 +34,7 @@ def text_files(name: str, path: Path, licence: str, skip: Skip = refuse) -> Sour
         unread.append(str(error).removesuffix(_CONVERT))
 
     if path.exists() and (path.is_file() or holds_table(path)):
-        found = list(_text_rows(path))
+        found = [(where.rpartition(" ")[2], row_text(row, where)) for where, row in raw_rows("text", path)]
     elif path.is_dir():
         found = [(str(file.relative_to(path)), _utf8(file, noted)) for file in _visible(path) if _may_be_text(file)]
     else:
@@ -78,7 +78,7 @@ def instruction_files(name: str, path: Path, licence: str) -> Source[Instruction
     """
     if not path.is_file():
         raise ConfigError(f"--instructions {name}={path}: no such file; it takes a JSONL file (docs/data.md)")
-    found = [_instruction(path, number, line) for number, line in objects(path, '{"prompt": "...", "answer": "..."}')]
+    found = [_instruction(path, where, parsed_row(line, where, INSTRUCTION_ROW)) for where, line in lines(path)]
     if not found:
         raise ConfigError(f"--instructions {name}={path}: holds no line")
     sides = {each.side for each in found}
@@ -89,8 +89,7 @@ def instruction_files(name: str, path: Path, licence: str) -> Source[Instruction
     return Source(name, tuple(found), licence)
 
 
-def _instruction(path: Path, number: int, line: dict[str, Any]) -> Instruction:
-    where = f"{path}, line {number}"
+def _instruction(path: Path, where: str, line: dict[str, Any]) -> Instruction:
     if unknown := sorted(set(line) - set(INSTRUCTION_KEYS)):
         raise DataError(f"{where}: unknown key {', '.join(unknown)}; an instruction has {', '.join(INSTRUCTION_KEYS)}")
     for key in INSTRUCTION_KEYS:
@@ -138,13 +137,9 @@ def _picture_bytes(path: Path) -> bytes:
         raise DataError(f"picture {str(path)!r} {error.strerror}; replace or remove it") from error
 
 
-def _text_rows(path: Path) -> Iterator[tuple[str, str]]:
-    for where, row in table_rows("text", path, TEXT_ROW):
-        yield where.rpartition(" ")[2], row_text(row, where)
-
-
-def row_text(row: dict[str, Any], where: str) -> str:
-    """Returns the text of a row like TEXT_ROW. Raises DataError if it has none."""
+def row_text(row: bytes | dict[str, Any], where: str) -> str:
+    """Returns the text of a row of `raw_rows` like TEXT_ROW. Raises DataError if it has none."""
+    row = parsed_row(row, where, TEXT_ROW)
     if "text" not in row:
         raise DataError(f"{where}: needs an object like {TEXT_ROW}")
     if not isinstance(row["text"], str):

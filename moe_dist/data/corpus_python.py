@@ -16,11 +16,8 @@ _TEMPLATED = frozenset({"encodings"})
 
 
 def python_library() -> Source[Text]:
-    """Returns one document for each source file. The texts depend on the Python version.
-
-    Raises:
-        DataError: this Python has no readable library sources (a zipped or stripped installation).
-    """
+    """Returns one document for each source file. The texts depend on the Python version. Raises DataError if this Python
+    has no readable library sources (a zipped or stripped installation)."""
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = []
     for folder, folders, names in os.walk(root):

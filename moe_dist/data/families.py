@@ -67,11 +67,8 @@ def near_pairs(grids_NC: np.ndarray, others_NC: np.ndarray, *, most: int) -> lis
 
 
 def join(keys: Sequence[object], pairs: Iterable[tuple[int, int]] = ()) -> np.ndarray:
-    """Joins items with equal keys, and the two items of each pair, into components (by union-find).
-
-    Returns:
-        int64 [N]: for each item the smallest index of an item in its component.
-    """
+    """Joins items with equal keys, and the two items of each pair, into components (by union-find). Returns for each item
+    the smallest index of an item in its component, int64 [N]."""
     parent = list(range(len(keys)))
 
     def root(item: int) -> int:

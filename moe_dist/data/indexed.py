@@ -80,11 +80,7 @@ _UINT16_BELOW = 65500  # Megatron stores int32 for this vocabulary size and abov
 
 
 def write_indexed(prefix: str | Path, documents: Iterable[np.ndarray], *, vocab_size: int) -> None:
-    """Writes <prefix>.bin and <prefix>.idx with Megatron's builder, one sequence for each document.
-
-    Args:
-        documents: Token ids of each document, integer [length].
-    """
+    """Writes <prefix>.bin and <prefix>.idx with Megatron's builder, one sequence for each document, integer [length]."""
     dtype = np.uint16 if vocab_size < _UINT16_BELOW else np.int32
     builder = _megatron().IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for document in documents:

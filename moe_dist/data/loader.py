@@ -80,11 +80,8 @@ class TrainLoader:
         return {name: len(stream) for name, stream in self._streams.items()}
 
     def batches(self, position: int) -> list[Batch]:
-        """Returns this rank's micro-batches of the step that starts at `position` of the global stream.
-
-        Raises:
-            DataError: an id in the data lies outside the vocabulary.
-        """
+        """Returns this rank's micro-batches of the step that starts at `position` of the global stream. Raises DataError if
+        an id in the data lies outside the vocabulary."""
         return [self._maker.make([self.sequence(at) for at in each]) for each in self.numbers(position)]
 
     def numbers(self, position: int) -> Sequence[Sequence[int]]:
@@ -213,10 +210,7 @@ def heldout_batches(
 
 def source_shares(manifest: Manifest, weights: Mapping[str, float]) -> dict[str, float]:
     """Returns the fraction of the sequences from each source in use, in the manifest's order; the fractions sum to 1.
-
-    Raises:
-        ConfigError: weights name an unknown source.
-    """
+    Raises ConfigError if weights name an unknown source."""
     unknown = sorted(set(weights) - set(manifest.sources))
     if unknown:
         raise ConfigError(f"data.weights names {', '.join(unknown)}; the manifest has {', '.join(manifest.sources)}")

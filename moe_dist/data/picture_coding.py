@@ -51,11 +51,8 @@ class Document:
 def rasterise_all(
     pictures: Sequence[Picture], report: Report, skip: Skip = refuse
 ) -> tuple[tuple[Picture, ...], np.ndarray]:
-    """Rasterises pictures. Returns the readable pictures, and their rasters, uint8 RGBA [N, RASTER, RASTER, 4].
-
-    Raises:
-        DataError: no picture can be read, or `skip` refuses an unreadable picture.
-    """
+    """Rasterises pictures. Returns the readable pictures, and their rasters, uint8 RGBA [N, RASTER, RASTER, 4]. Raises
+    DataError if no picture can be read, or `skip` refuses an unreadable picture."""
     found: list[tuple[Picture, np.ndarray]] = []
     damaged: list[DataError] = []
     for number, picture in enumerate(pictures):
@@ -72,12 +69,9 @@ def rasterise_all(
 
 
 def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, report: Report) -> Division:
-    """Splits pictures by family and near-equality, and fits or loads the codebook (see the module docstring).
-
-    Raises:
-        ConfigError: single pictures are to be held out, but each picture is alone in its family or near-equal to a training
-            picture.
-    """
+    """Splits pictures by family and near-equality, and fits or loads the codebook (see the module docstring). Raises
+    ConfigError if single pictures are to be held out, but each picture is alone in its family or near-equal to a training
+    picture."""
     report("split families", 0, 2)
     plain_patches = to_patches(np.stack([plain(raster).pixels for raster in rasters]))
     mirrored_patches = to_patches(np.stack([plain(raster, mirrored=True).pixels for raster in rasters]))

@@ -36,11 +36,8 @@ class Render:
 
 
 def rasterise(path: str | Path) -> np.ndarray:
-    """Rasterises a picture file (SVG, PNG or JPEG). A picture that is not square gets transparent margins.
-
-    Raises:
-        DataError: the file is damaged or of an unknown kind.
-    """
+    """Rasterises a picture file (SVG, PNG or JPEG). A picture that is not square gets transparent margins. Raises DataError
+    if the file is damaged or of an unknown kind."""
     path = Path(path)
     try:
         if path.suffix.lower() == ".svg":

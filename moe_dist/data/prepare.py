@@ -68,17 +68,12 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Ski
 
 
 def _prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip) -> tuple[Manifest, bool]:
-    given, out = out, out.resolve()  # if `out` is a link, the rename must replace its target
+    out = out.resolve()  # if `out` is a link, the rename must replace its target
     asked = _as_json(inputs, recipe)
     if done := _finished(out, asked, skip):
         return done, False
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()  # fails at once without write access; the lock would wait forever
-    except OSError as error:
-        if error.errno in DISK:
-            raise
-        raise StorageError(f"--out {given}: no folder can be made in {given.parent}; choose another --out") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()  # fails at once without write access; the lock would wait forever
     lock = FileLock(out.parent / f".{out.name}.lock")
     try:
         held = lock.acquire(timeout=0)
@@ -195,9 +190,10 @@ def _build_chat(
     folder: Path, out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip
 ) -> tuple[Manifest, dict[str, Any]]:
     from moe_dist.data.chat_build import build_chat
+    from moe_dist.data.chat_rows import MESSAGES
 
-    tokenizer = Path(recipe.tokenizer or "")
-    texts = {**({} if inputs.text is None else {"text": inputs.text}), **inputs.extra_text}
+    sources = {MESSAGES: inputs.messages, "text": inputs.text, **inputs.extra_text}
+    paths = {name: path for name, path in sources.items() if path is not None}
     used = Inputs(text=inputs.text, extra_text=inputs.extra_text, licence=inputs.licence, messages=inputs.messages)
     chat_keys = ("seed", "val_fraction", "tokenizer", "chat_template", "turns", "skip_bad")
     kept = {key: getattr(recipe, key) for key in chat_keys}
@@ -205,27 +201,16 @@ def _build_chat(
     unused = [f"--{key.replace('_', '-')}" for part in asked for key in asked[part] if asked[part][key] != known[part][key]]
     if unused:
         raise ConfigError(
-            f"{', '.join(unused)}: does not apply with --tokenizer {tokenizer}, a Hugging Face folder, which encodes only "
-            "--messages, --text and --extra-text; leave it out"
+            f"{', '.join(unused)}: does not apply with --tokenizer {recipe.tokenizer}, a Hugging Face folder, which "
+            "encodes only --messages, --text and --extra-text; leave it out"
         )
-    if inputs.messages is None and not texts:
-        raise ConfigError(f"--tokenizer {tokenizer}: there is nothing to encode; add --messages or --text")
+    if not paths:
+        raise ConfigError(f"--tokenizer {recipe.tokenizer}: there is nothing to encode; add --messages or --text")
     _check_names(inputs)
-    read = [each for each in (inputs.messages, *texts.values(), tokenizer, recipe.chat_template) if each is not None]
-    parts = _parts_folder(out, asked, [Path(each) for each in read])
+    read = [*paths.values(), recipe.tokenizer, recipe.chat_template]
+    parts = _parts_folder(out, asked, [Path(each) for each in read if each is not None])
     try:
-        manifest, notes = build_chat(
-            folder,
-            out.name,
-            messages=inputs.messages,
-            texts=texts,
-            licence=inputs.licence,
-            tokenizer=tokenizer,
-            recipe=recipe,
-            report=report,
-            parts=parts,
-            skip=skip,
-        )
+        manifest, notes = build_chat(folder, out.name, paths, inputs.licence, recipe, parts=parts, report=report, skip=skip)
     except (ConfigError, DataError):  # the same rows would be refused again
         shutil.rmtree(parts)
         raise

@@ -15,22 +15,9 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 JSON_SUFFIXES, DATASET_SUFFIXES = (".jsonl", ".json"), (".parquet", ".arrow")
 
 
-def objects(path: Path, like: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the line number and the object of each line of a JSONL file. `like` is an example of a line, for error texts.
-
-    Raises:
-        DataError: a line is not a JSON object in UTF-8.
-    """
-    for number, where, text in _lines(path):
-        yield number, parsed_row(text, where, like)
-
-
 def parsed_row(row: bytes | dict[str, Any], where: str, like: str) -> dict[str, Any]:
-    """Returns a row of `raw_rows` as an object.
-
-    Raises:
-        DataError: the row is not a JSON object in UTF-8.
-    """
+    """Returns a row of `raw_rows` as an object. `like` is an example of a row, for error texts. Raises DataError if the row
+    is not a JSON object in UTF-8."""
     if isinstance(row, dict):
         return row
     try:
@@ -48,7 +35,9 @@ def parsed_row(row: bytes | dict[str, Any], where: str, like: str) -> dict[str, 
     return line
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str, bytes]]:
+def lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yields the place, for error texts, and the text of each line of a file. Leaves out empty lines. Raises DataError if
+    the file cannot be read, or a line is too long."""
     try:
         stream = open_regular(path)
     except OSError as error:
@@ -58,7 +47,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, bytes]]:
             if len(text) > MOST_LINE:
                 raise DataError(f"{path}, line {number}: has more than {MOST_LINE:,} bytes; write each row on its own line")
             if text.strip():
-                yield number, f"{path}, line {number}", text
+                yield f"{path}, line {number}", text
 
 
 def holds_table(path: Path) -> bool:
@@ -66,11 +55,6 @@ def holds_table(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".parquet"
     return any(file.suffix in DATASET_SUFFIXES for file in path.rglob("*"))
-
-
-def table_rows(option: str, path: Path, like: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the rows of `raw_rows` as objects. Raises also DataError for a line that is no object."""
-    return ((where, parsed_row(row, where, like)) for where, row in raw_rows(option, path))
 
 
 def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
@@ -94,7 +78,7 @@ def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, A
     if not holds_table(path):
         if path.is_dir():
             raise ConfigError(f"{option} {path}: the folder has no {' or '.join(DATASET_SUFFIXES)} file; give a JSONL file")
-        yield from ((where, text) for _, where, text in _lines(path))
+        yield from lines(path)
         return
     try:
         import datasets

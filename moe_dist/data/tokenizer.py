@@ -15,10 +15,7 @@ SMALLEST_VOCAB = len(SPECIALS) + 256
 
 def fit_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Fits a BPE to texts. The special tokens get the first ids. A small corpus may give fewer than `vocab_size` tokens.
-
-    Raises:
-        ConfigError: vocab_size is too small for the special tokens and the bytes.
-    """
+    Raises ConfigError if vocab_size is too small for the special tokens and the bytes."""
     if vocab_size < SMALLEST_VOCAB:
         raise ConfigError(
             f"vocab_size={vocab_size} is too small for {len(SPECIALS)} special tokens and 256 bytes; take at least "
@@ -38,11 +35,8 @@ def fit_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer that `fit_tokenizer` made.
-
-    Raises:
-        DataError: the file is missing, damaged, or lacks one of the special tokens.
-    """
+    """Reads a tokenizer that `fit_tokenizer` made. Raises DataError if the file is missing, damaged, or lacks one of the
+    special tokens."""
     tokenizer = read_tokenizer(path)
     missing = [token for token in SPECIALS if tokenizer.token_to_id(token) is None]
     if missing:

@@ -20,10 +20,7 @@ _BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # a large file's digest covers evenly space
 
 def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
     """Checks a split of a manifest against its .idx, .bin, filler and prompt files. Reads sequence lengths, no tokens.
-
-    Raises:
-        DataError: a file is missing or damaged, or its counts differ from the manifest's.
-    """
+    Raises DataError if a file is missing or damaged, or its counts differ from the manifest's."""
     prefix = Path(folder) / split.path
     header = read_index_header(prefix)
     for what, said, found in (("documents", split.documents, header.documents), ("tokens", split.tokens, header.tokens)):
@@ -65,10 +62,7 @@ def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray
 
 def count_by_modality(prefix: str | Path, modalities: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, int]:
     """Counts the tokens of each modality in <prefix>.bin, by the id ranges of a manifest. Reads the whole file, in chunks.
-
-    Raises:
-        DataError: the files are missing or damaged.
-    """
+    Raises DataError if the files are missing or damaged."""
     header = read_index_header(Path(prefix))
     tokens = np.memmap(index_paths(Path(prefix))[1], np.dtype(header.dtype), "r")
     counts = dict.fromkeys(modalities, 0)

@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from moe_dist.config.json_text import first_fault
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import MANIFEST_FILE
 from moe_dist.formats.split_files import sampled_digest
@@ -106,9 +107,7 @@ def load_tuning_manifest(folder: str | Path) -> TuningManifest:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}", see=GUIDE) from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path}: damaged: {where + ': ' if where else ''}{first['msg']}; {_AGAIN}", see=GUIDE) from error
+        raise DataError(f"{path}: damaged: {first_fault(error)}; {_AGAIN}", see=GUIDE) from error
     if not 0 <= manifest.right <= manifest.samples or not manifest.samples or not manifest.layers:
         raise DataError(
             f"{path}: damaged: samples={manifest.samples}, right={manifest.right}, layers={list(manifest.layers)} must be "
@@ -140,11 +139,8 @@ def file_problems(folder: str | Path, manifest: TuningManifest) -> list[str]:
 
 
 def open_array(folder: Path, name: str, manifest: TuningManifest) -> np.ndarray:
-    """Memory-maps the array file `name`, one of ARRAYS.
-
-    Raises:
-        DataError: the array is missing, not a plain array, or of another shape or type than in the manifest.
-    """
+    """Memory-maps the array file `name`, one of ARRAYS. Raises DataError if the array is missing, not a plain array, or of
+    another shape or type than in the manifest."""
     path, shape = folder / name, manifest.shapes()[name]
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -176,7 +176,6 @@ def _problems_of_base(model: ModelSection, base: Contents, form: Form) -> list[s
 
 
 def _readme(base_name: str | None, base: Contents) -> bytes:
-    """Returns README.md of a folder of adapters, which tells how to run the adapters."""
     name = base_name or "BASE"
     told = ["LoRA adapters in PEFT's form, exported by moe_dist."]
     if base_name is None:

@@ -120,7 +120,7 @@ def read_windows(read: Fields, windows: Windows, num_layers: int) -> dict[str, A
     elif windows == "always":
         window = read.whole("sliding_window", None, null=None)
     elif windows == "alternate":
-        return _alternate(read, num_layers)
+        window = read.whole("sliding_window", DEFAULT_ALTERNATE)
     elif read.flag("use_sliding_window", False):
         default = {"null": None} if windows == "flag" else {}  # Qwen2-MoE cannot be built with null
         window = read.whole("sliding_window", DEFAULT_WINDOW, **default)
@@ -131,27 +131,19 @@ def read_windows(read: Fields, windows: Windows, num_layers: int) -> dict[str, A
         if windows == "layers":
             last = read.count("max_window_layers", DEFAULT_WINDOW_LAYERS)
             types = [_SLIDING if layer % 2 == 0 and layer < last else _FULL for layer in range(num_layers)]
+        elif windows == "alternate":
+            types = [(_SLIDING, _FULL)[layer % 2] for layer in range(num_layers)]
     elif windows == "layers":
         read.get("max_window_layers", None)
     said = read.many("layer_types", null=None)
     if said is not None and said != types:
         known = len(said) == num_layers and all(each in (_FULL, _SLIDING) for each in said)
-        if windows != "layers" or window is None or not known:
+        if windows not in ("layers", "alternate") or window is None or not known:
             raise ConfigError(
                 f"config.json: layer_types={said!r:.80}: by num_hidden_layers and sliding_window the layers must be "
                 f"{types!r:.80}; correct one of these fields"
             )
         types = said
-    return {"sliding_window": window, **sliding_layers(types)} if _SLIDING in types else {}
-
-
-def _alternate(read: Fields, num_layers: int) -> dict[str, Any]:
-    window = read.whole("sliding_window", DEFAULT_ALTERNATE)
-    types = read.many("layer_types", null=None) or [(_SLIDING, _FULL)[layer % 2] for layer in range(num_layers)]
-    if len(types) != num_layers or not all(each in (_FULL, _SLIDING) for each in types):
-        raise ConfigError(
-            f"config.json: layer_types={types!r:.80} must name {_FULL} or {_SLIDING} num_hidden_layers={num_layers} times"
-        )
     return {"sliding_window": window, **sliding_layers(types)} if _SLIDING in types else {}
 
 

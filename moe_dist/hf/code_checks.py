@@ -47,11 +47,7 @@ def code_keys(values: Any) -> Iterator[str]:
 
 def config_problems(folder: Path, names: Sequence[str]) -> list[str]:
     """Returns a problem for each key in the folder's configuration files that could make a library run code. A config.json
-    of the form `moe_dist` may have the `auto_map` of an export.
-
-    Args:
-        names: Names of the folder's files.
-    """
+    of the form `moe_dist` may have the `auto_map` of an export. `names` are the folder's files."""
     problems = []
     for name in sorted(name for name in names if name in (CONFIG_FILE, _SPECIAL_TOKENS) or name.endswith("_config.json")):
         values = read_configuration(folder, name)

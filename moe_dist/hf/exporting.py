@@ -156,9 +156,7 @@ def checked_config(contents: Contents) -> Config:
 
 def _account(contents: Contents, model: ModelSection, section: ModelSection, family: ModelFamily) -> list[Slot]:
     """Returns the tensors to write. Checks that these tensors include all parameters of the checkpoint that have an effect.
-
-    Raises:
-        DataError: the checkpoint lacks a tensor, or has a tensor with another shape or without a place in the family.
+    Raises DataError if the checkpoint lacks a tensor, or has a tensor with another shape or without a place in the family.
     """
     needed = slots(section, family)
     there = {name for name in contents.index.tensors if not name.startswith(OPTIMIZER_PREFIX)}
@@ -203,11 +201,8 @@ def _data(contents: Contents, config: Config, asked: Path | None, *, must: bool)
 def _said_fields(
     family: ModelFamily, section: ModelSection, like: Path | None, data: DataFiles | MoeDistError
 ) -> dict[str, Any]:
-    """Returns the fields of config.json that follow from the model.
-
-    Raises:
-        ConfigError: the model has several groups, and neither `like` nor the data set gives their token ids.
-    """
+    """Returns the fields of config.json that follow from the model. Raises ConfigError if the model has several groups, and
+    neither `like` nor the data set gives their token ids."""
     marks = data.marks if isinstance(data, DataFiles) and like is None else {}
     if family is not SERVED:
         return {**write_fields(section, family), **marks}
@@ -330,7 +325,6 @@ def _stored_tensors(found: Sequence[Slot], dtypes: Mapping[str, str]) -> list[St
 
 
 def _write(folder: Path, read: Read, stored: Sequence[StoredTensor], shard_bytes: int, report: Report) -> int:
-    """Writes the safetensors files, and an index if there are several files; returns the number of files."""
     parts = list(shards(((each, each.nbytes) for each in stored), shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
     names = [WEIGHTS_FILE] if len(parts) == 1 else names

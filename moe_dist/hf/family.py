@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 from moe_dist.config.model_schema import GroupSection, MoESection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.attention_fields import Windows
 from moe_dist.hf.fields import Choices, Fields, Part
 from moe_dist.hf.head_fields import GroupedHeads, LatentHeads
-from moe_dist.hf.layer_fields import AllLayers, LayerFields
+from moe_dist.hf.layer_fields import AllLayers
 
 SILENT: Choices = {"none": {}}  # the family has no such field and no such feature
 # Layout of the tensors of MoE layers (`moe_dist.hf.names`).
@@ -35,18 +35,8 @@ class SharedExpert:
         return {self.field: moe.shared_ffn_dim // (ffn_dim if self.counted else 1)}
 
 
-class GroupFields(Protocol):
-    """The fields with the numbers of null, identity and constant experts."""
-
-    def read(self, read: Fields) -> dict[str, Any]:
-        """Returns values of a group of `model.moe.groups`."""
-        ...
-
-    def write(self, section: GroupSection) -> dict[str, Any]: ...
-
-
 class ZeroComputation:
-    """The fields of Qwen3-MoE++ (ZEDA, arXiv 2605.18643)."""
+    """The fields of Qwen3-MoE++ (ZEDA, arXiv 2605.18643) with the numbers of null, identity and constant experts."""
 
     kinds: ClassVar = {
         "num_null": "zero",
@@ -89,12 +79,12 @@ class ModelFamily:
     biases: Choices = field(default_factory=lambda: SILENT)  # fields by value of `model.attention_bias`
     num_layers: str = "num_hidden_layers"  # name of the field with the number of layers
     layers_each: int = 1  # number of moe_dist's layers in one layer of the family
-    layers: LayerFields = field(default_factory=AllLayers)
+    layers: AllLayers = field(default_factory=AllLayers)
     shortcut: bool = False  # value of `model.moe.shortcut`
     dense_ffn: str = "intermediate_size"  # name of the field with the FFN width of a dense layer
     dense_module: str = "mlp"  # name of the FFN of a dense layer
     shared: SharedExpert | None = None
-    zero_computation: GroupFields = field(default_factory=lambda: Part({}))
+    zero_computation: Part | ZeroComputation = field(default_factory=lambda: Part({}))
     layout: Layout = "plain"
     heads: GroupedHeads | LatentHeads = field(default_factory=GroupedHeads)
     rope_base: float = 10000.0  # base of the rotary frequencies if config.json has none

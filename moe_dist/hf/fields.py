@@ -34,11 +34,8 @@ def setting(name: str, value: object) -> str:
 
 
 def read_object(path: Path, what: str, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Reads a JSON object from a file of at most `most_bytes`; `what` names it in error messages.
-
-    Raises:
-        DataError: the file is missing, too large or not a JSON object.
-    """
+    """Reads a JSON object from a file of at most `most_bytes`; `what` names it in error messages. Raises DataError if the
+    file is missing, too large or not a JSON object."""
     try:
         values = read_json(path, most_bytes=most_bytes)
     except OSError as error:
@@ -58,11 +55,8 @@ class Fields:
         self._read: set[str] = set()
 
     def get(self, name: str, default: Any = _MISSING, *, null: Any = _MISSING) -> Any:
-        """Returns a field's value, `default` if the field is absent, or `null` if the field is null.
-
-        Raises:
-            ConfigError: the field is absent without `default`, or null without `null`.
-        """
+        """Returns a field's value, `default` if the field is absent, or `null` if the field is null. Raises ConfigError if
+        the field is absent without `default`, or null without `null`."""
         self._read.add(name)
         value = self._values.get(name, default)
         value = null if value is None and name in self._values else value

@@ -110,12 +110,8 @@ def _plain(model: ModelSection, read: Read, name: str | None, *, must: bool) -> 
 
 
 def _plain_section(model: ModelSection, read: Read) -> ModelSection:
-    """Returns the section of a model without null experts that computes the same function.
-
-    Raises:
-        ConfigError: no model without null experts computes the same, or no family has a feature of the model; gives the
-            reasons.
-    """
+    """Returns the section of a model without null experts that computes the same function. Raises ConfigError if no model
+    without null experts computes the same, or no family has a feature of the model; gives the reasons."""
     name, group = _only_group(model)
     if problems := _depth_problems(model):
         raise ConfigError(problems, see=GUIDE)
@@ -150,11 +146,7 @@ def _depth_problems(model: ModelSection) -> list[str]:
 
 def _folded(model: ModelSection, read: Read) -> int:
     """Returns the top_k with which the router without null experts' rows chooses the same true experts with the same
-    weights.
-
-    Raises:
-        ConfigError: no such top_k exists; names the layer or the option that prevents it.
-    """
+    weights. Raises ConfigError if no such top_k exists; names the layer or the option that prevents it."""
     name, group = _only_group(model)
     key = f"model.moe.groups.{name}.num_null={group.num_null}"
     out = "no plain family has null experts, and they can be left out only if their router rows are copies of true rows"

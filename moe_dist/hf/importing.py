@@ -120,10 +120,7 @@ def import_model(
 
 def check_tokenizer(source: Source, *, vocab_size: int) -> None:
     """Checks tokenizer.json if it exists. The model may have more rows in its embedding than the tokenizer has tokens,
-    because vocabularies are padded.
-
-    Raises:
-        DataError: the file cannot be read, or a token's id is not below `vocab_size`.
+    because vocabularies are padded. Raises DataError if the file cannot be read, or a token's id is not below `vocab_size`.
     """
     if TOKENIZER_FILE not in source.companions:
         return

@@ -2,32 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.hf.fields import Fields
 
 
-class LayerFields(Protocol):
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of the fields; empty if all layers have experts, and the family has no dense layers."""
-        ...
+@dataclass(frozen=True)
+class AllLayers:
+    """Every layer has experts. The other kinds of fields derive from this class."""
+
+    names: Sequence[str] = ()  # of the fields; empty if the family has no dense layers
 
     def sparse(self, read: Fields, num_layers: int) -> list[int]:
         """Returns the indices of the layers with experts."""
-        ...
-
-    def write(self, section: ModelSection) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class AllLayers:
-    """Every layer has experts."""
-
-    names: Sequence[str] = ()
-
-    def sparse(self, read: Fields, num_layers: int) -> list[int]:
         return list(range(num_layers))
 
     def write(self, section: ModelSection) -> dict[str, Any]:
@@ -35,11 +23,11 @@ class AllLayers:
 
 
 @dataclass(frozen=True)
-class DenseFirst:
+class DenseFirst(AllLayers):
     """The first layers are dense, all others have experts."""
 
-    first: int = 1  # default of the field with the number of dense layers
     names: Sequence[str] = ("first_k_dense_replace",)
+    first: int = 1  # default of the field with the number of dense layers
 
     def sparse(self, read: Fields, num_layers: int) -> list[int]:
         return list(range(read.count(self.names[0], self.first), num_layers))
@@ -49,7 +37,7 @@ class DenseFirst:
 
 
 @dataclass(frozen=True)
-class Listed:
+class Listed(AllLayers):
     """Every n-th layer has experts, except the layers in the list `mlp_only_layers` (Qwen)."""
 
     names: Sequence[str] = ("mlp_only_layers", "decoder_sparse_step")
@@ -64,7 +52,7 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Between:
+class Between(AllLayers):
     """Every n-th layer of the model has experts, if it lies between a first and a last layer (Ernie 4.5)."""
 
     names: Sequence[str] = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
@@ -82,7 +70,7 @@ class Between:
 
 
 @dataclass(frozen=True)
-class Alternate:
+class Alternate(AllLayers):
     """The first of every two layers of moe_dist, which are one layer of LongCat-Flash, has experts.
 
     The family's fields have second names. If config.json has both names of a field, transformers may use either value; the

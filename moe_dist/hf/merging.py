@@ -61,11 +61,8 @@ def check_mergeable(model: ModelSection) -> None:
 
 def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: Index, model: ModelSection) -> Read:
     """Makes a function that reads a tensor of the base and merges its adapters into it, in fp32. Tensors that the
-    checkpoint of adapters contains whole, such as routers of an MoE base, are read from this checkpoint.
-
-    Args:
-        model: Model section of the adapters' run, which `check_mergeable` has accepted.
-    """
+    checkpoint of adapters contains whole, such as routers of an MoE base, are read from this checkpoint. `check_mergeable`
+    must have accepted `model`, the section of the adapters' run."""
     ffn_names = base_names(base_index)
 
     def read(name: str) -> Tensor:

@@ -20,11 +20,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # the families'
 
 
 def shards(items: Iterable[tuple[Item, int]], most: int) -> Iterator[list[Item]]:
-    """Divides items, in order, into shards of at most `most` bytes; a larger item gets a shard of its own.
-
-    Args:
-        items: Pairs of an item and its number of bytes.
-    """
+    """Divides pairs (item, number of bytes), in order, into shards of at most `most` bytes; a larger item gets a shard of
+    its own."""
     shard: list[Item] = []
     size = 0
     for item, nbytes in items:

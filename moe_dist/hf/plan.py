@@ -68,11 +68,8 @@ class TensorPart:
         return math.prod(self.box) * ITEMSIZE
 
     def make(self, source: Source, *, seed: int) -> Piece:
-        """Reads or draws the values of the part, in fp32, which represents each supported dtype exactly.
-
-        Raises:
-            DataError: a value is NaN or infinite.
-        """
+        """Reads or draws the values of the part, in fp32, which represents each supported dtype exactly. Raises DataError
+        if a value is NaN or infinite."""
         offsets = (self.row, *([0] * (len(self.shape) - 1)))
         values = self._tensor(source, seed).to(torch.float32)
         if not values.isfinite().all():
@@ -115,13 +112,10 @@ class ImportPlan:
 
 
 def changed_section(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> ModelSection:
-    """Returns the section `model` of the imported model: the section of config.json, with the changes of `options`.
-
-    Raises:
-        ConfigError: an option does not fit the model; gives the reason and valid values.
-    """
+    """Returns the section `model` of the imported model: the section of config.json, with the changes of `options`. Raises
+    ConfigError if an option does not fit the model; gives the reason and valid values."""
     if family.layout != "plain":
-        return _unchanged_section(section, family, options)
+        return _parsed({**section["moe"], "groups": _unchanged_groups(section, family, options)}, section)
     group = dict(section["moe"]["groups"][GROUP])
     router = dict(section["moe"]["router"])
     if options.experts != 1 or options.experts_top_k != 1:
@@ -142,29 +136,28 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
     elif options.top_k is not None:
         raise ConfigError(f"--top-k={options.top_k} says how many choices there are with --null-experts; set that as well")
     group["modalities"] = options.modalities
-    moe = {**section["moe"], "groups": {GROUP: group}, "router": router}
+    return _parsed({**section["moe"], "groups": {GROUP: group}, "router": router}, section)
+
+
+def _parsed(moe: Mapping[str, Any], section: Mapping[str, Any]) -> ModelSection:
     try:
         return parsed_section({**section, "moe": moe})
     except ValidationError as error:
         raise refused("config.json and the options describe an invalid model", error) from error
 
 
-def _unchanged_section(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> ModelSection:
-    """Returns the section of a model that is imported without changes, such as a model with zero-computation experts.
+def _unchanged_groups(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> dict[str, Any]:
+    """Returns the groups of a model that is imported without changes, such as a model with zero-computation experts.
     Refuses options that add experts."""
     if replace(options, seed=0, modalities=()) != ImportOptions(modalities=()):
         raise ConfigError(
             f"--null-experts={options.null_experts}, --top-k={options.top_k}, --experts={options.experts}: a {family.name} "
             "model takes no further experts and is imported as it is; leave these options out"
         )
-    groups = {
+    return {
         name: {**group, "modalities": group.get("modalities", options.modalities)}
         for name, group in section["moe"]["groups"].items()
     }
-    try:
-        return parsed_section({**section, "moe": {**section["moe"], "groups": groups}})
-    except ValidationError as error:
-        raise refused("config.json describes an invalid model", error) from error
 
 
 def refused(what: str, error: ValidationError) -> ConfigError:
@@ -242,11 +235,8 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
 
 
 def check_copies(source: Source, plan: ImportPlan, *, shard_bytes: int) -> None:
-    """Compares the two copies of tensors that the folder stores twice, in parts of at most `shard_bytes`.
-
-    Raises:
-        DataError: the copies differ, although the model has only one tensor according to config.json.
-    """
+    """Compares the two copies of tensors that the folder stores twice, in parts of at most `shard_bytes`. Raises DataError
+    if the copies differ, although the model has only one tensor according to config.json."""
     for copy, original in plan.copies.items():
         shape, expected = source.tensors[copy].shape, source.tensors[original].shape
         rows = max(1, shard_bytes // (2 * ITEMSIZE * math.prod(expected[1:])))

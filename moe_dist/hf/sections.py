@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,17 +14,17 @@ from moe_dist.hf.attention_fields import max_positions, read_rope, read_windows,
 from moe_dist.hf.families import ANY_FAMILY, KNOWN, REFUSED
 from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import Fields, Part, Value, setting
-from moe_dist.hf.unknown_families import difference
 
+# The file, which `tests/support/unknown_families.py` generates, has for each type of language model in transformers the
+# nearest known family, whose configuration class lacks the fewest of the type's fields, and these fields.
+UNKNOWN_FAMILIES = Path(__file__).with_name("unknown_families.json")
+_SHOWN = 8  # most fields that a message names
 GROUP = "all"  # name of the only expert group of an imported model
 
 
 def family_of(config: Mapping[str, Any]) -> ModelFamily:
-    """Returns the family that config.json names.
-
-    Raises:
-        ConfigError: the family is not supported, or the model is quantised.
-    """
+    """Returns the family that config.json names. Raises ConfigError if the family is not supported, or the model is
+    quantised."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in KNOWN:
         reason = _what_is_missing(config) if isinstance(name, str) else "it must name a family"
@@ -39,16 +40,27 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
 
 
 def _what_is_missing(config: Mapping[str, Any]) -> str:
-    told = [REFUSED.get(config["model_type"]), difference(config)]
+    told = [REFUSED.get(config["model_type"]), _difference(config)]
     return "; ".join(each for each in told if each) or "this family is not known here"
 
 
-def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any], Sequence[str]]:
-    """Returns the family, the values of the `model` section, and the fields of config.json that were not read.
+def _difference(config: Mapping[str, Any]) -> str | None:
+    """Returns how the model type of a config.json differs from the nearest known family; None for a type that the table
+    lacks."""
+    found = json.loads(UNKNOWN_FAMILIES.read_text()).get(config.get("model_type"))
+    if found is None:
+        return None
+    nearest, *fields = found
+    if not fields:
+        return f"it has the fields of {nearest}, the nearest known family, and another function"
+    named = [f"{name}={config[name]!r:.40}" if name in config else name for name in fields]
+    more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
+    return f"{nearest}, the nearest known family, has no {', '.join(named[:_SHOWN])}{more}"
 
-    Raises:
-        ConfigError: moe_dist does not support the family, or the value of a field.
-    """
+
+def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any], Sequence[str]]:
+    """Returns the family, the values of the `model` section, and the fields of config.json that were not read. Raises
+    ConfigError if moe_dist does not support the family, or the value of a field."""
     family = family_of(config)
     read = Fields(config, family.name)
     layers, heads = read.whole(family.num_layers, most=MAX_LAYERS) * family.layers_each, read.whole("num_attention_heads")

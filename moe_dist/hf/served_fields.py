@@ -83,11 +83,8 @@ TokenIds = list[list[int]]  # ranges [first, last + 1]
 
 
 def token_ids(section: ModelSection, manifest: Manifest) -> dict[str, TokenIds]:
-    """Returns the token ids of each group.
-
-    Raises:
-        ConfigError: the model has several groups, and their modalities differ from the data set's modalities.
-    """
+    """Returns the token ids of each group. Raises ConfigError if the model has several groups, and their modalities differ
+    from the data set's modalities."""
     routed = {name: group.modalities or (name,) for name, group in section.moe.groups.items()}
     known = {modality for modalities in routed.values() for modality in modalities}
     if len(routed) > 1 and known != set(manifest.modalities):
@@ -128,11 +125,8 @@ def write_served(section: ModelSection, ids: Mapping[str, TokenIds]) -> dict[str
 
 
 def read_served(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any], Sequence[str]]:
-    """Returns the family, the values of the section `model`, and the fields of config.json that were not read.
-
-    Raises:
-        ConfigError: a field is missing or has a value that no export writes.
-    """
+    """Returns the family, the values of the section `model`, and the fields of config.json that were not read. Raises
+    ConfigError if a field is missing or has a value that no export writes."""
     read = Fields(config, SERVED.name)
     read.must_be(
         "auto_map", (AUTO_MAP, OLD_AUTO_MAP), "the code beside the weights is never run, and must be that of an export"

@@ -74,11 +74,8 @@ class Source:
 
     def read(self, name: str, begin: int, shape: Sequence[int], strides: Sequence[int] = ()) -> Tensor:
         """Reads elements of the tensor `name`, from the element `begin` (in row-major order), as a tensor of shape `shape`.
-        `strides` are the elements' distances along each dim; elements between them are read and dropped.
-
-        Raises:
-            DataError: the file cannot be read, or is shorter than when its header was read.
-        """
+        `strides` are the elements' distances along each dim; elements between them are read and dropped. Raises DataError
+        if the file cannot be read, or is shorter than when its header was read."""
         if strides:
             span = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
             return self.read(name, begin, (span,)).as_strided(tuple(shape), tuple(strides))
@@ -99,12 +96,9 @@ class Source:
 
 
 def open_source(folder: Path) -> Source:
-    """Opens a folder, and reads config.json and the header of every safetensors file.
-
-    Raises:
-        DataError: there are no safetensors files, a file is missing, truncated or outside the folder, or a tensor is not in
-            the file that the index names or has a dtype that is not in DTYPES. Lists all such problems.
-    """
+    """Opens a folder, and reads config.json and the header of every safetensors file. Raises DataError if there are no
+    safetensors files, a file is missing, truncated or outside the folder, or a tensor is not in the file that the index
+    names or has a dtype that is not in DTYPES. Lists all such problems."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE} in it")
     config = read_configuration(folder, CONFIG_FILE)
@@ -143,11 +137,8 @@ def open_source(folder: Path) -> Source:
 
 
 def read_configuration(folder: Path, name: str) -> dict[str, Any]:
-    """Reads config.json or another configuration file of a folder.
-
-    Raises:
-        DataError: the file is missing, no JSON object, or too large to be a configuration.
-    """
+    """Reads config.json or another configuration file of a folder. Raises DataError if the file is missing, no JSON object,
+    or too large to be a configuration."""
     values = read_object(inside(folder, name), "configuration", CONFIG_BYTES)
     if name == CONFIG_FILE and len(values) > MOST_FIELDS:
         raise DataError(f"{folder / name}: has {len(values):,} fields, and a model's configuration has a few hundred")
@@ -156,11 +147,8 @@ def read_configuration(folder: Path, name: str) -> dict[str, Any]:
 
 def inside(folder: Path, name: str) -> Path:
     """Returns the path of the file `name` in the folder. In a snapshot of the hub's cache, <model>/snapshots/<revision>,
-    the file may be a link into <model>/blobs.
-
-    Raises:
-        DataError: the path does not exist, is no file, or is a link to any other place outside the folder.
-    """
+    the file may be a link into <model>/blobs. Raises DataError if the path does not exist, is no file, or is a link to any
+    other place outside the folder."""
     path, real = folder / name, folder.resolve()
     allowed = [real, real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [real]
     if not any(path.resolve().is_relative_to(place) for place in allowed):
@@ -198,11 +186,8 @@ def _weight_map(folder: Path, names: Sequence[str], pickles: Sequence[str]) -> M
 
 
 def read_weight_map(folder: Path) -> Mapping[str, str]:
-    """Returns the file name of each tensor, from the index of a folder.
-
-    Raises:
-        DataError: the index is missing or damaged, or a name leads out of the folder.
-    """
+    """Returns the file name of each tensor, from the index of a folder. Raises DataError if the index is missing or
+    damaged, or a name leads out of the folder."""
     found = read_object(inside(folder, INDEX_FILE), "index").get("weight_map")
     if not isinstance(found, dict) or not found:
         raise DataError(f"{folder / INDEX_FILE}: has no weight_map, the file of each tensor; {AGAIN}")

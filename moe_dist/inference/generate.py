@@ -29,11 +29,8 @@ class Request:
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> None:
-    """Checks that each prompt and its new tokens fit into the model's longest sequence.
-
-    Raises:
-        ConfigError: a prompt does not fit or is empty, or `max_new_tokens` is below 1.
-    """
+    """Checks that each prompt and its new tokens fit into the model's longest sequence. Raises ConfigError if a prompt does
+    not fit or is empty, or `max_new_tokens` is below 1."""
     if not all(prompts) or max_new_tokens < 1:
         raise ConfigError("a prompt must have at least one token, and max_new_tokens must be at least 1")
     longest = max(map(len, prompts), default=0)
@@ -61,14 +58,8 @@ class Generator:
         self, prompts: Sequence[Sequence[int]], request: Request, *, plain: Sequence[Sequence[int]] | None = None
     ) -> list[list[int]]:
         """Returns each prompt's new tokens, with the end mark of the document or picture at which the generation stops.
-        Costs one host sync per token and batch.
-
-        Args:
-            plain: The prompts without their captions, for guidance.
-
-        Raises:
-            ConfigError: see `check_lengths`.
-        """
+        Costs one host sync per token and batch. Guidance needs `plain`, the prompts without their captions. Raises the
+        ConfigError of `check_lengths`."""
         made: list[list[int]] = []
         for first in range(0, len(prompts), _BATCH):
             part = slice(first, first + _BATCH)

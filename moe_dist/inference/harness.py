@@ -53,11 +53,8 @@ class HarnessModel(LM):
         return sums
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Returns for each (context, options) the generated text, up to the first stop string of the option `until`.
-
-        Raises:
-            ConfigError: an option is not supported.
-        """
+        """Returns for each (context, options) the generated text, up to the first stop string of the option `until`. Raises
+        ConfigError if an option is not supported."""
         texts = []
         for request in tqdm(requests, desc="generate", disable=len(requests) < 2):
             context, options = cast("tuple[str, dict[str, Any]]", request.args)
@@ -112,5 +109,4 @@ class HarnessModel(LM):
 
     @staticmethod
     def _cut(prompt: Sequence[int], length: int) -> list[int]:
-        """Shortens a prompt to `length` tokens: the begin mark and the last `length` - 1 tokens."""
         return list(prompt) if len(prompt) <= length else [*prompt[:1], *prompt[len(prompt) - length + 1 :]]

@@ -49,11 +49,8 @@ class CheckpointReader:
         self._has_base = part != "trained"  # a checkpoint of adapters does not contain the base
 
     def read(self, folder: Path) -> Transformer:
-        """Loads a checkpoint and returns the model. With a mesh, all ranks of the mesh call `read`.
-
-        Raises:
-            DataError: the checkpoint is damaged, or the base model of its adapters is missing.
-        """
+        """Loads a checkpoint and returns the model. With a mesh, all ranks of the mesh call `read`. Raises DataError if the
+        checkpoint is damaged, or the base model of its adapters is missing."""
         restored = self._manager.load(folder, self.state)
         if not self._has_base:  # the base is loaded once, because all checkpoints of a run have the same base
             load_base(restored.values, folder, self._manager, self.model, self._layout)
@@ -70,11 +67,8 @@ def placement_for_use(config: Config, ranks: int) -> ExpertPlacement:
 
 
 def trained_placement(folder: Path, groups: tuple[ExpertGroup, ...]) -> ExpertPlacement:
-    """Returns the placement of the ranks that saved the checkpoint in `folder`.
-
-    Raises:
-        DataError: state.json places other experts than the experts of `groups`.
-    """
+    """Returns the placement of the ranks that saved the checkpoint in `folder`. Raises DataError if state.json places other
+    experts than the experts of `groups`."""
     slots = open_checkpoint(folder).state.placement.get("slots")
     try:
         return ExpertPlacement(groups, tuple(tuple(rank) for rank in slots))  # pyright: ignore
@@ -133,11 +127,8 @@ def causal_problems(config: Config) -> list[str]:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Returns the device with the name `cpu`, `cuda`, or `auto` (CUDA if available).
-
-    Raises:
-        ConfigError: the name is unknown, or CUDA is not available.
-    """
+    """Returns the device with the name `cpu`, `cuda`, or `auto` (CUDA if available). Raises ConfigError if the name is
+    unknown, or CUDA is not available."""
     if wanted not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {wanted}: must be auto, cpu or cuda")
     if wanted == "cuda" and not torch.cuda.is_available():

@@ -48,11 +48,8 @@ class Answered:
 
 
 class Prompts:
-    """Writes questions as token ids, in the form of the training documents: text, or a picture beside its caption.
-
-    Args:
-        listed: True if the text of a question lists all choices.
-    """
+    """Writes questions as token ids, in the form of the training documents: text, or a picture beside its caption. If
+    `listed` is True, the text of a question lists all choices."""
 
     def __init__(self, vocabulary: Vocabulary, *, listed: bool) -> None:
         self._vocabulary, self._listed = vocabulary, listed
@@ -92,11 +89,8 @@ Written = list[list[list[Continuation]]]  # indices: question, rotation, choice
 
 
 def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, max_seq_len: int) -> Written:
-    """Returns the questions as token ids; with `rotations`, each question in every rotation.
-
-    Raises:
-        ConfigError: a question is longer than the model supports.
-    """
+    """Returns the questions as token ids; with `rotations`, each question in every rotation. Raises ConfigError if a
+    question is longer than the model supports."""
     written = [
         [prompts(question.rotated(by)) for by in range(len(question.choices) if rotations else 1)] for question in questions
     ]
@@ -133,11 +127,8 @@ def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure:
 
 
 def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:
-    """Checks that each token id of the tokenizer is a text token of the data set and is below `vocab_size`.
-
-    Raises:
-        DataError: the tokenizer belongs to another data set.
-    """
+    """Checks that each token id of the tokenizer is a text token of the data set and is below `vocab_size`. Raises
+    DataError if the tokenizer belongs to another data set."""
     grammar = vocabulary.grammar
     image = grammar.modalities.index(IMAGE) if IMAGE in grammar.modalities else None
     numbers = vocabulary.tokenizer.get_vocab(with_added_tokens=True)
@@ -165,11 +156,8 @@ def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[floa
 
 
 def bootstrap_mean(right: Sequence[np.ndarray], *, seed: int) -> tuple[float, float]:
-    """Returns the percentile bootstrap interval of the tasks' mean accuracy. Resamples the questions of each task.
-
-    Args:
-        right: For each task: bool [questions], True for a right answer.
-    """
+    """Returns the percentile bootstrap interval of the tasks' mean accuracy. Resamples the questions of each task, bool
+    [questions], True for a right answer."""
     rng = np.random.default_rng(seed)
     # The number of right answers in a resample has a binomial distribution.
     means = np.mean([rng.binomial(len(each), each.mean(), _RESAMPLES) / len(each) for each in right], axis=0)

@@ -125,11 +125,8 @@ class Vocabulary:
         return encode(to_patches(plain(rasterise(path)).pixels[None]), self.codebook).astype(np.int64)
 
     def heldout(self) -> list[HeldoutPicture]:
-        """Returns the first picture of each held-out document that has a picture, in the order of the data.
-
-        Raises:
-            ConfigError: no held-out document has a picture.
-        """
+        """Returns the first picture of each held-out document that has a picture, in the order of the data. Raises
+        ConfigError if no held-out document has a picture."""
         found = list(self.pictured("valid"))
         if not found:
             raise ConfigError(f"data set {self._folder}: no held-out document has a picture")

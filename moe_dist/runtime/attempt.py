@@ -181,7 +181,6 @@ class Attempt:
         self._end(self.exit_code)
 
     def _report(self, error: BaseException) -> None:
-        """Prints an error, and records it unless the run is done."""
         code, reason = verdict_of(error)
         reason = printable(without_secrets(reason, os.environ))  # an exception may quote an access key
         trace_text = without_secrets("".join(traceback.format_exception(error)), os.environ).rstrip("\n")

@@ -139,7 +139,6 @@ def _with_our_names(env: Mapping[str, str]) -> tuple[Mapping[str, str], str]:
 
 
 def _init_method(env: Mapping[str, str], world_size: int) -> str:
-    """Returns the init method; empty if there are several ranks and no variable gives an init method."""
     if env.get("MOE_DIST_INIT_METHOD"):
         return env["MOE_DIST_INIT_METHOD"]
     if env.get("MASTER_ADDR") and env.get("MASTER_PORT"):

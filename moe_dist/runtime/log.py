@@ -47,24 +47,20 @@ class StepPrefix(logging.Filter):
         return True
 
 
-def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO) -> StepPrefix:
+def setup_logging(env: RankEnv, folder: RunFolder) -> StepPrefix:
     """Configures the root logger, and replaces the handlers of an earlier call. Call `follow` of the returned object to
-    show steps in log lines.
-
-    Args:
-        level: Lowest level of moe_dist's log lines; the lowest level of libraries is WARNING.
-    """
+    show steps in log lines. The lowest level is INFO for moe_dist, and WARNING for libraries."""
     root, prefix = logging.getLogger(), StepPrefix(env.rank)
     for handler in list(root.handlers):
         root.removeHandler(handler)
         handler.close()  # otherwise each call would leak an open log file
     console = logging.StreamHandler(sys.stderr)
-    console.setLevel(level if env.launched and env.rank > 0 else logging.WARNING)
+    console.setLevel(logging.INFO if env.launched and env.rank > 0 else logging.WARNING)
     handlers: list[logging.Handler] = [console]
     if not env.launched or env.rank == 0:
         folder.logs.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(folder.log_of(env.rank), encoding="utf-8")
-        file.setLevel(level)
+        file.setLevel(logging.INFO)
         if env.launched:  # the launcher copies warnings from standard error into this file
             file.addFilter(lambda record: record.levelno < logging.WARNING)
         handlers.append(file)
@@ -73,7 +69,7 @@ def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO)
         handler.setFormatter(WithoutSecrets("%(asctime)s [%(place)s] %(levelname)s %(name)s: %(message)s"))
         root.addHandler(handler)
     root.setLevel(logging.WARNING)  # libraries are quiet
-    logging.getLogger("moe_dist").setLevel(level)
+    logging.getLogger("moe_dist").setLevel(logging.INFO)
     return prefix
 
 

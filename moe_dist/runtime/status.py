@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import FailFast, Field, TypeAdapter, ValidationError
 
+from moe_dist.config.json_text import first_fault
 from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
@@ -74,8 +75,7 @@ def read_status(path: Path) -> Status:
         all_of_them = TypeAdapter(Annotated[tuple[AttemptRecord, ...], FailFast()])
         attempts = all_of_them.validate_python(json.loads(text)["attempts"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:  # a ValidationError is a ValueError
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else f"{type(error).__name__}: {error}"
+        why = first_fault(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
         raise DataError(
             f"{path}: damaged ({why}); delete it and start again: the run resumes from its checkpoint and loses only the "
             "list of earlier attempts"

@@ -358,9 +358,9 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (SEED, {**UPCYCLE, GROUPS: {"all": {"num_experts": 2, "top_k": 1, "ffn_dim": 16, "modalities": ["text", "image"]}}},
      "the checkpoint lacks this group in this layer; it has image, text"),
     (SEED, {**SUMMED, f"{GROUPS}.text.ffn_dim": 5},
-     "model.moe.groups.text: num_experts=4 x ffn_dim=5 must be the width 16 of layers.0.moe.experts.text.0.gate, with "
+     "model.moe.groups.text: 4 parts x ffn_dim=5 must be the width 16 of layers.0.moe.experts.text.0.gate, with "
      "the same hidden_dim; take ffn_dim=4"),
-    (SEED, {**SPLIT, **PARTS, **SIGMOIDS, **groups((7, 7, 7), (4, 4, 4))}, "take num_experts=8, or another divisor of"),
+    (SEED, {**SPLIT, **PARTS, **SIGMOIDS, **groups((7, 7, 7), (4, 4, 4))}, "take 8 parts, or another divisor of"),
     ({**SEED, "model.moe.router.scale": 2.0}, SUMMED, "model.moe.router.scale=2.0, but the parts start with weight 1"),
     (SEED, {**SUMMED, "model.moe.shared_ffn_dim": 8}, "shared.gate.weight stays as initialised"),
     (SEED, {**SUMMED, "model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}}, "model.mixture_of_depths="),

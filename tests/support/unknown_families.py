@@ -6,7 +6,7 @@ import json
 
 from moe_dist.hf.families import FAMILIES
 from moe_dist.hf.fields import INERT
-from moe_dist.hf.unknown_families import TABLE
+from moe_dist.hf.sections import UNKNOWN_FAMILIES
 
 
 def table() -> dict[str, list[str]]:
@@ -33,4 +33,4 @@ def text(found: dict[str, list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    TABLE.write_text(text(table()))
+    UNKNOWN_FAMILIES.write_text(text(table()))

@@ -16,7 +16,6 @@ TORCH_FREE = (
     "moe_dist/formats",
     "moe_dist/train/__main__.py",
     "moe_dist/checkpoint/contents.py",
-    "moe_dist/checkpoint/describe.py",
     "moe_dist/checkpoint/directory.py",
     "moe_dist/monitor/compare.py",
     "tools/compare_runs.py",

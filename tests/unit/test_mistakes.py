@@ -59,7 +59,7 @@ MISTAKES: tuple[tuple[str, int, str], ...] = (
     ("launch slrm x.yaml", 2, "Did you mean 'slurm'?"),
     ("trian x.yaml", 2, "Did you mean 'train'"),
     ("prepare x", 2, "Did you mean 'prepare-data'"),
-    ("export_hf x", 2, "export_hf is now `moe-dist export-hf`"),
+    ("export_hf x", 2, "Did you mean 'export-hf'"),
     ("reproduce adamoe", 2, "in a clone of the repository run `python -m research.experiments`"),
     ("compare-methods --budget 1.5", 2, "run `python -m research.compare_methods`"),
     ("bench", 2, "run `python -m research.bench`"),
@@ -78,7 +78,7 @@ MISTAKES: tuple[tuple[str, int, str], ...] = (
         "not a PNG or JPEG, or damaged; replace or remove it, or leave out",
     ),
     ("prepare-data --text missing --out a", 78, "text 'missing': no such file or folder"),
-    ("prepare-data --text texts --out /proc/x", 1, "--out /proc/x: no folder can be made in /proc; choose another --out"),
+    ("prepare-data --text texts --out /proc/x", 1, "nothing was made: mend this, or choose another folder"),
     (
         "prepare-data --text texts --tokenizer notes.txt --out a",
         65,

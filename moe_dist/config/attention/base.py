@@ -37,11 +37,8 @@ class AttentionSection(KindSection):
 
     @abstractmethod
     def kept(self, model: WholeModel, *, frozen: bool) -> int:
-        """Estimates the elements per token that autograd keeps of the operations after the norm of the layer's input.
-
-        Args:
-            frozen: Whether the weights are frozen, so that autograd keeps no inputs of projections.
-        """
+        """Estimates the elements per token that autograd keeps of the operations after the norm of the layer's input. With
+        `frozen` weights autograd keeps no inputs of projections."""
 
     def rotated(self, model: WholeModel) -> int:
         """Returns how many of the elements per token in `kept` need not be kept if a kernel computes the rotary

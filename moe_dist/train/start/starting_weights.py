@@ -3,7 +3,7 @@ are loaded, all other tensors stay as initialised. The rules in `run.init_rules`
 
 upcycle       all experts of a group become copies of a dense FFN or of one expert (checkpoint/upcycle.py)
 split         a dense FFN is cut into the experts of a group, whose outputs sum to the FFN's (checkpoint/split.py)
-split_experts each expert of an MoE model is cut into finer experts, chosen together (checkpoint/split_experts.py)
+split_experts each expert of an MoE model is cut into finer experts, chosen together (checkpoint/split.py)
 copy_nulls    router rows of null experts become copies of true experts' rows; the function stays the same (AdaMoE)
 
 All checks run before the first step. The report lists the loaded tensors, and any reason why the model's function differs
@@ -15,7 +15,6 @@ from itertools import cycle
 from pathlib import Path
 
 import torch
-from pydantic import JsonValue
 
 from moe_dist.checkpoint.base import GUIDE, KEY, content_hash
 from moe_dist.checkpoint.contents import Contents, open_checkpoint
@@ -23,12 +22,12 @@ from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.fits import ABSENT, Taken, fitting
 from moe_dist.checkpoint.index import Source
 from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.split import fitting_or_split
-from moe_dist.checkpoint.split_experts import fitting_or_split_experts, stored_tensors
+from moe_dist.checkpoint.split import fitting_or_split, fitting_or_split_experts, stored_tensors
 from moe_dist.checkpoint.state import CheckpointState, TensorSpec
 from moe_dist.checkpoint.upcycle import fitting_or_upcycled
-from moe_dist.config.attention.grouped_query import GroupedQuerySection
 from moe_dist.config.init_rules import source_problems
+from moe_dist.config.model_schema import ModelSection
+from moe_dist.config.partial import read_stored
 from moe_dist.config.schema import Config
 from moe_dist.config.split_experts_rule import split_experts_problems
 from moe_dist.errors import ConfigError
@@ -68,17 +67,18 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     path, rules = Path(config.run.init_from), config.run.init_rules
     upcycle, split, copy = "upcycle" in rules, "split" in rules, "copy_nulls" in rules
     sources = next((each for rule, each in _SOURCES.items() if rule in rules), fitting)
-    source: dict[str, JsonValue] = {}
+    source: ModelSection | None = None
 
     def check(contents: Contents) -> None:
-        found = contents.state.values.get("config")
-        source.update(found if isinstance(found, dict) else {})
+        nonlocal source
         if KEY in contents.state.values:
             raise ConfigError(
                 f"run.init_from={config.run.init_from!r}: {path} holds adapters and not the model under them; export it "
                 "(tools.export_hf) and import that, or begin with the base",
                 see=GUIDE,
             )
+        if rules or config.train.only == "auxiliary_routers":
+            source = _old_model(contents)
         if config.train.only == "auxiliary_routers" and (problem := _other_score(config, source)):
             raise ConfigError(f"run.init_from={config.run.init_from!r}: {problem}", see="docs/routing.md")
         # Upcycling does not need `source_problems`: a group's experts are equal, so their choice changes no token's output.
@@ -120,6 +120,13 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     return "\n".join(lines)
 
 
+def _old_model(contents: Contents) -> ModelSection | None:
+    """Returns the section `model` of a checkpoint's configuration; None if it has none."""
+    config = contents.state.values.get("config")
+    model = config.get("model") if isinstance(config, dict) else None
+    return None if model is None else read_stored(ModelSection, model)
+
+
 def _check_scored(config: Config) -> None:
     """Raises ConfigError if the samples of router tuning were not made with the weights of `run.init_from`."""
     assert config.router_tuning is not None, "the caller checks the section"
@@ -143,7 +150,7 @@ def _gates(model: Transformer, config: Config) -> list[GroupGate]:
     return [gate for gate in gates if isinstance(gate, GroupGate)]
 
 
-def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
+def _misfits(config: Config, source: ModelSection | None, taken: Taken) -> list[str]:
     """Returns the differences between checkpoint and model that no rule of `run.init_rules` allows: a tensor with another
     shape, a tensor that the model lacks, a key of `model` with another value. Router tensors are not compared."""
     odd = [name for name in _kept(config, taken) if taken.kept[name] != ABSENT]
@@ -161,36 +168,33 @@ def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
     return problems + [f"{problem}; take that" for problem in other.values()]
 
 
-def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
+def _changes(config: Config, source: ModelSection | None, taken: Taken) -> list[str]:
     """Returns the reasons, besides the results of `_misfits`, why the model computes another function than the checkpoint's
     model. Without such reasons both models compute the same function (an upcycled model up to rounding)."""
     new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
     changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
-    changes += _other_experts(config, source.get("model"))
+    changes += _other_experts(config, source)
     if "split" in config.run.init_rules:
-        return changes + _scaled(source.get("model"), taken)
+        return changes + _scaled(source, taken)
     if "upcycle" not in config.run.init_rules:
         return changes
     mixture_of_depths = [problem for key, problem in _other_keys(config, source).items() if key == "mixture_of_depths"]
-    return [*changes, *mixture_of_depths, *_upcycled_changes(config, source.get("model"), taken)]
+    return [*changes, *mixture_of_depths, *_upcycled_changes(config, source, taken)]
 
 
-def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, str]:
+def _other_keys(config: Config, source: ModelSection | None) -> dict[str, str]:
     """Maps each key of `model` that has another value in the checkpoint's configuration to a message with both values."""
-    before, here = source.get("model"), config.model.model_dump(mode="json", exclude=_NO_PART)
-    if not isinstance(before, dict):
+    if source is None:
         return {}
-    here["head_dim"] = config.model.resolved_head_dim  # a null in `model.head_dim` means hidden_dim / num_heads
-    width, heads = before.get("hidden_dim"), before.get("num_heads")
-    each = width // heads if isinstance(width, int) and isinstance(heads, int) else None
-    fields = type(config.model).model_fields.items()
-    defaults = {key: field.default for key, field in fields if not field.is_required()}  # for keys newer than a checkpoint
-    defaults["attention"] = GroupedQuerySection().model_dump()
-    there = {**defaults, **before, "head_dim": before.get("head_dim") or each}
+    # A null in `model.head_dim` means hidden_dim / num_heads.
+    here, there = (
+        each.model_dump(mode="json", exclude=_NO_PART) | {"head_dim": each.resolved_head_dim}
+        for each in (config.model, source)
+    )
     return {
         key: f"model.{key}={value!r}, the checkpoint's is {there[key]!r}"
         for key, value in here.items()
-        if key in there and there[key] != value
+        if there[key] != value
     }
 
 
@@ -202,11 +206,11 @@ def _kept(config: Config, taken: Taken) -> list[str]:
     return [name for name in taken.kept if name not in routers]
 
 
-def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[str]:
+def _upcycled_changes(config: Config, source: ModelSection | None, taken: Taken) -> list[str]:
     """Returns the reasons for `_changes` that concern upcycled experts. Because a group's upcycled experts are equal, the
     weighted sum of their outputs is the output of one expert if the weights sum to 1."""
     moe, router = config.model.moe, config.model.moe.router
-    total, changes, scale = router.sum_of_weights, [], _old_scale(before, taken)
+    total, changes, scale = router.sum_of_weights, [], _old_scale(source, taken)
     if total is None:
         changes.append(f"with this model.moe.router ({router.said}) a token's weights need not sum to 1")
     if total is not None and total != scale:
@@ -221,42 +225,40 @@ def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[s
     return changes
 
 
-def _other_experts(config: Config, before: JsonValue) -> list[str]:
+def _other_experts(config: Config, source: ModelSection | None) -> list[str]:
     """Returns reasons for `_changes` if the experts' output is added after another layer than in the checkpoint's model, or
     if clamped experts have other limits than there."""
-    moe, reasons = before.get("moe") if isinstance(before, dict) else None, list[str]()
-    old, new = isinstance(moe, dict) and moe.get("shortcut", False), config.model.moe.shortcut
+    reasons: list[str] = []
+    old, new = source is not None and source.moe.shortcut, config.model.moe.shortcut
     if old != new:
         reasons.append(f"model.moe.shortcut={str(new).lower()}, the checkpoint's is {str(old).lower()}")
-    here, there = config.model.moe.experts.model_dump(mode="json"), moe.get("experts") if isinstance(moe, dict) else None
-    if here["kind"] == "clamped_ffn" and here != there:
-        reasons.append(f"model.moe.experts={here}, the checkpoint's is {there}")
+    here, there = config.model.moe.experts, None if source is None else source.moe.experts
+    if here.kind == "clamped_ffn" and here != there:
+        shown = None if there is None else there.model_dump(mode="json")
+        reasons.append(f"model.moe.experts={here.model_dump(mode='json')}, the checkpoint's is {shown}")
     return reasons
 
 
-def _other_score(config: Config, source: Mapping[str, JsonValue]) -> str:
-    """Says how the router's scores differ from the checkpoint's, which auxiliary routers learn; empty if equal."""
-    found: JsonValue = dict(source)
-    for key in ("model", "moe", "router"):
-        found = found.get(key) if isinstance(found, dict) else None
-    old = found.get("score", "sigmoid") if isinstance(found, dict) else "sigmoid"  # older checkpoints have no score
-    new = getattr(config.model.moe.router, "score", "sigmoid")
+def _other_score(config: Config, source: ModelSection | None) -> str:
+    """Says how the router's scores differ from those of the checkpoint, whose choices auxiliary routers learn; empty if
+    they are the same."""
+    old, new = (
+        "sigmoid" if model is None else getattr(model.moe.router, "score", "sigmoid") for model in (source, config.model)
+    )
     return (
         "" if old == new else f"model.moe.router.score={new}, the checkpoint's is {old}; set model.moe.router.score={old}"
     )
 
 
-def _old_scale(before: JsonValue, taken: Taken) -> JsonValue:
+def _old_scale(source: ModelSection | None, taken: Taken) -> float:
     """Returns the scale of the checkpoint's router if experts of the checkpoint are copied or split, else 1.0."""
-    moe = before.get("moe") if isinstance(before, dict) else None
-    router = moe.get("router") if isinstance(moe, dict) else None
     used = any(EXPERT_NAME.fullmatch(there) for there in taken.made_of.values())
-    return router.get("scale", 1.0) if used and isinstance(router, dict) else 1.0
+    return getattr(source.moe.router, "scale", 1.0) if used and source is not None else 1.0
 
 
-def _scaled(before: JsonValue, taken: Taken) -> list[str]:
+def _scaled(source: ModelSection | None, taken: Taken) -> list[str]:
     """Returns a reason for `_changes` if the split expert had a weight other than 1 in the checkpoint's model."""
-    scale = _old_scale(before, taken)
+    scale = _old_scale(source, taken)
     return [] if scale == 1.0 else [f"the checkpoint's model.moe.router.scale={scale}, but the parts start with weight 1"]
 
 

@@ -4,9 +4,9 @@ import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from moe_dist.checkpoint.contents import Contents, open_shard
-from moe_dist.checkpoint.index import Index, StateFile
+from moe_dist.checkpoint.index import Cut, Index, StateFile
 from moe_dist.checkpoint.state import TensorSpec
-from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, write_shard
+from moe_dist.checkpoint.storage import Piece, build_index, pieces_of, read_tensors, write_shard
 
 TENSORS = {
     "bf16": torch.tensor([1.0, -2.5, 3e38]).bfloat16(),
@@ -55,6 +55,19 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert tensors["double"][1, 1].signbit()
     assert tensors["other"].eq(1).all()
     assert open_shard(contents, 0).rank_values == {"rng": [1, "x"]}
+
+
+def test_a_part_takes_its_rows_from_every_shard_that_has_some(tmp_path: Path) -> None:
+    """Reads rows and columns of a tensor [10, 3] that is stored in shards of 4, 5 and 1 rows."""
+    whole, places = torch.arange(30).view(10, 3), [(0, 4), (4, 9), (9, 10)]
+    for number, (first, end) in enumerate(places):
+        piece = {"x": Piece(whole[first:end], (first, 0), (10, 3))}
+        write_shard(tmp_path, number, piece, save_id="a1", step=1, rank_values={})
+    contents = contents_of(tmp_path, build_index(tmp_path, specs_of({"x": whole}), step=1, save_id="a1", num_shards=3))
+    for dim, start, length in ((0, 0, 10), (0, 3, 4), (0, 4, 5), (0, 8, 2), (1, 1, 2)):
+        part = torch.full_like(whole.narrow(dim, start, length), -1)
+        read_tensors(contents, {"part": part}, {"part": Cut("x", dim, start)})
+        assert torch.equal(part, whole.narrow(dim, start, length))
 
 
 def test_torchs_own_reader_understands_the_files(tmp_path: Path) -> None:

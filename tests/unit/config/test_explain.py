@@ -2,12 +2,12 @@
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
-from moe_dist.config.__main__ import app
+from launchers.explain import main, show
 from moe_dist.config.explain import explain
 from moe_dist.config.keys import type_text, walk
 from moe_dist.config.schema import Config
+from tests.support.invoked import invoke
 
 
 def text_of(key: str) -> str:
@@ -48,15 +48,14 @@ def test_explains(key: str, parts: tuple[str, ...]) -> None:
 
 
 def test_command_line(path) -> None:
-    run = CliRunner().invoke
-    result = run(app, ["explain", "optimizer.lr"])
+    result = invoke(main, "optimizer.lr")
     assert result.exit_code == 0
     assert "Peak learning rate." in result.stdout
-    result = run(app, ["explain", "optimizer.lrr"])
+    result = invoke(main, "optimizer.lrr")
     assert result.exit_code == 78
     assert "did you mean optimizer.lr?" in result.stderr
-    result = run(app, ["show", str(path), "train.steps=7"])
+    result = invoke(show, path, "train.steps=7")
     assert result.exit_code == 0
     assert "steps: 7" in result.stdout
     assert "weight_decay: 0.1" in result.stdout
-    assert run(app, ["show", str(path), "train.stepz=7"]).exit_code == 78
+    assert invoke(show, path, "train.stepz=7").exit_code == 78

@@ -21,8 +21,7 @@ from moe_dist.hf.families import FAMILIES
 from moe_dist.hf.fields import INERT
 from moe_dist.hf.importing import run_config
 from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section
-from moe_dist.hf.sections import read_section
-from moe_dist.hf.unknown_families import TABLE
+from moe_dist.hf.sections import UNKNOWN_FAMILIES, read_section
 from tests.support import unknown_families
 from tests.support.cover import rest_full
 from tests.support.hf_families import built, under_our_names
@@ -326,7 +325,7 @@ def test_every_field_is_used_without_effect_or_refused(kind: str) -> None:
 def test_the_message_for_an_unknown_family_says_what_is_missing() -> None:
     """All types of language models in transformers, by a table that is generated from their configuration classes."""
     found = unknown_families.table()
-    assert TABLE.read_text() == unknown_families.text(found), "run python -m tests.support.unknown_families"
+    assert UNKNOWN_FAMILIES.read_text() == unknown_families.text(found), "run python -m tests.support.unknown_families"
     assert len(found) > 200
     for name, (nearest, *fields) in found.items():
         with pytest.raises(ConfigError) as refused:

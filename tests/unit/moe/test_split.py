@@ -1,13 +1,9 @@
 """Experts that split an FFN, compared with the FFN: equal bits where they must be equal, and the differences elsewhere."""
 
-from itertools import pairwise
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.checkpoint.index import Chunk, Cut, Entry
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.group_limited import GroupLimitedRouter
 from moe_dist.moe.routers.top_k import TopKRouter
@@ -50,21 +46,3 @@ def test_all_parts_are_the_ffn_whose_last_product_is_summed_by_parts() -> None:
         assert float((y_TD - whole).detach().abs().max() / whole.abs().max()) < 2e-6
         exact, _ = layer.double()(x_TD.double(), torch.zeros(T, dtype=torch.int64))
         assert torch.equal(exact.float(), swiglu(*(each.double() for each in (x_TD, gate, up, down))).float())
-
-
-def test_a_part_takes_its_rows_from_every_chunk_that_has_some() -> None:
-    """Reads rows and columns of a tensor [10, 3] that is stored in chunks of 4, 0, 5 and 1 rows."""
-    whole, ends = np.arange(30).reshape(10, 3), (0, 4, 4, 9, 10)
-    rows = [slice(*pair) for pair in pairwise(ends)]
-    chunks = tuple(Chunk(shard=i, offsets=(r.start, 0), shape=(r.stop - r.start, 3)) for i, r in enumerate(rows))
-    entry = Entry(dtype="I64", shape=(10, 3), fingerprint="0" * 16, chunks=chunks)
-    for dim, start, length in ((0, 0, 10), (0, 3, 4), (0, 4, 5), (0, 8, 2), (1, 1, 2)):
-        cut = Cut("x", dim, start, length)
-        part, got = cut.of(entry), np.full((length, 3) if dim == 0 else (10, length), -1)
-        assert part.shape == got.shape
-        for chunk, stored in zip(part.chunks, rows, strict=True):
-            here = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.shape, strict=True))
-            there = tuple(slice(h.start + s, h.stop + s) for h, s in zip(here, cut.offsets(2), strict=True))
-            assert 0 in chunk.shape or stored.start <= there[0].start < there[0].stop <= stored.stop
-            got[here] = whole[there]
-        assert np.array_equal(got, whole.take(range(start, start + length), axis=dim))

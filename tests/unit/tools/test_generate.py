@@ -12,11 +12,10 @@ from PIL import Image
 from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.expert_choice import ExpertChoiceRouterSection
 from moe_dist.inference.loaded_run import causal_problems, find_trained
-from moe_dist.inference.tasks import choose_captions
 from moe_dist.inference.vocabulary import picture_of
 from tests.support.invoked import invoke
 from tests.support.tiny import tiny_config
-from tools.generate import main
+from tools.generate import choose_captions, main
 
 pytestmark = pytest.mark.slow
 
