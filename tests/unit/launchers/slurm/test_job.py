@@ -128,6 +128,28 @@ def test_the_next_attempt_of_a_job_leaves_out_the_nodes_at_fault(node: Node, cap
     assert "nodes at fault: n1, n3; the next attempt leaves them out" in capsys.readouterr().err
 
 
+def test_srun_gets_no_option_of_an_outer_job(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {
+        "SLURM_JOB_ID": "12",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_TASKS_PER_NODE": "2",
+        "SLURM_SUBMIT_DIR": f"{node.folder}",
+    }
+    outer = {"SLURM_CPUS_PER_TASK": "7", "SLURM_HINT": "nomultithread", "SLURM_MEM_BIND": "local", "SRUN_CONTAINER": "/x"}
+    for name, value in {**own, **outer, "MOE_DIST_CLUSTER": f"{node.folder / 'site.yaml'}"}.items():
+        monkeypatch.setenv(name, value)
+    (node.folder / "hosts").write_text("n1")
+    (node.folder / "state").write_text("RUNNING")
+    stand_in(node.folder, srun='env >srun_env; echo "$*" >sruns')
+    with pytest.raises(typer.Exit) as ended:
+        main(str(node.yaml))
+    assert ended.value.exit_code == 0
+    given = dict(line.split("=", 1) for line in (node.folder / "srun_env").read_text().splitlines() if "=" in line)
+    assert own.items() <= given.items()
+    assert not outer.keys() & given.keys()
+    assert "--cpus-per-task" not in (node.folder / "sruns").read_text()
+
+
 @pytest.mark.parametrize(
     ("line", "verdict", "requeued"),
     [
