@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from launchers.command import JobPlan, NodePlan, one_node
-from launchers.slurm.job import _read_clone, rank_step, run_attempt, visible_folders
+from launchers.slurm.job import _read_clone, main, rank_step, run_attempt, visible_folders
 from launchers.slurm.nodes import ranks_by_task
 from launchers.slurm.script import interpreter
 from launchers.slurm.step import SlurmJob
