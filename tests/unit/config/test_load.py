@@ -93,6 +93,7 @@ def test_another_variant_drops_the_keys_of_the_old(path: Path) -> None:
     slots = "placement.slots=[[text/0, text/1], [text/2, image/0, image/1]]"
     for order in (["placement.policy=explicit", slots], [slots, "placement.policy=explicit"]):
         assert isinstance(load_config(path, order).placement, ExplicitSection)
+    assert "placement.slots" in problems(path, slots, "placement.policy=interleaved")[0]
 
 
 @pytest.mark.parametrize(

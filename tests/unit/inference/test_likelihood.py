@@ -1,6 +1,7 @@
 """Scores against the slow method: one forward per prefix, without padding, batch or labels."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import load_manifest
+from moe_dist.inference.fact import Question
 from moe_dist.inference.likelihood import Continuation, Likelihood, Score
-from moe_dist.inference.multiple_choice import likeliest
+from moe_dist.inference.multiple_choice import ask, likeliest
 from moe_dist.model.transformer import Transformer
 from tests.support.messages import refused
 from tests.support.tiny import IMAGE_IDS
@@ -71,3 +73,15 @@ def test_the_two_measures() -> None:
     assert likeliest(scores, choices, "plain") == 0
     assert likeliest(scores, choices, "normalised") == 1
     assert likeliest([Score(-3.0, False)] * 2, choices[:1] * 2, "plain") == 0  # takes the first of equal scores
+
+
+def test_a_choice_is_told_by_its_place_before_the_rotation() -> None:
+    """A model that always prefers the second answer as it was written."""
+    question = Question("task", "id", "asked", ("a", "b", "c"), answer=1)
+    turns = [[Continuation([0], [ord(choice)]) for choice in question.rotated(by).choices] for by in range(3)]
+
+    def likelihood(asked: Sequence[Continuation]) -> list[Score]:
+        return [Score(0.0 if each.tokens == [ord("b")] else -1.0, True) for each in asked]
+
+    (answered,) = ask([question], [turns], likelihood)  # pyright: ignore[reportArgumentType]
+    assert set(answered.taken.values()) == {(1, 1, 1)}

@@ -14,6 +14,7 @@ from moe_dist.plan.flops import parameters
 from moe_dist.plan.memory import (
     RankMemory,
     checkpoint_bytes,
+    folder_bytes,
     held_parameters,
     layer_bytes_per_token,
     rank_memory,
@@ -173,3 +174,9 @@ def test_adapters_of_experts_are_with_their_experts_and_all_others_on_all_ranks(
     own, on_all = (0, each + others) if shared else (3 * each, others)
     assert memory(ep=2, edp=2) == (own + on_all, own + on_all)
     assert memory(ep=2, edp=2, data="fsdp2") == (own / 2 + on_all / 4, own / 2 + on_all / 4)
+
+
+def test_a_folder_needs_room_for_one_more_checkpoint_than_it_keeps() -> None:
+    """The oldest checkpoint is deleted after the new one is complete."""
+    run = config()
+    assert folder_bytes(run) == (run.checkpoint.keep + 1) * round(checkpoint_bytes(run))

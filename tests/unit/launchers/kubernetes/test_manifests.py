@@ -17,7 +17,7 @@ from launchers.kubernetes.manifests import object_name
 from launchers.kubernetes.pod import node_of_pod
 from launchers.ray.nodes import DOMAIN
 from launchers.restart import FINAL
-from moe_dist.config.cluster import load_cluster
+from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.errors import EXIT_DONE, ConfigError, StoppedError
 from moe_dist.plan.preflight import layout_of_file
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
@@ -110,6 +110,13 @@ def test_errors_that_would_repeat_end_a_job_and_a_stop_does_not(tmp_path: Path, 
     assert set(actions["FailJob"]) == FINAL - {EXIT_DONE, StoppedError.exit_code}
     assert actions["Ignore"] == [StoppedError.exit_code]
     assert job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 120
+
+
+def test_a_failed_run_ends_all_pods_and_kubernetes_counts_pods(tmp_path: Path, data: Path) -> None:
+    changes = {"parallel.ep": 2, "parallel.edp": 2, "parallel.device": "cuda"}
+    jobs = of_kind(made(tmp_path, data, Kind.JOB, changes), "Job")
+    assert [job["spec"]["completions"] for job in jobs] == [2]
+    assert [job["spec"]["backoffLimit"] for job in jobs] == [2 * Cluster().max_restarts]
 
 
 def test_ray_job_has_a_worker_group_for_each_kind_of_node(tmp_path: Path, data: Path) -> None:
