@@ -105,3 +105,37 @@ def test_a_single_null_logit_stands_in_every_null_column() -> None:
     for group in (TEXT, IMAGE):
         shared, spread = (r.get_submodule(group_module(group.name)).null.grad for r in (router, each))
         torch.testing.assert_close(shared[0], spread.sum(0))  # pyright: ignore[reportOptionalSubscript, reportIndexIssue]
+
+
+@pytest.mark.parametrize("top_k", [2, 3, 5, 8])
+def test_weights_do_not_depend_on_null_choices_between(top_k: int) -> None:
+    """The order of additions in a sum over K depends on K. The zeros of null choices must not change the sum."""
+    torch.manual_seed(top_k)
+    with_nulls, without = (ExpertGroup("text", 8, m, k, 8, 0, ("text",)) for m, k in ((16, 3 * top_k), (0, top_k)))
+    router, plain = TopKRouter(RouterContext(96, (with_nulls,))), TopKRouter(RouterContext(96, (without,)))
+    gate, old = router.get_submodule("group:text"), plain.get_submodule("group:text")
+    with torch.no_grad():
+        old.true.normal_()  # pyright: ignore[reportCallIssue]
+        gate.true.copy_(old.true)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        gate.null.copy_(old.true.repeat(2, 1))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    h_TD, group_T = torch.randn(257, 96), torch.zeros(257, dtype=torch.int64)
+    ours, expected = (each(h_TD, group_T).assignments.taken() for each in (router, plain))
+    assert torch.equal(ours.expert_N, expected.expert_N)
+    assert torch.equal(ours.weight_N, expected.weight_N)
+
+
+def test_biases_of_zero_choose_by_logits_alone() -> None:
+    """Where a softmax rounds two logits to the same probability, their order must stay."""
+    group = ExpertGroup("text", 3, 1, 2, 8, 0, ("text",))
+    router = TopKRouter(RouterContext(1, (group, IMAGE)), selection_bias=True)
+    gate = router.get_submodule("group:text")
+    with torch.no_grad():
+        gate.true.copy_(torch.tensor([[-200.0], [-190.0], [0.0]]))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        gate.null.fill_(-300.0)  # pyright: ignore[reportCallIssue]
+        router.get_submodule("group:image").true.zero_()  # pyright: ignore[reportCallIssue]
+        router.get_submodule("group:image").null.zero_()  # pyright: ignore[reportCallIssue]
+    h_TD, group_T = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
+    assert (router(h_TD, group_T).aux.prob_LC[0][:2] == 0.0).all()
+    assert router(h_TD, group_T).assignments.expert_N.tolist() == [2, 1]
+    gate.bias[0] = 0.5  # pyright: ignore[reportIndexIssue]
+    assert router(h_TD, group_T).assignments.expert_N.tolist() == [2, 0]
