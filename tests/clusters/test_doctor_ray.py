@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -56,18 +55,6 @@ def test_every_node_is_visited_and_nothing_is_wrong_but_that_it_is_open(says: Sa
         *("data", "clocks", "versions", "apex", "/dev/shm", "open files", "cores", "fabric"),
     ]
     assert "6 pairs of 4 nodes" in lines[-1]
-
-
-@pytest.mark.exhaustive
-def test_a_bundle_that_is_too_large_for_any_node(says: Says, tmp_path: Path) -> None:
-    site = tmp_path / "site.yaml"
-    site.write_text("gpus: {syntax: none}\nranks_per_node: 1\ncpus_per_rank: 16\n")
-    code, lines = says("--probe", f"--cluster={site}")
-    (line,) = faults(lines)
-    assert code == 69
-    assert line.startswith(
-        "FAIL nodes: rank 0 (experts of text): needs 16 CPU on one node, but the largest of the cluster "
-    )
 
 
 def test_no_ray_at_all() -> None:

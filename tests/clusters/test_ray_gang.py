@@ -14,7 +14,7 @@ import pytest
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
-from tests.support import megatron_trial, ray_cluster
+from tests.support import ray_cluster
 from tests.support.ray_cluster import INTERLEAVED, MODALITIES, Driver, RayCluster, overrides, steps
 from tests.support.shape import drawn
 
@@ -110,20 +110,6 @@ def test_a_killed_worker_and_a_lost_node_cost_steps_and_change_no_bit(
     assert attempts[1].rank == 1
     assert f"lost with its node {ray_cluster.address(slot)}" in attempts[1].reason
     assert list(map(reproducible_part, steps(job.run))) == list(map(reproducible_part, undisturbed[0]))
-
-
-@pytest.mark.exhaustive
-def test_a_killed_rank_of_megatrons_engine_is_followed_by_an_attempt_with_its_losses(
-    cluster: RayCluster, root: Path, tmp_path: Path
-) -> None:
-    run, log = RunFolder(root / "megatron"), root / "megatron.out"
-    arguments = (f"run.root={root}", "run.name=megatron", *megatron_trial.CHANGES, "--env", ray_cluster.MARK)
-    job = Driver("launchers.ray", cluster.address, run, *arguments, log=log, config=megatron_trial.CONFIG)
-    job.wait_for_step(4)
-    os.kill(job.ranks()[1], signal.SIGKILL)
-    assert job.wait() == 0, job.printed
-    assert [each.verdict for each in run.read_status().attempts] == [1, 0]
-    megatron_trial.check_losses(run, tmp_path)
 
 
 def test_a_node_where_no_actor_starts_is_named_with_the_cause_and_not_tried_for_ever(

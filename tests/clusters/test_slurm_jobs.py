@@ -285,18 +285,6 @@ def test_a_job_that_another_job_submits_believes_none_of_its_variables(stage: St
     assert [each.attempt_id for each in stage.run.read_status().attempts] == [f"slurm-ci-{found.number}-0"]
 
 
-@pytest.mark.exhaustive
-def test_our_submission_inside_a_job_starts_a_job_of_its_own(stage: Stage) -> None:
-    options = [f"--cluster={stage.site}", f"--program={PROGRAM}"]
-    launch = shlex.join([sys.executable, "-m", "launchers.slurm", str(stage.config), *options])
-    job = stage.sbatch("done", "--array=5", "--ntasks=1", "--mem-per-cpu=10", f"--wrap=cd {ROOT} && {launch}")
-    assert job.end() == 0, job.said
-    number = job.said.split()[1]
-    found = SlurmJob(stage.cluster, number, stage.run.path / "slurm" / f"slurm-{number}.out")
-    assert found.end() == 0, found.said
-    assert [each.attempt_id for each in stage.run.read_status().attempts] == [f"slurm-ci-{number}-0"]
-
-
 def test_a_requeued_job_leaves_out_a_node_at_fault_unless_it_needs_all_nodes(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,23 +320,6 @@ def test_a_spare_node_replaces_the_one_at_fault_and_the_sites_options_reach_srun
 
 
 # --- preludes and containers: what the site wants around a rank
-
-
-@pytest.mark.exhaustive
-def test_environment_modules_as_a_prelude(stage: Stage, tmp_path: Path) -> None:
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "fabric").write_text("#%Module\nsetenv FABRIC_SPEED 400\nprepend-path PATH /opt/fabric/bin\n")
-    lines = ["source /usr/share/modules/init/bash", f"module use {tmp_path}/modules", "module load fabric"]
-    stage.set_site(prelude=lines)
-    show = "import os, sys; print('speed', os.environ['FABRIC_SPEED'], os.environ['PATH'].split(':')[0], file=sys.stderr)"
-    job = stage.cluster.launch(str(stage.config), f"--cluster={stage.site}", f"--program={shlex.join(['-c', show])}")
-    assert job.end() == 0, job.said
-    assert ["speed 400 /opt/fabric/bin" in stage.run.log_of(rank).read_text() for rank in range(4)] == [True] * 4
-
-    stage.set_site(prelude=[*lines, "module load none-such"])
-    broken = stage.launch("done", "run.name=broken")
-    assert broken.end() == ConfigError.exit_code
-    assert "this line of the cluster file's prelude failed: module load none-such" in broken.said
 
 
 RUNTIMES = {

@@ -2,7 +2,7 @@
 test_n_ranks_equal_one.py takes steps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,162 +14,95 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
-from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from tests.reference.layer import ReferenceWeights, expected_node_traffic, expected_traffic, moe_forward
+from tests.reference.layer import ReferenceWeights, expected_traffic, moe_forward
 from tests.reference.workloads import hidden_states, router_weight
-from tests.support.cover import exhaustive, full
+from tests.support.cover import full
 from tests.support.worlds import RankContext
-from tools.gpu_check.token_imbalance import (
-    WORKLOADS,
-    WorkloadShape,
-    WorkloadStep,
-    workload_step,
-)
+from tools.gpu_check.token_imbalance import WORKLOADS, WorkloadShape, workload_step
 
 E, K, D, F, T = 8, 2, 10, 3, 40
 GROUP = ExpertGroup("all", E, 0, K, F, 0, ("text",))
 STEPS = (3, 4, 5)  # include the start of W7's burst, and three places of W6's hot spot
+STACKS = {"gate": (E, F, D), "up": (E, F, D), "down": (E, D, F)}
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """One rank's position, with a dispatcher over all ranks."""
-
-    rank: int
-    shape: WorkloadShape
-    placement: ExpertPlacement
-    dispatcher: Dispatcher[Any]
-    comm_stats: CommStats
-    group: Any
-    per_node: int | None
-
-    @classmethod
-    def of(cls, context: RankContext, kind: str) -> "Ranks":
-        world = context.world_size
-        per_node = {"all_to_all": None, "hierarchical": max(1, world // 2)}[kind]
-        mesh = make_mesh(ep=world, device=torch.device("cpu"), timeout=600.0, ranks_per_node=per_node)
-        shape = WorkloadShape(T, E, K, world)
-        placement = ExpertPlacement((GROUP,), tuple(tuple(shape.shard(rank)) for rank in range(world)))
-        comm_stats = CommStats()
-        dispatcher: Dispatcher[Any] = AllToAllDispatcher(DispatchContext(placement, AllToAll(mesh.ep, comm_stats)))
-        if per_node is not None:
-            between, inside = (
-                AllToAll(mesh.inter_node, comm_stats, between_nodes=True),
-                AllToAll(mesh.intra_node, comm_stats),
-            )
-            dispatcher = HierarchicalDispatcher(
-                DispatchContext(placement, between, hops=(between, inside)), ranks_per_node=per_node
-            )
-        return cls(context.rank, shape, placement, dispatcher, comm_stats, mesh.world, per_node)
-
-    def step(self, workload: str, number: int) -> WorkloadStep:
-        return workload_step(workload, seed=0, step=number, shape=self.shape)
-
-    def rows_sent(self, step: WorkloadStep) -> tuple[int, int]:
-        """Returns the closed form of this rank's sent rows: all, and between nodes."""
-        sources = [step.expert_TK[step.rows_of(source)] for source in range(self.shape.num_shards)]
-        tokens = [np.arange(len(each)).repeat(K).tolist() for each in sources]
-        experts = [each.ravel().tolist() for each in sources]
-        rank_of = self.placement.rank_of_expert
-        if self.per_node is None:
-            return expected_traffic(tokens[self.rank], experts[self.rank], rank_of, self.rank)[0], 0
-        between, inside = expected_node_traffic(tokens, experts, rank_of, ranks_per_node=self.per_node, own_rank=self.rank)
-        return between + inside, between
-
-    def check_traffic(self, step: WorkloadStep, sent: int) -> None:
-        """Compares rows and bytes of a forward and backward with the closed form."""
-        rows, between = self.rows_sent(step)
-        assert sent == rows
-        total = torch.tensor([rows, between, self.comm_stats.payload_bytes, self.comm_stats.inter_node_bytes])
-        dist.all_reduce(total, group=self.group)
-        rows, between, payload, payload_between = total.tolist()
-        assert (payload, payload_between) == (4 * rows * D * 8, 4 * between * D * 8)
+def layer_with(whole: dict[str, torch.Tensor], placement: ExpertPlacement, wire: AllToAll, local: list[int]) -> MoELayer:
+    """Returns a rank's layer with its part of the weights."""
+    layer = MoELayer(
+        norm=torch.nn.Identity(),
+        router=TopKRouter(RouterContext(D, [GROUP])),
+        experts=Experts(D, [GROUP], [len(local)]),
+        dispatcher=AllToAllDispatcher(DispatchContext(placement, wire)),
+    ).double()
+    with torch.no_grad():
+        for name, weight in whole.items():
+            parameter_of(layer, name).copy_(part_of(name, weight, local))
+    return layer
 
 
-class Pair:
-    """A layer over the ranks, and the weights of the one process to compare with."""
+def parameter_of(layer: MoELayer, name: str) -> torch.nn.Parameter:
+    return layer.get_parameter("router.group:all.true" if name == "router" else f"experts.group:all.{name}")
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.local = list(ranks.placement.slots[ranks.rank])
-        self.layer = MoELayer(
-            norm=torch.nn.Identity(),
-            router=TopKRouter(RouterContext(D, [GROUP])),
-            experts=Experts(D, [GROUP], [len(self.local)]),
-            dispatcher=ranks.dispatcher,
-        ).double()
-        generator = torch.Generator().manual_seed(7)
-        shapes = {"gate": (E, F, D), "up": (E, F, D), "down": (E, D, F)}
-        self.whole = {"router": torch.from_numpy(router_weight(E, D))}
-        self.whole |= {k: torch.randn(s, dtype=torch.double, generator=generator) * 0.5 for k, s in shapes.items()}
-        for name, value in self.whole.items():
-            value.requires_grad_()
-            with torch.no_grad():
-                self.parameter(name).copy_(self.part(name, value))
 
-    def parameter(self, name: str) -> torch.nn.Parameter:
-        where = "router.group:all.true" if name == "router" else f"experts.group:all.{name}"
-        return self.layer.get_parameter(where)
+def part_of(name: str, whole: torch.Tensor, local: list[int]) -> torch.Tensor:
+    return whole if name == "router" else whole[local]
 
-    def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """Returns this rank's part of a whole tensor."""
-        return whole if name == "router" else whole[self.local]
 
-    def pass_through(self, step: WorkloadStep, number: int) -> None:
-        """Runs forward and backward of both, and compares output and input gradient. Leaves gradients on the parameters."""
-        h_TD = torch.from_numpy(hidden_states(step, num_experts=E, hidden_dim=D, seed=number))
+def passed(context: RankContext) -> dict[str, int]:
+    """Compares outputs, gradients and traffic. Returns the pairs that this rank's experts computed in each workload."""
+    mesh = make_mesh(ep=context.world_size, device=torch.device("cpu"), timeout=600.0)
+    shape = WorkloadShape(T, E, K, context.world_size)
+    placement = ExpertPlacement((GROUP,), tuple(tuple(shape.shard(rank)) for rank in range(context.world_size)))
+    wire, local, seen = AllToAll(mesh.ep, CommStats()), list(placement.slots[context.rank]), dict[str, int]()
+    generator = torch.Generator().manual_seed(7)
+    whole = {"router": torch.from_numpy(router_weight(E, D))}
+    whole |= {name: torch.randn(size, dtype=torch.double, generator=generator) * 0.5 for name, size in STACKS.items()}
+    for workload, number in product(WORKLOADS, STEPS):
+        step = workload_step(workload, seed=0, step=number, shape=shape)
+        h_TD = torch.from_numpy(hidden_states(step, num_experts=E, hidden_dim=D, seed=number)).requires_grad_()
         direction = torch.randn(h_TD.shape, dtype=torch.double, generator=torch.Generator().manual_seed(number))
-        rows = step.rows_of(self.ranks.rank)
-        mine = h_TD[rows].clone().requires_grad_()
-        self.ranks.comm_stats.take()
-        y_TD, report = self.layer(mine, torch.zeros(len(mine), dtype=torch.int64))
-        (y_TD * direction[rows]).sum().backward()
-        assert report.sent.pairs == len(mine) * K
-        self.ranks.check_traffic(step, report.sent.rows_remote)
-        dist.all_reduce(self.parameter("router").grad, group=self.ranks.group)
-
-        weights = ReferenceWeights(self.whole["router"], None, *(self.whole[k] for k in ("gate", "up", "down")))
-        h_TD.requires_grad_()
-        expected = moe_forward(h_TD, [0] * len(h_TD), [GROUP], {"all": weights})
+        weights = {name: weight.clone().requires_grad_() for name, weight in whole.items()}
+        reference = ReferenceWeights(weights["router"], None, *(weights[name] for name in STACKS))
+        expected = moe_forward(h_TD, [0] * len(h_TD), [GROUP], {"all": reference})
         (expected * direction).sum().backward()
-        torch.testing.assert_close(y_TD, expected[rows], rtol=0, atol=1e-11)
         assert h_TD.grad is not None
+
+        layer, rows = layer_with(whole, placement, wire, local), step.rows_of(context.rank)
+        mine = h_TD.detach()[rows].clone().requires_grad_()
+        wire.comm_stats.take()
+        y_TD, report = layer(mine, torch.zeros(len(mine), dtype=torch.int64))
+        (y_TD * direction[rows]).sum().backward()
+        torch.testing.assert_close(y_TD, expected[rows], rtol=0, atol=1e-11)
         torch.testing.assert_close(mine.grad, h_TD.grad[rows], rtol=0, atol=1e-11)
-        counts = np.bincount(step.expert_TK.ravel(), minlength=E)
-        choices = report.counts.choices_LC[0].clone()
-        dist.all_reduce(choices, group=self.ranks.group)
-        assert choices.tolist() == counts.tolist(), "the router chose another workload"
+        dist.all_reduce(parameter_of(layer, "router").grad, group=mesh.world)
+        for name, weight in weights.items():
+            assert weight.grad is not None
+            torch.testing.assert_close(
+                parameter_of(layer, name).grad, part_of(name, weight.grad, local), rtol=0, atol=1e-11
+            )
 
-
-def passed(context: RankContext, kind: str) -> dict[str, int]:
-    """Checks outputs, gradients and traffic. Returns the rows that this rank's experts computed in each workload."""
-    ranks, seen = Ranks.of(context, kind), {}
-    for workload in WORKLOADS:
-        for number in STEPS:
-            pair, step = Pair(ranks), ranks.step(workload, number)
-            pair.pass_through(step, number)
-            for name, whole in pair.whole.items():
-                grad = pair.parameter(name).grad
-                assert grad is not None, f"{name} has no gradient"
-                assert whole.grad is not None
-                torch.testing.assert_close(grad, pair.part(name, whole.grad), rtol=0, atol=1e-11)
-            seen[workload] = int(np.isin(step.expert_TK, pair.local).sum())
+        chosen_TK = step.expert_TK[rows]
+        tokens, experts = np.arange(len(chosen_TK)).repeat(K).tolist(), chosen_TK.ravel().tolist()
+        sent = expected_traffic(tokens, experts, placement.rank_of_expert, context.rank)[0]
+        assert (report.sent.rows_remote, report.sent.pairs) == (sent, len(chosen_TK) * K)
+        total = torch.tensor([sent, wire.comm_stats.payload_bytes])
+        dist.all_reduce(total, group=mesh.world)
+        assert total[1] == 4 * total[0] * D * 8
+        counts = np.bincount(experts, minlength=E).tolist()
+        assert report.counts.choices_LC[0].tolist() == counts, "the router chose another workload"
+        seen[workload] = int(np.isin(step.expert_TK, local).sum())
     return seen
 
 
-@pytest.mark.parametrize(
-    ("kind", "world_size"),
-    [("all_to_all", 4), full("hierarchical", 4), exhaustive("all_to_all", 2), exhaustive("hierarchical", 2)],
-)
-def test_all_eight_pass_and_none_hangs(run_in_world: Callable[..., list[Any]], world_size: int, kind: str) -> None:
-    seen = run_in_world(world_size, passed, kind)
+@pytest.mark.parametrize("world_size", [full(2), 4])
+def test_all_eight_pass_and_none_hangs(run_in_world: Callable[..., list[Any]], world_size: int) -> None:
+    seen = run_in_world(world_size, passed)
     for each in seen:
         assert list(each) == list(WORKLOADS), "all eight are reported, never a subset"
     # W5 must leave a rank without pairs, and W2 must give one rank the most.
