@@ -22,7 +22,7 @@ from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.reference.layer import ReferenceWeights, expected_traffic, moe_forward
 from tests.reference.workloads import hidden_states, router_weight
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.worlds import RankContext
 from tools.gpu_check.token_imbalance import WORKLOADS, WorkloadShape, workload_step
 
@@ -100,7 +100,7 @@ def passed(context: RankContext) -> dict[str, int]:
     return seen
 
 
-@pytest.mark.parametrize("world_size", [full(2), 4])
+@pytest.mark.parametrize("world_size", [full(4), exhaustive(2)])
 def test_all_eight_pass_and_none_hangs(run_in_world: Callable[..., list[Any]], world_size: int) -> None:
     seen = run_in_world(world_size, passed)
     for each in seen:

@@ -107,23 +107,6 @@ def test_a_single_null_logit_stands_in_every_null_column() -> None:
         torch.testing.assert_close(shared[0], spread.sum(0))  # pyright: ignore[reportOptionalSubscript, reportIndexIssue]
 
 
-@pytest.mark.parametrize("top_k", [2, 3, 5, 8])
-def test_weights_do_not_depend_on_null_choices_between(top_k: int) -> None:
-    """The order of additions in a sum over K depends on K. The zeros of null choices must not change the sum."""
-    torch.manual_seed(top_k)
-    with_nulls, without = (ExpertGroup("text", 8, m, k, 8, 0, ("text",)) for m, k in ((16, 3 * top_k), (0, top_k)))
-    router, plain = TopKRouter(RouterContext(96, (with_nulls,))), TopKRouter(RouterContext(96, (without,)))
-    gate, old = router.get_submodule("group:text"), plain.get_submodule("group:text")
-    with torch.no_grad():
-        old.true.normal_()  # pyright: ignore[reportCallIssue]
-        gate.true.copy_(old.true)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        gate.null.copy_(old.true.repeat(2, 1))  # pyright: ignore[reportCallIssue, reportArgumentType]
-    h_TD, group_T = torch.randn(257, 96), torch.zeros(257, dtype=torch.int64)
-    ours, expected = (each(h_TD, group_T).assignments.taken() for each in (router, plain))
-    assert torch.equal(ours.expert_N, expected.expert_N)
-    assert torch.equal(ours.weight_N, expected.weight_N)
-
-
 def test_biases_of_zero_choose_by_logits_alone() -> None:
     """Where a softmax rounds two logits to the same probability, their order must stay."""
     group = ExpertGroup("text", 3, 1, 2, 8, 0, ("text",))
