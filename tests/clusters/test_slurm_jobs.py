@@ -18,7 +18,7 @@ from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.cover import exhaustive
 from tests.support.pretend import PROGRAM
-from tests.support.shape import drawn
+from tests.support.shape import PREEMPTION, drawn
 from tests.support.slurm import ROOT, SlurmCluster, SlurmJob, hosts
 from tests.support.tiny import tiny_config, write_config
 
@@ -92,6 +92,21 @@ def test_75_alone_is_followed_by_a_requeue_until_the_site_has_enough(stage: Stag
     assert stage.verdicts() == [75, 75, 0], "the command that is printed works as printed"
 
 
+@pytest.mark.exhaustive
+def test_a_task_of_an_array_is_requeued_by_itself(stage: Stage) -> None:
+    """Also the last one, whose id is that of the whole array."""
+    sweep = stage.folder / "sweep.txt"
+    sweep.write_text("run.seed=0\nrun.seed=1\n")
+    array = stage.launch("stop+5 done", f"--array={sweep}")
+    for task in range(2):
+        name = f"{array.number}_{task}"
+        job = SlurmJob(stage.cluster, name, stage.run.path / "slurm" / f"slurm-{name}.out")
+        assert job.end() == 0, job.said
+        assert job.field("Restarts") == "1"
+        attempts = RunFolder(stage.run.path / str(task)).read_status().attempts
+        assert [each.verdict for each in attempts] == [75, 0], job.said
+
+
 def test_a_failure_is_followed_by_a_requeue_until_two_attempts_gain_nothing(stage: Stage) -> None:
     job = stage.launch("fail")
     assert job.end() == 1
@@ -137,6 +152,41 @@ def test_data_that_one_node_lacks_are_named_at_once_with_node_and_path(stage: St
     assert seconds < 60.0, "srun's own wait for the other tasks"
 
 
+@pytest.mark.exhaustive  # test_slurm_training.py takes a node in the mode of the drawn cluster
+@pytest.mark.parametrize("mode", PREEMPTION)
+def test_a_job_that_is_preempted_again_and_again_goes_on_in_either_mode(stage: Stage, mode: str) -> None:
+    """Slurm requeues it, or cancels it and the batch script submits it again. No attempt but the last has a checkpoint."""
+    stage.cluster.scontrol("update", f"PartitionName={drawn().partition}", f"PreemptMode={mode}")
+    try:
+        first = job = stage.launch("wait wait wait done")
+        for times in range(1, 4):
+            up(stage, job, attempt=times - 1)
+            stage.take_a_node()
+            if mode == "REQUEUE":
+                job.wait_for_requeue(times)
+                continue
+            words = r"\(PreemptMode=CANCEL\); submitted again as job (\d+)"
+            job.wait_for(lambda words=words, job=job: re.search(words, job.said) is not None, "submitted again")
+            (number,) = re.findall(words, job.said)
+            job = SlurmJob(stage.cluster, number, stage.run.path / "slurm" / f"slurm-{number}.out")
+        assert job.end() == 0, job.said
+    finally:
+        stage.cluster.scontrol("update", f"PartitionName={drawn().partition}", f"PreemptMode={drawn().preemption}")
+    assert first.field("JobState") == ("PREEMPTED" if mode == "CANCEL" else "COMPLETED")
+    assert stage.verdicts() == [75, 75, 75, 0]
+
+
+@pytest.mark.exhaustive
+def test_a_rank_that_diverges_while_its_peers_are_killed_gives_the_code_and_speaks_first(stage: Stage) -> None:
+    job = stage.launch("diverge")
+    assert job.end() == 70
+    words = ["rank 2 failed first", "loss was nan for 10 steps in a row", "the other ranks ended after it", "by SIGKILL"]
+    places = [job.said.find(each) for each in words]
+    assert -1 not in places
+    assert places == sorted(places), job.said
+    assert stage.verdicts() == [70]
+
+
 def test_a_job_that_was_cancelled_saves_and_stays_away(stage: Stage) -> None:
     job = stage.launch("wait+2")
     up(stage, job)
@@ -145,6 +195,14 @@ def test_a_job_that_was_cancelled_saves_and_stays_away(stage: Stage) -> None:
     assert "Slurm is ending the job (COMPLETING) for good; continue it with: sbatch " in job.said
     assert (job.field("JobState"), job.field("Restarts")) == ("CANCELLED", "0")
     assert stage.verdicts() == [75]
+
+
+@pytest.mark.exhaustive
+def test_where_requeueing_is_refused_the_command_is_printed(stage: Stage) -> None:
+    job = stage.sbatch("stop+2", "--no-requeue", "--nodes=4", "--ntasks=4", "--ntasks-per-node=1", *plain(stage))
+    assert job.end() == StoppedError.exit_code
+    assert "Slurm refuses to requeue the job: " in job.said
+    assert re.search(r"continue with: sbatch .*/it/slurm/job_\d+_\w+/train\.sbatch", job.said)
 
 
 def plain(stage: Stage) -> list[str]:
@@ -212,6 +270,19 @@ def test_a_rank_whose_node_is_another_than_planned_ends_the_job_with_69(stage: S
 
 
 # --- jobs in jobs, nodes at fault, options of the site
+
+
+@pytest.mark.exhaustive
+def test_a_job_that_another_job_submits_believes_none_of_its_variables(stage: Stage) -> None:
+    """The outer job is an array task with memory per CPU, and says that it was requeued and has two components."""
+    shape = ["--nodes=4", "--ntasks=4", "--ntasks-per-node=1", "--mem=50"]
+    inner = shlex.join(["sbatch", "--parsable", f"--output={stage.folder}/inner.txt", *shape, *plain(stage)])
+    outer = "SLURM_RESTART_COUNT=3 SLURM_HET_SIZE=2 SLURM_CPU_BIND=none MOE_DIST_SNAPSHOT=/elsewhere"
+    job = stage.sbatch("done", "--array=5", "--ntasks=1", "--mem-per-cpu=10", f"--wrap={outer} {inner}")
+    assert job.end() == 0, job.said
+    found = SlurmJob(stage.cluster, job.said.strip(), stage.folder / "inner.txt")
+    assert found.end() == 0, found.said
+    assert [each.attempt_id for each in stage.run.read_status().attempts] == [f"slurm-ci-{found.number}-0"]
 
 
 def test_a_requeued_job_leaves_out_a_node_at_fault_unless_it_needs_all_nodes(

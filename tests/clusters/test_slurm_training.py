@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -14,13 +15,15 @@ from typing import Any
 
 import pytest
 
+from launchers.command import TRAIN
 from launchers.restart import committed_step
 from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from tests.clusters.conftest import DEFAULT, NODES, QUICK
-from tests.support import megatron_trial
+from tests.support import megatron_trial, slow_close, slowed
+from tests.support.cover import exhaustive
 from tests.support.shape import drawn
 from tests.support.slurm import ROOT, SlurmCluster, SlurmJob, hosts, overrides
 
@@ -82,6 +85,16 @@ def test_experts_live_on_the_nodes_of_their_kind(undisturbed: tuple[SlurmJob, Ru
     assert [(each.verdict, each.last_step) for each in run.read_status().attempts] == [(0, STEPS)]
 
 
+def lose_time(job: SlurmJob, run: RunFolder) -> SlurmJob:
+    """The time limit ends within a minute and a half, so that its signal comes at one of slurmctld's next looks."""
+    hours, minutes, seconds = map(int, job.field("RunTime").split(":"))
+    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # minutes: what is left suffices for a save
+    job.cluster.scontrol("update", f"JobId={job.number}", f"TimeLimit={limit}")
+    job.wait_for_requeue()
+    job.cluster.scontrol("update", f"JobId={job.number}", "TimeLimit=30")
+    return job
+
+
 def preempt(job: SlurmJob, run: RunFolder) -> SlurmJob:
     """Somebody with a higher priority takes a node for a moment."""
     urgent = [f"--partition={drawn().urgent}", "--exclusive", f"--nodelist={SECOND}", "--wrap=true", "-o", "/dev/null"]
@@ -104,7 +117,7 @@ def lose_a_node(job: SlurmJob, run: RunFolder) -> SlurmJob:
 
 @pytest.mark.parametrize(
     ("disturb", "verdict", "per_node"),
-    [(preempt, 75, 1), (lose_a_node, 1, 2)],
+    [exhaustive(lose_time, 75, 1), (preempt, 75, 1), (lose_a_node, 1, 2)],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
@@ -118,7 +131,9 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
     site = tmp_path / "site.yaml"
     site.write_text(drawn().site(ranks_per_node=per_node))
     every = 5 if disturb is lose_a_node else 100_000  # a node dies without a word: what was saved before is what there is
-    job, run = runs.start(disturb.__name__, STEPS, f"--cluster={site}", **{"checkpoint.every": every})
+    program = slowed.PROGRAM if disturb is lose_time else shlex.join(TRAIN)
+    options = (f"--cluster={site}", f"--program={program}")
+    job, run = runs.start(disturb.__name__, STEPS, *options, **{"checkpoint.every": every})
     job.wait_for(lambda: steps_taken(run) >= 7, "at step 7")
     last = disturb(job, run)
     assert last.end() == 0, last.said
@@ -132,11 +147,31 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
     if verdict == StoppedError.exit_code:
         assert first.reason.startswith(f"stopped on request after step {first.last_step};")
         assert f"step {first.last_step + 1}/{STEPS}" in last.said, "the output of a requeued job is appended"
-        assert "Slurm has requeued the job" in job.said or last is not job
+        decided = "requeued: the next attempt" if disturb is lose_time else "Slurm has requeued the job"
+        assert decided in job.said or last is not job
     else:
         assert re.fullmatch(rf"ranks \d-\d: Node failure on {SECOND}", first.reason), "whatever its peers have seen"
         assert SECOND in hosts(run)
         assert SECOND not in hosts(run, attempt=1)
+
+
+@pytest.mark.exhaustive
+def test_a_node_that_takes_the_batch_script_along_is_named_by_the_next_attempt(
+    runs: Runs, undisturbed: tuple[SlurmJob, RunFolder], tmp_path: Path
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(drawn().site(ranks_per_node=2))
+    job, run = runs.start("batch_node", STEPS, f"--cluster={site}", **{"checkpoint.every": 5})
+    job.wait_for(lambda: steps_taken(run) >= 7, "at step 7")
+    node = job.field("BatchHost")
+    runs.cluster.kill_node(node)
+    job.wait_for_requeue()
+    assert job.end() == 0, job.said
+    runs.cluster.start_node(node)
+    first, second = run.read_status().attempts
+    assert (first.verdict, second.verdict) == (1, 0)
+    assert first.reason.endswith(f": Node failure on {node}")
+    assert records(run) == records(undisturbed[1])
 
 
 @pytest.mark.exhaustive
@@ -180,18 +215,45 @@ def test_a_killed_rank_of_megatrons_engine_is_followed_by_an_attempt_with_its_lo
     megatron_trial.check_losses(run, tmp_path)
 
 
-def test_a_burst_of_signals_to_every_process_saves_once(runs: Runs) -> None:
-    job, run = runs.start("burst", STEPS)
-    job.wait_for(lambda: steps_taken(run) >= 5, "at step 5")
+@pytest.mark.exhaustive
+def test_a_sink_that_does_not_close_leaves_the_job_completed(slurm: SlurmCluster, site: Path, tmp_path: Path) -> None:
+    """srun kills a task that runs for a minute after another has ended."""
+    values = {**QUICK, "run.root": tmp_path, "run.name": "slow", "train.steps": 3}
+    program, ends = f"--program={slow_close.PROGRAM}", {slow_close.ENDS: str(tmp_path)}
+    job = slurm.launch(DEFAULT, *overrides(values), f"--cluster={site}", program, **ends)
+    assert job.end() == 0, job.said
+    assert job.field("JobState") == "COMPLETED"
+    assert [each.verdict for each in RunFolder(tmp_path / "slow").read_status().attempts] == [0]
+
+
+@pytest.mark.parametrize("when", ["training", exhaustive("importing")])
+def test_a_burst_of_signals_to_every_process_saves_once(runs: Runs, when: str) -> None:
+    job, run = runs.start(f"burst_{when}", STEPS)
+    if when == "training":
+        job.wait_for(lambda: steps_taken(run) >= 5, "at step 5")
+    else:
+        job.wait_for(lambda: any(imports_torch(pid) for pid in job.processes()), "importing torch")
+        assert not run.status_json.exists()
     assert job.burst() >= 5, "a batch script and four ranks"
     job.wait_for_requeue()
     job.cancel()
     (ending,) = run.read_status().attempts
     assert ending.verdict == StoppedError.exit_code
     assert committed_step(run.checkpoints) == ending.last_step
-    assert ending.reason.startswith(f"stopped on request after step {ending.last_step};")
-    assert [path.name for path in run.checkpoints.glob("step_*")] == [f"step_{ending.last_step}"]
+    saved = [path.name for path in run.checkpoints.glob("step_*")]
+    if when == "importing" and not saved:  # rank 0 still waited for the others
+        assert (ending.reason.partition(" while rank 0 waited for rank")[0], ending.last_step) == ("stopped on request", 0)
+    else:
+        assert ending.reason.startswith(f"stopped on request after step {ending.last_step};")
+        assert saved == [f"step_{ending.last_step}"]
     assert "Traceback" not in "".join(run.log_of(rank).read_text() for rank in range(4)) + job.said
+
+
+def imports_torch(pid: int) -> bool:
+    try:
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return False
 
 
 @pytest.mark.exhaustive

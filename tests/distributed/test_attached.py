@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe_dist.errors import ConfigError
 from moe_dist.monitor import attach
+from moe_dist.monitor.attached import folder as attached_folder
 from moe_dist.monitor.trace.reader import read_trace
 from tests.support.cover import exhaustive, full
 from tests.support.megatron_model import (
@@ -245,3 +247,13 @@ def test_an_error_of_one_rank_is_an_error_of_all(run_in_world: Callable[..., lis
     assert "No space left on device" in messages[failing]
     assert "give a new folder that can be written" in messages[failing]
     assert "another rank cannot use it" in messages[1 - failing]
+
+
+def test_a_folder_takes_one_of_two_groups(tmp_path: Path) -> None:
+    """The second has found it empty before the first wrote to it."""
+    attach(tiny_model("mixtral"), tmp_path, sinks=["jsonl"]).detach()
+    (place,) = (tmp_path / "trace").iterdir()
+    taken = int(place.name.rpartition("_")[2])
+    wanted = r"was taken by another group.*give each group a folder of its own"
+    with mock.patch.object(attached_folder, "_next_attempt", return_value=taken), pytest.raises(ConfigError, match=wanted):
+        attach(tiny_model("mixtral"), tmp_path, sinks=["jsonl"])

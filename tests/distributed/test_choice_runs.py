@@ -1,13 +1,14 @@
 """Whole runs by expert choice: thresholds on another layout, the second stage, upcycling. test_resume.py resumes them."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.support.cover import full
+from tests.support.cover import exhaustive, full
 from tests.support.whole_run import WholeRun, whole_run
 
 CHOICE = {
@@ -138,6 +139,48 @@ def test_the_second_stage_leaves_thresholds_of_depths_alone(run: Run) -> None:
         named = {name: value for name, value in first.tensors.items() if ".depths." in name}
         assert {"layers.0.depths.threshold", "layers.0.depths.mean"} <= named.keys()
         assert same(named, {name: second.tensors[name] for name in named})
+
+
+ROUTERS = {  # with one selection scope over all ranks
+    "auxiliary": {"kind": "expert_choice", "causal": "auxiliary", "scope": "world"},
+    "softmax": {"kind": "expert_choice", "causal": "threshold", "scope": "world", "score": "softmax"},
+}
+
+
+def on_ranks(run: Run, router: str, ranks: int, ep: int) -> list[WholeRun]:
+    """Trains the auxiliary routers of the first stage, or a model with softmax scores."""
+    layout = {"parallel.ep": ep, "parallel.edp": ranks // ep, "train.micro_batch": 8 // ranks}
+    layout |= {"run.name": f"{router}-{ranks}-{ep}", "placement.policy": "interleaved", "train.steps": 4}
+    stage = {**AUXILIARY, "run.init_from": "first"} if router == "auxiliary" else CHOICE
+    return run({**stage, **layout, "model.moe.router": ROUTERS[router]}, ranks)
+
+
+@pytest.fixture(scope="module")
+def one_rank(run: Run, first_stage: list[WholeRun]) -> Callable[[str], WholeRun]:
+    assert first_stage, "the auxiliary routers begin with its weights"
+    return cache(lambda router: on_ranks(run, router, 1, 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("router", "ranks", "ep"),
+    [
+        ("auxiliary", 4, 2), exhaustive("auxiliary", 2, 2), full("auxiliary", 4, 4),
+        ("softmax", 2, 2), full("softmax", 4, 4),
+    ],
+)  # fmt: skip
+def test_a_run_on_ranks_equals_one_rank(
+    run: Run, one_rank: Callable[[str], WholeRun], router: str, ranks: int, ep: int
+) -> None:
+    alone, outcomes = one_rank(router), on_ranks(run, router, ranks, ep)
+    for ours, theirs in zip(outcomes[0].steps, alone.steps, strict=True):
+        np.testing.assert_array_equal(ours.counts.choices_LC, theirs.counts.choices_LC)
+        np.testing.assert_allclose(ours.nll_M, theirs.nll_M, rtol=1e-5)
+        assert ours.auxiliary == pytest.approx(theirs.auxiliary, rel=1e-5)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+    merged = {name: value for outcome in outcomes for name, value in outcome.tensors.items()}
+    assert merged.keys() == alone.tensors.keys()
+    for name, value in merged.items():
+        np.testing.assert_allclose(value, alone.tensors[name], rtol=1e-3, atol=2e-5, err_msg=name)
 
 
 def test_a_second_stage_by_other_scores_is_refused(run: Run, first_stage: list[WholeRun]) -> None:

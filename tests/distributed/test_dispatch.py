@@ -31,8 +31,8 @@ from tests.support.worlds import RankContext
 EXCHANGES = ("counts", "pair rows", "dispatch", "combine")
 
 
-def run_case(rank: int, case: Case, wire: AllToAll, seed: int, options: dict[str, Any]) -> None:
-    """Compares one rank's part of a case with the oracle and with the closed form of its traffic."""
+def run_case(rank: int, case: Case, wire: AllToAll, seed: int, options: dict[str, Any]) -> Any:
+    """Compares one rank's part of a case with the oracle and with the closed form of its traffic. Returns the plan."""
     context, chosen = DispatchContext(case.placement, wire), case.experts_TK[rank]
     dispatcher: Any = PipelinedDispatcher(context, **options) if options else AllToAllDispatcher(context)
     assignments = case.assignments(rank, torch.empty(chosen.size))
@@ -47,6 +47,7 @@ def run_case(rank: int, case: Case, wire: AllToAll, seed: int, options: dict[str
     exchanges = [event for event in events if event.startswith(EXCHANGES)]
     assert sorted(event for event in events if event.startswith("wait")) == sorted(f"wait {name}" for name in exchanges)
     assert [event for event in events if event.startswith("sync")] == [f"sync {SPLIT_SIZES}"]
+    return trip.plan
 
 
 def run_cases(rank: RankContext, seeds: range, options: dict[str, Any]) -> int:
@@ -91,6 +92,43 @@ def test_so_it_does_with_overlap_and_chunks(
 ) -> None:
     """test_overlap.py tests the order of the exchanges."""
     assert run_in_world(world_size, run_cases, range(20), options) == [20] * world_size
+
+
+#   rank 0 holds experts 0 1 3, rank 1 holds expert 2, rank 2 holds none; x marks a null choice
+#
+#   rank 0   token 0 -> 0 2      own row 0, remote row to rank 1
+#            token 1 -> 2 x      remote row to rank 1
+#            token 2 -> x x      nothing
+#   rank 1   token 0 -> 3 1      ONE row to rank 0 for both
+#            token 1 -> 1 2      row to rank 0, own row 1
+#   rank 2   no token
+#
+#   rank 0 computes, own rows first:  rows [t0 | r1.t0 r1.t1]      slots 0 1 3:  [t0] [r1.t0 r1.t1] [r1.t0]
+#   rank 1 computes:                  rows [t1 | r0.t0 r0.t1]      slot  2:      [t1 r0.t0 r0.t1]
+HAND = Case(
+    slots=((0, 1, 3), (2,), ()),
+    experts_TK=(
+        np.array([[0, 2], [2, ABSENT], [ABSENT, ABSENT]]),
+        np.array([[3, 1], [1, 2]]),
+        np.zeros((0, 2), np.int64),
+    ),
+)
+
+
+def plan_of_hand_case(rank: RankContext) -> tuple[Any, ...]:
+    mesh = make_mesh(ep=3, device=torch.device("cpu"), timeout=600.0)
+    plan = run_case(rank.rank, HAND, AllToAll(mesh.ep, CommStats(events=[])), 0, {})
+    exchanged = (plan.rows.send, plan.rows.receive, plan.pairs.send, plan.pairs.receive)
+    return (*exchanged, plan.row_S.tolist(), plan.row_O.tolist(), plan.row_of_pair_Q.tolist(), plan.slot_counts)
+
+
+def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
+    """Per rank: rows sent and received, pairs sent and received, tokens of sent and of own rows, rows by slot, slots."""
+    assert run_in_world(3, plan_of_hand_case) == [
+        ((0, 2, 0), (0, 2, 0), (0, 2, 0), (0, 3, 0), [0, 1], [0], [0, 1, 2, 1], (1, 2, 1)),
+        ((2, 0, 0), (2, 0, 0), (3, 0, 0), (2, 0, 0), [0, 1], [1], [0, 1, 2], (3,)),
+        ((0, 0, 0), (0, 0, 0), (0, 0, 0), (0, 0, 0), [], [], [], ()),
+    ]
 
 
 def dispatchers(placement: ExpertPlacement, comm_stats: CommStats, **bound: int) -> dict[str, Any]:

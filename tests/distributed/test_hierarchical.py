@@ -11,6 +11,7 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
+from moe_dist.moe.dispatch.hierarchical_planning import SPLIT_SIZES
 from moe_dist.moe.routing.types import ABSENT
 from moe_dist.parallel.mesh import make_mesh
 from tests.reference.layer import expected_node_traffic
@@ -99,6 +100,51 @@ def test_both_hops_equal_their_closed_forms_on_random_routings(
     if world_size > 1:
         assert any(() in case.slots for case in cases)
     assert run_in_world(world_size, run_cases, per_node, seeds) == [len(seeds)] * world_size
+
+
+#   two nodes of two ranks; rank 0 holds experts 0 1, rank 1 holds 2, rank 2 holds 3, rank 3 holds 4 5
+#
+#   rank 0   token 0 -> 3 4 5    ONE row between nodes, to rank 2 (its place there); rank 2 keeps a row and passes one to 3
+#            token 1 -> 0 2      nothing between nodes; an own row, and a row to rank 1
+#   rank 1   token 0 -> 4        a row to rank 3, which keeps it
+#   rank 2   no token
+#   rank 3   token 0 -> 2 0      ONE row to rank 1, which keeps a row and passes one to rank 0
+HAND = Case(
+    slots=((0, 1), (2,), (3,), (4, 5)),
+    experts_TK=(
+        np.array([[3, 4, 5], [0, 2, ABSENT]]),
+        np.array([[4]]),
+        np.zeros((0, 1), np.int64),
+        np.array([[2, 0]]),
+    ),
+)
+
+
+def plan_of_hand_case(rank: RankContext) -> dict[str, Any]:
+    dispatcher_of, comm_stats = make(4, 2)
+    chosen = HAND.experts_TK[rank.rank]
+    plan = dispatcher_of(HAND).plan(HAND.assignments(rank.rank, torch.ones(chosen.size)), len(chosen))
+    assert comm_stats.events is not None
+    return {
+        "between": plan.inter.rows.send,
+        "inside": plan.intra.rows.send,
+        "stays": (plan.inter.row_O.tolist(), plan.intra.row_O.tolist()),
+        "rows by slot": plan.row_of_pair_Q.tolist(),
+        "slots": plan.slot_counts,
+        "syncs": [event for event in comm_stats.events if event.startswith("sync")],
+    }
+
+
+def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
+    seen = run_in_world(4, plan_of_hand_case)
+    assert [each.pop("syncs") for each in seen] == [[f"sync {SPLIT_SIZES}"]] * 4
+    # Rank 0 forwards its own token 1, and keeps its row for expert 0. Rank 1 forwards rank 3's token to it.
+    assert seen == [
+        {"between": (0, 1), "inside": (0, 1), "stays": ([1], [0]), "rows by slot": [0, 1], "slots": (2, 0)},
+        {"between": (0, 1), "inside": (1, 0), "stays": ([], [0]), "rows by slot": [0, 1], "slots": (2,)},
+        {"between": (0, 0), "inside": (0, 1), "stays": ([], [0]), "rows by slot": [0], "slots": (1,)},
+        {"between": (1, 0), "inside": (0, 0), "stays": ([], [0]), "rows by slot": [0, 1, 1], "slots": (2, 1)},
+    ]
 
 
 def roundings(rank: RankContext, per_node: int) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.dispatch.deep_ep_v2 import DeepEPDispatcher
+from moe_dist.moe.dispatch.deep_ep_v2 import DeepEPDispatcher, DeepEPPlan
 from moe_dist.moe.dispatch.hybrid_ep import HybridEPDispatcher
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.layer import MoELayer
@@ -59,8 +59,8 @@ def make_dispatcher(
     return dispatcher
 
 
-def stand_in(library: str, domain: int = 0) -> AbstractContextManager[None]:
-    return deep_ep(strict=False) if library == "DeepEP" else hybrid_ep(ranks_per_domain=domain)
+def stand_in(library: str, *, strict: bool, domain: int = 0) -> AbstractContextManager[None]:
+    return deep_ep(strict=strict) if library == "DeepEP" else hybrid_ep(strict=strict, ranks_per_domain=domain)
 
 
 def run_cases(rank: RankContext, library: str, domain: int, seeds: range) -> int:
@@ -69,7 +69,7 @@ def run_cases(rank: RankContext, library: str, domain: int, seeds: range) -> int
     comm_stats = CommStats(events=[])
     wire = AllToAll(mesh.ep, comm_stats)
     map_event = ["HybridEP routing map"] if library == "HybridEP" else []
-    with stand_in(library, domain):
+    with stand_in(library, strict=False, domain=domain):
         for seed in seeds:
             case = equal_shapes(random_case(seed, rank.world_size), tokens=library == "HybridEP")
             chosen = case.experts_TK[rank.rank]
@@ -125,6 +125,54 @@ def test_equals_the_oracle_on_random_routings(
     assert run_in_world(world_size, run_cases, library, domain, seeds) == [len(seeds)] * world_size
 
 
+#   rank 0 holds experts 0 1 3, rank 1 holds expert 2. DeepEP gives each rank three numbers: 0 1 3 -> 0 1 2, 2 -> 3, and
+#   nobody has 4 and 5. HybridEP gives each rank four: 0 1 3 -> 0 1 2, 2 -> 4.
+HAND = Case(((0, 1, 3), (2,)), (np.array([[3, 2], [-1, 1], [-1, -1], [-1, -1]]), np.array([[2, -1], [-1, 2], [-1, -1], [-1, -1]])))  # fmt: skip # noqa: E501
+
+
+def hand(rank: RankContext, library: str) -> dict[str, Any]:
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
+    with stand_in(library, strict=True):
+        wire = AllToAll(mesh.ep, CommStats())
+        dispatcher: Any = make_dispatcher(library, HAND.placement, wire, hidden_dim=256, top_k=2, tokens=4)
+        chosen = HAND.experts_TK[rank.rank]
+        weight_N = torch.arange(1.0, chosen.size + 1)
+        plan = dispatcher.plan(HAND.assignments(rank.rank, weight_N), len(chosen))
+        with pytest.raises(AssertionError, match="call dispatch first"):
+            _ = plan.row_of_pair_Q
+        h_TD = (torch.arange(float(len(chosen)))[:, None] + 10 * rank.rank).expand(-1, 256).bfloat16()
+        got = dispatcher.dispatch(h_TD, weight_N, plan)
+        again = dispatcher.dispatch(h_TD, weight_N, plan)  # recompute repeats dispatch by the handle
+        torch.testing.assert_close(again.rows_RD, got.rows_RD, rtol=0, atol=0)
+        torch.testing.assert_close(again.weight_Q, got.weight_Q, rtol=0, atol=0)
+        assert got.sorted_pairs
+        y_TD = dispatcher.combine(got.rows_RD * got.weight_Q[:, None].bfloat16(), plan)
+    sent = plan.topk_idx_TK if isinstance(plan, DeepEPPlan) else plan.routing_map_TX
+    return {
+        "sent": sent.tolist() if library == "DeepEP" else sent.nonzero().tolist(),
+        "pairs": sorted(zip(got.rows_RD[:, 0].tolist(), got.weight_Q.tolist(), strict=True)),
+        "slots": plan.slot_counts,
+        "y": y_TD[:, 0].tolist(),
+    }
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]], library: str) -> None:
+    sent = {
+        "DeepEP": ([[2, 3], [-1, 1], [-1, -1], [-1, -1]], [[3, -1], [-1, 3], [-1, -1], [-1, -1]]),
+        "HybridEP": ([[0, 2], [0, 4], [1, 1]], [[0, 4], [1, 4]]),
+    }[library]
+    assert run_in_world(2, hand, library) == [
+        {"sent": sent[0], "pairs": [(0.0, 1.0), (1.0, 4.0)], "slots": (0, 1, 1), "y": [0.0, 4.0, 0.0, 0.0]},
+        {
+            "sent": sent[1],
+            "pairs": [(0.0, 2.0), (10.0, 1.0), (11.0, 4.0)],
+            "slots": (3,),
+            "y": [10.0, 44.0, 0.0, 0.0],
+        },
+    ]
+
+
 def larger_buffer(rank: RankContext) -> list[Any]:
     """Calls DeepEP with 32-bit ids in deterministic mode, for 4 tokens and then for 8."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
@@ -156,7 +204,7 @@ def layers(rank: RankContext, library: str, recompute: str, pair_budget: int | N
     """Returns the largest differences of y and all gradients between a layer over a library and one over `all_to_all`."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     found = []
-    with stand_in(library):
+    with stand_in(library, strict=False):
         for make in (
             lambda placement, wire: AllToAllDispatcher(DispatchContext(placement, wire)),
             lambda placement, wire: make_dispatcher(library, placement, wire, hidden_dim=16, top_k=2, tokens=12),

@@ -221,3 +221,15 @@ def test_the_dry_run_counts_the_weights_of_the_fullest_rank(run_engine: Run) -> 
     counted = run_engine(BLOCK, numbers_of_weights)
     # The estimate spreads norms evenly over stages, but the last stage has one more.
     assert max(own for own, _ in counted) == pytest.approx(counted[0][1], abs=32)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_bf16_stays_within_its_rounding(
+    run_engine: Run, own_losses: Callable[..., list[dict[str, Any]]], sharded: bool
+) -> None:
+    bf16 = {"parallel.precision": "bf16"}
+    found = run_engine({**ranks(2), **bf16, **megatron(distributed_optimizer=sharded)}, losses)[0]
+    for steps in (found, own_losses(2, **bf16)):
+        distances = [abs(step["loss"] / exact["loss"] - 1) for step, exact in zip(steps, own_losses(2), strict=True)]
+        assert 0 < max(distances) < 2**-8  # half a unit in the last place of bf16

@@ -250,6 +250,14 @@ def test_clipping_of_one_process_is_that_of_torch() -> None:
     torch.testing.assert_close(gradients, after)
 
 
+def test_weights_of_another_model_are_refused() -> None:
+    layer = moe_dist.build_moe_layer(8, example()["GROUPS"])
+    state = moe_dist.full_state_dict(layer)
+    short = {name: tensor[:3] if "experts" in name else tensor for name, tensor in state.items()}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        moe_dist.load_full_state_dict(layer, short)
+
+
 def test_balance_loss_of_several_layers_is_their_sum() -> None:
     groups = example()["GROUPS"]
     layers = [moe_dist.build_moe_layer(8, groups, name=name, std=1.0) for name in ("a", "b")]
@@ -258,6 +266,12 @@ def test_balance_loss_of_several_layers_is_their_sum() -> None:
     single = [moe_dist.balance_loss(report, groups) for report in reports]
     torch.testing.assert_close(moe_dist.balance_loss(reports, groups), single[0] + single[1])
     assert single[0] != single[1]
+
+
+def test_every_public_name_is_there_and_in_its_page() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(moe_dist.__all__)
+    assert all(callable(getattr(moe_dist, name)) for name in moe_dist.__all__)
 
 
 def test_importing_the_package_loads_no_torch() -> None:

@@ -7,6 +7,7 @@ rank, step and phase in MOE_DIST_TEST_FAULT.
     before_step      before optimizer step `step` (1-based)
     after_step       after this step
     before_layer_1   before the second MoE layer's forward in this step
+    in_move          in the fourth exchange of a move of experts after this step
 
     kind             effect on the rank itself
     kill             SIGKILL
@@ -46,6 +47,8 @@ def inject(spec: Mapping[str, Any]) -> None:
         return
     if not isinstance(spec["kind"], str):
         spec = {**spec, "kind": spec["kind"][int(os.environ["TORCHELASTIC_RESTART_COUNT"])]}
+    from moe_dist.comm.all_to_all import AllToAll
+    from moe_dist.comm.names import MOVED_EXPERTS
     from moe_dist.moe.layer import MoELayer
     from moe_dist.train.loop.trainer import Trainer
     from moe_dist.train.step.training_step import TrainingStep
@@ -54,7 +57,7 @@ def inject(spec: Mapping[str, Any]) -> None:
         original = getattr(owner, name)
         setattr(owner, name, lambda self, *args, **kwargs: wrap(original, self, *args, **kwargs))
 
-    steps = {"taken": 0, "layers": 0}
+    steps = {"taken": 0, "layers": 0, "exchanges": 0}
 
     def step(original: Callable[..., Any], self: TrainingStep, *args: Any, **kwargs: Any) -> Any:
         due = steps["taken"] + 1 == spec["step"] - first["step"]
@@ -73,6 +76,13 @@ def inject(spec: Mapping[str, Any]) -> None:
         steps["layers"] += 1
         return original(self, *args, **kwargs)
 
+    def exchange(original: Callable[..., Any], self: AllToAll, *args: Any, **kwargs: Any) -> Any:
+        if spec["phase"] == "in_move" and kwargs["name"] == MOVED_EXPERTS:
+            steps["exchanges"] += steps["taken"] == spec["step"] - first["step"]
+            if steps["exchanges"] == 4:
+                strike(spec["kind"])
+        return original(self, *args, **kwargs)
+
     first = {"step": 0}
 
     def fit(original: Callable[..., Any], self: Trainer) -> Any:
@@ -82,6 +92,7 @@ def inject(spec: Mapping[str, Any]) -> None:
     around(TrainingStep, "__call__", step)
     around(MoELayer, "forward", layer)
     around(Trainer, "fit", fit)
+    around(AllToAll, "start", exchange)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ ROUTING, FUSED = 4, 9  # positions in the handle of the routing, and of the flag
 class HybridEPBuffer:
     """The permuting part of `deep_ep.HybridEPBuffer`."""
 
+    strict = True  # if false, accepts rows of any dtype and width
     ranks_per_domain = 0  # number of neighbouring ranks in an NVLink domain; 0 means all
 
     def __init__(
@@ -90,6 +91,9 @@ class HybridEPBuffer:
     def _check_rows(self, hidden: Tensor) -> None:
         assert hidden.is_contiguous()
         assert hidden.shape[1] == self.hidden_dim
+        if self.strict:
+            assert hidden.dtype == torch.bfloat16
+            assert hidden.shape[1] % 16 == 0
 
     def _handle(self, routing_map: Tensor, *, fused: bool) -> tuple[Any, ...]:
         """Gathers the map, as HybridEP does. Every rank has the same number of tokens."""
@@ -99,6 +103,8 @@ class HybridEPBuffer:
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([routing_map.shape[0]]), group=self.group)
         assert len({int(length) for length in lengths}) == 1, "every rank has the same number of tokens"
+        if self.strict:
+            assert routing_map.shape[0] * self.num_of_hybrid_ep_ranks_per_nvlink_domain % 4 == 0, "TMA 16B alignment"
         routing = SortedPairs(self.group, routing_map)
         arrived = torch.tensor([routing.num_rows], dtype=torch.int32)
         # The handle has eleven fields in a dense layout. Field 3 counts arrived rows, field 8 this rank's tokens.
@@ -106,9 +112,9 @@ class HybridEPBuffer:
 
 
 @contextmanager
-def hybrid_ep(*, ranks_per_domain: int = 0) -> Iterator[None]:
+def hybrid_ep(*, strict: bool = True, ranks_per_domain: int = 0) -> Iterator[None]:
     """Makes `import deep_ep` import this stand-in."""
     package: AbstractContextManager[None] = as_package(HybridEPBuffer)
     domain = patch.object(HybridEPBuffer, "ranks_per_domain", ranks_per_domain)
-    with domain, package:
+    with patch.object(HybridEPBuffer, "strict", strict), domain, package:
         yield

@@ -3,12 +3,13 @@
 It opens the run, checks its place, gains steps, and ends as PRETEND says. PRETEND has the end of each attempt, and the last
 one repeats: `stop+5 done` means 5 steps and exit code 75, then 0. Ends are:
 
-    done, stop (at once), wait (for a stop signal, then 75), fail (1, without a word),
+    done, stop (at once), wait (for a stop signal, then 75), fail (1, without a word), diverge (rank 2; peers are killed),
     kill:R (rank R, by SIGKILL; its peers lose the connection), exit:R (rank R, by a native exit with 3; its peers as
     before), freeze:R (rank R, by SIGSTOP; the watchdogs of its peers end them), gpu (rank 1 has lost its GPU), config (78,
     on all ranks), close (0, but a sink of rank 0 closes 10 s late)
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 from launchers.restart import committed_step
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.load import load_config
-from moe_dist.errors import ConfigError, StoppedError
+from moe_dist.errors import ConfigError, DivergedError, StoppedError
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.place import Found, RunPlace, check_place
@@ -53,7 +54,7 @@ def main(config_path: Path, overrides: list[str]) -> int:
             (folder.checkpoints / "latest").write_text(f"step_{step}")
         if victim:
             leave(how, int(victim), env, attempt, folder, step)
-        end(how, env, stop, step)
+        end(how, env, folder, stop, step)
         if how == "close":
             attempt.finish()
             time.sleep(CLOSE_SECONDS if env.rank == 0 else 0.0)
@@ -78,7 +79,7 @@ def leave(how: str, victim: int, env: RankEnv, attempt: Attempt, folder: RunFold
     raise RuntimeError("[pair.cc:544] Connection closed by peer [10.0.0.1]:1")  # gloo's words
 
 
-def end(how: str, env: RankEnv, stop: StopRequest, step: int) -> None:
+def end(how: str, env: RankEnv, folder: RunFolder, stop: StopRequest, step: int) -> None:
     while how == "wait" and not stop.requested:
         time.sleep(0.02)
     if how in ("stop", "wait"):
@@ -92,6 +93,13 @@ def end(how: str, env: RankEnv, stop: StopRequest, step: int) -> None:
     if how == "gpu":
         time.sleep(1.0)  # they notice the closed connection
         raise ConnectionError("connection closed by peer")
+    if how == "diverge" and env.rank == 2:
+        raise DivergedError("loss was nan for 10 steps in a row")
+    while how == "diverge":
+        time.sleep(0.02)
+        with contextlib.suppress(OSError):
+            if folder.has_verdict(env.attempt_id):
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,14 @@ def test_a_sum_in_flight_is_named_at_its_start_and_at_its_wait(monkeypatch: pyte
     assert start_sum(torch.ones(2), None, name="routing counts")().tolist() == [1.0, 1.0], "a single rank"
 
 
+def test_the_oldest_of_several_counts() -> None:
+    tracker = CollectiveTracker()
+    with tracker.inside("first", device=CPU), tracker.inside("second", device=CPU):
+        position = tracker.oldest()
+        assert position is not None
+        assert position.collective == "first"
+
+
 def test_a_collective_that_raises_was_left() -> None:
     tracker = CollectiveTracker()
     with pytest.raises(RuntimeError), tracker.inside("rows", device=CPU):

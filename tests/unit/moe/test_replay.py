@@ -1,5 +1,6 @@
 """A layer that replays recorded choices: weights by hand, recomputation, memory, and refused choices."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,20 @@ def test_weights_are_computed_anew_with_their_gradient() -> None:
     assert ours[0][[0, 3]].abs().min() > 0
     layer(h_TD, torch.tensor(GROUP))
     assert not torch.allclose(found[1], expected), "the routers choose for themselves again"
+
+
+def test_host_memory_is_two_bytes_a_token_layer_and_choice() -> None:
+    tokens, layers = 4096, 6
+    model = nn.ModuleList(top_k_layer() for _ in range(layers))
+    ids = np.tile(IDS[:1], (tokens, layers, 1)).astype(np.int64)
+    tracemalloc.start()
+    replay = Replay(model, ids)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert replay.ids_TLK.nbytes == 2 * tokens * layers * 3
+    assert kept <= replay.ids_TLK.nbytes + 20_000
+    narrow = ids.astype(np.int16)
+    assert Replay(model, narrow).ids_TLK is narrow
 
 
 WRONG = {

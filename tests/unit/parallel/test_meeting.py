@@ -92,6 +92,14 @@ def test_ranks_of_other_nodes_wait_while_rank_0_waits_for_the_lease(
     assert any("waiting for rank 0, whose address must come" in record.getMessage() for record in caplog.records)
 
 
+def test_all_ranks_take_the_name_of_rank_0_though_each_drew_its_own(start: Start, agent: TCPStore, tmp_path: Path) -> None:
+    """Two restarts use the store of one agent. Agents count restarts differently, and old keys remain."""
+    for name in ("first", "second", "third"):
+        ranks = [start(env) for env in (SECOND, THIRD, replace(FIRST, attempt_id=name))]
+        assert [rank.result(600) for rank in ranks] == [name] * 3
+    assert list(tmp_path.iterdir()) == [], "nothing is left"
+
+
 def test_a_process_of_an_earlier_start_delays_no_later_one(start: Start, agent: TCPStore) -> None:
     hellos = Mailbox(PrefixStore("moe_dist/hello", agent))
     hellos.post("a token whose process is gone")

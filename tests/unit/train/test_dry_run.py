@@ -8,9 +8,10 @@ from typer.testing import CliRunner
 
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
-from moe_dist.train.start.dry_run import dry_run, estimate, render
+from moe_dist.train.start.dry_run import bytes_text, count_text, dry_run, estimate, render
 
 CONFIGS = Path(__file__).parents[3] / "configs"
+PRESETS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -77,3 +78,20 @@ def test_the_command_ends_with_78_and_the_reason(monkeypatch: pytest.MonkeyPatch
     result = CliRunner().invoke(app, [str(CONFIGS / "olmoe_1b7b_8gpu.yaml"), "data.seq_len=8192", "--dry-run"])
     assert result.exit_code == 78
     assert "data.seq_len=8192: longer than model.max_seq_len=4096" in result.output + result.stderr
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_table_of_presets_has_the_dry_runs_figures(name: str) -> None:
+    config = load_config(CONFIGS / name, ["data.path=/none"])
+    result = estimate(config)
+    row = next(line for line in (CONFIGS / "README.md").read_text().splitlines() if f"`{name}`" in line)
+    cells = [cell.strip() for cell in row.split("|")]
+    figures = [
+        f"{result.world_size}",
+        count_text(result.parts.total).strip(),
+        count_text(result.active_parameters).strip(),
+        count_text(result.training_flops[0]).strip(),
+        bytes_text(result.rank_memory.total),
+        bytes_text(result.checkpoint_bytes),
+    ]
+    assert cells[2:8] == figures, "write these into configs/README.md"

@@ -7,12 +7,14 @@ from typing import Any, cast
 
 import pytest
 
+from moe_dist.config.load import difference, load_config
+from moe_dist.config.schema import Config
 from moe_dist.formats.manifest import Manifest
 from moe_dist.formats.split_files import data_digest
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.loop.fixed_top_k import beside_fixed_top_k
+from moe_dist.train.loop.fixed_top_k import FIGURES, beside_fixed_top_k
 from moe_dist.train.loop.session import conclude
 from moe_dist.train.loop.trainer import Finished
 from tests.support.tiny import tiny_config, tiny_dataset
@@ -109,3 +111,10 @@ def test_the_summary_has_the_sentence(tmp_path: Path) -> None:
     plan = SimpleNamespace(config=tiny_config(tmp_path, tmp_path))
     conclude(Finished(True, EVALUATION, []), folder, cast(Preflight, plan), beside="held-out loss of this run / of another")
     assert "held-out loss of this run / of another\n" in folder.read_summary()
+
+
+def test_committed_figures_are_those_of_their_command() -> None:
+    for known in json.loads(FIGURES.read_text()):
+        program, path, *overrides = known["command"].removeprefix("python -m ").split()
+        assert program == "launchers.local"
+        assert difference(load_config(path, overrides), Config.model_validate_json(json.dumps(known["config"]))) == []

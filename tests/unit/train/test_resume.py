@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import JsonValue
 
 from moe_dist.checkpoint import storage
 from moe_dist.checkpoint.generators import generator_states, restore_generators
@@ -206,6 +207,31 @@ def test_other_data_under_the_same_path_are_refused(tmp_path: Path) -> None:
         OneRank(data, tmp_path).resumable.restore()
     assert raised.value.exit_code == 65
     assert "captions_train.bin: 4032 bytes, sha256" in str(raised.value)
+
+
+class Counter:
+    """A controller with one number as its state."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def state(self) -> JsonValue:
+        return {"value": self.value}
+
+    def restore(self, state: JsonValue) -> None:
+        assert isinstance(state, dict)
+        assert isinstance(state["value"], int)
+        self.value = state["value"]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_controllers_go_on_by_name(tiny_data: Path, tmp_path: Path) -> None:
+    OneRank(tiny_data, tmp_path, {"bias": Counter(5), "decay": Counter(6)}).train_and_save()
+    mine = {"bias": Counter(0), "decay": Counter(0)}
+    OneRank(tiny_data, tmp_path, mine).resumable.restore()
+    assert {name: counter.value for name, counter in mine.items()} == {"bias": 5, "decay": 6}
+    with refused(DataError):
+        OneRank(tiny_data, tmp_path, {"bias": Counter(0)}).resumable.restore()
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -12,6 +12,7 @@ from moe_dist.moe.experts.lora import LoRAExperts, LoRALayer
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.counts import SentCounts
+from moe_dist.moe.routing.draws import dropped
 from moe_dist.moe.routing.types import GlobalBatchInfo, RoutingRequest
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.lora import reference_lora_layer
@@ -181,3 +182,10 @@ def test_bf16_keeps_routing_weights_in_fp32() -> None:
     assert y_TD.dtype == torch.bfloat16
     assert layer.router(layer.norm(x_TD.to(torch.bfloat16)), group_T).assignments.weight_N.dtype == torch.float32
     assert (y_TD.float() - expected_TD).abs().max() < 0.05 * expected_TD.abs().max()
+
+
+def test_dropout_keeps_the_mean() -> None:
+    x = torch.ones(200, 100)
+    y = dropped(x, 0.25, name=(1, 2, 3))
+    torch.testing.assert_close(y.unique(), torch.tensor([0.0, 4 / 3]))
+    assert y.mean().item() == pytest.approx(1.0, abs=0.02)

@@ -17,6 +17,7 @@ from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, Score, softmax_logits
 from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
 from moe_dist.moe.routers.selection import choice_of_training as as_in_training
+from moe_dist.moe.routers.selection import tokens_of_share
 from moe_dist.moe.routing.draws import logistic
 from moe_dist.moe.routing.types import ABSENT, GlobalBatchInfo, Routing, RoutingCache, RoutingRequest
 from moe_dist.moe.thresholds import ThresholdUpdater
@@ -138,6 +139,12 @@ def test_the_choice_equals_the_oracle(
     assert routing.assignments.counts_WE == ((tuple(routing.counts.choices_LC[0].tolist()),) if counted else None)
     ordered = routing.assignments.expert_N if counted else routing.assignments.token_N
     assert ordered.tolist() == sorted(ordered.tolist())
+
+
+def test_capacities_are_the_reference_s_on_host_and_device() -> None:
+    for tokens in range(60):
+        for capacity in (1 / 3, 1 / 7, 0.1, 0.3, 1.0, 1 / 49):
+            assert tokens_of_share(capacity, tokens) == room(capacity, tokens)
 
 
 @pytest.mark.parametrize(("noise", "counted", "recompute"), [

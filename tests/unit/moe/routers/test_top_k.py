@@ -105,3 +105,20 @@ def test_a_single_null_logit_stands_in_every_null_column() -> None:
     for group in (TEXT, IMAGE):
         shared, spread = (r.get_submodule(group_module(group.name)).null.grad for r in (router, each))
         torch.testing.assert_close(shared[0], spread.sum(0))  # pyright: ignore[reportOptionalSubscript, reportIndexIssue]
+
+
+def test_biases_of_zero_choose_by_logits_alone() -> None:
+    """Where a softmax rounds two logits to the same probability, their order must stay."""
+    group = ExpertGroup("text", 3, 1, 2, 8, 0, ("text",))
+    router = TopKRouter(RouterContext(1, (group, IMAGE)), selection_bias=True)
+    gate = router.get_submodule("group:text")
+    with torch.no_grad():
+        gate.true.copy_(torch.tensor([[-200.0], [-190.0], [0.0]]))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        gate.null.fill_(-300.0)  # pyright: ignore[reportCallIssue]
+        router.get_submodule("group:image").true.zero_()  # pyright: ignore[reportCallIssue]
+        router.get_submodule("group:image").null.zero_()  # pyright: ignore[reportCallIssue]
+    h_TD, group_T = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
+    assert (router(h_TD, group_T).aux.prob_LC[0][:2] == 0.0).all()
+    assert router(h_TD, group_T).assignments.expert_N.tolist() == [2, 1]
+    gate.bias[0] = 0.5  # pyright: ignore[reportIndexIssue]
+    assert router(h_TD, group_T).assignments.expert_N.tolist() == [2, 0]

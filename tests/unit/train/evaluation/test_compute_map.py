@@ -104,6 +104,14 @@ def test_a_picture_has_the_experts_and_the_background_of_its_own_cells(case: Cas
         assert picture.pixels is None, "the data have no codebook"
 
 
+def test_the_map_changes_nothing_else_and_is_the_same_again(case: Case) -> None:
+    assert vars(case.evaluation) | {"compute_map": None} == vars(case.without)
+    assert torch.equal(*case.random_state)
+    again = case.evaluator(0).compute_map
+    assert again is not None
+    assert (again.mean, again.lines) == (case.map.mean, case.map.lines)
+
+
 def test_the_map_of_experts_that_choose_has_up_to_all_experts(tiny_data: Path, tmp_path: Path) -> None:
     """With top_k 1 under expert choice, a token may take three experts or none."""
     group = {"num_experts": 3, "top_k": 1, "ffn_dim": 16}
