@@ -14,9 +14,10 @@ import torch
 
 from moe_dist.checkpoint import manager, storage
 from moe_dist.checkpoint.contents import Contents, examine
-from moe_dist.checkpoint.index import shard_file
+from moe_dist.checkpoint.index import Chunk, Entry, Index, StateFile, shard_file
+from moe_dist.checkpoint.shard_header import ShardHeader
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
-from moe_dist.checkpoint.verify import verify
+from moe_dist.checkpoint.verify import _missing_experts, verify
 from moe_dist.errors import DataError, MoeDistError
 from moe_dist.formats.manifest import load_manifest
 from moe_dist.formats.split_files import data_digest, digest_problems
@@ -78,6 +79,24 @@ def test_a_special_file_is_refused_by_name_within_a_second(good: Path, tmp_path:
     assert any(problem.file == name and "is no regular file" in problem.detail for problem in found), found
     with at_once(), pytest.raises(DataError, match=name):
         load_all(states(good, 1), folder)
+
+
+def test_each_header_is_read_once_inside_the_vote(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a rank read a header again after the ranks have voted, a disk error would end that rank alone, and the other
+    ranks would hang."""
+    read: Counter[int] = Counter()
+    real = manager.open_shard
+
+    def failing_later(contents: Contents, number: int) -> ShardHeader:
+        read[number] += 1
+        if read[number] > 1:
+            raise DataError(f"shard {number}: cannot be read")
+        return real(contents, number)
+
+    monkeypatch.setattr(manager, "open_shard", failing_later)
+    restored = load_all(states(tmp_path, 1), good / "step_4")
+    assert [each.rank_values["generators"] for each in restored] == [{"torch": f"{rank:02x}"} for rank in range(RANKS)]
+    assert read == dict.fromkeys(range(RANKS), 1)
 
 
 def test_wrongly_assembled_tensors_are_found(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +221,17 @@ def test_non_finite_values_are_reported_as_saved(tmp_path: Path, monkeypatch: py
         run.model[0].bias[2] = float("nan")
     (problem,) = verify(run.save(1))[1]
     assert (problem.kind, problem.tensor) == ("not finite", "0.bias")
+
+
+def test_any_number_of_missing_experts_is_listed_at_once() -> None:
+    chunk = Chunk(shard=0, offsets=(0,), shape=(2,))
+    entry = Entry(dtype="F32", shape=(2,), fingerprint="0" * 16, chunks=(chunk,))
+    index = Index(save_id="a", step=1, shards=(), tensors={"layers.0.moe.experts.text.1.up": entry})
+    placement = {"groups": [{"name": "text", "num_experts": 10**15}, {}]}
+    state = StateFile(save_id="a", step=1, world_size=1, optimizer_steps=1, placement=placement, versions={}, values={})
+    with at_once():
+        problems = _missing_experts(index, state)
+    assert [each.tensor for each in problems[:2]] == [f"layers.0.moe.experts.text.{number}.up" for number in (0, 2)]
 
 
 def test_a_moment_that_is_not_there_is_named(good: Path, tmp_path: Path) -> None:
