@@ -72,6 +72,7 @@ EXPERTS: dict[str, dict[str, int]] = {
     "deepseek_v3": {"n_routed_experts": 16},
     "longcat_flash": {"n_routed_experts": 20, "zero_expert_num": 4},
     "gpt_oss": {"num_local_experts": 4, "num_hidden_layers": 12},
+    "llama": {"intermediate_size": 12288, "vocab_size": 8192},  # tensors larger than a shard
 }
 
 
