@@ -149,14 +149,6 @@ def test_nothing_is_read_through_a_link_of_another_user(run: RunFolder, tmp_path
     assert secret.read_text().startswith("machine")
 
 
-def test_a_step_is_not_read_through_a_link(run: RunFolder, tmp_path: Path) -> None:
-    (tmp_path / "other").write_text("step_7\n")
-    (run.checkpoints / "latest").symlink_to(tmp_path / "other")
-    assert committed_step(run.checkpoints) == 0
-    with refused(DataError, "latest"):
-        CheckpointDirectory(run.checkpoints).latest_step()
-
-
 @pytest.mark.parametrize(
     "content",
     ["", "{", "3", '{"attempt_id": 1}', "[" * 100_000, "\0" * 40],

@@ -1,7 +1,6 @@
 """One writer at a time: leases between two holders, in one process and in several."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -101,20 +100,6 @@ def test_a_claim_of_a_killed_process_does_not_block_a_takeover(tmp_path: Path) -
         wait_until(lambda: (claimer := read_holder(claim)) is not None and claimer.is_dead(), "claimer is seen as dead")
         Lease(path, "me", stale_seconds=0.2).acquire(600.0).check()
     assert [entry.name for entry in tmp_path.iterdir()] == ["lease.json"]
-
-
-def test_a_claim_deleted_before_the_rename_gives_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "lease.json"
-    holder = of_another_machine(path)
-    lease, real = Lease(path, "me"), os.replace
-
-    def replace(source: Path, target: Path) -> None:
-        source.unlink()
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    assert not lease._take_over(_read(path))
-    assert read_holder(path) == holder
 
 
 def test_a_holder_killed_on_this_machine_is_replaced_without_waiting_for_staleness(tmp_path: Path) -> None:

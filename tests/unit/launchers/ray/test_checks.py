@@ -1,9 +1,6 @@
 """When a Ray cluster is exposed, and the time that `ray job stop` leaves for a save."""
 
-import os
 import socket
-import subprocess
-import sys
 
 import pytest
 
@@ -40,16 +37,6 @@ def test_a_local_part_is_checked_by_its_sockets_and_one_elsewhere_by_its_address
         found = listening({"GCS": f"127.0.0.100:{ports[0]}", "dashboard": f"127.0.0.1:{ports[1]}"})
     assert found == {"GCS": ["0.0.0.0"], "dashboard": ["127.0.0.1"]}
     assert listening({"GCS": f"10.1.2.3:{ports[0]}"}) == {"GCS": ["10.1.2.3"]}, "nothing listens there now"
-
-
-@pytest.mark.full  # imports Ray
-@pytest.mark.parametrize("mode", ["token", "disabled"])
-def test_whether_ray_asks_for_a_token_is_asked_of_ray(mode: str) -> None:
-    """In a process of its own: Ray reads the mode once."""
-    show = "from launchers.ray.checks import asks_for_token; print(asks_for_token())"
-    env = {**os.environ, "RAY_AUTH_MODE": mode}
-    done = subprocess.run([sys.executable, "-c", show], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{mode == 'token'}\n"
 
 
 @pytest.mark.parametrize(
