@@ -14,6 +14,7 @@ import torch
 from moe_dist.checkpoint import manager, storage
 from moe_dist.checkpoint.contents import Contents, examine
 from moe_dist.checkpoint.index import shard_file
+from moe_dist.checkpoint.shard_header import ShardHeader
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.checkpoint.verify import verify
 from moe_dist.errors import DataError, MoeDistError
@@ -77,6 +78,24 @@ def test_a_special_file_is_refused_by_name_within_a_second(good: Path, tmp_path:
     assert any(problem.file == name and "is no regular file" in problem.detail for problem in found), found
     with at_once(), pytest.raises(DataError, match=name):
         load_all(states(good, 1), folder)
+
+
+def test_each_header_is_read_once_inside_the_vote(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a rank read a header again after the ranks have voted, a disk error would end that rank alone, and the other
+    ranks would hang."""
+    read: Counter[int] = Counter()
+    real = manager.open_shard
+
+    def failing_later(contents: Contents, number: int) -> ShardHeader:
+        read[number] += 1
+        if read[number] > 1:
+            raise DataError(f"shard {number}: cannot be read")
+        return real(contents, number)
+
+    monkeypatch.setattr(manager, "open_shard", failing_later)
+    restored = load_all(states(tmp_path, 1), good / "step_4")
+    assert [each.rank_values["generators"] for each in restored] == [{"torch": f"{rank:02x}"} for rank in range(RANKS)]
+    assert read == dict.fromkeys(range(RANKS), 1)
 
 
 def test_wrongly_assembled_tensors_are_found(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

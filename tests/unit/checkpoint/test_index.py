@@ -12,6 +12,7 @@ from moe_dist.checkpoint.index import (
     Index,
     ShardEntry,
     StateFile,
+    StoredModel,
     index_problems,
     read_index,
     read_stored,
@@ -19,6 +20,7 @@ from moe_dist.checkpoint.index import (
 from moe_dist.checkpoint.state import TensorSpec
 from moe_dist.errors import ConfigError, DataError
 from tests.support.messages import refused
+from tests.support.special_files import at_once
 
 
 def entry(shape: tuple[int, ...], *boxes: tuple[tuple[int, ...], tuple[int, ...]], dtype: str = "F32") -> Entry:
@@ -65,6 +67,45 @@ def test_a_missing_or_damaged_index_is_a_data_error(tmp_path: Path) -> None:
         path.write_text(damage)
         with refused(DataError, "index.json"):
             read_index(tmp_path)
+
+
+STATE = (
+    '{"save_id": "a", "step": 2, "world_size": 1, "optimizer_steps": 2, "placement": {}, "versions": {}, "values": {%s}}'
+)
+INDEX = '{"save_id": "a", "step": 1, "shards": [], "tensors": {%s}}'
+CHUNK = '{"shard": 0, "offsets": [0], "shape": [1]}'
+ENTRY = '"w": {"dtype": "F32", "shape": [1], "fingerprint": "0000000000000000", "chunks": [%s]}'
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "told"),
+    [
+        (StateFile, STATE % f'"x": [{"[]," * 5_000_000}[]]', "5,000,00"),
+        (StateFile, STATE % f'"x": [{"1," * 20_000_000}1]', "20,000,00"),
+        (StateFile, STATE % f'"config": [{"1," * 100_000}1]', "config has more than"),
+        (StateFile, STATE % f'"x": {"[" * 10_000}', "recursion"),
+        (Index, INDEX % ",".join(f'"{number}": {{}}' for number in range(300_000)), "dtype"),
+        (Index, INDEX % ENTRY % ",".join(["{}"] * 300_000), "chunks.0.shard"),
+        (Index, INDEX % ENTRY % CHUNK.replace("[1]", f"[{'9,' * 100_000}1]"), "shape"),
+        (Index, INDEX.replace('"step": 1', '"step": "' + "x" * 1_000_000 + '"') % "", "step"),
+    ],
+    ids=["lists", "values", "config", "nested", "entries", "chunks", "dims", "text"],
+)
+def test_a_gigantic_file_is_refused_at_once_and_in_few_words(
+    tmp_path: Path, model: type[StoredModel], text: str, told: str
+) -> None:
+    (tmp_path / "file.json").write_text(text)
+    with at_once(), refused(DataError, told, golden=False) as raised:
+        read_stored(tmp_path / "file.json", model)
+    assert len(str(raised.value)) < 1000
+
+
+def test_a_tensor_of_many_parts_is_named_in_few_words(tmp_path: Path) -> None:
+    parts = tuple(Chunk(shard=0, offsets=(number,), shape=(1,)) for number in range(10_000))
+    wrong = Entry(dtype="F32", shape=(10_001,), fingerprint="0" * 16, chunks=parts)
+    (tmp_path / "index.json").write_text(index(w=wrong).model_dump_json())
+    with refused(DataError, "9,997 more"):
+        read_index(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +158,10 @@ def test_all_that_differs_from_the_model_is_listed() -> None:
     assert "(2,)" in lines[1]
     with refused(ConfigError):
         check_fits(Path("step_1"), stored, specs)
+
+
+def test_a_long_list_is_cut() -> None:
+    specs = {f"w{i}": TensorSpec((1,), torch.float32) for i in range(100)}
+    with refused(ConfigError) as raised:
+        check_fits(Path("step_1"), index(), specs)
+    assert str(raised.value).count("\n") == 21

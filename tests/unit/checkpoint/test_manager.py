@@ -60,6 +60,14 @@ def test_no_save_has_a_value_that_is_not_finite(tmp_path: Path, place: str, valu
     assert run.names() == ["latest", "step_3"]
 
 
+def test_the_committed_step_is_not_written_again(tmp_path: Path) -> None:
+    run = SmallRun(tmp_path).train(1)
+    index = run.save(1) / "index.json"
+    before = index.read_bytes()
+    run.save(1)
+    assert index.read_bytes() == before
+
+
 @pytest.mark.parametrize("moment", ["commit", "pointer"])
 def test_a_crash_before_the_pointer_moves_leaves_latest_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str

@@ -9,6 +9,7 @@ from moe_dist.checkpoint.storage import take_snapshot
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.placement.parameter_names import Role
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.support.messages import refused
 
 TEXT = ExpertGroup("text", 3, 0, 2, 6, 0, ("text",))
 IMAGE = ExpertGroup("image", 2, 1, 2, 5, 3, ("image",))
@@ -111,3 +112,14 @@ def test_frozen_parameters_have_no_moments() -> None:
     state = capture(model, optimizer, RankLayout(SLOTS, 0, 4))
     assert "embedding.weight" in state.specs
     assert "optimizer.exp_avg.embedding.weight" not in state.specs
+
+
+def test_extra_state_is_refused() -> None:
+    class Odd(nn.Linear):
+        def get_extra_state(self) -> object:
+            return object()
+
+        def set_extra_state(self, state: object) -> None: ...
+
+    with refused(TypeError):
+        capture(Odd(2, 2), None, RankLayout(SLOTS))

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import torch
@@ -6,7 +7,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from moe_dist.checkpoint.contents import Contents, open_shard
 from moe_dist.checkpoint.index import Cut, Index, StateFile
 from moe_dist.checkpoint.state import TensorSpec
-from moe_dist.checkpoint.storage import Piece, build_index, pieces_of, read_tensors, write_shard
+from moe_dist.checkpoint.storage import Piece, build_index, pieces_of, read_tensors, write_shard, write_tensors
 
 TENSORS = {
     "bf16": torch.tensor([1.0, -2.5, 3e38]).bfloat16(),
@@ -75,3 +76,12 @@ def test_torchs_own_reader_understands_the_files(tmp_path: Path) -> None:
     metadata = HuggingFaceStorageReader(str(tmp_path)).read_metadata()
     assert set(metadata.state_dict_metadata) == {*TENSORS, "other"}
     assert metadata.state_dict_metadata["double"].size == torch.Size([2, 2])  # type: ignore[union-attr]
+
+
+def test_the_umask_says_who_may_read_a_shard(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "weights.safetensors", {"a": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == 0o640

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_dist.config import keys, partial
 from moe_dist.config.load import (
     Change,
     changes_on_resume,
@@ -168,11 +169,45 @@ def test_a_fault_is_named_with_its_way_out(path: Path, overrides: list[str], fau
     assert fault in found[0]
 
 
+@pytest.mark.parametrize(
+    "name", ["a; touch x", "../up", "a/b", '"a\\nb"', '"a\\n"', "-rf", ".", "", "a" * 65, "$(x)", "'a b'"]
+)
+def test_names_that_are_no_names(path: Path, name: str) -> None:
+    found = problems(path, f"run.name={name}")
+    assert len(found) == 1
+    assert "run.name" in found[0]
+    assert "letters, digits" in found[0]
+    assert "\n" not in found[0]
+
+
 def test_paths_without_control_characters(path: Path) -> None:
     assert "without control characters" in problems(path, 'data.path="a\\nb"')[0]
     assert "without control characters" in problems(path, "data.path=a\nb")[0]
     for text in ("/mnt/a b/ü", "a # b", "a: b", "[x", "~", "null"):
         assert load_config(path, [f"data.path={text}"]).data.path == text
+
+
+@pytest.mark.parametrize(
+    ("text", "last"),
+    [
+        ("\n".join(f"key{index}: 1" for index in range(3_000)), "and "),
+        ("train:\n" + "\n".join(f"  steps{index}: 1" for index in range(3_000)), "and "),
+        (f"placement: {{groups: {{text: {{ranks: [{'x,' * 19_000}]}}}}}}", "run, model, data, "),
+    ],
+    ids=["keys", "keys of a section", "items"],
+)
+def test_a_file_with_thousands_of_faults_is_refused_after_the_first_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, last: str
+) -> None:
+    asked: list[str] = []
+    real = keys.nearest
+    for module in (keys, partial):
+        monkeypatch.setattr(module, "nearest", lambda root, name: asked.append(name) or real(root, name))
+    (tmp_path / "x.yaml").write_text(text)
+    found = problems(tmp_path / "x.yaml")
+    assert len(found) <= partial.MOST_FAULTS + 1
+    assert len(asked) <= 2 * partial.MOST_FAULTS, "each search for a similar key takes milliseconds"
+    assert any(problem.startswith(last) for problem in found)
 
 
 @pytest.mark.parametrize(

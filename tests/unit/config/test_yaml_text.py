@@ -2,12 +2,15 @@
 
 import math
 import time
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.config.yaml_text import MAX_DEPTH, MAX_VALUES, dump_yaml, load_yaml
+from moe_dist.config.yaml_text import MAX_DEPTH, MAX_REPEATED, MAX_VALUES, MAX_YAML_BYTES, dump_yaml, load_yaml
+from tests.support.cover import rest_full
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,33 @@ def test_aliases_that_stand_for_too_many_values_are_refused_at_once(text: str) -
     assert value is None
     assert len(problems) == 1
     assert time.process_time() - began < (1.0 if len(text) < 10_000 else 60.0), "the next test counts the steps"
+
+
+ENTRIES = ["x,", "?,", "a: b,", "[],", "{},", "!!str x,", "a:b,", "*a,", '"x",']
+LINES = ["- a\n", "- []\n", "a: 1\n", "? a\n", "%A b\n", "#\n", "--- a\n", "a: {<<: *a}\n", "b\n ", "- &a x\n"]
+NESTED = ["[", "- ", "{a: ", "? ", "[[x],", "a: [", "&a [", "!!seq [", "- - x\n"]
+
+
+@pytest.mark.parametrize("unit", rest_full([*LINES, *ENTRIES, *NESTED]), ids=repr)
+def test_a_text_of_the_largest_size_costs_a_bounded_number_of_steps(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts PyYAML's steps: scanned tokens and made values. A step takes up to 30 us."""
+    steps = dict.fromkeys(("fetch_more_tokens", "compose_node", "construct_object"), 0)
+
+    def counted(name: str, real: Any) -> Any:
+        def step(self: object, *arguments: Any, **options: Any) -> Any:
+            steps[name] += 1
+            return real(self, *arguments, **options)
+
+        return step
+
+    for name in steps:
+        monkeypatch.setattr(yaml.SafeLoader, name, counted(name, getattr(yaml.SafeLoader, name)))
+    begin = "[&a x," if unit in ENTRIES else "k: &a {x: 1}\n" if "<<" in unit else ""
+    _, problems = load_yaml((begin + unit * MAX_YAML_BYTES)[:MAX_YAML_BYTES])
+    assert len(problems) <= MAX_REPEATED
+    assert steps["compose_node"] <= MAX_VALUES
+    assert steps["construct_object"] <= MAX_VALUES
+    assert steps["fetch_more_tokens"] <= 4 * MAX_VALUES
 
 
 def test_a_value_may_nest_as_deep_as_the_limit() -> None:

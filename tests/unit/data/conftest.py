@@ -5,12 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
+from moe_dist.data import pictures as pictures_module
 from moe_dist.data.corpus import Picture, Recipe, Source
 from moe_dist.data.indexed import write_indexed
+from moe_dist.data.picture_coding import Division
+from moe_dist.data.pictures import Render
 from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection, write_manifest
 from moe_dist.formats.split_files import count_by_modality
 
@@ -21,11 +25,14 @@ MakeSet = Callable[..., Manifest]
 
 @dataclass(frozen=True)
 class Prepared:
-    """The prepared default corpus: folder, manifest and pictures."""
+    """The prepared default corpus: folder, manifest, recipe, sources, division, and the rendered pictures by key."""
 
     folder: Path
     manifest: Manifest
+    recipe: Recipe
     pictures: Source[Picture]
+    division: Division
+    rendered: frozenset[str]
 
 
 @pytest.fixture(scope="session")
@@ -80,11 +87,27 @@ def make_set() -> MakeSet:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """The default corpus with two renders per picture, which takes most of these tests' time."""
+    from moe_dist.data import corpus_build, picture_coding
     from moe_dist.data.corpus_openmoji import openmoji
     from moe_dist.data.prepare import Inputs, prepare
 
+    divisions: list[Division] = []
+    rendered: set[str] = set()
+
+    def augmented(raster: np.ndarray, *, key: str, **rest: Any) -> Render:
+        rendered.add(key)
+        return pictures_module.augmented(raster, key=key, **rest)
+
+    def divide(*arguments: Any) -> Division:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(picture_coding, "augmented", augmented)
+            divisions.append(picture_coding.divide(*arguments))
+        return divisions[-1]
+
     folder = tmp_path_factory.mktemp("default") / "openmoji"
     recipe = Recipe(renders=2, heldout_renders=2)
-    manifest, built = prepare(folder, Inputs(), recipe, lambda stage, done, total: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_build, "divide", divide)
+        manifest, built = prepare(folder, Inputs(), recipe, lambda stage, done, total: None)
     assert built
-    return Prepared(folder, manifest, openmoji())
+    return Prepared(folder, manifest, recipe, openmoji(), divisions[0], frozenset(rendered))

@@ -1,7 +1,10 @@
 """One batch, drawn by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
 from moe_dist.data.batch import IGNORED, Batch, BatchMaker, Segment
 from moe_dist.errors import DataError
@@ -54,3 +57,20 @@ def test_a_prompt_is_read_and_not_scored() -> None:
 def test_ids_outside_the_vocabulary_are_refused(tokens: list[int], length: int) -> None:
     with refused(DataError, "vocab_size=10"):
         make([[segment(tokens, [0, 0], length)]])
+
+
+def test_a_copy_to_a_gpu_is_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An odd number of tokens must not leave 8-byte elements unaligned behind 4-byte and 1-byte elements."""
+    generator = torch.Generator().manual_seed(0)
+    integers = [torch.randint(-100, 1 << 40, (3, 5), generator=generator) for _ in range(5)]
+    flags = [torch.rand(3, 5, generator=generator) < 0.5 for _ in range(2)]
+    a, b, c, d, e = integers
+    batch = Batch(a, b, c, a.to(torch.int32), d, e, *flags)
+    copies: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **named: (copies.append((args, named)), self.clone())[1])
+    moved = batch.to("cuda")
+    assert copies == [(("cuda",), {"non_blocking": True})]
+    for name, tensor in vars(batch).items():
+        assert getattr(moved, name).dtype == tensor.dtype
+        assert torch.equal(getattr(moved, name), tensor), name

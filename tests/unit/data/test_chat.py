@@ -172,6 +172,25 @@ def test_a_template_that_leaves_its_sandbox_is_refused(tmp_path: Path, folders: 
             hub.conversation({"messages": SHORT}, "lines.jsonl, line 1")
 
 
+TEMPLATES = {
+    "no template": ("{% generation %}{% if %}", ConfigError, "is no valid jinja template"),
+    "raises": ("{{ raise_exception('roles must alternate') }}", DataError, "roles must alternate"),
+    "wrong type": ("{{ messages[0].content + 1 }}", DataError, "TypeError"),
+    "endless": ("{% for _ in range(10 ** 9) %}{% endfor %}", DataError, "OverflowError"),
+    "all turns differ": ("{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}", DataError, "messages.3"),
+    "answers left out": ("{% generation %}{% endgeneration %}{{ messages[0].content }}", DataError, "no token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_template_that_fails_is_refused(tmp_path: Path, folders: dict[str, Path], case: str) -> None:
+    template, error, said = TEMPLATES[case]
+    (tmp_path / "template.jinja").write_text(template)
+    hub = HubTokenizer(folders["chatml"], str(tmp_path / "template.jinja"))
+    with refused(error, said, "--chat-template" if case != "answers left out" else "remove the row"):
+        hub.conversation({"messages": SHORT + SHORT}, "lines.jsonl, line 7")
+
+
 BOMBS = {
     "loops": "{% for _ in range(99999) %}" * 3 + "{% endfor %}" * 3,
     "power": "{{ 9 ** (9 ** (messages|length + 5)) }}",
@@ -214,6 +233,46 @@ def test_a_hostile_tokenizer_ends_no_more_than_its_row(
     lines = write_lines(tmp_path / "lines.jsonl", [{"text": "b"}, {"text": "a" + "x" * 40_000}])
     with refused((ConfigError, DataError), "lines.jsonl, line 2", golden=False):  # pyright: ignore[reportArgumentType]
         made(tmp_path / "set", hostile, text=str(lines))
+
+
+def test_a_template_that_takes_all_memory_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
+    (tmp_path / "template.jinja").write_text("{% set x = 'a' * 9000000000 %}{{ x }}" + CHATML)
+    lines = write_lines(tmp_path / "lines.jsonl", [{"messages": SHORT}])
+    with refused(DataError, "lines.jsonl, line 1", "MemoryError", "--chat-template FILE", golden=False):
+        made(
+            tmp_path / "set",
+            folders["chatml"],
+            messages=str(lines),
+            recipe={"chat_template": str(tmp_path / "template.jinja")},
+        )
+
+
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+CONVERSATIONS: dict[str, Any] = {
+    "no messages": {"text": "a"},
+    "no list": {"messages": "a"},
+    "empty": {"messages": []},
+    "no role": {"messages": [{"content": "a"}]},
+    "no assistant": {"messages": SHORT[:1]},
+    "picture": {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, SHORT[1]]},
+    "tools": {"messages": SHORT, "tools": "[1"},
+    "tools of no objects": {"messages": SHORT, "tools": "[1]"},
+    "nested": {"messages": [SHORT[0] | {"extra": nested(600)}, SHORT[1]]},
+}
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_a_malformed_conversation_is_refused(tmp_path: Path, folders: dict[str, Path], case: str) -> None:
+    lines = write_lines(tmp_path / "lines.jsonl", [{"messages": SHORT}, CONVERSATIONS[case]])
+    with refused(DataError, "lines.jsonl, line 2", *(word for word in ("tools", "nested") if word in case)):
+        made(tmp_path / "set", folders["chatml"], messages=str(lines))
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:

@@ -1,10 +1,16 @@
 """Rows are encoded in batches by several processes: interruption, progress and memory."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moe_dist.data import chat_rows
+from moe_dist.data.chat import HubTokenizer
+from moe_dist.data.chat_rows import Part, Row, encode_conversation
 from moe_dist.data.corpus import Recipe
 from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.runtime.progress import Report
@@ -55,3 +61,55 @@ def test_an_interrupted_command_goes_on(
     assert (kept.items() <= during.items()) != changed
     assert found == make(tmp_path / "a/set", lines, tokenizer, lambda *_: None)
     assert not parts.exists()
+
+
+class SlowChild:
+    """Stands in for a process that exceeds its time limit on more than one row."""
+
+    def __init__(self, hub: HubTokenizer) -> None:
+        self._hub = hub
+
+    def receive(self) -> Part:
+        raise TimeoutError
+
+    def __call__(self, rows: list[Row]) -> Part:
+        assert len(rows) == 1
+        return chat_rows._encoded(self._hub, encode_conversation, rows)  # pyright: ignore[reportPrivateUsage]
+
+
+def test_rows_of_a_slow_batch_are_encoded_alone(tokenizer: Path) -> None:
+    hub = HubTokenizer(tokenizer)
+    batch: list[Row] = [(f"row {number}", row) for number, row in enumerate(conversations(20))]
+    batch.append(("row 20", {"messages": []}))
+    found = chat_rows._answer(SlowChild(hub), batch)  # pyright: ignore[reportPrivateUsage]
+    wanted = chat_rows._encoded(hub, encode_conversation, batch)  # pyright: ignore[reportPrivateUsage]
+    for name, value in vars(wanted).items():
+        assert np.array_equal(getattr(found, name), value), name
+    assert len(wanted.bad) == 1
+
+
+PROGRAM = """
+import resource, sys
+from pathlib import Path
+from tests.unit.data.test_chat_rows import make
+make(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), lambda *_: None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.full
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, tokenizer: Path) -> None:
+    """Ten times the rows take less than 4 MiB more for each MB of the file."""
+    rows, used, sizes = conversations(1000), [], []
+    for times in (1, 10):
+        numbered = [
+            {**row, "messages": [{"role": "system", "content": str(n)}, *row["messages"]]}
+            for n in range(times)
+            for row in rows
+        ]
+        lines = write_lines(tmp_path / f"{times}.jsonl", numbered)
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / f"{times}/set"), str(lines), str(tokenizer)]
+        used.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]))
+        sizes.append(lines.stat().st_size / 1e6)
+    assert used[1] - used[0] < 4 * (sizes[1] - sizes[0]), (used, sizes)
+    assert json.loads((tmp_path / "10/set/manifest.json").read_text())["sources"]["messages"]["train"]["documents"] > 8000

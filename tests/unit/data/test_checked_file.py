@@ -20,6 +20,14 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_file_cut_short_while_it_is_open_is_named(path: Path) -> None:
+    file = CheckedFile(path)
+    os.truncate(path, 60)
+    assert file.read(0, 60) == bytes(range(60))
+    with refused(DataError, "data.bin"):
+        file.read(50, 20)
+
+
 def test_reads_that_come_in_parts_are_put_together(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, count, offset: whole(fd, min(count, 7), offset))

@@ -1,16 +1,22 @@
 """The default corpus on disk: training and held-out documents share no picture variant, and its manifest is true."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from moe_dist.data.codebook import encode, load_codebook, to_patches
 from moe_dist.data.corpus_python import python_library
+from moe_dist.data.families import near_pairs
 from moe_dist.data.indexed import IndexedSplit
+from moe_dist.data.pictures import augmented, plain, rasterise
+from moe_dist.data.tokenizer import SPECIALS, load_tokenizer
 from moe_dist.formats.manifest import SplitSection
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]  # preparing the whole default data takes 45 s
+Side = list[tuple[int, np.ndarray, np.ndarray]]
 
 
 def documents(folder: Path, split: SplitSection | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -18,6 +24,71 @@ def documents(folder: Path, split: SplitSection | None) -> Iterator[tuple[np.nda
     data = IndexedSplit(folder, split)
     for start, length in zip(data.starts_D.tolist(), data.lengths_D.tolist(), strict=True):
         yield data.tokens(start, length), data.filler(start, length)
+
+
+@pytest.fixture(scope="module")
+def sides(prepared) -> dict[str, Side]:
+    """Returns, for each split, its documents in file order as (picture number, tokens, filler), identified by their
+    captions.
+
+    A caption may fit several pictures. Renders of a picture are consecutive, so the picture's two captions identify it.
+    """
+    tokenizer = load_tokenizer(prepared.folder / "tokenizer.json")
+    number_of = {picture.captions[:2]: number for number, picture in enumerate(prepared.pictures.items)}
+    found: dict[str, Side] = {}
+    for side in ("train", "valid"):
+        docs = list(documents(prepared.folder, getattr(prepared.manifest.sources["openmoji"], side)))
+        captions = tokenizer.decode_batch([[id_ for id_ in tokens if len(SPECIALS) <= id_ < 4096] for tokens, _ in docs])
+        found[side] = [(number_of[*captions[i - i % 2 :][:2]], *docs[i]) for i in range(len(docs))]
+    return found
+
+
+@pytest.fixture(scope="module")
+def held_out(prepared, sides: dict[str, Side]) -> np.ndarray:
+    """Returns bool [N]: the pictures that the files hold out."""
+    train, valid = ({number for number, _, _ in sides[side]} for side in ("train", "valid"))
+    assert not train & valid
+    assert train | valid == set(range(len(prepared.pictures.items)))
+    return np.isin(np.arange(len(prepared.pictures.items)), list(valid))
+
+
+def test_no_family_and_no_picture_like_another_crosses(prepared, sides: dict[str, Side], held_out: np.ndarray) -> None:
+    assert len(prepared.pictures.items) > 3900
+    assert len(sides["train"]) + len(sides["valid"]) == 2 * len(prepared.pictures.items)
+    assert held_out.mean() == pytest.approx(0.1, rel=0.1)
+    sides_of = defaultdict(set)
+    for picture, held in zip(prepared.pictures.items, held_out.tolist(), strict=True):
+        sides_of[picture.family].add(held)
+    assert len(sides_of) > 1500
+    assert {len(each) for each in sides_of.values()} == {1}
+    codebook = load_codebook(prepared.folder / "codebook.npy")
+    grids, mirrored = (
+        encode(to_patches(np.stack([plain(each, mirrored=flip).pixels for each in prepared.division.rasters_N])), codebook)
+        for flip in (False, True)
+    )
+    held = grids.reshape(-1, 64)[held_out]
+    assert near_pairs(held, grids.reshape(-1, 64)[~held_out], most=8) == []
+    assert near_pairs(held, mirrored.reshape(-1, 64)[~held_out], most=8) == []
+
+
+def test_codes_and_filler_bits_are_those_of_a_new_render(prepared, sides: dict[str, Side]) -> None:
+    codebook = load_codebook(prepared.folder / "codebook.npy")
+    for side in sides.values():
+        for place in range(0, len(side), 97):
+            number, tokens, filler = side[place]
+            picture = prepared.pictures.items[number]
+            render = augmented(rasterise(picture.path), seed=prepared.recipe.seed, key=picture.key, index=place % 2)
+            codes = tokens >= 4096
+            np.testing.assert_array_equal(tokens[codes] - 4096, encode(to_patches(render.pixels[None]), codebook))
+            np.testing.assert_array_equal(filler[codes], render.empty.reshape(-1))
+            assert not filler[~codes].any()
+
+
+def test_only_training_pictures_are_rendered_for_the_codebook(prepared, held_out: np.ndarray) -> None:
+    np.testing.assert_array_equal(prepared.division.held_out_N, held_out)
+    held = {picture.key for picture, held in zip(prepared.pictures.items, held_out.tolist(), strict=True) if held}
+    assert prepared.rendered
+    assert not prepared.rendered & held
 
 
 def test_the_python_sources_are_split_by_file(prepared) -> None:

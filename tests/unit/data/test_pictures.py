@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moe_dist.data.pictures import RASTER, augmented, rasterise
+from moe_dist.data.pictures import BACKGROUNDS, RASTER, augmented, rasterise
 from moe_dist.errors import DataError
 
 
@@ -17,6 +17,21 @@ def disc() -> np.ndarray:
     raster = np.zeros((RASTER, RASTER, 4), np.uint8)
     raster[(x - 20) ** 2 + (y - 32) ** 2 < 14**2] = (255, 0, 0, 255)
     return raster
+
+
+def test_renders_vary_and_mark_what_is_empty() -> None:
+    backgrounds, places = set(), set()
+    for index in range(60):
+        render = augmented(disc(), seed=1, key="disc", index=index)
+        patches = render.pixels.reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(8, 8, 16, 3)
+        background = tuple(patches[render.empty][0, 0].tolist())
+        assert background in BACKGROUNDS
+        assert (patches[render.empty] == background).all()
+        assert (patches[~render.empty] != background).any(axis=(1, 2)).all()
+        backgrounds.add(background)
+        places.add(render.empty.tobytes())
+    assert backgrounds == set(BACKGROUNDS)
+    assert len(places) > 20
 
 
 def test_a_render_follows_from_seed_key_and_index() -> None:

@@ -85,6 +85,22 @@ def test_the_command_makes_the_same_bytes_again(own: Path, made: Path, tmp_path:
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["set"]
 
 
+def test_equal_files_are_on_one_side_and_captions_on_their_pictures(own: Path, made: Path) -> None:
+    manifest = load_manifest(made)
+    tokenizer = load_tokenizer(made / "tokenizer.json")
+    captions = {}
+    for side in ("train", "valid"):
+        split = getattr(manifest.sources["images"], side)
+        data = IndexedSplit(made, split)
+        texts = set()
+        for start, length in zip(data.starts_D.tolist(), data.lengths_D.tolist(), strict=True):
+            ids = data.tokens(start, length)
+            texts.add(tokenizer.decode([id_ for id_ in ids if id_ < tokenizer.get_vocab_size()]))
+        captions[side] = texts - {""}
+    assert not captions["train"] & captions["valid"]
+    assert captions["train"] | captions["valid"] == {f"picture number {number}" for number in range(1, 40, 2)}
+
+
 def test_held_out_captions_and_texts_do_not_reach_the_tokenizer(own: Path, made: Path, monkeypatch, tmp_path: Path) -> None:
     seen: list[str] = []
     fit = corpus_build.fit_tokenizer
@@ -256,6 +272,8 @@ def test_a_second_writer_waits_and_finds_it_done(own: Path, made: Path, tmp_path
         (("--extra-text", "../x=."), "letters, digits"),
         (("--extra-text", "python=."), "rename"),
         (("--text", "missing"), "no such file or folder"),
+        (("--images", "missing"), "no such folder"),
+        (("--instructions", "asked=missing"), "no such file"),
         (("--instructions", "nothing"), "NAME=PATH"),
         (("--instructions", "text=missing"), "rename"),
         (("--instructions", "a=missing", "--extra-text", "a=missing"), "has the same name"),
@@ -268,6 +286,25 @@ def test_what_cannot_be_is_78(tmp_path: Path, arguments: tuple[str, str], words:
     result = command("--out", tmp_path / "set", *arguments)
     assert result.exit_code == 78
     assert words in result.output
+    assert not (tmp_path / "set").exists()
+
+
+def test_without_variants_none_can_be_held_out(own: Path, tmp_path: Path) -> None:
+    result = command("--out", tmp_path / "set", "--images", own / "pictures", "--hold-out", "variants", *OPTIONS)
+    assert result.exit_code == 78
+    assert "no picture has a variant in training" in result.output.replace("\n", " ")
+    assert not (tmp_path / "set").exists()
+    recipe = replace(RECIPE, hold_out=HoldOut.VARIANTS, val_fraction=0.0)
+    manifest, _ = prepare(tmp_path / "all", Inputs(images=str(own / "pictures")), recipe, silent)
+    assert manifest.sources["images"].valid is None, "nothing is asked for, nothing is refused"
+
+
+@pytest.mark.parametrize("asked", ["--hold-out variants", "--vary place", "--vary , --caption-first 1"])
+def test_without_pictures_nothing_is_asked_of_them(own: Path, tmp_path: Path, asked: str) -> None:
+    result = command("--out", tmp_path / "set", "--text", own / "texts.jsonl", *asked.split(), *OPTIONS)
+    assert result.exit_code == 78
+    named = ", ".join(word for word in asked.split() if word.startswith("--"))
+    assert f"{named}: applies to pictures, and this data set has none; leave it out" in result.output.replace("\n", " ")
     assert not (tmp_path / "set").exists()
 
 

@@ -45,3 +45,22 @@ def test_damage_ahead_ends_the_step_that_needs_the_data() -> None:
     ahead.settle()
     with pytest.raises(DataError, match="damaged at 8"):
         ahead.batches(8, following=16)
+
+
+def test_no_two_reads_run_at_once() -> None:
+    """A loader is not thread-safe."""
+    inside, release, most = [0], threading.Event(), [0]
+
+    def read(position: int) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        if threading.current_thread() is not threading.main_thread():
+            release.wait(600)
+        inside[0] -= 1
+        return [position]
+
+    ahead = ReadAhead(read)
+    ahead.batches(0, following=8)
+    threading.Timer(0.05, release.set).start()
+    ahead.batches(40, following=None)  # must wait for the thread
+    assert most == [1]

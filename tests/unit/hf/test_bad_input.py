@@ -143,6 +143,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     "no family": (config(model_type=None), ConfigError, r"model_type=None: it must name a family"),
     "code of its own": (config(auto_map={"AutoModel": "x.Y"}), ConfigError, "auto_map=.*never run"),
     "quantised": (config(quantization_config={"bits": 4}), ConfigError, "quantization_config=.*originals"),
+    "another head": (config(architectures=["MixtralForTokenClassification"]), ConfigError, "architectures="),
     "width left out": (
         lambda folder: edit(folder / "config.json", lambda values: values.pop("hidden_size")),
         ConfigError,
@@ -150,6 +151,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), DataError, "config.json: is missing"),
     "damaged config": (lambda folder: (folder / "config.json").write_text("{"), DataError, "is no JSON"),
+    "deep config": (lambda folder: (folder / "config.json").write_text("[" * 10**6), DataError, "is no JSON"),
     "missing shard": (
         lambda folder: (folder / SECOND).unlink(),
         DataError,
@@ -161,6 +163,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     "only pickles": (only_pickles, DataError, "pytorch_model.bin: pickled weights can run code and are never read"),
     "name with ..": (escaping("../outside.safetensors"), DataError, r"plain names.*\.\./outside"),
     "absolute name": (escaping("/etc/outside.safetensors"), DataError, "plain names.*/etc/outside"),
+    "hidden folder": (escaping("a/../outside.safetensors"), DataError, "plain names"),
+    "a number for a name": (weight_map(lambda values: values.update({EXPERT: 3})), DataError, "plain names"),
     "link out of the folder": (link_out(FIRST), DataError, "leads out of the folder"),
     "config behind a link": (link_out("config.json"), DataError, "leads out of the folder"),
     "leftover tensor": (tensors(lambda t: t.update(extra=torch.ones(2))), DataError, "extra: is left over"),
@@ -174,26 +178,35 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
         DataError,
         f"holds extra, of which {INDEX} says nothing",
     ),
+    "tensor only in the index": (
+        tensors(lambda t: t.pop(EXPERT), also_index=False),
+        DataError,
+        f"{EXPERT} is missing, which",
+    ),
     "not a number": (
         tensors(lambda t: t[EXPERT].view(-1)[5:7].fill_(torch.nan)),
         DataError,
         f"{EXPERT}: 2 values of .* are NaN or infinite",
     ),
+    "infinite": (tensors(lambda t: t[EXPERT].view(-1)[5].fill_(-torch.inf)), DataError, f"{EXPERT}: 1 values of"),
     "wrong shape": (tensors(lambda t: t.update({EXPERT: t[EXPERT].T.contiguous()})), DataError, f"{EXPERT}: shape"),
     "integers": (
         tensors(lambda t: t.update({EXPERT: t[EXPERT].to(torch.int8)})),
         DataError,
         f"{EXPERT} is of dtype I8; .*save the model in one",
     ),
+    "float8": (tensors(lambda t: t.update({EXPERT: t[EXPERT].to(torch.float8_e4m3fn)})), DataError, "F8_E4M3"),
     "another tokenizer": (tokenizer(65), DataError, "gives 'w64' the id 64, but the model's vocab_size=64"),
     "sparse tokenizer": (sparse("tokenizer.json"), DataError, "tokenizer.json: 5,368,709,120 bytes, too large"),
     "sparse template": (sparse("chat_template.jinja"), DataError, "chat_template.jinja: 5,368,709,120 bytes, too large"),
+    "sparse index": (sparse(INDEX), DataError, f"{INDEX}: .* is larger than"),
     "index of lists": (
         lambda folder: (folder / INDEX).write_bytes(b'{"weight_map":[' + b"[]," * (1 << 22) + b"[]]}"),
         DataError,
         f"{INDEX}: .* lists and mappings",
     ),
     "header of lists": (header_of_lists, DataError, f"{SECOND}: .* lists and mappings"),
+    "nested index": (lambda folder: (folder / INDEX).write_bytes(b"[" * 100_000), DataError, f"{INDEX}: .* nested"),
     "layers without end": (config(num_hidden_layers=10**8), ConfigError, "num_hidden_layers=100000000 must be"),
     "experts without end": (config(num_local_experts=10**9), ConfigError, "num_experts=1000000000"),
     "tokenizer that panics": (panicking, DataError, "tokenizer.json"),
@@ -266,3 +279,9 @@ def test_a_snapshot_of_the_hubs_cache_is_taken_and_other_links_out_of_it_are_not
         (snapshot / "config.json").symlink_to(outside / "x")
         with pytest.raises(DataError, match="leads out of the folder"):
             open_source(snapshot)
+
+
+def test_a_header_that_announces_exabytes_takes_no_memory(theirs: Path) -> None:
+    (theirs / FIRST).write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+    with refused(DataError):
+        open_source(theirs)

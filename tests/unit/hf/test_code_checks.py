@@ -3,13 +3,14 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.hf.code_checks import verify_export
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
@@ -88,6 +89,16 @@ def test_an_export_copies_no_code(copies: dict[str, Path], place: str) -> None:
     assert not (copies["served"].parent / "out").exists()
 
 
+def test_the_planted_code_would_run(copies: dict[str, Path]) -> None:
+    """Of the tests themselves: transformers runs a tokenizer's code where the README's argument allows it."""
+    from transformers import AutoTokenizer
+
+    ran = plant(copies["served"], *PLACES["tokenizer"])
+    with pytest.raises(Exception, match="Planted"):
+        AutoTokenizer.from_pretrained(copies["served"], trust_remote_code=True)
+    assert ran.exists()
+
+
 def other_code(folder: Path) -> None:
     path = folder / CODE_FILES[1]
     path.write_text(path.read_text() + "\nprint('more')\n")
@@ -134,6 +145,15 @@ def test_the_command(copies: dict[str, Path]) -> None:
     done = invoke(verify, copies["served"])
     assert (done.exit_code, "modeling_moe_dist.py: differs" in done.stderr) == (65, True)
     assert "moe-dist verify-export" in (copies["served"] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_millions_of_fields_are_refused_at_once(copies: dict[str, Path], name: str) -> None:
+    (copies["theirs"] / name).write_text(json.dumps({f"k{number}": 1 for number in range(3_000_000)}))
+    begun = time.process_time()
+    with pytest.raises(DataError, match=f"{name}: .* is larger than"):
+        import_model(copies["theirs"], copies["theirs"].parent / "ours")
+    assert time.process_time() - begun < 1.0
 
 
 def test_many_fields_in_a_small_file_are_refused(copies: dict[str, Path]) -> None:

@@ -67,3 +67,13 @@ def test_assisted_decoding_gives_the_model_its_own_tokens(both: tuple[Any, Any])
     wanted = generated(model, prompt, {})
     for main, assistant in ((served, model), (model, served), (served, served)):
         assert torch.equal(generated(main, prompt, {"assistant_model": assistant}), wanted)
+
+
+@pytest.mark.full  # compiles on the host
+def test_a_compiled_model_computes_the_same(both: tuple[Any, Any]) -> None:
+    _, served = both
+    tokens = prompts(padded=False)["input_ids"]
+    with torch.no_grad():
+        wanted = served(tokens, use_cache=False).logits
+        found = torch.compile(served, backend="aot_eager")(tokens, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

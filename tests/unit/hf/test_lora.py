@@ -1,4 +1,4 @@
-"""Adapters on an imported Llama: initially the base's bits, PEFT's numbers, and export of merged weights."""
+"""Adapters on an imported Llama: initially the base's bits, and export of merged weights."""
 
 from dataclasses import replace
 from pathlib import Path

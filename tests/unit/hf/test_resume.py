@@ -12,11 +12,16 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from moe_dist.checkpoint.directory import find_checkpoint
+from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
+from moe_dist.checkpoint.verify import verify
+from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.names import idle_places, slots
 from moe_dist.hf.plan import ImportOptions, changed_section
 from moe_dist.hf.sections import read_section
+from moe_dist.train.build.training import state_specs
 from tests.support.messages import refused
 from tests.support.tiny_hf import save, tiny_config, tiny_model
 
@@ -38,6 +43,18 @@ for theirs in sorted(Path(sys.argv[1]).iterdir()):
     ours = theirs / "ours"
     import_model(theirs, ours, shard_bytes=int(sys.argv[3]))
     export_model(ours, theirs / "back", shard_bytes=int(sys.argv[4]))
+"""
+
+
+# Prints a line after each shard, so that it can be killed there.
+IMPORT = """
+import resource, sys
+from pathlib import Path
+from moe_dist.hf.importing import import_model
+before = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (before + int(sys.argv[3]), -1))
+report = lambda stage, done, total: print(done, total, flush=True)
+print("kept", import_model(Path(sys.argv[1]), Path(sys.argv[2]), shard_bytes=int(sys.argv[4]), report=report).kept)
 """
 
 
@@ -92,6 +109,28 @@ def test_families_of_many_experts_go_in_and_out_under_a_quarter_of_their_size(wi
     for kind in EXPERTS:
         written = sum(file.stat().st_size for file in (wide / kind / "back").glob("*.safetensors"))
         assert written == pytest.approx((wide / kind / "model.safetensors").stat().st_size, rel=0.01)
+
+
+@pytest.mark.full
+def test_the_growth_of_memory_stays_under_a_quarter_of_the_model_also_after_a_kill(tmp_path: Path) -> None:
+    """A dense model with tensors larger than a shard."""
+    theirs, out = tmp_path / "theirs", tmp_path / "made/ours"
+    hollow(theirs, "llama", hidden_size=256, intermediate_size=12288, num_hidden_layers=4, vocab_size=8192)
+    assert (theirs / "model.safetensors").stat().st_size > 4 * LIMIT
+    out.parent.mkdir()
+    command = [sys.executable, "-c", IMPORT, str(theirs), str(out), str(LIMIT), str(SHARD)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert all(first.stdout.readline() for _ in range(8))
+        first.kill()
+    assert not out.exists()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert int(again.stdout.split("kept")[1]) >= 8
+    assert [path.name for path in out.parent.iterdir()] == ["ours"]
+    specs = state_specs(load_config(out / "config.yaml")).items()
+    weights = {name: spec for name, spec in specs if not name.startswith(OPTIMIZER_PREFIX)}
+    assert verify(find_checkpoint(out), weights)[1] == []
 
 
 @pytest.mark.parametrize("at", [0, 2, 5])

@@ -17,8 +17,10 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.verify import verify
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.hf.exporting import export_model
+from moe_dist.hf.exporting import StoredTensor, export_model
 from moe_dist.hf.importing import import_model
+from moe_dist.hf.names import TensorPlace
+from moe_dist.hf.plan import ImportOptions
 from moe_dist.plan.flops import parameters
 from moe_dist.train.build.training import state_specs
 from tests.support.cover import full, rest_full
@@ -199,3 +201,23 @@ def test_weights_too_large_for_the_dtype_are_not_written_as_infinite(tmp_path: P
     with pytest.raises(DataError, match=r"lm_head.weight: 1 of .* take --dtype float32 or bfloat16"):
         export_model(tmp_path / "ours", tmp_path / "back", dtype="F16")
     assert not list(tmp_path.glob("back*"))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_tensor_that_is_not_finite_is_named_and_not_written(number: float) -> None:
+    parts = [("good", slice(None), TensorPlace("w", (4,))), ("bad", slice(None), TensorPlace("w", (4,), 2))]
+    stored = StoredTensor("w", (4,), torch.float32, parts)
+    values = {"good": torch.ones(2), "bad": torch.tensor([1.0, number])}
+    with pytest.raises(DataError, match=r"w: 1 of 4 numbers .*: bad of the checkpoint has such numbers"):
+        stored.make(values.__getitem__)
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    theirs = save(tiny_model("llama"), tmp_path / "theirs")
+    import_model(theirs, tmp_path / "ours")
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "ours").rglob("*"))
+    with refused(ConfigError):
+        import_model(theirs, tmp_path / "ours", ImportOptions(seed=1))
+    with refused(ConfigError):
+        export_model(tmp_path / "ours", theirs)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "ours").rglob("*")) == before

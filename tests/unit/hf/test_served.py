@@ -17,6 +17,7 @@ from moe_dist.config.routers.relu import ReLURouterSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import load_manifest
 from moe_dist.hf.exporting import export_model
+from moe_dist.hf.forms import choose_form
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import ImportOptions
 from moe_dist.hf.served import modeling_moe_dist
@@ -344,3 +345,10 @@ def test_the_code_needs_transformers_only(file: str) -> None:
         "transformers",
         "configuration_moe_dist",
     }
+
+
+def test_a_gating_residual_is_in_no_form(data: Path, tmp_path: Path) -> None:
+    model = tiny_config(data, tmp_path, one() | router("gating_residual")).model
+    for name in (None, "qwen3_moe", "qwen3_moe_plus_plus", "moe_dist"):
+        with pytest.raises(ConfigError, match=r"router\.kind=gating_residual: the exported code has no such router"):
+            choose_form(model, lambda _: pytest.fail("no tensor is needed"), name, must=False)

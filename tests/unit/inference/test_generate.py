@@ -73,6 +73,16 @@ def test_cached_logits_within_a_window(parts: list[int]) -> None:
     assert (expected - unlimited)[:, 3:].abs().amax((0, 2)).min() > 1e-3
 
 
+@torch.no_grad()
+def test_padding_within_a_window_stays_finite() -> None:
+    model = make_transformer(moe_layers=(1,), windows=(2, 2, 2)).eval()
+    tokens, cache = torch.randint(0, VOCAB, (2, 6), generator=torch.Generator().manual_seed(1)), model.make_cache(2, 6)
+    group = torch.where(torch.arange(6) < torch.tensor([[2], [6]]), group_of(tokens), -1)
+    logits = model.forward_cached(tokens, torch.arange(6).expand(2, 6), group, cache)
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[0, :2], whole(model, tokens[:1, :2])[0], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("parts", [[1] * 12, [7, 5]], ids=str)
 @pytest.mark.parametrize("mixture_of_depths", [None, "rank"])
 @pytest.mark.parametrize("causal", ["threshold", "auxiliary"])

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import textwrap
 import threading
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launchers.local import launch
+from launchers.local import STORE_PREFIX, launch, store_folder
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime.lease import Lease
 from moe_dist.runtime.run_folder import RunFolder
@@ -99,6 +100,22 @@ def test_a_bad_configuration_costs_no_process_and_no_folder(
     assert not site.run.path.exists()
 
 
+def test_what_a_killed_launcher_left_is_deleted_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    lost, link = tmp_path / f"{STORE_PREFIX}lost", tmp_path / f"{STORE_PREFIX}link"
+    for folder in (lost, tmp_path / "target"):
+        folder.mkdir()
+        (folder / "lock").touch()  # whose lock ended with its process
+    link.symlink_to(tmp_path / "target")
+    with store_folder() as held:
+        assert Path(held).stat().st_mode & 0o777 == 0o700
+        for folder in (lost, link, held):
+            os.utime(folder, (0, 0), follow_symlinks=False)
+        with store_folder() as store:
+            assert {*tmp_path.glob(f"{STORE_PREFIX}*")} == {link, Path(held), Path(store)}
+            assert (tmp_path / "target/lock").exists()
+
+
 def test_another_configuration_is_refused_unless_the_old_run_is_moved_aside(site: Site) -> None:
     site.attempt("raise StoppedError('saved')")
     with refused(ConfigError, "optimizer.eps"):
@@ -135,6 +152,24 @@ def test_a_rank_that_leaves_without_an_exception_is_the_cause_whatever_its_peers
         assert latest.rank == 1
         assert f"rank 1 failed first ({words})" in capfd.readouterr().err
     assert not site.run.lease_json.exists()
+
+
+@pytest.mark.full  # waits for 5 s; test_rank_tracker.py has the rule
+def test_a_frozen_rank_is_the_cause_of_a_peers_timeout(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+    if rank == 1:
+        open(f"{here}/freezing", "w").close(); os.kill(os.getpid(), 19)
+    wait_for("freezing"); time.sleep(0.5); raise TimeoutError("a collective took too long")
+    """
+    assert site.attempt(body) == 1
+    assert "rank 1 failed first (frozen by SIGSTOP" in capfd.readouterr().err
+    latest = site.run.read_status().latest
+    assert latest is not None
+    assert latest.rank == 1
+    assert latest.reason == (
+        "rank 1: frozen by SIGSTOP, and killed after a peer's collective timed out; "
+        "TimeoutError: a collective took too long"
+    )
 
 
 def test_a_rank_that_dies_after_the_run_was_done_changes_nothing(site: Site, capfd: pytest.CaptureFixture[str]) -> None:

@@ -200,6 +200,16 @@ def test_a_line_that_is_no_record_is_left_out(tmp_path: Path, line: str) -> None
     text(many_runs([run]))
 
 
+@pytest.mark.parametrize("started", [1e20, -1.0, "NaN", "Infinity"])
+def test_a_date_that_cannot_be_shown_is_damage(tmp_path: Path, started: object) -> None:
+    folder = Folder(tmp_path).attempt(0, 1, "r")
+    path = folder.path / "status.json"
+    path.write_text(path.read_text().replace('"started": 1799999000.0', f'"started": {started}'))
+    run = read_progress(folder.path)
+    assert run.state is RunState.UNREADABLE
+    text(one_run(run))
+
+
 @pytest.mark.parametrize(("key", "value"), [("last_step", 100), ("pid", 1), ("restarts", 0), ("verdict", 1)])
 def test_a_number_that_cannot_be_shown_is_damage_and_hides_no_other_run(tmp_path: Path, key: str, value: int) -> None:
     folder = Folder(tmp_path, "hostile").attempt(0, 1, "r", step=100)

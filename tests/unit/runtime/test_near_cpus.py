@@ -72,6 +72,11 @@ def test_the_cpus_of_the_ranks_gpu(
     assert bound_by(Kernel(range(100)), monkeypatch, local_rank, lower=False, **variables)[0] == NEAR[gpu]
 
 
+class Refusing(Kernel):
+    def bind(self, _process: int, cpus: Iterable[int]) -> None:
+        raise PermissionError
+
+
 @pytest.mark.parametrize(
     ("module", "kernel", "variables"),
     [
@@ -79,6 +84,7 @@ def test_the_cpus_of_the_ranks_gpu(
         (nvml(), Kernel(range(1, 100)), {}),  # the cgroup lacks CPU 0
         (nvml(), Kernel(range(50, 60)), {}),
         (nvml(), Kernel(range(100)), {"CUDA_VISIBLE_DEVICES": "7"}),  # this GPU does not exist
+        (nvml(), Refusing(range(100)), {}),  # a container may not bind
         (None, Kernel(range(8)), {}),
     ],
 )

@@ -176,8 +176,9 @@ def test_an_owner_mapped_by_the_file_system_is_accepted(place: Path, monkeypatch
 
 @pytest.mark.parametrize(
     "where",
-    ["log", "log/rank_0.log", "checkpoints/step_4", "tensorboard", "trace/part/rank_0.tokens", "slurm", "summary.txt"],
-)
+    ["log", "log/rank_0.log", "checkpoints", "checkpoints/step_4", "tensorboard", "trace", "trace/part/rank_0.tokens",
+     "profile", "slurm", "metrics.jsonl", "wandb", "summary.txt"],
+)  # fmt: skip
 def test_nothing_is_written_through_a_link_out_of_the_run_folder(place: Path, where: str) -> None:
     config, folder = a_run(place)
     outside, link = place / "outside", folder.path / where
@@ -193,6 +194,23 @@ def test_nothing_is_written_through_a_link_out_of_the_run_folder(place: Path, wh
     link.unlink()
     link.symlink_to(folder.config_yaml)  # one that stays inside leads nowhere else
     assert folder.inspect(config) is Start.RESUME
+
+
+@needs_root
+@pytest.mark.needs_hardware
+@pytest.mark.parametrize("where", ["metrics.jsonl", "log/rank_0.log", "checkpoints2", "tensorboard/text/events"])
+def test_a_link_planted_by_another_user_is_refused(place: Path, where: str) -> None:
+    config, folder = a_run(place)
+    target = folder.path / "precious"
+    target.write_text("x")
+    link = folder.path / where
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(target)
+    assert folder.inspect(config) is Start.RESUME  # the user's own folder is accepted
+    os.lchown(link, BOB.pw_uid, BOB.pw_gid)
+    with refused(ConfigError):
+        folder.inspect(config)
+    assert target.read_text() == "x"
 
 
 def test_writing_never_goes_through_a_link_or_leaves_half_a_file(tmp_path: Path) -> None:

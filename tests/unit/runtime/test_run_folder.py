@@ -90,6 +90,13 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) ->
     Lease(folder.lease_json, "next").acquire(0.0)  # the refused attempt has released the lease
 
 
+def test_the_stored_configuration_is_that_of_the_last_resume(tmp_path: Path) -> None:
+    attempt(config_with(tmp_path), verdict=75)
+    longer = config_with(tmp_path, {"train.steps": 9})
+    folder = attempt(longer, replace(ENV, attempt_id="second"), verdict=0, last_step=9)
+    assert folder.read_config() == longer
+
+
 def test_other_ranks_may_inspect_while_rank_0_opens_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing synchronises the ranks here. A half-opened folder must not look like another run's."""
     config = config_with(tmp_path)

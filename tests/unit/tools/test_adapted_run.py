@@ -8,8 +8,12 @@ import pytest
 import torch
 from click.testing import Result
 
+from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError
+from moe_dist.formats.split_files import data_digest
 from moe_dist.inference.loaded_run import find_trained
+from moe_dist.train.start import resume
+from moe_dist.train.start.resume import kept_position
 from tests.support.imported import logits_of
 from tests.support.invoked import invoke
 from tests.support.messages import refused
@@ -65,6 +69,7 @@ def test_without_its_base_it_is_refused(trained: tuple[Path, OneRank]) -> None:
             done = call(tool, folder, *options)
             assert done.exit_code == 65, done.output
             assert "is missing; restore it" in done.stderr
+            assert str(base) in done.stderr.replace("\n", "")
     finally:
         away.rename(base)
 
@@ -80,6 +85,18 @@ def test_adapters_are_no_start_of_another_run_and_no_run_to_tune(trained: tuple[
     done = call(prepare_router_tuning, folder, "--tasks", "pictures", "--out", tmp_path / "out", "--embedder", embedder)
     assert done.exit_code == 78
     assert "take a run without adapters" in done.stderr
+
+
+def test_a_place_among_samples_of_router_tuning_is_none_in_the_data(
+    trained: tuple[Path, OneRank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = find_trained(trained[0].parent / "base")
+    digest = data_digest(found.config.data.path, found.manifest)
+    assert kept_position(found.folder, found.config, digest) == 16
+    tuned = found.config.model_copy(update={"router_tuning": RouterTuningSection(data="x")})
+    monkeypatch.setattr(resume, "saved_config", lambda values, folder: tuned)
+    with refused(ConfigError, "run.keep_position"):
+        kept_position(found.folder, found.config, digest)
 
 
 @pytest.mark.parametrize("shared", [False, True])

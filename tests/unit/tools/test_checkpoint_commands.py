@@ -94,6 +94,15 @@ def test_what_is_in_a_checkpoint_is_shown(checkpoints: Path) -> None:
     assert listed == list(index.tensors)
 
 
+def test_a_checkpoint_cut_short_is_65_to_look_at(tmp_path: Path) -> None:
+    shard = flipped(SmallRun(tmp_path).train(1).save(1))
+    assert call(inspect_checkpoint, tmp_path).exit_code == 0, "it reads no tensor"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    done = call(inspect_checkpoint, tmp_path)
+    assert (done.exit_code, done.stdout) == (65, "")
+    assert "truncated: shard_00000.safetensors" in done.stderr
+
+
 def test_a_checkpoint_is_looked_at_without_torch(checkpoints: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; from tools.inspect_checkpoint import main; "

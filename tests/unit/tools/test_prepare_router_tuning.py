@@ -1,6 +1,7 @@
 """The command on a small run: what it writes is what the run makes of the questions, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -131,4 +132,31 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
     done = invoke(main, plain_run, "--out", tmp_path / "out", *options, *arguments)
     assert done.exit_code == code, done.output
     assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+def test_a_damaged_embedder_is_refused_before_hours_of_scoring(
+    plain_run: Path, options: tuple[object, ...], embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(LoadedRun, "load", lambda *_: pytest.fail("the model was loaded"))
+    damaged = shutil.copytree(embedder, tmp_path / "damaged")
+    (damaged / name).write_bytes(b"{}" * 50)
+    done = invoke(main, plain_run, "--tasks", TASKS, "--out", tmp_path / "out", *options, "--embedder", damaged)
+    assert done.exit_code == 65, done.output
+    assert "damaged" in done.stderr
+
+
+def test_runs_without_a_routing_to_compare_and_foreign_tokenizers_are_refused(
+    own_run: Path, plain_run: Path, own_data: Path, options: tuple[object, ...], tmp_path: Path
+) -> None:
+    done = invoke(main, own_run, "--tasks", TASKS, "--out", tmp_path / "out", *options)
+    assert done.exit_code == 78, done.output
+    assert "model.mixture_of_depths: a token that a layer passes by" in done.stderr
+    moved = shutil.copytree(own_data, tmp_path / "moved")
+    tokenizer = json.loads((moved / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["foreign"] = 310
+    (moved / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = invoke(main, plain_run, "--tasks", TASKS, "--out", tmp_path / "out", "--data", moved, *options)
+    assert done.exit_code == 65, done.output
     assert not (tmp_path / "out").exists()

@@ -146,6 +146,7 @@ def test_a_refusal_of_sbatch_names_ranks_and_feature_or_sbatchs_words(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--time=soon"], "--time='soon': must be"),
         (["--time=5"], "--time=5: signal_seconds=300: must be shorter than time='5'"),
         (["--array=sweep.txt", "--overwrite"], "--overwrite: cannot be combined with --array;"),
     ],

@@ -67,6 +67,28 @@ def test_records_that_a_restart_needs_hold_back_the_checkpoint_until_they_are_wr
     assert records.calls == ["flush", "flush"]
 
 
+def test_a_checkpoint_is_held_back_until_a_flush_that_failed_before_has_succeeded() -> None:
+    """The checkpoint thread may ask at any time, also during a flush."""
+    records, sinks = Recorder(), GuardedSinks([])
+    records.error = CheckpointError("m.jsonl: cannot be written")
+    asked: list[bool] = []
+
+    class Asking:
+        def flush(self) -> None:
+            try:
+                sinks.check_written()
+                asked.append(True)
+            except CheckpointError:
+                asked.append(False)
+
+    sinks._sinks = [Asking(), records]  # pyright: ignore
+    sinks.flush()
+    records.error = None
+    sinks.flush()
+    sinks.flush()
+    assert asked == [True, False, True]
+
+
 def test_an_error_of_ours_is_not_hidden() -> None:
     wrong = Recorder()
     wrong.error = ValueError("a bug")

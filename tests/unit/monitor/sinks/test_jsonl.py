@@ -4,6 +4,8 @@ import errno
 import io
 import json
 import math
+import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_dist.errors import CheckpointError
+from moe_dist.errors import CheckpointError, DataError
 from moe_dist.monitor.metrics import Record, evaluation_scalars
-from moe_dist.monitor.sinks.jsonl import JsonlSink, drop_lines_after, read_lines
+from moe_dist.monitor.sinks.jsonl import MOST_UNREADABLE, JsonlSink, drop_lines_after, read_lines
 from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
 from tests.support.messages import refused
@@ -104,6 +106,42 @@ def test_a_torn_last_line_goes(tmp_path: Path, make_record: MakeRecord, keep: in
     assert path.read_bytes() == b"".join(lines[:-1])
     write(path, make_record, range(4, 7), resume_step=3)
     assert steps_of(path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_zeros_of_a_power_cut_go(tmp_path: Path, make_record: MakeRecord) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, make_record, range(1, 4))
+    with path.open("ab") as file:
+        file.write(b'{"step":2,' + b"\0" * 100 + b"}\n" + b"\0" * 50)
+    write(path, make_record, range(4, 6), resume_step=3)
+    assert steps_of(path) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: os.truncate(path, 1 << 40),  # a hole of a terabyte
+        lambda path: path.write_bytes(path.read_bytes() + b"x" * MOST_UNREADABLE),
+        lambda path: path.write_bytes(
+            path.read_bytes() + b'{"step":4,"kind":"step","x":[%b]}\n' % (b"[]," * 200_000) * 120
+        ),
+    ],
+    ids=["sparse", "no lines", "millions of lists"],
+)
+def test_a_file_of_more_than_records_is_refused_after_a_bounded_part_of_it(
+    tmp_path: Path, make_record: MakeRecord, damage: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, make_record, range(1, 4))
+    damage(path)
+    size, began = path.stat().st_size, time.process_time()
+    with pytest.raises(DataError, match="bytes that are no records"):
+        drop_lines_after(path, 3)
+    with pytest.raises(ValueError, match="line 4 is not a record"):
+        list(read_lines(path))
+    assert time.process_time() - began < 5.0
+    assert path.stat().st_size == size
+    assert [each.name for each in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def missing(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -231,3 +269,13 @@ def test_lines_wait_for_room_and_no_checkpoint_is_saved_meanwhile(
     sink.flush()
     assert path.read_bytes() == once.read_bytes()
     sink.close()
+
+
+def test_a_disk_that_stays_full_does_not_keep_the_sink_from_closing(tmp_path: Path, make_record: MakeRecord) -> None:
+    sink = JsonlSink(SinkContext(tmp_path))
+    sink._file = FailingFile(sink._file, 10)  # pyright: ignore
+    sink.step(make_record(1))
+    sink.close()
+    sink.close()
+    assert drop_lines_after(tmp_path / "metrics.jsonl", 0) is None
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""

@@ -1,9 +1,11 @@
-"""The real wandb in offline mode: its file is read back."""
+"""The real wandb in offline mode: its file is read back, and no connection was tried."""
 
 import json
+import socket
 import struct
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,35 @@ from tests.unit.monitor.conftest import send
 
 MakeRecord = Callable[..., Record]
 BLOCK = 32768
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Returns the attempted connections. Listeners of this test stand in for every proxy and for wandb's server."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    connections: list[Any] = []
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, peer = listener.accept()
+            except OSError:
+                return
+            connections.append(peer)
+            connection.close()
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "WANDB_BASE_URL"):
+        monkeypatch.setenv(name, address)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    for name in ("NO_PROXY", "no_proxy", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    yield connections
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join()
 
 
 def records_of(folder: Path) -> list[Any]:
@@ -43,9 +74,10 @@ def records_of(folder: Path) -> list[Any]:
     return records
 
 
-def test_offline_writes_files(tmp_path: Path, make_record: MakeRecord) -> None:
+def test_offline_writes_files_and_never_connects(tmp_path: Path, make_record: MakeRecord, tried: list[Any]) -> None:
     send(WandbSink(SinkContext(tmp_path, run_name="demo", resume_step=4), project="moe", mode="offline"), make_record)
     wandb.teardown()  # as at the end of the process: wandb's own process may still be writing after finish()
+    assert tried == []
     records = records_of(tmp_path)
     (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
     assert (run.project, run.run_group, run.display_name) == ("moe", "demo", "demo from step 4")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from moe_dist.errors import DataError
 from moe_dist.monitor.trace.format import ENTRY, TOKEN, Manifest, entry_check
 from moe_dist.monitor.trace.reader import read_trace
-from moe_dist.monitor.trace.writer import TraceWriter
+from moe_dist.monitor.trace.writer import WAITING, TraceWriter
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
 from tests.support.messages import refused
@@ -219,3 +220,19 @@ def test_an_error_ends_the_trace_and_not_the_run(
     assert len([record for record in caplog.records if words in record.message and "rank_0" in record.message]) == 1
     assert all(file.closed for file in writer._files.values())
     assert not (tmp_path / "rank_0.index").stat().st_size
+
+
+def test_closing_does_not_wait_for_a_disk_that_hangs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_dist.monitor.trace.writer.CLOSE_SECONDS", 0.2)
+    writer, answers = TraceWriter(tmp_path, 0, weights=True), threading.Event()
+    monkeypatch.setattr(writer, "_write", lambda *_: answers.wait())
+    for step in range(1, WAITING + 2):  # one more step is being written
+        writer.add(step, *part(step, 0))
+    writer.close()
+    assert "not written within 0.2 s" in caplog.text
+    answers.set()
+    monkeypatch.setattr("moe_dist.monitor.trace.writer.CLOSE_SECONDS", 30.0)
+    writer.close()
+    assert all(file.closed for file in writer._files.values())
