@@ -1,4 +1,4 @@
-"""One training on any layout of ranks: two optimizer steps of a small float64 model on made-up batches."""
+"""One training on any layout of ranks: three optimizer steps of a small float64 model on made-up batches."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -40,7 +40,7 @@ HIDDEN_DIM = 16
 LAYERS = 2
 SEQUENCES = 8  # sequences of a micro-batch over all ranks
 MICRO_BATCHES = 2
-STEPS = 2
+STEPS = 3
 TEXT, IMAGE = (0, 96), (96, 192)
 GROUPS = (
     ExpertGroup("text", 5, 3, 3, 6, 0, ("text",)),

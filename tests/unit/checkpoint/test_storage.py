@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
@@ -8,6 +9,7 @@ from moe_dist.checkpoint.contents import Contents, open_shard
 from moe_dist.checkpoint.index import Cut, Index, StateFile
 from moe_dist.checkpoint.state import TensorSpec
 from moe_dist.checkpoint.storage import Piece, build_index, pieces_of, read_tensors, write_shard, write_tensors
+from moe_dist.errors import DataError
 
 TENSORS = {
     "bf16": torch.tensor([1.0, -2.5, 3e38]).bfloat16(),
@@ -69,6 +71,20 @@ def test_a_part_takes_its_rows_from_every_shard_that_has_some(tmp_path: Path) ->
         part = torch.full_like(whole.narrow(dim, start, length), -1)
         read_tensors(contents, {"part": part}, {"part": Cut("x", dim, start)})
         assert torch.equal(part, whole.narrow(dim, start, length))
+
+
+def test_a_part_at_another_place_than_the_index_lists_is_refused(tmp_path: Path) -> None:
+    """The index lists both halves of a tensor in the shard that has one of them."""
+    for number, first in enumerate((2, 0)):
+        piece = {"x": Piece(torch.full((2, 3), float(first)), (first, 0), (4, 3))}
+        write_shard(tmp_path, number, piece, save_id="a1", step=1, rank_values={})
+    tensors = {"x": torch.zeros(4, 3)}
+    contents = contents_of(tmp_path, build_index(tmp_path, specs_of(tensors), step=1, save_id="a1", num_shards=2))
+    one, other = contents.index.tensors["x"].chunks
+    together = one, other.model_copy(update={"shard": one.shard})
+    contents.index.tensors["x"] = contents.index.tensors["x"].model_copy(update={"chunks": together})
+    with pytest.raises(DataError, match="x is not the part that the index lists"):
+        read_tensors(contents, tensors)
 
 
 def test_torchs_own_reader_understands_the_files(tmp_path: Path) -> None:

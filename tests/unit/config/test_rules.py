@@ -49,6 +49,7 @@ BASES = {
     "model.moe.groups.text.top_k=4 | model.moe.groups.image.num_null=4 | model.moe.groups.image.top_k=3",
     "static": "parallel.dispatch={kind: static}",
     "dealing": "rank_balance.dealing=true",
+    "moving": "rank_balance.moving={}",
     "replicating": "rank_balance.replicating={}",
     "Megatron": " | ".join(f"{key}={str(value).replace(chr(39), '')}" for key, value in CHANGES.items())
     + f" | model.moe.shared_gate=true | parallel.ep=2 | parallel.edp=2 | {MEGATRON}}}",
@@ -280,6 +281,7 @@ REFUSED = {
         "model.moe.capacity={factor: 1.5}",
         "model.mixture_of_depths={capacity: 0.5}",
     ),
+    "moving": ("parallel.dispatch={kind: deep_ep_v2}",),
     "replicating": (
         "rank_balance.moving={}",
         "model.moe.experts={kind: clamped_ffn}",

@@ -1,0 +1,34 @@
+"""The loss of a micro-batch is the sum of its terms."""
+
+import torch
+
+from moe_dist.comm.collectives import joined
+from moe_dist.data.batch import IGNORED, Batch
+from moe_dist.moe.losses import ColumnTables
+from moe_dist.train.objective.loss import AuxSettings, forward, global_counts, micro_loss
+from tests.support.layouts import GROUPS
+from tests.support.transformers import make_transformer
+
+
+def test_the_total_is_the_mean_cross_entropy_and_each_auxiliary_term() -> None:
+    tokens = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(3))
+    labels, zero = tokens.roll(-1, 1), torch.zeros_like(tokens)
+    labels[:, -1] = IGNORED
+    places = torch.arange(8).expand(2, 8)
+    batch = Batch(tokens, labels, places, zero.int(), zero, zero, zero.bool(), zero.bool())
+    model = make_transformer(moe_layers=(0, 2))
+    losses, reports = forward(model, batch, torch.tensor([0]), losses=True)
+    loss = micro_loss(
+        losses,
+        joined([report.aux for report in reports]),
+        batch,
+        num_modalities=1,
+        tables=ColumnTables.on(GROUPS, torch.device("cpu")),
+        aux=AuxSettings("vanilla", balance=0.02, z=0.01),
+        labels_in_step=torch.tensor(28.0),  # two such micro-batches
+        share=torch.tensor(0.5),
+        counts=global_counts(joined([report.counts for report in reports]), None)(),
+    )
+    assert loss.balance > 0.001
+    assert loss.z > 0.001
+    torch.testing.assert_close(loss.total.double(), losses.sum() / 28 + loss.balance + loss.z, check_dtype=False)
