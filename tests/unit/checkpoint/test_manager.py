@@ -41,6 +41,17 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     assert run.names() == ["latest", "step_10", "step_11"]
 
 
+def test_a_run_that_went_back_keeps_what_it_saves_and_what_lies_ahead(tmp_path: Path) -> None:
+    """A run goes back to step 2 after a divergence, with a checkpoint of step 9, and keeps one checkpoint."""
+    run = SmallRun(tmp_path, keep=2)
+    run.save(2)
+    run.save(9)
+    back = SmallRun(tmp_path, keep=1)
+    back.save(5)
+    assert back.names() == ["latest", "step_5", "step_9"]
+    assert back.manager.latest() == tmp_path / "step_5"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", ["weight", "moment"])
 def test_no_save_has_a_value_that_is_not_finite(tmp_path: Path, place: str, value: float) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from launchers.command import RankCommand
 from launchers.rank_tracker import ABORTED, Outcome, ShutdownTimeouts
-from launchers.supervise import Ranks
+from launchers.supervise import DelayedStderr, Ranks
 from moe_dist.runtime.signals import STOP_SIGNALS, StopSignals
 from tests.support.processes import is_alive, wait_until
 
@@ -131,6 +131,25 @@ def test_a_stop_is_forwarded_once(tmp_path: Path, number: signal.Signals) -> Non
     assert [(tmp_path / f"asked.{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
 
 
+def test_a_full_disk_does_not_block_a_rank() -> None:
+    """Its log takes nothing; the pipe is read on, since a full pipe would block the rank, and the terminal has all."""
+
+    class Full(BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    reading, writing = os.pipe()
+    terminal = BytesIO()
+    with os.fdopen(reading, "rb") as source, os.fdopen(writing, "wb", buffering=0) as rank:
+        shown = DelayedStderr(source, Full(), terminal)
+        rank.write(b"one\n")
+        wait_until(lambda: len(shown._held) > 0, "the first line is read")
+        rank.write(b"two\n")
+        rank.close()
+        shown.finish(show=True)
+    assert terminal.getvalue() == b"one\ntwo\n"
+
+
 def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     outcome = Run(tmp_path, REFUSES + "mark('ready'); time.sleep(100)").to_the_end(2, signal.SIGINT, signal.SIGINT)
     assert (outcome.codes, outcome.aborted, outcome.exit_code(None)) == ((-9, -9), True, ABORTED)
@@ -152,7 +171,7 @@ def test_no_rank_outlives_a_killed_launcher(tmp_path: Path) -> None:
 import sys
 from launchers.command import RankCommand
 from launchers.rank_tracker import ShutdownTimeouts
-from launchers.supervise import Ranks
+from launchers.supervise import DelayedStderr, Ranks
 from moe_dist.runtime.signals import StopSignals
 argv = (sys.executable, {str(tmp_path / "rank.py")!r}, {str(tmp_path)!r})
 logs = [open(f"{tmp_path}/log{{rank}}", "ab") for rank in range(2)]

@@ -18,6 +18,12 @@ def test_ranks_and_slots() -> None:
     assert [placement.name_of(expert) for expert in range(5)] == ["text/0", "text/1", "text/2", "image/0", "image/1"]
 
 
+def test_all_columns_share_the_choices_of_uniform_routing() -> None:
+    group = ExpertGroup("text", 6, num_null=1, top_k=2, ffn_dim=8, num_identity=2, num_constant=3)
+    assert group.num_columns == 12
+    assert group.expected_experts_per_token == 1.0
+
+
 @pytest.mark.parametrize(
     ("slots", "words"),
     [
