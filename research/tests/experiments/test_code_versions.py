@@ -125,11 +125,6 @@ def test_without_git_the_versions_of_the_package_are_compared(
         check_same_code(study, records(("a", 1, code)))
 
 
-def test_a_package_and_a_commit_are_two_versions(study: Study) -> None:
-    with refused(ConfigError, "moe_dist 0.1.0", "two versions"):
-        check_same_code(study, records(("a", 1, {"commit": None, "changed": False})))
-
-
 def add(study: Study, path: Path, runs: Sequence[tuple[str, int]]) -> None:
     for arm, seed in runs:
         record = {"arm": arm, "seed": seed, "code": code_of_now(), "loss": {"all": 1.0}, "load": {"all": 1.0}}
@@ -207,16 +202,3 @@ def test_a_page_tells_which_runs_are_of_which_version(study: Study) -> None:
     told = tell_versions(study, records(("b", 1, of(old)), ("a", 2, of(LOST)), ("a", 1, of(old))))
     lost = f"`{LOST[:12]}`, which this repository lacks, made `a` (seed 2)"
     assert told == f"The code may not be the same in all runs: `{old[:12]}` made 2 runs; {lost}."
-
-
-def test_uncommitted_changes_may_differ(study: Study) -> None:
-    now = git("rev-parse", "HEAD")
-    told = tell_versions(
-        study, records(("b", 1, of(now)), ("a", 1, of(now, changed=True)), ("a", 2, of(now, changed=True)))
-    )
-    assert told == (
-        f"The code may not be the same in all runs: `{now[:12]}` with changes made 2 runs; `{now[:12]}` made `b` (seed 1)."
-    )
-    assert tell_versions(study, records(("a", 1, of(now, changed=True)))).startswith(
-        "All runs are of code with uncommitted"
-    )

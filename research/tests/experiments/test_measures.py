@@ -26,10 +26,9 @@ from research.experiments.probes import (
     flip,
     flip_depths,
     second_weights,
-    swapped,
     threshold,
 )
-from research.experiments.tokens import SentRows, Tokens, binned, input_filler, loads, losses, rank_of_tokens, tables_of
+from research.experiments.tokens import SentRows, Tokens, binned, input_filler, loads, losses, tables_of
 from tests.support.messages import refused
 
 GROUP = ExpertGroup("all", num_experts=4, num_null=2, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",))
@@ -64,10 +63,6 @@ def test_rows_on_the_wire_by_hand() -> None:
     assert found["rows_topk"] == 4 * 2 * 0.5, "half of a choice's experts are elsewhere"
     assert found["rows_same_active"] == 6 * 0.5
     assert found["rows_null_remapped"] == 3 + 2 * 0.5
-
-
-def test_sequences_are_dealt_out_in_turn() -> None:
-    assert rank_of_tokens(3, 2, 2).tolist() == [0, 0, 1, 1, 0, 0]
 
 
 def test_a_token_is_filler_by_its_own_cell_and_not_by_the_next_ones() -> None:
@@ -179,20 +174,6 @@ def test_second_experts_below_the_bound_are_dropped_and_the_first_has_all() -> N
         bound_for_load(second_T, 0.9)
 
 
-def test_swapping_keeps_the_number_and_changes_the_share_that_it_says() -> None:
-    taken_T = torch.arange(10_000) % 2 == 0
-    may_T = torch.arange(10_000) < 8_000
-    generator = torch.Generator().manual_seed(0)
-    found_T = swapped(taken_T, may_T, 2.0, generator)
-    assert int(found_T.sum()) == 5_000
-    given_up = int((taken_T & ~found_T).sum())
-    assert abs(given_up - 100) < 4 * 100**0.5
-    assert not (found_T & ~taken_T & ~may_T).any(), "none goes to who may not"
-    assert torch.equal(swapped(taken_T, may_T, 0.0, generator), taken_T)
-    ones_T = torch.ones(5, dtype=torch.bool)
-    assert torch.equal(swapped(ones_T, ones_T, 50.0, generator), ones_T)
-
-
 def test_a_flip_repeats_and_weighs_by_the_routers_own_score() -> None:
     h_TD = torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
     group_T = torch.zeros(200, dtype=torch.int64)
@@ -209,22 +190,6 @@ def test_a_flip_repeats_and_weighs_by_the_routers_own_score() -> None:
     torch.testing.assert_close(once.weight_N, h_TD.sigmoid()[once.token_N, once.expert_N])
     chosen, unflipped = (set(zip(*(each.tolist() for each in found[:2]), strict=True)) for found in (once, pairs(0.0)))
     assert chosen != unflipped
-
-
-def test_a_flip_of_softmax_scores_keeps_the_weights_of_kept_choices() -> None:
-    """A flip of so few choices that none is swapped changes no weight."""
-    module = choosing_router(score="softmax")
-    h_TD = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
-    group_T = torch.zeros(40, dtype=torch.int64)
-    plain = module(h_TD, group_T).assignments.taken()
-    with changed_routing([module], flip(1e-6, seed=0)):
-        flipped = module(h_TD, group_T).assignments
-    weights = dict(
-        zip(zip(plain.token_N.tolist(), plain.expert_N.tolist(), strict=True), plain.weight_N.tolist(), strict=True)
-    )
-    assert len(flipped.token_N) == len(weights)
-    for token, expert, weight in zip(*(each.tolist() for each in flipped[:3]), strict=True):
-        assert weight == pytest.approx(weights[token, expert])
 
 
 def test_a_flip_of_depths_exchanges_tokens_and_weighs_by_the_routers_own_score() -> None:

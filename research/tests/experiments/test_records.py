@@ -1,7 +1,6 @@
 """The rules come before the results: what the tool refuses, and what its files hold."""
 
 import gzip
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -10,10 +9,8 @@ import pytest
 
 from moe_dist.errors import ConfigError, DataError
 from research.experiments.report import write_report
-from research.experiments.results import add_record, check_rules, code_of_now, make_header, read_records, rounded
-from research.experiments.rules import ValueRule
+from research.experiments.results import add_record, check_rules, code_of_now, make_header, read_records
 from research.experiments.study import Study, fingerprint, jobs_of, load_study
-from research.experiments.verdict_figure import unit_of
 from tests.support.messages import refused
 
 STUDY = """
@@ -130,16 +127,6 @@ def test_records_come_back_and_a_second_of_the_same_run_takes_its_place(study: t
         read_records(results)
 
 
-def test_numbers_are_written_to_six_digits_and_never_as_nan() -> None:
-    assert rounded({"x": [1.23456789, 2], "y": "1.23456789", "z": True}) == {
-        "x": [1.23457, 2],
-        "y": "1.23456789",
-        "z": True,
-    }
-    with refused(ValueError):
-        json.dumps(rounded({"x": float("nan")}), allow_nan=False)
-
-
 def test_pilot_has_its_arms_with_what_they_need_and_variants(study: tuple[Path, Study]) -> None:
     _, rules = study
     assert [(job.label, job.seed) for job in jobs_of(rules, pilot=True)] == [("a", 9), ("a~fast", 9), ("b", 9)]
@@ -213,15 +200,6 @@ def test_a_reason_found_after_the_runs_leaves_the_rules_and_the_numbers(study: t
         Path("additions.yaml").write_text(text)
         with refused(ConfigError, "additions.yaml"):
             load_study(path)
-
-
-def test_units_of_nats_and_bits_are_not_those_of_shares() -> None:
-    def unit(metric: str) -> str:
-        values = {"claim": "", "lower": {"constant": 1.0}, "higher": {"arm": "a", "metric": metric}}
-        return unit_of(ValueRule.model_validate(values))
-
-    assert [unit(f"answers.{name}") for name in ("accuracy", "nats")] == ["share of answers", "nats of an answer"]
-    assert [unit(f"domains.{name}") for name in ("least", "bits")] == ["share of tokens", "bits"]
 
 
 def test_an_arm_asks_only_what_the_experiment_says_it_asks(study: tuple[Path, Study]) -> None:

@@ -24,12 +24,6 @@ def test_bounds_of_five_pairs_are_those_of_the_table() -> None:
     assert found.lower == pytest.approx(3.0 - T_095_4 * math.sqrt(0.5), rel=1e-9)
 
 
-def test_bounds_of_three_pairs_and_of_equal_ones() -> None:
-    assert paired([0.0, 0.0, 3.0]).upper == pytest.approx(1.0 + T_095_2 * math.sqrt(3.0) / math.sqrt(3.0), rel=1e-9)
-    equal = paired([0.25, 0.25])
-    assert (equal.lower, equal.mean, equal.upper) == (0.25, 0.25, 0.25)
-
-
 @pytest.mark.parametrize("values", [[], [1.0], [1.0, math.nan], [1.0, math.inf]])
 def test_no_bound_without_two_finite_pairs(values: list[float]) -> None:
     with refused(ValueError):
@@ -207,12 +201,6 @@ def test_a_gate_is_measured_before_rules_are_judged(c: float, outcome: str) -> N
         assert verdict.reason.startswith("gate not held: c is 0.1 below b -0.0500 [-0.0500, -0.0500], n = 5")
     del records["b", 4]
     assert judge(study, records)[0].reason.startswith("gate not judged: c is 0.1 below b (no record yet of b seed 4")
-
-
-def test_arms_of_gates_include_what_they_begin_with() -> None:
-    arm = {"about": "", "seeds": "decisive"}
-    study = study_of([NOT_WORSE], gates=[GATE], arms={"a": arm, "b": arm, "d": arm, "c": {**arm, "after": "d"}})
-    assert study.gate_arms == {"b", "c", "d"}
 
 
 def test_corrected_bounds_hold_for_all_rules_at_once() -> None:
