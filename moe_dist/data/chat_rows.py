@@ -22,7 +22,7 @@ from moe_dist.data.picture_coding import Document
 from moe_dist.data.tables import parsed_row
 from moe_dist.errors import ConfigError, DataError
 
-BATCH_SECONDS = 10  # time limit of a batch, and of a row; a usual conversation takes a thousandth of a second
+BATCH_SECONDS = 10  # limit of CPU time of a batch, and of a row; a usual conversation takes a thousandth of a second
 MESSAGES = "messages"  # name of the source of conversations
 MESSAGES_ROW = '{"messages": [...]}'
 _BATCH_BYTES, _BATCH_ROWS = 1 << 19, 500
