@@ -31,8 +31,8 @@ class Verdict:
 
 def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, *, restarts: int = 0, lasted: float = 0.0) -> Verdict:
     """Prints on standard error why an attempt failed. Writes verdict and reason into status.json, unless the rank at fault
-    has recorded the cause itself. Returns the verdict. Records `restarts`, the number before the attempt, and its seconds
-    `lasted` if rank 0 never opened the run folder."""
+    has recorded the cause itself. Returns the verdict. If rank 0 never opened the run folder, records `restarts`,
+    the number of restarts before the attempt, and `lasted`, the attempt's seconds."""
     record = folder.read_status().of(attempt_id)
     if record is not None and record.verdict == STOPPED and outcome.failed and outcome.stop is None:
         record = None  # SIGTERM, sent after a rank failed, which another rank took for a request to stop

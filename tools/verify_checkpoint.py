@@ -70,7 +70,7 @@ def _expected(state: StateFile | None) -> tuple[Mapping[str, TensorSpec] | None,
         return specs, ""
     except ConfigError as error:
         said = "; ".join(error.problems)
-        return None, f"; its configuration cannot be read by this version, so layers may be missing ({said})"
+        return None, f"; its configuration cannot be read by this version, so tensors may be missing ({said})"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ Ask = Callable[..., str]  # words of a Slurm command -> output of the command
 
 
 def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, ask: Ask = ask) -> list[CheckResult]:
-    """Checks that Slurm answers and has the plan's nodes, the time limit, and whether a stop leaves time for a save."""
+    """Checks that Slurm answers and has the plan's nodes. Checks the time limit, and whether a stop leaves time to save."""
     try:
         offers = [offer for offer in read_offers(cluster.partition, ask) if offer.name not in cluster.exclude]
         limit = _partition_limit(cluster.partition, ask)

@@ -36,8 +36,8 @@ class GivenPart:
     """The nodes allocated to a job, or to one component of a heterogeneous job. `gpus` is the number of GPUs of a node; -1
     if unknown."""
 
-    hosts: tuple[str, ...]
-    tasks: tuple[int, ...]
+    hosts: tuple[str, ...]  # in Slurm's order
+    tasks: tuple[int, ...]  # of each node
     gpus: int
 
 
@@ -46,7 +46,7 @@ class Allocation:
     """All nodes allocated to a job. A heterogeneous job has one part per component, any other job has one part."""
 
     parts: tuple[GivenPart, ...]
-    features: Mapping[str, str]
+    features: Mapping[str, str]  # comma-separated features of each host
 
     @classmethod
     def read(cls, env: Mapping[str, str]) -> "Allocation":

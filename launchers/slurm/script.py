@@ -44,7 +44,8 @@ def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
 
 
 def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
-    """Returns sbatch's options for the nodes of one part. Raises ConfigError for spare nodes in a heterogeneous job."""
+    """Returns sbatch's options for the nodes of one part, without the site's. Raises ConfigError for spare nodes in a
+    heterogeneous job."""
     if cluster.spare_nodes and len(parts(job)) > 1:
         raise ConfigError(
             f"spare_nodes={cluster.spare_nodes}: must be 0, because the groups of this run need several kinds of nodes "

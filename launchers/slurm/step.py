@@ -169,7 +169,7 @@ def name_unconcluded(
 ) -> int:
     """Records and returns the verdict of an attempt whose batch script Slurm killed before it concluded. The reason names
     the nodes of this attempt that are down now. `on_host` has the ranks on each host of the attempt; the first host ran the
-    batch script."""
+    batch script, which had got a stop signal if `asked`."""
     record = folder.read_status().of(attempt_id)
     if record is not None and record.verdict not in (None, EXIT_FAILED):
         return record.verdict

@@ -82,12 +82,18 @@ def _parts(
         if parts * width != stored[dim] or spec.shape[1 - dim] != stored[1 - dim]:
             whole = stored[dim]
             near = min((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: abs(n - parts))
-            fix = f"take ffn_dim={whole // near}" if near == parts else f"take {near} parts, or another divisor of {whole}"
-            problem = f"{parts} parts x ffn_dim={width} must be the width {whole} of {source}, with the same hidden_dim"
+            fix = f"take ffn_dim={whole // near}"
+            if near != parts:
+                fix = f"take num_experts for {near} parts, or for another divisor of {whole}"
+            problem = (
+                f"num_experts gives each FFN {parts} parts, and {parts} x ffn_dim={width} must be the width {whole} of "
+                f"{source}, with the same hidden_dim"
+            )
             problems[f"model.moe.groups.{group}: {problem}; {fix}"] = None
         sources[name] = Cut(source, dim, part * width)
     if problems:
-        raise ConfigError(listed(f"run.init_rules: {rule} cannot split the FFNs of {contents.folder}", list(problems)))
+        what = "experts" if rule == "split_experts" else "FFNs"
+        raise ConfigError(listed(f"run.init_rules: {rule} cannot split the {what} of {contents.folder}", list(problems)))
     return sources
 
 

@@ -19,7 +19,7 @@ class TimedCalls:
 
     Args:
         function: Function whose arguments and result can be pickled.
-        seconds: CPU seconds that a call may take. The wall clock may show WAITS times as many.
+        seconds: CPU seconds of all threads that a call may take. The wall clock may show WAITS times as many.
         memory: Bytes that the child may take beyond those of this process. A call that needs more raises MemoryError, or
             ends the child, if C code cannot tell.
     """
@@ -56,8 +56,10 @@ class TimedCalls:
         except (EOFError, OSError) as error:
             self._child.join()
             ended, self._child = self._child.exitcode, None
-            if ended in (-signal.SIGPROF, -signal.SIGALRM):
-                raise TimeoutError(f"took more than {self._seconds} s") from error
+            if ended == -signal.SIGALRM:
+                raise TimeoutError(f"took more than {self._seconds * WAITS} s") from error
+            if ended == -signal.SIGPROF:
+                raise TimeoutError(f"took more than {self._seconds} s of CPU time") from error
             raise ChildProcessError(f"ended its process with exit code {ended}") from error
         if returned:
             return value
@@ -67,6 +69,7 @@ class TimedCalls:
         others.close()  # the child's copy of the parent's end of the pipe, which would hide the parent's end from `recv`
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, whose end of the pipe then closes
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + self._memory
         resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))

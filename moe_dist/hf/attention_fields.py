@@ -135,9 +135,14 @@ def read_windows(read: Fields, windows: Windows, num_layers: int) -> dict[str, A
             types = [(_SLIDING, _FULL)[layer % 2] for layer in range(num_layers)]
     elif windows == "layers":
         read.get("max_window_layers", None)
-    said = read.many("layer_types", null=None)
+    said = read.many("layer_types", null=None) or None
     if said is not None and said != types:
         known = len(said) == num_layers and all(each in (_FULL, _SLIDING) for each in said)
+        if windows == "alternate" and not known:
+            raise ConfigError(
+                f"config.json: layer_types={said!r:.80} must name {_FULL} or {_SLIDING} for each of num_hidden_layers="
+                f"{num_layers} layers"
+            )
         if windows not in ("layers", "alternate") or window is None or not known:
             raise ConfigError(
                 f"config.json: layer_types={said!r:.80}: by num_hidden_layers and sliding_window the layers must be "

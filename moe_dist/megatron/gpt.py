@@ -42,7 +42,7 @@ Initial = Callable[[nn.Module, str, str, tuple[int, ...]], Tensor]
 
 
 class Norm(RMSNorm):
-    """RMSNorm with the arguments of Megatron's norm, which sums the weight's gradient over TP with sequence parallelism."""
+    """RMSNorm with the arguments of Megatron's norm. Under sequence parallelism Megatron sums its gradient over TP."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps)

@@ -51,7 +51,7 @@ class Chosen(NamedTuple):
         full_C: bool, true if the slot has a token.
         weight_C: sigmoid(s) of the slot's token with gradient, fp32 (float64 in a float64 model); 0 if the slot is empty.
         counts: Counts of the router, for the layer's report.
-        auxiliary: Binary cross entropy of the auxiliary router, summed over tokens, differentiable, 0-d, or None.
+        auxiliary: Binary cross entropy of the auxiliary router, summed over tokens, differentiable, 0-d; None if untrained.
     """
 
     index_C: Tensor
@@ -170,7 +170,7 @@ class DepthRouter(ChoosingRouter):
         return logit_T.sigmoid() - self.threshold.to(logit_T.dtype)
 
     def _auxiliary_loss(self, causal_T: Tensor, taken_T: Tensor, real_T: Tensor) -> Tensor | None:
-        """Returns the auxiliary router's cross entropy against the selection, summed over tokens; None without it."""
+        """Returns the auxiliary router's cross entropy against the selection, summed over tokens, if there is one."""
         if self.auxiliary is None or not self.training:
             return None
         losses_T = F.binary_cross_entropy_with_logits(causal_T, taken_T.to(causal_T.dtype), reduction="none")

@@ -67,7 +67,7 @@ class ExpertGroup:
         return self.top_k * self.num_experts / self.num_columns
 
     def reached(self, here: int) -> float:
-        """Returns the probability, if routing is uniform, that a token of the group takes one of `here` given experts."""
+        """Returns the probability, if routing is uniform, that a token of the group takes one or more of `here` experts."""
         if self.token_share is not None:
             return 1 - (1 - min(1.0, self.token_share)) ** here
         return 1 - comb(self.num_columns - here, self.top_k) / comb(self.num_columns, self.top_k)

@@ -95,7 +95,7 @@ def group_violations(config: Config) -> list[Violation]:
 
 
 def _secret_violations(config: Config) -> list[Violation]:
-    """Finds secret environment variables in the configuration, which run folder and checkpoints save."""
+    """Finds values of secret environment variables in the configuration, which run folder and checkpoints save."""
     found = secrets_of(os.environ)
     return [
         Violation(

@@ -78,8 +78,8 @@ class RankMemory:
 
 
 def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: float, pairs: float) -> RankMemory:
-    """Estimates the memory of the rank at position `rank` of an EP group. The rank receives `rows` and computes `pairs`
-    (token, expert) pairs per own token, as expected."""
+    """Estimates the memory of the rank at position `rank` of an EP group. `rows` and `pairs` are
+    expected numbers per own token: of rows that the rank receives, and of (token, expert) pairs that it computes."""
     parallel, itemsize = config.parallel, ITEMSIZE[config.parallel.precision]
     tokens = config.train.micro_batch * config.data.seq_len
     held, trained = (each(config, placement, rank=rank) for each in (held_parameters, trained_parameters))

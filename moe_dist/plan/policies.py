@@ -72,7 +72,7 @@ def pinned_ranks(
     section: PinnedSection, groups: Groups, *, num_ranks: int, token_mix: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
     """Returns the ranks of each group: the ranks that the section names, else a part of the remaining ranks. Raises
-    ConfigError if lists every fault."""
+    ConfigError, which lists every fault."""
     given = {name: pinned.ranks for name, pinned in section.groups.items() if pinned.ranks}
     problems = _pinned_problems(section, given, groups, num_ranks)
     if problems:

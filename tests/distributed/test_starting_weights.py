@@ -358,9 +358,10 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (SEED, {**UPCYCLE, GROUPS: {"all": {"num_experts": 2, "top_k": 1, "ffn_dim": 16, "modalities": ["text", "image"]}}},
      "the checkpoint lacks this group in this layer; it has image, text"),
     (SEED, {**SUMMED, f"{GROUPS}.text.ffn_dim": 5},
-     "model.moe.groups.text: 4 parts x ffn_dim=5 must be the width 16 of layers.0.moe.experts.text.0.gate, with "
+     "model.moe.groups.text: num_experts gives each FFN 4 parts, and 4 x ffn_dim=5 must be the width 16 of layers.0.moe."
+      "experts.text.0.gate, with "
      "the same hidden_dim; take ffn_dim=4"),
-    (SEED, {**SPLIT, **PARTS, **SIGMOIDS, **groups((7, 7, 7), (4, 4, 4))}, "take 8 parts, or another divisor of"),
+    (SEED, {**SPLIT, **PARTS, **SIGMOIDS, **groups((7, 7, 7), (4, 4, 4))}, "take num_experts for 8 parts, or for another"),
     ({**SEED, "model.moe.router.scale": 2.0}, SUMMED, "model.moe.router.scale=2.0, but the parts start with weight 1"),
     (SEED, {**SUMMED, "model.moe.shared_ffn_dim": 8}, "shared.gate.weight stays as initialised"),
     (SEED, {**SUMMED, "model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}}, "model.mixture_of_depths="),
@@ -370,7 +371,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (MIXTURE, {**FINE, "model.moe.router.scale": 1.0}, "model.moe.router.scale=1: 2 parts of an expert in group text "
      "have the weight of the expert with scale=2; take it"),
     (MIXTURE, {**FINE, **groups((6, 4, 4), (4, 0, 2))}, "num_experts=6: must be a multiple of the checkpoint's 4"),
-    (MIXTURE, {**FINE, f"{GROUPS}.text.ffn_dim": 7}, "2 parts x ffn_dim=7 must be the width 16 of layers.0.moe"),
+    (MIXTURE, {**FINE, f"{GROUPS}.text.ffn_dim": 7}, "2 parts, and 2 x ffn_dim=7 must be the width 16 of layers.0.moe"),
     (MIXTURE, {**FINE, "model.moe.router.normalise": "none"}, "normalise='none': the checkpoint has 'true_chosen'"),
     ({**MIXTURE, **nodes(topk_group=1), f"{GROUPS}.image.num_experts": 4},
      {**FINER, **groups((8, 4, 4), (8, 0, 2)), **nodes(scale=2.0)}, "takes experts of 1 of 2 node groups"),

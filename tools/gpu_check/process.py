@@ -107,7 +107,7 @@ def on_ranks(body: Callable[..., Any], job: CheckJob, *arguments: Any, world: in
 
     Args:
         world: Number of ranks; by default `job.gpus`.
-        device: Device of the ranks, by default the job's. With fewer GPUs than ranks they share GPUs, over gloo.
+        device: Device of the ranks, by default the job's. With fewer GPUs than ranks, ranks share GPUs and use gloo.
 
     Raises:
         NotPossibleError: a rank raised this error.

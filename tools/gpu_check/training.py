@@ -191,7 +191,7 @@ def _deterministic(job: CheckJob, mesh: Mesh) -> RandomRun:
 
 
 def _repeated(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, dict[str, int]]:
-    """Returns the bits of two runs of three steps. The first saves step 2 while it computes step 3."""
+    """Returns the final fingerprints of two runs of three steps. The first saves step 2 while it computes step 3."""
     first = _deterministic(job, mesh)
     first.take(2)
     writer = first.save(folder)

@@ -130,8 +130,8 @@ class _Cells:
 
 
 class DispatchPlanner:
-    """Makes the plans of this rank for one EP group. See `AllToAllDispatcher` for the other arguments. With `own_apart`,
-    the pairs of this rank's tokens with this rank's experts are computed outside of the chunks."""
+    """Makes the plans of this rank for one EP group, for `chunks` ranges of tokens. With `own_apart`, the pairs of this
+    rank's tokens with this rank's experts are computed outside of the chunks."""
 
     def __init__(
         self,

@@ -66,7 +66,8 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def gather_rows(table_TD: Tensor, index_Q: Tensor) -> Tensor:
-    """Returns table[index], [Q, D]. Gradients of a row that is gathered several times are summed in fp32."""
+    """Returns table[index], [Q, D]. Gradients of a row that is gathered several times are summed in fp32 and
+    rounded once."""
     return _Gather.apply(table_TD, index_Q)  # pyright: ignore[reportReturnType]
 
 

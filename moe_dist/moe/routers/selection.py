@@ -160,7 +160,7 @@ class SelectionScope:
             lengths: T of each rank of the scope.
             name, layer: Names of the collective and of the layer, for statistics and for reports of a hang.
             add_noise: Adds noise to the scope's logits [U, E] before the comparison; the k-th scores contain none.
-            token_T: Index of each of this rank's tokens in its micro-batch; None if the tokens are the micro-batch.
+            token_T: Index of each of this rank's tokens in its micro-batch; None if they are the micro-batch, in order.
         """
         if token_T is not None:
             local_TE, logits_TE = logits_TE, logits_TE.new_zeros(lengths[self.own], logits_TE.shape[1])
@@ -223,7 +223,8 @@ def choose(logits_UE: Tensor, noisy_UE: Tensor, share_E: Tensor, own: slice, *, 
 
 
 def _kth_score(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor) -> Tensor:
-    """Returns each chooser's k-th largest score without noise, k = `room_E`, or 0. `order_UE` sorts `logits_UE`."""
+    """Returns each chooser's k-th largest score without noise, k = `room_E`; 0 where k is 0. `order_UE`, if there is one,
+    sorts `logits_UE`."""
     if not logits_UE.shape[0]:
         return logits_UE.new_zeros(logits_UE.shape[1])
     if order_UE is None:  # with noise, finding the k-th largest score needs a second sort

@@ -71,8 +71,8 @@ class AuxSums(NamedTuple):
     Attributes:
         prob_LC: Sum over tokens of each column's probability. In expert choice `prob_LC` sums scores, without gradient.
         log_z_squared_LG: Sum over tokens of the squared log-sum-exp of the group's logits.
-        auxiliary_LG: Cross entropy of expert choice's auxiliary routers, summed over tokens and experts, or None.
-        depth_auxiliary_P: Binary cross entropy of mixture-of-depths' auxiliary routers, summed over tokens, or None.
+        auxiliary_LG: Cross entropy of expert choice's auxiliary routers, summed over tokens and experts; None if untrained.
+        depth_auxiliary_P: Cross entropy of mixture-of-depths' auxiliary routers, summed over tokens; None if untrained.
     """
 
     prob_LC: "Tensor"

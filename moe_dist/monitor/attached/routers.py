@@ -224,6 +224,8 @@ class RouterHook:
 
 
 class _NoHook:
+    """Takes the place of the hooks in a copied or pickled model, because only the original model is watched."""
+
     def __call__(self, *_: Any) -> None: ...
 
     see = forget = __call__

@@ -368,7 +368,7 @@ class LoopSettings:
     flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
     peak_flops: float | None  # peak FLOPs per second, summed over all devices; None if unknown
     peak_source: str  # the configuration key, or the name of the card, that `peak_flops` comes from
-    active_target: Mapping[str, Callable[[int], float]]
+    active_target: Mapping[str, Callable[[int], float]]  # by group: `build_targets`
 
 
 def loop_settings(config: Config, manifest: Manifest, placement: ExpertPlacement, card: str | None = None) -> LoopSettings:

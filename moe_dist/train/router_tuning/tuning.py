@@ -135,7 +135,7 @@ class RouterTuning:
         return loss._replace(total=loss.total + term, auxiliary=term.detach().to(torch.float64))
 
     def state(self) -> JsonValue:
-        """Returns the samples' digest, and step and weights of the last refresh, so that `restore` can repeat it."""
+        """Returns the samples' digest, and step and router weights of the last refresh, which `restore` repeats."""
         step, routers = self._refreshed
         return {"samples": self._samples.digest, "refreshed": step, "routers": dict(routers)}
 

@@ -30,7 +30,7 @@ from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.partial import read_stored
 from moe_dist.config.schema import Config
 from moe_dist.config.split_experts_rule import split_experts_problems
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.tuning_manifest import load_tuning_manifest
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.top_k import GroupGate
@@ -121,10 +121,17 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
 
 
 def _old_model(contents: Contents) -> ModelSection | None:
-    """Returns the section `model` of a checkpoint's configuration; None if it has none."""
+    """Returns the section `model` of a checkpoint's configuration; None if it has none. Raises DataError if this version
+    cannot read the section."""
     config = contents.state.values.get("config")
     model = config.get("model") if isinstance(config, dict) else None
-    return None if model is None else read_stored(ModelSection, model)
+    try:
+        return None if model is None else read_stored(ModelSection, model)
+    except ConfigError as error:
+        raise DataError(
+            f"{contents.folder}: model of the configuration in its state.json cannot be read by this version of moe_dist; "
+            f"use the version in provenance.json: {'; '.join(error.problems)}"
+        ) from error
 
 
 def _check_scored(config: Config) -> None:

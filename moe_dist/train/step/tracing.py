@@ -33,8 +33,8 @@ from moe_dist.train.objective.loss import forward
 
 
 class StepWatcher:
-    """Gets the expert choices of every token, in the steps for which `due` returns True. A method that a watcher does not
-    define does nothing.
+    """Gets the expert choices of every token, in the steps for which `due` returns True. `finish`, `flush` and `follow` do
+    nothing unless a watcher defines them.
 
     Attributes:
         own_tokens: If several ranks share sequences: True if each of these ranks gets the tokens that the rank routes, in
