@@ -59,8 +59,9 @@ def main(
 
 
 def _families(index: Index) -> Iterator[tuple[str, ...]]:
-    """Yields name, number and size of a checkpoint's tensors by family: first families of parameters, then of moments. The
-    name is `dense`, `routers`, `adapters` or `experts of GROUP`; `MOMENT of` such a name for moments."""
+    """Yields a row for each kind of tensor: name of the kind, numbers of tensors and of values, bytes, and for experts
+    layers and numbers. Parameters are `dense`, `routers`, `adapters` or `experts of GROUP`. The optimizer's moments follow
+    them, such as `exp_avg of dense`."""
     members: dict[str, list[str]] = defaultdict(list)
     for name in index.tensors:
         moment = _MOMENT.fullmatch(name)

@@ -112,7 +112,8 @@ def take_over(path: Path) -> tuple[str, ...]:
 
 
 def stop(address: str, job_id: str) -> int:
-    """Stops a job, waits until it has saved and ended, and returns its verdict. Raises ConfigError if there is none."""
+    """Stops a job, waits until it has saved and ended, and returns its verdict. Raises ConfigError if Ray has no job with
+    this id."""
     client = connect(address)
     try:
         running = client.stop_job(job_id)

@@ -83,8 +83,8 @@ def metadata_of(
 
 
 def read_shard_header(folder: Path, number: int) -> ShardHeader:
-    """Reads and checks the header of the shard file `number`, and compares the file's size with the header. Raises
-    DamagedError if the file or its header is missing, truncated, foreign or damaged."""
+    """Reads the header of shard file `number`. Raises DamagedError if the file is missing, has another size than its header
+    says, is no shard file, or has a damaged header."""
     path = folder / shard_file(number)
 
     def problem(kind: Any, detail: str) -> DamagedError:

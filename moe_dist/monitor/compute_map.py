@@ -68,7 +68,8 @@ def draw_map(found: ComputeMap, *, title: str) -> np.ndarray:
 def _picture(
     image: Image.Image, canvas: ImageDraw.ImageDraw, at: tuple[int, int], picture: MappedPicture, scale: Scale
 ) -> None:
-    """Pastes a picture, its mean number of experts in words, and the map. Without pixels, drawn cells are grey."""
+    """Draws a picture, below it its mean number of experts a cell, and below this the map of experts. If the picture has no
+    pixels, drawn cells are grey."""
     x, y = at
     factor = SIDE / max(picture.experts.shape)
     height, width = (max(1, round(cells * factor)) for cells in picture.experts.shape)

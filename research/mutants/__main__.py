@@ -117,7 +117,7 @@ def _order(fault: Fault, test: str, seconds: dict[str, float]) -> tuple[bool, bo
 
 def _first_failed(tree: Path, candidates: list[str]) -> str | None:
     """Runs these tests in order, until one fails; returns the one that failed. A hang blames the first."""
-    order = tree / ".git_order"
+    order = tree.with_suffix(".order")
     order.write_text("\n".join(candidates))
     files = dict.fromkeys(test.partition("::")[0] for test in candidates)
     code, output = pytest_in(tree, "-x", "-m", "", *files, **{ORDER: str(order)})

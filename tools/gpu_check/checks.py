@@ -1,4 +1,4 @@
-"""The table of checks in their order: first whether results are right, then measurements of speed."""
+"""Lists all checks in the order in which they run: checks of results first, then measurements of speed."""
 
 from collections.abc import Mapping
 

@@ -99,8 +99,8 @@ class BiasController:
         return {"step": self.step, "rules": rules} if rules else {"step": self.step}
 
     def restore(self, state: JsonValue) -> None:
-        """Restores a state that `state` returned. Raises DataError if the number of updates is missing or invalid, or a
-        rule refuses its saved state."""
+        """Restores what `state` returned. Raises DataError if `step`, the number of updates, is invalid, or if a rule
+        refuses its own state."""
         values = state if isinstance(state, dict) else {}
         step, rules = values.get("step"), values.get("rules", {})
         if type(step) is not int or not 0 <= step < 1 << 62:

@@ -53,7 +53,8 @@ def facts(routing: Routing) -> list[str]:
 
 
 def work_of_ranks(routing: Routing) -> np.ndarray:
-    """Returns the work of each EP rank in the window of steps: (token, expert) pairs x FFN width, float64 [L, R]."""
+    """Returns the expert work in the window of steps by layer and EP rank, float64 [L, R]. The work of a (token, expert)
+    pair is the width of the expert's FFN."""
     window, placement = routing.window, routing.placement
     choices_LC = window.choices_LC.astype(np.float64)
     for g, part in enumerate(group_choices(window.choices_LC, routing.groups)):

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class Sink:
         """Flushes and releases files and threads. A second call of `close` does nothing."""
 
 
-class ScalarSink(Sink):
+class ScalarSink(Sink, ABC):
     """A sink that stores scalars alone, those of steps and of evaluations alike."""
 
     def step(self, record: Record) -> None:
@@ -71,9 +72,9 @@ class ScalarSink(Sink):
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
         self.log(scalars, result.step)
 
+    @abstractmethod
     def log(self, scalars: Mapping[str, float | None], step: int) -> None:
         """Stores the scalars that have a value."""
-        raise NotImplementedError
 
 
 class LeaseWatch(Sink):

@@ -3,6 +3,7 @@
 Shape letters: S steps, L MoE layers, E true experts.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from moe_dist.train.step.result import StepResult
 P = TypeVar("P", bound=ExpertPlacement)
 
 
-class LoadLever(Generic[P]):
+class LoadLever(ABC, Generic[P]):
     """See `moe_dist.train.rank_balance.levers.Lever`. Decides after the last step of each window of `every` steps."""
 
     def __init__(self, placement: P, every: int, layers: int) -> None:
@@ -35,13 +36,13 @@ class LoadLever(Generic[P]):
             self._place(decision.placement)  # pyright: ignore[reportArgumentType]  # made by `_decide`
         return decision
 
+    @abstractmethod
     def _decide(self, load_SLE: np.ndarray) -> LeverDecision | None:
         """Decides by the loads, (token, expert) pairs x FFN width, of at least two steps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _place(self, placement: P) -> None:
         """Moves or replicates experts as `placement` says."""
-        raise NotImplementedError
 
     def _stored_pairs(self) -> JsonValue:
         return np.array(self._pairs_SLE, np.int64).tolist()

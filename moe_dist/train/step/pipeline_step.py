@@ -38,7 +38,8 @@ class PipelineModel:
         self, tokens_BS: Tensor, _positions_BS: Tensor, documents_BS: Tensor, group_BS: Tensor, request: RoutingRequest,
         labels_BS: Tensor | None,
     ) -> tuple[Tensor, Sequence[LayerReport]]:  # fmt: skip
-        """Returns each label's cross entropy [B, S] (0 on all stages but the last), and a report per MoE layer."""
+        """Returns the cross entropy of each label, [B, S], which is 0 on all stages but the last, and one report for each
+        MoE layer of this stage."""
         one = torch.ones((), device=tokens_BS.device)
         labels_BS = torch.full_like(tokens_BS, IGNORED) if labels_BS is None else labels_BS
         batch = MicroBatch(tokens_BS, documents_BS, group_BS, labels_BS, one, request)
