@@ -1,8 +1,8 @@
-"""Which room of the code imports which: measured from the imports of files, and drawn.
+"""Computes which room (package) of the code imports which other room, and draws the result.
 
-`python docs/import_graph.py` writes docs/import_graph.svg and prints the figures that tests/unit/test_layers.py holds.
+`python docs/import_graph.py` writes docs/import_graph.svg and prints the figures that tests/unit/test_layers.py checks.
 A room is a folder directly below moe_dist with everything in it, a loose file of moe_dist, launchers, or tools. Imports
-inside functions and under TYPE_CHECKING count. The two tables that name modules as text do not: the subcommands in
+inside functions and under TYPE_CHECKING count. Two tables that name modules as text do not count: the subcommands in
 moe_dist/__main__.py and the public API in moe_dist/__init__.py, which are imported when they are first used.
 """
 
@@ -21,7 +21,7 @@ DRAWING = ROOT / "docs" / "import_graph.svg"
 TOPS = ("moe_dist", "launchers", "tools")
 
 Kind = Literal["module", "typing", "function"]
-"""Where an import stands: runs with its file, is read by type checkers only, or runs when a function is called."""
+"""When an import runs: with its file, only for type checkers, or when a function is called."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def read_sources(root: Path = ROOT, tops: Iterable[str] = TOPS) -> list[Source]:
 
 
 class ImportGraph:
-    """`files[a][b]`: the imports by which module a takes module b. `arrows[a]`: the rooms that room a imports."""
+    """`files[a][b]` lists module a's imports of module b, and `arrows[a]` the rooms that room a imports."""
 
     def __init__(self, sources: Iterable[Source]) -> None:
         self.sources = {source.module: source for source in sources}
@@ -103,13 +103,13 @@ class ImportGraph:
                     self.arrows[source.room] |= {room_of(other)} - {source.room}
 
     def module_of(self, name: str) -> str:
-        """The longest beginning of a dotted name that is a file here, or an empty string."""
+        """Returns the longest prefix of a dotted name that is a module of the graph, or an empty string."""
         while name and name not in self.sources:
             name = name.rpartition(".")[0]
         return name
 
     def apart(self, kind: Kind) -> list[str]:
-        """Files that are imported in this way only, as `importing file:line imports module`."""
+        """Lists files that are imported only by imports of this kind, as `importing file:line imports module`."""
         return [
             f"{self.sources[a].path}:{found[0].line} imports {b}"
             for a, others in self.files.items()
@@ -118,11 +118,11 @@ class ImportGraph:
         ]
 
     def circles(self) -> list[list[str]]:
-        """Files that import each other over any number of files between, whatever the kind of import."""
+        """Lists the cycles of imports between files, whatever the kind of import."""
         return circles({module: set(others) for module, others in self.files.items()})
 
     def folder_circles(self) -> list[list[str]]:
-        """Folders whose files import each other's, over any number of folders between."""
+        """Lists the cycles of imports between folders."""
         arrows: dict[str, set[str]] = defaultdict(set)
         for module, others in self.files.items():
             folder = self.sources[module].folder
@@ -130,7 +130,7 @@ class ImportGraph:
         return circles(arrows)
 
     def thin_arrows(self) -> list[tuple[str, str, str]]:
-        """(room, imported room, path) where one file of a room is the only one that imports the other room."""
+        """Lists (room, imported room, path) where the file `path` is the room's only file that imports the other room."""
         by: dict[tuple[str, str], list[str]] = defaultdict(list)
         for module, others in self.files.items():
             for other in {room_of(name) for name in others} - {room_of(module)}:
@@ -138,7 +138,7 @@ class ImportGraph:
         return sorted((*arrow, paths[0]) for arrow, paths in by.items() if len(paths) == 1)
 
     def floors(self) -> dict[str, int]:
-        """For each room the number of rooms on the longest chain of imports that starts there; errors.py is on floor 1."""
+        """Returns for each room the length of the longest chain of imports that starts there; errors.py is on floor 1."""
         if found := circles(self.arrows):
             raise ValueError(f"rooms that import each other have no floor: {found}")
         floors: dict[str, int] = {}
@@ -153,7 +153,7 @@ class ImportGraph:
         return floors
 
     def rooms_without_torch(self) -> set[str]:
-        """Rooms whose files all import without torch, directly and through other files."""
+        """Returns the rooms of which no file imports torch, directly or through other files."""
         needs = {m for m, s in self.sources.items() if any(torch_or_megatron(i) for i in s.imports if i.kind == "module")}
         while more := {
             a
@@ -169,7 +169,7 @@ def torch_or_megatron(each: Import) -> bool:
 
 
 def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """Sets of nodes that reach each other, found by taking away nodes without arrows in or out, then by reachability."""
+    """Returns the sets of nodes that reach each other. Nodes without incoming or outgoing arrows are removed first."""
     left = {node: set(others) for node, others in arrows.items()}
     while True:
         targets = set().union(*left.values()) if left else set()
@@ -192,7 +192,7 @@ def reachable(arrows: dict[str, set[str]], start: str) -> set[str]:
     return seen
 
 
-# The drawing. Arrows over several floors get a bend on each floor between, so that no arrow crosses a box.
+# The drawing. An arrow over several floors gets a bend on each floor between, so that no arrow crosses a box.
 
 BOX_WIDTH, BOX_HEIGHT, BEND_WIDTH, GAP, FLOOR_HEIGHT, MARGIN = 108, 34, 16, 22, 96, 56
 SWEEPS = 24
@@ -201,7 +201,7 @@ Node = str | tuple[str, str, int]
 
 
 def unimplied(arrows: dict[str, set[str]]) -> list[tuple[str, str]]:
-    """The arrows that no longer way implies: where a imports b and c, and b imports c, a to c is left out."""
+    """Returns the arrows to draw: if a imports b and c, and b imports c, the arrow from a to c is left out."""
     return sorted(
         (a, b) for a, others in arrows.items() for b in others if not any(b in reachable(arrows, c) for c in others - {b})
     )
@@ -241,7 +241,7 @@ def draw(graph: ImportGraph) -> str:
 
 
 def place(floors: dict[str, int], ways: list[list[Node]]) -> dict[Node, float]:
-    """The middle of each room and bend, in pixels: those of one floor are ordered by the mean place of their neighbours."""
+    """Returns the middle of each node in pixels. A floor's nodes are ordered by the mean place of their neighbours."""
     rows: dict[int, list[Node]] = defaultdict(list)
     for room, floor in sorted(floors.items()):
         rows[floor].append(room)
@@ -270,12 +270,12 @@ def level(node: Node, floors: dict[str, int]) -> int:
 
 
 def mean(values: list[float], otherwise: float) -> float:
-    return fsum(values) / len(values) if values else otherwise  # in any order: they come from a set
+    return fsum(values) / len(values) if values else otherwise  # fsum, because the values come from a set in any order
 
 
 def spread(row: list[Node], wish: dict[Node, float], x: dict[Node, float]) -> None:
-    """Puts a row's nodes as near to their wishes as their widths allow, in the order of the row."""
-    blocks: list[tuple[list[Node], float]] = []  # nodes that touch, and the left edge they would take together
+    """Places the nodes of a row, in the row's order, as near to their wished places as their widths allow."""
+    blocks: list[tuple[list[Node], float]] = []  # nodes that touch each other, and their common left edge
     for node in row:
         nodes, start = [node], wish[node] - width(node) / 2
         while blocks and blocks[-1][1] + sum(map(width, blocks[-1][0])) > start:
