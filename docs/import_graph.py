@@ -49,7 +49,7 @@ class Source:
 
     @property
     def folder(self) -> str:
-        """The folder of the file; a loose file of moe_dist stands for itself, as in the rooms."""
+        """The folder of the file. For a file directly in moe_dist this is the file itself, as in `room`."""
         folder = str(Path(self.path).parent)
         return self.path if folder == "moe_dist" else folder
 

@@ -1,4 +1,4 @@
-"""Logs the place and environment of each task of a job, without torch. Start it instead of the training:
+"""Logs the place and environment of each task of a job, without torch. Start this script in place of the training program:
 
 python -m launchers.slurm CONFIG --program slurm/probe.py && grep -h '^probe' <run folder>/log/rank_*.log
 """

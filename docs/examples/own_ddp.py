@@ -10,13 +10,13 @@ import moe_dist
 dist.init_process_group("gloo")
 group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
 model = Model(group if size > 1 else None).to(torch.float64)
-moe_dist.average_over_ranks(model, group)  # DDP then leaves the experts out
+moe_dist.average_over_ranks(model, group)  # makes DDP leave out the experts
 wrapped = DistributedDataParallel(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 own = TOKENS_BT.chunk(size)[rank]
 for _ in range(STEPS):
     loss, report = sum_loss(wrapped, own)
-    # The mean over this rank's tokens, because DDP averages gradients over ranks.
+    # Divide by this rank's number of tokens, because DDP averages gradients over ranks.
     loss = loss / own[:, 1:].numel() + BALANCE * moe_dist.balance_loss(report, GROUPS, group, averaged=True)
     loss.backward()
     optimizer.step()

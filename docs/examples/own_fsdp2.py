@@ -15,11 +15,11 @@ moe_dist.average_over_ranks(model, group)
 experts = moe_dist.expert_parameters(model)  # already spread over the ranks
 fully_shard(model, mesh=init_device_mesh("cpu", (size,)), ignored_params=set(experts))
 dense = [parameter for parameter in model.parameters() if all(parameter is not expert for expert in experts)]
-optimizer = torch.optim.AdamW([{"params": dense}, {"params": experts}], lr=1e-2)  # DTensors and tensors apart
+optimizer = torch.optim.AdamW([{"params": dense}, {"params": experts}], lr=1e-2)  # separate DTensors and tensors
 own = TOKENS_BT.chunk(size)[rank]
 for _ in range(STEPS):
     loss, report = sum_loss(model, own)
-    # The mean over this rank's tokens, because FSDP2 averages gradients over ranks.
+    # Divide by this rank's number of tokens, because FSDP2 averages gradients over ranks.
     loss = loss / own[:, 1:].numel() + BALANCE * moe_dist.balance_loss(report, GROUPS, group, averaged=True)
     loss.backward()
     optimizer.step()

@@ -14,7 +14,7 @@ SIZE = int(os.environ["WORLD_SIZE"])
 
 
 class Module(LightningModule):
-    def configure_model(self) -> None:  # Lightning has made the process group, and has not wrapped the module yet
+    def configure_model(self) -> None:  # called after Lightning makes the process group and before it wraps the module
         if not hasattr(self, "model"):
             self.ranks = dist.group.WORLD if SIZE > 1 else None
             self.model = Model(self.ranks).to(torch.float64)
@@ -39,7 +39,7 @@ trainer = Trainer(
     strategy="ddp" if SIZE > 1 else "auto",
     max_epochs=STEPS,
     logger=False,
-    enable_checkpointing=False,  # would save rank 0's experts only; save moe_dist.full_state_dict(model)
+    enable_checkpointing=False,  # a checkpoint would have rank 0's experts only; save moe_dist.full_state_dict(model)
     enable_progress_bar=False,
     enable_model_summary=False,
 )

@@ -25,19 +25,19 @@ class Model(nn.Module):
 
 
 def sum_loss(model: nn.Module, token_BT: torch.Tensor) -> tuple[torch.Tensor, moe_dist.LayerReport]:
-    """The summed loss of the next tokens of each sequence."""
+    """Returns the loss, summed over all next tokens of all sequences, and the layer's report."""
     logits_TV, report = model(token_BT[:, :-1].flatten())
     return nn.functional.cross_entropy(logits_TV, token_BT[:, 1:].flatten(), reduction="sum"), report
 
 
 def train(token_BT: torch.Tensor = TOKENS_BT, steps: int = STEPS) -> Model:
-    """Every rank takes its share of the B sequences."""
+    """Trains a model; each rank takes its share of the B sequences."""
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     model = Model(group if size > 1 else None).to(torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
         loss, report = sum_loss(model, token_BT.chunk(size)[rank])
-        # Divided by the number of all ranks' tokens, so that losses and gradients add up over ranks.
+        # Divide by the number of tokens of all ranks, so that losses and gradients add up over ranks.
         loss = loss / token_BT[:, 1:].numel() + BALANCE * moe_dist.balance_loss(report, GROUPS, group)
         loss.backward()
         moe_dist.finish_gradients(model, group)
