@@ -1,9 +1,10 @@
-"""Computes which room (package) of the code imports which other room, and draws the result.
+"""Measures which rooms of the code import each other, and draws the graph.
 
 `python docs/import_graph.py` writes docs/import_graph.svg and prints the figures that tests/unit/test_layers.py checks.
-A room is a folder directly below moe_dist with everything in it, a loose file of moe_dist, launchers, or tools. Imports
-inside functions and under TYPE_CHECKING count. Two tables that name modules as text do not count: the subcommands in
-moe_dist/__main__.py and the public API in moe_dist/__init__.py, which are imported when they are first used.
+A room is one of: a folder directly below moe_dist with everything in it, a single file of moe_dist, launchers, tools.
+Imports inside functions and under TYPE_CHECKING count. Two tables that name modules as text do not count: the
+subcommands in moe_dist/__main__.py and the public API in moe_dist/__init__.py. They import a module when it is first
+used.
 """
 
 import ast
@@ -21,7 +22,7 @@ DRAWING = ROOT / "docs" / "import_graph.svg"
 TOPS = ("moe_dist", "launchers", "tools")
 
 Kind = Literal["module", "typing", "function"]
-"""When an import runs: with its file, only for type checkers, or when a function is called."""
+"""Whether an import runs with its file, is read by type checkers only, or runs when a function is called."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Source:
 
     @property
     def folder(self) -> str:
-        """The folder of the file. For a file directly in moe_dist this is the file itself, as in `room`."""
+        """The folder of the file. A file directly in moe_dist counts as a folder, as it counts as a room."""
         folder = str(Path(self.path).parent)
         return self.path if folder == "moe_dist" else folder
 
@@ -89,7 +90,7 @@ def read_sources(root: Path = ROOT, tops: Iterable[str] = TOPS) -> list[Source]:
 
 
 class ImportGraph:
-    """`files[a][b]` lists module a's imports of module b, and `arrows[a]` the rooms that room a imports."""
+    """`files[a][b]`: the imports of module b in module a. `arrows[a]`: the rooms that room a imports."""
 
     def __init__(self, sources: Iterable[Source]) -> None:
         self.sources = {source.module: source for source in sources}
@@ -103,13 +104,13 @@ class ImportGraph:
                     self.arrows[source.room] |= {room_of(other)} - {source.room}
 
     def module_of(self, name: str) -> str:
-        """Returns the longest prefix of a dotted name that is a module of the graph, or an empty string."""
+        """The longest prefix of a dotted name that is a module of this graph, or an empty string."""
         while name and name not in self.sources:
             name = name.rpartition(".")[0]
         return name
 
     def apart(self, kind: Kind) -> list[str]:
-        """Lists files that are imported only by imports of this kind, as `importing file:line imports module`."""
+        """Lines `importing file:line imports module` for each pair of modules whose imports are all of this kind."""
         return [
             f"{self.sources[a].path}:{found[0].line} imports {b}"
             for a, others in self.files.items()
@@ -118,11 +119,11 @@ class ImportGraph:
         ]
 
     def circles(self) -> list[list[str]]:
-        """Lists the cycles of imports between files, whatever the kind of import."""
+        """Groups of files that import each other, directly or through other files, by imports of any kind."""
         return circles({module: set(others) for module, others in self.files.items()})
 
     def folder_circles(self) -> list[list[str]]:
-        """Lists the cycles of imports between folders."""
+        """Groups of folders that import each other, directly or through other folders."""
         arrows: dict[str, set[str]] = defaultdict(set)
         for module, others in self.files.items():
             folder = self.sources[module].folder
@@ -130,7 +131,7 @@ class ImportGraph:
         return circles(arrows)
 
     def thin_arrows(self) -> list[tuple[str, str, str]]:
-        """Lists (room, imported room, path) where the file `path` is the room's only file that imports the other room."""
+        """(room, imported room, path) for each imported room that only one file of the importing room imports."""
         by: dict[tuple[str, str], list[str]] = defaultdict(list)
         for module, others in self.files.items():
             for other in {room_of(name) for name in others} - {room_of(module)}:
@@ -138,7 +139,7 @@ class ImportGraph:
         return sorted((*arrow, paths[0]) for arrow, paths in by.items() if len(paths) == 1)
 
     def floors(self) -> dict[str, int]:
-        """Returns for each room the length of the longest chain of imports that starts there; errors.py is on floor 1."""
+        """Returns each room's floor: the number of rooms on the longest chain of imports that starts there."""
         if found := circles(self.arrows):
             raise ValueError(f"rooms that import each other have no floor: {found}")
         floors: dict[str, int] = {}
@@ -153,7 +154,7 @@ class ImportGraph:
         return floors
 
     def rooms_without_torch(self) -> set[str]:
-        """Returns the rooms of which no file imports torch, directly or through other files."""
+        """Rooms whose files all import without torch, directly and through other files."""
         needs = {m for m, s in self.sources.items() if any(torch_or_megatron(i) for i in s.imports if i.kind == "module")}
         while more := {
             a
@@ -169,7 +170,7 @@ def torch_or_megatron(each: Import) -> bool:
 
 
 def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """Returns the sets of nodes that reach each other. Nodes without incoming or outgoing arrows are removed first."""
+    """Sets of nodes that reach each other. Nodes without arrows in or out are on no circle, and are removed first."""
     left = {node: set(others) for node, others in arrows.items()}
     while True:
         targets = set().union(*left.values()) if left else set()
@@ -192,7 +193,7 @@ def reachable(arrows: dict[str, set[str]], start: str) -> set[str]:
     return seen
 
 
-# The drawing. An arrow over several floors gets a bend on each floor between, so that no arrow crosses a box.
+# The drawing. An arrow over several floors gets a bend on each floor in between, so that it crosses no box.
 
 BOX_WIDTH, BOX_HEIGHT, BEND_WIDTH, GAP, FLOOR_HEIGHT, MARGIN = 108, 34, 16, 22, 96, 56
 SWEEPS = 24
@@ -201,7 +202,7 @@ Node = str | tuple[str, str, int]
 
 
 def unimplied(arrows: dict[str, set[str]]) -> list[tuple[str, str]]:
-    """Returns the arrows to draw: if a imports b and c, and b imports c, the arrow from a to c is left out."""
+    """The arrows that no longer path implies: if a imports b and c, and b imports c, a to c is left out."""
     return sorted(
         (a, b) for a, others in arrows.items() for b in others if not any(b in reachable(arrows, c) for c in others - {b})
     )
@@ -241,7 +242,8 @@ def draw(graph: ImportGraph) -> str:
 
 
 def place(floors: dict[str, int], ways: list[list[Node]]) -> dict[Node, float]:
-    """Returns the middle of each node in pixels. A floor's nodes are ordered by the mean place of their neighbours."""
+    """The x of each room's and bend's centre, in pixels. The nodes of a floor are in order of their neighbours' mean x.
+    """
     rows: dict[int, list[Node]] = defaultdict(list)
     for room, floor in sorted(floors.items()):
         rows[floor].append(room)
@@ -270,12 +272,12 @@ def level(node: Node, floors: dict[str, int]) -> int:
 
 
 def mean(values: list[float], otherwise: float) -> float:
-    return fsum(values) / len(values) if values else otherwise  # fsum, because the values come from a set in any order
+    return fsum(values) / len(values) if values else otherwise  # fsum: `values` come from a set, in any order
 
 
 def spread(row: list[Node], wish: dict[Node, float], x: dict[Node, float]) -> None:
-    """Places the nodes of a row, in the row's order, as near to their wished places as their widths allow."""
-    blocks: list[tuple[list[Node], float]] = []  # nodes that touch each other, and their common left edge
+    """Sets `x` of a row's nodes as near to `wish` as their widths allow, and keeps their order."""
+    blocks: list[tuple[list[Node], float]] = []  # nodes that touch, and the left edge of the block
     for node in row:
         nodes, start = [node], wish[node] - width(node) / 2
         while blocks and blocks[-1][1] + sum(map(width, blocks[-1][0])) > start:

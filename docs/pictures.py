@@ -20,9 +20,9 @@ from PIL import Image
 from tests.support.browser import Browser, browser
 
 IMAGES = Path(__file__).parent / "images"
-SECONDS = 120.0  # until TensorBoard answers
+SECONDS = 120.0  # that TensorBoard has to answer
 DRAWING = 30.0  # seconds: TensorBoard draws its charts some time after the page has loaded
-COLOURS = 256  # of a PNG's palette: pages of few colours, a third of the bytes
+COLOURS = 256  # of a PNG's palette: the pages have few colours, and the file shrinks to a third
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def tensorboard(folder: Path) -> Iterator[str]:
 
 
 def take(page: Browser, name: str, *, height: int, top: str | None = None) -> None:
-    """Writes docs/images/NAME.png: `height` CSS pixels of the page from its element `top`, two pixels for each of them."""
+    """Writes docs/images/NAME.png: `height` CSS pixels of the page from its element `top`, at twice the resolution."""
     y = 0 if top is None else page.value(f"document.querySelector({top!r}).getBoundingClientRect().top + scrollY - 12")
     path = page.picture(
         IMAGES / f"{name}.png", clip={"x": 0, "y": y, "width": page.value("innerWidth"), "height": height, "scale": 1}

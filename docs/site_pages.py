@@ -1,6 +1,6 @@
-"""Pages of the documentation site that are no files of docs/: README.md and others, and the reference, made from the code.
+"""Adds the pages of the site that are not files of docs/: README.md and others, and the reference made from the code.
 
-mkdocs calls the functions `on_...` (mkdocs.yml).
+mkdocs calls the functions `on_...` (see mkdocs.yml).
 """
 
 import html
@@ -35,7 +35,7 @@ _REFERENCE = re.compile(r'^\[(?P<label>[^\]]+)\]: (?P<target>\S+)(?: "(?P<title>
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages that are no files of docs/."""
+    """Adds the pages that are not files of docs/."""
     for source, target in OUTSIDE.items():
         files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
     for target, text in reference().items():
@@ -66,7 +66,7 @@ def site_links(markdown: str, source: str, page: str) -> str:
         if there in OUTSIDE:
             there = f"docs/{OUTSIDE[there]}"
         if not there.startswith("docs/") and (ROOT / there).exists():
-            return None  # a file of the code; a file that does not exist stays a link, and fails the build
+            return None  # a file of the code; a link to a missing file stays, and fails the build
         return os.path.relpath(there.removeprefix("docs/"), posixpath.dirname(page) or ".") + hash_ + anchor
 
     def inline(match: re.Match[str]) -> str:
@@ -103,7 +103,7 @@ def reference() -> dict[str, str]:
 
 
 def _escape(cell: str) -> str:
-    """Returns the text of a table's cell in which nothing outside of code spans is markup."""
+    """Escapes a table cell's text so that nothing outside of code spans is markup."""
     parts = re.split(r"(`[^`]*`)", cell.replace("\n", " "))
     parts[::2] = [re.sub(r"([\[\]*_])", r"\\\1", html.escape(part, quote=False)) for part in parts[::2]]
     return "".join(parts).replace("|", "\\|")
@@ -128,7 +128,7 @@ def _keys_page(title: str, what: str, root: Any) -> str:
         if top != section:
             lines += _table(("key", "type", "default", "meaning"), rows) if rows else []
             lines, section, rows = [*lines, f"## {top}", ""], top, []
-        if key.field is None and not key.sections:  # an item of a list: the row of the list says all
+        if key.field is None and not key.sections:  # an item of a list: the list's row describes it
             continue
         path = f"`{key.path}`" + (f" ({key.variant})" if key.variant and dot else "")
         rows.append([path, *meaning_of(key)])
