@@ -1,10 +1,9 @@
 """Measures which rooms of the code import each other, and draws the graph.
 
-`python docs/import_graph.py` writes docs/import_graph.svg and prints the figures that tests/unit/test_layers.py checks.
-A room is one of: a folder directly below moe_dist with everything in it, a single file of moe_dist, launchers, tools.
-Imports inside functions and under TYPE_CHECKING count. Two tables that name modules as text do not count: the
-subcommands in moe_dist/__main__.py and the public API in moe_dist/__init__.py. They import a module when it is first
-used.
+`python docs/import_graph.py` writes docs/import_graph.svg and prints the figures that tests/unit/test_layers.py checks. A
+room is one of: a folder directly below moe_dist with everything in it, a single file of moe_dist, launchers, tools. Imports
+inside functions and under TYPE_CHECKING count. Two tables that name modules as text do not count: the subcommands in
+moe_dist/__main__.py and the public API in moe_dist/__init__.py. They import a module when it is first used.
 """
 
 import ast
@@ -242,8 +241,7 @@ def draw(graph: ImportGraph) -> str:
 
 
 def place(floors: dict[str, int], ways: list[list[Node]]) -> dict[Node, float]:
-    """The x of each room's and bend's centre, in pixels. The nodes of a floor are in order of their neighbours' mean x.
-    """
+    """The x of each room's and bend's centre, in pixels. A floor's nodes are sorted by the mean x of their neighbours."""
     rows: dict[int, list[Node]] = defaultdict(list)
     for room, floor in sorted(floors.items()):
         rows[floor].append(room)

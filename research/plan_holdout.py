@@ -45,8 +45,9 @@ def _choices(top_k: int, num_null: int) -> tuple[str, ...]:
     )
 
 
-# Neighbours in the list differ in one factor, so that the layouts at even and those at odd places vary every factor. The
-# workload W4 is left out, because its ranks have different numbers of tokens, unlike the ranks of a training step.
+# Neighbours in the list differ in one factor, so that the layouts at even places and those at odd places both vary every
+# factor. The workload W4 is left out, because its ranks have different numbers of tokens, unlike the ranks of a training
+# step.
 LAYOUTS: tuple[MeasuredLayout, ...] = (
     *(_layout(f"parallel.ep={n}", f"parallel.recompute={each}") for n in (1, 2, 4) for each in RECOMPUTE),
     *(_layout(f"parallel.ep={ep}", *_choices(4, number)) for number in (0, 8, 72) for ep in (2, 4)),

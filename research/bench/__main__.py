@@ -2,7 +2,8 @@
 
 python -m research.bench [--json FILE]
 
-Contenders run in turn, with one thread on each rank. docs/benchmarks.md explains the tables and their limits.
+Contenders (implementations) run in turn, with one thread on each rank. docs/benchmarks.md explains the tables and their
+limits.
 """
 
 import os
@@ -61,7 +62,7 @@ def main(
     if world > (cores := len(os.sched_getaffinity(0))):
         raise ConfigError(f"--world {world}: more ranks than the {cores} cores; their times would say nothing")
     commit, diff, untracked = code_state(Path(moe_dist.__file__).parent)
-    code = f"{(commit or 'unknown')[:12]}{'+' if diff or untracked else ''}"  # a plus if the code differs from the commit
+    code = f"{(commit or 'unknown')[:12]}{'+' if diff or untracked else ''}"  # plus: the code differs from the commit
     try:
         measure(BenchJob(world, path, tuple(only), quick, rounds, seed, code), fresh=fresh)
     except RuntimeError as error:

@@ -2,8 +2,8 @@
 
 An operation takes FLOPs / (rate of this kind of operation), or bytes / (rate of a copy), whichever is longer. Operations
 run one after the other. A part of the model takes the time of its operations or of the host's kernel launches, whichever is
-longer. An exchange takes latency + bytes / rate, in the order of the dispatcher or of two-batch overlap
-(`moe_dist.plan.step_model`), and slows no simultaneous computation. Parameter all-gathers overlap with forward, and
+longer. An exchange takes latency + bytes / rate, and does not slow simultaneous computation. Exchanges have the order of
+the dispatcher or of two-batch overlap (`moe_dist.plan.step_model`). Parameter all-gathers overlap with forward, and
 gradient sums with backward, while no exchange runs; with two-batch overlap neither overlaps with anything. All ranks take
 equal times.
 """
@@ -53,10 +53,10 @@ class CardTime:
         exchange, sync: Seconds of a micro-batch in exchanges, and in which the device is idle after host syncs.
         micro_batch: Seconds of a micro-batch.
         once: Seconds of what a step does once rather than per micro-batch, such as the optimizer's update.
-        gathers, sums, uncovered: Seconds of a step in gathers of parameters, in sums of gradients, and in gathers and sums
-            without simultaneous computation.
-        model_flops, masked: FLOPs (not seconds) of a step: without recomputation and masked attention scores, and of masked
-            scores alone.
+        gathers, sums, uncovered: Seconds of a step in gathers of parameters, in sums of gradients, and in those gathers and
+            sums that overlap with no computation.
+        model_flops, masked: FLOPs (not seconds) of a step: all except recomputation and masked attention scores, and those
+            of masked scores alone.
     """
 
     rates: Rates

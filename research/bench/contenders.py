@@ -1,5 +1,5 @@
-"""The contenders of the dispatch benchmark. A contender is made from a case (routing and rows of a measured point on this
-rank), and is a function without arguments to time. "Ours" is moe_dist's dispatcher. Each of a token's K choices is an
+"""Makes the contenders of the dispatch benchmark. A contender is made from a case (routing and rows of a measured point on
+this rank), and is a function without arguments to time. "Ours" is moe_dist's dispatcher. Each of a token's K choices is an
 expert or null; a pair is a (token, expert) choice.
 
 The following contenders bring token rows to the ranks of the chosen experts and back, without sorting rows by expert:

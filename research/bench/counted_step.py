@@ -42,7 +42,7 @@ def shares(counted: Counted, value: Callable[[Work], int]) -> Share:
 
 
 def leasts(counted: Counted, path: str | Path, overrides: Sequence[str]) -> tuple[dict[Key, float], dict[Key, float]]:
-    """Returns the fewest bytes and FLOPs of one micro-batch of the counted configuration, by part and phase; empty for a
+    """Returns the fewest bytes and FLOPs of one micro-batch of the counted configuration, by part and phase. Empty for a
     model with LoRA, shared experts or mixture of depths, which `least.py` does not support."""
     config = scaled(overrides, str(find_config(path)), counted.ranks)
     if config.model.has_adapters or config.model.moe.shared_ffn_dim or config.model.depth_layers:

@@ -2,8 +2,8 @@
 [TRACE.npz ...]
 
 EPLB_FILE is eplb.py of github.com/deepseek-ai/EPLB, which is not part of moe_dist. For each set of expert loads both
-solvers find one placement for all layers, as in moe_dist, and one placement per layer, as in EPLB; without and with a spare
-slot on each rank.
+solvers find one placement for all layers, as in moe_dist, and one placement per layer, as in EPLB. Both do so without and
+with a spare slot on each rank.
 """
 
 import time
@@ -28,7 +28,8 @@ def main(
     eplb: Annotated[Path, typer.Argument(help="eplb.py of DeepSeek's EPLB.")],
     traces: Annotated[list[Path] | None, typer.Argument(help="Files with ids_TLK, as plan_holdout stores them.")] = None,
 ) -> None:
-    """Print ours over theirs: work of the busiest ranks, summed over layers. Ends with exit code 1 if one is above 1."""
+    """Print the work of the busiest ranks, summed over layers: our solver's divided by EPLB's. Ends with exit code 1 if a
+    ratio is above 1."""
     spec = spec_from_file_location("eplb", eplb)
     assert spec is not None
     assert spec.loader is not None

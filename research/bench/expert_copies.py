@@ -16,7 +16,7 @@ PARTS, SWAPPED = 4, 2  # numbers of copies that are tried, and how many of these
 
 class Copied(NamedTuple):
     """Slots of all ranks with their experts: `expert_P[p]` has a slot on `rank_P[p]`. The slots of an expert share its work
-    evenly; a rank that would get two copies of an expert has one copy with twice the share, and a free slot."""
+    evenly. A rank that would get two copies of an expert has one copy with twice the share, and a free slot."""
 
     expert_P: np.ndarray
     rank_P: np.ndarray

@@ -33,7 +33,7 @@ FIRST, STEPS = 1, 7  # numbers of untimed and of timed steps of a visit
 
 @dataclass(frozen=True)
 class MeasuredLayout:
-    """A configuration, and the workload whose expert choices the routers take; None if the routers choose."""
+    """A configuration, and the workload whose expert choices replace those of the routers (None: the routers choose)."""
 
     config: str
     overrides: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Times a step of router tuning against a step that trains all parameters, on the same samples. See
+"""Compares the time of a router-tuning step with the time of a step that trains all parameters, on the same samples. See
 docs/router-tuning.md."""
 
 import tempfile

@@ -1,5 +1,5 @@
-"""Reads what was added to an experiment after its first run, when its own file may not change any more: the file
-FILE in the folder of the records, which maps names of experiments to `Additions`."""
+"""Reads additions to experiments that were made after their first run, when an experiment's file may not change any more.
+The file FILE in the folder of the records maps names of experiments to `Additions`."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ class Additions(Part):
 
 
 def read_additions(folder: Path, experiment: str) -> Additions:
-    """Returns what FILE in `folder` adds to an experiment; an empty `Additions` if FILE does not name the experiment.
+    """Returns an experiment's additions in FILE in `folder`; an empty `Additions` if FILE does not name the experiment.
 
     Raises:
         ConfigError: the file is damaged.

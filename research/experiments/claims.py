@@ -45,7 +45,7 @@ def _rows(study: Study) -> Sequence[Sequence[str]]:
 
 
 def _outcome(verdict: Verdict) -> str:
-    """Says more than `verdict.outcome` where the lower bound, too, is above the margin."""
+    """Returns `verdict.outcome`, and adds that the claim is refuted if the lower bound, too, is above the margin."""
     refuted = verdict.outcome == "fail" and verdict.paired is not None and verdict.paired.lower > verdict.rule.margin
     return "fail, refuted" if refuted else verdict.outcome
 

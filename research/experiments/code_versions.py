@@ -1,6 +1,6 @@
 """Tells apart the versions of the code that made the records of an experiment.
 
-Two commits are of one version if the folders FOLDERS have the same contents in both. Without git, the version is that of
+Two commits are the same version if the folders FOLDERS have the same contents in both. Without git, the version is that of
 the package.
 """
 
@@ -21,7 +21,7 @@ Code = Mapping[str, Any]  # the "code" of a record: "commit", "changed" and, wit
 
 
 def check_same_code(study: Study, records: Records, *, pilot: bool = False) -> None:
-    """Raises ConfigError if the code of now is of another version than the code of a record."""
+    """Raises ConfigError if the present code is another version than the code of a record."""
     now = code_of_now()
     for old in {
         (name_of(record["code"]), record["code"]["changed"]): record["code"] for record in records.values()
@@ -37,7 +37,7 @@ def check_same_code(study: Study, records: Records, *, pilot: bool = False) -> N
 
 
 def _difference(old: Code, now: Code) -> str:
-    """Says in what two versions differ; empty if they do not."""
+    """Describes how two versions differ; empty if they do not."""
     if old["changed"] != now["changed"]:
         return "one of them has uncommitted changes"
     if name_of(old) == name_of(now):
@@ -61,8 +61,8 @@ def _way_out(old: Code, path: Path, runs: Path) -> str:
 
 
 def tell_versions(study: Study, records: Records) -> str:
-    """Says in a sentence which runs are of which version of the code, the version with most runs first; empty if all runs
-    are of one version without uncommitted changes."""
+    """Returns a sentence that lists the runs of each version of the code, the version with most runs first. Empty if all
+    runs were made by one version without uncommitted changes."""
     codes = {name_of(record["code"]): record["code"] for record in records.values()}
     contents = {name: _contents(code) for name, code in codes.items()}
     versions: dict[tuple[frozenset[str] | str, bool], list[tuple[str, int]]] = {}

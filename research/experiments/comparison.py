@@ -34,10 +34,10 @@ from research.experiments.verdicts import Paired, Record, Records, number_at, of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SEQUENCES = 192  # held-out sequences of each source; loads differ between documents, with 64 by up to 9 %
+SEQUENCES = 192  # held-out sequences of each source; with 64, a load differs by up to 9 % between sets of documents
 OFF_BUDGET = 0.05  # relative difference from the budget beyond which a method's losses cannot be compared
 BYTES = 4  # size of an fp32 number
-EXCHANGES = 4  # of each row: dispatch and combine, forward and backward
+EXCHANGES = 4  # times that a row is sent: dispatch and combine, forward and backward
 COLOUR, FAINT = "#0072B2", "#999999"  # colours of Okabe and Ito, for colour-blind readers
 INCHES = (10.0, 7.5)
 
@@ -55,7 +55,7 @@ class Comparison:
     root: Path
     ranks: tuple[int, ...] = ()  # numbers of ranks on which steps are timed
     rates: tuple[float, ...] = ()  # learning rates that are tried for each method; with none all have the base's
-    controls: bool = False  # whether each method is compared with its loads by modality, too
+    controls: bool = False  # whether each method is also compared with a control that has its loads by modality
     hold: bool = False  # whether loads are set to the budget on validation sequences, after training
 
     @property
@@ -159,8 +159,8 @@ def write_study(asked: Comparison, path: Path, values: Mapping[str, Any]) -> Stu
 
 
 def _check_validation(asked: Comparison, study: Study) -> None:
-    """Raises ConfigError if options need held-out sequences besides those that the comparison measures, and the data have
-    none."""
+    """Raises ConfigError if an option needs validation sequences, and the data have no held-out sequences besides the
+    measured ones."""
     options = [name for name, given in (("--rates", asked.rates), ("--hold", asked.hold)) if given]
     try:
         if options:

@@ -6,8 +6,8 @@ conventions.
 The question about a picture asks for the colour of its background; the question about a caption asks for its language. A
 convention shifts the names of answers: the k-th of n answers is called by the (k + step)-th name, counted modulo n. Only
 the instruction says which convention to use. An instruction is one of many paraphrases, some of which are held out.
-Pictures and captions that are held out in the base data are held out here, because a model trained on the base data is
-adapted. All conventions ask about the same pictures and captions.
+Pictures and captions that are held out in the base data are also held out here, because the adapted model was trained on
+the base data. All conventions ask about the same pictures and captions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,8 +68,8 @@ class Asked:
 
 
 def paraphrases(convention: str, side: str) -> list[str]:
-    """Returns a convention's instructions on the training or held-out side. Training and held-out side both use every word
-    and every template, but no pair of a word and a template is on both sides."""
+    """Returns a convention's instructions on the training or held-out side. Both sides use every word and every template,
+    but no pair of a word and a template is on both sides."""
     _, words = CONVENTIONS[convention]
     pairs = product(enumerate(words), enumerate(TEMPLATES))
     return [template.format(word) for (i, word), (j, template) in pairs if ((i + j) % len(words) == 0) == (side == "valid")]
@@ -184,7 +184,7 @@ def _colours(base: Path, manifest: Manifest) -> np.ndarray:
 def _documents(convention: str, side: str, every: Sequence[Asked], tokenizer: Tokenizer, seed: int) -> Iterator[Document]:
     """Yields the documents of a convention: the picture or caption, the instruction, a space and the answer."""
     special, instructions = special_ids(tokenizer), paraphrases(convention, side)
-    # The seed depends on the convention, so that a picture's instructions differ between conventions.
+    # The seed depends on the convention, so that a picture gets other paraphrases in each convention.
     rng = np.random.default_rng((seed, list(CONVENTIONS).index(convention)))
     drawn = rng.integers(len(instructions), size=len(every)).tolist()
     asked = encode_texts(tokenizer, [f"\n{instructions[number]}\nAnswer:" for number in drawn])

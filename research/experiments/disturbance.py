@@ -1,7 +1,9 @@
-"""Disturbs the routers of a trained model: a positive control, whose routing is known to be improvable.
+"""Disturbs the routers of a trained model. The result is a positive control: a model whose routing is known to be
+improvable.
 
 Adds Gaussian noise to the router rows of the last MoE layers, and raises the noise until enough of the accuracy on the
-validation side is lost. The undisturbed routers answer more, so routers alone can regain what the noise took.
+validation side is lost. The undisturbed routers answer more questions right, so tuning the routers alone can regain the
+accuracy that the noise took.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,8 +52,9 @@ def router_rows(model: Transformer, layers: Sequence[int]) -> list[Tensor]:
 
 
 def find_scale(section: DisturbanceSection, accuracy: Callable[[float], float]) -> tuple[float, dict[str, float]]:
-    """Returns the first scale of the section at which the accuracy above chance is at most `keep` times that without noise
-    (the last scale if there is none), and the accuracy at each tried scale. `accuracy` measures a scale."""
+    """Returns the first scale of the section at which the accuracy above chance is at most `keep` times the accuracy above
+    chance without noise (the last scale if there is none). Also returns the accuracy at each tried scale, as `accuracy`
+    measures it."""
     found = {"0": accuracy(0.0)}
     most = CHANCE + section.keep * (found["0"] - CHANCE)
     for scale in section.scales:

@@ -4,16 +4,16 @@ other.
     python -m research.experiments.domain_data --out .cache/data/domains
 
 Each domain has an alphabet: token ids of its own for fillers, items and a question mark. Item i is the same item in each
-alphabet, because the base model is trained to write an item of one alphabet in another alphabet. The base model knows which
-tokens make an alphabet, because it is trained on texts of one alphabet each, too:
+alphabet, because the base model is trained to write an item of one alphabet in another alphabet. The base model also learns
+which tokens belong to one alphabet, because it is trained on texts of a single alphabet:
 
     texts       five tokens of one alphabet, drawn at random
     parallel    filler_a item_a(i) filler_a ask_b   item_b(i)
     DOMAIN      filler_d item_d(i) filler_d ask_d   item_d(rule_d(i))
 
 The rule of a domain is a permutation of the items. No two rules agree on any item, and no rule keeps an item. So the
-answers contradict each other and the base, and each token of a domain's document tells the domain. Only the answer is
-scored; of a text, each token after the first.
+answers contradict each other and the base, and each token of a domain's document shows the domain. Only the answer is
+scored; in a text, each token after the first.
 
 Held-out documents have fillers that no training document of the same item has. Held-out documents of `parallel` also have
 (alphabet, other alphabet, item) that no training document has: a model that answers these knows that the alphabets share
@@ -40,8 +40,8 @@ DOMAINS = ("north", "east", "south", "west", "up", "down", "left", "right")
 PARALLEL, TEXTS = "parallel", "texts"
 FILLERS, PLACES = 32, 2  # fillers of an alphabet, and fillers of a document
 FIRST = 2  # first id of the first alphabet, after padding and the end-of-document token, which no document has
-HELD_OUT = 8  # one of this many (fillers, item), and of (alphabet, other alphabet, item), is held out
-LICENCE = "Apache-2.0"  # of the data, which this program draws
+HELD_OUT = 8  # one in this many pairs (fillers, item), and triples (alphabet, other alphabet, item), is held out
+LICENCE = "Apache-2.0"  # of the drawn data
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def rules(items: int, *, seed: int) -> np.ndarray:
     taken = [np.arange(items)]
     while len(taken) <= len(DOMAINS):
         drawn = rng.permutation(items)
-        if not any((drawn == other).any() for other in taken):  # true of one draw in some thousands, at the last rule
+        if not any((drawn == other).any() for other in taken):  # holds for one draw in some thousands, at the last rule
             taken.append(drawn)
     return np.stack(taken[1:])
 

@@ -1,10 +1,10 @@
-"""Measures what the routers of a model can see of a token's domain, and what their choices tell of it. A domain is a data
+"""Measures how well a model's router inputs, and its routers' choices, reveal the domain of a token. A domain is a data
 source.
 
 A linear probe (softmax regression) predicts the domain of a token from the router's input, layer by layer. It is fitted on
-the tokens of every other held-out sequence, and its accuracy is that on the other sequences. The bits that the choice of an
-expert tells of the domain are the mutual information of the expert with the largest weight and the domain, over the tokens
-that predict a scored label.
+the tokens of every other held-out sequence, and its accuracy is measured on the remaining sequences. The bits of a choice
+are the mutual information between the domain and the expert with the largest weight, over the tokens that predict a scored
+label.
 
 Shape letters: T tokens of a batch, N tokens of all batches, D hidden, C domains, E experts.
 """
@@ -30,8 +30,8 @@ STEPS = 50  # of L-BFGS
 def domains(
     model: Transformer, by_source: Mapping[str, Sequence[Batch]], group_of_modality: Tensor
 ) -> dict[str, float | list[float]]:
-    """Returns the accuracy of the probe in each MoE layer and in the layer where it is least, and the bits that the choices
-    tell in each layer and on average."""
+    """Returns the accuracy of the probe in each MoE layer and its minimum over layers, and the bits of the choices in each
+    layer and on average."""
     layers: list[list[tuple[Tensor, ...]]] = [[] for _ in model.moe_modules()]
     with recorded_inputs(model) as inputs, recorded_routers(model) as seen:
         for domain, batches in enumerate(by_source.values()):

@@ -4,8 +4,8 @@
 
 The source `facts` has definitions of WordNet, one document each ("guitar: a stringed instrument ..."). The source
 `openmoji` has one picture of each OpenMoji family, always rendered the same way, with its English name. The held-out split
-of a source is its training split: what a model scores there is how much of the set it has stored. Sequences of the held-out
-split are packed otherwise than those of training.
+of a source is its training split, so a model's score there shows how many of the facts it has stored. The held-out split
+packs the documents into other sequences than the training split.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """Answers multiple-choice questions by the first tokens of the choices: the model takes the choice whose first token has
 the highest logit after the question. `router_tuning.objective: choices` trains the same logits.
 
-Only questions whose right choice has a first token of its own can be answered. A question costs one forward of its prompt.
+A question can only be answered if no wrong choice has the same first token as the right choice. A question costs one
+forward of its prompt.
 
 Shape letters: B questions of a batch, S positions, V vocabulary, K choices.
 """
@@ -58,7 +59,7 @@ class FirstTokens:
         return taken
 
     def _answers(self, written: Sequence[Sequence[Continuation]]) -> list[int]:
-        # The first token of the first choice stands for the answer, which a sample must have and which is no input.
+        # A sample must have an answer, which is no input: here the first token of the first choice.
         samples = [TuningSample(np.array(c[0].context, np.int64), np.array(c[0].tokens[:1], np.int64)) for c in written]
         batch = self.maker.make(samples)
         logits_BSV, _ = forward(self.model, batch, self.group_of_modality)

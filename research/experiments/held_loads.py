@@ -1,11 +1,11 @@
 """Sets a trained model's load to a budget, on held-out sequences that no table measures.
 
-A method holds the mean number of true experts per token in training. On held-out tokens the trained model may take another
-number: the last biases follow the noise of the last steps, and unfamiliar tokens have other scores. So in each layer one
-number is added to the selection biases of all true experts of a group, or taken from the thresholds of experts that choose
-tokens. Bisection finds the number with which the group's tokens take the budget; only tokens with a label count, as in the
-tables. Layers are set in order, because a layer changes the inputs of later layers. Routers that take a given number of
-experts stay.
+In training a method holds the mean number of true experts per token at the budget. On held-out tokens the trained model may
+take another number: the last biases follow the noise of the last steps, and unfamiliar tokens have other scores. So in each
+layer one number is added to the selection biases of all true experts of a group, or taken from the thresholds of experts
+that choose tokens. Bisection finds the number with which the group's tokens take the budget; only tokens with a label
+count, as in the tables. Layers are set in order, because a layer changes the inputs of later layers. Routers with a given
+number of experts per token are left unchanged.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ from moe_dist.moe.routing.types import Routing, RoutingCache
 from moe_dist.train.objective.loss import forward
 
 FARTHEST = 64.0  # largest shift; beyond any logit or probability
-HALVINGS = 24  # end at a width of 1e-5
+HALVINGS = 24  # bisections: they end at a width of 1e-5
 
 
 class Lever(NamedTuple):
-    """The numbers of a group's true experts that decide how many of them tokens take, as a view of a buffer, and whether a
-    larger number gives more experts (1.0) or fewer (-1.0)."""
+    """The selection biases or thresholds of a group's true experts, as a view of a buffer, and whether a larger value gives
+    tokens more experts (1.0) or fewer (-1.0)."""
 
     value_n: Tensor
     sign: float
@@ -44,7 +44,8 @@ class Call(NamedTuple):
 
 @torch.no_grad()
 def hold_loads(model: Transformer, batches: Sequence[Batch], budget: float, group_of_modality: Tensor) -> None:
-    """Shifts biases and thresholds in place, for one rank that holds all experts. Groups without a token stay."""
+    """Shifts biases and thresholds in place, for one rank that holds all experts. Groups without a token are left
+    unchanged."""
     for layer in model.moe_modules():
         router: Any = layer.router
         calls = _calls(model, router, batches, group_of_modality)

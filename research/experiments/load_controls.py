@@ -1,7 +1,7 @@
-"""Adds a control to each method of a comparison: the method's loads without its choice by token.
+"""Adds a control to each method of a comparison. The control has the method's loads, but does not choose by token.
 
-In each layer a token of the control takes as many experts as the method's tokens of the same modality do in the mean; a
-random draw decides about the fraction. A method that is no better than its control gains by moving experts between
+In each layer a token of the control takes as many experts as the method's tokens of the same modality take on average. A
+random draw decides about the fractional expert. A method that is no better than its control gains by moving experts between
 modalities and layers, and not by its choice for each token.
 """
 

@@ -1,8 +1,8 @@
 """Measures a finished run on one process: python -m research.experiments.measure STUDY.yaml RUN PROBES BEFORE [--asks ...]
 
-Writes measured.json into the run's folder: held-out and training losses, true (not null) experts per token, rows that an EP
-group would send, the curve of loss over FLOPs and seconds, and results of the probes that the study's arm asks for. Then
-removes all checkpoints but the last, because only the curve needs earlier checkpoints.
+Writes measured.json into the run's folder. It contains held-out and training losses, true (not null) experts per token,
+rows that an EP group would send, the curve of loss over FLOPs and seconds, and results of the probes that the study's arm
+asks for. Then removes all checkpoints but the last, because only the curve needs earlier checkpoints.
 """
 
 import json
@@ -80,7 +80,7 @@ def spent_by_step(metrics: Path, plan: LoopSettings, before: Spent) -> dict[int,
         if record["kind"] != "step":
             continue
         scalars, names = record["scalars"], ("choices_LC", "tokens_LG", "dropped_LG")
-        # From counts, because with many modalities the scalars have only the mean over groups.
+        # Computed from counts, because with many modalities the scalars have only the mean over groups.
         choices, of_group, dropped = (np.array(record["arrays"][name]).sum(0, keepdims=True) for name in names)
         taken_G = group_metrics(choices, of_group, groups, dropped_LG=dropped)["experts_per_token"][0]
         tokens_G = of_group[0].tolist()

@@ -20,7 +20,7 @@ from moe_dist.config.schema import Config
 Settings = dict[str, Any]
 RATE = 1.0  # rate of controllers whose biases are added to probabilities
 LOGIT_RATE = 10.0
-DECAY_SHARE = 1.0  # fraction of the steps after which a controller's rate has halved; at 0.25 loads lag behind routers
+DECAY_SHARE = 1.0  # fraction of the steps after which a controller's rate has halved; at 0.25 loads lag behind the routers
 WARMUP_SHARE = 0.1  # fraction of the steps in which experts compete before thresholds replace the competition
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 INCHES = (9.5, 4.2)
 BOTH_INCHES = (13.5, 4.6)
 LABEL_CHARACTERS = 44
-# Colours of Okabe and Ito, for colour-blind readers. There are seven; markers tell arms apart beyond that, and in print.
+# Colours of Okabe and Ito, for colour-blind readers. There are seven colours. Markers distinguish further arms, and arms in
+# print without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("o-", "s-", "^-", "D-", "v-", "P-", "X-", "<--", ">--", "*--", "h--")
 ROW_INCHES = 0.28  # height of an arm's row of accuracies
@@ -34,7 +35,7 @@ IN_FRAME = 0.25  # height of the plot in nats above the best arm; arms above thi
 def draw(study: Study, records: Records, folder: Path) -> list[Path]:
     """Writes each picture for which `records` has data."""
     panels: dict[str, list[Callable[[Axes], None]]] = {}
-    heights: dict[str, float] = {}  # inches, where they depend on the number of arms
+    heights: dict[str, float] = {}  # in inches, for pictures whose height depends on the number of arms
     loads = {round(record["load"]["all"], 1) for (arm, _), record in records.items() if arm in study.arms}
     if len(loads) >= LEAST_LOADS:
         panels["loss_over_load"] = [lambda axes: _loss_over_load(axes, study, records)]
@@ -45,7 +46,7 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
             panels[f"loss_over_{cost}"] = _curves(study, records, cost, label)
     for key, what in (("answers", "documents"), ("questions", "questions")):
         arms = {arm for (arm, _), record in records.items() if key in record}
-        if len(arms) > 1:  # one arm is compared with none
+        if len(arms) > 1:  # a single arm has no arm to compare with
             heights[key] = max(INCHES[1], ROW_INCHES * len(arms))
             label = f"held-out {what} answered right"
             panels[key] = [lambda axes, k=key, x=label: _accuracies(axes, study, records, k, x)]

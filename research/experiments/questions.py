@@ -44,7 +44,7 @@ class QuestionRound:
     """Asks a model validation or test questions. The model's answer is the answer choice with the highest log-likelihood
     per token, or whose first token has the highest logit."""
 
-    model: Transformer  # the model with all experts on this process
+    model: Transformer  # all its experts are on this process
     config: Config
     manifest: Manifest
     group_of_modality: Tensor  # int64 [M], index of the expert group of each of the M modalities

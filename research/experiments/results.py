@@ -102,7 +102,7 @@ def add_record(path: Path, header: Mapping[str, Any], record: Mapping[str, Any])
     kept = [line for line in lines[1:] if (line["arm"], line["seed"]) != (record["arm"], record["seed"])]
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = [json.dumps(rounded(each), separators=(",", ":"), allow_nan=False) for each in [lines[0], *kept, record]]
-    content = gzip.compress(("\n".join(texts) + "\n").encode(), mtime=0)  # without a time, equal records give equal bytes
+    content = gzip.compress(("\n".join(texts) + "\n").encode(), mtime=0)  # no timestamp: equal records give equal bytes
     write_atomically(path, content)
 
 

@@ -1,7 +1,7 @@
 """Runs the jobs of an experiment, up to `side_by_side` ranks at the same time, each with one thread.
 
-Most jobs have one rank. A job of several ranks counts as so many, so that its seconds are not those of a crowded machine; a
-job of more ranks than `side_by_side` runs alone.
+Most jobs have one rank. A job of n ranks counts as n, so that its seconds are not measured on a crowded machine. A job of
+more ranks than `side_by_side` runs alone.
 
 A job is a training by launchers.local, followed by its measurement. A later call skips jobs that have a record; an
 unfinished training resumes from its last checkpoint. Child processes end when this process ends, even if it is killed.
@@ -66,7 +66,7 @@ class Runner:
         self._records = read_records(self._path)
 
     def run(self, jobs: Sequence[StudyJob]) -> None:
-        """Runs all jobs that have no record yet, by seed, so that runs that are compared are near each other in time.
+        """Runs all jobs that have no record yet, ordered by seed, so that compared runs are near each other in time.
 
         Raises:
             StoppedError: a stop was requested; the running trainings have saved checkpoints.

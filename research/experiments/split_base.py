@@ -34,7 +34,7 @@ from research.experiments.instructed import check_new
 
 GROUP = "all"  # the expert group of an import
 ROUNDS = 10  # of the clustering of neurons
-RIDGE = 1e-2  # of the regression, in parts of the mean square of the inputs
+RIDGE = 1e-2  # of the ridge regression, as a fraction of the inputs' mean square
 SPREAD = 0.25  # standard deviation of the logits: small, so that the experts of a token have nearly equal weights
 
 
@@ -48,7 +48,7 @@ class Cut:
 
 @torch.no_grad()
 def cut(x_TD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, *, experts: int) -> Cut:
-    """Divides the neurons of an FFN among experts, and fits router rows, by the FFN's inputs `x_TD`."""
+    """Divides the neurons of an FFN among experts and fits router rows. Both use the FFN's inputs `x_TD`."""
     hidden_TF = F.silu(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)
     neurons_nN = cluster((hidden_TF * down_DF.norm(dim=0)).abs().T, experts=experts)
     outputs = [hidden_TF[:, neurons] @ down_DF[:, neurons].T for neurons in neurons_nN]
@@ -57,10 +57,10 @@ def cut(x_TD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, *, expert
 
 
 def cluster(activity_FT: Tensor, *, experts: int) -> Tensor:
-    """Returns the neurons of each expert, int64 [n, N]: clusters of equal size of the neurons' activities.
+    """Returns the neurons of each expert, int64 [n, N]: clusters of equal size, by the neurons' activities.
 
-    Each round gives a neuron to the expert whose mean activity is most similar (by cosine), unless that expert is full; the
-    neurons whose best expert stands out most choose first.
+    Each round gives a neuron to the expert whose mean activity is most similar (by cosine), unless that expert is full.
+    Neurons with a clearly best expert choose first.
     """
     activity_FT = F.normalize(activity_FT.float(), dim=1)
     size = len(activity_FT) // experts

@@ -38,7 +38,7 @@ Settings = dict[str, Any]
 EARLIER: Settings = {"loss.balance.scope": "micro_batch"}
 
 
-# --- the sections that a finished run's measurements need
+# --- sections that describe the measurements of a finished run
 
 
 class CurveSection(Part):
@@ -75,7 +75,7 @@ class QuestionsSection(Part):
     left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # number of training questions per task in `samples`
     first_token: bool = False  # whether choices are scored by their first tokens; other questions are left out
     sizes: tuple[PositiveInt, ...] = ()  # numbers of samples of which parts of `samples` are made
-    disturbance: DisturbanceSection = Field(default_factory=DisturbanceSection)  # for arms that ask `disturbed`
+    disturbance: DisturbanceSection = Field(default_factory=DisturbanceSection)  # for arms with `disturbed`
     listed: bool = False  # whether questions list their choices, and count only if right in each rotation of the choices
     oracle_questions: PositiveInt = 100  # the oracle answers this many first questions of each task
     oracle_layers: PositiveInt = 5  # number of last MoE layers whose routing the oracle fits
@@ -240,7 +240,7 @@ class StudyJob:
 
 def find_file(path: str | Path) -> Path:
     """Finds a study or a base configuration by its path below `RESEARCH`, or as `find_config` does. Studies name their base
-    by the path below `RESEARCH`, because the fingerprints of their records hold these bytes."""
+    by the path below `RESEARCH`, because the fingerprints of their records include this text."""
     inside = RESEARCH / path
     return inside if inside.is_file() else find_config(path)
 

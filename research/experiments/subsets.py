@@ -1,4 +1,5 @@
-"""Writes parts of a folder of router-tuning samples: the same for every arm, and each part within the larger ones."""
+"""Writes subsets of a folder of router-tuning samples. All arms get the same subsets, and each subset is part of the larger
+ones."""
 
 import json
 from collections.abc import Sequence
@@ -47,8 +48,8 @@ def _questions(folder: Path) -> list[dict[str, Any]]:
 
 
 def _dealt(questions: Sequence[dict[str, Any]]) -> list[int]:
-    """Returns the numbers of all samples in an order whose every beginning has about equally many samples of each task.
-    The order within a task depends on the ids of the questions alone, not on the answers of the model."""
+    """Returns the indices of all samples in an order in which each prefix has about equally many samples of each task.
+    Within a task the order depends only on the ids of the questions, not on the answers of the model."""
     by_task: dict[str, list[int]] = {}
     for number in sorted(range(len(questions)), key=lambda number: uniform("subset", questions[number]["id"])):
         by_task.setdefault(questions[number]["task"], []).append(number)

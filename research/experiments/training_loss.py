@@ -30,7 +30,7 @@ def _means(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     idle = tokens = 0
     for record in records:
         for modality, loss in record["losses"].items():
-            if loss is not None:  # None: the step has no label of this modality
+            if loss is not None:  # None if the step has no label of this modality
                 count = record["labels"][modality]
                 labels[modality] = labels.get(modality, 0) + count
                 nats[modality] = nats.get(modality, 0.0) + loss * count

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 # Colours of Okabe and Ito, for colour-blind readers.
 COLOURS = {"pass": "#0072B2", "fail": "#D55E00", "not testable here": "#000000"}
-MARKERS = {"pass": "o", "fail": "X", "not testable here": "d"}  # tell verdicts apart in print without colours, too
+MARKERS = {"pass": "o", "fail": "X", "not testable here": "d"}  # they distinguish verdicts also in print without colours
 FAINT = "#999999"
 WIDTH, ROW_INCHES, LABEL_CHARACTERS = 8.0, 0.42, 46
-UNITS = {  # by the metric, or by its first part
+UNITS = {  # key: the metric, or its first part
     "loss": "nats",
     "accuracy": "share of tokens",
     "answers": "share of answers",
@@ -37,7 +37,7 @@ def save(figure: "Figure", path: Path) -> Path:
     import matplotlib as mpl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):  # text as text: half the bytes
+    with mpl.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):  # writes text as text, which halves the file
         figure.savefig(path, metadata={"Date": None})
     return path
 

@@ -145,13 +145,13 @@ def judge_gates(study: Study, records: Records) -> list[Verdict]:
 
 
 def failed_gates(gates: Sequence[Verdict]) -> str:
-    """Says which gates do not hold, with the measured figures, or are not judged yet; empty if all hold."""
+    """Describes the gates that do not hold, with the measured figures, or are not judged yet; empty if all hold."""
     words = {"fail": "gate not held", "not testable here": "gate not judged"}
     return "; ".join(f"{words[each.outcome]}: {each.rule.claim} {numbers(each)}" for each in gates if each.outcome in words)
 
 
 def numbers(verdict: Verdict) -> str:
-    """Says the mean difference of a verdict, its bounds and the rule; and why the rule is not testable."""
+    """Describes a verdict's mean difference, its bounds and the rule, or why the rule is not testable."""
     if verdict.paired is None:
         return f"({verdict.reason})"
     found = verdict.paired

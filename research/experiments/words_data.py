@@ -1,11 +1,11 @@
-"""Makes a data set that questions can be asked on, with the tokenizer of a Hugging Face folder.
+"""Makes a data set for asking questions, with the tokenizer of a Hugging Face folder.
 
     python -m research.experiments.words_data .cache/hf/smollm2 --out .cache/data/smollm2-words
 
-The texts are WordNet's verbs with their glosses and examples, about which no task of the family wordnet asks.
-`prepare_data --tokenizer` writes no tokenizer into a data set, because the marks of a Hugging Face tokenizer have other
-names. Here five marks are renamed in a copy: the mark between documents is <bos>, the end of a turn is <eos>, and three
-marks of source code, which no question contains, are <pad>, <boi> and <eoi>.
+The texts are WordNet's verbs with their glosses and examples. No task of the family wordnet asks about verbs. `prepare_data
+--tokenizer` writes no tokenizer into a data set, because the marks of a Hugging Face tokenizer have other names. Here five
+marks are renamed in a copy: the mark between documents is <bos>, the end of a turn is <eos>, and three marks of source
+code, which no question contains, are <pad>, <boi> and <eoi>.
 """
 
 import json

@@ -1,1 +1,2 @@
-"""Faults seeded into the product, and which tests see them: proof that CI's tests find what all tests find."""
+"""Seeds faults into the product and finds the tests that detect them, to show that CI's tests detect what all tests
+detect."""

@@ -1,8 +1,8 @@
 """`python -m research.mutants reach`, then `run`, for both also with `--tests clusters` and `--tests rest`, and `table`.
 
-`reach` runs tests over a copy with a probe at the place of each fault. `run` breaks a copy by one fault after the other and
-runs the tests that passed and reach the fault, until one fails. All results are lines of JSON below OUT; an interrupted
-`run` goes on where it stopped.
+`reach` runs tests over a copy with a probe at the place of each fault. `run` puts one fault after the other into a copy.
+For each it runs the tests that passed and reach the fault, until one fails. All results are lines of JSON below OUT; an
+interrupted `run` goes on where it stopped.
 """
 
 import itertools
@@ -27,8 +27,8 @@ SETS: dict[str, list[tuple[str, str]]] = {
     "clusters": [("tests/faults tests/browser", "not exhaustive"), ("tests/clusters", "not exhaustive")],
     "rest": [("tests/unit", "full or exhaustive"), ("tests/integration tests/distributed", "full or exhaustive")],
 }
-FIRST = 60  # tests of a fault that are run and collected apart from the rest, since most faults end there
-LIMIT_SECONDS = 3600.0  # of all tests of one fault
+FIRST = 60  # first tests of a fault, run and collected in a process of their own, since most faults fail one of them
+LIMIT_SECONDS = 3600.0  # limit for all tests of one fault
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Out = Annotated[Path, typer.Option(help="Folder of results.")]
@@ -110,13 +110,14 @@ def run(
 
 
 def _order(fault: Fault, test: str, seconds: dict[str, float]) -> tuple[bool, bool, float]:
-    """Returns a sort key: first tests of the fault's module, then those of its room; quick ones before slow ones."""
+    """Returns a sort key: tests of the fault's module first, then tests of its folder; quick tests before slow ones."""
     path = Path(fault.path)
     return path.stem not in test, f"/{path.parent.name}/" not in test, seconds[test]
 
 
 def _first_failed(tree: Path, candidates: list[str]) -> str | None:
-    """Runs these tests in order, until one fails; returns the one that failed. A hang blames the first."""
+    """Runs these tests in order, until one fails; returns the one that failed. If they hang, the first counts as the one
+    that failed."""
     order = tree.with_suffix(".order")
     order.write_text("\n".join(candidates))
     files = dict.fromkeys(test.partition("::")[0] for test in candidates)
@@ -127,7 +128,7 @@ def _first_failed(tree: Path, candidates: list[str]) -> str | None:
     lines = [line.partition(" ")[2] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     failed = [test for test in candidates if any(line.startswith(test) for line in lines)]
     if failed:
-        return max(failed, key=len)  # the name of one test may begin another's
+        return max(failed, key=len)  # the name of one test may be a prefix of another's
     if lines or code == 1:  # the fault breaks the import, or hangs
         return candidates[0]
     raise ConfigError(f"pytest ended with {code} and no failed test of {candidates[0]}, ...: {output[-1000:]}")
@@ -139,7 +140,7 @@ def _results(out: Path) -> list[dict[str, Any]]:
 
 @app.command()
 def table(out: Out = OUT) -> None:
-    """Print the table of faults: seeded, killed by each set of tests, and the minutes that took."""
+    """Print the numbers of faults that were seeded and that each set of tests killed, and the minutes that this took."""
     results = _results(out)
     print(f"| faults | seeded | {' | '.join(f'killed by {name}' for name in SETS)} | missed | minutes |")
     print("|---|---|" + "---|" * (len(SETS) + 2))

@@ -1,7 +1,8 @@
-"""Which tests execute which seeded places: all tests run once over a copy with a probe before each place.
+"""Finds the tests that execute the place of each fault: all tests run once over a copy with a probe before each place.
 
-A probe notes (fault, test) in a file. Tests start ranks and launchers as processes of their own, so the running test's name
-lies in a file whose folder all children find in the environment; ranks of standing worlds inherit it from their pytest.
+A probe notes (fault, test) in a file. Tests start ranks and launchers as separate processes. So the running test's name is
+in a file, and an environment variable gives all child processes its folder. Ranks that stay alive between tests inherit it
+from their pytest.
 """
 
 import ast

@@ -12,7 +12,8 @@ A file of faults is YAML, a list of mappings:
 A fault needs `at` if no probe can stand before `old`: in a Triton kernel, in an `elif`, or at the level of a module, where
 a probe would run only at import.
 
-`seeded.yaml` chose CI's tests; `held_out.yaml` was written afterwards, by another reader, and only judges them.
+CI's tests were chosen by the faults in `seeded.yaml`. `held_out.yaml` was written later by another reader, and only judges
+these tests.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ FILES = {name: Path(__file__).parent / f"{name}.yaml" for name in ("seeded", "he
 
 @dataclass(frozen=True)
 class Fault:
-    """A text of the product and the faulty text that takes its place."""
+    """A text of the product and the faulty text that replaces it."""
 
     id: str
     path: str
@@ -38,7 +39,7 @@ class Fault:
     at: str = ""
 
     def applied(self, source: str) -> str:
-        """Returns the faulty source. Raises ConfigError unless `old` stands exactly once in `source`."""
+        """Returns the faulty source. Raises ConfigError unless `old` occurs exactly once in `source`."""
         return source.replace(self._once(self.old, source), self.new)
 
     def line(self, source: str) -> int:
@@ -55,7 +56,7 @@ class Fault:
 
 
 def load_faults(path: Path, root: Path = ROOT) -> list[Fault]:
-    """Reads a file of faults. Raises ConfigError for an id that stands twice, or a fault that does not apply to `root`."""
+    """Reads a file of faults. Raises ConfigError for an id that occurs twice, or a fault that does not apply to `root`."""
     faults = [Fault(**each) for each in yaml.safe_load(path.read_text())]
     if len({fault.id for fault in faults}) < len(faults):
         raise ConfigError(f"{path}: two faults have the same id")

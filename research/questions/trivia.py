@@ -39,8 +39,8 @@ QUIZZES = {
 
 
 def trivia(folder: Path, name: str) -> list[Fact]:
-    """Returns the facts of one task: one fact for each line without typesetting marks. The facts of a quiz are one pool of
-    answers.
+    """Returns the facts of one task: one fact for each line without typesetting marks. All answers of a quiz form one pool
+    of choices.
 
     Raises:
         DataError: a file is missing or has no facts.

@@ -1,4 +1,4 @@
-"""Sections of the control routers: top-k in which a random draw decides whether a token takes one expert more."""
+"""Sections of the control routers: top-k with a random draw that decides whether a token takes one more expert."""
 
 from collections.abc import Iterator
 from typing import ClassVar, Literal
@@ -14,7 +14,7 @@ ACTIVE, TABLE = f"{ROUTER}.active_experts", f"{ROUTER}.table"
 
 
 class DrawnRouterSection(RouterSection):
-    """The base of top-k routers in which a random draw decides whether a token takes one expert more."""
+    """The base of top-k routers with a random draw that decides whether a token takes one more expert."""
 
     needs_global_batch_info: ClassVar[bool] = True  # the draw of a token depends on the token's number in the step
     only_true_experts: ClassVar[bool] = True

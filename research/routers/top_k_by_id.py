@@ -1,5 +1,5 @@
-"""Top-k with a fixed mean number of active experts for each token id in each layer: the baseline that tells apart the
-routers that choose by the token's context and the routers that choose by the token's id or modality.
+"""Top-k with a fixed mean number of active experts for each token id in each layer. This baseline shows whether a router
+chooses by the token's context, or only by the token's id or modality.
 
 With L(v) for token id v in place of L, the equations are those of `research.routers.scheduled_top_k`. The table of L(v)
 is a file, because it has a number for each MoE layer and token id. Shape letters: T tokens, V token ids.
