@@ -28,7 +28,7 @@ from moe_dist.runtime.progress import Report, shown_progress
 from research.experiments.instructed import check_new
 from research.questions.wordnet import WordNet
 
-ASKED = ("Which word means: ", "?")  # around the definition in WordNet's questions
+ASKED = ("Which word means: ", "?")  # the text around the definition in WordNet's questions
 
 
 @reports_errors()

@@ -21,8 +21,8 @@ from research.experiments.study import Study, jobs_of
 from research.experiments.verdict_figure import draw_verdicts
 from research.experiments.verdicts import Record, Records, Verdict, judge, judge_gates, number_at, numbers, of_arm, value_of
 
-CONSTANT = 0.05  # bins whose loads differ by no more are not shown
-SAME_ROWS = 0.02  # arms whose rows per token differ by no more are alike
+CONSTANT = 0.05  # an arm's bins are not shown if their loads differ by no more than this
+SAME_ROWS = 0.02  # arms count as alike if their rows per token differ by no more than this
 TWICE = "-twice"  # ends the name of a source with further documents of the same kind
 LOSSES = ("all", "text", "image", "image_no_filler")
 ROWS = {
@@ -172,7 +172,7 @@ def _answers(study: Study, records: Records) -> list[str]:
 
 
 def _domains(study: Study, records: Records) -> list[str]:
-    """Returns a table of what routers see of the domain, and what their choices tell of it."""
+    """Returns a table of the domain probe's accuracies, and of the bits by which choices reveal the domain."""
     rows = []
     for name, every in _per_arm(study, records):
         if mine := {seed: record for seed, record in every.items() if "domains" in record}:
@@ -253,7 +253,7 @@ def _loads(study: Study, records: Records) -> list[str]:
     rows = []
     for name, mine in _per_arm(study, records):
         if not any(value % 1 for each in mine.values() for value in [*each["load"]["by_layer"], each["load"]["idle"]]):
-            continue  # every token takes as many experts in a layer: the table of arms has the number
+            continue  # all tokens take the same number of experts in a layer; the table of arms has it
         metrics = [f"load.{by}.{kind}" for by in ("by_input", "by_label") for kind in kinds]
         cells = [_spread(mine, metric, digits=3, plain=True) for metric in metrics]
         layers = " ".join(f"{_mean(v):.2f}" for v in zip(*(e["load"]["by_layer"] for e in mine.values()), strict=True))

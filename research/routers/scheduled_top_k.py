@@ -44,7 +44,7 @@ class ScheduledTopKRouter(TopKRouter):
         super().__init__(context, **options)
         self.place, self.seed = context.place, context.seed
         self.load_G = tuple(float(active_experts[group.name][self.place]) for group in self.groups)
-        self.reset_buffers()  # again, because `load_G` was still empty in the base class
+        self.reset_buffers()  # repeated, because `load_G` was still empty in the base class
 
     def reset_buffers(self) -> None:
         super().reset_buffers()

@@ -34,7 +34,7 @@ class TopKByIdRouter(ScheduledTopKRouter):
         none_yet = {group.name: [0.0] * (context.place + 1) for group in context.groups}
         super().__init__(context, active_experts=none_yet, **options)
         self._table = table
-        self.reset_buffers()  # again, because `_table` was still empty in the base class
+        self.reset_buffers()  # repeated, because `_table` was still empty in the base class
 
     def reset_buffers(self) -> None:
         super().reset_buffers()
