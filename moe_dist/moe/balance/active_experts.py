@@ -1,4 +1,4 @@
-"""Holds the mean number of true (not null) experts per token at a target (LongCat-Flash, arXiv 2509.01322, section 2.1.2).
+"""Keeps the mean number of true (not null) experts per token at a target (LongCat-Flash, arXiv 2509.01322, section 2.1.2).
 
 The paper calls this controller PID; it is an integral controller, because a bias is the sum of all its updates. A token has
 k choices among n true experts and the router's other columns. Of T tokens in a step, c_i choose true expert i; c is the sum
@@ -11,10 +11,9 @@ While the mean number of true experts is below the target the biases rise, so tr
 The updates per expert and per group change the mean bias equally. The update per expert also balances the true experts; the
 update per group adds one number to the biases of all true experts, so the order of true experts stays.
 
-With `proportional` p the controller is proportional-integral, like DTop-p's controller (arXiv 2512.13996) of the bound of
-top-p. With `proportional` the update has a second term: the first term with p instead of mu, and with the change of the
-term's bracket since the last step instead of the bracket. The bias is thus the sum of mu times each step's bracket, plus p
-times (last bracket - first bracket).
+With `proportional` p the controller is proportional-integral, like the controller that DTop-p (arXiv 2512.13996) uses for
+its bound p. With `proportional` the update has a second term, which is p times the change of the bracket since the last
+step. The bias is thus the sum of mu times each step's bracket, plus p times (last bracket - first bracket).
 
 mu = rate / (1 + step / decay_steps). The sum of mu over steps diverges and the sum of mu^2 converges. The mean number of
 true experts per token therefore converges to the target although each step is noisy (Robbins and Monro, 1951), even as the
@@ -34,7 +33,7 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class ActiveExperts:
-    """Rule of `BiasController` that holds the number of true experts per token at a target.
+    """Rule of `BiasController` that keeps the mean number of true experts per token at a target.
 
     Args:
         target: Target number of true experts per token, by name of the group. Groups that are not named are not controlled.

@@ -29,7 +29,7 @@ class Gate(Protocol):
 
 class Rule(Protocol):
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
-        """Returns the change of a group's biases after a step, float64 [L, n]; None if the rule does not apply to this
+        """Returns the changes of a group's biases after a step, float64 [L, n]; None if the rule does not apply to this
         group.
 
         Args:

@@ -19,7 +19,7 @@ slices of `rows.SLICE_BYTES` (on CUDA `rows.CUDA_SLICE_BYTES`). If T x D x item 
 has the bytes of a slice in place of T x D x item. From forward to backward only the plan is kept: 8 bytes for each taken
 pair of this rank's tokens, 8 for each of the S and O rows, and 16 for each of the Q pairs. With Triton kernels the plan has
 20 bytes for each of the N pairs (absent pairs included, because the lists are made before their lengths are known), 20 for
-each of the Q pairs, and 4 for each row into which others are summed.
+each of the Q pairs, and 4 for each row that is a sum of other rows.
 """
 
 from moe_dist.moe.dispatch.context import DispatchContext
@@ -41,7 +41,7 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
         self.exchange = Exchange(context.all_to_all, kernels=context.kernels)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> AllToAllPlan:
-        """Makes the plan by two metadata collectives and the layer's one host sync. Raises ResourceError if more rows would
-        arrive than `max_receive_rows`. Nothing has been allocated yet."""
+        """Makes the plan by two metadata collectives and the layer's one host sync. Raises ResourceError, before rows are
+        allocated, if more rows would arrive than `max_receive_rows`."""
         (plan,), _ = self.planner.plan(assignments, num_tokens, layer)
         return plan

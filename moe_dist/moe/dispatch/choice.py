@@ -1,4 +1,4 @@
-"""Chooses the dispatcher of `parallel.dispatch.kind=all_to_all`: each sends the same rows at other times."""
+"""Chooses a dispatcher for `parallel.dispatch.kind=all_to_all`. All send the same rows, but at different times."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from moe_dist.moe.dispatch.two_batches import TwoBatchDispatcher
 
 
 def all_to_all(context: DispatchContext, *, overlap: bool, chunks: int) -> Dispatcher[Any]:
-    """Makes the dispatcher for halves of a micro-batch, or the pipelined one, if an option asks for it. Otherwise makes
-    the dispatcher with known counts if each sent row serves only one (token, expert) pair, or the plain one."""
+    """Makes the dispatcher that the options ask for. Without options makes `KnownCountsDispatcher` if each sent row serves
+    only one (token, expert) pair, else `AllToAllDispatcher`."""
     if context.two_batches:
         return TwoBatchDispatcher(context)
     if overlap or chunks > 1:

@@ -13,7 +13,8 @@ from moe_dist.moe.routing.types import Assignments
 
 
 class CountingPlanner(DispatchPlanner):
-    """Plans by counting if pairs are sorted by token (`Assignments.num_choices`) in one chunk; else as the parent."""
+    """Plans by counting if pairs are sorted by token (`Assignments.num_choices`) in one chunk; else as
+    `DispatchPlanner`."""
 
     def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> tuple[tuple[AllToAllPlan, ...], OwnPairs]:
         if assignments.num_choices is None or self.chunks > 1 or self.own_apart:
@@ -50,7 +51,7 @@ class CountingPlanner(DispatchPlanner):
         return (plan,), OwnPairs(pair_P[:0], token_N[:0], ())
 
     def _arrivals(self, counts: Counts) -> tuple[np.ndarray, int, np.ndarray]:
-        """Returns `runs` and `longest` of `plan_arrive`, and the number of rows of each source rank, the own first."""
+        """Returns `runs` and `longest` of `plan_arrive`, and the number of rows from each source rank, this rank first."""
         own = self.wire.rank
         arriving_HX = counts.arriving_WCX[[own, *(rank for rank in self._ranks if rank != own)], 0]
         row_H, pairs_HX = arriving_HX[:, 0], arriving_HX[:, 1:]

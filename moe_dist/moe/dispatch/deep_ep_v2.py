@@ -93,7 +93,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
         return rows_QD, Arrival(handle, weight_Q, handle.num_recv_tokens, counts)
 
     def dispatch_again(self, rows_TD: Tensor, plan: DeepEPPlan) -> Tensor:
-        handle = plan.arrival.handle  # has the counts of the first dispatch, so no host sync
+        handle = plan.arrival.handle  # the handle has the counts, so this is no host sync
 
         # Layout and number of SMs must equal those of the first dispatch, because DeepEP does not read layout and SMs from
         # the handle.

@@ -18,9 +18,9 @@ even with nothing to send.
 
 A layer has one host sync: the method `plan` reads the sizes of both hops together (`hierarchical_planning`).
 
-Memory in rows of D, with S1 rows sent between nodes and S2 inside the node: forward max(R + M + S2, R + M + S1 + T),
-backward max(R + M + S2, M + S1 + T). With bf16 or fp16 rows, the fp32 sum adds M rows of 4 bytes per element to the terms
-with S2, and T rows of 4 bytes per element to the terms with S1. From forward to backward only the plan is kept.
+Memory in rows of D elements, if S1 rows are sent between nodes and S2 inside the node: forward max(R + M + S2, R + M + S1 +
+T), backward max(R + M + S2, M + S1 + T). With bf16 or fp16 rows, the fp32 sum adds M rows of 4 bytes per element to the
+terms with S2, and T rows of 4 bytes per element to the terms with S1. From forward to backward only the plan is kept.
 """
 
 from torch import Tensor
@@ -47,8 +47,8 @@ class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
         self.inter, self.intra = (Exchange(each, keep_buffers=False, kernels=context.kernels) for each in context.hops)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> HierarchicalPlan:
-        """Makes the plan of both hops by four metadata collectives and the layer's one host sync. Raises ResourceError if
-        more rows would arrive in a hop than `max_receive_rows`. Nothing has been allocated yet."""
+        """Makes the plan of both hops by four metadata collectives and the layer's one host sync. Raises ResourceError,
+        before rows are allocated, if more rows would arrive in a hop than `max_receive_rows`."""
         return self.planner.plan(assignments, num_tokens, layer)
 
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: HierarchicalPlan) -> DispatchedRows:

@@ -21,8 +21,8 @@ from moe_dist.moe.routing.types import Assignments
 @dataclass(frozen=True)
 class DispatchedRows:
     """The rows [R, D] for this rank's experts, and the weight of each pair [Q] in slot order, with gradients. `items` are
-    `RowIndex.items_of_rows` of the pairs, if the dispatcher knows the items. If `sorted_pairs` is true, row i is the input
-    of pair i, and R = Q."""
+    `RowIndex.items_of_rows` of the pairs, if the dispatcher knows the items. With `sorted_pairs`, row i is the input of
+    pair i, and R = Q."""
 
     rows_RD: Tensor
     weight_Q: Tensor

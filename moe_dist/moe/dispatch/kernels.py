@@ -1,6 +1,6 @@
 """Defines the base class of the dispatchers (adaptors) that call DeepEP's or HybridEP's kernels.
 
-As with `all_to_all`, one row is sent per (token, destination rank), and no row for a null choice. The kernels copy an
+As with `all_to_all`, one row is sent per (token, destination rank), and a null choice sends no row. The kernels copy an
 arrived row for each of its pairs, and sort these pairs by slot, so the experts neither gather nor sum rows. The kernels'
 combine sums the weighted outputs of a token's experts, first on each experts' rank, then over ranks. Four things differ
 from `all_to_all`. Each pair's output is rounded to bf16 before it is summed. Rows that stay on their rank pass through the
@@ -207,7 +207,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
             return self.reduce(rows_QD, plan, weight_Q)
 
     def _count(self, name: str, rows: int, like: Tensor, weight_bytes: int) -> None:
-        """Counts the bytes of rows and weights sent to other ranks, without those of the kernels' protocol."""
+        """Counts the bytes of rows and weights sent to other ranks, without the bytes of the kernels' protocol."""
         comm_stats = self.wire.comm_stats
         comm_stats.count(f"{self.LIBRARY} {name}", rows * like.shape[1] * like.element_size(), payload=True)
         if weight_bytes:
@@ -233,8 +233,8 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Forward is the kernels' combine. Backward sends the gradients on the routes in the first dispatch's `Arrival.handle`.
-    The node saves no tensor, so recompute of kind `block` does not repeat combine."""
+    """Forward is the kernels' combine. Backward sends the gradients along the routes of the first dispatch, which
+    `Arrival.handle` records. The node saves no tensor, so recompute of kind `block` does not repeat combine."""
 
     @staticmethod
     def forward(ctx: Any, rows_QD: Tensor, dispatcher: KernelDispatcher[Any], plan: KernelPlan) -> Tensor:

@@ -13,9 +13,9 @@ whatever else autograd runs between the nodes. The order with two chunks; (o) ma
 The nodes keep the plan and save no tensor. The recomputation of a block repeats dispatch alone, because no saved tensor
 needs the result of combine.
 
-Memory in rows of D elements. R' and S' are the received and sent rows of the chunks (at most three) that are in memory at
-once. With `overlap` own rows are not copied, so R counts only received rows, but the sums of the own rows' experts take T
-more rows:
+Memory in rows of D elements. R' and S' are the received and sent rows of the chunks that are in memory at once (at most
+three chunks). With `overlap` own rows are not copied, so R counts only received rows, but the sums of the own rows' experts
+take T more rows:
 
     overlap     forward     R + S + 2 T
                 backward    S + max(R + 2 T, 3 T)

@@ -198,7 +198,8 @@ class DispatchPlanner:
         return max(1, -(-num_tokens // self.chunks))
 
     def _cells(self, assignments: Assignments, num_tokens: int, tables: _Tables) -> _Cells:
-        """Counts pairs by bin, and by a bitmap (run, token) of W x T x 5 bytes the rows of each run. Does not sync."""
+        """Counts the pairs of each bin, and, with a bitmap (run, token) of W x T x 5 bytes, the rows of each run. Does not
+        sync."""
         size, chunks, length = self.wire.size, self.chunks, self._chunk_length(num_tokens)
         num_remote = self.placement.num_experts - len(self.placement.slots[self.wire.rank])
         num_own = self.placement.num_experts - num_remote
@@ -262,10 +263,10 @@ class DispatchPlanner:
         )
 
     def _runs(self, counts: Counts, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-        """Returns the place of the first row of each run, and for each chunk the pairs computed here as runs of a slot and
-        a source rank, [3, runs] in the order of slots: the length, the place of the first pair in the order of arrival
-        minus its place in the order of slots, and the place of the source rank's first row. All results are copied from the
-        host at once."""
+        """Returns the place of the first row of each run; and for each chunk an array [3, runs]. There a run is the pairs
+        of one slot from one source rank, and runs are in the order of slots. The three numbers of a run are its length, the
+        place of its first pair in the order of arrival minus its place in the order of slots, and the place of the source
+        rank's first row. One copy from the host brings all results to the device."""
         own, holders = self.wire.rank, [] if self.own_apart else [self.wire.rank]
         holders += [rank for rank in self._ranks if rank != own]
         row_counts = [each.rows.send[rank] for each in counts.sizes for rank in self._ranks if rank != own]

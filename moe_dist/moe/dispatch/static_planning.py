@@ -59,7 +59,7 @@ class StaticRoom:
 
 @dataclass(frozen=True)
 class PaddedIndex(RowIndex):
-    """A `RowIndex` whose row `padding` takes the items of no row, which `items_of_rows` leaves out."""
+    """A `RowIndex` in which items without a row have the row `padding`. `items_of_rows` leaves these items out."""
 
     padding: int = 0
 
@@ -111,8 +111,8 @@ class StaticPlan(ExchangePlan):
 
 @dataclass(frozen=True)
 class _Places:
-    """The places in all lists for one number of tokens, on the device. The places of pairs and rows depend on the room
-    alone.
+    """Places of pairs and rows in the lists of a plan, on the device. For a given number of tokens the places depend on the
+    room alone.
 
     Attributes:
         place_J, nth_J: Destination's place in the order of sending (other ranks, then this rank), and the pair's number
@@ -144,7 +144,8 @@ class _Fixed:
         run_order: Place of each run's length among the lengths of (slot, source rank), then of each group's padding. Runs
             are sorted by slot, then source rank; the padding of a group follows its last slot.
         rows_W, pairs_W, computed_G: The room, by place (without the own rank) and by group.
-        first_row_W, first_pair_W: Rows and pairs before the first of each place; the own rank is last.
+        first_row_W, first_pair_W: Numbers of rows and pairs before the first row and pair of each place; the own rank is
+            last.
     """
 
     first_bin: Tensor

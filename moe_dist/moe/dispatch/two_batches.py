@@ -36,7 +36,8 @@ class Chain:
 
 
 class TwoBatchDispatcher(AllToAllDispatcher):
-    """Dispatches as `AllToAllDispatcher`: `run` whole micro-batches, as in evaluation; `steps` a half of one."""
+    """Dispatches like `AllToAllDispatcher`. `run` dispatches a whole micro-batch, as in evaluation, and `steps` half of
+    one."""
 
     def steps(
         self,
@@ -48,7 +49,8 @@ class TwoBatchDispatcher(AllToAllDispatcher):
         experts: RunExperts,
         shared: RunShared = None,
     ) -> Generator[None, None, tuple[Tensor, Tensor | None]]:
-        """See `Dispatcher.run`. Yields while the rows of dispatch are in flight, and again while those of combine are."""
+        """See `Dispatcher.run`. Yields while the rows of dispatch are in flight, and again while the rows of combine are in
+        flight."""
         flight, mark = Flight(plan, self.exchange, repeated=False), self.exchange.all_to_all.comm_stats.mark
         chain.end = StartDispatch.apply(chain.end, h_TD, weight_N, flight)
         shared_TD = None if shared is None else shared(h_TD)

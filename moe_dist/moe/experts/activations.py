@@ -1,4 +1,4 @@
-"""The activation of experts. A new activation is a class like `SwiGLU` in a file of its own, and a value of `Experts`.
+"""The activation of experts. A new activation is a class like `SwiGLU`, in a new file; `Experts` takes an instance.
 
 Shape letters: Q (token, expert) pairs, F hidden width of experts.
 """

@@ -136,7 +136,8 @@ def rows_between(x: Tensor, start: int, end: int) -> Tensor:
 
 
 def inputs_between(x_QD: Inputs, start: int, end: int) -> tuple[Tensor, Tensor]:
-    """Returns the input rows for gate and for up: twice the same tensor if x is one, so that one sum gives its gradient."""
+    """Returns the input rows for gate and for up: the same tensor twice if x is a single tensor, so that one sum gives its
+    gradient."""
     first, second = x_QD if isinstance(x_QD, tuple) else (x_QD, x_QD)
     cut = rows_between(first, start, end)
     return cut, cut if second is first else rows_between(second, start, end)
@@ -166,7 +167,7 @@ class ExpertStack(nn.Module):
         for name, shape in [*((name, (width,)) for name, width in biases.items()), *own.items()]:
             self.register_parameter(name, nn.Parameter(torch.empty(num_local, *shape)))
         self.initial_values = dict.fromkeys(biases, 0.0)
-        self.roles = dict.fromkeys(own, Role.EXPERT_ADAPTER)  # of parameters whose role differs from the stack's
+        self.roles = dict.fromkeys(own, Role.EXPERT_ADAPTER)  # only of parameters whose role differs from the stack's
         self.adapters = adapter.modules(hidden_dim, ffn_dim) if adapter else None
         self.tensors = ("gate", "up", "down", *biases)  # an expert without its adapter
         self._copies: dict[str, Tensor] | None = None  # converted weights by name; None if copies are not kept
@@ -339,7 +340,8 @@ class Experts(nn.Module):
         rows of replicas come behind those of the rank's own slots."""
         rows_RD, weight_Q = dispatched.rows_RD, dispatched.weight_Q
         if self.adapter is not None and torch.is_grad_enabled() and not rows_RD.requires_grad:
-            # Rows from frozen layers: all ranks, also ranks without experts, must issue the exchange of combine's backward.
+            # The rows come from frozen layers. All ranks, even ranks without experts, must issue the exchange of combine's
+            # backward.
             rows_RD = rows_RD.detach().requires_grad_()
         own = [(count, self.stack(name)) for name, count in self.local]
         slots, stacks = zip(*own, *(each for each in replicas() if each[0]), strict=True)

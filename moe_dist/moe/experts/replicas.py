@@ -78,7 +78,7 @@ class ReplicaWeights:
         return cls(name, wire, routes) if routes else None
 
     def exchange(self, items: Tensor, route: Route, *, back: bool = False) -> Pending:
-        """Issues the exchange of one group: weights [., V] to the replicas, or with `back` their gradients home."""
+        """Issues the exchange of one group: weights [., V] to the replicas, or with `back` their gradients back."""
         name, splits = (REPLICAS + BACKWARD, route.splits.reversed()) if back else (REPLICAS, route.splits)
         return self.wire.start(items, splits, name=name, layer=self.layer)
 
@@ -150,7 +150,7 @@ def _slots(stack: Tensor, slots: Sequence[int]) -> Tensor:
 
 def _with(weight: Tensor, gradient: Tensor, slots: Sequence[int]) -> Tensor | None:
     """Returns the gradient of the stack `weight`, made of the gradients of its replicas. If the stack has a gradient
-    already, adds to the stack's gradient in place and returns None, as `experts._WorkingCopy` does."""
+    already, adds to the stack's gradient in place and returns None, as `working_copy.py` does."""
     if not slots or not weight.requires_grad:
         return None
     total = torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -189,7 +189,7 @@ def runs_kernel(
     tl.store(runs + 3 * X * W + 3 * W, tl.sum(pairs_H, 0))
     tl.store(counts_X + x, total_X, mask=slot)
     tl.store(end_X + x, tl.where(fit, end, 0).to(tl.int32), mask=slot)
-    # pairs and rows that this rank sends; the last place is this rank
+    # pairs and rows that this rank sends to each place; the last place is this rank
     other = h < W - 1
     rows_W = tl.load(totals + h, mask=other, other=0).to(tl.int64)
     sent_W = tl.load(pairs_W + h, mask=source, other=0)

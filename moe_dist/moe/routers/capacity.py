@@ -26,7 +26,7 @@ class Capacity:
             the load of each expert if choices spread evenly.
         drop: `probability` drops the expert's pairs of least probability; of two equally probable pairs, the later token's
             pair. `position` drops the pairs of the last tokens.
-        scope: The selection scope, whose pairs are counted by expert. `rank`: those of one rank's micro-batch.
+        scope: The selection scope, whose pairs are counted by expert. `rank`: the pairs of one rank's micro-batch.
     """
 
     factor: float

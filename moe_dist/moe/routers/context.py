@@ -14,7 +14,7 @@ OWN_TOKENS = SelectionScope()  # the tokens of this rank compete
 
 @dataclass(frozen=True)
 class RouterContext:
-    """The values that every router gets; a router may leave out those that it has no use for, but `capacity`.
+    """The values that every router gets. A router may ignore any of them except `capacity`.
 
     Attributes:
         capacity: Limits the pairs of each expert in training; None for no limit. Evaluation drops no pair.

@@ -79,7 +79,7 @@ class ExpertChoiceRouter(ChoosingRouter):
             other groups c is `ExpertGroup.token_share`, or top_k / num_experts for a group without it.
         capacity_schedule: Pairs (first step, factor of c), with first steps rising from 0. The step is that of `batch_info`
             in training, and `noncausal_step` without `batch_info`.
-        score: What the scores are: sigmoids of logits, or the softmax of a group's logits.
+        score: The kind of scores: sigmoids of logits, or the softmax of a group's logits.
         noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa uses 1.
         causal: The rule by which evaluation routes each token alone. If `causal` is None, evaluation raises an error.
         threshold_decay: Decay, per step, of the running means from which thresholds are made.
@@ -225,7 +225,7 @@ class ExpertChoiceRouter(ChoosingRouter):
 
         noise = add_noise if self.training and self.noise else None
         factor = self._factor(batch_info)
-        # Rounded, because 49 x 1/49 is below 1, and an expert with a capacity of 1 has no threshold.
+        # Rounded, because 49 x 1/49 is below 1 in floating point, and an expert with a capacity of 1 has no threshold.
         share_E = self.share_E if factor == 1.0 else (factor * self.share_E).round(decimals=15)
         if self._uses_kernels(logits_TE) and len(lengths) == 1:
             tables = self._tables._replace(share_E=share_E)
@@ -254,7 +254,8 @@ class ExpertChoiceRouter(ChoosingRouter):
         return torch.cat([gate.auxiliary(h_TD) for gate in self.gates()], dim=1)
 
     def _auxiliary_terms(self, h_TD: Tensor, taken_TE: Tensor, inside_TE: Tensor) -> Tensor:
-        """Returns the auxiliary routers' binary cross entropy against training's choice, summed over tokens and experts."""
+        """Returns the auxiliary routers' binary cross entropy, summed over tokens and experts. Its targets are training's
+        choices."""
         logits_TE = self._auxiliary_logits(h_TD.detach())  # detached, to train only the auxiliary routers
         losses_TE = F.binary_cross_entropy_with_logits(logits_TE, taken_TE.to(logits_TE.dtype), reduction="none")
         by_expert_E = torch.where(inside_TE, losses_TE, 0.0).sum(0)

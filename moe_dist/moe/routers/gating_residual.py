@@ -49,7 +49,7 @@ class GatingResidualRouter(TopKRouter):
         """See `TopKRouter.forward`. The cache must have the logits of the layer before, except in the first MoE layer."""
         cache = cache or RoutingCache()
         routing = super().forward(h_TD, group_T, cache)
-        # Not left in the cache: block recompute keeps the cache, and logits refer to the graph that keeps it.
+        # Logits leave the cache: block recompute keeps the cache, and the logits would keep their autograd graph in memory.
         logits_TC, cache.logits_TC = cache.logits_TC, None
         return routing._replace(logits_TC=logits_TC)
 

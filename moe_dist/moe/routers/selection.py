@@ -99,7 +99,7 @@ class ChoosingRouter(nn.Module, ABC):
 @contextmanager
 def choice_of_training(routers: Sequence[nn.Module], steps: int) -> Iterator[None]:
     """In this context tokens compete in evaluation, too, as in training (`ChoosingRouter.noncausal`). `steps` is the number
-    of training steps so far; token shares are those of the last of them."""
+    of training steps so far; token shares are those of the last step."""
     mine = [router for router in routers if isinstance(router, ChoosingRouter)]
     for router in mine:
         router.noncausal, router.noncausal_step = True, max(0, steps - 1)
@@ -242,7 +242,8 @@ def counted_pairs(
     batch_info: GlobalBatchInfo,
     ep_ranks: Sequence[int],
 ) -> Assignments:
-    """Returns the pairs sorted by expert and falling logit. All ranks know their number N, a sum of token shares."""
+    """Returns the pairs sorted by expert and falling logit. All ranks know the number of pairs N, which is a sum of token
+    shares."""
     assert choice.order_TE is not None, "the number of pairs is known beforehand only if the scope is one rank"
     counts_WE = tuple(
         tuple(

@@ -7,10 +7,10 @@
 
 b is the selection bias of a controller; with b = 0 the rule is DynMoE's published rule. The gradient passes through the
 sign function as if it were the identity: the derivative of w_i by s_i - c_i is scale / (number of taken columns) where the
-column is taken, and 0 elsewhere, as in the authors' DeepSpeed code. DynMoE also has, unlike this router, a temperature that
-divides G, losses for diverse and small router rows and for the mean of the gates, and a number of experts that changes
-during training; and in evaluation a token without experts takes its best expert. DynMoE's rule for tokens without experts
-would change the number of experts in evaluation.
+column is taken, and 0 elsewhere, as in the authors' DeepSpeed code. DynMoE has more parts, which this router lacks: a
+temperature that divides G; losses for diverse and small router rows and for the mean of the gates; a number of experts that
+changes during training; and, in evaluation, the best expert for a token without experts. This last rule would change the
+number of experts in evaluation.
 
 Balance loss and entropy use s / (sum of s) as probabilities. Shape letters: T tokens, D hidden size, C columns, K
 choices.

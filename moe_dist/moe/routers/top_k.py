@@ -232,7 +232,7 @@ class TopKRouter(nn.Module):
         return Routing(pairs, counts, aux, chosen=recorded)
 
     def _all_logits(self, h_TD: Tensor, cache: RoutingCache) -> Tensor:
-        """Returns `_logits`, and what a router adds to them from the cache."""
+        """Returns the logits [T, C]: `_logits`, plus any logits that a router adds from the cache."""
         return self._logits(h_TD)
 
     def _logits(self, h_TD: Tensor) -> Tensor:

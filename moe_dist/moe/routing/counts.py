@@ -34,7 +34,7 @@ class DepthCounts(NamedTuple, Generic[Array]):
 
 
 class RoutingCounts(NamedTuple, Generic[Array]):
-    """Counts of routing, without gradient. The same record is used on the whole way from layer to monitor:
+    """Counts of routing, without gradient. Layers, training step and monitor use this same record:
 
     - a layer counts this rank's tokens of a micro-batch: L = 1, and P = 1 in a mixture-of-depths layer;
     - `joined` joins the layers of a model, one all-reduce sums the ranks, `added` sums micro-batches: float64 tensors;
