@@ -1,4 +1,4 @@
-"""The table of GPUs' peak rates in bf16, by the name that the driver reports, from which perf/mfu is computed."""
+"""The peak rates of GPUs in bf16, by the name that the driver reports. perf/mfu is computed from these rates."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Finds the first difference between the metrics.jsonl of two runs, without times. Needs no torch."""
+"""Finds the first line in which the metrics.jsonl files of two runs differ; times are not compared. Needs no torch."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ def first_difference(
         only: Dotted prefixes of the keys to compare, such as `losses` or `scalars.loss/total`; empty compares all keys.
     """
     same = 0
-    for one, other in zip(first, second, strict=False):  # the further lines of a longer file are ignored
+    for one, other in zip(first, second, strict=False):  # the additional lines of a longer file are ignored
         part = _part(one, only)
         keys = tuple(_differing(part, _part(other, only), rtol))
         if (one["step"], one.get("kind")) != (other["step"], other.get("kind")):

@@ -28,11 +28,12 @@ HEAD, LABEL, GAP = 74, 22, 14  # heights in pixels: title, line of words, gap be
 SIDE = 112  # largest length in pixels of the longer side of a picture
 LINE = 22  # pixels from one line of text to the next
 SHADES = " .:-=+*#%@"  # console characters that show numbers of experts, from 0 to the largest possible number
-SHOWN, SHOWN_LINES = 3, 3  # pictures and lines of text on a console
+SHOWN, SHOWN_LINES = 3, 3  # largest numbers of pictures and of lines of text on a console
 
 
 def loads_text(found: ComputeMap) -> str:
-    """Returns the mean of each kind of token in words: 'text 1.9, drawn cells 1.8, ... true experts a token'."""
+    """Returns the mean number of true experts of each kind of token as text: 'text 1.9, drawn cells 1.8, ... true experts a
+    token'."""
     return ", ".join(f"{kind} {mean:.1f}" for kind, mean in found.mean.items()) + " true experts a token"
 
 
@@ -43,7 +44,7 @@ def draw_map(found: ComputeMap, *, title: str) -> np.ndarray:
     across = max(1, (CANVAS - 2 * MARGIN) // (SIDE + GAP))
     rows = [found.pictures[at : at + across] for at in range(0, len(found.pictures), across)]
     row_height = 2 * (SIDE + LABEL) + GAP
-    body = max(len(rows) * row_height + LINE * (len(found.lines) + 1) * bool(found.lines), 200)  # the colour bar needs 200
+    body = max(len(rows) * row_height + LINE * (len(found.lines) + 1) * bool(found.lines), 200)  # 200 for the colour bar
     text_width = max((sum(font(14).getlength(text) for text, _ in line) for line in found.lines), default=0)
     width = round(max(CANVAS, text_width + 2 * MARGIN)) + BAR_WIDTH + 90
     image, canvas = page(width, HEAD + body + MARGIN, title, caption)
@@ -68,8 +69,8 @@ def draw_map(found: ComputeMap, *, title: str) -> np.ndarray:
 def _picture(
     image: Image.Image, canvas: ImageDraw.ImageDraw, at: tuple[int, int], picture: MappedPicture, scale: Scale
 ) -> None:
-    """Draws a picture, below it its mean number of experts a cell, and below this the map of experts. If the picture has no
-    pixels, drawn cells are grey."""
+    """Draws, from top to bottom, a picture, its mean number of experts per cell, and its map of experts. If the picture has
+    no pixels, drawn cells are grey."""
     x, y = at
     factor = SIDE / max(picture.experts.shape)
     height, width = (max(1, round(cells * factor)) for cells in picture.experts.shape)

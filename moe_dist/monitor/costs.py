@@ -15,7 +15,7 @@ class Cost:
     of forward and backward. Rows and bytes are None if the method cannot handle the step's choices."""
 
     method: str
-    row_per: str  # what one row is sent for: text of the column "one row per"
+    row_per: str  # the unit that one row serves: text of the column "one row per"
     rows: float | None
     bytes: float | None
     seconds: str = "counted"  # text: measured seconds in dispatch and combine, or "counted" for a method that did not run
@@ -27,7 +27,7 @@ class CostTable:
 
     Attributes:
         untimed: Why the run has no timings; empty if the run has timings.
-        placed: A sentence on the run's placement: how many rows it sends compared with each other placement.
+        placed: A sentence that compares the rows of the run's placement with the rows of each other placement.
     """
 
     costs: Sequence[Cost]

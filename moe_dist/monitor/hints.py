@@ -19,7 +19,7 @@ BUSY_RANK = 1.5  # a hint warns if the layers' busiest ranks have at least this 
 LOSS_RISE = 1.05  # the loss has risen if its mean / its mean in the previous window is above this number
 LOSS_FALL = 0.99  # the loss has fallen if its mean / its mean in the first window is below this number
 SLOW_RANK = 1.5  # a rank is slow if its seconds are at least this factor times the median of the other ranks
-SLOW_SECONDS = 0.005  # a rank is slow only if its seconds exceed the others' median by so many: less is noise
+SLOW_SECONDS = 0.005  # a rank is slow only if it exceeds the others' median by this many seconds; less is noise
 SPEED_DROP = 0.6  # the speed has dropped if it is below this factor times the median of the previous steps
 RECENT = 10  # number of last steps whose median is the current speed
 
@@ -79,7 +79,7 @@ class HintWatch:
 
 
 def unread_modality(records: Sequence[Record]) -> Iterator[Hint]:
-    """Warns about a modality without read data, if the data of another modality were read."""
+    """Warns about a modality of which no data were read, if data of another modality were read."""
     first, last = records[0].epochs, records[-1].epochs
     stopped = [name for name, epochs in last.items() if epochs == first[name] and not any(r.labels[name] for r in records)]
     if len(records) < 2 or len(stopped) == len(last):
@@ -108,7 +108,8 @@ def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
 
 
 def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
-    """Warns about a rank that computes much longer than the others. Time in which it waits for them does not count."""
+    """Warns about a rank that computes much longer than the others. Time in which a rank waits for others does not
+    count."""
     known = [each for each in busy_seconds if each.size > 1]
     if len(known) < RECENT:
         return
@@ -138,7 +139,7 @@ def full_memory(memory: Sequence[np.ndarray]) -> Iterator[Hint]:
 
 
 def loss_trend(losses: Sequence[float], first: float | None, window: int) -> Iterator[Hint]:
-    """Warns if the mean loss rose from the last window but one to the last window, or has not fallen since the first
+    """Warns if the mean loss is higher in the last window than in the window before, or has not fallen since the first
     window. `first` is the mean loss in the run's first window."""
     if len(losses) < 2 * window or first is None:
         return

@@ -230,7 +230,7 @@ def group_scalars(
     over_layers = [counts.sum(0, keepdims=True) for counts in (choices_LC, tokens_LG, dropped_LG)]
     summed = group_metrics(over_layers[0], over_layers[1], groups, dropped_LG=over_layers[2])
     layers = group_metrics(choices_LC, tokens_LG, groups)
-    reduced = {  # family of tags -> (metrics of sums over layers, or of each layer; reduction over layers)
+    reduced = {  # family of tags -> (metrics of the sum over layers or of each layer; how to reduce their layer axis)
         "experts_per_token": (summed, np.mean),
         "null_fraction": (summed, np.mean),
         "load_imbalance": (layers, np.mean),

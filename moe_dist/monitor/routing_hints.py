@@ -16,13 +16,13 @@ from moe_dist.monitor.metrics import GroupChoices, divide, group_choices
 from moe_dist.placement.placement import ExpertGroup
 
 BUSY_EXPERT = 3.0  # an expert is busy if its load is at least this many times the even load
-BUSY_SPAN = 0.8  # or if its load lies at this fraction of the way from the even to the largest possible load
+BUSY_SPAN = 0.8  # also busy if its load lies this fraction of the way from the even to the largest possible load
 BUSY_ROOM = 1.5  # experts are judged as busy only if the largest possible load is at least this many times the even load
 DROPPED = 0.1  # a hint warns, and few_drops fails, if a capacity drops at least this share of a layer's pairs
 NULL_EDGE = 0.02  # a hint warns if the null fraction is nearer than this to its smallest or largest possible value
 IDLE = 0.02  # a layer is dead if its tokens take less than this many times the even number of experts
 STARVED = 0.1  # a group is starved if its tokens take less than this many times the even number of experts
-ENOUGH = 20.0  # with fewer expected choices than this, chance could explain an odd number
+ENOUGH = 20.0  # with fewer expected choices than this, an unusual number may be due to chance
 NAMED = 4  # largest number of experts or layers that a hint names
 
 

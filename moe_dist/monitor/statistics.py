@@ -42,7 +42,7 @@ class LeverDecision(NamedTuple):
     Attributes:
         taken: False if the change was refused.
         before, after: Busiest / mean rank's load without and with the change; 1 if the ranks' loads are equal.
-        cost_steps: Time of the change in steps: of a move once, of replicas in sum until the next decision.
+        cost_steps: Time that the change costs, in steps: for a move once; for replicas the sum until the next decision.
         placement: Placement after this step, if the lever moved experts or changed replicas; else None.
     """
 

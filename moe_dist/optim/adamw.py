@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-WIDE_BYTES = 256 << 20  # most bytes of converted moments at a time, unless one parameter has more
+WIDE_BYTES = 256 << 20  # largest number of bytes of moments converted at a time, unless a single parameter has more
 Moments = Literal["fp32", "bf16"]
 
 

@@ -44,7 +44,7 @@ from moe_dist.runtime.rendezvous import (
 )
 
 STORE_SECONDS = timedelta(seconds=60.0)
-HANDSHAKE_SECONDS = 2.0  # in which a store answers a new client
+HANDSHAKE_SECONDS = 2.0  # seconds in which a store must answer a new client
 _ERRORS: dict[int, type[MoeDistError]] = {each.exit_code: each for each in (ConfigError, StoppedError)}
 
 

@@ -14,7 +14,7 @@ from moe_dist.parallel.mesh import group_of
 from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_robin, slow_pairs, usual_pair
 
 NAME_BYTES = 128
-REPEATS, SECONDS = 100, 0.5  # most repeats of a collective, and most seconds for them; the best time counts
+REPEATS, SECONDS = 100, 0.5  # most repeats of a collective, and most seconds for all its repeats; the best time counts
 # Further measurements (looks) of a pair that looks slow: the pair is slow only if all looks find the pair slow. All pairs
 # of a slow node are slow. The more pairs look slow, the fewer looks each pair gets, so that a large cluster stays within
 # the job's time limit.
@@ -44,7 +44,7 @@ def measure_pairs(
 
     A pair that looks slow is measured again without other traffic, in turn with a pair of usual speed. A temporary load on
     the network then slows both pairs of the comparison, and so makes no pair look slow. Each rank sends `payload_bytes` to
-    the other node in an all-to-all, and all-reduces as many."""
+    the other node in an all-to-all, and all-reduces as many bytes."""
     task = PairMeasurement(ranks, payload_bytes, device)
     measured: dict[Pair, PairExchange] = {}
     for pairs in round_robin(ranks.nodes):

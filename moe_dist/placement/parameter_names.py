@@ -30,7 +30,7 @@ class Role(Enum):
     DEPTH_ROUTER = "depth_router"
     AUXILIARY_ROUTER = "auxiliary_router"
     ADAPTER = "adapter"
-    EXPERT_ADAPTER = "expert_adapter"  # on one expert, and stacked and placed like the experts
+    EXPERT_ADAPTER = "expert_adapter"  # an adapter of one expert; stacked and placed like the experts
 
 
 ROUTERS = frozenset({Role.ROUTER, Role.DEPTH_ROUTER, Role.AUXILIARY_ROUTER})  # their parameters are replicated on all ranks

@@ -73,8 +73,8 @@ class PlacementWithReplicas(ExpertPlacement):
         return hosts_of(self.replicas[layer], self.rank_of_expert)
 
     def by_rank(self, pairs_LE: np.ndarray) -> np.ndarray:
-        """See `ExpertPlacement.by_rank`. The pairs of an expert with replicas are divided over the ranks of its slots as
-        expected if all source ranks have equally many of these pairs."""
+        """See `ExpertPlacement.by_rank`. Divides the pairs of an expert with replicas over the ranks of its slots, as if
+        all source ranks had equally many of these pairs."""
         found_LR = super().by_rank(pairs_LE).astype(np.float64)
         for layer in range(len(self.replicas)):
             for expert, hosts in self.hosts(layer).items():

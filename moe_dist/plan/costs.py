@@ -20,7 +20,7 @@ from moe_dist.plan.rates import Rates
 from moe_dist.plan.rows import Load
 from moe_dist.plan.step_model import BACKWARD, LayerCost, Order, exchange_seconds
 
-COUNTS_BYTES = 16  # a row's share of counts and pair indices
+COUNTS_BYTES = 16  # bytes of counts and pair indices per row
 PASSES_OF_A_ROW = 6  # reads and writes of a sent row, from packing to the sum (docs/gpu.md: bytes of an MoE layer)
 
 
@@ -32,7 +32,7 @@ class Launches:
     router: int  # in norm, router and plan of an MoE layer
     pack: int  # for copying rows into the order in which dispatch sends them, or combine sends them back
     experts: int  # for the experts of one piece: rows that are computed at once
-    expert: int  # besides, for each expert of a piece
+    expert: int  # in addition, for each expert of a piece
 
 
 LAUNCHES = {"cuda": Launches(25, 17, 8, 33, 0), "cpu": Launches(53, 130, 25, 7, 10)}  # a CPU loops over experts

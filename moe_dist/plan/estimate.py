@@ -1,7 +1,7 @@
 """Estimates step time, bytes and memory of a layout. Imports no torch.
 
-Gradient sums and parameter gathers over data-parallel ranks run while dispatch and combine leave the network free; the rest
-of the time of sums and gathers prolongs the step. The estimate assumes that EP groups wait for each other in each
+Gradient sums and parameter gathers over data-parallel ranks run while dispatch and combine leave the network free; the
+remaining time of sums and gathers prolongs the step. The estimate assumes that EP groups wait for each other in each
 micro-batch.
 """
 
@@ -34,7 +34,8 @@ class Estimate:
         seconds: Seconds of a step. `busy`, `imbalance`, `exchange` and `tail` are the parts of a step: the mean rank's
             compute and syncs with its host, the wait for the busiest rank, the part of exchanges that no compute covers,
             and the time of sums, gathers and optimizer.
-        wire: Seconds of a step in which the rank that sends most rows exchanges rows, also during its compute.
+        wire: Seconds of a step in which the rank with the most sent rows exchanges rows, even if it computes at the same
+            time.
         bytes_inside, bytes_between: Payload bytes that all ranks exchange in a step inside nodes and between nodes.
         memory: Bytes of the rank that needs most memory, at the quantiles 0.5, 0.95 and 0.99 of the micro-batches.
         out_of_memory: Probability that a step runs out of memory on some rank.
@@ -170,7 +171,7 @@ class LayoutEstimator:
         held = {g.name: max(len(placement.local_experts(r, g)) for r in range(parallel.ep)) for g in placement.groups}
         parts, trained = flops.parameters(config.model, experts_held=held), memory.trained_parts(config, held)
         experts = parts.experts + flops.own_adapters(config.model, held)
-        together = max(1, min(rates.ranks_per_node // parallel.ep, parallel.edp))  # ranks of an edp group on a node
+        together = max(1, min(rates.ranks_per_node // parallel.ep, parallel.edp))  # ranks of an edp group that share a node
         spans = (
             (parts.total - experts, trained.router + trained.dense, world, rates.ranks_per_node),
             (experts, trained.experts, parallel.edp, together),
@@ -224,9 +225,9 @@ def _linear_memory(
     config: Config, placement: ExpertPlacement, rows_R: np.ndarray, pairs_R: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns three arrays [R] from which `_memory_of` adds up the memory of each rank: bytes without rows and pairs, bytes
-    for one row per token, and bytes for one pair per token. Exact at the mean rows and pairs per token, `rows_R` and
-    `pairs_R`, and at a tenth of a row or pair more: memory is a sum of linear terms and of maxima. Ranks with as many
-    experts, rows and pairs share a result."""
+    for one row per token, and bytes for one pair per token. The sum is exact at `rows_R` rows and `pairs_R` pairs per token
+    (means), and at a tenth of a row or pair more. Elsewhere it is approximate, because memory also has maxima as terms.
+    Ranks with equally many experts, rows and pairs share a result."""
     made: dict[Any, tuple[float, float, float]] = {}
     found = []
     for rank, (rows, pairs) in enumerate(zip(rows_R.tolist(), pairs_R.tolist(), strict=True)):

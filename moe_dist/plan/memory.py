@@ -27,18 +27,18 @@ line MoE below applies, because torch fuses attention and output itself:
 
 With `recompute: experts` autograd does not keep the tensors of (token, expert) pairs. With `recompute: block` autograd
 keeps only the inputs of a layer's attention and of its MoE layer or FFN, and the returned rows. Recomputed tensors exist
-only for one layer at a time, and not beside the output's, which backward frees first. If only routers are trained, autograd
-keeps no inputs of frozen weights, and nothing below the first trained router. `recompute: block` cannot recompute the layer
-of the first trained router, since the layer's input has no gradient:
+only for one layer at a time. They never exist together with the output layer's tensors, which backward frees first. If only
+routers are trained, autograd keeps no inputs of frozen weights, and nothing below the first trained router. `recompute:
+block` cannot recompute the layer of the first trained router, since the layer's input has no gradient:
 
     attention   D + 2 H d + 2 H_kv d                            not in the first such layer
                 D + q_rank + kv_rank + 2 H (d + value_dim)      the same of latent attention
     MoE         2 D + rows D + 3 F of the shared expert + pairs (D + 3 F) + 12 C bytes in fp32; D less in the first
     dense FFN   D + 3 F
 
-With `device: cpu` torch keeps more, except in router tuning: each of the 2 L norms of layers its output before the weight
-(D), and each attention the document mask in the dtype of its inputs (S elements per token). Allocator slack, kernels'
-scratch space and libraries (1 to 2 GB on CUDA) are not counted.
+With `device: cpu` torch keeps more, except in router tuning: each of the layers' 2 L norms keeps its output before the
+weight (D), and each attention keeps the document mask in the dtype of its inputs (S elements per token). Allocator slack,
+kernels' scratch space and libraries (1 to 2 GB on CUDA) are not counted.
 """
 
 from collections.abc import Mapping
@@ -227,18 +227,18 @@ def _replicas(config: Config) -> float:
 
 def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> float:
     layers = layer_bytes_per_token(config, rows, pairs)
-    return layers.kept + max(layers.once, output_bytes_per_token(config))  # backward begins by freeing the output's
+    return layers.kept + max(layers.once, output_bytes_per_token(config))  # backward first frees the output layer's tensors
 
 
 class LayerBytes(NamedTuple):
-    """Bytes per token of all layers: tensors that autograd keeps, and recomputed ones, of one layer at a time."""
+    """Bytes per token: of the tensors that autograd keeps in all layers, and of one layer's recomputed tensors."""
 
     kept: float
     once: float
 
 
 def layer_bytes_per_token(config: Config, rows: float, pairs: float) -> LayerBytes:
-    """Returns the bytes per token of all layers: tensors that autograd keeps, and tensors that it recomputes."""
+    """Returns the bytes per token of the tensors that autograd keeps, and of those that it recomputes."""
     model, a, recompute = config.model, ITEMSIZE[config.parallel.precision], config.parallel.recompute
     dim, groups = model.hidden_dim, expert_groups(model.moe)
     ffn_for_all, ffn = ffn_dim_for_all(model), model.dense_ffn_dim or 0

@@ -116,7 +116,7 @@ def verdict(
     """Returns sentences that say how many rows and how much work the chosen placement has, compared with each other one.
 
     Args:
-        others: Plans of other placements. One with the chosen plan's name has other ranks for the groups.
+        others: Plans of other placements. A plan with the chosen plan's name has other ranks for the groups.
         missing: Impossible policy -> reason.
         itemsize: Bytes of an element of a sent row.
     """
@@ -152,7 +152,8 @@ def _more_or_less(own: float, other: float, less: str, unit: str) -> str:
 
 
 def _trade(chosen: PlacementCosts, other: PlacementCosts, name: str, itemsize: int) -> str:
-    """Returns when the chosen placement is faster; empty if no plan has both less work and more rows than the other.
+    """Returns the condition under which the chosen placement is faster; empty if no plan has both less work and more rows
+    than the other plan.
 
     Per token, the busiest rank takes 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward, so D cancels.
     """

@@ -47,7 +47,7 @@ class Played:
     Attributes:
         seconds_S: Seconds until the last rank has finished.
         busy_SR: Seconds in which each rank computes, or waits for a host sync.
-        wire_S: Seconds in which the rank that sends most exchanges rows.
+        wire_S: Seconds in which the rank with the most sent rows exchanges rows.
     """
 
     seconds_S: np.ndarray
@@ -187,7 +187,7 @@ def micro_batch(
     layers: Sequence[LayerCost], head: Seconds, order: Order, backward: Sequence[LayerCost] | None = None
 ) -> list[Event]:
     """Returns the queue of one micro-batch: forward of all layers, output layer with loss, backward. `backward` has the
-    layers' costs in backward before the factor `order.backward`; None takes the costs of forward."""
+    layers' costs in backward, not yet multiplied by `order.backward`; None takes the costs of forward."""
     queue = Queue()
     last: tuple[int, ...] = ()
     for layer in layers:

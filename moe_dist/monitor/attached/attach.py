@@ -1,4 +1,4 @@
-"""Watches the routers of a model that another trainer trains, with the records, pictures and traces of moe_dist's runs.
+"""Watches the routers of a model that another trainer trains. Makes the records, pictures and traces of a moe_dist run.
 
     with attach(model, "runs/mixtral") as watch:
         for batch in batches:
@@ -48,7 +48,7 @@ class Attached:
     folder at the same time; the ranks' models differ; or another rank failed.
 
     Args:
-        model: A model of transformers or Megatron-Core, also wrapped (DDP, FSDP2), whose routers are in `ROUTERS`.
+        model: A model of transformers or Megatron-Core, wrapped (DDP, FSDP2) or not, whose routers are in `ROUTERS`.
         sinks: Names of `attached_folder.SINKS`, or sinks made by the caller. Only rank 0 uses sinks.
         trace_every: Steps between traced steps, beginning with the first; 0 for no trace.
         trace_tokens: Largest number of traced tokens of a rank in a step; None for all.

@@ -17,7 +17,7 @@ from moe_dist.monitor.heatmaps import INK, Axis, Scale, colour, extremes, ink_on
 
 WIDTH, MARK = 860, 7  # widths in SVG units of all cells of a wide picture, and of one character
 MOST_FRAMES = 12
-WRITTEN = 400  # largest number of cells with written numbers, each number needs 80 bytes
+WRITTEN = 400  # largest number of cells with written numbers; each number needs 80 bytes
 CURVES = 6  # number of colours of curves
 _numbers = count()
 
@@ -65,7 +65,8 @@ def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, titl
 def curves(
     lines: Mapping[str, Sequence[float]], at: Sequence[float], *, title: str, x: str, y: str, top: float = 0.0
 ) -> str:
-    """Returns curves over the positions `at`, on an axis from 0 to at least `top`; nan is a gap. Bars for one position."""
+    """Returns curves over the positions `at`, on an axis from 0 to at least `top`; nan is a gap. For a single position
+    draws bars."""
     width, height, left, head = 620, 220, 56, 14
     known = [value for line in lines.values() for value in line if np.isfinite(value)]
     if len(at) == 1 and known:

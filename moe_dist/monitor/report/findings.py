@@ -1,5 +1,5 @@
-"""Makes the first lines of a routing report: the faults that the hints' rules find, and the largest and smallest loads in
-words.
+"""Makes the first lines of a routing report: the faults that the rules of the hints find, then the extreme loads, in
+sentences.
 
 Shape letters as in `metrics.py`.
 """
@@ -31,7 +31,7 @@ def problems(routing: Routing) -> list[str]:
         texts = [text.replace(" (now nan)", "") for text in texts]
     if not routing.configuration or "attached" in routing.configuration:
         texts = [for_another_trainer(text) for text in texts]
-    return [f"{text if '.' in text.split()[0] else text[0].upper() + text[1:]}." for text in texts]  # keys stay as they are
+    return [f"{text if '.' in text.split()[0] else text[0].upper() + text[1:]}." for text in texts]  # keys keep their case
 
 
 HEALTHY = "No rule finds a fault in the routing"

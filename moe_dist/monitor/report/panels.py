@@ -50,7 +50,7 @@ def ranks(subject: Subject) -> str:
 
 
 def _replicas(routing: Routing) -> str:
-    """Table of the experts with replicas; nothing without any."""
+    """Returns a table of the experts with replicas; empty if there are none."""
     placement = routing.placement
     if not isinstance(placement, PlacementWithReplicas):
         return ""
@@ -155,7 +155,8 @@ def nulls(subject: Subject) -> str:
 
 
 def drift(subject: Subject) -> str:
-    """Shows the total variation distance from the choices of the last steps, both of earlier steps and of another run."""
+    """Shows how far the choices of earlier steps and of another run are from those of the last steps (total variation
+    distance)."""
     routing, against = subject.routing, subject.against
     frames = routing.frames
     parts = []
@@ -185,7 +186,7 @@ def drift(subject: Subject) -> str:
 
 
 def _compared(routing: Routing, against: Routing) -> tuple[Frame, Frame, str]:
-    """Returns the two frames to compare, of held-out tokens if both traces have such, and a text that names the tokens."""
+    """Returns the two frames to compare, of held-out tokens if both traces have them, and a text that names the tokens."""
     one, two = routing.tokens, against.tokens
     if one is not None and two is not None and one.split == two.split == "held-out":
         columns = routing.window.choices_LC.shape[1]

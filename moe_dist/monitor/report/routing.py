@@ -141,7 +141,8 @@ class Subject:
 
 
 def merged(frames: Sequence[Frame], most: int) -> tuple[Frame, ...]:
-    """Joins consecutive frames into at most `most` sums of equally many; the last sum also has the remaining frames."""
+    """Sums consecutive frames into at most `most` frames. Each is a sum of equally many; the last also has the remaining
+    frames."""
     size = math.ceil(len(frames) / most)
     starts = range(0, len(frames) - size + 1, size)
     return tuple(total(frames[at : at + size] if at < starts[-1] else frames[at:]) for at in starts)

@@ -19,7 +19,7 @@ from moe_dist.placement.placement import ExpertGroup
 
 SHOWN_CELLS = 256  # (layer, expert) pairs whose tokens are listed
 SHOWN_MATRICES, SHOWN_PAIRS = 24, 200  # numbers of drawn co-activation matrices, and of listed pairs of experts
-MAPS, MAPPED_TEXTS, LONGEST_TEXT = 12, 4, 160  # most pictures, and texts, with a compute map; most tokens of such a text
+MAPS, MAPPED_TEXTS, LONGEST_TEXT = 12, 4, 160  # most pictures, most texts, and most tokens of a text in the compute map
 AROUND = 5  # tokens of an example's text on each side
 NO_TOKENS = "This panel needs a trace: set monitor.trace in the run, or write one of a trained run with moe-dist trace."
 
@@ -173,7 +173,7 @@ def ledger(subject: Subject, tokens: Tokens) -> str:
         hidden = micro_batch = itemsize = 0
     if not (0 < hidden < 1 << 31 and 0 < micro_batch < 1 << 31):
         return "<p>The configuration of this trace does not tell the hidden size, so that bytes are unknown.</p>"
-    row_bytes = 4 * hidden * itemsize  # dispatch and combine, and the gradient of each
+    row_bytes = 4 * hidden * itemsize  # exchanges of a row: dispatch, combine, and the gradient of each
     rows, total = [], max(1, len(tokens.token_T))
     for layout in subject.layouts:
         size = layout.placement.num_ranks

@@ -134,8 +134,8 @@ def _dropped(scalars: Mapping[str, float | None]) -> list[str]:
 
 
 def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:
-    """Returns the held-out losses, and their changes if the previous evaluation had equally many tokens; the final one has
-    more."""
+    """Returns the held-out losses. Adds a loss's change if the previous evaluation had equally many tokens; the final one
+    has more."""
     parts = []
     for name, loss in result.loss.items():
         change = ""

@@ -145,8 +145,8 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     steps up to `step` have no record.
 
     metrics.jsonl is always replaced by one rename. A crash therefore leaves the old file whole, and a suspended earlier
-    writer that wakes up writes to a deleted file. The file is read once. Raises DataError if more than MOST_UNREADABLE
-    bytes are no records. The file is unchanged."""
+    writer that wakes up writes to a deleted file. The file is read once. Raises DataError, and leaves the file unchanged,
+    if more than MOST_UNREADABLE bytes are no records."""
     recorded = bytearray(step)  # 1 for each step whose record is kept
     if not path.exists():
         _warn_of_missing(path, recorded)

@@ -306,7 +306,7 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
                 writer.write(raw)
         file.flush()
         os.fsync(file.fileno())  # the content must be on disk before the rename
-    os.replace(kept_path, path)  # even without a cut, so that a suspended earlier writer writes to a deleted file
+    os.replace(kept_path, path)  # also if no event is dropped: a suspended earlier writer then writes to a deleted file
     return kept_steps and not dropped
 
 

@@ -8,10 +8,10 @@ from moe_dist.monitor.sinks.sink import ScalarSink, SinkContext
 
 
 class WandbSink(ScalarSink):
-    """Starts a wandb run for each attempt (start of the run), because wandb cannot go back in steps. The run's name, as
-    group, joins the attempts of a run. Raises ConfigError if wandb is not installed, or has no key for online mode. The
-    mode 'online' uses the key of `wandb login` or WANDB_API_KEY; 'offline' writes only files in the run folder, which
-    `wandb sync` can upload later."""
+    """Starts a wandb run for each attempt (start of the run), because wandb cannot go back in steps. The wandb group, which
+    is the run's name, joins the attempts of a run. Raises ConfigError if wandb is not installed, or has no key for online
+    mode. The mode 'online' uses the key of `wandb login` or WANDB_API_KEY; 'offline' writes only files in the run folder,
+    which `wandb sync` can upload later."""
 
     def __init__(self, context: SinkContext, *, project: str, mode: str = "online") -> None:
         run_name, resume_step, folder = context.run_name, context.resume_step, context.folder

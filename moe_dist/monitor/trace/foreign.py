@@ -147,7 +147,7 @@ def _flame(files: Sequence[Path]) -> Parts:
             if ids.ndim != 2 or ids.dtype.kind != "i":
                 raise ValueError(f"indices are {ids.dtype} of shape {ids.shape}")
             by_step[int(file.parent.name.removeprefix("iter_"))][int(file.stem.removeprefix("layer_"))] = ids
-        except (ValueError, KeyError, NotImplementedError, StopIteration) as error:  # also pyarrow's errors but OSErrors
+        except (ValueError, KeyError, NotImplementedError, StopIteration) as error:  # pyarrow's errors have these bases
             raise DataError(
                 f"{file}: not iter_<step>/layer_<number>.parquet with lists of k whole numbers in the column `indices` "
                 f"({error!r:.100}); restore the file"

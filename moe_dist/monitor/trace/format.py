@@ -77,7 +77,7 @@ class Manifest:
         split: `training`, or `held-out` for the trace of a trained run, whose only step is the checkpoint's step.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")  # for `from_json`; a constructor checks nothing
+    __pydantic_config__ = ConfigDict(extra="forbid")  # applies to `from_json` alone; the constructor checks nothing
 
     attempt: Count
     from_step: Count

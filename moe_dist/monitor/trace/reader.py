@@ -133,7 +133,7 @@ def _attempt(folder: Path) -> Attempt:
     for rank in range(manifest.ranks):
         by_rank.append(_index(folder / f"rank_{rank}.index"))
         if not by_rank[-1]:
-            break  # no step is whole, however many ranks follow
+            break  # a rank without entries leaves no step complete
     whole = set.intersection(*(set(entries) for entries in by_rank))  # a killed rank's index may lack the last step
     return Attempt(folder, manifest, {step: tuple(entries[step] for entries in by_rank) for step in whole})
 

@@ -57,7 +57,7 @@ class TraceWriter:
         if not self._thread.is_alive():
             return
         deadline = time.monotonic() + CLOSE_SECONDS
-        with contextlib.suppress(queue.Full):  # raised if the disk hangs
+        with contextlib.suppress(queue.Full):  # the queue stays full if the disk hangs
             self._queue.put(None, timeout=CLOSE_SECONDS)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():

@@ -32,7 +32,7 @@ class _Slice:
     optimizer: Any  # one of Megatron's plain optimizers
     main: Tensor | None  # the tensor that `optimizer` updates; None if only other ranks update the parameter
     begin: int = 0  # index of the first element of `main` in the flat parameter
-    sharded: bool = False  # whether each data-parallel rank updates other elements
+    sharded: bool = False  # whether the data-parallel ranks update different elements
 
 
 class GptState:

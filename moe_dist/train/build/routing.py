@@ -59,8 +59,8 @@ def build_balance(
 
 
 def build_targets(section: MoESection, groups: Sequence[ExpertGroup]) -> dict[str, Callable[[int], float]]:
-    """Returns for each group with a target a function that maps a number of updates of the selection biases to the true
-    experts per token at which the next update aims."""
+    """Returns a function for each group that has a target number of true experts per token. The function maps the number of
+    past updates of the selection biases to the target of the next update."""
     return {
         group.name: partial(rule.target_at, group=group)
         for each, rule in zip(section.balance, _rules(section), strict=True)

@@ -356,7 +356,7 @@ def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: i
 @dataclass(frozen=True)
 class LoopSettings:
     """Functions and constants of the training loop, made from the configuration. `flops_per_token` returns the FLOPs per
-    token of forward and backward, by each group's mean number of true experts per token, and each group's fraction of all
+    token of forward and backward, from each group's mean number of true experts per token and each group's fraction of all
     tokens."""
 
     config: Config

@@ -52,7 +52,7 @@ class EvenRouter(nn.Module):
         even_N = torch.full_like(expert_N, ABSENT)
         for index, group in enumerate(self.groups):
             mine_N = (expert_N != ABSENT) & (group_N == index)
-            # The i-th pair of a group gets expert i modulo n. A token's experts differ: its pairs are consecutive.
+            # The i-th pair of a group gets expert i modulo n. A token's experts differ, because its pairs are consecutive.
             turn_N = (mine_N.to(torch.int64).cumsum(0) - 1) % group.num_experts
             even_N = torch.where(mine_N, group.first_expert + turn_N, even_N)  # a mask as index would sync with the host
         return routing._replace(assignments=assignments._replace(expert_N=even_N, counts_WE=None))

@@ -56,7 +56,7 @@ def calibrate(
     if not batches:
         return
     scores, taken = _seen(model, routers, batches, group_of_modality, steps)
-    if not routers:  # ran forward passes only for ranks with other layers
+    if not routers:  # this rank ran the forward passes only for the ranks that have other layers
         return
     sizes = [len(taken_n) for taken_n in taken]
     taken_N = sum_over(torch.cat(taken), world, name=CALIBRATION_COUNTS, tracker=tracker)
@@ -87,7 +87,7 @@ def _seen(
     taken: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
 
     def note(router: Any, inputs: Any, chosen: Any) -> None:
-        scores[router].append(router.scores(*inputs[:2]))  # forward has computed the same scores before
+        scores[router].append(router.scores(*inputs[:2]))  # computes the scores of this forward again
         taken[router].append(router.num_taken(chosen))
 
     with ExitStack() as stack:

@@ -87,7 +87,7 @@ class Mapper:
         drawn = _draw([each for pair in seen for each in _pictures(*pair, self.manifest)], self.pictures)
         return ComputeMap(
             mean=mean_by_kind(sums_2MF, names),
-            most=max([usual, *(math.ceil(experts_BS.max()) for _, experts_BS in seen)]),  # above it where experts choose
+            most=max([usual, *(math.ceil(experts_BS.max()) for _, experts_BS in seen)]),  # more if experts choose
             pictures=[MappedPicture(experts, empty, self._pixels(codes)) for codes, experts, empty in drawn],
             lines=self._lines(seen),
         )
@@ -101,7 +101,7 @@ class Mapper:
         return patches.transpose(0, 2, 1, 3, 4).reshape(rows * patch, columns * patch, 3)
 
     def _lines(self, seen: Sequence[tuple[Batch, np.ndarray]]) -> list[list[tuple[str, float]]]:
-        """Returns consecutive lines of a document without pictures, or of several if one has too few lines."""
+        """Returns consecutive lines of a document without pictures, or of several documents if one has too few lines."""
         texts = [text for batch, experts in seen for text in _texts(batch, experts, self.manifest)]
         lines: list[list[tuple[str, float]]] = []
         for tokens, experts in _draw(texts, len(texts)):
@@ -139,7 +139,7 @@ def true_experts(reports: Sequence[LayerReport], num_experts: int) -> Tensor:
 
 
 def _filler(batch: Batch) -> Tensor:
-    """Returns which tokens are background cells, bool [B, S]. `Batch.filler_BS` marks the tokens before them."""
+    """Returns which tokens are background cells, bool [B, S]. `Batch.filler_BS` marks the token before each of these."""
     filler_BS = torch.zeros_like(batch.filler_BS)
     filler_BS[:, 1:] = batch.filler_BS[:, :-1] & (batch.positions_BS[:, 1:] > 0)
     return filler_BS

@@ -1,4 +1,5 @@
-"""Makes what a rank needs around the training loop: device, process groups, watchdog, sinks of records, summary."""
+"""Makes the objects that a rank needs around the training loop: device, process groups, watchdog, sinks of records,
+summary."""
 
 import logging
 import os
@@ -64,8 +65,8 @@ def around_steps(
     env: RankEnv,
     attempt: Attempt,
 ) -> Iterator[dict[str, Any]]:
-    """Opens what works beside the steps: readings of the device, profiler, traces, sinks, and the garbage collector. Yields
-    the arguments of `Trainer` for them."""
+    """Opens the services that run beside the steps: readings of the device, profiler, traces, sinks, and the garbage
+    collector. Yields the arguments of `Trainer` for them."""
     config, mesh, model = checked.config, training.parallel.mesh, training.parallel.model
     start = {"attempt_id": attempt.attempt_id, "step": progress.step, "position": progress.position}
     with (
@@ -173,7 +174,7 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 def open_sinks(
     checked: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
 ) -> Iterator[list[Sink]]:
-    """Yields a list, which is empty except on rank 0, where it has one sink, which passes the records of steps and
+    """Yields a list that is empty except on rank 0. There it has one sink, which passes the records of steps and
     evaluations to all sinks. The sinks are closed even after an error, so that no record stays in a buffer.
 
     Before each record, rank 0 checks its lease of the run. A checkpoint is committed only if all records are on disk.

@@ -92,8 +92,8 @@ class Trainer:
 
         Raises:
             StoppedError: a rank got a stop signal. The state has been saved, unless the last step was skipped.
-            DivergedError: too many steps in a row or the last step were skipped, the held-out loss after the last step is
-                not finite, or the state to be saved is not. The newest checkpoint is finite.
+            DivergedError: too many consecutive steps or the last step were skipped, or the held-out loss after the last
+                step or the state to be saved is not finite. The newest checkpoint is finite.
         """
         config, progress = self.plan.config, self.progress
         evaluation: EvaluationResult | None = None
@@ -225,7 +225,8 @@ class Trainer:
         )
 
     def _costs(self) -> CostTable | None:
-        """Returns the traffic of the last steps, and of the same choices with other methods. Collective."""
+        """Returns the traffic of the last steps, and the traffic that other methods would cause for the same choices.
+        Collective."""
         if self.placement_rows is None or not self._recent:
             return None
         mesh, plan = self.evaluator.mesh, self.plan

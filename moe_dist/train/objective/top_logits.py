@@ -51,7 +51,7 @@ class TopLogitsManifest(BaseModel):
 
 def sequence_settings(config: Config) -> dict[str, JsonValue]:
     """Returns the settings that determine the training sequences of a run, besides the data set."""
-    unset = {"path"} if config.data.skip else {"path", "skip"}  # folders of earlier versions know no `skip`
+    unset = {"path"} if config.data.skip else {"path", "skip"}  # folders of earlier versions lack `skip`
     return {**config.data.model_dump(mode="json", exclude=unset), "seed": config.run.seed}
 
 

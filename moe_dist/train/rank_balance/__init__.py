@@ -1,1 +1,1 @@
-"""Levers against uneven load of ranks: experts move or get replicas, sequences are dealt."""
+"""Levers (methods) that balance the ranks' loads: move experts, give experts replicas, deal sequences to ranks."""

@@ -3,9 +3,9 @@ all runs with the same seed.
 
 A window of steps is cut in two halves, as in `moving_lever.py`. The loads of the first half-window give each layer new
 replicas: repeatedly the busiest rank gives a part of one expert's tokens to the least busy rank with a free replica slot.
-By the loads of the second half-window new replicas are compared with the layer's present replicas, and with no replicas.
-Placing replicas costs nothing, but each step exchanges the replicas' weights and gradients; replicas must save more time
-than these exchanges take.
+The loads of the second half-window decide between the new replicas, the layer's present replicas, and no replicas. Placing
+replicas costs nothing, but each step exchanges the replicas' weights and gradients; replicas must save more time than these
+exchanges take.
 
 Shape letters: S steps, L MoE layers, E true experts, R ranks of an EP group.
 """

@@ -62,8 +62,8 @@ class SampleBatch(Batch):
 
 @dataclass(frozen=True)
 class ChoiceBatch(SampleBatch):
-    """A micro-batch whose labels are told apart among each row's choices. The result of `to` keeps the choices. A row of
-    `choice_BK` (`model.objective.Choices`) that has only -1 has no label."""
+    """A micro-batch for the cross entropy of each row's label among the row's choices. The result of `to` keeps the
+    choices. A row of `choice_BK` (`model.objective.Choices`) that has only -1 has no label."""
 
     choice_BK: torch.Tensor
 
@@ -108,7 +108,7 @@ class ChoiceMaker(SampleMaker):
         """See `SampleMaker.make`. All samples have equally many places for choices. Raises DataError if a token id lies
         outside the vocabulary."""
         batch = super().make([replace(each, answer=each.answer[:1]) for each in samples], numbers)
-        rows = [each.choices for each in samples] or [np.full(1, -1)]  # of the row of padding
+        rows = [each.choices for each in samples] or [np.full(1, -1)]  # choices of the row of padding
         choice_BK = torch.from_numpy(np.stack(rows).astype(np.int64))
         if int(choice_BK.max()) >= self._vocab_size:
             raise DataError(

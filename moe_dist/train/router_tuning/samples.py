@@ -85,7 +85,7 @@ def _tells(choices_SK: np.ndarray, first_S: np.ndarray, told: int) -> bool:
 
 
 def _choices(ordered: Sequence["Scored"]) -> np.ndarray | None:
-    """Returns the choices of all samples [S, K], filled up with -1; None if those of a sample are unknown."""
+    """Returns the choices of all samples [S, K], filled up with -1; None if the choices of any sample are unknown."""
     rows = [each.sample.choices for each in ordered]
     if not all(map(len, rows)):
         return None

@@ -36,7 +36,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.parameter_names import EXPERT_NAME, Role, group_module, logical_name, role_of_name
 
-# Maps a rule to the rounding difference from the checkpoint's function that remains.
+# Maps a rule to a text: how rounding still makes the model's function differ from the checkpoint's.
 _SAME = {
     "upcycle": "",
     "split": "; the output of an FFN is the sum of its parts, added in order, so its last bits may differ",
@@ -60,7 +60,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     """Loads the weights of `run.init_from` into the model; returns a report to print. Collective over all ranks.
 
     Raises:
-        ConfigError: there is no checkpoint, no tensor fits, or a rule cannot be applied; the message says a fix.
+        ConfigError: there is no checkpoint, no tensor fits, or a rule cannot be applied; the message names a fix.
         DataError: the checkpoint is damaged.
     """
     assert config.run.init_from is not None
@@ -247,8 +247,8 @@ def _other_experts(config: Config, source: ModelSection | None) -> list[str]:
 
 
 def _other_score(config: Config, source: ModelSection | None) -> str:
-    """Says how the router's scores differ from those of the checkpoint, whose choices auxiliary routers learn; empty if
-    they are the same."""
+    """Says how the router's scores differ from the scores of the checkpoint, whose choices the auxiliary routers learn;
+    empty if the scores are the same."""
     old, new = (
         "sigmoid" if model is None else getattr(model.moe.router, "score", "sigmoid") for model in (source, config.model)
     )

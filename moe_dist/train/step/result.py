@@ -1,4 +1,4 @@
-"""The records of a training step: what its forwards leave, the sums over all ranks, and the result.
+"""The records of a training step: the results of its forwards, the sums over all ranks, and the step's result.
 
 Shape letters: I micro-batches of a rank, M modalities in the order of the data set's manifest, G expert groups, R readers
 (ranks with different sequences), W ranks of the world.
@@ -35,8 +35,9 @@ class Forwarded(NamedTuple):
         loss: This rank's share of the step's losses.
         counts: Routing counts over all ranks.
         own, sent: Routing counts of this rank, and its sent rows and pairs, of all layers.
-        busiest_G: Largest load of an expert in a layer and micro-batch of this rank, over an even share of its group's
-            choices there, 0 without tokens: a capacity factor of this size drops nothing. None if unknown.
+        busiest_G: Largest load of an expert in any layer and micro-batch of this rank, divided by an even share of the
+            choices of the expert's group there; 0 without tokens. A capacity factor of this size drops nothing. None if
+            unknown.
     """
 
     loss: MicroLoss
@@ -47,7 +48,7 @@ class Forwarded(NamedTuple):
 
 
 class Readings(NamedTuple):
-    """Readings of each rank, of which a rank fills its own row; the other rows are 0 until the ranks' readings are summed.
+    """Readings of all ranks. Each rank fills its own row; the other rows are 0 until the ranks' readings are summed.
 
     Attributes:
         seconds_W: Seconds that a rank computed and read data, without waits for other ranks.
