@@ -178,11 +178,11 @@ def z_terms(log_z_squared_LG: Tensor, tokens_LG: Tensor) -> Tensor:
 class StepLoad:
     """Keeps the load of each choice column over a whole step, for the balance loss of the next step.
 
-    The load-balance loss is a product of loads and mean probabilities. If loads and probabilities are of one micro-batch,
-    the loss depends on how the step is cut into micro-batches, and even a micro-batch of similar tokens is pushed to a
-    uniform load (Qiu et al., arXiv 2501.11873, count the loads over all micro-batches of a step so far). Loads have no
-    gradient, so this class uses the loads of the previous step, which are known before the first forward. The balance loss
-    is then a plain sum over the step's tokens: micro-batch size, accumulation and number of ranks change only its rounding.
+    The load-balance loss is a product of loads and mean probabilities. If both are of one micro-batch, the loss depends on
+    how the step is cut into micro-batches, and pushes even a micro-batch of similar tokens to a uniform load (Qiu et al.,
+    arXiv 2501.11873, count the loads over all micro-batches of a step so far). Loads have no gradient, so this class uses
+    the loads of the previous step, which are known before the first forward. The balance loss is then a plain sum over the
+    step's tokens: micro-batch size, accumulation and number of ranks change only its rounding.
 
     The counts are over all ranks, for each group of the last step in which the group had tokens. All counts are 0 before
     the first step, whose balance loss is therefore 0.

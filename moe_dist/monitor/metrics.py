@@ -25,7 +25,8 @@ class Record:
     Attributes:
         step: Number of the step; the first step of a run is 1.
         skipped: True if no rank took the optimizer step.
-        scalars: Number by tag (`tags.MEANING`); None if the step lacks the number. nan and inf are computed numbers.
+        scalars: Number by tag (`tags.MEANING`). None means that the step lacks the number; nan and inf are computed
+            numbers.
         losses: Nats per token by modality. The loss is None if the step had no label of the modality.
         labels: Number of unmasked labels by modality.
         epochs: Number of passes over each modality's training data so far.

@@ -136,7 +136,7 @@ def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Gree
     Mailbox(PrefixStore("answer", start)).post(json.dumps([env.rank, error.exit_code, problem]))
     if problem:
         raise error(problem)
-    patience = wait.again()  # rank 0 decides whether to wait longer for a rank or to stop all ranks
+    patience = wait.again()  # rank 0 decides whether all ranks wait longer or stop
     while not start.check(["go"]):
         patience.pause("the ranks that rank 0 waits for; its log names them")
     code, *problems = json.loads(start.get("go"))

@@ -24,7 +24,7 @@ WORDS = {
 
 
 def best_of_each(ranked: Sequence[Any], key: Callable[[Any], object]) -> list[Any]:
-    """Returns the first of the layouts `ranked` for each value of `key`."""
+    """Returns, for each value of `key`, the first layout in `ranked` that has the value."""
     best: dict[object, Any] = {}
     for each in ranked:
         best.setdefault(key(each), each)
@@ -32,7 +32,7 @@ def best_of_each(ranked: Sequence[Any], key: Callable[[Any], object]) -> list[An
 
 
 def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterator[str]:
-    """Yields sentences that compare the best layout with the best of other choices on equally many GPUs."""
+    """Yields sentences that compare the best layout with the best layouts of other choices on equally many GPUs."""
     same = sorted((each for each in fitting if each.gpus == best.gpus), key=lambda each: each.seconds)
 
     def rivals(choice: Callable[[Estimate], object]) -> list[Estimate]:

@@ -64,7 +64,7 @@ class RankMemory:
     optimizer: float
     # Weights in the compute dtype during a micro-batch. DDP: no copies in fp32, copies of all weights in bf16. FSDP2: the
     # weights of two units, or of all units with fsdp_gather=step; in bf16 with edp=1 also all experts, because FSDP2 does
-    # not shard them. Includes weights of replicas.
+    # not shard them. The weights of replicas are included.
     casts: float
     activations: float  # estimate for the activations of one micro-batch
     exchange_bound: float  # send and receive buffers of one layer, if every token goes to one rank; not part of `total`

@@ -127,8 +127,8 @@ PUBLISHED: dict[str, tuple[float, float, float]] = {
 
 def published_rates(card: str, peak: float | None, *, ranks_per_node: int, between: float | None) -> Rates:
     """Returns rates from data sheets. The shares of a GPU's peak rates that programs reach are assumed, not measured: 0.71
-    of the FLOP/s for large products, 0.56 for the experts' products, 0.4 for attention, 0.8 of the memory's rate, 0.73 of
-    links.
+    of the FLOP/s for large products, 0.56 for the experts' products, 0.4 for attention, 0.8 of the memory's rate, and 0.73
+    of the links' rate.
 
     Args:
         peak: Dense FLOP/s in bf16; None if it is not known.

@@ -27,11 +27,11 @@ class Load:
     `spread` are [S, L, R], for one micro-batch.
 
     Attributes:
-        inside, between: Rows that a rank sends or receives in one dispatch, whichever are more, inside its node and between
-            nodes; with the dispatcher `hierarchical` the rows of its hop inside nodes and of its hop between nodes.
+        inside, between: Rows that a rank sends or receives in one dispatch, the larger of the two numbers, inside its node
+            and between nodes; with the dispatcher `hierarchical`, in the hop inside nodes and in the hop between nodes.
         sent_inside, sent_between: Rows that a rank sends inside its node and to other nodes, for the sum of bytes.
         rows: Rows that the rank computes, its own tokens' included.
-        pairs, own: (token, expert) pairs that the rank computes, and among these pairs those of the rank's own tokens.
+        pairs, own: (token, expert) pairs that the rank computes: all, and only those of the rank's own tokens.
         work: Sum of the FFN widths over the (token, expert) pairs that the rank computes.
         spread: Standard deviation over micro-batches of a rank's mean rows and mean pairs per layer, [2, R].
     """

@@ -113,8 +113,8 @@ def expected_longest(seconds_S: np.ndarray, groups: int) -> float:
 
 
 def exchange_seconds(rates: Rates, ranks: int, inside: Seconds, between: Seconds) -> Seconds:
-    """Returns the seconds of one exchange. `inside` and `between` are the bytes that a rank sends or receives, whichever
-    are more, inside its node and between nodes. The bytes inside the node and between nodes are sent at the same time.
+    """Returns the seconds of one exchange. `inside` and `between` are the bytes that a rank sends or receives, the larger
+    of the two, inside its node and between nodes. The bytes inside the node and between nodes are sent at the same time.
     `ranks` ranks of a node take part."""
     near, far = rates.link(ranks), rates.between
     seconds = np.where(np.asarray(inside) > 0, inside / near.bytes_per_second, 0.0) + near.latency * (ranks > 1)

@@ -72,7 +72,7 @@ class ExchangePlan:
 
     @cached_property
     def table_index(self) -> RowIndex:
-        """The table rows to which the own rows and the rows from other ranks return."""
+        """The table row of each own row, and of each row that other ranks send back."""
         return RowIndex((self.row_O, self.row_S), self.table_rows)
 
     @property

@@ -62,7 +62,7 @@ class _Tables:
         rank_E, node_slot_E: EP position of each expert's rank, and each expert's node slot.
         row_bin_W, node_bin_G: Index, in the vector of counts to send, of the number of rows to each rank and node.
         pair_bin_E: Index, in the vector of counts to send, of the number of pairs of each expert.
-        local_X, slot_X: For each node slot of this node, the position in the node of its rank, and its slot there.
+        local_X, slot_X: For each node slot of this node, its rank's position in the node, and its slot on that rank.
     """
 
     rank_E: Tensor

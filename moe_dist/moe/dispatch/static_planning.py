@@ -37,7 +37,8 @@ class StaticRoom:
 
     @classmethod
     def expected(cls, placement: ExpertPlacement, tokens: int, factor: float) -> "StaticRoom":
-        """Returns `factor` times the numbers expected for `tokens` tokens of each rank, at most the largest possible."""
+        """Returns `factor` times the numbers expected for `tokens` tokens of each rank, but at most the largest possible
+        numbers."""
         groups, ep = placement.groups, placement.num_ranks
         rows, pairs, computed = [], [], []
         for rank in range(ep):
@@ -295,5 +296,5 @@ def _starts(lengths: Sequence[int]) -> list[int]:
 
 
 def _each(values: Sequence[int], counts: Sequence[int]) -> list[int]:
-    """Repeats each value as often as the value's count says; counts without a value are left out."""
+    """Repeats the i-th value as often as the i-th count; further counts are ignored."""
     return [value for value, count in zip(values, counts, strict=False) for _ in range(count)]

@@ -269,8 +269,8 @@ class Replicas(Protocol):
     def start(
         self, h_TD: Tensor, stacks: Callable[[str], ExpertStack]
     ) -> tuple[Tensor, Callable[[], list[tuple[int, RunStack]]]]:
-        """Begins to fetch the replicas' weights. Returns the layer's input, and a function that waits for the weights and
-        returns for each stack its number of slots, and a function like `ExpertStack.forward`."""
+        """Begins to fetch the replicas' weights. Returns the layer's input, and a function that waits for the weights. That
+        function returns for each stack its number of slots and a function like `ExpertStack.forward`."""
         ...
 
 

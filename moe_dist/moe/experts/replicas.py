@@ -1,13 +1,13 @@
 """Computes replicas of experts (`placement/replica_slots.py`). Each forward fetches the replicas' weights from the
 experts' own slots.
 
-Replicas have no parameters that must be kept equal: backward sends the gradients of replicas to the experts' own slots and
-adds the gradients there, and the optimizer, the gradient norm and checkpoints see each expert once.
+Replicas have no parameters that must be kept equal. Backward sends the gradients of replicas to the experts' own slots and
+adds them there. The optimizer, the gradient norm and checkpoints thus see each expert once.
 
 A layer exchanges weights once in each pass, however many times its dispatcher runs the experts. Forward issues the exchange
 before all other exchanges of the layer, and waits for the weights when the first experts run. Backward sends the gradients,
-summed over all runs, after the layer's last exchange of rows: the layer's input passes through the same autograd node, so
-that every rank issues its collectives in the same order with any dispatcher.
+summed over all runs, after the layer's last exchange of rows. The layer's input passes through the same autograd node, so
+every rank issues its collectives in the same order with any dispatcher.
 
 The weights of a replica stay in memory, in the dtype of the rows, from forward to backward.
 

@@ -126,8 +126,8 @@ class RowKernels(Protocol):
         ...
 
     def gather(self, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:
-        """Returns the row of each pair [Q, D], for the products with gate and with up: two tensors with the same memory, so
-        that both tensors' gradients may be summed in the pass that sums the gradients of a row."""
+        """Returns the row of each pair, [Q, D], as two tensors with the same memory, for the products with gate and with
+        up. The pass that sums the gradients of a row can then also sum the gradients of the two tensors."""
         ...
 
     def swiglu(self, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor | None) -> Tensor:
@@ -143,8 +143,8 @@ class RowKernels(Protocol):
     def sum_rows(
         self, own_OD: Tensor, wait: Callable[[], Tensor], index: RowIndex, base_MD: Tensor | None = None
     ) -> Tensor:
-        """Returns for each row of a table the sum of `base`, if given, the own rows, and then the received rows with its
-        index: [M, D] in the dtype of the own rows.
+        """Returns for each table row the sum of `base` (if given), of own rows, and then of received rows with the table
+        row's index: [M, D] in the dtype of the own rows.
 
         Args:
             wait: Waits for the received rows, and returns them: [S, D].

@@ -1,6 +1,6 @@
 """Base class of the routers whose number of experts per token depends on the token, at most the group's `top_k`.
 
-    T(x) = the first columns of the token by score, as far as the router's rule keeps them
+    T(x) = the token's columns of largest score that the router's rule keeps
     y    = sum over T(x) without null columns of w_i E_i(x); 0 if T(x) has no other column
 
 A choice that the router's rule does not keep becomes an absent pair, like a null choice. Each router's rule reads one token

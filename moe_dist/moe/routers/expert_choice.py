@@ -70,9 +70,9 @@ class ChoiceGate(GroupGate):
 class ExpertChoiceRouter(ChoosingRouter):
     """Routes T tokens: experts choose among the tokens of their group. No group may have null or zero-computation experts.
 
-    The choice of experts, and the noise, use `context` as follows: the tokens of its `selection_scope` compete; with
-    `known_counts` and a scope of one rank, assignments contain `counts_WE` in training, so that dispatch needs no host
-    sync; if its `kernels` have `experts_choose`, they compute the router's sums, and in a scope of one rank the choice.
+    The fields of `context` have these effects. The tokens of `selection_scope` compete. With `known_counts` and a scope of
+    one rank, assignments contain `counts_WE` in training, so that dispatch needs no host sync. If `kernels` have
+    `experts_choose`, they compute the router's sums, and in a scope of one rank also the choice.
 
     Args:
         capacity: c, the fraction of its group's tokens that each expert takes, for all groups or by the group's name. For

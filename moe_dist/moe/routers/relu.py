@@ -6,8 +6,8 @@
 
 A column with the logit 0 has the weight 0, so the output is a continuous function of x and of W while at most top_k logits
 are positive. b is the selection bias of a controller. ReMoE itself controls the number of experts by the coefficient of an
-L1 loss: the coefficient is multiplied by 1.2 after a step with too many experts, and divided by 1.2 after a step with too
-few experts. ReMoE's loss, with its load f_i, is this router's balance loss `vanilla` up to the factor k, because the
+L1 loss. It multiplies the coefficient by 1.2 after a step with too many experts, and divides it by 1.2 after a step with
+too few experts. ReMoE's loss, with its load f_i, is this router's balance loss `vanilla` up to the factor k, because the
 balance loss uses the unnormalised r as probabilities. The coefficient follows `loss.balance.schedule`. The reported entropy
 is the entropy of r / sum(r).
 

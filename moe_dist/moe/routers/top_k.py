@@ -114,7 +114,7 @@ class TopKRouter(nn.Module):
             row, whose logit is a learned threshold that depends on the token (Kilian et al., arXiv 2601.15370).
         selection_bias: If true, tokens choose by softmax + bias; weights do not contain the bias (DeepSeek-V3, arXiv
             2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add the bias to a softmax). Biases start at 0. While all
-            biases of a group are 0, its tokens choose by logits, whose order is that of the softmax but without ties by
+            biases of a group are 0, its tokens choose by logits. Logits have the order of the softmax, but not its ties by
             rounding.
         logit_bias: Whether each true expert's logit has a learned bias; groups must then have true experts only.
     """

@@ -156,14 +156,14 @@ NO_REQUEST = RoutingRequest()
 
 
 class ExpertsChoice(NamedTuple):
-    """The tokens that each expert (expert choice) or the layer (mixture of depths) takes. Has no gradient; recomputation
-    uses the same choice.
+    """The tokens that each expert takes (expert choice), or that the layer takes (mixture of depths). Has no gradient;
+    recomputation uses the same choice.
 
     Attributes:
         taken_TE: bool, true if the expert takes this rank's token.
         order_TE: int64, this rank's tokens by expert and falling logit; None if the scope has several ranks.
-        kth_score_E: For each expert, which takes k tokens, the k-th largest score without noise in the selection scope; 0
-            if the expert takes no token or, by its capacity, all tokens of its group.
+        kth_score_E: For each expert that takes k tokens, the k-th largest score without noise in the selection scope; 0 if
+            the expert takes no token or, by its capacity, all tokens of its group.
     """
 
     taken_TE: Tensor

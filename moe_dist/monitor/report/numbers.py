@@ -1,7 +1,7 @@
 """Computes the numbers of a report. All functions are pure.
 
 Shape letters: L MoE layers, T tokens, K choices of a token, n true experts of a group, E true experts of all groups, R
-ranks of an EP group, V token ids, X any.
+ranks of an EP group, V token ids, X any number of rows.
 """
 
 from collections.abc import Mapping

@@ -94,7 +94,7 @@ def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
     """Returns a function that makes the MoE layer with a given index, with LoRA experts."""
     config, section, groups = parts.config, parts.config.model, parts.placement.groups
     context = router_context(config, groups)
-    ffn_dim = groups[0].ffn_dim  # groups have the same ffn_dim
+    ffn_dim = groups[0].ffn_dim  # all groups have the same ffn_dim
 
     def make(layer: int) -> LoRALayer:
         return LoRALayer(

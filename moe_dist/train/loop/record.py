@@ -131,7 +131,7 @@ def memory_of_ranks(memory_W3: np.ndarray) -> dict[str, float]:
 
 
 def needed_factors(busiest_G: np.ndarray, groups: Sequence[ExpertGroup]) -> dict[str, float]:
-    """The entries of `Record.host` with `busiest_G` by group; none where it is unknown, or experts choose tokens."""
+    """The entries of `Record.host` with `busiest_G` by group; no entry if it is unknown, or if experts choose tokens."""
     pairs = zip(groups, busiest_G.tolist(), strict=False)  # empty in the first step
     return {f"{NEEDED}{group.name}": most for group, most in pairs if most and group.token_share is None}
 

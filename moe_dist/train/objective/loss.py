@@ -70,9 +70,9 @@ def forward(
     losses: bool = False,
     teacher: TeacherOutput | None = None,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
-    """Runs a transformer or its data-parallel wrapper. Returns one report per MoE layer, and logits [B, S, V]; or with
-    `losses` the cross entropy of each label [B, S], over the batch's choices if the batch has any; or with a `teacher`
-    cross entropy and KL divergence [2, B, S]."""
+    """Runs a transformer or its data-parallel wrapper. Returns one report per MoE layer, and logits [B, S, V]. With
+    `losses` returns, instead of logits, the cross entropy of each label [B, S], over the batch's choices if the batch has
+    any. With a `teacher` returns cross entropy and KL divergence [2, B, S]."""
     group_BS = group_of_modality[batch.modality_BS].masked_fill(batch.padding_BS, -1)
     labels_BS = batch.labels_BS if losses else None
     inputs = (batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request, labels_BS)

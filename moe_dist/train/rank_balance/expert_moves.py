@@ -25,7 +25,7 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 @dataclass(frozen=True)
 class Route:
-    """What one rank sends and receives when one group's experts move.
+    """The experts that one rank sends and receives when one group's experts move.
 
     Attributes:
         send: Indices, in this rank's stack of the group, of the experts that leave, ordered by their new ranks.

@@ -24,8 +24,8 @@ class ReplicaPlanner:
 
     Args:
         plain: The dispatcher's planner until now, for layers without replicas.
-        of_layer: By name of the layer, the id of each expert's slot (int64 [E + 1]; the last is that of absent pairs), and
-            a planner of the same kind for the layer's slots.
+        of_layer: Maps the name of a layer to the id of each expert's slot (int64 [E + 1]; the last id is for absent pairs),
+            and to a planner, of the same kind as `plain`, for the layer's slots.
     """
 
     def __init__(self, plain: Any, of_layer: Mapping[str, tuple[Tensor, Any]]) -> None:

@@ -40,7 +40,7 @@ class NeighbourIndex:
         bandwidth: sigma in the formula of the weights.
         k: Number of neighbours; None to select by `similarity`.
         similarity: Smallest s_ij of a neighbour; None to select by `k`.
-        random_seed: If given, neighbours are k random members, by seed and sample, instead of the nearest.
+        random_seed: If given, neighbours are k members drawn by seed and sample, instead of the nearest members.
     """
 
     def __init__(
