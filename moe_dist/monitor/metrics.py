@@ -15,7 +15,7 @@ from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult, Lever
 from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, TagPlan, tag_plan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
-NEEDED = "needed_capacity_factor/"  # key of `Record.host`, with the name of a group: this factor would have dropped nothing
+NEEDED = "needed_capacity_factor/"  # key in `Record.host`, before a group's name: the least capacity factor without drops
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
     for name, values_LG, top, title, caption in _per_group_maps(sums, subject):
         scale = linear_scale(f"{caption}, {steps}", top)
         yield f"moe/{name}", draw(values_LG, layers, by_group, scale=scale, title=title)
-    if "aimed_LG" in sums:  # the target may differ between steps, so that its mean is over tokens
+    if "aimed_LG" in sums:  # mean target over tokens, because it may differ between steps
         target_LG = divide(sums["aimed_LG"], sums["tokens_LG"])
         chosen_LG = group_metrics(sums["choices_LC"], sums["tokens_LG"], groups)["experts_per_token"]
         scale = ratio_scale(f"true experts per token over the target, {steps}")

@@ -157,8 +157,8 @@ class ExpertPlacement:
         return {"slots": [[*each] for each in self.slots]}
 
     def most_rows(self, rank: int, group: ExpertGroup) -> int:
-        """Returns the most other ranks on which a token of `rank` can have experts in one layer: at most top_k in token
-        choice, and at most the ranks of the node groups that the token may use."""
+        """Returns the largest number of other ranks on which a token of `rank` can have experts in one layer: at most top_k
+        in token choice, and at most the ranks of the node groups that the token may use."""
         away = [
             {self.rank_of_expert[expert] for expert in part} - {rank}
             for part in even_runs(group.experts, group.node_groups)

@@ -104,7 +104,7 @@ def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict
 
 
 def servers(hosts: Sequence[int], ranks: int) -> list[int]:
-    """Returns for each source rank the rank that serves it: itself if it has a slot, else one of `hosts` in turns."""
+    """Returns for each source rank the rank that gets its tokens: itself if it has a slot, else one of `hosts` in turns."""
     turns = itertools.cycle(hosts)
     return [rank if rank in hosts else next(turns) for rank in range(ranks)]
 

@@ -200,7 +200,8 @@ class LayoutEstimator:
     def _memory_of(
         self, config: Config, placement: ExpertPlacement, load: Load, times: int
     ) -> tuple[tuple[float, float, float], float]:
-        """Returns the bytes of the fullest rank at three quantiles, and the chance that a step runs out of memory."""
+        """Returns the bytes of the rank that needs most memory, at three quantiles, and the chance that a step runs out of
+        memory."""
         parallel, tokens = config.parallel, config.train.micro_batch * config.data.seq_len
         key = (placement.slots, parallel, config.train.micro_batch)
         rows_R, pairs_R = load.rows.mean((0, 1)) / tokens, load.pairs.mean((0, 1)) / tokens

@@ -216,7 +216,8 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
 
 
 def _replicas(config: Config) -> float:
-    """Returns the most replica parameters that a rank keeps until backward, plus one layer's replica gradients."""
+    """Returns the largest number of replicas' parameters that a rank keeps until backward, plus gradients of one layer's
+    replicas."""
     section, model = config.rank_balance.replicating, config.model
     if section is None or config.parallel.ep == 1:
         return 0.0

@@ -116,7 +116,8 @@ def _swap(load_LS: np.ndarray, rank_S: np.ndarray, allowed_SR: np.ndarray, group
 
 
 def _largest_without(work_LR: np.ndarray, top_L3: np.ndarray, home: int) -> np.ndarray:
-    """Returns for each layer and rank r the largest work of all ranks but `home` and r, [L, R]; 0 if there is none."""
+    """Returns for each layer and rank r the largest work of any rank other than `home` and r, [L, R]; 0 if there is
+    none."""
     layers, ranks = work_LR.shape
     found_LR = np.zeros((layers, ranks))
     for place in reversed(range(top_L3.shape[1])):  # the last rank that fits is the busiest rank other than `home` and r

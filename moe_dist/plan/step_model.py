@@ -56,8 +56,8 @@ class Played:
 
 
 def play(events: Sequence[Event], draws: int, ranks: int, *, cores: float | None = None) -> Played:
-    """Simulates the events of a queue. The ranks share `cores` cores, below 1 if other ranks share them too; None if each
-    rank computes on a device of its own."""
+    """Simulates the events of a queue. The ranks share `cores` cores, a number below 1 if other ranks use these cores too;
+    None if each rank has its own device."""
     clock, busy = np.zeros((2, draws, ranks)), np.zeros((2, draws, ranks))
     ended: list[np.ndarray] = []
     for event in events:

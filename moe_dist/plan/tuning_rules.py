@@ -107,7 +107,7 @@ def _member_problems(section: RouterTuningSection, manifest: TuningManifest) -> 
 
 
 def _choice_problems(section: RouterTuningSection, manifest: TuningManifest) -> list[str]:
-    """Checks that the samples have the choices that the objective tells apart."""
+    """Checks that the samples have the choices over which the objective's cross entropy is computed."""
     if section.over_vocabulary:
         return []
     objective = f"{KEY}.objective={section.objective}"

@@ -104,7 +104,8 @@ class Chunk(NamedTuple):
     runs: Sequence[Runs]
 
 
-# Cuts the pairs of a plan into chunks, for stacks with these numbers of slots, and the budget of `Experts`.
+# Function that cuts a plan's pairs into chunks. The last arguments are the stacks' numbers of slots and a chunk's largest
+# number of pairs.
 Storage = Callable[[DispatchedRows, Any, Sequence[int], int | None], list[Chunk]]
 
 

@@ -1,7 +1,7 @@
 """The interface of the arithmetic on rows that surrounds the experts' matrix products.
 
-`dispatch/rows.py` implements the interface by operations of torch, on any device. `triton_kernels.py` implements the
-interface by Triton kernels, whose reference is `dispatch/rows.py`. Shape letters: T tokens, C columns of the router, K
+`torch_kernels.py` implements the interface by operations of torch, on any device. `triton_kernels.py` implements the
+interface by Triton kernels, whose reference is `torch_kernels.py`. Shape letters: T tokens, C columns of the router, K
 choices, G expert groups, N items with a row each, M rows, R rows for this rank's experts, Q (token, expert) pairs computed
 here, D hidden size, F hidden width of experts, O own rows and S received rows of a table.
 """

@@ -8,8 +8,8 @@
 
 After these kernels `collect` of `plan.py` finds the pairs of each row. `dispatch/static_planning.py` is the reference, and
 `static.py` defines padding and room. If any rows or pairs of a rank exceed the fixed sizes, the rank computes no pairs, so
-that no index exceeds a tensor; the step fails anyway. Shape letters are those of `static.py`, and, as in `plan.py`, K
-choices, E experts, B blocks of tokens.
+that every index stays inside its tensor; the step fails anyway. Shape letters are those of `static.py`, and, as in
+`plan.py`, K choices, E experts, B blocks of tokens.
 """
 
 # Triton's annotations do not fit the language of kernels, where blocks have operators and static_range is a loop.

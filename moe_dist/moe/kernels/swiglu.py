@@ -66,7 +66,7 @@ def _layout(gate: Tensor, up: Tensor | None) -> dict[str, int]:
 
 @operation("swiglu(Tensor weight, Tensor gate, Tensor? up) -> Tensor")
 def swiglu(weight: Tensor, gate: Tensor, up: Tensor | None) -> Iterator[Tensor]:
-    """Returns h [Q, F] for weights [Q], and g and u [Q, F], or g and u in one tensor [Q, 2 F]."""
+    """Returns h [Q, F] for weights [Q] and for g and u: two tensors [Q, F] or one tensor [Q, 2 F]."""
     layout, num_rows = _layout(gate, up), gate.shape[0]
     out = gate.new_empty((num_rows, layout["F"]))
     yield out
@@ -77,8 +77,8 @@ def swiglu(weight: Tensor, gate: Tensor, up: Tensor | None) -> Iterator[Tensor]:
 
 @operation("swiglu_backward(Tensor grad, Tensor weight, Tensor gate, Tensor? up) -> Tensor[]")
 def swiglu_backward(grad: Tensor, weight: Tensor, gate: Tensor, up: Tensor | None) -> Iterator[list[Tensor]]:
-    """Returns dw [Q], and dg and du [Q, F], or dg and du in one tensor [Q, 2 F], for dh [Q, F]. One Triton program computes
-    a whole row, so dw needs no atomic sum."""
+    """Returns dw [Q], and dg and du as two tensors [Q, F] or one tensor [Q, 2 F], for dh [Q, F]. One Triton program
+    computes a whole row, so dw needs no atomic sum."""
     out = [each.new_empty(each.shape) for each in (weight, gate, up) if each is not None]
     yield out
     layout = _layout(gate, up)

@@ -10,7 +10,7 @@ uses one of two causal rules:
     auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, sec. 2.4); a second run trains W_1, W_2
 
 Under either rule the routing weights are s_j. With `score="softmax"`, s is the softmax over the group's columns instead of
-the sigmoid. The softmax equals the sigmoid of other logits (`softmax_logits`), so that only the logits differ. Shape
+the sigmoid. The code always takes sigmoids: `softmax_logits` returns the logits whose sigmoids are the softmax. Shape
 letters: T tokens of this rank, U tokens of the selection scope, D hidden size, E experts of all groups, n experts of one
 group, G groups, K experts of the largest group.
 """

@@ -3,8 +3,8 @@
 
     z_1 = x W_1^T,   z_l = x W_l^T + z_{l-1} V_l^T        over all columns of the token's group
 
-A token keeps its group in all layers, so no logit of another group enters. Shape letters: T tokens, D hidden size, C
-columns, c columns of a group.
+A token keeps its group in all layers, so no logit of another group enters the sum. Shape letters: T tokens, D hidden size,
+C columns, c columns of a group.
 """
 
 import torch

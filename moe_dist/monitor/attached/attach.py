@@ -6,7 +6,7 @@
             watch.step(loss)
 
 Forward hooks on the routers count the choices that the routers return. The hooks change no value and no gradient. Shape
-letters as in `attached_routers.py`.
+letters as in `routers.py`.
 """
 
 import math
@@ -49,7 +49,7 @@ class Attached:
 
     Args:
         model: A model of transformers or Megatron-Core, wrapped (DDP, FSDP2) or not, whose routers are in `ROUTERS`.
-        sinks: Names of `attached_folder.SINKS`, or sinks made by the caller. Only rank 0 uses sinks.
+        sinks: Names in `folder.SINKS`, or sinks made by the caller. Only rank 0 uses sinks.
         trace_every: Steps between traced steps, beginning with the first; 0 for no trace.
         trace_tokens: Largest number of traced tokens of a rank in a step; None for all.
         tokenizer: tokenizer.json with the names of the tokens, for the report.

@@ -1,6 +1,6 @@
 """Opens the folder for a model that another trainer trains: metrics.jsonl, tensorboard/ and trace/, as in a run folder.
 
-Shape letters as in `attached_routers.py`; T' tokens without padding.
+Shape letters as in `routers.py`; T' tokens without padding.
 """
 
 import logging

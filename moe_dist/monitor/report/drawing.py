@@ -127,7 +127,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str, r
 
 
 def slider(frames: Sequence[tuple[str, str]], *, legend: str) -> str:
-    """Returns a slider over at most `MOST_FRAMES` frames (label, HTML), of which one shows, at first the last."""
+    """Returns a slider over at most `MOST_FRAMES` frames (label, HTML). It shows one frame, initially the last."""
     if len(frames) == 1:
         return f"<p>{escape(legend)}: {escape(frames[0][0])}</p>{frames[0][1]}"
     name, buttons = f"slider{next(_numbers)}", []

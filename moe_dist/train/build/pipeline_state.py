@@ -48,8 +48,8 @@ class GptState:
 
     def held(self) -> dict[str, LocalShard]:
         """Returns this rank's tensors by logical name. Creates moments that do not exist yet. Values loaded into the
-        returned tensors take effect only after `loaded`. Collective with a distributed optimizer, whose tensors are
-        gathered one by one into host memory, which is freed with the returned dict."""
+        returned tensors take effect only after `loaded`. Collective with a distributed optimizer: its tensors are gathered
+        one by one into host memory, which lives as long as the returned dict."""
         for each in self._optimizers:
             for group in getattr(each.optimizer, "param_groups", ()):
                 for parameter in group["params"]:

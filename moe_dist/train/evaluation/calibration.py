@@ -2,10 +2,10 @@
 mixture-of-depths layer must select the same fraction of tokens as in training.
 
 The model runs on training batches in evaluation mode, but each expert or layer selects its tokens without threshold, as in
-training. Then each threshold is set so that, over all ranks and batches, as many tokens have a score above the threshold as
-were selected. Bisection finds all thresholds with `HALVINGS` all-reduces of N counts, named `calibration counts`. In an
-evaluation the fraction may still differ, because earlier layers select other tokens, and held-out tokens differ from
-training tokens.
+training. Then each threshold is set so that, over all ranks and batches, the number of tokens with a score above it equals
+the number of selected tokens. Bisection finds all thresholds with `HALVINGS` all-reduces of N counts, named `calibration
+counts`. In an evaluation the fraction may still differ, because earlier layers select other tokens, and held-out tokens
+differ from training tokens.
 
 Shape letters: N thresholds of all routers, n thresholds of one router, T tokens that reach the router (inside a
 mixture-of-depths layer only the selected tokens).

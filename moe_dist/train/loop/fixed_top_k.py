@@ -25,8 +25,8 @@ MAY_DIFFER = (
 
 def beside_fixed_top_k(config: Config, manifest: Manifest, evaluation: EvaluationResult, *, figures: Path = FIGURES) -> str:
     """Returns a sentence with the held-out losses (nats per token) and true experts per token of this run and of the
-    run with fixed top-k, by modality. Returns "" if all figures belong to another model, other data, steps or seeds, or if
-    the figures or the data cannot be read, because a finished run must not fail for lack of this sentence."""
+    run with fixed top-k, by modality. Returns "" if no figures belong to this model, data, steps and seeds, or if figures
+    or data cannot be read: a finished run must not fail because of this sentence."""
     try:
         for known in json.loads(figures.read_text(encoding="utf-8")):
             if _same_but_nulls(known, config) and data_digest(config.data.path, manifest) == known["data"]:

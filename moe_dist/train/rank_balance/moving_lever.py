@@ -21,7 +21,7 @@ from moe_dist.plan.solver import improve, pace, rank_loads, slots_of
 from moe_dist.train.rank_balance.expert_moves import same_shapes
 from moe_dist.train.rank_balance.load_lever import LoadLever
 
-LEAST_GAIN = 0.02  # as a fraction of the busiest rank's load; smaller gains are noise
+LEAST_GAIN = 0.02  # smallest gain that is not noise, as a fraction of the busiest rank's load
 # A move of an expert with n parameters sends at most 12 n bytes: weight and two moments in fp32. Muon's single moment or
 # bf16 moments make a move cheaper than computed. Forward and backward of one token by this expert take 6 n FLOPs.
 BYTES_OVER_FLOPS = 12 / 6

@@ -21,7 +21,7 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica, hosts_of, shares
 from moe_dist.train.rank_balance.load_lever import LoadLever
 
-LEAST_GAIN = 0.02  # as a fraction of the load of a layer's busiest rank; smaller gains are noise
+LEAST_GAIN = 0.02  # smallest gain that is not noise, as a fraction of the load of a layer's busiest rank
 # Forward and backward of one token by an expert of n parameters take 6 n FLOPs.
 FLOPS_OF_ROW = 6
 Replicas = tuple[Replica, ...]  # replicas of one layer, sorted

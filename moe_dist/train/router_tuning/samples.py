@@ -79,7 +79,7 @@ class Samples:
 
 
 def _tells(choices_SK: np.ndarray, first_S: np.ndarray, told: int) -> bool:
-    """True if `told` rows begin with the answer's first token, and all other rows have only -1."""
+    """True if exactly `told` rows begin with the answer's first token, and all other rows have only -1."""
     own_S = choices_SK[:, 0] == first_S
     return int(own_S.sum()) == told and bool((choices_SK[~own_S] == -1).all() and (choices_SK >= -1).all())
 

@@ -146,7 +146,8 @@ class Resumable:
         return self._checkpoints.newest
 
     def ways_on(self, progress: Progress) -> str:
-        """Returns the end of a diverged run's message: where the same command resumes, and what to change before."""
+        """Returns the end of a diverged run's message: where the same command resumes, and what to change before it
+        does."""
         config, newest, first = self._config, self.newest, progress.step - progress.skipped_in_a_row + 1
         saved = 0 if newest is None else step_of(newest) or 0
         place = "no checkpoint was saved, so that the same command begins at step 1"
