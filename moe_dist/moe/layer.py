@@ -125,8 +125,8 @@ class MoELayer(nn.Module):
 
 
 class _Routed(NamedTuple):
-    """The values that a layer computes before its first exchange of rows: the dispatcher's inputs h, weights and plan, the
-    function that computes this rank's experts, the routing, and the output of zero-computation experts."""
+    """The values that a layer computes before its first exchange of rows: the dispatcher's inputs (h, weights and plan),
+    the function that computes this rank's experts, the routing, and the output of zero-computation experts."""
 
     inputs: tuple[Tensor, Tensor, Any]
     experts: RunExperts

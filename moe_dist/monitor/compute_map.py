@@ -94,8 +94,8 @@ def _line(canvas: ImageDraw.ImageDraw, at: tuple[float, int], line: Sequence[tup
 
 
 def console_text(found: ComputeMap, width: int) -> list[Text]:
-    """Returns rows with as many pictures as fit into `width` columns, each beside its map, then lines of text, with the
-    numbers of experts below each token. Cuts lines that are too long.
+    """Returns the rows of the pictures that fit into `width` columns, each beside its map; then lines of text, with the
+    number of experts below each token. Cuts lines that are too long.
 
     Characters with more ink stand for more experts, so that a log without colours also shows the map.
     """

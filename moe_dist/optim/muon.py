@@ -42,8 +42,8 @@ class Muon(AdamW):
 
     A matrix that FSDP2 has sharded is gathered: each rank that holds a shard computes the update of the whole matrix and
     keeps its own rows. Under DDP each rank computes the updates of all dense matrices. A stack of experts' matrices costs
-    no collective if no matrix is cut. Every rank must call `step`, with gradients for the same parameters. `dtype` is that
-    of the Newton-Schulz iterations; float64 parameters use float64."""
+    no collective if no matrix is cut. Every rank must call `step`, with gradients for the same parameters. `dtype` is the
+    dtype of the Newton-Schulz iterations; float64 parameters use float64."""
 
     orthogonal = True
 

@@ -120,7 +120,7 @@ def _sharded(config: Config, dense: float, experts: float) -> float:
 
 
 def _with_one_moment(config: Config, experts_held: dict[str, float] | None = None) -> tuple[float, float]:
-    """Returns the numbers of dense and of expert parameters of which the optimizer keeps one moment instead of two."""
+    """Returns the numbers of dense and of expert parameters for which the optimizer keeps one moment instead of two."""
     if not config.optimizer.orthogonal:
         return 0.0, 0.0
     model, parts = config.model, parameters(config.model, experts_held=experts_held)

@@ -53,9 +53,9 @@ class _Order:
 
 
 class KnownCountsDispatcher(AllToAllDispatcher):
-    """Dispatches and combines over one EP group, with known counts. Assignments without `counts_WE`, as in evaluation,
-    where tokens choose experts, are planned as by `AllToAllDispatcher`. All ranks make matching plans, because all have the
-    same counts and placement.
+    """Dispatches and combines over one EP group, with known counts. Assignments without `counts_WE` are planned as by
+    `AllToAllDispatcher`; evaluation has them, because tokens choose experts there. All ranks make matching plans, because
+    all have the same counts and placement.
 
     A token with several experts on a rank is sent to the rank once for each of these experts.
     """

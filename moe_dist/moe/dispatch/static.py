@@ -7,9 +7,10 @@ is sent and received, but belongs to no token and no expert. Rows and pairs that
 counted on the device as overflow, and end the run: the training step raises before it changes a weight, and a forward
 without gradient asserts on the device.
 
-Padding needs no masks, because each list has one extra entry, which is never read. A padding row is a copy of row T of the
-table, which is zero and has no token; a padding pair has the weight with index N, which is 0. As input of experts, padding
-pairs take row T, a row of zeros. Uninitialised outputs of padding, even NaN, thus reach no other value and no gradient.
+Padding needs no masks, because each list has one extra entry, which is never read. A padding row is a copy of the table's
+row T, which is zero and belongs to no token. A padding pair has the weight at index N, which is 0. As input of experts,
+padding pairs take row T, a row of zeros. Uninitialised outputs of padding, even NaN, thus reach no other value and no
+gradient.
 
 The own rows are all rows of the table. The number of tokens may differ between ranks; the room (numbers of places for rows
 and pairs) must be equal.

@@ -338,7 +338,7 @@ class Experts(nn.Module):
     ) -> Tensor:
         """Returns for each dispatched row the weighted sum of its experts' outputs: [R, D] in the rows' dtype, summed in
         fp32 and rounded once. With `recompute`, backward computes the FFNs again instead of keeping their activations. The
-        rows of replicas come behind those of the rank's own slots."""
+        rows of replicas come after the rows of the rank's own slots."""
         rows_RD, weight_Q = dispatched.rows_RD, dispatched.weight_Q
         if self.adapter is not None and torch.is_grad_enabled() and not rows_RD.requires_grad:
             # The rows come from frozen layers. All ranks, even ranks without experts, must issue the exchange of combine's

@@ -229,9 +229,9 @@ def plan_scan(counts: Tensor, column: Tensor) -> Iterator[tuple[Tensor, Tensor, 
 def plan_place(
     expert: Tensor, place: Tensor, bin: Tensor, starts: Tensor, totals: Tensor, num_ranks: int
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Returns lists of length N, filled up to a length that the host does not know: the pairs sorted by bin, int64; the
-    index of each pair's row among the rows of its rank, int32; the token of each row, sorted by place, int64; and the rows
-    sorted by token, int32. Also returns the place of each token's first row in the rows sorted by token, int32 [T + 1]."""
+    """Returns lists of length N, whose filled length only the device knows: the pairs sorted by bin, int64; the index of
+    each pair's row among the rows of its rank, int32; the token of each row, sorted by place, int64; and the rows sorted by
+    token, int32. Also returns the place of each token's first row in the rows sorted by token, int32 [T + 1]."""
     (num_tokens, num_choices), num_experts, num_blocks = expert.shape, place.shape[0] - 1, starts.shape[1]
     pair, token = expert.new_empty(expert.numel()), expert.new_empty(expert.numel())
     index, order = (expert.new_empty(expert.numel(), dtype=INT32) for _ in range(2))

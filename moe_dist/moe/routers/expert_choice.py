@@ -77,8 +77,8 @@ class ExpertChoiceRouter(ChoosingRouter):
     Args:
         capacity: c, the fraction of its group's tokens that each expert takes, for all groups or by the group's name. For
             other groups c is `ExpertGroup.token_share`, or top_k / num_experts for a group without it.
-        capacity_schedule: Pairs (first step, factor of c), with first steps rising from 0. The step is that of `batch_info`
-            in training, and `noncausal_step` without `batch_info`.
+        capacity_schedule: Pairs (first step, factor of c), with first steps rising from 0. The step is `batch_info.step` in
+            training, and `noncausal_step` without `batch_info`.
         score: The kind of scores: sigmoids of logits, or the softmax of a group's logits.
         noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa uses 1.
         causal: The rule by which evaluation routes each token alone. If `causal` is None, evaluation raises an error.

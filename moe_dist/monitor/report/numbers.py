@@ -53,7 +53,7 @@ def together(taken_Tn: np.ndarray) -> np.ndarray:
 
 
 class Special(NamedTuple):
-    """A token id whose occurrences an expert takes much more often than those of other ids.
+    """A token id that characterises an expert: the expert takes its occurrences much more often than those of other ids.
 
     Attributes:
         times, share: Number and fraction of the token id's occurrences that the expert takes.

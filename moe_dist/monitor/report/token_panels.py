@@ -242,7 +242,7 @@ def _true_experts(routing: Routing, tokens: Tokens) -> np.ndarray:
 def _runs(tokens: Tokens) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Returns the token indices of each whole picture, and of each text between pictures. Pictures may follow each other
     without a token between them. If the number of consecutive cells is no multiple of a picture's number of cells, a
-    picture is cut off and the first cells of pictures are unknown; such cells are left out."""
+    picture is cut off. The first cells of pictures are then unknown, and these cells are left out."""
     ids, at = np.unique(tokens.token_T, return_inverse=True)
     cell_T = np.array([tokens.picture_of(token) is not None for token in ids.tolist()])[at]
     follows = (np.diff(tokens.position_T) == 1) & (np.diff(tokens.sequence_T) == 0) & (cell_T[1:] == cell_T[:-1])

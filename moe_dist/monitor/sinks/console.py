@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN_GROUPS = 3  # largest number of groups that fit into a line
 EVALUATING = "evaluating"  # shown after the last step, in place of the time left
-WIDE = 120  # terminal columns from which on the bar shows group names
+WIDE = 120  # smallest number of terminal columns with which the bar shows group names
 
 
 @dataclass(frozen=True)

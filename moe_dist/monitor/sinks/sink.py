@@ -64,7 +64,7 @@ class Sink:
 
 
 class ScalarSink(Sink, ABC):
-    """A sink that stores scalars alone, those of steps and of evaluations alike."""
+    """A sink that stores only scalars, both of steps and of evaluations."""
 
     def step(self, record: Record) -> None:
         self.log(record.scalars, record.step)

@@ -193,8 +193,8 @@ def _pictures(
 
 
 def _texts(batch: Batch, experts_BS: np.ndarray, manifest: Manifest) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields tokens and numbers of true experts of each document, or piece of a document, with only tokens of the modality
-    of `eos_id` and no picture."""
+    """Yields the tokens and their numbers of true experts of each document (or piece of one) that has no picture and only
+    tokens of the modality of `eos_id`."""
     tokens_BS, modality_BS = batch.tokens_BS.numpy(), batch.modality_BS.numpy()
     (text,) = (
         index

@@ -176,7 +176,7 @@ def _misfits(config: Config, source: ModelSection | None, taken: Taken) -> list[
 
 
 def _changes(config: Config, source: ModelSection | None, taken: Taken) -> list[str]:
-    """Returns the reasons, besides the results of `_misfits`, why the model computes another function than the checkpoint's
+    """Returns the reasons, other than `_misfits`, why the model does not compute the same function as the checkpoint's
     model. Without such reasons both models compute the same function (an upcycled model up to rounding)."""
     new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
     changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
