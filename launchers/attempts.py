@@ -47,7 +47,7 @@ def run_attempts(
         restarts, started = len(attempts), time.monotonic()
         outcome = run(restarts, attempt_id)
         verdict = conclude(folder, attempt_id, outcome, restarts=restarts, lasted=time.monotonic() - started)
-        # Not a request to stop is the SIGTERM that ranks get from a node that shuts down and is then lost.
+        # The SIGTERM that ranks get from a node that shuts down, and is then lost, is no request to stop.
         asked = signals.first is not None or (outcome.stop is not None and not outcome.lost)
         attempts.append(AttemptEnd(verdict.code, begin, committed_step(folder.checkpoints), asked))
         if asked or is_final(verdict.code):  # a stop signal may also have come between two attempts

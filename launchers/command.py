@@ -184,7 +184,7 @@ def ranks_of(ranks: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class RankCommand:
-    """Program and arguments that start one rank on its node, and variables that are added to the node's environment."""
+    """The program and arguments that start one rank on its node, and the variables to add to the node's environment."""
 
     rank: int
     node: int
@@ -263,7 +263,7 @@ def commands_text(commands: Sequence[RankCommand]) -> str:
 
 
 def paths_of(config: Config) -> dict[str, str]:
-    """Returns the paths in a configuration by their keys, without keys whose value is null."""
+    """Returns the paths in a configuration by their keys; omits keys whose value is null."""
     paths = {"run.root": config.run.root, "data.path": config.data.path, "run.init_from": config.run.init_from}
     return {key: path for key, path in paths.items() if path is not None}
 
@@ -281,8 +281,8 @@ def relative_paths(config: Config) -> list[str]:
 
 
 def fit_world_size(config: Config, num_ranks: int | None) -> tuple[str, ...]:
-    """Returns the override of parallel.edp with which the run has `num_ranks` ranks; no override if the run has this number
-    already or `num_ranks` is None. Raises ConfigError if `num_ranks` is no multiple of parallel.ep."""
+    """Returns the override of parallel.edp that gives the run `num_ranks` ranks; no override if the run already has
+    this number of ranks, or if `num_ranks` is None. Raises ConfigError if `num_ranks` is no multiple of parallel.ep."""
     ep, edp = config.parallel.ep, config.parallel.edp
     if num_ranks is None or num_ranks == ep * edp:
         return ()

@@ -1,4 +1,4 @@
-"""Checks that all schedulers share: why nodes do not fit the planned nodes, and whether a stop leaves time for a save."""
+"""Finds out, for all schedulers, why nodes do not fit the planned nodes, and whether a stop leaves time for a save."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +45,8 @@ def unmet(wants: Sequence[Want], offers: Sequence[Offer], *, word: str, where: s
 
 
 def problem(want: Want, wants: Sequence[Want], offers: Sequence[Offer], *, word: str, where: str) -> str:
-    """Returns why a planned node gets no node: no node has its traits, all such nodes are too small, or they are too few.
+    """Returns why a planned node gets no node: no node has its traits, or the nodes with its traits are too small or
+    too few.
 
     Args:
         word: The scheduler's word for a trait: 'feature' or 'label'.

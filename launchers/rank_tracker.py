@@ -27,8 +27,8 @@ class ShutdownTimeouts:
 
     Attributes:
         stop: Time from a stop signal until ranks that still run are killed.
-        peers: From the first failure until the other ranks, which meanwhile log their own errors, get SIGTERM.
-        kill: Time from the SIGTERM of `peers` until ranks that still run are killed.
+        peers: Time from the first failure until the other ranks get SIGTERM. They log their own errors in this time.
+        kill: Time from this SIGTERM until ranks that still run are killed.
     """
 
     stop: float
@@ -47,7 +47,7 @@ class Outcome:
         aborted: True if a second Ctrl-C killed the ranks.
         frozen: Ranks that were suspended by SIGSTOP when the first rank failed.
         lost: A description for each rank that died with its node or its Ray worker; the code of such a rank is SIGKILL's.
-        words: What the system says of a rank's end, such as the memory limit that killed it.
+        words: The system's message about a rank's end, such as the memory limit that killed the rank.
         hosts: Address of each rank's node; empty if all ranks are on this machine.
         launched: Exit code of the program that started the ranks; counts if no rank failed.
     """
@@ -67,12 +67,12 @@ class Outcome:
         the node of this rank. The first of these rules that names a rank decides:
 
         1. A rank lost with its node.
-        2. A rank that a signal killed, unless an error that would repeat was recorded, or ended a rank before.
+        2. A rank killed by a signal, unless the record, or a rank that failed earlier, has an error that would repeat.
         3. A rank that SIGSTOP suspended.
-        4. A rank that failed without a word, because its peers can only report that they lost a connection.
+        4. A rank that failed without printing an error; the errors of its peers only report a lost connection.
         5. The recorded rank: its error is the reason, or it did not enter a collective.
-        6. If the record names no rank: a rank that aborted, or ended with 0, without a word. Without a record: the rank
-           that failed first.
+        6. If the record names no rank: a rank that aborted, or ended with 0, and printed no error. Without a record:
+           the rank that failed first.
 
         Args:
             told: Ranks that ended by themselves: done, stopped, or with an error that they printed.
@@ -137,7 +137,7 @@ class RankTracker:
         Args:
             frozen: Returns the ranks suspended by SIGSTOP; called at the first failure.
             lost: A description if the rank's node or Ray worker is gone; empty if the process ended by itself.
-            words: What the system says of the end, such as the memory limit that killed the rank.
+            words: The system's message about the end, such as the memory limit that killed the rank.
         """
         self.codes[rank] = code
         if words:

@@ -54,7 +54,8 @@ _STATES = {
 
 @dataclass(frozen=True)
 class _StepRecord:
-    """The shown part of a line of metrics.jsonl. Types are checked, because another user may have written the file."""
+    """The fields of a line of metrics.jsonl that are shown. Types are checked, because another user may have written
+    the file."""
 
     step: Number
     scalars: dict[str, FiniteFloat | None]
@@ -118,7 +119,7 @@ def read_progress(path: Path, *, now: float | None = None) -> RunProgress:
     with contextlib.suppress(OSError):
         holder = read_holder(folder.lease_json)
     if holder is not None and (holder.is_dead() or _has_ended(latest, holder)):
-        holder = None  # it died, or recorded its end, without a release of the lease
+        holder = None  # it died, or recorded its end, without releasing the lease
     if holder is not None and (_age(folder.lease_json, now) or 0.0) >= SILENT_SECONDS:
         now = _time_of_beat(folder.lease_json) or now
     beat_age = _age(folder.lease_json, now)

@@ -174,7 +174,7 @@ def _attempts(run: RunProgress) -> Table:
         table.add_row("", "", "", f"{hidden} earlier", "", "", "", "in status.json", style="dim")
     for number, ending in enumerate(shown, start=hidden + 1):
         current = ending is run.attempts[-1]
-        launcher = ending.attempt_id.partition("-")[0]  # with which the launchers begin each id
+        launcher = ending.attempt_id.partition("-")[0]  # each id begins with its launcher
         table.add_row(
             str(number),
             launcher if launcher in launchers else "-",

@@ -28,7 +28,8 @@ LAUNCHERS: Mapping[str, tuple[str, str]] = {
 
 
 def launcher_table() -> dict[str, tuple[str, str]]:
-    """Returns the class and the help line of each launcher by its name, with those of installed packages. Imports none."""
+    """Returns the class and the help line of each launcher by name, those of installed packages included. Imports no
+    launcher."""
     outside = {
         each.name: (each.value, f"Run by {each.dist.name if each.dist is not None else 'another package'}.")
         for each in entry_points(group=GROUP)
@@ -37,7 +38,7 @@ def launcher_table() -> dict[str, tuple[str, str]]:
 
 
 def load_launcher(name: str) -> "Launcher":
-    """Imports a launcher. Raises ConfigError if there is none of this name, or if its package cannot be imported."""
+    """Imports a launcher. Raises ConfigError if no launcher has this name, or if its package cannot be imported."""
     table = launcher_table()
     if name not in table:
         raise ConfigError(f"launcher {name!r}: must be one of {', '.join(table)}; or install the package that brings it")

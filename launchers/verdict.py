@@ -21,8 +21,8 @@ LEASE_SECONDS = 5.0  # wait until rank 0, which has just ended, releases the run
 
 @dataclass(frozen=True)
 class Verdict:
-    """The end of an attempt. The next attempt avoids the node of `rank`, the rank at fault; None if no rank is, or if it is
-    unknown."""
+    """The end of an attempt. The next attempt avoids the node of `rank`, the rank at fault; `rank` is None if no rank
+    is at fault, or if it is unknown."""
 
     code: int
     reason: str = ""
@@ -35,7 +35,7 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, *, restarts: 
     the number of restarts before the attempt, and `lasted`, the attempt's seconds."""
     record = folder.read_status().of(attempt_id)
     if record is not None and record.verdict == STOPPED and outcome.failed and outcome.stop is None:
-        record = None  # SIGTERM, sent after a rank failed, which another rank took for a request to stop
+        record = None  # another rank took the SIGTERM that followed a rank's failure for a request to stop
     if record is not None and record.verdict is None:
         record = None
     told = folder.told(attempt_id)
@@ -78,7 +78,7 @@ def _failure(
     if record is not None and cause in (None, record.rank) and not killed and cause not in outcome.frozen:
         reason = record.reason
         if cause is not None and outcome.hosts and not record.rank_host and not reason.startswith("rank "):
-            # The rank did not enter a collective; the rank that recorded it does not know its host.
+            # Another rank recorded that rank `cause` did not enter a collective, without knowing the host of `cause`.
             reason = f"rank {cause}{_where(outcome, cause)}: {reason}"
         return Verdict(EXIT_FAILED if record.verdict is None else record.verdict, reason, cause)
     code = outcome.exit_code(cause)
@@ -88,7 +88,7 @@ def _failure(
         ranks = [rank for rank, text in outcome.lost.items() if text == outcome.lost[cause]]
         return Verdict(EXIT_FAILED, f"{ranks_of(ranks)}: {outcome.lost[cause]}", cause)
     if cause in outcome.frozen:
-        detail = "" if record is None else record.reason  # the collective that timed out on a rank that waited
+        detail = "" if record is None else record.reason  # the collective that timed out on a waiting rank
     else:
         detail = _last_problem(last_output(folder.log_of(cause), attempt_id)) if outcome.codes[cause] >= 0 else ""
     reason = f"rank {cause}{_where(outcome, cause)}: {_end(outcome, cause)}" + (f"; {detail}" if detail else "")
@@ -107,7 +107,8 @@ def write(
         for wait in (0.0, wait_seconds):
             if folder.amend_status(attempt_id, **ended, **more, wait_seconds=wait):
                 break
-            # Rank 0 holds the lease: it hangs, or died on another node. The first verdict can be written all the same.
+            # Rank 0 holds the lease: it hangs, or died on another node. The first verdict of an attempt can be written
+            # without the lease.
             if folder.write_status(**ended, attempt_id=attempt_id, last_step=max(step, folder.last_step())):
                 break
 

@@ -54,7 +54,8 @@ class LazyGroup(TyperGroup):
     """Lists COMMANDS, and imports the function of a subcommand only when the subcommand runs or is completed."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Returns the subcommand's name, its click command and the remaining arguments. Says where one of MOVED went."""
+        """Returns the subcommand's name, its click command and the remaining arguments. The error for a subcommand in
+        MOVED names its new place."""
         if args[0] in MOVED:
             ctx.fail(f"{args[0]} has moved; in a clone of the repository run `python -m {MOVED[args[0]]}`")
         name, command, rest = super().resolve_command(ctx, args)

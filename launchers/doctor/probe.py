@@ -26,7 +26,7 @@ RunOnNodes = Callable[[str, str, int, int], Iterator[tuple[float, str]]]
 
 
 def examine_cluster(asked: Examination, scheduled: list[CheckResult], run: RunOnNodes) -> Iterator[CheckResult]:
-    """Yields the results of a scheduler's checks, then those of the nodes and of the network, as asked for."""
+    """Yields the results of a scheduler's checks, then of the requested checks of the nodes and of the network."""
     yield from scheduled
     fits = not any(result.level is Level.ERROR for result in scheduled)
     if asked.probe and fits:

@@ -216,6 +216,6 @@ class Manifests:
 
 
 def uncovered(paths: Mapping[str, str], claims: Sequence[str]) -> dict[str, str]:
-    """Returns the `paths` (by configuration key) outside all mounted folders `claims`."""
+    """Returns the `paths` (by configuration key) that are outside all the mounted folders in `claims`."""
     folders = [claim.rstrip("/") + "/" for claim in claims]
     return {key: path for key, path in paths.items() if not any(f"{path}/".startswith(folder) for folder in folders)}

@@ -126,7 +126,8 @@ def main(
                 code = launch(config, own, **driver, cluster=cluster, forwarded=forwarded)
             raise typer.Exit(code)
     except typer.Exit as end:
-        # Only the driver's log ends with the verdict. Outside a job nobody needs it after the words of an invalid run.
+        # Only the driver's log ends with the verdict. Outside a job, the message about an invalid run needs no verdict
+        # after it.
         if drives and (ray_submit.IN_JOB in os.environ or end.exit_code != ConfigError.exit_code):
             print(ray_submit.verdict_line(end.exit_code), flush=True)
         raise

@@ -142,7 +142,8 @@ class Gang:
         return self._nodes[self.job.node_of(rank).index]
 
     def _code(self, rank: int, reference: Any) -> tuple[int, str, str]:
-        """Returns (exit code of a rank, words on a memory limit, ''); of a lost rank (code of SIGKILL, '', description)."""
+        """Returns (exit code, message about a memory limit, '') of a rank; (code of SIGKILL, '', description) of a lost
+        rank."""
         try:
             return *ray.get(reference), ""
         except RayError as error:

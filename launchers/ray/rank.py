@@ -96,8 +96,8 @@ class RankActor:
             raise RuntimeError(f"{socket.gethostname()}: {argv[0]} could not be started")
 
     def wait(self) -> tuple[int, str]:
-        """Waits for the end of the rank. Returns its exit code and, if a memory limit of the node killed the rank, words
-        about this limit. A negative code is the signal that killed the rank."""
+        """Waits for the end of the rank. Returns its exit code and, if a memory limit of the node killed the rank, a
+        message about this limit. A negative code is the signal that killed the rank."""
         code = self._hear().get("code", -signal.SIGKILL)  # no message comes if supervisor and rank were killed
         words = self._memory.words() if code == -signal.SIGKILL else ""
         self._pid = None

@@ -73,7 +73,8 @@ class SlurmJob:
 
     @property
     def name(self) -> str:
-        """The name of this job alone. The id of an array's last task would not do: it is also the id of the whole array."""
+        """A name of this job alone. The job id is not enough, because the last task of an array has the id of the whole
+        array."""
         return self.id if self.array is None else f"{self.array}_{self.task}"
 
     @property
@@ -151,7 +152,8 @@ def outcome_of(code: int, lines: Sequence[str], places: Places, *, stopped: bool
             words |= dict.fromkeys(ranks, memory or "out of memory")
         if ended not in CLEAN and not (killed and ended in (-signal.SIGKILL, -signal.SIGTERM)):
             failed += ranks
-    # Slurm also sends stop signals after a node failure. A rank that stopped before any failed got a signal of its own.
+    # Slurm also sends stop signals after a node failure. If a rank stopped before any rank failed, the signal was a
+    # request to stop.
     first = next((match["code"] for line in lines if (match := _ENDED.match(line))), None)
     stop = signal.SIGTERM if not lost and (stopped or first == str(STOPPED)) else None
     hosts = tuple(host_of[rank] for rank in codes)

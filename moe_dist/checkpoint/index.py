@@ -38,7 +38,7 @@ ITEMSIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1
 
 
 class StoredModel(BaseModel):
-    most_lists: ClassVar[int] = MAX_LISTS  # lists and mappings in the file
+    most_lists: ClassVar[int] = MAX_LISTS  # limit of lists and mappings in the file
 
     # Unknown keys are ignored, because pydantic would collect the faults of millions of keys.
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
@@ -70,7 +70,8 @@ class Entry(StoredModel):
 
 @dataclass(frozen=True)
 class Cut:
-    """The part of the tensor `name` from the index `start` on in the dim `dim`, as long as the tensor that is loaded."""
+    """The part of the stored tensor `name` that begins at index `start` of dim `dim`; the loaded tensor gives its
+    length."""
 
     name: str
     dim: int
@@ -139,7 +140,7 @@ class StateFile(StoredModel):
     @field_validator("values")
     @classmethod
     def _in_present_format(cls, values: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        if not few_values(values.get("config"), most=2 * yaml_text.MAX_VALUES):  # twice, because it has the defaults, too
+        if not few_values(values.get("config"), most=2 * yaml_text.MAX_VALUES):  # twice, as it includes defaults
             raise ValueError(f"config has more than {2 * yaml_text.MAX_VALUES:,} values")
         return {name: translate(value) if name == "config" else value for name, value in values.items()}
 

@@ -279,8 +279,8 @@ class CheckpointManager:
                 "checkpoint.keep"
             )
         if not (self.folder / LATEST_FILE).exists() and not self._directory.steps():
-            # `latest` is written already now, because a crash between the two renames of the first commit would otherwise
-            # leave a checkpoint but no `latest`.
+            # `latest` is written before the first commit, because a crash between the commit's two renames would
+            # otherwise leave a checkpoint but no `latest`.
             self._point(NONE_YET)
         temporary.mkdir()  # raises if the folder exists
 

@@ -151,7 +151,8 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
 
 
 def _unreadable(raw: bytes, error: Exception) -> tuple[str, str]:
-    """Returns kind (damaged if moe_dist wrote the file, else foreign) and detail of the problem of an invalid header."""
+    """Returns the kind (damaged if moe_dist wrote the file, else foreign) and the details of an invalid header's
+    problem."""
     detail = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else repr(error)
     if b'"save_id"' in raw or b'"fingerprints"' in raw:
         return "damaged", f"its header is invalid: {detail}"

@@ -129,8 +129,8 @@ class HostBuffers:
 
 
 def check_finite(pieces: Mapping[str, Piece]) -> None:
-    """Costs one pass over the pieces, as fast as a copy of them, and a device-to-host sync for each device. Raises
-    DivergedError if a piece contains nan or inf."""
+    """Costs one pass over the pieces, which takes as long as copying them, and a device-to-host sync for each device.
+    Raises DivergedError if a piece contains nan or inf."""
     flags: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, piece in pieces.items():
         if piece.tensor.is_floating_point():
@@ -266,8 +266,8 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
 def _common(
     one_at: Sequence[int], one_shape: Sequence[int], other_at: Sequence[int], other_shape: Sequence[int]
 ) -> list[range]:
-    """Returns the intersection of two boxes: a range of indices in each dim, of which one is empty without an
-    intersection."""
+    """Returns the intersection of two boxes as a range of indices in each dim. One range is empty if the boxes do not
+    intersect."""
     sides = zip(one_at, one_shape, other_at, other_shape, strict=True)
     return [range(max(a, b), min(a + length, b + other)) for a, length, b, other in sides]
 

@@ -27,7 +27,7 @@ _NORM = re.compile(r"(?P<layer>layers\.\d+)\.moe\.norm\.weight")
 
 
 def fitting_or_upcycled(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Merges the maps of `fitting` and `upcycled`, from each parameter that is loaded to its name in the checkpoint."""
+    """Merges the results of `fitting` and `upcycled`, which map each loaded parameter to its name in the checkpoint."""
     return fitting(contents, specs) | upcycled(contents.folder, contents.index, specs)
 
 
@@ -79,7 +79,7 @@ def norms(index: Index, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
 
 
 def experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[str]]]:
-    """Maps layer and group to the indices of the group's experts, from the names of tensors."""
+    """Maps (layer, group) to the indices of the group's experts in this layer; reads them from the names of tensors."""
     found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
         if not name.startswith(OPTIMIZER_PREFIX) and (match := EXPERT_NAME.fullmatch(name)):

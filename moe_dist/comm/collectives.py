@@ -140,8 +140,8 @@ def queue_copy(tensor: Tensor, device: torch.device) -> Tensor:
 def pack(record: Any, device: torch.device | None = None) -> Tensor:
     """Returns the leaves of a record, in order, as one float64 vector, which one all-reduce can sum.
 
-    A record is a tuple, NamedTuple or mapping of records, whose leaves are tensors on one device, numbers and arrays of the
-    host, and None, which takes no place. Leaves of the host need `device`, and cost one queued copy.
+    A record is a tuple, NamedTuple or mapping of records, whose leaves are tensors on one device, numbers and arrays on
+    the host, and None, which adds no element. Leaves on the host need `device`, and cost one queued copy.
     """
     leaves = list(_leaves(record))
     host = [np.ravel(leaf) for leaf in leaves if not isinstance(leaf, Tensor)]
@@ -167,7 +167,8 @@ def added(records: Sequence[R]) -> R:
 
 
 def joined(records: Sequence[R]) -> R:
-    """Joins records of one kind along their first axis, field by field. A record without a field is left out of it."""
+    """Joins records of one kind along their first axis, field by field. Records in which a field is None are left out
+    of that field."""
     return _merged(records, lambda parts: torch.cat(list(parts)))
 
 
@@ -178,7 +179,7 @@ def _merged(records: Sequence[Any], merge: Callable[[Sequence[Tensor]], Tensor])
     return None if not known else merge(known) if isinstance(known[0], Tensor) else sum(known)
 
 
-# No nested functions: one that calls itself would keep tensors until a garbage collection.
+# Not a nested function, because a recursive nested function would keep tensors alive until a garbage collection.
 def _filled(part: Any, leaves: Iterator[Any]) -> Any:
     """Returns a record like `part` with other leaves."""
     if isinstance(part, Mapping):

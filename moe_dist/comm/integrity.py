@@ -69,8 +69,8 @@ def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: 
 class CheckedAllToAll(AllToAll):
     """Has the interface of `AllToAll`. Sends the rows through another `AllToAll` (`transport`), and checks the rows.
 
-    Each exchange of rows costs two exchanges of metadata, two host syncs and some passes over the rows. The rows have the
-    same bits, and their exchanges the same order, as without the checks.
+    Each exchange of rows costs two exchanges of metadata, two host syncs and some passes over the rows. The checks
+    change neither the bits of the rows nor the order of their exchanges.
     """
 
     def __init__(self, transport: AllToAll) -> None:

@@ -109,7 +109,7 @@ class Cluster(Section):
     spare_nodes: Count = 0
     """Nodes that a Slurm job requests beyond its plan, to replace nodes that were at fault in an earlier attempt."""
     array_tasks: PositiveInt | None = None
-    """Most tasks of a job array that run at the same time. null: no limit."""
+    """Largest number of tasks of a job array that run at the same time. null: no limit."""
     gpus: GpuSection = Field(default_factory=GpuSection, description="The GPUs of a node.")
     ranks_per_node: PositiveInt = Field(default=4, description="Ranks per node of a run that computes on CPUs.")
     cpus_per_rank: PositiveInt | None = None
@@ -147,8 +147,8 @@ class Cluster(Section):
         return {name: variable.value for name, variable in self.nccl.items()} | interface
 
     def limit_warning(self, seconds: float | None = None) -> str:
-        """Returns a warning if the time limit `seconds` (by default `time`) leaves an attempt little time until its stop
-        signal; else the empty text, as for the limit 0 (no limit)."""
+        """Returns a warning if the time limit `seconds` (by default `time`) leaves an attempt little time until its
+        stop signal; else the empty text. The limit 0 means no limit."""
         seconds = seconds_of(self.time) if seconds is None else seconds
         left = max(0.0, seconds - self.signal_seconds)
         if seconds == 0.0 or left >= TRAIN_SECONDS:
@@ -191,8 +191,8 @@ def seconds_of(time: str) -> float:
 
 
 def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
-    """Reads the cluster file that the argument or, without an argument, $MOE_DIST_CLUSTER names, by its path or its bare
-    name in configs/clusters; without both, returns the defaults. Raises ConfigError, which lists all faults, if the file
+    """Reads the cluster file that the argument or, without an argument, $MOE_DIST_CLUSTER names: a path, or a bare name
+    in configs/clusters. Without both, returns the defaults. Raises ConfigError, which lists all faults, if the file
     cannot be read or has faults."""
     path = cluster_file(name_or_path, env)
     if path is None:

@@ -31,8 +31,8 @@ def parse_json(raw: bytes, most_lists: int = MAX_LISTS, most_values: int = MAX_V
 
 
 def read_json(path: Path, *, most_bytes: int, links: bool = True) -> Any:
-    """Returns the values of a JSON file of at most `most_bytes`, `most_bytes` / 16 lists and mappings, and `most_bytes` / 4
-    values.
+    """Returns the values of a JSON file, which may have at most `most_bytes` bytes, `most_bytes` / 16 lists and
+    mappings, and `most_bytes` / 4 values.
 
     Raises:
         OSError: `read_regular` cannot read the file.
@@ -42,7 +42,7 @@ def read_json(path: Path, *, most_bytes: int, links: bool = True) -> Any:
 
 
 def first_fault(error: ValidationError) -> str:
-    """Returns place and rule of the first fault in the values of a JSON text."""
+    """Returns the place of the first fault in the values of a JSON text, and the violated rule."""
     first = error.errors(include_url=False)[0]
     where = ".".join(map(str, first["loc"]))
     return f"{where}: {first['msg']}" if where else first["msg"]

@@ -51,8 +51,8 @@ def bare(annotation: Any) -> Any:
 
 
 def tag_key(section: type[BaseModel]) -> str | None:
-    """Returns the key with the kind of a section, such as `kind` or `policy`: its type is a Literal of one text. Returns
-    None if the section has no such key."""
+    """Returns the key that names a section's kind, such as `kind` or `policy`; the type of this key is a Literal of one
+    text. Returns None if the section has no such key."""
     for name, field in section.model_fields.items():
         if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
             return name

@@ -67,7 +67,7 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig
 
 
 def _missing_as_one(problems: Sequence[str]) -> list[str]:
-    """Returns the error texts, with one text in place of those of several missing sections."""
+    """Returns the error texts; if several sections are missing, one text replaces their texts."""
     missing = [problem for problem in problems if re.match(r"\w+: missing; give section", problem)]
     if len(missing) < 2:
         return list(problems)

@@ -28,7 +28,7 @@ class ReplicatingSection(Section):
     loads of the second half. Replicas are refused unless they would save, in as many further steps, more than the exchanges
     of their weights cost."""
     slots: PositiveInt = 1
-    """Most replicas on a rank in a layer. The replicas' weights take memory from forward to backward."""
+    """Largest number of replicas on a rank in a layer. The replicas' weights take memory from forward to backward."""
     flops_per_byte: PositiveFloat = 10000.0
     """FLOPs that a rank computes while it sends one byte: its FLOP/s divided by the bytes per second of its link."""
 

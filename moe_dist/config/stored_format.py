@@ -10,7 +10,8 @@ from typing import Any
 
 FORMAT = 1  # the present format
 
-# Former key (a dotted path, in which only the last part is a former name; * is an item of a list) -> that part's name now.
+# Former key (a dotted path, in which only the last part is a former name; * is an item of a list) -> present name of
+# the last part.
 KEYS = {
     "model.depths": "mixture_of_depths",
     "model.mixture_of_depths.set": "scope",
@@ -27,7 +28,7 @@ VALUES = {
         "deep_ep": "deep_ep_v2",  # V1 of DeepEP, which its makers call legacy
     },
 }
-# Key -> value of a configuration that lacks the key.
+# Key -> the value that applies if a stored configuration lacks the key.
 FORMER_DEFAULTS = {"loss.balance.scope": "micro_batch"}
 
 

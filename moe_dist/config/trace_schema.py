@@ -35,7 +35,7 @@ class ProfileSection(Section):
 
 
 class TraceSection(Section):
-    """The chosen experts of single tokens, in the folder trace of the run."""
+    """Record the chosen experts of each traced token in the run's folder trace."""
 
     every: PositiveInt = Field(default=1, description="Steps between two traced steps.")
     tokens: PositiveInt | None = None

@@ -33,7 +33,8 @@ _RESOLVERS = [
 ]
 _BRACKETS = {"while parsing a flow sequence": ("list", "[", "]"), "while parsing a flow mapping": ("mapping", "{", "}")}
 _QUOTE = "while scanning a quoted scalar, found unexpected end of stream"
-# PyYAML's words: what it was doing, and what it then met. The first pattern that is found gives the rule.
+# Patterns of PyYAML's error messages: what PyYAML was parsing, and what it found. The first pattern that is found gives
+# the rule.
 _RULES = {
     r"'\\t' that cannot start any token": "no tab may stand before a key or value; indent with spaces",
     r"that cannot start any token": "no plain text may begin with this character; put the text in quotes",
@@ -177,8 +178,8 @@ def dump_yaml(value: Any) -> str:
 
 
 def _rule_of(error: yaml.MarkedYAMLError) -> tuple[yaml.Mark | None, str]:
-    """Returns the place of a syntax error, and the broken rule with its fix. The place of a bracket or quote that is not
-    closed is where it begins. Without a rule for the error, the text is PyYAML's."""
+    """Returns the place of a syntax error, and the broken rule with its fix. For a bracket or quote that is not closed,
+    the place is its beginning. If no rule matches the error, returns PyYAML's text."""
     context, problem = error.context or "", error.problem or ""
     words = f"{context}, {problem}" if context else problem
     if context in _BRACKETS and error.context_mark is not None:

@@ -66,8 +66,8 @@ class Violation(NamedTuple):
     problem: str  # error text with key, value, rule and fix
 
 
-# A value that a choice needs elsewhere: a dotted key, or the dotted name of a capability of a section that has a kind; the
-# values that fit, of which the first is proposed; and the reason.
+# A value that a setting needs elsewhere in the configuration: a dotted key, or the dotted name of a capability of a
+# section's kind; the allowed values, of which an error proposes the first; and the reason.
 Need = tuple[str, tuple[Any, ...], str]
 
 
@@ -120,7 +120,7 @@ class KindSection(Section):
     kind: Any
 
     builds: ClassVar[str]  # class, or function, that makes the object: "package.module:Class"
-    served: ClassVar[str] = ""  # the kind, if exports to Hugging Face have it; a section derived from it has another kind
+    served: ClassVar[str] = ""  # the kind, if exports to Hugging Face support it; subclasses have other kinds
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -134,12 +134,12 @@ class KindSection(Section):
         return self.model_dump(exclude={"kind"})
 
     def build(self, *context: Any) -> Any:
-        """Makes the object. `context` is the one value besides this section that objects of this kind are made from."""
+        """Makes the object from this section and `context`, the only other value that objects of this kind need."""
         return named(self.builds)(*context, **self.keywords())
 
 
 def named(text: str) -> Any:
-    """Imports what `package.module:name` names. The text is always from code, never from data."""
+    """Imports the object at `package.module:name`. The text is always from code, never from data."""
     module, _, name = text.partition(":")
     return getattr(import_module(module), name)
 
@@ -171,8 +171,8 @@ def unordered(schedule: Iterable[tuple[int, float]], key: str = "schedule") -> I
 
 
 def unmet(config: WholeConfig, key: str, chosen: str, needs: Iterable[Need], *, instead: str) -> Iterator[Violation]:
-    """Yields a violation for each value that does not fit `chosen`, the value of `key` as on the command line. `instead`
-    says how to do without it."""
+    """Yields a violation for each of `needs` that the configuration does not meet. `chosen`, `key` with its value as on
+    the command line, has these needs; `instead` is the fix that avoids `chosen`."""
     for other, allowed, reason in needs:
         *above, name = other.split(".")
         section = config

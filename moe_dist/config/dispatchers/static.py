@@ -23,8 +23,8 @@ class StaticDispatchSection(DispatchSection):
 
     kind: Literal["static"] = "static"
     room: float = Field(default=1.5, ge=1.0, allow_inf_nan=False)
-    """Number of rows and of (token, expert) pairs for which each rank has room, as a multiple of the number under even
-    loads: all modalities have equally many tokens, and all experts of a group take equally many tokens."""
+    """Largest number of rows and of (token, expert) pairs that a rank can take, as a multiple of the number under even
+    loads. With even loads, all modalities have equally many tokens, and so do all experts of a group."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         parallel = config.parallel

@@ -13,7 +13,7 @@ class ExpertsSection(KindSection):
     replicated: ClassVar[bool] = False  # true if every rank holds all experts, so that no row is sent
     adapts_ffns: ClassVar[bool] = False  # true if experts are the frozen experts of run.init_from, with adapters
     over_frozen_ffn: ClassVar[bool] = False  # true if experts are adapters over one FFN per layer, from run.init_from
-    static: ClassVar[bool] = False  # true if they can compute numbers of rows that the host does not know
+    static: ClassVar[bool] = False  # true if they can compute rows whose number the host does not know
     replicas: ClassVar[bool] = False  # true if they can compute other ranks' experts too, as rank_balance.replicating needs
 
     @property

@@ -64,7 +64,8 @@ class OptimizerSection(KindSection):
             yield Violation(("moments", "betas"), problem)
 
     def keywords(self) -> dict[str, Any]:
-        """See `KindSection.keywords`. The training step clips, and sets the rate; the parameter groups have the decay."""
+        """See `KindSection.keywords`. Omits the keys that the optimizer does not get: the training step clips gradients
+        and sets the learning rate, and parameter groups have the weight decay."""
         return self.model_dump(exclude={"kind", "weight_decay", "clip_norm", "schedule"})
 
     @property

@@ -22,7 +22,7 @@ class RouterSection(KindSection):
     experts_choose: ClassVar[bool] = False  # true if in training each expert chooses its tokens
     fixed_choices: ClassVar[bool] = True  # true if each token has top_k (token, expert) pairs, of which some may be absent
     needs_global_batch_info: ClassVar[bool] = False  # true if a token's choices depend on its place in the global batch
-    needs_previous: ClassVar[bool] = False  # true if a layer's logits depend on those of the MoE layer before
+    needs_previous: ClassVar[bool] = False  # true if a layer's logits depend on the previous MoE layer's logits
     only_true_experts: ClassVar[bool] = False  # true if groups must not have null or zero-computation experts
     needs: ClassVar[tuple[Need, ...]] = ()  # values that the router needs elsewhere in the configuration
     adapted: ClassVar[bool] = False  # true if a model with this router can be the base of LoRA adapters on its experts
@@ -67,11 +67,13 @@ class RouterSection(KindSection):
         return getattr(self, "scale", 1.0) if getattr(self, "normalise", "none") == "true_chosen" else None
 
     def further_tensors(self, group: Any, hidden_dim: int) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of a group's saved tensors besides router rows and biases, by the end of their names."""
+        """Returns the shapes of a group's saved tensors besides router rows and biases; the keys are the ends of their
+        names."""
         return {}
 
     def further_parameters(self, columns: int) -> int:
-        """Number of parameters besides rows and biases, of a group with so many columns, in MoE layers but the first."""
+        """Number of a group's parameters besides rows and biases in each MoE layer but the first; the group has
+        `columns` columns."""
         return 0
 
     def equal_score(self, group: Any) -> float:

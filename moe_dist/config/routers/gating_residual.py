@@ -6,7 +6,8 @@ from moe_dist.config.routers.base import RouterSection
 
 
 class GatingResidualRouterSection(RouterSection):
-    """Top-k whose logits add a learned map of the logits of the MoE layer before (the gating residual of MoE++)."""
+    """Top-k in which a learned map of the previous MoE layer's logits is added to the logits (the gating residual of
+    MoE++)."""
 
     builds = "moe_dist.moe.routers.gating_residual:GatingResidualRouter"
     needs_previous = True
