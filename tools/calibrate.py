@@ -166,7 +166,7 @@ def fitted_link(ranks: int, sent: Sequence[float], seconds: Sequence[float]) -> 
     weight = 1 / np.array(seconds)
     design = np.stack([np.ones(len(sent)), np.array(sent, float)], axis=1) * weight[:, None]
     latency, each = np.linalg.lstsq(design, np.ones(len(sent)), rcond=None)[0].tolist()
-    if latency < 0.0 or each <= 0.0:  # from noise; then only the largest exchange sets the rate
+    if latency < 0.0 or each <= 0.0:  # noise can cause this; the largest exchange alone then determines the rate
         latency, each = 0.0, seconds[-1] / sent[-1]
     return LinkSection(ranks=ranks, latency=latency, bytes_per_second=1 / each)
 

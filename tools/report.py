@@ -1,4 +1,4 @@
-"""Draws the routing of a run, or of a trace (of moe_dist or of another system), into one HTML file. See
+"""Draws the routing of a run, or of a trace from moe_dist or another system, into one HTML file. See
 docs/monitoring.md."""
 
 import math
@@ -227,8 +227,8 @@ def _of_run(path: Path, data: Path | None) -> Routing:
 
 
 def _open_trace(path: Path, *, counted: bool = False) -> tuple[Trace, Manifest]:
-    """Returns a trace, and its last attempt's manifest. If expert choices are `counted` in metrics.jsonl, the trace need
-    not have a step. Raises DataError if it has none, or attempts have different models."""
+    """Returns a trace, and its last attempt's manifest. Raises DataError if attempts have different models, or the
+    trace has no step; a trace without steps is allowed if metrics.jsonl has `counted` the expert choices."""
     trace = read_trace(path)
     if not trace.steps and not counted:
         raise DataError(f"{path}: the trace has no step that all ranks wrote; train on, or give another trace")

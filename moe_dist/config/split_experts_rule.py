@@ -1,10 +1,10 @@
 """Checks the rule `split_experts` of `run.init_rules`, by which each expert of a trained mixture becomes m finer experts.
 
 Every router row of the checkpoint becomes m equal rows, next to each other. With m k choices per token, a token takes all m
-copies of the k columns that it took before, because on a tie the first columns win. A softmax over m times as many columns
-gives each column 1 / m of the probability, and weights divided by their sum become 1 / m of their former values. The
-router's `scale` must therefore become m times as large. If the routing weights are the sigmoids themselves, not divided by
-their sum, `scale` does not change. Imports no torch.
+copies of the k columns that it took before, because the copies have equal scores, and of equal scores the first columns
+are chosen. A softmax over m times as many columns gives each column 1 / m of the probability, and weights divided by
+their sum become 1 / m of their former values. The router's `scale` must therefore become m times as large. If the
+routing weights are the sigmoids themselves, not divided by their sum, `scale` does not change. Imports no torch.
 """
 
 from collections.abc import Iterator

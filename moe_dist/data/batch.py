@@ -45,7 +45,7 @@ class Batch:
         return Batch(**{name: each.view(tensors[name].dtype).view(tensors[name].shape) for name, each in moved})
 
     def choices(self) -> torch.Tensor | None:
-        """Returns the words among which the labels of each sequence are told apart, int64 [B, K] as in
+        """Returns the words over which the loss of each sequence's labels is computed, int64 [B, K] as in
         `model.objective.Choices`; None for all words of the vocabulary."""
         return None
 
@@ -59,7 +59,7 @@ class Batch:
 class Segment:
     """A piece of a document, as read from disk."""
 
-    tokens: np.ndarray  # int64 [length]; or [length + 1] with a last token that is only a label, if more follows
+    tokens: np.ndarray  # int64 [length]; [length + 1] if the document continues: the last token is only a label
     filler: np.ndarray  # bool per token, true for filler, a picture's cell that shows only background
     length: int  # number of input tokens
     prompt: np.ndarray | None = None  # bool per token, true for a token that is no label; None if all tokens are labels

@@ -35,8 +35,8 @@ class Conversation:
     """An encoded conversation.
 
     Attributes:
-        documents: One, or several if each turn is a document of its own.
-        notes: Warnings to the user; equal warnings of several conversations have equal texts.
+        documents: One document, or one for each trained turn.
+        notes: Warnings to the user; the same warning has the same text in all conversations.
     """
 
     documents: tuple[Document, ...]
@@ -49,7 +49,7 @@ class HubTokenizer:
     Args:
         folder: Folder with the tokenizer's files. If it also has a config.json, the tokenizer must fit that model.
         template: File with the chat template to use; None for the tokenizer's own template.
-        turns: The turns to train of a conversation whose earlier turns the template rewrites.
+        turns: The turns to train on, in a conversation whose earlier turns the template rewrites.
 
     Attributes:
         size: Largest token id + 1.
@@ -159,7 +159,8 @@ class HubTokenizer:
         )
 
     def _template_for(self, tools: Any, where: str) -> tuple[str, bool]:
-        """Returns the chat template, and whether it has {% generation %} blocks. Some tokenizers have one for tools."""
+        """Returns the chat template, and whether it has {% generation %} blocks. Some tokenizers have a separate
+        template for tools."""
         with_tools = tools is not None
         if with_tools not in self._templates:
             try:

@@ -12,14 +12,14 @@ from typing import Any
 from moe_dist.data.chat_masks import Messages
 from moe_dist.errors import DataError
 
-REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers gives a template each under all three names
+REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers passes reasoning under all 3 names
 
 
 def check_losses(messages: Messages, tools: Sequence[dict[str, Any]] | None, text: str, where: str) -> list[str]:
     """Compares a conversation with its rendering.
 
     Returns:
-        Warnings: the template does not print the tools or an assistant's reasoning, which many do on purpose.
+        Warnings about tools or reasoning that the template does not print; many templates omit both on purpose.
 
     Raises:
         DataError: the template prints a list as Python text, encodes arguments twice, or leaves out a content or a call.
@@ -65,7 +65,7 @@ def _problems(message: dict[str, Any], printed: _Printed) -> Iterator[tuple[str,
         yield "content", "prints the list of parts as Python text", "write the content as one string"
     texts = [part["text"] for part in parts if isinstance(part.get("text"), str)] if parts else [content]
     for each in texts:
-        # Templates drop reasoning that stands in the content.
+        # Templates drop the reasoning before </think> in the content.
         if isinstance(each, str) and not printed.has(each.rpartition("</think>")[2]):
             yield "content", f"does not print {each[:40]!r}", "write it as the template expects it, or use another template"
     for at, call in enumerate(message.get("tool_calls") or ()):
@@ -91,7 +91,7 @@ def _strings(arguments: Any) -> Iterator[str]:
 
 
 def _twice(arguments: str) -> list[str]:
-    """Returns the JSON forms of a text that differ from it."""
+    """Returns the JSON encodings of a text that differ from the text."""
     forms = {json.dumps(arguments), json.dumps(arguments, ensure_ascii=False)}
     return [form for form in forms if form[1:-1] != arguments]
 

@@ -37,8 +37,8 @@ class TurnFinder:
         """Returns the characters that the assistant of messages[number] writes in `text`, the rendering of `messages`, with
         the token that ends the turn.
 
-        Returns None if the template renders the messages up to this one differently when no others follow. Renders two
-        times, or four times if the template rewrites turns.
+        Returns None if the template renders the messages up to this one differently when later messages follow. Calls
+        `render` twice, or four times if the template rewrites turns.
         """
         first = self._start(text, messages, number)
         last = None if first is None else self._end(text, messages, number, first)
@@ -49,7 +49,7 @@ class TurnFinder:
         return first, last if follow is None else follow.end()
 
     def stops(self, turn: str) -> bool:
-        """Returns whether the text of a turn ends with a token that never is a part of an answer."""
+        """Returns whether the text of a turn ends with a token that is never part of an answer."""
         return turn.rstrip().endswith(self._added)
 
     def stop_after(self, text: str, messages: Messages) -> str:

@@ -1,8 +1,8 @@
 """Encodes the rows of a source in several processes, and keeps the encoded rows in files, one for each batch of rows.
 
 Memory holds a few batches. An interrupted command goes on after the last batch that has its file. Chat templates and
-tokenizers may run for ever or take all memory; a batch therefore has limits, and the row that exceeds them is found by
-encoding one row after the other.
+tokenizers may run for ever or take all memory. A batch therefore has limits; if it exceeds them, its rows are encoded
+one by one to find the row at fault.
 """
 
 import json
@@ -36,7 +36,8 @@ class Part:
 
     Attributes:
         lengths_D, tokens_T, prompt_T: Documents one after the other; prompt_T is empty if all tokens are labels.
-        families_D: SHA-256 of what documents on the same side of the split share, uint8 [D, 32].
+        families_D: SHA-256 that identifies the family of each document, uint8 [D, 32]. A family is on one side of the
+            split.
         bad: Reasons why rows are left out.
         notes: (warning, place of the row) of each warning.
     """

@@ -1,8 +1,8 @@
 """Divides a conversation into rendered texts to train on, each with the spans that assistants write.
 
 Most chat templates write a turn in the same way whatever follows, so that one text serves all turns. Others drop or rewrite
-earlier turns (their reasoning, for example), and a model must not learn to write turns in that form. Of such a conversation
-the last turn is trained, or each turn in a text of its own.
+earlier turns (their reasoning, for example), and a model must not learn to write turns in that form. For such a
+conversation, the model trains on the last turn alone, or on each turn in a separate text.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ NO_STOP = "no token ends an assistant's turn, so that a model does not learn to 
 
 
 class Turns(StrEnum):
-    """The turns that are trained of a conversation whose earlier turns the template rewrites."""
+    """The turns to train on, in a conversation whose earlier turns the template rewrites."""
 
     LAST = "last"
     EACH = "each"
@@ -39,7 +39,7 @@ class Rendered:
 
 
 class UntoldTurnError(Exception):
-    """It cannot be told which text the assistant of messages[number] writes."""
+    """The text that the assistant of messages[number] writes cannot be found."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -56,7 +56,7 @@ def rendered_turns(messages: Messages, finder: TurnFinder, turns: Turns) -> list
     """Returns the texts to train on. The list is empty if no message is an assistant's.
 
     Raises:
-        UntoldTurnError: an assistant's text cannot be told from the other text.
+        UntoldTurnError: an assistant's text cannot be found in the rendered text.
         Exception: from the template.
     """
     assistants = [number for number, message in enumerate(messages) if message["role"] == "assistant"]

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from moe_dist.data.chat_turns import Turns
 from moe_dist.errors import DataError
 
-Skip = Callable[[DataError], None]  # gets the reason why an input cannot be read; leaves the input out, or raises
+Skip = Callable[[DataError], None]  # gets the reason why an input cannot be read; returns to leave it out, or raises
 VARIATIONS = ("place", "flip", "background")  # how augmented copies of a picture may differ; place is scale and shift
 Item = TypeVar("Item")
 
@@ -90,7 +90,7 @@ class Recipe:
     # path of a tokenizer.json from `fit_tokenizer`, or of a Hugging Face folder; None fits a tokenizer
     tokenizer: str | None = None
     chat_template: str | None = None  # path of a chat template to use; None uses the Hugging Face folder's template
-    turns: Turns = Turns.LAST  # turns to train of conversations whose earlier turns the chat template rewrites
+    turns: Turns = Turns.LAST  # turns to train on, if the chat template rewrites earlier turns
     skip_bad: bool = False  # leaves out rows that cannot be encoded
     codebook: str | None = None  # path of a codebook.npy to use; None fits a codebook
     hold_out: HoldOut = HoldOut.FAMILIES

@@ -94,9 +94,9 @@ def _shown_texts(texts: Sequence[Text], held_out: np.ndarray) -> list[str]:
 
 
 def _held_out_instructions(sources: Sequence[Source[Instruction]], recipe: Recipe) -> dict[str, np.ndarray]:
-    """Returns for each source a mask of its instructions, true if held out. A family is on the same side of the split in
-    all sources: the side that an instruction of the family names, else a side drawn at random. Raises DataError if
-    instructions of one family name both train and valid, or a source has no training instruction."""
+    """Returns for each source a mask of its instructions, true if held out. A family is on the same side of the split
+    in all sources: the side that one of its instructions names, else a random side. Raises DataError if instructions of
+    one family name both train and valid, or a source has no training instruction."""
     every = [each for source in sources for each in source.items]
     if not every:
         return {}

@@ -23,7 +23,7 @@ class Pieces:
 
     start_P: np.ndarray  # int64, index of the piece's first token in the .bin
     length_P: np.ndarray  # int64, number of tokens, at most the sequence length
-    goes_on_P: np.ndarray  # bool, true if the document continues after the piece, whose last token then has a label
+    goes_on_P: np.ndarray  # bool, true if the document continues after the piece; the piece's last token then has a label
 
 
 @dataclass(frozen=True)

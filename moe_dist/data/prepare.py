@@ -25,7 +25,7 @@ from moe_dist.errors import ConfigError, DataError, StorageError
 from moe_dist.formats.manifest import MANIFEST_FILE, Manifest, load_manifest
 from moe_dist.runtime.progress import Report
 
-# Errors of the disk: lack of space, or failed I/O. Packages write with errors without a number.
+# Errors of the disk: lack of space, or failed I/O. Some packages raise write errors without a number.
 DISK = (None, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 RECIPE_FILE = "recipe.json"
 
@@ -211,7 +211,7 @@ def _build_chat(
     parts = _parts_folder(out, asked, [Path(each) for each in read if each is not None])
     try:
         manifest, notes = build_chat(folder, out.name, paths, inputs.licence, recipe, parts=parts, report=report, skip=skip)
-    except (ConfigError, DataError):  # the same rows would be refused again
+    except (ConfigError, DataError):  # a new attempt would refuse the same rows
         shutil.rmtree(parts)
         raise
     shutil.rmtree(parts)

@@ -23,7 +23,7 @@ def parsed_row(row: bytes | dict[str, Any], where: str, like: str) -> dict[str, 
     try:
         line = parse_json(row)
         if _SURROGATE.search(row):
-            json.dumps(line, ensure_ascii=False).encode()  # fails on half a character
+            json.dumps(line, ensure_ascii=False).encode()  # fails on half of a surrogate pair
     except ValueError as error:
         named = Path(where.rpartition(", line ")[0]).suffix in JSON_SUFFIXES
         fix, reason = f"write it as {like}" if named else "give plain texts as files of a folder", str(error)

@@ -9,19 +9,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-WAITS = 6  # A call may wait for disks and busy processors: its wall clock may show WAITS times the limit of CPU time.
+WAITS = 6  # wall-clock limit / CPU limit of a call, which may wait for disks and busy processors
 
 
 class TimedCalls:
     """Calls a function in one child process, which the first call forks.
 
-    The child sets timers before each call. They end the child even inside C code, and even if the parent is gone.
+    The child sets timers before each call. The timers end the child even inside C code, and even if the parent is gone.
 
     Args:
         function: Function whose arguments and result can be pickled.
-        seconds: CPU seconds of all threads that a call may take. The wall clock may show WAITS times as many.
-        memory: Bytes that the child may take beyond those of this process. A call that needs more raises MemoryError, or
-            ends the child, if C code cannot tell.
+        seconds: CPU seconds of all threads that a call may take. The limit of wall-clock time is WAITS times as long.
+        memory: Bytes that the child may take beyond those of this process. A call that needs more raises MemoryError,
+            or ends the child if the allocating C code raises no error.
     """
 
     def __init__(self, function: Callable[..., Any], seconds: int, memory: int = 2 << 30) -> None:
@@ -46,7 +46,7 @@ class TimedCalls:
             self._child = fork.Process(target=self._serve, args=(other, self._calls), daemon=True)
             self._child.start()
             other.close()
-        with suppress(OSError):  # a child that has ended; `receive` tells how
+        with suppress(OSError):  # the child has ended; `receive` reports how
             self._calls.send(arguments)
 
     def receive(self) -> Any:
@@ -66,7 +66,7 @@ class TimedCalls:
         raise value
 
     def _serve(self, calls: Connection, others: Connection) -> None:
-        others.close()  # the child's copy of the parent's end of the pipe, which would hide the parent's end from `recv`
+        others.close()  # with this copy of the parent's end open, `recv` would miss that the parent has ended
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, whose end of the pipe then closes
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGPROF, signal.SIG_DFL)

@@ -23,7 +23,7 @@ _BLOCK_BYTES = 16 << 20
 class IndexHeader:
     """The sizes of one data set split, which is a pair of files .idx and .bin."""
 
-    documents: int  # number of documents; a document is a block of consecutive sequences
+    documents: int  # number of documents, each a block of consecutive sequences
     sequences: int  # equal to `documents` if each document is one sequence
     tokens: int  # tokens of all sequences
     dtype: str  # numpy name of the token ids' type

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import DataError
 
-MAX_BYTES = 1 << 27  # of a tokenizer's file; the largest have 35 MB
+MAX_BYTES = 1 << 27  # largest size of a tokenizer's file; the largest known have 35 MB
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:

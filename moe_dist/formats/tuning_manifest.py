@@ -69,9 +69,9 @@ class TuningManifest(_Stored):
     layers: tuple[_Size, ...]  # indices of the L transformer layers with stored routing
     columns: _Size  # number C of router columns in a layer
     width: _Size  # width of an embedding
-    # number K of places for first tokens of choices; None in a folder without them, which an older version made
+    # number K of places for first tokens of choices; None in folders of older versions, which lack choices.npy
     choices: Annotated[int, Field(ge=1)] | None = None
-    told: _Size = 0  # number of samples whose right choice has a first token of its own
+    told: _Size = 0  # number of samples in which only the right choice begins with its first token
     options: dict[str, JsonValue]  # how the questions were chosen and asked: side, seed, rotations, measure
     digests: dict[str, str]  # digest of each file, by file name
 

@@ -28,7 +28,7 @@ _KEYS = {
 # Keys whose value may name a repository of kernels, which transformers downloads and runs.
 _KERNELS = ("attn_implementation", "experts_implementation")
 _SPECIAL_TOKENS = "special_tokens_map.json"  # transformers adds its fields to those of tokenizer_config.json
-# Files of a folder of a model, or of adapters, beside config.json, weights and code.
+# Files that a folder of a model or of adapters may have beside config.json, weights and code.
 _PLAIN = (*COMPANIONS, CONFIG_FILE, INDEX_FILE, README, ADAPTER_CONFIG, "LICENSE", ".gitattributes")
 
 

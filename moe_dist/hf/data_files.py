@@ -87,7 +87,8 @@ def readme(family: str, *, brings_code: bool, tokenizer: bool, in_transformers: 
 
 
 def run_lines(model: str, *, tokenizer: str | None) -> list[str]:
-    """Returns lines of Python that run the model given by an expression, with a folder's tokenizer or on token ids."""
+    """Returns lines of Python that run the model of the expression `model`, on text if there is a `tokenizer`, else on
+    token ids."""
     if tokenizer is None:
         return [
             "import torch",
@@ -95,7 +96,7 @@ def run_lines(model: str, *, tokenizer: str | None) -> list[str]:
             f"model = {model}",
             "print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=20))",
         ]
-    # Without this argument transformers asks whether to run the model's code when it looks for the class of the tokenizer.
+    # Without this argument transformers asks, when it looks for the tokenizer's class, whether to run the model's code.
     trust = ", trust_remote_code=True" if "trust_remote_code" in model else ""
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -58,7 +58,7 @@ class Exported:
     folded: int  # number of null experts per layer that were left out
     like: Path | None  # folder from which tokenizer files and fields of config.json were copied
     merged: bool = False  # LoRA adapters were merged into their base
-    reasons: Sequence[str] = ()  # why no plain family was written; empty if one was, or if the user chose the form
+    reasons: Sequence[str] = ()  # why no plain family was written; empty for a plain family, or if the user chose the form
 
 
 def export_model(

@@ -34,8 +34,8 @@ def setting(name: str, value: object) -> str:
 
 
 def read_object(path: Path, what: str, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Reads a JSON object from a file of at most `most_bytes`; `what` names it in error messages. Raises DataError if the
-    file is missing, too large or not a JSON object."""
+    """Reads a JSON object from a file of at most `most_bytes`; `what` names the file in error messages. Raises
+    DataError if the file is missing, too large or not a JSON object."""
     try:
         values = read_json(path, most_bytes=most_bytes)
     except OSError as error:
@@ -107,8 +107,8 @@ class Fields:
         return next(choice for choice, fields in choices.items() if fields == values)
 
     def _fitting(self, name: str, default: Any, null: Any, rule: str, fits: Callable[[Any], bool]) -> Any:
-        """Returns the value of a field, which must satisfy `fits`; `default` and `null` as in `get`. `rule` is `fits` in
-        words."""
+        """Returns the value of a field, which must satisfy `fits`. See `get` for `default` and `null`. `rule` describes
+        `fits` in words."""
         value = self.get(name, default, null=null)
         if self._values.get(name) is not None and not fits(value):
             raise ConfigError(f"config.json: {name}={value!r:.80} must be {rule}")
@@ -130,7 +130,7 @@ class Value:
     """A field of config.json whose value is the value of a key of a section."""
 
     name: str
-    kind: Literal["whole", "count", "positive", "flag"] = "whole"  # method of `Fields` that reads it
+    kind: Literal["whole", "count", "positive", "flag"] = "whole"  # method of `Fields` that reads the field
     default: Any = _MISSING
 
 

@@ -14,7 +14,7 @@ class GroupedHeads:
     """Heads of grouped-query attention, or of another `kind` with the same widths."""
 
     kind: str = "grouped_query"  # `model.attention.kind`
-    width: int | None = None  # default of head_dim; None for hidden_size / num_attention_heads
+    width: int | None = None  # default of head_dim; None means hidden_size / num_attention_heads
     field: bool = True  # config.json has the field head_dim
     null: bool = False  # head_dim may be null, which means hidden_size / num_attention_heads
     kv_heads: int | None = None  # default of num_key_value_heads; None: num_attention_heads, also if null
@@ -46,7 +46,7 @@ class LatentHeads:
     kind: ClassVar[str] = "latent"
     kv_heads: int | None = 128
     rope_share: float | None = None
-    head_dim: int | None = None  # default of head_dim; None for qk_rope_head_dim
+    head_dim: int | None = None  # default of head_dim; None means qk_rope_head_dim
     plain_queries: bool = True  # q_lora_rank may be null, which means queries without a latent
     scaled: bool = False
 

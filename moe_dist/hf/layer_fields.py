@@ -12,7 +12,7 @@ from moe_dist.hf.fields import Fields
 class AllLayers:
     """Every layer has experts. The other kinds of fields derive from this class."""
 
-    names: Sequence[str] = ()  # of the fields; empty if the family has no dense layers
+    names: Sequence[str] = ()  # names of the fields; empty if the family has no dense layers
 
     def sparse(self, read: Fields, num_layers: int) -> list[int]:
         """Returns the indices of the layers with experts."""
@@ -73,8 +73,8 @@ class Between(AllLayers):
 class Alternate(AllLayers):
     """The first of every two layers of moe_dist, which are one layer of LongCat-Flash, has experts.
 
-    The family's fields have second names. If config.json has both names of a field, transformers may use either value; the
-    two values must therefore be equal.
+    Each field of the family has two possible names. If config.json has both names, transformers may use either value;
+    the two values must therefore be equal.
     """
 
     names: Sequence[str] = ("num_layers",)

@@ -85,8 +85,8 @@ def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
 
 
 def idle_places(section: ModelSection, family: ModelFamily) -> Iterator[tuple[TensorPlace, str]]:
-    """Yields the tensors that transformers needs but never uses (gate and up of LongCat-Flash's identity experts), each
-    with the logical tensor whose dtype it gets."""
+    """Yields the tensors that transformers needs but never uses (gate and up of LongCat-Flash's identity experts). With
+    each comes the name of the logical tensor whose dtype it gets."""
     for layer in section.moe_layers if family.layout == "identity" else ():
         ((name, group),) = section.moe.groups.items()
         for expert in range(group.num_experts, group.num_experts + group.num_identity):
@@ -118,7 +118,7 @@ def _grouped_query(section: ModelSection, ours: str, theirs: str) -> Iterator[Sl
 
 
 def projection_name(part: str) -> str:
-    """Returns the families' name of a projection of attention."""
+    """Returns the name of an attention projection in the families."""
     return _LATENT.get(part, f"{part}_proj")
 
 

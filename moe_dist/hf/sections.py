@@ -15,8 +15,8 @@ from moe_dist.hf.families import ANY_FAMILY, KNOWN, REFUSED
 from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import Fields, Part, Value, setting
 
-# The file, which `tests/support/unknown_families.py` generates, has for each type of language model in transformers the
-# nearest known family, whose configuration class lacks the fewest of the type's fields, and these fields.
+# `tests/support/unknown_families.py` generates this file. For each type of language model in transformers, it has the
+# nearest known family (whose configuration class lacks the fewest of the type's fields) and these lacking fields.
 UNKNOWN_FAMILIES = Path(__file__).with_name("unknown_families.json")
 _SHOWN = 8  # most fields that a message names
 GROUP = "all"  # name of the only expert group of an imported model
@@ -103,7 +103,7 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
 
 
 def _check_plain(family: ModelFamily, read: Fields) -> None:
-    """Raises ConfigError for features that a model may have and moe_dist lacks."""
+    """Raises ConfigError if the model has a feature that moe_dist lacks."""
     read.must_be("hidden_act", ("silu", "swish"), "experts are SwiGLUs")
     for name, (allowed, why) in {**ANY_FAMILY, **family.must_be}.items():
         read.must_be(name, allowed, why)
@@ -125,8 +125,8 @@ def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, in
 
 
 def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
-    """Returns the settings of a model with one expert group, except null experts, that a family does not support: those of
-    which config.json, written and read again, has another value."""
+    """Returns the settings of a model with one expert group, except null experts, that a family does not support:
+    settings that change if config.json is written and read again."""
     kinds = {
         "attention.kind": (section.attention.kind, family.heads.kind),
         "router.kind": (section.moe.router.kind, family.router.keys["kind"]),
@@ -202,7 +202,7 @@ def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
 
 
 def _plain(family: ModelFamily) -> Part:
-    """Returns the keys of the section `model` of which each has a field of its own."""
+    """Returns the keys of the section `model` that correspond to one field each."""
     return Part({
         "hidden_dim": Value("hidden_size"),
         "vocab_size": Value("vocab_size"),

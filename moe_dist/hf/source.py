@@ -31,8 +31,8 @@ COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-COMPANION_BYTES = 1 << 27  # of a file of COMPANIONS; the largest tokenizers have 35 MB
-CONFIG_BYTES, MOST_FIELDS = 16 << 20, 10_000  # of a configuration file, and of config.json
+COMPANION_BYTES = 1 << 27  # largest size of a file of COMPANIONS; the largest tokenizers have 35 MB
+CONFIG_BYTES, MOST_FIELDS = 16 << 20, 10_000  # limits: size of a configuration file, fields of config.json
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -159,7 +159,8 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def companion(folder: Path, name: str) -> Path:
-    """Returns the path of a file that is copied along. Raises DataError as `inside`, and for a file that is too large."""
+    """Returns the path of a file that an import copies. Raises DataError as `inside`, and for a file that is too
+    large."""
     path = inside(folder, name)
     if (size := path.stat().st_size) > COMPANION_BYTES:
         raise DataError(f"{path}: {size:,} bytes, too large to be copied along; at most {COMPANION_BYTES:,}")

@@ -4,9 +4,10 @@ The measure `plain` is the choice's log-likelihood, which favours short choices.
 log-likelihood divided by the choice's number of tokens.
 
 Without rotations the text of a question does not list the choices. The order of the choices then matters only if two
-choices have the same measure, because the first of the two is taken. With rotations the text lists the choices, and the
-question is asked once for each choice, with that choice first. A question with rotations counts as right only if the answer
-to every rotation is right. A model that always takes the second choice therefore gets no rotated question right.
+choices have equal values of the measure: the first of the two is taken. With rotations the text lists the choices, and
+the question is asked once for each choice, with that choice first. A question with rotations counts as right only if
+the answer to every rotation is right. A model that always takes the second choice therefore gets no rotated question
+right.
 """
 
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ class Prompts:
 
     def _choice(self, question: Question, choice: Part) -> list[int]:
         if isinstance(choice, Codes):
-            return self._tokens(choice)[1:-1]  # without marks: the context has the start mark, the end mark is certain
+            return self._tokens(choice)[1:-1]  # without marks: the start mark is in the context, the end mark is certain
         return self._tokens(choice if isinstance(question.asked, Codes) else f" {choice}")
 
     def _tokens(self, part: Part) -> list[int]:

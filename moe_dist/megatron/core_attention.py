@@ -18,8 +18,9 @@ from moe_dist.model.attention import AttentionMask, attend, dense_mask, make_mas
 
 def positions_of_rank(length: int, cp_rank: int, cp_size: int) -> Tensor:
     """Returns the positions of a sequence that a context-parallel rank has, int64 [length / cp_size]. As in Megatron's
-    rotary embedding, the sequence is cut into 2 x cp_size pieces; the rank has piece `cp_rank` from the start and piece
-    `cp_rank` from the end. All ranks thus have equally many pairs of query and key."""
+    rotary embedding, the sequence is cut into 2 x cp_size pieces; the rank has the piece with index `cp_rank` counted
+    from the start, and the piece with this index counted from the end. All ranks thus have equally many pairs of query
+    and key."""
     if cp_size == 1:
         return torch.arange(length)
     pieces = torch.arange(length).chunk(2 * cp_size)
@@ -27,7 +28,7 @@ def positions_of_rank(length: int, cp_rank: int, cp_size: int) -> Tensor:
 
 
 def order_of_ranks(length: int, cp_size: int) -> Tensor:
-    """Returns the index that brings positions joined in the order of ranks into their own order: int64 [length]."""
+    """Returns the index that sorts positions which were concatenated in the order of ranks: int64 [length]."""
     return torch.cat([positions_of_rank(length, rank, cp_size) for rank in range(cp_size)]).argsort()
 
 

@@ -36,7 +36,7 @@ from moe_dist.model.layers import RMSNorm
 from moe_dist.placement.placement import ExpertPlacement
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RECOMPUTE = {"none": (None, None), "experts": ("selective", ["moe_act"])}  # granularity and modules, by parallel.recompute
+RECOMPUTE = {"none": (None, None), "experts": ("selective", ["moe_act"])}  # parallel.recompute -> granularity and modules
 NO_DECAY_ATTRIBUTE = "moe_dist_no_decay"
 Initial = Callable[[nn.Module, str, str, tuple[int, ...]], Tensor]
 
@@ -64,7 +64,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         kv_channels=model.resolved_head_dim,
         ffn_hidden_size=model.dense_ffn_dim or first.ffn_dim,
         num_moe_experts=sum(group.num_experts for group in moe.groups.values()),
-        moe_router_topk=first.top_k,  # Megatron uses top_k and the width only to count FLOPs
+        moe_router_topk=first.top_k,  # Megatron only counts FLOPs with top_k and the width
         moe_ffn_hidden_size=first.ffn_dim,
         moe_layer_freq=[int(layer in model.moe_layers) for layer in range(model.num_layers)],
         moe_shared_expert_intermediate_size=moe.shared_ffn_dim or None,
@@ -75,8 +75,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         pipeline_model_parallel_size=engine.pp,
         virtual_pipeline_model_parallel_size=engine.vpp if engine.vpp > 1 else None,
         context_parallel_size=engine.cp,
-        # Interleaved on two stages, a batch would have two sends between the same two ranks, and a receive could take the
-        # wrong one.
+        # With an interleaved schedule on two stages, a batch of sends and receives has two sends between the same two
+        # ranks, and a receive could take the wrong one.
         overlap_p2p_comm=engine.vpp > 1,
         batch_p2p_comm=engine.vpp == 1,
         expert_model_parallel_size=parallel.ep,

@@ -43,7 +43,7 @@ def groups_of_rank(
 
     Args:
         mask_BS: Integer modality ids (-1 for padding), bools that are true for padding, or None without padding.
-        group_of_modality_M: int64, group of each modality, then a -1: padding, with the index -1, reads this last element.
+        group_of_modality_M: int64, group of each modality, followed by a -1, which padding (index -1) reads.
         length, batch: s and B.
     """
     num_modalities = group_of_modality_M.shape[0] - 1

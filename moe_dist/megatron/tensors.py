@@ -33,7 +33,8 @@ class Piece:
     """A part of a local tensor.
 
     Attributes:
-        view: The part of the local tensor, sharing its memory; `shape`'s elements in order, perhaps in more dimensions.
+        view: A view of the part, which shares the local tensor's memory. It has the elements of a tensor of shape
+            `shape` in the same order, perhaps in more dimensions.
         shape: Shape of this rank's part of the logical tensor.
         dim: Dimension in which the logical tensor is cut over tensor-parallel ranks; None if the rank has the whole tensor.
         expert: True for a tensor of one expert, which the ranks with the same experts hold.
@@ -59,7 +60,7 @@ class Piece:
         return self.view.detach().clone().reshape(self.shape)
 
 
-# Megatron's names inside a layer of parameters that are one logical tensor: logical name and the dimension that is cut.
+# Megatron's name, inside a layer, of each parameter that is one logical tensor -> logical name, dimension that is cut.
 _SINGLE: Mapping[str, tuple[str, int | None]] = {
     "self_attention.linear_proj.weight": ("attention.o.weight", 1),
     "input_layernorm.weight": ("attention.norm.weight", None),

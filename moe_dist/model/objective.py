@@ -1,4 +1,4 @@
-"""What the labels of a forward are scored by in place of the cross entropy over all words.
+"""Losses that a forward computes for its labels instead of the cross entropy over all words.
 
 Shape letters: B sequences, S positions, D hidden size, V words of the vocabulary, K choices of a sequence.
 """
@@ -21,8 +21,8 @@ class Objective(Protocol):
 @dataclass(frozen=True)
 class Choices:
     """Cross entropy over the words of a sequence's choices alone: log(sum over choices c of exp(z_c)) - z_0, where z_c is
-    the logit of choice c, and choice 0 is the right one. The label's id has no part in it. `choice_BK` are different words
-    of each sequence, int64; -1 in place of missing choices, which come last."""
+    the logit of choice c, and choice 0 is the right one. The label's id does not matter. `choice_BK` has the different
+    words of each sequence, int64; -1 for missing choices, which come last."""
 
     choice_BK: Tensor
 
@@ -31,6 +31,6 @@ class Choices:
         weight_BKD = weight_VD[self.choice_BK.clamp_min(0)].to(x_BSD.dtype)
         logits_BSK = x_BSD @ weight_BKD.transpose(1, 2)
         logits_BSK = logits_BSK.to(torch.promote_types(logits_BSK.dtype, torch.float32))
-        # the smallest number and not -inf, by which a sequence without choices would get NaN gradients
+        # the smallest number, because -inf would give a sequence without choices NaN gradients
         logits_BSK = logits_BSK.masked_fill((self.choice_BK < 0)[:, None], torch.finfo(logits_BSK.dtype).min)
         return torch.where(labels_BS < 0, 0.0, logits_BSK.logsumexp(-1) - logits_BSK[..., 0])

@@ -297,13 +297,15 @@ class Transformer(nn.Module):
 def _joined(
     x_BSD: Tensor, late_TD: Tensor | None, report: LayerReport | None
 ) -> tuple[Tensor, Tensor | None, LayerReport | None]:
-    """Adds the late output of the previous layer, and takes this layer's from the report for the next layer."""
+    """Adds the late output of the previous layer to x; returns this layer's late output, and removes it from the
+    report."""
     x_BSD = x_BSD if late_TD is None else x_BSD + late_TD.view_as(x_BSD)
     return (x_BSD, None, None) if report is None else (x_BSD, report.late_TD, report._replace(late_TD=None))
 
 
 def _carried(request: RoutingRequest, report: LayerReport) -> tuple[RoutingRequest, LayerReport]:
-    """Takes the logits from a layer's report into the request for the next layer, if its router adds them to its own."""
+    """Moves the logits in a layer's report, if there are any, into the request for the next layer, whose router adds
+    them to its logits."""
     if report.logits_TC is None:
         return request, report
     return replace(request, previous_TC=report.logits_TC), report._replace(logits_TC=None)

@@ -31,12 +31,12 @@ CAUSE_SECONDS = 1.5  # seconds that a rank waits until another rank, which faile
 STORAGE_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 )
-# The words of gloo, NCCL and torch's store for a peer that ended or does not answer. Such an error names no cause.
+# Words in errors of gloo, NCCL and torch's store about a peer that ended or does not answer. Such errors name no cause.
 _PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|timed ?out|timeout|remote process exited", re.I)
 
 
 def verdict_of(error: BaseException) -> tuple[int, str]:
-    """Returns exit code and reason of an exception that ends a run."""
+    """Returns the exit code of a run that an exception ends, and the reason."""
     if isinstance(error, MoeDistError):
         return error.exit_code, str(error)  # a user can fix such an error without a traceback
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:

@@ -61,7 +61,7 @@ def print_done(text: str) -> None:
 
 class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parses arguments. Errors of an override with dashes, and of a wrong value, say how to write it."""
+        """Parses arguments. The error for an override with dashes, or for a wrong value, shows the right form."""
         if dashed := next((each for each in args if re.match(r"--\w+(\.\w+)+(=|$)", each)), None):
             key, _, value = dashed.lstrip("-").partition("=")
             ctx.fail(f"{dashed}: an override of the configuration has no dashes; write {key}={value or 'VALUE'}")
@@ -74,7 +74,8 @@ class _Command(TyperCommand):
 
 
 def _value_text(option: str, error: ValidationError) -> str:
-    """Returns an error text with an option's value and its rule, and for a text that is no number also the number in it."""
+    """Returns an error text with an option's value and the violated rule. If the value is a number with a unit, the
+    text proposes the number alone."""
     fault, expected = error.errors()[0], "Input should be "
     kind, value, text = fault["type"], fault["input"], fault["msg"]
     if kind not in ("float_parsing", "int_parsing", "int_from_float"):

@@ -321,8 +321,8 @@ class RunFolder:
         return f"{self.path}: {'no attempt has begun' if latest is None else f'done after step {latest.last_step}'}"
 
     def finished_text(self, config: Config) -> str:
-        """Returns what a start of a finished run prints: its summary; or, if `config` asks for fewer steps than it has, a
-        sentence that says so."""
+        """Returns the text that a start of a finished run prints: the run's summary; or, if `config` has fewer steps
+        than the run has finished, a sentence about this difference."""
         latest = self.read_status().latest
         steps, done = config.train.steps, 0 if latest is None else latest.last_step
         if done <= steps:
@@ -336,7 +336,7 @@ class RunFolder:
     def _begin(self, env: RankEnv, lease: Lease) -> None:
         me = Holder.this_process(env.attempt_id)
         for claim in (*self.path.glob(".verdict_*"), *self.path.glob(".told_*")):
-            claim.unlink(missing_ok=True)  # of earlier attempts, which have ended
+            claim.unlink(missing_ok=True)  # files of earlier attempts, which have ended
         now = self.config_yaml.stat().st_mtime  # `open` has just written this file
         record = AttemptRecord(env.attempt_id, env.attempt, me.host, me.pid, now, last_step=self.last_step())
         write_status(self.status_json, record, before_rename=lease.check)

@@ -14,7 +14,7 @@ from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
 
-SAVE_SECONDS = "save_seconds.json"  # in the log folder of a run
+SAVE_SECONDS = "save_seconds.json"  # file name in the log folder of a run
 SAVES = 5  # number of saves in SAVE_SECONDS
 MAX_STATUS_BYTES = 1 << 24  # about 50,000 attempts
 Number = Annotated[int, Field(ge=0, lt=1 << 53)]  # a number that can be shown and divided

@@ -39,7 +39,7 @@ FREE = {
     *("unsafe_split", "_assert_tensor_metadata", "_unsafe_view"),
 }
 COPIES = ("_to_copy", "copy_")
-# In-place operations that do not read their target, as all other in-place operations do. Names may also begin with
+# In-place operations that do not read their target. All other in-place operations read it. Names may also begin with
 # `_foreach_`.
 WRITE_ONLY = {"copy_", "fill_", "index_copy_", "zero_"}
 PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "_grouped_mm": 0}  # index of the argument that is the first factor
@@ -271,7 +271,7 @@ class _Attention(_OneKernel):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        with ctx.recorder.computing("attention", ctx.flops * 5 // 6):  # 5 products, not 2, in 3 kernels
+        with ctx.recorder.computing("attention", ctx.flops * 5 // 6):  # 5 / 2 of forward's products, in 3 kernels
             return None, *_OneKernel.backward(ctx, gradient)
 
 

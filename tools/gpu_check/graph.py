@@ -1,5 +1,5 @@
 """Checks an MoE layer in a CUDA graph on each rank: forward and backward with exchanges of fixed sizes are captured once,
-and replayed for other tokens with other expert choices. A rehearsal (on the CPU) uses no graph.
+and replayed for other tokens with other expert choices. With `rehearse` (a trial on the CPU) no graph is used.
 """
 
 from collections.abc import Callable

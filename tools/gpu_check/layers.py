@@ -128,7 +128,8 @@ def layer(job: CheckJob) -> list[Reading]:
 
 def dispatch(job: CheckJob) -> list[Reading]:
     """Measures, by dispatcher, the largest relative difference of an MoE layer on 2, 4, 8 and `job.gpus` ranks from one
-    rank; a rehearsal has two ranks. Ranks share GPUs if there are fewer GPUs than ranks, and then communicate over gloo."""
+    rank; with `rehearse`, only on two ranks. Ranks share GPUs if there are fewer GPUs than ranks, and then communicate
+    over gloo."""
     worlds = [2] if job.rehearse else sorted({2, 4, 8, max(2, job.gpus)})
     found = [each for world in worlds for each in on_ranks(_dispatched, job, world=world)]
     return [Reading(f"{name}: difference", max(each[name] for each in found), most=1e-9) for name in found[0]]
@@ -230,10 +231,11 @@ def _attended(drawn: list[Tensor], mask: Any) -> list[Tensor]:
 
 def syncs(job: CheckJob) -> list[Reading]:
     """Counts the host's waits for the device, of which torch warns: in forward and backward of a layer, also with exchanges
-    of fixed sizes, and in a training step. A rehearsal counts nothing, because only with CUDA the host waits."""
+    of fixed sizes, and in a training step. Counts nothing with `rehearse`, because the host waits only for CUDA
+    devices."""
     tokens, hidden, ffn = (16, 16, 8) if job.rehearse else (1024, 512, 768)
     device, groups = torch.device(job.device), single_group(8, 4, 3, ffn)
-    # A rehearsal uses no kernels, because Triton's interpreter is slow and other checks rehearse the kernels.
+    # With `rehearse` no kernels are used, because Triton's interpreter is slow and other checks try the kernels.
     kernels = None if job.rehearse else triton_or_none(device, torch.bfloat16)
     known = make_layer(hidden, groups, kernels=kernels or TORCH).to(device)
     x_TD = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)

@@ -1,12 +1,13 @@
 """Runs Megatron-Core's alltoall dispatcher and experts on our routing. megatron-core has no CPU path, so `cpu_trial`
-replaces the CUDA devices and streams that it uses; the dispatcher's code is unchanged. The dispatcher has two branches:
+replaces the CUDA devices and streams; the dispatcher's code is unchanged. The dispatcher has two branches:
 
     default     expects K experts for each token
     capacity    counts the rows to send; the capacity factor is so large that nothing is dropped
 
-The default branch announces T x K rows, although a null choice that is not in the routing map has none. The permutation of
-megatron-core 0.19 then makes rows for null choices, too, and the exchange fails; that of 0.16 ignores the announcement. So
-the benchmark announces the rows of the routing map, and neither branch sends a row for such a null choice.
+The default branch announces T x K rows, although a null choice that is not in the routing map has no row. In
+megatron-core 0.19 the permutation then makes rows for null choices, too, and the exchange fails; in 0.16 the
+permutation ignores the announced number. So the benchmark announces the rows of the routing map, and neither branch
+sends a row for such a null choice.
 
 Shape letters: T tokens, D hidden size, E experts, K choices per token.
 """

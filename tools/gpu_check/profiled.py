@@ -18,7 +18,7 @@ class Profiled(NamedTuple):
 
 
 def profiled(job: CheckJob, run: Callable[[], Any], trace: Path | None = None) -> Profiled:
-    """Calls `run` once. A rehearsal counts CPU operations. `trace` is a file to write in Chrome's trace format."""
+    """Calls `run` once. With `rehearse`, counts CPU operations. `trace` is a file to write in Chrome's trace format."""
     activities = [ProfilerActivity.CPU, *([] if job.rehearse else [ProfilerActivity.CUDA])]
     with profile(activities=activities) as found:
         run()

@@ -47,8 +47,8 @@ H100 = {"copy": 2.7e12, "gemm": 700e12}  # limits: about 0.8 and 0.7 of the data
 
 def seconds_of(job: CheckJob, run: Callable[[], Any], *, times: int = 0) -> float:
     """Returns the median seconds of a call of `run`. On CUDA torch's timer queues many calls between two syncs, so that
-    launches overlap with kernels. A rehearsal times one call. If `run` has collectives, all ranks call it `times` times;
-    the result is then the mean."""
+    launches overlap with kernels. With `rehearse`, times one call. If `run` has collectives, all ranks call it `times`
+    times; the result is then the mean."""
     timer = Timer("run()", globals={"run": run})
     if job.rehearse:
         return timer.timeit(1).median
@@ -57,7 +57,7 @@ def seconds_of(job: CheckJob, run: Callable[[], Any], *, times: int = 0) -> floa
 
 
 def sizes(job: CheckJob) -> tuple[int, ...]:
-    """Returns T, D, F, E and K of OLMoE; tiny in a rehearsal."""
+    """Returns T, D, F, E and K of OLMoE, or tiny numbers with `rehearse`."""
     return tuple((TINY if job.rehearse else SHAPE).values())
 
 

@@ -75,7 +75,7 @@ def run_checks(
                 readings = [each for outcome in outcomes.values() for each in outcome.readings]
                 rates = {each.what: each.value for each in readings if each.unit in ("B/s", "FLOP/s")}
                 made = run_check(name, check.target, replace(job, rates=rates, seconds=min(check.seconds, left)))
-                if made.verdict != "fail" or time.monotonic() < end:  # else the failure may be a timeout
+                if made.verdict != "fail" or time.monotonic() < end:  # a failure after the end of the time may be a timeout
                     outcome = made
             outcomes[name] = outcome
             known = {key: each.as_json() for key, each in outcomes.items() if each.verdict != "not run"}

@@ -137,8 +137,8 @@ def _even(shape: WorkloadShape) -> tuple[int, ...]:
 
 
 def _ragged(shape: WorkloadShape, fixed: np.random.Generator) -> tuple[int, ...]:
-    """Returns the numbers of tokens of the sources, in random order: each number is a third of the next larger number, and
-    the largest also takes the remainder of rounding."""
+    """Returns the source ranks' numbers of tokens, in random order. Each number is a third of the next larger number,
+    up to rounding; the largest number also includes the remainder."""
     share_S = 3.0 ** -np.arange(shape.num_shards)
     tokens_S = np.floor(share_S / share_S.sum() * shape.num_tokens).astype(np.int64)
     tokens_S[0] += shape.num_tokens - tokens_S.sum()

@@ -79,8 +79,8 @@ def _passes(
 
 
 def sanitizer(job: CheckJob) -> list[Reading]:
-    """Checks with NVIDIA's compute-sanitizer that no kernel trial has an invalid memory access; a rehearsal runs only the
-    trials."""
+    """Checks with NVIDIA's compute-sanitizer that no kernel trial has an invalid memory access; with `rehearse`, only
+    runs the trials."""
     tool = [] if job.rehearse else ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     if tool and shutil.which(tool[0]) is None:
         raise NotPossibleError("compute-sanitizer is not installed (it comes with the CUDA toolkit)")

@@ -233,8 +233,9 @@ ATTENTIONS = {
 }
 
 
-# The rule of each kind of router: the score of a logit, and the methods of MoeDistRouter that say which columns come first,
-# which share of its weight each of the first `top_k` columns gets, and what the weights are.
+# The rule of each kind of router: the function from logits to scores, then three methods of MoeDistRouter. They return
+# the values by which columns are ordered, the share of its weight that each of the first `top_k` columns gets, and the
+# weights.
 ROUTERS = {
     "top_k": ("softmax", "biased", "whole", "normalised"),
     "group_limited": ("sigmoid", "limited", "whole", "among_taken"),  # DeepSeek-V3
@@ -243,7 +244,7 @@ ROUTERS = {
     "threshold": ("sigmoid", "above_level", "admitted_by_level", "equal"),  # DynMoE
     "predicted_k": ("softmax", "shifted", "predicted", "normalised"),
     "expert_threshold": ("sigmoid", "biased", "admitted", "normalised"),
-    "expert_choice": ("sigmoid", "biased", "admitted", "normalised"),  # by the rule of evaluation, not that of training
+    "expert_choice": ("sigmoid", "biased", "admitted", "normalised"),  # by the rule of evaluation
 }
 SCORES = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid, "relu": torch.relu}
 
@@ -273,7 +274,7 @@ class MoeDistRouter(nn.Module):
         self.num_columns = sum(columns for _, columns in self.parts)
         self.weight = nn.Parameter(torch.empty(sum(rows for rows, _ in self.parts), hidden_size))
         self.bias = nn.Parameter(torch.empty(self.num_experts)) if config.router.get("logit_bias") else None
-        # In adaptive routers the experts' mean bias shifts how many columns a token takes.
+        # In adaptive routers the mean of the experts' biases changes the number of columns that a token takes.
         adaptive = self.methods[0] in ("shifted", "by_logit", "above_level")
         if config.router.get("selection_bias", adaptive):
             self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_columns))
@@ -321,7 +322,7 @@ class MoeDistRouter(nn.Module):
     def shift(self):
         return self.e_score_correction_bias[: self.num_experts].mean()
 
-    # Which columns come first: values [tokens, columns], the largest first.
+    # These methods return the values [tokens, columns] by which columns are ordered, the largest first.
 
     def biased(self, logits):
         if not hasattr(self, "e_score_correction_bias"):
@@ -344,7 +345,7 @@ class MoeDistRouter(nn.Module):
         return torch.cat([experts.masked_fill(outside[..., None], float("-inf")).flatten(1), others], dim=1)
 
     def shifted(self, logits):
-        """Only deviations of the experts' biases from their mean change the order."""
+        """Adds to each score the deviation of the expert's bias from the mean bias."""
         experts, others = self.e_score_correction_bias.tensor_split([self.num_experts])
         return self.score(logits) + torch.cat([experts - self.shift(), others]).to(logits.dtype)
 
@@ -357,7 +358,7 @@ class MoeDistRouter(nn.Module):
     def above_level(self, logits):
         return self.margins(logits) + self.e_score_correction_bias.to(logits.dtype)
 
-    # The share of each choice's weight that the token takes: 1, or 0 if it does not take the choice.
+    # These methods return the share of each choice's weight that the token takes: 0 if it does not take the choice.
 
     def whole(self, x, logits, chosen):
         return torch.ones_like(chosen, dtype=logits.dtype)
@@ -383,8 +384,8 @@ class MoeDistRouter(nn.Module):
         return (number - torch.arange(self.top_k, device=x.device)).clamp(min=0.0, max=1.0)
 
     def admitted(self, x, logits, chosen):
-        """An expert takes each token whose score exceeds its threshold, or that two layers which learned the choice
-        admit."""
+        """An expert takes each token whose score exceeds its threshold. With an auxiliary router, which learned the
+        experts' choices, it takes each token with a positive output of this router."""
         if hasattr(self, "auxiliary_inner"):
             margins = F.linear(F.silu(F.linear(x, self.auxiliary_inner.to(x.dtype))), self.auxiliary_outer.to(x.dtype))
         else:

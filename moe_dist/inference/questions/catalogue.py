@@ -16,9 +16,9 @@ Facts = Mapping[str, Sequence[Fact]]  # the facts of each task
 
 
 def task_names(wanted: str, facts: Facts) -> list[str]:
-    """Returns the tasks in a comma-separated list; without a list the tasks of `facts`. NAME also stands for all tasks
-    whose names begin with NAME-. Raises ConfigError, which lists the valid names, if a name is neither a task nor the begin
-    of one, or tasks of `facts` have names of the picture tasks."""
+    """Returns the tasks named in a comma-separated list; if the list is empty, the tasks of `facts`. A NAME in the list
+    also stands for all tasks whose names begin with NAME-. Raises ConfigError, which lists the valid names, if a name
+    is neither a task nor the beginning of one, or tasks of `facts` have the names of picture tasks."""
     if taken := sorted(set(PICTURES) & set(facts)):
         raise ConfigError(
             f"--questions: {', '.join(taken)}: tasks about the run's pictures have this name; rename the task"

@@ -26,8 +26,9 @@ def embedded_text(question: Question, *, listed: bool) -> str:
 
 
 def first_tokens(turn: Sequence[Continuation], right: int) -> np.ndarray:
-    """Returns the different first tokens of the choices, that of the choice `right` first; [-1] if a wrong choice begins
-    with the same token as the right one, because then no first token says which choice is meant."""
+    """Returns the different first tokens of the choices, beginning with the first token of the choice `right`. Returns
+    [-1] if a wrong choice has the same first token as the right choice, because a first token then does not identify
+    the choice."""
     first = [each.tokens[0] for each in turn]
     own = first.pop(right)
     return np.array([-1] if own in first else [own, *dict.fromkeys(first)], np.int64)
