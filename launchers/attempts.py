@@ -18,7 +18,7 @@ RunAttempt = Callable[[int, str], Outcome]  # runs an attempt: (restarts before 
 
 
 def inspect_folder(folder: RunFolder, config: Config, *, overwrite: bool) -> Start:
-    """Returns what the next start does: begin the run, resume the run, or nothing because the run is finished. Prints the
+    """Returns the action of the next start: begin the run, resume it, or do nothing because it is finished. Prints the
     summary of a finished run. With `overwrite`, first renames the folder of an old run."""
     if overwrite and (old := folder.move_aside()) is not None:
         print(f"{folder.path} moved to {old}", file=sys.stderr)

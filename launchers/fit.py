@@ -38,15 +38,15 @@ class Want:
 
 
 def unmet(wants: Sequence[Want], offers: Sequence[Offer], *, word: str, where: str) -> list[str]:
-    """Returns a problem for each planned node that gets no node of its own. The arguments are those of `problem`."""
+    """Returns a problem for each planned node to which no node can be assigned. See `problem` for the arguments."""
     up = [offer for offer in offers if not offer.down]
     found = match([[number for number, offer in enumerate(up) if want.fits(offer)] for want in wants])
     return [problem(w, wants, offers, word=word, where=where) for w, at in zip(wants, found, strict=True) if at is None]
 
 
 def problem(want: Want, wants: Sequence[Want], offers: Sequence[Offer], *, word: str, where: str) -> str:
-    """Returns why a planned node gets no node: no node has its traits, or the nodes with its traits are too small or
-    too few.
+    """Returns why no node can be assigned to a planned node: no node has its traits, or the nodes with its traits are
+    too small or too few.
 
     Args:
         word: The scheduler's word for a trait: 'feature' or 'label'.

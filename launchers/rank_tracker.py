@@ -93,7 +93,7 @@ class Outcome:
         return bool(self.failed) and self.stop is not None and self.codes[self.failed[0]] == -self.stop
 
     def exit_code(self, cause: int | None) -> int:
-        """Returns the shell exit code of the rank `cause`; if it is None, the largest code of all ranks and of their
+        """Returns the shell exit code of the rank `cause`; if `cause` is None, the largest code of all ranks and their
         launcher."""
         if self.aborted:
             return ABORTED

@@ -56,7 +56,7 @@ def why_not_restarted(attempts: Sequence[AttemptEnd], max_restarts: int, *, opti
     `option`, which sets the limit; the default is the key in the cluster file."""
     if len(attempts) > max_restarts:  # the first attempt is no restart
         return f"it was restarted {max_restarts} times already ({option})" if max_restarts else f"{option}=0"
-    # A stop without a checkpoint says nothing about the run: others asked for it, perhaps while the run still started.
+    # A requested stop that follows no new checkpoint is not counted, because the run may just have started.
     failures = [each for each in attempts if not (each.fruitless and (each.asked or each.code == STOPPED))]
     last = failures[-WITHOUT_GAIN:]
     if len(last) == WITHOUT_GAIN and all(each.fruitless for each in last):

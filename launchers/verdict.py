@@ -102,7 +102,7 @@ def write(
     """Writes a verdict into status.json. Replaces a follow-up error that another rank has already written."""
     ended = {"verdict": verdict.code, "reason": verdict.reason, "rank": verdict.rank}
     step = committed_step(folder.checkpoints)
-    with contextlib.suppress(OSError, MoeDistError):  # on a full disk the exit code alone reports the failure
+    with contextlib.suppress(OSError, MoeDistError):  # if the disk is full, only the exit code reports the failure
         more = {"last_step": step, "restarts": restarts, "lasted": lasted}
         for wait in (0.0, wait_seconds):
             if folder.amend_status(attempt_id, **ended, **more, wait_seconds=wait):

@@ -123,7 +123,7 @@ def _named(option: str, entry: str) -> tuple[str, str]:
 
 
 def _end(error: DataError) -> None:
-    """The `Skip` of --strict."""
+    """The `Skip` function of the option --strict."""
     raise DataError(f"{error}, or leave out --strict")
 
 

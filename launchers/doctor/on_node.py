@@ -56,12 +56,12 @@ def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ
 
 
 def connect(path: Path) -> tuple[dict[str, str], str]:
-    """Resolves, on the other nodes, the name of rank 0's node and connects to that node. Returns the resolver's error by
-    the name, and the error of the connection ('' without one). If `path` never appears, the folder is not shared, which
-    another check reports."""
+    """Resolves, on the other nodes, the name of rank 0's node and connects to that node. Returns {name: resolver's
+    error} and the error of the connection, both empty without an error. If `path` never appears, the folder is not
+    shared, which another check reports."""
     deadline = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, ValueError):  # raised while the file does not exist yet or is not readable
+        with contextlib.suppress(OSError, ValueError):  # the file does not exist yet or is not readable
             host, address, port = json.loads(path.read_text())
             return unresolved([host]), unreachable(address, port) if address else ""
         time.sleep(POLL_SECONDS)

@@ -23,7 +23,7 @@ from moe_dist.runtime.command_line import print_done, reports_errors, run_comman
 from moe_dist.runtime.node.check_result import CheckResult, error, note, ok
 
 GUIDE = "docs/kubernetes.md"
-EXAMPLE = "kubernetes: {image: registry.example.org/moe-dist:cuda, claims: {shared: /shared}}"  # of a cluster file
+EXAMPLE = "kubernetes: {image: registry.example.org/moe-dist:cuda, claims: {shared: /shared}}"  # part of a cluster file
 
 
 class Kind(StrEnum):

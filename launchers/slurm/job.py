@@ -65,12 +65,12 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     snapshot = snapshot or _take_snapshot(job, config, cluster, plan=plan, env=env)
     path, begin = snapshot.folder / f"job_{job.id}.json", committed_step(folder.checkpoints)
     ends = _begin(job, folder, path, begin)
-    if ends and (reason := why_not_restarted(ends, cluster.max_restarts)):  # Slurm itself requeued the job all the same
+    if ends and (reason := why_not_restarted(ends, cluster.max_restarts)):  # Slurm itself requeued the job
         print(f"job {job.id} is not continued: {reason}", file=sys.stderr)
         return ends[-1].code or EXIT_FAILED
     if warning := cluster.limit_warning(_limit_seconds(env)):
         print(warning, file=sys.stderr)
-    faults = snapshot.folder / f"job_{job.id}_faults"  # names of the nodes that were at fault
+    faults = snapshot.folder / f"job_{job.id}_faults"  # file with the names of nodes at fault
     faulty = faults.read_text().split() if faults.is_file() else []
     hosts = hosts_of(plan, allocation, faulty)
     print(f"attempt {len(ends)} of job {job.id}; run folder {folder.path}\n{plan.table(hosts)}", flush=True)
@@ -84,11 +84,11 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     ranks_of = {host: [*places.get(host, {}).values()] for host in allocated}
     write_atomically(_ranks_file(path, job.restarts), json.dumps(ranks_of))
 
-    def note_stop() -> None:  # for the next attempt, in case Slurm kills this process before the ranks have saved
+    def note_stop() -> None:  # read by the next attempt, if Slurm kills this process before the ranks have saved
         with contextlib.suppress(OSError):
             _keep(path, [*ends, AttemptEnd(None, begin, begin, asked=True)])
 
-    with StopSignals():  # also while the job is requeued, when Slurm sends stop signals as well
+    with StopSignals():  # because Slurm also sends stop signals while the job is requeued
         with StopSignals(note_stop) as signals:
             started, restarts = time.monotonic(), len(ends)
             outcome = outcome_of(*run_step(command, env), places, stopped=signals.first is not None)
@@ -100,7 +100,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
             requeue_job(job, snapshot, path, why_not_restarted(ends, cluster.max_restarts))
         if verdict.code == EXIT_FAILED and verdict.rank is not None:
             faulty.append(outcome.hosts[verdict.rank])
-            with contextlib.suppress(OSError):  # on a full disk the next attempt may use the faulty node again
+            with contextlib.suppress(OSError):  # if the disk is full, the next attempt may use the faulty node again
                 write_atomically(faults, " ".join(faulty))
             print(leave_out(job.name, faulty, snapshot.script), file=sys.stderr)
     return verdict.code

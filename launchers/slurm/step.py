@@ -26,7 +26,7 @@ from moe_dist.runtime.lease import WAIT_SECONDS
 from moe_dist.runtime.run_folder import RunFolder
 
 # Slurm kills this process KillWait (30 s by default) after a node failure, and srun may need longer than KillWait to end.
-NODE_SECONDS = 5.0  # from the node failure until this process kills srun, in time to record the cause
+NODE_SECONDS = 5.0  # from the node failure until this process kills srun, so that it can still record the cause
 PEER_SECONDS = 6.0  # from a task's failure until srun kills the other tasks, which log their own errors meanwhile
 _ENDED = re.compile(
     r"srun: error: (?:Node failure on (?P<lost>\S+)|"
@@ -136,7 +136,7 @@ def outcome_of(code: int, lines: Sequence[str], places: Places, *, stopped: bool
     with 0."""
     host_of = {rank: host for host, ranks in places.items() for rank in ranks.values()}
     codes, failed, lost, words = dict.fromkeys(sorted(host_of), 0), list[int](), dict[int, str](), dict[int, str]()
-    memory, killed = "", False  # Slurm's words about a memory limit; whether srun has begun to kill tasks
+    memory, killed = "", False  # Slurm's message about a memory limit; whether srun has begun to kill tasks
     for line in lines:
         killed = killed or _KILLS.match(line) is not None
         memory = match[1] if (match := _MEMORY.match(line)) else memory

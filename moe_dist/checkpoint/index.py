@@ -150,7 +150,8 @@ class StateFile(StoredModel):
 
 
 def few_values(value: JsonValue, *, most: int) -> bool:
-    """Returns whether a JSON value has at most `most` values, with all lists, mappings and their values."""
+    """Returns whether a JSON value consists of at most `most` values; lists, mappings and the values in them all
+    count."""
     count, waiting = 0, [value]
     while waiting and count <= most:
         count, each = count + 1, waiting.pop()

@@ -116,7 +116,7 @@ class CheckpointManager:
         return self.write(self.snapshot(step, state))
 
     def snapshot(self, step: int, state: CheckpointState, buffers: HostBuffers | None = None) -> Snapshot:
-        """Takes a snapshot, as `take_snapshot` does. Every save begins here, so that each checkpoint is finite.
+        """Takes a snapshot, as `take_snapshot` does. Every save begins here, so that no checkpoint contains nan or inf.
 
         Raises:
             DivergedError: on all ranks, if tensors that a rank writes contain nan or inf.

@@ -66,8 +66,8 @@ def _parts(
     rule: str,
     part_of: Callable[[re.Match[str]], tuple[str, int, int] | str],
 ) -> dict[str, Source]:
-    """Maps each tensor of an expert to its part of a stored tensor. `part_of` returns the stored tensor, the number of the
-    part and the number of parts; or a problem."""
+    """Maps each tensor of an expert to its part of a stored tensor. `part_of` returns the stored tensor, the index of
+    the part in it and the number of parts; or an error text."""
     sources: dict[str, Source] = {}
     problems: dict[str, None] = {}  # the keys serve as an ordered set
     for name, spec in specs.items():

@@ -48,7 +48,7 @@ def default_text(key: Key) -> str:
 
 
 def _section(key: Key) -> RenderableType:
-    """Returns a table of the keys of a section, with a heading for each kind that the section can be of."""
+    """Returns a table of the keys of a section, with a heading for each possible kind of the section."""
     below = children(key.annotation)
     while set(below) in ({NAME}, {ITEM}) and children(inner := below.popitem()[1][0].annotation):
         key, below = Key(f"{key.path}.{NAME}", inner, None), children(inner)

@@ -46,7 +46,7 @@ else:
     AnyAttention = kinds_in(attention, AttentionSection, default="grouped_query")
 
 
-MAX_EXPERTS = 1 << 19  # of all layers, null experts included
+MAX_EXPERTS = 1 << 19  # limit of the experts of all layers, null experts included
 
 
 class GroupSection(Section):

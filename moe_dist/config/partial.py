@@ -33,8 +33,8 @@ from moe_dist.config.keys import (
 )
 from moe_dist.errors import ConfigError
 
-MOST_FAULTS = 50  # faults that one round of `draft` reports; the search for a similar key takes milliseconds for each
-_ROUNDS = 20  # most rounds of `draft`: each may find missing keys one level deeper; schemas have fewer than 20 levels
+MOST_FAULTS = 50  # limit of faults per round of `draft`; finding a similar key takes milliseconds for each
+_ROUNDS = 20  # limit of rounds of `draft`; each may find missing keys one level deeper; schemas have < 20 levels
 Where = tuple[str | int, ...]
 S = TypeVar("S", bound=BaseModel)
 

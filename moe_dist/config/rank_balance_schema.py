@@ -58,9 +58,10 @@ class RankBalanceSection(Section):
     """Levers that keep the ranks equally busy during the run. The levers change no loss beyond rounding."""
 
     dealing: bool = False
-    """Deal the sequences of a step to the ranks so that the ranks' expected costs are equal: attention by the square of the
-    documents' lengths, experts by modality and share of null choices. A sequence stays in its micro-batch if a balance or z
-    loss of one micro-batch is on (loss.balance.scope=micro_batch)."""
+    """Deal the sequences of a step to the ranks so that the ranks' expected costs are equal. The cost of attention
+    grows with the square of a document's length; the cost of experts depends on modality and share of null choices. A
+    sequence stays in its micro-batch if a balance or z loss of one micro-batch is on
+    (loss.balance.scope=micro_batch)."""
 
     moving: MovingSection | None = None
     """Move experts between ranks during the run (docs/parallelism.md). null: no expert moves."""

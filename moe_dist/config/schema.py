@@ -346,7 +346,7 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "monitor",
     "run.root",
     "run.group",
-    "data.path",  # the data's folder may move: digests check its content (formats/split_files.py)
-    "data.skip",  # only sequences that the run has not reached yet (train/start/resume.py)
-    "router_tuning.data",  # the folder may move, like data.path's
+    "data.path",  # the data's folder may move, because digests identify its content (formats/split_files.py)
+    "data.skip",  # may change only for sequences that the run has not reached yet (train/start/resume.py)
+    "router_tuning.data",  # the folder may move, as with data.path
 )

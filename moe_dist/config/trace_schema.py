@@ -50,7 +50,7 @@ class TraceSection(Section):
 
 
 class ComputeMapSection(Section):
-    """A picture of how many true experts single held-out tokens take, at each evaluation and at the end."""
+    """Draw the number of true experts of held-out tokens, token by token, at each evaluation and at the end."""
 
     sequences: PositiveInt = Field(default=32, description="Held-out sequences of each source that are routed for it.")
     pictures: Count = Field(default=8, description="Pictures that are drawn, if the data have pictures.")

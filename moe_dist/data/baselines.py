@@ -120,7 +120,8 @@ class _Ngrams:
         return labels.where(chosen)
 
     def ask(self, labels: _Labels) -> None:
-        """Makes room for the pairs of held-out labels. All calls come before the first call of `count`."""
+        """Adds the pairs of held-out labels to the pairs that `count` counts. All calls come before the first call of
+        `count`."""
         self._pairs = np.union1d(self._pairs, self._pair(self.inside(labels)))
         self._pair_counts = np.zeros(len(self._pairs), np.int64)
 
@@ -134,7 +135,7 @@ class _Ngrams:
         self._pair_counts += np.bincount(at, minlength=len(self._pairs))
 
     def nats(self, labels: _Labels) -> dict[str, np.ndarray]:
-        """Returns the nats of each held-out label, by kind."""
+        """Returns the nats of each held-out label, by kind of model (unigram or bigram)."""
         size = sum(end - first for first, end in self._ranges)
         p = (self._counts[labels.label] + 1) / (self._counts.sum() + size)
         counts = self._pair_counts[np.searchsorted(self._pairs, self._pair(labels))]

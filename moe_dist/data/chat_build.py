@@ -87,7 +87,7 @@ class _SourceRows:
         self._sizes: list[np.ndarray] = []
         self._families: list[bytes] = []
         self._bad: list[str] = []
-        self._notes: dict[str, tuple[int, str]] = {}  # number of rows, and the place of the first, by warning
+        self._notes: dict[str, tuple[int, str]] = {}  # warning -> number of its rows, place of its first row
 
     def encoded(self, hub: HubTokenizer, parts: Path, licence: str) -> list[Path]:
         """Returns the files of encoded rows."""

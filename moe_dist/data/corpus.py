@@ -99,5 +99,5 @@ class Recipe:
 
 
 def content_family(content: bytes) -> str:
-    """Returns the family of an item of which only the bytes are known; items with equal bytes are one family."""
+    """Returns the family of an item that is identified by its bytes alone; items with equal bytes are one family."""
     return hashlib.sha256(content).hexdigest()

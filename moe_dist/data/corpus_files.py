@@ -8,7 +8,7 @@ from moe_dist.data.corpus import Instruction, Picture, Skip, Source, Text, conte
 from moe_dist.data.tables import holds_table, lines, parsed_row, raw_rows
 from moe_dist.errors import ConfigError, DataError
 
-MOST_BYTES = 1 << 28  # of a text or picture
+MOST_BYTES = 1 << 28  # largest size of a text or picture
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 TEXT_ROW = '{"text": "..."}'
 INSTRUCTION_ROW = '{"prompt": "...", "answer": "..."}'

@@ -219,8 +219,8 @@ def _build_chat(
 
 
 def _parts_folder(out: Path, asked: dict, read: list[Path]) -> Path:
-    """Returns a folder beside `out` for the rows that are encoded already. Empties it if other options, or other or changed
-    files, made it."""
+    """Returns a folder beside `out` for the rows that are encoded already. Empties the folder if its rows were encoded
+    with other options, or from other or changed files."""
     files = [file for path in read for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
     states = [(file, file.stat()) for file in files]
     made_of = {**asked, "files": [[str(file.resolve()), state.st_size, state.st_mtime_ns] for file, state in states]}

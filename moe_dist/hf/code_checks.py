@@ -68,8 +68,8 @@ def refuse_code(folder: Path) -> None:
 
 
 def verify_export(folder: Path) -> list[str]:
-    """Returns the reasons why loading an exported folder with trust_remote_code=True could run other code than that of the
-    installed moe_dist; empty if there is none."""
+    """Returns the reasons why loading an exported folder with trust_remote_code=True could run code other than the
+    installed moe_dist's; empty if it could not."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     names, problems = sorted(path.name for path in folder.iterdir()), []

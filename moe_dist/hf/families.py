@@ -39,7 +39,8 @@ def _sigmoid(n_group: int = 1, topk_group: int = 1, scale: float = 1.0) -> Part:
 
 
 def _layers_behind(read: Fields, names: Collection[str]) -> list[str]:
-    """Returns the names of layers beyond the model's last layer that have the projection of two joined hidden states."""
+    """Returns the prefixes of layers for multi-token prediction: layers after the model's last one that project two
+    joined hidden states."""
     layers, extra = read.whole("num_hidden_layers"), read.count("num_nextn_predict_layers", read.count("num_mtp_layers", 1))
     behind = [f"model.layers.{layer}." for layer in range(layers, layers + extra)]
     return [prefix for prefix in behind if f"{prefix}eh_proj.weight" in names]

@@ -34,8 +34,9 @@ class ExpertLayer(MegatronModule):
         config: Megatron's configuration, which `requirements.check` has accepted.
         layer_number: Number of the layer in the whole model (over all pipeline stages), from 1.
         shared: Megatron's tensor-parallel shared expert, or None.
-        watch: Makes the router, has the dispatcher, adds the auxiliary terms, counts bytes, and gets the layer's reports;
-            the caller then sets the weights. None for a `MegatronLmWatch`; the layer then draws the weights itself.
+        watch: Makes the router, has the dispatcher, adds the auxiliary terms, counts bytes, and gets the layer's
+            reports. If it is given, the caller sets the weights. None makes a `MegatronLmWatch`, and the layer draws
+            the weights itself.
     """
 
     group_of_modality_M: Tensor

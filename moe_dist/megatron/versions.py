@@ -33,7 +33,8 @@ def clear_tracker() -> None:
 
 
 def shared_expert_module(stock: Any, **options: Any) -> Any:
-    """Builds the shared expert of Megatron's own layer `stock`: a ModuleSpec, or in later versions a partial."""
+    """Builds the shared expert in `stock`, Megatron's spec of its MoE layer: a ModuleSpec, or in later versions a
+    partial."""
     submodules = stock.keywords["submodules"] if isinstance(stock, partial) else stock.submodules
     shared: Any = submodules.shared_experts
     return shared(**options) if isinstance(shared, partial) else build_module(shared, **options)  # pyright: ignore

@@ -5,8 +5,8 @@ temperature 1).
     reverse KL = sum over words v of q_v (log q_v - log p_v)
 
 If only the K most likely words of the teacher are known, all other words count as one more word, with the remaining
-probability. The forward KL over K + 1 words is at most the one over all words. Shape letters: B sequences, S positions, V
-vocabulary, K words per token.
+probability. The forward KL over K + 1 words is at most the forward KL over all words. Shape letters: B sequences, S
+positions, V vocabulary, K words per token.
 """
 
 from dataclasses import dataclass

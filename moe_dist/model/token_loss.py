@@ -87,7 +87,8 @@ def _tiles(labels_BS: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _columns(labels_N: Tensor, first: int, words: int) -> tuple[Tensor, Tensor]:
-    """Returns the labels' columns among `words` words from `first` on, and whether each label is one: [N, 1] each."""
+    """Returns each label's column among the `words` words from `first` on, and whether the label is one of these words:
+    both [N, 1]."""
     column_N = labels_N - first
     inside_N = (column_N >= 0) & (column_N < words) & (labels_N >= 0)
     return column_N.clamp(0, words - 1)[:, None], inside_N[:, None]

@@ -36,7 +36,7 @@ _PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|timed ?out|ti
 
 
 def verdict_of(error: BaseException) -> tuple[int, str]:
-    """Returns the exit code of a run that an exception ends, and the reason."""
+    """Returns the exit code and the reason of a run that ends with this exception."""
     if isinstance(error, MoeDistError):
         return error.exit_code, str(error)  # a user can fix such an error without a traceback
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
@@ -199,7 +199,7 @@ class Attempt:
         self._tell()
         if not self._finished:
             self.exit_code = code
-            with contextlib.suppress(OSError, MoeDistError):  # on a full disk the exit code alone reports the error
+            with contextlib.suppress(OSError, MoeDistError):  # if the disk is full, only the exit code reports the error
                 self._wait_for_cause(error)
                 self._record(code, reason, at_fault)
 

@@ -99,7 +99,7 @@ def write_status(path: Path, record: AttemptRecord, *, before_rename: Callable[[
 def record_save_seconds(logs: Path, seconds: float) -> None:
     """Adds a save's duration to the file of the last `SAVES` durations; only rank 0 calls this function. A save ends when
     the checkpoint is durable."""
-    with contextlib.suppress(OSError):  # on a full disk the next record of a step reports the error
+    with contextlib.suppress(OSError):  # if the disk is full, the next record of a step reports the error
         write_atomically(logs / SAVE_SECONDS, json.dumps([*_saves(logs), seconds][-SAVES:]) + "\n")
 
 

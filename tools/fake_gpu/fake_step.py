@@ -199,7 +199,7 @@ def watch_parts(model: nn.Module, recorder: fake_cuda.Recorder) -> Counter[str]:
         names.append(name)
         module.register_forward_pre_hook(
             lambda *_: enter(name, layer), prepend=True
-        )  # before FSDP2's own hook, which gathers parameters
+        )  # runs before FSDP2's own hook, which gathers parameters
         module.register_forward_hook(lambda *every: leave(name, layer, every[2]))
         if name == "model" or not model.in_halves:
             return

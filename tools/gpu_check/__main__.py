@@ -35,7 +35,7 @@ def main(
     # survive a fork.
     interpreted = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     os.environ |= interpreted if rehearse else {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    limit_fragmentation(os.environ)  # as a run's launcher does
+    limit_fragmentation(os.environ)  # a run's launcher does the same
     console = Console(highlight=False, soft_wrap=True)
     job = CheckJob(gpus or 2, rehearse, json.with_name(f"{json.stem}_logs"))
     make_writable(job.folder, option=f"--json {json}")

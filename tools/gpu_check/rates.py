@@ -257,9 +257,9 @@ def null_fraction(job: CheckJob) -> list[Reading]:
 
 
 def attention_rate(job: CheckJob) -> list[Reading]:
-    """Measures (rate of attention restricted to packed documents) / (rate of torch's causal attention), forward and
-    backward, both rates by the scores of a whole sequence; counts compiled graphs, and warnings of uncompiled attention,
-    for several lengths."""
+    """Measures the rate of attention inside packed documents, divided by the rate of torch's causal attention, in
+    forward and backward. Both rates count the scores of a whole sequence. Also counts, for several lengths, compiled
+    graphs and warnings of uncompiled attention."""
     device, heads, width = torch.device(job.device), 2 if job.rehearse else 16, 16 if job.rehearse else 128
     lengths = (8, 16) if job.rehearse else (4096, 2048, 1024, 512)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]

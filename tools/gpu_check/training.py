@@ -73,7 +73,7 @@ def configure(job: CheckJob, mesh: Mesh, overrides: Sequence[str], *, name: str 
     """Makes a configuration for `mesh`. A step has `sequences` sequences per GPU of the job, even on a single rank."""
     scale = [f"parallel.ep={mesh.ep_size}", f"parallel.edp={mesh.edp_size}", f"parallel.device={mesh.device.type}"]
     sizes = [*SMALL_SIZES, *(TINY_SIZES if job.rehearse else ())] if name == SMALL else []
-    no_data = f"data.path={job.folder / 'none'}"  # because a data set at the configured path would be checked
+    no_data = f"data.path={job.folder / 'none'}"  # a data set at the configured path would be checked
     scale += [f"train.global_batch={sequences * job.gpus}", "placement.policy=interleaved", no_data]
     return load_config(find_config(name), [*sizes, *scale, *overrides])
 
@@ -101,7 +101,7 @@ class RandomRun:
         self.step = 0
 
     def take(self, steps: int) -> list[StepResult]:
-        aux = AuxSettings(kind="vanilla", balance=0.0, z=1e-3)  # without a balance term, which depends on the micro-batches
+        aux = AuxSettings(kind="vanilla", balance=0.0, z=1e-3)  # no balance term, because it depends on the micro-batches
         results = []
         for _ in range(steps):
             results.append(self.training.step(self._batches(), lr=LEARNING_RATE, aux=aux, number=self.step))
@@ -169,10 +169,10 @@ def losses_and_norms(results: Sequence[StepResult]) -> list[float]:
 
 
 def repeat(job: CheckJob) -> list[Reading]:
-    """Counts the ranks whose weights and moments have the same bits in a second run, and in new processes that resume from
-    an asynchronously saved checkpoint of ended processes; and measures the time that determinism costs."""
+    """Counts the ranks whose weights and moments are bit-equal in a second run, and in new processes that resume from
+    an asynchronously saved checkpoint of ended processes. Also measures the time that determinism costs."""
     usual = on_ranks(_paced, job, False)[0]
-    make_deterministic()  # here too, because NCCL reads its environment variables before `_repeated` begins
+    make_deterministic()  # called here too, because NCCL reads its environment variables before `_repeated` begins
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         found, resumed = on_ranks(_repeated, job, folder), on_ranks(_resumed, job, folder)
     slow = on_ranks(_paced, job, True)[0]
@@ -285,7 +285,7 @@ def preset(job: CheckJob) -> list[Reading]:
     if "copy" in job.rates:
         try:
             counted = count(name, job.gpus, [f"model.num_layers={found['layers']}"]).num_bytes
-        except MoeDistError as error:  # for example because there is no C++ compiler
+        except MoeDistError as error:  # raised, for example, without a C++ compiler
             print(f"no count: {error}")
         else:
             times = {True: 1.0, False: found["micro_batches"] / MICRO_BATCHES}  # the count has fewer micro-batches

@@ -60,7 +60,7 @@ class OtherKinds(NamedTuple):
         return section
 
     def sections(self) -> dict[str, type[KindSection]]:
-        """Imports the sections of all offered kinds, and leaves out those of broken packages."""
+        """Imports the sections of all offered kinds, except the kinds of broken packages."""
         found = {}
         for kind in sorted(self.entry_points().names):
             try:
@@ -78,7 +78,7 @@ class OtherKinds(NamedTuple):
             return value
         fields = {name: each for name, each in value.items() if name != PACKAGE}
         section = self.section(value["kind"])
-        return section.model_validate_json(json.dumps(fields), context=info.context)  # from JSON lists become tuples
+        return section.model_validate_json(json.dumps(fields), context=info.context)  # JSON lists become tuples
 
     def _written(self, section: KindSection, info: SerializationInfo) -> dict[str, Any]:
         (point, *_) = self.entry_points().select(name=kind_of(type(section)))

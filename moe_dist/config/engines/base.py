@@ -23,7 +23,7 @@ class EngineSection(KindSection):
     source: ClassVar[str] = ""  # how to install them
     dense_text: ClassVar[str] = "dense ones on every rank"  # which ranks hold the weights that are not experts
     own_kernels: ClassVar[bool] = True  # whether dense parts run this project's kernels (parallel.kernels)
-    passes_logits: ClassVar[bool] = True  # whether a layer gets the router logits of the MoE layer before it
+    passes_logits: ClassVar[bool] = True  # whether a layer gets the router logits of the previous MoE layer
     passes_token_ids: ClassVar[bool] = True  # whether a layer gets the ids of its tokens
     planned: ClassVar[bool] = False  # whether `moe-dist plan` simulates its steps; if not, it lists `layouts`
 
@@ -35,7 +35,7 @@ class EngineSection(KindSection):
         return parallel.ep * parallel.edp
 
     def data_ranks_text(self) -> str:
-        """How `data_ranks` follows from keys."""
+        """The formula of `data_ranks` in keys of the configuration, for messages."""
         return "parallel.ep x parallel.edp"
 
     def groups_of_stage(self, parallel: "ParallelSection") -> int:

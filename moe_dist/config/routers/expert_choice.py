@@ -23,9 +23,10 @@ class ExpertChoiceRouterSection(RouterSection):
     builds = "moe_dist.moe.routers.expert_choice:ExpertChoiceRouter"
     served = "expert_choice"
 
-    # Each true expert takes its share of the tokens, whatever other columns take. So other columns cannot lower the number
-    # of a token's true experts, as they do where tokens choose. A null expert would do nothing: a token may have no expert
-    # anyway. An identity expert would only add s x, and a constant expert s (a1 x + a2 v), to the output of its tokens.
+    # Each true expert takes its share of the tokens, whatever other columns take. Other columns therefore cannot lower
+    # the number of a token's true experts, as they can if tokens choose. A null expert would have no effect, because a
+    # token may have no expert anyway. An identity expert would only add s x, and a constant expert s (a1 x + a2 v), to
+    # the output of its tokens.
     only_true_experts = True
 
     experts_choose = True

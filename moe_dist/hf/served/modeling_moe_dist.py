@@ -140,7 +140,7 @@ class MoeDistAttention(nn.Module):
         return {}
 
     def rotate(self, query, key, position_embeddings):
-        if self.config.rope_pairs == "adjacent":  # reordering queries and keys alike keeps products
+        if self.config.rope_pairs == "adjacent":  # equally reordered queries and keys have the same products
             query, key = (in_halves(each, position_embeddings[0].shape[-1]) for each in (query, key))
         return apply_rotary_pos_emb(query, key, *position_embeddings)
 

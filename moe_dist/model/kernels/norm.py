@@ -103,6 +103,6 @@ def rms_norm_backward(
 
 
 def blocks(width: int) -> dict[str, int]:
-    """Rows and columns of a program's tile, and its warps: a thread has at most 16 values of a tile."""
+    """Returns the rows and columns of a program's tile, and its warps. A thread has at most 16 values of a tile."""
     block = triton.next_power_of_2(width)
     return {"ROWS": max(1, TILE // block), "BLOCK": block, "num_warps": max(4, block // 512)}
