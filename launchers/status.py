@@ -49,7 +49,7 @@ def main(
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
-    with reports_errors(), ThreadPoolExecutor(32) as pool:  # a silent run is watched for some seconds
+    with reports_errors(), ThreadPoolExecutor(32) as pool:  # threads, because a silent run is watched for seconds
         found = list(pool.map(read_progress, find_runs(runs or [], root)))
     console.print(one_run(found[0]) if len(found) == 1 and runs else many_runs(found, width=console.width))
     raise typer.Exit(EXIT_DONE)

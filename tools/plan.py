@@ -298,7 +298,8 @@ def cost(each: Estimate, price: float | None) -> float:
 
 
 def shown_of(ranked: Sequence[Estimate], one: Sequence[Estimate]) -> list[Estimate]:
-    """Returns the best layout of each number of GPUs; with one number of GPUs the first `SHOWN` layouts of `one`."""
+    """Returns the best layout of each number of GPUs; if there is only one number of GPUs, the first `SHOWN` layouts of
+    `one`."""
     each_number = best_of_each(ranked, lambda each: each.gpus)
     return sorted(each_number, key=lambda each: each.gpus) if len(each_number) > 1 else list(one[:SHOWN])
 

@@ -228,7 +228,7 @@ def _of_run(path: Path, data: Path | None) -> Routing:
 
 def _open_trace(path: Path, *, counted: bool = False) -> tuple[Trace, Manifest]:
     """Returns a trace, and its last attempt's manifest. Raises DataError if attempts have different models, or the
-    trace has no step; a trace without steps is allowed if metrics.jsonl has `counted` the expert choices."""
+    trace has no step. With `counted` (metrics.jsonl counts the expert choices) the trace may have no step."""
     trace = read_trace(path)
     if not trace.steps and not counted:
         raise DataError(f"{path}: the trace has no step that all ranks wrote; train on, or give another trace")

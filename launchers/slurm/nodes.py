@@ -78,10 +78,10 @@ def outside_jobs(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def inside_job(env: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of a batch script without the variables of an outer job. If a plain sbatch inside another job
-    submitted this job, this job inherits the outer job's variables that Slurm does not set again, most of which are options
-    of srun. Keeps only `_OF_EVERY_JOB`, and the variables of array task, restarts, components and CPUs of a task if
-    slurmctld's record confirms them."""
+    """Returns the environment of a batch script without the variables of an outer job. If a plain sbatch inside another
+    job submitted this job, Slurm does not overwrite all variables of the outer job; most variables that remain are
+    options of srun. Keeps only `_OF_EVERY_JOB`, and the variables of array task, restarts, components and CPUs of a
+    task if slurmctld's record confirms them."""
     if "SLURM_JOB_ID" not in env:
         return dict(env)
     record = _record(env["SLURM_JOB_ID"])

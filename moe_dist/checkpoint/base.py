@@ -92,8 +92,9 @@ class Base:
 
 
 def find_base(base: Base, adapters: Path) -> Contents:
-    """Opens the checkpoint of the base of the adapters in the folder `adapters`: the first of its places with the base's
-    content hash. Raises DataError if the base is missing or damaged, or has another content hash."""
+    """Opens the base's checkpoint for the adapters in the folder `adapters`. Takes the first of the base's possible
+    folders that has the base's content hash. Raises DataError if the base is missing or damaged, or has another content
+    hash."""
     others = []
     for place in base.places(adapters):
         try:

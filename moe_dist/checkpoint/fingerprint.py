@@ -56,8 +56,8 @@ def hexadecimal(value: int) -> str:
 
 
 def _runs(box: tuple[int, ...], offsets: tuple[int, ...], whole: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """Yields a triple for each range of elements that is contiguous in the box and in the whole tensor: index of the first
-    element in the box, index of that element in the whole tensor, and number of elements."""
+    """Yields (index of the first element in the box, its index in the whole tensor, number of elements) for each range
+    of elements that is contiguous in both."""
     if not math.prod(box):
         return
     cut = max((d for d in range(len(whole)) if box[d] != whole[d]), default=0)  # last dim that the box does not fill

@@ -351,9 +351,9 @@ class CheckpointManager:
         return {number: open_shard(contents, number) for number in numbers}
 
     def _check_loaded(self, contents: Contents, state: CheckpointState, sources: Mapping[str, Source]) -> None:
-        """Compares the loaded tensors with the saved fingerprints: a whole tensor on each rank that has it, a sharded
-        tensor by the sum of its shards' fingerprints over the ranks, and the parts of a stored tensor by the sum of their
-        fingerprints. `sources` maps each loaded tensor to its source in the checkpoint. Costs two all-reduces: the first
+        """Compares the loaded tensors with the saved fingerprints. Each rank compares the tensors that it has whole.
+        For sharded tensors, and for tensors that load parts of a stored tensor, the sum of the fingerprints is
+        compared. `sources` maps each loaded tensor to its source in the checkpoint. Costs two all-reduces: the first
         sums a number per tensor, the second tells all ranks of an error."""
         entries = {name: contents.index.tensors[stored_name(there)] for name, there in sources.items()}
         written = state.written().keys()

@@ -172,9 +172,9 @@ def _logical(
     stacks: Collection[str],
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, LocalShard], dict[str, TensorSpec]]:
-    """Returns this rank's part of each logical tensor of `tensors`, and shape and dtype of every whole logical tensor of
-    `like`. `tensors` lacks the names of `like` whose tensors this rank does not hold. `dtype` is the dtype of all tensors;
-    None for the dtypes of `like`."""
+    """Returns this rank's part of each logical tensor in `tensors`, and the shape and dtype of every whole logical
+    tensor in `like`. `tensors` has only those names of `like` whose tensors are on this rank. `dtype` is the dtype of
+    all tensors; None for the dtypes of `like`."""
     held: dict[str, LocalShard] = {}
     specs: dict[str, TensorSpec] = {}
     for name, parameter in like.items():
@@ -195,7 +195,8 @@ def _logical(
 
 
 def _unstack(name: str, stack: Tensor, group: ExpertGroup, layout: RankLayout) -> Iterator[tuple[int, LocalShard]]:
-    """Yields for each expert in this rank's stack of experts [e, ...] its global id and its tensor, a view of the stack."""
+    """Yields, for each expert in this rank's stack [e, ...], the expert's global id and its tensor, a view of the
+    stack."""
     experts = layout.placement.local_experts(layout.ep_rank, group)
     assert stack.shape[0] == len(experts), f"{name} stacks {stack.shape[0]} experts, the placement says {len(experts)}"
     if not isinstance(stack, DTensor):

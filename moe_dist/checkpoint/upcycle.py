@@ -5,7 +5,7 @@ In each layer all experts of a group become copies of one FFN of the checkpoint,
 
 1. the only expert in the checkpoint's group of the same name,
 2. the layer's dense FFN (its norm becomes the norm of the MoE layer),
-3. the only expert in the checkpoint's layer, whatever the name of its group.
+3. the only expert in the checkpoint's layer, in a group of any name.
 
 If the group has as many experts in the checkpoint as in the model, each expert is loaded from the checkpoint's expert of
 the same name. Router rows are not copied, because a router with equal rows would score all copies of an FFN alike.

@@ -14,8 +14,8 @@ from moe_dist.errors import ConfigError
 
 
 def explain(key: str = "") -> RenderableType:
-    """Returns type, default and meaning of a key, of each key of a section, or (for the key '') of each section. Raises
-    ConfigError if the key does not exist; the message names the most similar key."""
+    """Returns the type, default and meaning of a key, or of each key of a section. For the key '' explains each
+    section. Raises ConfigError if the key does not exist; the message names the most similar key."""
     if not key:
         return _section(Key("", Config, None))
     found = find(Config, key)

@@ -68,9 +68,10 @@ def identity_choices(num_experts: int, num_null: int, true_choices: int) -> rang
     """Returns the values of top_k for a router whose m null rows copy each of its n true rows m / n times. With these
     values a token takes the same `true_choices` true experts as before the rows were copied.
 
-    Sorted by logit, with true columns first among equal logits, a token's columns are its best true expert, the m / n
-    copies of that row, its second best, and so on in blocks of m / n + 1. The k best columns contain the
-    ceil(k / (m / n + 1)) best true experts. With k0 = `true_choices`, a token takes its k0 best true experts for
+    Sort a token's columns by logit, with true columns first among equal logits. Its best true expert comes first, then
+    the m / n copies of that expert's row, then its second best expert, and so on in blocks of m / n + 1 columns. The k
+    best columns contain the ceil(k / (m / n + 1)) best true experts. With k0 = `true_choices`, a token takes its k0
+    best true experts for
 
         (k0 - 1) (m / n + 1) + 1  <=  k  <=  k0 (m / n + 1)
 

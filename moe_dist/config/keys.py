@@ -143,8 +143,8 @@ def _all_paths(root: type[BaseModel]) -> list[str]:
 
 
 def nearest(root: type[BaseModel], path: str) -> str | None:
-    """Returns the schema's key most similar to the unknown key `path`: a similar key of the same section, else a key with
-    the same name in another section, else any similar key; None if no key is similar."""
+    """Returns the schema's key most similar to the unknown key `path`, or None. Prefers a similar key of the same
+    section, then a key of the same name in another section, then any similar key."""
     section, _, name = path.rpartition(".")
     holders = find(root, section) if section else [Key("", root, None)]
     siblings = {sibling for holder in holders for sibling in children(holder.annotation)} - {NAME, ITEM}

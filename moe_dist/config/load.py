@@ -207,8 +207,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
 
 
 def _default_list(key: str) -> Any:
-    """Returns the value that a key gets if the file lacks the key and an override sets something inside the value: the
-    default of a list, or {} for a section, whose other keys then get their own defaults."""
+    """Returns the initial value of a key that the file lacks, if an override sets something inside the value: the
+    default of a list, or {} for a section, so that its other keys get their defaults."""
     field = next((found.field for found in find(Config, key) if found.field is not None), None)
     default = None if field is None else field.get_default(call_default_factory=True, validated_data={})
     return to_jsonable_python(default) if isinstance(default, tuple) else {}

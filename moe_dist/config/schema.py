@@ -234,8 +234,8 @@ class EvaluationSection(Section):
     final_sequences: PositiveInt = 512
     """Held-out sequences of each source in the last evaluation."""
     calibration: Count = 4
-    """Number of the last training micro-batches of each rank by which an evaluation sets the thresholds of
-    router.causal=threshold and mixture_of_depths.causal=threshold: on these micro-batches, an expert or layer takes as many
+    """Number of micro-batches per rank on which an evaluation calibrates the thresholds of router.causal=threshold and
+    mixture_of_depths.causal=threshold. On these last training micro-batches, an expert or layer then takes as many
     tokens as in training. 0 uses the running means unchanged."""
     balance_efficiency: bool = True
     """Measure the throughput with real routing, divided by the throughput with evenly spread routing. Not measured with
@@ -317,9 +317,9 @@ class Config(Section):
 
     @property
     def even_active(self) -> dict[str, float]:
-        """Expected number of true experts per token, by expert group. The number is the target of a controller or, without
-        a controller, the number that minimises a balance loss with null weight w: k n / (n + m w), with k = top_k, n true
-        and m null experts. Groups with neither a target nor a null weight are left out."""
+        """Expected number of true experts per token, by expert group: the target of a controller or, without a
+        controller, k n / (n + m w), which minimises a balance loss with null weight w (k = top_k, n true and m null
+        experts). Groups with neither a target nor a null weight are left out."""
         balance, found = self.loss.balance, {}
         for name, weight in balance.null_weight.items():
             group = self.model.moe.groups[name]

@@ -70,7 +70,7 @@ def picture_files(name: str, folder: Path, licence: str, skip: Skip = refuse) ->
 def instruction_files(name: str, path: Path, licence: str) -> Source[Instruction]:
     """Reads instructions from a JSONL file, one object per line. Required: `prompt` and `answer`. Optional: `image`, a
     picture file relative to the JSONL; `family`, a name shared by lines that must stay on one side of the split (default:
-    lines with equal prompt and image); `side`, train or valid, on every line or on none.
+    lines with equal prompt and image); `side`, train or valid, which all lines or no line must have.
 
     Raises:
         ConfigError: the file does not exist or is empty.

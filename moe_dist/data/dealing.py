@@ -49,7 +49,7 @@ class Deal(NamedTuple):
     """The sequences of a step as dealt to the ranks.
 
     Attributes:
-        place_IWB: int64, indices, in the step, of the sequences of each micro-batch and rank.
+        place_IWB: int64, for each micro-batch and rank the indices of its sequences in the step.
         undealt, dealt: Cost of the busiest rank / mean cost of a rank, both summed over micro-batches, because in each
             micro-batch all ranks wait for the busiest rank; `undealt` is for sequences in the stream's order, `dealt` for
             this deal.
@@ -84,8 +84,8 @@ def equal_parts(cost_X: np.ndarray, parts: int) -> np.ndarray:
     [P, N].
 
     Uses the balanced largest differencing method (Yakir 1996): the sorted items are cut into rows with one item for each
-    part. Then the two rows whose parts' sums differ most are joined, repeatedly: the part with the largest sum in one row
-    joins the part with the smallest sum in the other row, and so on.
+    part. Then, until one row is left, the two rows with the largest differences between their parts' sums are joined:
+    the part with the largest sum in one row joins the part with the smallest sum in the other row, and so on.
     """
     rows = []
     for number, item_P in enumerate(np.argsort(-cost_X, kind="stable").reshape(-1, parts)):
@@ -102,7 +102,7 @@ def equal_parts(cost_X: np.ndarray, parts: int) -> np.ndarray:
 
 
 def _alone(cost_Q2: np.ndarray, ep: int) -> np.ndarray:
-    """Returns the cost of each sequence that the sequence's rank computes alone; the cost includes the experts only if
+    """Returns the part of each sequence's cost that its rank computes alone; the part includes the experts only if
     ep=1."""
     return cost_Q2.sum(1) if ep == 1 else cost_Q2[:, 0]
 
@@ -111,7 +111,7 @@ def _alike(cost_Q: np.ndarray, micro_batches: int, ranks: int) -> np.ndarray:
     """Returns the sequences of each micro-batch, [I, W B]: B sets of W sequences of similar cost, with one sequence for
     each rank. Each micro-batch gets expensive and cheap sets."""
     runs = np.argsort(-cost_Q, kind="stable").reshape(-1, micro_batches, ranks)
-    runs[1::2] = runs[1::2, ::-1].copy()  # reversed in every second turn, so that no micro-batch gets every expensive set
+    runs[1::2] = runs[1::2, ::-1].copy()  # every second run is reversed, so that no micro-batch gets every expensive set
     return runs.transpose(1, 0, 2).reshape(micro_batches, -1)
 
 

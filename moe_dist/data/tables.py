@@ -58,8 +58,8 @@ def holds_table(path: Path) -> bool:
 
 
 def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
-    """Yields the rows of a JSONL file, of a parquet file, of a folder of one split's parquet files, or of a folder that
-    `Dataset.save_to_disk` wrote, each as (place of the row for error texts, row). A line of JSONL is not parsed.
+    """Yields (place of the row for error texts, row) for each row of a JSONL file, a parquet file, a folder with the
+    parquet files of one split, or a folder that `Dataset.save_to_disk` wrote. A line of JSONL is not parsed.
 
     A struct column of a parquet or arrow file has every key in every row. Keys without a value are left out of the yielded
     rows.

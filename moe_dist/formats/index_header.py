@@ -2,7 +2,8 @@
 
 Layout of .idx, little endian, as written by megatron-core's `IndexedDatasetBuilder`: 9 bytes magic, u64 version, u8 type
 code, u64 S sequences, u64 D entries of the document list (one more than documents), int32 [S] tokens of each sequence,
-int64 [S] byte offsets into .bin, int64 [D] first sequence of each document, then S; in multimodal sets int8 [S] modes.
+int64 [S] byte offsets into .bin, int64 [D] first sequence of each document, with S as last entry; in multimodal sets
+int8 [S] modes.
 """
 
 import struct

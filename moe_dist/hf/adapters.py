@@ -126,8 +126,8 @@ def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator
 
 
 def adapter_names(model: ModelSection, layer: int, target: str) -> list[list[str]]:
-    """Returns the logical names of the adapters A, and of B, of each expert in a layer of a model with one group of
-    experts."""
+    """Returns the logical names of each expert's A, then of each expert's B, in one layer; the model has one expert
+    group."""
     ((group, section),) = model.moe.groups.items()
     prefix, experts = f"layers.{layer}.moe.experts.{group}", range(section.num_experts)
     if isinstance(model.moe.experts, AdaptedFFNExpertsSection) and model.moe.experts.shared:

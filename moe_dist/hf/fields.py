@@ -1,5 +1,5 @@
-"""Reads the fields of a config.json, and records which fields were read, so that an import can report the fields that were
-not read."""
+"""Reads the fields of a config.json, and records them as read, so that an import can report all fields that it has not
+read."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence

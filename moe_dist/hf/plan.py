@@ -44,9 +44,9 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class TensorPart:
-    """Some rows of a logical tensor, and the origin of their values (`kind`): elements of the stored tensor `source` from
-    `begin` on, the rows of `source` repeated (tiled), zeros, or normal draws whose seed includes the name. With `others`
-    each row is a stored tensor of its own, and `source` is the first row."""
+    """Some rows of a logical tensor, and the origin of their values (`kind`). stored: elements of the stored tensor
+    `source` from `begin` on. tiled: the rows of `source`, repeated. normal: draws whose seed includes the name. With
+    `others` each row is a stored tensor of its own, and `source` is the first row."""
 
     name: str
     shape: tuple[int, ...]  # shape of the whole logical tensor

@@ -96,9 +96,9 @@ class Source:
 
 
 def open_source(folder: Path) -> Source:
-    """Opens a folder, and reads config.json and the header of every safetensors file. Raises DataError if there are no
-    safetensors files, a file is missing, truncated or outside the folder, or a tensor is not in the file that the index
-    names or has a dtype that is not in DTYPES. Lists all such problems."""
+    """Opens a folder, and reads config.json and the header of every safetensors file. Raises DataError, which lists all
+    problems: there are no safetensors files; a file is missing, truncated or outside the folder; a tensor is not in the
+    file that the index names, or has a dtype that is not in DTYPES."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE} in it")
     config = read_configuration(folder, CONFIG_FILE)

@@ -128,9 +128,9 @@ def layer_terms(
     null_weight_G: Sequence[float] | None = None,
     tracker: CollectiveTracker | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns this rank's summands of the balance loss and of the z loss of one layer and micro-batch, with coefficient 1,
-    and the number of tokens of all ranks. As in this project's own engine, a rank divides its sums by counts over all
-    ranks, which costs one all-reduce."""
+    """Returns, for one layer and micro-batch, this rank's summands of the balance loss and of the z loss (with
+    coefficient 1), and the number of tokens of all ranks. As in this project's own engine, a rank divides its sums by
+    counts over all ranks, which costs one all-reduce."""
     local, aux = (report.counts.choices_LC, report.counts.tokens_LG), report.aux
     choices_LC, tokens_LG = unpack(sum_over(pack(local), every_rank, name=ROUTING_COUNTS, tracker=tracker), local)
     balance_LG = balance_terms(aux.prob_LC, choices_LC, tokens_LG, tables, kind=kind, null_weight_G=null_weight_G)

@@ -1,8 +1,8 @@
 """Maps each parameter of Megatron's GPTModel to the parts of logical tensors that it holds.
 
-Megatron joins queries, keys and values, and gate and up, in one matrix each, numbers the layers of a pipeline stage from 0,
-and cuts matrices over tensor-parallel ranks. Initial weights and checkpoints use logical names, which do not depend on how
-Megatron joins, numbers or cuts (`moe_dist.placement.parameter_names`).
+Megatron has one matrix for queries, keys and values, and one for gate and up. It numbers the layers of each pipeline
+stage from 0, and cuts matrices over tensor-parallel ranks. Initial weights and checkpoints use logical names, which do
+not depend on how Megatron joins, numbers or cuts (`moe_dist.placement.parameter_names`).
 """
 
 from collections.abc import Iterator, Mapping

@@ -33,8 +33,8 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class DynamicScaling:
-    """Changes the base to base (f n / L - f + 1)^(d / (d - 2)) if the longest document of a sequence has n tokens, more
-    than the original length L; f is the factor.
+    """Changes the base to base (f n / L - f + 1)^(d / (d - 2)) if the longest document of a sequence has n > L tokens.
+    L is the original length, f the factor.
 
     transformers takes n over the whole batch and keeps the largest n until a batch has n < L. In this class each sequence
     has its own n.

@@ -16,8 +16,8 @@ def bind_near_gpu(
     not cross the node's sockets. Call this function before torch is imported, because only threads that start later inherit
     the binding.
 
-    Changes nothing without NVML or a GPU, if the kernel refuses, if the process is bound already, or if the cgroup of the
-    process lacks one of the near CPUs, because the remaining CPUs could be too few.
+    Changes nothing without NVML or a GPU, if the kernel refuses, or if the process is bound already. Also changes
+    nothing if the cgroup of the process lacks one of the near CPUs, because the remaining CPUs could be too few.
 
     Args:
         variables: The environment. CUDA_VISIBLE_DEVICES tells which GPUs the rank sees.

@@ -52,9 +52,9 @@ def other_owner(folder: Path) -> str | None:
 
 
 def refuse_planted_files(folder: Path) -> None:
-    """Raises ConfigError if a run folder, or a folder in it that runs write to, contains one of two things: a symbolic
-    link that leads out of the run folder or belongs to another user, because writes would follow it; or a FIFO, device
-    or socket, on which a reader may wait forever."""
+    """Raises ConfigError if a run folder, or a folder in it that runs write to, contains a dangerous link or file.
+    Writes would follow a symbolic link that leads out of the run folder or belongs to another user. A reader may wait
+    forever for a FIFO, device or socket."""
     inside = os.path.join(os.path.realpath(folder), "")
     logs, events, traces = (folder / name for name in ("log", "tensorboard", "trace"))
     below = [each for place in (logs, events, traces) if place.is_dir() for each in place.glob("*/")]

@@ -123,7 +123,8 @@ class Uniform:
         ]
 
     def entry(self, ep_rank: int, chunks: int = 1) -> list[int]:
-        """Returns the numbers of token rows sent to a rank, and of (token, expert) pairs of each of the rank's experts."""
+        """Returns the number of token rows sent to a rank, and the number of (token, expert) pairs of each expert of
+        that rank."""
         pairs = [int(self.pairs_E[expert] / chunks) for expert in self.placement.slots[ep_rank]]
         return [min(sum(pairs), int(self.rows([ep_rank]) / chunks)), *pairs]
 

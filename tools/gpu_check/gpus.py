@@ -34,8 +34,8 @@ KINDS = {
 
 
 def exchanges(job: CheckJob) -> list[Reading]:
-    """Measures the bytes per second that a rank sends in small and large exchanges, the time that a training step waits for
-    exchanges, and the fraction of this time that each kind of overlap hides."""
+    """Measures the bytes per second that a rank sends in small and in large exchanges. Also measures the time that a
+    training step waits for exchanges, and the fraction of this time that each kind of overlap hides."""
     if not job.rehearse and job.gpus < 2:
         raise NotPossibleError("an exchange needs two GPUs")
     found = on_ranks(_sent, job)

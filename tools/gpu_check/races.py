@@ -100,9 +100,9 @@ def _written(func: Any, place: int, args: Any, kwargs: Any) -> Any:
 
 
 def races(job: CheckJob) -> list[Reading]:
-    """Counts the watched exchanges of each kind of overlap, and measures the largest relative difference of losses and
-    gradient norms from the plain exchange. If an operation touches rows in flight, the check fails and names operation and
-    source line."""
+    """Counts the watched exchanges of each kind of overlap. Measures the largest relative difference of losses and
+    gradient norms from training with the plain exchange. If an operation touches rows in flight, the check fails and
+    names operation and source line."""
     found = on_ranks(_watched, job, world=max(2, job.gpus))[0]
     exact, readings = torch.tensor(found[PLAIN]["values"]), []
     for kind, each in found.items():

@@ -1,6 +1,7 @@
-"""Compares the times of our MoE layer, in OLMoE's size, and of other layers. Two layers consist of torch's operations: the
-first sorts a row for each (token, expert) pair by expert, as torchtitan's layer does on one rank; the second computes one
-expert after the other. If the packages are installed, layers with the experts of Hugging Face and of ScatterMoE follow.
+"""Compares the time of our MoE layer with the times of other layers, in OLMoE's size. Two layers consist of torch's
+operations: the first sorts a row for each (token, expert) pair by expert, as torchtitan's layer does on one rank; the
+second computes one expert after the other. If the packages are installed, layers with the experts of Hugging Face and
+of ScatterMoE follow.
 
 Shape letters: T tokens, N (token, expert) pairs, D hidden size, E experts, K choices of a token.
 """

@@ -23,8 +23,9 @@ STEPS = {"W6": (0, 1), "W7": (3, 4)}  # checked steps, between which the hot exp
 
 
 def workloads(job: CheckJob) -> list[Reading]:
-    """Measures the largest relative difference of bf16 outputs and gradients from float64 on the CPU, the time at the size
-    of an OLMoE layer, and the allocator's reserved / allocated memory at the peak over all workloads."""
+    """Measures the largest relative difference of bf16 outputs and gradients from float64 on the CPU, and the time at
+    the size of an OLMoE layer. Also measures reserved / allocated memory of the allocator at the peak over all
+    workloads."""
     tokens, experts, widths = (32, 8, (16, 8)) if job.rehearse else (4096, 64, (256, 128))
     shape, device = WorkloadShape(tokens, experts, top_k=4, num_shards=4), torch.device(job.device)
     kernels, readings = triton_or_none(device, torch.bfloat16) or TORCH, []

@@ -11,7 +11,7 @@ OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group's null 
 
 
 class RouterSection(KindSection):
-    """The rule that decides which experts compute which tokens.
+    """The rule that assigns tokens to experts.
 
     The properties return the values for a router with which each token takes top_k columns (one column per expert, null
     experts included) of its expert group; other kinds of router override the properties. The keys selection_bias,
@@ -81,8 +81,8 @@ class RouterSection(KindSection):
         return 1.0 / (group.num_experts + group.num_null + group.num_zero_computation)
 
     def equal_share(self, group: Any) -> int | None:
-        """Returns N such that scale / N is the weight of each true expert of a group if all scores are equal and a token
-        takes all true experts; None if a token would not take all true experts."""
+        """Returns N, where scale / N is the weight of each true expert of a group if all scores are equal and a token
+        takes all true experts. Returns None if a token would not take all true experts."""
         return None
 
     def growth_of_scale(self, parts: int) -> int | None:

@@ -39,8 +39,8 @@ class ExpertChoiceRouterSection(RouterSection):
 
     kind: Literal["expert_choice"] = "expert_choice"
     capacity: ShareByGroup | None = None
-    """Share of its group's tokens in the selection scope that each expert takes (c): one number, or a number for each named
-    group. null, and groups without a number: top_k / num_experts, so that top_k experts take a token on average."""
+    """Share of its group's tokens in the selection scope that each expert takes (c): one number, or a number for each
+    named group. Without a number the share is top_k / num_experts: top_k experts take a token on average."""
     capacity_schedule: tuple[tuple[Count, PositiveFloat], ...] = ((0, 1.0),)
     """Pairs (first step, factor of the capacities). [[0, 2.0], [1000, 1.0]] doubles the experts per token in the first
     1,000 steps."""
@@ -48,8 +48,8 @@ class ExpertChoiceRouterSection(RouterSection):
     """Ranks whose tokens compete for an expert: the micro-batch of one rank, of an EP group, or of all ranks. ep_group and
     world exchange the router's logits in each layer."""
     score: Literal["sigmoid", "softmax"] = "sigmoid"
-    """Score of a token for an expert, by which the expert chooses, and the weight of the expert's output: the sigmoid of
-    the expert's logit (MoMa), or the softmax over the experts of the token's group."""
+    """Score by which an expert chooses tokens, also the weight of the expert's output: the sigmoid of the expert's
+    logit (MoMa), or the softmax over the experts of the token's group."""
     noise: NonNegative = 0.0
     """Scale of the Gumbel-sigmoid noise on the logits in training: sigmoid(x + noise (G' - G'')). MoMa uses 1 after
     upcycling."""
@@ -143,8 +143,8 @@ def _groups(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator
 
 
 def _score(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """With a softmax, refuses groups of one expert, whose score would be 1 for every token, and noise, which is defined for
-    sigmoids."""
+    """Refuses settings that a softmax excludes: groups of one expert, whose score would be 1 for every token; noise,
+    which is defined only for sigmoids."""
     if section.score != "softmax":
         return
     for group_name, group in config.model.moe.groups.items():
@@ -180,8 +180,8 @@ def _causal(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator
 
 
 def _mixture_of_depths(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """With mixture of depths, refuses noise and scopes of several ranks, because only the layer knows which tokens reach
-    the experts, and a schedule, because the layer's router does not get the step."""
+    """Refuses settings that mixture of depths excludes: noise and scopes of several ranks, because only the layer knows
+    which tokens reach the experts; a schedule, because the layer's router does not get the step."""
     if config.model.mixture_of_depths is None:
         return
     inside = "which tokens reach the experts of such a layer is known only inside the layer"

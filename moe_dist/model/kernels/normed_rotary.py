@@ -28,8 +28,9 @@ def places(H: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, HEADS: tl.const
 
 @triton.jit
 def mean_of(values, H: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr):
-    """Returns means of the sums of two values in `values` [HEADS, PAIRS]: with WHOLE one mean over the H D values of all
-    heads, else the mean over the D values of each head. The result broadcasts over PAIRS."""
+    """Returns means of a token's values; `values` [HEADS, PAIRS] has the sum of each pair of values. With WHOLE there
+    is one mean over the H D values of all heads, else the mean over the D values of each head. The result broadcasts
+    over PAIRS."""
     sums = tl.sum(values, 1)
     if WHOLE:
         return tl.zeros_like(sums)[:, None] + tl.sum(sums, 0) / (H * D)
