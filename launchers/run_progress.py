@@ -163,8 +163,8 @@ def _state(latest: AttemptRecord | None, holder: Holder | None, beat_age: float 
 
 
 def _time_of_beat(lease_json: Path) -> float | None:
-    """Waits for the next heartbeat of a lease. Returns its time by the clock of the file system, from which the clock of
-    this host may differ; None without a heartbeat."""
+    """Waits for the next heartbeat of a lease. Returns the heartbeat's time by the file system's clock, which may
+    differ from this host's clock; None without a heartbeat."""
     deadline = time.monotonic() + BEAT_SECONDS
     with contextlib.suppress(OSError):
         before = read_regular(lease_json, most_bytes=LEASE_BYTES, links=False)

@@ -341,7 +341,8 @@ WIDE = 120  # terminal width from which on all table columns fit
 
 
 def print_plan(ranked: Sequence[Estimate], best: Estimate, count: int, rates: Rates, options: PlanOptions) -> None:
-    """Prints the best layouts, or with a range the best layout of each number of GPUs, and the numbers' sources."""
+    """Prints the best layouts (for a range of GPUs, the best layout of each number of GPUs), and the sources of the
+    figures."""
     where = "the trace" if options.trace is not None else "expectations of the configuration under uniform routing"
     table = Table(
         title=f"{best.config.run.name}: {count} layouts, {len(ranked)} fit", title_justify="left", caption_justify="left"

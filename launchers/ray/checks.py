@@ -1,4 +1,4 @@
-"""Checks a Ray cluster against a plan, and runs the doctor's tasks on its nodes. Imports Ray."""
+"""Checks whether a Ray cluster fits a plan, and runs the doctor's tasks on its nodes. Imports Ray."""
 
 import ipaddress
 import os

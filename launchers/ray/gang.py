@@ -174,7 +174,7 @@ class Gang:
 
 
 def _answers(calls: Sequence[Any], signals: StopSignals) -> list[tuple[Any, str]]:
-    """Returns for each call of an actor's method (its result, ''), or (None, error) if the call failed, or gave no result
+    """Returns (result, '') for each call of an actor's method; (None, error) if the call failed, or gave no result
     within ANSWER_SECONDS. A stop signal ends the wait for results."""
     deadline, waiting = time.monotonic() + ANSWER_SECONDS, list(calls)
     while waiting and signals.first is None and time.monotonic() < deadline:
@@ -294,8 +294,8 @@ def _start_problems(faults: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def live_nodes(exclude: Collection[str] = ()) -> list[RayNode]:
-    """Returns the nodes that accept a connection now, the head last, except nodes whose host name or address is in
-    `exclude`. Tests the connections, because Ray itself notices a lost node late."""
+    """Returns the nodes that accept a connection now, except nodes whose host name or address is in `exclude`. The head
+    node comes last. Tests the connections, because Ray itself notices a lost node late."""
     free = ray._private.state.available_resources_per_node()  # pyright: ignore  # Ray has no public function for this
     nodes = [
         RayNode(

@@ -1,4 +1,5 @@
-"""Checks a Slurm cluster (nodes, time limit, stop signals) against a plan, and runs the doctor's tasks on its nodes."""
+"""Checks whether a Slurm cluster (nodes, time limit, stop signals) fits a plan; runs the doctor's tasks on its
+nodes."""
 
 import re
 import shlex

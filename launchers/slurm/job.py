@@ -159,7 +159,8 @@ def _begin(job: SlurmJob, folder: RunFolder, path: Path, step: int) -> list[Atte
 
 
 def _ranks_file(path: Path, restarts: int) -> Path:
-    """Returns the JSON file with the ranks on each host in one attempt, beside the job's file of attempts at `path`."""
+    """Returns the path of the JSON file with the ranks on each host in one attempt; `path` is the job's file of
+    attempts."""
     return path.with_name(f"{path.stem}_{restarts}_ranks.json")
 
 

@@ -51,8 +51,8 @@ class Allocation:
     @classmethod
     def read(cls, env: Mapping[str, str]) -> "Allocation":
         """Reads the job's environment, and queries host names and features from Slurm."""
-        # Each component of a heterogeneous job costs two queries of slurmctld. Only the batch script makes them, because
-        # the queries of every rank would overload slurmctld.
+        # Each component of a heterogeneous job costs two queries of slurmctld. Only the batch script makes these
+        # queries, because queries of every rank would overload slurmctld.
         size = int(env.get("SLURM_HET_SIZE", "0"))
         suffixes = [f"_HET_GROUP_{index}" for index in range(size)] if size else [""]
         given, features = [], {}

@@ -48,7 +48,7 @@ class Base:
 
     path: str  # folder of the base's checkpoint (step_N)
     content: str  # `content_hash` of that checkpoint
-    beside: str = ""  # `path` from the folder of the adapters' checkpoints; empty in checkpoints of older versions
+    beside: str = ""  # `path` relative to the folder of the adapters' checkpoints; empty in checkpoints of older versions
 
     @classmethod
     def of(cls, contents: Contents, checkpoints: Path) -> "Base":

@@ -68,9 +68,9 @@ class Pending:
         return self.received
 
     def _tracked(self) -> AbstractContextManager[None]:
-        """Shows the watchdog that this rank is inside the collective. `issue` and `wait` call this method: a group's first
-        collective may wait for other ranks already in `issue`. Between `issue` and `wait` the watchdog sees no
-        collective."""
+        """Shows the watchdog that this rank is inside the collective. Both `issue` and `wait` call this method, because
+        a group's first collective may wait for other ranks already in `issue`. Between `issue` and `wait` the watchdog
+        sees no collective."""
         return track_collective(
             self.wire.tracker,
             self.name,

@@ -91,7 +91,8 @@ class CommStats:
 
     @contextmanager
     def timed_call(self, device: torch.device) -> Iterator[None]:
-        """Adds the time of the enclosed call to `seconds`; but not on CUDA, where the call only queues the collective."""
+        """Adds the time of the enclosed call to `seconds`, except on CUDA, where the call only queues the
+        collective."""
         begin = time.perf_counter()
         yield
         if device.type != "cuda":
@@ -250,8 +251,8 @@ def sum_gradients(
     name: str = "gradients",
     tracker: CollectiveTracker | None = None,
 ) -> None:
-    """Sums the gradients of `parameters` over `group`, in place. With `flat`, one all-reduce sums a concatenated copy, for
-    many small gradients; else one all-reduce per gradient makes no copy, for few large gradients."""
+    """Sums the gradients of `parameters` over `group`, in place. With `flat` (for many small gradients), one all-reduce
+    sums a concatenated copy. Without `flat` (for few large gradients), one all-reduce per gradient makes no copy."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if len(gradients) != len(parameters):  # otherwise the ranks would sum different tensors
         raise AssertionError("a parameter has no gradient; an expert without rows must get zeros")

@@ -136,7 +136,8 @@ def _passed(device: "torch.device") -> Callable[[], bool]:
     event.record(torch.cuda.current_stream(device))
 
     def passed() -> bool:
-        # The watchdog's thread begins on GPU 0, where its query would open a context: 0.5 GB for each rank of the node.
+        # The current device of the watchdog's thread is GPU 0 at first. A query there opens a CUDA context, which takes
+        # 0.5 GB per rank of the node.
         torch.cuda.set_device(device)
         return event.query()
 

@@ -57,7 +57,7 @@ def _split_violations(config: WholeConfig) -> Iterator[Violation]:
             yield Violation(("run.init_rules", f"{ROUTER}.scale", key), problem)
 
 
-# Rules of `run.init_rules` that cannot be combined with other rules: the function that checks each rule, and the reason.
+# Rule of `run.init_rules` that cannot be combined with other rules -> function that checks the rule, and the reason.
 _ALONE = {
     "split": (_split_violations, "split sets all router rows to 0 and takes whole FFNs"),
     "split_experts": (split_experts_violations, "split_experts takes experts and routers of the checkpoint as they are"),
@@ -151,9 +151,9 @@ def _no_identity(kind: object) -> str:
 
 
 def source_problems(config: WholeConfig, source: ModelSection | None) -> list[str]:
-    """Returns the reasons why the model of `config`, in which null rows copy the checkpoint's true rows, would have
-    other outputs than the checkpoint's model; empty if the outputs are equal. `source` is the checkpoint's section `model`;
-    None if it has none.
+    """Returns the reasons why the outputs of the model of `config`, in which null rows copy the checkpoint's true rows,
+    would differ from the outputs of the checkpoint's model; empty if the outputs are equal. `source` is the
+    checkpoint's section `model`; None if it has none.
 
     Only outputs in evaluation must be equal, so capacity and auxiliary losses, which act only in training, do not count.
     """

@@ -1,4 +1,5 @@
-"""Reads JSON that another user may have written. Bounds a file before it is read, and a text before it is parsed."""
+"""Reads JSON that another user may have written. Checks the size of a file before it is read, and the number of values
+in a text before it is parsed."""
 
 import json
 from pathlib import Path

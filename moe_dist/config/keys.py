@@ -1,4 +1,5 @@
-"""Lists a schema's keys as dotted paths, says their permitted values in words, and proposes a key for an unknown one."""
+"""Lists a schema's keys as dotted paths, describes their permitted values in words, and proposes a key for an unknown
+one."""
 
 import difflib
 from collections.abc import Iterator

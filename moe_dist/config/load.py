@@ -166,8 +166,8 @@ def _override_value(key: str, text: str) -> tuple[Any, list[str]]:
 
 
 def _without_lone_equals(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the overrides without those that a shell split at spaces (`key = value`), and an error text for each of
-    these."""
+    """Finds overrides that a shell split at spaces (`key = value`). Returns all other overrides, and an error text for
+    each split one."""
     rest, problems = list(overrides), []
     while "=" in rest[1:-1]:
         at = rest.index("=", 1)

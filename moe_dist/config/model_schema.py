@@ -116,8 +116,8 @@ class MoESection(Section):
     shared_gate: bool = False
     """Multiply the shared expert's output by a learned sigmoid gate with one number per token (Qwen2-MoE)."""
     shortcut: bool = False
-    """Add the routed experts' output to the output of the next layer, which must be dense, instead of their own layer's
-    output (LongCat-Flash). The output of the shared expert stays in its own layer."""
+    """Add the routed experts' output to the next layer's output instead of their own layer's output (LongCat-Flash).
+    The next layer must be dense. The output of the shared expert stays in its own layer."""
 
     def violations(self) -> Iterator[Violation]:
         if self.shared_gate and not self.shared_ffn_dim:

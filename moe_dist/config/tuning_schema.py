@@ -53,8 +53,9 @@ class RouterTuningSection(Section):
     layers: tuple[Count, ...] = ()
     """Indices of the layers whose routers are trained; overrides last_layers."""
     objective: Literal["tokens", "choices"] = "tokens"
-    """Cross entropy that trains routers. tokens: of each token of the right answer, over the whole vocabulary. choices: of
-    the right answer's first token, over the first tokens of the question's choices alone, as in the code of RoMA."""
+    """Cross entropy that trains routers. tokens: the cross entropy of each token of the right answer, over the whole
+    vocabulary. choices: only of the right answer's first token, over the first tokens of the question's choices, as in
+    the code of RoMA."""
     regulariser: Literal["manifold", "l2"] = "manifold"
     """Target of a sample's routing: manifold is the routing of its neighbours (RoMA), l2 is its own routing before the
     first step."""
@@ -74,7 +75,7 @@ class RouterTuningSection(Section):
     """Steps after which the neighbours' routing is computed again with the current routers. null keeps the first
     routing."""
     embedder: str | None = None
-    """First digits of the SHA-256 of the embedder with which the data must be made. null accepts any embedder."""
+    """First digits of the SHA-256 of the embedder that must have made the data. null accepts any embedder."""
 
     @property
     def over_vocabulary(self) -> bool:

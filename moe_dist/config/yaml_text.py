@@ -15,8 +15,9 @@ import yaml
 from moe_dist.config.regular_file import read_regular
 
 MAX_YAML_BYTES = 1 << 18  # largest file that is read, in bytes
-# Most values in one document; an alias counts as all values that it stands for. PyYAML takes up to 30 us for a value, so a
-# text is read or refused within a second. The largest configurations have some hundred values, and a list of ranks.
+# Largest number of values in one document; an alias counts as all values that it stands for. PyYAML takes up to 30 us
+# for a value, so a text is read or refused within a second. The largest configurations have some hundred values, and a
+# list of ranks.
 MAX_VALUES = 20_000
 MAX_REPEATED = 50  # most duplicate keys that an error names
 MAX_DEPTH = 32  # deepest nesting that is read, because PyYAML takes longer for deeper values
@@ -72,8 +73,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def get_single_node(self) -> yaml.Node | None:
-        """Refuses a document with too many values before the values are made: nine lines of aliases can stand for a billion
-        values."""
+        """Refuses a document with too many values before the values are created, because nine lines of aliases can
+        stand for a billion values."""
         node = super().get_single_node()
         count = 0 if node is None else _values_in(node, {})
         problem = f"more than {MAX_VALUES:,} values with all aliases (*), or an anchor (&) contains its own alias"

@@ -8,7 +8,8 @@ bigram's is therefore the better model.
     unigram      p(x)     = (c(x) + 1) / (sum_x' c(x') + ids of the modality)
     left_bigram  p(x | a) = (c(a, x) + k p(x)) / (c(a) + k),  a the token before x, p(x) the unigram, k = BIGRAM_PRIOR
 
-c(x), c(a, x) and c(a) count the modality's training labels: labels x, labels x after the token a, all labels after a.
+c(x), c(a, x) and c(a) count the modality's training labels: c(x) the labels x, c(a, x) the labels x after the token a,
+c(a) all labels after a.
 """
 
 from collections import Counter, defaultdict
@@ -53,8 +54,8 @@ def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
 
     Keys: '<modality>/unigram' and '<modality>/left_bigram' for the held-out labels of all sources.
     '<modality>_no_filler/...' leaves out picture cells of only background, if there are any. '<source>/<modality>/...' has
-    only the labels of one source, if there are several sources. Reads chunks of tokens; memory holds the different pairs of
-    tokens on the held-out side.
+    only the labels of one source, if there are several sources. Reads the tokens in chunks. Only the distinct pairs of
+    held-out tokens are all in memory.
 
     Raises:
         DataError: files are damaged or disagree with the manifest.

@@ -43,7 +43,7 @@ class _Printed:
         self.text, self._bare = text, ""
 
     def has(self, value: Any) -> bool:
-        """Returns whether the text contains a string, up to white space; True for other values."""
+        """Returns whether the text contains a string, ignoring white space; True for a value that is no string."""
         if not isinstance(value, str) or value.strip() in self.text:
             return True
         self._bare = self._bare or _bare(self.text)

@@ -1,6 +1,6 @@
 """Finds the assistants' texts in a rendered conversation, for chat templates without {% generation %} blocks.
 
-An assistant's text is the text by which its turn extends the rendering of the earlier messages and their generation prompt.
+An assistant's text is the text that its turn appends to the rendering of the earlier messages with generation prompt.
 """
 
 import re
@@ -44,7 +44,7 @@ class TurnFinder:
         last = None if first is None else self._end(text, messages, number, first)
         if first is None or last is None or last <= first:
             return None
-        # Some templates end a turn by the first token of the next message: <|user|>.
+        # Some templates end a turn only by the first token of the next message, such as <|user|>.
         follow = None if self.stops(text[first:last]) else self._stop.match(text, last)
         return first, last if follow is None else follow.end()
 
@@ -66,7 +66,7 @@ class TurnFinder:
             return self._first_start(text, messages, number)
         if text.startswith(before):
             return len(before)
-        # The template's turn and its generation prompt may differ in a tail, such as <think>.
+        # A rendered turn may begin otherwise than the generation prompt ends, for example without <think>.
         opened = _attempt(self.render, messages[:number])
         shared = self._shared(before, text)
         return shared if opened is not None and shared > self._shared(opened, before) else None
@@ -97,7 +97,8 @@ class TurnFinder:
             return None
         if text.startswith(after):
             return len(after)
-        # The template may close a conversation, by <|endoftext|> behind the token that ends the turn.
+        # The template may end a conversation with another token, such as <|endoftext|>, after the token that ends the
+        # turn.
         shared = self._shared(after, text)
         closed = self._closing.fullmatch(after, shared) and self.stops(text[first:shared])
         return shared if closed else None

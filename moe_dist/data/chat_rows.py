@@ -1,8 +1,8 @@
 """Encodes the rows of a source in several processes, and keeps the encoded rows in files, one for each batch of rows.
 
-Memory holds a few batches. An interrupted command goes on after the last batch that has its file. Chat templates and
-tokenizers may run for ever or take all memory. A batch therefore has limits; if it exceeds them, its rows are encoded
-one by one to find the row at fault.
+Memory holds a few batches. If a command is interrupted, the next call continues after the last batch that has a file.
+Chat templates and tokenizers may run for ever or take all memory. A batch therefore has limits; if it exceeds them, its
+rows are encoded one by one to find the row at fault.
 """
 
 import json
@@ -22,7 +22,7 @@ from moe_dist.data.picture_coding import Document
 from moe_dist.data.tables import parsed_row
 from moe_dist.errors import ConfigError, DataError
 
-BATCH_SECONDS = 10  # limit of CPU time of a batch, and of a row; a usual conversation takes a thousandth of a second
+BATCH_SECONDS = 10  # limit of a batch's, and of a row's, CPU time; a usual conversation takes a thousandth of a second
 MESSAGES = "messages"  # name of the source of conversations
 MESSAGES_ROW = '{"messages": [...]}'
 _BATCH_BYTES, _BATCH_ROWS = 1 << 19, 500

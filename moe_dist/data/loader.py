@@ -93,8 +93,8 @@ class TrainLoader:
         return [[number_at(place, self._skip) for place in each] for each in places]
 
     def dealt(self, position: int) -> Deal:
-        """Returns the deal of the step that starts at `position`. Keeps the deals of the last steps, because a trace asks
-        for these deals while a thread reads the next step, when the trace must not read data."""
+        """Returns the deal of the step that starts at `position`. Keeps the deals of the last steps, because a trace
+        needs them while a thread reads the next step. The trace must not read data at this time."""
         if position not in self._dealt:
             assert self._dealing is not None, "the loader deals nothing"
             costs, ep, mix = self._dealing

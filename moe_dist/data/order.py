@@ -42,7 +42,7 @@ class Packing:
 
 
 def number_at(position: int, skip: Sequence[tuple[int, int]]) -> int:
-    """Returns the number of the sequence at `position` among the sequences of the stream outside of `skip`, which has
+    """Returns the number of a sequence in the stream; `position` counts only sequences outside of `skip`, which has
     pairs (first, last) in rising order."""
     for first, last in skip:
         if position >= first:

@@ -6,8 +6,8 @@ columns. A sample's question has at most K choices.
     lengths.npy        int32 [S, 2], tokens of each sample's prompt and answer
     embeddings.npy     float32 [S, width], embedding of each question
     routing.npy        float32 [S, L, C], each router's softmax at the prompt's last token
-    choices.npy        int32 [S, K], different first tokens of the question's choices, that of the right one first, then -1;
-                       all -1 if a wrong choice begins with the right one's token. Folders of older versions lack it
+    choices.npy        int32 [S, K], different first tokens of the question's choices, the right choice's first, then -1;
+                       all -1 if a wrong choice has the same first token. Folders of older versions lack this file
     questions.jsonl    task, id, text and success of each sample; no program reads it
 
 Samples that the run answered correctly come first, so that an index of these samples covers the first rows of each array.

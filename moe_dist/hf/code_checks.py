@@ -18,7 +18,7 @@ from moe_dist.hf.served_fields import AUTO_MAP, CODE, CODE_FILES, OLD_AUTO_MAP, 
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, INDEX_FILE, read_configuration, read_weight_map
 
 ADAPTER_CONFIG = "adapter_config.json"
-# Keys at any depth of a JSON file, and who runs which code for them.
+# Key at any depth of a JSON file -> which library runs which code for it.
 _KEYS = {
     "auto_map": "transformers would run the classes that it names",
     "auto_mapping": "PEFT would import the library that it names",

@@ -99,7 +99,7 @@ class ModelFamily:
     expert: str = "mlp.experts.{expert}.{part}_proj.weight"
     selection_bias: tuple[str, ...] = ()
     selection_bias_dims: int = 1  # number of dims of the selection bias; all but the last have one entry
-    # Returns, from the fields and all tensors' names, the prefixes of multi-token prediction's tensors, which are left out.
+    # (fields, names of all tensors) -> prefixes of the tensors for multi-token prediction, which an import leaves out.
     multi_token: Callable[[Fields, Collection[str]], list[str]] = lambda read, names: []
 
     def place(self, layer: int) -> tuple[str, str]:

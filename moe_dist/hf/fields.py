@@ -127,7 +127,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Value:
-    """A field of config.json whose value is the value of a key of a section."""
+    """A field of config.json that has the same value as a key of a section."""
 
     name: str
     kind: Literal["whole", "count", "positive", "flag"] = "whole"  # method of `Fields` that reads the field
@@ -136,7 +136,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Part:
-    """The values of a section by key, as fields of config.json: a `Value`, `Choices`, or a constant."""
+    """Maps each key of a section to the form of its value in config.json: a `Value`, `Choices`, or a constant."""
 
     keys: Mapping[str, Any] = field(hash=False)
 

@@ -188,8 +188,8 @@ def _experts(section: ModelSection, group: GroupSection, family: ModelFamily, ou
 def _router_rows(
     section: ModelSection, group: GroupSection, ours: str, theirs: Sequence[str], nulls: int
 ) -> Iterator[Slot]:
-    """Yields the router rows of true, `nulls` null, identity and constant experts, in their order in a tensor with one of
-    the names `theirs`."""
+    """Yields the router rows of the true, null (`nulls`), identity and constant experts, in the order that they have in
+    a tensor with one of the names `theirs`."""
     kinds = {"true": group.num_experts, "null": nulls, "identity": group.num_identity, "constant": group.num_constant}
     dim, begin, whole = section.hidden_dim, 0, (sum(kinds.values()), section.hidden_dim)
     for kind, count in kinds.items():

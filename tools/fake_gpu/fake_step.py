@@ -102,9 +102,9 @@ def scaled(overrides: Sequence[str], path: str, ranks: int) -> Config:
 
 
 class Uniform:
-    """Replaces the host's reads of counts, by name of the read, by the counts of a uniform router. Until `route` sets
-    another number of tokens, layers route half a micro-batch with two-batch overlap, else (or with `whole`) a whole
-    micro-batch."""
+    """Replaces the counts that the host reads by the counts of a uniform router; the name of each read selects the
+    counts. Until `route` sets another number of tokens, layers route half a micro-batch with two-batch overlap, else
+    (or with `whole`) a whole micro-batch."""
 
     def __init__(self, config: Config, layout: PlannedLayout, rank: int, *, whole: bool = False) -> None:
         self.config, self.placement, self.own = config, layout.placement, rank % config.parallel.ep

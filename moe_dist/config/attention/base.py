@@ -37,12 +37,11 @@ class AttentionSection(KindSection):
 
     @abstractmethod
     def kept(self, model: WholeModel, *, frozen: bool) -> int:
-        """Estimates the elements per token that autograd keeps of the operations after the norm of the layer's input. With
-        `frozen` weights autograd keeps no inputs of projections."""
+        """Estimates the number of elements per token that autograd keeps for the operations after the norm of the
+        layer's input. With `frozen` weights autograd keeps no inputs of projections."""
 
     def rotated(self, model: WholeModel) -> int:
-        """Returns how many of the elements per token in `kept` need not be kept if a kernel computes the rotary
-        embedding."""
+        """Returns how many of the elements counted by `kept` are not kept if a kernel computes the rotary embedding."""
         return 0
 
     def norms_again(self, model: WholeModel) -> bool:

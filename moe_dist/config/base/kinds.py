@@ -1,10 +1,10 @@
 """Makes a pydantic union of all kinds of a section: the classes in the files of a package, and the kinds that other
 installed packages offer.
 
-A new file in the package adds a kind: there is no list of kinds to edit. Another package offers a kind by an entry point in
-the group `moe_dist.<folder>`, as `moe_dist.routers`: its name is the kind, its value the section's class. Entry points are
-searched when a configuration has a kind without a file, or when all kinds are listed; only the chosen kind, or all listed
-kinds, are imported. A configuration never names a module to import.
+A new file in the package adds a kind: there is no list of kinds to edit. Another package offers a kind by an entry
+point in the group `moe_dist.<folder>`, such as `moe_dist.routers`. The entry point's name is the kind, its value the
+section's class. Entry points are searched when a configuration has a kind without a file, or when all kinds are listed;
+only the chosen kind, or all listed kinds, are imported. A configuration never names a module to import.
 """
 
 import json
@@ -24,7 +24,7 @@ from pydantic_core.core_schema import SerializationInfo, ValidationInfo
 from moe_dist.config.base.section import KindSection
 
 OTHERS = "kind of another package"  # tag of the union's member for the kinds of other packages
-PACKAGE = "package"  # key with the package's name, which the stored section of such a kind has besides its fields
+PACKAGE = "package"  # in a stored section of such a kind, an additional key with the package's name
 
 
 class OtherKinds(NamedTuple):

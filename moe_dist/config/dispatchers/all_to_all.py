@@ -12,8 +12,8 @@ class AllToAllDispatchSection(DispatchSection):
 
     kind: Literal["all_to_all"] = "all_to_all"
     overlap: bool = False
-    """Compute own rows and the shared expert during the all-to-all of the other rows, in forward and backward. The overlap
-    doubles the number of expert GEMMs."""
+    """Compute the rank's own rows and the shared expert during the all-to-all of all other rows, in forward and
+    backward. The overlap doubles the number of expert GEMMs."""
     chunks: PositiveInt = 1
     """Number of chunks into which a layer cuts its tokens. The layer dispatches a chunk while it computes the previous
     chunk."""

@@ -75,7 +75,7 @@ class MegatronEngineSection(EngineSection):
     cpu_trial: bool = False
     """Run on a CPU with gloo: functions of torch.cuda are replaced in the processes of the ranks. For trials and tests."""
 
-    # Python 3.12 gets a megatron-core that imports triton, also on a CPU, but does not require it.
+    # The megatron-core for Python 3.12 imports triton, also on a CPU, but does not list it as a requirement.
     needs_modules = ("megatron", *(("triton",) if sys.version_info >= (3, 12) else ()))
     own_kernels = False
     passes_logits = False

@@ -1,4 +1,5 @@
-"""LoRA adapters: as experts over a frozen FFN, and on the attention; with the rules of `train.only=adapters`."""
+"""Sections of LoRA adapters (as experts over a frozen FFN, or on the attention), and the rules of
+`train.only=adapters`."""
 
 from collections.abc import Iterator
 from typing import Any, Literal

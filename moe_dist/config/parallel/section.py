@@ -112,8 +112,8 @@ class ParallelSection(Section):
             yield Violation(("watchdog_seconds", "timeout_seconds"), problem)
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        """Checks `compile`, `two_batch_overlap`, and `expert_gemm: grouped` against precision and widths. Does not check
-        which device this machine has."""
+        """Checks that `compile`, `two_batch_overlap` and `expert_gemm: grouped` fit the precision and the widths. Does
+        not check which device this machine has."""
         if self.compile and config.model.attention_lora is not None:
             problem = (
                 "parallel.compile=true: model.attention_lora draws dropout by the number of the step, for which torch "

@@ -18,7 +18,7 @@ class RouterSection(KindSection):
     null_logit, normalise, scale and scope mean the same in all kinds that have them.
     """
 
-    softmax_top_k: ClassVar[bool] = False  # true if a token takes the top k of one softmax of this layer's rows alone
+    softmax_top_k: ClassVar[bool] = False  # true if a token takes the top k of one softmax over logits of this layer's rows
     experts_choose: ClassVar[bool] = False  # true if in training each expert chooses its tokens
     fixed_choices: ClassVar[bool] = True  # true if each token has top_k (token, expert) pairs, of which some may be absent
     needs_global_batch_info: ClassVar[bool] = False  # true if a token's choices depend on its place in the global batch
