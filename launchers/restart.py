@@ -9,7 +9,7 @@ from pathlib import Path
 from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import EXIT_DONE, ConfigError, DataError, DivergedError, ResourceError, StoppedError
 
-WITHOUT_GAIN = 2  # number of fruitless failures in a row (`AttemptEnd.fruitless`) after which there is no restart
+WITHOUT_GAIN = 2  # number of consecutive fruitless failures (`AttemptEnd.fruitless`) after which there is no restart
 STOPPED = StoppedError.exit_code
 # Exit codes after which a run is not restarted: errors that would only repeat, success, and a stop on request.
 FINAL = {kind.exit_code for kind in (ConfigError, DataError, DivergedError, ResourceError, StoppedError)} | {EXIT_DONE}

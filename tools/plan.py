@@ -253,8 +253,8 @@ def changed(routing: Routing, options: PlanOptions, micro_batch: int) -> Routing
 
 
 def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> None:
-    """Prints, for each EP size, the rows and bytes that the traced choices send under the size's placement, and the seconds
-    of the size's best layout."""
+    """Prints for each EP size the rows and bytes that the traced choices send under this size's placement, and the step
+    time of its best layout."""
     tokens = routing.tokens
     assert tokens is not None
     table = Table(title=f"Replay of {routing.name}: {len(tokens.token_T):,} tokens", title_justify="left")

@@ -1,10 +1,11 @@
 """Lists layouts of a run with engine.kind=megatron: parameters, memory and FLOPs of a rank. See docs/planning.md.
 
-Step times are not simulated. engine.cp stays as configured, because the length of sequences determines engine.cp. With m
-micro-batches a pipeline stage is idle for the fraction (pp - 1) / vpp / (m + (pp - 1) / vpp) of a step (arXiv 2104.04473,
-section 2.2). Layouts are sorted by number of GPUs, the fewest first. Layouts with the same number of GPUs are sorted by
-whether their idle fraction exceeds IDLE, then by tp (whose ranks exchange activations in every layer), then by idle
-fraction. The configured placement policy comes before other policies, and small EP groups before large groups.
+Step times are not simulated. engine.cp stays as configured, because the length of sequences determines engine.cp. With
+m micro-batches, the idle fraction of a pipeline stage is (pp - 1) / vpp / (m + (pp - 1) / vpp) of a step (arXiv
+2104.04473, section 2.2). Layouts are sorted by number of GPUs, the fewest first. Layouts with the same number of GPUs
+are sorted by whether their idle fraction exceeds IDLE, then by tp (whose ranks exchange activations in every layer),
+then by idle fraction. The configured placement policy comes before other policies, and small EP groups before large
+groups.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -95,8 +95,9 @@ def main(options: ReportOptions) -> None:
 
 
 def _out(options: ReportOptions) -> Path:
-    """Returns the file of the report: `--out`; else report.html in the folder of the run or trace, or in the current folder
-    if that one cannot be written. Raises ConfigError if `--out` has another ending, or cannot be written."""
+    """Returns the path of the report: `--out`, else report.html in the folder of the run or trace. If that folder
+    cannot be written, takes the current folder. Raises ConfigError if `--out` has another ending, or cannot be
+    written."""
     if options.out is None:
         path = run_path(options.path)
         beside = path if path.is_dir() else path.parent

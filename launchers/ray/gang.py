@@ -164,7 +164,8 @@ class Gang:
         return tuple(sorted(frozen))
 
     def _end_the_rest(self, tracker: RankTracker, running: dict[Any, int]) -> None:
-        """Kills the actors of all running ranks. A rank whose node does not answer counts as lost, and so as the cause."""
+        """Kills the actors of all running ranks. A rank whose node does not answer counts as lost, and therefore as the
+        rank at fault."""
         for rank in running.values():
             ray.kill(self._actors[rank])
             node = self.node(rank)

@@ -22,7 +22,7 @@ from moe_dist.runtime.node.check_result import CheckResult, error, note, ok
 from moe_dist.runtime.node.facts import nearest
 
 START_SECONDS = 300.0  # seconds that the job may wait in the queue
-# States of nodes in which jobs run, now or after other jobs end
+# States in which a node can run jobs, now or after other jobs end
 UP = frozenset(("idle", "mixed", "allocated", "completing", "planned", "reserved"))
 Ask = Callable[..., str]  # words of a Slurm command -> output of the command
 

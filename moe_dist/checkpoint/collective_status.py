@@ -80,8 +80,8 @@ def _report(error: Exception) -> int:
 
 
 def _remote_error(what: str, codes: list[int]) -> MoeDistError:
-    """Returns the error that a rank without a failure raises. The error is of the lowest failed rank's error class if the
-    table below has that class, else a MoeDistError."""
+    """Returns the error that a rank without a failure raises. Its class is the error class of the lowest failed rank if
+    the table below has that class, else MoeDistError."""
     ranks = [rank for rank, code in enumerate(codes) if code]
     message = f"{what}: it failed on ranks {ranks}; see the log of rank {ranks[0]} for the reason"
     code = codes[ranks[0]]

@@ -1,7 +1,7 @@
 """Reads and checks index, state and shard headers of a checkpoint; reads no tensor and does not import torch.
 
 Every file of a checkpoint but SHA256SUMS can be checked. SHA256SUMS (a file for `sha256sum -c`) has the digests of
-index.json and state.json, index.json has the digests of the shards' headers (ShardEntry), and each header has a fingerprint
+index.json and state.json. index.json has the digests of the shards' headers (ShardEntry). Each header has a fingerprint
 of each tensor part in its file.
 """
 

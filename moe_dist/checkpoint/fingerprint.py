@@ -26,7 +26,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(piece: Tensor, *, offsets: Sequence[int] = (), shape: Sequence[int] | None = None) -> int:
-    """Returns the fingerprint (0 to 2^64 - 1) of a box, a contiguous range in each dim, of a tensor. Costs one device sync.
+    """Returns the fingerprint (0 to 2^64 - 1) of a box of a tensor. A box is a contiguous range in each dim. Costs one
+    device sync.
 
     Args:
         piece: The elements of the box: a plain tensor with 1, 2, 4 or 8 bytes per element.

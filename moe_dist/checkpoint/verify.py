@@ -17,7 +17,7 @@ from moe_dist.errors import DataError
 
 def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple[Examined, list[CheckpointProblem]]:
     """Returns the readable parts of a checkpoint, and all problems of the checkpoint. Reads every byte, one tensor at a
-    time. The checkpoint must have the tensors `specs`; None checks those that its index lists."""
+    time. `specs` are the tensors that the checkpoint must have; None checks the tensors in its index."""
     examined = examine(folder)
     problems = list(examined.file_problems)
     index = examined.index

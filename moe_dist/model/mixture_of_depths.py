@@ -9,7 +9,7 @@ MoMa, arXiv 2407.21770, section 2.3). The layer selects among the tokens of all 
 In training the tokens of a selection scope compete for the layer (`moe_dist.moe.routers.selection`), as tokens compete for
 an expert in expert choice. Evaluation decides for each token alone, without later tokens:
 
-    threshold   computes a token if sigmoid(s) > c. c is the running mean of the lowest selected score (`ThresholdUpdater`)
+    threshold   computes a token if sigmoid(s) > t. t is the running mean of the lowest selected score (`ThresholdUpdater`)
                 plus the correction of the last calibration
     auxiliary   computes a token if SiLU(x W_1) W_2 > 0 (MoMa, section 2.4). W_1 and W_2 learn the selection by binary cross
                 entropy while the model trains. The input of W_1 and W_2 is detached, so the loss of W_1 and W_2 changes

@@ -102,9 +102,9 @@ def limit_fragmentation(variables: MutableMapping[str, str]) -> None:
     """Makes torch's CUDA allocator grow its segments, unless the user has configured the allocator. Call this function
     before torch is imported.
 
-    Each layer of each micro-batch receives a different number of rows, and therefore allocates buffers of other sizes.
-    Without growing segments, free memory is cut into pieces of unsuitable sizes, and a run can fail although much memory is
-    free.
+    In each micro-batch, each layer receives a different number of rows and therefore allocates buffers of different
+    sizes. Without growing segments, free memory is cut into pieces of unsuitable sizes, and a run can fail although
+    much memory is free.
     """
     if not any(name in variables for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -125,8 +125,8 @@ def share_cores(local_world_size: int, env: MutableMapping[str, str]) -> bool:
 
 
 def _with_our_names(env: Mapping[str, str]) -> tuple[Mapping[str, str], str]:
-    """Returns `env` with the variables of mpirun or srun also under torchrun's names (unless `env` has RANK or WORLD_SIZE),
-    and a name that all tasks of one srun share (empty with other launchers)."""
+    """Returns `env`, and a name that all tasks of one srun share (empty with other launchers). Unless `env` has RANK or
+    WORLD_SIZE, adds the variables of mpirun or srun under torchrun's names."""
     names = next((names for names in _OTHER_NAMES if all(name in env for name in names)), None)
     if names is None or "RANK" in env or "WORLD_SIZE" in env:
         return env, ""

@@ -21,7 +21,7 @@ def write_atomically(
         before_rename: Called right before the rename, to check a lease; if the function raises, the old file stays.
         mode: Permissions of the file, from which the umask removes some.
     """
-    # The random name with O_EXCL and O_NOFOLLOW prevents that another user's link redirects the write.
+    # The random name with O_EXCL and O_NOFOLLOW prevents another user's link from redirecting the write.
     new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:

@@ -31,12 +31,12 @@ from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 logger = logging.getLogger(__name__)
 
 HOST_VARIABLE = "MOE_DIST_RENDEZVOUS_HOST"
-SHARED_SECONDS = 60.0  # time in which a rank must see rank 0's file, which an NFS client may see late
+SHARED_SECONDS = 60.0  # time limit for a rank to see rank 0's file; an NFS client may see it late
 MOST_BYTES = 1 << 12  # largest size of the file with the address
 POLL_SECONDS = 0.1
 SOON_SECONDS = 5.0  # from the beginning of a wait until the log first names the reason of the wait
 SAY_SECONDS = 30.0
-TELL_SECONDS = 15.0  # longest time that a rank with a stop signal waits for rank 0, which makes all ranks stop
+TELL_SECONDS = 15.0  # longest time that a rank with a stop signal still waits to meet rank 0, so that all ranks stop
 _SHOWN = 8  # largest number of ranks in one line
 
 
@@ -134,13 +134,14 @@ class Greeting:
     key: str
 
     def probe(self, run_folder: Path) -> Path:
-        """Returns the path of the file that rank 0 writes into the run folder, and for which the other ranks look."""
+        """Returns the path of the file that rank 0 writes into the run folder; the other ranks check that they see
+        it."""
         return run_folder / f".shared_{self.key}"
 
     def difference(self, env: RankEnv, run_folder: Path) -> str:
-        """Returns the reason why this rank cannot start with rank 0; empty if this rank can start. On several nodes waits
-        up to SHARED_SECONDS for the file `probe`, because with a local folder on each node a checkpoint would be scattered
-        over the nodes and could not be loaded."""
+        """Returns the reason why this rank cannot start with rank 0; empty if this rank can start. On several nodes
+        waits up to SHARED_SECONDS for the file `probe`. If each node had a local folder instead of a shared one, a
+        checkpoint would be scattered over the nodes and could not be loaded."""
         here = f"rank {env.rank} on {socket.gethostname()}"
         if env.world_size != self.world_size:
             return f"WORLD_SIZE={env.world_size} for {here}, {self.world_size} for rank 0 on {self.host}; start all alike"

@@ -89,9 +89,9 @@ def enter() -> None:
 
 class Work(NamedTuple):
     """One operation. `kind` is "copy" for an operation without matrix products, else "gemm", "grouped" or "attention", with
-    "fp32" appended for products of fp32 numbers. `rows` is the median of a product's three sizes, because the time of a
-    narrow product follows from its bytes, or an expert's number of rows in a grouped product. `num_bytes` is the number of
-    bytes read or written."""
+    "fp32" appended for products of fp32 numbers. `rows` is an expert's number of rows in a grouped product, else the
+    median of a product's three sizes, because the time of a narrow product depends on its bytes. `num_bytes` is the
+    number of bytes read or written."""
 
     part: str
     phase: str
@@ -231,7 +231,8 @@ def _product(name: str, args: Any) -> tuple[str, int, int]:
 
 
 def _sent(name: str, args: Any) -> tuple[int, int, bool]:
-    """Returns number of ranks, bytes and `whole` of a collective with the first arguments output and input."""
+    """Returns the number of ranks, the bytes and `whole` (see `Sent`) of a collective whose first arguments are output
+    and input."""
     tensors = [each for each in tree_leaves(args) if isinstance(each, Tensor)]
     sizes = [each.nbytes for each in tensors]
     whole = not tensors[0].is_floating_point()

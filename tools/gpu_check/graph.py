@@ -42,8 +42,8 @@ def captured(run: Callable[[], list[Tensor]], job: CheckJob) -> Callable[[], lis
 
 
 def graph(job: CheckJob) -> list[Reading]:
-    """Measures the replayed layer's largest relative difference, over ranks and replays, from the layer that reads split
-    sizes on the host; and the times of both layers."""
+    """Compares the replayed layer with the layer that reads split sizes on the host. Measures the largest relative
+    difference over ranks and replays, and the times of both layers."""
     found = on_ranks(_replayed, job)
     worst, read, replayed = (max(each[place] for each in found) for place in range(3))
     return [

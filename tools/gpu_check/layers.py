@@ -230,9 +230,9 @@ def _attended(drawn: list[Tensor], mask: Any) -> list[Tensor]:
 
 
 def syncs(job: CheckJob) -> list[Reading]:
-    """Counts the host's waits for the device, of which torch warns: in forward and backward of a layer, also with exchanges
-    of fixed sizes, and in a training step. Counts nothing with `rehearse`, because the host waits only for CUDA
-    devices."""
+    """Counts how often the host waits for the device, by torch's warnings, in a training step and in forward and
+    backward of a layer with and without exchanges of fixed sizes. Counts nothing with `rehearse`, because the host
+    waits only for CUDA devices."""
     tokens, hidden, ffn = (16, 16, 8) if job.rehearse else (1024, 512, 768)
     device, groups = torch.device(job.device), single_group(8, 4, 3, ffn)
     # With `rehearse` no kernels are used, because Triton's interpreter is slow and other checks try the kernels.

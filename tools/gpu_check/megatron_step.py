@@ -31,7 +31,8 @@ TIMES = 5  # number of timed steps, equal on all ranks
 
 
 def megatron_step(job: CheckJob) -> list[Reading]:
-    """Measures the largest difference of the first step's loss and gradient norm, and the ratio of the steps' times."""
+    """Measures the largest difference between the two steps in the first loss and gradient norm, and the ratio of their
+    times."""
     found = on_ranks(_steps, job)[0]
     return [
         Reading("difference of loss and gradient norm", found["apart"], most=10 * MOST["fp32"]),

@@ -28,7 +28,7 @@ from tools.gpu_check.outcome import CheckJob, NotPossibleError, Outcome
 
 # Importing the modules in PRELOADED does not query a GPU.
 PRELOADED = ["torch._dynamo", "tools.gpu_check.training", "tools.gpu_check.rates", "moe_dist.moe.kernels.triton_kernels"]
-GRACE = 10.0  # seconds after its time limit in which a check or rank writes the place at which it hangs
+GRACE = 10.0  # seconds that a check or rank has, after its time limit, to write the place at which it hangs
 TAIL = 400  # largest number of characters of a log that a reason quotes
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOADED)  # each check starts a server for its ranks, with the check's environment
@@ -60,7 +60,8 @@ def run_check(name: str, target: str, job: CheckJob) -> Outcome:
 
 
 def _quoted(text: str) -> str:
-    """Returns the beginning of faulthandler's output, where the innermost call is; without it the end of `text`."""
+    """Returns the beginning of faulthandler's output, which has the innermost call; without such output the end of
+    `text`."""
     found = max(text.rfind(mark) for mark in ("Timeout (", "Fatal Python error"))
     return text[found : found + TAIL] if found >= 0 else text[-TAIL:].strip()
 

@@ -90,7 +90,8 @@ def ceilings(job: CheckJob) -> list[Reading]:
 
 
 def kernel_rates(job: CheckJob) -> list[Reading]:
-    """Measures kernels' rates by the bytes that they must read and write; a row is read for each of its pairs."""
+    """Measures the kernels' rates from the bytes that they must read and write; a row counts as read once for each of
+    its pairs."""
     if reason := why_not_triton(torch.device(job.device), torch.bfloat16):
         raise NotPossibleError(reason)
     from moe_dist.model.kernels.cross_entropy import cross_entropy, cross_entropy_backward
@@ -165,8 +166,9 @@ def grouped(job: CheckJob) -> list[Reading]:
 
 
 def layer_rate(job: CheckJob) -> list[Reading]:
-    """Times forward and backward of one layer on one rank, in the shapes of four models. The least time is the time of the
-    matrix products at the dense rate, and of the bytes that gathers, SwiGLU and sums read and write at the copy rate.
+    """Times forward and backward of one layer on one rank, in the shapes of four models. The least time is the time of
+    the matrix products at the dense rate, plus the time of reading and writing the bytes of gathers, SwiGLU and sums at
+    the copy rate.
     """
     gemm, copy, readings = job.rate("gemm"), job.rate("copy"), []
     found = on_ranks(_layer_seconds, job, world=1)[0]

@@ -33,7 +33,8 @@ class Check:
 
 
 def header(job: CheckJob, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the facts that all results in one file share: `found`, the card's facts, and code, machine, versions."""
+    """Returns the facts that all results in one file share: the card's facts `found`, the code, the machine and the
+    versions."""
     versions = {}
     for package in PACKAGES:
         try:

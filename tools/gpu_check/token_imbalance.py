@@ -124,7 +124,8 @@ def _balanced(shape: WorkloadShape, alive: np.ndarray, rng: np.random.Generator)
 
 
 def _weighted(shape: WorkloadShape, hot: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws K distinct experts per token, hot experts HEAT times as likely: the K largest of log weight + Gumbel noise."""
+    """Draws K distinct experts per token, as the K largest of log weight + Gumbel noise; hot experts have HEAT times
+    the weight."""
     weight_E = np.ones(shape.num_experts)
     weight_E[hot] = HEAT
     score_TE = np.log(weight_E) + rng.gumbel(size=(shape.num_tokens, shape.num_experts))

@@ -20,7 +20,8 @@ from moe_dist.moe.kernels.operation import launch, operation
 
 @triton.jit
 def places(H: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr):
-    """Returns each pair of rotated values: index of its first value in a token, whether it exists, its number."""
+    """Returns, for each pair of rotated values, the index of its first value in a token, whether the pair exists, and
+    its number."""
     head = tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
     return head * D + pair * STEP, (head < H) & (pair < D // 2), pair

@@ -64,5 +64,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool, back: bool) -> I
 
 
 def layout(half: int, adjacent: bool) -> dict[str, int]:
-    """Returns, for `half` pairs, the distances between the first values of two pairs and between a pair's values."""
+    """Returns, for `half` pairs, the distance between the first values of neighbouring pairs, and between a pair's two
+    values."""
     return {"STEP": 2, "FAR": 1} if adjacent else {"STEP": 1, "FAR": half}

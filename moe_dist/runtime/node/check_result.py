@@ -66,7 +66,8 @@ _KINDS: dict[int, type[MoeDistError]] = {kind.exit_code: kind for kind in (Confi
 
 
 def exit_code(results: Iterable[CheckResult]) -> int:
-    """Returns the exit code for all results: the first of 78, 65, 69 among the errors; 1 with warnings alone; else 0."""
+    """Returns the exit code for all results: the first of 78, 65 and 69 that an error has; 1 if there are only
+    warnings; else 0."""
     problems = [result for result in results if result.is_problem]
     verdicts = {problem.verdict for problem in problems if problem.level is Level.ERROR}
     worst = [code for code in (*_KINDS, *sorted(verdicts)) if code in verdicts]

@@ -122,7 +122,7 @@ def _room(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     if not known:
         return note("room", f"run.root={needs.folder!r}: the free space is unknown")
     least = min(known, key=lambda n: n.free_bytes or 0)
-    free = least.free_bytes or 0  # the smallest value of all nodes, although all nodes see one file system
+    free = least.free_bytes or 0  # the smallest value of all nodes, which should be equal because all see one file system
     if free >= needs.folder_bytes:
         return ok("room", f"{_bytes(free)} free in run.root; the checkpoints need {_bytes(needs.folder_bytes)}")
     need = _bytes(needs.folder_bytes)
