@@ -21,8 +21,8 @@ from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, picture_of, png
 from moe_dist.runtime.command_line import reports_errors, run_command, takes
 
-_SIDE, _GAP, _LINE, _LINES = 96, 12, 13, 3  # pixels, except _LINES: most lines of a caption
-_WIDTH = 16  # characters in a caption's line per picture of the entry
+_SIDE, _GAP, _LINE, _LINES = 96, 12, 13, 3  # sizes in pixels; _LINES is the largest number of lines of a caption
+_WIDTH = 16  # characters per line of a caption, for each picture of its entry
 
 
 @dataclass(frozen=True)

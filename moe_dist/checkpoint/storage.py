@@ -134,7 +134,8 @@ def check_finite(pieces: Mapping[str, Piece]) -> None:
     flags: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, piece in pieces.items():
         if piece.tensor.is_floating_point():
-            # A NaN makes both ends NaN. `isfinite` of the whole tensor would allocate, and takes ten times as long.
+            # A NaN makes both the minimum and the maximum NaN. `isfinite` of the whole tensor would allocate, and takes
+            # ten times as long.
             flags[piece.tensor.device][name] = torch.stack(piece.tensor.aminmax()).isfinite().all()
     read = {
         name: flag

@@ -19,7 +19,7 @@ MAX_YAML_BYTES = 1 << 18  # largest file that is read, in bytes
 # for a value, so a text is read or refused within a second. The largest configurations have some hundred values, and a
 # list of ranks.
 MAX_VALUES = 20_000
-MAX_REPEATED = 50  # most duplicate keys that an error names
+MAX_REPEATED = 50  # largest number of duplicate keys that an error names
 MAX_DEPTH = 32  # deepest nesting that is read, because PyYAML takes longer for deeper values
 _RESOLVERS = [
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),

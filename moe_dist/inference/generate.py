@@ -20,7 +20,7 @@ _BATCH = 64  # sequences per batch; guidance adds a copy of each sequence withou
 class Request:
     """Settings of a generation."""
 
-    max_new_tokens: int  # per prompt; no picture starts whose tokens would exceed this number
+    max_new_tokens: int  # per prompt; a picture starts only if its tokens fit into this number
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0  # sequence b has its own random stream, with the seed (seed, b)
     one_picture: bool = False  # if true, stops after the end mark of a picture

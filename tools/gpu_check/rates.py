@@ -71,7 +71,7 @@ def ceilings(job: CheckJob) -> list[Reading]:
     count, width = (1 << 10, 32) if job.rehearse else (1 << 29, 8192)
     source = drawn(job, count)
     target, x = torch.empty_like(source), drawn(job, width, width)
-    bars = H100 if "H100 80GB HBM3" in job.card else {}  # no bars for H100 PCIe and NVL
+    bars = H100 if "H100 80GB HBM3" in job.card else {}  # no limits for H100 PCIe and NVL
     copy = 2 * BF16 * count / seconds_of(job, lambda: target.copy_(source))
     gemm = 2 * width**3 / seconds_of(job, lambda: x @ x)
     small = torch.zeros(1, device=job.device)

@@ -51,7 +51,7 @@ class OtherKinds(NamedTuple):
         offer = f"the package {_package(point)} offers the kind {kind!r} by {point.value}"
         try:
             section = point.load()
-        except Exception as error:  # the import of another package's module raises errors of any class
+        except Exception as error:  # the import of another package may raise any error
             raise ValueError(
                 f"{offer}, which cannot be imported ({type(error).__name__}: {error}); repair or uninstall it"
             ) from error

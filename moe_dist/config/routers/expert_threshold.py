@@ -11,7 +11,7 @@ class ExpertThresholdRouterSection(ExpertChoiceRouterSection):
     builds = "moe_dist.moe.routers.expert_threshold:ExpertThresholdRouter"
     served = "expert_threshold"
 
-    # Fields are frozen, so that a narrower type is sound.
+    # A narrower type is sound, because fields are frozen.
     kind: Literal["expert_threshold"] = "expert_threshold"  # pyright: ignore[reportIncompatibleVariableOverride]
     causal: Literal["threshold"] = "threshold"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Routing in evaluation: by the same thresholds, after a calibration (evaluation.calibration)."""

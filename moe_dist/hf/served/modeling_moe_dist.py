@@ -244,7 +244,7 @@ ROUTERS = {
     "threshold": ("sigmoid", "above_level", "admitted_by_level", "equal"),  # DynMoE
     "predicted_k": ("softmax", "shifted", "predicted", "normalised"),
     "expert_threshold": ("sigmoid", "biased", "admitted", "normalised"),
-    "expert_choice": ("sigmoid", "biased", "admitted", "normalised"),  # by the rule of evaluation
+    "expert_choice": ("sigmoid", "biased", "admitted", "normalised"),  # routes as in evaluation
 }
 SCORES = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid, "relu": torch.relu}
 

