@@ -33,7 +33,8 @@ class TrainLoader:
         weights: Fraction of sequences from each source; other sources are not used. An empty mapping weights sources by
             their tokens.
         pack_window: Number of pieces of documents that are packed together.
-        skip: Pairs (first, last), in rising order: sequences of the stream that are left out. Positions do not count them.
+        skip: Pairs (first, last), in rising order: sequences of the stream that are left out. Positions do not count
+            these sequences.
         seed: Seeds all shuffles.
         global_batch: Sequences per step over all ranks; a multiple of world_size x micro_batch.
         micro_batch: Sequences of a micro-batch of a rank.

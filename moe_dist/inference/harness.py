@@ -97,8 +97,8 @@ class HarnessModel(LM):
         return Continuation(self._cut(prompt, self._max_seq_len + 1 - len(tokens)), tokens)
 
     def _windows(self, text: str) -> list[Continuation]:
-        """Returns windows that together score each token of a text once, with as much context as fits; no window for an
-        empty text."""
+        """Returns windows that together score each token of a text once, each token with as much context as fits. An
+        empty text has no window."""
         bos, *tokens = self._vocabulary.text_prompt(text)
         windows = []
         for first in range(0, len(tokens), self._max_seq_len):
