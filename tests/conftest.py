@@ -13,7 +13,7 @@ from tests.support.messages import write_new
 from tests.support.tiny import tiny_dataset
 from tests.support.worlds import Worlds
 
-# No deadlines, because other programs slow down tests. Timeouts end a test that hangs.
+# hypothesis gets no deadlines, because other programs slow down the tests. Timeouts end a test that hangs.
 hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
 # Triton reads this at import, and then runs kernels on CPU tensors in its interpreter.
@@ -26,7 +26,7 @@ LONG_FILES = ("test_fake_steps.py", "test_combinations.py")
 
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[Worlds]:
-    """The worlds of this session."""
+    """All tests of a session share these worlds (groups of rank processes)."""
     standing = Worlds()
     yield standing
     standing.close()
@@ -34,7 +34,8 @@ def worlds() -> Iterator[Worlds]:
 
 @pytest.fixture(scope="session")
 def run_in_world(worlds: Worlds) -> Callable[..., list[Any]]:
-    """`run_in_world(world_size, function, *arguments, seconds=600)`: results of all ranks, see `tests.support.worlds`."""
+    """`run_in_world(world_size, function, *arguments, seconds=600)` returns the results of all ranks
+    (tests.support.worlds)."""
     return worlds.run
 
 
@@ -71,7 +72,7 @@ def pytest_runtest_makereport(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Applies the same rule to files that skip themselves."""
+    """With CI=true also a test file that skips itself fails."""
     report = yield
     if report.skipped:
         _refuse_skip(report)
@@ -86,8 +87,8 @@ def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Calls `gc.freeze` after pytest has collected the tests, so that garbage collection skips the imported modules and the
-    tests. It would take 3 % of the unit tests' CPU time to walk them."""
+    """Calls `gc.freeze` after pytest has collected the tests, so that garbage collection skips the imported modules and
+    the tests. Without this, walking these objects would take 3 % of the unit tests' CPU time."""
     gc.disable()
     try:
         return (yield)

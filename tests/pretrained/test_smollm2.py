@@ -1,5 +1,5 @@
-"""SmolLM2-135M, a real model, through the commands: logits and gradients equal Hugging Face's, and export restores its
-bits.
+"""The commands import and export a real model, SmolLM2-135M: logits and gradients equal Hugging Face's, and the export
+restores every bit.
 
 tests/support/smollm2.py documents the source of its weights. Run with `make test-smollm2`.
 """
@@ -45,7 +45,7 @@ def command(name: str, *arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def theirs() -> Path:
-    """The model as written by `save_pretrained`, with tokenizer."""
+    """The folder with model and tokenizer that `save_pretrained` wrote."""
     if not (MODEL / "messages.jsonl").is_file():
         pytest.fail(f"{MODEL} is missing; make it with: make smollm2")
     return MODEL
@@ -59,7 +59,8 @@ def ours(theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def passed(model: Any, logits_of: Callable[[Any, Tensor], Tensor], ids_BS: Tensor) -> tuple[Arrays, float]:
-    """Returns logits [1, S, V] and the mean cross entropy of the next token, whose gradients are then in the model."""
+    """Returns logits [1, S, V] and the mean cross entropy of the next token, and leaves the loss's gradients in the
+    model."""
     logits_BSV = logits_of(model, ids_BS)
     loss = F.cross_entropy(logits_BSV[0, :-1], ids_BS[0, 1:])
     loss.backward()
@@ -67,7 +68,7 @@ def passed(model: Any, logits_of: Callable[[Any, Tensor], Tensor], ids_BS: Tenso
 
 
 def their_pass(folder: Path, ids_BS: Tensor, attention: str) -> tuple[Arrays, Arrays, float]:
-    """Returns logits, gradients under our names, and loss, in fp32."""
+    """Returns the fp32 logits, gradients (renamed to our parameter names) and loss of transformers' model."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
@@ -75,7 +76,7 @@ def their_pass(folder: Path, ids_BS: Tensor, attention: str) -> tuple[Arrays, Ar
     logits, loss = passed(model, lambda model, ids: model(ids, use_cache=False).logits, ids_BS)
     named = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
     found = under_our_names(named, model.config.to_dict())
-    # The router of a dense model is a row of zeros without a gradient, which their model lacks.
+    # Our form of a dense model has a router, a row of zeros without a gradient. Transformers' model has none.
     return logits, {name: each for name, each in found.items() if ".router." not in name}, loss
 
 
@@ -102,10 +103,11 @@ def whole_of(got: Arrays, wanted: Arrays) -> float:
 
 
 def test_logits_and_gradients_are_theirs(theirs: Path, ours: Path) -> None:
-    """Compares to 1e-5 of the largest logit, and of the gradient's norm.
+    """Logits must agree to 1e-5 of the largest logit, and the whole gradient to 1e-5 of its norm.
 
-    Single gradient tensors cannot agree to 1e-5 of their largest entry in fp32, as in tiny models. Over 30 layers
-    transformers' own two attention implementations differ by more, so this difference is the bound.
+    In fp32 the single gradient tensors of a model with 30 layers do not agree to 1e-5 of their largest entry: even
+    transformers' two attention implementations differ by more. The difference between those two is the bound for each
+    tensor.
     """
     import transformers
 
@@ -169,7 +171,7 @@ def test_the_guide_fine_tunes_experts_made_of_it(theirs: Path, tmp_path: Path, m
 
 
 def test_an_adapted_smollm2_leaves(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes two steps of the run of docs/adapt.md, on the guides instead of Python's documentation."""
+    """Takes two steps of the run in docs/adapt.md, with our guides as data instead of Python's documentation."""
     import transformers
 
     (tmp_path / ".cache/hf").mkdir(parents=True)

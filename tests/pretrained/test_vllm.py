@@ -1,6 +1,7 @@
-"""vLLM serves exported folders on a CPU with our tokens and log-probabilities, and its experts get no null choices.
+"""vLLM serves exported folders on a CPU. Its tokens and log-probabilities equal ours, and its experts get no null
+choices.
 
-vLLM has its own environment. Run with `make test-vllm`.
+vLLM is installed in a separate environment. Run with `make test-vllm`.
 """
 
 import json
@@ -20,7 +21,7 @@ from tests.support.tiny import IMAGE_IDS, tiny_dataset
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".cache" / "vllm" / "bin" / "python"
 NEW = 8
-HEADS = {"model.head_dim": 32}  # the smallest head width of its CPU attention
+HEADS = {"model.head_dim": 32}  # the smallest head width that vLLM's CPU attention supports
 SIGMOID = {"model.moe.router": {"kind": "group_limited", "normalise": "none", "scale": 2.0}}
 FREE = {"model.moe.groups": {"all": {**GROUP, "num_identity": 2, "num_constant": 2, "top_k": 4}}}
 CASES: dict[str, dict[str, Any]] = {
@@ -39,7 +40,7 @@ Served = tuple[Transformer, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
-    """Returns, by case, our model and vLLM's answers; see tests/support/vllm_serving.py."""
+    """Returns our model and vLLM's answers for each case; see tests/support/vllm_serving.py."""
     if not PYTHON.exists():
         pytest.fail(f"{PYTHON} is missing; install it with: make test-vllm")
     root = tmp_path_factory.mktemp("vllm")
@@ -52,7 +53,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
     asked = {"folders": folders, "prompts": [each.tolist() for each in PROMPTS], "tokens": NEW, "vocab_size": IMAGE_IDS[1]}
     (root / "request.json").write_text(json.dumps(asked))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home")}
-    # -P, because a transformers.py of the tests is in the script's folder
+    # -P keeps the script's folder off the path; tests/support/transformers.py would hide the library
     command = [PYTHON, "-P", ROOT / "tests/support/vllm_serving.py", root / "request.json", root / "result.json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

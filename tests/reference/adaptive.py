@@ -1,8 +1,8 @@
-"""Slow references of the routers that choose the number of columns by token: one token after the other.
+"""Slow references of the routers that choose a number of columns for each token. They process one token at a time.
 
 Each function takes one token's input x [D] and its group's tensors. It returns the weight of each column that the token
-takes, without null columns. A group's columns are in the order true, null, identity, constant. Shares no code with the
-routers.
+takes, without null columns. A group's columns are in the order true, null, identity, constant. This module shares no
+code with the routers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_dist.placement.placement import ExpertGroup
 
-Tensors = Mapping[str, Tensor]  # `rows` [C, D], `bias` [C], and further tensors of the router
+Tensors = Mapping[str, Tensor]  # has `rows` [C, D], `bias` [C], and the router's other tensors
 
 
 def _null(group: ExpertGroup) -> range:
@@ -66,7 +66,7 @@ def threshold(x: Tensor, tensors: Tensors, group: ExpertGroup, *, temperature: f
         margins.append((cosine / temperature).sigmoid() - level.sigmoid())
     moved = [each.item() + bias.item() for each, bias in zip(margins, tensors["bias"], strict=True)]
     taken = [c for c in _falling(moved)[: group.top_k] if moved[c] > 0 and c not in _null(group)]
-    # the value is 1 / number, with the gradient of margin / number
+    # straight-through: the value is 1 / len(taken), the gradient that of margin / len(taken)
     return {c: (1.0 + margins[c] - margins[c].detach()) / len(taken) for c in taken}
 
 

@@ -16,7 +16,7 @@ Pairs = set[tuple[int, int]]  # (token, logical expert)
 
 
 def room(capacity: float, tokens: int) -> int:
-    """Returns ceil(c T), at most T. A product that is whole but for its last bits counts as whole."""
+    """Returns ceil(c T), at most T. A product c T within 5e-7 of an integer counts as this integer."""
     return min(tokens, math.ceil(round(capacity * tokens, 6)))
 
 
@@ -27,7 +27,7 @@ def choice_of_training(
     capacity_G: Sequence[float],
     choice_sets: Sequence[Sequence[int]],
 ) -> Pairs:
-    """Each expert of each scope takes its best tokens, and the earlier one on a tie."""
+    """In each scope each expert takes its best tokens. On a tie it takes the earlier token."""
     pairs: Pairs = set()
     for tokens in choice_sets:
         for index, group in enumerate(groups):
@@ -39,7 +39,7 @@ def choice_of_training(
 
 
 def cut_of(scores: Sequence[float], capacity: float) -> float:
-    """Returns the k-th largest score of one expert in one scope; 0 where its capacity takes all tokens."""
+    """Returns the k-th largest score of one expert in one scope, or 0 if the expert's capacity takes all tokens."""
     if capacity >= 1 or not scores:
         return 0.0
     return sorted(scores, reverse=True)[room(capacity, len(scores)) - 1]
@@ -48,7 +48,8 @@ def cut_of(scores: Sequence[float], capacity: float) -> float:
 def choice_by_score(
     scores_TE: Sequence[Sequence[float]], group_T: Sequence[int], groups: Sequence[ExpertGroup], bound_E: Sequence[float]
 ) -> Pairs:
-    """Decides for each token alone: returns the experts of its group whose score is above their bound."""
+    """Returns for each token the experts of its group whose score is above the expert's bound. Tokens do not
+    compete."""
     return {
         (token, expert)
         for token, index in enumerate(group_T)
@@ -59,7 +60,7 @@ def choice_by_score(
 
 
 def logits_of(h_TD: Tensor, groups: Sequence[ExpertGroup], weights: Mapping[str, ReferenceWeights]) -> Tensor:
-    """Returns the logits [T, E] of every expert for every token of any group."""
+    """Returns the logits [T, E]: every expert's logit for every token, also across groups."""
     rows = [weights[group.name].true[column] for group in groups for column in range(group.num_experts)]
     return torch.stack([torch.stack([row @ token for row in rows]) for token in h_TD])
 
@@ -89,8 +90,8 @@ def moe_forward(
 
 
 def auxiliary_loss(logits_TE: Tensor, pairs: Pairs, group_T: Sequence[int], groups: Sequence[ExpertGroup]) -> Tensor:
-    """Returns one layer's loss for each group: the mean over tokens and experts of -log p(decision), with p =
-    sigmoid(logit)."""
+    """Returns one layer's loss, summed over the groups. A group's loss is the mean over its tokens and experts of -log
+    p(decision), with p = sigmoid(logit)."""
     total = logits_TE.new_zeros(())
     for index, group in enumerate(groups):
         members = [token for token, of in enumerate(group_T) if of == index]

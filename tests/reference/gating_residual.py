@@ -1,4 +1,4 @@
-"""The slow reference of the gating residual: one token and column after the other. Shares no code with it."""
+"""The slow reference of the gating residual: loops over tokens and columns. It shares no code with the router."""
 
 from collections.abc import Sequence
 

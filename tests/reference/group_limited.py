@@ -1,4 +1,4 @@
-"""The slow reference of the group-limited router: one token after the other, in Python's loops. Shares no code with it."""
+"""The slow reference of the group-limited router: Python loops over tokens. It shares no code with the router."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,8 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 def limited_choice(scores: Sequence[float], group: ExpertGroup, *, n_group: int, topk_group: int) -> list[int]:
-    """Returns one token's columns, best first, by its biased scores of the group's columns (true, null, identity,
-    constant). Ties go to the earlier column, and to the earlier node group."""
+    """Returns one token's chosen columns, best first. `scores` are its biased scores of the group's columns (true,
+    null, identity, constant). Ties go to the earlier column, and to the earlier node group."""
     size = group.num_experts // n_group
     members = [range(index * size, (index + 1) * size) for index in range(n_group)]
     value = [sum(sorted((scores[expert] for expert in each), reverse=True)[:2]) for each in members]
@@ -30,8 +30,8 @@ def limited_weights(
     normalise: bool = True,
     scale: float = 1.0,
 ) -> dict[int, Tensor]:
-    """Returns the weight of each column that one token takes, without null columns, from its logits of the group's
-    columns."""
+    """Returns the weight of each column that one token takes, without null columns. `logits_C` are its logits of the
+    group's columns."""
     score_C = logits_C.sigmoid()
     biased = (score_C if bias_C is None else score_C + bias_C).tolist()
     null = range(group.num_experts, group.num_experts + group.num_null)
@@ -43,8 +43,8 @@ def limited_weights(
 def limited_balance_loss(
     logits_TC: Tensor, biased_TC: Tensor, group: ExpertGroup, *, n_group: int, topk_group: int
 ) -> Tensor:
-    """Returns the vanilla balance loss of one group with coefficient 1: C sum_i f_i P_i, with P_i the mean of s_i / sum of
-    s."""
+    """Returns the vanilla balance loss of one group with coefficient 1, C sum_i f_i P_i, where P_i is the mean over
+    tokens of s_i / sum_j s_j."""
     num_tokens, num_columns = logits_TC.shape
     picks = [0.0] * num_columns
     for scores in biased_TC.tolist():

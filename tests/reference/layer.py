@@ -1,6 +1,7 @@
 """The slow reference of an MoE layer: loops over tokens and groups, on one device.
 
-It shares no code with the router, the dispatcher or the experts. Tests compare values and gradients with it.
+It shares no code with the router, the dispatcher or the experts. Tests compare the layer's values and gradients with
+this reference.
 """
 
 import math
@@ -46,8 +47,8 @@ def choose(scores: Sequence[float], num_true: int, top_k: int) -> list[int]:
 def weights_of(
     logits_C: Tensor, chosen: Sequence[int], num_true: int, normalise: str, *, num_null: int | None = None
 ) -> dict[int, Tensor]:
-    """Returns the routing weight of each chosen column that is not null. Null columns are [num_true, num_true + num_null);
-    without `num_null` all columns behind the true ones."""
+    """Returns the routing weight of each chosen column that is not null. Null columns are [num_true, num_true +
+    num_null); without `num_null` all columns after the true ones are null."""
     first_zero_computation = len(logits_C) if num_null is None else num_true + num_null
     kept = [column for column in chosen if column < num_true or column >= first_zero_computation]
     if normalise == "none":
@@ -62,8 +63,9 @@ def weights_of(
 def kept_pairs(pairs: Sequence[tuple[int, int, float]], capacity: Mapping[int, int], drop: str) -> set[tuple[int, int]]:
     """Returns the (token, expert) pairs that no capacity drops.
 
-    `pairs` are the (token, expert, probability) of the tokens of one selection scope. An expert serves its pairs one after
-    the other until it is full: the most probable first, or the earliest token's.
+    `pairs` are the (token, expert, probability) of the tokens of one selection scope. An expert serves its pairs one
+    after the other until it is full. With `drop="probability"` it starts with the most probable pair, otherwise with
+    the earliest token's.
     """
     kept: set[tuple[int, int]] = set()
     for expert, room in capacity.items():
@@ -168,10 +170,10 @@ def balance_loss(
     """Returns the balance loss of one group in one layer with coefficient 1 (AdaMoE section 3.2, or vanilla without
     averaging).
 
-    The loss is (n + m) sum_i f_i P_i. f_i is the share of tokens that choose column i, so the f_i sum to k. P_i is its mean
-    probability. With averaging, every null column has the mean load of all null columns, and every identity column the mean
-    load of the identity columns. Without `num_null` all columns behind the true ones are null. With a null weight w, a null
-    column counts as w columns, and its load is divided by w.
+    The loss is (n + m) sum_i f_i P_i. f_i is the share of tokens that choose column i, so the f_i sum to k. P_i is the
+    mean probability of column i. With averaging, every null column has the mean load of all null columns, and every
+    identity column the mean load of the identity columns. Without `num_null` all columns after the true ones are null.
+    With a null weight w, a null column counts as w columns, and its load is divided by w.
     """
     num_tokens, num_columns = logits_TC.shape
     load = [count / num_tokens for count in picks_of(logits_TC, num_true, top_k)]
@@ -201,8 +203,8 @@ def picks_of(logits_TC: Tensor, num_true: int, top_k: int) -> list[float]:
 def split_loss(logits_TC: Tensor, num_true: int, top_k: int, *, null_weight: float = 1.0) -> Tensor:
     """Returns ZEDA's L_GA (arXiv 2605.18643) of one group in one layer with coefficient 1.
 
-    It depends only on the division of choices between true columns (E) and others (Z): (n + n_Z w) / k (f_E P_E / n + f_Z
-    P_Z / (n_Z w)). f and P are summed over each side.
+    It depends only on how choices divide between the true columns (E) and all others (Z): (n + n_Z w) / k (f_E P_E / n
+    + f_Z P_Z / (n_Z w)). f_E and P_E are sums over the true columns, f_Z and P_Z over the others.
     """
     num_tokens, num_columns = logits_TC.shape
     load = [count / num_tokens for count in picks_of(logits_TC, num_true, top_k)]
@@ -228,9 +230,9 @@ def bias_steps(
 ) -> list[float]:
     """Returns the biases of one group's true experts in one layer after one step of its controllers.
 
-    The first is LongCat-Flash's rule with a target, per expert as published, or its mean over the experts. The second is
-    DeepSeek-V3's sign rule, without its mean if the group has columns that are not true (`others`). Without tokens the
-    biases stay.
+    The first controller is LongCat-Flash's rule with a target. It moves each expert by its own error (`per_expert`, as
+    published), or all experts by the mean error. The second is DeepSeek-V3's sign rule. If the group also has columns
+    that are not true (`others`), the mean of the signs is subtracted. Without tokens the biases stay.
     """
     n, moved = len(bias_n), list(bias_n)
     if tokens == 0:
@@ -247,7 +249,8 @@ def bias_steps(
 def expected_traffic(
     tokens: Sequence[int], experts: Sequence[int], rank_of_expert: Sequence[int], own_rank: int
 ) -> tuple[int, int]:
-    """Returns the rows and pairs that one rank sends for its taken pairs: the closed form of the dispatch contract."""
+    """Returns how many rows and pairs one rank sends for its taken pairs, by the closed form of the dispatch
+    contract."""
     remote = [(t, rank_of_expert[e]) for t, e in zip(tokens, experts, strict=True) if rank_of_expert[e] != own_rank]
     return len(set(remote)), len(remote)
 
@@ -260,13 +263,14 @@ def expected_node_traffic(
     ranks_per_node: int,
     own_rank: int,
 ) -> tuple[int, int]:
-    """Returns the rows that one rank sends between nodes, and inside its node, under hierarchical dispatch.
+    """Returns how many rows one rank sends to other nodes, and how many inside its node, under hierarchical dispatch.
 
-    Between nodes it sends distinct (token, other node) of its own tokens. Inside the node it forwards received tokens:
-    distinct (token, other rank of its node) of all ranks with its position in their nodes, itself included.
+    To other nodes it sends one row for each distinct (own token, other node). Inside the node it forwards the tokens
+    that it received from the ranks at the same position of each node, and its own: one row for each distinct (token,
+    other rank of the node).
 
     Args:
-        tokens_W, experts_W: For each rank of the EP group its taken pairs.
+        tokens_W, experts_W: The taken pairs of each rank of the EP group.
     """
     node, local = divmod(own_rank, ranks_per_node)
 

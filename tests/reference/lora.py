@@ -21,8 +21,8 @@ def reference_lora_layer(
     alpha: float,
     weight: Weight,
 ) -> Tensor:
-    """Returns the output of a layer without dropout for x [T, D], token by token. Padding (group -1) passes only the frozen
-    FFN."""
+    """Computes the output of a layer without dropout for x [T, D], one token at a time. Padding (group -1) passes only
+    the frozen FFN."""
     rows = []
     for x, index in zip(layer.norm(x_TD), group_T.tolist(), strict=True):
         taken = [] if index < 0 else _taken(layer, x, groups[index], weight)
@@ -42,7 +42,7 @@ def reference_lora_layer(
 
 
 def _taken(layer: LoRALayer, x: Tensor, group: ExpertGroup, weight: Weight) -> list[tuple[int, Tensor]]:
-    """Returns the token's true experts with their weights: the best k columns of the softmax, without null columns."""
+    """Returns the true experts among the best k columns of the token's softmax, with their weights."""
     gate = dict(layer.router.get_submodule(group_module(group.name)).named_parameters())
     logits = torch.cat([gate[kind] @ x for kind in ("true", "null") if kind in gate])
     p = logits.softmax(0)

@@ -29,9 +29,8 @@ def depth_forward(
     """Returns x + sigmoid(s) block(x) for the selected tokens, and x for the others.
 
     Args:
-        document_T: Document of each token, distinct over the sequences. Tokens of a document are in order.
-        block: The layer's update for the tokens [1, n, D] of one document at the given positions [1, n]. It also gets the
-            tokens' numbers.
+        document_T: The document of each token. No two sequences share a document, and its tokens are in order.
+        block: The layer's update for the tokens [1, n, D] of one document at the given positions [1, n]. It also gets the tokens' numbers.
     """
     rows = list(x_TD)
     for document in dict.fromkeys(document_T):

@@ -1,4 +1,4 @@
-"""The slow reference of Muon: by singular values, one matrix at a time."""
+"""The slow reference of Muon. It changes the singular values of one matrix at a time."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ def orthogonalised(matrix: np.ndarray) -> np.ndarray:
 def step(
     weight: np.ndarray, mean: np.ndarray, gradient: np.ndarray, *, lr: float, weight_decay: float, momentum: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns weight and mean gradient after one step of Liu et al., arXiv 2502.16982, with Nesterov momentum."""
+    """Returns weight and mean gradient after one Muon step of Liu et al. (arXiv 2502.16982) with Nesterov momentum."""
     mean = momentum * mean + (1 - momentum) * gradient
     update = 0.2 * np.sqrt(max(weight.shape)) * orthogonalised(momentum * mean + (1 - momentum) * gradient)
     return weight - lr * weight_decay * weight - lr * update, mean

@@ -1,4 +1,4 @@
-"""Qwen3-MoE++'s block from its formula, one token at a time (ZEDA, arXiv 2605.18643; MoE++, arXiv 2410.07348).
+"""Computes Qwen3-MoE++'s block from its formula, one token at a time (ZEDA, arXiv 2605.18643; MoE++, arXiv 2410.07348).
 
 p = softmax(W x) over all columns: FFN experts, then null, copy and constant experts
 y = sum over the k largest p_i of w_i E_i(x),  w_i = p_i, or p_i divided by the sum of the k
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 
 class PlusPlusBlock(nn.Module):
-    """Replaces a block of transformers' Qwen3-MoE. `tensors` are its layer's tensors, by name without prefix."""
+    """Replaces a block of transformers' Qwen3-MoE. `tensors` maps names without the layer's prefix to the layer's
+    tensors."""
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         super().__init__()

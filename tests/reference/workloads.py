@@ -11,8 +11,8 @@ from tools.gpu_check.token_imbalance import WorkloadStep
 def hidden_states(step: WorkloadStep, *, num_experts: int, hidden_dim: int, seed: int) -> np.ndarray:
     """Returns hidden rows [T, D], float64, for which a router with weight `router_weight` makes the step's choices.
 
-    The first E numbers of a row are its logits: at least 3 for chosen experts, all different, and at most 1 for the others.
-    A margin of 2 outlasts a few small optimizer steps. The rest is noise.
+    The first E numbers of a row are its logits: at least 3 for chosen experts, all different, and at most 1 for the
+    others. With this margin of 2 a few small optimizer steps do not change the choices. The other numbers are noise.
 
     Raises:
         ValueError: D is smaller than E.

@@ -1,4 +1,4 @@
-"""A small run with pictures, and a file of questions."""
+"""Fixtures of the unit tests: a small run with pictures, and a file of questions."""
 
 from pathlib import Path
 
@@ -18,13 +18,13 @@ def own_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def own_run(own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run into which tests may write results, and nothing else."""
+    """A run folder. Tests may add results to it, but must not change anything else."""
     return pictured_run(own_data, tmp_path_factory.mktemp("runs"), max_seq_len=192)
 
 
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of two tasks about 120 made-up nouns."""
+    """A file with the facts of two tasks about 120 made-up nouns."""
     nouns = {f"noun{number}": KINDS[number % len(KINDS)] for number in range(120)}
     facts = {
         "nouns-definition": [Fact(each, f"Which word means: gloss of {each}?", each, lemma_keys([each])) for each in nouns],

@@ -1,4 +1,4 @@
-"""Random damage, drawn from a printed seed, is found before training, and the error describes it."""
+"""Random damage is found before training starts, and the error describes it. The tests print the seed of the damage."""
 
 import os
 import pickle
@@ -33,7 +33,7 @@ RANKS = 3
 
 
 class Replica(SmallRun):
-    """The small run as rank `rank` of three ranks with equal tensors."""
+    """The small run as one of three ranks, all with equal tensors."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         super().__init__(folder)
@@ -51,7 +51,7 @@ def states(folder: Path, steps: int, **values: object) -> list[CheckpointState]:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two checkpoints of one run of three ranks, in one folder."""
+    """A folder with two checkpoints (steps 3 and 4) of one run of three ranks."""
     folder = tmp_path_factory.mktemp("good")
     for step in (3, 4):
         save_all(states(folder, step, progress={"position": 8 * step}, config={"a": [1.5, None]}), folder, step)
@@ -99,7 +99,7 @@ def test_each_header_is_read_once_inside_the_vote(good: Path, tmp_path: Path, mo
 
 
 def test_wrongly_assembled_tensors_are_found(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tensors of equal shape are loaded into each other's place without an error, as has happened in other projects."""
+    """A loader that swaps two tensors of equal shape, as has happened in other projects, is detected."""
     real = manager.read_tensors
 
     def wrong(contents: Contents, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -223,7 +223,7 @@ def test_non_finite_values_are_reported_as_saved(tmp_path: Path, monkeypatch: py
 
 
 class Payload:
-    """An object whose unpickling creates a file."""
+    """Unpickling this object creates a file."""
 
     def __init__(self, target: Path) -> None:
         self.target = target

@@ -23,7 +23,7 @@ def mix(x: int) -> int:
 
 
 def oracle(tensor: torch.Tensor, offsets: Sequence[int], shape: Sequence[int]) -> int:
-    """Sums one element after the other."""
+    """Computes the fingerprint element by element."""
     size = tensor.element_size()
     raw = (
         tensor.contiguous().view(torch.uint8).numpy().tobytes()

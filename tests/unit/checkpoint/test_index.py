@@ -147,7 +147,7 @@ def test_all_that_differs_from_the_model_is_listed() -> None:
         "shape": TensorSpec((3,), torch.float32),
         "dtype": TensorSpec((2,), torch.bfloat16),
         "missing": TensorSpec((2,), torch.float32),
-        "empty": TensorSpec((0, 2), torch.float32),  # null rows of a group without null experts
+        "empty": TensorSpec((0, 2), torch.float32),  # such as the null rows of a group without null experts
     }
     with pytest.raises(ConfigError) as raised:
         check_fits(Path("step_1"), stored, specs, ignore_prefix="optimizer.")

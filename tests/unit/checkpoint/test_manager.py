@@ -17,7 +17,7 @@ from tests.support.small_run import PLACEMENT, SmallRun
 
 
 class LostError(MoeDistError):
-    """The error that a lost lease raises."""
+    """Stands in for the error that a lost lease raises."""
 
 
 def test_a_run_goes_on_where_it_was_bit_for_bit(tmp_path: Path) -> None:
@@ -42,7 +42,8 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_run_that_went_back_keeps_what_it_saves_and_what_lies_ahead(tmp_path: Path) -> None:
-    """A run goes back to step 2 after a divergence, with a checkpoint of step 9, and keeps one checkpoint."""
+    """After a divergence a run goes back to step 2 and saves step 5, with keep=1. It deletes step 2, but not the later
+    step 9."""
     run = SmallRun(tmp_path, keep=2)
     run.save(2)
     run.save(9)
@@ -66,7 +67,7 @@ def test_no_save_has_a_value_that_is_not_finite(tmp_path: Path, place: str, valu
         run.save(2)
     assert run.names() == ["latest", "step_1"]
     assert verify(first)[1] == []
-    tensor[3, 1] = 1e38  # its square and its sums are not
+    tensor[3, 1] = 1e38  # finite, although its square and its sums overflow
     assert run.save(3) == run.manager.newest
     assert run.names() == ["latest", "step_3"]
 
@@ -148,7 +149,7 @@ def test_everything_is_durable_before_it_is_renamed(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Path, "rename", rename)
     run.save(1)
     assert events == [
-        ("sync", "latest.tmp"),  # "none": from now on a missing `latest` was removed by somebody
+        ("sync", "latest.tmp"),  # contains "none"; if `latest` is missing from now on, somebody removed it
         ("rename", "latest"),
         ("sync", "checkpoints"),
         ("sync", "shard_00000.safetensors"),
@@ -235,7 +236,7 @@ def test_a_deleted_latest_does_not_start_a_new_run(tmp_path: Path) -> None:
     (tmp_path / "latest").unlink()
     with refused(DataError):
         run.manager.latest()
-    (tmp_path / "latest").write_text("step_1")  # written by `echo`, with or without the newline
+    (tmp_path / "latest").write_text("step_1")  # as `echo -n` writes it
     assert run.manager.latest() == tmp_path / "step_1"
 
 

@@ -1,4 +1,4 @@
-"""Asynchronous saves on one rank. Several ranks: tests/distributed/test_resume.py."""
+"""Asynchronous saves on one rank. tests/distributed/test_resume.py tests saves on several ranks."""
 
 import logging
 import threading
@@ -19,11 +19,11 @@ from tests.support.small_run import SmallRun
 
 
 class LostError(MoeDistError):
-    """The error that a lost lease raises."""
+    """Stands in for the error that a lost lease raises."""
 
 
 class HeldWrite:
-    """Makes writes wait until they are released, and then succeed or fail."""
+    """Makes each write of a shard wait until the test releases it, and then succeed or fail."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.begun, self.go, self.error = threading.Event(), threading.Event(), None

@@ -27,7 +27,7 @@ def specs_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
 
 
 def written(folder: Path, save_id: str = "a1", *, sign: int = 1) -> Contents:
-    """Writes two shards. The first has all of TENSORS, and each has one tensor with the same name and shape."""
+    """Writes two shards. The first has all of TENSORS, the second only `other`. `sign` changes the second's values."""
     folder.mkdir(exist_ok=True)
     write_shard(folder, 0, pieces_of(TENSORS), save_id=save_id, step=1, rank_values={"rng": [1, "x"]})
     write_shard(folder, 1, pieces_of({"other": sign * torch.ones(3)}), save_id=save_id, step=1, rank_values={})
@@ -74,7 +74,7 @@ def test_a_part_takes_its_rows_from_every_shard_that_has_some(tmp_path: Path) ->
 
 
 def test_a_part_at_another_place_than_the_index_lists_is_refused(tmp_path: Path) -> None:
-    """The index lists both halves of a tensor in the shard that has one of them."""
+    """Two shards hold one half of a tensor each, but the index lists both halves in the same shard."""
     for number, first in enumerate((2, 0)):
         piece = {"x": Piece(torch.full((2, 3), float(first)), (first, 0), (4, 3))}
         write_shard(tmp_path, number, piece, save_id="a1", step=1, rank_values={})

@@ -1,4 +1,5 @@
-"""Checksums of rows: every bit and the place count, and empty rows are allowed. tests/distributed tests exchanges."""
+"""A row's checksum depends on every bit and on its place in the row; rows may be empty. tests/distributed tests
+exchanges."""
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tests.support.messages import refused
 
 
 def slow_sum(row: torch.Tensor) -> int:
-    """Sums word by word in Python's integers."""
+    """Computes the checksum word by word with Python's integers, which cannot overflow."""
     data = row.contiguous().view(torch.uint8).numpy().tobytes()
     data += b"\0" * (-len(data) % 4)
     words = [int.from_bytes(data[at : at + 4], "little", signed=True) for at in range(0, len(data), 4)]
@@ -36,7 +37,7 @@ def test_every_single_bit_changes_the_sum() -> None:
 
 
 def test_the_longest_row_is_summed_exactly() -> None:
-    """All words are -2^31, the int32 of largest magnitude. An overflow would give another sum than Python's integers."""
+    """All words are -2^31, the int32 of largest magnitude. If the sum overflowed, it would differ from Python's."""
     row = torch.full((1, MAX_ROW_BYTES // 4), -(1 << 31), dtype=torch.int32)
     assert content_sums(row).tolist() == [slow_sum(row[0])]
     with refused(AssertionError):

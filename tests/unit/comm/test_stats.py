@@ -1,4 +1,4 @@
-"""Bytes counted at the collectives, and the identity exchange of a single rank."""
+"""Tests the bytes that are counted at collectives, and the identity exchange of a single rank."""
 
 import torch
 

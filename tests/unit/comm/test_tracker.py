@@ -1,4 +1,5 @@
-"""The tracker of collectives: entered, left, in flight on a device, and inside of untracked ones."""
+"""The tracker knows when a rank enters and leaves a collective, also if the collective runs on a device, or if it
+contains untracked collectives."""
 
 import itertools
 import threading
@@ -43,7 +44,7 @@ def test_a_sum_in_flight_is_named_at_its_start_and_at_its_wait(monkeypatch: pyte
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     group: Any = object()
     wait = start_sum(torch.ones(2), group, name="routing counts", tracker=tracker)
-    look()  # the rank computes in the meantime
+    look()  # None: the rank computes while the sum is in flight
     assert wait().tolist() == [2.0, 2.0]
     look()
     assert seen == [("routing counts", 1), None, ("routing counts", 2), None]
@@ -92,18 +93,19 @@ def test_on_cuda_no_entry_stays_when_nobody_asks(monkeypatch: pytest.MonkeyPatch
 def test_on_cuda_a_finished_entry_waits_for_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     numbers = itertools.count()
-    # returns None until the event has passed
+    # Each query of an event records the event's number and returns None, which means that the event has not passed.
     monkeypatch.setattr(watch_file, "_passed", lambda device: partial(asked.append, next(numbers)))
     tracker = CollectiveTracker()
     for _ in range(3):
         with tracker.inside("rows", device=torch.device("cuda")):
             pass
-    assert asked == [0, 0]  # only the oldest event is queried, so that a collective costs one query
+    assert asked == [0, 0]  # each collective queries only the oldest event
     assert len(tracker._unfinished) == 3
 
 
 def test_the_watchdogs_thread_asks_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A query from a thread that never chose a device would open a context on GPU 0."""
+    """The watchdog's thread must choose the rank's GPU first, because its query would otherwise open a context on GPU
+    0."""
     calls: list[tuple[str, str]] = []
 
     class Event:

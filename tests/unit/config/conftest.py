@@ -1,4 +1,4 @@
-"""A small valid configuration, as text."""
+"""A small valid configuration as YAML text."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which file a name means."""
+"""A name of a configuration stands for a file in the current folder, or else for a bundled file."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The cluster file: its place, content, and errors."""
+"""Tests where the cluster file is found, what it may contain, and its errors."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The torch-free reader of Megatron's .idx against files written by hand."""
+"""The torch-free reader of Megatron's .idx files reads files that the tests write by hand."""
 
 import struct
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The k at which copied null rows leave a model unchanged: formula against brute force, and refusals."""
+"""The formula for the k at which copied null rows leave a model unchanged agrees with brute force; any other k is
+refused."""
 
 import itertools
 from pathlib import Path
@@ -30,7 +31,7 @@ HERE = {
 
 @pytest.mark.parametrize(("n", "t", "k0"), list(itertools.product(range(1, 5), range(4), range(1, 5))))
 def test_the_range_is_what_brute_force_finds(n: int, t: int, k0: int) -> None:
-    """For every order of the true experts' logits and every k: exactly the best k0 true experts are taken."""
+    """A k is in the range if for every order of the true experts' logits exactly the best k0 true experts are taken."""
     if k0 > n:
         return
     good = []

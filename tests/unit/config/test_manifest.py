@@ -1,4 +1,4 @@
-"""The manifest of a data set: every fault named, and no other key than its own."""
+"""The manifest of a data set: errors name every fault, and unknown keys are refused."""
 
 import json
 from pathlib import Path

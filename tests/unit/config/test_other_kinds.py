@@ -1,4 +1,4 @@
-"""Kinds that other installed packages offer, and those whose package is missing or broken."""
+"""Kinds come from other installed packages too, and errors name a package that is missing or broken."""
 
 import json
 import subprocess
@@ -107,7 +107,8 @@ def test_a_built_in_kind_cannot_be_replaced(path: Path, monkeypatch: pytest.Monk
 
 
 def test_nothing_is_searched_or_imported_unless_it_is_asked_for(installed: Path, path: Path) -> None:
-    """A configuration of built-in kinds reads no installed package's files, and a kind of a package imports no torch."""
+    """A configuration with only built-in kinds searches no installed packages, and reading a package's kind imports no
+    torch."""
     code = f"""
 import sys
 from moe_dist.config.load import load_config

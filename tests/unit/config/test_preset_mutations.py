@@ -1,4 +1,4 @@
-"""Presets with random mistakes: each still plans, or is refused with a message that names the field."""
+"""A preset with a random mistake can still be planned, or is refused with a message that names the field."""
 
 import copy
 import random
@@ -34,7 +34,7 @@ def leaves(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 def mutate(values: dict[str, Any], draw: random.Random) -> tuple[dict[str, Any], str, tuple[Any, ...]]:
-    """Returns a copy with one mistake, and a description of it."""
+    """Returns a copy with one mistake, a description of the mistake, and its path."""
     changed = copy.deepcopy(values)
     path = draw.choice(list(leaves(values)))
     holder: Any = changed
@@ -53,7 +53,7 @@ def mutate(values: dict[str, Any], draw: random.Random) -> tuple[dict[str, Any],
 
 
 def refusal(path: Path) -> str | None:
-    """Returns the reason of a refusal; None if the configuration plans."""
+    """Returns the error's text, or None if the configuration can be planned."""
     try:
         layout_without_data(load_config(path))
     except MoeDistError as error:

@@ -1,7 +1,8 @@
-"""Every rule between keys: a change of a sound configuration, and all errors that follow from it.
+"""Tests every rule between keys: a valid configuration is changed, and all errors that follow are compared.
 
-A change is a list of overrides, as on the command line, with ` | ` between them. `tests/data/messages.json` has the whole
-text of the errors of each change, with the value, the rule and the fix; `MESSAGES=write` writes it anew.
+A change is a list of overrides, as on the command line, with ` | ` between them. `tests/data/messages.json` has the
+whole error texts of each change, with the value, the rule and the fix. Running the test with `MESSAGES=write` rewrites
+this file.
 """
 
 from pathlib import Path
@@ -32,7 +33,8 @@ DYNAMIC = "model.rope_scaling={kind: dynamic, factor: 2.0, original_max_position
 MEGATRON = "engine={kind: megatron, cpu_trial: true"
 TUNED = "router_tuning={data: none, last_layers: 1"
 
-# The configuration of tests/support/tiny.py with some changes. Each of these is sound, and the start of further changes.
+# The configuration of tests/support/tiny.py with some changes. Each base is valid, and the tests make further changes
+# to it.
 BASES = {
     "tiny": "run.seed=0",
     "expert choice": f"{CHOICE_GROUPS} | {CHOICE}",
@@ -330,7 +332,7 @@ def test_what_fits_passes(file: Path, base: str, change: str) -> None:
 CASES = {f"{base}-{change}": (base, change) for base, every in REFUSED.items() for change in every}
 
 
-@pytest.mark.parametrize(("base", "change"), CASES.values(), ids=CASES)  # ids in full, which the golden file has as keys
+@pytest.mark.parametrize(("base", "change"), CASES.values(), ids=CASES)  # the golden file's keys are these ids
 def test_what_does_not_fit_is_named_with_its_rule_and_fix(file: Path, base: str, change: str) -> None:
     found = faults(file, base, change)
     names = [name for override in change.split(" | ") for name in override.partition("=")[0].split(".")[-2:]]

@@ -1,4 +1,5 @@
-"""What sections say of themselves: experts of a token, windows of layers, defaults, and the rules of engines."""
+"""Sections compute properties of a run: experts per token, sizes, which ranks hold an expert, and the rules of
+engines."""
 
 from copy import deepcopy
 from pathlib import Path

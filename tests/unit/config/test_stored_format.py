@@ -1,4 +1,4 @@
-"""Configurations that runs stored before they had a format number: names and defaults of that time."""
+"""Configurations stored before the format had a number are read with the names and defaults of that time."""
 
 from pathlib import Path
 from typing import Any

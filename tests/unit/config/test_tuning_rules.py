@@ -1,4 +1,5 @@
-"""Rules of router tuning for a configuration and its folder: errors name field, value, rule and fix before training."""
+"""Before training, router tuning checks its configuration and its folder of samples; errors name field, value, rule and
+fix."""
 
 import shutil
 from pathlib import Path
@@ -44,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data_problems(made: Path, changes: dict[str, Any], **section: Any) -> tuple[list[str], list[str]]:
-    """Returns the problems of the configuration and of the files."""
+    """Returns the problems that concern the configuration, and those that concern the files."""
     files: list[str] = []
     found = config({**changes, **tuned(data=str(made), **section)})
     return [relation.problem for relation in check_tuning_data(found, None, files)], files

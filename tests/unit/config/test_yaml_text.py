@@ -1,4 +1,5 @@
-"""YAML's plain scalars as configurations mean them."""
+"""Tests how configurations read YAML: the types of plain scalars, repeated keys, anchors, and limits on size and
+depth."""
 
 import math
 import time
@@ -55,7 +56,7 @@ def test_anchors_and_merges_work() -> None:
 
 
 def bomb(first: str, again: str, lines: int) -> str:
-    """Returns lines that each expand to ten times the values of the line before."""
+    """Returns YAML lines. Each line expands to ten times as many values as the line before."""
     return f"a0: &a0 {first}\n" + "".join(f"a{n}: &a{n} {again.replace('*', f'*a{n - 1}')}\n" for n in range(1, lines))
 
 
@@ -86,7 +87,8 @@ NESTED = ["[", "- ", "{a: ", "? ", "[[x],", "a: [", "&a [", "!!seq [", "- - x\n"
 
 @pytest.mark.parametrize("unit", rest_full([*LINES, *ENTRIES, *NESTED]), ids=repr)
 def test_a_text_of_the_largest_size_costs_a_bounded_number_of_steps(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts PyYAML's steps: scanned tokens and made values. A step takes up to 30 us."""
+    """Counts PyYAML's steps: the tokens that it scans and the nodes and values that it makes. A step takes up to 30
+    us."""
     steps = dict.fromkeys(("fetch_more_tokens", "compose_node", "construct_object"), 0)
 
     def counted(name: str, real: Any) -> Any:

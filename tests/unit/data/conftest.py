@@ -1,4 +1,4 @@
-"""Shared by data tests: small data sets of hand-made documents, and the default corpus with few renders."""
+"""Fixtures of the data tests: small data sets of hand-made documents, and the default corpus with few renders."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ MakeSet = Callable[..., Manifest]
 
 @dataclass(frozen=True)
 class Prepared:
-    """The prepared default corpus: folder, manifest, recipe, sources, division, and the rendered pictures by key."""
+    """The prepared default corpus. `rendered` has the keys of the pictures that were rendered."""
 
     folder: Path
     manifest: Manifest
@@ -46,7 +46,8 @@ def megatron() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def make_set() -> MakeSet:
-    """make_set(folder, {source: (train documents, valid documents or None)}, filler={split path: bits}, prompt=...)."""
+    """Call it as make_set(folder, {source: (train documents, valid documents or None)}, filler={split path: bits},
+    prompt=...)."""
 
     def make(
         folder: Path,
@@ -86,7 +87,7 @@ def make_set() -> MakeSet:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """The default corpus with two renders per picture, which takes most of these tests' time."""
+    """Prepares the default corpus with two renders per picture. Rendering takes most of the time of the data tests."""
     from moe_dist.data import corpus_build, picture_coding
     from moe_dist.data.corpus_openmoji import openmoji
     from moe_dist.data.prepare import Inputs, prepare

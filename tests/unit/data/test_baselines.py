@@ -1,4 +1,4 @@
-"""N-gram models against a loop over labels."""
+"""The cross entropies of N-gram models equal those of a loop over the labels."""
 
 import math
 from collections import Counter
@@ -21,7 +21,7 @@ def is_image(token: int) -> bool:
 
 
 def labels(side: str, sources: Iterable[str]) -> Iterator[tuple[int, int, int]]:
-    """Yields each scored label: the token before it, the label, and its place in its source's file."""
+    """Yields for each scored label the token before it, the label, and its place in the source's file."""
     for source in sources:
         place = 0
         for tokens in (TRAIN if side == "train" else VALID)[source]:

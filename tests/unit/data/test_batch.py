@@ -1,4 +1,4 @@
-"""One batch, drawn by hand."""
+"""Tests the tensors of small batches whose expected values were written by hand."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def make(sequences: list[list[Segment]]) -> Batch:
 
 def test_by_hand() -> None:
     whole = segment([1, 4, 5, 2], [0, 0, 1, 0], 4)  # a whole document
-    piece = segment([7, 3, 6], [1, 0, 1], 2)  # the first two tokens of a document that continues with 6
+    piece = segment([7, 3, 6], [1, 0, 1], 2)  # a document's first two tokens; its third, 6, is only a label
     batch = make([[whole, piece], []])
     no = IGNORED
     assert batch.tokens_BS.tolist() == [[1, 4, 5, 2, 7, 3, PAD, PAD], [PAD] * 8]
@@ -43,7 +43,7 @@ def test_by_hand() -> None:
 def test_a_prompt_is_read_and_not_scored() -> None:
     prompt = np.array([True, True, True, False, False])
     whole = Segment(np.array([1, 4, 5, 2, 3]), np.array([0, 1, 0, 0, 0], bool), 5, prompt)
-    # the document continues with 3
+    # a piece of the document 5 2 3 with the first two tokens as inputs
     piece = Segment(np.array([5, 2, 3]), np.zeros(3, bool), 2, np.array([True, False, False]))
     batch = make([[whole, piece]])
     no = IGNORED
@@ -60,7 +60,8 @@ def test_ids_outside_the_vocabulary_are_refused(tokens: list[int], length: int) 
 
 
 def test_a_copy_to_a_gpu_is_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An odd number of tokens must not leave 8-byte elements unaligned behind 4-byte and 1-byte elements."""
+    """With an odd number of tokens, 8-byte elements must still be aligned in the one buffer that also has 4-byte and
+    1-byte elements."""
     generator = torch.Generator().manual_seed(0)
     integers = [torch.randint(-100, 1 << 40, (3, 5), generator=generator) for _ in range(5)]
     flags = [torch.rand(3, 5, generator=generator) < 0.5 for _ in range(2)]

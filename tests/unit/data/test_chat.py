@@ -1,4 +1,4 @@
-"""prepare_data on conversations: tokens and labels equal transformers' from every form of file, and bad input is
+"""Tests prepare_data on conversations: from every form of file, tokens and labels equal transformers', and bad input is
 refused."""
 
 import json
@@ -92,7 +92,7 @@ def test_without_generation_blocks_turns_give_the_same_labels(tmp_path: Path, fo
 
 
 def test_tables_of_datasets_give_what_their_rows_give(tmp_path: Path, folders: dict[str, Path]) -> None:
-    """In a table each message has every key, with None for missing ones."""
+    """In a table each message has every key; a missing key has the value None."""
     import datasets
 
     rows = [{**row, "tools": row.get("tools") and json.dumps(TOOLS)} for row in conversations(40)]
@@ -100,7 +100,7 @@ def test_tables_of_datasets_give_what_their_rows_give(tmp_path: Path, folders: d
     table = datasets.Dataset.from_list(rows)
     assert "tool_calls" in table[0]["messages"][0]
     table.save_to_disk(str(tmp_path / "saved"))
-    (tmp_path / "saved" / "cache-1.arrow").write_bytes(b"")  # `map` leaves such a file
+    (tmp_path / "saved" / "cache-1.arrow").write_bytes(b"")  # `map` of datasets leaves such cache files
     (tmp_path / "hub").mkdir()
     for shard in range(2):
         table.shard(2, shard, contiguous=True).to_parquet(str(tmp_path / f"hub/train-0000{shard}-of-00002.parquet"))
@@ -130,7 +130,7 @@ def test_texts_end_with_the_end_token(tmp_path: Path, folders: dict[str, Path], 
         manifest = made(tmp_path / f"set {form}", folders[kind], text=str(tmp_path / form))
         assert stored(tmp_path / f"set {form}", manifest, "text") == expected
     special = HubTokenizer(folders[kind]).text(f"a {tokenizer.eos_token} b", "row 1").tokens.tolist()
-    # A Unigram model has its special tokens among its pieces.
+    # In text, only a Unigram model recognises its special tokens, because they are among its pieces.
     assert special.count(tokenizer.eos_token_id) == (2 if kind == "instruct" else 1)
 
 
@@ -201,7 +201,8 @@ BOMBS = {
 def test_a_template_without_an_end_is_stopped(
     tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, bomb: str
 ) -> None:
-    """The error names row, seconds and the fix."""
+    """A template that never ends on row 7 is stopped, and the error names the row, the limit in seconds, and the
+    fix."""
     monkeypatch.setattr(chat_rows, "BATCH_SECONDS", 1)
     (tmp_path / "template.jinja").write_text(f"{{% if messages|length > 2 %}}{BOMBS[bomb]}{{% endif %}}{CHATML}")
     rows = [{"messages": SHORT}] * 6 + [{"messages": SHORT + SHORT}]
@@ -212,13 +213,13 @@ def test_a_template_without_an_end_is_stopped(
 
 
 def blown_up() -> dict[str, Any]:
-    """A normaliser that makes 10 GB of one letter."""
+    """Returns a normaliser that expands one letter to 10 GB of text."""
     replace = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
     return {"normalizer": {"type": "Sequence", "normalizers": [replace] * 5}}
 
 
 def panicking() -> dict[str, Any]:
-    """A pattern without an end, at which the Rust code of tokenizers panics."""
+    """Returns a pattern whose matching never ends, so that the Rust code of tokenizers panics."""
     pattern = {"Regex": "^(([a-z])+.)+[A-Z]([a-z])+$|(x+x+)+y"}
     return {"pre_tokenizer": {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}}
 

@@ -1,4 +1,4 @@
-"""Rows are encoded in batches by several processes: interruption, progress and memory."""
+"""Several processes encode rows in batches. Tests interruption, slow batches and memory."""
 
 import json
 import subprocess
@@ -32,7 +32,8 @@ def make(out: Path, lines: Path, tokenizer: Path, report: Report) -> dict[str, b
 def test_an_interrupted_command_goes_on(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, changed: bool
 ) -> None:
-    """Encoded batches are kept if the file is the same. The data set equals one that was made at once."""
+    """A restarted command keeps the batches that it has encoded if the file has not changed. Its data set equals that
+    of an uninterrupted command."""
     monkeypatch.setattr(chat_rows, "_BATCH_ROWS", 10)
     lines, parts = write_lines(tmp_path / "lines.jsonl", conversations(100)), tmp_path / "b/.set.parts"
     reports: list[tuple[str, int, int]] = []
@@ -64,7 +65,7 @@ def test_an_interrupted_command_goes_on(
 
 
 class SlowChild:
-    """Stands in for a process that exceeds its time limit on more than one row."""
+    """Stands in for a process that exceeds its time limit on every batch of more than one row."""
 
     def __init__(self, hub: HubTokenizer) -> None:
         self._hub = hub
@@ -99,7 +100,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 @pytest.mark.full
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, tokenizer: Path) -> None:
-    """Ten times the rows take less than 4 MiB more for each MB of the file."""
+    """With ten times as many rows, each MB by which the file grows adds less than 4 MiB of memory."""
     rows, used, sizes = conversations(1000), [], []
     for times in (1, 10):
         numbered = [

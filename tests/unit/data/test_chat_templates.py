@@ -1,7 +1,8 @@
-"""Labels of 41 published chat templates, which TRL ships: against TRL's marked templates and against the contents.
+"""Compares the labels of 41 published chat templates with those of TRL, which ships the templates, or with the
+contents.
 
-TRL marks most of its templates with {% generation %} blocks. For the others, and for templates that rewrite earlier turns,
-the reference is the contents: each is one word that occurs nowhere else.
+TRL marks most of its templates with {% generation %} blocks. For the others, and for templates that rewrite earlier
+turns, the reference is the messages' contents. Each content is one word that occurs nowhere else.
 """
 
 import json
@@ -28,13 +29,13 @@ from tests.support.messages import refused
 from tools.prepare_data import main
 
 PUBLISHED = Path(trl.__file__).parent / "chat_templates"
-FIRST = ["glm4moe", "phi3", "qwen2_5", "qwen3", "gptoss", "llama3_1"]  # the others run in the full set
+FIRST = ["glm4moe", "phi3", "qwen2_5", "qwen3", "gptoss", "llama3_1"]  # `make test-full` also runs the others
 NAMES = FIRST + sorted({path.stem.removesuffix("_training") for path in PUBLISHED.glob("*.jinja")} - set(FIRST))
 TOKENS = re.compile(
     r"<[|｜][^<>|｜]*[|｜]>|<(?:start|end)_of_turn>|<end_of_utterance>|<turn\|>|<\|turn>|\[gMASK\]|<sop>|</s>|\[/?INST\]"
 )
 LISTS = ("idefics3", "llava_next", "smolvlm")  # these templates print only contents that are lists of parts
-# TRL labels also the end of the generation prompt, which these templates give to the model.
+# TRL also labels the end of the generation prompt, although these templates give it to the model as input.
 TRL_PROMPTS = {
     "deepseek_r1_distill": "<｜Assistant｜>",
     "deepseekv3": "<｜Assistant｜>",
@@ -46,15 +47,15 @@ TRL_PROMPTS = {
     "qwen3_6": "<think>\n",
     "qwen3_8": "<think>\n",
 }
-TRL_TAILS = {"llava_next": " "}  # elsewhere TRL labels white space behind the end of a turn
+TRL_TAILS = {"llava_next": " "}  # other templates: TRL labels the white space after the end of a turn
 # Templates whose tool calls are not compared with TRL. Its labels lack two things: the token that ends generation after a
 # call, and the header of an assistant's turn that follows a call.
 TRL_CALLS_DIFFER = ("diffusion_gemma",)
 
 
 def conversations(count: int) -> list[dict[str, Any]]:
-    """Rows of one to three questions. A fourth begin with a system message, a fifth with the assistant, and a seventh have
-    calls; a sixth end with a question. Each content is one word."""
+    """Returns conversations of one to three questions. A quarter begin with a system message, a fifth with the
+    assistant; a seventh have tool calls; a sixth end with a question. Each content is one word."""
     rows = []
     for number in range(count):
         words = iter(f"w{number}x{place}" for place in range(99))
@@ -79,7 +80,7 @@ def as_lists(row: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory):
-    """folder(name): a tokenizer of bytes with the template's special tokens."""
+    """folder(name) returns the folder of a byte tokenizer with the template `name` and its special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
 
     def make(name: str) -> Path:
@@ -99,7 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 
 
 def labelled(tokenizer: Any, conversation: Conversation, *, wanted: bool) -> str:
-    """Returns the text of the labels of all documents, or of the other tokens."""
+    """Returns the text of the tokens of all documents that are labels (`wanted`), or of those that are not."""
     parts = [document.tokens[~document.prompt if wanted else document.prompt] for document in conversation.documents]  # pyright: ignore
     return "|".join(tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in parts)
 
@@ -120,8 +121,8 @@ def adapted(tokenizer: Any, ids: list[int], mask: list[int], name: str) -> list[
 
 @pytest.mark.parametrize("name", rest_full(NAMES, len(FIRST)))
 def test_labels_of_published_templates(folder, name: str) -> None:
-    """Labels hold each word of the assistant and no other word, and the token that ends each turn. They equal TRL's, except
-    for the generation prompt. Of rewritten conversations this holds for the last turn."""
+    """The labels are the assistant's words and the token that ends each turn. They equal TRL's, except for the
+    generation prompt. If a template rewrites earlier turns, this holds for the last turn."""
     path = folder(name)
     hub, tokenizer = HubTokenizer(path), AutoTokenizer.from_pretrained(path)
     marked = PUBLISHED / f"{name}_training.jinja"
@@ -155,7 +156,7 @@ def test_labels_of_published_templates(folder, name: str) -> None:
         )
         (document,) = found.documents
         assert document.prompt is not None
-        # TRL's template for Qwen3 adds an empty <think> to earlier turns.
+        # They may differ: TRL's template for Qwen3 adds an empty <think> to earlier turns.
         if document.tokens.tolist() == theirs["input_ids"]:
             equal += 1
             expected = adapted(tokenizer, theirs["input_ids"], theirs["assistant_masks"], name)
@@ -218,7 +219,8 @@ def test_tools_reasoning_and_ends_that_a_template_lacks_are_notes(folder, tmp_pa
 
 @pytest.mark.parametrize("turns", Turns)
 def test_a_rewritten_conversation_trains_the_last_turn_or_each(folder, tmp_path: Path, turns: Turns) -> None:
-    """Each document is the conversation up to one turn, in the form that a chat has at that turn."""
+    """Each document is the conversation up to one turn, as the template prints it when the chat has reached that
+    turn."""
     path = folder("qwen3")
     tokenizer = AutoTokenizer.from_pretrained(path)
     messages = [ASKED, {**YES, "reasoning_content": "Look."}, {"role": "user", "content": "And now?"}, YES]
@@ -243,7 +245,8 @@ def test_a_rewritten_conversation_trains_the_last_turn_or_each(folder, tmp_path:
 
 
 def test_bad_rows_are_named_or_skipped(tmp_path: Path) -> None:
-    """The command names the first ten. With --skip-bad it names the first five, and recipe.json has all."""
+    """The error names the first ten bad rows. With --skip-bad the command names the first five, and recipe.json lists
+    all."""
     thought = {"messages": [ASKED, {**YES, "reasoning_content": "It is August."}]}
     path = write_lines(tmp_path / "lines.jsonl", [thought, *[{"messages": [ASKED]}] * 12])
     with path.open("a") as stream:

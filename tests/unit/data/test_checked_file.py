@@ -1,4 +1,4 @@
-"""A data file that shrinks, is replaced or fails while it is open."""
+"""A data file that shrinks, fails or disappears while it is open causes an error that names it."""
 
 import errno
 import os

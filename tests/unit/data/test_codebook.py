@@ -1,4 +1,4 @@
-"""Codes of pictures: exact arithmetic, and a codebook that restores the pictures from which it was fitted."""
+"""Pictures are encoded with exact arithmetic, and a fitted codebook restores the patches from which it was fitted."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A user's own files as sources."""
+"""Sources of a data set are read from a user's own files."""
 
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def test_a_file_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path, name: 
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text("hello")
     with (tmp_path / name).open("wb") as stream:
-        stream.truncate(6 << 30)  # holds no block on the disk
+        stream.truncate(6 << 30)  # a sparse file, without blocks on the disk
     with at_once(), pytest.raises(DataError, match=name):
         text_files("t", tmp_path / name.partition("/")[0], "")
 

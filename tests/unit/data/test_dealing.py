@@ -1,4 +1,5 @@
-"""Dealing: each sequence appears once, with equal costs by hand, and on a mix of short texts and long picture documents."""
+"""Dealing gives each sequence to one rank, and evens out the ranks' costs on small cases and on a mix of texts and
+pictures."""
 
 import itertools
 
@@ -7,14 +8,14 @@ import pytest
 
 from moe_dist.data.dealing import SequenceCosts, deal, equal_parts
 
-# micro-batches, ranks, sequences per micro-batch and rank, ep
+# (micro-batches, ranks, sequences per micro-batch and rank, ep)
 SHAPES = [(1, 4, 8, 1), (2, 4, 4, 2), (8, 4, 1, 1), (4, 8, 2, 8), (3, 1, 5, 1)]
 
 
 def mixed_costs(count: int, seed: int) -> np.ndarray:
-    """Returns costs of packed sequences of 4,096 tokens from two sources: short texts, and pictures of 1,500 to 4,096
-    tokens. A picture token takes a third of a text token's experts. Attention to 2,000 positions costs as much as the rest
-    of a token."""
+    """Returns the costs of packed sequences of 4,096 tokens. A sequence has short texts, or pictures of 1,500 to 4,096
+    tokens. A picture token takes about a third of a text token's experts. For one token, attention to 2,000 positions
+    costs as much as the rest of the dense layers."""
     rng = np.random.default_rng(seed)
     costs = SequenceCosts(np.arange(4097.0) * (2000 + np.arange(4097.0)), np.array([1000.0, 300.0]))
     found = []
@@ -29,8 +30,8 @@ def mixed_costs(count: int, seed: int) -> np.ndarray:
 
 
 def test_the_cost_of_a_sequence_by_hand() -> None:
-    """Documents of 2 and 1 tokens and padding of 1: squares 4 + 1 + 1, plus the experts of 2 text tokens and 1 picture
-    token."""
+    """Attention costs the square of a length, for documents of 2 and 1 tokens and one padding token 4 + 1 + 1. Experts
+    cost 10 per text token and 100 per picture token."""
     costs = SequenceCosts(np.arange(5.0) ** 2, np.array([10.0, 100.0]))
     assert costs.of([2, 1], np.array([2, 1])) == (6.0, 120.0)
     assert costs.of([4], np.array([0, 4])) == (16.0, 400.0)
@@ -38,7 +39,7 @@ def test_the_cost_of_a_sequence_by_hand() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_equal_parts_are_near_the_best(seed: int) -> None:
-    """Compared with all ways to halve 8 items, within 2 % of the sum."""
+    """The largest part exceeds the best of all ways to halve 8 items by at most 2 % of the sum."""
     cost = np.random.default_rng(seed).random(8)
     best = min(
         max(cost[list(half)].sum(), cost.sum() - cost[list(half)].sum()) for half in itertools.combinations(range(8), 4)
@@ -76,14 +77,15 @@ def test_short_texts_and_long_pictures_are_even_within_5_percent(
 
 
 def test_an_even_order_stays() -> None:
-    """With equal costs, or without a better distribution, the order of the stream stays."""
+    """With equal costs no distribution is better, so the sequences keep the order of the stream."""
     dealt = deal(np.ones((8, 2)), micro_batches=2, ranks=2, ep=1, mix=True)
     assert dealt.place_IWB.flatten().tolist() == list(range(8))
     assert dealt.dealt == dealt.undealt == 1.0
 
 
 def test_experts_cost_their_ep_group() -> None:
-    """With ep=2 the two ranks share all experts' cost. Only the local cost differs: 3 1 | 2 2 -> 4 | 4."""
+    """With ep=2 the two ranks share the cost of all experts. Only the local costs 3 2 1 2 can be evened out, to 4 on
+    each rank."""
     cost_Q2 = np.array([[3.0, 0.0], [2.0, 9.0], [1.0, 0.0], [2.0, 0.0]])
     dealt = deal(cost_Q2, micro_batches=1, ranks=2, ep=2, mix=False)
     assert sorted(cost_Q2[dealt.place_IWB[0], 0].sum(1).tolist()) == [4.0, 4.0]

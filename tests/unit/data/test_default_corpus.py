@@ -1,4 +1,5 @@
-"""The default corpus on disk: training and held-out documents share no picture variant, and its manifest is true."""
+"""In the default corpus, training and held-out documents share no variant of a picture, and the manifest's counts are
+right."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -28,10 +29,10 @@ def documents(folder: Path, split: SplitSection | None) -> Iterator[tuple[np.nda
 
 @pytest.fixture(scope="module")
 def sides(prepared) -> dict[str, Side]:
-    """Returns, for each split, its documents in file order as (picture number, tokens, filler), identified by their
-    captions.
+    """Returns each split's documents in file order as (picture number, tokens, filler). The captions identify the
+    picture.
 
-    A caption may fit several pictures. Renders of a picture are consecutive, so the picture's two captions identify it.
+    One caption may fit several pictures, but its two captions together identify a picture. Its renders are consecutive.
     """
     tokenizer = load_tokenizer(prepared.folder / "tokenizer.json")
     number_of = {picture.captions[:2]: number for number, picture in enumerate(prepared.pictures.items)}
@@ -45,7 +46,7 @@ def sides(prepared) -> dict[str, Side]:
 
 @pytest.fixture(scope="module")
 def held_out(prepared, sides: dict[str, Side]) -> np.ndarray:
-    """Returns bool [N]: the pictures that the files hold out."""
+    """Returns bool [N], True for the pictures in the held-out files."""
     train, valid = ({number for number, _, _ in sides[side]} for side in ("train", "valid"))
     assert not train & valid
     assert train | valid == set(range(len(prepared.pictures.items)))

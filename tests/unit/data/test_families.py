@@ -1,4 +1,4 @@
-"""Families of emojis, near-equal grids, and the split."""
+"""Variants of an emoji form a family, nearly equal pictures are found, and the split keeps both together."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def points(text: str) -> tuple[int, ...]:
     [
         ("👍", "👍🏿"),  # skin tone
         ("❤️", "❤"),  # variation selector
-        ("🏃‍♀️", "🏃‍♂️"),  # gender sign after a joiner
+        ("🏃‍♀️", "🏃‍♂️"),  # gender sign after a zero-width joiner
         ("👨🏽‍🚒", "👩‍🚒"),  # man and woman
         ("👩‍🚒", "🧑‍🚒"),  # woman and person
         ("🏃🏽‍♀️‍➡️", "🏃"),  # direction
@@ -74,7 +74,7 @@ def test_whole_components_are_held_out(components: list[int], fraction: float, s
 
 
 def test_no_family_is_most_of_the_held_out_side() -> None:
-    component_N = np.concatenate([np.zeros(40, np.int64), np.arange(1, 461)])  # 500 items, 50 to hold out
+    component_N = np.concatenate([np.zeros(40, np.int64), np.arange(1, 461)])  # 500 items, of which 50 are held out
     for seed in range(20):
         held_out = hold_out(component_N, np.ones(500, np.int64), fraction=0.1, seed=seed)
         assert held_out.sum() == 50

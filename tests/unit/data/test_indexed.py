@@ -1,4 +1,4 @@
-"""Megatron's indexed files: reads of theirs, their reads of ours, and errors for damage and disagreement."""
+"""We read indexed files that Megatron wrote, Megatron reads ours, and damaged or inconsistent files are refused."""
 
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ def split(**changes: object) -> SplitSection:
 
 @pytest.fixture
 def theirs(tmp_path: Path, megatron: ModuleType) -> Path:
-    """Written by Megatron: document 0 has two sequences, document 1 none, document 2 one."""
+    """A data set that Megatron wrote. Document 0 has two sequences, document 1 none, document 2 one."""
     builder = megatron.IndexedDatasetBuilder(str(tmp_path / "set.v1.bin"), dtype=np.int32)
     for sequence in ([70_000, 1], [2]):
         builder.add_item(torch.tensor(sequence))

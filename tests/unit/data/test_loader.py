@@ -1,4 +1,4 @@
-"""The training stream and the held-out batches, on documents whose tokens identify the document."""
+"""Tests the training stream and the held-out batches. Each token tells to which document it belongs."""
 
 import json
 from collections import Counter
@@ -16,8 +16,8 @@ from moe_dist.formats.manifest import Manifest
 from tests.support.messages import refused
 
 SEQ_LEN = 16
-# Document d holds d * 40 + 200, + 201, ...: a token's successor in its document is the next number. With up to 39 tokens
-# some are cut into three pieces.
+# The tokens of document d are d * 40 + 200, d * 40 + 201, and so on. With up to 39 tokens, some documents are cut into
+# three pieces.
 LENGTHS = np.random.default_rng(0).integers(1, 40, 60).tolist()
 
 
@@ -86,7 +86,8 @@ def test_the_stream_is_a_pure_function_of_position(folder: tuple[Path, Manifest]
 
 @pytest.mark.parametrize("dealt", [False, True])
 def test_skipped_sequences_are_left_out_of_the_stream(folder: tuple[Path, Manifest], dealt: bool) -> None:
-    """And only these: the rest keeps its order, on any ranks; traces get the numbers of the whole stream."""
+    """Only the skipped sequences are missing: the others keep their order on any ranks. Traces number the sequences of
+    the whole stream."""
     skip = ((0, 0), (3, 11), (40, 90), (91, 91))
     left_out = {number for first, last in skip for number in range(first, last + 1)}
     whole = global_stream([loader(folder)], 200)
@@ -140,7 +141,8 @@ def test_epochs_of_each_modality(tmp_path: Path, make_set) -> None:
     one = loader(data, weights={"text": 1.0, "mixed": 3.0})
     assert one.sequences_per_epoch == {"text": 8, "mixed": 4}
     assert one.epochs(0) == {"text": 0.0, "image": 0.0}
-    # Of 16 sequences 4 are text (half an epoch of 80 text tokens), 12 mixed (three epochs of 16 text and 48 image tokens).
+    # Of 16 sequences 4 are from `text`: half an epoch, which has 80 text tokens. 12 are from `mixed`: three epochs,
+    # each with 16 text and 48 image tokens.
     assert one.epochs(16) == {"text": pytest.approx((0.5 * 80 + 3 * 16) / 96), "image": pytest.approx(3.0)}
     seen = Counter(source for q in range(16) for source in [int(one.sequence(q)[0].tokens[-1])])
     assert seen == {300: 4, 150: 12}
@@ -239,7 +241,8 @@ def test_prompts_are_read_and_not_scored(tmp_path: Path, make_set) -> None:
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(2, 1), (2, 4), (4, 2), (4, 1)])
 def test_dealt_ranks_have_the_steps_sequences(folder: tuple[Path, Manifest], world_size: int, micro_batch: int) -> None:
-    """Together the ranks have the sequences of the undealt step. The position alone determines each rank's sequences."""
+    """Together the ranks have the sequences that the step has without dealing. The position alone determines each
+    rank's sequences."""
     dealing = Dealing(SequenceCosts(np.arange(SEQ_LEN + 1.0) ** 2, np.array([1.0, 1.0])), ep=1, mix=True)
     changes = {"world_size": world_size, "micro_batch": micro_batch, "dealing": dealing}
     ranks = [loader(folder, rank=rank, **changes) for rank in range(world_size)]

@@ -1,4 +1,4 @@
-"""Sequences of packed pieces, the mixture of sources, and the ranks' parts of a step."""
+"""Documents are cut into pieces, pieces are packed into sequences, and sources are mixed in the given shares."""
 
 from collections import Counter
 
@@ -20,8 +20,8 @@ def test_cut_by_hand() -> None:
 
 
 def test_best_fit_by_hand() -> None:
-    # Longest first: 7, 6, 4, 3, 3, 1 into sequences of 10. 4 joins 6, the first 3 joins 7, and the other 3 starts a
-    # sequence.
+    # The longest pieces come first: 7, 6, 4, 3, 3, 1. In sequences of 10, 4 joins 6, the first 3 joins 7, and the
+    # second 3 starts a new sequence, which 1 joins.
     packing = pack(np.array([3, 7, 4, 1, 6, 3]), seq_len=10, window=100)
     assert [packing.pieces_of(q) for q in range(len(packing))] == [[1, 0], [4, 2], [5, 3]]
 

@@ -1,4 +1,4 @@
-"""Renders of pictures: determined by their names, on one of the backgrounds, with empty patches marked."""
+"""A render depends only on seed, key and index; it has one of the backgrounds, and its empty patches are marked."""
 
 import os
 from pathlib import Path
@@ -66,7 +66,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n(evil)
 @pytest.mark.parametrize(("name", "content"), [("a.png", b"no picture"), ("a.svg", b"no picture"), ("a.png", EPS)])
 def test_a_damaged_picture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    gs = tmp_path / "gs"  # Pillow's reader of EPS starts this program
+    gs = tmp_path / "gs"  # Pillow would start this program to read EPS files
     gs.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\nexit 1\n")
     gs.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)

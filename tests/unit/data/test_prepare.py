@@ -1,4 +1,4 @@
-"""prepare_data end to end on a user's own files: the command, its output, and refusals."""
+"""Runs the command prepare_data on a user's own files, and tests its output and its errors."""
 
 import errno
 import json
@@ -310,7 +310,8 @@ def test_without_pictures_nothing_is_asked_of_them(own: Path, tmp_path: Path, as
 
 @pytest.mark.parametrize("one_component", [False, True])
 def test_held_out_variants(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_component: bool) -> None:
-    """Ten families of four pictures. If all variants are similar to each other, they are too many to hold out."""
+    """The pictures are ten families of four. If all variants look alike, they can only be held out together, and are
+    too many."""
     source = picture_files("images", own / "pictures", "CC0-1.0")
     every = [replace(each, family=f"family {number // 4}") for number, each in enumerate(source.items)]
     monkeypatch.setattr("moe_dist.data.prepare._sources", lambda *_: Corpus(replace(source, items=tuple(every))))
@@ -338,7 +339,8 @@ def test_captions_are_before_the_picture_in_the_share_asked_for(own: Path, tmp_p
     recipe = replace(RECIPE, renders=8, caption_first=share, vary=())
     prepare(tmp_path / "set", Inputs(images=str(own / "pictures")), recipe, silent)
     documents = picture_documents(tmp_path / "set")
-    # <bos><boi> 64 codes <eoi> caption <eos>: whether the caption is before <boi>, by (picture, render)
+    # A document is <bos><boi> 64 codes <eoi> caption <eos>, or has the caption before <boi>. `first` says for each
+    # (picture, render) whether the caption comes first.
     first = {divmod(place, 8): tokens[1] != 3 for place, tokens in enumerate(documents) if len(tokens) > 68}
     assert np.mean(list(first.values())) == share
     if share == 0.5:
@@ -371,7 +373,7 @@ def test_a_damaged_recipe_is_named(own: Path, tmp_path: Path, content: bytes | N
     (out / "manifest.json").touch()
     with (out / "recipe.json").open("wb") as stream:
         stream.write(content or b"")
-        stream.truncate(None if content else 6 << 30)  # holds no block on the disk
+        stream.truncate(None if content else 6 << 30)  # a sparse file, without blocks on the disk
     with pytest.raises(DataError, match=r"recipe\.json: damaged"):
         prepare(out, inputs(own), RECIPE, silent)
 

@@ -48,7 +48,7 @@ def test_damage_ahead_ends_the_step_that_needs_the_data() -> None:
 
 
 def test_no_two_reads_run_at_once() -> None:
-    """A loader is not thread-safe."""
+    """A loader is not thread-safe, so a read must wait until the reading thread has finished."""
     inside, release, most = [0], threading.Event(), [0]
 
     def read(position: int) -> Any:

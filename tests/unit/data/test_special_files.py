@@ -1,4 +1,4 @@
-"""A FIFO or a device in place of a data file: the error names it, and no read waits or continues without end."""
+"""If a FIFO or a device stands in place of a data file, the error names it, and no read waits or goes on forever."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +17,7 @@ FILES = ["manifest.json", "captions_train.bin", "prose_valid.idx", "captions_tra
 
 def test_a_manifest_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with (tmp_path / "manifest.json").open("wb") as stream:
-        stream.truncate(5 << 30)  # holds no block on the disk
+        stream.truncate(5 << 30)  # a sparse file, without blocks on the disk
     with at_once(), pytest.raises(DataError, match="is larger than"):
         load_manifest(tmp_path)
 
