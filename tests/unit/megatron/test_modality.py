@@ -1,4 +1,4 @@
-"""Modality ids of tokens, and the part of them that belongs to a rank."""
+"""Tests the modality of each token, and the part of these ids that a rank takes."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.support.messages import refused
 
 IDS_BS = torch.tensor([[0, 1, 2, -1], [2, 0, 0, 1]])
 GROUP_OF_MODALITY = torch.tensor([0, 1, 1, -1])
-# Hidden states are [s, B, D]: position 0 of both sequences, then position 1 of both, ...
+# Hidden states are [s, B, D]: first position 0 of both sequences, then position 1 of both, and so on.
 GROUPS = [0, 1, 1, 0, 1, 0, -1, 1]
 
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.megatron
 
 
 def check(layout: Layout, **changes: Any) -> None:
-    """Changes are made to the finished configuration: Megatron itself refuses some of them earlier."""
+    """Changes the finished configuration, because Megatron would refuse some changes while it builds the configuration."""
     with megatron_on_cpu():
         from moe_dist.megatron.requirements import check
 

@@ -1,4 +1,4 @@
-"""Expert settings are read, and all problems of a file are reported together."""
+"""Reads files with settings of experts. All problems of a file are reported together."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Attention is causal, stays inside documents, groups heads, and equals a loop with both kinds of mask."""
+"""Attention is causal, stays inside documents, supports grouped heads, and equals a loop with both kinds of mask."""
 
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ def by_loop(q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor, window: int =
     return out
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # a CPU has only the slow form
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # on a CPU
 @pytest.mark.parametrize("make_mask", [dense_mask, flex_mask])
 @pytest.mark.parametrize(("kv_heads", "window"), [(1, None), (2, None), (4, None), (2, 1), (2, 2), (2, 6)])
 def test_equals_a_loop_over_what_each_token_may_see(make_mask: object, kv_heads: int, window: int | None) -> None:
@@ -65,8 +65,8 @@ def test_a_later_token_or_another_document_changes_nothing() -> None:
 
 
 def test_more_shapes_than_torch_compiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mixture of depths needs 8 shapes in evaluation, besides the training's. At its limit of 8 torch would silently run
-    uncompiled flex attention, with S x S scores."""
+    """Mixture of depths needs 8 shapes in evaluation, and others in training. Beyond torch's limit of 8 recompilations,
+    flex attention would silently run uncompiled, with S x S scores."""
     compiled: list[int] = []
 
     def backend(graph: Any, inputs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Compiled dense parts have the results of uncompiled ones, without graph breaks, and are compiled once."""
+"""Compiled dense parts give the same results as uncompiled ones. They have no graph breaks, and are compiled only once."""
 
 from unittest import mock
 
@@ -50,7 +50,7 @@ def test_no_graph_break_and_no_recompilation_as_the_routing_changes() -> None:
     for found, expected in zip((passed(model, 0)[0], *grads(model)), (passed(other, 0)[0], *grads(other)), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     graphs = counters["stats"]["unique_graphs"]
-    assert graphs == 4  # one graph for all layers: attention projections, norm of MoE layers, shared expert, loss
+    assert graphs == 4  # all layers share graphs: attention projections, MoE norm, shared expert, loss
     with torch._dynamo.config.patch(error_on_recompile=True):
         choices = {passed(model, step)[1] for step in range(1, STEPS + 1)}
     assert len(choices) > STEPS / 2
@@ -64,7 +64,7 @@ def grads(model: Transformer) -> list[Tensor]:
 
 @pytest.mark.full
 def test_generated_code_rounds_alike() -> None:
-    """Compares fp32 results, relative to the largest loss and to the largest gradient of each parameter."""
+    """fp32 losses and gradients agree to 1e-5 of the largest loss and of each parameter's largest gradient."""
     model, other = model_of(torch.float32), model_of(torch.float32)
     compile_dense(model)
     found, expected = passed(model, 0), passed(other, 0)

@@ -1,5 +1,5 @@
-"""The KL from a teacher against a slow reference: values and gradients, from all words and from the most likely words;
-its share in the loss."""
+"""The KL from a teacher has the values and gradients of a slow reference, over all words and over the teacher's most likely
+words. It replaces a share of the loss."""
 
 import math
 
@@ -83,7 +83,7 @@ def test_a_part_of_the_words_bounds_the_whole_and_extremes_stay_finite() -> None
 
 
 def test_the_kl_replaces_a_share_of_the_cross_entropy() -> None:
-    """Of four labels in the step this micro-batch has three."""
+    """This micro-batch has three of the step's four labels."""
     losses_BS, kl_BS = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.5, 0.25, 0.75]])
     none = torch.zeros(1, dtype=torch.float64)
     loss = MicroLoss(total=losses_BS.sum() / 4, nll_M=none, balance=none, z=none, auxiliary=none)

@@ -1,4 +1,4 @@
-"""Each MoE layer gets the router logits of the previous MoE layer: in forward, under recompute and with a cache."""
+"""Each MoE layer gets the previous MoE layer's router logits, in the forward pass, in recomputation and with a cache."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_hand(model: Transformer, ids: Tensor, positions: Tensor, group: Tensor) -> Tensor:
-    """Runs the layers one by one. Computes each layer's logits from its router rows and its residual."""
+    """Runs the layers one by one, and computes each layer's logits from its router rows and its residual."""
     rotary, mask = rotary_table(positions, model.args.head_dim, model.args.rope_base), make_mask(torch.zeros_like(ids))
     x, previous = F.embedding(ids, model.embedding.weight), None
     for layer in model.layers:

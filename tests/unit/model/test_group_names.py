@@ -1,4 +1,4 @@
-"""A group may have any name, also the name of an attribute of the modules that hold it."""
+"""A group may have any name, even that of an attribute of the modules that contain the group."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from moe_dist.plan.policies import expert_groups
 from moe_dist.train.build.training import build_model, freeze
 from tests.support.tiny import tiny_config
 
-# Attributes of the modules that hold groups, parts of parameters' names, and a keyword.
+# These names are attributes of the modules that contain groups, parts of parameters' names, and a Python keyword.
 NAMES = ("auxiliary", "class", "experts", "forward", "group", "null", "parameters", "router", "speech-2", "training")
 
 
@@ -35,8 +35,8 @@ def configured(names: tuple[str, str], router: dict[str, Any], **extra: int) -> 
 
 
 def take_a_step(changes: dict[str, Any]) -> None:
-    """Builds a model, trains one step, and loads a copy of the state. All parameters of the group get a gradient or are
-    frozen."""
+    """Builds a model, trains one step, and loads a copy of the state. Asserts that every parameter of the group gets a
+    gradient or is frozen."""
     config = tiny_config(Path("data"), Path("runs"), changes)
     groups = expert_groups(config.model.moe)
     assert not list(config.model.moe.violations_in(config))

@@ -1,5 +1,5 @@
-"""Latent attention equals its formula, computed for one token and head at a time in float64: values and gradients, inside
-documents."""
+"""Latent attention inside documents has the values and gradients of its formula, which is computed in float64 for one token
+and head at a time."""
 
 from typing import Any
 

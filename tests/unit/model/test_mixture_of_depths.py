@@ -1,4 +1,4 @@
-"""Mixture of depths: choice, block, causal forms and cache, against the slow reference and by hand."""
+"""Mixture of depths agrees with the slow reference: the choice of tokens, the block, causal evaluation and the cache."""
 
 import math
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def make_model(capacity: float, causal: Causal = "auxiliary", **args: Any) -> Tr
 
 
 def draw_tokens(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Tokens, and their groups with padding at the end of the first two sequences."""
+    """Returns tokens and their groups. The first two sequences end with padding."""
     tokens = torch.randint(0, VOCAB, (3, 8), generator=torch.Generator().manual_seed(seed))
     group = (tokens >= 48).to(torch.int64)
     group[0, 7], group[1, 6:] = -1, -1
@@ -51,7 +51,7 @@ def draw_tokens(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def take_best(score_U: Tensor, capacity: float) -> tuple[Tensor, float]:
-    """The tokens that one chooser takes, bool [U], and the score of the last of them."""
+    """Returns the tokens that one scope takes, bool [U], and the lowest score among them."""
     score_U1, share_1 = score_U[:, None], torch.tensor([capacity], dtype=torch.float64)
     choice = selection.choose(score_U1, score_U1, share_1, slice(None))
     return choice.taken_TE[:, 0], choice.kth_score_E.item()
@@ -74,7 +74,8 @@ def test_the_best_are_those_of_the_loop(scores: list[int], real: list[bool], cap
 
 
 def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
-    """The whole model: layers that choose by the reference, the others as they are."""
+    """Runs the whole model. Layers with mixture of depths are computed by the reference, the others by the model's own
+    code."""
     masks = {layer.window: dense_mask(DOCUMENTS, POSITIONS, layer.window) for layer in model.layers}
     rotary = rotary_table(POSITIONS, model.args.head_dim, model.args.rope_base)
     x = model.embedding.weight[tokens]
@@ -113,7 +114,8 @@ def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
 def test_values_and_gradients_are_those_of_the_slow_form(
     capacity: float, windows: tuple[int | None, ...], training: bool
 ) -> None:
-    """At 0.05 two tokens are taken, of which a document has none; at 1.0 all that are not padding."""
+    """With capacity 0.05 two tokens are taken, and some documents have none. With 1.0 all are taken that are not
+    padding."""
     model = make_model(capacity, windows=windows).train(training)
     tokens, group = draw_tokens()
     real = (group >= 0)[..., None]
@@ -137,7 +139,8 @@ def test_values_and_gradients_are_those_of_the_slow_form(
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
 def test_counts_are_those_of_a_loop(causal: Causal, training: bool) -> None:
-    """Of the first layer, whose input is the embedding: by group, agreement with the causal decision, and weights."""
+    """In the first layer, whose input is the embedding, a loop gives the same counts of tokens by group, the same agreement
+    with the causal decision, and the same weights."""
     model = make_model(0.3, causal).train(training)
     tokens, group = draw_tokens()
     depth = model(tokens, POSITIONS, DOCUMENTS, group)[1][0].counts.depth
@@ -206,7 +209,7 @@ def test_auxiliary_routers_learn_the_choice_and_move_nothing_else() -> None:
     for _, name, _, parameter in named_parameters(model):
         moved = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
         assert moved == (".depths.auxiliary." in name), name
-    # By hand for the first layer: mean over the real tokens of -log of the probability of what was chosen.
+    # The first layer's loss by hand: the mean over real tokens of -log of the probability of the router's decision.
     x = model.embedding.weight[tokens].flatten(0, 1)
     mixture_of_depths, real = model.layers[0].depths, group.flatten() >= 0
     h = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -229,7 +232,7 @@ def test_thresholds_follow_the_last_score_taken() -> None:
             expected += max(1 / seen, 0.25) * (score - expected)
         correction = 0.0 if step < 3 else -0.15
         np.testing.assert_allclose(router.threshold.item(), expected + correction, rtol=1e-6)
-        if step == 2:  # what a calibration sets it off by stays
+        if step == 2:  # a calibration's correction must stay
             router.threshold.sub_(0.15)
     assert router.steps.item() == 5
     x = torch.randn(40, DIM)

@@ -1,4 +1,4 @@
-"""The cross entropy over choices against a slow reference: values and gradients."""
+"""The cross entropy over choices has the values and gradients of a slow reference."""
 
 import pytest
 import torch

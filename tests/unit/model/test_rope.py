@@ -1,4 +1,4 @@
-"""Scalings of rotary frequencies against a loop over the frequencies: kept and divided ones."""
+"""Tests that transformers has every scaling of rotary frequencies, and which lengths dynamic scaling counts."""
 
 import pytest
 import torch
@@ -18,7 +18,8 @@ def test_every_kind_has_a_place_in_transformers() -> None:
 
 
 def test_dynamic_counts_no_padding() -> None:
-    """Padding counts neither after the documents of a training sequence, nor after a short prompt of a batch."""
+    """Dynamic scaling does not count padding: neither after the documents of a training sequence, nor after a short prompt
+    in a batch."""
     sizes = {"vocab_size": 9, "hidden_dim": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": WIDTH}
     args = ModelArgs(**sizes, moe_layers=(), dense_ffn_dim=8, rope_scaling=DynamicScaling(2.0, 8))
     model = Transformer(args, make_moe=lambda _: pytest.fail("no layer has experts")).eval()

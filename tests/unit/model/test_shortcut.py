@@ -1,4 +1,4 @@
-"""With a shortcut, the output of routed experts is added behind the next layer: values and gradients of the formula in
+"""With a shortcut, the output of routed experts is added after the next layer. Values and gradients equal the formula in
 float64."""
 
 from pathlib import Path
@@ -42,7 +42,7 @@ def by_formula(model: Transformer, ids: Tensor) -> Tensor:
             x = a + layer.ffn(a) + late  # pyright: ignore
             continue
         moe: Any = layer.moe
-        moe.shortcut = False  # the layer's output is then the sum of both parts
+        moe.shortcut = False  # now the layer returns the sum of shared and routed experts
         now = moe.shared(moe.norm(a))
         late = moe(a.flatten(0, 1), zeros.flatten())[0].view_as(a) - now
         x = a + now

@@ -1,5 +1,5 @@
-"""Attention with sinks equals its formula, computed for one token and head at a time in float64: values and gradients,
-inside documents."""
+"""Attention with sinks inside documents has the values and gradients of its formula, which is computed in float64 for one
+token and head at a time."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The loss by tiles of words and tokens against the loss from all logits: values, gradients, memory, equal bits."""
+"""The loss that is computed in tiles of words and tokens equals the loss from all logits, and needs less memory."""
 
 from typing import Any
 
@@ -61,7 +61,8 @@ def test_values_and_gradients_are_those_of_all_logits(
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 def test_bf16_stays_near_the_exact_gradients(monkeypatch: pytest.MonkeyPatch, weight_dtype: torch.dtype) -> None:
-    """Sums over tiles are fp32. With bf16 sums the weight's error would be twice the error of one product."""
+    """Sums over tiles are in fp32. If they were in bf16, the error of the weight's gradient would be twice that of a single
+    product."""
     monkeypatch.setattr(token_loss, "TILE_TOKENS", 1)
     x, weight, labels, gradient = (each.detach() for each in inputs(torch.bfloat16, weight_dtype))
     x, weight = x.double().requires_grad_(), weight.bfloat16().double().requires_grad_()
@@ -109,7 +110,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_batch() -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live tensors that operations made: all allocations of a fake run."""
+    """Counts the bytes of live tensors that operations have made, which are all allocations of a run on fake tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +128,8 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize(("function", "least", "most"), [(plain, 6.2, 9.0), (tiled_token_losses, 0.2, 0.7)])
 def test_loss_memory_of_a_large_vocabulary(function: Any, least: float, most: float) -> None:
-    """151,936 words x 4,096 tokens in bf16: peak bytes beside hidden states, weight and their gradients."""
+    """Bounds the peak memory for 151,936 words x 4,096 tokens in bf16, without hidden states, weight and their
+    gradients."""
     tokens, vocabulary, dim = 4096, 151_936, 512
     with FakeTensorMode():
         x = torch.empty(1, tokens, dim, dtype=torch.bfloat16, requires_grad=True)

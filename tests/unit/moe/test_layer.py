@@ -1,6 +1,5 @@
-"""The layer with null, identity and constant experts, a selection bias and a capacity against the oracle's loops.
-
-Compares values and gradients under every recompute policy.
+"""With null, identity and constant experts, a selection bias and a capacity, the layer has the values and gradients of the
+oracle's loops under every recompute policy.
 """
 
 from collections.abc import Sequence
@@ -122,7 +121,7 @@ def test_evaluation_drops_nothing() -> None:
 
 
 def test_free_choices_are_no_pairs() -> None:
-    """Tokens that choose only zero-computation experts have no pair, no row and no byte."""
+    """Tokens that choose only zero-computation experts have no pairs, and no rows are sent."""
     group = ExpertGroup("text", 3, 1, 2, 5, 0, ("text",), num_identity=1, num_constant=1)
     layer = make_layer((group,))
     gate = layer.router.get_submodule("group:text")
@@ -154,8 +153,8 @@ def test_without_a_token_every_parameter_has_a_zero_gradient() -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_the_routing_of_asked_tokens_leaves_by_value(recompute: str) -> None:
-    """Returns for the probed tokens the softmax over their group's columns, 0 in others, with gradient. Without probed
-    tokens it returns None."""
+    """For the probed tokens the layer returns the softmax over their group's columns, with 0 in all other columns and with
+    a gradient. Without probed tokens it returns None."""
     groups = CASES["all kinds"]
     layer = make_layer(groups, recompute=recompute)
     h_TD = torch.randn(12, D, dtype=torch.double, requires_grad=True)

@@ -1,4 +1,4 @@
-"""A layer that replays recorded choices: weights by hand, recomputation, memory, and refused choices."""
+"""A layer that replays recorded choices computes their weights anew. Tests memory, drops and refused choices."""
 
 import tracemalloc
 from typing import Any
@@ -21,7 +21,7 @@ from tests.support.one_rank_layer import one_rank_layer
 
 D = 4
 GROUPS = (ExpertGroup("text", 4, 2, 3, 5, 0, ("text",)), ExpertGroup("image", 3, 1, 2, 7, 4, ("image",)))
-# Columns: text 0 to 3, image 4 to 6; then the null experts of text, 7 and 8, and of image, 9.
+# Columns 0 to 3 are text's experts and 4 to 6 image's. 7 and 8 are text's null experts, 9 is image's.
 IDS = np.array([[[3, 8, 0]], [[9, 4, -1]], [[-1, -1, -1]], [[7, 8, 2]]], np.int16)
 GROUP = np.array([0, 1, -1, 0])
 

@@ -1,4 +1,4 @@
-"""Experts that split an FFN, compared with the FFN: equal bits where they must be equal, and the differences elsewhere."""
+"""Experts that split an FFN together compute the FFN, bit for bit if its last product is summed by parts."""
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ def swiglu(x_TD: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def test_all_parts_are_the_ffn_whose_last_product_is_summed_by_parts() -> None:
-    """In fp32 the bits are equal, with every router that a split allows. One product over all hidden values adds in another
-    order. In float64 this difference vanishes when the result is rounded to fp32."""
+    """With every router that a split allows, fp32 results are bit-equal to an FFN that sums its last product by parts. One
+    product over all hidden values adds in another order; computed in float64 and rounded to fp32, both agree."""
     torch.manual_seed(0)
     x_TD = torch.randn(T, D)
     gate, up, down = torch.randn(F_ALL, D), torch.randn(F_ALL, D), torch.randn(D, F_ALL)

@@ -1,4 +1,5 @@
-"""Loads of the previous step: which are kept, their loss against a loop, and the refusal of a damaged state."""
+"""Tests which loads are kept for the next step's balance loss, that the loss equals a loop, and that a damaged state is
+refused."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Groups and placement of a small model, and made-up statistics of its steps."""
+"""Fixtures of the monitor's tests: groups and placement of a small model, and made-up statistics of its steps."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ from moe_dist.train.step.result import StepResult
 MODALITIES = ("text", "image")
 
 
-# Layers 1 and 3 of a model; 100 text tokens and 60 image tokens, of which a quarter should be computed.
+# Layers 1 and 3 use mixture of depths. Of 100 text and 60 image tokens they should compute a quarter.
 DEPTHS = DepthStatistics(
     layers=(1, 3),
     token_share=0.25,
@@ -35,7 +35,7 @@ DEPTHS = DepthStatistics(
 
 
 class Statistics(NamedTuple):
-    """The result of a step, and values of the loop, with the names in `LOOP`."""
+    """The result of a step, and the values of the training loop that `LOOP` lists."""
 
     result: StepResult
     loop: Mapping[str, Any]
@@ -48,9 +48,9 @@ LOOP: Mapping[str, Any] = {
 
 
 def record_of(stats: Statistics, placement: ExpertPlacement, modalities: Sequence[str]) -> Record:
-    """The record of a step of a run with these settings."""
+    """Makes the record of a step from its statistics."""
     loop, nothing = stats.loop, dict[str, Any]()
-    config: Any = None  # a record needs no key of it
+    config: Any = None  # a record reads no key of it
     plan = LoopSettings(
         config=config,
         placement=placement,
@@ -87,8 +87,8 @@ def draw_placement(groups: tuple[ExpertGroup, ...], num_ranks: int) -> ExpertPla
 
 
 def draw_statistics(placement: ExpertPlacement, num_layers: int, step: int = 1, **changes: Any) -> Statistics:
-    """Random choices of a consistent step; `changes` replace fields, of the counts and of the result as well,
-    and `step_tokens` those of the result."""
+    """Draws random choices and returns consistent statistics of a step. `changes` replace fields of the counts, the result
+    and the loop; `step_tokens` is the result's field `tokens`."""
     rng = np.random.default_rng(step)
     groups = placement.groups
     tokens_G = rng.integers(50, 100, len(groups))
@@ -145,7 +145,8 @@ def groups() -> tuple[ExpertGroup, ...]:
 
 @pytest.fixture
 def placement(groups: tuple[ExpertGroup, ...]) -> ExpertPlacement:
-    """Four ranks, in order: text experts 0 and 1, text 2 and 3, image 0 and 1, image 2 and 3."""
+    """Rank 0 has text experts 0 and 1, rank 1 text experts 2 and 3, rank 2 image experts 0 and 1, rank 3 image experts 2
+    and 3."""
     return ExpertPlacement(groups, ((0, 1), (2, 3), (4, 5), (6, 7)))
 
 
@@ -162,7 +163,7 @@ def make_statistics(placement: ExpertPlacement) -> MakeStatistics:
 
 @pytest.fixture
 def make_record(make_statistics: MakeStatistics, placement: ExpertPlacement) -> MakeRecord:
-    """Returns the record of the same step."""
+    """Returns the record of the step that `make_statistics` makes."""
 
     def make(step: int = 1, **changes: Any) -> Record:
         return record_of(make_statistics(step, **changes), placement, MODALITIES)

@@ -48,7 +48,7 @@ def step_of(model: nn.Module, seeds: tuple[int, ...], **options: Any) -> list[An
 
 @dataclass
 class Counted:
-    """The oracle: counts in loops over tokens from the logits that a model returns."""
+    """The oracle counts in loops over tokens, from the router logits that a model returns."""
 
     choices: np.ndarray = field(default_factory=lambda: np.zeros((LAYERS, EXPERTS), np.int64))
     entropy: np.ndarray = field(default_factory=lambda: np.zeros(LAYERS))

@@ -1,4 +1,4 @@
-"""The peak rate of a GPU by the driver's name of the card, and the log line of a run without a known rate."""
+"""A GPU's peak rate follows from the driver's name of the card. If it is unknown, the run logs a line."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""The cost table: each method's rows by hand, and the lines that are left out."""
+"""The cost table multiplies each method's rows by the bytes of a row, and leaves out lines that do not apply."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Device readings with a fake NVML, with one that fails, and without NVML."""
+"""Tests device readings with a fake NVML, with an NVML that fails, and without NVML."""
 
 import logging
 import sys

@@ -16,8 +16,8 @@ def axis(name: str, count: int) -> Axis:
 
 
 def test_colours_of_ratios() -> None:
-    """1 has the middle colour. A factor and its inverse are equally far from it. Factors beyond four have the colour of
-    four. Zero has its own colour."""
+    """The ratio 1 has the middle colour. A factor and its inverse are equally far from the middle. Factors beyond four have
+    the colour of four, and zero has a separate colour."""
     scale = ratio_scale("load")
     rgb = colour(np.array([1.0, 4.0, 0.25, 100.0, 0.01, 0.0, np.nan]), scale)
     middle, top, bottom = DIVERGING[4], DIVERGING[-1], DIVERGING[0]
@@ -27,7 +27,7 @@ def test_colours_of_ratios() -> None:
 
 
 def test_cells_stand_where_their_numbers_stand() -> None:
-    """One loaded cell in the last row and first column colours the picture's lower left."""
+    """If only the cell in the last row and first column is loaded, the picture's lower left is coloured."""
     values = np.ones((3, 6))
     values[2, 0] = 4.0
     picture = draw(values, axis("layer", 3), axis("expert", 6), scale=ratio_scale("load"), title="t")

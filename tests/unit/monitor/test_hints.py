@@ -1,4 +1,4 @@
-"""Hand-made cases: each fault gets its hint, and healthy numbers get none."""
+"""In hand-made cases each fault gets its hint, and healthy numbers get none."""
 
 from collections.abc import Callable
 
@@ -15,8 +15,8 @@ LAYERS = (1, 3)
 
 
 def choices(text: list[int], image: list[int], text_null: int = 50, image_null: int = 50) -> np.ndarray:
-    """Returns choices of two layers. The second equals the first, with even image experts. Columns: text 4, image 4, null 2
-    + 2."""
+    """Returns the choices of two layers, with columns for 4 text experts, 4 image experts, and 2 null experts of each. The
+    second layer differs only in its image experts, which are even."""
     nulls = [text_null, text_null, image_null, image_null]
     return np.array([[*text, *image, *nulls], [*text, 25, 25, 25, 25, *nulls]])
 
@@ -75,7 +75,7 @@ def test_a_run_that_slows_down() -> None:
 
 @pytest.fixture
 def healthy(make_record: MakeRecord) -> Callable[..., Record]:
-    """Returns a step without faults: even choices, even ranks, a falling loss."""
+    """Returns a maker of steps without faults: choices and ranks are even, and the loss falls."""
 
     def make(step: int, **changes: object) -> Record:
         even: dict[str, object] = {
@@ -125,7 +125,7 @@ def busy(rank: int | None = None, *, others: float = 0.1, times: float = 1.0) ->
 
 
 def memory(retries: list[float]) -> np.ndarray:
-    """Returns memory of three ranks: 60 GB allocated and 70 GB reserved."""
+    """Returns the memory of three ranks, each with 60 GB allocated and 70 GB reserved."""
     return np.array([[60_000.0, 70_000.0, each] for each in retries])
 
 

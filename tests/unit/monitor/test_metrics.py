@@ -1,4 +1,4 @@
-"""Values of records against slow loops and against cases by hand."""
+"""Values of records equal slow loops and cases that were computed by hand."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,14 +25,14 @@ from tests.unit.monitor.conftest import (
 
 
 def columns_of(groups: tuple[ExpertGroup, ...], g: int) -> tuple[list[int], list[int]]:
-    """Returns the columns of a group's true and null experts, counted one by one."""
+    """Counts one by one to find the columns of a group's true and null experts."""
     true = [c for c in range(groups[g].first_expert, groups[g].first_expert + groups[g].num_experts)]
     at = sum(group.num_experts for group in groups) + sum(group.num_null for group in groups[:g])
     return true, list(range(at, at + groups[g].num_null))
 
 
 def slow_group_numbers(stats: Statistics, groups: tuple[ExpertGroup, ...], g: int) -> dict[str, float]:
-    """The four per-group numbers by loops over layers and experts."""
+    """Computes the four numbers of a group by loops over layers and experts."""
     group = groups[g]
     true, null = columns_of(groups, g)
     taken = nulls = tokens = 0
@@ -64,7 +64,7 @@ def test_group_numbers_equal_loops(
 
 
 def test_a_case_by_hand() -> None:
-    """One layer; text: n=2, m=1, k=2, 10 tokens; image: n=2, m=0, k=1, no token.
+    """One layer has the group text with n=2, m=1, k=2 and 10 tokens, and the group image with n=2, m=0, k=1 and no token.
 
     columns     text0 text1 | image0 image1 | text null
     choices       12     0  |    0      0   |     8
@@ -153,7 +153,7 @@ def test_a_case_by_hand() -> None:
 
 
 def test_columns_of_every_kind_by_hand() -> None:
-    """text: 2 true, 1 null, 2 identity; image: 1 true, 1 constant.
+    """The group text has 2 true, 1 null and 2 identity experts; the group image has 1 true and 1 constant expert.
 
     columns    true of both  | nulls of text | identity of text | constant of image
     choices       3  1   4   |       2       |      5  1        |         6

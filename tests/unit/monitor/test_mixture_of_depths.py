@@ -1,4 +1,4 @@
-"""What is shown of layers that compute a share of the tokens alone, against loops and by hand."""
+"""Tests by hand the scalars of layers that compute only a share of the tokens."""
 
 from collections.abc import Callable
 from dataclasses import replace

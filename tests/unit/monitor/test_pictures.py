@@ -28,7 +28,8 @@ def test_a_window_sums_steps_and_starts_again(make_record: MakeRecord) -> None:
 
 
 def test_loads_by_hand(groups: tuple[ExpertGroup, ...]) -> None:
-    """Columns: text has 4 experts, image 4, then 2 null columns each. The second layer has no image token."""
+    """The columns are 4 text experts, 4 image experts, and then 2 null columns of each group. The second layer has no image
+    token."""
     choices_LC = np.array([[4, 0, 2, 2, 1, 1, 1, 5, 9, 9, 9, 9], [1, 1, 1, 1, 0, 0, 0, 0, 9, 9, 0, 0]])
     by_name = {group.name: load_Ln for group, load_Ln in loads(choices_LC, groups)}
     assert by_name["text"].tolist() == [[2, 0, 1, 1], [1, 1, 1, 1]]

@@ -33,13 +33,14 @@ class Run:
     def placement(self) -> ExpertPlacement:
         if not self.pinned:
             return draw_placement(self.groups, self.ranks)
-        half = len(self.groups[0].experts) // 2  # each of the two groups has two ranks
+        half = len(self.groups[0].experts) // 2  # each of the two groups is on two ranks
         experts = [tuple(part) for group in self.groups for part in (group.experts[:half], group.experts[half:])]
         return ExpertPlacement(self.groups, tuple(experts))
 
 
 def choose(preference_LC: np.ndarray, tokens: int, top_k: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns how often each column is among a token's top k, int64 [L, C]. Gumbel noise draws each token's order."""
+    """Returns how many tokens have each column in their top k, int64 [L, C]. Gumbel noise makes each token's order
+    random."""
     noise_LTC = rng.gumbel(size=(len(preference_LC), tokens, preference_LC.shape[1])).astype(np.float32)
     chosen_LTk = np.argpartition(-(preference_LC[:, None] + noise_LTC), top_k - 1, axis=2)[:, :, :top_k]
     columns = preference_LC.shape[1]

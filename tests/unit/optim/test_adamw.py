@@ -15,7 +15,7 @@ SETTINGS: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
 class FakeFusedAdam:
-    """Keeps its arguments, and one step count per group, as Apex does."""
+    """Stands in for Apex's FusedAdam: keeps its arguments, and counts steps per group."""
 
     def __init__(self, groups: Any, **settings: Any) -> None:
         self.param_groups = [dict(group) for group in groups]
@@ -75,7 +75,7 @@ def test_apex_counts_steps_by_group(apex: ModuleType) -> None:
 def test_unavailable_apex_is_refused_with_a_fix(apex: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     with refused(ConfigError, "backend=apex"):
         make_optimizer([{"params": [nn.Parameter(torch.ones(1))]}], backend="apex", **SETTINGS)
-    monkeypatch.delattr(apex, "FusedAdam")  # the Python index has another project called apex
+    monkeypatch.delattr(apex, "FusedAdam")  # like the unrelated project apex of the Python index
     with refused(ConfigError, "backend=apex"):
         make_optimizer([{"params": [on_cuda()]}], backend="apex", **SETTINGS)
     assert isinstance(

@@ -1,4 +1,5 @@
-"""Moments in bf16 between steps: the same steps as a slow reference, on any slices, saved and verified."""
+"""With moments in bf16 between steps, optimizers take the steps of a slow reference, for any division into slices.
+Checkpoints of these moments are verified."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Muon against its slow reference and torch's. test_bf16_moments.py saves its moments."""
+"""Muon equals its slow reference and torch's Muon. test_bf16_moments.py tests checkpoints of its moments."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ SHAPES = [(5, 8), (8, 5), (6, 6), (1, 4)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_stack_is_orthogonalised_matrix_by_matrix(shape: tuple[int, int]) -> None:
     stack = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    stack[1] *= 1e-4  # an expert with few tokens
+    stack[1] *= 1e-4  # like the gradient of an expert with few tokens
     stack[2] = 0.0  # and one without
     got = orthogonalise(stack, torch.float64)
     for matrix, expected in zip(got, stack, strict=True):
@@ -61,7 +61,7 @@ def test_steps_follow_the_reference() -> None:
 
 
 def test_it_is_torchs_muon_in_bf16() -> None:
-    """torch computes the iterations in bf16, in another order."""
+    """torch's Muon also iterates in bf16, but in another order."""
     values = torch.randn(16, 24, generator=torch.Generator().manual_seed(2))
     ours, theirs = nn.Parameter(values.clone()), nn.Parameter(values.clone())
     group = {"params": [ours], "weight_decay": 0.1, "moments": ("exp_avg",)}

@@ -1,4 +1,4 @@
-"""Environment variables of parallel.deterministic."""
+"""Tests the environment variables that parallel.deterministic sets or refuses."""
 
 from moe_dist.errors import ConfigError
 from moe_dist.parallel.determinism import deterministic_variables

@@ -1,4 +1,4 @@
-"""The rendezvous of ranks, each in a thread: under any launcher, after earlier starts, and with ranks that do not fit."""
+"""Ranks, each in a thread, meet under any launcher and after earlier starts, and refuse ranks that do not fit."""
 
 import socket
 import threading
@@ -42,7 +42,7 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> TCPStore:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a rank. Returns its attempt_id, after it has set a key that all ranks of its start must see."""
+    """Starts a rank in a thread. The rank returns its attempt_id when all ranks of its start have seen its key."""
 
     def run(env: RankEnv, seconds: float, folder: Path, stopped: Callable[[], bool]) -> str:
         with meeting(env, folder, StartWait(env.rank, seconds, stopped=stopped)) as (store, attempt_id):
@@ -63,7 +63,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def test_ranks_of_other_nodes_wait_while_rank_0_waits_for_the_lease(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By the waiting rank's clock, another attempt writes to the run for minutes."""
+    """Another attempt writes to the run for minutes, as measured by the waiting rank's clock."""
     now = [0.0]
 
     def sleep(_: float) -> None:
@@ -93,7 +93,7 @@ def test_ranks_of_other_nodes_wait_while_rank_0_waits_for_the_lease(
 
 
 def test_all_ranks_take_the_name_of_rank_0_though_each_drew_its_own(start: Start, agent: TCPStore, tmp_path: Path) -> None:
-    """Two restarts use the store of one agent. Agents count restarts differently, and old keys remain."""
+    """A start and two restarts use the store of the same agent, in which old keys remain."""
     for name in ("first", "second", "third"):
         ranks = [start(env) for env in (SECOND, THIRD, replace(FIRST, attempt_id=name))]
         assert [rank.result(600) for rank in ranks] == [name] * 3
@@ -103,7 +103,7 @@ def test_all_ranks_take_the_name_of_rank_0_though_each_drew_its_own(start: Start
 def test_a_process_of_an_earlier_start_delays_no_later_one(start: Start, agent: TCPStore) -> None:
     hellos = Mailbox(PrefixStore("moe_dist/hello", agent))
     hellos.post("a token whose process is gone")
-    PrefixStore("moe_dist/hello", agent).add("count", 1)  # also a rank that was killed before it wrote its token
+    PrefixStore("moe_dist/hello", agent).add("count", 1)  # this rank was killed before it wrote its token
     ranks = [start(env) for env in (FIRST, SECOND, THIRD)]
     assert {rank.result(600) for rank in ranks} == {"of-rank-0"}
 
@@ -111,7 +111,8 @@ def test_a_process_of_an_earlier_start_delays_no_later_one(start: Start, agent: 
 def test_ranks_far_apart_meet_and_rank_0_says_who_is_missing(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without a store of the launcher: rank 0 publishes its address, or owns the store at MASTER_ADDR."""
+    """The launcher has no store, so rank 0 publishes its address (`published`), or owns the store at MASTER_ADDR
+    (`owned`)."""
     monkeypatch.setattr(rendezvous, "SOON_SECONDS", 0.2)
     monkeypatch.setattr(rendezvous, "SAY_SECONDS", 0.2)
     monkeypatch.setattr(rendezvous, "SHARED_SECONDS", 0.0)  # no rank waits for a late rank with this limit
@@ -187,7 +188,7 @@ def test_a_stop_while_rank_0_waits_stops_all_with_75(start: Start, agent: TCPSto
 
 
 def test_a_stop_of_one_rank_before_it_meets_rank_0_stops_all_with_75(start: Start, agent: TCPStore) -> None:
-    """Otherwise the others would wait for the stopped rank until start_seconds are over."""
+    """All ranks must stop. Otherwise ranks 0 and 2 would wait for the stopped rank until start_seconds are over."""
     ranks = [start(SECOND, stopped=lambda: True)]
     time.sleep(0.5)
     ranks += [start(FIRST), start(THIRD)]
@@ -215,7 +216,7 @@ def test_a_name_without_address_or_a_wrong_port_is_said(start: Start, monkeypatc
 def test_a_silent_listener_on_the_port_is_named_within_ten_seconds(
     start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """torch would wait for its answer without limit."""
+    """torch alone would wait without limit for the listener's answer."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as foreign:

@@ -1,4 +1,4 @@
-"""Rounds of disjoint pairs, and the pairs that look slow."""
+"""Nodes meet in rounds of disjoint pairs, and slow pairs are found."""
 
 from itertools import combinations
 
@@ -21,7 +21,7 @@ def test_every_two_meet_once_and_no_node_twice_in_a_round(nodes: int) -> None:
 def measured(
     nodes: int, slow: dict[tuple[int, int], float], *, kind: str = "all_to_all"
 ) -> dict[tuple[int, int], PairExchange]:
-    """Returns times: 1 s for every pair but those in `slow`, which are slower in one of the collectives."""
+    """Returns the times of all pairs: 1 s, except for the pairs in `slow`, which are slower in the collective `kind`."""
     other = "all_reduce" if kind == "all_to_all" else "all_to_all"
     return {pair: PairExchange(**{kind: slow.get(pair, 1.0), other: 1.0}) for pair in combinations(range(nodes), 2)}
 

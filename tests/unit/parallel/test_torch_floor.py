@@ -1,5 +1,4 @@
-"""The oldest torch of setup.py works, although torch 2.11 lacks `ShardPlacementResult`, which shards experts over edp
-ranks."""
+"""setup.py's oldest torch, 2.11, works, although it lacks `ShardPlacementResult`, which shards experts over edp ranks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from moe_dist.placement.parameter_names import Role
 from tests.support.layouts import Layout, build
 
 ROOT = Path(__file__).parents[3]
-# Private names of torch that modules import at once. `make torch-floor` checks that torch 2.11 has each.
+# Modules import these private names of torch when they are loaded. `make torch-floor` checks that torch 2.11 has each.
 IMPORTED = {
     "torch._subclasses.fake_tensor.FakeTensor",
     "torch._subclasses.fake_tensor.FakeTensorMode",
@@ -27,7 +26,7 @@ IMPORTED = {
     "torch.utils._pytree.tree_leaves",
 }
 LAZY = {
-    "torch._dynamo.utils",  # imported only by gpu-check, like the sanitizer
+    "torch._dynamo.utils",  # only gpu-check imports this and the sanitizer
     "torch.cuda._sanitizer.CUDASanitizerDispatchMode",
     "torch.distributed.fsdp._fully_shard._fsdp_common.FSDPMeshInfo",
     "torch.distributed.fsdp._fully_shard._fsdp_common.ShardPlacementResult",  # torch 2.11 lacks it

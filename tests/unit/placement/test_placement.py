@@ -1,4 +1,4 @@
-"""The placement: the rank of each expert, and refused placements."""
+"""Tests the rank and slot of each expert in a placement, and refused placements."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The slot that serves each rank, and the shares of load."""
+"""Tests which slot serves each rank's pairs, and the ranks' shares of load."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ PLACED = PlacementWithReplicas(GROUPS, SLOTS, REPLICAS)
 
 
 def test_by_hand() -> None:
-    """Rank 0 has expert 1, and rank 1 has text expert 0. The replica of expert 1 therefore comes first."""
+    """Replicas are numbered in the order of their experts' slots. Expert 1 is on rank 0 and expert 0 on rank 1, so the
+    replica of expert 1 comes first."""
     one = PLACED.in_layer(0)
     assert one.slots == ((1, 3, 6, 7), (0, 4), (2, 5), (8,))
     assert [(group.name, group.num_experts, group.ffn_dim) for group in one.groups[2:]] == [
@@ -22,9 +23,9 @@ def test_by_hand() -> None:
         ("image replicas", 2, 12),
     ]
     assert [PLACED.id_of_expert(0, source) for source in range(4)] == [
-        [6, 1, 2, 3, 7],  # this rank has its own slots of 0, 1 and 4
+        [6, 1, 2, 3, 7],  # rank 0 itself has slots of experts 0, 1 and 4
         [0, 5, 2, 3, 4],
-        [6, 5, 2, 3, 7],  # the first rank without a slot of 4 uses the first replica
+        [6, 5, 2, 3, 7],  # rank 2 has no slot of expert 4, and uses its first replica
         [0, 1, 2, 3, 8],
     ]
     assert PLACED.id_of_expert(1, 0) == [0, 1, 2, 3, 4]
@@ -32,7 +33,7 @@ def test_by_hand() -> None:
 
 
 def test_shares_are_those_of_drawn_tokens() -> None:
-    """Compares the expected load of a rank with a count of the pairs from all ranks, each with its own tokens."""
+    """A rank's expected load agrees with a count of drawn pairs. Each source rank draws pairs of its own."""
     rng, share_E = np.random.default_rng(0), np.array([0.4, 0.2, 0.1, 0.1, 0.2])
     pairs_RE = rng.multinomial(100_000, share_E, size=4)
     rank_of = np.array(PLACED.in_layer(0).rank_of_expert)

@@ -1,4 +1,5 @@
-"""Roles of parameters, and logical names, on which checkpoints and initial values of earlier versions depend."""
+"""Checkpoints and initial values of earlier versions depend on the roles and logical names of parameters, which must not
+change."""
 
 import hashlib
 import json
@@ -17,7 +18,7 @@ from moe_dist.plan.policies import expert_groups
 from moe_dist.train.build.training import build_model
 from tests.support.tiny import tiny_config
 
-# For each case and tensor, its shape and a hash of its initial bytes, made by commit e0d2e61 with seed 3.
+# Commit e0d2e61 wrote this file with seed 3. For each case and tensor it has the shape and a hash of the initial bytes.
 WRITTEN_BEFORE = json.loads((Path(__file__).parents[2] / "data/names_of_e0d2e61.json").read_text())
 SMALL = {"model.hidden_dim": 8, "model.num_heads": 2, "model.num_kv_heads": 1, "model.vocab_size": 16}
 PAIR = {name: {"num_experts": 2, "top_k": 1, "ffn_dim": width} for name, width in (("text", 4), ("image", 6))}

@@ -1,6 +1,6 @@
-"""The Triton kernels of dense parts, in Triton's interpreter, against torch in float64: values and gradients.
+"""In Triton's interpreter the kernels of dense parts have the values and gradients of torch in float64.
 
-The kernels' blocks do not divide the numbers of heads, widths and words.
+The kernels' block sizes do not divide the numbers of heads, the widths and the number of words.
 """
 
 from copy import deepcopy
@@ -25,14 +25,15 @@ from tests.support.cover import full, full_unless
 from tests.unit.plan.test_memory import config as small_config
 
 CPU = torch.device("cpu")
-HEADS = {  # sequences, heads, positions, head width, rotated width
+HEADS = {  # (sequences, heads, positions, head width, rotated width)
     "whole": (2, 16, 5, 64, 64),
     "odd numbers": (2, 3, 7, 20, 12),
     "several programs for a token": (1, 37, 2, 128, 128),
     "one pair": (1, 1, 1, 2, 2),
     "empty": (0, 2, 3, 8, 8),
 }
-# The interpreter truncates when it stores bf16, where a GPU rounds. Results may differ by two units in the last place.
+# The interpreter truncates when it stores bf16, where a GPU rounds. Results may therefore differ by two units in the last
+# place.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-6}
 
 
@@ -128,7 +129,7 @@ def test_losses_of_tokens(shape: tuple[int, int], words: int, dtype: torch.dtype
 
 
 def test_a_label_above_the_vocabulary_has_no_loss() -> None:
-    """The kernel reads no logit out of bounds, and the loss shows the error."""
+    """A label outside the vocabulary gives nan as loss and gradient. The kernel reads no logit out of bounds."""
     logits = torch.randn(1, 3, 5, requires_grad=True)
     losses = TRITON.token_losses(logits, torch.tensor([[4, 5, 2**40]]))
     losses.sum().backward()
@@ -147,7 +148,7 @@ def test_large_logits_do_not_overflow() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(2, 3, 100), (5, 7), (1, 1, 1), (3, 2056), (2, 9, 3, 24), (0, 4, 8), (70, 700)])
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Includes more rows than programs. The last program then has fewer rows."""
+    """Some shapes have more rows than programs, so that the last program has fewer rows."""
     monkeypatch.setattr(norm, "PROGRAMS", 4)
     torch.manual_seed(0)
     x, weight = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape[-1]).requires_grad_()
@@ -164,7 +165,7 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_norm_for_experts_and_router(dtype: torch.dtype) -> None:
-    """The router gets the experts' input in fp32. The sum of both gradients is not rounded."""
+    """The router gets the experts' input in fp32. The sum of the router's and the experts' gradients is not rounded."""
     torch.manual_seed(0)
     x, weight = torch.randn(6, 40).to(dtype).requires_grad_(), torch.randn(40).requires_grad_()
     exact = [each.detach().double().requires_grad_() for each in (x, weight)]
@@ -264,7 +265,7 @@ def test_the_trial_names_a_fault(kernels: DenseKernels, words: str) -> None:
     ],
 )
 def test_a_model_uses_them_all(changes: dict[str, Any], used: set[str]) -> None:
-    """Losses and gradients of a transformer equal those from torch's operations."""
+    """With the kernels a transformer has the same losses and gradients as with torch's operations."""
     cfg, results, called = small_config(**changes), [], set()
     placement = ExpertPlacement.interleaved(expert_groups(cfg.model.moe), 1)
     tokens = torch.arange(24).view(2, 12) * 7 % 100

@@ -1,4 +1,4 @@
-"""Load controllers against loops and cases by hand, on drawn counts, and in closed loops with a real router."""
+"""Load controllers move biases as loops do on drawn counts, and as computed by hand in small cases."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +29,7 @@ COLUMNS = sum(group.num_columns for group in GROUPS)
 
 
 class Gate:
-    """The biases of one layer and group."""
+    """Stands in for a gate: the biases of one layer and group."""
 
     def __init__(self, group: ExpertGroup) -> None:
         self.bias = torch.zeros(group.num_columns, dtype=torch.float64)
@@ -89,15 +89,15 @@ def test_biases_equal_the_loops(steps: list[tuple[Any, Any]], per: Any, decay: i
 
 
 def counts_of(true_text: Sequence[int], tokens: int) -> RoutingCounts[torch.Tensor]:
-    """One layer in which the text group alone was chosen."""
+    """Returns the counts of one layer in which only the text group was chosen."""
     choices = torch.zeros(1, COLUMNS, dtype=torch.float64)
     choices[0, : TEXT.num_experts] = torch.tensor(true_text, dtype=torch.float64)
     return counts_with(choices_LC=choices, tokens_LG=torch.tensor([[tokens, 0, 0]], dtype=torch.float64))
 
 
 def test_the_target_falls_from_all_true_experts_in_a_line() -> None:
-    """4 true experts and 3 choices: the target is 3, 2.5, 2, 1.5, and then stays 1.5. A step that is 1 below it moves the
-    biases equally each time."""
+    """With 4 true experts and 3 choices the target falls from 3 over 2.5 and 2 to 1.5, and stays there. Steps with 1 true
+    expert per token less than the target always move the biases by the same amount."""
     group = ExpertGroup("text", 4, 2, 3, 5, 0, ("text",))
     rule = ActiveExperts({"text": 1.5}, rate=3.0 * 4, ramp_steps=3)
     for step, target in enumerate((3.0, 2.5, 2.0, 1.5, 1.5)):
@@ -117,8 +117,8 @@ def test_the_schedule_multiplies_the_target() -> None:
 
 
 def test_a_proportional_integral_controller_is_the_sum_of_errors_and_the_last_one() -> None:
-    """b = (rate sum e + p (e - first e)) / k after each step. A step without tokens changes nothing. A saved state
-    continues."""
+    """After each step the bias is (rate sum e + p (e - first e)) / k, where e are the steps' errors. A step without tokens
+    changes nothing, and a controller continues from a saved state."""
     rule = {"rate": 0.3, "proportional": 0.7}
     moved, gates = controller(ActiveExperts({"text": 1.5}, **rule), layers=1)
     trues = [[0, 0, 0, 0], [2, 3, 1, 4], [9, 1, 1, 1], [0, 0, 0, 0], [0, 2, 0, 0]]
@@ -146,7 +146,7 @@ def test_a_proportional_integral_controller_is_the_sum_of_errors_and_the_last_on
         {"0": {"text": "x"}},
         {"0": {"text": [[0.1] * 4]}},  # one layer of two
         {"0": {"text": [[0.1] * 3] * 2}},  # three experts of four
-        {"0": {"text": [[0.1], [0.1]]}},  # which would spread to all experts
+        {"0": {"text": [[0.1], [0.1]]}},  # torch would broadcast it to all experts
         {"0": {"text": [[0.1] * 4, [0.1]]}},
         {"0": {"text": [[10**400] * 4] * 2}},
         {"0": {"texts": [[0.1] * 4] * 2}},

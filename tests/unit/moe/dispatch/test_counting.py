@@ -1,4 +1,4 @@
-"""Counting sorts of the dispatch plan equal a stable sort."""
+"""The dispatch plan's counting sorts give the order of a stable sort."""
 
 import sys
 from types import SimpleNamespace
@@ -37,11 +37,11 @@ class SilentWire:
 
 
 def calls_of_a_plan(ranks: int) -> int:
-    """Returns the number of function calls of a plan for this number of ranks, with one expert each."""
+    """Returns the number of function calls that a plan for `ranks` ranks makes. Each rank has one expert."""
     group = ExpertGroup("all", ranks, 0, 1, 4, 0, ("text",))
     planner = DispatchPlanner(ExpertPlacement((group,), tuple((i,) for i in range(ranks))), SilentWire(ranks))  # pyright: ignore
     assignments = Assignments(torch.arange(8), torch.arange(8) + 1, torch.ones(8))
-    planner.plan(assignments, 8, "layer")  # the first call makes the tables
+    planner.plan(assignments, 8, "layer")  # the first plan also makes the tables
     calls = 0
 
     def count(frame: object, event: str, _: object) -> None:

@@ -1,4 +1,4 @@
-"""DeepEP's index format: global numbers of slots, -1 for no selection."""
+"""DeepEP's index format numbers the slots of all ranks, and uses -1 for no selection."""
 
 import torch
 
@@ -16,7 +16,7 @@ def test_ranks_with_different_numbers_of_slots_get_phantom_numbers() -> None:
     placement = ExpertPlacement((TEXT, IMAGE), ((0, 2, 4), (), (1, 3)))
     numbers = SlotNumbers.of(placement)
     assert numbers.slots_per_rank == 3
-    assert numbers.number_of_expert == (0, 6, 1, 7, 2)  # numbers of experts 0 to 4
+    assert numbers.number_of_expert == (0, 6, 1, 7, 2)  # slot numbers of experts 0 to 4
     wider = SlotNumbers.of(placement, multiple=4)
     assert (wider.slots_per_rank, wider.number_of_expert) == (4, (0, 8, 1, 9, 2))
     assert SlotNumbers.of(ExpertPlacement((TEXT, IMAGE), ((0, 1, 2, 3), (4,))), multiple=4).slots_per_rank == 4

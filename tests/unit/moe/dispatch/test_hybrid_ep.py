@@ -1,4 +1,4 @@
-"""HybridEP's index format: a boolean map over the slots of all ranks, in which a null choice sets nothing."""
+"""HybridEP's index format is a boolean map over the slots of all ranks. A null choice sets no entry."""
 
 import torch
 

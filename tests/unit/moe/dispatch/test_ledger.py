@@ -1,4 +1,4 @@
-"""The ledger's closed forms against counts over all choices."""
+"""The ledger's closed forms equal counts over all choices."""
 
 from itertools import combinations
 
@@ -16,7 +16,7 @@ PLACEMENT = ExpertPlacement((TEXT, IMAGE), ((0, 1, 4), (2, 3, 5)))
 def test_shares_of_choices_that_leave_the_rank() -> None:
     """Rank 0 holds half of each group's experts, so half of evenly spread choices leave it.
 
-    10 text tokens took 12 true experts of 30 choices, 4 image tokens 8 of 8.
+    12 of the 30 choices of 10 text tokens, and all 8 choices of 4 image tokens, are true experts.
     """
     ledger = compare(
         PLACEMENT,
@@ -47,7 +47,7 @@ def test_the_bound_is_the_largest_number_of_rows_over_every_allowed_choice(limit
     placement = ExpertPlacement((group,), ((0, 1, 2), (3, 4), (5, 6, 7), ()))
     size = 8 // node_groups
     for rank in range(4):
-        choices = [choice for count in (1, 2, 3) for choice in combinations(range(8), count)]  # all other choices are null
+        choices = [choice for count in (1, 2, 3) for choice in combinations(range(8), count)]  # other choices are null
         allowed = [choice for choice in choices if len({expert // size for expert in choice}) <= topk]
         rows = [len({placement.rank_of_expert[expert] for expert in choice} - {rank}) for choice in allowed]
         assert placement.most_rows(rank, group) == max(rows)

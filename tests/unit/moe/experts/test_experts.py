@@ -1,4 +1,4 @@
-"""Experts on rows sorted by slot: chunks of the pair budget, memory, and grouped products. test_layer.py compares layers
+"""Tests the memory of experts under a pair budget and recomputation, and grouped products. test_layer.py compares layers
 with loops."""
 
 from typing import Any
@@ -17,8 +17,8 @@ from tests.support.one_rank_layer import one_rank_layer
 
 
 def kept_bytes(row_of: torch.Tensor, *, recompute: bool, pair_budget: int | None) -> int:
-    """Returns the bytes that autograd keeps of one bf16 forward over 64 rows with `row_of` pairs, without parameters,
-    inputs and plan."""
+    """Returns the bytes that autograd keeps of one bf16 forward pass over 64 rows, without parameters, inputs and plan.
+    `row_of` has the row of each pair."""
     group = ExpertGroup("all", 4, 0, 4, 16, 0, ("text",))
     experts = Experts(32, (group,), (4,), pair_budget=pair_budget)
     for parameter in experts.parameters():
@@ -54,7 +54,7 @@ def test_what_recompute_and_the_budget_keep_does_not_grow_with_pairs() -> None:
         )
     plain = kept_bytes(many, recompute=False, pair_budget=None)
     assert plain > kept_bytes(few, recompute=False, pair_budget=None)
-    # bf16 tensors only: x, y, gate, up, two intermediates of SwiGLU, and converted weights. y is never kept in fp32.
+    # Only bf16 tensors are kept: x, y, gate, up, two intermediates of SwiGLU, and converted weights.
     pairs, dim, ffn = len(many), 32, 16
     assert plain <= pairs * 2 * (2 * dim + 4 * ffn) + 4 * 3 * dim * ffn * 2
 
@@ -62,7 +62,7 @@ def test_what_recompute_and_the_budget_keep_does_not_grow_with_pairs() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("pair_budget", "recompute"), [(None, "none"), (7, "none"), (None, "experts"), (5, "block")])
 def test_grouped_products_give_what_the_loop_gives(dtype: torch.dtype, pair_budget: int | None, recompute: str) -> None:
-    """Tests through the layer: chunks that divide an expert's rows, a group without rows, recomputation."""
+    """Compares whole layers, with chunks that cut an expert's rows, a group without rows, and recomputation."""
     groups = (ExpertGroup("text", 4, 2, 3, 16, 0, ("text",)), ExpertGroup("image", 3, 0, 2, 8, 4, ("image",)))
     results = []
     for gemm in ("loop", "grouped"):

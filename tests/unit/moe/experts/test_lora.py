@@ -1,5 +1,5 @@
-"""LoRA experts against a loop over tokens: values, gradients, the parameters with a gradient of the task, and dropout
-draws."""
+"""LoRA experts have the values and gradients of a loop over tokens. Also tests which parameters the task trains, and
+dropout."""
 
 from typing import Any
 
@@ -155,7 +155,7 @@ def request(step: int = 0, first_token: int = 0, rank: int = 0) -> RoutingReques
 
 @pytest.mark.parametrize("recompute", ["none", "experts", "block"])
 def test_dropout_draws_the_same_again(recompute: str) -> None:
-    """The recomputed forward draws the same dropout, so the gradient belongs to the computed values."""
+    """Recomputation draws the same dropout as the forward pass, so the gradient is that of the computed values."""
     group_T = torch.zeros(12, dtype=torch.int64)
     plain, layer = (make_layer(TOP_1, dropout=0.4, recompute=each) for each in ("none", recompute))
     x_TD = inputs(group_T).requires_grad_()

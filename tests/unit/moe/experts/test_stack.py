@@ -1,5 +1,5 @@
-"""Stacks of experts of every activation, adapter and storage, with grouped products and one expert after the other, equal
-their formula."""
+"""Stacks of experts equal their formula, for every activation, adapter and storage, with grouped products or with one
+product per expert."""
 
 from itertools import product
 from typing import Any, Literal
@@ -89,7 +89,7 @@ def by_formula(stack: ExpertStack, x_QD: Tensor, counts: tuple[int, ...]) -> Ten
 @pytest.mark.parametrize("storage", ["host", "device"])
 @pytest.mark.parametrize("gemm", GEMMS)
 def test_every_composition_equals_its_formula(gemm: Any, storage: str, counts: tuple[int, ...]) -> None:
-    """Values and all gradients; an expert without rows has gradients of zeros and not None."""
+    """Values and all gradients are equal. An expert without rows has gradients of zeros, not None."""
     dtype, bound = GEMMS[gemm]
     runs = runs_of(counts, storage)
     for activation, adapter in product(ACTIVATIONS.values(), ADAPTERS.values()):
@@ -111,7 +111,8 @@ def test_every_composition_equals_its_formula(gemm: Any, storage: str, counts: t
 def test_what_a_kernel_leaves_uninitialised_reaches_nobody(
     monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...], storage: str
 ) -> None:
-    """A kernel may leave rows behind the last offset, and gradients of experts without rows, as they were: here NaN."""
+    """A kernel may leave some memory uninitialised: rows after the last offset, and gradients of experts without rows. Here
+    this memory is NaN."""
     real = F.grouped_mm
 
     class Poisoned(torch.autograd.Function):

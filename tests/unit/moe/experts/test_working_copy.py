@@ -1,5 +1,5 @@
-"""bf16 copies of expert weights are converted once per training step, with the values and gradients of repeated
-conversions."""
+"""bf16 copies of expert weights are made once per training step. They give the values and gradients of a conversion in each
+forward pass."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def stack(gemm: ExpertGemm = "loop") -> ExpertStack:
 
 @pytest.fixture
 def casts(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The detached fp32 stacks that were converted."""
+    """Collects the fp32 stacks that are converted to bf16."""
     seen, copy = [], Tensor.copy_
 
     def copy_(self: Tensor, source: Tensor, *args: Any) -> Tensor:
@@ -37,7 +37,8 @@ def casts(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_values_and_gradients_over_steps(casts: list[Tensor], fused: bool) -> None:
-    """A fused optimizer does not raise the versions of the tensors that it changes."""
+    """Copies must be correct with a fused optimizer too, which does not raise the versions of the tensors that it
+    changes."""
     made, plain = stack(), stack()  # the second converts its weights in each forward
     optimizers = [torch.optim.AdamW(each.parameters(), lr=0.1, fused=fused) for each in (made, plain)]
     for step in range(3):

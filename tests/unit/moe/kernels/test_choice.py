@@ -1,4 +1,4 @@
-"""The choice of kernels: Triton's on CUDA where possible, else torch's, with a reason."""
+"""Triton's kernels are chosen on CUDA where possible, otherwise torch's operations, with a reason in the log."""
 
 import logging
 from pathlib import Path

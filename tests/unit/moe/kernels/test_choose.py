@@ -1,4 +1,4 @@
-"""One Triton kernel for the router's choice against torch's router: choices, weights, sums and gradients."""
+"""The Triton kernel for the router's choice gives the same choices, weights, sums and gradients as torch's router."""
 
 from itertools import product
 
@@ -27,7 +27,7 @@ def route(router: TopKRouter, h_TD: torch.Tensor, group_T: torch.Tensor, cache: 
 
 
 def results(routing: Routing, inputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Integers, and numbers with their gradients for some direction."""
+    """Returns the integer results, and the float results with gradients for a fixed direction."""
     counts, pairs = routing.counts, routing.assignments
     floats = [pairs.weight_N, routing.aux.prob_LC, routing.aux.log_z_squared_LG]
     directions = [torch.linspace(-1, 2, each.numel()).view_as(each).cos() for each in floats]

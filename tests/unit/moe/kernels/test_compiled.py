@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# largest allowed bytes; other kernels use no shared memory
+# Each kernel may use at most these bytes of shared memory. Other kernels use none.
 SHARED = {"swiglu backward": 16, "choose": 2048, "choose backward": 4096}
 SHARED |= {"plan: scan": 32, "plan: count": 512, "plan: collect": 256, "plan: place": 4096}
 SHARED |= {"plan: static pad": 16, "plan: static place": 4096, "plan: static runs": 4096}
@@ -32,6 +32,6 @@ def test_no_kernel_spills_registers(architecture: str) -> None:
         assert report["stores"] == report["loads"] == report["stack"] == 0, f"{name} spills registers: {report}"
         assert report["registers"] <= MOST_REGISTERS, f"{name}: {report}"
         assert report["shared"] <= SHARED.get(name.partition(",")[0], 0), f"{name}: {report}"
-        # loads of 8-byte integers, or of pairs
+        # these kernels load 8-byte integers, or pairs
         narrow = name.startswith(("plan", "experts choose: take")) or "neighbours" in name
         assert report["vectors"] or narrow, f"{name} reads or writes no 16 bytes at once: {report}"

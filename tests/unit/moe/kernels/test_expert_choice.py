@@ -1,4 +1,4 @@
-"""Expert choice by Triton kernels against operations of torch: choices, weights, sums and gradients."""
+"""Expert choice with Triton kernels gives the same choices, weights, sums and gradients as with torch's operations."""
 
 from itertools import product
 from typing import Any
@@ -16,7 +16,7 @@ from tests.support.cover import full_unless
 
 D = 5
 TWO = (ExpertGroup("text", 4, 0, 1, 8, 0, ("text",)), ExpertGroup("image", 3, 0, 2, 8, 4, ("image",)))
-MANY = (ExpertGroup("all", 300, 0, 3, 8, 0, ("text",)),)  # wide enough that a block has two tokens
+MANY = (ExpertGroup("all", 300, 0, 3, 8, 0, ("text",)),)  # so wide that a block has two tokens
 TOKENS = {"none": [], "one": [0], "padding alone": [-1] * 3, "mixed": [0, -1, 0, 1, 1] * 61}  # more than one block
 
 
@@ -75,7 +75,7 @@ def test_kernels_choose_as_torch(case: str, tokens: str, *, training: bool) -> N
     routers = [router_of(kernels, groups, **options).train(training) for kernels in (TRITON, TORCH)]
     h_TD = torch.randn(len(group_T), D, requires_grad=True)
     if len(group_T) > 3:
-        h_TD.data[5:9] = h_TD.data[5]  # equal logits, of which the earlier token must win
+        h_TD.data[5:9] = h_TD.data[5]  # equal logits: the earlier token must win
     caches = [RoutingCache(batch_info=info) for _ in routers]
     routings = [router(h_TD, group_T, cache) for router, cache in zip(routers, caches, strict=True)]
     same(*routings, h_TD, routers)

@@ -1,6 +1,7 @@
-"""Plans by counting kernels in Triton's interpreter equal plans by operations of torch in every tensor.
+"""Dispatch plans that counting kernels make in Triton's interpreter equal torch's plans in every tensor.
 
-The ranks run one after the other. With the kernels each rank must send the reference's items, and receives the reference's.
+The ranks run one after the other. With the kernels, each rank must send the same items as in the reference, and receives
+the items of the reference.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,12 +44,12 @@ BATCHES = ("mixed", "all null", "one expert takes all", "a rank without tokens",
 
 
 class NotYetKnownError(Exception):
-    """This rank receives items from ranks that have not reached the exchange yet."""
+    """Raised when a rank needs items from ranks that have not reached the exchange yet."""
 
 
 class Wire(AllToAll):
-    """One rank of an all-to-all. The first call of an exchange records its items in `sent`; later calls must repeat them.
-    Returns the items of `arrived`."""
+    """One rank of a simulated all-to-all. The first call of an exchange records the sent items in `sent`; later calls must
+    send the same items. A call receives the items of `arrived`."""
 
     def __init__(self, rank: int, size: int, sent: list[tuple[Tensor, Splits]], arrived: list[Tensor]) -> None:
         super().__init__(None, CommStats())
@@ -89,8 +90,8 @@ def plan_of(planner: Any, pairs: Assignments) -> Any:
 
 
 def reference(make: Callable[[Wire], Any], pairs: list[Assignments]) -> tuple[list[Any], list[Any]]:
-    """Returns the plans of all ranks, and the sent and received items of each. Each round of plans reaches one exchange
-    further."""
+    """Returns the plans of all ranks, and the sent and received items of each. Each round plans on all ranks again, and
+    reaches one exchange more than the round before."""
     size = len(pairs)
     exchanges: list[tuple[list[tuple[Tensor, Splits]], list[Tensor]]] = [([], []) for _ in range(size)]
     while True:
@@ -161,7 +162,7 @@ LISTS = ("pair_P", "row_S", "row_O", "arrival_Q", "row_of_pair_Q", "counts_X", "
 
 
 def rooms(size: int, rows: int, pairs: int, computed: tuple[int, int]) -> StaticRoom:
-    """Each rank has its own room."""
+    """Returns sizes for rows and pairs that are different on each rank."""
     return StaticRoom(*(tuple(each + rank for rank in range(size)) for each in (rows, pairs)), (computed,) * size)
 
 
@@ -221,7 +222,7 @@ def test_what_does_not_fit_is_counted_and_no_list_points_beyond_a_tensor(
 
 
 def test_pairs_in_another_order_are_planned_by_torch() -> None:
-    """Expert choice has no fixed number of choices per token, and its runs need not ascend."""
+    """With expert choice a token has no fixed number of choices, and pairs need not be sorted by token."""
     placement = ExpertPlacement(GROUPS, PLACEMENTS["one rank"])
     pairs = Assignments(torch.tensor([2, 0, 1]), torch.tensor([1, 1, 0]), torch.ones(3))
     (plan,), _ = CountingPlanner(placement, AllToAll(None, CommStats())).plan(pairs, 3, "layer")

@@ -1,7 +1,7 @@
-"""Triton's kernels in its interpreter against torch in float64: values and gradients.
+"""In Triton's interpreter the kernels for rows have the values and gradients of torch in float64.
 
-The kernels' blocks do not divide the widths and numbers of rows. The interpreter truncates when it stores bf16, where a GPU
-rounds. bf16 results may therefore differ by two units in the last place.
+The kernels' block sizes do not divide the widths and the numbers of rows. The interpreter truncates when it stores bf16,
+where a GPU rounds. bf16 results may therefore differ by two units in the last place.
 """
 
 from itertools import product
@@ -23,7 +23,7 @@ from moe_dist.placement.placement import ExpertGroup
 from tests.support.cover import full_unless
 from tests.support.one_rank_layer import context_of, one_rank_layer
 
-SHAPES = {  # number of pairs, rows, width
+SHAPES = {  # (pairs, rows, width)
     "uneven": (13, 5, 24),
     "a row without pairs": (3, 40, 7),
     "several blocks": (4, 2, 2056),
@@ -72,14 +72,14 @@ def test_gathered_rows_and_the_sums_of_both_gradients(shape: str, dtype: torch.d
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_weighted_pairs(shape: str, dtype: torch.dtype) -> None:
-    """Tests `swiglu` and `sum_pairs` together, because the kernels may choose which of them multiplies by the weights."""
+    """Tests `swiglu` and `sum_pairs` together, because either of them may multiply by the weights."""
     torch.manual_seed(0)
     num_pairs, num_rows, width = SHAPES[shape]
     index = RowIndex((torch.randint(0, max(1, num_rows), (num_pairs,)),), num_rows)
     inputs = [drawn(num_pairs), drawn(num_pairs, width, dtype=dtype), drawn(num_pairs, width, dtype=dtype)]
 
     def run(kernels: RowKernels, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor) -> list[Tensor]:
-        # transposed tensors, so that a kernel that assumes contiguous strides fails
+        # on transposed tensors a kernel that assumes contiguous strides fails
         gate_QF, up_QF = gate_QF.T.contiguous().T, up_QF.T.contiguous().T
         return [
             kernels.sum_pairs(hidden, weight_Q, index, torch.promote_types(gate_QF.dtype, torch.float32))
@@ -94,7 +94,8 @@ def test_weighted_pairs(shape: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_pairs_that_are_sorted_already_are_not_moved(dtype: torch.dtype) -> None:
-    """Dispatchers that sort rows by expert need no gather and no sum, and give the same values and gradients."""
+    """If the dispatcher has sorted the rows by expert, rows are not gathered and not summed. Values and gradients stay
+    equal."""
     torch.manual_seed(0)
     num_pairs, width = 13, 24
     sorted_index = RowIndex((torch.arange(num_pairs),), num_pairs, in_order=True)
@@ -129,7 +130,7 @@ def test_own_and_received_rows(shape: str, dtype: torch.dtype, base: bool) -> No
 def test_sums_have_the_bits_of_sums_in_the_order_of_the_pairs() -> None:
     torch.manual_seed(0)
     index = RowIndex((torch.randint(0, 3, (200,)),), 3)
-    # magnitudes differ, so that another order of summation would change bits
+    # Magnitudes differ, so that another order of summation would give other bits.
     rows = drawn(200, 9).detach() * 10.0 ** torch.randint(-4, 4, (200, 1))
     in_order = add_rows(torch.zeros(3, 9), index.parts[0], rows)
     assert torch.equal(TRITON.sum_pairs(rows, rows[:, 0], index, torch.float32), in_order)

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("dtype", "default"), [full(torch.float32, "meta"), full(torch.bfloat16, "cpu")])
 def test_good_kernels_pass(dtype: torch.dtype, default: str) -> None:
-    """The trial runs on the kernels' device, for any default device."""
+    """The trial runs on the kernels' device, whatever torch's default device is."""
     with torch.device(default):
         assert why_not(TRITON, CPU, dtype) is None
 

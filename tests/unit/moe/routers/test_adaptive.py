@@ -1,5 +1,5 @@
-"""Routers that choose the number of columns by token: a controller holds their budget, and cases by hand. test_contract.py
-compares them with their loops."""
+"""For routers that choose a number of columns for each token, a controller keeps the mean number at its target.
+test_contract.py compares these routers with loops."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ NAMES = ("top_p", "top_p, normalised", "relu", "threshold", "predicted_k", "pred
 def test_a_controller_holds_the_mean_number_of_true_experts(name: str, target: float, nulls: int) -> None:
     group = ExpertGroup("all", 8, nulls, 8, 8, 0, ("text",))
     router = made(name, (group,), bias=0.0)
-    rate = 20.0 if name.startswith(("relu", "predicted_k")) else 2.0  # these biases are logits, not probabilities
+    rate = 20.0 if name.startswith(("relu", "predicted_k")) else 2.0  # relu's and predicted_k's biases are logits
     rule = ActiveExperts({"all": target}, rate=rate, decay_steps=50, proportional=rate / 4)
     gate: Any = router.gate(group)
     gate.bias[:8] += 1.0  # starts with too many experts per token

@@ -1,4 +1,4 @@
-"""Dropped pairs under a capacity equal the oracle's, which serves pairs one by one. Also cases drawn by hand."""
+"""A capacity drops the same pairs as the oracle, which serves pairs one by one."""
 
 import torch
 from hypothesis import given, settings
@@ -11,7 +11,7 @@ from tests.reference.layer import kept_pairs
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 40), st.integers(1, 5), st.sampled_from(["probability", "position"]), st.integers(0, 10_000))
 def test_equals_the_oracle(num_tokens: int, num_experts: int, drop: str, seed: int) -> None:
-    """Many pairs tie, because few probabilities differ. On a tie the earlier token keeps its pair."""
+    """Many pairs tie, because there are only four different probabilities. On a tie the earlier token keeps its pair."""
     generator = torch.Generator().manual_seed(seed)
     top_k = min(2, num_experts)
     chosen_TK = torch.rand(num_tokens, num_experts, generator=generator).argsort(1)[:, :top_k]

@@ -1,5 +1,5 @@
-"""Every router by which tokens choose equals its loop over tokens, counts what it takes, leaves padding out, and keeps its
-choice in a recomputation. The other files of this folder have the properties of single routers."""
+"""Every router in which tokens choose experts equals a loop over tokens, counts the columns that it takes, ignores padding,
+and repeats its choice in recomputation. The other files of this folder test properties of single routers."""
 
 from collections.abc import Callable
 from itertools import product
@@ -25,7 +25,7 @@ from tests.reference.group_limited import limited_weights
 
 T, D = 60, 6
 PLAIN = (ExpertGroup("all", 8, 0, 4, 8, 0, ("text", "image")),)
-MIXED = (  # uneven groups with null, identity and constant experts; the first has fewer choices than columns
+MIXED = (  # groups of different sizes with null, identity and constant experts
     ExpertGroup("text", 6, 3, 4, 8, 0, ("text",), num_identity=1),
     ExpertGroup("image", 4, 1, 5, 8, 6, ("image",), num_identity=1, num_constant=1),
 )
@@ -42,7 +42,7 @@ def limited(x: Tensor, tensors: slow.Tensors, group: ExpertGroup, **options: Any
 
 
 ALL_NODES, ONE_NODE = {"n_group": 2, "topk_group": 2}, {"n_group": 2, "topk_group": 1}
-CASES: dict[str, tuple[type[TopKRouter], dict[str, Any], Loop, dict[str, Any]]] = {  # a router and its loop, with options
+CASES: dict[str, tuple[type[TopKRouter], dict[str, Any], Loop, dict[str, Any]]] = {  # router, options, loop, its options
     "top_k": (TopKRouter, {"selection_bias": True}, top_k, {}),
     "group_limited": (GroupLimitedRouter, {**ONE_NODE, "scale": 2.5}, limited, {**ONE_NODE, "scale": 2.5}),
     "group_limited, all nodes": (GroupLimitedRouter, ALL_NODES, limited, ALL_NODES),
@@ -73,7 +73,7 @@ def made(name: str, groups: tuple[ExpertGroup, ...], *, bias: float = 0.2) -> An
 
 
 def tokens(num_groups: int, count: int = T) -> tuple[Tensor, Tensor]:
-    """Returns rows, and groups with padding among them."""
+    """Returns hidden rows, and each token's group, or -1 for padding."""
     generator = torch.Generator().manual_seed(1)
     h_TD = torch.randn(count, D, dtype=torch.double, generator=generator).requires_grad_()
     return h_TD, torch.randint(-1, num_groups, (count,), generator=generator)
@@ -87,7 +87,7 @@ def tensors_of(router: TopKRouter, group: ExpertGroup) -> dict[str, Tensor]:
 
 
 def weights_of(router: TopKRouter, routing: Routing, count: int) -> Tensor:
-    """Returns the weight of each token's column [T, C], 0 for null columns."""
+    """Returns each token's weights of all columns [T, C], 0 for null columns."""
     weight_TC = torch.zeros(count, sum(group.num_columns for group in router.groups), dtype=torch.double)
     pairs = routing.assignments.taken()
     weight_TC = weight_TC.index_put((pairs.token_N, pairs.expert_N), pairs.weight_N)
@@ -145,7 +145,7 @@ def test_counts_are_of_what_is_taken_and_recomputation_takes_the_same(name: str)
 
 @pytest.mark.parametrize("name", CASES)
 def test_padding_is_not_routed_and_not_counted(name: str) -> None:
-    """A batch without any token among them."""
+    """Padding changes no result. A batch may have no token at all."""
     router, (h_TD, group_T) = made(name, MIXED), tokens(len(MIXED))
     kept_T = group_T >= 0
     padded, clean, empty = (router(h_TD[rows], group_T[rows]) for rows in (slice(None), kept_T, slice(0)))

@@ -1,5 +1,5 @@
-"""Expert choice against the slow oracle: taken tokens, weights and gradients, with ties, padding, empty groups, one
-token."""
+"""Expert choice takes the same tokens as the slow oracle, with the same weights and gradients. Cases have ties, padding,
+empty groups and single tokens."""
 
 import math
 from dataclasses import replace
@@ -100,8 +100,8 @@ def test_the_choice_equals_the_oracle(
     exact: bool,
     modality: tuple[int, int],
 ) -> None:
-    """Small integers make products exact and many scores equal. On a tie the earlier token is taken. Some scopes have only
-    padding, only one group, or no token."""
+    """With `exact`, small integers make products exact and many scores equal. On a tie the earlier token is taken. Some
+    scopes have only padding, only one group, or no token."""
     generator = torch.Generator().manual_seed(seed)
     schedule = ((0, 0.5), (2, factor), (3, 0.5))  # the test is in step 2
     router = make_router(seed, capacity=capacity, capacity_schedule=schedule, known_counts=counted)
@@ -173,14 +173,14 @@ def test_values_and_gradients_of_the_layer_equal_the_oracle(noise: float, counte
 
 
 def softmax_of_groups(h_TD: Tensor, router: ExpertChoiceRouter) -> Tensor:
-    """Returns the softmax scores [T, E], computed in each group alone."""
+    """Returns the softmax scores [T, E]. Each group has a softmax of its own."""
     logits_TE = logits_of(h_TD, GROUPS, reference_weights(router))
     return torch.cat([logits_TE[:, list(group.experts)].softmax(-1) for group in GROUPS], dim=1)
 
 
 @pytest.mark.parametrize("kind", ["choice", "causal", "noncausal"])
 def test_softmax_scores_choose_and_weigh(kind: str) -> None:
-    """Tests training, evaluation by thresholds, and evaluation by the choice of training."""
+    """The kinds are training, evaluation by thresholds (`causal`), and evaluation with training's choice (`noncausal`)."""
     router = make_router(3, score="softmax", capacity=0.3, known_counts=True)
     generator = torch.Generator().manual_seed(4)
     h_TD = torch.randn(23, D, generator=generator, dtype=torch.double, requires_grad=True)
@@ -217,7 +217,7 @@ def test_softmax_logits_of_far_apart_logits_are_finite() -> None:
     torch.testing.assert_close(found_Tn.sigmoid(), logits_Tn.softmax(-1))
     (gradient_Tn,) = torch.autograd.grad(found_Tn.sum(), [logits_Tn])
     assert gradient_Tn.isfinite().all()
-    near_one_Tn = torch.tensor([[30.0, 0.0, 0.0]])  # 1 - p is 2e-13, too small for the digits of p in fp32
+    near_one_Tn = torch.tensor([[30.0, 0.0, 0.0]])  # 1 - p is 2e-13, so p is 1 in fp32
     assert float(softmax_logits(near_one_Tn)[0, 0]) == pytest.approx(30.0 - math.log(2.0))
 
 
@@ -230,7 +230,8 @@ def test_a_draw_depends_on_its_name_alone() -> None:
     assert torch.equal(logistic((1, 2, 3), torch.arange(9), columns, torch.float32), whole[:9].float())
     for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
         assert not torch.isclose(logistic(other, torch.arange(50), columns, torch.double), whole[:50]).any()
-    # The difference of two Gumbel(0, 1) is logistic: mean 0, variance pi^2 / 3, P(x < 1) = sigmoid(1).
+    # The difference of two Gumbel(0, 1) variables is logistic: its mean is 0, its variance pi^2 / 3, and P(x < 1) =
+    # sigmoid(1).
     assert whole.isfinite().all()
     assert abs(whole.mean()) < 0.03
     assert abs(whole.var() - torch.pi**2 / 3) < 0.1
@@ -276,14 +277,14 @@ def test_capacities_follow_the_steps_and_evaluation_those_of_the_last(kind: type
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     h_TD = torch.randn(20, D, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     group_T = torch.tensor([0, 1] * 10)
-    # tokens of 10 that each expert takes, ceil(10 c): text and image
+    # How many of 10 tokens each text and image expert takes at each factor: ceil(10 c).
     taken = {0.5: [4] * 4 + [3] * 2, 1.0: [8] * 4 + [5] * 2, 0.25: [2] * 4 + [2] * 2}
     factors = [0.5, 0.5, 0.5, 1.0, 1.0, 0.25, 0.25]
     for step, factor in enumerate(factors):
         routing = router(h_TD, group_T, RoutingCache(batch_info=batch_info_of(group_T, step)))
         assert routing.counts.choices_LC[0].tolist() == taken[factor]
     router.eval()
-    for steps, factor in enumerate([0.5, *factors]):  # after 0 steps, 1 step, ...
+    for steps, factor in enumerate([0.5, *factors]):  # the model has taken `steps` steps
         with as_in_training([router], steps):
             assert router(h_TD, group_T).counts.choices_LC[0].tolist() == taken[factor]
 
@@ -335,7 +336,8 @@ def test_arithmetic_and_weights_are_fp32_for_bf16_tokens() -> None:
 
 
 def listed(routing: Routing, num_tokens: int, width: int) -> tuple[list[list[int]], list[list[float]]]:
-    """The slow `ChosenColumns`: experts and weights of each token's pairs, by descending weight."""
+    """Returns the experts and weights of each token's pairs, by descending weight. This is the slow form of
+    `ChosenColumns`."""
     found: list[list[tuple[float, int]]] = [[] for _ in range(num_tokens)]
     pairs = routing.assignments.taken()
     for token, expert, weight in zip(*(each.tolist() for each in pairs[:3]), strict=True):
@@ -358,7 +360,7 @@ def listed(routing: Routing, num_tokens: int, width: int) -> tuple[list[list[int
 )
 @pytest.mark.parametrize("tokens", [0, 1, 40])
 def test_a_recorded_token_has_its_own_experts_the_best_first(options: dict[str, Any], training: bool, tokens: int) -> None:
-    """Includes tokens without experts, padding, and a group with fewer experts than the largest."""
+    """Cases include tokens without experts, padding, and a group that has fewer experts than the largest group."""
     if "warmup_steps" in options:
         router = ExpertThresholdRouter(RouterContext(D, GROUPS), **options).double()
     else:
@@ -390,7 +392,8 @@ def test_a_recorded_token_has_its_own_experts_the_best_first(options: dict[str, 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_expert_threshold_takes_by_competition_and_then_by_its_running_mean(score: Score) -> None:
-    """After the first update each token is judged alone; a calibration of evaluation does not move training."""
+    """In the first update tokens compete. Afterwards each is compared with the running mean. Calibrating evaluation does
+    not change training."""
     router = ExpertThresholdRouter(RouterContext(D, GROUPS), warmup_steps=1, score=score).double()
     generator = torch.Generator().manual_seed(1)
     for parameter in router.parameters():
@@ -412,8 +415,8 @@ def test_expert_threshold_takes_by_competition_and_then_by_its_running_mean(scor
     sorted_TE = torch.where(inside_TE, scores_TE, 0.0).sort(dim=0, descending=True).values
     torch.testing.assert_close(mean_E, torch.stack([sorted_TE[k - 1, expert] for expert, k in enumerate(taken_E)]))
     for gate in router.gates():
-        gate.threshold += 0.3  # as a calibration may change it
-        gate.statistics[0] += 1e-9  # rounding must not decide whether the token with the k-th score is taken
+        gate.threshold += 0.3  # a calibration may change it so
+        gate.statistics[0] += 1e-9  # rounding must not decide about the token with the k-th score
     mean_E = mean_E + 1e-9
     routing = router(h_TD, group_T)
     pairs = routing.assignments.taken()

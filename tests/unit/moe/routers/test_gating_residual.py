@@ -1,4 +1,5 @@
-"""Routers with gating residuals (a map of the previous layer's logits) against a loop over tokens: values and gradients."""
+"""Routers with gating residuals (a map of the previous layer's logits) have the values and gradients of a loop over
+tokens."""
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.reference.gating_residual import chained_logits, top_k_weights
 from tests.unit.moe.routers.test_contract import tensors_of, weights_of
 
 T, D, LAYERS = 40, 6, 3
-# Uneven groups with all kinds of columns. A group's columns are not consecutive among all columns.
+# The groups have different sizes and all kinds of columns. A group's columns are not consecutive among all columns.
 TEXT = ExpertGroup("text", 5, 3, 3, 8, 0, ("text",), num_constant=1)
 IMAGE = ExpertGroup("image", 3, 1, 2, 8, 5, ("image",), num_identity=2)
 ALL = ExpertGroup("all", 4, 2, 2, 8, 0, ("text", "image"))
@@ -34,7 +35,7 @@ def made(groups: tuple[ExpertGroup, ...], *, bias: bool = False) -> list[GatingR
 
 
 def inputs(num_groups: int, count: int = T) -> tuple[list[Tensor], Tensor]:
-    """Returns the router's input in each layer, and groups with padding among them."""
+    """Returns the router's input in each layer, and each token's group, or -1 for padding."""
     rng = torch.Generator().manual_seed(1)
     layers = [torch.randn(count, D, dtype=torch.double, generator=rng).requires_grad_() for _ in range(LAYERS)]
     return layers, torch.randint(-1, num_groups, (count,), generator=rng)

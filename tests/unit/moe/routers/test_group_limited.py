@@ -1,4 +1,5 @@
-"""The group-limited router against transformers' router and by hand. test_contract.py compares it with its loop."""
+"""The group-limited router equals transformers' router, and small cases by hand. test_contract.py compares it with a
+loop."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,5 @@
-"""Thresholds follow the k-th largest score. Calibrated thresholds give each expert the share that it takes in training."""
+"""Thresholds follow the k-th largest score. With calibrated thresholds each expert takes the same share of tokens as in
+training."""
 
 from typing import Any
 
@@ -21,7 +22,7 @@ GROUPS = (ExpertGroup("text", 2, 0, 1, 4, 0, ("text",)), ExpertGroup("image", 1,
 
 
 def slow(cuts: list[float], decay: float) -> float:
-    """Computes the running mean number by number."""
+    """Computes the running mean one number at a time."""
     mean = 0.0
     for step, cut in enumerate(cuts):
         weight = max(1 / (step + 1), 1 - decay)
@@ -70,14 +71,14 @@ def model_of(layout: Layout = Layout(choice="rank")) -> Any:
 
 
 def loads(model: Any, batches: list[Any]) -> Any:
-    """Returns the tokens that each expert of each layer takes, [L, E]."""
+    """Returns how many tokens each expert of each layer takes, [L, E]."""
     options: dict[str, Any] = {"modalities": ("text", "image"), "group_of_modality": torch.tensor([0, 1]), "world": None}
     return heldout_losses(model, batches, **options).counts.choices_LC
 
 
 def test_calibrated_thresholds_give_each_expert_the_load_of_training() -> None:
-    """Scopes have one modality, only padding, or both modalities. The first layer gets the inputs of training, so its
-    counts are equal. Later layers get inputs that the causal choice has changed."""
+    """Scopes have one modality, both modalities, or only padding. The first layer gets the same inputs as in training, so
+    its counts are equal. The causal choice changes the inputs of later layers, so their counts are only close."""
     model = model_of()
     batches = [batch_of(0, 0, first, 1) for first in range(8)] + [batch_of(1, 1, first, 1) for first in range(8)]
     with choice_of_training([layer.router for layer in model.moe_modules()], 0):
@@ -90,7 +91,7 @@ def test_calibrated_thresholds_give_each_expert_the_load_of_training() -> None:
     assert abs(got_LE.sum(1) / wanted_LE.sum(1) - 1).max() < 0.1
     before = [gate.threshold.clone() for layer in model.moe_modules() for gate in layer.router.gates()]
     calibrate(model, [], group_of_modality=torch.tensor([0, 1]), world=None, steps=0)
-    text = [batch_of(0, 0, 1, 1)]  # only text, so image experts keep their thresholds
+    text = [batch_of(0, 0, 1, 1)]  # without image tokens, image experts keep their thresholds
     calibrate(model, text, group_of_modality=torch.tensor([0, 1]), world=None, steps=0)
     after = [gate.threshold for layer in model.moe_modules() for gate in layer.router.gates()]
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [False, True, False, True]
@@ -114,8 +115,8 @@ def test_a_calibration_is_for_the_capacities_of_the_last_step() -> None:
 
 @pytest.mark.parametrize("choice", ["rank", None])
 def test_calibrated_depths_compute_the_share_of_training(choice: str | None) -> None:
-    """Layer 0 computes 0.3 of the tokens, and its experts choose among these. With token choice it has the only
-    threshold."""
+    """Layer 0 computes a share of 0.3 of the tokens, and its experts choose among these. With token choice, mixture of
+    depths has the only threshold."""
     model = model_of(Layout(choice=choice, mixture_of_depths="rank"))
     batches = [batch_of(0, 0, first, 1) for first in range(8)]
     taken: list[int] = []
@@ -140,5 +141,5 @@ def test_calibrated_depths_compute_the_share_of_training(choice: str | None) -> 
     for hook in hooks:
         hook.remove()
     assert sum(taken) == wanted
-    # All batches together compute as many tokens as in training, but single batches differ.
+    # Over all batches as many tokens are computed as in training, but experts see other tokens in each batch.
     assert abs(got_E.sum() / wanted_E.sum() - 1) < 0.1

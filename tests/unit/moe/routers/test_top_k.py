@@ -1,5 +1,5 @@
-"""The top-k router with null experts: its bits, ties, sums, and tokens with only null choices. test_contract.py compares it
-with its loop."""
+"""Tests ties, rounding and extreme logits of the top-k router, and tokens with only null choices. test_contract.py compares
+it with a loop."""
 
 import pytest
 import torch
@@ -24,7 +24,8 @@ def make_router(*groups: ExpertGroup, **options: object) -> TopKRouter:
 
 
 def test_ties_go_to_true_experts() -> None:
-    """Null rows that copy the true rows (AdaMoE's start from a trained MoE): n = 4, m = 4, k = 3 equals the plain top-2."""
+    """Null rows are copies of the true rows, as when AdaMoE starts from a trained MoE. With n = 4, m = 4 and k = 3 each
+    token takes the plain top-2."""
     group = ExpertGroup("text", 4, 4, 3, 8, 0, ("text",))
     router = make_router(group)
     gate = router.get_submodule("group:text")
@@ -44,8 +45,8 @@ def test_ties_go_to_true_experts() -> None:
 @pytest.mark.parametrize("num_tokens", [1, 2, 33])
 @pytest.mark.parametrize(("n", "m", "dim"), [(5, 5, 128), (5, 5, 4096), (3, 6, 256), (3, 6, 4096), (8, 16, 96)])
 def test_twins_tie_in_floating_point(num_tokens: int, n: int, m: int, dim: int) -> None:
-    """The bits of a product depend on its shape. One product over n + m rows would break the ties between a true row and
-    its null copy."""
+    """How a matrix product rounds depends on its shape, so one product over all n + m rows would break the ties between a
+    true row and its null copies."""
     torch.manual_seed(0)
     group = ExpertGroup("text", n, m, m // n + 2, 8, 0, ("text",))
     router = TopKRouter(RouterContext(dim, (group,)))
@@ -99,7 +100,7 @@ def test_a_single_null_logit_stands_in_every_null_column() -> None:
     torch.testing.assert_close(ours.assignments.weight_N, theirs.assignments.weight_N, rtol=0, atol=1e-15)
     for got, expected in zip((*ours.counts, *ours.aux), (*theirs.counts, *theirs.aux), strict=True):
         torch.testing.assert_close(got, expected)
-    # A token takes each of the m null places in a row or none: the logit is a threshold.
+    # The gradient of the single null row is the sum of the gradients of its m copies.
     ours.aux.prob_LC.square().sum().backward()
     theirs.aux.prob_LC.square().sum().backward()
     for group in (TEXT, IMAGE):
@@ -108,7 +109,7 @@ def test_a_single_null_logit_stands_in_every_null_column() -> None:
 
 
 def test_biases_of_zero_choose_by_logits_alone() -> None:
-    """Where a softmax rounds two logits to the same probability, their order must stay."""
+    """If a softmax rounds two logits to the same probability, the larger logit must still win."""
     group = ExpertGroup("text", 3, 1, 2, 8, 0, ("text",))
     router = TopKRouter(RouterContext(1, (group, IMAGE)), selection_bias=True)
     gate = router.get_submodule("group:text")

@@ -1,4 +1,4 @@
-"""Made-up routings, in which a simulated router draws each token's choices."""
+"""Makes routings in which a simulated router draws each token's choices."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The compute maps of a report show each token's number of true experts (mean over the layers) at the token's place."""
+"""A report's compute maps show at each token's place its number of true experts, as the mean over the layers."""
 
 import base64
 import io
@@ -14,8 +14,8 @@ from moe_dist.monitor.report.token_panels import compute_maps
 from tests.unit.monitor.report.conftest import draw_routing
 
 GRID = (2, 3)
-# Two sequences with text (ids below 100) and cells. They have a whole picture, a picture that the sequence cuts off, and a
-# whole picture in the next sequence.
+# Two sequences of text (ids below 100) and picture cells. The first has a whole picture, the second the rest of a picture
+# that was cut off, and a whole picture.
 TOKENS = [[7, 8, 101, 102, 103, 104, 105, 106, 9], [107, 108, 109, 110, 1, 101, 101, 101, 102, 102, 103]]
 
 

@@ -1,4 +1,4 @@
-"""The report's first lines name the faults of a sick run, and report none for a healthy run."""
+"""The report's first lines name the faults of a faulty run, and name none for a healthy run."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -80,7 +80,7 @@ def test_dead_experts_and_drops_and_a_busy_rank() -> None:
     dropping = replace(routing, window=window)
     assert any(text.startswith("model.moe.capacity drops ") for text in problems(dropping))
     assert any("Capacity overflow: " in text and "were dropped" in text for text in facts(dropping))
-    uneven = draw_routing(bias=towards(1, slice(0, 2), 3), tokens=800)  # both experts are on rank 0
+    uneven = draw_routing(bias=towards(1, slice(0, 2), 3), tokens=800)  # experts 0 and 1 are on rank 0
     assert any("Rank 0 of the EP group computes most rows" in text for text in problems(uneven))
     assert any(text.startswith("Busiest rank: rank 0 of 4 computes ") for text in facts(uneven))
 

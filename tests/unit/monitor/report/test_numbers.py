@@ -1,4 +1,4 @@
-"""The numbers of a report against slow references. Shape letters as in `numbers.py`."""
+"""The numbers of a report equal slow references. `numbers.py` explains the shape letters."""
 
 import math
 
@@ -16,7 +16,7 @@ def test_gini_of_known_loads() -> None:
     gini = numbers.gini(loads)
     assert gini[:2].tolist() == [0.0, 0.75]
     pairs = sum(abs(a - b) for a in loads[2] for b in loads[2])
-    assert gini[2] == pytest.approx(pairs / (2 * 4 * loads[2].sum()))  # Gini = mean difference / twice the mean
+    assert gini[2] == pytest.approx(pairs / (2 * 4 * loads[2].sum()))  # mean difference / (2 x mean load)
     assert math.isnan(gini[3])
     assert numbers.lorenz(loads)[2].tolist() == [0.0, 0.1, 0.3, 0.6, 1.0]
 
@@ -48,12 +48,12 @@ def test_pairs_of_experts() -> None:
 def test_tokens_that_tell_most_of_an_expert() -> None:
     token_T = np.array([7] * 6 + [8] * 6 + [9] * 6 + [3] * 2)
     taken_Tn = np.zeros((20, 2), bool)
-    taken_Tn[0:6, 0] = True  # expert 0 takes each token 7, and half of the tokens 8
+    taken_Tn[0:6, 0] = True  # expert 0 takes all tokens with id 7, and half of those with id 8
     taken_Tn[9:12, 0] = taken_Tn[12:14, 1] = taken_Tn[18:20, 1] = True
     first, second = numbers.special_tokens(token_T, taken_Tn, most=3)
     assert [(each.token, each.times, each.share, each.row) for each in first] == [(7, 6, 1.0, 0), (8, 3, 0.5, 9)]
     assert first[0].lift == pytest.approx(1 / (9 / 20))
-    assert second == []  # expert 1 takes no token three times
+    assert second == []  # expert 1 takes no id three times
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_tokens_that_tell_most_of_an_expert() -> None:
     [(1, False, 0), (3, False, 0), (4, False, 0), (4, True, 0), (16, False, 0), (4, True, 1), (4, False, 3)],
 )
 def test_rows_are_those_of_a_slow_count(ranks: int, pinned: bool, replicas: int) -> None:
-    """Experts 0 and 9 have `replicas` replicas, only in the second layer."""
+    """In the second layer experts 0 and 9 have `replicas` replicas each."""
     routing = draw_routing(tokens=120, layers=2)
     tokens = routing.tokens
     assert tokens is not None

@@ -25,7 +25,7 @@ def output(console: Console) -> str:
 
 
 def ticking(seconds: float) -> Callable[[], float]:
-    """A clock that advances with each reading."""
+    """Returns a clock that advances by `seconds` with each reading."""
     times: Iterator[float] = iter(i * seconds for i in range(10**6))
     return lambda: next(times)
 

@@ -1,4 +1,4 @@
-"""A sink that cannot write loses its pictures, but does not end the run, unless a restart needs its content."""
+"""A sink that fails is left out, and the run goes on. Only a sink whose records a restart needs holds back checkpoints."""
 
 import threading
 from typing import Any
@@ -68,7 +68,7 @@ def test_records_that_a_restart_needs_hold_back_the_checkpoint_until_they_are_wr
 
 
 def test_a_checkpoint_is_held_back_until_a_flush_that_failed_before_has_succeeded() -> None:
-    """The checkpoint thread may ask at any time, also during a flush."""
+    """The checkpoint thread may call `check_written` at any time, even during a flush."""
     records, sinks = Recorder(), GuardedSinks([])
     records.error = CheckpointError("m.jsonl: cannot be written")
     asked: list[bool] = []
@@ -99,7 +99,7 @@ def test_an_error_of_ours_is_not_hidden() -> None:
 def test_closing_has_a_budget_and_hides_what_a_display_raises(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is done by then. A slow or broken sink must not delay or fail it."""
+    """Sinks close when the run is done, so a slow or broken sink must not delay the run or make it fail."""
     monkeypatch.setattr("moe_dist.monitor.sinks.sink.CLOSE_SECONDS", 0.2)
     slow, broken, healthy, end = Recorder(), Recorder(), Recorder(), threading.Event()
     slow.close = end.wait  # type: ignore[attr-defined]

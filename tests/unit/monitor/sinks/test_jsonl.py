@@ -1,4 +1,4 @@
-"""Each step stands in the file exactly once after any number of resumes and crashes."""
+"""After any number of resumes and crashes each step is in the file exactly once."""
 
 import errno
 import io
@@ -29,7 +29,7 @@ def evaluation(step: int) -> EvaluationResult:
 
 
 def write(path: Path, make_record: MakeRecord, steps: range, *, resume_step: int = 0, evaluate: int = 5) -> None:
-    """One attempt, killed after its last step: nothing is closed."""
+    """Writes the records of one attempt that is killed after its last step, so that the sink is not closed."""
     sink = JsonlSink(SinkContext(path.parent, resume_step=resume_step), clock=lambda: 1000.0)
     for step in steps:
         sink.step(make_record(step))
@@ -83,7 +83,8 @@ def test_resuming_drops_what_is_written_again(tmp_path: Path, make_record: MakeR
 
 
 def test_an_evaluation_that_is_owed_is_there_once(tmp_path: Path, make_record: MakeRecord) -> None:
-    """A stop after step 10 saves before it evaluates; the next attempt evaluates, and dies before it saves."""
+    """An attempt stops after step 10 and saves before it evaluates. The next attempt evaluates, and dies before it
+    saves."""
     path, once = tmp_path / "metrics.jsonl", tmp_path / "once" / "metrics.jsonl"
     write(path, make_record, range(1, 12))
     write(once, make_record, range(1, 11))
@@ -96,7 +97,7 @@ def test_an_evaluation_that_is_owed_is_there_once(tmp_path: Path, make_record: M
 
 @pytest.mark.parametrize("keep", [1, 40, 400, -1])
 def test_a_torn_last_line_goes(tmp_path: Path, make_record: MakeRecord, keep: int) -> None:
-    """`keep` bytes of the last line are there; -1 is all of it but the end of line."""
+    """Only `keep` bytes of the last line were written; -1 means all but the newline."""
     path = tmp_path / "metrics.jsonl"
     write(path, make_record, range(1, 5))
     lines = path.read_bytes().splitlines(keepends=True)
@@ -120,7 +121,7 @@ def test_zeros_of_a_power_cut_go(tmp_path: Path, make_record: MakeRecord) -> Non
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda path: os.truncate(path, 1 << 40),  # a hole of a terabyte
+        lambda path: os.truncate(path, 1 << 40),  # a sparse file of a terabyte
         lambda path: path.write_bytes(path.read_bytes() + b"x" * MOST_UNREADABLE),
         lambda path: path.write_bytes(
             path.read_bytes() + b'{"step":4,"kind":"step","x":[%b]}\n' % (b"[]," * 200_000) * 120

@@ -1,4 +1,4 @@
-"""MLflow's client with a stand-in for its methods, and a server that is not there."""
+"""Tests the MLflow sink with a stand-in for MLflow's client, and with a server that does not exist."""
 
 import sys
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from tests.unit.monitor.conftest import send
 
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Accepts only arguments that MLflow's own client accepts."""
+    """Stands in for MLflow's client, and accepts only arguments that the real client accepts."""
     client = create_autospec(mlflow.MlflowClient, instance=True)
     client.get_experiment_by_name.return_value = None
     client.create_experiment.return_value = "7"

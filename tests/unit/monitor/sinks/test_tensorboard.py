@@ -1,4 +1,4 @@
-"""Events are read back as TensorBoard reads them."""
+"""The tests read the events with TensorBoard's own reader."""
 
 import io
 from collections.abc import Callable
@@ -23,7 +23,7 @@ MAP = ComputeMap({"text": 1.5}, 2)
 
 @pytest.fixture
 def tmp_path(tmp_path: Path) -> Path:
-    """The folder of the event files."""
+    """The sink writes its event files to this folder."""
     return tmp_path / "tensorboard"
 
 
@@ -38,13 +38,14 @@ def pages(accumulator: EventAccumulator) -> list[str]:
 
 
 def curves(folder: Path) -> dict[tuple[str, str], EventAccumulator]:
-    """Returns (sub-run, tag) of every scalar with its events."""
+    """Maps (sub-run, tag) of every scalar to the sub-run's events."""
     runs = {"": read(folder)} | {path.name: read(path) for path in folder.iterdir() if path.is_dir()}
     return {(name, tag): events for name, events in runs.items() for tag in events.Tags()["scalars"]}
 
 
 def points(accumulator: EventAccumulator, tag: str) -> list[tuple[int, float]]:
-    """Returns the points of all files. Attempts in the same second are read in the order of their names."""
+    """Returns the points of all files. Sorted, because files of attempts in the same second are read in the order of their
+    names."""
     return sorted((event.step, event.value) for event in accumulator.Scalars(tag))
 
 
@@ -129,7 +130,7 @@ def test_after_a_resume_each_step_is_there_once(tmp_path: Path, subject: Subject
 
 
 def test_an_evaluation_that_is_owed_is_there_once(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    """The first attempt stops after step 2. The second evaluates and dies, and so does the third."""
+    """The first attempt stops after step 2. The second and the third attempt each evaluate, and die before they save."""
     write(tmp_path, subject, [make_record(1), make_record(2)])
     for attempt in (1, 2):
         context = SinkContext(tmp_path.parent, subject=subject, modalities=("text",), resume_step=2, evaluation_owed=True)

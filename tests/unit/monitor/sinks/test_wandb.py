@@ -1,4 +1,4 @@
-"""The real wandb in offline mode: its file is read back, and no connection was tried."""
+"""The real wandb in offline mode writes a file that the test reads back, and tries no connection."""
 
 import json
 import socket
@@ -54,8 +54,8 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 
 def records_of(folder: Path) -> list[Any]:
-    """Reads wandb's file: seven bytes of its own, then LevelDB's log format, blocks of pieces [crc 4, length 2, type 1,
-    data]."""
+    """Reads wandb's file: a header of seven bytes, then LevelDB's log format, in which blocks have pieces of a record: crc
+    (4 bytes), length (2), type (1), and data."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     content = path.read_bytes()
     assert content[:4] == b":W&B"
@@ -76,7 +76,7 @@ def records_of(folder: Path) -> list[Any]:
 
 def test_offline_writes_files_and_never_connects(tmp_path: Path, make_record: MakeRecord, tried: list[Any]) -> None:
     send(WandbSink(SinkContext(tmp_path, run_name="demo", resume_step=4), project="moe", mode="offline"), make_record)
-    wandb.teardown()  # as at the end of the process: wandb's own process may still be writing after finish()
+    wandb.teardown()  # as at the end of the process; after finish() wandb's service process may still write
     assert tried == []
     records = records_of(tmp_path)
     (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")

@@ -1,4 +1,5 @@
-"""Traces are read back as written, also after a kill, a resume or damage. Shape letters as in the format."""
+"""Traces are read back as written, also after a kill, a resume or damage. moe_dist/monitor/trace/format.py explains the
+shape letters."""
 
 import json
 import os
@@ -82,7 +83,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
 
 
 def test_a_resume_on_more_ranks_keeps_every_step_once(tmp_path: Path) -> None:
-    write(tmp_path, MANIFEST, range(1, 6), "b")  # killed after step 5, with a checkpoint of step 3
+    write(tmp_path, MANIFEST, range(1, 6), "b")  # this attempt was killed after step 5; its last checkpoint is step 3
     write(tmp_path, replace(MANIFEST, attempt=2, from_step=3, ranks=3), range(4, 5), "a")
     trace = read_trace(tmp_path)
     assert trace.steps == (1, 2, 3, 4)
@@ -228,7 +229,7 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(
     monkeypatch.setattr("moe_dist.monitor.trace.writer.CLOSE_SECONDS", 0.2)
     writer, answers = TraceWriter(tmp_path, 0, weights=True), threading.Event()
     monkeypatch.setattr(writer, "_write", lambda *_: answers.wait())
-    for step in range(1, WAITING + 2):  # one more step is being written
+    for step in range(1, WAITING + 2):  # WAITING steps wait, and one is being written
         writer.add(step, *part(step, 0))
     writer.close()
     assert "not written within 0.2 s" in caplog.text

@@ -1,4 +1,4 @@
-"""Traces of other systems: Megatron-Core's and FLAME-MoE's by their documented formats, and arrays of vLLM and SGLang."""
+"""Reads traces of other systems: Megatron-Core's and FLAME-MoE's documented formats, and arrays of vLLM and SGLang."""
 
 import base64
 import json
@@ -14,11 +14,11 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.monitor.trace.foreign import read_foreign
 from tests.support.messages import refused
 
-IDS = np.random.default_rng(0).random((12, 3, 8)).argsort(axis=2)[:, :, :2]  # tokens, layers, k different experts
+IDS = np.random.default_rng(0).random((12, 3, 8)).argsort(axis=2)[:, :, :2]  # 12 tokens, 3 layers, k = 2 different experts
 
 
 def megatron(folder: Path, ids: np.ndarray = IDS, layers: tuple[int, ...] = (1, 2, 4)) -> Path:
-    """Writes a trace of two ranks and two steps, each with two micro-batches of six tokens, and a block for multi-token
+    """Writes a trace of two ranks and two steps. Each step has two micro-batches of six tokens, and a block for multi-token
     prediction."""
     folder.mkdir(exist_ok=True)
     for rank in (0, 1):
