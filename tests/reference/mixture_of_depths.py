@@ -30,7 +30,8 @@ def depth_forward(
 
     Args:
         document_T: The document of each token. No two sequences share a document, and its tokens are in order.
-        block: The layer's update for the tokens [1, n, D] of one document at the given positions [1, n]. It also gets the tokens' numbers.
+        block: The layer's update for the tokens [1, n, D] of one document at the given positions [1, n]. It also gets
+            the tokens' numbers.
     """
     rows = list(x_TD)
     for document in dict.fromkeys(document_T):

@@ -1,4 +1,5 @@
-"""Folders that are no model, another model, damaged or malicious are refused by name, and leave no files."""
+"""An import refuses folders with no model, an unsupported model, or damaged or malicious files. The error names the fault,
+and no files are left behind."""
 
 import json
 import os
@@ -116,7 +117,7 @@ def tokenizer(size: int) -> Callable[[Path], None]:
 def sparse(name: str) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         with (folder / name).open("wb") as stream:
-            stream.truncate(5 << 30)  # holds no block on the disk
+            stream.truncate(5 << 30)  # a sparse file, without blocks on the disk
 
     return apply
 
@@ -127,13 +128,13 @@ def header_of_lists(folder: Path) -> None:
 
 
 def panicking(folder: Path) -> None:
-    """A tokenizer with which the Rust code of the library tokenizers panics."""
+    """Writes a tokenizer at which the Rust code of the library tokenizers panics."""
     tokenizer(10)(folder)
     normaliser = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
     edit(folder / "tokenizer.json", lambda values: values.update(normalizer=normaliser))
 
 
-# Changes of the values in config.json are in test_fields.py.
+# test_fields.py tests changed values in config.json.
 BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     "unknown family": (
         config(model_type="gpt2"),

@@ -1,4 +1,4 @@
-"""Changes by an import keep the function: null experts bit for bit, copied FFNs up to rounding."""
+"""The changes that an import makes keep the model's function: null experts change no bit, copied FFNs only the rounding."""
 
 from pathlib import Path
 
@@ -70,14 +70,14 @@ def test_null_experts_that_are_still_copies_are_left_out_on_the_way_back(tmp_pat
     model, state = load_imported(tmp_path / "ours")
     rows = model.get_parameter("layers.1.moe.router.group:all.null")
     with torch.no_grad():
-        rows[3, 5] += 1e-3  # like one step of training
+        rows[3, 5] += 1e-3  # as a training step would change it
     manager(tmp_path / "trained").save(7, state)
     with refused(ConfigError, "num_null=16"):
         export_model(tmp_path / "trained", tmp_path / "not", family="olmoe")
 
 
 def test_weights_that_were_trained_are_what_is_written(tmp_path: Path) -> None:
-    """A run's checkpoint knows the import only by `run.init_from`, and is written in fp32."""
+    """A run that trained an imported model saves fp32 weights, and its only link to the import is `run.init_from`."""
     theirs = save(tiny_model("qwen2_moe", dtype=torch.bfloat16), tmp_path / "theirs")
     import_model(theirs, tmp_path / "ours")
     model, state = load_imported(tmp_path / "ours")
@@ -106,5 +106,5 @@ def test_copies_of_a_dense_ffn_are_the_same_function(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(again(TOKENS).logits, ours, rtol=1e-4, atol=1e-4)
     routers = [t for n, t in tensors_of(tmp_path / "back").items() if n.endswith("block_sparse_moe.gate.weight")]
-    assert len({float(rows.sum()) for rows in routers}) == 2  # each layer has its own draw
+    assert len({float(rows.sum()) for rows in routers}) == 2  # each layer's router was drawn separately
     assert all(0.01 < float(rows.std()) < 0.04 for rows in routers)

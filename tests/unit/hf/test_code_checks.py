@@ -1,5 +1,5 @@
-"""No file of a model's folder makes a library run code: an import refuses each by name, an export copies none, and
-`verify_export` finds what was put beside an export afterwards."""
+"""No file of a model's folder makes a library run code: an import refuses such a file by name, an export does not copy it,
+and `verify_export` finds it if it was added to an export."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from tools.verify_export import main as verify
 
 CODE = "from pathlib import Path\nPath('{}').touch()\nclass Planted: pass\n"
 IMPLEMENTATION = {"attn_implementation": "somebody/kernels"}
-# A file, and the fields by which it makes transformers, its pipelines or PEFT run code.
+# Each place is a file and the fields that make transformers, its pipelines or PEFT run code.
 PLACES: dict[str, tuple[str, dict[str, Any]]] = {
     "model": ("config.json", {"auto_map": {"AutoModelForCausalLM": "planted.Planted"}}),
     "inner model": ("config.json", {"vision_config": {"auto_map": {"AutoConfig": "planted.Planted"}}}),
@@ -42,7 +42,8 @@ PLACES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def plant(folder: Path, name: str, fields: dict[str, Any]) -> Path:
-    """Adds fields to a file of the folder, and the code that they name; returns the file that the code would make."""
+    """Adds fields to a file of the folder, and adds the code that they name. Returns the file that this code creates if it
+    runs."""
     ran = folder.parent / "ran"
     (folder / "planted.py").write_text(CODE.format(ran))
     path = folder / name
@@ -52,7 +53,7 @@ def plant(folder: Path, name: str, fields: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of transformers, its import, and an export with code."""
+    """A folder that transformers wrote, its import, and an export with code."""
     root = tmp_path_factory.mktemp("models")
     save(tiny_model("mixtral"), root / "theirs")
     import_model(root / "theirs", root / "imported")
@@ -79,7 +80,7 @@ def test_an_import_refuses_code_by_name(copies: dict[str, Path], kind: str, plac
 
 @pytest.mark.parametrize("place", PLACES)
 def test_an_export_copies_no_code(copies: dict[str, Path], place: str) -> None:
-    """Neither out of the folder of an import, which somebody has changed, nor out of --like."""
+    """An export refuses planted files both in the import's `huggingface` folder and in the folder of --like."""
     name, fields = PLACES[place]
     plant(copies["imported"] / "huggingface", name, fields)
     plant(copies["theirs"], name, fields)
@@ -90,7 +91,7 @@ def test_an_export_copies_no_code(copies: dict[str, Path], place: str) -> None:
 
 
 def test_the_planted_code_would_run(copies: dict[str, Path]) -> None:
-    """Of the tests themselves: transformers runs a tokenizer's code where the README's argument allows it."""
+    """Proves that the planted code works: transformers runs a tokenizer's code if `trust_remote_code` allows it."""
     from transformers import AutoTokenizer
 
     ran = plant(copies["served"], *PLACES["tokenizer"])

@@ -1,5 +1,5 @@
 """LoRA on the experts of an imported MoE. PEFT loads the saved adapters with equal logits and gradients, and merging gives
-the same model. The frozen base has no gradient, and backward has no product for one."""
+the same model. The frozen base has no gradient, and backward computes no matrix product for one."""
 
 import re
 from pathlib import Path
@@ -88,7 +88,7 @@ def by_name(adapted: Adapted) -> dict[str, torch.Tensor]:
     ],
 )
 def test_experts_have_the_numbers_of_peft(tmp_path: Path, kind: str, case: str) -> None:
-    """Compares logits and gradients to 1e-5 of the largest entry, for both layouts of the experts' matrices."""
+    """Logits and gradients must agree to 1e-5 of the largest entry, for both layouts of the experts' matrices."""
     import transformers
     from peft import PeftModel
 
@@ -136,8 +136,8 @@ def summed(name: str, gradient: torch.Tensor, experts: int) -> torch.Tensor:
 def test_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, experts: int
 ) -> None:
-    """The README finds the base, or gives the command that writes it if the import made experts. Its text equals the merged
-    model's."""
+    """The README's lines find the base model. If the import made the experts, the README also gives the command that writes
+    the base. The generated text equals the merged model's."""
     from peft import PeftModel
 
     chat_folder(save(tiny_model(kind, vocab_size=512, intermediate_size=24), tmp_path / "theirs"), "chatml")
@@ -152,7 +152,7 @@ def test_the_readme_runs(
         done = invoke(export_hf, command, "--out", tmp_path / "adapter/BASE")
         assert done.exit_code == 0, done.output
     capsys.readouterr()
-    run_readme(tmp_path / "adapter", monkeypatch, lines=4)  # three lines, and one for PEFT
+    run_readme(tmp_path / "adapter", monkeypatch, lines=4)  # three lines, and one that loads the adapters
     with_adapters = capsys.readouterr().out
     export_model(tmp_path / "run", tmp_path / "merged")
     run_readme(tmp_path / "merged", monkeypatch, lines=3)
@@ -163,13 +163,13 @@ def test_the_readme_runs(
 
 
 def test_a_finished_run_writes_them(tmp_path: Path) -> None:
-    """Adapters are written once, beside the checkpoints. The log gives the reason if PEFT has no such adapters."""
+    """Adapters are written once, beside the checkpoints. The log gives the reason if PEFT cannot express them."""
     adapted = Adapted(imported(tmp_path), tmp_path / "run/checkpoints", **CASES["each"])
     adapted.save()
     folder, out = RunFolder(tmp_path / "run"), tmp_path / "run/adapters/step_3"
     for _ in range(2):
         assert write_adapters(adapted.config, folder, 3) == f"adapters in PEFT's form: {out}"
-    assert len(load_file(out / WEIGHTS_FILE)) == 2 * (4 + 4)  # A and B of two stacks and two projections, in two layers
+    assert len(load_file(out / WEIGHTS_FILE)) == 2 * (4 + 4)  # in both layers: A and B of two stacks and two projections
     (tmp_path / "dense").mkdir()
     experts = Adapted(imported(tmp_path / "dense", "llama"), tmp_path / "mole/checkpoints", group=MOLE, experts=LORA)
     experts.save()

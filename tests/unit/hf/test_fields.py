@@ -210,7 +210,7 @@ TOGETHER: dict[str, tuple[dict[str, Any], ...]] = {
     ),
 }  # fmt: skip
 
-# Our names of their fields, in errors of the model's own rules.
+# Errors of our rules call these fields of transformers by our names.
 OURS = {
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
@@ -262,15 +262,15 @@ def theirs_of(values: dict[str, Any]) -> nn.Module:
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", dtype=torch.float32, **experts
     )
-    config.return_dict = True  # some of their code needs this form of results
+    config.return_dict = True  # some of transformers' code needs results of this form
     draw(model, 1)
     return model.eval()
 
 
 @torch.no_grad()
 def assert_theirs(values: dict[str, Any], change: dict[str, Any], *, buildable: bool = True) -> bool:
-    """Returns True if the import accepts a config.json, whose logits then equal transformers'. Returns False if the error
-    names the change.
+    """Returns True if the import accepts the config.json and our logits equal transformers'. Returns False if the import
+    refuses it with an error that names the change.
 
     Args:
         buildable: False if transformers may refuse to build the model.
@@ -289,7 +289,7 @@ def assert_theirs(values: dict[str, Any], change: dict[str, Any], *, buildable: 
         model = theirs_of(values)
         theirs = model(ids, use_cache=False).logits
     except (StrictDataclassFieldValidationError, StrictDataclassClassValidationError):
-        # Their class refuses null for these fields, none of which affects the function.
+        # transformers' class refuses null for these fields. None of them affects the model's function.
         assert not buildable or all(value is None and name in INERT for name, value in change.items())
         return True
     except (TypeError, ValueError) as error:
@@ -323,7 +323,7 @@ def test_every_field_is_used_without_effect_or_refused(kind: str) -> None:
 
 
 def test_the_message_for_an_unknown_family_says_what_is_missing() -> None:
-    """All types of language models in transformers, by a table that is generated from their configuration classes."""
+    """Tests every type of language model in transformers. A table of them is generated from the configuration classes."""
     found = unknown_families.table()
     assert UNKNOWN_FAMILIES.read_text() == unknown_families.text(found), "run python -m tests.support.unknown_families"
     assert len(found) > 200
@@ -335,7 +335,7 @@ def test_the_message_for_an_unknown_family_says_what_is_missing() -> None:
         read_section({"model_type": "qwen3_next", "linear_conv_kernel_dim": 4})
 
 
-# Fields of DeepSeek-V3's published config.json that no class of transformers has, and other values of them.
+# PUBLISHED has fields of DeepSeek-V3's config.json that no class of transformers has. OTHERS has other values for them.
 PUBLISHED = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "ep_size": 1, "seq_aux": True,
              "aux_loss_alpha": 0.001}  # fmt: skip
 OTHERS = {"scoring_func": "softmax", "topk_method": "greedy", "moe_layer_freq": 2}
@@ -368,7 +368,7 @@ def test_absent_fields_have_the_defaults_of_the_class(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", rest_full(FAMILIES))
 def test_rotary_positions_are_theirs_or_refused(kind: str) -> None:
-    values = base_of(kind) | ({"head_dim": 8} if kind == "mixtral" else {})  # transformers cannot scale without head_dim
+    values = base_of(kind) | ({"head_dim": 8} if kind == "mixtral" else {})  # transformers scales only with head_dim
     accepted = [assert_theirs(changed(values, change), change) for change in ROPES]
     assert sum(accepted) == 22 + (FAMILIES[kind].heads.rope_share is not None)
 
@@ -402,7 +402,7 @@ def test_every_name_that_transformers_reads_is_judged(kind: str, monkeypatch: py
     for cache in (True, False):
         model.generate(ids, max_new_tokens=2, do_sample=False, use_cache=cache)  # pyright: ignore[reportCallIssue]
     monkeypatch.undo()
-    # Attributes of their class and options of `generate` are not fields.
+    # Attributes of transformers' class and options of `generate` are not fields.
     known = {*dir(class_of(kind)), *transformers.GenerationConfig().to_dict(), *values}
     others = {name for name in asked - known if not name.startswith("_")}
     assert len(others) > 5

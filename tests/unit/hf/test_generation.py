@@ -1,4 +1,4 @@
-"""Every way to generate in transformers gives, over the served form, the tokens of the family's own class."""
+"""With every way to generate in transformers, the served form gives the same tokens as the family's class."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=["mixtral sliding", full("gpt_oss"), full("deepseek_v3")])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """A family's own class, and the served form of the same weights."""
+    """A model of a family's class, and the served form of the same weights."""
     root, model = tmp_path_factory.mktemp("models"), tiny_model(request.param).eval()
     import_model(save(model, root / "theirs"), root / "ours")
     export_model(root / "ours", root / "served", family="moe_dist")
@@ -34,7 +34,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def prompts(*, padded: bool) -> dict[str, torch.Tensor]:
-    """Two prompts; the first, if `padded`, is shorter and has padding on its left."""
+    """Returns two prompts. If `padded`, the first is shorter and has padding on its left."""
     tokens = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(tokens)
     if padded:
@@ -51,7 +51,7 @@ def generated(model: Any, prompt: dict[str, torch.Tensor], options: dict[str, An
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_tokens_are_those_of_the_family(both: tuple[Any, Any], way: str, padded: bool) -> None:
-    if way == "prompt lookup":  # transformers refuses batches with it
+    if way == "prompt lookup":  # transformers allows no batches here
         prompt = {name: each[padded:][:1] for name, each in prompts(padded=padded).items()}
     else:
         prompt = prompts(padded=padded)
@@ -61,7 +61,8 @@ def test_tokens_are_those_of_the_family(both: tuple[Any, Any], way: str, padded:
 
 
 def test_assisted_decoding_gives_the_model_its_own_tokens(both: tuple[Any, Any]) -> None:
-    """An assistant changes how often a model runs, and not its greedy tokens; the model may be the assistant, too."""
+    """An assistant model changes how often the main model runs, but not its greedy tokens. The served form may be the main
+    model, the assistant, or both."""
     model, served = both
     prompt = {name: each[:1] for name, each in prompts(padded=False).items()}
     wanted = generated(model, prompt, {})

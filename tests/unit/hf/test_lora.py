@@ -1,4 +1,4 @@
-"""Adapters on an imported Llama: initially the base's bits, and export of merged weights."""
+"""A model with new adapters is bit-equal to its imported base, and its merged weights can be exported."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -118,7 +118,7 @@ def test_what_is_no_matrix_is_refused(tmp_path: Path, group: dict[str, Any], wei
 def test_a_base_given_by_a_relative_path_is_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bool
 ) -> None:
-    """Also by checkpoints of older versions, which have only the relative path."""
+    """Checkpoints of older versions (`older`) store only the relative path, and find the base too."""
     monkeypatch.chdir(tmp_path)
     imported(Path("models"))
     adapted = Adapted(Path("models/ours"), Path("run"), group=ONE, experts=LORA)

@@ -1,4 +1,4 @@
-"""Qwen3-MoE++, the published form of models with null, copy and constant experts: import and export to the last bit."""
+"""Qwen3-MoE++, the published form of models with null, copy and constant experts, is imported and exported bit for bit."""
 
 import json
 import re
@@ -28,11 +28,11 @@ HEAD = {"model.qk_norm": "head"}
 
 
 def published(folder: Path, kinds: dict[str, int], *, normalise: bool, dtype: torch.dtype = torch.float32) -> Path:
-    """Returns a Qwen3-MoE of transformers with zero-computation experts, made as ZEDA makes them."""
+    """Writes a Qwen3-MoE of transformers and adds zero-computation experts as ZEDA does. Returns the folder."""
     model = tiny_model("qwen3_moe", norm_topk_prob=normalise, num_experts_per_tok=4)
     save(model.to(dtype), folder)
     tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
-    config["num_experts"] = config.pop("num_local_experts")  # ZEDA uses transformers 4's name
+    config["num_experts"] = config.pop("num_local_experts")  # ZEDA uses the field's name in transformers 4
     generator, dim, first = torch.Generator().manual_seed(3), config["hidden_size"], config["num_experts"]
     for layer in range(config["num_hidden_layers"]):
         mlp, index = f"model.layers.{layer}.mlp", first
@@ -91,7 +91,7 @@ def test_a_trained_model_leaves_in_it(tmp_path: Path) -> None:
         run, out = tmp_path / f"run{number}", tmp_path / f"out{number}"
         ours = saved_model(run, tmp_path / "data", free | {"model.moe.router": {"kind": "top_k", "normalise": normalise}})
         assert export_model(run, out, family="qwen3_moe_plus_plus").folded == 0
-        tokens, model = torch.arange(1, 21).view(2, 10), their_model(out)  # padding tokens would have no gradient
+        tokens, model = torch.arange(1, 21).view(2, 10), their_model(out)  # no padding, which would get no gradient
         torch.testing.assert_close(model(tokens).logits, logits(ours, tokens), rtol=1e-5, atol=1e-5)
         blocks = {
             f"model.layers.{layer}.mlp.{name}": tensor.requires_grad_()
@@ -106,7 +106,7 @@ def test_a_trained_model_leaves_in_it(tmp_path: Path) -> None:
 
 
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The README's commands write the model with code. Its lines then generate the reference's tokens."""
+    """The README's commands write the form with code. Its Python lines then generate the same tokens as the reference."""
     folder = published(tmp_path / "theirs", {"zero": 2, "copy": 2, "constant": 3}, normalise=True)
     import_model(folder, tmp_path / "ours")
     export_model(tmp_path / "ours", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The routing of an imported model, traced on our data set and drawn, equals the routing in transformers."""
+"""The routing that a report shows for an imported model on our data set equals the routing in transformers."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def test_the_report_of_an_imported_model(data: Path, tmp_path: Path) -> None:
     assert "held-out tokens of step 0" in page
 
     step = read_trace(out).step(0)
-    end = int((step.tokens["token"] == EOS).argmax()) + 1  # the first document sees no other document
+    end = int((step.tokens["token"] == EOS).argmax()) + 1  # the first document's tokens attend to no other document
     assert end > 5
     first = slice(0, end)
     tokens = torch.from_numpy(step.tokens["token"][first].astype(np.int64))[None]

@@ -1,4 +1,5 @@
-"""An import that is killed goes on where it was, and never takes more memory than a shard: also where it goes on."""
+"""A killed import continues where it stopped. Its memory grows by less than a quarter of the model, also when it
+continues."""
 
 import json
 import math
@@ -46,7 +47,7 @@ for theirs in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
-# Prints a line after each shard, so that it can be killed there.
+# This program prints a line after each shard, so that the test can kill it there.
 IMPORT = """
 import resource, sys
 from pathlib import Path
@@ -59,14 +60,14 @@ print("kept", import_model(Path(sys.argv[1]), Path(sys.argv[2]), shard_bytes=int
 
 
 def hollow(folder: Path, kind: str, **sizes: int) -> None:
-    """A model of bfloat16 zeros in one file with holes."""
+    """Writes a model of bfloat16 zeros as one sparse file."""
     tiny_config(kind, **sizes).save_pretrained(folder)
     family, values, _ = read_section(json.loads((folder / "config.json").read_text()))
     section = changed_section(values, family, ImportOptions())
     places = [place for slot in slots(section, family) for place in slot.places[:1]]
     places += [place for place, _ in idle_places(section, family)]
     entries, end = {}, 0
-    for name, shape in {place.name: place.shape for place in places}.items():  # several may be in one tensor
+    for name, shape in {place.name: place.shape for place in places}.items():  # several of our tensors may be in one
         begin, end = end, end + 2 * math.prod(shape)
         entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
@@ -76,8 +77,8 @@ def hollow(folder: Path, kind: str, **sizes: int) -> None:
 
 
 def rounds(folder: Path, *, imports: int, exports: int) -> "subprocess.CompletedProcess[str]":
-    """Imports and exports every model in the folder, in shards of so many bytes, in a process whose memory may grow by
-    LIMIT."""
+    """Imports and exports every model in the folder, in shards of `imports` and `exports` bytes, in a process whose memory
+    may grow by LIMIT."""
     command = [sys.executable, "-c", ROUND, str(folder), str(LIMIT), str(imports), str(exports)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -94,7 +95,7 @@ EXPERTS: dict[str, dict[str, int]] = {
 
 @pytest.fixture
 def wide(tmp_path: Path) -> Iterator[Path]:
-    """A model of each family with many experts, of more than 4 x LIMIT."""
+    """A folder with a model of each family with many experts. Each model is larger than 4 x LIMIT."""
     for kind, experts in EXPERTS.items():
         hollow(tmp_path / kind, kind, **{**WIDE, **experts})
         assert (tmp_path / kind / "model.safetensors").stat().st_size > 4 * LIMIT
@@ -113,7 +114,7 @@ def test_families_of_many_experts_go_in_and_out_under_a_quarter_of_their_size(wi
 
 @pytest.mark.full
 def test_the_growth_of_memory_stays_under_a_quarter_of_the_model_also_after_a_kill(tmp_path: Path) -> None:
-    """A dense model with tensors larger than a shard."""
+    """The model is dense, and has tensors larger than a shard."""
     theirs, out = tmp_path / "theirs", tmp_path / "made/ours"
     hollow(theirs, "llama", hidden_size=256, intermediate_size=12288, num_hidden_layers=4, vocab_size=8192)
     assert (theirs / "model.safetensors").stat().st_size > 4 * LIMIT
@@ -147,7 +148,7 @@ def test_what_goes_on_is_what_would_have_been(tmp_path: Path, at: int) -> None:
     told: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         import_model(theirs, tmp_path / "ours", options, shard_bytes=20_000, report=stop)
-    # What a kill in the middle of a shard leaves: half a file that is not renamed, and one that was cut by hand.
+    # A kill in the middle of a shard leaves half a file that is not renamed yet. A finished shard is damaged as well.
     shards = sorted((tmp_path / "ours.importing/tree/step_0").iterdir())
     shards[-1].write_bytes(shards[-1].read_bytes()[:-7])
     (tmp_path / "ours.importing/writing/shard_00007.safetensors").write_bytes(b"half")

@@ -36,7 +36,7 @@ KINDS = (
     "longcat_flash", "longcat_flash scaled", "gpt_oss", "gpt_oss plain",
 )  # fmt: skip
 
-PARTED = ("longcat_flash", "gpt_oss", "gpt_oss plain")  # one of their tensors has parts of several of ours
+PARTED = ("longcat_flash", "gpt_oss", "gpt_oss plain")  # one tensor of these families has parts of several of ours
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -168,7 +168,7 @@ def test_what_families_do_not_have_is_refused_by_name(tmp_path: Path, change: di
 
 
 def change_config(folder: Path, change: dict[str, Any]) -> None:
-    """Changes `model.moe` in an import's state.json, and its digest."""
+    """Changes `model.moe` in an import's state.json, and updates the file's digest."""
     from moe_dist.checkpoint.contents import checksums_of
 
     step = folder / "step_0"

@@ -104,7 +104,7 @@ CASES: dict[str, dict[str, Any]] = {
     "expert_choice softmax": router("expert_choice", causal="threshold", score="softmax") | {"model.moe.groups": TRUE_ONLY},
 }  # fmt: skip
 
-# Cases that have every value of a field; the others are products of these values.
+# Together these cases have every value of every field. The other cases combine these values.
 COVER = (
     "groups", "single null row", "free all_chosen bias", "sigmoid groups", "adapted", "dense first",
     "partial dynamic adjacent", "latent attention", "shortcut", "sinks", "depths window", "top_p free", "relu",
@@ -120,7 +120,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prompts() -> torch.Tensor:
-    """Returns text and pictures, longer than the windows and the original lengths."""
+    """Returns sequences of text and pictures that are longer than the attention windows and RoPE's original lengths."""
     return torch.randint(0, 64, (3, 14), generator=torch.Generator().manual_seed(5))
 
 
@@ -138,14 +138,14 @@ def test_logits_gradients_and_tokens_are_ours_and_bits_come_back(tmp_path: Path,
     wanted = our_gradients(ours, tokens)
     found = their_gradients(tmp_path / "hf", model, tokens)
     assert_agree({name: found[name] for name in wanted}, wanted)  # `found` also has buffers
-    model.generation_config.eos_token_id = None  # so that all of them go on  # pyright: ignore
+    model.generation_config.eos_token_id = None  # so that no sequence ends early  # pyright: ignore
     for cache in (True, False):
         made = model.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=cache)  # pyright: ignore
         assert torch.equal(made, continued(ours, tokens, 8, cached=cache)), cache
 
 
 def assert_comes_back(folder: Path, ours: Any) -> None:
-    """The export in `hf`, imported and exported again, has the same bits and fields."""
+    """Asserts that the export in `hf`, imported and exported again, has the same bits and fields."""
     import_model(folder / "hf", folder / "ours", shard_bytes=5000)
     again, _ = load_imported(folder / "ours")
     for (name, wanted), (_, found) in zip(ours.state_dict().items(), again.state_dict().items(), strict=True):
@@ -184,7 +184,7 @@ def test_a_server_can_bring_its_own_attention(tmp_path: Path, data: Path) -> Non
 
 @torch.no_grad()
 def test_an_expert_wins_a_tie_with_its_null_copies(tmp_path: Path, data: Path) -> None:
-    """Every choice is a tie, to the last bit of the products."""
+    """Every choice is an exact tie between an expert and its null copies."""
     ours = saved_model(tmp_path / "run", data, one(num_null=8, top_k=4), copies=True)
     assert export_model(tmp_path / "run", tmp_path / "plain").folded == 8
     export_model(tmp_path / "run", tmp_path / "hf", family="moe_dist")
@@ -199,8 +199,8 @@ def test_an_expert_wins_a_tie_with_its_null_copies(tmp_path: Path, data: Path) -
 )
 @torch.no_grad()
 def test_imports_compute_the_same_as_their_own_class(tmp_path: Path, kind: str) -> None:
-    """Covers softmax, sigmoid with selection bias, groups of experts, shared experts without a gate, partial rotary heads,
-    and pairs."""
+    """The kinds cover softmax scores, sigmoid scores with a selection bias, groups of experts, shared experts without a
+    gate, partial rotary heads, and rotary positions in adjacent pairs."""
     model, tokens = tiny_model(kind).eval(), prompts()
     import_model(save(model, tmp_path / "theirs"), tmp_path / "ours")
     export_model(tmp_path / "ours", tmp_path / "hf", family="moe_dist")
@@ -278,7 +278,7 @@ def test_several_groups_need_the_ids_of_their_tokens(tmp_path: Path, data: Path)
 
 
 def test_a_data_set_of_other_modalities_is_refused(tmp_path: Path, data: Path) -> None:
-    """Otherwise no expert would compute the tokens of a group."""
+    """If it were accepted, no expert would compute the tokens of one group."""
     manifest = load_manifest(data).model_copy(update={"modalities": {"text": ((0, 64),)}})
     with refused(ConfigError, "model.moe.groups: their modalities are image, text, those of the data set tiny are text"):
         token_ids(tiny_config(data, tmp_path).model, manifest)

@@ -98,7 +98,8 @@ def test_cached_logits_of_experts_that_choose(causal: str, mixture_of_depths: st
 
 @torch.no_grad()
 def test_padding_leaves_no_entry_and_shifts_nothing() -> None:
-    """Prompts of 3 and 5 tokens in one batch, then two more tokens each: every row equals a run alone."""
+    """Two prompts of 3 and 5 tokens form one batch, and each gets two more tokens. Each row equals that prompt run
+    alone."""
     model = make_transformer(moe_layers=(0, 1, 2), dtype=torch.float64).eval()
     tokens = torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(2))
     lengths = [3, 5]
@@ -135,7 +136,7 @@ def generator(tiny_data: str) -> Generator:
 
 
 def slow_generate(generator: Generator, prompt: list[int], length: int) -> list[int]:
-    """Takes the most likely token each time, by whole forwards, for text only."""
+    """Generates text: takes the most likely token each time, by a forward pass over the whole sequence."""
     tokens = list(prompt)
     for _ in range(length):
         logits = whole(generator.model, torch.tensor([tokens]))[0, -1].double()

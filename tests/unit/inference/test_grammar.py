@@ -1,4 +1,4 @@
-"""Allowed next tokens: pictures have exactly their number of codes, with text around them."""
+"""The grammar allows pictures with exactly their number of codes, and text around them."""
 
 import numpy as np
 import pytest

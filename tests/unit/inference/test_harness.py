@@ -1,4 +1,4 @@
-"""The model class for lm-evaluation-harness. test_harness_parity.py compares it with the harness's own class."""
+"""Tests our model class for lm-evaluation-harness. test_harness_parity.py compares it with the harness's own class."""
 
 from pathlib import Path
 from typing import Any

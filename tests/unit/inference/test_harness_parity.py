@@ -1,7 +1,7 @@
 """lm-evaluation-harness measures the same with our model class as with its own class for Hugging Face models.
 
-A run with random weights is exported, gets a Hugging Face tokenizer, and is loaded by `HFLM`. tests/unit/hf has the numbers
-of the other forms of an export.
+A run with random weights is exported, gets a Hugging Face tokenizer, and is loaded by `HFLM`. tests/unit/hf compares the
+other forms of an export.
 """
 
 import json
@@ -36,8 +36,8 @@ QUESTIONS = 12
 
 @dataclass(frozen=True)
 class Both:
-    """A run: our model for the harness, and its export in the harness's own class. The export is loaded with the begin
-    token before each context, and without, as running texts need."""
+    """A run as our model for the harness, and its export in the harness's own class. `theirs` puts the begin token before
+    each context; `unmarked` does not, as running texts need."""
 
     run: Path
     ours: HarnessModel
@@ -165,7 +165,7 @@ def written_tasks(folder: Path) -> str:
 
 
 def measured(model: Any, tasks: str) -> dict[str, Any]:
-    """Returns the harness's results of the model in each task."""
+    """Returns the model's results in each of the harness's tasks."""
     from lm_eval.evaluator import evaluate  # `simple_evaluate` would list the environment's packages each time
     from lm_eval.tasks import TaskManager
 

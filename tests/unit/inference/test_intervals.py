@@ -1,4 +1,4 @@
-"""Intervals against scipy, and against the normal approximation where it holds."""
+"""Wilson intervals equal scipy's. Bootstrap intervals agree with the normal approximation where it holds."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Scores against the slow method: one forward per prefix, without padding, batch or labels."""
+"""Scores equal those of a slow method: one forward pass per prefix, without padding, batches or labels."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from tests.support.transformers import make_transformer
 
 @torch.no_grad()
 def next_token(model: Transformer, prefix: list[int]) -> list[float]:
-    """Returns the log-probabilities of the token after a prefix, by definition."""
+    """Computes the log-probabilities of the token after a prefix from their definition."""
     tokens = torch.tensor([prefix])
     group = (tokens >= IMAGE_IDS[0]).to(torch.int64)
     logits, _ = model(tokens, torch.arange(len(prefix))[None], torch.zeros_like(tokens, dtype=torch.int32), group)
@@ -76,7 +76,7 @@ def test_the_two_measures() -> None:
 
 
 def test_a_choice_is_told_by_its_place_before_the_rotation() -> None:
-    """A model that always prefers the second answer as it was written."""
+    """The model always prefers the choice that is second before any rotation."""
     question = Question("task", "id", "asked", ("a", "b", "c"), answer=1)
     turns = [[Continuation([0], [ord(choice)]) for choice in question.rotated(by).choices] for by in range(3)]
 

@@ -1,4 +1,4 @@
-"""Restarts by the local and the Ray launcher; test_verdict.py has the verdict of each attempt."""
+"""Tests restarts by the local and the Ray launcher. test_verdict.py tests the verdict of each attempt."""
 
 import signal
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""From a plan to the argv and environment of each rank."""
+"""Launchers turn a plan into the argv and environment of each rank."""
 
 import importlib
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_ranks_that_make_no_whole_groups_are_refused(tmp_path: Path, asked: int)
         fit_world_size(tiny_config(tmp_path, tmp_path), asked)
 
 
-# --- which rank on which node
+# --- the node of each rank
 
 
 def job(data: Path, cluster: dict[str, object], changes: dict[str, object]) -> JobPlan:

@@ -1,4 +1,4 @@
-"""Why nodes do not fit a plan, and whether a stop leaves time for a save."""
+"""Tests the error that says why nodes do not fit a plan."""
 
 import pytest
 

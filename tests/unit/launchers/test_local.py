@@ -1,4 +1,4 @@
-"""The local launcher with small programs instead of the training: checks, output and exit codes."""
+"""The local launcher runs small programs instead of the training. Tests checks, output and exit codes."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ open(f"{{here}}/started.{{rank}}", "w").close()
 def wait_for(name):
     while not os.path.exists(f"{{here}}/{{name}}"): time.sleep(0.01)
 """
-# A rank that opens the run needs half a second of CPU time for these.
+# These imports take half a second of CPU time. Only ranks that open the run need them.
 IMPORTS = """
 from moe_dist.config.load import load_config
 from moe_dist.errors import *
@@ -61,7 +61,7 @@ def test_cuda_without_a_gpu_is_refused_before_any_rank_starts(
 
 
 class Site:
-    """A folder with a configuration, a program for the ranks, and the runs."""
+    """A folder with a configuration, the program that the ranks run, and the runs."""
 
     def __init__(self, folder: Path, data: Path, changes: dict[str, Any] | None = None) -> None:
         self.folder = folder
@@ -89,7 +89,7 @@ def site(tmp_path: Path, tiny_data: Path) -> Site:
 
 @pytest.mark.parametrize(
     ("overrides", "options"),
-    [(["data.path=/nowhere"], {}), ([], {"nproc": 3}), ([], {"nproc": 8})],  # the data are checked against the ranks
+    [(["data.path=/nowhere"], {}), ([], {"nproc": 3}), ([], {"nproc": 8})],  # no data, or a wrong number of ranks
 )
 def test_a_bad_configuration_costs_no_process_and_no_folder(
     site: Site, overrides: list[str], options: dict[str, Any]
@@ -105,7 +105,7 @@ def test_what_a_killed_launcher_left_is_deleted_by_the_next(tmp_path: Path, monk
     lost, link = tmp_path / f"{STORE_PREFIX}lost", tmp_path / f"{STORE_PREFIX}link"
     for folder in (lost, tmp_path / "target"):
         folder.mkdir()
-        (folder / "lock").touch()  # whose lock ended with its process
+        (folder / "lock").touch()  # nobody holds this lock
     link.symlink_to(tmp_path / "target")
     with store_folder() as held:
         assert Path(held).stat().st_mode & 0o777 == 0o700
@@ -154,7 +154,7 @@ def test_a_rank_that_leaves_without_an_exception_is_the_cause_whatever_its_peers
     assert not site.run.lease_json.exists()
 
 
-@pytest.mark.full  # waits for 5 s; test_rank_tracker.py has the rule
+@pytest.mark.full  # waits for 5 s; test_rank_tracker.py tests the rule
 def test_a_frozen_rank_is_the_cause_of_a_peers_timeout(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     body = """
     if rank == 1:
@@ -173,7 +173,7 @@ def test_a_frozen_rank_is_the_cause_of_a_peers_timeout(site: Site, capfd: pytest
 
 
 def test_a_rank_that_dies_after_the_run_was_done_changes_nothing(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
-    """As one whose sinks do not close in time."""
+    """An example is a rank whose sinks do not close in time."""
     body = """
     attempt.last_step = lambda: 4
     if rank == 0: attempt.finish(); open(f"{here}/done.0", "w").close(); os.kill(os.getpid(), 9)

@@ -1,4 +1,4 @@
-"""The kernel's count of processes killed by a memory limit."""
+"""An increase of the kernel's count of processes killed by a memory limit is reported once."""
 
 from pathlib import Path
 

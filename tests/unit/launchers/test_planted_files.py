@@ -1,5 +1,5 @@
-"""FIFOs, devices, endless files, bombs and links in a run folder: no reader waits, fills the memory, or shows what a link
-leads to."""
+"""A run folder may have planted FIFOs, devices, endless files, bombs and links. No reader waits, fills the memory, or shows
+the target of a link."""
 
 import io
 import json
@@ -32,7 +32,8 @@ ENDLESS = ("fifo", "device", "endless")
 READ_BY_STATUS = (
     "config.yaml", "status.json", "lease.json", "metrics.jsonl", "checkpoints/latest", "log/save_seconds.json",
 )  # fmt: skip
-# A lease without a holder is taken over, and lines that are no records are dropped.
+# A resume does not refuse a bomb as lease.json, because it takes over a lease without a holder, and drops lines of
+# metrics.jsonl that are no records.
 READ_BY_A_RESUME = [
     *((name, kind) for name in ("config.yaml", "status.json", "provenance.json") for kind in (*ENDLESS, "bomb")),
     *(("lease.json", kind) for kind in ENDLESS),
@@ -46,7 +47,7 @@ def bomb(path: Path) -> None:
 
 def endless(path: Path) -> None:
     path.touch()
-    os.truncate(path, 1 << 36)  # holds no block on the disk
+    os.truncate(path, 1 << 36)  # a sparse file, without blocks on the disk
 
 
 PLANTED: dict[str, Callable[[Path], None]] = {

@@ -1,4 +1,4 @@
-"""Timeouts and cause of failure of an attempt, step by step."""
+"""Tests the rank tracker's timeouts, and the cause that it gives for a failed attempt."""
 
 import signal
 
@@ -72,11 +72,11 @@ def test_a_stop_is_told_and_sent_once_and_has_its_own_timeout(capsys: pytest.Cap
 def test_ranks_that_still_run_are_stopped_after_one_has_stopped_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
     course = tracker(3)
     course.end(0, 75, 10.0, frozen=nobody)
-    assert course.signals_due(NONE, 69.9) == []  # rank 1 may close what it has open
+    assert course.signals_due(NONE, 69.9) == []  # ranks 1 and 2 have 60 s to end by themselves
     assert course.signals_due(NONE, 70.0) == [signal.SIGTERM]
     assert "SIGTERM to the ranks that still run" in capsys.readouterr().out
     course.end(1, 75, 85.0, frozen=nobody)
-    assert course.signals_due(NONE, 309.9) == []  # once, and no early end
+    assert course.signals_due(NONE, 309.9) == []  # SIGTERM is sent once, and SIGKILL not earlier
     assert course.signals_due(NONE, 310.0) == [signal.SIGKILL]
     course.end(2, -15, 86.0, frozen=nobody)
     outcome = course.outcome(None)
@@ -95,7 +95,7 @@ def test_a_rank_that_stops_by_the_sigterm_after_a_failure_is_no_request_to_stop(
 
 def test_a_rank_that_stops_before_the_sigterm_after_a_failure_was_asked_to() -> None:
     course = tracker(2)
-    course.end(1, 1, 10.0, frozen=nobody)  # it lost the store of rank 0, which was stopped
+    course.end(1, 1, 10.0, frozen=nobody)  # rank 1 lost the store of rank 0, which was stopped
     course.end(0, 75, 10.1, frozen=nobody)
     assert course.signals_due(NONE, 12.0) == [signal.SIGTERM]
     assert course.outcome(None).stop == signal.SIGTERM

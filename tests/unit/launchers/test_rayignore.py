@@ -1,4 +1,4 @@
-"""Files of this clone that Ray would copy, by Ray's own reading of .rayignore and .gitignore."""
+"""Ray's own code reads .rayignore and .gitignore, and shows which files of this clone Ray would copy."""
 
 import subprocess
 from pathlib import Path
@@ -23,5 +23,5 @@ def test_data_runs_environments_and_history_are_not_shipped(path: str) -> None:
 def test_all_code_and_configuration_is_shipped() -> None:
     listed = ["git", "ls-files", "launchers", "moe_dist", "configs", "slurm", "tools", "tests"]
     tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert "moe_dist/data/loader.py" in tracked  # a room called data, which is not the data
+    assert "moe_dist/data/loader.py" in tracked  # code in a folder called data is shipped
     assert [path for path in tracked if is_left_out(path)] == []

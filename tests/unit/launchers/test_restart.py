@@ -1,4 +1,4 @@
-"""Which exit codes are followed by a restart, and how often."""
+"""Tests which exit codes lead to a restart, and how often."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """The same plan gives the same ranks on the same kinds of nodes, whichever launcher starts them.
 
-Each launcher goes its own way from the plan to the environment of a rank on a node: Slurm by the components of a job and a
-table of ranks, Ray by a choice among its nodes, Kubernetes by the pods of worker groups or of indexed Jobs.
+Launchers derive the environment of a rank in different ways: Slurm from the components of a job and a rank table, Ray from
+a choice among its nodes, Kubernetes from the pods of worker groups or of indexed Jobs.
 """
 
 import re
@@ -38,7 +38,7 @@ from tests.support.cover import full_unless
 
 DEFAULT = "adamoe_moma_tiny_cpu"
 CPUS = 3  # of each rank
-POOL = {"pool": "training"}  # label of all nodes of Kubernetes
+POOL = {"pool": "training"}  # label of all Kubernetes nodes
 
 
 def pinned(text: Sequence[int], image: Sequence[int], /, **nodes: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,8 +68,8 @@ class Started(NamedTuple):
     """One rank as a launcher starts it."""
 
     groups: tuple[str, ...]
-    kind: str | None  # label or feature of its node; None without one
-    beside: tuple[int, ...]  # ranks of its node, by their local ranks
+    kind: str | None  # label or feature of the rank's node, or None
+    beside: tuple[int, ...]  # all ranks of the node, in the order of their local ranks
     local_rank: int
     local_world_size: int
     world_size: int
@@ -80,7 +80,7 @@ Ranks = dict[int, Started]
 
 
 def ranks_of(found: Iterable[tuple[str, str | None, Mapping[str, str]]]) -> Ranks:
-    """The ranks from (name of the node, its kind, environment of the rank)."""
+    """Returns the ranks. `found` has the name of the node, its kind, and the environment of each rank."""
     each = {int(env["RANK"]): (name, kind, env) for name, kind, env in found}
     on_node: dict[str, dict[int, int]] = {}
     for rank, (name, _, env) in each.items():
@@ -97,7 +97,7 @@ def ranks_of(found: Iterable[tuple[str, str | None, Mapping[str, str]]]) -> Rank
 
 
 class Job:
-    """A run and a cluster file, as all launchers get them."""
+    """The configuration of a run and the cluster file, which all launchers get."""
 
     def __init__(self, folder: Path, placement: Mapping[str, Any], *, ranks_per_node: int, edp: int) -> None:
         self.folder, self.site_file, self.run = folder, folder / "site.yaml", folder / "run.yaml"
@@ -119,7 +119,8 @@ class Job:
 
 
 def by_slurm(job: Job) -> Ranks:
-    """Gives each component of the batch script what its options ask for, and lets bash read the table on each node."""
+    """Gives each component of the batch script the nodes that its options request, and lets bash read the rank table on
+    each."""
     made = prepare(job.run, [], job.site, read=layout_of_file)
     given, features = [], {}
     for number, head in enumerate(made.text.split("#SBATCH hetjob\n")):
@@ -143,7 +144,7 @@ def by_slurm(job: Job) -> Ranks:
 
 
 def environment(table: Path, host: str, local: int) -> dict[str, str]:
-    """The variables that a task of srun gets from the table, as slurm/node_env.sh reads it."""
+    """Returns the variables that a task of srun gets from the rank table, which is read as in slurm/node_env.sh."""
     command = ["bash", "-c", 'misplaced() { exit 69; }; . "$1" && env -0', "bash", str(table)]
     variables = {"PATH": "/usr/bin:/bin", "SLURMD_NODENAME": host, "SLURM_LOCALID": str(local)}
     shown = subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout
@@ -168,7 +169,7 @@ def on_ray(job: Job, nodes: Sequence[RayNode]) -> Ranks:
 
 
 def by_ray(job: Job) -> Ranks:
-    """A cluster of Ray with enough nodes of each kind, none of them in the order of the plan."""
+    """Starts the job on a Ray cluster that has enough nodes of each kind, in another order than the plan."""
     site = job.site
     kinds: list[dict[str, str]] = [{}, {"modality": "small"}, {"feature": "big"}, {"modality": "big"}, {"feature": "small"}]
     found = [
@@ -180,7 +181,7 @@ def by_ray(job: Job) -> Ranks:
 
 
 def by_ray_job(job: Job) -> Ranks:
-    """Ray as KubeRay starts it: its nodes are the pods of the worker groups, and no others."""
+    """Starts the job on Ray as KubeRay sets it up: the only nodes are the pods of the worker groups."""
     (ray,) = [each for each in job.objects(Kind.RAYJOB) if each["kind"] == "RayJob"]
     nodes = []
     for group in ray["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
@@ -210,7 +211,7 @@ def by_indexed_job(job: Job) -> Ranks:
 
 
 def pod_commands(words: Sequence[str], index: int) -> list[Mapping[str, str]]:
-    """The environments of the ranks that a pod starts."""
+    """Returns the environments of the ranks that a pod starts."""
     found: list[Mapping[str, str]] = []
 
     def ranks(commands: Sequence[Any], *_: Any, **__: Any) -> SimpleNamespace:
@@ -233,7 +234,8 @@ LAUNCHERS = (by_slurm, by_ray, by_ray_job, by_indexed_job)
 
 
 def check_against_configuration(job: Job, found: Ranks) -> None:
-    """Each rank has the groups that the configuration pins to its position, on a node that they ask for."""
+    """Asserts that each rank has the groups that the configuration pins to its position, and a node that these groups
+    require."""
     config = load_config(job.run)
     ep = config.parallel.ep
     asked = getattr(config.placement, "groups", None)

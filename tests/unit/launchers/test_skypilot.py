@@ -1,4 +1,4 @@
-"""docs/examples/skypilot.yaml: its command, with the variables of SkyPilot, is a valid start of all ranks."""
+"""With SkyPilot's variables, the command of docs/examples/skypilot.yaml starts all ranks of a valid run."""
 
 import os
 import subprocess

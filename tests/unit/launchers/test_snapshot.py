@@ -21,7 +21,7 @@ def git(clone: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A small clone with a change that is not committed, a new file, and things that are no code."""
+    """A small clone with an uncommitted change, a new file, and files that are no code."""
     clone = tmp_path / "clone"
     for name in ("moe_dist/__init__.py", "launchers/x.py", "slurm/node_env.sh"):
         (clone / name).parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ NOW = 1_800_000_000.0
 
 
 class Folder:
-    """A run folder with what a test puts there."""
+    """A run folder that a test fills."""
 
     def __init__(self, root: Path, name: str = "night", steps: int = 100) -> None:
         self.path = root / name

@@ -1,4 +1,4 @@
-"""Ranks that fail, hang, ignore signals or are stopped; each is a small program."""
+"""Supervises ranks that fail, hang, ignore signals or are stopped. Each rank is a small program."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ mark("asked", " ".join(str(int(n)) for n in asked)); sys.exit(75)
 
 
 class Run:
-    """A set of ranks that run one program; what they leave is in `folder`."""
+    """Ranks that run one program and write their files to `folder`."""
 
     def __init__(self, folder: Path, program: str, timeouts: ShutdownTimeouts = PATIENT) -> None:
         self.folder, self.timeouts = folder, timeouts
@@ -59,7 +59,7 @@ class Run:
         return Ranks(commands, logs, timeouts=self.timeouts, terminal=self.terminal)
 
     def to_the_end(self, num_ranks: int, *numbers: signal.Signals) -> Outcome:
-        """Sends this process the signals after all ranks have marked that they are ready."""
+        """Supervises the ranks until they end. When all ranks are ready, sends the signals `numbers` to this process."""
         with ExitStack() as stack:
             signals = stack.enter_context(StopSignals())
             ranks = self.start(stack, num_ranks)
@@ -76,7 +76,7 @@ class Run:
 def test_all_done_is_0_and_each_rank_has_its_log(tmp_path: Path) -> None:
     run = Run(tmp_path, "print('out', rank, flush=True); print('err', rank, file=sys.stderr)")
     assert run.to_the_end(3) == Outcome((0, 0, 0))
-    assert run.log(0).read_text() == "err 0\n"  # its standard output is the terminal's
+    assert run.log(0).read_text() == "err 0\n"  # rank 0's standard output goes to the terminal
     assert [run.log(rank).read_text() for rank in (1, 2)] == ["out 1\nerr 1\n", "out 2\nerr 2\n"]
     assert run.terminal.getvalue() == b"err 0\n"
 
@@ -124,7 +124,7 @@ def test_consequences_on_rank_0_are_not_shown_before_the_cause(tmp_path: Path) -
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 def test_a_stop_is_forwarded_once(tmp_path: Path, number: signal.Signals) -> None:
-    times = 1 if number == signal.SIGINT else 2  # a second Ctrl-C has a meaning of its own
+    times = 1 if number == signal.SIGINT else 2  # a second Ctrl-C kills the ranks
     outcome = Run(tmp_path, STOPS).to_the_end(2, *[number] * times)
     assert outcome == Outcome((75, 75), stop=number)
     assert outcome.exit_code(None) == 75
@@ -132,7 +132,8 @@ def test_a_stop_is_forwarded_once(tmp_path: Path, number: signal.Signals) -> Non
 
 
 def test_a_full_disk_does_not_block_a_rank() -> None:
-    """Its log takes nothing; the pipe is read on, since a full pipe would block the rank, and the terminal has all."""
+    """Writes to the rank's log fail. Its pipe must still be read, because a full pipe would block the rank, and the
+    terminal must show everything."""
 
     class Full(BytesIO):
         def write(self, _: object) -> int:

@@ -1,4 +1,4 @@
-"""Launchers of the project and of installed packages, as the commands know them."""
+"""The commands know the launchers of the project and those of installed packages."""
 
 import os
 import re
@@ -24,7 +24,7 @@ RECIPE = (ROOT / "CONTRIBUTING.md").read_text().partition("### A launcher")[2]
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A folder of installed packages with the launcher of CONTRIBUTING.md, and one whose module is missing."""
+    """A folder of installed packages with the launcher of CONTRIBUTING.md, and with a launcher whose module is missing."""
     site, info = tmp_path / "site", tmp_path / "site" / "outside-1.0.dist-info"
     info.mkdir(parents=True)
     (program,) = re.findall(r"```python\n# launchers/plain\.py, new\n(.*?)```", RECIPE, re.DOTALL)

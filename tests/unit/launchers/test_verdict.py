@@ -1,7 +1,7 @@
-"""Which rank is at fault, and the verdict of an attempt, as each launcher concludes it from the ends of its ranks.
+"""From the ends of the ranks, each launcher concludes which rank is at fault, and the verdict of the attempt.
 
-Each case is a history of one attempt of four ranks, two on each of the nodes n1 and n2. Slurm learns it from srun's lines,
-the local launcher and Ray from their rank tracker.
+Each case is a history of one attempt of four ranks, two on each of the nodes n1 and n2. Slurm reads the history in srun's
+lines. The local launcher and Ray get it from their rank tracker.
 """
 
 import signal
@@ -33,13 +33,13 @@ NO_CULPRIT = "collective 'combine rows' did not finish in 8 s; all ranks have en
 
 @dataclass(frozen=True)
 class Case:
-    """A history, and the verdict that it must have.
+    """A history of an attempt, and the verdict that launchers must conclude.
 
     Attributes:
-        ends: (rank, exit code) of the ranks that failed by themselves, as their launcher learned of them; a code None is
-            the loss of the rank's node.
+        ends: (rank, exit code) of the ranks that failed by themselves, in the order in which the launcher learned of
+            them. The code None means that the rank's node was lost.
         cause: The rank at fault.
-        told: Ranks that ended with a word.
+        told: Ranks that noted in the run folder that they end by themselves.
         record: (verdict, reason, rank) in status.json.
         frozen: The rank that SIGSTOP suspends.
         log: Last line in the log of the rank at fault.
@@ -126,13 +126,13 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def began(folder: RunFolder, record: tuple[int, str, int | None] | None = None, told: Sequence[int] = ()) -> None:
-    """An attempt that rank 0 has opened, and what its ranks left of it."""
+    """Begins an attempt as rank 0, and writes what its ranks leave behind."""
     config = tiny_config(folder.path.parents[1] / "data", folder.path.parent)
     lease = folder.open(config, RankEnv(0, 4, 0, 2, "published", 0, ATTEMPT))
     begin_logs(folder, 4, ATTEMPT)
     if record is not None:
         verdict, reason, rank = record
-        host = HOSTS[rank] if rank is not None and rank in told else ""  # a rank records its own host only
+        host = HOSTS[rank] if rank is not None and rank in told else ""  # a rank records only its own host
         more = {"rank": rank, "rank_host": host}
         assert folder.write_status(verdict=verdict, reason=reason, last_step=7, attempt_id=ATTEMPT, **more)
     for rank in told:

@@ -1,4 +1,4 @@
-"""The sides that facts stand on, the questions made of them, and files of facts."""
+"""Facts are divided into a training and a held-out side, become questions, and are written to and read from files."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -60,8 +60,8 @@ def test_questions_have_even_places_and_choices_of_their_own_side() -> None:
 
 
 def test_wrong_answers_are_wrong() -> None:
-    """Of five answers two are as right as the answer. Too few wrong ones are left for the first fact, and the second takes
-    the rest."""
+    """For fact 0, two of the four other answers are right too. Too few wrong answers are left, so it becomes no question.
+    Every other fact becomes one."""
     everything = [Fact(str(number), str(number), f"answer {number}", frozenset()) for number in range(5)]
     keyed = [Fact(f.id, f.asked, f.answer, lemma_keys(["x"]), frozenset({"answer 1", "answer 2"} if f.id == "0" else ()))
              for f in everything]  # fmt: skip
@@ -133,7 +133,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 class Pictured:
-    """Stands in for a run's data: documents of each split as (caption, picture number)."""
+    """Stands in for a run's data. A document of a split is (caption, picture number)."""
 
     def __init__(self, train: list[tuple[str, int]], valid: list[tuple[str, int]]) -> None:
         self._sides = {"train": train, "valid": valid}

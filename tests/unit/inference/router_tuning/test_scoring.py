@@ -1,4 +1,4 @@
-"""Router tuning's samples: success, content, and embedded text."""
+"""Tests which samples of router tuning count as successful, what they contain, and which text is embedded."""
 
 import pytest
 

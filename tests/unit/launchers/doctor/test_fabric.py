@@ -1,4 +1,4 @@
-"""Results about slow pairs of nodes, and the line with the measurement."""
+"""Tests the results about slow pairs of nodes, and the line with the measured figures."""
 
 from itertools import combinations
 

@@ -1,4 +1,4 @@
-"""The command, on this machine."""
+"""Runs the command `doctor` on this machine."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[4]
 
 
 def says(*arguments: str | Path) -> tuple[int, list[str]]:
-    """Exit code and lines."""
+    """Returns exit code and output lines."""
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(main)
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -70,7 +70,8 @@ def test_a_save_that_takes_longer_than_a_stop_may(config: Path, tmp_path: Path) 
 
 
 def test_relative_paths_are_no_paths_for_a_job_of_ray(config: Path) -> None:
-    """As `launchers.ray` says: found here without a Ray, and nothing else is asked."""
+    """The doctor reports a relative path as `launchers.ray` does. It needs no Ray to find it, and makes no further
+    checks."""
     code, lines = says(config, "run.root=runs", "--on=ray", "--probe")
     assert code == 78
     assert [line.partition(": must")[0] for line in lines[1:]] == ["FAIL configuration: run.root='runs'"]
@@ -112,5 +113,5 @@ def test_the_probe_shows_a_container_the_folders_of_the_run(
     stand_in(tmp_path / "bin", monkeypatch, **commands)
     code, _ = says(config, "--on=slurm", "--probe", f"--cluster={site}")
     assert code == 69
-    mounts = f"--container-mounts={ROOT}:{ROOT},{tmp_path}:{tmp_path},{tiny_data}:{tiny_data}"  # run.root is yet to be made
+    mounts = f"--container-mounts={ROOT}:{ROOT},{tmp_path}:{tmp_path},{tiny_data}:{tiny_data}"  # run.root does not exist
     assert mounts in (tmp_path / "bin" / "asked").read_text().split()

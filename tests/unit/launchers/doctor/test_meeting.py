@@ -15,7 +15,7 @@ LOCAL = {HOST_VARIABLE: "127.0.0.1"}
 
 
 def meet(path: Path, nodes: int, variables: dict[str, str]) -> tuple[dict[str, str], list[Seen]]:
-    """What the first node saw, and what each other node saw."""
+    """Returns what the first node saw, and what each other node saw."""
     seen: list[Seen] = []
     others = [threading.Thread(target=lambda: seen.append(connect(path))) for _ in range(nodes - 1)]
     for other in others:

@@ -1,5 +1,5 @@
-"""Validates the manifests of runs against Kubernetes' published schemas (of a RayJob its pod templates, and its keys by
-KubeRay's reference), and checks which ranks the pods start."""
+"""Validates the manifests of runs with Kubernetes' published schemas. A RayJob has no such schema: its pod templates are
+validated, and its keys are compared with KubeRay's reference."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from moe_dist.plan.preflight import layout_of_file
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
 
 KUBERNETES = "1.30"
-# The keys of KubeRay 1.5 that the manifests use, by the API reference of ray.io/v1.
+# The keys that the manifests use, as named in KubeRay 1.5's API reference of ray.io/v1.
 RAY_JOB = {"entrypoint", "runtimeEnvYAML", "shutdownAfterJobFinishes", "backoffLimit", "rayClusterSpec"}
 WORKER_GROUP = {"groupName", "replicas", "minReplicas", "maxReplicas", "labels", "rayStartParams", "template"}
 SITE: dict[str, Any] = {
@@ -86,7 +86,7 @@ def test_jobs_are_valid_and_their_text_reads_back(tmp_path: Path, data: Path) ->
     for each in found:
         kubernetes_validate.validate(each, KUBERNETES, strict=True)
     assert list(yaml.safe_load_all(text_of(found))) == found
-    for job in of_kind(found, "Job"):  # test_same_ranks.py has the ranks of the pods
+    for job in of_kind(found, "Job"):  # test_same_ranks.py tests the pods' ranks
         (container,) = job["spec"]["template"]["spec"]["containers"]
         assert container["resources"]["requests"]["nvidia.com/gpu"] == "2"
         assert job["spec"]["completions"] == job["spec"]["parallelism"]

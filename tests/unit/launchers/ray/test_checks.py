@@ -1,4 +1,5 @@
-"""When a Ray cluster is exposed, and the time that `ray job stop` leaves for a save."""
+"""The checks warn of a Ray cluster that is exposed without a token, and if `ray job stop` leaves too little time for a
+save."""
 
 import socket
 
@@ -59,7 +60,7 @@ def test_the_grace_is_that_of_rays_job_api(env: dict[str, str], seconds: float |
         (None, 5.0, Level.NOTE),
         (300.0, None, Level.NOTE),
         (300.0, 30.0, Level.OK),
-        (300.0, 290.0, Level.WARNING),  # a tenth is the driver's
+        (300.0, 290.0, Level.WARNING),  # the driver keeps a tenth of the grace time
         (3.0, None, Level.WARNING),
         (3.0, 0.1, Level.WARNING),
     ],

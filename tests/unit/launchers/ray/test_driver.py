@@ -1,4 +1,4 @@
-"""Variables of the ranks on Ray, and the nodes of each attempt, without a cluster."""
+"""Tests without a cluster which variables ranks get on Ray, and which nodes each attempt avoids."""
 
 import contextlib
 import json
@@ -59,10 +59,10 @@ def test_a_missing_cluster_is_a_placement_error_with_a_fix() -> None:
 def test_each_attempt_avoids_the_nodes_where_the_attempts_before_it_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`gather_gang` is a stand-in: its own tests show what `avoid` does."""
+    """`gather_gang` is a stand-in; test_gang.py tests its argument `avoid`."""
     folder, avoided = RunFolder(tmp_path / "run"), list[set[str]]()
     plan = JobPlan((NodePlan(0, (0,)), NodePlan(1, (1,))))
-    ends = [((1, -9), (0, 1)), ((1, 1), (0, 1)), ((0, 0), ())]  # the codes of both ranks, and the ranks that failed
+    ends = [((1, -9), (0, 1)), ((1, 1), (0, 1)), ((0, 0), ())]  # (exit codes of both ranks, ranks that failed)
 
     def gather_gang(*_: object, avoid: Collection[str], **__: object) -> Any:
         attempt = len(avoided)

@@ -1,4 +1,5 @@
-"""The choice of nodes and the start of actors by the Ray driver: waiting, failed starts, autoscalers. Ray is a stand-in."""
+"""The Ray driver chooses nodes and starts actors. It waits for nodes, replaces nodes where actors fail, and asks the
+autoscaler. Ray is a stand-in."""
 
 import itertools
 import os
@@ -31,7 +32,7 @@ def node(name: str) -> RayNode:
 
 @dataclass
 class Cluster:
-    """Nodes of a cluster whose time passes when the driver sleeps.
+    """A cluster whose clock advances only when the driver sleeps.
 
     Attributes:
         nodes: Names of the live nodes.
@@ -51,7 +52,7 @@ class Cluster:
     said: list[str] = field(default_factory=list)
 
     def gather(self, job: JobPlan = TWO, **options: Any) -> list[str]:
-        """The nodes on which the actors of a job have started."""
+        """Returns the nodes on which the actors of a job have started."""
         with StopSignals() as signals:
             settings: dict[str, Any] = {"wait_seconds": 5.0, **options}
             return gather_gang(job, CPU, [], "data", signals=signals, say=self.said.append, **settings).hosts  # pyright: ignore
@@ -149,7 +150,7 @@ def test_uneven_nodes_exceed_the_sites_limit_only_when_the_wait_is_over(
 
 
 def test_actors_that_fail_or_do_not_answer_are_told_apart_by_their_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 answers, rank 1 dies, rank 2 does not answer; ranks 1 and 3 share a node. A stop signal ends the wait."""
+    """Rank 0 answers, rank 2 does not, and ranks 1 and 3 die on a node that they share. A stop signal ends the wait."""
 
     class Actor:
         def __init__(self, rank: int) -> None:

@@ -1,4 +1,4 @@
-"""The command for Ray with a stand-in for Ray's job API: errors, submission and stop."""
+"""Runs the command for Ray with a stand-in for Ray's job API, and tests errors, submission and stop."""
 
 import shlex
 from collections.abc import AsyncIterator
@@ -23,8 +23,8 @@ from tests.support.tiny import tiny_config, write_config
 
 @dataclass
 class Api:
-    """Ray's job API with one job: its log in pieces, the connection breaking once after some of them; it has ended when it
-    was asked for more than `runs_for` times."""
+    """Stands in for Ray's job API with one job. The log comes in `pieces`. The connection breaks once, after `breaks_after`
+    pieces. The job has ended when its status was requested more than `runs_for` times."""
 
     pieces: list[str]
     status: str = "SUCCEEDED"
@@ -105,7 +105,8 @@ def test_a_submission_quotes_arguments_makes_paths_absolute_and_sets_the_grace(
 def test_variables_reach_the_ranks_by_a_file_that_ray_does_not_show(
     yaml: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """From the submission to the driver's plan; nothing that Ray keeps of a job has the value."""
+    """The variable gets from the submission to the driver's plan, but nothing that Ray stores about the job has its
+    value."""
     api = answers(monkeypatch, Api([]))
     monkeypatch.setenv("WANDB_API_KEY", "not-to-be-seen")
     run = load_config(yaml)
@@ -147,7 +148,7 @@ def test_a_variable_that_is_not_there_is_refused(yaml: Path) -> None:
         ("STOPPED", None, f"{verdict_line(1)}\n{verdict_line(75)}\n", 75),
         ("STOPPED", None, "step 3\n", 1),
         ("FAILED", None, "", 1),
-        ("FAILED", -9, "step 3\n", 1),  # a killed driver; some shells report it as 137
+        ("FAILED", -9, "step 3\n", 1),  # a killed driver; some shells report -9 as 137
         ("FAILED", 137, "step 3\n", 1),
     ],
 )

@@ -1,4 +1,4 @@
-"""The actor of a rank without Ray, with a real supervisor and a small program."""
+"""Runs a rank's actor without Ray, with a real supervisor and a small program."""
 
 import os
 import signal
@@ -60,7 +60,7 @@ def test_signals_and_freeze_checks_work_while_the_actor_waits(tmp_path: Path) ->
     waiting.join()
     assert codes == [75]
     assert not actor.frozen()
-    actor.send(signal.SIGTERM)  # too late, and no harm
+    actor.send(signal.SIGTERM)  # the rank has ended, so nothing happens
 
 
 def test_a_killed_supervisor_counts_as_a_killed_rank(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_missing_data_are_named_at_once_and_a_new_file_is_waited_for(
     began, log, actor = time.monotonic(), tmp_path / "log", RankActor(0)
     assert actor.worker([str(log)], str(tmp_path / "data")).missing == (str(tmp_path / "data"),)
     assert time.monotonic() - began < 10.0
-    threading.Timer(0.5, log.touch).start()  # as an NFS client that sees the folder of the driver late
+    threading.Timer(0.5, log.touch).start()  # like an NFS client that sees the driver's folder late
     assert actor.worker([str(log)], str(tmp_path)) == WorkerInfo("n1", "10.0.0.1", {}, ("3",))
     monkeypatch.setattr(ray_rank, "SEEN_SECONDS", 0.0)
     assert actor.worker([str(tmp_path / "none")], str(tmp_path)).missing == (str(tmp_path / "none"),)

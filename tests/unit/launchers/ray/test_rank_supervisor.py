@@ -1,4 +1,4 @@
-"""The rank supervisor with small programs as ranks: no process is left, however rank or actor end."""
+"""The rank supervisor runs small programs as ranks. It leaves no process, however rank or actor end."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.support.cover import full
 from tests.support.processes import is_alive, wait_until
 
 ROOT = Path(__file__).parents[4]
-# A process in a session of its own whose parent is gone; it writes down its pid.
+# `escape` starts a process in a new session whose parent has ended. The process writes its pid to a file.
 ESCAPED = """
 import os, sys, time
 def escape(path):
@@ -66,7 +66,7 @@ class Kept:
         self.process.stdin = None
 
     def inner_pid(self) -> int:
-        """The supervisor's second process, the rank's parent."""
+        """Returns the pid of the supervisor's second process, which is the rank's parent."""
         return int(Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[1])
 
     def escaped_pid(self) -> int:
@@ -140,7 +140,7 @@ def test_a_rank_can_be_interrupted_as_from_a_terminal(kept: Callable[..., Kept])
     supervisor = kept("open(sys.argv[1], 'w').write('0'); time.sleep(600)")
     supervisor.escaped_pid()
     supervisor.say("SIGINT")
-    assert supervisor.hear() == {"code": -signal.SIGINT}  # KeyboardInterrupt: no handler was inherited as ignored
+    assert supervisor.hear() == {"code": -signal.SIGINT}  # raised KeyboardInterrupt: SIGINT was not inherited as ignored
 
 
 def test_rank_0_is_shown_and_its_errors_are_in_the_log_as_well(kept: Callable[..., Kept]) -> None:

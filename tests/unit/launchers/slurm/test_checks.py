@@ -1,4 +1,5 @@
-"""The checks of a Slurm cluster, from the output of sinfo and scontrol, and the srun command that visits its nodes."""
+"""Tests the checks of a Slurm cluster that read the output of sinfo and scontrol, and the srun command that probes its
+nodes."""
 
 import time
 from pathlib import Path
@@ -44,7 +45,7 @@ def check(*, save_seconds: float = 20.0, config: str = CONFIG, **cluster: object
         ({"save_seconds": 40.0}, []),  # nothing preempts
         (
             {"save_seconds": 40.0, "config": CONFIG.replace("preempt/none", "preempt/partition_prio")},
-            [("stop grace", 0)],  # KillWait kills before the save is done
+            [("stop grace", 0)],  # Slurm kills after KillWait, before the save ends
         ),
     ],
 )
@@ -130,7 +131,7 @@ def test_a_container_mounts_the_runs_folders_and_uses_its_own_python(kind: str) 
     [
         ("echo one; echo two", ["one\n", "two\n"]),
         ("echo 'srun: error: Unable to allocate resources: Invalid account' >&2; exit 1", None),  # refused
-        ("trap 'echo >ended; exit 143' TERM; sleep 60 >/dev/null 2>&1 & wait", None),  # it would wait in the queue
+        ("trap 'echo >ended; exit 143' TERM; sleep 60 >/dev/null 2>&1 & wait", None),  # like a job that waits in the queue
     ],
     ids=["lines", "refused", "never ends"],
 )

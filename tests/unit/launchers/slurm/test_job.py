@@ -42,7 +42,8 @@ def test_a_container_has_a_python_of_its_own(kind: str) -> None:
 
 
 def test_the_cpus_of_a_rank_reach_srun_and_its_threads(tmp_path: Path, tiny_data: Path) -> None:
-    """From the cluster file, or from `sbatch --cpus-per-task=3 slurm/train.sbatch ...`, which srun does not inherit."""
+    """The user sets the CPUs with `sbatch --cpus-per-task=3 slurm/train.sbatch ...`. srun does not inherit them, so the job
+    passes them on."""
     config = tiny_config(tiny_data, tmp_path / "runs")
     path, job = write_config(config, tmp_path / "tiny.yaml"), SlurmJob("7", 0, None, tmp_path)
     assert _read_clone(job, [str(path)], {})[0].cpus_per_rank is None
@@ -62,7 +63,7 @@ class Node:
         self.yaml = write_config(self.config, folder / "x.yaml")
         (folder / "site.yaml").write_text("gpus: {syntax: none}\nranks_per_node: 2\nmax_restarts: 5\n")
         answers = {
-            # As Slurm does, to each process of the job.
+            # Like Slurm, a requeue sends SIGTERM to the job.
             "requeue*": 'echo "$*" >>asked; kill -TERM $PPID; sleep 0.2; echo PENDING >state',
             "update*": 'echo "$*" >>asked',
             "*hostnames*": "cat hosts",
@@ -70,7 +71,7 @@ class Node:
             "*": "echo JobState=$(cat state) Restarts=0 PreemptTime=None",
         }
         cases = " ".join(f"{asked}) {answer} ;;" for asked, answer in answers.items())
-        # sbatch answers as with --test-only where the nodes suffice
+        # This sbatch always succeeds, like `sbatch --test-only` if the nodes suffice.
         stand_in(folder, monkeypatch, scontrol=f'case "$*" in {cases} esac', sbatch='echo "$*" >>asked')
         self.hosts = ["n1"]
         (folder / "node_state").write_text("DOWN+NOT_RESPONDING")
@@ -109,7 +110,7 @@ def node(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_next_attempt_of_a_job_leaves_out_the_nodes_at_fault(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
-    """Slurm is asked to exclude each of them; a job that gets them again replaces them by its spare nodes."""
+    """The job asks Slurm to exclude each node at fault. If Slurm allocates such a node again, a spare node replaces it."""
     node.hosts = ["n1", "n2", "n3", "n4"]
     (node.folder / "site.yaml").write_text("gpus: {syntax: none}\nranks_per_node: 1\nspare_nodes: 2\n")
     for restarts, lost in enumerate(["n1: task 0: Killed", "Node failure on n3"]):
@@ -155,7 +156,7 @@ def test_srun_gets_no_option_of_an_outer_job(node: Node, monkeypatch: pytest.Mon
     ("line", "verdict", "requeued"),
     [
         ("task 1: Killed", 1, True),  # a rank's death
-        ("task 0: Exited with exit code 1", 1, True),  # a lost GPU, a timeout after a suspend, a late start
+        ("task 0: Exited with exit code 1", 1, True),  # for example after a lost GPU or a timeout
         ("task 1: Exited with exit code 75", 75, True),
         ("task 1: Exited with exit code 78", 78, False),
         full("task 1: Exited with exit code 69", 69, False),
@@ -178,9 +179,10 @@ def test_a_job_that_saves_nothing_after_a_fault_is_requeued_once(node: Node, cap
 def test_preemptions_and_time_limits_before_the_first_checkpoint_never_end_a_job(
     node: Node, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where Slurm kills the batch script before the ranks have saved, and where one saved the step of its stop."""
+    """This holds also if Slurm kills the batch script before the ranks have saved, and if an attempt saves when it is
+    stopped."""
     limit = {"SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": "1300"}
-    kills = "kill -TERM $PPID; sleep 1; exit 137"  # srun's parent is the batch script
+    kills = "kill -TERM $PPID; sleep 1; exit 137"  # the parent of srun is the batch script
     for restarts, srun in enumerate(["exit 75", "exit 75", kills, f"echo step_1 >{node.run.checkpoints}/latest; exit 75"]):
         if restarts == 3:
             node.save(0)
@@ -195,7 +197,7 @@ def test_preemptions_and_time_limits_before_the_first_checkpoint_never_end_a_job
 
 
 def test_the_count_goes_on_after_slurm_itself_requeued_the_job(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
-    """As after a node failure that killed the batch script, too: the next attempt finds that one unconcluded."""
+    """A node failure has also killed the batch script, so the next attempt finds an attempt without a verdict."""
     assert node.attempt("exit 75") == 75
     (attempts,) = node.run.path.glob("slurm/job_12_*/job_12.json")
     assert json.loads(attempts.read_text()) == [[75, 0, 0, False]]
@@ -223,7 +225,7 @@ def test_tasks_are_counted_node_by_node_in_each_component() -> None:
         "b": {0: 1, 1: 3},
         "c": {2: 4, 3: 5},
     }
-    # "c" was at fault, so the plan uses it last; Slurm's order stays
+    # "c" was at fault, so the plan uses it last. Tasks are still numbered in Slurm's order.
     assert ranks_by_task(plan, ["d", "b", "c"], ["c", "d", "b"]) == {
         "c": {0: 4, 1: 5},
         "d": {2: 0, 3: 2},

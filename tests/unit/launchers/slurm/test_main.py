@@ -1,4 +1,4 @@
-"""Submission to Slurm: plan, output, snapshot and errors. sbatch and sinfo are stand-ins on the path."""
+"""Tests the submission to Slurm: plan, output, snapshot and errors. sbatch and sinfo are stand-ins on the path."""
 
 import os
 import re
@@ -59,7 +59,7 @@ class Login:
 
     @property
     def asked(self) -> list[str] | None:
-        """The words of sbatch; None without a submission."""
+        """Returns the arguments of sbatch, or None if nothing was submitted."""
         path = self.bin / "asked"
         return path.read_text().split() if path.exists() else None
 
@@ -89,7 +89,7 @@ def test_a_run_is_kept_and_submitted_without_the_variables_of_a_job_around(
 
 
 def test_a_reader_that_ends_first_does_not_make_a_submission_a_failure(login: Login) -> None:
-    """As `| head -0` does: nobody reads standard output when the job is submitted."""
+    """Standard output is a pipe that nobody reads, as in `... | head -0`. The submission must not fail."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     for options, submitted in (["--dry-run"], False), ([], True):

@@ -1,4 +1,4 @@
-"""Comparison of Slurm's allocation with the plan. Slurm's commands are stand-ins on the path."""
+"""A job compares Slurm's allocation with its plan. Slurm's commands are stand-ins on the path."""
 
 from pathlib import Path
 
@@ -116,7 +116,8 @@ def test_a_failed_or_missing_command_is_reported() -> None:
 
 _OPTIONS = "ACCOUNT CONSTRAINT CPU_BIND EXCLUSIVE GPUS_PER_NODE GRES MEM_PER_CPU MPI_TYPE PARTITION TIMELIMIT WCKEY"
 
-# Of a heterogeneous array task, requeued twice, which sets options that srun reads from the environment.
+# An outer job has left these variables: a heterogeneous array task that was requeued twice, with options that srun reads
+# from the environment.
 OUTER = {
     **{"SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "5", "SLURM_HET_SIZE": "2", "SLURM_RESTART_COUNT": "2"},
     **dict.fromkeys(map("SLURM_{}".format, _OPTIONS.split()), "outer"),

@@ -1,4 +1,4 @@
-"""sbatch options and the rank table: as text, and run by bash."""
+"""Tests the batch script's options and the rank table, as text and in bash."""
 
 import os
 import subprocess
@@ -90,8 +90,8 @@ def test_the_script_outside_of_a_job_says_how_to_submit_it() -> None:
 
 @pytest.mark.parametrize(("answer", "code"), [("Restarts=0", "clone"), ("Restarts=1", "first"), ("", "first")])
 def test_a_job_runs_the_code_of_its_first_attempt_only_if_it_was_requeued(tmp_path: Path, answer: str, code: str) -> None:
-    """Another job may have left its SLURM_RESTART_COUNT, and an earlier job with this number a pointer. The count is
-    believed if slurmctld does not answer."""
+    """The environment may have another job's SLURM_RESTART_COUNT, and the clone the pointer of an earlier job with this
+    number. The script therefore asks slurmctld for the count, and trusts the variable only if slurmctld does not answer."""
     for name in ("clone", "first/code"):
         (tmp_path / name / "slurm").mkdir(parents=True)
         (tmp_path / name / "slurm" / "node_env.sh").touch()
@@ -101,7 +101,7 @@ def test_a_job_runs_the_code_of_its_first_attempt_only_if_it_was_requeued(tmp_pa
     record = f"JobId=7 ArrayJobId=6 JobName=x Requeue=1 {answer} BatchFlag=1"
     scontrol = f"echo JobId=6 Restarts=4; echo '{record}'" if answer else "echo Unable to contact slurm >&2; exit 1"
     stand_in(tmp_path, scontrol=scontrol)
-    (tmp_path / "python").write_text("#!/bin/bash\npwd\n")  # in the folder that the script has chosen
+    (tmp_path / "python").write_text("#!/bin/bash\npwd\n")  # prints the folder that the script has chosen
     (tmp_path / "python").chmod(0o755)
     own = {"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "c1", "SLURM_RESTART_COUNT": "3"}
     own |= {"SLURM_SUBMIT_DIR": str(tmp_path / "clone")}
@@ -130,11 +130,11 @@ def test_sinks_close_before_srun_kills_the_ranks_that_outlive_others() -> None:
     assert sink.CLOSE_SECONDS + writer.CLOSE_SECONDS <= LINGER_SECONDS
 
 
-# --- what a task finds, run by a real bash
+# --- the environment of a task, set up by a real bash
 
 
 class Task:
-    """A table of two nodes, and slurm/node_env.sh on one of them."""
+    """Writes a rank table of two nodes, and runs slurm/node_env.sh as a task on one of them."""
 
     def __init__(self, folder: Path, **cluster: object) -> None:
         self.folder, self.site = folder, Cluster.model_validate(cluster)

@@ -1,4 +1,4 @@
-"""The ends of a step's tasks, and requeueing. srun and scontrol are stand-ins on the path."""
+"""Tests how the tasks of a step end, and how a job is requeued. srun and scontrol are stand-ins on the path."""
 
 import time
 from collections.abc import Callable
@@ -22,7 +22,7 @@ CLOSED = "ConnectionError: connection closed by peer"
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    """A run in its second start, which has said nothing yet."""
+    """A run whose second attempt has begun and has recorded nothing yet."""
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "c-1")
     config = tiny_config(tmp_path / "data", tmp_path / "runs")
     folder = RunFolder.of(config)
@@ -31,14 +31,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 
 
 def leave(run: RunFolder, *, verdict: int, reason: str) -> None:
-    """Rank 2 ends the attempt: rank 0 has the lease meanwhile, as it must."""
+    """Rank 2 records the end of the attempt while rank 0 holds the lease."""
     lease = run.open(run.read_config(), RankEnv(0, 3, 0, 1, "published", 1, JOB.attempt_id))
     assert run.write_status(verdict=verdict, reason=reason, last_step=7, attempt_id=JOB.attempt_id, rank=2)
     lease.release()
 
 
 def recorded(run: RunFolder) -> tuple[int | None, str, int | None]:
-    """Verdict, reason and rank of the latest attempt."""
+    """Returns verdict, reason and rank of the latest attempt."""
     latest = run.read_status().latest
     assert latest is not None
     return latest.verdict, latest.reason, latest.rank
@@ -52,19 +52,19 @@ def test_sruns_lines_about_failed_tasks_are_held_back(capfd: pytest.CaptureFixtu
     assert run_step(["bash", "-c", "kill -9 $$"])[0] == 137
 
 
-# --- how the ranks ended, from srun's lines; tests/unit/launchers/test_verdict.py has the verdicts
+# --- srun's lines say how the ranks ended; tests/unit/launchers/test_verdict.py tests the verdicts
 
 
 @pytest.mark.parametrize(
     ("lines", "codes", "failed"),
     [
-        # A task is no rank: here the ranks of the two nodes alternate.
+        # A task's number is not its rank: here the ranks of the two nodes alternate.
         (["n2: task 3: Segmentation fault (core dumped)"], (0, 0, 0, -11), (3,)),
         (["n1: task 1: Killed"], (0, 0, -9, 0), (2,)),
         (["n1: tasks 0-1: Exited with exit code 3", "n2: task 2: Bus error"], (3, -7, 3, 0), (0, 2, 1)),
         (["n2: task 3,2: Aborted"], (0, -6, 0, -6), (3, 1)),
         (["n2: task 9: Killed"], (0, 0, 0, 0), ()),  # no planned task
-        # srun, not the rank, is the reason of what ends after its words.
+        # Tasks that end after srun's announcement were ended by srun, not by their rank.
         (
             ["n1: task 0: Exited with exit code 3", "srun: First task exited 60s ago", "n2: task 2: Killed"],
             (3, -9, 0, 0),
@@ -87,7 +87,7 @@ def test_sruns_lines_tell_which_ranks_failed(lines: list[str], codes: tuple[int,
 
 
 def test_a_failed_task_ends_the_others_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """srun itself waits LINGER_SECONDS."""
+    """srun alone would let the other tasks run for LINGER_SECONDS."""
     monkeypatch.setattr(step, "PEER_SECONDS", 0.2)
     waits = "trap 'echo srun: forcing job termination >&2; exit 143' TERM; sleep 600 2>/dev/null & wait"
     began = time.monotonic()
@@ -106,7 +106,7 @@ def test_a_task_that_is_done_or_stopped_ends_no_other(monkeypatch: pytest.Monkey
 def test_a_node_failure_is_recorded_at_once_although_srun_and_rank_0_hang(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slurm kills the batch script KillWait after the failure, and srun waits for that long and more."""
+    """The job must not wait for srun: Slurm kills the batch script KillWait after the failure, and srun waits longer."""
     monkeypatch.setattr(step, "NODE_SECONDS", 0.2)
     lease = run.open(run.read_config(), RankEnv(0, 3, 0, 1, "published", 1, JOB.attempt_id))
     began = time.monotonic()
@@ -157,7 +157,8 @@ def test_what_the_ranks_recorded_before_the_batch_script_was_killed_stays(run: R
 
 
 def test_a_batch_script_that_was_killed_after_a_stop_signal_was_asked_to_stop(run: RunFolder) -> None:
-    """A preemption at the start: the ranks import torch for longer than KillWait. Also before they open the run."""
+    """A job is preempted while its ranks import torch for longer than KillWait. The verdict is 75, even if the ranks have
+    not opened the run yet."""
     for attempt_id in (JOB.attempt_id, "slurm-c1-12-2"):
         assert name_unconcluded(run, attempt_id, {}, asked=True, restarts=2) == 75
         record = run.read_status().of(attempt_id)
@@ -171,7 +172,8 @@ def test_a_batch_script_that_was_killed_after_a_stop_signal_was_asked_to_stop(ru
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], Path]:
-    """`slurm(state, code)`: a scontrol whose job has this state and whose requeue ends with this code; and an sbatch."""
+    """`slurm(state, code)` makes an sbatch, and a scontrol that shows a job in this state and whose requeue exits with this
+    code."""
 
     def make(state: str, code: int) -> Path:
         stand_in(
@@ -222,7 +224,7 @@ def test_a_job_that_a_preemption_cancels_is_submitted_again_with_its_count(
 ) -> None:
     asked = slurm("COMPLETING Restarts=1 StartTime=2026-11-27T09:00:00 PreemptTime=2026-11-27T10:00:00", 0)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # of this job, not of the next
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # must not reach the new job
     attempts = tmp_path / "job_12.json"
     attempts.write_text("[[75, 0, 7]]")
     (tmp_path / "job_12_faults").write_text("n3")
@@ -238,7 +240,7 @@ def test_a_job_that_a_preemption_cancels_is_submitted_again_with_its_count(
 def test_one_task_of_an_array_goes_on_by_itself(
     slurm: Callable[[str, int], Path], capsys: pytest.CaptureFixture[str], number: str
 ) -> None:
-    """Slurm gives an array's last task the id of the whole array: by that id all tasks would be requeued."""
+    """Slurm gives an array's last task the id of the whole array. Requeueing that id would requeue all tasks."""
     asked = slurm("RUNNING", 1)
     env = {"SLURM_JOB_ID": number, "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3", "SLURM_SUBMIT_DIR": "/clone"}
     requeue_job(SlurmJob.from_environment(env), CodeSnapshot(Path("/s")), Path("none"), None)
