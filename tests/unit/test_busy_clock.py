@@ -1,4 +1,4 @@
-"""A rank's own time in a step, without its waits for other ranks."""
+"""The busy clock measures a rank's time in a step without its waits for other ranks."""
 
 import time
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_time_inside_collectives_is_left_out(clock: Any) -> None:
     tracker: Any = SimpleNamespace(waited=7.0)
-    busy = _BusyClock(tracker, began=98.0)  # the step began two seconds ago, with reading data
+    busy = _BusyClock(tracker, began=98.0)  # the step began at 98 s, when its data were read
     clock.seconds, tracker.waited = 110.0, 15.0
     assert busy.seconds(0.0) == pytest.approx(4.0)
 

@@ -1,7 +1,8 @@
-"""The import graph stays small, and the nevers hold. Each rule reads imports or syntax trees and fails on a planted line.
+"""The import graph stays small, and the code has no forbidden imports or calls. Each rule reads imports or syntax trees,
+and fails on a planted line.
 
-Rooms, floors and arrows are defined and computed in docs/import_graph.py. Imports inside functions and under TYPE_CHECKING
-count like all others; those that exist in no other form are printed apart.
+docs/import_graph.py defines and computes rooms, floors and arrows. Imports inside functions and under TYPE_CHECKING count
+like all others.
 """
 
 import ast
@@ -25,13 +26,13 @@ EVALUATION = ("moe_dist.train.evaluation", "moe_dist.inference")
 
 
 def imports(file: Source) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of everything imported, inside functions as well."""
+    """Yields line and dotted name of every import, also inside functions."""
     return ((each.line, each.name) for each in file.imports)
 
 
 @cache  # several rules ask for the calls of the same files
 def calls(file: Source) -> list[tuple[ast.Call, str]]:
-    """Every call with the dotted name of the called function."""
+    """Returns every call with the dotted name of the called function."""
     return [(node, ast.unparse(node.func)) for node in ast.walk(file.tree) if isinstance(node, ast.Call)]
 
 
@@ -47,7 +48,8 @@ def planted(path: str, code: str) -> Source:
 
 @pytest.fixture(scope="module")
 def sources() -> list[Source]:
-    """Files of the product, which the graph has, and of research, for which the nevers hold as well."""
+    """Returns the files of the product and of research. Rules about forbidden imports apply to both, the graph has only the
+    product."""
     return [file for file in read_sources(tops=(*TOPS, "research")) if not file.path.startswith("research/tests/")]
 
 
@@ -57,7 +59,8 @@ def graph(sources: list[Source]) -> ImportGraph:
 
 
 def size_faults(graph: ImportGraph) -> list[str]:
-    """Too many floors, rooms or arrows; the thin arrows are named, because they are the first to ask about."""
+    """Returns an error for too many floors, rooms or arrows. It lists the arrows that rest on one file, because these are
+    the first to reconsider."""
     arrows, floors = sum(map(len, graph.arrows.values())), graph.floors()
     problems = []
     if max(floors.values()) > MOST_FLOORS:
@@ -94,7 +97,7 @@ def loose_file_faults(files: list[Source]) -> list[str]:
 
 
 def package_faults(files: list[Source]) -> list[str]:
-    """`moe_dist/__main__.py` starts launchers and tools by name, and imports neither."""
+    """moe_dist must not import launchers or tools. `moe_dist/__main__.py` starts them by name."""
     return [
         f"{file.path}:{line}: an installed package without the clone has no {room}"
         for file in files
@@ -115,7 +118,7 @@ def research_faults(files: list[Source]) -> list[str]:
 
 
 def forward_faults(graph: ImportGraph) -> list[str]:
-    """Whatever a training step imports, over any number of files, is no evaluation."""
+    """A training step must not import evaluation, neither directly nor through other files."""
     reached = reachable(
         {module: set(others) for module, others in graph.files.items()}, "moe_dist.train.step.training_step"
     )
@@ -303,7 +306,7 @@ def test_a_circle_of_files_would_fail(back: str) -> None:
 
 
 def test_a_circle_of_folders_would_fail() -> None:
-    """left/a imports right/b, and right/c imports left/d: a circle of folders, not of files."""
+    """left/a imports right/b, and right/c imports left/d. This is a circle of folders, but not of files."""
     left = [planted("moe_dist/moe/left/a.py", "import moe_dist.moe.right.b"), planted("moe_dist/moe/left/d.py", "pass")]
     right = [planted("moe_dist/moe/right/b.py", "pass"), planted("moe_dist/moe/right/c.py", "import moe_dist.moe.left.d")]
     assert circle_faults(ImportGraph([*left, *right]))
@@ -322,7 +325,7 @@ def test_the_drawing_is_current(graph: ImportGraph) -> None:
 
 
 def test_the_map_names_each_room(graph: ImportGraph) -> None:
-    """Rooms of docs/architecture.md, and which of them import without torch; the files that it names exist."""
+    """docs/architecture.md lists all rooms, and says which import without torch. The files that it names exist."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| .* \| (yes|no) \|$", page, re.MULTILINE)
     plain = graph.rooms_without_torch()

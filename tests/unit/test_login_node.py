@@ -26,7 +26,7 @@ TORCH_FREE = (
 
 
 def import_without_torch(modules: list[str]) -> subprocess.CompletedProcess[str]:
-    """Imports modules in a process in which importing torch (or what needs it) fails."""
+    """Imports modules in a process in which importing torch, or a package that needs it, fails."""
     code = (
         "import importlib, sys\n"
         "class Blocked:\n"

@@ -1,4 +1,4 @@
-"""Mistakes of new users: the exit code, and an error with field, value, rule and fix."""
+"""Mistakes of new users end with the right exit code and an error that names field, value, rule and fix."""
 
 import os
 import subprocess
@@ -147,7 +147,7 @@ def test_a_mistake_is_told(line: str, code: int, words: str, folder: Path, monke
 
 
 def train_alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moe_dist", "train", *arguments]  # a rank calls exit itself
+    command = [sys.executable, "-m", "moe_dist", "train", *arguments]  # in a process, because a rank calls exit
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 

@@ -27,7 +27,7 @@ MODULES = {"moe_dist.train": moe_dist.train.__main__.main, "launchers.slurm": la
 def test_a_dry_run_of_the_guide(command: str, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     module, *words = shlex.split(command)
-    published = "mixtral" in command  # its data are not available
+    published = "mixtral" in command  # the published run's data are not available
     at = words.index("--dry-run")
     data = [] if published else [f"data.path={tiny_data}", "data.weights={}"]
     app = typer.Typer(pretty_exceptions_enable=False)

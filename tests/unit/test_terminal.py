@@ -1,5 +1,5 @@
-"""Names in files of others may contain commands to the terminal: whatever shows such a name escapes them, and shows a part
-of a long text only."""
+"""Names in other people's files may contain terminal commands. All code that shows such names escapes the commands, and
+shows only a part of a long text."""
 
 import hashlib
 import json
@@ -62,7 +62,8 @@ def test_a_summary_is_safe(tmp_path: Path) -> None:
 
 
 def renamed(folder: Path) -> None:
-    """A tensor has the name in all files, whose digests are right; values, versions and a group have it, too."""
+    """Writes the hostile name into all files of a checkpoint, for a tensor, values, versions and a group. The files'
+    digests stay right."""
     shard = folder / "shard_00000.safetensors"
     content = shard.read_bytes()
     begin = 8 + int.from_bytes(content[:8], "little")

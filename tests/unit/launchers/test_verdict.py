@@ -39,7 +39,7 @@ class Case:
         ends: (rank, exit code) of the ranks that failed by themselves, in the order in which the launcher learned of
             them. The code None means that the rank's node was lost.
         cause: The rank at fault.
-        told: Ranks that noted in the run folder that they end by themselves.
+        told: Ranks that noted in the run folder that they ended by themselves.
         record: (verdict, reason, rank) in status.json.
         frozen: The rank that SIGSTOP suspends.
         log: Last line in the log of the rank at fault.

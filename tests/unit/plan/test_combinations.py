@@ -1,7 +1,8 @@
-"""Random combinations of kinds: preflight refuses each with a reason, or it builds and takes a step on tiny sizes.
+"""For random combinations of kinds, either preflight gives a reason to refuse them, or they build and take a step at tiny
+sizes.
 
-A run of one rank takes a real step, and with causal evaluation a forward pass of evaluation. With several ranks, each
-rank's model is built on the meta device, as in a dry run.
+A run of one rank takes a real step and, if its evaluation is causal, also a forward pass of evaluation. With several ranks,
+each rank's model is built on the meta device, as in a dry run.
 """
 
 import random
@@ -54,7 +55,7 @@ def _alone() -> Iterator[None]:
 
 
 def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
-    """Returns one configuration as plain values. About one choice in five is a rare one."""
+    """Returns one random configuration as plain values. About one value in five is a rare one."""
 
     def rare(*values: Callable[[], Any] | Any, p: float = 0.2) -> Any:
         """Returns the first value, or with probability `p` another one."""
@@ -235,7 +236,7 @@ def build_each_rank(plan: Preflight) -> None:
 
 
 def run(numbers: range, seed: int, data: Path, root: Path) -> None:
-    """Draws all configurations up to the last of these numbers, and builds the numbered ones."""
+    """Draws all configurations up to the last number in `numbers`, and builds those whose number is in `numbers`."""
     rng, built, count = random.Random(seed), 0, len(numbers)
     for number in range(numbers.stop):
         values = drawn(rng, data, root)

@@ -1,4 +1,4 @@
-"""Estimates of layouts: their list, and the effects of bytes, rates and memory."""
+"""Tests which layouts are listed, and how bytes, rates and memory affect their estimates."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_bytes_are_those_of_the_dispatch_contract() -> None:
     config = load_config("olmoe_1b7b_8gpu")
     found = estimated(config)
     tokens = config.train.global_batch * config.data.seq_len
-    rows = 8 * (1 - np.prod([(56 - i) / (64 - i) for i in range(8)])) * 7 / 8  # distinct other ranks of a token
+    rows = 8 * (1 - np.prod([(56 - i) / (64 - i) for i in range(8)])) * 7 / 8  # distinct remote ranks per token
     assert found.bytes_inside + found.bytes_between == pytest.approx(4 * tokens * 16 * rows * 2048 * 2)
     assert found.bytes_between > 0  # nodes have four ranks
     block = estimated(load_config("olmoe_1b7b_8gpu", ["parallel.recompute=block"]))
@@ -78,7 +78,7 @@ def test_memory_is_that_of_the_dry_run_with_its_spread() -> None:
     assert found.memory[0] < found.memory[1] < found.memory[2]
     assert found.out_of_memory < 1e-6
     tight = estimated(config, most_bytes=found.memory[0])
-    assert tight.out_of_memory == pytest.approx(1.0)  # half of all micro-batches fail, and a step has many
+    assert tight.out_of_memory == pytest.approx(1.0)  # half of the micro-batches need more, and a step has many
     assert 0.0 < estimated(config, most_bytes=found.memory[2] + (found.memory[2] - found.memory[1])).out_of_memory < 1.0
 
 

@@ -1,4 +1,4 @@
-"""Counts of parameters and FLOPs: those of the real model, by torch's counter, and of published models."""
+"""The counts of parameters and FLOPs agree with the built model and torch's counter, and with published models."""
 
 import json
 from collections import Counter
@@ -69,7 +69,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_each_kind_of_model_has_the_counted_parameters_and_forward_flops(layout: Layout) -> None:
-    """The counter sees 0.1 % more, the rotation of queries and keys."""
+    """torch's counter counts up to 0.1 % more, because it includes the rotation of queries and keys."""
     cfg = config_of(layout)
     torch.manual_seed(0)
     model = build_model(cfg, placement_for(layout), ep_rank=0, ep_group=None)
@@ -85,7 +85,7 @@ def test_each_kind_of_model_has_the_counted_parameters_and_forward_flops(layout:
     assert parts.adapters == found[Role.ADAPTER] + found[Role.EXPERT_ADAPTER]
     assert parts.total == sum(found.values())
     if layout.mixture_of_depths or layout.form in ("gpt_oss", "gpt_oss, adapted", "clamped experts, nulls"):
-        return  # masked scores and attention sinks are products of the math kernel alone
+        return  # only the math kernel computes masked scores and sinks as products
     tokens = torch.randint(TEXT[1], (4, cfg.data.seq_len))
     zeros, positions = torch.zeros_like(tokens), torch.arange(cfg.data.seq_len).expand(4, -1)
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -176,11 +176,12 @@ def test_agrees_with_torchs_counter(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
 def test_depths_agree_with_torchs_counter(causal: str) -> None:
-    """Uses one sequence, because slots of several sequences form one row, and the CPU's dense mask computes all its
-    products. The counter does not see scores (sums of products), and the loss lacks the auxiliary routers' backward."""
+    """Uses one sequence: slots of several sequences would form one row, and the CPU's dense mask computes all products of a
+    row. The counter misses the router's scores, which are no matrix products, and the loss does not train the auxiliary
+    routers."""
     cfg = config(model={"mixture_of_depths": {"first": 1, "every": 1, "capacity": 0.25, "causal": causal}})
     counted, experts, tokens = count_training(cfg, batch=1)
-    assert experts < 0.6  # mean over all tokens; computed tokens have 4 / 3
+    assert experts < 0.6  # mean over all tokens; a computed token takes 4 / 3
     assert len(cfg.model.depth_layers) == 2
     forward = forward_of(cfg, experts / 0.25)
     scores = 2 * cfg.model.hidden_dim
@@ -203,8 +204,8 @@ def lora_config(**parallel: Any) -> Config:
 
 
 def test_lora_agrees_with_torchs_counter() -> None:
-    """The forward agrees exactly. The total agrees after subtracting the backward below the first adapter, which is counted
-    here by hand."""
+    """The forward agrees exactly. The total agrees after the backward pass below the first adapter, which is counted here
+    by hand, is subtracted."""
     cfg = lora_config()
     counted, experts, tokens = count_training(cfg)
     forward = forward_of(cfg, experts)
@@ -229,7 +230,7 @@ def tuned_config(layers: list[int], objective: str = "tokens") -> Config:
     ("layers", "choices"), [([1], 0), ([2], 0), ([1, 2], 0), ([1, 2], 2)], ids=["1", "2", "1 and 2", "choices"]
 )
 def test_router_tuning_agrees_with_torchs_counter(layers: list[int], choices: int) -> None:
-    """Choices have no output layer, only the logits of two words, in forward and backward."""
+    """With choices only the logits of two words are computed in forward and backward, instead of the output layer."""
     cfg = tuned_config(layers, "choices" if choices else "tokens")
     counted, experts, tokens = count_training(cfg, choices=choices)
     forward = forward_of(cfg, experts)

@@ -1,4 +1,4 @@
-"""Requirements of a configuration on the machine: Apex and a Unix group, checked without torch."""
+"""Tests what a configuration requires of the machine, such as Apex or a Unix group. The checks need no torch."""
 
 import grp
 import importlib.util

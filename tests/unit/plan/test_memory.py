@@ -1,4 +1,4 @@
-"""Memory per rank: states by hand, and activations against the tensors that autograd keeps."""
+"""The estimated memory per rank agrees with states counted by hand, and with the activations that autograd keeps."""
 
 import json
 from typing import Any
@@ -68,8 +68,8 @@ def estimated(cfg: Config, ranks: int = 1, rows: float = 1.0, pairs: float = 1.0
 
 
 def kept_by_autograd(cfg: Config, *tuned: int) -> tuple[int, float, float]:
-    """Returns the bytes that forward keeps beside the weights, and rows and pairs per token. With `tuned` only these
-    layers' routers are trained."""
+    """Returns the bytes that the forward pass keeps besides the weights, and the rows and pairs per token. With `tuned`
+    only these layers' routers are trained."""
     torch.manual_seed(0)
     model = build_model(cfg, placed(cfg), ep_rank=0, ep_group=None)
     for parameter in model.parameters():
@@ -106,7 +106,7 @@ def test_activations_are_what_autograd_keeps(model: dict[str, Any]) -> None:
 
 
 def test_activations_on_a_cpu_are_known_within_a_twentieth() -> None:
-    cfg = config(parallel={"device": "cpu"}, vocab_size=16)  # the estimate of the output includes a gradient
+    cfg = config(parallel={"device": "cpu"}, vocab_size=16)  # small: the output's estimate includes a gradient
     kept, rows, pairs = kept_by_autograd(cfg)
     tokens = cfg.train.micro_batch * cfg.data.seq_len
     assert tokens * sum(layer_bytes_per_token(cfg, rows, pairs)) == pytest.approx(kept, rel=0.05)
@@ -117,7 +117,7 @@ def test_activations_on_a_cpu_are_known_within_a_twentieth() -> None:
 def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_routers(
     layers: tuple[int, ...], model: dict[str, Any]
 ) -> None:
-    # the estimate of the output includes a gradient, which forward does not keep
+    # The vocabulary is small, because the estimate of the output includes a gradient, which the forward pass does not keep.
     cfg = config(tuned=layers, vocab_size=16, **model)
     kept, rows, pairs = kept_by_autograd(cfg, *layers)
     memory = estimated(cfg, 1, rows, pairs)
@@ -139,7 +139,7 @@ def test_states_of_a_rank() -> None:
     assert held_parameters(sharded, placement, rank=0) == (dense - whole.router) / 8 + expert + whole.router
     memory = estimated(cfg, 4)
     assert (memory.parameters, memory.gradients, memory.optimizer) == (4 * held[0], 4 * held[0], 8 * held[0])
-    # in each direction, micro-batches of 256 tokens of three other ranks
+    # In each direction: micro-batches of 256 tokens from each of three other ranks.
     assert memory.exchange_bound == 2 * 3 * 256 * 64 * 4
     bounded = config(parallel={"ep": 4, "max_receive_rows": 100})
     assert estimated(bounded, 4).exchange_bound == (3 * 256 + 100) * 64 * 4
@@ -147,7 +147,8 @@ def test_states_of_a_rank() -> None:
 
 @pytest.mark.parametrize(("recompute", "layers"), [("none", 3), ("block", 1)])
 def test_replicas_keep_the_weights_of_experts(recompute: str, layers: int) -> None:
-    """With two replicas per rank and layer, all weights stay from forward to backward, and the gradients of one layer."""
+    """With two replicas per rank and layer, the weights of all layers stay in memory from forward to backward, but only one
+    layer's gradients."""
     plain = config(parallel={"ep": 2, "recompute": recompute})
     section = RankBalanceSection.model_validate({"replicating": {"slots": 2}})
     more = plain.model_copy(update={"rank_balance": section})
@@ -177,6 +178,6 @@ def test_adapters_of_experts_are_with_their_experts_and_all_others_on_all_ranks(
 
 
 def test_a_folder_needs_room_for_one_more_checkpoint_than_it_keeps() -> None:
-    """The oldest checkpoint is deleted after the new one is complete."""
+    """The oldest checkpoint is deleted only after the new one is complete."""
     run = config()
     assert folder_bytes(run) == (run.checkpoint.keep + 1) * round(checkpoint_bytes(run))

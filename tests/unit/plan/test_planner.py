@@ -1,4 +1,4 @@
-"""Expected load and traffic against enumeration of all choices, and the comparison in words."""
+"""Expected load and traffic equal an enumeration of all choices. Also tests the text that compares two plans."""
 
 import itertools
 
@@ -16,7 +16,7 @@ MIX = {"text": 30, "image": 10}
 
 
 def enumerate_choices(placement: ExpertPlacement, shares: dict[str, float]) -> tuple[list[float], list[float]]:
-    """Returns load and remote rows per token, from all source ranks and all sets of choices."""
+    """Returns load and remote rows per token, as means over all source ranks and all sets of choices."""
     ranks = placement.num_ranks
     load, remote = [0.0] * ranks, [0.0] * ranks
     for group in placement.groups:
@@ -66,7 +66,7 @@ def test_a_skewed_mix_gives_the_pinned_ranks_uneven_work_and_fewer_rows() -> Non
     rows = 1 - pinned.remote_rows_per_token / interleaved.remote_rows_per_token
     assert rows > 0
     start = f"This run uses pinned placement, which sends {rows:.1%} fewer rows than interleaved; "
-    # 0.9 x 2/4 of the rows instead of 1/4
+    # The busiest rank has 0.9 / 2 of the work instead of 1 / 4.
     assert words_of(comparison).startswith(start + "its busiest rank has 80.0% more work")
     assert f"which sends {rows / (1 - rows):.1%} more rows than pinned; its busiest rank has 44.4% less work" in words_of(
         comparison, 1

@@ -24,7 +24,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Site:
-    """A configuration and a data set for a test to break."""
+    """A configuration and a data set, which a test may break."""
 
     def __init__(self, root: Path, made: Path) -> None:
         self.data = root / "data"

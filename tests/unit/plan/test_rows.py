@@ -1,4 +1,5 @@
-"""Rows and pairs of a micro-batch: expectations against enumeration, and draws from a trace against slow counts."""
+"""Tests the rows and pairs of a micro-batch: expectations are means over drawn tokens, and draws from a trace equal slow
+counts."""
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ TOKENS, LAYERS, SEQUENCES = 12, 2, 5
 
 
 def draw_ids(rng: np.random.Generator, tokens: int) -> np.ndarray:
-    """Returns choices of text tokens (even) and image tokens (odd). 8 to 10 are null experts; -2 - c is a dropped pair of
-    column c."""
+    """Returns the choices of tokens. Even tokens are text, odd ones image. Columns 8 to 10 are null experts, and -2 - c is
+    a dropped pair of column c."""
     ids = np.zeros((tokens, LAYERS, 2), np.int16)
     for t, layer in np.ndindex(tokens, LAYERS):
         ids[t, layer] = rng.choice([*range(5), 8, 9, 10] if t % 2 == 0 else [5, 6, 7], 2, replace=False)
@@ -44,8 +45,8 @@ def test_traced_rows_are_those_of_a_slow_count(wire: Wire) -> None:
             assert inside + between == (pairs if wire.each_pair else rows)
         here = [expert for expert in experts if rank_of[expert] == rank]
         each = len(here) if wire.each_pair else len({t for t, e in zip(tokens, experts, strict=True) if rank_of[e] == rank})
-        # Rows arrive from the other rank of the node. With two hops it forwards rows of one rank on each node, otherwise it
-        # sends only its own.
+        # Rows arrive from the node's other rank. With two hops this rank forwards rows of one rank on each node, otherwise
+        # it sends only its own.
         arrived = each * ((wire.node - 1) * (2 if wire.hops == 2 else 1))
         assert load.inside[0, layer, rank] == max(inside, arrived)
         if wire.hops == 1:
@@ -70,7 +71,7 @@ def test_expectations_are_the_mean_of_uniform_tokens(wire: Wire) -> None:
             getattr(drawn, name).mean((0, 1)), getattr(expected, name)[0, 0], rtol=0.06, err_msg=name
         )
     assert expected.spread[:, 2].tolist() == [0, 0]
-    # standard deviation for one token
+    # the standard deviation of a single token's pairs
     several = [np.isin(ids[:, 0], UNEVEN.slots[rank]).sum(1).std() for rank in (0, 1, 3)]
     np.testing.assert_allclose(expected.spread[1, [0, 1, 3]] / np.sqrt(4 * 600), several, rtol=0.05)
 

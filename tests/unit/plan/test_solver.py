@@ -11,7 +11,8 @@ from tests.support.messages import refused
 
 
 def packed(load_E: np.ndarray, ranks: int) -> np.ndarray:
-    """EPLB's packing without replicas: places the heaviest expert first, on the lightest rank with a free slot."""
+    """Packs as EPLB does without replicas: the heaviest expert comes first, and goes to the lightest rank with a free
+    slot."""
     rank_of, work, count = [0] * len(load_E), [0.0] * ranks, [0] * ranks
     for expert in sorted(range(len(load_E)), key=lambda e: -load_E[e]):
         rank = min((r for r in range(ranks) if count[r] < len(load_E) // ranks), key=lambda r: work[r])
@@ -52,8 +53,8 @@ def test_close_to_the_best_of_all_maps() -> None:
 
 
 def test_swaps_stay_in_their_group_and_lower_the_pace() -> None:
-    """By hand: 4 4 | 0 0 becomes 4 0 | 4 0, unless the ranks have experts of different groups. On random loads, no rank's
-    number of experts per group changes, no maximum load rises, and most fall."""
+    """Two ranks with loads 4 4 and 0 0 get 4 0 and 4 0, unless their experts belong to different groups. On random loads,
+    no rank's number of experts per group changes, no maximum load rises, and most fall."""
     one = np.zeros(4)
     start_E = np.array([0, 0, 1, 1])
     assert pace(np.array([[4, 4, 0, 0]]), improve(np.array([[4, 4, 0, 0]]), start_E, one, 2), 2) == 4
@@ -77,7 +78,7 @@ def test_uneven_slots_pinned_groups_and_nodes() -> None:
     rng = np.random.default_rng(2)
     load_LE, slots_R = rng.random((4, 12)), np.array([8, 2, 1, 4])
     allowed_ER = np.zeros((12, 4), bool)
-    allowed_ER[:5, 2:] = allowed_ER[5:, :2] = True  # a pinned group, or experts bound to their node
+    allowed_ER[:5, 2:] = allowed_ER[5:, :2] = True  # like a pinned group, or experts bound to a node
     found = solve(load_LE, slots_R, allowed_ER=allowed_ER)
     assert allowed_ER[np.arange(12), found].all()
     assert (np.bincount(found, minlength=4) <= slots_R).all()

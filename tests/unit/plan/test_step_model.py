@@ -1,4 +1,4 @@
-"""The simulated micro-batch against a slow event queue over single ranks, and against closed forms."""
+"""The simulated micro-batch takes as long as in a slow event queue over single ranks, and as in closed forms."""
 
 import heapq
 from typing import Any
@@ -29,7 +29,8 @@ RATES = Rates(
 
 
 def slow_play(events: list[Event], ranks: int) -> list[float]:
-    """Returns the end of each rank, from a heap of startable tasks over single ranks with a barrier for each exchange."""
+    """Returns the time at which each rank ends. A heap has the tasks that single ranks can start, and each exchange is a
+    barrier."""
     todo = [{stream: [i for i, e in enumerate(events) if e.stream == stream] for stream in (0, 1)} for _ in range(ranks)]
     done: list[dict[int, float]] = [{} for _ in range(ranks)]
     came: dict[int, dict[int, float]] = {}
@@ -42,7 +43,7 @@ def slow_play(events: list[Event], ranks: int) -> list[float]:
         index = todo[rank][stream][0]
         event = events[index]
         if any(other not in done[rank] for other in event.after):
-            continue  # continued when the last of them ends
+            continue  # it is tried again when the last of these ends
         start = max(now, free[rank][stream], *(done[rank][other] for other in event.after), 0.0)
         meeting = {rank: start}
         if stream == WIRE:
@@ -100,9 +101,11 @@ def seconds(layer: LayerCost, order: Order = Order(), ranks: int = 2) -> float:
 
 
 def test_overlap_and_chunks_hide_what_the_dispatcher_lets_them_hide() -> None:
-    # Forward: own pairs (1) overlap with dispatch (2). Backward: own pairs (2) overlap with the exchange of gradients (2).
+    # In forward a rank's own pairs take 1 s and overlap with the dispatch, 2 s. In backward they take 2 s and overlap with
+    # the exchange of gradients, 2 s.
     assert seconds(even(), Order(overlap=True)) == pytest.approx(seconds(even()) - 1.0 - 2.0)
-    # Two chunks of 1 + 1 on the wire each way, experts 2 + 2 forward: only the first dispatch and the last combine show.
+    # Each of two chunks takes 1 s for dispatch, 2 s for experts (in forward), and 1 s for combine. Experts hide all
+    # exchanges but the first dispatch and the last combine.
     chunked = even(hops=(1.0,))
     assert seconds(chunked, Order(chunks=2)) == pytest.approx((1 + BACKWARD) * 5.0 + 4 * 1.0)
     # If the network is slower than the experts, all chunks are sent one after the other.
@@ -114,7 +117,7 @@ def test_shared_cores() -> None:
     start, work = np.array([[0.0, 0.0, 1.0]]), np.array([[2.0, 2.0, 1.0]])
     assert share_cores(start, work, 3)[0] == pytest.approx([2, 2, 2])
     assert share_cores(np.zeros((1, 4)), np.full((1, 4), 3.0), 2)[0] == pytest.approx([6, 6, 6, 6])
-    # One second at 2/2 cores; then three ranks with 1 left each share two cores.
+    # For one second, two ranks have a core each. Then three ranks, each with 1 s of work left, share two cores.
     assert share_cores(start, work, 2)[0] == pytest.approx([2.5, 2.5, 2.5])
     assert share_cores(np.array([[0.0, 9.0]]), np.array([[0.0, 1.0]]), 1)[0] == pytest.approx([0, 10])
     rng = np.random.default_rng(0)
@@ -133,8 +136,8 @@ def test_shared_cores() -> None:
 
 def test_exchanges_and_rings() -> None:
     assert exchange_seconds(RATES, 2, 10.0, 0.0) == pytest.approx(1.1)
-    assert exchange_seconds(RATES, 3, 16.0, 0.0) == pytest.approx(2.2)  # the entry of the next larger number of ranks
-    assert exchange_seconds(RATES, 4, 16.0, 10.0) == pytest.approx(5.5)  # both levels at once: the slower one counts
+    assert exchange_seconds(RATES, 3, 16.0, 0.0) == pytest.approx(2.2)  # uses the rates of the next larger number of ranks
+    assert exchange_seconds(RATES, 4, 16.0, 10.0) == pytest.approx(5.5)  # both levels work at once, so the slower counts
     assert exchange_seconds(RATES, 1, 0.0, 0.0) == 0.0
     assert collective_seconds(RATES, 8.0, 4, 4) == pytest.approx(1.2)
     assert collective_seconds(RATES, 6.0, 8, 4) == pytest.approx(1.25)  # four ranks of a node send together: 8 a second

@@ -1,4 +1,4 @@
-"""The lines at the start of a run."""
+"""Tests the lines that a run prints at its start."""
 
 from dataclasses import replace
 

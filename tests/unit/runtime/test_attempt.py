@@ -104,7 +104,7 @@ def test_a_rank_other_than_0_gives_the_verdict_under_the_lease_of_rank_0(tmp_pat
 
 
 def test_a_rank_that_learned_of_an_error_waits_for_the_failed_rank_to_record_it(tmp_path: Path) -> None:
-    """As after a vote, rank 1 ends first, and only rank 0 knows the error."""
+    """Rank 1 ends first, but only rank 0 knows the error. This happens after a vote."""
     body = """import subprocess; environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "2", "MOE_DIST_INIT_METHOD": "file:///x", "INNER": "1"}
     if "INNER" in os.environ:
@@ -131,7 +131,7 @@ LOST = "[pair.cc:544] Connection closed by peer [127.0.0.1]:1"
 
 @pytest.mark.parametrize("launched", ["this", ""])
 def test_a_rank_that_lost_a_peer_blames_nobody_and_tells_where_it_cannot_know(tmp_path: Path, launched: str) -> None:
-    """Only moe_dist's launchers compare the ends of all ranks; srun, mpirun and torchrun tell moe_dist nothing."""
+    """Only moe_dist's launchers compare how all ranks ended. srun, mpirun and torchrun tell moe_dist nothing about it."""
     done, folder = run(tmp_path, f"raise RuntimeError({LOST!r})", MOE_DIST_ATTEMPT_ID=launched)
     latest = folder.read_status().latest
     assert latest is not None

@@ -1,4 +1,4 @@
-"""Rank and rendezvous from environment variables."""
+"""A process reads its rank and its rendezvous from environment variables."""
 
 import pytest
 

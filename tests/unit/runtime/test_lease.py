@@ -1,4 +1,4 @@
-"""One writer at a time: leases between two holders, in one process and in several."""
+"""A lease allows one writer at a time. The tests have several holders, in one process and in several."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def another_process(path: Path, then: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def of_another_machine(path: Path) -> Holder:
-    """Writes a lease whose holder is on another machine, whose processes cannot be checked."""
+    """Writes a lease whose holder is on another machine, so that its process cannot be checked."""
     holder = Holder("old", "elsewhere", 1, "another boot and namespace", "77", "token")
     path.write_bytes(b"000000000007\n" + json.dumps(asdict(holder)).encode())
     return holder
@@ -95,7 +95,7 @@ def test_a_claim_of_a_killed_process_does_not_block_a_takeover(tmp_path: Path) -
     path = tmp_path / "lease.json"
     holder = of_another_machine(path)
     claim = path.with_name(f"lease.json.{holder.token}")
-    with another_process(claim, "time.sleep(100)") as process:  # a claim contains its maker and a heartbeat
+    with another_process(claim, "time.sleep(100)") as process:  # a claim has the same content as a lease
         process.kill()
         wait_until(lambda: (claimer := read_holder(claim)) is not None and claimer.is_dead(), "claimer is seen as dead")
         Lease(path, "me", stale_seconds=0.2).acquire(600.0).check()
@@ -141,7 +141,7 @@ def test_a_beat_keeps_a_lease_that_is_older_than_stale(tmp_path: Path) -> None:
 def test_a_resumed_writer_is_refused_and_its_heartbeats_have_no_effect(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     sleeper = Lease(path, "sleeper", stale_seconds=1000.0).acquire(0.0)  # its thread sends no heartbeat during this test
-    # On another machine its pid cannot be checked.
+    # Moves the holder to another machine, where its pid cannot be checked.
     record = path.read_bytes()
     holder = read_holder(path)
     assert holder is not None

@@ -1,4 +1,4 @@
-"""Destinations and prefixes of log lines."""
+"""Tests where log lines are written, and their prefixes."""
 
 import io
 import logging

@@ -1,7 +1,7 @@
 """A writer stops at a chosen place, is replaced, and goes on. It then changes nothing in the second writer's run.
 
-The places include the worst ones: after the first writer's last check of the lease. The second writer acts inside of a call
-of the first one, which sends no heartbeat. On disk this equals a process that was suspended there.
+The places include the worst ones, after the first writer's last check of the lease. The second writer acts during a call of
+the first, which sends no heartbeats meanwhile. On disk this looks as if the first process had been suspended there.
 """
 
 import errno
@@ -118,7 +118,8 @@ def test_the_verdict_of_a_writer_that_wakes_up_is_not_written(
 
 @pytest.mark.parametrize("look", [1, 2, 3])
 def test_a_resumed_writer_does_not_change_latest(run: Overtaken, look: int) -> None:
-    """The writer stops right before a check: before writing, before the rename of the folder, or of `latest`."""
+    """The writer stops right before one of its checks: before it writes, before it renames the folder, or before it renames
+    `latest`."""
     run.save(10, lambda: None)
     looks = itertools.count(1)
 
@@ -132,7 +133,7 @@ def test_a_resumed_writer_does_not_change_latest(run: Overtaken, look: int) -> N
         run.save(30, check)
     assert run.latest == "step_20\n"
     assert {"step_10", "step_20"} <= {path.name for path in run.folder.checkpoints.iterdir()}
-    run.save(40, run.second.check)  # files of the first writer are no obstacle
+    run.save(40, run.second.check)  # the first writer's files do not hinder
     assert run.latest == "step_40\n"
 
 
@@ -140,7 +141,7 @@ def test_a_resumed_writer_does_not_change_latest(run: Overtaken, look: int) -> N
 def test_a_writer_suspended_before_replacing_latest_does_not_replace_it(
     run: Overtaken, monkeypatch: pytest.MonkeyPatch, place: str, error: type[Exception]
 ) -> None:
-    """A writer that stops in the sync of the new pointer is refused by the following check. One that stops after this check
+    """A writer that stops while it syncs the new pointer is refused by the next check. One that stops after this check
     finds no pointer file, because the second writer clears the folder before it reads `latest`."""
     run.save(10, lambda: None)
     sync, looks = os.fsync, itertools.count(1)

@@ -1,4 +1,4 @@
-"""Owners of run folders, with real users: a process that drops root starts, resumes and reads other users' runs."""
+"""Tests with real users who may use a run folder: a process that drops root starts, resumes and reads other users' runs."""
 
 import grp
 import os
@@ -167,10 +167,10 @@ def test_a_resumed_run_is_given_to_a_new_group(place: Path) -> None:
 
 
 def test_an_owner_mapped_by_the_file_system_is_accepted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root over NFS: the folder belongs to nobody, and so do all files that root creates."""
+    """For root over NFS, the folder and all files that root creates belong to nobody."""
     config, folder = a_run(place)
     monkeypatch.setattr(os, "geteuid", lambda: 4242)
-    assert folder.inspect(config) is Start.RESUME  # the probe file also has the folder's owner
+    assert folder.inspect(config) is Start.RESUME  # the probe file has the folder's owner, too
     assert not list(folder.path.glob(".owner_*"))
 
 
@@ -192,7 +192,7 @@ def test_nothing_is_written_through_a_link_out_of_the_run_folder(place: Path, wh
             start(config)
     assert list(outside.iterdir()) == []
     link.unlink()
-    link.symlink_to(folder.config_yaml)  # one that stays inside leads nowhere else
+    link.symlink_to(folder.config_yaml)  # a link inside the run folder is allowed
     assert folder.inspect(config) is Start.RESUME
 
 
@@ -206,7 +206,7 @@ def test_a_link_planted_by_another_user_is_refused(place: Path, where: str) -> N
     link = folder.path / where
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(target)
-    assert folder.inspect(config) is Start.RESUME  # the user's own folder is accepted
+    assert folder.inspect(config) is Start.RESUME  # a link of the user is accepted
     os.lchown(link, BOB.pw_uid, BOB.pw_gid)
     with refused(ConfigError):
         folder.inspect(config)

@@ -1,4 +1,4 @@
-"""Comparison of a rank's planned and actual place."""
+"""A rank compares its planned place with its actual place."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The recorded code version: in a clone, with changes, and outside a clone."""
+"""Tests the code version that a run records in a clone, in a changed clone, and outside a clone."""
 
 import json
 import os

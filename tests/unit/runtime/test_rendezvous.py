@@ -1,4 +1,4 @@
-"""The address that rank 0 publishes: its owner, its readers, and refused files."""
+"""Rank 0 publishes its address in a file. Other ranks find it, and refuse files that somebody else could have written."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_what_an_earlier_attempt_left_is_never_taken(tmp_path: Path) -> None:
     waiting.join(600)
     listener.close()
     assert found == [new]
-    withdraw(path, address)  # a late withdrawal removes nothing of the new attempt
+    withdraw(path, address)  # a late withdrawal keeps the new attempt's file
     assert path.exists()
 
 
@@ -140,7 +140,7 @@ def test_a_wait_names_the_missing_until_it_ends_by_time_or_by_a_stop(
     ]
     with refused(StoppedError):
         StartWait(0, 100.0, stopped=lambda: True).pause(rendezvous.ranks_text({1}))
-    for grace, end in ((300.0, 20.0), (16.0, 10.0)):  # the first poll after 15 s, or after half of the grace period
+    for grace, end in ((300.0, 20.0), (16.0, 10.0)):  # ends at the first poll after 15 s, or after half of the grace period
         now[0], wait = 0.0, StartWait(1, 100.0, stopped=lambda: True, grace_seconds=grace)
         with refused(StoppedError, "rank 1 waited for rank 0", golden=False):
             while True:

@@ -1,4 +1,4 @@
-"""Every branch of a start in a run folder, and the verdicts in status.json."""
+"""Tests every case of a start in a run folder, and the verdicts in status.json."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def config_with(tmp_path: Path, changes: dict[str, Any] | None = None) -> Config
 
 
 def attempt(config: Config, env: RankEnv = ENV, *, verdict: int | None, last_step: int = 0) -> RunFolder:
-    """Runs one whole attempt. Without a verdict it dies silently."""
+    """Runs one whole attempt. With `verdict=None` it dies without recording a verdict."""
     folder = RunFolder.of(config)
     lease = folder.open(config, env, wait_seconds=0.0)
     if verdict is not None:
@@ -98,7 +98,8 @@ def test_the_stored_configuration_is_that_of_the_last_resume(tmp_path: Path) -> 
 
 
 def test_other_ranks_may_inspect_while_rank_0_opens_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing synchronises the ranks here. A half-opened folder must not look like another run's."""
+    """Nothing synchronises the ranks yet, so a folder that rank 0 has half opened must not look like that of another
+    run."""
     config = config_with(tmp_path)
     folder = RunFolder.of(config)
     seen: list[Start] = []
@@ -128,7 +129,7 @@ def test_overwrite_moves_aside_as_often_as_it_is_asked(tmp_path: Path) -> None:
         old = RunFolder(tmp_path / "runs" / f"tiny.old-{number}")
         assert old.read_config().optimizer.lr == 0.1 * number
         assert not old.lease_json.exists()
-    assert folder.start(config, ENV, overwrite=True) is Start.NEW  # there is nothing to move
+    assert folder.start(config, ENV, overwrite=True) is Start.NEW  # no run is left to move
 
 
 def test_overwrite_is_ignored_in_a_restart_and_left_to_rank_0(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The durations of the last checkpoints."""
+"""Tests the recorded durations of the last saves."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The definition of a secret, and its removal from text."""
+"""Tests which values count as secrets, and their removal from texts."""
 
 import io
 import logging

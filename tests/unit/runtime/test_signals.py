@@ -13,7 +13,7 @@ import pytest
 from moe_dist.runtime.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).parents[3]
-# As in a collective, the GIL is free, and a signal does not return the main thread to Python.
+# This code blocks like a collective: the GIL is free, and a signal does not return the main thread to Python.
 STUCK = "libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64); [libc.pthread_mutex_lock(lock) for _ in range(2)]"
 
 

@@ -1,4 +1,4 @@
-"""Messages of a slow start."""
+"""A slow start prints what it is doing."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Lines from the end of a file of any size, and the durations of saves in a log."""
+"""Reads lines from the end of a file of any size."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The diagnosis of a hang, and the watchdog thread; tests/integration suspends whole ranks."""
+"""Tests the diagnosis of a hang and the watchdog thread. tests/integration suspends whole ranks."""
 
 import threading
 from collections.abc import Callable
@@ -37,7 +37,7 @@ ENTERED = "all ranks have entered it: check the network between them, and their 
     ("reports", "world_size", "why", "at_fault"),
     [
         ([WAITS], 2, f"rank 1 {NO_REPORT}", 1),
-        # Ranks 2 and 3 wait in a later collective for rank 0: the first one is named.
+        # Ranks 2 and 3 wait for rank 0 in a later collective. The rank that rank 0 waits for is named.
         ([replace(LATER, rank=2), replace(LATER, rank=3), WAITS], 4, f"rank 1 {NO_REPORT}", 1),
         ([WAITS, BUSY], 2, "rank 1 did not enter it: no collective, at loader.py:12 read", 1),
         (
@@ -99,7 +99,7 @@ def test_a_rank_that_waits_for_nothing_reports_when_a_peer_does(tmp_path: Path) 
     assert done.wait(600)
     (report,) = read_reports(folder)
     assert (report.rank, report.collective) == (1, None)
-    assert "test_watchdog.py" in report.at or "threading" in report.at  # where the main thread is
+    assert "test_watchdog.py" in report.at or "threading" in report.at  # the place where the main thread is
 
 
 def test_the_process_ends_whatever_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

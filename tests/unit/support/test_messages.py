@@ -1,4 +1,4 @@
-"""The golden file of error texts: it detects a changed text, and has no text of a removed test."""
+"""The golden file of error texts detects a changed text, and has no text of a removed test."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The worlds of ranks: order of results, reuse, first causes."""
+"""A failure in a world of ranks shows its first cause, and the world is built anew."""
 
 import os
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The tools on a run of adapters: it is used with its base, looked at, and refused without it."""
+"""Tools use a run of adapters together with its base, and refuse it without its base."""
 
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +41,7 @@ def call(tool: ModuleType, *arguments: object) -> Result:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, OneRank]:
-    """The folder of a run of adapters beside its base, and the run in memory; not to be changed."""
+    """The folder of a run of adapters, which is beside its base, and the run in memory. Tests must not change them."""
     data, root = pictured_data(tmp_path_factory.mktemp("own")), tmp_path_factory.mktemp("runs")
     with world_of_one():
         OneRank(data, root, run__name="base", model__moe__groups=DENSE, **SIZES).train_and_save()

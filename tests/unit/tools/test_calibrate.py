@@ -1,4 +1,4 @@
-"""`moe-dist calibrate`: a file of rates of this machine, that `moe-dist plan` reads."""
+"""`moe-dist calibrate` measures this machine's rates, and writes them to a file that `moe-dist plan` reads."""
 
 import platform
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""verify_checkpoint and inspect_checkpoint as users call them: what they print, and their exit codes."""
+"""Runs verify_checkpoint and inspect_checkpoint as users do, and tests their output and exit codes."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def checkpoints(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Those of a run of two steps; not to be written to."""
+    """The checkpoints of a run of two steps. Tests must not write to them."""
     with world_of_one():
         run = OneRank(tiny_data, tmp_path_factory.mktemp("runs"))
         run.train_and_save()
@@ -33,7 +33,7 @@ def call(module: ModuleType, *arguments: object) -> Result:
 
 
 def flipped(folder: Path) -> Path:
-    """The last bit of the last tensor changed."""
+    """Flips the last bit of the last tensor. Returns the file."""
     shard = folder / "shard_00000.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1

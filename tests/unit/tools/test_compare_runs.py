@@ -14,7 +14,7 @@ def line(step: int, loss: float) -> dict[str, Any]:
 
 
 def record(folder: Path, losses: list[float]) -> Path:
-    """The folder of a run with these losses."""
+    """Writes and returns the folder of a run with these losses."""
     folder.mkdir()
     lines = [json.dumps(line(step, loss)) for step, loss in enumerate(losses, start=1)]
     (folder / "metrics.jsonl").write_text("".join(f"{each}\n" for each in lines))

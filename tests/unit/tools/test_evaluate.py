@@ -1,4 +1,5 @@
-"""The command on a small run: what it prints and keeps, and the tasks that the harness lacks."""
+"""Runs the command `evaluate` on a small run. Tests its output, the results that it keeps, and tasks that the harness
+lacks."""
 
 import json
 import sys
@@ -57,7 +58,7 @@ def test_under_rotations_every_one_must_be_right(own_run: Path, questions: Path,
 def test_a_task_that_the_harness_lacks_is_refused(
     own_run: Path, monkeypatch: pytest.MonkeyPatch, name: str, guess: str
 ) -> None:
-    """On a stub of lm_eval's registry, whose index takes half a minute to read; test-full reads it."""
+    """Uses a stub of lm_eval's registry, because reading the real index takes half a minute. `make test-full` reads it."""
     registry = SimpleNamespace(TaskManager=lambda: SimpleNamespace(all_tasks=["arc_easy", "lambada_openai"]))
     monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", registry)

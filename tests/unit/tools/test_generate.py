@@ -1,4 +1,4 @@
-"""The command on a run of a small data set of one's own: what it prints and writes."""
+"""Runs the command `generate` on a run with small data of a user's own, and tests its output and files."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def test_text_goes_on_and_its_tokens_are_known(own_run: Path, tmp_path: Path) ->
     for sample in samples:
         assert len(sample["tokens"]) == len(sample["modalities"]) <= 20
         assert set(sample["modalities"]) <= {"text", "image"}
-    assert call(own_run / "checkpoints" / "step_2", *options).stdout == done.stdout  # the same run, the same seed
+    assert call(own_run / "checkpoints" / "step_2", *options).stdout == done.stdout  # same run, same seed
     assert call(own_run, *options, "--seed", 1).stdout != done.stdout
     assert call(own_run, "--prompt", "text 1", "--tokens", 5).stdout.startswith("text 1")
 

@@ -1,4 +1,4 @@
-"""`moe-dist plan` from the command to table, picture, configuration and sentences; and what bad input gets."""
+"""Runs `moe-dist plan`, and tests its table, picture, configuration and sentences, and its errors for bad input."""
 
 import re
 from dataclasses import replace
@@ -93,7 +93,7 @@ def test_a_plan_from_a_trace_of_real_routing(tmp_path: Path, monkeypatch: pytest
     code, said = plan(tmp_path, "--gpus", "4", "--trace", "made", "--memory", "20", overrides=four)
     assert code == 0, said
     assert "fitted, from the trace" in said
-    assert "explicit" in said  # the placement for the measured loads
+    assert "explicit" in said  # the placement that fits the measured loads
     assert re.search(r"expert text/5 of layer 2 alone makes [\d.]+% of the busiest ranks' expert work", said)
     replayed = re.findall(r"^│ +(\d) │ (\w+) +│(.*)│$", said, re.MULTILINE)
     rows = {(ep, policy): rest.split("│") for ep, policy, rest in replayed}
@@ -170,6 +170,6 @@ def test_published_rates() -> None:
     rates = published_rates("h100", 989e12, ranks_per_node=8, between=45e9)
     assert rates.source == "extrapolated"
     assert rates.gemm.at(1e5) == pytest.approx(0.71 * 989e12)
-    assert rates.gemm.at(1.0) == pytest.approx(rates.copy_rate)  # two FLOPs for each weight of two bytes
+    assert rates.gemm.at(1.0) == pytest.approx(rates.copy_rate)  # memory-bound: 2 FLOPs per weight of 2 bytes
     with pytest.raises(Exception, match="abacus: no published rates"):
         published_rates("abacus", None, ranks_per_node=8, between=None)

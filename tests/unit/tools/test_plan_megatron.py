@@ -1,4 +1,5 @@
-"""`moe-dist plan` for engine.kind=megatron: layouts that keep its rules, with the numbers of the dry run."""
+"""With engine.kind=megatron, `moe-dist plan` lists layouts that follow the engine's rules, with the numbers of the dry
+run."""
 
 import re
 from pathlib import Path
@@ -37,7 +38,7 @@ def test_the_first_layout_is_written_and_has_the_numbers_of_its_dry_run(tmp_path
     assert flops == pytest.approx(tokens * of_dry_run.training_flops[1] / 1e15, rel=0.01)
     times = best.train.global_batch / best.train.micro_batch / engine.data_ranks(best.parallel)
     assert idle == pytest.approx(100 * (engine.pp - 1) / (engine.vpp * times + engine.pp - 1), abs=0.05)
-    # Of what a stage holds the fullest one has the embedding or the output besides its share.
+    # The fullest stage has the embedding or the output besides its share of the layers.
     share = parameters(best.model).total / best.parallel.ep / engine.pp
     assert share < held * 1e9 < 1.5 * share
 

@@ -1,4 +1,4 @@
-"""The command on a small run: what it writes is what the run makes of the questions, and what it refuses."""
+"""Runs the command on a small run. Its samples agree with how the run answers the questions, and bad input is refused."""
 
 import json
 import shutil
@@ -63,13 +63,14 @@ def test_success_is_what_the_evaluation_says(prepared: Path, plain_run: Path, qu
     assert {(line["task"], line["id"]): line["right"] for line in lines} == wanted
     manifest = load_tuning_manifest(prepared)
     assert manifest.right == sum(wanted.values()) == sum(line["right"] for line in lines[: manifest.right])
-    # This small tokenizer writes the space before a choice as a token of its own: no first token tells choices apart.
+    # This small tokenizer makes the space before a choice a separate token, so choices cannot be told apart by their first
+    # token.
     assert len({int(Samples(prepared).sample(number).answer[0]) for number in range(16)}) == 1
     assert (manifest.choices, manifest.told) == (1, 0)
 
 
 def test_routing_is_the_softmax_at_the_prompts_last_token(prepared: Path, plain_run: Path) -> None:
-    """Each prompt alone, logits taken inside the routers."""
+    """The reference runs each prompt alone, and reads the logits inside the routers."""
     samples, trained = Samples(prepared), find_trained(plain_run)
     model, groups = trained.load(torch.device("cpu")), torch.tensor(trained.group_of_modality)
     seen: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""The share of a step in which no kernel runs."""
+"""Tests the share of a step in which no kernel runs."""
 
 import pytest
 

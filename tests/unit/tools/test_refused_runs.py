@@ -1,4 +1,4 @@
-"""What generate and evaluate refuse before they load the model: options, runs and data that do not fit."""
+"""Before they load the model, `generate` and `evaluate` refuse options, runs and data that do not fit."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""The command: what it reads of a run or a trace, and the bad input that it refuses before anything is written."""
+"""Runs the command `report`. Tests what it reads of a run or a trace, and that it refuses bad input before it writes
+anything."""
 
 import json
 import os
@@ -30,7 +31,7 @@ def call(*arguments: object) -> Result:
 
 
 def write_trace(place: Path, manifest: Manifest, steps: range, tokens: int = 40) -> list[dict[str, list[list[int]]]]:
-    """Writes a trace of random choices by one rank; returns the arrays that the records of its steps have."""
+    """Writes a trace of random choices by one rank. Returns the arrays that the records of the traced steps have."""
     place.mkdir(parents=True)
     (place / "manifest.json").write_text(manifest.to_json())
     writer, rng, arrays = TraceWriter(place, 0, weights=False), np.random.default_rng(0), []
@@ -39,7 +40,7 @@ def write_trace(place: Path, manifest: Manifest, steps: range, tokens: int = 40)
         rows["sequence"], rows["position"] = np.arange(tokens) // 8, np.arange(tokens) % 8
         rows["modality"] = rng.integers(0, 2, tokens)
         rows["token"] = rng.integers(0, 48, tokens) + 48 * rows["modality"]
-        columns = np.array([[0, 1, 2, 5], [3, 4, 6, 7]])[rows["modality"]]  # 3 + 2 true experts, then 1 + 2 null ones
+        columns = np.array([[0, 1, 2, 5], [3, 4, 6, 7]])[rows["modality"]]  # true 0-4, null 5 | 6-7, by group
         chosen = [[rng.permutation(row)[:2] for row in columns] for _ in manifest.layers]
         ids = np.array(chosen, np.int16).transpose(1, 0, 2)
         writer.add(step, rows, np.ascontiguousarray(ids), None)
@@ -147,7 +148,7 @@ def groups_with(image: dict[str, int]) -> Callable[[dict[str, Any]], dict[str, A
 
 
 def replicas_of(count: int, expert: int, rank: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Returns replicas of `count` layers (0: of all layers), of which the first has one."""
+    """Returns a change of the manifest: replicas in `count` layers (0: in all). Only the first layer has one."""
     return lambda manifest: {"replicas": [[[expert, rank]], *[[]] * ((count or len(manifest["layers"])) - 1)]}
 
 

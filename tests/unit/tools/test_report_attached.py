@@ -1,4 +1,4 @@
-"""The report, the pictures and the hints of models that another trainer trains, watched by `attach`."""
+"""Tests the report, the pictures and the hints of models that another trainer trains while `attach` watches."""
 
 import logging
 import re
@@ -21,8 +21,8 @@ STEPS = 60
 
 
 def trained(folder: Path, *, collapsed: int | None = None, **options: object) -> Path:
-    """A tiny Mixtral after some steps of a plain training loop; the router of layer `collapsed` prefers no expert, so that
-    all tokens take the same two."""
+    """Trains a tiny Mixtral for some steps in a plain loop. The router of layer `collapsed` has zero weights, so that all
+    tokens take the same two experts."""
     torch.manual_seed(0)
     model = tiny_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.1).train()
     if collapsed is not None:
@@ -77,7 +77,7 @@ def test_a_collapsed_router_is_named_first(tmp_path: Path, caplog: pytest.LogCap
     page = page_of(folder)
     assert page.index("What is wrong in steps 11 to 60") < page.index(first.split(";")[0].replace("'", "&#x27;"))
     warned = [record.message for record in caplog.records if record.name.startswith("moe_dist.monitor")]
-    routed = [text for text in warned if "routed" in text]  # a busy machine may be slow in some steps
+    routed = [text for text in warned if "routed" in text]  # others may be about slow steps on a busy machine
     assert len(routed) == 2
     assert routed[0].startswith("step 50: routed expert")
     events = EventAccumulator(str(folder / "tensorboard"), {"images": 0, "scalars": 0}).Reload()

@@ -1,4 +1,4 @@
-"""The eight workloads: distinct experts, all from (workload, seed, step) alone, and each with the skew it is named for."""
+"""In the eight workloads each row has distinct experts, and a step depends only on (workload, seed, step)."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The trace of a trained run: its counts are those of the held-out evaluation; what cannot be traced is refused."""
+"""A trace of a trained run has the counts of the held-out evaluation. What cannot be traced is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,8 @@ def test_the_counts_are_those_of_an_evaluation(run: Path) -> None:
 
 
 def spread(one: OneRank) -> None:
-    """Routers whose choices differ between tokens: large rows, and thresholds that refuse about half of the tokens."""
+    """Gives routers large rows, and thresholds that refuse about half of the tokens, so that choices differ between
+    tokens."""
     for number, layer in enumerate(one.training.parallel.model.moe_modules()):
         for parameter in layer.router.parameters():
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
@@ -96,7 +97,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", rest_full(ROUTERS, keep=2))
 def test_each_token_has_its_own_number_of_experts(own_data: Path, tmp_path: Path, kind: str) -> None:
-    """Ids and weights are those of the (token, expert) pairs that the router gives to dispatch, token for token."""
+    """For each token, ids and weights in the trace equal the (token, expert) pairs that the router gives to dispatch."""
     choosing = kind.startswith("expert")
     group = {"num_experts": 4, "num_null": 0 if choosing else 1, "top_k": 1 if choosing else 3, "ffn_dim": 8}
     changes: dict[str, Any] = {
@@ -139,7 +140,7 @@ def test_each_token_has_its_own_number_of_experts(own_data: Path, tmp_path: Path
 
 
 def table(pairs: Assignments, num_tokens: int) -> torch.Tensor:
-    """Weight of each token's true experts [T, 6]; nan where the expert does not take the token."""
+    """Returns the weight of each token's true experts [T, 6], or nan where the expert does not take the token."""
     weight_TE, taken = torch.full((num_tokens, 6), torch.nan), pairs.taken()
     weight_TE[taken.token_N, taken.expert_N] = taken.weight_N
     return weight_TE

@@ -22,7 +22,7 @@ def test_experts_follow_the_optimizer(tiny_data: Path, tmp_path: Path) -> None:
 
 
 def test_an_error_in_a_micro_batch_drops_the_copies(tiny_data: Path, tmp_path: Path) -> None:
-    """Otherwise a model that is loaded afterwards would compute with the previous experts."""
+    """If the copies stayed, a model that is loaded afterwards would compute with the previous experts."""
     with world_of_one():
         parallel = OneRank(tiny_data, tmp_path, **{"parallel.precision": "bf16"}).training.parallel
         stack = next(each for each in parallel.model.modules() if isinstance(each, ExpertStack))

@@ -39,7 +39,7 @@ def config(expert_gemm: str, precision: str = "bf16") -> Config:
 
 
 class Careless(torch.nn.Module):
-    """A router that takes no notice of a capacity."""
+    """A router that ignores the capacity."""
 
     def __init__(self, context: RouterContext, **_: Any) -> None:
         super().__init__()
@@ -64,8 +64,8 @@ def test_a_device_without_the_grouped_kernel_is_named(
 
 
 def test_a_plan_knows_the_loads_that_it_leads_to() -> None:
-    """4 true and 4 null experts with k = 2: even is 1 true expert per token. A null weight of 3 gives 2 x 4 / 16, a
-    controller its target."""
+    """With 4 true and 4 null experts and k = 2, an even load is 1 true expert per token. With a null weight of 3 it is 2 x
+    4 / (4 + 3 x 4), and with a controller it is the controller's target."""
     values = config("loop").model_dump(mode="json")
     values["model"]["moe"]["groups"]["text"]["num_null"] = 4
 

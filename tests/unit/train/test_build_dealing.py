@@ -1,4 +1,5 @@
-"""The cost of a sequence against the FLOPs of the whole model, and the log line about dealing."""
+"""The cost of a sequence agrees with the FLOPs of the whole model, and sequences may change their micro-batch only if no
+loss term is computed per micro-batch."""
 
 from pathlib import Path
 from typing import Any

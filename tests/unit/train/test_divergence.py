@@ -1,5 +1,5 @@
-"""When a run on one rank saves, and how it ends, while steps are skipped. Causes, ranks and engines:
-tests/distributed/test_divergence.py."""
+"""Tests when a run on one rank saves and how it ends if steps are skipped. tests/distributed/test_divergence.py tests
+causes, several ranks and engines."""
 
 import math
 from collections.abc import Iterator
@@ -23,7 +23,8 @@ class Stop:
 
 @contextmanager
 def started(data: Path, root: Path, skipped: set[int], **changes: Any) -> Iterator[tuple[Trainer, Path, list[int]]]:
-    """A run whose steps in `skipped` have no finite gradient; its folder of checkpoints, and the steps that it saves."""
+    """Yields the trainer of a run whose steps in `skipped` have no finite gradient, its checkpoint folder, and the steps
+    that it saves."""
     saved: list[int] = []
     with world_of_one():
         one = OneRank(data, root, **{"evaluation.balance_efficiency": False, **changes})
@@ -42,7 +43,8 @@ def started(data: Path, root: Path, skipped: set[int], **changes: Any) -> Iterat
 
 
 def test_a_save_waits_for_the_next_step_that_is_not_skipped(tiny_data: Path, tmp_path: Path) -> None:
-    """Step 5 ends the first row of skipped steps, so that the row of step 6 has one step."""
+    """Steps 2, 3, 4 and 6 are skipped. Step 5 resets the count of consecutive skipped steps, so the limit of 4 is not
+    reached."""
     changes = {"train.steps": 9, "train.max_skipped_in_a_row": 4, "checkpoint.every": 3, "evaluation.every": 9}
     with started(tiny_data, tmp_path, {2, 3, 4, 6}, **changes) as (trainer, _, saved):
         trainer.fit()
@@ -102,7 +104,7 @@ def test_the_attempt_after_a_divergence_offers_the_ways_on(
 
 @pytest.mark.parametrize("final", [False, True])
 def test_a_last_held_out_loss_that_is_not_finite_is_a_divergence(tiny_data: Path, tmp_path: Path, final: bool) -> None:
-    """Not one in between; and the last step is not saved."""
+    """Only the last evaluation ends the run, and its step is not saved. An earlier loss that is not finite does not."""
     with started(tiny_data, tmp_path, set()) as (trainer, folder, saved):
         evaluate = trainer.evaluator
 

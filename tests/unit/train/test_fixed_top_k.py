@@ -99,7 +99,7 @@ def test_figures_that_cannot_be_read_end_no_run(
     prepared: tuple[Path, Manifest, Path], tmp_path: Path, change: dict[str, Any] | None
 ) -> None:
     data, manifest, path = prepared
-    broken = tmp_path / "figures.json"  # with None the file does not exist
+    broken = tmp_path / "figures.json"  # if `change` is None, the file does not exist
     if change is not None:
         broken.write_text(json.dumps([{**json.loads(path.read_text())[1], **change}]))
     config = tiny_config(data, Path("runs"), _groups(3, 2))

@@ -1,5 +1,5 @@
-"""Decisions to move and to replicate experts: workloads of the benchmarks, an expert hotter
-than a rank's even share, noise, costs, and the saved state."""
+"""Tests the decisions to move and to replicate experts: for the benchmarks' workloads, for an expert hotter than a rank's
+even share, under noise, by costs, and with a saved state."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,8 @@ START = ExpertPlacement.interleaved(ONE, 4)
 
 
 class Played:
-    """A lever on made-up counts, its decisions, and its changes: pairs of placements, or placements with replicas."""
+    """Gives a lever made-up counts, and keeps its decisions and changes. A change is a pair of placements, or a placement
+    with replicas."""
 
     lever: Any
 
@@ -38,7 +39,7 @@ class Played:
         return self.lever.placement.by_rank(pairs_LE)
 
     def play(self, pairs_LE: np.ndarray) -> float:
-        """Takes a step. Returns its balance efficiency by count."""
+        """Takes a step. Returns its balance efficiency, by counts of pairs."""
         self.step += 1
         rows_LR = self.rows(pairs_LE)
         result: Any = SimpleNamespace(counts=SimpleNamespace(choices_LC=pairs_LE, dropped_LE=np.zeros_like(pairs_LE)))
@@ -73,7 +74,8 @@ def drawn(name: str, step: int) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["W1", "W2", "W6"])
 def test_hot_experts_are_spread(name: str) -> None:
-    """Balance efficiency by count rises from at most 0.6 to at least 0.95. W1 starts with its hot experts on one rank."""
+    """The balance efficiency, by counts of pairs, rises from at most 0.6 to at least 0.95. W1 starts with its hot experts
+    on one rank."""
     start = CONTIGUOUS
     if name == "W1":
         hot_first = np.argsort(-drawn("W1", 0)[0], kind="stable").reshape(4, -1)
@@ -88,8 +90,8 @@ def test_hot_experts_are_spread(name: str) -> None:
 
 
 def test_a_move_that_does_not_pay_back_is_refused() -> None:
-    """By hand: 4 experts with loads 3 3 1 1 on two ranks. One swap saves 2 of 6 pairs per step. Each rank sends and
-    receives one expert, at the cost of 200 pairs: 33 steps of the busiest rank, or 100 steps of the saving."""
+    """Two ranks have experts with loads 3 3 and 1 1. One swap saves the busiest rank 2 of its 6 pairs per step. Each rank
+    sends and receives one expert, which costs as much as 200 pairs, so the swap pays back after 100 steps."""
     groups, pairs = (ExpertGroup("all", 4, 0, 1, 8),), np.array([[3, 3, 1, 1]])
     start = ExpertPlacement(groups, ((0, 1), (2, 3)))
     refused, done = (Moving(start, payback_steps=steps) for steps in (99, 100))
@@ -119,7 +121,7 @@ def hot(step: int, *, expert: int = 5, share: float = 0.5) -> np.ndarray:
 
 
 def test_an_expert_hotter_than_a_rank_is_shared() -> None:
-    """Moving does not help, because the hot expert overloads any rank. Replicas in its layer do."""
+    """Moving the hot expert does not help, because it overloads any rank. Replicas in its layer help."""
     moving, played = Moving(START, layers=2, payback_steps=10_000, flops_per_byte=0.0), Replicating()
     for step in range(3 * EVERY):
         moving.play(hot(step))
@@ -137,9 +139,9 @@ def test_an_expert_hotter_than_a_rank_is_shared() -> None:
 
 
 def test_replicas_that_cost_more_than_they_save_are_refused() -> None:
-    """By hand: experts with loads 6 and 0 on two ranks, so a replica takes 3 of 6 pairs from its rank. One rank sends an
-    expert, the other receives it. At 12 bytes per value and 0.5 FLOPs per byte this costs one of the six rows that the
-    busiest rank computes in a step. At 2 FLOPs per byte it costs four rows, more than the three that it saves."""
+    """Two ranks have one expert each, with loads 6 and 0, so a replica takes 3 of 6 rows from the busiest rank. One rank
+    sends the expert to the other. At 12 bytes per value and 0.5 FLOPs per byte this costs as much as one row per step. At 2
+    FLOPs per byte it costs four rows, more than the three that it saves."""
     start, pairs = ExpertPlacement((ExpertGroup("all", 2, 0, 1, 8),), ((0,), (1,))), np.array([[6, 0]])
     cheap, dear = (Replicating(start, 1, bytes_per_value=12.0, flops_per_byte=flops) for flops in (0.5, 2.0))
     halved = Replicating(start, 1, bytes_per_value=12.0, flops_per_byte=1.0, edp=2)  # each EP group has half of the pairs
@@ -201,7 +203,7 @@ OF_MOVES: dict[str, Callable[[Any], Any]] = {
     "no slots": lambda state: {**state, "slots": 3},
 }
 OF_REPLICAS: dict[str, Callable[[Any], Any]] = {
-    "own rank": lambda state: {**state, "replicas": [[[5, 0]], []]},  # expert 5 is on rank 0 itself
+    "own rank": lambda state: {**state, "replicas": [[[5, 0]], []]},  # expert 5 itself is on rank 0
     "one layer": lambda state: {**state, "replicas": [[]]},
 }
 

@@ -1,4 +1,4 @@
-"""The command line of a training run, on the ranks and on their launcher."""
+"""Tests the command line of a training run, on the ranks and on their launcher."""
 
 from pathlib import Path
 from types import ModuleType, SimpleNamespace

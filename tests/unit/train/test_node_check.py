@@ -1,4 +1,4 @@
-"""Checks of the nodes at the start of a job, before the process group exists."""
+"""Nodes are checked at the start of a job, before the process group exists."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def folder_of(config: Config) -> Path:
 
 
 def all_ranks(config: Config, variables: dict[str, str] | None = None) -> list[list[CheckResult] | BaseException]:
-    """Returns the facts, or the error, of each of four ranks on two nodes."""
+    """Runs the check on four ranks of two nodes. Returns the results, or the error, of each rank."""
     found: dict[int, list[CheckResult] | BaseException] = {}
 
     def run(rank: int) -> None:

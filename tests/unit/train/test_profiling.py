@@ -1,4 +1,4 @@
-"""A profiled step of a tiny model: the ranges of its trace, and no effect on later steps."""
+"""Profiles a step of a tiny model. Tests the ranges in its trace, and that a run goes on if profiling fails."""
 
 import gzip
 import json

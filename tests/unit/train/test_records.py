@@ -1,4 +1,4 @@
-"""Records and pictures of short runs on one rank, with routers that choose the number of experts by token."""
+"""Tests records and pictures of short runs on one rank whose routers choose a number of experts for each token."""
 
 import math
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class Kept:
 
 @contextmanager
 def started(data: Path, root: Path, **changes: Any) -> Iterator[tuple[Trainer, Kept, OneRank]]:
-    """Starts a run with its sinks and a sink that keeps the records."""
+    """Starts a run with its configured sinks, and with a sink that keeps the records."""
     kept: Any = Kept()
     with world_of_one():
         one = OneRank(data, root, **changes)
@@ -41,8 +41,9 @@ def started(data: Path, root: Path, **changes: Any) -> Iterator[tuple[Trainer, K
 
 
 def test_a_record_has_the_target_of_its_step(tiny_data: Path, tmp_path: Path) -> None:
-    """Of 3 experts and 2 choices, 1.2 times 1.5 in the first three updates: 2.0, 1.9 and 1.8 of the ramp. The third step is
-    skipped, so that the fourth step takes the third update; from the fourth update on 1.2."""
+    """In the first three updates the schedule raises the target from 1.2 to 1.8. The ramp from 2 choices therefore gives
+    2.0, 1.9 and 1.8. The third step is skipped, so step 4 makes the third update. From the fourth update on the target is
+    1.2."""
     controller = {"kind": "active_experts", "target": {"text": 1.2}, "rate": 0.5, "ramp_steps": 2}
     changes = {
         "model.moe.balance": [{**controller, "schedule": [[0, 1.5], [3, 1.0]]}],

@@ -39,7 +39,7 @@ def world() -> Iterator[None]:
 
 
 def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
-    """Returns scores by which the token's worst columns win."""
+    """Returns negated scores, by which each token's worst columns win."""
     return masked_TC.detach().neg().masked_fill(masked_TC == float("-inf"), float("-inf"))
 
 
@@ -71,7 +71,8 @@ def sequences_of(position: int) -> list[range]:
 
 
 def test_a_step_of_a_trace_is_taken_again(tiny_data: Path, tmp_path: Path) -> None:
-    """Runs the guide's example: losses, gradient norm, and weights after the step are equal bit for bit."""
+    """Runs the guide's example. Losses, gradient norm, and weights after the step are bit-equal to those of the traced
+    step."""
     changes: dict[str, Any] = {"parallel.recompute": "block"}
     traced = traced_run(tiny_data, tmp_path, **changes)
     one = OneRank(tiny_data, tmp_path, **changes)
@@ -88,7 +89,7 @@ def test_a_step_of_a_trace_is_taken_again(tiny_data: Path, tmp_path: Path) -> No
 
 
 def test_a_trace_of_another_system_is_replayed(tiny_data: Path, tmp_path: Path) -> None:
-    """The trace is arrays `routed_experts` [tokens, layers, k], one file per sequence."""
+    """The trace has one file per sequence, with an array `routed_experts` [tokens, layers, k]."""
     group = {"num_experts": 6, "top_k": 2, "ffn_dim": 16, "modalities": ["text", "image"]}
     changes: dict[str, Any] = {"model.moe.groups": {"all": group}}
     one = OneRank(tiny_data, tmp_path, **changes)
@@ -135,7 +136,7 @@ def test_what_does_not_fit_is_refused(tiny_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_counterfactual_changes_one_choice(tiny_data: Path, tmp_path: Path) -> None:
-    """The reference is a forward whose selection scores force the choices."""
+    """The reference is a forward pass whose selection scores force the choices."""
     one = OneRank(tiny_data, tmp_path)
     model, batch = one.training.parallel.model, one.run.loader.batches(0)[0]
     with torch.no_grad():

@@ -1,5 +1,5 @@
-"""The saved state of a run on one rank, and its refusals. tests/distributed/test_resume.py tests several ranks and
-layouts."""
+"""Tests the saved state of a run on one rank, and which states are refused. tests/distributed/test_resume.py tests several
+ranks and layouts."""
 
 import random
 import shutil
@@ -171,7 +171,7 @@ def test_sequences_that_a_run_has_drawn_stay_as_they_were(first: Any, second: An
 
 @pytest.mark.usefixtures("one_rank")
 def test_a_checkpoint_of_a_diverged_run_is_refused_with_the_way_back(tiny_data: Path, tmp_path: Path) -> None:
-    """As earlier versions saved them."""
+    """Earlier versions saved such checkpoints."""
     run = OneRank(tiny_data, tmp_path)
     run.train_and_save()
     shutil.copytree(run.folder / "step_2", run.folder / "step_1")
@@ -238,7 +238,7 @@ def test_controllers_go_on_by_name(tiny_data: Path, tmp_path: Path) -> None:
 def test_states_of_levers_that_are_no_mapping_are_refused(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also by a run without levers."""
+    """A run without levers refuses them, too."""
     OneRank(tiny_data, tmp_path).train_and_save()
     resumable = OneRank(tiny_data, tmp_path).resumable
     checkpoints = resumable._checkpoints  # pyright: ignore[reportPrivateUsage]

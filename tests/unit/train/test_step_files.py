@@ -1,5 +1,5 @@
-"""How many files a reader enters to follow one training step, from the loop on rank 0 through loader, model, loss and
-optimizer to the records: traced, for the settings of the default job, of MoMa and of DeepSeek-V3."""
+"""Counts the files that a reader enters to follow one training step, from the loop on rank 0 through loader, model, loss
+and optimizer to the records. The test traces steps of the default job, of MoMa and of DeepSeek-V3."""
 
 import sys
 import threading
@@ -18,7 +18,7 @@ from tests.support.one_rank import OneRank, world_of_one
 MOST = 40
 ROOM = Path(moe_dist.__file__).parent
 CONFIGS = ROOM.parent / "configs"
-# A step of DeepSeek-V3 as `moe-dist import` configures its models (docs/huggingface.md).
+# The settings of DeepSeek-V3, as an import configures its models (docs/huggingface.md).
 DEEPSEEK = {
     "model.moe.router": {"kind": "group_limited", "n_group": 2, "topk_group": 1, "scale": 2.5},
     "model.moe.balance": [{"kind": "loss_free", "rate": 0.001}],
@@ -34,7 +34,7 @@ DEEPSEEK = {
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The settings of a file in configs/ that decide how a step is computed, with fewer and smaller experts."""
+    """Returns the settings of a file in configs/ that decide how a step is computed, with fewer and smaller experts."""
     values: Mapping[str, Any] = yaml.safe_load((CONFIGS / name).read_text())
     moe = values["model"]["moe"]
     fewer = {"num_experts": 4, "ffn_dim": 16}
@@ -57,8 +57,8 @@ JOBS = {
 
 
 def files_entered(action: Callable[[], Any]) -> set[str]:
-    """Returns the files of moe_dist in which a function is called, on any thread, because autograd runs backward in its
-    own."""
+    """Returns the files of moe_dist in which a function is called, on any thread, because autograd runs the backward pass
+    in its own threads."""
     entered: set[str] = set()
 
     def note(frame: FrameType, event: str, _: Any) -> None:
@@ -80,7 +80,7 @@ def test_a_step_is_followed_in_few_files(job: str, tiny_data: Path, tmp_path: Pa
     sinks = [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}]
     changes = {**JOBS[job], "monitor.sinks": sinks}
     with world_of_one(), OneRank(tiny_data, tmp_path, **changes).trainer() as trainer:
-        for _ in range(2):  # these also fill caches; TensorBoard gets its last new tag in the second step
+        for _ in range(2):  # they fill caches; TensorBoard's last new tag comes in the second step
             trainer._step()
         entered = files_entered(trainer._step)
     assert {

@@ -26,7 +26,7 @@ TOP, VOCABULARY = 63, 64
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns data, a teacher, and its most likely words for the 4 steps of `tiny_config`."""
+    """Returns a folder with data, a teacher, and the teacher's most likely words for the 4 steps of `tiny_config`."""
     root = tmp_path_factory.mktemp("taught")
     tiny_dataset(root / "data")
     saved_model(root / "teacher", root / "data", {})
@@ -49,8 +49,8 @@ def reader(root: Path, folder: Path | None = None, **changes: Any) -> TopLogits:
 
 
 def test_it_says_what_the_teacher_says_in_any_layout(made: Path) -> None:
-    """With all words but one in the file, the KL equals the KL from all words. The second of two ranks, with other
-    micro-batches, finds its rows."""
+    """If the file has all words but one, the KL equals the KL from all words. The second of two ranks, with other
+    micro-batches than the teacher's run, finds its rows."""
     manifest, cpu = load_manifest(made / "data"), torch.device("cpu")
     teacher, stored = build_distillation(config(made), manifest, cpu).outputs, reader(made)
     batches = build_loader(config(made, train__micro_batch=1), manifest, rank=1, world_size=2).batches(8)

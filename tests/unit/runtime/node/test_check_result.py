@@ -1,4 +1,4 @@
-"""Check results: their text, and the combined exit code."""
+"""Tests the text of check results, and their combined exit code."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Checks of nodes: one result per problem that names the nodes, and none without a problem."""
+"""Checks of nodes give exactly one failed result for each problem, which names the nodes."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Facts that a node collects about itself, and their encoding as a line."""
+"""A node collects facts about itself, and encodes them as one line."""
 
 import json
 import os

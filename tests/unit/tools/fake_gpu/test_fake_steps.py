@@ -1,6 +1,7 @@
-"""Training steps of the GPU presets on fake CUDA tensors: they run on the device alone, and wait for it only where stated.
+"""Training steps of the GPU presets on fake CUDA tensors run only on the device, and the host waits only at the listed
+reads.
 
-Two layers of each preset, since all layers are alike; two micro-batches. Each case takes 10 s of CPU time.
+Each preset has two layers, because all layers are alike, and two micro-batches. Each case takes 10 s of CPU time.
 """
 
 import json
@@ -17,13 +18,13 @@ from tools.fake_gpu.count import count
 from tools.fake_gpu.fake_cuda import child
 from tools.fake_gpu.fake_step import MICRO_BATCHES, Counted, scaled
 
-READS_OF_A_STEP = 2  # at its end: the counts of this rank, and all sums over the ranks
-SPLIT_SIZES = {"forward split sizes": 4}  # of two layers in two micro-batches
+READS_OF_A_STEP = 2  # at the step's end: this rank's counts, and all sums over the ranks
+SPLIT_SIZES = {"forward split sizes": 4}  # one per layer and micro-batch, two each
 IN_HALVES = {"forward split sizes": 8}
-TOKENS = {"step tokens of each rank and group": 1}  # for expert choice, and for the draws of dropout
+TOKENS = {"step tokens of each rank and group": 1}  # expert choice and the draws of dropout need it
 PRESETS: dict[str, dict[str, Any]] = {
-    # the named reads with their numbers in a step; and the most kernels of an MoE layer in forward and backward, for each
-    # half if there are two
+    # `reads` has the named reads, and how often each occurs in a step. `kernels` bounds the kernels of an MoE layer in
+    # forward and in backward (of each half, if a micro-batch is computed in halves).
     "adamoe_moma_small_1gpu": {"reads": SPLIT_SIZES, "kernels": (38, 54)},
     "olmoe_1b7b_8gpu": {"reads": IN_HALVES, "kernels": (30, 31)},
     "adamoe_mixtral8x7b_64gpu": {"reads": SPLIT_SIZES, "kernels": (31, 38)},
@@ -45,9 +46,9 @@ def test_a_step_on_the_device(preset: str, ranks: int) -> None:
     others = {name: number for name, number in counted.syncs.items() if name not in expected["reads"]}
     assert list(others.values()) == [1] * READS_OF_A_STEP
     assert all(name.startswith("step training_step.py:") for name in others)
-    assert counted.tracked <= 1  # entries of collectives, each with a CUDA event
-    exchanges = preset != "mole_llama3_8b_8gpu"  # every rank holds all LoRA experts
-    assert (counted.exchange_seconds > 0) == exchanges  # without it, the slowest rank looks as busy as the others
+    assert counted.tracked <= 1  # kept entries of collectives, each with a CUDA event
+    exchanges = preset != "mole_llama3_8b_8gpu"  # every rank has all LoRA experts, so there are no exchanges
+    assert (counted.exchange_seconds > 0) == exchanges  # else waiting ranks look as busy as the slowest
     for phase, most in zip(("forward", "backward"), expected["kernels"], strict=True):
         runs = counted.layers["moe"] * (2 if expected["reads"] is IN_HALVES else 1)
         assert more_kernels(counted, "moe", phase) <= runs * most
@@ -55,12 +56,13 @@ def test_a_step_on_the_device(preset: str, ranks: int) -> None:
 
 
 def more_kernels(counted: Counted, part: str, phase: str) -> int:
-    """The kernels that one more micro-batch adds."""
+    """Returns the number of kernels that one more micro-batch adds."""
     return sum(number for *key, number in counted.more_work if key[:2] == [part, phase])
 
 
 def mixes_and_copies_nothing(counted: Counted) -> bool:
-    """Also, no layer has an index whose backward sorts."""
+    """Returns True if no operation mixes devices, nothing is copied between them, and no layer has an index whose backward
+    sorts."""
     return not counted.mixed and not counted.copies and set(counted.sorted_sums) <= {"model"}
 
 
@@ -72,7 +74,7 @@ def observed(path: str, rank: int, ep: bool) -> dict[str, Any]:
 
 
 def exchanges_between_gathers(order: str) -> list[int]:
-    """Numbers of all-to-alls in a row with no gather or reduction of parameters between them."""
+    """Returns the lengths of all series of all-to-alls that no gather or reduction of parameters interrupts."""
     names = [name for name in order.split() if name.startswith(("alltoall", "_allgather", "allgather", "_reduce_scatter"))]
     runs = "".join("x" if name.startswith("alltoall") else " " for name in names).split()
     return [len(run) for run in runs]
@@ -80,8 +82,8 @@ def exchanges_between_gathers(order: str) -> list[int]:
 
 @pytest.mark.parametrize("halves", [exhaustive(False), full(True)])
 def test_no_gather_comes_between_the_exchanges_of_a_layer(halves: bool) -> None:
-    """FSDP2 with experts on several edp ranks. A layer has 5 exchanges in forward and 3 in backward; no other sum of these
-    is a part of a layer. In halves no gather or reduction comes between any exchanges of a step."""
+    """FSDP2 shards the experts over several edp ranks. A layer has 5 exchanges in forward and 3 in backward, so a series of
+    1, 2, 4 or 7 exchanges would show that a layer was interrupted. In halves nothing interrupts a step's exchanges."""
     overrides = ["model.num_layers=2", "train.micro_batch=2", f"parallel.two_batch_overlap={halves}"]
     counted = count("configs/adamoe_mixtral8x7b_64gpu.yaml", 64, overrides)
     runs = exchanges_between_gathers(counted.order)
@@ -103,7 +105,8 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.M
 
 @pytest.mark.full
 def test_exchanges_of_fixed_sizes_need_no_read() -> None:
-    """Forward and backward of all micro-batches read nothing, so that no shape depends on the routing."""
+    """The forward and backward passes of all micro-batches read nothing from the device, because no shape depends on the
+    routing."""
     options = ["model.num_layers=2", "parallel.dispatch.kind=static", "parallel.two_batch_overlap=false"]
     counted = count("configs/olmoe_1b7b_8gpu.yaml", 8, options, rank=7)
     assert list(counted.syncs.values()) == [1] * READS_OF_A_STEP
@@ -123,18 +126,18 @@ def test_both_hops_of_a_layer_need_one_read() -> None:
 
 
 IN_SAVE = {"storage": 1, "optimizer": 1, "state of the device's generator": 1}  # end of copies, step count, generator
-BALANCE_LOSS = {"step_load": 2}  # counts of the balance loss over a whole step, which a checkpoint has
-EVALUATED = {"heldout": 4}  # counts and sums over all ranks, with experts and without; MoMa's also as in training
-TIMED = {"balance": 36}  # 12 times: begin and end of a time, and the slowest rank's
-SLOWEST = {"balance": 12}  # the time of this rank
-RUNS: dict[str, tuple[dict[str, int], ...]] = {  # reads of the last evaluation and of a save, copies of the evaluation
+BALANCE_LOSS = {"step_load": 2}  # a checkpoint has the counts of a balance loss that spans a whole step
+EVALUATED = {"heldout": 4}  # counts and sums over ranks, with and without experts (MoMa: also with training's choice)
+TIMED = {"balance": 36}  # 12 measured times, each with 3 reads: begin, end, and the slowest rank's time
+SLOWEST = {"balance": 12}  # copies of this rank's measured times
+RUNS: dict[str, tuple[dict[str, int], ...]] = {  # (reads of the last evaluation, reads of a save, copies of the evaluation)
     "adamoe_moma_small_1gpu": ({**EVALUATED, **TIMED, "split sizes": 56}, {**IN_SAVE, **BALANCE_LOSS}, SLOWEST),
     "olmoe_1b7b_8gpu": ({**EVALUATED, **TIMED, "split sizes": 56}, {**IN_SAVE, **BALANCE_LOSS}, SLOWEST),
     "adamoe_mixtral8x7b_64gpu": ({**EVALUATED, **TIMED, "split sizes": 56}, {**IN_SAVE, **BALANCE_LOSS}, SLOWEST),
     "moma_1b4_4t4i_32gpu": (
         {"heldout": 6, **TIMED, "split sizes": 64},
         IN_SAVE,
-        {**SLOWEST, "planning": 3},  # tables of dispatch plans: MoMa's training needs none, its evaluation makes them
+        {**SLOWEST, "planning": 3},  # tables of dispatch plans, which only MoMa's evaluation needs
     ),
     "mole_llama3_8b_8gpu": ({"heldout": 2, "LoRA pairs of each expert": 4}, {**IN_SAVE, **BALANCE_LOSS}, {}),
 }
@@ -144,7 +147,7 @@ RUNS: dict[str, tuple[dict[str, int], ...]] = {  # reads of the last evaluation 
     "preset", [(full if preset.startswith("adamoe_mixtral") else exhaustive)(preset) for preset in RUNS]
 )
 def test_evaluation_and_save_on_the_device(preset: str) -> None:
-    """The copies to the host are queued, and the host waits once for all of them; a second save allocates no memory."""
+    """Copies to the host are queued, and the host waits once for all of them. A second save allocates no memory."""
     evaluated, saved, copies = RUNS[preset]
     found = observed(f"configs/{preset}.yaml", 7, preset == "adamoe_moma_small_1gpu")
     assert not any(found[phase]["mixed"] for phase in found.keys() - {"snapshot"})
@@ -172,7 +175,7 @@ def test_parameters_gathered_once_per_step() -> None:
             found[gather][name.split()[2]] += number
         again = {sent[2] for sent in counted.more_sent} & {"_allgather_base_", "_reduce_scatter_base_"}
         assert bool(again) == (gather == "micro_batch"), "what FSDP2 copies around them would be copied again, too"
-    layers, meshes = 2, 2  # an MoE layer is sharded over edp (experts) and over all ranks, attention over all ranks
+    layers, meshes = 2, 2  # in an MoE layer, experts are sharded over edp, all else over all ranks
     units = 1 + layers * (1 + meshes)
     assert found["step"]["_allgather_base_"] == found["step"]["_reduce_scatter_base_"] == units
     assert found["micro_batch"]["_reduce_scatter_base_"] == 2 * units
@@ -191,7 +194,7 @@ def test_parameters_gathered_once_per_step() -> None:
     ],
 )
 def test_the_dry_run_knows_the_memory_within_a_tenth(preset: str, ranks: int, more: list[str]) -> None:
-    """By the difference between models of four and of two layers, since layers are nearly all of a preset's memory."""
+    """Compares how much memory two more layers need, because layers take nearly all of a preset's memory."""
     found = []
     for layers in (2, 4):
         path, overrides = f"configs/{preset}.yaml", [f"model.num_layers={layers}", *more]

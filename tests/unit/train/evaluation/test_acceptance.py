@@ -1,4 +1,4 @@
-"""The checks at the end of a run, on numbers made by hand."""
+"""Tests the checks at the end of a run on hand-made numbers."""
 
 from typing import Any, get_args
 
@@ -17,7 +17,7 @@ BASELINES = {
     "image_no_filler/unigram": 6.0, "image_no_filler/left_bigram": 4.9,
 }  # fmt: skip
 GOOD = {"text": 5.0, "image": 2.59, "image_no_filler": 4.8}
-# columns: text/0 text/1 image/0, then text's two null experts; 10 text tokens made 20 choices
+# The columns are text/0, text/1, image/0, and text's two null experts. 10 text tokens made 20 choices.
 CHOICES = np.array([[5, 5, 7, 6, 4]])
 TOKENS = np.array([[10, 7]])
 ROUTING: dict[str, Any] = {
@@ -74,8 +74,8 @@ def test_a_data_set_without_baselines_is_measured_by_its_routing_alone() -> None
 
 
 def test_a_controlled_load_moves_the_null_share_that_is_asked_for() -> None:
-    """text has k = 2. A target of 1.4 true experts per token leaves 0.3 of the choices to null experts; 1.0 (even) leaves
-    half."""
+    """With k = 2 for text, a target of 1.4 true experts per token leaves 0.3 of the choices to null experts. The even
+    target, 1.0, leaves half."""
     result = EvaluationResult(1, GOOD, {})
     for nulls, load, good in (([3, 3], 1.4, True), ([3, 3], 1.0, False), ([5, 5], 1.4, False)):
         true = (20 - sum(nulls)) // 2

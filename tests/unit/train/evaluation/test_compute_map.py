@@ -141,7 +141,7 @@ def test_the_map_of_experts_that_choose_has_up_to_all_experts(tiny_data: Path, t
 
 
 def test_kinds_name_the_modality_only_where_several_have_background() -> None:
-    one, two = np.zeros((2, 2, 2)), np.ones((2, 2, 2))  # experts and tokens by modality and filler
+    one, two = np.zeros((2, 2, 2)), np.ones((2, 2, 2))  # summed experts and number of tokens, by modality and filler
     one[:, 0, 0], one[:, 1] = 1, 1
     assert mean_by_kind(one, ("text", "image")) == {"text": 1.0, "drawn cells": 1.0, "background": 1.0}
     kinds = ["drawn cells of a", "background of a", "drawn cells of b", "background of b"]

@@ -1,4 +1,4 @@
-"""Held-out losses against loops over labels."""
+"""Held-out losses equal those of loops over labels."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ GROUPS = torch.tensor([0, 1])
 
 
 def batch_of(seed: int) -> Batch:
-    """Two sequences of 12 tokens: text, then codes of a picture, of which each third one is filler."""
+    """Returns two sequences of 12 tokens: six of text, then six codes of a picture. Every third code is filler."""
     tokens = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(seed))
     labels = tokens.roll(-1, 1)
     labels[:, -1] = IGNORED

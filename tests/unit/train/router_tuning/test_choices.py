@@ -1,4 +1,4 @@
-"""Router tuning on choices: rows, labels and losses of samples, and the parameters with a gradient."""
+"""Tests router tuning on choices: the rows, labels and losses of samples, and damaged samples."""
 
 import json
 import shutil

@@ -24,7 +24,8 @@ def loader(folder: Path, rank: int = 0, world_size: int = 1, micro_batch: int = 
 
 
 def test_rows_are_scored_on_the_answer_alone() -> None:
-    """Prompt 1 2 3 with answer 4 5, and prompt 6 with the picture 100, give two rows of four tokens."""
+    """The prompt 1 2 3 with the answer 4 5, and the prompt 6 with the picture 100 as answer, give two rows of four
+    tokens."""
     samples = [TuningSample(np.array([1, 2, 3]), np.array([4, 5])), TuningSample(np.array([6]), np.array([100]))]
     batch = SampleMaker(MANIFEST).make(samples, [7, 9])
     no = IGNORED

@@ -1,4 +1,4 @@
-"""Neighbours (nearest, within a radius, random) against a search over all pairs. No sample is its own neighbour."""
+"""Neighbours (nearest, within a radius, random) equal those of a search over all pairs. No sample is its own neighbour."""
 
 from pathlib import Path
 

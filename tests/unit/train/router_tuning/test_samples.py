@@ -24,7 +24,8 @@ def facts() -> TuningManifest:
 
 
 def scored() -> list[Scored]:
-    """Returns four samples with lengths (1, 2), (2, 1), (3, 2), (4, 1), of which the second and fourth are right."""
+    """Returns four samples whose (prompt, answer) lengths are (1, 2), (2, 1), (3, 2) and (4, 1). The second and the fourth
+    are right."""
     return [
         Scored(
             "a" if n < 3 else "b",
@@ -68,8 +69,8 @@ def test_nothing_is_overwritten(folder: Path) -> None:
 def test_what_is_interrupted_leaves_nothing_that_looks_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """The write is interrupted at each array, before the manifest, and before the rename. A kill also leaves the hidden
-    folder."""
+    """The write is interrupted at each array, before the manifest, and before the rename. A killed process also leaves its
+    hidden folder behind."""
     calls = []
 
     def until(action: Callable[..., object]) -> Callable[..., object]:

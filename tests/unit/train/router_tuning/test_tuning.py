@@ -1,4 +1,5 @@
-"""Which parameters get a gradient, from cross entropy and from the manifold term; and the targets of a refresh."""
+"""Tests which parameters get a gradient from the cross entropy and from the manifold term, and the targets after a
+refresh."""
 
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def test_cross_entropy_reaches_the_chosen_routers_and_nothing_else(folder: Path)
 
 
 def test_with_one_normalised_choice_cross_entropy_gives_none(folder: Path) -> None:
-    """With one normalised choice its weight is 1 for any logit. Preflight therefore refuses this with weight=0."""
+    """If a token has one choice and weights are normalised, its weight is 1 for any logit. Preflight therefore refuses this
+    with weight=0."""
     model = make_model(0, 1, top_k=1)
     cross_entropy(model, batch_of(folder)).backward()
     assert all((gradient == 0.0).all() for gradient in gradients(model).values())
@@ -101,7 +103,8 @@ def test_with_one_normalised_choice_cross_entropy_gives_none(folder: Path) -> No
 
 
 def test_the_term_is_the_formula_over_what_a_sample_alone_is_routed_by(folder: Path) -> None:
-    """Value and gradient of the term equal the formula. Its r comes from a forward of each sample's prompt alone."""
+    """Value and gradient of the term equal the formula. The formula's r comes from a forward pass over each sample's prompt
+    alone."""
     samples, batch, layers = Samples(folder), batch_of(folder), (0, 1)
     model = make_model(*layers)
     tuning = make_tuning(folder, model, *layers)
