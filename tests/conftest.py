@@ -1,4 +1,4 @@
-"""Fixtures of all tests, and the rule about skipped tests."""
+"""Fixtures of all tests, and the rule that skipped tests fail in CI."""
 
 import gc
 import os

@@ -30,8 +30,8 @@ def mixed_costs(count: int, seed: int) -> np.ndarray:
 
 
 def test_the_cost_of_a_sequence_by_hand() -> None:
-    """Attention costs the square of a length, for documents of 2 and 1 tokens and one padding token 4 + 1 + 1. Experts
-    cost 10 per text token and 100 per picture token."""
+    """Attention costs the square of each length: 4 + 1 + 1 for documents of 2 and 1 tokens and one token of padding.
+    Experts cost 10 per text token and 100 per picture token."""
     costs = SequenceCosts(np.arange(5.0) ** 2, np.array([10.0, 100.0]))
     assert costs.of([2, 1], np.array([2, 1])) == (6.0, 120.0)
     assert costs.of([4], np.array([0, 4])) == (16.0, 400.0)

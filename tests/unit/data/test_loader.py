@@ -141,7 +141,7 @@ def test_epochs_of_each_modality(tmp_path: Path, make_set) -> None:
     one = loader(data, weights={"text": 1.0, "mixed": 3.0})
     assert one.sequences_per_epoch == {"text": 8, "mixed": 4}
     assert one.epochs(0) == {"text": 0.0, "image": 0.0}
-    # Of 16 sequences 4 are from `text`: half an epoch, which has 80 text tokens. 12 are from `mixed`: three epochs,
+    # 4 of the 16 sequences are half of an epoch of `text`, which has 80 tokens. The other 12 are three epochs of `mixed`,
     # each with 16 text and 48 image tokens.
     assert one.epochs(16) == {"text": pytest.approx((0.5 * 80 + 3 * 16) / 96), "image": pytest.approx(3.0)}
     seen = Counter(source for q in range(16) for source in [int(one.sequence(q)[0].tokens[-1])])

@@ -1,4 +1,4 @@
-"""`moe-dist import-hf` and `moe-dist export-hf` on the command line: output, options and refusals."""
+"""Runs `moe-dist import-hf` and `moe-dist export-hf`, and tests output, options and refusals."""
 
 import os
 import shutil

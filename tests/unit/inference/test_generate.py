@@ -1,4 +1,5 @@
-"""Generation token by token: cached logits equal logits of the whole sequence, for every kind of layer, step and batch."""
+"""When tokens are generated one by one, cached logits equal those of the whole sequence, for every kind of layer, step and
+batch."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -52,7 +52,7 @@ GROUPS = {
     "image": {"num_experts": 2, "num_null": 2, "top_k": 2, "ffn_dim": 24},
 }
 # A plain family of transformers, and the form with its own code.
-FORMS: dict[str, dict[str, Any]] = {  # changes of the model, by the form of its export
+FORMS: dict[str, dict[str, Any]] = {  # form of the export -> changes of the model
     "mixtral": {},
     "moe_dist": {"model__moe__groups": GROUPS, "model__moe__router": {"kind": "top_k", "selection_bias": True}},
 }

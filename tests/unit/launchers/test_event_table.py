@@ -1,4 +1,4 @@
-"""The table "events by launcher" of docs/reliability.md: each cell is a link to a test that exists."""
+"""Each cell of the table "events by launcher" in docs/reliability.md is a link to a test that exists."""
 
 import re
 from pathlib import Path

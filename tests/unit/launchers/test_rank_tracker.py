@@ -76,7 +76,7 @@ def test_ranks_that_still_run_are_stopped_after_one_has_stopped_by_itself(capsys
     assert course.signals_due(NONE, 70.0) == [signal.SIGTERM]
     assert "SIGTERM to the ranks that still run" in capsys.readouterr().out
     course.end(1, 75, 85.0, frozen=nobody)
-    assert course.signals_due(NONE, 309.9) == []  # SIGTERM is sent once, and SIGKILL not earlier
+    assert course.signals_due(NONE, 309.9) == []  # no second SIGTERM, and no early SIGKILL
     assert course.signals_due(NONE, 310.0) == [signal.SIGKILL]
     course.end(2, -15, 86.0, frozen=nobody)
     outcome = course.outcome(None)

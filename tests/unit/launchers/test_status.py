@@ -1,4 +1,4 @@
-"""The state of runs, read from their folders."""
+"""The state of runs is read from their folders."""
 
 import io
 import json

@@ -75,7 +75,7 @@ def test_a_run_that_slows_down() -> None:
 
 @pytest.fixture
 def healthy(make_record: MakeRecord) -> Callable[..., Record]:
-    """Returns a maker of steps without faults: choices and ranks are even, and the loss falls."""
+    """Returns a function that makes steps without faults: choices and ranks are even, and the loss falls."""
 
     def make(step: int, **changes: object) -> Record:
         even: dict[str, object] = {

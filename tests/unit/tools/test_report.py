@@ -40,7 +40,7 @@ def write_trace(place: Path, manifest: Manifest, steps: range, tokens: int = 40)
         rows["sequence"], rows["position"] = np.arange(tokens) // 8, np.arange(tokens) % 8
         rows["modality"] = rng.integers(0, 2, tokens)
         rows["token"] = rng.integers(0, 48, tokens) + 48 * rows["modality"]
-        columns = np.array([[0, 1, 2, 5], [3, 4, 6, 7]])[rows["modality"]]  # true 0-4, null 5 | 6-7, by group
+        columns = np.array([[0, 1, 2, 5], [3, 4, 6, 7]])[rows["modality"]]  # true experts 0-4, null experts 5-7
         chosen = [[rng.permutation(row)[:2] for row in columns] for _ in manifest.layers]
         ids = np.array(chosen, np.int16).transpose(1, 0, 2)
         writer.add(step, rows, np.ascontiguousarray(ids), None)

@@ -1,4 +1,4 @@
-"""A traced run on one rank: its counts equal the records, and its tokens equal the batches."""
+"""The trace of a run on one rank has the counts of the records, and the tokens of the batches."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Assignment of planned nodes to nodes of a Ray cluster."""
+"""Planned nodes are assigned to nodes of a Ray cluster."""
 
 from collections.abc import Mapping
 from dataclasses import replace

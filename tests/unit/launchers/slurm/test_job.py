@@ -1,4 +1,4 @@
-"""One attempt of a Slurm job, with stand-ins for srun and scontrol."""
+"""Runs single attempts of a Slurm job with stand-ins for srun and scontrol."""
 
 import json
 import os

@@ -96,8 +96,8 @@ def counts_of(true_text: Sequence[int], tokens: int) -> RoutingCounts[torch.Tens
 
 
 def test_the_target_falls_from_all_true_experts_in_a_line() -> None:
-    """With 4 true experts and 3 choices the target falls from 3 over 2.5 and 2 to 1.5, and stays there. Steps with 1 true
-    expert per token less than the target always move the biases by the same amount."""
+    """With 4 true experts and 3 choices the target falls from 3 to 1.5 in steps of 0.5, and stays there. If each step takes
+    1 true expert per token less than its target, the biases move by the same amount in each step."""
     group = ExpertGroup("text", 4, 2, 3, 5, 0, ("text",))
     rule = ActiveExperts({"text": 1.5}, rate=3.0 * 4, ramp_steps=3)
     for step, target in enumerate((3.0, 2.5, 2.0, 1.5, 1.5)):

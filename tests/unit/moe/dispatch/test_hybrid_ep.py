@@ -7,7 +7,7 @@ from moe_dist.moe.routing.types import Assignments
 
 
 def test_the_map_leaves_no_mark_for_an_absent_pair() -> None:
-    #   expert 0 1 2 -> slot 2 0 3 of four
+    # Experts 0, 1 and 2 are in slots 2, 0 and 3 of four.
     token_N, expert_N = torch.arange(3).repeat_interleave(2), torch.tensor([0, -1, -1, -1, 1, 2])
     routing_map, cell_N = routing_map_of(Assignments(token_N, expert_N, torch.ones(6)), 3, torch.tensor([2, 0, 3]), 4)
     assert routing_map.dtype == torch.bool

@@ -44,8 +44,8 @@ def curves(folder: Path) -> dict[tuple[str, str], EventAccumulator]:
 
 
 def points(accumulator: EventAccumulator, tag: str) -> list[tuple[int, float]]:
-    """Returns the points of all files. Sorted, because files of attempts in the same second are read in the order of their
-    names."""
+    """Returns the points of all files, sorted by step, because files that began in the same second are read in the order of
+    their names."""
     return sorted((event.step, event.value) for event in accumulator.Scalars(tag))
 
 
